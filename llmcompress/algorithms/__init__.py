@@ -1,0 +1,1 @@
+"""Pure functions on tensors; every file names its paper."""

@@ -1,0 +1,1 @@
+"""Perplexity, fidelity, tasks and gates."""

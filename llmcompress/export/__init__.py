@@ -1,0 +1,1 @@
+"""Exporters: each states its refusal reasons first."""

@@ -1,0 +1,1 @@
+"""Model layouts, checkpoints, block-by-block execution."""

@@ -1,0 +1,225 @@
+"""The shape of a model as compression sees it: blocks, sublayers, linears, expert banks.
+
+A layout is computed from ``config.json`` alone, without torch and without weights, so that
+``plan`` can price a run and ``validate`` can match rules against real names. Names are the
+run-time names of transformers 5 (``model.layers.3.mlp.experts.gate_up_proj``); what the
+checkpoint on disk calls them is described by :class:`DiskNames`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+
+class Role(StrEnum):
+    """What a weight does in its block; recipes may select by role."""
+
+    ATTENTION = "attention"
+    MLP = "mlp"
+    EXPERTS = "experts"
+    SHARED_EXPERTS = "shared_experts"
+    SSM = "ssm"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A parameter or buffer that stays dense: run-time name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearView:
+    """A linear layer ``y = x Wᵀ (+ b)`` with ``W [out_features, in_features]``."""
+
+    name: str
+    out_features: int
+    in_features: int
+    role: Role
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linears that read the same input, so that they share one Hessian.
+
+    Attributes:
+        linears: In checkpoint order (q, k, v | o | gate, up | down).
+        position: ``first`` reads the normed input of its module; ``last`` is the module's
+            output projection, whose input is the module's output once the projection is
+            replaced by the identity; ``inner`` sits between (MLA's q_b and kv_b) and is
+            seen through a hook.
+        module: Run-time name of the module the group belongs to
+            (``model.layers.0.self_attn``, ``model.layers.0.mlp.shared_experts``).
+    """
+
+    linears: tuple[LinearView, ...]
+    position: Literal["first", "inner", "last"]
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouterView:
+    """The router of an expert bank.
+
+    Attributes:
+        module: Run-time module name; its parameter ``weight`` is ``[E, H]``.
+        kind: How logits become weights. ``softmax_topk``: softmax over all, then top-k.
+            ``sigmoid_group_topk``: DeepSeek-V3. ``topk_softmax``: softmax over the chosen k
+            (gpt_oss). ``sparsemixer``: Phi-MoE.
+        renormalizes: Whether the weights of the chosen experts are divided by their sum.
+        bias: Whether the router has a trained bias.
+        scale: Constant that multiplies the final weights.
+    """
+
+    module: str
+    kind: Literal["softmax_topk", "sigmoid_group_topk", "topk_softmax", "sparsemixer"]
+    renormalizes: bool
+    bias: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBank:
+    """Stacked experts of one block: a view of two 3-D parameters, not a module.
+
+    The canonical orientation used everywhere in this project is ``gate_up [E, 2I, H]`` (the
+    first I rows are gate, the rest up) and ``down [E, H, I]``. ``transposed`` and
+    ``interleaved`` say how the family stores them in memory.
+
+    Attributes:
+        module: Run-time module name (``model.layers.3.mlp.experts``).
+        num_experts, top_k, hidden, intermediate: E, k, H, I.
+        router: The router that feeds this bank.
+        bias: Whether both projections carry biases (gpt_oss).
+        transposed: Stored as ``[E, H, 2I]`` and ``[E, I, H]``.
+        interleaved: Gate and up rows alternate instead of following each other.
+        activation: ``silu`` means ``silu(gate) * up``; ``gelu`` likewise;
+            ``gpt_oss`` is the clamped form of gpt_oss.
+    """
+
+    module: str
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    router: RouterView
+    bias: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+    activation: str = "silu"
+
+    @property
+    def gate_up(self) -> str:
+        """Plan name of the stacked gate and up projections."""
+        return f"{self.module}.gate_up_proj"
+
+    @property
+    def down(self) -> str:
+        """Plan name of the stacked down projections."""
+        return f"{self.module}.down_proj"
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Canonical shape ``[E, N, K]`` of ``gate_up`` or ``down``."""
+        if name == self.gate_up:
+            return (self.num_experts, 2 * self.intermediate, self.hidden)
+        if name == self.down:
+            return (self.num_experts, self.hidden, self.intermediate)
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """``h = h + post_norm(module(pre_norm(h)))``: attention, dense MLP or MoE.
+
+    Attributes:
+        kind: ``attention``, ``mlp`` or ``moe`` (later ``ssm``).
+        module: Run-time module name.
+        pre_norm: Run-time name of the norm before the module.
+        post_norm: Norm on the module's output before the residual add (Gemma), or None.
+        groups: Quantizable linears in calibration order; for ``moe`` those of the shared experts.
+        experts: The expert bank of a ``moe`` sublayer.
+    """
+
+    kind: Literal["attention", "mlp", "moe"]
+    module: str
+    pre_norm: str
+    post_norm: str | None
+    groups: tuple[LinearGroup, ...]
+    experts: ExpertBank | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder layer."""
+
+    index: int
+    name: str
+    sublayers: tuple[Sublayer, ...]
+    kept: tuple[TensorView, ...]
+
+    def linears(self) -> Iterator[LinearView]:
+        """All quantizable linears, in calibration order."""
+        for sublayer in self.sublayers:
+            for group in sublayer.groups:
+                yield from group.linears
+
+    @property
+    def bank(self) -> ExpertBank | None:
+        """The block's expert bank, if it has one."""
+        return next((s.experts for s in self.sublayers if s.experts is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskNames:
+    """How a hub checkpoint names what transformers holds stacked.
+
+    Attributes:
+        renames: ``(run-time part, disk part)`` pairs replaced inside names, first match wins
+            (Mixtral: ``(".mlp.gate.", ".block_sparse_moe.gate.")``).
+        experts: Run-time expert module part and its disk counterpart
+            (``(".mlp.experts", ".block_sparse_moe.experts")``), or None when fused on disk.
+        gate, up, down: Per-expert tensor names after ``experts.<e>.`` (``w1.weight`` …).
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    experts: tuple[str, str] | None = None
+    gate: str = "gate_proj.weight"
+    up: str = "up_proj.weight"
+    down: str = "down_proj.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """A whole causal language model.
+
+    Attributes:
+        model_type: As in ``config.json``.
+        blocks: Decoder layers in order.
+        outside: Tensors outside the blocks (embedding, final norm, head), run-time names.
+        tied: Whether the head shares the embedding (then it is not listed in ``outside``).
+        hidden, vocab: Sizes used by estimates.
+        disk: Names in the hub checkpoint.
+    """
+
+    model_type: str
+    blocks: tuple[Block, ...]
+    outside: tuple[TensorView, ...]
+    tied: bool
+    hidden: int
+    vocab: int
+    disk: DiskNames = DiskNames()
+
+    def quantizable(self) -> Iterator[tuple[str, Role, tuple[int, ...], int]]:
+        """Yield ``(plan name, role, canonical shape, block index)`` of every quantizable weight."""
+        for block in self.blocks:
+            for linear in block.linears():
+                yield linear.name, linear.role, (linear.out_features, linear.in_features), block.index
+            bank = block.bank
+            if bank is not None:
+                yield bank.gate_up, Role.EXPERTS, bank.shape(bank.gate_up), block.index
+                yield bank.down, Role.EXPERTS, bank.shape(bank.down), block.index

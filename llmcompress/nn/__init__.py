@@ -1,0 +1,1 @@
+"""Run-time modules that hold packed weights."""

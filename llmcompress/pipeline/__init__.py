@@ -1,0 +1,1 @@
+"""Executes a recipe: order, resume, events, estimates."""

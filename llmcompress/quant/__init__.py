@@ -1,0 +1,1 @@
+"""Specs, rules, bit packing and storage of quantized weights."""

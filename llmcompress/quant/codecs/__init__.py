@@ -1,0 +1,1 @@
+"""Codecs: how a PackedWeight stores its numbers."""

@@ -1,0 +1,68 @@
+"""QuantSpec: how one weight is quantized. The only description of it, in recipes, memory and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Group-wise uniform integer quantization of a weight ``[..., N, K]`` along K.
+
+    Attributes:
+        bits: Code width, one of 2, 3, 4, 8.
+        group_size: Columns that share a scale; ``-1`` means one group per row. The last
+            group of a row is shorter when K is not a multiple.
+        symmetric: With ``True`` the grid is centred, ``w ≈ scale * (code - 2**(bits-1))``, and
+            no zero point is stored. With ``False``, ``w ≈ scale * (code - zero)`` with an
+            unsigned zero point of ``bits`` bits per group.
+        codec: Name of the codec in ``quant/codecs`` that stores it.
+    """
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = False
+    codec: str = "int_group"
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits must be one of {SUPPORTED_BITS}, not {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be positive or -1, not {self.group_size}")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, ``2**bits``."""
+        return 1 << self.bits
+
+    @property
+    def midpoint(self) -> int:
+        """The code that stands for zero on a symmetric grid, ``2**(bits-1)``."""
+        return 1 << (self.bits - 1)
+
+    def group(self, in_features: int) -> int:
+        """Group size in columns for a weight with ``in_features`` columns."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups per row."""
+        return -(-in_features // self.group(in_features))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON, inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
+        """Rebuild from :meth:`to_dict` output."""
+        return cls(**data)
+
+
+# run-time tensor name -> spec; a name that is absent stays dense.
+# Linears appear under their module name ("model.layers.0.self_attn.q_proj"), stacked experts
+# under module and tensor ("model.layers.0.mlp.experts.gate_up_proj").
+QuantPlan = dict[str, QuantSpec]

@@ -1,0 +1,133 @@
+"""PackedStore: the durable blocks of a quantizing stage, one safetensors file each.
+
+A block file appears under its final name only when complete (written beside, synced, renamed),
+so whatever is there after a kill can be trusted and resume starts at the first gap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+from llmcompress.quant.packed import PackedWeight
+from llmcompress.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPatch:
+    """What a quantizing stage made of one block.
+
+    Attributes:
+        packed: Plan name → packed weight.
+        replaced: Run-time tensor name → new dense tensor (calibrated routers).
+        record: JSON data for the report: errors, tokens per expert, shift rates, seconds.
+    """
+
+    packed: Mapping[str, PackedWeight]
+    replaced: Mapping[str, Tensor]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` either does not exist or is complete, even after a power cut."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class PackedStore:
+    """Blocks on disk, optionally on top of an earlier stage's store.
+
+    Args:
+        root: Folder that holds ``00000.safetensors`` …; created on first write.
+        base: Store whose blocks show through where this one has nothing of the same name.
+    """
+
+    def __init__(self, root: Path, base: PackedStore | None = None) -> None:
+        self.root = root
+        self.base = base
+
+    def path(self, index: int) -> Path:
+        """File of block ``index``."""
+        return self.root / f"{index:05d}.safetensors"
+
+    def finished(self) -> set[int]:
+        """Indices of complete blocks in this store (not its base)."""
+        return {int(p.stem) for p in self.root.glob("[0-9]*.safetensors")} if self.root.is_dir() else set()
+
+    def indices(self) -> list[int]:
+        """Indices of blocks here or in a base, in order."""
+        found = self.finished()
+        if self.base is not None:
+            found |= set(self.base.indices())
+        return sorted(found)
+
+    def write_block(self, index: int, patch: BlockPatch) -> None:
+        """Write one finished block durably.
+
+        Tensor bytes depend only on the patch: names are sorted and the record, which may hold
+        timings, goes into a JSON file of its own.
+        """
+        from safetensors.torch import save
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{n}.{key}": t.contiguous() for n, pw in patch.packed.items() for key, t in pw.tensors.items()}
+        tensors.update({name: t.contiguous() for name, t in patch.replaced.items()})
+        header = {
+            name: {"shape": list(pw.shape), "spec": pw.spec.to_dict(), "tensors": sorted(pw.tensors)}
+            for name, pw in sorted(patch.packed.items())
+        }
+        write_durably(self.path(index).with_suffix(".json"), json.dumps(patch.record, sort_keys=True).encode())
+        payload = save(dict(sorted(tensors.items())), metadata={"packed": json.dumps(header, sort_keys=True)})
+        write_durably(self.path(index), payload)
+
+    def read_block(self, index: int) -> BlockPatch:
+        """Read block ``index``, merged over the base's block of the same index.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        below = self.base.read_block(index) if self.base is not None else BlockPatch({}, {}, {})
+        if index not in self.finished():
+            return below
+        packed, replaced = self._read_own(index)
+        record_file = self.path(index).with_suffix(".json")
+        record = json.loads(record_file.read_text()) if record_file.exists() else {}
+        return BlockPatch({**below.packed, **packed}, {**below.replaced, **replaced}, {**below.record, **record})
+
+    def _read_own(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(index)
+        try:
+            with safe_open(path, framework="pt") as handle:
+                header = json.loads((handle.metadata() or {}).get("packed", "{}"))
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot read this block: {error}", "delete it and resume the run") from error
+        packed = {}
+        for name, entry in header.items():
+            own = {key: tensors.pop(f"{name}.{key}") for key in entry["tensors"]}
+            packed[name] = PackedWeight(tuple(entry["shape"]), QuantSpec.from_dict(entry["spec"]), own)
+        return packed, tensors
+
+    def blocks(self) -> Iterator[tuple[int, BlockPatch]]:
+        """Iterate over all blocks in order, one in memory at a time."""
+        for index in self.indices():
+            yield index, self.read_block(index)

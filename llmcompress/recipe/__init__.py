@@ -1,0 +1,1 @@
+"""Recipes: load, compose, validate, diagnose, lock."""

@@ -1,0 +1,1 @@
+"""Stage types: one file each, config class and wiring, no mathematics."""

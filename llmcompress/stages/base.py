@@ -1,0 +1,105 @@
+"""The stage interface: a config class, what it consumes and produces, estimate, run, restore.
+
+Stage modules import no torch at top level, so that recipes validate and plans compute in
+milliseconds; ``run`` imports what it needs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+
+
+class Kind(StrEnum):
+    """What can pass from stage to stage; each is a slot of :class:`RunState`."""
+
+    MODEL = "model"
+    CALIBRATION = "calibration"
+    PACKED = "packed"
+    POLICY = "policy"
+    METRICS = "metrics"
+    ARTIFACT = "artifact"
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's recipe section. ``type`` is the discriminator of the union."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """What an estimate may look at: facts from ``config.json`` and the recipe, never weights.
+
+    Attributes:
+        layout: The model's layout.
+        weight_bytes: Bytes per parameter in the checkpoint (2 for bf16).
+        compute_bytes: Bytes per value in calibration compute (4 for fp32).
+        samples, length: Calibration set size, zeros before a calibrate stage.
+        specs: Plan name → spec accumulated by the stages before.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    layout: ModelLayout
+    weight_bytes: int
+    compute_bytes: int
+    samples: int
+    length: int
+    specs: dict[str, Any]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Predicted needs of a stage, in bytes; ``ram`` is the peak above the empty interpreter."""
+
+    ram: int = 0
+    vram: int = 0
+    disk: int = 0
+    output: int = 0
+    flops: float = 0.0
+    notes: tuple[str, ...] = ()
+    specs: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """One step of a pipeline.
+
+    A stage is built from its config alone. It reads and writes ``RunState`` slots it declared
+    in ``consumes`` and ``produces``, and keeps what must survive a kill under ``ctx.stage_dir``.
+    ``produces`` may repeat a kind that exists already: then the stage refines it.
+    """
+
+    Config: ClassVar[type[StageConfig]]
+    consumes: ClassVar[frozenset[Kind]] = frozenset()
+    produces: ClassVar[frozenset[Kind]] = frozenset()
+
+    def __init__(self, name: str, config: Any) -> None:
+        self.name = name
+        self.config = config
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Return problems that can be seen from the model's layout alone (rules that match nothing …)."""
+        return []
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Predict memory, disk and output of this stage."""
+        return Estimate()
+
+    @abstractmethod
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Do the work. Must continue from whatever ``ctx.stage_dir`` already holds."""
+
+    @abstractmethod
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Put this finished stage's outputs back into ``state`` without redoing the work."""

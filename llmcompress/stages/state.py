@@ -1,0 +1,83 @@
+"""What stages share: the mutable RunState with typed slots and the frozen RunContext."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.events import Emit, Event
+
+if TYPE_CHECKING:
+    from llmcompress.data.calibration import CalibrationSet
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.quant.store import PackedStore
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One measured figure.
+
+    Attributes:
+        task: ``heldout``, ``piqa`` …
+        metric: ``perplexity``, ``acc``, ``kl`` …
+        dense: Value of the dense twin, None where it has no meaning (KL).
+        compressed: Value of the compressed model.
+        stderr: Standard error of ``compressed``, if known.
+        n: Number of items (tokens or requests).
+        higher_is_better: Direction, None for neutral.
+    """
+
+    task: str
+    metric: str
+    dense: float | None
+    compressed: float | None
+    stderr: float | None = None
+    n: int = 0
+    higher_is_better: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """``task.metric``, the name quality gates use."""
+        return f"{self.task}.{self.metric}"
+
+
+@dataclass
+class RunState:
+    """Slots filled by stages. One slot per :class:`~llmcompress.stages.base.Kind`."""
+
+    model: ModelHandle | None = None
+    calibration: CalibrationSet | None = None
+    packed: PackedStore | None = None
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
+    artifacts: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """Everything a stage may know about the run it is in.
+
+    Attributes:
+        run_dir: Folder of the whole run.
+        stage: Name of the running stage.
+        stage_dir: ``run_dir/stages/<name>``, exists.
+        seed: Seed of this stage, derived from the run's seed and the stage's name.
+        device: ``cpu`` or ``cuda``.
+        dtype: Compute dtype name for calibration and evaluation (``float32`` or ``bfloat16``).
+        recipe: The resolved recipe as plain data.
+        emit_event: Where events go.
+    """
+
+    run_dir: Path
+    stage: str
+    stage_dir: Path
+    seed: int
+    device: str
+    dtype: str
+    recipe: dict[str, Any]
+    emit_event: Emit
+
+    def emit(self, kind: Any, **data: Any) -> None:
+        """Send an event of this stage."""
+        self.emit_event(Event(kind, self.stage, data))
