@@ -131,6 +131,11 @@ class ExpertBank:
             return (self.num_experts, self.hidden, self.intermediate)
         raise KeyError(name)
 
+    def stored_shape(self, name: str) -> tuple[int, int, int]:
+        """Shape of ``gate_up`` or ``down`` in the family's own orientation, ``[E, K, N]`` when transposed."""
+        experts, rows, columns = self.shape(name)
+        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
+
 
 @dataclass(frozen=True, slots=True)
 class Sublayer:
@@ -155,7 +160,14 @@ class Sublayer:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder layer."""
+    """One decoder layer.
+
+    Attributes:
+        index: Position in the model, from 0.
+        name: Run-time name of the module.
+        sublayers: In the order in which they run.
+        kept: Every tensor that is never quantized: norms, routers, biases, gates of shared experts.
+    """
 
     index: int
     name: str
@@ -172,6 +184,16 @@ class Block:
     def bank(self) -> ExpertBank | None:
         """The block's expert bank, if it has one."""
         return next((s.experts for s in self.sublayers if s.experts is not None), None)
+
+    def tensors(self) -> Iterator[TensorView]:
+        """Every tensor of the block in the family's own orientation, by run-time name."""
+        yield from self.kept
+        for linear in self.linears():
+            yield TensorView(f"{linear.name}.weight", (linear.out_features, linear.in_features))
+        bank = self.bank
+        if bank is not None:
+            yield TensorView(bank.gate_up, bank.stored_shape(bank.gate_up))
+            yield TensorView(bank.down, bank.stored_shape(bank.down))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +226,8 @@ class ModelLayout:
         tied: Whether the head shares the embedding (then it is not listed in ``outside``).
         hidden, vocab: Sizes used by estimates.
         disk: Names in the hub checkpoint.
+        ignored: Patterns of tensors that a hub checkpoint may hold and the model does not use
+            (DeepSeek-V3's next-token prediction layer).
     """
 
     model_type: str
@@ -213,6 +237,13 @@ class ModelLayout:
     hidden: int
     vocab: int
     disk: DiskNames = DiskNames()
+    ignored: tuple[str, ...] = ()
+
+    def tensors(self) -> Iterator[TensorView]:
+        """Every tensor of the model: those outside the blocks, then block by block."""
+        yield from self.outside
+        for block in self.blocks:
+            yield from block.tensors()
 
     def quantizable(self) -> Iterator[tuple[str, Role, tuple[int, ...], int]]:
         """Yield ``(plan name, role, canonical shape, block index)`` of every quantizable weight."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.quant.packed import PackedWeight
-from llmcompress.quant.spec import QuantSpec
+from llmcompress.quant.spec import QuantPlan, QuantSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +110,25 @@ class PackedStore:
         record_file = self.path(index).with_suffix(".json")
         record = json.loads(record_file.read_text()) if record_file.exists() else {}
         return BlockPatch({**below.packed, **packed}, {**below.replaced, **replaced}, {**below.record, **record})
+
+    def plan(self) -> QuantPlan:
+        """Spec of every quantized weight, here and in the bases, from the files' headers alone.
+
+        Raises:
+            InputError: A file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        found = {} if self.base is None else self.base.plan()
+        for index in sorted(self.finished()):
+            try:
+                with safe_open(self.path(index), framework="pt") as handle:
+                    header = json.loads((handle.metadata() or {}).get("packed", "{}"))
+            except (SafetensorError, OSError, ValueError) as error:
+                message = f"{self.path(index)}: cannot read this block: {error}"
+                raise InputError(message, "delete it and resume the run") from error
+            found.update({name: QuantSpec.from_dict(entry["spec"]) for name, entry in header.items()})
+        return found
 
     def _read_own(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
         from safetensors import SafetensorError, safe_open

@@ -1,1 +1,73 @@
-"""Stage types: one file each, config class and wiring, no mathematics."""
+"""Stage types: one file each, config class and wiring, no mathematics.
+
+The table below is the whole list of built-in stages; other packages add theirs through the entry point
+group ``llmcompress.stages`` (name → a :class:`~llmcompress.stages.base.Stage` subclass). Stage modules are
+imported when a recipe is first validated, not with this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import entry_points
+from typing import get_args
+
+from llmcompress.errors import EnvironmentProblem
+from llmcompress.stages.base import Stage
+
+ENTRY_POINT_GROUP = "llmcompress.stages"
+
+BUILT_IN: dict[str, str] = {
+    "load": "llmcompress.stages.load:Load",
+    "calibrate": "llmcompress.stages.calibrate:Calibrate",
+    "rtn": "llmcompress.stages.rtn:Rtn",
+    "gptq": "llmcompress.stages.gptq:Gptq",
+    "qesc": "llmcompress.stages.qesc:Qesc",
+    "router_calibration": "llmcompress.stages.router_calibration:RouterCalibration",
+    "pesf": "llmcompress.stages.pesf:Pesf",
+    "evaluate": "llmcompress.stages.evaluate:Evaluate",
+    "export": "llmcompress.stages.export:Export",
+}
+
+
+@cache
+def stage_types() -> dict[str, type[Stage]]:
+    """Stage type → class: built-in stages in pipeline order, then those of other packages by name.
+
+    Raises:
+        EnvironmentProblem: Another package's stage cannot be loaded, or takes a name that exists.
+    """
+    found = {}
+    for name, target in BUILT_IN.items():
+        module, _, attribute = target.partition(":")
+        found[name] = getattr(importlib.import_module(module), attribute)
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        origin = f"stage {entry.name!r} of package {entry.dist.name if entry.dist else entry.value}"
+        if entry.name in found:
+            raise EnvironmentProblem(f"{origin}: a stage of that name exists already", "uninstall one of the packages")
+        try:
+            stage = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise EnvironmentProblem(
+                f"{origin} cannot be loaded: {error}", "reinstall or remove the package"
+            ) from error
+        found[entry.name] = check_stage(entry.name, stage, origin)
+    return found
+
+
+def check_stage(name: str, stage: object, origin: str) -> type[Stage]:
+    """Return ``stage`` if it is a stage class whose config is selected by ``type: name``.
+
+    Raises:
+        EnvironmentProblem: It is not.
+    """
+    if not (isinstance(stage, type) and issubclass(stage, Stage)):
+        raise EnvironmentProblem(
+            f"{origin} is not a Stage class", "ask its author to derive from llmcompress.stages.base.Stage"
+        )
+    field = stage.Config.model_fields["type"]
+    if name not in get_args(field.annotation):
+        raise EnvironmentProblem(
+            f"{origin}: its Config must declare type: Literal[{name!r}]", "ask its author to correct the annotation"
+        )
+    return stage

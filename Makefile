@@ -1,0 +1,66 @@
+# llmcompress: every target is a line a user could type. `make` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check repro-eac-moe clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once) ..."
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -c constraints.txt -e ".[export]"
+	@touch $@
+
+$(VENV)/.dev: $(STAMP)
+	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton
+	@touch $@
+
+setup: $(STAMP) ## Create .venv and install everything a user needs
+	@$(BIN)/llmcompress doctor
+
+demo: $(STAMP) ## Compress the shipped MoE model, print the table, write the report
+	@$(BIN)/llmcompress run quickstart run.dir=runs/demo --force
+
+test: $(VENV)/.dev ## Run the whole test suite
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev ## Run the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.dev ## Format, lint, types, layers, spelling; changes nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python scripts/lint_layers.py
+	@$(BIN)/codespell llmcompress kernels recipes scripts tests docs *.md
+
+fix: $(VENV)/.dev ## Format and fix what ruff can fix
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+schema: $(STAMP) ## Rewrite recipes/recipe.schema.json
+	@$(BIN)/llmcompress schema > recipes/recipe.schema.json
+
+bench: $(STAMP) ## Time the demo's compressed model against its dense twin
+	@$(BIN)/llmcompress bench model runs/demo/artifact
+
+acceptance: $(VENV)/.dev ## Run every acceptance script and write benchmarks/acceptance.json
+	@$(BIN)/python scripts/acceptance/run_all.py
+
+report-check: $(VENV)/.dev ## Open the demo's report in headless Chromium, phone and wide, light and dark
+	@$(BIN)/python scripts/check_report.py runs/demo
+
+repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path, 1 x 80 GB GPU, about 2 h
+	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/Mixtral-8x7B-v0.1"; exit 2; }
+	$(BIN)/llmcompress run eac_moe_mixtral model.path=$(REPRO_MODEL)
+
+clean: ## Remove runs and caches (not .venv)
+	@rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,215 @@
+"""How far the experts chosen by a compressed model moved from those of the full-precision one.
+
+EAC-MoE (arXiv 2508.01625) section 6.2 counts three change rates per layer; ``overlap``, the rank
+and loss shares of its Figure 4 and the divergence of the routing weights complete them. Every
+function takes one layer's tokens flattened to ``T``; :class:`ShiftTally` adds up over batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def kept_slots(reference: Tensor, chosen: Tensor) -> Tensor:
+    """Number of a token's reference experts that were chosen again.
+
+    Args:
+        reference: int64 ``[T, k]``, distinct experts per row, any order.
+        chosen: int64 ``[T, k]``.
+
+    Returns:
+        int64 ``[T]``, between 0 and k.
+    """
+    return (reference.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum(-1)
+
+
+def change_rates(reference: Tensor, chosen: Tensor) -> dict[str, float]:
+    """The paper's three change rates and the mean overlap.
+
+    With ``d`` changed experts of a token: ``cr_any`` is the share of tokens with d ≥ 1, ``cr_half``
+    with d ≥ k/2, ``cr_all`` with d = k; ``overlap`` is the mean of 1 − d/k.
+
+    Args:
+        reference: int64 ``[T, k]`` experts of the full-precision model.
+        chosen: int64 ``[T, k]`` experts of the compressed model.
+    """
+    tally = ShiftTally(top_k=reference.shape[-1])
+    tally.add(reference, chosen)
+    return tally.rates()
+
+
+def shifted(reference: Tensor, chosen: Tensor) -> Tensor:
+    """Bool ``[T, k]``: which reference experts were not chosen again."""
+    return ~(reference.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1)
+
+
+def rank_counts(scores: Tensor, reference: Tensor, chosen: Tensor) -> Tensor:
+    """Histogram of the ranks at which lost experts sit in the compressed model's scores.
+
+    Args:
+        scores: ``[T, N]`` scores by which the compressed model selects, higher is better.
+        reference: int64 ``[T, k]`` experts of the full-precision model.
+        chosen: int64 ``[T, k]`` experts of the compressed model.
+
+    Returns:
+        int64 ``[N]``; entry r counts lost experts with rank r (0 is best).
+    """
+    lost = shifted(reference, chosen)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    return torch.bincount(rank.gather(-1, reference)[lost], minlength=scores.shape[-1])
+
+
+def rank_cover(scores: Tensor, reference: Tensor, chosen: Tensor, k: int) -> float:
+    """Share of lost experts that still rank among the compressed model's best ``k`` (Figure 4, blue).
+
+    1.0 when nothing was lost. Arguments as in :func:`rank_counts`.
+    """
+    counts = rank_counts(scores, reference, chosen)
+    total = int(counts.sum())
+    return float(counts[:k].sum()) / total if total else 1.0
+
+
+def loss_share(logits: Tensor, logits_hat: Tensor, k: int) -> float:
+    """Share of the all-expert squared logit error that falls on the full-precision top ``k`` (Figure 4, orange).
+
+    Args:
+        logits: float ``[T, N]`` of the full-precision model.
+        logits_hat: float ``[T, N]`` of the compressed model.
+        k: Experts per token that count.
+
+    Returns:
+        A share; 0.0 when the logits are equal.
+    """
+    error = (logits.double() - logits_hat.double()).square()
+    total = float(error.sum())
+    top = logits.topk(k, dim=-1).indices
+    return float(error.gather(-1, top).sum()) / total if total else 0.0
+
+
+def kl_topk(logits: Tensor, logits_hat: Tensor, k: int) -> Tensor:
+    """Divergence of the routing distributions restricted to the full-precision top ``k``.
+
+    Both logits are gathered at the full-precision top k and normalised there, so that the figure
+    compares the weights that matter.
+
+    Args:
+        logits: float ``[T, N]`` of the full-precision model.
+        logits_hat: float ``[T, N]`` of the compressed model.
+        k: Experts per token that count.
+
+    Returns:
+        float32 ``[T]``, KL(full precision ‖ compressed) in nats.
+    """
+    top = logits.topk(k, dim=-1).indices
+    p = logits.gather(-1, top).float().log_softmax(-1)
+    q = logits_hat.gather(-1, top).float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def swap_counts(reference: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
+    """Which experts take over from which.
+
+    Args:
+        reference: int64 ``[T, k]`` experts of the full-precision model.
+        chosen: int64 ``[T, k]`` experts of the compressed model.
+        num_experts: N.
+
+    Returns:
+        int64 ``[N, N]``; entry (i, j) counts tokens that lost expert i and gained expert j.
+    """
+    before = torch.zeros(reference.shape[0], num_experts, device=reference.device).scatter_(-1, reference, 1.0)
+    after = torch.zeros_like(before).scatter_(-1, chosen, 1.0)
+    lost, gained = (before - after).clamp_min(0), (after - before).clamp_min(0)
+    return (lost.double().T @ gained.double()).long()
+
+
+def tokens_per_expert(chosen: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was selected; indices outside ``[0, N)`` mark skipped slots and are ignored.
+
+    Args:
+        chosen: int64 ``[T, k]``.
+        num_experts: N.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    flat = chosen.reshape(-1)
+    return torch.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts)
+
+
+@dataclass
+class ShiftTally:
+    """Streaming sums of one layer's shift metrics.
+
+    Attributes:
+        top_k: Experts per token.
+        cover: The K for which ``rank_cover`` and ``loss_share`` are reported.
+    """
+
+    top_k: int
+    cover: Sequence[int] = ()
+    tokens: int = 0
+    changed: list[int] = field(default_factory=list)
+    ranks: Tensor | None = None
+    error: dict[int, float] = field(default_factory=dict)
+    error_total: float = 0.0
+    kl_sum: float = 0.0
+    scored: int = 0
+
+    def add(
+        self,
+        reference: Tensor,
+        chosen: Tensor,
+        logits: Tensor | None = None,
+        logits_hat: Tensor | None = None,
+        scores_hat: Tensor | None = None,
+    ) -> None:
+        """Count a batch of tokens.
+
+        Args:
+            reference: int64 ``[T, k]`` full-precision experts.
+            chosen: int64 ``[T, k]`` compressed experts.
+            logits: ``[T, N]`` full-precision logits; with ``logits_hat`` they add the metrics on logits.
+            logits_hat: ``[T, N]`` compressed logits.
+            scores_hat: What the compressed router ranks by, where that is not the logit (sigmoid with a bias).
+        """
+        distance = self.top_k - kept_slots(reference, chosen)
+        counts = torch.bincount(distance, minlength=self.top_k + 1).tolist()
+        self.changed = [a + b for a, b in zip(self.changed or [0] * (self.top_k + 1), counts)]
+        self.tokens += reference.shape[0]
+        if logits is None or logits_hat is None:
+            return
+        counted = rank_counts(logits_hat if scores_hat is None else scores_hat, reference, chosen)
+        self.ranks = counted if self.ranks is None else self.ranks + counted
+        self.kl_sum += float(kl_topk(logits, logits_hat, self.top_k).double().sum())
+        self.scored += reference.shape[0]
+        squared = (logits.double() - logits_hat.double()).square()
+        self.error_total += float(squared.sum())
+        for k in self.cover:
+            top = logits.topk(k, dim=-1).indices
+            self.error[k] = self.error.get(k, 0.0) + float(squared.gather(-1, top).sum())
+
+    def rates(self) -> dict[str, float]:
+        """All figures so far; empty before the first token."""
+        if not self.tokens:
+            return {}
+        k, n = self.top_k, self.tokens
+        values = {
+            "cr_any": 1 - self.changed[0] / n,
+            "cr_half": sum(c for d, c in enumerate(self.changed) if 2 * d >= k) / n,
+            "cr_all": self.changed[k] / n,
+            "overlap": sum(c * (1 - d / k) for d, c in enumerate(self.changed)) / n,
+        }
+        if self.scored and self.ranks is not None:
+            lost = int(self.ranks.sum())
+            values["kl_topk"] = self.kl_sum / self.scored
+            for K in self.cover:
+                values[f"rank_cover_{K}"] = float(self.ranks[:K].sum()) / lost if lost else 1.0
+                values[f"loss_share_{K}"] = self.error.get(K, 0.0) / self.error_total if self.error_total else 0.0
+        return values

@@ -1,0 +1,204 @@
+"""GPTQ column solver, batched over experts (Frantar et al., arXiv 2210.17323, algorithm 1).
+
+Exact: the update rule with the Cholesky factor of the inverse Hessian, lazy block updates, group
+grids. Different from the authors' code: many matrices of one shape are solved at once (an ordinary
+linear is a stack of one), a group's grid is taken from up-to-date weights also inside a block, and
+weights on dead inputs are rounded, never zeroed.
+
+Legend: E experts, N rows (outputs), K columns (inputs), G groups per row, g columns per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.grids import Search, find_grid, grid_of_groups
+from llmcompress.algorithms.hessian import inverse_factor
+from llmcompress.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class GptqOptions:
+    """Solver settings, named as in the recipe.
+
+    Attributes:
+        damp: Relative damping of the Hessian.
+        act_order: Go through the columns in order of falling ``diag(H)``; needs ``static_groups``.
+        static_groups: Fix all grids before the first column.
+        block: Columns between two updates of the trailing weights; no effect on the result beyond rounding.
+        grid: How grids are chosen.
+    """
+
+    damp: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+    block: int = 128
+    grid: Search = "mse"
+
+    def __post_init__(self) -> None:
+        if self.act_order and not self.static_groups:
+            raise ValueError("act_order needs static_groups")
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What the solver found.
+
+    Attributes:
+        codes: ``[E, N, K]`` uint8.
+        scale: ``[E, N, G]`` fp16.
+        zero: ``[E, N, G]`` uint8, or None on a symmetric grid.
+        error: ``[E]`` fp32, ``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)``.
+        damp: Damping that worked per expert, 0 where the weights were simply rounded.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    error: Tensor
+    damp: list[float]
+
+
+def solve(
+    w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None = None
+) -> Solution:
+    """Quantize a stack of weights so that the layer outputs change least.
+
+    Args:
+        w: ``[E, N, K]`` fp32 weights, unchanged.
+        hessian: ``[E, K, K]`` fp32.
+        spec: Bits, group size, symmetry.
+        options: Solver settings.
+        usable: Experts whose Hessian carries information; the others are rounded to nearest.
+
+    Returns:
+        Codes and grids with the error they make.
+    """
+    factor, damp = inverse_factor(hessian, options.damp, usable)
+    order = None
+    work = w
+    if options.act_order:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        permuted = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+        factor, damp = inverse_factor(permuted, options.damp, usable)
+        work = w.gather(2, order[:, None, :].expand_as(w))
+    columns = _Columns(work, factor, spec, options, order, w)
+    codes, quantized = columns.run()
+    if order is not None:
+        back = order.argsort(dim=-1)[:, None, :].expand_as(w)
+        codes, quantized = codes.gather(2, back), quantized.gather(2, back)
+    scale, zero = columns.grids()
+    error = relative_error(w, quantized, hessian)
+    return Solution(codes.contiguous(), scale, zero, error, damp)
+
+
+def relative_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
+    """``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)`` per expert; 0 where the denominator is 0.
+
+    Args:
+        w: ``[E, N, K]``.
+        quantized: ``[E, N, K]``.
+        hessian: ``[E, K, K]``.
+
+    Returns:
+        ``[E]`` fp32.
+    """
+    difference = w - quantized
+    above = (torch.bmm(difference, hessian) * difference).sum((-1, -2))
+    below = (torch.bmm(w, hessian) * w).sum((-1, -2))
+    return torch.where(below > 0, above / below.clamp(min=torch.finfo(torch.float32).tiny), torch.zeros_like(above))
+
+
+def block_bounds(columns: int, group: int, block: int) -> list[tuple[int, int]]:
+    """Column ranges between lazy updates; a group larger than a block starts at a range's start.
+
+    Grids are taken when a group is reached, so everything inside the group must be up to date then:
+    a range either holds whole groups or lies within one.
+    """
+    if group <= block:
+        step = block // group * group
+        return [(start, min(start + step, columns)) for start in range(0, columns, step)]
+    found = []
+    for begin in range(0, columns, group):
+        end = min(begin + group, columns)
+        found += [(start, min(start + block, end)) for start in range(begin, end, block)]
+    return found
+
+
+class _Columns:
+    """The column loop. Weights are held as ``[E, K, N]`` so that a column is contiguous."""
+
+    def __init__(
+        self, work: Tensor, factor: Tensor, spec: QuantSpec, options: GptqOptions, order: Tensor | None, original: Tensor
+    ) -> None:
+        experts, rows, columns = work.shape
+        self.spec, self.options, self.factor = spec, options, factor
+        self.group = spec.group(columns)
+        self.weights = work.transpose(1, 2).to(torch.float32).clone(memory_format=torch.contiguous_format)
+        self.codes = torch.empty((experts, columns, rows), dtype=torch.uint8, device=work.device)
+        self.quantized = torch.empty_like(self.weights)
+        groups = spec.groups(columns)
+        self.scale = torch.empty((groups, experts, rows), dtype=torch.float32, device=work.device)
+        self.zero = torch.full_like(self.scale, float(spec.midpoint))
+        self.inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
+        self.group_of = None if order is None else (order // self.group).T.contiguous()
+        if options.static_groups:
+            scale, zero = find_grid(original, spec, options.grid)
+            self.scale.copy_(scale.permute(2, 0, 1))
+            if zero is not None:
+                self.zero.copy_(zero.permute(2, 0, 1))
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Quantize all columns; return codes and values ``[E, N, K]``."""
+        columns = self.weights.shape[1]
+        for start, stop in block_bounds(columns, self.group, self.options.block):
+            errors = self._block(start, stop)
+            if stop < columns:
+                # W[:, stop:] -= err · U[block, stop:], on transposed weights
+                self.weights[:, stop:].baddbmm_(
+                    self.factor[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1
+                )  # fmt: skip
+        return self.codes.transpose(1, 2), self.quantized.transpose(1, 2)
+
+    def grids(self) -> tuple[Tensor, Tensor | None]:
+        """Scale fp16 and zero uint8 (None when symmetric), ``[E, N, G]``."""
+        scale = self.scale.permute(1, 2, 0).to(torch.float16).contiguous()
+        return scale, None if self.spec.symmetric else self.zero.permute(1, 2, 0).to(torch.uint8).contiguous()
+
+    def _block(self, start: int, stop: int) -> Tensor:
+        errors = torch.empty_like(self.weights[:, start:stop])
+        top = float(self.spec.levels - 1)
+        for column in range(start, stop):
+            if column % self.group == 0 and not self.options.static_groups:
+                self._find_group(column)
+            scale, zero = self._column_grid(column)
+            values = self.weights[:, column]
+            codes = torch.div(values, scale).round_().add_(zero).clamp_(0.0, top)
+            self.codes[:, column] = codes
+            quantized = torch.mul(codes.sub_(zero), scale, out=self.quantized[:, column])
+            error = torch.sub(values, quantized, out=errors[:, column - start])
+            error *= self.inverse_diagonal[:, column, None]
+            if column + 1 < stop:
+                row = self.factor[:, column, column + 1 : stop, None]
+                self.weights[:, column + 1 : stop].baddbmm_(row, error.unsqueeze(1), alpha=-1)
+        return errors
+
+    def _find_group(self, column: int) -> None:
+        index = column // self.group
+        values = self.weights[:, column : column + self.group].transpose(1, 2).contiguous()
+        scale, zero = grid_of_groups(values, self.spec, self.options.grid)
+        self.scale[index] = scale
+        if zero is not None:
+            self.zero[index] = zero
+
+    def _column_grid(self, column: int) -> tuple[Tensor, Tensor]:
+        if self.group_of is None:
+            index = column // self.group
+            return self.scale[index], self.zero[index]
+        experts = torch.arange(self.weights.shape[0], device=self.weights.device)
+        chosen = self.group_of[column]
+        return self.scale[chosen, experts], self.zero[chosen, experts]

@@ -1,0 +1,159 @@
+"""Scale and zero point of a group: from its extremes, or by searching for the least error.
+
+Legend: N rows, K columns, G groups per row, g columns per group. Leading dimensions are free.
+
+Scales are rounded to fp16 here, before any code is chosen, so that later steps see exactly what
+is stored. An all-zero group gets scale 1 and codes that decode to exactly zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.quant.spec import QuantSpec
+
+Search = Literal["minmax", "mse"]
+
+HALF_MAX = 65504.0
+HALF_TINY = 2.0**-24
+# fractions of the min-max range tried by the search, coarse first, then refined around the best
+COARSE = tuple(1.0 - 0.05 * i for i in range(14))
+FINE = (-0.025, -0.0125, 0.0125, 0.025)
+
+
+def group_view(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Split ``[..., K]`` into ``[..., G, g]``; a short last group is filled by repeating its last column.
+
+    Returns:
+        The view (or padded copy) and, when padded, a mask ``[G, g]`` that is 0 on the filling.
+    """
+    columns = w.shape[-1]
+    size, groups = spec.group(columns), spec.groups(columns)
+    missing = size * groups - columns
+    if not missing:
+        return w.unflatten(-1, (groups, size)), None
+    filled = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], -1)
+    mask = torch.ones(groups, size, dtype=torch.float32, device=w.device)
+    mask[-1, size - missing :] = 0
+    return filled.unflatten(-1, (groups, size)), mask
+
+
+def find_grid(
+    w: Tensor, spec: QuantSpec, search: Search = "mse", weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Choose scale and zero point of every group.
+
+    Args:
+        w: ``[..., N, K]`` fp32 weights.
+        spec: Bits, group size, symmetry.
+        search: ``minmax`` covers the extremes; ``mse`` tries narrower ranges and keeps the one with the
+            smallest (weighted) squared rounding error.
+        weights: ``[..., K]`` non-negative importance of columns, broadcast over rows, used by ``mse``.
+
+    Returns:
+        ``scale [..., N, G]`` fp16 and ``zero [..., N, G]`` uint8, None on a symmetric grid.
+    """
+    values, mask = group_view(w, spec)
+    importance = None if weights is None else group_view(weights.unsqueeze(-2), spec)[0]
+    if mask is not None:
+        importance = mask if importance is None else importance * mask
+    return grid_of_groups(values, spec, search, importance)
+
+
+def grid_of_groups(
+    values: Tensor, spec: QuantSpec, search: Search, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`find_grid` on weights already split into groups.
+
+    Args:
+        values: ``[..., g]`` fp32, one group per leading index.
+        spec: Bits and symmetry (the group size is that of ``values``).
+        search: As in :func:`find_grid`.
+        importance: Broadcastable to ``values``.
+
+    Returns:
+        ``scale [...]`` fp16 and ``zero [...]`` uint8 or None.
+    """
+    low = values.amin(-1).clamp(max=0)
+    high = values.amax(-1).clamp(min=0)
+    scale, zero = _grid_from_range(low, high, spec)
+    if search == "minmax":
+        return scale.to(torch.float16), None if zero is None else zero.to(torch.uint8)
+    best = _error(values, scale, zero, spec, importance)
+    fraction = torch.ones_like(scale)
+    for shrink in COARSE[1:]:
+        scale, zero, best, fraction = _try(values, low, high, fraction.new_full((), shrink), spec, importance,
+                                           (scale, zero, best, fraction))  # fmt: skip
+    centre = fraction.clone()
+    for offset in FINE:
+        scale, zero, best, fraction = _try(values, low, high, centre + offset, spec, importance,
+                                           (scale, zero, best, fraction))  # fmt: skip
+    return scale.to(torch.float16), None if zero is None else zero.to(torch.uint8)
+
+
+def round_codes(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Nearest code of every weight.
+
+    Args:
+        w: ``[..., N, K]`` fp32.
+        scale: ``[..., N, G]`` fp16.
+        zero: ``[..., N, G]`` uint8, or None on a symmetric grid.
+        spec: Bits and group size.
+
+    Returns:
+        ``[..., N, K]`` uint8.
+    """
+    columns = w.shape[-1]
+    values, _ = group_view(w, spec)
+    offset = float(spec.midpoint) if zero is None else zero.to(torch.float32).unsqueeze(-1)
+    codes = (values / scale.to(torch.float32).unsqueeze(-1)).round_().add_(offset).clamp_(0, spec.levels - 1)
+    return codes.to(torch.uint8).flatten(-2)[..., :columns].contiguous()
+
+
+def _grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale (fp32 with fp16 values) and zero (fp32 integers) that cover ``[low, high]``."""
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) * (2.0 / (spec.levels - 1))
+    else:
+        scale = (high - low) / (spec.levels - 1)
+    empty = (low == 0) & (high == 0)
+    scale = scale.clamp(HALF_TINY, HALF_MAX).to(torch.float16).to(torch.float32)
+    scale = torch.where(empty, torch.ones_like(scale), scale)
+    if spec.symmetric:
+        return scale, None
+    return scale, (-low / scale).round_().clamp_(0, spec.levels - 1)
+
+
+def _error(
+    values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, importance: Tensor | None
+) -> Tensor:
+    """Squared rounding error of each group."""
+    offset = float(spec.midpoint) if zero is None else zero.unsqueeze(-1)
+    step = scale.unsqueeze(-1)
+    low = -offset
+    high = (spec.levels - 1) - offset
+    rounded = (values / step).round_()
+    rounded = rounded.clamp_(low, high) if zero is None else rounded.clamp_(low, high)
+    rounded.mul_(step).sub_(values).square_()
+    if importance is not None:
+        rounded.mul_(importance)
+    return rounded.sum(-1)
+
+
+def _try(
+    values: Tensor, low: Tensor, high: Tensor, fraction: Tensor, spec: QuantSpec, importance: Tensor | None,
+    best: tuple[Tensor, Tensor | None, Tensor, Tensor],
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Keep, per group, the better of ``best`` and the range shrunk to ``fraction``."""
+    scale, zero = _grid_from_range(low * fraction, high * fraction, spec)
+    error = _error(values, scale, zero, spec, importance)
+    old_scale, old_zero, old_error, old_fraction = best
+    better = error < old_error
+    new_zero = None if zero is None or old_zero is None else torch.where(better, zero, old_zero)
+    return (
+        torch.where(better, scale, old_scale), new_zero, torch.where(better, error, old_error),
+        torch.where(better, fraction, old_fraction),
+    )  # fmt: skip

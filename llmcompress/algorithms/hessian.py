@@ -1,0 +1,127 @@
+"""Second moments of layer inputs, and the factor of their inverse that GPTQ works with.
+
+GPTQ (arXiv 2210.17323, section 3): the Hessian of the layer's squared output error is ``H = 2 X Xᵀ``; here it
+is averaged over tokens, ``H = 2/n Σ x xᵀ``, which changes nothing for the solver and keeps fp32 in range.
+
+Legend: E experts (1 for an ordinary linear), K inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# columns of one tile of the upper triangle; small enough to save near half the work, large
+# enough for full GEMM speed
+TILE = 384
+DAMP_STEPS = (1.0, 10.0, 100.0)
+
+
+class Gram:
+    """Running sum of ``x xᵀ`` in fp32, one matrix per expert, upper triangle only until read.
+
+    Args:
+        experts: Number of matrices E.
+        width: K.
+        device: Where to accumulate.
+    """
+
+    def __init__(self, experts: int, width: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros((experts, width, width), dtype=torch.float32, device=device)
+        self.tokens = torch.zeros(experts, dtype=torch.int64)
+
+    def add(self, x: Tensor, expert: int = 0, weight: Tensor | None = None) -> None:
+        """Add tokens of one expert.
+
+        Products are formed in the dtype of ``x`` (bf16 products round each partial sum of a call once),
+        sums in fp32.
+
+        Args:
+            x: ``[T, K]`` inputs.
+            expert: Row of the stack.
+            weight: ``[T]`` non-negative weights of the tokens (affinity weighting), or None for 1.
+        """
+        if x.shape[0] == 0:
+            return
+        self.tokens[expert] += x.shape[0]
+        if weight is not None:
+            x = x * weight.to(torch.float32).sqrt().to(x.dtype).unsqueeze(-1)
+        total = self.total[expert]
+        width = x.shape[1]
+        tiles = -(-width // TILE)
+        step = -(-width // tiles)
+        for start in range(0, width, step):
+            left, right = x[:, start : start + step].T, x[:, start:]
+            if x.dtype == torch.float32:
+                total[start : start + step, start:].addmm_(left, right)
+            else:
+                total[start : start + step, start:] += torch.mm(left, right)
+
+    def hessian(self, experts: slice = slice(None)) -> Tensor:
+        """``2/n Σ x xᵀ`` of the chosen experts, ``[e, K, K]`` fp32, symmetric; zeros where no token was seen."""
+        upper = self.total[experts].triu()
+        upper += upper.triu(1).transpose(-1, -2)
+        count = self.tokens[experts].clamp(min=1).to(device=upper.device, dtype=torch.float32)
+        return upper.mul_((2.0 / count)[:, None, None])
+
+
+def blend_rare(hessian: Tensor, tokens: Tensor, shared: Tensor, min_tokens: int) -> Tensor:
+    """Mix the layer's Hessian into those of experts with few tokens: ``H_e + (1 - n_e/min) H_layer``.
+
+    Args:
+        hessian: ``[E, K, K]`` per-expert Hessians.
+        tokens: ``[E]`` tokens seen by each.
+        shared: ``[K, K]`` Hessian of all tokens of the layer.
+        min_tokens: Number of tokens from which an expert stands on its own.
+
+    Returns:
+        ``[E, K, K]``; rows with enough tokens, and rows without any, are unchanged.
+    """
+    share = (1.0 - tokens.to(torch.float32) / min_tokens).clamp(min=0.0)
+    share = torch.where(tokens > 0, share, torch.zeros_like(share)).to(hessian)
+    return hessian + share[:, None, None] * shared.to(hessian)
+
+
+def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None = None) -> tuple[Tensor, list[float]]:
+    """Upper triangular ``U`` with ``(H + damp·mean(diag)·I)⁻¹ = Uᵀ U``, batched.
+
+    Uses one Cholesky of the flipped matrix and one triangular inverse, instead of Cholesky, inverse and
+    Cholesky again: with ``H = R Rᵀ``, R upper, ``U = R⁻¹``.
+
+    Args:
+        hessian: ``[E, K, K]`` fp32, symmetric.
+        damp: Relative damping; raised tenfold up to twice where the factorization fails.
+        usable: Which matrices carry information; the others get ``U = I`` (plain rounding).
+
+    Returns:
+        ``U [E, K, K]`` and per matrix the damping that worked, 0 where ``U = I``.
+    """
+    experts, width, _ = hessian.shape
+    identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
+    factor = identity.repeat(experts, 1, 1)
+    used = [0.0] * experts
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    pending = [e for e in range(experts) if (usable is None or usable[e]) and float(diagonal[e].sum()) > 0]
+    for raise_by in DAMP_STEPS:
+        if not pending:
+            break
+        index = torch.tensor(pending, device=hessian.device)
+        chosen = hessian[index]
+        mean = chosen.diagonal(dim1=-2, dim2=-1).mean(-1)
+        # a dead input would make its column of the inverse arbitrary: give it the mean energy, which
+        # leaves the column to plain rounding because nothing correlates with it
+        diag = chosen.diagonal(dim1=-2, dim2=-1)
+        diag.copy_(torch.where(diag <= 0, mean[:, None], diag) + damp * raise_by * mean[:, None])
+        lower, info = torch.linalg.cholesky_ex(chosen.flip(-1, -2))
+        good = (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
+        solved = [e for e, ok in zip(pending, good.tolist()) if ok]
+        if solved:
+            upper = lower[good].flip(-1, -2)
+            eye = identity.expand(len(solved), width, width)
+            factor[torch.tensor(solved, device=hessian.device)] = torch.linalg.solve_triangular(upper, eye, upper=True)
+        for e in solved:
+            used[e] = damp * raise_by
+        pending = [e for e in pending if e not in set(solved)]
+    return factor, used

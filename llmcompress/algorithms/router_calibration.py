@@ -1,0 +1,290 @@
+"""QESC: make a router fed with compressed activations choose the full-precision experts.
+
+EAC-MoE (arXiv 2508.01625) section 4.3: per layer, fit a copy ``W`` of the router weight ``W0`` so
+that its logits on the compressed stream ``x̂`` match those of ``W0`` on the full-precision stream
+``x`` over the experts that rank in the full-precision top K (Eq. 5)::
+
+    L = mean over tokens of 1/K · Σ_{i in T} ((W0 x)_i − (W x̂)_i)²
+
+The paper names no optimiser. The loss is separable by expert, so each row of ``W`` has a closed
+form, which is the default here; gradient descent is the alternative. Shapes: ``T`` tokens, ``N``
+experts, ``H`` input features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.expert_shift import ShiftTally, rank_counts
+from llmcompress.algorithms.routing import RouterRule
+
+# K of the paper's Table 10; Mixtral is not in the table and its 8 experts are all used
+PAPER_K = {"phimoe": 8, "deepseek_v2": 20, "qwen2_moe": 20, "mixtral": 8}
+# experts whose Gram matrices are held at once, in bytes
+GRAM_BUDGET = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Settings of :func:`calibrate_router`; the recipe fields of the same names explain them."""
+
+    k: int | None = None
+    solver: str = "ridge"
+    ridge: float = 1e-2
+    off_topk_weight: float = 0.0
+    guard: bool = True
+    lr_rel: float = 0.02
+    epochs: int = 10
+    tokens_per_batch: int = 4096
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """Result of :func:`calibrate_router`.
+
+    Attributes:
+        weight: ``[N, H]`` in the stored dtype; the original where the guard rejected the fit.
+        bias: ``[N]`` or None.
+        kept: Whether the fit was kept.
+        record: JSON data: ``before`` and ``after`` shift rates on the held-out tokens,
+            ``loss_before``, ``loss_after`` on the fitted tokens, ``k``, ``kept``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    kept: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def top_mask(scores: Tensor, k: int) -> Tensor:
+    """Bool ``[T, N]``: the ``k`` best experts of each token."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(k, dim=-1).indices, True)
+
+
+def topk_mse(target: Tensor, logits: Tensor, mask: Tensor) -> float:
+    """TopK-MSE (Eq. 5): mean over tokens and over their top-K experts of the squared logit error.
+
+    Args:
+        target: float ``[T, N]``, full-precision logits.
+        logits: float ``[T, N]``, logits of the router under calibration.
+        mask: bool ``[T, N]``, K true entries per row.
+    """
+    return float((target.double() - logits.double()).square()[mask].mean())
+
+
+def auto_k(scores_hat: Tensor, reference: Tensor, chosen: Tensor, cover: float = 0.97) -> int:
+    """Smallest useful K: a multiple of 4, at least 2k, that covers ``cover`` of the lost experts.
+
+    Args:
+        scores_hat: ``[T, N]`` scores of the uncalibrated router on the compressed stream.
+        reference: int64 ``[T, k]`` full-precision experts.
+        chosen: int64 ``[T, k]`` experts chosen on the compressed stream.
+        cover: Share of lost experts that must rank within K.
+
+    Returns:
+        K; N when N ≤ 8 or when nothing smaller covers enough.
+    """
+    n, k = scores_hat.shape[-1], reference.shape[-1]
+    if n <= 8:
+        return n
+    counts = rank_counts(scores_hat, reference, chosen).double()
+    total = float(counts.sum())
+    for K in range(4 * math.ceil(2 * k / 4), n, 4):
+        if total == 0 or float(counts[:K].sum()) >= cover * total:
+            return K
+    return n
+
+
+def solve_ridge(
+    x_hat: Tensor, target: Tensor, mask: Tensor, weight: Tensor, ridge: float = 1e-2, off_topk_weight: float = 0.0
+) -> Tensor:
+    """Closed-form minimiser of TopK-MSE, row by row.
+
+    With token weights ``m`` (1 in the expert's top-K tokens, ``off_topk_weight`` elsewhere),
+    ``G = Σ m x̂ x̂ᵀ`` and ``λ = ridge · tr(G)/H`` the row is ``w0 + δ`` with
+    ``(G + λ I) δ = Σ m x̂ (target − w0·x̂)``: without a disturbance the right side is zero and
+    the row stays as it is. A row with fewer than H/8 top-K tokens is held by ``ridge = 1``.
+
+    Args:
+        x_hat: float ``[T, H]`` compressed-stream router inputs.
+        target: float ``[T, N]`` full-precision logits.
+        mask: bool ``[T, N]`` top-K membership.
+        weight: ``[N, H]`` original weight W0.
+        ridge: Relative pull towards W0.
+        off_topk_weight: Weight of tokens outside an expert's top-K set.
+
+    Returns:
+        float32 ``[N, H]``.
+    """
+    x_hat, w0 = x_hat.float(), weight.float()
+    n, h = w0.shape
+    residual = target.float() - x_hat @ w0.T
+    counts = mask.sum(0)
+    strength = torch.where(counts < h / 8, max(1.0, ridge), ridge).to(x_hat)
+    shared = off_topk_weight == 1 or bool(mask.all())
+    everything = (x_hat.T @ x_hat, residual.T @ x_hat) if shared or off_topk_weight > 0 else None
+    if shared and everything is not None and not bool((counts < h / 8).any()):
+        return w0 + _solve(everything[0][None], everything[1][None], strength[:1])[0]
+    out = w0.clone()
+    chunk = max(1, GRAM_BUDGET // (4 * h * h))
+    for start in range(0, n, chunk):
+        rows = range(start, min(n, start + chunk))
+        grams = x_hat.new_zeros(len(rows), h, h)
+        right = x_hat.new_zeros(len(rows), h)
+        for slot, expert in enumerate(rows):
+            tokens = mask[:, expert].nonzero().squeeze(-1)
+            x = x_hat[tokens]
+            grams[slot] = x.T @ x
+            right[slot] = residual[tokens, expert] @ x
+        if everything is not None and off_topk_weight > 0:
+            grams.mul_(1 - off_topk_weight).add_(everything[0], alpha=off_topk_weight)
+            right.mul_(1 - off_topk_weight).add_(everything[1][rows.start : rows.stop], alpha=off_topk_weight)
+        live = grams.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        if bool(live.any()):
+            picked = torch.arange(rows.start, rows.stop, device=w0.device)[live]
+            out[picked] += _solve(grams[live], right[live].unsqueeze(1), strength[picked]).squeeze(1)
+    return out
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+    """Solve ``δ (G + ridge·tr(G)/H·I) = right``, in float64 where float32 does not factorise.
+
+    Args:
+        gram: float32 ``[B, H, H]``, symmetric, with a positive trace.
+        right: float32 ``[B, R, H]``.
+        ridge: float32 ``[B]``.
+
+    Returns:
+        float32 ``[B, R, H]``.
+    """
+    h = gram.shape[-1]
+    damp = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / h
+    system = gram + damp[:, None, None] * torch.eye(h, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(system)
+    if bool((info == 0).all()):
+        return torch.cholesky_solve(right.mT, factor).mT
+    return torch.linalg.solve(system.double(), right.double().mT).mT.float()
+
+
+def solve_adam(x_hat: Tensor, target: Tensor, mask: Tensor, weight: Tensor, options: SolverOptions) -> Tensor:
+    """Minimise TopK-MSE by Adam: no weight decay, clipped gradient, learning rate falling along a cosine.
+
+    Args:
+        x_hat: float ``[T, H]`` compressed-stream router inputs.
+        target: float ``[T, N]`` full-precision logits.
+        mask: bool ``[T, N]`` top-K membership.
+        weight: ``[N, H]`` original weight W0.
+        options: ``lr_rel``, ``epochs``, ``tokens_per_batch``, ``off_topk_weight`` and ``seed`` are used.
+
+    Returns:
+        float32 ``[N, H]``.
+    """
+    x_hat, target = x_hat.float(), target.float()
+    trained = weight.float().clone().requires_grad_(True)
+    rate = options.lr_rel * float(weight.float().square().mean().sqrt())
+    optimizer = torch.optim.Adam([trained], lr=rate)
+    tokens, batch = x_hat.shape[0], options.tokens_per_batch
+    steps = options.epochs * -(-tokens // batch)
+    generator = torch.Generator().manual_seed(options.seed)
+    step = 0
+    with torch.enable_grad():
+        for _ in range(options.epochs):
+            for rows in torch.randperm(tokens, generator=generator).split(batch):
+                picked = rows.to(x_hat.device)
+                inside = mask[picked].float()
+                share = inside + options.off_topk_weight * (1 - inside)
+                error = (x_hat[picked] @ trained.T - target[picked]).square()
+                loss = (share * error).sum() / share.sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_([trained], 1.0)
+                optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                optimizer.step()
+                step += 1
+    return trained.detach()
+
+
+def calibrate_router(
+    target: Tensor,
+    x_hat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: RouterRule,
+    options: SolverOptions,
+    held: Tensor | None = None,
+) -> RouterFit:
+    """Fit one router and decide on held-out tokens whether the fit stays.
+
+    Args:
+        target: float ``[T, N]``, logits of the original router on the full-precision stream.
+        x_hat: ``[T, H]``, router inputs of the compressed stream, same tokens.
+        weight: ``[N, H]`` original weight, in the dtype it is stored in.
+        bias: ``[N]`` or None; trained with the weight as the coefficient of a constant input 1.
+        rule: How logits select experts.
+        options: Solver settings.
+        held: bool ``[T]``, tokens kept out of the fit for the guard; None uses every token for both.
+
+    Returns:
+        The fit, already rounded to the stored dtype: what is judged is what is saved.
+
+    Raises:
+        ValueError: K lies outside ``[k, N]``.
+    """
+    held = torch.zeros(x_hat.shape[0], dtype=torch.bool, device=x_hat.device) if held is None else held
+    judged = held if bool(held.any()) else ~held
+    features, original = _augment(x_hat, weight, bias)
+    before_logits = features @ original.T
+    reference = rule.select(target)
+    K = auto_k(rule.scores(before_logits), reference, rule.select(before_logits)) if options.k is None else options.k
+    if not rule.top_k <= K <= weight.shape[0]:
+        raise ValueError(f"K must lie between {rule.top_k} and {weight.shape[0]}, not {K}")
+    mask = top_mask(rule.scores(target), K)
+    fit = ~held
+    if options.solver == "adam":
+        solved = solve_adam(features[fit], target[fit], mask[fit], original, options)
+    else:
+        solved = solve_ridge(features[fit], target[fit], mask[fit], original, options.ridge, options.off_topk_weight)
+    new_weight, new_bias = _split(solved, weight, bias)
+    after_logits = features @ _augment(x_hat[:0], new_weight, new_bias)[1].T
+    before = _rates(rule, target, before_logits, reference, judged, K)
+    after = _rates(rule, target, after_logits, reference, judged, K)
+    kept = not options.guard or after["overlap"] > before["overlap"]
+    record = {
+        "before": before,
+        "after": after if kept else before,
+        "loss_before": topk_mse(target[fit], before_logits[fit], mask[fit]),
+        "loss_after": topk_mse(target[fit], after_logits[fit], mask[fit]),
+        "k": K,
+        "kept": kept,
+    }
+    return RouterFit(new_weight if kept else weight, new_bias if kept else bias, kept, record)
+
+
+def _augment(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Float32 features and weight; a bias becomes the column of a constant feature 1."""
+    if bias is None:
+        return x.float(), weight.float()
+    ones = torch.ones(x.shape[0], 1, device=x.device)
+    return torch.cat((x.float(), ones), -1), torch.cat((weight.float(), bias.float()[:, None]), -1)
+
+
+def _split(solved: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Undo :func:`_augment` and round to the stored dtypes."""
+    if bias is None:
+        return solved.to(weight.dtype), None
+    return solved[:, :-1].to(weight.dtype), solved[:, -1].to(bias.dtype)
+
+
+def _rates(
+    rule: RouterRule, target: Tensor, logits: Tensor, reference: Tensor, tokens: Tensor, K: int
+) -> dict[str, float]:
+    tally = ShiftTally(rule.top_k, cover=(K,))
+    picked = logits[tokens]
+    tally.add(reference[tokens], rule.select(picked), target[tokens], picked, rule.scores(picked))
+    return tally.rates()

@@ -1,0 +1,134 @@
+"""The command line: ``llmcompress COMMAND``. Nothing here or below imports torch before it is needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from llmcompress.cli import bench, doctor, evaluate, export, generate, inspect, plan, recipes, report, run
+from llmcompress.cli import command as commands
+from llmcompress.cli.failures import translate
+from llmcompress.cli.output import Output
+from llmcompress.errors import ExitCode, LLMCompressError
+
+app = typer.Typer(
+    name="llmcompress",
+    help="Compress large language models from YAML recipes.",
+    epilog="Start with: llmcompress run quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for part in (run, plan, recipes, inspect, evaluate, export, generate, bench, report, doctor):
+    part.register(app)
+
+# base class of every usage error, of click or of the copy of click that newer typer brings along
+_ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+# other libraries' bars and notices would mix with ours on stderr; a user's own setting wins
+_QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script; ends the process with a code of :class:`ExitCode`."""
+    sys.exit(int(invoke(arguments)))
+
+
+def invoke(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: Words after the program name; ``sys.argv`` by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for key, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(key, value)
+    # records that no handler takes would reach stderr through logging's last resort
+    logging.getLogger().addHandler(logging.NullHandler())
+    # the command itself replaces this once its options are parsed
+    commands.current = Output("--json" in words, "--quiet" in words, "--debug" in words)
+    try:
+        code = typer.main.get_command(app).main(args=words, prog_name="llmcompress", standalone_mode=False)
+    except LLMCompressError as error:
+        return _expected(error)
+    except _ClickError as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        commands.current.error("stopped", None, ExitCode.INTERRUPTED)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # the reader has gone (`llmcompress schema | head`): nothing left to say, also not at interpreter exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except Exception as error:  # the one place where a bug becomes a message
+        return _foreign(error)
+    return code if isinstance(code, int) else ExitCode.OK
+
+
+def _expected(error: LLMCompressError) -> int:
+    out = commands.current
+    if out.debug:
+        traceback.print_exception(error)
+    _save_traceback(error, out.run_dir, always=False)
+    out.error(error.message, error.hint, error.exit_code)
+    return error.exit_code
+
+
+def _usage(error: Exception) -> int:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if not message and type(error).__name__ == "NoArgsIsHelpError":
+        return ExitCode.USAGE
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "llmcompress"
+    commands.current.error(message, f"{path} --help", ExitCode.USAGE)
+    return ExitCode.USAGE
+
+
+def _foreign(error: Exception) -> int:
+    known = translate(error)
+    if known is not None:
+        known.__cause__ = error
+        return _expected(known)
+    out = commands.current
+    if out.debug:
+        traceback.print_exception(error)
+    saved = _save_traceback(error, out.run_dir, always=True)
+    text = f"unexpected {type(error).__name__}: {error}"
+    hint = f"the traceback is in {saved}; please report it" if saved else "run again with --debug"
+    out.error(text, hint, ExitCode.UNEXPECTED, log=saved)
+    return ExitCode.UNEXPECTED
+
+
+def _save_traceback(error: BaseException, run_dir: Path | None, *, always: bool) -> Path | None:
+    """Append the traceback to the run's log, or with ``always`` to a temporary file; None if neither can be written."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        if run_dir is not None and run_dir.is_dir():
+            path = run_dir / "log.txt"
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write(text)
+            return path
+        if not always:
+            return None
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="llmcompress-", suffix=".log", delete=False, encoding="utf-8"
+        ) as handle:
+            handle.write(text)
+        return Path(handle.name)
+    except OSError:
+        return None

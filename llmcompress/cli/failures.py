@@ -1,0 +1,80 @@
+"""Errors of Python, torch and safetensors that a user can do something about, in our own words."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from llmcompress.errors import EnvironmentProblem, InputError, LLMCompressError, ResourceError
+
+# package that is missing → what brings it
+EXTRAS = {
+    "compressed_tensors": "pip install 'llmcompress[export]'",
+    "gguf": "pip install 'llmcompress[export]'",
+    "llama_cpp": "pip install llama-cpp-python",
+    "tensorboard": "pip install 'llmcompress[track]'",
+    "trackio": "pip install 'llmcompress[track]'",
+    "triton": "pip install 'llmcompress[triton]'",
+}
+LESS_MEMORY = (
+    "look at `llmcompress plan RECIPE`, then lower stages.<calibrate>.samples or .length, "
+    "set run.compute_dtype=bfloat16, or free memory on this machine; finished blocks are kept"
+)
+_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and everything it was raised from or while handling."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def translate(error: BaseException) -> LLMCompressError | None:
+    """Our error for a foreign one, None when it is a bug of ours.
+
+    Args:
+        error: What escaped from a command.
+    """
+    for link in chain(error):
+        found = _memory(link) or _disk(link)
+        if found is not None:
+            return found
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llmcompress"):
+        name = error.name.split(".")[0]
+        return EnvironmentProblem(f"the package {name} is missing", EXTRAS.get(name, f"pip install {name}"))
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) and error.filename:
+        return InputError(f"{error.filename}: {(error.strerror or 'cannot be read').lower()}", "check the path")
+    if isinstance(error, PermissionError) and error.filename:
+        return EnvironmentProblem(f"{error.filename}: permission denied", "check who owns it, or use another folder")
+    if type(error).__name__ == "SafetensorError":
+        return InputError(f"damaged safetensors file: {error}", "fetch or write the file again")
+    return None
+
+
+def _memory(error: BaseException) -> LLMCompressError | None:
+    text = str(error).lower()
+    gpu = type(error).__name__ == "OutOfMemoryError" or "cuda out of memory" in text
+    if gpu:
+        return ResourceError("the GPU ran out of memory", LESS_MEMORY)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in _MEMORY_TEXTS)):
+        return ResourceError("this machine ran out of memory", LESS_MEMORY)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return ResourceError("this machine ran out of memory", LESS_MEMORY)
+    return None
+
+
+def _disk(error: BaseException) -> LLMCompressError | None:
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "no space left on device" in str(error).lower():
+        return ResourceError(
+            f"{where}no space left on the disk",
+            "free some space and resume, set run.dir to another disk, or export fewer formats",
+        )
+    if number == errno.EROFS or "read-only file system" in str(error).lower():
+        return EnvironmentProblem(f"{where}the file system is read-only", "set run.dir to a folder you can write to")
+    return None

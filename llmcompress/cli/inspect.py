@@ -1,0 +1,308 @@
+"""``inspect``: family, blocks, bits per module and bytes of a model folder or artifact, from headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.models.tensor_file import Entry
+
+PACKED_PARTS = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleGroup:
+    """Weights of one role that are stored alike.
+
+    Attributes:
+        role: ``attention``, ``experts`` …; ``other`` for what stays dense.
+        how: ``3-bit, group 128, symmetric`` or the dtype.
+        modules: Number of weights.
+        values: Number of logical values.
+        bytes: Bytes stored, with scales and zero points.
+        blocks: Indices of the blocks they are in.
+    """
+
+    role: str
+    how: str
+    modules: int
+    values: int
+    bytes: int
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a folder holds.
+
+    Attributes:
+        path, kind, family: Folder; ``checkpoint``, ``llmcompress artifact`` or another quantization method; model type.
+        supported: Whether llmcompress can compress it; ``reason`` says why not.
+        blocks, experts, top_k, hidden, vocab: Sizes, None where unknown.
+        context: Longest input in tokens.
+        parameters: Logical values, packed or not.
+        bytes: Bytes of all tensors.
+        bits: Bits per parameter over everything.
+        groups: Weights by role and storage.
+        policies: Run-time policies saved with the model.
+        tokenizer: Whether tokenizer files are there.
+        files: Weight files.
+    """
+
+    path: str
+    kind: str
+    family: str
+    supported: bool
+    reason: str | None
+    blocks: int | None
+    experts: int | None
+    top_k: int | None
+    hidden: int | None
+    vocab: int | None
+    context: int | None
+    parameters: int
+    bytes: int
+    bits: float
+    groups: tuple[ModuleGroup, ...]
+    policies: dict[str, Any] = field(default_factory=dict)
+    tokenizer: bool = False
+    files: tuple[str, ...] = ()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    command(app, "inspect")(inspect)
+
+
+def inspect(
+    out: Output,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder, artifact, run folder or asset:NAME.")],
+) -> None:
+    """Show what a model folder or artifact holds, without reading its weights."""
+    found = look(model_folder(path))
+    out.result(found, lambda screen: _show(found, screen))
+
+
+def model_folder(text: str) -> Path:
+    """Folder of a model: the one named, or the artifact of the run it names.
+
+    Raises:
+        InputError: There is no model.
+    """
+    from llmcompress.models.paths import resolve_path
+
+    path = resolve_path(text, None)
+    if not path.exists():
+        raise InputError(f"{text}: no such folder", "give a folder with config.json and safetensors files")
+    if path.is_dir() and not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
+        path = path / "artifact"
+    if not (path / "config.json").is_file():
+        hint = "finish the run first: llmcompress resume " + text if (path / "run.json").exists() else None
+        raise InputError(f"{text}: no config.json there", hint or "give a folder in the Hugging Face layout")
+    return path
+
+
+def look(path: Path) -> Inspection:
+    """Read config and headers.
+
+    Args:
+        path: Folder with config.json.
+
+    Raises:
+        InputError: A file is damaged, or weights are only there as pickles.
+    """
+    config = read_config(path)
+    headers = weight_headers(path)
+    layout, reason = _layout(config)
+    quantization = config.get("quantization_config") or {}
+    method = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
+    specs = _specs(quantization) if method == "llmcompress" else {}
+    groups = _groups(headers, layout, specs)
+    total, values = sum(g.bytes for g in groups), sum(g.values for g in groups)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    bank = next((b.bank for b in layout.blocks if b.bank is not None), None) if layout else None
+    return Inspection(
+        path=str(path),
+        kind={"": "checkpoint", "llmcompress": "llmcompress artifact"}.get(method, f"{method} checkpoint"),
+        family=str(config.get("model_type", "unknown")),
+        supported=layout is not None and not (method and method != "llmcompress"),
+        reason=reason,
+        blocks=len(layout.blocks) if layout else text.get("num_hidden_layers"),
+        experts=bank.num_experts if bank else None,
+        top_k=bank.top_k if bank else None,
+        hidden=layout.hidden if layout else text.get("hidden_size"),
+        vocab=layout.vocab if layout else text.get("vocab_size"),
+        context=text.get("max_position_embeddings"),
+        parameters=values,
+        bytes=total,
+        bits=round(8 * total / values, 4) if values else 0.0,
+        groups=tuple(groups),
+        policies=quantization.get("policies", {}) if method == "llmcompress" else {},
+        tokenizer=any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")),
+        files=tuple(sorted({file for file, _ in headers.values()})),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path / 'config.json'}: not valid JSON ({error})", "fetch the file again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'config.json'}: not a JSON object", "fetch the file again")
+    return config
+
+
+def weight_headers(path: Path) -> dict[str, tuple[str, Entry]]:
+    """Tensor name → (file name, header entry).
+
+    Raises:
+        InputError: There are no safetensors files, or one is damaged.
+    """
+    from llmcompress.models.tensor_file import TensorFile
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth"))]
+        if pickles:
+            raise InputError(
+                f"{path}: weights are pickles ({pickles[0]}), which can run code and are not read",
+                "convert them to safetensors on a machine you can lose",
+            )
+        raise InputError(f"{path}: no safetensors files", "give the folder that holds the weights")
+    return {name: (file.name, entry) for file in files for name, entry in TensorFile(file).entries.items()}
+
+
+def _layout(config: dict[str, Any]) -> tuple[ModelLayout | None, str | None]:
+    from llmcompress.models.registry import layout_from_config
+
+    try:
+        return layout_from_config(config), None
+    except InputError as error:
+        return None, error.message
+
+
+def _specs(quantization: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Plan name → spec of a native artifact."""
+    specs = quantization.get("specs", [])
+    return {name: specs[index] for name, index in quantization.get("modules", {}).items()}
+
+
+def _groups(
+    headers: dict[str, tuple[str, Entry]], layout: ModelLayout | None, specs: dict[str, dict[str, Any]]
+) -> list[ModuleGroup]:
+    """Gather tensors by role and storage; packed parts count with their weight."""
+    known = {name: (role.value, shape, block) for name, role, shape, block in layout.quantizable()} if layout else {}
+    disk = _disk_roles(layout) if layout else {}
+    gathered: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    blocks: dict[tuple[str, str], set[int]] = defaultdict(set)
+    counted: set[str] = set()
+    for name, (_, entry) in headers.items():
+        stem, _, part = name.rpartition(".")
+        if stem in specs and part in PACKED_PARTS:
+            role, shape, block = known.get(stem, ("other", (), -1))
+            key, values = (role, spec_text(specs[stem])), 0 if stem in counted else math.prod(shape)
+            modules = 0 if stem in counted else 1
+            counted.add(stem)
+        else:
+            role, block = _dense_role(name, known, disk)
+            key, values, modules = (role, entry.code.lower()), math.prod(entry.shape), 1
+        total = gathered[key]
+        total[0] += modules
+        total[1] += values
+        total[2] += entry.nbytes
+        if block >= 0:
+            blocks[key].add(block)
+    order = {"attention": 0, "mlp": 1, "experts": 2, "shared_experts": 3, "ssm": 4, "other": 5}
+    keys = sorted(gathered, key=lambda k: (order.get(k[0], 9), k[1]))
+    return [ModuleGroup(k[0], k[1], *gathered[k], tuple(sorted(blocks[k]))) for k in keys]
+
+
+def _disk_roles(layout: ModelLayout) -> dict[str, tuple[str, int]]:
+    """Disk prefix of every expert bank, ending in a dot → role and block."""
+    found = {}
+    for block in layout.blocks:
+        bank = block.bank
+        if bank is None:
+            continue
+        name = bank.module
+        if layout.disk.experts is not None:
+            name = name.replace(*layout.disk.experts)
+        for module in {name, bank.module}:
+            found[module + "."] = ("experts", block.index)
+    return found
+
+
+def _dense_role(name: str, known: dict[str, Any], disk: dict[str, tuple[str, int]]) -> tuple[str, int]:
+    stem = name.removesuffix(".weight")
+    for key in (name, stem):
+        if key in known:
+            return known[key][0], known[key][2]
+    place = name.find(".experts.")
+    if place >= 0 and name[: place + len(".experts.")] in disk:
+        return disk[name[: place + len(".experts.")]]
+    return "other", -1
+
+
+def spec_text(spec: dict[str, Any]) -> str:
+    """``3-bit, group 128, asymmetric``."""
+    group = "per row" if spec.get("group_size") == -1 else f"group {spec.get('group_size')}"
+    codec = "" if spec.get("codec", "int_group") == "int_group" else f", {spec['codec']}"
+    return f"{spec.get('bits')}-bit, {group}, {'symmetric' if spec.get('symmetric') else 'asymmetric'}{codec}"
+
+
+def _show(found: Inspection, screen: Console) -> None:
+    screen.print(f"[bold]{found.path}[/]", highlight=False)
+    facts = [f"{found.kind}, family {found.family}"]
+    if found.blocks:
+        facts.append(f"{found.blocks} blocks, hidden {found.hidden}, vocabulary {found.vocab}")
+    if found.experts:
+        facts.append(f"{found.experts} experts per block, {found.top_k} chosen per token")
+    facts.append(f"{found.parameters / 1e6:.2f} M parameters in {bytes_text(found.bytes)}, {found.bits:.2f} bits each")
+    if not found.supported:
+        facts.append(f"cannot be compressed: {found.reason or 'it is quantized already'}")
+    if found.policies:
+        facts.append(f"policies: {', '.join(found.policies)}")
+    if not found.tokenizer:
+        facts.append("no tokenizer files")
+    for fact in facts:
+        screen.print(f"  {fact}", markup=False, highlight=False)
+    rows = [
+        (g.role, g.how, g.modules, _span(g.blocks), f"{g.values / 1e6:.2f} M", bytes_text(g.bytes),
+         f"{8 * g.bytes / g.values:.2f}" if g.values else None)
+        for g in found.groups
+    ]  # fmt: skip
+    headers = ("role", "stored as", "weights", "blocks", "values", "bytes", "bits each")
+    screen.print(table(headers, rows, right="weights|values|bytes|bits each"))
+
+
+def _span(blocks: tuple[int, ...]) -> str | None:
+    """``0–3, 7``."""
+    if not blocks:
+        return None
+    parts: list[list[int]] = []
+    for index in blocks:
+        if parts and index == parts[-1][1] + 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)

@@ -1,0 +1,149 @@
+"""The only place that prints: results to stdout (for people or as JSON), everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmcompress.errors import ExitCode
+    from llmcompress.pipeline.sinks import Sink
+
+# rich assumes 80 columns when it cannot ask a terminal; logs and pipes need no such limit
+PIPE_WIDTH = 160
+
+
+class Output:
+    """How one command talks.
+
+    Args:
+        json_mode: Print results as one JSON object.
+        quiet: Print results and errors only.
+        debug: Show tracebacks.
+    """
+
+    def __init__(self, json_mode: bool = False, quiet: bool = False, debug: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+        self.debug = debug
+        self.run_dir: Path | None = None
+
+    def result(self, data: Any, show: Callable[[Console], None] | str) -> None:
+        """Print a command's result.
+
+        Args:
+            data: What ``--json`` prints; dataclasses and paths are fine.
+            show: Prints it for people, or the text itself.
+        """
+        if self.json_mode:
+            self.write(json.dumps(plain(data), indent=1, ensure_ascii=False))
+        elif isinstance(show, str):
+            self.write(show)
+        else:
+            show(console(sys.stdout))
+
+    def write(self, text: str) -> None:
+        """Print text to stdout as it is, without wrapping or markup."""
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Say something in passing, on stderr."""
+        if not self.quiet:
+            _stderr(text)
+
+    def warning(self, text: str) -> None:
+        """Warn, on stderr, also with ``--quiet``."""
+        console(sys.stderr).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def error(self, message: str, hint: str | None, code: ExitCode, **extra: Any) -> None:
+        """Print an error with its next step; with ``--json`` also as an object on stdout."""
+        screen = console(sys.stderr)
+        screen.print("error:", style="bold red", end=" ", highlight=False)
+        screen.print(message, markup=False, highlight=False, soft_wrap=True)
+        if hint:
+            screen.print("next:", style="bold", end=" ", highlight=False)
+            screen.print(hint, markup=False, highlight=False, soft_wrap=True)
+        if self.json_mode:
+            data = {"message": message, "next": hint, "kind": code.name.lower(), "exit_code": int(code), **extra}
+            self.write(json.dumps({"error": plain(data)}, indent=1, ensure_ascii=False))
+
+    def sinks(self) -> list[Sink]:
+        """Displays for a run: live on a terminal, lines otherwise, warnings only with ``--quiet``."""
+        from llmcompress.pipeline.sinks import PlainSink, QuietSink, RichSink
+
+        if self.quiet:
+            return [QuietSink(sys.stderr)]
+        if interactive(sys.stderr):
+            return [RichSink(console(sys.stderr))]
+        return [PlainSink(sys.stderr)]
+
+
+def interactive(stream: Any) -> bool:
+    """Whether a person is watching ``stream``: a terminal that can move its cursor, and not a CI job."""
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+
+
+def console(stream: Any) -> Console:
+    """A rich console on ``stream``; rich itself honours ``NO_COLOR`` and leaves pipes uncoloured."""
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH)
+
+
+def _stderr(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def plain(data: Any) -> Any:
+    """Turn dataclasses, paths, tuples, sets and non-finite numbers into what JSON can hold."""
+    if is_dataclass(data) and not isinstance(data, type):
+        return plain(asdict(data))
+    if isinstance(data, dict):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple | set | frozenset):
+        return [plain(value) for value in data]
+    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(data, str | int | float | bool) or data is None:
+        return data
+    return str(data)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, right: str = "") -> Any:
+    """A rich table without heavy borders.
+
+    Args:
+        columns: Headers.
+        rows: Cells; None is shown as a dash.
+        title: Title above.
+        right: Names of right-aligned columns, separated by ``|``.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(*(), title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in columns:
+        made.add_column(name, justify="right" if name in right.split("|") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
+    return made
+
+
+def bytes_text(count: float | None) -> str:
+    """``812 B``, ``3.4 kB``, ``12.0 MB``, ``1.37 GB`` (powers of 1000)."""
+    if count is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,144 @@
+"""``recipes ls | show | cp`` and ``schema``: the recipes that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.completion import complete_recipe
+from llmcompress.cli.output import Output, table
+from llmcompress.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name as `recipes ls` shows it.", autocompletion=complete_recipe)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(help="List, show and copy the recipes that ship with llmcompress.", no_args_is_help=True)
+    command(group, "ls")(list_recipes)
+    command(group, "show")(show_recipe)
+    command(group, "cp")(copy_recipe)
+    app.add_typer(group, name="recipes")
+    command(app, "schema")(print_schema)
+
+
+def folder() -> Path:
+    """Folder of the shipped recipes."""
+    return Path(str(resources.files("llmcompress").joinpath("_recipes")))
+
+
+def catalogue(everything: bool = False) -> dict[str, Path]:
+    """Name → file of the shipped recipes.
+
+    Args:
+        everything: Also the fragments that other recipes extend.
+    """
+    root = folder()
+    found = {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+    hidden = ("assets/",) if everything else ("assets/", "base/")
+    return {name: path for name, path in found.items() if not name.startswith(hidden)}
+
+
+def find(name: str) -> Path:
+    """File of a shipped recipe.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    known = catalogue(everything=True)
+    key = name.removesuffix(".yaml")
+    if key in known:
+        return known[key]
+    import difflib
+
+    near = difflib.get_close_matches(key, known, n=1)
+    raise UsageError(
+        f"no recipe is called {name!r}" + (f" (did you mean {near[0]}?)" if near else ""), "llmcompress recipes ls"
+    )
+
+
+def heading(path: Path) -> list[str]:
+    """The comment lines at the top of a recipe: what it does, how to run it, what it needs."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("#").strip()
+        if text and not text.startswith("yaml-language-server"):
+            lines.append(text)
+    return lines
+
+
+def list_recipes(
+    out: Output,
+    everything: Annotated[bool, typer.Option("--all", help="Also the fragments in base/ that others extend.")] = False,
+) -> None:
+    """List the shipped recipes."""
+    rows = [
+        {"name": name, "summary": " ".join(heading(path)[:1]), "path": str(path)}
+        for name, path in catalogue(everything).items()
+    ]
+
+    def show(screen: Console) -> None:
+        screen.print(table(("recipe", "what it does"), ((row["name"], row["summary"]) for row in rows)))
+
+    out.result({"recipes": rows}, show)
+
+
+def show_recipe(out: Output, name: NameArgument) -> None:
+    """Print a shipped recipe."""
+    path = find(name)
+    text = path.read_text(encoding="utf-8")
+    out.result({"name": name, "path": str(path), "text": text}, text)
+
+
+def copy_recipe(
+    out: Output,
+    name: NameArgument,
+    target: Annotated[Path, typer.Argument(metavar="[TARGET]", help="File or folder to write.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    source = find(name)
+    path = target / source.name if target.is_dir() else target
+    if path.exists() and not force:
+        raise UsageError(f"{path}: exists already", "give another name, or --force")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder", f"mkdir -p {path.parent}")
+    text = source.read_text(encoding="utf-8")
+    path.write_text(_absolute_extends(text, source), encoding="utf-8")
+    out.result({"name": name, "path": str(path)}, f"{path}")
+    out.note(f"next: llmcompress validate {path}")
+
+
+def _absolute_extends(text: str, source: Path) -> str:
+    """Name what a recipe extends by its shipped name, which also holds outside the recipes folder."""
+    lines = []
+    for line in text.splitlines(keepends=True):
+        key, colon, value = line.partition(":")
+        named = value.split("#")[0].strip().strip("\"'")
+        if key.strip() == "extends" and colon and named and not named.startswith(("[", "/")):
+            found = (source.parent / named).resolve()
+            root = folder().resolve()
+            if found.is_relative_to(root) and found.exists():
+                line = f"{key}: {found.relative_to(root).with_suffix('').as_posix()}\n"
+        lines.append(line)
+    return "".join(lines)
+
+
+def print_schema(out: Output) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from llmcompress.recipe.schema import schema
+
+    found: dict[str, Any] = schema()
+    out.write(json.dumps(found, indent=2, ensure_ascii=False))

@@ -1,0 +1,206 @@
+"""``run`` and ``resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.completion import complete_override, complete_recipe
+from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.errors import GateFailed, InputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmcompress.pipeline.runner import Job, Outcome, RunOptions
+    from llmcompress.pipeline.sinks import Sink
+    from llmcompress.stages.state import Metric
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.", autocompletion=complete_recipe),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]…",
+        help="Overrides: stages.quantize.bits=3, +key=value adds, key~ removes.",
+        autocompletion=complete_override,
+    ),
+]
+UntilOption = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+OnlyOption = Annotated[
+    str | None, typer.Option("--only", metavar="STAGE", help="Run this stage alone; those before it must be finished.")
+]
+RedoOption = Annotated[
+    str | None, typer.Option("--redo", metavar="STAGE", help="Do this stage and all after it again.")
+]
+TrackOption = Annotated[
+    list[str] | None, typer.Option("--track", metavar="NAME", help="Also log to tensorboard or trackio.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    command(app, "run")(run)
+    command(app, "resume")(resume)
+
+
+def run(
+    out: Output,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    redo: RedoOption = None,
+    track: TrackOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Delete what an earlier run left in the folder.")] = False,
+) -> None:
+    """Run a recipe; continue where an interrupted run of it stopped."""
+    from llmcompress.pipeline.runner import RunOptions
+
+    job = load_job(recipe, overrides or [])
+    execute(out, job, RunOptions(until, only, redo, force, _trackers(track, job)))
+
+
+def resume(
+    out: Output,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of an interrupted run.")],
+    overrides: OverridesArgument = None,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    redo: RedoOption = None,
+    track: TrackOption = None,
+) -> None:
+    """Continue a run from its folder."""
+    from llmcompress.pipeline.runner import RunOptions
+
+    lock = run_dir / "recipe.lock.json"
+    if not lock.is_file():
+        raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
+    job = load_job(str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml")
+    execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)))
+
+
+def quoted(text: str) -> str:
+    """An override value that stays text whatever it looks like."""
+    import json
+
+    return json.dumps(text, ensure_ascii=False)
+
+
+def load_job(reference: str, overrides: list[str], source: Path | None = None) -> Job:
+    """Validate a recipe and build its stages.
+
+    Args:
+        reference: File, or name of a shipped recipe.
+        overrides: ``key=value`` words.
+        source: The file to keep as ``recipe.yaml``, if it is not the recipe itself.
+
+    Raises:
+        RecipeError: The recipe is not valid.
+    """
+    from llmcompress.pipeline.runner import Job
+    from llmcompress.recipe.load import load_recipe
+    from llmcompress.recipe.lock import make_lock
+
+    loaded = load_recipe(reference, overrides)
+    text = source.read_text(encoding="utf-8") if source is not None and source.is_file() else loaded.source
+    resolved = loaded.recipe.model_dump(mode="json")
+    return Job(resolved, loaded.recipe.build_stages(), text, make_lock(loaded))
+
+
+def execute(out: Output, job: Job, options: RunOptions) -> None:
+    """Run a job, print its outcome, and raise for gates that failed.
+
+    Raises:
+        GateFailed: After everything else is done.
+    """
+    from llmcompress.pipeline.runner import Runner
+
+    runner = Runner(job, options, out.sinks())
+    out.run_dir = runner.dir.root
+    outcome = runner.execute()
+    out.result(summary(outcome), lambda screen: show_outcome(outcome, screen))
+    if outcome.gate_failures:
+        lines = "\n".join(outcome.gate_failures)
+        raise GateFailed(lines, f"look at {outcome.report or outcome.run_dir}")
+
+
+def _trackers(names: list[str] | None, job: Job) -> object:
+    from llmcompress.pipeline.sinks import TRACKERS, tracker
+
+    wrong = [name for name in names or [] if name not in TRACKERS]
+    if wrong:
+        raise UsageError(f"--track {wrong[0]}: unknown", f"choose one of {', '.join(TRACKERS)}")
+    recipe = job.recipe
+
+    def build(run_dir: Path) -> list[Sink]:
+        return [tracker(name, run_dir, str(recipe.get("name", "run")), recipe) for name in names or []]
+
+    return build
+
+
+def summary(outcome: Outcome) -> dict[str, object]:
+    """What ``--json`` prints of a run."""
+    stages = [
+        {"name": s.name, "type": s.type, "status": s.status, "seconds": s.seconds,
+         "peak_rss_bytes": s.peak_rss_bytes, "peak_vram_bytes": s.peak_vram_bytes}
+        for s in outcome.stages
+    ]  # fmt: skip
+    return {
+        "run_dir": outcome.run_dir,
+        "status": outcome.status,
+        "stages": stages,
+        "metrics": [{"name": m.name, **_metric(m)} for m in outcome.metrics],
+        "artifacts": outcome.artifacts,
+        "report": outcome.report,
+        "gates": {"passed": not outcome.gate_failures, "failures": outcome.gate_failures},
+    }
+
+
+def _metric(metric: Metric) -> dict[str, object]:
+    change = None
+    if metric.dense is not None and metric.compressed is not None:
+        change = metric.compressed - metric.dense
+    return {
+        "dense": metric.dense, "compressed": metric.compressed, "difference": change, "stderr": metric.stderr,
+        "n": metric.n, "higher_is_better": metric.higher_is_better,
+    }  # fmt: skip
+
+
+def figure(value: float | None) -> str | None:
+    """A number with five significant digits."""
+    return None if value is None else f"{value:.5g}"
+
+
+def metrics_table(metrics: list[Metric]) -> object:
+    """Dense, compressed and difference of each metric."""
+    rows = []
+    for metric in metrics:
+        values = _metric(metric)
+        change = values["difference"]
+        shown = None if change is None else f"{change:+.4g}"
+        rows.append((metric.name, figure(metric.dense), figure(metric.compressed), shown))
+    columns = ("metric", "dense", "compressed", "difference")
+    return table(columns, rows, right="dense|compressed|difference")
+
+
+def show_outcome(outcome: Outcome, screen: Console) -> None:
+    """Print a run's result for people."""
+    if outcome.status == "nothing to do":
+        screen.print(f"{outcome.run_dir}: this run is already finished; nothing was done", highlight=False)
+    if outcome.metrics:
+        screen.print(metrics_table(list(outcome.metrics)))
+    for name, path in outcome.artifacts.items():
+        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        screen.print(f"{name}: {path} ({bytes_text(size)})", highlight=False, soft_wrap=True)
+    if outcome.status == "stopped":
+        screen.print(f"stopped as asked; next: llmcompress resume {outcome.run_dir}", highlight=False, soft_wrap=True)
+    if outcome.report is not None:
+        screen.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
+    if outcome.status == "nothing to do":
+        screen.print("next: add --force to run it anew", highlight=False)

@@ -1,0 +1,389 @@
+"""Text sources: where calibration and evaluation text comes from, and what exactly was read.
+
+The config classes are plain pydantic models without torch, because recipes hold them. Reading returns
+:class:`Documents`: rows of text plus a provenance record with the hash of every file, so that a report can say what
+a model was calibrated on and a run can be repeated on the same bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.errors import EnvironmentProblem, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["none", "auto"]
+"""``auto`` renders rows with ``messages`` or ``prompt``/``response`` through the tokenizer's chat template."""
+
+_REFUSED_COMPRESSION = {
+    ".zst": "zstandard",
+    ".zstd": "zstandard",
+    ".bz2": "bzip2",
+    ".zip": "zip",
+    ".7z": "7-zip",
+    ".lz4": "lz4",
+}
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    licence: str | None = None
+    """Licence of the text; goes into the report and the model card as given."""
+
+
+class _RowSource(_Source):
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Rows to leave out at the start."""
+
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """At most this many rows after ``skip``; all when absent."""
+
+
+class TextSource(_RowSource):
+    """Plain UTF-8 text files."""
+
+    kind: Literal["text"]
+
+    path: str
+    """A file, or a pattern with ``*``; ``asset:NAME`` is a file shipped with llmcompress. ``.gz`` and ``.xz`` are read
+    as they are."""
+
+    split_on: str | None = None
+    """String that separates documents inside a file; by default a file is one document."""
+
+
+class JsonlSource(_RowSource):
+    """JSON lines, one object a row; ``.gz`` and ``.xz`` are read as they are."""
+
+    kind: Literal["jsonl"]
+
+    path: str
+    """A file, or a pattern with ``*``; ``asset:NAME`` is a file shipped with llmcompress."""
+
+    field: str = "text"
+    """Field that holds the text. A dotted name reaches into nested objects."""
+
+
+class ParquetSource(_RowSource):
+    """Parquet files."""
+
+    kind: Literal["parquet"]
+
+    path: str
+    """A file, or a pattern with ``*``."""
+
+    field: str = "text"
+    """Column that holds the text."""
+
+
+class HubSource(_RowSource):
+    """A data set of the Hugging Face hub, read through ``datasets``."""
+
+    kind: Literal["hub"]
+
+    id: str
+    """Data set id, such as ``Salesforce/wikitext``."""
+
+    config: str | None = None
+    """Configuration name, such as ``wikitext-2-raw-v1``."""
+
+    split: str = "train"
+    """Split, such as ``test``."""
+
+    field: str = "text"
+    """Column that holds the text."""
+
+    revision: str | None = None
+    """Git revision; give one to make the run repeatable."""
+
+    streaming: bool = False
+    """Read rows as they arrive instead of downloading the whole split; needs ``rows``."""
+
+
+class InlineSource(_Source):
+    """Text written into the recipe."""
+
+    kind: Literal["inline"]
+
+    texts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """The documents."""
+
+
+class SyntheticSource(_Source):
+    """Seeded random tokens. For measuring speed only: a model calibrated on noise is not a useful model."""
+
+    kind: Literal["synthetic"]
+
+    seed: int = 0
+    """Seed of the tokens, added to the stage's seed."""
+
+
+SourceConfig = Annotated[
+    TextSource | JsonlSource | ParquetSource | HubSource | InlineSource | SyntheticSource, Field(discriminator="kind")
+]
+"""Any source, told apart by ``kind``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Text that was read, one string a document.
+
+    Attributes:
+        texts: The documents; empty for the synthetic source.
+        provenance: JSON-serialisable: kind, what was named, file hashes, rows, licence.
+    """
+
+    texts: tuple[str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def read(
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    template: Template = "none",
+) -> Documents:
+    """Read all documents of a source.
+
+    Args:
+        source: What to read.
+        tokenizer: Needed only when ``template`` is ``auto`` and rows are chats.
+        template: Whether chat rows go through the tokenizer's chat template.
+
+    Returns:
+        Documents with at least one non-blank text, except for the synthetic source, which has none.
+
+    Raises:
+        InputError: A file is missing, damaged, in an unsupported form or holds no text; a hub data set cannot be had.
+    """
+    if isinstance(source, SyntheticSource):
+        return Documents((), {"kind": "synthetic", "seed": source.seed})
+    provenance: dict[str, Any] = {"kind": source.kind}
+    if isinstance(source, InlineSource):
+        texts = list(source.texts)
+        provenance["sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    else:
+        texts = _read_rows(source, provenance, tokenizer, template)
+    if source.licence:
+        provenance["licence"] = source.licence
+    provenance |= {"rows": len(texts), "template": template}
+    if not any(text.strip() for text in texts):
+        raise InputError(
+            f"{describe(source)}: no text found in {len(texts)} rows",
+            "check path, field, skip and rows of the source",
+        )
+    return Documents(tuple(texts), provenance)
+
+
+def describe(source: SourceConfig) -> str:
+    """Name a source in messages: ``jsonl data/train.jsonl`` or ``hub Salesforce/wikitext``."""
+    if isinstance(source, HubSource):
+        return f"hub {source.id}"
+    if isinstance(source, InlineSource | SyntheticSource):
+        return f"{source.kind} source"
+    return f"{source.kind} {source.path}"
+
+
+def _read_rows(
+    source: TextSource | JsonlSource | ParquetSource | HubSource,
+    provenance: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: Template,
+) -> list[str]:
+    """Rows of a file or hub source as text, with ``skip`` and ``rows`` applied; fills ``provenance``."""
+    rows: Iterator[tuple[str, str | dict[str, Any]]] | Iterator[tuple[str, dict[str, Any]]]
+    if isinstance(source, HubSource):
+        rows = _hub_rows(source)
+        provenance |= {"id": source.id, "config": source.config, "split": source.split, "revision": source.revision}
+        fields: str = source.field
+    else:
+        files = _files(source.path)
+        provenance |= {"path": source.path, "files": [_file_record(file) for file in files]}
+        fields = "" if isinstance(source, TextSource) else source.field
+        rows = _file_rows(source, files)
+    stop = None if source.rows is None else source.skip + source.rows
+    texts = []
+    for number, (where, row) in enumerate(rows):
+        if stop is not None and number >= stop:
+            break
+        if number >= source.skip:
+            texts.append(row if isinstance(row, str) else _row_text(row, fields, where, tokenizer, template))
+    return texts
+
+
+def _file_rows(
+    source: TextSource | JsonlSource | ParquetSource, files: Iterable[Path]
+) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    for file in files:
+        if isinstance(source, TextSource):
+            whole = _decode(file)
+            parts = whole.split(source.split_on) if source.split_on else [whole]
+            yield from ((file.name, part) for part in parts if part.strip())
+        elif isinstance(source, JsonlSource):
+            yield from _json_rows(file)
+        else:
+            yield from _parquet_rows(file, source.field)
+
+
+def _files(pattern: str) -> list[Path]:
+    """Files that ``pattern`` names, sorted.
+
+    Raises:
+        InputError: There are none, or one is compressed in a way that is not read.
+    """
+    from llmcompress.models.paths import resolve_path
+
+    path = resolve_path(pattern, None)
+    if glob.has_magic(str(path)) and not path.exists():
+        found = sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
+    else:
+        found = [path] if path.is_file() else []
+    if not found:
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise InputError(f"{pattern}: {what}", "name a file, or a pattern such as data/*.jsonl")
+    for file in found:
+        if file.suffix.lower() in _REFUSED_COMPRESSION:
+            raise InputError(
+                f"{file}: {_REFUSED_COMPRESSION[file.suffix.lower()]} compression is not read",
+                "decompress it, or compress it with gzip or xz",
+            )
+    return found
+
+
+def _file_record(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _open_text(file: Path) -> io.TextIOBase:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    opener = openers.get(file.suffix.lower(), open)
+    handle: io.TextIOBase = opener(file, "rt", encoding="utf-8", newline="")
+    return handle
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    what = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "cannot be read to its end"
+    return InputError(f"{file}: {what}: {error}", "check that the file is complete and not of another format")
+
+
+def _decode(file: Path) -> str:
+    try:
+        with _open_text(file) as handle:
+            return handle.read()
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise _damaged(file, error) from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with _open_text(file) as handle:
+            for number, line in enumerate(handle, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(
+                        f"{file}:{number}: not valid JSON: {error}", "repair or remove that line"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise InputError(
+                        f"{file}:{number}: expected an object, found {type(row).__name__}",
+                        "write one JSON object on each line",
+                    )
+                yield f"{file}:{number}", row
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise _damaged(file, error) from error
+
+
+def _parquet_rows(file: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            wanted = [name for name in names if name in {column.partition(".")[0], *_CHAT_FIELDS}]
+            number = 0
+            for batch in table.iter_batches(columns=wanted or names):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"{file}: cannot be read as Parquet: {error}", "check that the download is complete"
+        ) from error
+
+
+def _hub_rows(source: HubSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    if source.streaming and source.rows is None:
+        raise InputError(f"hub {source.id}: streaming needs rows", "add rows: to the source")
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentProblem("the datasets package is missing", "pip install datasets") from error
+    try:
+        data = datasets.load_dataset(
+            source.id, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+        for number, row in enumerate(data):
+            yield f"hub {source.id}: row {number}", row
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # connection failures of every layer below derive from OSError; an unknown name or split is a ValueError
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        raise InputError(
+            f"hub {source.id} ({source.split}): cannot be loaded: {first}",
+            "without a network use kind: jsonl, parquet or text with a path to a local copy",
+        ) from error
+
+
+_CHAT_FIELDS = ("messages", "prompt", "response")
+
+
+def _row_text(
+    row: dict[str, Any], name: str, where: str, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> str:
+    """Text of one row: through the chat template where asked for and possible, otherwise the field ``name``."""
+    messages = _messages(row) if template == "auto" else None
+    if messages is not None:
+        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"{where}: a chat row, but the tokenizer has no chat template", "set template: none and name a field"
+            )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        chat = " (it looks like a chat: set template: auto)" if _messages(row) is not None else ""
+        raise InputError(
+            f"{where}: field {name!r} is {'missing' if value is None else 'not text'}{chat}",
+            f"set field: to one of {', '.join(sorted(row)) or 'the fields of a row'}",
+        )
+    return value
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]] | None:
+    """The row as chat messages, or None when it is not a chat."""
+    if isinstance(row.get("messages"), list):
+        return list(row["messages"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    return None

@@ -1,0 +1,11 @@
+"""How many windows go through a model at once; without torch, because estimates need it too."""
+
+from __future__ import annotations
+
+LOGIT_BYTES = 1 << 28
+"""Bytes of fp32 logits that an automatic batch may produce at once."""
+
+
+def automatic_batch(length: int, vocabulary: int) -> int:
+    """Windows per forward pass such that fp32 logits stay near 256 MB, at most 32."""
+    return max(1, min(32, LOGIT_BYTES // (length * vocabulary * 4)))

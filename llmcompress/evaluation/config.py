@@ -1,0 +1,108 @@
+"""What to evaluate: the recipe sections of the evaluate stage's parts, also used by ``eval`` and ``compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmcompress.data.sources import SourceConfig, Template
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PerplexityConfig(_Section):
+    """Perplexity of one text."""
+
+    source: SourceConfig
+    """The text; it must not overlap the calibration text."""
+
+    length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens in a window."""
+
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Tokens between window starts; by default ``length``, the usual non-overlapping protocol. With a smaller stride
+    only the tokens that are new in a window count."""
+
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Use only the first tokens of the text."""
+
+    separator: str = "\n\n"
+    """Put between rows; the WikiText-2 protocol uses two newlines."""
+
+    tail: Literal["drop", "keep"] = "drop"
+    """Whether the last, shorter window counts. The usual non-overlapping protocol drops it."""
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> PerplexityConfig:
+        if self.stride is not None and self.stride > self.length:
+            raise ValueError(f"stride {self.stride} exceeds length {self.length}: tokens would be left out")
+        if self.source.kind == "synthetic":
+            raise ValueError("perplexity of random tokens says nothing; give real text")
+        return self
+
+
+class FidelityConfig(_Section):
+    """How closely the compressed model follows the dense one, token by token."""
+
+    source: SourceConfig
+    """The text; it must not overlap the calibration text."""
+
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window."""
+
+    samples: Annotated[int, Field(ge=1)] = 16
+    """Number of windows."""
+
+    template: Template = "none"
+    """``auto`` renders chat rows through the tokenizer's chat template."""
+
+    allow_fewer: bool = False
+    """Go on with the windows there are when the text is too short for ``samples``."""
+
+    seed: int = 0
+    """Chooses the windows. Not tied to the run's seed, so that runs with different seeds see the same text."""
+
+
+class TaskConfig(_Section):
+    """One lm-evaluation-harness task with its own settings."""
+
+    task: str
+    """Name: one of the local tasks (``llmcompress/data/tasks``) or any task lm-eval knows."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first rows; overrides the stage's ``limit``."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in the prompt; by default what the task says."""
+
+    subjects: tuple[str, ...] | None = None
+    """Subjects, for ``mmlu`` from a local folder; all when absent."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Any field of an lm-eval task configuration, set as given."""
+
+
+class GenerationConfig(_Section):
+    """Samples written by both models side by side."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Prompts."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Length of the continuation."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy; otherwise sampled, with the same seed for both models."""
+
+    seed: int = 0
+    """Seed of sampling."""
+
+    chat: bool = False
+    """Put prompts through the chat template as a user's message."""
+
+
+Overlap = Literal["refuse", "warn", "ignore"]
+"""What to do when evaluation text was also calibration text."""

@@ -1,0 +1,403 @@
+"""lm-evaluation-harness, embedded: task scores of a model object, from local files or the hub.
+
+Local task files come from ``llmcompress/data/tasks``: the harness's own task definitions with their data source
+replaced. The harness's full task index, which takes many seconds to build, is loaded only when a recipe names a task
+that is not among them. Standard errors are computed here from the per-row scores, which also gives the standard error
+of the difference between two models on the same rows; the harness's bootstrap would start processes and print.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import yaml
+
+from llmcompress.errors import EnvironmentProblem, InputError, RecipeError
+from llmcompress.evaluation.config import TaskConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS = Path(__file__).resolve().parent.parent / "data" / "tasks"
+_SUFFIXES = (".jsonl.gz", ".jsonl.xz", ".jsonl")
+_SEED = 1234
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One figure of one task for one model.
+
+    Attributes:
+        task, metric: Names; a metric under a filter is ``exact_match.strict-match``.
+        value: The figure.
+        stderr: Standard error, None where there is no closed form.
+        n: Rows.
+        higher_is_better: Direction.
+        rows: Per-row values when the figure is their mean, for paired comparison; empty otherwise.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool | None
+    rows: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """A task ready to be built.
+
+    Attributes:
+        name: What the recipe calls it.
+        configs: lm-eval task configurations or names, more than one for subjects.
+        limit: Use only the first rows of each.
+        local: Whether all data lies on this machine.
+        num_fewshot: Examples in the prompt, None for the task's own choice.
+        overrides: Fields to set on tasks that come by name.
+    """
+
+    name: str
+    configs: tuple[dict[str, Any] | str, ...]
+    limit: int | None
+    local: bool
+    num_fewshot: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """Tasks that can run from a local folder: name to base file, splits and few-shot split."""
+    data: dict[str, dict[str, Any]] = yaml.safe_load((TASKS / "catalogue.yaml").read_text(encoding="utf-8"))
+    return data
+
+
+def specify(
+    tasks: Sequence[str | TaskConfig], tasks_dir: Path | None = None, limit: int | None = None
+) -> list[TaskSpec]:
+    """Turn recipe entries into task specifications, checking that local data exists.
+
+    Args:
+        tasks: Names, or names with settings.
+        tasks_dir: Folder with ``<task>/<split>.jsonl.gz``; tasks outside the catalogue always use the hub.
+        limit: Default row limit.
+
+    Raises:
+        InputError: A local data file is missing.
+        RecipeError: ``subjects`` is given for a task without subjects.
+    """
+    known = catalogue()
+    found = []
+    for entry in tasks:
+        config = TaskConfig(task=entry) if isinstance(entry, str) else entry
+        rows = config.limit if config.limit is not None else limit
+        if config.task == "eval_smoke":
+            configs: list[dict[str, Any] | str] = [_smoke()]
+            local = True
+        elif config.task in known and (tasks_dir is not None or config.subjects):
+            configs = list(_catalogued(config, known[config.task], tasks_dir))
+            local = tasks_dir is not None
+        elif config.task in known:
+            entry_data = known[config.task]
+            # the whole of mmlu is a group that only the harness's index knows
+            configs = [config.task] if "subject" in entry_data else [_load(_base_folder() / entry_data["base"])]
+            local = False
+        else:
+            if config.subjects:
+                raise RecipeError(f"tasks: {config.task} has no subjects", "remove subjects")
+            configs, local = [config.task], False
+        for item in configs:
+            if isinstance(item, dict):
+                item.pop("tag", None)
+                item.update(config.overrides)
+                if config.num_fewshot is not None:
+                    item["num_fewshot"] = config.num_fewshot
+        found.append(TaskSpec(config.task, tuple(configs), rows, local, config.num_fewshot, config.overrides))
+    return found
+
+
+def _base_folder() -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise EnvironmentProblem("the lm-eval package is missing", "pip install lm-eval")
+    return Path(next(iter(spec.submodule_search_locations))) / "tasks"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"this lm-eval cannot be embedded: {error}", "pip install -U 'lm-eval>=0.4.10'"
+        ) from error
+    if not path.exists():
+        raise EnvironmentProblem(f"lm-eval lacks {path.name}", "pip install -U lm-eval")
+    return dict(load_yaml(path))
+
+
+def _smoke() -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((TASKS / "eval_smoke.yaml").read_text(encoding="utf-8"))
+    return config | {"dataset_kwargs": {"data_files": {"test": str(TASKS / "eval_smoke.jsonl")}}}
+
+
+def _catalogued(config: TaskConfig, entry: dict[str, Any], tasks_dir: Path | None) -> Iterator[dict[str, Any]]:
+    """Configurations of a catalogue task: one, or one per subject; data from ``tasks_dir`` when given."""
+    source = _local_source(config.task, entry, tasks_dir) if tasks_dir is not None else {}
+    if "subject" not in entry:
+        if config.subjects:
+            raise RecipeError(f"tasks: {config.task} has no subjects", "remove subjects")
+        yield _load(_base_folder() / entry["base"]) | source
+        return
+    pattern = entry["subject"]
+    prefix, suffix = pattern.split("{subject}")
+    known = sorted(p.as_posix()[len(prefix) : -len(suffix)] for p in _subject_files(prefix, suffix))
+    for subject in config.subjects or known:
+        if subject not in known:
+            raise RecipeError(f"tasks: {config.task} has no subject {subject!r}", f"one of {', '.join(known)}")
+        base = _load(_base_folder() / pattern.format(subject=subject)) | source
+        if source:
+            base["process_docs"] = functools.partial(_only_subject, subject=subject)
+        yield base
+
+
+def _subject_files(prefix: str, suffix: str) -> Iterator[Path]:
+    root = _base_folder()
+    return (path.relative_to(root) for path in root.glob(f"{prefix}*{suffix}"))
+
+
+def _only_subject(documents: Any, subject: str) -> Any:
+    """Rows of a ``datasets.Dataset`` that belong to one subject."""
+    return documents.select([i for i, name in enumerate(documents["subject"]) if name == subject])
+
+
+def _local_source(task: str, entry: dict[str, Any], tasks_dir: Path) -> dict[str, Any]:
+    """Fields of a task configuration that replace its data source by local files."""
+    files = {}
+    for split, stem in entry["files"].items():
+        candidates = [tasks_dir / f"{stem}{suffix}" for suffix in _SUFFIXES]
+        file = next((c for c in candidates if c.is_file()), None)
+        if file is None:
+            raise InputError(
+                f"task {task}: no {candidates[0]} (nor {' or '.join(_SUFFIXES[1:])})",
+                "correct tasks_dir, or remove it to take the data from the hub",
+            )
+        files[split] = str(file.resolve())
+    splits = {f"{kind}_split": (kind if kind in files else None) for kind in ("validation", "test")}
+    # a training split that is not there must not be asked for; few-shot examples come from where the catalogue says
+    splits["training_split"] = entry["fewshot"] if entry.get("fewshot") == "train" else None
+    source: dict[str, Any] = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    if entry.get("fewshot"):
+        source["fewshot_split"] = entry["fewshot"]
+    return source | splits
+
+
+def build(spec: TaskSpec) -> dict[str, Any]:
+    """Build the lm-eval task objects of a specification; loads their data.
+
+    Returns:
+        What ``lm_eval.evaluator.evaluate`` takes: ``tasks``, ``groups``, ``group_map``.
+
+    Raises:
+        InputError: The data cannot be loaded, or lm-eval does not know the task.
+    """
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    by_name = any(isinstance(config, str) for config in spec.configs)
+    with _quiet():
+        manager = TaskManager(include_defaults=by_name)
+        try:
+            # deep copies: lm-eval keeps and changes what it is given
+            loaded: dict[str, Any] = dict(manager.load([copy.deepcopy(config) for config in spec.configs]))
+        except KeyError as error:
+            raise InputError(
+                f"task {spec.name}: lm-eval does not know it", "list its tasks with: lm-eval ls tasks"
+            ) from error
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            first = str(error).splitlines()[0] if str(error) else repr(error)
+            raise InputError(
+                f"task {spec.name}: its data cannot be loaded: {first}",
+                "without a network set tasks_dir to a folder with <task>/<split>.jsonl.gz",
+            ) from error
+    for task in loaded["tasks"].values():
+        for key, value in spec.overrides.items() if by_name else ():
+            task.set_config(key=key, value=value)
+        if spec.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=spec.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    return loaded
+
+
+@contextmanager
+def offline(active: bool) -> Iterator[None]:
+    """Keep ``datasets`` and ``huggingface_hub`` off the network while the block runs, if ``active``."""
+    if not active:
+        yield
+        return
+    import datasets
+    import huggingface_hub.constants
+
+    # the environment variables are read when those packages are imported, which has happened by now
+    with (
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_DATASETS_OFFLINE", True, create=True),
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+    ):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars of lm-eval and datasets: progress is this project's own business."""
+    import datasets
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    import lm_eval.models.utils
+    from tqdm import tqdm
+
+    silent = functools.partial(tqdm, disable=True)
+    was_on = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    with ExitStack() as stack:
+        for module in (lm_eval.api.task, lm_eval.models.huggingface, lm_eval.models.utils):
+            if hasattr(module, "tqdm"):
+                stack.enter_context(mock.patch.object(module, "tqdm", silent))
+        try:
+            yield
+        finally:
+            if was_on:
+                datasets.enable_progress_bars()
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: TaskSpec,
+    *,
+    batch: int | None = None,
+    max_length: int | None = None,
+) -> list[Score]:
+    """Score a model on one task.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        spec: What :func:`specify` gave.
+        batch: Requests per forward pass, 8 when None.
+        max_length: Context limit; the model's own when None.
+
+    Returns:
+        All figures of the task, in the task's order. A task of several subjects also gets pooled figures under its
+        own name, first.
+    """
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate as run
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = build(spec)
+    with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        random.seed(_SEED)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        adapter = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch or 8,
+            device=str(model.device),
+            max_length=max_length or _context(model),
+        )
+        results = run(lm=adapter, task_dict=loaded, limit=spec.limit, bootstrap_iters=0, log_samples=True)
+    if results is None:
+        raise InputError(f"task {spec.name}: lm-eval returned nothing", "run on a single process")
+    return normalise(spec.name, loaded["tasks"], results)
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """Context of the model where its config says, within what is sensible for tasks."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(int(limit), 4096) if limit else None
+
+
+def normalise(name: str, tasks: Mapping[str, Any], results: Mapping[str, Any]) -> list[Score]:
+    """Turn lm-eval's result dictionary into scores.
+
+    Args:
+        name: What the recipe calls the task.
+        tasks: lm-eval task objects by name.
+        results: What ``evaluate`` returned, with samples.
+
+    Returns:
+        Scores; pooled over subtasks first when there are several.
+    """
+    scores: list[Score] = []
+    for task_name, task in tasks.items():
+        # a single task goes by the recipe's name
+        label = name if len(tasks) == 1 else task_name
+        directions = task.higher_is_better()
+        samples = results.get("samples", {}).get(task_name, [])
+        for key, value in results["results"][task_name].items():
+            metric, separator, filter_name = key.partition(",")
+            if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            rows = [s[metric] for s in samples if s.get("filter", "none") == filter_name and metric in s]
+            full = metric if filter_name == "none" else f"{metric}.{filter_name}"
+            scores.append(_score(label, full, float(value), rows, len(samples), _direction(metric, directions)))
+    return _pooled(name, scores) + scores if len(tasks) > 1 else scores
+
+
+def _score(task: str, metric: str, value: float, rows: list[Any], fallback: int, higher: bool | None) -> Score:
+    numbers = [float(row) for row in rows if isinstance(row, int | float)]
+    n = len(rows) or fallback
+    if len(numbers) == len(rows) and numbers and math.isclose(math.fsum(numbers) / len(numbers), value, rel_tol=1e-9):
+        return Score(task, metric, value, _stderr(numbers), n, higher, tuple(numbers))
+    if metric == "perplexity" and len(numbers) == len(rows) > 1:
+        # rows are log-likelihoods; delta method for exp(−mean)
+        spread = _stderr(numbers)
+        return Score(task, metric, value, None if spread is None else value * spread, n, higher)
+    return Score(task, metric, value, None, n, higher)
+
+
+def _direction(metric: str, directions: Mapping[str, Any]) -> bool | None:
+    if metric in directions:
+        return bool(directions[metric])
+    return False if metric.endswith(_LOWER_IS_BETTER) else None
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def _pooled(name: str, scores: Sequence[Score]) -> list[Score]:
+    """Mean over all rows of all subtasks, for every metric that is a mean."""
+    pooled = []
+    for metric in dict.fromkeys(score.metric for score in scores):
+        parts = [score for score in scores if score.metric == metric]
+        if all(part.rows for part in parts):
+            rows = [row for part in parts for row in part.rows]
+            mean = math.fsum(rows) / len(rows)
+            pooled.append(Score(name, metric, mean, _stderr(rows), len(rows), parts[0].higher_is_better, tuple(rows)))
+    return pooled
+
+
+def paired_stderr(dense: Sequence[float], compressed: Sequence[float]) -> float | None:
+    """Standard error of the mean difference of two models on the same rows; None when the rows do not pair up."""
+    if len(dense) != len(compressed) or len(dense) < 2:
+        return None
+    return _stderr([c - d for d, c in zip(dense, compressed)])

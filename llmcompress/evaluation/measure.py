@@ -1,0 +1,416 @@
+"""What is measured on one model, and what on a pair; every finished part is kept so that a killed run continues.
+
+Nothing here knows about stages or run folders: :mod:`llmcompress.stages.evaluate` and the ``eval`` command both use it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from llmcompress.data.calibration import CalibrationSet, build, overlap
+from llmcompress.data.sources import describe, read
+from llmcompress.errors import InputError
+from llmcompress.evaluation import harness
+from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
+from llmcompress.evaluation.fidelity import fidelity
+from llmcompress.evaluation.generation import generate
+from llmcompress.evaluation.harness import Score, TaskSpec
+from llmcompress.evaluation.perplexity import Text, perplexity, tokenize
+from llmcompress.quant.store import write_durably
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Side = Literal["dense", "compressed", "without_policies"]
+Tell = Callable[[str], None]
+REFUSED_OVERLAP = 0.01
+"""Share of shared tokens from which held-out text no longer counts as held out."""
+
+
+class Settings(Protocol):
+    """The fields of an evaluate section that measuring reads."""
+
+    @property
+    def perplexity(self) -> Mapping[str, PerplexityConfig]:
+        """Texts by name."""
+
+    @property
+    def fidelity(self) -> FidelityConfig | None:
+        """Comparison of output distributions."""
+
+    @property
+    def tasks(self) -> Sequence[str | TaskConfig]:
+        """lm-eval tasks."""
+
+    @property
+    def tasks_dir(self) -> str | None:
+        """Folder with local task data."""
+
+    @property
+    def limit(self) -> int | None:
+        """Row limit of tasks."""
+
+    @property
+    def generation(self) -> GenerationConfig | None:
+        """Samples."""
+
+    @property
+    def overlap(self) -> Overlap:
+        """What to do about shared text."""
+
+    @property
+    def batch(self) -> int | Literal["auto"]:
+        """Windows per forward pass."""
+
+    @property
+    def offline(self) -> bool:
+        """Whether the network is off limits."""
+
+
+class Ledger:
+    """Finished parts by key, in a folder or, without one, in memory.
+
+    Args:
+        folder: Where each part becomes one JSON file, durably; None keeps parts in memory only.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._memory: dict[str, Any] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Any | None:
+        """The part, or None when it is not finished."""
+        if self._folder is None:
+            return self._memory.get(key)
+        path = self._path(key)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def put(self, key: str, value: Any) -> Any:
+        """Keep a finished part and return it."""
+        if self._folder is None:
+            self._memory[key] = value
+        else:
+            write_durably(self._path(key), json.dumps(value, sort_keys=True).encode())
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether the part is finished."""
+        return self.get(key) is not None
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        # names come from recipes: escape what a file name cannot hold, injectively
+        safe = "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in key)
+        return self._folder / f"{safe}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Texts and tasks, tokenized and checked before any model runs.
+
+    Attributes:
+        texts: Perplexity texts by name.
+        windows: Fidelity windows.
+        tasks: Task specifications.
+        provenance: Where each text came from, by name.
+    """
+
+    texts: dict[str, Text]
+    windows: CalibrationSet | None
+    tasks: list[TaskSpec]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(
+    config: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Tensor | None,
+    context: int | None,
+    warn: Tell,
+) -> Prepared:
+    """Read and tokenize all text, check it against the calibration set, and make sure tasks have their data.
+
+    Args:
+        config: What to measure.
+        tokenizer: The model's tokenizer; None only when nothing needs one.
+        calibration: ``[S, L]`` int64 calibration tokens, or None.
+        context: Positions the model was built for, None when unknown.
+        warn: Receives remarks.
+
+    Raises:
+        InputError: Text or data is missing, too long for the model, or is calibration text.
+    """
+    from llmcompress.models.paths import resolve_path
+
+    needs = bool(config.perplexity or config.fidelity or config.tasks or config.generation)
+    if needs and tokenizer is None:
+        raise InputError("the model has no tokenizer, so it cannot be evaluated on text", "set model.tokenizer")
+    texts, provenance = {}, {}
+    for name, section in config.perplexity.items():
+        _check_length(f"perplexity.{name}", section.length, context)
+        assert tokenizer is not None
+        documents = read(section.source)
+        texts[name] = tokenize(section.separator.join(documents.texts), tokenizer).first(section.max_tokens)
+        provenance[name] = documents.provenance
+        _check_overlap(name, texts[name].tokens, calibration, config.overlap, warn)
+    windows = None
+    if config.fidelity is not None:
+        section_f = config.fidelity
+        _check_length("fidelity", section_f.length, context)
+        windows = build(
+            section_f.source, tokenizer, section_f.samples, section_f.length, section_f.seed,
+            template=section_f.template, allow_fewer=section_f.allow_fewer,
+        )  # fmt: skip
+        provenance["fidelity"] = windows.provenance
+        if section_f.source.kind != "synthetic":
+            _check_overlap(describe(section_f.source), windows.tokens, calibration, config.overlap, warn)
+    folder = resolve_path(config.tasks_dir, None) if config.tasks_dir else None
+    tasks = harness.specify(config.tasks, folder, config.limit)
+    return Prepared(texts, windows, tasks, provenance)
+
+
+def _check_length(where: str, length: int, context: int | None) -> None:
+    if context is not None and length > context:
+        raise InputError(
+            f"{where}.length is {length}, but the model was built for {context} positions",
+            f"set length to {context} or less",
+        )
+
+
+def _check_overlap(name: str, tokens: Tensor, calibration: Tensor | None, mode: Overlap, warn: Tell) -> None:
+    if calibration is None or mode == "ignore":
+        return
+    share = overlap(calibration, tokens)
+    if share >= REFUSED_OVERLAP and mode == "refuse":
+        raise InputError(
+            f"{name}: {share:.1%} of this text was used for calibration, so it is not held out",
+            "evaluate on other text, or set overlap: warn",
+        )
+    if share > 0:
+        warn(f"{name}: {share:.2%} of this text was also calibration text")
+
+
+def open_tasks(prepared: Prepared, ledger: Ledger, sides: Sequence[Side]) -> None:
+    """Build every task that is still to run, so that missing data is known before hours of measuring.
+
+    Raises:
+        InputError: A task's data cannot be had.
+    """
+    for spec in prepared.tasks:
+        if any(not ledger.has(f"{side}.task.{spec.name}") for side in sides):
+            harness.build(spec)
+
+
+def side_keys(config: Settings, prepared: Prepared, side: Side) -> list[str]:
+    """Keys of all parts that one model contributes."""
+    keys = [f"{side}.perplexity.{name}" for name in config.perplexity]
+    if side != "without_policies":
+        keys += [f"{side}.task.{spec.name}" for spec in prepared.tasks]
+        keys += [f"{side}.generation"] if config.generation is not None else []
+    return keys
+
+
+def measure_side(
+    side: Side,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Settings,
+    prepared: Prepared,
+    ledger: Ledger,
+    tell: Tell,
+) -> None:
+    """Measure everything that one model alone contributes; parts in the ledger are skipped.
+
+    Args:
+        side: Which model this is.
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        config: What to measure.
+        prepared: Texts and tasks.
+        ledger: Receives each part as it is finished.
+        tell: Receives a line per part.
+    """
+    batch = config.batch if isinstance(config.batch, int) else None
+    for name, section in config.perplexity.items():
+        key = f"{side}.perplexity.{name}"
+        if ledger.has(key):
+            continue
+        controller = getattr(model, "llmcompress_skipping", None)
+        if controller is not None:
+            controller.reset()
+        result = perplexity(
+            model, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep", batch=batch
+        )
+        # what an expert-skipping policy did on this very text
+        skipping = {} if controller is None else {"skipping": controller.statistics()}
+        ledger.put(key, asdict(result) | skipping)
+        tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens")
+    if side == "without_policies":
+        return
+    for spec in prepared.tasks:
+        key = f"{side}.task.{spec.name}"
+        if ledger.has(key):
+            continue
+        scores = harness.evaluate(model, tokenizer, spec, batch=batch)
+        ledger.put(key, [asdict(score) for score in scores])
+        tell(f"{side}: {spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))
+    if config.generation is not None and not ledger.has(f"{side}.generation"):
+        ledger.put(f"{side}.generation", generate(model, tokenizer, config.generation))
+
+
+def measure_pair(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    config: Settings,
+    prepared: Prepared,
+    ledger: Ledger,
+) -> dict[str, Any] | None:
+    """Compare output distributions of two models; None when the recipe does not ask for it.
+
+    Args:
+        dense: The reference.
+        compressed: The model to judge.
+        config: What to measure.
+        prepared: Texts and tasks.
+        ledger: Holds or receives the result.
+
+    Returns:
+        Fields of :class:`llmcompress.evaluation.fidelity.FidelityResult`.
+    """
+    if prepared.windows is None:
+        return None
+    found = ledger.get("pair.fidelity")
+    if found is None:
+        batch = config.batch if isinstance(config.batch, int) else None
+        found = ledger.put("pair.fidelity", fidelity(dense, compressed, prepared.windows.tokens, batch).to_dict())
+    return dict(found)
+
+
+def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger) -> list[Score]:
+    """Scores of one side from the ledger, in the recipe's order; parts that are missing are left out."""
+    scores: list[Score] = []
+    for name in config.perplexity:
+        part = ledger.get(f"{side}.perplexity.{name}")
+        if part is not None:
+            scores.append(Score(name, "perplexity", part["perplexity"], part["stderr"], part["tokens"], False))
+            scores.append(Score(name, "bits_per_byte", part["bits_per_byte"], None, part["tokens"], False))
+    for spec in prepared.tasks:
+        for entry in ledger.get(f"{side}.task.{spec.name}") or ():
+            scores.append(Score(**{**entry, "rows": tuple(entry["rows"])}))
+    return scores
+
+
+def skipping_summary(config: Settings, ledger: Ledger) -> dict[str, Any] | None:
+    """What expert skipping did and cost over all perplexity texts; None when no such policy was active.
+
+    Experts skipped, slots dropped and time are separate figures: none of them follows from another.
+    """
+    totals: dict[str, int] = {}
+    texts: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, int]] = {}
+    seconds = {"with": 0.0, "without": 0.0, "deciding": 0.0}
+    compared = bool(config.perplexity)
+    for name in config.perplexity:
+        part, plain = ledger.get(f"compressed.perplexity.{name}"), ledger.get(f"without_policies.perplexity.{name}")
+        if part is None or "skipping" not in part:
+            return None
+        found = part["skipping"]
+        for key, value in found["total"].items():
+            totals[key] = totals.get(key, 0) + value
+        for layer in found["layers"]:
+            counters = layers.setdefault(layer["module"], {})
+            for key, value in layer.items():
+                if key != "module":
+                    counters[key] = counters.get(key, 0) + value
+        compared = compared and plain is not None
+        seconds["with"] += part["seconds"]
+        seconds["without"] += plain["seconds"] if plain is not None else 0.0
+        seconds["deciding"] += found["seconds"]
+        texts.append(
+            {"text": name, "perplexity_with": part["perplexity"], "perplexity_without": plain and plain["perplexity"]}
+        )
+    if not texts:
+        return None
+    summary = {
+        "experts_skipped": totals["experts_skipped"] / max(1, totals["experts_used"]),
+        "slots_dropped": totals["slots_dropped"] / max(1, totals["slots"]),
+        "tokens_without_expert": totals["tokens_without_expert"],
+        "seconds_deciding": seconds["deciding"],
+        "seconds_with": seconds["with"],
+        "texts": texts,
+        "per_layer": [{"module": module, **counters} for module, counters in layers.items()],
+    }
+    return summary | ({"seconds_without": seconds["without"]} if compared else {})
+
+
+def fidelity_scores(result: Mapping[str, Any] | None) -> list[Score]:
+    """The fidelity figures as scores of the compressed model."""
+    if result is None:
+        return []
+    n = result["tokens"]
+    return [
+        Score("fidelity", "kl", result["kl"], result["kl_stderr"], n, False),
+        Score("fidelity", "kl_p99", result["kl_p99"], None, n, False),
+        Score("fidelity", "top1", result["top1"], result["top1_stderr"], n, True),
+        Score("fidelity", "logit_error", result["logit_error"], None, n, False),
+    ]
+
+
+def pair_scores(dense: Sequence[Score] | None, compressed: Sequence[Score] | None) -> list[dict[str, Any]]:
+    """Bring the scores of two models together.
+
+    Args:
+        dense: Scores of the dense twin, None when it did not run.
+        compressed: Scores of the compressed model, None when there is none.
+
+    Returns:
+        One row per figure with ``task``, ``metric``, ``dense``, ``compressed``, ``stderr`` (of the compressed value,
+        or of the dense one where that is all there is), ``dense_stderr``, ``n``, ``higher_is_better``,
+        ``difference`` and, for figures that are means over the same rows, the paired ``difference_stderr``.
+    """
+    left = {(score.task, score.metric): score for score in dense or ()}
+    right = {(score.task, score.metric): score for score in compressed or ()}
+    rows = []
+    for key in dict.fromkeys([*left, *right]):
+        one, two = left.get(key), right.get(key)
+        shown = two if two is not None else one
+        assert shown is not None
+        row: dict[str, Any] = {
+            "task": shown.task,
+            "metric": shown.metric,
+            "dense": None if one is None else one.value,
+            "compressed": None if two is None else two.value,
+            "stderr": shown.stderr,
+            "dense_stderr": None if one is None else one.stderr,
+            "n": shown.n,
+            "higher_is_better": shown.higher_is_better,
+        }
+        if one is not None and two is not None:
+            row["difference"] = two.value - one.value
+            row["difference_stderr"] = harness.paired_stderr(one.rows, two.rows)
+        rows.append(row)
+    return rows
+
+
+def without_policy_rows(config: Settings, ledger: Ledger) -> list[dict[str, Any]]:
+    """Rows for the perplexity of the compressed model with its run-time policies taken off."""
+    rows = []
+    for name in config.perplexity:
+        part = ledger.get(f"without_policies.perplexity.{name}")
+        if part is None:
+            continue
+        dense = ledger.get(f"dense.perplexity.{name}")
+        compressed = [_plain(name, part)]
+        rows += pair_scores([_plain(name, dense)] if dense is not None else None, compressed)
+    return rows
+
+
+def _plain(name: str, part: Mapping[str, Any]) -> Score:
+    return Score(name, "perplexity_without_policies", part["perplexity"], part["stderr"], part["tokens"], False)

@@ -1,0 +1,248 @@
+"""Perplexity of a text, with exact token accounting.
+
+The default is the protocol of the GPTQ papers on WikiText-2: rows joined by two newlines, tokenized in one go with
+whatever special tokens the tokenizer itself adds, cut into windows of L tokens that do not overlap; in each window
+every token but the first is predicted; a shorter last window is dropped. With ``stride < length`` windows overlap and
+only the tokens that are new in a window count, so every token but the very first is predicted exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmcompress.errors import InputError
+from llmcompress.evaluation.batching import automatic_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ROWS = 512
+"""Rows of logits normalised at a time: bounds the fp32 copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A tokenized text.
+
+    Attributes:
+        tokens: ``[T]`` int64.
+        bytes_until: ``[T]`` int64, UTF-8 bytes of the text up to the end of each token, or None when the tokenizer
+            cannot say.
+        total_bytes: UTF-8 bytes of the whole text.
+    """
+
+    tokens: Tensor
+    bytes_until: Tensor | None
+    total_bytes: int
+
+    def first(self, count: int | None) -> Text:
+        """The first ``count`` tokens of this text; the text itself when None."""
+        if count is None or count >= len(self.tokens):
+            return self
+        if self.bytes_until is None:
+            return Text(self.tokens[:count], None, round(self.total_bytes * count / len(self.tokens)))
+        return Text(self.tokens[:count], self.bytes_until[:count], int(self.bytes_until[count - 1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One forward pass: tokens ``[begin, end)``, of which those from ``scored`` on are predicted and counted."""
+
+    begin: int
+    end: int
+    scored: int
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult:
+    """What was measured.
+
+    Attributes:
+        perplexity: ``exp(nll / tokens)``.
+        stderr: Standard error of the perplexity from the spread between windows, None for one window.
+        bits_per_byte: ``nll / ln 2 / bytes``.
+        nll: Sum of negative log-likelihoods in nats.
+        tokens: Tokens predicted and counted.
+        text_bytes: UTF-8 bytes that those tokens stand for.
+        bytes_exact: Whether ``text_bytes`` was counted rather than estimated from the whole text.
+        windows: Forward rows.
+        dropped: Tokens of the text that were not used because they did not fill a window.
+        seconds: Wall time of the forward passes.
+    """
+
+    perplexity: float
+    stderr: float | None
+    bits_per_byte: float
+    nll: float
+    tokens: int
+    text_bytes: int
+    bytes_exact: bool
+    windows: int
+    dropped: int
+    seconds: float
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Tokenize a whole text with the tokenizer's own special tokens.
+
+    Raises:
+        InputError: Fewer than two tokens come out.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, return_offsets_mapping=fast, verbose=False)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    if len(tokens) < 2:
+        raise InputError(f"the text has {len(tokens)} tokens; perplexity needs two", "give a longer text")
+    sizes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (sizes >= 0x80).astype(np.int64) + (sizes >= 0x800) + (sizes >= 0x10000)
+    until = np.concatenate([[0], np.cumsum(widths)])
+    if not fast:
+        return Text(tokens, None, int(until[-1]))
+    ends = np.asarray([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
+    # special tokens have the offset (0, 0); the running maximum gives them no bytes of their own
+    return Text(tokens, torch.from_numpy(until[np.maximum.accumulate(ends)]), int(until[-1]))
+
+
+def windows(total: int, length: int, stride: int | None = None, keep_tail: bool = False) -> list[Window]:
+    """Plan the forward passes over ``total`` tokens.
+
+    Args:
+        total: Tokens in the text, at least 2.
+        length: Tokens per window.
+        stride: Tokens between window starts; ``length`` when None.
+        keep_tail: Whether a shorter last window counts. Overlapping windows always keep it, and a text shorter than
+            a window is one short window.
+    """
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride {stride} must lie between 1 and length {length}")
+    if total <= length:
+        return [Window(0, total, 1)]
+    planned: list[Window] = []
+    covered = 0
+    for begin in range(0, total, stride):
+        end = min(begin + length, total)
+        if end - begin < length and stride == length and not keep_tail:
+            break
+        # the first token of a window has nothing before it that could predict it
+        scored = max(covered, begin + 1)
+        if scored < end:
+            planned.append(Window(begin, end, scored))
+        covered = end
+        if end == total:
+            break
+    return planned
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in fp32.
+
+    Args:
+        logits: ``[R, V]`` in any float type; row r predicts ``targets[r]``.
+        targets: ``[R]`` int64.
+
+    Returns:
+        ``[R]`` float32.
+    """
+    parts = []
+    for rows, wanted in zip(logits.split(_ROWS), targets.split(_ROWS)):
+        full = rows.float()
+        parts.append(full.logsumexp(-1) - full.gather(-1, wanted[:, None]).squeeze(-1))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    text: Text,
+    length: int,
+    stride: int | None = None,
+    *,
+    keep_tail: bool = False,
+    batch: int | None = None,
+) -> PerplexityResult:
+    """Measure the perplexity of ``text`` under ``model``.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        text: What :func:`tokenize` gave.
+        length: Tokens per window; must not exceed what the model supports.
+        stride: Tokens between window starts; ``length`` when None.
+        keep_tail: Whether a shorter last window counts.
+        batch: Windows per forward pass; automatic when None.
+
+    Raises:
+        InputError: The model's output is not finite.
+    """
+    planned = windows(len(text.tokens), length, stride, keep_tail)
+    size = batch or automatic_batch(length, int(model.config.get_text_config().vocab_size))
+    started = time.perf_counter()
+    sums: list[float] = []
+    counts: list[int] = []
+    for group in _batches(planned, size):
+        ids = torch.stack([text.tokens[window.begin : window.end] for window in group]).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        for row, window in enumerate(group):
+            first = window.scored - window.begin
+            nll = token_nll(logits[row, first - 1 : -1], ids[row, first:])
+            sums.append(float(nll.double().sum()))
+            counts.append(len(nll))
+    seconds = time.perf_counter() - started
+    total, tokens = math.fsum(sums), sum(counts)
+    if not math.isfinite(total):
+        raise InputError(
+            "the model's output is not finite (NaN or infinity) on this text", "check its weights and dtype"
+        )
+    text_bytes, exact = _scored_bytes(text, planned)
+    value = math.exp(min(total / tokens, 700.0))
+    return PerplexityResult(
+        perplexity=value,
+        stderr=_stderr(value, total / tokens, sums, counts),
+        bits_per_byte=total / math.log(2) / max(text_bytes, 1),
+        nll=total,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        bytes_exact=exact,
+        windows=len(planned),
+        dropped=len(text.tokens) - planned[-1].end,
+        seconds=seconds,
+    )
+
+
+def _batches(planned: list[Window], size: int) -> Iterator[list[Window]]:
+    """Group consecutive windows of equal length, at most ``size`` together."""
+    group: list[Window] = []
+    for window in planned:
+        if group and (len(group) == size or window.end - window.begin != group[0].end - group[0].begin):
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+def _stderr(value: float, mean: float, sums: list[float], counts: list[int]) -> float | None:
+    """Delta-method standard error of ``exp(mean)`` with windows as independent units."""
+    count = len(sums)
+    if count < 2:
+        return None
+    average = sum(counts) / count
+    spread = sum(((s - mean * c) / average) ** 2 for s, c in zip(sums, counts)) / (count - 1)
+    return value * math.sqrt(spread / count)
+
+
+def _scored_bytes(text: Text, planned: list[Window]) -> tuple[int, bool]:
+    """UTF-8 bytes behind the counted tokens, and whether that is exact."""
+    if text.bytes_until is None:
+        share = sum(window.end - window.scored for window in planned) / len(text.tokens)
+        return round(text.total_bytes * share), False
+    until = text.bytes_until
+    return sum(int(until[window.end - 1] - until[window.scored - 1]) for window in planned), True

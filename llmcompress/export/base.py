@@ -1,0 +1,339 @@
+"""What every exporter shares: the interface, hub names, shards, and folders that appear only when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import ExportError
+from llmcompress.quant.packed import PackedWeight
+from llmcompress.quant.store import write_durably
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+    from llmcompress.quant.spec import QuantPlan
+    from llmcompress.quant.store import PackedStore
+
+Policies = Mapping[str, Mapping[str, Any]]
+
+SHARD_BYTES = 2_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+class Exporter(ABC):
+    """One file format.
+
+    Everything but :meth:`write` and :meth:`read_back` is decided from the layout and the plan
+    alone, without torch, so that ``plan`` can say before any work what will be possible.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Return every reason for which this format cannot hold the model; empty means it can."""
+
+    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Return what a reader of this format will miss although the weights are exact."""
+        return []
+
+    def source_refusals(self, handle: ModelHandle) -> list[str]:
+        """Return reasons that need the source's config or tokenizer, not its weights."""
+        return []
+
+    @abstractmethod
+    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """Predict the size of the artifact; ``weight_bytes`` is that of one dense parameter."""
+
+    def working_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """Predict the memory needed while writing: one block decoded, beside one shard on its way out."""
+        largest = max((block_values(block) for block in layout.blocks), default=0)
+        outside = max((values(view.shape) for view in layout.outside), default=0)
+        shard = min(SHARD_BYTES, self.output_bytes(layout, plan, weight_bytes))
+        return 4 * max(largest, outside) + shard
+
+    @abstractmethod
+    def write(
+        self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
+    ) -> None:
+        """Write the artifact so that ``out`` exists only when complete."""
+
+    @abstractmethod
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+        """Read ``out`` with a reader that is not this writer and compare every value.
+
+        Raises:
+            ExportError: A value differs or is missing; nothing should then use the artifact.
+        """
+
+
+def values(shape: tuple[int, ...]) -> int:
+    """Number of values in a tensor of ``shape``."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def block_values(block: Block) -> int:
+    """Number of parameters of one decoder layer."""
+    count = sum(values(view.shape) for view in block.kept)
+    count += sum(linear.out_features * linear.in_features for linear in block.linears())
+    bank = block.bank
+    if bank is not None:
+        count += values(bank.shape(bank.gate_up)) + values(bank.shape(bank.down))
+    return count
+
+
+def dense_values(layout: ModelLayout, plan: QuantPlan) -> int:
+    """Number of parameters that stay dense under ``plan``."""
+    total = sum(block_values(block) for block in layout.blocks) + sum(values(v.shape) for v in layout.outside)
+    return total - sum(values(shape) for name, _, shape, _ in layout.quantizable() if name in plan)
+
+
+def plan_of(store: PackedStore) -> QuantPlan:
+    """Collect the spec of every quantized weight in ``store``."""
+    return store.plan()
+
+
+def hub_name(layout: ModelLayout, name: str) -> str:
+    """Translate a run-time tensor or module name into the one hub checkpoints use."""
+    for ours, theirs in layout.disk.renames:
+        if ours in name:
+            return name.replace(ours, theirs, 1)
+    return name
+
+
+def hub_expert_names(layout: ModelLayout, bank: ExpertBank, expert: int) -> dict[str, str]:
+    """Hub module names of one expert's projections.
+
+    Returns:
+        ``gate``, ``up`` and ``down`` → name without the trailing ``.weight``.
+
+    Raises:
+        ExportError: The family stores its experts stacked on disk.
+    """
+    if layout.disk.experts is None:
+        raise ExportError(f"{layout.model_type} checkpoints store experts stacked, not one by one")
+    ours, theirs = layout.disk.experts
+    folder = bank.module.replace(ours, theirs, 1)
+    parts = {"gate": layout.disk.gate, "up": layout.disk.up, "down": layout.disk.down}
+    return {key: f"{folder}.{expert}.{part.removesuffix('.weight')}" for key, part in parts.items()}
+
+
+def expert_slice(packed: PackedWeight, expert: int, rows: slice) -> PackedWeight:
+    """Cut rows of one expert out of stacked experts; rows are packed independently, so no bit moves.
+
+    Args:
+        packed: ``[E, N, K]``.
+        expert: Which expert.
+        rows: Rows of N.
+    """
+    tensors = {key: tensor[expert, rows].contiguous() for key, tensor in packed.tensors.items()}
+    count = len(range(*rows.indices(packed.shape[1])))
+    return PackedWeight((count, packed.shape[2]), packed.spec, tensors)
+
+
+def canonical(bank: ExpertBank, name: str, tensor: Tensor) -> Tensor:
+    """Bring an expert tensor from the family's orientation into ``[E, N, K]``, gate rows before up rows."""
+    if bank.transposed:
+        tensor = tensor.transpose(1, 2)
+    if bank.interleaved and name == bank.gate_up:
+        import torch
+
+        tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
+    return tensor.contiguous()
+
+
+def family_orientation(bank: ExpertBank, name: str, tensor: Tensor) -> Tensor:
+    """Inverse of :func:`canonical`."""
+    if bank.interleaved and name == bank.gate_up:
+        import torch
+
+        gate, up = tensor.chunk(2, dim=1)
+        tensor = torch.stack((gate, up), dim=2).flatten(1, 2)
+    if bank.transposed:
+        tensor = tensor.transpose(1, 2)
+    return tensor.contiguous()
+
+
+def decoded(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Decode through the weight's codec, in fp32 and then cast to ``dtype``."""
+    from llmcompress.quant.codecs import codec
+
+    return codec(packed.spec.codec).decode(packed, dtype)
+
+
+BlockTensors = dict[str, "Tensor | PackedWeight"]
+
+
+def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> BlockTensors:
+    """All weights of one block after compression, by run-time name.
+
+    Linears appear as ``<module>.weight``; experts under their plan names, canonical ``[E, N, K]``
+    whether quantized or not. Tensors a stage replaced (calibrated routers) take the place of the
+    checkpoint's.
+    """
+    patch = store.read_block(block.index)
+    found: BlockTensors = {}
+    for view in block.kept:
+        found[view.name] = handle.checkpoint.tensor(view.name)
+    for linear in block.linears():
+        name = f"{linear.name}.weight"
+        found[name] = patch.packed[linear.name] if linear.name in patch.packed else handle.checkpoint.tensor(name)
+        bias = f"{linear.name}.bias"
+        if linear.bias and bias not in found:
+            found[bias] = handle.checkpoint.tensor(bias)
+    bank = block.bank
+    if bank is not None:
+        for name in (bank.gate_up, bank.down):
+            packed = patch.packed.get(name)
+            found[name] = packed if packed is not None else canonical(bank, name, handle.checkpoint.tensor(name))
+    for name, tensor in patch.replaced.items():
+        if name not in found:
+            raise ExportError(f"{name}: a stage replaced a tensor that block {block.index} does not have")
+        found[name] = tensor
+    return found
+
+
+def outside_tensors(handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:
+    """Embedding, final norm and (untied) head, by run-time name."""
+    for view in handle.layout.outside:
+        yield view.name, handle.checkpoint.tensor(view.name)
+
+
+class ShardWriter:
+    """Writes safetensors shards in the hub's naming, holding at most one shard in memory.
+
+    Args:
+        folder: Where shards go; must exist.
+        shard_bytes: Size after which a new shard begins.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._limit = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor, writing out the current shard first when it is full."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self._limit:
+            self._flush()
+        if name in self._pending or any(name in shard for shard in self._shards):
+            raise ExportError(f"{name}: written twice; the family's disk names are ambiguous")
+        self._pending[name] = tensor.contiguous()
+        self._bytes += size
+        self._total += size
+
+    def close(self) -> None:
+        """Write the last shard and, if there are several, the index."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(1).rename(self._folder / "model.safetensors")
+            return
+        where = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self._folder / final)
+            where.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+        write_json(self._folder / "model.safetensors.index.json", index)
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"model-{number:05d}.safetensors.part"
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        self._shards.append(sorted(self._pending))
+        save_file(dict(sorted(self._pending.items())), self._part(len(self._shards)), metadata={"format": "pt"})
+        self._pending, self._bytes = {}, 0
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write deterministic, readable JSON."""
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a scratch folder beside ``out`` that becomes ``out`` when the block ends without an error.
+
+    Raises:
+        ExportError: ``out`` exists, or its parent cannot be written.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: already exists", "remove it or choose another folder")
+    part = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        for path in sorted(part.rglob("*")):
+            if path.is_file():
+                _sync(path)
+        part.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise ExportError(
+            f"{part}: cannot write: {error.strerror or error}", "free some space or set the stage's dir"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy_side_files(handle: ModelHandle, out: Path) -> None:
+    """Copy tokenizer and generation settings, so that the artifact is usable on its own."""
+    source = Path(handle.path)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
+    folder = tokenizer_folder(handle)
+    for name in TOKENIZER_FILES:
+        if folder is not None and (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
+def tokenizer_folder(handle: ModelHandle) -> Path | None:
+    """Folder that holds the tokenizer's files, None when there are none."""
+    for candidate in (getattr(handle, "tokenizer_path", None), handle.path):
+        if candidate is not None and any((Path(candidate) / name).is_file() for name in TOKENIZER_FILES):
+            return Path(candidate)
+    return None
+
+
+def dense_config(handle: ModelHandle, dtype_name: str) -> dict[str, Any]:
+    """The source's config without any quantization, announcing ``dtype_name``."""
+    config = {key: value for key, value in handle.config.items() if key not in ("quantization_config", "torch_dtype")}
+    config.pop("_name_or_path", None)
+    return {**config, "dtype": dtype_name}
+
+
+def write_provenance(out: Path, provenance: Mapping[str, Any]) -> None:
+    """Put the provenance beside the weights, durably."""
+    data = json.dumps(provenance, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_durably(out / "provenance.json", data.encode())

@@ -1,0 +1,350 @@
+"""The ``compressed-tensors`` format: symmetric 4- and 8-bit weights, ``pack-quantized``.
+
+Our packed layout is byte-identical to ``pack-quantized``, so nothing is re-packed: experts are cut
+apart (rows are packed independently) and tensors renamed. A fused layer of a serving runtime
+(q/k/v, gate/up, all experts) has one scheme, so mixes inside one are refused instead of failing
+there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import re
+
+from llmcompress.errors import ExportError
+from llmcompress.export.base import (
+    Exporter,
+    Policies,
+    ShardWriter,
+    atomic_folder,
+    block_tensors,
+    copy_side_files,
+    decoded,
+    dense_config,
+    dense_values,
+    expert_slice,
+    hub_expert_names,
+    hub_name,
+    outside_tensors,
+    values,
+    write_json,
+    write_provenance,
+)
+from llmcompress.quant.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+    from llmcompress.quant.spec import QuantPlan, QuantSpec
+    from llmcompress.quant.store import PackedStore
+
+# the oldest release whose dense packing and per-expert loading transformers accepts
+FORMAT_VERSION = "0.15.0"
+EXPERT_TARGET = r"re:.*\.experts\.\d+\..*"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What one config group says: code width and how scales are shared (0 means one per row)."""
+
+    bits: int
+    group_size: int
+
+    def to_config(self) -> dict[str, Any]:
+        """The ``weights`` entry of a config group."""
+        grouped = {"strategy": "group", "group_size": self.group_size} if self.group_size else {"strategy": "channel"}
+        return {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False, **grouped}
+
+
+def scheme_of(spec: QuantSpec, in_features: int) -> Scheme:
+    """Scheme of a weight; a group at least as long as the row is the channel strategy."""
+    if spec.group_size == -1 or spec.group_size > in_features:
+        return Scheme(spec.bits, 0)
+    return Scheme(spec.bits, spec.group_size)
+
+
+class CompressedTensorsExporter(Exporter):
+    """Checkpoints that transformers, vLLM and SGLang read without this project."""
+
+    name = "compressed-tensors"
+
+    def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Weights the format or its readers cannot hold, one line per kind of problem."""
+        return [*_spec_problems(layout, plan), *_fusion_problems(layout, plan), *_expert_problems(layout, plan)]
+
+    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Policies are not carried; transformers decodes while loading."""
+        lost = [f"the {name} policy acts at run time and is not carried by this format" for name in policies]
+        if any(block.bank is not None and block.bank.gate_up in plan for block in layout.blocks):
+            lost.append("transformers decodes experts while loading; only serving runtimes keep them packed")
+        return lost
+
+    def source_refusals(self, handle: ModelHandle) -> list[str]:
+        """The read-back needs the compressed-tensors package."""
+        if find_spec("compressed_tensors") is None:
+            return ["reading back needs the compressed-tensors package: pip install 'llmcompress[export]'"]
+        return []
+
+    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """Packed codes, fp16 scales and shapes, and the dense rest."""
+        total = dense_values(layout, plan) * weight_bytes
+        for name, _, shape, _ in layout.quantizable():
+            if name in plan:
+                spec, rows = plan[name], values(shape[:-1])
+                words = -(-shape[-1] * spec.bits // 32)
+                matrices = shape[0] * (2 if name.endswith("gate_up_proj") else 1) if len(shape) == 3 else 1
+                total += rows * (4 * words + 2 * spec.groups(shape[-1])) + 16 * matrices
+        return total
+
+    def write(
+        self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
+    ) -> None:
+        """Write shards block by block, config with config_groups, tokenizer and provenance."""
+        with atomic_folder(out) as part:
+            shards = ShardWriter(part)
+            for name, tensor in outside_tensors(handle):
+                shards.add(hub_name(handle.layout, name), tensor)
+            for block in handle.layout.blocks:
+                for name, value in hub_weights(handle, store, block):
+                    for full, tensor in _stored(name, value):
+                        shards.add(full, tensor)
+            shards.close()
+            dtype = str(handle.checkpoint.dtype).removeprefix("torch.")
+            config = dense_config(handle, dtype)
+            config["quantization_config"] = quantization_config(handle.layout, store.plan())
+            write_json(part / "config.json", config)
+            copy_side_files(handle, part)
+            write_provenance(part, provenance)
+
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+        """Decode every weight with the compressed-tensors library and compare in fp32, bit for bit."""
+        import json
+
+        import torch
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig
+
+        from llmcompress.export.readers import SafetensorsFolder
+
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        groups = QuantizationConfig.model_validate(config).config_groups
+        compressor = BaseCompressor.get_value_from_registry(config["format"])
+        by_scheme = {(g.weights.num_bits, g.weights.group_size or 0): g for g in groups.values()}
+        with SafetensorsFolder(out) as files:
+            left = files.names()
+            for block in handle.layout.blocks:
+                for name, value in hub_weights(handle, store, block):
+                    parts = {full: files.tensor(full) for full, _ in _stored(name, value)}
+                    left -= set(parts)
+                    if not isinstance(value, PackedWeight):
+                        _compare(out, name, parts[name], value)
+                        continue
+                    scheme = scheme_of(value.spec, value.shape[-1])
+                    state = {full.rsplit(".", 1)[1]: tensor for full, tensor in parts.items()}
+                    state["weight_scale"] = state["weight_scale"].float()
+                    found = compressor.decompress(state, by_scheme[scheme.bits, scheme.group_size])["weight"]
+                    _compare(out, name, found, decoded(value, torch.float32))
+            for name, tensor in outside_tensors(handle):
+                full = hub_name(handle.layout, name)
+                _compare(out, full, files.tensor(full), tensor)
+                left.discard(full)
+        if left:
+            raise ExportError(f"{out}: unexpected tensors: {', '.join(sorted(left)[:5])}")
+
+
+def hub_weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """Yield a block's tensors under hub names; stacked experts are cut apart.
+
+    Packed weights are named by module, without ``.weight``; dense tensors by their full name.
+    """
+    layout, bank = handle.layout, block.bank
+    for name, value in block_tensors(handle, store, block).items():
+        if bank is not None and name in (bank.gate_up, bank.down):
+            yield from _expert_weights(layout, bank, name, value)
+        elif isinstance(value, PackedWeight):
+            yield hub_name(layout, name).removesuffix(".weight"), value
+        else:
+            yield hub_name(layout, name), value
+
+
+def _expert_weights(
+    layout: ModelLayout, bank: ExpertBank, name: str, value: Tensor | PackedWeight
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    if layout.disk.experts is None:
+        # refused earlier when packed; dense experts of such families keep their stacked form
+        from llmcompress.export.base import family_orientation
+
+        assert not isinstance(value, PackedWeight)
+        yield hub_name(layout, name), family_orientation(bank, name, value)
+        return
+    half = bank.intermediate
+    rows = {"down": slice(None)} if name == bank.down else {"gate": slice(0, half), "up": slice(half, 2 * half)}
+    for expert in range(bank.num_experts):
+        names = hub_expert_names(layout, bank, expert)
+        for key, part in rows.items():
+            if isinstance(value, PackedWeight):
+                yield names[key], expert_slice(value, expert, part)
+            else:
+                yield f"{names[key]}.weight", value[expert, part].contiguous()
+
+
+def _stored(name: str, value: Tensor | PackedWeight) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the file holds for one weight."""
+    import torch
+
+    if not isinstance(value, PackedWeight):
+        yield name, value
+        return
+    yield f"{name}.weight_packed", value.tensors["weight_packed"]
+    yield f"{name}.weight_scale", value.tensors["weight_scale"]
+    yield f"{name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64)
+
+
+def _compare(out: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    import torch
+
+    if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
+        raise ExportError(f"{out}: {name} reads back different through compressed-tensors")
+
+
+def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``.
+
+    The group that covers the experts comes first and is named by a pattern with ``experts`` in it,
+    which is how transformers finds it.
+    """
+    targets: dict[Scheme, list[str]] = {}
+    experts = {
+        scheme_of(plan[name], bank.shape(name)[-1])
+        for bank in (block.bank for block in layout.blocks)
+        if bank is not None
+        for name in (bank.gate_up, bank.down)
+        if name in plan
+    }
+    for scheme in experts:
+        targets[scheme] = [EXPERT_TARGET]
+    linears = [(linear.name, linear.in_features) for block in layout.blocks for linear in block.linears()]
+    schemes = {name: scheme_of(plan[name], width) if name in plan else None for name, width in linears}
+    ignore = []
+    for pattern, scheme in _patterns(layout, schemes):
+        if scheme is None:
+            ignore.append(pattern)
+        else:
+            targets.setdefault(scheme, []).append(pattern)
+    for block in layout.blocks:
+        if block.bank is not None:
+            router = hub_name(layout, block.bank.router.module + ".weight").removesuffix(".weight")
+            ignore.append(router)
+            if not experts:
+                ignore.append(EXPERT_TARGET)
+    groups = {
+        f"group_{index}": {
+            "targets": patterns,
+            "weights": scheme.to_config(),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for index, (scheme, patterns) in enumerate(targets.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "version": FORMAT_VERSION,
+        "config_groups": groups,
+        "ignore": [*dict.fromkeys(ignore), "lm_head"],
+    }
+
+
+def _patterns(layout: ModelLayout, schemes: dict[str, Scheme | None]) -> Iterator[tuple[str, Scheme | None]]:
+    """Name linears by one pattern per kind where all layers agree, one by one where they do not."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    prefix = {}
+    for block in layout.blocks:
+        for linear in block.linears():
+            prefix[linear.name] = linear.name.removeprefix(block.name + ".")
+    for name, kind in prefix.items():
+        kinds[kind].append(name)
+    for kind, names in kinds.items():
+        found = {schemes[name] for name in names}
+        if len(found) == 1:
+            yield rf"re:.*\.layers\.\d+\.{re.escape(kind)}$", found.pop()
+        else:
+            for name in names:
+                yield name, schemes[name]
+
+
+def _spec_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
+    asymmetric, narrow, ragged, other = [], [], [], []
+    for name, _, shape, _ in layout.quantizable():
+        spec = plan.get(name)
+        if spec is None:
+            continue
+        if spec.codec != "int_group":
+            other.append(name)
+            continue
+        if not spec.symmetric:
+            asymmetric.append(name)
+        if spec.bits not in (4, 8):
+            narrow.append(name)
+        if scheme_of(spec, shape[-1]).group_size and shape[-1] % spec.group_size:
+            ragged.append(name)
+    if other:
+        yield f"{_some(other)}: the codec has no counterpart in pack-quantized"
+    if asymmetric:
+        yield (
+            f"{_some(asymmetric)}: asymmetric; neither transformers nor vLLM's MoE kernels read packed zero points. "
+            "Set symmetric: true in the rules (native keeps it; at 4 bits gguf does too)"
+        )
+    if narrow:
+        yield (
+            f"{_some(narrow)}: 2 or 3 bits; serving kernels read 4 and 8 bits (transformers would decode it, and of "
+            "the runtimes only vLLM's Humming kernels run it). Use native"
+        )
+    if ragged:
+        yield f"{_some(ragged)}: the row length is not a multiple of the group size, which readers do not accept"
+
+
+def _fusion_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
+    mixed = []
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            for group in sublayer.groups:
+                if len({plan.get(linear.name) for linear in group.linears}) > 1:
+                    mixed.append(" + ".join(linear.name.rsplit(".", 1)[1] for linear in group.linears))
+    if mixed:
+        kinds = ", ".join(dict.fromkeys(mixed))
+        yield f"{kinds}: runtimes fuse these layers, so they need one scheme, in {len(mixed)} places they differ"
+
+
+def _expert_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
+    banks = [block.bank for block in layout.blocks if block.bank is not None]
+    names = [(bank, name) for bank in banks for name in (bank.gate_up, bank.down)]
+    quantized = [(bank, name) for bank, name in names if name in plan]
+    if not quantized:
+        return
+    if layout.disk.experts is None:
+        yield f"{layout.model_type} stores its experts stacked, and readers expect them one by one"
+    if any(bank.bias for bank, _ in quantized):
+        yield "experts with biases are not read by any runtime in this format"
+    if len(quantized) != len(names):
+        yield f"{len(names) - len(quantized)} of {len(names)} expert tensors stay dense; readers need all or none"
+    schemes = {scheme_of(plan[name], bank.shape(name)[-1]) for bank, name in quantized}
+    if len(schemes) > 1:
+        found = ", ".join(sorted(f"{s.bits} bit group {s.group_size or 'channel'}" for s in schemes))
+        yield f"experts use several schemes ({found}); transformers reads one scheme for all experts"
+
+
+def _some(names: Iterable[str]) -> str:
+    """``first name and 5 more``."""
+    listed = list(names)
+    return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"

@@ -1,0 +1,149 @@
+"""The ``dense`` format: decoded weights under hub names, for any tool that reads the original model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import ExportError
+from llmcompress.export.base import (
+    BlockTensors,
+    Exporter,
+    Policies,
+    ShardWriter,
+    atomic_folder,
+    block_tensors,
+    copy_side_files,
+    decoded,
+    dense_config,
+    family_orientation,
+    hub_expert_names,
+    hub_name,
+    outside_tensors,
+    write_json,
+    write_provenance,
+)
+from llmcompress.quant.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.quant.spec import QuantPlan
+    from llmcompress.quant.store import PackedStore
+
+
+class DenseExporter(Exporter):
+    """Writes an ordinary Hugging Face folder; the weights cost as much as the original's.
+
+    Args:
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source checkpoint's.
+    """
+
+    name = "dense"
+
+    def __init__(self, dtype: str = "auto") -> None:
+        self._dtype = dtype
+
+    def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Never refuses."""
+        return []
+
+    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Say which run-time policies plain files cannot carry."""
+        return [f"the {name} policy acts at run time and is not carried by plain weights" for name in policies]
+
+    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """As many values as the original."""
+        size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self._dtype, weight_bytes)
+        from llmcompress.export.base import block_values, values
+
+        total = sum(block_values(b) for b in layout.blocks) + sum(values(v.shape) for v in layout.outside)
+        return total * size
+
+    def write(
+        self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
+    ) -> None:
+        """Write shards block by block, config, tokenizer and provenance."""
+        dtype = self._torch_dtype(handle)
+        with atomic_folder(out) as part:
+            shards = ShardWriter(part)
+            for name, tensor in outside_tensors(handle):
+                shards.add(hub_name(handle.layout, name), _cast(tensor, dtype))
+            for block in handle.layout.blocks:
+                for name, tensor in hub_dense(handle.layout, block, block_tensors(handle, store, block), dtype):
+                    shards.add(name, tensor)
+            shards.close()
+            write_json(part / "config.json", dense_config(handle, str(dtype).removeprefix("torch.")))
+            copy_side_files(handle, part)
+            write_provenance(part, provenance)
+
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+        """Open the folder as a fresh checkpoint of the same family and compare by run-time name.
+
+        The reader is the one that loads source models, so it gathers the experts itself.
+        """
+        import torch
+
+        from llmcompress.models.checkpoint import Checkpoint
+
+        dtype = self._torch_dtype(handle)
+        written = Checkpoint(out, handle.layout)
+        written.verify()
+        for name, tensor in outside_tensors(handle):
+            _same(out, name, written.tensor(name), _cast(tensor, dtype))
+        for block in handle.layout.blocks:
+            bank = block.bank
+            for name, value in block_tensors(handle, store, block).items():
+                expected = decoded(value, torch.float32).to(dtype) if isinstance(value, PackedWeight) else value
+                if bank is not None and name in (bank.gate_up, bank.down):
+                    expected = family_orientation(bank, name, expected)
+                _same(out, name, written.tensor(name), _cast(expected, dtype))
+
+    def _torch_dtype(self, handle: ModelHandle) -> torch.dtype:
+        import torch
+
+        return handle.checkpoint.dtype if self._dtype == "auto" else getattr(torch, self._dtype)
+
+
+def hub_dense(
+    layout: ModelLayout, block: Block, tensors: BlockTensors, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a block's tensors decoded, in the shape and under the names hub checkpoints use.
+
+    Args:
+        layout: The model's layout.
+        block: The block the tensors belong to.
+        tensors: From :func:`~llmcompress.export.base.block_tensors`.
+        dtype: Wanted floating-point type.
+    """
+    bank = block.bank
+    for name, value in tensors.items():
+        tensor = decoded(value, dtype) if isinstance(value, PackedWeight) else _cast(value, dtype)
+        if bank is None or name not in (bank.gate_up, bank.down):
+            yield hub_name(layout, name), tensor
+        elif layout.disk.experts is None:
+            yield hub_name(layout, name), family_orientation(bank, name, tensor)
+        else:
+            for expert in range(bank.num_experts):
+                names = hub_expert_names(layout, bank, expert)
+                if name == bank.down:
+                    yield f"{names['down']}.weight", tensor[expert]
+                else:
+                    yield f"{names['gate']}.weight", tensor[expert, : bank.intermediate]
+                    yield f"{names['up']}.weight", tensor[expert, bank.intermediate :]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _same(out: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    import torch
+
+    if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
+        raise ExportError(f"{out}: {name} reads back different from the decoded weight")

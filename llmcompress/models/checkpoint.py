@@ -1,0 +1,275 @@
+"""A checkpoint on disk, read lazily under transformers' run-time names.
+
+Hub checkpoints name some tensors differently from the run-time model and hold experts one by
+one; :class:`Checkpoint` hides both. Files written under run-time names work as well. Only
+safetensors is read: pickle can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
+from llmcompress.models.tensor_file import Entry, TensorFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# constants that older versions of transformers saved although they are computed
+_HARMLESS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
+_SHOWN = 5
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a model folder.
+
+    Raises:
+        InputError: The folder or the file is missing, or it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder", "check model.path in the recipe")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing", "point model.path at a transformers model folder") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}", "download the file again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: is not a JSON object", "download the file again")
+    return config
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model that is quantized already.
+
+    Raises:
+        InputError: The config announces a quantization.
+    """
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
+    hint = "start from the full-precision weights, or decode it with transformers and save it first"
+    if method == "llmcompress":
+        hint = "it is an artifact of this tool: evaluate it with `llmcompress eval`, compress its source instead"
+    raise InputError(f"{folder}: the weights are already quantized ({method})", hint)
+
+
+class Checkpoint:
+    """Weights of one model folder.
+
+    Args:
+        path: Folder with ``config.json`` and ``model.safetensors`` or its shard index.
+        layout: The model's layout, which knows names and shapes.
+
+    Raises:
+        InputError: No safetensors weights, a shard is missing or damaged.
+    """
+
+    def __init__(self, path: Path, layout: ModelLayout) -> None:
+        self.path = Path(path)
+        self.layout = layout
+        self._files = [TensorFile(file) for file in self._find_files()]
+        self._where = {name: file for file in self._files for name in file.entries}
+        self._banks = {
+            name: bank for block in layout.blocks if (bank := block.bank) for name in (bank.gate_up, bank.down)
+        }
+
+    def files(self) -> list[Path]:
+        """The safetensors files, in shard order."""
+        return [file.path for file in self._files]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(file.nbytes for file in self._files)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type that holds most of the bytes.
+
+        Raises:
+            InputError: The file holds no floating-point tensor that can be compressed.
+        """
+        import torch
+
+        sizes: Counter[str] = Counter()
+        for file in self._files:
+            for entry in file.entries.values():
+                sizes[entry.code] += entry.nbytes
+        floats = [code for code, _ in sizes.most_common() if code in _FLOATS]
+        if not floats:
+            raise InputError(f"{self.path}: no 16- or 32-bit weights; is it quantized already?")
+        return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[floats[0]]
+
+    def has(self, name: str) -> bool:
+        """Whether a run-time tensor can be read (stacked experts: whether every piece is there)."""
+        return self._disk_name(name) is not None or all(piece in self._where for piece in self._pieces(name) or [""])
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor under its run-time name, in the file's data type.
+
+        Stacked experts come in the family's own in-memory orientation and are gathered from
+        per-expert tensors where the file holds those.
+
+        Raises:
+            InputError: It is missing or has the wrong shape.
+        """
+        disk = self._disk_name(name)
+        if disk is not None:
+            return self._where[disk].read(disk)
+        pieces = self._pieces(name)
+        if not pieces or any(piece not in self._where for piece in pieces):
+            raise InputError(f"{self.path}: {name} is missing", f"look with `llmcompress inspect {self.path}`")
+        return self._stack(self._banks[name], name, pieces)
+
+    def verify(self, check_values: bool = False) -> None:
+        """Compare what the files hold with what the model needs.
+
+        Args:
+            check_values: Also read every tensor and look for NaN and infinity.
+
+        Raises:
+            InputError: Tensors are missing, superfluous, of the wrong shape or not finite; all are named at once.
+        """
+        problems = self._missing() + self._misshapen() + self._superfluous()
+        if not problems and check_values:
+            problems = self._not_finite()
+        if problems:
+            raise InputError(
+                "\n".join(f"{self.path}: {problem}" for problem in problems),
+                "check that config.json belongs to these weights, then download them again",
+            )
+
+    def _find_files(self) -> list[Path]:
+        index = self.path / INDEX
+        if (self.path / SINGLE).is_file():
+            return [self.path / SINGLE]
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index}: is not a shard index: {error}", "download the file again") from error
+            if any(not isinstance(name, str) or Path(name).name != name for name in names):
+                raise InputError(f"{index}: names a shard outside its folder", "download the file again")
+            absent = [name for name in names if not (self.path / name).is_file()]
+            if absent:
+                raise InputError(f"{self.path}: shards are missing: {', '.join(absent)}", "download them again")
+            return [self.path / name for name in names]
+        pickles = [name for name in _PICKLES if (self.path / name).exists()]
+        if pickles:
+            raise InputError(
+                f"{self.path}: only {pickles[0]}; pickle files can run code and are refused",
+                "convert it in a place you trust: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW)",
+            )
+        raise InputError(f"{self.path}: no {SINGLE} and no {INDEX}", "point model.path at a complete model folder")
+
+    def _disk_name(self, name: str) -> str | None:
+        """The name under which the files hold a tensor whole, None when they do not."""
+        candidates = [name]
+        for ours, theirs in self.layout.disk.renames:
+            if ours in name:
+                candidates.append(name.replace(ours, theirs, 1))
+                break
+        # models saved without their head lack the prefix
+        candidates += [candidate.removeprefix("model.") for candidate in candidates]
+        return next((candidate for candidate in candidates if candidate in self._where), None)
+
+    def _pieces(self, name: str) -> list[str]:
+        """Names of the per-expert tensors that make up a stacked one: gates and ups, or downs."""
+        bank, disk = self._banks.get(name), self.layout.disk
+        if bank is None or disk.experts is None:
+            return []
+        runtime, hub = disk.experts
+        folders = [bank.module.replace(runtime, hub, 1), bank.module]
+        parts = [disk.down] if name == bank.down else [disk.gate, disk.up]
+        for folder in folders:
+            names = [f"{folder}.{expert}.{part}" for expert in range(bank.num_experts) for part in parts]
+            if any(piece in self._where for piece in names):
+                return names
+        return [f"{folders[0]}.{expert}.{part}" for expert in range(bank.num_experts) for part in parts]
+
+    def _stack(self, bank: ExpertBank, name: str, pieces: list[str]) -> Tensor:
+        import torch
+
+        experts, rows, columns = bank.shape(name)
+        stacked = torch.empty(experts, rows, columns, dtype=self._where[pieces[0]].dtype(pieces[0]))
+        per_expert = len(pieces) // experts
+        height = rows // per_expert
+        for number, piece in enumerate(pieces):
+            expert, part = divmod(number, per_expert)
+            tensor = self._where[piece].read(piece)
+            if tensor.shape != (height, columns):
+                raise InputError(f"{self.path}: {piece} has shape {list(tensor.shape)}, not {[height, columns]}")
+            stacked[expert, part * height : (part + 1) * height] = tensor
+        return stacked
+
+    def _entry(self, name: str) -> Entry:
+        return self._where[name].entries[name]
+
+    def _missing(self) -> list[str]:
+        absent = []
+        for view in self.layout.tensors():
+            if self._disk_name(view.name) is None:
+                pieces = self._pieces(view.name)
+                absent += [piece for piece in pieces if piece not in self._where] if pieces else [view.name]
+        return [_listed("missing", absent)] if absent else []
+
+    def _misshapen(self) -> list[str]:
+        found = []
+        for name, expected in self._expected():
+            entry = self._entry(name)
+            if entry.shape != expected:
+                found.append(f"{name} has shape {list(entry.shape)}, config.json says {list(expected)}")
+            elif entry.code not in _FLOATS:
+                found.append(f"{name} holds {entry.code} values, not 16- or 32-bit floats")
+        return found[:_SHOWN] + ([f"and {len(found) - _SHOWN} more wrong shapes"] if len(found) > _SHOWN else [])
+
+    def _superfluous(self) -> list[str]:
+        needed = {name for name, _ in self._expected()}
+        patterns = [re.compile(pattern) for pattern in (*_HARMLESS, *self.layout.ignored)]
+        if self.layout.tied:
+            patterns.append(re.compile(r"^lm_head\.weight$"))
+        extra = [n for n in sorted(self._where) if n not in needed and not any(p.search(n) for p in patterns)]
+        return [_listed("not part of this model", extra)] if extra else []
+
+    def _not_finite(self) -> list[str]:
+        import torch
+
+        bad = [n for n, _ in self._expected() if not bool(torch.isfinite(self._where[n].read(n)).all())]
+        return [_listed("NaN or infinity in", bad)] if bad else []
+
+    def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name on disk and expected shape of everything the model reads and the files hold."""
+        for view in self.layout.tensors():
+            disk = self._disk_name(view.name)
+            if disk is not None:
+                yield disk, view.shape
+            else:
+                yield from self._expected_pieces(view)
+
+    def _expected_pieces(self, view: TensorView) -> Iterator[tuple[str, tuple[int, ...]]]:
+        pieces = self._pieces(view.name)
+        if not pieces:
+            return
+        experts, rows, columns = self._banks[view.name].shape(view.name)
+        height = rows * experts // len(pieces)
+        for piece in pieces:
+            if piece in self._where:
+                yield piece, (height, columns)
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{what}: {', '.join(names[:_SHOWN])}{more}"

@@ -1,0 +1,107 @@
+"""DeepSeek-V2 and V3: latent attention, first layers dense, shared experts beside the routed ones."""
+
+from __future__ import annotations
+
+from llmcompress.models.families.facts import Facts
+from llmcompress.models.families.parts import (
+    Family,
+    Part,
+    biases,
+    expert_bank,
+    gated_groups,
+    gated_mlp,
+    mixture,
+    norm,
+)
+from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
+
+
+def _latent_attention(facts: Facts, layer: str) -> Part:
+    """Multi-head latent attention: q (or q_a → q_b), kv_a → kv_b, o.
+
+    q_a and kv_a read the normed input; q_b and kv_b read the normed latents inside the module,
+    hence two ``inner`` groups.
+    """
+    module = f"{layer}.self_attn"
+    heads, bias, hidden = facts.heads, facts.flag("attention_bias"), facts.hidden
+    latent, rope, nope = facts.size("kv_lora_rank"), facts.size("qk_rope_head_dim"), facts.size("qk_nope_head_dim")
+    value, query_latent = facts.size("v_head_dim"), facts.optional_size("q_lora_rank")
+
+    def linear(name: str, rows: int, columns: int, with_bias: bool = False) -> LinearView:
+        return LinearView(f"{module}.{name}", rows, columns, Role.ATTENTION, with_bias)
+
+    down = linear("kv_a_proj_with_mqa", latent + rope, hidden, bias)
+    groups, kept = [], []
+    if query_latent is None:
+        groups.append(LinearGroup((linear("q_proj", heads * (nope + rope), hidden), down), "first", module))
+    else:
+        groups.append(LinearGroup((linear("q_a_proj", query_latent, hidden, bias), down), "first", module))
+        inner = linear("q_b_proj", heads * (nope + rope), query_latent)
+        groups.append(LinearGroup((inner,), "inner", module))
+        kept += norm(f"{module}.q_a_layernorm", query_latent)
+    groups.append(LinearGroup((linear("kv_b_proj", heads * (nope + value), latent),), "inner", module))
+    groups.append(LinearGroup((linear("o_proj", hidden, heads * value, bias),), "last", module))
+    kept += norm(f"{module}.kv_a_layernorm", latent)
+    sublayer = Sublayer("attention", module, f"{layer}.input_layernorm", None, tuple(groups))
+    return Part(sublayer, (*kept, *biases(tuple(groups))))
+
+
+def _feed_forward(facts: Facts, index: int, layer: str, router: RouterView, extra: tuple[TensorView, ...]) -> Part:
+    if index < facts.size("first_k_dense_replace", at_least=0):
+        return gated_mlp(facts, layer, facts.flag("mlp_bias"))
+    bank = expert_bank(facts, layer, "n_routed_experts", "moe_intermediate_size", router)
+    size = facts.size("moe_intermediate_size") * facts.size("n_shared_experts")
+    module = f"{layer}.mlp.shared_experts"
+    shared = gated_groups(module, facts.hidden, size, Role.SHARED_EXPERTS, facts.flag("mlp_bias"))
+    return mixture(layer, bank, shared, extra)
+
+
+def _deepseek_v2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    # transformers 5 ignores norm_topk_prob here and always multiplies by the scale
+    scale = facts.number("routed_scaling_factor")
+    router = RouterView(f"{layer}.mlp.gate", "softmax_topk", renormalizes=False, scale=scale)
+    return _latent_attention(facts, layer), _feed_forward(facts, index, layer, router, ())
+
+
+def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    gate = f"{layer}.mlp.gate"
+    scale, renormalizes = facts.number("routed_scaling_factor"), facts.flag("norm_topk_prob")
+    router = RouterView(gate, "sigmoid_group_topk", renormalizes, scale=scale)
+    correction = TensorView(f"{gate}.e_score_correction_bias", (facts.size("n_routed_experts"),))
+    return _latent_attention(facts, layer), _feed_forward(facts, index, layer, router, (correction,))
+
+
+_SHARED = {
+    "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+_DISK = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
+
+FAMILIES = (
+    Family(
+        "deepseek_v2",
+        _deepseek_v2,
+        {
+            **_SHARED, "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "first_k_dense_replace": 0, "n_routed_experts": 64,
+            "n_shared_experts": 2, "routed_scaling_factor": 1.0, "num_experts_per_tok": None,
+            "moe_intermediate_size": 1407,
+        },
+        aliases={"n_routed_experts": "num_experts"},
+        disk=_DISK,
+    ),
+    Family(
+        "deepseek_v3",
+        _deepseek_v3,
+        {
+            **_SHARED, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+            "num_hidden_layers": 61, "num_attention_heads": 128, "first_k_dense_replace": 3,
+            "n_routed_experts": 256, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048, "norm_topk_prob": True,
+        },
+        aliases={"n_routed_experts": "num_local_experts"},
+        disk=_DISK,
+        # layer 61 of the released model predicts further tokens and is not part of the causal model
+        ignored=(r"model\.layers\.61\.",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,111 @@
+"""Typed reading of ``config.json``: the file's value, or the default transformers would use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmcompress.errors import InputError
+
+# what the expert kernels and our modules implement, by the names of transformers' ACT2FN
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+class Facts:
+    """One family's view of a config.
+
+    Args:
+        config: ``config.json`` as a dict.
+        defaults: Values transformers uses where the file is silent.
+        aliases: Other names a key may have in the file (``num_experts`` for ``num_local_experts``).
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        self._config = config
+        self._defaults = defaults
+        self._aliases = aliases or {}
+
+    def get(self, key: str) -> Any:
+        """Value of ``key``: from the file, under an alias, or the family's default."""
+        if key in self._config:
+            return self._config[key]
+        alias = self._aliases.get(key)
+        if alias is not None and alias in self._config:
+            return self._config[alias]
+        return self._defaults.get(key)
+
+    def size(self, key: str, at_least: int = 1) -> int:
+        """A whole number.
+
+        Raises:
+            InputError: The value is missing, not a whole number, or below ``at_least``.
+        """
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            raise InputError(
+                f"config.json: {key} must be a whole number of at least {at_least}, not {value!r}",
+                "check that the model folder is complete and the file unchanged",
+            )
+        return value
+
+    def flag(self, key: str) -> bool:
+        """A truth value; null counts as false, as in transformers."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise InputError(f"config.json: {key} must be true or false, not {value!r}")
+        return bool(value)
+
+    def optional_size(self, key: str) -> int | None:
+        """A whole number or null."""
+        return None if self.get(key) is None else self.size(key)
+
+    def number(self, key: str) -> float:
+        """A real number.
+
+        Raises:
+            InputError: The value is not a number.
+        """
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"config.json: {key} must be a number, not {value!r}")
+        return float(value)
+
+    def indices(self, key: str) -> frozenset[int]:
+        """A list of layer indices; null is the empty list."""
+        value = self.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+            raise InputError(f"config.json: {key} must be a list of layer indices, not {value!r}")
+        return frozenset(value)
+
+    def activation(self, key: str = "hidden_act") -> str:
+        """The gate's activation.
+
+        Raises:
+            InputError: It is not one that the expert kernels implement.
+        """
+        value = self.get(key)
+        if value not in ACTIVATIONS:
+            raise InputError(f"config.json: {key} {value!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}")
+        return str(value)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.size("hidden_size")
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.size("num_attention_heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads; null means as many as query heads."""
+        return self.optional_size("num_key_value_heads") or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head; null means hidden size over heads."""
+        return self.optional_size("head_dim") or self.hidden // self.heads

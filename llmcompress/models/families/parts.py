@@ -1,0 +1,204 @@
+"""Building blocks of layouts that several families share: attention, gated MLP, mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmcompress.models.families.facts import Facts
+from llmcompress.models.layout import (
+    Block,
+    DiskNames,
+    ExpertBank,
+    LinearGroup,
+    LinearView,
+    ModelLayout,
+    Role,
+    RouterView,
+    Sublayer,
+    TensorView,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A sublayer with the dense tensors that belong to it."""
+
+    sublayer: Sublayer
+    kept: tuple[TensorView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the table of supported families.
+
+    Attributes:
+        model_type: As in ``config.json``.
+        layer: ``(facts, index, layer name) -> parts`` in the order in which they run.
+        defaults: transformers' default of every key that ``layer`` reads.
+        aliases: Other names of keys in the file.
+        disk: Names in hub checkpoints.
+        norm_bias: Whether norms carry a bias (LayerNorm instead of RMSNorm).
+        head_bias: Key that says whether the head has a bias, or None.
+        ignored: See :class:`~llmcompress.models.layout.ModelLayout`.
+    """
+
+    model_type: str
+    layer: Callable[[Facts, int, str], tuple[Part, ...]]
+    defaults: Mapping[str, Any]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    disk: DiskNames = DiskNames()
+    norm_bias: bool = False
+    head_bias: str | None = None
+    ignored: tuple[str, ...] = ()
+
+    def layout(self, config: Mapping[str, Any]) -> ModelLayout:
+        """Compute the layout of a model of this family.
+
+        Raises:
+            InputError: A value of the config has the wrong type.
+        """
+        facts = Facts(config, self.defaults, self.aliases)
+        hidden, vocab, tied = facts.hidden, facts.size("vocab_size"), facts.flag("tie_word_embeddings")
+        blocks = []
+        for index in range(facts.size("num_hidden_layers")):
+            name = f"model.layers.{index}"
+            parts = self.layer(facts, index, name)
+            norms = [n for p in parts for n in (p.sublayer.pre_norm, p.sublayer.post_norm) if n is not None]
+            kept = [view for n in norms for view in norm(n, hidden, self.norm_bias)]
+            kept += [view for part in parts for view in part.kept]
+            blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept)))
+        outside = [TensorView("model.embed_tokens.weight", (vocab, hidden))]
+        outside += norm("model.norm", hidden, self.norm_bias)
+        if not tied:
+            outside.append(TensorView("lm_head.weight", (vocab, hidden)))
+        if self.head_bias is not None and facts.flag(self.head_bias):
+            outside.append(TensorView("lm_head.bias", (vocab,)))
+        return ModelLayout(
+            self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, self.ignored
+        )
+
+
+def norm(name: str, size: int, bias: bool = False) -> list[TensorView]:
+    """Tensors of a norm."""
+    views = [TensorView(f"{name}.weight", (size,))]
+    if bias:
+        views.append(TensorView(f"{name}.bias", (size,)))
+    return views
+
+
+def biases(groups: tuple[LinearGroup, ...]) -> tuple[TensorView, ...]:
+    """Biases of the linears of ``groups``."""
+    linears = [linear for group in groups for linear in group.linears if linear.bias]
+    return tuple(TensorView(f"{linear.name}.bias", (linear.out_features,)) for linear in linears)
+
+
+def attention(
+    facts: Facts,
+    layer: str,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    qk_norm: Literal["none", "head", "full"] = "none",
+    extra: tuple[TensorView, ...] = (),
+    post_norm: str | None = None,
+) -> Part:
+    """Grouped-query attention with separate q, k, v and o projections.
+
+    Args:
+        facts: The config.
+        layer: Run-time name of the decoder layer.
+        qkv_bias, out_bias: Whether the projections have biases.
+        qk_norm: Norms on queries and keys: per head, over all heads, or none.
+        extra: Further dense tensors of the module (gpt_oss sinks).
+        post_norm: Norm on the output before the residual add.
+    """
+    module = f"{layer}.self_attn"
+    query, value = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> LinearView:
+        return LinearView(f"{module}.{name}", rows, columns, Role.ATTENTION, bias)
+
+    groups = (
+        LinearGroup(
+            (
+                linear("q_proj", query, facts.hidden, qkv_bias),
+                linear("k_proj", value, facts.hidden, qkv_bias),
+                linear("v_proj", value, facts.hidden, qkv_bias),
+            ),
+            "first",
+            module,
+        ),
+        LinearGroup((linear("o_proj", facts.hidden, query, out_bias),), "last", module),
+    )
+    kept = list(biases(groups)) + list(extra)
+    if qk_norm != "none":
+        widths = (facts.head_dim, facts.head_dim) if qk_norm == "head" else (query, value)
+        kept += norm(f"{module}.q_norm", widths[0]) + norm(f"{module}.k_norm", widths[1])
+    sublayer = Sublayer("attention", module, f"{layer}.input_layernorm", post_norm, groups)
+    return Part(sublayer, tuple(kept))
+
+
+def gated_groups(
+    module: str, hidden: int, intermediate: int, role: Role, bias: bool = False
+) -> tuple[LinearGroup, ...]:
+    """Groups of a gated MLP: gate and up, then down."""
+    rows = tuple(LinearView(f"{module}.{n}", intermediate, hidden, role, bias) for n in ("gate_proj", "up_proj"))
+    down = LinearView(f"{module}.down_proj", hidden, intermediate, role, bias)
+    return (LinearGroup(rows, "first", module), LinearGroup((down,), "last", module))
+
+
+def gated_mlp(
+    facts: Facts,
+    layer: str,
+    bias: bool = False,
+    pre_norm: str = "post_attention_layernorm",
+    post_norm: str | None = None,
+) -> Part:
+    """The dense gated MLP of a decoder layer."""
+    module = f"{layer}.mlp"
+    groups = gated_groups(module, facts.hidden, facts.size("intermediate_size"), Role.MLP, bias)
+    return Part(Sublayer("mlp", module, f"{layer}.{pre_norm}", post_norm, groups), biases(groups))
+
+
+def mixture(
+    layer: str,
+    bank: ExpertBank,
+    shared: tuple[LinearGroup, ...] = (),
+    extra: tuple[TensorView, ...] = (),
+) -> Part:
+    """A mixture-of-experts sublayer.
+
+    Args:
+        layer: Run-time name of the decoder layer.
+        bank: Its experts.
+        shared: Linears of the shared experts.
+        extra: Further dense tensors of the module, beside router and biases.
+    """
+    router = bank.router
+    kept = [TensorView(f"{router.module}.weight", (bank.num_experts, bank.hidden))]
+    if router.bias:
+        kept.append(TensorView(f"{router.module}.bias", (bank.num_experts,)))
+    if bank.bias:
+        kept.append(TensorView(f"{bank.gate_up}_bias", (bank.num_experts, 2 * bank.intermediate)))
+        kept.append(TensorView(f"{bank.down}_bias", (bank.num_experts, bank.hidden)))
+    kept += [*extra, *biases(shared)]
+    module = f"{layer}.mlp"
+    sublayer = Sublayer("moe", module, f"{layer}.post_attention_layernorm", None, shared, bank)
+    return Part(sublayer, tuple(kept))
+
+
+def expert_bank(
+    facts: Facts, layer: str, experts_key: str, intermediate_key: str, router: RouterView, **options: Any
+) -> ExpertBank:
+    """Read an expert bank's sizes from the config."""
+    options.setdefault("activation", facts.activation())
+    return ExpertBank(
+        module=f"{layer}.mlp.experts",
+        num_experts=facts.size(experts_key),
+        top_k=facts.size("num_experts_per_tok"),
+        hidden=facts.hidden,
+        intermediate=facts.size(intermediate_key),
+        router=router,
+        **options,
+    )

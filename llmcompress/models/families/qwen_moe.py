@@ -1,0 +1,86 @@
+"""Qwen2-MoE, Qwen3-MoE and OLMoE: softmax routing, renormalised where the config says so."""
+
+from __future__ import annotations
+
+from llmcompress.models.families.facts import Facts
+from llmcompress.models.families.parts import Family, Part, attention, expert_bank, gated_groups, gated_mlp, mixture
+from llmcompress.models.layout import DiskNames, Role, RouterView, TensorView
+
+
+def _router(facts: Facts, layer: str) -> RouterView:
+    return RouterView(f"{layer}.mlp.gate", "softmax_topk", renormalizes=facts.flag("norm_topk_prob"))
+
+
+def _is_sparse(facts: Facts, index: int) -> bool:
+    step = facts.size("decoder_sparse_step")
+    has_experts = facts.size("num_experts", at_least=0) > 0
+    return index not in facts.indices("mlp_only_layers") and has_experts and (index + 1) % step == 0
+
+
+def _qwen2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    head = attention(facts, layer, qkv_bias=facts.flag("qkv_bias"))
+    if not _is_sparse(facts, index):
+        return head, gated_mlp(facts, layer)
+    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", _router(facts, layer))
+    shared_size = facts.size("shared_expert_intermediate_size")
+    shared = gated_groups(f"{layer}.mlp.shared_expert", facts.hidden, shared_size, Role.SHARED_EXPERTS)
+    # one row that scales the whole shared expert: far too sensitive to quantize
+    gate = TensorView(f"{layer}.mlp.shared_expert_gate.weight", (1, facts.hidden))
+    return head, mixture(layer, bank, shared, (gate,))
+
+
+def _qwen3_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    head = attention(facts, layer, bias, bias, qk_norm="head")
+    if not _is_sparse(facts, index):
+        return head, gated_mlp(facts, layer)
+    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", _router(facts, layer))
+    return head, mixture(layer, bank)
+
+
+def _olmoe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    bank = expert_bank(facts, layer, "num_experts", "intermediate_size", _router(facts, layer))
+    return attention(facts, layer, bias, bias, qk_norm="full"), mixture(layer, bank)
+
+
+_SHARED = {
+    "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "head_dim": None,
+    "tie_word_embeddings": False, "hidden_act": "silu", "norm_topk_prob": False, "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}  # fmt: skip
+_DISK = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
+
+FAMILIES = (
+    Family(
+        "qwen2_moe",
+        _qwen2_moe,
+        {
+            **_SHARED, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4,
+            "num_experts": 60, "qkv_bias": True,
+        },
+        disk=_DISK,
+    ),
+    Family(
+        "qwen3_moe",
+        _qwen3_moe,
+        {
+            **_SHARED, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128, "attention_bias": False,
+        },
+        aliases={"num_experts": "num_local_experts"},
+        disk=_DISK,
+    ),
+    Family(
+        "olmoe",
+        _olmoe,
+        {
+            **_SHARED, "vocab_size": 50304, "intermediate_size": 2048, "num_hidden_layers": 16,
+            "num_attention_heads": 16, "num_key_value_heads": None, "num_experts_per_tok": 8, "num_experts": 64,
+            "attention_bias": False,
+        },
+        aliases={"num_experts": "num_local_experts"},
+        disk=_DISK,
+    ),
+)  # fmt: skip

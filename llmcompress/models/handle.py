@@ -1,0 +1,243 @@
+"""An opened source model: config, layout, lazy weights, and modules materialised block by block."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import InputError
+from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
+from llmcompress.models.layout import ModelLayout, TensorView
+from llmcompress.models.paths import resolve_path
+from llmcompress.models.registry import layout_from_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelHandle:
+    """A full-precision model that has been opened but not loaded.
+
+    Attributes:
+        path: Folder of the model.
+        tokenizer_path: Folder of its tokenizer.
+        config: ``config.json``.
+        layout: What :func:`~llmcompress.models.registry.layout_from_config` made of it.
+        checkpoint: Its weights.
+        dtype: Data type in which blocks are materialised.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        layout: ModelLayout,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        tokenizer_path: Path | None = None,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.layout = layout
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.tokenizer_path = tokenizer_path or path
+
+    @classmethod
+    def open(cls, path: str | Path, dtype: str = "auto", tokenizer: str | None = None) -> ModelHandle:
+        """Open a model folder: read the config, compute the layout, check names and shapes.
+
+        Args:
+            path: Folder in transformers format, or ``asset:NAME``.
+            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the files.
+            tokenizer: Folder of the tokenizer if it is not in ``path``.
+
+        Raises:
+            InputError: The folder is incomplete, damaged, quantized already, or of an unsupported family.
+        """
+        if dtype != "auto" and dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}", f"use one of auto, {', '.join(DTYPES)}")
+        folder = resolve_path(str(path))
+        config = read_config(folder)
+        refuse_quantized(folder, config)
+        layout = layout_from_config(config)
+        checkpoint = Checkpoint(folder, layout)
+        checkpoint.verify()
+        wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
+        return cls(folder, config, layout, checkpoint, wanted, resolve_path(tokenizer) if tokenizer else None)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(math.prod(view.shape) for view in self.layout.tensors())
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            InputError: It is missing or cannot be read without running code from the folder.
+        """
+        return load_tokenizer(self.tokenizer_path)
+
+    def hf_config(self) -> PretrainedConfig:
+        """The config as a transformers object; a fresh copy at every call."""
+        return transformers_config(self.path)
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The whole model with blocks on the meta device.
+
+        Embedding, final norm, head and computed constants (rotary frequencies) are real and on
+        the CPU; decoder layers hold no memory until :meth:`load_block`.
+
+        Args:
+            dtype: Instead of the handle's.
+        """
+        model = meta_model(self.hf_config(), dtype or self.dtype)
+        fill_constants(model)
+        self.load_tensors(model, self.layout.outside)
+        model.tie_weights()
+        return model
+
+    def load_block(self, model: PreTrainedModel, index: int) -> nn.Module:
+        """Materialise one decoder layer of :meth:`skeleton` in place, on the CPU.
+
+        Args:
+            model: Made by :meth:`skeleton`.
+            index: Which block.
+
+        Returns:
+            The decoder layer, all of its parameters real.
+        """
+        block = self.layout.blocks[index]
+        self.load_tensors(model, block.tensors())
+        return model.get_submodule(block.name)
+
+    def free_block(self, model: PreTrainedModel, index: int) -> None:
+        """Put one decoder layer back on the meta device; its memory is released."""
+        for module in model.get_submodule(self.layout.blocks[index].name).modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                meta = torch.empty_like(parameter, device="meta")
+                module.register_parameter(name, nn.Parameter(meta, requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                persistent = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, torch.empty_like(buffer, device="meta"), persistent=persistent)
+
+    def dense_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The full-precision model, all of it in memory, in evaluation mode."""
+        model = self.skeleton(dtype)
+        for block in self.layout.blocks:
+            self.load_block(model, block.index)
+        return model.eval()
+
+    def load_tensors(self, model: PreTrainedModel, views: Iterable[TensorView]) -> None:
+        """Read tensors from the checkpoint into ``model``, each in the type its place asks for."""
+        plan = model._get_dtype_plan(model.dtype)
+        for view in views:
+            assign(model, view.name, self.checkpoint.tensor(view.name), plan)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in ``folder``, never running code from it.
+
+    Raises:
+        InputError: It is missing or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        # a string that is not a folder would be taken for a model on the hub
+        if not Path(folder).is_dir():
+            raise OSError("no such folder")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{folder}: no usable tokenizer: {first}", "copy tokenizer.json here or set model.tokenizer"
+        ) from error
+    return tokenizer
+
+
+def transformers_config(folder: Path) -> PretrainedConfig:
+    """Let transformers parse ``config.json``.
+
+    Raises:
+        InputError: transformers rejects a value.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder}/config.json: transformers rejects it: {first}") from error
+    return config
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a causal language model with everything on the meta device, in evaluation mode.
+
+    Attention is ``sdpa`` where the family supports it and ``eager`` otherwise, as
+    ``from_pretrained`` chooses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def fill_constants(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales).
+
+    transformers recomputes them in ``_init_weights``; parameters are still on the meta device
+    then, so nothing else is initialised.
+    """
+    for module in model.modules():
+        names = [name for name in module._non_persistent_buffers_set if getattr(module, name, None) is not None]
+        for name in names:
+            buffer = torch.empty_like(getattr(module, name), device="cpu")
+            module.register_buffer(name, buffer, persistent=False)
+        if names:
+            model._init_weights(module)
+
+
+def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, torch.dtype] | None = None) -> None:
+    """Put a real tensor in the place of a meta parameter or buffer, in that place's data type.
+
+    Args:
+        model: Any module.
+        name: Full name of the parameter or buffer.
+        tensor: Its value; shapes must agree.
+        dtype_plan: Name parts that transformers keeps in another type (``_get_dtype_plan``).
+
+    Raises:
+        InputError: The model has no such tensor, or of another shape.
+    """
+    owner_name, _, key = name.rpartition(".")
+    try:
+        owner = model.get_submodule(owner_name)
+        place = getattr(owner, key)
+    except AttributeError as error:
+        raise InputError(f"{name}: the installed transformers has no such tensor in {type(model).__name__}") from error
+    if place.shape != tensor.shape:
+        raise InputError(f"{name}: shape {list(tensor.shape)} where {list(place.shape)} is needed")
+    parts = name.split(".")
+    dtype = next((kept for part, kept in (dtype_plan or {}).items() if part in parts), place.dtype)
+    value = tensor.to(dtype)
+    if key in owner._parameters:
+        owner.register_parameter(key, nn.Parameter(value, requires_grad=False))
+    else:
+        owner.register_buffer(key, value, persistent=key not in owner._non_persistent_buffers_set)

@@ -1,0 +1,78 @@
+"""From ``config.json`` to a layout. A family that is not in the table is refused, never half-handled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from llmcompress.errors import InputError
+from llmcompress.models.families import deepseek, dense, gpt_oss, mixtral, qwen_moe
+from llmcompress.models.families.parts import Family
+from llmcompress.models.layout import ModelLayout
+
+# keys that only mixtures of experts or state-space models have
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+_STATE_SPACE_KEYS = ("state_size", "ssm_state_size", "mamba_d_state", "d_state", "conv_kernel")
+
+
+@cache
+def _table() -> dict[str, Family]:
+    modules = (mixtral, qwen_moe, deepseek, gpt_oss, dense)
+    return {family.model_type: family for module in modules for family in module.FAMILIES}
+
+
+def families() -> list[str]:
+    """Names of the supported model types."""
+    return sorted(_table())
+
+
+def layout_from_config(config: Mapping[str, Any]) -> ModelLayout:
+    """Compute the layout of a model from its ``config.json``.
+
+    Args:
+        config: The file as a dict.
+
+    Returns:
+        Blocks, linears, expert banks and dense tensors under transformers' run-time names.
+
+    Raises:
+        InputError: The model type is not supported, or a value of the config is wrong.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("config.json: model_type is missing", "point model.path at a transformers model folder")
+    family = _table().get(model_type)
+    if family is None:
+        family = _from_plugins(model_type)
+    if family is None:
+        raise _refusal(model_type, config)
+    return family.layout(config)
+
+
+def _from_plugins(model_type: str) -> Family | None:
+    from llmcompress.plugins import discover
+
+    found = discover("llmcompress.families").get(model_type)
+    return found if isinstance(found, Family) else None
+
+
+def _refusal(model_type: str, config: Mapping[str, Any]) -> InputError:
+    supported = f"supported: {', '.join(families())}"
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        inner = text.get("model_type")
+        return InputError(
+            f"model type {model_type!r} has several modalities; only plain text models are supported",
+            f"save its text part ({inner!r}) as a model of its own first; {supported}",
+        )
+    if any(key in config for key in _EXPERT_KEYS):
+        kind = "is a mixture of experts whose expert layout is not known here; quantizing it would skip its experts"
+    elif any(key in config for key in _STATE_SPACE_KEYS):
+        kind = "is a state-space model whose layout is not known here"
+    else:
+        kind = "is not supported"
+    near = difflib.get_close_matches(model_type, families(), 1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return InputError(f"model type {model_type!r} {kind}", f"{guess}{supported}")

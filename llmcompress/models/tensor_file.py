@@ -1,0 +1,126 @@
+"""Reading one safetensors file, tensor by tensor, without mapping it into memory.
+
+A mapped file's touched pages count as resident memory, which would make peak memory depend on
+what was read before; and a file cut short while mapped kills the process. Plain reads into
+freshly allocated tensors have neither problem.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+}  # fmt: skip
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies in its file: type code, shape, first byte, size in bytes."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class TensorFile:
+    """One safetensors file. The header is read and checked at once, values on request.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It is missing, cut short, or not a safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = self._read_header()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor."""
+        import torch
+
+        found: torch.dtype = getattr(torch, _DTYPES[self.entries[name].code][0])
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into new memory.
+
+        Raises:
+            InputError: The file has become shorter since it was opened.
+        """
+        import torch
+
+        entry = self.entries[name]
+        result = torch.empty(entry.shape, dtype=self.dtype(name))
+        if entry.nbytes:
+            # a view of raw bytes exists for every dtype; numpy has no bfloat16
+            target = memoryview(result.reshape(-1).view(torch.uint8).numpy())
+            with self.path.open("rb", buffering=0) as handle:
+                handle.seek(entry.start)
+                done = 0
+                while done < entry.nbytes:
+                    count = handle.readinto(target[done:])
+                    if not count:
+                        raise self._damaged(f"ends inside {name}")
+                    done += count
+        return result
+
+    def _damaged(self, problem: str) -> InputError:
+        return InputError(f"{self.path}: damaged: {problem}", "download or copy the file again")
+
+    def _read_header(self) -> dict[str, Entry]:
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as handle:
+                prefix = handle.read(8)
+                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+                if not 0 < length <= min(_MAX_HEADER, size - 8):
+                    raise self._damaged("the header is not that of a safetensors file, or the file is cut short")
+                raw = handle.read(length)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot read: {error.strerror or error}") from error
+        try:
+            header = json.loads(raw)
+        except ValueError as error:
+            raise self._damaged("the header is not JSON") from error
+        if not isinstance(header, dict):
+            raise self._damaged("the header is not an object")
+        header.pop("__metadata__", None)
+        return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
+
+    def _entry(self, name: str, value: Any, base: int, size: int) -> Entry:
+        try:
+            code, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
+            begin, end = (int(n) for n in value["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"the header entry of {name} is malformed") from error
+        if code not in _DTYPES:
+            raise InputError(f"{self.path}: {name} has data type {code}, which is not supported")
+        expected = math.prod(shape) * _DTYPES[code][1]
+        if begin < 0 or end - begin != expected:
+            raise self._damaged(f"{name} of shape {list(shape)} cannot span {end - begin} bytes")
+        if base + end > size:
+            raise self._damaged(f"cut short: {name} needs {base + end} bytes, the file has {size}")
+        return Entry(code, shape, base + begin, expected)

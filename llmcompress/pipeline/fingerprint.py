@@ -1,0 +1,108 @@
+"""Fingerprints: what a finished stage depended on, so that resume can tell whether it still holds.
+
+A stage's fingerprint is the SHA-256 of its config, the contents of the files the config names and
+the fingerprint of the stage before. The first link is the model, the seed and the compute policy.
+Files count by content, not by name, so a moved model does not invalidate a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# keys of recipe sections whose value may name a file or a folder
+PATH_KEYS = frozenset({"path", "tasks_dir", "tokenizer"})
+# model folders also hold things that no run reads
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+WHOLE_FILE_LIMIT = 64 << 20
+SAMPLE = 1 << 20
+SAMPLES = 16
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of ``data`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """SHA-256 of a file; of its size and 16 evenly spread mebibytes when it is larger than 64 MiB.
+
+    Reading 90 GB before every run would cost more than it protects; a checkpoint that was
+    replaced differs in practice in its header or in any of the sampled places.
+    """
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as handle:
+        if size <= WHOLE_FILE_LIMIT:
+            while chunk := handle.read(SAMPLE):
+                found.update(chunk)
+        else:
+            for index in range(SAMPLES):
+                handle.seek((size - SAMPLE) * index // (SAMPLES - 1))
+                found.update(handle.read(SAMPLE))
+    return found.hexdigest()
+
+
+def path_identity(path: Path) -> str:
+    """Identity of a file, or of the model, tokenizer and task files of a folder by relative name."""
+    if path.is_file():
+        return file_identity(path)
+    files = {p for pattern in MODEL_FILES for p in path.glob(pattern)}
+    files |= {p for pattern in ("**/*.yaml", "**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet") for p in path.glob(pattern)}
+    return digest({p.relative_to(path).as_posix(): file_identity(p) for p in sorted(files) if p.is_file()})
+
+
+def with_contents(section: Any, key: str = "") -> Any:
+    """Copy of a recipe section in which names of existing files are replaced by what is in them.
+
+    Args:
+        section: Plain data (mappings, lists, scalars).
+        key: Key under which ``section`` was found.
+    """
+    if isinstance(section, Mapping):
+        return {name: with_contents(value, name) for name, value in section.items()}
+    if isinstance(section, list | tuple):
+        return [with_contents(value, key) for value in section]
+    if key in PATH_KEYS and isinstance(section, str) and section:
+        from llmcompress.models.paths import resolve_path
+
+        path = resolve_path(section, None)
+        if path.exists():
+            return {"contents": path_identity(path)}
+    return section
+
+
+def flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted path, scalar)`` of nested plain data; empty containers count as scalars."""
+    if isinstance(data, Mapping) and data:
+        for name, value in data.items():
+            yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(data, list | tuple) and data:
+        for index, value in enumerate(data):
+            yield from flatten(value, f"{prefix}.{index}")
+    else:
+        yield prefix, data
+
+
+def difference(before: Any, after: Any, prefix: str) -> list[str]:
+    """Lines ``path: before → after`` for everything that differs between two pieces of plain data."""
+    old, new = dict(flatten(before, prefix)), dict(flatten(after, prefix))
+    lines = []
+    for name in list(old) + [n for n in new if n not in old]:
+        if old.get(name, _ABSENT) == new.get(name, _ABSENT):
+            continue
+        if name.endswith(".contents"):
+            lines.append(f"{name.removesuffix('.contents')}: the contents of the file have changed")
+        else:
+            lines.append(f"{name}: {_shown(old.get(name, _ABSENT))} → {_shown(new.get(name, _ABSENT))}")
+    return lines
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

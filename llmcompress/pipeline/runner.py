@@ -1,0 +1,453 @@
+"""Runs the stages of a recipe in a run folder: resume, gates, signals, records, report.
+
+Every stage runs at most once to its end. What a stage depended on is recorded as a fingerprint,
+so that a later start knows which stages still hold, which must be done again, and when
+continuing would silently mix two recipes (then it refuses and shows the difference).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from llmcompress.errors import GateFailed, Interrupted, RecipeError, UsageError
+from llmcompress.evaluation.gates import failed as failed_gates
+from llmcompress.events import Event
+from llmcompress.pipeline import device as devices
+from llmcompress.pipeline.fingerprint import difference, digest, with_contents
+from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
+from llmcompress.pipeline.sinks import Fanout, JsonlSink, Sink
+from llmcompress.stages.base import Kind, Stage
+from llmcompress.stages.state import Metric, RunContext, RunState
+
+# a changed stage of these kinds is done again without asking: nothing costly is thrown away
+CHEAP_KINDS = frozenset({Kind.METRICS, Kind.ARTIFACT, Kind.POLICY})
+PACKAGES = ("llmcompress", "torch", "transformers", "numpy", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A validated recipe, ready to run.
+
+    Attributes:
+        recipe: The resolved recipe as plain data (sections ``model``, ``run``, ``stages``).
+        stages: Its stages, built, in order.
+        source: Text of the recipe file as given.
+        lock: Content of ``recipe.lock.json``.
+    """
+
+    recipe: dict[str, Any]
+    stages: Sequence[Stage]
+    source: str
+    lock: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How far to go and what to do with a folder that holds a run already.
+
+    Attributes:
+        until: Last stage to run.
+        only: The one stage to run; all before it must be finished.
+        redo: Do this stage and all after it again.
+        force: Delete what the folder holds of an earlier run.
+        trackers: Builds further sinks once the folder exists.
+    """
+
+    until: str | None = None
+    only: str | None = None
+    redo: str | None = None
+    force: bool = False
+    trackers: Callable[[Path], list[Sink]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        run_dir: Its folder.
+        status: ``finished``, ``stopped`` (``until`` or ``only``) or ``nothing to do``.
+        stages: Records of the stages that have begun, in order.
+        metrics: Everything measured; empty if nothing was done.
+        artifacts: Format → folder.
+        report: The report, None if it was not written.
+    """
+
+    run_dir: Path
+    status: Literal["finished", "stopped", "nothing to do"]
+    stages: tuple[StageRecord, ...]
+    metrics: tuple[Metric, ...] = ()
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    report: Path | None = None
+
+    @property
+    def gate_failures(self) -> list[str]:
+        """What the quality gates said, empty when all held."""
+        return [record.gate_failure for record in self.stages if record.gate_failure]
+
+
+class StopRequested(KeyboardInterrupt):
+    """SIGTERM arrived. Like Ctrl-C it passes through libraries that catch ``Exception``."""
+
+
+class Stopper:
+    """Turns SIGTERM into :class:`StopRequested` at the next moment where nothing is lost.
+
+    Between ``block_start`` and ``block_end`` it waits for the block; elsewhere, and at the second
+    signal, it stops at once. That is safe at any moment; waiting only saves the block's work.
+    """
+
+    def __init__(self) -> None:
+        self._in_block = False
+        self._asked = False
+
+    def __call__(self, event: Event) -> None:
+        """Watch blocks go by; the last sink of a run.
+
+        Raises:
+            StopRequested: A stop was asked for and the block has ended.
+        """
+        if event.kind == "block_start":
+            self._in_block = True
+        elif event.kind in ("block_end", "stage_end"):
+            self._in_block = False
+            if self._asked:
+                raise StopRequested(f"stopped by a signal after a block of stage {event.stage}")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle SIGTERM inside the block; outside the main thread signals cannot be handled and are left alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked or not self._in_block:
+            raise StopRequested("stopped by a signal")
+        self._asked = True
+
+
+class Runner:
+    """Executes one job.
+
+    Args:
+        job: What to run.
+        options: How far.
+        sinks: Displays; ``events.jsonl`` is added here.
+    """
+
+    def __init__(self, job: Job, options: RunOptions, sinks: Sequence[Sink] = ()) -> None:
+        self.job = job
+        self.options = options
+        self.dir = RunDir(Path(job.recipe["run"]["dir"]))
+        self.state = RunState()
+        self._displays = sinks
+        self._emit = Fanout(())
+        self._names = [stage.name for stage in job.stages]
+
+    def execute(self) -> Outcome:
+        """Run what is not done yet.
+
+        Returns:
+            What was done. Quality gates that failed are in it, not raised.
+
+        Raises:
+            UsageError: The options name no stage, or the folder is not a run's.
+            RecipeError: The recipe changed in a way that would throw finished work away.
+            EnvironmentProblem: The folder cannot be used, or is in use.
+            Interrupted: Ctrl-C or SIGTERM; resume continues.
+            LLMCompressError: Whatever a stage raises.
+        """
+        self._check_options()
+        self.dir.create()
+        with RunLock(self.dir.root):
+            if self.options.force:
+                self.dir.clear()
+            record = self._policy()
+            prints = self._fingerprints(record.root)
+            settled = self._settle(prints, record.root)
+            if settled and self._already_finished():
+                return Outcome(self.dir.root, "nothing to do", self._records(), report=self._report_path())
+            self.dir.write_run(record)
+            self.dir.write_recipe(self.job.source, self.job.lock)
+            return self._run(prints, record)
+
+    def _check_options(self) -> None:
+        for option in ("until", "only", "redo"):
+            name = getattr(self.options, option)
+            if name is not None and name not in self._names:
+                raise UsageError(f"--{option} {name}: no such stage", f"choose one of {', '.join(self._names)}")
+        if self.options.until and self.options.only:
+            raise UsageError("--until and --only exclude each other", "give one of them")
+
+    def _policy(self) -> RunRecord:
+        """Device, dtype and threads: the recipe's, else those the run began with, else this machine's."""
+        wanted, before = self.job.recipe["run"], self.dir.read_run()
+        choice = wanted.get("device", "auto")
+        if choice == "auto" and before is not None:
+            choice = before.device
+        device = choice if choice == "cpu" else devices.resolve_device(choice)
+        dtype = devices.resolve_dtype(wanted.get("compute_dtype", "auto"), device)
+        seed = int(wanted.get("seed", 0))
+        root = {
+            "model": with_contents(self.job.recipe.get("model", {})),
+            "run": {"seed": seed, "device": device, "compute_dtype": dtype},
+        }
+        threads = wanted.get("threads")
+        if threads in (None, "auto"):
+            threads = before.threads if before is not None else 0
+        name, versions = str(self.job.recipe.get("name", "run")), before.versions if before else {}
+        return RunRecord(name, "running", device, dtype, int(threads), root, list(self._names), versions)
+
+    def _fingerprints(self, root: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Stage name → (fingerprint, what it was computed from without the stages before)."""
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        upstream = digest(root)
+        for stage in self.job.stages:
+            inputs = with_contents(stage.config.model_dump(mode="json"))
+            upstream = digest({"inputs": inputs, "name": stage.name, "upstream": upstream})
+            found[stage.name] = (upstream, inputs)
+        return found
+
+    def _settle(self, prints: Mapping[str, tuple[str, dict[str, Any]]], root: dict[str, Any]) -> bool:
+        """Discard what no longer holds, or refuse when that would lose finished work.
+
+        Returns:
+            Whether everything recorded still holds.
+        """
+        stale = next((n for n in self._names if not self._holds(n, prints[n][0])), None)
+        gone = sorted(p.name for p in (self.dir.root / "stages").iterdir() if p.name not in self._names)
+        first = end = len(self._names) if stale is None else self._names.index(stale)
+        if self.options.redo is not None:
+            end = self._names.index(self.options.redo)
+            self._refuse_changes(self._names[first:end], [], prints, root)
+            first = min(first, end)
+        else:
+            self._refuse_changes(self._names[first:], gone, prints, root)
+        discarded = [*(n for n in self._names[first:] if self.dir.stage_dir(n).exists()), *gone]
+        for name in reversed(discarded):
+            self.dir.discard_stage(name)
+        return not discarded
+
+    def _holds(self, name: str, fingerprint: str) -> bool:
+        """Whether what is recorded of a stage (finished or partly done) belongs to this recipe."""
+        record = self.dir.read_stage(name)
+        if record is None:
+            return not self.dir.stage_dir(name).exists()
+        return record.fingerprint == fingerprint
+
+    def _refuse_changes(
+        self, names: Sequence[str], gone: Sequence[str],
+        prints: Mapping[str, tuple[str, dict[str, Any]]], root: dict[str, Any],
+    ) -> None:  # fmt: skip
+        lost: list[str] = []
+        changes: list[str] = []
+        for name in [*names, *gone]:
+            record = self.dir.read_stage(name)
+            if record is None:
+                continue
+            if name in gone:
+                changes.append(f"stages.{name}: removed or renamed")
+            else:
+                changes += difference(record.inputs, prints[name][1], f"stages.{name}")
+            if record.finished() and not {Kind(k) for k in record.produces} <= CHEAP_KINDS:
+                lost.append(name)
+        if not lost:
+            return
+        before = self.dir.read_run()
+        changes = (difference(before.root, root, "") if before else []) + changes
+        changes = changes or ["a stage was added, or the order has changed"]
+        listing = "\n  ".join(changes)
+        again = next((f"--redo {n} to do it again, " for n in lost if n in self._names), "")
+        raise RecipeError(
+            f"{self.dir.root}: this run was made with another recipe, and going on would throw away "
+            f"finished work ({', '.join(lost)}):\n  {listing}",
+            f"set run.dir to a new folder, {again}or --force to start anew",
+        )
+
+    def _already_finished(self) -> bool:
+        run = self.dir.read_run()
+        done = all((r := self.dir.read_stage(n)) is not None and r.finished() for n in self._names)
+        target = self.options.only or self.options.until
+        if target is not None:
+            reached = self.dir.read_stage(target)
+            return reached is not None and reached.finished()
+        return done and run is not None and run.status == "finished"
+
+    def _records(self) -> tuple[StageRecord, ...]:
+        found = (self.dir.read_stage(name) for name in self._names)
+        return tuple(record for record in found if record is not None)
+
+    def _report_path(self) -> Path | None:
+        return self.dir.report if self.dir.report.exists() else None
+
+    def _run(self, prints: Mapping[str, tuple[str, dict[str, Any]]], record: RunRecord) -> Outcome:
+        stopper = Stopper()
+        self._emit = Fanout([JsonlSink(self.dir.root / "events.jsonl"), *self._displays])
+        status = "failed"
+        with stopper.listening(), _logging_to(self.dir.log):
+            try:
+                for sink in self.options.trackers(self.dir.root) if self.options.trackers else []:
+                    self._emit.append(sink)
+                self._emit.append(stopper)
+                record = self._prepare(record)
+                self._send("run_start", name=record.name, dir=str(self.dir.root), device=record.device,
+                           dtype=record.dtype, threads=record.threads)  # fmt: skip
+                complete = self._stages(prints, record)
+                outcome = self._finish(record, complete)
+                status = outcome.status
+                return outcome
+            except (KeyboardInterrupt, Interrupted) as stop:
+                status = "interrupted"
+                reason = str(stop) or "stopped by Ctrl-C"
+                raise Interrupted(
+                    f"{reason}; finished blocks are kept", f"llmcompress resume {self.dir.root}"
+                ) from stop
+            finally:
+                self._emit.quietly(Event("run_end", "", {"status": status}))
+                self._emit.close()
+
+    def _prepare(self, record: RunRecord) -> RunRecord:
+        """Put the policy into force and record it with the versions at work."""
+        threads = devices.set_threads(record.threads or None)
+        devices.make_deterministic()
+        versions = package_versions()
+        changed = [f"{n} {v} → {versions[n]}" for n, v in record.versions.items() if versions.get(n) != v]
+        if changed:
+            self._send("warning", text=f"versions have changed since this run began: {', '.join(changed)}")
+        record = replace(record, threads=threads, versions=record.versions or versions)
+        self.dir.write_run(record)
+        return record
+
+    def _stages(self, prints: Mapping[str, tuple[str, dict[str, Any]]], record: RunRecord) -> bool:
+        """Restore or run each stage; return whether all are finished."""
+        count = len(self._names)
+        for position, stage in enumerate(self.job.stages, start=1):
+            known = self.dir.read_stage(stage.name)
+            ctx = self._context(stage, record)
+            label = {"position": position, "count": count, "type": stage.config.type}
+            if known is not None and known.finished():
+                self._send("stage_skip", stage.name, **label)
+                self._restore(stage, ctx)
+            elif self.options.only not in (None, stage.name):
+                raise UsageError(
+                    f"--only {self.options.only}: stage {stage.name} before it is not finished",
+                    f"llmcompress run … --until {self.options.only}",
+                )
+            else:
+                self._send("stage_start", stage.name, **label)
+                self._run_stage(stage, ctx, prints[stage.name], known)
+                self._send("stage_end", stage.name, **label)
+            if stage.name in (self.options.until, self.options.only):
+                return position == count
+        return True
+
+    def _context(self, stage: Stage, record: RunRecord) -> RunContext:
+        folder = self.dir.stage_dir(stage.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        seed = devices.stage_seed(int(record.root["run"]["seed"]), stage.name)
+        return RunContext(
+            self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit
+        )
+
+    def _restore(self, stage: Stage, ctx: RunContext) -> None:
+        devices.seed_everything(ctx.seed)
+        # a failed gate was recorded when the stage ran
+        with suppress(GateFailed):
+            stage.restore(self.state, ctx)
+
+    def _run_stage(
+        self, stage: Stage, ctx: RunContext, prints: tuple[str, dict[str, Any]], known: StageRecord | None
+    ) -> None:
+        begun, before = time.monotonic(), dict(self.state.artifacts)
+        kinds = sorted(kind.value for kind in stage.produces)
+        old = known or StageRecord(stage.name, stage.config.type, "running", prints[0], prints[1], kinds, ctx.seed)
+        record = replace(old, attempts=old.attempts + 1)
+        self.dir.write_stage(record)
+        devices.seed_everything(ctx.seed)
+        devices.reset_peaks()
+        done, gate = False, None
+        try:
+            try:
+                stage.run(self.state, ctx)
+            except GateFailed as failure:
+                gate = failure.message
+            else:
+                gate = "\n".join(failed_gates(ctx.stage_dir)) or None
+            if gate is not None:
+                self._send("warning", stage.name, text=gate)
+            done = True
+        finally:
+            new = {k: str(v) for k, v in self.state.artifacts.items() if before.get(k) != v}
+            self.dir.write_stage(replace(
+                record, status="finished" if done else "running", gate_failure=gate, artifacts=new,
+                seconds=round(record.seconds + time.monotonic() - begun, 3),
+                peak_rss_bytes=max(record.peak_rss_bytes, devices.peak_rss()),
+                peak_vram_bytes=max(record.peak_vram_bytes, devices.peak_vram()),
+            ))  # fmt: skip
+
+    def _finish(self, record: RunRecord, complete: bool) -> Outcome:
+        """Write the report, then the record that says finished."""
+        from llmcompress.report.build import build_report
+
+        records = self._records()
+        peak, seconds = max(r.peak_rss_bytes for r in records), round(sum(r.seconds for r in records), 3)
+        record = replace(record, peak_rss_bytes=peak, seconds=seconds)
+        self.dir.write_run(record)
+        build_report(self.dir.root)
+        self.dir.write_run(replace(record, status="finished" if complete else "running"))
+        status: Literal["finished", "stopped"] = "finished" if complete else "stopped"
+        artifacts = dict(self.state.artifacts)
+        return Outcome(self.dir.root, status, records, tuple(self.state.metrics), artifacts, self._report_path())
+
+    def _send(self, kind: Any, stage: str = "", **data: Any) -> None:
+        self._emit(Event(kind, stage, data))
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that compute something."""
+    from importlib import metadata
+
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send logs (ours from INFO, others from WARNING) and Python warnings to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, own = logging.getLogger(), logging.getLogger("llmcompress")
+    level = own.level
+    root.addHandler(handler)
+    own.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        own.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,164 @@
+"""Command-line overrides: ``key=value`` changes, ``+key=value`` adds, ``key~`` deletes.
+
+Keys are dotted paths (``stages.quantize.rules.experts.bits``). Values are YAML 1.2 core scalars, or lists and
+mappings in brackets. A key must exist in the recipe or be known to the schema, so that a typo is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmcompress.recipe.diagnose import did_you_mean
+from llmcompress.recipe.documents import KeyPath, Problem, parse_value
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+AllowedKeys = Callable[[Any, KeyPath], "list[str] | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One parsed override.
+
+    Attributes:
+        number: Position on the command line, from 1.
+        action: What to do.
+        path: Keys from the top.
+        value: New value; None for ``delete``.
+    """
+
+    number: int
+    action: Literal["set", "add", "delete"]
+    path: KeyPath
+    value: Any = None
+
+
+def parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """Parse overrides in order.
+
+    Returns:
+        The overrides that could be read, and a problem for each that could not.
+    """
+    parsed, problems = [], []
+    for number, text in enumerate(texts, 1):
+        try:
+            parsed.append(parse_override(text, number))
+        except ValueError as error:
+            problems.append(Problem((), f"override #{number}: {text!r}: {error}"))
+    return parsed, problems
+
+
+def parse_override(text: str, number: int = 1) -> Override:
+    """Parse one override.
+
+    Raises:
+        ValueError: It is not ``key=value``, ``+key=value`` or ``key~``.
+    """
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals:
+        if not key.endswith("~"):
+            raise ValueError("expected key=value, +key=value or key~")
+        return Override(number, "delete", _path(key[:-1]))
+    action: Literal["set", "add"] = "add" if key.startswith("+") else "set"
+    path = _path(key.removeprefix("+"))
+    try:
+        parsed = parse_value(value)
+    except ValueError as error:
+        raise ValueError(f"the value is not valid YAML ({error}); put text with special signs in quotes") from error
+    return Override(number, action, path, parsed)
+
+
+def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKeys) -> None:
+    """Change ``data`` in place.
+
+    Args:
+        data: The composed recipe, before interpolation.
+        override: What to do.
+        allowed: ``allowed(data, path)`` lists the keys the schema knows for the mapping at ``path``; None when any
+            name may be given there (stages, rules) or nothing is known.
+
+    Raises:
+        ValueError: The key does not exist, or with ``+`` exists already.
+    """
+    *parents, last = override.path
+    node: Any = data
+    for depth, key in enumerate(parents):
+        here = override.path[:depth]
+        child = _child(node, key)
+        if child is _ABSENT or child is None:
+            creates = override.action == "add" or (override.action == "set" and _known(allowed, data, here, key))
+            if not (isinstance(node, dict) and creates):
+                raise ValueError(_unknown(node, key, here, allowed, data))
+            child = node[_as_key(node, key)] = {}
+        node = child
+    if not isinstance(node, dict | list):
+        raise ValueError(f"{'.'.join(parents)} is a single value, it has no keys")
+    present = _child(node, last) is not _ABSENT
+    if override.action == "add" and present:
+        raise ValueError("the key exists already: leave out the +")
+    if not present and override.action != "add":
+        if override.action == "delete" or not _known(allowed, data, tuple(parents), last):
+            raise ValueError(_unknown(node, last, tuple(parents), allowed, data))
+    if isinstance(node, list):
+        _change_item(node, last, override)
+    elif override.action == "delete":
+        del node[_as_key(node, last)]
+    else:
+        node[_as_key(node, last)] = override.value
+
+
+_ABSENT = object()
+
+
+def _change_item(node: list[Any], last: str, override: Override) -> None:
+    index = int(last) if last.isdigit() else -1
+    if 0 <= index < len(node):
+        if override.action == "delete":
+            del node[index]
+        else:
+            node[index] = override.value
+    elif override.action == "add" and index == len(node):
+        node.append(override.value)
+    else:
+        raise ValueError(f"the list has items 0 to {len(node) - 1}")
+
+
+def _path(key: str) -> KeyPath:
+    if not _KEY.fullmatch(key):
+        raise ValueError("the key must be names joined by dots, such as stages.quantize.damp")
+    return tuple(key.split("."))
+
+
+def _as_key(node: dict[Any, Any], key: str) -> Any:
+    """The key as it stands in ``node``: layer indices are numbers there, text on the command line."""
+    if key in node or not key.isdigit():
+        return key
+    return int(key) if int(key) in node or all(isinstance(k, int) for k in node) else key
+
+
+def _child(node: Any, key: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(_as_key(node, key), _ABSENT)
+    if isinstance(node, list):
+        return node[int(key)] if key.isdigit() and int(key) < len(node) else _ABSENT
+    return _ABSENT
+
+
+def _known(allowed: AllowedKeys, data: Any, path: KeyPath, key: str) -> bool:
+    return key in (allowed(data, path) or ())
+
+
+def _unknown(node: Any, key: str, path: KeyPath, allowed: AllowedKeys, data: Any) -> str:
+    """Message for a key that does not exist, with the nearest that does."""
+    if isinstance(node, list):
+        return f"the list {'.'.join(path)} has items 0 to {len(node) - 1}"
+    names = [str(k) for k in node] if isinstance(node, dict) else []
+    fields = allowed(data, path)
+    candidates = list(dict.fromkeys([*names, *(fields or ())]))
+    where = f" in {'.'.join(path)}" if path else ""
+    add = "" if fields is not None else "; +key=value adds a new one"
+    return f"no key {key!r}{where}{did_you_mean(key, candidates)}{add}"

@@ -1,0 +1,447 @@
+"""Write ``report.html``: one self-contained page about a run, from files in the run directory only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmcompress.quant.store import write_durably
+from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
+from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent
+
+Json = dict[str, Any]
+
+# what a linear is called in the error chart, first pattern that matches its name
+KINDS = (
+    (r"shared_expert", "shared experts", "muted dotted"),
+    (r"experts\.gate_up_proj$", "experts gate and up", "accent"),
+    (r"experts\.down_proj$", "experts down", "accent dashed"),
+    (r"attn\.(o|out|dense)_proj$", "attention output", "strong dashed"),
+    (r"attn\.", "attention input", "strong"),
+    (r"mlp\.down_proj$", "MLP down", "muted dashed"),
+    (r"", "MLP gate and up", "muted"),
+)
+SHARES = ("acc", "top1", "agreement", "overlap", "cr_", "exact_match", "skipped", "dropped", "share")
+
+
+METRIC_NAMES = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "kl": "KL divergence from dense",
+    "kl_p99": "KL divergence, 99th percentile",
+    "top1": "same most likely token",
+    "logit_error": "relative error of logits",
+}
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from what the run directory holds; missing parts are left out.
+
+    Args:
+        run_dir: Folder of a run, finished or not.
+
+    Returns:
+        Path of the page.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    data = collect(run_dir)
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("template.html").render(**page_context(data))
+    out = run_dir / "report.html"
+    write_durably(out, page.encode("utf-8"))
+    return out
+
+
+def page_context(data: ReportData) -> Json:
+    """Everything the template needs, formatted; sections without data are None or empty."""
+    quantizing = [stage for stage in data.stages if stage.blocks]
+    return {
+        "name": data.name,
+        "model": data.model,
+        "verdict": verdict(data),
+        "tiles": tiles(data),
+        "results": [result_row(metric) for metric in data.metrics],
+        "result_stages": len({metric.stage for metric in data.metrics}) > 1,
+        "gates": [gate_row(gate) for gate in data.gates],
+        "failures": [stage.gate_failure for stage in data.stages if stage.gate_failure],
+        "warnings": data.warnings,
+        "size": size_section(data),
+        "layers": [section for section in (layer_section(stage) for stage in quantizing) if section],
+        "pesf": [pesf_section(entry) for entry in data.pesf],
+        "forced": [forced_row(row) for row in data.forced_routing],
+        "samples": [sample_row(sample) for sample in data.samples],
+        "stages": stage_rows(data.stages),
+        "recipe": recipe_text(data.recipe),
+        "facts": facts(data.lock, data.run),
+        "finished": data.finished,
+    }
+
+
+def bytes_text(value: float) -> str:
+    """Size in decimal units, as disks and papers count."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            scaled = value / limit
+            return f"{scaled:.1f}\u00a0{unit}" if scaled >= 10 else f"{scaled:.2f}\u00a0{unit}"
+    return f"{value:.0f}\u00a0B"
+
+
+def seconds_text(value: float) -> str:
+    """Duration for people."""
+    if value >= 3600:
+        return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+    if value >= 60:
+        return f"{int(value // 60)} min {int(value % 60):02d} s"
+    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def metric_text(metric: str, value: float | None) -> str:
+    """Value of a metric in its usual form."""
+    if value is None:
+        return "–"
+    if is_share(metric):
+        return f"{100 * value:.1f}\u00a0%"
+    if "perplexity" in metric or metric == "ppl":
+        return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
+    return f"{value:.4g}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1 and is read as a percentage."""
+    return any(metric.startswith(word) or word in metric for word in SHARES)
+
+
+def signed(text: str) -> str:
+    """Put a plus or a true minus before a formatted number."""
+    return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
+
+
+def result_row(metric: MetricRow) -> Json:
+    """One line of the results table."""
+    difference, tone = "", ""
+    if metric.difference is not None:
+        if is_share(metric.metric):
+            difference = signed(f"{100 * metric.difference:.1f}") + "\u00a0pt"
+        else:
+            difference = signed(f"{metric.difference:.3g}")
+            if metric.relative is not None:
+                difference += f" ({signed(f'{100 * metric.relative:.1f}')}\u00a0%)"
+        if metric.higher_is_better is not None and metric.difference:
+            tone = "better" if (metric.difference > 0) == metric.higher_is_better else "worse"
+    spread = metric_text(metric.metric, metric.stderr) if metric.stderr is not None else ""
+    return {
+        "stage": metric.stage,
+        "task": metric.task,
+        "metric": METRIC_NAMES.get(metric.metric, metric.metric.replace("_", " ")),
+        "arrow": {True: "higher is better", False: "lower is better", None: ""}[metric.higher_is_better],
+        "dense": metric_text(metric.metric, metric.dense),
+        "compressed": metric_text(metric.metric, metric.compressed),
+        "spread": spread,
+        "difference": difference or "–",
+        "tone": tone,
+        "n": f"{metric.n:,}".replace(",", "\u202f") if metric.n else "–",
+    }
+
+
+def gate_row(gate: Mapping[str, Any]) -> Json:
+    """One quality gate: name, what it demands, whether it held."""
+    held = gate.get("passed", gate.get("held", gate.get("ok")))
+    limit = gate.get("limit", gate.get("rule", gate.get("text", "")))
+    return {
+        "name": str(gate.get("gate", "")),
+        "metric": str(gate.get("metric", "")),
+        "limit": limit if isinstance(limit, str) else f"{number(limit):.4g}" if number(limit) is not None else "",
+        "value": f"{number(gate.get('value')):.4g}" if number(gate.get("value")) is not None else "–",
+        "held": bool(held),
+    }
+
+
+def headline_metric(data: ReportData) -> MetricRow | None:
+    """The figure that leads: the first perplexity with both values, else the first such metric."""
+    both = [m for m in data.metrics if m.dense is not None and m.compressed is not None]
+    return next((m for m in both if "perplexity" in m.metric), both[0] if both else None)
+
+
+def verdict(data: ReportData) -> str:
+    """One sentence that sums up the run."""
+    parts = []
+    if data.size is not None and data.size.code_average is not None:
+        ratio = data.size.original / max(data.size.stored, 1)
+        parts.append(
+            f"{bytes_text(data.size.stored)} instead of {bytes_text(data.size.original)}, {ratio:.1f} times smaller"
+        )
+    lead = headline_metric(data)
+    if lead is not None and lead.dense is not None and lead.compressed is not None:
+        row = result_row(lead)
+        parts.append(f"{lead.task} {row['metric']} goes from {row['dense']} to {row['compressed']}")
+    if not parts:
+        return "No evaluation or packed weights yet." if data.stages else "This folder holds no finished stage yet."
+    text = "; ".join(parts) + "."
+    return text[0].upper() + text[1:]
+
+
+def tiles(data: ReportData) -> list[Json]:
+    """The figures that open the page."""
+    found: list[Json] = []
+    size = data.size
+    if size is not None:
+        note = f"{bytes_text(size.original)} before" if size.code_average is not None else ""
+        found.append({"label": "Size of all tensors", "value": bytes_text(size.stored), "note": note})
+        if size.code_average is not None and size.all_in_average is not None:
+            found.append(
+                {
+                    "label": "Bits per weight",
+                    "value": f"{size.code_average:.2f}",
+                    "note": f"{size.all_in_average:.2f} with scales and zeros",
+                }
+            )
+    lead = headline_metric(data)
+    if lead is not None:
+        row = result_row(lead)
+        found.append(
+            {
+                "label": f"{lead.task} {row['metric']}",
+                "value": row["compressed"],
+                "note": f"{row['dense']} dense, {row['difference']}",
+            }
+        )
+    for wanted, label in (("top1", "Same next token as dense"), ("kl", "KL from dense, nats")):
+        metric = next((m for m in data.metrics if m.metric.startswith(wanted) and m.compressed is not None), None)
+        if metric is not None and len(found) < 4:
+            text = (
+                percent(metric.compressed or 0) if wanted == "top1" else metric_text(metric.metric, metric.compressed)
+            )
+            found.append({"label": label, "value": text, "note": f"on {metric.task}"})
+    return found
+
+
+def size_section(data: ReportData) -> Json | None:
+    """Where the bytes are, and the files of each artifact."""
+    if data.size is None:
+        return None
+    size = data.size
+    biggest = max(size.bytes.values())
+    rows = [
+        {"part": part, "bytes": bytes_text(count), "share": percent(count / size.stored), "width": 100 * count / biggest}
+        for part, count in sorted(size.bytes.items(), key=lambda item: -item[1])
+    ]
+    return {
+        "rows": rows,
+        "codes": f"{size.code_average:.3f}" if size.code_average is not None else "–",
+        "all_in": f"{size.all_in_average:.3f}" if size.all_in_average is not None else "–",
+        "artifacts": [(name, bytes_text(count)) for name, count in data.artifacts],
+    }
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """Label and line style of a weight in the error chart."""
+    return next((label, style) for pattern, label, style in KINDS if re.search(pattern, name))
+
+
+def layer_section(stage: StageRow) -> Json | None:
+    """Charts of one quantizing stage."""
+    errors = error_chart(stage.blocks)
+    routing = [(b.index, b.tokens) for b in stage.blocks if sum(b.tokens) > 0]
+    changes = shift_changes(stage.blocks)
+    if not (errors or routing or changes):
+        return None
+    section: Json = {"stage": stage.name, "type": stage.type, "errors": errors, "use": None, "shift": None}
+    if routing:
+        rows = [[t / sum(tokens) for t in tokens] for _, tokens in routing]
+        idle = sum(1 for _, tokens in routing for t in tokens if t == 0)
+        fewest = min(min(tokens) for _, tokens in routing)
+        title = f"Share of tokens each expert received in {len(rows)} layers during calibration"
+        counts = "Tokens per expert, sorted, one line per layer"
+        section["use"] = {
+            "map": heat_map([i for i, _ in routing], rows, title),
+            "bars": expert_bars(routing, counts),
+            "idle": f"{idle} expert{'s' if idle != 1 else ''} saw no token at all (outlined)." if idle else "",
+            "fewest": f"{fewest:,.0f}".replace(",", "\u202f"),
+            "table": [
+                {"layer": i, "cells": [f"{t:.0f}" for t in tokens]} for i, tokens in routing if len(tokens) <= 64
+            ],
+        }
+    if changes:
+        section["shift"] = shift_section(stage.blocks, changes)
+    return section
+
+
+def error_chart(blocks: list[BlockRow]) -> Json | None:
+    """Relative output error per layer by kind of weight."""
+    table: dict[str, dict[int, list[float]]] = {}
+    styles = {}
+    for block in blocks:
+        for name, value in block.errors.items():
+            label, styles[label] = kind_of(name)
+            table.setdefault(label, {}).setdefault(block.index, []).append(value)
+    if not table:
+        return None
+    layers = [block.index for block in blocks]
+    series = []
+    for label, by_layer in table.items():
+        means = [sum(by_layer[i]) / len(by_layer[i]) if i in by_layer else None for i in layers]
+        series.append(Series(label, means, styles[label]))
+    rows = [
+        {"layer": layer, "cells": ["–" if s.values[i] is None else percent(s.values[i] or 0.0) for s in series]}
+        for i, layer in enumerate(layers)
+    ]
+    chart = line_chart(layers, series, "Relative output error per layer: " + ", ".join(s.label for s in series))
+    return {"chart": chart, "labels": [s.label for s in series], "rows": rows}
+
+
+def shift_changes(blocks: list[BlockRow]) -> list[Change]:
+    """Share of tokens with at least one changed expert, before and after router calibration."""
+    found = []
+    for block in blocks:
+        before = number(_dig(block.router, "before", "cr_any"))
+        after = number(_dig(block.router, "after", "cr_any"))
+        if before is None:
+            continue
+        found.append(Change(block.index, before, after, bool(block.router.get("kept", True))))
+    return found
+
+
+def shift_section(blocks: list[BlockRow], changes: list[Change]) -> Json:
+    """Chart and table of expert shift."""
+    rows = []
+    for block in blocks:
+        router = block.router
+        if not isinstance(router.get("before"), Mapping):
+            continue
+        cells = []
+        for key in ("cr_any", "cr_half", "cr_all", "overlap"):
+            before, after = number(_dig(router, "before", key)), number(_dig(router, "after", key))
+            cells.append(
+                "–" if before is None else percent(before) + (f" → {percent(after)}" if after is not None else "")
+            )
+        losses = [number(router.get(key)) for key in ("loss_before", "loss_after")]
+        loss = " → ".join(f"{value:.3g}" for value in losses if value is not None)
+        kept = "" if router.get("after") is None else "yes" if router.get("kept", True) else "no"
+        rows.append({"layer": block.index, "cells": [*cells, loss or "–", str(router.get("k", "–")), kept or "–"]})
+    calibrated = [c for c in changes if c.after is not None]
+    summary = ""
+    if calibrated:
+        lower = sum(1 for c in calibrated if c.after is not None and c.after < c.before)
+        mean_before = sum(c.before for c in calibrated) / len(calibrated)
+        mean_after = sum(c.after or 0.0 for c in calibrated) / len(calibrated)
+        summary = (
+            f"On average {percent(mean_before)} of tokens chose a different expert before calibration and "
+            f"{percent(mean_after)} after it; lower in {lower} of {len(calibrated)} layers."
+        )
+    title = "Share of tokens with at least one changed expert, per layer"
+    return {"chart": dumbbells(changes, title), "rows": rows, "summary": summary}
+
+
+def _dig(data: Mapping[str, Any], *keys: str) -> Any:
+    value: Any = data
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def pesf_section(entry: Mapping[str, Any]) -> Json:
+    """Savings of expert skipping, each figure on its own bar."""
+    bars = []
+    wanted = (
+        (("experts_skipped", "prune_rate", "skipped"), "Experts skipped"),
+        (("slots_dropped", "slot_drop_rate", "dropped"), "Routing slots dropped"),
+        (("time_saved", "time_saving"), "Prefill time saved"),
+    )
+    for keys, label in wanted:
+        value = next((number(entry.get(k)) for k in keys if number(entry.get(k)) is not None), None)
+        if value is None and "time_saved" in keys:
+            with_policy, without = number(entry.get("seconds_with")), number(entry.get("seconds_without"))
+            value = 1 - with_policy / without if with_policy is not None and without else None
+        if value is not None:
+            bars.append({"label": label, "value": percent(value), "width": max(0.0, min(100.0, 100 * value))})
+    skipped = ("experts_skipped", "prune_rate", "skipped", "slots_dropped", "slot_drop_rate", "dropped", "per_layer")
+    rest = [
+        (key.replace("_", " "), scalar_text(value))
+        for key, value in entry.items()
+        if key not in skipped and not isinstance(value, (list, dict))
+    ]
+    return {"bars": bars, "rest": rest}
+
+
+def scalar_text(value: Any) -> str:
+    """Text of a scalar found in a result file."""
+    known = number(value)
+    if known is None:
+        return str(value)
+    return f"{known:.0f}" if known == int(known) and abs(known) < 1e9 else f"{known:.4g}"
+
+
+def forced_row(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One line of the forced-routing table as label and value pairs."""
+    return [(str(k).replace("_", " "), scalar_text(v)) for k, v in row.items() if not isinstance(v, (list, dict))]
+
+
+def sample_row(sample: Mapping[str, Any]) -> Json:
+    """A prompt with both continuations."""
+    return {key: str(sample.get(key) or "").strip() for key in ("prompt", "dense", "compressed")}
+
+
+def stage_rows(stages: Iterable[StageRow]) -> list[Json]:
+    """Time and memory per stage with bar widths."""
+    rows = list(stages)
+    known = [s for s in rows if s.peak_bytes is not None]
+    longest = max((s.seconds or 0.0 for s in rows), default=0.0)
+    highest = max((s.peak_bytes or 0.0 for s in rows), default=0.0)
+    return [
+        {
+            "name": s.name,
+            "type": s.type,
+            "status": s.status,
+            "seconds": seconds_text(s.seconds) if s.seconds is not None else "–",
+            "time_width": 100 * (s.seconds or 0.0) / longest if longest else 0.0,
+            "peak": bytes_text(s.peak_bytes) if s.peak_bytes is not None else "–",
+            "peak_width": 100 * (s.peak_bytes or 0.0) / highest if highest else 0.0,
+            "has_peak": bool(known),
+            "per_block": block_time(s),
+        }
+        for s in rows
+    ]
+
+
+def block_time(stage: StageRow) -> str:
+    """Mean time per layer of a quantizing stage."""
+    known = [b.seconds for b in stage.blocks if b.seconds is not None]
+    return f"{seconds_text(sum(known) / len(known))} per layer" if known else ""
+
+
+def recipe_text(recipe: Json) -> str:
+    """The resolved recipe as YAML."""
+    import yaml
+
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100) if recipe else ""
+
+
+def facts(lock: Json, run: Json) -> list[tuple[str, str]]:
+    """Versions, hashes and machine from the lock and the run's record, flattened to label and text."""
+    found: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(f"{prefix} {key}".strip().replace("_", " "), item)
+        elif isinstance(value, list):
+            found[prefix] = ", ".join(str(item) for item in value)
+        elif value is not None:
+            found[prefix] = str(value)
+
+    for key in ("device", "dtype", "threads", "versions"):
+        walk("" if key == "versions" else key, run.get(key))
+    for key, value in lock.items():
+        if key not in ("recipe", "stages", "model", "run", "name", "extends", "version"):
+            walk("" if key == "versions" else key, value)
+    return list(found.items())

@@ -1,0 +1,96 @@
+"""The ``calibrate`` stage: tokens that later stages measure activations on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from llmcompress.data.sources import SourceConfig, Template
+from llmcompress.errors import InputError
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+
+if TYPE_CHECKING:
+    from llmcompress.stages.state import RunContext, RunState
+
+
+class CalibrateConfig(StageConfig):
+    """Recipe section of the calibrate stage."""
+
+    type: Literal["calibrate"]
+
+    source: SourceConfig
+    """Where the text comes from."""
+
+    samples: Annotated[int, Field(ge=1)] = 128
+    """Number of windows."""
+
+    length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens in a window."""
+
+    template: Template = "none"
+    """``auto`` renders rows with ``messages`` or ``prompt``/``response`` through the tokenizer's chat template."""
+
+    allow_fewer: bool = False
+    """Go on with the windows there are when the text is too short for ``samples``."""
+
+
+class Calibrate(Stage):
+    """Chooses windows of tokens."""
+
+    Config = CalibrateConfig
+    consumes = frozenset({Kind.MODEL})
+    produces = frozenset({Kind.CALIBRATION})
+    config: CalibrateConfig
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Token windows in memory and on disk."""
+        size = self.config.samples * self.config.length * 8
+        return Estimate(ram=size, disk=size)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Read the text, tokenize, choose windows and keep them on disk.
+
+        Raises:
+            InputError: The text is missing, too short, or does not fit the model.
+        """
+        from llmcompress.data.calibration import CalibrationSet, build
+
+        path = ctx.stage_dir / "tokens.safetensors"
+        if path.exists():
+            state.calibration = CalibrationSet.load(path)
+            return
+        assert state.model is not None, "the pipeline checks that a load stage comes first"
+        config, handle = self.config, state.model
+        self._check_length(handle.config)
+        state.calibration = build(
+            config.source,
+            None if config.source.kind == "synthetic" else handle.tokenizer(),
+            config.samples,
+            config.length,
+            ctx.seed,
+            template=config.template,
+            allow_fewer=config.allow_fewer,
+            vocabulary=handle.layout.vocab,
+        )
+        state.calibration.save(path)
+        rows, length = state.calibration.tokens.shape
+        if rows < config.samples:
+            ctx.emit("warning", text=f"only {rows} of {config.samples} calibration windows could be had")
+        if config.source.kind == "synthetic":
+            ctx.emit("warning", text="calibrated on random tokens: use this for timing, not for a model")
+        ctx.emit("note", text=f"{rows} windows of {length} tokens, {state.calibration.hash[:12]}")
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Read the chosen windows back."""
+        from llmcompress.data.calibration import CalibrationSet
+
+        state.calibration = CalibrationSet.load(ctx.stage_dir / "tokens.safetensors")
+
+    def _check_length(self, model_config: dict[str, object]) -> None:
+        limit = model_config.get("max_position_embeddings")
+        if isinstance(limit, int) and self.config.length > limit:
+            raise InputError(
+                f"calibrate.length is {self.config.length}, but the model was built for {limit} positions",
+                f"set length to {limit} or less",
+            )

@@ -1,0 +1,391 @@
+"""The ``evaluate`` stage: dense twin, compressed model and the difference, with gates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llmcompress.errors import GateFailed, InputError, RecipeError
+from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
+from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
+from llmcompress.quant.store import PackedStore, write_durably
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.state import Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmcompress.evaluation.measure import Ledger, Side
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+
+_FIDELITY = ("fidelity.kl", "fidelity.kl_p99", "fidelity.top1", "fidelity.logit_error")
+_TEXT = ("perplexity", "bits_per_byte", "perplexity_without_policies")
+
+
+class EvaluateConfig(StageConfig):
+    """Recipe section of the evaluate stage."""
+
+    type: Literal["evaluate"]
+
+    perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
+    """Texts by name; the metric is ``<name>.perplexity``."""
+
+    fidelity: FidelityConfig | None = None
+    """Compare output distributions token by token; metrics ``fidelity.kl`` and others."""
+
+    tasks: tuple[str | TaskConfig, ...] = ()
+    """lm-evaluation-harness tasks, by name or with settings."""
+
+    tasks_dir: str | None = None
+    """Folder with local task data, laid out as ``<task>/<split>.jsonl.gz``; without it tasks come from the hub."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first rows of each task."""
+
+    generation: GenerationConfig | None = None
+    """Text written by both models."""
+
+    expert_shift: bool = False
+    """Measure how the experts chosen differ from the dense model's, and what that costs (forced routing)."""
+
+    policies: Literal["compare", "active"] = "compare"
+    """With run-time policies (PESF): ``compare`` also measures perplexity and time without them."""
+
+    dense: bool = True
+    """Evaluate the dense twin too. Fidelity and relative gates need it."""
+
+    overlap: Overlap = "refuse"
+    """What to do when a held-out text holds calibration text."""
+
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Windows in a batch; ``auto`` bounds the logits held at once."""
+
+    offline: bool = False
+    """Never ask the network for task data."""
+
+    gates: dict[str, GateConfig] = Field(default_factory=dict)
+    """Limits on metrics by gate name; a failed gate ends the run with exit code 6 after report and export."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateConfig:
+        names = [task if isinstance(task, str) else task.task for task in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1} | (set(names) & set(self.perplexity)))
+        if repeated:
+            raise ValueError(f"names used twice among tasks and perplexity: {', '.join(repeated)}")
+        if not self.dense and (self.fidelity is not None or self.expert_shift):
+            raise ValueError("fidelity and expert_shift compare with the dense model: dense must be true")
+        relative = [n for n, g in self.gates.items() if g.max_rel_increase is not None or g.max_abs_drop is not None]
+        if not self.dense and relative:
+            raise ValueError(f"gates {', '.join(relative)} compare with the dense model: dense must be true")
+        return self
+
+
+class Evaluate(Stage):
+    """Measures the compressed model beside the dense one."""
+
+    Config = EvaluateConfig
+    consumes = frozenset({Kind.MODEL})
+    produces = frozenset({Kind.METRICS})
+    config: EvaluateConfig
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Gates that name nothing measured, and expert figures asked of a model without experts."""
+        config = self.config
+        exact = [f"{name}.{metric}" for name in config.perplexity for metric in _TEXT]
+        exact += _FIDELITY if config.fidelity is not None else ()
+        problems = unknown_metrics(
+            config.gates, exact, [task if isinstance(task, str) else task.task for task in config.tasks]
+        )
+        if config.expert_shift and not any(block.bank for block in layout.blocks):
+            problems.append(f"expert_shift: {layout.model_type} has no experts")
+        return [f"stages.{self.name}.{problem}" for problem in problems]
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Both models together where they are compared token by token, otherwise the larger one; plus logits."""
+        layout, config = inputs.layout, self.config
+        dense, compressed = _model_bytes(inputs)
+        pair = bool(inputs.specs) and (config.fidelity is not None or config.expert_shift)
+        weights = dense + compressed if pair else max(dense if config.dense else 0, compressed)
+        lengths = [part.length for part in config.perplexity.values()]
+        lengths += [config.fidelity.length] if config.fidelity is not None else []
+        rows = max((_batch(config, length, layout.vocab) * length for length in lengths), default=0)
+        # logits as the model gives them, twice where two models are compared, plus one block of normalised rows
+        logits = rows * layout.vocab * inputs.compute_bytes * (2 if pair else 1) + 4 * 512 * layout.vocab * 4
+        peak = weights + (logits if rows else 0)
+        on_gpu = inputs.device == "cuda"
+        return Estimate(ram=dense if on_gpu else peak, vram=peak if on_gpu else 0)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Measure whatever is not measured yet.
+
+        Raises:
+            GateFailed: A gate did not hold; everything is measured and stored by then.
+            RecipeError: A gate names a metric that was not measured.
+        """
+        from llmcompress.evaluation.measure import Ledger
+
+        assert state.model is not None, "the pipeline checks that a load stage comes first"
+        problems = self.check(state.model.layout)
+        if problems:
+            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
+        with _offline(self.config.offline):
+            _Evaluation(self.config, state, ctx, Ledger(ctx.stage_dir / "parts")).run()
+        self._conclude(state, ctx)
+
+    def _conclude(self, state: RunState, ctx: RunContext) -> None:
+        """Announce metrics and judge gates."""
+        metrics = _read_metrics(ctx.stage_dir)
+        for metric in metrics:
+            ctx.emit(
+                "metric", name=metric.name, value=metric.compressed if metric.compressed is not None else metric.dense,
+                dense=metric.dense, compressed=metric.compressed,
+            )  # fmt: skip
+        results = judge(self.config.gates, metrics)
+        rows = [asdict(result) | {"message": result.message} for result in results]
+        write_durably(ctx.stage_dir / "gates.json", json.dumps(rows, indent=1).encode())
+        state.metrics = state.metrics + metrics
+        broken = failed(ctx.stage_dir)
+        if broken:
+            raise GateFailed(
+                "\n".join(broken), "relax the gate, or spend more bits; llmcompress report RUN_DIR shows why"
+            )
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Read the measured values back."""
+        state.metrics = state.metrics + _read_metrics(ctx.stage_dir)
+
+
+class _Evaluation:
+    """One run of the stage: which models are needed, in which order, and what is written."""
+
+    def __init__(self, config: EvaluateConfig, state: RunState, ctx: RunContext, ledger: Ledger) -> None:
+        assert state.model is not None
+        self.config, self.state, self.ctx, self.ledger = config, state, ctx, ledger
+        self.handle = state.model
+        self.has_compressed = state.packed is not None or bool(state.policies)
+        self._dense: PreTrainedModel | None = None
+        self._compressed: PreTrainedModel | None = None
+
+    def run(self) -> None:
+        """Measure side by side, holding two models only while both are needed."""
+        from llmcompress.evaluation import measure
+
+        config, ledger = self.config, self.ledger
+        calibration = self.state.calibration.tokens if self.state.calibration is not None else None
+        self.tokenizer = self.handle.tokenizer()
+        context = self.handle.config.get("max_position_embeddings")
+        self.prepared = measure.prepare(
+            config, self.tokenizer, calibration, context if isinstance(context, int) else None, self._warn
+        )
+        wanted: list[tuple[Side, bool]] = [("dense", config.dense), ("compressed", self.has_compressed)]
+        sides = [side for side, needed in wanted if needed]
+        if not sides:
+            raise RecipeError("evaluate: dense is false and nothing was compressed", "set dense: true")
+        measure.open_tasks(self.prepared, ledger, sides)
+        for side in sides:
+            if any(not ledger.has(key) for key in measure.side_keys(config, self.prepared, side)):
+                measure.measure_side(side, self._model(side), self.tokenizer, config, self.prepared, ledger, self._tell)
+            if side == "dense" and not self._pair_pending():
+                self._dense = None
+        self._without_policies()
+        pair = self._pair() if self.has_compressed and config.dense else None
+        shift = self._expert_shift() if config.expert_shift and self.has_compressed else None
+        self._dense = self._compressed = None
+        self._write(pair, shift)
+
+    def _pair_pending(self) -> bool:
+        wanted = (self.prepared.windows is not None and not self.ledger.has("pair.fidelity")) or (
+            self.config.expert_shift and not self.ledger.has("pair.expert_shift")
+        )
+        return wanted and self.has_compressed
+
+    def _model(self, side: Side) -> PreTrainedModel:
+        """The dense or the compressed model in compute dtype on the run's device, built once."""
+        import torch
+
+        dtype = getattr(torch, self.ctx.dtype)
+        if side == "dense":
+            if self._dense is None:
+                model: Any = self.handle.dense_model()
+                self._dense = model.to(device=self.ctx.device, dtype=dtype).eval()
+            return self._dense
+        if self._compressed is None:
+            from llmcompress.models.assemble import compressed_model
+
+            # an empty store: only policies act, all weights stay dense
+            store = self.state.packed or PackedStore(self.ctx.stage_dir / "no_blocks")
+            model: Any = compressed_model(self.handle, store, self.state.policies, dtype=dtype)
+            self._compressed = model.to(self.ctx.device).eval()
+        return self._compressed
+
+    def _without_policies(self) -> None:
+        """Perplexity and time of the compressed model with its run-time policies taken off."""
+        from llmcompress.evaluation import measure
+
+        config = self.config
+        keys = measure.side_keys(config, self.prepared, "without_policies")
+        if not self.state.policies or config.policies != "compare" or all(self.ledger.has(key) for key in keys):
+            return
+        from llmcompress.nn.skipping import attach
+
+        model = self._model("compressed")
+        controller = getattr(model, "llmcompress_skipping", None)
+        if controller is None:
+            return
+        controller.detach()
+        try:
+            measure.measure_side(
+                "without_policies", model, self.tokenizer, config, self.prepared, self.ledger, self._tell
+            )
+        finally:
+            attach(model, self.handle.layout, self.state.policies["pesf"])
+
+    def _pair(self) -> dict[str, Any] | None:
+        from llmcompress.evaluation import measure
+
+        if self.prepared.windows is None:
+            return None
+        if self.ledger.has("pair.fidelity"):
+            return dict(self.ledger.get("pair.fidelity") or {})
+        return measure.measure_pair(
+            self._model("dense"), self._model("compressed"), self.config, self.prepared, self.ledger
+        )
+
+    def _write(self, pair: dict[str, Any] | None, shift: dict[str, Any] | None) -> None:
+        """Write the files the report reads."""
+        from llmcompress.evaluation import measure
+        from llmcompress.evaluation.generation import side_by_side
+
+        config, ledger, prepared = self.config, self.ledger, self.prepared
+        dense = measure.side_scores("dense", config, prepared, ledger) if config.dense else None
+        compressed = measure.side_scores("compressed", config, prepared, ledger) if self.has_compressed else None
+        rows = measure.pair_scores(dense, compressed) + measure.without_policy_rows(config, ledger)
+        rows += measure.pair_scores(None, measure.fidelity_scores(pair))
+        files: dict[str, Any] = {"texts": prepared.provenance}
+        if pair is not None:
+            files["fidelity"] = pair
+        if config.generation is not None:
+            files["samples"] = side_by_side(
+                self.tokenizer, config.generation, ledger.get("dense.generation"), ledger.get("compressed.generation")
+            )
+        skipping = measure.skipping_summary(config, ledger)
+        if skipping is not None:
+            files["pesf"] = skipping
+        for name, part in (shift or {}).items():
+            files[name] = part
+        for name, content in {**files, "metrics": rows}.items():
+            write_durably(self.ctx.stage_dir / f"{name}.json", json.dumps(content, indent=1, sort_keys=True).encode())
+
+    def _tell(self, text: str) -> None:
+        self.ctx.emit("note", text=text)
+
+    def _warn(self, text: str) -> None:
+        self.ctx.emit("warning", text=text)
+
+
+def _read_metrics(stage_dir: Path) -> list[Metric]:
+    path = stage_dir / "metrics.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read the metrics: {error}", "delete the stage's folder and resume") from error
+    return [_metric(row) for row in rows]
+
+
+def _metric(row: dict[str, Any]) -> Metric:
+    known = {field.name for field in fields(Metric)}
+    return Metric(**{key: value for key, value in row.items() if key in known})
+
+
+@contextmanager
+def _offline(active: bool) -> Iterator[None]:
+    if not active:
+        yield
+        return
+    from llmcompress.evaluation.harness import offline
+
+    with offline(True):
+        yield
+
+
+def _batch(config: EvaluateConfig, length: int, vocabulary: int) -> int:
+    from llmcompress.evaluation.batching import automatic_batch
+
+    return config.batch if isinstance(config.batch, int) else automatic_batch(length, vocabulary)
+
+
+def _model_bytes(inputs: PlanInputs) -> tuple[int, int]:
+    """Bytes of the dense model in compute dtype, and of the compressed one with packed weights."""
+    from llmcompress.quant.codecs import codec
+
+    layout = inputs.layout
+    outside = sum(_count(view.shape) for view in layout.outside)
+    outside += sum(_count(view.shape) for block in layout.blocks for view in block.kept)
+    dense = packed = outside * inputs.compute_bytes
+    for name, _, shape, _ in layout.quantizable():
+        full = _count(shape) * inputs.compute_bytes
+        dense += full
+        spec = inputs.specs.get(name)
+        packed += full if spec is None else codec(spec.codec).nbytes(shape, spec)
+    return dense, packed
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig,
+    dense: PreTrainedModel | None = None,
+    *,
+    on_progress: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> list[Metric]:
+    """Measure a model in memory, beside its dense twin if there is one: ``llmcompress eval`` and ``compare``.
+
+    Args:
+        model: A causal language model in evaluation mode. Without a twin it is reported as the compressed model.
+        tokenizer: Its tokenizer.
+        config: What to measure; ``gates``, ``generation`` and ``expert_shift`` are not looked at.
+        dense: The reference; needed for fidelity.
+        on_progress: Receives a line for each finished part.
+        on_warning: Receives remarks about the data.
+
+    Raises:
+        InputError: Text or task data is missing, or fidelity is asked for without a reference.
+    """
+    from llmcompress.evaluation import measure
+
+    if config.fidelity is not None and dense is None:
+        raise InputError("fidelity needs a reference model", "name one (llmcompress compare DENSE COMPRESSED)")
+    tell, warn = on_progress or _ignore, on_warning or _ignore
+    config = config.model_copy(update={"generation": None})
+    ledger = measure.Ledger()
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    with _offline(config.offline):
+        prepared = measure.prepare(config, tokenizer, None, context, warn)
+        sides: list[Side] = ["compressed"] if dense is None else ["dense", "compressed"]
+        measure.open_tasks(prepared, ledger, sides)
+        pair = None
+        if dense is not None:
+            measure.measure_side("dense", dense, tokenizer, config, prepared, ledger, tell)
+            pair = measure.measure_pair(dense, model, config, prepared, ledger)
+        measure.measure_side("compressed", model, tokenizer, config, prepared, ledger, tell)
+    reference = measure.side_scores("dense", config, prepared, ledger) if dense is not None else None
+    rows = measure.pair_scores(reference, measure.side_scores("compressed", config, prepared, ledger))
+    rows += measure.pair_scores(None, measure.fidelity_scores(pair))
+    return [_metric(row) for row in rows]
+
+
+def _ignore(text: str) -> None:
+    """Drop a line."""

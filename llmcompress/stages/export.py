@@ -1,0 +1,159 @@
+"""The ``export`` stage: write the compressed model in one or more formats and read each back.
+
+A format that cannot hold the model refuses before anything is written, with its reasons. What was
+written counts only once an independent reader has returned the very values this project decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmcompress.errors import ExportError
+from llmcompress.quant.store import write_durably
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmcompress.export.base import Exporter
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.quant.spec import QuantPlan
+    from llmcompress.stages.state import RunContext, RunState
+
+FormatName = Literal["native", "compressed-tensors", "gguf", "dense"]
+
+
+class ExportConfig(StageConfig):
+    """Recipe section of the export stage."""
+
+    type: Literal["export"]
+
+    formats: Annotated[tuple[FormatName, ...], Field(min_length=1)] = ("native",)
+    """Formats to write. ``native`` holds everything; the others refuse what they cannot represent exactly."""
+
+    dir: str | None = None
+    """Folder of the native artifact; other formats go beside it as ``<dir>-<format>``. Default: ``artifact`` in
+    the run directory."""
+
+    dense_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the ``dense`` format; ``auto`` is the source checkpoint's."""
+
+
+class Export(Stage):
+    """Writes artifacts, reads them back, adds a model card."""
+
+    Config = ExportConfig
+    consumes = frozenset({Kind.MODEL, Kind.PACKED})
+    produces = frozenset({Kind.ARTIFACT})
+    config: ExportConfig
+
+    def refusals(
+        self, layout: ModelLayout, plan: QuantPlan, policies: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, list[str]]:
+        """Reasons for which each format cannot hold this model, by format; formats without any are left out.
+
+        Args:
+            layout: The model's layout.
+            plan: How each weight is quantized.
+            policies: Run-time policies (PESF), by name.
+        """
+        found = {e.name: e.refusals(layout, plan, policies) for e in self._exporters()}
+        return {name: reasons for name, reasons in found.items() if reasons}
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Size of everything that will be written; refusals and remarks appear among the notes."""
+        plan, notes, total, largest = dict(inputs.specs), [], 0, 0
+        for exporter in self._exporters():
+            reasons = exporter.refusals(inputs.layout, plan, {})
+            notes += [f"export {exporter.name} would be refused: {reason}" for reason in reasons]
+            if not reasons:
+                notes += [f"export {exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan, {})]
+                size = exporter.output_bytes(inputs.layout, plan, inputs.weight_bytes)
+                total += size
+                largest = max(largest, exporter.working_bytes(inputs.layout, plan, inputs.weight_bytes))
+        return Estimate(ram=largest, disk=total, output=total, notes=tuple(notes))
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Write every format; formats finished by an interrupted earlier attempt are only read back again.
+
+        Raises:
+            ExportError: A format refuses the model, the target exists, or what was written reads back differently.
+        """
+        from llmcompress.export.base import plan_of
+        from llmcompress.export.card import write_card
+        from llmcompress.export.provenance import provenance
+
+        if state.model is None or state.packed is None:
+            raise ExportError("export needs a loaded model and a quantizing stage before it")
+        layout, plan = state.model.layout, plan_of(state.packed)
+        self._refuse(state, layout, plan)
+        facts = provenance(state, ctx)
+        for exporter in self._exporters():
+            for remark in exporter.remarks(layout, plan, state.policies):
+                ctx.emit("warning", text=f"export {exporter.name}: {remark}")
+            out = self._target(exporter.name, ctx)
+            self._write_once(exporter, state, out, facts, ctx)
+            exporter.read_back(out, state.model, state.packed)
+            write_card(out, exporter.name, state, ctx, facts)
+            size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+            ctx.emit("metric", name=f"export.{exporter.name}.bytes", value=size)
+            ctx.emit("note", text=f"{exporter.name}: {out} ({size / 1e6:.1f} MB, read back equal)")
+            state.artifacts[exporter.name] = out
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Point the state at the artifacts written earlier.
+
+        Raises:
+            ExportError: An artifact has been removed since.
+        """
+        for exporter in self._exporters():
+            out = self._target(exporter.name, ctx)
+            if not out.is_dir():
+                raise ExportError(f"{out}: the artifact of a finished stage is gone", "start the run in a new folder")
+            state.artifacts[exporter.name] = out
+
+    def _exporters(self) -> list[Exporter]:
+        from llmcompress.export.registry import exporter
+
+        return [exporter(name, dense_dtype=self.config.dense_dtype) for name in dict.fromkeys(self.config.formats)]
+
+    def _refuse(self, state: RunState, layout: ModelLayout, plan: QuantPlan) -> None:
+        """Raise when any format cannot hold the model, naming every reason of every format."""
+        assert state.model is not None
+        reasons = self.refusals(layout, plan, state.policies)
+        for exporter in self._exporters():
+            found = exporter.source_refusals(state.model)
+            if found:
+                reasons.setdefault(exporter.name, []).extend(found)
+        if reasons:
+            lines = [f"export {name}: {reason}" for name, found in reasons.items() for reason in found]
+            raise ExportError("\n".join(lines), f"take {', '.join(reasons)} out of stages.{self.name}.formats")
+
+    def _target(self, name: str, ctx: RunContext) -> Path:
+        base = Path(self.config.dir) if self.config.dir else ctx.run_dir / "artifact"
+        return base if name == "native" else base.with_name(f"{base.name}-{name}")
+
+    def _write_once(
+        self, exporter: Exporter, state: RunState, out: Path, facts: dict[str, Any], ctx: RunContext
+    ) -> None:
+        """Write ``out`` unless this stage already did so before it was interrupted.
+
+        Exporters write beside ``out`` and rename, so that ``out`` is complete whenever it exists; the
+        note in the stage's folder tells an artifact of ours from somebody else's.
+        """
+        assert state.model is not None
+        assert state.packed is not None
+        begun = ctx.stage_dir / f"{exporter.name}.begun.json"
+        if out.exists():
+            if begun.exists():
+                return
+            if not out.is_relative_to(ctx.run_dir):
+                raise ExportError(f"{out}: already exists", f"remove it or set stages.{self.name}.dir to a new folder")
+            shutil.rmtree(out)
+        write_durably(begun, json.dumps({"out": out.name}).encode())
+        exporter.write(state.model, state.packed, state.policies, out, facts)

@@ -1,0 +1,91 @@
+"""Stage ``gptq``: second-order quantization (Frantar et al., arXiv 2210.17323), batched over experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.schemes import RulesField
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+
+
+class RareExperts(BaseModel):
+    """What to do with experts that see few calibration tokens. The papers are silent; this is our policy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    min_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Tokens an expert needs for GPTQ on its own statistics; ``auto`` is ``max(128, in_features / 16)``."""
+    below: Literal["blend", "rtn"] = "blend"
+    """With fewer: mix in the statistics of all tokens of the layer, or round to nearest."""
+    zero: Literal["rtn"] = "rtn"
+    """With none: round to nearest, with a warning."""
+    weighting: Literal["none", "affinity"] = "none"
+    """``affinity`` weights each token by its routing weight (MoEQuant)."""
+
+
+class GptqConfig(StageConfig):
+    """Recipe section of the stage."""
+
+    type: Literal["gptq"] = "gptq"
+    rules: RulesField
+    """Which weights are quantized and how; the first matching rule decides."""
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to the Hessian's diagonal, relative to its mean; raised automatically where Cholesky fails."""
+    act_order: bool = False
+    """Quantize columns in the order of falling activation energy; needs ``static_groups``."""
+    static_groups: bool = False
+    """Fix all scales before the first column is quantized, instead of on reaching the group."""
+    block: Annotated[int, Field(ge=8)] = 128
+    """Columns between two updates of the remaining weights; affects speed only."""
+    grid: Literal["minmax", "mse"] = "mse"
+    """How scale and zero point are chosen: from the extremes, or by searching for the least squared error."""
+    rare_experts: RareExperts = RareExperts()
+    """Policy for experts with few calibration tokens."""
+    diagnose_experts: bool = True
+    """Measure on MoE models how many tokens change experts; costs a second, unquantized pass."""
+
+    @model_validator(mode="after")
+    def _groups_before_order(self) -> Self:
+        if self.act_order and not self.static_groups:
+            raise ValueError(
+                "act_order needs static_groups: true, because stored groups are runs of neighbouring columns"
+            )
+        return self
+
+
+class Gptq(Stage):
+    """Quantize block by block, each with the activations the quantized blocks before it produce."""
+
+    Config: ClassVar[type[StageConfig]] = GptqConfig
+    consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
+    produces = frozenset({Kind.PACKED})
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Rules that match nothing."""
+        from llmcompress.stages.blockwise import check_rules
+
+        return check_rules(self.name, self.config.rules, layout)
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """One block of weights, its Hessians and the activation streams."""
+        from llmcompress.stages.blockwise import estimate_blockwise
+
+        return estimate_blockwise(self.config, inputs, hessians=True)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Quantize the blocks that are not finished yet."""
+        from llmcompress.stages.blockwise import run_blockwise
+
+        run_blockwise(self.config, state, ctx)
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Re-attach the store of finished blocks."""
+        from llmcompress.stages.blockwise import attach_store
+
+        attach_store(state, ctx)

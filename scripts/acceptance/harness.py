@@ -1,0 +1,55 @@
+"""What the acceptance scripts share: calling the CLI, hashing an artifact, the verdict line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CLI = [sys.executable, "-m", "llmcompress"]
+
+
+def llmcompress(*args: str | Path, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; stderr passes through unless captured by the caller."""
+    options.setdefault("stdout", subprocess.PIPE)
+    done = subprocess.run([*CLI, *map(str, args)], text=True, **options)
+    if check and done.returncode != 0:
+        raise SystemExit(f"llmcompress {' '.join(map(str, args))}: exit code {done.returncode}\n{done.stdout}")
+    return done
+
+
+def llmcompress_json(*args: str | Path, **options: Any) -> dict[str, Any]:
+    """Run a command with ``--json`` and parse what it prints."""
+    return json.loads(llmcompress(*args, "--json", **options).stdout)
+
+
+def measured(*args: str | Path) -> tuple[int, float]:
+    """Run a command; return (peak resident bytes, CPU seconds) of that one process by the kernel's account."""
+    process = subprocess.Popen([*CLI, *map(str, args)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"llmcompress {' '.join(map(str, args))} failed")
+    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder`` by relative path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def verdict(holds: bool, figure: str) -> NoReturn:
+    """Print the figure as the last line and exit 0 only where the line holds."""
+    print(f"{'holds' if holds else 'FALLS SHORT'}: {figure}")
+    raise SystemExit(0 if holds else 1)
+
+
+def own_peak_bytes() -> int:
+    """Peak resident bytes of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

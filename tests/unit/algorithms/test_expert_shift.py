@@ -1,0 +1,117 @@
+"""Shift metrics against brute force over sets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llmcompress.algorithms.expert_shift import (
+    ShiftTally,
+    change_rates,
+    kl_topk,
+    loss_share,
+    rank_cover,
+    swap_counts,
+    tokens_per_expert,
+)
+
+N, K, T = 12, 4, 200
+
+
+@pytest.fixture
+def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(T, N, generator=generator)
+    noisy = logits + 0.6 * torch.randn(T, N, generator=generator)
+    return logits, noisy, logits.topk(K).indices, noisy.topk(K).indices
+
+
+def test_change_rates_match_sets(routed):
+    _, _, reference, chosen = routed
+    distances = [K - len(set(a) & set(b)) for a, b in zip(reference.tolist(), chosen.tolist())]
+    rates = change_rates(reference, chosen)
+    assert rates["cr_any"] == pytest.approx(sum(d >= 1 for d in distances) / T)
+    assert rates["cr_half"] == pytest.approx(sum(d >= K / 2 for d in distances) / T)
+    assert rates["cr_all"] == pytest.approx(sum(d == K for d in distances) / T)
+    assert rates["overlap"] == pytest.approx(sum(1 - d / K for d in distances) / T)
+    assert 0 < rates["cr_any"] < 1, "the example must show some change"
+
+
+def test_equal_choices_in_another_order_are_no_change(routed):
+    _, _, reference, _ = routed
+    rates = change_rates(reference, reference.flip(-1))
+    assert rates == {"cr_any": 0.0, "cr_half": 0.0, "cr_all": 0.0, "overlap": 1.0}
+
+
+def test_odd_k_counts_half_from_two_of_three():
+    reference = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    chosen = torch.tensor([[0, 1, 3], [0, 4, 3]])
+    assert change_rates(reference, chosen)["cr_half"] == 0.5
+
+
+@pytest.mark.parametrize("k", [4, 6, 8, 12])
+def test_rank_cover_matches_brute_force(routed, k):
+    _, noisy, reference, chosen = routed
+    covered = total = 0
+    for token in range(T):
+        order = sorted(range(N), key=lambda e: -float(noisy[token, e]))
+        for expert in set(reference[token].tolist()) - set(chosen[token].tolist()):
+            total += 1
+            covered += order.index(expert) < k
+    assert rank_cover(noisy, reference, chosen, k) == pytest.approx(covered / total)
+
+
+def test_rank_cover_without_a_loss_is_one(routed):
+    logits, _, reference, _ = routed
+    assert rank_cover(logits, reference, reference, 4) == 1.0
+
+
+@pytest.mark.parametrize("k", [1, 5, 12])
+def test_loss_share_matches_brute_force(routed, k):
+    logits, noisy, _, _ = routed
+    inside = everything = 0.0
+    for token in range(T):
+        top = sorted(range(N), key=lambda e: -float(logits[token, e]))[:k]
+        errors = [(float(logits[token, e]) - float(noisy[token, e])) ** 2 for e in range(N)]
+        inside += sum(errors[e] for e in top)
+        everything += sum(errors)
+    assert loss_share(logits, noisy, k) == pytest.approx(inside / everything)
+    assert loss_share(logits, logits, k) == 0.0
+
+
+def test_kl_topk_matches_definition_and_ignores_a_common_shift(routed):
+    logits, noisy, _, _ = routed
+    top = logits[3].topk(K).indices
+    p, q = logits[3][top].softmax(0), noisy[3][top].softmax(0)
+    expected = sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q))
+    assert float(kl_topk(logits, noisy, K)[3]) == pytest.approx(expected, rel=1e-4)
+    assert float(kl_topk(logits, logits + 3.0, K).abs().max()) < 1e-6
+
+
+def test_swap_counts_match_brute_force(routed):
+    _, _, reference, chosen = routed
+    expected = torch.zeros(N, N, dtype=torch.int64)
+    for before, after in zip(reference.tolist(), chosen.tolist()):
+        for i in set(before) - set(after):
+            for j in set(after) - set(before):
+                expected[i, j] += 1
+    assert torch.equal(swap_counts(reference, chosen, N), expected)
+
+
+def test_tokens_per_expert_ignores_skipped_slots():
+    assert tokens_per_expert(torch.tensor([[0, 2], [2, 3]]), 3).tolist() == [1, 0, 2]
+
+
+def test_tally_over_batches_equals_one_batch(routed):
+    logits, noisy, reference, chosen = routed
+    whole, parts = ShiftTally(K, cover=(6,)), ShiftTally(K, cover=(6,))
+    whole.add(reference, chosen, logits, noisy)
+    for rows in torch.arange(T).split(33):
+        parts.add(reference[rows], chosen[rows], logits[rows], noisy[rows])
+    assert parts.rates() == pytest.approx(whole.rates())
+    assert whole.rates()["rank_cover_6"] == pytest.approx(rank_cover(noisy, reference, chosen, 6))
+    assert whole.rates()["loss_share_6"] == pytest.approx(loss_share(logits, noisy, 6))
+    assert whole.rates()["kl_topk"] == pytest.approx(float(kl_topk(logits, noisy, K).mean()), rel=1e-5)
+    assert ShiftTally(K).rates() == {}
