@@ -1,7 +1,8 @@
 """Third-party additions, found through Python entry points.
 
 A package adds a model family by an entry point in the group ``llmcompress.families`` whose name
-is the model type and whose value is a :class:`~llmcompress.models.families.parts.Family`.
+is the model type and whose value is a :class:`~llmcompress.models.families.parts.Family`, and a stage
+by one in the group ``llmcompress.stages`` whose name is the stage's ``type`` and whose value is its class.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from llmcompress.errors import EnvironmentProblem
 
-GROUPS = ("llmcompress.families",)
+GROUPS = ("llmcompress.families", "llmcompress.stages")
 
 
 @cache

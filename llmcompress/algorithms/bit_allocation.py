@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 from math import gcd
 
 # states times units above which dynamic programming gives way to the greedy method
 EXACT_LIMIT = 2_000_000
 
 
-def allocate(errors: Sequence[Sequence[float]], sizes: Sequence[int], choices: Sequence[int], average: float) -> list[int]:
+def allocate(
+    errors: Sequence[Sequence[float]], sizes: Sequence[int], choices: Sequence[int], average: float
+) -> list[int]:
     """Choose a width for every unit.
 
     Args:
@@ -76,7 +79,7 @@ def _greedy(errors: Sequence[Sequence[float]], weights: Sequence[int], choices: 
     steps = []
     for unit, (row, weight) in enumerate(zip(errors, weights)):
         hull = _lower_hull(row, choices)
-        for here, there in zip(hull, hull[1:]):
+        for here, there in pairwise(hull):
             price = (choices[there] - choices[here]) * weight
             steps.append(((row[here] - row[there]) / price, unit, here, there, price))
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
@@ -92,8 +95,6 @@ def _lower_hull(row: Sequence[float], choices: Sequence[int]) -> list[int]:
     """Indices of the choices on the lower convex hull of (bits, error), as long as the error falls."""
     hull: list[int] = []
     for index in range(len(choices)):
-        while hull and row[index] >= row[hull[-1]] and len(hull) > 1:
-            break
         while len(hull) >= 2:
             first, second = hull[-2], hull[-1]
             old = (row[first] - row[second]) / (choices[second] - choices[first])

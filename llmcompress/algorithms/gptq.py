@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.grids import Search, find_grid, grid_of_groups
+from llmcompress.algorithms.grids import Search, find_grid, grid_of_groups, round_codes
 from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.quant.spec import QuantSpec
 
@@ -52,15 +52,24 @@ class Solution:
         codes: ``[E, N, K]`` uint8.
         scale: ``[E, N, G]`` fp16.
         zero: ``[E, N, G]`` uint8, or None on a symmetric grid.
-        error: ``[E]`` fp32, ``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)``.
+        quantized: ``[E, N, K]`` fp32, the values the codes stand for.
+        error: ``[E, N]`` fp32, diagonal of ``(W-Q) H (W-Q)ᵀ``: each output's mean squared error (times 2).
+        energy: ``[E, N]`` fp32, diagonal of ``W H Wᵀ``.
         damp: Damping that worked per expert, 0 where the weights were simply rounded.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    quantized: Tensor
     error: Tensor
+    energy: Tensor
     damp: list[float]
+
+    @property
+    def relative_error(self) -> Tensor:
+        """``[E]``: ``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)``, 0 where the denominator is 0."""
+        return ratio(self.error.sum(-1), self.energy.sum(-1))
 
 
 def solve(
@@ -78,26 +87,25 @@ def solve(
     Returns:
         Codes and grids with the error they make.
     """
-    factor, damp = inverse_factor(hessian, options.damp, usable)
-    order = None
-    work = w
+    order, work, curvature = None, w, hessian
     if options.act_order:
         order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-        permuted = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-        factor, damp = inverse_factor(permuted, options.damp, usable)
+        rows, across = order[:, :, None].expand_as(hessian), order[:, None, :].expand_as(hessian)
+        curvature = hessian.gather(1, rows).gather(2, across)
         work = w.gather(2, order[:, None, :].expand_as(w))
+    factor, damp = inverse_factor(curvature, options.damp, usable)
     columns = _Columns(work, factor, spec, options, order, w)
     codes, quantized = columns.run()
     if order is not None:
         back = order.argsort(dim=-1)[:, None, :].expand_as(w)
         codes, quantized = codes.gather(2, back), quantized.gather(2, back)
     scale, zero = columns.grids()
-    error = relative_error(w, quantized, hessian)
-    return Solution(codes.contiguous(), scale, zero, error, damp)
+    error, energy = output_error(w, quantized, hessian)
+    return Solution(codes.contiguous(), scale, zero, quantized, error, energy, damp)
 
 
-def relative_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    """``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)`` per expert; 0 where the denominator is 0.
+def output_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Diagonals of ``(W-Q) H (W-Q)ᵀ`` and of ``W H Wᵀ``.
 
     Args:
         w: ``[E, N, K]``.
@@ -105,12 +113,31 @@ def relative_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
         hessian: ``[E, K, K]``.
 
     Returns:
-        ``[E]`` fp32.
+        Two tensors ``[E, N]`` fp32.
     """
     difference = w - quantized
-    above = (torch.bmm(difference, hessian) * difference).sum((-1, -2))
-    below = (torch.bmm(w, hessian) * w).sum((-1, -2))
+    above = (torch.bmm(difference, hessian) * difference).sum(-1)
+    return above, (torch.bmm(w, hessian) * w).sum(-1)
+
+
+def ratio(above: Tensor, below: Tensor) -> Tensor:
+    """``above / below``, 0 where ``below`` is not positive."""
     return torch.where(below > 0, above / below.clamp(min=torch.finfo(torch.float32).tiny), torch.zeros_like(above))
+
+
+def round_to_nearest(w: Tensor, spec: QuantSpec, grid: Search) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scale and zero point without any second-order information.
+
+    Args:
+        w: ``[..., N, K]`` fp32.
+        spec: Bits, group size, symmetry.
+        grid: How grids are chosen.
+
+    Returns:
+        ``codes [..., N, K]`` uint8, ``scale [..., N, G]`` fp16, ``zero [..., N, G]`` uint8 or None.
+    """
+    scale, zero = find_grid(w, spec, grid)
+    return round_codes(w, scale, zero, spec), scale, zero
 
 
 def block_bounds(columns: int, group: int, block: int) -> list[tuple[int, int]]:
@@ -133,7 +160,13 @@ class _Columns:
     """The column loop. Weights are held as ``[E, K, N]`` so that a column is contiguous."""
 
     def __init__(
-        self, work: Tensor, factor: Tensor, spec: QuantSpec, options: GptqOptions, order: Tensor | None, original: Tensor
+        self,
+        work: Tensor,
+        factor: Tensor,
+        spec: QuantSpec,
+        options: GptqOptions,
+        order: Tensor | None,
+        original: Tensor,
     ) -> None:
         experts, rows, columns = work.shape
         self.spec, self.options, self.factor = spec, options, factor

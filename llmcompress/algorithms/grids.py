@@ -127,16 +127,11 @@ def _grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
     return scale, (-low / scale).round_().clamp_(0, spec.levels - 1)
 
 
-def _error(
-    values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, importance: Tensor | None
-) -> Tensor:
+def _error(values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, importance: Tensor | None) -> Tensor:
     """Squared rounding error of each group."""
-    offset = float(spec.midpoint) if zero is None else zero.unsqueeze(-1)
+    offset = scale.new_full((), spec.midpoint) if zero is None else zero.unsqueeze(-1)
     step = scale.unsqueeze(-1)
-    low = -offset
-    high = (spec.levels - 1) - offset
-    rounded = (values / step).round_()
-    rounded = rounded.clamp_(low, high) if zero is None else rounded.clamp_(low, high)
+    rounded = (values / step).round_().clamp_(-offset, (spec.levels - 1) - offset)
     rounded.mul_(step).sub_(values).square_()
     if importance is not None:
         rounded.mul_(importance)

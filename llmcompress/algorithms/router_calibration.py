@@ -14,6 +14,7 @@ experts, ``H`` input features.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,19 @@ class RouterFit:
     weight: Tensor
     bias: Tensor | None
     kept: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RouterUpdate:
+    """What a router hook of a quantizing stage decided about one block.
+
+    Attributes:
+        replaced: Run-time tensor name → new value (``….gate.weight``); empty for a mere diagnosis.
+        record: JSON data stored under ``router`` in the block's record.
+    """
+
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -169,7 +183,8 @@ def _solve(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(system)
     if bool((info == 0).all()):
         return torch.cholesky_solve(right.mT, factor).mT
-    return torch.linalg.solve(system.double(), right.double().mT).mT.float()
+    exact = gram.double() + damp.double()[:, None, None] * torch.eye(h, device=gram.device, dtype=torch.float64)
+    return torch.linalg.solve(exact, right.double().mT).mT.float()
 
 
 def solve_adam(x_hat: Tensor, target: Tensor, mask: Tensor, weight: Tensor, options: SolverOptions) -> Tensor:

@@ -69,14 +69,16 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     except _ClickError as error:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
-        commands.current.error("stopped", None, ExitCode.INTERRUPTED)
-        return ExitCode.INTERRUPTED
+        code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         # the reader has gone (`llmcompress schema | head`): nothing left to say, also not at interpreter exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
     except Exception as error:  # the one place where a bug becomes a message
         return _foreign(error)
+    # Ctrl-C outside a run: typer turns it into this code or into Abort, depending on its version
+    if code == ExitCode.INTERRUPTED:
+        commands.current.error("stopped by Ctrl-C", "run the command again", ExitCode.INTERRUPTED)
     return code if isinstance(code, int) else ExitCode.OK
 
 
@@ -125,10 +127,9 @@ def _save_traceback(error: BaseException, run_dir: Path | None, *, always: bool)
             return path
         if not always:
             return None
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="llmcompress-", suffix=".log", delete=False, encoding="utf-8"
-        ) as handle:
-            handle.write(text)
-        return Path(handle.name)
+        number, name = tempfile.mkstemp(prefix="llmcompress-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8") as saved:
+            saved.write(text)
+        return Path(name)
     except OSError:
         return None

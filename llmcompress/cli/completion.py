@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import typer
+import typer
 
-RUN_KEYS = ("run.dir", "run.seed", "run.device", "run.compute_dtype", "run.threads", "model.path", "model.dtype", "model.tokenizer")
+RUN_KEYS = (
+    "run.dir",
+    "run.seed",
+    "run.device",
+    "run.compute_dtype",
+    "run.threads",
+    "model.path",
+    "model.dtype",
+    "model.tokenizer",
+)
 
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Shipped recipe names and recipe files that begin with what was typed."""
-    from llmcompress.cli.recipes import catalogue
+    from llmcompress.recipe.catalog import recipe_names
 
-    names = [name for name in catalogue() if name.startswith(incomplete)]
+    names = [name for name in recipe_names() if name.startswith(incomplete)]
     typed = Path(incomplete)
     parent = typed if incomplete.endswith("/") else typed.parent
     if parent.is_dir():
@@ -48,7 +56,7 @@ def override_keys(recipe: str) -> list[str]:
             if not key.startswith(("extends", "version")):
                 keys.setdefault(key)
         found = data.get("stages")
-        for name, stage in (found.items() if isinstance(found, Mapping) else ()):
+        for name, stage in found.items() if isinstance(found, Mapping) else ():
             if isinstance(stage, Mapping) and isinstance(stage.get("type"), str):
                 stages[str(name)] = stage["type"]
     for name, kind in stages.items():
@@ -61,11 +69,11 @@ def _chain(recipe: str, depth: int) -> Iterator[Mapping[str, Any]]:
     """Yield the recipe's data and that of everything it extends; stops at what it cannot read."""
     import yaml
 
-    from llmcompress.cli.recipes import catalogue
+    from llmcompress.recipe.catalog import shipped_path
 
     path = Path(recipe)
     if not path.is_file():
-        path = catalogue(everything=True).get(recipe.removesuffix(".yaml"), path)
+        path = shipped_path(recipe) or path
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -15,7 +15,7 @@ import typer
 
 from llmcompress import __version__
 from llmcompress.cli.command import command
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.output import Output, bytes_text, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,7 +159,7 @@ def kernels() -> Any:
             return {"explanation": "plain PyTorch definitions only"}
         return {"problem": f"{type(error).__name__}: {error}"}
     try:
-        return {"explanation": select.explain()}
+        return {"explanation": plain(select.explain())}
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.run import read_object
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def look(path: Path) -> Inspection:
     Raises:
         InputError: A file is damaged, or weights are only there as pickles.
     """
-    config = read_config(path)
+    config = read_object(path / "config.json")
     headers = weight_headers(path)
     layout, reason = _layout(config)
     quantization = config.get("quantization_config") or {}
@@ -133,7 +133,8 @@ def look(path: Path) -> Inspection:
     specs = _specs(quantization) if method == "llmcompress" else {}
     groups = _groups(headers, layout, specs)
     total, values = sum(g.bytes for g in groups), sum(g.values for g in groups)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
     bank = next((b.bank for b in layout.blocks if b.bank is not None), None) if layout else None
     return Inspection(
         path=str(path),
@@ -155,21 +156,6 @@ def look(path: Path) -> Inspection:
         tokenizer=any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")),
         files=tuple(sorted({file for file, _ in headers.values()})),
     )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder.
-
-    Raises:
-        InputError: It is damaged.
-    """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path / 'config.json'}: not valid JSON ({error})", "fetch the file again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path / 'config.json'}: not a JSON object", "fetch the file again")
-    return config
 
 
 def weight_headers(path: Path) -> dict[str, tuple[str, Entry]]:
@@ -234,7 +220,11 @@ def _groups(
             blocks[key].add(block)
     order = {"attention": 0, "mlp": 1, "experts": 2, "shared_experts": 3, "ssm": 4, "other": 5}
     keys = sorted(gathered, key=lambda k: (order.get(k[0], 9), k[1]))
-    return [ModuleGroup(k[0], k[1], *gathered[k], tuple(sorted(blocks[k]))) for k in keys]
+    found = []
+    for role, how in keys:
+        modules, values, size = gathered[role, how]
+        found.append(ModuleGroup(role, how, modules, values, size, tuple(sorted(blocks[role, how]))))
+    return found
 
 
 def _disk_roles(layout: ModelLayout) -> dict[str, tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -111,7 +112,7 @@ def plain(data: Any) -> Any:
         return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, list | tuple | set | frozenset):
         return [plain(value) for value in data]
-    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
+    if isinstance(data, float) and not math.isfinite(data):
         return None
     if isinstance(data, str | int | float | bool) or data is None:
         return data
@@ -133,7 +134,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
 
     made = Table(*(), title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in columns:
-        made.add_column(name, justify="right" if name in right.split("|") else "left", overflow="fold")
+        made.add_column(name, justify="right" if right and name in right.split("|") else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
     return made

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,51 +32,21 @@ def register(app: typer.Typer) -> None:
     command(app, "schema")(print_schema)
 
 
-def folder() -> Path:
-    """Folder of the shipped recipes."""
-    return Path(str(resources.files("llmcompress").joinpath("_recipes")))
-
-
-def catalogue(everything: bool = False) -> dict[str, Path]:
-    """Name → file of the shipped recipes.
-
-    Args:
-        everything: Also the fragments that other recipes extend.
-    """
-    root = folder()
-    found = {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
-    hidden = ("assets/",) if everything else ("assets/", "base/")
-    return {name: path for name, path in found.items() if not name.startswith(hidden)}
-
-
 def find(name: str) -> Path:
     """File of a shipped recipe.
 
     Raises:
         UsageError: There is none of that name.
     """
-    known = catalogue(everything=True)
-    key = name.removesuffix(".yaml")
-    if key in known:
-        return known[key]
-    import difflib
+    from llmcompress.recipe.catalog import list_recipes as every
+    from llmcompress.recipe.catalog import shipped_path
 
-    near = difflib.get_close_matches(key, known, n=1)
-    raise UsageError(
-        f"no recipe is called {name!r}" + (f" (did you mean {near[0]}?)" if near else ""), "llmcompress recipes ls"
-    )
-
-
-def heading(path: Path) -> list[str]:
-    """The comment lines at the top of a recipe: what it does, how to run it, what it needs."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        text = line.lstrip("#").strip()
-        if text and not text.startswith("yaml-language-server"):
-            lines.append(text)
-    return lines
+    path = shipped_path(name)
+    if path is not None:
+        return path
+    near = difflib.get_close_matches(name.removesuffix(".yaml"), [info.name for info in every()], n=1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    raise UsageError(f"no shipped recipe is called {name!r}{guess}", "llmcompress recipes ls")
 
 
 def list_recipes(
@@ -84,15 +54,16 @@ def list_recipes(
     everything: Annotated[bool, typer.Option("--all", help="Also the fragments in base/ that others extend.")] = False,
 ) -> None:
     """List the shipped recipes."""
-    rows = [
-        {"name": name, "summary": " ".join(heading(path)[:1]), "path": str(path)}
-        for name, path in catalogue(everything).items()
-    ]
+    from llmcompress.recipe.catalog import list_recipes as every
+
+    found = every(fragments=everything)
 
     def show(screen: Console) -> None:
-        screen.print(table(("recipe", "what it does"), ((row["name"], row["summary"]) for row in rows)))
+        rows = ((info.name, info.title, info.needs) for info in found)
+        screen.print(table(("recipe", "what it does", "needs"), rows))
+        screen.print("next: llmcompress recipes show NAME, or llmcompress run NAME", highlight=False)
 
-    out.result({"recipes": rows}, show)
+    out.result({"recipes": found}, show)
 
 
 def show_recipe(out: Output, name: NameArgument) -> None:
@@ -123,13 +94,16 @@ def copy_recipe(
 
 def _absolute_extends(text: str, source: Path) -> str:
     """Name what a recipe extends by its shipped name, which also holds outside the recipes folder."""
+    from llmcompress.recipe.catalog import ROOT
+
     lines = []
-    for line in text.splitlines(keepends=True):
+    for given in text.splitlines(keepends=True):
+        line = given
         key, colon, value = line.partition(":")
         named = value.split("#")[0].strip().strip("\"'")
         if key.strip() == "extends" and colon and named and not named.startswith(("[", "/")):
             found = (source.parent / named).resolve()
-            root = folder().resolve()
+            root = ROOT.resolve()
             if found.is_relative_to(root) and found.exists():
                 line = f"{key}: {found.relative_to(root).with_suffix('').as_posix()}\n"
         lines.append(line)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from llmcompress.pipeline.runner import Job, Outcome, RunOptions
     from llmcompress.pipeline.sinks import Sink
+    from llmcompress.recipe.load import LoadedRecipe
     from llmcompress.stages.state import Metric
 
 RecipeArgument = Annotated[
@@ -62,7 +65,7 @@ def run(
     """Run a recipe; continue where an interrupted run of it stopped."""
     from llmcompress.pipeline.runner import RunOptions
 
-    job = load_job(recipe, overrides or [])
+    job = load_job(recipe, overrides or [], out=out)
     execute(out, job, RunOptions(until, only, redo, force, _trackers(track, job)))
 
 
@@ -81,36 +84,74 @@ def resume(
     lock = run_dir / "recipe.lock.json"
     if not lock.is_file():
         raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
-    job = load_job(str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml")
+    job = load_job(
+        str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml", out=out
+    )
     execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)))
 
 
 def quoted(text: str) -> str:
     """An override value that stays text whatever it looks like."""
-    import json
-
     return json.dumps(text, ensure_ascii=False)
 
 
-def load_job(reference: str, overrides: list[str], source: Path | None = None) -> Job:
-    """Validate a recipe and build its stages.
+def load_job(reference: str, overrides: list[str], source: Path | None = None, out: Output | None = None) -> Job:
+    """Validate a recipe, match it against its model, hold it against its budgets, and build its stages.
 
     Args:
-        reference: File, or name of a shipped recipe.
+        reference: File, run folder, lock, or name of a shipped recipe.
         overrides: ``key=value`` words.
         source: The file to keep as ``recipe.yaml``, if it is not the recipe itself.
+        out: Where remarks go; None checks neither the model nor budgets.
 
     Raises:
-        RecipeError: The recipe is not valid.
+        RecipeError: The recipe is not valid, or does not suit the model.
+        ResourceError: It does not fit the budgets it declares.
     """
     from llmcompress.pipeline.runner import Job
     from llmcompress.recipe.load import load_recipe
-    from llmcompress.recipe.lock import make_lock
+    from llmcompress.recipe.lock import changes_since, make_lock
 
     loaded = load_recipe(reference, overrides)
-    text = source.read_text(encoding="utf-8") if source is not None and source.is_file() else loaded.source
-    resolved = loaded.recipe.model_dump(mode="json")
-    return Job(resolved, loaded.recipe.build_stages(), text, make_lock(loaded))
+    if out is not None:
+        _look_ahead(loaded, out)
+        if source is None:
+            for line in changes_since(loaded):
+                out.warning(f"since this lock was written: {line}")
+    text = source.read_text(encoding="utf-8") if source is not None and source.is_file() else loaded.text
+    return Job(loaded.data, loaded.stages(), text, lambda: make_lock(loaded))
+
+
+def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
+    """Refuse before any work what the model's config already shows to be impossible.
+
+    A model that is not there is left to the load stage, whose message is the better one.
+    """
+    from llmcompress.models.paths import resolve_path
+    from llmcompress.pipeline.estimate import plan
+
+    file = resolve_path(loaded.recipe.model.path, None) / "config.json"
+    if not file.is_file():
+        return
+    predicted = plan(loaded, read_object(file))
+    predicted.require_budget()
+    for note in predicted.notes:
+        out.warning(note)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: It is not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})", "fetch the file again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a JSON object", "fetch the file again")
+    return data
 
 
 def execute(out: Output, job: Job, options: RunOptions) -> None:
@@ -130,7 +171,7 @@ def execute(out: Output, job: Job, options: RunOptions) -> None:
         raise GateFailed(lines, f"look at {outcome.report or outcome.run_dir}")
 
 
-def _trackers(names: list[str] | None, job: Job) -> object:
+def _trackers(names: list[str] | None, job: Job) -> Callable[[Path], list[Sink]]:
     from llmcompress.pipeline.sinks import TRACKERS, tracker
 
     wrong = [name for name in names or [] if name not in TRACKERS]

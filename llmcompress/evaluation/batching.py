@@ -9,3 +9,8 @@ LOGIT_BYTES = 1 << 28
 def automatic_batch(length: int, vocabulary: int) -> int:
     """Windows per forward pass such that fp32 logits stay near 256 MB, at most 32."""
     return max(1, min(32, LOGIT_BYTES // (length * vocabulary * 4)))
+
+
+def task_batch(length: int, vocabulary: int) -> int:
+    """Requests of about ``length`` tokens per forward pass in task evaluation, at most 8."""
+    return min(8, automatic_batch(length, vocabulary))

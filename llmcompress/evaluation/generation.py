@@ -10,7 +10,7 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.config import GenerationConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @torch.inference_mode()

@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import logging
 import math
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from unittest import mock
 import yaml
 
 from llmcompress.errors import EnvironmentProblem, InputError, RecipeError
+from llmcompress.evaluation.batching import task_batch
 from llmcompress.evaluation.config import TaskConfig
 
 if TYPE_CHECKING:
@@ -261,24 +264,28 @@ def offline(active: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence progress bars of lm-eval and datasets: progress is this project's own business."""
+    """Silence progress bars and remarks of lm-eval and datasets: progress is this project's own business."""
     import datasets
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
-    import lm_eval.models.utils
+    import lm_eval.models.huggingface  # noqa: F401 - so that its progress bar is among those found below
     from tqdm import tqdm
 
-    silent = functools.partial(tqdm, disable=True)
-    was_on = datasets.are_progress_bars_disabled() is False
-    datasets.disable_progress_bars()
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **(kwargs | {"disable": True}))
+
+    bars_on = not datasets.are_progress_bars_disabled()
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
     with ExitStack() as stack:
-        for module in (lm_eval.api.task, lm_eval.models.huggingface, lm_eval.models.utils):
-            if hasattr(module, "tqdm"):
+        for name, module in list(sys.modules.items()):
+            if name.startswith("lm_eval.") and "tqdm" in vars(module):
                 stack.enter_context(mock.patch.object(module, "tqdm", silent))
+        datasets.disable_progress_bars()
+        logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            if was_on:
+            logger.setLevel(level)
+            if bars_on:
                 datasets.enable_progress_bars()
 
 
@@ -296,7 +303,7 @@ def evaluate(
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         spec: What :func:`specify` gave.
-        batch: Requests per forward pass, 8 when None.
+        batch: Requests per forward pass; automatic when None.
         max_length: Context limit; the model's own when None.
 
     Returns:
@@ -316,7 +323,7 @@ def evaluate(
         adapter = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=batch or 8,
+            batch_size=batch or task_batch(256, int(model.config.get_text_config().vocab_size)),
             device=str(model.device),
             max_length=max_length or _context(model),
         )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Side = Literal["dense", "compressed", "without_policies"]
 Tell = Callable[[str], None]
+_SHIFT_WINDOWS = 16
 REFUSED_OVERLAP = 0.01
 """Share of shared tokens from which held-out text no longer counts as held out."""
 
@@ -360,6 +361,31 @@ def fidelity_scores(result: Mapping[str, Any] | None) -> list[Score]:
         Score("fidelity", "kl_p99", result["kl_p99"], None, n, False),
         Score("fidelity", "top1", result["top1"], result["top1_stderr"], n, True),
         Score("fidelity", "logit_error", result["logit_error"], None, n, False),
+    ]
+
+
+def shift_windows(config: Settings, prepared: Prepared) -> Tensor:
+    """Held-out windows ``[S, L]`` int64 for the expert-shift figures: those of fidelity, else of the first text."""
+    if prepared.windows is not None:
+        return prepared.windows.tokens
+    name, section = next(iter(config.perplexity.items()))
+    tokens = prepared.texts[name].tokens
+    length = min(section.length, len(tokens))
+    count = min(_SHIFT_WINDOWS, len(tokens) // length)
+    return tokens[: count * length].reshape(count, length)
+
+
+def shift_scores(shift: Mapping[str, Any] | None) -> list[Score]:
+    """Router agreement with the dense twin, averaged over layers, as scores of the compressed model."""
+    if shift is None or not shift["expert_shift"]:
+        return []
+    rows = shift["expert_shift"]
+    n = rows[0]["tokens"]
+    overlap_mean = sum(row["overlap"] for row in rows) / len(rows)
+    changed_mean = sum(row["cr_any"] for row in rows) / len(rows)
+    return [
+        Score("experts", "overlap", overlap_mean, None, n, True),
+        Score("experts", "cr_any", changed_mean, None, n, False),
     ]
 
 

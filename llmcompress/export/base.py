@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +145,19 @@ def expert_slice(packed: PackedWeight, expert: int, rows: slice) -> PackedWeight
     tensors = {key: tensor[expert, rows].contiguous() for key, tensor in packed.tensors.items()}
     count = len(range(*rows.indices(packed.shape[1])))
     return PackedWeight((count, packed.shape[2]), packed.spec, tensors)
+
+
+def expert_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
+    """Cut the same rows out of every expert of a stack ``[E, N, K]``."""
+    tensors = {key: tensor[:, rows].contiguous() for key, tensor in packed.tensors.items()}
+    count = len(range(*rows.indices(packed.shape[1])))
+    return PackedWeight((packed.shape[0], count, packed.shape[2]), packed.spec, tensors)
+
+
+def some(names: Iterable[str]) -> str:
+    """``first name and 5 more``."""
+    listed = list(names)
+    return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
 
 
 def canonical(bank: ExpertBank, name: str, tensor: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
 """The ``compressed-tensors`` format: symmetric 4- and 8-bit weights, ``pack-quantized``.
 
 Our packed layout is byte-identical to ``pack-quantized``, so nothing is re-packed: experts are cut
-apart (rows are packed independently) and tensors renamed. A fused layer of a serving runtime
-(q/k/v, gate/up, all experts) has one scheme, so mixes inside one are refused instead of failing
-there.
+apart (rows are packed independently) and tensors renamed. Scales of experts are widened to fp32,
+without changing them, because transformers decodes experts in the type of the scale and fp16 would
+round the product. A fused layer of a serving runtime (q/k/v, gate/up, all experts) has one scheme,
+so mixes inside one are refused instead of failing there.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-import re
 
 from llmcompress.errors import ExportError
 from llmcompress.export.base import (
@@ -30,6 +30,7 @@ from llmcompress.export.base import (
     hub_expert_names,
     hub_name,
     outside_tensors,
+    some,
     values,
     write_json,
     write_provenance,
@@ -37,7 +38,7 @@ from llmcompress.export.base import (
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -84,6 +85,8 @@ class CompressedTensorsExporter(Exporter):
     def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Policies are not carried; transformers decodes while loading."""
         lost = [f"the {name} policy acts at run time and is not carried by this format" for name in policies]
+        if any(linear.name in plan for block in layout.blocks for linear in block.linears()):
+            lost.append("loaded in bfloat16, transformers rounds the scales of linear layers; fp16 and fp32 are exact")
         if any(block.bank is not None and block.bank.gate_up in plan for block in layout.blocks):
             lost.append("transformers decodes experts while loading; only serving runtimes keep them packed")
         return lost
@@ -95,14 +98,15 @@ class CompressedTensorsExporter(Exporter):
         return []
 
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
-        """Packed codes, fp16 scales and shapes, and the dense rest."""
+        """Packed codes, scales (fp32 for experts) and shapes, and the dense rest."""
         total = dense_values(layout, plan) * weight_bytes
         for name, _, shape, _ in layout.quantizable():
             if name in plan:
                 spec, rows = plan[name], values(shape[:-1])
                 words = -(-shape[-1] * spec.bits // 32)
-                matrices = shape[0] * (2 if name.endswith("gate_up_proj") else 1) if len(shape) == 3 else 1
-                total += rows * (4 * words + 2 * spec.groups(shape[-1])) + 16 * matrices
+                experts = len(shape) == 3
+                matrices = shape[0] * (2 if name.endswith("gate_up_proj") else 1) if experts else 1
+                total += rows * (4 * words + (4 if experts else 2) * spec.groups(shape[-1])) + 16 * matrices
         return total
 
     def write(
@@ -192,9 +196,14 @@ def _expert_weights(
         names = hub_expert_names(layout, bank, expert)
         for key, part in rows.items():
             if isinstance(value, PackedWeight):
-                yield names[key], expert_slice(value, expert, part)
+                yield names[key], _wide_scale(expert_slice(value, expert, part))
             else:
                 yield f"{names[key]}.weight", value[expert, part].contiguous()
+
+
+def _wide_scale(packed: PackedWeight) -> PackedWeight:
+    tensors = {**packed.tensors, "weight_scale": packed.tensors["weight_scale"].float()}
+    return PackedWeight(packed.shape, packed.spec, tensors)
 
 
 def _stored(name: str, value: Tensor | PackedWeight) -> Iterator[tuple[str, Tensor]]:
@@ -230,8 +239,8 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
         for name in (bank.gate_up, bank.down)
         if name in plan
     }
-    for scheme in experts:
-        targets[scheme] = [EXPERT_TARGET]
+    for expert_scheme in experts:
+        targets[expert_scheme] = [EXPERT_TARGET]
     linears = [(linear.name, linear.in_features) for block in layout.blocks for linear in block.linears()]
     schemes = {name: scheme_of(plan[name], width) if name in plan else None for name, width in linears}
     ignore = []
@@ -242,10 +251,7 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
             targets.setdefault(scheme, []).append(pattern)
     for block in layout.blocks:
         if block.bank is not None:
-            router = hub_name(layout, block.bank.router.module + ".weight").removesuffix(".weight")
-            ignore.append(router)
-            if not experts:
-                ignore.append(EXPERT_TARGET)
+            ignore.append(hub_name(layout, block.bank.router.module + ".weight").removesuffix(".weight"))
     groups = {
         f"group_{index}": {
             "targets": patterns,
@@ -299,19 +305,19 @@ def _spec_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
         if scheme_of(spec, shape[-1]).group_size and shape[-1] % spec.group_size:
             ragged.append(name)
     if other:
-        yield f"{_some(other)}: the codec has no counterpart in pack-quantized"
+        yield f"{some(other)}: the codec has no counterpart in pack-quantized"
     if asymmetric:
         yield (
-            f"{_some(asymmetric)}: asymmetric; neither transformers nor vLLM's MoE kernels read packed zero points. "
+            f"{some(asymmetric)}: asymmetric; neither transformers nor vLLM's MoE kernels read packed zero points. "
             "Set symmetric: true in the rules (native keeps it; at 4 bits gguf does too)"
         )
     if narrow:
         yield (
-            f"{_some(narrow)}: 2 or 3 bits; serving kernels read 4 and 8 bits (transformers would decode it, and of "
+            f"{some(narrow)}: 2 or 3 bits; serving kernels read 4 and 8 bits (transformers would decode it, and of "
             "the runtimes only vLLM's Humming kernels run it). Use native"
         )
     if ragged:
-        yield f"{_some(ragged)}: the row length is not a multiple of the group size, which readers do not accept"
+        yield f"{some(ragged)}: the row length is not a multiple of the group size, which readers do not accept"
 
 
 def _fusion_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
@@ -331,6 +337,9 @@ def _expert_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
     names = [(bank, name) for bank in banks for name in (bank.gate_up, bank.down)]
     quantized = [(bank, name) for bank, name in names if name in plan]
     if not quantized:
+        if names and plan:
+            # tried with 5.23: its loader takes only packed experts from such files and drops the others
+            yield "experts stay dense, and transformers loses dense experts of a compressed-tensors checkpoint"
         return
     if layout.disk.experts is None:
         yield f"{layout.model_type} stores its experts stacked, and readers expect them one by one"
@@ -342,9 +351,3 @@ def _expert_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
     if len(schemes) > 1:
         found = ", ".join(sorted(f"{s.bits} bit group {s.group_size or 'channel'}" for s in schemes))
         yield f"experts use several schemes ({found}); transformers reads one scheme for all experts"
-
-
-def _some(names: Iterable[str]) -> str:
-    """``first name and 5 more``."""
-    listed = list(names)
-    return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"

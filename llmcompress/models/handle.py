@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+CACHE_LINE = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -191,7 +192,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     implementation = "sdpa" if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
@@ -241,3 +242,25 @@ def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, to
         owner.register_parameter(key, nn.Parameter(value, requires_grad=False))
     else:
         owner.register_buffer(key, value, persistent=key not in owner._non_persistent_buffers_set)
+
+
+def align(model: nn.Module) -> None:
+    """Move CPU tensors that do not start on a cache line, as those mapped from a file rarely do.
+
+    Matrix libraries choose code paths by alignment and round differently: without this the same
+    weights give slightly different logits depending on where in a file they lie. Shared tensors
+    stay shared.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # a tied parameter is one object with several owners; changing its data keeps it so
+            if _is_misaligned(parameter):
+                parameter.data = parameter.detach().clone()
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if _is_misaligned(buffer):
+                persistent = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, buffer.detach().clone(), persistent=persistent)
+
+
+def _is_misaligned(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE != 0

@@ -76,7 +76,7 @@ class TensorFile:
         result = torch.empty(entry.shape, dtype=self.dtype(name))
         if entry.nbytes:
             # a view of raw bytes exists for every dtype; numpy has no bfloat16
-            target = memoryview(result.reshape(-1).view(torch.uint8).numpy())
+            target = memoryview(result.reshape(-1).view(torch.uint8).numpy().data)
             with self.path.open("rb", buffering=0) as handle:
                 handle.seek(entry.start)
                 done = 0

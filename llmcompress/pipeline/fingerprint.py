@@ -7,6 +7,7 @@ Files count by content, not by name, so a moved model does not invalidate a run.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,8 @@ SAMPLES = 16
 
 
 def digest(data: Any) -> str:
-    """SHA-256 of ``data`` as canonical JSON."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """SHA-256 of ``data`` as compact JSON. The order of keys counts: rules are tried in order, stages run in order."""
+    return hashlib.sha256(json.dumps(data, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_identity(path: Path) -> str:
@@ -69,6 +70,11 @@ def with_contents(section: Any, key: str = "") -> Any:
     if key in PATH_KEYS and isinstance(section, str) and section:
         from llmcompress.models.paths import resolve_path
 
+        if glob.has_magic(section):
+            # not Path.glob: the pattern may be absolute
+            matches = glob.glob(str(Path(section).expanduser()), recursive=True)  # noqa: PTH207
+            found = sorted(Path(match) for match in matches)
+            return {"contents": digest([path_identity(path) for path in found])} if found else section
         path = resolve_path(section, None)
         if path.exists():
             return {"contents": path_identity(path)}

@@ -41,13 +41,13 @@ class Job:
         recipe: The resolved recipe as plain data (sections ``model``, ``run``, ``stages``).
         stages: Its stages, built, in order.
         source: Text of the recipe file as given.
-        lock: Content of ``recipe.lock.json``.
+        lock: Makes the content of ``recipe.lock.json``; called when it is written, because it hashes every input file.
     """
 
     recipe: dict[str, Any]
     stages: Sequence[Stage]
     source: str
-    lock: dict[str, Any]
+    lock: Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +186,46 @@ class Runner:
             if settled and self._already_finished():
                 return Outcome(self.dir.root, "nothing to do", self._records(), report=self._report_path())
             self.dir.write_run(record)
-            self.dir.write_recipe(self.job.source, self.job.lock)
+            self.dir.write_recipe(self.job.source, self.job.lock())
             return self._run(prints, record)
+
+    @contextmanager
+    def restored(self, name: str) -> Iterator[tuple[RunState, RunContext]]:
+        """State as the run's finished stages left it, for one more step outside the recipe.
+
+        The folder is locked for the length of the ``with`` block.
+
+        Args:
+            name: Name of the step; its folder is ``extra/<name>`` in the run folder.
+
+        Raises:
+            UsageError: No stage has finished.
+        """
+        with RunLock(self.dir.root):
+            record = self.dir.read_run()
+            finished = [s for s in self.job.stages if (r := self.dir.read_stage(s.name)) is not None and r.finished()]
+            if record is None or not finished:
+                raise UsageError(
+                    f"{self.dir.root}: no stage of this run has finished", f"llmcompress resume {self.dir.root}"
+                )
+            self._emit = Fanout(self._displays)
+            devices.set_threads(record.threads or None)
+            try:
+                for stage in finished:
+                    # an artifact that was moved away is no obstacle to writing another
+                    if stage.produces != {Kind.ARTIFACT}:
+                        self._restore(stage, self._context(stage, record))
+                folder = self.dir.root / "extra" / name
+                folder.mkdir(parents=True, exist_ok=True)
+                seed = devices.stage_seed(int(record.root["run"]["seed"]), name)
+                yield (
+                    self.state,
+                    RunContext(
+                        self.dir.root, name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit
+                    ),
+                )
+            finally:
+                self._emit.close()
 
     def _check_options(self) -> None:
         for option in ("until", "only", "redo"):
@@ -273,7 +311,7 @@ class Runner:
             return
         before = self.dir.read_run()
         changes = (difference(before.root, root, "") if before else []) + changes
-        changes = changes or ["a stage was added, or the order has changed"]
+        changes = changes or ["a stage was added, or the order of stages or rules has changed"]
         listing = "\n  ".join(changes)
         again = next((f"--redo {n} to do it again, " for n in lost if n in self._names), "")
         raise RecipeError(

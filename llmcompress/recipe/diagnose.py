@@ -115,6 +115,10 @@ def validation_problems(
     grouped: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for error in errors:
         grouped.setdefault(clean_path(error, data), []).append(error)
+    for path in [p for p, found in grouped.items() if all(error["type"] == "too_short" for error in found)]:
+        # a list whose items are wrong counts as empty too; the items say it better
+        if any(other[: len(path)] == path for other in grouped if other != path):
+            del grouped[path]
     return [Problem(path, _message(path, found, data, schema)) for path, found in grouped.items()]
 
 
@@ -264,7 +268,8 @@ def _single(path: KeyPath, error: Mapping[str, Any], data: Mapping[Any, Any], sc
         names = allowed_keys(data, path[:-1], schema) or []
         present = _at(data, path[:-1])
         unused = [name for name in names if not (isinstance(present, dict) and name in present)]
-        return f"unknown key{did_you_mean(path[-1], unused)}"
+        hint = did_you_mean(path[-1], names)
+        return f"unknown key{hint if 'did you mean' in hint else did_you_mean(path[-1], unused)}"
     if kind.startswith("union_tag") and (key := str(context["discriminator"]).strip("'")).isidentifier():
         return _wrong_tag(path, key, context, data, schema)
     if kind == "value_error":
@@ -290,7 +295,8 @@ def _wrong_tag(
     tag = context.get("tag")
     if tag is None:
         return f"required key {key} is missing (one of {', '.join(_tags(data, path, schema, key))})"
-    return f"unknown {key} {tag!r}{did_you_mean(str(tag), re.findall(r"'([^']+)'", str(context['expected_tags'])))}"
+    known = re.findall(r"'([^']+)'", str(context["expected_tags"]))
+    return f"unknown {key} {tag!r}{did_you_mean(str(tag), known)}"
 
 
 def _tags(data: Mapping[Any, Any], path: KeyPath, schema: Mapping[str, Any], key: str) -> list[str]:

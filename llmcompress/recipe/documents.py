@@ -6,6 +6,7 @@ rules of the YAML 1.2 core schema instead, in files and in overrides alike.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,10 +120,14 @@ def parse_document(file: Path, text: str) -> Document:
             )
         else:
             _map_lines(node, (), document, [])
-            if document.buildable:
+            if file.suffix == ".json":
+                document.data = json.loads(text)  # YAML reads the surrogate pairs of JSON differently
+            elif document.buildable:
                 document.data = _plain_keys(loader.construct_document(node))
     except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(file, text, error))
+    except json.JSONDecodeError as error:
+        document.problems.append(Problem((), f"not valid JSON: {error.msg}", file, error.lineno))
     finally:
         loader.dispose()
     return document
@@ -181,8 +186,9 @@ def _plain_keys(data: Any) -> Any:
 
 
 def _first_line(error: yaml.YAMLError) -> str:
-    problem = getattr(error, "problem", None) or str(error)
-    return str(problem).splitlines()[0]
+    problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    # PyYAML splits some sentences: "expected a single document in the stream" "but found another document"
+    return f"{getattr(error, 'context', '')}, {problem}" if problem.startswith("but ") else problem
 
 
 def _syntax_problem(file: Path, text: str, error: yaml.YAMLError) -> Problem:
@@ -194,6 +200,8 @@ def _syntax_problem(file: Path, text: str, error: yaml.YAMLError) -> Problem:
     line = lines[mark.line] if mark.line < len(lines) else ""
     if "${" in line and "{" in line.replace("${", ""):
         message += ' (inside { } write values with ${…} in quotes: {dir: "runs/${name}"})'
+    elif "???" in line:
+        message += ' (write "???" in quotes)'
     elif "\t" in line:
         message += " (the line contains a tab; YAML is indented with spaces)"
     return Problem((), message, file, mark.line + 1)

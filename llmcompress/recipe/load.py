@@ -12,6 +12,7 @@ done here, because it has to keep track of lines and of the order of stages and 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -414,7 +415,9 @@ def _resolve_values(config: Any, paths: set[KeyPath], problems: list[Problem]) -
                 node = node[int(part)] if part.isdigit() and part not in node else node[part]
             values[path] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
-            problems.append(Problem(path, str(error).splitlines()[0]))
+            text = str(error).splitlines()[0]
+            unset = re.search(r"Environment variable '(\w+)' not found", text)
+            problems.append(Problem(path, f"environment variable {unset.group(1)} is not set" if unset else text))
     return values
 
 

@@ -100,9 +100,9 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
     present = _child(node, last) is not _ABSENT
     if override.action == "add" and present:
         raise ValueError("the key exists already: leave out the +")
-    if not present and override.action != "add":
-        if override.action == "delete" or not _known(allowed, data, tuple(parents), last):
-            raise ValueError(_unknown(node, last, tuple(parents), allowed, data))
+    may_create = override.action == "add" or (override.action == "set" and _known(allowed, data, tuple(parents), last))
+    if not present and not may_create:
+        raise ValueError(_unknown(node, last, tuple(parents), allowed, data))
     if isinstance(node, list):
         _change_item(node, last, override)
     elif override.action == "delete":

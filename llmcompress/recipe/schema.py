@@ -151,14 +151,9 @@ class Recipe(Section):
 def recipe_model() -> type[Recipe]:
     """:class:`Recipe` with the union of all stage configs that are installed."""
     configs = tuple(stage.Config for stage in stage_types().values())
-    union = Annotated[Union.__getitem__(configs), Field(discriminator="type")]
-    return create_model(
-        "Recipe",
-        __base__=Recipe,
-        __module__=__name__,
-        __doc__=Recipe.__doc__,
-        stages=(Annotated[dict[StageName, union], Field(min_length=1)], Field(description="The pipeline, in order.")),
-    )
+    union: Any = Annotated[Union.__getitem__(configs), Field(discriminator="type")]  # type: ignore[valid-type]
+    stages: Any = Annotated[dict[StageName, union], Field(min_length=1, description="The pipeline, in order.")]
+    return create_model("Recipe", __base__=Recipe, __module__=__name__, __doc__=Recipe.__doc__, stages=stages)
 
 
 @cache

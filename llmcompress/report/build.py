@@ -232,7 +232,12 @@ def size_section(data: ReportData) -> Json | None:
     size = data.size
     biggest = max(size.bytes.values())
     rows = [
-        {"part": part, "bytes": bytes_text(count), "share": percent(count / size.stored), "width": 100 * count / biggest}
+        {
+            "part": part,
+            "bytes": bytes_text(count),
+            "share": percent(count / size.stored),
+            "width": 100 * count / biggest,
+        }
         for part, count in sorted(size.bytes.items(), key=lambda item: -item[1])
     ]
     return {

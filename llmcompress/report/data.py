@@ -232,9 +232,7 @@ def _stages(run_dir: Path, recipe: Json, events: list[Json]) -> list[StageRow]:
         seconds = _first_number([state, *ends[::-1]], ("seconds",))
         if seconds is None:
             seconds = _event_span(events, name)
-        peak = _first_number(
-            [state, *ends[::-1]], ("peak_rss_bytes", "peak_rss", "peak_bytes")
-        )
+        peak = _first_number([state, *ends[::-1]], ("peak_rss_bytes", "peak_rss", "peak_bytes"))
         status = str(state.get("status") or ("finished" if ends else "not run"))
         blocks = _blocks(folder / name / "blocks")
         kind = str(config.get("type") or state.get("type") or name)
@@ -253,7 +251,9 @@ def _first_number(sources: list[Json], keys: tuple[str, ...]) -> float | None:
 
 def _event_span(events: list[Json], name: str) -> float | None:
     times = [
-        number(e.get("time")) for e in events if e.get("stage") == name and e.get("kind") in ("stage_start", "stage_end")
+        number(e.get("time"))
+        for e in events
+        if e.get("stage") == name and e.get("kind") in ("stage_start", "stage_end")
     ]
     known = [t for t in times if t is not None]
     return known[-1] - known[0] if len(known) > 1 else None

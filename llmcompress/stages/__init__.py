@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from importlib.metadata import entry_points
 from typing import get_args
 
 from llmcompress.errors import EnvironmentProblem
+from llmcompress.plugins import discover
 from llmcompress.stages.base import Stage
 
 ENTRY_POINT_GROUP = "llmcompress.stages"
@@ -41,33 +41,29 @@ def stage_types() -> dict[str, type[Stage]]:
     for name, target in BUILT_IN.items():
         module, _, attribute = target.partition(":")
         found[name] = getattr(importlib.import_module(module), attribute)
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        origin = f"stage {entry.name!r} of package {entry.dist.name if entry.dist else entry.value}"
-        if entry.name in found:
-            raise EnvironmentProblem(f"{origin}: a stage of that name exists already", "uninstall one of the packages")
-        try:
-            stage = entry.load()
-        except (ImportError, AttributeError) as error:
+    for name, stage in sorted(discover(ENTRY_POINT_GROUP).items()):
+        if name in found:
             raise EnvironmentProblem(
-                f"{origin} cannot be loaded: {error}", "reinstall or remove the package"
-            ) from error
-        found[entry.name] = check_stage(entry.name, stage, origin)
+                f"plug-in stage {name!r}: a stage of that name exists already", "uninstall the package that adds it"
+            )
+        found[name] = check_stage(name, stage)
     return found
 
 
-def check_stage(name: str, stage: object, origin: str) -> type[Stage]:
+def check_stage(name: str, stage: object) -> type[Stage]:
     """Return ``stage`` if it is a stage class whose config is selected by ``type: name``.
 
     Raises:
         EnvironmentProblem: It is not.
     """
+    origin = f"plug-in stage {name!r}"
     if not (isinstance(stage, type) and issubclass(stage, Stage)):
         raise EnvironmentProblem(
-            f"{origin} is not a Stage class", "ask its author to derive from llmcompress.stages.base.Stage"
+            f"{origin} is not a Stage class", "its author should derive it from llmcompress.stages.base.Stage"
         )
     field = stage.Config.model_fields["type"]
     if name not in get_args(field.annotation):
         raise EnvironmentProblem(
-            f"{origin}: its Config must declare type: Literal[{name!r}]", "ask its author to correct the annotation"
+            f"{origin}: its Config does not declare type: Literal[{name!r}]", "its author should correct the annotation"
         )
     return stage

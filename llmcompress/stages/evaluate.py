@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmcompress.errors import GateFailed, InputError, RecipeError
+from llmcompress.evaluation.batching import automatic_batch, task_batch
 from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
 from llmcompress.quant.store import PackedStore, write_durably
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llmcompress.stages.state import RunContext, RunState
 
 _FIDELITY = ("fidelity.kl", "fidelity.kl_p99", "fidelity.top1", "fidelity.logit_error")
+_EXPERTS = ("experts.overlap", "experts.cr_any")
 _TEXT = ("perplexity", "bits_per_byte", "perplexity_without_policies")
 
 
@@ -82,6 +84,8 @@ class EvaluateConfig(StageConfig):
             raise ValueError(f"names used twice among tasks and perplexity: {', '.join(repeated)}")
         if not self.dense and (self.fidelity is not None or self.expert_shift):
             raise ValueError("fidelity and expert_shift compare with the dense model: dense must be true")
+        if self.expert_shift and not self.perplexity and self.fidelity is None:
+            raise ValueError("expert_shift needs text: give fidelity or perplexity")
         relative = [n for n, g in self.gates.items() if g.max_rel_increase is not None or g.max_abs_drop is not None]
         if not self.dense and relative:
             raise ValueError(f"gates {', '.join(relative)} compare with the dense model: dense must be true")
@@ -101,6 +105,7 @@ class Evaluate(Stage):
         config = self.config
         exact = [f"{name}.{metric}" for name in config.perplexity for metric in _TEXT]
         exact += _FIDELITY if config.fidelity is not None else ()
+        exact += _EXPERTS if config.expert_shift else ()
         problems = unknown_metrics(
             config.gates, exact, [task if isinstance(task, str) else task.task for task in config.tasks]
         )
@@ -113,13 +118,18 @@ class Evaluate(Stage):
         layout, config = inputs.layout, self.config
         dense, compressed = _model_bytes(inputs)
         pair = bool(inputs.specs) and (config.fidelity is not None or config.expert_shift)
+        # packed weights are decoded one at a time
+        largest = max((math.prod(shape) for _, _, shape, _ in layout.quantizable()), default=0)
+        compressed += largest * inputs.compute_bytes if inputs.specs else 0
         weights = dense + compressed if pair else max(dense if config.dense else 0, compressed)
         lengths = [part.length for part in config.perplexity.values()]
         lengths += [config.fidelity.length] if config.fidelity is not None else []
         rows = max((_batch(config, length, layout.vocab) * length for length in lengths), default=0)
         # logits as the model gives them, twice where two models are compared, plus one block of normalised rows
         logits = rows * layout.vocab * inputs.compute_bytes * (2 if pair else 1) + 4 * 512 * layout.vocab * 4
-        peak = weights + (logits if rows else 0)
+        # lm-eval normalises all logits of a batch at once
+        tasks = 2 * 256 * task_batch(256, layout.vocab) * layout.vocab * inputs.compute_bytes if config.tasks else 0
+        peak = weights + max(logits if rows else 0, tasks)
         on_gpu = inputs.device == "cuda"
         return Estimate(ram=dense if on_gpu else peak, vram=peak if on_gpu else 0)
 
@@ -197,13 +207,13 @@ class _Evaluation:
                 self._dense = None
         self._without_policies()
         pair = self._pair() if self.has_compressed and config.dense else None
-        shift = self._expert_shift() if config.expert_shift and self.has_compressed else None
+        shift = self._expert_shift()
         self._dense = self._compressed = None
         self._write(pair, shift)
 
     def _pair_pending(self) -> bool:
         wanted = (self.prepared.windows is not None and not self.ledger.has("pair.fidelity")) or (
-            self.config.expert_shift and not self.ledger.has("pair.expert_shift")
+            self._wants_shift() and not self.ledger.has("pair.expert_shift")
         )
         return wanted and self.has_compressed
 
@@ -214,8 +224,8 @@ class _Evaluation:
         dtype = getattr(torch, self.ctx.dtype)
         if side == "dense":
             if self._dense is None:
-                model: Any = self.handle.dense_model()
-                self._dense = model.to(device=self.ctx.device, dtype=dtype).eval()
+                dense: Any = self.handle.dense_model(dtype)
+                self._dense = dense.to(self.ctx.device)
             return self._dense
         if self._compressed is None:
             from llmcompress.models.assemble import compressed_model
@@ -234,19 +244,13 @@ class _Evaluation:
         keys = measure.side_keys(config, self.prepared, "without_policies")
         if not self.state.policies or config.policies != "compare" or all(self.ledger.has(key) for key in keys):
             return
-        from llmcompress.nn.skipping import attach
+        from llmcompress.evaluation.expert_shift import without_skipping
 
         model = self._model("compressed")
-        controller = getattr(model, "llmcompress_skipping", None)
-        if controller is None:
-            return
-        controller.detach()
-        try:
+        with without_skipping(model, self.handle.layout):
             measure.measure_side(
                 "without_policies", model, self.tokenizer, config, self.prepared, self.ledger, self._tell
             )
-        finally:
-            attach(model, self.handle.layout, self.state.policies["pesf"])
 
     def _pair(self) -> dict[str, Any] | None:
         from llmcompress.evaluation import measure
@@ -259,6 +263,26 @@ class _Evaluation:
             self._model("dense"), self._model("compressed"), self.config, self.prepared, self.ledger
         )
 
+    def _expert_shift(self) -> dict[str, Any] | None:
+        """Which experts changed and what that costs; quantized weights only, so without policies."""
+        from llmcompress.evaluation import measure
+
+        if not self._wants_shift():
+            return None
+        found = self.ledger.get("pair.expert_shift")
+        if found is None:
+            from llmcompress.evaluation.expert_shift import shift_report
+
+            tokens = measure.shift_windows(self.config, self.prepared)
+            batch = self.config.batch if isinstance(self.config.batch, int) else None
+            report = shift_report(self._model("dense"), self._model("compressed"), self.handle.layout, tokens, batch)
+            found = self.ledger.put("pair.expert_shift", report)
+        return dict(found)
+
+    def _wants_shift(self) -> bool:
+        # policies alone leave every router as it was
+        return self.config.expert_shift and self.state.packed is not None
+
     def _write(self, pair: dict[str, Any] | None, shift: dict[str, Any] | None) -> None:
         """Write the files the report reads."""
         from llmcompress.evaluation import measure
@@ -268,7 +292,7 @@ class _Evaluation:
         dense = measure.side_scores("dense", config, prepared, ledger) if config.dense else None
         compressed = measure.side_scores("compressed", config, prepared, ledger) if self.has_compressed else None
         rows = measure.pair_scores(dense, compressed) + measure.without_policy_rows(config, ledger)
-        rows += measure.pair_scores(None, measure.fidelity_scores(pair))
+        rows += measure.pair_scores(None, measure.fidelity_scores(pair) + measure.shift_scores(shift))
         files: dict[str, Any] = {"texts": prepared.provenance}
         if pair is not None:
             files["fidelity"] = pair
@@ -317,8 +341,6 @@ def _offline(active: bool) -> Iterator[None]:
 
 
 def _batch(config: EvaluateConfig, length: int, vocabulary: int) -> int:
-    from llmcompress.evaluation.batching import automatic_batch
-
     return config.batch if isinstance(config.batch, int) else automatic_batch(length, vocabulary)
 
 
@@ -327,19 +349,15 @@ def _model_bytes(inputs: PlanInputs) -> tuple[int, int]:
     from llmcompress.quant.codecs import codec
 
     layout = inputs.layout
-    outside = sum(_count(view.shape) for view in layout.outside)
-    outside += sum(_count(view.shape) for block in layout.blocks for view in block.kept)
+    outside = sum(math.prod(view.shape) for view in layout.outside)
+    outside += sum(math.prod(view.shape) for block in layout.blocks for view in block.kept)
     dense = packed = outside * inputs.compute_bytes
     for name, _, shape, _ in layout.quantizable():
-        full = _count(shape) * inputs.compute_bytes
+        full = math.prod(shape) * inputs.compute_bytes
         dense += full
         spec = inputs.specs.get(name)
         packed += full if spec is None else codec(spec.codec).nbytes(shape, spec)
     return dense, packed
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def evaluate_model(

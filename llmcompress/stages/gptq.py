@@ -74,7 +74,7 @@ class Gptq(Stage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One block of weights, its Hessians and the activation streams."""
-        from llmcompress.stages.blockwise import estimate_blockwise
+        from llmcompress.stages.blockwise_estimate import estimate_blockwise
 
         return estimate_blockwise(self.config, inputs, hessians=True)
 

@@ -46,7 +46,7 @@ class PesfConfig(StageConfig):
     fallback: Literal["none", "reroute"] = "none"
     """``reroute`` gives a dropped slot to the best expert that stays; ``none`` leaves it empty."""
     keep_top1: bool = False
-    """Never drop a token's strongest expert."""
+    """A token that would lose all its experts keeps its strongest."""
     renormalize: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_word)] = "auto"
     """Divide the remaining weights by their sum; ``auto`` does what the model does with its top k."""
     decode: Annotated[Literal["off", "sticky"], BeforeValidator(_off)] = "off"
@@ -67,6 +67,8 @@ class Pesf(Stage):
     def check(self, layout: ModelLayout) -> list[str]:
         """Refuse models without experts, and an alpha known to ruin models with few experts."""
         banks = _banks(layout)
+        if banks and self.config.method == "top_k_minus_one" and any(bank.top_k < 2 for bank in banks):
+            return [f"stages.{self.name}.method: {layout.model_type} selects one expert per token: none to spare"]
         if not banks:
             return [f"stages.{self.name}: {layout.model_type} has no experts to skip: remove this stage"]
         alpha = self.config.alpha

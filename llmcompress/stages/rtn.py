@@ -39,7 +39,7 @@ class Rtn(Stage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One block of weights at a time, and activations when experts are diagnosed."""
-        from llmcompress.stages.blockwise import estimate_blockwise
+        from llmcompress.stages.blockwise_estimate import estimate_blockwise
 
         return estimate_blockwise(self.config, inputs, hessians=False)
 

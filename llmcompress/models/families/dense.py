@@ -26,9 +26,7 @@ def _sandwich(facts: Facts, layer: str, qk_norm: bool) -> tuple[Part, ...]:
     after = f"{layer}.post_attention_layernorm"
     return (
         attention(facts, layer, bias, bias, qk_norm="head" if qk_norm else "none", post_norm=after),
-        gated_mlp(
-            facts, layer, pre_norm="pre_feedforward_layernorm", post_norm=f"{layer}.post_feedforward_layernorm"
-        ),
+        gated_mlp(facts, layer, pre_norm="pre_feedforward_layernorm", post_norm=f"{layer}.post_feedforward_layernorm"),
     )
 
 

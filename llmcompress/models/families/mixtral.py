@@ -26,6 +26,10 @@ _DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "tie_word_embeddings": False,
     "hidden_act": "silu", "num_local_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
+_PHI_DEFAULTS = {
+    **_DEFAULTS, "vocab_size": 32064, "intermediate_size": 6400, "num_local_experts": 16, "attention_bias": False,
+    "lm_head_bias": False,
+}  # fmt: skip
 _EXPERTS = (".mlp.experts", ".block_sparse_moe.experts")
 _NAMES = {"gate": "w1.weight", "up": "w3.weight", "down": "w2.weight"}
 
@@ -40,10 +44,7 @@ FAMILIES = (
     Family(
         "phimoe",
         _phimoe,
-        {
-            **_DEFAULTS, "vocab_size": 32064, "intermediate_size": 6400, "num_local_experts": 16,
-            "attention_bias": False, "lm_head_bias": False,
-        },  # fmt: skip
+        _PHI_DEFAULTS,
         disk=DiskNames(
             ((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")), _EXPERTS, **_NAMES
         ),

@@ -48,7 +48,7 @@ class Family:
     layer: Callable[[Facts, int, str], tuple[Part, ...]]
     defaults: Mapping[str, Any]
     aliases: Mapping[str, str] = field(default_factory=dict)
-    disk: DiskNames = DiskNames()
+    disk: DiskNames = field(default_factory=DiskNames)
     norm_bias: bool = False
     head_bias: str | None = None
     ignored: tuple[str, ...] = ()
@@ -75,9 +75,7 @@ class Family:
             outside.append(TensorView("lm_head.weight", (vocab, hidden)))
         if self.head_bias is not None and facts.flag(self.head_bias):
             outside.append(TensorView("lm_head.bias", (vocab,)))
-        return ModelLayout(
-            self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, self.ignored
-        )
+        return ModelLayout(self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, self.ignored)
 
 
 def norm(name: str, size: int, bias: bool = False) -> list[TensorView]:
@@ -108,7 +106,8 @@ def attention(
     Args:
         facts: The config.
         layer: Run-time name of the decoder layer.
-        qkv_bias, out_bias: Whether the projections have biases.
+        qkv_bias: Whether q, k and v have biases.
+        out_bias: Whether o has one.
         qk_norm: Norms on queries and keys: per head, over all heads, or none.
         extra: Further dense tensors of the module (gpt_oss sinks).
         post_norm: Norm on the output before the residual add.
@@ -192,7 +191,8 @@ def expert_bank(
     facts: Facts, layer: str, experts_key: str, intermediate_key: str, router: RouterView, **options: Any
 ) -> ExpertBank:
     """Read an expert bank's sizes from the config."""
-    options.setdefault("activation", facts.activation())
+    if "activation" not in options:
+        options["activation"] = facts.activation()
     return ExpertBank(
         module=f"{layer}.mlp.experts",
         num_experts=facts.size(experts_key),

@@ -129,10 +129,14 @@ def write_run(root: Path) -> Path:
         [
             {
                 "prompt": "The old house stood at the end of the lane,",
-                "dense": " and its windows looked over the fields to the river, where the boats went by in the evening.",
+                "dense": " and its windows looked over the fields to the river, where the boats went by at night.",
                 "compressed": " and its windows were open to the river, where the men had gone down in the morning.",
             },
-            {"prompt": "Tags <b>stay</b> text & <script>alert(1)</script>", "dense": " yes", "compressed": " <i>yes</i>"},
+            {
+                "prompt": "Tags <b>stay</b> text & <script>alert(1)</script>",
+                "dense": " yes",
+                "compressed": " <i>yes</i>",
+            },
         ],
     )
     events = [

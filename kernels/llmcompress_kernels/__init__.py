@@ -1,0 +1,10 @@
+"""Operators on packed weights: schemas, fakes and plain PyTorch definitions, registered on import.
+
+Importing this package needs torch and nothing else; no CUDA, no compiler.
+"""
+
+from __future__ import annotations
+
+from llmcompress_kernels import ops, schemas, select
+
+__all__ = ["ops", "schemas", "select"]

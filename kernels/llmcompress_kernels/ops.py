@@ -1,0 +1,115 @@
+"""Typed façade of the operators; see :mod:`llmcompress_kernels.schemas` for the shape legend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels import schemas
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One side of a bank of experts, packed or dense.
+
+    Attributes:
+        weight: Packed int32 ``[E, N, words(K, bits)]``, or a dense ``[E, N, K]`` with ``bits`` 16.
+        scale: fp16 ``[E, N, G]``; None when dense.
+        zero: int32 ``[E, N, words(G, bits)]``; None when symmetric or dense.
+        bias: ``[E, N]`` or None.
+        bits: Code width, or 16 for dense.
+        group_size: Columns per scale.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    bias: Tensor | None = None
+    bits: int = schemas.DENSE_BITS
+    group_size: int = 1
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes ``[..., K]`` uint8 into ``[..., words(K, bits)]`` int32."""
+    out: Tensor = torch.ops.llmcompress.pack(codes, bits)
+    return out
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Unpack ``[..., words(count, bits)]`` int32 into ``[..., count]`` uint8."""
+    out: Tensor = torch.ops.llmcompress.unpack(packed, bits, count)
+    return out
+
+
+def group_gemm(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    """``x Wᵀ`` with a group-quantized ``W [N, K]``.
+
+    Args:
+        x: ``[..., K]``, any floating type; the result has the same.
+        packed: ``[N, words(K, bits)]`` int32.
+        scale: ``[N, G]`` fp16.
+        zero: ``[N, words(G, bits)]`` int32, or None for a symmetric grid.
+        bits: 2, 3, 4 or 8.
+        group_size: Columns per scale, positive.
+        in_features: K.
+
+    Returns:
+        ``[..., N]``.
+    """
+    out: Tensor = torch.ops.llmcompress.group_gemm(x, packed, scale, zero, bits, group_size, in_features)
+    return out
+
+
+def moe_group_gemm(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    intermediate: int,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """Gated experts over routed tokens: gate and up, activation, down, weighted sum.
+
+    Args:
+        x: ``[T, H]``.
+        index: ``[T, k]`` expert of every slot; ``E`` means that the slot is skipped.
+        weights: ``[T, k]`` weight of every slot.
+        gate_up: ``[E, 2I, H]``, gate rows first.
+        down: ``[E, H, I]``.
+        intermediate: I.
+        activation: ``silu``, ``gelu``, ``gelu_pytorch_tanh``, or ``gpt_oss``.
+        alpha: Of ``gpt_oss``: ``(up + 1) * gate * sigmoid(alpha * gate)``.
+        limit: Of ``gpt_oss``: ``gate`` is clamped from above and ``up`` from both sides there.
+
+    Returns:
+        ``[T, H]`` in the type of ``x``; a token whose slots are all skipped gets zeros.
+    """
+    out: Tensor = torch.ops.llmcompress.moe_group_gemm(
+        x,
+        index,
+        weights,
+        gate_up.weight,
+        gate_up.scale,
+        gate_up.zero,
+        gate_up.bias,
+        gate_up.bits,
+        gate_up.group_size,
+        down.weight,
+        down.scale,
+        down.zero,
+        down.bias,
+        down.bits,
+        down.group_size,
+        intermediate,
+        activation,
+        alpha,
+        limit,
+    )
+    return out

@@ -1,0 +1,108 @@
+"""Definition of ``moe_group_gemm``: expert by expert over the experts that have tokens.
+
+Only their weights are decoded, one expert at a time, so a few tokens cost a few experts and
+the bank never exists in dense form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmcompress_kernels.reference.group_gemm import decode
+
+# "bits" of a weight that is not packed
+DENSE_BITS = 16
+
+
+def gate(hidden: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
+    """Combine gate and up halves ``[..., 2I]`` into ``[..., I]``.
+
+    Raises:
+        ValueError: The activation is unknown.
+    """
+    gates, ups = hidden.chunk(2, dim=-1)
+    if activation == "silu":
+        return functional.silu(gates) * ups
+    if activation == "gelu":
+        return functional.gelu(gates) * ups
+    if activation == "gelu_pytorch_tanh":
+        return functional.gelu(gates, approximate="tanh") * ups
+    if activation == "gpt_oss":
+        gates, ups = gates.clamp(max=limit), ups.clamp(min=-limit, max=limit)
+        return (ups + 1) * (gates * torch.sigmoid(gates * alpha))
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def _expert_weight(
+    expert: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense ``[N, K]`` weight of one expert."""
+    if bits == DENSE_BITS:
+        return weight[expert].to(dtype)
+    if scale is None:
+        raise ValueError("a packed weight needs its scale")
+    zeros = None if zero is None else zero[expert]
+    return decode(weight[expert], scale[expert], zeros, bits, group_size, columns).to(dtype)
+
+
+def moe_group_gemm(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    gate_up_zero: Tensor | None,
+    gate_up_bias: Tensor | None,
+    gate_up_bits: int,
+    gate_up_group: int,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_zero: Tensor | None,
+    down_bias: Tensor | None,
+    down_bits: int,
+    down_group: int,
+    intermediate: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Gated experts over routed tokens; arguments as in :func:`llmcompress_kernels.ops.moe_group_gemm`.
+
+    Contributions are added in fp32 and in the order of experts, so the result does not depend on
+    how tokens are spread.
+    """
+    tokens, hidden = x.shape
+    experts, slots = gate_up.shape[0], index.shape[-1]
+    flat = index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
+    slot_weights = weights.reshape(-1)
+    result = torch.zeros((tokens, hidden), dtype=torch.float32, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        chosen = order[start : start + count]
+        start += count
+        rows = chosen // slots
+        first = _expert_weight(
+            expert, gate_up, gate_up_scale, gate_up_zero, gate_up_bits, gate_up_group, hidden, x.dtype
+        )
+        bias = None if gate_up_bias is None else gate_up_bias[expert].to(x.dtype)
+        inner = gate(functional.linear(x[rows], first, bias), activation, alpha, limit)
+        del first
+        second = _expert_weight(expert, down, down_scale, down_zero, down_bits, down_group, intermediate, x.dtype)
+        bias = None if down_bias is None else down_bias[expert].to(x.dtype)
+        outer = functional.linear(inner, second, bias)
+        # a token chooses an expert at most once, so the rows of one call are distinct
+        result.index_add_(0, rows, outer.to(torch.float32) * slot_weights[chosen].to(torch.float32).unsqueeze(-1))
+    return result.to(x.dtype)

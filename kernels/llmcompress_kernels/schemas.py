@@ -1,0 +1,79 @@
+"""Every operator's signature in one place, with its shape function and its definition.
+
+Legend: T tokens, k experts per token, E experts, H hidden, I intermediate, N rows, K columns,
+G groups per row, b bits, ``words(n, b) = ceil(n*b/32)``.
+
+Packed weights are LSB-first bit streams in int32 along the last dimension; rows are independent.
+Scales are fp16 ``[..., N, G]``; zero points are unsigned b-bit streams ``[..., N, words(G, b)]`` or
+absent, which means the midpoint ``2**(b-1)``. ``w = scale * (code - zero)``.
+
+The plain PyTorch definition is registered for every backend (CompositeExplicitAutograd). An
+implementation for one backend, registered under that backend's key, takes precedence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels.reference import bitpack, group_gemm, moe_group_gemm
+from llmcompress_kernels.select import Implementation, register
+
+NAMESPACE = "llmcompress"
+DENSE_BITS = moe_group_gemm.DENSE_BITS
+
+SCHEMAS = {
+    # codes [..., K] uint8 -> [..., words(K, bits)] int32
+    "pack": "(Tensor codes, int bits) -> Tensor",
+    # packed [..., words(count, bits)] int32 -> [..., count] uint8
+    "unpack": "(Tensor packed, int bits, int count) -> Tensor",
+    # x [..., K], packed [N, words(K, bits)], scale [N, G], zero [N, words(G, bits)] -> [..., N]
+    "group_gemm": (
+        "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, int in_features) -> Tensor"
+    ),
+    # x [T, H], index [T, k] int64 (E means skip), weights [T, k],
+    # gate_up [E, 2I, words(H, bits)] (gate rows first), down [E, H, words(I, bits)], biases [E, 2I], [E, H] -> [T, H]
+    "moe_group_gemm": (
+        "(Tensor x, Tensor index, Tensor weights, "
+        "Tensor gate_up, Tensor? gate_up_scale, Tensor? gate_up_zero, Tensor? gate_up_bias, "
+        "int gate_up_bits, int gate_up_group, "
+        "Tensor down, Tensor? down_scale, Tensor? down_zero, Tensor? down_bias, int down_bits, int down_group, "
+        "int intermediate, str activation, float alpha, float limit) -> Tensor"
+    ),
+}
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _pack_fake(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], bitpack.words(codes.shape[-1], bits)), dtype=torch.int32)
+
+
+def _unpack_fake(packed: Tensor, bits: int, count: int) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], count), dtype=torch.uint8)
+
+
+def _group_gemm_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _moe_group_gemm_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "pack": (bitpack.pack, _pack_fake),
+    "unpack": (bitpack.unpack, _unpack_fake),
+    "group_gemm": (group_gemm.group_gemm, _group_gemm_fake),
+    "moe_group_gemm": (moe_group_gemm.moe_group_gemm, _moe_group_gemm_fake),
+}
+
+for _name, (_definition, _fake) in _DEFINITIONS.items():
+    _LIBRARY.define(f"{_name}{SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _definition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)
+    register(Implementation(_name, "reference", ("any",)))

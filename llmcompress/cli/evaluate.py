@@ -1,0 +1,273 @@
+"""``eval`` and ``compare``: measure finished models, outside any run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.completion import complete_recipe
+from llmcompress.cli.inspect import look, model_folder
+from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.run import figure
+from llmcompress.errors import RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmcompress.cli.models import OpenedModel
+    from llmcompress.report.data import ReportData
+    from llmcompress.stages.evaluate import EvaluateConfig
+
+HELD_OUT = "asset:text/heldout.jsonl.gz"
+
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="FILE", help="Text (.txt, .jsonl, .parquet) for perplexity; may be repeated."),
+]
+LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
+TokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", min=2, help="Use only the first tokens of each text.")
+]
+TaskOption = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="lm-eval task; may be repeated.")]
+TasksDirOption = Annotated[str | None, typer.Option("--tasks-dir", help="Folder with local task data.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first rows of each task.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Of dense weights: auto, float32, bfloat16, float16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="RECIPE", help="Measure what this recipe's evaluate stage measures.",
+        autocompletion=complete_recipe,
+    ),
+]  # fmt: skip
+ModelArgument = Annotated[str, typer.Argument(metavar="PATH", help="Artifact, model folder or run folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    command(app, "eval")(evaluate)
+    command(app, "compare")(compare)
+
+
+def evaluate(
+    out: Output,
+    path: ModelArgument,
+    text: TextOption = None,
+    length: LengthOption = 512,
+    max_tokens: TokensOption = None,
+    task: TaskOption = None,
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
+    recipe: RecipeOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
+    config = _from_recipe(recipe) if recipe else settings(text, length, max_tokens, task, tasks_dir, limit)
+    model_folder(path)
+    rows = _measure_one(out, path, config, dtype, device)
+    data = {"path": path, "metrics": [_compact(row, "value") for row in rows]}
+    cells = [(f"{r['task']}.{r['metric']}", figure(r["compressed"]), figure(r["stderr"]), r["n"]) for r in rows]
+    columns = ("metric", "value", "± stderr", "n")
+    out.result(data, lambda screen: screen.print(table(columns, cells, right="value|± stderr|n")))
+
+
+def compare(
+    out: Output,
+    first: Annotated[str, typer.Argument(metavar="A", help="Run folder, or model (the reference).")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Run folder, or model.")],
+    text: TextOption = None,
+    length: LengthOption = 512,
+    max_tokens: TokensOption = None,
+    task: TaskOption = None,
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Compare two runs by what they recorded, or two models by measuring both."""
+    from llmcompress.pipeline.run_dir import RunDir
+
+    runs = [RunDir(Path(name)).is_run() for name in (first, second)]
+    if all(runs):
+        _compare_runs(out, Path(first), Path(second))
+        return
+    config = settings(text, length, max_tokens, task, tasks_dir, limit, fidelity=True)
+    rows = _measure_two(out, first, second, config, dtype, device)
+    sizes = [look(model_folder(name)) for name in (first, second)]
+    data = {
+        "a": {"path": first, "bytes": sizes[0].bytes, "bits": sizes[0].bits},
+        "b": {"path": second, "bytes": sizes[1].bytes, "bits": sizes[1].bits},
+        "metrics": [_compact(row, "pair") for row in rows],
+    }
+
+    def show(screen: Console) -> None:
+        cells: list[tuple[Any, ...]] = [
+            ("bytes", *(bytes_text(s.bytes) for s in sizes), f"{sizes[1].bytes / sizes[0].bytes:.3f} ×"),
+            ("bits per parameter", f"{sizes[0].bits:.2f}", f"{sizes[1].bits:.2f}", None),
+        ]  # fmt: skip
+        for row in rows:
+            change = row.get("difference")
+            name = f"{row['task']}.{row['metric']}"
+            cells.append((name, figure(row["dense"]), figure(row["compressed"]), change and f"{change:+.4g}"))
+        screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
+
+    out.result(data, show)
+
+
+def settings(
+    text: list[str] | None,
+    length: int,
+    max_tokens: int | None,
+    task: list[str] | None,
+    tasks_dir: str | None,
+    limit: int | None,
+    fidelity: bool = False,
+) -> EvaluateConfig:
+    """An evaluate section from command-line options."""
+    from llmcompress.stages.evaluate import EvaluateConfig
+
+    files = text or ([] if task else [HELD_OUT])
+    perplexity = {
+        _name(file, files): {"source": source(file), "length": length, "max_tokens": max_tokens} for file in files
+    }
+    section: dict[str, Any] = {
+        "type": "evaluate", "perplexity": perplexity, "tasks": task or [], "tasks_dir": tasks_dir, "limit": limit,
+    }  # fmt: skip
+    if fidelity and files:
+        section["fidelity"] = {"source": source(files[0]), "length": length, "samples": 16, "allow_fewer": True}
+    return EvaluateConfig.model_validate(section)
+
+
+def source(file: str) -> dict[str, Any]:
+    """Source section for a text file, by its extension.
+
+    Raises:
+        UsageError: The extension says nothing.
+    """
+    name = file.removesuffix(".gz").removesuffix(".xz")
+    kinds = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".raw": "text"}
+    kind = kinds.get(Path(name).suffix)
+    if kind is None:
+        raise UsageError(f"--text {file}: unknown kind of text", "use a .txt, .jsonl or .parquet file")
+    return {"kind": kind, "path": file}
+
+
+def _name(file: str, files: list[str]) -> str:
+    """Metric name of a text: its file name, made unique by its place."""
+    stem = Path(file).name.split(".")[0]
+    same = [other for other in files if Path(other).name.split(".")[0] == stem]
+    return stem if len(same) == 1 else f"{stem}_{files.index(file) + 1}"
+
+
+def _from_recipe(name: str) -> EvaluateConfig:
+    from llmcompress.recipe.load import load_recipe
+    from llmcompress.stages.evaluate import EvaluateConfig
+
+    recipe = load_recipe(name, allow_missing=True).recipe
+    for config in recipe.stages.values():
+        if isinstance(config, EvaluateConfig):
+            return config
+    raise RecipeError(f"{name}: has no evaluate stage", "name another recipe, or use --text and --task")
+
+
+def _open(path: str, dtype: str, device: str, out: Output) -> OpenedModel:
+    from llmcompress.cli.models import open_model
+
+    out.note(f"loading {path}")
+    return open_model(path, dtype, device)
+
+
+def _prepare(config: EvaluateConfig, opened: OpenedModel, out: Output) -> Any:
+    from llmcompress.evaluation.measure import prepare
+
+    context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
+    return prepare(config, opened.tokenizer, None, context, out.warning)
+
+
+def _measure_one(out: Output, path: str, config: EvaluateConfig, dtype: str, device: str) -> list[dict[str, Any]]:
+    from llmcompress.evaluation.measure import Ledger, measure_side, open_tasks, pair_scores, side_scores
+
+    opened, ledger = _open(path, dtype, device, out), Ledger()
+    prepared = _prepare(config, opened, out)
+    open_tasks(prepared, ledger, ["compressed"])
+    measure_side("compressed", opened.model, opened.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
+    return pair_scores(None, side_scores("compressed", config, prepared, ledger))
+
+
+def _measure_two(
+    out: Output, first: str, second: str, config: EvaluateConfig, dtype: str, device: str
+) -> list[dict[str, Any]]:
+    """Measure A as the reference and B against it; both stay in memory for the token-by-token comparison."""
+    from llmcompress.evaluation.measure import (
+        Ledger,
+        fidelity_scores,
+        measure_pair,
+        measure_side,
+        open_tasks,
+        pair_scores,
+        side_scores,
+    )
+
+    for name in (first, second):
+        model_folder(name)
+    one, two, ledger = _open(first, dtype, device, out), _open(second, dtype, device, out), Ledger()
+    words = (one.model.config.get_text_config().vocab_size, two.model.config.get_text_config().vocab_size)
+    if words[0] != words[1]:
+        raise UsageError(f"the vocabularies differ ({words[0]} and {words[1]} tokens)", "compare models of one family")
+    prepared = _prepare(config, one, out)
+    open_tasks(prepared, ledger, ["dense", "compressed"])
+    measure_side("dense", one.model, one.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
+    measure_side("compressed", two.model, one.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
+    pair = measure_pair(one.model, two.model, config, prepared, ledger)
+    right = [*side_scores("compressed", config, prepared, ledger), *fidelity_scores(pair)]
+    return pair_scores(side_scores("dense", config, prepared, ledger), right)
+
+
+def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:
+    kept = {key: row[key] for key in ("task", "metric", "stderr", "n", "higher_is_better")}
+    if shape == "value":
+        return {**kept, "value": row["compressed"]}
+    return {**kept, "a": row["dense"], "b": row["compressed"], "difference": row.get("difference")}
+
+
+def _compare_runs(out: Output, first: Path, second: Path) -> None:
+    from llmcompress.pipeline.fingerprint import difference
+    from llmcompress.report.data import collect
+
+    one, two = collect(first), collect(second)
+    left, right = _figures(one), _figures(two)
+    names = list(dict.fromkeys([*left, *right]))
+    rows = [{"name": name, "a": left.get(name), "b": right.get(name)} for name in names]
+    changes = difference(one.recipe, two.recipe, "")
+
+    def show(screen: Console) -> None:
+        cells = [(n, figure(left.get(n)), figure(right.get(n)), _change(left.get(n), right.get(n))) for n in names]
+        screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
+        screen.print("recipes:", highlight=False)
+        for line in changes or ["the same"]:
+            screen.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+    out.result({"a": str(first), "b": str(second), "figures": rows, "recipe_changes": changes}, show)
+
+
+def _figures(data: ReportData) -> dict[str, float]:
+    """Every figure two runs can be compared by, in the order of the report."""
+    found = {m.name: m.compressed for m in data.metrics if m.compressed is not None}
+    if data.size is not None:
+        for name in ("code_average", "all_in_average"):
+            value = getattr(data.size, name)
+            if value is not None:
+                found[f"bits.{name}"] = value
+        found["bytes"] = float(data.size.stored)
+    for stage in data.stages:
+        if stage.seconds is not None:
+            found[f"seconds.{stage.name}"] = stage.seconds
+    return found
+
+
+def _change(a: float | None, b: float | None) -> str | None:
+    return None if a is None or b is None else f"{b - a:+.4g}"

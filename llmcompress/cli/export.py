@@ -1,0 +1,82 @@
+"""``export``: write a finished run's model in a further format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.output import Output, bytes_text
+from llmcompress.cli.run import load_job, quoted
+from llmcompress.errors import ExportError, InputError, UsageError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    command(app, "export")(export)
+
+
+def export(
+    out: Output,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run folder, or the artifact in it.")],
+    formats: Annotated[
+        list[str], typer.Option("--format", "-f", help="native, compressed-tensors, gguf or dense; may be repeated.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option("--out", help="Folder of the native artifact; other formats go to <out>-<format>."),
+    ] = None,
+) -> None:
+    """Write the compressed model of a run in other formats, each read back and compared."""
+    from llmcompress.export.registry import FORMATS
+    from llmcompress.pipeline.runner import Runner, RunOptions
+    from llmcompress.stages.export import Export, ExportConfig
+
+    wrong = [name for name in formats if name not in FORMATS]
+    if wrong:
+        raise UsageError(f"--format {wrong[0]}: unknown", f"choose from {', '.join(FORMATS)}")
+    run_dir = run_folder(path)
+    lock = str(run_dir / "recipe.lock.json")
+    job = load_job(lock, [f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml")
+    out.run_dir = run_dir
+    base = Path(target) if target else run_dir / "artifact"
+    folders = {name: base if name == "native" else base.with_name(f"{base.name}-{name}") for name in formats}
+    taken = [str(folder) for folder in folders.values() if folder.exists()]
+    if taken:
+        raise ExportError(f"{', '.join(taken)}: exists already", "remove it, or give another folder with --out")
+    config: dict[str, Any] = {"type": "export", "formats": list(formats), "dir": target}
+    stage = Export("export", ExportConfig.model_validate(config))
+    with Runner(job, RunOptions(), out.sinks()).restored("export") as (state, ctx):
+        if state.packed is None:
+            raise InputError(f"{run_dir}: its quantizing stage is not finished", f"llmcompress resume {run_dir}")
+        stage.run(state, ctx)
+    sizes = {name: folder_bytes(folder) for name, folder in folders.items()}
+    rows = {name: {"path": str(folder), "bytes": sizes[name]} for name, folder in folders.items()}
+    text = "\n".join(f"{n}: {folder} ({bytes_text(sizes[n])}, read back equal)" for n, folder in folders.items())
+    out.result({"run_dir": str(run_dir), "artifacts": rows}, text)
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that ``path`` is, or lies in.
+
+    Raises:
+        InputError: It is neither.
+    """
+    from llmcompress.pipeline.run_dir import RunDir
+
+    if not path.exists():
+        raise InputError(f"{path}: no such folder", "give the folder of a run")
+    for folder in (path, path.resolve().parent):
+        if RunDir(folder).is_run():
+            return folder
+    raise InputError(
+        f"{path}: not a run folder, nor an artifact in one; other formats are written from the run",
+        "keep the run folder and export from it: llmcompress export RUN_DIR --format gguf",
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,222 @@
+"""``generate`` and ``chat``: look at what a model writes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
+from llmcompress.cli.output import Output
+from llmcompress.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from llmcompress.cli.models import OpenedModel
+
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling, with a temperature.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    command(app, "generate")(generate)
+    command(app, "chat")(chat)
+
+
+def generate(
+    out: Output,
+    path: ModelArgument,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; standard input if absent.")
+    ] = None,
+    max_new_tokens: NewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a prompt."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
+        prompt = sys.stdin.read().rstrip("\n")
+    writer = Writer(out, path, Sampling(max_new_tokens, temperature, top_p, seed), dtype, device)
+    words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
+    text, data = writer.write(words, stream=not out.json_mode, special=not as_chat)
+    if out.json_mode:
+        out.result({"path": path, "prompt": prompt, "text": text, **data}, "")
+    out.note(f"{data['new_tokens']} tokens, {data['tokens_per_second']:.1f} per second")
+
+
+def chat(
+    out: Output,
+    path: ModelArgument,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 0.95,
+    seed: SeedOption = 0,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Talk with a model: a line in, an answer out; /reset forgets, /exit or Ctrl-D ends.
+
+    A model without a chat template continues the text of the conversation instead.
+    """
+    writer = Writer(out, path, Sampling(max_new_tokens, temperature, top_p, seed), dtype, device)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    if not writer.has_template:
+        out.note("this model has no chat template; it continues the text instead")
+    while (line := _read_line()) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(start)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        words = writer.render(messages) if writer.has_template else "\n".join(m["content"] for m in messages)
+        answer, _ = writer.write(words, stream=not out.json_mode, special=not writer.has_template)
+        messages.append({"role": "assistant", "content": answer.strip()})
+    if out.json_mode:
+        out.result({"path": path, "messages": messages}, "")
+
+
+def _read_line() -> str | None:
+    """One line from standard input, None at its end; a prompt only where a person types."""
+    if sys.stdin.isatty():
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: Longest continuation.
+        temperature: 0 is greedy.
+        top_p: Nucleus.
+        seed: Of sampling.
+    """
+
+    def __init__(self, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.seed = seed
+
+
+class Writer:
+    """A loaded model that writes to stdout as it goes.
+
+    Args:
+        out: Where text and remarks go.
+        path, dtype, device: As for :func:`llmcompress.cli.models.open_model`.
+        sampling: How.
+    """
+
+    def __init__(self, out: Output, path: str, sampling: Sampling, dtype: str, device: str) -> None:
+        from llmcompress.cli.models import open_model
+
+        out.note(f"loading {path}")
+        self._out = out
+        self._opened: OpenedModel = open_model(path, dtype, device)
+        self._sampling = sampling
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self._opened.tokenizer, "chat_template", None))
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Messages through the chat template.
+
+        Raises:
+            InputError: There is none.
+        """
+        if not self.has_template:
+            raise InputError(f"{self._opened.path}: the tokenizer has no chat template", "leave out --chat")
+        words: Any = self._opened.tokenizer
+        return str(words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def write(self, prompt: str, *, stream: bool, special: bool) -> tuple[str, dict[str, Any]]:
+        """Continue ``prompt``.
+
+        Args:
+            prompt: The text.
+            stream: Print while it is written.
+            special: Let the tokenizer add its special tokens (a rendered template has them already).
+
+        Returns:
+            The continuation, and counts and speed.
+
+        Raises:
+            InputError: The prompt has no tokens, or leaves no room in the model's context.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        model: Any = self._opened.model
+        words, how = self._opened.tokenizer, self._sampling
+        assert words is not None
+        ids = torch.tensor([list(words(prompt, add_special_tokens=special)["input_ids"])], device=model.device)
+        self._check_room(ids.shape[1])
+        sampled = how.temperature > 0
+        settings = GenerationConfig(
+            max_new_tokens=how.max_new_tokens,
+            do_sample=sampled,
+            temperature=how.temperature if sampled else 1.0,
+            top_p=how.top_p if sampled else 1.0,
+            top_k=0,
+            pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
+            eos_token_id=words.eos_token_id,
+        )
+        torch.manual_seed(how.seed)
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            full = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                streamer=_streamer(words) if stream else None,
+            )
+        seconds = time.perf_counter() - begun
+        new = full[0, ids.shape[1] :]
+        text = str(words.decode(new, skip_special_tokens=True))
+        speed = len(new) / seconds if seconds else 0.0
+        data = {
+            "prompt_tokens": int(ids.shape[1]), "new_tokens": len(new), "seconds": round(seconds, 3),
+            "tokens_per_second": round(speed, 2),
+        }  # fmt: skip
+        return text, data
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens == 0:
+            raise InputError("the prompt has no tokens", "give a prompt with text")
+        context = getattr(self._opened.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and tokens + self._sampling.max_new_tokens > context:
+            room = context - tokens
+            hint = f"--max-new-tokens {room}" if room > 0 else "give a shorter prompt"
+            raise InputError(
+                f"{tokens} prompt tokens and {self._sampling.max_new_tokens} new ones exceed the model's {context}",
+                hint,
+            )
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,112 @@
+"""The compressed model in memory: the same modules and the same tensors as a loaded artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import InputError
+from llmcompress.models.handle import ModelHandle, assign, fill_constants, meta_model
+from llmcompress.models.layout import Block, ModelLayout
+from llmcompress.models.orientation import canonical
+from llmcompress.nn.swap import swap_modules
+from llmcompress.quant.store import PackedStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compressed_model(
+    handle: ModelHandle,
+    store: PackedStore,
+    policies: Mapping[str, Mapping[str, Any]],
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Assemble the compressed model without writing it.
+
+    Its logits are bit for bit those of the exported artifact, loaded in the same ``dtype``.
+
+    Args:
+        handle: The source.
+        store: What the quantizing stages made of it.
+        policies: Run-time policies by name (``pesf``).
+        dtype: Type of dense tensors and activations; the handle's by default.
+
+    Returns:
+        The model on the CPU in evaluation mode, packed in memory.
+    """
+    model = meta_model(handle.hf_config(), dtype or handle.dtype)
+    swap_modules(model, handle.layout, store.plan(), model.dtype)
+    fill_constants(model)
+    plan = model._get_dtype_plan(model.dtype)
+    for name, tensor in outside_tensors(handle):
+        assign(model, name, tensor, plan)
+    model.tie_weights()
+    for block in handle.layout.blocks:
+        for name, tensor in block_tensors(handle, store, block):
+            assign(model, name, tensor, plan)
+    attach_policies(model, handle.layout, policies)
+    return model.eval()
+
+
+def outside_tensors(handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:
+    """Yield embedding, final norm and untied head, by run-time name, as the checkpoint holds them."""
+    for view in handle.layout.outside:
+        yield view.name, handle.checkpoint.tensor(view.name)
+
+
+def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a compressed block, by its name in the packed model.
+
+    Dense tensors come as the checkpoint holds them. A replaced tensor (a calibrated router) takes
+    the checkpoint's data type: the artifact stores it so, and the model in memory must not be better.
+    A dense expert projection beside a packed one comes in the canonical orientation.
+
+    Raises:
+        InputError: The store holds a tensor that the block does not have.
+    """
+    patch = store.read_block(block.index)
+    bank = block.bank
+    beside_packed = bank is not None and (bank.gate_up in patch.packed or bank.down in patch.packed)
+    packed, replaced = dict(patch.packed), dict(patch.replaced)
+    for view in block.tensors():
+        weight = packed.pop(view.name.removesuffix(".weight"), None)
+        if weight is not None:
+            for key, tensor in sorted(weight.tensors.items()):
+                yield f"{view.name.removesuffix('.weight')}.{key}", tensor
+            continue
+        tensor = handle.checkpoint.tensor(view.name)
+        new = replaced.pop(view.name, None)
+        if new is not None:
+            if new.shape != tensor.shape:
+                raise InputError(f"{view.name}: replaced by shape {list(new.shape)}, not {list(tensor.shape)}")
+            tensor = new.to(tensor.dtype)
+        if beside_packed and bank is not None and view.name in (bank.gate_up, bank.down):
+            tensor = canonical(bank, view.name, tensor)
+        yield view.name, tensor
+    left = sorted([*packed, *replaced])
+    if left:
+        raise InputError(
+            f"block {block.index} of {store.root}: {', '.join(left)} is not part of this model",
+            "the run belongs to another model; start a new one",
+        )
+
+
+def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make run-time policies active on a packed model.
+
+    Raises:
+        InputError: A policy is not known to this version.
+    """
+    unknown = sorted(set(policies) - {"pesf"})
+    if unknown:
+        raise InputError(
+            f"unknown policy {', '.join(unknown)}", "the model was saved by a newer version: upgrade llmcompress"
+        )
+    if "pesf" in policies:
+        from llmcompress.nn.skipping import attach
+
+        attach(model, layout, policies["pesf"])

@@ -1,0 +1,216 @@
+"""How large a model is and what work on it costs, from its layout alone. Torch-free; used by estimates.
+
+Legend: E experts, N rows, K columns, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from llmcompress.models.layout import Block, LinearGroup, ModelLayout
+from llmcompress.quant.codecs import codec
+from llmcompress.quant.spec import QuantSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+HESSIAN_BYTES = 4  # fp32
+
+Plan = Mapping[str, QuantSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class AverageBits:
+    """Bits per weight under a plan.
+
+    Attributes:
+        codes: The papers' convention: code bits over all parameters of the decoder layers, dense ones (routers,
+            norms) at checkpoint precision; embedding, head, scales and zero points are left out.
+        stored: Everything that is stored, over all parameters of the model.
+        weights: Codes, scales and zero points, over the quantized weights alone.
+    """
+
+    codes: float
+    stored: float
+    weights: float
+
+
+def count(shape: Iterable[int]) -> int:
+    """Number of values of a tensor."""
+    return prod(shape)
+
+
+def block_kept(block: Block) -> int:
+    """Parameters of a block that are never quantized."""
+    return sum(prod(view.shape) for view in block.kept)
+
+
+def block_quantizable(block: Block) -> int:
+    """Parameters of a block that rules may quantize."""
+    total = sum(linear.out_features * linear.in_features for linear in block.linears())
+    bank = block.bank
+    if bank is not None:
+        total += prod(bank.shape(bank.gate_up)) + prod(bank.shape(bank.down))
+    return total
+
+
+def block_parameters(block: Block) -> int:
+    """Parameters of one decoder layer."""
+    return block_kept(block) + block_quantizable(block)
+
+
+def largest_block(layout: ModelLayout) -> int:
+    """Parameters of the largest decoder layer."""
+    return max((block_parameters(block) for block in layout.blocks), default=0)
+
+
+def outside_parameters(layout: ModelLayout) -> int:
+    """Parameters outside the decoder layers: embedding, final norm, untied head."""
+    return sum(prod(view.shape) for view in layout.outside)
+
+
+def parameters(layout: ModelLayout) -> int:
+    """Parameters of the whole model; a tied head counts once."""
+    return outside_parameters(layout) + sum(block_parameters(block) for block in layout.blocks)
+
+
+def active_parameters(layout: ModelLayout) -> int:
+    """Parameters of the decoder layers and the head that one token meets."""
+    total = layout.vocab * layout.hidden
+    for block in layout.blocks:
+        total += block_parameters(block)
+        bank = block.bank
+        if bank is not None:
+            experts = prod(bank.shape(bank.gate_up)) + prod(bank.shape(bank.down))
+            total -= experts * (bank.num_experts - bank.top_k) // bank.num_experts
+    return total
+
+
+def packed_bytes(layout: ModelLayout, plan: Plan) -> int:
+    """Bytes of codes, scales and zero points of everything in ``plan``."""
+    sizes = ((shape, plan.get(name)) for name, _, shape, _ in layout.quantizable())
+    return sum(codec(spec.codec).nbytes(shape, spec) for shape, spec in sizes if spec is not None)
+
+
+def quantized_parameters(layout: ModelLayout, plan: Plan) -> int:
+    """Number of weights that ``plan`` quantizes."""
+    return sum(prod(shape) for name, _, shape, _ in layout.quantizable() if name in plan)
+
+
+def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int) -> int:
+    """Bytes of the weights after compression; with an empty plan, of the dense model.
+
+    Args:
+        layout: The model.
+        plan: What is quantized and how.
+        weight_bytes: Bytes of a parameter that stays dense.
+    """
+    dense = parameters(layout) - quantized_parameters(layout, plan)
+    return dense * weight_bytes + packed_bytes(layout, plan)
+
+
+def average_bits(layout: ModelLayout, plan: Plan, weight_bytes: int) -> AverageBits:
+    """Average bits by the papers' convention and all-in.
+
+    Args:
+        layout: The model.
+        plan: What is quantized and how.
+        weight_bytes: Bytes of a parameter that stays dense.
+    """
+    inside = sum(block_parameters(block) for block in layout.blocks)
+    chosen = [(prod(shape), plan[name].bits) for name, _, shape, _ in layout.quantizable() if name in plan]
+    quantized = sum(number for number, _ in chosen)
+    codes = sum(number * bits for number, bits in chosen) + (inside - quantized) * 8 * weight_bytes
+    return AverageBits(
+        codes=codes / max(inside, 1),
+        stored=8 * model_bytes(layout, plan, weight_bytes) / max(parameters(layout), 1),
+        weights=8 * packed_bytes(layout, plan) / quantized if quantized else 0.0,
+    )
+
+
+def stream_bytes(layout: ModelLayout, samples: int, length: int, item_bytes: int) -> int:
+    """Bytes of one stream of hidden states ``[samples, length, H]``."""
+    return samples * length * layout.hidden * item_bytes
+
+
+def group_hessian_bytes(group: LinearGroup) -> int:
+    """Bytes of the Hessian that the linears of a group share."""
+    return group.linears[0].in_features ** 2 * HESSIAN_BYTES
+
+
+def bank_hessian_bytes(block: Block) -> tuple[int, int]:
+    """Bytes of all gate-up and all down Hessians of a block's experts; zeros without experts."""
+    bank = block.bank
+    if bank is None:
+        return (0, 0)
+    return (
+        bank.num_experts * bank.hidden**2 * HESSIAN_BYTES,
+        bank.num_experts * bank.intermediate**2 * HESSIAN_BYTES,
+    )
+
+
+def forward_flops(layout: ModelLayout, tokens: int, length: int) -> float:
+    """Multiply-adds, times two, of a forward pass without the head.
+
+    Args:
+        layout: The model.
+        tokens: Number of tokens in all windows.
+        length: Tokens in a window; attention over it costs ``2 T L`` per unit of attention width and half of
+            that is masked.
+    """
+    weights = active_parameters(layout) - layout.vocab * layout.hidden
+    width = sum(
+        group.linears[0].in_features
+        for block in layout.blocks
+        for sublayer in block.sublayers
+        if sublayer.kind == "attention"
+        for group in sublayer.groups
+        if group.position == "last"
+    )
+    return 2.0 * tokens * weights + 2.0 * tokens * length * width
+
+
+def hessian_flops(layout: ModelLayout, plan: Plan, tokens: int) -> float:
+    """Work of accumulating ``XᵀX`` for everything in ``plan``; experts share the tokens by top-k."""
+    total = 0.0
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            for group in sublayer.groups:
+                if any(linear.name in plan for linear in group.linears):
+                    total += 2.0 * tokens * group.linears[0].in_features ** 2
+        bank = block.bank
+        if bank is not None:
+            routed = tokens * bank.top_k
+            total += 2.0 * routed * bank.hidden**2 if bank.gate_up in plan else 0.0
+            total += 2.0 * routed * bank.intermediate**2 if bank.down in plan else 0.0
+    return total
+
+
+def solve_flops(layout: ModelLayout, plan: Plan) -> float:
+    """Work of GPTQ's solver: inverse Cholesky (about ``K³``) per Hessian and updates of ``N K²`` per weight."""
+    total = 0.0
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            for group in sublayer.groups:
+                rows = sum(linear.out_features for linear in group.linears if linear.name in plan)
+                columns = group.linears[0].in_features
+                total += (columns**3 + rows * columns**2) if rows else 0.0
+        bank = block.bank
+        for name in (bank.gate_up, bank.down) if bank is not None else ():
+            if bank is not None and name in plan:
+                experts, rows, columns = bank.shape(name)
+                total += experts * (columns**3 + rows * columns**2)
+    return total
+
+
+def checkpoint_dtype(config: Mapping[str, object], asked: str = "auto") -> str:
+    """Data type name of a model's weights.
+
+    Args:
+        config: Its ``config.json``.
+        asked: The recipe's ``model.dtype``; ``auto`` is what the config says, float32 when it says nothing.
+    """
+    if asked != "auto":
+        return asked
+    found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return found if found in DTYPE_BYTES else "float32"

@@ -1,0 +1,95 @@
+"""PackedExperts: a bank of gated experts whose weights stay packed."""
+
+from __future__ import annotations
+
+import torch
+from llmcompress_kernels import ops
+from llmcompress_kernels.ops import Stack
+from torch import Tensor, nn
+
+from llmcompress.models.layout import ExpertBank
+from llmcompress.nn.packed import PackedTensors
+from llmcompress.quant.spec import QuantSpec
+
+
+class PackedExperts(nn.Module):
+    """Stands where transformers has an experts module and is called like one.
+
+    Weights are in the canonical orientation ``[E, 2I, H]`` and ``[E, H, I]`` whatever the family
+    stores; a projection without a spec stays dense in that orientation. Biases keep the family's
+    order.
+
+    Args:
+        bank: Sizes, activation and biases.
+        gate_up: Spec of the gate and up projections, None to keep them dense.
+        down: Spec of the down projection, None to keep it dense.
+        dtype: Type of what is dense.
+        device: Where to allocate.
+        alpha: See ``limit``.
+        limit: Constants of the ``gpt_oss`` activation.
+    """
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        gate_up: QuantSpec | None,
+        down: QuantSpec | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        alpha: float = 1.702,
+        limit: float = 7.0,
+    ) -> None:
+        super().__init__()
+        self.num_experts = bank.num_experts
+        self.hidden_dim = bank.hidden
+        self.intermediate_dim = bank.intermediate
+        self.activation = bank.activation
+        self.interleaved = bank.interleaved
+        self.alpha = alpha
+        self.limit = limit
+        for key, name, spec in (("gate_up_proj", bank.gate_up, gate_up), ("down_proj", bank.down, down)):
+            shape = bank.shape(name)
+            if spec is not None:
+                self.add_module(key, PackedTensors(shape, spec, device))
+            else:
+                self.register_parameter(key, _frozen(shape, dtype, device))
+            rows = (shape[0], shape[1])
+            self.register_parameter(f"{key}_bias", _frozen(rows, dtype, device) if bank.bias else None)
+
+    def _side(self, key: str) -> Stack:
+        weight, bias = getattr(self, key), getattr(self, f"{key}_bias")
+        if bias is not None and self.interleaved and key == "gate_up_proj":
+            bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), dim=1)
+        return weight.stack(bias) if isinstance(weight, PackedTensors) else Stack(weight, bias=bias)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run the routed experts.
+
+        Args:
+            hidden_states: ``[T, H]``.
+            top_k_index: ``[T, k]``; the index ``E`` skips a slot.
+            top_k_weights: ``[T, k]``.
+
+        Returns:
+            ``[T, H]``.
+        """
+        return ops.moe_group_gemm(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self._side("gate_up_proj"),
+            self._side("down_proj"),
+            self.intermediate_dim,
+            self.activation,
+            self.alpha,
+            self.limit,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes for printing."""
+        sizes = f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+        return f"{sizes}, activation={self.activation}"
+
+
+def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

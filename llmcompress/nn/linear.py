@@ -1,0 +1,58 @@
+"""PackedLinear: a linear layer whose weight stays packed."""
+
+from __future__ import annotations
+
+import torch
+from llmcompress_kernels import ops
+from torch import Tensor, nn
+
+from llmcompress.nn.packed import PackedTensors
+from llmcompress.quant.spec import QuantSpec
+
+
+class PackedLinear(PackedTensors):
+    """``y = x Wᵀ (+ b)`` with a packed ``W [out_features, in_features]``.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        spec: How the weight is quantized.
+        bias: Whether there is a bias, kept dense.
+        dtype: Type of the bias.
+        device: Where to allocate.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__((out_features, in_features), spec, device)
+        self.in_features = in_features
+        self.out_features = out_features
+        values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed tensor: code that initialises or inspects ``.weight`` finds an initialised one."""
+        return self.weight_packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``[..., in_features]`` into ``[..., out_features]`` of the same type."""
+        y = ops.group_gemm(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.zero,
+            self.spec.bits,
+            self.columns_per_group,
+            self.in_features,
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)

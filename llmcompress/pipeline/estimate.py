@@ -1,0 +1,365 @@
+"""What a recipe will need and produce, from the recipe and ``config.json`` alone.
+
+Each stage predicts its own peak above the empty interpreter; here these are put in order, the interpreter and its
+libraries are added, and the totals are held against the recipe's budgets.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llmcompress.errors import ResourceError
+from llmcompress.models import sizes
+from llmcompress.models.layout import ModelLayout
+from llmcompress.models.registry import layout_from_config
+from llmcompress.quant.rules import deciding_rules, resolve
+from llmcompress.recipe.load import LoadedRecipe
+from llmcompress.recipe.schema import Recipe, recipe_model
+from llmcompress.stages.base import Kind, PlanInputs, Stage
+from llmcompress.stages.schemes import plain_rules
+
+MIB = 1 << 20
+# resident memory of a process that has imported torch, transformers and one of its model files and has run one
+# matrix product; measured with torch 2.13 for CPU and transformers 5.23 on x86-64 Linux
+BASELINE_RAM = 475 * MIB
+# a CUDA build maps more code, and the driver keeps host memory per context
+BASELINE_RAM_CUDA = 2400 * MIB
+# context, cuBLAS handles and workspace
+BASELINE_VRAM = 650 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Prediction for one stage; bytes.
+
+    Attributes:
+        name, type: As in the recipe.
+        ram: Peak of the process, libraries included.
+        vram: Peak on the device, context included; 0 on the CPU.
+        disk: Written and kept.
+        output: Size of what the stage delivers.
+        flops: Arithmetic work.
+        notes: Remarks, such as what an exporter would refuse.
+    """
+
+    name: str
+    type: str
+    ram: int
+    vram: int
+    disk: int
+    output: int
+    flops: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RulePlan:
+    """What one rule of one stage decides about.
+
+    Attributes:
+        stage, rule: Names in the recipe.
+        weights: Number of weights; an expert bank counts as two.
+        parameters: Their values.
+        bits: Mean code bits, None for weights that the rule keeps dense.
+        example: Name of the first.
+    """
+
+    stage: str
+    rule: str
+    weights: int
+    parameters: int
+    bits: float | None
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit of the recipe and what is needed of it; bytes."""
+
+    resource: str
+    limit: int
+    needed: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the need is within the limit."""
+        return self.needed <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Prediction for a whole recipe on one model.
+
+    Attributes:
+        recipe, model_type: Names.
+        device, compute_dtype, model_dtype: What is computed on and in.
+        parameters, unmatched: All parameters; those no rule quantizes although a rule could.
+        dense_bytes: Size of the model's weights before.
+        output_bytes: Size of the weights after: packed, plus what stays dense.
+        bits_codes: Average bits by the papers' convention (no embeddings, scales or zero points).
+        bits_stored: Average bits of everything stored.
+        ram, vram: Largest peak of any stage.
+        disk: Everything the run writes.
+        flops: Sum over the stages.
+        stages, rules, budgets: Details.
+        notes: Remarks on the whole.
+        suggest: Finds changes that save a resource; see :meth:`require_budget`.
+    """
+
+    recipe: str
+    model_type: str
+    device: str
+    compute_dtype: str
+    model_dtype: str
+    parameters: int
+    unmatched: int
+    dense_bytes: int
+    output_bytes: int
+    bits_codes: float
+    bits_stored: float
+    ram: int
+    vram: int
+    disk: int
+    flops: float
+    stages: tuple[StagePlan, ...]
+    rules: tuple[RulePlan, ...]
+    budgets: tuple[Budget, ...]
+    notes: tuple[str, ...] = ()
+    suggest: Callable[[str], list[str]] = field(default=lambda resource: [], compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        found = {name: getattr(self, name) for name in self.__slots__ if name not in ("suggest", "budgets")}
+        found["stages"] = [asdict(stage) for stage in self.stages]
+        found["rules"] = [asdict(rule) for rule in self.rules]
+        found["budgets"] = [{**asdict(budget), "fits": budget.fits} for budget in self.budgets]
+        found["notes"] = list(self.notes)
+        return found
+
+    def require_budget(self) -> None:
+        """Refuse a recipe that does not fit what it declares.
+
+        Raises:
+            ResourceError: A budget is exceeded; with the estimate and three suggestions.
+        """
+        over = [budget for budget in self.budgets if not budget.fits]
+        if not over:
+            return
+        lines = []
+        for budget in over:
+            worst = max(self.stages, key=lambda s: getattr(s, budget.resource.rsplit(".", 1)[-1]), default=None)
+            where = "" if worst is None or budget.resource == "host.disk" else f" in stage {worst.name}"
+            lines.append(
+                f"{budget.resource}: {size_text(budget.needed)} needed{where}, {size_text(budget.limit)} allowed"
+            )
+        hints = [f"{number}. {text}" for number, text in enumerate(self.suggest(over[0].resource), 1)]
+        raise ResourceError("\n".join(lines), "\n".join(hints))
+
+
+def plan(recipe: LoadedRecipe, config: Mapping[str, Any], device: str | None = None) -> Plan:
+    """Predict what a recipe needs on a model.
+
+    Args:
+        recipe: The loaded recipe.
+        config: The model's ``config.json``.
+        device: ``cpu`` or ``cuda``; by default the recipe's, and for ``auto`` what this machine seems to have.
+
+    Raises:
+        InputError: The model's family is not supported.
+        RecipeError: A stage does not suit the model (rules that match nothing …).
+    """
+    layout = layout_from_config(config)
+    recipe.check_layout(layout)
+    chosen = device or assumed_device(recipe.recipe)
+    found = _plan(recipe.recipe, config, layout, chosen)
+    return replace(found, suggest=lambda resource: _suggestions(recipe.recipe, config, layout, chosen, resource))
+
+
+def assumed_device(recipe: Recipe) -> str:
+    """``cpu`` or ``cuda`` without asking torch: what the recipe says, else whether an NVIDIA device is visible."""
+    if recipe.run.device != "auto":
+        return recipe.run.device
+    return "cuda" if recipe.device.vram is not None or Path("/dev/nvidia0").exists() else "cpu"
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: ``3.2 GB``, decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.{2 if size < 10 * factor else 1}f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str) -> Plan:
+    dtype = sizes.checkpoint_dtype(config, recipe.model.dtype)
+    compute = recipe.run.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if device == "cuda" else "float32"
+    inputs = PlanInputs(layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device)
+    stages: list[StagePlan] = []
+    rules: list[RulePlan] = []
+    for stage in recipe.build_stages():
+        stages.append(_stage_plan(stage, inputs))
+        rules += _rule_plans(stage, inputs)
+        inputs = _after(stage, inputs)
+    bits = sizes.average_bits(layout, inputs.specs, inputs.weight_bytes)
+    unmatched = sum(prod(shape) for name, _, shape, _ in layout.quantizable() if name not in inputs.specs)
+    ram, vram = max(s.ram for s in stages), max(s.vram for s in stages)
+    disk = sum(s.disk for s in stages)
+    needs = {
+        "host.ram": (recipe.host.ram, ram),
+        "host.disk": (recipe.host.disk, disk),
+        "device.vram": (recipe.device.vram, vram),
+    }
+    return Plan(
+        recipe=recipe.name,
+        model_type=layout.model_type,
+        device=device,
+        compute_dtype=compute,
+        model_dtype=dtype,
+        parameters=sizes.parameters(layout),
+        unmatched=unmatched,
+        dense_bytes=sizes.model_bytes(layout, {}, inputs.weight_bytes),
+        output_bytes=sizes.model_bytes(layout, inputs.specs, inputs.weight_bytes),
+        bits_codes=bits.codes,
+        bits_stored=bits.stored,
+        ram=ram,
+        vram=vram,
+        disk=disk,
+        flops=sum(s.flops for s in stages),
+        stages=tuple(stages),
+        rules=tuple(rules),
+        budgets=tuple(Budget(name, limit, need) for name, (limit, need) in needs.items() if limit is not None),
+        notes=tuple(_machine_notes(recipe, ram, disk)),
+    )
+
+
+def _stage_plan(stage: Stage, inputs: PlanInputs) -> StagePlan:
+    estimate = stage.estimate(inputs)
+    cuda = inputs.device == "cuda"
+    return StagePlan(
+        name=stage.name,
+        type=stage.config.type,
+        ram=(BASELINE_RAM_CUDA if cuda else BASELINE_RAM) + estimate.ram,
+        vram=BASELINE_VRAM + estimate.vram if cuda else 0,
+        disk=estimate.disk,
+        output=estimate.output,
+        flops=estimate.flops,
+        notes=estimate.notes,
+    )
+
+
+def _after(stage: Stage, inputs: PlanInputs) -> PlanInputs:
+    """What later stages find: calibration windows and specs of the weights."""
+    if Kind.CALIBRATION in stage.produces:
+        samples, length = getattr(stage.config, "samples", 0), getattr(stage.config, "length", 0)
+        inputs = replace(inputs, samples=samples, length=length)
+    if Kind.PACKED in stage.produces:
+        specs = stage.estimate(inputs).specs
+        rules = getattr(stage.config, "rules", None)
+        if not specs and rules:
+            specs = dict(resolve(plain_rules(rules), inputs.layout))
+        inputs = replace(inputs, specs={**inputs.specs, **specs})
+    return inputs
+
+
+def _rule_plans(stage: Stage, inputs: PlanInputs) -> Iterator[RulePlan]:
+    """What each rule of a quantizing stage decides about, in recipe order."""
+    configs = getattr(stage.config, "rules", None)
+    if not configs or Kind.PACKED not in stage.produces:
+        return
+    rules = plain_rules(configs)
+    decided = deciding_rules(rules, inputs.layout)
+    shapes = {name: prod(shape) for name, _, shape, _ in inputs.layout.quantizable()}
+    specs = resolve(rules, inputs.layout)
+    for rule in rules:
+        names = [name for name, decider in decided.items() if decider == rule]
+        total = sum(shapes[name] for name in names)
+        bits = None if rule.keep else sum(specs[name].bits * shapes[name] for name in names) / total
+        yield RulePlan(stage.name, rule.name, len(names), total, bits, names[0])
+
+
+def _machine_notes(recipe: Recipe, ram: int, disk: int) -> Iterator[str]:
+    """Warnings about this machine, where the recipe declares no budget."""
+    from llmcompress.pipeline.device import total_ram
+
+    if recipe.host.ram is None and ram > (present := total_ram()):
+        yield f"this machine has {size_text(present)} of memory, {size_text(ram)} are needed"
+    folder = Path(recipe.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if recipe.host.disk is None and disk > (free := shutil.disk_usage(folder).free):
+        yield f"{folder} has {size_text(free)} free, {size_text(disk)} are needed"
+
+
+def _suggestions(
+    recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str, resource: str
+) -> list[str]:
+    """Three changes that save ``resource``, the most effective first, each with its predicted need."""
+    attribute = resource.rsplit(".", 1)[-1]
+    now = getattr(_plan(recipe, config, layout, device), attribute)
+    found: list[tuple[int, str]] = []
+    for text, changed in _candidates(recipe):
+        where = device if changed.run.device == recipe.run.device else changed.run.device
+        need = getattr(_plan(changed, config, layout, where), attribute)
+        if need < 0.99 * now:
+            found.append((need, f"{text} ({size_text(need)})"))
+    lines = [text for _, text in sorted(found)[:3]]
+    machine = "a GPU with" if resource == "device.vram" else "a disk with" if attribute == "disk" else "a machine with"
+    fallbacks = [
+        f"{resource}={_round_up(now)} on {machine} {size_text(now)} or more",
+        "run.dir=FOLDER on another disk" if attribute == "disk" else "quantize a smaller model of the family",
+        "llmcompress plan RECIPE shows which stage needs how much",
+    ]
+    return (lines + fallbacks)[:3]
+
+
+def _round_up(size: int) -> str:
+    return f"{-(-size // 10**9)}GB"
+
+
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Overrides that may save memory or disk, with the recipe each would make."""
+    changes: list[tuple[str, Any]] = []
+    if recipe.run.compute_dtype != "bfloat16":
+        changes.append(("run.compute_dtype", "bfloat16"))
+    if recipe.run.device != "cpu":
+        changes.append(("run.device", "cpu"))
+    for name, config in recipe.stages.items():
+        for key, cheaper in _CHEAPER.items():
+            value = getattr(config, key, None)
+            if value is not None and cheaper(value) != value:
+                changes.append((f"stages.{name}.{key}", cheaper(value)))
+    data = recipe.model_dump(mode="json")
+    for path, value in changes:
+        *parents, last = path.split(".")
+        changed: Any = {**data}
+        node = changed
+        for key in parents:
+            node[key] = {**node[key]}
+            node = node[key]
+        node[last] = value
+        yield f"{path}={_yaml(value)}", recipe_model().model_validate(changed)
+
+
+# recipe field → a value of it that needs less, or the same value
+_CHEAPER: dict[str, Callable[[Any], Any]] = {
+    "samples": lambda value: value // 2 if value >= 16 else value,
+    "length": lambda value: value // 2 if value >= 32 else value,
+    "diagnose_experts": lambda value: False,
+    "fidelity": lambda value: None,
+    "dense": lambda value: False,
+    "batch": lambda value: 1,
+    "formats": lambda value: ["native"] if len(value) > 1 else value,
+}
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)

@@ -1,0 +1,272 @@
+"""The visitor that quantizes a block while the walker runs it. Imported by the engine only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmcompress.errors import InputError
+from llmcompress.quant.codecs import int_group
+from llmcompress.quant.packed import PackedWeight
+from llmcompress.quant.spec import QuantPlan, QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from llmcompress.algorithms.gptq import GptqOptions
+    from llmcompress.algorithms.hessian import Gram
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block, ExpertBank, LinearGroup
+    from llmcompress.stages.blockwise import RouterHook
+
+
+@dataclass(frozen=True, slots=True)
+class RarePolicy:
+    """What happens to experts with few tokens; fields as in the recipe.
+
+    Attributes:
+        min_tokens: Tokens needed for GPTQ alone, None for ``max(128, in_features / 16)``.
+        blend: Mix in the layer's Hessian below that; otherwise round to nearest.
+        affinity: Weight tokens by routing weights.
+    """
+
+    min_tokens: int | None = None
+    blend: bool = True
+    affinity: bool = False
+
+    def needed(self, in_features: int) -> int:
+        """Tokens from which an expert stands on its own."""
+        return max(128, in_features // 16) if self.min_tokens is None else self.min_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How weights are quantized.
+
+    Attributes:
+        options: GPTQ settings, None to round to nearest.
+        grid: Grid search for rounding.
+        rare: Policy for experts with few tokens.
+    """
+
+    options: GptqOptions | None
+    grid: Literal["minmax", "mse"]
+    rare: RarePolicy
+
+
+@dataclass
+class _Stack:
+    """Parts of one expert projection, in expert order."""
+
+    parts: list[PackedWeight] = field(default_factory=list)
+    above: float = 0.0
+    below: float = 0.0
+
+
+class BlockSolver:
+    """Quantizes every planned weight of one block at the moment the walker is about to use it.
+
+    Args:
+        handle: The source model, for weights in full precision.
+        model: The skeleton whose block is materialised.
+        block: Which.
+        plan: Plan name → spec; weights that are absent stay dense.
+        method: How.
+        hook: Sees, and may change, the router.
+        warn: Where warnings go.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        model: PreTrainedModel,
+        block: Block,
+        plan: QuantPlan,
+        method: Method,
+        *,
+        hook: RouterHook | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.handle, self.model, self.block, self.plan = handle, model, block, plan
+        self.options, self.grid, self.rare, self.hook = method.options, method.grid, method.rare, hook
+        self.warn = warn or (lambda _text: None)
+        self.affinity = method.rare.affinity
+        self.packed: dict[str, PackedWeight] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.record: dict[str, Any] = {"errors": {}}
+        self._stacks: dict[str, _Stack] = {}
+        self._sources: dict[str, Tensor] = {}
+
+    def wants(self, names: Sequence[str]) -> bool:
+        """Second moments are needed for weights that GPTQ will quantize."""
+        return self.options is not None and any(name in self.plan for name in names)
+
+    def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
+        """Let the hook calibrate the router, then make it what the artifact will hold."""
+        if self.hook is None:
+            return
+        update = self.hook.calibrate(self.block, router, x)
+        if update.record:
+            self.record["router"] = update.record
+        for name, tensor in update.replaced.items():
+            # the artifact stores it in the checkpoint's type; route with exactly that
+            stored = tensor.detach().to(self.handle.checkpoint.dtype).cpu()
+            self.replaced[name] = stored
+            place = self.model.get_parameter(name)
+            place.data.copy_(stored.to(place))
+
+    def routed(self, bank: ExpertBank, counts: list[int]) -> None:
+        """Note tokens per expert."""
+        self.record["tokens_per_expert"] = counts
+
+    def linears(self, group: LinearGroup, gram: Gram | None) -> None:
+        """Quantize the planned linears of a group; those with equal specs in one solve."""
+        import torch
+
+        names = [linear.name for linear in group.linears if linear.name in self.plan]
+        for spec in dict.fromkeys(self.plan[name] for name in names):
+            mine = [name for name in names if self.plan[name] == spec]
+            weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]
+            for name, weight in zip(mine, weights):
+                _check_finite(weight, f"{name}.weight")
+            stacked = torch.cat(weights)[None]
+            hessian = None if gram is None else gram.hessian()
+            codes, scale, zero, quantized, above, below = self._solve(stacked, hessian, spec, None)
+            start = 0
+            for name, weight in zip(mine, weights):
+                rows = slice(start, start + weight.shape[0])
+                start = rows.stop
+                part = None if zero is None else zero[0, rows]
+                self.packed[name] = int_group.encode(codes[0, rows].cpu(), scale[0, rows].cpu(), _cpu(part), spec)
+                place = self.model.get_parameter(f"{name}.weight")
+                place.data.copy_(quantized[0, rows].to(place))
+                self.record["errors"][name] = _ratio(float(above[0, rows].sum()), float(below[0, rows].sum()))
+
+    def experts(
+        self, bank: ExpertBank, name: str, experts: slice, gram: Gram | None, shared: Callable[[int], Tensor]
+    ) -> None:
+        """Quantize one projection of some experts, all in one batched solve."""
+        import torch
+
+        from llmcompress.models.capture import write_expert_weight
+        from llmcompress.models.orientation import canonical
+
+        spec = self.plan.get(name)
+        if spec is None:
+            return
+        module = self.model.get_submodule(bank.module)
+        source = self._source(name)[experts]
+        weights = canonical(bank, name, source.to(self.model.get_parameter(name).device)).to(torch.float32)
+        _check_finite(weights, name)
+        hessian, usable, counts = None, None, torch.ones(weights.shape[0])
+        if gram is not None:
+            hessian, usable = self._expert_hessians(name, experts, gram, shared)
+            counts = gram.tokens.to(torch.float32)
+        codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable)
+        stack = self._stacks.setdefault(name, _Stack())
+        stack.parts.append(int_group.encode(codes.cpu(), scale.cpu(), _cpu(zero), spec))
+        stack.above += float((above.sum(-1).cpu() * counts).sum())
+        stack.below += float((below.sum(-1).cpu() * counts).sum())
+        write_expert_weight(module, bank, name, experts, quantized)
+        if experts.stop == bank.num_experts:
+            self.packed[name] = _joined(bank.shape(name), spec, stack.parts)
+            self.record["errors"][name] = _ratio(stack.above, stack.below)
+            del self._stacks[name]
+            self._sources.pop(name, None)
+
+    def visit_without_data(self) -> None:
+        """Quantize everything that is planned without running the block (round to nearest)."""
+        for sublayer in self.block.sublayers:
+            for group in sublayer.groups:
+                self.linears(group, None)
+        bank = self.block.bank
+        for name in (bank.gate_up, bank.down) if bank is not None else ():
+            assert bank is not None
+            step = max(1, _ROUND_VALUES // (bank.hidden * bank.intermediate))
+            for start in range(0, bank.num_experts, step):
+                chunk = slice(start, min(start + step, bank.num_experts))
+                self.experts(bank, name, chunk, None, _no_statistics)
+
+    def _solve(
+        self, weights: Tensor, hessian: Tensor | None, spec: QuantSpec, usable: list[bool] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Codes, scale, zero, values and per-row error and energy."""
+        from llmcompress.algorithms.gptq import round_to_nearest, solve
+
+        if hessian is not None and self.options is not None:
+            found = solve(weights, hessian, spec, self.options, usable)
+            failed = [e for e, damp in enumerate(found.damp) if damp == 0 and (usable is None or usable[e])]
+            raised = [damp for damp in found.damp if damp > self.options.damp * 1.5]
+            if raised:
+                self.warn(f"{self.block.name}: damping raised to {max(raised):g} where Cholesky failed")
+            if failed:
+                self.warn(f"{self.block.name}: {len(failed)} singular Hessians; these weights are rounded to nearest")
+            return found.codes, found.scale, found.zero, found.quantized, found.error, found.energy
+        codes, scale, zero = round_to_nearest(weights, spec, self.grid)
+        quantized = int_group.dequantize(codes, scale, zero, spec)
+        return codes, scale, zero, quantized, (weights - quantized).square().sum(-1), weights.square().sum(-1)
+
+    def _expert_hessians(
+        self, name: str, experts: slice, gram: Gram, shared: Callable[[int], Tensor]
+    ) -> tuple[Tensor, list[bool]]:
+        """Hessians of some experts under the policy for rare ones, and which of them can be used."""
+        from llmcompress.algorithms.hessian import blend_rare
+
+        hessian = gram.hessian()
+        needed = self.rare.needed(hessian.shape[-1])
+        usable = []
+        for position, tokens in enumerate(gram.tokens.tolist()):
+            expert = experts.start + position
+            usable.append(tokens > 0 and (tokens >= needed or self.rare.blend))
+            if tokens == 0:
+                self.warn(f"{name}: expert {expert} saw no calibration token; rounded to nearest")
+                self.record.setdefault("unseen_experts", {}).setdefault(name, []).append(expert)
+            elif tokens < needed:
+                self.record.setdefault("rare_experts", {}).setdefault(name, []).append(expert)
+                if self.rare.blend:
+                    own = slice(position, position + 1)
+                    hessian[own] = blend_rare(hessian[own], gram.tokens[own], shared(expert), needed)
+        return hessian, usable
+
+    def _source(self, name: str) -> Tensor:
+        """A weight in the family's orientation, in the checkpoint's precision where the block's is lower."""
+        place = self.model.get_parameter(name).detach()
+        if self.handle.checkpoint.dtype.itemsize <= place.dtype.itemsize:
+            return place
+        if name not in self._sources:
+            tensor = self.handle.checkpoint.tensor(name).to(place.device)
+            if place.dim() == 2:
+                return tensor
+            self._sources[name] = tensor
+        return self._sources[name]
+
+
+_ROUND_VALUES = 1 << 25
+
+
+def _no_statistics(_expert: int) -> Tensor:
+    raise AssertionError("rounding to nearest needs no statistics")
+
+
+def _joined(shape: tuple[int, ...], spec: QuantSpec, parts: list[PackedWeight]) -> PackedWeight:
+    import torch
+
+    tensors = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
+    return PackedWeight(shape, spec, tensors)
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    import torch
+
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"{name}: the weight contains NaN or infinity", "download the model again")
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else 0.0

@@ -1,0 +1,310 @@
+"""The engine of all quantizing stages: block after block, durable, resumable.
+
+For each block: materialise it, run the full-precision stream through it (only where a router hook wants it), put in
+what earlier stages made of it, let the visitor quantize it while the quantized stream runs, write
+the result durably, release it. After a kill, finished blocks are read back and only run, which gives
+the same activations again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.quant.spec import QuantPlan
+from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
+from llmcompress.stages.schemes import RuleConfig, plain_rules
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from llmcompress.algorithms.router_calibration import RouterUpdate
+    from llmcompress.data.calibration import CalibrationSet
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.walker import Walker
+    from llmcompress.stages.block_solver import Method
+    from llmcompress.stages.state import RunContext, RunState
+
+
+class RouterHook(Protocol):
+    """Sees the router's input in both streams, block by block, and may replace the router."""
+
+    def observe(self, block: Block, router: nn.Module, x: Tensor) -> None:
+        """Full-precision stream: the original router and its input ``[T, H]``."""
+
+    def calibrate(self, block: Block, router: nn.Module, x_hat: Tensor) -> RouterUpdate:
+        """Quantized stream: its input ``[T, H]``; attention and shared experts are quantized, the experts are not yet."""
+
+
+class BlockwiseQuantizer:
+    """Quantizes a model block by block.
+
+    Args:
+        handle: The source model.
+        plan: Plan name → spec; may be empty when only routers are calibrated.
+        method: How.
+        store: Where finished blocks go; its ``base`` is what earlier stages made.
+        ctx: The run.
+        calibration: Needed by GPTQ and by router hooks.
+        hook: Diagnoses or calibrates routers.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        plan: QuantPlan,
+        method: Method,
+        store: PackedStore,
+        ctx: RunContext,
+        *,
+        calibration: CalibrationSet | None = None,
+        hook: RouterHook | None = None,
+    ) -> None:
+        self.handle, self.plan, self.method = handle, plan, method
+        self.store, self.ctx, self.calibration, self.hook = store, ctx, calibration, hook
+
+    def run(self) -> None:
+        """Quantize every block that is not finished yet.
+
+        Raises:
+            InputError: Weights or activations contain NaN or infinity, or the result falls short of the plan.
+            RecipeError: A weight is already quantized by an earlier stage.
+        """
+        self._refuse_overlap()
+        blocks = self.handle.layout.blocks
+        finished = self.store.finished()
+        if len(finished) < len(blocks):
+            self._note_environment(bool(finished))
+            self._walk(finished)
+        lacking = sorted(set(self.plan) - set(self.store.plan()))
+        if lacking:
+            raise InputError(
+                f"{self.store.root}: {len(lacking)} planned weights were not quantized, first {lacking[0]}",
+                "delete this stage's folder and run again",
+            )
+
+    def _walk(self, finished: set[int]) -> None:
+        import torch
+
+        from llmcompress.models.walker import Walker
+
+        model = self.handle.skeleton(getattr(torch, self.ctx.dtype))
+        streams = self.calibration is not None and (self.method.options is not None or self.hook is not None)
+        walker, quantized, full = None, None, None
+        if streams:
+            assert self.calibration is not None
+            walker = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed)
+            quantized = walker.embed([block.name for block in self.handle.layout.blocks])
+            full = quantized.clone() if self.hook is not None else None
+        total = len(self.handle.layout.blocks)
+        for block in self.handle.layout.blocks:
+            if walker is None and block.index in finished:
+                continue
+            done = block.index in finished
+            if not done:
+                self.ctx.emit("block_start", index=block.index, total=total)
+            started = time.monotonic()
+            self.handle.load_block(model, block.index).to(self.ctx.device)
+            last = not (set(range(block.index + 1, total)) - finished)
+            if full is not None and walker is not None:
+                observer = None if done or self.hook is None else _Observer(block, self.hook)
+                walker.forward(block, full, observer, advance=not last)
+            self._apply(model, self.store.read_block(block.index) if done else self._below(block.index))
+            if done:
+                assert walker is not None
+                assert quantized is not None
+                if not last:
+                    walker.forward(block, quantized)
+            else:
+                record = self._quantize(model, block, walker, quantized, started, advance=not last)
+                self.ctx.emit("block_end", index=block.index, total=total, **record)
+            self.handle.free_block(model, block.index)
+            if last:
+                break
+
+    def _quantize(
+        self,
+        model: PreTrainedModel,
+        block: Block,
+        walker: Walker | None,
+        hidden: Tensor | None,
+        started: float,
+        advance: bool,
+    ) -> dict[str, Any]:
+        """Quantize one block, write it, return the figures of its event."""
+        from llmcompress.stages.block_solver import BlockSolver
+
+        solver = BlockSolver(
+            self.handle,
+            model,
+            block,
+            self.plan,
+            self.method,
+            hook=self.hook,
+            warn=lambda text: self.ctx.emit("warning", text=text),
+        )
+        if walker is not None and hidden is not None:
+            walker.forward(block, hidden, solver, advance)
+        else:
+            solver.visit_without_data()
+        record = {**solver.record, "seconds": round(time.monotonic() - started, 3)}
+        self.store.write_block(block.index, BlockPatch(solver.packed, solver.replaced, record))
+        errors = list(solver.record["errors"].values())
+        return {"seconds": record["seconds"], "error": sum(errors) / len(errors) if errors else 0.0}
+
+    def _apply(self, model: PreTrainedModel, patch: BlockPatch) -> None:
+        """Put decoded weights and replaced tensors into the materialised block."""
+        from llmcompress.models.capture import write_expert_weight
+        from llmcompress.quant.codecs import codec
+
+        banks = {
+            name: bank for b in self.handle.layout.blocks if (bank := b.bank) for name in (bank.gate_up, bank.down)
+        }
+        for name, packed in patch.packed.items():
+            dense = codec(packed.spec.codec).decode(packed)
+            bank = banks.get(name)
+            if bank is not None:
+                module = model.get_submodule(bank.module)
+                write_expert_weight(module, bank, name, slice(0, bank.num_experts), dense)
+            else:
+                place = model.get_parameter(f"{name}.weight")
+                place.data.copy_(dense.to(place))
+        for name, tensor in patch.replaced.items():
+            place = model.get_parameter(name)
+            place.data.copy_(tensor.to(place))
+
+    def _below(self, index: int) -> BlockPatch:
+        """What earlier stages made of a block."""
+        return self.store.base.read_block(index) if self.store.base is not None else BlockPatch({}, {})
+
+    def _refuse_overlap(self) -> None:
+        below = {} if self.store.base is None else self.store.base.plan()
+        both = sorted(set(below) & set(self.plan))
+        if both:
+            raise RecipeError(
+                f"stages.{self.ctx.stage}.rules: {both[0]} and {len(both) - 1} more weights are already quantized",
+                "exclude them with a rule that has keep: true, placed first",
+            )
+
+    def _note_environment(self, resumed: bool) -> None:
+        """Results are bit-identical for equal threads and dtype; say so when they changed between parts of a run."""
+        import torch
+
+        path = self.ctx.stage_dir / "engine.json"
+        now = {"threads": torch.get_num_threads(), "dtype": self.ctx.dtype, "device": self.ctx.device}
+        if resumed and path.exists():
+            before = json.loads(path.read_text())
+            if before != now:
+                what = "blocks may differ in their last bits from those of an unbroken run"
+                self.ctx.emit("warning", text=f"resumed with {now}, begun with {before}: {what}")
+        write_durably(path, json.dumps(now, sort_keys=True).encode())
+
+
+class _Observer:
+    """Visitor of the full-precision stream: shows router inputs to the hook, changes nothing."""
+
+    affinity = False
+
+    def __init__(self, block: Block, hook: RouterHook) -> None:
+        self.block, self.hook = block, hook
+
+    def wants(self, names: Any) -> bool:
+        """No statistics."""
+        return False
+
+    def linears(self, group: Any, gram: Any) -> None:
+        """Nothing to do."""
+
+    def router(self, bank: Any, router: nn.Module, x: Tensor) -> None:
+        """Pass the router's input on."""
+        self.hook.observe(self.block, router, x)
+
+    def routed(self, bank: Any, counts: Any) -> None:
+        """Nothing to do."""
+
+    def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
+        """Nothing to do."""
+
+
+def check_rules(stage: str, rules: dict[str, RuleConfig], layout: ModelLayout) -> list[str]:
+    """Problems of a stage's rules on this model, as messages with their place in the recipe."""
+    from llmcompress.quant.rules import problems
+
+    return [f"stages.{stage}.{text}" for text in problems(plain_rules(rules), layout)]
+
+
+def run_blockwise(config: Any, state: RunState, ctx: RunContext, hook: RouterHook | None = None) -> None:
+    """Run a quantizing stage and attach its store to the run state.
+
+    Args:
+        config: ``RtnConfig``, ``GptqConfig`` or a config derived from it.
+        state: Needs a model, and a calibration set for GPTQ.
+        ctx: The run.
+        hook: Router hook; when None and ``diagnose_experts`` is set, expert shift is recorded on MoE models.
+    """
+    assert state.model is not None
+    store = PackedStore(ctx.stage_dir / "blocks", state.packed)
+    method = method_of(config)
+    if method.options is not None and state.calibration is None:
+        raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
+    if hook is None and config.diagnose_experts and state.calibration is not None:
+        hook = _shift_recorder(state.model.layout)
+    plan = planned(config, state, ctx, method)
+    engine = BlockwiseQuantizer(state.model, plan, method, store, ctx, calibration=state.calibration, hook=hook)
+    engine.run()
+    state.packed = store
+
+
+def attach_store(state: RunState, ctx: RunContext) -> None:
+    """Put a finished stage's store back into the run state."""
+    state.packed = PackedStore(ctx.stage_dir / "blocks", state.packed)
+
+
+def method_of(config: Any) -> Method:
+    """Read the quantization method off a stage config."""
+    from llmcompress.algorithms.gptq import GptqOptions
+    from llmcompress.stages.block_solver import Method, RarePolicy
+
+    if not hasattr(config, "damp"):
+        return Method(None, config.grid, RarePolicy())
+    rare = config.rare_experts
+    policy = RarePolicy(
+        min_tokens=None if rare.min_tokens == "auto" else rare.min_tokens,
+        blend=rare.below == "blend",
+        affinity=rare.weighting == "affinity",
+    )
+    options = GptqOptions(config.damp, config.act_order, config.static_groups, config.block, config.grid)
+    return Method(options, config.grid, policy)
+
+
+def planned(config: Any, state: RunState, ctx: RunContext, method: Method) -> QuantPlan:
+    """The stage's plan; ``auto`` widths are measured once and kept in ``bits.json``."""
+    from llmcompress.quant.rules import auto_units, resolve
+
+    assert state.model is not None
+    layout = state.model.layout
+    rules = plain_rules(config.rules)
+    units = auto_units(rules, layout)
+    if not units:
+        return resolve(rules, layout)
+    path = ctx.stage_dir / "bits.json"
+    if path.exists():
+        return resolve(rules, layout, json.loads(path.read_text()))
+    from llmcompress.stages.bit_measurement import choose_widths
+
+    chosen = choose_widths(units, state, ctx, second_order=method.options is not None)
+    write_durably(path, json.dumps(chosen, sort_keys=True).encode())
+    return resolve(rules, layout, chosen)
+
+
+def _shift_recorder(layout: ModelLayout) -> RouterHook | None:
+    if all(block.bank is None for block in layout.blocks):
+        return None
+    from llmcompress.evaluation.expert_shift import ShiftRecorder
+
+    recorder: RouterHook = ShiftRecorder()
+    return recorder

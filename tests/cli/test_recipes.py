@@ -1,0 +1,122 @@
+"""``recipes``, ``schema``, ``validate``, ``plan`` and completion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmcompress.cli.app import invoke
+from llmcompress.cli.completion import complete_override, complete_recipe, override_keys
+
+CONFIG = Path(__file__).parent.parent / "data" / "hub_configs" / "mixtral_8x7b.json"
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:
+    assert invoke([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list_hides_fragments_until_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [info["name"] for info in told(capsys, "recipes", "ls")["recipes"]]
+    assert {"quickstart", "eac_moe_mixtral"} <= set(names)
+    assert not any(name.startswith("base/") for name in names)
+    assert any(i["name"].startswith("base/") for i in told(capsys, "recipes", "ls", "--all")["recipes"])
+
+
+def test_show_and_a_name_that_is_nearly_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["recipes", "show", "quickstart"]) == 0
+    assert "type: qesc" in capsys.readouterr().out
+    assert invoke(["recipes", "show", "quickstrat"]) == 2
+    assert "did you mean quickstart" in capsys.readouterr().err
+
+
+def test_copy_gives_a_recipe_that_validates_anywhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke(["recipes", "cp", "smoke/gptq_tiny"]) == 0
+    assert (tmp_path / "gptq_tiny.yaml").exists()
+    assert invoke(["recipes", "cp", "smoke/gptq_tiny"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert invoke(["recipes", "cp", "smoke/gptq_tiny", "mine.yaml"]) == 0
+    capsys.readouterr()
+    assert told(capsys, "validate", "mine.yaml", f"model.path={tmp_path}/absent")["valid"]
+    assert invoke(["recipes", "cp", "quickstart", "no/where/x.yaml"]) == 4
+
+
+def test_schema_is_a_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "schema")
+    assert found["$schema"].startswith("https://json-schema.org/")
+    assert "stages" in found["properties"]
+
+
+def test_validate_reports_what_is_still_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nname: r\nmodel: {path: '???'}\nstages:\n  load: {type: load}\n")
+    found = told(capsys, "validate", str(recipe))
+    assert found["missing"] == ["model.path"]
+    assert found["stages"] == [{"name": "load", "type": "load"}]
+
+
+def test_validate_gives_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nname: r\nmodel: {path: x}\nstages:\n  load: {type: loda}\n")
+    assert invoke(["validate", str(recipe)]) == 3
+    text = capsys.readouterr().err
+    assert f"{recipe}:5" in text
+    assert "did you mean load" in text
+    assert invoke(["validate", str(tmp_path / "absent.yaml")]) == 3
+
+
+def test_plan_needs_only_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "plan", "eac_moe_mixtral", "--config", str(CONFIG))
+    assert found["model_type"] == "mixtral"
+    assert 2.9 < found["bits_codes"] < 3.1
+    assert [stage["name"] for stage in found["stages"]][0] == "load"
+    assert invoke(["plan", "eac_moe_mixtral", "--config", str(CONFIG)]) == 0
+    assert "bits per weight" in capsys.readouterr().out
+    assert invoke(["plan", "eac_moe_mixtral", "model.path=absent"]) == 4
+
+
+def test_plan_fails_when_a_budget_is_exceeded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["plan", "eac_moe_mixtral", "+host.ram=1GB", "--config", str(CONFIG)]) == 5
+    captured = capsys.readouterr()
+    assert "bits per weight" in captured.out
+    assert "host.ram" in captured.err
+
+
+def test_completion_knows_recipes_files_and_stage_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick.yaml").write_text("extends: quickstart\n")
+    (tmp_path / "quiet.txt").write_text("")
+    found = complete_recipe("qui")
+    assert "quickstart" in found
+    assert "quick.yaml" in found
+    assert "quiet.txt" not in found
+    keys = override_keys("quick.yaml")
+    assert {"run.seed", "stages.quantize.rules.experts.bits", "stages.calibrate.samples", "stages.quantize.damp"} <= set(keys)
+    context: Any = SimpleNamespace(params={"recipe": "quickstart"})
+    assert "stages.calibrate.samples=" in complete_override(context, "stages.cal")
+    assert complete_override(context, "run.seed=") == []
+    assert override_keys("not/there") == sorted(override_keys("not/there"))
+
+
+def test_shell_completion_answers_without_torch() -> None:
+    import os
+    import subprocess
+    import sys
+
+    line = "llmcompress run quickst"
+    environment = {
+        **os.environ, "_LLMCOMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "2",
+        "_TYPER_COMPLETE_ARGS": line,
+    }  # fmt: skip
+    code = "import sys; from llmcompress.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "quickstart" in done.stdout.split()

@@ -1,0 +1,64 @@
+"""The command line starts fast, without torch, and every command explains itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = (
+    "run", "resume", "validate", "plan", "recipes", "recipes ls", "recipes show", "recipes cp", "schema", "inspect",
+    "eval", "compare", "export", "generate", "chat", "bench", "bench model", "bench kernels", "report", "doctor",
+    "version",
+)  # fmt: skip
+LIGHT = ("--help", "version", "recipes ls", "schema", "validate eac_moe_mixtral", "recipes show quickstart")
+HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers", "numpy")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_light_commands_import_nothing_heavy_and_are_quick(words: str) -> None:
+    code = (
+        "import sys; from llmcompress.cli.app import invoke\n"
+        f"code = invoke({words.split()!r})\n"
+        f"print('heavy', [m for m in {HEAVY!r} if m in sys.modules], code, file=sys.stderr)"
+    )
+    # processor time, because a busy machine must not fail this test; the limit of one second is kept with room
+    before = time.process_time(), _children()
+    done = python(code)
+    seconds = _children() - before[1]
+    assert "heavy [] 0" in done.stderr, done.stderr
+    assert seconds < 3, f"{words} took {seconds:.1f} s of processor time"
+
+
+def _children() -> float:
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_the_common_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmcompress.cli.app import invoke
+
+    assert invoke([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage:" in text
+    if name not in ("recipes", "bench"):
+        for option in ("--json", "--quiet", "--debug"):
+            assert option in text
+
+
+def test_the_module_runs_like_the_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmcompress", "version", "--json"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert json.loads(done.stdout)["version"]
+    assert done.stderr == ""

@@ -1,0 +1,114 @@
+"""Tiny random models of every MoE family, shared by the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_LATENT = {
+    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "first_k_dense_replace": 1, "intermediate_size": 48, "moe_intermediate_size": 16,
+    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3,
+}  # fmt: skip
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "phimoe": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+                  "num_experts": 8, "num_experts_per_tok": 4, "decoder_sparse_step": 1},
+    "qwen3_moe": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2,
+                  "norm_topk_prob": True, "decoder_sparse_step": 1},
+    "olmoe": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 4},
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
+    "deepseek_v3": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+                    "routed_scaling_factor": 2.5},
+    "gpt_oss": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 16,
+                "layer_types": ["full_attention", "full_attention"]},
+}  # fmt: skip
+
+
+class TinyModels:
+    """Makes configs and random models with well separated router logits."""
+
+    families = tuple(MOE_FAMILIES)
+
+    @staticmethod
+    def config(model_type: str, **changes: Any) -> Any:
+        """The family's transformers config."""
+        from transformers import AutoConfig
+
+        values = {**_BASE, **MOE_FAMILIES[model_type], **changes}
+        if model_type == "deepseek_v2" or model_type == "deepseek_v3":
+            values.pop("head_dim", None)
+        return AutoConfig.for_model(model_type, **values)
+
+    @classmethod
+    def model(cls, model_type: str, seed: int = 0, **changes: Any) -> Any:
+        """A float32 model in eval mode; every parameter is random, routers included."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(cls.config(model_type, **changes)).float().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
+                elif "norm" not in name:
+                    parameter.normal_(0, 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0, 0.1)
+        return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> type[TinyModels]:
+    """Factory of tiny MoE models: ``tiny.config(family)``, ``tiny.model(family)``, ``tiny.families``."""
+    return TinyModels
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with an argument ``moe_family`` run once per family."""
+    if "moe_family" in metafunc.fixturenames:
+        metafunc.parametrize("moe_family", sorted(MOE_FAMILIES))
+
+
+SENTENCES = (
+    "The cat sat on the warm stone and looked at the sea.",
+    "Nobody had opened the green door for seven years.",
+    "She wrote the number three on the wall, then four, then five.",
+    "Ünder the bridge a café sold naïve little cakes — 東京 style.",
+    "When the rain stopped, the children ran down to the river again.",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of at most 320 tokens: 0 pads, 1 begins, 2 ends a text; it adds nothing by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a tiny random Mixtral with its tokenizer, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("tiny_mixtral")
+    TinyModels.model("mixtral", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,232 @@
+"""Exports of tiny models, read by programs that are not this one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.errors import ExportError
+from llmcompress.export.compressed_tensors import CompressedTensorsExporter
+from llmcompress.export.dense import DenseExporter
+from llmcompress.export.gguf import GGUFExporter
+from llmcompress.models.handle import ModelHandle
+from llmcompress.quant.codecs.int_group import decode, encode
+from llmcompress.quant.spec import QuantSpec
+from llmcompress.quant.store import BlockPatch, PackedStore
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = {
+    **LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}  # fmt: skip
+
+
+def make_model(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> ModelHandle:
+    """Save a random model the way the hub stores it."""
+    from transformers import AutoConfig
+
+    torch.manual_seed(5)
+    kind = dict(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.pop("model_type"), **kind), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.08 + (1.0 if parameter.ndim == 1 else 0.0))
+    model.save_pretrained(folder)
+    return ModelHandle.open(folder, "auto")
+
+
+def quantize(
+    handle: ModelHandle, root: Path, spec: QuantSpec, only: str = "", experts: QuantSpec | None = None
+) -> PackedStore:
+    """Round the weights whose name contains ``only`` to nearest; move the routers as calibration would."""
+    from llmcompress.export.base import canonical
+
+    store = PackedStore(root)
+    for block in handle.layout.blocks:
+        bank, packed, replaced = block.bank, {}, {}
+        weights = {linear.name: handle.checkpoint.tensor(f"{linear.name}.weight") for linear in block.linears()}
+        if bank is not None:
+            weights |= {n: canonical(bank, n, handle.checkpoint.tensor(n)) for n in (bank.gate_up, bank.down)}
+            name = f"{bank.router.module}.weight"
+            replaced[name] = handle.checkpoint.tensor(name) + 0.01
+        for name, weight in weights.items():
+            if only in name:
+                chosen = experts if experts is not None and weight.ndim == 3 else spec
+                scale, zero = find_grid(weight.float(), chosen, "minmax")
+                codes = round_codes(weight.float(), scale, zero, chosen)
+                packed[name] = encode(codes, scale, zero, chosen)
+        store.write_block(block.index, BlockPatch(packed, replaced))
+    return store
+
+
+def decoded_model(handle: ModelHandle, store: PackedStore) -> torch.nn.Module:
+    """The dense model with our decoded weights put in, name by name."""
+    from llmcompress.export.base import family_orientation
+
+    model = handle.dense_model()
+    state = dict(model.named_parameters())
+    with torch.no_grad():
+        for index, patch in store.blocks():
+            bank = handle.layout.blocks[index].bank
+            for name, packed in patch.packed.items():
+                if bank is not None and name in (bank.gate_up, bank.down):
+                    state[name].copy_(family_orientation(bank, name, decode(packed)))
+                else:
+                    state[f"{name}.weight"].copy_(decode(packed))
+            for name, tensor in patch.replaced.items():
+                state[name].copy_(tensor)
+    return model
+
+
+def make_tokenizer(folder: Path, vocab: int = 320) -> None:
+    """A byte-level BPE tokenizer of the GPT-2 kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - 10, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the rat ran to the hat"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|end|>", "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(24).reshape(2, 12) * 3 % 96
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN_MOE], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, -1)])
+def test_compressed_tensors_loads_in_plain_transformers(
+    tmp_path: Path, config: dict[str, Any], bits: int, group: int
+) -> None:
+    handle = make_model(tmp_path / "source", config)
+    store = quantize(handle, tmp_path / "blocks", QuantSpec(bits, group, symmetric=True))
+    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
+    assert exporter.refusals(handle.layout, store.plan(), {}) == []
+    exporter.write(handle, store, {}, out, {"recipe": "test"})
+    exporter.read_back(out, handle, store)
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
+    torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=0, atol=0)
+
+
+def test_compressed_tensors_with_experts_only(tmp_path: Path) -> None:
+    handle = make_model(tmp_path / "source", QWEN_MOE)
+    store = quantize(handle, tmp_path / "blocks", QuantSpec(4, 32, symmetric=True), "mlp.experts")
+    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
+    assert exporter.refusals(handle.layout, store.plan(), {}) == []
+    exporter.write(handle, store, {}, out, {})
+    exporter.read_back(out, handle, store)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(decoded_model(handle, store)))
+
+
+def test_compressed_tensors_keeps_attention_and_experts_apart(tmp_path: Path) -> None:
+    handle = make_model(tmp_path / "source", MIXTRAL)
+    spec, experts = QuantSpec(8, -1, symmetric=True), QuantSpec(4, 32, symmetric=True)
+    store = quantize(handle, tmp_path / "blocks", spec, experts=experts)
+    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
+    exporter.write(handle, store, {}, out, {})
+    exporter.read_back(out, handle, store)
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [4, 8]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(decoded_model(handle, store)))
+
+
+def test_read_back_notices_one_changed_byte(tmp_path: Path) -> None:
+    handle = make_model(tmp_path / "source", MIXTRAL)
+    store = quantize(handle, tmp_path / "blocks", QuantSpec(4, 32, symmetric=True))
+    for exporter in (CompressedTensorsExporter(), DenseExporter()):
+        out = tmp_path / exporter.name
+        exporter.write(handle, store, {}, out, {})
+        file = out / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        file.write_bytes(data)
+        with pytest.raises(ExportError, match="reads back different"):
+            exporter.read_back(out, handle, store)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN_MOE], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_loads_in_plain_transformers(tmp_path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    handle = make_model(tmp_path / "source", config, dtype)
+    store = quantize(handle, tmp_path / "blocks", QuantSpec(3, 24))
+    exporter, out = DenseExporter(), tmp_path / "out"
+    exporter.write(handle, store, {}, out, {"recipe": "test"})
+    exporter.read_back(out, handle, store)
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.dtype == dtype
+    assert torch.equal(logits(model), logits(decoded_model(handle, store)))
+
+
+QWEN3_MOE = {
+    **LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "head_dim": 16, "norm_topk_prob": True,
+}  # fmt: skip
+SYMMETRIC4, ASYMMETRIC4, SYMMETRIC8 = QuantSpec(4, 32, True), QuantSpec(4, 64, False), QuantSpec(8, -1, True)
+
+
+@pytest.mark.parametrize("spec", [SYMMETRIC4, ASYMMETRIC4, SYMMETRIC8], ids=["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN_MOE, QWEN3_MOE], ids=lambda c: c["model_type"])
+def test_gguf_reads_back_equal(tmp_path: Path, config: dict[str, Any], spec: QuantSpec) -> None:
+    handle = make_model(tmp_path / "source", {**config, "vocab_size": 320}, torch.bfloat16)
+    make_tokenizer(tmp_path / "source")
+    store = quantize(handle, tmp_path / "blocks", spec)
+    exporter, out = GGUFExporter(), tmp_path / "out"
+    assert exporter.refusals(handle.layout, store.plan(), {}) == []
+    assert exporter.source_refusals(handle) == []
+    exporter.write(handle, store, {}, out, {"recipe": {"name": "tiny"}})
+    exporter.read_back(out, handle, store)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN_MOE, QWEN3_MOE], ids=lambda c: c["model_type"])
+def test_gguf_gives_the_same_logits_in_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+    """The reader of transformers undoes row order and stacking by itself, so equal logits check both."""
+    handle = make_model(tmp_path / "source", {**config, "vocab_size": 320})
+    make_tokenizer(tmp_path / "source")
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
+    exporter, out = GGUFExporter(), tmp_path / "out"
+    exporter.write(handle, store, {}, out, {"recipe": {"name": "tiny"}})
+    # its reader of the metadata does not know the sizes of experts, so it gets the config
+    model = AutoModelForCausalLM.from_pretrained(
+        out, gguf_file="model.gguf", config=handle.hf_config(), dtype=torch.float32
+    )
+    torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=1e-5, atol=1e-6)
+
+
+def test_gguf_runs_in_llama_cpp(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    handle = make_model(tmp_path / "source", {**MIXTRAL, "vocab_size": 320})
+    make_tokenizer(tmp_path / "source")
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC8)
+    exporter, out = GGUFExporter(), tmp_path / "out"
+    exporter.write(handle, store, {}, out, {"recipe": {"name": "tiny"}})
+    ids = [5, 80, 33, 7, 120, 64]
+    llama = llama_cpp.Llama(str(out / "model.gguf"), n_ctx=32, logits_all=True, verbose=False, n_gpu_layers=0)
+    llama.eval(ids)
+    got = torch.tensor(llama.scores[: len(ids)])
+    with torch.inference_mode():
+        wanted = decoded_model(handle, store)(input_ids=torch.tensor([ids])).logits[0]
+    # llama.cpp rounds activations to 8 bits for these products
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > 0.995

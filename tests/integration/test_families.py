@@ -1,0 +1,226 @@
+"""Every supported family: layout against transformers, then tiny model → quantize → save → load → same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.export.native import write_native
+from llmcompress.models.assemble import compressed_model
+from llmcompress.models.handle import ModelHandle
+from llmcompress.models.orientation import canonical
+from llmcompress.models.registry import families, layout_from_config
+from llmcompress.quant.codecs import codec
+from llmcompress.quant.packed import PackedWeight
+from llmcompress.quant.spec import QuantSpec
+from llmcompress.quant.store import BlockPatch, PackedStore
+
+BASE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MOE = {"moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 2}
+LATENT = {
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "num_key_value_heads": 4,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 20, "n_routed_experts": 6, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "short_mscale": 1.1,
+    "long_factor": [1.0, 2.0, 3.0, 4.0], "long_mscale": 1.2, "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.7,
+}  # fmt: skip
+SCALED = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", LOCAL),
+    "mixtral-tied": ("mixtral", {**LOCAL, "tie_word_embeddings": True}),
+    "phimoe": ("phimoe", LOCAL),
+    "phimoe-biases": ("phimoe", {**LOCAL, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe-long": ("phimoe", {**LOCAL, "rope_parameters": LONG, "max_position_embeddings": 256}),
+    "qwen2_moe": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 24}),
+    "qwen2_moe-some-dense": (
+        "qwen2_moe",
+        {**MOE, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 2, "qkv_bias": False},
+    ),
+    "qwen3_moe": ("qwen3_moe", MOE),
+    "qwen3_moe-some-dense": ("qwen3_moe", {**MOE, "mlp_only_layers": [1], "attention_bias": True}),
+    "olmoe": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "head_dim": None}),
+    "deepseek_v2": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "topk_method": "greedy", "rope_parameters": YARN}),
+    "deepseek_v2-query-latent": (
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": 12, "topk_method": "group_limited_greedy", "attention_bias": True, "mlp_bias": True},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "q_lora_rank": 12}),
+    "gpt_oss": ("gpt_oss", {**LOCAL, "intermediate_size": 20, "sliding_window": 16}),
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-scaled": ("llama", {"rope_parameters": SCALED}),
+    "mistral": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"attention_bias": True}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 16}),
+    "gemma3_text": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 16}),
+}
+# names of one expert's tensors and of the router in hub checkpoints
+SPLIT = ["mlp.experts.1.gate_proj.weight", "mlp.experts.1.up_proj.weight", "mlp.experts.1.down_proj.weight"]
+W123 = [f"block_sparse_moe.experts.1.{name}.weight" for name in ("w1", "w2", "w3")]
+DISK_NAMES = {
+    "mixtral": [*W123, "block_sparse_moe.gate.weight"],
+    "phimoe": [*W123, "block_sparse_moe.gate.weight"],
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), [*SPLIT, "mlp.gate.weight"]),
+    "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight", "mlp.router.bias"],
+}
+IDS = torch.tensor([[5, 9, 1, 33, 60, 2, 17, 8], [1, 2, 3, 4, 5, 6, 7, 8]])
+
+
+def tiny_model(variant: str) -> Any:
+    """A random float32 model; norms, routers and biases are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, changes = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in {**BASE, **changes}.items() if v is not None})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            scale = 0.3 if "embed" in name or tensor.ndim == 1 else tensor.shape[-1] ** -0.5
+            tensor.copy_(torch.randn_like(tensor) * scale + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def round_to_nearest(weight: torch.Tensor, spec: QuantSpec) -> PackedWeight:
+    scale, zero = find_grid(weight.float(), spec, "minmax")
+    return codec("int_group").encode(round_codes(weight.float(), scale, zero, spec), scale, zero, spec)
+
+
+def quantize_everything(handle: ModelHandle, root: Path) -> PackedStore:
+    """4-bit symmetric linears, 3-bit asymmetric experts, 2-bit down projections, one replaced router."""
+    store = PackedStore(root)
+    for block in handle.layout.blocks:
+        packed: dict[str, PackedWeight] = {}
+        for linear in block.linears():
+            weight = handle.checkpoint.tensor(f"{linear.name}.weight")
+            packed[linear.name] = round_to_nearest(weight, QuantSpec(4, 16, symmetric=True))
+        replaced = {}
+        bank = block.bank
+        if bank is not None:
+            for name, spec in ((bank.gate_up, QuantSpec(3, 16)), (bank.down, QuantSpec(2, -1))):
+                packed[name] = round_to_nearest(canonical(bank, name, handle.checkpoint.tensor(name)), spec)
+            router = f"{bank.router.module}.weight"
+            replaced[router] = handle.checkpoint.tensor(router).float() * 1.01
+        store.write_block(block.index, BlockPatch(packed, replaced))
+    return store
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def disk_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as handle:
+        return set(handle.keys())
+
+
+def test_every_family_has_a_variant_here() -> None:
+    assert {model_type for model_type, _ in VARIANTS.values()} == set(families())
+
+
+@pytest.mark.parametrize("model_type", sorted({model_type for model_type, _ in VARIANTS.values()}))
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    # DeepSeek-V2 has no default for this one; every released config sets it
+    given = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}
+    full = AutoConfig.for_model(model_type, **given).to_dict()
+    assert layout_from_config({"model_type": model_type, **given}) == layout_from_config(full)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_family(variant: str, tmp_path: Path) -> None:
+    from llmcompress import hf
+
+    model = tiny_model(variant)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    handle = ModelHandle.open(source)
+
+    # the layout is complete and every shape is right, from the file and from the config in memory
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if handle.layout.tied:
+        del expected["lm_head.weight"]
+    assert {view.name: view.shape for view in handle.layout.tensors()} == expected
+    assert layout_from_config(model.config.to_dict()) == handle.layout
+    assert handle.parameters == sum(p.numel() for p in model.parameters()) + sum(
+        b.numel() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")
+    )
+    kinds = {type(model.get_submodule(linear.name)) for block in handle.layout.blocks for linear in block.linears()}
+    assert kinds == {torch.nn.Linear}
+
+    # files name things as hub checkpoints do, and the checkpoint reads them back under run-time names
+    last = handle.layout.blocks[-1]
+    bank = last.bank or handle.layout.blocks[1].bank
+    if bank is not None:
+        layer = bank.module.removesuffix(".mlp.experts")
+        assert {f"{layer}.{name}" for name in DISK_NAMES[handle.layout.model_type]} <= disk_names(source)
+    for name, tensor in model.state_dict().items():
+        if name in expected:
+            assert torch.equal(handle.checkpoint.tensor(name), tensor), name
+    handle.checkpoint.verify(check_values=True)
+    dense = handle.dense_model()
+    assert torch.equal(logits(dense), logits(model))
+
+    # compress, save, load
+    store = quantize_everything(handle, tmp_path / "blocks")
+    compressed = compressed_model(handle, store, {})
+    found = logits(compressed)
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, logits(model))
+    artifact = tmp_path / "artifact"
+    write_native(handle, store, {}, artifact, {"test": variant})
+    loaded, tokenizer = hf.load(artifact)
+    assert tokenizer is None
+    assert torch.equal(logits(loaded), found)
+    assert loaded.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 11)
+    quantized = {name for name, *_ in handle.layout.quantizable()}
+    assert set(json.loads((artifact / "config.json").read_text())["quantization_config"]["modules"]) == quantized
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss", "deepseek_v2"])
+def test_packed_experts_agree_with_dense_experts_of_the_same_values(variant: str, tmp_path: Path) -> None:
+    """Ties the operator to transformers' own experts: orientation, interleaving, biases, activation."""
+    model = tiny_model(variant)
+    model.save_pretrained(tmp_path / "source")
+    handle = ModelHandle.open(tmp_path / "source")
+    store = quantize_everything(handle, tmp_path / "blocks")
+    from llmcompress.models.orientation import family_orientation
+
+    with torch.no_grad():
+        for block in handle.layout.blocks:
+            patch = store.read_block(block.index)
+            for linear in block.linears():
+                decoded = codec("int_group").decode(patch.packed[linear.name])
+                model.get_submodule(linear.name).weight.copy_(decoded)
+            for name, tensor in patch.replaced.items():
+                model.get_parameter(name).copy_(tensor)
+            bank = block.bank
+            if bank is not None:
+                for name in (bank.gate_up, bank.down):
+                    decoded = codec("int_group").decode(patch.packed[name])
+                    model.get_parameter(name).copy_(family_orientation(bank, name, decoded))
+    torch.testing.assert_close(logits(compressed_model(handle, store, {})), logits(model), atol=1e-5, rtol=1e-4)

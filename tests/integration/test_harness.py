@@ -1,0 +1,70 @@
+"""Tasks through the real lm-evaluation-harness on a tiny model, without a network."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmcompress.errors import InputError
+from llmcompress.evaluation import harness
+from llmcompress.evaluation.config import TaskConfig
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tiny_tokenizer):
+    return tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
+
+
+@torch.inference_mode()
+def log_likelihood(model, tokenizer, context, continuation):
+    head = tokenizer(context)["input_ids"]
+    ids = tokenizer(context + continuation)["input_ids"]
+    logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[i - 1, ids[i]]) for i in range(len(head), len(ids)))
+
+
+def test_eval_smoke_equals_scoring_by_hand(model, tiny_tokenizer, capfd):
+    (spec,) = harness.specify(["eval_smoke"])
+    with harness.offline(True):
+        scores = {s.metric: s for s in harness.evaluate(model, tiny_tokenizer, spec, batch=3)}
+    rows = [json.loads(line) for line in (harness.TASKS / "eval_smoke.jsonl").read_text().splitlines()]
+    expected = []
+    for row in rows:
+        # lm-eval puts its own blank between question and choice
+        found = [log_likelihood(model, tiny_tokenizer, row["question"], " " + choice) for choice in row["choices"]]
+        expected.append(float(max(range(len(found)), key=found.__getitem__) == row["answer"]))
+    assert scores["acc"].rows == tuple(expected)
+    assert scores["acc"].value == pytest.approx(sum(expected) / len(rows)) and scores["acc"].n == 8
+    out, err = capfd.readouterr()
+    assert out == "" and "Running" not in err, "results only belong on stdout, and progress is ours"
+
+
+def test_limit_and_repeatability(model, tiny_tokenizer):
+    (spec,) = harness.specify([TaskConfig(task="eval_smoke", limit=3)])
+    first, again = (harness.evaluate(model, tiny_tokenizer, spec) for _ in range(2))
+    assert first == again and first[0].n == 3
+
+
+def test_local_folder_with_subjects_and_fewshot(model, tiny_tokenizer, tmp_path):
+    rows = [
+        {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4, "subject": subject}
+        for subject in ("astronomy", "anatomy", "virology")
+        for i in range(4)
+    ]
+    (tmp_path / "mmlu").mkdir()
+    for split in ("dev", "test"):
+        (tmp_path / "mmlu" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = TaskConfig(task="mmlu", subjects=("astronomy", "anatomy"), num_fewshot=1)
+    (spec,) = harness.specify([task], tmp_path)
+    with harness.offline(True):
+        scores = harness.evaluate(model, tiny_tokenizer, spec)
+    assert [(s.task, s.n) for s in scores] == [("mmlu", 8), ("mmlu_astronomy", 4), ("mmlu_anatomy", 4)]
+
+
+def test_missing_hub_data_is_an_input_error():
+    (spec,) = harness.specify(["piqa"])
+    with harness.offline(True), pytest.raises(InputError, match="task piqa: its data cannot be loaded") as caught:
+        harness.build(spec)
+    assert caught.value.exit_code == 4 and "tasks_dir" in str(caught.value.hint)

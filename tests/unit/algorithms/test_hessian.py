@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcompress.algorithms import hessian as module
+from llmcompress.algorithms.hessian import Gram, blend_rare, inverse_factor
+
+
+@pytest.mark.parametrize("width", [24, 130])
+def test_gram_equals_the_definition(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TILE", 50)
+    torch.manual_seed(0)
+    first, second, other = torch.randn(70, width), torch.randn(33, width), torch.randn(9, width)
+    gram = Gram(3, width)
+    gram.add(first, 0)
+    gram.add(second, 0)
+    gram.add(other, 2)
+    gram.add(other[:0], 1)
+    x = torch.cat([first, second])
+    result = gram.hessian()
+    assert gram.tokens.tolist() == [103, 0, 9]
+    torch.testing.assert_close(result[0], 2 * x.T @ x / 103, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result[2], 2 * other.T @ other / 9, rtol=1e-4, atol=1e-5)
+    assert torch.equal(result[1], torch.zeros(width, width))
+    assert torch.equal(result, result.transpose(1, 2))
+    assert torch.equal(gram.hessian(slice(2, 3)), result[2:])
+
+
+def test_gram_weights_tokens() -> None:
+    x, weight = torch.randn(40, 8), torch.rand(40)
+    gram = Gram(1, 8)
+    gram.add(x, weight=weight)
+    torch.testing.assert_close(gram.hessian()[0], 2 * (x * weight[:, None]).T @ x / 40, rtol=1e-4, atol=1e-5)
+
+
+def test_gram_of_bf16_is_close_to_fp32() -> None:
+    x = torch.randn(500, 40).bfloat16()
+    gram, exact = Gram(1, 40), Gram(1, 40)
+    for part in x.split(100):
+        gram.add(part)
+        exact.add(part.float())
+    error = (gram.hessian() - exact.hessian()).norm() / exact.hessian().norm()
+    assert error < 3e-3
+
+
+def test_factor_is_the_one_gptq_needs() -> None:
+    x = torch.randn(2, 200, 16, dtype=torch.float64)
+    curvature = x.transpose(1, 2) @ x
+    factor, damp = inverse_factor(curvature.float(), 0.01)
+    damped = curvature + 0.01 * curvature.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(16)
+    textbook = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor.double(), textbook, rtol=1e-4, atol=1e-6)
+    assert damp == [0.01, 0.01]
+
+
+def test_factor_survives_useless_matrices() -> None:
+    good = torch.eye(6) + 0.1
+    dead = good.clone()
+    dead[2, :] = dead[:, 2] = 0
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -0.2]))
+    hopeless = torch.full((6, 6), float("nan"))
+    stack = torch.stack([good, torch.zeros(6, 6), dead, indefinite, hopeless, good])
+    kept = stack.clone()
+    factor, damp = inverse_factor(stack, 0.01, [True, True, True, True, True, False])
+    assert torch.isfinite(factor).all()
+    assert torch.equal(stack.nan_to_num(7.0), kept.nan_to_num(7.0))
+    for rounded in (1, 4, 5):
+        assert torch.equal(factor[rounded], torch.eye(6))
+        assert damp[rounded] == 0.0
+    assert damp[0] == damp[2] == 0.01
+    assert torch.equal(factor[2][2, 3:], torch.zeros(3))
+
+
+def test_failed_factorization_raises_damping() -> None:
+    x = torch.randn(40, 5)
+    curvature = x.T @ x
+    curvature -= torch.linalg.eigvalsh(curvature)[0] * 1.05 * torch.eye(5)
+    mean = float(curvature.diagonal().mean())
+    lowest = float(torch.linalg.eigvalsh(curvature)[0])
+    assert lowest < 0
+    _, damp = inverse_factor(curvature[None], -lowest / mean / 3)
+    assert damp[0] == pytest.approx(10 * -lowest / mean / 3)
+
+
+def test_blend() -> None:
+    own = torch.rand(3, 4, 4)
+    shared = torch.rand(4, 4)
+    mixed = blend_rare(own, torch.tensor([0, 25, 300]), shared, 100)
+    torch.testing.assert_close(mixed[1], own[1] + 0.75 * shared)
+    assert torch.equal(mixed[0], own[0])
+    assert torch.equal(mixed[2], own[2])

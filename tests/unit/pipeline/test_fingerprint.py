@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmcompress.pipeline import fingerprint
+from llmcompress.pipeline.fingerprint import difference, digest, file_identity, path_identity, with_contents
+
+
+def test_digest_sees_values_and_order() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"a": 1, "b": 2})
+    # the first rule that matches decides
+    assert digest({"a": 1, "b": 2}) != digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "WHOLE_FILE_LIMIT", 1 << 16)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 1 << 12)
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(bytes(1 << 18))
+    before = file_identity(file)
+    assert file_identity(file) == before
+    for place in (0, (1 << 18) - 1):
+        data = bytearray(1 << 18)
+        data[place] = 1
+        file.write_bytes(data)
+        assert file_identity(file) != before
+    file.write_bytes(bytes((1 << 18) + 1))
+    assert file_identity(file) != before
+
+
+def test_paths_count_by_content_not_by_name(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("same")
+    two.write_text("same")
+    section = {"source": {"kind": "text", "path": str(one)}, "samples": 4}
+    moved = {"source": {"kind": "text", "path": str(two)}, "samples": 4}
+    assert with_contents(section) == with_contents(moved)
+    before = with_contents(section)
+    one.write_text("other")
+    assert with_contents(section) != before
+    assert with_contents({"path": "not/there"}) == {"path": "not/there"}
+    assert with_contents({"note": str(one)}) == {"note": str(one)}
+
+
+def test_patterns_count_all_files_they_match(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    section = {"path": str(tmp_path / "*.txt")}
+    before = with_contents(section)
+    (tmp_path / "b.txt").write_text("b")
+    assert with_contents(section) != before
+
+
+def test_model_folder_ignores_what_no_run_reads(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = path_identity(tmp_path)
+    (tmp_path / "README.md").write_text("hello")
+    assert path_identity(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert path_identity(tmp_path) != before
+
+
+def test_difference_names_every_change() -> None:
+    before = {"bits": 3, "rules": {"a": {"bits": 4}}, "source": {"path": {"contents": "x"}}}
+    after = {"bits": 2, "rules": {"b": {"bits": 4}}, "source": {"path": {"contents": "y"}}}
+    assert difference(before, after, "stages.quantize") == [
+        "stages.quantize.bits: 3 → 2",
+        "stages.quantize.rules.a.bits: 4 → (not set)",
+        "stages.quantize.source.path: the contents of the file have changed",
+        "stages.quantize.rules.b.bits: (not set) → 4",
+    ]
+    assert difference(before, before, "") == []

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmcompress.errors import EnvironmentProblem, InputError, UsageError
+from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
+
+
+def record(name: str = "quantize", **changes: object) -> StageRecord:
+    made = StageRecord(name, "gptq", "finished", "abc", {"bits": 3}, ["packed"], artifacts={})
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_records_survive_the_disk(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "run")
+    folder.create()
+    assert folder.read_run() is None
+    assert folder.read_stage("quantize") is None
+    run = RunRecord("demo", "running", "cpu", "float32", 2, {"run": {"seed": 0}}, ["load"], {"torch": "2"})
+    folder.write_run(run)
+    folder.write_stage(record(seconds=1.5))
+    assert folder.read_run() == run
+    assert folder.read_stage("quantize") == record(seconds=1.5)
+
+
+def test_damaged_or_foreign_records_are_refused(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.create()
+    (tmp_path / "run.json").write_text('{"version": 1, "na')
+    with pytest.raises(InputError, match="damaged"):
+        folder.read_run()
+    (tmp_path / "run.json").write_text('{"version": 99}')
+    with pytest.raises(InputError, match="another version"):
+        folder.read_run()
+    (tmp_path / "run.json").write_text('{"version": 1, "name": "x"}')
+    with pytest.raises(InputError, match="damaged"):
+        folder.read_run()
+
+
+def test_a_folder_with_other_things_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        RunDir(tmp_path).create()
+    with pytest.raises(UsageError, match="is a file"):
+        RunDir(tmp_path / "thesis.tex").create()
+
+
+def test_a_folder_that_cannot_be_written_is_an_environment_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, data: bytes) -> int:
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(EnvironmentProblem, match="Read-only"):
+        RunDir(tmp_path / "run").create()
+
+
+def test_clear_removes_only_what_a_run_made(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.create()
+    folder.write_recipe("name: x\n", {"recipe": {}})
+    folder.write_stage(record())
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact-gguf").mkdir()
+    (tmp_path / "notes.md").write_text("mine")
+    folder.clear()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.md", "stages"]
+    assert not folder.is_run()
+
+
+def test_discard_takes_artifacts_inside_the_run_along_but_not_those_outside(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "run")
+    folder.create()
+    inside, outside = tmp_path / "run" / "artifact", tmp_path / "published"
+    inside.mkdir()
+    outside.mkdir()
+    folder.write_stage(record("export", artifacts={"native": str(inside), "dense": str(outside)}))
+    folder.discard_stage("export")
+    assert not inside.exists()
+    assert outside.exists()
+    assert folder.read_stage("export") is None
+
+
+def test_lock_keeps_a_living_process_out_and_names_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from llmcompress.pipeline.run_dir import RunLock\n"
+        f"with RunLock(Path({str(tmp_path)!r})):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(EnvironmentProblem, match=f"process {process.pid}"), RunLock(tmp_path):
+            pass
+        assert process.stdin is not None
+        process.stdin.close()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    # a grandchild inherits the lock and outlives the killed holder
+    code = (
+        "import os, time; from pathlib import Path; from llmcompress.pipeline.run_dir import RunLock\n"
+        f"with RunLock(Path({str(tmp_path)!r})):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n        os.close(1); time.sleep(20); os._exit(0)\n"
+        "    print(child, flush=True); time.sleep(20)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        orphan = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with RunLock(tmp_path):
+                holder = json.loads((tmp_path / ".lock").read_text())
+                assert holder["pid"] == os.getpid()
+        finally:
+            os.kill(orphan, 9)
+
+
+def test_lock_file_without_a_lock_is_taken_over_even_if_its_pid_lives(tmp_path: Path) -> None:
+    stale = {"pid": os.getpid(), "host": socket.gethostname(), "started": 1.0}
+    (tmp_path / ".lock").write_text(json.dumps(stale))
+    with RunLock(tmp_path):
+        pass

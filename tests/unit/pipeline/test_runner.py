@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from llmcompress.errors import EnvironmentProblem, GateFailed, InputError, Interrupted, RecipeError, UsageError
+from llmcompress.events import Event
+from llmcompress.pipeline.device import stage_seed
+from llmcompress.pipeline.run_dir import RunDir
+from llmcompress.pipeline.runner import Job, Outcome, Runner, RunOptions
+from llmcompress.stages.base import Kind, Stage, StageConfig
+from llmcompress.stages.state import Metric, RunContext, RunState
+
+Behaviour = Callable[["Fake", RunState, RunContext], None]
+
+
+class FakeConfig(StageConfig):
+    type: Literal["fake"] = "fake"
+    value: int = 0
+    path: str | None = None
+
+
+class Fake(Stage):
+    """Does what the test tells it to and keeps a diary."""
+
+    Config: ClassVar[type[StageConfig]] = FakeConfig
+    diary: ClassVar[list[str]] = []
+    behaviour: ClassVar[dict[str, Behaviour]] = {}
+    kinds: ClassVar[dict[str, frozenset[Kind]]] = {}
+
+    def __init__(self, name: str, config: Any) -> None:
+        super().__init__(name, config)
+        self.produces = self.kinds.get(name, frozenset({Kind.PACKED}))  # type: ignore[misc]
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        self.diary.append(f"run {self.name}")
+        if self.name in self.behaviour:
+            self.behaviour[self.name](self, state, ctx)
+        (ctx.stage_dir / "result.txt").write_text(str(self.config.value))
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        self.diary.append(f"restore {self.name}")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fake, "diary", [])
+    monkeypatch.setattr(Fake, "behaviour", {})
+    cheap = {"evaluate": frozenset({Kind.METRICS}), "export": frozenset({Kind.ARTIFACT})}
+    monkeypatch.setattr(Fake, "kinds", cheap)
+
+
+def job(folder: Path, stages: dict[str, dict[str, Any]] | None = None, **run: Any) -> Job:
+    stages = stages if stages is not None else {"load": {}, "quantize": {"value": 3}, "evaluate": {}}
+    recipe = {
+        "name": "demo",
+        "model": {"path": "asset-free"},
+        "run": {"dir": str(folder / "run"), "seed": 0, "device": "cpu", "compute_dtype": "auto", "threads": 1, **run},
+        "stages": {name: {"type": "fake", **config} for name, config in stages.items()},
+    }
+    built = [Fake(name, FakeConfig(**config)) for name, config in stages.items()]
+    return Job(recipe, built, "name: demo\n", lambda: {"recipe": recipe})
+
+
+def execute(made: Job, sinks: Any = (), **options: Any) -> Outcome:
+    return Runner(made, RunOptions(**options), sinks).execute()
+
+
+def state(folder: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((folder / "run" / "stages" / name / "state.json").read_text()))
+
+
+def test_a_run_leaves_its_records(tmp_path: Path) -> None:
+    def measure(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        assert ctx.seed == stage_seed(0, "evaluate")
+        assert (ctx.device, ctx.dtype) == ("cpu", "float32")
+        run.metrics.append(Metric("heldout", "perplexity", 10.0, 11.0))
+
+    Fake.behaviour["evaluate"] = measure
+    outcome = execute(job(tmp_path))
+    assert outcome.status == "finished"
+    assert Fake.diary == ["run load", "run quantize", "run evaluate"]
+    assert [m.name for m in outcome.metrics] == ["heldout.perplexity"]
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.yaml", "recipe.lock.json", "run.json", "events.jsonl", "log.txt", "stages", "report.html"}
+    found = state(tmp_path, "quantize")
+    assert found["status"] == "finished"
+    assert found["peak_rss_bytes"] > 10 << 20
+    assert found["seconds"] >= 0
+    assert found["attempts"] == 1
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert kinds[0] == "run_start"
+    assert kinds[-1] == "run_end"
+    assert kinds.count("stage_start") == 3
+
+
+def test_a_finished_run_is_left_alone_unless_forced(tmp_path: Path) -> None:
+    execute(job(tmp_path))
+    before = (tmp_path / "run" / "run.json").stat().st_mtime_ns
+    Fake.diary.clear()
+    assert execute(job(tmp_path)).status == "nothing to do"
+    assert Fake.diary == []
+    assert (tmp_path / "run" / "run.json").stat().st_mtime_ns == before
+    assert execute(job(tmp_path), force=True).status == "finished"
+    assert Fake.diary == ["run load", "run quantize", "run evaluate"]
+
+
+def test_resume_restores_what_is_finished(tmp_path: Path) -> None:
+    def fail(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        (ctx.stage_dir / "partial").write_text("kept")
+        raise InputError("the text is missing")
+
+    Fake.behaviour["quantize"] = fail
+    with pytest.raises(InputError, match="missing"):
+        execute(job(tmp_path))
+    assert state(tmp_path, "quantize")["status"] == "running"
+    del Fake.behaviour["quantize"]
+    Fake.diary.clear()
+    assert execute(job(tmp_path)).status == "finished"
+    assert Fake.diary == ["restore load", "run quantize", "run evaluate"]
+    assert (tmp_path / "run" / "stages" / "quantize" / "partial").exists()
+    assert state(tmp_path, "quantize")["attempts"] == 2
+
+
+def test_until_and_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not finished"):
+        execute(job(tmp_path), only="evaluate")
+    assert execute(job(tmp_path), until="quantize").status == "stopped"
+    assert Fake.diary == ["run load", "run quantize"]
+    assert not (tmp_path / "run" / "stages" / "evaluate").exists()
+    Fake.diary.clear()
+    assert execute(job(tmp_path), until="quantize").status == "nothing to do"
+    assert execute(job(tmp_path), only="evaluate").status == "finished"
+    assert Fake.diary == ["restore load", "restore quantize", "run evaluate"]
+    with pytest.raises(UsageError, match="no such stage"):
+        execute(job(tmp_path), until="prune")
+    with pytest.raises(UsageError, match="exclude"):
+        execute(job(tmp_path), until="load", only="load")
+
+
+def test_a_changed_finished_stage_is_refused_with_the_difference(tmp_path: Path) -> None:
+    execute(job(tmp_path))
+    changed = {"load": {}, "quantize": {"value": 2}, "evaluate": {}}
+    with pytest.raises(RecipeError) as caught:
+        execute(job(tmp_path, changed))
+    assert "stages.quantize.value: 3 → 2" in caught.value.message
+    assert "--redo quantize" in str(caught.value.hint)
+    # nothing was touched
+    assert execute(job(tmp_path)).status == "nothing to do"
+    Fake.diary.clear()
+    execute(job(tmp_path, changed), redo="quantize")
+    assert Fake.diary == ["restore load", "run quantize", "run evaluate"]
+    assert (tmp_path / "run" / "stages" / "quantize" / "result.txt").read_text() == "2"
+
+
+def test_a_changed_seed_or_model_is_refused(tmp_path: Path) -> None:
+    execute(job(tmp_path))
+    with pytest.raises(RecipeError, match=r"run\.seed: 0 → 1"):
+        execute(job(tmp_path, seed=1))
+
+
+def test_redo_does_not_excuse_changes_before_it(tmp_path: Path) -> None:
+    execute(job(tmp_path))
+    with pytest.raises(RecipeError, match=r"stages\.load\.value"):
+        execute(job(tmp_path, {"load": {"value": 9}, "quantize": {"value": 3}, "evaluate": {}}), redo="quantize")
+
+
+def test_changed_measuring_and_unfinished_stages_are_done_again(tmp_path: Path) -> None:
+    execute(job(tmp_path))
+    Fake.diary.clear()
+    execute(job(tmp_path, {"load": {}, "quantize": {"value": 3}, "evaluate": {"value": 7}}))
+    assert Fake.diary == ["restore load", "restore quantize", "run evaluate"]
+    # a removed measuring stage is forgotten, an added one is run
+    Fake.diary.clear()
+    execute(job(tmp_path, {"load": {}, "quantize": {"value": 3}, "export": {}}))
+    assert Fake.diary == ["restore load", "restore quantize", "run export"]
+    assert not (tmp_path / "run" / "stages" / "evaluate").exists()
+    with pytest.raises(RecipeError, match=r"stages\.quantize: removed or renamed"):
+        execute(job(tmp_path, {"load": {}, "other": {}, "export": {}}))
+
+
+def test_partial_work_of_a_changed_stage_is_not_continued(tmp_path: Path) -> None:
+    def fail(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        (ctx.stage_dir / "partial").write_text("of the old recipe")
+        raise InputError("stopped")
+
+    Fake.behaviour["quantize"] = fail
+    with pytest.raises(InputError):
+        execute(job(tmp_path))
+    del Fake.behaviour["quantize"]
+    execute(job(tmp_path, {"load": {}, "quantize": {"value": 2}, "evaluate": {}}))
+    assert not (tmp_path / "run" / "stages" / "quantize" / "partial").exists()
+
+
+def test_changed_contents_of_a_file_count_as_a_changed_recipe(tmp_path: Path) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text("one")
+    stages = {"calibrate": {"path": str(text)}, "quantize": {}}
+    execute(job(tmp_path, stages))
+    assert execute(job(tmp_path, stages)).status == "nothing to do"
+    text.write_text("two")
+    with pytest.raises(RecipeError, match="contents of the file have changed"):
+        execute(job(tmp_path, stages))
+
+
+def test_gates_fail_only_after_everything_else(tmp_path: Path) -> None:
+    def judge(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        (ctx.stage_dir / "metrics.json").write_text("[]")
+        raise GateFailed("gate ppl: heldout.perplexity is 20, at most 15")
+
+    Fake.behaviour["evaluate"] = judge
+    stages: dict[str, dict[str, Any]] = {"load": {}, "quantize": {}, "evaluate": {}, "export": {}}
+    outcome = execute(job(tmp_path, stages))
+    assert outcome.status == "finished"
+    assert outcome.gate_failures == ["gate ppl: heldout.perplexity is 20, at most 15"]
+    assert Fake.diary[-1] == "run export"
+    assert (tmp_path / "run" / "report.html").exists()
+    # asking again gives the same verdict
+    assert execute(job(tmp_path, stages)).gate_failures == outcome.gate_failures
+
+
+def test_recorded_gate_files_count_too(tmp_path: Path) -> None:
+    def judge(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        (ctx.stage_dir / "gates.json").write_text(json.dumps([{"passed": False, "message": "gate kl: too high"}]))
+
+    Fake.behaviour["evaluate"] = judge
+    assert execute(job(tmp_path)).gate_failures == ["gate kl: too high"]
+
+
+def test_sigterm_waits_for_the_block(tmp_path: Path) -> None:
+    def blocks(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        for index in range(3):
+            ctx.emit("block_start", index=index, total=3)
+            if index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            (ctx.stage_dir / f"block{index}").write_text("done")
+            ctx.emit("block_end", index=index, total=3)
+
+    Fake.behaviour["quantize"] = blocks
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        execute(job(tmp_path))
+    assert caught.value.hint == f"llmcompress resume {tmp_path / 'run'}"
+    folder = tmp_path / "run" / "stages" / "quantize"
+    assert sorted(p.name for p in folder.glob("block*")) == ["block0", "block1"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+    assert last["data"]["status"] == "interrupted"
+
+
+def test_sigterm_outside_a_block_and_ctrl_c_stop_at_once(tmp_path: Path) -> None:
+    def swallow(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10_000):
+                pass
+        except Exception:
+            pytest.fail("libraries that catch Exception must not keep a run alive")
+        pytest.fail("the signal was ignored")
+
+    Fake.behaviour["load"] = swallow
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path))
+
+    def press(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        raise KeyboardInterrupt
+
+    Fake.behaviour["load"] = press
+    with pytest.raises(Interrupted, match="Ctrl-C"):
+        execute(job(tmp_path))
+
+
+def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llmcompress.pipeline.run_dir as module
+
+    real = module.write_durably
+    writes = 0
+    execute(job(tmp_path / "count"))
+
+    for allowed in range(12):
+        folder = tmp_path / f"full{allowed}"
+        writes = 0
+
+        def limited(path: Path, data: bytes, allowed: int = allowed) -> None:
+            nonlocal writes
+            writes += 1
+            if writes > allowed:
+                raise OSError(28, "No space left on device", str(path))
+            real(path, data)
+
+        monkeypatch.setattr(module, "write_durably", limited)
+        try:
+            outcome = execute(job(folder))
+        except OSError as error:
+            assert error.errno == 28
+            run = RunDir(folder / "run").read_run()
+            assert run is None or run.status == "running"
+        else:
+            assert outcome.status == "finished"
+        monkeypatch.setattr(module, "write_durably", real)
+        assert execute(job(folder)).status in ("finished", "nothing to do")
+        results = [p.read_text() for p in sorted((folder / "run" / "stages").glob("*/result.txt"))]
+        assert results == ["0", "0", "3"]
+    assert writes <= 12
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    def again(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        with pytest.raises(EnvironmentProblem, match="running in this folder"):
+            execute(job(tmp_path))
+
+    Fake.behaviour["quantize"] = again
+    assert execute(job(tmp_path)).status == "finished"
+
+
+def test_a_resumed_run_keeps_the_threads_it_began_with(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        execute(job(tmp_path, threads=2), until="load")
+        torch.set_num_threads(1)
+        execute(job(tmp_path, threads=None))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_restored_state_for_a_step_outside_the_recipe(tmp_path: Path) -> None:
+    runner = Runner(job(tmp_path), RunOptions())
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match="no stage"), runner.restored("export"):
+        pass
+    execute(job(tmp_path), until="quantize")
+    Fake.diary.clear()
+    with Runner(job(tmp_path), RunOptions()).restored("export") as (_, ctx):
+        assert ctx.stage_dir == tmp_path / "run" / "extra" / "export"
+    assert Fake.diary == ["restore load", "restore quantize"]
+    # and the run goes on undisturbed
+    assert execute(job(tmp_path)).status == "finished"
+
+
+def test_warnings_and_logs_end_up_in_the_log(tmp_path: Path) -> None:
+    import logging
+    import warnings
+
+    def talk(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        logging.getLogger("llmcompress.test").info("from us")
+        logging.getLogger("elsewhere").warning("from others")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("old option", stacklevel=1)
+
+    Fake.behaviour["load"] = talk
+    execute(job(tmp_path))
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "from us" in text
+    assert "from others" in text
+    assert "old option" in text
+
+
+def test_displays_see_every_event(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Sink:
+        def __call__(self, event: Event) -> None:
+            seen.append(event.kind)
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    execute(job(tmp_path), [Sink()])
+    assert seen[0] == "run_start"
+    assert seen[-2:] == ["run_end", "closed"]

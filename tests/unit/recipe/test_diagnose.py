@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+
+from llmcompress.recipe.diagnose import SourceMap, allowed_keys, did_you_mean, show_path
+from llmcompress.recipe.schema import strict_schema
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("stages: {quantize: {dmp: 0.1}}", "stages.quantize.dmp: unknown key (did you mean damp?)"),
+        ("stages: {quantize: {type: gptqq}}", "stages.quantize.type: unknown type 'gptqq' (did you mean gptq?)"),
+        ("stages: {x: {a: 1}}", "stages.x: required key type is missing (one of load, calibrate, rtn, gptq, qesc, router_calibration, pesf, evaluate, export)"),
+        ("stages: {quantize: {damp: much}}", "stages.quantize.damp: expected a number, not 'much'"),
+        ("stages: {quantize: {act_order: maybe}}", "stages.quantize.act_order: expected true or false, not 'maybe'"),
+        ("stages: {quantize: {grid: mss}}", "stages.quantize.grid: expected minmax or mse, not 'mss' (did you mean mse?)"),
+        ("stages: {quantize: {rules: {experts: {bits: 5}}}}", "stages.quantize.rules.experts.bits: expected 2, 3, 4 or 8, not 5"),
+        ("stages: {quantize: {rules: {experts: {bits: {first_half: 3}}}}}", "stages.quantize.rules.experts.bits.second_half: required key is missing"),
+        ("stages: {quantize: {rules: {experts: {group_size: 0}}}}", "stages.quantize.rules.experts.group_size: group_size must be positive, or -1 for one group per row"),
+        ("stages: {quantize: {rules: {experts: {match: '('}}}}", "stages.quantize.rules.experts.match: not a regular expression: missing ), unterminated subpattern at position 0"),
+        ("stages: {calibrate: {source: {kind: jsn}}}", "stages.calibrate.source.kind: unknown kind 'jsn' (did you mean jsonl?)"),
+        ("stages: {calibrate: {samples: 0}}", "stages.calibrate.samples: expected a number at least 1, not 0"),
+        ("stages: {calibrate: 3}", "stages.calibrate: expected a mapping, not 3"),
+        ("stages: {export: {formats: [nativ]}}", "stages.export.formats.0: expected native, compressed-tensors, gguf or dense, not 'nativ' (did you mean native?)"),
+        ("stages: {export: {formats: []}}", "stages.export.formats: must not be empty"),
+        ("stages: {quantize: {rare_experts: {min_tokens: few}}}", "stages.quantize.rare_experts.min_tokens: expected auto or an integer, not 'few'"),
+        ("model: {path: [1]}", "model.path: expected text, not a list"),
+        ("model: {dtype: bf16}", "model.dtype: expected auto, float32, bfloat16 or float16, not 'bf16' (did you mean bfloat16?)"),
+        ("host: {ram: plenty}", "host.ram: expected a size such as 24GB, 16GiB or a number of bytes"),
+        ("stages: {'a b': {type: load}}", "stages.a b: 'a b' is not a name: use letters, digits, ., _ and -"),
+        ("nmae: x", "nmae: unknown key (did you mean name?)"),
+        ("version: 2", "version: expected 1, not 2"),
+        ("run: null", ""),
+    ],
+)  # fmt: skip
+def test_each_mistake_gives_one_clear_line(write, request, text, line):
+    write("child.yaml", f"extends: good\n{text}\n")
+    if not line:
+        from llmcompress.recipe.load import load_recipe
+
+        assert load_recipe("child.yaml").recipe.run.seed == 0
+        return
+    found = request.getfixturevalue("problems")("child.yaml")
+    assert f"child.yaml:2: {line}" in found
+    assert len(found) == 1 or "calibrate" in text  # a broken calibrate section lacks its other keys too
+
+
+def test_all_mistakes_come_at_once_in_file_order(write, problems):
+    write("child.yaml", "extends: good\nrun: {sed: 1}\nmodel: {path: 3}\nstages:\n  quantize: {damp: x, foo: 1}\n  zz: {type: no}\n")
+    found = problems("child.yaml", ["run.device=gpu"])
+    assert [line.split(": ")[0] for line in found] == [
+        "child.yaml:2", "child.yaml:3", "child.yaml:5", "child.yaml:5", "child.yaml:6", "override #1",
+    ]  # fmt: skip
+
+
+def test_mistakes_in_a_base_are_shown_in_the_base(write, problems):
+    write("base.yaml", "extends: good\nstages:\n  quantize:\n    group_sise: 3\n")
+    write("child.yaml", "extends: base\nname: child\n")
+    assert problems("child.yaml")[0].startswith("base.yaml:4: stages.quantize.group_sise: unknown key")
+
+
+def test_did_you_mean_offers_the_nearest_or_a_short_list():
+    assert did_you_mean("sed", ["seed", "dir"]) == " (did you mean seed?)"
+    assert did_you_mean("xyz", ["seed", "dir"]) == " (known: seed, dir)"
+    assert did_you_mean("xyz", [f"name{i}" for i in range(30)]) == ""
+
+
+def test_allowed_keys_follow_the_discriminator():
+    data = {"stages": {"q": {"type": "rtn"}, "p": {"type": "pesf"}}}
+    assert "alpha" in allowed_keys(data, ("stages", "p"), strict_schema())
+    assert "alpha" not in allowed_keys(data, ("stages", "q"), strict_schema())
+    assert allowed_keys(data, ("stages",), strict_schema()) is None
+    assert "group_size" in allowed_keys(data, ("stages", "q", "rules", "any"), strict_schema())
+
+
+def test_source_map_falls_back_to_the_nearest_key_above(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = SourceMap(tmp_path / "r.yaml", {("a",): (tmp_path / "r.yaml", 3), ("a", "b"): 2})
+    assert sources.place(("a", "c")) == "r.yaml:3"
+    assert sources.place(("a", "b", "d")) == "override #2"
+    assert sources.place(("z",)) == "r.yaml:1"
+    sources.forget(("a", "b"))
+    assert sources.place(("a", "b")) == "r.yaml:3"
+    assert show_path(tmp_path.parent / "x") == str(tmp_path.parent / "x")
