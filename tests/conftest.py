@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,10 +67,34 @@ class TinyModels:
                     buffer.normal_(0, 0.1)
         return model
 
+    @classmethod
+    def state(cls, folder: Path, model_type: str, samples: int = 6, length: int = 32, **changes: Any) -> Any:
+        """A run state with the model, saved to ``folder`` in bfloat16, and random calibration tokens."""
+        import torch
+
+        from llmcompress.data.calibration import CalibrationSet
+        from llmcompress.models.handle import ModelHandle
+        from llmcompress.stages.state import RunState
+
+        if not folder.exists():
+            cls.model(model_type, **changes).to(torch.bfloat16).save_pretrained(folder)
+        tokens = torch.randint(3, 64, (samples, length), generator=torch.Generator().manual_seed(1))
+        return RunState(model=ModelHandle.open(folder, "float32"), calibration=CalibrationSet.of(tokens, {}))
+
+    @staticmethod
+    def context(folder: Path, stage: str = "quantize", events: list[Any] | None = None) -> Any:
+        """A run context in ``folder`` on the CPU in float32; events are appended to ``events``."""
+        from llmcompress.stages.state import RunContext
+
+        stage_dir = folder / "stages" / stage
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        emit = (lambda _event: None) if events is None else events.append
+        return RunContext(folder, stage, stage_dir, 0, "cpu", "float32", {}, emit)
+
 
 @pytest.fixture(scope="session")
 def tiny() -> type[TinyModels]:
-    """Factory of tiny MoE models: ``tiny.config(family)``, ``tiny.model(family)``, ``tiny.families``."""
+    """Factory of tiny MoE models: config, model, run state and run context."""
     return TinyModels
 
 

@@ -24,8 +24,6 @@ from torch import Tensor
 from llmcompress.algorithms.expert_shift import ShiftTally, rank_counts
 from llmcompress.algorithms.routing import RouterRule
 
-# K of the paper's Table 10; Mixtral is not in the table and its 8 experts are all used
-PAPER_K = {"phimoe": 8, "deepseek_v2": 20, "qwen2_moe": 20, "mixtral": 8}
 # experts whose Gram matrices are held at once, in bytes
 GRAM_BUDGET = 512 * 2**20
 

@@ -82,12 +82,21 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else ExitCode.OK
 
 
+# said when an error brings no next step of its own
+_NEXT_STEPS = {
+    ExitCode.RECIPE: "correct the recipe, then: llmcompress validate RECIPE",
+    ExitCode.ENVIRONMENT: "correct what is named above; `llmcompress inspect PATH` shows what a model folder holds",
+    ExitCode.RESOURCES: "llmcompress plan RECIPE shows what is needed",
+    ExitCode.EXPORT: "choose other formats in the export stage",
+}
+
+
 def _expected(error: LLMCompressError) -> int:
     out = commands.current
     if out.debug:
         traceback.print_exception(error)
     _save_traceback(error, out.run_dir, always=False)
-    out.error(error.message, error.hint, error.exit_code)
+    out.error(error.message, error.hint or _NEXT_STEPS.get(error.exit_code), error.exit_code)
     return error.exit_code
 
 

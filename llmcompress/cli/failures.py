@@ -75,6 +75,11 @@ def _disk(error: BaseException) -> LLMCompressError | None:
             f"{where}no space left on the disk",
             "free some space and resume, set run.dir to another disk, or export fewer formats",
         )
+    if number == errno.EFBIG:
+        return ResourceError(
+            f"{where}file too large for this file system or for the limit on file sizes (ulimit -f)",
+            "raise the limit, or set run.dir to another file system, then resume",
+        )
     if number == errno.EROFS or "read-only file system" in str(error).lower():
         return EnvironmentProblem(f"{where}the file system is read-only", "set run.dir to a folder you can write to")
     return None

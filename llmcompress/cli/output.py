@@ -35,6 +35,7 @@ class Output:
         self.quiet = quiet
         self.debug = debug
         self.run_dir: Path | None = None
+        self._answered = False
 
     def result(self, data: Any, show: Callable[[Console], None] | str) -> None:
         """Print a command's result.
@@ -43,6 +44,7 @@ class Output:
             data: What ``--json`` prints; dataclasses and paths are fine.
             show: Prints it for people, or the text itself.
         """
+        self._answered = True
         if self.json_mode:
             self.write(json.dumps(plain(data), indent=1, ensure_ascii=False))
         elif isinstance(show, str):
@@ -65,14 +67,17 @@ class Output:
         console(sys.stderr).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def error(self, message: str, hint: str | None, code: ExitCode, **extra: Any) -> None:
-        """Print an error with its next step; with ``--json`` also as an object on stdout."""
+        """Print an error with its next step; with ``--json`` also as an object on stdout.
+
+        Where a result has been printed already (a gate failed after the run), stdout holds that one object only.
+        """
         screen = console(sys.stderr)
         screen.print("error:", style="bold red", end=" ", highlight=False)
         screen.print(message, markup=False, highlight=False, soft_wrap=True)
         if hint:
             screen.print("next:", style="bold", end=" ", highlight=False)
             screen.print(hint, markup=False, highlight=False, soft_wrap=True)
-        if self.json_mode:
+        if self.json_mode and not self._answered:
             data = {"message": message, "next": hint, "kind": code.name.lower(), "exit_code": int(code), **extra}
             self.write(json.dumps({"error": plain(data)}, indent=1, ensure_ascii=False))
 

@@ -31,13 +31,12 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, config: GenerationC
     from transformers import GenerationConfig as HFGenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # everything explicit: a checkpoint's own generation settings must not turn a greedy comparison into sampling
+    # explicit: a checkpoint's own generation settings must not turn a greedy comparison into sampling
+    sampling = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature > 0 else {}
     settings = HFGenerationConfig(
+        **sampling,
+        do_sample=bool(sampling),
         max_new_tokens=config.max_new_tokens,
-        do_sample=config.temperature > 0,
-        temperature=config.temperature if config.temperature > 0 else 1.0,
-        top_k=0,
-        top_p=1.0,
         repetition_penalty=1.0,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,

@@ -47,7 +47,8 @@ class Score:
         stderr: Standard error, None where there is no closed form.
         n: Rows.
         higher_is_better: Direction.
-        rows: Per-row values when the figure is their mean, for paired comparison; empty otherwise.
+        rows: Per-row values when the figure is their mean, for paired comparison. For a perplexity, which is not,
+            its linearisation ``value · nll``: differences of those have the right spread. Empty otherwise.
     """
 
     task: str
@@ -374,7 +375,8 @@ def _score(task: str, metric: str, value: float, rows: list[Any], fallback: int,
     if metric == "perplexity" and len(numbers) == len(rows) > 1:
         # rows are log-likelihoods; delta method for exp(−mean)
         spread = _stderr(numbers)
-        return Score(task, metric, value, None if spread is None else value * spread, n, higher)
+        linear = tuple(-value * number for number in numbers)
+        return Score(task, metric, value, None if spread is None else value * spread, n, higher, linear)
     return Score(task, metric, value, None, n, higher)
 
 
@@ -396,7 +398,7 @@ def _pooled(name: str, scores: Sequence[Score]) -> list[Score]:
     pooled = []
     for metric in dict.fromkeys(score.metric for score in scores):
         parts = [score for score in scores if score.metric == metric]
-        if all(part.rows for part in parts):
+        if all(part.rows and math.isclose(math.fsum(part.rows) / len(part.rows), part.value) for part in parts):
             rows = [row for part in parts for row in part.rows]
             mean = math.fsum(rows) / len(rows)
             pooled.append(Score(name, metric, mean, _stderr(rows), len(rows), parts[0].higher_is_better, tuple(rows)))

@@ -300,8 +300,11 @@ def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger
     for name in config.perplexity:
         part = ledger.get(f"{side}.perplexity.{name}")
         if part is not None:
-            scores.append(Score(name, "perplexity", part["perplexity"], part["stderr"], part["tokens"], False))
-            scores.append(Score(name, "bits_per_byte", part["bits_per_byte"], None, part["tokens"], False))
+            n, value = part["tokens"], part["perplexity"]
+            # linearised around the mean, so that two models can be compared window by window
+            rows = tuple(value * nll for nll in part.get("window_nll", ()))
+            scores.append(Score(name, "perplexity", value, part["stderr"], n, False, rows))
+            scores.append(Score(name, "bits_per_byte", part["bits_per_byte"], None, n, False))
     for spec in prepared.tasks:
         for entry in ledger.get(f"{side}.task.{spec.name}") or ():
             scores.append(Score(**{**entry, "rows": tuple(entry["rows"])}))

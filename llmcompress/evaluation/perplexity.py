@@ -76,6 +76,8 @@ class PerplexityResult:
         windows: Forward rows.
         dropped: Tokens of the text that were not used because they did not fill a window.
         seconds: Wall time of the forward passes.
+        window_nll: Each window's share of the mean: its sum of negative log-likelihoods over the average count of
+            tokens in a window. Their mean is ``nll / tokens``; two models can be compared window by window.
     """
 
     perplexity: float
@@ -88,6 +90,7 @@ class PerplexityResult:
     windows: int
     dropped: int
     seconds: float
+    window_nll: tuple[float, ...] = ()
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -214,6 +217,7 @@ def perplexity(
         windows=len(planned),
         dropped=len(text.tokens) - planned[-1].end,
         seconds=seconds,
+        window_nll=tuple(part * len(sums) / tokens for part in sums),
     )
 
 

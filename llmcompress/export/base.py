@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import ExportError
+from llmcompress.errors import ExportError, ResourceError
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.store import write_durably
 
@@ -160,29 +162,6 @@ def some(names: Iterable[str]) -> str:
     return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
 
 
-def canonical(bank: ExpertBank, name: str, tensor: Tensor) -> Tensor:
-    """Bring an expert tensor from the family's orientation into ``[E, N, K]``, gate rows before up rows."""
-    if bank.transposed:
-        tensor = tensor.transpose(1, 2)
-    if bank.interleaved and name == bank.gate_up:
-        import torch
-
-        tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
-    return tensor.contiguous()
-
-
-def family_orientation(bank: ExpertBank, name: str, tensor: Tensor) -> Tensor:
-    """Inverse of :func:`canonical`."""
-    if bank.interleaved and name == bank.gate_up:
-        import torch
-
-        gate, up = tensor.chunk(2, dim=1)
-        tensor = torch.stack((gate, up), dim=2).flatten(1, 2)
-    if bank.transposed:
-        tensor = tensor.transpose(1, 2)
-    return tensor.contiguous()
-
-
 def decoded(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Decode through the weight's codec, in fp32 and then cast to ``dtype``."""
     from llmcompress.quant.codecs import codec
@@ -200,6 +179,8 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Bloc
     whether quantized or not. Tensors a stage replaced (calibrated routers) take the place of the
     checkpoint's.
     """
+    from llmcompress.models.orientation import canonical
+
     patch = store.read_block(block.index)
     found: BlockTensors = {}
     for view in block.kept:
@@ -275,10 +256,17 @@ class ShardWriter:
         return self._folder / f"model-{number:05d}.safetensors.part"
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._shards.append(sorted(self._pending))
-        save_file(dict(sorted(self._pending.items())), self._part(len(self._shards)), metadata={"format": "pt"})
+        path = self._part(len(self._shards))
+        try:
+            save_file(dict(sorted(self._pending.items())), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # the library reports system errors as text only
+            number = re.search(r"code: (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
         self._pending, self._bytes = {}, 0
 
 
@@ -293,6 +281,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         ExportError: ``out`` exists, or its parent cannot be written.
+        ResourceError: The disk is full; nothing is left behind.
     """
     if out.exists():
         raise ExportError(f"{out}: already exists", "remove it or choose another folder")
@@ -307,8 +296,13 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         part.rename(out)
         _sync(out.parent)
     except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{out}: the disk is full", "free some space and resume, or export fewer formats"
+            ) from error
         raise ExportError(
-            f"{part}: cannot write: {error.strerror or error}", "free some space or set the stage's dir"
+            f"{out}: cannot be written: {error.strerror or error}", "set the stage's dir to a folder you can write to"
         ) from error
 
 

@@ -185,7 +185,7 @@ def _expert_weights(
 ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
     if layout.disk.experts is None:
         # refused earlier when packed; dense experts of such families keep their stacked form
-        from llmcompress.export.base import family_orientation
+        from llmcompress.models.orientation import family_orientation
 
         assert not isinstance(value, PackedWeight)
         yield hub_name(layout, name), family_orientation(bank, name, value)

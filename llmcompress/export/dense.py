@@ -12,13 +12,14 @@ from llmcompress.export.base import (
     ShardWriter,
     atomic_folder,
     block_tensors,
+    block_values,
     copy_side_files,
     decoded,
     dense_config,
-    family_orientation,
     hub_expert_names,
     hub_name,
     outside_tensors,
+    values,
     write_json,
     write_provenance,
 )
@@ -60,8 +61,6 @@ class DenseExporter(Exporter):
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """As many values as the original."""
         size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self._dtype, weight_bytes)
-        from llmcompress.export.base import block_values, values
-
         total = sum(block_values(b) for b in layout.blocks) + sum(values(v.shape) for v in layout.outside)
         return total * size
 
@@ -90,6 +89,7 @@ class DenseExporter(Exporter):
         import torch
 
         from llmcompress.models.checkpoint import Checkpoint
+        from llmcompress.models.orientation import family_orientation
 
         dtype = self._torch_dtype(handle)
         written = Checkpoint(out, handle.layout)
@@ -121,6 +121,8 @@ def hub_dense(
         tensors: From :func:`~llmcompress.export.base.block_tensors`.
         dtype: Wanted floating-point type.
     """
+    from llmcompress.models.orientation import family_orientation
+
     bank = block.bank
     for name, value in tensors.items():
         tensor = decoded(value, dtype) if isinstance(value, PackedWeight) else _cast(value, dtype)

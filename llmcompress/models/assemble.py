@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.models.handle import ModelHandle, assign, fill_constants, meta_model
+from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.nn.swap import swap_modules
@@ -48,6 +48,7 @@ def compressed_model(
     for block in handle.layout.blocks:
         for name, tensor in block_tensors(handle, store, block):
             assign(model, name, tensor, plan)
+    align(model)
     attach_policies(model, handle.layout, policies)
     return model.eval()
 

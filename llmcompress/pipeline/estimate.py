@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from llmcompress.errors import ResourceError
 from llmcompress.models import sizes
@@ -27,9 +30,9 @@ MIB = 1 << 20
 # resident memory of a process that has imported torch, transformers and one of its model files and has run one
 # matrix product; measured with torch 2.13 for CPU and transformers 5.23 on x86-64 Linux
 BASELINE_RAM = 475 * MIB
-# a CUDA build maps more code, and the driver keeps host memory per context
+# a CUDA build maps more code and the driver keeps host memory per context; a round figure from experience, not measured
 BASELINE_RAM_CUDA = 2400 * MIB
-# context, cuBLAS handles and workspace
+# CUDA context, cuBLAS handles and workspace; likewise
 BASELINE_VRAM = 650 * MIB
 
 
@@ -135,7 +138,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         found = {name: getattr(self, name) for name in self.__slots__ if name not in ("suggest", "budgets")}
-        found["stages"] = [asdict(stage) for stage in self.stages]
+        found["stages"] = [{**asdict(stage), "notes": list(stage.notes)} for stage in self.stages]
         found["rules"] = [asdict(rule) for rule in self.rules]
         found["budgets"] = [{**asdict(budget), "fits": budget.fits} for budget in self.budgets]
         found["notes"] = list(self.notes)
@@ -344,7 +347,8 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
             node[key] = {**node[key]}
             node = node[key]
         node[last] = value
-        yield f"{path}={_yaml(value)}", recipe_model().model_validate(changed)
+        with suppress(ValidationError):  # some settings need one another
+            yield f"{path}={_yaml(value)}", recipe_model().model_validate(changed)
 
 
 # recipe field → a value of it that needs less, or the same value

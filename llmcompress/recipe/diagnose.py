@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,24 +231,27 @@ def _message(
     path: KeyPath, errors: Sequence[Mapping[str, Any]], data: Mapping[Any, Any], schema: Mapping[str, Any]
 ) -> str:
     """One message for all that pydantic says about one path."""
-    expected = list(dict.fromkeys(text for error in errors if (text := _expectation(error))))
-    if len(expected) == len({error["type"] + str(error.get("ctx")) for error in errors}) or len(errors) > 1:
-        value = errors[0].get("input")
-        if expected:
-            return f"expected {' or '.join(expected)}, not {_shown(value)}{_literal_hint(errors)}"
+    expected = list(dict.fromkeys(text for error in errors for text in _expectations(error)))
+    if expected:
+        return f"expected {_either(expected)}, not {_shown(errors[0].get('input'))}{_literal_hint(errors)}"
     return "; ".join(dict.fromkeys(_single(path, error, data, schema) for error in errors))
 
 
-def _expectation(error: Mapping[str, Any]) -> str | None:
+def _expectations(error: Mapping[str, Any]) -> list[str]:
+    """What would have been right, one entry per alternative; empty for errors that say something else."""
     kind, context = error["type"], error.get("ctx") or {}
     if kind in _EXPECTED:
-        return _EXPECTED[kind]
+        return [_EXPECTED[kind]]
     if kind in _LIMITS:
         name, words = _LIMITS[kind]
-        return f"a number {words} {context[name]}"
+        return [f"a number {words} {context[name]}"]
     if kind in ("literal_error", "enum"):
-        return re.sub(r"'([\w.-]+)'", r"\1", str(context["expected"]))
-    return None
+        return [text.strip("'") for text in re.split(r", | or ", str(context["expected"]))]
+    return []
+
+
+def _either(texts: Sequence[str]) -> str:
+    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def _literal_hint(errors: Sequence[Mapping[str, Any]]) -> str:
@@ -268,8 +271,8 @@ def _single(path: KeyPath, error: Mapping[str, Any], data: Mapping[Any, Any], sc
         names = allowed_keys(data, path[:-1], schema) or []
         present = _at(data, path[:-1])
         unused = [name for name in names if not (isinstance(present, dict) and name in present)]
-        hint = did_you_mean(path[-1], names)
-        return f"unknown key{hint if 'did you mean' in hint else did_you_mean(path[-1], unused)}"
+        hints = [did_you_mean(path[-1], names), *_deeper(path[-1], schema_nodes(data, path[:-1], schema), schema)]
+        return f"unknown key{next((h for h in hints if 'did you mean' in h), did_you_mean(path[-1], unused))}"
     if kind.startswith("union_tag") and (key := str(context["discriminator"]).strip("'")).isidentifier():
         return _wrong_tag(path, key, context, data, schema)
     if kind == "value_error":
@@ -279,6 +282,20 @@ def _single(path: KeyPath, error: Mapping[str, Any], data: Mapping[Any, Any], sc
     if kind in _PLAIN and context.get("min_length", 1) == 1:
         return _PLAIN[kind]
     return re.sub(r"^Input should be", "expected", str(error["msg"])) + f", not {_shown(error.get('input'))}"
+
+
+def _deeper(word: str, nodes: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> Iterator[str]:
+    """Suggestions from the sections below: ``group_size`` belongs under ``rules.NAME``."""
+    for node in nodes:
+        for section, child in (node.get("properties") or {}).items():
+            for inner in _expand(child, None, schema):
+                yield did_you_mean(
+                    f"{section}.{word}", [f"{section}.{name}" for name in inner.get("properties") or ()], 0.85
+                )
+                named = inner.get("additionalProperties")
+                for item in _expand(named, None, schema) if isinstance(named, dict) else ():
+                    names = [f"{section}.NAME.{name}" for name in item.get("properties") or ()]
+                    yield did_you_mean(f"{section}.NAME.{word}", names, 0.9)
 
 
 _PLAIN = {

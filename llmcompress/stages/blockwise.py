@@ -37,7 +37,7 @@ class RouterHook(Protocol):
         """Full-precision stream: the original router and its input ``[T, H]``."""
 
     def calibrate(self, block: Block, router: nn.Module, x_hat: Tensor) -> RouterUpdate:
-        """Quantized stream: its input ``[T, H]``; attention and shared experts are quantized, the experts are not yet."""
+        """Quantized stream: its input ``[T, H]``; attention is quantized, the routed experts are not yet."""
 
 
 class BlockwiseQuantizer:
@@ -151,7 +151,9 @@ class BlockwiseQuantizer:
             walker.forward(block, hidden, solver, advance)
         else:
             solver.visit_without_data()
-        record = {**solver.record, "seconds": round(time.monotonic() - started, 3)}
+        # an empty entry would hide the errors of the stage below
+        record = {key: value for key, value in solver.record.items() if key != "errors" or value}
+        record = {**record, "seconds": round(time.monotonic() - started, 3)}
         self.store.write_block(block.index, BlockPatch(solver.packed, solver.replaced, record))
         errors = list(solver.record["errors"].values())
         return {"seconds": record["seconds"], "error": sum(errors) / len(errors) if errors else 0.0}

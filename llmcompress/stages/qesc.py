@@ -1,12 +1,20 @@
-"""Stage ``qesc``: quantization with expert-selection calibration (EAC-MoE, arXiv 2508.01625, section 4)."""
+"""Stage ``qesc``: quantization with expert-selection calibration (EAC-MoE, arXiv 2508.01625, section 4).
+
+Per block: attention is quantized, the router is calibrated on what the quantized stream now feeds it,
+then the experts are quantized with the tokens that the calibrated router sends them.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmcompress.stages.base import Kind, Stage, StageConfig
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.gptq import GptqConfig
-from llmcompress.stages.router_calibration import RouterFields
+from llmcompress.stages.router_calibration import RouterFields, check_router, router_hook
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
 
 
 class QescRouter(RouterFields):
@@ -25,16 +33,36 @@ class QescConfig(GptqConfig):
 
 
 class Qesc(Stage):
-    """Per block: quantize attention, calibrate the router, quantize the experts."""
+    """Quantize attention, calibrate the router, quantize the experts; block by block."""
 
     Config: ClassVar[type[StageConfig]] = QescConfig
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
     produces = frozenset({Kind.PACKED})
 
-    def run(self, state: Any, ctx: Any) -> None:
-        """Quantize and calibrate block by block."""
-        raise NotImplementedError
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Rules that match nothing, a model without experts, or a K that does not fit it."""
+        from llmcompress.stages.blockwise import check_rules
 
-    def restore(self, state: Any, ctx: Any) -> None:
-        """Re-attach the store."""
-        raise NotImplementedError
+        problems = check_rules(self.name, self.config.rules, layout)
+        return problems + check_router(f"stages.{self.name}.router", self.config.router, layout)
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """One block of weights, its Hessians and two activation streams."""
+        from llmcompress.stages.blockwise_estimate import estimate_blockwise
+
+        return estimate_blockwise(self.config, inputs, hessians=True)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Quantize and calibrate the blocks that are not finished yet."""
+        from llmcompress.stages.blockwise import run_blockwise
+
+        hook = None
+        if self.config.router.calibrate and state.calibration is not None:
+            hook = router_hook(self.config.router, state, ctx)
+        run_blockwise(self.config, state, ctx, hook)
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Re-attach the store of finished blocks."""
+        from llmcompress.stages.blockwise import attach_store
+
+        attach_store(state, ctx)

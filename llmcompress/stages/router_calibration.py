@@ -5,11 +5,23 @@ Also home of the recipe fields that this stage shares with ``qesc``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmcompress.stages.base import Kind, Stage, StageConfig
+from llmcompress.errors import RecipeError
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from llmcompress.algorithms.router_calibration import RouterUpdate, SolverOptions
+    from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+
+# K of the paper's Table 10; Mixtral is not in the table, its 8 experts are all in the loss
+PAPER_K = {"phimoe": 8, "deepseek_v2": 20, "qwen2_moe": 20, "mixtral": 8}
 
 
 class AdamFields(BaseModel):
@@ -57,16 +69,128 @@ class RouterCalibrationConfig(RouterFields, StageConfig):
 
 
 class RouterCalibration(Stage):
-    """Calibrate the routers of an already quantized model against the full-precision ones."""
+    """Calibrate the routers of an already quantized model against the full-precision ones.
+
+    Works after any quantizing stage: blocks run with the packed weights, and only routers are written,
+    into a store on top of the one before.
+    """
 
     Config: ClassVar[type[StageConfig]] = RouterCalibrationConfig
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION, Kind.PACKED})
     produces = frozenset({Kind.PACKED})
 
-    def run(self, state: Any, ctx: Any) -> None:
-        """Calibrate block by block into an overlay store."""
-        raise NotImplementedError
+    def check(self, layout: ModelLayout) -> list[str]:
+        """A model without experts, or a K that does not fit it."""
+        return check_router(f"stages.{self.name}", self.config, layout)
 
-    def restore(self, state: Any, ctx: Any) -> None:
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """One block of weights and two activation streams; routers only as output."""
+        from llmcompress.stages.blockwise_estimate import estimate_blockwise
+
+        return estimate_blockwise(self.config, inputs, hessians=False)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Calibrate block by block into an overlay store."""
+        from llmcompress.quant.store import PackedStore
+        from llmcompress.stages.block_solver import Method, RarePolicy
+        from llmcompress.stages.blockwise import BlockwiseQuantizer
+
+        assert state.model is not None
+        if state.calibration is None:
+            raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
+        store = PackedStore(ctx.stage_dir / "blocks", state.packed)
+        hook = router_hook(self.config, state, ctx)
+        method = Method(None, "minmax", RarePolicy())
+        BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=state.calibration, hook=hook).run()
+        state.packed = store
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
         """Re-attach the overlay store."""
-        raise NotImplementedError
+        from llmcompress.stages.blockwise import attach_store
+
+        attach_store(state, ctx)
+
+
+def check_router(place: str, fields: RouterFields, layout: ModelLayout) -> list[str]:
+    """Problems of router fields on a model, as messages with their place in the recipe."""
+    banks = [block.bank for block in layout.blocks if block.bank is not None]
+    if not banks:
+        return [f"{place}: {layout.model_type} has no experts, so there is no router to calibrate"]
+    bank = banks[0]
+    if fields.k == "paper" and layout.model_type not in PAPER_K:
+        known = ", ".join(sorted(PAPER_K))
+        return [f"{place}.k: the paper gives no K for {layout.model_type} (only for {known}): use auto or a number"]
+    k = PAPER_K[layout.model_type] if fields.k == "paper" else fields.k
+    if k != "auto" and not bank.top_k <= k <= bank.num_experts:
+        return [f"{place}.k: must lie between {bank.top_k} and {bank.num_experts} for this model, not {k}"]
+    return []
+
+
+def router_hook(fields: RouterFields, state: RunState, ctx: RunContext) -> RouterCalibrator:
+    """The hook that calibrates routers as the recipe says.
+
+    Args:
+        fields: The recipe section.
+        state: Needs a model and a calibration set.
+        ctx: The run; its seed is used by the gradient solver.
+    """
+    from llmcompress.algorithms.router_calibration import SolverOptions
+
+    assert state.model is not None
+    assert state.calibration is not None
+    options = SolverOptions(
+        k=PAPER_K[state.model.layout.model_type] if fields.k == "paper" else None if fields.k == "auto" else fields.k,
+        solver=fields.solver,
+        ridge=fields.ridge,
+        off_topk_weight=fields.off_topk_weight,
+        guard=fields.guard,
+        lr_rel=fields.adam.lr_rel,
+        epochs=fields.adam.epochs,
+        tokens_per_batch=fields.adam.tokens_per_batch,
+        seed=ctx.seed,
+    )
+    samples, length = state.calibration.tokens.shape
+    return RouterCalibrator(options, samples, length, fields.holdout, state.model.checkpoint.dtype)
+
+
+class RouterCalibrator:
+    """Router hook: remembers the full-precision logits, then fits the router to them on the quantized stream.
+
+    Args:
+        options: Solver settings.
+        samples, length: Shape of the calibration set, to hold out whole sequences.
+        holdout: Share of sequences kept out of the fit.
+        dtype: Type in which routers are stored; fits are judged after rounding to it.
+    """
+
+    def __init__(self, options: SolverOptions, samples: int, length: int, holdout: float, dtype: torch.dtype) -> None:
+        self.options, self.dtype, self.length = options, dtype, length
+        # evenly spread, so that every part of the text is held out in the same share
+        self.held = [int((i + 1) * holdout) > int(i * holdout) for i in range(samples)]
+        self._targets: dict[int, Tensor] = {}
+
+    def observe(self, block: Block, router: nn.Module, x: Tensor) -> None:
+        """Keep the original router's logits on the full-precision stream's ``x [T, H]``."""
+        self._targets[block.index] = router(x)[0].float()
+
+    def calibrate(self, block: Block, router: nn.Module, x_hat: Tensor) -> RouterUpdate:
+        """Fit the router to those logits on the quantized stream's ``x_hat [T, H]``."""
+        import torch
+
+        from llmcompress.algorithms.router_calibration import RouterUpdate, calibrate_router
+        from llmcompress.algorithms.routing import RouterRule
+
+        assert block.bank is not None
+        view = block.bank.router
+        parameters = dict(router.named_parameters())
+        weight = parameters["weight"].detach().to(self.dtype)
+        bias = parameters["bias"].detach().to(self.dtype) if "bias" in parameters else None
+        held = torch.tensor(self.held, device=x_hat.device).repeat_interleave(self.length)
+        rule = RouterRule.of(router, view, block.bank.top_k)
+        fit = calibrate_router(self._targets.pop(block.index), x_hat, weight, bias, rule, self.options, held)
+        replaced = {}
+        if fit.kept:
+            replaced[f"{view.module}.weight"] = fit.weight
+            if fit.bias is not None:
+                replaced[f"{view.module}.bias"] = fit.bias
+        return RouterUpdate(replaced, fit.record)

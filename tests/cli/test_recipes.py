@@ -76,7 +76,7 @@ def test_plan_needs_only_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, "plan", "eac_moe_mixtral", "--config", str(CONFIG))
     assert found["model_type"] == "mixtral"
     assert 2.9 < found["bits_codes"] < 3.1
-    assert [stage["name"] for stage in found["stages"]][0] == "load"
+    assert found["stages"][0]["name"] == "load"
     assert invoke(["plan", "eac_moe_mixtral", "--config", str(CONFIG)]) == 0
     assert "bits per weight" in capsys.readouterr().out
     assert invoke(["plan", "eac_moe_mixtral", "model.path=absent"]) == 4
@@ -98,7 +98,12 @@ def test_completion_knows_recipes_files_and_stage_keys(tmp_path: Path, monkeypat
     assert "quick.yaml" in found
     assert "quiet.txt" not in found
     keys = override_keys("quick.yaml")
-    assert {"run.seed", "stages.quantize.rules.experts.bits", "stages.calibrate.samples", "stages.quantize.damp"} <= set(keys)
+    assert {
+        "run.seed",
+        "stages.quantize.rules.experts.bits",
+        "stages.calibrate.samples",
+        "stages.quantize.damp",
+    } <= set(keys)
     context: Any = SimpleNamespace(params={"recipe": "quickstart"})
     assert "stages.calibrate.samples=" in complete_override(context, "stages.cal")
     assert complete_override(context, "run.seed=") == []

@@ -58,7 +58,11 @@ def test_every_command_has_help_and_the_common_options(name: str, capsys: pytest
 
 def test_the_module_runs_like_the_script() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "llmcompress", "version", "--json"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "llmcompress", "version", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert json.loads(done.stdout)["version"]
     assert done.stderr == ""

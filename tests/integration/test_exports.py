@@ -11,14 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmcompress.algorithms.grids import find_grid, round_codes
-from llmcompress.errors import ExportError
+from llmcompress.errors import ExportError, ResourceError
+from llmcompress.events import Event
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
 from llmcompress.export.dense import DenseExporter
 from llmcompress.export.gguf import GGUFExporter
 from llmcompress.models.handle import ModelHandle
+from llmcompress.models.orientation import canonical, family_orientation
 from llmcompress.quant.codecs.int_group import decode, encode
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.quant.store import BlockPatch, PackedStore
+from llmcompress.stages.export import Export, ExportConfig
+from llmcompress.stages.state import Metric, RunContext, RunState
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -49,8 +53,6 @@ def quantize(
     handle: ModelHandle, root: Path, spec: QuantSpec, only: str = "", experts: QuantSpec | None = None
 ) -> PackedStore:
     """Round the weights whose name contains ``only`` to nearest; move the routers as calibration would."""
-    from llmcompress.export.base import canonical
-
     store = PackedStore(root)
     for block in handle.layout.blocks:
         bank, packed, replaced = block.bank, {}, {}
@@ -71,8 +73,6 @@ def quantize(
 
 def decoded_model(handle: ModelHandle, store: PackedStore) -> torch.nn.Module:
     """The dense model with our decoded weights put in, name by name."""
-    from llmcompress.export.base import family_orientation
-
     model = handle.dense_model()
     state = dict(model.named_parameters())
     with torch.no_grad():
@@ -230,3 +230,86 @@ def test_gguf_runs_in_llama_cpp(tmp_path: Path) -> None:
         wanted = decoded_model(handle, store)(input_ids=torch.tensor([ids])).logits[0]
     # llama.cpp rounds activations to 8 bits for these products
     assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > 0.995
+
+
+def context(run_dir: Path, recipe: dict[str, Any], events: list[Event]) -> RunContext:
+    stage_dir = run_dir / "stages" / "export"
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    return RunContext(run_dir, "export", stage_dir, 0, "cpu", "float32", recipe, events.append)
+
+
+def run_stage(
+    run_dir: Path, handle: ModelHandle, store: PackedStore, formats: list[str]
+) -> tuple[RunState, list[Event]]:
+    recipe = {
+        "name": "tiny",
+        "model": {"path": str(handle.path)},
+        "run": {"dir": str(run_dir), "seed": 0},
+        "stages": {"quantize": {"type": "rtn"}, "export": {"type": "export", "formats": formats}},
+    }
+    events: list[Event] = []
+    state = RunState(model=handle, packed=store, metrics=[Metric("text", "perplexity", 9.5, 10.25, n=99)])
+    state.policies["pesf"] = {"alpha": 0.3}
+    config = ExportConfig(type="export", formats=tuple(formats))
+    Export("export", config).run(state, context(run_dir, recipe, events))
+    return state, events
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_stage_writes_the_same_bytes_wherever_and_however_often_it_runs(tmp_path: Path) -> None:
+    handle = make_model(tmp_path / "source", {**MIXTRAL, "vocab_size": 320}, torch.bfloat16)
+    make_tokenizer(tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Source\n")
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
+    formats = ["native", "compressed-tensors", "gguf", "dense"]
+    state, events = run_stage(tmp_path / "a", handle, store, formats)
+    assert state.artifacts == {
+        name: tmp_path / "a" / ("artifact" if name == "native" else f"artifact-{name}") for name in formats
+    }
+    warnings = [event.data["text"] for event in events if event.kind == "warning"]
+    assert sum("pesf policy acts at run time" in text for text in warnings) == 3
+    card = (tmp_path / "a" / "artifact" / "README.md").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "| text | perplexity | 9.5 | 10.25 | +0.75 |" in card
+    assert "import llmcompress.hf" in card
+    first = {name: contents(path) for name, path in state.artifacts.items()}
+    assert str(tmp_path).encode() not in b"".join(data for files in first.values() for data in files.values())
+    # killed after the rename of one artifact and before the next: the first is kept, the rest written
+    (tmp_path / "a" / "artifact-gguf" / "model.gguf").unlink()
+    (tmp_path / "a" / "artifact-gguf").rename(tmp_path / "a" / "artifact-gguf.partial")
+    kept = (tmp_path / "a" / "artifact" / "model.safetensors").stat().st_mtime_ns
+    state, _ = run_stage(tmp_path / "a", handle, store, formats)
+    assert {name: contents(path) for name, path in state.artifacts.items()} == first
+    assert (tmp_path / "a" / "artifact" / "model.safetensors").stat().st_mtime_ns == kept
+    other, _ = run_stage(tmp_path / "b", handle, store, formats)
+    assert {name: contents(path) for name, path in other.artifacts.items()} == first
+
+
+def test_stage_refuses_before_it_writes_anything(tmp_path: Path) -> None:
+    handle = make_model(tmp_path / "source", MIXTRAL)
+    store = quantize(handle, tmp_path / "blocks", QuantSpec(3, 32))
+    with pytest.raises(ExportError) as caught:
+        run_stage(tmp_path / "run", handle, store, ["native", "compressed-tensors", "gguf"])
+    assert caught.value.exit_code == 7
+    for reason in ("asymmetric", "2 or 3 bits", "3-bit asymmetric weights have no GGML type", "no tokenizer.json"):
+        assert reason in caught.value.message
+    assert "compressed-tensors, gguf" in str(caught.value.hint)
+    assert not list((tmp_path / "run").glob("artifact*"))
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    handle = make_model(tmp_path / "source", LLAMA)
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llmcompress.export.base.shutil.copyfile", full)
+    with pytest.raises(ResourceError, match="disk is full"):
+        run_stage(tmp_path / "run", handle, store, ["dense"])
+    assert not list((tmp_path / "run").glob("artifact*"))

@@ -96,7 +96,7 @@ def test_the_other_bit_settings_are_in_the_header_and_work(name):
     assert len(settings) == 2
     for bits, words in settings.items():
         loaded = load_recipe(name, shlex.split(words), allow_missing=True)
-        assert plan(loaded, config, "cuda").bits_codes == pytest.approx(float(bits), abs=0.02)
+        assert plan(loaded, config, "cuda").bits_codes == pytest.approx(float(bits), abs=0.005)
 
 
 def test_siblings_differ_from_the_quickstart_in_the_method_alone():

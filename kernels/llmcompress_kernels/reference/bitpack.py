@@ -56,14 +56,13 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     runs = -(-count // lane)
     octets = packed.contiguous().view(torch.uint8)
     octets = torch.nn.functional.pad(octets, (0, max(0, runs * size - octets.shape[-1])))[..., : runs * size]
-    octets = octets.view(*lead, runs, size) if octets.is_contiguous() else octets.reshape(*lead, runs, size)
-    if size == 1:
-        value = octets
-    else:
-        wide = torch.int32 if size <= 3 else torch.int64
-        value = octets[..., :1].to(wide)
-        for byte in range(1, size):
-            value = value | (octets[..., byte : byte + 1].to(wide) << (8 * byte))
-    shifts = torch.arange(0, bits * lane, bits, dtype=value.dtype, device=packed.device)
-    codes = ((value >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
+    octets = octets.reshape(*lead, runs, size)
+    codes = torch.empty((*lead, runs, lane), dtype=torch.uint8, device=packed.device)
+    for position in range(lane):
+        # a code lies in one byte or crosses into the next; all arithmetic stays in uint8
+        byte, shift = divmod(position * bits, 8)
+        value = octets[..., byte] >> shift
+        if shift + bits > 8:
+            value |= octets[..., byte + 1] << (8 - shift)
+        codes[..., position] = value & ((1 << bits) - 1)
     return codes.reshape(*lead, runs * lane)[..., :count].contiguous()

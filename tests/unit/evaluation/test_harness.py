@@ -80,7 +80,8 @@ def test_normalise_computes_standard_errors_from_rows():
     assert acc.rows == (1.0, 0.0, 1.0, 1.0)
     mean = sum(logs) / 4
     spread = math.sqrt(sum((x - mean) ** 2 for x in logs) / 3 / 4)
-    assert ppl.stderr == pytest.approx(value * spread) and ppl.higher_is_better is False and ppl.rows == ()
+    assert ppl.stderr == pytest.approx(value * spread) and ppl.higher_is_better is False
+    assert sum(ppl.rows) / 4 == pytest.approx(-value * mean)
 
 
 def test_normalise_keeps_filters_apart():

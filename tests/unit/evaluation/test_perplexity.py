@@ -109,6 +109,7 @@ def test_stderr_matches_the_spread_of_windows(model):
     means = [perplexity(model, Text(text.tokens[i : i + 16], None, 16), 16).nll / 15 for i in range(0, 64, 16)]
     spread = torch.tensor(means, dtype=torch.float64).std().item() / 2
     assert result.stderr == pytest.approx(result.perplexity * spread, rel=1e-4)
+    assert result.window_nll == pytest.approx(means)
     assert perplexity(model, text, 64).stderr is None
 
 

@@ -1,53 +1,88 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from llmcompress.recipe.diagnose import SourceMap, allowed_keys, did_you_mean, show_path
+from llmcompress.recipe.load import load_recipe
 from llmcompress.recipe.schema import strict_schema
 
+# a line that goes into a recipe, and the message it must give
+MISTAKES = r"""
+stages: {quantize: {dmp: 0.1}}
+    stages.quantize.dmp: unknown key (did you mean damp?)
+stages: {quantize: {type: gptqq}}
+    stages.quantize.type: unknown type 'gptqq' (did you mean gptq?)
+stages: {quantize: {group_sise: 64}}
+    stages.quantize.group_sise: unknown key (did you mean rules.NAME.group_size?)
+stages: {quantize: {min_token: 64}}
+    stages.quantize.min_token: unknown key (did you mean rare_experts.min_tokens?)
+stages: {quantize: {damp: much}}
+    stages.quantize.damp: expected a number, not 'much'
+stages: {quantize: {act_order: maybe}}
+    stages.quantize.act_order: expected true or false, not 'maybe'
+stages: {quantize: {grid: mss}}
+    stages.quantize.grid: expected minmax or mse, not 'mss' (did you mean mse?)
+stages: {quantize: {rules: {experts: {bits: 5}}}}
+    stages.quantize.rules.experts.bits: expected 2, 3, 4 or 8, not 5
+stages: {quantize: {rules: {experts: {bits: {first_half: 3}}}}}
+    stages.quantize.rules.experts.bits.second_half: required key is missing
+stages: {quantize: {rules: {experts: {group_size: 0}}}}
+    stages.quantize.rules.experts.group_size: group_size must be positive, or -1 for one group per row
+stages: {quantize: {rules: {experts: {match: '('}}}}
+    stages.quantize.rules.experts.match: not a regular expression: missing ), unterminated subpattern at position 0
+stages: {calibrate: {source: {kind: jsn}}}
+    stages.calibrate.source.kind: unknown kind 'jsn' (did you mean jsonl?)
+stages: {calibrate: {samples: 0}}
+    stages.calibrate.samples: expected a number at least 1, not 0
+stages: {calibrate: 3}
+    stages.calibrate: expected a mapping, not 3
+stages: {export: {formats: [nativ]}}
+    stages.export.formats.0: expected native, compressed-tensors, gguf or dense, not 'nativ' (did you mean native?)
+stages: {export: {formats: []}}
+    stages.export.formats: must not be empty
+stages: {quantize: {rare_experts: {min_tokens: few}}}
+    stages.quantize.rare_experts.min_tokens: expected auto or an integer, not 'few'
+model: {path: [1]}
+    model.path: expected text, not a list
+model: {dtype: bf16}
+    model.dtype: expected auto, float32, bfloat16 or float16, not 'bf16' (did you mean bfloat16?)
+host: {ram: plenty}
+    host.ram: expected a size such as 24GB, 16GiB or a number of bytes
+stages: {'a b': {type: load}}
+    stages.a b: 'a b' is not a name: use letters, digits, ., _ and -
+nmae: x
+    nmae: unknown key (did you mean name?)
+version: 2
+    version: expected 1, not 2
+"""
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("stages: {quantize: {dmp: 0.1}}", "stages.quantize.dmp: unknown key (did you mean damp?)"),
-        ("stages: {quantize: {type: gptqq}}", "stages.quantize.type: unknown type 'gptqq' (did you mean gptq?)"),
-        ("stages: {x: {a: 1}}", "stages.x: required key type is missing (one of load, calibrate, rtn, gptq, qesc, router_calibration, pesf, evaluate, export)"),
-        ("stages: {quantize: {damp: much}}", "stages.quantize.damp: expected a number, not 'much'"),
-        ("stages: {quantize: {act_order: maybe}}", "stages.quantize.act_order: expected true or false, not 'maybe'"),
-        ("stages: {quantize: {grid: mss}}", "stages.quantize.grid: expected minmax or mse, not 'mss' (did you mean mse?)"),
-        ("stages: {quantize: {rules: {experts: {bits: 5}}}}", "stages.quantize.rules.experts.bits: expected 2, 3, 4 or 8, not 5"),
-        ("stages: {quantize: {rules: {experts: {bits: {first_half: 3}}}}}", "stages.quantize.rules.experts.bits.second_half: required key is missing"),
-        ("stages: {quantize: {rules: {experts: {group_size: 0}}}}", "stages.quantize.rules.experts.group_size: group_size must be positive, or -1 for one group per row"),
-        ("stages: {quantize: {rules: {experts: {match: '('}}}}", "stages.quantize.rules.experts.match: not a regular expression: missing ), unterminated subpattern at position 0"),
-        ("stages: {calibrate: {source: {kind: jsn}}}", "stages.calibrate.source.kind: unknown kind 'jsn' (did you mean jsonl?)"),
-        ("stages: {calibrate: {samples: 0}}", "stages.calibrate.samples: expected a number at least 1, not 0"),
-        ("stages: {calibrate: 3}", "stages.calibrate: expected a mapping, not 3"),
-        ("stages: {export: {formats: [nativ]}}", "stages.export.formats.0: expected native, compressed-tensors, gguf or dense, not 'nativ' (did you mean native?)"),
-        ("stages: {export: {formats: []}}", "stages.export.formats: must not be empty"),
-        ("stages: {quantize: {rare_experts: {min_tokens: few}}}", "stages.quantize.rare_experts.min_tokens: expected auto or an integer, not 'few'"),
-        ("model: {path: [1]}", "model.path: expected text, not a list"),
-        ("model: {dtype: bf16}", "model.dtype: expected auto, float32, bfloat16 or float16, not 'bf16' (did you mean bfloat16?)"),
-        ("host: {ram: plenty}", "host.ram: expected a size such as 24GB, 16GiB or a number of bytes"),
-        ("stages: {'a b': {type: load}}", "stages.a b: 'a b' is not a name: use letters, digits, ., _ and -"),
-        ("nmae: x", "nmae: unknown key (did you mean name?)"),
-        ("version: 2", "version: expected 1, not 2"),
-        ("run: null", ""),
-    ],
-)  # fmt: skip
-def test_each_mistake_gives_one_clear_line(write, request, text, line):
+
+@pytest.mark.parametrize(("text", "line"), re.findall(r"^(\S.*)\n    (.*)$", MISTAKES, re.MULTILINE))
+def test_each_mistake_gives_one_clear_line(write, problems, text, line):
     write("child.yaml", f"extends: good\n{text}\n")
-    if not line:
-        from llmcompress.recipe.load import load_recipe
-
-        assert load_recipe("child.yaml").recipe.run.seed == 0
-        return
-    found = request.getfixturevalue("problems")("child.yaml")
+    found = problems("child.yaml")
     assert f"child.yaml:2: {line}" in found
-    assert len(found) == 1 or "calibrate" in text  # a broken calibrate section lacks its other keys too
+    assert len(found) == 1 or "kind: jsn" in text  # of the other keys some belong to another kind
+
+
+def test_a_stage_without_type_is_told_the_types(write, problems):
+    write("child.yaml", "extends: good\nstages: {x: {a: 1}}\n")
+    (line,) = problems("child.yaml")
+    assert line.startswith("child.yaml:2: stages.x: required key type is missing (one of load, calibrate, ")
+
+
+def test_an_empty_section_means_its_defaults(write):
+    write("child.yaml", "extends: good\nrun:\n")
+    assert load_recipe("child.yaml").recipe.run.seed == 0
 
 
 def test_all_mistakes_come_at_once_in_file_order(write, problems):
-    write("child.yaml", "extends: good\nrun: {sed: 1}\nmodel: {path: 3}\nstages:\n  quantize: {damp: x, foo: 1}\n  zz: {type: no}\n")
+    write(
+        "child.yaml",
+        "extends: good\nrun: {sed: 1}\nmodel: {path: 3}\nstages:\n  quantize: {damp: x, foo: 1}\n  zz: {type: no}\n",
+    )
     found = problems("child.yaml", ["run.device=gpu"])
     assert [line.split(": ")[0] for line in found] == [
         "child.yaml:2", "child.yaml:3", "child.yaml:5", "child.yaml:5", "child.yaml:6", "override #1",

@@ -102,8 +102,9 @@ def test_large_weights_are_identified_by_their_header(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{}", "the file is empty|not a recipe lock|required"), ('{"recipe": 3}', "not a recipe lock"), ('{"a"', "not valid")]
-)  # fmt: skip
+    ("text", "words"),
+    [("{}", "not a recipe lock|required"), ('{"recipe": 3}', "not a recipe lock"), ('{"a"', "not valid")],
+)
 def test_damaged_locks_are_refused(tmp_path, text, words):
     path = tmp_path / "recipe.lock.json"
     path.write_text(text)

@@ -77,7 +77,11 @@ def test_malformed_overrides_are_collected_with_their_number(text):
     assert problems[0].message.startswith("override #2: ")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    )
+)
 def test_any_json_value_survives(value):
     parsed = parse_override("a.b=" + json.dumps(value, ensure_ascii=True)).value
     # lone surrogates are not text in YAML and cannot be typed

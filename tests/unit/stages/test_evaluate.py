@@ -58,6 +58,18 @@ def read(ctx, name):
     return json.loads((ctx.stage_dir / f"{name}.json").read_text())
 
 
+def paired_error(ctx):
+    """Standard error of the perplexity difference over the windows that both models saw."""
+    left, right = (
+        json.loads((ctx.stage_dir / "parts" / f"{side}.perplexity.held.json").read_text())
+        for side in ("dense", "compressed")
+    )
+    change = (
+        torch.tensor(right["window_nll"]) * right["perplexity"] - torch.tensor(left["window_nll"]) * left["perplexity"]
+    )
+    return float(change.double().std() / len(change) ** 0.5)
+
+
 def test_everything_is_measured_on_both_models(ctx, state):
     ctx, events = ctx
     stage(**FULL, gates={"kl": {"metric": "fidelity.kl", "max": 100}}).run(state, ctx)
@@ -70,6 +82,7 @@ def test_everything_is_measured_on_both_models(ctx, state):
     rows = {(r["task"], r["metric"]): r for r in read(ctx, "metrics")}
     assert rows["held", "perplexity"]["difference"] == pytest.approx(ppl.compressed - ppl.dense)
     assert rows["eval_smoke", "acc"]["difference_stderr"] is not None
+    assert rows["held", "perplexity"]["difference_stderr"] == pytest.approx(paired_error(ctx))
     (sample,) = read(ctx, "samples")
     assert sample["prompt"] == "The cat" and sample["dense"] and sample["compressed"]
     assert read(ctx, "fidelity")["tokens"] == 48

@@ -1,0 +1,60 @@
+"""Every command line that README, Makefile, recipes and the package's own hints show can be parsed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from llmcompress.cli.app import app
+from llmcompress.recipe.catalog import list_recipes, shipped_path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def documented() -> list[str]:
+    found = [info.command for info in list_recipes(fragments=False)]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found += re.findall(r"^\t@?\$\(BIN\)/(llmcompress [^\n|>]*)", makefile, re.MULTILINE)
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")):
+        text = page.read_text(encoding="utf-8")
+        found += re.findall(r"^(?:    |\$ )?(llmcompress [a-z][^\n|>]*)$", text, re.MULTILINE)
+    return sorted({line.split(" #")[0].split(";")[0].strip() for line in found if line.startswith("llmcompress ")})
+
+
+COMMANDS = documented()
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """Parameters of a command line, parsed but not run."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        assert name in command.commands, f"no command {name}"
+        command = command.commands[name]
+    return dict(command.make_context(command.name, words).params)
+
+
+def test_something_is_documented() -> None:
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_documented_command_lines_parse(line: str) -> None:
+    words = shlex.split(line.replace("$(REPRO_MODEL)", "/models/x"))
+    if "--help" in words:
+        words.remove("--help")
+    parameters = parse(words[1:])
+    recipe = parameters.get("recipe")
+    # placeholders are written in capitals
+    if recipe and not recipe.isupper() and "/" not in recipe and not recipe.endswith(".yaml"):
+        assert shipped_path(recipe), f"no recipe {recipe}"
+
+
+def test_a_wrong_option_would_be_noticed() -> None:
+    with pytest.raises(Exception, match="wrong"):
+        parse(["run", "quickstart", "--wrong"])

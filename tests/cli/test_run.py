@@ -1,0 +1,272 @@
+"""``run``, ``resume`` and everything that works on what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.cli.app import invoke
+
+TEXTS = ["The cat sat on the warm stone and looked at the sea. " * 6, "Nobody had opened the green door. " * 10]
+
+
+def recipe_text(model: Path, folder: Path, gate: float = 1e9) -> str:
+    texts = json.dumps(TEXTS)
+    return f"""
+version: 1
+name: tiny
+model: {{path: {model}}}
+run: {{dir: {folder}, device: cpu, threads: 1}}
+stages:
+  load: {{type: load}}
+  calibrate: {{type: calibrate, source: {{kind: inline, texts: {texts}}}, samples: 4, length: 16}}
+  quantize:
+    type: rtn
+    rules:
+      attention: {{role: attention, bits: 4, group_size: 16, symmetric: true}}
+      experts: {{role: experts, bits: 4, group_size: 16, symmetric: true}}
+  evaluate:
+    type: evaluate
+    overlap: ignore
+    perplexity:
+      text: {{source: {{kind: inline, texts: {texts}}}, length: 16, max_tokens: 64}}
+    gates:
+      ppl: {{metric: text.perplexity, max: {gate}}}
+  export: {{type: export, formats: [native]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Recipe file and run folder of a finished run."""
+    folder = tmp_path_factory.mktemp("cli_run")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(recipe_text(tiny_folder, folder / "run"))
+    assert invoke(["run", str(recipe), "--quiet"]) == 0
+    return recipe, folder / "run"
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:
+    capsys.readouterr()
+    assert invoke([*words, "--json", "--quiet"]) == code, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_run_folder_holds_what_is_promised(finished: tuple[Path, Path]) -> None:
+    recipe, run = finished
+    names = {p.name for p in run.iterdir()}
+    promised = {"recipe.yaml", "recipe.lock.json", "events.jsonl", "log.txt", "stages", "artifact", "report.html"}
+    assert promised <= names
+    assert (run / "recipe.yaml").read_text() == recipe.read_text()
+    assert not list(run.rglob("*.part"))
+    assert not (run / ".lock").exists()
+
+
+def test_a_second_run_does_nothing_and_says_so(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    found = told(capsys, "run", str(recipe))
+    assert found["status"] == "nothing to do"
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p in before} == before
+    assert invoke(["resume", str(run)]) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_json_of_a_run(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: tuple[Path, Path]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_text(tiny_folder, tmp_path / "run"))
+    found = told(capsys, "run", str(recipe), "--until", "quantize")
+    assert found["status"] == "stopped"
+    assert [stage["name"] for stage in found["stages"]] == ["load", "calibrate", "quantize"]
+    assert invoke(["resume", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    # results on stdout, progress on stderr
+    assert "text.perplexity" in captured.out
+    assert "report:" in captured.out
+    assert "quantize: already done" in captured.err
+    assert "[4/5] evaluate" in captured.err
+    assert "[4/5]" not in captured.out
+
+
+def test_gates_set_the_exit_code_after_export_and_report(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_text(tiny_folder, tmp_path / "run", gate=1.0))
+    assert invoke(["run", str(recipe)]) == 6
+    assert "gate ppl" in capsys.readouterr().err
+    assert (tmp_path / "run" / "artifact" / "config.json").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+    assert invoke(["run", str(recipe), "--json"]) == 6
+    objects = capsys.readouterr().out
+    assert json.loads(objects)["gates"]["passed"] is False
+
+
+def test_resume_of_no_run_and_a_broken_model(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(["resume", str(tmp_path)]) == 4
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_text(broken, tmp_path / "run"))
+    assert invoke(["run", str(recipe), "--quiet"]) == 4
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "artifact").exists()
+    # the traceback is kept for those who want it
+    assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_inspect_model_and_artifact(
+    finished: tuple[Path, Path], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = told(capsys, "inspect", str(tiny_folder))
+    packed = told(capsys, "inspect", str(finished[1]))
+    assert (dense["kind"], packed["kind"]) == ("checkpoint", "llmcompress artifact")
+    assert dense["blocks"] == packed["blocks"] == 2
+    assert dense["experts"] == 8
+    assert dense["parameters"] == packed["parameters"]
+    assert packed["bytes"] < dense["bytes"]
+    experts = [group for group in packed["groups"] if group["role"] == "experts"]
+    assert [group["how"] for group in experts] == ["4-bit, group 16, symmetric"]
+    assert experts[0]["blocks"] == [0, 1]
+    assert invoke(["inspect", str(tiny_folder)]) == 0
+    assert "family mixtral" in capsys.readouterr().out
+    assert invoke(["inspect", "no/where"]) == 4
+
+
+def test_inspect_refuses_pickles_and_damage(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    assert invoke(["inspect", str(tmp_path)]) == 4
+    assert "pickle" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    assert invoke(["inspect", str(tmp_path)]) == 4
+    (tmp_path / "config.json").write_text("{")
+    assert invoke(["inspect", str(tmp_path)]) == 4
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+def test_eval_and_compare(
+    finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS))
+    options = ["--text", str(text), "--length", "16", "--max-tokens", "64"]
+    value = told(capsys, "eval", str(finished[1]), *options)["metrics"][0]
+    assert (value["task"], value["metric"]) == ("text", "perplexity")
+    pair = told(capsys, "compare", str(tiny_folder), str(finished[1]), *options)
+    by_name = {row["metric"]: row for row in pair["metrics"]}
+    assert by_name["perplexity"]["b"] == pytest.approx(value["value"])
+    assert by_name["kl"]["b"] > 0
+    assert pair["b"]["bits"] < pair["a"]["bits"]
+    assert invoke(["eval", str(finished[1]), "--text", "strange.xyz"]) == 2
+    assert invoke(["eval", "no/where", *options]) == 4
+
+
+def test_compare_runs_shows_what_differs(
+    finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    words = ["run", str(finished[0]), f"run.dir={other}", "stages.quantize.rules.experts.bits=2", "--quiet"]
+    assert invoke(words) == 0
+    found = told(capsys, "compare", str(finished[1]), str(other))
+    figures = {row["name"]: row for row in found["figures"]}
+    assert figures["text.perplexity"]["a"] != figures["text.perplexity"]["b"]
+    assert figures["bits.code_average"]["b"] < figures["bits.code_average"]["a"]
+    assert "stages.quantize.rules.experts.bits: 4 → 2" in found["recipe_changes"]
+    assert invoke(["compare", str(finished[1]), str(other)]) == 0
+    assert "bits.code_average" in capsys.readouterr().out
+
+
+def test_generate_and_chat(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    run = str(finished[1])
+    one = told(capsys, "generate", run, "--prompt", "The cat", "-n", "5")
+    assert one["new_tokens"] <= 5
+    assert one["prompt"] == "The cat"
+    same = told(capsys, "generate", run, "--prompt", "The cat", "-n", "5", "-t", "0.9", "--seed", "4")
+    assert same["text"] == told(capsys, "generate", run, "-p", "The cat", "-n", "5", "-t", "0.9", "--seed", "4")["text"]
+    assert invoke(["generate", run, "--prompt", "x", "-n", "5000"]) == 4
+    assert "--max-new-tokens" in capsys.readouterr().err
+    assert invoke(["generate", run, "--prompt", "x", "--chat"]) == 4
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/reset\nagain\n/exit\nnever\n"))
+    messages = told(capsys, "chat", run, "-n", "3")["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "again"
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))
+    assert invoke(["generate", run, "-n", "3"]) == 0
+
+
+def test_export_in_another_format(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, run = finished
+    found = told(capsys, "export", str(run / "artifact"), "--format", "dense")
+    folder = Path(found["artifacts"]["dense"]["path"])
+    assert (folder / "config.json").exists()
+    assert told(capsys, "inspect", str(folder))["kind"] == "checkpoint"
+    assert invoke(["export", str(run), "--format", "dense"]) == 7
+    assert "exists already" in capsys.readouterr().err
+    assert invoke(["export", str(run), "--format", "zip"]) == 2
+    assert invoke(["export", str(folder.parent.parent), "--format", "dense"]) == 4
+
+
+def test_bench_model(finished: tuple[Path, Path], tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--against", str(tiny_folder), "--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "2"]
+    found = told(capsys, "bench", "model", str(finished[1]), *words)
+    assert [row["path"] for row in found["models"]] == [str(finished[1]), str(tiny_folder)]
+    for row in found["models"]:
+        for phase in ("prefill", "decode"):
+            speed = row[phase]
+            assert speed["slowest"] <= speed["tokens_per_second"] <= speed["fastest"]
+    assert found["machine"]["threads"] >= 1
+    assert found["models"][0]["weight_bytes"] < found["models"][1]["weight_bytes"]
+
+
+def test_bench_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.cli.bench.KERNEL_SHAPES", ((32, 64),))
+    found = told(capsys, "bench", "kernels", "--bits", "3", "--repeats", "1")
+    assert {row["tokens"] for row in found["rows"]} == {1, 64}
+    assert all(row["packed"]["median"] > 0 for row in found["rows"])
+    assert invoke(["bench", "kernels", "--bits", "5"]) == 2
+
+
+def test_report_again(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, run = finished
+    (run / "report.html").unlink()
+    found = told(capsys, "report", str(run))
+    assert Path(found["report"]).stat().st_size == found["bytes"] > 1000
+    assert invoke(["report", str(tmp_path)]) == 4
+
+
+def test_doctor_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "doctor")
+    assert found["packages"]["torch"]
+    assert found["cpu"]["cores"] >= 1
+    assert found["problems"] == []
+    assert {"memory", "compiler", "torch", "kernels", "optional"} <= set(found)
+    assert invoke(["doctor"]) == 0
+    assert "llmcompress" in capsys.readouterr().out
+
+
+def test_doctor_survives_a_broken_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.cli.doctor.package_version", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert invoke(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "the package torch is missing" in text
+    assert "no C++ compiler" in text

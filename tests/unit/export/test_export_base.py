@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmcompress.errors import ExportError, ResourceError
+from llmcompress.export.base import (
+    ShardWriter,
+    atomic_folder,
+    dense_values,
+    expert_rows,
+    expert_slice,
+    hub_expert_names,
+    hub_name,
+    some,
+)
+from llmcompress.export.readers import SafetensorsFolder
+from llmcompress.models.registry import layout_from_config
+from llmcompress.quant.codecs.int_group import decode, encode
+from llmcompress.quant.spec import QuantSpec
+
+MIXTRAL = layout_from_config(
+    {
+        "model_type": "mixtral", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+    }
+)  # fmt: skip
+
+
+def test_hub_names_of_mixtral() -> None:
+    bank = MIXTRAL.blocks[0].bank
+    assert bank is not None
+    assert hub_name(MIXTRAL, "model.layers.0.mlp.gate.weight") == "model.layers.0.block_sparse_moe.gate.weight"
+    assert hub_name(MIXTRAL, "model.layers.0.self_attn.q_proj") == "model.layers.0.self_attn.q_proj"
+    assert hub_expert_names(MIXTRAL, bank, 3) == {
+        "gate": "model.layers.0.block_sparse_moe.experts.3.w1",
+        "up": "model.layers.0.block_sparse_moe.experts.3.w3",
+        "down": "model.layers.0.block_sparse_moe.experts.3.w2",
+    }
+
+
+def test_dense_values_are_what_the_plan_leaves() -> None:
+    everything = dense_values(MIXTRAL, {})
+    plan = {name: QuantSpec(4) for name, _, _, _ in MIXTRAL.quantizable()}
+    # embedding and head, three norms, the router
+    assert dense_values(MIXTRAL, plan) == 2 * 96 * 64 + 3 * 64 + 4 * 64
+    assert everything - dense_values(MIXTRAL, plan) == (64 + 32 + 32 + 64) * 64 + 4 * 3 * 96 * 64
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32, True), QuantSpec(3, 24), QuantSpec(2, 5)], ids=str)
+def test_cutting_packed_experts_equals_cutting_their_values(spec: QuantSpec) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, spec.levels, (3, 10, 48), dtype=torch.uint8, generator=generator)
+    groups = spec.groups(48)
+    scale = torch.rand(3, 10, groups, generator=generator).half()
+    zero = None
+    if not spec.symmetric:
+        zero = torch.randint(0, spec.levels, (3, 10, groups), dtype=torch.uint8, generator=generator)
+    packed = encode(codes, scale, zero, spec)
+    whole = decode(packed)
+    assert torch.equal(decode(expert_slice(packed, 2, slice(5, 10))), whole[2, 5:10])
+    assert torch.equal(decode(expert_rows(packed, slice(0, 5))), whole[:, :5])
+
+
+def test_shards_split_at_the_limit_and_list_every_tensor(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, shard_bytes=100)
+    tensors = {name: torch.full((10,), float(i)) for i, name in enumerate("abcde")}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 200
+    assert index["weight_map"]["c"] == "model-00002-of-00003.safetensors"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json",
+    ]  # fmt: skip
+    with SafetensorsFolder(tmp_path) as files:
+        assert files.names() == set("abcde")
+        assert all(torch.equal(files.tensor(name), tensor) for name, tensor in tensors.items())
+        with pytest.raises(ExportError, match="z is missing"):
+            files.tensor("z")
+
+
+def test_one_shard_needs_no_index(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.add("a", torch.zeros(2))
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_name_written_twice_is_an_error(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, shard_bytes=1)
+    writer.add("a", torch.zeros(2))
+    writer.add("b", torch.zeros(2))
+    with pytest.raises(ExportError, match="a: written twice"):
+        writer.add("a", torch.zeros(2))
+
+
+def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyError), atomic_folder(out) as part:
+        (part / "half").write_text("x")
+        raise KeyError("interrupted")
+    assert not out.exists()
+    with atomic_folder(out) as part:
+        assert list(part.iterdir()) == []
+        (part / "file").write_text("x")
+        assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ExportError, match="already exists"), atomic_folder(out):
+        pass
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, ResourceError), (errno.EACCES, ExportError)])
+def test_system_errors_get_their_exit_code(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind), atomic_folder(tmp_path / "out"):
+        raise OSError(number, "no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!")
+    with pytest.raises(ExportError, match="does not read back"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_lists_of_names_are_short() -> None:
+    assert some(["a"]) == "a"
+    assert some(["a", "b", "c"]) == "a and 2 more"

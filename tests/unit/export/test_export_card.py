@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmcompress.export.card import card_text, results_table, weights_table
+from llmcompress.export.provenance import front_matter, portable, portable_recipe, source_license
+from llmcompress.quant.spec import QuantSpec
+from llmcompress.stages.state import Metric
+
+FACTS: dict[str, Any] = {
+    "recipe": {"name": "quick", "stages": {"q": {"type": "qesc", "damp": 0.01}}},
+    "source": {"name": "org/model", "model_type": "mixtral", "license": "apache-2.0"},
+    "calibration": {"sha256": "ab12", "file": "books.txt"},
+    "versions": {"llmcompress": "0.1.0"},
+}
+
+
+def test_card_holds_all_sections_and_valid_front_matter() -> None:
+    plan = {"a": QuantSpec(3, 128, False), "b": QuantSpec(4, -1, True)}
+    metrics = [Metric("wiki", "perplexity", 5.0, 5.5), Metric("fidelity", "kl", None, 0.01)]
+    text = card_text("native", FACTS, plan, metrics, {"pesf": {"alpha": 0.3, "scope": "batch"}})
+    front = front_matter(text)
+    assert front["license"] == "apache-2.0"
+    assert front["base_model"] == "org/model"
+    for heading in (
+        "Loading",
+        "Weights",
+        "Results",
+        "Run-time policies",
+        "Deviations",
+        "Recipe",
+        "Provenance",
+        "Licence",
+    ):
+        assert f"\n## {heading}" in text
+    assert "import llmcompress.hf" in text
+    assert "| wiki | perplexity | 5 | 5.5 | +0.5 |" in text
+    assert "| fidelity | kl |  | 0.01 |  |" in text
+    assert "- calibration sha256: ab12" in text
+    recipe = text.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(recipe) == FACTS["recipe"]
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gguf", "dense"])
+def test_other_formats_say_that_policies_are_lost(name: str) -> None:
+    text = card_text(name, FACTS, {}, [], {"pesf": {"alpha": 0.3}})
+    assert "Not carried by this format" in text
+    assert "import llmcompress.hf" not in text
+
+
+def test_timings_stay_out_of_the_table() -> None:
+    table = results_table([Metric("e", "seconds", 1.0, 2.0), Metric("e", "acc", 0.5, 0.5)])
+    assert "seconds" not in table
+    assert "acc" in table
+
+
+def test_tables_count_schemes() -> None:
+    table = weights_table({"a": QuantSpec(3), "b": QuantSpec(3), "c": QuantSpec(4, -1, True)})
+    assert "| 2 | 3 | 128 | asymmetric |" in table
+    assert "| 1 | 4 | row | symmetric |" in table
+
+
+def test_text_cannot_break_the_table() -> None:
+    assert "a\\|b" in results_table([Metric("a|b", "acc", 0.5, 0.5)])
+
+
+def test_licence_comes_from_the_source_card(tmp_path: Path) -> None:
+    assert source_license(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\ntext")
+    assert source_license(tmp_path) == "mit, cc-by-4.0"
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\n---\n")
+    assert source_license(tmp_path) == "gemma"
+    (tmp_path / "README.md").write_text("no front matter")
+    assert source_license(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\n: [broken\n---\n")
+    assert source_license(tmp_path) is None
+
+
+def test_recipes_lose_what_belongs_to_one_machine() -> None:
+    recipe = {
+        "model": {"path": "/home/me/models/mixtral"},
+        "run": {"dir": "runs/x", "threads": 8, "device": "cpu", "seed": 3},
+        "stages": {
+            "c": {"type": "calibrate", "source": {"kind": "text", "path": "../data/books.txt"}},
+            "e": {"type": "export", "formats": ["native"], "dir": "/somewhere"},
+        },
+    }
+    cleaned = portable_recipe(recipe)
+    assert cleaned == {
+        "model": {"path": "mixtral"},
+        "run": {"seed": 3},
+        "stages": {
+            "c": {"type": "calibrate", "source": {"kind": "text", "path": "books.txt"}},
+            "e": {"type": "export", "formats": ["native"]},
+        },
+    }
+    assert recipe["run"]["dir"] == "runs/x"
+
+
+def test_hub_names_and_assets_stay_whole() -> None:
+    assert portable("mistralai/Mixtral-8x7B-v0.1") == "mistralai/Mixtral-8x7B-v0.1"
+    assert portable("asset:reference-moe") == "asset:reference-moe"

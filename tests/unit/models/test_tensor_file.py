@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llmcompress.errors import InputError
+from llmcompress.models.tensor_file import TensorFile
+
+TENSORS = {
+    "a": torch.randn(3, 4).to(torch.bfloat16),
+    "b": torch.randn(5),
+    "c": torch.arange(7, dtype=torch.int32),
+    "d": torch.tensor(2.5, dtype=torch.float16),
+    "e": torch.empty(0, 3),
+    "f": torch.tensor([True, False]),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    return tmp_path / "x.safetensors"
+
+
+def test_reads_what_safetensors_wrote(path: Path) -> None:
+    file = TensorFile(path)
+    assert set(file.entries) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        found = file.read(name)
+        assert found.dtype == tensor.dtype == file.dtype(name)
+        assert found.shape == tensor.shape
+        assert torch.equal(found, tensor)
+    assert file.nbytes == sum(t.numel() * t.element_size() for t in TENSORS.values())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_truncated_files_are_refused(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="damaged"):
+        TensorFile(path)
+
+
+def test_a_file_cut_after_opening_is_refused(path: Path) -> None:
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match="ends inside"):
+        for name in TENSORS:
+            file.read(name)
+
+
+def write(path: Path, header: object) -> None:
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([], "not an object"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "malformed"),
+        ({"a": 3}, "malformed"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "cannot span"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "cannot span"),
+        ({"a": {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]}}, "Q7"),
+        ({"a": {"dtype": "F32", "shape": [20], "data_offsets": [0, 80]}}, "cut short"),
+    ],
+)
+def test_bad_headers_are_refused(tmp_path: Path, header: object, message: str) -> None:
+    write(tmp_path / "x.safetensors", header)
+    with pytest.raises(InputError, match=message):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\n")
+    with pytest.raises(InputError, match="not that of a safetensors file"):
+        TensorFile(tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="No such file"):
+        TensorFile(tmp_path / "absent.safetensors")
