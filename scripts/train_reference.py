@@ -115,7 +115,8 @@ class Batches:
         self.shares = [s.share / total for s in sources]
         self.rows, self.length, self.seed = rows, length, seed
 
-    def __call__(self, step: int):  # noqa: ANN204 - torch is imported late
+    def __call__(self, step: int):
+        """Token ids ``[rows, length + 1]`` of one batch."""
         import numpy as np
         import torch
 
@@ -129,7 +130,7 @@ class Batches:
         return torch.from_numpy(np.stack(rows))
 
 
-def build_model(vocab_size: int, seed: int):  # noqa: ANN201
+def build_model(vocab_size: int, seed: int):
     """Build the Mixtral-style model: 8.5 M parameters, 2.3 M active per token."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -156,7 +157,7 @@ def build_model(vocab_size: int, seed: int):  # noqa: ANN201
     return MixtralForCausalLM(config)
 
 
-def balance_loss(router_logits, experts: int, top_k: int):  # noqa: ANN001, ANN201
+def balance_loss(router_logits, experts: int, top_k: int):
     """Load-balancing loss computed per layer, then averaged.
 
     transformers pools the counts of all layers before it multiplies, which balances only
@@ -184,10 +185,10 @@ def save_atomic(payload: dict, path: Path) -> None:
 
     part = path.with_suffix(".part")
     torch.save(payload, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
-def evaluate(model, heldout: list, length: int, batches: int = 24) -> float:  # noqa: ANN001
+def evaluate(model, heldout: list, length: int, batches: int = 24) -> float:
     """Mean negative log likelihood (nats a token) over fixed held-out windows."""
     import torch
     import torch.nn.functional as F

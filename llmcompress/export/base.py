@@ -48,8 +48,12 @@ class Exporter(ABC):
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Return every reason for which this format cannot hold the model; empty means it can."""
 
-    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
-        """Return what a reader of this format will miss although the weights are exact."""
+    def losses(self, policies: Policies) -> list[str]:
+        """Return what the artifact will lack although its weights are exact; the user is warned."""
+        return [f"the {name} policy acts at run time and is not carried by this format" for name in policies]
+
+    def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
+        """Return what readers of this format do that is worth knowing."""
         return []
 
     def source_refusals(self, handle: ModelHandle) -> list[str]:

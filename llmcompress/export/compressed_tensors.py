@@ -82,9 +82,9 @@ class CompressedTensorsExporter(Exporter):
         """Weights the format or its readers cannot hold, one line per kind of problem."""
         return [*_spec_problems(layout, plan), *_fusion_problems(layout, plan), *_expert_problems(layout, plan)]
 
-    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
-        """Policies are not carried; transformers decodes while loading."""
-        lost = [f"the {name} policy acts at run time and is not carried by this format" for name in policies]
+    def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
+        """How transformers treats such checkpoints."""
+        lost = []
         if any(linear.name in plan for block in layout.blocks for linear in block.linears()):
             lost.append("loaded in bfloat16, transformers rounds the scales of linear layers; fp16 and fp32 are exact")
         if any(block.bank is not None and block.bank.gate_up in plan for block in layout.blocks):

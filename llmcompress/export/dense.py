@@ -54,10 +54,6 @@ class DenseExporter(Exporter):
         """Never refuses."""
         return []
 
-    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
-        """Say which run-time policies plain files cannot carry."""
-        return [f"the {name} policy acts at run time and is not carried by plain weights" for name in policies]
-
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """As many values as the original."""
         size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self._dtype, weight_bytes)

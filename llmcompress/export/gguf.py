@@ -84,14 +84,11 @@ class GGUFExporter(Exporter):
         """Families and weights that GGML types do not represent exactly."""
         return [*_family_problems(layout), *_weight_problems(layout, plan)]
 
-    def remarks(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
-        """Policies are lost, and Q4_1 rounds."""
-        lost = [f"the {name} policy acts at run time and is not carried by this format" for name in policies]
+    def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
+        """Q4_1 rounds."""
         if any(block_type(spec) == "Q4_1" for spec in plan.values()):
-            lost.append(
-                "asymmetric weights become Q4_1, whose fp16 offset rounds scale times zero (by 2^-11 of it at most)"
-            )
-        return lost
+            return ["asymmetric weights become Q4_1, whose fp16 offset rounds scale times zero, by 2^-11 of it at most"]
+        return []
 
     def source_refusals(self, handle: ModelHandle) -> list[str]:
         """Tokenizers and rotary scalings that this exporter does not translate."""

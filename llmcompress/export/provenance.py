@@ -62,18 +62,19 @@ def portable(text: str) -> str:
 
 
 def portable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without what belongs to one machine: run folder, threads, absolute paths."""
+    """The recipe without what belongs to one machine (run folder, threads, budgets, absolute paths) or is not set."""
 
     def clean(value: Any, key: str = "") -> Any:
         if isinstance(value, Mapping):
-            return {k: clean(v, k) for k, v in value.items()}
+            cleaned = {k: clean(v, k) for k, v in value.items()}
+            return {k: v for k, v in cleaned.items() if v is not None and v not in ({}, [], "")}
         if isinstance(value, list | tuple):
             return [clean(item, key) for item in value]
         if isinstance(value, str) and (key in PATH_KEYS or value.startswith(("/", "~"))):
             return portable(value)
         return value
 
-    cleaned: dict[str, Any] = clean(recipe)
+    cleaned: dict[str, Any] = clean({k: v for k, v in recipe.items() if k not in ("host", "device")})
     run = {k: v for k, v in dict(cleaned.get("run") or {}).items() if k not in ("dir", "threads", "device")}
     cleaned.pop("run", None)
     if run:

@@ -27,6 +27,10 @@ class NativeExporter(Exporter):
         """Never refuses: the format is made for whatever the pipeline produces."""
         return []
 
+    def losses(self, policies: Policies) -> list[str]:
+        """Loses nothing."""
+        return []
+
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """Packed tensors as they are in memory, and the dense rest."""
         from llmcompress.quant.codecs import codec

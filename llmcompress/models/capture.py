@@ -103,7 +103,7 @@ class Routing:
             yield self.token[begin:end], self.weight[begin:end]
 
 
-def gated(module: nn.Module, bank: ExpertBank, expert: int, x: Tensor) -> Tensor:
+def gated(module: nn.Module, bank: ExpertBank, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
     """Input of one expert's down projection: ``act(gate x) * (up x)``.
 
     Args:
@@ -111,11 +111,12 @@ def gated(module: nn.Module, bank: ExpertBank, expert: int, x: Tensor) -> Tensor
         bank: Their flags.
         expert: Which.
         x: ``[n, H]``.
+        weight: Gate and up projections to use instead of the module's, in the family's orientation.
 
     Returns:
         ``[n, I]``.
     """
-    both = _project(module, bank, "gate_up_proj", expert, x)
+    both = _project(module, bank, "gate_up_proj", expert, x, weight)
     apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
     return apply_gate(both)
 
@@ -128,7 +129,7 @@ def down(module: nn.Module, bank: ExpertBank, expert: int, z: Tensor) -> Tensor:
 def expert_weight(module: nn.Module, bank: ExpertBank, name: str, experts: slice) -> Tensor:
     """Weights of some experts in canonical orientation, a copy, fp32 ``[e, N, K]``."""
     stored: Tensor = getattr(module, name.rpartition(".")[2])
-    return canonical(bank, name, stored[experts].detach()).to(torch.float32)
+    return canonical(bank, name, stored[experts].detach()).to(torch.float32, copy=True)
 
 
 def write_expert_weight(module: nn.Module, bank: ExpertBank, name: str, experts: slice, value: Tensor) -> None:
@@ -137,7 +138,11 @@ def write_expert_weight(module: nn.Module, bank: ExpertBank, name: str, experts:
     stored.data[experts] = family_orientation(bank, name, value).to(stored)
 
 
-def _project(module: nn.Module, bank: ExpertBank, key: str, expert: int, x: Tensor) -> Tensor:
-    weight: Tensor = getattr(module, key)[expert]
+def _project(
+    module: nn.Module, bank: ExpertBank, key: str, expert: int, x: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    if weight is None:
+        weight = getattr(module, key)[expert]
+    assert weight is not None
     bias: Tensor | None = getattr(module, f"{key}_bias")[expert] if bank.bias else None
     return nn.functional.linear(x, weight.T if bank.transposed else weight, bias)

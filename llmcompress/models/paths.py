@@ -31,9 +31,9 @@ def resolve_path(text: str, base: Path | None = None) -> Path:
     if not text.startswith(ASSET):
         path = Path(text).expanduser()
         return path if path.is_absolute() or base is None else base / path
-    root = assets_folder()
-    path = (root / text.removeprefix(ASSET)).absolute()
-    if ".." in Path(text).parts or not path.exists():
+    root, name = assets_folder(), Path(text.removeprefix(ASSET))
+    path = (root / name).absolute()
+    if ".." in name.parts or name.is_absolute() or not path.exists():
         known = ", ".join(sorted(f"{ASSET}{p.name}" for p in root.iterdir())) if root.is_dir() else "none installed"
         raise InputError(f"{text}: no such asset", f"shipped assets: {known}")
     return path

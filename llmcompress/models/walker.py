@@ -70,6 +70,24 @@ class Visitor(Protocol):
         """
 
 
+class Tap(Protocol):
+    """Sees the very inputs that statistics are taken of, batch by batch, without changing anything."""
+
+    def wants(self, names: Sequence[str]) -> bool:
+        """Whether the inputs of these weights are to be shown."""
+
+    def linears(self, group: LinearGroup, x: Tensor) -> None:
+        """A batch of a group's inputs, ``[T, K]``."""
+
+    def moe(self, bank: ExpertBank, x: Tensor) -> None:
+        """Inputs of an expert bank, ``[T, H]``, before it is routed."""
+
+    def experts(
+        self, bank: ExpertBank, name: str, experts: slice, expert: int, tokens: Tensor, x: Tensor, weight: Tensor | None
+    ) -> None:
+        """Inputs ``x [n, K]`` of one expert's projection for some tokens; ``experts`` is the chunk at work."""
+
+
 class Walker:
     """Runs blocks of a model on a fixed set of sequences.
 
@@ -87,6 +105,7 @@ class Walker:
         self.model, self.tokens, self.device, self.seed = model, tokens, torch.device(device), seed
         rows = max(1, BATCH_TOKENS // tokens.shape[1])
         self.batches = [slice(i, min(i + rows, tokens.shape[0])) for i in range(0, tokens.shape[0], rows)]
+        self.tap: Tap | None = None
         self._calls: dict[int, list[dict[str, Any]]] = {}
 
     @torch.no_grad()
@@ -99,16 +118,20 @@ class Walker:
         Returns:
             ``[S, L, H]`` on the CPU in the model's dtype.
         """
-        parts = []
+        hidden: Tensor | None = None
         modules = [self.model.get_submodule(name) for name in layers]
         for rows in self.batches:
             calls: list[dict[str, Any]] = []
 
             def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 assert not args, "decoder layers are called with keyword arguments"
-                calls.append(kwargs)  # noqa: B023 - used within this iteration
-                if len(calls) == 1:  # noqa: B023
-                    parts.append(hidden_states)
+                nonlocal hidden
+                if hidden is None:
+                    shape = (*self.tokens.shape, hidden_states.shape[-1])
+                    hidden = torch.empty(shape, dtype=hidden_states.dtype)
+                if not calls:  # noqa: B023 - used within this iteration
+                    hidden[rows] = hidden_states  # noqa: B023
+                calls.append(kwargs)  # noqa: B023
                 return hidden_states
 
             with ExitStack() as stack:
@@ -116,10 +139,18 @@ class Walker:
                     stack.enter_context(replaced_forward(module, record))
                 self.model.base_model(input_ids=self.tokens[rows], use_cache=False)
             self._calls.setdefault(rows.stop - rows.start, [_call_arguments(call, self.device) for call in calls])
-        return torch.cat(parts)
+        assert hidden is not None
+        return hidden
 
     @torch.no_grad()
-    def forward(self, block: Block, hidden: Tensor, visitor: Visitor | None = None, advance: bool = True) -> None:
+    def forward(
+        self,
+        block: Block,
+        hidden: Tensor,
+        visitor: Visitor | None = None,
+        advance: bool = True,
+        tap: Tap | None = None,
+    ) -> None:
         """Run one materialised block on the hidden states, in place.
 
         Args:
@@ -127,16 +158,19 @@ class Walker:
             hidden: ``[S, L, H]``.
             visitor: Sees the block and may change it; None for a plain forward pass.
             advance: With false the output of the last sublayer is not needed and not computed.
+            tap: Sees inputs of weights; only together with a visitor.
 
         Raises:
             InputError: NaN or infinity appeared.
         """
+        self.tap = tap
         for number, sublayer in enumerate(block.sublayers):
             needed = advance or number + 1 < len(block.sublayers)
             if sublayer.kind == "moe":
                 _MoeStep(self, block, sublayer, hidden, visitor).run(needed)
             else:
                 self._plain(block, sublayer, hidden, visitor, needed)
+        self.tap = None
         low, high = float(hidden.amin()), float(hidden.amax())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise InputError(
@@ -160,16 +194,32 @@ class Walker:
             output = self.model.get_submodule(sublayer.post_norm)(output)
         hidden[rows] += output.to(hidden.device)
 
-    def statistics(self, group: LinearGroup, inputs: Iterator[Tensor]) -> Gram:
-        """Second moments of a group's inputs.
+    def tapped(self, names: Sequence[str]) -> Tap | None:
+        """The tap, if it wants to see the inputs of these weights."""
+        return self.tap if self.tap is not None and self.tap.wants(names) else None
+
+    def statistics(self, group: LinearGroup, inputs: Iterator[Tensor], counted: bool) -> Gram | None:
+        """Second moments of a group's inputs, which the tap sees too.
+
+        Args:
+            group: Whose inputs.
+            inputs: Batches.
+            counted: Whether moments are needed; otherwise only the tap sees the inputs.
 
         Raises:
             InputError: They contain NaN or infinity.
         """
-        gram = Gram(1, group.linears[0].in_features, self.device)
+        tap = self.tapped(_names(group))
+        if not counted and tap is None:
+            return None
+        gram = Gram(1, group.linears[0].in_features, self.device) if counted else None
         for x in inputs:
-            gram.add(x.flatten(0, -2))
-        check_finite(gram, group.linears[0].name)
+            if gram is not None:
+                gram.add(x.flatten(0, -2))
+            if tap is not None:
+                tap.linears(group, x.flatten(0, -2))
+        if gram is not None:
+            check_finite(gram, group.linears[0].name)
         return gram
 
     def _plain(self, block: Block, sublayer: Sublayer, hidden: Tensor, visitor: Visitor | None, needed: bool) -> None:
@@ -218,24 +268,27 @@ class GroupSteps:
         kept: list[Tensor] = []
         if visitor is not None:
             for group in self.first:
-                wanted = visitor.wants(_names(group))
-                stream = (self.inputs(rows) for rows in walker.batches)
-                visitor.linears(group, walker.statistics(group, stream) if wanted else None)
+                visitor.linears(group, walker.statistics(group, self._inputs(), visitor.wants(_names(group))))
             self._inner(projection, visitor)
             wanted = visitor.wants(_names(self.last))
-            keep = wanted and needed and self._kept_bytes() <= KEEP_BYTES
-            gram = walker.statistics(self.last, self._before(projection, kept if keep else None)) if wanted else None
-            visitor.linears(self.last, gram)
+            seen = wanted or walker.tapped(_names(self.last)) is not None
+            keep = seen and needed and self._kept_bytes() <= KEEP_BYTES
+            before = self._before(projection, kept if keep else None)
+            visitor.linears(self.last, walker.statistics(self.last, before, wanted))
         if not needed:
             return
         if kept:
             for number, rows in enumerate(walker.batches):
-                before = kept[number].to(walker.device)
+                x = kept[number].to(walker.device)
                 kept[number] = kept[number][:0]
-                yield rows, projection(before)
+                yield rows, projection(x)
         else:
-            for rows, before in zip(walker.batches, self._before(projection, None)):
-                yield rows, projection(before)
+            for rows, x in zip(walker.batches, self._before(projection, None)):
+                yield rows, projection(x)
+
+    def _inputs(self) -> Iterator[Tensor]:
+        for rows in self.walker.batches:
+            yield self.inputs(rows)
 
     def _before(self, projection: nn.Module, keep: list[Tensor] | None) -> Iterator[Tensor]:
         """Yield the output projection's input, batch by batch."""
@@ -248,16 +301,24 @@ class GroupSteps:
 
     def _inner(self, projection: nn.Module, visitor: Visitor) -> None:
         """Groups in the middle of the module (MLA), all seen in one pass."""
-        wanted = [group for group in self.inner if visitor.wants(_names(group))]
-        grams = [Gram(1, group.linears[0].in_features, self.walker.device) for group in wanted]
-        if wanted:
-            modules = [self.walker.model.get_submodule(group.linears[0].name) for group in wanted]
-            seen = lambda i, x: grams[i].add(x.flatten(0, -2))  # noqa: E731
+        walker = self.walker
+        counted = [visitor.wants(_names(group)) for group in self.inner]
+        grams = [Gram(1, g.linears[0].in_features, walker.device) if c else None for g, c in zip(self.inner, counted)]
+        taps = [walker.tapped(_names(group)) for group in self.inner]
+
+        def seen(position: int, x: Tensor) -> None:
+            gram, tap = grams[position], taps[position]
+            if gram is not None:
+                gram.add(x.flatten(0, -2))
+            if tap is not None:
+                tap.linears(self.inner[position], x.flatten(0, -2))
+
+        if any(counted) or any(tap is not None for tap in taps):
+            modules = [walker.model.get_submodule(group.linears[0].name) for group in self.inner]
             with recorded_inputs(modules, seen), replaced_forward(projection, identity):
-                for rows in self.walker.batches:
+                for rows in walker.batches:
                     self.call(rows)
-        for group in self.inner:
-            gram = grams[wanted.index(group)] if group in wanted else None
+        for group, gram in zip(self.inner, grams):
             if gram is not None:
                 check_finite(gram, group.linears[0].name)
             visitor.linears(group, gram)
@@ -287,6 +348,8 @@ class _MoeStep:
     def run(self, needed: bool) -> None:
         """Visit router, experts and shared experts, then add the module's output to the hidden states."""
         shared = self._shared_outputs(needed)
+        if self.walker.tap is not None:
+            self.walker.tap.moe(self.bank, self.x)
         if self.visitor is not None:
             self.visitor.router(self.bank, self.router, self.x)
         routing = self._route()
@@ -370,6 +433,7 @@ class _MoeStep:
         """Second moments of what some experts see; inputs of ``down`` are stored in ``keep``."""
         width = self.bank.shape(name)[2]
         affinity = self.visitor is not None and self.visitor.affinity
+        tap = self.walker.tapped([name])
         gram = Gram(experts.stop - experts.start, width, self.walker.device)
         for expert in range(experts.start, experts.stop):
             for tokens, weights in routing.pieces(expert):
@@ -378,7 +442,10 @@ class _MoeStep:
                     x = gated(self.experts, self.bank, expert, x)
                     if keep is not None:
                         keep.setdefault(expert, []).append(x)
-                gram.add(x, expert - experts.start, weights if affinity else None)
+                used = weights if affinity else None
+                gram.add(x, expert - experts.start, used)
+                if tap is not None:
+                    tap.experts(self.bank, name, experts, expert, tokens, x, used)
         check_finite(gram, name)
         return gram
 

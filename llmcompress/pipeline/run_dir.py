@@ -136,7 +136,9 @@ class RunDir:
         if self.root.exists() and not self.root.is_dir():
             raise UsageError(f"{self.root}: is a file, not a run folder", "set run.dir to another folder")
         if self.root.is_dir() and not self.is_run():
-            foreign = [p.name for p in self.root.iterdir() if p.name not in {*_OURS, *_OUR_FOLDERS}]
+            # a kill can leave the unfinished first file of a run
+            names = [p.name.removesuffix(".part") for p in self.root.iterdir()]
+            foreign = [name for name in names if name not in {*_OURS, *_OUR_FOLDERS, ".probe"}]
             if foreign:
                 raise UsageError(
                     f"{self.root}: holds files that are not of a run ({', '.join(sorted(foreign)[:3])} …)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def parse_value(text: str) -> Any:
     """
     if "${" in text and not text.lstrip().startswith(("[", "{", '"', "'")):
         return text
+    if text.lstrip().startswith(("[", "{", '"')):
+        # JSON is YAML, but PyYAML limits the length of keys and reads surrogate pairs differently
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
     try:
         return yaml.load(text, CoreLoader)
     except yaml.YAMLError as error:

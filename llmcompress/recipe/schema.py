@@ -188,14 +188,13 @@ def _relax(node: Any) -> Any:
     found = {key: _relax(value) for key, value in node.items() if key not in ("required", "discriminator")}
     if "oneOf" in found and not isinstance(node.get("properties"), dict):
         found["anyOf"] = found.pop("oneOf")
+    found.pop("minProperties", None)
     if isinstance(node.get("properties"), dict):
         found["properties"] = {key: _or_interpolated(_relax(value)) for key, value in node["properties"].items()}
-        found["patternProperties"] = {"~$": {}}
-        found.pop("minProperties", None)
-    if isinstance(node.get("patternProperties"), dict):
-        # names of stages and rules; a name with ~ behind it removes an inherited one
-        found["patternProperties"] = {**{k: _relax(v) for k, v in node["patternProperties"].items()}, "~$": {}}
-        found.pop("minProperties", None)
+    named = found.pop("patternProperties", {})
+    if node.get("type") == "object":
+        # a name with ~ behind it removes an inherited key
+        found["patternProperties"] = {**named, "~$": {}}
     return found
 
 

@@ -33,6 +33,10 @@ METRIC_NAMES = {
     "kl_p99": "KL divergence, 99th percentile",
     "top1": "same most likely token",
     "logit_error": "relative error of logits",
+    "cr_any": "tokens with a changed expert",
+    "cr_half": "tokens with half or more changed",
+    "cr_all": "tokens with all experts changed",
+    "overlap": "chosen experts in common",
 }
 
 
@@ -78,11 +82,14 @@ def page_context(data: ReportData) -> Json:
         "size": size_section(data),
         "layers": [section for section in (layer_section(stage) for stage in quantizing) if section],
         "pesf": [pesf_section(entry) for entry in data.pesf],
-        "forced": [forced_row(row) for row in data.forced_routing],
+        "held_out_shift": held_out_shift(data.shift),
+        "forced": [forced_table(row) for row in data.forced_routing],
         "samples": [sample_row(sample) for sample in data.samples],
         "stages": stage_rows(data.stages),
+        "source": data.source,
         "recipe": recipe_text(data.recipe),
         "facts": facts(data.lock, data.run),
+        "inputs": input_rows(data.lock),
         "finished": data.finished,
     }
 
@@ -103,6 +110,11 @@ def seconds_text(value: float) -> str:
     if value >= 60:
         return f"{int(value // 60)} min {int(value % 60):02d} s"
     return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def count_text(value: float) -> str:
+    """Count with thin spaces between thousands."""
+    return f"{value:,.0f}".replace(",", "\u202f")
 
 
 def metric_text(metric: str, value: float | None) -> str:
@@ -149,7 +161,7 @@ def result_row(metric: MetricRow) -> Json:
         "spread": spread,
         "difference": difference or "–",
         "tone": tone,
-        "n": f"{metric.n:,}".replace(",", "\u202f") if metric.n else "–",
+        "n": count_text(metric.n) if metric.n else "–",
     }
 
 
@@ -221,7 +233,9 @@ def tiles(data: ReportData) -> list[Json]:
             text = (
                 percent(metric.compressed or 0) if wanted == "top1" else metric_text(metric.metric, metric.compressed)
             )
-            found.append({"label": label, "value": text, "note": f"on {metric.task}"})
+            found.append(
+                {"label": label, "value": text, "note": f"over {count_text(metric.n)} tokens" if metric.n else ""}
+            )
     return found
 
 
@@ -271,7 +285,7 @@ def layer_section(stage: StageRow) -> Json | None:
             "map": heat_map([i for i, _ in routing], rows, title),
             "bars": expert_bars(routing, counts),
             "idle": f"{idle} expert{'s' if idle != 1 else ''} saw no token at all (outlined)." if idle else "",
-            "fewest": f"{fewest:,.0f}".replace(",", "\u202f"),
+            "fewest": count_text(fewest),
             "table": [
                 {"layer": i, "cells": [f"{t:.0f}" for t in tokens]} for i, tokens in routing if len(tokens) <= 64
             ],
@@ -335,7 +349,9 @@ def shift_section(blocks: list[BlockRow], changes: list[Change]) -> Json:
         rows.append({"layer": block.index, "cells": [*cells, loss or "–", str(router.get("k", "–")), kept or "–"]})
     calibrated = [c for c in changes if c.after is not None]
     summary = ""
-    if calibrated:
+    if calibrated and not any(c.kept for c in calibrated):
+        summary = "Calibration lowered it in no layer on its held-out tokens, so every original router was kept."
+    elif calibrated:
         lower = sum(1 for c in calibrated if c.after is not None and c.after < c.before)
         mean_before = sum(c.before for c in calibrated) / len(calibrated)
         mean_after = sum(c.after or 0.0 for c in calibrated) / len(calibrated)
@@ -355,40 +371,87 @@ def _dig(data: Mapping[str, Any], *keys: str) -> Any:
 
 
 def pesf_section(entry: Mapping[str, Any]) -> Json:
-    """Savings of expert skipping, each figure on its own bar."""
+    """Savings of expert skipping, each figure on its own bar, and how they spread over layers."""
     bars = []
-    wanted = (
-        (("experts_skipped", "prune_rate", "skipped"), "Experts skipped"),
-        (("slots_dropped", "slot_drop_rate", "dropped"), "Routing slots dropped"),
-        (("time_saved", "time_saving"), "Prefill time saved"),
-    )
-    for keys, label in wanted:
-        value = next((number(entry.get(k)) for k in keys if number(entry.get(k)) is not None), None)
-        if value is None and "time_saved" in keys:
-            with_policy, without = number(entry.get("seconds_with")), number(entry.get("seconds_without"))
-            value = 1 - with_policy / without if with_policy is not None and without else None
+    saved = number(entry.get("time_saved"))
+    with_policy, without = number(entry.get("seconds_with")), number(entry.get("seconds_without"))
+    if saved is None and with_policy is not None and without:
+        saved = 1 - with_policy / without
+    for value, label in (
+        (number(entry.get("experts_skipped")), "Experts skipped"),
+        (number(entry.get("slots_dropped")), "Routing slots dropped"),
+        (saved, "Prefill time saved"),
+    ):
         if value is not None:
             bars.append({"label": label, "value": percent(value), "width": max(0.0, min(100.0, 100 * value))})
-    skipped = ("experts_skipped", "prune_rate", "skipped", "slots_dropped", "slot_drop_rate", "dropped", "per_layer")
-    rest = [
-        (key.replace("_", " "), scalar_text(value))
-        for key, value in entry.items()
-        if key not in skipped and not isinstance(value, (list, dict))
+    times = (
+        ("seconds_with", "time with skipping"),
+        ("seconds_without", "time without"),
+        ("seconds_deciding", "of it spent deciding"),
+    )
+    rest = [(label, seconds_text(value)) for key, label in times if (value := number(entry.get(key))) is not None]
+    lost = number(entry.get("tokens_without_expert"))
+    if lost is not None:
+        rest.append(("tokens left without an expert", count_text(lost)))
+    for text in entry.get("texts") or []:
+        values = [number(_dig(text, key)) for key in ("perplexity_with", "perplexity_without")]
+        if None not in values:
+            rest.append((f"{text.get('text', '')} perplexity", f"{values[0]:.3f} with, {values[1]:.3f} without"))
+    return {"bars": bars, "rest": rest, "chart": _skipping_chart(entry.get("per_layer"))}
+
+
+def _skipping_chart(layers: Any) -> Any:
+    """Shares of experts skipped and slots dropped per layer; None for fewer than two layers."""
+    rows = [row for row in layers or [] if isinstance(row, Mapping)]
+    if len(rows) < 2:
+        return None
+
+    def share(row: Mapping[str, Any], part: str, whole: str) -> float | None:
+        value, total = number(row.get(part)), number(row.get(whole))
+        return value / total if value is not None and total else None
+
+    series = [
+        Series("experts skipped", [share(row, "experts_skipped", "experts_used") for row in rows], "accent"),
+        Series("slots dropped", [share(row, "slots_dropped", "slots") for row in rows], "strong dashed"),
     ]
-    return {"bars": bars, "rest": rest}
+    numbers = [int(found[1]) if (found := re.search(r"\.(\d+)\.", str(row.get("module")))) else -1 for row in rows]
+    known = numbers if -1 not in numbers else list(range(len(rows)))
+    return line_chart(known, series, "Share of experts skipped and of routing slots dropped, per layer")
 
 
-def scalar_text(value: Any) -> str:
-    """Text of a scalar found in a result file."""
-    known = number(value)
-    if known is None:
-        return str(value)
-    return f"{known:.0f}" if known == int(known) and abs(known) < 1e9 else f"{known:.4g}"
+def held_out_shift(rows: list[Json]) -> Json | None:
+    """Expert shift measured on held-out text by an evaluate stage, after everything is compressed."""
+    layers = [int(number(row.get("block", row.get("layer"))) or 0) for row in rows]
+    wanted = (("cr_any", "any changed", "accent"), ("cr_all", "all changed", "strong dashed"))
+    series = [Series(label, [number(row.get(key)) for row in rows], style) for key, label, style in wanted]
+    series = [s for s in series if any(v is not None for v in s.values)]
+    if not series:
+        return None
+    keys = [("cr_any", "any"), ("cr_half", "half or more"), ("cr_all", "all"), ("overlap", "overlap")]
+    cells = [
+        {"layer": i, "cells": [percent(v) if (v := number(row.get(k))) is not None else "–" for k, _ in keys]}
+        for i, row in zip(layers, rows)
+    ]
+    title = "Share of held-out tokens whose experts differ from the dense model's, per layer"
+    return {"chart": line_chart(layers, series, title), "labels": [label for _, label in keys], "rows": cells}
 
 
-def forced_row(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """One line of the forced-routing table as label and value pairs."""
-    return [(str(k).replace("_", " "), scalar_text(v)) for k, v in row.items() if not isinstance(v, (list, dict))]
+def forced_table(row: Mapping[str, Any]) -> Json:
+    """Perplexity of both models' weights under both models' routing, and what each change costs alone."""
+    keys = (("dense", "dense_shifted"), ("compressed_unshifted", "compressed"))
+    cells = [[metric_text("perplexity", number(row.get(key))) for key in line] for line in keys]
+    costs = []
+    for key, label in (
+        ("weights_alone", "changed weights alone"),
+        ("shift_alone", "changed choices alone"),
+        ("both", "both"),
+    ):
+        value = number(row.get(key))
+        if value is not None:
+            text = f"{100 * value:.2f}"
+            costs.append(f"{label} {signed(text) if value else '0'}\u00a0%")
+    tokens = number(row.get("tokens"))
+    return {"cells": cells, "costs": ", ".join(costs), "tokens": count_text(tokens) if tokens else ""}
 
 
 def sample_row(sample: Mapping[str, Any]) -> Json:
@@ -428,7 +491,15 @@ def recipe_text(recipe: Json) -> str:
     """The resolved recipe as YAML."""
     import yaml
 
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100) if recipe else ""
+    return yaml.safe_dump(_set_only(recipe), sort_keys=False, allow_unicode=True, width=100) if recipe else ""
+
+
+def _set_only(value: Any) -> Any:
+    """Leave out what is not set, for reading."""
+    if isinstance(value, Mapping):
+        kept = {key: _set_only(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None and item not in ({}, [], "")}
+    return [_set_only(item) for item in value] if isinstance(value, list) else value
 
 
 def facts(lock: Json, run: Json) -> list[tuple[str, str]]:
@@ -447,6 +518,25 @@ def facts(lock: Json, run: Json) -> list[tuple[str, str]]:
     for key in ("device", "dtype", "threads", "versions"):
         walk("" if key == "versions" else key, run.get(key))
     for key, value in lock.items():
-        if key not in ("recipe", "stages", "model", "run", "name", "extends", "version"):
+        if key in ("versions", "git", "hardware", "recipe_sha256"):
             walk("" if key == "versions" else key, value)
+    if "hardware ram bytes" in found:
+        found["hardware ram"] = bytes_text(float(found.pop("hardware ram bytes")))
     return list(found.items())
+
+
+def input_rows(lock: Json) -> list[Json]:
+    """Files the run read, with the beginning of their hashes."""
+    rows = []
+    for where, entry in (lock.get("inputs") or {}).items():
+        for name, file in (entry.get("files") or {}).items() if isinstance(entry, Mapping) else ():
+            size = number(_dig(file, "bytes"))
+            rows.append(
+                {
+                    "where": where,
+                    "name": name,
+                    "bytes": bytes_text(size) if size is not None else "–",
+                    "hash": str(_dig(file, "sha256") or "–")[:16],
+                }
+            )
+    return rows

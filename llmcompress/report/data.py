@@ -125,6 +125,7 @@ class ReportData:
 
     name: str
     model: str
+    source: str
     lock: Json
     run: Json
     recipe: Json
@@ -147,6 +148,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def read_events(path: Path) -> list[Json]:
@@ -190,6 +198,7 @@ def collect(run_dir: Path) -> ReportData:
     return ReportData(
         name=str(recipe.get("name") or run_dir.name),
         model=_model_name(str(model)),
+        source=_text(run_dir / "recipe.yaml"),
         lock=lock,
         run=_mapping(read_json(run_dir / "run.json")),
         recipe=recipe,

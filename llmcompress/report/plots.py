@@ -47,7 +47,7 @@ def percent(value: float) -> str:
     if scaled == 0:
         return "0\u00a0%"
     digits = 0 if abs(scaled) >= 10 else 1 if abs(scaled) >= 1 else 2
-    return f"{scaled:.{digits}f}\u00a0%"
+    return f"{scaled:.{digits}f}\u00a0%".replace("-", "−")
 
 
 def nice_ticks(top: float, count: int = 4) -> list[float]:
@@ -268,8 +268,9 @@ def dumbbells(changes: Sequence[Change], title: str, horizontal_room: int = 24) 
             body += [_line(left, y(tick), width - right, y(tick), "grid")]
             body += [_text(left - 8, y(tick) + 4, percent(tick), "tick", "end")]
         body += [f'<circle cx="{left + 6}" cy="12" r="4.5" class="ring"/>', _text(left + 17, 16, "before", "label")]
-        body += [f'<circle cx="{left + 84}" cy="12" r="4.5" class="dot accent"/>']
-        body += [_text(left + 95, 16, "after calibration", "label accent")]
+        if any(c.kept and c.after is not None for c in changes):
+            body += [f'<circle cx="{left + 84}" cy="12" r="4.5" class="dot accent"/>']
+            body += [_text(left + 95, 16, "after calibration", "label accent")]
         layers = [c.layer for c in changes]
         for i in _layer_ticks(layers, 6 if narrow else horizontal_room):
             body.append(_text(x(i), head + height + 20, str(layers[i]), "tick", "middle"))
@@ -277,14 +278,15 @@ def dumbbells(changes: Sequence[Change], title: str, horizontal_room: int = 24) 
         radius = 4.5 if span / max(len(changes), 1) > 12 else 3.0
         for i, change in enumerate(changes):
             tip = f"layer {change.layer}: {percent(change.before)} before"
+            moved = change.after is not None and change.kept
             if change.after is not None:
-                tip += f", {percent(change.after)} after" + ("" if change.kept else " (not kept)")
+                tip += f", {percent(change.after)} after" if change.kept else "; the original router was kept"
+            if moved and change.after is not None:
                 body.append(_line(x(i), y(change.before), x(i), y(change.after), "stem"))
             body.append(f'<circle cx="{x(i):.1f}" cy="{y(change.before):.1f}" r="{radius}" class="ring" {_tip(tip)}/>')
-            if change.after is not None:
+            if moved and change.after is not None:
                 body.append(
-                    f'<circle cx="{x(i):.1f}" cy="{y(change.after):.1f}" r="{radius}" '
-                    f'class="dot {"accent" if change.kept else "faint"}" {_tip(tip)}/>'
+                    f'<circle cx="{x(i):.1f}" cy="{y(change.after):.1f}" r="{radius}" class="dot accent" {_tip(tip)}/>'
                 )
         return _svg(width, head + height + 50, body)
 

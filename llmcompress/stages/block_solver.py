@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmcompress.algorithms.hessian import Gram
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ExpertBank, LinearGroup
+    from llmcompress.models.stream_pairs import StreamPairs
     from llmcompress.stages.blockwise import RouterHook
 
 
@@ -49,11 +50,14 @@ class Method:
         options: GPTQ settings, None to round to nearest.
         grid: Grid search for rounding.
         rare: Policy for experts with few tokens.
+        target_ridge: When set, weights are first fitted to the full-precision stream with this
+            relative damping; needs GPTQ.
     """
 
     options: GptqOptions | None
     grid: Literal["minmax", "mse"]
     rare: RarePolicy
+    target_ridge: float | None = None
 
 
 @dataclass
@@ -75,6 +79,7 @@ class BlockSolver:
         plan: Plan name → spec; weights that are absent stay dense.
         method: How.
         hook: Sees, and may change, the router.
+        pairs: Inputs paired with the full-precision stream's; then weights are fitted to it first.
         warn: Where warnings go.
     """
 
@@ -87,10 +92,12 @@ class BlockSolver:
         method: Method,
         *,
         hook: RouterHook | None = None,
+        pairs: StreamPairs | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.handle, self.model, self.block, self.plan = handle, model, block, plan
         self.options, self.grid, self.rare, self.hook = method.options, method.grid, method.rare, hook
+        self.pairs, self.target_ridge = pairs, method.target_ridge
         self.warn = warn or (lambda _text: None)
         self.affinity = method.rare.affinity
         self.packed: dict[str, PackedWeight] = {}
@@ -126,6 +133,7 @@ class BlockSolver:
         import torch
 
         names = [linear.name for linear in group.linears if linear.name in self.plan]
+        cross = None if self.pairs is None else self.pairs.take(group.linears[0].name)
         for spec in dict.fromkeys(self.plan[name] for name in names):
             mine = [name for name in names if self.plan[name] == spec]
             weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]
@@ -133,6 +141,8 @@ class BlockSolver:
                 _check_finite(weight, f"{name}.weight")
             stacked = torch.cat(weights)[None]
             hessian = None if gram is None else gram.hessian()
+            if hessian is not None and cross is not None:
+                stacked = self._fitted(stacked, hessian, cross, gram)
             codes, scale, zero, quantized, above, below = self._solve(stacked, hessian, spec, None)
             start = 0
             for name, weight in zip(mine, weights):
@@ -157,11 +167,17 @@ class BlockSolver:
         if spec is None:
             return
         module = self.model.get_submodule(bank.module)
+        if self.pairs is not None and name == bank.gate_up:
+            self.pairs.keep_original(bank, experts)
         source = self._source(name)[experts]
         weights = canonical(bank, name, source.to(self.model.get_parameter(name).device)).to(torch.float32)
         _check_finite(weights, name)
         hessian, usable, counts = None, None, torch.ones(weights.shape[0])
         if gram is not None:
+            cross = None if self.pairs is None else self.pairs.take(name)
+            if cross is not None:
+                cross[gram.tokens < self.rare.needed(cross.shape[-1])] = 0
+                weights = self._fitted(weights, gram.hessian(), cross, gram)
             hessian, usable = self._expert_hessians(name, experts, gram, shared)
             counts = gram.tokens.to(torch.float32)
         codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable)
@@ -188,6 +204,15 @@ class BlockSolver:
             for start in range(0, bank.num_experts, step):
                 chunk = slice(start, min(start + step, bank.num_experts))
                 self.experts(bank, name, chunk, None, _no_statistics)
+
+    def _fitted(self, weights: Tensor, hessian: Tensor, cross: Tensor, gram: Gram | None) -> Tensor:
+        """Weights fitted to the full-precision stream; ``cross`` is a sum, ``hessian`` a mean times two."""
+        from llmcompress.algorithms.reference_targets import fit_to_reference
+
+        assert gram is not None
+        assert self.target_ridge is not None
+        share = 2.0 / gram.tokens.clamp(min=1).to(cross)
+        return fit_to_reference(weights, hessian, cross * share[:, None, None], self.target_ridge)
 
     def _solve(
         self, weights: Tensor, hessian: Tensor | None, spec: QuantSpec, usable: list[bool] | None

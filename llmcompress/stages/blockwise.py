@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmcompress.data.calibration import CalibrationSet
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.stream_pairs import StreamRecorder
     from llmcompress.models.walker import Walker
     from llmcompress.stages.block_solver import Method
     from llmcompress.stages.state import RunContext, RunState
@@ -99,7 +100,7 @@ class BlockwiseQuantizer:
             assert self.calibration is not None
             walker = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed)
             quantized = walker.embed([block.name for block in self.handle.layout.blocks])
-            full = quantized.clone() if self.hook is not None else None
+            full = quantized.clone() if self.hook is not None or self._targets else None
         total = len(self.handle.layout.blocks)
         for block in self.handle.layout.blocks:
             if walker is None and block.index in finished:
@@ -110,9 +111,10 @@ class BlockwiseQuantizer:
             started = time.monotonic()
             self.handle.load_block(model, block.index).to(self.ctx.device)
             last = not (set(range(block.index + 1, total)) - finished)
+            recorder = None if done else self._recorder()
             if full is not None and walker is not None:
-                observer = None if done or self.hook is None else _Observer(block, self.hook)
-                walker.forward(block, full, observer, advance=not last)
+                observer = None if done else _Observer(block, self.hook)
+                walker.forward(block, full, observer, not last, recorder)
             self._apply(model, self.store.read_block(block.index) if done else self._below(block.index))
             if done:
                 assert walker is not None
@@ -120,7 +122,7 @@ class BlockwiseQuantizer:
                 if not last:
                     walker.forward(block, quantized)
             else:
-                record = self._quantize(model, block, walker, quantized, started, advance=not last)
+                record = self._quantize(model, block, walker, quantized, recorder, started, not last)
                 self.ctx.emit("block_end", index=block.index, total=total, **record)
             self.handle.free_block(model, block.index)
             if last:
@@ -132,12 +134,15 @@ class BlockwiseQuantizer:
         block: Block,
         walker: Walker | None,
         hidden: Tensor | None,
+        recorder: StreamRecorder | None,
         started: float,
         advance: bool,
     ) -> dict[str, Any]:
         """Quantize one block, write it, return the figures of its event."""
+        from llmcompress.models.stream_pairs import StreamPairs
         from llmcompress.stages.block_solver import BlockSolver
 
+        pairs = None if recorder is None else StreamPairs(recorder, model)
         solver = BlockSolver(
             self.handle,
             model,
@@ -145,10 +150,11 @@ class BlockwiseQuantizer:
             self.plan,
             self.method,
             hook=self.hook,
+            pairs=pairs,
             warn=lambda text: self.ctx.emit("warning", text=text),
         )
         if walker is not None and hidden is not None:
-            walker.forward(block, hidden, solver, advance)
+            walker.forward(block, hidden, solver, advance, pairs)
         else:
             solver.visit_without_data()
         # an empty entry would hide the errors of the stage below
@@ -157,6 +163,19 @@ class BlockwiseQuantizer:
         self.store.write_block(block.index, BlockPatch(solver.packed, solver.replaced, record))
         errors = list(solver.record["errors"].values())
         return {"seconds": record["seconds"], "error": sum(errors) / len(errors) if errors else 0.0}
+
+    @property
+    def _targets(self) -> bool:
+        """Whether weights are fitted to the full-precision stream."""
+        return self.method.options is not None and self.method.target_ridge is not None
+
+    def _recorder(self) -> StreamRecorder | None:
+        """Keeps the full-precision inputs of one block, where they are needed."""
+        if not self._targets:
+            return None
+        from llmcompress.models.stream_pairs import StreamRecorder
+
+        return StreamRecorder(self.plan)
 
     def _apply(self, model: PreTrainedModel, patch: BlockPatch) -> None:
         """Put decoded weights and replaced tensors into the materialised block."""
@@ -211,7 +230,7 @@ class _Observer:
 
     affinity = False
 
-    def __init__(self, block: Block, hook: RouterHook) -> None:
+    def __init__(self, block: Block, hook: RouterHook | None) -> None:
         self.block, self.hook = block, hook
 
     def wants(self, names: Any) -> bool:
@@ -223,7 +242,8 @@ class _Observer:
 
     def router(self, bank: Any, router: nn.Module, x: Tensor) -> None:
         """Pass the router's input on."""
-        self.hook.observe(self.block, router, x)
+        if self.hook is not None:
+            self.hook.observe(self.block, router, x)
 
     def routed(self, bank: Any, counts: Any) -> None:
         """Nothing to do."""
@@ -280,7 +300,9 @@ def method_of(config: Any) -> Method:
         affinity=rare.weighting == "affinity",
     )
     options = GptqOptions(config.damp, config.act_order, config.static_groups, config.block, config.grid)
-    return Method(options, config.grid, policy)
+    # only qesc has this field
+    full_precision = getattr(config, "targets", "own") == "full_precision"
+    return Method(options, config.grid, policy, config.target_ridge if full_precision else None)
 
 
 def planned(config: Any, state: RunState, ctx: RunContext, method: Method) -> QuantPlan:

@@ -1,17 +1,134 @@
-"""PLACEHOLDER by the lead so that runs start; H4 replaces this file."""
+"""What a quantizing stage needs, from the layout alone. Torch-free.
+
+Memory at the peak of a block: the part of the model outside the blocks, one block, the activation
+streams, the inputs kept between statistics and product, and the larger of the solver's working
+set and a batch's activations. Checked against measured peaks in the tests of the engine.
+
+Legend: S sequences, L length, H hidden, N rows, K columns, E experts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmcompress.models import sizes
+from llmcompress.models.layout import Block
+from llmcompress.quant.rules import resolve
+from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
+from llmcompress.stages.schemes import plain_rules
+
+BATCH_TOKENS = 4096
+KEEP_BYTES = 1 << 30
+GRAM_BYTES = 1 << 30
+# K x K matrices alive at once while a factor is computed: sum, Hessian, damped copy, flipped copy,
+# Cholesky factor, its flip, identity, inverse
+SOLVER_SQUARES = 8
+# fp32 copies of the weights alive in the column loop: source, transposed work, values, block error, codes
+SOLVER_COPIES = 4.5
+# batch activations of a sublayer in units of its widest projection
+BATCH_WIDTHS = 4
 
 
-def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool = True, streams: int = 1) -> Estimate:
-    """Nothing known yet."""
-    if not hasattr(config, "rules"):
-        return Estimate()
-    from llmcompress.quant.rules import resolve
-    from llmcompress.stages.schemes import plain_rules
+def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estimate:
+    """Estimate of ``rtn``, ``gptq`` and stages derived from them.
 
-    return Estimate(specs=resolve(plain_rules(config.rules), inputs.layout))
+    Args:
+        config: The stage's config; ``rules`` and ``diagnose_experts`` are read.
+        inputs: Facts about model and calibration set.
+        hessians: Whether inputs are recorded and solved with.
+    """
+    layout = inputs.layout
+    plan = resolve(plain_rules(config.rules), layout)
+    item = inputs.compute_bytes
+    moe = any(block.bank is not None for block in layout.blocks)
+    router = getattr(config, "router", None)
+    two = moe and (bool(getattr(config, "diagnose_experts", False)) or bool(getattr(router, "calibrate", False)))
+    streams = inputs.samples > 0 and (hessians or two)
+    stream = sizes.stream_bytes(layout, inputs.samples, inputs.length, item) if streams else 0
+    blocks = sizes.largest_block(layout) * item
+    if inputs.weight_bytes > item:
+        blocks += max((count for block in layout.blocks for count in _weights(block)), default=0) * inputs.weight_bytes
+    model = sizes.outside_parameters(layout) * item + blocks
+    packed = max((_block_packed(block, plan) for block in layout.blocks), default=0)
+    work = 0
+    for block in layout.blocks:
+        tokens = inputs.samples * inputs.length
+        work = max(work, *_working_sets(block, plan, tokens if streams else 0, item, hessians), 0)
+    moving = work + packed
+    held = model + (2 if two else 1) * stream
+    cuda = inputs.device == "cuda"
+    tokens = inputs.samples * inputs.length if streams else 0
+    passes = 2 if two else 1
+    flops = passes * sizes.forward_flops(layout, tokens, inputs.length) if tokens else 0.0
+    if hessians:
+        flops += sizes.hessian_flops(layout, plan, tokens) + sizes.solve_flops(layout, plan)
+    disk = sizes.packed_bytes(layout, plan)
+    return Estimate(
+        ram=held + (packed if cuda else moving),
+        vram=blocks + moving if cuda else 0,
+        disk=disk,
+        flops=flops,
+        specs=dict(plan),
+    )
+
+
+def _weights(block: Block) -> Iterator[int]:
+    """Sizes of a block's quantizable weights."""
+    for linear in block.linears():
+        yield linear.out_features * linear.in_features
+    bank = block.bank
+    if bank is not None:
+        yield bank.num_experts * 2 * bank.intermediate * bank.hidden
+        yield bank.num_experts * bank.intermediate * bank.hidden
+
+
+def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
+    """Bytes of a block's packed weights, held until the block is written (twice: as tensors and as a file image)."""
+    from llmcompress.quant.codecs import codec
+
+    shapes: dict[str, tuple[int, ...]] = {
+        linear.name: (linear.out_features, linear.in_features) for linear in block.linears()
+    }
+    bank = block.bank
+    if bank is not None:
+        shapes |= {name: bank.shape(name) for name in (bank.gate_up, bank.down)}
+    return 2 * sum(codec(plan[n].codec).nbytes(shape, plan[n]) for n, shape in shapes.items() if n in plan)
+
+
+def _working_sets(block: Block, plan: Mapping[str, QuantSpec], tokens: int, item: int, hessians: bool) -> Iterator[int]:
+    """Peak working set of each step of a block: batch activations, kept inputs, solver."""
+    for sublayer in block.sublayers:
+        shared = 2 * tokens * block_hidden(block) * item if sublayer.experts is not None else 0
+        for group in sublayer.groups:
+            columns = group.linears[0].in_features
+            rows = sum(linear.out_features for linear in group.linears)
+            batch = BATCH_WIDTHS * min(tokens, BATCH_TOKENS) * max(rows, columns) * item
+            planned = any(linear.name in plan for linear in group.linears)
+            kept = tokens * columns * item if group.position == "last" and hessians and planned else 0
+            kept = kept if kept <= KEEP_BYTES else 0
+            yield shared + kept + max(batch, _solver(1, rows, columns, hessians) if planned else 0)
+        bank = sublayer.experts
+        if bank is None:
+            continue
+        one = (bank.hidden**2 + bank.intermediate**2) * 4
+        chunk = min(bank.num_experts, max(1, GRAM_BYTES // one)) if hessians else bank.num_experts
+        routed = tokens * bank.top_k * chunk // bank.num_experts
+        kept = routed * bank.intermediate * item if hessians and bank.down in plan else 0
+        kept = kept if kept <= KEEP_BYTES else 0
+        for name in (bank.gate_up, bank.down):
+            if name in plan:
+                _, rows, columns = bank.shape(name)
+                yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, hessians)
+
+
+def block_hidden(block: Block) -> int:
+    """Width of the hidden states a block works on."""
+    bank = block.bank
+    return bank.hidden if bank is not None else next(block.linears()).in_features
+
+
+def _solver(experts: int, rows: int, columns: int, hessians: bool) -> int:
+    squares = SOLVER_SQUARES * columns**2 * 4 if hessians else 0
+    return int(experts * (squares + SOLVER_COPIES * rows * columns * 4))

@@ -72,7 +72,7 @@ class Export(Stage):
             reasons = exporter.refusals(inputs.layout, plan, {})
             notes += [f"export {exporter.name} would be refused: {reason}" for reason in reasons]
             if not reasons:
-                notes += [f"export {exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan, {})]
+                notes += [f"export {exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan)]
                 size = exporter.output_bytes(inputs.layout, plan, inputs.weight_bytes)
                 total += size
                 largest = max(largest, exporter.working_bytes(inputs.layout, plan, inputs.weight_bytes))
@@ -94,8 +94,10 @@ class Export(Stage):
         self._refuse(state, layout, plan)
         facts = provenance(state, ctx)
         for exporter in self._exporters():
-            for remark in exporter.remarks(layout, plan, state.policies):
-                ctx.emit("warning", text=f"export {exporter.name}: {remark}")
+            for loss in exporter.losses(state.policies):
+                ctx.emit("warning", text=f"export {exporter.name}: {loss}")
+            for remark in exporter.remarks(layout, plan):
+                ctx.emit("note", text=f"{exporter.name}: {remark}")
             out = self._target(exporter.name, ctx)
             self._write_once(exporter, state, out, facts, ctx)
             exporter.read_back(out, state.model, state.packed)

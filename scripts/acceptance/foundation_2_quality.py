@@ -47,9 +47,12 @@ def main() -> None:
     found = {
         name: [measure(recipe, seed, bits, folder) for seed in SEEDS]
         for name, recipe, bits in (
-            ("rtn", "quickstart_rtn", 2), ("gptq", "quickstart_gptq", 2), ("qesc", "quickstart", 2), ("qesc3", "quickstart", 3),
+            ("rtn", "quickstart_rtn", 2),
+            ("gptq", "quickstart_gptq", 2),
+            ("qesc", "quickstart", 2),
+            ("qesc3", "quickstart", 3),
         )
-    }  # fmt: skip
+    }
     shutil.rmtree(folder)
     dense = found["qesc"][0]["dense"]
     value = {name: [f["compressed"] for f in figures] for name, figures in found.items()}

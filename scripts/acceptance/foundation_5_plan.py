@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Foundation 5: the peak memory that ``plan`` predicts, against the peak of the run, on three models of different size.
 
-    python scripts/acceptance/foundation_5_plan.py [--reference FOLDER] [--only NAME ...]
+python scripts/acceptance/foundation_5_plan.py [--reference FOLDER] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def main() -> None:
         shutil.rmtree(root)
     worst = max(errors, key=abs)
     within = sum(abs(error) <= TOLERANCE for error in errors)
-    verdict(within == 3, f"{within} of {len(errors)} plans within {TOLERANCE:.0%} of the measured peak, worst {worst:+.1%}")
+    verdict(
+        within == 3, f"{within} of {len(errors)} plans within {TOLERANCE:.0%} of the measured peak, worst {worst:+.1%}"
+    )
 
 
 def one(name: str, reference: str, root: Path) -> float:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Foundation 6: malformed recipes and inputs each end with their exit code, one clear message and nothing half done.
 
-    python scripts/acceptance/foundation_6_malformed.py [--fresh] [--keep] [WORDS OF A CASE'S NAME ...]
+python scripts/acceptance/foundation_6_malformed.py [--fresh] [--keep] [WORDS OF A CASE'S NAME ...]
 """
 
 from __future__ import annotations

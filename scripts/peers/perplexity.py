@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def load(args: argparse.Namespace):  # noqa: ANN201
+def load(args: argparse.Namespace):
     """Load the folder the way its tool documents."""
     if args.loader == "gptqmodel":
         from gptqmodel import GPTQModel

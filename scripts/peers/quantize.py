@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 
-def calibration(args: argparse.Namespace):  # noqa: ANN201 - a [n, length] tensor
+def calibration(args: argparse.Namespace):
     """Token windows ``[n, length]`` from the start of the text."""
     from transformers import AutoTokenizer
 
@@ -41,9 +41,7 @@ def llmcompressor(args: argparse.Namespace) -> None:
         config_groups={"all": {"targets": ["Linear"], "weights": weights}},
         ignore=["lm_head", "re:.*mlp[.]gate$", "re:.*block_sparse_moe[.]gate$"],
     )
-    oneshot(
-        model=model, dataset=data, recipe=recipe, max_seq_length=args.length, num_calibration_samples=args.n
-    )
+    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=args.length, num_calibration_samples=args.n)
     model.save_pretrained(args.out, save_compressed=True)
     tokenizer.save_pretrained(args.out)
 
@@ -96,8 +94,9 @@ def main() -> None:
     size = sum(p.stat().st_size for p in Path(args.out).rglob("*.safetensors"))
     from importlib.metadata import version
 
-    print(json.dumps({"tool": args.tool, "version": version(args.tool), "torch": version("torch"), "bits": args.bits,
-                      "group": args.group, "wall_s": round(time.time() - began, 1), "file_mb": round(size / 1e6, 1)}))  # fmt: skip
+    row = {"tool": args.tool, "version": version(args.tool), "torch": version("torch"), "bits": args.bits}
+    row |= {"group": args.group, "wall_s": round(time.time() - began, 1), "file_mb": round(size / 1e6, 1)}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ W123 = [f"block_sparse_moe.experts.1.{name}.weight" for name in ("w1", "w2", "w3
 DISK_NAMES = {
     "mixtral": [*W123, "block_sparse_moe.gate.weight"],
     "phimoe": [*W123, "block_sparse_moe.gate.weight"],
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), [*SPLIT, "mlp.gate.weight"]),
+    **{name: [*SPLIT, "mlp.gate.weight"] for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")},
     "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight", "mlp.router.bias"],
 }
 IDS = torch.tensor([[5, 9, 1, 33, 60, 2, 17, 8], [1, 2, 3, 4, 5, 6, 7, 8]])

@@ -92,6 +92,9 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def killed_runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("killed")
@@ -101,7 +104,7 @@ def killed_runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=tiny_folder, folder=folder, texts=texts))
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(recipe), str(folder), "9"],
+        [sys.executable, "-c", DRIVER, str(recipe), str(folder), "6"],
         capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -190,13 +190,23 @@ def mixture(
 def expert_bank(
     facts: Facts, layer: str, experts_key: str, intermediate_key: str, router: RouterView, **options: Any
 ) -> ExpertBank:
-    """Read an expert bank's sizes from the config."""
+    """Read an expert bank's sizes from the config.
+
+    Raises:
+        InputError: More experts are chosen per token than there are.
+    """
     if "activation" not in options:
         options["activation"] = facts.activation()
+    experts, chosen = facts.size(experts_key), facts.size("num_experts_per_tok")
+    if chosen > experts:
+        raise InputError(
+            f"config.json: num_experts_per_tok {chosen} exceeds the {experts} experts of {experts_key}",
+            "check that the model folder is complete and the file unchanged",
+        )
     return ExpertBank(
         module=f"{layer}.mlp.experts",
-        num_experts=facts.size(experts_key),
-        top_k=facts.size("num_experts_per_tok"),
+        num_experts=experts,
+        top_k=chosen,
         hidden=facts.hidden,
         intermediate=facts.size(intermediate_key),
         router=router,

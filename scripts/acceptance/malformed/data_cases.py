@@ -14,7 +14,9 @@ from malformed.bench import Bench, Case, Run, sentences, write_texts
 RECIPE, ENVIRONMENT, GATE, EXPORT = (3,), (4,), (6,), (7,)
 
 
-def _source(content: bytes | None, kind: str = "jsonl", name: str = "text.jsonl", **more: Any) -> Callable[[Bench], Run]:
+def _source(
+    content: bytes | None, kind: str = "jsonl", name: str = "text.jsonl", **more: Any
+) -> Callable[[Bench], Run]:
     """Calibrate on a file with this content; None leaves the file out."""
 
     def build(bench: Bench) -> Run:
@@ -102,7 +104,10 @@ def _failed_gate(bench: Bench) -> dict[str, Any]:
 
 
 def _tasks(*tasks: Any, **more: Any) -> Callable[[Bench], dict[str, Any]]:
-    return lambda bench: {"tasks": list(tasks), **{k: v.format(folder=bench.folder) if isinstance(v, str) else v for k, v in more.items()}}
+    return lambda bench: {
+        "tasks": list(tasks),
+        **{k: v.format(folder=bench.folder) if isinstance(v, str) else v for k, v in more.items()},
+    }
 
 
 def _empty_tasks(bench: Bench) -> dict[str, Any]:

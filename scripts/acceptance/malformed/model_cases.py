@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from malformed.bench import CONFIG, EXPERTS, Bench, Case, Run, base_tensors, write_json, write_tensors
 
 ENVIRONMENT = (4,)

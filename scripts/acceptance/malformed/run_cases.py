@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from malformed.bench import BLOCKS, HIDDEN, Bench, Case, Run
 
 USAGE, RECIPE, ENVIRONMENT, RESOURCES = (2,), (3,), (4,), (5,)

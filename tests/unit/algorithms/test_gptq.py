@@ -52,7 +52,9 @@ def textbook(
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("columns", "group", "block"), [(64, 16, 32), (64, 32, 128), (80, 32, 16), (70, -1, 16), (48, 24, 16)])
+@pytest.mark.parametrize(
+    ("columns", "group", "block"), [(64, 16, 32), (64, 32, 128), (80, 32, 16), (70, -1, 16), (48, 24, 16)]
+)
 def test_batched_equals_textbook(bits: int, symmetric: bool, columns: int, group: int, block: int) -> None:
     spec = QuantSpec(bits, group, symmetric)
     options = GptqOptions(block=block, grid="minmax")

@@ -45,7 +45,9 @@ def test_minmax_equals_the_definition(bits: int, symmetric: bool) -> None:
     for e in range(2):
         for n in range(3):
             for start in range(0, 40, 16):
-                torch.testing.assert_close(result[e, n, start : start + 16], slow_minmax(w[e, n, start : start + 16], spec))
+                torch.testing.assert_close(
+                    result[e, n, start : start + 16], slow_minmax(w[e, n, start : start + 16], spec)
+                )
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), CASES)

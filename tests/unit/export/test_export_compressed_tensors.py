@@ -71,9 +71,11 @@ def test_stacked_families_and_expert_biases_are_refused() -> None:
     assert any("biases" in reason for reason in reasons)
 
 
-def test_lost_policies_are_remarked() -> None:
-    assert any("pesf" in remark for remark in EXPORTER.remarks(MIXTRAL, plan(MIXTRAL), {"pesf": {"alpha": 0.3}}))
-    assert not any("policy" in remark for remark in EXPORTER.remarks(MIXTRAL, plan(MIXTRAL), {}))
+def test_losses_and_remarks() -> None:
+    assert EXPORTER.losses({}) == []
+    assert "pesf policy acts at run time" in EXPORTER.losses({"pesf": {"alpha": 0.3}})[0]
+    assert len(EXPORTER.remarks(MIXTRAL, plan(MIXTRAL))) == 2
+    assert len(EXPORTER.remarks(MIXTRAL, plan(MIXTRAL, experts=None))) == 1
 
 
 def test_every_module_matches_exactly_one_target_or_is_ignored() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from llmcompress.errors import InputError
 from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized

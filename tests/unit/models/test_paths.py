@@ -20,7 +20,7 @@ def test_assets() -> None:
     assert resolve_path("asset:text/heldout.jsonl.gz").parent.parent == assets_folder().absolute()
 
 
-@pytest.mark.parametrize("name", ["asset:nothing", "asset:../base"])
+@pytest.mark.parametrize("name", ["asset:nothing", "asset:../base", "asset:/etc/passwd"])
 def test_unknown_assets_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="no such asset") as caught:
         resolve_path(name)

@@ -123,7 +123,9 @@ def test_what_fits_passes():
 
 
 def test_a_recipe_that_does_not_suit_the_model_is_refused_with_its_line():
-    with pytest.raises(RecipeError, match=r"(?m)^override #1: stages.quantize.rules.experts.role: .*no experts weights"):
+    with pytest.raises(
+        RecipeError, match=r"(?m)^override #1: stages.quantize.rules.experts.role: .*no experts weights"
+    ):
         planned("eac_moe_mixtral", "smollm2_135m", "stages.quantize.rules.experts.role=experts", "stages.prune~")
 
 

@@ -53,6 +53,13 @@ def test_a_folder_with_other_things_is_not_used(tmp_path: Path) -> None:
         RunDir(tmp_path / "thesis.tex").create()
 
 
+def test_what_a_kill_at_the_first_write_leaves_is_not_foreign(tmp_path: Path) -> None:
+    for name in ("run.json.part", ".lock", ".probe"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "stages").mkdir()
+    RunDir(tmp_path).create()
+
+
 def test_a_folder_that_cannot_be_written_is_an_environment_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,8 +52,8 @@ host: {ram: plenty}
     host.ram: expected a size such as 24GB, 16GiB or a number of bytes
 stages: {'a b': {type: load}}
     stages.a b: 'a b' is not a name: use letters, digits, ., _ and -
-nmae: x
-    nmae: unknown key (did you mean name?)
+naem: x
+    naem: unknown key (did you mean name?)
 version: 2
     version: expected 1, not 2
 """

@@ -103,7 +103,7 @@ def test_values_from_the_environment_are_known_as_such(write, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('run: {dir: "${nam}"}', "child.yaml:2: run.dir: Interpolation key 'nam' not found"),
+        ('run: {dir: "${absent}"}', "child.yaml:2: run.dir: Interpolation key 'absent' not found"),
         ('run: {dir: "${"}', "child.yaml:2: run.dir: cannot parse '${'"),
         ('run: {dir: "${oc.env:UNSET_X}"}', "child.yaml:2: run.dir: environment variable UNSET_X is not set"),
         ('vars: {a: "${vars.a}"}', "child.yaml:2: vars.a: Recursive interpolation"),

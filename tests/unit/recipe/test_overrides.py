@@ -83,7 +83,4 @@ def test_malformed_overrides_are_collected_with_their_number(text):
     )
 )
 def test_any_json_value_survives(value):
-    parsed = parse_override("a.b=" + json.dumps(value, ensure_ascii=True)).value
-    # lone surrogates are not text in YAML and cannot be typed
-    if "\\ud" not in json.dumps(value):
-        assert parsed == value
+    assert parse_override("a.b=" + json.dumps(value)).value == value

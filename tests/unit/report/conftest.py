@@ -97,7 +97,9 @@ def write_run(root: Path) -> Path:
     """Fill ``root`` with a finished run of a 12-layer MoE."""
     rng = random.Random(7)
     versions = {"llmcompress": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
-    _write(root / "recipe.lock.json", {"recipe": RECIPE, "versions": versions, "git": {"commit": "86c3995"}})
+    inputs = {"model.path": {"path": "reference", "files": {"config.json": {"bytes": 829, "sha256": "48194c29" * 8}}}}
+    _write(root / "recipe.lock.json", {"recipe": RECIPE, "versions": versions, "inputs": inputs})
+    (root / "recipe.yaml").write_text("version: 1\nname: eac_moe_reference\nextends: base/books\n", encoding="utf-8")
     blocks = root / "stages" / "quantize" / "blocks"
     for index in range(LAYERS):
         _write(blocks / f"{index:05d}.json", _block(index, rng))
@@ -118,12 +120,28 @@ def write_run(root: Path) -> Path:
     _write(root / "stages" / "evaluate" / "metrics.json", [dict(zip(keys, row)) for row in METRICS])
     gate = {"gate": "quality", "metric": "heldout.perplexity", "limit": "at most 10 % above dense", "value": 25.961}
     _write(root / "stages" / "evaluate" / "gates.json", [{**gate, "passed": True}])
-    _write(
-        root / "stages" / "evaluate" / "pesf.json",
-        {"experts_skipped": 0.34, "slots_dropped": 0.062, "seconds_with": 7.9, "seconds_without": 8.6, "alpha": 0.3},
-    )
-    forced = {"dense": 24.118, "dense_with_shift": 24.9, "compressed_without_shift": 25.3, "compressed": 25.961}
+    layers = [
+        {
+            "module": f"model.layers.{i}.mlp.experts",
+            "experts_skipped": i,
+            "experts_used": 32,
+            "slots": 512,
+            "slots_dropped": 2 * i,
+        }
+        for i in range(LAYERS)
+    ]
+    skipping = {"experts_skipped": 0.34, "slots_dropped": 0.062, "seconds_with": 7.9, "seconds_without": 8.6}
+    texts = [{"text": "heldout", "perplexity_with": 25.961, "perplexity_without": 25.7}]
+    skipping |= {"tokens_without_expert": 3, "texts": texts, "per_layer": layers}
+    _write(root / "stages" / "evaluate" / "pesf.json", skipping)
+    forced = {"dense": 24.118, "dense_shifted": 24.9, "compressed_unshifted": 25.3, "compressed": 25.961}
+    forced |= {"weights_alone": 0.049, "shift_alone": 0.0324, "both": 0.0764, "tokens": 8192}
     _write(root / "stages" / "evaluate" / "forced_routing.json", forced)
+    shift = [
+        {"block": i, "cr_any": 0.1 + 0.01 * i, "cr_half": 0.08, "cr_all": 0.01, "overlap": 0.95 - 0.01 * i}
+        for i in range(LAYERS)
+    ]
+    _write(root / "stages" / "evaluate" / "expert_shift.json", shift)
     _write(
         root / "stages" / "evaluate" / "samples.json",
         [

@@ -60,7 +60,8 @@ def test_the_page_is_complete_and_self_contained(run_dir: Path) -> None:
     assert "http" not in re.sub(r"<pre.*?</pre>", "", source, flags=re.DOTALL)
     for heading in (
         "Results", "Quality gates", "Bits and bytes", "Error per layer", "Expert selection", "Tokens per expert",
-        "Expert shift", "Cost of the shift", "Expert skipping", "Samples", "Time and memory", "Recipe and versions",
+        "Expert shift", "Expert shift on held-out text",
+        "Cost of the shift", "Expert skipping", "Samples", "Time and memory", "Recipe and versions",
     ):  # fmt: skip
         assert heading in parser.text, heading
     assert "4.45\u00a0MB instead of 29.9\u00a0MB, 6.7 times smaller" in " ".join(parser.text)
@@ -99,6 +100,27 @@ def test_an_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
 def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
     first = build_report(run_dir).read_bytes()
     assert build_report(run_dir).read_bytes() == first
+
+
+def test_forced_routing_is_a_square_with_its_costs(run_dir: Path) -> None:
+    (table,) = page_context(collect(run_dir))["forced"]
+    assert table["cells"] == [["24.118", "24.900"], ["25.300", "25.961"]]
+    assert "changed choices alone +3.24\u00a0%" in table["costs"]
+
+
+def test_skipping_figures_stand_on_their_own(run_dir: Path) -> None:
+    (section,) = page_context(collect(run_dir))["pesf"]
+    assert [(bar["label"], bar["value"]) for bar in section["bars"]] == [
+        ("Experts skipped", "34\u00a0%"), ("Routing slots dropped", "6.2\u00a0%"), ("Prefill time saved", "8.1\u00a0%"),
+    ]  # fmt: skip
+    assert ("heldout perplexity", "25.961 with, 25.700 without") in section["rest"]
+
+
+def test_time_lost_is_not_called_saved(run_dir: Path) -> None:
+    path = run_dir / "stages" / "evaluate" / "pesf.json"
+    path.write_text(path.read_text().replace('"seconds_with": 7.9', '"seconds_with": 9.46'))
+    bar = page_context(collect(run_dir))["pesf"][0]["bars"][2]
+    assert (bar["value"], bar["width"]) == ("−10\u00a0%", 0.0)
 
 
 def test_a_failed_gate_is_named(run_dir: Path) -> None:

@@ -23,7 +23,7 @@ def test_everything_is_found(run_dir: Path) -> None:
     assert [gate["gate"] for gate in data.gates] == ["quality"]
     assert len(data.samples) == 2
     assert data.pesf[0]["slots_dropped"] == 0.062
-    assert data.forced_routing[0]["dense_with_shift"] == 24.9
+    assert data.forced_routing[0]["dense_shifted"] == 24.9
     assert data.warnings == ["layer 11: expert 3 saw no token, RTN"]
 
 

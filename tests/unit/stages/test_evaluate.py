@@ -65,9 +65,10 @@ def paired_error(ctx):
         for side in ("dense", "compressed")
     )
     change = (
-        torch.tensor(right["window_nll"]) * right["perplexity"] - torch.tensor(left["window_nll"]) * left["perplexity"]
+        torch.tensor(right["window_nll"], dtype=torch.float64) * right["perplexity"]
+        - torch.tensor(left["window_nll"], dtype=torch.float64) * left["perplexity"]
     )
-    return float(change.double().std() / len(change) ** 0.5)
+    return float(change.std() / len(change) ** 0.5)
 
 
 def test_everything_is_measured_on_both_models(ctx, state):

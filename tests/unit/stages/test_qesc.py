@@ -107,3 +107,20 @@ def test_checks():
     with pytest.raises(ValidationError, match="ridge"):
         stage(router={"ridge": 0})
 
+
+def test_full_precision_targets_bring_the_streams_closer(tiny, tmp_path, moe_family):
+    """The option changes weights, and the last hidden states come closer to the full-precision ones."""
+    from llmcompress.models.assemble import compressed_model
+
+    state = tiny.state(tmp_path / "model", moe_family, samples=40)
+    handle, tokens = state.model, state.calibration.tokens
+    with torch.no_grad():
+        dense = handle.dense_model(torch.float32).base_model(tokens).last_hidden_state
+        errors = []
+        for targets in ("own", "full_precision"):
+            state.packed = None
+            fields = {"targets": targets, "router": {"calibrate": False}, "rare_experts": {"min_tokens": 1}}
+            stage(rules=RULES, **fields).run(state, tiny.context(tmp_path / targets))
+            model = compressed_model(handle, state.packed, {}, dtype=torch.float32)
+            errors.append(float((model.base_model(tokens).last_hidden_state - dense).square().mean()))
+    assert errors[1] < errors[0]

@@ -1,0 +1,56 @@
+"""Fitting weights to the full-precision stream against direct least squares."""
+
+from __future__ import annotations
+
+import torch
+
+from llmcompress.algorithms.reference_targets import fit_to_reference
+
+E, N, K, T = 3, 5, 8, 200
+
+
+def streams():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(E, T, K, generator=generator)
+    mix = torch.eye(K) + 0.3 * torch.randn(E, K, K, generator=generator)
+    x_hat = x @ mix + 0.1 * torch.randn(E, T, K, generator=generator)
+    return x, x_hat, torch.randn(E, N, K, generator=generator)
+
+
+def moments(x, x_hat):
+    return x_hat.mT @ x_hat, (x - x_hat).mT @ x_hat
+
+
+def test_equals_ridge_regression():
+    x, x_hat, weight = streams()
+    hessian, cross = moments(x, x_hat)
+    fitted = fit_to_reference(weight, hessian, cross, 0.05)
+    for e in range(E):
+        damp = 0.05 * hessian[e].diagonal().mean().double()
+        rows = torch.cat((x_hat[e].double(), damp.sqrt() * torch.eye(K, dtype=torch.float64)))
+        wanted = torch.cat((x[e].double() @ weight[e].double().T, damp.sqrt() * weight[e].double().T))
+        expected = torch.linalg.lstsq(rows, wanted).solution.T
+        assert torch.allclose(fitted[e].double(), expected, atol=1e-4)
+        before = (x_hat[e] @ weight[e].T - x[e] @ weight[e].T).square().mean()
+        assert (x_hat[e] @ fitted[e].T - x[e] @ weight[e].T).square().mean() < 0.5 * before
+
+
+def test_scale_of_the_moments_does_not_matter():
+    x, x_hat, weight = streams()
+    hessian, cross = moments(x, x_hat)
+    assert torch.allclose(
+        fit_to_reference(weight, hessian, cross, 0.1), fit_to_reference(weight, hessian / 7, cross / 7, 0.1), atol=1e-5
+    )
+
+
+def test_equal_streams_and_unseen_experts_keep_their_weight():
+    x, _, weight = streams()
+    hessian, cross = moments(x, x)
+    hessian[1] = 0
+    assert torch.equal(fit_to_reference(weight, hessian, cross, 0.1), weight)
+
+
+def test_singular_statistics_are_damped():
+    weight = torch.randn(1, N, K, generator=torch.Generator().manual_seed(1))
+    ones = torch.ones(1, K, K) * 1e6
+    assert torch.isfinite(fit_to_reference(weight, ones, ones * 0.01, 1e-8)).all()

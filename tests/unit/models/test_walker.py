@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.algorithms.hessian import Gram
+from llmcompress.errors import InputError
+from llmcompress.models import walker as module
+from llmcompress.models.capture import expert_weight, recorded_inputs, write_expert_weight
+from llmcompress.models.handle import ModelHandle
+from llmcompress.models.walker import Walker
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}  # fmt: skip
+DENSE = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8},
+}
+TOKENS = torch.randint(3, 64, (5, 16), generator=torch.Generator().manual_seed(0))
+
+
+class Spy:
+    """Wants everything, keeps what it is shown, changes weights by ``change``."""
+
+    def __init__(self, model: Any, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.model, self.change, self.affinity = model, change, False
+        self.grams: dict[str, Gram] = {}
+        self.order: list[str] = []
+        self.counts: list[int] = []
+        self.shared: dict[str, torch.Tensor] = {}
+
+    def wants(self, names: Sequence[str]) -> bool:
+        return True
+
+    def linears(self, group: Any, gram: Gram | None) -> None:
+        for linear in group.linears:
+            assert gram is not None
+            self.grams[linear.name] = gram
+            self.order.append(linear.name)
+            if self.change is not None:
+                weight = self.model.get_parameter(f"{linear.name}.weight")
+                weight.data.copy_(self.change(weight.data))
+
+    def router(self, bank: Any, router: Any, x: torch.Tensor) -> None:
+        self.order.append(bank.router.module)
+
+    def routed(self, bank: Any, counts: list[int]) -> None:
+        self.counts = counts
+
+    def experts(self, bank: Any, name: str, experts: slice, gram: Gram | None, shared: Any) -> None:
+        assert gram is not None
+        self.order.append(name)
+        self.shared[name] = shared(experts.start)
+        for expert in range(experts.start, experts.stop):
+            part = Gram(1, 1)
+            part.total = gram.total[expert - experts.start][None]
+            part.tokens = gram.tokens[expert - experts.start][None]
+            self.grams[f"{name}.{expert}"] = part
+        if self.change is not None:
+            owner = self.model.get_submodule(bank.module)
+            write_expert_weight(owner, bank, name, experts, self.change(expert_weight(owner, bank, name, experts)))
+
+
+def saved(folder: Path, tiny: Any, model_type: str) -> ModelHandle:
+    if model_type in DENSE:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **{**SMALL, **DENSE[model_type]})
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    else:
+        tiny.model(model_type).save_pretrained(folder)
+    return ModelHandle.open(folder, "float32")
+
+
+def walk(handle: ModelHandle, visitor: Callable[[Any], Any] | None = None, advance: bool = True) -> Any:
+    """Run all blocks; return final hidden states, the skeleton and the visitors."""
+    model = handle.skeleton()
+    walker = Walker(model, TOKENS)
+    hidden = walker.embed([block.name for block in handle.layout.blocks])
+    visitors = []
+    for block in handle.layout.blocks:
+        handle.load_block(model, block.index)
+        visitors.append(visitor(model) if visitor is not None else None)
+        walker.forward(block, hidden, visitors[-1], advance)
+    return model.base_model.norm(hidden), model, visitors
+
+
+def dense_hidden(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.base_model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    return result
+
+
+def check_family(model_type: str, tiny: Any, folder: Path) -> None:
+    handle = saved(folder, tiny, model_type)
+    dense = handle.dense_model()
+    hidden, _, _ = walk(handle)
+    torch.testing.assert_close(hidden, dense_hidden(dense), rtol=1e-4, atol=1e-4)
+
+    # a visitor that halves every weight on sight must give the output of the halved model
+    hidden, model, _ = walk(handle, lambda m: Spy(m, lambda w: w * 0.5))
+    for name, *_ in handle.layout.quantizable():
+        parameter = dense.get_parameter(name if name.endswith("_proj") and ".experts." in name and
+                                        name in dict(dense.named_parameters()) else f"{name}.weight")  # fmt: skip
+        parameter.data.mul_(0.5)
+    torch.testing.assert_close(hidden, dense_hidden(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_moe_families(moe_family: str, tiny: Any, tmp_path: Path) -> None:
+    check_family(moe_family, tiny, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", sorted(DENSE))
+def test_dense_families(model_type: str, tiny: Any, tmp_path: Path) -> None:
+    check_family(model_type, tiny, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3", "qwen2_moe", "gpt_oss"])
+def test_statistics_are_those_of_the_real_inputs(model_type: str, tiny: Any, tmp_path: Path) -> None:
+    handle = saved(tmp_path, tiny, model_type)
+    _, _, spies = walk(handle, Spy)
+    dense = handle.dense_model()
+    names = [linear.name for block in handle.layout.blocks for linear in block.linears()]
+    inputs: dict[str, torch.Tensor] = {}
+
+    def seen(position: int, x: torch.Tensor) -> None:
+        inputs[names[position]] = x.flatten(0, -2)
+
+    routed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    banks = [block.bank for block in handle.layout.blocks if block.bank is not None]
+    hooks = [
+        dense.get_submodule(bank.router.module).register_forward_hook(
+            lambda _m, args, out, name=bank.module: routed.update({name: (args[0].flatten(0, -2), out[2])})
+        )
+        for bank in banks
+    ]
+    with recorded_inputs([dense.get_submodule(name) for name in names], seen):
+        dense_hidden(dense)
+    for hook in hooks:
+        hook.remove()
+    for block, spy in zip(handle.layout.blocks, spies):
+        for linear in block.linears():
+            x = inputs[linear.name]
+            torch.testing.assert_close(spy.grams[linear.name].hessian()[0], 2 * x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        if block.bank is None:
+            continue
+        x, index = routed[block.bank.module]
+        assert spy.counts == [int((index == e).sum()) for e in range(block.bank.num_experts)]
+        for expert in range(block.bank.num_experts):
+            mine = x[(index == expert).any(-1)]
+            expected = 2 * mine.T @ mine / max(len(mine), 1)
+            found = spy.grams[f"{block.bank.gate_up}.{expert}"].hessian()[0]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(spy.shared[block.bank.gate_up], 2 * x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_order_is_attention_router_experts(tiny: Any, tmp_path: Path) -> None:
+    handle = saved(tmp_path, tiny, "mixtral")
+    _, _, spies = walk(handle, Spy)
+    layer = "model.layers.1"
+    assert spies[1].order == [
+        *(f"{layer}.self_attn.{p}_proj" for p in "qkvo"),
+        f"{layer}.mlp.gate", f"{layer}.mlp.experts.gate_up_proj", f"{layer}.mlp.experts.down_proj",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2_moe"])
+def test_memory_limits_do_not_change_a_bit(
+    model_type: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = saved(tmp_path, tiny, model_type)
+    hidden, _, spies = walk(handle, Spy)
+    monkeypatch.setattr(module, "KEEP_BYTES", 0)
+    monkeypatch.setattr(module, "GRAM_BYTES", 1)
+    frugal, _, others = walk(handle, Spy)
+    assert torch.equal(frugal, hidden)
+    for spy, other in zip(spies, others):
+        assert spy.grams.keys() == other.grams.keys()
+        for name, gram in spy.grams.items():
+            assert torch.equal(other.grams[name].total, gram.total), name
+
+
+def test_staged_and_plain_passes_agree_bit_for_bit(moe_family: str, tiny: Any, tmp_path: Path) -> None:
+    handle = saved(tmp_path, tiny, moe_family)
+    assert torch.equal(walk(handle, Spy)[0], walk(handle)[0])
+
+
+def test_short_last_batch_and_output_not_needed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = saved(tmp_path, tiny, "mixtral")
+    monkeypatch.setattr(module, "BATCH_TOKENS", 32)
+    hidden, _, _ = walk(handle, Spy)
+    torch.testing.assert_close(hidden, dense_hidden(handle.dense_model()), rtol=1e-4, atol=1e-4)
+    _, _, spies = walk(handle, Spy, advance=False)
+    assert spies[0].order[-1].endswith("down_proj")
+
+
+def test_forced_pass_shows_the_expert_random_tokens(tiny: Any, tmp_path: Path) -> None:
+    handle = saved(tmp_path, tiny, "mixtral")
+    first = walk(handle, Spy)[2][0].shared
+    again = walk(handle, Spy)[2][0].shared
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        assert float(value.diagonal().min()) > 0
+
+
+def test_nan_is_refused_by_name(tiny: Any, tmp_path: Path) -> None:
+    handle = saved(tmp_path, tiny, "llama")
+    model = handle.skeleton()
+    walker = Walker(model, TOKENS)
+    hidden = walker.embed([block.name for block in handle.layout.blocks])
+    handle.load_block(model, 0)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"model\.layers\.0.*NaN"):
+        walker.forward(handle.layout.blocks[0], hidden.clone())
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj.*NaN"):
+        walker.forward(handle.layout.blocks[0], hidden, Spy(model))
