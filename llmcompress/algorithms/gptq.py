@@ -21,6 +21,9 @@ from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.quant.spec import QuantSpec
 
 
+WEIGHTED = True
+
+
 @dataclass(frozen=True, slots=True)
 class GptqOptions:
     """Solver settings, named as in the recipe.
@@ -179,8 +182,13 @@ class _Columns:
         self.zero = torch.full_like(self.scale, float(spec.midpoint))
         self.inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
         self.group_of = None if order is None else (order // self.group).T.contiguous()
+        # what a rounding error of a column costs once later columns have made up for it as well as they can
+        self.importance = self.inverse_diagonal.square() if WEIGHTED else torch.ones_like(self.inverse_diagonal)
         if options.static_groups:
-            scale, zero = find_grid(original, spec, options.grid)
+            importance = self.importance
+            if order is not None:
+                importance = torch.empty_like(importance).scatter_(1, order, importance)
+            scale, zero = find_grid(original, spec, options.grid, importance)
             self.scale.copy_(scale.permute(2, 0, 1))
             if zero is not None:
                 self.zero.copy_(zero.permute(2, 0, 1))
@@ -223,7 +231,8 @@ class _Columns:
     def _find_group(self, column: int) -> None:
         index = column // self.group
         values = self.weights[:, column : column + self.group].transpose(1, 2).contiguous()
-        scale, zero = grid_of_groups(values, self.spec, self.options.grid)
+        importance = self.importance[:, None, column : column + self.group]
+        scale, zero = grid_of_groups(values, self.spec, self.options.grid, importance)
         self.scale[index] = scale
         if zero is not None:
             self.zero[index] = zero

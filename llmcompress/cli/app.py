@@ -102,7 +102,9 @@ def _expected(error: LLMCompressError) -> int:
 
 def _usage(error: Exception) -> int:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    if not message and type(error).__name__ == "NoArgsIsHelpError":
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # with rich the help has been printed already, without it is the message
+        sys.stderr.write(message and message + "\n")
         return ExitCode.USAGE
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "llmcompress"
@@ -111,7 +113,7 @@ def _usage(error: Exception) -> int:
 
 
 def _foreign(error: Exception) -> int:
-    known = translate(error)
+    known = translate(error, commands.current.run_dir)
     if known is not None:
         known.__cause__ = error
         return _expected(known)
@@ -129,7 +131,8 @@ def _save_traceback(error: BaseException, run_dir: Path | None, *, always: bool)
     """Append the traceback to the run's log, or with ``always`` to a temporary file; None if neither can be written."""
     text = "".join(traceback.format_exception(error))
     try:
-        if run_dir is not None and run_dir.is_dir():
+        # a folder that was refused because it holds other things gets nothing of ours
+        if run_dir is not None and (run_dir / "run.json").is_file():
             path = run_dir / "log.txt"
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(text)

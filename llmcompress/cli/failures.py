@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from pathlib import Path
 
 from llmcompress.errors import EnvironmentProblem, InputError, LLMCompressError, ResourceError
 
@@ -33,14 +34,15 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def translate(error: BaseException) -> LLMCompressError | None:
+def translate(error: BaseException, run_dir: Path | None = None) -> LLMCompressError | None:
     """Our error for a foreign one, None when it is a bug of ours.
 
     Args:
         error: What escaped from a command.
+        run_dir: Folder of the run, named where the error itself names no file.
     """
     for link in chain(error):
-        found = _memory(link) or _disk(link)
+        found = _memory(link) or _disk(link, run_dir)
         if found is not None:
             return found
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llmcompress"):
@@ -67,8 +69,9 @@ def _memory(error: BaseException) -> LLMCompressError | None:
     return None
 
 
-def _disk(error: BaseException) -> LLMCompressError | None:
-    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+def _disk(error: BaseException, run_dir: Path | None) -> LLMCompressError | None:
+    place = error.filename if isinstance(error, OSError) and error.filename else run_dir
+    where = f"{place}: " if place else ""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "no space left on device" in str(error).lower():
         return ResourceError(

@@ -135,8 +135,27 @@ def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
         return
     predicted = plan(loaded, read_object(file))
     predicted.require_budget()
+    predicted.require_exports()
+    require_sources(loaded, file.parent)
     for note in predicted.notes:
         out.warning(note)
+
+
+def require_sources(loaded: LoadedRecipe, folder: Path) -> None:
+    """Ask export stages whether they can translate what lies beside the weights.
+
+    Raises:
+        ExportError: They cannot; with every reason.
+    """
+    from llmcompress.models.paths import resolve_path
+    from llmcompress.stages.export import Export
+
+    tokenizer = loaded.recipe.model.tokenizer
+    for stage in loaded.stages():
+        if isinstance(stage, Export):
+            stage.require_source(
+                folder, read_object(folder / "config.json"), resolve_path(tokenizer) if tokenizer else None
+            )
 
 
 def read_object(path: Path) -> dict[str, Any]:

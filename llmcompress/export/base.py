@@ -56,8 +56,14 @@ class Exporter(ABC):
         """Return what readers of this format do that is worth knowing."""
         return []
 
-    def source_refusals(self, handle: ModelHandle) -> list[str]:
-        """Return reasons that need the source's config or tokenizer, not its weights."""
+    def source_refusals(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> list[str]:
+        """Return reasons that lie in the source's config or tokenizer, or in missing packages.
+
+        Args:
+            folder: The source model.
+            config: Its ``config.json``.
+            tokenizer: Folder of the tokenizer, if it is another one.
+        """
         return []
 
     @abstractmethod
@@ -301,9 +307,15 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         _sync(out.parent)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # the safetensors writer reports errors of the system as text, without their number
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
             raise ResourceError(
                 f"{out}: the disk is full", "free some space and resume, or export fewer formats"
+            ) from error
+        if error.errno == errno.EFBIG or "file too large" in str(error).lower():
+            raise ResourceError(
+                f"{out}: file too large for this file system or for the limit on file sizes (ulimit -f)",
+                "raise the limit, or set run.dir to another file system, then resume",
             ) from error
         raise ExportError(
             f"{out}: cannot be written: {error.strerror or error}", "set the stage's dir to a folder you can write to"
@@ -323,17 +335,17 @@ def copy_side_files(handle: ModelHandle, out: Path) -> None:
     source = Path(handle.path)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
-    folder = tokenizer_folder(handle)
+    folder = tokenizer_folder(source, handle.tokenizer_path)
     for name in TOKENIZER_FILES:
         if folder is not None and (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
 
 
-def tokenizer_folder(handle: ModelHandle) -> Path | None:
-    """Folder that holds the tokenizer's files, None when there are none."""
-    for candidate in (getattr(handle, "tokenizer_path", None), handle.path):
-        if candidate is not None and any((Path(candidate) / name).is_file() for name in TOKENIZER_FILES):
-            return Path(candidate)
+def tokenizer_folder(source: Path, tokenizer: Path | None = None) -> Path | None:
+    """The folder that holds the tokenizer's files: ``tokenizer``, else ``source``, else None."""
+    for candidate in (tokenizer, source):
+        if candidate is not None and any((candidate / name).is_file() for name in TOKENIZER_FILES):
+            return candidate
     return None
 
 

@@ -38,7 +38,7 @@ from llmcompress.export.base import (
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -91,7 +91,7 @@ class CompressedTensorsExporter(Exporter):
             lost.append("transformers decodes experts while loading; only serving runtimes keep them packed")
         return lost
 
-    def source_refusals(self, handle: ModelHandle) -> list[str]:
+    def source_refusals(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> list[str]:
         """The read-back needs the compressed-tensors package."""
         if find_spec("compressed_tensors") is None:
             return ["reading back needs the compressed-tensors package: pip install 'llmcompress[export]'"]

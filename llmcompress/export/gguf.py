@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -90,23 +90,18 @@ class GGUFExporter(Exporter):
             return ["asymmetric weights become Q4_1, whose fp16 offset rounds scale times zero, by 2^-11 of it at most"]
         return []
 
-    def source_refusals(self, handle: ModelHandle) -> list[str]:
-        """Tokenizers and rotary scalings that this exporter does not translate."""
+    def source_refusals(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> list[str]:
+        """Tokenizers, rotary scalings and attention windows that this exporter does not translate."""
         problems = [] if find_spec("gguf") else ["writing needs the gguf package: pip install 'llmcompress[export]'"]
-        problems += tokenizer_problems(tokenizer_folder(handle))
-        rope = _rope(handle)
-        if rope.get("rope_type", "default") not in ("default", "linear"):
-            problems.append(f"rotary scaling {rope['rope_type']!r} is not translated")
-        window = handle.config.get("sliding_window")
-        if (
-            window
-            and handle.config.get("use_sliding_window", True)
-            and window < handle.hf_config().max_position_embeddings
-        ):
-            problems.append(
-                f"attention over a sliding window of {window} tokens: llama.cpp attends to all for this family"
-            )
-        act = handle.config.get("hidden_act", "silu")
+        problems += tokenizer_problems(tokenizer_folder(folder, tokenizer))
+        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ("default", "linear"):
+            problems.append(f"rotary scaling {kind!r} is not translated")
+        window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+        if window and config.get("use_sliding_window", True) and (context is None or window < context):
+            problems.append(f"attention over a window of {window} tokens: llama.cpp attends to all for this family")
+        act = config.get("hidden_act", "silu")
         if act != "silu":
             problems.append(f"activation {act!r}: llama.cpp computes silu for this family")
         return problems
@@ -328,7 +323,7 @@ def _write_facts(writer: Any, handle: ModelHandle, plan: QuantPlan, name: str) -
 
 
 def _write_tokenizer(writer: Any, handle: ModelHandle) -> None:
-    folder = tokenizer_folder(handle)
+    folder = tokenizer_folder(handle.path, handle.tokenizer_path)
     if folder is None:
         raise ExportError(f"{handle.path}: no tokenizer")
     facts = read_tokenizer(folder, handle.layout.vocab, handle.config)

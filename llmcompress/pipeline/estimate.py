@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmcompress.errors import ResourceError
+from llmcompress.errors import ExportError, ResourceError
 from llmcompress.models import sizes
 from llmcompress.models.layout import ModelLayout
 from llmcompress.models.registry import layout_from_config
@@ -48,6 +48,7 @@ class StagePlan:
         output: Size of what the stage delivers.
         flops: Arithmetic work.
         notes: Remarks, such as what an exporter would refuse.
+        refusals: Reasons for which an export would fail.
     """
 
     name: str
@@ -58,6 +59,7 @@ class StagePlan:
     output: int
     flops: float
     notes: tuple[str, ...]
+    refusals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +140,26 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         found = {name: getattr(self, name) for name in self.__slots__ if name not in ("suggest", "budgets")}
-        found["stages"] = [{**asdict(stage), "notes": list(stage.notes)} for stage in self.stages]
+        found["stages"] = [
+            {**asdict(stage), "notes": list(stage.notes), "refusals": list(stage.refusals)} for stage in self.stages
+        ]
         found["rules"] = [asdict(rule) for rule in self.rules]
         found["budgets"] = [{**asdict(budget), "fits": budget.fits} for budget in self.budgets]
         found["notes"] = list(self.notes)
         return found
+
+    def require_exports(self) -> None:
+        """Refuse a recipe whose exports cannot hold what its quantizing stages make.
+
+        Raises:
+            ExportError: A format would refuse; with every reason.
+        """
+        refused = [(stage.name, reason) for stage in self.stages for reason in stage.refusals]
+        if refused:
+            raise ExportError(
+                "\n".join(f"stages.{name}: {reason}" for name, reason in refused),
+                f"change the rules, or take the format out of stages.{refused[0][0]}.formats",
+            )
 
     def require_budget(self) -> None:
         """Refuse a recipe that does not fit what it declares.
@@ -254,6 +271,7 @@ def _stage_plan(stage: Stage, inputs: PlanInputs) -> StagePlan:
         output=estimate.output,
         flops=estimate.flops,
         notes=estimate.notes,
+        refusals=estimate.refusals,
     )
 
 

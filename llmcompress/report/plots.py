@@ -184,6 +184,8 @@ def heat_map(layers: Sequence[int], rows: Sequence[Sequence[float]], title: str)
         tall = max(8.0, min(30.0, 560.0 / max(len(rows), 1), max(cell, 12.0)))
         gap = 2.0 if cell > 12 else 0.5 if cell > 4 else 0.0
         body = [_text(left, 14, "expert 0", "tick"), _text(width - 2, 14, str(experts - 1), "tick", "end")]
+        # thousands of tips would make the page several times larger; a finger cannot hit such cells anyway
+        tips = width == WIDE or experts * len(rows) <= 2000
         marks = set(_layer_ticks(layers, max(2, int(tall * len(rows) / 18))))
         for r, row in enumerate(rows):
             y = head + r * tall
@@ -191,11 +193,11 @@ def heat_map(layers: Sequence[int], rows: Sequence[Sequence[float]], title: str)
                 body.append(_text(left - 8, y + tall / 2 + 4, str(layers[r]), "tick", "end"))
             for e, share in enumerate(row):
                 strength = _strength(share, even, top)
-                tip = f"layer {layers[r]}, expert {e}: {percent(share)} of tokens ({share / even:.2f} × even share)"
+                tip = f"layer {layers[r]}, expert {e}: {percent(share)} of tokens, {share / even:.2f} × even"
                 body.append(
                     f'<rect x="{left + e * cell:.2f}" y="{y:.1f}" width="{max(cell - gap, 0.4):.2f}" '
                     f'height="{max(tall - gap, 1):.1f}" class="cell{"" if share > 0 else " empty"}" '
-                    f'style="--v:{strength:.3f}" {_tip(tip)}/>'
+                    f'style="--v:{strength:.2f}" {_tip(tip) if tips else ""}/>'
                 )
         base = head + len(rows) * tall + 26
         body.append(_text(left - 8, head - 12, "layer", "tick", "end"))

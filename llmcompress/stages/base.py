@@ -61,7 +61,10 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Predicted needs of a stage, in bytes; ``ram`` is the peak above the empty interpreter."""
+    """Predicted needs of a stage, in bytes; ``ram`` is the peak above the empty interpreter.
+
+    ``refusals`` are reasons for which an export stage will not write a format.
+    """
 
     ram: int = 0
     vram: int = 0
@@ -70,6 +73,7 @@ class Estimate:
     flops: float = 0.0
     notes: tuple[str, ...] = ()
     specs: dict[str, Any] = field(default_factory=dict)
+    refusals: tuple[str, ...] = ()
 
 
 class Stage(ABC):

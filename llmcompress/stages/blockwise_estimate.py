@@ -40,11 +40,17 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
         hessians: Whether inputs are recorded and solved with.
     """
     layout = inputs.layout
-    plan = resolve(plain_rules(config.rules), layout)
+    plan = resolve(plain_rules(getattr(config, "rules", {})), layout)
     item = inputs.compute_bytes
     moe = any(block.bank is not None for block in layout.blocks)
     router = getattr(config, "router", None)
-    two = moe and (bool(getattr(config, "diagnose_experts", False)) or bool(getattr(router, "calibrate", False)))
+    two = moe and (
+        config.type == "router_calibration"
+        or bool(getattr(config, "diagnose_experts", False))
+        or bool(getattr(router, "calibrate", False))
+    )
+    targets = hessians and getattr(config, "targets", "own") == "full_precision"
+    two = two or targets
     streams = inputs.samples > 0 and (hessians or two)
     stream = sizes.stream_bytes(layout, inputs.samples, inputs.length, item) if streams else 0
     blocks = sizes.largest_block(layout) * item
@@ -55,7 +61,8 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
     work = 0
     for block in layout.blocks:
         tokens = inputs.samples * inputs.length
-        work = max(work, *_working_sets(block, plan, tokens if streams else 0, item, hessians), 0)
+        sets = _working_sets(block, plan, tokens if streams else 0, item, hessians, targets)
+        work = max(work, (_recorded(block, plan, tokens) * item if targets else 0) + max(sets, default=0))
     moving = work + packed
     held = model + (2 if two else 1) * stream
     cuda = inputs.device == "cuda"
@@ -97,7 +104,18 @@ def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
     return 2 * sum(codec(plan[n].codec).nbytes(shape, plan[n]) for n, shape in shapes.items() if n in plan)
 
 
-def _working_sets(block: Block, plan: Mapping[str, QuantSpec], tokens: int, item: int, hessians: bool) -> Iterator[int]:
+def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int) -> int:
+    """Values of a block's full-precision inputs that are kept to pair them with the quantized stream."""
+    groups = [group for sublayer in block.sublayers for group in sublayer.groups]
+    wide = sum(g.linears[0].in_features for g in groups if any(linear.name in plan for linear in g.linears))
+    bank = block.bank
+    routed = bank.hidden if bank is not None and {bank.gate_up, bank.down} & set(plan) else 0
+    return tokens * (wide + routed)
+
+
+def _working_sets(
+    block: Block, plan: Mapping[str, QuantSpec], tokens: int, item: int, hessians: bool, targets: bool
+) -> Iterator[int]:
     """Peak working set of each step of a block: batch activations, kept inputs, solver."""
     for sublayer in block.sublayers:
         shared = 2 * tokens * block_hidden(block) * item if sublayer.experts is not None else 0
@@ -108,7 +126,7 @@ def _working_sets(block: Block, plan: Mapping[str, QuantSpec], tokens: int, item
             planned = any(linear.name in plan for linear in group.linears)
             kept = tokens * columns * item if group.position == "last" and hessians and planned else 0
             kept = kept if kept <= KEEP_BYTES else 0
-            yield shared + kept + max(batch, _solver(1, rows, columns, hessians) if planned else 0)
+            yield shared + kept + max(batch, _solver(1, rows, columns, hessians, targets) if planned else 0)
         bank = sublayer.experts
         if bank is None:
             continue
@@ -120,7 +138,7 @@ def _working_sets(block: Block, plan: Mapping[str, QuantSpec], tokens: int, item
         for name in (bank.gate_up, bank.down):
             if name in plan:
                 _, rows, columns = bank.shape(name)
-                yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, hessians)
+                yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, hessians, targets)
 
 
 def block_hidden(block: Block) -> int:
@@ -129,6 +147,7 @@ def block_hidden(block: Block) -> int:
     return bank.hidden if bank is not None else next(block.linears()).in_features
 
 
-def _solver(experts: int, rows: int, columns: int, hessians: bool) -> int:
-    squares = SOLVER_SQUARES * columns**2 * 4 if hessians else 0
-    return int(experts * (squares + SOLVER_COPIES * rows * columns * 4))
+def _solver(experts: int, rows: int, columns: int, hessians: bool, targets: bool) -> int:
+    # fitting to the full-precision stream adds the cross moments and one more copy of the weights
+    squares = (SOLVER_SQUARES + targets) * columns**2 * 4 if hessians else 0
+    return int(experts * (squares + (SOLVER_COPIES + targets) * rows * columns * 4))

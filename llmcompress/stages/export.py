@@ -68,15 +68,30 @@ class Export(Stage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Size of everything that will be written; refusals and remarks appear among the notes."""
         plan, notes, total, largest = dict(inputs.specs), [], 0, 0
+        refused: list[str] = []
         for exporter in self._exporters():
             reasons = exporter.refusals(inputs.layout, plan, {})
             notes += [f"export {exporter.name} would be refused: {reason}" for reason in reasons]
+            refused += [f"export {exporter.name}: {reason}" for reason in reasons]
             if not reasons:
                 notes += [f"export {exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan)]
                 size = exporter.output_bytes(inputs.layout, plan, inputs.weight_bytes)
                 total += size
                 largest = max(largest, exporter.working_bytes(inputs.layout, plan, inputs.weight_bytes))
-        return Estimate(ram=largest, disk=total, output=total, notes=tuple(notes))
+        return Estimate(ram=largest, disk=total, output=total, notes=tuple(notes), refusals=tuple(refused))
+
+    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+        """Refuse a source model whose config or tokenizer a format cannot translate; needs no torch.
+
+        Args:
+            folder: The source model.
+            config: Its ``config.json``.
+            tokenizer: Folder of the tokenizer, if it is another one.
+
+        Raises:
+            ExportError: With every reason of every format.
+        """
+        self._raise({e.name: e.source_refusals(folder, config, tokenizer) for e in self._exporters()})
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Write every format; formats finished by an interrupted earlier attempt are only read back again.
@@ -126,15 +141,19 @@ class Export(Stage):
 
     def _refuse(self, state: RunState, layout: ModelLayout, plan: QuantPlan) -> None:
         """Raise when any format cannot hold the model, naming every reason of every format."""
-        assert state.model is not None
+        model = state.model
+        assert model is not None
         reasons = self.refusals(layout, plan, state.policies)
         for exporter in self._exporters():
-            found = exporter.source_refusals(state.model)
-            if found:
-                reasons.setdefault(exporter.name, []).extend(found)
-        if reasons:
-            lines = [f"export {name}: {reason}" for name, found in reasons.items() for reason in found]
-            raise ExportError("\n".join(lines), f"take {', '.join(reasons)} out of stages.{self.name}.formats")
+            found = exporter.source_refusals(model.path, model.config, model.tokenizer_path)
+            reasons[exporter.name] = reasons.get(exporter.name, []) + found
+        self._raise(reasons)
+
+    def _raise(self, reasons: Mapping[str, list[str]]) -> None:
+        lines = [f"export {name}: {reason}" for name, found in reasons.items() for reason in found]
+        if lines:
+            refused = ", ".join(name for name, found in reasons.items() if found)
+            raise ExportError("\n".join(lines), f"take {refused} out of stages.{self.name}.formats")
 
     def _target(self, name: str, ctx: RunContext) -> Path:
         base = Path(self.config.dir) if self.config.dir else ctx.run_dir / "artifact"

@@ -30,7 +30,7 @@ def measure(recipe: str, seed: int, bits: int, folder: Path) -> dict:
     rows = {f"{r['task']}.{r['metric']}": r for r in json.loads((results / "metrics.json").read_text())}
     text = rows["heldout.perplexity"]
     shift = json.loads((results / "expert_shift.json").read_text())
-    rates = [layer["cr_any"] for layer in shift["layers"]]
+    rates = [layer["cr_any"] for layer in shift]
     shutil.rmtree(run)
     figure = {"dense": text["dense"], "compressed": text["compressed"], "cr_any": rates, "tokens": text["n"]}
     print(recipe, f"seed {seed}, {bits} bits:", json.dumps(figure), flush=True)

@@ -195,7 +195,7 @@ def test_gguf_reads_back_equal(tmp_path: Path, config: dict[str, Any], spec: Qua
     store = quantize(handle, tmp_path / "blocks", spec)
     exporter, out = GGUFExporter(), tmp_path / "out"
     assert exporter.refusals(handle.layout, store.plan(), {}) == []
-    assert exporter.source_refusals(handle) == []
+    assert exporter.source_refusals(handle.path, handle.config) == []
     exporter.write(handle, store, {}, out, {"recipe": {"name": "tiny"}})
     exporter.read_back(out, handle, store)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.layout import (
     Block,

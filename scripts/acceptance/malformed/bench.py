@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +130,7 @@ class Run:
         arguments: Words after ``llmcompress``.
         run_dir: Folder that must not look finished afterwards, None if the command makes none.
         outputs: Further folders that must not exist afterwards.
+        damaged: Names of files that the case itself has cut short.
         environment: Variables to set.
         before: Called in the child before the command line, for resource limits.
         inspect: Called afterwards with the exit code and stderr; returns what it finds wrong.
@@ -140,10 +140,14 @@ class Run:
     arguments: list[str]
     run_dir: Path | None = None
     outputs: list[Path] = field(default_factory=list)
+    damaged: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     before: Callable[[], None] | None = None
     inspect: Callable[[int, str], list[str]] | None = None
     cleanup: Callable[[], None] | None = None
+
+
+Execute = Callable[[Run, Path], tuple[int, str, str]]
 
 
 class Bench:
@@ -152,11 +156,13 @@ class Bench:
     Args:
         folder: Empty folder of this case.
         base: The sound model.
+        execute: Runs a command line in a process of its own and returns exit code, stdout and stderr.
     """
 
-    def __init__(self, folder: Path, base: Path) -> None:
+    def __init__(self, folder: Path, base: Path, execute: Execute | None = None) -> None:
         self.folder = folder
         self.base = base
+        self._execute = execute
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -237,15 +243,10 @@ class Bench:
         Raises:
             RuntimeError: It failed.
         """
-        import os
-        import subprocess
-
-        done = subprocess.run(
-            [sys.executable, "-m", "llmcompress", "run", recipe, *words],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=self.folder,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"the sound run that this case starts from failed:\n{done.stderr}")
+        assert self._execute is not None
+        code, _, stderr = self._execute(Run(["run", recipe, *words]), self.folder)
+        if code:
+            raise RuntimeError(f"the sound run that this case starts from failed:\n{stderr}")
 
 
 @dataclass(frozen=True)

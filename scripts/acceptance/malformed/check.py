@@ -22,7 +22,7 @@ def problems(case: Case, run: Run, code: int, stdout: str, stderr: str) -> list[
         found.append("a traceback")
     found += _message_problems(case, code, stderr)
     if code != 0 and run.run_dir is not None and not case.finishes:
-        found += unfinished_problems(run.run_dir, case.stage)
+        found += unfinished_problems(run.run_dir, case.stage, run.damaged)
     if code != 0:
         found += [f"{folder.name} exists" for folder in run.outputs if folder.exists()]
     if run.inspect is not None:
@@ -51,8 +51,8 @@ def _message_problems(case: Case, code: int, stderr: str) -> list[str]:
     return found
 
 
-def unfinished_problems(folder: Path, stage: str | None) -> list[str]:
-    """What in a run folder looks finished though the run failed in ``stage``."""
+def unfinished_problems(folder: Path, stage: str | None, damaged: tuple[str, ...] = ()) -> list[str]:
+    """What in a run folder looks finished though the run failed in ``stage``; ``damaged`` files are passed over."""
     if not folder.is_dir():
         return []
     found = [f"{path.name}/ exists" for path in folder.glob("artifact*") if not path.name.endswith(".partial")]
@@ -61,7 +61,8 @@ def unfinished_problems(folder: Path, stage: str | None) -> list[str]:
     if stage is not None and _status(folder / "stages" / stage / "state.json") == "finished":
         found.append(f"stage {stage} says finished")
     for path in folder.rglob("*.safetensors"):
-        if not any(part.endswith(".partial") for part in path.parts) and not complete(path):
+        aside = path.name in damaged or any(part.endswith(".partial") for part in path.parts)
+        if not aside and not complete(path):
             found.append(f"{path.relative_to(folder)} is cut short")
     return found
 

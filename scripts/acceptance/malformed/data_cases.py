@@ -110,6 +110,15 @@ def _tasks(*tasks: Any, **more: Any) -> Callable[[Bench], dict[str, Any]]:
     }
 
 
+def _no_subject(bench: Bench) -> dict[str, Any]:
+    """A folder that holds the task, but not the subject asked for."""
+    folder = bench.folder / "mmlu"
+    folder.mkdir()
+    for split in ("test", "dev"):
+        write_texts(folder / f"{split}.jsonl", ["a question"], "question")
+    return {"tasks": [{"task": "mmlu", "subjects": ["alchemy"]}], "tasks_dir": str(bench.folder), "offline": True}
+
+
 def _empty_tasks(bench: Bench) -> dict[str, Any]:
     (bench.folder / "tasks").mkdir()
     return {"tasks": ["piqa"], "tasks_dir": str(bench.folder / "tasks"), "offline": True}
@@ -174,7 +183,7 @@ MEASURES = [
     _measure("held-out text missing", ENVIRONMENT, r"not_here\.jsonl: no such file", _evaluated(_gone)),
     _measure("held-out text too short", ENVIRONMENT, r"(tokens|too short)", _evaluated(_too_short)),
     _measure("unknown task", (3, 4), r"no_such_task", _evaluated(_tasks("no_such_task"))),
-    _measure("unknown subject of a task", RECIPE, r"no subject 'alchemy'", _evaluated(_tasks({"task": "mmlu", "subjects": ["alchemy"]}, tasks_dir="{folder}"))),
+    _measure("unknown subject of a task", RECIPE, r"no subject 'alchemy'", _evaluated(_no_subject)),
     _measure("folder of tasks missing", ENVIRONMENT, r"no_tasks", _evaluated(_tasks("piqa", tasks_dir="{folder}/no_tasks", offline=True))),
     _measure("folder of tasks empty", ENVIRONMENT, r"piqa", _evaluated(_empty_tasks)),
     _measure("quality gate that does not hold", GATE, r"gate quality: heldout\.perplexity is .*at most 1", _evaluated(_failed_gate), finishes=True),

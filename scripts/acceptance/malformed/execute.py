@@ -28,10 +28,11 @@ QUIET = {
 
 def check_case(case: Case, number: int, root: Path, base: Path, fresh: bool) -> list[str]:
     """Build, run and judge one case; its folder is removed if all was well."""
-    bench = Bench(root / f"{number:03d}", base)
+    execute = _forked if case.torch and not fresh else _fresh
+    bench = Bench(root / f"{number:03d}", base, execute)
     run = case.build(bench)
     try:
-        code, stdout, stderr = (_forked if case.torch and not fresh else _fresh)(run, bench.folder)
+        code, stdout, stderr = execute(run, bench.folder)
         found = problems(case, run, code, stdout, stderr)
     finally:
         if run.cleanup is not None:

@@ -151,7 +151,8 @@ def _resumed(change: Callable[[Path], None], *words: str) -> Callable[[Bench], R
     def build(bench: Bench) -> Run:
         bench.prepared(bench.recipe(), "--until", "quantize")
         change(bench.run_dir)
-        return Run(["resume", str(bench.run_dir), *words], run_dir=bench.run_dir)
+        damaged = ("00000.safetensors", "00001.safetensors")
+        return Run(["resume", str(bench.run_dir), *words], run_dir=bench.run_dir, damaged=damaged)
 
     return build
 
@@ -195,9 +196,13 @@ def _changed_recipe(bench: Bench) -> Run:
 
 
 def _changed_model(bench: Bench) -> Run:
-    folder = bench.model()
-    bench.prepared(bench.recipe(model=folder), "--until", "quantize")
-    return Run(["run", bench.recipe(model=bench.base)], run_dir=bench.run_dir)
+    """The same path, other weights of the same size."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] *= 2
+
+    bench.prepared(bench.recipe(), "--until", "quantize")
+    return Run(["run", bench.recipe(model=bench.with_tensors(change))], run_dir=bench.run_dir)
 
 
 def _damaged_artifact(change: Callable[[Path], None], *words: str) -> Callable[[Bench], Run]:
@@ -290,10 +295,10 @@ LIMITS = [
     _run("disk budget too small", RESOURCES, r"host\.disk: .*needed.*allowed", _budget(host={"disk": "1kB"}), stage="load"),
     _run("no machine has this memory", RESOURCES, r"memory", _no_memory, stage="calibrate"),
     _run("memory ends in the middle", RESOURCES, r"memory", _little_memory, stage="quantize"),
-    _run("disk full at the start", RESOURCES, r"no space left", _full_disk("16k"), stage="export"),
-    _run("disk full while quantizing", RESOURCES, r"no space left", _full_disk("72k"), stage="export"),
-    _run("disk full while exporting", RESOURCES, r"no space left", _full_disk("260k"), stage="export"),
-    _run("file size limit while quantizing", RESOURCES, r"(file too large|no space left|size limit)", _file_limit(20_000), stage="quantize"),
+    _run("disk full at the start", RESOURCES, r"no space left|disk is full", _full_disk("16k"), stage="export"),
+    _run("disk full while quantizing", RESOURCES, r"no space left|disk is full", _full_disk("72k"), stage="export"),
+    _run("disk full while exporting", RESOURCES, r"no space left|disk is full", _full_disk("190k"), stage="export"),
+    _run("file size limit while quantizing", RESOURCES, r"(file too large|no space left|size limit)", _file_limit(6_000), stage="quantize"),
     _run("file size limit while exporting", RESOURCES, r"(file too large|no space left|size limit)", _file_limit(90_000), stage="export"),
 ]  # fmt: skip
 

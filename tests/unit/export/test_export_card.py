@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from llmcompress.export.card import card_text, results_table, weights_table
-from llmcompress.export.provenance import front_matter, portable, portable_recipe, source_license
+from llmcompress.export.provenance import front_matter
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.state import Metric
 
@@ -66,41 +65,3 @@ def test_tables_count_schemes() -> None:
 
 def test_text_cannot_break_the_table() -> None:
     assert "a\\|b" in results_table([Metric("a|b", "acc", 0.5, 0.5)])
-
-
-def test_licence_comes_from_the_source_card(tmp_path: Path) -> None:
-    assert source_license(tmp_path) is None
-    (tmp_path / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\ntext")
-    assert source_license(tmp_path) == "mit, cc-by-4.0"
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\n---\n")
-    assert source_license(tmp_path) == "gemma"
-    (tmp_path / "README.md").write_text("no front matter")
-    assert source_license(tmp_path) is None
-    (tmp_path / "README.md").write_text("---\n: [broken\n---\n")
-    assert source_license(tmp_path) is None
-
-
-def test_recipes_lose_what_belongs_to_one_machine() -> None:
-    recipe = {
-        "model": {"path": "/home/me/models/mixtral"},
-        "run": {"dir": "runs/x", "threads": 8, "device": "cpu", "seed": 3},
-        "stages": {
-            "c": {"type": "calibrate", "source": {"kind": "text", "path": "../data/books.txt"}},
-            "e": {"type": "export", "formats": ["native"], "dir": "/somewhere"},
-        },
-    }
-    cleaned = portable_recipe(recipe)
-    assert cleaned == {
-        "model": {"path": "mixtral"},
-        "run": {"seed": 3},
-        "stages": {
-            "c": {"type": "calibrate", "source": {"kind": "text", "path": "books.txt"}},
-            "e": {"type": "export", "formats": ["native"]},
-        },
-    }
-    assert recipe["run"]["dir"] == "runs/x"
-
-
-def test_hub_names_and_assets_stay_whole() -> None:
-    assert portable("mistralai/Mixtral-8x7B-v0.1") == "mistralai/Mixtral-8x7B-v0.1"
-    assert portable("asset:reference-moe") == "asset:reference-moe"

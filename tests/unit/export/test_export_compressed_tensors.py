@@ -12,7 +12,7 @@ from llmcompress.quant.spec import QuantPlan, QuantSpec
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2,
 }  # fmt: skip
 MIXTRAL = layout_from_config({**SIZES, "model_type": "mixtral", "num_local_experts": 4})
 GPT_OSS = layout_from_config({**SIZES, "model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4})

@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from llmcompress.errors import ExportError
 from llmcompress.export.gguf import GGUFExporter, _rotate_rows
-from llmcompress.export.gguf_blocks import block_type, blocks_value, to_blocks
-from llmcompress.export.gguf_tokenizer import _LLAMA3, _QWEN2, CONTROL, NORMAL, UNUSED, pre_tokenization, read_tokenizer
+from llmcompress.export.gguf_blocks import block_type
 from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.codecs.int_group import decode, encode
 from llmcompress.quant.packed import PackedWeight
@@ -19,7 +14,7 @@ from llmcompress.quant.spec import QuantSpec
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
@@ -32,45 +27,6 @@ def packed(shape: tuple[int, ...], spec: QuantSpec) -> PackedWeight:
     if not spec.symmetric:
         zero = torch.randint(0, spec.levels, grid, dtype=torch.uint8, generator=generator)
     return encode(codes, scale, zero, spec)
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape"),
-    [
-        (QuantSpec(4, 32, True), (5, 96)),
-        (QuantSpec(4, 64, True), (2, 5, 96)),  # the last group is half as long
-        (QuantSpec(4, -1, True), (5, 96)),
-        (QuantSpec(8, 32, True), (2, 3, 64)),
-        (QuantSpec(4, 32, False), (5, 96)),
-        (QuantSpec(4, 128, False), (2, 5, 256)),
-    ],
-    ids=str,
-)
-def test_blocks_decode_to_our_values_in_the_gguf_package(spec: QuantSpec, shape: tuple[int, ...]) -> None:
-    gguf = pytest.importorskip("gguf")
-    weight = packed(shape, spec)
-    blocks = to_blocks(weight)
-    found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[block_type(spec)])
-    assert found.shape == shape
-    assert torch.equal(torch.from_numpy(found), blocks_value(weight))
-    difference = (torch.from_numpy(found) - decode(weight)).abs().max()
-    assert difference == 0 if spec.symmetric else difference < 2e-3
-
-
-def test_one_block_by_hand() -> None:
-    spec = QuantSpec(4, 32, True)
-    codes = torch.arange(32, dtype=torch.uint8).remainder(16).unsqueeze(0)
-    data = to_blocks(encode(codes, torch.tensor([[0.5]]), None, spec))
-    assert data.dtype == np.uint8
-    # fp16 0.5 is 0x3800; element i and element i+16 are both i, in the low and in the high nibble
-    assert data[0].tolist() == [0x00, 0x38, *(i * 17 for i in range(16))]
-
-
-def test_an_offset_beyond_fp16_is_an_error() -> None:
-    spec = QuantSpec(4, 32)
-    weight = encode(torch.zeros(1, 32, dtype=torch.uint8), torch.tensor([[60000.0]]), torch.tensor([[15]]), spec)
-    with pytest.raises(ExportError, match="exceeds fp16"):
-        to_blocks(weight)
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(2, 32), QuantSpec(3, 32, True), QuantSpec(8, 32)], ids=str)
@@ -116,78 +72,3 @@ def test_row_order_of_rotary_heads() -> None:
     turned = _rotate_rows(weight, 2)
     assert isinstance(turned, PackedWeight)
     assert torch.equal(decode(turned), _rotate_rows(decode(weight), 2))
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-
-
-def split(pattern: str) -> dict[str, Any]:
-    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [step, {**BYTE_LEVEL, "use_regex": False}]}
-
-
-@pytest.mark.parametrize(
-    ("rules", "name"),
-    [
-        (BYTE_LEVEL, "gpt-2"),
-        ({**BYTE_LEVEL, "add_prefix_space": True}, None),
-        (split(_LLAMA3), "llama-bpe"),
-        (split(_QWEN2), "qwen2"),
-        (split(r"\s+"), None),
-        (
-            {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
-            "smollm",
-        ),
-        ({"type": "Metaspace"}, None),
-        ({}, None),
-    ],
-)
-def test_pre_tokenization_is_known_by_its_rules(rules: dict[str, Any], name: str | None) -> None:
-    assert pre_tokenization(rules) == name
-
-
-def write_tokenizer(folder: Path, **changes: Any) -> None:
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    data = {
-        "model": model,
-        "pre_tokenizer": BYTE_LEVEL,
-        "added_tokens": [{"id": 3, "content": "<s>", "special": True}],
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        },
-        **changes,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
-
-
-def test_vocabulary_types_and_special_tokens(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    facts = read_tokenizer(tmp_path, 5, {"eos_token_id": [2, 3]})
-    assert facts.tokens == ["a", "b", "ab", "<s>", "[PAD4]"]
-    assert facts.types == [NORMAL, NORMAL, NORMAL, CONTROL, UNUSED]
-    assert facts.merges == ["a b"]
-    assert facts.special == {"bos": 3, "eos": 2}
-    assert (facts.add_bos, facts.add_eos) == (True, False)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": {"type": "Unigram", "vocab": []}}, "not byte-level BPE"),
-        ({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}}}, "not byte-level BPE"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalises"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenization"),
-    ],
-)
-def test_other_tokenizers_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    write_tokenizer(tmp_path, **changes)
-    with pytest.raises(ExportError, match=words):
-        read_tokenizer(tmp_path, 5, {})
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    with pytest.raises(ExportError, match="only 3 rows"):
-        read_tokenizer(tmp_path, 3, {})

@@ -60,6 +60,18 @@ def test_plan_prices_what_can_be_written_and_says_what_cannot() -> None:
     bad = stage(formats=["native", "gguf"]).estimate(inputs(QuantSpec(3, 32, True)))
     assert bad.output < good.output
     assert any("gguf would be refused" in note for note in bad.notes)
+    assert good.refusals == ()
+    assert "3-bit symmetric weights have no GGML type" in bad.refusals[0]
+
+
+def test_the_source_is_judged_before_any_work(tmp_path: Path) -> None:
+    stage(formats=["native", "dense"]).require_source(tmp_path, {})
+    config = {"rope_scaling": {"type": "yarn"}, "sliding_window": 128, "max_position_embeddings": 512}
+    with pytest.raises(ExportError) as caught:
+        stage(formats=["native", "gguf"]).require_source(tmp_path, config)
+    for reason in ("no tokenizer.json", "rotary scaling 'yarn'", "window of 128"):
+        assert reason in caught.value.message
+    assert caught.value.hint == "take gguf out of stages.export.formats"
 
 
 def test_targets_are_siblings(tmp_path: Path) -> None:

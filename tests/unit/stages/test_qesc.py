@@ -124,3 +124,14 @@ def test_full_precision_targets_bring_the_streams_closer(tiny, tmp_path, moe_fam
             model = compressed_model(handle, state.packed, {}, dtype=torch.float32)
             errors.append(float((model.base_model(tokens).last_hidden_state - dense).square().mean()))
     assert errors[1] < errors[0]
+
+
+def test_estimate_grows_with_full_precision_targets():
+    from llmcompress.stages.base import PlanInputs
+
+    folder = Path(__file__).parents[2] / "data/hub_configs"
+    layout = layout_from_config(json.loads((folder / "mixtral_8x7b.json").read_text()))
+    inputs = PlanInputs(layout, 2, 2, 128, 2048, {}, "cpu")
+    rules = {"all": {"role": ["attention", "experts"], "bits": 4}}
+    own, both = (stage(rules=rules, targets=t).estimate(inputs) for t in ("own", "full_precision"))
+    assert both.ram > own.ram + 128 * 2048 * 4096 * 2 and both.disk == own.disk

@@ -92,3 +92,18 @@ def test_holdout_takes_whole_sequences_spread_over_the_set():
 
     assert held(20, 0.1) == [9, 19] and held(8, 0.25) == [3, 7]
     assert held(5, 0.1) == [] and held(5, 0.0) == []
+
+
+def test_estimate_needs_no_rules_and_counts_both_streams():
+    import json
+    from pathlib import Path
+
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.stages.base import PlanInputs
+
+    config = json.loads((Path(__file__).parents[2] / "data/hub_configs/mixtral_8x7b.json").read_text())
+    stage = RouterCalibration("routers", RouterCalibrationConfig())
+    inputs = PlanInputs(layout_from_config(config), 2, 2, 128, 2048, {}, "cpu")
+    estimate = stage.estimate(inputs)
+    stream = 128 * 2048 * 4096 * 2
+    assert estimate.ram > 2 * stream and estimate.disk == 0

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.errors import ExportError
+from llmcompress.export.gguf_tokenizer import _LLAMA3, _QWEN2, CONTROL, NORMAL, UNUSED, pre_tokenization, read_tokenizer
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [step, {**BYTE_LEVEL, "use_regex": False}]}
+
+
+@pytest.mark.parametrize(
+    ("rules", "name"),
+    [
+        (BYTE_LEVEL, "gpt-2"),
+        ({**BYTE_LEVEL, "add_prefix_space": True}, None),
+        (split(_LLAMA3), "llama-bpe"),
+        (split(_QWEN2), "qwen2"),
+        (split(r"\s+"), None),
+        (
+            {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+            "smollm",
+        ),
+        ({"type": "Metaspace"}, None),
+        ({}, None),
+    ],
+)
+def test_pre_tokenization_is_known_by_its_rules(rules: dict[str, Any], name: str | None) -> None:
+    assert pre_tokenization(rules) == name
+
+
+def write_tokenizer(folder: Path, **changes: Any) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    data = {
+        "model": model,
+        "pre_tokenizer": BYTE_LEVEL,
+        "added_tokens": [{"id": 3, "content": "<s>", "special": True}],
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        },
+        **changes,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+
+
+def test_vocabulary_types_and_special_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    facts = read_tokenizer(tmp_path, 5, {"eos_token_id": [2, 3]})
+    assert facts.tokens == ["a", "b", "ab", "<s>", "[PAD4]"]
+    assert facts.types == [NORMAL, NORMAL, NORMAL, CONTROL, UNUSED]
+    assert facts.merges == ["a b"]
+    assert facts.special == {"bos": 3, "eos": 2}
+    assert (facts.add_bos, facts.add_eos) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"type": "Unigram", "vocab": []}}, "not byte-level BPE"),
+        ({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}}}, "not byte-level BPE"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalises"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenization"),
+    ],
+)
+def test_other_tokenizers_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    write_tokenizer(tmp_path, **changes)
+    with pytest.raises(ExportError, match=words):
+        read_tokenizer(tmp_path, 5, {})
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    with pytest.raises(ExportError, match="only 3 rows"):
+        read_tokenizer(tmp_path, 3, {})
