@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,34 +81,33 @@ def with_contents(section: Any, key: str = "") -> Any:
     return section
 
 
-def flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(dotted path, scalar)`` of nested plain data; empty containers count as scalars."""
-    if isinstance(data, Mapping) and data:
-        for name, value in data.items():
-            yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(data, list | tuple) and data:
-        for index, value in enumerate(data):
-            yield from flatten(value, f"{prefix}.{index}")
-    else:
-        yield prefix, data
-
-
 def difference(before: Any, after: Any, prefix: str) -> list[str]:
-    """Lines ``path: before → after`` for everything that differs between two pieces of plain data."""
-    old, new = dict(flatten(before, prefix)), dict(flatten(after, prefix))
-    lines = []
-    for name in list(old) + [n for n in new if n not in old]:
-        if old.get(name, _ABSENT) == new.get(name, _ABSENT):
-            continue
-        if name.endswith(".contents"):
-            lines.append(f"{name.removesuffix('.contents')}: the contents of the file have changed")
-        else:
-            lines.append(f"{name}: {_shown(old.get(name, _ABSENT))} → {_shown(new.get(name, _ABSENT))}")
-    return lines
+    """Lines ``path: before → after`` for everything that differs between two pieces of plain data.
+
+    Args:
+        before: Nested mappings.
+        after: The same, later; a part that only one of them has is one line.
+        prefix: Path of the whole.
+    """
+    if before == after:
+        return []
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        if "contents" in before and "contents" in after:
+            return [f"{prefix}: the contents of the file have changed"]
+        lines = []
+        for name in [*before, *(name for name in after if name not in before)]:
+            path = f"{prefix}.{name}" if prefix else str(name)
+            lines += difference(before.get(name, _ABSENT), after.get(name, _ABSENT), path)
+        return lines
+    return [f"{prefix}: {_shown(before)} → {_shown(after)}"]
 
 
 _ABSENT = object()
+_LONGEST = 160
 
 
 def _shown(value: Any) -> str:
-    return "(not set)" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+    if value is _ABSENT:
+        return "(not set)"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
