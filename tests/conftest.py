@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# before torch is loaded: threads that spin while they wait are slow on a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _BASE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.grids import Search, find_grid, grid_of_groups, round_codes
+from llmcompress.algorithms.grids import HALF_MAX, Search, find_grid, grid_of_groups, round_codes
 from llmcompress.algorithms.hessian import inverse_factor
+from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
 
 WEIGHTED = True
+REFIT = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +33,22 @@ class GptqOptions:
 
     Attributes:
         damp: Relative damping of the Hessian.
-        act_order: Go through the columns in order of falling ``diag(H)``; needs ``static_groups``.
+        act_order: Go through the columns in order of falling ``diag(H)``: ``True`` over all columns (needs
+            ``static_groups``), ``groups`` group by group.
         static_groups: Fix all grids before the first column.
         block: Columns between two updates of the trailing weights; no effect on the result beyond rounding.
         grid: How grids are chosen.
     """
 
     damp: float = 0.01
-    act_order: bool = False
+    act_order: bool | Literal["groups"] = False
     static_groups: bool = False
     block: int = 128
     grid: Search = "mse"
 
     def __post_init__(self) -> None:
-        if self.act_order and not self.static_groups:
-            raise ValueError("act_order needs static_groups")
+        if self.act_order is True and not self.static_groups:
+            raise ValueError("act_order needs static_groups, or the value groups")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +94,113 @@ def solve(
     Returns:
         Codes and grids with the error they make.
     """
-    order, work, curvature = None, w, hessian
-    if options.act_order:
-        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    groups = spec.groups(w.shape[-1])
+    order = column_order(hessian, spec.group(w.shape[-1]), options)
+    work, curvature = w, hessian
+    if order is not None:
         rows, across = order[:, :, None].expand_as(hessian), order[:, None, :].expand_as(hessian)
         curvature = hessian.gather(1, rows).gather(2, across)
         work = w.gather(2, order[:, None, :].expand_as(w))
     factor, damp = inverse_factor(curvature, options.damp, usable)
     columns = _Columns(work, factor, spec, options, order, w)
     codes, quantized = columns.run()
+    scale, zero = columns.grids()
     if order is not None:
         back = order.argsort(dim=-1)[:, None, :].expand_as(w)
         codes, quantized = codes.gather(2, back), quantized.gather(2, back)
-    scale, zero = columns.grids()
+        if not options.static_groups:
+            # grids were found in the order of visit; put each where its group is stored
+            size = spec.group(w.shape[-1])
+            place = (order[:, ::size] // size).argsort(dim=-1)[:, None, :].expand(-1, w.shape[1], groups)
+            scale, zero = scale.gather(2, place), None if zero is None else zero.gather(2, place)
+    if REFIT:
+        scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp)
+        quantized = dequantize(codes, scale, zero, spec)
     error, energy = output_error(w, quantized, hessian)
     return Solution(codes.contiguous(), scale, zero, quantized, error, energy, damp)
+
+
+def refit_scales(
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float
+) -> Tensor:
+    """Best scales for codes that are already chosen: least squares in the layer's output, row by row.
+
+    With ``d_g`` the centred codes of group g, minimise ``(w - Σ s_g d_g) H (w - Σ s_g d_g)ᵀ`` over ``s``, a
+    system of G equations per row. Rows where rounding the result to fp16 does not pay keep their scales.
+
+    Args:
+        w: ``[E, N, K]`` fp32.
+        codes: ``[E, N, K]`` uint8.
+        scale: ``[E, N, G]`` fp16.
+        zero: ``[E, N, G]`` uint8, or None on a symmetric grid.
+        hessian: ``[E, K, K]`` fp32.
+        spec: Bits, group size, symmetry.
+        damp: Relative damping.
+
+    Returns:
+        ``[E, N, G]`` fp16.
+    """
+    experts, rows, columns = w.shape
+    size, groups = spec.group(columns), spec.groups(columns)
+    ones = torch.ones_like(scale)
+    centred = dequantize(codes, ones, zero, spec)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    target = torch.bmm(w, hessian).add_(w * (damp * mean)[:, None, None])
+    right = _by_group(centred * target, size, groups)
+    left = w.new_empty(experts, rows, groups, groups)
+    for group in range(groups):
+        span = slice(group * size, min((group + 1) * size, columns))
+        part = torch.bmm(centred[:, :, span], hessian[:, span])
+        part[:, :, span] += centred[:, :, span] * (damp * mean)[:, None, None]
+        left[:, :, group] = _by_group(part.mul_(centred), size, groups)
+    diagonal = left.diagonal(dim1=-2, dim2=-1)
+    diagonal += diagonal.mean(-1, keepdim=True) * 1e-4 + torch.finfo(torch.float32).tiny
+    old = scale.to(torch.float32)
+    # solve for the change, so that the regularization pulls towards the old scales
+    residual = right - torch.einsum("engh,enh->eng", left, old)
+    lower, info = torch.linalg.cholesky_ex(left)
+    change = torch.cholesky_solve(residual.unsqueeze(-1), lower).squeeze(-1)
+    new = (old + change).clamp(max=HALF_MAX).to(torch.float16)
+    step = new.to(torch.float32) - old
+    gain = (step * residual).sum(-1) - 0.5 * torch.einsum("eng,engh,enh->en", step, left, step)
+    better = (info == 0) & (gain > 0) & (new > 0).all(-1) & torch.isfinite(new).all(-1)
+    return torch.where(better.unsqueeze(-1), new, scale)
+
+
+def _by_group(values: Tensor, size: int, groups: int) -> Tensor:
+    """Sums over groups of columns, ``[..., K]`` to ``[..., G]``."""
+    missing = size * groups - values.shape[-1]
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    return values.unflatten(-1, (groups, size)).sum(-1)
+
+
+def column_order(hessian: Tensor, group: int, options: GptqOptions) -> Tensor | None:
+    """In which order columns are quantized, or None for as they come.
+
+    Args:
+        hessian: ``[E, K, K]``.
+        group: Columns per group.
+        options: ``act_order`` ``True`` sorts all columns by falling energy; ``groups`` sorts groups by their
+            mean energy and columns inside each, so that a group's columns still follow each other and its
+            grid can wait for up-to-date weights. A short last group stays last.
+
+    Returns:
+        int64 ``[E, K]``.
+    """
+    if not options.act_order:
+        return None
+    energy = hessian.diagonal(dim1=-2, dim2=-1)
+    if options.act_order is True:
+        return energy.argsort(dim=-1, descending=True, stable=True)
+    columns = energy.shape[-1]
+    whole = columns // group * group
+    grouped = energy[:, :whole].unflatten(-1, (-1, group))
+    outer = grouped.mean(-1).argsort(dim=-1, descending=True, stable=True)
+    inner = grouped.argsort(dim=-1, descending=True, stable=True)
+    chosen = inner.gather(1, outer[:, :, None].expand_as(inner)) + outer[:, :, None] * group
+    tail = energy[:, whole:].argsort(dim=-1, descending=True, stable=True) + whole
+    return torch.cat([chosen.flatten(1), tail], dim=1)
 
 
 def output_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +277,7 @@ class _Columns:
         self.scale = torch.empty((groups, experts, rows), dtype=torch.float32, device=work.device)
         self.zero = torch.full_like(self.scale, float(spec.midpoint))
         self.inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
-        self.group_of = None if order is None else (order // self.group).T.contiguous()
+        self.group_of = (order // self.group).T.contiguous() if order is not None and options.static_groups else None
         # what a rounding error of a column costs once later columns have made up for it as well as they can
         self.importance = self.inverse_diagonal.square() if WEIGHTED else torch.ones_like(self.inverse_diagonal)
         if options.static_groups:

@@ -22,6 +22,8 @@ HALF_TINY = 2.0**-24
 # fractions of the min-max range tried by the search, coarse first, then refined around the best
 COARSE = tuple(1.0 - 0.05 * i for i in range(14))
 FINE = (-0.025, -0.0125, 0.0125, 0.025)
+# the wider the code, the less clipping pays; how much of COARSE is worth trying
+TRIED = {2: 14, 3: 11, 4: 8, 8: 3}
 
 
 def group_view(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +86,7 @@ def grid_of_groups(
         return scale.to(torch.float16), None if zero is None else zero.to(torch.uint8)
     best = _error(values, scale, zero, spec, importance)
     fraction = torch.ones_like(scale)
-    for shrink in COARSE[1:]:
+    for shrink in COARSE[1 : TRIED[spec.bits]]:
         scale, zero, best, fraction = _try(values, low, high, fraction.new_full((), shrink), spec, importance,
                                            (scale, zero, best, fraction))  # fmt: skip
     centre = fraction.clone()
@@ -129,13 +131,13 @@ def _grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
 
 def _error(values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, importance: Tensor | None) -> Tensor:
     """Squared rounding error of each group."""
-    offset = scale.new_full((), spec.midpoint) if zero is None else zero.unsqueeze(-1)
-    step = scale.unsqueeze(-1)
-    rounded = (values / step).round_().clamp_(-offset, (spec.levels - 1) - offset)
-    rounded.mul_(step).sub_(values).square_()
+    offset = float(spec.midpoint) if zero is None else zero.unsqueeze(-1)
+    # in units of codes, so that few passes over the weights are needed
+    exact = torch.div(values, scale.unsqueeze(-1)).add_(offset)
+    error = exact.round().clamp_(0.0, float(spec.levels - 1)).sub_(exact).square_()
     if importance is not None:
-        rounded.mul_(importance)
-    return rounded.sum(-1)
+        error.mul_(importance)
+    return error.sum(-1).mul_(scale.square())
 
 
 def _try(

@@ -34,8 +34,11 @@ for part in (run, plan, recipes, inspect, evaluate, export, generate, bench, rep
 # base class of every usage error, of click or of the copy of click that newer typer brings along
 _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-# other libraries' bars and notices would mix with ours on stderr; a user's own setting wins
-_QUIET_LIBRARIES = {
+# read by the libraries when they are loaded; a user's own setting wins
+_LIBRARY_SETTINGS = {
+    # threads that spin while they wait make everything 5 to 10 times slower on a machine that is shared
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # other libraries' bars and notices would mix with ours on stderr
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -56,7 +59,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program name; ``sys.argv`` by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    for key, value in _QUIET_LIBRARIES.items():
+    for key, value in _LIBRARY_SETTINGS.items():
         os.environ.setdefault(key, value)
     # records that no handler takes would reach stderr through logging's last resort
     logging.getLogger().addHandler(logging.NullHandler())

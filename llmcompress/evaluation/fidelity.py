@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.evaluation.batching import automatic_batch
+from llmcompress.evaluation.batching import COMPARED_ROWS, automatic_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +66,17 @@ def compare_logits(dense: Tensor, compressed: Tensor) -> RowComparison:
     """Compare two ``[R, V]`` logit matrices in fp32, a few rows at a time."""
     kl, same = [], []
     error = norm = 0.0
-    for left, right in zip(dense.split(_ROWS), compressed.split(_ROWS)):
+    for left, right in zip(dense.split(COMPARED_ROWS), compressed.split(COMPARED_ROWS)):
         p, q = left.float(), right.float()
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         # tiny negative values are rounding: KL is never below zero
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0))
         same.append(p.argmax(-1) == q.argmax(-1))
+        del log_p, log_q
         p, q = p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True)
-        error += float((q - p).double().square().sum())
-        norm += float(p.double().square().sum())
+        # summed in fp32 along a row, in fp64 over rows: a copy of the logits in fp64 would double the memory
+        error += float((q - p).square().sum(-1).double().sum())
+        norm += float(p.square().sum(-1).double().sum())
     return RowComparison(torch.cat(kl), torch.cat(same), error, norm)
 
 
@@ -114,6 +114,8 @@ def fidelity(
             all_kl.append(row.kl.cpu())
             error += row.error_squared
             norm += row.dense_squared
+        # or the next batch's logits would be made while these are still held
+        del reference, judged, left, right
     if not (math.isfinite(error) and math.isfinite(norm)):
         raise InputError("a model's output is not finite (NaN or infinity)", "check its weights and dtype")
     every = torch.cat(all_kl)

@@ -15,6 +15,7 @@ from llmcompress.data.calibration import CalibrationSet, build, overlap
 from llmcompress.data.sources import describe, read
 from llmcompress.errors import InputError
 from llmcompress.evaluation import harness
+from llmcompress.evaluation.batching import SHIFT_WINDOWS
 from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 Side = Literal["dense", "compressed", "without_policies"]
 Tell = Callable[[str], None]
-_SHIFT_WINDOWS = 16
 REFUSED_OVERLAP = 0.01
 """Share of shared tokens from which held-out text no longer counts as held out."""
 
@@ -374,7 +374,7 @@ def shift_windows(config: Settings, prepared: Prepared) -> Tensor:
     name, section = next(iter(config.perplexity.items()))
     tokens = prepared.texts[name].tokens
     length = min(section.length, len(tokens))
-    count = min(_SHIFT_WINDOWS, len(tokens) // length)
+    count = min(SHIFT_WINDOWS, len(tokens) // length)
     return tokens[: count * length].reshape(count, length)
 
 

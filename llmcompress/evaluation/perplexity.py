@@ -19,13 +19,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.evaluation.batching import automatic_batch
+from llmcompress.evaluation.batching import SCORED_ROWS, automatic_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_ROWS = 512
-"""Rows of logits normalised at a time: bounds the fp32 copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
         ``[R]`` float32.
     """
     parts = []
-    for rows, wanted in zip(logits.split(_ROWS), targets.split(_ROWS)):
+    for rows, wanted in zip(logits.split(SCORED_ROWS), targets.split(SCORED_ROWS)):
         full = rows.float()
         parts.append(full.logsumexp(-1) - full.gather(-1, wanted[:, None]).squeeze(-1))
     return torch.cat(parts)
@@ -198,6 +195,8 @@ def perplexity(
             nll = token_nll(logits[row, first - 1 : -1], ids[row, first:])
             sums.append(float(nll.double().sum()))
             counts.append(len(nll))
+        # or the next batch's logits would be made while these are still held
+        del logits
     seconds = time.perf_counter() - started
     total, tokens = math.fsum(sums), sum(counts)
     if not math.isfinite(total):

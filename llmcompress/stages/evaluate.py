@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmcompress.errors import GateFailed, InputError, RecipeError
-from llmcompress.evaluation.batching import automatic_batch, task_batch
 from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
+from llmcompress.evaluation.working_set import peak_bytes
 from llmcompress.quant.store import PackedStore, write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.state import Metric
@@ -115,21 +115,14 @@ class Evaluate(Stage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Both models together where they are compared token by token, otherwise the larger one; plus logits."""
-        layout, config = inputs.layout, self.config
+        config = self.config
         dense, compressed = _model_bytes(inputs)
         pair = bool(inputs.specs) and (config.fidelity is not None or config.expert_shift)
         # packed weights are decoded one at a time
-        largest = max((math.prod(shape) for _, _, shape, _ in layout.quantizable()), default=0)
+        largest = max((math.prod(shape) for _, _, shape, _ in inputs.layout.quantizable()), default=0)
         compressed += largest * inputs.compute_bytes if inputs.specs else 0
         weights = dense + compressed if pair else max(dense if config.dense else 0, compressed)
-        lengths = [part.length for part in config.perplexity.values()]
-        lengths += [config.fidelity.length] if config.fidelity is not None else []
-        rows = max((_batch(config, length, layout.vocab) * length for length in lengths), default=0)
-        # logits as the model gives them, twice where two models are compared, plus one block of normalised rows
-        logits = rows * layout.vocab * inputs.compute_bytes * (2 if pair else 1) + 4 * 512 * layout.vocab * 4
-        # lm-eval normalises all logits of a batch at once
-        tasks = 2 * 256 * task_batch(256, layout.vocab) * layout.vocab * inputs.compute_bytes if config.tasks else 0
-        peak = weights + max(logits if rows else 0, tasks)
+        peak = weights + peak_bytes(config, inputs.layout, inputs.compute_bytes)
         on_gpu = inputs.device == "cuda"
         return Estimate(ram=dense if on_gpu else peak, vram=peak if on_gpu else 0)
 
@@ -338,10 +331,6 @@ def _offline(active: bool) -> Iterator[None]:
 
     with offline(True):
         yield
-
-
-def _batch(config: EvaluateConfig, length: int, vocabulary: int) -> int:
-    return config.batch if isinstance(config.batch, int) else automatic_batch(length, vocabulary)
 
 
 def _model_bytes(inputs: PlanInputs) -> tuple[int, int]:

@@ -37,8 +37,9 @@ class GptqConfig(StageConfig):
     """Which weights are quantized and how; the first matching rule decides."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean; raised automatically where Cholesky fails."""
-    act_order: bool = False
-    """Quantize columns in the order of falling activation energy; needs ``static_groups``."""
+    act_order: bool | Literal["groups"] = False
+    """Quantize columns in the order of falling activation energy: over all columns (needs ``static_groups``), or
+    ``groups``: group by group, and inside each group."""
     static_groups: bool = False
     """Fix all scales before the first column is quantized, instead of on reaching the group."""
     block: Annotated[int, Field(ge=8)] = 128
@@ -52,10 +53,8 @@ class GptqConfig(StageConfig):
 
     @model_validator(mode="after")
     def _groups_before_order(self) -> Self:
-        if self.act_order and not self.static_groups:
-            raise ValueError(
-                "act_order needs static_groups: true, because stored groups are runs of neighbouring columns"
-            )
+        if self.act_order is True and not self.static_groups:
+            raise ValueError("act_order needs static_groups: true, or the value groups")
         return self
 
 

@@ -35,7 +35,10 @@ class QescConfig(GptqConfig):
     targets: Literal["own", "full_precision"] = "own"
     """What weights are fitted to before they are quantized: ``own`` (GPTQ and the paper) keeps each layer's output on
     the quantized stream; ``full_precision`` aims at the output of the full-precision stream, which undoes part of the
-    error that earlier layers passed on. Not in the EAC-MoE paper; see ``algorithms/reference_targets.py``."""
+    error that earlier layers passed on. Not in the EAC-MoE paper; see ``algorithms/reference_targets.py``. On the
+    reference MoE at 2 bits (held-out text, seeds 0 and 1) QESC closes 3 to 5 % of the perplexity gap between GPTQ and
+    the dense model with ``own``, and 35 to 36 % with ``full_precision``; without router calibration the latter gives 25
+    to 30 %. ``scripts/ablate_qesc.py`` measures it."""
     target_ridge: Annotated[float, Field(gt=0)] = 0.1
     """Damping of that fit, relative to the mean input energy."""
 
