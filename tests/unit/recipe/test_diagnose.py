@@ -20,8 +20,8 @@ stages: {quantize: {min_token: 64}}
     stages.quantize.min_token: unknown key (did you mean rare_experts.min_tokens?)
 stages: {quantize: {damp: much}}
     stages.quantize.damp: expected a number, not 'much'
-stages: {quantize: {act_order: maybe}}
-    stages.quantize.act_order: expected true or false, not 'maybe'
+stages: {quantize: {diagnose_experts: maybe}}
+    stages.quantize.diagnose_experts: expected true or false, not 'maybe'
 stages: {quantize: {grid: mss}}
     stages.quantize.grid: expected minmax or mse, not 'mss' (did you mean mse?)
 stages: {quantize: {rules: {experts: {bits: 5}}}}
