@@ -3,7 +3,8 @@
 Exact: the update rule with the Cholesky factor of the inverse Hessian, lazy block updates, group
 grids. Different from the authors' code: many matrices of one shape are solved at once (an ordinary
 linear is a stack of one), a group's grid is taken from up-to-date weights also inside a block, and
-weights on dead inputs are rounded, never zeroed.
+weights on dead inputs are rounded, never zeroed. Additions: grid search weighted by the cost of a column's error,
+columns ordered by energy group by group, scales fitted again at the end.
 
 Legend: E experts, N rows (outputs), K columns (inputs), G groups per row, g columns per group.
 """
@@ -23,10 +24,6 @@ from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
 
-WEIGHTED = True
-REFIT = True
-
-
 @dataclass(frozen=True, slots=True)
 class GptqOptions:
     """Solver settings, named as in the recipe.
@@ -37,7 +34,8 @@ class GptqOptions:
             ``static_groups``), ``groups`` group by group.
         static_groups: Fix all grids before the first column.
         block: Columns between two updates of the trailing weights; no effect on the result beyond rounding.
-        grid: How grids are chosen.
+        grid: How grids are chosen; the search weighs a column's error by what it costs after compensation.
+        refit: Improve the scales by least squares once all codes are chosen.
     """
 
     damp: float = 0.01
@@ -45,6 +43,7 @@ class GptqOptions:
     static_groups: bool = False
     block: int = 128
     grid: Search = "mse"
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if self.act_order is True and not self.static_groups:
@@ -113,7 +112,7 @@ def solve(
             size = spec.group(w.shape[-1])
             place = (order[:, ::size] // size).argsort(dim=-1)[:, None, :].expand(-1, w.shape[1], groups)
             scale, zero = scale.gather(2, place), None if zero is None else zero.gather(2, place)
-    if REFIT:
+    if options.refit:
         scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp)
         quantized = dequantize(codes, scale, zero, spec)
     error, energy = output_error(w, quantized, hessian)
@@ -279,7 +278,7 @@ class _Columns:
         self.inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
         self.group_of = (order // self.group).T.contiguous() if order is not None and options.static_groups else None
         # what a rounding error of a column costs once later columns have made up for it as well as they can
-        self.importance = self.inverse_diagonal.square() if WEIGHTED else torch.ones_like(self.inverse_diagonal)
+        self.importance = self.inverse_diagonal.square()
         if options.static_groups:
             importance = self.importance
             if order is not None:

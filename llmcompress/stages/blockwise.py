@@ -299,7 +299,9 @@ def method_of(config: Any) -> Method:
         blend=rare.below == "blend",
         affinity=rare.weighting == "affinity",
     )
-    options = GptqOptions(config.damp, config.act_order, config.static_groups, config.block, config.grid)
+    options = GptqOptions(
+        config.damp, config.act_order, config.static_groups, config.block, config.grid, config.refit_scales
+    )
     # only qesc has this field
     full_precision = getattr(config, "targets", "own") == "full_precision"
     return Method(options, config.grid, policy, config.target_ridge if full_precision else None)

@@ -37,7 +37,7 @@ class GptqConfig(StageConfig):
     """Which weights are quantized and how; the first matching rule decides."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean; raised automatically where Cholesky fails."""
-    act_order: bool | Literal["groups"] = False
+    act_order: bool | Literal["groups"] = "groups"
     """Quantize columns in the order of falling activation energy: over all columns (needs ``static_groups``), or
     ``groups``: group by group, and inside each group."""
     static_groups: bool = False
@@ -46,6 +46,8 @@ class GptqConfig(StageConfig):
     """Columns between two updates of the remaining weights; affects speed only."""
     grid: Literal["minmax", "mse"] = "mse"
     """How scale and zero point are chosen: from the extremes, or by searching for the least squared error."""
+    refit_scales: bool = True
+    """Improve the scales by least squares in the layer's output once all codes are chosen."""
     rare_experts: RareExperts = RareExperts()
     """Policy for experts with few calibration tokens."""
     diagnose_experts: bool = True
