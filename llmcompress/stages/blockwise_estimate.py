@@ -27,8 +27,11 @@ GRAM_BYTES = 1 << 30
 SOLVER_SQUARES = 8
 # fp32 copies of the weights alive in the column loop: source, transposed work, values, block error, codes
 SOLVER_COPIES = 4.5
-# batch activations of a sublayer in units of its widest projection
-BATCH_WIDTHS = 4
+# batch activations of a sublayer in units of its widest projection; measured, allocator slack included
+BATCH_WIDTHS = 6
+# rows of one expert run at once, and its activations in units of I: gate and up, activation, product, slack
+PIECE = 8192
+PIECE_WIDTHS = 6
 
 
 def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estimate:
@@ -135,6 +138,8 @@ def _working_sets(
         routed = tokens * bank.top_k * chunk // bank.num_experts
         kept = routed * bank.intermediate * item if hessians and bank.down in plan else 0
         kept = kept if kept <= KEEP_BYTES else 0
+        rows_at_once = min(tokens * bank.top_k // bank.num_experts, PIECE)
+        yield shared + kept + rows_at_once * (PIECE_WIDTHS * bank.intermediate + bank.hidden) * item
         for name in (bank.gate_up, bank.down):
             if name in plan:
                 _, rows, columns = bank.shape(name)

@@ -4,6 +4,9 @@
 2-bit experts and 4-bit attention: perplexity dense < QESC < GPTQ < RTN, QESC closing at least a quarter of
 the gap between GPTQ and dense; on held-out text the share of tokens with any changed expert lower than
 GPTQ's in at least 80 % of the layers. At 3 bits QESC within 3 % of dense.
+
+The line is judged with ``targets: own``, where QESC differs from GPTQ in the routers alone. What the quickstart
+ships (``targets: full_precision``, which is not in the paper) is reported beside it.
 """
 
 from __future__ import annotations
@@ -13,27 +16,36 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from harness import llmcompress, verdict
 
 SEEDS = (0, 1, 2)
 DROP = ("stages.prune~", "stages.export~", "stages.evaluate.generation~", "stages.evaluate.perplexity.maths~")
+OWN = "stages.quantize.targets=own"
+RUNS = {
+    "rtn": ("quickstart_rtn", 2, ()),
+    "gptq": ("quickstart_gptq", 2, ()),
+    "qesc": ("quickstart", 2, (OWN,)),
+    "shipped": ("quickstart", 2, ()),
+    "qesc3": ("quickstart", 3, (OWN,)),
+}
 
 
-def measure(recipe: str, seed: int, bits: int, folder: Path) -> dict:
+def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Run one recipe; return dense and compressed perplexity and the change rate of every layer."""
+    recipe, bits, more = RUNS[name]
     drop = [d for d in DROP if recipe == "quickstart" or d != "stages.prune~"]
-    run = folder / f"{recipe}_{bits}_{seed}"
-    overrides = [f"run.dir={run}", f"run.seed={seed}", f"stages.quantize.rules.experts.bits={bits}", *drop]
+    run = folder / f"{name}_{seed}"
+    overrides = [f"run.dir={run}", f"run.seed={seed}", f"stages.quantize.rules.experts.bits={bits}", *drop, *more]
     llmcompress("run", recipe, *overrides, "--quiet")
     results = run / "stages" / "evaluate"
     rows = {f"{r['task']}.{r['metric']}": r for r in json.loads((results / "metrics.json").read_text())}
     text = rows["heldout.perplexity"]
-    shift = json.loads((results / "expert_shift.json").read_text())
-    rates = [layer["cr_any"] for layer in shift]
+    rates = [round(layer["cr_any"], 4) for layer in json.loads((results / "expert_shift.json").read_text())]
     shutil.rmtree(run)
     figure = {"dense": text["dense"], "compressed": text["compressed"], "cr_any": rates, "tokens": text["n"]}
-    print(recipe, f"seed {seed}, {bits} bits:", json.dumps(figure), flush=True)
+    print(name, f"seed {seed}, {bits} bits:", json.dumps(figure), flush=True)
     return figure
 
 
@@ -42,32 +54,36 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
 
 
+def share_closed(ours: list[float], gptq: list[float], dense: float) -> list[float]:
+    """Share of the gap between GPTQ and dense that is closed, per seed."""
+    return [(g - o) / (g - dense) for o, g in zip(ours, gptq, strict=True)]
+
+
+def layers_lower(ours: list[dict[str, Any]], gptq: list[dict[str, Any]]) -> float:
+    """Smallest share of layers, over the seeds, in which fewer tokens change an expert."""
+    pairs = [(a["cr_any"], b["cr_any"]) for a, b in zip(ours, gptq, strict=True)]
+    return min(sum(x < y for x, y in zip(a, b, strict=True)) / len(a) for a, b in pairs)
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="llmcompress-quality-"))
-    found = {
-        name: [measure(recipe, seed, bits, folder) for seed in SEEDS]
-        for name, recipe, bits in (
-            ("rtn", "quickstart_rtn", 2),
-            ("gptq", "quickstart_gptq", 2),
-            ("qesc", "quickstart", 2),
-            ("qesc3", "quickstart", 3),
-        )
-    }
+    # rounding to nearest uses no calibration, so one seed is all there is
+    found = {name: [measure(name, s, folder) for s in (SEEDS[:1] if name == "rtn" else SEEDS)] for name in RUNS}
     shutil.rmtree(folder)
-    dense = found["qesc"][0]["dense"]
+    dense, rtn = found["gptq"][0]["dense"], found["rtn"][0]["compressed"]
     value = {name: [f["compressed"] for f in figures] for name, figures in found.items()}
-    ordered = all(dense < q < g < r for q, g, r in zip(value["qesc"], value["gptq"], value["rtn"], strict=True))
-    closed = [(g - q) / (g - dense) for q, g in zip(value["qesc"], value["gptq"], strict=True)]
-    lower = [
-        sum(q < g for q, g in zip(a["cr_any"], b["cr_any"], strict=True)) / len(a["cr_any"])
-        for a, b in zip(found["qesc"], found["gptq"], strict=True)
-    ]
+    ordered = all(dense < q < g < rtn for q, g in zip(value["qesc"], value["gptq"], strict=True))
+    closed = share_closed(value["qesc"], value["gptq"], dense)
+    shipped = share_closed(value["shipped"], value["gptq"], dense)
+    lower, lower_shipped = layers_lower(found["qesc"], found["gptq"]), layers_lower(found["shipped"], found["gptq"])
     three = max(value["qesc3"]) / dense - 1
     verdict(
-        ordered and min(closed) >= 0.25 and min(lower) >= 0.8 and three <= 0.03,
+        ordered and min(closed) >= 0.25 and lower >= 0.8 and three <= 0.03,
         f"held-out perplexity dense {dense:.2f}, QESC {spread(value['qesc'])}, GPTQ {spread(value['gptq'])}, "
-        f"RTN {spread(value['rtn'])}; gap closed {min(closed):.0%} to {max(closed):.0%} (goal 25 %); cr_any lower in "
-        f"{min(lower):.0%} of layers (goal 80 %); 3 bits {three:+.1%} (goal 3 %); {len(SEEDS)} seeds",
+        f"RTN {rtn:.2f}; gap closed {min(closed):.0%} to {max(closed):.0%} (goal 25 %); cr_any lower in "
+        f"{lower:.0%} of layers (goal 80 %); 3 bits {three:+.1%} (goal 3 %); {len(SEEDS)} seeds. "
+        f"With targets: full_precision {spread(value['shipped'])}, gap closed {min(shipped):.0%} to {max(shipped):.0%}, "
+        f"cr_any lower in {lower_shipped:.0%} of layers",
     )
 
 
