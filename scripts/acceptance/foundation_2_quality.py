@@ -82,8 +82,8 @@ def main() -> None:
         f"held-out perplexity dense {dense:.2f}, QESC {spread(value['qesc'])}, GPTQ {spread(value['gptq'])}, "
         f"RTN {rtn:.2f}; gap closed {min(closed):.0%} to {max(closed):.0%} (goal 25 %); cr_any lower in "
         f"{lower:.0%} of layers (goal 80 %); 3 bits {three:+.1%} (goal 3 %); {len(SEEDS)} seeds. "
-        f"With targets: full_precision {spread(value['shipped'])}, gap closed {min(shipped):.0%} to {max(shipped):.0%}, "
-        f"cr_any lower in {lower_shipped:.0%} of layers",
+        f"With targets: full_precision {spread(value['shipped'])}, gap closed {min(shipped):.0%} to "
+        f"{max(shipped):.0%}, cr_any lower in {lower_shipped:.0%} of layers",
     )
 
 

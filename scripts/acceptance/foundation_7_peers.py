@@ -85,7 +85,8 @@ def ours(model: Path, calibration: Path, out: Path, bits: int, shape: list[str])
     """The command that does the same job with this project: asymmetric GPTQ, every linear and expert."""
     rule = f"{{match: '.', bits: {bits}, group_size: 64}}"
     return [
-        sys.executable, "-m", "llmcompress", "run", "gptq_smollm2", "--quiet", "--force", "stages.evaluate~", "stages.export.formats=[native]",
+        sys.executable, "-m", "llmcompress", "run", "gptq_smollm2", "--quiet", "--force",
+        "stages.evaluate~", "stages.export.formats=[native]", "run.compute_dtype=bfloat16",
         f"model.path={model}", f"run.dir={out}", f"stages.calibrate.source={{kind: text, path: '{calibration}'}}",
         f"stages.calibrate.samples={shape[1]}", f"stages.calibrate.length={shape[3]}",
         f"stages.quantize.rules={{all: {rule}}}",
