@@ -41,6 +41,8 @@ KEEP_BYTES = 1 << 30
 # second moments of experts that are held at once
 GRAM_BYTES = 1 << 30
 FORCED_TOKENS = 2048
+# batches from which second moments may be formed by bf16 products
+FAST_BATCHES = 8
 
 
 class Visitor(Protocol):
@@ -212,7 +214,8 @@ class Walker:
         tap = self.tapped(_names(group))
         if not counted and tap is None:
             return None
-        gram = Gram(1, group.linears[0].in_features, self.device) if counted else None
+        fast = len(self.batches) >= FAST_BATCHES
+        gram = Gram(1, group.linears[0].in_features, self.device, fast) if counted else None
         for x in inputs:
             if gram is not None:
                 gram.add(x.flatten(0, -2))
@@ -226,8 +229,7 @@ class Walker:
         """Attention or dense MLP."""
         module = self.model.get_submodule(sublayer.module)
 
-        def call(rows: slice) -> Tensor:
-            x = self.normed(sublayer, hidden, rows)
+        def call(rows: slice, x: Tensor) -> Tensor:
             if sublayer.kind == "attention":
                 return first_output(module(hidden_states=x, **self.arguments(block, rows)))
             return first_output(module(x))
@@ -244,7 +246,7 @@ class GroupSteps:
         walker: For batches and devices.
         groups: All groups of one module, in order.
         visitor: Sees each group before it is used.
-        call: Runs the module on a batch.
+        call: Runs the module on a batch and its input.
         inputs: The module's input for a batch.
     """
 
@@ -253,13 +255,15 @@ class GroupSteps:
         walker: Walker,
         groups: Sequence[LinearGroup],
         visitor: Visitor | None,
-        call: Callable[[slice], Tensor],
+        call: Callable[[slice, Tensor], Tensor],
         inputs: Callable[[slice], Tensor],
     ) -> None:
         self.walker, self.visitor, self.call, self.inputs = walker, visitor, call, inputs
         self.first = [group for group in groups if group.position == "first"]
         self.inner = [group for group in groups if group.position == "inner"]
         self.last = next(group for group in groups if group.position == "last")
+        # inputs kept from the first statistics until the module has run, to compute norms once
+        self.held: dict[int, Tensor] = {}
 
     def outputs(self, needed: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """Go through the stages, then yield each batch's output ``[B, L, H]``."""
@@ -272,7 +276,7 @@ class GroupSteps:
             self._inner(projection, visitor)
             wanted = visitor.wants(_names(self.last))
             seen = wanted or walker.tapped(_names(self.last)) is not None
-            keep = seen and needed and self._kept_bytes() <= KEEP_BYTES
+            keep = seen and needed and self._bytes(self.last.linears[0].in_features) <= KEEP_BYTES
             before = self._before(projection, kept if keep else None)
             visitor.linears(self.last, walker.statistics(self.last, before, wanted))
         if not needed:
@@ -280,21 +284,30 @@ class GroupSteps:
         if kept:
             for number, rows in enumerate(walker.batches):
                 x = kept[number].to(walker.device)
-                kept[number] = kept[number][:0]
+                # a view would keep the memory
+                kept[number] = torch.empty(0)
                 yield rows, projection(x)
         else:
             for rows, x in zip(walker.batches, self._before(projection, None)):
                 yield rows, projection(x)
 
     def _inputs(self) -> Iterator[Tensor]:
+        """Yield the module's input, batch by batch."""
+        on_cpu = self.walker.device.type == "cpu"
+        hold = on_cpu and self._bytes(self.first[0].linears[0].in_features) <= KEEP_BYTES
         for rows in self.walker.batches:
-            yield self.inputs(rows)
+            x = self.held.get(rows.start)
+            x = self.inputs(rows) if x is None else x
+            if hold:
+                self.held[rows.start] = x
+            yield x
 
     def _before(self, projection: nn.Module, keep: list[Tensor] | None) -> Iterator[Tensor]:
         """Yield the output projection's input, batch by batch."""
         for rows in self.walker.batches:
+            x = self.held.pop(rows.start, None)
             with replaced_forward(projection, identity):
-                before = self.call(rows)
+                before = self.call(rows, self.inputs(rows) if x is None else x)
             if keep is not None:
                 keep.append(before.cpu())
             yield before
@@ -316,16 +329,15 @@ class GroupSteps:
         if any(counted) or any(tap is not None for tap in taps):
             modules = [walker.model.get_submodule(group.linears[0].name) for group in self.inner]
             with recorded_inputs(modules, seen), replaced_forward(projection, identity):
-                for rows in walker.batches:
-                    self.call(rows)
+                for rows, x in zip(walker.batches, self._inputs()):
+                    self.call(rows, x)
         for group, gram in zip(self.inner, grams):
             if gram is not None:
                 check_finite(gram, group.linears[0].name)
             visitor.linears(group, gram)
 
-    def _kept_bytes(self) -> int:
-        size = self.last.linears[0].in_features * self.walker.tokens.numel()
-        return size * self.walker.model.dtype.itemsize
+    def _bytes(self, width: int) -> int:
+        return width * self.walker.tokens.numel() * self.walker.model.dtype.itemsize
 
 
 class _MoeStep:
@@ -396,8 +408,9 @@ class _MoeStep:
                 found.append((module, torch.cat(parts)))
         return found
 
-    def _call_shared(self, module: nn.Module, rows: slice) -> Tensor:
-        output: Tensor = module(self.x[self._span(rows)])
+    @staticmethod
+    def _call_shared(module: nn.Module, _rows: slice, x: Tensor) -> Tensor:
+        output: Tensor = module(x)
         return output
 
     def _mix(self, routing: Routing, needed: bool) -> Tensor | None:

@@ -37,7 +37,7 @@ def test_gram_weights_tokens() -> None:
 def test_gram_of_bf16_keeps_small_eigenvalues_beside_a_large_mean() -> None:
     torch.manual_seed(0)
     x = (0.05 * torch.randn(4000, 40) + 3).bfloat16()
-    gram, exact, plain = Gram(1, 40), Gram(1, 40), torch.zeros(40, 40)
+    gram, exact, plain = Gram(1, 40, fast=True), Gram(1, 40), torch.zeros(40, 40)
     for part in x.split(400):
         gram.add(part)
         exact.add(part.float())
@@ -46,6 +46,16 @@ def test_gram_of_bf16_keeps_small_eigenvalues_beside_a_large_mean() -> None:
     assert smallest[0] == pytest.approx(smallest[1], rel=0.2)
     # what multiplying in bf16 without care would give
     assert smallest[2] < 0
+    assert not torch.equal(gram.total, exact.total)
+
+
+def test_gram_of_bf16_is_exact_unless_asked_to_be_fast() -> None:
+    x = (torch.randn(600, 24) + 2).bfloat16()
+    gram, exact = Gram(1, 24), Gram(1, 24)
+    for part in x.split(200):
+        gram.add(part)
+        exact.add(part.float())
+    assert torch.equal(gram.total, exact.total)
 
 
 def test_factor_is_the_one_gptq_needs() -> None:
