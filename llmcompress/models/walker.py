@@ -263,13 +263,13 @@ class GroupSteps:
         self.inner = [group for group in groups if group.position == "inner"]
         self.last = next(group for group in groups if group.position == "last")
         # inputs kept from the first statistics until the module has run, to compute norms once
-        self.held: dict[int, Tensor] = {}
+        self.held: Tensor | None = None
+        self.kept: Tensor | None = None
 
     def outputs(self, needed: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """Go through the stages, then yield each batch's output ``[B, L, H]``."""
         walker, visitor = self.walker, self.visitor
         projection = walker.model.get_submodule(self.last.linears[0].name)
-        kept: list[Tensor] = []
         if visitor is not None:
             for group in self.first:
                 visitor.linears(group, walker.statistics(group, self._inputs(), visitor.wants(_names(group))))
@@ -277,39 +277,49 @@ class GroupSteps:
             wanted = visitor.wants(_names(self.last))
             seen = wanted or walker.tapped(_names(self.last)) is not None
             keep = seen and needed and self._bytes(self.last.linears[0].in_features) <= KEEP_BYTES
-            before = self._before(projection, kept if keep else None)
-            visitor.linears(self.last, walker.statistics(self.last, before, wanted))
+            visitor.linears(self.last, walker.statistics(self.last, self._before(projection, keep), wanted))
+            self.held = None
         if not needed:
             return
-        if kept:
-            for number, rows in enumerate(walker.batches):
-                x = kept[number].to(walker.device)
-                # a view would keep the memory
-                kept[number] = torch.empty(0)
-                yield rows, projection(x)
+        if self.kept is not None:
+            for rows in walker.batches:
+                # a copy, because the last bits of a product may depend on how its inputs are aligned
+                yield rows, projection(self.kept[rows].to(walker.device, copy=True))
+            self.kept = None
         else:
-            for rows, x in zip(walker.batches, self._before(projection, None)):
+            for rows, x in zip(walker.batches, self._before(projection, False)):
                 yield rows, projection(x)
 
     def _inputs(self) -> Iterator[Tensor]:
         """Yield the module's input, batch by batch."""
         on_cpu = self.walker.device.type == "cpu"
         hold = on_cpu and self._bytes(self.first[0].linears[0].in_features) <= KEEP_BYTES
+        if self.held is not None:
+            yield from (self._input(rows) for rows in self.walker.batches)
+            return
         for rows in self.walker.batches:
-            x = self.held.get(rows.start)
-            x = self.inputs(rows) if x is None else x
+            x = self.inputs(rows)
             if hold:
-                self.held[rows.start] = x
+                self.held = self._stored(self.held, rows, x)
             yield x
 
-    def _before(self, projection: nn.Module, keep: list[Tensor] | None) -> Iterator[Tensor]:
+    def _input(self, rows: slice) -> Tensor:
+        return self.inputs(rows) if self.held is None else self.held[rows].clone()
+
+    def _stored(self, storage: Tensor | None, rows: slice, x: Tensor) -> Tensor:
+        """Copy a batch into one large tensor: many small ones would leave the allocator fragmented."""
+        if storage is None:
+            storage = torch.empty((self.walker.tokens.shape[0], *x.shape[1:]), dtype=x.dtype)
+        storage[rows] = x
+        return storage
+
+    def _before(self, projection: nn.Module, keep: bool) -> Iterator[Tensor]:
         """Yield the output projection's input, batch by batch."""
         for rows in self.walker.batches:
-            x = self.held.pop(rows.start, None)
             with replaced_forward(projection, identity):
-                before = self.call(rows, self.inputs(rows) if x is None else x)
-            if keep is not None:
-                keep.append(before.cpu())
+                before = self.call(rows, self._input(rows))
+            if keep:
+                self.kept = self._stored(self.kept, rows, before)
             yield before
 
     def _inner(self, projection: nn.Module, visitor: Visitor) -> None:
@@ -384,6 +394,9 @@ class _MoeStep:
         length = self.hidden.shape[1]
         return slice(rows.start * length, rows.stop * length)
 
+    def _batch(self, rows: slice) -> Tensor:
+        return self.x[self._span(rows)].unflatten(0, (rows.stop - rows.start, -1))
+
     def _route(self) -> Routing:
         routed = [self.router(self.x[self._span(rows)]) for rows in self.walker.batches]
         index = torch.cat([result[2] for result in routed])
@@ -401,9 +414,9 @@ class _MoeStep:
                 groups,
                 self.visitor,
                 partial(self._call_shared, module),
-                lambda rows: self.x[self._span(rows)],
+                self._batch,
             )
-            parts = [output for _, output in steps.outputs(needed)]
+            parts = [output.flatten(0, 1) for _, output in steps.outputs(needed)]
             if parts:
                 found.append((module, torch.cat(parts)))
         return found

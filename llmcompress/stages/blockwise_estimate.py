@@ -122,6 +122,8 @@ def _working_sets(
     """Peak working set of each step of a block: batch activations, kept inputs, solver."""
     for sublayer in block.sublayers:
         shared = 2 * tokens * block_hidden(block) * item if sublayer.experts is not None else 0
+        held = tokens * block_hidden(block) * item if hessians else 0
+        held = held if held <= KEEP_BYTES else 0
         for group in sublayer.groups:
             columns = group.linears[0].in_features
             rows = sum(linear.out_features for linear in group.linears)
@@ -129,7 +131,7 @@ def _working_sets(
             planned = any(linear.name in plan for linear in group.linears)
             kept = tokens * columns * item if group.position == "last" and hessians and planned else 0
             kept = kept if kept <= KEEP_BYTES else 0
-            yield shared + kept + max(batch, _solver(1, rows, columns, hessians, targets) if planned else 0)
+            yield shared + held + kept + max(batch, _solver(1, rows, columns, hessians, targets) if planned else 0)
         bank = sublayer.experts
         if bank is None:
             continue
