@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ class TinyModels:
 def tiny() -> type[TinyModels]:
     """Factory of tiny MoE models: config, model, run state and run context."""
     return TinyModels
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_restored() -> Iterator[None]:
+    """A run sets torch's threads for its process; the next test must not inherit them.
+
+    Another number of threads sums in another order, so exact comparisons with a fresh process would depend on
+    which tests ran before.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
