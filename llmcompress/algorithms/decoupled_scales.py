@@ -46,9 +46,9 @@ class StateSpec:
     Attributes:
         bits: 4, 6 or 8; 16 leaves the state in float.
         codec: ``dsq``; ``dsq_static_p`` (channel scale calibrated, state scale dynamic); ``dsq_als`` (scales
-            refitted by least squares); ``dsq_t`` (state scale calibrated, channel scale dynamic); one scale ``per_head``,
-            ``per_channel``, ``per_state`` or per 32 states of a channel (``group32``); ``rotate`` (Hadamard on
-            both axes, one scale per head); ``none``.
+            refitted by least squares); ``dsq_t`` (state scale calibrated, channel scale dynamic); one scale
+            ``per_head``, ``per_channel``, ``per_state`` or per 32 states of a channel (``group32``); ``rotate``
+            (Hadamard on both axes, one scale per head); ``none``.
         alpha: Exponent of the first scale.
         sqrt_axis: Which axis gets the mean to the power of alpha; the other gets the maximum.
         rounding: ``rtn`` or ``stochastic``.
