@@ -37,6 +37,26 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
                 "layer_types": ["full_attention", "full_attention"]},
 }  # fmt: skip
 
+_SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8,
+         "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": None}  # fmt: skip
+SSM_FAMILIES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 16, "chunk_size": 8},
+    "bamba": {**_SCAN, "attn_layer_indices": [1]},
+    "falcon_h1": {**_SCAN, "mamba_d_ssm": 64, "mamba_rms_norm": True, "ssm_out_multiplier": 0.7,
+                  "attention_in_multiplier": 0.8, "attention_out_multiplier": 0.9, "mlp_multipliers": [0.9, 1.1],
+                  "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7]},
+    "granitemoehybrid": {**_SCAN, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24,
+                         "residual_multiplier": 0.6,
+                         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
+                   "intermediate_size": 48, "time_step_limit": [0.7, 1.5],
+                   "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]},
+    "jamba": {"intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 4, "mamba_d_state": 8,
+              "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
+}  # fmt: skip
+
 
 class TinyModels:
     """Makes configs and random models with well separated router logits."""
@@ -48,10 +68,10 @@ class TinyModels:
         """The family's transformers config."""
         from transformers import AutoConfig
 
-        values = {**_BASE, **MOE_FAMILIES[model_type], **changes}
+        values = {**_BASE, **{**MOE_FAMILIES, **SSM_FAMILIES}[model_type], **changes}
         if model_type == "deepseek_v2" or model_type == "deepseek_v3":
             values.pop("head_dim", None)
-        return AutoConfig.for_model(model_type, **values)
+        return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})
 
     @classmethod
     def model(cls, model_type: str, seed: int = 0, **changes: Any) -> Any:
@@ -119,9 +139,10 @@ def _threads_are_restored() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with an argument ``moe_family`` run once per family."""
-    if "moe_family" in metafunc.fixturenames:
-        metafunc.parametrize("moe_family", sorted(MOE_FAMILIES))
+    """Tests with an argument ``moe_family`` or ``ssm_family`` run once per family."""
+    for name, table in (("moe_family", MOE_FAMILIES), ("ssm_family", SSM_FAMILIES)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, sorted(table))
 
 
 SENTENCES = (

@@ -306,6 +306,9 @@ def _spec_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
             ragged.append(name)
     if other:
         yield f"{some(other)}: the codec has no counterpart in pack-quantized"
+    partly = [name for name, spec in plan.items() if spec.dense_rows]
+    if partly:
+        yield f"{some(partly)}: the rows that make Mamba-2's time steps stay dense, and the format packs whole weights"
     if asymmetric:
         yield (
             f"{some(asymmetric)}: asymmetric; neither transformers nor vLLM's MoE kernels read packed zero points. "

@@ -129,8 +129,9 @@ class ModelHandle:
                 meta = torch.empty_like(parameter, device="meta")
                 module.register_parameter(name, nn.Parameter(meta, requires_grad=False))
             for name, buffer in list(module.named_buffers(recurse=False)):
-                persistent = name not in module._non_persistent_buffers_set
-                module.register_buffer(name, torch.empty_like(buffer, device="meta"), persistent=persistent)
+                # computed constants are in no file and could not be loaded again
+                if name not in module._non_persistent_buffers_set:
+                    module.register_buffer(name, torch.empty_like(buffer, device="meta"))
 
     def dense_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The full-precision model, all of it in memory, in evaluation mode."""
@@ -206,6 +207,8 @@ def fill_constants(model: PreTrainedModel) -> None:
     transformers recomputes them in ``_init_weights``; parameters are still on the meta device
     then, so nothing else is initialised.
     """
+    # Falcon-H1 computes its layers' constants from the model's side
+    owners = [model.base_model] if model.config.model_type == "falcon_h1" else []
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if getattr(module, name, None) is not None]
         for name in names:
@@ -213,6 +216,8 @@ def fill_constants(model: PreTrainedModel) -> None:
             module.register_buffer(name, buffer, persistent=False)
         if names:
             model._init_weights(module)
+    for owner in owners:
+        model._init_weights(owner)
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, torch.dtype] | None = None) -> None:

@@ -34,13 +34,18 @@ class TensorView:
 
 @dataclass(frozen=True, slots=True)
 class LinearView:
-    """A linear layer ``y = x Wᵀ (+ b)`` with ``W [out_features, in_features]``."""
+    """A linear layer ``y = x Wᵀ (+ b)`` with ``W [out_features, in_features]``.
+
+    The last ``kept_rows`` rows stay dense when the rest is quantized: those that make Mamba-2's time steps,
+    whose errors act through an exponential.
+    """
 
     name: str
     out_features: int
     in_features: int
     role: Role
     bias: bool = False
+    kept_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,24 +143,70 @@ class ExpertBank:
 
 
 @dataclass(frozen=True, slots=True)
-class Sublayer:
-    """``h = h + post_norm(module(pre_norm(h)))``: attention, dense MLP or MoE.
+class ScanView:
+    """Selective scan of an ``ssm`` sublayer: ``h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t``, ``y_t = h_t C_t + D x_t``.
+
+    The state of one sequence is ``[heads, channels, states]``.
 
     Attributes:
-        kind: ``attention``, ``mlp`` or ``moe`` (later ``ssm``).
+        module: Run-time name of the mixer.
+        kind: ``mamba2``: one decay per head; ``mamba1``: one per channel and state.
+        heads: H. For ``mamba1`` these are virtual: groups of ``channels`` neighbouring channels, so that scales
+            cost less than a bit per value.
+        channels: P, values of ``x`` per head.
+        states: N.
+        groups: Sets of B and C that the heads share; 1 for ``mamba1``.
+        conv_channels: Channels of the causal convolution before the scan.
+        conv_width: Its kernel size, which is also how many inputs its state holds.
+    """
+
+    module: str
+    kind: Literal["mamba1", "mamba2"]
+    heads: int
+    channels: int
+    states: int
+    groups: int
+    conv_channels: int
+    conv_width: int
+
+    @property
+    def values(self) -> int:
+        """Values of one sequence's state."""
+        return self.heads * self.channels * self.states
+
+    @property
+    def conv_values(self) -> int:
+        """Values of one sequence's convolution state."""
+        return self.conv_channels * self.conv_width
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """``h = h + output_scale * post_norm(module(input_scale * pre_norm(h)))``: attention, dense MLP, MoE or SSM.
+
+    Attributes:
+        kind: ``attention``, ``mlp``, ``moe`` or ``ssm``.
         module: Run-time module name.
         pre_norm: Run-time name of the norm before the module.
         post_norm: Norm on the module's output before the residual add (Gemma), or None.
         groups: Quantizable linears in calibration order; for ``moe`` those of the shared experts.
         experts: The expert bank of a ``moe`` sublayer.
+        scan: The scan of an ``ssm`` sublayer.
+        parallel: Reads the hidden states that the sublayer before it read, not the ones it wrote.
+        input_scale: Constant that multiplies the normed input.
+        output_scale: Constant that multiplies the output before the residual add.
     """
 
-    kind: Literal["attention", "mlp", "moe"]
+    kind: Literal["attention", "mlp", "moe", "ssm"]
     module: str
     pre_norm: str
     post_norm: str | None
     groups: tuple[LinearGroup, ...]
     experts: ExpertBank | None = None
+    scan: ScanView | None = None
+    parallel: bool = False
+    input_scale: float = 1.0
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +235,11 @@ class Block:
     def bank(self) -> ExpertBank | None:
         """The block's expert bank, if it has one."""
         return next((s.experts for s in self.sublayers if s.experts is not None), None)
+
+    @property
+    def scan(self) -> ScanView | None:
+        """The block's selective scan, if it has one."""
+        return next((s.scan for s in self.sublayers if s.scan is not None), None)
 
     def tensors(self) -> Iterator[TensorView]:
         """Every tensor of the block in the family's own orientation, by run-time name."""
@@ -244,6 +300,11 @@ class ModelLayout:
         yield from self.outside
         for block in self.blocks:
             yield from block.tensors()
+
+    @property
+    def kept_rows(self) -> dict[str, int]:
+        """Plan name → rows at the end of a linear that stay dense, where there are any."""
+        return {view.name: view.kept_rows for b in self.blocks for view in b.linears() if view.kept_rows}
 
     def quantizable(self) -> Iterator[tuple[str, Role, tuple[int, ...], int]]:
         """Yield ``(plan name, role, canonical shape, block index)`` of every quantizable weight."""

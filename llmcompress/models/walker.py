@@ -43,6 +43,8 @@ GRAM_BYTES = 1 << 30
 FORCED_TOKENS = 2048
 # batches from which second moments may be formed by bf16 products
 FAST_BATCHES = 8
+# families whose decoder layers return a tuple
+TUPLES = frozenset({"bamba", "falcon_h1"})
 
 
 class Visitor(Protocol):
@@ -122,10 +124,11 @@ class Walker:
         """
         hidden: Tensor | None = None
         modules = [self.model.get_submodule(name) for name in layers]
+        returns_tuple = self.model.config.model_type in TUPLES
         for rows in self.batches:
             calls: list[dict[str, Any]] = []
 
-            def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
                 assert not args, "decoder layers are called with keyword arguments"
                 nonlocal hidden
                 if hidden is None:
@@ -134,7 +137,7 @@ class Walker:
                 if not calls:  # noqa: B023 - used within this iteration
                     hidden[rows] = hidden_states  # noqa: B023
                 calls.append(kwargs)  # noqa: B023
-                return hidden_states
+                return (hidden_states, None) if returns_tuple else hidden_states
 
             with ExitStack() as stack:
                 for module in modules:
@@ -166,12 +169,17 @@ class Walker:
             InputError: NaN or infinity appeared.
         """
         self.tap = tap
+        source = hidden
         for number, sublayer in enumerate(block.sublayers):
-            needed = advance or number + 1 < len(block.sublayers)
+            following = block.sublayers[number + 1 :]
+            if not sublayer.parallel:
+                # parallel sublayers after this one read what it reads, and it writes in place
+                source = hidden.clone() if following and following[0].parallel else hidden
+            needed = advance or any(not later.parallel for later in following)
             if sublayer.kind == "moe":
-                _MoeStep(self, block, sublayer, hidden, visitor).run(needed)
+                _MoeStep(self, block, sublayer, source, hidden, visitor).run(needed)
             else:
-                self._plain(block, sublayer, hidden, visitor, needed)
+                self._plain(block, sublayer, source, hidden, visitor, needed)
         self.tap = None
         low, high = float(hidden.amin()), float(hidden.amax())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
@@ -188,12 +196,14 @@ class Walker:
         """Input of a sublayer's module for one batch, ``[B, L, H]``."""
         norm = self.model.get_submodule(sublayer.pre_norm)
         result: Tensor = norm(hidden[rows].to(self.device))
-        return result
+        return result if sublayer.input_scale == 1.0 else result * sublayer.input_scale
 
     def add(self, sublayer: Sublayer, hidden: Tensor, rows: slice, output: Tensor) -> None:
         """Apply the sublayer's post norm, if any, and add to the hidden states in place."""
         if sublayer.post_norm is not None:
             output = self.model.get_submodule(sublayer.post_norm)(output)
+        if sublayer.output_scale != 1.0:
+            output = output * sublayer.output_scale
         hidden[rows] += output.to(hidden.device)
 
     def tapped(self, names: Sequence[str]) -> Tap | None:
@@ -225,16 +235,28 @@ class Walker:
             check_finite(gram, group.linears[0].name)
         return gram
 
-    def _plain(self, block: Block, sublayer: Sublayer, hidden: Tensor, visitor: Visitor | None, needed: bool) -> None:
-        """Attention or dense MLP."""
+    def _plain(
+        self,
+        block: Block,
+        sublayer: Sublayer,
+        source: Tensor,
+        hidden: Tensor,
+        visitor: Visitor | None,
+        needed: bool,
+    ) -> None:
+        """Attention, dense MLP or state-space mixer; reads ``source``, adds to ``hidden``."""
         module = self.model.get_submodule(sublayer.module)
 
         def call(rows: slice, x: Tensor) -> Tensor:
             if sublayer.kind == "attention":
-                return first_output(module(hidden_states=x, **self.arguments(block, rows)))
+                arguments = {k: v for k, v in self.arguments(block, rows).items() if k != "mamba_attention_mask"}
+                return first_output(module(hidden_states=x, **arguments))
+            if sublayer.kind == "ssm":
+                # calibration windows have no padding, so the mask is always None
+                return first_output(module(x, cache_params=None, attention_mask=None))
             return first_output(module(x))
 
-        steps = GroupSteps(self, sublayer.groups, visitor, call, lambda rows: self.normed(sublayer, hidden, rows))
+        steps = GroupSteps(self, sublayer.groups, visitor, call, lambda rows: self.normed(sublayer, source, rows))
         for rows, output in steps.outputs(needed):
             self.add(sublayer, hidden, rows, output)
 
@@ -354,7 +376,13 @@ class _MoeStep:
     """Router, routed experts and shared experts of one block."""
 
     def __init__(
-        self, walker: Walker, block: Block, sublayer: Sublayer, hidden: Tensor, visitor: Visitor | None
+        self,
+        walker: Walker,
+        block: Block,
+        sublayer: Sublayer,
+        source: Tensor,
+        hidden: Tensor,
+        visitor: Visitor | None,
     ) -> None:
         assert sublayer.experts is not None
         self.walker, self.block, self.sublayer, self.visitor = walker, block, sublayer, visitor
@@ -364,7 +392,7 @@ class _MoeStep:
         self.experts = walker.model.get_submodule(self.bank.module)
         self.router = walker.model.get_submodule(self.bank.router.module)
         # all tokens' inputs in one tensor, because experts pick rows from all batches
-        self.x = torch.cat([walker.normed(sublayer, hidden, rows).flatten(0, 1) for rows in walker.batches])
+        self.x = torch.cat([walker.normed(sublayer, source, rows).flatten(0, 1) for rows in walker.batches])
         self._layer_gram: Tensor | None = None
 
     def run(self, needed: bool) -> None:
@@ -524,7 +552,10 @@ def _names(group: LinearGroup) -> list[str]:
 
 def _call_arguments(call: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Arguments for the attention module: caches dropped, tensors moved."""
-    return {key: _moved(value, device) for key, value in call.items() if key not in ("past_key_values", "use_cache")}
+    return {key: _moved(value, device) for key, value in call.items() if key not in _CACHE_KEYS}
+
+
+_CACHE_KEYS = ("past_key_values", "cache_params", "use_cache")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

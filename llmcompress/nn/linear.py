@@ -55,4 +55,7 @@ class PackedLinear(PackedTensors):
             self.columns_per_group,
             self.in_features,
         )
+        dense = self._buffers.get("weight_dense")
+        if dense is not None:
+            y = torch.cat((y, torch.nn.functional.linear(x, dense.to(x.dtype))), dim=-1)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -153,11 +153,13 @@ def resolve(rules: Sequence[Rule], layout: ModelLayout, chosen: Mapping[str, int
         for rule, units in auto_units(rules, layout).items():
             chosen.update(stand_in_widths(_auto(rule), units))
     plan: QuantPlan = {}
+    kept_rows = layout.kept_rows
     for name, _, _, block in layout.quantizable():
         rule_here = decided.get(name)
         if rule_here is None or rule_here.keep:
             continue
-        plan[name] = rule_here.spec(_width(rule_here, name, block, len(layout.blocks), chosen))
+        spec = rule_here.spec(_width(rule_here, name, block, len(layout.blocks), chosen))
+        plan[name] = replace(spec, dense_rows=kept_rows.get(name, 0))
     return plan
 
 

@@ -21,12 +21,14 @@ class QuantSpec:
             no zero point is stored. With ``False``, ``w ≈ scale * (code - zero)`` with an
             unsigned zero point of ``bits`` bits per group.
         codec: Name of the codec in ``quant/codecs`` that stores it.
+        dense_rows: Rows at the end of N that are stored in fp16 instead (Mamba-2's time steps).
     """
 
     bits: int
     group_size: int = 128
     symmetric: bool = False
     codec: str = "int_group"
+    dense_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -54,7 +56,10 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON, inverse of :meth:`from_dict`."""
-        return asdict(self)
+        plain = asdict(self)
+        if not self.dense_rows:
+            del plain["dense_rows"]
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:

@@ -139,19 +139,26 @@ class BlockSolver:
             weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]
             for name, weight in zip(mine, weights):
                 _check_finite(weight, f"{name}.weight")
+            kept = [weight[weight.shape[0] - spec.dense_rows :] for weight in weights]
+            weights = [weight[: weight.shape[0] - spec.dense_rows] for weight in weights]
             stacked = torch.cat(weights)[None]
             hessian = None if gram is None else gram.hessian()
             if hessian is not None and cross is not None:
                 stacked = self._fitted(stacked, hessian, cross, gram)
             codes, scale, zero, quantized, above, below = self._solve(stacked, hessian, spec, None)
             start = 0
-            for name, weight in zip(mine, weights):
+            for name, weight, last in zip(mine, weights, kept):
                 rows = slice(start, start + weight.shape[0])
                 start = rows.stop
                 part = None if zero is None else zero[0, rows]
-                self.packed[name] = int_group.encode(codes[0, rows].cpu(), scale[0, rows].cpu(), _cpu(part), spec)
+                dense = last.to(torch.float16) if spec.dense_rows else None
+                self.packed[name] = int_group.encode(
+                    codes[0, rows].cpu(), scale[0, rows].cpu(), _cpu(part), spec, _cpu(dense)
+                )
                 place = self.model.get_parameter(f"{name}.weight")
-                place.data.copy_(quantized[0, rows].to(place))
+                place.data[: weight.shape[0]].copy_(quantized[0, rows].to(place))
+                if dense is not None:
+                    place.data[weight.shape[0] :].copy_(dense.to(place))
                 self.record["errors"][name] = _ratio(float(above[0, rows].sum()), float(below[0, rows].sum()))
 
     def experts(

@@ -8,6 +8,7 @@ from typing import Any
 from llmcompress.errors import InputError
 
 # what the expert kernels and our modules implement, by the names of transformers' ACT2FN
+_OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
@@ -78,6 +79,30 @@ class Facts:
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
             raise InputError(f"config.json: {key} must be a list of layer indices, not {value!r}")
         return frozenset(value)
+
+    def layer_kinds(self, key: str) -> list[str]:
+        """A list of layer types, older words replaced by those of transformers 5.
+
+        Raises:
+            InputError: It is not a list of words.
+        """
+        value = self.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise InputError(f"config.json: {key} must be a list of layer types, not {value!r}")
+        return [str(_OLD_KINDS.get(item, item)) for item in value]
+
+    def layer_kind(self, key: str, index: int, default: str) -> str:
+        """Type of one layer; ``default`` when the config lists none.
+
+        Raises:
+            InputError: The list is shorter than the model.
+        """
+        if self.get(key) is None:
+            return default
+        kinds = self.layer_kinds(key)
+        if index >= len(kinds):
+            raise InputError(f"config.json: {key} lists {len(kinds)} layers, fewer than num_hidden_layers")
+        return kinds[index]
 
     def activation(self, key: str = "hidden_act") -> str:
         """The gate's activation.

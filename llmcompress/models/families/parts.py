@@ -42,6 +42,10 @@ class Family:
         disk: Names in hub checkpoints.
         norm_bias: Whether norms carry a bias (LayerNorm instead of RMSNorm).
         head_bias: Key that says whether the head has a bias, or None.
+        body: Run-time name of the model without its head.
+        embedding: Name of the embedding in the body.
+        final_norm: Name of the last norm in the body.
+        depth: Number of decoder layers; from ``num_hidden_layers`` when None.
         ignored: See :class:`~llmcompress.models.layout.ModelLayout`.
     """
 
@@ -53,6 +57,10 @@ class Family:
     norm_bias: bool = False
     head_bias: str | None = None
     ignored: tuple[str, ...] = ()
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    depth: Callable[[Facts], int] | None = None
 
     def layout(self, config: Mapping[str, Any]) -> ModelLayout:
         """Compute the layout of a model of this family.
@@ -63,15 +71,15 @@ class Family:
         facts = Facts(config, self.defaults, self.aliases)
         hidden, vocab, tied = facts.hidden, facts.size("vocab_size"), facts.flag("tie_word_embeddings")
         blocks = []
-        for index in range(facts.size("num_hidden_layers")):
-            name = f"model.layers.{index}"
+        for index in range(facts.size("num_hidden_layers") if self.depth is None else self.depth(facts)):
+            name = f"{self.body}.layers.{index}"
             parts = self.layer(facts, index, name)
             norms = [n for p in parts for n in (p.sublayer.pre_norm, p.sublayer.post_norm) if n is not None]
-            kept = [view for n in norms for view in norm(n, hidden, self.norm_bias)]
+            kept = [view for n in dict.fromkeys(norms) for view in norm(n, hidden, self.norm_bias)]
             kept += [view for part in parts for view in part.kept]
             blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept)))
-        outside = [TensorView("model.embed_tokens.weight", (vocab, hidden))]
-        outside += norm("model.norm", hidden, self.norm_bias)
+        outside = [TensorView(f"{self.body}.{self.embedding}.weight", (vocab, hidden))]
+        outside += norm(f"{self.body}.{self.final_norm}", hidden, self.norm_bias)
         if not tied:
             outside.append(TensorView("lm_head.weight", (vocab, hidden)))
         if self.head_bias is not None and facts.flag(self.head_bias):
@@ -101,6 +109,7 @@ def attention(
     qk_norm: Literal["none", "head", "full"] = "none",
     extra: tuple[TensorView, ...] = (),
     post_norm: str | None = None,
+    names: tuple[str, str] = ("self_attn", "input_layernorm"),
 ) -> Part:
     """Grouped-query attention with separate q, k, v and o projections.
 
@@ -112,12 +121,13 @@ def attention(
         qk_norm: Norms on queries and keys: per head, over all heads, or none.
         extra: Further dense tensors of the module (gpt_oss sinks).
         post_norm: Norm on the output before the residual add.
+        names: Of the module and of the norm before it, in the layer.
     """
-    module = f"{layer}.self_attn"
+    module, pre_norm = (f"{layer}.{name}" for name in names)
     query, value = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
 
-    def linear(name: str, rows: int, columns: int, bias: bool) -> LinearView:
-        return LinearView(f"{module}.{name}", rows, columns, Role.ATTENTION, bias)
+    def linear(key: str, rows: int, columns: int, bias: bool) -> LinearView:
+        return LinearView(f"{module}.{key}", rows, columns, Role.ATTENTION, bias)
 
     groups = (
         LinearGroup(
@@ -135,7 +145,7 @@ def attention(
     if qk_norm != "none":
         widths = (facts.head_dim, facts.head_dim) if qk_norm == "head" else (query, value)
         kept += norm(f"{module}.q_norm", widths[0]) + norm(f"{module}.k_norm", widths[1])
-    sublayer = Sublayer("attention", module, f"{layer}.input_layernorm", post_norm, groups)
+    sublayer = Sublayer("attention", module, pre_norm, post_norm, groups)
     return Part(sublayer, tuple(kept))
 
 
@@ -154,9 +164,10 @@ def gated_mlp(
     bias: bool = False,
     pre_norm: str = "post_attention_layernorm",
     post_norm: str | None = None,
+    name: str = "mlp",
 ) -> Part:
     """The dense gated MLP of a decoder layer."""
-    module = f"{layer}.mlp"
+    module = f"{layer}.{name}"
     groups = gated_groups(module, facts.hidden, facts.size("intermediate_size"), Role.MLP, bias)
     return Part(Sublayer("mlp", module, f"{layer}.{pre_norm}", post_norm, groups), biases(groups))
 
@@ -166,6 +177,8 @@ def mixture(
     bank: ExpertBank,
     shared: tuple[LinearGroup, ...] = (),
     extra: tuple[TensorView, ...] = (),
+    name: str = "mlp",
+    pre_norm: str = "post_attention_layernorm",
 ) -> Part:
     """A mixture-of-experts sublayer.
 
@@ -174,6 +187,8 @@ def mixture(
         bank: Its experts.
         shared: Linears of the shared experts.
         extra: Further dense tensors of the module, beside router and biases.
+        name: Name of the module in the layer.
+        pre_norm: Name of the norm before it.
     """
     router = bank.router
     kept = [TensorView(f"{router.module}.weight", (bank.num_experts, bank.hidden))]
@@ -183,8 +198,7 @@ def mixture(
         kept.append(TensorView(f"{bank.gate_up}_bias", (bank.num_experts, 2 * bank.intermediate)))
         kept.append(TensorView(f"{bank.down}_bias", (bank.num_experts, bank.hidden)))
     kept += [*extra, *biases(shared)]
-    module = f"{layer}.mlp"
-    sublayer = Sublayer("moe", module, f"{layer}.post_attention_layernorm", None, shared, bank)
+    sublayer = Sublayer("moe", f"{layer}.{name}", f"{layer}.{pre_norm}", None, shared, bank)
     return Part(sublayer, tuple(kept))
 
 
@@ -205,7 +219,7 @@ def expert_bank(
             "check that the model folder is complete and the file unchanged",
         )
     return ExpertBank(
-        module=f"{layer}.mlp.experts",
+        module=f"{layer}.{options.pop('name', 'mlp')}.experts",
         num_experts=experts,
         top_k=chosen,
         hidden=facts.hidden,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero_point"
+PACKED, SCALE, ZERO, DENSE = "weight_packed", "weight_scale", "weight_zero_point", "weight_dense"
 ITEM_BYTES = {"int32": 4, "float16": 2}
 
 
@@ -31,7 +31,8 @@ def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tupl
         shape: Logical shape ``[..., N, K]``.
         spec: Quantization of the weight.
     """
-    *rows, columns = shape
+    *leading, count, columns = shape
+    rows = [*leading, count - spec.dense_rows]
     groups = spec.groups(columns)
     found: dict[str, tuple[tuple[int, ...], str]] = {
         PACKED: ((*rows, _words(columns, spec.bits)), "int32"),
@@ -39,6 +40,8 @@ def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tupl
     }
     if not spec.symmetric:
         found[ZERO] = ((*rows, _words(groups, spec.bits)), "int32")
+    if spec.dense_rows:
+        found[DENSE] = ((*leading, spec.dense_rows, columns), "float16")
     return found
 
 
@@ -47,7 +50,9 @@ def nbytes(shape: Sequence[int], spec: QuantSpec) -> int:
     return sum(prod(dims) * ITEM_BYTES[kind] for dims, kind in tensor_shapes(shape, spec).values())
 
 
-def encode(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> PackedWeight:
+def encode(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, dense: Tensor | None = None
+) -> PackedWeight:
     """Pack codes, scales and zero points.
 
     Args:
@@ -55,9 +60,10 @@ def encode(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -
         scale: ``[..., N, G]``, values representable in fp16.
         zero: ``[..., N, G]`` uint8, or None on a symmetric grid.
         spec: Quantization of the weight.
+        dense: ``[..., spec.dense_rows, K]`` rows that follow and are not quantized, if the spec has any.
 
     Raises:
-        ValueError: Shapes disagree, or ``zero`` is missing or superfluous.
+        ValueError: Shapes disagree, or ``zero`` or ``dense`` is missing or superfluous.
     """
     import torch
 
@@ -73,11 +79,16 @@ def encode(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -
         if tuple(zero.shape) != grid_shape:
             raise ValueError(f"zero has shape {tuple(zero.shape)}, expected {grid_shape}")
         tensors[ZERO] = pack(zero.to(torch.uint8), spec.bits)
-    return PackedWeight(tuple(codes.shape), spec, tensors)
+    if (dense is None) != (spec.dense_rows == 0) or (dense is not None and dense.shape[-2] != spec.dense_rows):
+        raise ValueError(f"the spec keeps {spec.dense_rows} dense rows")
+    shape = (*codes.shape[:-2], codes.shape[-2] + spec.dense_rows, codes.shape[-1])
+    if dense is not None:
+        tensors[DENSE] = dense.to(torch.float16).contiguous()
+    return PackedWeight(shape, spec, tensors)
 
 
 def unpack_parts(pw: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes ``[..., N, K]`` uint8, scale ``[..., N, G]`` fp16 and zero ``[..., N, G]`` uint8 or None.
+    """Codes ``[..., N, K]`` uint8, scale ``[..., N, G]`` fp16 and zero ``[..., N, G]`` uint8 or None; no dense rows.
 
     Raises:
         InputError: A stored tensor is missing or has another shape than ``tensor_shapes`` says.
@@ -132,8 +143,12 @@ def decode(pw: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     Raises:
         InputError: The stored tensors do not fit the logical shape.
     """
+    import torch
+
     codes, scale, zero = unpack_parts(pw)
-    return dequantize(codes, scale, zero, pw.spec, dtype)
+    values = dequantize(codes, scale, zero, pw.spec, dtype)
+    dense = pw.tensors.get(DENSE)
+    return values if dense is None else torch.cat((values, dense.to(values.dtype)), dim=-2)
 
 
 def _words(count: int, bits: int) -> int:

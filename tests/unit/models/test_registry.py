@@ -27,7 +27,7 @@ def test_importing_and_using_it_needs_no_torch() -> None:
         ({"model_type": 3}, "model_type is missing"),
         ({"model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"model_type": "dbrx", "num_experts": 16}, "mixture of experts"),
-        ({"model_type": "mamba", "state_size": 16}, "state-space"),
+        ({"model_type": "mamba3", "state_size": 16}, "state-space"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "several modalities"),
     ],
 )
@@ -95,6 +95,7 @@ def test_roles() -> None:
 def test_routers_and_gates_are_never_quantized() -> None:
     for model_type in families():
         given = {"num_experts_per_tok": 2} if model_type == "deepseek_v2" else {}
+        given |= {"layers_block_type": ["mamba", "attention", "mlp"]} if model_type == "nemotron_h" else {}
         names = [name for name, *_ in layout_from_config({"model_type": model_type, **given}).quantizable()]
         assert not [n for n in names if n.endswith((".gate", ".router", "shared_expert_gate", "lm_head", "norm"))]
 
