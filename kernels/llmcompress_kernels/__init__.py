@@ -5,6 +5,6 @@ Importing this package needs torch and nothing else; no CUDA, no compiler.
 
 from __future__ import annotations
 
-from llmcompress_kernels import ops, schemas, select
+from llmcompress_kernels import cpu, ops, schemas, select
 
-__all__ = ["ops", "schemas", "select"]
+__all__ = ["cpu", "ops", "schemas", "select"]

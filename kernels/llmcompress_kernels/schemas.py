@@ -6,6 +6,10 @@ G groups per row, b bits, ``words(n, b) = ceil(n*b/32)``.
 Packed weights are LSB-first bit streams in int32 along the last dimension; rows are independent.
 Scales are fp16 ``[..., N, G]``; zero points are unsigned b-bit streams ``[..., N, words(G, b)]`` or
 absent, which means the midpoint ``2**(b-1)``. ``w = scale * (code - zero)``.
+The three may come interleaved instead, ``[..., N/16, W, 16]`` for ``[..., N, W]``: see ``reference/group_gemm.py``.
+
+Fast kernels may take the definition's place for what they decline, so it also has a name of its own,
+``<op>_definition``, that no kernel ever takes over.
 
 The plain PyTorch definition is registered for every backend (CompositeExplicitAutograd). An
 implementation for one backend, registered under that backend's key, takes precedence.
@@ -31,7 +35,8 @@ SCHEMAS = {
     "unpack": "(Tensor packed, int bits, int count) -> Tensor",
     # x [..., K], packed [N, words(K, bits)], scale [N, G], zero [N, words(G, bits)] -> [..., N]
     "group_gemm": (
-        "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, int in_features) -> Tensor"
+        "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, int in_features, "
+        "bool int8=False) -> Tensor"
     ),
     # x [T, H], index [T, k] int64 (E means skip), weights [T, k],
     # gate_up [E, 2I, words(H, bits)] (gate rows first), down [E, H, words(I, bits)], biases [E, 2I], [E, H] -> [T, H]
@@ -40,7 +45,7 @@ SCHEMAS = {
         "Tensor gate_up, Tensor? gate_up_scale, Tensor? gate_up_zero, Tensor? gate_up_bias, "
         "int gate_up_bits, int gate_up_group, "
         "Tensor down, Tensor? down_scale, Tensor? down_zero, Tensor? down_bias, int down_bits, int down_group, "
-        "int intermediate, str activation, float alpha, float limit) -> Tensor"
+        "int intermediate, str activation, float alpha, float limit, bool int8=False) -> Tensor"
     ),
 }
 
@@ -56,9 +61,17 @@ def _unpack_fake(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _group_gemm_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    int8: bool = False,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    rows = packed.shape[0] * (1 if packed.dim() == 2 else group_gemm.LANES)
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _moe_group_gemm_fake(x: Tensor, *_: object) -> Tensor:
@@ -73,7 +86,8 @@ _DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 for _name, (_definition, _fake) in _DEFINITIONS.items():
-    _LIBRARY.define(f"{_name}{SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _definition, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)
+    for _op in (_name, f"{_name}_definition"):
+        _LIBRARY.define(f"{_op}{SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(_op, _definition, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_LIBRARY)
     register(Implementation(_name, "reference", ("any",)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from llmcompress_kernels import ops
 from torch import Tensor, nn
 
 from llmcompress.nn.packed import PackedTensors
@@ -36,6 +37,9 @@ class PackedLinear(PackedTensors):
         super().__init__((out_features, in_features), spec, device)
         self.in_features = in_features
         self.out_features = out_features
+        # rounding activations to int8 changes results, so only a caller turns it on
+        self.int8_activations = False
+        self._operands: tuple[Any, ...] | None = None
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
 
@@ -46,16 +50,22 @@ class PackedLinear(PackedTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``[..., in_features]`` into ``[..., out_features]`` of the same type."""
-        y = ops.group_gemm(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.zero,
-            self.spec.bits,
-            self.columns_per_group,
-            self.in_features,
-        )
+        operands = self._operands
+        if operands is None or operands[0] is not self._buffers["weight_packed"]:
+            operands = self._prepared(x)
+        y = torch.ops.llmcompress.group_gemm(x, *operands, self.int8_activations)
         dense = self._buffers.get("weight_dense")
         if dense is not None:
             y = torch.cat((y, torch.nn.functional.linear(x, dense.to(x.dtype))), dim=-1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _prepared(self, x: Tensor) -> tuple[Any, ...]:
+        """Arguments of the operator but for ``x``; looked up once, since a lookup costs as much as a small product."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and x.device.type == "cpu":
+            self.prepare()
+        shape = (self.spec.bits, self.columns_per_group, self.in_features)
+        operands = (self.weight_packed, self.weight_scale, self.zero, *shape)
+        if not compiling:
+            self._operands = operands
+        return operands

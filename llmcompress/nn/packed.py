@@ -1,18 +1,32 @@
-"""PackedTensors: a packed weight as a module whose state dict is what the codec stores."""
+"""PackedTensors: a packed weight as a module whose state dict is what the codec stores.
+
+In memory the words of 16 rows may lie side by side (*interleaved*), the order that the CPU kernels want. It holds
+the same bytes, so it replaces the stored order instead of standing beside it; a state dict, a move to another
+device and :meth:`PackedTensors.packed_weight` give the stored order back, bit for bit.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from llmcompress_kernels import cpu
 from llmcompress_kernels.ops import Stack
+from llmcompress_kernels.reference.group_gemm import deinterleave
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantSpec
+
+# what is interleaved; dense rows keep their order
+_WORDS = ("weight_packed", "weight_scale", "weight_zero_point")
+# two threads may meet at the first call of a module
+_PREPARING = threading.Lock()
 
 
 class PackedTensors(nn.Module):
@@ -36,6 +50,9 @@ class PackedTensors(nn.Module):
             raise InputError(f"codec {spec.codec!r} cannot be computed with while packed")
         self.shape = tuple(shape)
         self.spec = spec
+        self.interleaved = False
+        self.declined: str | None = "not prepared"
+        self.seconds = 0.0
         for key, (dims, dtype) in codec(spec.codec).tensor_shapes(self.shape, spec).items():
             self.register_buffer(key, torch.empty(dims, dtype=getattr(torch, dtype), device=device))
 
@@ -56,9 +73,59 @@ class PackedTensors(nn.Module):
         return self.spec.group(self.shape[-1])
 
     def packed_weight(self) -> PackedWeight:
-        """The weight as a value; tensors are shared, not copied."""
+        """The weight as a value in the stored order; tensors are shared, not copied, unless they are interleaved."""
         keys = codec(self.spec.codec).tensor_shapes(self.shape, self.spec)
-        return PackedWeight(self.shape, self.spec, {key: getattr(self, key) for key in keys})
+        return PackedWeight(self.shape, self.spec, {key: self._stored(key) for key in keys})
+
+    def prepare(self) -> bool:
+        """Interleave the weight if native CPU kernels run here and can use it; done at the first call otherwise.
+
+        Returns:
+            Whether it is interleaved. :attr:`declined` holds the reason why not, :attr:`seconds` what it took.
+        """
+        with _PREPARING:
+            if self.interleaved or self.weight_packed.device.type != "cpu":
+                return self.interleaved
+            self.declined = self._declined()
+            if self.declined is None:
+                began = time.perf_counter()
+                # one tensor at a time, so that the peak is one tensor and not the weight
+                for key in _WORDS:
+                    tensor = self._buffers.get(key)
+                    if tensor is not None:
+                        self._buffers[key] = cpu.interleaved(tensor)
+                self.interleaved = True
+                self.seconds = time.perf_counter() - began
+            return self.interleaved
+
+    def _declined(self) -> str | None:
+        if not cpu.ready():
+            return "native kernels do not run here; `llmcompress doctor` says why"
+        return cpu.declines(self.spec.bits, self.columns_per_group, self.weight_packed.shape[-2], self.shape[-1])
+
+    def _stored(self, key: str) -> Tensor:
+        """A buffer in the stored order."""
+        tensor: Tensor = getattr(self, key)
+        return deinterleave(tensor) if self.interleaved and key in _WORDS else tensor
+
+    def _restore(self) -> None:
+        """Back to the stored order."""
+        with _PREPARING:
+            for key in _WORDS:
+                if self._buffers.get(key) is not None:
+                    self._buffers[key] = self._stored(key)
+            self.interleaved, self.declined = False, "not prepared"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.interleaved:
+            destination.update(
+                {prefix + key: self._stored(key) for key in _WORDS if self._buffers.get(key) is not None}
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def stack(self, bias: Tensor | None = None) -> Stack:
         """The weight as an operand of ``moe_group_gemm``."""
@@ -66,6 +133,7 @@ class PackedTensors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move buffers but never change their type: scales are fp16 by definition, whatever the model's type."""
+        self._restore()
         own, self._buffers = self._buffers, {}
         try:
             super()._apply(fn, recurse)

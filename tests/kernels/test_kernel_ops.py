@@ -25,6 +25,11 @@ def quantized(shape: tuple[int, ...], bits: int, group: int, symmetric: bool) ->
     return ops.Stack(ops.pack(codes, bits), scale, zeros, None, bits, group), dense
 
 
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius distance."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
 def naive_moe(x, index, weights, gate_up, down, act, biases=(None, None)):
     """Slot by slot."""
     out = torch.zeros_like(x)
@@ -73,8 +78,9 @@ def test_pack_refuses_wrong_arguments() -> None:
 def test_group_gemm(bits: int, symmetric: bool, columns: int) -> None:
     stack, dense = quantized((24, columns), bits, 16, symmetric)
     x = torch.randn(2, 3, columns)
-    found = ops.group_gemm(x, stack.weight, stack.scale, stack.zero, bits, 16, columns)
-    torch.testing.assert_close(found, x @ dense.T)
+    arguments = (x, stack.weight, stack.scale, stack.zero, bits, 16, columns)
+    torch.testing.assert_close(torch.ops.llmcompress.group_gemm_definition(*arguments), x @ dense.T)
+    assert distance(ops.group_gemm(*arguments), x @ dense.T) < 5e-6
 
 
 def test_group_gemm_keeps_the_type_of_its_input() -> None:
@@ -82,7 +88,7 @@ def test_group_gemm_keeps_the_type_of_its_input() -> None:
     x = torch.randn(5, 64).to(torch.bfloat16)
     found = ops.group_gemm(x, stack.weight, stack.scale, None, 4, 64, 64)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, x @ dense.to(torch.bfloat16).T)
+    assert distance(found, x.float() @ dense.T) < 4e-3
 
 
 def gpt_oss(gates, ups):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmcompress_kernels.reference.group_gemm import decode
+from llmcompress_kernels.reference.group_gemm import canonical, decode, quantize_activations
 
 # "bits" of a weight that is not packed
 DENSE_BITS = 16
@@ -51,7 +51,17 @@ def _expert_weight(
     if scale is None:
         raise ValueError("a packed weight needs its scale")
     zeros = None if zero is None else zero[expert]
-    return decode(weight[expert], scale[expert], zeros, bits, group_size, columns).to(dtype)
+    return decode(*canonical(weight[expert], scale[expert], zeros), bits, group_size, columns).to(dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, group_size: int, int8: bool) -> Tensor:
+    """One projection; only packed weights take quantized activations."""
+    if not int8 or bits == DENSE_BITS:
+        return functional.linear(x, weight, bias)
+    rounded = quantize_activations(x, bits, group_size)
+    return functional.linear(rounded, weight.to(rounded.dtype), None if bias is None else bias.to(rounded.dtype)).to(
+        x.dtype
+    )
 
 
 def moe_group_gemm(
@@ -74,6 +84,7 @@ def moe_group_gemm(
     activation: str,
     alpha: float,
     limit: float,
+    int8: bool = False,
 ) -> Tensor:
     """Gated experts over routed tokens; arguments as in :func:`llmcompress_kernels.ops.moe_group_gemm`.
 
@@ -98,11 +109,11 @@ def moe_group_gemm(
             expert, gate_up, gate_up_scale, gate_up_zero, gate_up_bits, gate_up_group, hidden, x.dtype
         )
         bias = None if gate_up_bias is None else gate_up_bias[expert].to(x.dtype)
-        inner = gate(functional.linear(x[rows], first, bias), activation, alpha, limit)
+        inner = gate(_product(x[rows], first, bias, gate_up_bits, gate_up_group, int8), activation, alpha, limit)
         del first
         second = _expert_weight(expert, down, down_scale, down_zero, down_bits, down_group, intermediate, x.dtype)
         bias = None if down_bias is None else down_bias[expert].to(x.dtype)
-        outer = functional.linear(inner, second, bias)
+        outer = _product(inner, second, bias, down_bits, down_group, int8)
         # a token chooses an expert at most once, so the rows of one call are distinct
         result.index_add_(0, rows, outer.to(torch.float32) * slot_weights[chosen].to(torch.float32).unsqueeze(-1))
     return result.to(x.dtype)

@@ -1,0 +1,19 @@
+// The kernels for AVX2. Headers come before the pragma, so that no function that other files
+// share is compiled with instructions that the processor may lack.
+#include "llmcompress/lowbit.h"
+#include "llmcompress/types.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace llmcompress {
+namespace avx2 {
+#include "llmcompress/lanes_avx2.h"
+#include "llmcompress/lowbit.inc"
+}  // namespace avx2
+const Variant avx2_variant = {"avx2", avx2::MOST, avx2::quantize, avx2::rows};
+}  // namespace llmcompress
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,19 @@
+// The kernels for AVX-512 with VNNI. Headers come before the pragma, so that no function that other files
+// share is compiled with instructions that the processor may lack.
+#include "llmcompress/lowbit.h"
+#include "llmcompress/types.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2")
+namespace llmcompress {
+namespace avx512 {
+#include "llmcompress/lanes_avx512.h"
+#include "llmcompress/lowbit.inc"
+}  // namespace avx512
+const Variant avx512_variant = {"avx512", avx512::MOST, avx512::quantize, avx512::rows};
+}  // namespace llmcompress
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,122 @@
+#include "linear.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace llmcompress {
+namespace {
+
+// quantized activations of one pass stay in a core's second-level cache
+constexpr size_t PASS_BYTES = size_t(1) << 20;
+// multiply-adds below which a second thread costs more than it saves
+constexpr int64_t SERIAL_WORK = 1 << 17;
+
+// Sixteen canonical rows from `first` on, interleaved into `to`; rows that do not exist become zeros.
+void interleave(const uint32_t* from, int64_t words, int64_t first, int64_t rows, uint32_t* to) {
+    for (int64_t lane = 0; lane < LANES; ++lane) {
+        const uint32_t* row = from + (first + lane) * words;
+        const bool real = first + lane < rows;
+        for (int64_t i = 0; i < words; ++i) to[i * LANES + lane] = real ? row[i] : 0;
+    }
+}
+
+void interleave(const uint16_t* from, int64_t words, int64_t first, int64_t rows, uint16_t* to) {
+    for (int64_t lane = 0; lane < LANES; ++lane) {
+        const uint16_t* row = from + (first + lane) * words;
+        const bool real = first + lane < rows;
+        for (int64_t i = 0; i < words; ++i) to[i * LANES + lane] = real ? row[i] : 0;
+    }
+}
+
+// One block of a canonical weight, interleaved in this thread's scratch.
+Weight interleaved_block(const Operand& w, int64_t block) {
+    static thread_local Scratch scratch;
+    Weight one = w.weight();
+    one.rows = LANES;
+    const int64_t words = one.words(), groups = one.groups(), zero_words = one.zero_words();
+    auto* packed = static_cast<uint32_t*>(scratch.get(size_t(LANES * (words + zero_words) * 4 + LANES * groups * 2)));
+    uint32_t* zero = packed + LANES * words;
+    auto* scale = reinterpret_cast<uint16_t*>(zero + LANES * zero_words);
+    interleave(w.packed, words, block * LANES, w.rows, packed);
+    interleave(w.scale, groups, block * LANES, w.rows, scale);
+    if (w.zero) interleave(w.zero, zero_words, block * LANES, w.rows, zero);
+    one.packed = packed;
+    one.scale = scale;
+    one.zero = w.zero ? zero : nullptr;
+    return one;
+}
+
+}  // namespace
+
+void* Scratch::get(size_t bytes) {
+    if (bytes > size_) {
+        std::free(memory_);
+        size_ = (bytes + 4095) / 4096 * 4096;
+        memory_ = std::aligned_alloc(64, size_);
+        if (!memory_) {
+            size_ = 0;
+            throw std::bad_alloc();
+        }
+    }
+    return memory_;
+}
+
+Scratch::~Scratch() { std::free(memory_); }
+
+int threads_for(int64_t work) { return work < SERIAL_WORK ? 1 : omp_get_max_threads(); }
+
+void operand_block(const Operand& w, const Plan& plan, const Activations& a, int64_t block, void* out, Type type,
+                   int64_t stride) {
+    const Variant& v = variant();
+    const Chunk* parts = plan.parts.data();
+    if (w.interleaved) return v.rows(w.weight(), parts, plan.count(), a, block, block + 1, out, type, stride);
+    const Weight one = interleaved_block(w, block);
+    const size_t size = type == FP32 ? 4 : 2;
+    char* const to = static_cast<char*>(out) + size_t(block) * LANES * size;
+    const int64_t real = std::min<int64_t>(LANES, w.rows - block * LANES);
+    if (real == LANES) return v.rows(one, parts, plan.count(), a, 0, 1, to, type, stride);
+    static thread_local Scratch scratch;
+    char* const full = static_cast<char*>(scratch.get(size_t(a.tokens) * LANES * size));
+    v.rows(one, parts, plan.count(), a, 0, 1, full, type, LANES);
+    for (int64_t t = 0; t < a.tokens; ++t)
+        std::memcpy(to + size_t(t * stride) * size, full + size_t(t) * LANES * size, size_t(real) * size);
+}
+
+void linear(const Operand& w, const void* x, Type type, int64_t tokens, int planes, void* out) {
+    static thread_local Scratch scratch;
+    const Plan plan(w);
+    const Weight shape = w.weight();
+    const size_t size = type == FP32 ? 4 : 2;
+    const int64_t each = int64_t(activation_bytes(shape, 8, planes));
+    const int64_t pass = std::max<int64_t>(1, int64_t(PASS_BYTES) / each) * 8;
+    const int64_t blocks = blocks_of(w.rows);
+    for (int64_t first = 0; first < tokens; first += pass) {
+        const int64_t now = std::min(pass, tokens - first);
+        const Activations a =
+            place_activations(shape, now, planes, scratch.get(activation_bytes(shape, now, planes)));
+        const char* from = static_cast<const char*>(x) + size_t(first * w.columns) * size;
+        char* to = static_cast<char*>(out) + size_t(first * w.rows) * size;
+        const int64_t token_blocks = a.blocks();
+        const int threads = threads_for(w.rows * w.columns * now);
+        const int64_t grain = std::max<int64_t>(1, blocks / (threads * 8));
+        const auto quantize = [&](int64_t i) {
+            variant().quantize(shape, plan.parts.data(), plan.count(), from, type, w.columns, nullptr, a, i);
+        };
+        if (token_blocks == 1) quantize(0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            if (token_blocks > 1) {
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t i = 0; i < token_blocks; ++i) quantize(i);
+            }
+#pragma omp for schedule(dynamic, grain)
+            for (int64_t block = 0; block < blocks; ++block) operand_block(w, plan, a, block, to, type, w.rows);
+        }
+    }
+}
+
+}  // namespace llmcompress

@@ -1,0 +1,51 @@
+// One product with one weight, on all threads.
+#pragma once
+
+#include <vector>
+
+#include "llmcompress/lowbit.h"
+
+namespace llmcompress {
+
+// A weight as PyTorch holds it: interleaved, or canonical (row-major streams, any number of rows).
+struct Operand {
+    const uint32_t* packed;
+    const uint16_t* scale;
+    const uint32_t* zero;
+    int64_t rows, columns, group;
+    int bits;
+    bool interleaved;
+
+    Weight weight() const { return {packed, scale, zero, rows, columns, group, bits}; }
+};
+
+// Scratch that grows and stays with its thread.
+class Scratch {
+   public:
+    void* get(size_t bytes);
+    ~Scratch();
+
+   private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Plan {
+    std::vector<Chunk> parts;
+    explicit Plan(const Operand& w) : parts(size_t(chunks(w.bits, w.group, w.columns, nullptr))) {
+        chunks(w.bits, w.group, w.columns, parts.data());
+    }
+    int64_t count() const { return int64_t(parts.size()); }
+};
+
+// Rows [16 * block, 16 * block + 16) of `w` for quantized activations; a block beyond the last full one is cut.
+void operand_block(const Operand& w, const Plan& plan, const Activations& a, int64_t block, void* out, Type type,
+                   int64_t stride);
+
+inline int64_t blocks_of(int64_t rows) { return (rows + LANES - 1) / LANES; }
+int threads_for(int64_t work);
+
+// out[t, n] = sum over k of x[t, k] * w[n, k]; x and out are contiguous.
+void linear(const Operand& w, const void* x, Type type, int64_t tokens, int planes, void* out);
+
+}  // namespace llmcompress

@@ -1,0 +1,11 @@
+// The kernels without any instruction set in mind; also what other processors than x86 run.
+#include "llmcompress/lowbit.h"
+#include "llmcompress/types.h"
+
+namespace llmcompress {
+namespace portable {
+#include "llmcompress/lanes_portable.h"
+#include "llmcompress/lowbit.inc"
+}  // namespace portable
+const Variant portable_variant = {"portable", portable::MOST, portable::quantize, portable::rows};
+}  // namespace llmcompress

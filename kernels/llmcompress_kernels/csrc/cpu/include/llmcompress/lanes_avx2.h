@@ -1,0 +1,92 @@
+// Sixteen lanes in two AVX2 registers; needs AVX2, FMA and F16C (Haswell and later, Zen and later).
+#pragma once
+
+constexpr int MOST = 4;  // tokens that share one unpacking of the weight: what the registers hold
+#define UNROLL _Pragma("GCC unroll 8")
+struct Ints {
+    __m256i a, b;
+};
+struct Floats {
+    __m256 a, b;
+};
+
+inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Floats zero_floats() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Ints load_words(const uint32_t* p) {
+    const __m256i* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+template <int N>
+inline Ints shift_right(Ints x) {
+    return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+}
+inline Ints shift_right(Ints x, int n) {
+    const __m128i by = _mm_cvtsi32_si128(n);
+    return {_mm256_srl_epi32(x.a, by), _mm256_srl_epi32(x.b, by)};
+}
+inline Ints shift_left(Ints x, int n) {
+    const __m128i by = _mm_cvtsi32_si128(n);
+    return {_mm256_sll_epi32(x.a, by), _mm256_sll_epi32(x.b, by)};
+}
+inline Ints keep(Ints x, uint32_t mask) {
+    const __m256i m = _mm256_set1_epi32(int(mask));
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+inline Ints either(Ints x, Ints y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+template <int N>
+inline Ints funnel(Ints x, Ints y) {
+    return {_mm256_or_si256(_mm256_srli_epi32(x.a, N), _mm256_slli_epi32(y.a, 32 - N)),
+            _mm256_or_si256(_mm256_srli_epi32(x.b, N), _mm256_slli_epi32(y.b, 32 - N))};
+}
+inline __m256i spread3_half(__m256i w) {
+    // two codes to each half word, then one to each byte
+    const __m256i low = _mm256_and_si256(w, _mm256_set1_epi32(0x3f));
+    const __m256i high = _mm256_and_si256(_mm256_slli_epi32(w, 10), _mm256_set1_epi32(0x3f0000));
+    const __m256i pairs = _mm256_or_si256(low, high);
+    const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi32(0x00070007));
+    const __m256i odd = _mm256_and_si256(_mm256_slli_epi32(pairs, 5), _mm256_set1_epi32(0x07000700));
+    return _mm256_or_si256(even, odd);
+}
+template <int FIRST>
+inline Ints spread3(Ints x) {
+    return {spread3_half(_mm256_srli_epi32(x.a, FIRST)), spread3_half(_mm256_srli_epi32(x.b, FIRST))};
+}
+inline __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
+    // up to four bits a code, two products stay far below the 16-bit saturation of maddubs
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+}
+inline __m256i dot_half_wide(__m256i sum, __m256i codes, __m256i x) {
+    // 255 * 128 * 2 does not fit 16 bits, so the two nibbles of a code go separately
+    const __m256i nibble = _mm256_set1_epi8(0x0f);
+    const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(codes, nibble), x), _mm256_set1_epi16(1));
+    const __m256i top = _mm256_and_si256(_mm256_srli_epi32(codes, 4), nibble);
+    const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(16));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
+}
+template <int BITS>
+inline Ints dot(Ints sum, Ints codes, const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    const __m256i all = _mm256_set1_epi32(quad);
+    if constexpr (BITS == 8) return {dot_half_wide(sum.a, codes.a, all), dot_half_wide(sum.b, codes.b, all)};
+    return {dot_half(sum.a, codes.a, all), dot_half(sum.b, codes.b, all)};
+}
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Floats spread(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats multiply_add(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats multiply_subtract(Floats x, Floats y, Floats z) {
+    return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats load_halves(const uint16_t* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+inline void store_floats(float* p, Floats x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -1,0 +1,49 @@
+// Sixteen lanes in one AVX-512 register; needs F, BW, VL, VNNI, VBMI and VBMI2 (Ice Lake and later, Zen 4 and later).
+#pragma once
+
+constexpr int MOST = 8;  // tokens that share one unpacking of the weight: what the registers hold
+#define UNROLL _Pragma("GCC unroll 8")
+using Ints = __m512i;
+using Floats = __m512;
+
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Ints load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+template <int N>
+inline Ints shift_right(Ints a) {
+    return _mm512_srli_epi32(a, N);
+}
+inline Ints shift_right(Ints a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+inline Ints shift_left(Ints a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+inline Ints keep(Ints a, uint32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(int(mask))); }
+inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+template <int N>
+inline Ints funnel(Ints a, Ints b) {
+    return _mm512_shrdi_epi32(a, b, N);
+}
+template <int FIRST>
+inline Ints spread3(Ints a) {
+    // byte j of a 64-bit pair of rows takes eight bits from a bit offset of its own
+    constexpr uint64_t offsets = uint64_t(FIRST) | uint64_t(FIRST + 3) << 8 | uint64_t(FIRST + 6) << 16 |
+                                 uint64_t(FIRST + 9) << 24 | uint64_t(FIRST + 32) << 32 | uint64_t(FIRST + 35) << 40 |
+                                 uint64_t(FIRST + 38) << 48 | uint64_t(FIRST + 41) << 56;
+    const Ints bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(int64_t(offsets)), a);
+    return _mm512_and_si512(bytes, _mm512_set1_epi32(0x07070707));
+}
+template <int BITS>
+inline Ints dot(Ints sum, Ints codes, const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(quad));
+}
+inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Floats spread(float a) { return _mm512_set1_ps(a); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+inline Floats load_halves(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

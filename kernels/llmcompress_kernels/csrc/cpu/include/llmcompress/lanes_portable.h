@@ -1,0 +1,102 @@
+// Sixteen lanes in plain C++: the definition of the operations that the other lanes_*.h give in intrinsics.
+#pragma once
+
+constexpr int MOST = 4;  // tokens that share one unpacking of the weight: what the registers hold
+#define UNROLL _Pragma("GCC unroll 1")
+struct Ints {
+    int32_t v[16];
+};
+struct Floats {
+    float v[16];
+};
+
+#define EACH for (int i = 0; i < 16; ++i)
+
+inline Ints zero_ints() { return Ints{}; }
+inline Floats zero_floats() { return Floats{}; }
+inline Ints load_words(const uint32_t* p) {
+    Ints r;
+    std::memcpy(r.v, p, 64);
+    return r;
+}
+template <int N>
+inline Ints shift_right(Ints a) {
+    EACH a.v[i] = int32_t(uint32_t(a.v[i]) >> N);
+    return a;
+}
+inline Ints shift_right(Ints a, int n) {
+    EACH a.v[i] = int32_t(uint32_t(a.v[i]) >> n);
+    return a;
+}
+inline Ints shift_left(Ints a, int n) {
+    EACH a.v[i] = int32_t(uint32_t(a.v[i]) << n);
+    return a;
+}
+inline Ints keep(Ints a, uint32_t mask) {
+    EACH a.v[i] = int32_t(uint32_t(a.v[i]) & mask);
+    return a;
+}
+inline Ints either(Ints a, Ints b) {
+    EACH a.v[i] |= b.v[i];
+    return a;
+}
+inline Ints add(Ints a, Ints b) {
+    EACH a.v[i] = int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]));
+    return a;
+}
+// Bits [N, N + 32) of the 64-bit number with low word a and high word b.
+template <int N>
+inline Ints funnel(Ints a, Ints b) {
+    EACH a.v[i] = int32_t((uint32_t(a.v[i]) >> N) | (uint32_t(b.v[i]) << (32 - N)));
+    return a;
+}
+// Four 3-bit codes that begin at bit FIRST, one to a byte.
+template <int FIRST>
+inline Ints spread3(Ints a) {
+    EACH {
+        const uint32_t w = uint32_t(a.v[i]) >> FIRST;
+        a.v[i] = int32_t((w & 7) | (w << 5 & 0x700) | (w << 10 & 0x70000) | (w << 15 & 0x7000000));
+    }
+    return a;
+}
+// sum += four unsigned codes times four signed activations, the same ones in every lane.
+template <int BITS>
+__attribute__((noinline)) Ints dot(Ints sum, Ints codes, const int8_t* x) {
+    const int32_t a = x[0], b = x[1], c = x[2], d = x[3];
+    EACH {
+        const uint32_t w = uint32_t(codes.v[i]);
+        sum.v[i] += int32_t(w & 255) * a + int32_t(w >> 8 & 255) * b + int32_t(w >> 16 & 255) * c + int32_t(w >> 24) * d;
+    }
+    return sum;
+}
+inline Floats to_floats(Ints a) {
+    Floats r;
+    EACH r.v[i] = float(a.v[i]);
+    return r;
+}
+inline Floats spread(float a) {
+    Floats r;
+    EACH r.v[i] = a;
+    return r;
+}
+inline Floats multiply(Floats a, Floats b) {
+    EACH a.v[i] *= b.v[i];
+    return a;
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    EACH c.v[i] += a.v[i] * b.v[i];
+    return c;
+}
+inline Floats multiply_subtract(Floats a, Floats b, Floats c) {
+    EACH c.v[i] -= a.v[i] * b.v[i];
+    return c;
+}
+inline Floats load_halves(const uint16_t* p) {
+    Floats r;
+    EACH r.v[i] = half_to_float(p[i]);
+    return r;
+}
+inline void store_floats(float* p, Floats a) { std::memcpy(p, a.v, 64); }
+inline void prefetch(const void*) {}
+
+#undef EACH

@@ -1,0 +1,137 @@
+// Products with group-quantized weights: the types and the functions that other families may call.
+//
+// A weight is the canonical LSB-first bit stream (see schemas.py) with the 32-bit words of 16 consecutive
+// rows interleaved: word w of row 16*b + lane lies at packed[(b * words + w) * 16 + lane]. Scales and packed
+// zero points are interleaved the same way. It holds the very same bytes as the canonical form in another
+// order; a 512-bit load yields the same columns of 16 rows, one row to a lane, so sums need no shuffles.
+//
+// Activations become fixed-point numbers of `planes` signed bytes with one scale to a chunk of at most 256
+// columns that lies inside one weight group. A plane costs one byte-wise dot product:
+//   1 plane   int8, scaled by the chunk's maximum; changes results by about 0.5 %, so callers opt in
+//   2 planes  bf16 and fp16: power-of-two scales, so every value within 1/64 of the chunk's maximum is exact in bf16
+//   3 planes  fp32: 21 bits below the chunk's maximum, as exact as fp32 sums are
+// Codes are integers, so a chunk's sum is exact; chunks are added in fp32 in a fixed order. Every output is
+// computed by one thread and does not depend on the number of threads or on its neighbours in a batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace llmcompress {
+
+constexpr int LANES = 16;
+constexpr int MAX_CHUNK = 256;   // columns; the integer sums of 8-bit codes and two planes just fit 32 bits
+
+enum Type : int { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+struct Weight {
+    const uint32_t* packed;  // [rows/16][words][16]
+    const uint16_t* scale;   // [rows/16][groups][16] fp16
+    const uint32_t* zero;    // [rows/16][zero_words][16], null on a symmetric grid
+    int64_t rows;            // a multiple of 16
+    int64_t columns;
+    int64_t group;           // columns to a scale
+    int bits;                // 2, 3, 4, 8
+
+    int64_t words() const { return (columns * bits + 31) / 32; }
+    int64_t groups() const { return (columns + group - 1) / group; }
+    int64_t zero_words() const { return (groups() * bits + 31) / 32; }
+    int64_t blocks() const { return rows / LANES; }
+};
+
+// Columns that one step of the inner loop takes, and the words that hold them.
+constexpr int step_columns(int bits) { return bits == 2 ? 16 : bits == 3 ? 32 : bits == 4 ? 8 : 4; }
+constexpr int step_words(int bits) { return bits == 3 ? 3 : 1; }
+
+// A group has to begin at a step; null or the reason why the kernel declines.
+inline const char* declined(int bits, int64_t group, int64_t columns) {
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return "bits must be 2, 3, 4 or 8";
+    if (group < 1 || columns < 1) return "empty rows or groups";
+    if (group < columns && group % step_columns(bits) != 0) return "groups do not begin at a word";
+    return nullptr;
+}
+
+struct Chunk {
+    int32_t steps;  // of the inner loop
+    int32_t width;  // columns
+    int64_t group;
+    int64_t first;  // first column
+};
+
+// Chunks of one row; returns how many there are. `out` may be null to count.
+inline int64_t chunks(int bits, int64_t group, int64_t columns, Chunk* out) {
+    const int64_t limit = MAX_CHUNK / step_columns(bits) * step_columns(bits);
+    int64_t count = 0;
+    for (int64_t begin = 0, g = 0; begin < columns; begin += group, ++g) {
+        const int64_t end = begin + group < columns ? begin + group : columns;
+        for (int64_t at = begin; at < end; at += limit, ++count) {
+            if (!out) continue;
+            const int64_t width = end - at < limit ? end - at : limit;
+            const int64_t steps = (width + step_columns(bits) - 1) / step_columns(bits);
+            out[count] = {int32_t(steps), int32_t(width), g, at};
+        }
+    }
+    return count;
+}
+
+// Tokens of block `i` out of `tokens`, where `most` share one unpacking of the weight: the last block has 1, 4 or
+// `most` places, some of them empty.
+inline int token_block(int64_t tokens, int64_t i, int most) {
+    const int64_t left = tokens - i * most;
+    return left > 4 ? most : left > 1 ? 4 : 1;
+}
+
+// Quantized activations of `tokens` rows. Bytes lie as [token block][quad][plane][token][4], a quad being four
+// columns in the order in which the weight's words yield them.
+struct Activations {
+    int8_t* bytes;
+    float* scale;  // [token block][chunk][token]: value = scale * fixed-point number
+    float* sum;    // same shape: scale * sum of the numbers
+    int64_t tokens;
+    int planes;
+    int most;  // tokens to a block, a property of the variant
+
+    int64_t blocks() const { return (tokens + most - 1) / most; }
+    static int64_t quads(int bits, int64_t columns, int64_t group) {
+        int64_t total = 0;
+        const int64_t step = step_columns(bits);
+        for (int64_t begin = 0; begin < columns; begin += group) {
+            const int64_t width = begin + group < columns ? group : columns - begin;
+            total += (width + step - 1) / step * (step / 4);
+        }
+        return total;
+    }
+};
+
+// Bytes that `Activations` needs for the three arrays together, 64-byte aligned parts included.
+inline size_t activation_bytes(const Weight& w, int64_t tokens, int planes) {
+    const int64_t padded = (tokens + 7) / 8 * 8;
+    const int64_t quads = Activations::quads(w.bits, w.columns, w.group);
+    const int64_t n = chunks(w.bits, w.group, w.columns, nullptr);
+    return size_t(padded * quads * 4 * planes + 2 * padded * n * int64_t(sizeof(float)) + 4 * 64);
+}
+
+// Lay the three arrays out in `memory` of at least activation_bytes().
+Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory);
+
+// Instruction sets. A variant is chosen once, from CPU flags or LLMCOMPRESS_CPU_ISA.
+struct Variant {
+    const char* name;
+    int token_block;  // 4 or 8
+    // Quantize token block `block`; `x` holds rows of `type`, row t of the call at x + index[t] * stride elements
+    // (index null: t itself).
+    void (*quantize)(const Weight& w, const Chunk* parts, int64_t count, const void* x, Type type, int64_t stride,
+                     const int64_t* index, const Activations& a, int64_t block);
+    // Rows [first, last) in blocks of 16 for all token blocks: out[t * stride + row] in `type`.
+    void (*rows)(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t first, int64_t last,
+                 void* out, Type type, int64_t stride);
+};
+
+extern const Variant portable_variant;
+extern const Variant avx2_variant;
+extern const Variant avx512_variant;
+
+const Variant& variant();            // the one in use
+bool select_variant(const char* name);  // by name, or null for the best; false where the CPU cannot run it
+
+}  // namespace llmcompress
