@@ -1,0 +1,106 @@
+"""The selective scan with a state that is stored in low bits: token by token, the definition of decoding.
+
+Per head, with ``a_t = exp(dt_t A)`` and the fresh float state ``u_t`` (Mamba-2, and Mamba-1 where A has more axes)::
+
+    u_t = a_t ĥ_{t-1} + dt_t x_t ⊗ B_t        y_t = u_t C_t + D x_t        ĥ_t = Q(u_t)
+
+The output is read from the fresh state; only what is kept for the next token is rounded. A whole sequence
+(:func:`scan`) and one decoding step (:func:`advance`, :func:`read`) run the same operations in the same order.
+
+Legend: S sequences, T tokens, H heads, P channels of a head, N states, G groups that share B and C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# what a fresh state [S, H, P, N] becomes by being stored after a token
+Store = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ScanInputs:
+    """What a mixer feeds its scan.
+
+    Attributes:
+        x: fp32 ``[S, T, H, P]`` not yet multiplied by dt.
+        dt: fp32 ``[S, T, H, 1]`` (Mamba-2) or ``[S, T, H, P]`` (Mamba-1), after softplus and limits.
+        a: fp32 ``[H, 1, 1]`` or ``[H, P, N]``, negative.
+        b: fp32 ``[S, T, G, N]``; head h reads group ``h // (H / G)``.
+        c: As ``b``.
+    """
+
+    x: Tensor
+    dt: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+    def at(self, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(x [S, H, P], dt [S, H, ·], b [S, G, N], c [S, G, N])`` of one token."""
+        return self.x[:, t], self.dt[:, t], self.b[:, t], self.c[:, t]
+
+
+def advance(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The fresh state ``u_t``.
+
+    Args:
+        state: fp32 ``[S, H, P, N]`` stored state of the token before.
+        x: ``[S, H, P]``.
+        dt: ``[S, H, 1]`` or ``[S, H, P]``.
+        a: ``[H, 1, 1]`` or ``[H, P, N]``.
+        b: ``[S, G, N]``.
+
+    Returns:
+        fp32 ``[S, H, P, N]``, a new tensor.
+    """
+    sequences, heads, channels, states = state.shape
+    groups = b.shape[1]
+    decay = (dt.unsqueeze(-1) * a).exp()
+    drive = (dt * x).view(sequences, groups, heads // groups, channels, 1)
+    fresh = (decay * state).view(sequences, groups, heads // groups, channels, states)
+    return fresh.addcmul_(drive, b[:, :, None, None, :]).view(state.shape)
+
+
+def read(fresh: Tensor, c: Tensor) -> Tensor:
+    """``u_t C_t``, fp32 ``[S, H, P]``, from a fresh state ``[S, H, P, N]`` and ``c [S, G, N]``."""
+    sequences, heads, channels, states = fresh.shape
+    groups = c.shape[1]
+    rows = fresh.view(sequences * groups, heads // groups * channels, states)
+    return torch.bmm(rows, c.reshape(sequences * groups, states, 1)).view(sequences, heads, channels)
+
+
+def scan(inputs: ScanInputs, state: Tensor | None, store: Store | None) -> tuple[Tensor, Tensor]:
+    """Run a whole sequence token by token.
+
+    Args:
+        inputs: The sequence.
+        state: fp32 ``[S, H, P, N]`` before the first token, None for zeros.
+        store: Rounds the state after each token; None keeps it in float.
+
+    Returns:
+        ``u_t C_t`` of every token, fp32 ``[S, T, H, P]``, and the last state as stored.
+    """
+    sequences, tokens, heads, channels = inputs.x.shape
+    if state is None:
+        state = inputs.x.new_zeros(sequences, heads, channels, inputs.b.shape[-1])
+    outputs = torch.empty_like(inputs.x)
+    for t in range(tokens):
+        x, dt, b, c = inputs.at(t)
+        fresh = advance(state, x, dt, inputs.a, b)
+        outputs[:, t] = read(fresh, c)
+        state = fresh if store is None else store(fresh, t)
+    return outputs, state
+
+
+def half_life(mean_log_decay: Tensor) -> Tensor:
+    """Tokens after which half of a state is forgotten: ``ln 2 / -E[log a]``; infinite where nothing is.
+
+    Args:
+        mean_log_decay: ``E[dt A]``, not positive.
+    """
+    return 0.6931471805599453 / -mean_log_decay

@@ -1,0 +1,335 @@
+"""Recurrent states kept in low bits: the packed state of one layer, and the cache layer that holds it.
+
+transformers keeps one float tensor per state-space layer. Here its place is taken by a :class:`PackedState`
+(codes and scales; with ``packed=False`` the same values in float, to check against). It answers to the few tensor
+methods that transformers' cache layers call on a state (``zero_``, ``index_select``, ``to``, ``device``), so a cache
+layer becomes a quantized one by changing its class, KV cache of hybrids included.
+
+Legend: S sequences, H heads, P channels, N states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms import decoupled_scales as scales
+from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
+from llmcompress.algorithms.selective_scan import advance
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from llmcompress.models.layout import ScanView
+
+
+@dataclass(frozen=True, slots=True)
+class StateQuantizer:
+    """How the states of one layer are stored.
+
+    Attributes:
+        spec: Codec and width.
+        scan: Sizes of the state.
+        layer: Index of the layer, for stochastic rounding.
+        static: fp16 calibrated scale ``[H, P]`` or ``[H, N]``, or None.
+        head_bits: int ``[H]`` widths per head, or None for the spec's.
+        window: Tokens between two roundings; the tokens since the last one are kept and replayed.
+    """
+
+    spec: StateSpec
+    scan: ScanView
+    layer: int = 0
+    static: Tensor | None = None
+    head_bits: Tensor | None = None
+    window: int = 1
+
+    def noise(self, step: int) -> Tensor | None:
+        """Noise for rounding the state after token ``step``, None when rounding to nearest."""
+        if self.spec.rounding != "stochastic":
+            return None
+        shape = (self.scan.heads, self.scan.channels, self.scan.states)
+        return scales.rounding_noise(shape, self.spec.seed, self.layer, step)
+
+    def quantize(self, fresh: Tensor, step: int) -> QuantizedState:
+        """Codes and scales of a fresh state ``[S, H, P, N]`` after token ``step``."""
+        return scales.quantize(fresh, self.spec, self.static, self.noise(step), self.head_bits)
+
+    def dequantize(self, stored: QuantizedState) -> Tensor:
+        """fp32 ``[S, H, P, N]``."""
+        return scales.dequantize(stored, self.spec, self.static, self.head_bits)
+
+    def fake(self, fresh: Tensor, step: int) -> Tensor:
+        """What a fresh state becomes by being stored after token ``step``."""
+        if not self.spec.active:
+            return fresh
+        return self.dequantize(self.quantize(fresh, step))
+
+    def due(self, tokens_since: int) -> bool:
+        """Whether the state is rounded this many tokens after the last rounding."""
+        return tokens_since % self.window == 0
+
+    def widths(self) -> list[tuple[int, Tensor | None]]:
+        """Code widths in use and the heads that use each; None for all heads."""
+        if self.head_bits is None:
+            return [(self.spec.bits, None)]
+        return [(int(bits), (self.head_bits == bits).nonzero()[:, 0]) for bits in self.head_bits.unique().tolist()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence's codes and scales."""
+        scan = self.scan
+        bits = [self.spec.bits] * scan.heads if self.head_bits is None else [int(b) for b in self.head_bits.tolist()]
+        return sum(scales.state_bytes(self.spec, scan.channels, scan.states, width) for width in bits)
+
+
+class PackedState:
+    """The state of one layer between two tokens.
+
+    Args:
+        quantizer: How it is stored.
+        packed: Keep packed codes; otherwise keep the same values in fp32.
+    """
+
+    def __init__(self, quantizer: StateQuantizer, packed: bool = True) -> None:
+        self.quantizer, self.packed = quantizer, packed
+        self.codes: list[Tensor] = []
+        self.channel: Tensor | None = None
+        self.state: Tensor | None = None
+        self.value: Tensor | None = None
+        self.recent: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.tokens = 0
+        self.since = 0
+
+    def store(self, fresh: Tensor, tokens: int) -> None:
+        """Round a fresh state and keep it; the replay window starts anew.
+
+        Args:
+            fresh: fp32 ``[S, H, P, N]``.
+            tokens: Tokens that made it since the last call.
+        """
+        self.tokens += tokens
+        self.since = 0
+        self.recent = []
+        step = self.tokens - 1
+        if not self.packed or not self.quantizer.spec.active:
+            self.value = self.quantizer.fake(fresh, step)
+            return
+        found = self.quantizer.quantize(fresh, step)
+        self.channel, self.state = found.channel, found.state
+        self.codes = [
+            scales.pack_codes(found.codes if heads is None else found.codes[:, heads], bits)
+            for bits, heads in self.quantizer.widths()
+        ]
+
+    def load(self, a: Tensor | None = None) -> Tensor:
+        """The state as the next token meets it, fp32 ``[S, H, P, N]``; never to be changed in place.
+
+        Args:
+            a: The layer's ``[H, 1, 1]`` or ``[H, P, N]``, needed to replay a window.
+        """
+        value = self._stored()
+        if self.packed:
+            for x, dt, b in self.recent:
+                assert a is not None
+                value = advance(value, x.float(), dt, a, b.float())
+        return value
+
+    def step(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Take one token in; returns the fresh state ``[S, H, P, N]`` for reading.
+
+        Args:
+            x: ``[S, H, P]`` in the model's type.
+            dt: fp32 ``[S, H, 1]`` or ``[S, H, P]``.
+            a: fp32 ``[H, 1, 1]`` or ``[H, P, N]``.
+            b: ``[S, G, N]`` in the model's type.
+        """
+        fresh = advance(self.load(a), x.float(), dt, a, b.float())
+        since = self.since + 1
+        if self.quantizer.due(since):
+            self.store(fresh, 1)
+            return fresh
+        self.tokens += 1
+        self.since = since
+        if self.packed:
+            self.recent.append((x, dt, b))
+        else:
+            self.value = fresh
+        return fresh
+
+    def _stored(self) -> Tensor:
+        if self.value is not None:
+            return self.value
+        scan = self.quantizer.scan
+        parts = [
+            (heads, scales.unpack_codes(packed, bits, scan.states))
+            for packed, (bits, heads) in zip(self.codes, self.quantizer.widths())
+        ]
+        codes = parts[0][1]
+        if parts[0][0] is not None:
+            codes = codes.new_empty(codes.shape[0], scan.heads, scan.channels, scan.states)
+            for heads, part in parts:
+                codes[:, heads] = part
+        return self.quantizer.dequantize(QuantizedState(codes, self.channel, self.state))
+
+    def _tensors(self) -> list[Tensor]:
+        held = [*self.codes, self.channel, self.state, self.value, *(t for token in self.recent for t in token)]
+        return [tensor for tensor in held if tensor is not None]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedState:
+        new = PackedState(self.quantizer, self.packed)
+        new.tokens, new.since = self.tokens, self.since
+        new.codes = [change(part) for part in self.codes]
+        new.channel = None if self.channel is None else change(self.channel)
+        new.state = None if self.state is None else change(self.state)
+        new.value = None if self.value is None else change(self.value)
+        new.recent = [(change(x), change(dt), change(b)) for x, dt, b in self.recent]
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is kept."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is kept."""
+        return self._tensors()[0].device
+
+    def to(self, *args: Any, **kwargs: Any) -> PackedState:
+        """A copy on another device."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def zero_(self) -> PackedState:
+        """Forget everything, in place."""
+        for tensor in self._tensors():
+            tensor.zero_()
+        self.recent, self.tokens, self.since = [], 0, 0
+        return self
+
+    def index_select(self, dim: int, index: Tensor) -> PackedState:
+        """The state of chosen sequences (beam search)."""
+        assert dim == 0, "a state has sequences along its first axis only"
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def repeat_interleave(self, repeats: int, dim: int = 0) -> PackedState:
+        """Each sequence ``repeats`` times."""
+        assert dim == 0, "a state has sequences along its first axis only"
+        return self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+
+class PackedStateLayer:
+    """Mixin for transformers' linear-attention cache layers: the recurrent state is a :class:`PackedState`."""
+
+    is_compileable = False
+    quantizer: StateQuantizer
+    packed: bool
+    incoming: int
+    recurrent_states: dict[int, Any]
+    conv_states: dict[int, Any]
+    is_conv_states_initialized: dict[int, bool]
+    is_recurrent_states_initialized: dict[int, bool]
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Any:
+        """Keep the final state of a prefill; ``[S, H, P, N]``, or ``[S, D, N]`` from Mamba-1."""
+        held = self.recurrent_states[state_idx]
+        if held is None:
+            held = self.recurrent_states[state_idx] = PackedState(self.quantizer, self.packed)
+            self.is_recurrent_states_initialized[state_idx] = True
+        scan = self.quantizer.scan
+        fresh = recurrent_states.float().view(-1, scan.heads, scan.channels, scan.states)
+        held.store(fresh, self.incoming)
+        return held
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence, which transformers' layers with states cannot do by themselves."""
+        for index, held in self.recurrent_states.items():
+            if held is not None:
+                self.recurrent_states[index] = held.repeat_interleave(repeats)
+                self.conv_states[index] = self.conv_states[index].repeat_interleave(repeats, 0)
+        inherited = getattr(type(self).__base__, "batch_repeat_interleave", None)
+        if inherited is not None:
+            inherited(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep chosen sequences."""
+        for index, held in self.recurrent_states.items():
+            if held is not None:
+                self.recurrent_states[index] = held.index_select(0, indices)
+                self.conv_states[index] = self.conv_states[index].index_select(0, indices)
+        inherited = getattr(type(self).__base__, "batch_select_indices", None)
+        if inherited is not None:
+            inherited(self, indices)
+
+
+@cache
+def _packed_class(base: type) -> type:
+    # the class of an object can only be changed to one whose first base it has, so methods are put in by hand
+    names = ("is_compileable", "update_recurrent_state", "batch_repeat_interleave", "batch_select_indices")
+    own = {name: PackedStateLayer.__dict__[name] for name in names}
+    return type(f"Packed{base.__name__}", (base, PackedStateLayer), own)
+
+
+def adopt(cache_layer: Any, quantizer: StateQuantizer, packed: bool, incoming: int) -> PackedState | None:
+    """Make a cache layer keep its states packed; what it holds already is packed now.
+
+    Args:
+        cache_layer: A linear-attention layer of a transformers cache, with or without attention beside it.
+        quantizer: How.
+        packed: See :class:`PackedState`.
+        incoming: Tokens of the forward pass that is about to run.
+
+    Returns:
+        The state that this pass starts from, None at the start of a sequence.
+    """
+    if not isinstance(cache_layer, PackedStateLayer):
+        base: Any = type(cache_layer)
+        cache_layer.__class__ = _packed_class(base)
+        cache_layer.quantizer, cache_layer.packed = quantizer, packed
+        cache_layer.incoming = 0
+        for index, held in list(cache_layer.recurrent_states.items()):
+            if isinstance(held, Tensor):
+                cache_layer.recurrent_states[index] = None
+                cache_layer.update_recurrent_state(held, index)
+    cache_layer.incoming = incoming
+    held = cache_layer.recurrent_states[0]
+    return held if held is None or held.tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Bytes that a cache keeps between two tokens.
+
+    Attributes:
+        states: Codes, scales and replayed tokens, or float states where a layer is not quantized.
+        convolution: Convolution states.
+        attention: Keys and values.
+    """
+
+    states: int
+    convolution: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.states + self.convolution + self.attention
+
+
+def cache_bytes(kept: Cache) -> CacheBytes:
+    """Measure a transformers cache: tensors that exist, not a formula."""
+    states = convolution = attention = 0
+    for layer in kept.layers:
+        for held in getattr(layer, "recurrent_states", {}).values():
+            if held is not None:
+                states += held.nbytes
+        for conv in getattr(layer, "conv_states", {}).values():
+            convolution += 0 if conv is None else conv.nbytes
+        for key in ("keys", "values"):
+            tensor = getattr(layer, key, None)
+            attention += tensor.nbytes if isinstance(tensor, Tensor) else 0
+    return CacheBytes(states, convolution, attention)
