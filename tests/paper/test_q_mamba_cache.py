@@ -16,7 +16,7 @@ PROMPT = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(0)
 POLICIES: dict[str, dict[str, Any]] = {
     "dsq": {"bits": 4, "codec": "dsq"},
     "window": {"bits": 6, "codec": "dsq", "window": 4},
-    "als": {"bits": 4, "codec": "dsq_als"},
+    "refitted": {"bits": 4, "codec": "dsq_als"},
     "stochastic": {"bits": 8, "codec": "per_channel", "rounding": "stochastic", "seed": 5},
     "group32": {"bits": 4, "codec": "group32"},
 }
