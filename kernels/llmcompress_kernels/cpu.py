@@ -105,5 +105,5 @@ def interleaved(tensor: Tensor) -> Tensor:
     return interleave(tensor)
 
 
-for _op in ("group_gemm",):
+for _op in ("group_gemm", "moe_group_gemm"):
     select.register(select.Implementation(_op, "cpu", ("cpu",), unavailable))

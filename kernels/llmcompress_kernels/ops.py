@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import cpu, schemas
+from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,12 @@ def moe_group_gemm(
 
     Returns:
         ``[T, H]`` in the type of ``x``; a token whose slots are all skipped gets zeros.
+
+    Raises:
+        ValueError: The activation is unknown.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if x.device.type == "cpu":
         cpu.ready()
     out: Tensor = torch.ops.llmcompress.moe_group_gemm(

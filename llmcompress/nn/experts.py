@@ -47,6 +47,9 @@ class PackedExperts(nn.Module):
         self.interleaved = bank.interleaved
         self.alpha = alpha
         self.limit = limit
+        # rounding activations to int8 changes results, so only a caller turns it on
+        self.int8_activations = False
+        self._operands: tuple[tuple[Tensor | None, ...], Stack, Stack] | None = None
         for key, name, spec in (("gate_up_proj", bank.gate_up, gate_up), ("down_proj", bank.down, down)):
             shape = bank.shape(name)
             if spec is not None:
@@ -62,6 +65,32 @@ class PackedExperts(nn.Module):
             bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), dim=1)
         return weight.stack(bias) if isinstance(weight, PackedTensors) else Stack(weight, bias=bias)
 
+    def prepare(self) -> bool:
+        """Interleave the packed sides if native CPU kernels run here and can use them; done at the first call otherwise.
+
+        Returns:
+            Whether every packed side is interleaved.
+        """
+        sides = [getattr(self, key) for key in ("gate_up_proj", "down_proj")]
+        return all([side.prepare() for side in sides if isinstance(side, PackedTensors)])
+
+    def _stacks(self, x: Tensor) -> tuple[Stack, Stack]:
+        """Both sides as operands; looked up again only when a weight or a bias was replaced."""
+        if torch.compiler.is_compiling():
+            return self._side("gate_up_proj"), self._side("down_proj")
+        held = self._held()
+        if self._operands is None or any(a is not b for a, b in zip(held, self._operands[0])):
+            if x.device.type == "cpu":
+                self.prepare()
+            self._operands = (self._held(), self._side("gate_up_proj"), self._side("down_proj"))
+        return self._operands[1:]
+
+    def _held(self) -> tuple[Tensor | None, ...]:
+        """What the operands are made from."""
+        sides = [getattr(self, key) for key in ("gate_up_proj", "down_proj")]
+        tensors = [side.weight_packed if isinstance(side, PackedTensors) else side for side in sides]
+        return (*tensors, self.gate_up_proj_bias, self.down_proj_bias)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the routed experts.
 
@@ -73,16 +102,18 @@ class PackedExperts(nn.Module):
         Returns:
             ``[T, H]``.
         """
+        gate_up, down = self._stacks(hidden_states)
         return ops.moe_group_gemm(
             hidden_states,
             top_k_index,
             top_k_weights,
-            self._side("gate_up_proj"),
-            self._side("down_proj"),
+            gate_up,
+            down,
             self.intermediate_dim,
             self.activation,
             self.alpha,
             self.limit,
+            self.int8_activations,
         )
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from llmcompress_kernels.reference.group_gemm import canonical, decode, quantize
 
 # "bits" of a weight that is not packed
 DENSE_BITS = 16
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gpt_oss")
 
 
 def gate(hidden: Tensor, activation: str, alpha: float, limit: float) -> Tensor:

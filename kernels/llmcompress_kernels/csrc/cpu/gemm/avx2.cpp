@@ -6,6 +6,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
+#include <cmath>
+
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace llmcompress {
@@ -13,7 +15,8 @@ namespace avx2 {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avx2
-const Variant avx2_variant = {"avx2", avx2::MOST, avx2::quantize, avx2::rows};
+const Variant avx2_variant = {"avx2", avx2::MOST, avx2::quantize, avx2::rows, avx2::dense_rows, avx2::gate,
+    avx2::to_fp32, avx2::from_fp32};
 }  // namespace llmcompress
 #pragma GCC pop_options
 #endif

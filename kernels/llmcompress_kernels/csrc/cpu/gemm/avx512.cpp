@@ -6,6 +6,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
+#include <cmath>
+
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2")
 namespace llmcompress {
@@ -13,7 +15,8 @@ namespace avx512 {
 #include "llmcompress/lanes_avx512.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avx512
-const Variant avx512_variant = {"avx512", avx512::MOST, avx512::quantize, avx512::rows};
+const Variant avx512_variant = {"avx512", avx512::MOST, avx512::quantize, avx512::rows, avx512::dense_rows, avx512::gate,
+    avx512::to_fp32, avx512::from_fp32};
 }  // namespace llmcompress
 #pragma GCC pop_options
 #endif

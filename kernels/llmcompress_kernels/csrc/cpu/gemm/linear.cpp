@@ -65,6 +65,13 @@ void* Scratch::get(size_t bytes) {
     return memory_;
 }
 
+void Scratch::trim(size_t most) {
+    if (size_ <= most) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
+}
+
 Scratch::~Scratch() { std::free(memory_); }
 
 int threads_for(int64_t work) { return work < SERIAL_WORK ? 1 : omp_get_max_threads(); }

@@ -23,6 +23,7 @@ struct Operand {
 class Scratch {
    public:
     void* get(size_t bytes);
+    void trim(size_t most);  // give memory back if it is more than that
     ~Scratch();
 
    private:

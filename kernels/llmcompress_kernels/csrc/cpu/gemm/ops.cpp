@@ -6,7 +6,10 @@
 
 #include <optional>
 
+#include <string>
+
 #include "linear.h"
+#include "moe.h"
 
 namespace {
 
@@ -65,6 +68,83 @@ Tensor group_gemm(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> z
     return out;
 }
 
+constexpr int64_t DENSE_BITS = 16;
+
+// One side of the experts, or nothing where the kernels decline.
+std::optional<lc::Side> side(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& zero,
+                             const std::optional<Tensor>& bias, int64_t bits, int64_t group, int64_t rows, int64_t columns) {
+    lc::Side s{};
+    s.packed.rows = rows;
+    s.packed.columns = columns;
+    if (!weight.is_contiguous() || !weight.is_cpu()) return std::nullopt;
+    if (bias) {
+        const auto type = type_of(*bias);
+        if (!type || !bias->is_contiguous() || !bias->is_cpu() || bias->numel() != weight.size(0) * rows) return std::nullopt;
+        s.bias = bias->data_ptr();
+        s.bias_type = *type;
+    }
+    if (bits == DENSE_BITS) {
+        const auto type = type_of(weight);
+        if (!type || weight.dim() != 3 || weight.size(1) != rows || weight.size(2) != columns) return std::nullopt;
+        s.dense = weight.data_ptr();
+        s.dense_type = *type;
+        // a harmless shape for what only packed weights need
+        s.packed.group = columns;
+        s.packed.bits = 8;
+        return s;
+    }
+    if (!scale || !plain(weight, ScalarType::Int) || !plain(scale, ScalarType::Half) || !plain(zero, ScalarType::Int))
+        return std::nullopt;
+    const bool interleaved = weight.dim() == 4;
+    const int64_t lanes = interleaved ? lc::LANES : 1;
+    if (lc::declined(int(bits), group, columns) || weight.size(1) * lanes != rows || scale->dim() != weight.dim() ||
+        weight.size(2) != (columns * bits + 31) / 32 || scale->size(2) != (columns + group - 1) / group)
+        return std::nullopt;
+    s.packed = {data<uint32_t>(weight), data<uint16_t>(*scale), zero ? data<uint32_t>(*zero) : nullptr, rows, columns, group,
+                int(bits), interleaved};
+    return s;
+}
+
+std::optional<lc::Activation> activation_of(const std::string& name) {
+    if (name == "silu") return lc::SILU;
+    if (name == "gelu") return lc::GELU;
+    if (name == "gelu_pytorch_tanh") return lc::GELU_TANH;
+    if (name == "gpt_oss") return lc::GPT_OSS;
+    return std::nullopt;
+}
+
+Tensor moe_group_gemm(Tensor x, Tensor index, Tensor weights, Tensor gate_up, std::optional<Tensor> gate_up_scale,
+                      std::optional<Tensor> gate_up_zero, std::optional<Tensor> gate_up_bias, int64_t gate_up_bits,
+                      int64_t gate_up_group, Tensor down, std::optional<Tensor> down_scale, std::optional<Tensor> down_zero,
+                      std::optional<Tensor> down_bias, int64_t down_bits, int64_t down_group, int64_t intermediate,
+                      std::string activation, double alpha, double limit, bool int8) {
+    const auto type = type_of(x), weight_type = type_of(weights);
+    const auto kind = activation_of(activation);
+    if (type && weight_type && kind && x.dim() == 2 && index.dim() == 2 && x.is_cpu() && index.is_cpu() && weights.is_cpu() &&
+        index.scalar_type() == ScalarType::Long && index.size(0) == x.size(0) && weights.numel() == index.numel()) {
+        const int64_t hidden = x.size(1), experts = gate_up.size(0);
+        const auto first = side(gate_up, gate_up_scale, gate_up_zero, gate_up_bias, gate_up_bits, gate_up_group,
+                                2 * intermediate, hidden);
+        const auto second = side(down, down_scale, down_zero, down_bias, down_bits, down_group, hidden, intermediate);
+        if (first && second && down.size(0) == experts) {
+            const Tensor input = torch::stable::contiguous(x), chosen = torch::stable::contiguous(index);
+            const Tensor factors = torch::stable::contiguous(weights);
+            Tensor out = torch::stable::new_empty(input, {x.size(0), hidden});
+            const lc::Routing routing{data<int64_t>(chosen), factors.data_ptr(), *weight_type,
+                                      x.size(0), index.size(1), experts};
+            lc::experts(*first, *second, routing, input.data_ptr(), *type, planes_of(*type, int8), *kind, float(alpha),
+                        float(limit), out.data_ptr());
+            return out;
+        }
+    }
+    return definition("llmcompress::moe_group_gemm_definition", x, index, weights, gate_up, gate_up_scale, gate_up_zero,
+                      gate_up_bias, gate_up_bits, gate_up_group, down, down_scale, down_zero, down_bias, down_bits,
+                      down_group, intermediate, activation, alpha, limit, int8);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmcompress, CPU, m) { m.impl("group_gemm", TORCH_BOX(&group_gemm)); }
+STABLE_TORCH_LIBRARY_IMPL(llmcompress, CPU, m) {
+    m.impl("group_gemm", TORCH_BOX(&group_gemm));
+    m.impl("moe_group_gemm", TORCH_BOX(&moe_group_gemm));
+}

@@ -1,4 +1,6 @@
 // The kernels without any instruction set in mind; also what other processors than x86 run.
+#include <cmath>
+
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
 
@@ -7,5 +9,6 @@ namespace portable {
 #include "llmcompress/lanes_portable.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace portable
-const Variant portable_variant = {"portable", portable::MOST, portable::quantize, portable::rows};
+const Variant portable_variant = {"portable", portable::MOST, portable::quantize, portable::rows, portable::dense_rows, portable::gate,
+    portable::to_fp32, portable::from_fp32};
 }  // namespace llmcompress

@@ -45,5 +45,6 @@ inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fn
 inline Floats load_halves(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

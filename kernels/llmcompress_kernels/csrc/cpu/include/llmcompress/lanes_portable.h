@@ -96,6 +96,11 @@ inline Floats load_halves(const uint16_t* p) {
     EACH r.v[i] = half_to_float(p[i]);
     return r;
 }
+inline Floats load_floats(const float* p) {
+    Floats r;
+    std::memcpy(r.v, p, 64);
+    return r;
+}
 inline void store_floats(float* p, Floats a) { std::memcpy(p, a.v, 64); }
 inline void prefetch(const void*) {}
 

@@ -114,6 +114,8 @@ inline size_t activation_bytes(const Weight& w, int64_t tokens, int planes) {
 // Lay the three arrays out in `memory` of at least activation_bytes().
 Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory);
 
+enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, GPT_OSS = 3 };
+
 // Instruction sets. A variant is chosen once, from CPU flags or LLMCOMPRESS_CPU_ISA.
 struct Variant {
     const char* name;
@@ -125,6 +127,14 @@ struct Variant {
     // Rows [first, last) in blocks of 16 for all token blocks: out[t * stride + row] in `type`.
     void (*rows)(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t first, int64_t last,
                  void* out, Type type, int64_t stride);
+    // Rows [first, last) of a dense weight [.., columns] of `weight_type` and fp32 inputs [tokens, columns]; out in fp32.
+    // `row` is scratch for one row.
+    void (*dense_rows)(const void* weight, Type weight_type, int64_t columns, const float* x, int64_t tokens, int64_t first,
+                       int64_t last, float* row, float* out, int64_t stride);
+    // Gated activation: out[i] from hidden[i] (gate) and hidden[width + i] (up).
+    void (*gate)(const float* hidden, int64_t width, Activation activation, float alpha, float limit, float* out);
+    void (*convert)(const void* x, int64_t first, int64_t count, Type type, float* out);      // to fp32
+    void (*convert_back)(const float* x, int64_t count, Type type, void* out);                // from fp32
 };
 
 extern const Variant portable_variant;

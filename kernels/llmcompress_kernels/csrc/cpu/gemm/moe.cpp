@@ -1,0 +1,173 @@
+#include "moe.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+namespace llmcompress {
+namespace {
+
+constexpr int64_t UNIT_TOKENS = 64;         // slots of one expert that are worked on together
+constexpr int64_t PASS_SLOTS = 2048;        // slots in flight, which bounds the intermediate memory
+constexpr int64_t TASK_BLOCKS = 4;          // blocks of 16 rows to a task
+constexpr size_t KEPT_BYTES = size_t(8) << 20;
+
+// Slots of one expert, next to each other in expert order.
+struct Unit {
+    int64_t expert, first, count;
+    Activations activations;
+};
+
+struct Pass {
+    std::vector<int64_t> token;   // of every live slot, in expert order
+    std::vector<float> weight;    // the same
+    std::vector<int64_t> begin;   // first entry of `places` of every token
+    std::vector<int64_t> places;  // live slots of a token, in expert order
+    std::vector<Unit> units;
+
+    int64_t live() const { return int64_t(token.size()); }
+};
+
+Pass sort_slots(const Routing& r, int64_t first, int64_t last) {
+    Pass pass;
+    std::vector<int64_t> start(size_t(r.experts + 1), 0);
+    for (int64_t i = first * r.slots; i < last * r.slots; ++i) {
+        if (r.index[i] < 0) throw std::out_of_range("moe_group_gemm: a negative expert index");
+        if (r.index[i] < r.experts) ++start[size_t(r.index[i] + 1)];
+    }
+    for (int64_t e = 0; e < r.experts; ++e) start[size_t(e + 1)] += start[size_t(e)];
+    for (int64_t e = 0; e < r.experts; ++e) {
+        const int64_t end = start[size_t(e + 1)];
+        for (int64_t at = start[size_t(e)]; at < end; at += UNIT_TOKENS)
+            pass.units.push_back({e, at, std::min(UNIT_TOKENS, end - at), {}});
+    }
+    const size_t live = size_t(start[size_t(r.experts)]);
+    pass.token.resize(live);
+    pass.weight.resize(live);
+    pass.places.reserve(live);
+    for (int64_t t = first; t < last; ++t) {
+        pass.begin.push_back(int64_t(pass.places.size()));
+        for (int64_t i = t * r.slots; i < (t + 1) * r.slots; ++i) {
+            if (r.index[i] >= r.experts) continue;
+            const int64_t place = start[size_t(r.index[i])]++;
+            pass.token[size_t(place)] = t;
+            variant().convert(r.weight, i, 1, r.weight_type, &pass.weight[size_t(place)]);
+            pass.places.push_back(place);
+        }
+        std::sort(pass.places.begin() + pass.begin.back(), pass.places.end());
+    }
+    pass.begin.push_back(int64_t(pass.places.size()));
+    return pass;
+}
+
+// Memory for the quantized activations of every unit.
+void place_units(std::vector<Unit>& units, const Side& side, int planes, Scratch& scratch) {
+    const Weight w = side.packed.weight();
+    size_t total = 0;
+    for (const Unit& u : units) total += activation_bytes(w, u.count, planes) + 64;
+    char* at = static_cast<char*>(scratch.get(total));
+    for (Unit& u : units) {
+        u.activations = place_activations(w, u.count, planes, at);
+        at += activation_bytes(w, u.count, planes) + 64;
+    }
+}
+
+// One projection for all units, inside a parallel region: out[slot, row] in fp32, bias included. `x` is [.., columns]
+// of `type`, slot s reading row index[s] (null: s).
+void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const void* x, Type type, const int64_t* index,
+             float* out) {
+    const Variant& v = variant();
+    const int64_t rows = side.packed.rows, columns = side.packed.columns, blocks = blocks_of(rows);
+    const int64_t tasks = (blocks + TASK_BLOCKS - 1) / TASK_BLOCKS, count = int64_t(units.size());
+    if (!side.dense) {
+        const size_t size = type == FP32 ? 4 : 2;
+        const Weight shape = side.packed.weight();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; ++i) {
+            const Unit& u = units[size_t(i)];
+            const char* from = index ? static_cast<const char*>(x) : static_cast<const char*>(x) + size_t(u.first * columns) * size;
+            for (int64_t b = 0; b < u.activations.blocks(); ++b)
+                v.quantize(shape, plan.parts.data(), plan.count(), from, type, columns, index ? index + u.first : nullptr,
+                           u.activations, b);
+        }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < count * tasks; ++task) {
+        const Unit& u = units[size_t(task / tasks)];
+        const int64_t first = task % tasks * TASK_BLOCKS, last = std::min(first + TASK_BLOCKS, blocks);
+        float* to = out + u.first * rows;
+        if (side.dense) {
+            static thread_local Scratch scratch;
+            float* values = static_cast<float*>(scratch.get(size_t((u.count + 1) * columns) * 4));
+            for (int64_t t = 0; t < u.count; ++t)
+                v.convert(x, (index ? index[u.first + t] : u.first + t) * columns, columns, type, values + t * columns);
+            const size_t size = side.dense_type == FP32 ? 4 : 2;
+            v.dense_rows(static_cast<const char*>(side.dense) + size_t(u.expert * rows * columns) * size, side.dense_type, columns,
+                         values, u.count, first * LANES, std::min(last * LANES, rows), values + u.count * columns, to, rows);
+        } else {
+            const Operand one = side.expert(u.expert);
+            for (int64_t block = first; block < last; ++block) operand_block(one, plan, u.activations, block, to, FP32, rows);
+        }
+        if (!side.bias) continue;
+        for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) {
+            float bias;
+            v.convert(side.bias, u.expert * rows + row, 1, side.bias_type, &bias);
+            for (int64_t t = 0; t < u.count; ++t) to[t * rows + row] += bias;
+        }
+    }
+}
+
+// Tokens [first, first + pass.begin.size() - 1): the weighted sums of their slots.
+void combine(const Pass& pass, const float* slots, int64_t width, int64_t first, Type type, void* out) {
+    const int64_t tokens = int64_t(pass.begin.size()) - 1;
+    const size_t size = type == FP32 ? 4 : 2;
+    static thread_local std::vector<float> sum;
+    sum.resize(size_t(width));
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* total = sum.data();
+        std::fill(total, total + width, 0.0f);
+        for (int64_t i = pass.begin[size_t(t)]; i < pass.begin[size_t(t + 1)]; ++i) {
+            const int64_t place = pass.places[size_t(i)];
+            const float weight = pass.weight[size_t(place)];
+            const float* from = slots + place * width;
+            for (int64_t h = 0; h < width; ++h) total[h] += weight * from[h];
+        }
+        variant().convert_back(total, width, type, static_cast<char*>(out) + size_t((first + t) * width) * size);
+    }
+}
+
+}  // namespace
+
+void experts(const Side& gate_up, const Side& down, const Routing& routing, const void* x, Type type, int planes,
+             Activation activation, float alpha, float limit, void* out) {
+    static thread_local Scratch first_scratch, second_scratch, hidden_scratch, inner_scratch, slot_scratch;
+    const int64_t inner = down.packed.columns, width = down.packed.rows;
+    const Plan first_plan(gate_up.packed), second_plan(down.packed);
+    const int64_t step = std::max<int64_t>(1, PASS_SLOTS / std::max<int64_t>(1, routing.slots));
+    for (int64_t begin = 0; begin < routing.tokens; begin += step) {
+        Pass pass = sort_slots(routing, begin, std::min(begin + step, routing.tokens));
+        const size_t live = size_t(pass.live());
+        std::vector<Unit> again = pass.units;
+        if (!gate_up.dense) place_units(pass.units, gate_up, planes, first_scratch);
+        if (!down.dense) place_units(again, down, planes, second_scratch);
+        float* hidden = static_cast<float*>(hidden_scratch.get(live * size_t(2 * inner) * 4 + 64));
+        float* gated = static_cast<float*>(inner_scratch.get(live * size_t(inner) * 4 + 64));
+        float* slots = static_cast<float*>(slot_scratch.get(live * size_t(width) * 4 + 64));
+        const int threads = threads_for(3 * inner * width * int64_t(live));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            project(gate_up, first_plan, pass.units, x, type, pass.token.data(), hidden);
+#pragma omp for schedule(static)
+            for (int64_t s = 0; s < int64_t(live); ++s)
+                variant().gate(hidden + s * 2 * inner, inner, activation, alpha, limit, gated + s * inner);
+            project(down, second_plan, again, gated, FP32, nullptr, slots);
+            combine(pass, slots, width, begin, type, out);
+        }
+    }
+    for (Scratch* s : {&first_scratch, &second_scratch, &hidden_scratch, &inner_scratch, &slot_scratch}) s->trim(KEPT_BYTES);
+}
+
+}  // namespace llmcompress
