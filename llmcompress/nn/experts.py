@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from llmcompress_kernels import ops
 from llmcompress_kernels.ops import Stack
@@ -49,7 +52,7 @@ class PackedExperts(nn.Module):
         self.limit = limit
         # rounding activations to int8 changes results, so only a caller turns it on
         self.int8_activations = False
-        self._operands: tuple[tuple[Tensor | None, ...], Stack, Stack] | None = None
+        self._operands: tuple[tuple[Any, ...], Stack, Stack] | None = None
         for key, name, spec in (("gate_up_proj", bank.gate_up, gate_up), ("down_proj", bank.down, down)):
             shape = bank.shape(name)
             if spec is not None:
@@ -66,13 +69,17 @@ class PackedExperts(nn.Module):
         return weight.stack(bias) if isinstance(weight, PackedTensors) else Stack(weight, bias=bias)
 
     def prepare(self) -> bool:
-        """Interleave the packed sides if native CPU kernels run here and can use them; done at the first call otherwise.
+        """Interleave the packed sides if native CPU kernels can use them here; done at the first call otherwise.
 
         Returns:
             Whether every packed side is interleaved.
         """
-        sides = [getattr(self, key) for key in ("gate_up_proj", "down_proj")]
-        return all([side.prepare() for side in sides if isinstance(side, PackedTensors)])
+        sides = [side for side in self._sides() if isinstance(side, PackedTensors)]
+        done = [side.prepare() for side in sides]  # both, whatever the first says
+        return all(done)
+
+    def _sides(self) -> tuple[Any, Any]:
+        return self.gate_up_proj, self.down_proj
 
     def _stacks(self, x: Tensor) -> tuple[Stack, Stack]:
         """Both sides as operands; looked up again only when a weight or a bias was replaced."""
@@ -85,11 +92,17 @@ class PackedExperts(nn.Module):
             self._operands = (self._held(), self._side("gate_up_proj"), self._side("down_proj"))
         return self._operands[1:]
 
-    def _held(self) -> tuple[Tensor | None, ...]:
+    def _held(self) -> tuple[Any, ...]:
         """What the operands are made from."""
-        sides = [getattr(self, key) for key in ("gate_up_proj", "down_proj")]
-        tensors = [side.weight_packed if isinstance(side, PackedTensors) else side for side in sides]
-        return (*tensors, self.gate_up_proj_bias, self.down_proj_bias)
+        tensors: list[Any] = [self.gate_up_proj_bias, self.down_proj_bias]
+        for side in self._sides():
+            packed = isinstance(side, PackedTensors)
+            tensors += [side.weight_packed, side.weight_scale] if packed else [side]
+        return tuple(tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._operands = None  # they would keep the old tensors alive
+        return super()._apply(fn, recurse)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the routed experts.

@@ -50,14 +50,18 @@ class PackedLinear(PackedTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``[..., in_features]`` into ``[..., out_features]`` of the same type."""
-        operands = self._operands
-        if operands is None or operands[0] is not self._buffers["weight_packed"]:
+        operands, own = self._operands, self._buffers
+        if operands is None or operands[0] is not own["weight_packed"] or operands[1] is not own["weight_scale"]:
             operands = self._prepared(x)
         y = torch.ops.llmcompress.group_gemm(x, *operands, self.int8_activations)
-        dense = self._buffers.get("weight_dense")
+        dense = own.get("weight_dense")
         if dense is not None:
             y = torch.cat((y, torch.nn.functional.linear(x, dense.to(x.dtype))), dim=-1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _restore(self) -> None:
+        self._operands = None  # they would keep the old tensors alive
+        super()._restore()
 
     def _prepared(self, x: Tensor) -> tuple[Any, ...]:
         """Arguments of the operator but for ``x``; looked up once, since a lookup costs as much as a small product."""
