@@ -1,0 +1,1 @@
+"""Training of the reference models: data, models, scan, loop."""
