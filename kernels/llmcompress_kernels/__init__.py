@@ -1,10 +1,10 @@
-"""Operators on packed weights: schemas, fakes and plain PyTorch definitions, registered on import.
+"""Operators on packed weights and recurrent states: schemas, fakes and plain PyTorch definitions, registered on import.
 
 Importing this package needs torch and nothing else; no CUDA, no compiler.
 """
 
 from __future__ import annotations
 
-from llmcompress_kernels import cpu, ops, schemas, select
+from llmcompress_kernels import cpu, ops, schemas, select, state
 
-__all__ = ["cpu", "ops", "schemas", "select"]
+__all__ = ["cpu", "ops", "schemas", "select", "state"]

@@ -1,0 +1,278 @@
+// One head's state [P, N] in vectors of 16: decode, update, Decoupled Scale Quantization, encode.
+//
+// N is walked in "pairs": 32 neighbouring states as two vectors, the even ones and the odd ones, because that is how
+// 4-bit codes lie in a byte. B and C are put into the same order once per token. Codes must equal those of the plain
+// PyTorch definition, so nothing that decides a code may be fused or reordered: the mean is summed in halves, which
+// the even/odd order keeps, and divisions by a scale are done as products with its reciprocal only where that
+// provably rounds to the same code or scale; near a rounding boundary the division itself is done.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+
+namespace state {
+
+constexpr float kSmallest = 5.9604644775390625e-08f;  // 2^-24
+constexpr float kLargest = 65504.0f;
+constexpr int kRows = 16;
+constexpr int kMaxStates = 256;
+constexpr int kMaxChannels = 256;
+
+#define STATE_INLINE static inline __attribute__((always_inline))
+
+STATE_INLINE __m512 half_to_float(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+STATE_INLINE __m256i to_half(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+STATE_INLINE __m512 clamp_scale(__m512 v) {
+  return _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(kSmallest)), _mm512_set1_ps(kLargest));
+}
+
+// [N] in natural order -> pairs of (even, odd) vectors
+STATE_INLINE void split_pairs(const float* in, float* out, int n) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int i = 0; i < n; i += 32) {
+    const __m512 low = _mm512_loadu_ps(in + i), high = _mm512_loadu_ps(in + i + 16);
+    _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(low, even, high));
+    _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(low, odd, high));
+  }
+}
+
+STATE_INLINE void join_pairs(const float* in, float* out, int n) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int i = 0; i < n; i += 32) {
+    const __m512 even = _mm512_loadu_ps(in + i), odd = _mm512_loadu_ps(in + i + 16);
+    _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(even, low, odd));
+    _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(even, high, odd));
+  }
+}
+
+// Sums of 16 vectors; any order of additions.
+STATE_INLINE __m512 sum_rows(const float (*rows)[16]) {
+  __m512 four[4];
+  for (int q = 0; q < 4; ++q) {
+    __m512 two[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m512 a = _mm512_load_ps(rows[4 * q + 2 * h]), b = _mm512_load_ps(rows[4 * q + 2 * h + 1]);
+      two[h] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d x = _mm512_castps_pd(two[0]), y = _mm512_castps_pd(two[1]);
+    four[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  // each vector: four 128-bit lanes of partial sums of rows 4q .. 4q+3
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+
+// Sums of 16 rows given as (even, odd) vectors, the second half added to the first until one value is left:
+// 8 onto 8, 4 onto 4, 2 onto 2, 1 onto 1 within each vector, at last odd onto even.
+STATE_INLINE __m512 folded_sum_rows(const float (*even)[16], const float (*odd)[16]) {
+  __m512 eight[8];
+  for (int i = 0; i < 8; ++i) {
+    __m512 row[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m512 e = _mm512_load_ps(even[2 * i + h]), o = _mm512_load_ps(odd[2 * i + h]);
+      // [e 0-7, o 0-7] + [e 8-15, o 8-15]
+      row[h] = _mm512_add_ps(_mm512_shuffle_f32x4(e, o, 0x44), _mm512_shuffle_f32x4(e, o, 0xee));
+    }
+    // lanes: row0 even, row0 odd, row1 even, row1 odd; four values each
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(row[0], row[1], 0x88), _mm512_shuffle_f32x4(row[0], row[1], 0xdd));
+  }
+  __m512 four[4];
+  for (int i = 0; i < 4; ++i) {
+    four[i] = _mm512_add_ps(_mm512_shuffle_ps(eight[2 * i], eight[2 * i + 1], 0x44),
+                            _mm512_shuffle_ps(eight[2 * i], eight[2 * i + 1], 0xee));
+  }
+  __m512 two[2];
+  for (int i = 0; i < 2; ++i) {
+    two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x88),
+                           _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xdd));
+  }
+  // lanes of two[i]: even sums of rows {0,2,4,6}+8i, odd sums of the same, even of {1,3,5,7}+8i, odd of them
+  const __m512 evens = _mm512_shuffle_f32x4(two[0], two[1], 0x88), odds = _mm512_shuffle_f32x4(two[0], two[1], 0xdd);
+  const __m512 sums = _mm512_add_ps(evens, odds);
+  const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  return _mm512_permutexvar_ps(order, sums);
+}
+
+// Signed codes of one pair, from bytes.
+template <int Bits>
+STATE_INLINE void decode_pair(const uint8_t* bytes, __m512& even, __m512& odd) {
+  if constexpr (Bits == 4) {
+    const __m512i raw = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 28), 28));
+    odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 4));
+  } else {
+    const __m512i raw = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 24), 24));
+    odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 8));
+  }
+}
+
+template <int Bits>
+STATE_INLINE void encode_pair(uint8_t* bytes, __m512i even, __m512i odd) {
+  constexpr int mask = Bits == 4 ? 0x0f : 0xff;
+  const __m512i both = _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(mask)), _mm512_slli_epi32(odd, Bits));
+  if constexpr (Bits == 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(both));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), _mm512_cvtepi32_epi16(both));
+  }
+}
+
+template <int Bits>
+STATE_INLINE int pair_bytes() {
+  return Bits == 4 ? 16 : 32;
+}
+
+STATE_INLINE float half_scalar(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+
+// Scales of a tile. `even`, `odd` hold each row's folded |u| of the last sixteen rows.
+struct Scales {
+  alignas(64) float channel[kMaxChannels];
+  alignas(64) float inverse[kMaxChannels];
+  alignas(64) float step[kMaxStates];     // state scale / qmax, in pairs
+  alignas(64) float unstep[kMaxStates];   // its reciprocal
+  bool wide;                              // a state scale was clamped: codes need clamping
+};
+
+// Channel scales of sixteen rows.
+STATE_INLINE void channel_scales(Scales& s, int row, const float (*even)[16], const float (*odd)[16], int n, uint16_t* out) {
+  const __m512 mean = _mm512_mul_ps(folded_sum_rows(even, odd), _mm512_set1_ps(1.0f / n));
+  const __m256i half = to_half(clamp_scale(_mm512_sqrt_ps(mean)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + row), half);
+  const __m512 value = _mm512_cvtph_ps(half);
+  _mm512_store_ps(s.channel + row, value);
+  _mm512_store_ps(s.inverse + row, _mm512_div_ps(_mm512_set1_ps(1.0f), value));
+}
+
+// State scales of a finished tile from the largest |u| / channel, found by products; `out` is in natural order.
+template <int J>
+STATE_INLINE void state_scales(Scales& s, const float* tile, const __m512* largest, int p, float qmax, uint16_t* out) {
+  constexpr int n = 32 * J;
+  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  alignas(64) float scale[n], natural[n];
+  s.wide = false;
+  for (int v = 0; v < 2 * J; ++v) {
+    __m512 most = largest[v];
+    const __m256i low = to_half(clamp_scale(_mm512_mul_ps(most, _mm512_set1_ps(1.0f - 4e-7f))));
+    const __m256i high = to_half(clamp_scale(_mm512_mul_ps(most, _mm512_set1_ps(1.0f + 4e-7f))));
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(low, high)) != -1) {
+      most = _mm512_setzero_ps();
+      for (int r = 0; r < p; ++r) {
+        const __m512 size = _mm512_and_ps(_mm512_load_ps(tile + r * n + 16 * v), magnitude);
+        most = _mm512_max_ps(most, _mm512_div_ps(size, _mm512_set1_ps(s.channel[r])));
+      }
+    }
+    s.wide |= _mm512_cmp_ps_mask(most, _mm512_set1_ps(kLargest), _CMP_GE_OQ) != 0;
+    const __m512 value = _mm512_cvtph_ps(to_half(clamp_scale(most)));
+    const __m512 step = _mm512_div_ps(value, _mm512_set1_ps(qmax));
+    _mm512_store_ps(scale + 16 * v, value);
+    _mm512_store_ps(s.step + 16 * v, step);
+    _mm512_store_ps(s.unstep + 16 * v, _mm512_div_ps(_mm512_set1_ps(1.0f), step));
+  }
+  if (out != nullptr) {
+    join_pairs(scale, natural, n);
+    for (int i = 0; i < n; i += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_half(_mm512_load_ps(natural + i)));
+    }
+  }
+}
+
+// Codes of one row as 2J vectors of int32.
+template <int J>
+STATE_INLINE void row_codes(const Scales& s, const float* row, int r, float qmax, __m512i* codes) {
+  const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
+  __m512 worst = _mm512_setzero_ps();
+  for (int v = 0; v < 2 * J; ++v) {
+    const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(row + 16 * v), inverse), _mm512_load_ps(s.unstep + 16 * v));
+    worst = _mm512_range_ps(worst, _mm512_reduce_ps(value, 0), 0x0b);  // larger magnitude, sign cleared
+    codes[v] = _mm512_cvtps_epi32(value);
+  }
+  const float edge = 0.5f - 8e-7f * qmax;
+  if (__builtin_expect(!s.wide && _mm512_cmp_ps_mask(worst, _mm512_set1_ps(edge), _CMP_NLT_UQ) == 0, 1)) return;
+  const __m512 channel = _mm512_set1_ps(s.channel[r]);
+  for (int v = 0; v < 2 * J; ++v) {
+    const __m512 step = _mm512_mul_ps(channel, _mm512_load_ps(s.step + 16 * v));
+    __m512 value = _mm512_div_ps(_mm512_load_ps(row + 16 * v), step);
+    value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-qmax)), _mm512_set1_ps(qmax));
+    codes[v] = _mm512_cvtps_epi32(value);
+  }
+}
+
+// Fresh state of a tile from codes or floats, its read-out, and the scales it will be stored with.
+// Load(r, v, even, odd) gives the stored state of row r, pair v.
+template <int J, bool Static, class Load>
+STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const float* x, const float* b, const float* c,
+                          float* y, float qmax, uint16_t* channel_out, uint16_t* state_out, Load load) {
+  constexpr int n = 32 * J;
+  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  const __m512 a = _mm512_set1_ps(decay);
+  __m512 largest[2 * J];
+  for (int v = 0; v < 2 * J; ++v) largest[v] = _mm512_setzero_ps();
+  alignas(64) float even[kRows][16], odd[kRows][16], out[kRows][16];
+  for (int base = 0; base < p; base += kRows) {
+    for (int i = 0; i < kRows; ++i) {
+      const int r = base + i;
+      float* row = tile + r * n;
+      const __m512 xr = _mm512_set1_ps(x[r]);
+      __m512 read = _mm512_setzero_ps();
+      __m512 size[2 * J];
+      for (int j = 0; j < J; ++j) {
+        __m512 old[2];
+        load(r, j, old[0], old[1]);
+        for (int h = 0; h < 2; ++h) {
+          const __m512 fresh = _mm512_add_ps(_mm512_mul_ps(a, old[h]), _mm512_mul_ps(xr, _mm512_load_ps(b + 32 * j + 16 * h)));
+          _mm512_store_ps(row + 32 * j + 16 * h, fresh);
+          read = _mm512_fmadd_ps(fresh, _mm512_load_ps(c + 32 * j + 16 * h), read);
+          size[2 * j + h] = _mm512_and_ps(fresh, magnitude);
+        }
+      }
+      _mm512_store_ps(out[i], read);
+      if constexpr (!Static) {
+        for (int w = J / 2; w >= 1; w /= 2) {
+          for (int j = 0; j < w; ++j) {
+            size[2 * j] = _mm512_add_ps(size[2 * j], size[2 * (j + w)]);
+            size[2 * j + 1] = _mm512_add_ps(size[2 * j + 1], size[2 * (j + w) + 1]);
+          }
+        }
+        _mm512_store_ps(even[i], size[0]);
+        _mm512_store_ps(odd[i], size[1]);
+      }
+    }
+    _mm512_storeu_ps(y + base, sum_rows(out));
+    if constexpr (!Static) channel_scales(s, base, even, odd, n, channel_out);
+    for (int r = base; r < base + kRows; ++r) {
+      const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
+      for (int v = 0; v < 2 * J; ++v) {
+        const __m512 ratio = _mm512_mul_ps(_mm512_and_ps(_mm512_load_ps(tile + r * n + 16 * v), magnitude), inverse);
+        largest[v] = _mm512_max_ps(largest[v], ratio);
+      }
+    }
+  }
+  state_scales<J>(s, tile, largest, p, qmax, state_out);
+}
+
+// Calibrated channel scales of a head, read once.
+STATE_INLINE void fixed_channels(Scales& s, const uint16_t* fixed, int p) {
+  for (int r = 0; r < p; r += kRows) {
+    const __m512 value = half_to_float(fixed + r);
+    _mm512_store_ps(s.channel + r, value);
+    _mm512_store_ps(s.inverse + r, _mm512_div_ps(_mm512_set1_ps(1.0f), value));
+  }
+}
+
+}  // namespace state
+
+#pragma GCC pop_options

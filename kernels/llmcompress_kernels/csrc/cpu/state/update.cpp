@@ -1,0 +1,139 @@
+// Decode: one token for every sequence and head, the state stored as codes and scales, or as fp32.
+#include <cstdlib>
+
+#include "tile.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+
+namespace state {
+namespace {
+
+template <int Bits, int J, bool Static>
+void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
+                 const float* b, const float* c, float* y, float* tile, int p) {
+  constexpr int n = 32 * J;
+  constexpr float qmax = (1 << (Bits - 1)) - 1;
+  constexpr int row_bytes = Bits == 4 ? n / 2 : n;
+  Scales now;
+  alignas(64) float old_channel[kMaxChannels], old_step[n], natural[n];
+  for (int r = 0; r < p; r += kRows) _mm512_store_ps(old_channel + r, half_to_float((Static ? fixed : channel) + r));
+  for (int i = 0; i < n; i += 16) {
+    _mm512_store_ps(natural + i, _mm512_div_ps(half_to_float(scale + i), _mm512_set1_ps(qmax)));
+  }
+  split_pairs(natural, old_step, n);
+  if constexpr (Static) fixed_channels(now, fixed, p);
+  auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
+    decode_pair<Bits>(codes + r * row_bytes + j * pair_bytes<Bits>(), even, odd);
+    const __m512 sp = _mm512_set1_ps(old_channel[r]);
+    even = _mm512_mul_ps(even, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j)));
+    odd = _mm512_mul_ps(odd, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j + 16)));
+  };
+  refresh<J, Static>(now, tile, p, decay, x, b, c, y, qmax, channel, scale, load);
+  for (int r = 0; r < p; ++r) {
+    __m512i q[2 * J];
+    row_codes<J>(now, tile + r * n, r, qmax, q);
+    for (int j = 0; j < J; ++j) encode_pair<Bits>(codes + r * row_bytes + j * pair_bytes<Bits>(), q[2 * j], q[2 * j + 1]);
+  }
+}
+
+using Head = void (*)(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, float, const float*, const float*, const float*,
+                      float*, float*, int);
+
+template <int J, bool Static>
+Head pick_bits(int bits) {
+  return bits == 4 ? update_head<4, J, Static> : bits == 8 ? update_head<8, J, Static> : nullptr;
+}
+
+template <bool Static>
+Head pick(int bits, int64_t states) {
+  switch (states) {
+    case 32: return pick_bits<1, Static>(bits);
+    case 64: return pick_bits<2, Static>(bits);
+    case 128: return pick_bits<4, Static>(bits);
+    case 256: return pick_bits<8, Static>(bits);
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+}  // namespace state
+
+extern "C" {
+
+// codes [S, H, P, bytes], channel [S, H, P] or null with fixed [H, P], scale [S, H, N]; all are replaced.
+// Returns 0, or 1 for a shape or width that has no kernel.
+__attribute__((visibility("default"))) int llmc_dsq_update(
+    uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, const float* x, const float* decay,
+    const float* b, const float* c, float* y, int64_t sequences, int64_t heads, int64_t groups, int64_t channels,
+    int64_t states, int64_t bits) {
+  using namespace state;
+  const Head run = fixed != nullptr ? pick<true>(static_cast<int>(bits), states) : pick<false>(static_cast<int>(bits), states);
+  if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
+  const int64_t bytes = channels * states * bits / 8, share = heads / groups;
+#pragma omp parallel if (sequences * heads > 8)
+  {
+    alignas(64) float bp[kMaxStates], cp[kMaxStates];
+    alignas(64) float tile[kMaxChannels * 16];  // a small tile on the stack, a large one on the heap
+    float* mine = channels * states <= kMaxChannels * 16
+                      ? tile
+                      : static_cast<float*>(__builtin_assume_aligned(std::aligned_alloc(64, channels * states * 4), 64));
+    int64_t last = -1;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < sequences * heads; ++i) {
+      const int64_t sequence = i / heads, head = i % heads, group = sequence * groups + head / share;
+      if (group != last) {
+        split_pairs(b + group * states, bp, states);
+        split_pairs(c + group * states, cp, states);
+        last = group;
+      }
+      run(codes + i * bytes, channel == nullptr ? nullptr : channel + i * channels, scale + i * states,
+          fixed == nullptr ? nullptr : fixed + head * channels, decay[i], x + i * channels, bp, cp, y + i * channels, mine,
+          channels);
+    }
+    if (mine != tile) std::free(mine);
+  }
+  return 0;
+}
+
+// The same with a state in fp32 [S, H, P, N], which is replaced.
+__attribute__((visibility("default"))) int llmc_state_update(float* states_io, const float* x, const float* decay,
+                                                             const float* b, const float* c, float* y, int64_t sequences,
+                                                             int64_t heads, int64_t groups, int64_t channels, int64_t states) {
+  using namespace state;
+  if (states % 16 != 0 || channels % kRows != 0) return 1;
+  const int64_t share = heads / groups;
+#pragma omp parallel for schedule(static) if (sequences * heads > 8)
+  for (int64_t i = 0; i < sequences * heads; ++i) {
+    const int64_t sequence = i / heads, head = i % heads, group = sequence * groups + head / share;
+    const float *bg = b + group * states, *cg = c + group * states;
+    const __m512 a = _mm512_set1_ps(decay[i]);
+    alignas(64) float out[kRows][16];
+    for (int64_t base = 0; base < channels; base += kRows) {
+      for (int r = 0; r < kRows; ++r) {
+        float* row = states_io + (i * channels + base + r) * states;
+        const __m512 xr = _mm512_set1_ps(x[i * channels + base + r]);
+        __m512 read = _mm512_setzero_ps();
+        for (int64_t n = 0; n < states; n += 16) {
+          _mm_prefetch(reinterpret_cast<const char*>(row + n + 512), _MM_HINT_T0);
+          const __m512 fresh = _mm512_fmadd_ps(a, _mm512_loadu_ps(row + n), _mm512_mul_ps(xr, _mm512_loadu_ps(bg + n)));
+          _mm512_storeu_ps(row + n, fresh);
+          read = _mm512_fmadd_ps(fresh, _mm512_loadu_ps(cg + n), read);
+        }
+        _mm512_store_ps(out[r], read);
+      }
+      _mm512_storeu_ps(y + i * channels + base, sum_rows(out));
+    }
+  }
+  return 0;
+}
+
+// 1 when this processor has what the kernels need.
+__attribute__((visibility("default"))) int llmc_state_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+}  // extern "C"
+
+#pragma GCC pop_options

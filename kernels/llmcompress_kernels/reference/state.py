@@ -1,0 +1,194 @@
+"""Definitions of the operators on recurrent states: Mamba-2's update with Decoupled Scale Quantization (DSQ).
+
+Per head with fresh state ``u [P, N]``, ``drive = dt x``, ``decay = exp(dt A)``::
+
+    u = decay h + drive ⊗ B        y = u C        h = Q(u)
+    channel = fp16(sqrt(mean_n |u|))    state = fp16(max_p |u| / channel)    step = channel (state / qmax)
+    code = clamp(round_half_even(u / step), ±qmax)      Q(u) = code step
+
+Scales are clamped to ``[2^-24, 65504]``. Every implementation has to give the same codes and scales to the last
+bit, so the order of operations is part of the definition: nothing is fused, and the mean is summed in halves
+(:func:`folded_mean`). The read-out ``y`` may be summed in any order.
+
+Legend: S sequences, T tokens, H heads, G groups that share B and C, P channels of a head, N states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST, LARGEST = 2.0**-24, 65504.0
+# bits that leave the state in floats
+FLOAT_BITS = 16
+# tokens between two states that are kept for the adjoint
+SEGMENT = 32
+
+
+def to_scale(value: Tensor) -> Tensor:
+    """Positive fp32 to a stored scale."""
+    return value.clamp(SMALLEST, LARGEST).to(torch.float16)
+
+
+def folded_mean(values: Tensor) -> Tensor:
+    """Mean along the last axis: its second half is added to its first until one value is left."""
+    count = values.shape[-1]
+    width = 1 << (count - 1).bit_length()
+    total = torch.nn.functional.pad(values, (0, width - count))
+    while width > 1:
+        width //= 2
+        total = total[..., :width] + total[..., width:]
+    return total[..., 0] / count
+
+
+def dsq_quantize(fresh: Tensor, qmax: Tensor, fixed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, channel scale, state scale and step.
+
+    Args:
+        fresh: fp32 ``[S, H, P, N]``.
+        qmax: fp32 ``[H, 1, 1]``.
+        fixed: fp16 ``[H, P]`` channel scale instead of a computed one.
+
+    Returns:
+        Codes as fp32 ``[S, H, P, N]``; fp16 ``[S, H, P]``; fp16 ``[S, H, N]``; fp32 ``[S, H, P, N]``.
+    """
+    size = fresh.abs()
+    channel = to_scale(folded_mean(size).sqrt()) if fixed is None else fixed.expand(fresh.shape[:-1])
+    wide = channel.to(torch.float32).unsqueeze(-1)
+    state = to_scale((size / wide).amax(-2))
+    step = wide * (state.to(torch.float32).unsqueeze(-2) / qmax)
+    codes = torch.maximum(torch.minimum((fresh / step).round(), qmax), -qmax)
+    return codes, channel, state, step
+
+
+def fresh_state(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor) -> Tensor:
+    """``decay h + drive ⊗ B``.
+
+    Args:
+        state: fp32 ``[S, H, P, N]``.
+        drive: fp32 ``[S, H, P]``.
+        decay: fp32 ``[S, H]``.
+        b: fp32 ``[S, G, N]``.
+    """
+    wide = b.repeat_interleave(state.shape[1] // b.shape[1], 1)
+    return decay[..., None, None] * state + drive[..., None] * wide[:, :, None, :]
+
+
+def read_out(fresh: Tensor, c: Tensor) -> Tensor:
+    """``u C``: ``[S, H, P, N]`` and ``[S, G, N]`` to ``[S, H, P]``."""
+    wide = c.repeat_interleave(fresh.shape[1] // c.shape[1], 1)
+    return (fresh @ wide.unsqueeze(-1)).squeeze(-1)
+
+
+def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """One token with a float state, which is replaced; returns the read-out ``[S, H, P]``."""
+    state.copy_(fresh_state(state, drive, decay, b))
+    return read_out(state, c)
+
+
+def dsq_state_update(
+    codes: Tensor,
+    channel: Tensor | None,
+    scale: Tensor,
+    fixed: Tensor | None,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bits: int,
+) -> Tensor:
+    """One token with a packed state, which is replaced; returns the read-out ``[S, H, P]``."""
+    states = scale.shape[-1]
+    qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1), device=codes.device)
+    wide = (fixed if channel is None else channel).to(torch.float32).unsqueeze(-1)  # type: ignore[union-attr]
+    step = wide * (scale.to(torch.float32).unsqueeze(-2) / qmax)
+    fresh = fresh_state(unpack(codes, bits, states).to(torch.float32) * step, drive, decay, b)
+    found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed)
+    codes.copy_(pack(found.to(torch.int8), bits))
+    scale.copy_(new_scale)
+    if channel is not None:
+        channel.copy_(new_channel)
+    return read_out(fresh, c)
+
+
+def selective_scan_q(
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None,
+    first: int,
+    window: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole sequence with the state stored between tokens; see :mod:`llmcompress_kernels.ops`."""
+    qmax = (2.0 ** (bits.to(torch.float32) - 1) - 1)[:, None, None]
+    rounded = (bits < FLOAT_BITS)[:, None, None]
+    kept, out, held = [], torch.empty_like(drive), state
+    for t in range(drive.shape[1]):
+        if keep and t % SEGMENT == 0:
+            kept.append(held)
+        fresh = fresh_state(held, drive[:, t], decay[:, t], b[:, t])
+        out[:, t] = read_out(fresh, c[:, t])
+        since = t + 1 - first
+        held = fresh
+        if since >= 0 and since % window == 0:
+            codes, _, _, step = dsq_quantize(fresh, qmax, fixed)
+            held = torch.where(rounded, codes * step, fresh)
+    none = drive.new_empty(0)
+    return out, held if held is not state else state.clone(), torch.stack(kept, 2) if keep else none
+
+
+def selective_scan_q_backward(
+    grad: Tensor,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None,
+    first: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Straight-through gradients by drive, decay, b and c; ``kept [S, H, segments, P, N]`` from the forward pass.
+
+    ``l_t = dy_t ⊗ C_t + decay_{t+1} l_{t+1}`` is the gradient by ``u_t``.
+    """
+    share, groups = drive.shape[2] // b.shape[2], b.shape[2]
+    wide_b, wide_c = b.repeat_interleave(share, 2), c.repeat_interleave(share, 2)
+    d_drive, d_decay = torch.empty_like(drive), torch.empty_like(decay)
+    d_b, d_c = torch.empty_like(wide_b), torch.empty_like(wide_c)
+    adjoint = torch.zeros_like(kept[:, :, 0])
+    for index in reversed(range(kept.shape[2])):
+        start, stop = index * SEGMENT, min((index + 1) * SEGMENT, drive.shape[1])
+        states = [kept[:, :, index]]
+        for t in range(start, stop - 1):
+            one = slice(t, t + 1)
+            arguments = (drive[:, one], decay[:, one], b[:, one], c[:, one], states[-1], bits, fixed)
+            states.append(selective_scan_q(*arguments, first - t, window, False)[1])
+        for t in reversed(range(start, stop)):
+            before = states[t - start]
+            fresh = fresh_state(before, drive[:, t], decay[:, t], b[:, t])
+            adjoint = adjoint + grad[:, t, :, :, None] * wide_c[:, t, :, None, :]
+            d_c[:, t] = (grad[:, t, :, :, None] * fresh).sum(-2)
+            d_drive[:, t] = (adjoint * wide_b[:, t, :, None, :]).sum(-1)
+            d_b[:, t] = (adjoint * drive[:, t, :, :, None]).sum(-2)
+            d_decay[:, t] = (adjoint * before).sum((-2, -1))
+            adjoint = decay[:, t, :, None, None] * adjoint
+    return d_drive, d_decay, d_b.unflatten(2, (groups, share)).sum(3), d_c.unflatten(2, (groups, share)).sum(3)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int8 ``[..., N]`` to uint8 ``[..., N * bits / 8]``, little end first; 4 or 8 bits, N even."""
+    raw = codes.view(torch.uint8)
+    return raw if bits == 8 else (raw[..., ::2] & 15) | raw[..., 1::2] << 4
+
+
+def unpack(packed: Tensor, bits: int, states: int) -> Tensor:
+    """Inverse of :func:`pack`."""
+    if bits == 8:
+        return packed.view(torch.int8)
+    return (torch.stack((packed << 4, packed & 0xF0), -1).flatten(-2)[..., :states]).view(torch.int8) >> 4

@@ -1,0 +1,323 @@
+"""Operators on recurrent states: schemas, shape functions, façade, and the C++ kernels of ``csrc/cpu/state``.
+
+Definitions are in :mod:`llmcompress_kernels.reference.state`, with the legend of shapes. The C++ kernels need AVX-512,
+N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous memory; all else runs by the definition.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels import build, select
+from llmcompress_kernels.reference import state as definition
+from llmcompress_kernels.reference.state import FLOAT_BITS, SEGMENT
+
+FAMILY = "state"
+build.register(build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h",)))
+
+SCHEMAS = {
+    "state_update": "(Tensor(a!) state, Tensor drive, Tensor decay, Tensor b, Tensor c) -> Tensor",
+    "dsq_state_update": (
+        "(Tensor(a!) codes, Tensor(b!)? channel, Tensor(c!) scale, Tensor? fixed, "
+        "Tensor drive, Tensor decay, Tensor b, Tensor c, int bits) -> Tensor"
+    ),
+    "selective_scan_q": (
+        "(Tensor drive, Tensor decay, Tensor b, Tensor c, Tensor state, Tensor bits, Tensor? fixed, "
+        "int first, int window, bool keep) -> (Tensor, Tensor, Tensor)"
+    ),
+    "selective_scan_q_backward": (
+        "(Tensor grad, Tensor drive, Tensor decay, Tensor b, Tensor c, Tensor kept, Tensor bits, Tensor? fixed, "
+        "int first, int window) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """One token of every sequence with float states.
+
+    Args:
+        state: fp32 ``[S, H, P, N]``, replaced by the state after the token.
+        drive: fp32 ``[S, H, P]``, ``dt x``.
+        decay: fp32 ``[S, H]``, ``exp(dt A)``.
+        b: fp32 ``[S, G, N]``; head h reads group ``h // (H / G)``.
+        c: As ``b``.
+
+    Returns:
+        ``[S, H, P]``, read from the new state.
+    """
+    out: Tensor = torch.ops.llmcompress.state_update(state, drive, decay, b, c)
+    return out
+
+
+def dsq_state_update(
+    codes: Tensor,
+    channel: Tensor | None,
+    scale: Tensor,
+    fixed: Tensor | None,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bits: int,
+) -> Tensor:
+    """One token of every sequence with states packed by DSQ; codes and scales are replaced.
+
+    Args:
+        codes: uint8 ``[S, H, P, N * bits / 8]``.
+        channel: fp16 ``[S, H, P]``; None when calibrated.
+        scale: fp16 ``[S, H, N]``.
+        fixed: fp16 ``[H, P]`` calibrated channel scale; None when there is ``channel``.
+        drive: As in :func:`state_update`.
+        decay: As there.
+        b: As there.
+        c: As there.
+        bits: 4 or 8.
+
+    Returns:
+        ``[S, H, P]``, read from the fresh state before it is rounded.
+    """
+    out: Tensor = torch.ops.llmcompress.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits)
+    return out
+
+
+def selective_scan_q(
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None = None,
+    first: int = 1,
+    window: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """A sequence token by token, with the state rounded between tokens as in decoding; differentiable.
+
+    Gradients are straight-through (``dQ/du = 1``); the final state has none.
+
+    Args:
+        drive: fp32 ``[S, T, H, P]``.
+        decay: fp32 ``[S, T, H]``.
+        b: fp32 ``[S, T, G, N]``.
+        c: As ``b``.
+        state: fp32 ``[S, H, P, N]`` before the first token.
+        bits: int32 ``[H]``, 4, 6, 8, or 16 for heads that stay in float.
+        fixed: fp16 ``[H, P]`` calibrated channel scale, or None.
+        first: The state is first rounded after this many tokens.
+        window: And then after each so many more.
+
+    Returns:
+        ``[S, T, H, P]`` read-outs and the last state.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (drive, decay, b, c)):
+        found: tuple[Tensor, Tensor] = _Scan.apply(drive, decay, b, c, state, bits, fixed, first, window)
+        return found
+    out, last, _ = torch.ops.llmcompress.selective_scan_q(drive, decay, b, c, state, bits, fixed, first, window, False)
+    return out, last
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        state, bits, fixed, first, window = rest
+        op = torch.ops.llmcompress.selective_scan_q
+        out, last, kept = op(drive, decay, b, c, state, bits, fixed, first, window, True)
+        ctx.save_for_backward(drive, decay, b, c, kept)
+        ctx.rest = (bits, fixed, first, window)
+        ctx.mark_non_differentiable(last)
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.ops.llmcompress.selective_scan_q_backward(gradients[0], *ctx.saved_tensors, *ctx.rest)
+        return (*found, None, None, None, None, None)
+
+
+# ------------------------------------------------------------------ C++
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine, or None; starts no build."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "needs AVX-512"
+    return build.unavailable(FAMILY)
+
+
+_library: ctypes.CDLL | None = None
+_tried = False
+
+
+def _kernels() -> ctypes.CDLL | None:
+    """The library, built at first use; None where the definitions have to do."""
+    global _library, _tried  # noqa: PLW0603 - one library per process
+    if not _tried:
+        _tried = True
+        if select.requested() in ("auto", "cpu") and unavailable() is None:
+            try:
+                _library = build.load(FAMILY)
+            except build.BuildError as error:
+                sys.stderr.write(f"llmcompress: no native state kernels: {error}\n")
+    return _library
+
+
+def _runs(channels: int, states: int, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take these sizes and tensors."""
+    return (
+        states in (32, 64, 128, 256)
+        and channels % 16 == 0
+        and channels <= 256
+        and all(t is None or t.is_contiguous() for t in tensors)
+        and _kernels() is not None
+    )
+
+
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    assert _library is not None
+    plain = [
+        ctypes.c_void_p(None if a is None else a.data_ptr())
+        if a is None or isinstance(a, Tensor)
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    code = getattr(_library, name)(*plain)
+    assert code == 0, f"{name}: no kernel for these sizes"
+
+
+def _state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
+    sequences, heads, channels, states = state.shape
+    if not _runs(channels, states, state) or not _all_float(state, drive, decay, b, c):
+        return definition.state_update(state, drive, decay, b, c)
+    out = torch.empty_like(drive)
+    _call("llmc_state_update", state, drive, decay, b, c, out, sequences, heads, b.shape[1], channels, states)
+    return out
+
+
+def _dsq_state_update(
+    codes: Tensor,
+    channel: Tensor | None,
+    scale: Tensor,
+    fixed: Tensor | None,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bits: int,
+) -> Tensor:
+    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
+    sequences, heads, channels = drive.shape
+    states = scale.shape[-1]
+    held = (codes, channel, scale, fixed)
+    if bits not in (4, 8) or not _runs(channels, states, *held) or not _all_float(drive, decay, b, c):
+        return definition.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits)
+    out = torch.empty_like(drive)
+    sizes = (sequences, heads, b.shape[1], channels, states)
+    _call("llmc_dsq_update", *held, drive, decay, b, c, out, *sizes, bits)
+    return out
+
+
+def _selective_scan_q(
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None,
+    first: int,
+    window: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
+    sequences, tokens, heads, channels = drive.shape
+    states = b.shape[-1]
+    if tokens == 0 or not _runs(channels, states, fixed) or not _all_float(drive, decay, b, c, state):
+        return definition.selective_scan_q(drive, decay, b, c, state, bits, fixed, first, window, keep)
+    widths = bits.to(torch.int32).contiguous()
+    out, last = torch.empty_like(drive), state.clone(memory_format=torch.contiguous_format)
+    kept = drive.new_empty((sequences, heads, -(-tokens // SEGMENT), channels, states) if keep else 0)
+    sizes = (sequences, tokens, heads, b.shape[2], channels, states)
+    held = kept if keep else None
+    _call("llmc_dsq_scan", drive, decay, b, c, out, last, widths, fixed, held, SEGMENT, first, window, *sizes)
+    return out, last, kept
+
+
+def _selective_scan_q_backward(
+    grad: Tensor,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None,
+    first: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, drive, decay, b, c = (t.contiguous() for t in (grad, drive, decay, b, c))
+    sequences, tokens, heads, channels = drive.shape
+    states, groups = b.shape[-1], b.shape[2]
+    if tokens == 0 or not _runs(channels, states, fixed, kept) or not _all_float(grad, drive, decay, b, c, kept):
+        return definition.selective_scan_q_backward(grad, drive, decay, b, c, kept, bits, fixed, first, window)
+    widths = bits.to(torch.int32).contiguous()
+    d_drive, d_decay = torch.empty_like(drive), torch.empty_like(decay)
+    d_b = drive.new_empty(sequences, tokens, heads, states)
+    d_c = torch.empty_like(d_b)
+    sizes = (sequences, tokens, heads, groups, channels, states)
+    gradients = (d_drive, d_decay, d_b, d_c)
+    inputs = (grad, drive, decay, b, c, kept, widths, fixed)
+    _call("llmc_dsq_scan_backward", *inputs, *gradients, SEGMENT, first, window, *sizes)
+    share = (groups, heads // groups)
+    return d_drive, d_decay, d_b.unflatten(2, share).sum(3), d_c.unflatten(2, share).sum(3)
+
+
+def _all_float(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.float32 for t in tensors)
+
+
+# ------------------------------------------------------------------ registration
+
+
+def _like_drive(_first: Tensor, *rest: Any) -> Tensor:
+    drive: Tensor = rest[0]
+    return torch.empty_like(drive, memory_format=torch.contiguous_format)
+
+
+def _like_packed_drive(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[4], memory_format=torch.contiguous_format)
+
+
+def _scan_fake(drive: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    b, state, keep = rest[1], rest[3], rest[8]
+    shape = (*drive.shape[:1], drive.shape[2], -(-drive.shape[1] // SEGMENT), drive.shape[3], b.shape[-1])
+    kept = drive.new_empty(shape if keep else (0,))
+    return torch.empty_like(drive), torch.empty_like(state), kept
+
+
+def _backward_fake(_grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in rest[:4])
+
+
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "state_update": (definition.state_update, _like_drive, _state_update),
+    "dsq_state_update": (definition.dsq_state_update, _like_packed_drive, _dsq_state_update),
+    "selective_scan_q": (definition.selective_scan_q, _scan_fake, _selective_scan_q),
+    "selective_scan_q_backward": (definition.selective_scan_q_backward, _backward_fake, _selective_scan_q_backward),
+}
+_LIBRARY = torch.library.Library("llmcompress", "FRAGMENT")
+
+for _name, (_defined, _fake, _native) in _OPERATORS.items():
+    _LIBRARY.define(f"{_name}{SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _defined, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _native, "CPU")
+    torch.library.register_fake(f"llmcompress::{_name}", _fake, lib=_LIBRARY)
+    select.register(select.Implementation(_name, "reference", ("any",)))
+    select.register(select.Implementation(_name, "cpu", ("cpu",), unavailable))
+
+assert FLOAT_BITS == 16

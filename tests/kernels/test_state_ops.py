@@ -1,0 +1,145 @@
+"""Operators on recurrent states: the C++ kernels give the definition's codes to the last bit, and its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llmcompress_kernels import select, state
+from llmcompress_kernels.reference import state as definition
+
+from llmcompress.algorithms import decoupled_scales as dsq
+
+SHAPES = [(16, 32), (64, 64), (32, 128), (16, 256)]
+# spread of the outliers of both axes, and a factor on everything
+EXTREMES = [(0.0, 1.0), (1.0, 1.0), (4.0, 1e-3), (4.0, 1e6), (1.0, 0.0), (0.5, 1e-30)]
+
+
+def random_state(sequences: int, heads: int, channels: int, states: int, spread: float, factor: float) -> torch.Tensor:
+    rows = torch.randn(sequences, heads, channels, 1).mul(spread).exp()
+    columns = torch.randn(sequences, heads, 1, states).mul(spread).exp()
+    return torch.randn(sequences, heads, channels, states) * rows * columns * factor
+
+
+def token(sequences: int, heads: int, groups: int, channels: int, states: int) -> tuple[torch.Tensor, ...]:
+    shapes = (
+        (sequences, heads, channels),
+        (sequences, heads),
+        (sequences, groups, states),
+        (sequences, groups, states),
+    )
+    drive, decay, b, c = (torch.randn(shape) for shape in shapes)
+    return drive, 0.7 + 0.3 * decay.sigmoid(), b, c
+
+
+def needs_kernels() -> None:
+    if state.unavailable() is not None or state._kernels() is None:
+        pytest.skip(f"no native state kernels: {state.unavailable()}")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("channels", "states"), SHAPES)
+def test_packed_update_gives_the_definitions_codes(bits: int, fixed: bool, channels: int, states: int) -> None:
+    needs_kernels()
+    spec = dsq.StateSpec(bits=bits, codec="dsq_static_p" if fixed else "dsq")
+    for spread, factor in EXTREMES:
+        start = random_state(2, 4, channels, states, spread, factor)
+        scale = dsq.static_channel_scale(start.abs().mean((0, 3))) if fixed else None
+        found = dsq.quantize(start, spec, scale)
+        codes = dsq.pack_codes(found.codes, bits)
+        mine = [codes, None if fixed else found.channel.contiguous(), found.state.contiguous(), scale]
+        theirs = [None if t is None else t.clone() for t in mine]
+        for _ in range(4):
+            drive, *rest = token(2, 4, 2, channels, states)
+            drive = drive * start.abs().mean(-1)
+            got = state.dsq_state_update(*mine, drive, *rest, bits)
+            expected = definition.dsq_state_update(*theirs, drive, *rest, bits)
+            for a, b in zip(mine, theirs, strict=True):
+                assert a is None or torch.equal(a, b)
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_definition_equals_the_codec_of_the_library() -> None:
+    for spread, factor in EXTREMES:
+        fresh = random_state(2, 3, 24, 40, spread, factor)
+        for bits in (4, 6, 8):
+            expected = dsq.quantize(fresh, dsq.StateSpec(bits=bits))
+            qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1))
+            codes, channel, scale, _ = definition.dsq_quantize(fresh, qmax, None)
+            assert torch.equal(codes.to(torch.int8), expected.codes)
+            assert torch.equal(channel, expected.channel)
+            assert torch.equal(scale, expected.state)
+    codes = torch.randint(-7, 8, (3, 5, 64), dtype=torch.int8)
+    assert torch.equal(definition.pack(codes, 4), dsq.pack_codes(codes, 4))
+    assert torch.equal(definition.unpack(dsq.pack_codes(codes, 4), 4, 64), codes)
+
+
+@pytest.mark.parametrize(("channels", "states"), SHAPES)
+def test_float_update(channels: int, states: int) -> None:
+    needs_kernels()
+    held = torch.randn(3, 4, channels, states)
+    other = held.clone()
+    inputs = token(3, 4, 2, channels, states)
+    got, expected = state.state_update(held, *inputs), definition.state_update(other, *inputs)
+    assert torch.allclose(held, other, atol=1e-5)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def sequence(channels: int, states: int, tokens: int = 41, leaf: bool = False) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    drive = torch.randn(2, tokens, 4, channels, generator=generator)
+    decay = 0.8 + 0.199 * torch.rand(2, tokens, 4, generator=generator)
+    b, c = (torch.randn(2, tokens, 2, states, generator=generator) for _ in range(2))
+    return [t.requires_grad_(leaf) for t in (drive, decay, b, c)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "first", "window", "fixed"),
+    [((4, 4, 4, 4), 1, 1, False), ((4, 6, 8, 16), 9, 1, False), ((4, 8, 4, 8), 3, 4, True)],
+)
+def test_scan_and_its_gradients(bits: tuple[int, ...], first: int, window: int, fixed: bool) -> None:
+    needs_kernels()
+    scale = (torch.rand(4, 16) + 0.1).half() if fixed else None
+    start = random_state(2, 4, 16, 32, 0.5, 1.0)
+    rest = (start, torch.tensor(bits, dtype=torch.int32), scale, first, window)
+    plain = sequence(16, 32)
+    out, last = state.selective_scan_q(*plain, *rest)
+    expected, wanted, kept = definition.selective_scan_q(*plain, *rest, True)
+    assert torch.equal(last, wanted)
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
+    exact, _ = state.selective_scan_q(*plain, start, torch.full((4,), 16), scale, first, window)
+    assert float((exact - out).norm() / exact.norm()) > 1e-3
+    weights = torch.randn(out.shape)
+    leaves = sequence(16, 32, leaf=True)
+    got = torch.autograd.grad((state.selective_scan_q(*leaves, *rest)[0] * weights).sum(), leaves)
+    by_hand = definition.selective_scan_q_backward(weights, *plain, kept, *rest[1:])
+    for mine, theirs in zip(got, by_hand, strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_the_definitions_gradient_is_autograds() -> None:
+    leaves = [t.double().detach()[:, :11].requires_grad_() for t in sequence(4, 8)]
+    start, bits = torch.zeros(2, 4, 4, 8, dtype=torch.float64), torch.full((4,), 16)
+    assert torch.autograd.gradcheck(lambda *some: state.selective_scan_q(*some, start, bits)[0], leaves)
+
+
+def test_sizes_without_a_kernel_run_by_the_definition() -> None:
+    inputs = sequence(5, 10)
+    rest = (torch.zeros(2, 4, 5, 10), torch.full((4,), 4), None, 1, 1)
+    out, last = state.selective_scan_q(*inputs, *rest)
+    expected, wanted, _ = definition.selective_scan_q(*inputs, *rest, False)
+    assert torch.equal(out, expected)
+    assert torch.equal(last, wanted)
+
+
+def test_operator_checks() -> None:
+    rest = (torch.zeros(2, 4, 16, 32), torch.full((4,), 4, dtype=torch.int32), None, 1, 1, False)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.llmcompress.selective_scan_q, (*sequence(16, 32, 5), *rest), test_utils=checks)
+    held = torch.randn(2, 4, 16, 32)
+    torch.library.opcheck(torch.ops.llmcompress.state_update, (held, *token(2, 4, 2, 16, 32)), test_utils=checks)
+    found = dsq.quantize(held, dsq.StateSpec(bits=4))
+    packed = (dsq.pack_codes(found.codes, 4), found.channel, found.state, None)
+    arguments = (*packed, *token(2, 4, 2, 16, 32), 4)
+    torch.library.opcheck(torch.ops.llmcompress.dsq_state_update, arguments, test_utils=checks)
+    assert {row.op for row in select.explain()} >= set(state.SCHEMAS)
