@@ -24,6 +24,7 @@ BUILT_IN: dict[str, str] = {
     "gptq": "llmcompress.stages.gptq:Gptq",
     "qesc": "llmcompress.stages.qesc:Qesc",
     "router_calibration": "llmcompress.stages.router_calibration:RouterCalibration",
+    "esr": "llmcompress.stages.esr:Esr",
     "pesf": "llmcompress.stages.pesf:Pesf",
     "evaluate": "llmcompress.stages.evaluate:Evaluate",
     "export": "llmcompress.stages.export:Export",
