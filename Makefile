@@ -50,7 +50,7 @@ schema: $(STAMP) ## Rewrite recipes/recipe.schema.json
 	@$(BIN)/llmcompress schema > recipes/recipe.schema.json
 
 kernels: $(STAMP) ## Compile the native kernels ahead of time
-	@$(BIN)/python -m llmcompress_kernels.build
+	@$(BIN)/python -m llmcompress_kernels build
 
 bench: $(STAMP) ## Time the demo's compressed model against its dense twin
 	@$(BIN)/llmcompress bench model runs/demo/artifact

@@ -10,7 +10,7 @@ two processes from doing the same work; it is an ``flock``, which ends with the 
 so a killed build never blocks the next one. Instruction sets are chosen at run time by CPU flags,
 never with ``-march=native``: a cache may be shared by different machines.
 
-    python -m llmcompress_kernels.build            # what `make kernels` runs: all families, ahead of time
+    python -m llmcompress_kernels build            # what `make kernels` runs: all families, ahead of time
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ except ImportError:  # not a POSIX system: no native kernels
 SOURCES = Path(__file__).resolve().parent / "csrc"
 CACHE_VARIABLE = "LLMCOMPRESS_CACHE"
 LOCK_VARIABLE = "LLMCOMPRESS_BUILD_TIMEOUT"
+FLAGS_VARIABLE = "LLMCOMPRESS_CXXFLAGS"  # appended to every command, for sanitizers and profilers
 LOCK_SECONDS = 300.0
 COMPILE_SECONDS = 600.0
 SHOWN_LINES = 12
@@ -96,13 +97,15 @@ class Cpp:
         includes = [f"-I{SOURCES / 'cpu' / 'include'}"]
         if family.torch:
             includes += [f"-isystem{path}" for path in torch_includes()]
-        return [self.find(), *self.flags, *family.flags, *includes, "-c", str(source), "-o", str(target)]
+        flags = [*self.flags, *family.flags, *extra_flags()]
+        return [self.find(), *flags, *includes, "-c", str(source), "-o", str(target)]
 
     def link(self, objects: list[Path], target: Path, family: Family) -> list[str]:
         """See :class:`Toolchain`."""
         # libgomp is named by its plain soname, which is the one that torch has loaded: one runtime in the process
         torch = [f"-L{torch_folder() / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"] if family.torch else []
-        return [self.find(), "-shared", "-fopenmp", *map(str, objects), "-o", str(target), *torch, *family.libraries]
+        command = [self.find(), "-shared", "-fopenmp", *extra_flags(), *map(str, objects), "-o", str(target)]
+        return [*command, *torch, *family.libraries]
 
 
 cpp = Cpp()
@@ -358,6 +361,11 @@ def _compiler_version(path: str) -> str:
     return done.stdout.split("\n", 1)[0]
 
 
+def extra_flags() -> list[str]:
+    """What the user adds to every command."""
+    return os.environ.get(FLAGS_VARIABLE, "").split()
+
+
 def torch_folder() -> Path:
     """Where torch is installed."""
     return Path(str(importlib.import_module("torch").__file__)).parent
@@ -379,21 +387,3 @@ def _say(text: str) -> None:
 
 
 register(Family("gemm", ("cpu/gemm/*.cpp",), torch=True))
-
-
-def main() -> int:
-    """Build every family; exit code 1 if one fails."""
-    importlib.import_module("llmcompress_kernels")  # the package registers its families
-    module = importlib.import_module("llmcompress_kernels.build")
-    code = 0
-    for family in module.FAMILIES.values():
-        try:
-            print(f"{family.name}: {module.build(family)}")  # noqa: T201
-        except module.BuildError as error:
-            print(f"{family.name}: {error}")  # noqa: T201
-            code = 1
-    return code
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,7 +15,7 @@ from llmcompress_kernels.reference.bitpack import unpack
 # rows whose words lie side by side in the interleaved form
 LANES = 16
 # columns of an activation that share a scale when activations are quantized, at most
-MAX_CHUNK = 256
+MAX_CHUNK = 128
 
 
 def interleave(tensor: Tensor) -> Tensor:
