@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
-from llmcompress.models.assemble import attach_policies
+from llmcompress.models.assemble import attach_policies, prepare_policies
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.handle import align, load_tokenizer, transformers_config
 from llmcompress.models.paths import resolve_path
@@ -72,8 +72,10 @@ class LLMCompressQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        plan, _policies = from_json(self.quantization_config.to_dict())
-        swap_modules(model, layout_from_config(model.config.to_dict()), plan, model.dtype)
+        plan, policies = from_json(self.quantization_config.to_dict())
+        layout = layout_from_config(model.config.to_dict())
+        swap_modules(model, layout, plan, model.dtype)
+        prepare_policies(model, layout, policies)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 import yaml
@@ -297,6 +297,7 @@ def evaluate(
     *,
     batch: int | None = None,
     max_length: int | None = None,
+    state_mode: Literal["per_token", "decode_only"] = "per_token",
 ) -> list[Score]:
     """Score a model on one task.
 
@@ -306,6 +307,7 @@ def evaluate(
         spec: What :func:`specify` gave.
         batch: Requests per forward pass; automatic when None.
         max_length: Context limit; the model's own when None.
+        state_mode: Where low-bit states are rounded, see :class:`~llmcompress.stages.evaluate.EvaluateConfig`.
 
     Returns:
         All figures of the task, in the task's order. A task of several subjects also gets pooled figures under its
@@ -314,14 +316,16 @@ def evaluate(
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate as run
-    from lm_eval.models.huggingface import HFLM
+
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
 
     loaded = build(spec)
     with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         random.seed(_SEED)
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
-        adapter = HFLM(
+        adapter = RecurrentLM(
+            state_mode=state_mode,
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch or task_batch(256, int(model.config.get_text_config().vocab_size)),

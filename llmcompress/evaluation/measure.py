@@ -53,6 +53,10 @@ class Settings(Protocol):
         """Folder with local task data."""
 
     @property
+    def state_mode(self) -> Literal["per_token", "decode_only"]:
+        """Where low-bit states are rounded in tasks."""
+
+    @property
     def limit(self) -> int | None:
         """Row limit of tasks."""
 
@@ -259,7 +263,7 @@ def measure_side(
         key = f"{side}.task.{spec.name}"
         if ledger.has(key):
             continue
-        scores = harness.evaluate(model, tokenizer, spec, batch=batch)
+        scores = harness.evaluate(model, tokenizer, spec, batch=batch, state_mode=config.state_mode)
         ledger.put(key, [asdict(score) for score in scores])
         tell(f"{side}: {spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))
     if config.generation is not None and not ledger.has(f"{side}.generation"):

@@ -12,11 +12,14 @@ from llmcompress.errors import InputError
 from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
+from llmcompress.nn.mixers import SCALE
 from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.store import PackedStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+POLICIES = ("pesf", "state_cache", "activations")
 
 
 def compressed_model(
@@ -40,6 +43,7 @@ def compressed_model(
     """
     model = meta_model(handle.hf_config(), dtype or handle.dtype)
     swap_modules(model, handle.layout, store.plan(), model.dtype)
+    prepare_policies(model, handle.layout, policies)
     fill_constants(model)
     plan = model._get_dtype_plan(model.dtype)
     for name, tensor in outside_tensors(handle):
@@ -47,7 +51,9 @@ def compressed_model(
     model.tie_weights()
     for block in handle.layout.blocks:
         for name, tensor in block_tensors(handle, store, block):
-            assign(model, name, tensor, plan)
+            # calibrated scales of states have a place only where states are quantized
+            if "state_cache" in policies or not name.endswith(f".{SCALE}"):
+                assign(model, name, tensor, plan)
     align(model)
     attach_policies(model, handle.layout, policies)
     return model.eval()
@@ -88,6 +94,8 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iter
         if beside_packed and bank is not None and view.name in (bank.gate_up, bank.down):
             tensor = canonical(bank, view.name, tensor)
         yield view.name, tensor
+    for name in [name for name in replaced if name.endswith(f".{SCALE}")]:
+        yield name, replaced.pop(name)
     left = sorted([*packed, *replaced])
     if left:
         raise InputError(
@@ -102,7 +110,7 @@ def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mappi
     Raises:
         InputError: A policy is not known to this version.
     """
-    unknown = sorted(set(policies) - {"pesf"})
+    unknown = sorted(set(policies) - set(POLICIES))
     if unknown:
         raise InputError(
             f"unknown policy {', '.join(unknown)}", "the model was saved by a newer version: upgrade llmcompress"
@@ -111,3 +119,19 @@ def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mappi
         from llmcompress.nn.skipping import attach
 
         attach(model, layout, policies["pesf"])
+    if "activations" in policies:
+        from llmcompress.nn import activations
+
+        activations.attach(model, layout, policies["activations"])
+    if "state_cache" in policies:
+        from llmcompress.nn import mixers
+
+        mixers.attach(model, layout, policies["state_cache"])
+
+
+def prepare_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make room for tensors that policies need, before weights are read."""
+    if "state_cache" in policies:
+        from llmcompress.nn.mixers import register_scales
+
+        register_scales(model, layout, policies["state_cache"])

@@ -48,6 +48,8 @@ class StateRuntime:
         prompt: Tokens of the prompt when states are stored after every token: the state is first rounded after the
             last of them, and time steps are limited among them as in a prefill. 1 treats all tokens alike; int64
             ``[S]`` gives each sequence its own.
+        resting: Keep all states in float, as if nothing were attached.
+        inspect: Called with ``(layer, scan inputs)`` of every simulated sequence, for measurements.
         observe: Called with ``(layer, fresh state [S, H, P, N], token)`` of every stored state, for statistics.
     """
 
@@ -55,6 +57,8 @@ class StateRuntime:
         self.packed = True
         self.recurrent = False
         self.prompt: int | Tensor = 1
+        self.resting = False
+        self.inspect: Callable[[int, ScanInputs], None] | None = None
         self.observe: Callable[[int, Tensor, int], None] | None = None
 
 
@@ -82,6 +86,20 @@ def recurrent_evaluation(model: nn.Module, prompt: int | Tensor = 1) -> Iterator
         yield
     finally:
         runtime.recurrent, runtime.prompt = before
+
+
+@contextmanager
+def float_states(model: nn.Module) -> Iterator[None]:
+    """Inside, states are not quantized."""
+    runtime = runtime_of(model)
+    if runtime is None:
+        yield
+        return
+    runtime.resting = True
+    try:
+        yield
+    finally:
+        runtime.resting = False
 
 
 def register_scales(model: nn.Module, layout: ModelLayout, policy: Mapping[str, Any]) -> None:
@@ -115,8 +133,7 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
     Raises:
         InputError: The model has no states, or the installed transformers has other mixers.
     """
-    words = ("bits", "codec", "alpha", "sqrt_axis", "rounding", "seed", "refits")
-    spec = StateSpec(**{word: policy[word] for word in words if word in policy})
+    spec = spec_of(policy)
     widths: Mapping[str, list[int]] = policy.get("head_bits") or {}
     runtime = StateRuntime()
     found = list(scans(layout))
@@ -131,6 +148,17 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
         _Mixer(mixer, quantizer, runtime).install()
     setattr(model, RUNTIME, runtime)
     return runtime
+
+
+def spec_of(policy: Mapping[str, Any]) -> StateSpec:
+    """The codec part of a saved policy."""
+    words = ("bits", "codec", "alpha", "sqrt_axis", "rounding", "seed", "refits")
+    return StateSpec(**{word: policy[word] for word in words if word in policy})
+
+
+def attach_mixer(mixer: nn.Module, view: ScanView, runtime: StateRuntime) -> None:
+    """Attach one mixer with float states, to look into its scan."""
+    _Mixer(mixer, StateQuantizer(StateSpec(16, "none"), view, int(mixer.layer_idx)), runtime).install()  # type: ignore[arg-type]
 
 
 def detach(model: PreTrainedModel, layout: ModelLayout) -> None:
@@ -169,6 +197,9 @@ class _Mixer:
         quantized = self
 
         def wrapped(mixer: nn.Module, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kw: Any) -> Tensor:
+            if quantized.runtime.resting:
+                plain: Tensor = type(mixer).forward(mixer, hidden_states, cache_params, *args, **kw)  # type: ignore[operator]
+                return plain
             quantized.begin(cache_params, hidden_states.shape[1])
             result: Tensor = forward(mixer, hidden_states, cache_params, *args, **kw)
             quantized.held = None
@@ -216,6 +247,8 @@ class _Mixer:
         limited = dt.clamp(dt_limit[0], dt_limit[1])
         dt = torch.where(self._prompted(dt.shape[1], dt.device)[..., None], limited, dt)
         inputs = ScanInputs(hidden_states.float(), dt.float().unsqueeze(-1), a, B.float(), C.float())
+        if self.runtime.inspect is not None:
+            self.runtime.inspect(self.quantizer.layer, inputs)
         output, state = scan(inputs, state, self.store)
         if D is not None:
             output = output + D[:, None] * inputs.x
@@ -280,6 +313,8 @@ class _Mixer:
             C.float().transpose(1, 2).unsqueeze(2),
         )
         state = None if self.held is None else self.held.load(a)
+        if self.runtime.inspect is not None:
+            self.runtime.inspect(self.quantizer.layer, inputs)
         rows, state = scan(inputs, state, self.store if self.simulates else None)
         output = rows.flatten(2).transpose(1, 2)
         if D is not None:

@@ -26,6 +26,8 @@ BUILT_IN: dict[str, str] = {
     "router_calibration": "llmcompress.stages.router_calibration:RouterCalibration",
     "esr": "llmcompress.stages.esr:Esr",
     "pesf": "llmcompress.stages.pesf:Pesf",
+    "activations": "llmcompress.stages.activations:Activations",
+    "dsq": "llmcompress.stages.dsq:Dsq",
     "evaluate": "llmcompress.stages.evaluate:Evaluate",
     "export": "llmcompress.stages.export:Export",
 }

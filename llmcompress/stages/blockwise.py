@@ -115,7 +115,9 @@ class BlockwiseQuantizer:
             if full is not None and walker is not None:
                 observer = None if done else _Observer(block, self.hook)
                 walker.forward(block, full, observer, not last, recorder)
-            self._apply(model, self.store.read_block(block.index) if done else self._below(block.index))
+            apply_patch(
+                model, self.handle.layout, self.store.read_block(block.index) if done else self._below(block.index)
+            )
             if done:
                 assert walker is not None
                 assert quantized is not None
@@ -177,27 +179,6 @@ class BlockwiseQuantizer:
 
         return StreamRecorder(self.plan)
 
-    def _apply(self, model: PreTrainedModel, patch: BlockPatch) -> None:
-        """Put decoded weights and replaced tensors into the materialised block."""
-        from llmcompress.models.capture import write_expert_weight
-        from llmcompress.quant.codecs import codec
-
-        banks = {
-            name: bank for b in self.handle.layout.blocks if (bank := b.bank) for name in (bank.gate_up, bank.down)
-        }
-        for name, packed in patch.packed.items():
-            dense = codec(packed.spec.codec).decode(packed)
-            bank = banks.get(name)
-            if bank is not None:
-                module = model.get_submodule(bank.module)
-                write_expert_weight(module, bank, name, slice(0, bank.num_experts), dense)
-            else:
-                place = model.get_parameter(f"{name}.weight")
-                place.data.copy_(dense.to(place))
-        for name, tensor in patch.replaced.items():
-            place = model.get_parameter(name)
-            place.data.copy_(tensor.to(place))
-
     def _below(self, index: int) -> BlockPatch:
         """What earlier stages made of a block."""
         return self.store.base.read_block(index) if self.store.base is not None else BlockPatch({}, {})
@@ -223,6 +204,28 @@ class BlockwiseQuantizer:
                 what = "blocks may differ in their last bits from those of an unbroken run"
                 self.ctx.emit("warning", text=f"resumed with {now}, begun with {before}: {what}")
         write_durably(path, json.dumps(now, sort_keys=True).encode())
+
+
+def apply_patch(model: PreTrainedModel, layout: ModelLayout, patch: BlockPatch) -> None:
+    """Put decoded weights and replaced tensors into a materialised block; tensors of policies are passed over."""
+    from llmcompress.models.capture import write_expert_weight
+    from llmcompress.quant.codecs import codec
+
+    banks = {name: bank for b in layout.blocks if (bank := b.bank) for name in (bank.gate_up, bank.down)}
+    for name, packed in patch.packed.items():
+        dense = codec(packed.spec.codec).decode(packed)
+        bank = banks.get(name)
+        if bank is not None:
+            module = model.get_submodule(bank.module)
+            write_expert_weight(module, bank, name, slice(0, bank.num_experts), dense)
+        else:
+            place = model.get_parameter(f"{name}.weight")
+            place.data.copy_(dense.to(place))
+    for name, tensor in patch.replaced.items():
+        owner, _, key = name.rpartition(".")
+        if key in model.get_submodule(owner)._parameters:
+            place = model.get_parameter(name)
+            place.data.copy_(tensor.to(place))
 
 
 class _Observer:

@@ -59,7 +59,8 @@ class EvaluateConfig(StageConfig):
     """Measure how the experts chosen differ from the dense model's, and what that costs (forced routing)."""
 
     policies: Literal["compare", "active"] = "compare"
-    """With run-time policies (PESF): ``compare`` also measures perplexity and time without them."""
+    """With run-time policies (expert skipping, low-bit states and activations): ``compare`` also measures perplexity
+    and time without them."""
 
     dense: bool = True
     """Evaluate the dense twin too. Fidelity and relative gates need it."""
@@ -69,6 +70,10 @@ class EvaluateConfig(StageConfig):
 
     batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Windows in a batch; ``auto`` bounds the logits held at once."""
+
+    state_mode: Literal["per_token", "decode_only"] = "per_token"
+    """In tasks on models with low-bit states: ``per_token`` rounds the state after every token; ``decode_only``
+    keeps it in float until the end of a request's context, as a server that prefills in float does."""
 
     offline: bool = False
     """Never ask the network for task data."""
@@ -238,9 +243,11 @@ class _Evaluation:
         if not self.state.policies or config.policies != "compare" or all(self.ledger.has(key) for key in keys):
             return
         from llmcompress.evaluation.expert_shift import without_skipping
+        from llmcompress.nn.activations import float_activations
+        from llmcompress.nn.mixers import float_states
 
         model = self._model("compressed")
-        with without_skipping(model, self.handle.layout):
+        with without_skipping(model, self.handle.layout), float_states(model), float_activations(model):
             measure.measure_side(
                 "without_policies", model, self.tokenizer, config, self.prepared, self.ledger, self._tell
             )

@@ -1,0 +1,103 @@
+"""What a quantized state costs, head by head, measured on real scan inputs.
+
+The error of a state is read by all later tokens, so it is measured where it is read: on the scan's outputs, with the
+recurrence run token by token in float and with each width. Spending an average width by these errors
+(``algorithms/bit_allocation.py``) is this project's; STEPQuant (arXiv 2609.38169) weighs one-shot errors by lifetime.
+
+Legend: S sequences, T tokens, H heads, P channels, N states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize, static_channel_scale, static_state_scale
+from llmcompress.algorithms.selective_scan import ScanInputs, half_life, scan
+
+
+@dataclass
+class HeadStatistics:
+    """Sums over everything a layer was shown.
+
+    Attributes:
+        heads: H.
+        tokens: Positions seen.
+        log_decay: fp64 ``[H]`` sum of ``dt A`` over positions (mean over channels and states where they differ).
+        energy: fp64 ``[H]`` sum of squared float outputs.
+        errors: Label → fp64 ``[H]`` sum of squared output errors.
+        mean_abs: fp32 ``[H, P]`` sum of ``|u|`` over tokens, mean over states.
+        log_max: fp32 ``[H, P, N]`` logarithm of the largest ``|u|``.
+    """
+
+    heads: int
+    tokens: int = 0
+    log_decay: Tensor = field(init=False)
+    energy: Tensor = field(init=False)
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    mean_abs: Tensor | None = None
+    log_max: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Start from zero."""
+        self.log_decay = torch.zeros(self.heads, dtype=torch.float64)
+        self.energy = torch.zeros(self.heads, dtype=torch.float64)
+
+    def add_float(self, inputs: ScanInputs) -> Tensor:
+        """Run the float recurrence, add to everything but the errors; returns its outputs ``[S, T, H, P]``."""
+        sequences, tokens = inputs.x.shape[:2]
+        mean_abs, largest = [], None
+
+        def watch(fresh: Tensor, _t: int) -> Tensor:
+            nonlocal largest
+            size = fresh.abs()
+            mean_abs.append(size.mean((0, -1)))
+            top = size.amax(0)
+            largest = top if largest is None else torch.maximum(largest, top)
+            return fresh
+
+        outputs, _ = scan(inputs, None, watch)
+        assert largest is not None
+        log_decay = (inputs.dt.double() * inputs.a.double().mean(-1)).mean(-1)
+        self.log_decay += log_decay.sum((0, 1)).cpu()
+        self.energy += outputs.double().square().sum((0, 1, 3)).cpu()
+        self.tokens += sequences * tokens
+        summed = torch.stack(mean_abs).sum(0) * sequences
+        self.mean_abs = summed if self.mean_abs is None else self.mean_abs + summed
+        log_max = largest.clamp(min=torch.finfo(torch.float32).tiny).log()
+        self.log_max = log_max if self.log_max is None else torch.maximum(self.log_max, log_max)
+        return outputs
+
+    def add_error(self, label: str, inputs: ScanInputs, exact: Tensor, spec: StateSpec, static: Tensor | None) -> None:
+        """Run the recurrence with a quantized state and add its output error under ``label``."""
+        outputs, _ = scan(inputs, None, lambda fresh, _t: fake_quantize(fresh, spec, static))
+        error = (outputs - exact).double().square().sum((0, 1, 3)).cpu()
+        self.errors[label] = self.errors.get(label, torch.zeros_like(error)) + error
+
+    def static(self, spec: StateSpec) -> Tensor | None:
+        """The calibrated scale that the codec needs, fp16 ``[H, P]`` or ``[H, N]``."""
+        if spec.codec == "dsq_static_p":
+            assert self.mean_abs is not None
+            return static_channel_scale(self.mean_abs / max(1, self.tokens), spec.alpha)
+        if spec.codec == "dsq_t":
+            assert self.log_max is not None
+            return static_state_scale(self.log_max)
+        return None
+
+    def half_lives(self) -> list[float]:
+        """Tokens after which each head has forgotten half; a state that never forgets gives infinity."""
+        return [float(v) for v in half_life(self.log_decay / max(1, self.tokens))]
+
+    def relative_errors(self) -> dict[str, list[float]]:
+        """Label → relative output error per head, ``||ŷ - y|| / ||y||``."""
+        energy = self.energy.clamp(min=torch.finfo(torch.float64).tiny)
+        return {label: (error / energy).sqrt().tolist() for label, error in self.errors.items()}
+
+
+def shares(errors: Mapping[str, Tensor], energy: Tensor, labels: list[str]) -> list[list[float]]:
+    """Errors for the allocation: per head and width, as a share of the layer's output energy."""
+    total = float(energy.sum()) or 1.0
+    return [[float(errors[label][head]) / total for label in labels] for head in range(len(energy))]

@@ -1,0 +1,163 @@
+"""Stage ``dsq``: keep the recurrent states of state-space layers in low bits (Q-Mamba, Findings of ACL 2025).
+
+The weights stay as they are. The stage measures, on calibration text, how long each head remembers and what each width
+costs it, calibrates scales where the codec has some, and writes a policy that is saved with the model and acts
+whenever the loaded model keeps a state (``nn/mixers.py``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmcompress.errors import RecipeError
+from llmcompress.models import sizes
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ModelLayout, ScanView
+    from llmcompress.stages.state import RunContext, RunState
+
+WIDTHS = (4, 6, 8)
+# median half-life above which states below 8 bits are known to suffer
+LONG_MEMORY = 200.0
+# fp32 copies of a batch's states alive while one token is scanned
+STATE_COPIES = 8
+
+
+class DsqConfig(StageConfig):
+    """Recipe section of the stage."""
+
+    type: Literal["dsq"] = "dsq"
+    bits: Literal[4, 6, 8] = 4
+    """Width of the codes."""
+    codec: Literal[
+        "dsq", "dsq_static_p", "dsq_als", "dsq_t", "per_head", "per_channel", "per_state", "group32", "rotate"
+    ] = "dsq"
+    """``dsq`` is the paper's. ``dsq_static_p`` calibrates the channel scale; ``dsq_t`` the state scale; ``dsq_als``
+    refits both scales by least squares. The rest are baselines: one scale per head, channel, state, 32 states, or per
+    head after Hadamard rotations."""
+    alpha: Annotated[float, Field(ge=0, le=0.75)] = 0.5
+    """Exponent of the first scale; the paper's square root is 0.5."""
+    sqrt_axis: Literal["channel", "state"] = "channel"
+    """Which axis gets the root of the mean; the other gets the maximum."""
+    rounding: Literal["rtn", "stochastic"] = "rtn"
+    """``stochastic`` rounds up with the probability of the remainder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of stochastic rounding."""
+    refits: Annotated[int, Field(ge=1, le=8)] = 3
+    """Least-squares passes of ``dsq_als``."""
+    replay_window: Annotated[int, Field(ge=1, le=64)] = 1
+    """Round the state only every so many tokens and keep the inputs since; errors fall about with its root."""
+    head_bits: Literal["uniform", "auto"] = "uniform"
+    """``auto`` gives each head 4, 6 or 8 bits by measured error, under the average ``avg_bits``."""
+    avg_bits: Annotated[float, Field(ge=4, le=8)] = 4.5
+    """Budget of ``head_bits: auto``, in code bits per value of the state."""
+    samples: Annotated[int, Field(ge=1)] = 8
+    """Calibration windows used for the measurements."""
+    tokens: Annotated[int, Field(ge=16)] = 512
+    """Leading tokens of each of them."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sqrt_axis == "state" and self.codec not in ("dsq", "dsq_als"):
+            raise ValueError(f"sqrt_axis has no meaning with codec {self.codec}")
+        if self.rounding == "stochastic" and self.codec == "dsq_als":
+            raise ValueError("dsq_als rounds to nearest: its refits need fixed codes")
+        return self
+
+
+class Dsq(Stage):
+    """Measure states, choose widths and scales, put the policy into ``state.policies``."""
+
+    Config: ClassVar[type[StageConfig]] = DsqConfig
+    consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
+    produces = frozenset({Kind.POLICY})
+    config: DsqConfig
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Refuse models without recurrent states."""
+        if all(block.scan is None for block in layout.blocks):
+            return [f"stages.{self.name}: {layout.model_type} has no state-space layers: remove this stage"]
+        return []
+
+    def warnings(self, layout: ModelLayout) -> list[str]:
+        """Settings that are allowed but likely to hurt."""
+        first = any(block.scan is not None and block.scan.kind == "mamba1" for block in layout.blocks)
+        if first and self.config.bits == 4:
+            return ["4-bit states of Mamba-1: its states are small and decay unevenly; 8 bits are recommended"]
+        return []
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """One block, a stream of a few windows, and the states of one batch."""
+        layout = inputs.layout
+        samples, tokens = min(self.config.samples, inputs.samples or self.config.samples), self._tokens(inputs.length)
+        item = inputs.compute_bytes
+        stream = sizes.stream_bytes(layout, samples, tokens, item)
+        scans = [block.scan for block in layout.blocks if block.scan is not None]
+        work = max((_scan_bytes(view, samples, tokens) for view in scans), default=0)
+        held = (sizes.outside_parameters(layout) + sizes.largest_block(layout)) * item + stream
+        runs = len(WIDTHS) + 2
+        flops = sizes.forward_flops(layout, samples * tokens, tokens)
+        # about twenty operations per value of the state, token and width
+        flops += 20.0 * runs * samples * tokens * sum(view.values for view in scans)
+        on_gpu = inputs.device == "cuda"
+        return Estimate(ram=held + (0 if on_gpu else work), vram=work + held if on_gpu else 0, disk=0, flops=flops)
+
+    def _tokens(self, length: int) -> int:
+        return min(self.config.tokens, length) if length else self.config.tokens
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Measure the blocks that are not measured yet, then write the policy."""
+        from llmcompress.stages.state_measurement import measure_states
+
+        assert state.model is not None
+        problems = self.check(state.model.layout)
+        if problems:
+            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
+        for text in self.warnings(state.model.layout):
+            ctx.emit("warning", text=text)
+        measure_states(self.config, state, ctx)
+        self.restore(state, ctx)
+        self._tell(state, ctx)
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Put policy and calibrated scales into the run state."""
+        from llmcompress.stages.blockwise import attach_store
+        from llmcompress.stages.state_measurement import chosen_widths
+
+        attach_store(state, ctx)
+        state.policies["state_cache"] = self.policy(chosen_widths(self.config, state, ctx))
+
+    def policy(self, head_bits: dict[str, list[int]] | None) -> dict[str, Any]:
+        """The policy as plain data, as saved in ``quantization_config``."""
+        words = ("bits", "codec", "alpha", "sqrt_axis", "rounding", "seed", "refits")
+        found: dict[str, Any] = {word: getattr(self.config, word) for word in words}
+        found["window"] = self.config.replay_window
+        if head_bits is not None:
+            found["head_bits"] = head_bits
+        return found
+
+    def _tell(self, state: RunState, ctx: RunContext) -> None:
+        """Warn of heads that remember longer than low bits can."""
+        assert state.packed is not None
+        assert state.model is not None
+        long, total = 0, 0
+        for block in state.model.layout.blocks:
+            record = state.packed.read_block(block.index).record.get("states")
+            if record is not None:
+                lives = [life for life in record["half_lives"] if life is not None]
+                total += len(record["half_lives"])
+                long += sum(life > LONG_MEMORY for life in lives) + len(record["half_lives"]) - len(lives)
+        ctx.emit("note", text=f"{long} of {total} heads remember longer than {LONG_MEMORY:.0f} tokens")
+        if self.config.bits < 8 and self.config.head_bits == "uniform" and 2 * long > total:
+            text = f"most heads remember longer than {LONG_MEMORY:.0f} tokens; {self.config.bits}-bit states may drift"
+            ctx.emit("warning", text=f"{text}: try head_bits: auto, or a replay_window of 4 to 8")
+
+
+def _scan_bytes(view: ScanView, samples: int, tokens: int) -> int:
+    """Scan inputs and outputs of a batch, and the states of one token."""
+    rows = min(samples, max(1, 4096 // tokens))
+    inputs = rows * tokens * (4 * view.heads * view.channels + 2 * view.groups * view.states) * 4
+    return inputs + STATE_COPIES * rows * view.values * 4
