@@ -85,6 +85,25 @@ class TaskConfig(_Section):
     """Any field of an lm-eval task configuration, set as given."""
 
 
+class RecallConfig(_Section):
+    """Facts to be remembered over growing distances."""
+
+    source: SourceConfig
+    """Running text that is put between statement and question."""
+
+    distances: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1)] = (64, 128, 256, 512)
+    """Tokens between the stated word and the question."""
+
+    samples: Annotated[int, Field(ge=2)] = 64
+    """Questions per distance."""
+
+    candidates: Annotated[int, Field(ge=2, le=64)] = 16
+    """Words to choose from; chance is one in so many."""
+
+    seed: int = 0
+    """Chooses names, words and text."""
+
+
 class GenerationConfig(_Section):
     """Samples written by both models side by side."""
 

@@ -15,12 +15,20 @@ from llmcompress.data.calibration import CalibrationSet, build, overlap
 from llmcompress.data.sources import describe, read
 from llmcompress.errors import InputError
 from llmcompress.evaluation import harness
+from llmcompress.evaluation import recall as remembering
 from llmcompress.evaluation.batching import SHIFT_WINDOWS
-from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
+from llmcompress.evaluation.config import (
+    FidelityConfig,
+    GenerationConfig,
+    Overlap,
+    PerplexityConfig,
+    RecallConfig,
+    TaskConfig,
+)
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
-from llmcompress.evaluation.perplexity import Text, perplexity, tokenize
+from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
 from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
@@ -59,6 +67,10 @@ class Settings(Protocol):
     @property
     def limit(self) -> int | None:
         """Row limit of tasks."""
+
+    @property
+    def recall(self) -> RecallConfig | None:
+        """Facts over distances."""
 
     @property
     def generation(self) -> GenerationConfig | None:
@@ -125,12 +137,14 @@ class Prepared:
         windows: Fidelity windows.
         tasks: Task specifications.
         provenance: Where each text came from, by name.
+        filler: ``[T]`` tokens of the recall section's text, or None.
     """
 
     texts: dict[str, Text]
     windows: CalibrationSet | None
     tasks: list[TaskSpec]
     provenance: dict[str, Any] = field(default_factory=dict)
+    filler: Tensor | None = None
 
 
 def prepare(
@@ -154,7 +168,7 @@ def prepare(
     """
     from llmcompress.models.paths import resolve_path
 
-    needs = bool(config.perplexity or config.fidelity or config.tasks or config.generation)
+    needs = bool(config.perplexity or config.fidelity or config.tasks or config.generation or config.recall)
     if needs and tokenizer is None:
         raise InputError("the model has no tokenizer, so it cannot be evaluated on text", "set model.tokenizer")
     texts, provenance = {}, {}
@@ -178,7 +192,15 @@ def prepare(
             _check_overlap(describe(section_f.source), windows.tokens, calibration, config.overlap, warn)
     folder = resolve_path(config.tasks_dir, None) if config.tasks_dir else None
     tasks = harness.specify(config.tasks, folder, config.limit)
-    return Prepared(texts, windows, tasks, provenance)
+    filler = None
+    if config.recall is not None:
+        assert tokenizer is not None
+        documents = read(config.recall.source)
+        filler = tokenize("\n\n".join(documents.texts), tokenizer).tokens
+        provenance["recall"] = documents.provenance
+        for distance in config.recall.distances:
+            remembering.prompts(tokenizer, filler, distance, config.recall)
+    return Prepared(texts, windows, tasks, provenance, filler)
 
 
 def _check_length(where: str, length: int, context: int | None) -> None:
@@ -219,6 +241,7 @@ def side_keys(config: Settings, prepared: Prepared, side: Side) -> list[str]:
     if side != "without_policies":
         keys += [f"{side}.task.{spec.name}" for spec in prepared.tasks]
         keys += [f"{side}.generation"] if config.generation is not None else []
+        keys += [f"{side}.recall"] if config.recall is not None else []
     return keys
 
 
@@ -266,6 +289,11 @@ def measure_side(
         scores = harness.evaluate(model, tokenizer, spec, batch=batch, state_mode=config.state_mode)
         ledger.put(key, [asdict(score) for score in scores])
         tell(f"{side}: {spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))
+    if config.recall is not None and not ledger.has(f"{side}.recall"):
+        assert prepared.filler is not None
+        parts = remembering.recall(model, tokenizer, prepared.filler, config.recall)
+        ledger.put(f"{side}.recall", parts)
+        tell(f"{side}: recall " + ", ".join(f"{part['accuracy']:.2f} at {part['distance']}" for part in parts))
     if config.generation is not None and not ledger.has(f"{side}.generation"):
         ledger.put(f"{side}.generation", generate(model, tokenizer, config.generation))
 
@@ -312,7 +340,18 @@ def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger
     for spec in prepared.tasks:
         for entry in ledger.get(f"{side}.task.{spec.name}") or ():
             scores.append(Score(**{**entry, "rows": tuple(entry["rows"])}))
-    return scores
+    return scores + remembering.scores(ledger.get(f"{side}.recall") or [])
+
+
+def position_table(config: Settings, ledger: Ledger) -> dict[str, Any]:
+    """Mean negative log-likelihood by position in the window, per text and side."""
+    found: dict[str, Any] = {}
+    for name in config.perplexity:
+        sides = {side: ledger.get(f"{side}.perplexity.{name}") for side in ("dense", "compressed")}
+        rows = {side: part["position_nll"] for side, part in sides.items() if part is not None}
+        if rows:
+            found[name] = {"bin": POSITION_BIN, **rows}
+    return found
 
 
 def skipping_summary(config: Settings, ledger: Ledger) -> dict[str, Any] | None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+POSITION_BIN = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A tokenized text.
@@ -75,6 +78,8 @@ class PerplexityResult:
         seconds: Wall time of the forward passes.
         window_nll: Each window's share of the mean: its sum of negative log-likelihoods over the average count of
             tokens in a window. Their mean is ``nll / tokens``; two models can be compared window by window.
+        position_nll: Mean negative log-likelihood by position in the window, in bins of ``POSITION_BIN`` tokens: an
+            error that builds up over a sequence rises here.
     """
 
     perplexity: float
@@ -88,6 +93,7 @@ class PerplexityResult:
     dropped: int
     seconds: float
     window_nll: tuple[float, ...] = ()
+    position_nll: tuple[float, ...] = ()
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -187,6 +193,7 @@ def perplexity(
     started = time.perf_counter()
     sums: list[float] = []
     counts: list[int] = []
+    bins = torch.zeros(2, -(-length // POSITION_BIN), dtype=torch.float64)
     for group in _batches(planned, size):
         ids = torch.stack([text.tokens[window.begin : window.end] for window in group]).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
@@ -194,6 +201,9 @@ def perplexity(
             first = window.scored - window.begin
             nll = token_nll(logits[row, first - 1 : -1], ids[row, first:])
             sums.append(float(nll.double().sum()))
+            place = torch.arange(first, ids.shape[1]) // POSITION_BIN
+            bins[0].index_add_(0, place, nll.double().cpu())
+            bins[1].index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
             counts.append(len(nll))
         # or the next batch's logits would be made while these are still held
         del logits
@@ -217,6 +227,7 @@ def perplexity(
         dropped=len(text.tokens) - planned[-1].end,
         seconds=seconds,
         window_nll=tuple(part * len(sums) / tokens for part in sums),
+        position_nll=tuple((bins[0] / bins[1])[bins[1] > 0].tolist()),
     )
 
 

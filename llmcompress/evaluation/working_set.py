@@ -52,6 +52,9 @@ def _parts(config: EvaluateConfig, layout: ModelLayout, item: int) -> Iterator[i
         routing = 2 * rows * 4 * sum(b.bank.num_experts + 3 * b.bank.top_k for b in layout.blocks if b.bank is not None)
         scored = _logits(rows, vocabulary, item) + _scoring(part.length, vocabulary)
         yield scored + _activations(layout, rows, item) + routing
+    if config.recall is not None:
+        rows = 8 * (max(config.recall.distances) + 16)
+        yield _logits(rows, vocabulary, item) + _activations(layout, rows, item)
     if config.tasks:
         # lm-eval normalises all logits of a batch at once
         yield 2 * _logits(256 * task_batch(256, vocabulary), vocabulary, item)

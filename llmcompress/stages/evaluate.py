@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmcompress.errors import GateFailed, InputError, RecipeError
-from llmcompress.evaluation.config import FidelityConfig, GenerationConfig, Overlap, PerplexityConfig, TaskConfig
+from llmcompress.evaluation.config import (
+    FidelityConfig,
+    GenerationConfig,
+    Overlap,
+    PerplexityConfig,
+    RecallConfig,
+    TaskConfig,
+)
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
 from llmcompress.evaluation.working_set import peak_bytes
 from llmcompress.quant.store import PackedStore, write_durably
@@ -51,6 +58,9 @@ class EvaluateConfig(StageConfig):
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows of each task."""
+
+    recall: RecallConfig | None = None
+    """Facts to be remembered over growing distances; metrics ``recall.at_<distance>``."""
 
     generation: GenerationConfig | None = None
     """Text written by both models."""
@@ -109,6 +119,7 @@ class Evaluate(Stage):
         """Gates that name nothing measured, and expert figures asked of a model without experts."""
         config = self.config
         exact = [f"{name}.{metric}" for name in config.perplexity for metric in _TEXT]
+        exact += [f"recall.at_{distance}" for distance in config.recall.distances] if config.recall is not None else []
         exact += _FIDELITY if config.fidelity is not None else ()
         exact += _EXPERTS if config.expert_shift else ()
         problems = unknown_metrics(
@@ -293,7 +304,7 @@ class _Evaluation:
         compressed = measure.side_scores("compressed", config, prepared, ledger) if self.has_compressed else None
         rows = measure.pair_scores(dense, compressed) + measure.without_policy_rows(config, ledger)
         rows += measure.pair_scores(None, measure.fidelity_scores(pair) + measure.shift_scores(shift))
-        files: dict[str, Any] = {"texts": prepared.provenance}
+        files: dict[str, Any] = {"texts": prepared.provenance, "positions": measure.position_table(config, ledger)}
         if pair is not None:
             files["fidelity"] = pair
         if config.generation is not None:
