@@ -71,10 +71,10 @@ def prompts(
         name = NAMES[draw(len(NAMES))]
         head = tokenizer.encode(f"\n\nThe word of {name} is", add_special_tokens=False)
         tail = tokenizer.encode(".\n\n", add_special_tokens=False)
-        filler = distance - len(head) - len(tail) - 1
+        filler = distance - len(head) - len(tail)
         if filler < 0 or filler + 1 > len(text):
             raise InputError(
-                f"recall.distances: {distance} does not fit: the question takes {len(head) + len(tail) + 1} tokens, "
+                f"recall.distances: {distance} does not fit: the question takes {len(head) + len(tail)} tokens, "
                 f"the text has {len(text)}",
                 "use distances in between",
             )
