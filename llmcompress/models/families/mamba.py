@@ -241,12 +241,14 @@ def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 def _nemotron_kinds(facts: Facts) -> list[str]:
     letters = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
     pattern = facts.get("hybrid_override_pattern")
-    if facts.get("layers_block_type") is None and isinstance(pattern, str):
+    if facts.get("layers_block_type") is not None:
+        return facts.layer_kinds("layers_block_type")
+    if isinstance(pattern, str):
         unknown = sorted(set(pattern) - set(letters))
         if unknown:
             raise InputError(f"config.json: hybrid_override_pattern has unknown letters {''.join(unknown)!r}")
         return [letters[letter] for letter in pattern]
-    return facts.layer_kinds("layers_block_type")
+    return ["linear_attention", "moe", "full_attention", "mlp"]
 
 
 def _nemotron_h(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -357,7 +359,6 @@ FAMILIES = (
             "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504, "mlp_bias": False,
             "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "conv_kernel": 4,
             "use_bias": False, "use_conv_bias": True,
-            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         },
         aliases={
             "layers_block_type": "layer_types", "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv",
