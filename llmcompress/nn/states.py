@@ -16,16 +16,21 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from llmcompress_kernels import state as kernels
 from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
 from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
-from llmcompress.algorithms.selective_scan import advance
+from llmcompress.algorithms.selective_scan import advance, read
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from llmcompress.models.layout import ScanView
+
+
+# N of the C++ and Triton kernels; other sizes are computed here
+KERNEL_STATES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,14 @@ class StateQuantizer:
     def due(self, tokens_since: int) -> bool:
         """Whether the state is rounded this many tokens after the last rounding."""
         return tokens_since % self.window == 0
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
+        spec = self.spec
+        plain = spec.alpha == 0.5 and spec.sqrt_axis == "channel" and spec.rounding == "rtn"
+        fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
+        return spec.active and plain and fits and spec.codec in ("dsq", "dsq_static_p")
 
     def widths(self) -> list[tuple[int, Tensor | None]]:
         """Code widths in use and the heads that use each; None for all heads."""
@@ -138,6 +151,18 @@ class PackedState:
                 assert a is not None
                 value = advance(value, x.float(), dt, a, b.float())
         return value
+
+    def decode(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """Take one token in and read its output ``u C``, fp32 ``[S, H, P]``; arguments as in :meth:`step`."""
+        quantizer = self.quantizer
+        one_width = quantizer.head_bits is None and quantizer.spec.bits in (4, 8)
+        if not (self.packed and quantizer.has_kernel and one_width and quantizer.window == 1):
+            return read(self.step(x, dt, a, b), c.float())
+        assert self.state is not None
+        drive, decay = dt * x.float(), (dt[..., 0] * a[:, 0, 0]).exp()
+        self.tokens += 1
+        held = (self.codes[0], self.channel, self.state, quantizer.static)
+        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), quantizer.spec.bits)
 
     def step(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Take one token in; returns the fresh state ``[S, H, P, N]`` for reading.
