@@ -64,7 +64,7 @@ def group_gemm(
         bits: 2, 3, 4 or 8.
         group_size: Columns per scale, positive.
         in_features: K.
-        int8: Round activations to int8, one scale per token and chunk of at most 128 columns: faster where
+        int8: Round activations to int8, one scale per token and chunk of at most 64 columns: faster where
             arithmetic limits, and another result (about 0.5 %), so never a default.
 
     Returns:

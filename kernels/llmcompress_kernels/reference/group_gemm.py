@@ -15,7 +15,7 @@ from llmcompress_kernels.reference.bitpack import unpack
 # rows whose words lie side by side in the interleaved form
 LANES = 16
 # columns of an activation that share a scale when activations are quantized, at most
-MAX_CHUNK = 128
+INT8_CHUNK = 64
 
 
 def interleave(tensor: Tensor) -> Tensor:
@@ -28,10 +28,9 @@ def deinterleave(tensor: Tensor) -> Tensor:
     return tensor.transpose(-1, -2).flatten(-3, -2).contiguous()
 
 
-def chunks(bits: int, group_size: int, columns: int) -> list[tuple[int, int]]:
-    """Column ranges ``(first, end)`` that share one activation scale: pieces of groups, whole words of codes."""
-    step = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
-    limit = MAX_CHUNK // step * step
+def chunks(group_size: int, columns: int) -> list[tuple[int, int]]:
+    """Column ranges ``(first, end)`` that share one activation scale: pieces of groups."""
+    limit = INT8_CHUNK
     found = []
     for begin in range(0, columns, group_size):
         end = min(begin + group_size, columns)
@@ -39,14 +38,14 @@ def chunks(bits: int, group_size: int, columns: int) -> list[tuple[int, int]]:
     return found
 
 
-def quantize_activations(x: Tensor, bits: int, group_size: int) -> Tensor:
+def quantize_activations(x: Tensor, group_size: int) -> Tensor:
     """What remains of ``[..., K]`` after rounding to int8 with one scale per chunk, in the same type.
 
     The scale is the largest absolute value of the chunk divided by 127; products with codes are
     then sums of integers, and only the scales are applied in floating point.
     """
     out = torch.empty_like(x, dtype=torch.float32)
-    for first, end in chunks(bits, group_size, x.shape[-1]):
+    for first, end in chunks(group_size, x.shape[-1]):
         part = x[..., first:end].to(torch.float32)
         scale = part.abs().amax(-1, keepdim=True) / 127
         out[..., first:end] = torch.where(scale > 0, (part / scale).round(), 0) * scale
@@ -118,5 +117,5 @@ def group_gemm(
     packed, scale, zero = canonical(packed, scale, zero)
     weight = decode(packed, scale, zero, bits, group_size, in_features)
     if int8:
-        return torch.nn.functional.linear(quantize_activations(x, bits, group_size), weight).to(x.dtype)
+        return torch.nn.functional.linear(quantize_activations(x, group_size), weight).to(x.dtype)
     return torch.nn.functional.linear(x, weight.to(x.dtype))

@@ -59,7 +59,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, group_si
     """One projection; only packed weights take quantized activations."""
     if not int8 or bits == DENSE_BITS:
         return functional.linear(x, weight, bias)
-    rounded = quantize_activations(x, bits, group_size)
+    rounded = quantize_activations(x, group_size)
     return functional.linear(rounded, weight.to(rounded.dtype), None if bias is None else bias.to(rounded.dtype)).to(
         x.dtype
     )

@@ -95,7 +95,7 @@ void operand_block(const Operand& w, const Plan& plan, const Activations& a, int
 
 void linear(const Operand& w, const void* x, Type type, int64_t tokens, int planes, void* out) {
     static thread_local Scratch scratch;
-    const Plan plan(w);
+    const Plan plan(w, planes);
     const Weight shape = w.weight();
     const size_t size = type == FP32 ? 4 : 2;
     const int64_t each = int64_t(activation_bytes(shape, 8, planes));
@@ -109,7 +109,7 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
         char* to = static_cast<char*>(out) + size_t(first * w.rows) * size;
         const int64_t token_blocks = a.blocks();
         const int threads = threads_for(w.rows * w.columns * now);
-        const int64_t grain = std::max<int64_t>(1, blocks / (threads * 8));
+        const int64_t grain = std::max<int64_t>(1, blocks / (threads * (token_blocks == 1 ? 1 : 8)));
         const auto quantize = [&](int64_t i) {
             variant().quantize(shape, plan.parts.data(), plan.count(), from, type, w.columns, nullptr, a, i);
         };

@@ -33,8 +33,8 @@ class Scratch {
 
 struct Plan {
     std::vector<Chunk> parts;
-    explicit Plan(const Operand& w) : parts(size_t(chunks(w.bits, w.group, w.columns, nullptr))) {
-        chunks(w.bits, w.group, w.columns, parts.data());
+    Plan(const Operand& w, int planes) : parts(size_t(chunks(w.bits, w.group, w.columns, nullptr, planes))) {
+        chunks(w.bits, w.group, w.columns, parts.data(), planes);
     }
     int64_t count() const { return int64_t(parts.size()); }
 };

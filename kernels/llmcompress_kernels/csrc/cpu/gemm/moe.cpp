@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t UNIT_TOKENS = 64;         // slots of one expert that are worked on together
 constexpr int64_t PASS_SLOTS = 2048;        // slots in flight, which bounds the intermediate memory
-constexpr int64_t TASK_BLOCKS = 4;          // blocks of 16 rows to a task
+constexpr int64_t TASKS = 16;               // tasks to a thread, if they can be large enough
+constexpr int64_t LEAST_BLOCKS = 4, MOST_BLOCKS = 32;  // of 16 rows in a task
 constexpr size_t KEPT_BYTES = size_t(8) << 20;
 
 // Slots of one expert, next to each other in expert order.
@@ -80,7 +81,10 @@ void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const
              float* out) {
     const Variant& v = variant();
     const int64_t rows = side.packed.rows, columns = side.packed.columns, blocks = blocks_of(rows);
-    const int64_t tasks = (blocks + TASK_BLOCKS - 1) / TASK_BLOCKS, count = int64_t(units.size());
+    const int64_t count = int64_t(units.size());
+    // long tasks read long streams; there are enough of them to keep the threads equally busy
+    const int64_t each = std::clamp(count * blocks / (TASKS * omp_get_num_threads()), LEAST_BLOCKS, MOST_BLOCKS);
+    const int64_t tasks = (blocks + each - 1) / each;
     if (!side.dense) {
         const size_t size = type == FP32 ? 4 : 2;
         const Weight shape = side.packed.weight();
@@ -96,7 +100,7 @@ void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < count * tasks; ++task) {
         const Unit& u = units[size_t(task / tasks)];
-        const int64_t first = task % tasks * TASK_BLOCKS, last = std::min(first + TASK_BLOCKS, blocks);
+        const int64_t first = task % tasks * each, last = std::min(first + each, blocks);
         float* to = out + u.first * rows;
         if (side.dense) {
             static thread_local Scratch scratch;
@@ -145,7 +149,7 @@ void experts(const Side& gate_up, const Side& down, const Routing& routing, cons
              Activation activation, float alpha, float limit, void* out) {
     static thread_local Scratch first_scratch, second_scratch, hidden_scratch, inner_scratch, slot_scratch;
     const int64_t inner = down.packed.columns, width = down.packed.rows;
-    const Plan first_plan(gate_up.packed), second_plan(down.packed);
+    const Plan first_plan(gate_up.packed, planes), second_plan(down.packed, planes);
     const int64_t step = std::max<int64_t>(1, PASS_SLOTS / std::max<int64_t>(1, routing.slots));
     for (int64_t begin = 0; begin < routing.tokens; begin += step) {
         Pass pass = sort_slots(routing, begin, std::min(begin + step, routing.tokens));

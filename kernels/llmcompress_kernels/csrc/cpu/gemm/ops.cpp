@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 
 #include <string>
@@ -25,6 +26,26 @@ std::optional<lc::Type> type_of(const Tensor& x) {
         default: return std::nullopt;
     }
 }
+
+// Tests fill outputs with NaN first, so that an element that is never written shows.
+bool fill_with_nan = false;
+
+// A contiguous tensor of the type of `like`. Through the dispatcher this would cost as much as a small product.
+Tensor empty_like(const Tensor& like, lc::Type type, const std::vector<int64_t>& shape) {
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 0 ? shape[i] : 1);
+    const int32_t dtype = type == lc::FP32   ? aoti_torch_dtype_float32()
+                          : type == lc::BF16 ? aoti_torch_dtype_bfloat16()
+                                             : aoti_torch_dtype_float16();
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                    aoti_torch_device_type_cpu(), like.get_device(), &handle));
+    Tensor out(handle);
+    if (fill_with_nan) std::memset(out.data_ptr(), 0xff, size_t(out.numel()) * (type == lc::FP32 ? 4 : 2));
+    return out;
+}
+
+Tensor in_order(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 int planes_of(lc::Type type, bool int8) { return int8 ? 1 : type == lc::FP32 ? 3 : 2; }
 
@@ -55,10 +76,10 @@ Tensor group_gemm(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> z
                       plain(zero, ScalarType::Int) && !lc::declined(int(bits), group, columns) && x.dim() > 0 &&
                       x.size(x.dim() - 1) == columns && packed.size(1) == words && scale.dim() == packed.dim();
     if (!runs) return definition("llmcompress::group_gemm_definition", x, packed, scale, zero, bits, group, columns, int8);
-    const Tensor input = torch::stable::contiguous(x);
+    const Tensor input = in_order(x);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = rows;
-    Tensor out = torch::stable::new_empty(x, shape);
+    Tensor out = empty_like(x, *type, shape);
     const int64_t tokens = x.numel() / columns;
     if (tokens > 0 && rows > 0) {
         const lc::Operand w{data<uint32_t>(packed), data<uint16_t>(scale), zero ? data<uint32_t>(*zero) : nullptr,
@@ -127,9 +148,9 @@ Tensor moe_group_gemm(Tensor x, Tensor index, Tensor weights, Tensor gate_up, st
                                 2 * intermediate, hidden);
         const auto second = side(down, down_scale, down_zero, down_bias, down_bits, down_group, hidden, intermediate);
         if (first && second && down.size(0) == experts) {
-            const Tensor input = torch::stable::contiguous(x), chosen = torch::stable::contiguous(index);
-            const Tensor factors = torch::stable::contiguous(weights);
-            Tensor out = torch::stable::new_empty(input, {x.size(0), hidden});
+            const Tensor input = in_order(x), chosen = in_order(index);
+            const Tensor factors = in_order(weights);
+            Tensor out = empty_like(input, *type, {x.size(0), hidden});
             const lc::Routing routing{data<int64_t>(chosen), factors.data_ptr(), *weight_type,
                                       x.size(0), index.size(1), experts};
             lc::experts(*first, *second, routing, input.data_ptr(), *type, planes_of(*type, int8), *kind, float(alpha),
@@ -143,6 +164,8 @@ Tensor moe_group_gemm(Tensor x, Tensor index, Tensor weights, Tensor gate_up, st
 }
 
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) void llmcompress_fill_with_nan(int on) { fill_with_nan = on != 0; }
 
 STABLE_TORCH_LIBRARY_IMPL(llmcompress, CPU, m) {
     m.impl("group_gemm", TORCH_BOX(&group_gemm));

@@ -55,7 +55,7 @@ const Variant& variant() {
 
 Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory) {
     const int64_t padded = (tokens + 7) / 8 * 8;
-    const int64_t count = chunks(w.bits, w.group, w.columns, nullptr);
+    const int64_t count = chunks(w.bits, w.group, w.columns, nullptr, planes);
     auto at = reinterpret_cast<uintptr_t>(memory);
     const auto take = [&](int64_t bytes) {
         at = (at + 63) / 64 * 64;
