@@ -166,6 +166,9 @@ def error(found: Tensor, expected: Tensor, dtype: torch.dtype, usual: float) -> 
 @contextlib.contextmanager
 def nan_filled() -> Iterator[None]:
     """The native kernels fill their outputs with NaN first, meanwhile."""
+    if not cpu.ready():
+        yield
+        return
     library = build.load(cpu.FAMILY)
     library.llmcompress_fill_with_nan(1)
     try:

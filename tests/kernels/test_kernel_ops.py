@@ -174,8 +174,10 @@ def test_operators_stay_whole_in_a_compiled_graph() -> None:
 
 def test_explain_names_one_implementation_per_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(select.VARIABLE, raising=False)
-    used = [row.op for row in select.explain("cpu") if row.used]
-    assert sorted(used) == ["group_gemm", "moe_group_gemm", "pack", "unpack"]
+    rows = select.explain("cpu")
+    used = [row.op for row in rows if row.used]
+    assert sorted(used) == sorted({row.op for row in rows})
+    assert {"group_gemm", "moe_group_gemm", "pack", "unpack"} <= set(used)
 
 
 def test_explain_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
