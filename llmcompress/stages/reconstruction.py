@@ -88,6 +88,7 @@ class Reconstructor:
         import torch
 
         from llmcompress.models.walker import Walker
+        from llmcompress.stages.blockwise import apply_patch
 
         blocks = self.handle.layout.blocks
         finished = self.store.finished()
@@ -106,9 +107,9 @@ class Reconstructor:
             self.handle.load_block(model, block.index).to(self.ctx.device)
             target = self._full_precision(model, walker, block, full, quantized, not done)
             below = self.store.base.read_block(block.index) if self.store.base is not None else BlockPatch({}, {})
-            apply_patch(model, block, below)
+            apply_patch(model, self.handle.layout, below)
             if done:
-                apply_patch(model, block, BlockPatch({}, self.store.read_block(block.index).replaced))
+                apply_patch(model, self.handle.layout, BlockPatch({}, self.store.read_block(block.index).replaced))
             else:
                 record = self._tune(model, walker, block, quantized, target, below)
                 seconds = round(time.monotonic() - started, 3)
@@ -322,25 +323,6 @@ def mixer_of(block: Block) -> Sublayer | None:
                 raise InputError(f"{block.name}: its state-space layer does not come first", "remove the esr stage")
             return sublayer
     return None
-
-
-def apply_patch(model: PreTrainedModel, block: Block, patch: BlockPatch) -> None:
-    """Put decoded weights and replaced tensors into a materialised block."""
-    from llmcompress.models.capture import write_expert_weight
-    from llmcompress.quant.codecs import codec
-
-    bank = block.bank
-    for name, packed in patch.packed.items():
-        dense = codec(packed.spec.codec).decode(packed)
-        if bank is not None and name in (bank.gate_up, bank.down):
-            write_expert_weight(model.get_submodule(bank.module), bank, name, slice(0, bank.num_experts), dense)
-        else:
-            place = model.get_parameter(f"{name}.weight")
-            place.data.copy_(dense.to(place))
-    for name, tensor in patch.replaced.items():
-        if name.rpartition(".")[2] != SCALE:
-            place = model.get_parameter(name)
-            place.data.copy_(tensor.to(place))
 
 
 def estimate_reconstruction(config: EsrConfig, inputs: PlanInputs) -> Estimate:

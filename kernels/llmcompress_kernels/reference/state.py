@@ -77,7 +77,8 @@ def fresh_state(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor) -> Tenso
 def read_out(fresh: Tensor, c: Tensor) -> Tensor:
     """``u C``: ``[S, H, P, N]`` and ``[S, G, N]`` to ``[S, H, P]``."""
     wide = c.repeat_interleave(fresh.shape[1] // c.shape[1], 1)
-    return (fresh @ wide.unsqueeze(-1)).squeeze(-1)
+    # a matrix product could sum in another order for another batch
+    return (fresh * wide.unsqueeze(-2)).sum(-1)
 
 
 def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ def selective_scan_q(
     """A whole sequence with the state stored between tokens; see :mod:`llmcompress_kernels.ops`."""
     qmax = (2.0 ** (bits.to(torch.float32) - 1) - 1)[:, None, None]
     rounded = (bits < FLOAT_BITS)[:, None, None]
-    kept, out, held = [], torch.empty_like(drive), state
+    kept, held = [], state
+    out = torch.empty_like(drive, memory_format=torch.contiguous_format)
     for t in range(drive.shape[1]):
         if keep and t % SEGMENT == 0:
             kept.append(held)
