@@ -11,6 +11,8 @@ import pytest
 
 # before torch is loaded: threads that spin while they wait are slow on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# before triton is: its kernels run on CPU tensors here, and for real in scripts/gpu_check.sh
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _BASE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,0 +1,225 @@
+"""Compile every Triton kernel to PTX and machine code for GPUs that are not here, and report what came out.
+
+    python -m llmcompress_kernels.triton.aot [--arch 80 90] [--only NAME_PART]
+
+prints one JSON object per kernel: shared memory, registers, spilled bytes, and how many matrix instructions of which
+kind. Needs no GPU and no driver. The variants are the ones that launches choose by default: one token and many
+tokens, every bit width, dense and routed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# bytes of shared memory that one program may use
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "i64": "*i64", "u8": "*u8", "i8": "*i8"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel.
+
+    Attributes:
+        name: Shown in the report.
+        kernel: The jitted function.
+        types: Type of every run-time argument.
+        constants: Value of every compile-time argument.
+        warps: Warps per program.
+        stages: Depth of the software pipeline.
+        matrix: It is expected to use tensor cores.
+        weights: Weights per turn of the main loop; its instructions are counted if given.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    matrix: bool = True
+    weights: int = 0
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every kernel of the package, as launches on an architecture specialise it by default."""
+    many = 128 if arch >= 90 else 64
+    yield from _dense(many)
+    yield from _routed(many)
+
+
+def _walk(bits: int, kind: str, tokens: int, columns: int) -> dict[str, Any]:
+    """Compile-time arguments that the matrix kernels share."""
+    import triton.language as tl
+
+    compute = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[kind]
+    pairs = kind == "fp16" or (kind == "bf16" and bits < 8)
+    return {
+        "GROUP": 128,
+        "BITS": bits,
+        "HAS_ZERO": bits != 3,
+        "EVEN": True,
+        "ONE_GROUP": bits != 16,
+        "BM": tokens,
+        "BK": columns,
+        "COMPUTE": compute,
+        "PAIR_TYPE": compute if pairs and bits != 16 else None,
+        "REORDER": pairs and bits != 16 and tokens <= 32,
+        "SCALED": tokens >= 64,
+    }
+
+
+WEIGHT = {"weight": "*i32", "scale": "*fp16", "zero": "*i32"}
+SIZES = {"words": "i32", "groups": "i32", "zero_words": "i32"}
+
+
+def _dense(many: int) -> Iterator[Variant]:
+    from llmcompress_kernels.triton.group_gemm import group_gemm_kernel
+
+    for bits in (2, 3, 4, 8):
+        for kind, tokens, columns, warps in (("fp16", 16, 128, 4), ("bf16", 16, 128, 4), ("bf16", many, 64, 8)):
+            types = {"x": POINTERS[kind], **WEIGHT, "out": "*fp32", "tokens": "i32", "rows": "i32", "columns": "i32"}
+            constants = {**_walk(bits, kind, tokens, columns), "BN": 128}
+            name = f"group_gemm/w{bits}/{kind}/{tokens}"
+            yield Variant(
+                name, group_gemm_kernel, {**types, **SIZES, "steps": "i32"}, constants, warps, weights=128 * columns
+            )
+
+
+def _routed(many: int) -> Iterator[Variant]:
+    from llmcompress_kernels.triton.moe_group_gemm import combine_kernel, down_kernel, gate_up_kernel
+    from llmcompress_kernels.triton.routing import route_kernel
+
+    sides = (
+        (2, "fp16", 16),
+        (3, "bf16", 16),
+        (4, "bf16", 16),
+        (3, "bf16", many),
+        (4, "fp16", many),
+        (16, "bf16", many),
+    )
+    for bits, kind, tokens in sides:
+        walk = {**_walk(bits, kind, tokens, 128 if tokens == 16 else 64), "HAS_BIAS": False, "EXPERTS": 8}
+        weight = dict(WEIGHT) if bits != 16 else {**WEIGHT, "weight": POINTERS[kind]}
+        head = {"x": POINTERS[kind], "slots": "*i32", "experts": "*i32", **weight, "bias": POINTERS[kind]}
+        warps = 4 if tokens == 16 else 8
+        up = {**head, "out": POINTERS[kind], "alpha": "fp32", "limit": "fp32", "count": "i32", "columns": "i32"}
+        constants = {**walk, "SLOTS": 2, "ACTIVATION": "silu", "BN": 128 if tokens == 16 else 64}
+        name = f"w{bits}/{kind}/{tokens}"
+        types = {**up, "intermediate": "i32", **SIZES}
+        yield Variant(f"moe_gate_up/{name}", gate_up_kernel, types, constants, warps)
+        types = {**head, "out": "*fp32", "count": "i32", "columns": "i32", "rows": "i32", **SIZES, "steps": "i32"}
+        yield Variant(f"moe_down/{name}", down_kernel, types, {**walk, "BN": 128}, warps)
+    types = {"index": "*i64", "slots": "*i32", "experts": "*i32", "count": "i32", "places": "i32"}
+    constants = {"EXPERTS": 60, "SIZE": 16, "COUNT": 64, "BLOCKS": 64, "BANK": 64, "CHUNK": 64}
+    yield Variant("moe_route", route_kernel, types, constants, matrix=False)
+    types = {"parts": "*fp32", "index": "*i64", "weights": "*fp32", "out": "*bf16", "count": "i32", "hidden": "i32"}
+    constants = {"SPLITS": 4, "SLOTS": 2, "EXPERTS": 8, "BLOCK": 1024}
+    yield Variant("moe_combine", combine_kernel, types, constants, matrix=False)
+
+
+def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
+    """Compile one variant and read off the artefacts.
+
+    Returns:
+        ``name``, ``kernel``, ``arch``, ``seconds``, ``shared`` bytes, ``registers``, ``spills`` bytes of stack, counts
+        of ``mma`` and ``wgmma`` instructions in the PTX, and ``per_weight`` instructions in the main loop.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    signature, constants = {}, {}
+    for name in variant.kernel.arg_names:
+        if name in variant.constants:
+            signature[name], constants[name] = "constexpr", variant.constants[name]
+        else:
+            signature[name] = variant.types[name]
+    # what a launch finds out by itself: pointers and sizes are multiples of 16
+    even = [n for n, t in variant.types.items() if t.startswith("*") or n in ("columns", "rows", "words", "hidden")]
+    places = {name: i for i, name in enumerate(variant.kernel.arg_names)}
+    attributes = {(places[name],): [["tt.divisibility", 16]] for name in even}
+    began = time.perf_counter()
+    source = triton.compiler.ASTSource(variant.kernel, signature, constants, attributes)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "name": variant.name,
+        "kernel": variant.kernel.__name__,
+        "arch": arch,
+        "seconds": round(time.perf_counter() - began, 2),
+        "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"], variant),
+        "mma": ptx.count("mma.sync"),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "matrix": variant.matrix,
+    }
+
+
+def _resources(cubin: bytes, variant: Variant) -> dict[str, Any]:
+    """Registers per thread, bytes of stack (spills), and instructions per weight in the main loop."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as handle:
+        handle.write(cubin)
+        handle.flush()
+        told = _told([str(tool), "-res-usage", handle.name])
+        found: dict[str, Any] = {}
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()  # type: ignore[union-attr]
+        found.update(registers=int(registers), spills=int(stack))
+        if variant.weights:
+            code = _told([str(tool), "-sass", handle.name])
+            found["per_weight"] = round(longest_loop(code) * variant.warps * 32 / variant.weights, 2)
+    return found
+
+
+def _told(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def longest_loop(code: str) -> int:
+    """Instructions in the longest loop of a disassembly: from the target of a backward branch to the branch."""
+    at = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", code)]
+    longest = 0
+    for address, text in at:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            longest = max(longest, sum(int(branch[1], 16) <= a <= address for a, _ in at))
+    return longest
+
+
+def main() -> int:
+    """Compile in one process per core; exit code 1 if a kernel does not compile."""
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time.")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--only", default="", help="part of a name")
+    parser.add_argument("--share", default="0/1", help="which of how many processes this is")
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    own, of = map(int, options.share.split("/"))
+    work = [(v, arch) for arch in options.arch for v in variants(arch) if options.only in v.name]
+    failed = 0
+    for variant, arch in work[own::of]:
+        try:
+            print(json.dumps(compile_variant(variant, arch)), flush=True)  # noqa: T201
+        except Exception as error:  # every failure is a line of the report
+            failed += 1
+            told = f"{type(error).__name__}: {error}"
+            print(json.dumps({"name": variant.name, "arch": arch, "error": told[:2000]}), flush=True)  # noqa: T201
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
