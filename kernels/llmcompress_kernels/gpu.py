@@ -16,7 +16,11 @@ from torch import Tensor
 from llmcompress_kernels import select
 from llmcompress_kernels.reference import group_gemm as reference_group_gemm
 from llmcompress_kernels.reference import moe_group_gemm as reference_moe_group_gemm
+from llmcompress_kernels.reference import state as reference_state
 from llmcompress_kernels.schemas import _LIBRARY
+from llmcompress_kernels.state import SCHEMAS as _STATE_SCHEMAS  # the operators have to exist
+
+assert _STATE_SCHEMAS
 
 
 @cache
@@ -76,6 +80,48 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
     return reference_moe_group_gemm.moe_group_gemm(*arguments)
 
 
-for _name, _function in (("group_gemm", group_gemm), ("moe_group_gemm", moe_group_gemm)):
-    _LIBRARY.impl(_name, _function, "CUDA")
-    select.register(select.Implementation(_name, "triton", ("cuda",), no_triton))
+def _states(channels: int, states: int, bits: int | None, *tensors: Tensor | None) -> bool:
+    """Whether the state kernels take these sizes and tensors."""
+    if not wanted("triton") or no_triton() is not None:
+        return False
+    from llmcompress_kernels.triton import state as kernels
+
+    plain = all(t is None or t.is_contiguous() for t in tensors)
+    return plain and kernels.verify(channels, states, bits) is None
+
+
+def dsq_state_update(*arguments: Any) -> Tensor:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    held, drive, bits = arguments[:4], arguments[4], arguments[8]
+    if _states(drive.shape[-1], held[2].shape[-1], bits, *held):
+        from llmcompress_kernels.triton import state as kernels
+
+        return kernels.dsq_state_update(*arguments)
+    return reference_state.dsq_state_update(*arguments)
+
+
+def selective_scan_q(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    drive, b, fixed = arguments[0], arguments[2], arguments[6]
+    if drive.shape[1] > 0 and _states(drive.shape[-1], b.shape[-1], None, fixed):
+        from llmcompress_kernels.triton import state as kernels
+
+        return kernels.selective_scan_q(*arguments)
+    return reference_state.selective_scan_q(*arguments)
+
+
+def selective_scan_q_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    drive, b, fixed = arguments[1], arguments[3], arguments[7]
+    if drive.shape[1] > 0 and _states(drive.shape[-1], b.shape[-1], None, fixed):
+        from llmcompress_kernels.triton import state as kernels
+
+        return kernels.selective_scan_q_backward(*arguments)
+    return reference_state.selective_scan_q_backward(*arguments)
+
+
+_FUNCTIONS = (group_gemm, moe_group_gemm, dsq_state_update, selective_scan_q, selective_scan_q_backward)
+
+for _function in _FUNCTIONS:
+    _LIBRARY.impl(_function.__name__, _function, "CUDA")
+    select.register(select.Implementation(_function.__name__, "triton", ("cuda",), no_triton))

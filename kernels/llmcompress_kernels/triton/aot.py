@@ -40,6 +40,7 @@ class Variant:
         stages: Depth of the software pipeline.
         matrix: It is expected to use tensor cores.
         weights: Weights per turn of the main loop; its instructions are counted if given.
+        fused: Multiply-adds may be fused.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant:
     stages: int = 3
     matrix: bool = True
     weights: int = 0
+    fused: bool = True
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -57,6 +59,7 @@ def variants(arch: int) -> Iterator[Variant]:
     many = 128 if arch >= 90 else 64
     yield from _dense(many)
     yield from _routed(many)
+    yield from _states()
 
 
 def _walk(bits: int, kind: str, tokens: int, columns: int) -> dict[str, Any]:
@@ -129,6 +132,23 @@ def _routed(many: int) -> Iterator[Variant]:
     yield Variant("moe_combine", combine_kernel, types, constants, matrix=False)
 
 
+def _states() -> Iterator[Variant]:
+    from llmcompress_kernels.triton import state
+
+    sizes = {"FIXED": False, "HEADS": 80, "P": 64, "N": 128, "LOG": 7}
+    pointers = {name: "*fp32" for name in ("drive", "decay", "b", "c", "out", "grad", "last", "kept", "scratch")}
+    pointers |= {name: "*fp32" for name in ("d_drive", "d_decay", "d_b", "d_c", "state")}
+    pointers |= {"codes": "*u8", "channel": "*fp16", "scale": "*fp16", "fixed": "*fp16", "bits": "*i32"}
+    pointers |= {name: "i32" for name in ("tokens", "segments", "first", "window")}
+    for bits in (4, 8):
+        for kernel in (state.dsq_update_kernel, state.dsq_pack_kernel):
+            constants = {**sizes, "BITS": bits, "SHARE": 80}
+            yield Variant(f"{kernel.__name__}/s{bits}", kernel, pointers, constants, 8, matrix=False, fused=False)
+    constants = {**sizes, "GROUPS": 1, "LENGTH": 32, "KEEP": True}
+    for kernel in (state.dsq_scan_kernel, state.dsq_scan_backward_kernel):
+        yield Variant(kernel.__name__, kernel, pointers, constants, 8, matrix=False, fused=False)
+
+
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
     """Compile one variant and read off the artefacts.
 
@@ -146,12 +166,13 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
         else:
             signature[name] = variant.types[name]
     # what a launch finds out by itself: pointers and sizes are multiples of 16
-    even = [n for n, t in variant.types.items() if t.startswith("*") or n in ("columns", "rows", "words", "hidden")]
     places = {name: i for i, name in enumerate(variant.kernel.arg_names)}
+    sizes = ("columns", "rows", "words", "hidden")
+    even = [n for n, t in variant.types.items() if n in places and (t.startswith("*") or n in sizes)]
     attributes = {(places[name],): [["tt.divisibility", 16]] for name in even}
     began = time.perf_counter()
     source = triton.compiler.ASTSource(variant.kernel, signature, constants, attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": variant.fused}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     return {

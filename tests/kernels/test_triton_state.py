@@ -1,0 +1,91 @@
+"""Triton state kernels under the interpreter: codes and scales equal the definition's to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llmcompress_kernels.reference import state as definition
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is not set", allow_module_level=True)
+
+from llmcompress_kernels.triton import state as kernels  # noqa: E402
+
+SEQUENCES, HEADS, GROUPS, P, N = 2, 4, 2, 16, 32
+
+
+def states(seed: int, *lead: int) -> torch.Tensor:
+    """States with outliers along both axes, one of them all zero."""
+    torch.manual_seed(seed)
+    found = torch.randn(*lead, P, N) * torch.randn(P, 1).exp() * torch.randn(N).exp()
+    found[0, 0] = 0
+    return found
+
+
+def step_inputs(*lead: int) -> tuple[torch.Tensor, ...]:
+    """drive, decay, b, c."""
+    return (
+        torch.randn(*lead, HEADS, P),
+        torch.rand(*lead, HEADS) * 0.2 + 0.8,
+        torch.randn(*lead, GROUPS, N),
+        torch.randn(*lead, GROUPS, N),
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_pack_gives_the_definitions_codes(bits: int, calibrated: bool) -> None:
+    u = states(bits, SEQUENCES, HEADS)
+    fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
+    codes, channel, scale = kernels.dsq_pack(u, fixed, bits)
+    qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1))
+    expected, expected_channel, expected_scale, _ = definition.dsq_quantize(u, qmax, fixed)
+    assert torch.equal(codes, definition.pack(expected.to(torch.int8), bits))
+    assert torch.equal(scale, expected_scale)
+    assert (channel is None) == calibrated
+    assert channel is None or torch.equal(channel, expected_channel)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_update(bits: int, calibrated: bool) -> None:
+    fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
+    codes, channel, scale = kernels.dsq_pack(states(bits, SEQUENCES, HEADS), fixed, bits)
+    held = [codes, channel, scale]
+    expected = [None if t is None else t.clone() for t in held]
+    for _ in range(2):
+        inputs = step_inputs(SEQUENCES)
+        found = kernels.dsq_state_update(*held, fixed, *inputs, bits)
+        wanted = definition.dsq_state_update(*expected, fixed, *inputs, bits)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+        assert all(a is None or torch.equal(a, b) for a, b in zip(held, expected))
+
+
+@pytest.mark.parametrize(("first", "window", "calibrated"), [(1, 1, False), (3, 2, True)])
+def test_scan_and_its_adjoint(first: int, window: int, calibrated: bool) -> None:
+    tokens = definition.SEGMENT + 3
+    begin = states(1, 1, HEADS)
+    drive, decay, b, c = step_inputs(1, tokens)
+    bits = torch.tensor([4, 6, 8, 16], dtype=torch.int32)
+    fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
+    arguments = (drive, decay, b, c, begin, bits, fixed, first, window, True)
+    out, last, kept = kernels.selective_scan_q(*arguments)
+    expected_out, expected_last, expected_kept = definition.selective_scan_q(*arguments)
+    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-3)
+    assert torch.equal(last, expected_last)
+    assert torch.equal(kept, expected_kept)
+    grad = torch.randn_like(out)
+    arguments = (grad, drive, decay, b, c, kept, bits, fixed, first, window)
+    found = kernels.selective_scan_q_backward(*arguments)
+    for mine, wanted in zip(found, definition.selective_scan_q_backward(*arguments)):
+        assert mine.shape == wanted.shape
+        assert (mine - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_sizes_that_kernels_decline() -> None:
+    assert kernels.verify(64, 128, 4) is None
+    assert kernels.verify(64, 128) is None
+    assert kernels.verify(64, 128, 6) == "6 bits"
+    assert "P = 48" in (kernels.verify(48, 128) or "")
+    assert "registers" in (kernels.verify(256, 256) or "")
