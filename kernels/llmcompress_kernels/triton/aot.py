@@ -136,10 +136,10 @@ def _states() -> Iterator[Variant]:
     from llmcompress_kernels.triton import state
 
     sizes = {"FIXED": False, "HEADS": 80, "P": 64, "N": 128, "LOG": 7}
-    pointers = {name: "*fp32" for name in ("drive", "decay", "b", "c", "out", "grad", "last", "kept", "scratch")}
-    pointers |= {name: "*fp32" for name in ("d_drive", "d_decay", "d_b", "d_c", "state")}
+    pointers = dict.fromkeys(("drive", "decay", "b", "c", "out", "grad", "last", "kept", "scratch"), "*fp32")
+    pointers |= dict.fromkeys(("d_drive", "d_decay", "d_b", "d_c", "state"), "*fp32")
     pointers |= {"codes": "*u8", "channel": "*fp16", "scale": "*fp16", "fixed": "*fp16", "bits": "*i32"}
-    pointers |= {name: "i32" for name in ("tokens", "segments", "first", "window")}
+    pointers |= dict.fromkeys(("tokens", "segments", "first", "window"), "i32")
     for bits in (4, 8):
         for kernel in (state.dsq_update_kernel, state.dsq_pack_kernel):
             constants = {**sizes, "BITS": bits, "SHARE": 80}

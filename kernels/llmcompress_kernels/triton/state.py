@@ -1,7 +1,7 @@
 """Operators on recurrent states in Triton: DSQ update, scan with rounding between tokens, and its adjoint.
 
 A program owns one head of one sequence and its whole ``[P, N]`` state, because the state scale is a maximum over P.
-Per token an update reads and writes ``bits / 8`` bytes per value where a float state costs 4 + 4. Codes and scales equal
+Per token an update reads and writes ``bits / 8`` bytes per value where a float state costs 4 + 4. Codes and scales are
 the definition's to the last bit (:mod:`llmcompress_kernels.reference.state`): divisions and roots are correctly
 rounded, the mean is summed in halves, and kernels are compiled without fused multiply-add.
 """
@@ -153,7 +153,9 @@ def dsq_pack_kernel(
 
 
 @triton.jit
-def stored(u, calibrated, width, since, window, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
+def stored(
+    u, calibrated, width, since, window, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr
+):
     """What ``u`` becomes between two tokens: rounded where it is this token's turn and the head is not in float."""
     held = u
     if (since >= 0) & (since % window == 0) & (width < 16):
@@ -376,8 +378,8 @@ def selective_scan_q(
     out, last = torch.empty_like(drive), torch.empty_like(state)
     kept = drive.new_empty((sequences, heads, segments, channels, states) if keep else (0,))
     dsq_scan_kernel[(heads, sequences)](
-        drive, decay, b, c, state, bits.to(torch.int32).contiguous(), _or(fixed, drive), out, last, kept if keep else last,
-        tokens, segments, first, window,
+        drive, decay, b, c, state, bits.to(torch.int32).contiguous(), _or(fixed, drive), out, last,
+        kept if keep else last, tokens, segments, first, window,
         keep, fixed is not None, heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
