@@ -18,12 +18,12 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llmcompress_kernels.state import selective_scan_q
+from llmcompress_kernels import state as kernels
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from llmcompress.algorithms.decoupled_scales import StateSpec
-from llmcompress.algorithms.selective_scan import ScanInputs, read, scan
+from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
 
@@ -250,11 +250,26 @@ class _Mixer:
         inputs = ScanInputs(hidden_states.float(), dt.float().unsqueeze(-1), a, B.float(), C.float())
         if self.runtime.inspect is not None:
             self.runtime.inspect(self.quantizer.layer, inputs)
-        output, state = self._stored_scan(inputs, state)
+        output, state = self._scanned(inputs, state)
         if D is not None:
             output = output + D[:, None] * inputs.x
         output = output.to(hidden_states.dtype)
         return (output, state) if return_final_states else output
+
+    def _scanned(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The recurrence with a stored state, by a kernel where there is one for this codec and size."""
+        quantizer, prompt = self.quantizer, self.runtime.prompt
+        if not quantizer.has_kernel or self.runtime.observe is not None or isinstance(prompt, Tensor):
+            return scan(inputs, state, self.store)
+        x, view = inputs.x, self.view
+        if state is None:
+            state = x.new_zeros(x.shape[0], view.heads, view.channels, view.states)
+        bits = torch.full((view.heads,), quantizer.spec.bits) if quantizer.head_bits is None else quantizer.head_bits
+        decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
+        widths = bits.to(x.device, torch.int32)
+        return kernels.selective_scan_q(
+            inputs.dt * x, decay, inputs.b, inputs.c, state, widths, quantizer.static, prompt, quantizer.window
+        )
 
     def head_update(  # noqa: PLR0913, PLR0917 - the signature is transformers'
         self,
@@ -272,7 +287,7 @@ class _Mixer:
     ) -> Tensor:
         """``mamba2_selective_state_update``: ``x, dt [S, H, P]``, ``A [H, P, N]`` expanded, ``B, C [S, G, N]``."""
         dt = _time_steps(dt[..., :1], None if dt_bias is None else dt_bias[:, :1], dt_softplus)
-        output = state.step_and_read(hidden_states, dt.float(), A[:, :1, :1].float(), B, C)
+        output = state.decode(hidden_states, dt.float(), A[:, :1, :1].float(), B, C)
         if D is not None:
             output = output + hidden_states.float() * D.float()
         if z is not None:
@@ -342,33 +357,12 @@ class _Mixer:
         heads = (self.view.heads, self.view.channels)
         dt = _time_steps(dt, dt_bias, dt_softplus).float().unflatten(-1, heads)
         a = A.float().view(*heads, self.view.states)
-        fresh = state.step(hidden_states.unflatten(-1, heads), dt, a, B.unsqueeze(1))
-        output = read(fresh, C.float().unsqueeze(1)).flatten(1)
+        output = state.decode(hidden_states.unflatten(-1, heads), dt, a, B.unsqueeze(1), C.unsqueeze(1)).flatten(1)
         if D is not None:
             output = output + hidden_states.float() * D.float()
         if z is not None:
             output = output * silu(z.float())
         return output.to(hidden_states.dtype)
-
-    def _stored_scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """:func:`scan` with this mixer's store, by the operator where it stores in this way."""
-        widths, prompt = self.quantizer.kernel_widths(), self.runtime.prompt
-        if widths is None or self.runtime.observe is not None:
-            return scan(inputs, state, self.store)
-        if state is None:
-            state = inputs.x.new_zeros(inputs.x.shape[0], *inputs.x.shape[2:], inputs.b.shape[-1])
-        decay = (inputs.dt.squeeze(-1) * inputs.a.view(-1)).exp()
-        static, window = self.quantizer.static, self.quantizer.window
-        widths = widths.to(state.device)
-        drive, b, c = inputs.dt * inputs.x, inputs.b, inputs.c
-        if isinstance(prompt, int):
-            return selective_scan_q(drive, decay, b, c, state, widths, static, prompt, window)
-        output, last = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (inputs.x, state))
-        for first in prompt.unique().tolist():
-            rows = (prompt == first).nonzero()[:, 0].to(state.device)
-            mine = (drive[rows], decay[rows], b[rows], c[rows], state[rows])
-            output[rows], last[rows] = selective_scan_q(*mine, widths, static, first, window)
-        return output, last
 
     def store(self, fresh: Tensor, token: int) -> Tensor:
         """What the state of token ``token`` of a sequence becomes by being stored."""

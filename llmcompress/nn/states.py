@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llmcompress_kernels.state import dsq_state_update, selective_scan_q
+from llmcompress_kernels import state as kernels
 from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from llmcompress.models.layout import ScanView
+
+
+# N of the C++ and Triton kernels; other sizes are computed here
+KERNEL_STATES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +78,19 @@ class StateQuantizer:
         """Whether the state is rounded this many tokens after the last rounding."""
         return tokens_since % self.window == 0
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
+        spec = self.spec
+        plain = spec.alpha == 0.5 and spec.sqrt_axis == "channel" and spec.rounding == "rtn"
+        fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
+        return spec.active and plain and fits and spec.codec in ("dsq", "dsq_static_p")
+
     def widths(self) -> list[tuple[int, Tensor | None]]:
         """Code widths in use and the heads that use each; None for all heads."""
         if self.head_bits is None:
             return [(self.spec.bits, None)]
         return [(int(bits), (self.head_bits == bits).nonzero()[:, 0]) for bits in self.head_bits.unique().tolist()]
-
-    def kernel_widths(self) -> Tensor | None:
-        """Widths per head for the operators on states, int32 ``[H]``; None where they do not store in this way."""
-        spec = self.spec
-        plain = spec.codec in ("dsq", "dsq_static_p") and spec.alpha == 0.5 and spec.sqrt_axis == "channel"
-        if not plain or not spec.active or spec.rounding != "rtn" or self.scan.kind != "mamba2":
-            return None
-        if self.head_bits is not None:
-            return self.head_bits.to(torch.int32)
-        return torch.full((self.scan.heads,), spec.bits, dtype=torch.int32)
 
     @property
     def nbytes(self) -> int:
@@ -150,6 +152,18 @@ class PackedState:
                 value = advance(value, x.float(), dt, a, b.float())
         return value
 
+    def decode(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """Take one token in and read its output ``u C``, fp32 ``[S, H, P]``; arguments as in :meth:`step`."""
+        quantizer = self.quantizer
+        one_width = quantizer.head_bits is None and quantizer.spec.bits in (4, 8)
+        if not (self.packed and quantizer.has_kernel and one_width and quantizer.window == 1):
+            return read(self.step(x, dt, a, b), c.float())
+        assert self.state is not None
+        drive, decay = dt * x.float(), (dt[..., 0] * a[:, 0, 0]).exp()
+        self.tokens += 1
+        held = (self.codes[0], self.channel, self.state, quantizer.static)
+        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), quantizer.spec.bits)
+
     def step(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Take one token in; returns the fresh state ``[S, H, P, N]`` for reading.
 
@@ -171,34 +185,6 @@ class PackedState:
         else:
             self.value = fresh
         return fresh
-
-    def step_and_read(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """:meth:`step`, then ``u C`` fp32 ``[S, H, P]``; in one pass over the packed state where an operator can.
-
-        Args:
-            x: As in :meth:`step`.
-            dt: As there.
-            a: As there.
-            b: As there.
-            c: As ``b``.
-        """
-        quantizer = self.quantizer
-        widths = None if quantizer.window > 1 or quantizer.head_bits is not None else quantizer.kernel_widths()
-        held = self.value is not None or bool(self.codes)
-        if widths is None or quantizer.spec.bits not in (4, 8) or not held:
-            return read(self.step(x, dt, a, b), c.float())
-        self.tokens += 1
-        decay = (dt * a.view(1, -1, 1)).exp().squeeze(-1)
-        if self.value is not None:
-            drive, decay, b, c = (t.unsqueeze(1) for t in (dt * x.float(), decay, b.float(), c.float()))
-            static = quantizer.static
-            output, self.value = selective_scan_q(drive, decay, b, c, self.value, widths.to(x.device), static)
-            return output[:, 0]
-        assert self.state is not None
-        return dsq_state_update(
-            self.codes[0], self.channel, self.state, quantizer.static, dt * x.float(), decay, b.float(), c.float(),
-            quantizer.spec.bits,
-        )  # fmt: skip
 
     def _stored(self) -> Tensor:
         if self.value is not None:

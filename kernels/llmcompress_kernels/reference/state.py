@@ -77,8 +77,7 @@ def fresh_state(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor) -> Tenso
 def read_out(fresh: Tensor, c: Tensor) -> Tensor:
     """``u C``: ``[S, H, P, N]`` and ``[S, G, N]`` to ``[S, H, P]``."""
     wide = c.repeat_interleave(fresh.shape[1] // c.shape[1], 1)
-    # a matrix product could sum in another order for another batch
-    return (fresh * wide.unsqueeze(-2)).sum(-1)
+    return (fresh @ wide.unsqueeze(-1)).squeeze(-1)
 
 
 def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
