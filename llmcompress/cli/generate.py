@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +19,17 @@ NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, h
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling, with a temperature.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")
+]
+Int8Option = Annotated[
+    bool, typer.Option("--int8-activations", help="Native engine: round activations to 8 bits. Faster, not exact.")
+]
+HeadBitsOption = Annotated[
+    int | None,
+    typer.Option("--head-bits", metavar="8", help="Native engine: round the output head to 8 bits. Not exact."),
+]
+ENGINES = ("auto", "native", "transformers")
 
 
 def register(app: typer.Typer) -> None:
@@ -41,13 +51,17 @@ def generate(
     as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    engine: EngineOption = "auto",
+    int8_activations: Int8Option = False,
+    head_bits: HeadBitsOption = None,
 ) -> None:
     """Continue a prompt."""
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
         prompt = sys.stdin.read().rstrip("\n")
-    writer = Writer(out, path, Sampling(max_new_tokens, temperature, top_p, seed), dtype, device)
+    how = Sampling(max_new_tokens, temperature, top_p, seed)
+    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits))
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
     text, data = writer.write(words, stream=not out.json_mode, special=not as_chat)
     if out.json_mode:
@@ -65,12 +79,16 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    engine: EngineOption = "auto",
+    int8_activations: Int8Option = False,
+    head_bits: HeadBitsOption = None,
 ) -> None:
     """Talk with a model: a line in, an answer out; /reset forgets, /exit or Ctrl-D ends.
 
     A model without a chat template continues the text of the conversation instead.
     """
-    writer = Writer(out, path, Sampling(max_new_tokens, temperature, top_p, seed), dtype, device)
+    how = Sampling(max_new_tokens, temperature, top_p, seed)
+    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits))
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if not writer.has_template:
@@ -119,6 +137,29 @@ class Sampling:
         self.seed = seed
 
 
+class Speed:
+    """What may make generation faster; see :class:`llmcompress.inference.engine.Engine`.
+
+    Args:
+        engine: ``auto``, ``native`` or ``transformers``.
+        int8_activations: Round activations to 8 bits.
+        head_bits: 8 rounds the output head, None keeps it.
+
+    Raises:
+        UsageError: An option is out of range, or asks transformers' engine for what only the native one does.
+    """
+
+    def __init__(self, engine: str, int8_activations: bool, head_bits: int | None) -> None:
+        if engine not in ENGINES:
+            raise UsageError(f"--engine {engine}: unknown", f"choose one of {', '.join(ENGINES)}")
+        if head_bits not in (None, 8):
+            raise UsageError(f"--head-bits {head_bits}: not supported", "leave it out, or use 8")
+        if engine == "transformers" and (int8_activations or head_bits):
+            raise UsageError("--int8-activations and --head-bits belong to the native engine", "use --engine native")
+        self.engine = engine
+        self.options = {"int8_activations": int8_activations, "head_bits": head_bits}
+
+
 class Writer:
     """A loaded model that writes to stdout as it goes.
 
@@ -126,15 +167,20 @@ class Writer:
         out: Where text and remarks go.
         path, dtype, device: As for :func:`llmcompress.cli.models.open_model`.
         sampling: How.
+        speed: By which engine.
     """
 
-    def __init__(self, out: Output, path: str, sampling: Sampling, dtype: str, device: str) -> None:
+    def __init__(self, out: Output, path: str, sampling: Sampling, dtype: str, device: str, speed: Speed) -> None:
         from llmcompress.cli.models import open_model
+        from llmcompress.inference.generate import Generator
 
         out.note(f"loading {path}")
-        self._out = out
         self._opened: OpenedModel = open_model(path, dtype, device)
         self._sampling = sampling
+        name: Any = speed.engine
+        self._generator = Generator(self._opened.model, name, **speed.options)
+        if self._generator.reason is not None and speed.engine == "auto":
+            out.note(f"transformers' own loop decodes: {self._generator.reason}")
 
     @property
     def has_template(self) -> bool:
@@ -166,40 +212,24 @@ class Writer:
         Raises:
             InputError: The prompt has no tokens, or leaves no room in the model's context.
         """
-        import torch
-        from transformers import GenerationConfig
+        from llmcompress.inference.generate import Sampling as How
 
-        model: Any = self._opened.model
         words, how = self._opened.tokenizer, self._sampling
         assert words is not None
-        ids = torch.tensor([list(words(prompt, add_special_tokens=special)["input_ids"])], device=model.device)
-        self._check_room(ids.shape[1])
-        sampled = how.temperature > 0
-        settings = GenerationConfig(
-            max_new_tokens=how.max_new_tokens,
-            do_sample=sampled,
-            temperature=how.temperature if sampled else 1.0,
-            top_p=how.top_p if sampled else 1.0,
-            top_k=0,
-            pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
-            eos_token_id=words.eos_token_id,
+        ids = list(words(prompt, add_special_tokens=special)["input_ids"])
+        self._check_room(len(ids))
+        stop = {words.eos_token_id} - {None}
+        (found,) = self._generator.generate(
+            [ids],
+            How(how.max_new_tokens, how.temperature, how.top_p, seed=how.seed),
+            stop,
+            _streamer(words) if stream else None,
         )
-        torch.manual_seed(how.seed)
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            full = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=settings,
-                streamer=_streamer(words) if stream else None,
-            )
-        seconds = time.perf_counter() - begun
-        new = full[0, ids.shape[1] :]
-        text = str(words.decode(new, skip_special_tokens=True))
-        speed = len(new) / seconds if seconds else 0.0
+        text = str(words.decode(found.tokens, skip_special_tokens=True))
+        speed = len(found.tokens) / found.seconds if found.seconds else 0.0
         data = {
-            "prompt_tokens": int(ids.shape[1]), "new_tokens": len(new), "seconds": round(seconds, 3),
-            "tokens_per_second": round(speed, 2),
+            "prompt_tokens": len(ids), "new_tokens": len(found.tokens), "seconds": round(found.seconds, 3),
+            "tokens_per_second": round(speed, 2), "engine": self._generator.engine,
         }  # fmt: skip
         return text, data
 

@@ -1,0 +1,139 @@
+// Attention of one new token over a key-value cache, for the query heads that share one key-value head.
+//
+// The positions are cut into chunks, so that threads share one sequence (flash decoding): a chunk leaves its weighted
+// sum of values with its maximum and its sum of exponentials, and combine() merges them.
+#pragma once
+
+#include <algorithm>
+
+#include "engine.h"
+#include "vec.h"
+
+namespace LLMCOMPRESS_ISA {
+
+// What a chunk leaves for one query head: maximum, sum of exponentials, then Dp values.
+constexpr int PART_HEAD = LANES;
+
+// stands for minus infinity: its exponential is 0, and it has a difference to itself
+constexpr float LOWEST = -3.0e38f;
+
+inline int padded_dim(int head_dim) { return int(padded(head_dim)); }
+
+// scores [G] of sixteen positions; keys [Dp, LANES], queries [heads, Dp]
+template <class T, int G>
+inline void score_block(const T* keys, const float* queries, int dim, int width, F16* scores) {
+    F16 acc[G][2] = {};
+    int d = 0;
+    for (; d + 2 <= dim; d += 2) {
+        const F16 a = load_float(keys + d * LANES), b = load_float(keys + (d + 1) * LANES);
+        for (int g = 0; g < G; ++g) {
+            acc[g][0] += a * queries[g * width + d];
+            acc[g][1] += b * queries[g * width + d + 1];
+        }
+    }
+    if (d < dim) {
+        const F16 a = load_float(keys + d * LANES);
+        for (int g = 0; g < G; ++g) acc[g][0] += a * queries[g * width + d];
+    }
+    for (int g = 0; g < G; ++g) scores[g] = acc[g][0] + acc[g][1];
+}
+
+// values [positions, width]; adds weights [G][stride] times values to out [G][part stride], TILE vectors wide
+template <class T, int G, int TILE>
+inline void value_tile(const T* values, const float* weights, int64_t stride, int count, int width, float* out,
+                       int out_stride) {
+    F16 acc[G][TILE] = {};
+    for (int p = 0; p < count; ++p) {
+        F16 v[TILE];
+        for (int i = 0; i < TILE; ++i) v[i] = load_float(values + (int64_t)p * width + i * LANES);
+        for (int g = 0; g < G; ++g)
+            for (int i = 0; i < TILE; ++i) acc[g][i] += v[i] * weights[g * stride + p];
+    }
+    for (int g = 0; g < G; ++g)
+        for (int i = 0; i < TILE; ++i) store(out + g * out_stride + i * LANES, acc[g][i]);
+}
+
+// Positions [first, last) for G query heads. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
+template <class T, int G>
+void attend(const T* keys, const T* values, const float* queries, int dim, int64_t first, int64_t last, float* weights,
+            int64_t stride, float* out) {
+    const int width = padded_dim(dim), part = PART_HEAD + width;
+    const int64_t begin = first / LANES * LANES;
+    const int count = (int)(last - first), skip = (int)(first - begin);
+    const F16 lowest = spread(LOWEST);
+    F16 peak[G];
+    for (int g = 0; g < G; ++g) peak[g] = lowest;
+    for (int64_t p = begin; p < last; p += LANES) {
+        F16 scores[G];
+        score_block<T, G>(keys + p * width, queries, dim, width, scores);
+        if (p < first || p + LANES > last)
+            for (int g = 0; g < G; ++g)
+                for (int i = 0; i < LANES; ++i)
+                    if (p + i < first || p + i >= last) scores[g][i] = LOWEST;
+        for (int g = 0; g < G; ++g) {
+            peak[g] = maximum(peak[g], scores[g]);
+            store(weights + g * stride + (p - begin), scores[g]);
+        }
+    }
+    for (int g = 0; g < G; ++g) {
+        float* w = weights + g * stride;
+        const float top = largest(peak[g]);
+        F16 total{};
+        // masked scores underflow to 0
+        for (int64_t p = begin; p < last; p += LANES) {
+            const F16 e = exponential(load_float(w + (p - begin)) - top);
+            total += e;
+            store(w + (p - begin), e);
+        }
+        out[g * part] = top;
+        out[g * part + 1] = sum(total);
+    }
+    const T* rows = values + first * width;
+    float* to = out + PART_HEAD;
+    int d = 0;
+    for (; d + 64 <= width; d += 64) value_tile<T, G, 4>(rows + d, weights + skip, stride, count, width, to + d, part);
+    for (; d < width; d += 16) value_tile<T, G, 1>(rows + d, weights + skip, stride, count, width, to + d, part);
+}
+
+template <class T>
+void attend_heads(int heads, const T* keys, const T* values, const float* queries, int dim, int64_t first, int64_t last,
+                  float* weights, int64_t stride, float* out) {
+    const int width = padded_dim(dim), part = PART_HEAD + width;
+    for (; heads >= 4; heads -= 4, queries += 4 * width, out += 4 * part)
+        attend<T, 4>(keys, values, queries, dim, first, last, weights, stride, out);
+    if (heads == 3) attend<T, 3>(keys, values, queries, dim, first, last, weights, stride, out);
+    if (heads == 2) attend<T, 2>(keys, values, queries, dim, first, last, weights, stride, out);
+    if (heads == 1) attend<T, 1>(keys, values, queries, dim, first, last, weights, stride, out);
+}
+
+// Merge the parts of one head, `chunks` of them `stride` floats apart, into out [dim].
+inline void combine(const float* parts, int64_t stride, int chunks, int dim, float* out) {
+    float top = parts[0], total = 0;
+    for (int c = 1; c < chunks; ++c) top = std::max(top, parts[c * stride]);
+    float factors[MAX_CHUNKS];
+    for (int c = 0; c < chunks; ++c) {
+        const F16 e = exponential(spread(parts[c * stride] - top));
+        factors[c] = e[0];
+        total += factors[c] * parts[c * stride + 1];
+    }
+    const float inverse = 1.f / total;
+    const int width = padded_dim(dim);
+    for (int d = 0; d < width; d += LANES) {
+        F16 acc{};
+        for (int c = 0; c < chunks; ++c) acc += load_float(parts + c * stride + PART_HEAD + d) * (factors[c] * inverse);
+        if (d + LANES <= dim) store(out + d, acc);
+        else for (int i = 0; d + i < dim; ++i) out[d + i] = acc[i];
+    }
+}
+
+// Rotate halves, as llama does: (a, b) -> (a cos - b sin, b cos + a sin); cosine and sine [dim / 2].
+inline void rotate(const float* from, const float* cosine, const float* sine, int dim, float scale, float* to) {
+    const int half = dim / 2;
+    for (int i = 0; i < half; ++i) {
+        const float a = from[i], b = from[half + i];
+        to[i] = (a * cosine[i] - b * sine[i]) * scale;
+        to[half + i] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+}
+
+}  // namespace LLMCOMPRESS_ISA

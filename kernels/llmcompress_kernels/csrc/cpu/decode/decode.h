@@ -1,0 +1,79 @@
+// Native decode step: what Python and C++ agree on. Plain C structs, mirrored in llmcompress_kernels/decode.py.
+//
+// Legend: B tokens of one step (at most MAX_BATCH), H hidden, D head dimension, Dp = D rounded up to LANES,
+// P positions a cache holds (a multiple of LANES), E experts, k experts per token, V vocabulary.
+#pragma once
+
+#include <cstdint>
+
+#include "llmcompress/lowbit.h"
+
+namespace llmcompress::decode {
+
+constexpr int MAX_BATCH = 8;  // tokens that one pass over the weights serves
+constexpr int MAX_HEAD_DIM = 1024;
+constexpr int MAX_CHUNKS = 64;  // of the positions of one sequence
+
+// How a matrix is stored: packed ones as lowbit.h says, rows padded to a multiple of LANES; dense ones row by row.
+enum Kind : int32_t { ABSENT = 0, DENSE_FP32 = 1, DENSE_BF16 = 2, PACKED = 3 };
+
+// y = W x + bias with W [rows, columns], or one for each expert, `expert_rows` rows apart.
+struct Matrix {
+    const void* data;
+    const uint16_t* scale;  // PACKED
+    const uint32_t* zero;   // PACKED, or null
+    const float* bias;      // [experts, rows] or null
+    int64_t rows, columns, expert_rows;
+    int32_t kind;
+    int32_t bits, group;
+    int32_t reserved;
+};
+
+struct Layer {
+    const float* attention_norm;  // [H]
+    const float* mlp_norm;        // [H]
+    const float* query_norm;      // [D] or null
+    const float* key_norm;        // [D] or null
+    Matrix query, key, value, output;
+    Matrix gate, up, down;  // the gated MLP, or the experts where `router` is present
+    Matrix router;          // [E, H], dense, or ABSENT
+};
+
+struct Model {
+    const Layer* layers;
+    const float* final_norm;  // [H]
+    const float* cosine;      // [positions, D / 2]
+    const float* sine;        // [positions, D / 2]
+    Matrix embedding;         // [V, H], dense
+    Matrix head;              // [V, H]
+    int32_t layer_count, hidden, heads, key_value_heads, head_dim;
+    int32_t top_k, renormalize, reserved;
+    float epsilon, attention_scale;
+};
+
+// keys [layer, slot, kv head, P / LANES, Dp, LANES] and values [layer, slot, kv head, P, Dp]: the scores of sixteen
+// positions are one vector, and neither product needs a horizontal sum.
+struct Cache {
+    void* keys;
+    void* values;
+    int32_t kind;  // DENSE_FP32 or DENSE_BF16
+    int32_t slots;
+    int64_t positions;  // P
+};
+
+struct Step {
+    const int64_t* tokens;     // [B]
+    const int64_t* positions;  // [B], where each token stands; the cache holds what comes before the step
+    const int32_t* slots;      // [B], which sequence of the cache
+    float* logits;             // [B, V]
+    int64_t* best;             // [B], index of the largest logit, or null
+    double* seconds;           // [PHASES], time of thread 0 by phase, added to, or null
+    float* hidden;             // [B, H]: input where first_layer > 0, output where last_layer < layer_count
+    int32_t batch, planes, threads;
+    int32_t first_layer, last_layer;  // half-open; a whole step is [0, layer_count)
+    int32_t reserved;
+};
+
+enum Phase : int { NORM, QKV, ATTENTION, OUTPUT, ROUTER, GATE_UP, DOWN, HEAD, WAIT, PHASES };
+
+}  // namespace llmcompress::decode

@@ -1,0 +1,135 @@
+// A model made ready: chunk lists of its packed matrices, buffers of its threads. Compiled for any machine.
+#pragma once
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "decode.h"
+
+namespace llmcompress::decode {
+
+inline int64_t row_blocks(int64_t rows) { return (rows + LANES - 1) / LANES; }
+inline int64_t padded(int64_t n) { return row_blocks(n) * LANES; }
+
+// A matrix with what its kernel wants to know.
+struct Operand {
+    Matrix m{};
+    Weight first{};  // of the first expert
+    const std::vector<Chunk>* parts = nullptr;
+
+    bool present() const { return m.kind != ABSENT; }
+    int64_t blocks() const { return row_blocks(m.rows); }
+    Weight weight(int64_t expert) const {
+        Weight w = first;
+        w.packed += expert * m.expert_rows * w.words();
+        w.scale += expert * m.expert_rows * w.groups();
+        if (w.zero) w.zero += expert * m.expert_rows * w.zero_words();
+        return w;
+    }
+};
+
+struct LayerOperands {
+    Layer l;
+    Operand query, key, value, output, gate, up, down, router;
+};
+
+// What one thread works in. Vectors only grow.
+struct Buffers {
+    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed;
+    std::vector<int64_t> rows;
+    std::vector<int> chosen;
+    std::vector<char> activations;
+};
+
+// What the threads of a step share.
+struct Shared {
+    std::vector<float> query, key, value, parts, inner, delta, scores;
+    std::vector<int64_t> best;
+    int chunks = 1;
+};
+
+class Engine {
+  public:
+    explicit Engine(const Model& model) : m(model) {
+        head = operand(m.head);
+        layers.reserve(size_t(m.layer_count));
+        for (int i = 0; i < m.layer_count; ++i) {
+            const Layer& l = m.layers[i];
+            layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
+                              operand(l.gate), operand(l.up), operand(l.down), operand(l.router)});
+            intermediate = std::max(intermediate, l.gate.rows);
+            experts = std::max(experts, l.router.rows);
+        }
+    }
+
+    // Room for a step; chunks of positions so that no thread idles for long. A chunk below 64 positions is not worth
+    // its merging.
+    void prepare(const Step& s, const Cache& c) {
+        const size_t b = size_t(s.batch), dim = size_t(m.head_dim), wide = size_t(padded(intermediate));
+        const size_t group = size_t(m.heads / m.key_value_heads);
+        int64_t longest = 0;
+        for (int i = 0; i < s.batch; ++i) longest = std::max(longest, s.positions[i] + 1);
+        const int tasks = s.batch * m.key_value_heads;
+        const int wanted = tasks % s.threads == 0 ? 1 : (2 * s.threads + tasks - 1) / tasks + 1;
+        shared.chunks = int(std::max<int64_t>(1, std::min<int64_t>({wanted, MAX_CHUNKS, longest / 64})));
+        grow(shared.query, b * size_t(padded(m.heads * m.head_dim)));
+        grow(shared.key, b * size_t(padded(m.key_value_heads * m.head_dim)));
+        grow(shared.value, b * size_t(padded(m.key_value_heads * m.head_dim)));
+        grow(shared.parts, b * size_t(m.heads * shared.chunks) * (LANES + size_t(padded(m.head_dim))));
+        grow(shared.delta, b * size_t(padded(m.hidden)));
+        grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
+        grow(shared.scores, b * size_t(padded(experts)));
+        grow(shared.best, b * size_t(s.threads));
+        while (threads.size() < size_t(s.threads)) threads.push_back(std::make_unique<Buffers>());
+        for (int t = 0; t < s.threads; ++t) {
+            Buffers& own = *threads[size_t(t)];
+            grow(own.hidden, b * size_t(m.hidden));
+            grow(own.normed, b * size_t(m.hidden));
+            grow(own.mixed, b * size_t(m.heads) * dim);
+            grow(own.product, b * std::max(wide, size_t(padded(m.hidden))));
+            grow(own.gated, b * wide);
+            grow(own.queries, group * size_t(padded(m.head_dim)));
+            grow(own.weights, std::min<size_t>(4, group) * size_t(c.positions + LANES));
+            grow(own.routed, b * size_t(std::max(1, m.top_k)));
+            grow(own.chosen, b * size_t(std::max(1, m.top_k)));
+            grow(own.rows, b);
+            grow(own.activations, activation_size_);
+        }
+    }
+
+    Model m;
+    Operand head;
+    std::vector<LayerOperands> layers;
+    Shared shared;
+    std::vector<std::unique_ptr<Buffers>> threads;
+    int64_t intermediate = 0, experts = 0;
+
+  private:
+    template <class T>
+    static void grow(std::vector<T>& v, size_t size) {
+        if (v.size() < size) v.resize(size);
+    }
+
+    Operand operand(const Matrix& m) {
+        Operand o;
+        o.m = m;
+        if (m.kind != PACKED) return o;
+        o.first = {static_cast<const uint32_t*>(m.data), m.scale, m.zero, padded(m.rows), m.columns, m.group, m.bits};
+        auto& parts = plans_[std::make_tuple(m.bits, m.group, m.columns)];
+        if (parts.empty()) {
+            parts.resize(size_t(llmcompress::chunks(m.bits, m.group, m.columns, nullptr)));
+            llmcompress::chunks(m.bits, m.group, m.columns, parts.data());
+        }
+        o.parts = &parts;
+        activation_size_ = std::max(activation_size_, activation_bytes(o.first, MAX_BATCH, 3));
+        return o;
+    }
+
+    std::map<std::tuple<int32_t, int32_t, int64_t>, std::vector<Chunk>> plans_;
+    size_t activation_size_ = 0;
+};
+
+}  // namespace llmcompress::decode

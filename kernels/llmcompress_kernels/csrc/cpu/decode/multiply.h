@@ -1,0 +1,123 @@
+// Matrix products of one decode step: a few tokens against rows of a matrix, without threads of their own.
+// Packed rows are the work of lowbit.h; this adds dense ones, biases, and rows that do not fill a block.
+#pragma once
+
+#include "engine.h"
+#include "vec.h"
+
+namespace LLMCOMPRESS_ISA {
+
+// Activations of up to MAX_BATCH tokens; one per thread. Fixed-point forms are made when a matrix first asks.
+class Input {
+  public:
+    Input(std::vector<char>& memory, int planes) : memory_(memory), planes_(planes) {}
+
+    // Token t is row index[t] (t itself where index is null) of `rows`, `stride` floats apart.
+    void set(const float* rows, int64_t stride, int tokens, const int64_t* index = nullptr) {
+        rows_ = rows, stride_ = stride, tokens_ = tokens, index_ = index, bits_ = 0;
+    }
+    int tokens() const { return tokens_; }
+    const float* row(int t) const { return rows_ + (index_ ? index_[t] : t) * stride_; }
+
+    const Activations& fixed_point(const Weight& w, const std::vector<Chunk>& parts) {
+        if (bits_ != w.bits || group_ != w.group) {
+            fixed_ = place_activations(w, tokens_, planes_, memory_.data());
+            for (int64_t i = 0; i < fixed_.blocks(); ++i)
+                variant().quantize(w, parts.data(), int64_t(parts.size()), rows_, FP32, stride_, index_, fixed_, i);
+            bits_ = w.bits, group_ = w.group;
+        }
+        return fixed_;
+    }
+
+  private:
+    std::vector<char>& memory_;
+    const int planes_;
+    const float* rows_ = nullptr;
+    int64_t stride_ = 0;
+    int tokens_ = 0;
+    const int64_t* index_ = nullptr;
+    Activations fixed_{};
+    int bits_ = 0;
+    int64_t group_ = 0;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+    const uint32_t u = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+// ROWS dense rows against TOKENS tokens from `token` on; out[t * stride + r].
+template <class T, int ROWS, int TOKENS>
+inline void dense_rows(const T* w, int64_t columns, const Input& in, int token, float* out, int64_t stride) {
+    F16 acc[ROWS][TOKENS] = {};
+    const float* x[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) x[t] = in.row(token + t);
+    int64_t c = 0;
+    for (; c + 16 <= columns; c += 16)
+        LLMCOMPRESS_UNROLL for (int r = 0; r < ROWS; ++r) {
+            __builtin_prefetch(reinterpret_cast<const char*>(w + r * columns + c) + 1024, 0, 3);
+            const F16 v = load_float(w + r * columns + c);
+            LLMCOMPRESS_UNROLL for (int t = 0; t < TOKENS; ++t) acc[r][t] += v * load_float(x[t] + c);
+        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int t = 0; t < TOKENS; ++t) {
+            float total = sum(acc[r][t]);
+            for (int64_t k = c; k < columns; ++k) total += widen(w[r * columns + k]) * x[t][k];
+            out[t * stride + r] = total;
+        }
+}
+
+template <class T, int ROWS>
+void dense_tokens(const T* w, int64_t columns, const Input& in, float* out, int64_t stride) {
+    int t = 0;
+    for (; t + 4 <= in.tokens(); t += 4) dense_rows<T, ROWS, 4>(w, columns, in, t, out + t * stride, stride);
+    for (; t < in.tokens(); ++t) dense_rows<T, ROWS, 1>(w, columns, in, t, out + t * stride, stride);
+}
+
+template <class T>
+void dense_blocks(const T* w, const Matrix& m, const Input& in, int64_t first, int64_t last, float* out, int64_t stride) {
+    const int64_t end = std::min(last * LANES, m.rows);
+    int64_t row = first * LANES;
+    for (; row + 4 <= end; row += 4) dense_tokens<T, 4>(w + row * m.columns, m.columns, in, out + row, stride);
+    for (; row < end; ++row) dense_tokens<T, 1>(w + row * m.columns, m.columns, in, out + row, stride);
+}
+
+inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t first, int64_t last, float* out,
+                          int64_t stride) {
+    const Weight w = o.weight(expert);
+    const Activations& a = in.fixed_point(w, *o.parts);
+    const int64_t count = int64_t(o.parts->size()), whole = o.m.rows / LANES;
+    const auto rows = variant().rows;
+    if (first < std::min(last, whole)) rows(w, o.parts->data(), count, a, first, std::min(last, whole), out, FP32, stride);
+    if (last <= whole) return;
+    // the last block has rows that do not exist
+    float full[MAX_BATCH * LANES];
+    Weight tail = w;
+    tail.packed += whole * LANES * w.words();
+    tail.scale += whole * LANES * w.groups();
+    if (tail.zero) tail.zero += whole * LANES * w.zero_words();
+    rows(tail, o.parts->data(), count, a, 0, 1, full, FP32, LANES);
+    for (int t = 0; t < in.tokens(); ++t)
+        std::memcpy(out + t * stride + whole * LANES, full + t * LANES, size_t(o.m.rows - whole * LANES) * 4);
+}
+
+// Row blocks [first, last) of W x + bias for every token of `in`: out[t * stride + row].
+inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first, int64_t last, float* out, int64_t stride) {
+    if (first >= last) return;
+    const Matrix& m = o.m;
+    const int64_t begin = expert * m.expert_rows * m.columns;
+    if (m.kind == DENSE_FP32)
+        dense_blocks(static_cast<const float*>(m.data) + begin, m, in, first, last, out, stride);
+    else if (m.kind == DENSE_BF16)
+        dense_blocks(static_cast<const uint16_t*>(m.data) + begin, m, in, first, last, out, stride);
+    else packed_blocks(o, expert, in, first, last, out, stride);
+    if (m.bias == nullptr) return;
+    const float* bias = m.bias + expert * m.rows;
+    for (int t = 0; t < in.tokens(); ++t)
+        for (int64_t row = first * LANES; row < std::min(last * LANES, m.rows); ++row) out[t * stride + row] += bias[row];
+}
+
+}  // namespace LLMCOMPRESS_ISA

@@ -1,0 +1,17 @@
+// Everything that the step uses and that must not be compiled for its instruction set: the linker keeps one copy of
+// an inline function, and it has to be one that any machine can run.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "barrier.h"
+#include "decode.h"
+#include "engine.h"
+#include "llmcompress/types.h"
+
+// vectors of sixteen floats pass between inlined functions only, so their calling convention does not matter
+#pragma GCC diagnostic ignored "-Wpsabi"

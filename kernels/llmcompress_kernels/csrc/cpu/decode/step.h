@@ -1,0 +1,348 @@
+// The whole decode step: every thread walks through all layers and waits for the others where it needs their rows.
+//
+// What is small (norms, rounding of activations, merging of attention, routing) every thread computes for itself,
+// which costs less than a barrier. Matrices are cut by row blocks, attention by key-value heads and chunks of positions.
+#pragma once
+
+#include "attention.h"
+#include "engine.h"
+#include "multiply.h"
+
+namespace LLMCOMPRESS_ISA {
+
+class Worker {
+  public:
+    Worker(Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread)
+        : e_(engine), m_(engine.m), c_(cache), s_(step), sh_(engine.shared), own_(*engine.threads[size_t(thread)]),
+          barrier_(barrier), thread_(thread), in_(own_.activations, step.planes) {}
+
+    void run() {
+        mark_ = now();
+        if (s_.first_layer == 0) embed();
+        else std::copy_n(s_.hidden, s_.batch * m_.hidden, own_.hidden.begin());
+        for (int i = s_.first_layer; i < s_.last_layer; ++i) {
+            const LayerOperands& o = e_.layers[size_t(i)];
+            attention(o, i);
+            if (o.router.present()) experts(o);
+            else gated_mlp(o);
+        }
+        if (s_.last_layer == m_.layer_count) head();
+        else if (thread_ == 0) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, s_.hidden);
+    }
+
+  private:
+    static double now() {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
+
+    void took(Phase phase) {
+        if (thread_ != 0 || s_.seconds == nullptr) return;
+        const double t = now();
+        s_.seconds[phase] += t - mark_;
+        mark_ = t;
+    }
+
+    void wait() {
+        barrier_.wait();
+        took(WAIT);
+    }
+
+    struct Range {
+        int64_t first, last;
+        int64_t begin() const { return first * LANES; }
+        int64_t end(int64_t rows) const { return std::min(last * LANES, rows); }
+    };
+
+    // this thread's share of n things
+    Range share(int64_t n) const {
+        const int64_t threads = barrier_.threads();
+        return {n * thread_ / threads, n * (thread_ + 1) / threads};
+    }
+
+    void embed() {
+        for (int b = 0; b < s_.batch; ++b) {
+            float* to = own_.hidden.data() + b * m_.hidden;
+            const int64_t at = s_.tokens[b] * m_.hidden;
+            for (int i = 0; i < m_.hidden; ++i)
+                to[i] = m_.embedding.kind == DENSE_FP32 ? static_cast<const float*>(m_.embedding.data)[at + i]
+                                                        : widen(static_cast<const uint16_t*>(m_.embedding.data)[at + i]);
+        }
+    }
+
+    static void norm(const float* x, const float* weight, int n, float epsilon, float* out) {
+        F16 squares{};
+        float rest = 0;
+        int i = 0;
+        for (; i + 16 <= n; i += 16) {
+            const F16 v = load_float(x + i);
+            squares += v * v;
+        }
+        for (; i < n; ++i) rest += x[i] * x[i];
+        const float factor = 1.f / std::sqrt((sum(squares) + rest) / float(n) + epsilon);
+        for (i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+    }
+
+    void norm_all(const float* weight) {
+        for (int b = 0; b < s_.batch; ++b)
+            norm(own_.hidden.data() + b * m_.hidden, weight, m_.hidden, m_.epsilon, own_.normed.data() + b * m_.hidden);
+        in_.set(own_.normed.data(), m_.hidden, s_.batch);
+        took(NORM);
+    }
+
+    void add_delta() {
+        for (int64_t i = 0; i < s_.batch * int64_t(m_.hidden); ++i) own_.hidden[size_t(i)] += sh_.delta[size_t(i)];
+    }
+
+    void attention(const LayerOperands& o, int layer) {
+        norm_all(o.l.attention_norm);
+        const Operand* parts[3] = {&o.query, &o.key, &o.value};
+        float* outs[3] = {sh_.query.data(), sh_.key.data(), sh_.value.data()};
+        const Range mine = share(o.query.blocks() + o.key.blocks() + o.value.blocks());
+        int64_t start = 0;
+        for (int i = 0; i < 3; ++i) {
+            const int64_t blocks = parts[i]->blocks();
+            multiply(*parts[i], in_, 0, std::max<int64_t>(0, mine.first - start), std::min(blocks, mine.last - start),
+                     outs[i], parts[i]->m.rows);
+            start += blocks;
+        }
+        took(QKV);
+        wait();
+        // all new keys and values come first: tokens of a step may belong to one sequence (a short prompt)
+        const Range pairs = share(s_.batch * m_.key_value_heads);
+        for (int64_t i = pairs.first; i < pairs.last; ++i)
+            append(o.l, layer, int(i / m_.key_value_heads), int(i % m_.key_value_heads));
+        wait();
+        const Range tasks = share(int64_t(s_.batch) * m_.key_value_heads * sh_.chunks);
+        for (int64_t task = tasks.first; task < tasks.last; ++task) {
+            const int pair = int(task / sh_.chunks), chunk = int(task % sh_.chunks);
+            if (c_.kind == DENSE_FP32) attend_chunk<float>(o.l, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
+            else attend_chunk<uint16_t>(o.l, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
+        }
+        took(ATTENTION);
+        wait();
+        const int part = PART_HEAD + padded_dim(m_.head_dim), width = m_.heads * m_.head_dim;
+        for (int b = 0; b < s_.batch; ++b)
+            for (int h = 0; h < m_.heads; ++h)
+                combine(sh_.parts.data() + (int64_t(b) * sh_.chunks * m_.heads + h) * part, int64_t(m_.heads) * part,
+                        sh_.chunks, m_.head_dim, own_.mixed.data() + b * width + h * m_.head_dim);
+        in_.set(own_.mixed.data(), width, s_.batch);
+        took(ATTENTION);
+        const Range rows = share(o.output.blocks());
+        multiply(o.output, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
+        took(OUTPUT);
+        wait();
+        add_delta();
+    }
+
+    int64_t cache_base(int layer, int b, int head) const {
+        const int64_t sequence = int64_t(layer) * c_.slots + s_.slots[b];
+        return (sequence * m_.key_value_heads + head) * c_.positions * padded_dim(m_.head_dim);
+    }
+
+    const float* cosine(int b) const { return m_.cosine + s_.positions[b] * (m_.head_dim / 2); }
+    const float* sine(int b) const { return m_.sine + s_.positions[b] * (m_.head_dim / 2); }
+
+    void append(const Layer& l, int layer, int b, int head) {
+        const int dim = m_.head_dim;
+        const int64_t base = cache_base(layer, b, head), at = (int64_t(b) * m_.key_value_heads + head) * dim;
+        float normed[MAX_HEAD_DIM], turned[MAX_HEAD_DIM];
+        const float* k = sh_.key.data() + at;
+        if (l.key_norm != nullptr) norm(k, l.key_norm, dim, m_.epsilon, normed), k = normed;
+        rotate(k, cosine(b), sine(b), dim, 1.f, turned);
+        const float* v = sh_.value.data() + at;
+        if (c_.kind == DENSE_FP32)
+            put(static_cast<float*>(c_.keys) + base, static_cast<float*>(c_.values) + base, s_.positions[b], turned, v);
+        else
+            put(static_cast<uint16_t*>(c_.keys) + base, static_cast<uint16_t*>(c_.values) + base, s_.positions[b], turned, v);
+    }
+
+    template <class T>
+    void put(T* keys, T* values, int64_t position, const float* k, const float* v) {
+        const int width = padded_dim(m_.head_dim);
+        T* column = keys + position / LANES * LANES * width + position % LANES;
+        T* row = values + position * width;
+        for (int d = 0; d < m_.head_dim; ++d) {
+            store_one(column + d * LANES, k[d]);
+            store_one(row + d, v[d]);
+        }
+    }
+
+    template <class T>
+    void attend_chunk(const Layer& l, int layer, int b, int head, int chunk) {
+        const int dim = m_.head_dim, width = padded_dim(dim), group = m_.heads / m_.key_value_heads;
+        const int64_t base = cache_base(layer, b, head), length = s_.positions[b] + 1;
+        // chunks begin at whole vectors of positions
+        const int64_t vectors = row_blocks(length);
+        const int64_t first = vectors * chunk / sh_.chunks * LANES;
+        const int64_t last = std::min(length, vectors * (chunk + 1) / sh_.chunks * LANES);
+        const int part = PART_HEAD + width;
+        float* out = sh_.parts.data() + ((int64_t(b) * sh_.chunks + chunk) * m_.heads + int64_t(head) * group) * part;
+        if (first >= last) {
+            for (int g = 0; g < group; ++g) {
+                std::fill_n(out + g * part, part, 0.f);
+                out[g * part] = LOWEST;
+            }
+            return;
+        }
+        float normed[MAX_HEAD_DIM];
+        for (int g = 0; g < group; ++g) {
+            const float* q = sh_.query.data() + (int64_t(b) * m_.heads + int64_t(head) * group + g) * dim;
+            if (l.query_norm != nullptr) norm(q, l.query_norm, dim, m_.epsilon, normed), q = normed;
+            rotate(q, cosine(b), sine(b), dim, m_.attention_scale, own_.queries.data() + g * width);
+        }
+        attend_heads<T>(group, static_cast<const T*>(c_.keys) + base, static_cast<const T*>(c_.values) + base,
+                        own_.queries.data(), dim, first, last, own_.weights.data(), c_.positions + LANES, out);
+    }
+
+    // silu(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once.
+    void gate_up(const LayerOperands& o, int64_t expert, Range blocks, float* out, int64_t stride) {
+        const int64_t width = o.gate.m.rows, row = blocks.begin(), count = blocks.end(width) - row;
+        if (count <= 0) return;
+        float* up = own_.product.data();
+        multiply(o.gate, in_, expert, blocks.first, blocks.last, out, stride);
+        multiply(o.up, in_, expert, blocks.first, blocks.last, up, width);
+        for (int t = 0; t < in_.tokens(); ++t) {
+            float* g = out + t * stride + row;
+            const float* u = up + t * width + row;
+            int64_t i = 0;
+            for (; i + 16 <= count; i += 16) {
+                const F16 v = load_float(g + i);
+                store(g + i, v / (exponential(-v) + 1.f) * load_float(u + i));
+            }
+            for (; i < count; ++i) g[i] = g[i] / (exponential(spread(-g[i]))[0] + 1.f) * u[i];
+        }
+    }
+
+    void gated_mlp(const LayerOperands& o) {
+        const int64_t width = o.gate.m.rows;
+        norm_all(o.l.mlp_norm);
+        gate_up(o, 0, share(o.gate.blocks()), sh_.inner.data(), width);
+        took(GATE_UP);
+        wait();
+        in_.set(sh_.inner.data(), width, s_.batch);
+        const Range rows = share(o.down.blocks());
+        multiply(o.down, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
+        took(DOWN);
+        wait();
+        add_delta();
+    }
+
+    // every thread finds the same choice: the k largest logits, the earlier expert first among equals
+    void choose(int b, int64_t experts) {
+        const float* logits = sh_.scores.data() + b * experts;
+        int* chosen = own_.chosen.data() + b * m_.top_k;
+        float* weights = own_.routed.data() + b * m_.top_k;
+        const float top = *std::max_element(logits, logits + experts);
+        float total = 0, kept = 0;
+        for (int64_t i = 0; i < experts; ++i) total += std::exp(logits[i] - top);
+        for (int k = 0; k < m_.top_k; ++k) {
+            int best = -1;
+            for (int i = 0; i < int(experts); ++i) {
+                const bool taken = std::find(chosen, chosen + k, i) != chosen + k;
+                if (!taken && (best < 0 || logits[i] > logits[best])) best = i;
+            }
+            chosen[k] = best;
+            weights[k] = std::exp(logits[best] - top) / total;
+            kept += weights[k];
+        }
+        for (int k = 0; m_.renormalize && k < m_.top_k; ++k) weights[k] /= kept;
+    }
+
+    void experts(const LayerOperands& o) {
+        const int64_t width = o.gate.m.rows, count = o.router.m.rows;
+        norm_all(o.l.mlp_norm);
+        const Range routers = share(o.router.blocks());
+        multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
+        took(ROUTER);
+        wait();
+        for (int b = 0; b < s_.batch; ++b) choose(b, count);
+        took(ROUTER);
+        const Range inner = share(o.gate.blocks());
+        for_each_expert(count, [&](int expert, const int* slots, int taken) {
+            // slots of one expert are the rows of one small product
+            for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i] / m_.top_k;
+            in_.set(own_.normed.data(), m_.hidden, taken, own_.rows.data());
+            gate_up(o, expert, inner, own_.gated.data(), width);
+            const int64_t row = inner.begin(), size = inner.end(width) - row;
+            for (int i = 0; i < taken && size > 0; ++i)
+                std::copy_n(own_.gated.data() + i * width + row, size, sh_.inner.data() + slots[i] * width + row);
+        });
+        took(GATE_UP);
+        wait();
+        const Range outer = share(o.down.blocks());
+        const int64_t row = outer.begin(), size = outer.end(m_.hidden) - row;
+        for (int b = 0; b < s_.batch && size > 0; ++b) std::fill_n(sh_.delta.data() + b * int64_t(m_.hidden) + row, size, 0.f);
+        for_each_expert(count, [&](int expert, const int* slots, int taken) {
+            for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i];
+            in_.set(sh_.inner.data(), width, taken, own_.rows.data());
+            multiply(o.down, in_, expert, outer.first, outer.last, own_.product.data(), m_.hidden);
+            for (int i = 0; i < taken; ++i) {
+                const float weight = own_.routed[size_t(slots[i])];
+                float* to = sh_.delta.data() + slots[i] / m_.top_k * int64_t(m_.hidden) + row;
+                const float* from = own_.product.data() + i * int64_t(m_.hidden) + row;
+                for (int64_t c = 0; c < size; ++c) to[c] += weight * from[c];
+            }
+        });
+        took(DOWN);
+        wait();
+        add_delta();
+    }
+
+    // experts in ascending order, as the definition adds them; a token never takes an expert twice
+    template <class F>
+    void for_each_expert(int64_t experts, F&& work) {
+        const int all = s_.batch * m_.top_k;
+        const int* chosen = own_.chosen.data();
+        int slots[MAX_BATCH];
+        for (int previous = -1;;) {
+            int next = int(experts), taken = 0;
+            for (int i = 0; i < all; ++i)
+                if (chosen[i] > previous && chosen[i] < next) next = chosen[i];
+            if (next == int(experts)) return;
+            for (int i = 0; i < all; ++i)
+                if (chosen[i] == next) slots[taken++] = i;
+            work(next, slots, taken);
+            previous = next;
+        }
+    }
+
+    void head() {
+        norm_all(m_.final_norm);
+        const Range rows = share(e_.head.blocks());
+        multiply(e_.head, in_, 0, rows.first, rows.last, s_.logits, m_.head.rows);
+        if (s_.best != nullptr) largest_logit(rows.begin(), rows.end(m_.head.rows));
+        took(HEAD);
+    }
+
+    void largest_logit(int64_t first, int64_t last) {
+        for (int b = 0; b < s_.batch; ++b) {
+            const float* logits = s_.logits + b * m_.head.rows;
+            const bool any = first < last;
+            sh_.best[size_t(thread_ * s_.batch + b)] = any ? std::max_element(logits + first, logits + last) - logits : -1;
+        }
+        wait();
+        if (thread_ != 0) return;
+        for (int b = 0; b < s_.batch; ++b) {
+            const float* logits = s_.logits + b * m_.head.rows;
+            int64_t at = -1;
+            for (int t = 0; t < barrier_.threads(); ++t) {
+                const int64_t i = sh_.best[size_t(t * s_.batch + b)];
+                if (i >= 0 && (at < 0 || logits[i] > logits[at])) at = i;
+            }
+            s_.best[b] = at;
+        }
+    }
+
+    Engine& e_;
+    const Model& m_;
+    const Cache& c_;
+    const Step& s_;
+    Shared& sh_;
+    Buffers& own_;
+    Barrier& barrier_;
+    const int thread_;
+    Input in_;
+    double mark_ = 0;
+};
+
+}  // namespace LLMCOMPRESS_ISA

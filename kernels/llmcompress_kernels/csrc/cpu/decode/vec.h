@@ -1,0 +1,87 @@
+// Sixteen floats as one value. GCC's vector types compile to whatever the including file's target offers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "decode.h"
+#include "llmcompress/types.h"
+
+
+// full unrolling pays where sixteen floats are one register, and elsewhere only costs compile time
+#if LLMCOMPRESS_LEVEL >= 4
+#define LLMCOMPRESS_UNROLL _Pragma("GCC unroll 8")
+#else
+#define LLMCOMPRESS_UNROLL _Pragma("GCC unroll 1")
+#endif
+
+namespace LLMCOMPRESS_ISA {
+
+using namespace llmcompress;
+using namespace llmcompress::decode;
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
+
+inline F16 spread(float x) { return x - F16{}; }
+
+inline F16 load_float(const float* p) { return load<F16>(p); }
+
+// bf16 is the upper half of a float
+inline F16 load_float(const uint16_t* p) {
+    return (F16)(__builtin_convertvector(load<H16>(p), U16) << 16);
+}
+
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(uint16_t* p, float x) { *p = float_to_bf16(x); }
+
+inline float sum(F16 v) {
+    auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline float largest(F16 v) {
+    float m = v[0];
+    for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+inline F16 maximum(F16 a, F16 b) { return a > b ? a : b; }
+
+// e^x to about 1 ulp for x <= 88, 0 below -87.3
+inline F16 exponential(F16 x) {
+    F16 top = spread(88.f), bottom = spread(-87.3f);
+    I16 tiny = x < bottom;
+    x = x > top ? top : x;
+    x = x < bottom ? bottom : x;
+    F16 n = x * 1.44269504088896341f;
+    // adding and taking away 1.5 * 2^23 rounds to the nearest integer
+    n = (n + 12582912.f) - 12582912.f;
+    F16 r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    F16 p = spread(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    I16 e = (__builtin_convertvector(n, I16) + 127) << 23;
+    F16 y = p * (F16)e;
+    return tiny ? F16{} : y;
+}
+
+}  // namespace LLMCOMPRESS_ISA

@@ -1,0 +1,409 @@
+"""The native decode step: one call computes every layer of a decoder for a few tokens.
+
+This is the thin, typed side of ``csrc/cpu/decode``: structures that C++ reads, packing of weights into blocks, the
+call. It knows tensors and sizes, not model families; :mod:`llmcompress.inference` fills it from a model.
+
+Legend: B tokens of a step (at most :data:`MAX_BATCH`), L layers, H hidden, I intermediate, D head dimension,
+Dp = D rounded up to 16, P positions of the cache (a multiple of 16), E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels import build, cpu, select
+from llmcompress_kernels.reference.group_gemm import LANES, interleave
+
+FAMILY = "decode"
+MAX_BATCH = 8
+MAX_HEAD_DIM = 1024
+PHASES = ("norm", "qkv", "attention", "output", "router", "gate_up", "down", "head", "wait")
+
+build.register(
+    build.Family(
+        FAMILY,
+        ("cpu/decode/*.cpp", "cpu/gemm/variants.cpp", "cpu/gemm/avx*.cpp", "cpu/gemm/portable.cpp"),
+        headers=("cpu/include/**/*", "cpu/decode/*.h"),
+        # sums may be fused with products: the step has no twin that it must equal bit by bit
+        flags=("-ffp-contract=fast", "-Wno-psabi"),
+    )
+)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "expert_rows")),
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "reserved")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "cosine", "sine")),
+        ("embedding", _Matrix),
+        ("head", _Matrix),
+        *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("top_k", "renormalize", "reserved")),
+        ("epsilon", ctypes.c_float),
+        ("attention_scale", ctypes.c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("kind", ctypes.c_int32), ("slots", ctypes.c_int32),
+        ("positions", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "slots", "logits", "best", "seconds", "hidden")),
+        *((name, ctypes.c_int32) for name in ("batch", "planes", "threads", "first_layer", "last_layer", "reserved")),
+    )
+
+
+_KINDS = {torch.float32: 1, torch.bfloat16: 2}
+_PACKED = 3
+# bytes of fixed-point activations: three are as exact as fp32 sums, one rounds to int8
+_EXACT_PLANES, _INT8_PLANES = 3, 1
+
+
+def unavailable() -> str | None:
+    """Why the step cannot run on this machine, or None; starts no build."""
+    wanted = os.environ.get(cpu.ISA_VARIABLE, "")
+    if wanted and wanted not in cpu.ISAS:
+        return f"{cpu.ISA_VARIABLE}={wanted} is not one of {', '.join(cpu.ISAS)}"
+    return build.unavailable(FAMILY)
+
+
+# without it transformers' modules run one by one, on the operators
+select.register(select.Implementation("decode_step", "cpu", ("cpu",), unavailable))
+select.register(select.Implementation("decode_step", "reference", ("any",)))
+
+
+def library() -> ctypes.CDLL:
+    """The compiled family.
+
+    Raises:
+        BuildError: It cannot be had here; the text says why.
+    """
+    lib = build.load(FAMILY)
+    if not hasattr(lib, "llmcompress_decode_ready"):
+        for which, structure in enumerate((_Matrix, _Layer, _Model, _Cache, _Step)):
+            assert lib.llmcompress_decode_size(which) == ctypes.sizeof(structure), structure
+        lib.llmcompress_decode_create.restype = ctypes.c_void_p
+        lib.llmcompress_decode_destroy.argtypes = (ctypes.c_void_p,)
+        lib.llmcompress_decode_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        lib.llmcompress_decode_ready = True  # type: ignore[attr-defined]
+    return lib
+
+
+def set_isa(name: str | None) -> bool:
+    """Switch the instruction set, one of :data:`cpu.ISAS`, None for the best; False where the CPU cannot run it."""
+    return bool(library().llmcompress_select_isa(None if name is None else name.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight as the step reads it.
+
+    Attributes:
+        data: float32 or bfloat16 ``[(E,) N, K]``, or interleaved int32 words ``[(E,) N / 16, W, 16]``. Experts may
+            be further apart than their rows (the gate half of a stacked projection).
+        rows: N.
+        columns: K.
+        scale: Interleaved fp16 scales of a packed weight.
+        zero: Interleaved packed zero points, or None.
+        bias: float32 ``[(E,) N]`` or None.
+        bits: Code width, 0 for a dense tensor.
+        group_size: Columns per scale.
+    """
+
+    data: Tensor
+    rows: int
+    columns: int
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    bias: Tensor | None = None
+    bits: int = 0
+    group_size: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points, or of the dense tensor."""
+        return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
+
+    @property
+    def experts(self) -> int:
+        """E, 1 without that dimension."""
+        return self.data.shape[0] if self.data.ndim == (4 if self.bits else 3) else 1
+
+    def _struct(self) -> _Matrix:
+        apart = self.data.stride(0) // self.data.shape[-2] if self.bits else self.data.stride(0) // self.columns
+        return _Matrix(
+            *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias)),
+            self.rows, self.columns, apart if self.experts > 1 else 0,
+            _PACKED if self.bits else _KINDS[self.data.dtype], self.bits, self.group_size, 0,
+        )  # fmt: skip
+
+
+def dense(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """A dense weight.
+
+    Args:
+        weight: ``[(E,) N, K]`` with contiguous rows. float32 whose values are all representable in bfloat16 is stored
+            as bfloat16, which changes no result and halves the traffic; other types than these two become float32.
+        bias: ``[(E,) N]`` or None.
+    """
+    if weight.dtype == torch.float32 and torch.equal(weight.to(torch.bfloat16).to(torch.float32), weight):
+        weight = weight.to(torch.bfloat16)
+    if weight.dtype not in _KINDS:
+        weight = weight.to(torch.float32)
+    if weight.stride(-1) != 1 or weight.stride(-2) != weight.shape[-1]:
+        weight = weight.contiguous()
+    return Matrix(weight, weight.shape[-2], weight.shape[-1], bias=_float(bias))
+
+
+def packed(
+    words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int,
+    bias: Tensor | None = None, interleaved: bool = False,
+) -> Matrix:  # fmt: skip
+    """A group-quantized weight.
+
+    Args:
+        words: Canonical int32 ``[(E,) N, words(K, bits)]``, which is copied, or interleaved ones, which are shared.
+        scale: fp16 ``[(E,) N, G]``, or interleaved.
+        zero: int32 ``[(E,) N, words(G, bits)]``, or interleaved, or None.
+        bits: 2, 3, 4 or 8.
+        group_size: Columns per scale.
+        columns: K.
+        bias: ``[(E,) N]`` or None.
+        interleaved: Whether the tensors are.
+    """
+    rows = words.shape[-3] * LANES if interleaved else words.shape[-2]
+    tensors = [None if t is None else t if interleaved else _interleave(t) for t in (words, scale, zero)]
+    held: Any = tensors
+    return Matrix(held[0], rows, columns, held[1], held[2], _float(bias), bits, group_size)
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """Words of sixteen neighbouring rows side by side; the last rows are filled up with zeros."""
+    return interleave(torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[-2] % LANES)))
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
+
+    Attributes:
+        attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``.
+        query, key, value, output: Projections of attention.
+        gate, up, down: Projections of the gated MLP, or of the stacked experts.
+        router: float32 ``[E, H]``, None for a dense layer.
+        query_norm, key_norm: RMSNorm weights ``[D]`` per head, or None.
+    """
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    output: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    router: Matrix | None = None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+
+    def matrices(self) -> dict[str, Matrix]:
+        """Its weights by name."""
+        names = ("query", "key", "value", "output", "gate", "up", "down", "router")
+        return {name: weight for name in names if (weight := getattr(self, name)) is not None}
+
+    def _struct(self) -> _Layer:
+        norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
+        return _Layer(
+            *(None if n is None else n.data_ptr() for n in norms),
+            **{name: weight._struct() for name, weight in self.matrices().items()},
+        )
+
+
+@dataclass(eq=False)
+class Decoder:
+    """All weights and sizes of a model; keeps every tensor alive that C++ points to.
+
+    Attributes:
+        layers: In order.
+        final_norm: float32 ``[H]``.
+        cosine, sine: Rotary tables float32 ``[positions, D / 2]``.
+        embedding, head: ``[V, H]``.
+        heads, key_value_heads, head_dim: Of attention.
+        epsilon: Of every norm.
+        attention_scale: Factor of the scores, usually ``D ** -0.5``.
+        top_k, renormalize: Of the routers; 0 and False without experts.
+    """
+
+    layers: Sequence[Layer]
+    final_norm: Tensor
+    cosine: Tensor
+    sine: Tensor
+    embedding: Matrix
+    head: Matrix
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+    attention_scale: float
+    top_k: int = 0
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
+        model = _Model(
+            structs, self.final_norm.data_ptr(), self.cosine.data_ptr(), self.sine.data_ptr(),
+            self.embedding._struct(), self.head._struct(), len(self.layers), self.hidden, self.heads,
+            self.key_value_heads, self.head_dim, self.top_k, int(self.renormalize), 0, self.epsilon,
+            self.attention_scale,
+        )  # fmt: skip
+        lib = library()
+        self._handle = lib.llmcompress_decode_create(ctypes.byref(model))
+        weakref.finalize(self, lib.llmcompress_decode_destroy, self._handle)
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.final_norm.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.head.rows
+
+    def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
+        """The same weights with other rotary tables, float32 ``[positions, D / 2]``."""
+        return replace(self, cosine=cosine, sine=sine)
+
+    def step_bytes(self, batch: int = 1) -> int:
+        """Weight bytes that one step reads: all but the embedding, and of experts at most ``batch * k``."""
+        total = self.head.nbytes
+        for layer in self.layers:
+            for name, weight in layer.matrices().items():
+                routed = layer.router is not None and name in ("gate", "up", "down")
+                share = min(1.0, batch * self.top_k / weight.experts) if routed else 1.0
+                total += int(weight.nbytes * share)
+        return total
+
+
+class Cache:
+    """Keys and values of several sequences, float32 or bfloat16, in the step's own order.
+
+    Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation.
+
+    Args:
+        decoder: Whose sizes to use.
+        slots: Sequences.
+        positions: Tokens per sequence; rounded up to a multiple of 16.
+        dtype: ``torch.float32`` or ``torch.bfloat16``.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> None:
+        self.positions = -(-positions // LANES) * LANES
+        self.head_dim = decoder.head_dim
+        padded = -(-decoder.head_dim // LANES) * LANES
+        lead = (len(decoder.layers), slots, decoder.key_value_heads)
+        self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
+        self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
+        self._struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), _KINDS[dtype], slots, self.positions)
+
+    def fill(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store what another implementation computed.
+
+        Args:
+            layer: Which layer.
+            slot: Which sequence.
+            start: Position of the first token.
+            keys: ``[heads, tokens, D]``, rotated.
+            values: ``[heads, tokens, D]``.
+        """
+        count = keys.shape[1]
+        self.values[layer, slot, :, start : start + count, : self.head_dim] = values
+        # [heads, P, D] seen through the blocked order
+        seen = self.keys[layer, slot].transpose(-1, -2)
+        first, last = start // LANES, -(-(start + count) // LANES)
+        patch = seen[:, first:last].flatten(1, 2)
+        patch[:, start - first * LANES : start - first * LANES + count, : self.head_dim] = keys.to(patch.dtype)
+        seen[:, first:last] = patch.unflatten(1, (last - first, LANES))
+
+
+def step(
+    decoder: Decoder,
+    cache: Cache,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    logits: Tensor,
+    best: Tensor | None = None,
+    int8_activations: bool = False,
+    threads: int | None = None,
+    layers: tuple[int, int] | None = None,
+    hidden: Tensor | None = None,
+    seconds: Tensor | None = None,
+) -> None:
+    """Compute B tokens: one of each of B sequences, or several of one.
+
+    Args:
+        decoder: The weights.
+        cache: Holds all earlier positions of every sequence; takes the new ones.
+        tokens: int64 ``[B]``.
+        positions: int64 ``[B]``, where each token stands, below ``cache.positions``.
+        slots: int32 ``[B]``, the sequence of each token. Tokens of one sequence attend to each other by position.
+        logits: float32 ``[B, V]``, written.
+        best: int64 ``[B]``, written with the index of the largest logit.
+        int8_activations: Round the inputs of packed weights to 8 bits per group.
+        threads: torch's by default.
+        layers: Half-open range of layers, all by default. With a part of them ``hidden`` is input and output.
+        hidden: float32 ``[B, H]``.
+        seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+    batch, count = tokens.shape[0], len(decoder.layers)
+    first, last = layers or (0, count)
+    if not 0 < batch <= MAX_BATCH:
+        raise ValueError(f"a step takes 1 to {MAX_BATCH} tokens, not {batch}")
+    if (first, last) != (0, count) and hidden is None:
+        raise ValueError("a part of the layers needs hidden states")
+    limit = min(cache.positions, decoder.cosine.shape[0])
+    if int(positions.min()) < 0 or int(positions.max()) >= limit:
+        raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= decoder.embedding.rows:
+        raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{decoder.embedding.rows - 1}")
+    call = _Step(
+        *(None if t is None else t.data_ptr() for t in (tokens, positions, slots, logits, best, seconds, hidden)),
+        batch, _INT8_PLANES if int8_activations else _EXACT_PLANES, threads or torch.get_num_threads(), first, last, 0,
+    )  # fmt: skip
+    library().llmcompress_decode_step(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))

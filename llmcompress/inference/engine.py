@@ -1,0 +1,364 @@
+"""The native engine: a loaded model's weights in the decode step's layout, its cache, prompt and token steps.
+
+transformers runs about ten Python modules per layer and token, which alone limits a small model to 55–70 tokens per
+second. Here a token is one call. Prompts go through transformers' own forward, with everything attached to it (PESF);
+what the cache holds after it is copied over, and decoding goes on natively.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from llmcompress_kernels import cpu
+from llmcompress_kernels import decode as native
+from llmcompress_kernels.reference.group_gemm import LANES
+from llmcompress_kernels.select import VARIABLE
+from torch import Tensor, nn
+
+from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.errors import InputError
+from llmcompress.models.layout import Block, ExpertBank
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.linear import PackedLinear
+from llmcompress.nn.packed import PackedTensors
+from llmcompress.quant.codecs import codec
+from llmcompress.quant.codecs.int_group import PACKED, SCALE, ZERO
+from llmcompress.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+# rotary tables that do not depend on the length of the sequence
+ROTARY = ("default", "linear", "llama3", "yarn")
+# prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
+SHORT_PROMPT = 32
+
+
+def decline(model: PreTrainedModel) -> str | None:
+    """Why the native engine cannot run a model, None if it can.
+
+    Args:
+        model: A causal language model, dense or packed.
+    """
+    config: Any = model.config.get_text_config()
+    wanted = os.environ.get(VARIABLE, "auto") or "auto"
+    if wanted not in ("auto", "cpu"):
+        return f"{VARIABLE}={wanted}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}; the native step runs on the CPU"
+    reason = _decline_config(config)
+    if reason is None:
+        reason = _decline_modules(model)
+    return reason or native.unavailable()
+
+
+def _decline_config(config: Any) -> str | None:
+    if config.model_type not in FAMILIES:
+        return f"the family {config.model_type} is not among {', '.join(FAMILIES)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the activation is {config.hidden_act}, not silu"
+    rotary = config.rope_parameters or {}
+    if rotary.get("rope_type", "default") not in ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"rotary embedding {rotary.get('rope_type')!r} depends on the length or turns a part of the head"
+    return None
+
+
+def _decline_modules(model: PreTrainedModel) -> str | None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"{name or 'the model'} is offloaded by accelerate"
+        if name.endswith("_proj") and not isinstance(module, nn.Linear | PackedLinear | PackedTensors):
+            return f"{name} is a {type(module).__name__}"
+        if isinstance(module, PackedTensors):
+            spec = module.spec
+            reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
+            if reason is not None or module._buffers.get("weight_dense") is not None:
+                return f"{name}: {reason or 'a part of its rows is dense'}"
+    policy = getattr(model, "llmcompress_skipping", None)
+    if policy is not None and policy.policy.decode != "off":
+        return f"the expert-skipping policy acts while decoding (decode: {policy.policy.decode})"
+    return None
+
+
+def window(model: PreTrainedModel) -> int | None:
+    """Tokens after which attention forgets, None if it never does."""
+    config: Any = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    size = getattr(config, "sliding_window", None)
+    sliding = not kinds or "sliding_attention" in kinds
+    return int(size) if size and sliding and getattr(config, "use_sliding_window", True) else None
+
+
+class Engine:
+    """A model ready to decode natively.
+
+    Args:
+        model: A causal language model for which :func:`decline` returns None.
+        slots: Sequences decoded together, at most 8.
+        positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
+        cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
+        int8_activations: Round the inputs of packed weights to 8 bits per group: faster, not exact.
+        head_bits: 8 quantizes the output head to 8 bits by rounding to nearest, groups of 64: not exact either.
+        threads: torch's by default.
+
+    Raises:
+        InputError: The model is declined.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: int = 1,
+        positions: int = 256,
+        cache_dtype: torch.dtype | None = None,
+        int8_activations: bool = False,
+        head_bits: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        reason = decline(model)
+        if reason is not None:
+            raise InputError(f"the native engine cannot run this model: {reason}", "use engine=transformers")
+        self.model = model
+        self.int8_activations = int8_activations
+        self.threads = threads
+        self.cache_dtype = cache_dtype or (torch.float32 if model.dtype == torch.float32 else torch.bfloat16)
+        with torch.inference_mode():
+            self.decoder = decoder_of(model, head_bits)
+        self._logits = torch.empty((native.MAX_BATCH, self.decoder.vocabulary), dtype=torch.float32)
+        self.slots = 0
+        self.cache: native.Cache
+        self.reserve(positions, slots)
+
+    @property
+    def step_bytes(self) -> int:
+        """Weight bytes that a step of all slots reads at most."""
+        return self.decoder.step_bytes(self.slots)
+
+    def reserve(self, positions: int, slots: int = 1) -> None:
+        """Make room; forgets what the cache held if it has to grow.
+
+        Args:
+            positions: Tokens that a sequence may reach.
+            slots: Sequences.
+
+        Raises:
+            InputError: More sequences than one step takes.
+        """
+        if not 0 < slots <= native.MAX_BATCH:
+            raise InputError(f"{slots} sequences at once: the native engine takes 1 to {native.MAX_BATCH}")
+        if slots <= self.slots and positions <= self.cache.positions:
+            return
+        self.slots = max(slots, self.slots)
+        self.lengths = [0] * self.slots
+        self.cache = native.Cache(self.decoder, self.slots, positions, self.cache_dtype)
+        rotary: Any = self.model.base_model.rotary_emb
+        ids = torch.arange(self.cache.positions).unsqueeze(0)
+        with torch.inference_mode():
+            cosine, sine = rotary(torch.empty(0, dtype=torch.float32), ids)
+        half = self.decoder.head_dim // 2
+        tables = (cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
+        self.decoder = self.decoder.with_rotary(*tables)
+
+    def prompt(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """Start a sequence.
+
+        Args:
+            slot: Which one; what it held is replaced.
+            tokens: The prompt, at least one token.
+
+        Returns:
+            Logits float32 ``[V]`` after the last token.
+        """
+        self._check(slot, len(tokens))
+        policy = getattr(self.model, "llmcompress_skipping", None)
+        if len(tokens) <= SHORT_PROMPT and policy is None:
+            return self._prompt_by_steps(slot, tokens)
+        ids = torch.tensor([list(tokens)])
+        with torch.inference_mode():
+            out: Any = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            for index, layer in enumerate(out.past_key_values.layers):
+                self.cache.fill(index, slot, 0, layer.keys[0], layer.values[0])
+        self.lengths[slot] = len(tokens)
+        return out.logits[0, -1].float()
+
+    def _check(self, slot: int, count: int) -> None:
+        if not 0 <= slot < self.slots or count == 0:
+            raise InputError(f"sequence {slot} of {self.slots} with {count} tokens")
+        if count > self.cache.positions:
+            raise InputError(f"{count} tokens exceed the cache's {self.cache.positions}", "reserve more positions")
+
+    def _prompt_by_steps(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        for start in range(0, len(tokens), native.MAX_BATCH):
+            part = torch.tensor(tokens[start : start + native.MAX_BATCH])
+            positions = torch.arange(start, start + len(part))
+            self._call(part, positions, torch.full((len(part),), slot, dtype=torch.int32))
+        self.lengths[slot] = len(tokens)
+        return self._logits[(len(tokens) - 1) % native.MAX_BATCH].clone()
+
+    def step(self, tokens: Tensor, slots: Sequence[int] | None = None, best: Tensor | None = None) -> Tensor:
+        """Append one token to every sequence.
+
+        Args:
+            tokens: int64 ``[B]``.
+            slots: Which sequences, all in order by default.
+            best: int64 ``[B]``, filled with the index of each largest logit.
+
+        Returns:
+            Logits float32 ``[B, V]``; overwritten by the next call.
+        """
+        which = range(self.slots) if slots is None else slots
+        positions = torch.tensor([self.lengths[slot] for slot in which])
+        logits = self._call(tokens, positions, torch.tensor(list(which), dtype=torch.int32), best)
+        for slot in which:
+            self.lengths[slot] += 1
+        return logits
+
+    def _call(self, tokens: Tensor, positions: Tensor, slots: Tensor, best: Tensor | None = None) -> Tensor:
+        native.step(
+            self.decoder, self.cache, tokens, positions, slots, self._logits, best, self.int8_activations,
+            self.threads,
+        )  # fmt: skip
+        return self._logits[: tokens.shape[0]]
+
+    def profile(self, tokens: Tensor, repeats: int = 16) -> dict[str, float]:
+        """Seconds per step by phase, of the first thread, over ``repeats`` steps that leave the sequences as they were.
+
+        Args:
+            tokens: int64 ``[B]``.
+            repeats: Steps.
+        """
+        count = tokens.shape[0]
+        positions = torch.tensor(self.lengths[:count])
+        seconds = torch.zeros(len(native.PHASES), dtype=torch.float64)
+        for _ in range(repeats):
+            native.step(
+                self.decoder, self.cache, tokens, positions, torch.arange(count, dtype=torch.int32), self._logits,
+                None, self.int8_activations, self.threads, seconds=seconds,
+            )  # fmt: skip
+        return dict(zip(native.PHASES, (seconds / repeats).tolist()))
+
+
+def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.Decoder:
+    """A model's weights in the decode step's layout.
+
+    Args:
+        model: A model that is not declined.
+        head_bits: See :class:`Engine`.
+
+    Returns:
+        The decoder, without rotary tables. Packed weights are copied into blocks; dense ones are shared where their
+        type allows it.
+    """
+    config: Any = model.config.get_text_config()
+    layout = layout_from_config(model.config.to_dict())
+    base: Any = model.base_model
+    first: Any = base.layers[0].self_attn
+    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
+    embedding = native.dense(base.embed_tokens.weight.detach())
+    output: Any = model.get_output_embeddings()
+    tied = output.weight.data_ptr() == base.embed_tokens.weight.data_ptr()
+    head = embedding if tied else native.dense(output.weight.detach(), output.bias)
+    if head_bits is not None:
+        head = _rounded(output.weight.detach(), head_bits)
+    layers = [_layer(model, block) for block in layout.blocks]
+    return native.Decoder(
+        layers=layers,
+        final_norm=base.norm.weight.detach().float().contiguous(),
+        cosine=torch.empty(0),
+        sine=torch.empty(0),
+        embedding=embedding,
+        head=head,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=first.head_dim,
+        epsilon=config.rms_norm_eps,
+        attention_scale=first.scaling,
+        top_k=bank.top_k if bank else 0,
+        renormalize=bool(bank and bank.router.renormalizes),
+    )
+
+
+def _layer(model: Any, block: Block) -> native.Layer:
+    layer: Any = model.get_submodule(block.name)
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
+    if block.bank is None:
+        gate, up, down, router = (*(_linear(getattr(mlp, f"{n}_proj")) for n in ("gate", "up", "down")), None)
+    else:
+        gate, up, down = _experts(model.get_submodule(block.bank.module), block.bank)
+        weight: Any = model.get_submodule(block.bank.router.module).weight
+        router = native.dense(weight.detach())
+    return native.Layer(
+        attention_norm=layer.input_layernorm.weight.detach().float().contiguous(),
+        mlp_norm=layer.post_attention_layernorm.weight.detach().float().contiguous(),
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
+        output=_linear(attention.o_proj),
+        gate=gate,
+        up=up,
+        down=down,
+        router=router,
+        query_norm=None if norms["q_norm"] is None else norms["q_norm"].weight.detach().float().contiguous(),
+        key_norm=None if norms["k_norm"] is None else norms["k_norm"].weight.detach().float().contiguous(),
+    )
+
+
+def _linear(module: nn.Module) -> native.Matrix:
+    bias: Any = module.bias
+    if not isinstance(module, PackedLinear):
+        weight: Any = module.weight
+        return native.dense(weight.detach(), bias)
+    module.prepare()
+    return _packed(module, slice(None), bias)
+
+
+def _packed(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> native.Matrix:
+    """Some rows of a packed weight, shared where they are interleaved already and copied elsewhere."""
+    tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
+    interleaved = side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop))
+    if interleaved:
+        rows = slice(*(None if end is None else end // LANES for end in (rows.start, rows.stop)))
+        parts = [None if t is None else t.narrow(-3, *_span(rows, t.shape[-3])) for t in tensors.values()]
+    else:
+        stored = side.packed_weight().tensors
+        parts = [None if t is None else t.narrow(-2, *_span(rows, t.shape[-2])) for t in map(stored.get, tensors)]
+    words, scale, zero = parts
+    assert words is not None
+    assert scale is not None
+    sizes = (side.spec.bits, side.columns_per_group, side.shape[-1])
+    return native.packed(words, scale, zero, *sizes, bias, interleaved)
+
+
+def _span(rows: slice, count: int) -> tuple[int, int]:
+    first, last, _ = rows.indices(count)
+    return first, last - first
+
+
+def _experts(experts: Any, bank: ExpertBank) -> tuple[native.Matrix, native.Matrix, native.Matrix]:
+    """Gate, up and down of a bank; the first I rows of the stacked projection are the gate."""
+    found = []
+    size = bank.intermediate
+    for key, rows in (
+        ("gate_up_proj", slice(None, size)),
+        ("gate_up_proj", slice(size, None)),
+        ("down_proj", slice(None)),
+    ):
+        side = getattr(experts, key)
+        dense = not isinstance(side, PackedTensors)
+        found.append(native.dense(side.detach()[:, rows]) if dense else _packed(side, rows))
+    return found[0], found[1], found[2]
+
+
+def _rounded(weight: Tensor, bits: int) -> native.Matrix:
+    """A dense weight rounded to nearest on a symmetric grid, 64 columns per scale."""
+    spec = QuantSpec(bits, 64, symmetric=True)
+    values = weight.float()
+    scale, zero = find_grid(values, spec, "minmax")
+    packed = codec(spec.codec).encode(round_codes(values, scale, zero, spec), scale, zero, spec).tensors
+    columns = weight.shape[-1]
+    return native.packed(packed[PACKED], packed[SCALE], None, bits, spec.group(columns), columns)

@@ -1,0 +1,221 @@
+"""Continue prompts: natively where the engine can run the model, through transformers' ``generate`` elsewhere.
+
+Greedy continuations are the same tokens either way. Sampled ones follow the same distribution and are repeatable with
+the same seed and engine, but the two engines draw different random numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from llmcompress_kernels.build import BuildError
+from llmcompress_kernels.decode import MAX_BATCH
+from torch import Tensor
+
+from llmcompress.errors import InputError
+from llmcompress.inference.engine import Engine, decline, window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EngineName = Literal["auto", "native", "transformers"]
+# candidates that a nucleus is sought among before everything is sorted
+NUCLEUS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: Longest continuation.
+        temperature: 0 is greedy.
+        top_p: Nucleus: the smallest set of most likely tokens with at least this probability.
+        top_k: Only the most likely ones; 0 for all.
+        seed: Of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What was written after one prompt.
+
+    Attributes:
+        tokens: New token ids; the stop token, if one was met, is the last.
+        prompt_seconds: Time to read all prompts of the batch; 0 where transformers does not tell.
+        seconds: Time of the whole batch.
+    """
+
+    tokens: list[int]
+    prompt_seconds: float
+    seconds: float
+
+
+class Generator:
+    """A model that continues prompts.
+
+    Args:
+        model: A causal language model in evaluation mode, dense or packed.
+        engine: ``auto`` takes the native one where it can run; ``native`` insists on it.
+        options: Of :class:`~llmcompress.inference.engine.Engine`: ``cache_dtype``, ``int8_activations``, ``head_bits``,
+            ``threads``.
+
+    Raises:
+        InputError: ``native`` is asked for and declined.
+
+    Attributes:
+        engine: ``native`` or ``transformers``.
+        reason: Why it is not the native one, None if it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, engine: EngineName = "auto", **options: Any) -> None:
+        self.model = model
+        self._native: Engine | None = None
+        self.reason = "asked for" if engine == "transformers" else decline(model)
+        if self.reason is None:
+            try:
+                self._native = Engine(model, **options)
+            except BuildError as error:
+                self.reason = str(error).splitlines()[0]
+        if engine == "native" and self.reason is not None:
+            raise InputError(f"the native engine cannot run this model: {self.reason}", "use engine auto")
+
+    @property
+    def engine(self) -> str:
+        """Which engine runs."""
+        return "transformers" if self._native is None else "native"
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stop: Collection[int] = (),
+        streamer: Any = None,
+    ) -> list[Continuation]:
+        """Continue every prompt.
+
+        Args:
+            prompts: Token ids, at least one each. They need not be of one length.
+            sampling: How.
+            stop: Token ids that end a continuation.
+            streamer: A transformers streamer, for a single prompt.
+
+        Raises:
+            InputError: A prompt is empty, or several are streamed.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise InputError("a prompt has no tokens", "give a prompt with text")
+        if streamer is not None and len(prompts) > 1:
+            raise InputError(f"{len(prompts)} prompts cannot be streamed at once")
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        forgets = window(self.model)
+        if self._native is None or (forgets is not None and longest > forgets):
+            return [self._by_transformers(prompt, sampling, stop, streamer) for prompt in prompts]
+        results: list[Continuation] = []
+        for first in range(0, len(prompts), MAX_BATCH):
+            results += self._natively(self._native, prompts[first : first + MAX_BATCH], sampling, stop, streamer)
+        return results
+
+    @torch.inference_mode()
+    def _natively(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], how: Sampling, stop: Collection[int], streamer: Any
+    ) -> list[Continuation]:
+        began = time.perf_counter()
+        engine.reserve(max(map(len, prompts)) + how.max_new_tokens, len(prompts))
+        draws = torch.Generator().manual_seed(how.seed)
+        if streamer is not None:
+            streamer.put(torch.tensor([list(prompts[0])]))
+        first = torch.stack([engine.prompt(slot, prompt) for slot, prompt in enumerate(prompts)])
+        prompt_seconds = time.perf_counter() - began
+        written: list[list[int]] = [[] for _ in prompts]
+        open_slots = list(range(len(prompts)))
+        tokens = choose(first, how, draws)
+        while True:
+            for slot, token in zip(list(open_slots), tokens.tolist()):
+                written[slot].append(token)
+                if token in stop or len(written[slot]) == how.max_new_tokens:
+                    open_slots.remove(slot)
+            if streamer is not None:
+                streamer.put(tokens)
+            if not open_slots:
+                break
+            tokens = torch.tensor([written[slot][-1] for slot in open_slots])
+            if how.temperature > 0:
+                tokens = choose(engine.step(tokens, open_slots), how, draws)
+            else:
+                best = torch.empty(len(open_slots), dtype=torch.int64)
+                engine.step(tokens, open_slots, best)
+                tokens = best
+        if streamer is not None:
+            streamer.end()
+        seconds = time.perf_counter() - began
+        return [Continuation(found, prompt_seconds, seconds) for found in written]
+
+    @torch.inference_mode()
+    def _by_transformers(
+        self, prompt: Sequence[int], how: Sampling, stop: Collection[int], streamer: Any
+    ) -> Continuation:
+        from transformers import GenerationConfig
+
+        sampled = how.temperature > 0
+        # without a stop token an impossible one: None would mean the checkpoint's own
+        ends = sorted(stop) or [int(self.model.config.get_text_config().vocab_size)]
+        # explicit: a checkpoint's own generation settings must not turn a greedy comparison into sampling
+        settings = GenerationConfig(
+            max_new_tokens=how.max_new_tokens, do_sample=sampled, repetition_penalty=1.0,
+            pad_token_id=ends[0], eos_token_id=ends,
+            **({"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p} if sampled else {}),
+        )  # fmt: skip
+        device = self.model.device
+        ids = torch.tensor([list(prompt)], device=device)
+        model: Any = self.model
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(how.seed)
+            full = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+            )
+        return Continuation(full[0, ids.shape[1] :].tolist(), 0.0, time.perf_counter() - began)
+
+
+def choose(logits: Tensor, how: Sampling, draws: torch.Generator) -> Tensor:
+    """One token for every row.
+
+    Args:
+        logits: float32 ``[B, V]``.
+        how: Temperature first, then top-k, then top-p, as transformers orders them.
+        draws: Random numbers.
+
+    Returns:
+        int64 ``[B]``.
+    """
+    if how.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits / how.temperature
+    if how.top_k == 0 and how.top_p >= 1:
+        return torch.multinomial(scaled.softmax(-1), 1, generator=draws)[:, 0]
+    vocabulary = logits.shape[-1]
+    count = min(how.top_k or vocabulary, vocabulary)
+    # sorting a vocabulary costs as much as a step; the nucleus is nearly always among the first
+    tried = min(count, NUCLEUS)
+    values, index = scaled.topk(tried, -1)
+    everything = scaled if how.top_k == 0 else values if tried == count else scaled.topk(count, -1).values
+    probabilities = (values - everything.logsumexp(-1, keepdim=True)).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    if tried < count and bool((before[:, -1] + probabilities[:, -1] < how.top_p).any()):
+        values, index = scaled.topk(count, -1)
+        probabilities = (values - everything.logsumexp(-1, keepdim=True)).exp()
+        before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < how.top_p, probabilities, 0)
+    kept[:, 0] = probabilities[:, 0]
+    return index.gather(-1, torch.multinomial(kept, 1, generator=draws))[:, 0]

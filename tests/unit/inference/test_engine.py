@@ -1,0 +1,172 @@
+"""The native engine against transformers, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from llmcompress_kernels import cpu
+from llmcompress_kernels import decode as native
+
+from llmcompress.errors import InputError
+from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline, window
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.skipping import attach
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
+
+# logits are of size 4; float32 sums in another order differ by a few units of the last place
+EXACT = 3e-5
+
+
+@torch.inference_mode()
+def reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits ``[T, V]`` by transformers."""
+    return model(tokens.unsqueeze(0)).logits[0]
+
+
+def worst(engine: Engine, tokens: torch.Tensor, expected: torch.Tensor, prompt: int) -> float:
+    """Largest difference of logits after the prompt and after every further token."""
+    found = [engine.prompt(0, tokens[:prompt].tolist())]
+    for position in range(prompt, len(tokens)):
+        found.append(engine.step(tokens[position : position + 1])[0].clone())
+    return float((torch.stack(found) - expected[prompt - 1 :]).abs().max())
+
+
+@pytest.mark.parametrize("prompt", [5, SHORT_PROMPT + 1])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"])
+def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, prompt: int) -> None:
+    model, tokens = decoders.dense(family), ids[: prompt + 6]
+    assert decline(model) is None
+    assert worst(Engine(model, positions=64), tokens, reference(model, tokens), prompt) < EXACT
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits: int, symmetric: bool) -> None:
+    model, tokens = decoders.packed(family, bits, symmetric=symmetric), ids[:24]
+    expected = reference(model, tokens)
+    exact, rounded = Engine(model, positions=32), Engine(model, positions=32, int8_activations=True)
+    assert worst(exact, tokens, expected, 9) < EXACT
+    # rounding may move a token to another expert, so that only dense models have a bound
+    assert EXACT < worst(rounded, tokens, expected, 9) < (0.3 if family == "llama" else torch.inf)
+
+
+def test_rows_and_experts_that_do_not_fill_a_vector(decoders: Any, ids: torch.Tensor) -> None:
+    sizes = {"intermediate_size": 40, "vocab_size": 75, "hidden_size": 36, "num_attention_heads": 3,
+             "num_key_value_heads": 1, "head_dim": 12}  # fmt: skip
+    for family in ("llama", "mixtral"):
+        model, tokens = decoders.packed(family, 4, group_size=-1, **sizes), ids[:12]
+        assert worst(Engine(model, positions=16), tokens, reference(model, tokens), 4) < EXACT
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_long_contexts_are_cut_into_chunks(decoders: Any, ids: torch.Tensor, threads: int) -> None:
+    model = decoders.packed("llama", 4)
+    expected = reference(model, ids)
+    assert worst(Engine(model, positions=300, threads=threads), ids, expected, 290) < EXACT
+    halves = Engine(model, positions=300, threads=threads, cache_dtype=torch.bfloat16)
+    assert EXACT < worst(halves, ids, expected, 290) < 0.1
+
+
+def test_sequences_of_different_lengths_in_one_step(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("mixtral", 3)
+    lengths = (3, 40, 17, 8, 25)
+    engine = Engine(model, slots=5, positions=64, threads=2)
+    for slot, length in enumerate(lengths):
+        engine.prompt(slot, ids[slot : slot + length].tolist())
+    for more in range(3):
+        tokens = torch.stack([ids[slot + length + more] for slot, length in enumerate(lengths)])
+        best = torch.empty(5, dtype=torch.int64)
+        found = engine.step(tokens, best=best)
+        for slot, length in enumerate(lengths):
+            expected = reference(model, ids[slot : slot + length + more + 1])[-1]
+            assert (found[slot] - expected).abs().max() < EXACT
+            assert int(best[slot]) == int(expected.argmax())
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> None:
+    if not native.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    try:
+        for family in ("qwen3", "mixtral"):
+            model, tokens = decoders.packed(family, 3), ids[:40]
+            assert worst(Engine(model, positions=48, threads=2), tokens, reference(model, tokens), 34) < EXACT
+    finally:
+        native.set_isa(None)
+
+
+def test_layer_by_layer_is_the_whole_step(decoders: Any, ids: torch.Tensor) -> None:
+    engine = Engine(decoders.packed("mixtral", 4), positions=32)
+    engine.prompt(0, ids[:10].tolist())
+    token, at, slot = ids[10:11], torch.tensor([10]), torch.zeros(1, dtype=torch.int32)
+    whole, parts = torch.empty(1, 72), torch.empty(1, 72)
+    native.step(engine.decoder, engine.cache, token, at, slot, whole)
+    hidden = torch.empty(1, 48)
+    native.step(engine.decoder, engine.cache, token, at, slot, parts, layers=(0, 1), hidden=hidden)
+    native.step(engine.decoder, engine.cache, token, at, slot, parts, layers=(1, 2), hidden=hidden)
+    assert torch.equal(whole, parts)
+
+
+def test_rounded_head_is_close_and_asked_for(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.packed("llama", 4), ids[:12]
+    expected = reference(model, tokens)
+    assert EXACT < worst(Engine(model, positions=16, head_bits=8), tokens, expected, 6) < 0.1
+
+
+def test_bfloat16_model(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("llama", 4).to(torch.bfloat16)
+    tokens = ids[:44]
+    engine = Engine(model, positions=48)
+    assert engine.cache_dtype == torch.bfloat16
+    # the step computes in float32, transformers rounds after every operation
+    assert worst(engine, tokens, reference(model, tokens).float(), 36) < 0.15
+
+
+def test_skipping_policy_acts_on_the_prompt(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("mixtral", 4)
+    layout = layout_from_config(model.config.to_dict())
+    plain = reference(model, ids[:60])[-1]
+    attach(model, layout, {"alpha": 0.9, "min_len": 2})
+    expected = reference(model, ids[:60])[-1]
+    assert not torch.equal(plain, expected)
+    engine = Engine(model, positions=80)
+    assert (engine.prompt(0, ids[:60].tolist()) - expected).abs().max() < EXACT
+    model.llmcompress_skipping.detach()
+    attach(model, layout, {"alpha": 0.9, "decode": "sticky"})
+    assert "sticky" in str(decline(model))
+
+
+def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    assert "gelu" in str(decline(decoders.dense("llama", hidden_act="gelu")))
+    assert "olmoe" in str(decline(tiny.model("olmoe")))
+    assert "do not begin at a word" in str(decline(decoders.packed("llama", 3, group_size=8)))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert "dynamic" in str(decline(decoders.dense("llama", rope_parameters=dynamic)))
+    monkeypatch.setenv("LLMCOMPRESS_KERNELS", "reference")
+    model = decoders.dense("llama")
+    assert "LLMCOMPRESS_KERNELS" in str(decline(model))
+    with pytest.raises(InputError, match="native engine cannot run"):
+        Engine(model)
+
+
+def test_sliding_window_is_noticed(decoders: Any) -> None:
+    assert window(decoders.dense("mistral")) is None
+    assert window(decoders.dense("mistral", sliding_window=64)) == 64
+
+
+def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.dense("llama")
+    engine = Engine(model, positions=20)
+    with pytest.raises(InputError, match="exceed the cache"):
+        engine.prompt(0, ids[:40].tolist())
+    with pytest.raises(InputError, match="at once"):
+        Engine(model, slots=9)
+    engine.prompt(0, ids[:32].tolist())
+    with pytest.raises(ValueError, match="not all within"):
+        engine.step(ids[:1])
+    with pytest.raises(ValueError, match="tokens"):
+        Engine(model).step(torch.tensor([72]))

@@ -1,0 +1,134 @@
+"""Generation: the same greedy tokens by both engines, sampling, stopping, streaming."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from llmcompress_kernels import decode as native
+
+from llmcompress.errors import InputError
+from llmcompress.inference.generate import Generator, Sampling, choose
+
+needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no native kernels")
+PROMPTS = ([5, 6, 7], list(range(3, 60)), [9])
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_greedy_tokens_are_those_of_transformers(decoders: Any, family: str, bits: int) -> None:
+    model = decoders.packed(family, bits)
+    own, theirs = Generator(model, "native"), Generator(model, "transformers")
+    assert (own.engine, own.reason, theirs.engine) == ("native", None, "transformers")
+    how = Sampling(24)
+    found, expected = own.generate(PROMPTS, how), theirs.generate(PROMPTS, how)
+    assert [f.tokens for f in found] == [e.tokens for e in expected]
+    assert all(len(f.tokens) == 24 and 0 < f.prompt_seconds < f.seconds for f in found)
+
+
+@needs_native
+def test_stop_tokens_end_each_sequence_alone(decoders: Any) -> None:
+    model = decoders.packed("llama", 4)
+    own = Generator(model)
+    free = [c.tokens for c in own.generate(PROMPTS, Sampling(20))]
+    stop = {free[0][6], free[2][9]}
+    found = [c.tokens for c in own.generate(PROMPTS, Sampling(20), stop)]
+    assert found == [c.tokens for c in Generator(model, "transformers").generate(PROMPTS, Sampling(20), stop)]
+    for tokens, all_tokens in zip(found, free):
+        first = next((i for i, t in enumerate(all_tokens) if t in stop), 19)
+        assert tokens == all_tokens[: first + 1]
+
+
+@needs_native
+def test_more_prompts_than_one_step_takes(decoders: Any) -> None:
+    model = decoders.dense("llama")
+    prompts = [[3 + i, 4 + i] for i in range(11)]
+    own = Generator(model)
+    assert [c.tokens for c in own.generate(prompts, Sampling(6))] == [
+        own.generate([p], Sampling(6))[0].tokens for p in prompts
+    ]
+
+
+@needs_native
+def test_sampling_repeats_with_its_seed(decoders: Any) -> None:
+    own = Generator(decoders.packed("mixtral", 4))
+
+    def draw(seed: int) -> list[int]:
+        return own.generate([[5, 6]], Sampling(30, temperature=1.2, top_p=0.9, seed=seed))[0].tokens
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@needs_native
+def test_streamer_sees_prompt_and_tokens_in_order(decoders: Any) -> None:
+    class Seen:
+        def __init__(self) -> None:
+            self.values: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.values += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    model = decoders.dense("llama")
+    for engine in ("native", "transformers"):
+        seen = Seen()
+        (found,) = Generator(model, engine).generate([[5, 6]], Sampling(4), streamer=seen)
+        assert seen.values == [5, 6, *found.tokens]
+        assert seen.ended
+    with pytest.raises(InputError, match="streamed"):
+        Generator(model).generate([[5], [6]], Sampling(4), streamer=seen)
+
+
+def test_falls_back_with_a_reason(decoders: Any) -> None:
+    model = decoders.dense("llama", hidden_act="gelu")
+    generator = Generator(model)
+    assert generator.engine == "transformers"
+    assert "gelu" in str(generator.reason)
+    assert len(generator.generate([[5, 6]], Sampling(3))[0].tokens) == 3
+    with pytest.raises(InputError, match="gelu"):
+        Generator(model, "native")
+    with pytest.raises(InputError, match="no tokens"):
+        generator.generate([[]], Sampling(3))
+
+
+@needs_native
+def test_short_sliding_windows_go_to_transformers(decoders: Any) -> None:
+    model = decoders.dense("mistral", sliding_window=16)
+    both = [Generator(model, name).generate([[5, 6]], Sampling(30))[0].tokens for name in ("auto", "transformers")]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("how", [
+    Sampling(1, 0.7), Sampling(1, 1.3, top_p=0.6), Sampling(1, 1.0, top_k=5), Sampling(1, 1.0, top_p=0.8, top_k=7),
+    Sampling(1, 1.0, top_p=1e-9),
+])  # fmt: skip
+def test_choice_follows_the_filtered_distribution(how: Sampling) -> None:
+    """Frequencies against transformers' own warpers."""
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 2
+    warped = TemperatureLogitsWarper(how.temperature)(torch.empty(0), logits.clone())
+    if how.top_k:
+        warped = TopKLogitsWarper(how.top_k)(torch.empty(0), warped)
+    if how.top_p < 1:
+        warped = TopPLogitsWarper(how.top_p)(torch.empty(0), warped)
+    expected = warped.softmax(-1)[0]
+    draws = choose(logits.expand(20000, -1), how, torch.Generator().manual_seed(0))
+    found = torch.bincount(draws, minlength=40) / 20000
+    assert found[expected == 0].sum() == 0
+    assert (found - expected).abs().max() < 0.015
+
+
+def test_nucleus_beyond_the_first_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.inference.generate.NUCLEUS", 4)
+    draws = choose(torch.zeros(5000, 32), Sampling(1, 1.0, top_p=0.95), torch.Generator().manual_seed(0))
+    assert len(draws.unique()) == 31
