@@ -77,8 +77,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all candidates in turn until each has ``rounds`` clean samples or ``budget`` seconds are over.
 
-    A sample is as many calls in a row as take half a millisecond, so that neither the clock nor the
-    candidate before decides; :class:`Rotation` gives each call other weights.
+    A sample is as many calls in a row as take half a millisecond, after one that does not count, so that neither the clock
+    nor what the candidate before left in the core decides; :class:`Rotation` gives each call other weights.
     """
     calls = {}
     for name, function in candidates.items():
@@ -93,6 +93,7 @@ def interleave(
     end = time.perf_counter() + budget
     while time.perf_counter() < end and any(len(samples) < rounds for samples in good.values()):
         for name, function in candidates.items():
+            function()
             lost = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
             began = time.perf_counter()
             for _ in range(calls[name]):
@@ -109,20 +110,21 @@ def interleave(
 
 
 def bandwidth_probes(threads: int) -> dict[str, Callable[[], Any]]:
-    """Two ways to read :data:`PROBE_BYTES` of memory on ``threads`` threads, to be timed among the candidates.
+    """Ways to read :data:`PROBE_BYTES` of memory on ``threads`` threads, to be timed among the candidates.
 
     Raises:
         BuildError: The native kernels are not available.
     """
     read = build.load(cpu.FAMILY).llmcompress_read
-    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
+    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     read.restype = ctypes.c_uint64
     memory = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
-    # without and with prefetching: machines differ in which is faster
-    return {
-        f"{PROBE} {ahead}": lambda ahead=ahead: read(memory.data_ptr(), PROBE_BYTES, threads, ahead)  # type: ignore[misc]
-        for ahead in (0, 4096)
-    }
+
+    def probe(streams: int, ahead: int) -> Callable[[], Any]:
+        return lambda: read(memory.data_ptr(), PROBE_BYTES, threads, streams, ahead)
+
+    # one or several places at a time, without and with prefetching: machines differ in which is fastest
+    return {f"{PROBE} {streams} {ahead}": probe(streams, ahead) for streams in (1, 4) for ahead in (0, 4096)}
 
 
 def read_bandwidth(timings: Mapping[str, Timing]) -> float:

@@ -76,21 +76,26 @@ Scratch::~Scratch() { std::free(memory_); }
 
 int threads_for(int64_t work) { return work < SERIAL_WORK ? 1 : omp_get_max_threads(); }
 
-void operand_block(const Operand& w, const Plan& plan, const Activations& a, int64_t block, void* out, Type type,
-                   int64_t stride) {
+void operand_rows(const Operand& w, const Plan& plan, const Activations& a, int64_t first, int64_t last, void* out,
+                  Type type, int64_t stride) {
     const Variant& v = variant();
     const Chunk* parts = plan.parts.data();
-    if (w.interleaved) return v.rows(w.weight(), parts, plan.count(), a, block, block + 1, out, type, stride);
-    const Weight one = interleaved_block(w, block);
-    const size_t size = type == FP32 ? 4 : 2;
-    char* const to = static_cast<char*>(out) + size_t(block) * LANES * size;
-    const int64_t real = std::min<int64_t>(LANES, w.rows - block * LANES);
-    if (real == LANES) return v.rows(one, parts, plan.count(), a, 0, 1, to, type, stride);
+    if (w.interleaved) return v.rows(w.weight(), parts, plan.count(), a, first, last, out, type, stride);
     static thread_local Scratch scratch;
-    char* const full = static_cast<char*>(scratch.get(size_t(a.tokens) * LANES * size));
-    v.rows(one, parts, plan.count(), a, 0, 1, full, type, LANES);
-    for (int64_t t = 0; t < a.tokens; ++t)
-        std::memcpy(to + size_t(t * stride) * size, full + size_t(t) * LANES * size, size_t(real) * size);
+    const size_t size = type == FP32 ? 4 : 2;
+    for (int64_t block = first; block < last; ++block) {
+        const Weight one = interleaved_block(w, block);
+        char* const to = static_cast<char*>(out) + size_t(block) * LANES * size;
+        const int64_t real = std::min<int64_t>(LANES, w.rows - block * LANES);
+        if (real == LANES) {
+            v.rows(one, parts, plan.count(), a, 0, 1, to, type, stride);
+            continue;
+        }
+        char* const full = static_cast<char*>(scratch.get(size_t(a.tokens) * LANES * size));
+        v.rows(one, parts, plan.count(), a, 0, 1, full, type, LANES);
+        for (int64_t t = 0; t < a.tokens; ++t)
+            std::memcpy(to + size_t(t * stride) * size, full + size_t(t) * LANES * size, size_t(real) * size);
+    }
 }
 
 void linear(const Operand& w, const void* x, Type type, int64_t tokens, int planes, void* out) {
@@ -109,7 +114,8 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
         char* to = static_cast<char*>(out) + size_t(first * w.rows) * size;
         const int64_t token_blocks = a.blocks();
         const int threads = threads_for(w.rows * w.columns * now);
-        const int64_t grain = std::max<int64_t>(1, blocks / (threads * (token_blocks == 1 ? 1 : 8)));
+        // few tokens read long streams; many are spread finely, since other programs may slow a thread down
+        const int64_t tasks = std::min<int64_t>(blocks, threads * (token_blocks == 1 ? 1 : 8));
         const auto quantize = [&](int64_t i) {
             variant().quantize(shape, plan.parts.data(), plan.count(), from, type, w.columns, nullptr, a, i);
         };
@@ -120,8 +126,9 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t i = 0; i < token_blocks; ++i) quantize(i);
             }
-#pragma omp for schedule(dynamic, grain)
-            for (int64_t block = 0; block < blocks; ++block) operand_block(w, plan, a, block, to, type, w.rows);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < tasks; ++i)
+                operand_rows(w, plan, a, blocks * i / tasks, blocks * (i + 1) / tasks, to, type, w.rows);
         }
     }
 }

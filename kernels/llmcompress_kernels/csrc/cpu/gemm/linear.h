@@ -39,9 +39,9 @@ struct Plan {
     int64_t count() const { return int64_t(parts.size()); }
 };
 
-// Rows [16 * block, 16 * block + 16) of `w` for quantized activations; a block beyond the last full one is cut.
-void operand_block(const Operand& w, const Plan& plan, const Activations& a, int64_t block, void* out, Type type,
-                   int64_t stride);
+// Row blocks [first, last) of `w`, 16 rows each, for quantized activations; the last one may have fewer rows.
+void operand_rows(const Operand& w, const Plan& plan, const Activations& a, int64_t first, int64_t last, void* out,
+                  Type type, int64_t stride);
 
 inline int64_t blocks_of(int64_t rows) { return (rows + LANES - 1) / LANES; }
 int threads_for(int64_t work);

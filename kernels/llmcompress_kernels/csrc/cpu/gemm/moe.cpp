@@ -111,8 +111,7 @@ void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const
             v.dense_rows(static_cast<const char*>(side.dense) + size_t(u.expert * rows * columns) * size, side.dense_type, columns,
                          values, u.count, first * LANES, std::min(last * LANES, rows), values + u.count * columns, to, rows);
         } else {
-            const Operand one = side.expert(u.expert);
-            for (int64_t block = first; block < last; ++block) operand_block(one, plan, u.activations, block, to, FP32, rows);
+            operand_rows(side.expert(u.expert), plan, u.activations, first, last, to, FP32, rows);
         }
         if (!side.bias) continue;
         for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) {

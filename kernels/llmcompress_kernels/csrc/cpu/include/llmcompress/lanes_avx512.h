@@ -2,6 +2,7 @@
 #pragma once
 
 constexpr int MOST = 8;  // tokens that share one unpacking of the weight: what the registers hold
+constexpr int STREAMS = 4;  // blocks of rows that one token reads at once
 #define UNROLL _Pragma("GCC unroll 8")
 using Ints = __m512i;
 using Floats = __m512;

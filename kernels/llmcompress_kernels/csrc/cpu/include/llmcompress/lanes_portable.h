@@ -2,6 +2,7 @@
 #pragma once
 
 constexpr int MOST = 4;  // tokens that share one unpacking of the weight: what the registers hold
+constexpr int STREAMS = 1;  // blocks of rows that one token reads at once
 #define UNROLL _Pragma("GCC unroll 1")
 struct Ints {
     int32_t v[16];
