@@ -77,8 +77,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all candidates in turn until each has ``rounds`` clean samples or ``budget`` seconds are over.
 
-    A sample is as many calls in a row as take half a millisecond, after one that does not count, so that neither the clock
-    nor what the candidate before left in the core decides; :class:`Rotation` gives each call other weights.
+    A sample is as many calls in a row as take half a millisecond, after one that does not count, so that neither the
+    clock nor what the candidate before left in the core decides; :class:`Rotation` gives each call other weights.
     """
     calls = {}
     for name, function in candidates.items():
