@@ -22,62 +22,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Codec = Literal[
-    "dsq", "dsq_static_p", "dsq_als", "dsq_t", "per_head", "per_channel", "per_state", "group32", "rotate", "none"
+from llmcompress.quant.states import BITS, CODECS, GROUP, StateSpec, packed_length, scale_count, state_bytes
+
+__all__ = [
+    "BITS",
+    "CODECS",
+    "QuantizedState",
+    "StateSpec",
+    "dequantize",
+    "fake_quantize",
+    "folded_mean",
+    "hadamard",
+    "pack_codes",
+    "packed_length",
+    "qmax_of",
+    "quantize",
+    "rotate",
+    "rounding_noise",
+    "scale_count",
+    "state_bytes",
+    "static_channel_scale",
+    "static_state_scale",
+    "step_size",
+    "to_scale",
+    "unpack_codes",
 ]
-CODECS: tuple[str, ...] = get_args(Codec)
-BITS = (4, 6, 8)
+
 SMALLEST = 2.0**-24
 LARGEST = 65504.0
-GROUP = 32
 # a calibrated channel scale is at least this share of the head's median
 DEAD_CHANNEL = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class StateSpec:
-    """How states are quantized.
-
-    Attributes:
-        bits: 4, 6 or 8; 16 leaves the state in float.
-        codec: ``dsq``; ``dsq_static_p`` (channel scale calibrated, state scale dynamic); ``dsq_als`` (scales
-            refitted by least squares); ``dsq_t`` (state scale calibrated, channel scale dynamic); one scale
-            ``per_head``, ``per_channel``, ``per_state`` or per 32 states of a channel (``group32``); ``rotate``
-            (Hadamard on both axes, one scale per head); ``none``.
-        alpha: Exponent of the first scale.
-        sqrt_axis: Which axis gets the mean to the power of alpha; the other gets the maximum.
-        rounding: ``rtn`` or ``stochastic``.
-        seed: Of stochastic rounding.
-        refits: Alternating least-squares passes of ``dsq_als``.
-    """
-
-    bits: int = 4
-    codec: Codec = "dsq"
-    alpha: float = 0.5
-    sqrt_axis: Literal["channel", "state"] = "channel"
-    rounding: Literal["rtn", "stochastic"] = "rtn"
-    seed: int = 0
-    refits: int = 3
-
-    def __post_init__(self) -> None:
-        """Refuse what no function here can do."""
-        assert self.codec in CODECS, self.codec
-        assert self.bits in (*BITS, 16), self.bits
-
-    @property
-    def active(self) -> bool:
-        """Whether the state is changed at all."""
-        return self.codec != "none" and self.bits < 16
-
-    @property
-    def qmax(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,41 +349,3 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     # the six bits go to the top of the byte, so that the shift back carries the sign
     parts = (first << 2, (first >> 6 | second << 2) << 2, (second >> 4 | third << 4) << 2, third & 0xFC)
     return torch.stack(parts, -1).flatten(-2)[..., :count].contiguous().view(torch.int8) >> 2
-
-
-def packed_length(count: int, bits: int) -> int:
-    """Bytes of ``count`` packed codes."""
-    if bits == 8:
-        return count
-    return -(-count // 2) if bits == 4 else 3 * -(-count // 4)
-
-
-def scale_count(spec: StateSpec, channels: int, states: int) -> int:
-    """fp16 scales stored per head and sequence."""
-    groups = -(-states // GROUP)
-    return {
-        "dsq": channels + states,
-        "dsq_als": channels + states,
-        "dsq_static_p": states,
-        "dsq_t": channels,
-        "per_head": 1,
-        "rotate": 1,
-        "per_channel": channels,
-        "per_state": states,
-        "group32": channels * groups,
-        "none": 0,
-    }[spec.codec]
-
-
-def state_bytes(spec: StateSpec, channels: int, states: int, bits: int | None = None) -> int:
-    """Bytes of one head's packed state ``[P, N]`` and its scales; fp32 when the spec is inactive.
-
-    Args:
-        spec: How.
-        channels: P.
-        states: N.
-        bits: Width of this head instead of ``spec.bits``.
-    """
-    if not spec.active:
-        return 4 * channels * states
-    return channels * packed_length(states, bits or spec.bits) + 2 * scale_count(spec, channels, states)

@@ -14,6 +14,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import read_object
 from llmcompress.errors import InputError
+from llmcompress.models.state_memory import BatchMemory, memory_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,8 @@ class Inspection:
         bits: Bits per parameter over everything.
         groups: Weights by role and storage.
         policies: Run-time policies saved with the model.
+        heads: Of models with low-bit states: per mixer and head half-life in tokens, width and output error.
+        memory: Of models with states: bytes by batch size.
         tokenizer: Whether tokenizer files are there.
         files: Weight files.
     """
@@ -79,6 +82,8 @@ class Inspection:
     bits: float
     groups: tuple[ModuleGroup, ...]
     policies: dict[str, Any] = field(default_factory=dict)
+    heads: tuple[dict[str, Any], ...] = ()
+    memory: tuple[BatchMemory, ...] = ()
     tokenizer: bool = False
     files: tuple[str, ...] = ()
 
@@ -136,6 +141,7 @@ def look(path: Path) -> Inspection:
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
     bank = next((b.bank for b in layout.blocks if b.bank is not None), None) if layout else None
+    policies = quantization.get("policies", {}) if method == "llmcompress" else {}
     return Inspection(
         path=str(path),
         kind={"": "checkpoint", "llmcompress": "llmcompress artifact"}.get(method, f"{method} checkpoint"),
@@ -152,7 +158,9 @@ def look(path: Path) -> Inspection:
         bytes=total,
         bits=round(8 * total / values, 4) if values else 0.0,
         groups=tuple(groups),
-        policies=quantization.get("policies", {}) if method == "llmcompress" else {},
+        policies=policies,
+        heads=_heads(policies),
+        memory=_memory(layout, total, policies),
         tokenizer=any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")),
         files=tuple(sorted({file for file, _ in headers.values()})),
     )
@@ -227,6 +235,22 @@ def _groups(
     return found
 
 
+def _heads(policies: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """One entry per mixer whose states were measured."""
+    policy = policies.get("state_cache") or {}
+    found = []
+    for module, row in (policy.get("measured") or {}).items():
+        bits = (policy.get("head_bits") or {}).get(module, [policy.get("bits")] * len(row["half_lives"]))
+        found.append({"mixer": module, **row, "bits": bits})
+    return tuple(found)
+
+
+def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) -> tuple[BatchMemory, ...]:
+    if layout is None or all(block.scan is None for block in layout.blocks):
+        return ()
+    return tuple(memory_table(layout, weights, policies.get("state_cache")))
+
+
 def _disk_roles(layout: ModelLayout) -> dict[str, tuple[str, int]]:
     """Disk prefix of every expert bank, ending in a dot → role and block."""
     found = {}
@@ -283,6 +307,45 @@ def _show(found: Inspection, screen: Console) -> None:
     ]  # fmt: skip
     headers = ("role", "stored as", "weights", "blocks", "values", "bytes", "bits each")
     screen.print(table(headers, rows, right="weights|values|bytes|bits each"))
+    _show_states(found, screen)
+
+
+def _show_states(found: Inspection, screen: Console) -> None:
+    """Widths of weights, activations and states; heads by memory and error; bytes by batch."""
+    if not found.memory:
+        return
+    if "state_cache" in found.policies:
+        weights = sorted({group.how.partition("-bit")[0] for group in found.groups if "-bit" in group.how})
+        activations = found.policies.get("activations", {}).get("bits", 16)
+        policy = found.policies["state_cache"]
+        states = "auto" if policy.get("head_bits") else policy["bits"]
+        screen.print(f"  W{'/'.join(weights) or 16} A{activations} H{states}, codec {policy['codec']}", highlight=False)
+    heads = [
+        (
+            str(entry["mixer"]), len(entry["bits"]), _middle(entry["half_lives"]), _longest(entry["half_lives"]),
+            f"{sum(entry['bits']) / len(entry['bits']):.2f}", _middle(entry["errors"]), f"{max(entry['errors']):.3f}",
+        )
+        for entry in found.heads
+    ]  # fmt: skip
+    if heads:
+        headers: tuple[str, ...] = ("mixer", "heads", "half-life", "longest", "bits", "error", "worst")
+        screen.print(table(headers, heads, right="heads|half-life|longest|bits|error|worst"))
+    sizes = [
+        (str(m.batch), bytes_text(m.weights), bytes_text(m.states + m.convolution), bytes_text(m.total),
+         bytes_text(m.weights + m.float_states + m.convolution))
+        for m in found.memory
+    ]  # fmt: skip
+    headers = ("batch", "weights", "states", "together", "with fp32 states")
+    screen.print(table(headers, sizes, right="batch|weights|states|together|with fp32 states"))
+
+
+def _middle(values: list[float | None]) -> str:
+    known = sorted(float("inf") if value is None else value for value in values)
+    return f"{known[len(known) // 2]:.3g}"
+
+
+def _longest(values: list[float | None]) -> str:
+    return f"{max(float('inf') if value is None else value for value in values):.3g}"
 
 
 def _span(blocks: tuple[int, ...]) -> str | None:

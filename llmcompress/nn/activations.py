@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.errors import InputError
+
 if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
 
@@ -46,7 +48,14 @@ def attach(model: nn.Module, layout: ModelLayout, policy: Mapping[str, Any]) -> 
         model: Of this layout.
         layout: Its layout.
         policy: ``bits`` and ``roles``.
+
+    Raises:
+        InputError: The policy is not one that this version knows.
     """
+    if policy.get("bits") != 8 or not isinstance(policy.get("roles"), list):
+        raise InputError(
+            "quantization_config.policies.activations: not understood", "upgrade llmcompress, or export the model again"
+        )
     bits = int(policy["bits"])
     switch = {"on": True}
 

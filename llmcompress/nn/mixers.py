@@ -22,7 +22,7 @@ from llmcompress_kernels import state as kernels
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from llmcompress.algorithms.decoupled_scales import StateSpec
+from llmcompress.algorithms.decoupled_scales import BITS, CODECS, StateSpec
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
@@ -105,7 +105,7 @@ def float_states(model: nn.Module) -> Iterator[None]:
 
 def register_scales(model: nn.Module, layout: ModelLayout, policy: Mapping[str, Any]) -> None:
     """Give each mixer the buffer of its calibrated scale, where the codec has one; called before weights are read."""
-    axis = {"dsq_static_p": "channels", "dsq_t": "states"}.get(policy["codec"])
+    axis = {"dsq_static_p": "channels", "dsq_t": "states"}.get(spec_of(policy).codec)
     if axis is None:
         return
     for name, view in scans(layout):
@@ -135,11 +135,11 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
         InputError: The model has no states, or the installed transformers has other mixers.
     """
     spec = spec_of(policy)
-    widths: Mapping[str, list[int]] = policy.get("head_bits") or {}
     runtime = StateRuntime()
     found = list(scans(layout))
     if not found:
         raise InputError(f"{layout.model_type} has no state-space layers whose states could be quantized")
+    widths = _heads(policy, found)
     for name, view in found:
         mixer = model.get_submodule(name)
         bits = torch.tensor(widths[name]) if name in widths else None
@@ -151,10 +151,49 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
     return runtime
 
 
+_WORDS: dict[str, Callable[[Any], bool]] = {
+    "bits": lambda v: v in (*BITS, 16),
+    "codec": lambda v: v in CODECS,
+    "alpha": lambda v: isinstance(v, int | float) and 0 <= v < 1,
+    "sqrt_axis": lambda v: v in ("channel", "state"),
+    "rounding": lambda v: v in ("rtn", "stochastic"),
+    "seed": lambda v: isinstance(v, int),
+    "refits": lambda v: isinstance(v, int) and v > 0,
+    "window": lambda v: isinstance(v, int) and v > 0,
+}
+
+
 def spec_of(policy: Mapping[str, Any]) -> StateSpec:
-    """The codec part of a saved policy."""
-    words = ("bits", "codec", "alpha", "sqrt_axis", "rounding", "seed", "refits")
-    return StateSpec(**{word: policy[word] for word in words if word in policy})
+    """The codec part of a saved policy.
+
+    Raises:
+        InputError: It holds words or values that this version does not know.
+    """
+    wrong = [word for word in policy if word not in (*_WORDS, "head_bits", "measured")]
+    wrong += [f"{word}: {policy[word]!r}" for word, fits in _WORDS.items() if word in policy and not fits(policy[word])]
+    if wrong:
+        raise InputError(
+            f"quantization_config.policies.state_cache: not understood: {', '.join(wrong)}",
+            "the model was saved by a newer version (upgrade llmcompress) or was damaged (export it again)",
+        )
+    return StateSpec(**{word: policy[word] for word in _WORDS if word in policy and word != "window"})
+
+
+def _heads(policy: Mapping[str, Any], found: list[tuple[str, ScanView]]) -> Mapping[str, list[int]]:
+    """Widths per head of a saved policy.
+
+    Raises:
+        InputError: They do not fit the model.
+    """
+    widths: Mapping[str, list[int]] = policy.get("head_bits") or {}
+    sizes = {name: view.heads for name, view in found}
+    for name, row in widths.items():
+        if len(row) != sizes.get(name) or any(bits not in BITS for bits in row):
+            raise InputError(
+                f"quantization_config.policies.state_cache.head_bits: {name} does not fit this model",
+                "export the model again",
+            )
+    return widths
 
 
 def attach_mixer(mixer: nn.Module, view: ScanView, runtime: StateRuntime) -> None:

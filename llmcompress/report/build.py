@@ -10,6 +10,7 @@ from typing import Any
 from llmcompress.quant.store import write_durably
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
 from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent
+from llmcompress.report.states import states_section
 
 Json = dict[str, Any]
 
@@ -82,6 +83,7 @@ def page_context(data: ReportData) -> Json:
         "size": size_section(data),
         "layers": [section for section in (layer_section(stage) for stage in quantizing) if section],
         "pesf": [pesf_section(entry) for entry in data.pesf],
+        "states": [states_section(entry) for entry in data.states],
         "held_out_shift": held_out_shift(data.shift),
         "forced": [forced_table(row) for row in data.forced_routing],
         "samples": [sample_row(sample) for sample in data.samples],

@@ -134,6 +134,7 @@ class ReportData:
     gates: list[Json]
     samples: list[Json]
     pesf: list[Json]
+    states: list[Json]
     forced_routing: list[Json]
     shift: list[Json]
     warnings: list[str]
@@ -207,6 +208,7 @@ def collect(run_dir: Path) -> ReportData:
         gates=found.gates,
         samples=found.samples,
         pesf=found.pesf,
+        states=found.states,
         forced_routing=found.forced_routing,
         shift=found.shift,
         warnings=_warnings(events),
@@ -304,6 +306,7 @@ class _Results:
         self.gates: list[Json] = []
         self.samples: list[Json] = []
         self.pesf: list[Json] = []
+        self.states: list[Json] = []
         self.forced_routing: list[Json] = []
         self.shift: list[Json] = []
 
@@ -327,7 +330,9 @@ class _Results:
         elif rows and key.startswith("pesf"):
             self.pesf += rows
         elif isinstance(value, Mapping):
-            if key.startswith("pesf") and "metrics" not in value:
+            if key == "states" and "heads" in value:
+                self.states.append(dict(value))
+            elif key.startswith("pesf") and "metrics" not in value:
                 self.pesf.append(dict(value))
             elif key.startswith(("forced_routing", "shift_cost")):
                 self.forced_routing.append(dict(value))

@@ -7,12 +7,15 @@ whenever the loaded model keeps a state (``nn/mixers.py``).
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.models import sizes
+from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -120,6 +123,7 @@ class Dsq(Stage):
             ctx.emit("warning", text=text)
         measure_states(self.config, state, ctx)
         self.restore(state, ctx)
+        self._write(state, ctx)
         self._tell(state, ctx)
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
@@ -128,7 +132,8 @@ class Dsq(Stage):
         from llmcompress.stages.state_measurement import chosen_widths
 
         attach_store(state, ctx)
-        state.policies["state_cache"] = self.policy(chosen_widths(self.config, state, ctx))
+        widths = chosen_widths(self.config, state, ctx)
+        state.policies["state_cache"] = self.policy(widths) | {"measured": self._measured(state, widths)}
 
     def policy(self, head_bits: dict[str, list[int]] | None) -> dict[str, Any]:
         """The policy as plain data, as saved in ``quantization_config``."""
@@ -137,6 +142,35 @@ class Dsq(Stage):
         found["window"] = self.config.replay_window
         if head_bits is not None:
             found["head_bits"] = head_bits
+        return found
+
+    def _write(self, state: RunState, ctx: RunContext) -> None:
+        """The file that the report reads."""
+        from llmcompress.models.state_memory import memory_table
+
+        assert state.model is not None
+        assert state.packed is not None
+        item = state.model.checkpoint.dtype.itemsize
+        weights = sizes.model_bytes(state.model.layout, state.packed.plan(), item)
+        policy = dict(state.policies["state_cache"])
+        heads = policy.pop("measured")
+        rows = [asdict(row) for row in memory_table(state.model.layout, weights, policy, item)]
+        content = {"policy": policy, "heads": heads, "memory": rows}
+        write_durably(ctx.stage_dir / "states.json", json.dumps(content, sort_keys=True).encode())
+
+    def _measured(self, state: RunState, head_bits: dict[str, list[int]] | None) -> dict[str, Any]:
+        """Half-life and output error of every head at its width, by mixer, for ``inspect`` and the report."""
+        assert state.packed is not None
+        found: dict[str, Any] = {}
+        for _, patch in state.packed.blocks():
+            record = patch.record.get("states")
+            if record is None:
+                continue
+            module = record["module"]
+            lives = [None if life is None else round(life, 1) for life in record["half_lives"]]
+            widths = (head_bits or {}).get(module, [self.config.bits] * len(lives))
+            errors = [round(record["errors"][str(bits)][head], 4) for head, bits in enumerate(widths)]
+            found[module] = {"half_lives": lives, "errors": errors}
         return found
 
     def _tell(self, state: RunState, ctx: RunContext) -> None:

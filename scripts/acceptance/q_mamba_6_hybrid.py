@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Q-Mamba 6: a hybrid of attention, Mamba-2 and experts goes through one recipe, loads back and generates.
+
+QESC for the experts, 4-bit states, GPTQ for the rest, in one run; then the artifact is loaded in a fresh process, its
+logits are compared with those of the model in memory (the exporter's own check) and it writes text from packed states.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness import llmcompress, verdict
+
+CHILD = """
+import json, sys, torch
+from llmcompress import hf
+from llmcompress.nn.states import PackedState, cache_bytes
+model, tokenizer = hf.load(sys.argv[1])
+ids = tokenizer("The old house stood at the end of the", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
+cache = out.past_key_values
+kinds = [type(h).__name__ for l in cache.layers for h in getattr(l, "recurrent_states", {}).values()]
+config = model.config.to_dict()["quantization_config"]
+print(json.dumps({
+    "text": tokenizer.decode(out.sequences[0]), "states": kinds, "policies": sorted(config["policies"]),
+    "bits": sorted({config["specs"][i]["bits"] for i in config["modules"].values()}),
+    "experts": sum("experts" in name for name in config["modules"]), "bytes": cache_bytes(cache).states,
+}))
+"""
+
+
+def main() -> None:
+    root = Path(tempfile.mkdtemp(prefix="llmcompress-hybrid-"))
+    try:
+        llmcompress("run", "q_mamba_hybrid", f"run.dir={root / 'run'}", "--quiet")
+        command = [sys.executable, "-c", CHILD, str(root / "run" / "artifact")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows = json.loads((root / "run" / "stages" / "evaluate" / "metrics.json").read_text())
+    finally:
+        shutil.rmtree(root)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found), flush=True)
+    text = next(row for row in rows if row["metric"] == "perplexity")
+    holds = bool(found["states"]) and set(found["states"]) == {"PackedState"} and found["experts"] > 0
+    verdict(
+        holds and "state_cache" in found["policies"],
+        f"{len(found['states'])} layers with packed states, {found['experts']} expert projections packed, "
+        f"perplexity {text['dense']:.2f} dense, {text['compressed']:.2f} compressed, text is written",
+    )
+
+
+if __name__ == "__main__":
+    main()

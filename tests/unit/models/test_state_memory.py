@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmcompress.models.registry import layout_from_config
+from llmcompress.models.state_memory import memory_table, sequence_bytes
+
+CONFIGS = Path(__file__).parents[2] / "data" / "hub_configs"
+# the specification's table: state elements and convolution states of one sequence
+PUBLISHED = {"mamba2_130m": (4_718_592, 0.34), "mamba2_370m": (12_582_912, 0.88), "mamba2_2b7": (41_943_040, 2.75),
+             "mamba_2b8": (5_242_880, 2.6)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_released_models(name: str) -> None:
+    layout = layout_from_config(json.loads((CONFIGS / f"{name}.json").read_text()))
+    states, convolution, floats = sequence_bytes(layout, None, 2)
+    elements, megabytes = PUBLISHED[name]
+    assert floats == states == 4 * elements
+    assert convolution / 1e6 == pytest.approx(megabytes, abs=0.06)
+
+
+def test_four_bit_states_cost_4_375_bits() -> None:
+    layout = layout_from_config(json.loads((CONFIGS / "mamba2_2b7.json").read_text()))
+    states, _, floats = sequence_bytes(layout, {"bits": 4, "codec": "dsq"}, 2)
+    assert states * 8 / (floats / 4) == 4.375
+    replayed, _, _ = sequence_bytes(layout, {"bits": 4, "codec": "dsq", "window": 17}, 2)
+    # the specification counts 11.1 MB for a window of 16 kept tokens
+    assert (replayed - states) / 1e6 == pytest.approx(11.1, abs=0.2)
+    rows = memory_table(layout, 1000, {"bits": 4, "codec": "dsq"})
+    assert [row.batch for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert rows[3].states == 8 * states
