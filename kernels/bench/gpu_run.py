@@ -1,0 +1,127 @@
+"""Run the GPU benches and write one JSON file.
+
+    python kernels/bench/gpu_run.py --out benchmarks/gpu_<name>.json [--dry-run]
+
+Needs torch and triton. humming-kernels and gemlite are measured where they are installed. ``--dry-run`` imports
+everything, lists what would run, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).resolve().parent)]
+
+TOKENS = (1, 4, 8, 16, 32, 64, 256)
+PREFILL = 4096
+BITS = (4, 3, 2)
+BATCHES = (1, 16, 64, 128, 512)
+
+
+def versions() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    import torch
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    for name in ("triton", "numpy", "humming-kernels", "gemlite"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found["commit"] = told.stdout.strip()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        }
+    return found
+
+
+def plan() -> list[tuple[str, Any]]:
+    """Everything that is measured: a name and a function of the copy rate that gives a list of lines."""
+    import gpu_matrix
+    import gpu_mixtral
+    import gpu_state
+
+    found: list[tuple[str, Any]] = []
+    for bits in BITS:
+        for tokens in TOKENS:
+            found.append((f"moe w{bits} {tokens} tokens", lambda r, b=bits, t=tokens: [gpu_matrix.routed(t, b, r)]))
+        found.append((f"moe w{bits} {PREFILL} tokens", lambda r, b=bits: [gpu_matrix.routed(PREFILL, b, r)]))
+        found.append((f"moe w{bits} pruned", lambda r, b=bits: [gpu_matrix.routed(PREFILL, b, r, 0.3)]))
+        for tokens in (1, 8, 32, 256):
+            found.append(
+                (f"dense w{bits} {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_matrix.dense(t, b, r)))
+            )
+    for batch in BATCHES:
+        found.append((f"state batch {batch}", lambda r, n=batch: [gpu_state.update(n, r)]))
+    found.append(("mixtral-8x7b w3", lambda r: [gpu_mixtral.generate(3, r)]))
+    return found
+
+
+def main() -> int:
+    """Measure until the time is up; exit code 1 if something failed or did not fit."""
+    parser = argparse.ArgumentParser(description="GPU benches of the kernels.")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
+    parser.add_argument("--seconds", type=float, default=330.0, help="start no measurement after this time")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    work = plan()
+    if options.dry_run:
+        print("\n".join(name for name, _ in work))
+        print(json.dumps(versions()))
+        return 0
+    import torch
+    from gpu_timing import copy_rate
+
+    if not torch.cuda.is_available():
+        print("no GPU: nothing can be measured")
+        return 1
+    began, rate = time.perf_counter(), copy_rate()
+    result: dict[str, Any] = {
+        "versions": versions(),
+        "copy_gb_per_second": round(rate / 1e9, 1),
+        "lines": [],
+        "failed": {},
+    }
+    # the longest first, so that what is left out for time is a small thing
+    for name, measure in sorted(work, key=lambda item: not item[0].startswith("mixtral")):
+        if time.perf_counter() - began > options.seconds:
+            result["failed"][name] = "no time left"
+            continue
+        try:
+            for line in measure(rate):
+                result["lines"].append(line)
+                print(json.dumps(line), flush=True)
+        except Exception as error:  # one failure must not lose the rest
+            result["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
+            print(f"{name}: {result['failed'][name]}", flush=True)
+        torch.cuda.empty_cache()
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {options.out}")
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The DSQ state update on a GPU, beside the same update with an fp16 and an fp32 state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from gpu_timing import replay, rotations
+from llmcompress_kernels import state
+from llmcompress_kernels.triton.state import dsq_pack
+
+# Mamba2-2.7B
+HEADS, P, N = 80, 64, 128
+
+
+@triton.jit
+def float_update_kernel(
+    state, drive, decay, b, c, out, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr
+):
+    """Program (tile of channels, head, sequence): the update with a float state, memory traffic and nothing else."""
+    unit = tl.program_id(2).to(tl.int64) * HEADS + tl.program_id(1)
+    p, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, N)
+    place = state + unit * (P * N) + p[:, None] * N + n[None, :]
+    shared = tl.program_id(2) * N + n
+    driven = tl.load(drive + unit * P + p).to(tl.float32)[:, None] * tl.load(b + shared).to(tl.float32)[None, :]
+    u = tl.load(decay + unit).to(tl.float32) * tl.load(place).to(tl.float32) + driven
+    tl.store(out + unit * P + p, tl.sum(u * tl.load(c + shared).to(tl.float32)[None, :], 1))
+    tl.store(place, u.to(state.dtype.element_ty))
+
+
+def update(batch: int, rate: float) -> dict[str, Any]:
+    """Microseconds of one token of ``batch`` sequences, one layer."""
+    drive = torch.randn(batch, HEADS, P, device="cuda")
+    decay = torch.rand(batch, HEADS, device="cuda")
+    b, c = torch.randn(batch, 1, N, device="cuda"), torch.randn(batch, 1, N, device="cuda")
+    out = torch.empty_like(drive)
+    candidates: dict[str, list[Callable[[], object]]] = {}
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        size = batch * HEADS * P * N * dtype.itemsize
+        held = [torch.randn(batch, HEADS, P, N, dtype=dtype, device="cuda") for _ in range(rotations(size, 16))]
+        candidates[name] = [
+            lambda s=s: float_update_kernel[(P // 16, HEADS, batch)](s, drive, decay, b, c, out, HEADS, P, N, 16)
+            for s in held
+        ]
+    for bits in (4, 8):
+        size = batch * HEADS * P * N * bits // 8
+        packed = [
+            dsq_pack(torch.randn(batch, HEADS, P, N, device="cuda"), None, bits) for _ in range(rotations(size, 16))
+        ]
+        candidates[f"dsq{bits}"] = [_dsq_call(q, drive, decay, b, c, bits) for q in packed]
+    times = replay(candidates)
+    found: dict[str, Any] = {"op": "dsq_state_update", "batch": batch}
+    for name, each in times.items():
+        found[f"{name}_us"] = round(each.median, 2)
+    for bits in (4, 8):
+        traffic = 2 * batch * HEADS * (P * N * bits // 8 + 2 * (P + N))
+        found[f"dsq{bits}_floor_share"] = round(traffic / rate * 1e6 / times[f"dsq{bits}"].median, 3)
+    found["dsq4_over_fp16"] = round(times["fp16"].median / times["dsq4"].median, 3)
+    found["dsq4_over_fp32"] = round(times["fp32"].median / times["dsq4"].median, 3)
+    return found
+
+
+def _dsq_call(
+    held: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    drive: torch.Tensor,
+    decay: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    bits: int,
+) -> Callable[[], object]:
+    codes, channel, scale = held
+    return lambda: state.dsq_state_update(codes, channel, scale, None, drive, decay, b, c, bits)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# All GPU tests and benches on a machine with an NVIDIA GPU, in under 8 minutes; writes one JSON file into benchmarks/.
+#
+#   scripts/gpu_check.sh [--dry-run]
+#
+# Needs python3 with torch >= 2.11, triton >= 3.6, numpy and pytest; nothing of this project has to be installed.
+# Compared with where they are installed: humming-kernels, gemlite (pip install humming-kernels gemlite).
+# --dry-run checks the imports and lists what would run; it needs no GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 PYTHONUNBUFFERED=1
+
+if [ "${1:-}" = "--dry-run" ]; then
+  "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py --collect-only -p no:cacheprovider -o addopts=
+  exec "$python" kernels/bench/gpu_run.py --dry-run
+fi
+
+"$python" - <<'PY' || { echo "no GPU that torch can use"; exit 1; }
+import sys, torch
+sys.exit(0 if torch.cuda.is_available() else 1)
+PY
+name=$("$python" -c 'import torch; print("".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower()))')
+status=0
+timeout 130 "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py -p no:cacheprovider -o addopts= || status=$?
+timeout 340 "$python" kernels/bench/gpu_run.py --seconds 300 --out "benchmarks/gpu_${name}.json" || status=$?
+echo "total: ${SECONDS} s"
+exit "$status"

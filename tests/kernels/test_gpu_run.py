@@ -1,0 +1,157 @@
+"""Kernels on a GPU, against the definition in float64 there; run by scripts/gpu_check.sh."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from llmcompress_kernels import ops, select, state
+from llmcompress_kernels.reference import group_gemm as dense_definition
+from llmcompress_kernels.reference import moe_group_gemm as routed_definition
+from llmcompress_kernels.reference import state as state_definition
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
+        reason="TRITON_INTERPRET is set; use scripts/gpu_check.sh",
+    ),
+]
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius error; NaN counts as infinite."""
+    error = (found.double() - expected).norm() / expected.norm()
+    return float("inf") if error.isnan() else error.item()
+
+
+def test_triton_is_what_runs() -> None:
+    used = {row.op: row.implementation for row in select.explain("cuda") if row.used}
+    assert used["moe_group_gemm"] in ("triton", "cuda")
+    assert used["group_gemm"] in ("triton", "cuda")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 5, 17, 64, 300])
+def test_group_gemm(packed, bits: int, dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    for rows, columns, group in ((1024, 2048, 128), (576, 1536, 64), (333, 1000, 32), (130, 200, 24)):
+        w = packed((rows, columns), bits, group, columns % 128 != 0, "cuda")
+        x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+        operands = (w.weight, w.scale, w.zero, bits, group, columns)
+        expected = dense_definition.group_gemm(x.double(), *operands)
+        assert relative(ops.group_gemm(x, *operands), expected) < TOLERANCE[dtype], (rows, columns, group)
+
+
+@pytest.mark.parametrize(("up_bits", "down_bits"), [(2, 2), (3, 3), (4, 4), (3, 4), (8, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, 33, 1000])
+def test_moe(packed, up_bits: int, down_bits: int, dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    experts, slots, hidden, inner = 16, 4, 512, 704
+    up = packed((experts, 2 * inner, hidden), up_bits, 64, False, "cuda")
+    down = packed((experts, hidden, inner), down_bits, 64, True, "cuda")
+    if down_bits == 16:
+        down = ops.Stack(down.weight.to(dtype))
+    x = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
+    index = torch.rand(tokens, experts + 1, device="cuda").topk(slots, -1).indices
+    index[0, 0] = experts
+    weights = torch.rand(tokens, slots, device="cuda")
+    found = ops.moe_group_gemm(x, index, weights, up, down, inner)
+    sides = [v for s in (up, down) for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group_size)]
+    expected = routed_definition.moe_group_gemm(x.double(), index, weights, *sides, inner, "silu", 1.702, 7.0)
+    assert relative(found, expected) < 2 * TOLERANCE[dtype]
+
+
+def test_moe_in_a_graph_follows_its_inputs(packed) -> None:
+    up, down = packed((8, 256, 128), 3, 64, False, "cuda"), packed((8, 128, 128), 3, 64, False, "cuda")
+    x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
+    index, weights = torch.randint(0, 9, (4, 2), device="cuda"), torch.rand(4, 2, device="cuda")
+    ops.moe_group_gemm(x, index, weights, up, down, 128)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.moe_group_gemm(x, index, weights, up, down, 128)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        index.copy_(torch.randint(0, 9, (4, 2), device="cuda"))
+        graph.replay()
+        assert torch.equal(found, ops.moe_group_gemm(x, index, weights, up, down, 128))
+
+
+def test_operators_stay_whole_in_a_compiled_graph(packed) -> None:
+    w = packed((256, 512), 4, 128, True, "cuda")
+    x = torch.randn(3, 512, device="cuda", dtype=torch.bfloat16)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return ops.group_gemm(x, w.weight, w.scale, None, 4, 128, 512) + 1
+
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_opcheck(packed) -> None:
+    w = packed((64, 96), 3, 32, False, "cuda")
+    arguments = (torch.randn(2, 96, device="cuda"), w.weight, w.scale, w.zero, 3, 32, 96)
+    torch.library.opcheck(torch.ops.llmcompress.group_gemm.default, arguments)
+
+
+def test_rows_beyond_two_to_the_31_elements(packed) -> None:
+    """Addresses are 64-bit: the last expert begins beyond 2^31 codes' worth of words."""
+    experts, rows, columns = 2, 4096, 1 << 19
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB")
+    weight = torch.zeros(experts, 2 * rows, columns * 8 // 32, dtype=torch.int32, device="cuda")
+    assert weight.numel() > 1 << 30
+    weight[-1] = 0x01010101
+    scale = torch.ones(experts, 2 * rows, 1, dtype=torch.float16, device="cuda") / columns
+    down = packed((experts, 32, rows), 4, 128, True, "cuda")
+    x = torch.ones(1, columns, device="cuda", dtype=torch.bfloat16)
+    index, weights = torch.tensor([[1]], device="cuda"), torch.ones(1, 1, device="cuda")
+    zero = torch.zeros(experts, 2 * rows, 1, dtype=torch.int32, device="cuda")
+    up = ops.Stack(weight, scale, zero, None, 8, columns)
+    found = ops.moe_group_gemm(x, index, weights, up, down, rows)
+    activated = torch.nn.functional.silu(torch.ones(1, rows, device="cuda", dtype=torch.float64))
+    expected = dense_definition.group_gemm(activated, down.weight[1], down.scale[1], None, 4, 128, rows)
+    assert relative(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_state_update_gives_the_definitions_codes(bits: int) -> None:
+    torch.manual_seed(bits)
+    sequences, heads, channels, states = 3, 8, 64, 128
+    from llmcompress_kernels.triton.state import dsq_pack
+
+    held = list(dsq_pack(torch.randn(sequences, heads, channels, states, device="cuda"), None, bits))
+    expected = [t.clone() for t in held]
+    for _ in range(3):
+        drive = torch.randn(sequences, heads, channels, device="cuda")
+        decay = torch.rand(sequences, heads, device="cuda")
+        b, c = (torch.randn(sequences, 2, states, device="cuda") for _ in range(2))
+        found = state.dsq_state_update(*held, None, drive, decay, b, c, bits)
+        wanted = state_definition.dsq_state_update(*expected, None, drive, decay, b, c, bits)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(held, expected))
+
+
+def test_scan_is_differentiable() -> None:
+    tokens, heads, channels, states = 40, 4, 32, 64
+    drive = torch.randn(1, tokens, heads, channels, device="cuda", requires_grad=True)
+    decay = torch.rand(1, tokens, heads, device="cuda").requires_grad_()
+    b, c = (torch.randn(1, tokens, 2, states, device="cuda", requires_grad=True) for _ in range(2))
+    begin = torch.zeros(1, heads, channels, states, device="cuda")
+    bits = torch.tensor([4, 6, 8, 16], dtype=torch.int32, device="cuda")
+    out, _ = state.selective_scan_q(drive, decay, b, c, begin, bits)
+    inputs = (drive, decay, b, c)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    plain = [t.detach() for t in inputs]
+    expected, _, kept = state_definition.selective_scan_q(*plain, begin, bits, None, 1, 1, True)
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-4, atol=1e-3)
+    wanted = state_definition.selective_scan_q_backward(2 * expected, *plain, kept, bits, None, 1, 1)
+    for mine, theirs in zip(found, wanted):
+        assert (mine - theirs).norm() / theirs.norm() < 1e-3
