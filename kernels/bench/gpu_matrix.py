@@ -45,7 +45,7 @@ def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
         wide = [torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
         candidates: dict[str, list[Callable[[], object]]] = {
             "ours": [_dense_call(x, w, columns) for w in weights],
-            "bf16": [lambda w=w: torch.nn.functional.linear(x, w) for w in wide],
+            "bf16": [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in wide],
         }
         reasons = {}
         for name, make in (("humming", _humming), ("gemlite", _gemlite)):
