@@ -10,13 +10,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.generate import HeadBitsOption, Int8Option, Speed
+from llmcompress.cli.output import Output, table
 from llmcompress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed repe
 KERNEL_SHAPES = ((1024, 1024), (2048, 1024))
 KERNEL_TOKENS = (1, 64)
 GROUP = 128
+# seconds per case after which what was measured counts
+BUDGET = 30.0
+ROUNDINGS = {"int8_activations": "int8 activations", "head_bits": "8-bit head"}
 
 
 def register(app: typer.Typer) -> None:
@@ -77,105 +82,109 @@ def bench_model(
     against: Annotated[
         str | None, typer.Option("--against", metavar="PATH", help="Another model to time in alternation.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens read at once.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens written one by one.")] = 32,
-    repeats: RepeatsOption = 5,
+    gguf: Annotated[
+        Path | None,
+        typer.Option("--gguf", metavar="FILE", help="llama.cpp beside it; LLMCOMPRESS_PEER_LLAMACPP names its python."),
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", min=1, help="Tokens before; may be repeated.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, max=8, help="Sequences; may be repeated.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens read at once.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens of a sample.")] = 8,
+    repeats: RepeatsOption = 7,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    int8_activations: Int8Option = False,
+    head_bits: HeadBitsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Tokens per second of reading a prompt (prefill) and of writing (decode), batch 1, random token ids."""
+    """Tokens per second of reading a prompt (prefill) and of writing (decode), all engines in turn.
+
+    The native engine runs exactly and, where asked, with rounded activations and head; beside it transformers on the
+    same weights and, for a packed model, a dense bfloat16 model of the same shape. Without options contexts 16 and 512,
+    batch 1 and 8.
+    """
+    import torch
+
     from llmcompress.cli.models import open_model
+    from llmcompress.inference import speed
     from llmcompress.pipeline.device import set_threads
 
     set_threads(threads)
-    names = [path] if against is None else [path, against]
     opened: dict[str, OpenedModel] = {}
-    for name in names:
+    for name in [path] if against is None else [path, against]:
         out.note(f"loading {name}")
         opened[name] = open_model(name, dtype, device, need_tokenizer=False)
-        _check_context(opened[name], prompt_tokens + new_tokens, name)
-    actions: dict[str, Callable[[], float]] = {}
+    contexts, batches = context or [16, 512], batch or [1, 8]
+    longest = max(prompt_tokens, max(contexts) + new_tokens + 1)
     for name, model in opened.items():
-        prefill, decode = _actions(model, prompt_tokens, new_tokens)
-        actions |= {f"{name}\0prefill": prefill, f"{name}\0decode": decode}
-    out.note(f"timing {len(names)} model(s): {repeats} repetitions")
-    found = medians(actions, repeats)
-    counts = {"prefill": prompt_tokens, "decode": new_tokens}
-    rows = []
-    for name in names:
-        row: dict[str, Any] = {"path": name, "weight_bytes": opened[name].weight_bytes}
-        for phase, count in counts.items():
-            spread = found[f"{name}\0{phase}"]
-            row[phase] = {
-                "tokens": count, "tokens_per_second": count / spread["median"],
-                "slowest": count / spread["max"], "fastest": count / spread["min"], "seconds": spread["median"],
-            }  # fmt: skip
-        rows.append(row)
-    data = {
-        "machine": machine(),
-        "repeats": repeats,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "models": rows,
-    }
+        _check_context(model, longest, name)
+    candidates, declined = _candidates(opened, Speed("auto", int8_activations, head_bits), out)
+    peer = None
+    if gguf is not None:
+        peer = speed.LlamaCpp(gguf, torch.get_num_threads(), longest)
+        candidates[f"llama.cpp {gguf.name}"] = peer
+    cases = [speed.Case("prefill", prompt_tokens)]
+    cases += [speed.Case("decode", c, b, new_tokens) for b in batches for c in contexts]
+    out.note(f"timing {len(candidates)} candidates: {repeats} samples in each of {len(cases)} cases")
+    rows = speed.measure(candidates, cases, repeats, BUDGET, torch.get_num_threads())
+    if peer is not None:
+        peer.close()
+    models = [{"path": name, "weight_bytes": model.weight_bytes} for name, model in opened.items()]
+    data = {"machine": machine(), "repeats": repeats, "models": models, "declined": declined, "rows": rows}
     out.result(data, lambda screen: _show_models(rows, screen))
+
+
+def _candidates(opened: dict[str, OpenedModel], how: Speed, out: Output) -> tuple[dict[str, Any], dict[str, str]]:
+    """Everything to time, and why the native engine does not run a model."""
+    from llmcompress_kernels.build import BuildError
+
+    from llmcompress.errors import InputError
+    from llmcompress.inference import speed
+    from llmcompress.inference.engine import Engine
+
+    found: dict[str, Any] = {}
+    declined = {}
+    for name, one in opened.items():
+        try:
+            found[f"{name} native"] = speed.native(Engine(one.model))
+            if how.options["int8_activations"] or how.options["head_bits"]:
+                options: dict[str, Any] = {key: value for key, value in how.options.items() if value}
+                words = ", ".join(ROUNDINGS[key] for key in options)
+                found[f"{name} native, {words}"] = speed.native(Engine(one.model, **options))
+        except (InputError, BuildError) as error:
+            declined[name] = str(error).splitlines()[0]
+            out.note(declined[name])
+        found[f"{name} transformers"] = speed.transformers(one.model)
+    first = next(iter(opened.values()))
+    if getattr(first.model.config, "quantization_config", None) is not None:
+        twin = speed.dense_twin(first.model).to(first.model.device)
+        found["dense bfloat16 transformers"] = speed.transformers(twin)
+    return found, declined
 
 
 def _check_context(opened: OpenedModel, tokens: int, name: str) -> None:
     context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and tokens > context:
-        raise UsageError(f"{name}: {tokens} tokens exceed the model's context of {context}", "lower --prompt-tokens")
-
-
-def _actions(opened: OpenedModel, prompt: int, new: int) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Timed prefill, and timed decoding of ``new`` tokens after an untimed prefill."""
-    import torch
-
-    model = opened.model
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (1, prompt), generator=generator).to(model.device)
-
-    def settle() -> None:
-        if opened.device == "cuda":
-            from llmcompress.pipeline.device import synchronize
-
-            synchronize()
-
-    def prefill() -> float:
-        with torch.inference_mode():
-            settle()
-            begun = time.perf_counter()
-            model(input_ids=ids, use_cache=True)
-            settle()
-        return time.perf_counter() - begun
-
-    def decode() -> float:
-        with torch.inference_mode():
-            state = model(input_ids=ids, use_cache=True)
-            word = state.logits[:, -1:].argmax(-1)
-            settle()
-            begun = time.perf_counter()
-            for _ in range(new):
-                state = model(input_ids=word, past_key_values=state.past_key_values, use_cache=True)
-                word = state.logits[:, -1:].argmax(-1)
-            settle()
-        return time.perf_counter() - begun
-
-    return prefill, decode
+        raise UsageError(
+            f"{name}: {tokens} tokens exceed the model's context of {context}", "lower --context and --prompt-tokens"
+        )
 
 
 def _show_models(rows: list[dict[str, Any]], screen: Console) -> None:
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    by = {(row["case"], row["candidate"]): row for row in rows}
     cells = [
-        (row["path"], bytes_text(row["weight_bytes"]), *(_speed(row[phase]) for phase in ("prefill", "decode")))
-        for row in rows
+        (name, *(f"{by[case, name]['tokens_per_second']:.1f}" for case in cases))
+        for name in dict.fromkeys(row["candidate"] for row in rows)
     ]
-    screen.print(table(("model", "weights", "prefill tokens/s", "decode tokens/s"), cells, right="weights"))
-
-
-def _speed(phase: dict[str, float]) -> str:
-    return f"{phase['tokens_per_second']:.1f} ({phase['slowest']:.1f}–{phase['fastest']:.1f})"
+    screen.print(table(("tokens per second", *cases), cells, right="|".join(cases)))
+    probed = [row["bandwidth"] for row in rows if row["bandwidth"]]
+    if probed:
+        screen.print(f"memory reads at {max(probed) / 1e9:.1f} GB/s", highlight=False)
 
 
 def bench_kernels(

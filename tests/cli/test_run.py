@@ -226,15 +226,17 @@ def test_export_in_another_format(finished: tuple[Path, Path], capsys: pytest.Ca
 
 
 def test_bench_model(finished: tuple[Path, Path], tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--against", str(tiny_folder), "--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "2"]
-    found = told(capsys, "bench", "model", str(finished[1]), *words)
+    words = ["--against", str(tiny_folder), "--prompt-tokens", "8", "--context", "5", "--batch", "1", "--batch", "2"]
+    found = told(capsys, "bench", "model", str(finished[1]), *words, "--new-tokens", "3", "--repeats", "2")
     assert [row["path"] for row in found["models"]] == [str(finished[1]), str(tiny_folder)]
-    for row in found["models"]:
-        for phase in ("prefill", "decode"):
-            speed = row[phase]
-            assert speed["slowest"] <= speed["tokens_per_second"] <= speed["fastest"]
+    names = {row["candidate"] for row in found["rows"]}
+    assert {f"{tiny_folder} transformers", f"{finished[1]} transformers", "dense bfloat16 transformers"} <= names
+    assert (f"{tiny_folder} native" in names) == (str(tiny_folder) not in found["declined"])
+    assert len(found["rows"]) == 3 * len(names)
+    assert all(0 < row["tokens_per_second"] <= row["best"] for row in found["rows"])
     assert found["machine"]["threads"] >= 1
     assert found["models"][0]["weight_bytes"] < found["models"][1]["weight_bytes"]
+    assert invoke(["bench", "model", str(tiny_folder), "--context", "5000"]) == 2
 
 
 def test_bench_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.grids import find_grid, round_codes
-from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.swap import swap_modules
-from llmcompress.quant.codecs import codec
+from llmcompress.inference.speed import rounded
 from llmcompress.quant.spec import QuantSpec
 
 _SIZES: dict[str, Any] = {
@@ -58,21 +55,7 @@ class Decoders:
     @classmethod
     def packed(cls, family: str, bits: int, group_size: int = 32, symmetric: bool = False, **changes: Any) -> Any:
         """The same model with packed weights."""
-        model = cls.dense(family, **changes)
-        layout = layout_from_config(model.config.to_dict())
-        spec = QuantSpec(bits, group_size, symmetric)
-        weights = {}
-        for name, *_ in layout.quantizable():
-            found = model.get_parameter(name) if name.endswith(("gate_up_proj", "down_proj")) and (
-                "experts" in name) else model.get_submodule(name).weight  # fmt: skip
-            values = found.detach().float()
-            scale, zero = find_grid(values, spec, "minmax")
-            weights[name] = codec(spec.codec).encode(round_codes(values, scale, zero, spec), scale, zero, spec)
-        swap_modules(model, layout, dict.fromkeys(weights, spec), model.dtype)
-        for name, weight in weights.items():
-            for key, tensor in weight.tensors.items():
-                setattr(model.get_submodule(name), key, tensor)
-        return model.eval()
+        return rounded(cls.dense(family, **changes), QuantSpec(bits, group_size, symmetric))
 
 
 @pytest.fixture(scope="session")

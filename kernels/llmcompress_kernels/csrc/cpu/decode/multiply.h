@@ -58,7 +58,8 @@ inline void dense_rows(const T* w, int64_t columns, const Input& in, int token, 
     int64_t c = 0;
     for (; c + 16 <= columns; c += 16)
         LLMCOMPRESS_UNROLL for (int r = 0; r < ROWS; ++r) {
-            __builtin_prefetch(reinterpret_cast<const char*>(w + r * columns + c) + 1024, 0, 3);
+            // the same place of the next rows: what lies ahead in this one is read already
+            __builtin_prefetch(w + (ROWS + r) * columns + c, 0, 3);
             const F16 v = load_float(w + r * columns + c);
             LLMCOMPRESS_UNROLL for (int t = 0; t < TOKENS; ++t) acc[r][t] += v * load_float(x[t] + c);
         }
