@@ -7,6 +7,7 @@ N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous me
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,11 @@ SCHEMAS = {
     "dsq_state_update": (
         "(Tensor(a!) codes, Tensor(b!)? channel, Tensor(c!) scale, Tensor? fixed, "
         "Tensor drive, Tensor decay, Tensor b, Tensor c, int bits) -> Tensor"
+    ),
+    "mamba2_decode": (
+        "(Tensor projected, Tensor(a!) conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, "
+        "Tensor d, Tensor gain, Tensor(b!)? codes, Tensor(c!)? channel, Tensor(d!)? scale, Tensor? fixed, Tensor(e!)? floats, "
+        "int groups, int states, int bits, float epsilon) -> Tensor"
     ),
     "selective_scan_q": (
         "(Tensor drive, Tensor decay, Tensor b, Tensor c, Tensor state, Tensor bits, Tensor? fixed, "
@@ -83,6 +89,55 @@ def dsq_state_update(
         ``[S, H, P]``, read from the fresh state before it is rounded.
     """
     out: Tensor = torch.ops.llmcompress.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits)
+    return out
+
+
+def mamba2_decode(
+    projected: Tensor,
+    conv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    a: Tensor,
+    d: Tensor,
+    gain: Tensor,
+    codes: Tensor | None,
+    channel: Tensor | None,
+    scale: Tensor | None,
+    fixed: Tensor | None,
+    floats: Tensor | None,
+    groups: int,
+    states: int,
+    bits: int,
+    epsilon: float,
+) -> Tensor:
+    """One token of a Mamba-2 mixer between its projections: convolution, state update, skip, gate, norm.
+
+    Args:
+        projected: fp32 ``[S, I + (I + 2GN) + H]``: gate, convolution inputs, time steps; ``I = H P``.
+        conv: fp32 ``[S, I + 2GN, W]`` the last W inputs of the convolution, replaced.
+        conv_weight: fp32 ``[I + 2GN, W]``.
+        conv_bias: fp32 ``[I + 2GN]`` or None.
+        dt_bias: fp32 ``[H]``.
+        a: fp32 ``[H]``, negative.
+        d: fp32 ``[H]``.
+        gain: fp32 ``[I]``, the norm's weight; each of G groups is normed by itself.
+        codes: Packed state as in :func:`dsq_state_update`, or None.
+        channel: As there.
+        scale: As there.
+        fixed: As there.
+        floats: fp32 ``[S, H, P, N]`` state, replaced, where ``codes`` is None.
+        groups: G.
+        states: N.
+        bits: 4 or 8; ignored with ``floats``.
+        epsilon: Of the norm.
+
+    Returns:
+        ``[S, I]``, the input of the output projection.
+    """
+    held = (codes, channel, scale, fixed, floats)
+    weights = (conv_weight, conv_bias, dt_bias, a, d, gain)
+    out: Tensor = torch.ops.llmcompress.mamba2_decode(projected, conv, *weights, *held, groups, states, bits, epsilon)
     return out
 
 
@@ -222,6 +277,27 @@ def _dsq_state_update(
     return out
 
 
+def _mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
+    conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, groups, states, bits, epsilon = (
+        rest
+    )
+    heads, inner = d.shape[0], gain.shape[0]
+    channels, width = inner // heads, inner + 2 * groups * states
+    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats)
+    projected = projected.contiguous()
+    sizes = conv.shape[-1] == 4 and inner // groups % 16 == 0 and (codes is None or bits in (4, 8))
+    numbers = [t for t in (projected, conv, conv_weight, conv_bias, dt_bias, a, d, gain, floats) if t is not None]
+    if not sizes or not _runs(channels, states, *held) or not _all_float(*numbers):
+        return definition.mamba2_decode(projected, conv, *rest)
+    sequences = projected.shape[0]
+    out = projected.new_empty(sequences, inner)
+    scratch = projected.new_empty(sequences * (width + heads + 2 * inner))
+    raw = struct.unpack("<i", struct.pack("<f", epsilon))[0]
+    shape = (sequences, heads, groups, channels, states, bits, raw)
+    _call("llmc_mamba2_decode", projected, *held, scratch, out, *shape)
+    return out
+
+
 def _selective_scan_q(
     drive: Tensor,
     decay: Tensor,
@@ -293,6 +369,11 @@ def _like_packed_drive(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[4], memory_format=torch.contiguous_format)
 
 
+def _like_gated(projected: Tensor, *rest: Any) -> Tensor:
+    gain: Tensor = rest[6]
+    return projected.new_empty(projected.shape[0], gain.shape[0])
+
+
 def _scan_fake(drive: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     b, state, keep = rest[1], rest[3], rest[8]
     shape = (*drive.shape[:1], drive.shape[2], -(-drive.shape[1] // SEGMENT), drive.shape[3], b.shape[-1])
@@ -307,6 +388,7 @@ def _backward_fake(_grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "state_update": (definition.state_update, _like_drive, _state_update),
     "dsq_state_update": (definition.dsq_state_update, _like_packed_drive, _dsq_state_update),
+    "mamba2_decode": (definition.mamba2_decode, _like_gated, _mamba2_decode),
     "selective_scan_q": (definition.selective_scan_q, _scan_fake, _selective_scan_q),
     "selective_scan_q_backward": (definition.selective_scan_q_backward, _backward_fake, _selective_scan_q_backward),
 }

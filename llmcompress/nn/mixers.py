@@ -25,6 +25,7 @@ from torch.nn.functional import silu, softplus
 from llmcompress.algorithms.decoupled_scales import BITS, CODECS, StateSpec
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
+from llmcompress.nn.decode_step import DecodeStep
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
 
 if TYPE_CHECKING:
@@ -234,13 +235,16 @@ class _Mixer:
         scope = {**original.__globals__, **dict(zip(names, ours))}
         forward = FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
         forward.__kwdefaults__ = original.__kwdefaults__
-        quantized = self
+        quantized, one = self, DecodeStep(self.mixer)
 
         def wrapped(mixer: nn.Module, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kw: Any) -> Tensor:
             if quantized.runtime.resting:
                 plain: Tensor = type(mixer).forward(mixer, hidden_states, cache_params, *args, **kw)  # type: ignore[operator]
                 return plain
             quantized.begin(cache_params, hidden_states.shape[1])
+            if one.fits(hidden_states, cache_params, quantized.held, (*args, kw.get("attention_mask"))):
+                assert quantized.held is not None
+                return one(hidden_states, cache_params, quantized.held)
             result: Tensor = forward(mixer, hidden_states, cache_params, *args, **kw)
             quantized.held = None
             return result
@@ -277,7 +281,8 @@ class _Mixer:
         """``mamba2_chunk_scan`` of transformers: ``x [S, T, H, P]``, ``dt [S, T, H]``, ``B, C [S, T, G, N]``."""
         a = A.float()[:, None, None]
         state = None if self.held is None else self.held.load(a)
-        if not self.simulates:
+        native = self.quantizer.has_kernel and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+        if not self.simulates and not native:
             return self.whole(
                 hidden_states, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=state,
                 dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states, **kwargs,
@@ -285,7 +290,9 @@ class _Mixer:
         dt = _time_steps(dt, dt_bias, dt_softplus)
         # transformers limits dt over a sequence but not in decoding
         limited = dt.clamp(dt_limit[0], dt_limit[1])
-        dt = torch.where(self._prompted(dt.shape[1], dt.device)[..., None], limited, dt)
+        if self.simulates:
+            limited = torch.where(self._prompted(dt.shape[1], dt.device)[..., None], limited, dt)
+        dt = limited
         inputs = ScanInputs(hidden_states.float(), dt.float().unsqueeze(-1), a, B.float(), C.float())
         if self.runtime.inspect is not None:
             self.runtime.inspect(self.quantizer.layer, inputs)
@@ -298,6 +305,8 @@ class _Mixer:
     def _scanned(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The recurrence with a stored state, by a kernel where there is one for this codec and size."""
         quantizer, prompt = self.quantizer, self.runtime.prompt
+        # a prefill is scanned in float; its last state is stored by the cache
+        prompt = prompt if self.simulates else inputs.x.shape[1] + 1
         if not quantizer.has_kernel or self.runtime.observe is not None or isinstance(prompt, Tensor):
             return scan(inputs, state, self.store)
         x, view = inputs.x, self.view

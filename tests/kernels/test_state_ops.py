@@ -143,3 +143,30 @@ def test_operator_checks() -> None:
     arguments = (*packed, *token(2, 4, 2, 16, 32), 4)
     torch.library.opcheck(torch.ops.llmcompress.dsq_state_update, arguments, test_utils=checks)
     assert {row.op for row in select.explain()} >= set(state.SCHEMAS)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize(("channels", "states", "groups"), [(16, 32, 2), (64, 128, 1)])
+def test_decode_step_of_a_mixer(bits: int, channels: int, states: int, groups: int) -> None:
+    needs_kernels()
+    sequences, heads = 3, 4
+    inner, width = heads * channels, heads * channels + 2 * groups * states
+    start = random_state(sequences, heads, channels, states, 0.5, 1.0)
+    found = dsq.quantize(start, dsq.StateSpec(bits=min(bits, 8)))
+    packed = [dsq.pack_codes(found.codes, min(bits, 8)), found.channel, found.state, None, None]
+    mine = packed if bits < 32 else [None, None, None, None, start]
+    theirs = [None if t is None else t.clone() for t in mine]
+    weights = (torch.randn(width, 4), torch.randn(width), torch.randn(heads), -torch.rand(heads), torch.randn(heads))
+    gain, conv = torch.randn(inner), torch.randn(sequences, width, 4)
+    other = conv.clone()
+    for _ in range(3):
+        projected = torch.randn(sequences, inner + width + heads)
+        tail = (groups, states, bits, 1e-5)
+        got = state.mamba2_decode(projected, conv, *weights, gain, *mine, *tail)
+        expected = definition.mamba2_decode(projected, other, *weights, gain, *theirs, *tail)
+        assert torch.equal(conv, other)
+        # exp differs in the last bit, so a value between two codes may go either way
+        assert float((got - expected).norm() / expected.norm()) < (1e-5 if bits == 32 else 2e-2)
+    if bits < 32:
+        differ = (dsq.unpack_codes(mine[0], bits, states) != dsq.unpack_codes(theirs[0], bits, states)).float().mean()
+        assert float(differ) < 0.02

@@ -193,3 +193,44 @@ def unpack(packed: Tensor, bits: int, states: int) -> Tensor:
     if bits == 8:
         return packed.view(torch.int8)
     return (torch.stack((packed << 4, packed & 0xF0), -1).flatten(-2)[..., :states]).view(torch.int8) >> 4
+
+
+def mamba2_decode(
+    projected: Tensor,
+    conv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    a: Tensor,
+    d: Tensor,
+    gain: Tensor,
+    codes: Tensor | None,
+    channel: Tensor | None,
+    scale: Tensor | None,
+    fixed: Tensor | None,
+    floats: Tensor | None,
+    groups: int,
+    states: int,
+    bits: int,
+    epsilon: float,
+) -> Tensor:
+    """One token of a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_decode`."""
+    heads, inner, both = d.shape[0], gain.shape[0], groups * states
+    gate, mixed, dt = projected.split([inner, inner + 2 * both, heads], -1)
+    conv.copy_(torch.cat((conv[..., 1:], mixed.unsqueeze(-1)), -1))
+    mixed = (conv * conv_weight).sum(-1)
+    mixed = torch.nn.functional.silu(mixed if conv_bias is None else mixed + conv_bias)
+    x, b, c = mixed.split([inner, both, both], -1)
+    dt = torch.nn.functional.softplus(dt + dt_bias)
+    x, b, c = x.unflatten(-1, (heads, -1)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
+    drive, decay = dt.unsqueeze(-1) * x, (dt * a).exp()
+    if codes is None:
+        assert floats is not None
+        y = state_update(floats, drive, decay, b, c)
+    else:
+        assert scale is not None
+        y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits)
+    y = (y + d[:, None] * x).flatten(-2) * torch.nn.functional.silu(gate)
+    normed = y.unflatten(-1, (groups, -1))
+    normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return normed.flatten(-2) * gain
