@@ -216,8 +216,8 @@ def folded_mean(values: Tensor, axis: int) -> Tensor:
 
 
 def _power(mean: Tensor, alpha: float) -> Tensor:
-    # sqrt is exactly rounded everywhere, pow is not
-    return mean.sqrt() if alpha == 0.5 else mean.pow(alpha)
+    # through float64 the square root is exactly rounded; torch's in fp32 may be off by its last bit, as pow always may
+    return mean.double().sqrt().to(mean.dtype) if alpha == 0.5 else mean.pow(alpha)
 
 
 def _rounded(u: Tensor, step: Tensor, qmax: float | Tensor, noise: Tensor | None, rounding: str) -> Tensor:

@@ -53,7 +53,9 @@ def dsq_quantize(fresh: Tensor, qmax: Tensor, fixed: Tensor | None) -> tuple[Ten
         Codes as fp32 ``[S, H, P, N]``; fp16 ``[S, H, P]``; fp16 ``[S, H, N]``; fp32 ``[S, H, P, N]``.
     """
     size = fresh.abs()
-    channel = to_scale(folded_mean(size).sqrt()) if fixed is None else fixed.expand(fresh.shape[:-1])
+    # through float64, because torch's fp32 square root may be off by its last bit and hardware's is not
+    root = folded_mean(size).double().sqrt().to(torch.float32)
+    channel = to_scale(root) if fixed is None else fixed.expand(fresh.shape[:-1])
     wide = channel.to(torch.float32).unsqueeze(-1)
     state = to_scale((size / wide).amax(-2))
     step = wide * (state.to(torch.float32).unsqueeze(-2) / qmax)
