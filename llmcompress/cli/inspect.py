@@ -239,10 +239,16 @@ def _heads(policies: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """One entry per mixer whose states were measured."""
     policy = policies.get("state_cache") or {}
     found = []
-    for module, row in (policy.get("measured") or {}).items():
+    measured = policy.get("measured") or {}
+    # JSON is written in the order of names, in which layer 10 comes before layer 2
+    for module, row in sorted(measured.items(), key=lambda item: _natural(item[0])):
         bits = (policy.get("head_bits") or {}).get(module, [policy.get("bits")] * len(row["half_lives"]))
         found.append({"mixer": module, **row, "bits": bits})
     return tuple(found)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) -> tuple[BatchMemory, ...]:

@@ -19,7 +19,8 @@ def states_section(entry: Mapping[str, Any]) -> Json:
 
     policy: Mapping[str, Any] = entry.get("policy") or {}
     rows = []
-    for mixer, measured in (entry.get("heads") or {}).items():
+    # JSON is written in the order of names, in which layer 10 comes before layer 2
+    for mixer, measured in sorted((entry.get("heads") or {}).items(), key=lambda item: _natural(item[0])):
         lives = [math.inf if life is None else float(life) for life in measured["half_lives"]]
         errors = [float(error) for error in measured["errors"]]
         bits = (policy.get("head_bits") or {}).get(mixer) or [policy.get("bits", 16)] * len(lives)
@@ -46,6 +47,10 @@ def states_section(entry: Mapping[str, Any]) -> Json:
     ]
     width = "4 to 8" if policy.get("head_bits") else str(policy.get("bits", ""))
     return {"codec": str(policy.get("codec", "")), "bits": width, "rows": rows, "memory": memory}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def life_text(tokens: float) -> str:

@@ -101,12 +101,15 @@ class Dsq(Stage):
         scans = [block.scan for block in layout.blocks if block.scan is not None]
         work = max((_scan_bytes(view, samples, tokens) for view in scans), default=0)
         held = (sizes.outside_parameters(layout) + sizes.largest_block(layout)) * item + stream
+        # pages of the checkpoint that were read count as resident while the file is mapped; measured, not evicted
+        mapped = sizes.parameters(layout) * inputs.weight_bytes
         runs = len(WIDTHS) + 2
         flops = sizes.forward_flops(layout, samples * tokens, tokens)
         # about twenty operations per value of the state, token and width
         flops += 20.0 * runs * samples * tokens * sum(view.values for view in scans)
         on_gpu = inputs.device == "cuda"
-        return Estimate(ram=held + (0 if on_gpu else work), vram=work + held if on_gpu else 0, disk=0, flops=flops)
+        ram = mapped + held + (0 if on_gpu else work)
+        return Estimate(ram=ram, vram=work + held if on_gpu else 0, disk=0, flops=flops)
 
     def _tokens(self, length: int) -> int:
         return min(self.config.tokens, length) if length else self.config.tokens
