@@ -11,10 +11,9 @@ import os
 import sys
 
 import torch
-from torch import Tensor
 
 from llmcompress_kernels import build, select
-from llmcompress_kernels.reference.group_gemm import LANES, interleave
+from llmcompress_kernels.reference.group_gemm import LANES
 
 FAMILY = "gemm"
 ISA_VARIABLE = "LLMCOMPRESS_CPU_ISA"
@@ -98,11 +97,6 @@ def declines(bits: int, group_size: int, rows: int, columns: int) -> str | None:
     if rows % LANES != 0:
         return f"{rows} rows are no multiple of {LANES}"
     return None
-
-
-def interleaved(tensor: Tensor) -> Tensor:
-    """:func:`~llmcompress_kernels.reference.group_gemm.interleave` into memory that asks for large pages."""
-    return interleave(tensor)
 
 
 for _op in ("group_gemm", "moe_group_gemm"):

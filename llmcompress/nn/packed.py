@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels.ops import Stack
-from llmcompress_kernels.reference.group_gemm import deinterleave
+from llmcompress_kernels.reference.group_gemm import deinterleave, interleave
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
@@ -93,7 +93,7 @@ class PackedTensors(nn.Module):
                 for key in _WORDS:
                     tensor = self._buffers.get(key)
                     if tensor is not None:
-                        self._buffers[key] = cpu.interleaved(tensor)
+                        self._buffers[key] = interleave(tensor)
                 self.interleaved = True
                 self.seconds = time.perf_counter() - began
             return self.interleaved

@@ -1,4 +1,4 @@
-"""Bring the packed weights of a loaded model into the order that the kernels of this machine want, ahead of the first call."""
+"""Bring the packed weights of a model into the order that this machine's kernels want, ahead of the first call."""
 
 from __future__ import annotations
 

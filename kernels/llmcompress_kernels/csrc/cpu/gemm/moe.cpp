@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t UNIT_TOKENS = 64;         // slots of one expert that are worked on together
 constexpr int64_t PASS_SLOTS = 2048;        // slots in flight, which bounds the intermediate memory
-constexpr int64_t TASKS = 16;               // tasks to a thread, if they can be large enough
-constexpr int64_t LEAST_BLOCKS = 4, MOST_BLOCKS = 32;  // of 16 rows in a task
+constexpr int64_t TASKS = 4;                // tasks to a thread, if they can be large enough
+constexpr int64_t LEAST_BLOCKS = 4, MOST_BLOCKS = 128;  // of 16 rows in a task
 constexpr size_t KEPT_BYTES = size_t(8) << 20;
 
 // Slots of one expert, next to each other in expert order.
