@@ -34,13 +34,13 @@ class Stack:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes ``[..., K]`` uint8 into ``[..., words(K, bits)]`` int32."""
-    out: Tensor = torch.ops.llmcompress.pack(codes, bits)
+    out: Tensor = torch.ops.llmcompress.pack.default(codes, bits)
     return out
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack ``[..., words(count, bits)]`` int32 into ``[..., count]`` uint8."""
-    out: Tensor = torch.ops.llmcompress.unpack(packed, bits, count)
+    out: Tensor = torch.ops.llmcompress.unpack.default(packed, bits, count)
     return out
 
 
@@ -72,7 +72,7 @@ def group_gemm(
     """
     if x.device.type == "cpu":
         cpu.ready()
-    out: Tensor = torch.ops.llmcompress.group_gemm(x, packed, scale, zero, bits, group_size, in_features, int8)
+    out: Tensor = torch.ops.llmcompress.group_gemm.default(x, packed, scale, zero, bits, group_size, in_features, int8)
     return out
 
 
@@ -112,7 +112,7 @@ def moe_group_gemm(
         raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if x.device.type == "cpu":
         cpu.ready()
-    out: Tensor = torch.ops.llmcompress.moe_group_gemm(
+    out: Tensor = torch.ops.llmcompress.moe_group_gemm.default(
         x,
         index,
         weights,

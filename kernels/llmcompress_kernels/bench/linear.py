@@ -131,7 +131,7 @@ def _constant(value: Any) -> Callable[[], Any]:
 def _product(x: Tensor, bits: int, group: int, int8: bool) -> Callable[..., Tensor]:
     """One call of the operator as a function of the weight."""
     columns = x.shape[-1]
-    return lambda packed, scale, zero: torch.ops.llmcompress.group_gemm(
+    return lambda packed, scale, zero: torch.ops.llmcompress.group_gemm.default(
         x, packed, scale, zero, bits, group, columns, int8
     )
 
