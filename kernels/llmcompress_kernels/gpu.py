@@ -6,7 +6,9 @@ the first call on a CUDA tensor, and a machine without a GPU registers all of it
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,7 @@ from llmcompress_kernels import select
 from llmcompress_kernels.reference import group_gemm as reference_group_gemm
 from llmcompress_kernels.reference import moe_group_gemm as reference_moe_group_gemm
 from llmcompress_kernels.reference import state as reference_state
-from llmcompress_kernels.schemas import _LIBRARY
+from llmcompress_kernels.schemas import _LIBRARY, SCHEMAS
 from llmcompress_kernels.state import SCHEMAS as _STATE_SCHEMAS  # the operators have to exist
 
 assert _STATE_SCHEMAS
@@ -120,7 +122,37 @@ def selective_scan_q_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
     return reference_state.selective_scan_q_backward(*arguments)
 
 
-_FUNCTIONS = (group_gemm, moe_group_gemm, dsq_state_update, selective_scan_q, selective_scan_q_backward)
+def delta_decode(
+    x: Tensor,
+    packed: list[Tensor],
+    scale: list[Tensor],
+    spans: Tensor,
+    bits: list[int],
+    multiplier: list[float],
+    group_size: int,
+) -> Tensor:
+    """CUDA implementation of the operator; ``spans`` stays on the CPU."""
+    arguments = (x, packed, scale, spans, bits, multiplier, group_size)
+    if wanted("triton") and no_triton() is None:
+        from llmcompress_kernels.triton import delta_decode as kernels
+
+        plain = all(t.is_contiguous() for t in (*packed, *scale))
+        if plain and kernels.verify(x, bits, group_size) is None:
+            return kernels.delta_decode(*arguments)
+    found: Tensor = importlib.import_module("llmcompress_kernels.reference.delta_decode").delta_decode(*arguments)
+    return found
+
+
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    group_gemm,
+    moe_group_gemm,
+    dsq_state_update,
+    selective_scan_q,
+    selective_scan_q_backward,
+)
+
+if "delta_decode" in SCHEMAS:
+    _FUNCTIONS = (*_FUNCTIONS, delta_decode)
 
 for _function in _FUNCTIONS:
     _LIBRARY.impl(_function.__name__, _function, "CUDA")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kernels 5: all GPU code is checked without a GPU in at most three minutes on two cores (G7).
 
-Every Triton kernel runs under the interpreter against its definition and is compiled for sm_80 and sm_90 with registers,
+Every Triton kernel runs under the interpreter against its definition and is compiled for sm_80 and sm_90 with
 shared memory and spills asserted; so is every CUDA source; bfloat16 arithmetic is linted. A skipped test counts as a
 failure. On a machine that does other things as well, wall time says little, so the CPU time is printed beside it.
 """

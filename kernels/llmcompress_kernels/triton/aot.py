@@ -60,6 +60,7 @@ def variants(arch: int) -> Iterator[Variant]:
     yield from _dense(many)
     yield from _routed(many)
     yield from _states()
+    yield from _trees()
 
 
 def _walk(bits: int, kind: str, tokens: int, columns: int) -> dict[str, Any]:
@@ -147,6 +148,21 @@ def _states() -> Iterator[Variant]:
     constants = {**sizes, "GROUPS": 1, "LENGTH": 32, "KEEP": True}
     for kernel in (state.dsq_scan_kernel, state.dsq_scan_backward_kernel):
         yield Variant(kernel.__name__, kernel, pointers, constants, 8, matrix=False, fused=False)
+
+
+def _trees() -> Iterator[Variant]:
+    import triton.language as tl
+
+    from llmcompress_kernels.triton.delta_decode import delta_decode_kernel
+
+    types = {"x": "*bf16", "packed": "*i64", "scales": "*i64", "multipliers": "*fp32", "spans": "*i32", "out": "*fp32"}
+    types |= dict.fromkeys(("nodes", "tokens", "rows", "columns", "words", "groups", "steps"), "i32")
+    for bits in range(1, 7):
+        pairs = tl.bfloat16 if bits in (2, 3, 4) else None
+        rows, columns, stages = (32, 32, 1) if bits == 5 else (64, 128, 3)
+        constants = {"GROUP": 128, "BITS": bits, "BM": 16, "BN": rows, "BK": columns, "COMPUTE": tl.bfloat16}
+        constants["PAIR_TYPE"] = pairs
+        yield Variant(f"delta_decode/w{bits}", delta_decode_kernel, types, constants, stages=stages)
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def codes_tile(row, valid, first, words, BITS: tl.constexpr, EVEN: tl.constexpr,
         valid: ``[BN]`` mask of rows.
         first: First column, a multiple of 32.
         words: Words per row; those beyond read as zero.
-        BITS: 1, 2, 3, 4 or 8.
+        BITS: 1, 2, 3, 4, 6 or 8.
         EVEN: Nothing lies beyond the matrix, so nothing is masked.
         BN: Rows.
         BK: Columns.
@@ -48,20 +48,24 @@ def codes_tile(row, valid, first, words, BITS: tl.constexpr, EVEN: tl.constexpr,
     Returns:
         int32 ``[BN, BK]``.
     """
-    if BITS == 3:
-        UNITS: tl.constexpr = BK // 32
-        at = (first // 32 + tl.arange(0, UNITS)) * 3
+    if BITS == 3 or BITS == 6:
+        # three words hold 32 codes of 3 bits or 16 of 6
+        UNIT: tl.constexpr = 96 // BITS
+        UNITS: tl.constexpr = BK // UNIT
+        at = (first // UNIT + tl.arange(0, UNITS)) * 3
         pointer = row[:, None] + at[None, :]
         w0 = _words(pointer, valid, at, words, EVEN)
         w1 = _words(pointer + 1, valid, at + 1, words, EVEN)
         w2 = _words(pointer + 2, valid, at + 2, words, EVEN)
-        # 24 bits hold 8 codes; >> keeps the sign, whose copies lie above the bits that are read
+        # 24 bits hold 8 or 4 codes; >> keeps the sign, whose copies lie above the bits that are read
         q1 = ((w0 >> 24) & 0xFF) | (w1 << 8)
         q2 = ((w1 >> 16) & 0xFFFF) | (w2 << 16)
         v = tl.join(tl.join(w0, q2), tl.join(q1, w2 >> 8))
         v = tl.join(v, v >> 12)
         v = tl.join(v, v >> 6)
-        v = tl.join(v, v >> 3) & 7
+        if BITS == 3:
+            v = tl.join(v, v >> 3)
+        v = v & ((1 << BITS) - 1)
     else:
         WORDS: tl.constexpr = BK * BITS // 32
         at = first // 32 * BITS + tl.arange(0, WORDS)
