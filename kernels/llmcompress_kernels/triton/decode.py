@@ -48,7 +48,7 @@ def codes_tile(row, valid, first, words, BITS: tl.constexpr, EVEN: tl.constexpr,
     Returns:
         int32 ``[BN, BK]``.
     """
-    if BITS == 3 or BITS == 6:
+    if 96 % BITS == 0 and 32 % BITS != 0:
         # three words hold 32 codes of 3 bits or 16 of 6
         UNIT: tl.constexpr = 96 // BITS
         UNITS: tl.constexpr = BK // UNIT

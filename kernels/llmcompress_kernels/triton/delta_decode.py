@@ -1,9 +1,9 @@
 """``delta_decode`` in Triton: the models of one residual tree in one product, each node read and widened once.
 
-A program owns a tile of rows, a tile of tokens and a part of the columns, and walks the nodes of one bit width. Tokens are
-sorted so that those below a node are neighbours; the others' activations count as zero, and all nodes add to the same
-registers, so there are no atomics and the order of sums is fixed. Widths follow each other in launches of their own;
-parts and widths are summed at the end, in fp32.
+A program owns a tile of rows, a tile of tokens and a part of the columns, and walks the nodes of one bit width. Tokens
+are sorted so that those below a node are neighbours; the others' activations count as zero, and all nodes add to the
+same registers, so there are no atomics and the order of sums is fixed. Widths follow each other in launches of their
+own; parts and widths are summed at the end, in fp32.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def delta_decode(
     if not used or tokens == 0:
         return x.new_zeros((tokens, rows))
     x = x.contiguous()
-    chosen = config or _few_rows(pick("delta_decode", min(bits), x.dtype, min(tokens, 32), rows, columns, x.device))
+    chosen = config
+    if chosen is None:
+        chosen = _few_rows(pick("delta_decode", min(bits), x.dtype, min(tokens, 32), rows, columns, x.device))
     step = chosen.columns
     while group_size < columns and group_size % step != 0:
         step //= 2
@@ -159,7 +161,7 @@ def delta_decode(
             torch.tensor([multiplier[v] for v in members], dtype=torch.float32).to(x.device, non_blocking=True),
             spans[members].to(torch.int32).to(x.device, non_blocking=True),
             out[place], len(members), tokens, rows, columns, packed[members[0]].shape[1], scale[members[0]].shape[1],
-            steps * step // width_step, group_size, width, chosen.tokens, tile, width_step, compute, TYPES[x.dtype] if pairs else None,
-            num_warps=chosen.warps, num_stages=stages,
+            steps * step // width_step, group_size, width, chosen.tokens, tile, width_step, compute,
+            TYPES[x.dtype] if pairs else None, num_warps=chosen.warps, num_stages=stages,
         )  # fmt: skip
     return out.sum((0, 1)).to(x.dtype)
