@@ -30,7 +30,8 @@ SCHEMAS = {
     ),
     "mamba2_decode": (
         "(Tensor projected, Tensor(a!) conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, "
-        "Tensor d, Tensor gain, Tensor(b!)? codes, Tensor(c!)? channel, Tensor(d!)? scale, Tensor? fixed, Tensor(e!)? floats, "
+        "Tensor d, Tensor gain, Tensor(b!)? codes, Tensor(c!)? channel, Tensor(d!)? scale, Tensor? fixed, "
+        "Tensor(e!)? floats, "
         "int groups, int states, int bits, float epsilon) -> Tensor"
     ),
     "selective_scan_q": (
