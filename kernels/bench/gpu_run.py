@@ -61,6 +61,7 @@ def plan() -> list[tuple[str, Any]]:
     import gpu_matrix
     import gpu_mixtral
     import gpu_state
+    import gpu_tree
 
     found: list[tuple[str, Any]] = []
     for bits in BITS:
@@ -74,6 +75,8 @@ def plan() -> list[tuple[str, Any]]:
             )
     for batch in BATCHES:
         found.append((f"state batch {batch}", lambda r, n=batch: [gpu_state.update(n, r)]))
+    for rows, columns in gpu_tree.SHAPES:
+        found.append((f"tree {rows}x{columns}", lambda r, n=rows, k=columns: [gpu_tree.tree(n, k, r)]))
     found.append(("mixtral-8x7b w3", lambda r: [gpu_mixtral.generate(3, r)]))
     return found
 

@@ -121,6 +121,25 @@ def test_rows_beyond_two_to_the_31_elements(packed) -> None:
     assert relative(found, expected) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tree(packed, dtype: torch.dtype) -> None:
+    from llmcompress_kernels.triton.delta_decode import delta_decode
+
+    torch.manual_seed(0)
+    rows, columns, group, bits = 512, 1024, 128, [4, 1, 2, 3, 5, 6]
+    spans = torch.tensor([[0, 39], [0, 3], [3, 18], [18, 19], [19, 38], [38, 39]])
+    multipliers = [1.0] + [2.0**-4] * 5
+    made = [packed((rows, columns), b, group, True, "cuda") for b in bits]
+    x = torch.randn(40, columns, device="cuda", dtype=dtype)
+    found = delta_decode(x, [m.weight for m in made], [m.scale for m in made], spans, bits, multipliers, group)
+    expected = torch.zeros(40, rows, dtype=torch.float64, device="cuda")
+    for (low, high), b, m, multiplier in zip(spans.tolist(), bits, made, multipliers):
+        codes = ops.unpack(m.weight, b, columns).double() - ((1 << b) - 1) / 2
+        wide = multiplier * m.scale.double().repeat_interleave(group, 1) * codes
+        expected[low:high] += x[low:high].double() @ wide.T
+    assert relative(found, expected) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_state_update_gives_the_definitions_codes(bits: int) -> None:
     torch.manual_seed(bits)

@@ -102,9 +102,9 @@ def _few_rows(config: Config) -> Config:
 
 
 @lru_cache(maxsize=4096)
-def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses on the device; the same tensors come back step after step."""
-    return torch.tensor(pointers, dtype=torch.int64, device=device)
+def _on_device(values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table on the device. The same ones come back step after step, and a captured graph may not upload."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def delta_decode(
@@ -156,10 +156,10 @@ def delta_decode(
         tile, width_step, stages = (32, min(step, 32), 1) if width == 5 else (chosen.rows, step, chosen.stages)
         delta_decode_kernel[(-(-rows // tile), -(-tokens // chosen.tokens), splits)](
             x,
-            _addresses(tuple(packed[v].data_ptr() for v in members), x.device),
-            _addresses(tuple(scale[v].data_ptr() for v in members), x.device),
-            torch.tensor([multiplier[v] for v in members], dtype=torch.float32).to(x.device, non_blocking=True),
-            spans[members].to(torch.int32).to(x.device, non_blocking=True),
+            _on_device(tuple(packed[v].data_ptr() for v in members), torch.int64, x.device),
+            _on_device(tuple(scale[v].data_ptr() for v in members), torch.int64, x.device),
+            _on_device(tuple(multiplier[v] for v in members), torch.float32, x.device),
+            _on_device(tuple(spans[members].flatten().tolist()), torch.int32, x.device),
             out[place], len(members), tokens, rows, columns, packed[members[0]].shape[1], scale[members[0]].shape[1],
             steps * step // width_step, group_size, width, chosen.tokens, tile, width_step, compute,
             TYPES[x.dtype] if pairs else None, num_warps=chosen.warps, num_stages=stages,
