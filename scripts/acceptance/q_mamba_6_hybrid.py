@@ -16,6 +16,30 @@ from pathlib import Path
 
 from harness import llmcompress, verdict
 
+RECIPE = """
+version: 1
+name: hybrid
+model: {path: "asset:reference_hybrid"}
+stages:
+  load: {type: load}
+  calibrate:
+    type: calibrate
+    source: {kind: jsonl, path: "asset:text/calibration.jsonl.gz"}
+    samples: 64
+    length: 512
+  quantize:
+    type: qesc
+    rules:
+      experts: {role: experts, bits: 3, group_size: 64, symmetric: false}
+      rest: {role: [attention, mlp, ssm], bits: 8, group_size: -1, symmetric: true}
+    router: {k: auto, solver: ridge}
+  states: {type: dsq, bits: 4}
+  evaluate:
+    type: evaluate
+    perplexity:
+      heldout: {source: {kind: jsonl, path: "asset:text/heldout.jsonl.gz"}, length: 512, max_tokens: 16384}
+  export: {type: export, formats: [native]}
+"""
 CHILD = """
 import json, sys, torch
 from llmcompress import hf
@@ -37,7 +61,9 @@ print(json.dumps({
 def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="llmcompress-hybrid-"))
     try:
-        llmcompress("run", "q_mamba_hybrid", f"run.dir={root / 'run'}", "--quiet")
+        recipe = root / "hybrid.yaml"
+        recipe.write_text(RECIPE)
+        llmcompress("run", recipe, f"run.dir={root / 'run'}", "--quiet")
         command = [sys.executable, "-c", CHILD, str(root / "run" / "artifact")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows = json.loads((root / "run" / "stages" / "evaluate" / "metrics.json").read_text())
