@@ -59,6 +59,8 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("final_norm", "cosine", "sine")),
         ("embedding", _Matrix),
         ("head", _Matrix),
+        ("screen", _Matrix),
+        ("screen_error", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("top_k", "renormalize", "reserved")),
         ("epsilon", ctypes.c_float),
@@ -264,6 +266,8 @@ class Decoder:
         epsilon: Of every norm.
         attention_scale: Factor of the scores, usually ``D ** -0.5``.
         top_k, renormalize: Of the routers; 0 and False without experts.
+        screen: The head rounded to 8 bits, by which greedy steps find the few rows worth computing, or None.
+        screen_error: float32 ``[V]``, bound of ``|head x - screen x| / |x|`` for every row.
     """
 
     layers: Sequence[Layer]
@@ -279,13 +283,17 @@ class Decoder:
     attention_scale: float
     top_k: int = 0
     renormalize: bool = False
+    screen: Matrix | None = None
+    screen_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
         model = _Model(
             structs, self.final_norm.data_ptr(), self.cosine.data_ptr(), self.sine.data_ptr(),
-            self.embedding._struct(), self.head._struct(), len(self.layers), self.hidden, self.heads,
-            self.key_value_heads, self.head_dim, self.top_k, int(self.renormalize), 0, self.epsilon,
+            self.embedding._struct(), self.head._struct(),
+            _Matrix() if self.screen is None else self.screen._struct(),
+            None if self.screen_error is None else self.screen_error.data_ptr(), len(self.layers), self.hidden,
+            self.heads, self.key_value_heads, self.head_dim, self.top_k, int(self.renormalize), 0, self.epsilon,
             self.attention_scale,
         )  # fmt: skip
         lib = library()
@@ -364,7 +372,7 @@ def step(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
     best: Tensor | None = None,
     int8_activations: bool = False,
     threads: int | None = None,
@@ -380,7 +388,7 @@ def step(
         tokens: int64 ``[B]``.
         positions: int64 ``[B]``, where each token stands, below ``cache.positions``.
         slots: int32 ``[B]``, the sequence of each token. Tokens of one sequence attend to each other by position.
-        logits: float32 ``[B, V]``, written.
+        logits: float32 ``[B, V]``, written; None where the decoder has a screen and only ``best`` is wanted.
         best: int64 ``[B]``, written with the index of the largest logit.
         int8_activations: Round the inputs of packed weights to 8 bits per group.
         threads: torch's by default.
@@ -397,6 +405,8 @@ def step(
         raise ValueError(f"a step takes 1 to {MAX_BATCH} tokens, not {batch}")
     if (first, last) != (0, count) and hidden is None:
         raise ValueError("a part of the layers needs hidden states")
+    if logits is None and (decoder.screen is None or best is None):
+        raise ValueError("a step without logits needs a screened head and a place for the best")
     limit = min(cache.positions, decoder.cosine.shape[0])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")

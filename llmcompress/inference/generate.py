@@ -153,9 +153,7 @@ class Generator:
             if how.temperature > 0:
                 tokens = choose(engine.step(tokens, open_slots), how, draws)
             else:
-                best = torch.empty(len(open_slots), dtype=torch.int64)
-                engine.step(tokens, open_slots, best)
-                tokens = best
+                tokens = engine.greedy(tokens, open_slots)
         if streamer is not None:
             streamer.end()
         seconds = time.perf_counter() - began

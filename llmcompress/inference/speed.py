@@ -76,9 +76,7 @@ def native(engine: Engine) -> Candidate:
             engine.lengths = [case.context] * engine.slots
             best = tokens
             for _ in range(case.steps):
-                chosen = torch.empty(case.batch, dtype=torch.int64)
-                engine.step(best, slots, chosen)
-                best = chosen
+                best = engine.greedy(best, slots)
 
         return decode if case.phase == "decode" else lambda: engine.prompt(0, ids.tolist())
 

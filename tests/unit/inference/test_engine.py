@@ -8,6 +8,7 @@ import pytest
 import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
+from llmcompress_kernels.reference.group_gemm import deinterleave
 
 from llmcompress.errors import InputError
 from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline, window
@@ -170,3 +171,33 @@ def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:
         engine.step(ids[:1])
     with pytest.raises(ValueError, match="tokens"):
         Engine(model).step(torch.tensor([72]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"vocab_size": 203, "tie_word_embeddings": False}])
+def test_screened_head_chooses_what_the_whole_head_chooses(decoders: Any, ids: torch.Tensor, changes: Any) -> None:
+    model = decoders.packed("llama", 4, **changes)
+    screened, whole = Engine(model, 3, 64, screen=True, threads=2), Engine(model, 3, 64, screen=False, threads=2)
+    assert screened.decoder.screen is not None
+    assert whole.decoder.screen is None
+    for engine in (screened, whole):
+        for slot in range(3):
+            engine.prompt(slot, ids[slot : slot + 5 + slot].tolist())
+    for position in range(8, 40):
+        tokens = ids[position : position + 3]
+        logits = whole.step(tokens)
+        assert torch.equal(screened.greedy(tokens), logits.argmax(-1))
+
+
+def test_screen_bounds_hold_and_are_needed(decoders: Any) -> None:
+    model = decoders.dense("llama", vocab_size=203)
+    decoder = Engine(model, screen=True).decoder
+    head, bound = model.lm_head.weight.detach().double(), decoder.screen_error.double()
+    x = torch.randn(500, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = Engine(model, head_bits=8).decoder.head
+    near = torch.ops.llmcompress.group_gemm(
+        x.float(), *(deinterleave(t)[:203] for t in (out.data, out.scale)), None, 8, 48, 48, False
+    ).double()  # fmt: skip
+    off = (near - x @ head.T).abs() / x.norm(dim=-1, keepdim=True)
+    assert (off <= bound).all()
+    # not so wide that everything passes
+    assert (off.amax(0) > 0.2 * bound).float().mean() > 0.9

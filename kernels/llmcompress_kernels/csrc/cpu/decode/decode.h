@@ -46,6 +46,8 @@ struct Model {
     const float* sine;        // [positions, D / 2]
     Matrix embedding;         // [V, H], dense
     Matrix head;              // [V, H]
+    Matrix screen;            // the head rounded to 8 bits, to find which rows can hold the largest logit, or ABSENT
+    const float* screen_error;  // [V], bound of |head x - screen x| / |x|
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
     int32_t top_k, renormalize, reserved;
     float epsilon, attention_scale;
@@ -65,7 +67,7 @@ struct Step {
     const int64_t* tokens;     // [B]
     const int64_t* positions;  // [B], where each token stands; the cache holds what comes before the step
     const int32_t* slots;      // [B], which sequence of the cache
-    float* logits;             // [B, V]
+    float* logits;             // [B, V], or null where only the best is wanted and a screen is there
     int64_t* best;             // [B], index of the largest logit, or null
     double* seconds;           // [PHASES], time of thread 0 by phase, added to, or null
     float* hidden;             // [B, H]: input where first_layer > 0, output where last_layer < layer_count

@@ -46,7 +46,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, parts, inner, delta, scores;
+    std::vector<float> query, key, value, parts, inner, delta, scores, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };
@@ -55,6 +55,7 @@ class Engine {
   public:
     explicit Engine(const Model& model) : m(model) {
         head = operand(m.head);
+        screen = operand(m.screen);
         layers.reserve(size_t(m.layer_count));
         for (int i = 0; i < m.layer_count; ++i) {
             const Layer& l = m.layers[i];
@@ -83,6 +84,8 @@ class Engine {
         grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
         grow(shared.scores, b * size_t(padded(experts)));
         grow(shared.best, b * size_t(s.threads));
+        grow(shared.bounds, b * size_t(s.threads));
+        if (s.logits == nullptr) grow(shared.rough, b * size_t(m.head.rows));
         while (threads.size() < size_t(s.threads)) threads.push_back(std::make_unique<Buffers>());
         for (int t = 0; t < s.threads; ++t) {
             Buffers& own = *threads[size_t(t)];
@@ -101,7 +104,7 @@ class Engine {
     }
 
     Model m;
-    Operand head;
+    Operand head, screen;
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
