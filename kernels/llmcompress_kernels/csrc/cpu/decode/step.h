@@ -311,8 +311,8 @@ class Worker {
         if (s_.logits == nullptr) return screened_head();
         const Range rows = share(e_.head.blocks());
         multiply(e_.head, in_, 0, rows.first, rows.last, s_.logits, m_.head.rows);
-        if (s_.best != nullptr) largest_logit(rows.begin(), rows.end(m_.head.rows));
         took(HEAD);
+        if (s_.best != nullptr) largest_logit(rows.begin(), rows.end(m_.head.rows));
     }
 
     // The largest logit without all of them: the rounded head bounds every logit from both sides, and only rows whose
