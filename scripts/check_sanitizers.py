@@ -33,7 +33,8 @@ def main() -> int:
             "LLMCOMPRESS_CXXFLAGS": FLAGS,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))),
         }
-        subprocess.run([sys.executable, "-m", "llmcompress_kernels", "build"], env=environment, check=True)
+        build = "from llmcompress_kernels import build, cpu; build.build(build.FAMILIES[cpu.FAMILY])"
+        subprocess.run([sys.executable, "-c", build], env=environment, check=True)
         environment |= {
             "LD_PRELOAD": runtime.stdout.strip(),
             # torch's own allocations stay under the sanitizer's eye, so a read past a tensor's end is seen

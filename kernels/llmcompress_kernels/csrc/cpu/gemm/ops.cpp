@@ -41,7 +41,7 @@ Tensor empty_like(const Tensor& like, lc::Type type, const std::vector<int64_t>&
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
                                                     aoti_torch_device_type_cpu(), like.get_device(), &handle));
     Tensor out(handle);
-    if (fill_with_nan) std::memset(out.data_ptr(), 0xff, size_t(out.numel()) * (type == lc::FP32 ? 4 : 2));
+    if (fill_with_nan && out.numel() > 0) std::memset(out.data_ptr(), 0xff, size_t(out.numel()) * (type == lc::FP32 ? 4 : 2));
     return out;
 }
 
