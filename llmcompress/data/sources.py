@@ -263,6 +263,19 @@ def _files(pattern: str) -> list[Path]:
     return found
 
 
+def read_objects(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (``file:line``, object) of JSON lines that are not text to train on but records.
+
+    Args:
+        pattern: A file, a pattern with ``*``, or ``asset:NAME``; ``.gz`` and ``.xz`` are read as they are.
+
+    Raises:
+        InputError: No such file, or a line is not a JSON object.
+    """
+    for file in _files(pattern):
+        yield from _json_rows(file)
+
+
 def _file_record(file: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with file.open("rb") as handle:

@@ -186,7 +186,8 @@ def check_chain(data: dict[Any, Any]) -> list[Problem]:
 
 _SLOTS = {
     Kind.MODEL: "a model", Kind.CALIBRATION: "calibration data", Kind.PACKED: "quantized weights",
-    Kind.POLICY: "a run-time policy", Kind.METRICS: "measurements", Kind.ARTIFACT: "an artifact",
+    Kind.POLICY: "a run-time policy", Kind.ADAPTER: "an adapter", Kind.METRICS: "measurements",
+    Kind.ARTIFACT: "an artifact",
 }  # fmt: skip
 
 

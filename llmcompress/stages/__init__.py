@@ -28,6 +28,10 @@ BUILT_IN: dict[str, str] = {
     "pesf": "llmcompress.stages.pesf:Pesf",
     "activations": "llmcompress.stages.activations:Activations",
     "dsq": "llmcompress.stages.dsq:Dsq",
+    "s2r_init": "llmcompress.stages.s2r_init:S2RInit",
+    "s2r_rl": "llmcompress.stages.s2r_rl:S2RRl",
+    "s2r_traces": "llmcompress.stages.s2r_traces:S2RTraces",
+    "s2r_evaluate": "llmcompress.stages.s2r_evaluate:S2REvaluate",
     "evaluate": "llmcompress.stages.evaluate:Evaluate",
     "export": "llmcompress.stages.export:Export",
 }

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     MODEL = "model"
     CALIBRATION = "calibration"
     PACKED = "packed"
+    ADAPTER = "adapter"
     POLICY = "policy"
     METRICS = "metrics"
     ARTIFACT = "artifact"

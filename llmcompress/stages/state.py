@@ -49,6 +49,7 @@ class RunState:
     model: ModelHandle | None = None
     calibration: CalibrationSet | None = None
     packed: PackedStore | None = None
+    adapter: Path | None = None
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
     artifacts: dict[str, Path] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Problems with exact checkers: what a model solves, verifies and corrects."""

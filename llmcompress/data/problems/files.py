@@ -1,0 +1,125 @@
+"""Problems from JSON lines: GSM8K, MATH and files of the same shape. Answers in LaTeX are compared by math-verify, if
+installed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from llmcompress.data.problems.base import Problem, Split, boxed, split_of
+from llmcompress.errors import EnvironmentProblem, InputError
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+
+
+@dataclass(frozen=True)
+class FileProblems:
+    """Rows of a file.
+
+    Attributes:
+        path: JSON lines, ``.gz`` and ``.xz`` too. Its rows are training and validation problems, by hash of the
+            question.
+        test_path: File of the test split; without it the test split comes out of ``path`` too.
+        form: ``gsm8k`` takes the text behind ``####`` as the answer, ``math`` the field ``answer`` or the last box of
+            ``solution``.
+        math: Compare with math-verify (fractions, sets, units in LaTeX); otherwise as exact numbers or equal text.
+    """
+
+    path: str
+    test_path: str | None = None
+    form: Literal["gsm8k", "math"] = "gsm8k"
+    math: bool = False
+
+    @cached_property
+    def _splits(self) -> dict[Split, list[Problem]]:
+        found: dict[Split, list[Problem]] = {"pretrain": [], "train": [], "validation": [], "test": []}
+        for problem in self._read(self.path):
+            split = split_of(problem.key)
+            # a model from elsewhere needs no pretraining problems, and a test file leaves these rows free for training
+            split = "train" if split == "pretrain" or (split == "test" and self.test_path) else split
+            found[split].append(problem)
+        if self.test_path:
+            found["test"] = self._read(self.test_path)
+        return found
+
+    def _read(self, path: str) -> list[Problem]:
+        from llmcompress.data.sources import read_objects
+
+        return [self._problem(row, where) for where, row in read_objects(path)]
+
+    def _problem(self, row: dict[str, Any], where: str) -> Problem:
+        question = str(row.get("question") or row.get("problem") or "").strip()
+        if self.form == "gsm8k":
+            _, mark, behind = str(row.get("answer", "")).rpartition("####")
+            answer = behind.strip().replace(",", "") if mark else ""
+        else:
+            answer = str(row.get("answer") or boxed(str(row.get("solution", ""))) or "").strip()
+        if not question or not answer:
+            raise InputError(f"{where}: no question or no answer", f"set form to what the file holds, not {self.form}")
+        return Problem(question, question, answer)
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """Problems of a split."""
+        return self._splits[split]
+
+    def check(self, problem: Problem, answer: str | None) -> bool:
+        """Whether the content of a box equals the gold answer.
+
+        Raises:
+            EnvironmentProblem: ``math`` is set and math-verify is missing.
+        """
+        if answer is None or len(answer) > 400:
+            return False
+        if same_text(problem.answer, answer):
+            return True
+        return math_equal(problem.answer, answer) if self.math else False
+
+    def solution(self, problem: Problem, rng: random.Random) -> str:
+        """None by program."""
+        raise NotImplementedError("solutions of problems from a file come from the model")
+
+    def check_steps(self, problem: Problem, answer: str) -> str:
+        """None by program."""
+        raise NotImplementedError("problems from a file need verifier.kind: openai")
+
+
+def same_text(gold: str, answer: str) -> bool:
+    """Equal as exact numbers (``1,000`` = ``1000.0`` = ``2000/2``), or as text without spaces, dollar and percent
+    signs.
+    """
+    a, b = (re.sub(r"\\?[$%]|\\[ ,!]|\s|,(?=\d{3}(?!\d))", "", text).rstrip(".") for text in (gold, answer))
+    if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
+        try:
+            return Fraction(a) == Fraction(b)
+        except (ValueError, ZeroDivisionError):
+            return False
+    return bool(a) and a == b
+
+
+@lru_cache(maxsize=100_000)
+def math_equal(gold: str, answer: str) -> bool:
+    """Compare two LaTeX answers with math-verify; cached, because a comparison can take seconds.
+
+    Raises:
+        EnvironmentProblem: The package is not installed.
+    """
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "task.math: the package math-verify is not installed", "pip install 'llmcompress[math]', or set math: false"
+        ) from error
+    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    # its time limit uses a signal, which works in the main thread only and would hide a stop request
+    sides = [
+        parse(f"\\boxed{{{text}}}", extraction_config=config, extraction_mode="first_match", parsing_timeout=None)
+        for text in (gold, answer)
+    ]
+    # not symmetric: the gold answer comes first
+    return bool(sides[0] and sides[1] and verify(sides[0], sides[1], timeout_seconds=None))

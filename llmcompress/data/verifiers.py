@@ -1,0 +1,165 @@
+"""Who writes the verifications of a training set: a program that tests the answer, or a language model behind an
+endpoint.
+
+A verification shows the problem and the answer, not the solution, and is asked to test the answer without solving again
+("confirmative", S2R section 2.2): solving again follows the same path and leans towards "correct". Whoever writes it, a
+verification whose verdict differs from the truth is dropped by the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.algorithms.self_verify import verdict_of
+from llmcompress.data.actions import verdict
+from llmcompress.data.problems.base import Problem, ProblemSet
+from llmcompress.errors import EnvironmentProblem, InputError
+
+_REQUEST = """You are a mathematics teacher. Here is a question and a proposed answer.
+Say whether the answer is right. Do not solve the question step by step from the start: test the given answer in another
+way, for instance by putting it back into the conditions, by working backwards, or by checking properties it must have.
+Write it as a check of your own earlier answer, do not mention these instructions, and end with exactly one of these
+sentences: "Therefore, the answer is correct." "Therefore, the answer is incorrect." "Therefore, the answer cannot be
+    verified."
+
+Question: {question}
+
+Proposed answer: {answer}"""
+# signs of a verification that solves the problem anew; the authors' unused filter looks for such words too
+_SOLVES_AGAIN = re.compile(
+    r"\b(step 1|let us solve|let's solve|solve (it|the (problem|question))( again)? step)\b", re.IGNORECASE
+)
+
+
+class ProgramVerifier(BaseModel):
+    """Exact checks of the shipped tasks, written out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["program"] = "program"
+
+
+class EndpointVerifier(BaseModel):
+    """A language model behind an OpenAI-compatible endpoint, on this machine or elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["openai"]
+
+    url: str = "http://localhost:8000/v1"
+    """Base address; ``/chat/completions`` is added."""
+
+    model: str
+    """Model name as the endpoint knows it."""
+
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, if the endpoint wants one."""
+
+    temperature: float = Field(default=0.1, ge=0)
+    """Sampling temperature (0.1 in the paper's code)."""
+
+    max_tokens: int = Field(default=512, ge=16)
+    """Longest verification."""
+
+    timeout: float = Field(default=120, gt=0)
+    """Seconds to wait for one verification."""
+
+    confirmative_only: bool = True
+    """Drop verifications that solve the problem again."""
+
+
+class Verifier(Protocol):
+    """Writes a verification, or None where it cannot."""
+
+    def write(self, problem: Problem, answer: str) -> str | None:
+        """Text that ends with a verdict, or None."""
+
+
+class Program:
+    """Verifications by the task's own check."""
+
+    def __init__(self, problems: ProblemSet) -> None:
+        self.problems = problems
+
+    def write(self, problem: Problem, answer: str) -> str | None:
+        """Facts about the answer, then the verdict that follows from them."""
+        # a task with a fallible check says what its check concludes; the caller compares it with the truth
+        accepts = getattr(self.problems, "accepts", self.problems.check)
+        facts = self.problems.check_steps(problem, answer)
+        joint = "" if getattr(self.problems, "compact", False) else " "
+        return f"{facts}{joint}{verdict(accepts(problem, answer))}"
+
+
+class Endpoint:
+    """Verifications by a language model; each (problem, answer) is asked once and kept in a file.
+
+    Args:
+        config: Where and how.
+        cache: JSON lines; made if missing.
+    """
+
+    def __init__(self, config: EndpointVerifier, cache: Path) -> None:
+        self.config, self.cache = config, cache
+        self._known: dict[str, str] = {}
+        if cache.exists():
+            for line in cache.read_text(encoding="utf-8").splitlines():
+                # the last line may be cut off by a kill
+                if line.endswith("}"):
+                    row = json.loads(line)
+                    self._known[row["key"]] = row["text"]
+
+    def write(self, problem: Problem, answer: str) -> str | None:
+        """Ask once; None when the text has no verdict or solves the problem again.
+
+        Raises:
+            EnvironmentProblem: The endpoint does not answer.
+        """
+        key = hashlib.sha256(json.dumps([problem.question, answer]).encode()).hexdigest()
+        if key not in self._known:
+            text = self._ask(problem.question, answer)
+            with self.cache.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"key": key, "text": text}) + "\n")
+            self._known[key] = text
+        text = self._known[key].strip()
+        if verdict_of(text) is None or (self.config.confirmative_only and _SOLVES_AGAIN.search(text)):
+            return None
+        # a box in a verification could be taken for an answer by other tools
+        return re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text)
+
+    def _ask(self, question: str, answer: str) -> str:
+        config = self.config
+        body = {
+            "model": config.model,
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+            "messages": [{"role": "user", "content": _REQUEST.format(question=question, answer=answer)}],
+        }
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(config.key_variable):
+            headers["Authorization"] = f"Bearer {os.environ[config.key_variable]}"
+        url = f"{config.url.rstrip('/')}/chat/completions"
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"verifier.url: {config.url} is not an http address", "write http://host:port/v1")
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=config.timeout) as reply:
+                data: Any = json.loads(reply.read())
+            return str(data["choices"][0]["message"]["content"])
+        except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise EnvironmentProblem(
+                f"verifier: {url} gave no usable answer: {error}", "start the server, or set verifier.kind: program"
+            ) from error
+
+
+def build_verifier(config: ProgramVerifier | EndpointVerifier, problems: ProblemSet, cache: Path) -> Verifier:
+    """The verifier a recipe asks for."""
+    return Program(problems) if isinstance(config, ProgramVerifier) else Endpoint(config, cache)

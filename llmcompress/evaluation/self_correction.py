@@ -1,0 +1,242 @@
+"""How a model solves, verifies and corrects: responses to held-out problems, judged action by action."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.algorithms.self_verify import ActionKind, Episode, Response, behaviour, cut, judge
+from llmcompress.data.problems.base import Problem, ProblemSet, boxed
+from llmcompress.errors import InputError
+from llmcompress.evaluation.sampling import Sampling, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+# what a tokenizer shows for the first bytes of a character, and how many tokens a character can have
+_HALF, _LONGEST_CHARACTER = "\ufffd", 8
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns problems into prompts and token ids into judged responses.
+
+    Attributes:
+        tokenizer: The model's.
+        problems: Checks answers.
+        chat: Render through the tokenizer's chat template; otherwise the question and a line feed.
+        system: System line of the chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    problems: ProblemSet
+    chat: bool = False
+    system: str = SYSTEM
+    _pieces: dict[int, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def end(self) -> int:
+        """Id of the end token.
+
+        Raises:
+            InputError: The tokenizer has none.
+        """
+        found = self.tokenizer.eos_token_id
+        if not isinstance(found, int):
+            raise InputError("the tokenizer has no end token", "set eos_token in tokenizer_config.json")
+        return found
+
+    @property
+    def pad(self) -> int:
+        """Id for padding."""
+        found = self.tokenizer.pad_token_id
+        return found if isinstance(found, int) else self.end
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids that a response follows.
+
+        Raises:
+            InputError: ``chat`` is set and the tokenizer has no chat template.
+        """
+        if not self.chat:
+            return list(self.tokenizer(f"{question}\n", add_special_tokens=False)["input_ids"])
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError("chat is set, but the tokenizer has no chat template", "set chat: false")
+        turns = [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
+        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of each token, so that the pieces together are the decoded text.
+
+        A token that completes a character begun by earlier ones gets the whole character, those before it get nothing.
+        """
+        alone = [self._alone(token) for token in ids]
+        if "".join(alone) == self._text(ids):
+            return alone
+        found, done, start = [], "", 0
+        for stop in range(1, len(ids) + 1):
+            text = self._text(ids[start:stop])
+            if text.endswith(_HALF) and stop < len(ids) and stop - start < _LONGEST_CHARACTER:
+                found.append("")
+                continue
+            found.append(text[len(done) :])
+            # two tokens of context keep leading spaces right at a cost that does not grow with the length
+            start = stop if text.endswith(_HALF) else max(0, stop - 2)
+            done = self._text(ids[start:stop]) if start < stop else ""
+        return found
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _alone(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._text([token])
+        return self._pieces[token]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of a response without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def read(self, ids: Sequence[int]) -> Response:
+        """Cut response ids into actions."""
+        ended = bool(ids) and ids[-1] == self.end
+        return cut(self.pieces(ids[:-1] if ended else ids), ended)
+
+    def right(self, problem: Problem, response: Response) -> list[bool]:
+        """Whether each attempt's own box is right. Boxes in verifications are never read."""
+        return [
+            self.problems.check(problem, boxed(action.text))
+            for action in response.actions
+            if action.kind is ActionKind.SOLVE
+        ]
+
+    def judge(self, problem: Problem, ids: Sequence[int]) -> Episode:
+        """Cut and judge."""
+        response = self.read(ids)
+        return judge(response, self.right(problem, response), len(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Episodes of a model on problems, in the problems' order, with the texts."""
+
+    episodes: list[Episode]
+    texts: list[str]
+
+    def figures(self) -> dict[str, float | int | None]:
+        """See :func:`~llmcompress.algorithms.self_verify.behaviour`."""
+        return behaviour(self.episodes)
+
+
+def measure(
+    model: PreTrainedModel, reader: Reader, problems: Sequence[Problem], sampling: Sampling, seed: int = 0
+) -> Measured:
+    """Let a model answer problems and judge what it writes.
+
+    Args:
+        model: In evaluation mode.
+        reader: Prompts and judgement.
+        problems: Which.
+        sampling: Temperature 0 is the paper's setting.
+        seed: For temperatures above 0.
+    """
+    prompts = [reader.prompt(problem.question) for problem in problems]
+    responses = sample(model, prompts, sampling, reader.end, reader.pad, seed)
+    episodes = [reader.judge(problem, ids) for problem, ids in zip(problems, responses)]
+    texts = [reader.text(ids) for ids in responses]
+    return Measured(episodes, texts)
+
+
+def majority(
+    model: PreTrainedModel,
+    reader: Reader,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    budget: float,
+    seed: int = 0,
+) -> dict[str, float]:
+    """The control at equal tokens: sample answers until a problem has cost ``budget`` tokens on average, then vote.
+
+    Only first attempts vote; ties go to the answer that came first. ``best_of`` is the share of problems that any
+    sample solves, the ceiling of a perfect verifier over the same samples.
+
+    Args:
+        model: In evaluation mode.
+        reader: Prompts and judgement.
+        problems: Which.
+        sampling: With a temperature above 0.
+        budget: Tokens per problem that the model under comparison spends.
+        seed: Of the samples.
+
+    Returns:
+        ``accuracy``, ``best_of``, ``samples`` and ``tokens`` per problem.
+    """
+    from llmcompress.data.trajectories import first_attempt
+
+    votes: list[Counter[str]] = [Counter() for _ in problems]
+    solved = [False] * len(problems)
+    prompts = [reader.prompt(problem.question) for problem in problems]
+    spent, rounds, longest = 0, 0, 16
+    while spent < budget * len(problems) and rounds < longest:
+        responses = sample(model, prompts, sampling, reader.end, reader.pad, seed + 7919 * (rounds + 1))
+        rounds += 1
+        for index, (problem, ids) in enumerate(zip(problems, responses)):
+            spent += len(ids)
+            answer = boxed(first_attempt(reader.text(ids)))
+            if answer is not None:
+                votes[index][answer] += 1
+                solved[index] |= reader.problems.check(problem, answer)
+    right = sum(bool(v) and reader.problems.check(p, v.most_common(1)[0][0]) for p, v in zip(problems, votes))
+    count = max(1, len(problems))
+    return {
+        "accuracy": right / count, "best_of": sum(solved) / count, "samples": float(rounds), "tokens": spent / count,
+    }  # fmt: skip
+
+
+def choose(problems: Sequence[Problem], count: int | None, seed: int) -> list[Problem]:
+    """``count`` problems by seed, in their own order; all of them for None or a larger count."""
+    if count is None or count >= len(problems):
+        return list(problems)
+    picked = random.Random(f"{seed}:choose").sample(range(len(problems)), count)
+    return [problems[index] for index in sorted(picked)]
+
+
+def paired_test(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Two-sided exact McNemar test on the problems where two models differ: probability of a split this uneven by
+    chance.
+    """
+    from math import comb
+
+    won = sum(b and not a for a, b in zip(before, after))
+    lost = sum(a and not b for a, b in zip(before, after))
+    differ = won + lost
+    tail = sum(comb(differ, k) for k in range(min(won, lost) + 1)) / 2**differ
+    return min(1.0, 2 * tail)
+
+
+def write_episodes(path: Path, problems: Sequence[Problem], measured: Measured, shown: int = 12) -> None:
+    """Keep every verdict and some texts (right at once, corrected, broken, failed) for the report and for paired
+    tests.
+    """
+    from llmcompress.quant.store import write_durably
+
+    kinds: dict[str, list[dict[str, Any]]] = {"right": [], "corrected": [], "broken": [], "failed": []}
+    for problem, episode, text in zip(problems, measured.episodes, measured.texts):
+        first = bool(episode.right) and episode.right[0]
+        kind = ("right" if first else "corrected") if episode.final else ("broken" if first else "failed")
+        if len(kinds[kind]) < shown // len(kinds):
+            kinds[kind].append({"kind": kind, "question": problem.question, "response": text})
+    data = {
+        "final": [episode.final for episode in measured.episodes],
+        "first": [bool(episode.right) and episode.right[0] for episode in measured.episodes],
+        "keys": [problem.key for problem in problems],
+        "texts": [row for rows in kinds.values() for row in rows],
+    }
+    write_durably(path, json.dumps(data, ensure_ascii=False).encode())

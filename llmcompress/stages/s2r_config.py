@@ -1,0 +1,277 @@
+"""Recipe fields that the S2R stages share, and how they open and keep a model. No torch at import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.data.problems.config import Task
+from llmcompress.errors import RecipeError
+from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
+
+if TYPE_CHECKING:
+    from llmcompress.data.problems.base import Problem, ProblemSet
+    from llmcompress.evaluation.sampling import Sampling
+    from llmcompress.evaluation.self_correction import Measured, Reader
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+    from llmcompress.training.policy import Policy
+
+ADAPTER, MODEL, CHECKPOINT = "adapter", "model", "progress.safetensors"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SamplingConfig(_Section):
+    """How responses are sampled."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 takes the most likely token."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest set of tokens with this probability."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Longest response."""
+
+    batch: Annotated[int, Field(ge=1)] = 128
+    """Responses decoded together."""
+
+    def settings(self) -> Sampling:
+        """As the sampler takes it."""
+        from llmcompress.evaluation.sampling import Sampling
+
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.batch)
+
+
+class AdapterConfig(_Section):
+    """Low-rank adapters instead of all weights."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of each adapter."""
+
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale; the adapter's product counts ``alpha / rank``."""
+
+    targets: Literal["all", "attention", "mlp"] = "all"
+    """Which linears get one. Packed experts and routers get none."""
+
+
+class MeasureConfig(_Section):
+    """Held-out problems on which a stage measures the behaviour before and after."""
+
+    split: Literal["validation", "test"] = "test"
+    """Problems of which split; stages that choose something by it should use ``validation``."""
+
+    problems: Annotated[int, Field(ge=1)] | None = 500
+    """How many, chosen by seed 0 whatever the run's seed; null for all."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Longest response."""
+
+    batch: Annotated[int, Field(ge=1)] = 256
+    """Responses decoded together."""
+
+
+class S2RConfig(StageConfig):
+    """What every S2R stage needs to know."""
+
+    task: Task
+    """Which problems."""
+
+    chat: bool = False
+    """Render problems through the tokenizer's chat template, with the paper's system line."""
+
+    system: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """System line of the chat template."""
+
+
+class TrainingConfig(S2RConfig):
+    """What the training stages share."""
+
+    adapter: AdapterConfig | None = None
+    """Train adapters instead of all weights. Needed after a quantizing stage: codes cannot be trained. On a dense
+    model they are merged into the weights at the end."""
+
+    micro_batch: Annotated[int, Field(ge=1)] = 64
+    """Rows computed at once; changes memory, not the result beyond rounding."""
+
+    measure: MeasureConfig | None = MeasureConfig()
+    """Held-out behaviour after the stage; null for none."""
+
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the trained weights on disk; ``auto`` is the source's. 16 bit may round small updates away."""
+
+
+def adapter_names(layout: ModelLayout, targets: str) -> list[str]:
+    """Linears that get an adapter, in order of the blocks."""
+    from llmcompress.models.layout import Role
+
+    wanted = {"attention": {Role.ATTENTION}, "mlp": {Role.MLP}, "all": {Role.ATTENTION, Role.MLP}}[targets]
+    return [view.name for block in layout.blocks for view in block.linears() if view.role in wanted]
+
+
+def open_model(state: RunState, ctx: RunContext) -> Any:
+    """The model as the stages before left it, dense or packed, with their adapter; on the run's device, evaluation
+    mode.
+    """
+    import torch
+
+    from llmcompress.models.assemble import compressed_model
+
+    assert state.model is not None
+    dtype = getattr(torch, ctx.dtype)
+    if state.packed is None and not state.policies:
+        model: Any = state.model.dense_model(dtype)
+    else:
+        from llmcompress.quant.store import PackedStore
+
+        store = state.packed or PackedStore(ctx.stage_dir / "no_blocks")
+        model = compressed_model(state.model, store, state.policies, dtype=dtype)
+    if state.adapter is not None:
+        from llmcompress.nn import lora
+
+        lora.load(model, state.adapter)
+    return model.to(ctx.device).eval()
+
+
+def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Policy:
+    """The model ready for training.
+
+    Raises:
+        RecipeError: A quantized model is to be trained without adapters.
+    """
+    from llmcompress.nn import lora
+    from llmcompress.training.policy import Policy
+
+    assert state.model is not None
+    model = open_model(state, ctx)
+    if state.adapter is not None:
+        wrapped = lora.adapters(model)
+        return Policy(model, {f"{n}.{k}": getattr(m, k) for n, m in wrapped.items() for k in ("lora_A", "lora_B")})
+    if config.adapter is not None:
+        names = adapter_names(state.model.layout, config.adapter.targets)
+        return Policy(model, lora.attach(model, names, config.adapter.rank, config.adapter.alpha, ctx.seed))
+    if state.packed is not None:
+        raise RecipeError(
+            f"stages.{ctx.stage}: the model is quantized, and codes cannot be trained",
+            f"set stages.{ctx.stage}.adapter, or put this stage before the quantizing one",
+        )
+    return Policy(model)
+
+
+def keep_policy(config: TrainingConfig, policy: Policy, state: RunState, ctx: RunContext) -> None:
+    """Write the trained model (or adapter) durably; it appears only when complete."""
+    from llmcompress.nn import lora
+    from llmcompress.training.saving import save_model
+
+    assert state.model is not None
+    if policy.adapted and state.packed is not None:
+        from llmcompress.export.base import atomic_folder
+
+        if not (ctx.stage_dir / ADAPTER).is_dir():
+            with atomic_folder(ctx.stage_dir / ADAPTER) as part:
+                lora.save(policy.model, part)
+        return
+    if policy.adapted:
+        lora.merge(policy.model)
+    if not (ctx.stage_dir / MODEL).is_dir():
+        save_model(policy.model, state.model, ctx.stage_dir / MODEL, config.save_dtype)
+
+
+def adopt(state: RunState, ctx: RunContext) -> None:
+    """Let the stages after this one see what it trained: a new model, or an adapter on the one they know."""
+    from llmcompress.models.handle import ModelHandle
+
+    assert state.model is not None
+    if (ctx.stage_dir / ADAPTER).is_dir():
+        state.adapter = ctx.stage_dir / ADAPTER
+        return
+    state.model = ModelHandle.open(ctx.stage_dir / MODEL)
+
+
+def is_done(ctx: RunContext) -> bool:
+    """Whether the trained weights are written."""
+    return (ctx.stage_dir / ADAPTER).is_dir() or (ctx.stage_dir / MODEL).is_dir()
+
+
+def reader_of(config: S2RConfig, state: RunState, problems: ProblemSet) -> Reader:
+    """Prompts and judgement for this model."""
+    from llmcompress.evaluation.self_correction import Reader
+
+    assert state.model is not None
+    return Reader(state.model.tokenizer(), problems, config.chat, config.system)
+
+
+def held_out(config: MeasureConfig, problems: ProblemSet) -> list[Problem]:
+    """The problems a stage measures on: the same for every seed, so that runs compare."""
+    from llmcompress.evaluation.self_correction import choose
+
+    return choose(problems.problems(config.split), config.problems, 0)
+
+
+def measure_behaviour(
+    config: MeasureConfig, model: Any, reader: Reader, name: str, ctx: RunContext
+) -> dict[str, float | int | None]:
+    """Measure once and keep it: figures in ``behaviour_<name>.json``, verdicts and texts in
+    ``episodes_<name>.json``.
+    """
+    import json
+
+    from llmcompress.evaluation.sampling import Sampling
+    from llmcompress.evaluation.self_correction import measure, write_episodes
+    from llmcompress.quant.store import write_durably
+
+    path = ctx.stage_dir / f"behaviour_{name}.json"
+    if path.exists():
+        found: dict[str, float | int | None] = json.loads(path.read_text())
+        return found
+    problems = held_out(config, reader.problems)
+    measured: Measured = measure(model, reader, problems, Sampling(config.max_new_tokens, batch=config.batch))
+    write_episodes(ctx.stage_dir / f"episodes_{name}.json", problems, measured)
+    figures = measured.figures()
+    write_durably(path, json.dumps(figures, indent=1, sort_keys=True).encode())
+    return figures
+
+
+def announce(name: str, figures: dict[str, float | int | None], ctx: RunContext, step: int | None = None) -> None:
+    """Send figures as metric events."""
+    for key, value in figures.items():
+        if value is not None and not key.startswith("n_"):
+            more = {} if step is None else {"step": step}
+            ctx.emit("metric", name=f"{name}.{key}", value=value, **more)
+
+
+def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, rows: int) -> Estimate:
+    """Memory of training: weights, gradients, moments, reference, activations of one micro-batch.
+
+    Args:
+        config: The stage.
+        inputs: The model and what is known of it.
+        length: Longest row in tokens.
+        rows: Rows at once.
+    """
+    import math
+
+    layout = inputs.layout
+    total = sum(math.prod(view.shape) for view in layout.tensors())
+    if config.adapter is not None:
+        names = set(adapter_names(layout, config.adapter.targets))
+        ends = [v.in_features + v.out_features for b in layout.blocks for v in b.linears() if v.name in names]
+        moving = config.adapter.rank * sum(ends)
+        copies = 0
+    else:
+        moving, copies = total, total
+    weights = (total + copies) * inputs.compute_bytes + moving * (3 * inputs.compute_bytes)
+    rows = min(rows, config.micro_batch)
+    # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
+    # logits thrice
+    hidden = layout.hidden * 34 * len(layout.blocks) + 3 * layout.vocab
+    activations = rows * min(length, 4096) * hidden * inputs.compute_bytes
+    peak = weights + activations
+    disk = moving * inputs.compute_bytes * 3 + (0 if config.adapter is not None else total * inputs.weight_bytes)
+    on_gpu = inputs.device == "cuda"
+    return Estimate(ram=total * inputs.compute_bytes if on_gpu else peak, vram=peak if on_gpu else 0, disk=disk)

@@ -1,0 +1,260 @@
+"""Stage ``s2r_init``: teach a model to verify and retry by supervised training on its own trials (S2R section 2.2).
+
+It samples solutions from the model itself, has every different answer verified, puts trials and verifications
+together into trajectories that end right, and trains on the verifications, the last attempt and the end.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmcompress.data.trajectories import KeepProbabilities
+from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
+
+if TYPE_CHECKING:
+    from llmcompress.data.problems.base import Problem
+    from llmcompress.data.trajectories import Trajectory
+    from llmcompress.evaluation.self_correction import Reader
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+    from llmcompress.training.policy import Policy
+
+
+class S2RInitConfig(TrainingConfig):
+    """Recipe section of the stage. Defaults are the paper's; where its code differs, the field says so."""
+
+    type: Literal["s2r_init"]
+
+    problems: Annotated[int, Field(ge=1)] | None = None
+    """Training problems to sample for, chosen by the run's seed; null for all."""
+
+    samples: Annotated[int, Field(ge=2)] = 5
+    """Solutions sampled for each problem (5 in the paper). Their accuracy is the problem's difficulty."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How they are sampled (temperature 0.7, top_p 1 in the paper's code)."""
+
+    verifier: Annotated[ProgramVerifier | EndpointVerifier, Field(discriminator="kind")] = ProgramVerifier()
+    """Who writes verifications. Those with a false verdict are dropped."""
+
+    keep: KeepProbabilities = KeepProbabilities()
+    """Share of the trajectories that is kept, by difficulty; the authors' figures."""
+
+    data: Literal["trajectories", "solutions"] = "trajectories"
+    """``solutions`` trains on right solutions alone: the paper's control."""
+
+    pair_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of (attempt, verification) pairs among the rows, as a warm-up of verification; 0 in the paper. Small
+    models need
+    it: without it their verdicts stay near chance."""
+
+    pair_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs on pairs alone before the main training, balanced between right and wrong attempts; 0 in the paper."""
+
+    train_markers: bool = True
+    """Train the marker that opens a retry, also where the retry itself is not trained. The authors' loss leaves it
+    out."""
+
+    epochs: Annotated[int, Field(ge=1)] = 3
+    """Passes over the trajectories (3 in the paper, 5 in its script)."""
+
+    batch: Annotated[int, Field(ge=1)] = 32
+    """Rows of an optimiser step."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate; 10 to 50 times as much for adapters."""
+
+    warmup: Annotated[int, Field(ge=0)] = 5
+    """Steps of linear warm-up."""
+
+    decay: Literal["constant", "linear"] = "constant"
+    """Learning rate after warm-up; the paper names none."""
+
+    kl: Annotated[float, Field(ge=0)] = 0.1
+    """λ of KL(π ‖ π_base) on the trained tokens (0.1 in the paper, 0.01 for Qwen2.5-Math)."""
+
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the same KL on the tokens of the first attempt, which are no targets where it is wrong; 0 in the
+    paper. Without it a small model's first attempts get worse."""
+
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Limit of the gradient norm; the paper names none for this stage."""
+
+    max_length: Annotated[int, Field(ge=8)] = 8000
+    """Longest row in tokens (8000 in the paper, 6000 for Qwen2-7B); longer ones are left out."""
+
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between two checkpoints."""
+
+
+class S2RInit(Stage):
+    """Samples, builds, trains, measures."""
+
+    Config: ClassVar[type[StageConfig]] = S2RInitConfig
+    consumes = frozenset({Kind.MODEL})
+    produces = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.METRICS})
+    config: S2RInitConfig
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Adapters that would find no linear."""
+        return adapter_problems(self.name, self.config, layout)
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Training dominates; the reference's weights stay in memory beside the model's."""
+        return estimate_training(self.config, inputs, self.config.max_length, self.config.batch)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Continue from the samples and the checkpoint that exist.
+
+        Raises:
+            InputError: Nothing to train on: no problem was solved by any sample.
+        """
+        from llmcompress.stages import s2r_config as shared
+
+        reader = shared.reader_of(self.config, state, self.config.task.build())
+        if not shared.is_done(ctx):
+            policy = shared.open_policy(self.config, state, ctx)
+            if self.config.measure is not None:
+                figures = shared.measure_behaviour(self.config.measure, policy.model, reader, "before", ctx)
+                shared.announce(f"{self.name}.before", figures, ctx)
+            rows = self._rows(policy, reader, ctx)
+            curve = self._train(policy, reader, rows, ctx)
+            (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
+            shared.keep_policy(self.config, policy, state, ctx)
+            del policy
+        shared.adopt(state, ctx)
+        after(self.name, self.config, reader, state, ctx)
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Adopt the trained weights and read the figures back."""
+        from llmcompress.stages import s2r_config as shared
+
+        shared.adopt(state, ctx)
+        after(self.name, self.config, None, state, ctx)
+
+    def _rows(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[Trajectory]:
+        """Sample, judge, build; the texts are kept in ``trajectories.jsonl``."""
+        from llmcompress.data.trajectories import Builder, Sample, balanced_pairs, first_attempt, trial_counts
+        from llmcompress.data.verifiers import build_verifier
+        from llmcompress.errors import InputError
+        from llmcompress.evaluation.self_correction import choose
+        from llmcompress.quant.store import write_durably
+        from llmcompress.stages.s2r_sampling import sample_all
+
+        config = self.config
+        problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
+        responses = sample_all(policy.model, reader, problems, config.samples, config.sampling.settings(), ctx)
+        builder = Builder(
+            reader.problems, build_verifier(config.verifier, reader.problems, ctx.stage_dir / "verifications.jsonl"),
+            config.keep, ctx.seed,
+        )  # fmt: skip
+        main: list[Trajectory] = []
+        pairs: list[Trajectory] = []
+        for problem, ids in zip(problems, responses):
+            texts = [first_attempt(reader.text(i)) for i in ids]
+            samples = [Sample(text, _right(reader, problem, text)) for text in texts]
+            make = builder.solution if config.data == "solutions" else builder.trajectory
+            row = make(problem, samples)
+            main += [row] if row is not None else []
+            if config.data == "trajectories" and (config.pair_share > 0 or config.pair_epochs > 0):
+                pairs += builder.pairs(problem, samples)
+        if not main:
+            raise InputError(
+                f"stages.{self.name}: no training row could be built from {len(problems)} problems",
+                "the model solves none of them: choose an easier task, more samples, or another model",
+            )
+        self._pairs = balanced_pairs(pairs, len(pairs), ctx.seed)
+        wanted = round(len(main) * config.pair_share / (1 - config.pair_share))
+        rows = main + self._pairs[:wanted]
+        counts = {"rows": len(main), "pairs": len(rows) - len(main), "by_trials": trial_counts(main), **builder.counts}
+        write_durably(ctx.stage_dir / "rows.json", json.dumps(counts, indent=1).encode())
+        lines = [json.dumps(_record(row), ensure_ascii=False) for row in rows]
+        write_durably(ctx.stage_dir / "trajectories.jsonl", ("\n".join(lines) + "\n").encode())
+        ctx.emit("note", text=f"{len(main)} rows by trials {trial_counts(main)}, {len(rows) - len(main)} pairs")
+        return rows
+
+    def _train(self, policy: Policy, reader: Reader, rows: list[Trajectory], ctx: RunContext) -> list[dict[str, Any]]:
+        from llmcompress.training.sft import SftSettings, to_row, train_sft
+
+        config = self.config
+        curve: list[dict[str, Any]] = []
+        phases = [("warm-up", self._pairs, config.pair_epochs), ("training", rows, config.epochs)]
+        for number, (name, texts, epochs) in enumerate(phases):
+            found = [to_row(text, reader, config.max_length, config.train_markers) for text in texts]
+            kept = [row for row in found if row is not None]
+            if not kept or not epochs:
+                continue
+            long = len(found) - len(kept)
+            if long:
+                ctx.emit("warning", text=f"{name}: {long} rows are longer than {config.max_length} tokens")
+            settings = SftSettings(
+                epochs, config.batch, config.lr, config.kl, config.anchor, config.warmup, config.decay,
+                config.clip_grad, config.micro_batch, config.checkpoint_every, ctx.seed + number,
+            )  # fmt: skip
+            base = len(curve)
+
+            def on_step(step: int, total: int, figures: dict[str, float], phase: str = name, base: int = base) -> None:
+                if step % 10 == 0 or step == total:
+                    for key, value in figures.items():
+                        ctx.emit("metric", name=f"{self.name}.{phase}.{key}", value=value, step=base + step)
+
+            part = train_sft(policy, kept, reader.pad, settings, ctx.stage_dir / f"{number}_{CHECKPOINT}", on_step)
+            curve += [{**record, "phase": name} for record in part]
+        return curve
+
+
+def after(name: str, config: TrainingConfig, reader: Reader | None, state: RunState, ctx: RunContext) -> None:
+    """Measure the model as it was kept, and put the figures into the run's metrics.
+
+    Args:
+        name: Of the stage.
+        config: Its section.
+        reader: For measuring; None reads what was measured.
+        state: Already holds the trained model.
+        ctx: The run.
+    """
+    from llmcompress.stages import s2r_config as shared
+    from llmcompress.stages.s2r_evaluate import metrics_of
+
+    if config.measure is None:
+        return
+    path = ctx.stage_dir / "behaviour_after.json"
+    if not path.exists():
+        assert reader is not None
+        shared.measure_behaviour(config.measure, shared.open_model(state, ctx), reader, "after", ctx)
+    figures = json.loads(path.read_text())
+    shared.announce(f"{name}.after", figures, ctx)
+    before = ctx.stage_dir / "behaviour_before.json"
+    state.metrics = state.metrics + metrics_of(
+        name, json.loads(before.read_text()) if before.exists() else None, figures
+    )
+
+
+def adapter_problems(name: str, config: TrainingConfig, layout: ModelLayout) -> list[str]:
+    """Problems of an ``adapter`` section on this model."""
+    from llmcompress.stages.s2r_config import adapter_names
+
+    if config.adapter is None or adapter_names(layout, config.adapter.targets):
+        return []
+    return [f"stages.{name}.adapter.targets: {layout.model_type} has no {config.adapter.targets} linears"]
+
+
+def _right(reader: Reader, problem: Problem, text: str) -> bool:
+    from llmcompress.data.problems.base import boxed
+
+    return reader.problems.check(problem, boxed(text))
+
+
+def _record(row: Trajectory) -> dict[str, Any]:
+    return {
+        "problem": row.problem,
+        "kind": row.kind,
+        "trials": row.trials,
+        "question": row.question,
+        "response": row.response,
+    }

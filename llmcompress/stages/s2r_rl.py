@@ -1,0 +1,346 @@
+"""Stage ``s2r_rl``: reinforce self-verification and self-correction, at outcome or process level, online or offline
+(S2R section 2.3, 2.4).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
+
+if TYPE_CHECKING:
+    from llmcompress.algorithms.rl_objectives import GroupBaseline
+    from llmcompress.data.problems.base import Problem
+    from llmcompress.evaluation.self_correction import Reader
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+    from llmcompress.training.offline import OfflineSettings
+    from llmcompress.training.policy import Policy
+    from llmcompress.training.rl import RlSettings
+
+
+class BaselineConfig(_Section):
+    """Baseline of the process level and of offline training. Online outcome level always uses RLOO."""
+
+    scope: Literal["batch", "running", "ema"] = "batch"
+    """``batch``: the group is the pool at hand, as in the paper. ``running``: mean over the run so far, as in the
+    authors' code. ``ema``: the same, forgetting."""
+
+    min_group: Annotated[int, Field(ge=1)] = 10
+    """Smaller groups get baseline 0 (the authors' code)."""
+
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """What ``ema`` keeps of its table at each batch."""
+
+    softmax: Annotated[float, Field(gt=0)] | None = None
+    """τ of ``τ log mean exp(r/τ)`` instead of the mean; an option of the authors' offline code."""
+
+
+class OfflineConfig(_Section):
+    """Training on a pool sampled once."""
+
+    accuracy: tuple[float, float] = (0.1, 0.7)
+    """Prompts whose sampled accuracy lies within, ends included."""
+
+    max_actions: Annotated[int, Field(ge=2)] = 20
+    """Longer responses are dropped (20 in the paper; its code counts characters, which makes 10)."""
+
+    after_confirmed: Literal["truncate", "drop", "keep"] = "truncate"
+    """What goes on after a right attempt was accepted is cut off (the code) or the response dropped (the paper)."""
+
+    balance: bool = False
+    """Per problem no more never-right than right responses; on in the authors' code, not in the paper."""
+
+    bins: Annotated[int, Field(ge=1)] = 9
+    """Bins of problem accuracy; samples + 1 gives every count its own."""
+
+    grouping: Literal["position", "context"] = "position"
+    """Groups inside a bin at process level: by position of the action (the paper's best) or by reward context."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the pool."""
+
+
+class ScreenConfig(_Section):
+    """Leave out prompts that are too easy or too hard for the starting policy, by sampling before training."""
+
+    samples: Annotated[int, Field(ge=2)] = 4
+    """Responses for each prompt."""
+
+    accuracy: tuple[float, float] = (0.01, 0.99)
+    """Prompts to keep, ends included; the paper gives no figures for online training."""
+
+
+class GuardConfig(_Section):
+    """Limits that end online training early, measured on the sampled responses of a step."""
+
+    ended_below: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Smallest share of responses with an end."""
+
+    trials_above: Annotated[float, Field(gt=1)] | None = None
+    """Most trials a response."""
+
+
+class S2RRlConfig(TrainingConfig):
+    """Recipe section of the stage. Defaults are the paper's; deviations of its code are off and named."""
+
+    type: Literal["s2r_rl"]
+
+    level: Literal["outcome", "process"]
+    """What is rewarded: the last answer, or every action."""
+
+    mode: Literal["online", "offline"] = "online"
+    """Sample at every step, or train on a pool sampled once."""
+
+    problems: Annotated[int, Field(ge=1)] | None = None
+    """Training problems, chosen by the run's seed; null for all."""
+
+    steps: Annotated[int, Field(ge=1)] = 500
+    """Online steps: one round of sampling and ``updates`` optimiser steps each."""
+
+    prompts: Annotated[int, Field(ge=1)] = 64
+    """Problems of a step."""
+
+    samples: Annotated[int, Field(ge=2)] = 4
+    """Responses for each problem (4 online, 8 offline in the paper)."""
+
+    updates: Annotated[int, Field(ge=1)] = 4
+    """Optimiser steps on the responses of one round (256 responses in 4 steps of 64)."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are sampled (temperature 0.7 online, 0.8 offline in the paper's code)."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-7
+    """Peak learning rate."""
+
+    warmup: Annotated[int, Field(ge=0)] = 5
+    """Optimiser steps of linear warm-up."""
+
+    clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
+    """Limit of the gradient norm."""
+
+    kl: Annotated[float, Field(ge=0)] = 0.05
+    """β: taken off the advantages, times the log-ratio of the sampling policy to the starting one (0.05; Qwen2.5-Math
+    0.01; offline 0.1)."""
+
+    kl_mean: bool = False
+    """Log-ratio as a mean over the tokens instead of their sum (the authors' offline code)."""
+
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """ε of the clipped surrogate."""
+
+    ratio: Literal["mean", "sum", "token"] = "mean"
+    """Importance ratio: exp of the mean log-ratio of a unit's tokens (the authors' code), their plain product (the
+    paper's formula), or one for each token."""
+
+    baseline: BaselineConfig = BaselineConfig()
+    """Baseline by groups."""
+
+    truncation_reward: Literal[-1] | None = -1
+    """Reward of a response (process level: of its last action) that was cut off; null leaves it to the answer."""
+
+    flip_bonus: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the advantage of a retry that changes correctness; 2 in the authors' code, absent from the paper."""
+
+    verify_correct_bonus: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the advantage of verifying a right attempt; 2 in the authors' code, absent from the paper."""
+
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Credit of later actions; 0 in the paper. Above 0 the baseline is that of the return."""
+
+    train_end: bool = True
+    """Train the end token; the authors' code leaves it out in this stage."""
+
+    skip_agreeing: bool = True
+    """Outcome level: groups whose samples all agree have weight 0, KL included (the authors' code)."""
+
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of KL(π ‖ π_start) on the tokens of the first attempt; ours, 0 in the paper."""
+
+    min_verdict_recall: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Refuse to begin unless right and wrong attempts on validation problems are recognised at least this often. A
+    weak verifier makes outcome training unlearn verification; null trains anyway, as the paper does."""
+
+    screen: ScreenConfig | None = None
+    """Choose prompts by sampling before online training."""
+
+    guard: GuardConfig = GuardConfig()
+    """When to stop early."""
+
+    offline: OfflineConfig = OfflineConfig()
+    """Settings of ``mode: offline``."""
+
+    max_length: Annotated[int, Field(ge=8)] = 8000
+    """Longest prompt and response in tokens, for the memory estimate."""
+
+    checkpoint_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two checkpoints."""
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: 0 gives equal responses and nothing to learn from")
+        return self
+
+
+class S2RRl(Stage):
+    """Samples, scores, updates."""
+
+    Config: ClassVar[type[StageConfig]] = S2RRlConfig
+    consumes = frozenset({Kind.MODEL})
+    produces = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.METRICS})
+    config: S2RRlConfig
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Adapters that would find no linear."""
+        from llmcompress.stages.s2r_init import adapter_problems
+
+        return adapter_problems(self.name, self.config, layout)
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Training dominates; sampling fits beside it because gradients are free then."""
+        return estimate_training(self.config, inputs, self.config.max_length, self.config.micro_batch)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Continue from the checkpoint that exists.
+
+        Raises:
+            GateFailed: A verdict recall is below ``min_verdict_recall``.
+            InputError: No prompt or no response is left after the filters.
+        """
+        from llmcompress.stages import s2r_config as shared
+        from llmcompress.stages.s2r_init import after
+
+        reader = shared.reader_of(self.config, state, self.config.task.build())
+        if not shared.is_done(ctx):
+            policy = shared.open_policy(self.config, state, ctx)
+            self._gate(policy, reader, ctx)
+            train = self._offline if self.config.mode == "offline" else self._online
+            curve = train(policy, reader, ctx)
+            (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
+            shared.keep_policy(self.config, policy, state, ctx)
+            del policy
+        shared.adopt(state, ctx)
+        after(self.name, self.config, reader, state, ctx)
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Adopt the trained weights and read the figures back."""
+        from llmcompress.stages import s2r_config as shared
+        from llmcompress.stages.s2r_init import after
+
+        shared.adopt(state, ctx)
+        after(self.name, self.config, None, state, ctx)
+
+    def _gate(self, policy: Policy, reader: Reader, ctx: RunContext) -> None:
+        """Measure verdicts on validation problems before anything is trained."""
+        from llmcompress.errors import InputError
+        from llmcompress.stages import s2r_config as shared
+
+        wanted = self.config.min_verdict_recall
+        if wanted is None:
+            return
+        problems = shared.MeasureConfig(
+            split="validation", problems=400, max_new_tokens=self.config.sampling.max_new_tokens
+        )
+        figures = shared.measure_behaviour(problems, policy.model, reader, "gate", ctx)
+        found = {"right": figures["correct_recall"], "wrong": figures["error_recall"]}
+        low = {kind: value for kind, value in found.items() if value is not None and value < wanted}
+        if low:
+            listing = ", ".join(f"{kind} attempts {value:.1%}" for kind, value in low.items())
+            raise InputError(
+                f"stages.{self.name}: the verifier is too weak to reinforce: recognised {listing}, wanted {wanted:.0%}",
+                "train verification longer (pair_epochs, pair_share of s2r_init), or lower min_verdict_recall",
+            )
+
+    def _settings(self, ctx: RunContext) -> RlSettings:
+        from llmcompress.training.rl import RlSettings
+
+        c = self.config
+        return RlSettings(
+            level=c.level, steps=c.steps, prompts=c.prompts, samples=c.samples, updates=c.updates, lr=c.lr,
+            warmup=c.warmup, max_norm=c.clip_grad, kl=c.kl, kl_mean=c.kl_mean, clip=c.clip, ratio=c.ratio,
+            sampling=c.sampling.settings(), truncation_reward=c.truncation_reward, flip_bonus=c.flip_bonus,
+            verify_correct_bonus=c.verify_correct_bonus, discount=c.discount, train_end=c.train_end,
+            skip_agreeing=c.skip_agreeing, micro_batch=c.micro_batch, save_every=c.checkpoint_every, seed=ctx.seed,
+            anchor=c.anchor,
+        )  # fmt: skip
+
+    def _baseline(self) -> GroupBaseline:
+        from llmcompress.algorithms.rl_objectives import GroupBaseline
+
+        c = self.config.baseline
+        return GroupBaseline(c.scope, c.min_group, c.decay, c.softmax)
+
+    def _online(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
+        from llmcompress.training.rl import Guard, train_online
+
+        problems = self._problems(policy, reader, ctx)
+        guard = Guard(self.config.guard.ended_below, self.config.guard.trials_above)
+        curve, stopped = train_online(
+            policy, reader, problems, self._settings(ctx), self._baseline(), guard, ctx.stage_dir / CHECKPOINT,
+            lambda record: self._tell(record, ctx),
+        )  # fmt: skip
+        if stopped is not None:
+            ctx.emit("warning", text=f"{self.name} stopped after step {len(curve)}: {stopped}")
+        return curve
+
+    def _problems(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[Problem]:
+        """Training problems, screened if asked for; the screen samples from the starting policy."""
+        from llmcompress.algorithms.rl_objectives import keep_problem
+        from llmcompress.errors import InputError
+        from llmcompress.evaluation.self_correction import choose
+        from llmcompress.stages.s2r_sampling import sample_all
+
+        problems = choose(reader.problems.problems("train"), self.config.problems, ctx.seed)
+        screen = self.config.screen
+        if screen is None:
+            return problems
+        with policy.reference() as model:
+            found = sample_all(model, reader, problems, screen.samples, self.config.sampling.settings(), ctx)
+        kept = []
+        for problem, ids in zip(problems, found):
+            right = sum(reader.judge(problem, i).final for i in ids)
+            if keep_problem(right, screen.samples, *screen.accuracy):
+                kept.append(problem)
+        ctx.emit("note", text=f"{len(kept)} of {len(problems)} problems are neither too easy nor too hard")
+        if not kept:
+            raise InputError(f"stages.{self.name}.screen: no problem is left", "widen screen.accuracy")
+        return kept
+
+    def _offline(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
+        from llmcompress.errors import InputError
+        from llmcompress.evaluation.self_correction import choose
+        from llmcompress.stages.s2r_sampling import sample_all
+        from llmcompress.training.offline import filter_pool, pool_advantages, train_offline
+
+        c, settings = self.config, self._settings(ctx)
+        problems = choose(reader.problems.problems("train"), c.problems, ctx.seed)
+        with policy.reference() as model:
+            responses = sample_all(model, reader, problems, c.samples, c.sampling.settings(), ctx)
+        prompts = [reader.prompt(problem.question) for problem in problems]
+        pool = filter_pool(reader, problems, prompts, responses, self._offline_settings(), c.truncation_reward)
+        ctx.emit("note", text=f"{len(pool.rollouts)} responses kept; left out: {pool.counts}")
+        if not pool.rollouts:
+            raise InputError(
+                f"stages.{self.name}.offline: no response is left after the filters", "widen offline.accuracy"
+            )
+        pool_advantages(pool, settings, self._offline_settings(), self._baseline())
+        return train_offline(
+            policy, reader, pool, settings, c.offline.epochs, ctx.stage_dir / CHECKPOINT,
+            lambda record: self._tell(record, ctx),
+        )  # fmt: skip
+
+    def _offline_settings(self) -> OfflineSettings:
+        from llmcompress.training.offline import OfflineSettings
+
+        c = self.config.offline
+        return OfflineSettings(*c.accuracy, c.max_actions, c.after_confirmed, c.balance, c.bins, c.grouping, c.epochs)
+
+    def _tell(self, record: dict[str, Any], ctx: RunContext) -> None:
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                ctx.emit("metric", name=f"{self.name}.{key}", value=value, step=record["step"])

@@ -1,0 +1,94 @@
+"""AdamW with warm-up, and a checkpoint of everything a training loop needs in one file that is complete or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from llmcompress.errors import InputError
+from llmcompress.quant.store import write_durably
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Trainer:
+    """Optimizer and progress.
+
+    Args:
+        parameters: Name → parameter.
+        lr: Peak learning rate.
+        warmup: Steps of linear warm-up.
+        steps: Total optimizer steps, for the decay.
+        decay: ``constant`` (the paper names no schedule besides warm-up) or ``linear`` to zero.
+        max_norm: Gradient norm limit, None for none.
+        weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], lr: float, warmup: int, steps: int, decay: str = "constant",
+        max_norm: float | None = None, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.parameters, self.lr, self.warmup = parameters, lr, warmup
+        self.steps, self.decay, self.max_norm = steps, decay, max_norm
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=lr, weight_decay=weight_decay)
+        self.step = 0
+
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        factor = min(1.0, (self.step + 1) / max(1, self.warmup))
+        if self.decay == "linear":
+            factor = min(factor, max(0.0, (self.steps - self.step) / max(1, self.steps)))
+        return self.lr * factor
+
+    def update(self) -> float:
+        """One step with the gradients at hand; returns their norm before the limit and clears them."""
+        values = list(self.parameters.values())
+        limit = self.max_norm if self.max_norm is not None else float("inf")
+        norm = float(nn.utils.clip_grad_norm_(values, limit))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write parameters, moments and ``progress`` (JSON data)."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
+            for key in _MOMENTS:
+                moment = self.optimizer.state.get(parameter, {}).get(key)
+                if moment is not None:
+                    tensors[f"{key}.{name}"] = moment.cpu().contiguous()
+        record = json.dumps({"step": self.step, **progress}, sort_keys=True)
+        write_durably(path, save(tensors, metadata={"progress": record}))
+
+    def restore(self, path: Path) -> dict[str, Any] | None:
+        """Continue from what :meth:`save` wrote; None if there is nothing.
+
+        Raises:
+            InputError: The file is damaged or of another model.
+        """
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as handle:
+                progress: dict[str, Any] = json.loads((handle.metadata() or {})["progress"])
+                for name, parameter in self.parameters.items():
+                    parameter.data.copy_(handle.get_tensor(f"value.{name}"))
+                    if f"{_MOMENTS[0]}.{name}" in handle.keys():  # noqa: SIM118 - not a dict
+                        moments = {key: handle.get_tensor(f"{key}.{name}").to(parameter.device) for key in _MOMENTS}
+                        self.optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])), **moments}
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: cannot continue from this checkpoint: {error}", "delete it and resume"
+            ) from error
+        self.step = int(progress.pop("step"))
+        return progress

@@ -1,0 +1,346 @@
+"""The reinforcement loop of S2R: one code path for outcome and process level, online and offline.
+
+A step is: responses → actions and rewards → advantages (baseline and KL) → clipped updates. Online samples the
+    responses from the
+policy at that step; offline draws them from a pool sampled once from the reference, which is then also ``π_old``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms import rl_objectives as rl
+from llmcompress.algorithms.self_verify import Episode, Response, action_rewards, behaviour, judge, outcome_reward
+from llmcompress.data.problems.base import Problem
+from llmcompress.evaluation.sampling import Sampling, sample
+from llmcompress.evaluation.self_correction import Reader
+from llmcompress.training.optimizer import Trainer
+from llmcompress.training.policy import Policy
+from llmcompress.training.rows import flags, pad_rows
+
+Level = Literal["outcome", "process"]
+
+
+@dataclass(frozen=True, slots=True)
+class RlSettings:
+    """Settings of the loop; see the recipe section of ``s2r_rl`` for what they mean."""
+
+    level: Level
+    steps: int
+    prompts: int
+    samples: int
+    updates: int
+    lr: float
+    warmup: int
+    max_norm: float | None
+    kl: float
+    kl_mean: bool
+    clip: float
+    ratio: rl.RatioMode
+    sampling: Sampling
+    truncation_reward: int | None
+    flip_bonus: float
+    verify_correct_bonus: float
+    discount: float
+    train_end: bool
+    skip_agreeing: bool
+    micro_batch: int
+    save_every: int
+    seed: int
+    anchor: float = 0.0
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled response and what it is worth.
+
+    Attributes:
+        problem: Index of its problem.
+        prompt, ids: Tokens.
+        response: Its actions.
+        episode: Judged.
+        rewards: Of each action.
+        outcome: Of the whole.
+        advantages: Of each unit, before KL.
+        weight: 0 takes it out of the loss.
+    """
+
+    problem: int
+    prompt: list[int]
+    ids: list[int]
+    response: Response
+    episode: Episode
+    rewards: list[int]
+    outcome: int
+    advantages: list[float]
+    weight: float = 1.0
+
+
+Keys = Callable[[Rollout], list[Hashable]]
+
+
+def collect(
+    policy: Policy, reader: Reader, problems: Sequence[Problem], indices: Sequence[int], settings: RlSettings, seed: int
+) -> list[Rollout]:
+    """Sample and judge responses, ``samples`` for each problem, in the problems' order."""
+    prompts = [reader.prompt(problems[i].question) for i in indices for _ in range(settings.samples)]
+    ids = sample(policy.model, prompts, settings.sampling, reader.end, reader.pad, seed)
+    found = []
+    for place, (prompt, new) in enumerate(zip(prompts, ids)):
+        index = indices[place // settings.samples]
+        found.append(judged(reader, problems[index], index, prompt, new, settings.truncation_reward))
+    return found
+
+
+def judged(
+    reader: Reader, problem: Problem, index: int, prompt: list[int], ids: list[int], truncation_reward: int | None
+) -> Rollout:
+    """Cut a response and compute its rewards."""
+    response = reader.read(ids)
+    right = reader.right(problem, response)
+    rewards = action_rewards(response, right, truncation_reward)
+    outcome = outcome_reward(response, right, truncation_reward)
+    return Rollout(index, prompt, ids, response, judge(response, right, len(ids)), rewards, outcome, [])
+
+
+def outcome_advantages(rollouts: Sequence[Rollout], samples: int, skip_agreeing: bool) -> None:
+    """RLOO over the samples of each problem; groups that agree get weight 0."""
+    rewards = torch.tensor([float(r.outcome) for r in rollouts]).view(-1, samples)
+    values = rl.leave_one_out(rewards).flatten().tolist()
+    for rollout, value in zip(rollouts, values):
+        rollout.advantages = [value]
+        rollout.weight = 0.0 if skip_agreeing and value == 0 else 1.0
+
+
+def process_advantages(
+    rollouts: Sequence[Rollout], baseline: rl.GroupBaseline, keys: Keys, settings: RlSettings
+) -> None:
+    """Group baselines over the pool of all problems, then the optional bonuses.
+
+    A last action that was cut off gets no baseline (the authors' code): its reward is a penalty, not a member of the
+    group.
+    """
+    pool: list[tuple[Rollout, int, Hashable, float]] = []
+    for rollout in rollouts:
+        values = rl.returns(rollout.rewards, settings.discount)
+        rollout.advantages = list(values)
+        cut_off = not rollout.response.ended and settings.truncation_reward is not None
+        for place, (key, value) in enumerate(zip(keys(rollout), values)):
+            if not (cut_off and place == len(values) - 1):
+                pool.append((rollout, place, key, value))
+    means = baseline.values([key for _, _, key, _ in pool], [value for _, _, _, value in pool])
+    for (rollout, place, _, value), mean in zip(pool, means):
+        rollout.advantages[place] = value - mean
+    for rollout in rollouts:
+        factors = rl.bonus_factors(rollout.rewards, settings.flip_bonus, settings.verify_correct_bonus)
+        rollout.advantages = [a * f for a, f in zip(rollout.advantages, factors)]
+
+
+def context_keys(rollout: Rollout) -> list[Hashable]:
+    """Group by reward context (online)."""
+    return [("context", *context) for context in rl.contexts(rollout.rewards)]
+
+
+def token_units(rollout: Rollout, level: Level, train_end: bool) -> list[int]:
+    """Unit of each token: its action at process level, 0 at outcome level; −1 for an end token that is not trained."""
+    units = [0] * len(rollout.ids)
+    if level == "process":
+        for index, action in enumerate(rollout.response.actions):
+            units[action.start : action.stop] = [index] * (action.stop - action.start)
+    if rollout.response.ended and not train_end:
+        units[-1] = -1
+    return units
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Rollouts as tensors on the CPU: what the updates need."""
+
+    rollouts: Sequence[Rollout]
+    old: list[Tensor]
+    reference: list[Tensor]
+
+
+@torch.no_grad()
+def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings: RlSettings, same: bool) -> Scored:
+    """Log-probabilities of every response token under the sampling policy and the reference.
+
+    At the sampling temperature, because that is the distribution the tokens came from.
+
+    Args:
+        policy: As it sampled.
+        reader: For the padding id.
+        rollouts: Responses.
+        settings: Temperature, batch.
+        same: The policy still is the reference (offline): one pass is enough.
+    """
+    old: list[Tensor] = []
+    reference: list[Tensor] = []
+    temperature = settings.sampling.temperature or 1.0
+    device = next(iter(policy.trainable.values())).device
+    for begin in range(0, len(rollouts), settings.micro_batch):
+        part = rollouts[begin : begin + settings.micro_batch]
+        padded = pad_rows([r.prompt for r in part], [r.ids for r in part], reader.pad, device)
+        own = rl.token_logp(padded.select(policy.logits(padded.ids, padded.mask)), padded.targets, temperature)
+        base = own
+        if not same:
+            logits = policy.reference_logits(padded.ids, padded.mask)
+            base = rl.token_logp(padded.select(logits), padded.targets, temperature)
+        for row, rollout in enumerate(part):
+            old.append(own[row, : len(rollout.ids)].cpu())
+            reference.append(base[row, : len(rollout.ids)].cpu())
+    return Scored(rollouts, old, reference)
+
+
+def unit_advantages(scored: Scored, index: int, settings: RlSettings) -> list[float]:
+    """Advantages of a rollout's units with ``β log(π_old / π_ref)`` taken off, without gradient (Eq. 2 and 5)."""
+    rollout = scored.rollouts[index]
+    units = torch.tensor(token_units(rollout, settings.level, settings.train_end))[None]
+    difference = (scored.old[index] - scored.reference[index])[None]
+    sums, sizes = rl.unit_sums(difference, units, len(rollout.advantages))
+    kl = sums / sizes.clamp_min(1) if settings.kl_mean else sums
+    return (torch.tensor(rollout.advantages) - settings.kl * kl[0]).tolist()
+
+
+def update(
+    policy: Policy, reader: Reader, scored: Scored, picked: Sequence[int], settings: RlSettings, trainer: Trainer
+) -> dict[str, float]:
+    """One optimiser step on the picked rollouts; returns loss, clip share and gradient norm."""
+    temperature = settings.sampling.temperature or 1.0
+    device = next(iter(policy.trainable.values())).device
+    losses, clipped, parts = 0.0, 0.0, 0
+    for begin in range(0, len(picked), settings.micro_batch):
+        part = list(picked[begin : begin + settings.micro_batch])
+        rows = [scored.rollouts[i] for i in part]
+        padded = pad_rows([r.prompt for r in rows], [r.ids for r in rows], reader.pad, device)
+        width = padded.targets.shape[1]
+        units = flags([token_units(r, settings.level, settings.train_end) for r in rows], width, device, -1)
+        count = max(len(r.advantages) for r in rows)
+        advantages = torch.zeros(len(rows), count)
+        old = torch.zeros(len(rows), width)
+        for row, i in enumerate(part):
+            values = unit_advantages(scored, i, settings)
+            advantages[row, : len(values)] = torch.tensor(values)
+            old[row, : len(scored.old[i])] = scored.old[i]
+        logits = padded.select(policy.logits(padded.ids, padded.mask))
+        logp = rl.token_logp(logits, padded.targets, temperature)
+        each, share = rl.clipped_loss(
+            logp, old.to(device), units, advantages.to(device), settings.clip, settings.ratio
+        )  # fmt: skip
+        weights = torch.tensor([r.weight for r in rows], device=device)
+        loss = (each * weights).sum() / len(picked)
+        if settings.anchor > 0:
+            loss = loss + settings.anchor * _anchor(policy, padded, logits, rows) / len(picked)
+        loss.backward()
+        losses, clipped, parts = losses + float(loss.detach()), clipped + float(share), parts + 1
+    return {"loss": losses, "clipped": clipped / max(1, parts), "grad_norm": trainer.update()}
+
+
+def _anchor(policy: Policy, padded: Any, logits: Tensor, rows: Sequence[Rollout]) -> Tensor:
+    """Mean over the first attempt's tokens of ``KL(π ‖ π_ref)``, summed over rows. Ours; holds the first attempt in
+    place.
+    """
+    reference = padded.select(policy.reference_logits(padded.ids, padded.mask))
+    width = padded.targets.shape[1]
+    first = flags([[1] * r.response.actions[0].stop for r in rows], width, logits.device).float()
+    return ((rl.full_kl(logits, reference) * first).sum(1) / first.sum(1).clamp_min(1)).sum()
+
+
+def curve_record(
+    step: int, scored: Scored, figures: Sequence[dict[str, float]], settings: RlSettings
+) -> dict[str, Any]:
+    """What the learning curve holds of a step: behaviour of the sampled responses, KL, loss."""
+    rollouts = scored.rollouts
+    seen = behaviour([r.episode for r in rollouts])
+    kls = [float((old - ref).sum()) for old, ref in zip(scored.old, scored.reference)]
+    shown = (
+        "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_recall", "trials", "tokens",
+        "ended", "well_formed",
+    )  # fmt: skip
+    return {
+        "step": step,
+        **{name: seen[name] for name in shown},
+        "reward": sum(r.outcome for r in rollouts) / len(rollouts),
+        "kl": sum(kls) / len(kls),
+        "agreeing": sum(r.weight == 0 for r in rollouts) / len(rollouts),
+        **{key: sum(f[key] for f in figures) / len(figures) for key in figures[0]},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """When to stop early: process-level training can drift into retrying for ever. None for no limit."""
+
+    ended_below: float | None = None
+    trials_above: float | None = None
+
+    def reason(self, record: dict[str, Any]) -> str | None:
+        """Why to stop after this step, None to go on."""
+        if self.ended_below is not None and record["ended"] < self.ended_below:
+            return f"only {record['ended']:.0%} of the responses ended (guard.ended_below {self.ended_below:.0%})"
+        if self.trials_above is not None and record["trials"] > self.trials_above:
+            return f"{record['trials']:.2f} trials a response (guard.trials_above {self.trials_above})"
+        return None
+
+
+def prompts_of_step(count: int, wanted: int, step: int, seed: int) -> list[int]:
+    """Problems of a step: epochs in an order that depends on seed and epoch alone; an epoch's last problems may begin
+    the next.
+    """
+    found: list[int] = []
+    begin = step * wanted
+    while len(found) < min(wanted, count):
+        epoch, place = divmod(begin + len(found), count)
+        rows = list(range(count))
+        random.Random(f"{seed}:prompts:{epoch}").shuffle(rows)
+        found += rows[place : place + min(wanted, count) - len(found)]
+    return found
+
+
+def train_online(
+    policy: Policy, reader: Reader, problems: Sequence[Problem], settings: RlSettings, baseline: rl.GroupBaseline,
+    guard: Guard, checkpoint: Path, on_step: Callable[[dict[str, Any]], None],
+) -> tuple[list[dict[str, Any]], str | None]:  # fmt: skip
+    """Sample, score, update; continue from ``checkpoint`` if it exists.
+
+    Returns:
+        The curve, and why training stopped early if it did.
+    """
+    trainer = Trainer(
+        policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, max_norm=settings.max_norm
+    )  # fmt: skip
+    progress = trainer.restore(checkpoint) or {}
+    curve: list[dict[str, Any]] = progress.get("curve", [])
+    stopped: str | None = progress.get("stopped")
+    baseline.restore(progress.get("baseline", []))
+    for step in range(len(curve), settings.steps):
+        if stopped is not None:
+            break
+        indices = prompts_of_step(len(problems), settings.prompts, step, settings.seed)
+        rollouts = collect(policy, reader, problems, indices, settings, settings.seed * 65_537 + step)
+        if settings.level == "outcome":
+            outcome_advantages(rollouts, settings.samples, settings.skip_agreeing)
+        else:
+            process_advantages(rollouts, baseline, context_keys, settings)
+        scored = score(policy, reader, rollouts, settings, same=False)
+        rows = list(range(len(rollouts)))
+        random.Random(f"{settings.seed}:updates:{step}").shuffle(rows)
+        size = -(-len(rows) // settings.updates)
+        figures = [
+            update(policy, reader, scored, rows[begin : begin + size], settings, trainer)
+            for begin in range(0, len(rows), size)
+        ]
+        record = curve_record(step + 1, scored, figures, settings)
+        curve.append(record)
+        stopped = guard.reason(record)
+        on_step(record)
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopped:
+            trainer.save(checkpoint, {"curve": curve, "baseline": baseline.state(), "stopped": stopped})
+    return curve, stopped

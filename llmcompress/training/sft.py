@@ -1,0 +1,178 @@
+"""Behaviour initialisation (S2R section 2.2): masked cross-entropy, KL to the model it started from, first-attempt
+anchor.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmcompress.algorithms.rl_objectives import full_kl, token_logp
+from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask
+from llmcompress.data.trajectories import Trajectory
+from llmcompress.evaluation.self_correction import Reader
+from llmcompress.training.optimizer import Trainer
+from llmcompress.training.policy import Policy
+from llmcompress.training.rows import flags, pad_rows
+
+
+@dataclass(frozen=True, slots=True)
+class SftRow:
+    """One training text as tokens.
+
+    Attributes:
+        prompt, response: Token ids; the response holds its end token.
+        trained: For each response token, whether it is a target.
+        first: For each response token, whether it belongs to the first attempt.
+    """
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    trained: tuple[bool, ...]
+    first: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SftSettings:
+    """Settings of the loop; see the recipe section of ``s2r_init`` for what they mean."""
+
+    epochs: int
+    batch: int
+    lr: float
+    kl: float
+    anchor: float
+    warmup: int
+    decay: str
+    max_norm: float | None
+    micro_batch: int
+    save_every: int
+    seed: int
+
+
+def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_markers: bool = True) -> SftRow | None:
+    """Tokenize a training text and set its mask; None when it is longer than ``max_length`` tokens.
+
+    The text is tokenized as a whole and then cut like a sampled response, so training sees the tokens that sampling
+    produces.
+    """
+    prompt = reader.prompt(trajectory.question)
+    ids = list(reader.tokenizer(trajectory.response, add_special_tokens=False)["input_ids"])
+    response = cut(reader.pieces(ids), trajectory.ends)
+    ids += [reader.end] * trajectory.ends
+    if len(prompt) + len(ids) > max_length or not ids:
+        return None
+    first = [False] * len(ids)
+    first[: response.actions[0].stop] = [True] * response.actions[0].stop
+    if trajectory.kind == "pair":
+        # the attempt is given; its verification and the marker behind it are learned
+        mask = [False] * len(ids)
+        for action in response.actions[1:]:
+            end = action.stop if action.kind is ActionKind.VERIFY else action.start + action.marker
+            mask[action.start : end] = [True] * (end - action.start)
+    elif trajectory.kind == "solution":
+        mask = [True] * len(ids)
+    else:
+        mask = sft_mask(response, train_markers)
+    return SftRow(tuple(prompt), tuple(ids), tuple(mask), tuple(first))
+
+
+def order(count: int, epoch: int, seed: int) -> list[int]:
+    """Order of the rows in an epoch; a function of seed and epoch alone."""
+    rows = list(range(count))
+    random.Random(f"{seed}:order:{epoch}").shuffle(rows)
+    return rows
+
+
+def sft_loss(
+    policy: Policy, rows: Sequence[SftRow], pad: int, kl: float, anchor: float, total: int, anchored: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of part of a batch, so that the parts of a batch add up to it.
+
+    Args:
+        policy: The model and its reference.
+        rows: Part of the batch.
+        pad: Id for padding.
+        kl: λ of ``KL(π ‖ π_base)`` on the trained tokens (appendix D.2).
+        anchor: Weight of the same KL on the tokens of the first attempt. Those are no targets where the attempt is
+            wrong, so that nothing else holds the first attempt in place. Ours; 0 in the paper.
+        total: Trained tokens of the whole batch.
+        anchored: Tokens of first attempts in the whole batch.
+
+    Returns:
+        The loss, and the sums behind it.
+    """
+    device = next(iter(policy.trainable.values())).device
+    padded = pad_rows([row.prompt for row in rows], [row.response for row in rows], pad, device)
+    width = padded.targets.shape[1]
+    trained = flags([row.trained for row in rows], width, device).float()
+    logits = padded.select(policy.logits(padded.ids, padded.mask))
+    entropy = -(token_logp(logits, padded.targets) * trained).sum()
+    loss = entropy / max(1, total)
+    figures = {"cross_entropy": float(entropy.detach()), "kl": 0.0, "anchor": 0.0}
+    if kl > 0 or anchor > 0:
+        reference = padded.select(policy.reference_logits(padded.ids, padded.mask))
+        divergence = full_kl(logits, reference)
+        if kl > 0:
+            loss = loss + kl * (divergence * trained).sum() / max(1, total)
+            figures["kl"] = float((divergence.detach() * trained).sum())
+        if anchor > 0:
+            first = flags([row.first for row in rows], width, device).float()
+            loss = loss + anchor * (divergence * first).sum() / max(1, anchored)
+            figures["anchor"] = float((divergence.detach() * first).sum())
+    return loss, figures
+
+
+def train_sft(
+    policy: Policy, rows: Sequence[SftRow], pad: int, settings: SftSettings, checkpoint: Path,
+    on_step: Callable[[int, int, dict[str, float]], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train for whole epochs; continue from ``checkpoint`` if it exists.
+
+    Args:
+        policy: Trained in place.
+        rows: The training set.
+        pad: Id for padding.
+        settings: How.
+        checkpoint: File for progress.
+        on_step: Called after each step with step, total and figures.
+
+    Returns:
+        One record a step: loss, cross-entropy, KL, gradient norm.
+    """
+    per_epoch = math.ceil(len(rows) / settings.batch)
+    steps = per_epoch * settings.epochs
+    trainer = Trainer(
+        policy.trainable, settings.lr, settings.warmup, steps, settings.decay, settings.max_norm
+    )  # fmt: skip
+    curve: list[dict[str, Any]] = (trainer.restore(checkpoint) or {}).get("curve", [])
+    for step in range(trainer.step, steps):
+        epoch, place = divmod(step, per_epoch)
+        picked = order(len(rows), epoch, settings.seed)[place * settings.batch : (place + 1) * settings.batch]
+        batch = [rows[index] for index in picked]
+        total = sum(sum(row.trained) for row in batch)
+        anchored = sum(sum(row.first) for row in batch)
+        sums = {"cross_entropy": 0.0, "kl": 0.0, "anchor": 0.0}
+        for begin in range(0, len(batch), settings.micro_batch):
+            part = batch[begin : begin + settings.micro_batch]
+            loss, figures = sft_loss(policy, part, pad, settings.kl, settings.anchor, total, anchored)
+            loss.backward()
+            sums = {key: sums[key] + figures[key] for key in sums}
+        norm = trainer.update()
+        record = {
+            "step": step + 1,
+            "cross_entropy": sums["cross_entropy"] / max(1, total),
+            "kl": sums["kl"] / max(1, total),
+            "anchor": sums["anchor"] / max(1, anchored),
+            "grad_norm": norm,
+        }
+        curve.append(record)
+        on_step(step + 1, steps, {key: value for key, value in record.items() if key != "step"})
+        if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+            trainer.save(checkpoint, {"curve": curve})
+    return curve

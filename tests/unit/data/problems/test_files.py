@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from llmcompress.data.problems.files import FileProblems, math_equal, same_text
+from llmcompress.errors import InputError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def gsm(tmp_path):
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"Add.\n#### {2 * i:,}"} for i in range(500, 700)]
+    return write(tmp_path / "gsm.jsonl", rows)
+
+
+def test_gsm8k_rows_split_by_question_and_answers_lose_their_commas(gsm):
+    task = FileProblems(gsm)
+    parts = {split: task.problems(split) for split in ("pretrain", "train", "validation", "test")}
+    assert parts["pretrain"] == []
+    assert len(parts["train"]) > len(parts["test"]) > 0 < len(parts["validation"])
+    problem = next(p for p in parts["train"] if int(p.answer) >= 1000)
+    assert task.check(problem, f"{int(problem.answer):,}")
+    assert not task.check(problem, str(int(problem.answer) + 1))
+    assert not task.check(problem, None)
+
+
+def test_a_test_file_leaves_all_other_rows_for_training(gsm, tmp_path):
+    test = write(tmp_path / "t.jsonl", [{"question": "q", "answer": "#### 1"}])
+    task = FileProblems(gsm, test)
+    assert len(task.problems("test")) == 1
+    assert len(task.problems("train")) + len(task.problems("validation")) == 200
+
+
+def test_math_rows_take_the_field_or_the_last_box(tmp_path):
+    rows = [{"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}"}, {"problem": "r", "answer": "3", "solution": ""}]
+    task = FileProblems(write(tmp_path / "m.jsonl", rows), form="math")
+    answers = {p.answer for split in ("train", "validation", "test") for p in task.problems(split)}
+    assert answers == {"\\frac{1}{2}", "3"}
+
+
+def test_rows_without_an_answer_name_their_line(tmp_path):
+    path = write(tmp_path / "bad.jsonl", [{"question": "q", "answer": "#### 1"}, {"question": "q2", "answer": "none"}])
+    with pytest.raises(InputError, match=r"bad\.jsonl:2"):
+        FileProblems(path).problems("train")
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        ("1000", "1,000", True),
+        ("0.5", "1/2", True),
+        ("7", "\\$7", True),
+        ("7", "7.0", True),
+        ("7", "70", False),
+        ("x+1", "x + 1", True),
+        ("7", "", False),
+        ("1/0", "1/0", False),
+    ],
+)
+def test_numbers_compare_exactly(gold, answer, same):
+    assert same_text(gold, answer) is same
+
+
+def test_math_verify_reads_latex():
+    pytest.importorskip("math_verify")
+    assert math_equal("\\frac{1}{2}", "0.5")
+    assert not math_equal("\\frac{1}{2}", "0.6")
