@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from llmcompress.data.problems.base import BOX, boxed
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.data.problems.expressions import parse, steps
 
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
 TASK = Countdown(compact=True)
 SPECIAL = ("<unk>", "<pad>", "</s>")
 # one token each, so that actions are cut at ids
@@ -109,6 +112,26 @@ def batches(tokenizer, problems: list, rows: int, seed: int, step: int):
         yield ids, labels
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def build_optimizers(model, lr: float):
+    """Muon for the matrices inside the blocks, AdamW for embedding and norms; name → (optimizer, peak rate)."""
+    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    outer = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    muon = torch.optim.Muon(inner, lr=4 * lr, weight_decay=0.01, adjust_lr_fn="original")
+    adam = torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return {"muon": (muon, 4 * lr), "adam": (adam, lr)}
+
+
+def restore(optimizers, model, saved: dict, step: int) -> None:
+    """Put the moments of a checkpoint back."""
+    for name, p in model.named_parameters():
+        own = {key: saved[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in saved}
+        kind = "muon" if "momentum_buffer" in own else "adam"
+        optimizers[kind][0].state[p] = own if kind == "muon" else {"step": torch.tensor(float(step)), **own}
+
+
 @torch.inference_mode()
 def accuracy(model, tokenizer, problems: list, count: int = 300) -> float:
     """Share of validation problems solved by one greedy attempt."""
@@ -130,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), args.width, args.layers, args.seed).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizers = build_optimizers(model, args.lr)
     weights, progress = args.out / "checkpoint.safetensors", args.out / "checkpoint.json"
     start, curve = 0, []
     if progress.exists():
@@ -139,9 +162,7 @@ def train(args: argparse.Namespace) -> None:
         saved = load_file(weights)
         model.load_state_dict({k[2:]: v for k, v in saved.items() if k.startswith("m.")}, strict=False)
         model.tie_weights()
-        for name, p in model.named_parameters():
-            optimizer.state[p] = {"step": torch.tensor(float(start)), "exp_avg": saved[f"a.{name}"],
-                                  "exp_avg_sq": saved[f"s.{name}"]}  # fmt: skip
+        restore(optimizers, model, saved, start)
     pretrain, validation = TASK.problems("pretrain"), TASK.problems("validation")
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pretrain)} problems, step {start}", flush=True
@@ -149,8 +170,9 @@ def train(args: argparse.Namespace) -> None:
     began = time.process_time()
     for step in range(start, args.steps):
         warm, left = (step + 1) / 100, (args.steps - step) / args.steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, warm) * (0.5 - 0.5 * math.cos(math.pi * left))
+        for optimizer, peak in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1.0, warm) * (0.5 - 0.5 * math.cos(math.pi * left))
         parts = list(batches(tokenizer, pretrain, args.rows, args.seed, step))
         targets = sum(int((labels != -100).sum()) for _, labels in parts)
         losses = []
@@ -160,8 +182,9 @@ def train(args: argparse.Namespace) -> None:
             (loss / targets).backward()
             losses.append(loss.item() / int((labels != -100).sum()))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, _ in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             right = accuracy(model, tokenizer, validation)
             named = {kind.__name__: round(loss, 4) for kind, loss in zip(MIX, losses)}
@@ -169,8 +192,9 @@ def train(args: argparse.Namespace) -> None:
             print(f"{curve[-1]}  {time.process_time() - began:.0f} CPU s", flush=True)
             tensors = {f"m.{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
             for name, p in model.named_parameters():
-                tensors[f"a.{name}"] = optimizer.state[p]["exp_avg"]
-                tensors[f"s.{name}"] = optimizer.state[p]["exp_avg_sq"]
+                for optimizer, _ in optimizers.values():
+                    moments = {k: v for k, v in optimizer.state.get(p, {}).items() if k in MOMENTS}
+                    tensors |= {f"{key}.{name}": value for key, value in moments.items()}
             save_file({k: v.contiguous() for k, v in tensors.items()}, weights.with_suffix(".part"))
             weights.with_suffix(".part").replace(weights)
             progress.write_text(json.dumps({"step": step + 1, "curve": curve}))
@@ -180,13 +204,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    # fewer page faults: the allocator keeps its arenas
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
