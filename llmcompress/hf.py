@@ -29,9 +29,10 @@ from llmcompress.errors import InputError
 from llmcompress.models.assemble import attach_policies, prepare_policies
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.handle import align, load_tokenizer, transformers_config
-from llmcompress.models.paths import resolve_path
+from llmcompress.models.paths import ADAPTER, resolve_path
 from llmcompress.models.quantization_config import METHOD, VERSION, from_json
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn import lora
 from llmcompress.nn.skipping import register_experts_function
 from llmcompress.nn.swap import swap_modules
 
@@ -82,6 +83,9 @@ class LLMCompressQuantizer(HfQuantizer):  # type: ignore[misc]
         align(model)
         _plan, policies = from_json(self.quantization_config.to_dict())
         attach_policies(model, layout_from_config(model.config.to_dict()), policies)
+        folder = Path(str(model.config._name_or_path)) / ADAPTER
+        if folder.is_dir():
+            lora.load(model, folder)
         return model
 
     def get_weight_conversions(self) -> list[Any]:

@@ -32,7 +32,7 @@ from llmcompress.data.problems.countdown import Countdown
 from llmcompress.data.problems.expressions import parse, steps
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
-TASK = Countdown(compact=True)
+TASK = Countdown(high=15, limit=60, compact=True)
 SPECIAL = ("<unk>", "<pad>", "</s>")
 # one token each, so that actions are cut at ids
 WHOLE = (CHECK, RETRY, CORRECT, INCORRECT, BOX)
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--every", type=int, default=250)

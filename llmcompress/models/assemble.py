@@ -17,6 +17,8 @@ from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.store import PackedStore
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
 POLICIES = ("pesf", "state_cache", "activations")
@@ -27,6 +29,7 @@ def compressed_model(
     store: PackedStore,
     policies: Mapping[str, Mapping[str, Any]],
     dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
 ) -> PreTrainedModel:
     """Assemble the compressed model without writing it.
 
@@ -37,6 +40,7 @@ def compressed_model(
         store: What the quantizing stages made of it.
         policies: Run-time policies by name (``pesf``).
         dtype: Type of dense tensors and activations; the handle's by default.
+        adapter: Folder of low-rank adapters trained on the packed model.
 
     Returns:
         The model on the CPU in evaluation mode, packed in memory.
@@ -56,6 +60,10 @@ def compressed_model(
                 assign(model, name, tensor, plan)
     align(model)
     attach_policies(model, handle.layout, policies)
+    if adapter is not None:
+        from llmcompress.nn import lora
+
+        lora.load(model, adapter)
     return model.eval()
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from llmcompress.errors import InputError
 
 ASSET = "asset:"
+# folder inside an artifact that holds low-rank adapters, in PEFT's format
+ADAPTER = "adapter"
 
 
 def assets_folder() -> Path:

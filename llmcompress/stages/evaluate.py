@@ -189,7 +189,7 @@ class _Evaluation:
         assert state.model is not None
         self.config, self.state, self.ctx, self.ledger = config, state, ctx, ledger
         self.handle = state.model
-        self.has_compressed = state.packed is not None or bool(state.policies)
+        self.has_compressed = state.packed is not None or state.adapter is not None or bool(state.policies)
         self._dense: PreTrainedModel | None = None
         self._compressed: PreTrainedModel | None = None
 
@@ -241,7 +241,9 @@ class _Evaluation:
 
             # an empty store: only policies act, all weights stay dense
             store = self.state.packed or PackedStore(self.ctx.stage_dir / "no_blocks")
-            model: Any = compressed_model(self.handle, store, self.state.policies, dtype=dtype)
+            model: Any = compressed_model(
+                self.handle, store, self.state.policies, dtype=dtype, adapter=self.state.adapter
+            )
             self._compressed = model.to(self.ctx.device).eval()
         return self._compressed
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from llmcompress.errors import ExportError
+from llmcompress.models.paths import ADAPTER
 from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
@@ -116,6 +117,8 @@ class Export(Stage):
             out = self._target(exporter.name, ctx)
             self._write_once(exporter, state, out, facts, ctx)
             exporter.read_back(out, state.model, state.packed)
+            if state.adapter is not None:
+                _put_adapter(state.adapter, out)
             write_card(out, exporter.name, state, ctx, facts)
             size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
             ctx.emit("metric", name=f"export.{exporter.name}.bytes", value=size)
@@ -145,6 +148,9 @@ class Export(Stage):
         assert model is not None
         reasons = self.refusals(layout, plan, state.policies)
         for exporter in self._exporters():
+            if state.adapter is not None and exporter.name != "native":
+                # an artifact without it would be a model nobody has measured
+                reasons.setdefault(exporter.name, []).append("it has no place for the trained adapter")
             found = exporter.source_refusals(model.path, model.config, model.tokenizer_path)
             reasons[exporter.name] = reasons.get(exporter.name, []) + found
         self._raise(reasons)
@@ -178,3 +184,13 @@ class Export(Stage):
             shutil.rmtree(out)
         write_durably(begun, json.dumps({"out": out.name}).encode())
         exporter.write(state.model, state.packed, state.policies, out, facts)
+
+
+def _put_adapter(adapter: Path, out: Path) -> None:
+    """Copy the adapter into the artifact, where loading finds it; merging it into codes would quantize them again."""
+    target = out / ADAPTER
+    if not target.exists():
+        part = out / f"{ADAPTER}.partial"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(adapter, part)
+        part.rename(target)

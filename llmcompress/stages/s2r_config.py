@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.data.problems.config import Task
 from llmcompress.errors import RecipeError
+from llmcompress.models.paths import ADAPTER
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from llmcompress.stages.state import RunContext, RunState
     from llmcompress.training.policy import Policy
 
-ADAPTER, MODEL, CHECKPOINT = "adapter", "model", "progress.safetensors"
+MODEL, CHECKPOINT = "model", "progress.safetensors"
 
 
 class _Section(BaseModel):
@@ -124,17 +125,13 @@ def open_model(state: RunState, ctx: RunContext) -> Any:
 
     assert state.model is not None
     dtype = getattr(torch, ctx.dtype)
-    if state.packed is None and not state.policies:
+    if state.packed is None and state.adapter is None and not state.policies:
         model: Any = state.model.dense_model(dtype)
     else:
         from llmcompress.quant.store import PackedStore
 
         store = state.packed or PackedStore(ctx.stage_dir / "no_blocks")
-        model = compressed_model(state.model, store, state.policies, dtype=dtype)
-    if state.adapter is not None:
-        from llmcompress.nn import lora
-
-        lora.load(model, state.adapter)
+        model = compressed_model(state.model, store, state.policies, dtype=dtype, adapter=state.adapter)
     return model.to(ctx.device).eval()
 
 

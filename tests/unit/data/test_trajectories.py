@@ -1,0 +1,110 @@
+"""Building trajectories: difficulty, truth filter, order of trials, pairs, the control."""
+
+import pytest
+
+from llmcompress.algorithms.self_verify import cut, verdict_of
+from llmcompress.data.actions import CHECK, INCORRECT, RETRY
+from llmcompress.data.problems.base import Problem, boxed
+from llmcompress.data.problems.countdown import Countdown
+from llmcompress.data.trajectories import (
+    Builder,
+    KeepProbabilities,
+    Sample,
+    balanced_pairs,
+    first_attempt,
+    level,
+    trial_counts,
+)
+from llmcompress.data.verifiers import Program
+
+TASK = Countdown(compact=True)
+PROBLEM = Problem("2,3,4:20", "2,3,4:20", data={"numbers": [2, 3, 4], "target": 20})
+ALL = KeepProbabilities(all_right=1, few_wrong=1, some_wrong=1, most_wrong=1)
+
+
+def samples(*answers):
+    return [Sample(f"\\boxed{{{a}}}", TASK.check(PROBLEM, a)) for a in answers]
+
+
+def builder(keep=ALL, verifier=None):
+    return Builder(TASK, verifier or Program(TASK), keep, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "of", "trials"),
+    [(0, 5, 1), (1, 5, 2), (2, 5, 3), (3, 5, 3), (4, 5, 4), (5, 5, 4), (1, 10, 2), (7, 10, 4)],
+)
+def test_levels_of_difficulty(wrong, of, trials):
+    assert level(wrong, of) == trials
+
+
+def test_a_hard_problem_gets_three_different_wrong_trials_and_ends_right():
+    row = builder().trajectory(PROBLEM, samples("2*3*4", "2+3+4", "2*3+4", "2+3*4", "(2+3)*4"))
+    assert row.trials == 4
+    response = cut([row.response], ended=True)
+    attempts = [boxed(a.text) for a in response.actions[::2]]
+    verdicts = [verdict_of(a.text) for a in response.actions[1::2]]
+    assert len(set(attempts)) == 4
+    assert verdicts == [False, False, False, True]
+    assert [TASK.check(PROBLEM, a) for a in attempts] == verdicts
+    assert response.well_formed
+
+
+def test_equal_wrong_answers_count_once_and_missing_ones_not_at_all():
+    made = builder()
+    row = made.trajectory(PROBLEM, [*samples("2*3*4", "2*3*4", "2*3*4", "(2+3)*4"), Sample("no idea", False)])
+    assert row.trials == 2
+
+
+def test_a_problem_without_a_right_sample_is_left_out():
+    made = builder()
+    assert made.trajectory(PROBLEM, samples("2*3*4", "2+3+4")) is None
+    assert made.counts["no right sample"] == 1
+
+
+def test_false_verdicts_are_dropped():
+    class Liar:
+        def write(self, problem, answer):
+            return f"Surely. {INCORRECT}"
+
+    made = builder(verifier=Liar())
+    assert made.trajectory(PROBLEM, samples("(2+3)*4", "2+3+4")) is None
+    assert made.counts["verifications dropped"] == 1
+    assert [row.ends for row in made.pairs(PROBLEM, samples("(2+3)*4", "2+3+4"))] == [False]
+
+
+def test_probabilities_of_zero_and_one_decide():
+    none = KeepProbabilities(all_right=0, few_wrong=0, some_wrong=0, most_wrong=0, fewer_trials=0)
+    assert builder(none).trajectory(PROBLEM, samples("(2+3)*4", "2+3+4")) is None
+    easy = KeepProbabilities(all_right=0)
+    assert builder(easy).trajectory(PROBLEM, samples("(2+3)*4", "(3+2)*4")) is None
+
+
+def test_keeping_is_a_share_of_the_problems():
+    half = builder(KeepProbabilities(all_right=0.3))
+    kept = 0
+    for index in range(400):
+        problem = Problem(f"k{index}", "q", data=PROBLEM.data)
+        kept += half.trajectory(problem, samples("(2+3)*4", "(3+2)*4")) is not None
+    assert kept / 400 == pytest.approx(0.3, abs=0.07)
+
+
+def test_pairs_end_with_the_transition_and_are_balanced():
+    pairs = builder().pairs(PROBLEM, samples("(2+3)*4", "2+3+4", "2*3*4", "4*(2+3)"))
+    assert [p.ends for p in pairs] == [True, False, False, True]
+    assert all(p.response.endswith(RETRY) for p in pairs if not p.ends)
+    assert all(p.response.count(CHECK) == 1 for p in pairs)
+    chosen = balanced_pairs([*pairs, *pairs[1:3]], 4, seed=1)
+    assert sum(p.ends for p in chosen) == 2
+    assert trial_counts(chosen) == {}
+
+
+def test_only_the_first_attempt_of_a_sample_is_used():
+    assert first_attempt(f"\\boxed{{1}}{CHECK}x{RETRY}y") == "\\boxed{1}"
+    assert first_attempt("plain") == "plain"
+
+
+def test_the_control_is_a_right_solution_alone():
+    row = builder().solution(PROBLEM, samples("2+3+4", "(2+3)*4"))
+    assert (row.response, row.kind) == ("\\boxed{(2+3)*4}", "solution")
+    assert builder().solution(PROBLEM, samples("2+3+4")) is None

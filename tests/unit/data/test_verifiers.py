@@ -1,0 +1,77 @@
+"""The endpoint verifier against a server of our own on this machine."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from llmcompress.data.problems.base import Problem
+from llmcompress.data.verifiers import Endpoint, EndpointVerifier
+from llmcompress.errors import EnvironmentProblem, InputError
+
+PROBLEM = Problem("q", "What is 2 + 2?", "4")
+
+
+@pytest.fixture
+def server():
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        reply = "2 + 2 is \\boxed{4}. Therefore, the answer is correct."
+
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.dumps({"choices": [{"message": {"content": Handler.reply}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", asked, Handler
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def verifier(url, cache, **more):
+    return Endpoint(EndpointVerifier(kind="openai", url=url, model="m", **more), cache)
+
+
+def test_each_answer_is_asked_once_even_after_a_restart(server, tmp_path):
+    url, asked, _ = server
+    cache = tmp_path / "v.jsonl"
+    first = verifier(url, cache).write(PROBLEM, "4")
+    assert first == "2 + 2 is 4. Therefore, the answer is correct."
+    # a line cut off by a kill is asked again, whole ones are not
+    cache.write_text(cache.read_text() + '{"key": "half')
+    assert verifier(url, cache).write(PROBLEM, "4") == first
+    assert len(asked) == 1
+    prompt = asked[0]["messages"][0]["content"]
+    assert "What is 2 + 2?" in prompt
+    assert "Proposed answer: 4" in prompt
+
+
+@pytest.mark.parametrize("reply", ["I do not know.", "Therefore, the answer cannot be verified."])
+def test_no_verdict_is_no_verification(server, tmp_path, reply):
+    url, _, handler = server
+    handler.reply = reply
+    assert verifier(url, tmp_path / "v.jsonl").write(PROBLEM, "4") is None
+
+
+def test_solving_again_is_dropped_unless_allowed(server, tmp_path):
+    url, _, handler = server
+    handler.reply = "Step 1: add. Therefore, the answer is correct."
+    assert verifier(url, tmp_path / "v.jsonl").write(PROBLEM, "4") is None
+    assert verifier(url, tmp_path / "v.jsonl", confirmative_only=False).write(PROBLEM, "4") is not None
+
+
+def test_a_silent_endpoint_is_an_environment_problem(tmp_path):
+    with pytest.raises(EnvironmentProblem, match="no usable answer"):
+        verifier("http://127.0.0.1:9/v1", tmp_path / "v.jsonl", timeout=2).write(PROBLEM, "4")
+    with pytest.raises(InputError, match="not an http address"):
+        verifier("file:///etc", tmp_path / "v.jsonl").write(PROBLEM, "4")

@@ -1,0 +1,78 @@
+"""Reading responses of real tokenizers, the vote at equal tokens, the paired test."""
+
+import math
+
+import pytest
+from transformers import AutoTokenizer
+
+from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
+from llmcompress.data.problems.base import Problem
+from llmcompress.data.problems.countdown import Countdown
+from llmcompress.errors import InputError
+from llmcompress.evaluation.self_correction import Reader, choose, paired_test
+from llmcompress.models.paths import resolve_path
+
+TASK = Countdown()
+PROBLEM = Problem("2,3,4:20", "q", data={"numbers": [2, 3, 4], "target": 20})
+
+
+@pytest.fixture(scope="module", params=["reference_moe", "reference_reasoner"])
+def reader(request):
+    return Reader(AutoTokenizer.from_pretrained(resolve_path(f"asset:{request.param}")), TASK)
+
+
+TEXTS = [
+    f"\\boxed{{2+3*4}}{CHECK}no. {INCORRECT}{RETRY}\\boxed{{(2+3)*4}}{CHECK}yes {CORRECT}",
+    "x = 1. Wait",
+    f"{CHECK}{CORRECT}",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_text_and_actions_cover_the_ids(reader, text):
+    ids = reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(reader.pieces(ids)) == text
+    response = reader.read([*ids, reader.end])
+    joined = [i for action in response.actions for i in range(action.start, action.stop)]
+    assert joined == list(range(len(ids) + 1))
+    assert response.ended
+
+
+def test_characters_of_several_tokens_stay_whole():
+    reader = Reader(AutoTokenizer.from_pretrained(resolve_path("asset:reference_moe")), TASK)
+    text = f"∫🙂 ü{CHECK}≠ 🙂 {CORRECT}"
+    ids = reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert any("\ufffd" in reader.tokenizer.decode([i]) for i in ids), "the case is not worth its name"
+    assert "".join(reader.pieces(ids)) == text
+    assert reader.read(ids).actions[0].text == "∫🙂 ü"
+
+
+def test_attempts_are_judged_by_their_own_box_alone(reader):
+    ids = reader.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
+    episode = reader.judge(PROBLEM, [*ids, reader.end])
+    assert (episode.right, episode.verdicts, episode.final) == ((False, True), (False, True), True)
+    assert not reader.judge(PROBLEM, ids).final, "a response without its end is no answer"
+
+
+def test_chat_needs_a_template(reader):
+    with pytest.raises(InputError, match="no chat template"):
+        Reader(reader.tokenizer, TASK, chat=True).prompt("q")
+    assert reader.text(reader.prompt("1+1")) == "1+1\n"
+
+
+def test_choice_of_problems_is_seeded_and_ordered():
+    problems = TASK.problems("test")
+    one, two = choose(problems, 20, 1), choose(problems, 20, 1)
+    assert one == two != choose(problems, 20, 2)
+    assert [p.key for p in one] == [p.key for p in problems if p in one]
+    assert choose(problems, None, 0) == list(problems)
+
+
+def test_paired_test_by_hand():
+    # 6 won, 1 lost: 2 * (C(7,0) + C(7,1)) / 2**7
+    before, after = [False] * 6 + [True] + [True] * 5, [True] * 6 + [False] + [True] * 5
+    assert paired_test(before, after) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert paired_test(after, after) == 1
+    assert paired_test([False] * 10, [True] * 10) == pytest.approx(2 / 2**10)
+    assert not math.isnan(paired_test([], []))

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn
+
+from llmcompress.errors import InputError
+from llmcompress.training.optimizer import Trainer
+
+
+def make(steps=6, **more):
+    torch.manual_seed(0)
+    parameters = {"w": nn.Parameter(torch.randn(3, 2)), "b": nn.Parameter(torch.randn(3))}
+    return Trainer(parameters, 0.1, 2, steps, **more)
+
+
+def step(trainer, number):
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(number))
+    (x @ trainer.parameters["w"].T + trainer.parameters["b"]).square().sum().backward()
+    return trainer.update()
+
+
+def test_continuing_from_a_checkpoint_gives_the_same_bits(tmp_path):
+    whole = make(max_norm=1.0, decay="linear")
+    for number in range(6):
+        step(whole, number)
+    half = make(max_norm=1.0, decay="linear")
+    for number in range(3):
+        step(half, number)
+    half.save(tmp_path / "c.safetensors", {"curve": [1, 2, 3]})
+    again = make(max_norm=1.0, decay="linear")
+    assert again.restore(tmp_path / "c.safetensors") == {"curve": [1, 2, 3]}
+    for number in range(again.step, 6):
+        step(again, number)
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, again.parameters[name])
+
+
+def test_rates_by_hand():
+    trainer = make(steps=4, decay="linear")
+    rates = []
+    for number in range(4):
+        rates.append(trainer.rate())
+        step(trainer, number)
+    assert rates == pytest.approx([0.05, 0.075, 0.05, 0.025])
+
+
+def test_nothing_to_restore_and_damage(tmp_path):
+    assert make().restore(tmp_path / "none") is None
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(b"1234")
+    with pytest.raises(InputError, match="cannot continue"):
+        make().restore(path)
