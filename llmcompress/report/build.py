@@ -11,6 +11,7 @@ from llmcompress.quant.store import write_durably
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
 from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent
 from llmcompress.report.states import states_section
+from llmcompress.report.self_correction import self_correction_section
 
 Json = dict[str, Any]
 
@@ -86,6 +87,7 @@ def page_context(data: ReportData) -> Json:
         "states": [states_section(entry) for entry in data.states],
         "held_out_shift": held_out_shift(data.shift),
         "forced": [forced_table(row) for row in data.forced_routing],
+        "self_correction": self_correction_section(data.self_correction),
         "samples": [sample_row(sample) for sample in data.samples],
         "stages": stage_rows(data.stages),
         "source": data.source,

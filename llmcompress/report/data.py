@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmcompress.report.self_correction import collect_self_correction
+
 Json = dict[str, Any]
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -137,6 +139,7 @@ class ReportData:
     states: list[Json]
     forced_routing: list[Json]
     shift: list[Json]
+    self_correction: list[Json]
     warnings: list[str]
     size: SizeParts | None
     artifacts: list[tuple[str, int]]
@@ -211,6 +214,7 @@ def collect(run_dir: Path) -> ReportData:
         states=found.states,
         forced_routing=found.forced_routing,
         shift=found.shift,
+        self_correction=collect_self_correction(run_dir, [stage.name for stage in stages]),
         warnings=_warnings(events),
         size=_sizes(run_dir, stages),
         artifacts=_artifacts(run_dir),

@@ -219,7 +219,7 @@ def after(name: str, config: TrainingConfig, reader: Reader | None, state: RunSt
         ctx: The run.
     """
     from llmcompress.stages import s2r_config as shared
-    from llmcompress.stages.s2r_evaluate import metrics_of
+    from llmcompress.stages.s2r_evaluate import metrics_of, write_metrics
 
     if config.measure is None:
         return
@@ -230,9 +230,9 @@ def after(name: str, config: TrainingConfig, reader: Reader | None, state: RunSt
     figures = json.loads(path.read_text())
     shared.announce(f"{name}.after", figures, ctx)
     before = ctx.stage_dir / "behaviour_before.json"
-    state.metrics = state.metrics + metrics_of(
-        name, json.loads(before.read_text()) if before.exists() else None, figures
-    )
+    metrics = metrics_of(name, json.loads(before.read_text()) if before.exists() else None, figures)
+    write_metrics(metrics, ctx)
+    state.metrics = state.metrics + metrics
 
 
 def adapter_problems(name: str, config: TrainingConfig, layout: ModelLayout) -> list[str]:
