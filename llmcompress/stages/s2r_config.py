@@ -267,7 +267,7 @@ def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, r
     # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
     # logits thrice
     hidden = layout.hidden * 34 * len(layout.blocks) + 3 * layout.vocab
-    activations = rows * min(length, 4096) * hidden * inputs.compute_bytes
+    activations = rows * length * hidden * inputs.compute_bytes
     peak = weights + activations
     disk = moving * inputs.compute_bytes * 3 + (0 if config.adapter is not None else total * inputs.weight_bytes)
     on_gpu = inputs.device == "cuda"

@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""S2R 1: every formula against a hand-computed or brute-force answer, and the round trip of segments on random text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from harness import ROOT, verdict
+
+TESTS = ["tests/paper/test_s2r_actions.py", "tests/paper/test_s2r_objectives.py", "tests/unit/training",
+         "tests/unit/evaluation/test_self_correction.py"]  # fmt: skip
+
+
+def main() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-2000:])
+    passed = re.search(r"(\d+) passed", done.stdout)
+    failed = re.search(r"(\d+) failed", done.stdout)
+    count = int(passed[1]) if passed else 0
+    verdict(done.returncode == 0 and count > 50, f"{count} checks of formulas, {failed[1] if failed else 0} failed")
+
+
+if __name__ == "__main__":
+    main()

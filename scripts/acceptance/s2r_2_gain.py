@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""S2R 2: what each step gains on held-out problems, with controls; three seeds.
+
+SFT over base and over SFT on solutions only; ORL and PRL over SFT by a paired test; first attempts shown apart, so that
+ICR − CIR shows real self-correction; PRL raises verification accuracy most. The vote over first attempts at equal
+tokens is a control of the whole idea.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import llmcompress, verdict
+
+from llmcompress.evaluation.self_correction import paired_test
+
+SEEDS = (0, 1, 2)
+
+
+def read(run: Path, stage: str, name: str) -> dict[str, Any]:
+    """Figures and verdicts that a stage kept under a name."""
+    folder = run / "stages" / stage
+    figures = json.loads((folder / f"behaviour_{name}.json").read_text())
+    return {**figures, **json.loads((folder / f"episodes_{name}.json").read_text())}
+
+
+def one_seed(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Base, control, SFT, and ORL and PRL from the same SFT model."""
+    found = {}
+    common = (f"run.seed={seed}", "--quiet")
+    run = folder / f"orl_{seed}"
+    llmcompress("run", "s2r_tiny", f"run.dir={run}", *common)
+    found["base"], found["sft"] = read(run, "init", "before"), read(run, "init", "after")
+    found["orl"] = read(run, "reinforce", "after")
+    taught = run / "stages" / "init" / "model"
+    other = folder / f"prl_{seed}"
+    llmcompress("run", "s2r_tiny_prl", f"run.dir={other}", f"model.path={taught}", "stages.init~", *common)
+    found["prl"] = read(other, "reinforce", "after")
+    control = folder / f"solutions_{seed}"
+    llmcompress("run", "s2r_tiny_solutions", f"run.dir={control}", *common)
+    found["solutions"] = read(control, "init", "after")
+    for name, figures in found.items():
+        shown = {key: figures[key] for key in SHOWN if figures.get(key) is not None}
+        print(f"seed {seed} {name}:", json.dumps({k: round(v, 4) for k, v in shown.items()}), flush=True)
+    return found
+
+
+SHOWN = (
+    "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_recall", "correct_precision",
+    "incorrect_to_correct", "correct_to_incorrect", "trials", "tokens", "ended", "n_first_wrong", "n_first_right",
+)  # fmt: skip
+
+
+def spread(runs: list[dict[str, dict[str, Any]]], name: str, key: str = "accuracy") -> str:
+    """Mean and half range over the seeds, in percent."""
+    values = [100 * (run[name][key] or 0.0) for run in runs]
+    return f"{statistics.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+
+
+def better(runs: list[dict[str, dict[str, Any]]], above: str, below: str) -> tuple[bool, float]:
+    """Whether every seed gains, and the exact paired test over the problems of all seeds."""
+    every = all(run[above]["accuracy"] > run[below]["accuracy"] for run in runs)
+    before = [x for run in runs for x in run[below]["final"]]
+    after = [x for run in runs for x in run[above]["final"]]
+    return every, paired_test(before, after)
+
+
+def net(run: dict[str, Any]) -> float:
+    """Problems won by correction minus those lost, as a share of all."""
+    won = (run["incorrect_to_correct"] or 0) * run["n_first_wrong"]
+    lost = (run["correct_to_incorrect"] or 0) * run["n_first_right"]
+    return (won - lost) / run["n_problems"]
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="llmcompress-s2r-"))
+    runs = [one_seed(seed, folder) for seed in SEEDS]
+    shutil.rmtree(folder)
+    claims = {}
+    for above, below in (("sft", "base"), ("sft", "solutions"), ("orl", "sft"), ("prl", "sft")):
+        every, p = better(runs, above, below)
+        claims[f"{above} over {below} (p {p:.2g})"] = every and p < 0.05
+    gains = [[net(run[name]) for run in runs] for name in ("sft", "orl", "prl")]
+    claims["correction gains more than it breaks"] = min(min(row) for row in gains) > 0
+    claims["ORL or PRL corrects more than SFT"] = max(map(statistics.mean, gains[1:])) > statistics.mean(gains[0])
+    by_name = {n: statistics.mean(run[n]["verification_accuracy"] or 0 for run in runs) for n in ("sft", "orl", "prl")}
+    claims["PRL has the highest VA"] = by_name["prl"] == max(by_name.values())
+    broken = [name for name, holds in claims.items() if not holds]
+    names = ("base", "solutions", "sft", "orl", "prl")
+    table = ", ".join(f"{name} {spread(runs, name)} (first {spread(runs, name, 'first_accuracy')})" for name in names)
+    figures = ", ".join(f"{n} {100 * v:.1f}" for n, v in by_name.items())
+    verdict(
+        not broken,
+        f"accuracy in %: {table}; VA {figures}; net correction in points "
+        f"{', '.join(f'{100 * statistics.mean(row):.1f}' for row in gains)}; {len(SEEDS)} seeds; "
+        f"does not hold: {'; '.join(broken) or 'nothing'}",
+    )
+
+
+if __name__ == "__main__":
+    main()
