@@ -43,8 +43,11 @@ class BaselineConfig(_Section):
 class OfflineConfig(_Section):
     """Training on a pool sampled once."""
 
-    accuracy: tuple[float, float] = (0.1, 0.7)
-    """Prompts whose sampled accuracy lies within, ends included."""
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Prompts with a lower sampled accuracy are left out."""
+
+    max_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Prompts with a higher one too."""
 
     max_actions: Annotated[int, Field(ge=2)] = 20
     """Longer responses are dropped (20 in the paper; its code counts characters, which makes 10)."""
@@ -71,8 +74,11 @@ class ScreenConfig(_Section):
     samples: Annotated[int, Field(ge=2)] = 4
     """Responses for each prompt."""
 
-    accuracy: tuple[float, float] = (0.01, 0.99)
-    """Prompts to keep, ends included; the paper gives no figures for online training."""
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Prompts with a lower sampled accuracy are left out; the paper gives no figures for online training."""
+
+    max_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Prompts with a higher one too."""
 
 
 class GuardConfig(_Section):
@@ -304,11 +310,14 @@ class S2RRl(Stage):
         kept = []
         for problem, ids in zip(problems, found):
             right = sum(reader.judge(problem, i).final for i in ids)
-            if keep_problem(right, screen.samples, *screen.accuracy):
+            if keep_problem(right, screen.samples, screen.min_accuracy, screen.max_accuracy):
                 kept.append(problem)
         ctx.emit("note", text=f"{len(kept)} of {len(problems)} problems are neither too easy nor too hard")
         if not kept:
-            raise InputError(f"stages.{self.name}.screen: no problem is left", "widen screen.accuracy")
+            raise InputError(
+                f"stages.{self.name}.screen: no problem is left",
+                "lower screen.min_accuracy or raise screen.max_accuracy",
+            )
         return kept
 
     def _offline(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
@@ -326,7 +335,8 @@ class S2RRl(Stage):
         ctx.emit("note", text=f"{len(pool.rollouts)} responses kept; left out: {pool.counts}")
         if not pool.rollouts:
             raise InputError(
-                f"stages.{self.name}.offline: no response is left after the filters", "widen offline.accuracy"
+                f"stages.{self.name}.offline: no response is left after the filters",
+                "lower offline.min_accuracy or raise offline.max_accuracy",
             )
         pool_advantages(pool, settings, self._offline_settings(), self._baseline())
         return train_offline(
@@ -338,7 +348,9 @@ class S2RRl(Stage):
         from llmcompress.training.offline import OfflineSettings
 
         c = self.config.offline
-        return OfflineSettings(*c.accuracy, c.max_actions, c.after_confirmed, c.balance, c.bins, c.grouping, c.epochs)
+        return OfflineSettings(
+            c.min_accuracy, c.max_accuracy, c.max_actions, c.after_confirmed, c.balance, c.bins, c.grouping, c.epochs
+        )
 
     def _tell(self, record: dict[str, Any], ctx: RunContext) -> None:
         for key, value in record.items():

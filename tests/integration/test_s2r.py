@@ -35,7 +35,8 @@ STAGES = {
     "outcome": S2RRl("s", S2RRlConfig(level="outcome", **RL)),
     "process": S2RRl("s", S2RRlConfig(level="process", baseline={"scope": "running", "min_group": 1}, **RL)),
     "offline": S2RRl(
-        "s", S2RRlConfig(level="process", mode="offline", problems=24, offline={"accuracy": (0, 1)}, **RL)
+        "s",
+        S2RRlConfig(level="process", mode="offline", problems=24, offline={"min_accuracy": 0, "max_accuracy": 1}, **RL),
     ),
 }
 

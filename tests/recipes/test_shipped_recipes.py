@@ -34,6 +34,13 @@ SIZES = [
     *(("q_mamba_mamba", f"mamba_{size}") for size in ("130m", "370m", "790m", "1b4")),
     ("q_mamba_mamba", "falcon_mamba_7b"),
 ]
+S2R = {
+    "s2r_llama31_8b": "llama31_8b",
+    "s2r_qwen2_7b": "qwen2_7b",
+    "s2r_qwen2_7b_offline": "qwen2_7b",
+    "s2r_qwen25_math_7b": "qwen2_7b",
+    "s2r_qwen25_math_7b_offline": "qwen2_7b",
+}
 EVERY = list_recipes()
 TO_RUN = [info for info in EVERY if not info.fragment]
 
@@ -179,9 +186,9 @@ def test_the_other_bit_settings_are_in_the_header_and_work(name):
         assert plan(loaded, config, "cuda").bits_codes == pytest.approx(float(bits), abs=0.0055)
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", HUB | S2R)
 def test_the_needs_in_the_header_are_what_plan_predicts(name):
-    config = json.loads((CONFIGS / f"{HUB[name]}.json").read_text())
+    config = json.loads((CONFIGS / f"{(HUB | S2R)[name]}.json").read_text())
     needs = next(info.needs for info in TO_RUN if info.name == name)
     gpu = re.search(r"GPU with ([\d.]+) GB", needs)
     found = plan(load_recipe(name, allow_missing=True), config, "cuda" if gpu else "cpu")
