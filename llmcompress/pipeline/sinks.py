@@ -111,7 +111,8 @@ class PlainSink:
                 self._clock.start_block(event.time)
             case "block_end":
                 self._block_end(event)
-            case "metric":
+            # points of a curve go to files and trackers; the stage says in words how it is going
+            case "metric" if data.get("step") is None:
                 self._line(f"  {data.get('name')} = {_figure(data.get('value'))}")
             case "note":
                 self._line(f"  {data.get('text', '')}")
@@ -186,7 +187,7 @@ class RichSink:
             case "block_end":
                 self._clock.end_block(event.time)
                 self._update(event, int(data.get("index", 0)) + 1, doing=False)
-            case "metric":
+            case "metric" if data.get("step") is None:
                 self._print(f"  [cyan]{data.get('name')}[/] {_figure(data.get('value'))}")
             case "note":
                 self._plain(f"  {data.get('text', '')}")

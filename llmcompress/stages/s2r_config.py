@@ -141,10 +141,15 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
     Raises:
         RecipeError: A quantized model is to be trained without adapters.
     """
+    import torch
+
     from llmcompress.nn import lora
     from llmcompress.training.policy import Policy
 
     assert state.model is not None
+    if state.adapter is None and state.packed is None and config.adapter is None:
+        model = state.model.dense_model(torch.float32)
+        return Policy(model.to(ctx.device), compute=getattr(torch, ctx.dtype))  # type: ignore[arg-type]
     model = open_model(state, ctx)
     if state.adapter is not None:
         wrapped = lora.adapters(model)
@@ -152,12 +157,10 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
     if config.adapter is not None:
         names = adapter_names(state.model.layout, config.adapter.targets)
         return Policy(model, lora.attach(model, names, config.adapter.rank, config.adapter.alpha, ctx.seed))
-    if state.packed is not None:
-        raise RecipeError(
-            f"stages.{ctx.stage}: the model is quantized, and codes cannot be trained",
-            f"set stages.{ctx.stage}.adapter, or put this stage before the quantizing one",
-        )
-    return Policy(model)
+    raise RecipeError(
+        f"stages.{ctx.stage}: the model is quantized, and codes cannot be trained",
+        f"set stages.{ctx.stage}.adapter, or put this stage before the quantizing one",
+    )
 
 
 def keep_policy(config: TrainingConfig, policy: Policy, state: RunState, ctx: RunContext) -> None:
@@ -259,16 +262,18 @@ def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, r
         names = set(adapter_names(layout, config.adapter.targets))
         ends = [v.in_features + v.out_features for b in layout.blocks for v in b.linears() if v.name in names]
         moving = config.adapter.rank * sum(ends)
-        copies = 0
+        frozen = total * inputs.compute_bytes
     else:
-        moving, copies = total, total
-    weights = (total + copies) * inputs.compute_bytes + moving * (3 * inputs.compute_bytes)
+        # the reference is a frozen copy in the compute type
+        moving, frozen = total, total * inputs.compute_bytes
+    # what is trained, its gradient and two moments are in float32
+    weights = frozen + moving * 16
     rows = min(rows, config.micro_batch)
     # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
     # logits thrice
     hidden = layout.hidden * 34 * len(layout.blocks) + 3 * layout.vocab
     activations = rows * length * hidden * inputs.compute_bytes
     peak = weights + activations
-    disk = moving * inputs.compute_bytes * 3 + (0 if config.adapter is not None else total * inputs.weight_bytes)
+    disk = moving * 12 + (0 if config.adapter is not None else total * inputs.weight_bytes)
     on_gpu = inputs.device == "cuda"
     return Estimate(ram=total * inputs.compute_bytes if on_gpu else peak, vram=peak if on_gpu else 0, disk=disk)

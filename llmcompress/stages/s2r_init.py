@@ -120,7 +120,8 @@ class S2RInit(Stage):
         if not shared.is_done(ctx):
             policy = shared.open_policy(self.config, state, ctx)
             if self.config.measure is not None:
-                figures = shared.measure_behaviour(self.config.measure, policy.model, reader, "before", ctx)
+                with policy.reference() as model:
+                    figures = shared.measure_behaviour(self.config.measure, model, reader, "before", ctx)
                 shared.announce(f"{self.name}.before", figures, ctx)
             rows = self._rows(policy, reader, ctx)
             curve = self._train(policy, reader, rows, ctx)
@@ -148,7 +149,8 @@ class S2RInit(Stage):
 
         config = self.config
         problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
-        responses = sample_all(policy.model, reader, problems, config.samples, config.sampling.settings(), ctx)
+        with policy.reference() as model:
+            responses = sample_all(model, reader, problems, config.samples, config.sampling.settings(), ctx)
         builder = Builder(
             reader.problems, build_verifier(config.verifier, reader.problems, ctx.stage_dir / "verifications.jsonl"),
             config.keep, ctx.seed,
@@ -202,6 +204,8 @@ class S2RInit(Stage):
                 if step % 10 == 0 or step == total:
                     for key, value in figures.items():
                         ctx.emit("metric", name=f"{self.name}.{phase}.{key}", value=value, step=base + step)
+                if step % max(1, total // 10) == 0 or step == total:
+                    ctx.emit("note", text=f"{phase} {step}/{total}: cross-entropy {figures['cross_entropy']:.4f}")
 
             part = train_sft(policy, kept, reader.pad, settings, ctx.stage_dir / f"{number}_{CHECKPOINT}", on_step)
             curve += [{**record, "phase": name} for record in part]

@@ -252,7 +252,8 @@ class S2RRl(Stage):
         problems = shared.MeasureConfig(
             split="validation", problems=400, max_new_tokens=self.config.sampling.max_new_tokens
         )
-        figures = shared.measure_behaviour(problems, policy.model, reader, "gate", ctx)
+        with policy.reference() as model:
+            figures = shared.measure_behaviour(problems, model, reader, "gate", ctx)
         found = {"right": figures["correct_recall"], "wrong": figures["error_recall"]}
         low = {kind: value for kind, value in found.items() if value is not None and value < wanted}
         if low:
@@ -356,3 +357,13 @@ class S2RRl(Stage):
         for key, value in record.items():
             if key != "step" and value is not None:
                 ctx.emit("metric", name=f"{self.name}.{key}", value=value, step=record["step"])
+        if record["step"] % max(1, self.config.steps // 20) == 0:
+            said = "–" if record["verification_accuracy"] is None else f"{record['verification_accuracy']:.1%}"
+            text = (
+                f"accuracy {record['accuracy']:.1%}, first attempt {record['first_accuracy']:.1%}, verdicts true {said}"
+            )
+            ctx.emit(
+                "note",
+                text=f"step {record['step']}: {text}, {record['trials']:.2f} trials, {record['ended']:.1%} ended, "
+                f"KL {record['kl']:.3f}",
+            )

@@ -26,10 +26,18 @@ class Policy:
     Args:
         model: On its device.
         trainable: Parameter name → parameter; all floating parameters if None.
+        compute: Type of matrix products where it is not the parameters': weights that are trained stay in float32,
+            because updates of a fine-tuning are smaller than the steps of a 16-bit type.
     """
 
-    def __init__(self, model: PreTrainedModel, trainable: dict[str, nn.Parameter] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trainable: dict[str, nn.Parameter] | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model.eval()
+        self.compute = compute
         self.adapted = trainable is not None
         if trainable is None:
             trainable = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
@@ -37,7 +45,16 @@ class Policy:
         for parameter in trainable.values():
             parameter.requires_grad_(True)
         self._start = {name: p.detach().clone() for name, p in trainable.items()} if self.adapted else {}
-        self._copy: Any = None if self.adapted else copy.deepcopy(model).requires_grad_(False).eval()
+        self._copy: Any = None
+        if not self.adapted:
+            self._copy = copy.deepcopy(model).requires_grad_(False).to(compute).eval()
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Matrix products in the compute type inside the ``with`` block."""
+        device = next(iter(self.trainable.values())).device.type
+        with torch.autocast(device, dtype=self.compute, enabled=self.compute != torch.float32):
+            yield
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -51,11 +68,12 @@ class Policy:
 
     def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """``[B, T]`` → ``[B, T, V]``; entry t predicts token t + 1."""
-        found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        with self.precision():
+            found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return found
 
     def reference_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The same under the reference."""
-        with self.reference() as model:
+        with self.precision(), self.reference() as model:
             found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return found

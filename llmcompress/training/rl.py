@@ -91,7 +91,8 @@ def collect(
 ) -> list[Rollout]:
     """Sample and judge responses, ``samples`` for each problem, in the problems' order."""
     prompts = [reader.prompt(problems[i].question) for i in indices for _ in range(settings.samples)]
-    ids = sample(policy.model, prompts, settings.sampling, reader.end, reader.pad, seed)
+    with policy.precision():
+        ids = sample(policy.model, prompts, settings.sampling, reader.end, reader.pad, seed)
     found = []
     for place, (prompt, new) in enumerate(zip(prompts, ids)):
         index = indices[place // settings.samples]
