@@ -10,8 +10,8 @@ from typing import Any
 from llmcompress.quant.store import write_durably
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
 from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent
-from llmcompress.report.states import states_section
 from llmcompress.report.self_correction import self_correction_section
+from llmcompress.report.states import states_section
 
 Json = dict[str, Any]
 
