@@ -66,18 +66,18 @@ def own(folder: Path, widths: dict[str, tuple[int, int]]) -> tuple[dict[str, Any
     return candidates, engines
 
 
-def peers(gguf: Path | None, threads: int) -> tuple[dict[str, Any], list[str]]:
+def peers(gguf: Path | None, threads: int, brief: bool) -> tuple[dict[str, Any], list[str]]:
     """llama.cpp with every kind of file, and what is missing."""
     if gguf is None or speed.peer() is None:
         return {}, ["llama.cpp (not configured)"]
     found, missing = {}, []
     work = Path(tempfile.mkdtemp(prefix="llmcompress-gguf-"))
-    for kind in KINDS:
+    for kind in KINDS if not brief else KINDS[::2]:
         file = gguf if kind == "Q4_1" else work / f"{kind}.gguf"
         try:
             if kind != "Q4_1":
                 speed.quantize_gguf(gguf, file, kind)
-            for plain in (False, True) if kind == "Q4_1" else (False,):
+            for plain in (False, True) if kind == "Q4_1" and not brief else (False,):
                 name = f"llama.cpp {kind}{' plain' if plain else ''}"
                 found[name] = speed.LlamaCpp(file, threads, PROMPT + 64, max(BATCHES), plain)
         except Exception as error:
@@ -90,6 +90,8 @@ def run(candidates: dict[str, Any], options: argparse.Namespace) -> list[dict[st
     rows: list[dict[str, Any]] = []
     cases = [speed.Case("decode", c, b, options.steps) for b in BATCHES for c in CONTEXTS]
     for case in [*cases, speed.Case("prefill", PROMPT)]:
+        if options.brief and case.batch > 1 and case.context > CONTEXTS[0]:
+            continue
         rows += speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
         for row in rows[-len(candidates) :]:
             print(f"{row['case']:<24} {row['candidate']:<22} {row['tokens_per_second']:>8.1f} tokens/s "
@@ -140,25 +142,29 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=15.0, help="seconds per case")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "kernels_decode.json")
+    parser.add_argument("--brief", action="store_true", help="fewer candidates and cases, for a busy machine")
     options = parser.parse_args()
     smollm2, gguf = os.environ.get("LLMCOMPRESS_SMOLLM2"), os.environ.get("LLMCOMPRESS_SMOLLM2_GGUF")
     if smollm2 is None:
         verdict(False, "not measured: set LLMCOMPRESS_SMOLLM2 (see the head of this script)")
     torch.set_num_threads(options.threads)
-    theirs, missing = peers(Path(gguf) if gguf else None, options.threads)
+    theirs, missing = peers(Path(gguf) if gguf else None, options.threads, options.brief)
     candidates, engines = own(Path(smollm2), {"W4": (4, 4), "W2": (2, 2)})
     print("== SmolLM2-135M", flush=True)
     rows = run({**candidates, **theirs}, options)
     for peer in theirs.values():
         peer.close()
     print("== reference MoE, attention 4 bits, experts 2 bits", flush=True)
-    moe_candidates, moe_engines = own(resolve_path("asset:reference_moe"), {"moe": (4, 2)})
-    moe_rows = run(moe_candidates, options)
+    moe_candidates, moe_engines = {}, {}
+    if not options.brief:
+        moe_candidates, moe_engines = own(resolve_path("asset:reference_moe"), {"moe": (4, 2)})
+    moe_rows = run(moe_candidates, options) if moe_candidates else []
     found = goals(rows)
     where = profiles({**engines, **moe_engines})
     options.json.parent.mkdir(exist_ok=True)
     options.json.write_text(json.dumps({
         "environment": bench.environment(options.threads), "transformers": version("transformers"), "seed": 0,
+        "brief": options.brief,
         "missing": missing, "goals": found, "smollm2": rows, "reference_moe": moe_rows, "profile_ms": where,
     }, indent=1) + "\n")  # fmt: skip
     for goal in found:
