@@ -93,7 +93,22 @@ def solve(
     Returns:
         Codes and grids with the error they make.
     """
-    groups = spec.groups(w.shape[-1])
+    codes, scale, zero, quantized, damp = _solve_columns(w, hessian, spec, options, usable)
+    product = torch.bmm(w, hessian)
+    energy = (product * w).sum(-1)
+    if options.refit:
+        del quantized  # large, and about to be replaced
+        scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp, product)
+        quantized = dequantize(codes, scale, zero, spec)
+    del product
+    error = output_energy(w - quantized, hessian)
+    return Solution(codes, scale, zero, quantized, error, energy, damp)
+
+
+def _solve_columns(
+    w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[float]]:
+    """Codes, scale, zero, values and damping, in the stored order of columns."""
     order = column_order(hessian, spec.group(w.shape[-1]), options)
     work, curvature = w, hessian
     if order is not None:
@@ -109,19 +124,16 @@ def solve(
         codes, quantized = codes.gather(2, back), quantized.gather(2, back)
         if not options.static_groups:
             # grids were found in the order of visit; put each where its group is stored
-            size = spec.group(w.shape[-1])
+            size, groups = spec.group(w.shape[-1]), spec.groups(w.shape[-1])
             place = (order[:, ::size] // size).argsort(dim=-1)[:, None, :].expand(-1, w.shape[1], groups)
             scale, zero = scale.gather(2, place), None if zero is None else zero.gather(2, place)
-    if options.refit:
-        scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp)
-        quantized = dequantize(codes, scale, zero, spec)
-    error, energy = output_error(w, quantized, hessian)
-    return Solution(codes.contiguous(), scale, zero, quantized, error, energy, damp)
+    return codes.contiguous(), scale, zero, quantized, damp
 
 
 def refit_scales(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float
-) -> Tensor:
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float,
+    product: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Best scales for codes that are already chosen: least squares in the layer's output, row by row.
 
     With ``d_g`` the centred codes of group g, minimise ``(w - Σ s_g d_g) H (w - Σ s_g d_g)ᵀ`` over ``s``, a
@@ -135,6 +147,7 @@ def refit_scales(
         hessian: ``[E, K, K]`` fp32.
         spec: Bits, group size, symmetry.
         damp: Relative damping.
+        product: ``w @ hessian`` where the caller has it; overwritten.
 
     Returns:
         ``[E, N, G]`` fp16.
@@ -144,7 +157,8 @@ def refit_scales(
     ones = torch.ones_like(scale)
     centred = dequantize(codes, ones, zero, spec)
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    target = torch.bmm(w, hessian).add_(w * (damp * mean)[:, None, None])
+    target = torch.bmm(w, hessian) if product is None else product
+    target += w * (damp * mean)[:, None, None]
     right = _by_group(centred * target, size, groups)
     left = w.new_empty(experts, rows, groups, groups)
     for group in range(groups):
@@ -213,9 +227,12 @@ def output_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[Tensor,
     Returns:
         Two tensors ``[E, N]`` fp32.
     """
-    difference = w - quantized
-    above = (torch.bmm(difference, hessian) * difference).sum(-1)
-    return above, (torch.bmm(w, hessian) * w).sum(-1)
+    return output_energy(w - quantized, hessian), output_energy(w, hessian)
+
+
+def output_energy(w: Tensor, hessian: Tensor) -> Tensor:
+    """Diagonal of ``W H Wᵀ``, ``[E, N]``, for ``w [E, N, K]`` and ``hessian [E, K, K]``."""
+    return torch.bmm(w, hessian).mul_(w).sum(-1)
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:

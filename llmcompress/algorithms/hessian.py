@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# columns of one tile of the upper triangle; small enough to save near half the work, large
-# enough for full GEMM speed (measured at widths 576 and 1536)
-TILE = 192
+# tiles of the upper triangle: enough to save near half the work, each wide enough for full GEMM speed
+# (of 64 to 384 columns, 96 were fastest at width 576, where 192 took 27 % longer, and 128 at width 1536)
+TILES = 12
+NARROWEST = 96
 DAMP_STEPS = (1.0, 10.0, 100.0)
 
 
@@ -55,10 +56,13 @@ class Gram:
             x = x.to(torch.float32)
         total = self.total[expert]
         width = x.shape[1]
-        tiles = -(-width // TILE)
-        step = -(-width // tiles)
+        step = _tile(width)
         for start in range(0, width, step):
             self._add_tile(total[start : start + step, start:], x[:, start : start + step].T, x[:, start:], before)
+
+    def release(self) -> None:
+        """Give the memory of the sums back; token counts stay."""
+        self.total = self.total.new_empty(0)
 
     @staticmethod
     def _add_tile(total: Tensor, left: Tensor, right: Tensor, before: int) -> None:
@@ -77,10 +81,21 @@ class Gram:
 
     def hessian(self, experts: slice = slice(None)) -> Tensor:
         """``2/n Σ x xᵀ`` of the chosen experts, ``[e, K, K]`` fp32, symmetric; zeros where no token was seen."""
-        upper = self.total[experts].triu()
-        upper += upper.triu(1).transpose(-1, -2)
-        count = self.tokens[experts].clamp(min=1).to(device=upper.device, dtype=torch.float32)
-        return upper.mul_((2.0 / count)[:, None, None])
+        full = self.total[experts].triu()
+        width = full.shape[-1]
+        step = _tile(width)
+        # tile by tile, because a second large matrix would raise the peak
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            corner = full[:, start:stop, start:stop]
+            corner += corner.triu(1).transpose(-1, -2)
+            full[:, stop:, start:stop] = full[:, start:stop, stop:].transpose(-1, -2)
+        count = self.tokens[experts].clamp(min=1).to(device=full.device, dtype=torch.float32)
+        return full.mul_((2.0 / count)[:, None, None])
+
+
+def _tile(width: int) -> int:
+    return max(NARROWEST, -(-width // TILES))
 
 
 def blend_rare(hessian: Tensor, tokens: Tensor, shared: Tensor, min_tokens: int) -> Tensor:
@@ -116,28 +131,41 @@ def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None =
     """
     experts, width, _ = hessian.shape
     identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
-    factor = identity.repeat(experts, 1, 1)
+    factor: Tensor | None = None
     used = [0.0] * experts
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    pending = [e for e in range(experts) if (usable is None or usable[e]) and float(diagonal[e].sum()) > 0]
+    sums = hessian.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
+    pending = [e for e in range(experts) if (usable is None or usable[e]) and sums[e] > 0]
     for raise_by in DAMP_STEPS:
         if not pending:
             break
-        index = torch.tensor(pending, device=hessian.device)
-        chosen = hessian[index]
-        mean = chosen.diagonal(dim1=-2, dim2=-1).mean(-1)
-        # a dead input would make its column of the inverse arbitrary: give it the mean energy, which
-        # leaves the column to plain rounding because nothing correlates with it
-        diag = chosen.diagonal(dim1=-2, dim2=-1)
-        diag.copy_(torch.where(diag <= 0, mean[:, None], diag) + damp * raise_by * mean[:, None])
-        lower, info = torch.linalg.cholesky_ex(chosen.flip(-1, -2))
+        lower, info = torch.linalg.cholesky_ex(_damped_reversed(hessian, pending, damp * raise_by))
         good = (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         solved = [e for e, ok in zip(pending, good.tolist()) if ok]
         if solved:
-            upper = lower[good].flip(-1, -2)
+            upper = (lower if len(solved) == len(pending) else lower[good]).flip(-1, -2)
+            del lower  # these matrices are large
             eye = identity.expand(len(solved), width, width)
-            factor[torch.tensor(solved, device=hessian.device)] = torch.linalg.solve_triangular(upper, eye, upper=True)
+            inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+            if len(solved) == experts:
+                factor = inverse
+            else:
+                factor = identity.repeat(experts, 1, 1) if factor is None else factor
+                factor[torch.tensor(solved, device=hessian.device)] = inverse
         for e in solved:
             used[e] = damp * raise_by
         pending = [e for e in pending if e not in set(solved)]
-    return factor, used
+    return identity.repeat(experts, 1, 1) if factor is None else factor, used
+
+
+def _damped_reversed(hessian: Tensor, chosen: list[int], damp: float) -> Tensor:
+    """A damped copy of the chosen matrices, rows and columns in reverse order."""
+    everything = len(chosen) == hessian.shape[0]
+    source = hessian if everything else hessian[torch.tensor(chosen, device=hessian.device)]
+    diagonal = source.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    # a dead input would make its column of the inverse arbitrary: give it the mean energy, which
+    # leaves the column to plain rounding because nothing correlates with it
+    damped = torch.where(diagonal <= 0, mean, diagonal) + damp * mean
+    result = source.flip(-1, -2)
+    result.diagonal(dim1=-2, dim2=-1).copy_(damped.flip(-1))
+    return result

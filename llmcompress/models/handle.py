@@ -125,13 +125,19 @@ class ModelHandle:
     def free_block(self, model: PreTrainedModel, index: int) -> None:
         """Put one decoder layer back on the meta device; its memory is released."""
         for module in model.get_submodule(self.layout.blocks[index].name).modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                meta = torch.empty_like(parameter, device="meta")
-                module.register_parameter(name, nn.Parameter(meta, requires_grad=False))
-            for name, buffer in list(module.named_buffers(recurse=False)):
+            for name in list(module._parameters):
+                _release(module, name)
+            for name in list(module._buffers):
                 # computed constants are in no file and could not be loaded again
                 if name not in module._non_persistent_buffers_set:
-                    module.register_buffer(name, torch.empty_like(buffer, device="meta"))
+                    _release(module, name)
+
+    def free_embeddings(self, model: PreTrainedModel) -> None:
+        """Put embedding and head back on the meta device, once hidden states exist; their memory is released."""
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for name in list(module._parameters) if module is not None else ():
+                _release(module, name)
+        model.tie_weights()
 
     def dense_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The full-precision model, all of it in memory, in evaluation mode."""
@@ -247,6 +253,18 @@ def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, to
         owner.register_parameter(key, nn.Parameter(value, requires_grad=False))
     else:
         owner.register_buffer(key, value, persistent=key not in owner._non_persistent_buffers_set)
+
+
+def _release(module: nn.Module, key: str) -> None:
+    """Replace a parameter or buffer by one on the meta device; None stays."""
+    tensor = getattr(module, key)
+    if tensor is None:
+        return
+    meta = torch.empty_like(tensor, device="meta")
+    if key in module._parameters:
+        module.register_parameter(key, nn.Parameter(meta, requires_grad=False))
+    else:
+        module.register_buffer(key, meta, persistent=key not in module._non_persistent_buffers_set)
 
 
 def align(model: nn.Module) -> None:

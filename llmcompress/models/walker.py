@@ -35,7 +35,10 @@ from llmcompress.models.layout import Block, ExpertBank, LinearGroup, Sublayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BATCH_TOKENS = 4096
+# activations of a batch should stay in a processor's caches; a GPU wants more at a time
+BATCH_TOKENS = 512
+CUDA_BATCH_TOKENS = 4096
+CACHE_LINE = 64
 # inputs of output projections are kept between statistics and product up to this size, else recomputed
 KEEP_BYTES = 1 << 30
 # second moments of experts that are held at once
@@ -107,10 +110,11 @@ class Walker:
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, device: str = "cpu", seed: int = 0) -> None:
         self.model, self.tokens, self.device, self.seed = model, tokens, torch.device(device), seed
-        rows = max(1, BATCH_TOKENS // tokens.shape[1])
+        rows = max(1, (CUDA_BATCH_TOKENS if self.device.type == "cuda" else BATCH_TOKENS) // tokens.shape[1])
         self.batches = [slice(i, min(i + rows, tokens.shape[0])) for i in range(0, tokens.shape[0], rows)]
         self.tap: Tap | None = None
         self._calls: dict[int, list[dict[str, Any]]] = {}
+        self._memory: Tensor | None = None
 
     @torch.no_grad()
     def embed(self, layers: Sequence[str]) -> Tensor:
@@ -177,16 +181,28 @@ class Walker:
                 source = hidden.clone() if following and following[0].parallel else hidden
             needed = advance or any(not later.parallel for later in following)
             if sublayer.kind == "moe":
+                self._memory = None
                 _MoeStep(self, block, sublayer, source, hidden, visitor).run(needed)
             else:
                 self._plain(block, sublayer, source, hidden, visitor, needed)
         self.tap = None
-        low, high = float(hidden.amin()), float(hidden.amax())
-        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        low, high = hidden.aminmax()
+        if not (abs(float(low)) < float("inf") and abs(float(high)) < float("inf")):
             raise InputError(
                 f"{block.name}: hidden states contain NaN or infinity",
                 "check the weights of this block, or use run.compute_dtype=float32",
             )
+
+    def memory(self, size: int) -> Tensor:
+        """Uninitialised bytes on the CPU, the same at every call; what was there before may be overwritten.
+
+        One large tensor for all blocks: new memory of this size costs a page fault per 4 KiB each time, and
+        many small tensors would leave the allocator fragmented.
+        """
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = None  # given back before the larger one is taken
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size]
 
     def arguments(self, block: Block, rows: slice) -> dict[str, Any]:
         """Keyword arguments that the model passes to this block for a batch of this size."""
@@ -284,7 +300,7 @@ class GroupSteps:
         self.first = [group for group in groups if group.position == "first"]
         self.inner = [group for group in groups if group.position == "inner"]
         self.last = next(group for group in groups if group.position == "last")
-        # inputs kept from the first statistics until the module has run, to compute norms once
+        # inputs of the module and of its last projection, each kept until it has been used for the last time
         self.held: Tensor | None = None
         self.kept: Tensor | None = None
 
@@ -293,55 +309,63 @@ class GroupSteps:
         walker, visitor = self.walker, self.visitor
         projection = walker.model.get_submodule(self.last.linears[0].name)
         if visitor is not None:
-            for group in self.first:
-                visitor.linears(group, walker.statistics(group, self._inputs(), visitor.wants(_names(group))))
-            self._inner(projection, visitor)
             wanted = visitor.wants(_names(self.last))
             seen = wanted or walker.tapped(_names(self.last)) is not None
-            keep = seen and needed and self._bytes(self.last.linears[0].in_features) <= KEEP_BYTES
-            visitor.linears(self.last, walker.statistics(self.last, self._before(projection, keep), wanted))
+            self._take_memory(seen and needed)
+            for number, group in enumerate(self.first):
+                inputs = self._first_inputs() if number == 0 else (self._input(rows) for rows in walker.batches)
+                visitor.linears(group, walker.statistics(group, inputs, visitor.wants(_names(group))))
+            self._inner(projection, visitor)
+            visitor.linears(self.last, walker.statistics(self.last, self._before(projection, True), wanted))
             self.held = None
         if not needed:
             return
         if self.kept is not None:
             for rows in walker.batches:
-                # a copy, because the last bits of a product may depend on how its inputs are aligned
-                yield rows, projection(self.kept[rows].to(walker.device, copy=True))
+                yield rows, projection(_aligned(self.kept[rows].to(walker.device)))
             self.kept = None
         else:
             for rows, x in zip(walker.batches, self._before(projection, False)):
                 yield rows, projection(x)
 
-    def _inputs(self) -> Iterator[Tensor]:
-        """Yield the module's input, batch by batch."""
-        on_cpu = self.walker.device.type == "cpu"
-        hold = on_cpu and self._bytes(self.first[0].linears[0].in_features) <= KEEP_BYTES
-        if self.held is not None:
-            yield from (self._input(rows) for rows in self.walker.batches)
-            return
+    def _take_memory(self, keep: bool) -> None:
+        """Lay out what is kept for later in the walker's memory.
+
+        Inputs of the last projection start at the front, inputs of the module end at the back. Both are used batch
+        by batch from the front, so the former may overwrite those of the latter that have had their turn.
+        """
+        rows, length = self.walker.tokens.shape
+        first, last = self.first[0].linears[0].in_features, self.last.linears[0].in_features
+        item = self.walker.model.dtype.itemsize
+        size = rows * length * item
+        keep = keep and size * last <= KEEP_BYTES
+        hold = self.walker.device.type == "cpu" and size * first <= KEEP_BYTES
+        memory = self.walker.memory(size * max(last if keep else 0, first if hold else 0))
+        if keep:
+            self.kept = memory[: size * last].view(self.walker.model.dtype).view(rows, length, last)
+        if hold:
+            tail = memory[memory.numel() - size * first :]
+            self.held = tail.view(self.walker.model.dtype).view(rows, length, first)
+
+    def _first_inputs(self) -> Iterator[Tensor]:
+        """Yield the module's input, batch by batch, for the first time."""
         for rows in self.walker.batches:
             x = self.inputs(rows)
-            if hold:
-                self.held = self._stored(self.held, rows, x)
+            if self.held is not None:
+                self.held[rows] = x
             yield x
 
     def _input(self, rows: slice) -> Tensor:
-        return self.inputs(rows) if self.held is None else self.held[rows].clone()
-
-    def _stored(self, storage: Tensor | None, rows: slice, x: Tensor) -> Tensor:
-        """Copy a batch into one large tensor: many small ones would leave the allocator fragmented."""
-        if storage is None:
-            storage = torch.empty((self.walker.tokens.shape[0], *x.shape[1:]), dtype=x.dtype)
-        storage[rows] = x
-        return storage
+        """The module's input of one batch."""
+        return self.inputs(rows) if self.held is None else _aligned(self.held[rows])
 
     def _before(self, projection: nn.Module, keep: bool) -> Iterator[Tensor]:
         """Yield the output projection's input, batch by batch."""
         for rows in self.walker.batches:
             with replaced_forward(projection, identity):
                 before = self.call(rows, self._input(rows))
-            if keep:
-                self.kept = self._stored(self.kept, rows, before)
+            if keep and self.kept is not None:
+                self.kept[rows] = before
             yield before
 
     def _inner(self, projection: nn.Module, visitor: Visitor) -> None:
@@ -361,15 +385,12 @@ class GroupSteps:
         if any(counted) or any(tap is not None for tap in taps):
             modules = [walker.model.get_submodule(group.linears[0].name) for group in self.inner]
             with recorded_inputs(modules, seen), replaced_forward(projection, identity):
-                for rows, x in zip(walker.batches, self._inputs()):
-                    self.call(rows, x)
+                for rows in walker.batches:
+                    self.call(rows, self._input(rows))
         for group, gram in zip(self.inner, grams):
             if gram is not None:
                 check_finite(gram, group.linears[0].name)
             visitor.linears(group, gram)
-
-    def _bytes(self, width: int) -> int:
-        return width * self.walker.tokens.numel() * self.walker.model.dtype.itemsize
 
 
 class _MoeStep:
@@ -423,7 +444,7 @@ class _MoeStep:
         return slice(rows.start * length, rows.stop * length)
 
     def _batch(self, rows: slice) -> Tensor:
-        return self.x[self._span(rows)].unflatten(0, (rows.stop - rows.start, -1))
+        return _aligned(self.x[self._span(rows)]).unflatten(0, (rows.stop - rows.start, -1))
 
     def _route(self) -> Routing:
         routed = [self.router(self.x[self._span(rows)]) for rows in self.walker.batches]
@@ -536,6 +557,11 @@ def check_finite(gram: Gram, name: str) -> None:
             f"{name}: its calibration inputs contain NaN or infinity",
             "check the model's weights, or use run.compute_dtype=float32",
         )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy of it: the last bits of a product may depend on how its inputs are aligned."""
+    return x if x.is_cuda or x.data_ptr() % CACHE_LINE == 0 else x.clone()
 
 
 def _constant(value: Tensor, *_args: Any) -> Tensor:

@@ -366,6 +366,7 @@ class Runner:
         """Put the policy into force and record it with the versions at work."""
         threads = devices.set_threads(record.threads or None)
         devices.make_deterministic()
+        devices.keep_freed_memory()
         versions = package_versions()
         changed = [f"{n} {v} → {versions[n]}" for n, v in record.versions.items() if versions.get(n) != v]
         if changed:

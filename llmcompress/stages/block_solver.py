@@ -134,6 +134,10 @@ class BlockSolver:
 
         names = [linear.name for linear in group.linears if linear.name in self.plan]
         cross = None if self.pairs is None else self.pairs.take(group.linears[0].name)
+        hessian = None
+        if gram is not None and names:
+            hessian = gram.hessian()
+            gram.release()
         for spec in dict.fromkeys(self.plan[name] for name in names):
             mine = [name for name in names if self.plan[name] == spec]
             weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]
@@ -142,7 +146,6 @@ class BlockSolver:
             kept = [weight[weight.shape[0] - spec.dense_rows :] for weight in weights]
             weights = [weight[: weight.shape[0] - spec.dense_rows] for weight in weights]
             stacked = torch.cat(weights)[None]
-            hessian = None if gram is None else gram.hessian()
             if hessian is not None and cross is not None:
                 stacked = self._fitted(stacked, hessian, cross, gram)
             codes, scale, zero, quantized, above, below = self._solve(stacked, hessian, spec, None)

@@ -101,6 +101,7 @@ class BlockwiseQuantizer:
             walker = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed)
             quantized = walker.embed([block.name for block in self.handle.layout.blocks])
             full = quantized.clone() if self.hook is not None or self._targets else None
+        self.handle.free_embeddings(model)
         total = len(self.handle.layout.blocks)
         for block in self.handle.layout.blocks:
             if walker is None and block.index in finished:

@@ -1,8 +1,8 @@
 """What a quantizing stage needs, from the layout alone. Torch-free.
 
-Memory at the peak of a block: the part of the model outside the blocks, one block, the activation
-streams, the inputs kept between statistics and product, and the larger of the solver's working
-set and a batch's activations. Checked against measured peaks in the tests of the engine.
+Memory at the peak of a block: one block, the activation streams, the inputs kept between statistics and
+product, and the larger of the solver's working set and a batch's activations. Embedding and head are in memory
+only before the first block. Checked against measured peaks in the tests of the engine.
 
 Legend: S sequences, L length, H hidden, N rows, K columns, E experts.
 """
@@ -13,18 +13,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmcompress.models import sizes
-from llmcompress.models.layout import Block
+from llmcompress.models.layout import Block, Sublayer
 from llmcompress.quant.rules import resolve
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
 from llmcompress.stages.schemes import plain_rules
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 512
+CUDA_BATCH_TOKENS = 4096
 KEEP_BYTES = 1 << 30
 GRAM_BYTES = 1 << 30
-# K x K matrices alive at once while a factor is computed: sum, Hessian, damped copy, flipped copy,
+# K x K matrices alive at once while a factor is computed: sum (of experts), Hessian, reordered copy,
 # Cholesky factor, its flip, identity, inverse
-SOLVER_SQUARES = 8
+SOLVER_SQUARES = 7
 # fp32 copies of the weights alive in the column loop: source, transposed work, values, block error, codes
 SOLVER_COPIES = 4.5
 # batch activations of a sublayer in units of its widest projection; measured, allocator slack included
@@ -59,15 +60,17 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
     blocks = sizes.largest_block(layout) * item
     if inputs.weight_bytes > item:
         blocks += max((count for block in layout.blocks for count in _weights(block)), default=0) * inputs.weight_bytes
-    model = sizes.outside_parameters(layout) * item + blocks
+    # embedding and head are given back before the first block
+    outside = sizes.outside_parameters(layout) * item
     packed = max((_block_packed(block, plan) for block in layout.blocks), default=0)
     work = 0
     for block in layout.blocks:
         tokens = inputs.samples * inputs.length
-        sets = _working_sets(block, plan, tokens if streams else 0, item, hessians, targets)
+        batch = min(tokens, CUDA_BATCH_TOKENS if inputs.device == "cuda" else BATCH_TOKENS)
+        sets = _working_sets(block, plan, tokens if streams else 0, batch, item, hessians, targets)
         work = max(work, (_recorded(block, plan, tokens) * item if targets else 0) + max(sets, default=0))
     moving = work + packed
-    held = model + (2 if two else 1) * stream
+    held = (2 if two else 1) * stream
     cuda = inputs.device == "cuda"
     tokens = inputs.samples * inputs.length if streams else 0
     passes = 2 if two else 1
@@ -76,7 +79,7 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
         flops += sizes.hessian_flops(layout, plan, tokens) + sizes.solve_flops(layout, plan)
     disk = sizes.packed_bytes(layout, plan)
     return Estimate(
-        ram=held + (packed if cuda else moving),
+        ram=held + max(outside, blocks + (packed if cuda else moving)),
         vram=blocks + moving if cuda else 0,
         disk=disk,
         flops=flops,
@@ -117,21 +120,24 @@ def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int) -> int:
 
 
 def _working_sets(
-    block: Block, plan: Mapping[str, QuantSpec], tokens: int, item: int, hessians: bool, targets: bool
+    block: Block,
+    plan: Mapping[str, QuantSpec],
+    tokens: int,
+    batch_tokens: int,
+    item: int,
+    hessians: bool,
+    targets: bool,
 ) -> Iterator[int]:
     """Peak working set of each step of a block: batch activations, kept inputs, solver."""
     for sublayer in block.sublayers:
         shared = 2 * tokens * block_hidden(block) * item if sublayer.experts is not None else 0
-        held = tokens * block_hidden(block) * item if hessians else 0
-        held = held if held <= KEEP_BYTES else 0
+        memory = _kept(sublayer, plan, tokens, item) if hessians else 0
         for group in sublayer.groups:
             columns = group.linears[0].in_features
             rows = sum(linear.out_features for linear in group.linears)
-            batch = BATCH_WIDTHS * min(tokens, BATCH_TOKENS) * max(rows, columns) * item
+            batch = BATCH_WIDTHS * min(tokens, batch_tokens) * max(rows, columns) * item
             planned = any(linear.name in plan for linear in group.linears)
-            kept = tokens * columns * item if group.position == "last" and hessians and planned else 0
-            kept = kept if kept <= KEEP_BYTES else 0
-            yield shared + held + kept + max(batch, _solver(1, rows, columns, hessians, targets) if planned else 0)
+            yield shared + memory + max(batch, _solver(1, rows, columns, hessians, targets) if planned else 0)
         bank = sublayer.experts
         if bank is None:
             continue
@@ -146,6 +152,16 @@ def _working_sets(
             if name in plan:
                 _, rows, columns = bank.shape(name)
                 yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, hessians, targets)
+
+
+def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: int) -> int:
+    """Bytes for the inputs of a module and of its last projection, which overwrite the former as they come."""
+    sizes_of = [
+        tokens * group.linears[0].in_features * item
+        for group in sublayer.groups
+        if group.position == "first" or (group.position == "last" and any(v.name in plan for v in group.linears))
+    ]
+    return max((size for size in sizes_of if size <= KEEP_BYTES), default=0)
 
 
 def block_hidden(block: Block) -> int:

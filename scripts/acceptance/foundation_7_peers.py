@@ -42,8 +42,11 @@ def interpreter(tool: str) -> str | None:
 
 def account(command: list[str], log: Path) -> tuple[int, float, int]:
     """Run a command; return exit code, CPU seconds and peak bytes of that process."""
+    # peers leave logs and caches in the folder they are started from
     with log.open("w") as handle:
-        process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD})
+        process = subprocess.Popen(
+            command, stdout=handle, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD}, cwd=log.parent
+        )
         _, status, usage = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
@@ -82,11 +85,15 @@ def tiny_mixtral(smollm2: Path) -> Path:
 
 
 def ours(model: Path, calibration: Path, out: Path, bits: int, shape: list[str]) -> list[str]:
-    """The command that does the same job with this project: asymmetric GPTQ, every linear and expert."""
+    """The command that does the same job with this project: asymmetric GPTQ, every linear and expert.
+
+    Activations are bfloat16 where the processor multiplies tiles of it (AMX), else float32, which then is faster.
+    """
+    dtype = "bfloat16" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "float32"
     rule = f"{{match: '.', bits: {bits}, group_size: 64}}"
     return [
         sys.executable, "-m", "llmcompress", "run", "gptq_smollm2", "--quiet", "--force",
-        "stages.evaluate~", "stages.export.formats=[native]", "run.compute_dtype=bfloat16",
+        "stages.evaluate~", "stages.export.formats=[native]", f"run.compute_dtype={dtype}",
         f"model.path={model}", f"run.dir={out}", f"stages.calibrate.source={{kind: text, path: '{calibration}'}}",
         f"stages.calibrate.samples={shape[1]}", f"stages.calibrate.length={shape[3]}",
         f"stages.quantize.rules={{all: {rule}}}",

@@ -9,7 +9,7 @@ from llmcompress.algorithms.hessian import Gram, blend_rare, inverse_factor
 
 @pytest.mark.parametrize("width", [24, 130])
 def test_gram_equals_the_definition(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE", 50)
+    monkeypatch.setattr(module, "NARROWEST", 50)
     torch.manual_seed(0)
     first, second, other = torch.randn(70, width), torch.randn(33, width), torch.randn(9, width)
     gram = Gram(3, width)

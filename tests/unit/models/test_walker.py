@@ -187,6 +187,22 @@ def test_memory_limits_do_not_change_a_bit(
             assert torch.equal(other.grams[name].total, gram.total), name
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_inputs_share_memory_without_overwriting_each_other(
+    model_type: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = saved(tmp_path, tiny, model_type)
+    # several batches, so that the inputs of the last projection move into what the module's inputs have left
+    monkeypatch.setattr(module, "BATCH_TOKENS", 32)
+    hidden, _, spies = walk(handle, Spy)
+    monkeypatch.setattr(module, "KEEP_BYTES", 0)
+    frugal, _, others = walk(handle, Spy)
+    assert torch.equal(frugal, hidden)
+    for spy, other in zip(spies, others):
+        for name, gram in spy.grams.items():
+            assert torch.equal(other.grams[name].total, gram.total), name
+
+
 def test_staged_and_plain_passes_agree_bit_for_bit(moe_family: str, tiny: Any, tmp_path: Path) -> None:
     handle = saved(tmp_path, tiny, moe_family)
     assert torch.equal(walk(handle, Spy)[0], walk(handle)[0])
