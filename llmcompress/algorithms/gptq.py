@@ -23,6 +23,10 @@ from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
+# fp32 weights that are solved at once on a CPU: enough experts to make the steps of the column loop worth their
+# call, few enough to stay in the caches and in memory that the allocator keeps
+SOLVE_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class GptqOptions:
@@ -77,6 +81,20 @@ class Solution:
         """``[E]``: ``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)``, 0 where the denominator is 0."""
         return ratio(self.error.sum(-1), self.energy.sum(-1))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Solution]) -> Solution:
+        """The solutions of consecutive experts as one."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+            torch.cat([part.quantized for part in parts]),
+            torch.cat([part.error for part in parts]),
+            torch.cat([part.energy for part in parts]),
+            [damp for part in parts for damp in part.damp],
+        )
+
 
 def solve(
     w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None = None
@@ -93,6 +111,19 @@ def solve(
     Returns:
         Codes and grids with the error they make.
     """
+    experts, rows, columns = w.shape
+    step = experts if w.is_cuda else max(1, SOLVE_BYTES // (4 * rows * columns))
+    parts = []
+    for start in range(0, experts, step):
+        some = slice(start, start + step)
+        parts.append(_solve_stack(w[some], hessian[some], spec, options, None if usable is None else usable[some]))
+    return parts[0] if len(parts) == 1 else Solution.joined(parts)
+
+
+def _solve_stack(
+    w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None
+) -> Solution:
+    """:func:`solve` of some experts, all at once."""
     codes, scale, zero, quantized, damp = _solve_columns(w, hessian, spec, options, usable)
     product = torch.bmm(w, hessian)
     energy = (product * w).sum(-1)
@@ -110,24 +141,29 @@ def _solve_columns(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[float]]:
     """Codes, scale, zero, values and damping, in the stored order of columns."""
     order = column_order(hessian, spec.group(w.shape[-1]), options)
-    work, curvature = w, hessian
-    if order is not None:
-        rows, across = order[:, :, None].expand_as(hessian), order[:, None, :].expand_as(hessian)
-        curvature = hessian.gather(1, rows).gather(2, across)
-        work = w.gather(2, order[:, None, :].expand_as(w))
+    # two plain copies are several times faster than one gather over both dimensions
+    curvature = hessian if order is None else _picked(_picked(hessian, order, 0), order, 1)
     factor, damp = inverse_factor(curvature, options.damp, usable)
-    columns = _Columns(work, factor, spec, options, order, w)
+    del curvature
+    work = w.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    columns = _Columns(work if order is None else _picked(work, order, 0), factor, spec, options, order, w)
+    del work
     codes, quantized = columns.run()
     scale, zero = columns.grids()
     if order is not None:
-        back = order.argsort(dim=-1)[:, None, :].expand_as(w)
-        codes, quantized = codes.gather(2, back), quantized.gather(2, back)
+        back = order.argsort(dim=-1)
+        codes, quantized = _picked(codes, back, 0), _picked(quantized, back, 0)
         if not options.static_groups:
             # grids were found in the order of visit; put each where its group is stored
             size, groups = spec.group(w.shape[-1]), spec.groups(w.shape[-1])
             place = (order[:, ::size] // size).argsort(dim=-1)[:, None, :].expand(-1, w.shape[1], groups)
             scale, zero = scale.gather(2, place), None if zero is None else zero.gather(2, place)
-    return codes.contiguous(), scale, zero, quantized, damp
+    return codes.transpose(1, 2).contiguous(), scale, zero, quantized.transpose(1, 2).contiguous(), damp
+
+
+def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Rows (``dim`` 0) or columns (1) of each matrix of ``stack [E, ., .]`` in the order of ``index [E, K]``."""
+    return torch.stack([matrix.index_select(dim, chosen) for matrix, chosen in zip(stack, index)])
 
 
 def refit_scales(
@@ -272,7 +308,7 @@ def block_bounds(columns: int, group: int, block: int) -> list[tuple[int, int]]:
 
 
 class _Columns:
-    """The column loop. Weights are held as ``[E, K, N]`` so that a column is contiguous."""
+    """The column loop. Weights are held as ``[E, K, N]`` so that a column is contiguous; ``work`` is overwritten."""
 
     def __init__(
         self,
@@ -283,10 +319,10 @@ class _Columns:
         order: Tensor | None,
         original: Tensor,
     ) -> None:
-        experts, rows, columns = work.shape
+        experts, columns, rows = work.shape
         self.spec, self.options, self.factor = spec, options, factor
         self.group = spec.group(columns)
-        self.weights = work.transpose(1, 2).to(torch.float32).clone(memory_format=torch.contiguous_format)
+        self.weights = work
         self.codes = torch.empty((experts, columns, rows), dtype=torch.uint8, device=work.device)
         self.quantized = torch.empty_like(self.weights)
         groups = spec.groups(columns)
@@ -306,7 +342,7 @@ class _Columns:
                 self.zero.copy_(zero.permute(2, 0, 1))
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Quantize all columns; return codes and values ``[E, N, K]``."""
+        """Quantize all columns; return codes and values ``[E, K, N]``."""
         columns = self.weights.shape[1]
         for start, stop in block_bounds(columns, self.group, self.options.block):
             errors = self._block(start, stop)
@@ -315,7 +351,7 @@ class _Columns:
                 self.weights[:, stop:].baddbmm_(
                     self.factor[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1
                 )  # fmt: skip
-        return self.codes.transpose(1, 2), self.quantized.transpose(1, 2)
+        return self.codes, self.quantized
 
     def grids(self) -> tuple[Tensor, Tensor | None]:
         """Scale fp16 and zero uint8 (None when symmetric), ``[E, N, G]``."""

@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 import torch
 
+from llmcompress.algorithms import gptq as module
 from llmcompress.algorithms.gptq import (
     GptqOptions,
     block_bounds,
@@ -195,6 +196,22 @@ def test_batch_result_does_not_depend_on_the_batch() -> None:
     together = solve(w, hessian, spec, GptqOptions())
     alone = solve(w[1:2], hessian[1:2], spec, GptqOptions())
     assert (together.codes[1:2] == alone.codes).float().mean() > 0.99
+
+
+def test_experts_solved_in_turns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, hessian = problem(5, 6, 64)
+    spec, options = QuantSpec(bits=3, group_size=32, symmetric=False), GptqOptions(act_order="groups", refit=True)
+    usable = [True, True, False, True, True]
+    whole = solve(w, hessian, spec, options, usable)
+    monkeypatch.setattr(module, "SOLVE_BYTES", 2 * 4 * 6 * 64)
+    turns = solve(w, hessian, spec, options, usable)
+    assert torch.equal(turns.codes, whole.codes)
+    assert torch.equal(turns.scale, whole.scale)
+    assert turns.zero is not None
+    assert whole.zero is not None
+    assert torch.equal(turns.zero, whole.zero)
+    assert turns.damp == whole.damp
+    torch.testing.assert_close(turns.error, whole.error, rtol=1e-4, atol=1e-6)
 
 
 def test_block_bounds_keep_groups_up_to_date() -> None:
