@@ -47,7 +47,8 @@ class Policy:
         self._start = {name: p.detach().clone() for name, p in trainable.items()} if self.adapted else {}
         self._copy: Any = None
         if not self.adapted:
-            self._copy = copy.deepcopy(model).requires_grad_(False).to(compute).eval()
+            frozen: Any = copy.deepcopy(model).requires_grad_(False)
+            self._copy = frozen.to(compute).eval()
 
     @contextmanager
     def precision(self) -> Iterator[None]:
