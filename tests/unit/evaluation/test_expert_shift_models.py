@@ -66,7 +66,8 @@ def test_routing_cost_columns(tiny, moe_family, tokens):
     assert cost.dense == pytest.approx(nll(dense, tokens), rel=1e-4)
     assert cost.compressed == pytest.approx(nll(other, tokens), rel=1e-4)
     assert cost.dense_shifted != pytest.approx(cost.dense, rel=1e-4)
-    assert cost.compressed_unshifted != pytest.approx(cost.compressed, rel=1e-4)
+    # a few tokens change little: the columns must differ by more than rounding
+    assert cost.compressed_unshifted != pytest.approx(cost.compressed, rel=1e-5)
 
 
 def test_forcing_removes_a_pure_router_disturbance(tiny, tokens):
