@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.grids import HALF_MAX, Search, find_grid, grid_of_groups, round_codes
+from llmcompress.algorithms.grids import HALF_MAX, Search, find_grid, grid_of_groups, nearest, round_codes
 from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
@@ -366,7 +366,7 @@ class _Columns:
                 self._find_group(column)
             scale, zero = self._column_grid(column)
             values = self.weights[:, column]
-            codes = torch.div(values, scale).round_().add_(zero).clamp_(0.0, top)
+            codes = nearest(torch.div(values, scale), zero, self.spec.half).clamp_(0.0, top)
             self.codes[:, column] = codes
             quantized = torch.mul(codes.sub_(zero), scale, out=self.quantized[:, column])
             error = torch.sub(values, quantized, out=errors[:, column - start])

@@ -79,6 +79,10 @@ def grid_of_groups(
     Returns:
         ``scale [...]`` fp16 and ``zero [...]`` uint8 or None.
     """
+    if spec.half:
+        from llmcompress.algorithms.half_grid import half_scale
+
+        return half_scale(values, spec.bits, search, importance).to(torch.float16), None
     low = values.amin(-1).clamp(max=0)
     high = values.amax(-1).clamp(min=0)
     scale, zero = _grid_from_range(low, high, spec)
@@ -111,8 +115,19 @@ def round_codes(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) 
     columns = w.shape[-1]
     values, _ = group_view(w, spec)
     offset = float(spec.midpoint) if zero is None else zero.to(torch.float32).unsqueeze(-1)
-    codes = (values / scale.to(torch.float32).unsqueeze(-1)).round_().add_(offset).clamp_(0, spec.levels - 1)
+    codes = nearest(values / scale.to(torch.float32).unsqueeze(-1), offset, spec.half).clamp_(0, spec.levels - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :columns].contiguous()
+
+
+def nearest(steps: Tensor, offset: Tensor | float, half: bool) -> Tensor:
+    """Round weights in units of their scale to codes, in place; a half-integer offset is added before rounding.
+
+    Args:
+        steps: Weights divided by their scale.
+        offset: The code of zero, broadcastable to ``steps``.
+        half: Whether it is a half-integer.
+    """
+    return steps.add_(offset).round_() if half else steps.round_().add_(offset)
 
 
 def _grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+# codec of residuals (quant/codecs/delta_tree.py), whose grid has no code for zero
+DELTA_TREE = "delta_tree"
+DELTA_BITS = (1, 2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +17,13 @@ class QuantSpec:
     """Group-wise uniform integer quantization of a weight ``[..., N, K]`` along K.
 
     Attributes:
-        bits: Code width, one of 2, 3, 4, 8.
+        bits: Code width, one of 2, 3, 4, 8; 1 to 6 with the codec ``delta_tree``.
         group_size: Columns that share a scale; ``-1`` means one group per row. The last
             group of a row is shorter when K is not a multiple.
         symmetric: With ``True`` the grid is centred, ``w ≈ scale * (code - 2**(bits-1))``, and
             no zero point is stored. With ``False``, ``w ≈ scale * (code - zero)`` with an
-            unsigned zero point of ``bits`` bits per group.
+            unsigned zero point of ``bits`` bits per group. The codec ``delta_tree`` is always symmetric, about
+            the half-integer ``(2**bits - 1) / 2``.
         codec: Name of the codec in ``quant/codecs`` that stores it.
         dense_rows: Rows at the end of N that are stored in fp16 instead (Mamba-2's time steps).
     """
@@ -31,8 +35,11 @@ class QuantSpec:
     dense_rows: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in SUPPORTED_BITS:
-            raise ValueError(f"bits must be one of {SUPPORTED_BITS}, not {self.bits}")
+        allowed = DELTA_BITS if self.half else SUPPORTED_BITS
+        if self.bits not in allowed:
+            raise ValueError(f"bits must be one of {allowed}, not {self.bits}")
+        if self.half and not self.symmetric:
+            raise ValueError("delta_tree has no zero points: symmetric must be true")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size must be positive or -1, not {self.group_size}")
 
@@ -42,9 +49,14 @@ class QuantSpec:
         return 1 << self.bits
 
     @property
-    def midpoint(self) -> int:
-        """The code that stands for zero on a symmetric grid, ``2**(bits-1)``."""
-        return 1 << (self.bits - 1)
+    def half(self) -> bool:
+        """Whether the grid is centred on a half-integer code."""
+        return self.codec == DELTA_TREE
+
+    @property
+    def midpoint(self) -> float:
+        """The code that stands for zero on a symmetric grid, ``2**(bits-1)``, or half a step less."""
+        return (self.levels - 1) / 2 if self.half else 1 << (self.bits - 1)
 
     def group(self, in_features: int) -> int:
         """Group size in columns for a weight with ``in_features`` columns."""

@@ -10,9 +10,9 @@ import difflib
 from types import ModuleType
 
 from llmcompress.errors import InputError
-from llmcompress.quant.codecs import int_group
+from llmcompress.quant.codecs import delta_tree, int_group
 
-_CODECS: dict[str, ModuleType] = {"int_group": int_group}
+_CODECS: dict[str, ModuleType] = {"int_group": int_group, "delta_tree": delta_tree}
 
 
 def codec(name: str) -> ModuleType:

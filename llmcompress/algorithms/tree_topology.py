@@ -1,0 +1,162 @@
+"""Which models belong together: greedy aggregation of similar models into a binary tree.
+
+Phase 1 of our variant of RQT (Findings of ACL 2025, paper 554, of which we know the abstract only: "bottom-up aggregation
+by weight-matrix similarity"). The similarity is ours: the increase of the best common weight's output error, which for one
+shared second moment ``H = L Lᵀ`` is Ward's criterion on ``W L`` and needs nothing but inner products between models.
+
+Legend: M models, N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.quant.tree import Members, Tree
+
+Linkage = Literal["ward", "average", "cosine"]
+
+
+def centred_gram(weights: Tensor, hessian: Tensor | None) -> tuple[Tensor, float]:
+    """Inner products ``G_ij = ⟨(W_i - W̄)L, (W_j - W̄)L⟩`` and the mean energy ``mean_m tr(W_m H W_mᵀ)``.
+
+    The mean is taken off first: differences between fine-tunes can be a thousandth of the weights, and inner
+    products of the weights themselves would drown them.
+
+    Args:
+        weights: ``[M, N, K]`` fp32.
+        hessian: ``[K, K]``, or None for the identity.
+
+    Returns:
+        ``[M, M]`` fp64 and a float.
+    """
+    mean = weights.mean(0)
+    apart = weights - mean
+    through = apart if hessian is None else apart @ hessian
+    gram = torch.einsum("ink,jnk->ij", apart.double(), through.double())
+    shared = mean if hessian is None else mean @ hessian
+    energy = float((mean.double() * shared.double()).sum() + gram.diagonal().mean())
+    return (gram + gram.T) / 2, energy
+
+
+def cluster_cost(gram: Tensor, members: Sequence[int]) -> float:
+    """``J(C) = Σ_i G_ii - (1/|C|) Σ_ij G_ij``: error of the models in C around their mean."""
+    part = gram[list(members)][:, list(members)]
+    return float(part.diagonal().sum() - part.sum() / len(members))
+
+
+def merge_cost(gram: Tensor, first: Sequence[int], second: Sequence[int]) -> float:
+    """``J(A ∪ B) - J(A) - J(B)``, Ward's ``|A||B|/(|A|+|B|) · ‖μ_A - μ_B‖²``."""
+    a, b = list(first), list(second)
+    within_a, within_b = gram[a][:, a].mean(), gram[b][:, b].mean()
+    distance = float(within_a + within_b - 2 * gram[a][:, b].mean())
+    return len(a) * len(b) / (len(a) + len(b)) * max(distance, 0.0)
+
+
+def generalised_merge_cost(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Exact increase of the error when two clusters with their own second moments share one weight.
+
+    ``tr((A_A - A_B) (P_A⁻¹ + P_B⁻¹)⁻¹ (A_A - A_B)ᵀ)``. The tree is built with one shared moment (then it is
+    :func:`merge_cost`); this form says what that leaves out.
+
+    Args:
+        first: ``(A_A [N, K], P_A [K, K])`` as from :func:`hessian_mean`.
+        second: The other cluster.
+    """
+    (mean_a, sum_a), (mean_b, sum_b) = first, second
+    apart = mean_a - mean_b
+    # (P_A⁻¹ + P_B⁻¹)⁻¹ = P_A (P_A + P_B)⁻¹ P_B
+    middle = sum_a @ torch.linalg.solve(sum_a + sum_b, sum_b)
+    return ((apart @ middle) * apart).sum()
+
+
+def hessian_mean(weights: Tensor, hessians: Tensor, importance: Tensor, damp: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Best common weight ``A = (Σ ω W H)(Σ ω H)⁻¹`` of several models, and ``P = Σ ω H``.
+
+    Quantizing a node for all of its models is one weighted problem: ``Σ ω tr((W - Q) H (W - Q)ᵀ)`` equals a constant
+    plus ``tr((A - Q) P (A - Q)ᵀ)``.
+
+    Args:
+        weights: ``[M, N, K]``.
+        hessians: ``[M, K, K]``.
+        importance: ``[M]`` weights ω.
+        damp: Relative ridge that pulls towards the plain mean where the data say nothing.
+
+    Returns:
+        ``A [N, K]`` and ``P [K, K]``, without the ridge.
+    """
+    total = torch.einsum("m,mkl->kl", importance, hessians)
+    mean = torch.einsum("m,mnk->nk", importance / importance.sum(), weights)
+    apart = torch.einsum("m,mnk,mkl->nl", importance, weights - mean, hessians)
+    ridge = total.diagonal().mean() * damp
+    regular = total + ridge * torch.eye(total.shape[0], dtype=total.dtype, device=total.device)
+    return mean + torch.linalg.solve(regular, apart.T).T, total
+
+
+def aggregate(names: Sequence[str], gram: Tensor, linkage: Linkage = "ward", deltas: Tensor | None = None) -> Tree:
+    """Merge the closest two clusters until one is left.
+
+    Args:
+        names: The models, in the order of ``gram``.
+        gram: ``[M, M]`` from :func:`centred_gram`, summed over the matrices that share the tree.
+        linkage: ``ward``; ``average``: mean distance between models; ``cosine``: mean cosine distance of ``deltas``.
+        deltas: ``[M, M]`` inner products of the models' differences to their base, for ``cosine``.
+
+    Raises:
+        ValueError: ``cosine`` without ``deltas``.
+    """
+    order = sorted(range(len(names)), key=lambda i: names[i])
+    cost = _cost_function(gram, linkage, deltas)
+    clusters: list[tuple[int, ...]] = [(i,) for i in order]
+    merges: list[tuple[Members, Members]] = []
+    while len(clusters) > 1:
+        # clusters are kept in canonical order, so that ties do not depend on the order of the models
+        _, _, (a, b) = min(
+            (cost(a, b), (i, j), (a, b)) for (i, a), (j, b) in combinations(enumerate(clusters), 2)
+        )  # fmt: skip
+        merges.append((frozenset(names[i] for i in a), frozenset(names[i] for i in b)))
+        clusters = [c for c in clusters if c not in (a, b)] + [tuple(sorted(a + b, key=lambda i: names[i]))]
+        clusters.sort(key=lambda c: names[c[0]])
+    return Tree.of(list(names), merges)
+
+
+def _cost_function(
+    gram: Tensor, linkage: Linkage, deltas: Tensor | None
+) -> Callable[[Sequence[int], Sequence[int]], float]:
+    if linkage == "ward":
+        return lambda a, b: merge_cost(gram, a, b)
+    if linkage == "average":
+        diagonal = gram.diagonal()
+        distance = diagonal[:, None] + diagonal[None, :] - 2 * gram
+    else:
+        if deltas is None:
+            raise ValueError("cosine linkage needs the differences to a base")
+        size = deltas.diagonal().clamp(min=torch.finfo(deltas.dtype).tiny).sqrt()
+        distance = 1 - deltas / (size[:, None] * size[None, :])
+    return lambda a, b: float(distance[list(a)][:, list(b)].mean())
+
+
+def increments(tree: Tree, names: Sequence[str], gram: Tensor, energy: float) -> dict[str, float]:
+    """Energy that appears at each node: ``‖μ_v - μ_parent‖²``, at the root ``‖μ‖²``; node id → value.
+
+    Args:
+        tree: Over the models.
+        names: Order of ``gram``.
+        gram: ``[M, M]`` of one matrix.
+        energy: Its mean energy, as from :func:`centred_gram`.
+    """
+    place = {name: i for i, name in enumerate(names)}
+    found = {}
+    for position, (node, parent) in enumerate(zip(tree.nodes, tree.parents)):
+        mine = [place[name] for name in sorted(node)]
+        if parent is None:
+            found[tree.ids[position]] = max(0.0, energy - float(gram.diagonal().mean()))
+            continue
+        above = [place[name] for name in sorted(tree.nodes[parent])]
+        value = gram[mine][:, mine].mean() + gram[above][:, above].mean() - 2 * gram[mine][:, above].mean()
+        found[tree.ids[position]] = max(0.0, float(value))
+    return found

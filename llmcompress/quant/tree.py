@@ -1,0 +1,231 @@
+"""Tree: which models share which residuals. Torch-free.
+
+A node is the set of models below it. Every internal node has two children, so M models make 2M-1 nodes; a
+tree with more children per node, a star or a forest is the same tree with nodes of zero bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+ROOT = "root"
+LONGEST_ID = 60
+
+Members = frozenset[str]
+
+
+def node_id(members: Members, total: int) -> str:
+    """Name of a node, usable as a file name: ``root``, the member itself, or the members joined by ``+``.
+
+    Args:
+        members: Models below the node.
+        total: Number of models in the family.
+    """
+    if len(members) == total and total > 1:
+        return ROOT
+    text = "+".join(sorted(members))
+    if len(text) <= LONGEST_ID:
+        return text
+    return f"{min(members)}+{len(members) - 1}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A binary tree over models.
+
+    Attributes:
+        leaves: The models, depth first; models below any node are neighbours in this order.
+        nodes: Models below each node, pre-order, the root first.
+        parents: Position of each node's parent, None for the root.
+
+    The order is canonical (of two children the one with the alphabetically first model comes first), so that it does
+    not depend on the order in which models were named.
+    """
+
+    leaves: tuple[str, ...]
+    nodes: tuple[Members, ...]
+    parents: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str], merges: Sequence[tuple[Members, Members]]) -> Tree:
+        """Build from merges, each joining two sets that exist by then.
+
+        Args:
+            names: The models.
+            merges: M-1 pairs.
+
+        Raises:
+            ValueError: The merges do not make one binary tree over the models.
+        """
+        children: dict[Members, tuple[Members, Members]] = {}
+        open_sets = {frozenset([name]) for name in names}
+        if len(open_sets) != len(names) or not names:
+            raise ValueError("models need distinct names")
+        for left, right in merges:
+            if left not in open_sets or right not in open_sets or left == right:
+                raise ValueError(f"cannot merge {sorted(left)} and {sorted(right)}")
+            open_sets -= {left, right}
+            open_sets.add(left | right)
+            first, second = sorted((left, right), key=min)
+            children[left | right] = (first, second)
+        if len(open_sets) != 1:
+            raise ValueError(f"{len(merges)} merges do not join {len(names)} models")
+        nodes: list[Members] = []
+        parents: list[int | None] = []
+
+        def visit(node: Members, parent: int | None) -> None:
+            position = len(nodes)
+            nodes.append(node)
+            parents.append(parent)
+            for child in children.get(node, ()):
+                visit(child, position)
+
+        visit(frozenset(names), None)
+        leaves = tuple(next(iter(node)) for node in nodes if len(node) == 1)
+        return cls(leaves, tuple(nodes), tuple(parents))
+
+    @classmethod
+    def star(cls, names: Sequence[str]) -> Tree:
+        """A chain of merges in alphabetical order; with bits at the root and the leaves only, it is a star."""
+        ordered, merges, seen = sorted(names), [], frozenset[str]()
+        for name in ordered:
+            if seen:
+                merges.append((seen, frozenset([name])))
+            seen |= {name}
+        return cls.of(ordered, merges)
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the nodes, pre-order."""
+        return tuple(node_id(node, len(self.leaves)) for node in self.nodes)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of each node's children, none for a leaf."""
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for position, parent in enumerate(self.parents):
+            if parent is not None:
+                found[parent].append(position)
+        return tuple(tuple(each) for each in found)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of each node, 0 for the root."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(0 if parent is None else found[parent] + 1)
+        return tuple(found)
+
+    def is_leaf(self, position: int) -> bool:
+        """Whether a node is a model."""
+        return len(self.nodes[position]) == 1
+
+    def path(self, member: str) -> tuple[int, ...]:
+        """Positions of the nodes from the root down to a model.
+
+        Raises:
+            KeyError: There is no such model.
+        """
+        if member not in self.leaves:
+            raise KeyError(member)
+        return tuple(p for p, node in enumerate(self.nodes) if member in node)
+
+    def preorder(self) -> Iterator[int]:
+        """Positions, parents before children."""
+        return iter(range(len(self.nodes)))
+
+    def span(self, position: int) -> tuple[int, int]:
+        """Range of a node's models in :attr:`leaves`."""
+        places = [self.leaves.index(member) for member in self.nodes[position]]
+        return min(places), max(places) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: one entry per node, pre-order."""
+        return {
+            "leaves": list(self.leaves),
+            "nodes": [
+                {"id": self.ids[p], "members": sorted(node), "parent": None if parent is None else self.ids[parent]}
+                for p, (node, parent) in enumerate(zip(self.nodes, self.parents))
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Tree:
+        """Rebuild from :meth:`to_dict` output.
+
+        Raises:
+            ValueError: It is not a tree.
+        """
+        try:
+            sets = [frozenset(map(str, node["members"])) for node in data["nodes"]]
+            places = {node["id"]: position for position, node in enumerate(data["nodes"])}
+            parents = [None if node["parent"] is None else places[node["parent"]] for node in data["nodes"]]
+            found = cls(tuple(map(str, data["leaves"])), tuple(sets), tuple(parents))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a tree: {error}") from error
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raise unless every node's models are the disjoint union of its children's.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if not self.nodes or self.nodes[0] != frozenset(self.leaves) or self.parents[0] is not None:
+            raise ValueError("the first node must hold every model")
+        for position, below in enumerate(self.children):
+            if self.is_leaf(position) != (not below):
+                raise ValueError(f"node {self.ids[position]}: a leaf has one model and no children")
+            if below:
+                parts = [self.nodes[child] for child in below]
+                if sum(map(len, parts)) != len(self.nodes[position]) or frozenset().union(*parts) != self.nodes[position]:
+                    raise ValueError(f"node {self.ids[position]}: its children do not make it up")
+
+
+def drawn(tree: Tree, label: Mapping[str, str] | None = None) -> list[str]:
+    """Lines of text that draw a tree, one node each, leaves named in full.
+
+    Args:
+        tree: What to draw.
+        label: Node id → text behind it.
+    """
+    lines: list[str] = []
+
+    def visit(position: int, prefix: str, tail: str) -> None:
+        name = tree.ids[position]
+        shown = name if tree.is_leaf(position) or tree.parents[position] is None else f"{len(tree.nodes[position])} models"
+        text = (label or {}).get(name, "")
+        lines.append(f"{prefix}{tail}{shown}{'  ' + text if text else ''}")
+        below = tree.children[position]
+        inner = prefix + ("" if not tail else "│  " if tail == "├─ " else "   ")
+        for number, child in enumerate(below):
+            visit(child, inner, "├─ " if number + 1 < len(below) else "└─ ")
+
+    visit(0, "", "")
+    return lines
+
+
+def effective_bits(
+    tree: Tree, bits: Mapping[str, int], columns: int, group_size: int, rows: int = 0, extra_bytes: float = 0.0
+) -> float:
+    """Stored bits per weight and model of one matrix: codes, scales and anything else.
+
+    ``(1/M) Σ_v (b_v + 16·G/K)`` over nodes with bits, the formula of ``Σ_v (b_v + 16/g) / M`` where g divides K.
+
+    Args:
+        tree: Which models share.
+        bits: Node id → code bits; nodes that are absent or 0 store nothing.
+        columns: K.
+        group_size: g.
+        rows: N, needed with ``extra_bytes``.
+        extra_bytes: Further bytes per stored node.
+    """
+    groups = -(-columns // min(group_size, columns))
+    beside = 16 * groups / columns + (8 * extra_bytes / (rows * columns) if rows else 0.0)
+    total = sum(b + beside for name in tree.ids if (b := bits.get(name, 0)) > 0)
+    return total / len(tree.leaves)

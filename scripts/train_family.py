@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Train the reference family that the repository ships (recipes/assets/family).
+
+One small Llama-style base, trained from scratch on a mix of all domains, and one full
+fine-tune of it per domain: two novelists, plays, school mathematics, dialogues, Spanish
+documentation, Python code. Every weight is trained in every child. The script is resumable: a
+killed run continues from its last checkpoint and sees the same batches.
+
+    python scripts/make_family_texts.py --data shared/data --out runs/family
+    python scripts/train_family.py --texts runs/family --out runs/family \\
+        --tokenizer recipes/assets/reference_moe
+
+The folder ``<out>/models`` then has ``base`` and one folder per member, and
+``<out>/models/training.json`` the held-out loss of each model on each domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from train_reference import MALLOC, Batches, Source, read_texts, save_atomic
+
+MEMBERS = ("doyle", "trollope", "shakespeare", "maths", "chat", "spanish", "code")
+MIX = {"books": 0.5, "spanish": 0.12, "code": 0.14, "maths": 0.1, "shakespeare": 0.04, "chat": 0.03, "trollope": 0.07}
+LENGTH = 256
+
+
+def build_model(vocab_size: int, seed: int) -> Any:
+    """Build the Llama-style model: 3.3 M parameters, 2.2 M of them in the linear layers of its blocks."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=512,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def encode(texts: Path, tokenizer: Any, names: list[str], cache: Path) -> dict[str, Path]:
+    """Tokenise each domain's training text once into a flat uint16 file."""
+    import numpy as np
+
+    cache.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name in names:
+        files[name] = cache / f"{name}.npy"
+        if not files[name].exists():
+            rows = read_texts(texts / "train" / f"{name}.jsonl.gz")
+            pieces = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in rows]
+            np.save(files[name], np.concatenate([np.array(p, dtype=np.uint16) for p in pieces]))
+    return files
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, constant, then a linear fall to zero over the last quarter."""
+    warmup, decay = min(200, max(1, steps // 5)), max(1, steps // 4)
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+def heldout_loss(model: Any, tokenizer: Any, texts: Path, domain: str, windows: int = 48) -> float:
+    """Mean negative log likelihood (nats a token) of one domain's held-out text."""
+    import torch
+    import torch.nn.functional as F
+
+    joined = "\n\n".join(read_texts(texts / "heldout" / f"{domain}.jsonl.gz"))
+    ids = torch.tensor(tokenizer.encode(joined), dtype=torch.long)
+    count = min(windows, (len(ids) - 1) // LENGTH)
+    rows = torch.stack([ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)])
+    model.eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat([model(part[:, :-1]).logits.float() for part in rows.split(8)])
+    model.train()
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, every: int) -> None:
+    """Train ``model`` in place for ``steps`` steps, keeping a checkpoint in ``folder``."""
+    import torch
+    import torch.nn.functional as F
+
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, start = folder / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    began, cpu = time.time(), time.process_time()
+    model.train()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        rows = batches(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(rows[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            done = (step + 1 - start) * rows.shape[0] * LENGTH
+            print(
+                f"{folder.name}  step {step + 1}/{steps}  loss {loss.item():.3f}  "
+                f"{done / (time.time() - began):.0f} tokens/s  {done / (time.process_time() - cpu):.0f} a CPU second",
+                flush=True,
+            )
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_atomic(state, checkpoint)
+
+
+def finish(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write one model as a transformers folder in bf16; the last file to appear is its config."""
+    import torch
+
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+
+
+def train(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    files = encode(args.texts, tokenizer, ["books", *MEMBERS], args.out / "tokens")
+    models = args.out / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    if not (models / "base").exists():
+        model = build_model(len(tokenizer), args.seed)
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+        sources = [Source(name, files[name], share) for name, share in MIX.items()]
+        batches = Batches(files, sources, args.rows, LENGTH, args.seed)
+        fit(model, batches, int(args.base_tokens) // (args.rows * LENGTH), args.base_lr, args.out / "work" / "base", args.every)
+        finish(model, tokenizer, models / "base")
+    for index, name in enumerate(MEMBERS):
+        if (models / name).exists():
+            continue
+        model = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
+        batches = Batches(files, [Source(name, files[name], 1.0)], args.child_rows, LENGTH, args.seed + 1 + index)
+        fit(model, batches, int(args.child_tokens) // (args.child_rows * LENGTH), args.child_lr, args.out / "work" / name, args.every)
+        finish(model, tokenizer, models / name)
+    report(args, tokenizer)
+
+
+def report(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Measure each model on each domain's held-out text and write ``training.json``."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    losses: dict[str, dict[str, float]] = {}
+    for name in ("base", *MEMBERS):
+        model = LlamaForCausalLM.from_pretrained(args.out / "models" / name, dtype=torch.float32)
+        losses[name] = {d: round(heldout_loss(model, tokenizer, args.texts, d), 4) for d in MEMBERS}
+        print(name, {d: round(math.exp(v), 2) for d, v in losses[name].items()}, flush=True)
+    settings = {
+        key: getattr(args, key) for key in ("seed", "base_tokens", "child_tokens", "base_lr", "child_lr", "rows", "child_rows")
+    }
+    record = {"settings": settings, "torch": torch.__version__, "mix": MIX, "heldout_nll": losses}
+    (args.out / "models" / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--base-tokens", type=float, default=2.8e6)
+    parser.add_argument("--child-tokens", type=float, default=0.24e6)
+    parser.add_argument("--base-lr", type=float, default=3e-3)
+    parser.add_argument("--child-lr", type=float, default=6e-4)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--child-rows", type=int, default=8)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
