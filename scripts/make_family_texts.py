@@ -23,7 +23,7 @@ from pathlib import Path
 HELD_OUT_EVERY = 12
 CALIBRATION_CHARS = 160_000
 HELDOUT_CHARS = 120_000
-AUTHORS = {"doyle": "Arthur Conan Doyle", "trollope": "Anthony Trollope"}
+AUTHORS = {"doyle": "Arthur Conan Doyle"}
 
 Rows = list[str]
 

@@ -73,10 +73,22 @@ def quantize_node(
     hessian: Tensor | None = None,
     stretch: float = 1.0,
 ) -> NodeWeight:
-    """Quantize one residual.
+    """Quantize one residual; see :func:`quantize_nodes`."""
+    return quantize_nodes([target], bits, options, solver, hessian, stretch)[0]
+
+
+def quantize_nodes(
+    targets: Sequence[Tensor],
+    bits: int,
+    options: TreeOptions,
+    solver: Solver,
+    hessian: Tensor | None = None,
+    stretch: float = 1.0,
+) -> list[NodeWeight]:
+    """Quantize residuals that share their input, in one solve; each result is what it would be alone.
 
     Args:
-        target: ``[N, K]`` fp32.
+        targets: ``[N_i, K]`` fp32 each.
         bits: 1 to 6.
         options: Group size and GPTQ settings.
         solver: ``rtn`` searches scales for the least squared error; ``gptq`` needs ``hessian``.
@@ -84,8 +96,8 @@ def quantize_node(
         stretch: Multiplies the scales after the codes are chosen.
     """
     spec = delta_tree.node_spec(bits, options.group_size)
-    exponent = exponent_of(target)
-    normal = target * 2.0**-exponent
+    exponents = [exponent_of(target) for target in targets]
+    normal = torch.cat([target * 2.0**-e for target, e in zip(targets, exponents)])
     if solver == "gptq" and hessian is not None:
         found = solve(normal[None], hessian[None], spec, options.gptq)
         codes, scale = found.codes[0], found.scale[0]
@@ -93,8 +105,12 @@ def quantize_node(
         codes, scale, _ = round_to_nearest(normal, spec, options.gptq.grid)
     if stretch != 1.0:
         scale = (scale.to(torch.float32) * stretch).clamp(max=65504.0).to(torch.float16)
-    packed = delta_tree.encode(codes.cpu(), scale.cpu(), exponent, spec)
-    return NodeWeight(packed, delta_tree.dequantize(codes, scale, exponent, spec))
+    rows = [target.shape[0] for target in targets]
+    nodes = []
+    for part, grid, exponent in zip(codes.split(rows), scale.split(rows), exponents):
+        packed = delta_tree.encode(part.cpu(), grid.cpu(), exponent, spec)
+        nodes.append(NodeWeight(packed, delta_tree.dequantize(part, grid, exponent, spec)))
+    return nodes
 
 
 def exponent_of(target: Tensor) -> int:
@@ -187,11 +203,13 @@ def residual(weight: Tensor, tree: Tree, nodes: Mapping[str, NodeWeight], member
     return rest
 
 
-def leaf_node(rest: Tensor, bits: int, options: TreeOptions, hessian: Tensor | None = None) -> NodeWeight:
-    """Quantize a model's own residual.
+def leaf_nodes(
+    rests: Sequence[Tensor], bits: int, options: TreeOptions, hessian: Tensor | None = None
+) -> list[NodeWeight]:
+    """Quantize a model's own residuals of linears that share their input.
 
     Args:
-        rest: ``[N, K]`` from :func:`residual`.
+        rests: ``[N_i, K]`` each, from :func:`residual`.
         bits: 1 to 6.
         options: Settings.
         hessian: ``[K, K]`` of the model's inputs, None to round to nearest.
@@ -199,7 +217,7 @@ def leaf_node(rest: Tensor, bits: int, options: TreeOptions, hessian: Tensor | N
     stretch = 1.0
     if options.leaf_scale == "unbiased":
         stretch = 1.0 / (1.0 - distortion(bits, options.group_size))
-    return quantize_node(rest, bits, options, options.leaf_solver, hessian, stretch)
+    return quantize_nodes(rests, bits, options, options.leaf_solver, hessian, stretch)
 
 
 def build(
@@ -215,7 +233,8 @@ def build(
     for name, weight in weights.items():
         if bits.get(name, 0):
             rest = residual(weight, tree, nodes, name)
-            nodes[name] = leaf_node(rest, bits[name], options, None if hessians is None else hessians[name])
+            moment = None if hessians is None else hessians[name]
+            nodes[name] = leaf_nodes([rest], bits[name], options, moment)[0]
     return nodes
 
 

@@ -15,7 +15,7 @@ No torch here; the numbers come in as plain floats.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmcompress.quant.tree import Tree
@@ -313,26 +313,4 @@ def _pair_changes(problem: Problem, choice: Choice, bits: Bits) -> list[Bits]:
                     changed[a], changed[b] = wa, wb
                     if tuple(changed) != bits:
                         found.append(tuple(changed))
-    return found
-
-
-def by_level(tree: Tree, preset: str) -> Mapping[str, int]:
-    """Widths of a preset such as ``4-1`` (root, leaves) or ``4-2-1`` (root, groups, leaves); node id → bits.
-
-    With three or more numbers the nodes directly below the root, then those below them, take the numbers in turn; nodes
-    deeper than the preset store nothing, leaves always take the last number.
-
-    Raises:
-        ValueError: The preset is not widths joined by hyphens.
-    """
-    try:
-        levels = [int(part) for part in preset.split("-")]
-    except ValueError as error:
-        raise ValueError(f"preset {preset!r}: expected widths such as 4-1 or 4-2-1") from error
-    if len(levels) < 2 or not all(0 <= level <= 6 for level in levels):
-        raise ValueError(f"preset {preset!r}: expected two or more widths of 0 to 6 bits, such as 4-1")
-    found = {}
-    for position, depth in enumerate(tree.depths):
-        above = levels[depth] if depth < len(levels) - 1 else 0
-        found[tree.ids[position]] = levels[-1] if tree.is_leaf(position) else above
     return found

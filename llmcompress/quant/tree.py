@@ -229,3 +229,25 @@ def effective_bits(
     beside = 16 * groups / columns + (8 * extra_bytes / (rows * columns) if rows else 0.0)
     total = sum(b + beside for name in tree.ids if (b := bits.get(name, 0)) > 0)
     return total / len(tree.leaves)
+
+
+def by_level(tree: Tree, preset: str) -> Mapping[str, int]:
+    """Widths of a preset such as ``4-1`` (root, leaves) or ``4-2-1`` (root, groups, leaves); node id → bits.
+
+    With three or more numbers the nodes directly below the root, then those below them, take the numbers in turn; nodes
+    deeper than the preset store nothing, leaves always take the last number.
+
+    Raises:
+        ValueError: The preset is not widths joined by hyphens.
+    """
+    try:
+        levels = [int(part) for part in preset.split("-")]
+    except ValueError as error:
+        raise ValueError(f"preset {preset!r}: expected widths such as 4-1 or 4-2-1") from error
+    if len(levels) < 2 or not all(0 <= level <= 6 for level in levels):
+        raise ValueError(f"preset {preset!r}: expected two or more widths of 0 to 6 bits, such as 4-1")
+    found = {}
+    for position, depth in enumerate(tree.depths):
+        above = levels[depth] if depth < len(levels) - 1 else 0
+        found[tree.ids[position]] = levels[-1] if tree.is_leaf(position) else above
+    return found

@@ -188,6 +188,7 @@ _SLOTS = {
     Kind.MODEL: "a model", Kind.CALIBRATION: "calibration data", Kind.PACKED: "quantized weights",
     Kind.POLICY: "a run-time policy", Kind.ADAPTER: "an adapter", Kind.METRICS: "measurements",
     Kind.ARTIFACT: "an artifact",
+    Kind.FAMILY: "a family of models in a tree",
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ BUILT_IN: dict[str, str] = {
     "s2r_rl": "llmcompress.stages.s2r_rl:S2RRl",
     "s2r_traces": "llmcompress.stages.s2r_traces:S2RTraces",
     "s2r_evaluate": "llmcompress.stages.s2r_evaluate:S2REvaluate",
+    "rqt": "llmcompress.stages.rqt:Rqt",
     "evaluate": "llmcompress.stages.evaluate:Evaluate",
     "export": "llmcompress.stages.export:Export",
 }

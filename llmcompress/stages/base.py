@@ -28,6 +28,7 @@ class Kind(StrEnum):
     POLICY = "policy"
     METRICS = "metrics"
     ARTIFACT = "artifact"
+    FAMILY = "family"
 
 
 class StageConfig(BaseModel):

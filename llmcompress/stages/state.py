@@ -10,7 +10,9 @@ from llmcompress.events import Emit, Event
 
 if TYPE_CHECKING:
     from llmcompress.data.calibration import CalibrationSet
+    from llmcompress.models.family import ModelFamily
     from llmcompress.models.handle import ModelHandle
+    from llmcompress.quant.family import FamilyPlan
     from llmcompress.quant.store import PackedStore
 
 
@@ -42,6 +44,25 @@ class Metric:
         return f"{self.task}.{self.metric}"
 
 
+@dataclass(frozen=True, slots=True)
+class FamilyState:
+    """A quantized family.
+
+    Attributes:
+        family: Base and members, opened.
+        plan: Trees and bits.
+        store: Blocks whose entries are ``node|weight`` (:func:`llmcompress.quant.family.entry`).
+        outside: How embeddings and heads are stored, ``int8`` or ``dense``.
+        calibration: Name → windows each member was calibrated on; empty without activations.
+    """
+
+    family: ModelFamily
+    plan: FamilyPlan
+    store: PackedStore
+    outside: str
+    calibration: dict[str, CalibrationSet]
+
+
 @dataclass
 class RunState:
     """Slots filled by stages. One slot per :class:`~llmcompress.stages.base.Kind`."""
@@ -53,6 +74,7 @@ class RunState:
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
     artifacts: dict[str, Path] = field(default_factory=dict)
+    family: FamilyState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,165 @@
+"""From a survey to trees and bits."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmcompress.algorithms.half_grid import distortion
+from llmcompress.algorithms.residual_tree import member_importance
+from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate
+from llmcompress.algorithms.tree_topology import aggregate, increments
+from llmcompress.quant.family import FamilyPlan
+from llmcompress.quant.tree import Tree, by_level
+
+if TYPE_CHECKING:
+    from llmcompress.models.family import ModelFamily
+    from llmcompress.stages.rqt import RqtConfig
+    from llmcompress.stages.rqt_survey import MatrixFacts, Survey
+
+# deltas beyond this share of the weights' energy leave little to share; below the other, a coarse root drowns them
+LARGE_DELTA, SMALL_DELTA = 0.2, 1e-3
+EXPONENT_BITS = 32
+
+
+def make_plan(config: RqtConfig, family: ModelFamily, survey: Survey) -> tuple[FamilyPlan, dict[str, Any]]:
+    """Choose trees and bits.
+
+    Returns:
+        The plan, and facts for the report: pairwise distances, node energies, warnings.
+    """
+    names = survey.members
+    shapes, keys = _weights(config, family)
+    trees = {
+        key: _tree(config, survey, [name for name in shapes if keys[name] == key]) for key in dict.fromkeys(keys.values())
+    }
+    main = trees["model"] if "model" in trees else _tree(config, survey, list(shapes))
+    energies = {
+        name: increments(trees[keys[name]], names, _matrix(survey.matrices[name].gram), survey.matrices[name].energy)
+        for name in shapes
+    }
+    if config.bits.mode == "preset":
+        bits = {name: dict(by_level(trees[keys[name]], config.bits.preset)) for name in shapes}
+    else:
+        bits = _allocated(config, survey, shapes, keys, trees, energies)
+    bits = {name: {node: b for node, b in chosen.items() if b} for name, chosen in bits.items()}
+    plan = FamilyPlan(main.leaves, config.group_size, trees, keys, shapes, bits)
+    facts = _facts(survey, shapes, main, energies)
+    facts["warnings"] = _warnings(config, survey, shapes, plan)
+    return plan, facts
+
+
+def _weights(config: RqtConfig, family: ModelFamily) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Shapes of the weights in the trees, and the key of each one's tree."""
+    shapes, keys = {}, {}
+    for block in family.layout.blocks:
+        for linear in block.linears():
+            shapes[linear.name] = (linear.out_features, linear.in_features)
+            keys[linear.name] = {"model": "model", "layer": block.name, "matrix": linear.name}[config.tree.scope]
+    return shapes, keys
+
+
+def _tree(config: RqtConfig, survey: Survey, linears: list[str]) -> Tree:
+    """One tree over several weights: distances are added up relative to each weight's own energy."""
+    count = len(survey.members)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    deltas = torch.zeros_like(gram)
+    for name in linears:
+        facts = survey.matrices[name]
+        if facts.energy > 0:
+            gram += _matrix(facts.gram) / facts.energy
+            deltas += _matrix(facts.deltas) / facts.energy
+    return aggregate(survey.members, gram, config.tree.linkage, deltas)
+
+
+def _matrix(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _allocated(
+    config: RqtConfig,
+    survey: Survey,
+    shapes: dict[str, tuple[int, int]],
+    keys: dict[str, str],
+    trees: dict[str, Tree],
+    energies: dict[str, dict[str, float]],
+) -> dict[str, dict[str, int]]:
+    members = len(survey.members)
+    problems = []
+    for name, (rows, columns) in shapes.items():
+        tree, facts = trees[keys[name]], survey.matrices[name]
+        groups = -(-columns // min(config.group_size, columns))
+        overhead = 16 * groups / columns + EXPONENT_BITS / (rows * columns)
+        scale = 1.0 / facts.energy if facts.energy > 0 else 0.0
+        energy = [energies[name][node] * scale for node in tree.ids]
+        omega = dict(zip(survey.members, importance(config, survey, name)))
+        weight = [omega[next(iter(node))] if len(node) == 1 else 0.0 for node in tree.nodes]
+        problems.append(Problem(tree, energy, weight, rows * columns, overhead))
+    widths = sorted(set(config.bits.widths))
+    leaf = tuple(w for w in widths if w >= config.bits.min_leaf_bits)
+    phi = {width: distortion(width, config.group_size) for width in {0, *widths}}
+    choice = Choice(tuple(sorted({0, *widths})), leaf, phi.__getitem__)
+    budget = config.bits.budget * members * sum(n * k for n, k in shapes.values())
+    found = allocate(problems, choice, budget, config.bits.solver)
+    return {name: dict(zip(problem.tree.ids, bits)) for name, problem, bits in zip(shapes, problems, found)}
+
+
+def importance(config: RqtConfig, survey: Survey, linear: str) -> list[float]:
+    """Weight of each member's error in one weight: relative to its energy, times the recipe's weight."""
+    relative = member_importance(survey.matrices[linear].member_energy)
+    return [value * config.members[name].weight for name, value in zip(survey.members, relative)]
+
+
+def distances(facts: list[MatrixFacts]) -> list[list[float]]:
+    """Relative distance ``‖W_i - W_j‖ / ‖W‖`` over several weights, M × M."""
+    if not facts:
+        return []
+    gram = torch.stack([_matrix(each.plain) for each in facts]).sum(0)
+    energy = sum(each.plain_energy for each in facts)
+    diagonal = gram.diagonal()
+    squared = (diagonal[:, None] + diagonal[None, :] - 2 * gram).clamp(min=0)
+    return [[math.sqrt(float(v) / energy) if energy > 0 else 0.0 for v in row] for row in squared]
+
+
+def _facts(
+    survey: Survey, shapes: dict[str, tuple[int, int]], main: Tree, energies: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What the report shows."""
+    matrices = [survey.matrices[name] for name in shapes]
+    deltas = torch.stack([_matrix(each.deltas) for each in matrices]).sum(0)
+    size = deltas.diagonal().clamp(min=1e-300).sqrt()
+    whole = sum(each.energy for each in matrices) or 1.0
+    return {
+        "members": list(survey.members),
+        "distance": distances(matrices),
+        "delta_cosine": (deltas / (size[:, None] * size[None, :])).tolist(),
+        "delta_energy": (deltas.diagonal() / whole).tolist(),
+        "equal_weights": [name for name in shapes if survey.matrices[name].equal],
+        "tree": main.to_dict(),
+        "node_energy": {
+            node: sum(each.get(node, 0.0) for each in energies.values()) / whole for node in main.ids
+        },
+    }  # fmt: skip
+
+
+def _warnings(
+    config: RqtConfig, survey: Survey, shapes: dict[str, tuple[int, int]], plan: FamilyPlan
+) -> list[str]:
+    found = []
+    facts = _facts(survey, shapes, plan.trees.get("model") or next(iter(plan.trees.values())), {})
+    for name, share in zip(survey.members, facts["delta_energy"]):
+        if share > LARGE_DELTA:
+            found.append(f"{name} differs from the base by {share:.0%} of its energy: sharing will save little")
+        elif 0 < share < SMALL_DELTA and config.bits.mode == "preset":
+            found.append(f"{name} differs from the base by {share:.2%} of its energy: give the root 5 or 6 bits")
+    for index, name in enumerate(survey.members):
+        ranks = [survey.matrices[linear].low_rank[index] for linear in shapes]
+        smaller = [
+            16 * rank * (n + k) < config.bits.min_leaf_bits * n * k
+            for rank, (n, k) in zip(ranks, shapes.values()) if rank
+        ]  # fmt: skip
+        if smaller and len(smaller) == sum(1 for r in ranks if r) == len(ranks) and all(smaller):
+            found.append(f"{name} is the base plus an adapter of rank {max(ranks)}: the adapter is smaller than a leaf")
+    return found
