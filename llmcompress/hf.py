@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmcompress.errors import InputError
 from llmcompress.models.assemble import attach_policies, prepare_policies
 from llmcompress.models.checkpoint import read_config
+from llmcompress.models.family_artifact import FamilyArtifact, is_family
 from llmcompress.models.handle import align, load_tokenizer, transformers_config
 from llmcompress.models.paths import ADAPTER, resolve_path
 from llmcompress.models.quantization_config import METHOD, VERSION, from_json
@@ -114,7 +115,10 @@ _register()
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    member: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load an artifact of this tool, or a plain dense model folder.
 
@@ -122,6 +126,7 @@ def load(
         path: Folder, or ``asset:NAME``.
         dtype: Type of dense tensors and activations; that of the files by default. Packed tensors keep theirs.
         device: Where to put the model; the CPU by default.
+        member: Which model of a family.
 
     Returns:
         The model in evaluation mode and its tokenizer, None when the folder holds none.
@@ -132,6 +137,10 @@ def load(
     from transformers import AutoModelForCausalLM
 
     folder = resolve_path(str(path))
+    if is_family(folder):
+        return _load_member(folder, member, dtype, device)
+    if member is not None:
+        raise InputError(f"{folder}: not a family, so it has no member {member!r}", "leave out the member")
     config = read_config(folder)
     quantization = config.get("quantization_config")
     if quantization:
@@ -167,6 +176,23 @@ def load(
         model = model.to(device)
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     return model, load_tokenizer(folder) if has_tokenizer else None
+
+
+def _load_member(
+    folder: Path, member: str | None, dtype: torch.dtype | str | None, device: torch.device | str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    from llmcompress.models.family_model import load_member
+
+    artifact = FamilyArtifact(folder)
+    name = artifact.require(member)
+    wanted = None if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = load_member(artifact, name, wanted)
+    if device is not None:
+        moved: Any = model
+        model = moved.to(device)
+    own = artifact.member_folder(name)
+    has_tokenizer = any((own / file).is_file() for file in _TOKENIZER_FILES)
+    return model, load_tokenizer(own) if has_tokenizer else None
 
 
 def _refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:

@@ -135,3 +135,30 @@ def moe_group_gemm(
         int8,
     )
     return out
+
+
+def delta_decode(
+    x: Tensor,
+    packed: list[Tensor],
+    scale: list[Tensor],
+    spans: Tensor,
+    bits: list[int],
+    multiplier: list[float],
+    group_size: int,
+) -> Tensor:
+    """Product of rows that belong to several models of one residual tree; each node is used once.
+
+    Args:
+        x: ``[T, K]``, rows sorted so that those below each node are neighbours.
+        packed: Per node ``[N, words(K, b_v)]`` int32.
+        scale: Per node ``[N, G]`` fp16.
+        spans: ``[V, 2]`` int64 on the CPU, rows ``lo ≤ t < hi`` below each node.
+        bits: Per node, 1 to 6; codes are centred on ``(2^b - 1)/2``.
+        multiplier: Per node, a power of two that multiplies its scales.
+        group_size: Columns per scale.
+
+    Returns:
+        ``[T, N]`` in the type of ``x``: per row the sum over the nodes whose range holds it.
+    """
+    out: Tensor = torch.ops.llmcompress.delta_decode(x, packed, scale, spans, bits, multiplier, group_size)
+    return out

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmcompress_kernels.reference import bitpack, group_gemm, moe_group_gemm
+from llmcompress_kernels.reference import bitpack, delta_decode, group_gemm, moe_group_gemm
 from llmcompress_kernels.select import Implementation, register
 
 NAMESPACE = "llmcompress"
@@ -46,6 +46,11 @@ SCHEMAS = {
         "int gate_up_bits, int gate_up_group, "
         "Tensor down, Tensor? down_scale, Tensor? down_zero, Tensor? down_bias, int down_bits, int down_group, "
         "int intermediate, str activation, float alpha, float limit, bool int8=False) -> Tensor"
+    ),
+    # x [T, K]; per node packed [N, words(K, b)], scale [N, G], its rows [V, 2] int64 on the CPU, bits -> [T, N]
+    "delta_decode": (
+        "(Tensor x, Tensor[] packed, Tensor[] scale, Tensor spans, int[] bits, float[] multiplier, int group_size) "
+        "-> Tensor"
     ),
 }
 
@@ -78,11 +83,16 @@ def _moe_group_gemm_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _delta_decode_fake(x: Tensor, packed: list[Tensor], *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], packed[0].shape[0]))
+
+
 _DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "pack": (bitpack.pack, _pack_fake),
     "unpack": (bitpack.unpack, _unpack_fake),
     "group_gemm": (group_gemm.group_gemm, _group_gemm_fake),
     "moe_group_gemm": (moe_group_gemm.moe_group_gemm, _moe_group_gemm_fake),
+    "delta_decode": (delta_decode.delta_decode, _delta_decode_fake),
 }
 
 for _name, (_definition, _fake) in _DEFINITIONS.items():

@@ -1,10 +1,10 @@
 """Top-down residual quantization of one weight of several models along a tree.
 
 Phase 2 of our variant of RQT (Findings of ACL 2025, paper 554; the abstract says "each node optimises its quantization
-parameters and hands the residual error to its children", the rest is our choice). A node quantizes the mean of what its models
-still lack; the leaf takes the rest. Internal nodes round to nearest with searched scales, leaves use GPTQ with the model's own second
-moments. GPTQ at an internal node lowers that node's output error and widens the range the leaf has to cover, which costs more
-(22 % for small deltas on synthetic weights, ``tests/paper/test_rqt_build.py``).
+parameters and hands the residual error to its children", the rest is our choice). A node quantizes the mean of what
+its models still lack; the leaf takes the rest. Internal nodes round to nearest with searched scales, leaves use GPTQ
+with the model's own second moments. GPTQ at an internal node lowers that node's output error and widens the range the
+leaf has to cover, which costs more (22 % for small deltas on synthetic weights, ``tests/paper/test_rqt_build.py``).
 
 Legend: M models, N rows, K columns, G groups per row.
 """
@@ -228,7 +228,7 @@ def build(
     hessians: Mapping[str, Tensor] | None = None,
     importance: Mapping[str, float] | None = None,
 ) -> dict[str, NodeWeight]:
-    """All nodes of one weight; the definition the block-by-block engine follows. Arguments as in :func:`internal_nodes`."""
+    """All nodes of one weight: the definition the engine follows. Arguments as in :func:`internal_nodes`."""
     nodes, _ = internal_nodes(weights, tree, bits, options, hessians, importance)
     for name, weight in weights.items():
         if bits.get(name, 0):

@@ -1,13 +1,13 @@
 """How many bits each node of a residual tree gets.
 
-The error model: energy ``d_v`` appears at node v on top of what the parent left over, quantization leaves the share ``φ(b)``,
-so a model's error is ``Σ_{v on its path} d_v · Π_{u from v down to the model} φ(b_u)``, and a node costs
+The error model: energy ``d_v`` appears at node v on top of what the parent left over, quantization leaves the share
+``φ(b)``, so a model's error is ``Σ_{v on its path} d_v · Π_{u from v down to the model} φ(b_u)``, and a node costs
 ``size · (b + overhead)``. Minimise the weighted sum over models and matrices under a budget.
 
-Two solvers. :func:`lagrangian` is exact for any price of a bit: the best cost below a node, as a function of the error that
-arrives there, is the lower envelope of lines, computed once from the leaves up; the price is then found by bisection over all
-trees together. :func:`greedy` raises the node with the best gain per bit, several bits at once if that pays, then swaps.
-:func:`allocate` runs both and keeps the better, after the rest of the budget is spent.
+Two solvers. :func:`lagrangian` is exact for any price of a bit: the best cost below a node, as a function of the
+error that arrives there, is the lower envelope of lines, computed once from the leaves up; the price is then found by
+bisection over all trees together. :func:`greedy` raises the node with the best gain per bit, several bits at once if
+that pays, then swaps. :func:`allocate` runs both and keeps the better, after the rest of the budget is spent.
 
 No torch here; the numbers come in as plain floats.
 """

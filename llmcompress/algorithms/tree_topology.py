@@ -1,8 +1,9 @@
 """Which models belong together: greedy aggregation of similar models into a binary tree.
 
-Phase 1 of our variant of RQT (Findings of ACL 2025, paper 554, of which we know the abstract only: "bottom-up aggregation
-by weight-matrix similarity"). The similarity is ours: the increase of the best common weight's output error, which for one
-shared second moment ``H = L Lᵀ`` is Ward's criterion on ``W L`` and needs nothing but inner products between models.
+Phase 1 of our variant of RQT (Findings of ACL 2025, paper 554, of which we know the abstract only: "bottom-up
+aggregation by weight-matrix similarity"). The similarity is ours: the increase of the best common weight's output
+error, which for one shared second moment ``H = L Lᵀ`` is Ward's criterion on ``W L`` and needs nothing but inner
+products between models.
 
 Legend: M models, N rows, K columns.
 """

@@ -150,11 +150,11 @@ class FamilyPlan:
             if frozenset(tree.leaves) != frozenset(self.order):
                 yield f"tree {key} is not over the family's members"
         for linear in self.linears:
-            tree = self.trees.get(self.tree_of[linear])
-            if tree is None:
+            above = self.trees.get(self.tree_of[linear])
+            if above is None:
                 yield f"{linear}: no tree {self.tree_of[linear]!r}"
                 continue
-            unknown = set(self.bits[linear]) - set(tree.ids)
+            unknown = set(self.bits[linear]) - set(above.ids)
             if unknown:
                 yield f"{linear}: no node {min(unknown)!r} in its tree"
             for member in self.order:

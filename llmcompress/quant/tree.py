@@ -183,7 +183,10 @@ class Tree:
                 raise ValueError(f"node {self.ids[position]}: a leaf has one model and no children")
             if below:
                 parts = [self.nodes[child] for child in below]
-                if sum(map(len, parts)) != len(self.nodes[position]) or frozenset().union(*parts) != self.nodes[position]:
+                if (
+                    sum(map(len, parts)) != len(self.nodes[position])
+                    or frozenset().union(*parts) != self.nodes[position]
+                ):
                     raise ValueError(f"node {self.ids[position]}: its children do not make it up")
 
 
@@ -198,7 +201,9 @@ def drawn(tree: Tree, label: Mapping[str, str] | None = None) -> list[str]:
 
     def visit(position: int, prefix: str, tail: str) -> None:
         name = tree.ids[position]
-        shown = name if tree.is_leaf(position) or tree.parents[position] is None else f"{len(tree.nodes[position])} models"
+        shown = (
+            name if tree.is_leaf(position) or tree.parents[position] is None else f"{len(tree.nodes[position])} models"
+        )
         text = (label or {}).get(name, "")
         lines.append(f"{prefix}{tail}{shown}{'  ' + text if text else ''}")
         below = tree.children[position]

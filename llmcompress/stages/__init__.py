@@ -35,6 +35,8 @@ BUILT_IN: dict[str, str] = {
     "rqt": "llmcompress.stages.rqt:Rqt",
     "evaluate": "llmcompress.stages.evaluate:Evaluate",
     "export": "llmcompress.stages.export:Export",
+    "evaluate_family": "llmcompress.stages.evaluate_family:EvaluateFamily",
+    "export_family": "llmcompress.stages.export_family:ExportFamily",
 }
 
 

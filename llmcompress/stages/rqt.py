@@ -81,7 +81,7 @@ class BitsConfig(_Part):
     """Widths that nodes may take; 0 is no node."""
 
     min_leaf_bits: Annotated[int, Field(ge=0, le=6)] = 1
-    """Least bits of a member's own node. With 0 small fine-tunes are merged away: their error is small, they are not."""
+    """Least bits of a member's own node. With 0 small fine-tunes would be merged away, because their error is small."""
 
     solver: Literal["lagrange", "greedy"] = "lagrange"
     """How ``auto`` chooses; both come to nearly the same."""

@@ -1,16 +1,14 @@
-"""Second pass over a family: quantize the nodes, block after block, each member on what its own quantized blocks produce.
+"""Second pass over a family: quantize the nodes, block by block, each member on its own quantized activations.
 
-Per block: the shared nodes from all members' weights, then member by member its leaves while its activations pass through.
-A finished block holds every node and is written durably; after a kill it is read back and only run.
+Per block: the shared nodes from all members' weights, then member by member its leaves while its activations pass
+through. A finished block holds every node and is written durably; after a kill it is read back and only run.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from llmcompress.algorithms.gptq import GptqOptions
 from llmcompress.algorithms.residual_tree import (
@@ -23,11 +21,11 @@ from llmcompress.algorithms.residual_tree import (
     residual,
 )
 from llmcompress.errors import InputError
+from llmcompress.models.member_stream import DenseVisitor, MemberStream
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.family import FamilyPlan, entry
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.store import BlockPatch, PackedStore
-from llmcompress.stages.rqt_survey import MemberStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +85,8 @@ class FamilyBuilder:
         if len(finished) == len(blocks):
             return
         names, ctx = self.family.members, self.ctx
-        streams = {n: MemberStream(self.family, n, self.calibration[n].tokens, ctx) for n in names if self.on_data}
-        full = {n: MemberStream(self.family, n, self.calibration[n].tokens, ctx) for n in names if self.moments}
+        streams = {name: self._stream(name) for name in names if self.on_data}
+        full = {name: self._stream(name) for name in names if self.moments}
         last = max(set(range(len(blocks))) - finished)
         for block in blocks[: last + 1]:
             if not streams and not full and block.index in finished:
@@ -105,6 +103,12 @@ class FamilyBuilder:
             errors = [e for each in patch.record["members"].values() for e in each["errors"].values()]
             mean = sum(errors) / len(errors) if errors else 0.0
             ctx.emit("block_end", index=block.index, total=len(blocks), seconds=patch.record["seconds"], error=mean)
+
+    def _stream(self, member: str) -> MemberStream:
+        ctx = self.ctx
+        return MemberStream(
+            self.family.members[member], self.calibration[member].tokens, ctx.device, ctx.dtype, ctx.seed
+        )
 
     def _replay(self, block: Block, streams: Mapping[str, MemberStream]) -> None:
         """Run a finished block with its rebuilt weights."""
@@ -155,6 +159,8 @@ class FamilyBuilder:
     def _shared_nodes(
         self, linear: LinearView, group: LinearGroup, moments: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[dict[str, NodeWeight], str]:
+        import torch
+
         weights = {name: w.to(self.ctx.device) for name, w in self.family.weights(linear.name).items()}
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
@@ -165,7 +171,7 @@ class FamilyBuilder:
         return internal_nodes(weights, tree, bits, self.options, hessians, self.weight)
 
 
-class LeafSolver:
+class LeafSolver(DenseVisitor):
     """Visitor of one member's block: quantizes its leaves and puts the rebuilt weights in place.
 
     Args:
@@ -174,8 +180,6 @@ class LeafSolver:
         shared: Weight → node → shared node.
         stream: The member's activations, None without.
     """
-
-    affinity = False
 
     def __init__(
         self,
@@ -189,10 +193,6 @@ class LeafSolver:
         self.packed: dict[str, PackedWeight] = {}
         self.record: dict[str, dict[str, Any]] = {"errors": {}, "kept": {}}
         self.warnings: list[str] = []
-
-    def wants(self, names: Sequence[str]) -> bool:
-        """Second moments serve the solver and the error figures."""
-        return True
 
     def linears(self, group: LinearGroup, gram: Gram | None) -> None:
         """Quantize the leaves of linears that share an input; those with equal bits in one solve."""
@@ -211,9 +211,7 @@ class LeafSolver:
         for name, weight in weights.items():
             self._finish(name, weight, rests[name], leaves.get(name), hessian)
 
-    def _finish(
-        self, name: str, weight: Tensor, rest: Tensor, leaf: NodeWeight | None, hessian: Tensor | None
-    ) -> None:
+    def _finish(self, name: str, weight: Tensor, rest: Tensor, leaf: NodeWeight | None, hessian: Tensor | None) -> None:
         """Record errors, keep the node, write the rebuilt weight into the model."""
         nodes = [self.shared[name][node].packed for node in self.plan.path(name, self.member) if node != self.member]
         if leaf is not None:
@@ -225,7 +223,9 @@ class LeafSolver:
         self.record["errors"][name] = error
         without = relative_error(weight, rest, hessian)
         if leaf is not None and error > without * (1 + 1e-6):
-            self.warnings.append(f"{self.member}: {name} is worse with its leaf ({error:.3g}) than without ({without:.3g})")
+            self.warnings.append(
+                f"{self.member}: {name} is worse with its leaf ({error:.3g}) than without ({without:.3g})"
+            )
         kept = delta_kept(weight, rebuilt, self._base(name), hessian)
         self.record["kept"][name] = [kept.retention, kept.cosine, kept.signs, kept.size]
         if self.stream is not None:
@@ -233,19 +233,10 @@ class LeafSolver:
             place.data.copy_(rebuilt.to(place))
 
     def _weight(self, member: str, name: str) -> Tensor:
-        return self.family.members[member].checkpoint.tensor(f"{name}.weight").to(self.device, torch.float32)
+        return self.family.members[member].checkpoint.tensor(f"{name}.weight").to(self.device).float()
 
     def _base(self, name: str) -> Tensor:
-        return self.family.base.checkpoint.tensor(f"{name}.weight").to(self.device, torch.float32)
-
-    def router(self, bank: Any, router: Any, x: Any) -> None:
-        """Dense families have none."""
-
-    def routed(self, bank: Any, counts: Any) -> None:
-        """Dense families have none."""
-
-    def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
-        """Dense families have none."""
+        return self.family.base.checkpoint.tensor(f"{name}.weight").to(self.device).float()
 
 
 def _groups(block: Block) -> list[LinearGroup]:

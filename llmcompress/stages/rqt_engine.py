@@ -126,5 +126,6 @@ def planned(config: RqtConfig, family: ModelFamily, survey: Survey, ctx: RunCont
         write_durably(ctx.stage_dir / "survey.json", json.dumps(facts, indent=1, sort_keys=True).encode())
         write_durably(path, json.dumps(plan.to_dict(), indent=1, sort_keys=True).encode())
     plan = FamilyPlan.from_dict(read_json(path), str(path))
-    ctx.emit("note", text=f"{len(plan.order)} members in {len(plan.trees)} tree(s), {plan.linear_bits():.3f} bits per weight and member")
+    bits = f"{plan.linear_bits():.3f} bits per weight and member"
+    ctx.emit("note", text=f"{len(plan.order)} members in {len(plan.trees)} tree(s), {bits}")
     return plan

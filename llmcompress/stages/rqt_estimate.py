@@ -43,9 +43,10 @@ def estimate_rqt(config: RqtConfig, inputs: PlanInputs) -> Estimate:
     tokens = samples * length * members
     passes = 1 + (config.tree.similarity == "hessian") + _needs_moments(config)
     flops = 2.0 * tokens * weights * passes + sum(2.0 * tokens * k * k * passes for _, k in shapes)
+    dense = members * (weights + outside) * inputs.weight_bytes
     note = (
         f"{members} members, about {bits:.2f} stored bits per weight and member in the trees, "
-        f"{(stored + private) / 1e6:.0f} MB in all against {members * (weights + outside) * inputs.weight_bytes / 1e6:.0f} MB dense"
+        f"{(stored + private) / 1e6:.0f} MB in all against {dense / 1e6:.0f} MB dense"
     )
     on_gpu = inputs.device == "cuda"
     ram = streams + (0 if on_gpu else peak) + 2 * outside * inputs.compute_bytes

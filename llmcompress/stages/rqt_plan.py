@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llmcompress.algorithms.half_grid import distortion
 from llmcompress.algorithms.residual_tree import member_importance
 from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate
@@ -15,6 +13,8 @@ from llmcompress.quant.family import FamilyPlan
 from llmcompress.quant.tree import Tree, by_level
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmcompress.models.family import ModelFamily
     from llmcompress.stages.rqt import RqtConfig
     from llmcompress.stages.rqt_survey import MatrixFacts, Survey
@@ -33,7 +33,8 @@ def make_plan(config: RqtConfig, family: ModelFamily, survey: Survey) -> tuple[F
     names = survey.members
     shapes, keys = _weights(config, family)
     trees = {
-        key: _tree(config, survey, [name for name in shapes if keys[name] == key]) for key in dict.fromkeys(keys.values())
+        key: _tree(config, survey, [name for name in shapes if keys[name] == key])
+        for key in dict.fromkeys(keys.values())
     }
     main = trees["model"] if "model" in trees else _tree(config, survey, list(shapes))
     energies = {
@@ -63,6 +64,8 @@ def _weights(config: RqtConfig, family: ModelFamily) -> tuple[dict[str, tuple[in
 
 def _tree(config: RqtConfig, survey: Survey, linears: list[str]) -> Tree:
     """One tree over several weights: distances are added up relative to each weight's own energy."""
+    import torch
+
     count = len(survey.members)
     gram = torch.zeros(count, count, dtype=torch.float64)
     deltas = torch.zeros_like(gram)
@@ -74,7 +77,9 @@ def _tree(config: RqtConfig, survey: Survey, linears: list[str]) -> Tree:
     return aggregate(survey.members, gram, config.tree.linkage, deltas)
 
 
-def _matrix(rows: list[list[float]]) -> torch.Tensor:
+def _matrix(rows: list[list[float]]) -> Tensor:
+    import torch
+
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -114,6 +119,8 @@ def importance(config: RqtConfig, survey: Survey, linear: str) -> list[float]:
 
 def distances(facts: list[MatrixFacts]) -> list[list[float]]:
     """Relative distance ``‖W_i - W_j‖ / ‖W‖`` over several weights, M × M."""
+    import torch
+
     if not facts:
         return []
     gram = torch.stack([_matrix(each.plain) for each in facts]).sum(0)
@@ -127,6 +134,8 @@ def _facts(
     survey: Survey, shapes: dict[str, tuple[int, int]], main: Tree, energies: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """What the report shows."""
+    import torch
+
     matrices = [survey.matrices[name] for name in shapes]
     deltas = torch.stack([_matrix(each.deltas) for each in matrices]).sum(0)
     size = deltas.diagonal().clamp(min=1e-300).sqrt()
@@ -144,9 +153,7 @@ def _facts(
     }  # fmt: skip
 
 
-def _warnings(
-    config: RqtConfig, survey: Survey, shapes: dict[str, tuple[int, int]], plan: FamilyPlan
-) -> list[str]:
+def _warnings(config: RqtConfig, survey: Survey, shapes: dict[str, tuple[int, int]], plan: FamilyPlan) -> list[str]:
     found = []
     facts = _facts(survey, shapes, plan.trees.get("model") or next(iter(plan.trees.values())), {})
     for name, share in zip(survey.members, facts["delta_energy"]):

@@ -1,22 +1,19 @@
-"""First pass over a family: inner products between its members, matrix by matrix, weighed by what the inputs look like."""
+"""First pass over a family: inner products between its members, matrix by matrix, weighed by the inputs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.models.member_stream import MemberStream
 from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmcompress.algorithms.hessian import Gram
     from llmcompress.data.calibration import CalibrationSet
     from llmcompress.models.family import ModelFamily
-    from llmcompress.models.layout import Block, LinearGroup
-    from llmcompress.models.walker import Walker
     from llmcompress.stages.rqt import RqtConfig
     from llmcompress.stages.state import RunContext
 
@@ -59,76 +56,6 @@ class Survey:
     matrices: dict[str, MatrixFacts]
 
 
-class MomentCollector:
-    """Visitor that keeps the second moments of every group and changes nothing."""
-
-    affinity = False
-
-    def __init__(self) -> None:
-        self.moments: dict[str, Tensor] = {}
-
-    def wants(self, names: Sequence[str]) -> bool:
-        """Always."""
-        return True
-
-    def linears(self, group: LinearGroup, gram: Gram | None) -> None:
-        """Keep the group's Hessian under the name of its first linear."""
-        assert gram is not None
-        self.moments[group.linears[0].name] = gram.hessian()[0]
-
-    def router(self, bank: Any, router: Any, x: Any) -> None:
-        """Dense families have none."""
-
-    def routed(self, bank: Any, counts: Any) -> None:
-        """Dense families have none."""
-
-    def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
-        """Dense families have none."""
-
-
-class MemberStream:
-    """One member's activations: hidden states on the CPU, and a skeleton whose blocks come and go.
-
-    Args:
-        family: The family.
-        name: Which member.
-        tokens: ``[S, L]``.
-        ctx: The run.
-    """
-
-    def __init__(self, family: ModelFamily, name: str, tokens: Tensor, ctx: RunContext) -> None:
-        import torch
-
-        from llmcompress.models.walker import Walker
-
-        self.handle, self.device = family.members[name], ctx.device
-        self.model = self.handle.skeleton(getattr(torch, ctx.dtype))
-        self.walker: Walker = Walker(self.model, tokens, ctx.device, ctx.seed)
-        self.hidden = self.walker.embed([block.name for block in self.handle.layout.blocks])
-        # embedding and head of every member together could be as large as a model
-        for view in self.handle.layout.outside:
-            owner, _, key = view.name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            meta = torch.empty_like(getattr(module, key), device="meta")
-            module.register_parameter(key, torch.nn.Parameter(meta, requires_grad=False))
-
-    def load(self, block: Block) -> None:
-        """Materialise a block."""
-        self.handle.load_block(self.model, block.index).to(self.device)
-
-    def free(self, block: Block) -> None:
-        """Give its memory back."""
-        self.handle.free_block(self.model, block.index)
-
-    def moments(self, block: Block, advance: bool = True) -> dict[str, Tensor]:
-        """Run a block in full precision; return each group's Hessian by its first linear."""
-        collector = MomentCollector()
-        self.load(block)
-        self.walker.forward(block, self.hidden, collector, advance)
-        self.free(block)
-        return collector.moments
-
-
 def survey_family(
     config: RqtConfig, family: ModelFamily, calibration: dict[str, CalibrationSet], ctx: RunContext
 ) -> Survey:
@@ -151,7 +78,14 @@ def _walk(
     config: RqtConfig, family: ModelFamily, calibration: dict[str, CalibrationSet], ctx: RunContext, first: int
 ) -> None:
     weighed = config.tree.similarity == "hessian"
-    streams = {n: MemberStream(family, n, calibration[n].tokens, ctx) for n in family.members} if weighed else {}
+    streams = (
+        {
+            n: MemberStream(family.members[n], calibration[n].tokens, ctx.device, ctx.dtype, ctx.seed)
+            for n in family.members
+        }
+        if weighed
+        else {}
+    )
     for block in family.layout.blocks:
         shared: dict[str, Tensor] = {}
         for stream in streams.values():
@@ -162,8 +96,8 @@ def _walk(
         facts: dict[str, Any] = {}
         for sublayer in block.sublayers:
             for group in sublayer.groups:
-                moment = shared.get(group.linears[0].name)
-                mean = None if moment is None else moment / len(streams)
+                total = shared.get(group.linears[0].name)
+                mean = None if total is None else total / len(streams)
                 for linear in group.linears:
                     facts[linear.name] = matrix_facts(family, linear.name, mean)
         path = ctx.stage_dir / "survey" / f"{block.index:05d}.json"

@@ -1,0 +1,162 @@
+"""Perplexity of a family's members: dense, from the tree, by other methods, and on each other's texts.
+
+Every figure is kept as soon as it is known, so that an interrupted run measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import RecipeError
+from llmcompress.evaluation.family_baselines import Baselines
+from llmcompress.evaluation.perplexity import Text, perplexity, tokenize
+from llmcompress.quant.codecs import codec, delta_tree
+from llmcompress.quant.family import entry
+from llmcompress.quant.store import write_durably
+
+if TYPE_CHECKING:
+    from llmcompress.evaluation.config import PerplexityConfig
+    from llmcompress.stages.state import FamilyState, RunContext
+
+
+class Ledger:
+    """Figures by key, one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The figure under ``key``, measured if it is not known."""
+        if key not in self.rows:
+            self.rows[key] = measure()
+            write_durably(self.path, json.dumps(self.rows, sort_keys=True).encode())
+        return self.rows[key]
+
+
+def measure_family(config: Any, state: FamilyState, ctx: RunContext) -> dict[str, Any]:
+    """Measure everything the stage asks for.
+
+    Returns:
+        ``members`` (per member dense and compressed), ``methods`` (per method its bits and mean relative increase),
+        ``cross`` (member → text → perplexity, dense and compressed).
+    """
+    unknown = sorted(set(config.texts) - set(state.plan.order))
+    if unknown:
+        raise RecipeError(
+            f"stages.{ctx.stage}.texts.{unknown[0]}: no such member", f"members: {', '.join(state.plan.order)}"
+        )
+    return _Measurement(config, state, ctx).run()
+
+
+class _Measurement:
+    def __init__(self, config: Any, state: FamilyState, ctx: RunContext) -> None:
+        self.config, self.state, self.ctx = config, state, ctx
+        self.ledger = Ledger(ctx.stage_dir / "figures.json")
+        self.names = [name for name in state.plan.order if name in config.texts]
+        self._texts: dict[tuple[str, str], Text] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Method by method, one model in memory at a time."""
+        state = self.state
+        self._method("dense", lambda name: {}, cross=self.config.cross)
+        self._method("rqt", self._tree_weights, cross=self.config.cross)
+        methods = {"rqt": self._summary("rqt", state.plan.linear_bits())}
+        baselines = Baselines(state, self.ctx)
+        for method in self.config.baselines:
+            self._method(method, partial(baselines.weights, method))
+            bits = self.ledger.get(f"{method}/bits", partial(baselines.bits, method))
+            methods[method] = self._summary(method, bits)
+        members = {}
+        for name in self.names:
+            dense, compressed = self._own("dense", name), self._own("rqt", name)
+            members[name] = {
+                "dense": dense["perplexity"], "compressed": compressed["perplexity"], "stderr": compressed["stderr"],
+                "tokens": compressed["tokens"], "relative": compressed["perplexity"] / dense["perplexity"] - 1,
+            }  # fmt: skip
+        rows: dict[str, Any] = {"members": members, "methods": methods}
+        if self.config.cross:
+            rows["cross"] = {
+                method: {
+                    name: {text: self.ledger.rows[f"{method}/{name}/{text}"]["perplexity"] for text in self.names}
+                    for name in self.names
+                }
+                for method in ("dense", "rqt")
+            }
+        return rows
+
+    def _summary(self, method: str, bits: float) -> dict[str, Any]:
+        relative = {
+            name: self._own(method, name)["perplexity"] / self._own("dense", name)["perplexity"] - 1
+            for name in self.names
+        }
+        return {"bits": bits, "relative": relative, "mean_relative": sum(relative.values()) / len(relative)}
+
+    def _own(self, method: str, name: str) -> Any:
+        return self.ledger.rows[f"{method}/{name}/{name}"]
+
+    def _method(self, method: str, weights: Callable[[str], Mapping[str, Tensor]], cross: bool = False) -> None:
+        """Measure one method on each member's own text, or on all."""
+        for name in self.names:
+            texts = self.names if cross else [name]
+            missing = [text for text in texts if f"{method}/{name}/{text}" not in self.ledger.rows]
+            if not missing:
+                continue
+            model = self._model(name, weights(name), quantized=method != "dense")
+            for text in missing:
+                self.ledger.get(f"{method}/{name}/{text}", partial(self._perplexity, model, name, text))
+            self.ctx.emit("note", text=f"{method}: {name} {self._own(method, name)['perplexity']:.3f}")
+
+    def _model(self, name: str, weights: Mapping[str, Tensor], quantized: bool) -> Any:
+        """A member as a dense model in compute type, with ``weights`` in place of its own."""
+        dtype = getattr(torch, self.ctx.dtype)
+        handle = self.state.family.members[name]
+        model: Any = handle.dense_model(dtype)
+        for linear, weight in weights.items():
+            model.get_parameter(f"{linear}.weight").data.copy_(weight)
+        if quantized:
+            self._round_outside(model, name)
+        return model.to(self.ctx.device).eval()
+
+    def _round_outside(self, model: Any, name: str) -> None:
+        """Store embedding and head as the artifact does; every method gets the same."""
+        from llmcompress.export.family import outside_specs, pack_outside
+
+        for tensor, spec in outside_specs(self.state.family.base, self.state.outside).items():
+            original = self.state.family.members[name].checkpoint.tensor(tensor)
+            place = model.get_parameter(tensor)
+            place.data.copy_(codec(spec.codec).decode(pack_outside(original, spec), original.dtype))
+
+    def _tree_weights(self, name: str) -> dict[str, Tensor]:
+        plan, found = self.state.plan, {}
+        for block in self.state.family.layout.blocks:
+            patch = self.state.store.read_block(block.index)
+            for linear in block.linears():
+                nodes = [patch.packed[entry(node, linear.name)] for node in plan.path(linear.name, name)]
+                found[linear.name] = delta_tree.reconstruct(nodes)
+        return found
+
+    def _perplexity(self, model: Any, name: str, text: str) -> dict[str, Any]:
+        settings: PerplexityConfig = self.config.texts[text]
+        result = perplexity(
+            model, self._text(name, text), settings.length, settings.stride, keep_tail=settings.tail == "keep"
+        )
+        return {"perplexity": result.perplexity, "stderr": result.stderr, "tokens": result.tokens, "nll": result.nll}
+
+    def _text(self, name: str, text: str) -> Text:
+        """A text in a member's tokens."""
+        from llmcompress.data.sources import read
+
+        if (name, text) not in self._texts:
+            settings: PerplexityConfig = self.config.texts[text]
+            tokenizer = self.state.family.members[name].tokenizer()
+            joined = settings.separator.join(read(settings.source, tokenizer).texts)
+            self._texts[name, text] = tokenize(joined, tokenizer).first(settings.max_tokens)
+        return self._texts[name, text]

@@ -1,0 +1,88 @@
+"""One member of a family while its activations pass through it, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmcompress.models.walker import Walker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmcompress.algorithms.hessian import Gram
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block, LinearGroup
+
+
+class DenseVisitor:
+    """The parts of a visitor that only models with experts need; a family has none."""
+
+    affinity = False
+
+    def wants(self, names: Sequence[str]) -> bool:
+        """Second moments of every group."""
+        return True
+
+    def router(self, bank: Any, router: Any, x: Any) -> None:
+        """Not called."""
+
+    def routed(self, bank: Any, counts: Any) -> None:
+        """Not called."""
+
+    def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
+        """Not called."""
+
+
+class MomentCollector(DenseVisitor):
+    """Keeps the second moments of every group and changes nothing."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}
+
+    def linears(self, group: LinearGroup, gram: Gram | None) -> None:
+        """Keep the group's Hessian under the name of its first linear."""
+        assert gram is not None
+        self.moments[group.linears[0].name] = gram.hessian()[0]
+
+
+class MemberStream:
+    """One member's activations: hidden states on the CPU, and a skeleton whose blocks come and go.
+
+    Args:
+        handle: The member.
+        tokens: ``[S, L]``.
+        device: Where blocks run.
+        dtype: Name of the compute type.
+        seed: Of the walker.
+    """
+
+    def __init__(self, handle: ModelHandle, tokens: Tensor, device: str, dtype: str, seed: int) -> None:
+        self.handle, self.device = handle, device
+        self.model = handle.skeleton(getattr(torch, dtype))
+        self.walker = Walker(self.model, tokens, device, seed)
+        self.hidden = self.walker.embed([block.name for block in self.handle.layout.blocks])
+        # embedding and head of every member together could be as large as a model
+        for view in self.handle.layout.outside:
+            owner, _, key = view.name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            meta = torch.empty_like(getattr(module, key), device="meta")
+            module.register_parameter(key, torch.nn.Parameter(meta, requires_grad=False))
+
+    def load(self, block: Block) -> None:
+        """Materialise a block."""
+        self.handle.load_block(self.model, block.index).to(self.device)
+
+    def free(self, block: Block) -> None:
+        """Give its memory back."""
+        self.handle.free_block(self.model, block.index)
+
+    def moments(self, block: Block, advance: bool = True) -> dict[str, Tensor]:
+        """Run a block in full precision; return each group's Hessian by its first linear."""
+        collector = MomentCollector()
+        self.load(block)
+        self.walker.forward(block, self.hidden, collector, advance)
+        self.free(block)
+        return collector.moments

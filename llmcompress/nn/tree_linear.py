@@ -1,0 +1,156 @@
+"""TreeLinear: a linear layer whose weight is a sum of nodes, shared by the models of a family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from llmcompress_kernels import ops
+from torch import Tensor, nn
+
+from llmcompress.quant.codecs.delta_tree import EXPONENT
+from llmcompress.quant.codecs.int_group import PACKED, SCALE
+from llmcompress.quant.packed import PackedWeight
+
+
+@dataclass
+class BatchRows:
+    """Which rows of the running batch belong to which member; one object shared by all modules of a family.
+
+    Attributes:
+        rows: Member → ``(lo, hi)`` rows of the batch, in the family's order, covering the batch.
+        size: Rows of the batch.
+    """
+
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    size: int = 0
+
+    def assign(self, members: Sequence[str]) -> None:
+        """Set the batch: the member of each row; equal members must be neighbours.
+
+        Raises:
+            ValueError: They are not.
+        """
+        rows: dict[str, tuple[int, int]] = {}
+        for index, member in enumerate(members):
+            low, high = rows.get(member, (index, index))
+            if high != index:
+                raise ValueError(f"rows of {member} are not neighbours")
+            rows[member] = (low, index + 1)
+        self.rows, self.size = rows, len(members)
+
+    def ranges(self, members: frozenset[str]) -> list[tuple[int, int]]:
+        """Rows of any of ``members`` as few ranges as possible."""
+        found: list[tuple[int, int]] = []
+        for low, high in sorted(self.rows[m] for m in members if m in self.rows):
+            if found and found[-1][1] == low:
+                found[-1] = (found[-1][0], high)
+            else:
+                found.append((low, high))
+        return found
+
+
+class TreeLinear(nn.Module):
+    """``y = x Wᵀ (+ b)`` where each row of the batch has its member's ``W``, the sum of the nodes on its path.
+
+    Args:
+        nodes: Node id → residual ``[N, K]``, parents before children.
+        members_of: Node id → members below it.
+        batch: Rows of the running batch.
+        biases: Member → bias ``[N]``, or None.
+    """
+
+    def __init__(
+        self,
+        nodes: Mapping[str, PackedWeight],
+        members_of: Mapping[str, frozenset[str]],
+        batch: BatchRows,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.batch = list(nodes), batch
+        self.members = [members_of[name] for name in self.names]
+        self.bits = [pw.spec.bits for pw in nodes.values()]
+        self.out_features, self.in_features = next(iter(nodes.values())).shape
+        self.group_size = next(iter(nodes.values())).spec.group(self.in_features)
+        self.multipliers = [2.0 ** int(pw.tensors[EXPONENT][0]) for pw in nodes.values()]
+        for index, pw in enumerate(nodes.values()):
+            self.register_buffer(f"packed_{index}", pw.tensors[PACKED], persistent=False)
+            self.register_buffer(f"scale_{index}", pw.tensors[SCALE], persistent=False)
+        self.biases = dict(biases) if biases else {}
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move buffers but never change their type: scales are fp16 by definition."""
+        own, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers = own
+        for key, buffer in own.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                own[key] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        self.biases = {name: fn(bias) for name, bias in self.biases.items()}
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The first node's codes: code that inspects ``.weight`` for a device finds one."""
+        found = self.packed_0
+        assert isinstance(found, Tensor)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``[B, ..., K]`` into ``[B, ..., N]``; B is the batch that :class:`BatchRows` describes."""
+        flat = x.reshape(-1, self.in_features)
+        each = flat.shape[0] // self.batch.size
+        packed, scale, bits, multipliers, spans = [], [], [], [], []
+        for index, members in enumerate(self.members):
+            for low, high in self.batch.ranges(members):
+                packed.append(getattr(self, f"packed_{index}"))
+                scale.append(getattr(self, f"scale_{index}"))
+                bits.append(self.bits[index])
+                multipliers.append(self.multipliers[index])
+                spans.append((low * each, high * each))
+        rows = torch.tensor(spans, dtype=torch.int64)
+        y = ops.delta_decode(flat, packed, scale, rows, bits, multipliers, self.group_size)
+        for member, bias in self.biases.items():
+            if member in self.batch.rows:
+                low, high = self.batch.rows[member]
+                y[low * each : high * each] += bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class PerMember(nn.Module):
+    """One dense module per member, each applied to its own rows: embeddings, norms, heads.
+
+    Args:
+        modules: Member → module.
+        batch: Rows of the running batch.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], batch: BatchRows) -> None:
+        super().__init__()
+        self.names = list(modules)
+        self.parts = nn.ModuleList(modules.values())
+        self.batch = batch
+
+    @property
+    def weight(self) -> Tensor:
+        """The first member's weight, for code that asks for its device or type."""
+        found = self.parts[0].weight
+        assert isinstance(found, Tensor)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each member's module to its rows of ``[B, ...]``."""
+        if len(self.batch.rows) == 1:
+            member = next(iter(self.batch.rows))
+            found: Tensor = self.parts[self.names.index(member)](x)
+            return found
+        each = x.shape[0] // self.batch.size
+        ordered = sorted(self.batch.rows.items(), key=lambda item: item[1])
+        return torch.cat(
+            [self.parts[self.names.index(name)](x[low * each : high * each]) for name, (low, high) in ordered]
+        )

@@ -1,0 +1,112 @@
+"""Stage ``evaluate_family``: every member beside its dense original, beside other methods, and on the others' texts."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmcompress.errors import GateFailed
+from llmcompress.evaluation.config import PerplexityConfig
+from llmcompress.quant.store import write_durably
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.state import Metric
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+
+Baseline = Literal["gptq-2", "gptq-3", "gptq-4", "bitdelta", "bitdelta-4", "low_rank", "rtvq"]
+
+
+class EvaluateFamilyConfig(StageConfig):
+    """Recipe section of the stage."""
+
+    type: Literal["evaluate_family"] = "evaluate_family"
+
+    texts: Annotated[dict[str, PerplexityConfig], Field(min_length=1)]
+    """Held-out text of each member, by the member's name."""
+
+    baselines: tuple[Baseline, ...] = ()
+    """Other methods to measure in the same way: independent GPTQ at 2, 3 or 4 bits, BitDelta on a 16-bit or 4-bit base,
+    low-rank differences on a 16-bit base, and RTVQ's two levels on a 16-bit base."""
+
+    cross: bool = True
+    """Measure every member on every text: is each still the best on its own?"""
+
+    max_rel_increase: Annotated[float, Field(ge=0)] | None = None
+    """Gate: mean relative increase of perplexity over the members."""
+
+
+class EvaluateFamily(Stage):
+    """Measures a family."""
+
+    Config: ClassVar[type[StageConfig]] = EvaluateFamilyConfig
+    consumes = frozenset({Kind.MODEL, Kind.FAMILY})
+    produces = frozenset({Kind.METRICS})
+    config: Any
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """One dense member with its weights rebuilt, and the logits of a batch."""
+        layout = inputs.layout
+        linears = sum(v.out_features * v.in_features for b in layout.blocks for v in b.linears())
+        outside = sum(view.shape[0] * view.shape[-1] for view in layout.outside)
+        peak = (linears + outside) * inputs.compute_bytes + 4 * layout.vocab * 4096
+        on_gpu = inputs.device == "cuda"
+        return Estimate(ram=0 if on_gpu else peak, vram=peak if on_gpu else 0)
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Nothing can be told from the layout."""
+        return []
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Measure whatever is not measured yet.
+
+        Raises:
+            GateFailed: The gate did not hold; everything is measured and stored by then.
+            RecipeError: A text is named after no member.
+        """
+        from llmcompress.evaluation.family import measure_family
+
+        assert state.family is not None, "the pipeline checks that an rqt stage comes first"
+        rows = measure_family(self.config, state.family, ctx)
+        write_durably(ctx.stage_dir / "family.json", json.dumps(rows, indent=1, sort_keys=True).encode())
+        metrics = family_metrics(rows)
+        write_durably(
+            ctx.stage_dir / "metrics.json",
+            json.dumps([_plain(metric) for metric in metrics], indent=1, sort_keys=True).encode(),
+        )
+        for metric in metrics:
+            ctx.emit(
+                "metric", name=metric.name, value=metric.compressed, dense=metric.dense, compressed=metric.compressed
+            )
+        state.metrics = state.metrics + metrics
+        mean = rows["methods"]["rqt"]["mean_relative"]
+        limit = self.config.max_rel_increase
+        if limit is not None and mean > limit:
+            raise GateFailed(
+                f"perplexity rises by {mean:.2%} on average, allowed are {limit:.2%}",
+                "raise bits.budget; llmcompress report RUN_DIR shows where the error is",
+            )
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Read the measured values back."""
+        from llmcompress.stages.evaluate import _read_metrics
+
+        state.metrics = state.metrics + _read_metrics(ctx.stage_dir)
+
+
+def family_metrics(rows: dict[str, Any]) -> list[Metric]:
+    """One metric per member, and the mean."""
+    found = [
+        Metric(name, "perplexity", each["dense"], each["compressed"], each["stderr"], each["tokens"], False)
+        for name, each in sorted(rows["members"].items())
+    ]
+    return [*found, Metric("family", "mean_relative_increase", None, rows["methods"]["rqt"]["mean_relative"])]
+
+
+def _plain(metric: Metric) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(metric)
