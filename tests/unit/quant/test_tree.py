@@ -1,0 +1,70 @@
+"""Trees over models, and what their nodes take."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmcompress.quant.tree import Tree, by_level, drawn, effective_bits, node_id
+
+PAIRS = [(frozenset("a"), frozenset("b")), (frozenset("c"), frozenset("d")), (frozenset("ab"), frozenset("cd"))]
+
+
+def test_paths_and_spans() -> None:
+    tree = Tree.of(list("dbca"), PAIRS)
+    assert tree.leaves == ("a", "b", "c", "d")
+    assert tree.ids == ("root", "a+b", "a", "b", "c+d", "c", "d")
+    assert [tree.ids[p] for p in tree.path("d")] == ["root", "c+d", "d"]
+    assert tree.span(tree.ids.index("c+d")) == (2, 4)
+    assert Tree.from_dict(tree.to_dict()) == tree
+
+
+def test_merges_must_make_one_tree() -> None:
+    with pytest.raises(ValueError, match="cannot merge"):
+        Tree.of(list("abc"), [(frozenset("a"), frozenset("a"))])
+    with pytest.raises(ValueError, match="do not join"):
+        Tree.of(list("abc"), [(frozenset("a"), frozenset("b"))])
+    with pytest.raises(ValueError, match="distinct"):
+        Tree.of(["a", "a"], [])
+
+
+def test_damaged_trees_are_refused() -> None:
+    data = Tree.of(list("abcd"), PAIRS).to_dict()
+    data["nodes"][1]["members"] = ["a", "c"]
+    with pytest.raises(ValueError, match="do not make it up"):
+        Tree.from_dict(data)
+    with pytest.raises(ValueError, match="not a tree"):
+        Tree.from_dict({"leaves": []})
+
+
+def test_long_names_stay_short_and_apart() -> None:
+    many = frozenset(f"a-rather-long-name-{i}" for i in range(8))
+    assert len(node_id(many, 9)) < 80
+    assert node_id(many, 9) != node_id(many | {"x"}, 10)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "expected"),
+    [("3-1", 4, 1.906), ("4-1", 4, 2.156), ("4-1", 6, 1.812), ("4-1", 8, 1.641), ("4-1", 16, 1.383), ("4-2", 8, 2.641)],
+)
+def test_effective_bits_of_stars(preset: str, count: int, expected: float) -> None:
+    """The figures of the design: ``(1/M) Σ (b + 16/128)``."""
+    tree = Tree.star([f"m{i:02d}" for i in range(count)])
+    assert effective_bits(tree, by_level(tree, preset), 4096, 128) == pytest.approx(expected, abs=1e-3)
+
+
+def test_effective_bits_with_groups_below_the_root() -> None:
+    tree = Tree.of(list("abcd"), PAIRS)
+    assert effective_bits(tree, by_level(tree, "4-1-1"), 4096, 128) == pytest.approx(2.719, abs=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["4", "4-x", "9-1", "-1"])
+def test_wrong_presets(preset: str) -> None:
+    with pytest.raises(ValueError, match="preset"):
+        by_level(Tree.star(list("ab")), preset)
+
+
+def test_drawing_names_every_leaf() -> None:
+    lines = drawn(Tree.of(list("abcd"), PAIRS), {"a": "1.00 bits"})
+    assert lines[0] == "root"
+    assert any(line.endswith("a  1.00 bits") for line in lines)
+    assert len(lines) == 7
