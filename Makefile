@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check repro-eac-moe clean
+.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check family repro-eac-moe clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +60,11 @@ acceptance: $(VENV)/.dev ## Run every acceptance script and write benchmarks/acc
 
 report-check: $(VENV)/.dev ## Open the demo's report in headless Chromium, phone and wide, light and dark
 	@$(BIN)/python scripts/check_report.py runs/demo
+
+family: $(STAMP) ## Train the reference family of rqt_tiny: needs FAMILY_DATA=folder with lm/, ft/ and tasks/
+	@test -n "$(FAMILY_DATA)" || { echo "set FAMILY_DATA to the folder with lm/books, lm/tinyshakespeare.jsonl.gz, ft and tasks/gsm8k"; exit 2; }
+	$(BIN)/python scripts/make_family_texts.py --data $(FAMILY_DATA) --out runs/family
+	$(BIN)/python scripts/train_family.py --texts runs/family --out runs/family --start recipes/assets/reference_moe
 
 repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path, 1 x 80 GB GPU, about 2 h
 	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/Mixtral-8x7B-v0.1"; exit 2; }

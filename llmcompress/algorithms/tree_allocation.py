@@ -15,7 +15,7 @@ No torch here; the numbers come in as plain floats.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmcompress.quant.tree import Tree
@@ -33,6 +33,7 @@ class Problem:
         weight: Weight of each leaf's error, pre-order of nodes, 0 for internal nodes.
         size: Weights in the matrix (N·K).
         overhead: Bits per weight that a stored node costs beside its codes.
+        prices: Width → bits that a node takes in all, padding included; computed from ``overhead`` when None.
     """
 
     tree: Tree
@@ -40,9 +41,12 @@ class Problem:
     weight: Sequence[float]
     size: int
     overhead: float
+    prices: Mapping[int, float] | None = None
 
     def cost(self, bits: int) -> float:
         """Bits that a node of ``bits`` bits takes, in all."""
+        if bits and self.prices is not None:
+            return self.prices[bits]
         return self.size * (bits + self.overhead) if bits else 0.0
 
     def spent(self, bits: Bits) -> float:

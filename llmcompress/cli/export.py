@@ -28,6 +28,7 @@ def export(
         str | None,
         typer.Option("--out", help="Folder of the native artifact; other formats go to <out>-<format>."),
     ] = None,
+    member: Annotated[str | None, typer.Option("--member", help="Which model of a family; needs --out.")] = None,
 ) -> None:
     """Write the compressed model of a run in other formats, each read back and compared."""
     from llmcompress.export.registry import FORMATS
@@ -37,6 +38,9 @@ def export(
     wrong = [name for name in formats if name not in FORMATS]
     if wrong:
         raise UsageError(f"--format {wrong[0]}: unknown", f"choose from {', '.join(FORMATS)}")
+    if member is not None:
+        _export_member(out, path, formats, target, member)
+        return
     run_dir = run_folder(path)
     lock = str(run_dir / "recipe.lock.json")
     job = load_job(lock, [f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml")
@@ -56,6 +60,31 @@ def export(
     rows = {name: {"path": str(folder), "bytes": sizes[name]} for name, folder in folders.items()}
     text = "\n".join(f"{n}: {folder} ({bytes_text(sizes[n])}, read back equal)" for n, folder in folders.items())
     out.result({"run_dir": str(run_dir), "artifacts": rows}, text)
+
+
+def _export_member(out: Output, path: Path, formats: list[str], target: str | None, member: str) -> None:
+    """One member of a family as a model of its own."""
+    from llmcompress.cli.family import family_folder
+    from llmcompress.export.family_edit import write_dense_member, write_native_member
+    from llmcompress.models.family_artifact import FamilyArtifact
+
+    refused = [name for name in formats if name not in ("dense", "native")]
+    if refused:
+        raise ExportError(
+            f"--format {refused[0]}: a sum of nodes is on no single grid, so {refused[0]} cannot hold it exactly",
+            f"--format dense, then compress that folder with a recipe and export it as {refused[0]}",
+        )
+    if target is None:
+        raise UsageError("--member needs --out", "give a folder for the member's model")
+    artifact = FamilyArtifact(family_folder(path))
+    artifact.require(member)
+    base, rows = Path(target), {}
+    for name in dict.fromkeys(formats):
+        folder = base if name == "native" else base.with_name(f"{base.name}-{name}")
+        (write_native_member if name == "native" else write_dense_member)(artifact, member, folder)
+        rows[name] = {"path": str(folder), "bytes": folder_bytes(folder)}
+    text = "\n".join(f"{name}: {row['path']} ({bytes_text(int(row['bytes']))})" for name, row in rows.items())
+    out.result({"member": member, "artifacts": rows}, text)
 
 
 def run_folder(path: Path) -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling, with a temperature.")]
+MemberOption = Annotated[str | None, typer.Option("--member", help="Which model of a family.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")
@@ -49,6 +50,7 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    member: MemberOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
@@ -61,7 +63,9 @@ def generate(
             raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
         prompt = sys.stdin.read().rstrip("\n")
     how = Sampling(max_new_tokens, temperature, top_p, seed)
-    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits))
+    # the native step knows no sums of nodes
+    engine = "transformers" if member is not None and engine == "auto" else engine
+    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
     text, data = writer.write(words, stream=not out.json_mode, special=not as_chat)
     if out.json_mode:
@@ -77,6 +81,7 @@ def chat(
     top_p: TopPOption = 0.95,
     seed: SeedOption = 0,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    member: MemberOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
@@ -88,7 +93,9 @@ def chat(
     A model without a chat template continues the text of the conversation instead.
     """
     how = Sampling(max_new_tokens, temperature, top_p, seed)
-    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits))
+    # the native step knows no sums of nodes
+    engine = "transformers" if member is not None and engine == "auto" else engine
+    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if not writer.has_template:
@@ -165,17 +172,26 @@ class Writer:
 
     Args:
         out: Where text and remarks go.
-        path, dtype, device: As for :func:`llmcompress.cli.models.open_model`.
+        path, dtype, device, member: As for :func:`llmcompress.cli.models.open_model`.
         sampling: How.
         speed: By which engine.
     """
 
-    def __init__(self, out: Output, path: str, sampling: Sampling, dtype: str, device: str, speed: Speed) -> None:
+    def __init__(
+        self,
+        out: Output,
+        path: str,
+        sampling: Sampling,
+        dtype: str,
+        device: str,
+        speed: Speed,
+        member: str | None = None,
+    ) -> None:
         from llmcompress.cli.models import open_model
         from llmcompress.inference.generate import Generator
 
         out.note(f"loading {path}")
-        self._opened: OpenedModel = open_model(path, dtype, device)
+        self._opened: OpenedModel = open_model(path, dtype, device, member=member)
         self._sampling = sampling
         name: Any = speed.engine
         self._generator = Generator(self._opened.model, name, **speed.options)

@@ -36,7 +36,12 @@ class OpenedModel:
 
 
 def open_model(
-    text: str, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None, need_tokenizer: bool = True
+    text: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: str | None = None,
+    need_tokenizer: bool = True,
+    member: str | None = None,
 ) -> OpenedModel:
     """Load a model for use.
 
@@ -46,6 +51,7 @@ def open_model(
         device: ``auto``, ``cpu`` or ``cuda``.
         tokenizer: Folder of the tokenizer if it is elsewhere.
         need_tokenizer: Whether a missing tokenizer is an error.
+        member: Which model of a family.
 
     Raises:
         InputError: The folder holds no model that can be read.
@@ -57,7 +63,7 @@ def open_model(
         raise UsageError(f"--dtype {dtype}: unknown", f"choose one of {', '.join(DTYPES)}")
     path, place = model_folder(text), resolve_device(device)
     wanted = "float32" if dtype == "auto" and place == "cpu" else dtype
-    model, words = _load(path, wanted)
+    model, words = _load(path, wanted, member)
     if tokenizer is not None:
         words = _tokenizer(model_or_tokenizer_folder(tokenizer))
     if words is None:
@@ -78,7 +84,13 @@ def model_or_tokenizer_folder(text: str) -> Path:
     return resolve_path(text, None)
 
 
-def _load(path: Path, dtype: str) -> tuple[Any, Any]:
+def _load(path: Path, dtype: str, member: str | None) -> tuple[Any, Any]:
+    from llmcompress.models.family_artifact import is_family
+
+    if member is not None or is_family(path):
+        from llmcompress.hf import load
+
+        return load(path, dtype=None if dtype == "auto" else dtype, member=member)
     quantization = read_object(path / "config.json").get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if quantization is None or method == "llmcompress":

@@ -210,12 +210,27 @@ def write_card(out: Path, plan: FamilyPlan, name: str) -> None:
     main = plan.trees.get("model") or next(iter(plan.trees.values()))
     picture = drawn(main, {node: f"{plan.mean_bits(node):.2f} bits" for node in main.ids})
     first = plan.order[0]
-    lines = [
-        "---", "library_name: transformers", "tags: [llmcompress, family]", "---", f"# {name}", "",
-        f"{len(plan.order)} models of one family in a residual tree, {plan.linear_bits():.2f} stored bits per weight "
-        "and model in the trees.", "", "```", *picture, "```", "",
-        f"    llmcompress generate {out.name} --member {first} --prompt 'Once upon a time'", "",
-        "```python", "import llmcompress.hf", "",
-        f'model, tokenizer = llmcompress.hf.load("{out.name}", member="{first}")', "```", "", "Licences: those of the models it was made from.",
-    ]  # fmt: skip
-    write_durably(out / "README.md", ("\n".join(lines) + "\n").encode())
+    bits = f"{plan.linear_bits():.2f} stored bits per weight and model in the trees"
+    text = f"""---
+library_name: transformers
+tags: [llmcompress, family]
+---
+# {name}
+
+{len(plan.order)} models of one family in a residual tree, {bits}.
+
+```
+{chr(10).join(picture)}
+```
+
+    llmcompress generate {out.name} --member {first} --prompt 'Once upon a time'
+
+```python
+import llmcompress.hf
+
+model, tokenizer = llmcompress.hf.load("{out.name}", member="{first}")
+```
+
+Licences: those of the models it was made from.
+"""
+    write_durably(out / "README.md", text.encode())

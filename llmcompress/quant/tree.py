@@ -41,6 +41,8 @@ class Tree:
         leaves: The models, depth first; models below any node are neighbours in this order.
         nodes: Models below each node, pre-order, the root first.
         parents: Position of each node's parent, None for the root.
+        named: Names of the nodes where they are not those of :func:`node_id`: a node keeps its name when models
+            are added to a family or removed from it.
 
     The order is canonical (of two children the one with the alphabetically first model comes first), so that it does
     not depend on the order in which models were named.
@@ -49,6 +51,7 @@ class Tree:
     leaves: tuple[str, ...]
     nodes: tuple[Members, ...]
     parents: tuple[int | None, ...]
+    named: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, names: Sequence[str], merges: Sequence[tuple[Members, Members]]) -> Tree:
@@ -101,7 +104,7 @@ class Tree:
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Names of the nodes, pre-order."""
-        return tuple(node_id(node, len(self.leaves)) for node in self.nodes)
+        return self.named or tuple(node_id(node, len(self.leaves)) for node in self.nodes)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -122,7 +125,7 @@ class Tree:
 
     def is_leaf(self, position: int) -> bool:
         """Whether a node is a model."""
-        return len(self.nodes[position]) == 1
+        return not self.children[position]
 
     def path(self, member: str) -> tuple[int, ...]:
         """Positions of the nodes from the root down to a model.
@@ -142,6 +145,63 @@ class Tree:
         """Range of a node's models in :attr:`leaves`."""
         places = [self.leaves.index(member) for member in self.nodes[position]]
         return min(places), max(places) + 1
+
+    def without(self, member: str) -> Tree:
+        """The tree without one model; nodes keep their names, and one that is left with a single child stays.
+
+        Raises:
+            ValueError: It is the last model.
+        """
+        if len(self.leaves) == 1:
+            raise ValueError(f"{member} is the last model")
+        # a chain of nodes above nothing but this model goes with it
+        kept = [p for p in self.preorder() if self.nodes[p] != {member}]
+        return self._relabelled(kept, {p: self.nodes[p] - {member} for p in kept})
+
+    def with_leaf(self, member: str, below: str) -> Tree:
+        """The tree with one more model directly below the node called ``below``.
+
+        Raises:
+            ValueError: There is no such node, or it is a model.
+        """
+        if below not in self.ids or self.is_leaf(self.ids.index(below)) or member in self.ids:
+            raise ValueError(f"{member} cannot be put below {below}")
+        parent: int | None = self.ids.index(below)
+        place = parent
+        grown = {}
+        while parent is not None:
+            grown[parent] = self.nodes[parent] | {member}
+            parent = self.parents[parent]
+        nodes = {p: grown.get(p, self.nodes[p]) for p in self.preorder()}
+        # last among its siblings: pre-order puts it behind everything below the same node
+        last = max(p for p in self.preorder() if place == p or self._is_above(place, p))
+        order = list(self.preorder())
+        place_of_new = last + 1
+        sets, ids = [nodes[p] for p in order], list(self.ids)
+        parents = [_moved(self.parents[p], last) for p in order]
+        sets.insert(place_of_new, frozenset({member}))
+        ids.insert(place_of_new, member)
+        parents.insert(place_of_new, place)
+        wider = Tree(self.leaves, tuple(sets), tuple(parents), tuple(ids))
+        return wider._relabelled(list(wider.preorder()), dict(enumerate(wider.nodes)))
+
+    def _is_above(self, upper: int | None, position: int) -> bool:
+        parent = self.parents[position]
+        while parent is not None:
+            if parent == upper:
+                return True
+            parent = self.parents[parent]
+        return False
+
+    def _relabelled(self, kept: Sequence[int], nodes: Mapping[int, Members]) -> Tree:
+        """Part of this tree with other models below its nodes, names as they are."""
+        place = {old: new for new, old in enumerate(kept)}
+        parents = tuple(None if (above := self.parents[p]) is None else place[above] for p in kept)
+        has_child = {parent for parent in parents if parent is not None}
+        leaves = tuple(next(iter(nodes[p])) for new, p in enumerate(kept) if new not in has_child)
+        found = Tree(leaves, tuple(nodes[p] for p in kept), parents, tuple(self.ids[p] for p in kept))
+        found.check()
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: one entry per node, pre-order."""
@@ -165,6 +225,9 @@ class Tree:
             places = {node["id"]: position for position, node in enumerate(data["nodes"])}
             parents = [None if node["parent"] is None else places[node["parent"]] for node in data["nodes"]]
             found = cls(tuple(map(str, data["leaves"])), tuple(sets), tuple(parents))
+            names = tuple(str(node["id"]) for node in data["nodes"])
+            if names != found.ids:
+                found = cls(found.leaves, found.nodes, found.parents, names)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tree: {error}") from error
         found.check()
@@ -178,9 +241,11 @@ class Tree:
         """
         if not self.nodes or self.nodes[0] != frozenset(self.leaves) or self.parents[0] is not None:
             raise ValueError("the first node must hold every model")
+        if len(set(self.ids)) != len(self.nodes):
+            raise ValueError("two nodes have the same name")
         for position, below in enumerate(self.children):
-            if self.is_leaf(position) != (not below):
-                raise ValueError(f"node {self.ids[position]}: a leaf has one model and no children")
+            if not below and (len(self.nodes[position]) != 1 or self.ids[position] not in self.nodes[position]):
+                raise ValueError(f"node {self.ids[position]}: a leaf is named after its one model")
             if below:
                 parts = [self.nodes[child] for child in below]
                 if (
@@ -188,6 +253,11 @@ class Tree:
                     or frozenset().union(*parts) != self.nodes[position]
                 ):
                     raise ValueError(f"node {self.ids[position]}: its children do not make it up")
+
+
+def _moved(parent: int | None, last: int) -> int | None:
+    """A parent's position once a node was put behind position ``last``."""
+    return parent + 1 if parent is not None and parent > last else parent
 
 
 def drawn(tree: Tree, label: Mapping[str, str] | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from llmcompress.algorithms.half_grid import distortion
 from llmcompress.algorithms.residual_tree import member_importance
 from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate
 from llmcompress.algorithms.tree_topology import aggregate, increments
+from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.family import FamilyPlan
 from llmcompress.quant.tree import Tree, by_level
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # deltas beyond this share of the weights' energy leave little to share; below the other, a coarse root drowns them
 LARGE_DELTA, SMALL_DELTA = 0.2, 1e-3
-EXPONENT_BITS = 32
 
 
 def make_plan(config: RqtConfig, family: ModelFamily, survey: Survey) -> tuple[FamilyPlan, dict[str, Any]]:
@@ -95,13 +95,17 @@ def _allocated(
     problems = []
     for name, (rows, columns) in shapes.items():
         tree, facts = trees[keys[name]], survey.matrices[name]
-        groups = -(-columns // min(config.group_size, columns))
-        overhead = 16 * groups / columns + EXPONENT_BITS / (rows * columns)
+        # from the codec, so that padding of rows to whole words is paid for too
+        prices = {
+            width: 8.0 * delta_tree.nbytes((rows, columns), delta_tree.node_spec(width, config.group_size))
+            for width in config.bits.widths
+            if width
+        }
         scale = 1.0 / facts.energy if facts.energy > 0 else 0.0
         energy = [energies[name][node] * scale for node in tree.ids]
         omega = dict(zip(survey.members, importance(config, survey, name)))
         weight = [omega[next(iter(node))] if len(node) == 1 else 0.0 for node in tree.nodes]
-        problems.append(Problem(tree, energy, weight, rows * columns, overhead))
+        problems.append(Problem(tree, energy, weight, rows * columns, 0.0, prices))
     widths = sorted(set(config.bits.widths))
     leaf = tuple(w for w in widths if w >= config.bits.min_leaf_bits)
     phi = {width: distortion(width, config.group_size) for width in {0, *widths}}

@@ -68,3 +68,21 @@ def test_drawing_names_every_leaf() -> None:
     assert lines[0] == "root"
     assert any(line.endswith("a  1.00 bits") for line in lines)
     assert len(lines) == 7
+
+
+def test_models_come_and_go_and_nodes_keep_their_names() -> None:
+    tree = Tree.of(list("abcd"), PAIRS)
+    fewer = tree.without("a")
+    assert fewer.ids == ("root", "a+b", "b", "c+d", "c", "d")
+    assert [fewer.ids[p] for p in fewer.path("b")] == ["root", "a+b", "b"]
+    assert Tree.from_dict(fewer.to_dict()) == fewer
+    wider = fewer.with_leaf("e", "a+b").with_leaf("f", "root")
+    assert wider.leaves == ("b", "e", "c", "d", "f")
+    assert [wider.ids[p] for p in wider.path("e")] == ["root", "a+b", "e"]
+    assert [wider.ids[p] for p in wider.path("d")] == ["root", "c+d", "d"]
+    assert [wider.ids[p] for p in wider.path("f")] == ["root", "f"]
+    assert wider.span(wider.ids.index("a+b")) == (0, 2)
+    with pytest.raises(ValueError, match="cannot be put below"):
+        wider.with_leaf("g", "e")
+    with pytest.raises(ValueError, match="last model"):
+        Tree.of(["a"], []).without("a")

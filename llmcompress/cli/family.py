@@ -1,0 +1,142 @@
+"""``family``: look at a family's artifact, add and remove members, merge some into one dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.output import Output, bytes_text
+from llmcompress.errors import UsageError
+
+FamilyArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a family, or of its run.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(help="A family of fine-tunes in one artifact: list, inspect, add, remove, merge.")
+    app.add_typer(group, name="family")
+    command(group, "list")(members)
+    command(group, "inspect")(inspect)
+    command(group, "add")(add)
+    command(group, "remove")(remove)
+    command(group, "merge")(merge)
+
+
+def family_folder(path: Path) -> Path:
+    """The artifact that a folder is, or holds."""
+    from llmcompress.models.family_artifact import is_family
+
+    return path / "artifact" if not is_family(path) and is_family(path / "artifact") else path
+
+
+def members(out: Output, path: FamilyArgument) -> None:
+    """Name the members."""
+    from llmcompress.models.family_artifact import FamilyArtifact
+
+    artifact = FamilyArtifact(family_folder(path))
+    out.result({"path": str(artifact.folder), "members": list(artifact.members)}, "\n".join(artifact.members))
+
+
+def inspect(out: Output, path: FamilyArgument) -> None:
+    """Draw the tree with bits, sizes, errors and what one more member would cost."""
+    from llmcompress.export.family import artifact_bytes, stored_bits
+    from llmcompress.export.family_edit import summary
+    from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.quant.tree import drawn
+
+    artifact = FamilyArtifact(family_folder(path))
+    plan, rows, sizes = artifact.plan, summary(artifact), artifact_bytes(artifact.folder)
+    main = plan.trees.get("model") or next(iter(plan.trees.values()))
+    label = {n: f"{plan.mean_bits(n):.2f} bits, {bytes_text(plan.node_bytes(n))}" for n in plan.node_names()}
+    one_more = sum(row["own_bytes"] for row in rows) / len(rows)
+    lines = [*drawn(main, label), ""]
+    for row in rows:
+        kept = f", {row['retention']:.0%} of its difference kept" if "retention" in row else ""
+        error = f", error {row['error']:.2%}" if "error" in row else ""
+        lines.append(f"{row['member']}: {row['path_bits']:.2f} bits read alone{error}{kept}")
+    lines += [
+        "",
+        f"{len(plan.order)} members, {plan.linear_bits():.3f} bits per weight and member in the trees "
+        f"({stored_bits(plan, artifact.folder):.3f} with file headers), {bytes_text(sum(sizes.values()))} in all",
+        f"one more member takes about {bytes_text(round(one_more))}",
+    ]
+    data = {
+        "path": str(artifact.folder), "tree": main.to_dict(), "members": rows, "bytes": sizes,
+        "linear_bits": plan.linear_bits(), "node_bits": {n: plan.mean_bits(n) for n in plan.node_names()},
+        "one_more_bytes": round(one_more),
+    }  # fmt: skip
+    out.result(data, "\n".join(lines))
+
+
+def add(
+    out: Output,
+    path: FamilyArgument,
+    member: Annotated[str, typer.Option("--member", help="Name of the new member.")],
+    model: Annotated[str, typer.Option("--model", help="Its model folder, of the family's architecture.")],
+    bits: Annotated[int, typer.Option("--bits", min=1, max=6, help="Bits of its leaf.")] = 2,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="JSON lines with a field text; without, rounded to nearest.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")] = 512,
+) -> None:
+    """Add a fine-tune: its leaf under the closest node. No other member changes."""
+    from llmcompress.export.family_edit import add_member
+    from llmcompress.models.family_artifact import FamilyArtifact
+
+    artifact = FamilyArtifact(family_folder(path))
+    tokens = None
+    if calibration is not None:
+        from llmcompress.data.calibration import build
+        from llmcompress.data.sources import JsonlSource
+        from llmcompress.models.handle import load_tokenizer
+        from llmcompress.models.paths import resolve_path
+
+        source = JsonlSource(kind="jsonl", path=str(calibration))
+        words = load_tokenizer(resolve_path(model))
+        tokens = build(source, words, samples, length, 0, allow_fewer=True).tokens
+    found = add_member(artifact, member, model, bits, tokens)
+    place = ", ".join(sorted(set(found.below.values())))
+    text = (
+        f"{member}: added below {place}, error {found.error:.2%}, {bytes_text(found.new_bytes)}; now {found.bits:.3f} "
+        "bits per weight and member. A rebuild may do better: its shared nodes would know the new member"
+    )
+    data = {"path": str(artifact.folder), "member": member, "below": found.below, "error": found.error,
+            "bytes": found.new_bytes, "linear_bits": found.bits}  # fmt: skip
+    out.result(data, text)
+
+
+def remove(out: Output, path: FamilyArgument, member: Annotated[str, typer.Option("--member", help="Which.")]) -> None:
+    """Remove a member and free its bytes; the others keep every bit."""
+    from llmcompress.export.family_edit import remove_member
+    from llmcompress.models.family_artifact import FamilyArtifact
+
+    folder = family_folder(path)
+    freed = remove_member(FamilyArtifact(folder), member)
+    bits = FamilyArtifact(folder).plan.linear_bits()
+    data = {"path": str(folder), "member": member, "freed_bytes": freed, "linear_bits": bits}
+    out.result(data, f"{member}: removed, {bytes_text(freed)} freed; now {bits:.3f} bits per weight and member")
+
+
+def merge(
+    out: Output,
+    path: FamilyArgument,
+    member: Annotated[list[str], typer.Option("--member", help="NAME or NAME=SHARE; may be repeated.")],
+    target: Annotated[Path, typer.Option("--out", help="Folder of the dense model.")],
+) -> None:
+    """Write the weighted mean of members as one dense model."""
+    from llmcompress.export.family_edit import merge_members
+    from llmcompress.models.family_artifact import FamilyArtifact
+
+    shares: dict[str, float] = {}
+    for text in member:
+        name, _, share = text.partition("=")
+        try:
+            shares[name] = float(share) if share else 1.0
+        except ValueError as error:
+            raise UsageError(f"--member {text}: {share!r} is not a number", "for example --member a=0.7") from error
+    merge_members(FamilyArtifact(family_folder(path)), shares, target)
+    out.result({"out": str(target), "shares": shares}, f"{target}: mean of {', '.join(shares)}")

@@ -1,0 +1,312 @@
+"""The life of a finished family: add a member, remove one, write one out as a model of its own.
+
+An edit writes new files first and ``family.json`` last, in one step, or the other way round when it takes files away; a
+killed edit leaves a family that loads, at worst with a file that nothing names. Other members' weights do not change by
+a bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmcompress.algorithms.gptq import GptqOptions
+from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
+from llmcompress.errors import ExportError, InputError, UsageError
+from llmcompress.export.base import ShardWriter, atomic_folder, write_json
+from llmcompress.export.family import member_tensors, save_tensors, write_member
+from llmcompress.models.checkpoint import read_config
+from llmcompress.models.family import NAME, mismatches
+from llmcompress.models.family_artifact import FAMILY, SHARED, FamilyArtifact, node_file
+from llmcompress.models.handle import ModelHandle
+from llmcompress.models.member_stream import DenseVisitor, MemberStream
+from llmcompress.quant.codecs import delta_tree
+from llmcompress.quant.family import FamilyPlan
+from llmcompress.quant.store import write_durably
+from llmcompress.quant.tree import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmcompress.algorithms.hessian import Gram
+    from llmcompress.models.layout import LinearGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What adding a member did.
+
+    Attributes:
+        member: Its name.
+        below: Tree → node under which its leaf hangs.
+        error: Mean relative error of its weights.
+        new_bytes: Bytes that were added.
+        bits: Stored bits per weight and member now.
+    """
+
+    member: str
+    below: dict[str, str]
+    error: float
+    new_bytes: int
+    bits: float
+
+
+def remove_member(artifact: FamilyArtifact, member: str) -> int:
+    """Take a member out of a family; nodes above others stay, since they need them.
+
+    Returns:
+        Bytes that were freed.
+
+    Raises:
+        UsageError: It is the last one.
+        InputError: There is no such member.
+    """
+    artifact.require(member)
+    if len(artifact.members) == 1:
+        raise UsageError(f"{member} is the last member of {artifact.folder}", "remove the folder instead")
+    plan = artifact.plan
+    trees = {key: tree.without(member) for key, tree in plan.trees.items()}
+    kept = {name for tree in trees.values() for name in tree.ids}
+    bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in plan.bits.items()}
+    order = tuple(name for name in plan.order if name != member)
+    smaller = FamilyPlan(order, plan.group_size, trees, plan.tree_of, plan.shapes, bits)
+    gone = [node_file(artifact.folder, node) for node in plan.node_names() if node not in smaller.node_names()]
+    facts = {name: value for name, value in artifact.data.get("facts", {}).items() if name != member}
+    _save(artifact, smaller, facts)
+    folder = artifact.folder / "members" / member
+    freed = sum(path.stat().st_size for path in [*gone, *folder.rglob("*")] if path.is_file())
+    for path in gone:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return freed
+
+
+def add_member(
+    artifact: FamilyArtifact, member: str, source: str, bits: int, tokens: Tensor | None = None, seed: int = 0
+) -> Added:
+    """Add a fine-tune: its leaf below the closest node, and its folder. Of existing files only ``family.json`` changes.
+
+    Args:
+        artifact: The family.
+        member: Name of the new member.
+        source: Its model folder.
+        bits: Bits of its leaf, 1 to 6.
+        tokens: ``[S, L]`` calibration windows for GPTQ; without them the leaf is rounded to nearest.
+        seed: Of the walk.
+
+    Raises:
+        UsageError: The name is taken or unusable.
+        InputError: The model is missing, damaged or of another architecture.
+    """
+    if member in artifact.members or not NAME.match(member) or member in artifact.plan.members_of:
+        raise UsageError(f"{member!r} cannot be the name of a new member", f"taken: {', '.join(artifact.members)}")
+    handle = ModelHandle.open(source)
+    problems = mismatches(artifact.layout(artifact.members[0]), handle.layout)
+    if problems:
+        raise InputError("\n".join(f"{source}: {p}" for p in problems), "a family needs models of one architecture")
+    below = {key: _closest(artifact, handle, key) for key in artifact.plan.trees}
+    solver = _NewLeaf(artifact, handle, below, bits)
+    solver.run(tokens, seed)
+    plan = artifact.plan
+    trees = {key: tree.with_leaf(member, below[key]) for key, tree in plan.trees.items()}
+    wider = {name: {**plan.bits[name], member: bits} for name in plan.linears}
+    main = trees.get("model") or next(iter(trees.values()))
+    larger = FamilyPlan(main.leaves, plan.group_size, trees, plan.tree_of, plan.shapes, wider)
+    path = node_file(artifact.folder, member)
+    part = path.with_suffix(".part")
+    save_tensors(solver.tensors, part)
+    part.replace(path)
+    folder = artifact.folder / "members" / member
+    shutil.rmtree(folder, ignore_errors=True)
+    write_member(handle, artifact.outside, _already_shared(artifact, handle), folder)
+    _save(artifact, larger, {**artifact.data.get("facts", {}), member: solver.facts()})
+    new = sum(file.stat().st_size for file in [path, *folder.rglob("*")] if file.is_file())
+    return Added(member, below, solver.facts()["error"], new, larger.linear_bits())
+
+
+def write_dense_member(artifact: FamilyArtifact, member: str, out: Path) -> None:
+    """Write one member as an ordinary dense model folder, weights rebuilt in fp32 and cast to the family's type."""
+    merge_members(artifact, {artifact.require(member): 1.0}, out)
+
+
+def write_native_member(artifact: FamilyArtifact, member: str, out: Path) -> None:
+    """Write one member as a family of one: the nodes on its path, bit for bit, and its own folder."""
+    artifact.require(member)
+    plan = artifact.plan
+    gone = [name for name in artifact.members if name != member]
+    trees = plan.trees
+    for name in gone:
+        trees = {key: tree.without(name) for key, tree in trees.items()}
+    kept = {name for tree in trees.values() for name in tree.ids}
+    bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in plan.bits.items()}
+    alone = FamilyPlan((member,), plan.group_size, trees, plan.tree_of, plan.shapes, bits)
+    with atomic_folder(out) as part:
+        (part / "nodes").mkdir()
+        (part / "members").mkdir()
+        for node in alone.node_names():
+            shutil.copyfile(node_file(artifact.folder, node), node_file(part, node))
+        shutil.copytree(artifact.folder / "members" / member, part / "members" / member)
+        for name in (SHARED, "config.json", "provenance.json"):
+            if (artifact.folder / name).is_file():
+                shutil.copyfile(artifact.folder / name, part / name)
+        facts = {key: value for key, value in artifact.data.get("facts", {}).items() if key == member}
+        write_json(part / FAMILY, {**artifact.data, "plan": alone.to_dict(), "facts": facts})
+
+
+def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Path) -> None:
+    """Write the weighted mean of members as one dense model: merging in weight space, from the tree.
+
+    Args:
+        artifact: The family.
+        shares: Member → share; they are scaled to sum to 1. Config and tokenizer are the first one's.
+        out: Folder to create.
+
+    Raises:
+        ExportError: ``out`` exists, or the members' embeddings differ in shape.
+    """
+    names = [artifact.require(name) for name in shares]
+    total = sum(shares.values())
+    if not names or total <= 0:
+        raise ExportError("nothing to merge: shares must be positive", "name members, such as --member a --member b")
+    weights = {name: share / total for name, share in shares.items()}
+    dtype = getattr(torch, str(artifact.data.get("dtype", "bfloat16")))
+    first = artifact.member_folder(names[0])
+    with atomic_folder(out) as part:
+        shards = ShardWriter(part)
+        private = [dict(artifact.private(name)) for name in names]
+        for key, tensor in private[0].items():
+            if any(each[key].shape != tensor.shape for each in private):
+                raise ExportError(f"{key}: members differ in shape", "merge members of one vocabulary")
+            mixed = sum((each[key].float() * weights[name] for each, name in zip(private, names)), torch.zeros(()))
+            shards.add(key, (tensor if len(names) == 1 else mixed.to(tensor.dtype)))
+        for linear in artifact.plan.linears:
+            found = sum((artifact.weight(linear, n) * weights[n] for n in names), torch.zeros(()))
+            shards.add(f"{linear}.weight", found.to(dtype))
+        shards.close()
+        config = {k: v for k, v in read_config(first).items() if k != "quantization_config"}
+        write_json(part / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+        for file in sorted(first.iterdir()):
+            if file.is_file() and file.name != "config.json" and file.suffix != ".safetensors":
+                shutil.copyfile(file, part / file.name)
+
+
+class _NewLeaf(DenseVisitor):
+    """Quantizes what a new member lacks below its node, block by block on its own activations where there are any."""
+
+    def __init__(self, artifact: FamilyArtifact, handle: ModelHandle, below: Mapping[str, str], bits: int) -> None:
+        self.artifact, self.handle, self.below, self.bits = artifact, handle, below, bits
+        gptq = GptqOptions(act_order="groups", refit=True)
+        self.options = TreeOptions(artifact.plan.group_size, gptq=gptq)
+        self.stream: MemberStream | None = None
+        self.tensors: dict[str, Tensor] = {}
+        self.errors: list[float] = []
+        self.kept: list[tuple[float, float, float, float]] = []
+
+    def run(self, tokens: Tensor | None, seed: int) -> None:
+        """Quantize all blocks."""
+        if tokens is not None:
+            self.stream = MemberStream(self.handle, tokens, "cpu", "float32", seed)
+        for block in self.handle.layout.blocks:
+            if self.stream is None:
+                for sublayer in block.sublayers:
+                    for group in sublayer.groups:
+                        self.linears(group, None)
+            else:
+                self.stream.load(block)
+                self.stream.walker.forward(block, self.stream.hidden, self)
+                self.stream.free(block)
+
+    def linears(self, group: LinearGroup, gram: Gram | None) -> None:
+        """Quantize the new leaf of linears that share an input."""
+        hessian = None if gram is None else gram.hessian()[0]
+        names = [view.name for view in group.linears]
+        weights = [self.handle.checkpoint.tensor(f"{name}.weight").float() for name in names]
+        above = [_above(self.artifact, name, self.below[self.artifact.plan.tree_of[name]]) for name in names]
+        leaves = leaf_nodes([w - a for w, a in zip(weights, above)], self.bits, self.options, hessian)
+        for name, weight, shared, leaf in zip(names, weights, above, leaves):
+            rebuilt = shared + leaf.values
+            self.errors.append(relative_error(weight, weight - rebuilt, hessian))
+            kept = delta_kept(weight, rebuilt, shared, hessian)
+            self.kept.append((kept.retention, kept.cosine, kept.signs, kept.size))
+            self.tensors |= {f"{name}.{key}": tensor for key, tensor in leaf.packed.tensors.items()}
+            if self.stream is not None:
+                place = self.stream.model.get_parameter(f"{name}.weight")
+                place.data.copy_(rebuilt.to(place))
+
+    def facts(self) -> dict[str, float]:
+        """Means over the weights; differences are those to the node the leaf hangs on."""
+        columns = [sum(each) / len(each) for each in zip(*self.kept)]
+        return {
+            "error": sum(self.errors) / len(self.errors),
+            **dict(zip(("retention", "cosine", "signs", "delta"), columns)),
+        }
+
+
+def _above(artifact: FamilyArtifact, linear: str, node: str) -> Tensor:
+    """Sum of a node and those above it, ``[N, K]`` fp32; zeros where none of them stores this weight."""
+    plan = artifact.plan
+    members = plan.members_of[node]
+    nodes = [n for n in plan.stored(linear) if members <= plan.members_of[n] and not plan.tree(linear).is_leaf(
+        plan.tree(linear).ids.index(n))]  # fmt: skip
+    return (
+        delta_tree.reconstruct([artifact.node(n, linear) for n in nodes]) if nodes else torch.zeros(plan.shapes[linear])
+    )
+
+
+def _closest(artifact: FamilyArtifact, handle: ModelHandle, key: str) -> str:
+    """The node above leaves whose path leaves the least of the new model's weights over."""
+    plan = artifact.plan
+    tree: Tree = plan.trees[key]
+    candidates = [tree.ids[p] for p in tree.preorder() if not tree.is_leaf(p)] or [tree.ids[0]]
+    left = dict.fromkeys(candidates, 0.0)
+    for linear in plan.linears:
+        if plan.tree_of[linear] != key:
+            continue
+        weight = handle.checkpoint.tensor(f"{linear}.weight").float()
+        energy = float(weight.square().sum()) or 1.0
+        for node in candidates:
+            left[node] += float((weight - _above(artifact, linear, node)).square().sum()) / energy
+    return min(candidates, key=lambda node: (left[node], node))
+
+
+def _already_shared(artifact: FamilyArtifact, handle: ModelHandle) -> set[str]:
+    """Tensors of a new member that ``shared.safetensors`` holds with the same values."""
+    from llmcompress.models.tensor_file import TensorFile
+
+    path = artifact.folder / SHARED
+    if not path.is_file():
+        return set()
+    file = TensorFile(path)
+    mine = member_tensors(handle, artifact.outside)
+    return {name for name, tensor in mine.items() if name in file.entries and torch.equal(file.read(name), tensor)}
+
+
+def _save(artifact: FamilyArtifact, plan: FamilyPlan, facts: Mapping[str, Any]) -> None:
+    """Put a new ``family.json`` in place in one step."""
+    for problem in plan.problems():
+        raise InputError(f"{artifact.folder}: the edit would break the family: {problem}")
+    data = {**artifact.data, "plan": plan.to_dict(), "facts": dict(facts)}
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_durably(artifact.folder / FAMILY, text.encode())
+
+
+def summary(artifact: FamilyArtifact) -> list[dict[str, Any]]:
+    """One row per member: bits when read alone, bytes of its own, error and what is kept of its difference."""
+    rows = []
+    for member in artifact.members:
+        own = [artifact.folder / "members" / member, node_file(artifact.folder, member)]
+        files: Sequence[Path] = [
+            p for each in own for p in ([each] if each.is_file() else each.rglob("*")) if p.is_file()
+        ]
+        facts = artifact.data.get("facts", {}).get(member, {})
+        rows.append(
+            {"member": member, "path_bits": artifact.plan.path_bits(member),
+             "own_bytes": sum(p.stat().st_size for p in files), **facts}
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,318 @@
+"""A family from recipe to mixed batch: bytes, accounting, resume, recomputed errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.errors import ExitCode, InputError
+from llmcompress.models.family_artifact import FamilyArtifact, dense_member
+from llmcompress.models.family_model import load_members
+from llmcompress.models.tensor_file import TensorFile
+from llmcompress.quant.codecs import delta_tree
+
+MEMBERS = ("ant", "bee", "cat")
+RECIPE = """
+version: 1
+name: family
+model: {{path: {folder}/base}}
+run: {{dir: {folder}/run, device: cpu, threads: 1}}
+stages:
+  load: {{type: load}}
+  rqt:
+    type: rqt
+    members:
+      ant: {{path: {folder}/ant}}
+      bee: {{path: {folder}/bee}}
+      cat: {{path: {folder}/cat}}
+    calibration: {{samples: 6, length: 16, general: {{kind: inline, texts: {texts}}}}}
+    bits: {{budget: 3.5}}
+    group_size: 16
+  evaluate_family:
+    type: evaluate_family
+    texts:
+      ant: {{source: {{kind: inline, texts: {texts}}}, length: 16, max_tokens: 48}}
+  export_family: {{type: export_family}}
+"""
+
+
+def tiny_llama(vocabulary: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three fine-tunes of it (random differences; two of them close), and a finished run."""
+    root = tmp_path_factory.mktemp("family")
+    model = tiny_llama(len(tiny_tokenizer))
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    near = {name: 0.05 * torch.randn_like(tensor) for name, tensor in original.items() if tensor.ndim > 1}
+    for name in ("base", *MEMBERS):
+        state = {key: tensor.clone() for key, tensor in original.items()}
+        for key in near if name != "base" else ():
+            apart = 0.03 * torch.randn_like(state[key])
+            state[key] += apart + (near[key] if name != "cat" else 2 * apart)
+        model.load_state_dict(state)
+        model.save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    texts = json.dumps(["The cat sat on the warm stone and looked at the sea. " * 12])
+    (root / "recipe.yaml").write_text(RECIPE.format(folder=root, texts=texts))
+    from llmcompress.cli.app import invoke
+
+    assert invoke(["run", str(root / "recipe.yaml"), "--quiet"]) == ExitCode.OK
+    return root
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_close_members_share_a_node(folder: Path) -> None:
+    artifact = FamilyArtifact(folder / "run/artifact")
+    assert artifact.members == ("ant", "bee", "cat")
+    assert frozenset({"ant", "bee"}) in artifact.plan.trees["model"].nodes
+    assert artifact.plan.linear_bits() <= 3.5 + 1e-9
+
+
+def test_file_bytes_are_the_accounting(folder: Path) -> None:
+    """Tensor bytes of every node file equal the formula, and nothing else is stored in them."""
+    artifact = FamilyArtifact(folder / "run/artifact")
+    for node in artifact.plan.node_names():
+        assert TensorFile(artifact.folder / "nodes" / f"{node}.safetensors").nbytes == artifact.plan.node_bytes(node)
+
+
+def test_errors_are_those_of_what_is_stored(folder: Path) -> None:
+    """Weights come from the artifact alone: the sum of their nodes, near the source, nearer with the leaf."""
+    artifact = FamilyArtifact(folder / "run/artifact")
+    for member in MEMBERS:
+        source = TensorFile(folder / member / "model.safetensors")
+        for linear in artifact.plan.linears:
+            weight = source.read(f"{linear}.weight").float()
+            rebuilt = artifact.weight(linear, member)
+            nodes = artifact.nodes(linear, frozenset({member}))
+            assert torch.equal(rebuilt, delta_tree.reconstruct(list(nodes.values())))
+            shared = [packed for name, packed in nodes.items() if name != member]
+            error = float((weight - rebuilt).square().sum() / weight.square().sum())
+            assert error < 0.25
+            if shared:
+                without = weight - delta_tree.reconstruct(shared)
+                assert (weight - rebuilt).square().sum() < without.square().sum()
+
+
+def test_mixed_batch_equals_each_member_alone(folder: Path) -> None:
+    import llmcompress.hf
+
+    artifact = FamilyArtifact(folder / "run/artifact")
+    family = load_members(artifact, dtype=torch.float32)
+    member = ["cat", "ant", "bee", "ant", "cat"]
+    prompts = [[5, 6, 7], [9], [40, 41, 42, 43, 44], [7, 8], [100, 3]]
+    together = family.generate(prompts, member, 8)
+    for prompt, name, found in zip(prompts, member, together):
+        model, tokenizer = llmcompress.hf.load(artifact.folder, dtype="float32", member=name)
+        assert tokenizer is not None
+        ids = torch.tensor([prompt])
+        alone = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert found == alone[0, len(prompt) :].tolist()
+
+
+def test_packed_members_compute_what_dense_ones_do(folder: Path) -> None:
+    artifact = FamilyArtifact(folder / "run/artifact")
+    family = load_members(artifact, dtype=torch.float32)
+    ids = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(0))
+    logits = family(ids, ["bee", "cat", "ant"]).logits
+    for row, name in enumerate(["bee", "cat", "ant"]):
+        with torch.inference_mode():
+            expected = dense_member(artifact, name, torch.float32)(ids[row : row + 1]).logits[0]
+        assert torch.allclose(logits[row], expected, atol=1e-4)
+
+
+def test_wrong_members_and_damaged_files(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import llmcompress.hf
+
+    artifact = folder / "run/artifact"
+    with pytest.raises(InputError, match="no member 'dog'"):
+        llmcompress.hf.load(artifact, member="dog")
+    with pytest.raises(InputError, match="family of 3 models"):
+        llmcompress.hf.load(artifact)
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    victim = copy / "nodes" / "ant.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"ant\.safetensors"):
+        llmcompress.hf.load(copy, member="ant")
+    data = json.loads((copy / "family.json").read_text())
+    data["plan"]["weights"]["model.layers.0.self_attn.q_proj"]["bits"] = {"../../etc": 2}
+    (copy / "family.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="no node"):
+        llmcompress.hf.load(copy, member="bee")
+
+
+def test_members_of_another_architecture_are_refused(folder: Path, tmp_path: Path) -> None:
+    from llmcompress.models.family import ModelFamily
+    from llmcompress.models.handle import ModelHandle
+
+    config = json.loads((folder / "ant/config.json").read_text())
+    model = tiny_llama(config["vocab_size"])
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "short")
+    with pytest.raises(InputError, match="has 1 blocks, the base 2"):
+        ModelFamily.open(ModelHandle.open(folder / "base"), {"short": str(tmp_path / "short")})
+
+
+def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    from llmcompress.cli.app import invoke
+
+    capsys.readouterr()
+    code = invoke(words)
+    return code, capsys.readouterr().out
+
+
+def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Add, remove, export and merge on a copy; the other members keep every bit."""
+    import shutil
+
+    import llmcompress.hf
+
+    copy = tmp_path / "family"
+    shutil.copytree(folder / "run/artifact", copy)
+    before = FamilyArtifact(copy)
+    kept = {m: {n: before.weight(n, m) for n in before.plan.linears} for m in ("bee", "cat")}
+    shared_nodes = {n: d for n, d in digests(copy / "nodes").items() if n not in ("ant.safetensors",)}
+
+    code, text = said(
+        ["family", "add", str(copy), "--member", "dog", "--model", str(folder / "ant"), "--bits", "3"], capsys
+    )
+    assert code == ExitCode.OK, text
+    grown = FamilyArtifact(copy)
+    assert set(grown.members) == {"ant", "bee", "cat", "dog"}
+    # the copy of ant hangs where ant does
+    main = grown.plan.trees["model"]
+    assert main.ids[main.parents[main.ids.index("dog")]] == main.ids[main.parents[main.ids.index("ant")]]  # type: ignore[index]
+    source = TensorFile(folder / "ant/model.safetensors")
+    for linear in grown.plan.linears:
+        weight = source.read(f"{linear}.weight").float()
+        error = float((weight - grown.weight(linear, "dog")).square().sum() / weight.square().sum())
+        assert error < 0.1
+
+    code, text = said(["family", "remove", str(copy), "--member", "ant"], capsys)
+    assert code == ExitCode.OK, text
+    small = FamilyArtifact(copy)
+    assert not (copy / "members/ant").exists() and not (copy / "nodes/ant.safetensors").exists()
+    for member, weights in kept.items():
+        for linear, weight in weights.items():
+            assert torch.equal(small.weight(linear, member), weight)
+    assert shared_nodes.items() <= digests(copy / "nodes").items()
+    mixed = load_members(small, dtype=torch.float32).generate([[5, 6], [7], [9, 9]], ["dog", "cat", "bee"], 4)
+    assert [len(found) for found in mixed] == [4, 4, 4]
+
+    code, text = said(["family", "list", str(copy)], capsys)
+    assert code == ExitCode.OK and set(text.split()) == {"bee", "cat", "dog"}
+    code, text = said(["family", "inspect", str(copy)], capsys)
+    assert code == ExitCode.OK and "one more member takes" in text and "cat" in text
+
+    words = [
+        "export",
+        str(copy),
+        "--member",
+        "cat",
+        "--format",
+        "dense",
+        "--format",
+        "native",
+        "--out",
+        str(tmp_path / "cat"),
+    ]
+    code, text = said(words, capsys)
+    assert code == ExitCode.OK, text
+    dense, _ = llmcompress.hf.load(tmp_path / "cat-dense", dtype="float32")
+    alone, _ = llmcompress.hf.load(tmp_path / "cat", dtype="float32", member="cat")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert torch.allclose(dense(ids).logits, alone(ids).logits, atol=1e-3)
+    code, text = said([*words[:4], "--format", "gguf", "--out", str(tmp_path / "x")], capsys)
+    assert code == ExitCode.EXPORT
+    merged = ["family", "merge", str(copy), "--member", "bee", "--member", "cat=3", "--out", str(tmp_path / "mean")]
+    assert said(merged, capsys)[0] == ExitCode.OK
+    linear = small.plan.linears[0]
+    mean = TensorFile(tmp_path / "mean/model.safetensors").read(f"{linear}.weight").float()
+    expected = 0.25 * small.weight(linear, "bee") + 0.75 * small.weight(linear, "cat")
+    assert torch.allclose(mean, expected, atol=1e-6)
+
+    for words, code in (
+        (["family", "remove", str(copy), "--member", "ant"], ExitCode.ENVIRONMENT),
+        (["family", "add", str(copy), "--member", "cat", "--model", str(folder / "ant")], ExitCode.USAGE),
+        (["family", "list", str(tmp_path)], ExitCode.ENVIRONMENT),
+        (["family", "merge", str(copy), "--member", "cat=x", "--out", str(tmp_path / "y")], ExitCode.USAGE),
+    ):
+        assert said(words, capsys)[0] == code
+
+
+def test_generate_takes_a_member(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(folder / "run"), "--prompt", "The cat", "-n", "4", "--json"]
+    code, text = said([*words, "--member", "bee"], capsys)
+    assert code == ExitCode.OK and json.loads(text)["new_tokens"] >= 1
+    assert said(words, capsys)[0] == ExitCode.ENVIRONMENT
+
+
+KILLER = """
+import os, signal, sys
+from llmcompress.cli.app import invoke
+seen, real = [0], os.fsync
+def fsync(descriptor):
+    seen[0] += 1
+    if seen[0] == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(descriptor)
+os.fsync = fsync
+sys.exit(int(invoke(["run", sys.argv[1], "run.dir=" + sys.argv[2], "--quiet"])))
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_end_in_the_same_bytes(folder: Path) -> None:
+    from llmcompress.cli.app import invoke
+
+    whole = digests(folder / "run/artifact")
+    for point in (9, 17, 27):
+        where = folder / f"killed{point}"
+        done = subprocess.run(
+            [sys.executable, "-c", KILLER, str(folder / "recipe.yaml"), str(where), str(point)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == -9, done.stderr[-2000:]
+        assert invoke(["resume", str(where), "--quiet"]) == ExitCode.OK
+        assert digests(where / "artifact") == whole
