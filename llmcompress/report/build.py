@@ -9,6 +9,7 @@ from typing import Any
 
 from llmcompress.quant.store import write_durably
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
+from llmcompress.report.family import family_section
 from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent
 from llmcompress.report.self_correction import self_correction_section
 from llmcompress.report.states import states_section
@@ -62,7 +63,7 @@ def build_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("template.html").render(**page_context(data))
+    page = environment.get_template("template.html").render(**page_context(data), family=family_section(run_dir))
     out = run_dir / "report.html"
     write_durably(out, page.encode("utf-8"))
     return out

@@ -36,7 +36,9 @@ def main() -> None:
     ]  # fmt: skip
     if done.returncode:
         print(done.stdout[-6000:])
-    verdict(done.returncode == 0 and not absent, f"{len(passed)} pinning tests pass, absent or failed: {absent or 'none'}")
+    verdict(
+        done.returncode == 0 and not absent, f"{len(passed)} pinning tests pass, absent or failed: {absent or 'none'}"
+    )
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def main() -> None:
         verdict(False, f"{MODELS} is missing: make family")
     with tempfile.TemporaryDirectory() as folder:
         seeds = [measure(seed, Path(folder)) for seed in SEEDS]
-    table = {
-        method: [rows["methods"][method]["mean_relative"] for rows in seeds] for method in seeds[0]["methods"]
-    }
+    table = {method: [rows["methods"][method]["mean_relative"] for rows in seeds] for method in seeds[0]["methods"]}
     for method, values in table.items():
         bits = seeds[0]["methods"][method]["bits"]
         shown = ", ".join(f"{value:.2%}" for value in values)

@@ -281,6 +281,12 @@ def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert said(words, capsys)[0] == code
 
 
+def test_the_report_draws_the_tree(folder: Path) -> None:
+    page = (folder / "run/report.html").read_text(encoding="utf-8")
+    assert "├─" in page and "Bits read alone" in page and "Bits by number of members" in page
+    assert all(name in page for name in MEMBERS)
+
+
 def test_generate_takes_a_member(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", str(folder / "run"), "--prompt", "The cat", "-n", "4", "--json"]
     code, text = said([*words, "--member", "bee"], capsys)
