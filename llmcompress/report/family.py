@@ -45,7 +45,8 @@ def _section(run_dir: Path, folder: Path, plan: FamilyPlan) -> Json:
             {
                 "name": name,
                 "dense": _number(figures.get("dense")), "compressed": _number(figures.get("compressed")),
-                "relative": _percent(figures.get("relative")), "retention": _percent(kept.get(name, {}).get("retention")),
+                "relative": _percent(figures.get("relative")),
+                "retention": _percent(kept.get(name, {}).get("retention")),
                 "cosine": _number(kept.get(name, {}).get("cosine"), 2), "bits": f"{plan.path_bits(name):.2f}",
             }
         )  # fmt: skip

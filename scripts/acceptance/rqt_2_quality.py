@@ -2,8 +2,8 @@
 """RQT 2: the small family at 2.0 to 2.2 bits beside GPTQ at 3 and 4 bits and BitDelta, three calibration seeds.
 
 All stored bits of the linear weights count. Mean relative perplexity loss on each member's own held-out text: at most
-that of independent 4-bit GPTQ plus two points, and below that of BitDelta and of independent 3-bit GPTQ in every seed; and each
-member is better on its own text than every other member. Needs the family of ``make family``.
+that of independent 4-bit GPTQ plus two points, and below that of BitDelta and of independent 3-bit GPTQ in every
+seed; and each member is better on its own text than every other member. Needs the family of ``make family``.
 """
 
 from __future__ import annotations

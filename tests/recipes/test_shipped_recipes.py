@@ -22,6 +22,7 @@ HUB = {
     "eac_moe_deepseek_v2_lite": "deepseek_v2_lite",
     "eac_moe_olmoe": "olmoe_1b_7b",
     "gptq_smollm2": "smollm2_135m",
+    "rqt_mistral": "mistral_7b",
     "q_mamba_mamba2": "mamba2_2b7",
     "q_mamba_mamba": "mamba_2b8",
     "q_mamba_bamba": "bamba_9b",
