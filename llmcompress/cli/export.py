@@ -78,12 +78,13 @@ def _export_member(out: Output, path: Path, formats: list[str], target: str | No
         raise UsageError("--member needs --out", "give a folder for the member's model")
     artifact = FamilyArtifact(family_folder(path))
     artifact.require(member)
-    base, rows = Path(target), {}
+    base = Path(target)
+    rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(formats):
         folder = base if name == "native" else base.with_name(f"{base.name}-{name}")
         (write_native_member if name == "native" else write_dense_member)(artifact, member, folder)
         rows[name] = {"path": str(folder), "bytes": folder_bytes(folder)}
-    text = "\n".join(f"{name}: {row['path']} ({bytes_text(int(row['bytes']))})" for name, row in rows.items())
+    text = "\n".join(f"{name}: {row['path']} ({bytes_text(row['bytes'])})" for name, row in rows.items())
     out.result({"member": member, "artifacts": rows}, text)
 
 

@@ -36,7 +36,7 @@ def family_section(run_dir: Path) -> Json | None:
 def _section(run_dir: Path, folder: Path, plan: FamilyPlan) -> Json:
     main = plan.trees.get("model") or next(iter(plan.trees.values()))
     label = {name: f"{plan.mean_bits(name):.2f} bits" for name in plan.node_names()}
-    measured = next((m for p in (run_dir / "stages").glob("*/family.json") if (m := read_json(p))), {})
+    measured: Json = next((m for p in (run_dir / "stages").glob("*/family.json") if (m := read_json(p))), {})
     kept = _kept(folder)
     members = []
     for name in plan.order:

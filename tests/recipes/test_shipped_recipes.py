@@ -162,6 +162,11 @@ def test_the_editor_schema_accepts_partial_recipes_interpolations_and_removals()
 def test_hub_recipes_plan_without_weights_or_network(name):
     config = json.loads((CONFIGS / f"{HUB[name]}.json").read_text())
     found = plan(load_recipe(name, allow_missing=True), config, "cuda")
+    family = next((stage for stage in found.stages if stage.type == "rqt"), None)
+    if family is not None:
+        # a plan's totals are those of one model; the stage accounts for all six
+        assert family.output < 0.25 * 6 * found.dense_bytes
+        return
     assert found.unmatched == 0
     # 8-bit weights cannot get below half
     share = 0.75 if name.startswith("q_mamba") else 0.35
