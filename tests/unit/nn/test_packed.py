@@ -41,7 +41,7 @@ def test_a_group_never_exceeds_the_row() -> None:
 
 def test_other_codecs_are_refused() -> None:
     with pytest.raises(InputError, match="delta_tree"):
-        PackedTensors((6, 32), QuantSpec(4, 16, codec="delta_tree"))
+        PackedTensors((6, 32), QuantSpec(4, 16, symmetric=True, codec="delta_tree"))
 
 
 def test_printing() -> None:
