@@ -215,8 +215,8 @@ class S2RRl(Stage):
         """Continue from the checkpoint that exists.
 
         Raises:
-            GateFailed: A verdict recall is below ``min_verdict_recall``.
-            InputError: No prompt or no response is left after the filters.
+            InputError: A verdict recall is below ``min_verdict_recall`` or nothing is judged; no prompt or no
+                response is left after the filters.
         """
         from llmcompress.stages import s2r_config as shared
         from llmcompress.stages.s2r_init import after
@@ -255,6 +255,11 @@ class S2RRl(Stage):
         with policy.reference() as model:
             figures = shared.measure_behaviour(problems, model, reader, "gate", ctx)
         found = {"right": figures["correct_recall"], "wrong": figures["error_recall"]}
+        if all(value is None for value in found.values()):
+            raise InputError(
+                f"stages.{self.name}: the model judged none of its attempts, so there is no verifier to reinforce",
+                "teach it to verify first with a stage of type s2r_init",
+            )
         low = {kind: value for kind, value in found.items() if value is not None and value < wanted}
         if low:
             listing = ", ".join(f"{kind} attempts {value:.1%}" for kind, value in low.items())

@@ -1,0 +1,174 @@
+"""S2R stages on the shipped reasoner: kill and resume to the same bytes, adapters on packed weights, what is
+refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmcompress.data.problems.config import CountdownTask
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.models.handle import ModelHandle
+from llmcompress.stages.rtn import Rtn, RtnConfig
+from llmcompress.stages.s2r_evaluate import S2REvaluate, S2REvaluateConfig
+from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
+from llmcompress.stages.s2r_traces import S2RTraces, S2RTracesConfig
+from llmcompress.stages.state import RunState
+
+TASK = CountdownTask(kind="countdown", high=15, limit=60, compact=True)
+COMMON = {"task": TASK, "measure": {"problems": 8, "max_new_tokens": 40}}
+INIT = S2RInitConfig(
+    type="s2r_init", problems=40, samples=3, sampling={"temperature": 0.8, "max_new_tokens": 14}, epochs=1,
+    pair_epochs=1, pair_share=0.3, batch=8, lr=1e-3, anchor=0.5, checkpoint_every=2, **COMMON,
+)  # fmt: skip
+RL = {
+    "type": "s2r_rl", "steps": 3, "prompts": 4, "samples": 2, "updates": 2, "lr": 1e-4, "checkpoint_every": 1,
+    "sampling": {"temperature": 1.0, "max_new_tokens": 30}, **COMMON,
+}  # fmt: skip
+STAGES = {
+    "init": S2RInit("s", INIT),
+    "outcome": S2RRl("s", S2RRlConfig(level="outcome", **RL)),
+    "process": S2RRl("s", S2RRlConfig(level="process", baseline={"scope": "running", "min_group": 1}, **RL)),
+    "offline": S2RRl(
+        "s",
+        S2RRlConfig(level="process", mode="offline", problems=24, offline={"min_accuracy": 0, "max_accuracy": 1}, **RL),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def taught(tiny, tmp_path_factory) -> Path:
+    """A model that knows the format a little: after the init stage."""
+    folder = tmp_path_factory.mktemp("taught")
+    INIT_LONG = INIT.model_copy(update={"pair_epochs": 6, "epochs": 4, "problems": 120})
+    S2RInit("s", INIT_LONG).run(RunState(model=ModelHandle.open("asset:reference_reasoner")), tiny.context(folder, "s"))
+    return folder / "stages" / "s" / "model"
+
+
+def state(model="asset:reference_reasoner"):
+    return RunState(model=ModelHandle.open(model))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_training_ends_in_the_same_weights(tiny, tmp_path, taught, name):
+    source = "asset:reference_reasoner" if name == "init" else taught
+    whole = tiny.context(tmp_path / "whole", "s")
+    STAGES[name].run(state(source), whole)
+    events = []
+    broken = tiny.context(tmp_path / "broken", "s", events)
+    STAGES[name].run(state(source), tiny.context(tmp_path / "count", "s", events))
+    updates = [e.data for e in events if e.kind == "metric" and "step" in e.data]
+    # once in the middle of training, once when all is trained and nothing kept
+    for point in (updates[len(updates) // 2], updates[-1]):
+
+        def die(event, point=point):
+            if event.kind == "metric" and event.data == point:
+                raise Killed
+
+        object.__setattr__(broken, "emit_event", die)
+        with pytest.raises(Killed):
+            STAGES[name].run(state(source), broken)
+    object.__setattr__(broken, "emit_event", lambda event: None)
+    after = state(source)
+    STAGES[name].run(after, broken)
+    files = [c.stage_dir / "model" / "model.safetensors" for c in (whole, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    curves = [json.loads((c.stage_dir / "curve.json").read_text()) for c in (whole, broken)]
+    assert curves[0] == curves[1]
+    assert after.model.path == broken.stage_dir / "model"
+    # training did something, and a restored stage hands on the same model
+    original = ModelHandle.open(source).checkpoint.tensor("model.norm.weight")
+    assert not torch.equal(original, load_file(files[0])["model.norm.weight"])
+    again = state(source)
+    STAGES[name].restore(again, broken)
+    assert again.model.path == after.model.path
+    assert [m.name for m in again.metrics] == [m.name for m in after.metrics]
+
+
+def quantized(tiny, folder):
+    found = state()
+    config = RtnConfig(type="rtn", rules={"all": {"role": ["attention", "mlp"], "bits": 3, "group_size": 32}})
+    Rtn("quantize", config).run(found, tiny.context(folder, "quantize"))
+    return found
+
+
+def test_codes_are_not_trained(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="codes cannot be trained"):
+        STAGES["init"].run(quantized(tiny, tmp_path), tiny.context(tmp_path, "s"))
+
+
+@pytest.mark.slow
+def test_adapters_on_packed_weights_are_trained_measured_and_exported(tiny, tmp_path):
+    from llmcompress import hf
+    from llmcompress.stages.export import Export, ExportConfig
+    from llmcompress.stages.s2r_config import open_model
+
+    found = quantized(tiny, tmp_path)
+    before = open_model(found, tiny.context(tmp_path, "probe"))
+    name = "model.layers.0.mlp.up_proj"
+    codes = before.state_dict()[f"{name}.weight_packed"].clone()
+    config = INIT.model_copy(update={"adapter": S2RInitConfig.model_fields["adapter"].annotation.__args__[0](rank=4)})
+    S2RInit("s", config).run(found, tiny.context(tmp_path, "s"))
+    assert found.adapter is not None
+    tuned = open_model(found, tiny.context(tmp_path, "probe"))
+    ids = torch.tensor([[10, 20, 30, 40]])
+    with torch.no_grad():
+        assert not torch.equal(tuned(ids).logits, before(ids).logits)
+    assert torch.equal(tuned.state_dict()[f"{name}.base.weight_packed"], codes)
+    # reinforcement goes on with the same adapter
+    S2RRl("r", S2RRlConfig(level="process", **{**RL, "steps": 1})).run(found, tiny.context(tmp_path, "r"))
+    assert found.adapter == tmp_path / "stages" / "r" / "adapter"
+    final = open_model(found, tiny.context(tmp_path, "probe"))
+    Export("export", ExportConfig(type="export")).run(found, tiny.context(tmp_path, "export"))
+    loaded, _ = hf.load(tmp_path / "artifact", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, final(ids).logits)
+    with pytest.raises(Exception, match="no place for the trained adapter"):
+        Export("e", ExportConfig(type="export", formats=("dense",))).run(found, tiny.context(tmp_path, "e"))
+
+
+def test_a_weak_verifier_is_not_reinforced(tiny, tmp_path, taught):
+    config = S2RRlConfig(level="outcome", min_verdict_recall=0.999, **RL)
+    with pytest.raises(InputError, match="too weak to reinforce"):
+        S2RRl("r", config).run(state(taught), tiny.context(tmp_path, "r"))
+    with pytest.raises(InputError, match="judged none"):
+        S2RRl("b", config).run(state(), tiny.context(tmp_path, "b"))
+
+
+def test_traces_become_calibration_windows(tiny, tmp_path):
+    config = S2RTracesConfig(
+        type="s2r_traces", task=TASK, problems=60, keep="all", samples=4, length=32,
+        sampling={"temperature": 0.8, "max_new_tokens": 16},
+    )  # fmt: skip
+    found, context = state(), tiny.context(tmp_path, "t")
+    S2RTraces("t", config).run(found, context)
+    assert found.calibration.tokens.shape == (4, 32)
+    again = state()
+    S2RTraces("t", config).restore(again, context)
+    assert again.calibration.hash == found.calibration.hash
+    few = config.model_copy(update={"samples": 5000})
+    with pytest.raises(InputError, match="windows of 32 need"):
+        S2RTraces("t", few).run(state(), tiny.context(tmp_path, "t2"))
+
+
+def test_evaluation_measures_both_sides_and_the_vote(tiny, tmp_path):
+    found = quantized(tiny, tmp_path)
+    config = S2REvaluateConfig(
+        type="s2r_evaluate", majority=True, sampling={"temperature": 0.7, "max_new_tokens": 14}, **COMMON
+    )
+    S2REvaluate("e", config).run(found, tiny.context(tmp_path, "e"))
+    by_name = {metric.name: metric for metric in found.metrics}
+    accuracy = by_name["e.accuracy"]
+    assert accuracy.dense is not None and accuracy.compressed is not None and accuracy.n == 8
+    assert by_name["e.majority.tokens"].compressed >= by_name["e.tokens"].compressed
+    assert by_name["e.majority.best_of"].compressed >= by_name["e.majority.accuracy"].compressed
