@@ -13,7 +13,7 @@ TESTS = ["tests/paper/test_s2r_reward_hacking.py"]
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", *TESTS]
+    command = [sys.executable, "-m", "pytest", *TESTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-2000:])
     passed = re.search(r"(\d+) passed", done.stdout)
