@@ -27,7 +27,7 @@ NEEDED = {
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "pytest", *NEEDED, "-v", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *NEEDED, "-vv", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     passed = re.findall(r"(tests/\S+\.py)::(\w+).* PASSED", done.stdout)
     absent = [
