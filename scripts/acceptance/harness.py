@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -36,6 +37,14 @@ def measured(*args: str | Path) -> tuple[int, float]:
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit(f"llmcompress {' '.join(map(str, args))} failed")
     return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+
+
+def run_tests(*paths: str) -> tuple[int, int, int]:
+    """Run pytest on files or folders below the root; return exit code, tests passed and tests failed."""
+    done = subprocess.run([sys.executable, "-m", "pytest", *paths], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-2000:])
+    passed, failed = (re.search(rf"(\d+) {word}", done.stdout) for word in ("passed", "failed"))
+    return done.returncode, int(passed[1]) if passed else 0, int(failed[1]) if failed else 0
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -3,24 +3,15 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-
-from harness import ROOT, verdict
+from harness import run_tests, verdict
 
 TESTS = ["tests/paper/test_s2r_actions.py", "tests/paper/test_s2r_objectives.py", "tests/unit/training",
          "tests/unit/evaluation/test_self_correction.py"]  # fmt: skip
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "pytest", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-2000:])
-    passed = re.search(r"(\d+) passed", done.stdout)
-    failed = re.search(r"(\d+) failed", done.stdout)
-    count = int(passed[1]) if passed else 0
-    verdict(done.returncode == 0 and count > 50, f"{count} checks of formulas, {failed[1] if failed else 0} failed")
+    code, passed, failed = run_tests(*TESTS)
+    verdict(code == 0 and passed > 50, f"{passed} checks of formulas, {failed} failed")
 
 
 if __name__ == "__main__":
