@@ -35,7 +35,7 @@ for part in (run, plan, recipes, inspect, evaluate, export, family, generate, be
 _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 # read by the libraries when they are loaded; a user's own setting wins
-_LIBRARY_SETTINGS = {
+LIBRARY_SETTINGS = {
     # threads that spin while they wait make everything 5 to 10 times slower on a machine that is shared
     "OMP_WAIT_POLICY": "PASSIVE",
     # other libraries' bars and notices would mix with ours on stderr
@@ -59,7 +59,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program name; ``sys.argv`` by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    for key, value in _LIBRARY_SETTINGS.items():
+    for key, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(key, value)
     # records that no handler takes would reach stderr through logging's last resort
     logging.getLogger().addHandler(logging.NullHandler())

@@ -57,7 +57,7 @@ def preload() -> None:
     """Import what forked cases share, under the environment the command line itself would set."""
     from llmcompress.cli import app
 
-    for key, value in {**app._QUIET_LIBRARIES, **QUIET}.items():
+    for key, value in {**app.LIBRARY_SETTINGS, **QUIET}.items():
         os.environ[key] = value
     import datasets  # noqa: F401
     import torch
