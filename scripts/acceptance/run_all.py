@@ -9,6 +9,7 @@ list holds. A script that is not run keeps its earlier entry, marked with the co
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "acceptance.json"
@@ -24,7 +26,9 @@ RESULTS = ROOT / "benchmarks" / "acceptance.json"
 def commit() -> str:
     """Short hash of HEAD, with ``+`` when the tree has changes."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    # what these scripts measure and write does not depend on earlier results
+    status = ["git", "status", "--porcelain", "--", ".", ":!benchmarks"]
+    dirty = subprocess.run(status, cwd=ROOT, capture_output=True, text=True)
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
@@ -34,30 +38,39 @@ def cpu() -> str:
     return f"{names[0] if names else platform.processor()} x {len(names)}"
 
 
+def record(name: str, entry: dict[str, Any]) -> None:
+    """Put one entry into the file; other scripts may be recorded at the same time."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.seek(0)
+        results = json.loads(handle.read() or "{}") | {name: entry}
+        handle.truncate(0)
+        handle.write(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> int:
     wanted = sys.argv[1:]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = 0
     for script in sorted(Path(__file__).parent.glob("[a-z]*_[0-9]*_*.py")):
         if wanted and not any(part in script.stem for part in wanted):
             continue
         print(f"== {script.stem}", flush=True)
-        began = time.time()
+        began, made_on = time.time(), commit()
         done = subprocess.run([sys.executable, str(script)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         lines = done.stdout.strip().splitlines()
-        results[script.stem] = {
+        entry = {
             "holds": done.returncode == 0,
             "figure": lines[-1] if lines else "",
             "seconds": round(time.time() - began, 1),
-            "commit": commit(),
+            "commit": made_on,
             "cpu": cpu(),
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
+        record(script.stem, entry)
         failed += done.returncode != 0
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     return 1 if failed else 0
 
 
