@@ -29,11 +29,14 @@ from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
+from llmcompress.evaluation.streamed import streamed_perplexity
 from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmcompress.models.streamed import StreamedModel
 
 Side = Literal["dense", "compressed", "without_policies"]
 Tell = Callable[[str], None]
@@ -296,6 +299,34 @@ def measure_side(
         tell(f"{side}: recall " + ", ".join(f"{part['accuracy']:.2f} at {part['distance']}" for part in parts))
     if config.generation is not None and not ledger.has(f"{side}.generation"):
         ledger.put(f"{side}.generation", generate(model, tokenizer, config.generation))
+
+
+def measure_streamed(
+    side: Side,
+    stream: Callable[[Sequence[Tensor]], StreamedModel],
+    config: Settings,
+    prepared: Prepared,
+    ledger: Ledger,
+    tell: Tell,
+) -> None:
+    """Measure the perplexities of a model that does not fit into memory; parts in the ledger are skipped.
+
+    Args:
+        side: Which model this is.
+        stream: Runs the model on windows, block by block.
+        config: What to measure; nothing but ``perplexity`` is.
+        prepared: Texts.
+        ledger: Receives each part as it is finished.
+        tell: Receives a line per part.
+    """
+    for name, section in config.perplexity.items():
+        key = f"{side}.perplexity.{name}"
+        if not ledger.has(key):
+            result = streamed_perplexity(
+                stream, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep"
+            )
+            ledger.put(key, asdict(result))
+            tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens, block by block")
 
 
 def measure_pair(

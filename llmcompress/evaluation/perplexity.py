@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -188,15 +188,48 @@ def perplexity(
     Raises:
         InputError: The model's output is not finite.
     """
-    planned = windows(len(text.tokens), length, stride, keep_tail)
     size = batch or automatic_batch(length, int(model.config.get_text_config().vocab_size))
+
+    def logits(_rows: slice, ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+        return found
+
+    return scored(text, windows(len(text.tokens), length, stride, keep_tail), size, length, logits)
+
+
+def window_parts(text: Text, length: int, stride: int | None = None, keep_tail: bool = False) -> list[Tensor]:
+    """The windows' tokens, ``[S, L]`` int64, a tensor for each run of consecutive windows of equal length."""
+    planned = windows(len(text.tokens), length, stride, keep_tail)
+    groups = _batches(planned, len(planned))
+    return [torch.stack([text.tokens[window.begin : window.end] for window in group]) for group in groups]
+
+
+@torch.inference_mode()
+def scored(
+    text: Text, planned: list[Window], size: int, length: int, logits_of: Callable[[slice, Tensor], Tensor]
+) -> PerplexityResult:
+    """Perplexity from logits, however they are made.
+
+    Args:
+        text: What :func:`tokenize` gave.
+        planned: The windows.
+        size: Windows at once.
+        length: Tokens in a full window.
+        logits_of: Maps positions in ``planned`` and the windows' tokens ``[B, L]`` to logits ``[B, L, V]``.
+
+    Raises:
+        InputError: The logits are not finite.
+    """
     started = time.perf_counter()
+    done = 0
     sums: list[float] = []
     counts: list[int] = []
     bins = torch.zeros(2, -(-length // POSITION_BIN), dtype=torch.float64)
     for group in _batches(planned, size):
-        ids = torch.stack([text.tokens[window.begin : window.end] for window in group]).to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+        ids = torch.stack([text.tokens[window.begin : window.end] for window in group])
+        logits = logits_of(slice(done, done + len(group)), ids)
+        done += len(group)
+        ids = ids.to(logits.device)
         for row, window in enumerate(group):
             first = window.scored - window.begin
             nll = token_nll(logits[row, first - 1 : -1], ids[row, first:])

@@ -5,18 +5,27 @@ Legend: R rows of logits in a batch, V vocabulary, I intermediate, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Literal
 
 from llmcompress.evaluation.batching import COMPARED_ROWS, SCORED_ROWS, SHIFT_WINDOWS, automatic_batch, task_batch
+from llmcompress.models import sizes
+from llmcompress.models.memory_limits import SHARE
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.evaluate import EvaluateConfig
 
+Side = Literal["dense", "compressed"]
+
 # fp32 matrices [rows, V] alive at once while rows are scored, and while two models' rows are compared
 SCORING_COPIES = 2
 COMPARING_COPIES = 5
+# part of a budget that activations may take while a model goes block by block, the rest lies in files
+ACTIVATION_SHARE = 8
+# a text whose length no one has limited
+UNKNOWN_TOKENS = 1 << 20
 # activations of a sublayer in units of its widest projection
 WIDTHS = 4
 
@@ -30,6 +39,34 @@ def peak_bytes(config: EvaluateConfig, layout: ModelLayout, item: int) -> int:
         item: Bytes of a value in compute dtype.
     """
     return max(_parts(config, layout, item), default=0)
+
+
+def streamed_sides(config: EvaluateConfig, sizes_of: Mapping[str, int], work: int, ram: int) -> list[Side]:
+    """Models that are to be run block by block because they exceed a budget in memory; perplexity alone allows it.
+
+    Args:
+        config: The stage's config.
+        sizes_of: ``dense`` and ``compressed`` → bytes in memory.
+        work: Working set beside a model.
+        ram: Budget above the empty interpreter.
+    """
+    together = config.fidelity is not None or config.expert_shift
+    if together or config.tasks or config.recall is not None or config.generation is not None or not config.perplexity:
+        return []
+    sides: tuple[Side, ...] = ("dense", "compressed") if config.dense else ("compressed",)
+    return [side for side in sides if sizes_of[side] + work > SHARE * ram]
+
+
+def streamed_tokens(config: EvaluateConfig) -> int:
+    """Tokens of the longest text that goes through a model block by block; a text without a limit counts as large."""
+    return max((text.max_tokens or UNKNOWN_TOKENS for text in config.perplexity.values()), default=0)
+
+
+def streamed_bytes(layout: ModelLayout, weight_bytes: int, item: int) -> int:
+    """Weights in memory while a model goes block by block: one block, its largest weight as read, embedding, head."""
+    largest = max((prod(shape) for _, _, shape, _ in layout.quantizable()), default=0)
+    read = largest * max(weight_bytes, 4)  # as it is in the file, or decoded
+    return (sizes.largest_block(layout) + sizes.outside_parameters(layout)) * item + read
 
 
 def _parts(config: EvaluateConfig, layout: ModelLayout, item: int) -> Iterator[int]:

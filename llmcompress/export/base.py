@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -266,17 +265,12 @@ class ShardWriter:
         return self._folder / f"model-{number:05d}.safetensors.part"
 
     def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from llmcompress.quant.tensor_writer import write_tensors
 
         self._shards.append(sorted(self._pending))
         path = self._part(len(self._shards))
-        try:
-            save_file(dict(sorted(self._pending.items())), path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            # the library reports system errors as text only
-            number = re.search(r"code: (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+        with path.open("wb") as handle:
+            write_tensors(handle, self._pending, {"format": "pt"})
         self._pending, self._bytes = {}, 0
 
 

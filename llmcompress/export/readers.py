@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmcompress.errors import ExportError
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SafetensorsFolder:
-    """All tensors of the ``*.safetensors`` files in a folder, opened lazily through mmap.
+    """All tensors of the ``*.safetensors`` files in a folder, mapped one at a time: mapped pages are resident memory.
 
     Raises:
         ExportError: There are no such files, one is damaged, or two hold the same name.
@@ -25,20 +24,20 @@ class SafetensorsFolder:
         from safetensors import SafetensorError, safe_open
 
         self.folder = folder
-        self._stack = ExitStack()
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, Path] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ExportError(f"{folder}: no safetensors files")
         for path in files:
             try:
-                handle = self._stack.enter_context(safe_open(path, framework="pt"))
+                with safe_open(path, framework="pt") as handle:
+                    names = list(handle.keys())
             except (SafetensorError, OSError) as error:
                 raise ExportError(f"{path}: does not read back: {error}") from error
-            for name in handle.keys():  # noqa: SIM118 - not a dict
+            for name in names:
                 if name in self._where:
                     raise ExportError(f"{path}: {name} is in two files")
-                self._where[name] = handle
+                self._where[name] = path
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -46,7 +45,7 @@ class SafetensorsFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._where = {}
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -60,4 +59,8 @@ class SafetensorsFolder:
         """
         if name not in self._where:
             raise ExportError(f"{self.folder}: {name} is missing from what was written")
-        return self._where[name].get_tensor(name)
+        from safetensors import safe_open
+
+        with safe_open(self._where[name], framework="pt") as handle:
+            found: Tensor = handle.get_tensor(name)
+            return found

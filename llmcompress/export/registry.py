@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError
-from llmcompress.export.base import Exporter, Policies, dense_values
+from llmcompress.export.base import SHARD_BYTES, Exporter, Policies, dense_values, values
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,17 @@ class NativeExporter(Exporter):
         shapes = {name: shape for name, _, shape, _ in layout.quantizable() if name in plan}
         packed = sum(codec(plan[name].codec).nbytes(shape, plan[name]) for name, shape in shapes.items())
         return packed + dense_values(layout, plan) * weight_bytes
+
+    def working_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """One block as it is packed, the largest tensor that stays dense, and a shard on its way out."""
+        from llmcompress.models.sizes import packed_block_bytes
+
+        blocks = max((packed_block_bytes(block, plan) for block in layout.blocks), default=0)
+        views = [*layout.outside, *(view for block in layout.blocks for view in block.tensors())]
+        quantized = {f"{name}.weight" for name in plan} | set(plan)
+        dense = max((values(view.shape) for view in views if view.name not in quantized), default=0)
+        output = self.output_bytes(layout, plan, weight_bytes)
+        return blocks + dense * weight_bytes + min(SHARD_BYTES, output)
 
     def write(
         self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.models.capture import write_expert_weight
 from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.nn.mixers import SCALE
 from llmcompress.nn.swap import swap_modules
-from llmcompress.quant.store import PackedStore
+from llmcompress.quant.codecs import codec
+from llmcompress.quant.store import BlockPatch, PackedStore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +112,25 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iter
             f"block {block.index} of {store.root}: {', '.join(left)} is not part of this model",
             "the run belongs to another model; start a new one",
         )
+
+
+def apply_patch(model: PreTrainedModel, layout: ModelLayout, patch: BlockPatch) -> None:
+    """Put decoded weights and replaced tensors into a materialised block; tensors of policies are passed over."""
+    banks = {name: bank for b in layout.blocks if (bank := b.bank) for name in (bank.gate_up, bank.down)}
+    for name, packed in patch.packed.items():
+        dense = codec(packed.spec.codec).decode(packed)
+        bank = banks.get(name)
+        if bank is not None:
+            module = model.get_submodule(bank.module)
+            write_expert_weight(module, bank, name, slice(0, bank.num_experts), dense)
+        else:
+            place = model.get_parameter(f"{name}.weight")
+            place.data.copy_(dense.to(place))
+    for name, tensor in patch.replaced.items():
+        owner, _, key = name.rpartition(".")
+        if key in model.get_submodule(owner)._parameters:
+            place = model.get_parameter(name)
+            place.data.copy_(tensor.to(place))
 
 
 def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapping[str, Mapping[str, Any]]) -> None:

@@ -92,6 +92,17 @@ def packed_bytes(layout: ModelLayout, plan: Plan) -> int:
     return sum(codec(spec.codec).nbytes(shape, spec) for shape, spec in sizes if spec is not None)
 
 
+def packed_block_bytes(block: Block, plan: Plan) -> int:
+    """Bytes of one decoder layer's packed weights."""
+    shapes: dict[str, tuple[int, ...]] = {
+        linear.name: (linear.out_features, linear.in_features) for linear in block.linears()
+    }
+    bank = block.bank
+    if bank is not None:
+        shapes |= {name: bank.shape(name) for name in (bank.gate_up, bank.down)}
+    return sum(codec(plan[name].codec).nbytes(shape, plan[name]) for name, shape in shapes.items() if name in plan)
+
+
 def quantized_parameters(layout: ModelLayout, plan: Plan) -> int:
     """Number of weights that ``plan`` quantizes."""
     return sum(prod(shape) for name, _, shape, _ in layout.quantizable() if name in plan)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from llmcompress.models.activation_cache import ActivationCache
 from llmcompress.models.capture import gated
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ class StreamRecorder:
 
     Args:
         planned: Plan names of the weights that will be paired.
+        cache: Where the inputs lie; without one on the heap.
     """
 
-    def __init__(self, planned: Collection[str]) -> None:
-        self.planned = planned
+    def __init__(self, planned: Collection[str], cache: ActivationCache | None = None) -> None:
+        self.planned, self.cache = planned, cache or ActivationCache()
         self.inputs: dict[str, list[Tensor]] = {}
         self.routed: dict[str, Tensor] = {}
 
@@ -39,7 +41,7 @@ class StreamRecorder:
 
     def linears(self, group: LinearGroup, x: Tensor) -> None:
         """Keep a batch of a group's inputs, ``[T, K]``."""
-        self.inputs.setdefault(group.linears[0].name, []).append(x.cpu())
+        self.inputs.setdefault(group.linears[0].name, []).append(self.cache.keep(x.cpu()))
 
     def moe(self, bank: ExpertBank, x: Tensor) -> None:
         """Keep the expert bank's inputs, ``[T, H]``."""
@@ -101,7 +103,9 @@ class StreamPairs:
         """
         if not self.wants([name]):
             return
-        reference = self.recorded.routed[bank.module].to(x.device)[tokens]
+        every = self.recorded.routed[bank.module]
+        reference = every[tokens.to(every.device)].to(x.device)
+        self.recorded.cache.drop(every)
         if name == bank.down:
             module = self.model.get_submodule(bank.module)
             kept = self._original

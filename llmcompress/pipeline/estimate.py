@@ -20,20 +20,12 @@ from llmcompress.errors import ExportError, ResourceError
 from llmcompress.models import sizes
 from llmcompress.models.layout import ModelLayout
 from llmcompress.models.registry import layout_from_config
+from llmcompress.pipeline.device import BASELINE_VRAM, baseline_ram, ram_above_baseline
 from llmcompress.quant.rules import deciding_rules, resolve
 from llmcompress.recipe.load import LoadedRecipe
 from llmcompress.recipe.schema import Recipe, recipe_model
 from llmcompress.stages.base import Kind, PlanInputs, Stage
 from llmcompress.stages.schemes import plain_rules
-
-MIB = 1 << 20
-# resident memory of a process that has imported torch, transformers and one of its model files and has run one
-# matrix product; measured with torch 2.13 for CPU and transformers 5.23 on x86-64 Linux
-BASELINE_RAM = 475 * MIB
-# a CUDA build maps more code and the driver keeps host memory per context; a round figure from experience, not measured
-BASELINE_RAM_CUDA = 2400 * MIB
-# CUDA context, cuBLAS handles and workspace; likewise
-BASELINE_VRAM = 650 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +212,8 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
     compute = recipe.run.compute_dtype
     if compute == "auto":
         compute = "bfloat16" if device == "cuda" else "float32"
-    inputs = PlanInputs(layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device)
+    free = ram_above_baseline(recipe.host.ram, device)
+    inputs = PlanInputs(layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device, free)
     stages: list[StagePlan] = []
     rules: list[RulePlan] = []
     for stage in recipe.build_stages():
@@ -265,7 +258,7 @@ def _stage_plan(stage: Stage, inputs: PlanInputs) -> StagePlan:
     return StagePlan(
         name=stage.name,
         type=stage.config.type,
-        ram=(BASELINE_RAM_CUDA if cuda else BASELINE_RAM) + estimate.ram,
+        ram=baseline_ram(inputs.device) + estimate.ram,
         vram=BASELINE_VRAM + estimate.vram if cuda else 0,
         disk=estimate.disk,
         output=estimate.output,

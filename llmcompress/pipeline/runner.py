@@ -402,8 +402,9 @@ class Runner:
         folder = self.dir.stage_dir(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         seed = devices.stage_seed(int(record.root["run"]["seed"]), stage.name)
+        ram = devices.ram_above_baseline((self.job.recipe.get("host") or {}).get("ram"), record.device)
         return RunContext(
-            self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit
+            self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit, ram
         )
 
     def _restore(self, stage: Stage, ctx: RunContext) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.quant.packed import PackedWeight
@@ -38,9 +39,16 @@ class BlockPatch:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write ``data`` so that ``path`` either does not exist or is complete, even after a power cut."""
+    with durably(path) as handle:
+        handle.write(data)
+
+
+@contextmanager
+def durably(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears as ``path``, complete, when the ``with`` block ends without an error."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as handle:
-        handle.write(data)
+        yield handle
         handle.flush()
         os.fsync(handle.fileno())
     part.replace(path)
@@ -84,7 +92,7 @@ class PackedStore:
         Tensor bytes depend only on the patch: names are sorted and the record, which may hold
         timings, goes into a JSON file of its own.
         """
-        from safetensors.torch import save
+        from llmcompress.quant.tensor_writer import write_tensors
 
         self.root.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}.{key}": t.contiguous() for n, pw in patch.packed.items() for key, t in pw.tensors.items()}
@@ -94,8 +102,8 @@ class PackedStore:
             for name, pw in sorted(patch.packed.items())
         }
         write_durably(self.path(index).with_suffix(".json"), json.dumps(patch.record, sort_keys=True).encode())
-        payload = save(dict(sorted(tensors.items())), metadata={"packed": json.dumps(header, sort_keys=True)})
-        write_durably(self.path(index), payload)
+        with durably(self.path(index)) as handle:
+            write_tensors(handle, tensors, {"packed": json.dumps(header, sort_keys=True)})
 
     def read_block(self, index: int) -> BlockPatch:
         """Read block ``index``, merged over the base's block of the same index.

@@ -50,6 +50,7 @@ class PlanInputs:
         samples, length: Calibration set size, zeros before a calibrate stage.
         specs: Plan name → spec accumulated by the stages before.
         device: ``cpu`` or ``cuda``.
+        ram: Memory a stage may use above the empty interpreter, None for as much as it likes.
     """
 
     layout: ModelLayout
@@ -59,6 +60,7 @@ class PlanInputs:
     length: int
     specs: dict[str, Any]
     device: str
+    ram: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

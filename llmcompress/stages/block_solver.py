@@ -10,6 +10,7 @@ from llmcompress.errors import InputError
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantPlan, QuantSpec
+from llmcompress.stages.blockwise_estimate import ROUND_VALUES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -210,7 +211,7 @@ class BlockSolver:
         bank = self.block.bank
         for name in (bank.gate_up, bank.down) if bank is not None else ():
             assert bank is not None
-            step = max(1, _ROUND_VALUES // (bank.hidden * bank.intermediate))
+            step = max(1, ROUND_VALUES // (bank.hidden * bank.intermediate))
             for start in range(0, bank.num_experts, step):
                 chunk = slice(start, min(start + step, bank.num_experts))
                 self.experts(bank, name, chunk, None, _no_statistics)
@@ -276,9 +277,6 @@ class BlockSolver:
                 return tensor
             self._sources[name] = tensor
         return self._sources[name]
-
-
-_ROUND_VALUES = 1 << 25
 
 
 def _no_statistics(_expert: int) -> Tensor:

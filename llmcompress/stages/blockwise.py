@@ -13,8 +13,11 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.models.memory_limits import DEFAULT, Limits
 from llmcompress.quant.spec import QuantPlan
 from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
+from llmcompress.stages.base import PlanInputs
+from llmcompress.stages.blockwise_estimate import limits_for
 from llmcompress.stages.schemes import RuleConfig, plain_rules
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class BlockwiseQuantizer:
         ctx: The run.
         calibration: Needed by GPTQ and by router hooks.
         hook: Diagnoses or calibrates routers.
+        limits: Memory the walker may take.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class BlockwiseQuantizer:
         *,
         calibration: CalibrationSet | None = None,
         hook: RouterHook | None = None,
+        limits: Limits = DEFAULT,
     ) -> None:
+        self.limits = limits
         self.handle, self.plan, self.method = handle, plan, method
         self.store, self.ctx, self.calibration, self.hook = store, ctx, calibration, hook
 
@@ -91,6 +97,7 @@ class BlockwiseQuantizer:
     def _walk(self, finished: set[int]) -> None:
         import torch
 
+        from llmcompress.models.assemble import apply_patch
         from llmcompress.models.walker import Walker
 
         model = self.handle.skeleton(getattr(torch, self.ctx.dtype))
@@ -98,9 +105,12 @@ class BlockwiseQuantizer:
         walker, quantized, full = None, None, None
         if streams:
             assert self.calibration is not None
-            walker = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed)
+            spill = self.ctx.stage_dir / "activations"
+            walker = Walker(
+                model, self.calibration.tokens, self.ctx.device, self.ctx.seed, limits=self.limits, folder=spill
+            )
             quantized = walker.embed([block.name for block in self.handle.layout.blocks])
-            full = quantized.clone() if self.hook is not None or self._targets else None
+            full = walker.cache.copy(quantized) if self.hook is not None or self._targets else None
         self.handle.free_embeddings(model)
         total = len(self.handle.layout.blocks)
         for block in self.handle.layout.blocks:
@@ -112,7 +122,7 @@ class BlockwiseQuantizer:
             started = time.monotonic()
             self.handle.load_block(model, block.index).to(self.ctx.device)
             last = not (set(range(block.index + 1, total)) - finished)
-            recorder = None if done else self._recorder()
+            recorder = None if done else self._recorder(walker)
             if full is not None and walker is not None:
                 observer = None if done else _Observer(block, self.hook)
                 walker.forward(block, full, observer, not last, recorder)
@@ -172,13 +182,13 @@ class BlockwiseQuantizer:
         """Whether weights are fitted to the full-precision stream."""
         return self.method.options is not None and self.method.target_ridge is not None
 
-    def _recorder(self) -> StreamRecorder | None:
+    def _recorder(self, walker: Walker | None) -> StreamRecorder | None:
         """Keeps the full-precision inputs of one block, where they are needed."""
         if not self._targets:
             return None
         from llmcompress.models.stream_pairs import StreamRecorder
 
-        return StreamRecorder(self.plan)
+        return StreamRecorder(self.plan, None if walker is None else walker.cache)
 
     def _below(self, index: int) -> BlockPatch:
         """What earlier stages made of a block."""
@@ -205,28 +215,6 @@ class BlockwiseQuantizer:
                 what = "blocks may differ in their last bits from those of an unbroken run"
                 self.ctx.emit("warning", text=f"resumed with {now}, begun with {before}: {what}")
         write_durably(path, json.dumps(now, sort_keys=True).encode())
-
-
-def apply_patch(model: PreTrainedModel, layout: ModelLayout, patch: BlockPatch) -> None:
-    """Put decoded weights and replaced tensors into a materialised block; tensors of policies are passed over."""
-    from llmcompress.models.capture import write_expert_weight
-    from llmcompress.quant.codecs import codec
-
-    banks = {name: bank for b in layout.blocks if (bank := b.bank) for name in (bank.gate_up, bank.down)}
-    for name, packed in patch.packed.items():
-        dense = codec(packed.spec.codec).decode(packed)
-        bank = banks.get(name)
-        if bank is not None:
-            module = model.get_submodule(bank.module)
-            write_expert_weight(module, bank, name, slice(0, bank.num_experts), dense)
-        else:
-            place = model.get_parameter(f"{name}.weight")
-            place.data.copy_(dense.to(place))
-    for name, tensor in patch.replaced.items():
-        owner, _, key = name.rpartition(".")
-        if key in model.get_submodule(owner)._parameters:
-            place = model.get_parameter(name)
-            place.data.copy_(tensor.to(place))
 
 
 class _Observer:
@@ -280,9 +268,22 @@ def run_blockwise(config: Any, state: RunState, ctx: RunContext, hook: RouterHoo
     if hook is None and config.diagnose_experts and state.calibration is not None:
         hook = _shift_recorder(state.model.layout)
     plan = planned(config, state, ctx, method)
-    engine = BlockwiseQuantizer(state.model, plan, method, store, ctx, calibration=state.calibration, hook=hook)
+    limits = limits_for(config, plan_inputs(state, ctx), hessians=method.options is not None)
+    engine = BlockwiseQuantizer(
+        state.model, plan, method, store, ctx, calibration=state.calibration, hook=hook, limits=limits
+    )
     engine.run()
     state.packed = store
+
+
+def plan_inputs(state: RunState, ctx: RunContext) -> PlanInputs:
+    """What estimates look at, from a run in progress."""
+    import torch
+
+    assert state.model is not None
+    samples, length = (0, 0) if state.calibration is None else state.calibration.tokens.shape
+    weight_bytes, compute_bytes = state.model.checkpoint.dtype.itemsize, getattr(torch, ctx.dtype).itemsize
+    return PlanInputs(state.model.layout, weight_bytes, compute_bytes, samples, length, {}, ctx.device, ctx.ram)
 
 
 def attach_store(state: RunState, ctx: RunContext) -> None:

@@ -10,10 +10,12 @@ Legend: S sequences, L length, H hidden, N rows, K columns, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from llmcompress.models import sizes
 from llmcompress.models.layout import Block, Sublayer
+from llmcompress.models.memory_limits import WINDOW_BYTES, Limits, choose
 from llmcompress.quant.rules import resolve
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
@@ -21,8 +23,6 @@ from llmcompress.stages.schemes import plain_rules
 
 BATCH_TOKENS = 512
 CUDA_BATCH_TOKENS = 4096
-KEEP_BYTES = 1 << 30
-GRAM_BYTES = 1 << 30
 # K x K matrices alive at once while a factor is computed: sum (of experts), Hessian, reordered copy,
 # Cholesky factor, its flip, identity, inverse
 SOLVER_SQUARES = 7
@@ -33,6 +33,60 @@ BATCH_WIDTHS = 6
 # rows of one expert run at once, and its activations in units of I: gate and up, activation, product, slack
 PIECE = 8192
 PIECE_WIDTHS = 6
+# values of experts that are rounded at once where no data flows
+ROUND_VALUES = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a stage is about to do, read off its config.
+
+    Attributes:
+        plan: Plan name → spec.
+        hessians: Whether inputs are recorded and solved with.
+        targets: Whether weights are fitted to the full-precision stream.
+        streams: Streams of hidden states, 0 to 2.
+        tokens: Calibration tokens that flow, 0 without streams.
+    """
+
+    plan: Mapping[str, QuantSpec]
+    hessians: bool
+    targets: bool
+    streams: int
+    tokens: int
+
+
+def _job(config: Any, inputs: PlanInputs, hessians: bool) -> _Job:
+    layout = inputs.layout
+    router = getattr(config, "router", None)
+    two = any(block.bank is not None for block in layout.blocks) and (
+        config.type == "router_calibration"
+        or bool(getattr(config, "diagnose_experts", False))
+        or bool(getattr(router, "calibrate", False))
+    )
+    targets = hessians and getattr(config, "targets", "own") == "full_precision"
+    two = two or targets
+    flowing = inputs.samples > 0 and (hessians or two)
+    return _Job(
+        plan=resolve(plain_rules(getattr(config, "rules", {})), layout),
+        hessians=hessians,
+        targets=targets,
+        streams=(2 if two else 1) if flowing else 0,
+        tokens=inputs.samples * inputs.length if flowing else 0,
+    )
+
+
+def limits_for(config: Any, inputs: PlanInputs, hessians: bool) -> Limits:
+    """The limits under which the stage runs; with ``inputs.ram`` the loosest that fit it.
+
+    Args:
+        config: The stage's config.
+        inputs: Facts about model, calibration set and budget.
+        hessians: Whether inputs are recorded and solved with.
+    """
+    job = _job(config, inputs, hessians)
+    wanted = _activations(job, inputs)
+    return choose(inputs.ram, lambda limits: _peak(job, inputs, limits)[0], wanted)
 
 
 def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estimate:
@@ -43,48 +97,64 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
         inputs: Facts about model and calibration set.
         hessians: Whether inputs are recorded and solved with.
     """
-    layout = inputs.layout
-    plan = resolve(plain_rules(getattr(config, "rules", {})), layout)
-    item = inputs.compute_bytes
-    moe = any(block.bank is not None for block in layout.blocks)
-    router = getattr(config, "router", None)
-    two = moe and (
-        config.type == "router_calibration"
-        or bool(getattr(config, "diagnose_experts", False))
-        or bool(getattr(router, "calibrate", False))
+    layout, job = inputs.layout, _job(config, inputs, hessians)
+    limits = limits_for(config, inputs, hessians)
+    ram, vram = _peak(job, inputs, limits)
+    flops = max(job.streams, 1) * sizes.forward_flops(layout, job.tokens, inputs.length) if job.tokens else 0.0
+    if hessians:
+        flops += sizes.hessian_flops(layout, job.plan, job.tokens) + sizes.solve_flops(layout, job.plan)
+    wanted = _activations(job, inputs)
+    spilled = 0 if limits.activations is None else max(0, wanted - limits.activations)
+    notes = (f"{spilled / 1e9:.1f} GB of activations lie in files while it runs",) if spilled else ()
+    return Estimate(
+        ram=ram,
+        vram=vram,
+        disk=sizes.packed_bytes(layout, job.plan) + spilled,
+        flops=flops,
+        notes=notes,
+        specs=dict(job.plan),
     )
-    targets = hessians and getattr(config, "targets", "own") == "full_precision"
-    two = two or targets
-    streams = inputs.samples > 0 and (hessians or two)
-    stream = sizes.stream_bytes(layout, inputs.samples, inputs.length, item) if streams else 0
+
+
+def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
+    """Peak of main memory and of the device."""
+    layout, item = inputs.layout, inputs.compute_bytes
     blocks = sizes.largest_block(layout) * item
     if inputs.weight_bytes > item:
         blocks += max((count for block in layout.blocks for count in _weights(block)), default=0) * inputs.weight_bytes
     # embedding and head are given back before the first block
     outside = sizes.outside_parameters(layout) * item
-    packed = max((_block_packed(block, plan) for block in layout.blocks), default=0)
+    packed = max((_block_packed(block, job.plan) for block in layout.blocks), default=0)
+    room = limits.activations
+    held = job.streams * sizes.stream_bytes(layout, inputs.samples, inputs.length, item)
+    window = 0
+    if room is not None and held > room:
+        held, window = room, WINDOW_BYTES
     work = 0
+    batch = min(inputs.samples * inputs.length, CUDA_BATCH_TOKENS if inputs.device == "cuda" else BATCH_TOKENS)
     for block in layout.blocks:
-        tokens = inputs.samples * inputs.length
-        batch = min(tokens, CUDA_BATCH_TOKENS if inputs.device == "cuda" else BATCH_TOKENS)
-        sets = _working_sets(block, plan, tokens if streams else 0, batch, item, hessians, targets)
-        work = max(work, (_recorded(block, plan, tokens) * item if targets else 0) + max(sets, default=0))
-    moving = work + packed
-    held = (2 if two else 1) * stream
+        recorded = _recorded(block, job.plan, inputs.samples * inputs.length) * item if job.targets else 0
+        left = None if room is None else room - held
+        if left is not None and recorded > left:
+            recorded, window = left, WINDOW_BYTES
+        left = None if left is None else left - recorded
+        work = max(work, recorded + max(_working_sets(block, job, batch, item, limits, left), default=0))
+    moving = work + packed + window
     cuda = inputs.device == "cuda"
-    tokens = inputs.samples * inputs.length if streams else 0
-    passes = 2 if two else 1
-    flops = passes * sizes.forward_flops(layout, tokens, inputs.length) if tokens else 0.0
-    if hessians:
-        flops += sizes.hessian_flops(layout, plan, tokens) + sizes.solve_flops(layout, plan)
-    disk = sizes.packed_bytes(layout, plan)
-    return Estimate(
-        ram=held + max(outside, blocks + (packed if cuda else moving)),
-        vram=blocks + moving if cuda else 0,
-        disk=disk,
-        flops=flops,
-        specs=dict(plan),
-    )
+    ram = held + max(outside, blocks + (packed if cuda else moving))
+    return ram, blocks + moving if cuda else 0
+
+
+def _activations(job: _Job, inputs: PlanInputs) -> int:
+    """Bytes of activations that the stage holds at once where nothing limits it."""
+    item = inputs.compute_bytes
+    streams = job.streams * sizes.stream_bytes(inputs.layout, inputs.samples, inputs.length, item)
+    inside = [
+        (2 * job.tokens * block_hidden(block) if block.bank is not None else 0)
+        + (_recorded(block, job.plan, job.tokens) if job.targets else 0)
+        for block in inputs.layout.blocks
+    ]
+    return streams + max(inside, default=0) * item
 
 
 def _weights(block: Block) -> Iterator[int]:
@@ -98,16 +168,12 @@ def _weights(block: Block) -> Iterator[int]:
 
 
 def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
-    """Bytes of a block's packed weights, held until the block is written (twice: as tensors and as a file image)."""
-    from llmcompress.quant.codecs import codec
-
-    shapes: dict[str, tuple[int, ...]] = {
-        linear.name: (linear.out_features, linear.in_features) for linear in block.linears()
-    }
+    """Bytes of a block's packed weights, held until the block is written; experts twice while they are joined."""
+    joined = dict(plan)
     bank = block.bank
     if bank is not None:
-        shapes |= {name: bank.shape(name) for name in (bank.gate_up, bank.down)}
-    return 2 * sum(codec(plan[n].codec).nbytes(shape, plan[n]) for n, shape in shapes.items() if n in plan)
+        joined = {name: plan[name] for name in (bank.gate_up, bank.down) if name in plan}
+    return sizes.packed_block_bytes(block, plan) + (sizes.packed_block_bytes(block, joined) if bank else 0)
 
 
 def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int) -> int:
@@ -120,18 +186,15 @@ def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int) -> int:
 
 
 def _working_sets(
-    block: Block,
-    plan: Mapping[str, QuantSpec],
-    tokens: int,
-    batch_tokens: int,
-    item: int,
-    hessians: bool,
-    targets: bool,
+    block: Block, job: _Job, batch_tokens: int, item: int, limits: Limits, room: int | None
 ) -> Iterator[int]:
     """Peak working set of each step of a block: batch activations, kept inputs, solver."""
+    tokens, plan, hessians, targets = job.tokens, job.plan, job.hessians, job.targets
     for sublayer in block.sublayers:
         shared = 2 * tokens * block_hidden(block) * item if sublayer.experts is not None else 0
-        memory = _kept(sublayer, plan, tokens, item) if hessians else 0
+        if room is not None and shared > room:
+            shared = room + WINDOW_BYTES
+        memory = _kept(sublayer, plan, tokens, item, limits) if hessians else 0
         for group in sublayer.groups:
             columns = group.linears[0].in_features
             rows = sum(linear.out_features for linear in group.linears)
@@ -142,10 +205,11 @@ def _working_sets(
         if bank is None:
             continue
         one = (bank.hidden**2 + bank.intermediate**2) * 4
-        chunk = min(bank.num_experts, max(1, GRAM_BYTES // one)) if hessians else bank.num_experts
+        step = limits.gram // one if tokens else ROUND_VALUES // (bank.hidden * bank.intermediate)
+        chunk = min(bank.num_experts, max(1, step))
         routed = tokens * bank.top_k * chunk // bank.num_experts
         kept = routed * bank.intermediate * item if hessians and bank.down in plan else 0
-        kept = kept if kept <= KEEP_BYTES else 0
+        kept = kept if kept <= limits.keep else 0
         rows_at_once = min(tokens * bank.top_k // bank.num_experts, PIECE)
         yield shared + kept + rows_at_once * (PIECE_WIDTHS * bank.intermediate + bank.hidden) * item
         for name in (bank.gate_up, bank.down):
@@ -154,14 +218,14 @@ def _working_sets(
                 yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, hessians, targets)
 
 
-def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: int) -> int:
+def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: int, limits: Limits) -> int:
     """Bytes for the inputs of a module and of its last projection, which overwrite the former as they come."""
     sizes_of = [
         tokens * group.linears[0].in_features * item
         for group in sublayer.groups
         if group.position == "first" or (group.position == "last" and any(v.name in plan for v in group.linears))
     ]
-    return max((size for size in sizes_of if size <= KEEP_BYTES), default=0)
+    return max((size for size in sizes_of if size <= limits.keep), default=0)
 
 
 def block_hidden(block: Block) -> int:

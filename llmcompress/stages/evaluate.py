@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,16 +23,24 @@ from llmcompress.evaluation.config import (
     TaskConfig,
 )
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
-from llmcompress.evaluation.working_set import peak_bytes
+from llmcompress.evaluation.working_set import (
+    ACTIVATION_SHARE,
+    peak_bytes,
+    streamed_bytes,
+    streamed_sides,
+    streamed_tokens,
+)
 from llmcompress.quant.store import PackedStore, write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.state import Metric
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmcompress.evaluation.measure import Ledger, Side
     from llmcompress.models.layout import ModelLayout
+    from llmcompress.models.streamed import StreamedModel
     from llmcompress.stages.state import RunContext, RunState
 
 _FIDELITY = ("fidelity.kl", "fidelity.kl_p99", "fidelity.top1", "fidelity.logit_error")
@@ -140,7 +149,24 @@ class Evaluate(Stage):
         weights = dense + compressed if pair else max(dense if config.dense else 0, compressed)
         peak = weights + peak_bytes(config, inputs.layout, inputs.compute_bytes)
         on_gpu = inputs.device == "cuda"
-        return Estimate(ram=dense if on_gpu else peak, vram=peak if on_gpu else 0)
+        if inputs.ram is None or on_gpu:
+            return Estimate(ram=dense if on_gpu else peak, vram=peak if on_gpu else 0)
+        return self._within(inputs, dense, compressed, peak)
+
+    def _within(self, inputs: PlanInputs, dense: int, compressed: int, peak: int) -> Estimate:
+        """The estimate under a budget of main memory: models that exceed it go block by block."""
+        assert inputs.ram is not None
+        work = peak_bytes(self.config, inputs.layout, inputs.compute_bytes)
+        sides = streamed_sides(self.config, {"dense": dense, "compressed": compressed}, work, inputs.ram)
+        if not sides:
+            return Estimate(ram=peak)
+        resident = [compressed] if inputs.specs and "compressed" not in sides else []
+        resident += [dense] if self.config.dense and "dense" not in sides else []
+        tokens = streamed_tokens(self.config)
+        activations = min(tokens * inputs.layout.hidden * inputs.compute_bytes * 3, inputs.ram // ACTIVATION_SHARE)
+        streaming = streamed_bytes(inputs.layout, inputs.weight_bytes, inputs.compute_bytes) + activations
+        ram = work + max([*resident, streaming])
+        return Estimate(ram=ram, notes=(f"the {' and the '.join(sides)} model goes through memory block by block",))
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Measure whatever is not measured yet.
@@ -210,7 +236,12 @@ class _Evaluation:
             raise RecipeError("evaluate: dense is false and nothing was compressed", "set dense: true")
         measure.open_tasks(self.prepared, ledger, sides)
         for side in sides:
-            if any(not ledger.has(key) for key in measure.side_keys(config, self.prepared, side)):
+            if all(ledger.has(key) for key in measure.side_keys(config, self.prepared, side)):
+                continue
+            if side in self._streamed():
+                stream = partial(self._stream, side)
+                measure.measure_streamed(side, stream, config, self.prepared, ledger, self._tell)
+            else:
                 measure.measure_side(side, self._model(side), self.tokenizer, config, self.prepared, ledger, self._tell)
             if side == "dense" and not self._pair_pending():
                 self._dense = None
@@ -219,6 +250,34 @@ class _Evaluation:
         shift = self._expert_shift()
         self._dense = self._compressed = None
         self._write(pair, shift)
+
+    def _streamed(self) -> Sequence[Side]:
+        """Sides that do not fit the budget and can do without being in memory whole."""
+        from llmcompress.stages.blockwise import plan_inputs
+
+        if self.ctx.ram is None or self.ctx.device == "cuda" or self.state.policies or self.state.adapter is not None:
+            return []
+        plan = {} if self.state.packed is None else self.state.packed.plan()
+        inputs = replace(plan_inputs(self.state, self.ctx), specs=plan)
+        dense, compressed = _model_bytes(inputs)
+        largest = max((math.prod(shape) for _, _, shape, _ in inputs.layout.quantizable()), default=0)
+        compressed += largest * inputs.compute_bytes if plan else 0
+        work = peak_bytes(self.config, inputs.layout, inputs.compute_bytes)
+        return streamed_sides(self.config, {"dense": dense, "compressed": compressed}, work, self.ctx.ram)
+
+    def _stream(self, side: Side, parts: Sequence[Tensor]) -> StreamedModel:
+        """Run one side's model on windows, block by block."""
+        import torch
+
+        from llmcompress.models.memory_limits import Limits
+        from llmcompress.models.streamed import StreamedModel
+
+        assert self.ctx.ram is not None
+        return StreamedModel(
+            self.handle, self.state.packed if side == "compressed" else None, parts,
+            getattr(torch, self.ctx.dtype), self.ctx.device,
+            limits=Limits(activations=self.ctx.ram // ACTIVATION_SHARE), folder=self.ctx.stage_dir / "activations",
+        )  # fmt: skip
 
     def _pair_pending(self) -> bool:
         wanted = (self.prepared.windows is not None and not self.ledger.has("pair.fidelity")) or (

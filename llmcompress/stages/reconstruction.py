@@ -87,8 +87,8 @@ class Reconstructor:
         """
         import torch
 
+        from llmcompress.models.assemble import apply_patch
         from llmcompress.models.walker import Walker
-        from llmcompress.stages.blockwise import apply_patch
 
         blocks = self.handle.layout.blocks
         finished = self.store.finished()

@@ -90,6 +90,7 @@ class RunContext:
         dtype: Compute dtype name for calibration and evaluation (``float32`` or ``bfloat16``).
         recipe: The resolved recipe as plain data.
         emit_event: Where events go.
+        ram: Memory a stage may use above the empty interpreter, None for as much as it likes.
     """
 
     run_dir: Path
@@ -100,6 +101,7 @@ class RunContext:
     dtype: str
     recipe: dict[str, Any]
     emit_event: Emit
+    ram: int | None = None
 
     def emit(self, kind: Any, **data: Any) -> None:
         """Send an event of this stage."""

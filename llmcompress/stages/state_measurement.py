@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.algorithms.bit_allocation import allocate
 from llmcompress.errors import RecipeError
 from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
-from llmcompress.stages.blockwise import apply_patch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +39,7 @@ def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
     """
     import torch
 
+    from llmcompress.models.assemble import apply_patch
     from llmcompress.models.walker import Walker
 
     assert state.model is not None

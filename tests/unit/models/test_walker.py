@@ -12,6 +12,7 @@ from llmcompress.errors import InputError
 from llmcompress.models import walker as module
 from llmcompress.models.capture import expert_weight, recorded_inputs, write_expert_weight
 from llmcompress.models.handle import ModelHandle
+from llmcompress.models.memory_limits import Limits
 from llmcompress.models.walker import Walker
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,10 +81,10 @@ def saved(folder: Path, tiny: Any, model_type: str) -> ModelHandle:
     return ModelHandle.open(folder, "float32")
 
 
-def walk(handle: ModelHandle, visitor: Callable[[Any], Any] | None = None, advance: bool = True) -> Any:
+def walk(handle: ModelHandle, visitor: Callable[[Any], Any] | None = None, advance: bool = True, **memory: Any) -> Any:
     """Run all blocks; return final hidden states, the skeleton and the visitors."""
     model = handle.skeleton()
-    walker = Walker(model, TOKENS)
+    walker = Walker(model, TOKENS, **memory)
     hidden = walker.embed([block.name for block in handle.layout.blocks])
     visitors = []
     for block in handle.layout.blocks:
@@ -172,14 +173,13 @@ def test_order_is_attention_router_experts(tiny: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2_moe"])
-def test_memory_limits_do_not_change_a_bit(
-    model_type: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("activations", [None, 1, 20_000])
+def test_memory_limits_do_not_change_a_bit(model_type: str, activations: int | None, tiny: Any, tmp_path: Path) -> None:
     handle = saved(tmp_path, tiny, model_type)
     hidden, _, spies = walk(handle, Spy)
-    monkeypatch.setattr(module, "KEEP_BYTES", 0)
-    monkeypatch.setattr(module, "GRAM_BYTES", 1)
-    frugal, _, others = walk(handle, Spy)
+    frugal, _, others = walk(handle, Spy, limits=Limits(1, 0, activations), folder=tmp_path / "spill")
+    assert (tmp_path / "spill").exists() == (activations == 1 or (activations is not None and model_type != "llama"))
+    assert not list(tmp_path.glob("spill/*"))
     assert torch.equal(frugal, hidden)
     for spy, other in zip(spies, others):
         assert spy.grams.keys() == other.grams.keys()
@@ -195,8 +195,7 @@ def test_inputs_share_memory_without_overwriting_each_other(
     # several batches, so that the inputs of the last projection move into what the module's inputs have left
     monkeypatch.setattr(module, "BATCH_TOKENS", 32)
     hidden, _, spies = walk(handle, Spy)
-    monkeypatch.setattr(module, "KEEP_BYTES", 0)
-    frugal, _, others = walk(handle, Spy)
+    frugal, _, others = walk(handle, Spy, limits=Limits(keep=0))
     assert torch.equal(frugal, hidden)
     for spy, other in zip(spies, others):
         for name, gram in spy.grams.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmcompress.errors import RecipeError, ResourceError
-from llmcompress.pipeline import estimate
+from llmcompress.pipeline import device
 from llmcompress.pipeline.estimate import assumed_device, plan, size_text
 from llmcompress.recipe.load import load_recipe
 
@@ -66,12 +66,12 @@ def test_rules_say_what_they_matched():
 
 def test_stages_add_the_interpreter_and_totals_are_the_largest_peak():
     found = planned("gptq_smollm2", "smollm2_135m")
-    assert all(stage.ram >= estimate.BASELINE_RAM for stage in found.stages)
+    assert all(stage.ram >= device.BASELINE_RAM for stage in found.stages)
     assert found.ram == max(stage.ram for stage in found.stages)
     assert found.disk == sum(stage.disk for stage in found.stages)
     assert found.vram == 0
     on_gpu = planned("gptq_smollm2", "smollm2_135m", device="cuda")
-    assert on_gpu.vram >= estimate.BASELINE_VRAM and on_gpu.compute_dtype == "bfloat16"
+    assert on_gpu.vram >= device.BASELINE_VRAM and on_gpu.compute_dtype == "bfloat16"
 
 
 def test_more_calibration_data_needs_more_memory_and_work():

@@ -1,0 +1,159 @@
+"""The linears of one module in stages, so that a visitor can change them between statistics and use. See the walker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.algorithms.hessian import Gram
+from llmcompress.errors import InputError
+from llmcompress.models.capture import identity, recorded_inputs, replaced_forward
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import LinearGroup
+    from llmcompress.models.walker import Visitor, Walker
+
+CACHE_LINE = 64
+
+
+class GroupSteps:
+    """The linears of one module in stages: first, inner, last.
+
+    Args:
+        walker: For batches and devices.
+        groups: All groups of one module, in order.
+        visitor: Sees each group before it is used.
+        call: Runs the module on a batch and its input.
+        inputs: The module's input for a batch.
+    """
+
+    def __init__(
+        self,
+        walker: Walker,
+        groups: Sequence[LinearGroup],
+        visitor: Visitor | None,
+        call: Callable[[slice, Tensor], Tensor],
+        inputs: Callable[[slice], Tensor],
+    ) -> None:
+        self.walker, self.visitor, self.call, self.inputs = walker, visitor, call, inputs
+        self.first = [group for group in groups if group.position == "first"]
+        self.inner = [group for group in groups if group.position == "inner"]
+        self.last = next(group for group in groups if group.position == "last")
+        # inputs of the module and of its last projection, each kept until it has been used for the last time
+        self.held: Tensor | None = None
+        self.kept: Tensor | None = None
+
+    def outputs(self, needed: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        """Go through the stages, then yield each batch's output ``[B, L, H]``."""
+        walker, visitor = self.walker, self.visitor
+        projection = walker.model.get_submodule(self.last.linears[0].name)
+        if visitor is not None:
+            wanted = visitor.wants(names_of(self.last))
+            seen = wanted or walker.tapped(names_of(self.last)) is not None
+            self._take_memory(seen and needed)
+            for number, group in enumerate(self.first):
+                inputs = self._first_inputs() if number == 0 else (self._input(rows) for rows in walker.batches)
+                visitor.linears(group, walker.statistics(group, inputs, visitor.wants(names_of(group))))
+            self._inner(projection, visitor)
+            visitor.linears(self.last, walker.statistics(self.last, self._before(projection, True), wanted))
+            self.held = None
+        if not needed:
+            return
+        if self.kept is not None:
+            for rows in walker.batches:
+                yield rows, projection(aligned(self.kept[rows].to(walker.device)))
+            self.kept = None
+        else:
+            for rows, x in zip(walker.batches, self._before(projection, False)):
+                yield rows, projection(x)
+
+    def _take_memory(self, keep: bool) -> None:
+        """Lay out what is kept for later in the walker's memory.
+
+        Inputs of the last projection start at the front, inputs of the module end at the back. Both are used batch
+        by batch from the front, so the former may overwrite those of the latter that have had their turn.
+        """
+        rows, length = self.walker.tokens.shape
+        first, last = self.first[0].linears[0].in_features, self.last.linears[0].in_features
+        item = self.walker.model.dtype.itemsize
+        size = rows * length * item
+        most = self.walker.limits.keep
+        keep = keep and size * last <= most
+        hold = self.walker.device.type == "cpu" and size * first <= most
+        memory = self.walker.memory(size * max(last if keep else 0, first if hold else 0))
+        if keep:
+            self.kept = memory[: size * last].view(self.walker.model.dtype).view(rows, length, last)
+        if hold:
+            tail = memory[memory.numel() - size * first :]
+            self.held = tail.view(self.walker.model.dtype).view(rows, length, first)
+
+    def _first_inputs(self) -> Iterator[Tensor]:
+        """Yield the module's input, batch by batch, for the first time."""
+        for rows in self.walker.batches:
+            x = self.inputs(rows)
+            if self.held is not None:
+                self.held[rows] = x
+            yield x
+
+    def _input(self, rows: slice) -> Tensor:
+        """The module's input of one batch."""
+        return self.inputs(rows) if self.held is None else aligned(self.held[rows])
+
+    def _before(self, projection: nn.Module, keep: bool) -> Iterator[Tensor]:
+        """Yield the output projection's input, batch by batch."""
+        for rows in self.walker.batches:
+            with replaced_forward(projection, identity):
+                before = self.call(rows, self._input(rows))
+            if keep and self.kept is not None:
+                self.kept[rows] = before
+            yield before
+
+    def _inner(self, projection: nn.Module, visitor: Visitor) -> None:
+        """Groups in the middle of the module (MLA), all seen in one pass."""
+        walker = self.walker
+        counted = [visitor.wants(names_of(group)) for group in self.inner]
+        grams = [Gram(1, g.linears[0].in_features, walker.device) if c else None for g, c in zip(self.inner, counted)]
+        taps = [walker.tapped(names_of(group)) for group in self.inner]
+
+        def seen(position: int, x: Tensor) -> None:
+            gram, tap = grams[position], taps[position]
+            if gram is not None:
+                gram.add(x.flatten(0, -2))
+            if tap is not None:
+                tap.linears(self.inner[position], x.flatten(0, -2))
+
+        if any(counted) or any(tap is not None for tap in taps):
+            modules = [walker.model.get_submodule(group.linears[0].name) for group in self.inner]
+            with recorded_inputs(modules, seen), replaced_forward(projection, identity):
+                for rows in walker.batches:
+                    self.call(rows, self._input(rows))
+        for group, gram in zip(self.inner, grams):
+            if gram is not None:
+                check_finite(gram, group.linears[0].name)
+            visitor.linears(group, gram)
+
+
+def check_finite(gram: Gram, name: str) -> None:
+    """Refuse statistics with NaN or infinity.
+
+    Raises:
+        InputError: Naming the weight whose input is damaged.
+    """
+    if not bool(torch.isfinite(gram.total.diagonal(dim1=-2, dim2=-1)).all()):
+        raise InputError(
+            f"{name}: its calibration inputs contain NaN or infinity",
+            "check the model's weights, or use run.compute_dtype=float32",
+        )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy of it: the last bits of a product may depend on how its inputs are aligned."""
+    return x if x.is_cuda or x.data_ptr() % CACHE_LINE == 0 else x.clone()
+
+
+def names_of(group: LinearGroup) -> list[str]:
+    """Names of a group's linears."""
+    return [linear.name for linear in group.linears]

@@ -1,0 +1,63 @@
+"""How much memory the block-by-block engine may take for what it can do with less of. Torch-free.
+
+A recipe names a budget (``host.ram``). Most of what a block needs is given: its weights, one expert's Hessian. These
+three are not, and each trades memory for time without changing what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+GIB = 1 << 30
+MIB = 1 << 20
+# predictions are good to about a tenth; a budget is a promise
+SHARE = 0.9
+# of a mapped file: what is resident between two moments at which its pages are given up
+WINDOW_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of the walker, in bytes.
+
+    Attributes:
+        gram: Second moments of experts that are held at once; at least one expert's always are.
+        keep: Inputs of one module's projections that are kept between statistics and product, else computed again.
+        activations: Hidden states and expert inputs in memory; what comes on top lies in files. None for no limit.
+    """
+
+    gram: int = GIB
+    keep: int = GIB
+    activations: int | None = None
+
+
+DEFAULT = Limits()
+
+
+def choose(budget: int | None, need: Callable[[Limits], int], activations: int) -> Limits:
+    """The loosest limits under which a stage fits its budget, or the tightest there are.
+
+    Args:
+        budget: Bytes above the empty interpreter, None for no budget.
+        need: Predicts the peak under given limits.
+        activations: Bytes of activations that the stage would like to hold.
+    """
+    if budget is None:
+        return DEFAULT
+    limits = DEFAULT
+    for limits in _from_loose_to_tight(activations):
+        if need(limits) <= SHARE * budget:
+            break
+    return limits
+
+
+def _from_loose_to_tight(activations: int) -> Iterator[Limits]:
+    """First what costs a second computation at worst, then what costs the disk."""
+    sizes = [GIB >> step for step in range(7)]
+    yield DEFAULT
+    yield from (Limits(size, size) for size in sizes[1:])
+    tightest = sizes[-1]
+    for part in (2, 4, 8, 16):
+        yield Limits(tightest, tightest, activations // part)
+    yield Limits(tightest, tightest, 0)

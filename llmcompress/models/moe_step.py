@@ -1,0 +1,216 @@
+"""Router, routed experts and shared experts of one block, in stages. See the walker.
+
+Legend: T tokens, H hidden, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.algorithms.hessian import Gram
+from llmcompress.models.capture import Routing, down, first_output, gated, replaced_forward
+from llmcompress.models.group_steps import GroupSteps, aligned, check_finite
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import Block, ExpertBank, Sublayer
+    from llmcompress.models.walker import Visitor, Walker
+
+FORCED_TOKENS = 2048
+# rows that are summed or cleared at once
+ROWS = 512
+
+
+class MoeStep:
+    """Router, routed experts and shared experts of one block."""
+
+    def __init__(
+        self,
+        walker: Walker,
+        block: Block,
+        sublayer: Sublayer,
+        source: Tensor,
+        hidden: Tensor,
+        visitor: Visitor | None,
+    ) -> None:
+        assert sublayer.experts is not None
+        self.walker, self.block, self.sublayer, self.visitor = walker, block, sublayer, visitor
+        self.bank: ExpertBank = sublayer.experts
+        self.hidden = hidden
+        self.module = walker.model.get_submodule(sublayer.module)
+        self.experts = walker.model.get_submodule(self.bank.module)
+        self.router = walker.model.get_submodule(self.bank.router.module)
+        # all tokens' inputs in one tensor, because experts pick rows from all batches
+        self.x = self._inputs(source)
+        self._layer_gram: Tensor | None = None
+
+    def run(self, needed: bool) -> None:
+        """Visit router, experts and shared experts, then add the module's output to the hidden states."""
+        shared = self._shared_outputs(needed)
+        if self.walker.tap is not None:
+            self.walker.tap.moe(self.bank, self.x)
+        if self.visitor is not None:
+            self.visitor.router(self.bank, self.router, self.x)
+        routing = self._route()
+        if self.visitor is not None:
+            self.visitor.routed(self.bank, routing.counts)
+        mixed = self._mix(routing, needed)
+        if mixed is None:
+            return
+        for rows in self.walker.batches:
+            span = self._span(rows)
+            with ExitStack() as stack:
+                stack.enter_context(replaced_forward(self.experts, partial(_constant, mixed[span])))
+                for module, outputs in shared:
+                    stack.enter_context(replaced_forward(module, partial(_rows_like, outputs[span])))
+                shape = (rows.stop - rows.start, *self.hidden.shape[1:])
+                output = first_output(self.module(self.x[span].view(shape)))
+            self.walker.add(self.sublayer, self.hidden, rows, output)
+            self.walker.cache.drop(self.x, mixed)
+
+    def _inputs(self, source: Tensor) -> Tensor:
+        walker, x = self.walker, None
+        for rows in walker.batches:
+            part = walker.normed(self.sublayer, source, rows).flatten(0, 1)
+            if x is None:
+                x = walker.cache.empty((source.shape[0] * source.shape[1], part.shape[1]), part.dtype, part.device)
+            x[self._span(rows)] = part
+            walker.cache.drop(x)
+        assert x is not None
+        return x
+
+    def _span(self, rows: slice) -> slice:
+        length = self.hidden.shape[1]
+        return slice(rows.start * length, rows.stop * length)
+
+    def _batch(self, rows: slice) -> Tensor:
+        return aligned(self.x[self._span(rows)]).unflatten(0, (rows.stop - rows.start, -1))
+
+    def _route(self) -> Routing:
+        routed = []
+        for rows in self.walker.batches:
+            _, weights, index = self.router(self.x[self._span(rows)])[:3]
+            routed.append((index, weights))
+            self.walker.cache.drop(self.x)
+        index, weights = (torch.cat(parts) for parts in zip(*routed))
+        return Routing.of(index, weights, self.bank.num_experts)
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        """Inputs of some tokens, ``[n, H]``, a copy."""
+        found = self.x[tokens]
+        self.walker.cache.drop(self.x)
+        return found
+
+    def _shared_outputs(self, needed: bool) -> list[tuple[nn.Module, Tensor]]:
+        """Shared experts, whose groups are staged like those of a dense MLP."""
+        found = []
+        for name in dict.fromkeys(group.module for group in self.sublayer.groups):
+            groups = [group for group in self.sublayer.groups if group.module == name]
+            module = self.walker.model.get_submodule(name)
+            steps = GroupSteps(
+                self.walker,
+                groups,
+                self.visitor,
+                partial(self._call_shared, module),
+                self._batch,
+            )
+            parts = [output.flatten(0, 1) for _, output in steps.outputs(needed)]
+            if parts:
+                found.append((module, torch.cat(parts)))
+        return found
+
+    @staticmethod
+    def _call_shared(module: nn.Module, _rows: slice, x: Tensor) -> Tensor:
+        output: Tensor = module(x)
+        return output
+
+    def _mix(self, routing: Routing, needed: bool) -> Tensor | None:
+        """Run all experts, chunk by chunk; return the weighted sum per token ``[T, H]``."""
+        bank, visitor = self.bank, self.visitor
+        mixed = self._zeros() if needed else None
+        for experts in self._chunks():
+            if visitor is not None:
+                gram = self._gram(bank.gate_up, routing, experts) if visitor.wants([bank.gate_up]) else None
+                visitor.experts(bank, bank.gate_up, experts, gram, self._shared_gate_up)
+            kept: dict[int, list[Tensor]] = {}
+            if visitor is not None:
+                wanted = visitor.wants([bank.down])
+                size = (routing.bounds[experts.stop] - routing.bounds[experts.start]) * bank.intermediate
+                keep = kept if needed and size * self.x.dtype.itemsize <= self.walker.limits.keep else None
+                gram = self._gram(bank.down, routing, experts, keep) if wanted else None
+                visitor.experts(bank, bank.down, experts, gram, self._shared_down)
+            if mixed is not None:
+                self._add_outputs(mixed, routing, experts, kept)
+        return mixed
+
+    def _zeros(self) -> Tensor:
+        mixed = self.walker.cache.empty(self.x.shape, self.x.dtype, self.x.device)
+        for part in mixed.split(ROWS):
+            part.zero_()
+            self.walker.cache.drop(mixed)
+        return mixed
+
+    def _add_outputs(self, mixed: Tensor, routing: Routing, experts: slice, kept: dict[int, list[Tensor]]) -> None:
+        for expert in range(experts.start, experts.stop):
+            for number, (tokens, weights) in enumerate(routing.pieces(expert)):
+                inputs = kept.get(expert)
+                z = inputs[number] if inputs else gated(self.experts, self.bank, expert, self._rows(tokens))
+                output = down(self.experts, self.bank, expert, z) * weights.unsqueeze(-1)
+                # a token meets an expert at most once, so this is a plain scatter and deterministic
+                mixed[tokens] += output.to(mixed.dtype)
+                self.walker.cache.drop(mixed)
+            kept.pop(expert, None)
+
+    def _gram(self, name: str, routing: Routing, experts: slice, keep: dict[int, list[Tensor]] | None = None) -> Gram:
+        """Second moments of what some experts see; inputs of ``down`` are stored in ``keep``."""
+        width = self.bank.shape(name)[2]
+        affinity = self.visitor is not None and self.visitor.affinity
+        tap = self.walker.tapped([name])
+        gram = Gram(experts.stop - experts.start, width, self.walker.device)
+        for expert in range(experts.start, experts.stop):
+            for tokens, weights in routing.pieces(expert):
+                x = self._rows(tokens)
+                if name == self.bank.down:
+                    x = gated(self.experts, self.bank, expert, x)
+                    if keep is not None:
+                        keep.setdefault(expert, []).append(x)
+                used = weights if affinity else None
+                gram.add(x, expert - experts.start, used)
+                if tap is not None:
+                    tap.experts(self.bank, name, experts, expert, tokens, x, used)
+        check_finite(gram, name)
+        return gram
+
+    def _shared_gate_up(self, _expert: int) -> Tensor:
+        if self._layer_gram is None:
+            gram = Gram(1, self.bank.hidden, self.walker.device)
+            for piece in self.x.split(ROWS):
+                gram.add(piece)
+                self.walker.cache.drop(self.x)
+            self._layer_gram = gram.hessian()[0]
+        return self._layer_gram
+
+    def _shared_down(self, expert: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.walker.seed + self.block.index)
+        chosen = torch.randperm(self.x.shape[0], generator=generator)[:FORCED_TOKENS].to(self.x.device)
+        gram = Gram(1, self.bank.intermediate, self.walker.device)
+        gram.add(gated(self.experts, self.bank, expert, self._rows(chosen)))
+        return gram.hessian()[0]
+
+    def _chunks(self) -> list[slice]:
+        bank = self.bank
+        one = (bank.hidden**2 + bank.intermediate**2) * 4
+        step = bank.num_experts if self.visitor is None else max(1, self.walker.limits.gram // one)
+        return [slice(i, min(i + step, bank.num_experts)) for i in range(0, bank.num_experts, step)]
+
+
+def _constant(value: Tensor, *_args: Any) -> Tensor:
+    return value
+
+
+def _rows_like(value: Tensor, x: Tensor) -> Tensor:
+    return value.view_as(x)
