@@ -13,7 +13,20 @@ from typing import NoReturn
 
 import typer
 
-from llmcompress.cli import bench, doctor, evaluate, export, family, generate, inspect, plan, recipes, report, run
+from llmcompress.cli import (
+    bench,
+    doctor,
+    evaluate,
+    export,
+    family,
+    generate,
+    inspect,
+    plan,
+    recipes,
+    report,
+    run,
+    sweep,
+)
 from llmcompress.cli import command as commands
 from llmcompress.cli.failures import translate
 from llmcompress.cli.output import Output
@@ -28,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run, plan, recipes, inspect, evaluate, export, family, generate, bench, report, doctor):
+for part in (run, sweep, plan, recipes, inspect, evaluate, export, family, generate, bench, report, doctor):
     part.register(app)
 
 # base class of every usage error, of click or of the copy of click that newer typer brings along

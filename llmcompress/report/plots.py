@@ -352,3 +352,75 @@ def thousands(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.3g}{suffix}"
     return f"{value:.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of a scatter plot; ``front`` are those that no other beats."""
+
+    label: str
+    x: float
+    y: float
+    front: bool
+
+
+def _axis(values: Sequence[float], count: int = 4) -> list[float]:
+    """Round values around all ``values``; not from 0, because differences are what is looked at."""
+    low, high = min(values), max(values)
+    room = (high - low) or abs(high) or 1.0
+    step = nice_ticks(room, count)[1]
+    first, last = math.floor(low / step), math.ceil(high / step)
+    # two ticks at least, also around a single value
+    last += first == last
+    return [step * i for i in range(first, last + 1)]
+
+
+def scatter(points: Sequence[Point], x_name: str, y_name: str, reference: float | None = None) -> Markup:
+    """Quality against size: a ring per run, filled and joined where no other run beats it.
+
+    Args:
+        points: At least one.
+        x_name: What the horizontal axis measures.
+        y_name: What the vertical one does.
+        reference: Quality of the dense model, a dashed line; left out where it would flatten the rest.
+    """
+    x_ticks, y_ticks = _axis([p.x for p in points]), _axis([p.y for p in points])
+    near = 0.5 * (y_ticks[-1] - y_ticks[0])
+    if reference is not None and y_ticks[0] - near <= reference <= y_ticks[-1] + near:
+        y_ticks = _axis([*(p.y for p in points), reference])
+    else:
+        reference = None
+
+    def draw(width: int) -> str:
+        narrow = width == NARROW
+        left, right, head, height = 56.0, 16.0, 26.0, 240.0 if narrow else 340.0
+        span = width - left - right
+        body = [_text(left, 14, y_name, "tick")]
+
+        def x(value: float) -> float:
+            return left + span * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+        def y(value: float) -> float:
+            return head + height * (1 - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+
+        for tick in y_ticks:
+            body += [_line(left, y(tick), width - right, y(tick), "grid")]
+            body += [_text(left - 8, y(tick) + 4, f"{tick:.4g}", "tick", "end")]
+        for tick in x_ticks:
+            body.append(_text(x(tick), head + height + 20, f"{tick:.4g}", "tick", "middle"))
+        body.append(_text(left + span / 2, head + height + 40, x_name, "tick", "middle"))
+        if reference is not None:
+            body.append(f'<polyline points="{left:.1f},{y(reference):.1f} {width - right:.1f},{y(reference):.1f}" '
+                        f'class="line muted dashed"/>')  # fmt: skip
+            body.append(_text(width - right, y(reference) - 6, "dense", "label muted", "end"))
+        front = sorted((p for p in points if p.front), key=lambda p: p.x)
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in front)
+        body.append(f'<polyline points="{path}" class="line accent"/>')
+        for p in points:
+            tip = f"{p.label}: {p.x:.4g} {x_name.rsplit(', ', 1)[-1]}, {y_name} {p.y:.5g}"
+            style = "dot accent" if p.front else "ring"
+            body.append(f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="5" class="{style}" {_tip(tip)}/>')
+        return _svg(width, head + height + 50, body)
+
+    title = f"{y_name} against {x_name} of {len(points)} runs; {len([p for p in points if p.front])} are not beaten"
+    return responsive(draw, title)

@@ -1,0 +1,139 @@
+"""``sweep``: one recipe with many settings, a table, and a plot of quality against size."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.run import RecipeArgument, figure, load_job
+from llmcompress.errors import LLMCompressError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmcompress.pipeline.sweep import RunResult
+
+# metrics of which more is better; of all others less is
+_RISING = ("acc", "acc_norm", "exact_match", "top1", "overlap", "agreement")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    command(app, "sweep")(sweep)
+
+
+def sweep(
+    out: Output,
+    recipe: RecipeArgument,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=A,B,C…", help="Settings to vary; every combination is a run. KEY=VALUE holds for all."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Folder of the sweep; by default runs/sweep-NAME.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+    metric: Annotated[str | None, typer.Option("--metric", help="Quality to plot, such as heldout.perplexity.")] = None,
+) -> None:
+    """Run a recipe with every combination of some settings; continue where an interrupted sweep stopped."""
+    from llmcompress.pipeline.sweep import Sweep, combinations, parse_axes
+
+    axes, fixed = parse_axes(settings or [])
+    if any(word.startswith("run.dir=") for word in [*axes, *fixed]):
+        raise UsageError("run.dir: every run of a sweep has a folder of its own", "give the sweep's folder with --dir")
+    if jobs > 1 and not any(word.startswith("run.threads=") for word in [*axes, *fixed]):
+        # runs that share the processors must not each take all of them
+        fixed.append(f"run.threads={max(1, (os.cpu_count() or 1) // jobs)}")
+    first = combinations(axes, Path())[0]
+    job = load_job(recipe, [*fixed, *(f"{key}={value}" for key, value in first.values.items())])
+    root = folder or Path("runs") / f"sweep-{job.recipe['name']}"
+    runs = combinations(axes, root)
+    # a wrong value is known before the first run has taken an hour
+    for run in runs:
+        load_job(recipe, [*fixed, *(f"{key}={value}" for key, value in run.values.items())])
+    results = Sweep(recipe, fixed, runs, root, jobs, out.note).execute()
+    chosen = _quality(results, metric)
+    data = write_tables(results, root, chosen, str(job.recipe["name"]))
+    out.result(data, lambda screen: _show(data, screen))
+    failed = [result for result in results if result.status == "failed"]
+    if failed:
+        lines = [f"{r.run.name}: {_last_line(r.error)}" for r in failed]
+        raise LLMCompressError(
+            f"{len(failed)} of {len(results)} runs failed:\n" + "\n".join(lines), "correct it, then the same command"
+        )
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith("error:")] or text.splitlines() or ["no message"]
+    return lines[0].removeprefix("error:").strip()
+
+
+def _quality(results: Sequence[RunResult], asked: str | None) -> str | None:
+    """The metric to compare by: the one asked for, else the first perplexity, else the first there is.
+
+    Raises:
+        UsageError: No run has measured the one that was asked for.
+    """
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    if asked is not None:
+        if names and asked not in names:
+            raise UsageError(f"--metric {asked}: not measured", f"choose one of {', '.join(names)}")
+        return asked if names else None
+    return next((name for name in names if name.endswith(".perplexity")), names[0] if names else None)
+
+
+def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, name: str) -> dict[str, Any]:
+    """Write ``results.json`` and ``sweep.html``; return what the former holds.
+
+    Args:
+        results: All runs.
+        root: The sweep's folder.
+        metric: Quality to compare by.
+        name: Name of the recipe.
+    """
+    from llmcompress.pipeline.sweep import pareto
+    from llmcompress.quant.store import write_durably
+    from llmcompress.report.sweep import build_sweep_page
+
+    rising = metric is not None and metric.rsplit(".", 1)[-1] in _RISING
+    known = [r for r in results if metric is not None and metric in r.metrics and r.bytes is not None]
+    best = pareto([(float(r.bytes or 0), r.metrics[metric or ""]) for r in known], rising)
+    front = {result.run.name for result, optimal in zip(known, best) if optimal}
+    rows = [
+        {
+            "name": r.run.name, "values": r.run.values, "status": r.status, "bytes": r.bytes, "metrics": r.metrics,
+            "dense": r.dense, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes, "error": r.error,
+            "pareto": r.run.name in front, "run_dir": str(r.run.folder),
+        }
+        for r in results
+    ]  # fmt: skip
+    data = {"recipe": name, "metric": metric, "higher_is_better": rising, "runs": rows}
+    write_durably(root / "results.json", json.dumps(data, indent=1).encode())
+    page = build_sweep_page(data, root)
+    return {**data, "page": str(page), "table": str(root / "results.json")}
+
+
+def _show(data: dict[str, Any], screen: Console) -> None:
+    metric = data["metric"]
+    rows = sorted(data["runs"], key=lambda row: row["bytes"] or 0)
+    cells = [
+        (row["name"], row["status"], bytes_text(row["bytes"]),
+         figure(row["metrics"].get(metric)), f"{row['seconds']:.1f} s", bytes_text(row["peak_rss_bytes"]),
+         "best at its size" if row["pareto"] else "")
+        for row in rows
+    ]  # fmt: skip
+    columns = ("run", "status", "weights", metric or "quality", "time", "peak RAM", "")
+    screen.print(table(columns, cells, right=f"weights|{metric}|time|peak RAM"))
+    dense = {row["dense"].get(metric) for row in rows} - {None}
+    for value in sorted(dense):
+        screen.print(f"dense: {metric} {figure(value)}", highlight=False)
+    screen.print(f"plot: {data['page']}", highlight=False, soft_wrap=True)

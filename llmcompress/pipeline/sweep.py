@@ -1,0 +1,325 @@
+"""Many runs of one recipe with different settings, several at a time, each a process of its own.
+
+A sweep is a folder: ``sweep.json`` names the runs and what each overrides, every run has a folder beside it and is an
+ordinary run. So nothing is lost when the sweep, or one of its runs, is killed: started again, finished runs are left
+alone, the others resume where they stopped. A run that fails is noted and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmcompress.errors import InputError, Interrupted, UsageError
+from llmcompress.pipeline.run_dir import RunDir, RunLock
+from llmcompress.quant.store import write_durably
+
+FORMAT = 1
+MANIFEST = "sweep.json"
+_NAME_LIMIT = 120
+# exit codes of a run: finished, and finished with a quality gate that did not hold
+_FINISHED = (0, 6)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: Name of its folder: what it sets, ``bits=3,group_size=64``.
+        values: Overrides that tell it from the others: dotted path → value as text.
+        folder: Its run folder.
+    """
+
+    name: str
+    values: dict[str, str]
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage has finished."""
+        record = RunDir(self.folder).read_run()
+        return record is not None and record.status == "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What became of a run.
+
+    Attributes:
+        run: Which.
+        status: ``finished``, ``gate failed`` or ``failed``.
+        error: The last lines it said, when it failed.
+        metrics: ``task.metric`` → value of the compressed model.
+        dense: ``task.metric`` → value of the dense model, where it has one.
+        bytes: Size of the artifact's weights, or of the packed blocks where nothing was exported.
+        seconds: Wall time of its stages over all attempts.
+        peak_rss_bytes: Largest of its stages.
+    """
+
+    run: SweepRun
+    status: str
+    error: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, float] = field(default_factory=dict)
+    bytes: int | None = None
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+def parse_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Tell settings that vary from those that hold for every run.
+
+    Args:
+        words: ``key=a,b,c`` varies; ``key=value``, ``+key=value`` and ``key~`` do not. Commas in brackets, braces or
+            quotes do not separate.
+
+    Returns:
+        Axes by dotted path, in order, and the other words.
+
+    Raises:
+        UsageError: Nothing varies, a key comes twice, or a value is empty or repeated.
+    """
+    axes: dict[str, list[str]] = {}
+    fixed = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        values = _split(text) if equals else [text]
+        if len(values) < 2:
+            fixed.append(word)
+            continue
+        if key in axes:
+            raise UsageError(f"{key} varies twice", "give all its values in one word: key=a,b,c")
+        if "" in values or len(set(values)) < len(values):
+            raise UsageError(f"{word}: an empty or repeated value", "write key=a,b,c with different values")
+        axes[key] = values
+    if not axes:
+        raise UsageError("nothing varies", "llmcompress sweep RECIPE stages.quantize.rules.experts.bits=2,3,4")
+    return axes, fixed
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas outside of brackets and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for position, sign in enumerate(text):
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'":
+            quote = sign
+        elif sign in "[{":
+            depth += 1
+        elif sign in "]}":
+            depth -= 1
+        elif sign == "," and depth == 0:
+            parts.append(text[start:position].strip())
+            start = position + 1
+    return [*parts, text[start:].strip()]
+
+
+def combinations(axes: dict[str, list[str]], folder: Path) -> list[SweepRun]:
+    """Every combination of the axes' values, the last axis fastest."""
+    short = _short_names(list(axes))
+    runs = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values))
+        text = ",".join(f"{short[key]}={value}" for key, value in chosen.items())
+        name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text)[:_NAME_LIMIT]
+        runs.append(SweepRun(name, chosen, folder / name))
+    if len({run.name for run in runs}) < len(runs):
+        # values that differ only in signs a file name cannot hold
+        runs = [SweepRun(f"{n:03d},{r.name}", r.values, folder / f"{n:03d},{r.name}") for n, r in enumerate(runs)]
+    return runs
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest ends of dotted paths that tell them apart."""
+    found = {}
+    for key in keys:
+        parts = key.lstrip("+").split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        others = [other.lstrip("+") for other in keys if other != key]
+        found[key] = next((e for e in ends if not any(o == e or o.endswith(f".{e}") for o in others)), ends[-1])
+    return found
+
+
+class Sweep:
+    """Runs what is not finished.
+
+    Args:
+        recipe: Recipe file or name, as on the command line.
+        fixed: Overrides of every run.
+        runs: What to run.
+        folder: The sweep's folder.
+        jobs: Runs at a time.
+        tell: Receives a line when a run begins or ends.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        fixed: Sequence[str],
+        runs: Sequence[SweepRun],
+        folder: Path,
+        jobs: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.fixed, self.runs, self.folder = recipe, list(fixed), list(runs), folder
+        self.jobs, self.tell = max(1, jobs), tell
+        self._children: set[subprocess.Popen[str]] = set()
+        self._guard = threading.Lock()
+        self._stopped = False
+
+    def execute(self) -> list[RunResult]:
+        """Run, and resume, what is not finished; then read what all runs have measured.
+
+        Raises:
+            UsageError: The folder holds another sweep.
+            EnvironmentProblem: Another process is running it.
+            Interrupted: Ctrl-C or SIGTERM; the same command continues.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.folder), self._listening():
+            self._claim()
+            pending = [run for run in self.runs if not run.finished]
+            if len(pending) < len(self.runs):
+                self.tell(f"{len(self.runs) - len(pending)} of {len(self.runs)} runs are finished already")
+            codes: dict[str, tuple[int, str]] = {}
+            with ThreadPoolExecutor(self.jobs) as pool:
+                for run, outcome in zip(pending, pool.map(self._one, pending)):
+                    codes[run.name] = outcome
+            if self._stopped:
+                again = f"llmcompress sweep {self.recipe} … --dir {self.folder}"
+                raise Interrupted("the sweep was stopped; finished runs and blocks are kept", again)
+            return [result_of(run, *codes.get(run.name, (0, ""))) for run in self.runs]
+
+    def _claim(self) -> None:
+        """Write the manifest, or see that the one there is of the same sweep."""
+        path = self.folder / MANIFEST
+        runs = {run.name: run.values for run in self.runs}
+        manifest: dict[str, Any] = {"format": FORMAT, "recipe": self.recipe, "fixed": self.fixed, "runs": runs}
+        if path.exists():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{path}: damaged ({error})", "delete it and start the sweep again") from error
+            if {k: before.get(k) for k in ("recipe", "fixed")} != {"recipe": self.recipe, "fixed": self.fixed}:
+                raise UsageError(f"{self.folder}: holds a sweep with other settings", "choose another --dir")
+            # more values may be added to a sweep; none may be lost from its table
+            manifest["runs"] = {**before.get("runs", {}), **runs}
+            self.runs = [SweepRun(n, v, self.folder / n) for n, v in manifest["runs"].items()]
+        write_durably(path, json.dumps(manifest, indent=1).encode())
+
+    def _one(self, run: SweepRun) -> tuple[int, str]:
+        """Run one in a process of its own; exit code and what it said."""
+        words = [*self.fixed, *(f"{key}={value}" for key, value in run.values.items())]
+        folder = json.dumps(str(run.folder), ensure_ascii=False)
+        command = [sys.executable, "-m", "llmcompress", "run", self.recipe, *words, f"run.dir={folder}", "--quiet"]
+        with self._guard:
+            if self._stopped:
+                return 130, ""
+            self.tell(f"{run.name}: begins")
+            # a group of its own: Ctrl-C reaches the sweep, which asks its runs to stop after their block
+            child = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                env={**os.environ, "COLUMNS": "200"},
+            )  # fmt: skip
+            self._children.add(child)
+        _, said = child.communicate()
+        with self._guard:
+            self._children.discard(child)
+        done = "finished" if child.returncode in _FINISHED else f"ended with exit code {child.returncode}"
+        self.tell(f"{run.name}: {done}")
+        return child.returncode, said.strip()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Turn Ctrl-C and SIGTERM into requests to the runs to stop; a second one kills them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        # not under the guard: the handler may interrupt the thread that holds it
+        again, self._stopped = self._stopped, True
+        for child in list(self._children):
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL if again else signal.SIGTERM)
+
+
+def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
+    """What a run's folder holds.
+
+    Args:
+        run: Which.
+        code: Exit code of its process.
+        said: What it wrote to stderr.
+    """
+    folder = RunDir(run.folder)
+    names = [path.parent.name for path in sorted(run.folder.glob("stages/*/state.json"))]
+    records = [record for name in names if (record := folder.read_stage(name)) is not None]
+    metrics: dict[str, float] = {}
+    dense: dict[str, float] = {}
+    for path in sorted(run.folder.glob("stages/*/metrics.json")):
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            name = f"{row['task']}.{row['metric']}"
+            if row.get("compressed") is not None:
+                metrics[name] = float(row["compressed"])
+            if row.get("dense") is not None:
+                dense[name] = float(row["dense"])
+    status = "failed"
+    if run.finished:
+        status = "gate failed" if any(record.gate_failure for record in records) else "finished"
+    return RunResult(
+        run=run,
+        status=status,
+        error="" if status != "failed" else (said or f"exit code {code}"),
+        metrics=metrics,
+        dense=dense,
+        bytes=_weight_bytes(run.folder),
+        seconds=round(sum(record.seconds for record in records), 3),
+        peak_rss_bytes=max((record.peak_rss_bytes for record in records), default=0),
+    )
+
+
+def _weight_bytes(folder: Path) -> int | None:
+    for pattern in ("artifact/*.safetensors", "stages/*/blocks/*.safetensors"):
+        found = [path.stat().st_size for path in folder.glob(pattern)]
+        if found:
+            return sum(found)
+    return None
+
+
+def pareto(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[bool]:
+    """Which points no other beats: none is as small and better, or as good and smaller.
+
+    Args:
+        points: ``(bytes, quality)``.
+        higher_is_better: Direction of quality.
+    """
+    sign = -1.0 if higher_is_better else 1.0
+    found = []
+    for size, quality in points:
+        beaten = any(
+            other <= size and sign * value <= sign * quality and (other < size or sign * value < sign * quality)
+            for other, value in points
+        )
+        found.append(not beaten)
+    return found

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.errors import UsageError
+from llmcompress.pipeline import sweep
+from llmcompress.pipeline.sweep import Sweep, SweepRun, combinations, pareto, parse_axes, result_of
+
+
+def test_axes_and_settings_are_told_apart() -> None:
+    axes, fixed = parse_axes(
+        ["a.bits=2,3", "run.seed=1", "b={x: 1, y: 2},null", "c=[1,2]", "stages.prune~", "d='x,y'", "+e=1,2"]
+    )
+    assert axes == {"a.bits": ["2", "3"], "b": ["{x: 1, y: 2}", "null"], "+e": ["1", "2"]}
+    assert fixed == ["run.seed=1", "c=[1,2]", "stages.prune~", "d='x,y'"]
+
+
+@pytest.mark.parametrize("words", [[], ["a=1"], ["a=1,2", "a=3,4"], ["a=1,,2"], ["a=1,1"]])
+def test_nonsense_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        parse_axes(words)
+
+
+def test_every_combination_has_a_name_of_its_own(tmp_path: Path) -> None:
+    runs = combinations({"x.bits": ["2", "3"], "y.bits": ["4"], "run.seed": ["0", "1"]}, tmp_path)
+    assert [run.name for run in runs] == [
+        f"x.bits={a},y.bits=4,seed={b}" for a in (2, 3) for b in (0, 1)
+    ]  # fmt: skip
+    odd = combinations({"a": ["x/y", "x:y"]}, tmp_path)
+    assert len({run.folder for run in odd}) == 2
+    assert all(run.folder.parent == tmp_path for run in odd)
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_the_front_is_what_no_other_beats(rising: bool) -> None:
+    sign = -1 if rising else 1
+    points = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 4.0), (4.0, 4.0)]
+    assert pareto([(x, sign * y) for x, y in points], rising) == [True, True, False, False, True, True]
+
+
+SCRIPT = """
+import json, pathlib, sys, time
+words = dict(word.split("=", 1) for word in sys.argv[3:] if "=" in word)
+folder = pathlib.Path(json.loads(words["run.dir"]))
+folder.mkdir(parents=True, exist_ok=True)
+with (folder / "began").open("a") as handle:
+    handle.write("x")
+if words["n"] == "2" and not (folder / "second").exists():
+    (folder / "second").touch()
+    print("error: the first time fails", file=sys.stderr)
+    sys.exit(4)
+time.sleep(float(words.get("pause", 0)))
+record = {"name": "t", "status": "finished", "device": "cpu", "dtype": "float32", "threads": 1}
+record |= {"root": {}, "stages": []}
+(folder / "run.json").write_text(json.dumps({**record, "version": 1}))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command that stands in for ``python -m llmcompress run``; returns the sweep's folder."""
+    script = tmp_path / "fake.py"
+    script.write_text(SCRIPT)
+    real = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        assert command[1:4] == ["-m", "llmcompress", "run"]
+        return real([sys.executable, str(script), *command[3:]], **options)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    return tmp_path / "sweep"
+
+
+def test_a_failed_run_is_noted_and_done_again(fake: Path) -> None:
+    def execute() -> list[Any]:
+        return Sweep("recipe", [], combinations({"n": ["1", "2", "3"]}, fake), fake, 2, lambda _: None).execute()
+
+    first = execute()
+    assert [result.status for result in first] == ["finished", "failed", "finished"]
+    assert first[1].error == "error: the first time fails"
+    second = execute()
+    assert [result.status for result in second] == ["finished"] * 3
+    assert [len((fake / f"n={n}" / "began").read_text()) for n in (1, 2, 3)] == [1, 2, 1]
+
+
+def test_values_may_be_added_and_other_settings_are_refused(fake: Path) -> None:
+    Sweep("recipe", [], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
+    wider = Sweep("recipe", [], combinations({"n": ["3"]}, fake), fake, 1, lambda _: None).execute()
+    assert [result.run.name for result in wider] == ["n=1", "n=3"]
+    with pytest.raises(UsageError, match="holds a sweep with other settings"):
+        Sweep("recipe", ["run.seed=1"], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
+
+
+def test_a_stop_ends_the_children(fake: Path) -> None:
+    from llmcompress.errors import Interrupted
+
+    def tell(text: str) -> None:
+        if "n=4: begins" in text:
+            signal.alarm(1)
+
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(Interrupted, match="sweep was stopped"):
+            runs = combinations({"n": ["4", "5"]}, fake)
+            Sweep("recipe", ["pause=60"], runs, fake, 1, tell).execute()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not (fake / "n=5").exists()
+
+
+def test_results_are_read_from_the_folder(tmp_path: Path) -> None:
+    stage = tmp_path / "r" / "stages" / "evaluate"
+    stage.mkdir(parents=True)
+    rows = [{"task": "heldout", "metric": "perplexity", "dense": 3.0, "compressed": 4.0}]
+    (stage / "metrics.json").write_text(json.dumps(rows))
+    (tmp_path / "r" / "artifact").mkdir()
+    (tmp_path / "r" / "artifact" / "model.safetensors").write_bytes(bytes(77))
+    found = result_of(SweepRun("r", {}, tmp_path / "r"), 5, "error: too large")
+    assert (found.status, found.error, found.bytes) == ("failed", "error: too large", 77)
+    assert (found.metrics, found.dense) == ({"heldout.perplexity": 4.0}, {"heldout.perplexity": 3.0})
