@@ -16,11 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once) ..."
 	@$(PIP) "$(TORCH)"
-	@$(PIP) -c constraints.txt -e ".[export]"
+	@$(PIP) -c constraints.txt -e ".[export,serve]"
 	@touch $@
 
 $(VENV)/.dev: $(STAMP)
-	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton
+	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton openai
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything a user needs

@@ -30,7 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from train_reference import MALLOC, Batches, Source, read_texts, save_atomic
+from train_reference import MALLOC
+from training.data import Batches, Source, read_texts
+from training.loop import save_atomic
 
 MEMBERS = ("doyle", "shakespeare", "maths", "chat", "spanish", "code")
 MIX = {"books": 0.57, "spanish": 0.12, "code": 0.14, "maths": 0.1, "shakespeare": 0.04, "chat": 0.03}
@@ -153,7 +155,7 @@ def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, eve
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        rows = batches(step)
+        rows, _ = batches(step)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(rows[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())

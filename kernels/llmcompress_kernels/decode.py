@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, cpu, select
+from llmcompress_kernels import build, cpu, select, tree
 from llmcompress_kernels.reference.group_gemm import LANES, interleave
 
 FAMILY = "decode"
@@ -30,8 +30,14 @@ PHASES = ("norm", "qkv", "attention", "output", "router", "gate_up", "down", "he
 build.register(
     build.Family(
         FAMILY,
-        ("cpu/decode/*.cpp", "cpu/gemm/variants.cpp", "cpu/gemm/avx*.cpp", "cpu/gemm/portable.cpp"),
-        headers=("cpu/include/**/*", "cpu/decode/*.h"),
+        (
+            "cpu/decode/*.cpp",
+            *tree.SOURCES,
+            "cpu/gemm/variants.cpp",
+            "cpu/gemm/avx*.cpp",
+            "cpu/gemm/portable.cpp",
+        ),
+        headers=("cpu/include/**/*", "cpu/decode/*.h", "cpu/tree/*.inc"),
         # sums may be fused with products: the step has no twin that it must equal bit by bit
         flags=("-ffp-contract=fast", "-Wno-psabi"),
     )
@@ -61,8 +67,10 @@ class _Model(ctypes.Structure):
         ("head", _Matrix),
         ("screen", _Matrix),
         ("screen_error", ctypes.c_void_p),
+        ("member_embeddings", ctypes.POINTER(_Matrix)),
+        ("member_heads", ctypes.POINTER(_Matrix)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("top_k", "renormalize", "reserved")),
+        *((name, ctypes.c_int32) for name in ("top_k", "renormalize", "members")),
         ("epsilon", ctypes.c_float),
         ("attention_scale", ctypes.c_float),
     )
@@ -77,13 +85,19 @@ class _Cache(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "slots", "logits", "best", "seconds", "hidden")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("tokens", "positions", "slots", "members", "logits", "best", "seconds", "hidden")
+        ),
         *((name, ctypes.c_int32) for name in ("batch", "planes", "threads", "first_layer", "last_layer", "reserved")),
     )
 
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _PACKED = 3
+_TREE = 4
+# members of a family that a node can tell apart
+MAX_MEMBERS = 64
 # bytes of fixed-point activations: three are as exact as fp32 sums, one rounds to int8
 _EXACT_PLANES, _INT8_PLANES = 3, 1
 
@@ -137,6 +151,8 @@ class Matrix:
         bias: float32 ``[(E,) N]`` or None.
         bits: Code width, 0 for a dense tensor.
         group_size: Columns per scale.
+        planes: Nodes of a residual tree instead of all that.
+        nodes: The same for C++.
     """
 
     data: Tensor
@@ -147,10 +163,15 @@ class Matrix:
     bias: Tensor | None = None
     bits: int = 0
     group_size: int = 0
+    planes: Sequence[tree.Plane] = ()
+    nodes: Any = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points, or of the dense tensor."""
+        if self.planes:
+            held = {t.data_ptr(): t.nbytes for part in self.planes for t in (part.words, part.scale)}
+            return sum(held.values())
         return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
 
     @property
@@ -159,6 +180,11 @@ class Matrix:
         return self.data.shape[0] if self.data.ndim == (4 if self.bits else 3) else 1
 
     def _struct(self) -> _Matrix:
+        if self.planes:
+            return _Matrix(
+                ctypes.addressof(self.nodes), None, None, None if self.bias is None else self.bias.data_ptr(),
+                self.rows, self.columns, 0, _TREE, len(self.planes), self.group_size, 0,
+            )  # fmt: skip
         apart = self.data.stride(0) // self.data.shape[-2] if self.bits else self.data.stride(0) // self.columns
         return _Matrix(
             *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias)),
@@ -204,6 +230,28 @@ def packed(
     tensors = [None if t is None else t if interleaved else _interleave(t) for t in (words, scale, zero)]
     held: Any = tensors
     return Matrix(held[0], rows, columns, held[1], held[2], _float(bias), bits, group_size)
+
+
+def of_tree(
+    planes: Sequence[tree.Plane], members: Sequence[int], rows: int, columns: int, group_size: int,
+    bias: Tensor | None = None,
+) -> Matrix:  # fmt: skip
+    """A weight of a family: the sum of the nodes above a token's member.
+
+    Args:
+        planes: Nodes in the order of :mod:`llmcompress_kernels.tree`.
+        members: Of each, a bit for each member below it.
+        rows: N, a multiple of 16.
+        columns: K.
+        group_size: Columns per scale.
+        bias: ``[members, N]`` or None.
+    """
+    assert rows % LANES == 0
+    nodes = (tree.Node * len(planes))(*(plane.struct(below) for plane, below in zip(planes, members)))
+    group = min(group_size, columns)
+    return Matrix(
+        planes[0].words, rows, columns, bias=_float(bias), group_size=group, planes=tuple(planes), nodes=nodes
+    )
 
 
 def _interleave(rows: Tensor) -> Tensor:
@@ -268,6 +316,8 @@ class Decoder:
         top_k, renormalize: Of the routers; 0 and False without experts.
         screen: The head rounded to 8 bits, by which greedy steps find the few rows worth computing, or None.
         screen_error: float32 ``[V]``, bound of ``|head x - screen x| / |x|`` for every row.
+        member_embeddings: Of a family, one for each member; norms then have a row for each, ``[M, H]``.
+        member_heads: The same of heads.
     """
 
     layers: Sequence[Layer]
@@ -285,15 +335,24 @@ class Decoder:
     renormalize: bool = False
     screen: Matrix | None = None
     screen_error: Tensor | None = None
+    member_embeddings: Sequence[Matrix] = ()
+    member_heads: Sequence[Matrix] = ()
 
     def __post_init__(self) -> None:
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
+        embeddings, heads = (
+            (_Matrix * len(side))(*(matrix._struct() for matrix in side)) if side else None
+            for side in (self.member_embeddings, self.member_heads)
+        )
+        # C++ reads these at every step
+        self._kept = (embeddings, heads)
         model = _Model(
             structs, self.final_norm.data_ptr(), self.cosine.data_ptr(), self.sine.data_ptr(),
             self.embedding._struct(), self.head._struct(),
             _Matrix() if self.screen is None else self.screen._struct(),
-            None if self.screen_error is None else self.screen_error.data_ptr(), len(self.layers), self.hidden,
-            self.heads, self.key_value_heads, self.head_dim, self.top_k, int(self.renormalize), 0, self.epsilon,
+            None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
+            len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim, self.top_k,
+            int(self.renormalize), len(self.member_heads), self.epsilon,
             self.attention_scale,
         )  # fmt: skip
         lib = library()
@@ -303,7 +362,7 @@ class Decoder:
     @property
     def hidden(self) -> int:
         """H."""
-        return self.final_norm.shape[0]
+        return self.final_norm.shape[-1]
 
     @property
     def vocabulary(self) -> int:
@@ -379,6 +438,7 @@ def step(
     layers: tuple[int, int] | None = None,
     hidden: Tensor | None = None,
     seconds: Tensor | None = None,
+    members: Tensor | None = None,
 ) -> None:
     """Compute B tokens: one of each of B sequences, or several of one.
 
@@ -395,6 +455,7 @@ def step(
         layers: Half-open range of layers, all by default. With a part of them ``hidden`` is input and output.
         hidden: float32 ``[B, H]``.
         seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
+        members: Of a family, int32 ``[B]``, whose tokens they are; equal ones must be neighbours.
 
     Raises:
         ValueError: A size is out of range.
@@ -407,13 +468,18 @@ def step(
         raise ValueError("a part of the layers needs hidden states")
     if logits is None and (decoder.screen is None or best is None):
         raise ValueError("a step without logits needs a screened head and a place for the best")
+    if (members is None) != (not decoder.member_heads):
+        raise ValueError("members belong to the steps of a family, and to all of them")
+    if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
+        raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
     limit = min(cache.positions, decoder.cosine.shape[0])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
     if int(tokens.min()) < 0 or int(tokens.max()) >= decoder.embedding.rows:
         raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{decoder.embedding.rows - 1}")
+    given = (tokens, positions, slots, members, logits, best, seconds, hidden)
     call = _Step(
-        *(None if t is None else t.data_ptr() for t in (tokens, positions, slots, logits, best, seconds, hidden)),
+        *(None if t is None else t.data_ptr() for t in given),
         batch, _INT8_PLANES if int8_activations else _EXACT_PLANES, threads or torch.get_num_threads(), first, last, 0,
     )  # fmt: skip
     library().llmcompress_decode_step(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))

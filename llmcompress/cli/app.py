@@ -25,6 +25,7 @@ from llmcompress.cli import (
     recipes,
     report,
     run,
+    serve,
     sweep,
 )
 from llmcompress.cli import command as commands
@@ -41,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run, sweep, plan, recipes, inspect, evaluate, export, family, generate, bench, report, doctor):
+for part in (run, sweep, plan, recipes, inspect, evaluate, export, family, generate, serve, bench, report, doctor):
     part.register(app)
 
 # base class of every usage error, of click or of the copy of click that newer typer brings along

@@ -15,6 +15,9 @@ EXTRAS = {
     "llama_cpp": "pip install llama-cpp-python",
     "tensorboard": "pip install 'llmcompress[track]'",
     "trackio": "pip install 'llmcompress[track]'",
+    "starlette": "pip install 'llmcompress[serve]'",
+    "uvicorn": "pip install 'llmcompress[serve]'",
+    "prometheus_client": "pip install 'llmcompress[serve]'",
     "triton": "pip install 'llmcompress[triton]'",
 }
 LESS_MEMORY = (

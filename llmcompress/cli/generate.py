@@ -63,8 +63,6 @@ def generate(
             raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
         prompt = sys.stdin.read().rstrip("\n")
     how = Sampling(max_new_tokens, temperature, top_p, seed)
-    # the native step knows no sums of nodes
-    engine = "transformers" if member is not None and engine == "auto" else engine
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
     text, data = writer.write(words, stream=not out.json_mode, special=not as_chat)
@@ -93,8 +91,6 @@ def chat(
     A model without a chat template continues the text of the conversation instead.
     """
     how = Sampling(max_new_tokens, temperature, top_p, seed)
-    # the native step knows no sums of nodes
-    engine = "transformers" if member is not None and engine == "auto" else engine
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)

@@ -60,13 +60,17 @@ class Added:
 def remove_member(artifact: FamilyArtifact, member: str) -> int:
     """Take a member out of a family; nodes above others stay, since they need them.
 
+    A removal that was killed after its first step is finished by calling it again.
+
     Returns:
         Bytes that were freed.
 
     Raises:
         UsageError: It is the last one.
-        InputError: There is no such member.
+        InputError: There is no such member, nor anything left of one.
     """
+    if member not in artifact.members and NAME.match(member) and (artifact.folder / "members" / member).is_dir():
+        return sweep(artifact)
     artifact.require(member)
     if len(artifact.members) == 1:
         raise UsageError(f"{member} is the last member of {artifact.folder}", "remove the folder instead")
@@ -76,14 +80,29 @@ def remove_member(artifact: FamilyArtifact, member: str) -> int:
     bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in plan.bits.items()}
     order = tuple(name for name in plan.order if name != member)
     smaller = FamilyPlan(order, plan.group_size, trees, plan.tree_of, plan.shapes, bits)
-    gone = [node_file(artifact.folder, node) for node in plan.node_names() if node not in smaller.node_names()]
     facts = {name: value for name, value in artifact.data.get("facts", {}).items() if name != member}
     _save(artifact, smaller, facts)
-    folder = artifact.folder / "members" / member
-    freed = sum(path.stat().st_size for path in [*gone, *folder.rglob("*")] if path.is_file())
-    for path in gone:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    return sweep(FamilyArtifact(artifact.folder))
+
+
+def sweep(artifact: FamilyArtifact) -> int:
+    """Delete nodes and members that ``family.json`` does not name: what a killed edit has left.
+
+    A member's folder goes last, after its nodes: as long as it is there, a removal can be repeated.
+
+    Returns:
+        Bytes that were freed.
+    """
+    named = {node_file(artifact.folder, node) for node in artifact.plan.node_names()}
+    files = [path for path in (artifact.folder / "nodes").iterdir() if path.suffix in (".safetensors", ".part")]
+    freed = 0
+    for path in sorted(set(files) - named):
+        freed += path.stat().st_size
+        path.unlink()
+    for folder in sorted((artifact.folder / "members").iterdir()):
+        if folder.name not in artifact.members and folder.is_dir():
+            freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            shutil.rmtree(folder)
     return freed
 
 
@@ -110,6 +129,7 @@ def add_member(
     problems = mismatches(artifact.layout(artifact.members[0]), handle.layout)
     if problems:
         raise InputError("\n".join(f"{source}: {p}" for p in problems), "a family needs models of one architecture")
+    sweep(artifact)
     below = {key: _closest(artifact, handle, key) for key in artifact.plan.trees}
     solver = _NewLeaf(artifact, handle, below, bits)
     solver.run(tokens, seed)

@@ -25,6 +25,7 @@ from llmcompress.models.layout import Block, ExpertBank
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
+from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.codecs.int_group import PACKED, SCALE, ZERO
 from llmcompress.quant.packed import PackedWeight
@@ -73,8 +74,10 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"{name or 'the model'} is offloaded by accelerate"
-        if name.endswith("_proj") and not isinstance(module, nn.Linear | PackedLinear | PackedTensors):
+        if name.endswith("_proj") and not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
             return f"{name} is a {type(module).__name__}"
+        if isinstance(module, TreeLinear) and (reason := _decline_tree(module)) is not None:
+            return f"{name}: {reason}"
         if isinstance(module, PackedTensors):
             spec = module.spec
             reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
@@ -83,6 +86,14 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
     policy = getattr(model, "llmcompress_skipping", None)
     if policy is not None and policy.policy.decode != "off":
         return f"the expert-skipping policy acts while decoding (decode: {policy.policy.decode})"
+    return None
+
+
+def _decline_tree(module: TreeLinear) -> str | None:
+    if not module.prepare():
+        return "the kernels of residual trees do not run here"
+    if module.out_features % LANES != 0:
+        return f"{module.out_features} rows are no multiple of {LANES}"
     return None
 
 
@@ -96,11 +107,11 @@ def window(model: PreTrainedModel) -> int | None:
 
 
 class Engine:
-    """A model ready to decode natively.
+    """A model ready to decode natively, or several members of a family (`members`), each prompt saying whose it is.
 
     Args:
         model: A causal language model for which :func:`decline` returns None.
-        slots: Sequences decoded together, at most 8.
+        slots: Sequences in the cache; a step takes up to 8 of them.
         positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
         int8_activations: Round the inputs of packed weights to 8 bits per group: faster, not exact.
@@ -131,11 +142,12 @@ class Engine:
         self.model = model
         self.int8_activations = int8_activations
         self.threads = threads
+        self.members = members_of(model)
         self.cache_dtype = cache_dtype or (torch.float32 if model.dtype == torch.float32 else torch.bfloat16)
         with torch.inference_mode():
             self.decoder = decoder_of(model, head_bits)
             large = 4 * self.decoder.head.nbytes > self.decoder.step_bytes()
-            if not self.decoder.head.bits and (large if screen is None else screen):
+            if not self.members and not self.decoder.head.bits and (large if screen is None else screen):
                 self.decoder = _screened(self.decoder)
         self._logits = torch.empty((native.MAX_BATCH, self.decoder.vocabulary), dtype=torch.float32)
         self.slots = 0
@@ -155,14 +167,15 @@ class Engine:
             slots: Sequences.
 
         Raises:
-            InputError: More sequences than one step takes.
+            InputError: No sequences.
         """
-        if not 0 < slots <= native.MAX_BATCH:
-            raise InputError(f"{slots} sequences at once: the native engine takes 1 to {native.MAX_BATCH}")
+        if slots < 1:
+            raise InputError(f"{slots} sequences: the native engine takes one or more")
         if slots <= self.slots and positions <= self.cache.positions:
             return
         self.slots = max(slots, self.slots)
         self.lengths = [0] * self.slots
+        self._owners = [0] * self.slots
         self.cache = native.Cache(self.decoder, self.slots, positions, self.cache_dtype)
         rotary: Any = self.model.base_model.rotary_emb
         ids = torch.arange(self.cache.positions).unsqueeze(0)
@@ -172,21 +185,27 @@ class Engine:
         tables = (cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
         self.decoder = self.decoder.with_rotary(*tables)
 
-    def prompt(self, slot: int, tokens: Sequence[int]) -> Tensor:
+    def prompt(self, slot: int, tokens: Sequence[int], member: str | None = None) -> Tensor:
         """Start a sequence.
 
         Args:
             slot: Which one; what it held is replaced.
             tokens: The prompt, at least one token.
+            member: Whose it is, in a family.
 
         Returns:
             Logits float32 ``[V]`` after the last token.
         """
         self._check(slot, len(tokens))
+        if self.members:
+            assert member is not None
+            self._owners[slot] = self.members.index(member)
         policy = getattr(self.model, "llmcompress_skipping", None)
         if len(tokens) <= SHORT_PROMPT and policy is None:
             return self._prompt_by_steps(slot, tokens)
         ids = torch.tensor([list(tokens)])
+        if member is not None:
+            _batch_of(self.model).assign([member])
         with torch.inference_mode():
             out: Any = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
             for index, layer in enumerate(out.past_key_values.layers):
@@ -212,8 +231,8 @@ class Engine:
         """Append one token to every sequence.
 
         Args:
-            tokens: int64 ``[B]``.
-            slots: Which sequences, all in order by default.
+            tokens: int64 ``[B]``, at most 8.
+            slots: Which sequences, all in order by default; in a family those of one member side by side.
             best: int64 ``[B]``, filled with the index of each largest logit.
 
         Returns:
@@ -242,7 +261,7 @@ class Engine:
         logits = self._logits if self.decoder.screen is None else None
         native.step(
             self.decoder, self.cache, tokens, positions, torch.tensor(which, dtype=torch.int32), logits, best,
-            self.int8_activations, self.threads,
+            self.int8_activations, self.threads, members=self._members(which),
         )  # fmt: skip
         for slot in which:
             self.lengths[slot] += 1
@@ -251,9 +270,16 @@ class Engine:
     def _call(self, tokens: Tensor, positions: Tensor, slots: Tensor, best: Tensor | None = None) -> Tensor:
         native.step(
             self.decoder, self.cache, tokens, positions, slots, self._logits, best, self.int8_activations,
-            self.threads,
+            self.threads, members=self._members(slots.tolist()),
         )  # fmt: skip
         return self._logits[: tokens.shape[0]]
+
+    def owner(self, slot: int) -> int:
+        """Place of a sequence's member in the family, 0 without one."""
+        return self._owners[slot]
+
+    def _members(self, slots: Sequence[int]) -> Tensor | None:
+        return torch.tensor([self._owners[slot] for slot in slots], dtype=torch.int32) if self.members else None
 
     def profile(self, tokens: Tensor, repeats: int = 16) -> dict[str, float]:
         """Seconds per step by phase, of the first thread, over ``repeats`` steps that leave the sequences as they were.
@@ -270,8 +296,19 @@ class Engine:
             native.step(
                 self.decoder, self.cache, tokens, positions, torch.arange(count, dtype=torch.int32), logits,
                 torch.empty(count, dtype=torch.int64), self.int8_activations, self.threads, seconds=seconds,
+                members=self._members(range(count)),
             )  # fmt: skip
         return dict(zip(native.PHASES, (seconds / repeats).tolist()))
+
+
+def _batch_of(model: PreTrainedModel) -> BatchRows:
+    """The object that says whose the rows of a family's modules are."""
+    return next(module.batch for module in model.modules() if isinstance(module, TreeLinear))
+
+
+def members_of(model: PreTrainedModel) -> list[str]:
+    """Members of a family that a model's rows may belong to, in the order of a batch; none for a single model."""
+    return next((module.names for module in model.modules() if isinstance(module, PerMember)), [])
 
 
 def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.Decoder:
@@ -283,27 +320,30 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
 
     Returns:
         The decoder, without rotary tables. Packed weights are copied into blocks; dense ones are shared where their
-        type allows it.
+        type allows it. Of a family, bits of nodes and rows of norms follow :func:`members_of`.
     """
+    members = members_of(model)
     config: Any = model.config.get_text_config()
     layout = layout_from_config(model.config.to_dict())
     base: Any = model.base_model
     first: Any = base.layers[0].self_attn
     bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
-    embedding = native.dense(base.embed_tokens.weight.detach())
     output: Any = model.get_output_embeddings()
-    tied = output.weight.data_ptr() == base.embed_tokens.weight.data_ptr()
-    head = embedding if tied else native.dense(output.weight.detach(), output.bias)
-    if head_bits is not None:
-        head = _rounded(output.weight.detach(), head_bits)
-    layers = [_layer(model, block) for block in layout.blocks]
+    embeddings, heads = [], []
+    for words, last in zip(parts(base.embed_tokens), parts(output)):
+        embeddings.append(native.dense(words.weight.detach()))
+        tied = last.weight.data_ptr() == words.weight.data_ptr()
+        heads.append(embeddings[-1] if tied else native.dense(last.weight.detach(), last.bias))
+        if head_bits is not None:
+            heads[-1] = _rounded(last.weight.detach(), head_bits)
+    layers = [_layer(model, block, members) for block in layout.blocks]
     return native.Decoder(
         layers=layers,
-        final_norm=base.norm.weight.detach().float().contiguous(),
+        final_norm=_norm(base.norm),
         cosine=torch.empty(0),
         sine=torch.empty(0),
-        embedding=embedding,
-        head=head,
+        embedding=embeddings[0],
+        head=heads[0],
         heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
         head_dim=first.head_dim,
@@ -311,42 +351,67 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         attention_scale=first.scaling,
         top_k=bank.top_k if bank else 0,
         renormalize=bool(bank and bank.router.renormalizes),
+        member_embeddings=embeddings if members else (),
+        member_heads=heads if members else (),
     )
 
 
-def _layer(model: Any, block: Block) -> native.Layer:
+def parts(module: Any) -> list[Any]:
+    """A module, or those of the members of a family that stand in its place."""
+    return list(module.parts) if isinstance(module, PerMember) else [module]
+
+
+def _norm(module: Any) -> Tensor:
+    """Weights float32 ``[H]``, or ``[M, H]`` of a family."""
+    rows = [part.weight.detach().float() for part in parts(module)]
+    return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
+
+
+def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
     layer: Any = model.get_submodule(block.name)
     attention, mlp = layer.self_attn, layer.mlp
     norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
     if block.bank is None:
-        gate, up, down, router = (*(_linear(getattr(mlp, f"{n}_proj")) for n in ("gate", "up", "down")), None)
+        gate, up, down, router = (*(_linear(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")), None)
     else:
         gate, up, down = _experts(model.get_submodule(block.bank.module), block.bank)
         weight: Any = model.get_submodule(block.bank.router.module).weight
         router = native.dense(weight.detach())
     return native.Layer(
-        attention_norm=layer.input_layernorm.weight.detach().float().contiguous(),
-        mlp_norm=layer.post_attention_layernorm.weight.detach().float().contiguous(),
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        output=_linear(attention.o_proj),
+        attention_norm=_norm(layer.input_layernorm),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        query=_linear(attention.q_proj, members),
+        key=_linear(attention.k_proj, members),
+        value=_linear(attention.v_proj, members),
+        output=_linear(attention.o_proj, members),
         gate=gate,
         up=up,
         down=down,
         router=router,
-        query_norm=None if norms["q_norm"] is None else norms["q_norm"].weight.detach().float().contiguous(),
-        key_norm=None if norms["k_norm"] is None else norms["k_norm"].weight.detach().float().contiguous(),
+        query_norm=None if norms["q_norm"] is None else _norm(norms["q_norm"]),
+        key_norm=None if norms["k_norm"] is None else _norm(norms["k_norm"]),
     )
 
 
-def _linear(module: nn.Module) -> native.Matrix:
+def _linear(module: nn.Module, members: Sequence[str] = ()) -> native.Matrix:
+    if isinstance(module, TreeLinear):
+        return _tree(module, members)
     bias: Any = module.bias
     if not isinstance(module, PackedLinear):
         weight: Any = module.weight
         return native.dense(weight.detach(), bias)
     module.prepare()
     return _packed(module, slice(None), bias)
+
+
+def _tree(module: TreeLinear, members: Sequence[str]) -> native.Matrix:
+    """Nodes with a bit for each member; without a family those on one model's path."""
+    module.prepare()
+    names = list(members) or [next(iter(sorted(frozenset.intersection(*module.members))))]
+    below = [sum(1 << i for i, name in enumerate(names) if name in module.members[p.node]) for p in module.planes]
+    bias = torch.stack([module.biases[name].float() for name in names]) if module.biases else None
+    size = module.group_size
+    return native.of_tree(module.planes, below, module.out_features, module.in_features, size, bias)
 
 
 def _packed(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> native.Matrix:

@@ -46,10 +46,10 @@ def load_members(
     for linear in artifact.plan.linears:
         biases = {m: b for m, s in shells.items() if (b := getattr(s.get_submodule(linear), "bias", None)) is not None}
         nodes = artifact.nodes(linear, frozenset(ordered))
-        _replace(model, linear, TreeLinear(nodes, artifact.plan.members_of, batch, biases))
+        replace_module(model, linear, TreeLinear(nodes, artifact.plan.members_of, batch, biases))
     if len(ordered) > 1:
-        for name in _private_modules(model):
-            _replace(model, name, PerMember({m: s.get_submodule(name) for m, s in shells.items()}, batch))
+        for name in private_modules(model):
+            replace_module(model, name, PerMember({m: s.get_submodule(name) for m, s in shells.items()}, batch))
     align(model)
     return FamilyModel(artifact, model.eval(), ordered, batch)
 
@@ -78,7 +78,7 @@ def _numbers(model: PreTrainedModel) -> str:
     return repr({key: config.get(key) for key in keys})
 
 
-def _private_modules(model: nn.Module) -> list[str]:
+def private_modules(model: nn.Module) -> list[str]:
     """Modules with weights of their own outside the trees: embedding, norms, head."""
     found = []
     for name, module in model.named_modules():
@@ -88,7 +88,8 @@ def _private_modules(model: nn.Module) -> list[str]:
     return found
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another."""
     parent, _, key = name.rpartition(".")
     new.train(model.training)
     setattr(model.get_submodule(parent), key, new)

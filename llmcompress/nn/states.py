@@ -241,6 +241,19 @@ class PackedState:
         assert dim == 0, "a state has sequences along its first axis only"
         return self._map(lambda tensor: tensor.index_select(0, index))
 
+    def append(self, other: PackedState) -> PackedState:
+        """The states of these sequences and of others after them.
+
+        Raises:
+            ValueError: They stand within a replay window, or their rounding depends on the token's number.
+        """
+        if self.recent or other.recent or self.since != other.since or self.quantizer.spec.rounding == "stochastic":
+            raise ValueError("states within a replay window, or rounded stochastically, cannot share a batch")
+        rest = iter(other._tensors())
+        joined = self._map(lambda tensor: torch.cat([tensor, next(rest)]))
+        joined.tokens = max(self.tokens, other.tokens)
+        return joined
+
     def repeat_interleave(self, repeats: int, dim: int = 0) -> PackedState:
         """Each sequence ``repeats`` times."""
         assert dim == 0, "a state has sequences along its first axis only"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from llmcompress_kernels import ops
+from llmcompress_kernels import ops, tree
+from llmcompress_kernels.reference.bitpack import pack
 from torch import Tensor, nn
 
 from llmcompress.quant.codecs.delta_tree import EXPONENT
@@ -79,9 +80,50 @@ class TreeLinear(nn.Module):
             self.register_buffer(f"packed_{index}", pw.tensors[PACKED], persistent=False)
             self.register_buffer(f"scale_{index}", pw.tensors[SCALE], persistent=False)
         self.biases = dict(biases) if biases else {}
+        self.planes: list[tree.Plane] = []
+
+    def prepare(self) -> bool:
+        """Bring the nodes into the CPU kernels' order, which replaces the stored one; whether they are in it.
+
+        Done at the first call on the CPU. A move gives the stored order back.
+        """
+        if self.planes or self.weight.device.type != "cpu" or not tree.ready():
+            return bool(self.planes)
+        for index, (bits, multiplier) in enumerate(zip(self.bits, self.multipliers)):
+            packed, scale = self._stored(index)
+            parts = tree.planes([packed], [scale], [bits], [multiplier], self.group_size, self.in_features)
+            self.planes += [replace(part, node=index) for part in parts]
+            # one node at a time, so that the peak is one node and not the weight
+            setattr(self, f"packed_{index}", packed.new_empty(0))
+            setattr(self, f"scale_{index}", scale.new_empty(0))
+        return True
+
+    def _stored(self, index: int) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a node in the stored order."""
+        own = [part for part in self.planes if part.node == index]
+        if not own:
+            return getattr(self, f"packed_{index}"), getattr(self, f"scale_{index}")
+        codes = tree.codes_of(own, self.out_features, self.group_size, self.in_features)
+        scale = own[0].scale.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()
+        return pack(codes, self.bits[index]), scale
+
+    def _restore(self) -> None:
+        if self.planes:
+            for index in range(len(self.names)):
+                packed, scale = self._stored(index)
+                setattr(self, f"packed_{index}", packed)
+                setattr(self, f"scale_{index}", scale)
+            self.planes = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales in memory; planes of one node share their scales."""
+        held = {t.data_ptr(): t.nbytes for part in self.planes for t in (part.words, part.scale)}
+        return sum(held.values()) + sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Move buffers but never change their type: scales are fp16 by definition."""
+        self._restore()
         own, self._buffers = self._buffers, {}
         try:
             super()._apply(fn, recurse)
@@ -105,21 +147,37 @@ class TreeLinear(nn.Module):
         """Multiply ``[B, ..., K]`` into ``[B, ..., N]``; B is the batch that :class:`BatchRows` describes."""
         flat = x.reshape(-1, self.in_features)
         each = flat.shape[0] // self.batch.size
-        packed, scale, bits, multipliers, spans = [], [], [], [], []
-        for index, members in enumerate(self.members):
-            for low, high in self.batch.ranges(members):
-                packed.append(getattr(self, f"packed_{index}"))
-                scale.append(getattr(self, f"scale_{index}"))
-                bits.append(self.bits[index])
-                multipliers.append(self.multipliers[index])
-                spans.append((low * each, high * each))
-        rows = torch.tensor(spans, dtype=torch.int64)
-        y = ops.delta_decode(flat, packed, scale, rows, bits, multipliers, self.group_size)
+        spans = [
+            (index, low * each, high * each)
+            for index, members in enumerate(self.members)
+            for low, high in self.batch.ranges(members)
+        ]
+        y = self._planed(flat, spans) if x.device.type == "cpu" and self.prepare() else self._operator(flat, spans)
         for member, bias in self.biases.items():
             if member in self.batch.rows:
                 low, high = self.batch.rows[member]
                 y[low * each : high * each] += bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _planed(self, x: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        of_node: dict[int, list[tree.Plane]] = {}
+        for part in self.planes:
+            of_node.setdefault(part.node, []).append(part)
+        pairs = [(part, (low, high)) for index, low, high in spans for part in of_node[index]]
+        parts, ranges = [part for part, _ in pairs], [span for _, span in pairs]
+        return tree.product(x, parts, ranges, self.out_features, self.group_size)
+
+    def _operator(self, x: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        nodes = [index for index, _, _ in spans]
+        return ops.delta_decode(
+            x,
+            [getattr(self, f"packed_{index}") for index in nodes],
+            [getattr(self, f"scale_{index}") for index in nodes],
+            torch.tensor([span[1:] for span in spans], dtype=torch.int64).reshape(-1, 2),
+            [self.bits[index] for index in nodes],
+            [self.multipliers[index] for index in nodes],
+            self.group_size,
+        )
 
 
 class PerMember(nn.Module):

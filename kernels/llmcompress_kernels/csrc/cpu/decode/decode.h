@@ -15,20 +15,22 @@ constexpr int MAX_HEAD_DIM = 1024;
 constexpr int MAX_CHUNKS = 64;  // of the positions of one sequence
 
 // How a matrix is stored: packed ones as lowbit.h says, rows padded to a multiple of LANES; dense ones row by row.
-enum Kind : int32_t { ABSENT = 0, DENSE_FP32 = 1, DENSE_BF16 = 2, PACKED = 3 };
+// A TREE is the sum of nodes (tree.h), each for the members below it; `data` points to `bits` of them.
+enum Kind : int32_t { ABSENT = 0, DENSE_FP32 = 1, DENSE_BF16 = 2, PACKED = 3, TREE = 4 };
 
 // y = W x + bias with W [rows, columns], or one for each expert, `expert_rows` rows apart.
 struct Matrix {
     const void* data;
     const uint16_t* scale;  // PACKED
     const uint32_t* zero;   // PACKED, or null
-    const float* bias;      // [experts, rows] or null
+    const float* bias;      // [experts, rows], of a tree [members, rows], or null
     int64_t rows, columns, expert_rows;
     int32_t kind;
     int32_t bits, group;
     int32_t reserved;
 };
 
+// In a family of models norms have one row for each member.
 struct Layer {
     const float* attention_norm;  // [H]
     const float* mlp_norm;        // [H]
@@ -48,8 +50,10 @@ struct Model {
     Matrix head;              // [V, H]
     Matrix screen;            // the head rounded to 8 bits, to find which rows can hold the largest logit, or ABSENT
     const float* screen_error;  // [V], bound of |head x - screen x| / |x|
+    const Matrix* member_embeddings;  // of a family, or null
+    const Matrix* member_heads;
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
-    int32_t top_k, renormalize, reserved;
+    int32_t top_k, renormalize, members;
     float epsilon, attention_scale;
 };
 
@@ -67,6 +71,7 @@ struct Step {
     const int64_t* tokens;     // [B]
     const int64_t* positions;  // [B], where each token stands; the cache holds what comes before the step
     const int32_t* slots;      // [B], which sequence of the cache
+    const int32_t* members;    // [B], whose tokens they are, equal ones side by side; null without a family
     float* logits;             // [B, V], or null where only the best is wanted and a screen is there
     int64_t* best;             // [B], index of the largest logit, or null
     double* seconds;           // [PHASES], time of thread 0 by phase, added to, or null

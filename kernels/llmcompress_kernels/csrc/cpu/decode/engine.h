@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decode.h"
+#include "llmcompress/tree.h"
 
 namespace llmcompress::decode {
 
@@ -19,7 +20,9 @@ struct Operand {
     Matrix m{};
     Weight first{};  // of the first expert
     const std::vector<Chunk>* parts = nullptr;
+    TreeShape tree{};  // of a TREE
 
+    const TreeNode* nodes() const { return static_cast<const TreeNode*>(m.data); }
     bool present() const { return m.kind != ABSENT; }
     int64_t blocks() const { return row_blocks(m.rows); }
     Weight weight(int64_t expert) const {
@@ -56,6 +59,7 @@ class Engine {
     explicit Engine(const Model& model) : m(model) {
         head = operand(m.head);
         screen = operand(m.screen);
+        for (int i = 0; m.member_heads != nullptr && i < m.members; ++i) heads.push_back(operand(m.member_heads[i]));
         layers.reserve(size_t(m.layer_count));
         for (int i = 0; i < m.layer_count; ++i) {
             const Layer& l = m.layers[i];
@@ -105,6 +109,7 @@ class Engine {
 
     Model m;
     Operand head, screen;
+    std::vector<Operand> heads;  // of the members of a family
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
@@ -119,6 +124,10 @@ class Engine {
     Operand operand(const Matrix& m) {
         Operand o;
         o.m = m;
+        if (m.kind == TREE) {
+            o.tree = tree_shape(m.columns, m.group);
+            activation_size_ = std::max(activation_size_, tree_activation_bytes(o.tree, MAX_BATCH, 3));
+        }
         if (m.kind != PACKED) return o;
         o.first = {static_cast<const uint32_t*>(m.data), m.scale, m.zero, padded(m.rows), m.columns, m.group, m.bits};
         auto& parts = plans_[std::make_tuple(m.bits, m.group, m.columns)];
@@ -131,6 +140,18 @@ class Engine {
         return o;
     }
 
+    TreeShape tree_shape(int64_t columns, int64_t group) {
+        auto& parts = tree_plans_[std::make_pair(columns, group)];
+        if (parts.empty()) {
+            parts.resize(size_t(tree_chunks(columns, group, nullptr)));
+            tree_chunks(columns, group, parts.data());
+        }
+        TreeShape shape{columns, (columns + group - 1) / group, 0, int64_t(parts.size()), parts.data()};
+        for (const TreeChunk& part : parts) shape.units += part.units;
+        return shape;
+    }
+
+    std::map<std::pair<int64_t, int64_t>, std::vector<TreeChunk>> tree_plans_;
     std::map<std::tuple<int32_t, int32_t, int64_t>, std::vector<Chunk>> plans_;
     size_t activation_size_ = 0;
 };

@@ -29,7 +29,24 @@ class Input {
         return fixed_;
     }
 
+    // Whose tokens these are, for trees; null without a family.
+    void of_members(const int32_t* members) { members_ = members; }
+    int32_t member(int t) const { return members_ == nullptr ? 0 : members_[index_ ? index_[t] : t]; }
+
+    const TreeActivations& natural(const TreeShape& s) {
+        if (bits_ != TREE_BITS || group_ != s.units || columns_ != s.columns) {
+            tree_ = place_tree_activations(s, tokens_, planes_ < 2 ? 2 : planes_, memory_.data());
+            for (int t = 0; t < tokens_; ++t) tree_variant().quantize(s, row(t), tree_, t);
+            bits_ = TREE_BITS, group_ = s.units, columns_ = s.columns;
+        }
+        return tree_;
+    }
+
   private:
+    static constexpr int TREE_BITS = -1;
+    const int32_t* members_ = nullptr;
+    TreeActivations tree_{};
+    int64_t columns_ = 0;
     std::vector<char>& memory_;
     const int planes_;
     const float* rows_ = nullptr;
@@ -105,6 +122,24 @@ inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t f
         std::memcpy(out + t * stride + whole * LANES, full + t * LANES, size_t(o.m.rows - whole * LANES) * 4);
 }
 
+// The sum of the nodes above each token's member; their tokens are neighbours.
+inline void tree_blocks(const Operand& o, Input& in, int64_t first, int64_t last, float* out, int64_t stride) {
+    const TreeActivations& a = in.natural(o.tree);
+    const TreeVariant& v = tree_variant();
+    const int64_t row = first * LANES, size = (last - first) * LANES;
+    for (int t = 0; t < in.tokens(); ++t) std::fill_n(out + t * stride + row, size, 0.f);
+    for (int n = 0; n < o.m.bits; ++n) {
+        const TreeNode& node = o.nodes()[n];
+        for (int low = 0; low < in.tokens();) {
+            const auto below = [&](int t) { return (node.members >> in.member(t) & 1) != 0; };
+            int high = low;
+            while (high < in.tokens() && below(high)) ++high;
+            if (high > low) v.add(node, o.tree, a, low, high, first, last, out, stride);
+            low = high + 1;
+        }
+    }
+}
+
 // Row blocks [first, last) of W x + bias for every token of `in`: out[t * stride + row].
 inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first, int64_t last, float* out, int64_t stride) {
     if (first >= last) return;
@@ -114,11 +149,13 @@ inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first,
         dense_blocks(static_cast<const float*>(m.data) + begin, m, in, first, last, out, stride);
     else if (m.kind == DENSE_BF16)
         dense_blocks(static_cast<const uint16_t*>(m.data) + begin, m, in, first, last, out, stride);
+    else if (m.kind == TREE) tree_blocks(o, in, first, last, out, stride);
     else packed_blocks(o, expert, in, first, last, out, stride);
     if (m.bias == nullptr) return;
-    const float* bias = m.bias + expert * m.rows;
-    for (int t = 0; t < in.tokens(); ++t)
+    for (int t = 0; t < in.tokens(); ++t) {
+        const float* bias = m.bias + (m.kind == TREE ? in.member(t) : expert) * m.rows;
         for (int64_t row = first * LANES; row < std::min(last * LANES, m.rows); ++row) out[t * stride + row] += bias[row];
+    }
 }
 
 }  // namespace LLMCOMPRESS_ISA

@@ -14,7 +14,9 @@ class Worker {
   public:
     Worker(Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread)
         : e_(engine), m_(engine.m), c_(cache), s_(step), sh_(engine.shared), own_(*engine.threads[size_t(thread)]),
-          barrier_(barrier), thread_(thread), in_(own_.activations, step.planes) {}
+          barrier_(barrier), thread_(thread), in_(own_.activations, step.planes) {
+        in_.of_members(step.members);
+    }
 
     void run() {
         mark_ = now();
@@ -59,13 +61,16 @@ class Worker {
         return {n * thread_ / threads, n * (thread_ + 1) / threads};
     }
 
+    int64_t member(int b) const { return s_.members == nullptr ? 0 : s_.members[b]; }
+
     void embed() {
         for (int b = 0; b < s_.batch; ++b) {
             float* to = own_.hidden.data() + b * m_.hidden;
             const int64_t at = s_.tokens[b] * m_.hidden;
+            const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[member(b)];
             for (int i = 0; i < m_.hidden; ++i)
-                to[i] = m_.embedding.kind == DENSE_FP32 ? static_cast<const float*>(m_.embedding.data)[at + i]
-                                                        : widen(static_cast<const uint16_t*>(m_.embedding.data)[at + i]);
+                to[i] = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[at + i]
+                                                : widen(static_cast<const uint16_t*>(from.data)[at + i]);
         }
     }
 
@@ -84,7 +89,8 @@ class Worker {
 
     void norm_all(const float* weight) {
         for (int b = 0; b < s_.batch; ++b)
-            norm(own_.hidden.data() + b * m_.hidden, weight, m_.hidden, m_.epsilon, own_.normed.data() + b * m_.hidden);
+            norm(own_.hidden.data() + b * m_.hidden, weight + member(b) * m_.hidden, m_.hidden, m_.epsilon,
+                 own_.normed.data() + b * m_.hidden);
         in_.set(own_.normed.data(), m_.hidden, s_.batch);
         took(NORM);
     }
@@ -147,7 +153,7 @@ class Worker {
         const int64_t base = cache_base(layer, b, head), at = (int64_t(b) * m_.key_value_heads + head) * dim;
         float normed[MAX_HEAD_DIM], turned[MAX_HEAD_DIM];
         const float* k = sh_.key.data() + at;
-        if (l.key_norm != nullptr) norm(k, l.key_norm, dim, m_.epsilon, normed), k = normed;
+        if (l.key_norm != nullptr) norm(k, l.key_norm + member(b) * dim, dim, m_.epsilon, normed), k = normed;
         rotate(k, cosine(b), sine(b), dim, 1.f, turned);
         const float* v = sh_.value.data() + at;
         if (c_.kind == DENSE_FP32)
@@ -187,7 +193,7 @@ class Worker {
         float normed[MAX_HEAD_DIM];
         for (int g = 0; g < group; ++g) {
             const float* q = sh_.query.data() + (int64_t(b) * m_.heads + int64_t(head) * group + g) * dim;
-            if (l.query_norm != nullptr) norm(q, l.query_norm, dim, m_.epsilon, normed), q = normed;
+            if (l.query_norm != nullptr) norm(q, l.query_norm + member(b) * dim, dim, m_.epsilon, normed), q = normed;
             rotate(q, cosine(b), sine(b), dim, m_.attention_scale, own_.queries.data() + g * width);
         }
         attend_heads<T>(group, static_cast<const T*>(c_.keys) + base, static_cast<const T*>(c_.values) + base,
@@ -310,9 +316,21 @@ class Worker {
         norm_all(m_.final_norm);
         if (s_.logits == nullptr) return screened_head();
         const Range rows = share(e_.head.blocks());
-        multiply(e_.head, in_, 0, rows.first, rows.last, s_.logits, m_.head.rows);
+        if (e_.heads.empty()) multiply(e_.head, in_, 0, rows.first, rows.last, s_.logits, m_.head.rows);
+        else member_heads(rows);
         took(HEAD);
         if (s_.best != nullptr) largest_logit(rows.begin(), rows.end(m_.head.rows));
+    }
+
+    // every member's head for its own tokens
+    void member_heads(Range rows) {
+        for (int low = 0; low < s_.batch;) {
+            int high = low + 1;
+            while (high < s_.batch && member(high) == member(low)) ++high;
+            in_.set(own_.normed.data() + int64_t(low) * m_.hidden, m_.hidden, high - low);
+            multiply(e_.heads[size_t(member(low))], in_, 0, rows.first, rows.last, s_.logits + low * m_.head.rows, m_.head.rows);
+            low = high;
+        }
     }
 
     // The largest logit without all of them: the rounded head bounds every logit from both sides, and only rows whose

@@ -1,0 +1,101 @@
+// Products with the nodes of a residual tree: rows of several models at once, each node read once for all of them.
+//
+// A node is a matrix on a half-integer grid, W = multiplier * scale * (code - (2^bits - 1) / 2), of 1, 2 or 4 bits; wider
+// codes are two such nodes, because q = low + 2^k * high splits the grid's offset the same way. The order of the codes
+// differs from that of lowbit.h: a group is padded to units of 32 columns, `bits` words to a unit and row, and a
+// word holds its codes so that (word >> bits * j) & mask are columns 4j to 4j + 3. All widths therefore take
+// activations in natural order, which are rounded once for the whole tree:
+//
+//   [unit][token][plane][32 bytes]   fixed-point numbers of `planes` bytes (see lowbit.h), one scale to a chunk
+//
+// Tokens of a model are neighbours, models are sorted along the tree, so a node's tokens are a range of bytes at a
+// constant distance. Words and scales of 16 rows lie side by side, as in lowbit.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "llmcompress/lowbit.h"
+
+namespace llmcompress {
+
+constexpr int UNIT = 32;           // columns
+constexpr int64_t TREE_PASS = 64;  // tokens whose activations are held at once
+
+struct TreeNode {
+    const uint32_t* words;  // [row blocks][units * bits][16]
+    const uint16_t* scale;  // [row blocks][groups][16] fp16
+    uint64_t members;       // models below it, a bit each; for callers that think in models
+    float multiplier;
+    int32_t bits;
+};
+
+// Columns of one group that share an activation scale: at most MAX_CHUNK, a whole number of units but for the last.
+struct TreeChunk {
+    int32_t units, width;
+    int64_t group, first;
+};
+
+// Chunks of a row; returns how many, `out` may be null to count.
+inline int64_t tree_chunks(int64_t columns, int64_t group, TreeChunk* out) {
+    int64_t count = 0;
+    for (int64_t begin = 0, g = 0; begin < columns; begin += group, ++g) {
+        const int64_t end = begin + group < columns ? begin + group : columns;
+        for (int64_t at = begin; at < end; at += MAX_CHUNK, ++count) {
+            const int64_t width = end - at < MAX_CHUNK ? end - at : MAX_CHUNK;
+            if (out) out[count] = {int32_t((width + UNIT - 1) / UNIT), int32_t(width), g, at};
+        }
+    }
+    return count;
+}
+
+struct TreeShape {
+    int64_t columns, groups, units, chunks;
+    const TreeChunk* parts;
+};
+
+struct TreeActivations {
+    int8_t* bytes;
+    float* scale;  // [chunk][token]
+    float* sum;    // [chunk][token]: scale * sum of the numbers
+    int64_t tokens;
+    int planes;  // 2 or 3
+};
+
+inline size_t tree_activation_bytes(const TreeShape& s, int64_t tokens, int planes) {
+    return size_t(tokens * (s.units * UNIT * planes + s.chunks * 2 * int64_t(sizeof(float))) + 3 * 64);
+}
+
+inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens, int planes, void* memory) {
+    auto at = reinterpret_cast<uintptr_t>(memory);
+    const auto take = [&](int64_t bytes) {
+        at = (at + 63) / 64 * 64;
+        const uintptr_t begin = at;
+        at += uintptr_t(bytes);
+        return reinterpret_cast<void*>(begin);
+    };
+    TreeActivations a;
+    a.bytes = static_cast<int8_t*>(take(tokens * s.units * UNIT * planes));
+    a.scale = static_cast<float*>(take(tokens * s.chunks * int64_t(sizeof(float))));
+    a.sum = static_cast<float*>(take(tokens * s.chunks * int64_t(sizeof(float))));
+    a.tokens = tokens;
+    a.planes = planes;
+    return a;
+}
+
+struct TreeVariant {
+    const char* name;
+    // Round token `token` of a row of fp32.
+    void (*quantize)(const TreeShape& s, const float* x, const TreeActivations& a, int64_t token);
+    // Row blocks [first, last) of one node for tokens [low, high), added to out[t * stride + row].
+    void (*add)(const TreeNode& n, const TreeShape& s, const TreeActivations& a, int64_t low, int64_t high, int64_t first,
+                int64_t last, float* out, int64_t stride);
+};
+
+extern const TreeVariant portable_tree;
+extern const TreeVariant avx2_tree;
+extern const TreeVariant avx512_tree;
+
+const TreeVariant& tree_variant();  // of the instruction set that lowbit.h has chosen
+
+}  // namespace llmcompress

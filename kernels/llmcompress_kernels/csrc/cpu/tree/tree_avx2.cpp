@@ -1,0 +1,18 @@
+// Nodes of a residual tree for AVX2. Headers come before the pragma, see cpu/gemm/avx2.cpp.
+#include "llmcompress/tree.h"
+#include "llmcompress/types.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace llmcompress {
+namespace tree_avx2 {
+#include "llmcompress/lanes_avx2.h"
+#include "rows.inc"
+}  // namespace tree_avx2
+const TreeVariant avx2_tree = {"avx2", tree_avx2::quantize_token, tree_avx2::add_node};
+}  // namespace llmcompress
+#pragma GCC pop_options
+#endif

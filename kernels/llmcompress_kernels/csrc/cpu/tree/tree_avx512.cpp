@@ -1,0 +1,18 @@
+// Nodes of a residual tree for AVX-512 with VNNI. Headers come before the pragma, see cpu/gemm/avx512.cpp.
+#include "llmcompress/tree.h"
+#include "llmcompress/types.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2")
+namespace llmcompress {
+namespace tree_avx512 {
+#include "llmcompress/lanes_avx512.h"
+#include "rows.inc"
+}  // namespace tree_avx512
+const TreeVariant avx512_tree = {"avx512", tree_avx512::quantize_token, tree_avx512::add_node};
+}  // namespace llmcompress
+#pragma GCC pop_options
+#endif

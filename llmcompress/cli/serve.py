@@ -1,0 +1,112 @@
+"""``serve``: an OpenAI-compatible HTTP server over an artifact."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmcompress.cli.command import command
+from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
+from llmcompress.cli.output import Output
+from llmcompress.errors import InputError, UsageError
+from llmcompress.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from llmcompress.serving.served import Served
+
+KEY = "LLMCOMPRESS_API_KEY"
+_LIMITS = Limits()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    command(app, "serve")(serve)
+
+
+def _bound(name: str, text: str) -> object:
+    return typer.Option(f"--{name}", min=1, help=text, rich_help_panel="Limits")
+
+
+def serve(
+    out: Output,
+    path: ModelArgument,
+    host: Annotated[str, typer.Option("--host", help="Address; others than loopback need a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="Name of a single model; its folder's by default.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="auto, or transformers to keep the native engine out.")
+    ] = "auto",
+    rows: Annotated[int, _bound("max-sequences", "Sequences that decode together.")] = _LIMITS.rows,
+    queue: Annotated[int, _bound("max-waiting", "Sequences that wait; beyond: 429.")] = _LIMITS.queue,
+    cache_tokens: Annotated[int, _bound("cache-tokens", "Tokens of all that decode.")] = _LIMITS.cache_tokens,
+    prompt_tokens: Annotated[int, _bound("max-prompt-tokens", "Of one prompt.")] = _LIMITS.prompt_tokens,
+    new_tokens: Annotated[int, _bound("max-new-tokens", "Of one answer.")] = _LIMITS.new_tokens,
+    body_bytes: Annotated[int, _bound("max-body-bytes", "Of one request.")] = _LIMITS.body_bytes,
+    connections: Annotated[int, _bound("max-connections", "Open at once; beyond: 503.")] = _LIMITS.connections,
+    write_seconds: Annotated[float, _bound("write-seconds", "A reader may take nothing.")] = _LIMITS.write_seconds,
+    drain_seconds: Annotated[
+        float, _bound("drain-seconds", "Answers may run on after SIGTERM.")
+    ] = _LIMITS.drain_seconds,
+) -> None:
+    """Serve a family, or any other artifact, to OpenAI clients.
+
+    /v1/completions and /v1/chat/completions with streaming, /v1/models, /healthz, /metrics. Requests for all members
+    of a family decode in one batch. The API key is read from the environment variable LLMCOMPRESS_API_KEY.
+    SIGTERM ends it when running answers are complete.
+    """
+    if engine not in ("auto", "transformers"):
+        raise UsageError(f"--engine {engine}: unknown", "choose auto or transformers")
+    from llmcompress.serving.server import Server, bind, check_access
+
+    api_key = os.environ.get(KEY) or None
+    check_access(host, api_key)
+    limits = Limits(
+        rows=rows, queue=queue, cache_tokens=cache_tokens, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        body_bytes=body_bytes, connections=connections, write_seconds=write_seconds, drain_seconds=drain_seconds,
+    )  # fmt: skip
+    # before the model is loaded, which takes longer
+    with bind(host, port) as bound:
+        place = f"http://{host if ':' not in host else f'[{host}]'}:{bound.getsockname()[1]}"
+        out.note(f"loading {path}")
+        served = open_served(path, name, dtype, device, limits, native=engine == "auto")
+        for remark in served.remarks:
+            out.note(remark)
+        server = Server(served, limits, api_key)
+        data = {"path": path, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None}
+        out.result(data, f"{place}/v1 serves {', '.join(served.models)}")
+        server.run(bound)
+    out.note("all answers are complete; stopped")
+
+
+def open_served(path: str, name: str | None, dtype: str, device: str, limits: Limits, native: bool) -> Served:
+    """Load what a path names.
+
+    Raises:
+        InputError: Nothing that can be served is there, or a family got a name.
+    """
+    from llmcompress.cli.family import family_folder
+    from llmcompress.cli.inspect import model_folder
+    from llmcompress.models.family_artifact import FamilyArtifact, is_family
+    from llmcompress.serving.served import model_name, serve_family, serve_model
+
+    folder = family_folder(Path(path))
+    if is_family(folder):
+        import torch
+
+        from llmcompress.pipeline.device import resolve_device
+
+        if name is not None:
+            raise InputError(f"{folder}: a family's models have names already", "leave out --name")
+        place = resolve_device(device)
+        wanted = "float32" if dtype == "auto" and place == "cpu" else dtype
+        return serve_family(FamilyArtifact(folder), limits, None if wanted == "auto" else getattr(torch, wanted), place)
+    from llmcompress.cli.models import open_model
+
+    opened = open_model(path, dtype, device)
+    assert opened.tokenizer is not None
+    return serve_model(opened.model, opened.tokenizer, name or model_name(model_folder(path)), limits, native)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over one artifact: a family's members, or a single model."""

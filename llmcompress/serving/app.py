@@ -1,0 +1,288 @@
+"""The HTTP application: routes, checks, streaming. It knows requests and jobs; the scheduler knows models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from llmcompress.inference.generate import Sampling
+from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
+from llmcompress.serving.guard import Guard
+from llmcompress.serving.limits import Limits
+from llmcompress.serving.metrics import Metrics
+from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, parse
+from llmcompress.serving.scheduler import Busy, Job, Piece, Scheduler
+from llmcompress.serving.served import ServedModel
+from llmcompress.serving.text import TextStream
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+_EVENTS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        models: By name.
+        scheduler: Decodes.
+        limits: Bounds.
+        metrics: Counters.
+    """
+
+    def __init__(self, models: dict[str, ServedModel], scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
+        self.models, self.scheduler, self.limits, self.metrics = models, scheduler, limits, metrics
+        self.created = int(time.time())
+
+    def model(self, name: str) -> ServedModel:
+        """The model of a name.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"the model {name!r} does not exist; served are {known}", "model_not_found", "model")
+        return self.models[name]
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object."""
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "llmcompress"}
+
+    async def health(self, _: Request) -> Response:
+        """200 while requests are taken, else 503."""
+        if self.scheduler.draining or not self.scheduler.alive:
+            return JSONResponse({"status": "draining" if self.scheduler.alive else "down"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def measures(self, _: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def list_models(self, _: Request) -> Response:
+        """Members of the family, or the one model."""
+        return JSONResponse({"object": "list", "data": [self.describe(name) for name in self.models]})
+
+    async def one_model(self, request: Request) -> Response:
+        """One of them."""
+        return JSONResponse(self.describe(self.model(request.path_params["name"]).name))
+
+    async def completions(self, request: Request) -> Response:
+        """Continue prompts."""
+        ask = parse(CompletionAsk, await _json(request))
+        model = self.model(ask.model)
+        prompts = [await self.tokens(model, prompt) for prompt in ask.prompts()]
+        if not prompts:
+            raise ApiError(400, "prompt: give at least one", param="prompt")
+        wanted = 16 if ask.max_tokens is None else ask.max_tokens
+        return await self.answer(request, ask, model, prompts, wanted, ask.logprobs, CompletionShape())
+
+    async def chat(self, request: Request) -> Response:
+        """Continue a conversation."""
+        ask = parse(ChatAsk, await _json(request))
+        model = self.model(ask.model)
+        prompt = await run_in_threadpool(_render, model, [message.plain() for message in ask.messages])
+        self.check_prompt(model, prompt, "messages")
+        room = min(self.scheduler.room(model.name), model.context or 1 << 40) - len(prompt)
+        wanted = ask.wanted or max(1, min(self.limits.default_new_tokens, room))
+        logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
+        return await self.answer(request, ask, model, [prompt], wanted, logprobs, ChatShape())
+
+    async def tokens(self, model: ServedModel, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ApiError: It has none, too many, or unknown ones.
+        """
+        if isinstance(prompt, str):
+            words: Any = model.tokenizer
+            prompt = list((await run_in_threadpool(words, prompt))["input_ids"])
+        elif any(not 0 <= token < model.vocabulary for token in prompt):
+            raise ApiError(400, f"prompt: token ids are 0 to {model.vocabulary - 1}", param="prompt")
+        self.check_prompt(model, prompt, "prompt")
+        return prompt
+
+    def check_prompt(self, model: ServedModel, prompt: Sequence[int], field: str) -> None:
+        """Refuse empty and oversized prompts."""
+        most = min(self.limits.prompt_tokens, self.scheduler.room(model.name) - 1, (model.context or 1 << 40) - 1)
+        if not prompt:
+            raise ApiError(400, f"{field}: no tokens", param=field)
+        if len(prompt) > most:
+            raise ApiError(
+                400, f"{field}: {len(prompt)} tokens, at most {most} are taken", "context_length_exceeded", field
+            )
+
+    async def answer(
+        self, request: Request, ask: Ask, model: ServedModel, prompts: list[list[int]], wanted: int,
+        logprobs: int | None, shape: Shape,
+    ) -> Response:  # fmt: skip
+        """Queue the jobs of a request and answer, at once or as a stream."""
+        if len(prompts) * ask.n > self.limits.choices:
+            raise ApiError(400, f"n: {len(prompts) * ask.n} answers, at most {self.limits.choices}", param="n")
+        if wanted > self.limits.new_tokens:
+            raise ApiError(400, f"max_tokens: {wanted}, at most {self.limits.new_tokens}", param="max_tokens")
+        room = min(self.scheduler.room(model.name), model.context or 1 << 40)
+        longest = max(map(len, prompts))
+        if longest + wanted > room:
+            raise ApiError(
+                400, f"{longest} prompt tokens and {wanted} new ones exceed the {room} that fit",
+                "context_length_exceeded", "max_tokens",
+            )  # fmt: skip
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
+        seed = secrets.randbits(62) if ask.seed is None else ask.seed
+        jobs = []
+        for index in range(len(prompts) * ask.n):
+            how = Sampling(wanted, ask.temperature, ask.top_p, seed=seed + index % ask.n & (1 << 63) - 1)
+            stream = TextStream(model.tokenizer, ask.stop or ())
+            jobs.append(
+                Job(model.name, prompts[index // ask.n], how, model.stop, stream, _sink(loop, pieces, index), logprobs)
+            )
+        try:
+            self.scheduler.submit(jobs)
+        except Busy as busy:
+            if busy.draining:
+                raise ApiError(503, str(busy), "server_draining", kind="server_error") from busy
+            raise ApiError(429, str(busy), "queue_full", kind="rate_limit_error") from busy
+        answers = Answers(shape, model, f"{shape.prefix}-{uuid.uuid4().hex}", jobs, prompts)
+        if ask.stream:
+            body = self.stream(answers, pieces, ask.wants_usage)
+            return StreamingResponse(body, media_type="text/event-stream", headers=_EVENTS)
+        return await self.whole(request, answers, pieces)
+
+    async def stream(
+        self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], usage: bool
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events; a reader that goes away frees its places."""
+        try:
+            for opening in answers.openings():
+                yield _event(opening)
+            left = len(answers.jobs)
+            while left:
+                index, piece = await pieces.get()
+                if piece.error is not None:
+                    yield _event(_failure(piece.error).body())
+                    return
+                yield _event(answers.chunk(index, piece))
+                left -= piece.reason is not None
+            if usage:
+                yield _event(answers.usage_chunk())
+            yield b"data: [DONE]\n\n"
+        finally:
+            self.scheduler.cancel(answers.jobs)
+
+    async def whole(self, request: Request, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]]) -> Response:
+        """One JSON object, unless the reader goes away before."""
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            left = len(answers.jobs)
+            while left:
+                ready = asyncio.create_task(pieces.get())
+                await asyncio.wait({ready, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not ready.done():
+                    ready.cancel()
+                    return Response(status_code=499)
+                index, piece = ready.result()
+                if piece.error is not None:
+                    raise _failure(piece.error)
+                answers.add(index, piece)
+                left -= piece.reason is not None
+            return JSONResponse(answers.body())
+        finally:
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+            self.scheduler.cancel(answers.jobs)
+
+
+def application(service: Service, api_key: str | None) -> ASGIApp:
+    """The routes behind key, body and time limits.
+
+    Args:
+        service: What they do.
+        api_key: Asked of every request but ``/healthz``; None for no key.
+    """
+    routes = [
+        Route("/healthz", service.health, methods=["GET"]),
+        Route("/metrics", service.measures, methods=["GET"]),
+        Route("/v1/models", service.list_models, methods=["GET"]),
+        Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+    ]
+    handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), service.limits, service.metrics, api_key)
+
+
+def _sink(
+    loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[tuple[int, Piece]], index: int
+) -> Callable[[Piece], None]:
+    def put(piece: Piece) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+
+    return put
+
+
+def _failure(error: str) -> ApiError:
+    # what failed inside is ours to know
+    draining = error == "shutting down"
+    text = "the server is shutting down" if draining else "the server failed to compute this answer"
+    return ApiError(503 if draining else 500, text, "internal_error", kind="server_error")
+
+
+def _render(model: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+    words: Any = model.tokenizer
+    if not getattr(words, "chat_template", None):
+        raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "no_chat_template", "model")
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
+    return list(words(text, add_special_tokens=False)["input_ids"])
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(data: Any) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return JSONResponse(error.body(), error.status, headers=headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    return JSONResponse(ApiError(error.status_code, text).body(), error.status_code, headers=error.headers)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)

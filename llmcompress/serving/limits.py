@@ -1,0 +1,38 @@
+"""What the server takes in at most. Torch-free: the command line reads the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of requests and of memory; a request beyond one gets an error, never a crash.
+
+    Attributes:
+        rows: Sequences that decode together.
+        queue: Sequences that wait for a place; the next one gets status 429.
+        cache_tokens: Prompt and new tokens of all sequences that decode, which bounds the key-value cache.
+        prompt_tokens: Of one prompt.
+        new_tokens: Of one answer.
+        default_new_tokens: Of a chat answer whose request names no number.
+        choices: Answers of one request: prompts times ``n``.
+        body_bytes: Of one request.
+        stop_strings: Of one request.
+        connections: Open at once; the next one gets status 503.
+        write_seconds: How long a reader may take no bytes before its connection is closed.
+        drain_seconds: How long running answers may take after SIGTERM.
+    """
+
+    rows: int = 64
+    queue: int = 256
+    cache_tokens: int = 65536
+    prompt_tokens: int = 8192
+    new_tokens: int = 4096
+    default_new_tokens: int = 256
+    choices: int = 16
+    body_bytes: int = 1 << 20
+    stop_strings: int = 4
+    connections: int = 512
+    write_seconds: float = 60.0
+    drain_seconds: float = 30.0

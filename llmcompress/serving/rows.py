@@ -1,0 +1,186 @@
+"""Sequences that decode together: they join with a prompt, take a token each step, and leave at any time.
+
+Three ways to hold them, the first that a model can run:
+
+- :class:`NativeRows`: the native engine's cache, up to eight sequences to a step;
+- :class:`~llmcompress.serving.mixed_rows.MixedRows`: transformers' modules on all sequences at once, keys and values
+  row by row, and members of a family side by side;
+- :class:`SeparateRows`: transformers' modules sequence by sequence, for models whose caches cannot be put together.
+
+Greedy tokens do not depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmcompress.inference.engine import Engine
+    from llmcompress.nn.tree_linear import BatchRows
+
+
+class Rows(Protocol):
+    """What the scheduler asks of a batch. Not thread-safe: one thread uses it.
+
+    Attributes:
+        kind: Name of the way, for people.
+        longest: Tokens that one sequence may reach.
+        limit: Sequences at once.
+    """
+
+    kind: str
+    longest: int
+    limit: int
+
+    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
+        """Start a sequence.
+
+        Args:
+            key: Its name; unused so far.
+            prompt: Token ids, at least one.
+            member: Of a family.
+            total: Tokens that it will reach at most, at most ``longest``.
+
+        Returns:
+            Logits float32 ``[V]`` after the prompt.
+        """
+        ...
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
+        """Append one token to each sequence named; returns logits float32 ``[V]`` of each."""
+        ...
+
+    def leave(self, key: int) -> None:
+        """Forget a sequence; unknown ones are none of our business."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Bytes of keys, values and states of all sequences."""
+        ...
+
+
+def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str, Any]:
+    """Cache and positions under the names that a model's forward has for them.
+
+    Args:
+        model: Of transformers; those with states only call their cache ``cache_params`` and know no positions.
+        cache: A transformers cache.
+        positions: int64 ``[B, L]``.
+    """
+    names = inspect.signature(model.forward).parameters
+    if "past_key_values" in names:
+        return {"past_key_values": cache, "position_ids": positions}
+    return {"cache_params": cache}
+
+
+class NativeRows:
+    """Sequences in the native engine.
+
+    Args:
+        engine: With ``limit`` slots.
+        limit: Sequences at once.
+        longest: Tokens of one.
+    """
+
+    kind = "native"
+
+    def __init__(self, engine: Engine, limit: int, longest: int) -> None:
+        self._engine, self.limit, self.longest = engine, limit, longest
+        self._slots: dict[int, int] = {}
+        self._free = list(range(limit))[::-1]
+
+    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
+        """See :meth:`Rows.join`."""
+        slot = self._free.pop()
+        self._slots[key] = slot
+        return self._engine.prompt(slot, prompt, member)
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
+        """See :meth:`Rows.step`."""
+        from llmcompress_kernels.decode import MAX_BATCH
+
+        found: dict[int, Tensor] = {}
+        # the tokens of one member side by side
+        keys = sorted(tokens, key=lambda key: (self._engine.owner(self._slots[key]), key))
+        for first in range(0, len(keys), MAX_BATCH):
+            part = keys[first : first + MAX_BATCH]
+            logits = self._engine.step(torch.tensor([tokens[k] for k in part]), [self._slots[k] for k in part])
+            found.update(zip(part, logits.clone()))
+        return found
+
+    def leave(self, key: int) -> None:
+        """See :meth:`Rows.leave`."""
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def held_bytes(self) -> int:
+        """Bytes of the positions in use."""
+        cache = self._engine.cache
+        each = (cache.keys.nbytes + cache.values.nbytes) // (cache.keys.shape[1] * cache.positions)
+        return each * sum(self._engine.lengths[slot] for slot in self._slots.values())
+
+
+class SeparateRows:
+    """Sequences that are computed one after the other, each with a cache of its own.
+
+    Args:
+        model: Any causal language model.
+        limit, longest: See :class:`Rows`.
+        batch: Of a family: which member the rows of the next call belong to.
+    """
+
+    kind = "separate"
+
+    def __init__(self, model: PreTrainedModel, limit: int, longest: int, batch: BatchRows | None = None) -> None:
+        self._model: Any = model
+        self._batch, self.limit, self.longest = batch, limit, longest
+        self._held: dict[int, tuple[Any, str | None, int]] = {}
+
+    def _forward(self, ids: list[int], member: str | None, cache: Any, start: int) -> Tensor:
+        if self._batch is not None and member is not None:
+            self._batch.assign([member])
+        device = self._model.device
+        positions = torch.arange(start, start + len(ids), device=device).unsqueeze(0)
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1,
+                **arguments(self._model, cache, positions),
+            )  # fmt: skip
+        logits: Tensor = out.logits[0, -1].float().cpu()
+        return logits
+
+    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
+        """See :meth:`Rows.join`."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._model.config)
+        logits = self._forward(list(prompt), member, cache, 0)
+        self._held[key] = (cache, member, len(prompt))
+        return logits
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
+        """See :meth:`Rows.step`."""
+        found: dict[int, Tensor] = {}
+        for key, token in tokens.items():
+            cache, member, length = self._held[key]
+            found[key] = self._forward([token], member, cache, length)
+            self._held[key] = (cache, member, length + 1)
+        return found
+
+    def leave(self, key: int) -> None:
+        """See :meth:`Rows.leave`."""
+        self._held.pop(key, None)
+
+    def held_bytes(self) -> int:
+        """Bytes of all caches."""
+        from llmcompress.nn.states import cache_bytes
+
+        return sum(cache_bytes(cache).total for cache, _, _ in self._held.values())

@@ -1,0 +1,329 @@
+"""One thread that decodes: sequences join and leave between steps, whoever's they are.
+
+The thread owns all models and caches. Requests come in over :meth:`Scheduler.submit`, what they cause goes out through
+each job's ``sink``, called on that thread: it must not block. A sequence is admitted only when its prompt and its
+longest answer fit the cache beside everybody else's, so nothing is ever evicted half-way.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.inference.generate import Sampling, choose
+from llmcompress.serving.metrics import Metrics
+from llmcompress.serving.text import TextStream
+
+if TYPE_CHECKING:
+    from llmcompress.serving.limits import Limits
+    from llmcompress.serving.rows import Rows
+
+Reason = Literal["stop", "length"]
+
+
+class Busy(Exception):
+    """The queue is full, or the server is going down.
+
+    Args:
+        draining: The latter.
+    """
+
+    def __init__(self, draining: bool) -> None:
+        super().__init__("the server is shutting down" if draining else "too many requests are waiting")
+        self.draining = draining
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """One token with its probability.
+
+    Attributes:
+        token: Its id.
+        logprob: Natural logarithm of its probability, before temperature.
+        top: The most likely ids and theirs, in order.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some more of an answer.
+
+    Attributes:
+        text: New text, possibly none.
+        tokens: New tokens so far.
+        choices: Of the tokens since the last piece; empty unless asked for.
+        reason: Why it ended, None while it goes on.
+        error: What went wrong, ends the answer too.
+    """
+
+    text: str
+    tokens: int
+    choices: tuple[TokenChoice, ...] = ()
+    reason: Reason | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer.
+
+    Attributes:
+        model: Name under which it was asked.
+        prompt: Token ids.
+        how: Sampling.
+        stop: Token ids that end it.
+        stream: Its text.
+        sink: Takes its pieces.
+        logprobs: Number of likely tokens to report with each, None for none at all.
+    """
+
+    model: str
+    prompt: Sequence[int]
+    how: Sampling
+    stop: Collection[int]
+    stream: TextStream
+    sink: Callable[[Piece], None]
+    logprobs: int | None = None
+    cancelled: bool = False
+    written: int = 0
+    last: int = -1
+    submitted: float = field(default_factory=time.monotonic)
+    draws: torch.Generator | None = None
+    waiting: list[TokenChoice] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Tokens that it reaches at most."""
+        return len(self.prompt) + self.how.max_new_tokens
+
+
+@dataclass(eq=False)
+class Group:
+    """Models whose sequences share a batch.
+
+    Attributes:
+        rows: The batch.
+        member_of: Model name → member of a family, None for a single model.
+        running: Sequence number → job.
+    """
+
+    rows: Rows
+    member_of: Mapping[str, str | None]
+    running: dict[int, Job] = field(default_factory=dict)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that its sequences may reach together."""
+        return sum(job.total for job in self.running.values())
+
+
+class Scheduler:
+    """Starts its thread at once; :meth:`stop` ends it.
+
+    Args:
+        groups: Every model is in one.
+        limits: Bounds.
+        metrics: Where it counts.
+    """
+
+    def __init__(self, groups: Sequence[Group], limits: Limits, metrics: Metrics) -> None:
+        self._groups, self._limits, self._metrics = list(groups), limits, metrics
+        self._group_of = {name: group for group in groups for name in group.member_of}
+        self._waiting: deque[Job] = deque()
+        self._lock = threading.Condition()
+        self._draining = self._stopped = False
+        self._next = 0
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    def room(self, model: str) -> int:
+        """Tokens that a sequence of a model may reach at most."""
+        return min(self._group_of[model].rows.longest, self._limits.cache_tokens)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the answers of one request, all or none.
+
+        Raises:
+            Busy: There is no place.
+        """
+        with self._lock:
+            if self._draining:
+                raise Busy(draining=True)
+            if len(self._waiting) + len(jobs) > self._limits.queue:
+                raise Busy(draining=False)
+            self._waiting.extend(jobs)
+            self._lock.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody reads these any more; their places are free before the next step."""
+        with self._lock:
+            for job in jobs:
+                job.cancelled = True
+            self._lock.notify()
+
+    def drain(self) -> None:
+        """Take nothing new; what has been taken is finished."""
+        with self._lock:
+            self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the thread; unfinished answers end with an error."""
+        with self._lock:
+            self._draining = self._stopped = True
+            self._lock.notify()
+        self._thread.join()
+        self._fail(
+            [*self._waiting, *(job for group in self._groups for job in group.running.values())], "shutting down"
+        )
+        self._waiting.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._stopped and not self._waiting and not any(g.running for g in self._groups):
+                    self._observe()
+                    self._lock.wait()
+                if self._stopped:
+                    return
+            self._drop_cancelled()
+            for group in self._groups:
+                # one prompt between two steps: those who decode wait for no more than that
+                self._admit(group, most=1 if group.running else self._limits.rows)
+                self._step(group)
+            self._observe()
+
+    def _observe(self) -> None:
+        running = sum(len(group.running) for group in self._groups)
+        held = sum(group.rows.held_bytes() for group in self._groups)
+        self._metrics.state(len(self._waiting), running, sum(g.reserved for g in self._groups), held)
+
+    def _drop_cancelled(self) -> None:
+        with self._lock:
+            if any(job.cancelled for job in self._waiting):
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        for group in self._groups:
+            for key in [key for key, job in group.running.items() if job.cancelled]:
+                self._leave(group, key)
+
+    def _leave(self, group: Group, key: int) -> None:
+        group.rows.leave(key)
+        del group.running[key]
+
+    def _fits(self, group: Group, job: Job) -> bool:
+        reserved = sum(g.reserved for g in self._groups)
+        return len(group.running) < group.rows.limit and reserved + job.total <= self._limits.cache_tokens
+
+    def _admit(self, group: Group, most: int) -> None:
+        """First come, first served: within a group nobody overtakes one that waits for room."""
+        for _ in range(most):
+            with self._lock:
+                job = next((j for j in self._waiting if self._group_of[j.model] is group and not j.cancelled), None)
+                if job is None or not self._fits(group, job):
+                    return
+                self._waiting.remove(job)
+            key, self._next = self._next, self._next + 1
+            try:
+                logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total)
+            except Exception as error:
+                group.rows.leave(key)
+                self._fail([job], f"{type(error).__name__}: {error}")
+                continue
+            group.running[key] = job
+            self._metrics.first_token(job.model, len(job.prompt), time.monotonic() - job.submitted)
+            self._take(group, {key: logits})
+
+    def _step(self, group: Group) -> None:
+        if not group.running:
+            return
+        began = time.monotonic()
+        try:
+            logits = group.rows.step({key: job.last for key, job in group.running.items()})
+        except Exception as error:
+            failed = dict(group.running)
+            for key in failed:
+                self._leave(group, key)
+            self._fail(list(failed.values()), f"{type(error).__name__}: {error}")
+            return
+        self._metrics.step(len(logits), time.monotonic() - began)
+        self._take(group, logits)
+
+    def _take(self, group: Group, logits: Mapping[int, Tensor]) -> None:
+        """Choose a token for each sequence and pass its text on."""
+        plain = [key for key in logits if group.running[key].how.temperature == 0]
+        best: dict[int, int] = {}
+        if plain:
+            best = dict(zip(plain, torch.stack([logits[key] for key in plain]).argmax(-1).tolist()))
+        for key, row in logits.items():
+            job = group.running[key]
+            token = best[key] if key in best else _draw(job, row)
+            if self._deliver(job, token, row):
+                self._leave(group, key)
+
+    def _deliver(self, job: Job, token: int, logits: Tensor) -> bool:
+        """Pass one token on; returns whether it was the last."""
+        job.last, job.written = token, job.written + 1
+        self._metrics.token(job.model)
+        ended = token in job.stop
+        if job.logprobs is not None and not ended:
+            job.waiting.append(_choice(token, logits, job.logprobs))
+        text = "" if ended else job.stream.put(token)
+        reason: Reason | None = None
+        if ended or job.stream.stopped:
+            reason = "stop"
+        elif job.written == job.how.max_new_tokens:
+            reason = "length"
+        if reason is not None and not job.stream.stopped:
+            text += job.stream.end()
+            # a stop string may have hidden in what was held back
+            reason = "stop" if job.stream.stopped else reason
+        if text or reason is not None:
+            choices, job.waiting = tuple(job.waiting), []
+            self._send(job, Piece(text, job.written, choices, reason))
+        return reason is not None
+
+    def _fail(self, jobs: Sequence[Job], error: str) -> None:
+        for job in jobs:
+            self._metrics.failed(job.model)
+            self._send(job, Piece("", job.written, error=error))
+
+    @staticmethod
+    def _send(job: Job, piece: Piece) -> None:
+        try:
+            job.sink(piece)
+        except RuntimeError:
+            # the event loop of the reader has closed
+            job.cancelled = True
+
+
+def _draw(job: Job, logits: Tensor) -> int:
+    if job.draws is None:
+        job.draws = torch.Generator().manual_seed(job.how.seed)
+    return int(choose(logits.unsqueeze(0), job.how, job.draws)[0])
+
+
+def _choice(token: int, logits: Tensor, count: int) -> TokenChoice:
+    logs = logits.log_softmax(-1)
+    top: Any = logs.topk(count) if count else None
+    pairs = tuple(zip(top.indices.tolist(), top.values.tolist())) if count else ()
+    return TokenChoice(token, float(logs[token]), pairs)

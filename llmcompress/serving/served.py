@@ -1,0 +1,175 @@
+"""The models of an artifact behind names, each with its tokenizer, in batches that they share where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmcompress.errors import InputError
+from llmcompress.serving.limits import Limits
+from llmcompress.serving.mixed_rows import MixedRows, disagrees
+from llmcompress.serving.rows import NativeRows, Rows, SeparateRows
+from llmcompress.serving.scheduler import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.nn.tree_linear import BatchRows
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A name that requests may ask for.
+
+    Attributes:
+        name: The name.
+        tokenizer: Its tokenizer.
+        stop: Token ids that end a text.
+        context: Tokens that the model was made for, None where it has no bound.
+        vocabulary: Number of token ids.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    stop: frozenset[int]
+    context: int | None
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Everything that one process serves.
+
+    Attributes:
+        models: By name.
+        groups: Their batches.
+        remarks: One line each on how a batch decodes and why.
+    """
+
+    models: dict[str, ServedModel]
+    groups: list[Group]
+    remarks: list[str]
+
+
+def serve_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits, native: bool = True
+) -> Served:
+    """Serve a single model.
+
+    Args:
+        model: In evaluation mode, where it shall run.
+        tokenizer: Its tokenizer.
+        name: Its name.
+        limits: Bounds.
+        native: Whether the native engine may run it.
+    """
+    served = _served(model, tokenizer, name)
+    longest = min(served.context or limits.cache_tokens, limits.cache_tokens)
+    rows, remark = _batches(model, limits, longest, native)
+    return Served({name: served}, [Group(rows, {name: None})], [f"{name}: {rows.kind} batches{remark}"])
+
+
+def serve_family(
+    artifact: FamilyArtifact, limits: Limits, dtype: torch.dtype | None, device: str, native: bool = True
+) -> Served:
+    """Serve every member of a family, in one batch if their settings allow it.
+
+    Args:
+        artifact: The family.
+        limits: Bounds.
+        dtype: Of dense tensors and activations.
+        device: Where.
+        native: Whether the native engine may run it.
+
+    Raises:
+        InputError: A member cannot be loaded or has no tokenizer.
+    """
+    from llmcompress.models.family_model import load_members
+    from llmcompress.models.handle import load_tokenizer
+
+    together: list[tuple[str, ...]] = [artifact.members]
+    try:
+        loaded = [load_members(artifact, None, dtype)]
+    except InputError as error:
+        if "differ in settings" not in error.message:
+            raise
+        together = [(member,) for member in artifact.members]
+        loaded = [load_members(artifact, [member], dtype) for member in artifact.members]
+    models, groups, remarks = {}, [], []
+    for members, family in zip(together, loaded):
+        model: Any = family.model
+        model = model.to(device)
+        for member in members:
+            models[member] = _served(model, load_tokenizer(artifact.member_folder(member)), member)
+        longest = min(models[members[0]].context or limits.cache_tokens, limits.cache_tokens)
+        rows, remark = _batches(model, limits, longest, native, family.batch, members)
+        groups.append(Group(rows, {member: member for member in members}))
+        remarks.append(f"{', '.join(members)}: {rows.kind} batches{remark}")
+    return Served(models, groups, remarks)
+
+
+def _served(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> ServedModel:
+    config = model.config.get_text_config()
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed: Sequence[Any] = ends if isinstance(ends, list) else [ends]
+    stop = frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
+    context = getattr(config, "max_position_embeddings", None)
+    return ServedModel(name, tokenizer, stop, context, int(config.vocab_size))
+
+
+def _batches(
+    model: PreTrainedModel, limits: Limits, longest: int, native: bool, batch: BatchRows | None = None,
+    members: Sequence[str] = (),
+) -> tuple[Rows, str]:  # fmt: skip
+    """The first way that can run a model, and why not a faster one."""
+    rows: Rows | None = None
+    reason = "the native engine is not asked for"
+    if native:
+        rows, reason = _native(model, limits, longest)
+    if rows is not None:
+        return rows, ""
+    rows, remark = _modules(model, limits, longest, batch, members)
+    return rows, f": {reason}{remark}"
+
+
+def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows | None, str]:
+    """Rows of the native engine, or why not."""
+    from llmcompress_kernels.build import BuildError
+    from llmcompress_kernels.decode import MAX_BATCH
+
+    from llmcompress.inference.engine import Engine, decline, window
+
+    reason = decline(model)
+    forgets = window(model)
+    if reason is None and forgets is not None and forgets < longest:
+        reason = f"attention forgets after {forgets} tokens"
+    if reason is not None:
+        return None, reason
+    # every place of its cache has room for the longest sequence: as many as the limit allows, at least one step's
+    longest = max(1, min(longest, limits.cache_tokens // MAX_BATCH))
+    places = max(1, min(limits.rows, limits.cache_tokens // longest))
+    try:
+        engine = Engine(model, slots=places, positions=longest)
+    except BuildError as error:
+        return None, str(error).splitlines()[0]
+    return NativeRows(engine, places, longest), ""
+
+
+def _modules(
+    model: PreTrainedModel, limits: Limits, longest: int, batch: BatchRows | None, members: Sequence[str]
+) -> tuple[Rows, str]:
+    mixed = MixedRows(model, limits.rows, longest, batch, members)
+    separate = SeparateRows(model, limits.rows, longest, batch)
+    reason = disagrees(mixed, separate, members, int(model.config.get_text_config().vocab_size))
+    return (mixed, "") if reason is None else (separate, f"; one after the other: {reason}")
+
+
+def model_name(path: Path) -> str:
+    """Name of a single model: that of its folder, or of the run that holds the folder ``artifact``."""
+    resolved = path.resolve()
+    return resolved.parent.name if resolved.name == "artifact" else resolved.name

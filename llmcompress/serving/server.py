@@ -1,0 +1,133 @@
+"""Runs the application: binds, tells, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from llmcompress.errors import InputError, UsageError
+from llmcompress.serving.app import Service, application
+from llmcompress.serving.limits import Limits
+from llmcompress.serving.metrics import Metrics
+from llmcompress.serving.scheduler import Scheduler
+from llmcompress.serving.served import Served
+
+# connections that the kernel may hold for us
+BACKLOG = 512
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; names other than ``localhost`` count as others."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_access(host: str, api_key: str | None) -> None:
+    """Refuse to be open to others without a key.
+
+    Raises:
+        UsageError: The address is not loopback and there is no key, or the key cannot be a header.
+    """
+    if api_key is None and not is_loopback(host):
+        raise UsageError(
+            f"--host {host}: others could use this server, which needs an API key",
+            "set LLMCOMPRESS_API_KEY, or use --host 127.0.0.1",
+        )
+    if api_key is not None and (len(api_key) < 8 or not all(33 <= ord(c) < 127 for c in api_key)):
+        raise UsageError("the API key needs at least 8 visible ASCII characters")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        InputError: The address does not exist or is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((host, port))
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{host}:{port}: {reason.lower()}", "choose another --host or --port") from error
+    return bound
+
+
+class Server:
+    """A server that has not begun to listen to requests yet.
+
+    Args:
+        served: Models and their batches.
+        limits: Bounds.
+        api_key: Asked of every request, None for no key.
+    """
+
+    def __init__(self, served: Served, limits: Limits, api_key: str | None) -> None:
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(served.groups, limits, self.metrics)
+        service = Service(served.models, self.scheduler, limits, self.metrics)
+        config = uvicorn.Config(
+            application(service, api_key), log_config=None, access_log=False, lifespan="off", server_header=False,
+            limit_concurrency=limits.connections, backlog=BACKLOG, timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(1, round(limits.drain_seconds)), h11_max_incomplete_event_size=1 << 16,
+        )  # fmt: skip
+        self._uvicorn = _Draining(config, self.scheduler.drain)
+
+    def run(self, bound: socket.socket) -> None:
+        """Serve until :meth:`shut` or a signal; returns when running answers have ended or their time is over."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        # uvicorn raises the signal again when it is done, which would end the process before we have cleaned up
+        before = _quiet_signals()
+        try:
+            self._uvicorn.run(sockets=[bound])
+        finally:
+            self.scheduler.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def shut(self) -> None:
+        """Begin to drain, from any thread."""
+        self.scheduler.drain()
+        self._uvicorn.should_exit = True
+
+    @property
+    def started(self) -> bool:
+        """Whether requests are taken."""
+        return bool(self._uvicorn.started)
+
+
+class _Draining(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: take nothing new, finish what runs. Second Ctrl-C: stop at once."""
+        self._drain()
+        super().handle_exit(sig, frame)
+
+
+def _quiet_signals() -> dict[int, Any]:
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    return {number: signal.signal(number, lambda *_: None) for number in numbers}

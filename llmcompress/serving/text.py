@@ -1,0 +1,73 @@
+"""Tokens to text as they come: whole characters only, and nothing that may turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# what a decoder writes for bytes that do not end a character yet
+REPLACEMENT = "\ufffd"
+# tokens after which an unfinished character is given up: the longest is four bytes
+PATIENCE = 8
+
+
+class TextStream:
+    """The text of one answer, token by token.
+
+    Args:
+        tokenizer: Of the model.
+        stops: Strings that end the answer; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
+        self._tokens: list[int] = []
+        # tokens before `_seen` are text already; those from `_context` on are decoded again, because what a token
+        # becomes depends on its neighbours (spaces before words)
+        self._context = self._seen = 0
+        self._held = ""
+        self.stopped = False
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def put(self, token: int) -> str:
+        """Take one token in; returns the text that is certain now. After a stop string nothing more comes."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._context : self._seen])
+        after = self._decode(self._tokens[self._context :])
+        if after.endswith(REPLACEMENT) and len(self._tokens) - self._seen < PATIENCE:
+            return ""
+        self._context, self._seen = self._seen, len(self._tokens)
+        return self._release(after[len(before) :])
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._tokens[self._context : self._seen])
+        rest = self._decode(self._tokens[self._context :])[len(before) :]
+        text = self._release(rest)
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, fresh: str) -> str:
+        text = self._held + fresh
+        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped, self._held = True, ""
+            return text[:cut]
+        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` with which ``stop`` begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,83 @@
+"""A family of tiny models and its finished run, shared by the tests that look at families."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.errors import ExitCode
+
+MEMBERS = ("ant", "bee", "cat")
+RECIPE = """
+version: 1
+name: family
+model: {{path: {folder}/base}}
+run: {{dir: {folder}/run, device: cpu, threads: 1}}
+stages:
+  load: {{type: load}}
+  rqt:
+    type: rqt
+    members:
+      ant: {{path: {folder}/ant}}
+      bee: {{path: {folder}/bee}}
+      cat: {{path: {folder}/cat}}
+    calibration: {{samples: 6, length: 16, general: {{kind: inline, texts: {texts}}}}}
+    bits: {{budget: 3.5}}
+    group_size: 16
+  evaluate_family:
+    type: evaluate_family
+    texts:
+      ant: {{source: {{kind: inline, texts: {texts}}}, length: 16, max_tokens: 48}}
+  export_family: {{type: export_family}}
+"""
+
+
+def _tiny_llama(vocabulary: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[[int], Any]:
+    """Makes a random Llama of two layers for a vocabulary."""
+    return _tiny_llama
+
+
+@pytest.fixture(scope="session")
+def family_run(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three fine-tunes of it (random differences; two of them close), and a finished run."""
+    root = tmp_path_factory.mktemp("family")
+    model = _tiny_llama(len(tiny_tokenizer))
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    near = {name: 0.05 * torch.randn_like(tensor) for name, tensor in original.items() if tensor.ndim > 1}
+    for name in ("base", *MEMBERS):
+        state = {key: tensor.clone() for key, tensor in original.items()}
+        for key in near if name != "base" else ():
+            apart = 0.03 * torch.randn_like(state[key])
+            state[key] += apart + (near[key] if name != "cat" else 2 * apart)
+        model.load_state_dict(state)
+        model.save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    texts = json.dumps(["The cat sat on the warm stone and looked at the sea. " * 12])
+    (root / "recipe.yaml").write_text(RECIPE.format(folder=root, texts=texts))
+    from llmcompress.cli.app import invoke
+
+    assert invoke(["run", str(root / "recipe.yaml"), "--quiet"]) == ExitCode.OK
+    return root

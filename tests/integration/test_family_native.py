@@ -1,0 +1,114 @@
+"""The native engine on a family: members side by side in one step, against each member's dense model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.inference.engine import Engine, decline
+from llmcompress.inference.random_family import RandomFamily
+from llmcompress.quant.tree import Tree
+from llmcompress.serving.mixed_rows import MixedRows, disagrees
+from llmcompress.serving.rows import NativeRows, Rows, SeparateRows
+
+MEMBERS = ("ant", "bee", "cat", "dog")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    # biases in the attention's inputs
+    "qwen2": {},
+    # norms of heads
+    "qwen3": {"head_dim": 16, "num_key_value_heads": 1},
+}
+
+
+def source(model_type: str, seed: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "num_key_value_heads": 3, "intermediate_size": 80, "max_position_embeddings": 128,
+        "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(model_type, **{**sizes, **FAMILIES[model_type]})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def random_family(model_type: str) -> RandomFamily:
+    """Two pairs: the root has 5 bits, pairs 3, leaves 2."""
+    pairs = [frozenset(MEMBERS[:2]), frozenset(MEMBERS[2:])]
+    merges = [*((frozenset([a]), frozenset([b])) for a, b in (MEMBERS[:2], MEMBERS[2:])), (pairs[0], pairs[1])]
+    models = {name: source(model_type, seed) for seed, name in enumerate(MEMBERS)}
+    return RandomFamily(models, Tree.of(MEMBERS, merges), {4: 5, 2: 3, 1: 2}, 32)
+
+
+def alone(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=10**6
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_each_request_gets_its_members_tokens(model_type: str) -> None:
+    """Ten requests of four members, one joining each step, by every way to hold them."""
+    family = random_family(model_type)
+    draws = torch.Generator().manual_seed(1)
+    asked = [(MEMBERS[i * 3 % 4], torch.randint(3, 72, (3 + 5 * i,), generator=draws).tolist()) for i in range(10)]
+    dense = {name: family.dense(name) for name in MEMBERS}
+    expected = [alone(dense[name], prompt, 8) for name, prompt in asked]
+    assert len({tuple(tokens) for tokens in expected}) > 5
+    mixed = MixedRows(family.model, 16, 64, family.batch, family.members)
+    separate = SeparateRows(family.model, 16, 64, family.batch)
+    assert disagrees(mixed, separate, family.members, 72) is None
+    ways: list[Rows] = [mixed, separate]
+    reason = decline(family.model)
+    if reason is None:
+        ways.append(NativeRows(Engine(family.model, slots=10, positions=64), 10, 64))
+    for rows in ways:
+        assert _decode(rows, asked, 8) == expected, rows.kind
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _decode(rows: Rows, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:
+    written: dict[int, list[int]] = {}
+    waiting, alive = list(range(len(asked))), []
+    while waiting or alive:
+        if waiting:
+            key = waiting.pop(0)
+            member, prompt = asked[key]
+            written[key] = [int(rows.join(key, prompt, member, len(prompt) + count).argmax())]
+            alive.append(key)
+        found = rows.step({key: written[key][-1] for key in alive})
+        for key in list(alive):
+            if len(written[key]) == count:
+                rows.leave(key)
+                alive.remove(key)
+            else:
+                written[key].append(int(found[key].argmax()))
+    return [written[key] for key in range(len(asked))]
+
+
+def test_a_move_gives_the_stored_order_back() -> None:
+    """Preparing for the CPU kernels and moving a module loses no bit."""
+    family = random_family("llama")
+    module: Any = family.model.model.layers[0].mlp.gate_proj
+    before = [(getattr(module, f"packed_{i}").clone(), getattr(module, f"scale_{i}").clone()) for i in range(7)]
+    if not module.prepare():
+        pytest.skip("the kernels of residual trees do not run here")
+    assert module.packed_0.numel() == 0
+    module.to("cpu")
+    for index, (packed, scale) in enumerate(before):
+        assert torch.equal(getattr(module, f"packed_{index}"), packed)
+        assert torch.equal(getattr(module, f"scale_{index}"), scale)

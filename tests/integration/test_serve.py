@@ -1,0 +1,377 @@
+"""The server as clients see it: the real ``openai`` client against a real socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+from llmcompress.serving.limits import Limits  # noqa: E402
+
+KEY = "a-key-for-tests"
+LIMITS = Limits(
+    rows=6, queue=8, cache_tokens=768, prompt_tokens=64, new_tokens=64, choices=8, body_bytes=4096, drain_seconds=20.0,
+    write_seconds=5.0,
+)  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+)
+
+
+class Running:
+    """A server in a thread of this process, on a free port."""
+
+    def __init__(self, served: Any, limits: Limits = LIMITS, key: str | None = KEY) -> None:
+        from llmcompress.serving.server import Server, bind
+
+        self.server = Server(served, limits, key)
+        self._bound = bind("127.0.0.1", 0)
+        self.port = self._bound.getsockname()[1]
+        self._thread = threading.Thread(target=self.server.run, args=(self._bound,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def client(self, key: str = KEY) -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def raw(self, path: str, body: bytes | None = None, key: str | None = KEY) -> tuple[int, Any]:
+        request = urllib.request.Request(self.url + path, data=body, method="POST" if body is not None else "GET")
+        if key is not None:
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def metric(self, name: str) -> float:
+        _, text = self.raw("/metrics")
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"llmcompress_{name}"))
+
+    def idle(self) -> bool:
+        for _ in range(200):
+            if self.metric("running_sequences") == self.metric("waiting_sequences") == 0:
+                return True
+            time.sleep(0.02)
+        return False
+
+    def stop(self) -> None:
+        self.server.shut()
+        self._thread.join(30)
+        self._bound.close()
+        assert not self._thread.is_alive()
+
+
+def model_folder(root: Path, tokenizer: Any) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 2 * parameter.shape[-1] ** -0.5)
+    folder = root / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("serve"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module", params=["native", "modules"])
+def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    from llmcompress.hf import load
+    from llmcompress.serving.served import serve_model
+
+    model, tokenizer = load(folder)
+    assert tokenizer is not None
+    served = serve_model(model, tokenizer, "tiny", LIMITS, native=request.param == "native")
+    running = Running(served)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    """Greedy continuation of a text by transformers."""
+    import torch
+
+    from llmcompress.hf import load
+
+    model, words = load(folder)
+    assert words is not None
+
+    def write(prompt: str, count: int) -> str:
+        ids = torch.tensor([words(prompt)["input_ids"]])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        text: str = words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return text
+
+    return write
+
+
+def test_models_are_listed(server: Running) -> None:
+    assert [model.id for model in server.client().models.list()] == ["tiny"]
+    assert server.client().models.retrieve("tiny").owned_by == "llmcompress"
+    with pytest.raises(openai.NotFoundError, match="served are tiny"):
+        server.client().models.retrieve("other")
+
+
+def test_a_completion_is_what_the_model_writes(server: Running, reference: Any) -> None:
+    answer = server.client().completions.create(model="tiny", prompt="The cat", max_tokens=20, temperature=0)
+    assert answer.choices[0].text == reference("The cat", 20)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
+
+
+def test_many_streams_at_once_join_and_leave(server: Running, reference: Any) -> None:
+    prompts = [f"{word} and" for word in ("The cat", "Nobody", "She wrote", "When the rain", "a café", "seven", "door")]
+    wanted = {prompt: 8 + 5 * index for index, prompt in enumerate(prompts)}
+    got: dict[str, str] = {}
+
+    def ask(prompt: str) -> None:
+        stream = server.client().completions.create(
+            model="tiny", prompt=prompt, max_tokens=wanted[prompt], temperature=0, stream=True
+        )
+        got[prompt] = "".join(chunk.choices[0].text for chunk in stream)
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {prompt: reference(prompt, count) for prompt, count in wanted.items()}
+    assert server.idle()
+    assert server.metric("cache_bytes") == 0
+
+
+def test_a_chat_streams_role_content_reason_and_usage(server: Running, reference: Any) -> None:
+    messages = [{"role": "user", "content": "The cat"}]
+    whole = server.client().chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
+    assert whole.choices[0].message.content == reference("user: The cat\nassistant:", 12)
+    chunks = list(
+        server.client().chat.completions.create(
+            model="tiny", messages=messages, max_tokens=12, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_stop_strings_end_an_answer_before_them(server: Running, reference: Any) -> None:
+    whole = reference("The cat", 20)
+    stop = whole[4:7]
+    answer = server.client().completions.create(model="tiny", prompt="The cat", max_tokens=20, temperature=0, stop=stop)
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 20
+
+
+def test_a_seed_repeats_and_choices_differ(server: Running) -> None:
+    ask = {"model": "tiny", "prompt": "The", "max_tokens": 16, "temperature": 1.5, "top_p": 0.95, "seed": 7, "n": 3}
+    first, second = (server.client().completions.create(**ask) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices]
+    assert len(set(texts)) > 1
+
+
+def test_probabilities_of_tokens(server: Running) -> None:
+    answer = server.client().completions.create(model="tiny", prompt="The", max_tokens=4, temperature=0, logprobs=3)
+    found = answer.choices[0].logprobs
+    assert "".join(found.tokens) == answer.choices[0].text
+    assert all(
+        len(top) == 3 and value == max(top.values()) for top, value in zip(found.top_logprobs, found.token_logprobs)
+    )
+    messages = [{"role": "user", "content": "The"}]
+    chat = server.client().chat.completions.create(
+        model="tiny", messages=messages, max_tokens=3, logprobs=True, top_logprobs=2
+    )
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in chat.choices[0].logprobs.content)
+
+
+def test_prompts_may_be_tokens_and_several(server: Running, reference: Any) -> None:
+    ids = [[60, 61, 62], [70, 71]]
+    answer = server.client().completions.create(model="tiny", prompt=ids, max_tokens=3, temperature=0)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.usage.prompt_tokens == 5
+
+
+GOOD = {"model": "tiny", "prompt": "The", "max_tokens": 2}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+BAD = [
+    ("/v1/completions", b"{not json", 400, "not valid JSON"),
+    ("/v1/completions", b"[1]", 400, "JSON object"),
+    ("/v1/completions", {"prompt": "x"}, 400, "model: Field required"),
+    ("/v1/completions", {**GOOD, "model": "nobody"}, 404, "does not exist"),
+    ("/v1/completions", {**GOOD, "prompt": ""}, 400, "no tokens"),
+    ("/v1/completions", {**GOOD, "prompt": []}, 400, "prompt"),
+    ("/v1/completions", {**GOOD, "prompt": [[99999]]}, 400, "token ids are 0 to"),
+    ("/v1/completions", {**GOOD, "prompt": "x " * 300}, 400, "at most 64"),
+    ("/v1/completions", {**GOOD, "max_tokens": 65}, 400, "at most 64"),
+    ("/v1/completions", {**GOOD, "prompt": [60] * 64, "max_tokens": 64, "n": 9}, 400, "at most 8"),
+    ("/v1/completions", {**GOOD, "temperature": -1}, 400, "temperature"),
+    ("/v1/completions", {**GOOD, "stop": list("abcde")}, 400, "at most 4"),
+    ("/v1/completions", {**GOOD, "frobnicate": 1}, 400, "unrecognized request argument supplied: frobnicate"),
+    ("/v1/completions", {**GOOD, "presence_penalty": 1.0}, 400, "presence_penalty"),
+    ("/v1/completions", {**GOOD, "stream_options": {"include_usage": True}}, 400, "only with stream"),
+    ("/v1/completions", {**GOOD, "user": "u" * 5000}, 413, "4096 bytes"),
+    ("/v1/chat/completions", {**CHAT, "tools": []}, 400, "tools"),
+    ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "messages"),
+    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "messages": [*CHAT["messages"], {"role": "system", "content": "x"}]},
+        400,
+        "late",
+    ),
+    ("/v1/nothing", {}, 404, "/v1/nothing"),
+    ("/healthz", {}, 405, "/healthz"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), BAD)
+def test_bad_requests_get_their_status_and_openais_shape(
+    server: Running, path: str, body: Any, status: int, words: str
+) -> None:
+    got, answer = server.raw(path, body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert got == status, answer
+    assert words in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_key_is_asked_for(server: Running) -> None:
+    assert server.raw("/v1/models", key=None)[0] == server.raw("/metrics", key=None)[0] == 401
+    assert server.raw("/healthz", key=None)[0] == 200
+    with pytest.raises(openai.AuthenticationError, match="incorrect API key"):
+        server.client("another-key").models.list()
+
+
+def test_a_body_without_a_length_is_counted(server: Running) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as sent:
+        sent.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            b"Authorization: Bearer " + KEY.encode() + b"\r\n\r\n"
+        )
+        sent.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n" + b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        assert b"413" in sent.recv(4096).split(b"\r\n")[0]
+
+
+def test_a_client_that_vanishes_frees_its_place(server: Running) -> None:
+    body = json.dumps({**GOOD, "max_tokens": 60, "n": 6, "stream": True}).encode()
+    fields = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
+    before = server.metric("generated_tokens_total")
+    with socket.create_connection(("127.0.0.1", server.port)) as gone:
+        gone.sendall(head.encode() + body)
+        gone.recv(1)
+    assert server.idle()
+    assert server.metric("generated_tokens_total") - before <= 6 * 60
+    whole = server.raw("/v1/completions", json.dumps(GOOD).encode())
+    assert whole[0] == 200
+
+
+def test_a_full_queue_is_said_so(server: Running) -> None:
+    statuses: list[int] = []
+
+    def ask() -> None:
+        body = {**GOOD, "max_tokens": 60, "n": 6, "temperature": 1.0}
+        statuses.append(server.raw("/v1/completions", json.dumps(body).encode())[0])
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) <= {200, 429}
+    assert 429 in statuses
+    assert 200 in statuses
+    assert server.idle()
+
+
+def test_metrics_count(server: Running) -> None:
+    before = server.metric("prompt_tokens_total")
+    server.client().completions.create(model="tiny", prompt=[60, 61], max_tokens=2)
+    assert server.metric("prompt_tokens_total") == before + 2
+    assert server.metric("requests_total") > 0
+
+
+def test_sigterm_finishes_what_runs(folder: Path) -> None:
+    command = [sys.executable, "-m", "llmcompress", "serve", str(folder), "--port", "0", "--json", "--name", "t"]
+    environment = {**os.environ, "LLMCOMPRESS_API_KEY": KEY}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        while not lines or lines[-1] != "}":
+            lines.append(process.stdout.readline().rstrip("\n"))
+            assert lines[-1] or process.poll() is None
+        told = json.loads("\n".join(lines))
+        assert told["models"] == ["t"]
+        client = openai.OpenAI(base_url=told["url"], api_key=KEY, max_retries=0)
+        stream = client.completions.create(model="t", prompt="The", max_tokens=100, temperature=0, stream=True)
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(20) == 0
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--host", "0.0.0.0"], {}, "needs an API key"),
+        (["--host", "0.0.0.0"], {"LLMCOMPRESS_API_KEY": "short"}, "at least 8"),
+        (["--host", "999.1.1.1"], {"LLMCOMPRESS_API_KEY": KEY}, "999.1.1.1:8000"),
+        (["--engine", "warp"], {}, "--engine warp"),
+    ],
+)
+def test_wrong_calls_end_with_one_line(
+    folder: Path, arguments: list[str], environment: dict[str, str], words: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from llmcompress.cli.app import invoke
+
+    monkeypatch.delenv("LLMCOMPRESS_API_KEY", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(["serve", str(folder), *arguments]) in (2, 4)
+    assert words in capsys.readouterr().err

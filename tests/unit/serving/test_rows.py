@@ -1,0 +1,100 @@
+"""Sequences that join and leave: each decodes as if it were alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.serving.mixed_rows import MixedRows, disagrees
+from llmcompress.serving.rows import NativeRows, SeparateRows
+
+MODELS = ("mixtral", "qwen3_moe", "deepseek_v2", "mamba2", "mamba", "bamba", "granitemoehybrid", "falcon_h1")
+
+
+def alone(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation by transformers' own loop."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=10**6
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def decode(rows: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy, one more sequence joining each step; each leaves when it has enough."""
+    written: dict[int, list[int]] = {}
+    waiting, alive = list(range(len(prompts))), []
+    while waiting or alive:
+        if waiting:
+            key = waiting.pop(0)
+            written[key] = [int(rows.join(key, prompts[key], None, len(prompts[key]) + count).argmax())]
+            alive.append(key)
+        found = rows.step({key: written[key][-1] for key in alive})
+        for key in list(alive):
+            if len(written[key]) == count:
+                rows.leave(key)
+                alive.remove(key)
+            else:
+                written[key].append(int(found[key].argmax()))
+    assert rows.held_bytes() == 0
+    return [written[key] for key in range(len(prompts))]
+
+
+def prompts(lengths: tuple[int, ...] = (3, 9, 5, 6), vocabulary: int = 64) -> list[list[int]]:
+    draws = torch.Generator().manual_seed(3)
+    return [torch.randint(3, vocabulary, (n,), generator=draws).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_mixed_rows_are_each_alone(tiny: Any, family: str) -> None:
+    model = tiny.model(family)
+    mixed, separate = MixedRows(model, 8, 64), SeparateRows(model, 8, 64)
+    assert disagrees(mixed, separate, (), 64) is None
+    asked = prompts()
+    expected = [alone(model, prompt, 6) for prompt in asked]
+    assert decode(mixed, asked, 6) == expected
+    assert decode(separate, asked, 6) == expected
+
+
+def dense(family: str, **changes: Any) -> Any:
+    """A random float32 model without experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "intermediate_size": 80, "max_position_embeddings": 128, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **changes})).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def test_windows_of_attention_are_kept() -> None:
+    model = dense("mistral", sliding_window=6)
+    asked = prompts((3, 11, 7), 72)
+    assert decode(MixedRows(model, 8, 64), asked, 8) == [alone(model, prompt, 8) for prompt in asked]
+
+
+def test_attention_that_is_not_known_is_refused(tiny: Any) -> None:
+    model = tiny.model("gpt_oss")
+    reason = disagrees(MixedRows(model, 8, 64), SeparateRows(model, 8, 64), (), 64)
+    assert reason is not None
+    assert "s_aux" in reason
+    assert model.config._attn_implementation != "llmcompress_rows"
+
+
+def test_native_rows_are_each_alone() -> None:
+    from llmcompress.inference.engine import Engine, decline
+
+    model = dense("llama")
+    if (reason := decline(model)) is not None:
+        pytest.skip(reason)
+    asked = prompts((3, 9, 40, 6, 4, 5, 7, 8, 2, 3), 72)
+    rows = NativeRows(Engine(model, slots=10, positions=64), 10, 64)
+    assert decode(rows, asked, 12) == [alone(model, prompt, 12) for prompt in asked]
