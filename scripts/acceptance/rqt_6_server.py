@@ -2,8 +2,8 @@
 """RQT 6: 64 streaming clients over all members for two minutes on loopback, and clients that misbehave beside them.
 
 Each stream's text is compared with what its member's dense model writes alone. Meanwhile other clients vanish in the
-middle, read slowly, send oversized prompts and bodies, bad JSON, wrong members, no key. The server's resident memory is sampled
-all the time. At the end SIGTERM comes while streams run: they must be complete and the process must end with 0.
+middle, read slowly, send oversized prompts and bodies, bad JSON, wrong members, no key. The server's resident memory is
+sampled all the time. At the end SIGTERM comes while streams run: they must be complete, and the exit code 0.
 """
 
 from __future__ import annotations

@@ -215,9 +215,10 @@ def test_probabilities_of_tokens(server: Running) -> None:
     answer = server.client().completions.create(model="tiny", prompt="The", max_tokens=4, temperature=0, logprobs=3)
     found = answer.choices[0].logprobs
     assert "".join(found.tokens) == answer.choices[0].text
-    assert all(
-        len(top) == 3 and value == max(top.values()) for top, value in zip(found.top_logprobs, found.token_logprobs)
-    )
+    # several tokens may be written alike: parts of characters
+    for top, value in zip(found.top_logprobs, found.token_logprobs):
+        assert 1 <= len(top) <= 3
+        assert value >= max(top.values())
     messages = [{"role": "user", "content": "The"}]
     chat = server.client().chat.completions.create(
         model="tiny", messages=messages, max_tokens=3, logprobs=True, top_logprobs=2
