@@ -66,14 +66,9 @@ def _export_member(out: Output, path: Path, formats: list[str], target: str | No
     """One member of a family as a model of its own."""
     from llmcompress.cli.family import family_folder
     from llmcompress.export.family_edit import write_dense_member, write_native_member
+    from llmcompress.export.family_formats import write_other_member
     from llmcompress.models.family_artifact import FamilyArtifact
 
-    refused = [name for name in formats if name not in ("dense", "native")]
-    if refused:
-        raise ExportError(
-            f"--format {refused[0]}: a sum of nodes is on no single grid, so {refused[0]} cannot hold it exactly",
-            f"--format dense, then compress that folder with a recipe and export it as {refused[0]}",
-        )
     if target is None:
         raise UsageError("--member needs --out", "give a folder for the member's model")
     artifact = FamilyArtifact(family_folder(path))
@@ -82,9 +77,13 @@ def _export_member(out: Output, path: Path, formats: list[str], target: str | No
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(formats):
         folder = base if name == "native" else base.with_name(f"{base.name}-{name}")
-        (write_native_member if name == "native" else write_dense_member)(artifact, member, folder)
-        rows[name] = {"path": str(folder), "bytes": folder_bytes(folder)}
-    text = "\n".join(f"{name}: {row['path']} ({bytes_text(row['bytes'])})" for name, row in rows.items())
+        remark = "weights bit for bit" if name == "native" else "weights rebuilt and rounded"
+        if name in ("native", "dense"):
+            (write_native_member if name == "native" else write_dense_member)(artifact, member, folder)
+        else:
+            remark = write_other_member(artifact, member, name, folder)
+        rows[name] = {"path": str(folder), "bytes": folder_bytes(folder), "remark": remark}
+    text = "\n".join(f"{n}: {row['path']} ({bytes_text(row['bytes'])}, {row['remark']})" for n, row in rows.items())
     out.result({"member": member, "artifacts": rows}, text)
 
 

@@ -13,6 +13,7 @@ from llmcompress.models.family_model import private_modules, replace_module
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 from llmcompress.quant.codecs import delta_tree
+from llmcompress.quant.codecs.int_group import PACKED, SCALE
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.tree import Tree
 
@@ -72,10 +73,15 @@ class RandomFamily:
             if bits == 0:
                 continue
             spec = delta_tree.node_spec(bits, self._group)
-            codes = torch.randint(0, 1 << bits, tuple(shape), generator=self._draws, dtype=torch.uint8)
             spread = 3.5 / (1 << bits) * shape[1] ** -0.5
             scale = (1 + 0.1 * torch.rand(shape[0], spec.groups(shape[1]), generator=self._draws)) * spread
-            found[name] = delta_tree.encode(codes, scale.half(), -3 * depth, spec)
+            # any words are valid codes, and drawing them is much faster than packing codes
+            words = delta_tree.tensor_shapes(shape, spec)[PACKED][0]
+            drawn = torch.randint(-(2**31), 2**31, words, generator=self._draws, dtype=torch.int64).to(torch.int32)
+            exponent = torch.tensor([-3 * depth], dtype=torch.int32)
+            found[name] = PackedWeight(
+                (shape[0], shape[1]), spec, {PACKED: drawn, SCALE: scale.half(), delta_tree.EXPONENT: exponent}
+            )
         return found
 
     def dense(self, member: str) -> Any:

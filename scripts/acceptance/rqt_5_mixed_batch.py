@@ -2,7 +2,7 @@
 """RQT 5, goal C9: eight requests of four members in one batch.
 
 First the tokens: greedy continuations of the mixed batch are those that each member gives alone, with the trained
-family and with a random one. Then time per step, random weights of TinyLlama-1.1B's shapes (10 of 22 layers, 4096 of
+family. Then time per step, random weights of TinyLlama-1.1B's shapes (12 of 22 layers, 4096 of
 32000 tokens, so that the three models fit), interleaved in one process: one mixed step of a star of 4-bit root
 and 1-bit leaves, eight single steps of a dense bf16 model, eight single steps of a 4-bit model, all by the native
 engine.
@@ -24,7 +24,7 @@ from harness import verdict
 
 REQUESTS, NEW, ROUNDS = 8, 32, 7
 SIZES: dict[str, Any] = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10, "num_attention_heads": 32,
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 32,
     "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
 
@@ -69,23 +69,52 @@ def in_one_batch(engine: Any, asked: list[list[int]], who: list[str]) -> list[li
     return written
 
 
-def big(seed: int) -> Any:
-    """A bf16 model of random weights; its matrices repeat a block of random numbers, which changes no time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
+def big(seed: int, whole: bool = True) -> Any:
+    """A bf16 model of random weights; its matrices repeat a block of random numbers, which changes no time.
 
-    with no_init_weights():
+    Without ``whole`` the matrices of the layers stay without memory: what is outside the trees is enough of a member.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmcompress.models.handle import fill_constants
+
+    with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES, dtype="bfloat16")).to(torch.bfloat16).eval()
+    fill_constants(model)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            size = parameter.numel()
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                value = torch.ones(size, dtype=torch.bfloat16)
+            elif whole or "proj" not in name:
+                value = noise.repeat(-(-size // noise.numel()))[:size].view(parameter.shape)
             else:
-                parameter.copy_(
-                    noise.repeat(-(-parameter.numel() // noise.numel()))[: parameter.numel()].view_as(parameter)
-                )
+                continue
+            setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+    model.tie_weights()
     return model
+
+
+def four_bits() -> Any:
+    """The same model with random 4-bit weights."""
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.nn.packed import PackedTensors
+    from llmcompress.nn.swap import swap_modules
+    from llmcompress.quant.spec import QuantSpec
+
+    model = big(0)
+    layout = layout_from_config(model.config.to_dict())
+    names = [name for name, *_ in layout.quantizable()]
+    swap_modules(model, layout, dict.fromkeys(names, QuantSpec(4, 128, symmetric=True)), torch.bfloat16)
+    draws = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, PackedTensors):
+            shape = module.weight_packed.shape
+            words = torch.randint(-(2**31), 2**31, shape, generator=draws, dtype=torch.int64)
+            module.weight_packed = words.to(torch.int32)
+            module.weight_scale = torch.full(module.weight_scale.shape, 0.003, dtype=torch.float16)
+    return model.eval()
 
 
 def stepper(engine: Any, batch: int) -> Callable[[], None]:
@@ -104,24 +133,22 @@ def ways() -> dict[str, tuple[Callable[[], None], int, int]]:
     """Name → (one step, how many of them, bytes of weights that a step reads)."""
     from llmcompress.inference.engine import Engine
     from llmcompress.inference.random_family import RandomFamily
-    from llmcompress.inference.speed import rounded
-    from llmcompress.quant.spec import QuantSpec
     from llmcompress.quant.tree import Tree
 
     names = ["a", "b", "c", "d"]
-    models = {name: big(i) for i, name in enumerate(names)}
+    models = {name: big(i, whole=False) for i, name in enumerate(names)}
     family = RandomFamily(models, Tree.star(names), {4: 4, 1: 1}, 128)
     found: dict[str, tuple[Callable[[], None], int, int]] = {}
-    mixed = Engine(family.model.to(torch.bfloat16), slots=REQUESTS, positions=128)
+    mixed = Engine(family.model, slots=REQUESTS, positions=128)
     who = [names[i // 2] for i in range(REQUESTS)]
     for slot, name in enumerate(who):
         mixed.prompt(slot, [5, 6, 7], name)
     heads = sum(head.nbytes for head in mixed.decoder.member_heads)
     found["mixed"] = (stepper(mixed, REQUESTS), 1, mixed.step_bytes - mixed.decoder.head.nbytes + heads)
-    dense = Engine(models["a"], slots=1, positions=128)
+    dense = Engine(big(0), slots=1, positions=128)
     dense.prompt(0, [5, 6, 7])
     found["bf16"] = (stepper(dense, 1), REQUESTS, dense.step_bytes)
-    four = Engine(rounded(big(0), QuantSpec(4, 128, symmetric=True)), slots=1, positions=128)
+    four = Engine(four_bits(), slots=1, positions=128)
     four.prompt(0, [5, 6, 7])
     found["4 bits"] = (stepper(four, 1), REQUESTS, four.step_bytes)
     return found

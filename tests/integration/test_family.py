@@ -207,7 +207,7 @@ def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         assert torch.allclose(dense(ids).logits, alone(ids).logits, atol=1e-3)
-    code, text = said([*words[:4], "--format", "gguf", "--out", str(tmp_path / "x")], capsys)
+    code, text = said([*words[:4], "--format", "compressed-tensors", "--out", str(tmp_path / "x")], capsys)
     assert code == ExitCode.EXPORT
     merged = ["family", "merge", str(copy), "--member", "bee", "--member", "cat=3", "--out", str(tmp_path / "mean")]
     assert said(merged, capsys)[0] == ExitCode.OK

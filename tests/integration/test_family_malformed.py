@@ -106,7 +106,11 @@ def calls(copy: Path, run: Path) -> list[tuple[list[str], int, str]]:
             ExitCode.EXPORT,
             "positive",
         ),
-        (["export", family, "--member", "ant", "-f", "gguf", "--out", str(copy.parent / "m")], ExitCode.EXPORT, "gguf"),
+        (
+            ["export", family, "--member", "ant", "-f", "compressed-tensors", "--out", str(copy.parent / "m")],
+            ExitCode.EXPORT,
+            "sum of",
+        ),
         (
             ["export", family, "--member", "dog", "-f", "dense", "--out", str(copy.parent / "m")],
             ExitCode.ENVIRONMENT,
