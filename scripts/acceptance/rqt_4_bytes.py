@@ -2,7 +2,8 @@
 """RQT 4: what a family takes on disk and in memory, beside its members as dense models.
 
 The size of every file counts, headers too. Memory is what a process holds resident after loading all members and one
-forward pass of a mixed batch, less what it held after its imports; the dense models are in bf16, as they are stored.
+forward pass of a mixed batch, less what it held after loading them once before and letting them go; the dense models
+are in bf16, as they are stored.
 """
 
 from __future__ import annotations
@@ -17,36 +18,47 @@ from family_runs import MEMBERS, MODELS, artifact, need_models
 from harness import verdict
 
 RESIDENT = """
-import gc, json, sys
-import psutil, torch, transformers
+import ctypes, gc, json, sys
+import psutil, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from llmcompress.models.family_artifact import FamilyArtifact
 from llmcompress.models.family_model import load_members
-import llmcompress_kernels
 
 torch.set_num_threads(1)
 kind, names = sys.argv[1], sys.argv[3:]
 ids = torch.arange(8).repeat(len(names), 1) + 5
-# the libraries' own memory: a first product, a first model
-AutoModelForCausalLM.from_pretrained(names[0], dtype="bfloat16")(ids[:1])
-gc.collect()
-before = psutil.Process().memory_info().rss
-if kind == "dense":
-    held = [AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16").eval() for name in names]
-    with torch.inference_mode():
-        for model, row in zip(held, ids):
-            model(row[None])
-else:
+
+
+def hold():
+    if kind == "dense":
+        held = [AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16").eval() for name in names]
+        with torch.inference_mode():
+            for model, row in zip(held, ids):
+                model(row[None])
+        return held
     held = load_members(FamilyArtifact(Path(sys.argv[2])), dtype=torch.bfloat16)
     held(ids, held.members)
-gc.collect()
-print(json.dumps({"rss": psutil.Process().memory_info().rss - before}))
+    return held
+
+
+def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+# once to load every library and to fill every pool, then what holding takes
+held = hold()
+del held
+before = resident()
+held = hold()
+print(json.dumps({"rss": resident() - before}))
 """
 
 
 def resident(kind: str, folder: Path) -> int:
-    """Resident bytes of a fresh process, beyond its imports and a first model."""
+    """Resident bytes that holding the models takes in a process of its own."""
     names = [str(MODELS / name) for name in MEMBERS]
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, kind, str(folder), *names], capture_output=True, text=True, check=True

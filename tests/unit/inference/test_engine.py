@@ -164,8 +164,10 @@ def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:
     engine = Engine(model, positions=20)
     with pytest.raises(InputError, match="exceed the cache"):
         engine.prompt(0, ids[:40].tolist())
-    with pytest.raises(InputError, match="at once"):
-        Engine(model, slots=9)
+    with pytest.raises(InputError, match="one or more"):
+        Engine(model, slots=0)
+    with pytest.raises(ValueError, match="1 to 8 tokens"):
+        Engine(model, slots=9).step(ids[:9])
     engine.prompt(0, ids[:32].tolist())
     with pytest.raises(ValueError, match="not all within"):
         engine.step(ids[:1])
