@@ -86,12 +86,14 @@ def on_one_grid(artifact: FamilyArtifact, member: str) -> tuple[dict[str, Packed
         Weight → packed weight for those that have one, and the reasons for the others, one line in all.
     """
     found, several, scales = {}, [], []
+    # one width for all: runtimes fuse layers side by side
+    widest = max(max(chosen.values()) for chosen in artifact.plan.bits.values())
     for linear in artifact.plan.linears:
         nodes = [artifact.node(node, linear) for node in artifact.plan.path(linear, member)]
         if len(nodes) > 1:
             several.append(linear)
             continue
-        packed = _doubled(nodes[0])
+        packed = _doubled(nodes[0], 4 if widest <= WIDEST_NARROW else 8)
         if packed is None:
             scales.append(linear)
             continue
@@ -108,10 +110,9 @@ def on_one_grid(artifact: FamilyArtifact, member: str) -> tuple[dict[str, Packed
     return found, reasons
 
 
-def _doubled(node: PackedWeight) -> PackedWeight | None:
+def _doubled(node: PackedWeight, width: int) -> PackedWeight | None:
     """A node on the integer grid of twice its codes; None where fp16 cannot hold half its scales."""
     bits = node.spec.bits
-    width = 4 if bits <= WIDEST_NARROW else 8
     exact = node.tensors[SCALE].float() * 2.0 ** (int(node.tensors[delta_tree.EXPONENT][0]) - 1)
     scale = exact.half()
     if not torch.equal(scale.float(), exact):

@@ -24,7 +24,7 @@ from llmcompress.serving.guard import Guard
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, parse
-from llmcompress.serving.scheduler import Busy, Job, Piece, Scheduler
+from llmcompress.serving.scheduler import STOPPED, Busy, Job, Piece, Scheduler
 from llmcompress.serving.served import ServedModel
 from llmcompress.serving.text import TextStream
 
@@ -237,8 +237,7 @@ def _sink(
 
 
 def _failure(error: str) -> ApiError:
-    # what failed inside is ours to know
-    draining = error == "shutting down"
+    draining = error == STOPPED
     text = "the server is shutting down" if draining else "the server failed to compute this answer"
     return ApiError(503 if draining else 500, text, "internal_error", kind="server_error")
 

@@ -7,6 +7,7 @@ longest answer fit the cache beside everybody else's, so nothing is ever evicted
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from llmcompress.serving.rows import Rows
 
 Reason = Literal["stop", "length"]
+# errors of pieces; what failed inside is in the server's log, not in answers
+FAILED, STOPPED = "failed", "stopped"
+
+_LOG = logging.getLogger("llmcompress.serving")
 
 
 class Busy(Exception):
@@ -193,9 +198,7 @@ class Scheduler:
             self._draining = self._stopped = True
             self._lock.notify()
         self._thread.join()
-        self._fail(
-            [*self._waiting, *(job for group in self._groups for job in group.running.values())], "shutting down"
-        )
+        self._fail([*self._waiting, *(job for group in self._groups for job in group.running.values())], STOPPED)
         self._waiting.clear()
 
     def _run(self) -> None:
@@ -245,9 +248,10 @@ class Scheduler:
             key, self._next = self._next, self._next + 1
             try:
                 logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total)
-            except Exception as error:
+            except Exception:
+                _LOG.exception("a prompt of %d tokens for %s failed", len(job.prompt), job.model)
                 group.rows.leave(key)
-                self._fail([job], f"{type(error).__name__}: {error}")
+                self._fail([job], FAILED)
                 continue
             group.running[key] = job
             self._metrics.first_token(job.model, len(job.prompt), time.monotonic() - job.submitted)
@@ -259,11 +263,12 @@ class Scheduler:
         began = time.monotonic()
         try:
             logits = group.rows.step({key: job.last for key, job in group.running.items()})
-        except Exception as error:
+        except Exception:
+            _LOG.exception("a step of %d sequences failed", len(group.running))
             failed = dict(group.running)
             for key in failed:
                 self._leave(group, key)
-            self._fail(list(failed.values()), f"{type(error).__name__}: {error}")
+            self._fail(list(failed.values()), FAILED)
             return
         self._metrics.step(len(logits), time.monotonic() - began)
         self._take(group, logits)

@@ -92,7 +92,7 @@ class Server:
 
     def run(self, bound: socket.socket) -> None:
         """Serve until :meth:`shut` or a signal; returns when running answers have ended or their time is over."""
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        _log_failures()
         # uvicorn raises the signal again when it is done, which would end the process before we have cleaned up
         before = _quiet_signals()
         try:
@@ -122,6 +122,15 @@ class _Draining(uvicorn.Server):
         """First signal: take nothing new, finish what runs. Second Ctrl-C: stop at once."""
         self._drain()
         super().handle_exit(sig, frame)
+
+
+def _log_failures() -> None:
+    """Tracebacks of what fails inside go to stderr; clients get a status only."""
+    for name in ("uvicorn.error", "llmcompress.serving"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
 
 
 def _quiet_signals() -> dict[int, Any]:
