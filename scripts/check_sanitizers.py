@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Build the C++ kernels with AddressSanitizer and UBSan and run random cases through PyTorch.
+"""Build the C++ kernels with AddressSanitizer and UBSan and run them: products, recurrent states, the decode step.
 
-    python scripts/check_sanitizers.py [--cases 300] [--seed 0]
+    python scripts/check_sanitizers.py [--cases 300] [--seed 0] [--only gemm state decode]
+
+The products take random cases; states and the decode step take their own tests, where a skipped one is a failure.
 
 The sanitizer's run time has to be first in the process, so the cases run in a child with LD_PRELOAD. Any report ends
 it. Leaks are not looked for: the interpreter has some of its own.
@@ -20,33 +22,71 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1"
 
 
+TESTS = {
+    "state": ["tests/kernels/test_state_ops.py"],
+    # one dense and one packed model of each kind, every instruction set, threads, chunks, the rounded head
+    "decode": [
+        "tests/unit/inference/test_engine.py",
+        "-k",
+        "packed_models_agree and (3 or 8) or fill_a_vector or chunks or different_lengths or every_instruction_set "
+        "or screened_head or rounded_head or dense_families_agree and (qwen2 or qwen3_moe) or bfloat16_model",
+    ],
+}
+FAMILIES = ("gemm", *TESTS)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=FAMILIES)
     options = parser.parse_args()
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    found = {}
     with tempfile.TemporaryDirectory(prefix="llmcompress-asan-") as cache:
         environment = {
             **os.environ,
             "LLMCOMPRESS_CACHE": cache,
             "LLMCOMPRESS_CXXFLAGS": FLAGS,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
+            ),
         }
-        build = "from llmcompress_kernels import build, cpu; build.build(build.FAMILIES[cpu.FAMILY])"
-        subprocess.run([sys.executable, "-c", build], env=environment, check=True)
+        build = "import sys, llmcompress_kernels\nfrom llmcompress_kernels import build\n"
+        build += "for name in sys.argv[1:]: build.build(build.FAMILIES[name])"
+        # the decode step's tests compare with the products as well
+        built = {"gemm", *options.only}
+        subprocess.run([sys.executable, "-c", build, *sorted(built)], env=environment, check=True)
         environment |= {
             "LD_PRELOAD": runtime.stdout.strip(),
             # torch's own allocations stay under the sanitizer's eye, so a read past a tensor's end is seen
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        command = [sys.executable, "-m", "llmcompress_kernels", "check"]
-        done = subprocess.run(
-            [*command, "--cases", str(options.cases), "--seed", str(options.seed)], env=environment, check=False
-        )
-    print("no report from AddressSanitizer or UBSan" if done.returncode == 0 else f"exit code {done.returncode}")
-    return done.returncode
+        for name in options.only:
+            found[name] = run(name, options, environment)
+    bad = {name: told for name, told in found.items() if told is not None}
+    for name, told in bad.items():
+        print(f"{name}: {told}")
+    clean = ", ".join(name for name in found if name not in bad)
+    print(f"no report from AddressSanitizer or UBSan: {clean}" if not bad else f"not clean: {', '.join(bad)}")
+    return 1 if bad else 0
+
+
+def run(name: str, options: argparse.Namespace, environment: dict[str, str]) -> str | None:
+    """Run one family's cases; what is wrong, or None."""
+    if name == "gemm":
+        command = ["llmcompress_kernels", "check", "--cases", str(options.cases), "--seed", str(options.seed)]
+    else:
+        command = ["pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", *TESTS[name]]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "nothing was printed"
+    print(f"{name}: {last}", flush=True)
+    if done.returncode != 0:
+        return f"exit code {done.returncode}\n{done.stdout[-3000:]}"
+    return "tests were skipped" if " skipped" in last else None
 
 
 if __name__ == "__main__":

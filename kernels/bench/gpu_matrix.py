@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from gpu_timing import Timed, replay, rotations
-from llmcompress_kernels import ops
+from llmcompress_kernels import ops, select
+from llmcompress_kernels.cuda import skinny
 
 GROUP = 128
 # Mixtral-8x7B
@@ -47,7 +50,7 @@ def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
             "ours": [_dense_call(x, w, columns) for w in weights],
             "bf16": [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in wide],
         }
-        reasons = {}
+        reasons = _both(candidates, tokens)
         for name, make in (("humming", _humming), ("gemlite", _gemlite)):
             try:
                 candidates[name] = make(x, rows, columns, bits)
@@ -80,7 +83,7 @@ def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[st
     candidates: dict[str, list[Callable[[], object]]] = {
         "ours": [lambda s=s: ops.moe_group_gemm(x, index, weights, *s, INTERMEDIATE) for s in sides]
     }
-    reasons = {}
+    reasons = _both(candidates, tokens)
     try:
         candidates["bf16"] = _grouped_bfloat16(x, index, weights)
     except (AttributeError, RuntimeError) as error:
@@ -92,6 +95,27 @@ def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[st
     found = _figures(replay(candidates), floor)
     flops = 6 * tokens * SLOTS * used * HIDDEN * INTERMEDIATE
     return {**line, **found, "teraflops": flops / found["ours_us"] / 1e6, "slots_used": used, "not_run": reasons}
+
+
+def _both(candidates: dict[str, list[Callable[[], object]]], tokens: int) -> dict[str, str]:
+    """Add Triton on its own where CUDA C++ is what runs, or say why it is not; a graph keeps what captured it."""
+    reason = skinny.unavailable() or (f"more than {skinny.TOKENS} tokens" if tokens > skinny.TOKENS else None)
+    if reason is not None:
+        return {"cuda": reason}
+
+    def only(function: Callable[[], object]) -> object:
+        before = os.environ.get(select.VARIABLE)
+        os.environ[select.VARIABLE] = "triton"
+        try:
+            return function()
+        finally:
+            if before is None:
+                del os.environ[select.VARIABLE]
+            else:
+                os.environ[select.VARIABLE] = before
+
+    candidates["triton"] = [partial(only, call) for call in candidates["ours"]]
+    return {}
 
 
 def _dense_call(x: torch.Tensor, w: ops.Stack, columns: int) -> Callable[[], object]:

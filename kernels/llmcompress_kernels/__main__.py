@@ -27,8 +27,8 @@ def build_all() -> int:
         try:
             print(f"{name}: {build.build(family)}")  # noqa: T201
         except build.BuildError as error:
-            print(f"{name}: {error}")  # noqa: T201
-            code = 1
+            print(f"{name}: {'not built: ' if family.optional else ''}{error}")  # noqa: T201
+            code = code if family.optional else 1
     return code
 
 

@@ -52,7 +52,7 @@ class BuildError(RuntimeError):
 
 
 class Toolchain(Protocol):
-    """How sources become a library. ``cpp`` below; a CUDA one has the same four methods."""
+    """How sources become a library: ``cpp`` below, ``cuda.toolchain.nvcc``."""
 
     def find(self) -> str:
         """Path of the compiler.
@@ -90,7 +90,7 @@ class Cpp:
 
     def version(self) -> str:
         """See :class:`Toolchain`."""
-        return _compiler_version(self.find())
+        return compiler_version(self.find())
 
     def compile(self, source: Path, target: Path, family: Family) -> list[str]:
         """See :class:`Toolchain`."""
@@ -123,6 +123,7 @@ class Family:
         flags: Extra compiler flags.
         libraries: Extra linker arguments.
         toolchain: What compiles it.
+        optional: Most machines cannot build it and miss nothing: `make kernels` passes over it with the reason.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Family:
     flags: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     toolchain: Toolchain = field(default=cpp)
+    optional: bool = False
 
     def files(self) -> list[Path]:
         """Source files to compile, sorted."""
@@ -350,7 +352,7 @@ def _tool_hash(family: Family) -> str:
 
 
 @functools.cache
-def _compiler_version(path: str) -> str:
+def compiler_version(path: str) -> str:
     """First line of ``--version``."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import select
+from llmcompress_kernels import build, select
+from llmcompress_kernels.cuda import skinny
 from llmcompress_kernels.reference import group_gemm as reference_group_gemm
 from llmcompress_kernels.reference import moe_group_gemm as reference_moe_group_gemm
 from llmcompress_kernels.reference import state as reference_state
@@ -47,6 +49,19 @@ def wanted(name: str) -> bool:
     return select.requested() in ("auto", name)
 
 
+@cache
+def cuda_ready() -> bool:
+    """Load the CUDA C++ kernels if this machine can have them; tried once, a failed build is told on stderr."""
+    if skinny.unavailable() is not None:
+        return False
+    try:
+        build.load(skinny.FAMILY)
+    except build.BuildError as error:
+        sys.stderr.write(f"llmcompress: no CUDA C++ kernels: {error}\n")
+        return False
+    return True
+
+
 def group_gemm(
     x: Tensor,
     packed: Tensor,
@@ -59,6 +74,9 @@ def group_gemm(
 ) -> Tensor:
     """CUDA implementation of the operator; ``rest`` holds options that only the definition knows."""
     arguments = (x, packed, scale, zero, bits, group_size, in_features)
+    small = wanted("cuda") and packed.dim() == 2 and not any(rest)
+    if small and skinny.verify(x, packed, scale, zero, bits, group_size) is None and cuda_ready():
+        return skinny.group_gemm(*arguments)
     if wanted("triton") and no_triton() is None and packed.dim() == 2 and not any(rest):
         from llmcompress_kernels.triton import group_gemm as kernels
 
@@ -74,6 +92,11 @@ _GATE_UP, _GATE_UP_BITS, _DOWN_BITS, _ACTIVATION, _COUNT = 3, 7, 13, 16, 19
 def moe_group_gemm(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     x, own, rest = arguments[0], arguments[:_COUNT], arguments[_COUNT:]
+    if wanted("cuda") and own[_GATE_UP].dim() == 3 and not any(rest):
+        index, weights, intermediate, activation, alpha, limit = *own[1:3], *own[15:]
+        sides = (skinny.Side(*own[3:9]), skinny.Side(*own[9:15]))
+        if skinny.verify_routed(x, index, sides, intermediate, activation) is None and cuda_ready():
+            return skinny.moe_group_gemm(x, index, weights, sides, intermediate, activation, alpha, limit)
     if wanted("triton") and no_triton() is None and own[_GATE_UP].dim() == 3 and not any(rest):
         from llmcompress_kernels.triton import moe_group_gemm as kernels
 
@@ -156,4 +179,6 @@ if "delta_decode" in SCHEMAS:
 
 for _function in _FUNCTIONS:
     _LIBRARY.impl(_function.__name__, _function, "CUDA")
+    if _function in (group_gemm, moe_group_gemm):
+        select.register(select.Implementation(_function.__name__, "cuda", ("cuda",), skinny.unavailable))
     select.register(select.Implementation(_function.__name__, "triton", ("cuda",), no_triton))

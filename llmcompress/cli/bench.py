@@ -1,15 +1,12 @@
-"""``bench kernels | model``: how fast, by a protocol that can be repeated.
+"""``bench kernels | model``: how fast, by the protocol of :mod:`llmcompress_kernels.bench.timing`.
 
-Warm-up first, then repetitions that alternate between the things compared, so that a slow spell of the machine hits
-all of them; medians with the smallest and largest value; load and threads are recorded beside them.
+Samples of the things compared alternate, so that a slow spell of the machine meets all of them; those that lost their
+core do not count; the memory's bandwidth is probed among them; medians, with load and threads beside them.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,10 +24,9 @@ if TYPE_CHECKING:
     from llmcompress.cli.models import OpenedModel
 
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed repetitions.")]
-# out, in features of typical expert and attention projections, small enough for a laptop
-KERNEL_SHAPES = ((1024, 1024), (2048, 1024))
-KERNEL_TOKENS = (1, 64)
-GROUP = 128
+# in, out features: a large and a medium layer, and one of a small model
+KERNEL_SHAPES = ((4096, 14336), (2048, 1408), (576, 1536))
+KERNEL_TOKENS = (1, 8, 128)
 # seconds per case after which what was measured counts
 BUDGET = 30.0
 ROUNDINGS = {"int8_activations": "int8 activations", "head_bits": "8-bit head"}
@@ -42,28 +38,6 @@ def register(app: typer.Typer) -> None:
     command(group, "model")(bench_model)
     command(group, "kernels")(bench_kernels)
     app.add_typer(group, name="bench")
-
-
-def medians(actions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, dict[str, float]]:
-    """Run every action once to warm up, then ``repeats`` times in turn.
-
-    Args:
-        actions: Name → function that does the work and returns its seconds.
-        repeats: Timed repetitions.
-
-    Returns:
-        Name → ``median``, ``min`` and ``max`` seconds.
-    """
-    for action in actions.values():
-        action()
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        for name, action in actions.items():
-            seconds[name].append(action())
-    return {
-        name: {"median": statistics.median(found), "min": min(found), "max": max(found)}
-        for name, found in seconds.items()
-    }
 
 
 def machine() -> dict[str, Any]:
@@ -189,60 +163,87 @@ def _show_models(rows: list[dict[str, Any]], screen: Console) -> None:
 
 def bench_kernels(
     out: Output,
-    repeats: RepeatsOption = 20,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="INxOUT", help="Of the layer; may be repeated.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Rows at once; may be repeated.")] = None,
     bits: Annotated[list[int] | None, typer.Option("--bits", help="Code widths; may be repeated.")] = None,
+    group: Annotated[int, typer.Option("--group", min=1, help="Columns per scale.")] = 64,
+    moe: Annotated[bool, typer.Option("--moe", help="Also a block of 60 experts, beside transformers' own.")] = False,
+    repeats: RepeatsOption = 9,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds per layer and number of tokens.")] = 10.0,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
 ) -> None:
-    """Packed matrix products of this machine's best implementation against torch's dense product in float32."""
-    rows = []
-    for width in bits or [2, 3, 4, 8]:
-        for out_features, in_features in KERNEL_SHAPES:
-            for tokens in KERNEL_TOKENS:
-                rows.append(_kernel_row(width, out_features, in_features, tokens, repeats))
-                out.note(f"{width}-bit {out_features}×{in_features}, {tokens} tokens")
-    columns = ("op", "bits", "out × in", "tokens", "packed µs", "dense µs", "speed-up")
+    """Packed matrix products beside torch's bf16, int4 and int8 on cold weights, one sample of each in turn.
+
+    Samples that lost their core are dropped and taken again. The memory's bandwidth is probed in the same run. Without
+    options a large, a medium and a small layer at 1, 8 and 128 tokens, at 4, 3 and 2 bits.
+    """
+    from llmcompress_kernels import bench, cpu
+
+    from llmcompress.pipeline.device import set_threads
+
+    shapes = [_shape(text) for text in shape] if shape else list(KERNEL_SHAPES)
+    widths, counts = bits or [4, 3, 2], tokens or list(KERNEL_TOKENS)
+    _check_kernels(shapes, widths, group)
+    if not cpu.ready():
+        raise UsageError(f"no native kernels: {cpu.unavailable()}", "llmcompress doctor says what is missing")
+    set_threads(threads)
+    used = int(machine()["threads"])
+    out.note(f"timing {len(shapes)} layers at {len(counts)} numbers of tokens, at most {budget:g} s each")
+    rows = bench.bench_linear(shapes, counts, widths, group, used, repeats, budget)
+    blocks = []
+    if moe:
+        from llmcompress.inference.speed import dense_experts
+
+        out.note("timing a block of experts")
+        blocks = bench.bench_moe(dense_experts(), counts, widths, group, used, repeats, budget)
+    data = {
+        "machine": machine(),
+        "environment": bench.environment(used),
+        "repeats": repeats,
+        "linear": rows,
+        "moe": blocks,
+    }
+    out.result(data, lambda screen: _show_kernels(rows, blocks, screen))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """``576x1536`` as (in features, out features)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--shape {text}: not two sizes", "write it like --shape 4096x14336, in features first")
+    return int(parts[0]), int(parts[1])
+
+
+def _check_kernels(shapes: list[tuple[int, int]], bits: list[int], group: int) -> None:
+    from llmcompress_kernels import cpu
+
+    for width in bits:
+        for columns, rows in shapes:
+            reason = cpu.declines(width, group, rows, columns)
+            if reason is None and columns % group != 0:
+                reason = f"{columns} columns are no multiple of the group"
+            if reason is not None:
+                raise UsageError(
+                    f"--shape {columns}x{rows} at --bits {width} and --group {group}: {reason}",
+                    f"choose widths from {', '.join(map(str, sorted(cpu.STEP_COLUMNS)))}, rows in multiples of 16",
+                )
+
+
+def _show_kernels(rows: list[dict[str, Any]], blocks: list[dict[str, Any]], screen: Console) -> None:
+    head = ("layer", "tokens", "candidate", "µs", "GB/s", "of bandwidth", "× bf16", "error", "clean")
     cells = [
-        (r["op"], r["bits"], f"{r['out_features']} × {r['in_features']}", r["tokens"],
-         f"{1e6 * r['packed']['median']:.0f}", f"{1e6 * r['dense']['median']:.0f}", f"{r['speedup']:.2f} ×")
+        (f"{r['in']} × {r['out']}", r["tokens"], r["candidate"], f"{r['microseconds']:.1f}", f"{r['gb_per_s']:.1f}",
+         f"{r['share_of_bandwidth']:.0%}", f"{r['times_bf16']:.2f}", f"{r['relative_error']:.4f}",
+         f"{r['clean_samples']}/{r['samples']}")
         for r in rows
     ]  # fmt: skip
-    right = "bits|tokens|packed µs|dense µs|speed-up"
-    data = {"machine": machine(), "repeats": repeats, "rows": rows}
-    out.result(data, lambda screen: screen.print(table(columns, cells, right=right)))
-
-
-def _kernel_row(bits: int, out_features: int, in_features: int, tokens: int, repeats: int) -> dict[str, Any]:
-    import torch
-    from llmcompress_kernels import ops
-
-    from llmcompress.quant.codecs import codec
-    from llmcompress.quant.spec import SUPPORTED_BITS, QuantSpec
-
-    if bits not in SUPPORTED_BITS:
-        raise UsageError(f"--bits {bits}: not supported", f"choose from {', '.join(map(str, SUPPORTED_BITS))}")
-    generator = torch.Generator().manual_seed(0)
-    spec = QuantSpec(bits, GROUP, symmetric=True)
-    codes = torch.randint(0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(out_features, spec.groups(in_features), generator=generator).half()
-    packed = codec("int_group").encode(codes, scale, None, spec)
-    x = torch.randn(tokens, in_features, generator=generator)
-    dense = codec("int_group").decode(packed).float()
-
-    def run_packed() -> float:
-        begun = time.perf_counter()
-        ops.group_gemm(
-            x, packed.tensors["weight_packed"], packed.tensors["weight_scale"], None, bits, GROUP, in_features
-        )
-        return time.perf_counter() - begun
-
-    def run_dense() -> float:
-        begun = time.perf_counter()
-        x @ dense.T
-        return time.perf_counter() - begun
-
-    with torch.inference_mode():
-        found = medians({"packed": run_packed, "dense": run_dense}, repeats)
-    speedup = found["dense"]["median"] / found["packed"]["median"]
-    return {
-        "op": "group_gemm", "bits": bits, "out_features": out_features, "in_features": in_features, "tokens": tokens,
-        **found, "speedup": speedup,
-    }  # fmt: skip
+    cells += [
+        (f"{r['experts']} experts", r["tokens"], r["candidate"], f"{1e3 * r['milliseconds']:.1f}",
+         f"{r['gb_per_s']:.1f}", f"{r['share_of_bandwidth']:.0%}", f"{r['times_dense']:.2f}", "",
+         f"{r['clean_samples']}/{r['samples']}")
+        for r in blocks
+    ]  # fmt: skip
+    screen.print(table(head, cells, right="tokens|µs|GB/s|of bandwidth|× bf16|error|clean"))
+    screen.print(f"memory reads at {max(r['probed_gb_per_s'] for r in rows):.1f} GB/s", highlight=False)

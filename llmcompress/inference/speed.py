@@ -200,6 +200,25 @@ def dense_twin(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     return twin.eval()
 
 
+def dense_experts() -> Any:
+    """Transformers' experts in bfloat16 with random weights, sized and called as the block of ``bench.bench_moe``."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    sizes = bench.moe
+    config = MixtralConfig(
+        hidden_size=sizes.HIDDEN,
+        intermediate_size=sizes.INTERMEDIATE,
+        num_local_experts=sizes.EXPERTS,
+        num_experts_per_tok=sizes.SLOTS,
+    )
+    config._experts_implementation = "grouped_mm"
+    experts: Any = MixtralSparseMoeBlock(config).bfloat16().eval().experts
+    for parameter in experts.parameters():
+        parameter.data.normal_(0, 0.02)
+    return experts
+
+
 def rounded(model: Any, spec: QuantSpec, experts: QuantSpec | None = None) -> Any:
     """Pack every quantizable weight of a dense model in place, rounded to nearest: for speed and tests, not for use.
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from harness import ROOT, verdict
 from llmcompress_kernels import bench, cpu
-from llmcompress_kernels.bench.moe import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, bench_pruning
+from llmcompress_kernels.bench.moe import bench_pruning
+
+from llmcompress.inference.speed import dense_experts
 
 DECODE = {"W4": 4.0, "W2": 7.0}
 PREFILL_TOKENS, PREFILL = 128, 3.0
@@ -62,21 +64,6 @@ def main() -> None:
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     held = sum(goal["holds"] for goal in goals)
     verdict(held == len(goals), f"{held} of {len(goals)} goals of C5 hold")
-
-
-def dense_experts() -> Any:
-    """The experts module of transformers' Mixtral in these sizes, random bf16 weights."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    config = MixtralConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=EXPERTS, num_experts_per_tok=SLOTS
-    )
-    config._experts_implementation = "grouped_mm"
-    experts = MixtralSparseMoeBlock(config).bfloat16().eval().experts
-    for parameter in experts.parameters():
-        parameter.data.normal_(0, 0.02)
-    return experts
 
 
 def judge(rows: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,10 @@ about speed, and speed does not depend on the codes. Three ways to run each:
     int8    head8 and activations rounded to 8 bits: what llama.cpp does too (Q8_0 head, Q8 activations, fp16 cache),
             so this one is judged against it; the others stand beside it
 
-Candidates alternate sample by sample; `chrt -f 5 python ...` keeps other programs out where that is allowed.
+Candidates alternate sample by sample; `chrt -f 5 python ...` keeps other programs out where that is allowed. Every case
+is a run of its own whose candidates all take part, so cases may be measured one after another:
+
+    --model smollm2 --case "decode at 16, batch 1"     rows of the file for that case are replaced, others are kept
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 KINDS = ("Q4_1", "Q4_0", "Q2_K")
 BF16 = "transformers bf16"
+MODELS = ("smollm2", "reference_moe")
 
 
 def load(path: str | Path, dtype: torch.dtype) -> Any:
@@ -66,18 +70,18 @@ def own(folder: Path, widths: dict[str, tuple[int, int]]) -> tuple[dict[str, Any
     return candidates, engines
 
 
-def peers(gguf: Path | None, threads: int, brief: bool) -> tuple[dict[str, Any], list[str]]:
+def peers(gguf: Path | None, threads: int) -> tuple[dict[str, Any], list[str]]:
     """llama.cpp with every kind of file, and what is missing."""
     if gguf is None or speed.peer() is None:
         return {}, ["llama.cpp (not configured)"]
     found, missing = {}, []
     work = Path(tempfile.mkdtemp(prefix="llmcompress-gguf-"))
-    for kind in KINDS if not brief else KINDS[::2]:
+    for kind in KINDS:
         file = gguf if kind == "Q4_1" else work / f"{kind}.gguf"
         try:
             if kind != "Q4_1":
                 speed.quantize_gguf(gguf, file, kind)
-            for plain in (False, True) if kind == "Q4_1" and not brief else (False,):
+            for plain in (False, True) if kind == "Q4_1" else (False,):
                 name = f"llama.cpp {kind}{' plain' if plain else ''}"
                 found[name] = speed.LlamaCpp(file, threads, PROMPT + 64, max(BATCHES), plain)
         except Exception as error:
@@ -85,19 +89,38 @@ def peers(gguf: Path | None, threads: int, brief: bool) -> tuple[dict[str, Any],
     return found, missing
 
 
-def run(candidates: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cases, with a pause after each so that a shared machine breathes."""
+def all_cases(steps: int) -> list[speed.Case]:
+    """What is measured of each model."""
+    cases = [speed.Case("decode", c, b, steps) for b in BATCHES for c in CONTEXTS]
+    return [*cases, speed.Case("prefill", PROMPT)]
+
+
+def run(model: str, candidates: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cases asked for, with a pause after each so that a shared machine breathes."""
     rows: list[dict[str, Any]] = []
-    cases = [speed.Case("decode", c, b, options.steps) for b in BATCHES for c in CONTEXTS]
-    for case in [*cases, speed.Case("prefill", PROMPT)]:
-        if options.brief and case.batch > 1 and case.context > CONTEXTS[0]:
+    for case in all_cases(options.steps):
+        if options.case and case.name not in options.case:
             continue
-        rows += speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
-        for row in rows[-len(candidates) :]:
-            print(f"{row['case']:<24} {row['candidate']:<22} {row['tokens_per_second']:>8.1f} tokens/s "
+        found = speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
+        for row in found:
+            print(f"{model} {row['case']:<24} {row['candidate']:<22} {row['tokens_per_second']:>8.1f} tokens/s "
                   f"(best {row['best']:.1f}, {row['clean']} clean of {row['total']})", flush=True)  # fmt: skip
+        rows += found
         time.sleep(2)
     return rows
+
+
+def merge(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Add what was measured to what the file holds of the same code; a case measured again is replaced whole."""
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    for name in MODELS:
+        mine = found.get(name, [])
+        cases = {row["case"] for row in mine}
+        found[name] = [row for row in held.get(name, []) if row["case"] not in cases] + mine
+    found["profile_ms"] = {**held.get("profile_ms", {}), **found["profile_ms"]}
+    names = {case.name for case in all_cases(1)}
+    absent = [f"{m} {n}" for m in MODELS for n in sorted(names - {row["case"] for row in found[m]})]
+    return {**found, "complete": not absent and not found["missing"], "absent": absent}
 
 
 def profiles(engines: dict[str, Engine]) -> dict[str, dict[str, float]]:
@@ -142,40 +165,43 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=15.0, help="seconds per case")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "kernels_decode.json")
-    parser.add_argument("--brief", action="store_true", help="fewer candidates and cases, for a busy machine")
+    parser.add_argument("--model", choices=MODELS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--case", action="append", help="only this case; may be repeated")
     options = parser.parse_args()
     smollm2, gguf = os.environ.get("LLMCOMPRESS_SMOLLM2"), os.environ.get("LLMCOMPRESS_SMOLLM2_GGUF")
     if smollm2 is None:
         verdict(False, "not measured: set LLMCOMPRESS_SMOLLM2 (see the head of this script)")
     torch.set_num_threads(options.threads)
-    theirs, missing = peers(Path(gguf) if gguf else None, options.threads, options.brief)
-    candidates, engines = own(Path(smollm2), {"W4": (4, 4), "W2": (2, 2)})
-    print("== SmolLM2-135M", flush=True)
-    rows = run({**candidates, **theirs}, options)
-    for peer in theirs.values():
-        peer.close()
-    print("== reference MoE, attention 4 bits, experts 2 bits", flush=True)
-    moe_candidates, moe_engines = {}, {}
-    if not options.brief:
-        moe_candidates, moe_engines = own(resolve_path("asset:reference_moe"), {"moe": (4, 2)})
-    moe_rows = run(moe_candidates, options) if moe_candidates else []
-    found = goals(rows)
-    where = profiles({**engines, **moe_engines})
-    options.json.parent.mkdir(exist_ok=True)
-    options.json.write_text(json.dumps({
+    models = options.model or MODELS
+    found: dict[str, Any] = {
         "environment": bench.environment(options.threads), "transformers": version("transformers"), "seed": 0,
-        "brief": options.brief,
-        "missing": missing, "goals": found, "smollm2": rows, "reference_moe": moe_rows, "profile_ms": where,
-    }, indent=1) + "\n")  # fmt: skip
-    for goal in found:
+        "missing": [], "profile_ms": {},
+    }  # fmt: skip
+    if "smollm2" in models:
+        theirs, found["missing"] = peers(Path(gguf) if gguf else None, options.threads)
+        candidates, engines = own(Path(smollm2), {"W4": (4, 4), "W2": (2, 2)})
+        found["smollm2"] = run("smollm2", {**candidates, **theirs}, options)
+        for peer in theirs.values():
+            peer.close()
+        found["profile_ms"] |= profiles(engines)
+    if "reference_moe" in models:
+        candidates, engines = own(resolve_path("asset:reference_moe"), {"moe": (4, 2)})
+        found["reference_moe"] = run("reference_moe", candidates, options)
+        found["profile_ms"] |= profiles(engines)
+    found = merge(options.json, found)
+    found["goals"] = goals(found["smollm2"])
+    options.json.parent.mkdir(exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    for goal in found["goals"]:
         ratio = "not measured" if goal["found"] is None else f"{goal['found']:.2f}"
         print(f"{'holds      ' if goal['holds'] else 'FALLS SHORT'} {goal['goal']}: {ratio}, wanted {goal['wanted']}")
     for name in ("W4 exact at 16", "W4 int8 at 16", "W4 int8 at 512", "W2 int8 at 16"):
-        print(f"profile {name}, ms: {where[name]}")
-    held = sum(goal["holds"] for goal in found)
+        print(f"profile {name}, ms: {found['profile_ms'].get(name)}")
+    held = sum(goal["holds"] for goal in found["goals"])
+    gaps = [*found["missing"], *found["absent"]]
     verdict(
-        held == len(found) and not missing,
-        f"{held} of {len(found)} goals of C6 and C7 hold. Missing: {missing or 'none'}",
+        held == len(found["goals"]) and not gaps,
+        f"{held} of {len(found['goals'])} goals of C6 and C7 hold. Missing: {', '.join(gaps) or 'none'}",
     )
 
 

@@ -240,11 +240,25 @@ def test_bench_model(finished: tuple[Path, Path], tiny_folder: Path, capsys: pyt
 
 
 def test_bench_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmcompress.cli.bench.KERNEL_SHAPES", ((32, 64),))
-    found = told(capsys, "bench", "kernels", "--bits", "3", "--repeats", "1")
-    assert {row["tokens"] for row in found["rows"]} == {1, 64}
-    assert all(row["packed"]["median"] > 0 for row in found["rows"])
+    timing = "llmcompress_kernels.bench.timing"
+    monkeypatch.setattr(f"{timing}.PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("llmcompress_kernels.bench.linear.COLD_BYTES", 1 << 16)
+    for name, value in (("HIDDEN", 64), ("INTERMEDIATE", 64), ("EXPERTS", 4), ("SLOTS", 2)):
+        monkeypatch.setattr(f"llmcompress_kernels.bench.moe.{name}", value)
+    words = ["--bits", "3", "--shape", "128x64", "--tokens", "1", "--tokens", "5", "--repeats", "1", "--budget", "1"]
+    found = told(capsys, "bench", "kernels", *words, "--moe", "--threads", "1")
+    assert {row["tokens"] for row in found["linear"]} == {1, 5}
+    assert {"W3", "W3 int8", "torch bf16", "torch int4"} <= {row["candidate"] for row in found["linear"]}
+    assert {row["candidate"] for row in found["moe"]} == {"W3", "W3 int8", "dense bf16"}
+    for row in found["linear"]:
+        assert row["microseconds"] > 0
+        assert row["probed_gb_per_s"] > 0
+        assert row["relative_error"] < (0.02 if row["candidate"].startswith(("W3", "torch bf16")) else 0.2)
+    assert invoke(["bench", "kernels", *words]) == 0
+    assert "of bandwidth" in capsys.readouterr().out
     assert invoke(["bench", "kernels", "--bits", "5"]) == 2
+    assert invoke(["bench", "kernels", "--shape", "128"]) == 2
+    assert invoke(["bench", "kernels", "--shape", "100x64"]) == 2
 
 
 def test_report_again(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

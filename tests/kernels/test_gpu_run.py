@@ -68,6 +68,40 @@ def test_moe(packed, up_bits: int, down_bits: int, dtype: torch.dtype, tokens: i
     assert relative(found, expected) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7, 16])
+def test_cuda_kernels(packed, bits: int, dtype: torch.dtype, tokens: int) -> None:
+    """CUDA C++ by itself, dense and routed, where its build is possible."""
+    from llmcompress_kernels.cuda import skinny
+
+    if skinny.unavailable() is not None:
+        pytest.skip(skinny.unavailable())
+    torch.manual_seed(tokens)
+    for rows, columns, group in ((14336, 4096, 128), (1000, 14336, 64), (130, 640, 1 << 20)):
+        w = packed((rows, columns), bits, group, False, "cuda")
+        x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+        operands = (w.weight, w.scale, w.zero, bits, group, columns)
+        assert skinny.verify(x, *operands[:5]) is None
+        expected = dense_definition.group_gemm(x.double(), *operands)
+        found = [skinny.group_gemm(x, *operands) for _ in range(3)]
+        assert relative(found[0], expected) < TOLERANCE[dtype], (rows, columns, group)
+        assert torch.equal(found[0], found[1])  # whatever block comes last
+        assert torch.equal(found[0], found[2])
+    experts, slots, hidden, inner = 8, 2, 1024, 1408
+    banks = [
+        packed(shape, bits, 128, False, "cuda") for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner))
+    ]
+    sides = tuple(skinny.Side(b.weight, b.scale, b.zero, None, bits, 128) for b in banks)
+    x = 0.05 * torch.randn(tokens, hidden, device="cuda", dtype=dtype)
+    index = torch.rand(tokens, experts + 1, device="cuda").topk(slots, -1).indices
+    weights = torch.rand(tokens, slots, device="cuda")
+    own = [v for s in sides for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group)]
+    expected = routed_definition.moe_group_gemm(x.double(), index, weights, *own, inner, "silu", 1.702, 7.0)
+    found = skinny.moe_group_gemm(x, index, weights, sides, inner, "silu", 1.702, 7.0)
+    assert relative(found, expected) < 2 * TOLERANCE[dtype]
+
+
 def test_moe_in_a_graph_follows_its_inputs(packed) -> None:
     up, down = packed((8, 256, 128), 3, 64, False, "cuda"), packed((8, 128, 128), 3, 64, False, "cuda")
     x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)

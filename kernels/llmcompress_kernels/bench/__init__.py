@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from llmcompress_kernels.bench.linear import bench_linear
 from llmcompress_kernels.bench.moe import bench_moe
-from llmcompress_kernels.bench.timing import Timing, bandwidth_probes, environment, interleave, read_bandwidth
+from llmcompress_kernels.bench.timing import (
+    Timing,
+    bandwidth_probes,
+    byte_product_rate,
+    environment,
+    interleave,
+    read_bandwidth,
+)
 
-__all__ = ["Timing", "bandwidth_probes", "bench_linear", "bench_moe", "environment", "interleave", "read_bandwidth"]
+__all__ = [
+    "Timing",
+    "bandwidth_probes",
+    "bench_linear",
+    "bench_moe",
+    "byte_product_rate",
+    "environment",
+    "interleave",
+    "read_bandwidth",
+]

@@ -27,6 +27,8 @@ MOST_COPIES = 128
 PROBE_BYTES = 512 << 20
 PROBE = "read memory"
 SAMPLE_SECONDS = 5e-4
+# clean samples below which a candidate is measured again
+FEW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Timing:
         median: Seconds per call, of the clean samples.
         best: Seconds of the fastest one.
         clean: Samples that count.
-        total: Samples taken. When fewer than three are clean, all count.
+        total: Samples taken. When none is clean, all count.
     """
 
     median: float
@@ -77,6 +79,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all candidates in turn until each has ``rounds`` clean samples or ``budget`` seconds are over.
 
+    A candidate with fewer than three clean samples by then gets up to ``budget`` seconds more.
+
     A sample is as many calls in a row as take half a millisecond, after one that does not count, so that neither the
     clock nor what the candidate before left in the core decides; :class:`Rotation` gives each call other weights.
     """
@@ -90,21 +94,33 @@ def interleave(
         calls[name] = max(1, int(SAMPLE_SECONDS / taken[-1]))
     good: dict[str, list[float]] = {name: [] for name in candidates}
     bad: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def sample(name: str) -> None:
+        function = candidates[name]
+        function()
+        lost = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        began = time.perf_counter()
+        for _ in range(calls[name]):
+            function()
+        seconds = (time.perf_counter() - began) / calls[name]
+        clean = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == lost
+        (good if clean else bad)[name].append(seconds)
+
     end = time.perf_counter() + budget
     while time.perf_counter() < end and any(len(samples) < rounds for samples in good.values()):
-        for name, function in candidates.items():
-            function()
-            lost = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-            began = time.perf_counter()
-            for _ in range(calls[name]):
-                function()
-            seconds = (time.perf_counter() - began) / calls[name]
-            clean = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == lost
-            (good if clean else bad)[name].append(seconds)
+        for name in candidates:
+            sample(name)
+    # what lost its core in nearly every sample gets as much time again
+    end = time.perf_counter() + budget
+    while left := [name for name in candidates if len(good[name]) < min(FEW, rounds)]:
+        if time.perf_counter() >= end:
+            break
+        for name in left:
+            sample(name)
     found = {}
     for name in candidates:
         everything = good[name] + bad[name]
-        used = good[name] if len(good[name]) >= 3 else everything
+        used = good[name] or everything
         found[name] = Timing(statistics.median(used), min(everything), len(good[name]), len(everything))
     return found
 
@@ -130,6 +146,23 @@ def bandwidth_probes(threads: int) -> dict[str, Callable[[], Any]]:
 def read_bandwidth(timings: Mapping[str, Timing]) -> float:
     """Bytes per second of the faster probe among ``timings``."""
     return PROBE_BYTES / min(timing.median for name, timing in timings.items() if name.startswith(PROBE))
+
+
+def byte_product_rate(threads: int, rounds: int = 7, budget: float = 5.0) -> float | None:
+    """Byte multiplications and additions per second from registers, or None where the CPU has no VNNI.
+
+    What no product of codes with bytes can exceed; products with exact 16-bit activations take two of them each.
+
+    Raises:
+        BuildError: The native kernels are not available.
+    """
+    run = build.load(cpu.FAMILY).llmcompress_byte_products
+    run.argtypes, run.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_int64
+    turns = 200_000
+    counted = int(run(threads, turns))
+    if counted == 0:
+        return None
+    return counted / interleave({"peak": lambda: run(threads, turns)}, rounds, budget)["peak"].median
 
 
 def environment(threads: int) -> dict[str, Any]:

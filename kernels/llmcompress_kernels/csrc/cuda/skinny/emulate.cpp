@@ -1,0 +1,12 @@
+// The kernels of skinny.cuh on the host: for tests of their indices, barriers and arithmetic, thousands of times slower.
+#include "emulate.h"
+
+#include "skinny.cuh"
+
+#include "launch.h"
+
+// Whether copies arrive late, and the order of blocks and lanes.
+LLMCOMPRESS_EXPORT void llmcompress_skinny_emulation(int late, unsigned seed) {
+    llmcompress::skinny::machine.late = late != 0;
+    llmcompress::skinny::machine.order.seed(seed);
+}

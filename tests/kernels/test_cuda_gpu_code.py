@@ -1,0 +1,237 @@
+"""CUDA C++ without a GPU: the kernels' own source run on the host against the definition, and compiled for two GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from llmcompress_kernels import build, select
+from llmcompress_kernels.cuda import aot, skinny
+from llmcompress_kernels.reference import group_gemm as dense_definition
+from llmcompress_kernels.reference import moe_group_gemm as routed_definition
+
+# one rounding of the result, and products of exact operands in fp32
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
+ARCHITECTURES = (80, 90)
+# instructions of one thread that an H100 can issue per weight while 3 TB/s of them arrive
+BUDGET = {2: 2.8, 3: 4.0, 4: 5.3}
+
+
+@pytest.fixture(scope="module")
+def emulation() -> ctypes.CDLL:
+    """The kernels compiled for the host."""
+    if shutil.which("g++") is None and "CXX" not in os.environ:
+        pytest.skip("no C++ compiler")
+    family = build.Family(
+        "skinny-emulation",
+        ("cuda/skinny/emulate.cpp",),
+        headers=("cuda/skinny/*",),
+        flags=("-O2", "-Wno-unknown-pragmas"),
+    )
+    return ctypes.CDLL(str(build.build(family)))
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius error; NaN counts as infinite."""
+    value = ((found.double() - expected).norm() / expected.norm()).item()
+    return value if value == value else float("inf")
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "group", "processors"),
+    [
+        (1, 128, 256, 128, 1),
+        (3, 130, 1408, 64, 4),  # rows of another tile, half a step at the end, split columns
+        (9, 17, 1536, 1024, 4),  # two tiles of tokens, groups longer than a step, several splits
+        (16, 48, 640, 4096, 1),  # one group per row
+    ],
+)
+def test_dense(emulation, packed, monkeypatch, late, bits, dtype, tokens, rows, columns, group, processors) -> None:
+    torch.manual_seed(tokens)
+    monkeypatch.setattr(skinny, "STEPS_OF_A_PART", 1)
+    emulation.llmcompress_skinny_emulation(int(late), bits)
+    w = packed((rows, columns), bits, group, symmetric=tokens == 1)
+    x = torch.randn(tokens, columns).to(dtype)
+    operands = (w.weight, w.scale, w.zero, bits, group, columns)
+    assert skinny.verify(x, *operands[:5]) is None
+    expected = dense_definition.group_gemm(x.double(), *operands)
+    found = skinny.group_gemm(x, *operands, library=emulation, processors=processors)
+    assert error(found, expected) < TOLERANCE[dtype]
+
+
+def test_shared_memory_is_what_the_report_says(emulation) -> None:
+    for bits in (2, 3, 4):
+        for at_once in (1, 8, 9, 16):
+            for group in (64, 128, 4096):
+                assert emulation.llmcompress_skinny_shared(bits, at_once, group) == aot.shared(bits, at_once, group)
+
+
+def test_narrow_groups(emulation, packed) -> None:
+    emulation.llmcompress_skinny_emulation(1, 0)
+    for bits, group in ((3, 64), (4, 32), (2, 64), (4, 256)):
+        w = packed((32, 512), bits, group, symmetric=False)
+        x = torch.randn(2, 512).to(torch.float16)
+        operands = (w.weight, w.scale, w.zero, bits, group, 512)
+        expected = dense_definition.group_gemm(x.double(), *operands)
+        found = skinny.group_gemm(x, *operands, library=emulation, processors=1)
+        assert error(found, expected) < TOLERANCE[torch.float16], (bits, group)
+
+
+def test_results_do_not_depend_on_the_order_of_blocks_and_lanes(emulation, packed) -> None:
+    w = packed((40, 2048), 3, 128, symmetric=False)
+    x = torch.randn(5, 2048).to(torch.bfloat16)
+    found = []
+    for seed in range(3):
+        emulation.llmcompress_skinny_emulation(seed % 2, seed)
+        found.append(skinny.group_gemm(x, w.weight, w.scale, w.zero, 3, 128, 2048, library=emulation, processors=8))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "activation", "processors"),
+    [
+        (1, (2, 2), "silu", 1),
+        (4, (4, 3), "gelu", 60),
+        (9, (3, 4), "gpt_oss", 60),
+        (16, (2, 4), "gelu_pytorch_tanh", 1),
+    ],
+)
+@pytest.mark.parametrize("late", [True, False])
+def test_routed(emulation, packed, monkeypatch, late, tokens, bits, activation, processors) -> None:
+    torch.manual_seed(tokens)
+    emulation.llmcompress_skinny_emulation(int(late), tokens)
+    monkeypatch.setattr(skinny, "STEPS_OF_A_PART", 1)
+    experts, slots, hidden, inner = 4, 2, 640, 384
+    up = packed((experts, 2 * inner, hidden), bits[0], 128, symmetric=False)
+    down = packed((experts, hidden, inner), bits[1], 128, symmetric=True)
+    scale = 0.1 if activation == "gpt_oss" else 0.05
+    sides = (
+        skinny.Side(up.weight, up.scale, up.zero, torch.randn(experts, 2 * inner), bits[0], 128),
+        skinny.Side(down.weight, down.scale, down.zero, torch.randn(experts, hidden), bits[1], 128),
+    )
+    x = (scale * torch.randn(tokens, hidden)).to(torch.bfloat16)
+    index = torch.rand(tokens, experts).topk(slots, -1).indices
+    index[0, 1] = experts  # a skipped slot
+    if tokens > 8:
+        index[:, 0] = 3  # more tokens than one tile
+        index[:, 1] = torch.where(index[:, 1] == 3, 4, index[:, 1])
+    weights = torch.rand(tokens, slots)
+    assert skinny.verify_routed(x, index, sides, inner, activation) is None
+    own = [v for s in sides for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group)]
+    expected = routed_definition.moe_group_gemm(x.double(), index, weights, *own, inner, activation, 1.702, 7.0)
+    found = skinny.moe_group_gemm(
+        x, index, weights, sides, inner, activation, 1.702, 7.0, library=emulation, processors=processors
+    )
+    assert error(found, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_a_repeated_expert_takes_a_second_pass(emulation, packed) -> None:
+    """More slots of one expert than a tile holds, because tokens name it twice."""
+    emulation.llmcompress_skinny_emulation(1, 0)
+    up, down = packed((2, 64, 256), 4, 64, True), packed((2, 256, 32), 4, 64, True)
+    sides = tuple(skinny.Side(s.weight, s.scale, None, None, 4, 64) for s in (up, down))
+    x = (0.1 * torch.randn(6, 256)).to(torch.float16)
+    index, weights = torch.ones(6, 2, dtype=torch.int64), torch.rand(6, 2)
+    own = [v for s in sides for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group)]
+    halves = [
+        routed_definition.moe_group_gemm(
+            x.double(), index[:, j : j + 1], weights[:, j : j + 1], *own, 32, "silu", 1.7, 7.0
+        )
+        for j in range(2)
+    ]
+    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, processors=1)
+    assert error(found, halves[0] + halves[1]) < 1e-3
+
+
+def test_all_slots_skipped_give_zeros(emulation, packed) -> None:
+    up, down = packed((2, 64, 256), 4, 64, True), packed((2, 256, 32), 4, 64, True)
+    sides = tuple(skinny.Side(s.weight, s.scale, None, None, 4, 64) for s in (up, down))
+    x = torch.randn(2, 256).to(torch.float16)
+    index, weights = torch.full((2, 2), 2), torch.rand(2, 2)
+    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, processors=1)
+    assert torch.equal(found, torch.zeros_like(x))
+
+
+def test_what_the_kernels_decline(packed) -> None:
+    w = packed((32, 512), 4, 128, True)
+    x = torch.randn(2, 512).to(torch.bfloat16)
+
+    def reason(x: torch.Tensor = x, bits: int = 4, group: int = 128) -> str:
+        return skinny.verify(x, w.weight, w.scale, None, bits, group) or ""
+
+    assert reason() == ""
+    assert "float32" in reason(x.float())
+    assert "17 tokens" in reason(torch.randn(17, 512).to(torch.bfloat16))
+    assert "8 bits" in reason(bits=8)
+    assert "groups of 48" in reason(group=48)
+    assert "begin at 16 bytes" in reason(torch.randn(1, 576).to(torch.bfloat16), bits=3)
+    shifted = torch.randn(513).to(torch.bfloat16)[1:].view(1, 512)
+    assert "does not begin" in reason(shifted)
+
+
+def test_the_implementation_is_listed_with_its_reason() -> None:
+    rows = {(row.op, row.implementation): row for row in select.explain("cuda")}
+    for op in ("group_gemm", "moe_group_gemm"):
+        row = rows[op, "cuda"]
+        assert row.used or row.reason
+        assert torch.cuda.is_available() or row.reason == "no CUDA device"
+
+
+def test_columns_are_split_until_the_gpu_is_full() -> None:
+    assert skinny.split(4, tiles=1000, experts=1, columns=4096, processors=132) == (1, 16)
+    splits, steps = skinny.split(4, tiles=32, experts=1, columns=14336, processors=132)
+    assert splits * 32 >= 132
+    assert (splits - 1) * steps < 56 <= splits * steps
+    assert skinny.split(4, tiles=1, experts=1, columns=256, processors=132) == (1, 1)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """Reports of all instances, both GPUs compiled at once."""
+    if aot.missing() is not None:
+        pytest.skip(aot.missing())
+    folder = tmp_path_factory.mktemp("cubin")
+    with ThreadPoolExecutor(2) as pool:
+        return [r for part in pool.map(lambda arch: aot.compile_all(arch, folder), ARCHITECTURES) for r in part]
+
+
+@pytest.mark.slow
+def test_every_instance_compiles_without_spills(compiled: list[dict]) -> None:
+    wanted = {(a, b, t, n) for a in ARCHITECTURES for b in (2, 3, 4) for t in ("fp16", "bf16") for n in (8, 16)}
+    assert {(r["arch"], r["bits"], r["type"], r["tokens"]) for r in compiled} == wanted
+    assert [r for r in compiled if r["spills"] or r["stack"]] == []
+
+
+@pytest.mark.slow
+def test_blocks_fit_side_by_side(compiled: list[dict]) -> None:
+    """The pipeline's depth counts for nothing unless several blocks share a multiprocessor."""
+    for report in compiled:
+        by_registers = 65536 // (128 * -(-report["registers"] // 8) * 8)
+        for tokens, wanted in ((1, {80: 1, 90: 2}), (8, {80: 1, 90: 2}), (16, {80: 1, 90: 1})):
+            if tokens > report["tokens"]:
+                continue
+            taken = aot.shared(report["bits"], tokens, aot.GROUP) + 1024
+            fit = min(by_registers, aot.SHARED_PER_PROCESSOR[report["arch"]] // taken)
+            assert fit >= wanted[report["arch"]], (report, tokens, fit)
+
+
+@pytest.mark.slow
+def test_the_loop_is_made_of_what_it_is_meant_to_be(compiled: list[dict]) -> None:
+    for report in compiled:
+        counts, tiles = report["loop"], report["tokens"] // 8
+        pairs = {2: 8, 3: 4, 4: 4}[report["bits"]]
+        # either half of the rows and the sums, two pairs to a product
+        assert counts["HMMA"] == 3 * tiles * pairs // 2, report
+        assert report["copies"] > 0, report  # LDGSTS
+        assert counts.get("LDL", 0) + counts.get("STL", 0) == 0, report
+        assert counts.get("LDG", 0) == 0, report
+        if report["tokens"] == 8:
+            assert report["per_weight"] < BUDGET[report["bits"]], report
