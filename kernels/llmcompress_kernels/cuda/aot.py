@@ -25,8 +25,9 @@ from llmcompress_kernels.cuda import skinny, toolchain
 SOURCE = build.SOURCES / "cuda" / "skinny" / "skinny.cu"
 # bytes of shared memory of a multiprocessor, of which every block takes 1024 more than it asks for
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
-# one turn of the loop over columns: a warp's 32 rows, 32 lanes
 ROWS_OF_A_WARP, LANES = 32, 32
+# columns of one turn of the loop over a step's columns
+TURN = {2: 64, 3: 64, 4: 32}
 GROUP = 128
 
 
@@ -58,7 +59,7 @@ def compile_all(arch: int, folder: Path) -> list[dict[str, Any]]:
     Returns:
         Per instance ``arch``, ``bits``, ``type``, ``tokens`` of its tile, ``registers``, ``stack`` and ``spills`` in
         bytes, ``shared`` bytes with groups of 128 for all its tokens, ``copies`` (asynchronous ones), ``loop``
-        (instructions of the loop over a step's columns by name), ``unit`` (columns of one turn of it), and
+        (instructions of the loop over a step's columns by name), ``turn`` (columns of one turn of it), and
         ``per_weight``: instructions per weight of a step with its copies and scales, groups of 128, at most.
 
     Raises:
@@ -94,14 +95,13 @@ def _resources(log: str) -> dict[str, dict[str, int]]:
 def _report(arch: int, name: str, resources: dict[str, int], code: str) -> dict[str, Any]:
     bits, bf16, tiles = map(int, re.search(r"ILi(\d)ELb(\d)ELi(\d)E", name).groups())  # type: ignore[union-attr]
     inner, outer = _loops(code)
-    pairs = 8 if bits == 2 else 4
-    # a turn takes one unit; what it does at the end of a group is FFMA, their scales and zeros for the next group
-    unit, step = 8 * pairs, skinny.COLUMNS[bits]
-    turn = inner.total() - (1 - unit / GROUP) * (inner["FFMA"] + inner["CS2R"])
-    executed = outer.total() - inner.total() + step // unit * turn
+    # what a turn does at the end of a group only is FFMA, and zeros for the next one
+    turn, step = TURN[bits], skinny.COLUMNS[bits]
+    executed = inner.total() - (1 - turn / GROUP) * (inner["FFMA"] + inner["CS2R"])
+    executed = outer.total() - inner.total() + step // turn * executed
     return {
         "arch": arch, "bits": bits, "type": "bf16" if bf16 else "fp16", "tokens": 8 * tiles, **resources,
-        "shared": shared(bits, 8 * tiles, GROUP), "copies": outer["LDGSTS"], "loop": dict(inner), "unit": unit,
+        "shared": shared(bits, 8 * tiles, GROUP), "copies": outer["LDGSTS"], "loop": dict(inner), "turn": turn,
         "per_weight": round(executed / (step * ROWS_OF_A_WARP / LANES), 2),
     }  # fmt: skip
 

@@ -147,24 +147,26 @@ template <int BITS, int NT> struct Block {
             for (int i = 0; i < ROWS; i += AT_ONCE) copy_async(to + i * S::STRIDE, rows[i] + skip);
         }
         // a warp copies a token's activations
+#pragma unroll 1
         for (int token = warp; token < count; token += THREADS / 32) {
             unsigned char* to = xs + (stage * call.at_once + token) * S::X_STRIDE;
             const unsigned char* x = at<const unsigned char*>(M::X_ROW)[token] + 2 * int64_t(k);
+            const int lane = 16 * (thread % 32);
 #pragma unroll
-            for (int i = 16 * (thread % 32); i < 2 * S::COLUMNS; i += 16 * 32)
-                if (i < 2 * left) copy_async(to + i, x + i);
+            for (int i = 0; i < 2 * S::COLUMNS; i += 16 * 32)
+                if (lane + i < 2 * left) copy_async(to + lane + i, x + lane + i);
         }
     }
 
     struct Grid { // scales and zero points of this thread's row for one step, as stored
+        int count;    // groups; 0 beyond the row's end
         uint16_t scale[S::GROUPS];
         uint32_t zero[2];
         int bit;
     };
 
-    // Calls `f(i)` for the groups of the step at column `k`; a step has 1, 2, 4 or 8 of them.
-    template <typename F> __device__ __forceinline__ void each_group(int k, F f) {
-        const int first = k / call.group, left = int(call.groups) - first, count = left < stage_groups ? left : stage_groups;
+    // Calls `f(i)` for so many groups; a step has 1, 2, 4 or 8 of them, the last one of a row perhaps fewer.
+    template <typename F> static __device__ __forceinline__ void each(int count, F f) {
         f(0);
         if (count == 1) return;
         f(1);
@@ -175,9 +177,14 @@ template <int BITS, int NT> struct Block {
     }
 
     __device__ __forceinline__ void load_grid(Grid& grid, int k) {
+        grid.count = 0;
         if (k >= call.columns) return;
-        const int group = k / call.group;
-        each_group(k, [&](int i) { grid.scale[i] = read(scale_row + group + i); });
+        int group = k / S::COLUMNS * stage_groups;
+        if (call.group > S::COLUMNS) group = k / call.group;
+        const int left = int(call.groups) - group;
+        grid.count = left < stage_groups ? left : stage_groups;
+        const uint16_t* scales = scale_row + group;
+        each(grid.count, [&](int i) { grid.scale[i] = read(scales + i); });
         if (call.zero == nullptr) return;
         // the zero points of a step fill at most 32 bits; only those of 3 bits may lie in two words
         const int word = group * BITS / 32;
@@ -186,13 +193,13 @@ template <int BITS, int NT> struct Block {
         grid.zero[1] = BITS == 3 && word + 1 < call.zero_words ? read(zero_row + word + 1) : 0;
     }
 
-    // (scale, -scale (2^b + zero)) of this thread's row for the step that begins at `k`.
-    __device__ __forceinline__ void store_grid(const Grid& grid, int step, int k) {
-        if (k >= call.columns) return;
+    // (scale, -scale (2^b + zero)) of this thread's row for step `step`.
+    __device__ __forceinline__ void store_grid(const Grid& grid, int step) {
+        if (grid.count == 0) return;
         Pair* scales = at<Pair>(M::SCALES) + (step & 1) * stage_groups * ROWS + thread;
         const bool stored = call.zero != nullptr;
         const uint32_t codes = stored ? funnel(grid.zero[0], grid.zero[1], grid.bit) : 0;
-        each_group(k, [&](int i) {
+        each(grid.count, [&](int i) {
             const uint32_t zero = stored ? (codes >> (BITS * i)) & ((1u << BITS) - 1) : 1u << (BITS - 1);
             const float scale = widen<false>(grid.scale[i]);
             scales[i * ROWS] = {scale, -scale * float((1u << BITS) + zero)};
@@ -262,21 +269,27 @@ template <int BITS, bool BF16, int NT> struct Sums {
         const int per_group = S::UNITS / block.stage_groups;
         float part[2][NT][4] = {}, sum[NT][4] = {};
         int in_group = 0;
+        // rows of 3-bit codes hold an even number of units, and groups too
+        constexpr int PER_TURN = BITS == 3 ? 2 : 1;
 #pragma unroll 1
-        for (int u = 0; u < units; ++u) {
-            uint32_t b[NT][S::PAIRS], code[2][2];
+        for (int u = 0; u < units; u += PER_TURN) {
 #pragma unroll
-            for (int n = 0; n < NT; ++n) pairs_of_x<BITS>(b[n], xs[n] + u * 2 * S::UNIT, t);
+            for (int v = u; v < u + PER_TURN; ++v) {
+                uint32_t b[NT][S::PAIRS], code[2][2];
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
-                code[r / 2][r % 2] = codes_of<BITS>(words + (row + 8 * r) * S::STRIDE + u * S::UNIT_BYTES, t);
-            multiply<0>(part, sum, code, b);
-            multiply<1>(part, sum, code, b);
-            if constexpr (S::PAIRS == 8) {
-                multiply<2>(part, sum, code, b);
-                multiply<3>(part, sum, code, b);
+                for (int n = 0; n < NT; ++n) pairs_of_x<BITS>(b[n], xs[n] + v * 2 * S::UNIT, t);
+#pragma unroll
+                for (int r = 0; r < 4; ++r)
+                    code[r / 2][r % 2] = codes_of<BITS>(words + (row + 8 * r) * S::STRIDE + v * S::UNIT_BYTES, t);
+                multiply<0>(part, sum, code, b);
+                multiply<1>(part, sum, code, b);
+                if constexpr (S::PAIRS == 8) {
+                    multiply<2>(part, sum, code, b);
+                    multiply<3>(part, sum, code, b);
+                }
             }
-            if (++in_group < per_group && u + 1 < units) continue;
+            in_group += PER_TURN;
+            if (in_group < per_group && u + PER_TURN < units) continue;
             flush(part, sum, scales + row);
             scales += ROWS, in_group = 0;
         }
@@ -437,7 +450,7 @@ __global__ void __launch_bounds__(THREADS) skinny_kernel(const __grid_constant__
             commit();
         }
         block.load_grid(grid, from);
-        block.store_grid(grid, 0, from);
+        block.store_grid(grid, 0);
         block.load_grid(grid, from + COLUMNS);
         for (int s = 0; s < steps; ++s) {
             const int k = from + s * COLUMNS;
@@ -445,7 +458,7 @@ __global__ void __launch_bounds__(THREADS) skinny_kernel(const __grid_constant__
             sync(); // step s is there, and nobody reads step s - 1 any more
             if (s + S::STAGES - 1 < steps) block.fetch(s + S::STAGES - 1, k + (S::STAGES - 1) * COLUMNS, count);
             commit();
-            block.store_grid(grid, s + 1, k + COLUMNS);
+            block.store_grid(grid, s + 1);
             block.load_grid(grid, k + 2 * COLUMNS);
             sums.step(block, s, call.columns - k, count);
         }
