@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from harness import ROOT, verdict
 from llmcompress_kernels import bench
+from run_all import commit
 from transformers import AutoModelForCausalLM
 
 from llmcompress.inference import speed
@@ -111,10 +112,10 @@ def run(model: str, candidates: dict[str, Any], options: argparse.Namespace) -> 
 
 
 def merge(file: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Add what was measured to what the file holds of the same code; a case measured again is replaced whole."""
+    """Add what was measured to what the file holds; a case measured again is replaced whole. Rows name their commit."""
     held = json.loads(file.read_text()) if file.is_file() else {}
     for name in MODELS:
-        mine = found.get(name, [])
+        mine = [{**row, "commit": commit()} for row in found.get(name, [])]
         cases = {row["case"] for row in mine}
         found[name] = [row for row in held.get(name, []) if row["case"] not in cases] + mine
     found["profile_ms"] = {**held.get("profile_ms", {}), **found["profile_ms"]}
