@@ -6,6 +6,9 @@ linear is a stack of one), a group's grid is taken from up-to-date weights also 
 weights on dead inputs are rounded, never zeroed. Additions: grid search weighted by the cost of a column's error,
 columns ordered by energy group by group, scales fitted again at the end.
 
+The column loop has two forms: plain PyTorch (:class:`_Columns`), which defines it and runs everywhere, and the C++ of
+``llmcompress_kernels.columns``, which runs on CPUs where it can.
+
 Legend: E experts, N rows (outputs), K columns (inputs), G groups per row, g columns per group.
 """
 
@@ -16,9 +19,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from llmcompress_kernels import columns as native
 from torch import Tensor
 
-from llmcompress.algorithms.grids import HALF_MAX, Search, find_grid, grid_of_groups, nearest, round_codes
+from llmcompress.algorithms.grids import (
+    HALF_MAX,
+    Search,
+    find_grid,
+    grid_of_groups,
+    nearest,
+    round_codes,
+    tried_fractions,
+)
 from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
@@ -26,6 +38,8 @@ from llmcompress.quant.spec import QuantSpec
 # fp32 weights that are solved at once on a CPU: enough experts to make the steps of the column loop worth their
 # call, few enough to stay in the caches and in memory that the allocator keeps
 SOLVE_BYTES = 4 << 20
+# tiles of the triangle in W H Wᵀ, and how narrow they may be without losing the speed of the products
+ENERGY_TILES, ENERGY_COLUMNS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +139,14 @@ def _solve_stack(
 ) -> Solution:
     """:func:`solve` of some experts, all at once."""
     codes, scale, zero, quantized, damp = _solve_columns(w, hessian, spec, options, usable)
-    product = torch.bmm(w, hessian)
-    energy = (product * w).sum(-1)
+    energy = output_energy(w, hessian)
+    delta = torch.sub(w, quantized, out=quantized)
     if options.refit:
-        del quantized  # large, and about to be replaced
-        scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp, product)
-        quantized = dequantize(codes, scale, zero, spec)
-    del product
-    error = output_energy(w - quantized, hessian)
-    return Solution(codes, scale, zero, quantized, error, energy, damp)
+        scale, error = _refit(delta, codes, scale, zero, hessian, spec, options.damp)
+    else:
+        error = output_energy(delta, hessian)
+    del delta, quantized
+    return Solution(codes, scale, zero, dequantize(codes, scale, zero, spec), error, energy, damp)
 
 
 def _solve_columns(
@@ -145,6 +158,25 @@ def _solve_columns(
     curvature = hessian if order is None else _picked(_picked(hessian, order, 0), order, 1)
     factor, damp = inverse_factor(curvature, options.damp, usable)
     del curvature
+    loop = _native_loop if _runs_natively(w, spec, options) else _plain_loop
+    return *loop(w, order, factor, spec, options), damp
+
+
+_Found = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+def _native_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec, options: GptqOptions) -> _Found:
+    """The column loop in C++: codes, scale, zero, values, in the stored order."""
+    size = spec.group(w.shape[-1])
+    tried = tried_fractions(spec.bits, options.grid)
+    grid = native.Grid(size, spec.levels, int(spec.midpoint), spec.symmetric, *tried)
+    bounds = block_bounds(w.shape[-1], size, options.block)
+    codes, quantized, scale, zero = native.quantize(w, order, factor, grid, bounds)
+    return codes, scale, None if spec.symmetric else zero, quantized
+
+
+def _plain_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec, options: GptqOptions) -> _Found:
+    """The column loop in PyTorch: codes, scale, zero, values, in the stored order."""
     work = w.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     columns = _Columns(work if order is None else _picked(work, order, 0), factor, spec, options, order, w)
     del work
@@ -158,7 +190,13 @@ def _solve_columns(
             size, groups = spec.group(w.shape[-1]), spec.groups(w.shape[-1])
             place = (order[:, ::size] // size).argsort(dim=-1)[:, None, :].expand(-1, w.shape[1], groups)
             scale, zero = scale.gather(2, place), None if zero is None else zero.gather(2, place)
-    return codes.transpose(1, 2).contiguous(), scale, zero, quantized.transpose(1, 2).contiguous(), damp
+    return codes.transpose(1, 2).contiguous(), scale, zero, quantized.transpose(1, 2).contiguous()
+
+
+def _runs_natively(w: Tensor, spec: QuantSpec, options: GptqOptions) -> bool:
+    """Whether the column loop in C++ knows this case and can run."""
+    known = w.device.type == "cpu" and not options.static_groups and not spec.half
+    return known and native.ready()
 
 
 def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -167,9 +205,8 @@ def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def refit_scales(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float,
-    product: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float
+) -> Tensor:
     """Best scales for codes that are already chosen: least squares in the layer's output, row by row.
 
     With ``d_g`` the centred codes of group g, minimise ``(w - Σ s_g d_g) H (w - Σ s_g d_g)ᵀ`` over ``s``, a
@@ -183,37 +220,65 @@ def refit_scales(
         hessian: ``[E, K, K]`` fp32.
         spec: Bits, group size, symmetry.
         damp: Relative damping.
-        product: ``w @ hessian`` where the caller has it; overwritten.
 
     Returns:
         ``[E, N, G]`` fp16.
     """
-    experts, rows, columns = w.shape
-    size, groups = spec.group(columns), spec.groups(columns)
-    ones = torch.ones_like(scale)
-    centred = dequantize(codes, ones, zero, spec)
+    return _refit(w - dequantize(codes, scale, zero, spec), codes, scale, zero, hessian, spec, damp)[0]
+
+
+def _refit(
+    delta: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`refit_scales` from the error ``delta = w - q`` ``[E, N, K]``, which is overwritten.
+
+    The system is solved for the change of the scales: its right side is then made of errors, which are small, and
+    the error that is left follows from it without another product with H.
+
+    Returns:
+        New scales and the diagonal of ``(W-Q) H (W-Q)ᵀ`` ``[E, N]`` that they leave.
+    """
+    size, groups = spec.group(delta.shape[-1]), spec.groups(delta.shape[-1])
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    target = torch.bmm(w, hessian) if product is None else product
-    target += w * (damp * mean)[:, None, None]
-    right = _by_group(centred * target, size, groups)
-    left = w.new_empty(experts, rows, groups, groups)
-    for group in range(groups):
-        span = slice(group * size, min((group + 1) * size, columns))
-        part = torch.bmm(centred[:, :, span], hessian[:, span])
-        part[:, :, span] += centred[:, :, span] * (damp * mean)[:, None, None]
-        left[:, :, group] = _by_group(part.mul_(centred), size, groups)
+    pull = torch.bmm(delta, hessian)
+    error = torch.mul(pull, delta).sum(-1)
+    centred = dequantize(codes, torch.ones_like(scale), zero, spec)
+    right = _by_group(pull.mul_(centred), size, groups)
+    del pull
+    ridge = (damp * mean)[:, None, None]
+    residual = right + ridge * _by_group(delta.mul_(centred), size, groups)
+    exact = _scale_products(centred, hessian, size, groups)
+    left = exact.clone()
     diagonal = left.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge * _by_group(centred.square_(), size, groups)
     diagonal += diagonal.mean(-1, keepdim=True) * 1e-4 + torch.finfo(torch.float32).tiny
-    old = scale.to(torch.float32)
-    # solve for the change, so that the regularization pulls towards the old scales
-    residual = right - torch.einsum("engh,enh->eng", left, old)
     lower, info = torch.linalg.cholesky_ex(left)
     change = torch.cholesky_solve(residual.unsqueeze(-1), lower).squeeze(-1)
+    old = scale.to(torch.float32)
     new = (old + change).clamp(max=HALF_MAX).to(torch.float16)
     step = new.to(torch.float32) - old
-    gain = (step * residual).sum(-1) - 0.5 * torch.einsum("eng,engh,enh->en", step, left, step)
+    gain = (step * residual).sum(-1) - 0.5 * _form(step, left)
     better = (info == 0) & (gain > 0) & (new > 0).all(-1) & torch.isfinite(new).all(-1)
-    return torch.where(better.unsqueeze(-1), new, scale)
+    left_over = (error - 2 * (step * right).sum(-1) + _form(step, exact)).clamp_(min=0)
+    return torch.where(better.unsqueeze(-1), new, scale), torch.where(better, left_over, error)
+
+
+def _scale_products(centred: Tensor, hessian: Tensor, size: int, groups: int) -> Tensor:
+    """``d_g H d_hᵀ`` of every row, ``[E, N, G, G]``, from its upper triangle."""
+    products = centred.new_empty(*centred.shape[:2], groups, groups)
+    for group in range(groups):
+        start = group * size
+        span = slice(start, min(start + size, centred.shape[-1]))
+        part = torch.bmm(centred[:, :, span], hessian[:, span, start:]).mul_(centred[:, :, start:])
+        sums = _by_group(part, size, groups - group)
+        products[:, :, group, group:] = sums
+        products[:, :, group:, group] = sums
+    return products
+
+
+def _form(step: Tensor, matrix: Tensor) -> Tensor:
+    """``s M sᵀ`` of every row, ``[E, N]``."""
+    return torch.einsum("eng,engh,enh->en", step, matrix, step)
 
 
 def _by_group(values: Tensor, size: int, groups: int) -> Tensor:
@@ -267,8 +332,18 @@ def output_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[Tensor,
 
 
 def output_energy(w: Tensor, hessian: Tensor) -> Tensor:
-    """Diagonal of ``W H Wᵀ``, ``[E, N]``, for ``w [E, N, K]`` and ``hessian [E, K, K]``."""
-    return torch.bmm(w, hessian).mul_(w).sum(-1)
+    """Diagonal of ``W H Wᵀ``, ``[E, N]``, for ``w [E, N, K]`` and a symmetric ``hessian [E, K, K]``.
+
+    By tiles of the upper triangle, those beside the diagonal counted twice: near half the products.
+    """
+    columns = w.shape[-1]
+    step = max(ENERGY_COLUMNS, -(-columns // ENERGY_TILES))
+    total = w.new_zeros(w.shape[:2])
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        part = torch.bmm(w[:, :, start:stop], hessian[:, start:stop, start:]).mul_(w[:, :, start:])
+        total += part.sum(-1).mul_(2).sub_(part[:, :, : stop - start].sum(-1))
+    return total
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:

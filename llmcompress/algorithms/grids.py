@@ -26,6 +26,11 @@ FINE = (-0.025, -0.0125, 0.0125, 0.025)
 TRIED = {2: 14, 3: 11, 4: 8, 8: 3}
 
 
+def tried_fractions(bits: int, search: Search) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Fractions of the min-max range that a search tries beside the whole, and offsets from the best tried then."""
+    return ((), ()) if search == "minmax" else (COARSE[1 : TRIED[bits]], FINE)
+
+
 def group_view(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Split ``[..., K]`` into ``[..., G, g]``; a short last group is filled by repeating its last column.
 
@@ -90,11 +95,12 @@ def grid_of_groups(
         return scale.to(torch.float16), None if zero is None else zero.to(torch.uint8)
     best = _error(values, scale, zero, spec, importance)
     fraction = torch.ones_like(scale)
-    for shrink in COARSE[1 : TRIED[spec.bits]]:
+    coarse, fine = tried_fractions(spec.bits, search)
+    for shrink in coarse:
         scale, zero, best, fraction = _try(values, low, high, fraction.new_full((), shrink), spec, importance,
                                            (scale, zero, best, fraction))  # fmt: skip
     centre = fraction.clone()
-    for offset in FINE:
+    for offset in fine:
         scale, zero, best, fraction = _try(values, low, high, centre + offset, spec, importance,
                                            (scale, zero, best, fraction))  # fmt: skip
     return scale.to(torch.float16), None if zero is None else zero.to(torch.uint8)

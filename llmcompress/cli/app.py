@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -63,6 +64,9 @@ LIBRARY_SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; ends the process with a code of :class:`ExitCode`."""
+    # importing torch and transformers makes a million objects that stay: looking for garbage among them every 700 new
+    # ones costs a sixth of the time of all imports
+    gc.set_threshold(100_000, 20, 20)
     sys.exit(int(invoke(arguments)))
 
 

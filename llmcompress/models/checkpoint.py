@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
-from llmcompress.models.tensor_file import Entry, TensorFile
+from llmcompress.models.tensor_file import Entry, TensorFile, all_finite
 
 if TYPE_CHECKING:
     import torch
@@ -245,9 +245,7 @@ class Checkpoint:
         return [_listed("not part of this model", extra)] if extra else []
 
     def _not_finite(self) -> list[str]:
-        import torch
-
-        bad = [n for n, _ in self._expected() if not bool(torch.isfinite(self._where[n].read(n)).all())]
+        bad = [n for n, _ in self._expected() if not all_finite(self._where[n].read(n))]
         return [_listed("NaN or infinity in", bad)] if bad else []
 
     def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.errors import InputError
 from llmcompress.models.capture import identity, recorded_inputs, replaced_forward
+from llmcompress.models.memory_limits import rounds
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import LinearGroup
@@ -62,13 +63,20 @@ class GroupSteps:
             self.held = None
         if not needed:
             return
+        dtype, stored = walker.model.dtype, self._stored()
         if self.kept is not None:
             for rows in walker.batches:
-                yield rows, projection(aligned(self.kept[rows].to(walker.device)))
+                yield rows, projection(aligned(self.kept[rows].to(walker.device, dtype)))
             self.kept = None
         else:
             for rows, x in zip(walker.batches, self._before(projection, False)):
-                yield rows, projection(x)
+                yield rows, projection(x.to(stored).to(dtype))
+
+    def _stored(self) -> torch.dtype:
+        """Type to which inputs of the last projection are rounded, kept or not, so that every pass gives the same."""
+        dtype = self.walker.model.dtype
+        values = self.walker.tokens.numel() * self.last.linears[0].in_features
+        return torch.bfloat16 if rounds(values, dtype.itemsize) else dtype
 
     def _take_memory(self, keep: bool) -> None:
         """Lay out what is kept for later in the walker's memory.
@@ -78,17 +86,15 @@ class GroupSteps:
         """
         rows, length = self.walker.tokens.shape
         first, last = self.first[0].linears[0].in_features, self.last.linears[0].in_features
-        item = self.walker.model.dtype.itemsize
-        size = rows * length * item
-        most = self.walker.limits.keep
-        keep = keep and size * last <= most
-        hold = self.walker.device.type == "cpu" and size * first <= most
-        memory = self.walker.memory(size * max(last if keep else 0, first if hold else 0))
+        dtype, stored, most = self.walker.model.dtype, self._stored(), self.walker.limits.keep
+        size, held = rows * length * last * stored.itemsize, rows * length * first * dtype.itemsize
+        keep = keep and size <= most
+        hold = self.walker.device.type == "cpu" and held <= most
+        memory = self.walker.memory(max(size if keep else 0, held if hold else 0))
         if keep:
-            self.kept = memory[: size * last].view(self.walker.model.dtype).view(rows, length, last)
+            self.kept = memory[:size].view(stored).view(rows, length, last)
         if hold:
-            tail = memory[memory.numel() - size * first :]
-            self.held = tail.view(self.walker.model.dtype).view(rows, length, first)
+            self.held = memory[memory.numel() - held :].view(dtype).view(rows, length, first)
 
     def _first_inputs(self) -> Iterator[Tensor]:
         """Yield the module's input, batch by batch, for the first time."""

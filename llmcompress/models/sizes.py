@@ -54,6 +54,12 @@ def block_quantizable(block: Block) -> int:
     return total
 
 
+def recorded_width(block: Block, plan: Mapping[str, QuantSpec]) -> int:
+    """Inputs per token of a block's planned linears, those of linears that share them counted once."""
+    groups = (group for sublayer in block.sublayers for group in sublayer.groups)
+    return sum(g.linears[0].in_features for g in groups if any(linear.name in plan for linear in g.linears))
+
+
 def block_parameters(block: Block) -> int:
     """Parameters of one decoder layer."""
     return block_kept(block) + block_quantizable(block)

@@ -28,10 +28,13 @@ class StreamRecorder:
     Args:
         planned: Plan names of the weights that will be paired.
         cache: Where the inputs lie; without one on the heap.
+        dtype: Type in which inputs of linears are kept, None for their own.
     """
 
-    def __init__(self, planned: Collection[str], cache: ActivationCache | None = None) -> None:
-        self.planned, self.cache = planned, cache or ActivationCache()
+    def __init__(
+        self, planned: Collection[str], cache: ActivationCache | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.planned, self.cache, self.dtype = planned, cache or ActivationCache(), dtype
         self.inputs: dict[str, list[Tensor]] = {}
         self.routed: dict[str, Tensor] = {}
 
@@ -41,7 +44,7 @@ class StreamRecorder:
 
     def linears(self, group: LinearGroup, x: Tensor) -> None:
         """Keep a batch of a group's inputs, ``[T, K]``."""
-        self.inputs.setdefault(group.linears[0].name, []).append(self.cache.keep(x.cpu()))
+        self.inputs.setdefault(group.linears[0].name, []).append(self.cache.keep(x.to("cpu", self.dtype or x.dtype)))
 
     def moe(self, bank: ExpertBank, x: Tensor) -> None:
         """Keep the expert bank's inputs, ``[T, H]``."""

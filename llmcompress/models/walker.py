@@ -26,6 +26,7 @@ from llmcompress.models.group_steps import GroupSteps, check_finite, names_of
 from llmcompress.models.layout import Block, ExpertBank, LinearGroup, Sublayer
 from llmcompress.models.memory_limits import DEFAULT, Limits
 from llmcompress.models.moe_step import MoeStep
+from llmcompress.models.tensor_file import all_finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,9 +193,9 @@ class Walker:
                 self._plain(block, sublayer, source, hidden, visitor, needed)
         self.tap = None
         for rows in self.batches:
-            low, high = hidden[rows].aminmax()
+            finite = all_finite(hidden[rows])
             self.cache.drop(hidden)
-            if not (abs(float(low)) < float("inf") and abs(float(high)) < float("inf")):
+            if not finite:
                 raise InputError(
                     f"{block.name}: hidden states contain NaN or infinity",
                     "check the weights of this block, or use run.compute_dtype=float32",

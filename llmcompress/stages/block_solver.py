@@ -291,9 +291,9 @@ def _joined(shape: tuple[int, ...], spec: QuantSpec, parts: list[PackedWeight]) 
 
 
 def _check_finite(weight: Tensor, name: str) -> None:
-    import torch
+    from llmcompress.models.tensor_file import all_finite
 
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise InputError(f"{name}: the weight contains NaN or infinity", "download the model again")
 
 

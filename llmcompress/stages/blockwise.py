@@ -13,7 +13,8 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.memory_limits import DEFAULT, Limits
+from llmcompress.models import sizes
+from llmcompress.models.memory_limits import DEFAULT, Limits, rounds
 from llmcompress.quant.spec import QuantPlan
 from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
 from llmcompress.stages.base import PlanInputs
@@ -122,7 +123,7 @@ class BlockwiseQuantizer:
             started = time.monotonic()
             self.handle.load_block(model, block.index).to(self.ctx.device)
             last = not (set(range(block.index + 1, total)) - finished)
-            recorder = None if done else self._recorder(walker)
+            recorder = None if done else self._recorder(block, walker)
             if full is not None and walker is not None:
                 observer = None if done else _Observer(block, self.hook)
                 walker.forward(block, full, observer, not last, recorder)
@@ -182,13 +183,17 @@ class BlockwiseQuantizer:
         """Whether weights are fitted to the full-precision stream."""
         return self.method.options is not None and self.method.target_ridge is not None
 
-    def _recorder(self, walker: Walker | None) -> StreamRecorder | None:
+    def _recorder(self, block: Block, walker: Walker | None) -> StreamRecorder | None:
         """Keeps the full-precision inputs of one block, where they are needed."""
-        if not self._targets:
+        if not self._targets or walker is None:
             return None
+        import torch
+
         from llmcompress.models.stream_pairs import StreamRecorder
 
-        return StreamRecorder(self.plan, None if walker is None else walker.cache)
+        values = sizes.recorded_width(block, self.plan) * walker.tokens.numel()
+        round_them = rounds(values, walker.model.dtype.itemsize)
+        return StreamRecorder(self.plan, walker.cache, torch.bfloat16 if round_them else None)
 
     def _below(self, index: int) -> BlockPatch:
         """What earlier stages made of a block."""
@@ -307,8 +312,7 @@ def method_of(config: Any) -> Method:
     options = GptqOptions(
         config.damp, config.act_order, config.static_groups, config.block, config.grid, config.refit_scales
     )
-    # only qesc has this field
-    full_precision = getattr(config, "targets", "own") == "full_precision"
+    full_precision = config.targets == "full_precision"
     return Method(options, config.grid, policy, config.target_ridge if full_precision else None)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmcompress.models import sizes
 from llmcompress.models.layout import Block, Sublayer
-from llmcompress.models.memory_limits import WINDOW_BYTES, Limits, choose
+from llmcompress.models.memory_limits import WINDOW_BYTES, Limits, choose, kept_bytes
 from llmcompress.quant.rules import resolve
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
@@ -133,7 +133,7 @@ def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
     work = 0
     batch = min(inputs.samples * inputs.length, CUDA_BATCH_TOKENS if inputs.device == "cuda" else BATCH_TOKENS)
     for block in layout.blocks:
-        recorded = _recorded(block, job.plan, inputs.samples * inputs.length) * item if job.targets else 0
+        recorded = _recorded(block, job.plan, inputs.samples * inputs.length, item) if job.targets else 0
         left = None if room is None else room - held
         if left is not None and recorded > left:
             recorded, window = left, WINDOW_BYTES
@@ -150,11 +150,11 @@ def _activations(job: _Job, inputs: PlanInputs) -> int:
     item = inputs.compute_bytes
     streams = job.streams * sizes.stream_bytes(inputs.layout, inputs.samples, inputs.length, item)
     inside = [
-        (2 * job.tokens * block_hidden(block) if block.bank is not None else 0)
-        + (_recorded(block, job.plan, job.tokens) if job.targets else 0)
+        (2 * job.tokens * block_hidden(block) * item if block.bank is not None else 0)
+        + (_recorded(block, job.plan, job.tokens, item) if job.targets else 0)
         for block in inputs.layout.blocks
     ]
-    return streams + max(inside, default=0) * item
+    return streams + max(inside, default=0)
 
 
 def _weights(block: Block) -> Iterator[int]:
@@ -176,13 +176,11 @@ def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
     return sizes.packed_block_bytes(block, plan) + (sizes.packed_block_bytes(block, joined) if bank else 0)
 
 
-def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int) -> int:
-    """Values of a block's full-precision inputs that are kept to pair them with the quantized stream."""
-    groups = [group for sublayer in block.sublayers for group in sublayer.groups]
-    wide = sum(g.linears[0].in_features for g in groups if any(linear.name in plan for linear in g.linears))
+def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int, item: int) -> int:
+    """Bytes of a block's full-precision inputs that are kept to pair them with the quantized stream."""
     bank = block.bank
     routed = bank.hidden if bank is not None and {bank.gate_up, bank.down} & set(plan) else 0
-    return tokens * (wide + routed)
+    return kept_bytes(tokens * sizes.recorded_width(block, plan), item) + tokens * routed * item
 
 
 def _working_sets(
@@ -220,12 +218,14 @@ def _working_sets(
 
 def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: int, limits: Limits) -> int:
     """Bytes for the inputs of a module and of its last projection, which overwrite the former as they come."""
-    sizes_of = [
-        tokens * group.linears[0].in_features * item
-        for group in sublayer.groups
-        if group.position == "first" or (group.position == "last" and any(v.name in plan for v in group.linears))
-    ]
-    return max((size for size in sizes_of if size <= limits.keep), default=0)
+    found = []
+    for group in sublayer.groups:
+        values = tokens * group.linears[0].in_features
+        if group.position == "first":
+            found.append(values * item)
+        elif group.position == "last" and any(linear.name in plan for linear in group.linears):
+            found.append(kept_bytes(values, item))
+    return max((size for size in found if size <= limits.keep), default=0)
 
 
 def block_hidden(block: Block) -> int:

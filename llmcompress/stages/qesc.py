@@ -6,9 +6,7 @@ then the experts are quantized with the tokens that the calibrated router sends 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.gptq import GptqConfig
@@ -32,15 +30,6 @@ class QescConfig(GptqConfig):
     type: Literal["qesc"] = "qesc"  # type: ignore[assignment]
     router: QescRouter = QescRouter()
     """How the routers are calibrated."""
-    targets: Literal["own", "full_precision"] = "own"
-    """What weights are fitted to before they are quantized: ``own`` (GPTQ and the paper) keeps each layer's output on
-    the quantized stream; ``full_precision`` aims at the output of the full-precision stream, which undoes part of the
-    error that earlier layers passed on. Not in the EAC-MoE paper; see ``algorithms/reference_targets.py``. On the
-    reference MoE at 2 bits (71,191 held-out tokens, three seeds, ``scripts/ablate_qesc.py``) router calibration alone
-    closes 3 to 12 % of the perplexity gap between GPTQ and the dense model; these targets alone close 25 to 39 %, both
-    together 28 to 38 %. So the gain is the targets': the routers then change fewer experts, not the perplexity."""
-    target_ridge: Annotated[float, Field(gt=0)] = 0.1
-    """Damping of that fit, relative to the mean input energy."""
 
 
 class Qesc(Stage):

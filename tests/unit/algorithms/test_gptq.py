@@ -21,6 +21,16 @@ from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
 
+@pytest.fixture(autouse=True, params=["definition", "native"])
+def column_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with the plain column loop and, where there is a compiler, with that in C++."""
+    loop: str = request.param
+    monkeypatch.setenv("LLMCOMPRESS_KERNELS", "reference" if loop == "definition" else "auto")
+    if loop == "native" and not module.native.ready():
+        pytest.skip("no C++ compiler")
+    return loop
+
+
 def problem(experts: int, rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(experts, rows, columns, generator=generator)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmcompress.errors import InputError
-from llmcompress.models.tensor_file import TensorFile
+from llmcompress.models.tensor_file import TensorFile, all_finite
 
 TENSORS = {
     "a": torch.randn(3, 4).to(torch.bfloat16),
@@ -82,3 +82,16 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         TensorFile(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="No such file"):
         TensorFile(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_all_finite_sees_every_kind_of_damage_anywhere(dtype: torch.dtype) -> None:
+    assert all_finite(torch.zeros(0, dtype=dtype))
+    clean = torch.randn(5, 37).to(dtype)
+    clean[2, 3] = torch.finfo(dtype).max
+    assert all_finite(clean)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 36, 100, 184):
+            damaged = clean.clone()
+            damaged.view(-1)[place] = value
+            assert not all_finite(damaged)

@@ -9,6 +9,7 @@ import torch
 
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.errors import InputError
+from llmcompress.models import memory_limits
 from llmcompress.models import walker as module
 from llmcompress.models.capture import expert_weight, recorded_inputs, write_expert_weight
 from llmcompress.models.handle import ModelHandle
@@ -200,6 +201,19 @@ def test_inputs_share_memory_without_overwriting_each_other(
     for spy, other in zip(spies, others):
         for name, gram in spy.grams.items():
             assert torch.equal(other.grams[name].total, gram.total), name
+
+
+def test_rounded_inputs_are_the_same_in_every_pass(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = saved(tmp_path, tiny, "llama")
+    exact, _, _ = walk(handle, Spy)
+    monkeypatch.setattr(memory_limits, "EXACT_BYTES", 0)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 32)
+    rounded, _, _ = walk(handle, Spy)
+    assert not torch.equal(rounded, exact)
+    assert float((rounded - exact).norm() / exact.norm()) < 2e-3
+    # resumed blocks run without a visitor, and where there is no room inputs are computed twice
+    assert torch.equal(walk(handle)[0], rounded)
+    assert torch.equal(walk(handle, Spy, limits=Limits(keep=0))[0], rounded)
 
 
 def test_staged_and_plain_passes_agree_bit_for_bit(moe_family: str, tiny: Any, tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""GPTQ's column loop in C++: the thin, typed side of ``csrc/cpu/columns``.
+
+Not an operator of the dispatcher: its definition is the loop in ``llmcompress/algorithms/gptq.py``, which runs where
+this one declines. Needs a C++ compiler, fp32 weights on the CPU, grids chosen on reaching a group, whole-number zero
+points. A tile of 32 rows goes through all columns in the caches; the result depends on neither threads nor tiles.
+
+Legend: E experts, N rows (outputs), K columns (inputs), G groups per row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels import build, select
+
+FAMILY = "columns"
+OPERATOR = "gptq_columns"
+
+build.register(
+    build.Family(
+        FAMILY,
+        ("cpu/columns/*.cpp",),
+        headers=("cpu/columns/*.h",),
+        # sums may be fused with products: codes near a rounding boundary may differ from the definition's anyway
+        flags=("-ffp-contract=fast", "-Wno-psabi"),
+    )
+)
+
+_POINTERS = ("weight", "order", "factor", "codes", "values", "scale", "zero", "bounds", "coarse", "fine")
+_SIZES = (
+    "experts", "rows", "columns", "group", "groups", "blocks", "coarse_count", "fine_count", "levels", "midpoint",
+    "symmetric",
+)  # fmt: skip
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in _POINTERS), *((name, ctypes.c_int64) for name in _SIZES))
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a group's scale and zero point are chosen.
+
+    Attributes:
+        group: Columns per group.
+        levels: Number of codes.
+        midpoint: The zero point of a symmetric grid.
+        symmetric: Whether there is only that one.
+        coarse: Fractions of the min-max range that are tried beside the whole; empty for no search.
+        fine: Offsets from the best of them that are tried then.
+    """
+
+    group: int
+    levels: int
+    midpoint: int
+    symmetric: bool
+    coarse: tuple[float, ...] = ()
+    fine: tuple[float, ...] = ()
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot run on this machine, or None; starts no build."""
+    return build.unavailable(FAMILY)
+
+
+_library: ctypes.CDLL | None = None
+_tried = False
+
+
+def _kernel() -> ctypes.CDLL | None:
+    """The library, built at first use; None where the definition has to do."""
+    global _library, _tried  # noqa: PLW0603 - one library per process
+    if not _tried:
+        _tried = True
+        try:
+            _library = build.load(FAMILY)
+        except build.BuildError as error:
+            sys.stderr.write(f"llmcompress: no native column loop: {error}\n")
+    return _library
+
+
+def ready() -> bool:
+    """Whether :func:`quantize` runs here; builds the library at the first call."""
+    return select.requested() in ("auto", "cpu") and _kernel() is not None
+
+
+def quantize(
+    w: Tensor, order: Tensor | None, factor: Tensor, grid: Grid, bounds: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize all columns, each one's error made up for by those after it.
+
+    Args:
+        w: ``[E, N, K]`` fp32 on the CPU.
+        order: int64 ``[E, K]``, the stored column of each visit; None for as they come. Groups stay together.
+        factor: ``[E, K, K]`` fp32, upper triangular ``U`` with ``UᵀU`` the inverse Hessian, in the order of visit.
+        grid: How scales and zero points are chosen.
+        bounds: Column ranges between two updates of the rest.
+
+    Returns:
+        Codes uint8 and values fp32 ``[E, N, K]``, scale fp16 and zero uint8 ``[E, N, G]``, all in the stored order.
+
+    Raises:
+        RuntimeError: The kernel is not available (see :func:`ready`), or memory ran out.
+    """
+    library = _kernel()
+    if library is None:
+        raise RuntimeError("the native column loop is not available")
+    experts, rows, columns = w.shape
+    groups = -(-columns // grid.group)
+    w, factor = w.contiguous(), factor.contiguous()
+    order = None if order is None else order.contiguous()
+    assert w.dtype == factor.dtype == torch.float32
+    assert factor.shape == (experts, columns, columns)
+    assert w.device.type == "cpu"
+    codes, values = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
+    scale = torch.empty(experts, rows, groups, dtype=torch.float16)
+    zero = torch.empty(experts, rows, groups, dtype=torch.uint8)
+    ranges = torch.tensor(bounds, dtype=torch.int64)
+    coarse, fine = torch.tensor(grid.coarse), torch.tensor(grid.fine)
+    tensors = (w, order, factor, codes, values, scale, zero, ranges, coarse, fine)
+    sizes = (
+        experts, rows, columns, grid.group, groups, len(bounds), len(grid.coarse), len(grid.fine), grid.levels,
+        grid.midpoint, int(grid.symmetric),
+    )  # fmt: skip
+    problem = _Problem(*(None if t is None else t.data_ptr() for t in tensors), *sizes)
+    if library.llmc_gptq_columns(ctypes.byref(problem)) != 0:
+        raise RuntimeError("out of memory")
+    return codes, values, scale, zero
+
+
+select.register(select.Implementation(OPERATOR, "reference", ("any",)))
+select.register(select.Implementation(OPERATOR, "cpu", ("cpu",), unavailable))
