@@ -193,10 +193,14 @@ def _plain_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec
     return codes.transpose(1, 2).contiguous(), scale, zero, quantized.transpose(1, 2).contiguous()
 
 
+def column_loop(device: str) -> str:
+    """Which form of the column loop runs on a device where it knows the case, ``native`` or ``plain``."""
+    return "native" if device == "cpu" and native.ready() else "plain"
+
+
 def _runs_natively(w: Tensor, spec: QuantSpec, options: GptqOptions) -> bool:
     """Whether the column loop in C++ knows this case and can run."""
-    known = w.device.type == "cpu" and not options.static_groups and not spec.half
-    return known and native.ready()
+    return not options.static_groups and not spec.half and column_loop(w.device.type) == "native"
 
 
 def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:

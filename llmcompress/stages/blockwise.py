@@ -214,6 +214,10 @@ class BlockwiseQuantizer:
 
         path = self.ctx.stage_dir / "engine.json"
         now = {"threads": torch.get_num_threads(), "dtype": self.ctx.dtype, "device": self.ctx.device}
+        if self.method.options is not None:
+            from llmcompress.algorithms.gptq import column_loop
+
+            now["column_loop"] = column_loop(self.ctx.device)
         if resumed and path.exists():
             before = json.loads(path.read_text())
             if before != now:
