@@ -19,7 +19,7 @@ from pathlib import Path
 from family_runs import MODELS, need_models, recipe
 from harness import CLI, digest, llmcompress, run_tests, verdict
 
-RUNS, EDITS = 5, 4
+RUNS, EDITS = 4, 3
 STATE = {True: "killed", False: "over"}
 OUTCOME = {True: "same bytes", False: "DIFFERENT"}
 MALFORMED = "tests/integration/test_family_malformed.py"
