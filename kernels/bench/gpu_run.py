@@ -76,7 +76,9 @@ def plan() -> list[tuple[str, Any]]:
     for batch in BATCHES:
         found.append((f"state batch {batch}", lambda r, n=batch: [gpu_state.update(n, r)]))
     for rows, columns in gpu_tree.SHAPES:
-        found.append((f"tree {rows}x{columns}", lambda r, n=rows, k=columns: [gpu_tree.tree(n, k, r)]))
+        for models in gpu_tree.ACTIVE:
+            name = f"tree {rows}x{columns} {models} models"
+            found.append((name, lambda r, n=rows, k=columns, m=models: [gpu_tree.tree(n, k, r, m)]))
     found.append(("mixtral-8x7b w3", lambda r: [gpu_mixtral.generate(3, r)]))
     return found
 

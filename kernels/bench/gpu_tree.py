@@ -1,4 +1,4 @@
-"""Eight models of one residual tree decoded together, beside eight bfloat16 and eight of our 4-bit products."""
+"""Models of one residual tree decoded together, beside as many bfloat16 products and as many of our 4-bit ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpu_timing import replay, rotations
 from llmcompress_kernels import ops
 from llmcompress_kernels.triton.delta_decode import delta_decode
 
-GROUP, MODELS = 128, 8
+GROUP, ACTIVE = 128, (4, 8)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 
 
@@ -20,17 +20,17 @@ def _node(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tenso
     return stack.weight, stack.scale
 
 
-def tree(rows: int, columns: int, rate: float, root: int = 4, leaf: int = 1) -> dict[str, Any]:
-    """A root shared by eight leaves, one token per model; microseconds and the share of the floor."""
-    x = torch.randn(MODELS, columns, dtype=torch.bfloat16, device="cuda")
-    spans = torch.tensor([[0, MODELS], *([m, m + 1] for m in range(MODELS))])
-    bits = [root] + [leaf] * MODELS
-    multiplier = [1.0] + [2.0**-6] * MODELS
+def tree(rows: int, columns: int, rate: float, models: int, root: int = 4, leaf: int = 1) -> dict[str, Any]:
+    """A root shared by ``models`` leaves, one token per model; microseconds and the share of the floor."""
+    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
+    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
+    bits = [root] + [leaf] * models
+    multiplier = [1.0] + [2.0**-6] * models
     first = [_node(rows, columns, b) for b in bits]
     size = sum(p.nbytes + s.nbytes for p, s in first)
     trees = [first] + [[_node(rows, columns, b) for b in bits] for _ in range(rotations(size, 8) - 1)]
-    wide = [torch.randn(MODELS, rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    own = [[packed(rows, columns, bits=4) for _ in range(MODELS)] for _ in range(2)]
+    wide = [torch.randn(models, rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    own = [[packed(rows, columns, bits=4) for _ in range(models)] for _ in range(2)]
 
     def each(weights: list[ops.Stack]) -> None:
         for m, w in enumerate(weights):
@@ -49,7 +49,7 @@ def tree(rows: int, columns: int, rate: float, root: int = 4, leaf: int = 1) -> 
     )
     floor = size / rate * 1e6
     return {
-        "op": "delta_decode", "rows": rows, "columns": columns, "models": MODELS, "root_bits": root, "leaf_bits": leaf,
+        "op": "delta_decode", "rows": rows, "columns": columns, "models": models, "root_bits": root, "leaf_bits": leaf,
         "floor_us": round(floor, 2), "floor_share": round(floor / times["ours"].median, 3),
         **{f"{name}_us": round(t.median, 2) for name, t in times.items()},
         "over_bf16": round(times["bf16"].median / times["ours"].median, 3),
