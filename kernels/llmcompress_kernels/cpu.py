@@ -25,12 +25,12 @@ STEP_COLUMNS = {2: 16, 3: 32, 4: 8, 8: 4}
 _ready: bool | None = None
 
 
-def unavailable() -> str | None:
-    """Why the native kernels cannot run on this machine, or None; starts no build."""
+def unavailable(family: str = FAMILY) -> str | None:
+    """Why the native kernels of a family cannot run on this machine, or None; starts no build."""
     wanted = os.environ.get(ISA_VARIABLE, "")
     if wanted and wanted not in ISAS:
         return f"{ISA_VARIABLE}={wanted} is not one of {', '.join(ISAS)}"
-    return build.unavailable(FAMILY)
+    return build.unavailable(family)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

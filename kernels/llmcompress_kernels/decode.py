@@ -10,7 +10,6 @@ Dp = D rounded up to 16, P positions of the cache (a multiple of 16), E experts,
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -104,10 +103,7 @@ _EXACT_PLANES, _INT8_PLANES = 3, 1
 
 def unavailable() -> str | None:
     """Why the step cannot run on this machine, or None; starts no build."""
-    wanted = os.environ.get(cpu.ISA_VARIABLE, "")
-    if wanted and wanted not in cpu.ISAS:
-        return f"{cpu.ISA_VARIABLE}={wanted} is not one of {', '.join(cpu.ISAS)}"
-    return build.unavailable(FAMILY)
+    return cpu.unavailable(FAMILY)
 
 
 # without it transformers' modules run one by one, on the operators

@@ -9,7 +9,6 @@ order, so they replace the stored form in memory and are never saved.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,10 +67,7 @@ class Plane:
 
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None; starts no build."""
-    wanted = os.environ.get(cpu.ISA_VARIABLE, "")
-    if wanted and wanted not in cpu.ISAS:
-        return f"{cpu.ISA_VARIABLE}={wanted} is not one of {', '.join(cpu.ISAS)}"
-    return build.unavailable(FAMILY)
+    return cpu.unavailable(FAMILY)
 
 
 select.register(select.Implementation("delta_decode", "cpu", ("cpu",), unavailable))
