@@ -20,6 +20,8 @@ from llmcompress_kernels.reference import state as definition
 from llmcompress_kernels.reference.state import FLOAT_BITS, SEGMENT
 
 FAMILY = "state"
+# taps of the convolution that the kernels know
+CONV_WIDTH = 4
 build.register(build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h",)))
 
 SCHEMAS = {
@@ -34,6 +36,11 @@ SCHEMAS = {
         "Tensor(e!)? floats, "
         "int groups, int states, int bits, float epsilon) -> Tensor"
     ),
+    "mamba2_prefill": (
+        "(Tensor projected, Tensor? conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, Tensor d, "
+        "Tensor gain, Tensor(a!) state, int groups, float low, float high, float epsilon) -> Tensor"
+    ),
+    "dsq_pack": "(Tensor state, Tensor? fixed, int bits) -> (Tensor, Tensor, Tensor)",
     "selective_scan_q": (
         "(Tensor drive, Tensor decay, Tensor b, Tensor c, Tensor state, Tensor bits, Tensor? fixed, "
         "int first, int window, bool keep) -> (Tensor, Tensor, Tensor)"
@@ -140,6 +147,60 @@ def mamba2_decode(
     weights = (conv_weight, conv_bias, dt_bias, a, d, gain)
     out: Tensor = torch.ops.llmcompress.mamba2_decode(projected, conv, *weights, *held, groups, states, bits, epsilon)
     return out
+
+
+def mamba2_prefill(
+    projected: Tensor,
+    conv: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    a: Tensor,
+    d: Tensor,
+    gain: Tensor,
+    state: Tensor,
+    groups: int,
+    limits: tuple[float, float],
+    epsilon: float,
+) -> Tensor:
+    """A prompt through a Mamba-2 mixer between its projections, with a float state.
+
+    Args:
+        projected: fp32 ``[S, T, I + (I + 2GN) + H]``: gate, convolution inputs, time steps; ``I = H P``.
+        conv: fp32 ``[S, I + 2GN, W]`` the last W inputs of the convolution before the prompt, or None for zeros.
+        conv_weight: fp32 ``[I + 2GN, W]``.
+        conv_bias: fp32 ``[I + 2GN]`` or None.
+        dt_bias: fp32 ``[H]``.
+        a: fp32 ``[H]``, negative.
+        d: fp32 ``[H]``.
+        gain: fp32 ``[I]``, the norm's weight; each of G groups is normed by itself.
+        state: fp32 ``[S, H, P, N]``, replaced by the state after the prompt.
+        groups: G.
+        limits: Smallest and largest time step.
+        epsilon: Of the norm.
+
+    Returns:
+        ``[S, T, I]``, the input of the output projection.
+    """
+    weights = (conv_weight, conv_bias, dt_bias, a, d, gain)
+    out: Tensor = torch.ops.llmcompress.mamba2_prefill(projected, conv, *weights, state, groups, *limits, epsilon)
+    return out
+
+
+def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A float state to what :func:`dsq_state_update` keeps.
+
+    Args:
+        state: fp32 ``[S, H, P, N]``.
+        fixed: fp16 ``[H, P]`` calibrated channel scale, or None.
+        bits: 4 or 8.
+
+    Returns:
+        Codes uint8 ``[S, H, P, N * bits / 8]``; channel scale fp16 ``[S, H, P]``, None with ``fixed``; state scale
+        fp16 ``[S, H, N]``.
+    """
+    codes, channel, scale = torch.ops.llmcompress.dsq_pack(state, fixed, bits)
+    return codes, channel if fixed is None else None, scale
 
 
 def selective_scan_q(
@@ -286,7 +347,7 @@ def _mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     channels, width = inner // heads, inner + 2 * groups * states
     held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats)
     projected = projected.contiguous()
-    sizes = conv.shape[-1] == 4 and inner // groups % 16 == 0 and (codes is None or bits in (4, 8))
+    sizes = conv.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and (codes is None or bits in (4, 8))
     numbers = [t for t in (projected, conv, conv_weight, conv_bias, dt_bias, a, d, gain, floats) if t is not None]
     if not sizes or not _runs(channels, states, *held) or not _all_float(*numbers):
         return definition.mamba2_decode(projected, conv, *rest)
@@ -297,6 +358,34 @@ def _mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     shape = (sequences, heads, groups, channels, states, bits, raw)
     _call("llmc_mamba2_decode", projected, *held, scratch, out, *shape)
     return out
+
+
+def _mamba2_prefill(projected: Tensor, conv: Tensor | None, *rest: Any) -> Tensor:
+    conv_weight, conv_bias, dt_bias, a, d, gain, state, groups, low, high, epsilon = rest
+    sequences, heads, channels, states = state.shape
+    inner, tokens = heads * channels, projected.shape[1]
+    projected = projected.contiguous()
+    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, state)
+    fits = conv_weight.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and tokens > 0
+    numbers = [t for t in (projected, *held) if t is not None]
+    if not fits or not _runs(channels, states, *held) or not _all_float(*numbers):
+        return definition.mamba2_prefill(projected, conv, *rest)
+    out = projected.new_empty(sequences, tokens, inner)
+    shape = (sequences, tokens, heads, groups, channels, states)
+    limits = torch.tensor([low, high, epsilon], dtype=torch.float32)
+    _call("llmc_mamba2_prefill", projected, *held, out, *shape, limits)
+    return out
+
+
+def _dsq_pack(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    sequences, heads, channels, states = state.shape
+    state = state.contiguous()
+    if bits not in (4, 8) or not _runs(channels, states, fixed) or not _all_float(state):
+        return definition.dsq_pack(state, fixed, bits)
+    codes, channel, scale = _pack_fake(state, fixed, bits)
+    held = (codes, channel if fixed is None else None, scale, fixed)
+    _call("llmc_dsq_pack", state, *held, sequences, heads, channels, states, bits)
+    return codes, channel, scale
 
 
 def _selective_scan_q(
@@ -375,6 +464,18 @@ def _like_gated(projected: Tensor, *rest: Any) -> Tensor:
     return projected.new_empty(projected.shape[0], gain.shape[0])
 
 
+def _prefill_fake(projected: Tensor, *rest: Any) -> Tensor:
+    gain: Tensor = rest[6]
+    return projected.new_empty(*projected.shape[:2], gain.shape[0])
+
+
+def _pack_fake(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    sequences, heads, channels, states = state.shape
+    codes = state.new_empty((sequences, heads, channels, states * bits // 8), dtype=torch.uint8)
+    channel = state.new_empty((sequences, heads, channels) if fixed is None else (0,), dtype=torch.float16)
+    return codes, channel, state.new_empty((sequences, heads, states), dtype=torch.float16)
+
+
 def _scan_fake(drive: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     b, state, keep = rest[1], rest[3], rest[8]
     shape = (*drive.shape[:1], drive.shape[2], -(-drive.shape[1] // SEGMENT), drive.shape[3], b.shape[-1])
@@ -390,6 +491,8 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[...
     "state_update": (definition.state_update, _like_drive, _state_update),
     "dsq_state_update": (definition.dsq_state_update, _like_packed_drive, _dsq_state_update),
     "mamba2_decode": (definition.mamba2_decode, _like_gated, _mamba2_decode),
+    "mamba2_prefill": (definition.mamba2_prefill, _prefill_fake, _mamba2_prefill),
+    "dsq_pack": (definition.dsq_pack, _pack_fake, _dsq_pack),
     "selective_scan_q": (definition.selective_scan_q, _scan_fake, _selective_scan_q),
     "selective_scan_q_backward": (definition.selective_scan_q_backward, _backward_fake, _selective_scan_q_backward),
 }

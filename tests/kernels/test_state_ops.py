@@ -11,7 +11,8 @@ from llmcompress.algorithms import decoupled_scales as dsq
 
 SHAPES = [(16, 32), (64, 64), (32, 128), (16, 256)]
 # spread of the outliers of both axes, and a factor on everything
-EXTREMES = [(0.0, 1.0), (1.0, 1.0), (4.0, 1e-3), (4.0, 1e6), (1.0, 0.0), (0.5, 1e-30)]
+# the last but one has subnormal state scales, whose codes need clamping
+EXTREMES = [(0.0, 1.0), (1.0, 1.0), (4.0, 1e-3), (4.0, 1e6), (1.0, 0.0), (2.0, 1e-9), (0.5, 1e-30)]
 
 
 def random_state(sequences: int, heads: int, channels: int, states: int, spread: float, factor: float) -> torch.Tensor:
@@ -170,3 +171,59 @@ def test_decode_step_of_a_mixer(bits: int, channels: int, states: int, groups: i
     if bits < 32:
         differ = (dsq.unpack_codes(mine[0], bits, states) != dsq.unpack_codes(theirs[0], bits, states)).float().mean()
         assert float(differ) < 0.02
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize(("channels", "states", "groups"), [(16, 32, 2), (64, 128, 1)])
+def test_prompt_through_a_mixer(channels: int, states: int, groups: int, history: bool) -> None:
+    needs_kernels()
+    sequences, heads, tokens = 2, 4, 300
+    inner, width = heads * channels, heads * channels + 2 * groups * states
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    # the second head forgets everything at once, the third nearly nothing
+    a = -torch.tensor([0.3, 200.0, 1e-4, 5.0])
+    weights = (normal(width, 4), normal(width), normal(heads), a, normal(heads), 1 + 0.1 * normal(inner))
+    conv = normal(sequences, width, 4) if history else None
+    start = normal(sequences, heads, channels, states) if history else torch.zeros(sequences, heads, channels, states)
+    projected = normal(sequences, tokens, inner + width + heads)
+    other, limits = start.clone(), (0.01, 4.0)
+    got = state.mamba2_prefill(projected, conv, *weights, start, groups, limits, 1e-5)
+    expected = definition.mamba2_prefill(projected, conv, *weights, other, groups, *limits, 1e-5)
+    assert float((got - expected).norm() / expected.norm()) < 3e-6
+    for head in range(heads):
+        assert float((start[:, head] - other[:, head]).norm() / other[:, head].norm()) < 3e-6
+    # a prompt in two parts is the prompt
+    again = other.zero_() if conv is None else other.copy_(start)
+    if conv is None:
+        first = state.mamba2_prefill(projected[:, :123], None, *weights, again, groups, limits, 1e-5)
+        mixed = projected[:, 119:123, inner : inner + width].transpose(1, 2).contiguous()
+        second = state.mamba2_prefill(projected[:, 123:], mixed, *weights, again, groups, limits, 1e-5)
+        assert float((torch.cat((first, second), 1) - got).norm() / got.norm()) < 3e-6
+        assert float((again - start).norm() / start.norm()) < 3e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_pack_gives_the_definitions_codes(bits: int, fixed: bool) -> None:
+    needs_kernels()
+    for channels, states in SHAPES:
+        for spread, factor in EXTREMES:
+            held = random_state(2, 4, channels, states, spread, factor)
+            scale = dsq.static_channel_scale(held.abs().mean((0, 3))) if fixed else None
+            got, expected = state.dsq_pack(held, scale, bits), definition.dsq_pack(held, scale, bits)
+            assert (got[1] is None) == fixed
+            for mine, theirs in zip(got, expected, strict=True):
+                assert mine is None or torch.equal(mine, theirs)
+
+
+def test_operator_checks_of_the_prompt() -> None:
+    checks = ("test_schema", "test_faketensor")
+    weights = (torch.randn(128, 4), None, torch.randn(4), -torch.rand(4), torch.randn(4), torch.randn(64))
+    held = torch.zeros(2, 4, 16, 32)
+    arguments = (torch.randn(2, 5, 64 + 128 + 4), None, *weights, held, 1, 0.0, 9.0, 1e-5)
+    torch.library.opcheck(torch.ops.llmcompress.mamba2_prefill, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.llmcompress.dsq_pack, (held, None, 4), test_utils=checks)

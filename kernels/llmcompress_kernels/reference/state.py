@@ -236,3 +236,47 @@ def mamba2_decode(
     normed = y.unflatten(-1, (groups, -1))
     normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return normed.flatten(-2) * gain
+
+
+def mamba2_prefill(
+    projected: Tensor,
+    conv: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    a: Tensor,
+    d: Tensor,
+    gain: Tensor,
+    state: Tensor,
+    groups: int,
+    low: float,
+    high: float,
+    epsilon: float,
+) -> Tensor:
+    """A prompt through a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_prefill`."""
+    sequences, heads, channels, states = state.shape
+    inner, both, width = heads * channels, groups * states, conv_weight.shape[-1]
+    gate, mixed, dt = projected.split([inner, inner + 2 * both, heads], -1)
+    mixed = mixed.transpose(1, 2)
+    before = mixed.new_zeros(sequences, mixed.shape[1], width - 1) if conv is None else conv[..., 1:]
+    mixed = torch.nn.functional.conv1d(
+        torch.cat((before, mixed), -1), conv_weight.unsqueeze(1), conv_bias, groups=mixed.shape[1]
+    )
+    mixed = torch.nn.functional.silu(mixed).transpose(1, 2)
+    x, b, c = mixed.split([inner, both, both], -1)
+    dt = torch.nn.functional.softplus(dt + dt_bias).clamp(low, high)
+    x, b, c = x.unflatten(-1, (heads, channels)), b.unflatten(-1, (groups, states)), c.unflatten(-1, (groups, states))
+    bits = torch.full((heads,), FLOAT_BITS)
+    y, last, _ = selective_scan_q(dt.unsqueeze(-1) * x, (dt * a).exp(), b, c, state, bits, None, 1, 1, False)
+    state.copy_(last)
+    y = (y + d[:, None] * x).flatten(-2) * torch.nn.functional.silu(gate)
+    normed = y.unflatten(-1, (groups, -1))
+    normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return normed.flatten(-2) * gain
+
+
+def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A float state to codes, channel scale (empty with ``fixed``) and state scale."""
+    qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1), device=state.device)
+    found, channel, scale, _ = dsq_quantize(state, qmax, fixed)
+    return pack(found.to(torch.int8), bits), channel if fixed is None else channel.new_empty(0), scale

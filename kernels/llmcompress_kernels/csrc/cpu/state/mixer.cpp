@@ -2,7 +2,7 @@
 // norm. Transcendental functions differ from libm's in the last bits; the state update itself is that of update.cpp.
 #include <vector>
 
-#include "tile.h"
+#include "elementwise.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
@@ -10,38 +10,22 @@
 namespace state {
 namespace {
 
-// exp with a relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]
-STATE_INLINE __m512 exp16(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
-}
-
-STATE_INLINE __m512 silu16(__m512 x) {
-  const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
 // Four taps of sixteen channels: the state [C, 4] moves by one, the newest input last.
 STATE_INLINE __m512 convolve16(float* held, const float* weight, __m512 input) {
-  alignas(64) float fresh[16], out[16];
-  _mm512_store_ps(fresh, input);
-  for (int i = 0; i < 16; ++i) {
-    const __m128 old = _mm_loadu_ps(held + 4 * i);
-    const __m128 now = _mm_insert_ps(_mm_shuffle_ps(old, old, _MM_SHUFFLE(3, 3, 2, 1)), _mm_set_ss(fresh[i]), 0x30);
-    _mm_storeu_ps(held + 4 * i, now);
-    _mm_store_ss(out + i, _mm_dp_ps(now, _mm_loadu_ps(weight + 4 * i), 0xf1));
+  __m512 sum[4];
+  for (int q = 0; q < 4; ++q) {
+    const __m512 old = _mm512_loadu_ps(held + 16 * q);
+    const __m512i spread = _mm512_add_epi32(_mm512_set1_epi32(4 * q), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
+    const __m512 now = _mm512_mask_permutexvar_ps(_mm512_permute_ps(old, _MM_SHUFFLE(3, 3, 2, 1)), 0x8888, spread, input);
+    _mm512_storeu_ps(held + 16 * q, now);
+    const __m512 product = _mm512_mul_ps(now, _mm512_loadu_ps(weight + 16 * q));
+    const __m512 two = _mm512_add_ps(product, _mm512_permute_ps(product, _MM_SHUFFLE(2, 3, 0, 1)));
+    sum[q] = _mm512_add_ps(two, _mm512_permute_ps(two, _MM_SHUFFLE(1, 0, 3, 2)));
   }
-  return _mm512_load_ps(out);
+  // every fourth lane of each
+  const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512 low = _mm512_permutex2var_ps(sum[0], fourth, sum[1]), high = _mm512_permutex2var_ps(sum[2], fourth, sum[3]);
+  return _mm512_shuffle_f32x4(low, high, 0x44);
 }
 
 }  // namespace
@@ -70,9 +54,9 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
   std::memcpy(&epsilon, &raw, 4);
   float *mixed = scratch, *decay = mixed + sequences * width, *drive = decay + sequences * heads,
         *y = drive + sequences * inner;
-  // B and C of all sequences side by side, as the state update wants them
-  std::vector<float> bc(2 * sequences * both);
-  float *b = bc.data(), *c = b + sequences * both;
+  // B and C of all sequences side by side, as the state update wants them, and the time steps
+  std::vector<float> bc(2 * sequences * both + sequences * heads);
+  float *b = bc.data(), *c = b + sequences * both, *dt = c + sequences * both;
 #pragma omp parallel for schedule(static) if (sequences > 1)
   for (int64_t s = 0; s < sequences; ++s) {
     const float *in = projected + s * row + inner, *raw_dt = in + width;
@@ -84,36 +68,28 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
     }
     std::memcpy(b + s * both, x + inner, sizeof(float) * both);
     std::memcpy(c + s * both, x + inner + both, sizeof(float) * both);
+    float* steps = dt + s * heads;
+    time_steps(raw_dt, dt_bias, a, 0.0f, 3.0e38f, heads, steps, decay + s * heads);
     for (int64_t h = 0; h < heads; ++h) {
-      const float z = raw_dt[h] + dt_bias[h], dt = z > 20.0f ? z : std::log1p(std::exp(z));
-      decay[s * heads + h] = std::exp(dt * a[h]);
-      for (int64_t p = 0; p < channels; ++p) drive[s * inner + h * channels + p] = dt * x[h * channels + p];
+      const __m512 by = _mm512_set1_ps(steps[h]);
+      for (int64_t p = h * channels; p < (h + 1) * channels; p += 16) {
+        _mm512_storeu_ps(drive + s * inner + p, _mm512_mul_ps(by, _mm512_loadu_ps(x + p)));
+      }
     }
   }
   const int code = codes != nullptr ? llmc_dsq_update(codes, channel, scale, fixed, drive, decay, b, c, y, sequences, heads,
                                                       groups, channels, states, bits)
                                     : llmc_state_update(floats, drive, decay, b, c, y, sequences, heads, groups, channels, states);
   if (code != 0) return code;
-  const int64_t part = inner / groups;
 #pragma omp parallel for schedule(static) if (sequences > 1)
   for (int64_t s = 0; s < sequences; ++s) {
-    const float *x = mixed + s * width, *gate = projected + s * row;
-    float *from = y + s * inner, *to = out + s * inner;
-    for (int64_t g = 0; g < groups; ++g) {
-      __m512 energy = _mm512_setzero_ps();
-      for (int64_t i = g * part; i < (g + 1) * part; i += 16) {
-        const __m512 skip = _mm512_set1_ps(d[i / channels]);
-        __m512 value = _mm512_fmadd_ps(skip, _mm512_loadu_ps(x + i), _mm512_loadu_ps(from + i));
-        value = _mm512_mul_ps(value, silu16(_mm512_loadu_ps(gate + i)));
-        energy = _mm512_fmadd_ps(value, value, energy);
-        _mm512_storeu_ps(from + i, value);
-      }
-      const float scale_by = 1.0f / std::sqrt(_mm512_reduce_add_ps(energy) / static_cast<float>(part) + epsilon);
-      for (int64_t i = g * part; i < (g + 1) * part; i += 16) {
-        const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from + i), _mm512_set1_ps(scale_by));
-        _mm512_storeu_ps(to + i, _mm512_mul_ps(value, _mm512_loadu_ps(gain + i)));
-      }
+    const float* x = mixed + s * width;
+    float* from = y + s * inner;
+    for (int64_t i = 0; i < inner; i += 16) {
+      const __m512 skip = _mm512_set1_ps(d[i / channels]);
+      _mm512_storeu_ps(from + i, _mm512_fmadd_ps(skip, _mm512_loadu_ps(x + i), _mm512_loadu_ps(from + i)));
     }
+    gated_norm(from, projected + s * row, gain, out + s * inner, inner, groups, epsilon);
   }
   return 0;
 }

@@ -20,6 +20,7 @@ namespace state {
 
 constexpr float kSmallest = 5.9604644775390625e-08f;  // 2^-24
 constexpr float kLargest = 65504.0f;
+constexpr float kNormal = 6.2e-5f;  // above the smallest normal fp16, 2^-14
 constexpr int kRows = 16;
 constexpr int kMaxStates = 256;
 constexpr int kMaxChannels = 256;
@@ -144,7 +145,7 @@ struct Scales {
   alignas(64) float inverse[kMaxChannels];
   alignas(64) float step[kMaxStates];     // state scale / qmax, in pairs
   alignas(64) float unstep[kMaxStates];   // its reciprocal
-  bool wide;                              // a state scale was clamped: codes need clamping
+  bool wide;                              // a state scale was clamped or is subnormal: codes need clamping
 };
 
 // Channel scales of sixteen rows.
@@ -175,7 +176,10 @@ STATE_INLINE void state_scales(Scales& s, const float* tile, const __m512* large
         most = _mm512_max_ps(most, _mm512_div_ps(size, _mm512_set1_ps(s.channel[r])));
       }
     }
-    s.wide |= _mm512_cmp_ps_mask(most, _mm512_set1_ps(kLargest), _CMP_GE_OQ) != 0;
+    // beyond fp16's normal numbers a scale may be far below the maximum that it stands for
+    const __mmask16 tiny = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ), most,
+                                                   _mm512_set1_ps(kNormal), _CMP_LT_OQ);
+    s.wide |= (tiny | _mm512_cmp_ps_mask(most, _mm512_set1_ps(kLargest), _CMP_GE_OQ)) != 0;
     const __m512 value = _mm512_cvtph_ps(to_half(clamp_scale(most)));
     const __m512 step = _mm512_div_ps(value, _mm512_set1_ps(qmax));
     _mm512_store_ps(scale + 16 * v, value);

@@ -9,6 +9,24 @@
 namespace state {
 namespace {
 
+template <int Bits, int J>
+STATE_INLINE void encode_rows(const Scales& now, const float* tile, uint8_t* codes, int p) {
+  constexpr int n = 32 * J;
+  constexpr float qmax = (1 << (Bits - 1)) - 1;
+  for (int r = 0; r < p; ++r) {
+    __m512i q[2 * J];
+    row_codes<J>(now, tile + r * n, r, qmax, q);
+    for (int j = 0; j < J; ++j) {
+      encode_pair<Bits>(codes + r * (n * Bits / 8) + j * pair_bytes<Bits>(), q[2 * j], q[2 * j + 1]);
+    }
+  }
+}
+
+const float* zeros_of_rows() {
+  static const float zeros[kMaxChannels] = {};
+  return zeros;
+}
+
 template <int Bits, int J, bool Static>
 void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
                  const float* b, const float* c, float* y, float* tile, int p) {
@@ -30,10 +48,41 @@ void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint1
     odd = _mm512_mul_ps(odd, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j + 16)));
   };
   refresh<J, Static>(now, tile, p, decay, x, b, c, y, qmax, channel, scale, load);
-  for (int r = 0; r < p; ++r) {
-    __m512i q[2 * J];
-    row_codes<J>(now, tile + r * n, r, qmax, q);
-    for (int j = 0; j < J; ++j) encode_pair<Bits>(codes + r * row_bytes + j * pair_bytes<Bits>(), q[2 * j], q[2 * j + 1]);
+  encode_rows<Bits, J>(now, tile, codes, p);
+}
+
+// Codes and scales of a tile in pair order.
+template <int Bits, int J, bool Static>
+void pack_head(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, int p) {
+  constexpr int n = 32 * J;
+  constexpr float qmax = (1 << (Bits - 1)) - 1;
+  Scales now;
+  alignas(64) float zeros[n] = {}, ignored[kMaxChannels];
+  if constexpr (Static) fixed_channels(now, fixed, p);
+  auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
+    even = _mm512_load_ps(tile + r * n + 32 * j);
+    odd = _mm512_load_ps(tile + r * n + 32 * j + 16);
+  };
+  // u = 1 h + 0 (x) 0
+  refresh<J, Static>(now, tile, p, 1.0f, zeros_of_rows(), zeros, zeros, ignored, qmax, channel, scale, load);
+  encode_rows<Bits, J>(now, tile, codes, p);
+}
+
+using Pack = void (*)(float*, uint8_t*, uint16_t*, uint16_t*, const uint16_t*, int);
+
+template <int J, bool Static>
+Pack pick_pack_bits(int bits) {
+  return bits == 4 ? pack_head<4, J, Static> : bits == 8 ? pack_head<8, J, Static> : nullptr;
+}
+
+template <bool Static>
+Pack pick_pack(int bits, int64_t states) {
+  switch (states) {
+    case 32: return pick_pack_bits<1, Static>(bits);
+    case 64: return pick_pack_bits<2, Static>(bits);
+    case 128: return pick_pack_bits<4, Static>(bits);
+    case 256: return pick_pack_bits<8, Static>(bits);
+    default: return nullptr;
   }
 }
 
@@ -92,6 +141,27 @@ __attribute__((visibility("default"))) int llmc_dsq_update(
           channels);
     }
     if (mine != tile) std::free(mine);
+  }
+  return 0;
+}
+
+// A state in fp32 [S, H, P, N] to codes and scales: the end of a prompt.
+__attribute__((visibility("default"))) int llmc_dsq_pack(const float* floats, uint8_t* codes, uint16_t* channel,
+                                                         uint16_t* scale, const uint16_t* fixed, int64_t sequences,
+                                                         int64_t heads, int64_t channels, int64_t states, int64_t bits) {
+  using namespace state;
+  const Pack run = fixed != nullptr ? pick_pack<true>(static_cast<int>(bits), states) : pick_pack<false>(static_cast<int>(bits), states);
+  if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
+  const int64_t size = channels * states;
+#pragma omp parallel for schedule(static) if (sequences * heads > 8)
+  for (int64_t i = 0; i < sequences * heads; ++i) {
+    float* tile = static_cast<float*>(__builtin_assume_aligned(std::aligned_alloc(64, size * 4), 64));
+    for (int64_t r = 0; r < channels; ++r) {
+      split_pairs(floats + i * size + r * states, tile + r * states, static_cast<int>(states));
+    }
+    run(tile, codes + i * size * bits / 8, channel == nullptr ? nullptr : channel + i * channels, scale + i * states,
+        fixed == nullptr ? nullptr : fixed + i % heads * channels, static_cast<int>(channels));
+    std::free(tile);
   }
   return 0;
 }

@@ -1,0 +1,74 @@
+// exp, silu and softplus of sixteen floats, within a few units in the last place of libm's.
+#pragma once
+
+#include "tile.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+
+namespace state {
+
+// exp with a relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]
+STATE_INLINE __m512 exp16(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+STATE_INLINE __m512 silu16(__m512 x) {
+  const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+// log(1 + exp(z)) = max(z, 0) + 2 atanh(t / (2 + t)), t = exp(-|z|): no cancellation for small results
+STATE_INLINE __m512 softplus16(__m512 z) {
+  const __m512 t = exp16(_mm512_or_ps(z, _mm512_set1_ps(-0.0f)));
+  const __m512 s = _mm512_div_ps(t, _mm512_add_ps(t, _mm512_set1_ps(2.0f))), q = _mm512_mul_ps(s, s);
+  __m512 p = _mm512_set1_ps(2.0f / 17);
+  for (int k = 15; k >= 1; k -= 2) p = _mm512_fmadd_ps(p, q, _mm512_set1_ps(2.0f / static_cast<float>(k)));
+  return _mm512_fmadd_ps(p, s, _mm512_max_ps(z, _mm512_setzero_ps()));
+}
+
+// Gate and norm of one token: `y` [I] becomes y silu(gate), each of `groups` parts normed by itself, times gain, in `out`.
+STATE_INLINE void gated_norm(float* y, const float* gate, const float* gain, float* out, int64_t inner, int64_t groups,
+                             float epsilon) {
+  const int64_t part = inner / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 energy = _mm512_setzero_ps();
+    for (int64_t i = g * part; i < (g + 1) * part; i += 16) {
+      const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(y + i), silu16(_mm512_loadu_ps(gate + i)));
+      energy = _mm512_fmadd_ps(value, value, energy);
+      _mm512_storeu_ps(y + i, value);
+    }
+    const float by = 1.0f / std::sqrt(_mm512_reduce_add_ps(energy) / static_cast<float>(part) + epsilon);
+    for (int64_t i = g * part; i < (g + 1) * part; i += 16) {
+      const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(y + i), _mm512_set1_ps(by));
+      _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_loadu_ps(gain + i)));
+    }
+  }
+}
+
+// Time steps and decays of one token's heads: dt = clamp(softplus(raw + bias), low, high), decay = exp(dt a).
+STATE_INLINE void time_steps(const float* raw, const float* bias, const float* a, float low, float high, int64_t heads,
+                             float* dt, float* decay) {
+  for (int64_t h = 0; h < heads; h += 16) {
+    const __mmask16 some = heads - h >= 16 ? 0xffff : static_cast<__mmask16>((1u << (heads - h)) - 1);
+    const __m512 z = _mm512_add_ps(_mm512_maskz_loadu_ps(some, raw + h), _mm512_maskz_loadu_ps(some, bias + h));
+    const __m512 step = _mm512_min_ps(_mm512_max_ps(softplus16(z), _mm512_set1_ps(low)), _mm512_set1_ps(high));
+    _mm512_mask_storeu_ps(dt + h, some, step);
+    _mm512_mask_storeu_ps(decay + h, some, exp16(_mm512_mul_ps(step, _mm512_maskz_loadu_ps(some, a + h))));
+  }
+}
+
+}  // namespace state
+
+#pragma GCC pop_options
