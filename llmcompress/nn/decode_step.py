@@ -1,25 +1,28 @@
-"""One decode step of a Mamba-2 mixer in three calls: in_proj, everything between, out_proj.
+"""A decode step or a prompt of a Mamba-2 mixer in three calls: in_proj, everything between, out_proj.
 
 For mixers whose forward is that of Mamba-2 without additions (no multipliers, gate before the norm), with fp32
-activations and a packed state. All others decode through transformers' own forward.
+activations and a packed state. All others go through transformers' own forward.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompress_kernels import state as kernels
 from torch import Tensor, nn
 
-from llmcompress.nn.states import PackedState
+from llmcompress.nn.states import PackedState, StateQuantizer
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ScanView
 
 PLAIN = frozenset({"Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer"})
 CONV_WIDTH = 4
 
 
 class DecodeStep:
-    """The step of one mixer.
+    """Step and prompt of one mixer.
 
     Args:
         mixer: Of transformers.
@@ -44,21 +47,63 @@ class DecodeStep:
             held: The packed state, None at the start of a sequence.
             rest: Everything else that the mixer was called with: a mask must be None.
         """
-        if not self.plain or held is None or hidden.shape[1] != 1 or hidden.dtype != torch.float32:
+        if held is None or hidden.shape[1] != 1:
             return False
-        mixer, quantizer = self.mixer, held.quantizer
-        one_width = quantizer.head_bits is None and quantizer.spec.bits in (4, 8)
-        return (
-            held.packed
+        one = held.packed and held.quantizer.window == 1
+        return one and self._runs(hidden, cache, held.quantizer, rest)
+
+    def fits_prompt(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
+        """Whether this pass is a prompt, or more of one, whose last state is stored in a cache; as :meth:`fits`."""
+        return cache is not None and hidden.shape[1] > 1 and self._runs(hidden, cache, quantizer, rest)
+
+    def _runs(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
+        mixer = self.mixer
+        return bool(
+            self.plain
+            and hidden.dtype == torch.float32
             and quantizer.has_kernel
-            and one_width
-            and quantizer.window == 1
+            and quantizer.one_width
             and hidden.device.type == "cpu"
             and all(value is None for value in rest)
             and mixer.A_log.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not cache.is_recording_past(mixer.layer_idx)
         )
+
+    def prompt(self, hidden: Tensor, cache: Any, held: PackedState | None, view: ScanView) -> Tensor:
+        """The mixer's output ``[S, T, D]`` over a prompt scanned in float; convolution and packed states are replaced.
+
+        Args:
+            hidden: ``[S, T, D]``.
+            cache: The cache of the pass.
+            held: The packed state that the prompt goes on from, None at the start of a sequence.
+            view: Sizes of the state.
+        """
+        mixer, index = self.mixer, self.mixer.layer_idx
+        projected, rates = mixer.in_proj(hidden), self._rates()
+        history = None if held is None else cache.layers[index].conv_states[0].clone()
+        inner = view.heads * view.channels
+        mixed = projected[..., inner : inner + view.conv_channels].transpose(1, 2)
+        cache.update_conv_state(mixed, index, conv_kernel_size=mixer.conv_kernel_size)
+        shape = (hidden.shape[0], view.heads, view.channels, view.states)
+        state = hidden.new_zeros(shape) if held is None else held.load(rates[:, None, None]).clone()
+        out = kernels.mamba2_prefill(
+            projected,
+            history,
+            mixer.conv1d.weight[:, 0],
+            mixer.conv1d.bias,
+            mixer.dt_bias,
+            rates,
+            mixer.D,
+            mixer.norm.weight,
+            state,
+            mixer.n_groups,
+            tuple(mixer.time_step_limit),
+            mixer.norm.variance_epsilon,
+        )
+        cache.update_recurrent_state(state, layer_idx=index)
+        result: Tensor = mixer.out_proj(out)
+        return result
 
     def __call__(self, hidden: Tensor, cache: Any, held: PackedState) -> Tensor:
         """The mixer's output ``[S, 1, D]``; convolution and packed states are replaced."""

@@ -245,6 +245,9 @@ class _Mixer:
             if one.fits(hidden_states, cache_params, quantized.held, (*args, kw.get("attention_mask"))):
                 assert quantized.held is not None
                 return one(hidden_states, cache_params, quantized.held)
+            rest = (*args, kw.get("attention_mask"), quantized.runtime.inspect, quantized.runtime.observe)
+            if not quantized.simulates and one.fits_prompt(hidden_states, cache_params, quantized.quantizer, rest):
+                return one.prompt(hidden_states, cache_params, quantized.held, quantized.view)
             result: Tensor = forward(mixer, hidden_states, cache_params, *args, **kw)
             quantized.held = None
             return result

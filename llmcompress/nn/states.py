@@ -86,6 +86,11 @@ class StateQuantizer:
         fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
         return spec.active and plain and fits and spec.codec in ("dsq", "dsq_static_p")
 
+    @property
+    def one_width(self) -> bool:
+        """Whether all heads have one width that the decoding kernels know."""
+        return self.head_bits is None and self.spec.bits in (4, 8)
+
     def widths(self) -> list[tuple[int, Tensor | None]]:
         """Code widths in use and the heads that use each; None for all heads."""
         if self.head_bits is None:
@@ -132,6 +137,11 @@ class PackedState:
         if not self.packed or not self.quantizer.spec.active:
             self.value = self.quantizer.fake(fresh, step)
             return
+        if self.quantizer.has_kernel and self.quantizer.one_width:
+            bits = self.quantizer.spec.bits
+            codes, self.channel, self.state = kernels.dsq_pack(fresh, self.quantizer.static, bits)
+            self.codes = [codes]
+            return
         found = self.quantizer.quantize(fresh, step)
         self.channel, self.state = found.channel, found.state
         self.codes = [
@@ -155,8 +165,7 @@ class PackedState:
     def decode(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """Take one token in and read its output ``u C``, fp32 ``[S, H, P]``; arguments as in :meth:`step`."""
         quantizer = self.quantizer
-        one_width = quantizer.head_bits is None and quantizer.spec.bits in (4, 8)
-        if not (self.packed and quantizer.has_kernel and one_width and quantizer.window == 1):
+        if not (self.packed and quantizer.has_kernel and quantizer.one_width and quantizer.window == 1):
             return read(self.step(x, dt, a, b), c.float())
         assert self.state is not None
         drive, decay = dt * x.float(), (dt[..., 0] * a[:, 0, 0]).exp()
