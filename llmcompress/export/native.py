@@ -49,7 +49,7 @@ def write_native(
 
     with atomic_folder(out) as part:
         shards = ShardWriter(part)
-        for name, tensor in outside_tensors(handle):
+        for name, tensor in outside_tensors(handle, policies):
             shards.add(name, tensor)
         for block in handle.layout.blocks:
             for name, tensor in block_tensors(handle, store, block):

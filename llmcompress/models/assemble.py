@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-POLICIES = ("pesf", "state_cache", "activations")
+POLICIES = ("pesf", "state_cache", "activations", "embeddings")
 
 
 def compressed_model(
@@ -52,7 +52,7 @@ def compressed_model(
     prepare_policies(model, handle.layout, policies)
     fill_constants(model)
     plan = model._get_dtype_plan(model.dtype)
-    for name, tensor in outside_tensors(handle):
+    for name, tensor in outside_tensors(handle, policies):
         assign(model, name, tensor, plan)
     model.tie_weights()
     for block in handle.layout.blocks:
@@ -69,10 +69,19 @@ def compressed_model(
     return model.eval()
 
 
-def outside_tensors(handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:
-    """Yield embedding, final norm and untied head, by run-time name, as the checkpoint holds them."""
+def outside_tensors(
+    handle: ModelHandle, policies: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield embedding, final norm and untied head, by run-time name, as in the checkpoint or packed by policy."""
+    policy = (policies or {}).get("embeddings")
     for view in handle.layout.outside:
-        yield view.name, handle.checkpoint.tensor(view.name)
+        tensor = handle.checkpoint.tensor(view.name)
+        if policy is None:
+            yield view.name, tensor
+        else:
+            from llmcompress.nn import embedding
+
+            yield from embedding.packed_tensors(view.name, tensor, handle.layout, policy)
 
 
 def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iterator[tuple[str, Tensor]]:
@@ -164,3 +173,7 @@ def prepare_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapp
         from llmcompress.nn.mixers import register_scales
 
         register_scales(model, layout, policies["state_cache"])
+    if "embeddings" in policies:
+        from llmcompress.nn import embedding
+
+        embedding.make_room(model, layout, policies["embeddings"])

@@ -27,6 +27,7 @@ BUILT_IN: dict[str, str] = {
     "esr": "llmcompress.stages.esr:Esr",
     "pesf": "llmcompress.stages.pesf:Pesf",
     "activations": "llmcompress.stages.activations:Activations",
+    "embeddings": "llmcompress.stages.embeddings:Embeddings",
     "dsq": "llmcompress.stages.dsq:Dsq",
     "s2r_init": "llmcompress.stages.s2r_init:S2RInit",
     "s2r_rl": "llmcompress.stages.s2r_rl:S2RRl",

@@ -1,0 +1,206 @@
+"""Embedding and output head in low bits: rows are decoded as they are looked up; a tied head uses the same codes.
+
+Policy ``embeddings`` (stage of that name). The codes are those of the codec ``int_group``, rounded to nearest, so they
+follow from the checkpoint alone and need no data. Rows are padded to a multiple of 16, so that the CPU
+kernels take any vocabulary.
+
+Legend: V vocabulary, V' V rounded up to 16, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from llmcompress_kernels.reference.group_gemm import LANES, decode
+from torch import Tensor, nn
+
+from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.errors import InputError
+from llmcompress.nn.packed import PackedTensors
+from llmcompress.quant.codecs import codec
+from llmcompress.quant.codecs.int_group import encode
+from llmcompress.quant.packed import PackedWeight
+from llmcompress.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmcompress.models.layout import ModelLayout
+
+HEAD = "lm_head"
+
+
+def spec_of(policy: Mapping[str, Any]) -> QuantSpec:
+    """The spec of a saved policy.
+
+    Raises:
+        InputError: It holds words or values that this version does not know.
+    """
+    bits, size = policy.get("bits"), policy.get("group_size")
+    if (
+        set(policy) != {"bits", "group_size"}
+        or bits not in (4, 8)
+        or not isinstance(size, int)
+        or not (size == -1 or size > 0)
+    ):
+        raise InputError(
+            "quantization_config.policies.embeddings: not understood", "upgrade llmcompress, or export the model again"
+        )
+    return QuantSpec(bits, size, symmetric=True)
+
+
+def matrices(layout: ModelLayout) -> list[str]:
+    """Run-time module names of the embedding and, where it is not tied, of the head."""
+    shape = (layout.vocab, layout.hidden)
+    return [view.name.removesuffix(".weight") for view in layout.outside if tuple(view.shape) == shape]
+
+
+def pack_rows(weight: Tensor, spec: QuantSpec) -> PackedWeight:
+    """Round ``[V, D]`` to nearest and pack it as ``[V', D]``; added rows are zeros."""
+    padded = torch.nn.functional.pad(weight.to(torch.float32), (0, 0, 0, -weight.shape[0] % LANES))
+    scale, zero = find_grid(padded, spec, "minmax")
+    return encode(round_codes(padded, scale, zero, spec), scale, zero, spec)
+
+
+class PackedRows(PackedTensors):
+    """``[V', D]`` in low bits, of which the first V rows are used.
+
+    Args:
+        rows: V.
+        columns: D.
+        spec: How it is quantized.
+        dtype: Type of what is looked up.
+        device: Where to allocate.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, spec: QuantSpec, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__((rows + -rows % LANES, columns), spec, device)
+        self.rows, self.columns, self.dtype = rows, columns, dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing but a type: modelling code casts hidden states to that of the head's weight."""
+        return torch.empty(0, dtype=self.dtype, device=self.weight_packed.device)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows ``[..., D]`` of ``ids [...]``."""
+        flat = ids.reshape(-1)
+        parts = (self.weight_packed, self.weight_scale)
+        if self.interleaved:
+            block, lane = flat // LANES, flat % LANES
+            packed, scale = (part[block, :, lane] for part in parts)
+        else:
+            packed, scale = (part[flat] for part in parts)
+        rows = decode(packed, scale, None, self.spec.bits, self.columns_per_group, self.columns)
+        return rows.to(self.dtype).view(*ids.shape, self.columns)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., V]``: the head."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.prepare()
+        shape = (self.spec.bits, self.columns_per_group, self.columns)
+        y: Tensor = torch.ops.llmcompress.group_gemm(x, self.weight_packed, self.weight_scale, None, *shape, False)
+        return y[..., : self.rows]
+
+
+class PackedEmbedding(PackedRows):
+    """In the place of an ``nn.Embedding``."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` to ``[..., D]``."""
+        return self.look_up(ids)
+
+
+class PackedHead(PackedRows):
+    """In the place of an output head of its own."""
+
+    bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., V]``."""
+        y = self.project(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class TiedHead(nn.Module):
+    """In the place of a head that shares the embedding; holds nothing of its own."""
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        # in a tuple, so that it is no submodule and appears once in a state dict
+        self._embedding = (embedding,)
+
+    @property
+    def weight(self) -> Tensor:
+        """See :attr:`PackedRows.weight`."""
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., V]``."""
+        return self._embedding[0].project(x)
+
+
+def declined(model: PreTrainedModel) -> str | None:
+    """Why a model's embedding cannot be packed, None if it can."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        return f"{type(embedding).__name__} does more than look rows up"
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}"
+    return None
+
+
+def make_room(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any]) -> None:
+    """Put empty packed modules in the places of embedding and head, before weights are read.
+
+    Raises:
+        InputError: The policy or the model's modules are not understood.
+    """
+    spec, reason = spec_of(policy), declined(model)
+    if reason is not None:
+        raise InputError(f"quantization_config.policies.embeddings: {reason}", "export without the embeddings stage")
+    names, dtype = matrices(layout), model.dtype
+    old: Any = model.get_input_embeddings()
+    embedding = PackedEmbedding(layout.vocab, layout.hidden, spec, dtype, old.weight.device)
+    _replace(model, names[0], embedding)
+    if len(names) == 1:
+        model.set_output_embeddings(TiedHead(embedding))
+        # nothing is left to be tied
+        model._tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
+        return
+    plain: Any = model.get_output_embeddings()
+    head = PackedHead(layout.vocab, layout.hidden, spec, dtype, plain.weight.device)
+    if plain.bias is not None:
+        head.register_parameter("bias", plain.bias)
+    _replace(model, names[1], head)
+
+
+def packed_tensors(
+    name: str, tensor: Tensor, layout: ModelLayout, policy: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """What an outside tensor becomes in the artifact: codes and scales of embedding and head, others as they are."""
+    module = name.removesuffix(".weight")
+    if module == name or module not in matrices(layout):
+        yield name, tensor
+        return
+    packed = pack_rows(tensor, spec_of(policy))
+    for key, value in sorted(packed.tensors.items()):
+        yield f"{module}.{key}", value
+
+
+def bytes_of(layout: ModelLayout, policy: Mapping[str, Any]) -> int:
+    """Bytes of packed embedding and head, without tensors."""
+    spec = spec_of(policy)
+    shape = (layout.vocab + -layout.vocab % LANES, layout.hidden)
+    return len(matrices(layout)) * int(codec(spec.codec).nbytes(shape, spec))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    new.train(model.training)
+    setattr(model.get_submodule(parent), key, new)
