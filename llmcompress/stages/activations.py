@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ class ActivationsConfig(StageConfig):
     type: Literal["activations"] = "activations"
     bits: Literal[8] = 8
     """Width of the codes; scales are taken from each token as it comes (dynamic), so nothing is calibrated."""
+    granularity: Literal["token", "chunk"] = "token"
+    """What shares a scale: a whole token, or 64 of its columns (a finer grid, and what the CPU kernels compute in)."""
     roles: Annotated[tuple[_ROLES, ...], Field(min_length=1)] = ("attention", "mlp", "shared_experts", "ssm")
     """Linears whose inputs are rounded. Routed experts keep float inputs: they are gathered inside fused functions."""
 
@@ -52,4 +54,7 @@ class Activations(Stage):
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Put the policy into the run state."""
         assert state.model is not None
-        state.policies["activations"] = {"bits": self.config.bits, "roles": self._roles(state.model.layout)}
+        policy: dict[str, Any] = {"bits": self.config.bits, "roles": self._roles(state.model.layout)}
+        if self.config.granularity != "token":
+            policy["granularity"] = self.config.granularity
+        state.policies["activations"] = policy
