@@ -47,7 +47,8 @@ class Rounder:
         spec: Codec and width; must round to nearest.
         static: fp16 ``[H, P]`` or ``[H, N]`` calibrated scale of the codecs that have one.
         head_bits: int ``[H]`` widths per head, or None.
-        window: Tokens between two roundings (replay window); 1 rounds at every token.
+        window: Tokens between two roundings (replay window); 1 rounds at every token. The first token is rounded, as
+            in evaluation (``nn/mixers.py``), where it stands for the prompt.
     """
 
     spec: StateSpec
@@ -78,11 +79,11 @@ class Rounder:
             bits = self.head_bits.to(torch.int32)
         start = x.new_zeros((x.shape[0], heads, channels, b.shape[-1]))
         static = self.static if self.spec.active else None
-        return selective_scan_q(x, a, b, c, start, bits.to(x.device), static, self.window, self.window)[0]
+        return selective_scan_q(x, a, b, c, start, bits.to(x.device), static, 1, self.window)[0]
 
     def __call__(self, u: Tensor, step: int) -> Tensor:
         """The stored state ``[S, H, P, N]`` after token ``step``, without gradient."""
-        if not self.spec.active or (step + 1) % self.window:
+        if not self.spec.active or step % self.window:
             return u.detach()
         return fake_quantize(u.detach(), self.spec, self.static, None, self.head_bits)
 

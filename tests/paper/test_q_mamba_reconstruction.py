@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -140,3 +142,25 @@ def test_reconstruction_is_reproducible() -> None:
         reconstruct(block.parameters, [Group(1e-2, ("write",))], block.loss, 8, Schedule(epochs=2, batch=4))
         found.append(block.parameters["write"])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("engine", ["inject", "fused"])
+def test_a_replay_window_rounds_the_tokens_that_evaluation_rounds(engine: str, tiny: Any) -> None:
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.nn.mixers import attach
+    from llmcompress.nn.scan_override import scanned_by
+
+    model = tiny.model("mamba2")
+    layout = layout_from_config(model.config.to_dict())
+    hidden = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0))
+    mixer = model.get_submodule(layout.blocks[0].scan.module)
+    rounder = Rounder(StateSpec(bits=4), window=3)
+    with torch.no_grad():
+        with scanned_by(mixer, lambda *some: scan(*some, rounder, engine)):
+            trained = mixer(hidden)
+        attach(model, layout, {"bits": 4, "codec": "dsq", "window": 3})
+        deployed = mixer(hidden)
+        attach(model, layout, {"bits": 4, "codec": "dsq", "window": 2})
+        other = mixer(hidden)
+    assert float((trained - deployed).norm() / deployed.norm()) < 1e-4
+    assert float((other - deployed).norm() / deployed.norm()) > 1e-3
