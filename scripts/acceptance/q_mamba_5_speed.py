@@ -1,54 +1,65 @@
 #!/usr/bin/env python3
-"""Q-Mamba 5 (goal C8): a packed 4-bit state on the CPU against transformers' fallback and our own float state.
+"""Q-Mamba 5 (goal C8): W8A8H4 on the CPU against transformers' fallback, and our 4-bit state against our float state.
 
 The reference Mamba-2 and one of 168 M parameters with random weights (24 layers of 768, heads of 64 x 128), batch 1, 8
-and 32, one thread, candidates interleaved, medians: decode at least 6 times transformers' fallback at batch 8, prefill
-at least 8 times, and the 4-bit state update at least twice as fast as our own with fp32 states at batch 8 and 32.
+and 32, two threads, candidates interleaved, medians. transformers runs the dense model in fp32 and in bf16, and the
+faster of the two counts, at each batch anew. Decode at least 6 times that at batch 8, prefill of 512 tokens at least 8
+times, and the 4-bit state update at least twice as fast as our own with fp32 states at batch 8 and 32. The last is
+judged on the large model, as C8 says: states of the reference model (0.6 MB a sequence) never leave the second cache
+level, so nothing is saved by making them smaller; its figure is shown.
 
-    chrt -f 5 python scripts/acceptance/q_mamba_5_speed.py [reference | large ...]
+    chrt -f 5 python scripts/acceptance/q_mamba_5_speed.py [--models reference large] [--keep FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, verdict
+from harness import verdict
 from llmcompress_kernels import state as kernels
+from state_models import MAMBA2_130M, make_model, quantized
 
 from llmcompress.algorithms.decoupled_scales import StateSpec, pack_codes, quantize
-from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.mixers import attach
 
 BATCHES = (1, 8, 32)
 PROMPT = 512
-POLICY = {"bits": 4, "codec": "dsq"}
 DECODE, PREFILL, STEP = 6.0, 8.0, 2.0
+# transformers' own chunk size; an output head of its own makes 168 M
+LARGE = {**MAMBA2_130M, "chunk_size": 256, "tie_word_embeddings": False}
 
 
-def models(name: str) -> tuple[Any, Any]:
-    """The model as transformers runs it, and the same weights with packed states."""
-    from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
+def models(name: str, root: Path) -> dict[str, Any]:
+    """The dense model in two types as transformers runs it, and the packed one."""
+    from transformers import AutoModelForCausalLM
 
-    pair = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        if name == "reference":
-            folder = ROOT / "recipes" / "assets" / "reference_mamba2"
-            pair.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-        else:
-            config = Mamba2Config(
-                vocab_size=50288, hidden_size=768, num_hidden_layers=24, num_heads=24, head_dim=64, state_size=128,
-                n_groups=1, tie_word_embeddings=True,
-            )  # fmt: skip
-            pair.append(Mamba2ForCausalLM(config).eval())
-    attach(pair[1], layout_from_config(pair[1].config.to_dict()), POLICY)
-    return pair[0], pair[1]
+    from llmcompress import hf
+    from llmcompress.models.paths import resolve_path
+
+    source, folder = resolve_path("asset:reference_mamba2"), root / name
+    if name == "large":
+        source = folder / "dense"
+        if not source.exists():
+            source.mkdir(parents=True)
+            subprocess.run([sys.executable, __file__, "--make", str(source)], check=True)
+    folder.mkdir(exist_ok=True)
+    artifact = folder / "run" / "artifact"
+    if not artifact.exists():
+        quantized(source, folder)
+    found = {
+        word: AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    return {**found, "ours": hf.load(artifact, dtype=torch.float32)[0]}
 
 
 def interleaved(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -65,7 +76,7 @@ def interleaved(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[
 def decoder(model: Any, batch: int) -> Callable[[], None]:
     """One decode step of a batch after a short prompt."""
     ids = torch.randint(3, 4000, (batch, 8), generator=torch.Generator().manual_seed(1))
-    held = model(ids, use_cache=True)
+    held = model(ids, use_cache=True, logits_to_keep=1)
     token = held.logits[:, -1:].argmax(-1)
 
     def step() -> None:
@@ -83,49 +94,71 @@ def state_steps(model: Any, batch: int) -> dict[str, Callable[[], None]]:
     drive = torch.randn(batch, heads, channels, generator=generator)
     decay = 0.9 + 0.1 * torch.rand(batch, heads, generator=generator)
     b, c = (torch.randn(batch, 1, states, generator=generator) for _ in range(2))
-    layers, packed = [], []
+    layers, packed, calibrated = [], [], []
     for _ in range(config.num_hidden_layers):
         layers.append(torch.randn(batch, heads, channels, states, generator=generator))
         found = quantize(layers[-1], StateSpec(bits=4))
-        packed.append((pack_codes(found.codes, 4), found.channel.contiguous(), found.state.contiguous()))
+        assert found.channel is not None
+        assert found.state is not None
+        codes = pack_codes(found.codes, 4)
+        packed.append((codes, found.channel.contiguous(), found.state.contiguous(), None))
+        calibrated.append((codes.clone(), None, found.state.clone(), found.channel[0].contiguous()))
 
     def floats() -> None:
         for held in layers:
             kernels.state_update(held, drive, decay, b, c)
 
-    def codes() -> None:
-        for one in packed:
-            kernels.dsq_state_update(*one, None, drive, decay, b, c, 4)
+    def update(kept: list[Any]) -> None:
+        for one in kept:
+            kernels.dsq_state_update(*one, drive, decay, b, c, 4)
 
-    return {"fp32": floats, "4 bit": codes}
+    return {"fp32": floats, "dsq": partial(update, packed), "static": partial(update, calibrated)}
+
+
+def measure(name: str, root: Path) -> tuple[bool, str]:
+    """Whether one model's goals are met, and its figures."""
+    three = models(name, root)
+    rounds, words, holds = 15 if name == "reference" else 5, [], True
+    for batch in BATCHES:
+        found = interleaved({key: decoder(model, batch) for key, model in three.items()}, rounds)
+        step = interleaved(state_steps(three["fp32"], batch), 2 * rounds)
+        base = min(found["fp32"], found["bf16"])
+        decode, state, static = base / found["ours"], step["fp32"] / step["dsq"], step["fp32"] / step["static"]
+        words.append(
+            f"batch {batch}: decode {1e3 * found['ours']:.2f} ms, {decode:.2f}x; "
+            f"state {1e3 * step['dsq']:.2f} ms, {state:.2f}x (calibrated channel scale {static:.2f}x)"
+        )
+        print(name, words[-1], {key: f"{1e3 * value:.2f} ms" for key, value in found.items()}, flush=True)
+        holds &= batch != 8 or decode >= DECODE
+        holds &= batch == 1 or name != "large" or state >= STEP
+    ids = torch.randint(3, 4000, (1, PROMPT), generator=torch.Generator().manual_seed(3))
+    run = {key: partial(model, ids, use_cache=True, logits_to_keep=1) for key, model in three.items()}
+    run["ours"]()
+    found = interleaved(run, 3)
+    prefill = min(found["fp32"], found["bf16"]) / found["ours"]
+    words.append(f"prefill {PROMPT / found['ours']:.0f} tokens/s, {prefill:.2f}x")
+    print(name, words[-1], {key: f"{1e3 * value:.1f} ms" for key, value in found.items()}, flush=True)
+    return holds and prefill >= PREFILL, f"{name}: {', '.join(words)}"
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["reference", "large"], choices=["reference", "large"])
+    parser.add_argument("--keep", type=Path, help="folder in which models are made once")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make:
+        make_model(LARGE, options.make)
+        return
+    torch.set_num_threads(2)
     torch.set_grad_enabled(False)
-    holds, parts = True, []
-    for name in sys.argv[1:] or ("reference", "large"):
-        plain, ours = models(name)
-        rounds = 15 if name == "reference" else 5
-        words = []
-        for batch in BATCHES:
-            found = interleaved({"hf": decoder(plain, batch), "ours": decoder(ours, batch)}, rounds)
-            step = interleaved(state_steps(plain, batch), rounds)
-            decode, state = found["hf"] / found["ours"], step["fp32"] / step["4 bit"]
-            words.append(f"batch {batch}: decode {1e3 * found['ours']:.2f} ms, {decode:.2f}x; state {state:.2f}x")
-            print(name, words[-1], flush=True)
-            holds &= batch != 8 or decode >= DECODE
-            holds &= batch == 1 or state >= STEP
-        ids = torch.randint(3, 4000, (1, PROMPT), generator=torch.Generator().manual_seed(3))
-        both = {"hf": plain, "ours": ours}
-        run = {key: partial(model, ids, use_cache=True) for key, model in both.items()}
-        found = interleaved(run, 3)
-        prefill = found["hf"] / found["ours"]
-        words.append(f"prefill {PROMPT / found['ours']:.0f} tokens/s, {prefill:.2f}x")
-        print(name, words[-1], flush=True)
-        holds &= prefill >= PREFILL
-        parts.append(f"{name}: {', '.join(words)}")
-    verdict(holds, f"one thread, fp32 weights, against transformers' fallback; {'; '.join(parts)}")
+    with tempfile.TemporaryDirectory(prefix="llmcompress-speed-") as work:
+        root = options.keep or Path(work)
+        found = [measure(name, root) for name in options.models]
+    text = "; ".join(part for _, part in found)
+    verdict(
+        all(holds for holds, _ in found), f"W8A8H4, two threads, against transformers' faster of fp32, bf16; {text}"
+    )
 
 
 if __name__ == "__main__":

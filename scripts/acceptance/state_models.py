@@ -45,7 +45,8 @@ def recipe(model: str | Path, run: Path, **changes: Any) -> dict[str, Any]:
             "type": "rtn",
             "rules": {"projections": {"role": "ssm", "bits": 8, "group_size": -1, "symmetric": True}},
         },
-        "activations": {"type": "activations"},
+        "activations": {"type": "activations", "granularity": "chunk"},
+        "embeddings": {"type": "embeddings"},
         "states": {"type": "dsq", "bits": 4, "samples": 1, "tokens": 16},
         "export": {"type": "export", "formats": ["native"]},
     }
