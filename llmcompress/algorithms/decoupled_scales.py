@@ -114,6 +114,10 @@ def quantize(
     if spec.codec == "dsq_als":
         channel, state = _refitted(u, channel, state, spec.refits, qmax)
     codes = _rounded(u, step_size(channel, state, qmax, u.shape[-1]), qmax, noise, spec.rounding)
+    if spec.codec == "dsq_refit":
+        assert channel is not None
+        assert state is not None
+        channel = refitted(u, codes.to(torch.float32), channel, _per_state(state, qmax))
     if spec.codec == "dsq_static_p":
         channel = None
     if spec.codec == "dsq_t":
@@ -205,14 +209,19 @@ def folded_mean(values: Tensor, axis: int) -> Tensor:
         axis: -1 or -2.
     """
     count = values.shape[axis]
-    total = values if axis == -1 else values.transpose(-1, -2)
+    return _folded_sum(values if axis == -1 else values.transpose(-1, -2)) / count
+
+
+def _folded_sum(total: Tensor) -> Tensor:
+    """Sum along the last axis in the order of :func:`folded_mean`."""
+    count = total.shape[-1]
     width = 1 << (count - 1).bit_length()
     if width != count:
         total = torch.nn.functional.pad(total, (0, width - count))
     while width > 1:
         width //= 2
         total = total[..., :width] + total[..., width:]
-    return total[..., 0] / count
+    return total[..., 0]
 
 
 def _power(mean: Tensor, alpha: float) -> Tensor:
@@ -246,6 +255,30 @@ def _refitted(
         basis = codes * (state.to(torch.float32).unsqueeze(-2) / qmax)
         channel = _least_squares(basis, u, -1, channel)
     return channel, state
+
+
+def refitted(u: Tensor, codes: Tensor, channel: Tensor, per_state: Tensor) -> Tensor:
+    """Channel scale of ``dsq_refit``: the least-squares fit to the codes of a row, in units of a step.
+
+    ``channel' = fp16(channel Σ_n code v / Σ_n code²)``, ``v = (u (1 / channel)) (1 / (s_n / qmax))``. Rounding to
+    nearest makes rows of small values too large on average (values from half a step to a step become a step), and
+    a recurrence multiplies that by itself at every token; the fit takes it out.
+
+    Args:
+        u: fp32 ``[..., P, N]``.
+        codes: fp32, as ``u``.
+        channel: fp16 ``[..., P]`` with which the codes were made.
+        per_state: fp32 ``[..., N]``, ``s_n / qmax``.
+    """
+    wide = channel.to(torch.float32)
+    value = (u * (1 / wide).unsqueeze(-1)) * (1 / per_state).unsqueeze(-2)
+    top, below = _folded_sum(codes * value), _folded_sum(codes * codes)
+    return to_scale(wide * torch.where((top > 0) & (below > 0), top / below, 1.0))
+
+
+def _per_state(state: Tensor, qmax: float | Tensor) -> Tensor:
+    """``s_n / qmax``, fp32 ``[..., N]``."""
+    return (state.to(torch.float32).unsqueeze(-2) / qmax).squeeze(-2)
 
 
 def _least_squares(basis: Tensor, target: Tensor, axis: int, before: Tensor) -> Tensor:

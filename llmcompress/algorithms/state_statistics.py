@@ -73,7 +73,7 @@ class HeadStatistics:
 
     def add_error(self, label: str, inputs: ScanInputs, exact: Tensor, spec: StateSpec, static: Tensor | None) -> None:
         """Run the recurrence with a quantized state and add its output error under ``label``."""
-        outputs, _ = scan(inputs, None, lambda fresh, _t: fake_quantize(fresh, spec, static))
+        outputs = _quantized_outputs(inputs, spec, static)
         error = (outputs - exact).double().square().sum((0, 1, 3)).cpu()
         self.errors[label] = self.errors.get(label, torch.zeros_like(error)) + error
 
@@ -95,6 +95,21 @@ class HeadStatistics:
         """Label → relative output error per head, ``||ŷ - y|| / ||y||``."""
         energy = self.energy.clamp(min=torch.finfo(torch.float64).tiny)
         return {label: (error / energy).sqrt().tolist() for label, error in self.errors.items()}
+
+
+def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | None) -> Tensor:
+    """``[S, T, H, P]`` with the state rounded after every token, by the operator where it knows codec and kind."""
+    plain = spec.codec in ("dsq", "dsq_refit", "dsq_static_p") and spec.alpha == 0.5 and spec.sqrt_axis == "channel"
+    if not plain or inputs.a.shape[1:] != (1, 1):
+        return scan(inputs, None, lambda fresh, _t: fake_quantize(fresh, spec, static))[0]
+    from llmcompress_kernels.state import selective_scan_q
+
+    sequences, _, heads, channels = inputs.x.shape
+    start = inputs.x.new_zeros(sequences, heads, channels, inputs.b.shape[-1])
+    bits = torch.full((heads,), spec.bits, dtype=torch.int32, device=start.device)
+    decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
+    refit = spec.codec == "dsq_refit"
+    return selective_scan_q(inputs.dt * inputs.x, decay, inputs.b, inputs.c, start, bits, static, refit=refit)[0]
 
 
 def shares(errors: Mapping[str, Tensor], energy: Tensor, labels: list[str]) -> list[list[float]]:

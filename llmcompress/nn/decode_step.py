@@ -129,6 +129,7 @@ class DecodeStep:
             quantizer.scan.states,
             quantizer.spec.bits,
             mixer.norm.variance_epsilon,
+            quantizer.refit,
         )
         result: Tensor = mixer.out_proj(out)
         return result.unsqueeze(1)

@@ -319,8 +319,9 @@ class _Mixer:
         decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
         widths = bits.to(x.device, torch.int32)
         return kernels.selective_scan_q(
-            inputs.dt * x, decay, inputs.b, inputs.c, state, widths, quantizer.static, prompt, quantizer.window
-        )
+            inputs.dt * x, decay, inputs.b, inputs.c, state, widths, quantizer.static, prompt, quantizer.window,
+            quantizer.refit,
+        )  # fmt: skip
 
     def head_update(  # noqa: PLR0913, PLR0917 - the signature is transformers'
         self,

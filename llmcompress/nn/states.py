@@ -84,7 +84,12 @@ class StateQuantizer:
         spec = self.spec
         plain = spec.alpha == 0.5 and spec.sqrt_axis == "channel" and spec.rounding == "rtn"
         fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
-        return spec.active and plain and fits and spec.codec in ("dsq", "dsq_static_p")
+        return spec.active and plain and fits and spec.codec in ("dsq", "dsq_refit", "dsq_static_p")
+
+    @property
+    def refit(self) -> bool:
+        """Whether the channel scale is fitted to the codes."""
+        return self.spec.codec == "dsq_refit"
 
     @property
     def one_width(self) -> bool:
@@ -139,7 +144,7 @@ class PackedState:
             return
         if self.quantizer.has_kernel and self.quantizer.one_width:
             bits = self.quantizer.spec.bits
-            codes, self.channel, self.state = kernels.dsq_pack(fresh, self.quantizer.static, bits)
+            codes, self.channel, self.state = kernels.dsq_pack(fresh, self.quantizer.static, bits, self.quantizer.refit)
             self.codes = [codes]
             return
         found = self.quantizer.quantize(fresh, step)
@@ -171,7 +176,7 @@ class PackedState:
         drive, decay = dt * x.float(), (dt[..., 0] * a[:, 0, 0]).exp()
         self.tokens += 1
         held = (self.codes[0], self.channel, self.state, quantizer.static)
-        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), quantizer.spec.bits)
+        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), quantizer.spec.bits, quantizer.refit)
 
     def step(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Take one token in; returns the fresh state ``[S, H, P, N]`` for reading.

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Codec = Literal[
-    "dsq", "dsq_static_p", "dsq_als", "dsq_t", "per_head", "per_channel", "per_state", "group32", "rotate", "none"
+    "dsq",
+    "dsq_refit",
+    "dsq_static_p",
+    "dsq_als",
+    "dsq_t",
+    "per_head",
+    "per_channel",
+    "per_state",
+    "group32",
+    "rotate",
+    "none",
 ]
 CODECS: tuple[str, ...] = get_args(Codec)
 BITS = (4, 6, 8)
@@ -23,10 +33,10 @@ class StateSpec:
 
     Attributes:
         bits: 4, 6 or 8; 16 leaves the state in float.
-        codec: ``dsq``; ``dsq_static_p`` (channel scale calibrated, state scale dynamic); ``dsq_als`` (scales
-            refitted by least squares); ``dsq_t`` (state scale calibrated, channel scale dynamic); one scale
-            ``per_head``, ``per_channel``, ``per_state`` or per 32 states of a channel (``group32``); ``rotate``
-            (Hadamard on both axes, one scale per head); ``none``.
+        codec: ``dsq``; ``dsq_refit`` (channel scale fitted to the codes by least squares); ``dsq_static_p`` (channel
+            scale calibrated, state scale dynamic); ``dsq_als`` (both scales refitted in turns); ``dsq_t`` (state scale
+            calibrated, channel scale dynamic); one scale ``per_head``, ``per_channel``, ``per_state`` or per 32 states
+            of a channel (``group32``); ``rotate`` (Hadamard on both axes, one scale per head); ``none``.
         alpha: Exponent of the first scale.
         sqrt_axis: Which axis gets the mean to the power of alpha; the other gets the maximum.
         rounding: ``rtn`` or ``stochastic``.
@@ -70,6 +80,7 @@ def scale_count(spec: StateSpec, channels: int, states: int) -> int:
     groups = -(-states // GROUP)
     return {
         "dsq": channels + states,
+        "dsq_refit": channels + states,
         "dsq_als": channels + states,
         "dsq_static_p": states,
         "dsq_t": channels,

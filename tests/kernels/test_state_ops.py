@@ -38,11 +38,11 @@ def needs_kernels() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("codec", ["dsq", "dsq_refit", "dsq_static_p"])
 @pytest.mark.parametrize(("channels", "states"), SHAPES)
-def test_packed_update_gives_the_definitions_codes(bits: int, fixed: bool, channels: int, states: int) -> None:
+def test_packed_update_gives_the_definitions_codes(bits: int, codec: str, channels: int, states: int) -> None:
     needs_kernels()
-    spec = dsq.StateSpec(bits=bits, codec="dsq_static_p" if fixed else "dsq")
+    spec, fixed, refit = dsq.StateSpec(bits=bits, codec=codec), codec == "dsq_static_p", codec == "dsq_refit"
     for spread, factor in EXTREMES:
         start = random_state(2, 4, channels, states, spread, factor)
         scale = dsq.static_channel_scale(start.abs().mean((0, 3))) if fixed else None
@@ -53,8 +53,8 @@ def test_packed_update_gives_the_definitions_codes(bits: int, fixed: bool, chann
         for _ in range(4):
             drive, *rest = token(2, 4, 2, channels, states)
             drive = drive * start.abs().mean(-1)
-            got = state.dsq_state_update(*mine, drive, *rest, bits)
-            expected = definition.dsq_state_update(*theirs, drive, *rest, bits)
+            got = state.dsq_state_update(*mine, drive, *rest, bits, refit)
+            expected = definition.dsq_state_update(*theirs, drive, *rest, bits, refit)
             for a, b in zip(mine, theirs, strict=True):
                 assert a is None or torch.equal(a, b)
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -64,12 +64,13 @@ def test_definition_equals_the_codec_of_the_library() -> None:
     for spread, factor in EXTREMES:
         fresh = random_state(2, 3, 24, 40, spread, factor)
         for bits in (4, 6, 8):
-            expected = dsq.quantize(fresh, dsq.StateSpec(bits=bits))
             qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1))
-            codes, channel, scale, _ = definition.dsq_quantize(fresh, qmax, None)
-            assert torch.equal(codes.to(torch.int8), expected.codes)
-            assert torch.equal(channel, expected.channel)
-            assert torch.equal(scale, expected.state)
+            for codec in ("dsq", "dsq_refit"):
+                expected = dsq.quantize(fresh, dsq.StateSpec(bits=bits, codec=codec))
+                codes, channel, scale, _ = definition.dsq_quantize(fresh, qmax, None, codec == "dsq_refit")
+                assert torch.equal(codes.to(torch.int8), expected.codes)
+                assert torch.equal(channel, expected.channel)
+                assert torch.equal(scale, expected.state)
     codes = torch.randint(-7, 8, (3, 5, 64), dtype=torch.int8)
     assert torch.equal(definition.pack(codes, 4), dsq.pack_codes(codes, 4))
     assert torch.equal(definition.unpack(dsq.pack_codes(codes, 4), 4, 64), codes)
@@ -95,25 +96,31 @@ def sequence(channels: int, states: int, tokens: int = 41, leaf: bool = False) -
 
 
 @pytest.mark.parametrize(
-    ("bits", "first", "window", "fixed"),
-    [((4, 4, 4, 4), 1, 1, False), ((4, 6, 8, 16), 9, 1, False), ((4, 8, 4, 8), 3, 4, True)],
+    ("bits", "first", "window", "kind"),
+    [
+        ((4, 4, 4, 4), 1, 1, "dsq"),
+        ((4, 6, 8, 16), 9, 1, "dsq"),
+        ((4, 8, 4, 8), 3, 4, "fixed"),
+        ((4, 6, 8, 16), 2, 3, "refit"),
+    ],
 )
-def test_scan_and_its_gradients(bits: tuple[int, ...], first: int, window: int, fixed: bool) -> None:
+def test_scan_and_its_gradients(bits: tuple[int, ...], first: int, window: int, kind: str) -> None:
     needs_kernels()
-    scale = (torch.rand(4, 16) + 0.1).half() if fixed else None
+    scale = (torch.rand(4, 16) + 0.1).half() if kind == "fixed" else None
+    refit = kind == "refit"
     start = random_state(2, 4, 16, 32, 0.5, 1.0)
     rest = (start, torch.tensor(bits, dtype=torch.int32), scale, first, window)
     plain = sequence(16, 32)
-    out, last = state.selective_scan_q(*plain, *rest)
-    expected, wanted, kept = definition.selective_scan_q(*plain, *rest, True)
+    out, last = state.selective_scan_q(*plain, *rest, refit)
+    expected, wanted, kept = definition.selective_scan_q(*plain, *rest, True, refit)
     assert torch.equal(last, wanted)
     assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
     exact, _ = state.selective_scan_q(*plain, start, torch.full((4,), 16), scale, first, window)
     assert float((exact - out).norm() / exact.norm()) > 1e-3
     weights = torch.randn(out.shape)
     leaves = sequence(16, 32, leaf=True)
-    got = torch.autograd.grad((state.selective_scan_q(*leaves, *rest)[0] * weights).sum(), leaves)
-    by_hand = definition.selective_scan_q_backward(weights, *plain, kept, *rest[1:])
+    got = torch.autograd.grad((state.selective_scan_q(*leaves, *rest, refit)[0] * weights).sum(), leaves)
+    by_hand = definition.selective_scan_q_backward(weights, *plain, kept, *rest[1:], refit)
     for mine, theirs in zip(got, by_hand, strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
@@ -214,10 +221,11 @@ def test_pack_gives_the_definitions_codes(bits: int, fixed: bool) -> None:
         for spread, factor in EXTREMES:
             held = random_state(2, 4, channels, states, spread, factor)
             scale = dsq.static_channel_scale(held.abs().mean((0, 3))) if fixed else None
-            got, expected = state.dsq_pack(held, scale, bits), definition.dsq_pack(held, scale, bits)
-            assert (got[1] is None) == fixed
-            for mine, theirs in zip(got, expected, strict=True):
-                assert mine is None or torch.equal(mine, theirs)
+            for refit in (False, True):
+                got, expected = state.dsq_pack(held, scale, bits, refit), definition.dsq_pack(held, scale, bits, refit)
+                assert (got[1] is None) == fixed
+                for mine, theirs in zip(got, expected, strict=True):
+                    assert mine is None or torch.equal(mine, theirs)
 
 
 def test_operator_checks_of_the_prompt() -> None:

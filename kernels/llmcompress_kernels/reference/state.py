@@ -6,6 +6,9 @@ Per head with fresh state ``u [P, N]``, ``drive = dt x``, ``decay = exp(dt A)``:
     channel = fp16(sqrt(mean_n |u|))    state = fp16(max_p |u| / channel)    step = channel (state / qmax)
     code = clamp(round_half_even(u / step), ±qmax)      Q(u) = code step
 
+With ``refit`` the channel scale, once the codes are known, is fitted to them by least squares in units of a step:
+``channel' = fp16(channel Σ_n code v / Σ_n code²)`` with ``v = (u (1 / channel)) (1 / (state / qmax))``.
+
 Scales are clamped to ``[2^-24, 65504]``. Every implementation has to give the same codes and scales to the last
 bit, so the order of operations is part of the definition: nothing is fused, and the mean is summed in halves
 (:func:`folded_mean`). The read-out ``y`` may be summed in any order.
@@ -41,13 +44,46 @@ def folded_mean(values: Tensor) -> Tensor:
     return total[..., 0] / count
 
 
-def dsq_quantize(fresh: Tensor, qmax: Tensor, fixed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def folded_sum(values: Tensor) -> Tensor:
+    """Sum along the last axis in the order of :func:`folded_mean`."""
+    count = values.shape[-1]
+    width = 1 << (count - 1).bit_length()
+    total = torch.nn.functional.pad(values, (0, width - count))
+    while width > 1:
+        width //= 2
+        total = total[..., :width] + total[..., width:]
+    return total[..., 0]
+
+
+def refitted(fresh: Tensor, codes: Tensor, channel: Tensor, per_state: Tensor) -> Tensor:
+    """Channel scale that fits codes best, in units of a step.
+
+    Args:
+        fresh: fp32 ``[..., P, N]``.
+        codes: fp32, as ``fresh``.
+        channel: fp16 ``[..., P]`` with which the codes were made.
+        per_state: fp32 ``[..., N]``, ``state / qmax``.
+
+    Returns:
+        fp16 ``[..., P]``; ``channel`` where all codes are zero.
+    """
+    wide = channel.to(torch.float32)
+    value = (fresh * (1 / wide).unsqueeze(-1)) * (1 / per_state).unsqueeze(-2)
+    top, below = folded_sum(codes * value), folded_sum(codes * codes)
+    ratio = torch.where((top > 0) & (below > 0), top / below, 1.0)
+    return to_scale(wide * ratio)
+
+
+def dsq_quantize(
+    fresh: Tensor, qmax: Tensor, fixed: Tensor | None, refit: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, channel scale, state scale and step.
 
     Args:
         fresh: fp32 ``[S, H, P, N]``.
         qmax: fp32 ``[H, 1, 1]``.
         fixed: fp16 ``[H, P]`` channel scale instead of a computed one.
+        refit: Fit the channel scale to the codes; no effect with ``fixed``.
 
     Returns:
         Codes as fp32 ``[S, H, P, N]``; fp16 ``[S, H, P]``; fp16 ``[S, H, N]``; fp32 ``[S, H, P, N]``.
@@ -58,8 +94,12 @@ def dsq_quantize(fresh: Tensor, qmax: Tensor, fixed: Tensor | None) -> tuple[Ten
     channel = to_scale(root) if fixed is None else fixed.expand(fresh.shape[:-1])
     wide = channel.to(torch.float32).unsqueeze(-1)
     state = to_scale((size / wide).amax(-2))
-    step = wide * (state.to(torch.float32).unsqueeze(-2) / qmax)
+    per_state = state.to(torch.float32).unsqueeze(-2) / qmax
+    step = wide * per_state
     codes = torch.maximum(torch.minimum((fresh / step).round(), qmax), -qmax)
+    if refit and fixed is None:
+        channel = refitted(fresh, codes, channel, per_state.squeeze(-2))
+        step = channel.to(torch.float32).unsqueeze(-1) * per_state
     return codes, channel, state, step
 
 
@@ -98,6 +138,7 @@ def dsq_state_update(
     b: Tensor,
     c: Tensor,
     bits: int,
+    refit: bool = False,
 ) -> Tensor:
     """One token with a packed state, which is replaced; returns the read-out ``[S, H, P]``."""
     states = scale.shape[-1]
@@ -105,7 +146,7 @@ def dsq_state_update(
     wide = (fixed if channel is None else channel).to(torch.float32).unsqueeze(-1)  # type: ignore[union-attr]
     step = wide * (scale.to(torch.float32).unsqueeze(-2) / qmax)
     fresh = fresh_state(unpack(codes, bits, states).to(torch.float32) * step, drive, decay, b)
-    found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed)
+    found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed, refit)
     codes.copy_(pack(found.to(torch.int8), bits))
     scale.copy_(new_scale)
     if channel is not None:
@@ -124,6 +165,7 @@ def selective_scan_q(
     first: int,
     window: int,
     keep: bool,
+    refit: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole sequence with the state stored between tokens; see :mod:`llmcompress_kernels.ops`."""
     qmax = (2.0 ** (bits.to(torch.float32) - 1) - 1)[:, None, None]
@@ -138,7 +180,7 @@ def selective_scan_q(
         since = t + 1 - first
         held = fresh
         if since >= 0 and since % window == 0:
-            codes, _, _, step = dsq_quantize(fresh, qmax, fixed)
+            codes, _, _, step = dsq_quantize(fresh, qmax, fixed, refit)
             held = torch.where(rounded, codes * step, fresh)
     none = drive.new_empty(0)
     return out, held if held is not state else state.clone(), torch.stack(kept, 2) if keep else none
@@ -155,6 +197,7 @@ def selective_scan_q_backward(
     fixed: Tensor | None,
     first: int,
     window: int,
+    refit: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Straight-through gradients by drive, decay, b and c; ``kept [S, H, segments, P, N]`` from the forward pass.
 
@@ -171,7 +214,7 @@ def selective_scan_q_backward(
         for t in range(start, stop - 1):
             one = slice(t, t + 1)
             arguments = (drive[:, one], decay[:, one], b[:, one], c[:, one], states[-1], bits, fixed)
-            states.append(selective_scan_q(*arguments, first - t, window, False)[1])
+            states.append(selective_scan_q(*arguments, first - t, window, False, refit)[1])
         for t in reversed(range(start, stop)):
             before = states[t - start]
             fresh = fresh_state(before, drive[:, t], decay[:, t], b[:, t])
@@ -215,6 +258,7 @@ def mamba2_decode(
     states: int,
     bits: int,
     epsilon: float,
+    refit: bool = False,
 ) -> Tensor:
     """One token of a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_decode`."""
     heads, inner, both = d.shape[0], gain.shape[0], groups * states
@@ -231,7 +275,7 @@ def mamba2_decode(
         y = state_update(floats, drive, decay, b, c)
     else:
         assert scale is not None
-        y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits)
+        y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit)
     y = (y + d[:, None] * x).flatten(-2) * torch.nn.functional.silu(gate)
     normed = y.unflatten(-1, (groups, -1))
     normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
@@ -275,8 +319,8 @@ def mamba2_prefill(
     return normed.flatten(-2) * gain
 
 
-def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """A float state to codes, channel scale (empty with ``fixed``) and state scale."""
     qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1), device=state.device)
-    found, channel, scale, _ = dsq_quantize(state, qmax, fixed)
+    found, channel, scale, _ = dsq_quantize(state, qmax, fixed, refit)
     return pack(found.to(torch.int8), bits), channel if fixed is None else channel.new_empty(0), scale

@@ -25,7 +25,7 @@ struct Sequence {
 STATE_INLINE bool due(int64_t t, int64_t first, int64_t window) { return t + 1 >= first && (t + 1 - first) % window == 0; }
 
 // One token: tile is the stored state before and after.
-template <int J, bool Static>
+template <int J, Mode mode>
 void step(Scales& s, float* tile, int p, float decay, const float* x, const float* b, const float* c, float* y, int bits,
           bool round) {
   constexpr int n = 32 * J;
@@ -55,32 +55,43 @@ void step(Scales& s, float* tile, int p, float decay, const float* x, const floa
   }
   const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
   alignas(64) uint16_t channel[kMaxChannels];
-  refresh<J, Static>(s, tile, p, decay, x, b, c, y, qmax, channel, nullptr, load);
-  for (int r = 0; r < p; ++r) {
-    __m512i q[2 * J];
-    float* row = tile + r * n;
-    row_codes<J>(s, row, r, qmax, q);
-    const __m512 sp = _mm512_set1_ps(s.channel[r]);
-    for (int v = 0; v < 2 * J; ++v) {
-      _mm512_store_ps(row + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(q[v]), _mm512_mul_ps(sp, _mm512_load_ps(s.step + 16 * v))));
+  refresh<J, mode == kCalibrated>(s, tile, p, decay, x, b, c, y, qmax, channel, nullptr, load);
+  const __m512 rounder = _mm512_set1_ps(kRound);
+  Refit refit;
+  for (int base = 0; base < p; base += kRows) {
+    alignas(64) float scale[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      __m512 q[2 * J];
+      float* row = tile + (base + i) * n;
+      row_codes<J>(s, row, base + i, qmax, q);
+      if constexpr (mode == kRefitted) refit.add<J>(s, row, base + i, i, q);
+      for (int v = 0; v < 2 * J; ++v) _mm512_store_ps(row + 16 * v, _mm512_sub_ps(q[v], rounder));
+    }
+    _mm512_store_ps(scale, mode == kRefitted ? _mm512_cvtph_ps(refit.scales(s, base)) : _mm512_load_ps(s.channel + base));
+    for (int i = 0; i < kRows; ++i) {
+      float* row = tile + (base + i) * n;
+      const __m512 sp = _mm512_set1_ps(scale[i]);
+      for (int v = 0; v < 2 * J; ++v) {
+        _mm512_store_ps(row + 16 * v, _mm512_mul_ps(_mm512_load_ps(row + 16 * v), _mm512_mul_ps(sp, _mm512_load_ps(s.step + 16 * v))));
+      }
     }
   }
 }
 
 // kept: the stored state before every `segment`-th token, [segments, P, N] in pair order, or null.
-template <int J, bool Static>
-void forward(const Sequence& in, float* y, float* tile, float* kept, int64_t segment, int p, int bits, int64_t first,
+template <int J, Mode mode>
+void forward(Sequence in, float* y, float* tile, float* kept, int64_t segment, int p, int bits, int64_t first,
              int64_t window, const uint16_t* fixed) {
   constexpr int n = 32 * J;
   Scales s;
-  if constexpr (Static) fixed_channels(s, fixed, p);
+  if constexpr (mode == kCalibrated) fixed_channels(s, fixed, p);
   alignas(64) float b[n], c[n];
   for (int64_t t = 0; t < in.tokens; ++t) {
     if (kept != nullptr && t % segment == 0) std::memcpy(kept + (t / segment) * p * n, tile, sizeof(float) * p * n);
     split_pairs(in.b + t * in.b_step, b, n);
     split_pairs(in.c + t * in.b_step, c, n);
     const bool round = bits < 16 && due(t, first, window);
-    step<J, Static>(s, tile, p, in.decay[t * in.decay_step], in.x + t * in.x_step, b, c, y + t * in.x_step, bits, round);
+    step<J, mode>(s, tile, p, in.decay[t * in.decay_step], in.x + t * in.x_step, b, c, y + t * in.x_step, bits, round);
   }
 }
 
@@ -90,12 +101,12 @@ struct Gradients {
   int64_t head_step;              // H * N
 };
 
-template <int J, bool Static>
-void backward(const Sequence& in, const Gradients& g, const float* kept, int64_t segment, int p, int bits, int64_t first,
+template <int J, Mode mode>
+void backward(Sequence in, Gradients g, const float* kept, int64_t segment, int p, int bits, int64_t first,
               int64_t window, const uint16_t* fixed, float* states, float* adjoint) {
   constexpr int n = 32 * J;
   Scales s;
-  if constexpr (Static) fixed_channels(s, fixed, p);
+  if constexpr (mode == kCalibrated) fixed_channels(s, fixed, p);
   alignas(64) float b[n], c[n], db[n], dc[n], ignored[kMaxChannels], out[kRows][16];
   std::memset(adjoint, 0, sizeof(float) * p * n);
   for (int64_t index = (in.tokens - 1) / segment; index >= 0; --index) {
@@ -107,7 +118,7 @@ void backward(const Sequence& in, const Gradients& g, const float* kept, int64_t
       split_pairs(in.b + t * in.b_step, b, n);
       split_pairs(in.c + t * in.b_step, c, n);
       const bool round = bits < 16 && due(t, first, window);
-      step<J, Static>(s, next, p, in.decay[t * in.decay_step], in.x + t * in.x_step, b, c, ignored, bits, round);
+      step<J, mode>(s, next, p, in.decay[t * in.decay_step], in.x + t * in.x_step, b, c, ignored, bits, round);
     }
     for (int64_t t = stop - 1; t >= start; --t) {
       const float* before = states + (t - start) * p * n;
@@ -149,25 +160,25 @@ void backward(const Sequence& in, const Gradients& g, const float* kept, int64_t
 
 float* memory(int64_t floats) { return static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)); }
 
-template <int J>
-void run_forward(bool is_static, const Sequence& in, float* y, float* tile, float* kept, int64_t segment, int p, int bits,
-                 int64_t first, int64_t window, const uint16_t* fixed) {
-  if (is_static) {
-    forward<J, true>(in, y, tile, kept, segment, p, bits, first, window, fixed);
-  } else {
-    forward<J, false>(in, y, tile, kept, segment, p, bits, first, window, fixed);
+template <int J, class... Rest>
+void run_forward(Mode mode, Rest... rest) {
+  switch (mode) {
+    case kCalibrated: return forward<J, kCalibrated>(rest...);
+    case kRefitted: return forward<J, kRefitted>(rest...);
+    default: return forward<J, kDynamic>(rest...);
   }
 }
 
-template <int J>
-void run_backward(bool is_static, const Sequence& in, const Gradients& g, const float* kept, int64_t segment, int p, int bits,
-                  int64_t first, int64_t window, const uint16_t* fixed, float* states, float* adjoint) {
-  if (is_static) {
-    backward<J, true>(in, g, kept, segment, p, bits, first, window, fixed, states, adjoint);
-  } else {
-    backward<J, false>(in, g, kept, segment, p, bits, first, window, fixed, states, adjoint);
+template <int J, class... Rest>
+void run_backward(Mode mode, Rest... rest) {
+  switch (mode) {
+    case kCalibrated: return backward<J, kCalibrated>(rest...);
+    case kRefitted: return backward<J, kRefitted>(rest...);
+    default: return backward<J, kDynamic>(rest...);
   }
 }
+
+Mode mode_of(const uint16_t* fixed, int64_t refit) { return fixed != nullptr ? kCalibrated : refit != 0 ? kRefitted : kDynamic; }
 
 #define STATE_SWITCH(call)          \
   switch (states) {                 \
@@ -192,7 +203,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
                                                          float* y, float* io, const int32_t* bits, const uint16_t* fixed,
                                                          float* kept, int64_t segment, int64_t first, int64_t window, int64_t sequences,
                                                          int64_t tokens, int64_t heads, int64_t groups, int64_t channels,
-                                                         int64_t states) {
+                                                         int64_t states, int64_t refit) {
   using namespace state;
   if (refused(channels, states)) return 1;
   const int64_t share = heads / groups, size = channels * states, segments = (tokens + segment - 1) / segment;
@@ -207,7 +218,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
     float* mine = kept == nullptr ? nullptr : kept + i * segments * size;
     const uint16_t* scale = fixed == nullptr ? nullptr : fixed + head * channels;
     float* out = y + (start * heads + head) * channels;
-#define CALL(J) run_forward<J>(fixed != nullptr, in, out, tile, mine, segment, channels, bits[head], first, window, scale)
+#define CALL(J) run_forward<J>(mode_of(fixed, refit), in, out, tile, mine, segment, channels, bits[head], first, window, scale)
     STATE_SWITCH(CALL)
 #undef CALL
     for (int64_t r = 0; r < channels; ++r) join_pairs(tile + r * states, io + i * size + r * states, states);
@@ -220,7 +231,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
 __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
     const float* dy, const float* x, const float* decay, const float* b, const float* c, const float* kept,
     const int32_t* bits, const uint16_t* fixed, float* dx, float* da, float* db, float* dc, int64_t segment, int64_t first, int64_t window,
-    int64_t sequences, int64_t tokens, int64_t heads, int64_t groups, int64_t channels, int64_t states) {
+    int64_t sequences, int64_t tokens, int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t refit) {
   using namespace state;
   if (refused(channels, states)) return 1;
   const int64_t share = heads / groups, size = channels * states, segments = (tokens + segment - 1) / segment;
@@ -236,7 +247,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
     float *held = memory(segment * size), *adjoint = memory(size);
     const uint16_t* scale = fixed == nullptr ? nullptr : fixed + head * channels;
 #define CALL(J) \
-  run_backward<J>(fixed != nullptr, in, g, kept + i * segments * size, segment, channels, bits[head], first, window, scale, held, adjoint)
+  run_backward<J>(mode_of(fixed, refit), in, g, kept + i * segments * size, segment, channels, bits[head], first, window, scale, held, adjoint)
     STATE_SWITCH(CALL)
 #undef CALL
     std::free(held);

@@ -21,6 +21,7 @@ namespace state {
 constexpr float kSmallest = 5.9604644775390625e-08f;  // 2^-24
 constexpr float kLargest = 65504.0f;
 constexpr float kNormal = 6.2e-5f;  // above the smallest normal fp16, 2^-14
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 constexpr int kRows = 16;
 constexpr int kMaxStates = 256;
 constexpr int kMaxChannels = 256;
@@ -111,9 +112,11 @@ STATE_INLINE __m512 folded_sum_rows(const float (*even)[16], const float (*odd)[
 template <int Bits>
 STATE_INLINE void decode_pair(const uint8_t* bytes, __m512& even, __m512& odd) {
   if constexpr (Bits == 4) {
-    const __m512i raw = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 28), 28));
-    odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 4));
+    // a permutation looks at the lowest four bits of its index only
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    even = _mm512_permutexvar_ps(raw, values);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4), values);
   } else {
     const __m512i raw = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
     even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 24), 24));
@@ -121,10 +124,11 @@ STATE_INLINE void decode_pair(const uint8_t* bytes, __m512& even, __m512& odd) {
   }
 }
 
+// Codes come as floats code + kRound, whose lowest bits are the code in two's complement; the narrowing drops the rest.
 template <int Bits>
-STATE_INLINE void encode_pair(uint8_t* bytes, __m512i even, __m512i odd) {
-  constexpr int mask = Bits == 4 ? 0x0f : 0xff;
-  const __m512i both = _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(mask)), _mm512_slli_epi32(odd, Bits));
+STATE_INLINE void encode_pair(uint8_t* bytes, __m512 even, __m512 odd) {
+  const __m512i mask = _mm512_set1_epi32((1 << Bits) - 1), high = _mm512_slli_epi32(_mm512_castps_si512(odd), Bits);
+  const __m512i both = _mm512_ternarylogic_epi32(mask, _mm512_castps_si512(even), high, 0xca);  // mask ? even : high
   if constexpr (Bits == 4) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(both));
   } else {
@@ -194,15 +198,16 @@ STATE_INLINE void state_scales(Scales& s, const float* tile, const __m512* large
   }
 }
 
-// Codes of one row as 2J vectors of int32.
+// Codes of one row, each as the float code + kRound.
 template <int J>
-STATE_INLINE void row_codes(const Scales& s, const float* row, int r, float qmax, __m512i* codes) {
-  const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
+STATE_INLINE void row_codes(const Scales& s, const float* row, int r, float qmax, __m512* codes) {
+  const __m512 inverse = _mm512_set1_ps(s.inverse[r]), round = _mm512_set1_ps(kRound);
   __m512 worst = _mm512_setzero_ps();
   for (int v = 0; v < 2 * J; ++v) {
-    const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(row + 16 * v), inverse), _mm512_load_ps(s.unstep + 16 * v));
-    worst = _mm512_range_ps(worst, _mm512_reduce_ps(value, 0), 0x0b);  // larger magnitude, sign cleared
-    codes[v] = _mm512_cvtps_epi32(value);
+    const __m512 part = _mm512_mul_ps(_mm512_load_ps(row + 16 * v), inverse), unstep = _mm512_load_ps(s.unstep + 16 * v);
+    codes[v] = _mm512_fmadd_ps(part, unstep, round);
+    const __m512 off = _mm512_fmsub_ps(part, unstep, _mm512_sub_ps(codes[v], round));
+    worst = _mm512_range_ps(worst, off, 0x0b);  // larger magnitude, sign cleared
   }
   const float edge = 0.5f - 8e-7f * qmax;
   if (__builtin_expect(!s.wide && _mm512_cmp_ps_mask(worst, _mm512_set1_ps(edge), _CMP_NLT_UQ) == 0, 1)) return;
@@ -211,9 +216,47 @@ STATE_INLINE void row_codes(const Scales& s, const float* row, int r, float qmax
     const __m512 step = _mm512_mul_ps(channel, _mm512_load_ps(s.step + 16 * v));
     __m512 value = _mm512_div_ps(_mm512_load_ps(row + 16 * v), step);
     value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-qmax)), _mm512_set1_ps(qmax));
-    codes[v] = _mm512_cvtps_epi32(value);
+    codes[v] = _mm512_add_ps(value, round);
   }
 }
+
+// How the channel scale comes about: from the state, calibrated, or from the state and then refitted to the codes.
+enum Mode { kDynamic, kCalibrated, kRefitted };
+
+// Refits the channel scales of sixteen rows by least squares: times sum q v / sum q^2, v = (u / channel) / step.
+struct Refit {
+  alignas(64) float even[kRows][16], odd[kRows][16], squares[kRows][16];
+
+  // Row i of the sixteen; `codes` as row_codes gives them.
+  template <int J>
+  inline __attribute__((always_inline)) void add(const Scales& s, const float* row, int r, int i, const __m512* codes) {
+    const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
+    __m512 product[2 * J], square = _mm512_setzero_ps();
+    for (int v = 0; v < 2 * J; ++v) {
+      const __m512 code = _mm512_sub_ps(codes[v], _mm512_set1_ps(kRound));
+      const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(row + 16 * v), inverse), _mm512_load_ps(s.unstep + 16 * v));
+      product[v] = _mm512_mul_ps(code, value);
+      square = _mm512_fmadd_ps(code, code, square);  // integers below 2^24: exact in any order
+    }
+    for (int w = J / 2; w >= 1; w /= 2) {
+      for (int j = 0; j < w; ++j) {
+        product[2 * j] = _mm512_add_ps(product[2 * j], product[2 * (j + w)]);
+        product[2 * j + 1] = _mm512_add_ps(product[2 * j + 1], product[2 * (j + w) + 1]);
+      }
+    }
+    _mm512_store_ps(even[i], product[0]);
+    _mm512_store_ps(odd[i], product[1]);
+    _mm512_store_ps(squares[i], square);
+  }
+
+  // The refitted scales of rows base .. base + 15.
+  inline __attribute__((always_inline)) __m256i scales(const Scales& s, int base) {
+    const __m512 top = folded_sum_rows(even, odd), below = sum_rows(squares), zero = _mm512_setzero_ps();
+    const __mmask16 fits = _mm512_cmp_ps_mask(top, zero, _CMP_GT_OQ) & _mm512_cmp_ps_mask(below, zero, _CMP_GT_OQ);
+    const __m512 ratio = _mm512_mask_div_ps(_mm512_set1_ps(1.0f), fits, top, below);
+    return to_half(clamp_scale(_mm512_mul_ps(_mm512_load_ps(s.channel + base), ratio)));
+  }
+};
 
 // Fresh state of a tile from codes or floats, its read-out, and the scales it will be stored with.
 // Load(r, v, even, odd) gives the stored state of row r, pair v.
@@ -260,8 +303,7 @@ STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const floa
     for (int r = base; r < base + kRows; ++r) {
       const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
       for (int v = 0; v < 2 * J; ++v) {
-        const __m512 ratio = _mm512_mul_ps(_mm512_and_ps(_mm512_load_ps(tile + r * n + 16 * v), magnitude), inverse);
-        largest[v] = _mm512_max_ps(largest[v], ratio);
+        largest[v] = _mm512_range_ps(largest[v], _mm512_mul_ps(_mm512_load_ps(tile + r * n + 16 * v), inverse), 0x0b);
       }
     }
   }

@@ -9,15 +9,23 @@
 namespace state {
 namespace {
 
-template <int Bits, int J>
-STATE_INLINE void encode_rows(const Scales& now, const float* tile, uint8_t* codes, int p) {
+template <int Bits, int J, Mode mode>
+STATE_INLINE void encode_rows(const Scales& now, const float* tile, uint8_t* codes, uint16_t* channel, int p) {
   constexpr int n = 32 * J;
   constexpr float qmax = (1 << (Bits - 1)) - 1;
-  for (int r = 0; r < p; ++r) {
-    __m512i q[2 * J];
-    row_codes<J>(now, tile + r * n, r, qmax, q);
-    for (int j = 0; j < J; ++j) {
-      encode_pair<Bits>(codes + r * (n * Bits / 8) + j * pair_bytes<Bits>(), q[2 * j], q[2 * j + 1]);
+  Refit refit;
+  for (int base = 0; base < p; base += kRows) {
+    for (int i = 0; i < kRows; ++i) {
+      const int r = base + i;
+      __m512 q[2 * J];
+      row_codes<J>(now, tile + r * n, r, qmax, q);
+      for (int j = 0; j < J; ++j) {
+        encode_pair<Bits>(codes + r * (n * Bits / 8) + j * pair_bytes<Bits>(), q[2 * j], q[2 * j + 1]);
+      }
+      if constexpr (mode == kRefitted) refit.add<J>(now, tile + r * n, r, i, q);
+    }
+    if constexpr (mode == kRefitted) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(channel + base), refit.scales(now, base));
     }
   }
 }
@@ -27,7 +35,7 @@ const float* zeros_of_rows() {
   return zeros;
 }
 
-template <int Bits, int J, bool Static>
+template <int Bits, int J, Mode mode>
 void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
                  const float* b, const float* c, float* y, float* tile, int p) {
   constexpr int n = 32 * J;
@@ -35,53 +43,53 @@ void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint1
   constexpr int row_bytes = Bits == 4 ? n / 2 : n;
   Scales now;
   alignas(64) float old_channel[kMaxChannels], old_step[n], natural[n];
-  for (int r = 0; r < p; r += kRows) _mm512_store_ps(old_channel + r, half_to_float((Static ? fixed : channel) + r));
+  for (int r = 0; r < p; r += kRows) _mm512_store_ps(old_channel + r, half_to_float((mode == kCalibrated ? fixed : channel) + r));
   for (int i = 0; i < n; i += 16) {
     _mm512_store_ps(natural + i, _mm512_div_ps(half_to_float(scale + i), _mm512_set1_ps(qmax)));
   }
   split_pairs(natural, old_step, n);
-  if constexpr (Static) fixed_channels(now, fixed, p);
+  if constexpr (mode == kCalibrated) fixed_channels(now, fixed, p);
   auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
     decode_pair<Bits>(codes + r * row_bytes + j * pair_bytes<Bits>(), even, odd);
     const __m512 sp = _mm512_set1_ps(old_channel[r]);
     even = _mm512_mul_ps(even, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j)));
     odd = _mm512_mul_ps(odd, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j + 16)));
   };
-  refresh<J, Static>(now, tile, p, decay, x, b, c, y, qmax, channel, scale, load);
-  encode_rows<Bits, J>(now, tile, codes, p);
+  refresh<J, mode == kCalibrated>(now, tile, p, decay, x, b, c, y, qmax, channel, scale, load);
+  encode_rows<Bits, J, mode>(now, tile, codes, channel, p);
 }
 
 // Codes and scales of a tile in pair order.
-template <int Bits, int J, bool Static>
+template <int Bits, int J, Mode mode>
 void pack_head(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, int p) {
   constexpr int n = 32 * J;
   constexpr float qmax = (1 << (Bits - 1)) - 1;
   Scales now;
   alignas(64) float zeros[n] = {}, ignored[kMaxChannels];
-  if constexpr (Static) fixed_channels(now, fixed, p);
+  if constexpr (mode == kCalibrated) fixed_channels(now, fixed, p);
   auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
     even = _mm512_load_ps(tile + r * n + 32 * j);
     odd = _mm512_load_ps(tile + r * n + 32 * j + 16);
   };
   // u = 1 h + 0 (x) 0
-  refresh<J, Static>(now, tile, p, 1.0f, zeros_of_rows(), zeros, zeros, ignored, qmax, channel, scale, load);
-  encode_rows<Bits, J>(now, tile, codes, p);
+  refresh<J, mode == kCalibrated>(now, tile, p, 1.0f, zeros_of_rows(), zeros, zeros, ignored, qmax, channel, scale, load);
+  encode_rows<Bits, J, mode>(now, tile, codes, channel, p);
 }
 
 using Pack = void (*)(float*, uint8_t*, uint16_t*, uint16_t*, const uint16_t*, int);
 
-template <int J, bool Static>
+template <int J, Mode mode>
 Pack pick_pack_bits(int bits) {
-  return bits == 4 ? pack_head<4, J, Static> : bits == 8 ? pack_head<8, J, Static> : nullptr;
+  return bits == 4 ? pack_head<4, J, mode> : bits == 8 ? pack_head<8, J, mode> : nullptr;
 }
 
-template <bool Static>
+template <Mode mode>
 Pack pick_pack(int bits, int64_t states) {
   switch (states) {
-    case 32: return pick_pack_bits<1, Static>(bits);
-    case 64: return pick_pack_bits<2, Static>(bits);
-    case 128: return pick_pack_bits<4, Static>(bits);
-    case 256: return pick_pack_bits<8, Static>(bits);
+    case 32: return pick_pack_bits<1, mode>(bits);
+    case 64: return pick_pack_bits<2, mode>(bits);
+    case 128: return pick_pack_bits<4, mode>(bits);
+    case 256: return pick_pack_bits<8, mode>(bits);
     default: return nullptr;
   }
 }
@@ -89,18 +97,18 @@ Pack pick_pack(int bits, int64_t states) {
 using Head = void (*)(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, float, const float*, const float*, const float*,
                       float*, float*, int);
 
-template <int J, bool Static>
+template <int J, Mode mode>
 Head pick_bits(int bits) {
-  return bits == 4 ? update_head<4, J, Static> : bits == 8 ? update_head<8, J, Static> : nullptr;
+  return bits == 4 ? update_head<4, J, mode> : bits == 8 ? update_head<8, J, mode> : nullptr;
 }
 
-template <bool Static>
+template <Mode mode>
 Head pick(int bits, int64_t states) {
   switch (states) {
-    case 32: return pick_bits<1, Static>(bits);
-    case 64: return pick_bits<2, Static>(bits);
-    case 128: return pick_bits<4, Static>(bits);
-    case 256: return pick_bits<8, Static>(bits);
+    case 32: return pick_bits<1, mode>(bits);
+    case 64: return pick_bits<2, mode>(bits);
+    case 128: return pick_bits<4, mode>(bits);
+    case 256: return pick_bits<8, mode>(bits);
     default: return nullptr;
   }
 }
@@ -115,9 +123,12 @@ extern "C" {
 __attribute__((visibility("default"))) int llmc_dsq_update(
     uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, const float* x, const float* decay,
     const float* b, const float* c, float* y, int64_t sequences, int64_t heads, int64_t groups, int64_t channels,
-    int64_t states, int64_t bits) {
+    int64_t states, int64_t bits, int64_t refit) {
   using namespace state;
-  const Head run = fixed != nullptr ? pick<true>(static_cast<int>(bits), states) : pick<false>(static_cast<int>(bits), states);
+  const int width = static_cast<int>(bits);
+  const Head run = fixed != nullptr ? pick<kCalibrated>(width, states)
+                   : refit != 0     ? pick<kRefitted>(width, states)
+                                    : pick<kDynamic>(width, states);
   if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t bytes = channels * states * bits / 8, share = heads / groups;
 #pragma omp parallel if (sequences * heads > 8)
@@ -148,9 +159,13 @@ __attribute__((visibility("default"))) int llmc_dsq_update(
 // A state in fp32 [S, H, P, N] to codes and scales: the end of a prompt.
 __attribute__((visibility("default"))) int llmc_dsq_pack(const float* floats, uint8_t* codes, uint16_t* channel,
                                                          uint16_t* scale, const uint16_t* fixed, int64_t sequences,
-                                                         int64_t heads, int64_t channels, int64_t states, int64_t bits) {
+                                                         int64_t heads, int64_t channels, int64_t states, int64_t bits,
+                                                         int64_t refit) {
   using namespace state;
-  const Pack run = fixed != nullptr ? pick_pack<true>(static_cast<int>(bits), states) : pick_pack<false>(static_cast<int>(bits), states);
+  const int width = static_cast<int>(bits);
+  const Pack run = fixed != nullptr ? pick_pack<kCalibrated>(width, states)
+                   : refit != 0     ? pick_pack<kRefitted>(width, states)
+                                    : pick_pack<kDynamic>(width, states);
   if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t size = channels * states;
 #pragma omp parallel for schedule(static) if (sequences * heads > 8)
