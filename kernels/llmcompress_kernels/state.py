@@ -37,8 +37,8 @@ SCHEMAS = {
         "int groups, int states, int bits, float epsilon, bool refit=False) -> Tensor"
     ),
     "mamba2_prefill": (
-        "(Tensor projected, Tensor? conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, Tensor d, "
-        "Tensor gain, Tensor(a!) state, int groups, float low, float high, float epsilon) -> Tensor"
+        "(Tensor projected, Tensor dt, Tensor? conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, "
+        "Tensor d, Tensor gain, Tensor(a!) state, int groups, float low, float high, float epsilon) -> Tensor"
     ),
     "dsq_pack": "(Tensor state, Tensor? fixed, int bits, bool refit=False) -> (Tensor, Tensor, Tensor)",
     "selective_scan_q": (
@@ -156,6 +156,7 @@ def mamba2_decode(
 
 def mamba2_prefill(
     projected: Tensor,
+    dt: Tensor,
     conv: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -171,7 +172,9 @@ def mamba2_prefill(
     """A prompt through a Mamba-2 mixer between its projections, with a float state.
 
     Args:
-        projected: fp32 ``[S, T, I + (I + 2GN) + H]``: gate, convolution inputs, time steps; ``I = H P``.
+        projected: fp32 ``[S, T, I + (I + 2GN)]``: gate, convolution inputs; ``I = H P``. Rows may lie apart, as
+            in a part of a wider tensor.
+        dt: fp32 ``[S, T, H]`` time steps before bias and softplus, likewise.
         conv: fp32 ``[S, I + 2GN, W]`` the last W inputs of the convolution before the prompt, or None for zeros.
         conv_weight: fp32 ``[I + 2GN, W]``.
         conv_bias: fp32 ``[I + 2GN]`` or None.
@@ -188,7 +191,7 @@ def mamba2_prefill(
         ``[S, T, I]``, the input of the output projection.
     """
     weights = (conv_weight, conv_bias, dt_bias, a, d, gain)
-    out: Tensor = torch.ops.llmcompress.mamba2_prefill(projected, conv, *weights, state, groups, *limits, epsilon)
+    out: Tensor = torch.ops.llmcompress.mamba2_prefill(projected, dt, conv, *weights, state, groups, *limits, epsilon)
     return out
 
 
@@ -371,21 +374,28 @@ def _mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _mamba2_prefill(projected: Tensor, conv: Tensor | None, *rest: Any) -> Tensor:
+def _mamba2_prefill(projected: Tensor, dt: Tensor, conv: Tensor | None, *rest: Any) -> Tensor:
     conv_weight, conv_bias, dt_bias, a, d, gain, state, groups, low, high, epsilon = rest
     sequences, heads, channels, states = state.shape
     inner, tokens = heads * channels, projected.shape[1]
-    projected = projected.contiguous()
+    projected, dt = _rows(projected), _rows(dt)
     held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, state)
     fits = conv_weight.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and tokens > 0
-    numbers = [t for t in (projected, *held) if t is not None]
+    numbers = [t for t in (projected, dt, *held) if t is not None]
     if not fits or not _runs(channels, states, *held) or not _all_float(*numbers):
-        return definition.mamba2_prefill(projected, conv, *rest)
+        return definition.mamba2_prefill(projected, dt, conv, *rest)
     out = projected.new_empty(sequences, tokens, inner)
     shape = (sequences, tokens, heads, groups, channels, states)
     limits = torch.tensor([low, high, epsilon], dtype=torch.float32)
-    _call("llmc_mamba2_prefill", projected, *held, out, *shape, limits)
+    _call("llmc_mamba2_prefill", projected, dt, *held, out, *shape, projected.stride(1), dt.stride(1), limits)
     return out
+
+
+def _rows(values: Tensor) -> Tensor:
+    """``[S, T, R]`` whose rows are contiguous and equally far apart; a copy where they are not."""
+    sequences, tokens, _ = values.shape
+    spaced = sequences == 1 or values.stride(0) == tokens * values.stride(1)
+    return values if values.stride(2) == 1 and spaced else values.contiguous()
 
 
 def _dsq_pack(state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -481,7 +491,7 @@ def _like_gated(projected: Tensor, *rest: Any) -> Tensor:
 
 
 def _prefill_fake(projected: Tensor, *rest: Any) -> Tensor:
-    gain: Tensor = rest[6]
+    gain: Tensor = rest[7]
     return projected.new_empty(*projected.shape[:2], gain.shape[0])
 
 

@@ -12,6 +12,7 @@ import torch
 from llmcompress_kernels import state as kernels
 from torch import Tensor, nn
 
+from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.states import PackedState, StateQuantizer
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class DecodeStep:
             view: Sizes of the state.
         """
         mixer, index = self.mixer, self.mixer.layer_idx
-        projected, rates = mixer.in_proj(hidden), self._rates()
+        rates = self._rates()
+        projected, dt = self._project(hidden, view)
         history = None if held is None else cache.layers[index].conv_states[0].clone()
         inner = view.heads * view.channels
         mixed = projected[..., inner : inner + view.conv_channels].transpose(1, 2)
@@ -89,6 +91,7 @@ class DecodeStep:
         state = hidden.new_zeros(shape) if held is None else held.load(rates[:, None, None]).clone()
         out = kernels.mamba2_prefill(
             projected,
+            dt,
             history,
             mixer.conv1d.weight[:, 0],
             mixer.conv1d.bias,
@@ -133,6 +136,18 @@ class DecodeStep:
         )
         result: Tensor = mixer.out_proj(out)
         return result.unsqueeze(1)
+
+    def _project(self, hidden: Tensor, view: ScanView) -> tuple[Tensor, Tensor]:
+        """The output of in_proj without and with only the time steps; dense rows of a packed one are those already."""
+        linear = self.mixer.in_proj
+        if isinstance(linear, PackedLinear) and linear.spec.dense_rows == view.heads and not linear._forward_pre_hooks:
+            packed, dense = linear.parts(hidden)
+            assert dense is not None
+            if linear.bias is None:
+                return packed, dense
+            return packed + linear.bias[: -view.heads], dense + linear.bias[-view.heads :]
+        projected: Tensor = linear(hidden)
+        return projected[..., : -view.heads], projected[..., -view.heads :]
 
     def _rates(self) -> Tensor:
         """``-exp(A_log)``, computed again when the parameter changed."""

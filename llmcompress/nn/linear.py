@@ -54,14 +54,19 @@ class PackedLinear(PackedTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``[..., in_features]`` into ``[..., out_features]`` of the same type."""
+        y, dense = self.parts(x)
+        if dense is not None:
+            y = torch.cat((y, dense), dim=-1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Outputs of the packed rows and of the dense rows after them, None where there are none; without bias."""
         operands, own = self._operands, self._buffers
         if operands is None or operands[0] is not own["weight_packed"] or operands[1] is not own["weight_scale"]:
             operands = self._prepared(x)
         y = _GROUP_GEMM(x, *operands, self.int8_activations)
         dense = own.get("weight_dense")
-        if dense is not None:
-            y = torch.cat((y, torch.nn.functional.linear(x, dense.to(x.dtype))), dim=-1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y, None if dense is None else torch.nn.functional.linear(x, dense.to(x.dtype))
 
     def _restore(self) -> None:
         self._operands = None  # they would keep the old tensors alive

@@ -198,17 +198,19 @@ def test_prompt_through_a_mixer(channels: int, states: int, groups: int, history
     start = normal(sequences, heads, channels, states) if history else torch.zeros(sequences, heads, channels, states)
     projected = normal(sequences, tokens, inner + width + heads)
     other, limits = start.clone(), (0.01, 4.0)
-    got = state.mamba2_prefill(projected, conv, *weights, start, groups, limits, 1e-5)
-    expected = definition.mamba2_prefill(projected, conv, *weights, other, groups, *limits, 1e-5)
+    # time steps in the same tensor, and in one of their own
+    projected, dt = projected[..., :-heads], projected[..., -heads:].clone() if history else projected[..., -heads:]
+    got = state.mamba2_prefill(projected, dt, conv, *weights, start, groups, limits, 1e-5)
+    expected = definition.mamba2_prefill(projected, dt, conv, *weights, other, groups, *limits, 1e-5)
     assert float((got - expected).norm() / expected.norm()) < 3e-6
     for head in range(heads):
         assert float((start[:, head] - other[:, head]).norm() / other[:, head].norm()) < 3e-6
     # a prompt in two parts is the prompt
     again = other.zero_() if conv is None else other.copy_(start)
     if conv is None:
-        first = state.mamba2_prefill(projected[:, :123], None, *weights, again, groups, limits, 1e-5)
+        first = state.mamba2_prefill(projected[:, :123], dt[:, :123], None, *weights, again, groups, limits, 1e-5)
         mixed = projected[:, 119:123, inner : inner + width].transpose(1, 2).contiguous()
-        second = state.mamba2_prefill(projected[:, 123:], mixed, *weights, again, groups, limits, 1e-5)
+        second = state.mamba2_prefill(projected[:, 123:], dt[:, 123:], mixed, *weights, again, groups, limits, 1e-5)
         assert float((torch.cat((first, second), 1) - got).norm() / got.norm()) < 3e-6
         assert float((again - start).norm() / start.norm()) < 3e-6
 
@@ -232,6 +234,6 @@ def test_operator_checks_of_the_prompt() -> None:
     checks = ("test_schema", "test_faketensor")
     weights = (torch.randn(128, 4), None, torch.randn(4), -torch.rand(4), torch.randn(4), torch.randn(64))
     held = torch.zeros(2, 4, 16, 32)
-    arguments = (torch.randn(2, 5, 64 + 128 + 4), None, *weights, held, 1, 0.0, 9.0, 1e-5)
+    arguments = (torch.randn(2, 5, 64 + 128), torch.randn(2, 5, 4), None, *weights, held, 1, 0.0, 9.0, 1e-5)
     torch.library.opcheck(torch.ops.llmcompress.mamba2_prefill, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.llmcompress.dsq_pack, (held, None, 4), test_utils=checks)

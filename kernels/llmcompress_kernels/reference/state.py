@@ -284,6 +284,7 @@ def mamba2_decode(
 
 def mamba2_prefill(
     projected: Tensor,
+    dt: Tensor,
     conv: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -300,7 +301,7 @@ def mamba2_prefill(
     """A prompt through a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_prefill`."""
     sequences, heads, channels, states = state.shape
     inner, both, width = heads * channels, groups * states, conv_weight.shape[-1]
-    gate, mixed, dt = projected.split([inner, inner + 2 * both, heads], -1)
+    gate, mixed = projected.split([inner, inner + 2 * both], -1)
     mixed = mixed.transpose(1, 2)
     before = mixed.new_zeros(sequences, mixed.shape[1], width - 1) if conv is None else conv[..., 1:]
     mixed = torch.nn.functional.conv1d(

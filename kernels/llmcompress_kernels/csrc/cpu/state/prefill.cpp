@@ -41,7 +41,6 @@ struct Mixer {
   int64_t inner() const { return heads * channels; }
   int64_t both() const { return groups * states; }
   int64_t width() const { return inner() + 2 * both(); }
-  int64_t row() const { return inner() + width() + heads; }
 };
 
 // Work of one segment of one sequence. `x` [T, I], `bc` [G][N / 8][T][16], `dt` and `decay` [T, H], `y` [T, I].
@@ -143,15 +142,16 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
 
 extern "C" {
 
-// projected [S, T, 2I + 2GN + H]; history [S, C, 4] the inputs before the first token, or null; conv_weight [C, 4];
+// projected [S, T, 2I + 2GN] and raw time steps [S, T, H] with rows `row` and `dt_row` floats apart; history [S, C, 4] the inputs before the first token, or null; conv_weight [C, 4];
 // io [S, H, P, N] state before and after; out [S, T, I].
 __attribute__((visibility("default"))) int llmc_mamba2_prefill(
-    const float* projected, const float* history, const float* conv_weight, const float* conv_bias, const float* dt_bias,
+    const float* projected, const float* raw_dt, const float* history, const float* conv_weight, const float* conv_bias, const float* dt_bias,
     const float* a, const float* d, const float* gain, float* io, float* out, int64_t sequences, int64_t tokens,
-    int64_t heads, int64_t groups, int64_t channels, int64_t states, const float* limits) {
+    int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t row, int64_t dt_row,
+    const float* limits) {
   using namespace state;
   Mixer m{nullptr, conv_bias, dt_bias, a, d, gain, heads, groups, channels, states, limits[0], limits[1], limits[2]};
-  const int64_t inner = m.inner(), width = m.width(), row = m.row();
+  const int64_t inner = m.inner(), width = m.width();
   if (channels % 16 != 0 || states % 16 != 0 || inner / groups % 16 != 0) return 1;
   const int64_t lanes = channels % 32 == 0 ? 32 : 16, pieces = channels / lanes, most = tokens < kSegment ? tokens : kSegment;
   const Floats weight = floats(4 * width), old = floats(3 * width), tiles = floats(heads * channels * states);
@@ -184,7 +184,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
           const int64_t at = from + t + k - 3;
           taps[k] = at < 0 ? old.get() + (at + 3) * width : in + at * row + inner;
         }
-        mix(m, segment, t, taps, in + (from + t) * row + inner + width);
+        mix(m, segment, t, taps, raw_dt + (s * tokens + from + t) * dt_row);
       }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < heads * pieces; ++i) {
