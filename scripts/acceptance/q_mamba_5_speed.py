@@ -8,7 +8,7 @@ times, and the 4-bit state update at least twice as fast as our own with fp32 st
 judged on the large model, as C8 says: states of the reference model (0.6 MB a sequence) never leave the second cache
 level, so nothing is saved by making them smaller; its figure is shown.
 
-    chrt -f 5 python scripts/acceptance/q_mamba_5_speed.py [--models reference large] [--keep FOLDER]
+    chrt -f 5 python scripts/acceptance/q_mamba_5_speed.py [--models reference large] [--threads 2] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -145,19 +145,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["reference", "large"], choices=["reference", "large"])
     parser.add_argument("--keep", type=Path, help="folder in which models are made once")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
         make_model(LARGE, options.make)
         return
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory(prefix="llmcompress-speed-") as work:
         root = options.keep or Path(work)
         found = [measure(name, root) for name in options.models]
     text = "; ".join(part for _, part in found)
     verdict(
-        all(holds for holds, _ in found), f"W8A8H4, two threads, against transformers' faster of fp32, bf16; {text}"
+        all(holds for holds, _ in found),
+        f"W8A8H4, {options.threads} threads, against transformers' faster of fp32, bf16; {text}",
     )
 
 
