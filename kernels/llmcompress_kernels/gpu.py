@@ -118,30 +118,30 @@ def _states(channels: int, states: int, bits: int | None, *tensors: Tensor | Non
 def dsq_state_update(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     held, drive, bits = arguments[:4], arguments[4], arguments[8]
-    if not any(arguments[9:]) and _states(drive.shape[-1], held[2].shape[-1], bits, *held):
+    if _states(drive.shape[-1], held[2].shape[-1], bits, *held):
         from llmcompress_kernels.triton import state as kernels
 
-        return kernels.dsq_state_update(*arguments[:9])
+        return kernels.dsq_state_update(*arguments)
     return reference_state.dsq_state_update(*arguments)
 
 
 def selective_scan_q(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA implementation of the operator; arguments as in its schema."""
     drive, b, fixed = arguments[0], arguments[2], arguments[6]
-    if not any(arguments[10:]) and drive.shape[1] > 0 and _states(drive.shape[-1], b.shape[-1], None, fixed):
+    if drive.shape[1] > 0 and _states(drive.shape[-1], b.shape[-1], None, fixed):
         from llmcompress_kernels.triton import state as kernels
 
-        return kernels.selective_scan_q(*arguments[:10])
+        return kernels.selective_scan_q(*arguments)
     return reference_state.selective_scan_q(*arguments)
 
 
 def selective_scan_q_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CUDA implementation of the operator; arguments as in its schema."""
     drive, b, fixed = arguments[1], arguments[3], arguments[7]
-    if not any(arguments[10:]) and drive.shape[1] > 0 and _states(drive.shape[-1], b.shape[-1], None, fixed):
+    if drive.shape[1] > 0 and _states(drive.shape[-1], b.shape[-1], None, fixed):
         from llmcompress_kernels.triton import state as kernels
 
-        return kernels.selective_scan_q_backward(*arguments[:10])
+        return kernels.selective_scan_q_backward(*arguments)
     return reference_state.selective_scan_q_backward(*arguments)
 
 

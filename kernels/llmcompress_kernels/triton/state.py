@@ -4,6 +4,8 @@ A program owns one head of one sequence and its whole ``[P, N]`` state, because 
 Per token an update reads and writes ``bits / 8`` bytes per value where a float state costs 4 + 4. Codes and scales are
 the definition's to the last bit (:mod:`llmcompress_kernels.reference.state`): divisions and roots are correctly
 rounded, the mean is summed in halves, and kernels are compiled without fused multiply-add.
+
+``FIXED`` says where the channel scale comes from: 0 the state, 1 calibration, 2 the state and then a fit to the codes.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from llmcompress_kernels.reference.state import SEGMENT
 
 
 @triton.jit
-def folded_mean(values, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
-    """Mean over the last axis, its second half added to its first until one value is left."""
+def folded_sum(values, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
+    """Sum over the last axis, its second half added to its first until one value is left."""
     for i in tl.static_range(LOG):
         # a sum of two has one order
         values = tl.sum(tl.reshape(values, (P, 2, N >> (i + 1))), 1)
-    return tl.reshape(values, (P,)) * (1.0 / N)
+    return tl.reshape(values, (P,))
+
+
+@triton.jit
+def folded_mean(values, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
+    """Mean over the last axis, summed in that order."""
+    return folded_sum(values, P, N, LOG) * (1.0 / N)
 
 
 @triton.jit
@@ -35,7 +43,7 @@ def to_scale(value):
 def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
     """Codes (fp32), channel and state scales (fp16) and step of ``u [P, N]``."""
     size = tl.abs(u)
-    if FIXED:
+    if FIXED == 1:
         channel = fixed
     else:
         channel = to_scale(tl.sqrt_rn(folded_mean(size, P, N, LOG)))
@@ -44,7 +52,17 @@ def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constex
     step = step_size(wide, state, qmax, P, N)
     ratio = tl.minimum(tl.maximum(tl.div_rn(u, step), -qmax), qmax)
     # adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even
-    return (ratio + 12582912.0) - 12582912.0, channel, state, step
+    codes = (ratio + 12582912.0) - 12582912.0
+    if FIXED == 2:
+        per_state = tl.div_rn(state.to(tl.float32), tl.zeros((N,), tl.float32) + qmax)
+        value = (u * tl.div_rn(tl.zeros((P,), tl.float32) + 1.0, wide)[:, None]) * tl.div_rn(
+            tl.zeros((N,), tl.float32) + 1.0, per_state
+        )[None, :]
+        top, below = folded_sum(codes * value, P, N, LOG), folded_sum(codes * codes, P, N, LOG)
+        fits = (top > 0) & (below > 0)
+        channel = to_scale(wide * tl.where(fits, tl.div_rn(top, tl.where(fits, below, 1.0)), 1.0))
+        step = step_size(channel.to(tl.float32), state, qmax, P, N)
+    return codes, channel, state, step
 
 
 @triton.jit
@@ -105,7 +123,7 @@ def dsq_update_kernel(
     shared = (tl.program_id(1).to(tl.int64) * (HEADS // SHARE) + head // SHARE) * N + n
     qmax = ((1 << (BITS - 1)) - 1) * 1.0
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED:
+    if FIXED == 1:
         calibrated = tl.load(fixed + head * P + p)  # fp16
         wide = calibrated.to(tl.float32)
     else:
@@ -119,7 +137,7 @@ def dsq_update_kernel(
     found, new_channel, new_state, _ = quantize(u, calibrated, qmax, FIXED, P, N, LOG)
     store_codes(place, found, BITS, P, N)
     tl.store(scale + unit * N + n, new_state)
-    if not FIXED:
+    if FIXED != 1:
         tl.store(channel + unit * P + p, new_channel)
 
 
@@ -142,13 +160,13 @@ def dsq_pack_kernel(
     p, n = tl.arange(0, P), tl.arange(0, N)
     u = tl.load(state + unit * (P * N) + p[:, None] * N + n[None, :]).to(tl.float32)
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED:
+    if FIXED == 1:
         calibrated = tl.load(fixed + tl.program_id(0) * P + p)  # fp16
     qmax = ((1 << (BITS - 1)) - 1) * 1.0
     found, new_channel, new_state, _ = quantize(u, calibrated, qmax, FIXED, P, N, LOG)
     store_codes(codes + unit * (P * N * BITS // 8), found, BITS, P, N)
     tl.store(scale + unit * N + n, new_state)
-    if not FIXED:
+    if FIXED != 1:
         tl.store(channel + unit * P + p, new_channel)
 
 
@@ -198,7 +216,7 @@ def dsq_scan_kernel(
     tile = p[:, None] * N + n[None, :]
     width = tl.load(bits + head)  # int32
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED:
+    if FIXED == 1:
         calibrated = tl.load(fixed + head * P + p)  # fp16
     held = tl.load(state + unit * (P * N) + tile).to(tl.float32)
     for t in range(0, tokens):
@@ -250,7 +268,7 @@ def dsq_scan_backward_kernel(
     tile = p[:, None] * N + n[None, :]
     width = tl.load(bits + head)  # int32
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED:
+    if FIXED == 1:
         calibrated = tl.load(fixed + head * P + p)  # fp16
     adjoint = tl.zeros((P, N), tl.float32)
     own = scratch + unit * (LENGTH * P * N) + tile
@@ -303,6 +321,11 @@ def _warps(channels: int, states: int) -> int:
     return max(1, min(16, channels * states // 1024))
 
 
+def _mode(fixed: Tensor | None, refit: bool) -> int:
+    """The kernels' ``FIXED``."""
+    return 1 if fixed is not None else 2 if refit else 0
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer that is never followed where there is no tensor."""
     return other if tensor is None else tensor
@@ -318,6 +341,7 @@ def dsq_state_update(
     b: Tensor,
     c: Tensor,
     bits: int,
+    refit: bool = False,
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_state_update`; what is replaced must be contiguous."""
     sequences, heads, channels = drive.shape
@@ -328,19 +352,22 @@ def dsq_state_update(
         return out
     dsq_update_kernel[(heads, sequences)](
         codes, _or(channel, scale), scale, _or(fixed, scale), drive, decay, b, c, out,
-        bits, channel is None, heads, heads // b.shape[1], channels, states, states.bit_length() - 1,
+        bits, _mode(fixed, refit), heads, heads // b.shape[1], channels, states, states.bit_length() - 1,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
+def dsq_pack(
+    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Pack float states after prefill.
 
     Args:
         state: fp32, fp16 or bf16 ``[S, H, P, N]``.
         fixed: fp16 ``[H, P]`` calibrated channel scale, or None.
         bits: 4 or 8.
+        refit: Fit the channel scale to the codes; no effect with ``fixed``.
 
     Returns:
         uint8 codes ``[S, H, P, N * bits / 8]``; fp16 channel scale ``[S, H, P]``, None if calibrated; fp16 state scale
@@ -353,7 +380,7 @@ def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int) -> tuple[Tensor, Te
     if sequences > 0:
         dsq_pack_kernel[(heads, sequences)](
             state.contiguous(), codes, _or(channel, scale), scale, _or(fixed, scale),
-            bits, fixed is not None, heads, channels, states, states.bit_length() - 1,
+            bits, _mode(fixed, refit), heads, channels, states, states.bit_length() - 1,
             num_warps=_warps(channels, states), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, channel, scale
@@ -370,6 +397,7 @@ def selective_scan_q(
     first: int,
     window: int,
     keep: bool,
+    refit: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as of the operator, :func:`llmcompress_kernels.reference.state.selective_scan_q`."""
     sequences, tokens, heads, channels = drive.shape
@@ -380,7 +408,7 @@ def selective_scan_q(
     dsq_scan_kernel[(heads, sequences)](
         drive, decay, b, c, state, bits.to(torch.int32).contiguous(), _or(fixed, drive), out, last,
         kept if keep else last, tokens, segments, first, window,
-        keep, fixed is not None, heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
+        keep, _mode(fixed, refit), heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     return out, last, kept
@@ -397,6 +425,7 @@ def selective_scan_q_backward(
     fixed: Tensor | None,
     first: int,
     window: int,
+    refit: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as of :func:`llmcompress_kernels.reference.state.selective_scan_q_backward`."""
     sequences, tokens, heads, channels = drive.shape
@@ -409,7 +438,7 @@ def selective_scan_q_backward(
     dsq_scan_backward_kernel[(heads, sequences)](
         grad, drive, decay, b, c, kept, bits.to(torch.int32).contiguous(), _or(fixed, drive), scratch,
         d_drive, d_decay, d_b, d_c, tokens, segments, first, window,
-        fixed is not None, heads, groups, channels, states, states.bit_length() - 1, SEGMENT,
+        _mode(fixed, refit), heads, groups, channels, states, states.bit_length() - 1, SEGMENT,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     share = (groups, heads // groups)
