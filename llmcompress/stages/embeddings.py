@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.stages.base import Kind, Stage, StageConfig
@@ -25,6 +25,13 @@ class EmbeddingsConfig(StageConfig):
     """Width of the codes."""
     group_size: Annotated[int, Field(ge=-1)] = -1
     """Columns that share a scale; -1 for one scale per word. 4 bits want groups of 32."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("group_size must be positive, or -1 for one scale per word")
+        return value
 
 
 class Embeddings(Stage):

@@ -22,7 +22,7 @@ def test_policy_is_plain_data_that_the_run_time_understands(tiny: Any, tmp_path:
     assert (spec.bits, spec.group_size, spec.symmetric) == (4, 32, True)
 
 
-@pytest.mark.parametrize("fields", [{"bits": 3}, {"group_size": -2}, {"rows": 1}])
+@pytest.mark.parametrize("fields", [{"bits": 3}, {"group_size": -2}, {"group_size": 0}, {"rows": 1}])
 def test_values_out_of_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EmbeddingsConfig(**fields)
