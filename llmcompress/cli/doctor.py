@@ -151,7 +151,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def kernels() -> Any:
-    """What the kernel package says about each op, or why it cannot say anything."""
+    """What the kernel package says about each op on the CPU and on a GPU, or why it cannot say anything."""
     try:
         select = importlib.import_module("llmcompress_kernels.select")
     except (ImportError, OSError, RuntimeError) as error:
@@ -159,7 +159,7 @@ def kernels() -> Any:
             return {"explanation": "plain PyTorch definitions only"}
         return {"problem": f"{type(error).__name__}: {error}"}
     try:
-        return {"explanation": plain(select.explain())}
+        return {"explanation": plain(select.explain()), "gpu": plain(select.explain("cuda"))}
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 
@@ -192,11 +192,9 @@ def _show(found: dict[str, Any], screen: Console) -> None:
 
 
 def _show_kernels(told: dict[str, Any], screen: Console) -> None:
-    explanation = told.get("explanation", told.get("problem"))
-    if isinstance(explanation, list) and explanation and isinstance(explanation[0], dict):
-        columns = list(explanation[0])
-        screen.print(table(columns, ([row.get(c) for c in columns] for row in explanation), title="kernels"))
-    elif isinstance(explanation, dict):
-        screen.print(table(("kernel", ""), explanation.items()))
-    else:
-        screen.print(f"kernels: {explanation}", markup=False, highlight=False)
+    for part, title in (("explanation", "kernels, CPU"), ("gpu", "kernels, GPU")):
+        rows = told.get(part)
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            screen.print(table(list(rows[0]), ([row.get(c) for c in rows[0]] for row in rows), title=title))
+    if not isinstance(told.get("explanation"), list):
+        screen.print(f"kernels: {told.get('explanation', told.get('problem'))}", markup=False, highlight=False)

@@ -275,6 +275,9 @@ def test_doctor_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["cpu"]["cores"] >= 1
     assert found["problems"] == []
     assert {"memory", "compiler", "torch", "kernels", "optional"} <= set(found)
+    rows = {(row["op"], row["implementation"]): row for row in found["kernels"]["gpu"]}
+    assert all(row["used"] or row["reason"] for row in rows.values())
+    assert {"cuda", "triton", "reference"} <= {name for op, name in rows if op == "group_gemm"}
     assert invoke(["doctor"]) == 0
     assert "llmcompress" in capsys.readouterr().out
 

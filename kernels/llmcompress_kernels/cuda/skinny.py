@@ -248,16 +248,16 @@ def _call(
 def _launch(call: Call, side: Side, x: Tensor, counters: int | None, library: Any) -> None:
     held = None if counters is None else arrivals(counters, x.device)
     call.arrived = None if held is None else held.data_ptr()
-    stream = 0
-    if library is None:
-        library = build.load(FAMILY)
+    arguments = (ctypes.byref(call), side.bits, int(x.dtype == torch.bfloat16), 1 if call.at_once <= TOKENS // 2 else 2)
+    if library is not None:
+        _check(library, library.llmcompress_skinny(*arguments, None))
+        return
+    library = build.load(FAMILY)
+    # the library's own copy of CUDA's run time is told the device as well; on leaving, PyTorch's is what it was
+    with torch.cuda.device(x.device):
         _check(library, library.llmcompress_skinny_device(x.device.index or 0))
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-    code = library.llmcompress_skinny(
-        ctypes.byref(call), side.bits, int(x.dtype == torch.bfloat16), 1 if call.at_once <= TOKENS // 2 else 2,
-        ctypes.c_void_p(stream),
-    )  # fmt: skip
-    _check(library, code)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+        _check(library, library.llmcompress_skinny(*arguments, stream))
 
 
 def _check(library: Any, code: int) -> None:
@@ -270,7 +270,7 @@ def _check(library: Any, code: int) -> None:
     raise RuntimeError(f"a launch of the {FAMILY} kernels failed: {told}")
 
 
-_ROWS: dict[tuple[int, int], Tensor] = {}
+_STREAMS: dict[tuple[int, int], Tensor] = {}
 _GRAPHS: dict[int, tuple[Tensor, int]] = {}
 
 
@@ -293,9 +293,9 @@ def arrivals(count: int, device: torch.device) -> Tensor:
         _GRAPHS[number] = (torch.zeros(RESERVED, dtype=torch.int32, device=device), 0)
         torch.cuda.synchronize(device)
     key = (number, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _ROWS or _ROWS[key].numel() < count:
-        _ROWS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return _ROWS[key]
+    if key not in _STREAMS or _STREAMS[key].numel() < count:
+        _STREAMS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return _STREAMS[key]
 
 
 def _processors(device: torch.device) -> int:
