@@ -130,7 +130,8 @@ def shared(bits: int, at_once: int, group: int) -> int:
     step = skinny.COLUMNS[bits]
     tables = 8 * 128 + 8 * 8 * (1 if at_once <= 8 else 2) + 2 * skinny.MOST_SLOTS + 16
     words, x = 128 * (step * bits // 8 + 16), at_once * (2 * step + (16 if bits == 2 else 64))
-    return tables + 3 * (words + x) + 2 * max(1, step // group) * 128 * 8
+    stages = 2 if bits == 3 else 3
+    return tables + stages * (words + x) + 2 * max(1, step // group) * 128 * 8
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
 // of a thread per 2-bit weight, 4.0 per 3-bit and 5.3 per 4-bit weight; cuda/aot.py counts what the machine code needs.
 //
 // A block of 4 warps owns 128 rows and walks the columns in steps of 512 (4 bits: 256). cp.async brings a step's words
-// and activations into shared memory two steps ahead. A warp multiplies 2 x 16 rows by mma.m16n8k16: weights are
+// and activations into shared memory two steps ahead (3 bits: one). A warp multiplies 2 x 16 rows by mma.m16n8k16: weights are
 // the left operand, tokens the 8 columns of the right one. The order of the columns inside a dot product is free as long
 // as both operands agree, so a lane owns the 8 (2 bits: 16) neighbouring columns that the word it reads holds, and the
 // stored stream needs no second layout. Two codes of a word that lie 16 bits apart become two numbers by a shift and
@@ -36,7 +36,7 @@ template <int BITS> struct Shape {
     static constexpr int ROW_BYTES = COLUMNS * BITS / 8;
     static constexpr int STRIDE = ROW_BYTES + 16;          // 8 rows x 4 lanes then meet 32 different banks
     static constexpr int X_STRIDE = 2 * COLUMNS + (BITS == 2 ? 16 : 64);
-    static constexpr int STAGES = 3;
+    static constexpr int STAGES = BITS == 3 ? 2 : 3;        // so that two blocks share a multiprocessor at 8 tokens
     static constexpr int GROUPS = 8;                       // most groups of a step
 };
 
