@@ -22,12 +22,13 @@ FAMILY = "tree"
 UNIT = 32
 # stored width → widths of its planes, low bits first
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
+# inside another family that has the low-bit products and follows their choice of an instruction set
 SOURCES = ("cpu/tree/tree_*.cpp", "cpu/tree/variants.cpp")
 
 build.register(
     build.Family(
         FAMILY,
-        (*SOURCES, "cpu/tree/product.cpp", "cpu/gemm/variants.cpp", "cpu/gemm/avx*.cpp", "cpu/gemm/portable.cpp"),
+        ("cpu/tree/tree_*.cpp", "cpu/tree/select.cpp", "cpu/tree/product.cpp"),
         headers=("cpu/include/**/*", "cpu/tree/*.inc"),
     )
 )
