@@ -32,7 +32,8 @@ from llmcompress.cli import (
 from llmcompress.cli import command as commands
 from llmcompress.cli.failures import translate
 from llmcompress.cli.output import Output
-from llmcompress.errors import ExitCode, LLMCompressError
+from llmcompress.distributed.world import LAUNCHED, PeerLost
+from llmcompress.errors import ExitCode, Interrupted, LLMCompressError
 
 app = typer.Typer(
     name="llmcompress",
@@ -117,6 +118,8 @@ def _expected(error: LLMCompressError) -> int:
     if out.debug:
         traceback.print_exception(error)
     _save_traceback(error, out.run_dir, always=False)
+    if isinstance(error, PeerLost) or (LAUNCHED in os.environ and isinstance(error, Interrupted)):
+        return error.exit_code  # one process of several: the one that started them tells what has happened
     out.error(error.message, error.hint or _NEXT_STEPS.get(error.exit_code), error.exit_code)
     return error.exit_code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +11,12 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument, read_object
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmcompress.pipeline.cluster import ClusterRow, Rates
     from llmcompress.pipeline.estimate import Plan
     from llmcompress.recipe.load import LoadedRecipe
 
@@ -86,6 +88,13 @@ def plan(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     device: Annotated[str | None, typer.Option("--device", help="Predict for cpu or cuda.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="1,2,4", help="Also predict the time on so many processes.")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option("--rates", help="Measured rates, from scripts/measure_cluster_rates.py.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of one process for an hour.")] = None,
 ) -> None:
     """Predict memory, disk, output size and bits from config.json alone; exit 5 if a declared budget is exceeded."""
     from llmcompress.pipeline.estimate import plan as predict
@@ -100,8 +109,68 @@ def plan(
             f"llmcompress plan {recipe} model.path=FOLDER, or --config config.json",
         )
     predicted = predict(loaded, facts, device)
-    out.result(predicted.to_dict(), lambda screen: _show(predicted, screen))
+    data = predicted.to_dict()
+    if cluster is None:
+        out.result(data, lambda screen: _show(predicted, screen))
+    else:
+        measured, rows = cluster_rows(loaded, facts, predicted.device, cluster, rates)
+        found = {name: [row.to_dict() for row in own] for name, own in rows.items()}
+        data["cluster"] = {"rates": asdict(measured), "stages": found}
+        out.result(data, lambda screen: _show_cluster(predicted, measured, rows, price, screen))
     predicted.require_budget()
+
+
+def cluster_rows(
+    loaded: LoadedRecipe, facts: dict[str, Any], device: str, cluster: str, path: Path | None
+) -> tuple[Rates, dict[str, list[ClusterRow]]]:
+    """Predictions for several numbers of processes.
+
+    Args:
+        loaded: The recipe.
+        facts: ``config.json``.
+        device: ``cpu`` or ``cuda``.
+        cluster: Numbers, separated by commas.
+        path: File of rates.
+
+    Raises:
+        UsageError: A number is not one, or rates are missing.
+    """
+    from llmcompress.pipeline.cluster import Rates, predict
+
+    words = [word.strip() for word in cluster.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"--cluster {cluster}: not numbers of processes", "--cluster 1,2,4,8")
+    if path is None:
+        raise UsageError(
+            "--cluster needs --rates: time is predicted from rates measured on the machine in question",
+            "python scripts/measure_cluster_rates.py --out rates.json",
+        )
+    measured = Rates.load(path)
+    return measured, predict(loaded, facts, device, [int(word) for word in words], measured)
+
+
+_PARTS = ("read", "forward", "hessian", "solve", "exchange")
+
+
+def _show_cluster(
+    predicted: Plan, rates: Rates, stages: dict[str, list[ClusterRow]], price: float | None, screen: Console
+) -> None:
+    from llmcompress.pipeline.sinks import duration
+
+    _show(predicted, screen)
+    columns = ["processes", "time", *_PARTS, "peak RAM", "traffic", "hours paid"]
+    columns += ["price"] if price is not None else []
+    for name, rows in stages.items():
+        cells = [
+            (row.ranks, duration(row.seconds), *(duration(getattr(row, part)) for part in _PARTS), bytes_text(row.ram),
+             bytes_text(row.traffic), f"{row.process_hours:.2f}",
+             *([f"{row.process_hours * price:.2f}"] if price is not None else []))
+            for row in rows
+        ]  # fmt: skip
+        screen.print(table(columns, cells, title=name, right="|".join(columns[1:])))
+    worst = max((abs(error) for error in rates.error.values()), default=None)
+    checked = "not checked on a run" if worst is None else f"off by up to {worst:.0%} on the runs it was checked on"
+    screen.print(f"rates of {rates.machine}; {checked}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(found: Plan, screen: Console) -> None:

@@ -11,7 +11,9 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_override, complete_recipe
+from llmcompress.cli.launch import EndpointOption, IdOption, NodesOption, Processes, ProcessesOption, launch
 from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.distributed.world import is_follower
 from llmcompress.errors import GateFailed, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -61,11 +63,20 @@ def run(
     redo: RedoOption = None,
     track: TrackOption = None,
     force: Annotated[bool, typer.Option("--force", help="Delete what an earlier run left in the folder.")] = False,
+    nproc: ProcessesOption = None,
+    nnodes: NodesOption = 1,
+    rdzv_endpoint: EndpointOption = None,
+    rdzv_id: IdOption = None,
 ) -> None:
     """Run a recipe; continue where an interrupted run of it stopped."""
     from llmcompress.pipeline.runner import RunOptions
 
-    job = load_job(recipe, overrides or [], out=out)
+    processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
+    job = load_job(recipe, overrides or [], out=None if is_follower() else out)
+    if processes is not None:
+        words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track)]
+        launch(out, processes, [*words, *(["--force"] if force else [])], Path(job.recipe["run"]["dir"]))
+        return
     execute(out, job, RunOptions(until, only, redo, force, _trackers(track, job)))
 
 
@@ -77,6 +88,10 @@ def resume(
     only: OnlyOption = None,
     redo: RedoOption = None,
     track: TrackOption = None,
+    nproc: ProcessesOption = None,
+    nnodes: NodesOption = 1,
+    rdzv_endpoint: EndpointOption = None,
+    rdzv_id: IdOption = None,
 ) -> None:
     """Continue a run from its folder."""
     from llmcompress.pipeline.runner import RunOptions
@@ -84,10 +99,25 @@ def resume(
     lock = run_dir / "recipe.lock.json"
     if not lock.is_file():
         raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
+    processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
     job = load_job(
-        str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml", out=out
-    )
+        str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
+        out=None if is_follower() else out,
+    )  # fmt: skip
+    if processes is not None:
+        words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track)]
+        launch(out, processes, words, run_dir)
+        return
     execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)))
+
+
+def _words(out: Output, until: str | None, only: str | None, redo: str | None, track: list[str] | None) -> list[str]:
+    """Options of this command as words, for the processes that are to run it."""
+    found = [word for name, value in (("until", until), ("only", only), ("redo", redo)) if value
+             for word in (f"--{name}", value)]  # fmt: skip
+    found += [word for name in track or [] for word in ("--track", name)]
+    modes = (("--json", out.json_mode), ("--quiet", out.quiet), ("--debug", out.debug))
+    return [*found, *(word for word, given in modes if given)]
 
 
 def quoted(text: str) -> str:
@@ -179,9 +209,15 @@ def execute(out: Output, job: Job, options: RunOptions) -> None:
     Raises:
         GateFailed: After everything else is done.
     """
+    from llmcompress.distributed.world import joined
+    from llmcompress.pipeline.followers import follow
     from llmcompress.pipeline.runner import Runner
 
-    runner = Runner(job, options, out.sinks())
+    world = joined(bool(job.recipe["run"].get("deterministic")))
+    if world.rank > 0:
+        follow(job.stages, job.recipe, world)
+        return
+    runner = Runner(job, options, out.sinks(), world)
     out.run_dir = runner.dir.root
     outcome = runner.execute()
     out.result(summary(outcome), lambda screen: show_outcome(outcome, screen))

@@ -75,20 +75,21 @@ class Routing:
     bounds: list[int]
 
     @classmethod
-    def of(cls, index: Tensor, weights: Tensor, experts: int) -> Routing:
+    def of(cls, index: Tensor, weights: Tensor, experts: int, first: int = 0) -> Routing:
         """Sort the routed pairs.
 
         Args:
             index: int64 ``[T, k]`` experts of each token; E or more means skipped.
             weights: ``[T, k]``.
             experts: E.
+            first: Number of the first token.
         """
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts]
         bounds = [0, *counts.cumsum(0).tolist()]
         kept = order[: bounds[-1]]
-        return cls(kept // index.shape[-1], weights.reshape(-1)[kept], bounds)
+        return cls(kept // index.shape[-1] + first, weights.reshape(-1)[kept], bounds)
 
     @property
     def counts(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
     from llmcompress.models.walker import Visitor, Walker
 
 CACHE_LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of one set of inputs, a sum per shard.
+
+    Attributes:
+        shards: In the order of the shards.
+        apart: Whether they are for the visitor to sum; if not there is one.
+    """
+
+    shards: list[Gram]
+    apart: bool
+
+    def checked(self, name: str) -> Gram | Moments:
+        """What a visitor gets, once it is known to be finite.
+
+        Raises:
+            InputError: Naming the weight whose input is damaged.
+        """
+        for gram in self.shards:
+            check_finite(gram, name)
+        return self if self.apart else self.shards[0]
 
 
 class GroupSteps:
@@ -75,7 +99,8 @@ class GroupSteps:
     def _stored(self) -> torch.dtype:
         """Type to which inputs of the last projection are rounded, kept or not, so that every pass gives the same."""
         dtype = self.walker.model.dtype
-        values = self.walker.tokens.numel() * self.last.linears[0].in_features
+        # of all processes, so that their number decides nothing
+        values = (self.walker.all_tokens or self.walker.tokens.numel()) * self.last.linears[0].in_features
         return torch.bfloat16 if rounds(values, dtype.itemsize) else dtype
 
     def _take_memory(self, keep: bool) -> None:
@@ -121,25 +146,31 @@ class GroupSteps:
         """Groups in the middle of the module (MLA), all seen in one pass."""
         walker = self.walker
         counted = [visitor.wants(names_of(group)) for group in self.inner]
-        grams = [Gram(1, g.linears[0].in_features, walker.device) if c else None for g, c in zip(self.inner, counted)]
+        grams = [
+            Moments([Gram(1, g.linears[0].in_features, walker.device) for _ in walker.parts], walker.sharded)
+            if c
+            else None
+            for g, c in zip(self.inner, counted)
+        ]
+        shard = 0
         taps = [walker.tapped(names_of(group)) for group in self.inner]
 
         def seen(position: int, x: Tensor) -> None:
             gram, tap = grams[position], taps[position]
             if gram is not None:
-                gram.add(x.flatten(0, -2))
+                gram.shards[shard].add(x.flatten(0, -2))
             if tap is not None:
+                tap.shard = shard
                 tap.linears(self.inner[position], x.flatten(0, -2))
 
         if any(counted) or any(tap is not None for tap in taps):
             modules = [walker.model.get_submodule(group.linears[0].name) for group in self.inner]
             with recorded_inputs(modules, seen), replaced_forward(projection, identity):
                 for rows in walker.batches:
+                    shard = walker.shard_of(rows)
                     self.call(rows, self._input(rows))
         for group, gram in zip(self.inner, grams):
-            if gram is not None:
-                check_finite(gram, group.linears[0].name)
-            visitor.linears(group, gram)
+            visitor.linears(group, None if gram is None else gram.checked(group.linears[0].name))
 
 
 def check_finite(gram: Gram, name: str) -> None:

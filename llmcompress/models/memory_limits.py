@@ -45,6 +45,11 @@ class Limits:
     keep: int = GIB
     activations: int | None = None
 
+    @property
+    def rounded(self) -> int:
+        """Values of experts that are rounded at once where no data flows; their working set is near ``gram``."""
+        return self.gram // 32
+
 
 DEFAULT = Limits()
 

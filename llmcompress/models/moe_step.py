@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, E experts, k experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.models.capture import Routing, down, first_output, gated, replaced_forward
-from llmcompress.models.group_steps import GroupSteps, aligned, check_finite
+from llmcompress.models.group_steps import GroupSteps, Moments, aligned
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ExpertBank, Sublayer
@@ -46,7 +47,7 @@ class MoeStep:
         self.router = walker.model.get_submodule(self.bank.router.module)
         # all tokens' inputs in one tensor, because experts pick rows from all batches
         self.x = self._inputs(source)
-        self._layer_gram: Tensor | None = None
+        self._layer_gram: Any = None
 
     def run(self, needed: bool) -> None:
         """Visit router, experts and shared experts, then add the module's output to the hidden states."""
@@ -57,7 +58,8 @@ class MoeStep:
             self.visitor.router(self.bank, self.router, self.x)
         routing = self._route()
         if self.visitor is not None:
-            self.visitor.routed(self.bank, routing.counts)
+            counts = [sum(own) for own in zip(*(shard.counts for shard in routing))]
+            self.visitor.routed(self.bank, counts or [0] * self.bank.num_experts)
         mixed = self._mix(routing, needed)
         if mixed is None:
             return
@@ -90,14 +92,24 @@ class MoeStep:
     def _batch(self, rows: slice) -> Tensor:
         return aligned(self.x[self._span(rows)]).unflatten(0, (rows.stop - rows.start, -1))
 
-    def _route(self) -> Routing:
-        routed = []
+    def _route(self) -> list[Routing]:
+        """Where the tokens of each shard go; token numbers count over all shards."""
+        routed: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.walker.parts]
         for rows in self.walker.batches:
             _, weights, index = self.router(self.x[self._span(rows)])[:3]
-            routed.append((index, weights))
+            routed[self.walker.shard_of(rows)].append((index, weights))
             self.walker.cache.drop(self.x)
-        index, weights = (torch.cat(parts) for parts in zip(*routed))
-        return Routing.of(index, weights, self.bank.num_experts)
+        found = []
+        for part, own in zip(self.walker.parts, routed):
+            index, weights = (torch.cat(parts) for parts in zip(*own))
+            found.append(Routing.of(index, weights, self.bank.num_experts, self._span(part).start))
+        return found
+
+    def _pieces(self, routing: list[Routing], expert: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield shard, tokens and weights of one expert, at most ``PIECE`` rows at a time."""
+        for number, shard in enumerate(routing):
+            for tokens, weights in shard.pieces(expert):
+                yield number, tokens, weights
 
     def _rows(self, tokens: Tensor) -> Tensor:
         """Inputs of some tokens, ``[n, H]``, a copy."""
@@ -128,7 +140,7 @@ class MoeStep:
         output: Tensor = module(x)
         return output
 
-    def _mix(self, routing: Routing, needed: bool) -> Tensor | None:
+    def _mix(self, routing: list[Routing], needed: bool) -> Tensor | None:
         """Run all experts, chunk by chunk; return the weighted sum per token ``[T, H]``."""
         bank, visitor = self.bank, self.visitor
         mixed = self._zeros() if needed else None
@@ -139,7 +151,8 @@ class MoeStep:
             kept: dict[int, list[Tensor]] = {}
             if visitor is not None:
                 wanted = visitor.wants([bank.down])
-                size = (routing.bounds[experts.stop] - routing.bounds[experts.start]) * bank.intermediate
+                rows = sum(shard.bounds[experts.stop] - shard.bounds[experts.start] for shard in routing)
+                size = rows * bank.intermediate
                 keep = kept if needed and size * self.x.dtype.itemsize <= self.walker.limits.keep else None
                 gram = self._gram(bank.down, routing, experts, keep) if wanted else None
                 visitor.experts(bank, bank.down, experts, gram, self._shared_down)
@@ -154,9 +167,11 @@ class MoeStep:
             self.walker.cache.drop(mixed)
         return mixed
 
-    def _add_outputs(self, mixed: Tensor, routing: Routing, experts: slice, kept: dict[int, list[Tensor]]) -> None:
+    def _add_outputs(
+        self, mixed: Tensor, routing: list[Routing], experts: slice, kept: dict[int, list[Tensor]]
+    ) -> None:
         for expert in range(experts.start, experts.stop):
-            for number, (tokens, weights) in enumerate(routing.pieces(expert)):
+            for number, (_, tokens, weights) in enumerate(self._pieces(routing, expert)):
                 inputs = kept.get(expert)
                 z = inputs[number] if inputs else gated(self.experts, self.bank, expert, self._rows(tokens))
                 output = down(self.experts, self.bank, expert, z) * weights.unsqueeze(-1)
@@ -165,41 +180,48 @@ class MoeStep:
                 self.walker.cache.drop(mixed)
             kept.pop(expert, None)
 
-    def _gram(self, name: str, routing: Routing, experts: slice, keep: dict[int, list[Tensor]] | None = None) -> Gram:
+    def _gram(
+        self, name: str, routing: list[Routing], experts: slice, keep: dict[int, list[Tensor]] | None = None
+    ) -> Gram | Moments:
         """Second moments of what some experts see; inputs of ``down`` are stored in ``keep``."""
         width = self.bank.shape(name)[2]
         affinity = self.visitor is not None and self.visitor.affinity
         tap = self.walker.tapped([name])
-        gram = Gram(experts.stop - experts.start, width, self.walker.device)
+        moments = self.walker.new_moments(experts.stop - experts.start, width, fast=False)
         for expert in range(experts.start, experts.stop):
-            for tokens, weights in routing.pieces(expert):
+            for shard, tokens, weights in self._pieces(routing, expert):
                 x = self._rows(tokens)
                 if name == self.bank.down:
                     x = gated(self.experts, self.bank, expert, x)
                     if keep is not None:
                         keep.setdefault(expert, []).append(x)
                 used = weights if affinity else None
-                gram.add(x, expert - experts.start, used)
+                moments.shards[shard].add(x, expert - experts.start, used)
                 if tap is not None:
+                    tap.shard = shard
                     tap.experts(self.bank, name, experts, expert, tokens, x, used)
-        check_finite(gram, name)
-        return gram
+        return moments.checked(name)
 
-    def _shared_gate_up(self, _expert: int) -> Tensor:
+    def _shared_gate_up(self, _expert: int) -> Any:
         if self._layer_gram is None:
-            gram = Gram(1, self.bank.hidden, self.walker.device)
-            for piece in self.x.split(ROWS):
-                gram.add(piece)
-                self.walker.cache.drop(self.x)
-            self._layer_gram = gram.hessian()[0]
+            moments = self.walker.new_moments(1, self.bank.hidden, fast=False)
+            for part, gram in zip(self.walker.parts, moments.shards):
+                for piece in self.x[self._span(part)].split(ROWS):
+                    gram.add(piece)
+                    self.walker.cache.drop(self.x)
+            self._layer_gram = moments if moments.apart else moments.shards[0].hessian()[0]
         return self._layer_gram
 
-    def _shared_down(self, expert: int) -> Tensor:
+    def _shared_down(self, expert: int) -> Any:
+        first, total = self.walker.first_token, self.walker.all_tokens or self.x.shape[0]
         generator = torch.Generator().manual_seed(self.walker.seed + self.block.index)
-        chosen = torch.randperm(self.x.shape[0], generator=generator)[:FORCED_TOKENS].to(self.x.device)
-        gram = Gram(1, self.bank.intermediate, self.walker.device)
-        gram.add(gated(self.experts, self.bank, expert, self._rows(chosen)))
-        return gram.hessian()[0]
+        chosen = torch.randperm(total, generator=generator)[:FORCED_TOKENS] - first
+        moments = self.walker.new_moments(1, self.bank.intermediate, fast=False)
+        for part, gram in zip(self.walker.parts, moments.shards):
+            span = self._span(part)
+            own = chosen[(chosen >= span.start) & (chosen < span.stop)].to(self.x.device)
+            gram.add(gated(self.experts, self.bank, expert, self._rows(own)))
+        return moments if moments.apart else moments.shards[0].hessian()[0]
 
     def _chunks(self) -> list[slice]:
         bank = self.bank

@@ -35,6 +35,7 @@ class StreamRecorder:
         self, planned: Collection[str], cache: ActivationCache | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.planned, self.cache, self.dtype = planned, cache or ActivationCache(), dtype
+        self.shard = 0
         self.inputs: dict[str, list[Tensor]] = {}
         self.routed: dict[str, Tensor] = {}
 
@@ -67,7 +68,8 @@ class StreamPairs:
 
     def __init__(self, recorded: StreamRecorder, model: nn.Module) -> None:
         self.recorded, self.model = recorded, model
-        self._cross: dict[str, Tensor] = {}
+        self.shard = 0
+        self._cross: dict[str, dict[int, Tensor]] = {}
         self._original: tuple[slice, Tensor] | None = None
 
     def wants(self, names: Sequence[str]) -> bool:
@@ -118,13 +120,25 @@ class StreamPairs:
 
     def take(self, name: str) -> Tensor | None:
         """The sum for a group (by its first linear) or for the current chunk of experts, ``[E, K, K]``; once."""
-        return self._cross.pop(name, None)
+        found = self._cross.pop(name, {})
+        assert len(found) <= 1, "of a sharded walk, take_shards"
+        return next(iter(found.values()), None)
+
+    def put(self, name: str, total: Tensor) -> None:
+        """Give back a sum over all shards, for :meth:`take`."""
+        self._cross[name] = {0: total}
+
+    def take_shards(self, name: str, shards: int, like: Tensor) -> list[Tensor]:
+        """The sums of each shard, zeros like ``like [E, K, K]`` where a shard had nothing; once."""
+        found = self._cross.pop(name, {})
+        return [found[shard] if shard in found else torch.zeros_like(like) for shard in range(shards)]
 
     def _add(self, name: str, row: int, rows: int, x: Tensor, x_hat: Tensor, weight: Tensor | None) -> None:
         width = x_hat.shape[-1]
-        if name not in self._cross:
-            self._cross[name] = torch.zeros(rows, width, width, dtype=torch.float32, device=x_hat.device)
+        sums = self._cross.setdefault(name, {})
+        if self.shard not in sums:
+            sums[self.shard] = torch.zeros(rows, width, width, dtype=torch.float32, device=x_hat.device)
         difference = (x - x_hat).float()
         if weight is not None:
             difference = difference * weight.float().unsqueeze(-1)
-        self._cross[name][row].addmm_(difference.T, x_hat.float())
+        sums[self.shard][row].addmm_(difference.T, x_hat.float())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from llmcompress.algorithms.hessian import Gram
 from llmcompress.errors import InputError
 from llmcompress.models.activation_cache import ActivationCache
 from llmcompress.models.capture import first_output, replaced_forward
-from llmcompress.models.group_steps import GroupSteps, check_finite, names_of
+from llmcompress.models.group_steps import GroupSteps, Moments, names_of
 from llmcompress.models.layout import Block, ExpertBank, LinearGroup, Sublayer
 from llmcompress.models.memory_limits import DEFAULT, Limits
 from llmcompress.models.moe_step import MoeStep
@@ -51,8 +52,8 @@ class Visitor(Protocol):
     def wants(self, names: Sequence[str]) -> bool:
         """Whether second moments of the input of these weights are needed."""
 
-    def linears(self, group: LinearGroup, gram: Gram | None) -> None:
-        """A group of linears is about to be used; ``gram`` is None unless wanted."""
+    def linears(self, group: LinearGroup, gram: Any) -> None:
+        """A group of linears is about to be used; ``gram`` is None unless wanted, ``Moments`` of a sharded walk."""
 
     def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
         """A router is about to be used on ``x [T, H]``."""
@@ -60,17 +61,19 @@ class Visitor(Protocol):
     def routed(self, bank: ExpertBank, counts: list[int]) -> None:
         """Tokens per expert are known."""
 
-    def experts(
-        self, bank: ExpertBank, name: str, experts: slice, gram: Gram | None, shared: Callable[[int], Tensor]
-    ) -> None:
+    def experts(self, bank: ExpertBank, name: str, experts: slice, gram: Any, shared: Callable[[int], Any]) -> None:
         """Some experts' ``name`` projection is about to be used.
 
-        ``shared(e)`` computes the Hessian ``[K, K]`` that expert e would have if it saw tokens of the whole layer.
+        ``shared(e)`` computes the Hessian ``[K, K]`` that expert e would have if it saw tokens of the whole layer; of a
+        sharded walk the :class:`Moments` it is made from.
         """
 
 
 class Tap(Protocol):
     """Sees the very inputs that statistics are taken of, batch by batch, without changing anything."""
+
+    shard: int
+    """Which shard the inputs that come next belong to."""
 
     def wants(self, names: Sequence[str]) -> bool:
         """Whether the inputs of these weights are to be shown."""
@@ -97,9 +100,12 @@ class Walker:
         seed: For the random tokens of forced passes.
         limits: Memory it may take.
         folder: Where activations beyond their limit go; without one they stay in memory.
+        shards: Rows of each part of ``tokens`` whose statistics are kept apart, to be summed by the visitor; by
+            default there is one sum over everything. No batch spans two parts.
 
     Attributes:
         batches: Row ranges of the batches.
+        parts: Row ranges of the shards.
         cache: Where activations lie.
     """
 
@@ -112,12 +118,20 @@ class Walker:
         *,
         limits: Limits = DEFAULT,
         folder: Path | None = None,
+        shards: Sequence[int] | None = None,
     ) -> None:
         self.limits, self.cache = limits, ActivationCache(limits.activations, folder)
         self.model, self.tokens, self.device, self.seed = model, tokens, torch.device(device), seed
         rows = max(1, (CUDA_BATCH_TOKENS if self.device.type == "cuda" else BATCH_TOKENS) // tokens.shape[1])
-        self.batches = [slice(i, min(i + rows, tokens.shape[0])) for i in range(0, tokens.shape[0], rows)]
+        self.sharded = shards is not None
+        ends = list(accumulate([tokens.shape[0]] if shards is None else shards))
+        self.parts = [slice(start, end) for start, end in zip([0, *ends], ends)]
+        self.batches = [
+            slice(i, min(i + rows, part.stop)) for part in self.parts for i in range(part.start, part.stop, rows)
+        ]
         self.tap: Tap | None = None
+        # place of these tokens among those of all processes, and how many those have; 0 for no others
+        self.first_token = self.all_tokens = 0
         self._calls: dict[int, list[dict[str, Any]]] = {}
         self._memory: Tensor | None = None
 
@@ -236,7 +250,20 @@ class Walker:
         """The tap, if it wants to see the inputs of these weights."""
         return self.tap if self.tap is not None and self.tap.wants(names) else None
 
-    def statistics(self, group: LinearGroup, inputs: Iterator[Tensor], counted: bool) -> Gram | None:
+    def shard_of(self, rows: slice) -> int:
+        """Number of the shard a batch belongs to."""
+        return next(number for number, part in enumerate(self.parts) if rows.start < part.stop)
+
+    def new_moments(self, experts: int, width: int, fast: bool = True) -> Moments:
+        """Zeros to add inputs to; ``fast`` allows products in bf16 where many batches come."""
+        # a long run of batches allows products in bf16, and no other shard's length may decide that
+        longest = [sum(self.shard_of(rows) == number for rows in self.batches) for number in range(len(self.parts))]
+        return Moments(
+            [Gram(experts, width, self.device, fast and count >= FAST_BATCHES) for count in longest],
+            self.sharded,
+        )
+
+    def statistics(self, group: LinearGroup, inputs: Iterator[Tensor], counted: bool) -> Gram | Moments | None:
         """Second moments of a group's inputs, which the tap sees too.
 
         Args:
@@ -250,16 +277,15 @@ class Walker:
         tap = self.tapped(names_of(group))
         if not counted and tap is None:
             return None
-        fast = len(self.batches) >= FAST_BATCHES
-        gram = Gram(1, group.linears[0].in_features, self.device, fast) if counted else None
-        for x in inputs:
-            if gram is not None:
-                gram.add(x.flatten(0, -2))
+        moments = self.new_moments(1, group.linears[0].in_features) if counted else None
+        for rows, x in zip(self.batches, inputs):
+            shard = self.shard_of(rows)
+            if moments is not None:
+                moments.shards[shard].add(x.flatten(0, -2))
             if tap is not None:
+                tap.shard = shard
                 tap.linears(group, x.flatten(0, -2))
-        if gram is not None:
-            check_finite(gram, group.linears[0].name)
-        return gram
+        return None if moments is None else moments.checked(group.linears[0].name)
 
     def _plain(
         self,

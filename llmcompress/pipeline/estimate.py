@@ -207,19 +207,33 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str) -> Plan:
+def plan_inputs_of(
+    recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str
+) -> Iterator[tuple[Stage, PlanInputs]]:
+    """Yield every stage with what it will find when its turn comes."""
     dtype = sizes.checkpoint_dtype(config, recipe.model.dtype)
-    compute = recipe.run.compute_dtype
-    if compute == "auto":
-        compute = "bfloat16" if device == "cuda" else "float32"
     free = ram_above_baseline(recipe.host.ram, device)
-    inputs = PlanInputs(layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device, free)
+    item = sizes.DTYPE_BYTES[compute_dtype(recipe, device)]
+    inputs = PlanInputs(layout, sizes.DTYPE_BYTES[dtype], item, 0, 0, {}, device, free)
+    for stage in recipe.build_stages():
+        yield stage, inputs
+        inputs = after(stage, inputs)
+
+
+def compute_dtype(recipe: Recipe, device: str) -> str:
+    """What is computed in; ``auto`` is bfloat16 on a GPU and float32 elsewhere."""
+    asked = recipe.run.compute_dtype
+    return asked if asked != "auto" else "bfloat16" if device == "cuda" else "float32"
+
+
+def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str) -> Plan:
+    dtype, compute = sizes.checkpoint_dtype(config, recipe.model.dtype), compute_dtype(recipe, device)
     stages: list[StagePlan] = []
     rules: list[RulePlan] = []
-    for stage in recipe.build_stages():
+    for stage, inputs in plan_inputs_of(recipe, config, layout, device):
         stages.append(_stage_plan(stage, inputs))
         rules += _rule_plans(stage, inputs)
-        inputs = _after(stage, inputs)
+    inputs = after(stage, inputs)
     bits = sizes.average_bits(layout, inputs.specs, inputs.weight_bytes)
     unmatched = sum(prod(shape) for name, _, shape, _ in layout.quantizable() if name not in inputs.specs)
     ram, vram = max(s.ram for s in stages), max(s.vram for s in stages)
@@ -268,7 +282,7 @@ def _stage_plan(stage: Stage, inputs: PlanInputs) -> StagePlan:
     )
 
 
-def _after(stage: Stage, inputs: PlanInputs) -> PlanInputs:
+def after(stage: Stage, inputs: PlanInputs) -> PlanInputs:
     """What later stages find: calibration windows and specs of the weights."""
     if Kind.CALIBRATION in stage.produces:
         samples, length = getattr(stage.config, "samples", 0), getattr(stage.config, "length", 0)

@@ -18,11 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import GateFailed, Interrupted, RecipeError, UsageError
 from llmcompress.evaluation.gates import failed as failed_gates
 from llmcompress.events import Event
 from llmcompress.pipeline import device as devices
 from llmcompress.pipeline.fingerprint import difference, digest, with_contents
+from llmcompress.pipeline.followers import END, policy
 from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
 from llmcompress.pipeline.sinks import Fanout, JsonlSink, Sink
 from llmcompress.stages.base import Kind, Stage
@@ -151,9 +153,11 @@ class Runner:
         job: What to run.
         options: How far.
         sinks: Displays; ``events.jsonl`` is added here.
+        world: The processes that work on it; this one has rank 0.
     """
 
-    def __init__(self, job: Job, options: RunOptions, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, job: Job, options: RunOptions, sinks: Sequence[Sink] = (), world: World = ALONE) -> None:
+        self.world = world
         self.job = job
         self.options = options
         self.dir = RunDir(Path(job.recipe["run"]["dir"]))
@@ -184,6 +188,7 @@ class Runner:
             prints = self._fingerprints(record.root)
             settled = self._settle(prints, record.root)
             if settled and self._already_finished():
+                self.world.tell(END)
                 return Outcome(self.dir.root, "nothing to do", self._records(), report=self._report_path())
             self.dir.write_run(record)
             self.dir.write_recipe(self.job.source, self.job.lock())
@@ -249,8 +254,11 @@ class Runner:
             "run": {"seed": seed, "device": device, "compute_dtype": dtype},
         }
         threads = wanted.get("threads")
+        if wanted.get("deterministic"):
+            root["run"]["deterministic"] = True
+            threads = threads or 1
         if threads in (None, "auto"):
-            threads = before.threads if before is not None else 0
+            threads = before.threads if before is not None and self.world.size == 1 else 0
         name, versions = str(self.job.recipe.get("name", "run")), before.versions if before else {}
         return RunRecord(name, "running", device, dtype, int(threads), root, list(self._names), versions)
 
@@ -346,9 +354,11 @@ class Runner:
                     self._emit.append(sink)
                 self._emit.append(stopper)
                 record = self._prepare(record)
+                self.world.tell(policy(record, self.job.recipe))
                 self._send("run_start", name=record.name, dir=str(self.dir.root), device=record.device,
                            dtype=record.dtype, threads=record.threads)  # fmt: skip
                 complete = self._stages(prints, record)
+                self.world.tell(END)
                 outcome = self._finish(record, complete)
                 status = outcome.status
                 return outcome
@@ -385,6 +395,7 @@ class Runner:
             if known is not None and known.finished():
                 self._send("stage_skip", stage.name, **label)
                 self._restore(stage, ctx)
+                self.world.tell({"do": "restore", "stage": stage.name})
             elif self.options.only not in (None, stage.name):
                 raise UsageError(
                     f"--only {self.options.only}: stage {stage.name} before it is not finished",
@@ -392,7 +403,11 @@ class Runner:
                 )
             else:
                 self._send("stage_start", stage.name, **label)
+                if stage.distributed:
+                    self.world.tell({"do": "run", "stage": stage.name})
                 self._run_stage(stage, ctx, prints[stage.name], known)
+                if not stage.distributed:
+                    self.world.tell({"do": "restore", "stage": stage.name})
                 self._send("stage_end", stage.name, **label)
             if stage.name in (self.options.until, self.options.only):
                 return position == count
@@ -404,8 +419,9 @@ class Runner:
         seed = devices.stage_seed(int(record.root["run"]["seed"]), stage.name)
         ram = devices.ram_above_baseline((self.job.recipe.get("host") or {}).get("ram"), record.device)
         return RunContext(
-            self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit, ram
-        )
+            self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit, ram,
+            self.world,
+        )  # fmt: skip
 
     def _restore(self, stage: Stage, ctx: RunContext) -> None:
         devices.seed_everything(ctx.seed)

@@ -80,7 +80,11 @@ class RunSpec(Section):
     """Data type of calibration and evaluation; ``auto`` is float32 on the CPU and bfloat16 on a GPU."""
 
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads; by default what torch chooses."""
+    """CPU threads of each process; by default what torch chooses, with several processes their share of the cores."""
+
+    deterministic: bool = False
+    """Sum calibration statistics in eight parts and a fixed order, so that 1 to 8 processes give the same bytes (with
+    the same ``threads``, 1 unless given). Costs a few percent of time."""
 
 
 class HostSpec(Section):

@@ -89,6 +89,8 @@ class Stage(ABC):
     """
 
     Config: ClassVar[type[StageConfig]]
+    distributed: ClassVar[bool] = False
+    """Whether all ranks of a run work on it together; otherwise rank 0 does it and the others wait."""
     consumes: ClassVar[frozenset[Kind]] = frozenset()
     produces: ClassVar[frozenset[Kind]] = frozenset()
 

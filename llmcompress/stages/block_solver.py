@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmcompress.errors import InputError
+from llmcompress.models.memory_limits import DEFAULT, Limits
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantPlan, QuantSpec
-from llmcompress.stages.blockwise_estimate import ROUND_VALUES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,6 +82,9 @@ class BlockSolver:
         hook: Sees, and may change, the router.
         pairs: Inputs paired with the full-precision stream's; then weights are fitted to it first.
         warn: Where warnings go.
+
+    Attributes:
+        limits: Memory that may be taken.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class BlockSolver:
         pairs: StreamPairs | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
+        self.limits: Limits = DEFAULT
         self.handle, self.model, self.block, self.plan = handle, model, block, plan
         self.options, self.grid, self.rare, self.hook = method.options, method.grid, method.rare, hook
         self.pairs, self.target_ridge = pairs, method.target_ridge
@@ -143,7 +147,7 @@ class BlockSolver:
             mine = [name for name in names if self.plan[name] == spec]
             weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]
             for name, weight in zip(mine, weights):
-                _check_finite(weight, f"{name}.weight")
+                check_finite(weight, f"{name}.weight")
             kept = [weight[weight.shape[0] - spec.dense_rows :] for weight in weights]
             weights = [weight[: weight.shape[0] - spec.dense_rows] for weight in weights]
             stacked = torch.cat(weights)[None]
@@ -157,13 +161,13 @@ class BlockSolver:
                 part = None if zero is None else zero[0, rows]
                 dense = last.to(torch.float16) if spec.dense_rows else None
                 self.packed[name] = int_group.encode(
-                    codes[0, rows].cpu(), scale[0, rows].cpu(), _cpu(part), spec, _cpu(dense)
+                    codes[0, rows].cpu(), scale[0, rows].cpu(), cpu(part), spec, cpu(dense)
                 )
                 place = self.model.get_parameter(f"{name}.weight")
                 place.data[: weight.shape[0]].copy_(quantized[0, rows].to(place))
                 if dense is not None:
                     place.data[weight.shape[0] :].copy_(dense.to(place))
-                self.record["errors"][name] = _ratio(float(above[0, rows].sum()), float(below[0, rows].sum()))
+                self.record["errors"][name] = ratio(float(above[0, rows].sum()), float(below[0, rows].sum()))
 
     def experts(
         self, bank: ExpertBank, name: str, experts: slice, gram: Gram | None, shared: Callable[[int], Tensor]
@@ -182,7 +186,7 @@ class BlockSolver:
             self.pairs.keep_original(bank, experts)
         source = self._source(name)[experts]
         weights = canonical(bank, name, source.to(self.model.get_parameter(name).device)).to(torch.float32)
-        _check_finite(weights, name)
+        check_finite(weights, name)
         hessian, usable, counts = None, None, torch.ones(weights.shape[0])
         if gram is not None:
             cross = None if self.pairs is None else self.pairs.take(name)
@@ -193,13 +197,13 @@ class BlockSolver:
             counts = gram.tokens.to(torch.float32)
         codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable)
         stack = self._stacks.setdefault(name, _Stack())
-        stack.parts.append(int_group.encode(codes.cpu(), scale.cpu(), _cpu(zero), spec))
+        stack.parts.append(int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec))
         stack.above += float((above.sum(-1).cpu() * counts).sum())
         stack.below += float((below.sum(-1).cpu() * counts).sum())
         write_expert_weight(module, bank, name, experts, quantized)
         if experts.stop == bank.num_experts:
-            self.packed[name] = _joined(bank.shape(name), spec, stack.parts)
-            self.record["errors"][name] = _ratio(stack.above, stack.below)
+            self.packed[name] = joined(bank.shape(name), spec, stack.parts)
+            self.record["errors"][name] = ratio(stack.above, stack.below)
             del self._stacks[name]
             self._sources.pop(name, None)
 
@@ -211,7 +215,7 @@ class BlockSolver:
         bank = self.block.bank
         for name in (bank.gate_up, bank.down) if bank is not None else ():
             assert bank is not None
-            step = max(1, ROUND_VALUES // (bank.hidden * bank.intermediate))
+            step = max(1, self.limits.rounded // (bank.hidden * bank.intermediate))
             for start in range(0, bank.num_experts, step):
                 chunk = slice(start, min(start + step, bank.num_experts))
                 self.experts(bank, name, chunk, None, _no_statistics)
@@ -283,23 +287,31 @@ def _no_statistics(_expert: int) -> Tensor:
     raise AssertionError("rounding to nearest needs no statistics")
 
 
-def _joined(shape: tuple[int, ...], spec: QuantSpec, parts: list[PackedWeight]) -> PackedWeight:
+def joined(shape: tuple[int, ...], spec: QuantSpec, parts: list[PackedWeight]) -> PackedWeight:
+    """Chunks of an expert projection as one packed weight of ``shape``."""
     import torch
 
     tensors = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
     return PackedWeight(shape, spec, tensors)
 
 
-def _check_finite(weight: Tensor, name: str) -> None:
+def check_finite(weight: Tensor, name: str) -> None:
+    """Refuse a weight with NaN or infinity.
+
+    Raises:
+        InputError: Naming it.
+    """
     from llmcompress.models.tensor_file import all_finite
 
     if not all_finite(weight):
         raise InputError(f"{name}: the weight contains NaN or infinity", "download the model again")
 
 
-def _cpu(tensor: Tensor | None) -> Tensor | None:
+def cpu(tensor: Tensor | None) -> Tensor | None:
+    """A tensor on the CPU; None stays."""
     return None if tensor is None else tensor.cpu()
 
 
-def _ratio(above: float, below: float) -> float:
+def ratio(above: float, below: float) -> float:
+    """Relative error, 0 where there is no energy."""
     return above / below if below > 0 else 0.0

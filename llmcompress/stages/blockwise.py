@@ -12,6 +12,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmcompress.distributed.balance import shares
+from llmcompress.distributed.world import World
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models import sizes
 from llmcompress.models.memory_limits import DEFAULT, Limits, rounds
@@ -72,6 +74,8 @@ class BlockwiseQuantizer:
         limits: Limits = DEFAULT,
     ) -> None:
         self.limits = limits
+        samples = 0 if calibration is None else len(calibration.tokens)
+        self.world = ctx.world.cut(samples)
         self.handle, self.plan, self.method = handle, plan, method
         self.store, self.ctx, self.calibration, self.hook = store, ctx, calibration, hook
 
@@ -84,10 +88,13 @@ class BlockwiseQuantizer:
         """
         self._refuse_overlap()
         blocks = self.handle.layout.blocks
-        finished = self.store.finished()
+        finished = set(self.ctx.world.tell(sorted(self.store.finished())))
         if len(finished) < len(blocks):
-            self._note_environment(bool(finished))
+            if self.ctx.world.rank == 0:
+                self._note_environment(bool(finished))
             self._walk(finished)
+            # the last block is on disk before any rank looks for it
+            self.ctx.world.barrier()
         lacking = sorted(set(self.plan) - set(self.store.plan()))
         if lacking:
             raise InputError(
@@ -99,17 +106,13 @@ class BlockwiseQuantizer:
         import torch
 
         from llmcompress.models.assemble import apply_patch
-        from llmcompress.models.walker import Walker
 
         model = self.handle.skeleton(getattr(torch, self.ctx.dtype))
         streams = self.calibration is not None and (self.method.options is not None or self.hook is not None)
         walker, quantized, full = None, None, None
         if streams:
             assert self.calibration is not None
-            spill = self.ctx.stage_dir / "activations"
-            walker = Walker(
-                model, self.calibration.tokens, self.ctx.device, self.ctx.seed, limits=self.limits, folder=spill
-            )
+            walker = self._walker(model, self.calibration.tokens)
             quantized = walker.embed([block.name for block in self.handle.layout.blocks])
             full = walker.cache.copy(quantized) if self.hook is not None or self._targets else None
         self.handle.free_embeddings(model)
@@ -125,7 +128,7 @@ class BlockwiseQuantizer:
             last = not (set(range(block.index + 1, total)) - finished)
             recorder = None if done else self._recorder(block, walker)
             if full is not None and walker is not None:
-                observer = None if done else _Observer(block, self.hook)
+                observer = None if done else _Observer(block, self.hook, self.world)
                 walker.forward(block, full, observer, not last, recorder)
             apply_patch(
                 model, self.handle.layout, self.store.read_block(block.index) if done else self._below(block.index)
@@ -142,6 +145,22 @@ class BlockwiseQuantizer:
             if last:
                 break
 
+    def _walker(self, model: PreTrainedModel, tokens: Tensor) -> Walker:
+        """A walker on this rank's windows."""
+        from llmcompress.models.walker import Walker
+
+        spill = self.ctx.stage_dir / "activations"
+        if not self.world.pooled:
+            return Walker(model, tokens, self.ctx.device, self.ctx.seed, limits=self.limits, folder=spill)
+        own = [shares(len(tokens), self.world.shards)[shard] for shard in self.world.own_shards()]
+        first, stop = own[0].start, own[-1].stop
+        walker = Walker(
+            model, tokens[first:stop], self.ctx.device, self.ctx.seed,
+            limits=self.limits, folder=spill, shards=[len(shard) for shard in own],
+        )  # fmt: skip
+        walker.first_token, walker.all_tokens = first * tokens.shape[1], tokens.numel()
+        return walker
+
     def _quantize(
         self,
         model: PreTrainedModel,
@@ -157,16 +176,20 @@ class BlockwiseQuantizer:
         from llmcompress.stages.block_solver import BlockSolver
 
         pairs = None if recorder is None else StreamPairs(recorder, model)
-        solver = BlockSolver(
-            self.handle,
-            model,
-            block,
-            self.plan,
-            self.method,
-            hook=self.hook,
-            pairs=pairs,
-            warn=lambda text: self.ctx.emit("warning", text=text),
-        )
+        arguments: Any = (self.handle, model, block, self.plan, self.method)
+        options: Any = {
+            "hook": self.hook,
+            "pairs": pairs,
+            "warn": lambda text: self.ctx.emit("warning", text=text),
+        }
+        solver: BlockSolver
+        if self.world.pooled:
+            from llmcompress.stages.pooled_solver import PooledSolver
+
+            solver = PooledSolver(self.world, *arguments, **options)
+        else:
+            solver = BlockSolver(*arguments, **options)
+        solver.limits = self.limits
         if walker is not None and hidden is not None:
             walker.forward(block, hidden, solver, advance, pairs)
         else:
@@ -174,7 +197,8 @@ class BlockwiseQuantizer:
         # an empty entry would hide the errors of the stage below
         record = {key: value for key, value in solver.record.items() if key != "errors" or value}
         record = {**record, "seconds": round(time.monotonic() - started, 3)}
-        self.store.write_block(block.index, BlockPatch(solver.packed, solver.replaced, record))
+        if self.world.rank == 0:
+            self.store.write_block(block.index, BlockPatch(solver.packed, solver.replaced, record))
         errors = list(solver.record["errors"].values())
         return {"seconds": record["seconds"], "error": sum(errors) / len(errors) if errors else 0.0}
 
@@ -191,7 +215,8 @@ class BlockwiseQuantizer:
 
         from llmcompress.models.stream_pairs import StreamRecorder
 
-        values = sizes.recorded_width(block, self.plan) * walker.tokens.numel()
+        tokens = walker.all_tokens or walker.tokens.numel()
+        values = sizes.recorded_width(block, self.plan) * tokens
         round_them = rounds(values, walker.model.dtype.itemsize)
         return StreamRecorder(self.plan, walker.cache, torch.bfloat16 if round_them else None)
 
@@ -218,6 +243,8 @@ class BlockwiseQuantizer:
             from llmcompress.algorithms.gptq import column_loop
 
             now["column_loop"] = column_loop(self.ctx.device)
+        if self.world.pooled:
+            now["shards"] = self.world.shards
         if resumed and path.exists():
             before = json.loads(path.read_text())
             if before != now:
@@ -231,8 +258,8 @@ class _Observer:
 
     affinity = False
 
-    def __init__(self, block: Block, hook: RouterHook | None) -> None:
-        self.block, self.hook = block, hook
+    def __init__(self, block: Block, hook: RouterHook | None, world: World) -> None:
+        self.block, self.hook, self.world = block, hook, world
 
     def wants(self, names: Any) -> bool:
         """No statistics."""
@@ -244,7 +271,9 @@ class _Observer:
     def router(self, bank: Any, router: nn.Module, x: Tensor) -> None:
         """Pass the router's input on."""
         if self.hook is not None:
-            self.hook.observe(self.block, router, x)
+            everything = self.world.gather_rows(x)
+            if everything is not None:
+                self.hook.observe(self.block, router, everything)
 
     def routed(self, bank: Any, counts: Any) -> None:
         """Nothing to do."""
@@ -276,7 +305,13 @@ def run_blockwise(config: Any, state: RunState, ctx: RunContext, hook: RouterHoo
         raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
     if hook is None and config.diagnose_experts and state.calibration is not None:
         hook = _shift_recorder(state.model.layout)
-    plan = planned(config, state, ctx, method)
+    plan: QuantPlan = {}
+    if ctx.world.rank == 0:
+        plan = planned(config, state, ctx, method)
+    ctx.world.barrier()
+    if ctx.world.rank > 0:
+        # widths that had to be measured are in a file by now
+        plan = planned(config, state, ctx, method)
     limits = limits_for(config, plan_inputs(state, ctx), hessians=method.options is not None)
     engine = BlockwiseQuantizer(
         state.model, plan, method, store, ctx, calibration=state.calibration, hook=hook, limits=limits

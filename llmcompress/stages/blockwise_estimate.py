@@ -33,8 +33,6 @@ BATCH_WIDTHS = 6
 # rows of one expert run at once, and its activations in units of I: gate and up, activation, product, slack
 PIECE = 8192
 PIECE_WIDTHS = 6
-# values of experts that are rounded at once where no data flows
-ROUND_VALUES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +201,7 @@ def _working_sets(
         if bank is None:
             continue
         one = (bank.hidden**2 + bank.intermediate**2) * 4
-        step = limits.gram // one if tokens else ROUND_VALUES // (bank.hidden * bank.intermediate)
+        step = limits.gram // one if tokens else limits.rounded // (bank.hidden * bank.intermediate)
         chunk = min(bank.num_experts, max(1, step))
         routed = tokens * bank.top_k * chunk // bank.num_experts
         kept = routed * bank.intermediate * item if hessians and bank.down in plan else 0

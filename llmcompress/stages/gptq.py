@@ -76,6 +76,7 @@ class Gptq(Stage):
     """Quantize block by block, each with the activations the quantized blocks before it produce."""
 
     Config: ClassVar[type[StageConfig]] = GptqConfig
+    distributed = True
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
     produces = frozenset({Kind.PACKED})
 

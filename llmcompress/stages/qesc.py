@@ -36,6 +36,7 @@ class Qesc(Stage):
     """Quantize attention, calibrate the router, quantize the experts; block by block."""
 
     Config: ClassVar[type[StageConfig]] = QescConfig
+    distributed = True
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
     produces = frozenset({Kind.PACKED})
 

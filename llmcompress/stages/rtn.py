@@ -28,6 +28,7 @@ class Rtn(Stage):
     """Quantize block by block, without looking at activations."""
 
     Config: ClassVar[type[StageConfig]] = RtnConfig
+    distributed = True
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.PACKED})
 

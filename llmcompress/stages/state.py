@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.events import Emit, Event
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class RunContext:
         recipe: The resolved recipe as plain data.
         emit_event: Where events go.
         ram: Memory a stage may use above the empty interpreter, None for as much as it likes.
+        world: The processes of the run.
     """
 
     run_dir: Path
@@ -102,6 +104,7 @@ class RunContext:
     recipe: dict[str, Any]
     emit_event: Emit
     ram: int | None = None
+    world: World = ALONE
 
     def emit(self, kind: Any, **data: Any) -> None:
         """Send an event of this stage."""

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from harness import CLI, digest, llmcompress, verdict
 
-BITS, GROUPS, ALPHAS = ("2", "3", "4"), ("32", "64"), ("0.0", "0.2")
+BITS, GROUPS, ALPHAS = ("2", "3", "4"), ("32", "64"), ("0.1", "0.3")
 KEYS = ("stages.quantize.rules.experts.bits", "stages.quantize.rules.experts.group_size", "stages.prune.alpha")
 
 

@@ -1,0 +1,157 @@
+"""``--nproc``: start the same command once per process under torch's elastic agent, the one that torchrun runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress.distributed.world import LAUNCHED
+from llmcompress.errors import EnvironmentProblem, ExitCode, Interrupted, LLMCompressError, UsageError
+
+if TYPE_CHECKING:
+    from llmcompress.cli.output import Output
+
+_PANEL = "Processes"
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine.", rich_help_panel=_PANEL),
+]
+NodesOption = Annotated[
+    int,
+    typer.Option("--nnodes", min=1, metavar="N", help="Machines; start the command on each.", rich_help_panel=_PANEL),
+]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet: one of them.", rich_help_panel=_PANEL
+    ),
+]
+IdOption = Annotated[
+    str | None, typer.Option("--rdzv-id", metavar="NAME", help="Name of the meeting, equal everywhere.",
+                             rich_help_panel=_PANEL)
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """How many processes, and where they meet.
+
+    Attributes:
+        nproc: On each machine.
+        nnodes: Machines.
+        endpoint: ``host:port`` that all machines reach; None on a single one.
+        name: Name of the meeting.
+    """
+
+    nproc: int
+    nnodes: int = 1
+    endpoint: str | None = None
+    name: str | None = None
+
+    @classmethod
+    def of(cls, nproc: int | None, nnodes: int, endpoint: str | None, name: str | None) -> Processes | None:
+        """From the options; None where one process will do, or where this is one of those that were started.
+
+        Raises:
+            UsageError: The options contradict each other.
+        """
+        if LAUNCHED in os.environ:
+            return None
+        if nnodes > 1 and (endpoint is None or name is None):
+            raise UsageError(
+                "--nnodes: machines must find each other", "--rdzv-endpoint HOST:PORT --rdzv-id NAME, equal on all"
+            )
+        if nproc is None and nnodes == 1:
+            return None
+        return cls(nproc or 1, nnodes, endpoint, name) if (nproc or 1) * nnodes > 1 else None
+
+
+def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Path) -> None:
+    """Run ``llmcompress WORDS`` in every process and wait.
+
+    Rank 0 of the first machine talks to the terminal; what the others say goes to files that are read when one fails.
+
+    Args:
+        out: For messages.
+        processes: How many, where.
+        words: The command line without the options of this module.
+        run_dir: Where a resume would start.
+
+    Raises:
+        LLMCompressError: A process failed; with its own message where it left one.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own words would come before ours
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    again = f"llmcompress resume {run_dir} --nproc N, with any N"
+    with tempfile.TemporaryDirectory(prefix="llmcompress-ranks-") as logs:
+        quiet = {local: Std.ALL for local in range(processes.nproc) if local > 0}
+        environment = {LAUNCHED: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(processes.nproc))}
+        if processes.nnodes == 1:
+            environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.update(environment)
+        config: Any = LaunchConfig(
+            min_nodes=processes.nnodes, max_nodes=processes.nnodes, nproc_per_node=processes.nproc,
+            run_id=processes.name or uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint=processes.endpoint or "localhost:0", max_restarts=0, monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=quiet),
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)("-m", "llmcompress", *words)
+        except ChildFailedError as error:
+            raise _failure(error.failures, Path(logs), processes.nproc * processes.nnodes, again) from None
+        except (SignalException, KeyboardInterrupt) as stop:
+            raise Interrupted("stopped by a signal; finished blocks are kept", again) from stop
+        finally:
+            for name in environment:
+                os.environ.pop(name, None)
+
+
+def _threads(nproc: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // nproc))
+
+
+def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressError:
+    """One error for everything that the death of one process has led to."""
+    said = {rank: _said(logs, failure.local_rank) for rank, failure in failures.items()}
+
+    def order(item: tuple[int, Any]) -> tuple[int, float]:
+        rank, failure = item
+        code = int(failure.exitcode)
+        # what was killed from outside, then what has something to say; the rest lost its peers or was stopped by us
+        first = 0 if code < 0 and code != -signal.SIGTERM else 1 if said[rank] or (rank == 0 and code > 0) else 2
+        return first, float(failure.timestamp)
+
+    rank, failure = min(failures.items(), key=order)
+    code = int(failure.exitcode)
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = f"{again}; a process killed by SIGKILL has often run out of memory" if name == "SIGKILL" else again
+        text = f"process {rank} of {size} was killed ({name})"
+        return EnvironmentProblem(f"{text}; the others were stopped, finished blocks are kept", hint)
+    text = f"process {rank} of {size} failed"
+    text += f": {said[rank]}" if said[rank] else "; its message is above" if rank == 0 else f" with exit code {code}"
+    error = LLMCompressError(text, again)
+    error.exit_code = ExitCode(code) if code in {int(known) for known in ExitCode} else ExitCode.UNEXPECTED
+    return error
+
+
+def _said(logs: Path, local_rank: int) -> str:
+    """The error message that a process other than the first has left."""
+    for path in logs.rglob(f"{local_rank}/stderr.log"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("error:"):
+                return line.removeprefix("error:").strip()
+    return ""

@@ -1,0 +1,1 @@
+"""Several processes on one run: who they are, what they exchange, who owns which work."""

@@ -1,0 +1,69 @@
+"""Several processes on one run, through the command line: same bytes, one error when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+TEXTS = ["The cat sat on the warm stone and looked at the sea. " * 6, "Nobody had opened the green door. " * 10]
+
+
+def recipe(model: Path, folder: Path) -> Path:
+    texts = json.dumps(TEXTS)
+    path = folder / "tiny.yaml"
+    path.write_text(f"""
+version: 1
+name: tiny
+model: {{path: {model}}}
+run: {{device: cpu, threads: 1, deterministic: true}}
+stages:
+  load: {{type: load}}
+  calibrate: {{type: calibrate, source: {{kind: inline, texts: {texts}}}, samples: 8, length: 16}}
+  quantize: {{type: qesc, targets: full_precision, rules: {{all: {{match: proj, bits: 3, group_size: 16}}}}}}
+  export: {{type: export, formats: [native]}}
+""")
+    return path
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "llmcompress", *map(str, words), "--quiet"]
+
+
+def blocks(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.glob("stages/quantize/blocks/*.safetensors"))}
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one_and_a_killed_one_can_be_replaced(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    source = recipe(tiny_folder, tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(command("run", source, f"run.dir={one}"), check=True)
+    process = subprocess.Popen(
+        command("run", source, f"run.dir={two}", "--nproc", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while process.poll() is None and not blocks(two):
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
+    assert len(ranks) == 2
+    os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 4, said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "process 1 of 2 was killed (SIGKILL)" in errors[0], said
+    assert "Traceback" not in said
+    subprocess.run(command("resume", two, "--nproc", "2"), check=True)
+    assert blocks(one) and blocks(two) == blocks(one)
+    assert (two / "report.html").exists()
+    lines = [json.loads(line) for line in (two / "events.jsonl").read_text().splitlines()]
+    assert [line["data"]["status"] for line in lines if line["kind"] == "run_end"][-1] == "finished"
