@@ -6,7 +6,7 @@ artifact; then a fresh process loads the artifact and generates. Peaks are the k
 mark a run resets, and the child's at its end), held against the budget and against ``plan``.
 
     python scripts/acceptance/scale_1_memory.py                     30 GB, budget 8 GiB; about 45 GB of disk
-    python scripts/acceptance/scale_1_memory.py --gigabytes 1.6 --ram 1.2GiB --generate-ram 3GiB
+    python scripts/acceptance/scale_1_memory.py --gigabytes 1.6 --ram 3GiB --generate-ram 3GiB
 """
 
 from __future__ import annotations
