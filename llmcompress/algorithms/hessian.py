@@ -18,6 +18,8 @@ from torch import Tensor
 TILES = 12
 NARROWEST = 96
 DAMP_STEPS = (1.0, 10.0, 100.0)
+# order up to which a triangular matrix is inverted by the library
+SOLVED_AT_ONCE = 128
 
 
 class Gram:
@@ -144,8 +146,7 @@ def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None =
         if solved:
             upper = (lower if len(solved) == len(pending) else lower[good]).flip(-1, -2)
             del lower  # these matrices are large
-            eye = identity.expand(len(solved), width, width)
-            inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+            inverse = upper_inverse(upper)
             if len(solved) == experts:
                 factor = inverse
             else:
@@ -155,6 +156,20 @@ def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None =
             used[e] = damp * raise_by
         pending = [e for e in pending if e not in set(solved)]
     return identity.repeat(experts, 1, 1) if factor is None else factor, used
+
+
+def upper_inverse(matrix: Tensor) -> Tensor:
+    """Inverse of upper triangular matrices ``[E, K, K]``, by halves: a third less work than solving for all columns."""
+    width = matrix.shape[-1]
+    if width <= SOLVED_AT_ONCE:
+        eye = torch.eye(width, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+        return torch.linalg.solve_triangular(matrix, eye, upper=True)
+    half = width // 2
+    top, bottom = upper_inverse(matrix[:, :half, :half]), upper_inverse(matrix[:, half:, half:])
+    result = torch.zeros_like(matrix)
+    result[:, :half, :half], result[:, half:, half:] = top, bottom
+    result[:, :half, half:] = torch.bmm(top, torch.bmm(matrix[:, :half, half:], bottom)).neg_()
+    return result
 
 
 def _damped_reversed(hessian: Tensor, chosen: list[int], damp: float) -> Tensor:

@@ -93,7 +93,7 @@ class ModelHandle:
         """The config as a transformers object; a fresh copy at every call."""
         return transformers_config(self.path)
 
-    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def skeleton(self, dtype: torch.dtype | None = None, head: bool = True) -> PreTrainedModel:
         """The whole model with blocks on the meta device.
 
         Embedding, final norm, head and computed constants (rotary frequencies) are real and on
@@ -101,10 +101,11 @@ class ModelHandle:
 
         Args:
             dtype: Instead of the handle's.
+            head: With false an untied head stays on the meta device: hidden states do not need it.
         """
         model = meta_model(self.hf_config(), dtype or self.dtype)
         fill_constants(model)
-        self.load_tensors(model, self.layout.outside)
+        self.load_tensors(model, (v for v in self.layout.outside if head or not v.name.startswith("lm_head.")))
         model.tie_weights()
         return model
 

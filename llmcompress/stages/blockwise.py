@@ -107,7 +107,7 @@ class BlockwiseQuantizer:
 
         from llmcompress.models.assemble import apply_patch
 
-        model = self.handle.skeleton(getattr(torch, self.ctx.dtype))
+        model = self.handle.skeleton(getattr(torch, self.ctx.dtype), head=False)
         streams = self.calibration is not None and (self.method.options is not None or self.hook is not None)
         walker, quantized, full = None, None, None
         if streams:

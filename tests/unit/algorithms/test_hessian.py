@@ -104,3 +104,13 @@ def test_blend() -> None:
     torch.testing.assert_close(mixed[1], own[1] + 0.75 * shared)
     assert torch.equal(mixed[0], own[0])
     assert torch.equal(mixed[2], own[2])
+
+
+@pytest.mark.parametrize("width", [1, 128, 129, 300])
+def test_upper_inverse_by_halves(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(2, 2 * width, width, generator=generator)
+    upper = torch.linalg.cholesky(x.transpose(1, 2) @ x / width, upper=True)
+    found = module.upper_inverse(upper)
+    assert torch.equal(found, found.triu())
+    torch.testing.assert_close(found.double(), torch.linalg.inv(upper.double()), rtol=1e-3, atol=1e-4)
