@@ -2,9 +2,9 @@
 """Train the reasoner that the repository ships (recipes/assets/reference_reasoner).
 
 A Llama of under a million parameters, trained from scratch on solutions of Countdown problems and on reading an
-expression back step by step, which is what a verification will consist of. It sees no verdict, no verification and
-no
-second attempt: those are for S2R to teach. Its problems are the ``pretrain`` split, which no S2R stage uses.
+expression back step by step and comparing its value with a number, which is what a verification will consist of. Without
+the comparison no verdict better than chance was ever learned. It sees no verification in words and no second attempt:
+those are for S2R to teach. Its problems are the ``pretrain`` split, which no S2R stage uses.
 
     python scripts/train_reasoner.py --out runs/reasoner
 
@@ -76,9 +76,13 @@ def solved(rng: random.Random, problems: list) -> tuple[str, str]:
 
 
 def evaluated(rng: random.Random, problems: list) -> tuple[str, str]:
-    """An expression and the steps of its evaluation."""
+    """An expression and a number; the steps of its evaluation, and how its value compares with the number."""
     text = TASK.random_expression(rng)
-    return f"{text}\n", ",".join(map(str, steps(parse(text))))
+    done = list(steps(parse(text)))
+    value = int(str(done[-1]).rsplit("=", 1)[1])
+    other = value if rng.random() < 0.5 else rng.randint(0, 99)
+    sign = "=" if value == other else "<" if value < other else ">"
+    return f"{text};{other}\n", f"{','.join(map(str, done))};{other}{sign}"
 
 
 def read_back(rng: random.Random, problems: list) -> tuple[str, str]:
@@ -92,7 +96,7 @@ def read_back(rng: random.Random, problems: list) -> tuple[str, str]:
     return f"{problem.question}\n{text}\n", TASK.check_steps(problem, text)
 
 
-MIX = {solved: 0.5, evaluated: 0.2, read_back: 0.3}
+MIX = {solved: 0.45, evaluated: 0.3, read_back: 0.25}
 
 
 def batches(tokenizer, problems: list, rows: int, seed: int, step: int):
@@ -209,12 +213,12 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--every", type=int, default=250)
+    parser.add_argument("--every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     train(parser.parse_args())
