@@ -2,9 +2,9 @@
 """Train the reasoner that the repository ships (recipes/assets/reference_reasoner).
 
 A Llama of under a million parameters, trained from scratch on solutions of Countdown problems and on reading an
-expression back step by step and comparing its value with a number, which is what a verification will consist of. Without
-the comparison no verdict better than chance was ever learned. It sees no verification in words and no second attempt:
-those are for S2R to teach. Its problems are the ``pretrain`` split, which no S2R stage uses.
+expression back step by step and comparing its value with a number, which is what a verification will consist of.
+Without the comparison no verdict better than chance was ever learned. It sees no verification in words and no second
+attempt: those are for S2R to teach. Its problems are the ``pretrain`` split, which no S2R stage uses.
 
     python scripts/train_reasoner.py --out runs/reasoner
 
