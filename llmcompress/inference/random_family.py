@@ -75,9 +75,12 @@ class RandomFamily:
             spec = delta_tree.node_spec(bits, self._group)
             spread = 3.5 / (1 << bits) * shape[1] ** -0.5
             scale = (1 + 0.1 * torch.rand(shape[0], spec.groups(shape[1]), generator=self._draws)) * spread
-            # any words are valid codes, and drawing them is much faster than packing codes
+            # any words hold valid codes, and drawing them is much faster than packing codes; what is left over of a
+            # row's last word is zero, as packing makes it
             words = delta_tree.tensor_shapes(shape, spec)[PACKED][0]
             drawn = torch.randint(-(2**31), 2**31, words, generator=self._draws, dtype=torch.int64).to(torch.int32)
+            if (used := shape[1] * bits % 32) != 0:
+                drawn[..., -1] &= (1 << used) - 1
             exponent = torch.tensor([-3 * depth], dtype=torch.int32)
             found[name] = PackedWeight(
                 (shape[0], shape[1]), spec, {PACKED: drawn, SCALE: scale.half(), delta_tree.EXPONENT: exponent}
