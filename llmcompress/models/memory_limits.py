@@ -6,6 +6,7 @@ three are not, and each trades memory for time without changing what is computed
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,3 +81,17 @@ def _from_loose_to_tight(activations: int) -> Iterator[Limits]:
     for part in (2, 4, 8, 16):
         yield Limits(tightest, tightest, activations // part)
     yield Limits(tightest, tightest, 0)
+
+
+def give_back_memory() -> bool:
+    """Return the heap's freed pages to the system, where the C library can (glibc's ``malloc_trim``).
+
+    Returns:
+        Whether it could.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return False
+    trim(0)
+    return True

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from llmcompress.models.memory_limits import DEFAULT, GIB, MIB, Limits, choose
+import psutil
+import pytest
+
+from llmcompress.models.memory_limits import DEFAULT, GIB, MIB, Limits, choose, give_back_memory
 
 
 def need(limits: Limits) -> int:
@@ -29,3 +32,19 @@ def test_then_activations_go_to_the_disk_in_parts() -> None:
     found = choose(3 * GIB, need, 4 * GIB)
     assert found.activations == 2 * GIB
     assert choose(MIB, need, 4 * GIB) == Limits(16 * MIB, 16 * MIB, 0)
+
+
+def test_freed_pages_go_back() -> None:
+    """What lies below a block that is still in use stays with the process until it is asked for."""
+
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    held = [bytes(range(256)) * 400 for _ in range(2000)]
+    last = bytes(range(256)) * 400
+    full = resident()
+    held.clear()
+    if not give_back_memory():
+        pytest.skip("not glibc")
+    assert full - resident() > 100 * MIB
+    assert last[255] == 255
