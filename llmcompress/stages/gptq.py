@@ -53,8 +53,8 @@ class GptqConfig(StageConfig):
     the quantized stream; ``full_precision`` aims at the output of the full-precision stream, which undoes part of the
     error that earlier layers passed on; see ``algorithms/reference_targets.py``. It costs a second pass, a block's
     inputs in memory, and nearly twice the time, but needs fewer tokens. SmolLM2-135M, groups of 64 (perplexity 25.90
-    dense; ``scripts/acceptance/foundation_7_peers.py``): 28.12 at 4 and 36.49 at 3 bits with ``own`` on 128 windows
-    of 512 tokens, 26.75 and 29.69 with ``full_precision`` on 48 of them, in less time. On the reference MoE at 2 bits
+    dense; ``scripts/acceptance/foundation_7_peers.py``): 28.19 at 4 and 36.10 at 3 bits with ``own`` on 128 windows
+    of 512 tokens, 26.71 and 29.93 with ``full_precision`` on 48 of them, in less time. On the reference MoE at 2 bits
     (71,191 held-out tokens, three seeds, ``scripts/ablate_qesc.py``) router calibration alone closes 3 to 12 % of the
     perplexity gap between GPTQ and the dense model; these targets alone close 25 to 39 %, both together 28 to 38 %.
     So the gain is the targets': the routers then change fewer experts, not the perplexity."""
