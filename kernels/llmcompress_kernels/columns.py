@@ -26,7 +26,7 @@ build.register(
     build.Family(
         FAMILY,
         ("cpu/columns/*.cpp",),
-        headers=("cpu/columns/*.h",),
+        headers=("cpu/columns/*.h", "cpu/include/llmcompress/isa.h"),
         # sums may be fused with products: codes near a rounding boundary may differ from the definition's anyway
         flags=("-ffp-contract=fast", "-Wno-psabi"),
     )

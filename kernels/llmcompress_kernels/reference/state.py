@@ -34,18 +34,12 @@ def to_scale(value: Tensor) -> Tensor:
 
 
 def folded_mean(values: Tensor) -> Tensor:
-    """Mean along the last axis: its second half is added to its first until one value is left."""
-    count = values.shape[-1]
-    width = 1 << (count - 1).bit_length()
-    total = torch.nn.functional.pad(values, (0, width - count))
-    while width > 1:
-        width //= 2
-        total = total[..., :width] + total[..., width:]
-    return total[..., 0] / count
+    """Mean along the last axis, summed in the order of :func:`folded_sum`."""
+    return folded_sum(values) / values.shape[-1]
 
 
 def folded_sum(values: Tensor) -> Tensor:
-    """Sum along the last axis in the order of :func:`folded_mean`."""
+    """Sum along the last axis: its second half is added to its first until one value is left."""
     count = values.shape[-1]
     width = 1 << (count - 1).bit_length()
     total = torch.nn.functional.pad(values, (0, width - count))
@@ -240,6 +234,13 @@ def unpack(packed: Tensor, bits: int, states: int) -> Tensor:
     return (torch.stack((packed << 4, packed & 0xF0), -1).flatten(-2)[..., :states]).view(torch.int8) >> 4
 
 
+def gated_norm(y: Tensor, gate: Tensor, gain: Tensor, groups: int, epsilon: float) -> Tensor:
+    """RMS norm of ``y`` ``[..., H, P]`` times SiLU of ``gate`` ``[..., H P]``, over each of ``groups`` parts."""
+    normed = (y.flatten(-2) * torch.nn.functional.silu(gate)).unflatten(-1, (groups, -1))
+    normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return normed.flatten(-2) * gain
+
+
 def mamba2_decode(
     projected: Tensor,
     conv: Tensor,
@@ -276,10 +277,7 @@ def mamba2_decode(
     else:
         assert scale is not None
         y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit)
-    y = (y + d[:, None] * x).flatten(-2) * torch.nn.functional.silu(gate)
-    normed = y.unflatten(-1, (groups, -1))
-    normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    return normed.flatten(-2) * gain
+    return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon)
 
 
 def mamba2_prefill(
@@ -314,10 +312,7 @@ def mamba2_prefill(
     bits = torch.full((heads,), FLOAT_BITS)
     y, last, _ = selective_scan_q(dt.unsqueeze(-1) * x, (dt * a).exp(), b, c, state, bits, None, 1, 1, False)
     state.copy_(last)
-    y = (y + d[:, None] * x).flatten(-2) * torch.nn.functional.silu(gate)
-    normed = y.unflatten(-1, (groups, -1))
-    normed = normed * (normed.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    return normed.flatten(-2) * gain
+    return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon)
 
 
 def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "llmcompress/isa.h"
+
 namespace llmcompress::columns {
 namespace {
 
@@ -14,11 +16,8 @@ bool wanted(const char* name) {
 
 Tile best() {
 #ifdef __x86_64__
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && wanted("avx512"))
-        return tile_avx512;
-    if (avx2 && wanted("avx2")) return tile_avx2;
+    if (has_avx512_core() && wanted("avx512")) return tile_avx512;
+    if (has_avx2() && wanted("avx2")) return tile_avx2;
 #endif
     return tile_portable;
 }

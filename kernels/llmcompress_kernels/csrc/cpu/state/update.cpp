@@ -1,6 +1,7 @@
 // Decode: one token for every sequence and head, the state stored as codes and scales, or as fp32.
 #include <cstdlib>
 
+#include "llmcompress/isa.h"
 #include "tile.h"
 
 #pragma GCC push_options
@@ -215,8 +216,7 @@ __attribute__((visibility("default"))) int llmc_state_update(float* states_io, c
 
 // 1 when this processor has what the kernels need.
 __attribute__((visibility("default"))) int llmc_state_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return llmcompress::has_avx512_core();
 }
 
 }  // extern "C"

@@ -117,6 +117,23 @@ Activations place_activations(const Weight& w, int64_t tokens, int planes, void*
 
 enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, GPT_OSS = 3 };
 
+// Parts of one block of memory, each beginning on a cache line.
+class Parts {
+public:
+    explicit Parts(void* memory) : at_(reinterpret_cast<uintptr_t>(memory)) {}
+
+    template <class T>
+    T* take(int64_t count) {
+        at_ = (at_ + 63) / 64 * 64;
+        T* const begin = reinterpret_cast<T*>(at_);
+        at_ += uintptr_t(count) * sizeof(T);
+        return begin;
+    }
+
+private:
+    uintptr_t at_;
+};
+
 // Instruction sets. A variant is chosen once, from CPU flags or LLMCOMPRESS_CPU_ISA.
 struct Variant {
     const char* name;

@@ -67,17 +67,11 @@ inline size_t tree_activation_bytes(const TreeShape& s, int64_t tokens, int plan
 }
 
 inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens, int planes, void* memory) {
-    auto at = reinterpret_cast<uintptr_t>(memory);
-    const auto take = [&](int64_t bytes) {
-        at = (at + 63) / 64 * 64;
-        const uintptr_t begin = at;
-        at += uintptr_t(bytes);
-        return reinterpret_cast<void*>(begin);
-    };
+    Parts parts(memory);
     TreeActivations a;
-    a.bytes = static_cast<int8_t*>(take(tokens * s.units * UNIT * planes));
-    a.scale = static_cast<float*>(take(tokens * s.chunks * int64_t(sizeof(float))));
-    a.sum = static_cast<float*>(take(tokens * s.chunks * int64_t(sizeof(float))));
+    a.bytes = parts.take<int8_t>(tokens * s.units * UNIT * planes);
+    a.scale = parts.take<float>(tokens * s.chunks);
+    a.sum = parts.take<float>(tokens * s.chunks);
     a.tokens = tokens;
     a.planes = planes;
     return a;
