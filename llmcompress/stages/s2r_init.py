@@ -13,15 +13,15 @@ from pydantic import Field
 
 from llmcompress.data.trajectories import KeepProbabilities
 from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
+from llmcompress.stages.s2r_training import TrainingStage
 
 if TYPE_CHECKING:
     from llmcompress.data.problems.base import Problem
     from llmcompress.data.trajectories import Trajectory
     from llmcompress.evaluation.self_correction import Reader
-    from llmcompress.models.layout import ModelLayout
-    from llmcompress.stages.state import RunContext, RunState
+    from llmcompress.stages.state import RunContext
     from llmcompress.training.policy import Policy
 
 
@@ -92,54 +92,33 @@ class S2RInitConfig(TrainingConfig):
     """Steps between two checkpoints."""
 
 
-class S2RInit(Stage):
+class S2RInit(TrainingStage):
     """Samples, builds, trains, measures."""
 
     Config: ClassVar[type[StageConfig]] = S2RInitConfig
-    consumes = frozenset({Kind.MODEL})
-    produces = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.METRICS})
     config: S2RInitConfig
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Adapters that would find no linear."""
-        return adapter_problems(self.name, self.config, layout)
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; the reference's weights stay in memory beside the model's."""
         return estimate_training(self.config, inputs, self.config.max_length, self.config.batch)
 
-    def run(self, state: RunState, ctx: RunContext) -> None:
-        """Continue from the samples and the checkpoint that exist.
+    def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
+        """Measure, build the rows, train on them; samples and checkpoint of an interrupted run are used again.
 
         Raises:
             InputError: Nothing to train on: no problem was solved by any sample.
         """
         from llmcompress.stages import s2r_config as shared
 
-        reader = shared.reader_of(self.config, state, self.config.task.build())
-        if not shared.is_done(ctx):
-            policy = shared.open_policy(self.config, state, ctx)
-            if self.config.measure is not None:
-                with policy.reference() as model:
-                    figures = shared.measure_behaviour(self.config.measure, model, reader, "before", ctx)
-                shared.announce(f"{self.name}.before", figures, ctx)
-            rows = self._rows(policy, reader, ctx)
-            curve = self._train(policy, reader, rows, ctx)
-            (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
-            shared.keep_policy(self.config, policy, state, ctx)
-            del policy
-        shared.adopt(state, ctx)
-        after(self.name, self.config, reader, state, ctx)
+        if self.config.measure is not None:
+            with policy.reference() as model:
+                figures = shared.measure_behaviour(self.config.measure, model, reader, "before", ctx)
+            shared.announce(f"{self.name}.before", figures, ctx)
+        rows, pairs = self._rows(policy, reader, ctx)
+        return self._train(policy, reader, rows, pairs, ctx)
 
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Adopt the trained weights and read the figures back."""
-        from llmcompress.stages import s2r_config as shared
-
-        shared.adopt(state, ctx)
-        after(self.name, self.config, None, state, ctx)
-
-    def _rows(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[Trajectory]:
-        """Sample, judge, build; the texts are kept in ``trajectories.jsonl``."""
+    def _rows(self, policy: Policy, reader: Reader, ctx: RunContext) -> tuple[list[Trajectory], list[Trajectory]]:
+        """Sample, judge, build: rows of the training, kept in ``trajectories.jsonl``, and pairs of the warm-up."""
         from llmcompress.data.trajectories import Builder, Sample, balanced_pairs, first_attempt, trial_counts
         from llmcompress.data.verifiers import build_verifier
         from llmcompress.errors import InputError
@@ -170,22 +149,24 @@ class S2RInit(Stage):
                 f"stages.{self.name}: no training row could be built from {len(problems)} problems",
                 "the model solves none of them: choose an easier task, more samples, or another model",
             )
-        self._pairs = balanced_pairs(pairs, len(pairs), ctx.seed)
+        pairs = balanced_pairs(pairs, len(pairs), ctx.seed)
         wanted = round(len(main) * config.pair_share / (1 - config.pair_share))
-        rows = main + self._pairs[:wanted]
+        rows = main + pairs[:wanted]
         counts = {"rows": len(main), "pairs": len(rows) - len(main), "by_trials": trial_counts(main), **builder.counts}
         write_durably(ctx.stage_dir / "rows.json", json.dumps(counts, indent=1).encode())
         lines = [json.dumps(_record(row), ensure_ascii=False) for row in rows]
         write_durably(ctx.stage_dir / "trajectories.jsonl", ("\n".join(lines) + "\n").encode())
         ctx.emit("note", text=f"{len(main)} rows by trials {trial_counts(main)}, {len(rows) - len(main)} pairs")
-        return rows
+        return rows, pairs
 
-    def _train(self, policy: Policy, reader: Reader, rows: list[Trajectory], ctx: RunContext) -> list[dict[str, Any]]:
+    def _train(
+        self, policy: Policy, reader: Reader, rows: list[Trajectory], pairs: list[Trajectory], ctx: RunContext
+    ) -> list[dict[str, Any]]:
         from llmcompress.training.sft import SftSettings, to_row, train_sft
 
         config = self.config
         curve: list[dict[str, Any]] = []
-        phases = [("warm-up", self._pairs, config.pair_epochs), ("training", rows, config.epochs)]
+        phases = [("warm-up", pairs, config.pair_epochs), ("training", rows, config.epochs)]
         for number, (name, texts, epochs) in enumerate(phases):
             found = [to_row(text, reader, config.max_length, config.train_markers) for text in texts]
             kept = [row for row in found if row is not None]
@@ -210,42 +191,6 @@ class S2RInit(Stage):
             part = train_sft(policy, kept, reader.pad, settings, ctx.stage_dir / f"{number}_{CHECKPOINT}", on_step)
             curve += [{**record, "phase": name} for record in part]
         return curve
-
-
-def after(name: str, config: TrainingConfig, reader: Reader | None, state: RunState, ctx: RunContext) -> None:
-    """Measure the model as it was kept, and put the figures into the run's metrics.
-
-    Args:
-        name: Of the stage.
-        config: Its section.
-        reader: For measuring; None reads what was measured.
-        state: Already holds the trained model.
-        ctx: The run.
-    """
-    from llmcompress.stages import s2r_config as shared
-    from llmcompress.stages.s2r_evaluate import metrics_of, write_metrics
-
-    if config.measure is None:
-        return
-    path = ctx.stage_dir / "behaviour_after.json"
-    if not path.exists():
-        assert reader is not None
-        shared.measure_behaviour(config.measure, shared.open_model(state, ctx), reader, "after", ctx)
-    figures = json.loads(path.read_text())
-    shared.announce(f"{name}.after", figures, ctx)
-    before = ctx.stage_dir / "behaviour_before.json"
-    metrics = metrics_of(name, json.loads(before.read_text()) if before.exists() else None, figures)
-    write_metrics(metrics, ctx)
-    state.metrics = state.metrics + metrics
-
-
-def adapter_problems(name: str, config: TrainingConfig, layout: ModelLayout) -> list[str]:
-    """Problems of an ``adapter`` section on this model."""
-    from llmcompress.stages.s2r_config import adapter_names
-
-    if config.adapter is None or adapter_names(layout, config.adapter.targets):
-        return []
-    return [f"stages.{name}.adapter.targets: {layout.model_type} has no {config.adapter.targets} linears"]
 
 
 def _right(reader: Reader, problem: Problem, text: str) -> bool:

@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
+from llmcompress.stages.s2r_training import TrainingStage
 
 if TYPE_CHECKING:
     from llmcompress.algorithms.rl_objectives import GroupBaseline
     from llmcompress.data.problems.base import Problem
     from llmcompress.evaluation.self_correction import Reader
-    from llmcompress.models.layout import ModelLayout
-    from llmcompress.stages.state import RunContext, RunState
+    from llmcompress.stages.state import RunContext
     from llmcompress.training.offline import OfflineSettings
     from llmcompress.training.policy import Policy
     from llmcompress.training.rl import RlSettings
@@ -193,53 +192,25 @@ class S2RRlConfig(TrainingConfig):
         return self
 
 
-class S2RRl(Stage):
+class S2RRl(TrainingStage):
     """Samples, scores, updates."""
 
     Config: ClassVar[type[StageConfig]] = S2RRlConfig
-    consumes = frozenset({Kind.MODEL})
-    produces = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.METRICS})
     config: S2RRlConfig
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Adapters that would find no linear."""
-        from llmcompress.stages.s2r_init import adapter_problems
-
-        return adapter_problems(self.name, self.config, layout)
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
         return estimate_training(self.config, inputs, self.config.max_length, self.config.micro_batch)
 
-    def run(self, state: RunState, ctx: RunContext) -> None:
-        """Continue from the checkpoint that exists.
+    def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
+        """Check the verifier, then train from the checkpoint that exists.
 
         Raises:
             InputError: A verdict recall is below ``min_verdict_recall`` or nothing is judged; no prompt or no
                 response is left after the filters.
         """
-        from llmcompress.stages import s2r_config as shared
-        from llmcompress.stages.s2r_init import after
-
-        reader = shared.reader_of(self.config, state, self.config.task.build())
-        if not shared.is_done(ctx):
-            policy = shared.open_policy(self.config, state, ctx)
-            self._gate(policy, reader, ctx)
-            train = self._offline if self.config.mode == "offline" else self._online
-            curve = train(policy, reader, ctx)
-            (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
-            shared.keep_policy(self.config, policy, state, ctx)
-            del policy
-        shared.adopt(state, ctx)
-        after(self.name, self.config, reader, state, ctx)
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Adopt the trained weights and read the figures back."""
-        from llmcompress.stages import s2r_config as shared
-        from llmcompress.stages.s2r_init import after
-
-        shared.adopt(state, ctx)
-        after(self.name, self.config, None, state, ctx)
+        self._gate(policy, reader, ctx)
+        return (self._offline if self.config.mode == "offline" else self._online)(policy, reader, ctx)
 
     def _gate(self, policy: Policy, reader: Reader, ctx: RunContext) -> None:
         """Measure verdicts on validation problems before anything is trained."""

@@ -1,0 +1,76 @@
+"""What the training stages of S2R have in common: open the model, train once, keep and adopt it, measure."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.stages.base import Kind, Stage
+from llmcompress.stages.s2r_config import TrainingConfig
+
+if TYPE_CHECKING:
+    from llmcompress.evaluation.self_correction import Reader
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+    from llmcompress.training.policy import Policy
+
+
+class TrainingStage(Stage):
+    """A stage that trains the model, all of it or an adapter; :meth:`learn` says how."""
+
+    consumes = frozenset({Kind.MODEL})
+    produces = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.METRICS})
+    config: TrainingConfig
+
+    @abstractmethod
+    def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
+        """Train ``policy`` in place, continuing from what the stage's folder holds; return the curve's records."""
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Adapters that would find no linear."""
+        from llmcompress.stages.s2r_config import adapter_names
+
+        adapter = self.config.adapter
+        if adapter is None or adapter_names(layout, adapter.targets):
+            return []
+        return [f"stages.{self.name}.adapter.targets: {layout.model_type} has no {adapter.targets} linears"]
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Train unless the trained weights are written already; see :meth:`learn` for what it raises."""
+        from llmcompress.stages import s2r_config as shared
+
+        reader = shared.reader_of(self.config, state, self.config.task.build())
+        if not shared.is_done(ctx):
+            policy = shared.open_policy(self.config, state, ctx)
+            curve = self.learn(policy, reader, ctx)
+            (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
+            shared.keep_policy(self.config, policy, state, ctx)
+            del policy
+        shared.adopt(state, ctx)
+        self._after(reader, state, ctx)
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Adopt the trained weights and read the figures back."""
+        from llmcompress.stages import s2r_config as shared
+
+        shared.adopt(state, ctx)
+        self._after(None, state, ctx)
+
+    def _after(self, reader: Reader | None, state: RunState, ctx: RunContext) -> None:
+        """Put the kept model's figures into the run's metrics: measured with ``reader``, without one read back."""
+        from llmcompress.stages import s2r_config as shared
+        from llmcompress.stages.s2r_evaluate import metrics_of, write_metrics
+
+        if self.config.measure is None:
+            return
+        path = ctx.stage_dir / "behaviour_after.json"
+        if not path.exists():
+            assert reader is not None
+            shared.measure_behaviour(self.config.measure, shared.open_model(state, ctx), reader, "after", ctx)
+        figures = json.loads(path.read_text())
+        shared.announce(f"{self.name}.after", figures, ctx)
+        before = ctx.stage_dir / "behaviour_before.json"
+        metrics = metrics_of(self.name, json.loads(before.read_text()) if before.exists() else None, figures)
+        write_metrics(metrics, ctx)
+        state.metrics = state.metrics + metrics
