@@ -22,6 +22,7 @@ from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import GateFailed, Interrupted, RecipeError, UsageError
 from llmcompress.evaluation.gates import failed as failed_gates
 from llmcompress.events import Event
+from llmcompress.models.memory_limits import give_back_memory
 from llmcompress.pipeline import device as devices
 from llmcompress.pipeline.fingerprint import difference, digest, with_contents
 from llmcompress.pipeline.followers import END, policy
@@ -438,6 +439,8 @@ class Runner:
         record = replace(old, attempts=old.attempts + 1)
         self.dir.write_stage(record)
         devices.seed_everything(ctx.seed)
+        # what one stage left in the heap is not the next one's need
+        give_back_memory()
         devices.reset_peaks()
         done, gate = False, None
         try:

@@ -236,7 +236,6 @@ class _Evaluation:
         if not sides:
             raise RecipeError("evaluate: dense is false and nothing was compressed", "set dense: true")
         measure.open_tasks(self.prepared, ledger, sides)
-        give_back_memory()
         for side in sides:
             if all(ledger.has(key) for key in measure.side_keys(config, self.prepared, side)):
                 continue
