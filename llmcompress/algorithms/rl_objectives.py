@@ -218,14 +218,6 @@ def full_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class OfflineRow:
-    """One sampled response of the offline pool: its action rewards."""
-
-    problem: int
-    rewards: tuple[int, ...]
-
-
 def keep_problem(right: int, samples: int, low: float, high: float) -> bool:
     """Prompt filter: accuracy within ``[low, high]``, both included (section 2.4)."""
     # an accuracy of 1 in 10 must equal 0.1 whatever the last bit says

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,23 @@ from llmcompress.quant.spec import QuantSpec
 _WORDS = ("weight_packed", "weight_scale", "weight_zero_point")
 # two threads may meet at the first call of a module
 _PREPARING = threading.Lock()
+
+
+@contextmanager
+def buffers_of_fixed_type(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, ``nn.Module._apply`` finds no buffers; afterwards ``fn`` has moved them without changing their type.
+
+    Scales are fp16 by definition, whatever the model's type.
+    """
+    own, module._buffers = module._buffers, {}
+    try:
+        yield
+    finally:
+        module._buffers = own
+    for key, buffer in own.items():
+        if buffer is not None:
+            moved = fn(buffer)
+            own[key] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
 
 class PackedTensors(nn.Module):
@@ -132,17 +150,10 @@ class PackedTensors(nn.Module):
         return Stack(self.weight_packed, self.weight_scale, self.zero, bias, self.spec.bits, self.columns_per_group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move buffers but never change their type: scales are fp16 by definition, whatever the model's type."""
+        """Move buffers but never change their type."""
         self._restore()
-        own, self._buffers = self._buffers, {}
-        try:
+        with buffers_of_fixed_type(self, fn):
             super()._apply(fn, recurse)
-        finally:
-            self._buffers = own
-        for key, buffer in own.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                own[key] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
     def extra_repr(self) -> str:

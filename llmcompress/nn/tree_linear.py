@@ -10,6 +10,7 @@ from llmcompress_kernels import ops, tree
 from llmcompress_kernels.reference.bitpack import pack
 from torch import Tensor, nn
 
+from llmcompress.nn.packed import buffers_of_fixed_type
 from llmcompress.quant.codecs.delta_tree import EXPONENT
 from llmcompress.quant.codecs.int_group import PACKED, SCALE
 from llmcompress.quant.packed import PackedWeight
@@ -122,17 +123,10 @@ class TreeLinear(nn.Module):
         return sum(held.values()) + sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move buffers but never change their type: scales are fp16 by definition."""
+        """Move buffers but never change their type."""
         self._restore()
-        own, self._buffers = self._buffers, {}
-        try:
+        with buffers_of_fixed_type(self, fn):
             super()._apply(fn, recurse)
-        finally:
-            self._buffers = own
-        for key, buffer in own.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                own[key] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         self.biases = {name: fn(bias) for name, bias in self.biases.items()}
         return self
 

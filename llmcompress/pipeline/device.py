@@ -12,7 +12,6 @@ import os
 import random
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmcompress.errors import EnvironmentProblem
@@ -30,21 +29,6 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-@dataclass(frozen=True, slots=True)
-class DevicePolicy:
-    """What a run computes on.
-
-    Attributes:
-        device: ``cpu`` or ``cuda``.
-        dtype: Compute dtype name, ``float32`` or ``bfloat16``.
-        threads: Intra-op threads of torch.
-    """
-
-    device: str
-    dtype: str
-    threads: int
 
 
 def baseline_ram(device: str) -> int:

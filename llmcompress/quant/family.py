@@ -165,9 +165,3 @@ class FamilyPlan:
 def entry(node: str, linear: str) -> str:
     """Name of one node's residual of one weight inside a store."""
     return f"{node}{SEPARATOR}{linear}"
-
-
-def split_entry(name: str) -> tuple[str, str]:
-    """Inverse of :func:`entry`."""
-    node, _, linear = name.partition(SEPARATOR)
-    return node, linear

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Codec = Literal[
+CompressedCodec = Literal[
     "dsq",
     "dsq_refit",
     "dsq_static_p",
@@ -20,8 +20,8 @@ Codec = Literal[
     "per_state",
     "group32",
     "rotate",
-    "none",
 ]
+Codec = Literal[CompressedCodec, "none"]
 CODECS: tuple[str, ...] = get_args(Codec)
 BITS = (4, 6, 8)
 GROUP = 32

@@ -43,6 +43,19 @@ METRIC_NAMES = {
 }
 
 
+def templates() -> Any:
+    """Where the pages of this package come from: a jinja2 environment over its folder."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def build_report(run_dir: Path) -> Path:
     """Write ``run_dir/report.html`` from what the run directory holds; missing parts are left out.
 
@@ -52,18 +65,8 @@ def build_report(run_dir: Path) -> Path:
     Returns:
         Path of the page.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     data = collect(run_dir)
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("template.html").render(**page_context(data), family=family_section(run_dir))
+    page = templates().get_template("template.html").render(**page_context(data), family=family_section(run_dir))
     out = run_dir / "report.html"
     write_durably(out, page.encode("utf-8"))
     return out

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.models import sizes
+from llmcompress.quant.states import BITS, CompressedCodec
 from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout, ScanView
     from llmcompress.stages.state import RunContext, RunState
 
-WIDTHS = (4, 6, 8)
 # median half-life above which states below 8 bits are known to suffer
 LONG_MEMORY = 200.0
 # fp32 copies of a batch's states alive while one token is scanned
@@ -35,18 +35,7 @@ class DsqConfig(StageConfig):
     type: Literal["dsq"] = "dsq"
     bits: Literal[4, 6, 8] = 4
     """Width of the codes."""
-    codec: Literal[
-        "dsq",
-        "dsq_refit",
-        "dsq_static_p",
-        "dsq_als",
-        "dsq_t",
-        "per_head",
-        "per_channel",
-        "per_state",
-        "group32",
-        "rotate",
-    ] = "dsq"
+    codec: CompressedCodec = "dsq"
     """``dsq`` is the paper's. ``dsq_refit`` fits its channel scale to the codes by least squares (for runs without
     ``esr``); ``dsq_static_p`` calibrates the channel scale, ``dsq_t`` the state scale; ``dsq_als`` refits both scales
     in turns. The rest are baselines: one scale per head, channel, state, 32 states, or per head after Hadamard
@@ -113,7 +102,7 @@ class Dsq(Stage):
         held = (sizes.outside_parameters(layout) + sizes.largest_block(layout)) * item + stream
         # pages of the checkpoint that were read count as resident while the file is mapped; measured, not evicted
         mapped = sizes.parameters(layout) * inputs.weight_bytes
-        runs = len(WIDTHS) + 2
+        runs = len(BITS) + 2
         flops = sizes.forward_flops(layout, samples * tokens, tokens)
         # about twenty operations per value of the state, token and width
         flops += 20.0 * runs * samples * tokens * sum(view.values for view in scans)

@@ -37,7 +37,7 @@ stages:
 """
 
 
-def _tiny_llama(vocabulary: int) -> Any:
+def _tiny_llama(vocabulary: int, spread: float = 1.0) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -50,13 +50,13 @@ def _tiny_llama(vocabulary: int) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+                parameter.normal_(0, spread * parameter.shape[-1] ** -0.5)
     return model
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> Callable[[int], Any]:
-    """Makes a random Llama of two layers for a vocabulary."""
+def tiny_llama() -> Callable[..., Any]:
+    """Makes a random Llama of two layers for a vocabulary; ``spread`` scales its weights."""
     return _tiny_llama
 
 

@@ -82,21 +82,7 @@ class Running:
         assert not self._thread.is_alive()
 
 
-def model_folder(root: Path, tokenizer: Any) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 2 * parameter.shape[-1] ** -0.5)
+def model_folder(root: Path, tokenizer: Any, model: Any) -> Path:
     folder = root / "tiny"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -106,8 +92,9 @@ def model_folder(root: Path, tokenizer: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("serve"), tiny_tokenizer)
+def folder(tiny_tokenizer: Any, tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_llama(len(tiny_tokenizer), spread=2.0)
+    return model_folder(tmp_path_factory.mktemp("serve"), tiny_tokenizer, model)
 
 
 @pytest.fixture(scope="module", params=["native", "modules"])
