@@ -3,7 +3,8 @@
 #
 #   scripts/gpu_check.sh [--dry-run]
 #
-# Needs python3 with torch >= 2.11, triton >= 3.6, numpy and pytest; nothing of this project has to be installed.
+# Needs python3 with torch >= 2.11, triton >= 3.6, numpy and pytest; nothing of this project has to be installed. With
+# pytest-xdist the tests run side by side; without it they may not end within their limit.
 # Compared with where they are installed: humming-kernels, gemlite (pip install humming-kernels gemlite).
 # --dry-run checks the imports and lists what would run; it needs no GPU.
 set -euo pipefail
@@ -23,7 +24,10 @@ sys.exit(0 if torch.cuda.is_available() else 1)
 PY
 name=$("$python" -c 'import torch; print("".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower()))')
 status=0
-timeout 130 "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py -p no:cacheprovider -o addopts= || status=$?
+# most of the tests' time is compilation: side by side where pytest-xdist is installed
+parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8" || true)
+# shellcheck disable=SC2086
+timeout 150 "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py -p no:cacheprovider -o addopts= $parallel || status=$?
 timeout 340 "$python" kernels/bench/gpu_run.py --seconds 300 --out "benchmarks/gpu_${name}.json" || status=$?
 echo "total: ${SECONDS} s"
 exit "$status"
