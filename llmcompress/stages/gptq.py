@@ -52,10 +52,10 @@ class GptqConfig(StageConfig):
     """What weights are fitted to before they are quantized: ``own`` (GPTQ and the paper) keeps each layer's output on
     the quantized stream; ``full_precision`` aims at the output of the full-precision stream, which undoes part of the
     error that earlier layers passed on; ``residual_stream`` lets projections that write to the residual stream give
-    back the difference that it has there as well. See ``algorithms/reference_targets.py``. Both cost a second pass, a block's
-    inputs in memory, and nearly twice the time, but need fewer tokens; figures are in PAPERS.md. On the shipped MoE
-    nearly the whole gain of QESC over GPTQ is the targets': calibrated routers change fewer experts, but that alone
-    hardly moves the perplexity."""
+    back the difference that it has there as well. See ``algorithms/reference_targets.py``. Both cost a second pass, a
+    block's inputs in memory, and nearly twice the time, but need fewer tokens; figures are in PAPERS.md. On the
+    shipped MoE nearly the whole gain of QESC over GPTQ is the targets': calibrated routers change fewer experts, but
+    that alone hardly moves the perplexity."""
     target_ridge: Annotated[float, Field(gt=0)] = 0.1
     """Damping of that fit, relative to the mean input energy."""
     rare_experts: RareExperts = RareExperts()
