@@ -64,7 +64,7 @@ report-check: $(VENV)/.dev ## Open the demo's report in headless Chromium, phone
 family: $(STAMP) ## Train the reference family of rqt_tiny: needs FAMILY_DATA=folder with lm/, ft/ and tasks/
 	@test -n "$(FAMILY_DATA)" || { echo "set FAMILY_DATA to the folder with lm/books, lm/tinyshakespeare.jsonl.gz, ft and tasks/gsm8k"; exit 2; }
 	$(BIN)/python scripts/make_family_texts.py --data $(FAMILY_DATA) --out runs/family
-	$(BIN)/python scripts/train_family.py --texts runs/family --out runs/family --start recipes/assets/reference_moe
+	$(BIN)/python scripts/train_family.py --texts runs/family --out runs/family --start recipes/assets/reference_moe --threads 2
 
 repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path, 1 x 80 GB GPU, about 2 h
 	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/Mixtral-8x7B-v0.1"; exit 2; }
