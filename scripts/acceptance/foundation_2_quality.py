@@ -48,13 +48,13 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
     rows = {f"{r['task']}.{r['metric']}": r for r in json.loads((results / "metrics.json").read_text())}
     text = rows["heldout.perplexity"]
     rates = [round(layer["cr_any"], 4) for layer in json.loads((results / "expert_shift.json").read_text())]
-    shutil.rmtree(run)
     forced = json.loads((results / "forced_routing.json").read_text())
     figure = {
         "dense": text["dense"], "compressed": text["compressed"], "cr_any": rates, "tokens": text["n"],
         # share of the damage on the fidelity windows that is gone when the dense model's routing is forced
         "forced": (forced["compressed"] - forced["compressed_unshifted"]) / (forced["compressed"] - forced["dense"]),
     }  # fmt: skip
+    shutil.rmtree(run)
     print(name, f"seed {seed}, {bits} bits:", json.dumps(figure), flush=True)
     return figure
 
