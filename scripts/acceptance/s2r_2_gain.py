@@ -2,8 +2,7 @@
 """S2R 2: what each step gains on held-out problems, with controls; three seeds.
 
 SFT over base and over SFT on solutions only; ORL and PRL over SFT by a paired test; first attempts shown apart, so that
-ICR − CIR shows real self-correction; PRL raises verification accuracy most. The vote over first attempts at equal
-tokens is a control of the whole idea.
+ICR − CIR shows real self-correction; PRL raises verification accuracy most.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def tell(seed: int, name: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def chain(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Base, SFT, ORL, and the vote of the base's first attempts."""
+    """Base, SFT and ORL."""
     run = folder / f"orl_{seed}"
     llmcompress("run", "s2r_tiny", f"run.dir={run}", f"run.seed={seed}", "--quiet")
     return {
