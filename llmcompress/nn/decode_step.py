@@ -40,18 +40,17 @@ class DecodeStep:
         self._seen: tuple[int, int] | None = None
 
     def fits(self, hidden: Tensor, cache: Any, held: PackedState | None, rest: tuple[Any, ...]) -> bool:
-        """Whether this pass is one token from a packed state that the operator knows.
+        """Whether this pass is one token from a stored state that the operator knows.
 
         Args:
             hidden: ``[S, L, D]``.
             cache: The cache of the pass.
-            held: The packed state, None at the start of a sequence.
+            held: The stored state, packed or the same values in float; None at the start of a sequence.
             rest: Everything else that the mixer was called with: a mask must be None.
         """
         if held is None or hidden.shape[1] != 1:
             return False
-        one = held.packed and held.quantizer.window == 1
-        return one and self._runs(hidden, cache, held.quantizer, rest)
+        return held.quantizer.window == 1 and self._runs(hidden, cache, held.quantizer, rest)
 
     def fits_prompt(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         """Whether this pass is a prompt, or more of one, whose last state is stored in a cache; as :meth:`fits`."""
@@ -109,11 +108,12 @@ class DecodeStep:
         return result
 
     def __call__(self, hidden: Tensor, cache: Any, held: PackedState) -> Tensor:
-        """The mixer's output ``[S, 1, D]``; convolution and packed states are replaced."""
+        """The mixer's output ``[S, 1, D]``; convolution and stored states are replaced."""
         mixer, quantizer = self.mixer, held.quantizer
         projected = mixer.in_proj(hidden[:, 0])
         conv = cache.layers[mixer.layer_idx].conv_states[0]
-        held.tokens += 1
+        # states in float take the same steps as packed ones: another order of sums would soon be another text
+        codes, floats = (held.codes[0], None) if held.packed else (None, held.load().clone())
         out = kernels.mamba2_decode(
             projected,
             conv,
@@ -123,17 +123,21 @@ class DecodeStep:
             self._rates(),
             mixer.D,
             mixer.norm.weight,
-            held.codes[0],
+            codes,
             held.channel,
             held.state,
             quantizer.static,
-            None,
+            floats,
             mixer.n_groups,
             quantizer.scan.states,
             quantizer.spec.bits,
             mixer.norm.variance_epsilon,
             quantizer.refit,
         )
+        if floats is None:
+            held.tokens += 1
+        else:
+            held.store(floats, 1)
         result: Tensor = mixer.out_proj(out)
         return result.unsqueeze(1)
 

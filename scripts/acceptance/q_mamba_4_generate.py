@@ -3,8 +3,9 @@
 
 The reference keeps the state in float tensors of this script's own, takes every token through the equations as written
 out below and rounds the state by the formula; it shares the model's projections and norms, but no cache, no packing and
-no mixer code. Greedy, 2 000 tokens, batch 4, on the shipped Mamba-2 at W8A8H4; beam search with 3
-beams against the same values kept in float. Kernels are set to their definitions: fast ones sum the read-out in
+no mixer code. Greedy, 2 000 tokens, batch 4, on the shipped Mamba-2 at W8A8H4. Beam search with 3 beams writes what it
+writes with the same values kept in float, and the score that it gives each text is that text's likelihood by the slow
+reference, which reorders nothing: a state that followed the wrong beam would show. Kernels are set to their definitions: fast ones sum the read-out in
 another order, and one flipped code grows into another text after hundreds of tokens. How far the fast kernels agree is
 measured with the reference's text given (teacher forcing), so that a difference cannot grow: shown, not judged.
 
@@ -23,11 +24,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from harness import verdict
 from state_models import quantized
+
+BEAMS, BEAM_TOKENS = 3, 64
+# largest error of a score in nats per token; one state that followed the wrong beam makes 4e-3 and more
+SCORE = 1e-5
 
 
 class SlowMixer:
@@ -83,6 +90,34 @@ def rounded(u: Any) -> Any:
     return torch.clamp((u / step).round(), -7, 7) * step
 
 
+@contextmanager
+def slow_mixers(model: Any, convs: list[Any], states: list[Any], rounds: bool = True) -> Iterator[list[SlowMixer]]:
+    """Inside, the model's mixers are slow ones that start from these inputs of the convolution and states."""
+    mixers = mixers_of(model)
+    ours = [mixer.forward for mixer in mixers]
+    slow = [SlowMixer(*parts) for parts in zip(mixers, convs, states)]
+    try:
+        for mixer, one in zip(mixers, slow):
+            mixer.forward, one.rounds = one.forward, rounds
+        yield slow
+    finally:
+        for mixer, forward in zip(mixers, ours):
+            mixer.forward = forward
+
+
+def mixers_of(model: Any) -> list[Any]:
+    """Mamba-2 mixers in the order of layers."""
+    return [module for module in model.modules() if type(module).__name__ == "Mamba2Mixer"]
+
+
+def prefilled(model: Any, prompt: Any) -> tuple[Any, list[Any], list[Any]]:
+    """Logits of the next token ``[S, V]``, inputs of the convolutions and stored states after the model's own prefill."""
+    out = model(prompt, use_cache=True)
+    layers = [out.cache_params.layers[mixer.layer_idx] for mixer in mixers_of(model)]
+    convs = [layer.conv_states[0].clone() for layer in layers]
+    return out.logits[:, -1], convs, [layer.recurrent_states[0].load() for layer in layers]
+
+
 def slow_decoding(model: Any, prompt: Any, tokens: int) -> tuple[Any, int, int]:
     """Greedy decoding by :class:`SlowMixer` from the model's own prefill.
 
@@ -92,31 +127,35 @@ def slow_decoding(model: Any, prompt: Any, tokens: int) -> tuple[Any, int, int]:
     """
     import torch
 
-    mixers = [module for module in model.modules() if type(module).__name__ == "Mamba2Mixer"]
-    ours = [mixer.forward for mixer in mixers]
     with torch.inference_mode():
-        out = model(prompt, use_cache=True)
-        layers = [out.cache_params.layers[mixer.layer_idx] for mixer in mixers]
-        stored = [layer.recurrent_states[0].load() for layer in layers]
-        empty = [torch.zeros_like(state) for state in stored]
-        slow = [SlowMixer(m, torch.zeros_like(k.conv_states[0]), s) for m, k, s in zip(mixers, layers, empty)]
-        try:
-            for mixer, one in zip(mixers, slow):
-                mixer.forward, one.rounds = one.forward, False
+        logits, convs, stored = prefilled(model, prompt)
+        zeros = [torch.zeros_like(conv) for conv in convs], [torch.zeros_like(state) for state in stored]
+        with slow_mixers(model, *zeros, rounds=False) as slow:
             for at in range(prompt.shape[1]):
                 model(prompt[:, at : at + 1], use_cache=False)
             again = [rounded(one.state) for one in slow]
-            differing = sum(int((one - two).abs().gt(1e-3 * one.abs().amax()).sum()) for one, two in zip(stored, again))
-            for one, layer, state in zip(slow, layers, stored):
-                one.conv, one.state, one.rounds = layer.conv_states[0].clone(), state, True
-            rows, word = [prompt], out.logits[:, -1:].argmax(-1)
+        differing = sum(int((one - two).abs().gt(1e-3 * one.abs().amax()).sum()) for one, two in zip(stored, again))
+        rows, word = [prompt], logits.argmax(-1, keepdim=True)
+        with slow_mixers(model, convs, stored):
             for _ in range(tokens - 1):
                 rows.append(word)
                 word = model(word, use_cache=False).logits[:, -1:].argmax(-1)
-        finally:
-            for mixer, forward in zip(mixers, ours):
-                mixer.forward = forward
     return torch.cat([*rows, word], 1), differing, sum(state.numel() for state in stored)
+
+
+def slow_score(model: Any, text: Any, start: int) -> Any:
+    """Mean log likelihood ``[S]`` of the tokens from ``start`` on, by :class:`SlowMixer`."""
+    import torch
+
+    with torch.inference_mode():
+        logits, convs, stored = prefilled(model, text[:, :start])
+        rows = [logits]
+        with slow_mixers(model, convs, stored):
+            rows += [
+                model(text[:, at : at + 1], use_cache=False).logits[:, -1] for at in range(start, text.shape[1] - 1)
+            ]
+        said = torch.stack(rows, 1).log_softmax(-1)
+    return said.gather(-1, text[:, start:, None])[..., 0].mean(-1)
 
 
 def same_until(one: Any, two: Any) -> int:
@@ -145,16 +184,17 @@ def main() -> None:
         subprocess.run(command, check=True)
     finally:
         shutil.rmtree(root)
-    greedy, beams, wanted, differing, codes = found
+    greedy, wanted, beams, score, differing, codes = found
     verdict(
-        greedy == wanted and beams and 1000 * differing <= codes,
-        f"greedy equal for {greedy} of {wanted} tokens in all 4 rows; 3 beams {'equal' if beams else 'DIFFER'}; "
+        greedy == wanted and beams and score <= SCORE and 1000 * differing <= codes,
+        f"greedy equal for {greedy} of {wanted} tokens in all 4 rows; 3 beams {'equal' if beams else 'DIFFER'}, "
+        f"their scores within {score:.1e} of the slow reference's (limit {SCORE:.0e}); "
         f"prefill: {differing} of {codes} codes differ from a token-by-token pass",
     )
 
 
-def compare(artifact: str, tokens: int, text: Path) -> tuple[int, bool, int, int, int]:
-    """Tokens that agree, whether beam search agrees, how many tokens there were, and the codes of the prefill."""
+def compare(artifact: str, tokens: int, text: Path) -> tuple[int, int, bool, float, int, int]:
+    """Tokens that agree, of how many; whether beam search agrees, its scores' largest error; the prefill's codes."""
     import torch
 
     from llmcompress import hf
@@ -170,12 +210,20 @@ def compare(artifact: str, tokens: int, text: Path) -> tuple[int, bool, int, int
     agreed = same_until(packed, slow)
     if agreed < slow.shape[1]:
         print(f"first difference at token {agreed}", flush=True)
-    beams = model.generate(prompt, max_new_tokens=64, num_beams=3, **options)
+    options |= {
+        "max_new_tokens": BEAM_TOKENS,
+        "num_beams": BEAMS,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    beams = model.generate(prompt, **options)
+    # as many rows as in the search, because a matrix product of other size rounds differently
+    own = slow_score(model, beams.sequences.repeat_interleave(BEAMS, 0), prompt.shape[1])[::BEAMS]
     runtime = runtime_of(model)
     assert runtime is not None
     runtime.packed = False
-    same = torch.equal(beams, model.generate(prompt, max_new_tokens=64, num_beams=3, **options))
-    return agreed, same, slow.shape[1], differing, codes
+    same = torch.equal(beams.sequences, model.generate(prompt, **options).sequences)
+    return agreed, slow.shape[1], same, float((beams.sequences_scores - own).abs().max()), differing, codes
 
 
 def forced(artifact: str, text: str) -> None:

@@ -22,8 +22,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def quantized(tiny: Any, family: str, policy: dict[str, Any]) -> tuple[Any, Any]:
-    model = tiny.model(family)
+def quantized(tiny: Any, family: str, policy: dict[str, Any], **sizes: Any) -> tuple[Any, Any]:
+    model = tiny.model(family, **sizes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
@@ -60,6 +60,43 @@ def test_every_family_generates_the_same_in_both_ways(ssm_family: str, tiny: Any
         packed = generate(model, **options)
         runtime.packed = False
         assert torch.equal(packed.sequences, generate(model, **options).sequences)
+
+
+@pytest.fixture
+def decoded_in_one_call(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A model of a size whose decode step is one operator, here by its definition."""
+    from llmcompress_kernels import state as kernels
+
+    monkeypatch.setattr(kernels, "_kernels", lambda: None)
+    sizes = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 32}
+    return quantized(tiny, "mamba2", POLICIES["dsq"], **sizes)
+
+
+def test_beams_of_packed_and_float_states_are_the_same_to_the_last_bit(decoded_in_one_call: Any) -> None:
+    """Another order of sums flips a code sooner or later, and then the beams part."""
+    model, runtime = decoded_in_one_call
+    packed = generate(model, num_beams=3, output_scores=True)
+    assert cache_of(packed).layers[0].recurrent_states[0].codes
+    runtime.packed = False
+    fake = generate(model, num_beams=3, output_scores=True)
+    assert torch.equal(packed.sequences, fake.sequences)
+    assert all(torch.equal(one, two) for one, two in zip(packed.scores, fake.scores))
+
+
+def test_a_state_follows_its_beam(decoded_in_one_call: Any) -> None:
+    """The score of each text is its likelihood when it is read without any search, 12 rows as in the search."""
+    model, _ = decoded_in_one_call
+    found = generate(model, num_beams=3, output_scores=True)
+    assert (found.beam_indices[:, :24] != found.beam_indices[:, :1]).any(), "no beam ever moved: nothing is tested"
+    text, start = found.sequences.repeat_interleave(3, 0), PROMPT.shape[1]
+    with torch.no_grad():
+        out = model(text[:, :start], use_cache=True)
+        rows = [out.logits[:, -1]]
+        for at in range(start, text.shape[1] - 1):
+            out = model(text[:, at : at + 1], cache_params=out.cache_params, use_cache=True)
+            rows.append(out.logits[:, -1])
+    said = torch.stack(rows, 1).log_softmax(-1).gather(-1, text[:, start:, None])[..., 0].mean(-1)
+    torch.testing.assert_close(found.sequences_scores, said[::3], atol=1e-5, rtol=0)
 
 
 def test_sequences_do_not_influence_each_other(tiny: Any) -> None:
