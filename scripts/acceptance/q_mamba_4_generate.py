@@ -5,9 +5,10 @@ The reference keeps the state in float tensors of this script's own, takes every
 out below and rounds the state by the formula; it shares the model's projections and norms, but no cache, no packing and
 no mixer code. Greedy, 2 000 tokens, batch 4, on the shipped Mamba-2 at W8A8H4. Beam search with 3 beams writes what it
 writes with the same values kept in float, and the score that it gives each text is that text's likelihood by the slow
-reference, which reorders nothing: a state that followed the wrong beam would show. Kernels are set to their definitions: fast ones sum the read-out in
-another order, and one flipped code grows into another text after hundreds of tokens. How far the fast kernels agree is
-measured with the reference's text given (teacher forcing), so that a difference cannot grow: shown, not judged.
+reference, which reorders nothing: a state that followed the wrong beam would show. Kernels are set to their
+definitions: fast ones sum the read-out in another order, and one flipped code grows into another text after hundreds of
+tokens. How far the fast kernels agree is measured with the reference's text given (teacher forcing), so that a
+difference cannot grow: shown, not judged.
 
 The first token's state comes from the model's own prefill. It is checked apart: its codes against those that a
 token-by-token pass over the prompt gives may differ by one in at most 1 of 1 000 places.
@@ -111,7 +112,7 @@ def mixers_of(model: Any) -> list[Any]:
 
 
 def prefilled(model: Any, prompt: Any) -> tuple[Any, list[Any], list[Any]]:
-    """Logits of the next token ``[S, V]``, inputs of the convolutions and stored states after the model's own prefill."""
+    """Logits of the next token ``[S, V]``, and after the model's own prefill: inputs of convolutions, stored states."""
     out = model(prompt, use_cache=True)
     layers = [out.cache_params.layers[mixer.layer_idx] for mixer in mixers_of(model)]
     convs = [layer.conv_states[0].clone() for layer in layers]
