@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, select
+from llmcompress_kernels import build, routed_shapes, select
 from llmcompress_kernels.cuda import skinny
 from llmcompress_kernels.reference import group_gemm as reference_group_gemm
 from llmcompress_kernels.reference import moe_group_gemm as reference_moe_group_gemm
@@ -92,6 +92,8 @@ _GATE_UP, _GATE_UP_BITS, _DOWN_BITS, _ACTIVATION, _COUNT = 3, 7, 13, 16, 19
 def moe_group_gemm(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     x, own, rest = arguments[0], arguments[:_COUNT], arguments[_COUNT:]
+    # here and not in front of the operator, so that a compiled graph's calls are checked as well
+    routed_shapes.check(x, *own[1:3], own[3:9], own[9:15], own[15])
     if wanted("cuda") and own[_GATE_UP].dim() == 3 and not any(rest):
         index, weights, intermediate, activation, alpha, limit = *own[1:3], *own[15:]
         sides = (skinny.Side(*own[3:9]), skinny.Side(*own[9:15]))

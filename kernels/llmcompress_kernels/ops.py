@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import cpu, schemas
+from llmcompress_kernels import cpu, routed_shapes, schemas
 from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS
 
 
@@ -30,6 +30,10 @@ class Stack:
     bias: Tensor | None = None
     bits: int = schemas.DENSE_BITS
     group_size: int = 1
+
+    def operand(self) -> routed_shapes.Operand:
+        """The six in the order of the schema."""
+        return self.weight, self.scale, self.zero, self.bias, self.bits, self.group_size
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -92,7 +96,8 @@ def moe_group_gemm(
 
     Args:
         x: ``[T, H]``.
-        index: ``[T, k]`` expert of every slot; ``E`` means that the slot is skipped.
+        index: int64 ``[T, k]`` expert of every slot; ``E`` means that the slot is skipped. On a GPU the range is not
+            checked, because that would wait for it; slots outside of it are skipped.
         weights: ``[T, k]`` weight of every slot.
         gate_up: ``[E, 2I, H]``, gate rows first.
         down: ``[E, H, I]``.
@@ -106,34 +111,17 @@ def moe_group_gemm(
         ``[T, H]`` in the type of ``x``; a token whose slots are all skipped gets zeros.
 
     Raises:
-        ValueError: The activation is unknown.
+        ValueError: The activation is unknown, or operands do not fit each other.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    sides = gate_up.operand(), down.operand()
     if x.device.type == "cpu":
+        if not torch.compiler.is_compiling():
+            routed_shapes.check(x, index, weights, *sides, intermediate)
         cpu.ready()
-    out: Tensor = torch.ops.llmcompress.moe_group_gemm.default(
-        x,
-        index,
-        weights,
-        gate_up.weight,
-        gate_up.scale,
-        gate_up.zero,
-        gate_up.bias,
-        gate_up.bits,
-        gate_up.group_size,
-        down.weight,
-        down.scale,
-        down.zero,
-        down.bias,
-        down.bits,
-        down.group_size,
-        intermediate,
-        activation,
-        alpha,
-        limit,
-        int8,
-    )
+    rest = (intermediate, activation, alpha, limit, int8)
+    out: Tensor = torch.ops.llmcompress.moe_group_gemm.default(x, index, weights, *sides[0], *sides[1], *rest)
     return out
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from llmcompress_kernels import ops, select
+from llmcompress_kernels.reference.group_gemm import interleave
 
 from llmcompress.quant import bitpack
 
@@ -144,6 +149,51 @@ def test_moe_refuses_an_unknown_activation() -> None:
     down, _ = quantized((2, 8, 8), 4, 8, True)
     with pytest.raises(ValueError, match="activation"):
         ops.moe_group_gemm(torch.randn(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), side, down, 8, "x")
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "rows of down": (lambda a: a.update(down=side((3, 24, 16), 4, 16)), r"down.weight .*expected \[3, 32, 2\]"),
+    "columns of down": (lambda a: a.update(down=side((3, 32, 40), 4, 16)), "down.weight"),
+    "rows of gate_up": (lambda a: a.update(gate_up=side((3, 48, 32), 4, 16)), "gate_up.weight"),
+    "columns of gate_up": (lambda a: a.update(gate_up=side((3, 32, 64), 4, 16)), "gate_up.weight"),
+    "experts of down": (lambda a: a.update(down=side((2, 32, 16), 4, 16)), "down.weight"),
+    "dense down": (lambda a: a.update(down=ops.Stack(torch.randn(3, 24, 16))), "down.weight"),
+    "groups of a scale": (lambda a: a.update(down=replace(a["down"], group_size=8)), "down.scale"),
+    "experts of a scale": (lambda a: a.update(down=replace(a["down"], scale=a["down"].scale[:2])), "down.scale"),
+    "no scale": (lambda a: a.update(down=replace(a["down"], scale=None)), "no scale"),
+    "zero points": (lambda a: a.update(down=replace(a["down"], zero=a["down"].zero[:, :8])), "down.zero"),
+    "bias": (lambda a: a.update(down=replace(a["down"], bias=torch.randn(3, 16))), "down.bias"),
+    "intermediate": (lambda a: a.update(intermediate=8), "gate_up.weight"),
+    "one order only": (lambda a: a.update(down=replace(a["down"], weight=interleave(a["down"].weight))), "down.scale"),
+    "tokens": (lambda a: a.update(index=torch.zeros(4, 2, dtype=torch.int64)), "index"),
+    "type of index": (lambda a: a.update(index=torch.zeros(5, 2, dtype=torch.int32)), "int64"),
+    "weights": (lambda a: a.update(weights=torch.rand(5, 1)), "weights"),
+    "expert too large": (lambda a: a.update(index=torch.full((5, 2), 4)), "0 to 2, or 3 for a slot"),
+    "negative expert": (lambda a: a.update(index=torch.full((5, 2), -1)), "experts -1 to -1"),
+}
+
+
+def side(shape: tuple[int, ...], bits: int, group: int) -> ops.Stack:
+    return quantized(shape, bits, group, False)[0]
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_moe_refuses_operands_that_do_not_fit(what: str) -> None:
+    """On a GPU they would be read past their ends, so its front refuses them too, before it asks for a device."""
+    from llmcompress_kernels import gpu
+
+    x, index = torch.randn(5, 32), torch.randint(0, 4, (5, 2))
+    operands: dict[str, Any] = {"x": x, "index": index, "weights": torch.rand(5, 2), "intermediate": 16}
+    operands |= {"gate_up": side((3, 32, 32), 4, 16), "down": side((3, 32, 16), 4, 16)}
+    ops.moe_group_gemm(**operands)
+    change, message = WRONG[what]
+    change(operands)
+    with pytest.raises(ValueError, match=message):
+        ops.moe_group_gemm(**operands)
+    first, *rest = (operands[key] for key in ("x", "index", "weights", "gate_up", "down", "intermediate"))
+    flat = [part for value in rest for part in (value.operand() if isinstance(value, ops.Stack) else [value])]
+    with pytest.raises(ValueError, match=message):
+        gpu.moe_group_gemm(first, *flat, "silu", 1.702, 7.0, False)
 
 
 def test_opcheck() -> None:

@@ -2,7 +2,7 @@
 
 A block holds up to ``size`` slots of one expert. With T tokens of k slots over E experts there are at most
 ``min(T k, ceil(T k / size) + E)`` blocks; a launch covers them all and the empty ones return at once. Slots whose
-expert is ``E`` (skipped) enter no block, so an expert that every token skips costs nothing.
+expert is ``E`` (skipped), or none at all, enter no block, so an expert that every token skips costs nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def route_kernel(
             rank += tl.sum(same.to(tl.int32), 1)
         mine = (expert[:, None] == bank[None, :]).to(tl.int32)
         first = tl.sum(mine * (ends - blocks)[None, :], 1) * SIZE
-        tl.store(slots + first + rank, at, mask=(at < count) & (expert < EXPERTS))
+        tl.store(slots + first + rank, at, mask=(at < count) & (expert >= 0) & (expert < EXPERTS))
 
 
 def block_limit(slots: int, experts: int, size: int) -> int:
@@ -102,6 +102,7 @@ def route_by_sorting(index: Tensor, experts: int, size: int) -> Blocks:
     count, device = index.numel(), index.device
     limit = block_limit(count, experts, size)
     flat = index.reshape(-1)
+    flat = torch.where((flat < 0) | (flat > experts), experts, flat)
     ordered, order = torch.sort(flat, stable=True)
     totals = torch.zeros(experts + 1, dtype=torch.int64, device=device)
     totals.scatter_add_(0, flat, torch.ones_like(flat))

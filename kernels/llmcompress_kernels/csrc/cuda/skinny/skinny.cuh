@@ -413,7 +413,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, NT>& b
         float sum = 0;
         for (int64_t slot = token * call.slots; slot < (token + 1) * call.slots; ++slot) {
             const int64_t owner = call.mode == DENSE ? 0 : read(call.index + slot);
-            if (owner >= call.experts) continue;
+            if (owner < 0 || owner >= call.experts) continue;
             float value = call.mode == DENSE ? 0.0f : bias_of<BF16>(call, owner * call.rows + row);
             for (int s = 0; s < call.splits; ++s) value += read_written(call.parts + (s * slots + slot) * call.rows + row);
             sum += call.mode == DENSE ? value : read(call.share + slot) * value;

@@ -1,0 +1,78 @@
+"""Whether the operands of ``moe_group_gemm`` fit each other: asked before any kernel runs, which would read past them.
+
+Legend as in :mod:`llmcompress_kernels.schemas`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels.reference.bitpack import words
+from llmcompress_kernels.reference.group_gemm import LANES
+from llmcompress_kernels.reference.moe_group_gemm import DENSE_BITS
+
+# one side: weight, scale, zero, bias, bits, columns per group
+Operand = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
+
+
+def check(x: Tensor, index: Tensor, weights: Tensor, gate_up: Operand, down: Operand, intermediate: int) -> None:
+    """Compare shapes; on the CPU also the range of ``index``, which a GPU would have to be waited for.
+
+    Args:
+        x: ``[T, H]``.
+        index: int64 ``[T, k]``, 0 to E.
+        weights: ``[T, k]``.
+        gate_up: ``[E, 2I, H]``.
+        down: ``[E, H, I]``.
+        intermediate: I.
+
+    Raises:
+        ValueError: They do not fit; the message names the operand, what it has and what it should have.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"moe_group_gemm: x has shape {list(x.shape)}, expected [tokens, hidden]")
+    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype != torch.int64:
+        raise ValueError(
+            f"moe_group_gemm: index has shape {list(index.shape)} and type {index.dtype}, "
+            f"expected [{x.shape[0]}, experts per token] and torch.int64"
+        )
+    if weights.shape != index.shape:
+        raise ValueError(f"moe_group_gemm: weights have shape {list(weights.shape)}, expected {list(index.shape)}")
+    experts, hidden = gate_up[0].shape[0], x.shape[1]
+    _check_side("gate_up", gate_up, experts, 2 * intermediate, hidden)
+    _check_side("down", down, experts, hidden, intermediate)
+    if index.device.type == "cpu" and index.numel():
+        least, most = (int(bound) for bound in index.aminmax())
+        if least < 0 or most > experts:
+            raise ValueError(
+                f"moe_group_gemm: index holds experts {least} to {most}, expected 0 to {experts - 1}, "
+                f"or {experts} for a slot that is skipped"
+            )
+
+
+def _check_side(name: str, side: Operand, experts: int, rows: int, columns: int) -> None:
+    weight, scale, zero, bias, bits, group = side
+    if bias is not None:
+        _expect(f"{name}.bias", bias, (experts, rows))
+    if bits == DENSE_BITS:
+        _expect(f"{name}.weight", weight, (experts, rows, columns))
+        return
+    if scale is None:
+        raise ValueError(f"moe_group_gemm: {name} has {bits} bits but no scale")
+    if group < 1:
+        raise ValueError(f"moe_group_gemm: {name} has {group} columns per group")
+    groups = -(-columns // group)
+    operands = [("weight", weight, words(columns, bits)), ("scale", scale, groups)]
+    if zero is not None:
+        operands.append(("zero", zero, words(groups, bits)))
+    for part, tensor, width in operands:
+        # the three come in one order: row by row, or 16 rows interleaved
+        interleaved = weight.dim() == 4 and rows % LANES == 0
+        shape = (experts, rows // LANES, width, LANES) if interleaved else (experts, rows, width)
+        _expect(f"{name}.{part}", tensor, shape)
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"moe_group_gemm: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
