@@ -93,7 +93,7 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     x, own, rest = arguments[0], arguments[:_COUNT], arguments[_COUNT:]
     # here and not in front of the operator, so that a compiled graph's calls are checked as well
-    routed_shapes.check(x, *own[1:3], own[3:9], own[9:15], own[15])
+    routed_shapes.check(x, own[1], own[2], own[3:9], own[9:15], own[15])
     if wanted("cuda") and own[_GATE_UP].dim() == 3 and not any(rest):
         index, weights, intermediate, activation, alpha, limit = *own[1:3], *own[15:]
         sides = (skinny.Side(*own[3:9]), skinny.Side(*own[9:15]))

@@ -100,7 +100,7 @@ def test_routing_sorts_every_slot_into_a_block_of_its_expert(tokens: int, slots:
 
 
 def test_slots_of_no_expert_are_skipped_on_a_gpu_where_nobody_waits_for_their_values() -> None:
-    index = torch.tensor([[0, 5], [-1, 2], [2**40, 1]])
+    index = torch.tensor([[0, 5], [-1, 2], [2**20, 1]])
     plain = torch.tensor([[0, 3], [3, 2], [3, 1]])
     for route in (routing.route, routing.route_by_sorting):
         found, expected = route(index, 3, 16), route(plain, 3, 16)
