@@ -6,7 +6,8 @@ problems: greedy answers of the maths member from the tree, of the dense fine-tu
 the number after ``####``. Needs the family of ``make family-smollm2``.
 
     python scripts/acceptance/rqt_3_smollm2.py [--models FOLDER] [--problems 83] [--device cuda]
-    python scripts/acceptance/rqt_3_smollm2.py --samples 32 --length 256 --max-tokens 2048 --problems 40    small, on a CPU
+
+On a CPU in less time: --samples 32 --length 256 --max-tokens 2048 --problems 40
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from harness import ROOT, llmcompress, verdict
 
 HELDOUT = ROOT / "recipes" / "assets" / "text" / "family" / "heldout" / "maths.jsonl.gz"
+MEMBERS = ("maths", "code", "chat", "spanish")
 NEW, BATCH = 192, 16
 
 
@@ -79,7 +81,7 @@ def main() -> None:
         verdict(False, f"{options.models} is missing: make family-smollm2")
     asked = problems(options.problems)
     trained = json.loads((options.models / "training.json").read_text())["settings"]
-    caps = [f"stages.evaluate_family.texts.{name}.max_tokens={options.max_tokens}" for name in trained["members"]]
+    caps = [f"stages.evaluate_family.texts.{name}.max_tokens={options.max_tokens}" for name in MEMBERS]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         llmcompress(
