@@ -253,7 +253,7 @@ def report(args: argparse.Namespace, tokenizer: Any) -> None:
         print(name, {d: round(math.exp(v), 2) for d, v in losses[name].items()}, flush=True)
     settings = {
         key: getattr(args, key)
-        for key in ("seed", "base_tokens", "child_tokens", "base_lr", "child_lr", "rows", "child_rows")
+        for key in ("seed", "members", "base_tokens", "child_tokens", "base_lr", "child_lr", "rows", "child_rows")
     }
     record = {"settings": settings, "torch": torch.__version__, "mix": MIX, "heldout_nll": losses}
     if args.device != "cpu":

@@ -6,6 +6,8 @@ problems: greedy answers of the maths member from the tree, of the dense fine-tu
 the number after ``####``. Needs the family of ``make family-smollm2``.
 
     python scripts/acceptance/rqt_3_smollm2.py [--models FOLDER] [--problems 83] [--device cuda]
+
+On a CPU in less time: --samples 32 --length 256 --max-tokens 2048 --problems 40
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from harness import ROOT, llmcompress, verdict
 
 HELDOUT = ROOT / "recipes" / "assets" / "text" / "family" / "heldout" / "maths.jsonl.gz"
+MEMBERS = ("maths", "code", "chat", "spanish")
 NEW, BATCH = 192, 16
 
 
@@ -69,16 +72,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "family_smollm2" / "models")
     parser.add_argument("--problems", type=int, default=83)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows a member")
+    parser.add_argument("--length", type=int, default=512, help="tokens in one")
+    parser.add_argument("--max-tokens", type=int, default=0, help="held-out tokens a text; 0 for all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if not (options.models / "training.json").exists():
         verdict(False, f"{options.models} is missing: make family-smollm2")
     asked = problems(options.problems)
+    trained = json.loads((options.models / "training.json").read_text())["settings"]
+    caps = [f"stages.evaluate_family.texts.{name}.max_tokens={options.max_tokens}" for name in MEMBERS]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         llmcompress(
             "run", "rqt_smollm2", f"run.dir={run}", f"run.device={options.device}", f"vars.models={options.models}",
-            "--quiet",
+            f"stages.rqt.calibration.samples={options.samples}", f"stages.rqt.calibration.length={options.length}",
+            *(caps if options.max_tokens else []), "--quiet",
         )  # fmt: skip
         rows = json.loads((run / "stages/evaluate_family/family.json").read_text())
         tree = dense_member(FamilyArtifact(run / "artifact"), "maths").to(options.device)
@@ -99,7 +108,8 @@ def main() -> None:
     verdict(
         holds,
         f"{rows['methods']['rqt']['bits']:.3f} bits; mean loss {means}; GSM8K exact match of {len(asked)}: maths "
-        f"member {solved['maths']} dense, {solved['tree']} from the tree, base {solved['base']}; {options.device}",
+        f"member {solved['maths']} dense, {solved['tree']} from the tree, base {solved['base']}; members trained on "
+        f"{trained['child_tokens']:,.0f} tokens each; {options.device}",
     )
 
 
