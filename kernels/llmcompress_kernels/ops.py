@@ -97,7 +97,7 @@ def moe_group_gemm(
     Args:
         x: ``[T, H]``.
         index: int64 ``[T, k]`` expert of every slot; ``E`` means that the slot is skipped. On a GPU the range is not
-            checked, because that would wait for it; slots outside of it are skipped.
+            checked, because that would wait for it; slots of no expert are skipped.
         weights: ``[T, k]`` weight of every slot.
         gate_up: ``[E, 2I, H]``, gate rows first.
         down: ``[E, H, I]``.

@@ -261,8 +261,8 @@ def refitted(u: Tensor, codes: Tensor, channel: Tensor, per_state: Tensor) -> Te
     """Channel scale of ``dsq_refit``: the least-squares fit to the codes of a row, in units of a step.
 
     ``channel' = fp16(channel Σ_n code v / Σ_n code²)``, ``v = (u (1 / channel)) (1 / (s_n / qmax))``. Rounding to
-    nearest makes rows of small values too large on average (values from half a step to a step become a step), and
-    a recurrence multiplies that by itself at every token; the fit takes it out.
+    nearest leaves a state a little longer than it was, and a recurrence multiplies that by itself at every token; the
+    fit takes most of it out of each row (``scripts/measure_state_rounding.py``).
 
     Args:
         u: fp32 ``[..., P, N]``.
