@@ -218,8 +218,7 @@ class BlockwiseQuantizer:
         tokens = walker.all_tokens or walker.tokens.numel()
         values = sizes.recorded_width(block, self.plan) * tokens
         round_them = rounds(values, walker.model.dtype.itemsize)
-        kept = torch.bfloat16 if round_them else None
-        return StreamRecorder(self.plan, walker.cache, kept, self.method.residuals)
+        return StreamRecorder(self.plan, walker.cache, torch.bfloat16 if round_them else None)
 
     def _below(self, index: int) -> BlockPatch:
         """What earlier stages made of a block."""
@@ -352,8 +351,8 @@ def method_of(config: Any) -> Method:
     options = GptqOptions(
         config.damp, config.act_order, config.static_groups, config.block, config.grid, config.refit_scales
     )
-    ridge = None if config.targets == "own" else config.target_ridge
-    return Method(options, config.grid, policy, ridge, config.targets == "residual_stream")
+    full_precision = config.targets == "full_precision"
+    return Method(options, config.grid, policy, config.target_ridge if full_precision else None)
 
 
 def planned(config: Any, state: RunState, ctx: RunContext, method: Method) -> QuantPlan:
