@@ -21,7 +21,6 @@ from typing import Any
 
 PAPER: dict[str, Any] = {"router": {"k": "auto"}}
 TARGETS: dict[str, Any] = {"targets": "full_precision"}
-RESIDUAL: dict[str, Any] = {"targets": "residual_stream"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -31,8 +30,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qesc, adam": ("qesc", {"router": {"solver": "adam"}}),
     "full-precision targets alone": ("qesc", {**TARGETS, "router": {"calibrate": False}}),
     "qesc, full-precision targets": ("qesc", TARGETS),
-    "residual-stream targets alone": ("qesc", {**RESIDUAL, "router": {"calibrate": False}}),
-    "qesc, residual-stream targets": ("qesc", RESIDUAL),
 }
 
 
