@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check family repro-eac-moe clean
+.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check family family-smollm2 repro-eac-moe clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -64,7 +64,13 @@ report-check: $(VENV)/.dev ## Open the demo's report in headless Chromium, phone
 family: $(STAMP) ## Train the reference family of rqt_tiny: needs FAMILY_DATA=folder with lm/, ft/ and tasks/
 	@test -n "$(FAMILY_DATA)" || { echo "set FAMILY_DATA to the folder with lm/books, lm/tinyshakespeare.jsonl.gz, ft and tasks/gsm8k"; exit 2; }
 	$(BIN)/python scripts/make_family_texts.py --data $(FAMILY_DATA) --out runs/family
-	$(BIN)/python scripts/train_family.py --texts runs/family --out runs/family --start recipes/assets/reference_moe
+	$(BIN)/python scripts/train_family.py --texts runs/family --out runs/family --start recipes/assets/reference_moe --threads 2
+
+family-smollm2: $(STAMP) ## Train four fine-tunes of SmolLM2-135M: needs FAMILY_DATA=FOLDER, SMOLLM2=FOLDER; DEVICE=cuda to use a GPU
+	@test -n "$(FAMILY_DATA)" -a -n "$(SMOLLM2)" || { echo "set FAMILY_DATA as for make family, SMOLLM2 to what scripts/smollm2_to_hf.py wrote"; exit 2; }
+	$(BIN)/python scripts/make_family_texts.py --data $(FAMILY_DATA) --out runs/family_smollm2
+	$(BIN)/python scripts/train_family.py --texts runs/family_smollm2 --out runs/family_smollm2 --start $(SMOLLM2) \
+		--members maths code chat spanish --child-tokens 1.5e6 --child-lr 5e-5 --device $(or $(DEVICE),cpu) --threads 2
 
 repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path, 1 x 80 GB GPU, about 2 h
 	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/Mixtral-8x7B-v0.1"; exit 2; }

@@ -21,6 +21,7 @@ from typing import Any
 
 PAPER: dict[str, Any] = {"router": {"k": "auto"}}
 TARGETS: dict[str, Any] = {"targets": "full_precision"}
+RESIDUAL: dict[str, Any] = {"targets": "residual_stream"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -30,6 +31,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qesc, adam": ("qesc", {"router": {"solver": "adam"}}),
     "full-precision targets alone": ("qesc", {**TARGETS, "router": {"calibrate": False}}),
     "qesc, full-precision targets": ("qesc", TARGETS),
+    "residual-stream targets alone": ("qesc", {**RESIDUAL, "router": {"calibrate": False}}),
+    "qesc, residual-stream targets": ("qesc", RESIDUAL),
 }
 
 

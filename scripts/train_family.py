@@ -12,6 +12,11 @@ checkpoint and sees the same batches.
     python scripts/train_family.py --texts runs/family --out runs/family \
         --start recipes/assets/reference_moe
 
+A dense start is the base itself, as it is; only the members are trained then:
+
+    python scripts/train_family.py --texts runs/family --out runs/family_smollm2 --start SmolLM2-135M-Instruct \
+        --members maths code chat spanish --child-tokens 1.5e6 --child-lr 5e-5 --device cuda
+
 The folder ``<out>/models`` then has ``base`` and one folder per member, and
 ``<out>/models/training.json`` the held-out loss of each model on each domain.
 """
@@ -117,6 +122,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
+def precision(device: str) -> Any:
+    """Matrix products in bf16 over fp32 weights."""
+    import torch
+
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
 def heldout_loss(model: Any, tokenizer: Any, texts: Path, domain: str, windows: int = 48) -> float:
     """Mean negative log likelihood (nats a token) of one domain's held-out text."""
     import torch
@@ -125,9 +137,9 @@ def heldout_loss(model: Any, tokenizer: Any, texts: Path, domain: str, windows: 
     joined = "\n\n".join(read_texts(texts / "heldout" / f"{domain}.jsonl.gz"))
     ids = torch.tensor(tokenizer.encode(joined), dtype=torch.long)
     count = min(windows, (len(ids) - 1) // LENGTH)
-    rows = torch.stack([ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)])
+    rows = torch.stack([ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)]).to(model.device)
     model.eval()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), precision(str(model.device)):
         logits = torch.cat([model(part[:, :-1]).logits.float() for part in rows.split(8)])
     model.train()
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
@@ -155,8 +167,8 @@ def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, eve
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        rows, _ = batches(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        rows = batches(step)[0].to(model.device)
+        with precision(str(model.device)):
             logits = model(rows[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
         loss.backward()
@@ -175,7 +187,7 @@ def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, eve
 
 
 def finish(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write one model as a transformers folder in bf16; the last file to appear is its config."""
+    """Write one model as a transformers folder in bf16; it appears whole."""
     import torch
 
     part = folder.with_name(folder.name + ".part")
@@ -187,13 +199,16 @@ def finish(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def train(args: argparse.Namespace) -> None:
     import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.start)
-    files = encode(args.texts, tokenizer, ["books", *MEMBERS], args.out / "tokens")
+    dense = AutoConfig.from_pretrained(args.start).model_type == "llama"
+    files = encode(args.texts, tokenizer, [*([] if dense else MIX), *args.members], args.out / "tokens")
     models = args.out / "models"
     models.mkdir(parents=True, exist_ok=True)
+    if dense and not (models / "base").exists():
+        finish(LlamaForCausalLM.from_pretrained(args.start), tokenizer, models / "base")
     if not (models / "base").exists():
         torch.manual_seed(args.seed)
         model = build_model(args.start, args.texts, tokenizer)
@@ -201,7 +216,7 @@ def train(args: argparse.Namespace) -> None:
         sources = [Source(name, files[name], share) for name, share in MIX.items()]
         batches = Batches(files, sources, args.rows, LENGTH, args.seed)
         fit(
-            model,
+            model.to(args.device),
             batches,
             int(args.base_tokens) // (args.rows * LENGTH),
             args.base_lr,
@@ -209,10 +224,10 @@ def train(args: argparse.Namespace) -> None:
             args.every,
         )
         finish(model, tokenizer, models / "base")
-    for index, name in enumerate(MEMBERS):
+    for index, name in enumerate(args.members):
         if (models / name).exists():
             continue
-        model = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float32).to(args.device)
         batches = Batches(files, [Source(name, files[name], 1.0)], args.child_rows, LENGTH, args.seed + 1 + index)
         fit(
             model,
@@ -232,15 +247,17 @@ def report(args: argparse.Namespace, tokenizer: Any) -> None:
     from transformers import LlamaForCausalLM
 
     losses: dict[str, dict[str, float]] = {}
-    for name in ("base", *MEMBERS):
-        model = LlamaForCausalLM.from_pretrained(args.out / "models" / name, dtype=torch.float32)
-        losses[name] = {d: round(heldout_loss(model, tokenizer, args.texts, d), 4) for d in MEMBERS}
+    for name in ("base", *args.members):
+        model = LlamaForCausalLM.from_pretrained(args.out / "models" / name, dtype=torch.float32).to(args.device)
+        losses[name] = {d: round(heldout_loss(model, tokenizer, args.texts, d), 4) for d in args.members}
         print(name, {d: round(math.exp(v), 2) for d, v in losses[name].items()}, flush=True)
     settings = {
         key: getattr(args, key)
-        for key in ("seed", "base_tokens", "child_tokens", "base_lr", "child_lr", "rows", "child_rows")
+        for key in ("seed", "members", "base_tokens", "child_tokens", "base_lr", "child_lr", "rows", "child_rows")
     }
     record = {"settings": settings, "torch": torch.__version__, "mix": MIX, "heldout_nll": losses}
+    if args.device != "cpu":
+        record["device"] = torch.cuda.get_device_name()
     (args.out / "models" / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -248,9 +265,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, required=True, help="the reference MoE")
-    parser.add_argument("--base-tokens", type=float, default=0.115e6)
-    parser.add_argument("--child-tokens", type=float, default=0.03e6)
+    parser.add_argument("--start", type=Path, required=True, help="the reference MoE, or a dense Llama")
+    parser.add_argument("--members", nargs="+", choices=MEMBERS, default=MEMBERS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--base-tokens", type=float, default=1.5e6)
+    parser.add_argument("--child-tokens", type=float, default=0.25e6)
     parser.add_argument("--base-lr", type=float, default=2e-3)
     parser.add_argument("--child-lr", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=16)

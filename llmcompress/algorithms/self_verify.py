@@ -192,6 +192,22 @@ def outcome_reward(response: Response, right: Sequence[bool], truncation_reward:
     return 1 if right[-1] else -1
 
 
+def repeats(response: Response, answers: Sequence[str | None]) -> list[bool]:
+    """Of every action, whether it is a retry whose answer an earlier attempt of the response gave already.
+
+    Args:
+        response: The response.
+        answers: Answer of each attempt, None for none; attempts without one repeat each other.
+    """
+    given: set[str | None] = set()
+    again, attempt = [], -1
+    for action in response.actions:
+        attempt += action.kind is ActionKind.SOLVE
+        again.append(action.kind is ActionKind.SOLVE and answers[attempt] in given)
+        given.add(answers[attempt])
+    return again
+
+
 def judge(response: Response, right: Sequence[bool], tokens: int) -> Episode:
     """Put together what the figures need."""
     verdicts = tuple(verdict_of(a.text) for a in response.actions if a.kind is ActionKind.VERIFY)

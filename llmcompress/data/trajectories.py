@@ -115,10 +115,27 @@ class Builder:
             found[answer] = (sample, text)
         return list(found.values())
 
+    def trajectories(self, problem: Problem, samples: Sequence[Sample], count: int) -> list[Trajectory]:
+        """Up to ``count`` different trajectories of a problem: other wrong attempts, another order, another solution.
+
+        The paper builds one. One for each problem, repeated for many epochs, teaches a small model that very attempt;
+        others of the same problem teach it to try what it has not tried yet.
+        """
+        usable = self.usable(problem, samples)
+        if not any(sample.right for sample, _ in usable):
+            self.counts["no right sample"] += 1
+            return []
+        found = [self._trajectory(problem, samples, usable, number) for number in range(count)]
+        return list({row.response: row for row in found if row is not None}.values())
+
     def trajectory(self, problem: Problem, samples: Sequence[Sample]) -> Trajectory | None:
         """Wrong trials first, all answers different, the last one right; None when the problem is not used."""
-        rng = random.Random(f"{self.seed}:trajectory:{problem.key}")
-        usable = self.usable(problem, samples)
+        return self._trajectory(problem, samples, self.usable(problem, samples), 0)
+
+    def _trajectory(
+        self, problem: Problem, samples: Sequence[Sample], usable: Sequence[tuple[Sample, str]], number: int
+    ) -> Trajectory | None:
+        rng = random.Random(f"{self.seed}:trajectory:{problem.key}" + (f":{number}" if number else ""))
         right = [pair for pair in usable if pair[0].right]
         wrong = [pair for pair in usable if not pair[0].right]
         if not right:

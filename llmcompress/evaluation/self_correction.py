@@ -109,13 +109,13 @@ class Reader:
         ended = bool(ids) and ids[-1] == self.end
         return cut(self.pieces(ids[:-1] if ended else ids), ended)
 
+    def answers(self, response: Response) -> list[str | None]:
+        """Content of each attempt's own box. Boxes in verifications are never read."""
+        return [boxed(action.text) for action in response.actions if action.kind is ActionKind.SOLVE]
+
     def right(self, problem: Problem, response: Response) -> list[bool]:
-        """Whether each attempt's own box is right. Boxes in verifications are never read."""
-        return [
-            self.problems.check(problem, boxed(action.text))
-            for action in response.actions
-            if action.kind is ActionKind.SOLVE
-        ]
+        """Whether each attempt's answer is right."""
+        return [self.problems.check(problem, answer) for answer in self.answers(response)]
 
     def judge(self, problem: Problem, ids: Sequence[int]) -> Episode:
         """Cut and judge."""

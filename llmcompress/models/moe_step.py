@@ -57,6 +57,8 @@ class MoeStep:
         if self.visitor is not None:
             self.visitor.router(self.bank, self.router, self.x)
         routing = self._route()
+        if self.walker.tap is not None:
+            self.walker.tap.routed(routing)
         if self.visitor is not None:
             counts = [sum(own) for own in zip(*(shard.counts for shard in routing))]
             self.visitor.routed(self.bank, counts or [0] * self.bank.num_experts)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.errors import InputError
 from llmcompress.models.activation_cache import ActivationCache
-from llmcompress.models.capture import first_output, replaced_forward
+from llmcompress.models.capture import Routing, first_output, replaced_forward
 from llmcompress.models.group_steps import GroupSteps, Moments, names_of
 from llmcompress.models.layout import Block, ExpertBank, LinearGroup, Sublayer
 from llmcompress.models.memory_limits import DEFAULT, Limits
@@ -81,8 +81,14 @@ class Tap(Protocol):
     def linears(self, group: LinearGroup, x: Tensor) -> None:
         """A batch of a group's inputs, ``[T, K]``."""
 
+    def residual(self, sublayer: Sublayer, hidden: Tensor) -> None:
+        """The residual stream ``[S, L, H]`` that a sublayer is about to add to."""
+
     def moe(self, bank: ExpertBank, x: Tensor) -> None:
         """Inputs of an expert bank, ``[T, H]``, before it is routed."""
+
+    def routed(self, routing: Sequence[Routing]) -> None:
+        """Where the tokens of the bank go, by shard."""
 
     def experts(
         self, bank: ExpertBank, name: str, experts: slice, expert: int, tokens: Tensor, x: Tensor, weight: Tensor | None
@@ -200,6 +206,8 @@ class Walker:
                 # parallel sublayers after this one read what it reads, and it writes in place
                 source = self.cache.copy(hidden) if following and following[0].parallel else hidden
             needed = advance or any(not later.parallel for later in following)
+            if tap is not None:
+                tap.residual(sublayer, hidden)
             if sublayer.kind == "moe":
                 self._memory = None
                 MoeStep(self, block, sublayer, source, hidden, visitor).run(needed)

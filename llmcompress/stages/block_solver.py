@@ -53,12 +53,14 @@ class Method:
         rare: Policy for experts with few tokens.
         target_ridge: When set, weights are first fitted to the full-precision stream with this
             relative damping; needs GPTQ.
+        residuals: Also fit what writes to the residual stream to that of the full-precision stream.
     """
 
     options: GptqOptions | None
     grid: Literal["minmax", "mse"]
     rare: RarePolicy
     target_ridge: float | None = None
+    residuals: bool = False
 
 
 @dataclass
@@ -221,13 +223,16 @@ class BlockSolver:
                 self.experts(bank, name, chunk, None, _no_statistics)
 
     def _fitted(self, weights: Tensor, hessian: Tensor, cross: Tensor, gram: Gram | None) -> Tensor:
-        """Weights fitted to the full-precision stream; ``cross`` is a sum, ``hessian`` a mean times two."""
+        """Weights fitted to the full-precision stream; ``cross`` is a sum (of :meth:`StreamPairs.take`), ``hessian`` a
+        mean times two.
+        """
         from llmcompress.algorithms.reference_targets import fit_to_reference
 
         assert gram is not None
         assert self.target_ridge is not None
         share = 2.0 / gram.tokens.clamp(min=1).to(cross)
-        return fit_to_reference(weights, hessian, cross * share[:, None, None], self.target_ridge)
+        inputs, drift = (cross * share[:, None, None]).tensor_split([cross.shape[-1]], -2)
+        return fit_to_reference(weights, hessian, inputs, self.target_ridge, drift if drift.shape[-2] else None)
 
     def _solve(
         self, weights: Tensor, hessian: Tensor | None, spec: QuantSpec, usable: list[bool] | None

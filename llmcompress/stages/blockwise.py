@@ -218,7 +218,8 @@ class BlockwiseQuantizer:
         tokens = walker.all_tokens or walker.tokens.numel()
         values = sizes.recorded_width(block, self.plan) * tokens
         round_them = rounds(values, walker.model.dtype.itemsize)
-        return StreamRecorder(self.plan, walker.cache, torch.bfloat16 if round_them else None)
+        kept = torch.bfloat16 if round_them else None
+        return StreamRecorder(self.plan, walker.cache, kept, self.method.residuals)
 
     def _below(self, index: int) -> BlockPatch:
         """What earlier stages made of a block."""
@@ -351,8 +352,8 @@ def method_of(config: Any) -> Method:
     options = GptqOptions(
         config.damp, config.act_order, config.static_groups, config.block, config.grid, config.refit_scales
     )
-    full_precision = config.targets == "full_precision"
-    return Method(options, config.grid, policy, config.target_ridge if full_precision else None)
+    ridge = None if config.targets == "own" else config.target_ridge
+    return Method(options, config.grid, policy, ridge, config.targets == "residual_stream")
 
 
 def planned(config: Any, state: RunState, ctx: RunContext, method: Method) -> QuantPlan:

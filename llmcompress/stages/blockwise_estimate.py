@@ -43,6 +43,7 @@ class _Job:
         plan: Plan name → spec.
         hessians: Whether inputs are recorded and solved with.
         targets: Whether weights are fitted to the full-precision stream.
+        residuals: Whether the residual stream is kept for that as well.
         streams: Streams of hidden states, 0 to 2.
         tokens: Calibration tokens that flow, 0 without streams.
     """
@@ -50,6 +51,7 @@ class _Job:
     plan: Mapping[str, QuantSpec]
     hessians: bool
     targets: bool
+    residuals: bool
     streams: int
     tokens: int
 
@@ -62,13 +64,15 @@ def _job(config: Any, inputs: PlanInputs, hessians: bool) -> _Job:
         or bool(getattr(config, "diagnose_experts", False))
         or bool(getattr(router, "calibrate", False))
     )
-    targets = hessians and getattr(config, "targets", "own") == "full_precision"
+    aim = getattr(config, "targets", "own") if hessians else "own"
+    targets = aim != "own"
     two = two or targets
     flowing = inputs.samples > 0 and (hessians or two)
     return _Job(
         plan=resolve(plain_rules(getattr(config, "rules", {})), layout),
         hessians=hessians,
         targets=targets,
+        residuals=aim == "residual_stream",
         streams=(2 if two else 1) if flowing else 0,
         tokens=inputs.samples * inputs.length if flowing else 0,
     )
@@ -131,7 +135,7 @@ def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
     work = 0
     batch = min(inputs.samples * inputs.length, CUDA_BATCH_TOKENS if inputs.device == "cuda" else BATCH_TOKENS)
     for block in layout.blocks:
-        recorded = _recorded(block, job.plan, inputs.samples * inputs.length, item) if job.targets else 0
+        recorded = _recorded(block, job, inputs.samples * inputs.length, item)
         left = None if room is None else room - held
         if left is not None and recorded > left:
             recorded, window = left, WINDOW_BYTES
@@ -149,7 +153,7 @@ def _activations(job: _Job, inputs: PlanInputs) -> int:
     streams = job.streams * sizes.stream_bytes(inputs.layout, inputs.samples, inputs.length, item)
     inside = [
         (2 * job.tokens * block_hidden(block) * item if block.bank is not None else 0)
-        + (_recorded(block, job.plan, job.tokens, item) if job.targets else 0)
+        + _recorded(block, job, job.tokens, item)
         for block in inputs.layout.blocks
     ]
     return streams + max(inside, default=0)
@@ -174,11 +178,14 @@ def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
     return sizes.packed_block_bytes(block, plan) + (sizes.packed_block_bytes(block, joined) if bank else 0)
 
 
-def _recorded(block: Block, plan: Mapping[str, QuantSpec], tokens: int, item: int) -> int:
-    """Bytes of a block's full-precision inputs that are kept to pair them with the quantized stream."""
+def _recorded(block: Block, job: _Job, tokens: int, item: int) -> int:
+    """Bytes of what is kept of the full-precision stream in a block, to pair it with the quantized stream."""
+    if not job.targets:
+        return 0
     bank = block.bank
-    routed = bank.hidden if bank is not None and {bank.gate_up, bank.down} & set(plan) else 0
-    return kept_bytes(tokens * sizes.recorded_width(block, plan), item) + tokens * routed * item
+    routed = bank.hidden if bank is not None and {bank.gate_up, bank.down} & set(job.plan) else 0
+    residuals = len(block.sublayers) * block_hidden(block) if job.residuals else 0
+    return kept_bytes(tokens * sizes.recorded_width(block, job.plan), item) + tokens * (routed + residuals) * item
 
 
 def _working_sets(

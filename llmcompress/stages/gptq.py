@@ -48,16 +48,14 @@ class GptqConfig(StageConfig):
     """How scale and zero point are chosen: from the extremes, or by searching for the least squared error."""
     refit_scales: bool = True
     """Improve the scales by least squares in the layer's output once all codes are chosen."""
-    targets: Literal["own", "full_precision"] = "own"
+    targets: Literal["own", "full_precision", "residual_stream"] = "own"
     """What weights are fitted to before they are quantized: ``own`` (GPTQ and the paper) keeps each layer's output on
     the quantized stream; ``full_precision`` aims at the output of the full-precision stream, which undoes part of the
-    error that earlier layers passed on; see ``algorithms/reference_targets.py``. It costs a second pass, a block's
-    inputs in memory, and nearly twice the time, but needs fewer tokens. SmolLM2-135M, groups of 64 (perplexity 25.90
-    dense; ``scripts/acceptance/foundation_7_peers.py``): 28.19 at 4 and 36.10 at 3 bits with ``own`` on 128 windows
-    of 512 tokens, 26.71 and 29.93 with ``full_precision`` on 48 of them, in less time. On the reference MoE at 2 bits
-    (71,191 held-out tokens, three seeds, ``scripts/ablate_qesc.py``) router calibration alone closes 3 to 12 % of the
-    perplexity gap between GPTQ and the dense model; these targets alone close 25 to 39 %, both together 28 to 38 %.
-    So the gain is the targets': the routers then change fewer experts, not the perplexity."""
+    error that earlier layers passed on; ``residual_stream`` lets projections that write to the residual stream give
+    back the difference that it has there as well. See ``algorithms/reference_targets.py``. Both cost a second pass, a
+    block's inputs in memory, and nearly twice the time, but need fewer tokens; figures are in PAPERS.md. On the
+    shipped MoE nearly the whole gain of QESC over GPTQ is the targets': calibrated routers change fewer experts, but
+    that alone hardly moves the perplexity."""
     target_ridge: Annotated[float, Field(gt=0)] = 0.1
     """Damping of that fit, relative to the mean input energy."""
     rare_experts: RareExperts = RareExperts()

@@ -45,6 +45,10 @@ class S2RInitConfig(TrainingConfig):
     keep: KeepProbabilities = KeepProbabilities()
     """Share of the trajectories that is kept, by difficulty; the authors' figures."""
 
+    trajectories: Annotated[int, Field(ge=1)] = 1
+    """Different trajectories of each problem, at most: other wrong attempts, another order; 1 in the paper. With more
+    of them instead of more epochs a small model repeats fewer of its failed attempts."""
+
     data: Literal["trajectories", "solutions"] = "trajectories"
     """``solutions`` trains on right solutions alone: the paper's control."""
 
@@ -139,9 +143,11 @@ class S2RInit(TrainingStage):
         for problem, ids in zip(problems, responses):
             texts = [first_attempt(reader.text(i)) for i in ids]
             samples = [Sample(text, _right(reader, problem, text)) for text in texts]
-            make = builder.solution if config.data == "solutions" else builder.trajectory
-            row = make(problem, samples)
-            main += [row] if row is not None else []
+            if config.data == "solutions":
+                row = builder.solution(problem, samples)
+                main += [row] if row is not None else []
+            else:
+                main += builder.trajectories(problem, samples, config.trajectories)
             if config.data == "trajectories" and (config.pair_share > 0 or config.pair_epochs > 0):
                 pairs += builder.pairs(problem, samples)
         if not main:

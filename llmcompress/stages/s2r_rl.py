@@ -125,6 +125,10 @@ class S2RRlConfig(TrainingConfig):
     warmup: Annotated[int, Field(ge=0)] = 5
     """Optimiser steps of linear warm-up."""
 
+    decay: Literal["constant", "linear"] = "constant"
+    """Learning rate after warm-up; the paper names none. A model whose supervised training ended at rate 0 loses
+    accuracy to any constant rate before it learns: there ``linear`` is the better choice."""
+
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
     """Limit of the gradient norm."""
 
@@ -153,6 +157,15 @@ class S2RRlConfig(TrainingConfig):
 
     verify_correct_bonus: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the advantage of verifying a right attempt; 2 in the authors' code, absent from the paper."""
+
+    repeat_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the advantage of a retry that gives an answer given before in the response; at outcome level off the
+    reward, times the share of such retries. Ours, 0 in the paper: small models retry what they have just rejected, and
+    where every sample of a problem fails nothing else tells them apart."""
+
+    weigh_by_length: bool = False
+    """Weigh a response by its number of actions (outcome level: tokens). In the paper's mean over a response an action
+    of a response of seven attempts has a seventh of the weight of a single attempt's; ours, off in the paper."""
 
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Credit of later actions; 0 in the paper. Above 0 the baseline is that of the return."""
@@ -249,7 +262,8 @@ class S2RRl(TrainingStage):
             sampling=c.sampling.settings(), truncation_reward=c.truncation_reward, flip_bonus=c.flip_bonus,
             verify_correct_bonus=c.verify_correct_bonus, discount=c.discount, train_end=c.train_end,
             skip_agreeing=c.skip_agreeing, micro_batch=c.micro_batch, save_every=c.checkpoint_every, seed=ctx.seed,
-            anchor=c.anchor,
+            anchor=c.anchor, repeat_penalty=c.repeat_penalty, weigh_by_length=c.weigh_by_length,
+            decay=c.decay,
         )  # fmt: skip
 
     def _baseline(self) -> GroupBaseline:

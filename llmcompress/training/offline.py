@@ -17,7 +17,17 @@ from llmcompress.data.problems.base import Problem
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Trainer
 from llmcompress.training.policy import Policy
-from llmcompress.training.rl import RlSettings, Rollout, curve_record, judged, process_advantages, score, update
+from llmcompress.training.rl import (
+    RlSettings,
+    Rollout,
+    curve_record,
+    judged,
+    penalised,
+    process_advantages,
+    score,
+    update,
+    weigh_by_length,
+)
 
 AfterConfirmed = Literal["truncate", "drop", "keep"]
 Grouping = Literal["position", "context"]
@@ -117,12 +127,6 @@ def pool_advantages(pool: Pool, settings: RlSettings, offline: OfflineSettings, 
         authors' code does not.
     """
     place = {id(rollout): bin_ for rollout, bin_ in zip(pool.rollouts, pool.bins)}
-    if settings.level == "outcome":
-        keys: list[Hashable] = [("outcome", bin_) for bin_ in pool.bins]
-        means = baseline.values(keys, [float(r.outcome) for r in pool.rollouts])
-        for rollout, mean in zip(pool.rollouts, means):
-            rollout.advantages = [rollout.outcome - mean]
-        return
 
     def keys_of(rollout: Rollout) -> list[Hashable]:
         own = place[id(rollout)]
@@ -130,7 +134,15 @@ def pool_advantages(pool: Pool, settings: RlSettings, offline: OfflineSettings, 
             return [("position", own, index) for index in range(len(rollout.rewards))]
         return [("context", own, *context) for context in rl.contexts(rollout.rewards)]
 
-    process_advantages(pool.rollouts, baseline, keys_of, settings)
+    if settings.level == "outcome":
+        keys: list[Hashable] = [("outcome", bin_) for bin_ in pool.bins]
+        rewards = [penalised(rollout, settings.repeat_penalty) for rollout in pool.rollouts]
+        for rollout, reward, mean in zip(pool.rollouts, rewards, baseline.values(keys, rewards)):
+            rollout.advantages = [reward - mean]
+    else:
+        process_advantages(pool.rollouts, baseline, keys_of, settings)
+    if settings.weigh_by_length:
+        weigh_by_length(pool.rollouts, settings.level)
 
 
 def train_offline(
@@ -151,7 +163,7 @@ def train_offline(
     size = max(1, settings.prompts * settings.samples // settings.updates)
     per_epoch = math.ceil(len(pool.rollouts) / size)
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, per_epoch * epochs, max_norm=settings.max_norm
+        policy.trainable, settings.lr, settings.warmup, per_epoch * epochs, settings.decay, settings.max_norm
     )  # fmt: skip
     # the reference scores the pool, before any step and after every resume
     with policy.reference():

@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms import rl_objectives as rl
-from llmcompress.algorithms.self_verify import Episode, Response, action_rewards, behaviour, judge, outcome_reward
+from llmcompress.algorithms.self_verify import (
+    Episode,
+    Response,
+    action_rewards,
+    behaviour,
+    judge,
+    outcome_reward,
+    repeats,
+)
 from llmcompress.data.problems.base import Problem
 from llmcompress.evaluation.sampling import Sampling, sample
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Trainer
 from llmcompress.training.policy import Policy
-from llmcompress.training.rows import flags, pad_rows
+from llmcompress.training.rows import by_length, flags, pad_rows
 
 Level = Literal["outcome", "process"]
 
@@ -55,6 +63,9 @@ class RlSettings:
     save_every: int
     seed: int
     anchor: float = 0.0
+    repeat_penalty: float = 0.0
+    weigh_by_length: bool = False
+    decay: str = "constant"
 
 
 @dataclass(slots=True)
@@ -69,6 +80,7 @@ class Rollout:
         rewards: Of each action.
         outcome: Of the whole.
         advantages: Of each unit, before KL.
+        repeated: Of each action, whether it is a retry with an answer that was given before.
         weight: 0 takes it out of the loss.
     """
 
@@ -80,6 +92,7 @@ class Rollout:
     rewards: list[int]
     outcome: int
     advantages: list[float]
+    repeated: list[bool]
     weight: float = 1.0
 
 
@@ -108,12 +121,28 @@ def judged(
     right = reader.right(problem, response)
     rewards = action_rewards(response, right, truncation_reward)
     outcome = outcome_reward(response, right, truncation_reward)
-    return Rollout(index, prompt, ids, response, judge(response, right, len(ids)), rewards, outcome, [])
+    repeated = repeats(response, reader.answers(response))
+    return Rollout(index, prompt, ids, response, judge(response, right, len(ids)), rewards, outcome, [], repeated)
 
 
-def outcome_advantages(rollouts: Sequence[Rollout], samples: int, skip_agreeing: bool) -> None:
-    """RLOO over the samples of each problem; groups that agree get weight 0."""
-    rewards = torch.tensor([float(r.outcome) for r in rollouts]).view(-1, samples)
+def penalised(rollout: Rollout, repeat_penalty: float) -> float:
+    """Outcome less ``repeat_penalty`` times the share of the retries that repeat an answer."""
+    retries = len(rollout.episode.right) - 1
+    return rollout.outcome - (repeat_penalty * sum(rollout.repeated) / retries if retries else 0.0)
+
+
+def outcome_advantages(
+    rollouts: Sequence[Rollout], samples: int, skip_agreeing: bool, repeat_penalty: float = 0.0
+) -> None:
+    """RLOO over the samples of each problem; groups that agree get weight 0.
+
+    Args:
+        rollouts: In the order of the problems.
+        samples: Of each problem.
+        skip_agreeing: Give no weight where the advantage is 0.
+        repeat_penalty: See :func:`penalised`.
+    """
+    rewards = torch.tensor([penalised(rollout, repeat_penalty) for rollout in rollouts]).view(-1, samples)
     values = rl.leave_one_out(rewards).flatten().tolist()
     for rollout, value in zip(rollouts, values):
         rollout.advantages = [value]
@@ -142,6 +171,21 @@ def process_advantages(
     for rollout in rollouts:
         factors = rl.bonus_factors(rollout.rewards, settings.flip_bonus, settings.verify_correct_bonus)
         rollout.advantages = [a * f for a, f in zip(rollout.advantages, factors)]
+        if settings.repeat_penalty:
+            lost = [settings.repeat_penalty * again for again in rollout.repeated]
+            rollout.advantages = [a - less for a, less in zip(rollout.advantages, lost)]
+
+
+def weigh_by_length(rollouts: Sequence[Rollout], level: Level) -> None:
+    """Weigh responses by their actions (outcome level: tokens), 1 on average, so that each counts the same everywhere.
+
+    The losses of Eq. 3 and 6 are means over a response: an action of a response of seven attempts has a seventh of the
+    weight of one in a response of a single attempt. Ours.
+    """
+    sizes = [len(r.ids) if level == "outcome" else len(r.rewards) for r in rollouts]
+    mean = sum(sizes) / len(sizes)
+    for rollout, size in zip(rollouts, sizes):
+        rollout.weight *= size / mean
 
 
 def context_keys(rollout: Rollout) -> list[Hashable]:
@@ -182,21 +226,21 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
         settings: Temperature, batch.
         same: The policy still is the reference (offline): one pass is enough.
     """
-    old: list[Tensor] = []
-    reference: list[Tensor] = []
+    empty = torch.empty(0)
+    old, reference = [empty] * len(rollouts), [empty] * len(rollouts)
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
-    for begin in range(0, len(rollouts), settings.micro_batch):
-        part = rollouts[begin : begin + settings.micro_batch]
+    for places in by_length([len(r.prompt) + len(r.ids) for r in rollouts], settings.micro_batch):
+        part = [rollouts[place] for place in places]
         padded = pad_rows([r.prompt for r in part], [r.ids for r in part], reader.pad, device)
         own = rl.token_logp(padded.select(policy.logits(padded.ids, padded.mask)), padded.targets, temperature)
         base = own
         if not same:
             logits = policy.reference_logits(padded.ids, padded.mask)
             base = rl.token_logp(padded.select(logits), padded.targets, temperature)
-        for row, rollout in enumerate(part):
-            old.append(own[row, : len(rollout.ids)].cpu())
-            reference.append(base[row, : len(rollout.ids)].cpu())
+        for row, place in enumerate(places):
+            old[place] = own[row, : len(rollouts[place].ids)].cpu()
+            reference[place] = base[row, : len(rollouts[place].ids)].cpu()
     return Scored(rollouts, old, reference)
 
 
@@ -217,8 +261,9 @@ def update(
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
     losses, clipped, parts = 0.0, 0.0, 0
-    for begin in range(0, len(picked), settings.micro_batch):
-        part = list(picked[begin : begin + settings.micro_batch])
+    lengths = [len(scored.rollouts[i].prompt) + len(scored.rollouts[i].ids) for i in picked]
+    for places in by_length(lengths, settings.micro_batch):
+        part = [picked[place] for place in places]
         rows = [scored.rollouts[i] for i in part]
         padded = pad_rows([r.prompt for r in rows], [r.ids for r in rows], reader.pad, device)
         width = padded.targets.shape[1]
@@ -270,6 +315,7 @@ def curve_record(
         **{name: seen[name] for name in shown},
         "reward": sum(r.outcome for r in rollouts) / len(rollouts),
         "kl": sum(kls) / len(kls),
+        "repeated": sum(map(sum, (r.repeated for r in rollouts))) / len(rollouts),
         "agreeing": sum(r.weight == 0 for r in rollouts) / len(rollouts),
         **{key: sum(f[key] for f in figures) / len(figures) for key in figures[0]},
     }
@@ -315,7 +361,8 @@ def train_online(
         The curve, and why training stopped early if it did.
     """
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, max_norm=settings.max_norm
+        policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, settings.decay,
+        settings.max_norm,
     )  # fmt: skip
     progress = trainer.restore(checkpoint) or {}
     curve: list[dict[str, Any]] = progress.get("curve", [])
@@ -327,9 +374,11 @@ def train_online(
         indices = prompts_of_step(len(problems), settings.prompts, step, settings.seed)
         rollouts = collect(policy, reader, problems, indices, settings, settings.seed * 65_537 + step)
         if settings.level == "outcome":
-            outcome_advantages(rollouts, settings.samples, settings.skip_agreeing)
+            outcome_advantages(rollouts, settings.samples, settings.skip_agreeing, settings.repeat_penalty)
         else:
             process_advantages(rollouts, baseline, context_keys, settings)
+        if settings.weigh_by_length:
+            weigh_by_length(rollouts, settings.level)
         scored = score(policy, reader, rollouts, settings, same=False)
         rows = list(range(len(rollouts)))
         random.Random(f"{settings.seed}:updates:{step}").shuffle(rows)

@@ -26,9 +26,9 @@ class Padded:
     targets: Tensor
     inside: Tensor
 
-    def select(self, logits: Tensor) -> Tensor:
-        """Logits that predict the response tokens: ``[B, T, V]`` → ``[B, R, V]``."""
-        return logits.gather(1, self.places[..., None].expand(-1, -1, logits.shape[-1]))
+    def select(self, logits: Tensor, width: int | None = None) -> Tensor:
+        """Logits that predict the response tokens, or the first ``width`` of them: ``[B, T, V]`` → ``[B, R, V]``."""
+        return logits.gather(1, self.places[:, :width, None].expand(-1, -1, logits.shape[-1]))
 
 
 def pad_rows(
@@ -65,3 +65,9 @@ def flags(rows: Sequence[Sequence[int]], width: int, device: torch.device | str,
     for place, row in enumerate(rows):
         found[place, : len(row)] = torch.tensor(list(map(int, row)), dtype=torch.int64)
     return found.to(device)
+
+
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of rows in parts of at most ``size`` rows of similar length, so that little padding is computed."""
+    places = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
+    return [places[begin : begin + size] for begin in range(0, len(places), size)]

@@ -19,7 +19,7 @@ from llmcompress.data.trajectories import Trajectory
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Trainer
 from llmcompress.training.policy import Policy
-from llmcompress.training.rows import flags, pad_rows
+from llmcompress.training.rows import by_length, flags, pad_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +116,17 @@ def sft_loss(
     loss = entropy / max(1, total)
     figures = {"cross_entropy": float(entropy.detach()), "kl": 0.0, "anchor": 0.0}
     if kl > 0 or anchor > 0:
-        reference = padded.select(policy.reference_logits(padded.ids, padded.mask))
-        divergence = full_kl(logits, reference)
+        # the anchor alone needs the reference up to the longest first attempt, and nothing later changes that
+        width = width if kl > 0 else max(1, *(sum(row.first) for row in rows))
+        near = slice(0, int(padded.places[:, :width].max()) + 1)
+        reference = policy.reference_logits(padded.ids[:, near], padded.mask[:, near])
+        reference = padded.select(reference, width)
+        divergence = full_kl(logits[:, :width], reference)
         if kl > 0:
             loss = loss + kl * (divergence * trained).sum() / max(1, total)
             figures["kl"] = float((divergence.detach() * trained).sum())
         if anchor > 0:
-            first = flags([row.first for row in rows], width, device).float()
+            first = flags([row.first[:width] for row in rows], width, device).float()
             loss = loss + anchor * (divergence * first).sum() / max(1, anchored)
             figures["anchor"] = float((divergence.detach() * first).sum())
     return loss, figures
@@ -158,8 +162,8 @@ def train_sft(
         total = sum(sum(row.trained) for row in batch)
         anchored = sum(sum(row.first) for row in batch)
         sums = {"cross_entropy": 0.0, "kl": 0.0, "anchor": 0.0}
-        for begin in range(0, len(batch), settings.micro_batch):
-            part = batch[begin : begin + settings.micro_batch]
+        for places in by_length([len(row.prompt) + len(row.response) for row in batch], settings.micro_batch):
+            part = [batch[place] for place in places]
             loss, figures = sft_loss(policy, part, pad, settings.kl, settings.anchor, total, anchored)
             loss.backward()
             sums = {key: sums[key] + figures[key] for key in sums}

@@ -2,8 +2,7 @@
 """S2R 2: what each step gains on held-out problems, with controls; three seeds.
 
 SFT over base and over SFT on solutions only; ORL and PRL over SFT by a paired test; first attempts shown apart, so that
-ICR − CIR shows real self-correction; PRL raises verification accuracy most. The vote over first attempts at equal
-tokens is a control of the whole idea.
+ICR − CIR shows real self-correction; PRL raises verification accuracy most.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,52 @@ def read(run: Path, stage: str, name: str) -> dict[str, Any]:
     return {**figures, **json.loads((folder / f"episodes_{name}.json").read_text())}
 
 
-def one_seed(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Base, control, SFT, and ORL and PRL from the same SFT model."""
-    found = {}
-    common = (f"run.seed={seed}", "--quiet")
+def tell(seed: int, name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Show a model's figures at once, on stderr, so that a run that is cut off has shown what it found."""
+    shown = {key: round(figures[key], 4) for key in SHOWN if figures.get(key) is not None}
+    print(f"seed {seed} {name}:", json.dumps(shown), file=sys.stderr, flush=True)
+    return figures
+
+
+def chain(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Base, SFT and ORL."""
     run = folder / f"orl_{seed}"
-    llmcompress("run", "s2r_tiny", f"run.dir={run}", *common)
-    found["base"], found["sft"] = read(run, "init", "before"), read(run, "init", "after")
-    found["orl"] = read(run, "reinforce", "after")
-    taught = run / "stages" / "init" / "model"
-    other = folder / f"prl_{seed}"
-    llmcompress("run", "s2r_tiny_prl", f"run.dir={other}", f"model.path={taught}", "stages.init~", *common)
-    found["prl"] = read(other, "reinforce", "after")
-    control = folder / f"solutions_{seed}"
-    llmcompress("run", "s2r_tiny_solutions", f"run.dir={control}", *common)
-    found["solutions"] = read(control, "init", "after")
-    for name, figures in found.items():
-        shown = {key: figures[key] for key in SHOWN if figures.get(key) is not None}
-        print(f"seed {seed} {name}:", json.dumps({k: round(v, 4) for k, v in shown.items()}), flush=True)
-    return found
+    llmcompress("run", "s2r_tiny", f"run.dir={run}", f"run.seed={seed}", "--quiet")
+    return {
+        "base": tell(seed, "base", read(run, "init", "before")),
+        "sft": tell(seed, "sft", read(run, "init", "after")),
+        "orl": tell(seed, "orl", read(run, "reinforce", "after")),
+    }
+
+
+def process(seed: int, folder: Path, before: Future[Any]) -> dict[str, dict[str, Any]]:
+    """PRL from the SFT model of :func:`chain`."""
+    before.result()
+    taught, run = folder / f"orl_{seed}" / "stages" / "init" / "model", folder / f"prl_{seed}"
+    llmcompress(
+        "run", "s2r_tiny_prl", f"run.dir={run}", f"model.path={taught}", "stages.init~", f"run.seed={seed}", "--quiet"
+    )
+    return {"prl": tell(seed, "prl", read(run, "reinforce", "after"))}
+
+
+def control(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """SFT on right solutions alone."""
+    run = folder / f"solutions_{seed}"
+    llmcompress("run", "s2r_tiny_solutions", f"run.dir={run}", f"run.seed={seed}", "--quiet")
+    return {"solutions": tell(seed, "solutions", read(run, "init", "after"))}
+
+
+def all_seeds(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Every run of every seed, two at a time with one thread each."""
+    with ThreadPoolExecutor(2) as pool:
+        chains = [pool.submit(chain, seed, folder) for seed in SEEDS]
+        # a waiting process run blocks no other: its chain was given to the pool before it
+        rest = [[pool.submit(process, seed, folder, chains[n]) for n, seed in enumerate(SEEDS)]]
+        rest.append([pool.submit(control, seed, folder) for seed in SEEDS])
+        return [
+            {k: v for part in (chains[n], rest[0][n], rest[1][n]) for k, v in part.result().items()}
+            for n in range(len(SEEDS))
+        ]
 
 
 SHOWN = (
@@ -79,7 +107,7 @@ def net(run: dict[str, Any]) -> float:
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="llmcompress-s2r-"))
-    runs = [one_seed(seed, folder) for seed in SEEDS]
+    runs = all_seeds(folder)
     shutil.rmtree(folder)
     claims = {}
     for above, below in (("sft", "base"), ("sft", "solutions"), ("orl", "sft"), ("prl", "sft")):

@@ -13,7 +13,7 @@ from llmcompress.data.problems.base import Problem
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.models.paths import resolve_path
-from llmcompress.training.rl import judged
+from llmcompress.training.rl import judged, outcome_advantages, penalised, weigh_by_length
 
 TASK = Countdown(compact=True)
 PROBLEM = Problem("2,3,4:20", "2,3,4:20", data={"numbers": [2, 3, 4], "target": 20})
@@ -100,3 +100,27 @@ def test_repeating_a_marker_opens_no_second_attempt(reader):
     double = play(reader, f"{RIGHT}{RETRY}{WRONG}{CHECK}{STEPS}{INCORRECT}")
     assert len(double.rewards) == 2
     assert double.outcome == -1
+
+
+def test_trying_a_rejected_answer_again_costs_the_penalty_at_both_levels(reader):
+    rejected = f"{WRONG}{CHECK}{STEPS}{INCORRECT}{RETRY}"
+    again = play(reader, f"{rejected}{rejected}{WRONG}{CHECK}{STEPS}{INCORRECT}")
+    other = play(reader, f"{rejected}{rejected}\\boxed{{2*3+4}}{CHECK}{STEPS}{INCORRECT}")
+    assert again.repeated == [False, False, True, False, True, False]
+    assert other.repeated == [False, False, True, False, False, False]
+    assert (penalised(again, 0.5), penalised(other, 0.5), penalised(again, 0.0)) == (-1.5, -1.25, -1.0)
+    # a single attempt has no retry to repeat
+    assert penalised(play(reader, f"{RIGHT}{CHECK}{STEPS}{CORRECT}"), 0.5) == 1.0
+    outcome_advantages([again, other], 2, skip_agreeing=True, repeat_penalty=0.5)
+    assert (again.advantages, other.advantages) == ([-0.25], [0.25])
+    outcome_advantages([again, other], 2, skip_agreeing=True)
+    assert (again.advantages, again.weight) == ([0.0], 0.0)
+
+
+def test_length_weights_make_an_action_count_the_same_in_short_and_long_responses(reader):
+    short = play(reader, f"{RIGHT}{CHECK}{STEPS}{CORRECT}")
+    long = play(reader, f"{WRONG}{CHECK}{STEPS}{INCORRECT}{RETRY}" * 2 + f"{RIGHT}{CHECK}{STEPS}{CORRECT}")
+    weigh_by_length([short, long], "process")
+    assert (short.weight, long.weight) == (0.5, 1.5)
+    weigh_by_length([short, long], "outcome")
+    assert short.weight / 0.5 / (long.weight / 1.5) == pytest.approx(len(short.ids) / len(long.ids))

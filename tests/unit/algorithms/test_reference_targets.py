@@ -35,6 +35,19 @@ def test_equals_ridge_regression():
         assert (x_hat[e] @ fitted[e].T - x[e] @ weight[e].T).square().mean() < 0.5 * before
 
 
+def test_outputs_gain_what_the_inputs_tell_of_the_drift():
+    x, x_hat, weight = streams()
+    hessian, cross = moments(x, x_hat)
+    map_back = torch.randn(E, N, K, generator=torch.Generator().manual_seed(2))
+    told = x_hat @ map_back.mT
+    drift = told + torch.randn(E, T, N, generator=torch.Generator().manual_seed(3))
+    fitted = fit_to_reference(weight, hessian, cross, 1e-6, drift.mT @ x_hat)
+    for e in range(E):
+        wanted = x[e].double() @ weight[e].double().T + drift[e].double()
+        expected = torch.linalg.lstsq(x_hat[e].double(), wanted).solution.T
+        assert torch.allclose(fitted[e].double(), expected, atol=1e-3)
+
+
 def test_scale_of_the_moments_does_not_matter():
     x, x_hat, weight = streams()
     hessian, cross = moments(x, x_hat)

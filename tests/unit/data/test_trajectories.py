@@ -50,6 +50,21 @@ def test_a_hard_problem_gets_three_different_wrong_trials_and_ends_right():
     assert response.well_formed
 
 
+def test_more_trajectories_of_a_problem_differ_and_begin_with_the_single_one():
+    given = samples("2*3*4", "2+3+4", "2*3+4", "2+3*4", "(2+3)*4")
+    rows = builder().trajectories(PROBLEM, given, 4)
+    assert rows[0] == builder().trajectory(PROBLEM, given)
+    assert 1 < len({row.response for row in rows}) == len(rows) <= 4
+    for row in rows:
+        attempts = [boxed(a.text) for a in cut([row.response], ended=True).actions[::2]]
+        assert len(set(attempts)) == len(attempts)
+    # where there is but one way, it is there once
+    assert len(builder().trajectories(PROBLEM, samples("(2+3)*4"), 4)) == 1
+    made = builder()
+    assert made.trajectories(PROBLEM, samples("2*3*4"), 4) == []
+    assert made.counts["no right sample"] == 1
+
+
 def test_equal_wrong_answers_count_once_and_missing_ones_not_at_all():
     made = builder()
     row = made.trajectory(PROBLEM, [*samples("2*3*4", "2*3*4", "2*3*4", "(2+3)*4"), Sample("no idea", False)])

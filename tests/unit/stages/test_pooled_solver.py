@@ -32,6 +32,8 @@ def run(tiny: Any, tmp_path: Path, name: str, family: str, world: World, **value
         ("mixtral", {"rare_experts": {"min_tokens": 1000, "weighting": "affinity"}}),
         ("deepseek_v3", {}),
         ("qwen2_moe", {"targets": "full_precision"}),
+        ("mixtral", {"targets": "residual_stream"}),
+        ("deepseek_v3", {"targets": "residual_stream"}),
     ],
 )
 def test_sums_in_parts_give_what_one_sum_gives(family: str, values: Any, tiny: Any, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 import torch
 
-from llmcompress.training.rows import flags, pad_rows
+from llmcompress.training.rows import by_length, flags, pad_rows
 
 
 def test_places_predict_the_response():
@@ -13,7 +13,12 @@ def test_places_predict_the_response():
     logits = torch.arange(5.0)[None, :, None].expand(2, 5, 1)
     assert padded.select(logits)[..., 0].tolist()[0][:2] == [2, 3]
     assert padded.select(logits)[..., 0].tolist()[1] == [0, 1, 2]
+    assert padded.select(logits, 2)[..., 0].tolist() == [[2, 3], [0, 1]]
 
 
 def test_flags_are_filled_up():
     assert flags([[True, False], [1]], 3, "cpu", fill=-1).tolist() == [[1, 0, -1], [1, -1, -1]]
+
+
+def test_parts_hold_every_row_once_beside_rows_of_its_length():
+    assert by_length([5, 1, 4, 1, 3], 2) == [[1, 3], [4, 2], [0]]

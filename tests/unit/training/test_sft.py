@@ -1,0 +1,56 @@
+"""Parts of a batch add up to the batch, and the anchor alone computes no more of the reference than it reads."""
+
+import pytest
+import torch
+
+from llmcompress.training.policy import Policy
+from llmcompress.training.rows import by_length
+from llmcompress.training.sft import SftRow, sft_loss
+
+PAD = 0
+
+
+def row(prompt, response, first):
+    return SftRow(
+        tuple(prompt), tuple(response), tuple(i >= first for i in range(len(response))),
+        tuple(i < first for i in range(len(response))),
+    )  # fmt: skip
+
+
+ROWS = [row([3, 4], range(5, 17), 3), row([7], [8, 9, 10], 2), row([5, 6, 7, 8], [9, 1, 2, 3, 4, 5], 4)]
+TOTAL, ANCHORED = (sum(sum(getattr(r, name)) for r in ROWS) for name in ("trained", "first"))
+
+
+@pytest.fixture
+def policy():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    made = Policy(LlamaForCausalLM(config))
+    for parameter in made.trainable.values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return made
+
+
+def gradient(policy, parts, kl):
+    total = 0.0
+    for part in parts:
+        loss, _ = sft_loss(policy, [ROWS[i] for i in part], PAD, kl, 0.7, TOTAL, ANCHORED)
+        loss.backward()
+        total += float(loss.detach())
+    found = torch.cat([p.grad.flatten() for p in policy.trainable.values()])
+    policy.model.zero_grad()
+    return total, found
+
+
+def test_parts_and_the_shortened_reference_change_nothing(policy):
+    # a vanishing kl takes the reference over the whole rows
+    whole, expected = gradient(policy, [[0, 1, 2]], 1e-30)
+    for parts in ([[0, 1, 2]], by_length([14, 4, 10], 1), by_length([14, 4, 10], 2)):
+        loss, found = gradient(policy, parts, 0.0)
+        assert loss == pytest.approx(whole, rel=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
