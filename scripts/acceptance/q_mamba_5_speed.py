@@ -6,8 +6,9 @@ and 32, two threads, candidates interleaved, medians. transformers runs the dens
 faster of the two counts, at each batch anew. Ours is what `generate` and `serve` run: the native engine, one call a
 step or prompt; the same packed model through transformers' modules on our operators is shown beside it. Decode at least
 6 times transformers' at batch 8, prefill of 512 tokens at least 8 times, and the 4-bit state update at least twice as
-fast as our own with fp32 states at batch 8 and 32. The last is judged on the large model, as C8 says: states of the reference model (0.6 MB a sequence) never leave the second cache
-level, so nothing is saved by making them smaller; its figure is shown.
+fast as our own with fp32 states at batch 8 and 32. The last is judged on the large model, as C8 says: states of the
+reference model (0.6 MB a sequence) never leave the second cache level, so nothing is saved by making them smaller; its
+figure is shown.
 
     chrt -f 5 python scripts/acceptance/q_mamba_5_speed.py [--models reference large] [--threads 2] [--keep FOLDER]
 """
