@@ -19,8 +19,7 @@ from llmcompress.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(mamba2.unavailable() is not None, reason=f"no kernels: {mamba2.unavailable()}")
 
-HIDDEN, HEADS, CHANNELS, VOCABULARY, LAYERS, EPSILON = 48, 4, 16, 75, 2, 1e-5
-INNER = HEADS * CHANNELS
+HIDDEN, HEADS, VOCABULARY, LAYERS, EPSILON = 48, 4, 75, 2, 1e-5
 OPERATORS = torch.ops.llmcompress
 
 
@@ -68,26 +67,30 @@ class Packed:
 class Twin:
     """A random model, and its step and prompt as a chain of operators."""
 
-    def __init__(self, weights: int = 8, bits: int = 4, groups: int = 1, states: int = 32, kind: str = "dsq") -> None:
+    def __init__(
+        self, weights: int = 8, bits: int = 4, groups: int = 1, size: tuple[int, int] = (16, 32), kind: str = "dsq"
+    ) -> None:
         torch.manual_seed(3)
         assert cpu.ready()
-        self.groups, self.states, self.bits, self.refit = groups, states, bits, kind == "dsq_refit"
-        self.width = INNER + 2 * groups * states
+        self.groups, self.bits, self.refit = groups, bits, kind == "dsq_refit"
+        self.channels, self.states = channels, states = size
+        self.inner = inner = HEADS * channels
+        self.width = inner + 2 * groups * states
         self.embedding, self.head = Packed(80, HIDDEN, 8, False), Packed(80, HIDDEN, 8, False)
         self.layers, structs = [], []
         for _ in range(LAYERS):
             fixed = None
             if kind == "dsq_static_p":
-                fixed = dsq.static_channel_scale(torch.rand(HEADS, CHANNELS) + 0.01)
+                fixed = dsq.static_channel_scale(torch.rand(HEADS, channels) + 0.01)
             layer: dict[str, Any] = {
                 "norm": 1 + 0.1 * torch.randn(HIDDEN),
-                "in_proj": Packed(INNER + self.width, HIDDEN, weights, True, torch.randn(INNER + self.width) * 0.1),
+                "in_proj": Packed(inner + self.width, HIDDEN, weights, True, torch.randn(inner + self.width) * 0.1),
                 "times": torch.randn(HEADS, HIDDEN) * HIDDEN**-0.5,
                 "times_bias": torch.randn(HEADS) * 0.1,
-                "out_proj": Packed(HIDDEN, INNER, weights, True),
+                "out_proj": Packed(HIDDEN, inner, weights, True),
                 "conv_weight": torch.randn(self.width, 4) * 0.5, "conv_bias": torch.randn(self.width) * 0.1,
                 "dt_bias": torch.randn(HEADS), "a": -torch.rand(HEADS) * 4, "d": torch.randn(HEADS),
-                "gain": 1 + 0.1 * torch.randn(INNER), "fixed": fixed,
+                "gain": 1 + 0.1 * torch.randn(inner), "fixed": fixed,
             }  # fmt: skip
             self.layers.append(layer)
             kept = {k: layer[k] for k in ("norm", "conv_weight", "conv_bias", "dt_bias", "a", "d", "gain", "fixed")}
@@ -98,7 +101,7 @@ class Twin:
         self.final = 1 + 0.1 * torch.randn(HIDDEN)
         self.model = mamba2.Model(
             layers=structs, final_norm=self.final, embedding=self.embedding.matrix, head=self.head.matrix,
-            vocabulary=VOCABULARY, heads=HEADS, channels=CHANNELS, states=states, groups=groups, bits=bits,
+            vocabulary=VOCABULARY, heads=HEADS, channels=channels, states=states, groups=groups, bits=bits,
             refit=self.refit, epsilon=EPSILON, gate_epsilon=EPSILON, limits=(0.01, math.inf),
         )  # fmt: skip
 
@@ -134,12 +137,12 @@ class Twin:
         hidden = self.embedding.row(tokens)
         for index, layer in enumerate(self.layers):
             projected, times = self._projected(layer, hidden)
-            state = torch.zeros(1, HEADS, CHANNELS, self.states)
+            state = torch.zeros(1, HEADS, self.channels, self.states)
             out = OPERATORS.mamba2_prefill(
                 projected[None], times[None], None, *self._mixer(layer), state, self.groups, 0.01, math.inf, EPSILON
             )
             hidden = hidden + layer["out_proj"](out[0])
-            inputs = torch.nn.functional.pad(projected[:, INNER:].T, (4, 0))[:, -4:]
+            inputs = torch.nn.functional.pad(projected[:, self.inner :].T, (4, 0))[:, -4:]
             held.conv[index, slot] = inputs
             if not self.bits:
                 held.floats[index, slot] = state[0]
@@ -160,13 +163,18 @@ def same(mine: mamba2.States, theirs: mamba2.States) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("weights", "bits", "groups", "states", "kind"),
-    [(8, 4, 1, 32, "dsq"), (4, 8, 2, 64, "dsq_refit"), (8, 4, 2, 32, "dsq_static_p"), (8, 0, 1, 32, "dsq")],
+    ("weights", "bits", "groups", "size", "kind"),
+    [
+        (8, 4, 1, (16, 32), "dsq"),
+        (4, 8, 2, (32, 64), "dsq_refit"),
+        (8, 4, 2, (64, 128), "dsq_static_p"),
+        (8, 0, 1, (16, 32), "dsq"),
+    ],
 )
 def test_it_is_the_chain_of_operators(
-    weights: int, bits: int, groups: int, states: int, kind: str, threads: int
+    weights: int, bits: int, groups: int, size: tuple[int, int], kind: str, threads: int
 ) -> None:
-    twin = Twin(weights, bits, groups, states, kind)
+    twin = Twin(weights, bits, groups, size, kind)
     mine, theirs = (mamba2.States(twin.model, 12) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
     for slot in range(11):

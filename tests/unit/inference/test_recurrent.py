@@ -71,7 +71,7 @@ def test_a_dense_model_with_float_states_agrees(changes: dict[str, Any], prompt:
     assert isinstance(engine, RecurrentEngine)
     assert float((natively(engine, tokens, prompt, 1) - expected).abs().max()) < EXACT * float(expected.abs().max())
     for layer, held in zip(cache.layers, engine.states.floats[:, 1]):
-        torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=5e-6)
     assert engine.lengths == [0, len(tokens)]
 
 

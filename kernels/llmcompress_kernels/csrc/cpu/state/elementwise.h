@@ -26,8 +26,11 @@ STATE_INLINE __m512 exp16(__m512 x) {
 }
 
 STATE_INLINE __m512 silu16(__m512 x) {
-  const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+  const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)), below = _mm512_add_ps(_mm512_set1_ps(1.0f), e);
+  // a division takes sixteen cycles; 14 bits of the reciprocal and a step of Newton's take four
+  const __m512 near = _mm512_rcp14_ps(below);
+  const __m512 reciprocal = _mm512_fmadd_ps(near, _mm512_fnmadd_ps(below, near, _mm512_set1_ps(1.0f)), near);
+  return _mm512_mul_ps(x, reciprocal);
 }
 
 // log(1 + exp(z)) = max(z, 0) + 2 atanh(t / (2 + t)), t = exp(-|z|): no cancellation for small results

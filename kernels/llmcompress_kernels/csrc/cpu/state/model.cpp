@@ -23,14 +23,15 @@ STATE_INLINE void dots(Load load, const float* x, int64_t columns, float* out) {
   for (int r = 0; r < Rows; ++r) out[r] = _mm512_reduce_add_ps(sum[r]);
 }
 
-template <class Load>
+// A row alone waits for its own sums, so as many as there are go together.
+template <int Rows, class Load>
 STATE_INLINE void dots(Load load, const float* x, int64_t columns, int64_t first, int64_t last, float* out) {
   int64_t r = first;
-  for (; r + 8 <= last; r += 8) {
-    dots<8>([&](int64_t at) __attribute__((always_inline)) { return load(r * columns + at); }, x, columns, out + r);
+  for (; r + Rows <= last; r += Rows) {
+    dots<Rows>([&](int64_t at) __attribute__((always_inline)) { return load(r * columns + at); }, x, columns, out + r);
   }
-  for (; r < last; ++r) {
-    dots<1>([&](int64_t at) __attribute__((always_inline)) { return load(r * columns + at); }, x, columns, out + r);
+  if constexpr (Rows > 1) {
+    if (r < last) dots<(Rows > 2 ? Rows - 2 : 1)>(load, x, columns, r, last, out);
   }
 }
 
@@ -90,14 +91,14 @@ void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, i
     float* out = projected + t * row + at;
     if (dt.m.kind == llmcompress::decode::DENSE_FP32) {
       const float* weight = static_cast<const float*>(dt.m.data);
-      dots([weight](int64_t i) __attribute__((always_inline)) { return _mm512_loadu_ps(weight + i); }, x, columns, first, last, out);
+      dots<8>([weight](int64_t i) __attribute__((always_inline)) { return _mm512_loadu_ps(weight + i); }, x, columns, first, last, out);
     } else {
       const uint16_t* weight = static_cast<const uint16_t*>(dt.m.data);
       const auto load = [weight](int64_t i) __attribute__((always_inline)) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
       };
-      dots(load, x, columns, first, last, out);
+      dots<8>(load, x, columns, first, last, out);
     }
     if (dt.m.bias != nullptr) {
       for (int64_t h = first; h < last; ++h) out[h] += dt.m.bias[h];

@@ -18,7 +18,7 @@ class PromptWorker : public Worker {
  public:
   PromptWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& barrier, int thread)
       : Worker(engine, barrier, thread, prompt.seconds), held_(states), p_(prompt), inner_(engine.inner()),
-        width_(engine.width()), row_(engine.row()), lanes_(m_.channels % 32 == 0 ? 32 : 16),
+        width_(engine.width()), row_(engine.row()), lanes_(walked_lanes(m_.channels, m_.heads, p_.threads)),
         hidden_(engine.hidden.get(p_.count * m_.hidden)), projected_(engine.projected.get(segment_tokens(p_.count) * row_)),
         delta_(engine.delta.get(segment_tokens(p_.count) * engine.hidden_row())), weight_(engine.mixed_weight.get(kTaps * width_)),
         old_(engine.old.get(kTaps * width_)) {}
@@ -116,7 +116,7 @@ class PromptWorker : public Worker {
     for (int64_t i = pieces.first; i < pieces.last; ++i) {
       float* piece = tiles_ + i * lanes_ * m_.states;
       const int64_t head = i * lanes_ / m_.channels, first = i * lanes_ % m_.channels;
-      lanes_ == 32 ? walk<2>(m, s, head, first, piece) : walk<1>(m, s, head, first, piece);
+      walk(lanes_, m, s, head, first, piece);
     }
     wait(kState);
     for (int64_t t = tokens.first; t < tokens.last; ++t) {

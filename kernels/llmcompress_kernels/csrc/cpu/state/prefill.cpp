@@ -1,4 +1,6 @@
 // A prompt through a Mamba-2 mixer between its two projections, with a float state; prompt.h says how.
+#include <omp.h>
+
 #include "prompt.h"
 
 #pragma GCC push_options
@@ -17,7 +19,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
   Mixer m{nullptr, conv_bias, dt_bias, a, d, gain, heads, groups, channels, states, limits[0], limits[1], limits[2]};
   const int64_t inner = m.inner(), width = m.width();
   if (channels % 16 != 0 || states % 16 != 0 || inner / groups % 16 != 0) return 1;
-  const int64_t lanes = channels % 32 == 0 ? 32 : 16, pieces = channels / lanes, most = tokens < kSegment ? tokens : kSegment;
+  const int64_t lanes = walked_lanes(channels, heads, omp_get_max_threads()), pieces = channels / lanes, most = tokens < kSegment ? tokens : kSegment;
   const Floats weight = floats(4 * width), old = floats(3 * width), tiles = floats(heads * channels * states);
   const Floats x = floats(most * inner), y = floats(most * inner), bc = floats(most * 2 * m.both());
   const Floats dt = floats(most * heads), decay = floats(most * heads);
@@ -54,7 +56,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
       for (int64_t i = 0; i < heads * pieces; ++i) {
         float* piece = tiles.get() + i * lanes * states;
         const int64_t head = i / pieces, first = i % pieces * lanes;
-        lanes == 32 ? walk<2>(m, segment, head, first, piece) : walk<1>(m, segment, head, first, piece);
+        walk(lanes, m, segment, head, first, piece);
       }
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < count; ++t) {

@@ -25,7 +25,7 @@ namespace {
 
 constexpr int64_t kSegment = 256;  // tokens of one pass through the three steps
 constexpr int64_t kStretch = 64;   // tokens of the inner loop, at most
-constexpr int kBlock = 8;          // states in registers at a time
+constexpr int kBlock = 8;          // states whose B and C lie side by side
 constexpr float kFloor = 9.31322574615478515625e-10f;  // 2^-30
 
 struct Free {
@@ -70,13 +70,21 @@ void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps, 
   time_steps(raw_dt, m.dt_bias, m.a, m.low, m.high, m.heads, s.dt + t * m.heads, s.decay + t * m.heads);
 }
 
+// Channels of a head that are walked together, those of four vectors where a head has them and heads are enough for the
+// threads: the broadcasts of B and C then serve four products each.
+int64_t walked_lanes(int64_t channels, int64_t heads, int64_t threads) {
+  return channels % 64 == 0 && heads % threads == 0 ? 64 : channels % 32 == 0 ? 32 : 16;
+}
+
 // `Vectors` times sixteen channels of one head through a segment; tile [N][16 Vectors] is the state before and after.
+// Sums are taken in one order whatever `Vectors` is.
 template <int Vectors>
 void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* tile) {
-  constexpr int lanes = 16 * Vectors;
+  constexpr int lanes = 16 * Vectors, rank = Vectors == 4 ? 4 : kBlock;  // states in registers at a time
   alignas(64) float scaled[kStretch][lanes], read[kStretch][lanes];
   float level[kStretch];
   const int64_t inner = m.inner(), column = head * m.channels + first, blocks = m.states / kBlock;
+  static_assert(kBlock % rank == 0);
   const float* bc = s.bc + head / (m.heads / m.groups) * blocks * s.tokens * 16;
   float before = 1.0f;
   for (int64_t start = 0; start < s.tokens;) {
@@ -95,22 +103,22 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
         _mm512_store_ps(read[t] + 16 * v, _mm512_setzero_ps());
       }
     }
-    for (int64_t block = 0; block < blocks; ++block) {
-      __m512 held[kBlock][Vectors];
-      float* rows = tile + block * kBlock * lanes;
-      for (int i = 0; i < kBlock; ++i) {
+    for (int64_t state = 0; state < m.states; state += rank) {
+      __m512 held[rank][Vectors];
+      float* rows = tile + state * lanes;
+      for (int i = 0; i < rank; ++i) {
         for (int v = 0; v < Vectors; ++v) {
           held[i][v] = _mm512_mul_ps(_mm512_set1_ps(entry), _mm512_load_ps(rows + i * lanes + 16 * v));
         }
       }
-      const float* line = bc + (block * s.tokens + start) * 16;
+      const float* line = bc + (state / kBlock * s.tokens + start) * 16 + state % kBlock;
       for (int64_t t = 0; t < count; ++t, line += 16) {
         __m512 x[Vectors], y[Vectors];
         for (int v = 0; v < Vectors; ++v) {
           x[v] = _mm512_load_ps(scaled[t] + 16 * v);
           y[v] = _mm512_load_ps(read[t] + 16 * v);
         }
-        for (int i = 0; i < kBlock; ++i) {
+        for (int i = 0; i < rank; ++i) {
           const __m512 b = _mm512_set1_ps(line[i]), c = _mm512_set1_ps(line[kBlock + i]);
           for (int v = 0; v < Vectors; ++v) {
             held[i][v] = _mm512_fmadd_ps(x[v], b, held[i][v]);
@@ -119,7 +127,7 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
         }
         for (int v = 0; v < Vectors; ++v) _mm512_store_ps(read[t] + 16 * v, y[v]);
       }
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < rank; ++i) {
         for (int v = 0; v < Vectors; ++v) _mm512_store_ps(rows + i * lanes + 16 * v, held[i][v]);
       }
     }
@@ -137,6 +145,11 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
   for (int64_t i = 0; i < m.states * lanes; i += 16) {
     _mm512_store_ps(tile + i, _mm512_mul_ps(_mm512_set1_ps(before), _mm512_load_ps(tile + i)));
   }
+}
+
+void walk(int64_t lanes, const Mixer& m, const Segment& s, int64_t head, int64_t first, float* tile) {
+  if (lanes == 64) return walk<4>(m, s, head, first, tile);
+  lanes == 32 ? walk<2>(m, s, head, first, tile) : walk<1>(m, s, head, first, tile);
 }
 
 }  // namespace
