@@ -3,6 +3,7 @@
 
 #include "llmcompress/isa.h"
 #include "heads.h"
+#include "nibbles.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
@@ -111,7 +112,21 @@ Head pick(int bits, int64_t states) {
 
 }  // namespace
 
+// Null where nibbles.h does not apply.
+Head pick_nibbles(Mode mode, int64_t states) {
+  static const bool runs = llmcompress::has_avx512();
+  if (!runs || mode == kRefitted) return nullptr;
+  switch (states) {
+    case 64: return mode == kDynamic ? update_nibbles<2, false> : update_nibbles<2, true>;
+    case 128: return mode == kDynamic ? update_nibbles<4, false> : update_nibbles<4, true>;
+    case 256: return mode == kDynamic ? update_nibbles<8, false> : update_nibbles<8, true>;
+    default: return nullptr;
+  }
+}
+
 Head head_update(Mode mode, int bits, int64_t states) {
+  const Head nibbles = bits == 4 ? pick_nibbles(mode, states) : nullptr;
+  if (nibbles != nullptr) return nibbles;
   switch (mode) {
     case kCalibrated: return pick<kCalibrated>(bits, states);
     case kRefitted: return pick<kRefitted>(bits, states);
