@@ -26,6 +26,7 @@ struct Operand {
   Weight weight{};
   std::vector<llmcompress::Chunk> parts;
   int planes = 0;
+  bool even = false;  // rounding.h does for blocks of eight tokens
 
   Operand() = default;
   Operand(const Matrix& matrix, int rounding) : m(matrix), planes(rounding) {
@@ -38,6 +39,11 @@ struct Operand {
   bool packed() const { return m.kind == llmcompress::decode::PACKED; }
   int64_t blocks() const { return (m.rows + LANES - 1) / LANES; }
   int64_t count() const { return static_cast<int64_t>(parts.size()); }
+  // Whether activations are 64 bytes in natural order to a chunk.
+  bool eights() const {
+    const auto whole = [](const llmcompress::Chunk& part) { return part.width == llmcompress::INT8_CHUNK; };
+    return packed() && planes == 1 && m.bits == 8 && std::all_of(parts.begin(), parts.end(), whole);
+  }
   size_t bytes(int64_t tokens) const { return packed() ? llmcompress::activation_bytes(weight, tokens, planes) : 0; }
 };
 
@@ -72,6 +78,7 @@ struct Engine {
     for (int i = 0; i < m.layer_count; ++i) {
       const MixerLayer& l = m.layers[i];
       layers.push_back({l, Operand(l.in_proj, l.in_planes), Operand(l.dt_proj, 0), Operand(l.out_proj, l.out_planes)});
+      for (Operand* o : {&layers.back().in, &layers.back().out}) o->even = o->eights() && kernels.token_block == 8;
     }
   }
 
@@ -95,9 +102,10 @@ struct Engine {
     return o.packed() ? llmcompress::place_activations(o.weight, tokens, o.planes, memory, kernels.token_block) : Activations{};
   }
   void quantize(const Operand& o, const float* x, const Activations& a, int64_t block) const {
-    if (!o.packed()) return;
+    if (!o.packed() || (o.even && a.tokens - block * 8 >= 8 && rounded(o, x, a, block))) return;
     kernels.quantize(o.weight, o.parts.data(), o.count(), x, llmcompress::FP32, o.m.columns, nullptr, a, block);
   }
+  bool rounded(const Operand& o, const float* x, const Activations& a, int64_t block) const;
   // Row blocks [first, last) for all tokens: out[t * stride + row]; x [tokens, columns].
   void multiply(const Operand& o, const Activations& a, const float* x, int64_t tokens, int64_t first, int64_t last,
                 float* row, float* out, int64_t stride) const {

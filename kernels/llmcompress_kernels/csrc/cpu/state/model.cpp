@@ -1,5 +1,6 @@
 // Entry points of the native Mamba-2 model, and what steps and prompts do alike.
 #include "engine.h"
+#include "rounding.h"
 
 #include <omp.h>
 
@@ -36,6 +37,10 @@ STATE_INLINE void dots(Load load, const float* x, int64_t columns, int64_t first
 }
 
 }  // namespace
+
+bool Engine::rounded(const Operand& o, const float* x, const Activations& a, int64_t block) const {
+  return round_tokens(o.parts.data(), o.count(), x, o.m.columns, a, o.m.columns, block);
+}
 
 void Worker::embed(int64_t token, float* to) const {
   const Matrix& from = m_.embedding;

@@ -78,8 +78,8 @@ struct Nibbles {
     return _mm512_add_ps(_mm512_mul_ps(decay, old), _mm512_mul_ps(_mm512_set1_ps(x[r]), _mm512_load_ps(b + 16 * v)));
   }
 
-  // Sixteen rows: fresh states into the tile, read-outs, channel scales, and what they add to the largest u / channel.
-  inline __attribute__((always_inline)) void rows(int base, __m512* largest, float* y, uint16_t* channel_out) {
+  // Sixteen rows: fresh states into the tile, read-outs, channel scales.
+  inline __attribute__((always_inline)) void rows(int base, float* y, uint16_t* channel_out) {
     const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
     alignas(64) float even[kRows][16], odd[kRows][16], out[kRows][16];
     // rows whose codes come in one vector go together, so that every shift is a constant
@@ -110,8 +110,12 @@ struct Nibbles {
         }
       }
     }
-    _mm512_storeu_ps(y + base, sum_rows(out));
     if constexpr (!Calibrated) channel_scales(now, base, even, odd, n, channel_out);
+    _mm512_storeu_ps(y + base, sum_rows(out));
+  }
+
+  // u / channel of sixteen rows in the place of u, and what they add to the largest.
+  inline __attribute__((always_inline)) void divide(int base, __m512* largest) {
     for (int r = base; r < base + kRows; ++r) {
       const __m512 inverse = _mm512_set1_ps(now.inverse[r]);
       for (int v = 0; v < vectors; ++v) {
@@ -191,6 +195,8 @@ struct Nibbles {
       }
       if (__builtin_expect(now.wide || _mm512_test_epi32_mask(differ, differ) != 0, 0)) packed = divided(q);
       _mm512_storeu_si512(codes + 64 * q, _mm512_permutexvar_epi8(to_bytes(), packed));
+      // the next head's codes follow
+      _mm_prefetch(reinterpret_cast<const char*>(codes + p * bytes + 64 * q), _MM_HINT_T0);
     }
   }
 };
@@ -212,7 +218,13 @@ void update_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const ui
   if constexpr (Calibrated) fixed_channels(head.now, fixed, p);
   __m512 largest[2 * J];
   for (int v = 0; v < 2 * J; ++v) largest[v] = _mm512_setzero_ps();
-  for (int base = 0; base < p; base += kRows) head.rows(base, largest, y, channel);
+  // channel scales come late (a square root, a division): the next rows do not wait for them
+  head.rows(0, y, channel);
+  for (int base = kRows; base < p; base += kRows) {
+    head.rows(base, y, channel);
+    head.divide(base - kRows, largest);
+  }
+  head.divide(p - kRows, largest);
   head.columns(largest, p, scale);
   head.encode(p);
 }

@@ -54,10 +54,22 @@ struct Segment {
 // Convolution, silu and time steps of one token; taps[k] is the input of k - 3 tokens later.
 void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps, const float* raw_dt) {
   const int64_t width = m.width(), inner = m.inner(), both = m.both(), n = m.states;
-  for (int64_t i = 0; i < width; i += 16) {
-    __m512 sum = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + i);
-    for (int k = 0; k < 4; ++k) sum = _mm512_fmadd_ps(_mm512_loadu_ps(m.weight + k * width + i), _mm512_loadu_ps(taps[k] + i), sum);
-    const __m512 value = silu16(sum);
+  const auto sum = [&](int64_t i) __attribute__((always_inline)) {
+    __m512 total = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + i);
+    for (int k = 0; k < 4; ++k) {
+      total = _mm512_fmadd_ps(_mm512_loadu_ps(m.weight + k * width + i), _mm512_loadu_ps(taps[k] + i), total);
+    }
+    return total;
+  };
+  int64_t i = 0;
+  for (; i + 64 <= inner; i += 64) {
+    __m512 value[4];
+    for (int q = 0; q < 4; ++q) value[q] = sum(i + 16 * q);
+    silu_all<4>(value);
+    for (int q = 0; q < 4; ++q) _mm512_storeu_ps(s.x + t * inner + i + 16 * q, value[q]);
+  }
+  for (; i < width; i += 16) {
+    const __m512 value = silu16(sum(i));
     if (i < inner) {
       _mm512_storeu_ps(s.x + t * inner + i, value);
       continue;
