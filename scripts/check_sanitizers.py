@@ -23,7 +23,7 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 
 
 TESTS = {
-    "state": ["tests/kernels/test_state_ops.py"],
+    "state": ["tests/kernels/test_state_ops.py", "tests/kernels/test_mamba2_model.py"],
     # one dense and one packed model of each kind, every instruction set, threads, chunks, the rounded head
     "decode": [
         "tests/unit/inference/test_engine.py",

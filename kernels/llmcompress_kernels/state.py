@@ -22,7 +22,9 @@ from llmcompress_kernels.reference.state import FLOAT_BITS, SEGMENT
 FAMILY = "state"
 # taps of the convolution that the kernels know
 CONV_WIDTH = 4
-build.register(build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h", "cpu/include/llmcompress/isa.h")))
+build.register(
+    build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h"))
+)
 
 SCHEMAS = {
     "state_update": "(Tensor(a!) state, Tensor drive, Tensor decay, Tensor b, Tensor c) -> Tensor",

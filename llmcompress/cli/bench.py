@@ -118,17 +118,17 @@ def _candidates(opened: dict[str, OpenedModel], how: Speed, out: Output) -> tupl
 
     from llmcompress.errors import InputError
     from llmcompress.inference import speed
-    from llmcompress.inference.engine import Engine
+    from llmcompress.inference.native import open_engine
 
     found: dict[str, Any] = {}
     declined = {}
     for name, one in opened.items():
         try:
-            found[f"{name} native"] = speed.native(Engine(one.model))
+            found[f"{name} native"] = speed.native(open_engine(one.model))
             if how.options["int8_activations"] or how.options["head_bits"]:
                 options: dict[str, Any] = {key: value for key, value in how.options.items() if value}
                 words = ", ".join(ROUNDINGS[key] for key in options)
-                found[f"{name} native, {words}"] = speed.native(Engine(one.model, **options))
+                found[f"{name} native, {words}"] = speed.native(open_engine(one.model, **options))
         except (InputError, BuildError) as error:
             declined[name] = str(error).splitlines()[0]
             out.note(declined[name])

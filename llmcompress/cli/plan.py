@@ -89,10 +89,11 @@ def plan(
     config: ConfigOption = None,
     device: Annotated[str | None, typer.Option("--device", help="Predict for cpu or cuda.")] = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="1,2,4", help="Also predict the time on so many processes.")
+        str | None,
+        typer.Option("--cluster", metavar="1..64", help="Also predict the time on so many processes (1,2,4 or 1..64)."),
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option("--rates", help="Measured rates, from scripts/measure_cluster_rates.py.")
+        Path | None, typer.Option("--rates", help="Rates of your machine, from scripts/measure_cluster_rates.py.")
     ] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of one process for an hour.")] = None,
 ) -> None:
@@ -129,24 +130,37 @@ def cluster_rows(
         loaded: The recipe.
         facts: ``config.json``.
         device: ``cpu`` or ``cuda``.
-        cluster: Numbers, separated by commas.
-        path: File of rates.
+        cluster: Numbers, separated by commas, or ``1..64``: doubled from one to the other.
+        path: File of rates; None for the one that comes with the package.
 
     Raises:
-        UsageError: A number is not one, or rates are missing.
+        UsageError: A number is not one.
+        InputError: The file is no file of rates, or one of another device.
     """
     from llmcompress.pipeline.cluster import Rates, predict
 
-    words = [word.strip() for word in cluster.split(",")]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise UsageError(f"--cluster {cluster}: not numbers of processes", "--cluster 1,2,4,8")
-    if path is None:
-        raise UsageError(
-            "--cluster needs --rates: time is predicted from rates measured on the machine in question",
-            "python scripts/measure_cluster_rates.py --out rates.json",
-        )
+    numbers = process_numbers(cluster)
     measured = Rates.load(path)
-    return measured, predict(loaded, facts, device, [int(word) for word in words], measured)
+    return measured, predict(loaded, facts, device, numbers, measured)
+
+
+def process_numbers(text: str) -> list[int]:
+    """``1,2,4`` or ``1..4`` → the numbers.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    first, dots, last = text.partition("..")
+    words = [first, last] if dots else text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"--cluster {text}: not numbers of processes", "--cluster 1,2,4,8 or --cluster 1..64")
+    numbers = [int(word) for word in words]
+    if not dots:
+        return numbers
+    found = [numbers[0]]
+    while found[-1] * 2 <= numbers[1]:
+        found.append(found[-1] * 2)
+    return found
 
 
 _PARTS = ("read", "forward", "hessian", "solve", "exchange")
@@ -171,6 +185,8 @@ def _show_cluster(
     worst = max((abs(error) for error in rates.error.values()), default=None)
     checked = "not checked on a run" if worst is None else f"off by up to {worst:.0%} on the runs it was checked on"
     screen.print(f"rates of {rates.machine}; {checked}", markup=False, highlight=False, soft_wrap=True)
+    for ranks, error in rates.error.items():
+        screen.print(f"  {ranks}: {error:+.0%}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(found: Plan, screen: Console) -> None:

@@ -125,6 +125,10 @@ class Engine:
         InputError: The model is declined.
     """
 
+    max_batch = native.MAX_BATCH
+    # whether a sequence takes more memory with every token
+    grows = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -153,6 +157,11 @@ class Engine:
         self.slots = 0
         self.cache: native.Cache
         self.reserve(positions, slots)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.decoder.vocabulary
 
     @property
     def step_bytes(self) -> int:
@@ -278,6 +287,11 @@ class Engine:
         """Place of a sequence's member in the family, 0 without one."""
         return self._owners[slot]
 
+    def held_bytes(self, slots: Sequence[int]) -> int:
+        """Bytes of the positions that these sequences use."""
+        each = (self.cache.keys.nbytes + self.cache.values.nbytes) // (self.cache.keys.shape[1] * self.cache.positions)
+        return each * sum(self.lengths[slot] for slot in slots)
+
     def _members(self, slots: Sequence[int]) -> Tensor | None:
         return torch.tensor([self._owners[slot] for slot in slots], dtype=torch.int32) if self.members else None
 
@@ -335,7 +349,7 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         tied = last.weight.data_ptr() == words.weight.data_ptr()
         heads.append(embeddings[-1] if tied else native.dense(last.weight.detach(), last.bias))
         if head_bits is not None:
-            heads[-1] = _rounded(last.weight.detach(), head_bits)
+            heads[-1] = rounded_matrix(last.weight.detach(), head_bits)
     layers = [_layer(model, block, members) for block in layout.blocks]
     return native.Decoder(
         layers=layers,
@@ -401,7 +415,7 @@ def _linear(module: nn.Module, members: Sequence[str] = ()) -> native.Matrix:
         weight: Any = module.weight
         return native.dense(weight.detach(), bias)
     module.prepare()
-    return _packed(module, slice(None), bias)
+    return packed_matrix(module, slice(None), bias)
 
 
 def _tree(module: TreeLinear, members: Sequence[str]) -> native.Matrix:
@@ -414,7 +428,7 @@ def _tree(module: TreeLinear, members: Sequence[str]) -> native.Matrix:
     return native.of_tree(module.planes, below, module.out_features, module.in_features, size, bias)
 
 
-def _packed(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> native.Matrix:
+def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> native.Matrix:
     """Some rows of a packed weight, shared where they are interleaved already and copied elsewhere."""
     tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
     interleaved = side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop))
@@ -447,11 +461,11 @@ def _experts(experts: Any, bank: ExpertBank) -> tuple[native.Matrix, native.Matr
     ):
         side = getattr(experts, key)
         dense = not isinstance(side, PackedTensors)
-        found.append(native.dense(side.detach()[:, rows]) if dense else _packed(side, rows))
+        found.append(native.dense(side.detach()[:, rows]) if dense else packed_matrix(side, rows))
     return found[0], found[1], found[2]
 
 
-def _rounded(weight: Tensor, bits: int) -> native.Matrix:
+def rounded_matrix(weight: Tensor, bits: int) -> native.Matrix:
     """A dense weight rounded to nearest on a symmetric grid, 64 columns per scale."""
     spec, packed = _encoded(weight, bits)
     columns = weight.shape[-1]
@@ -473,7 +487,7 @@ def _screened(decoder: native.Decoder) -> native.Decoder:
     length.
     """
     weight = decoder.head.data
-    screen = _rounded(weight, 8)
+    screen = rounded_matrix(weight, 8)
     bounds = []
     for rows in weight.split(4096):
         spec, tensors = _encoded(rows, 8)

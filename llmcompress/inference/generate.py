@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from llmcompress_kernels.build import BuildError
-from llmcompress_kernels.decode import MAX_BATCH
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.inference.engine import Engine, decline, window
+from llmcompress.inference.engine import window
+from llmcompress.inference.native import NativeEngine, decline, open_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,8 +67,8 @@ class Generator:
     Args:
         model: A causal language model in evaluation mode, dense or packed.
         engine: ``auto`` takes the native one where it can run; ``native`` insists on it.
-        options: Of :class:`~llmcompress.inference.engine.Engine`: ``cache_dtype``, ``int8_activations``, ``head_bits``,
-            ``threads``.
+        options: Of the engine (:func:`~llmcompress.inference.native.open_engine`): ``cache_dtype``,
+            ``int8_activations``, ``head_bits``, ``threads``.
 
     Raises:
         InputError: ``native`` is asked for and declined.
@@ -80,11 +80,11 @@ class Generator:
 
     def __init__(self, model: PreTrainedModel, engine: EngineName = "auto", **options: Any) -> None:
         self.model = model
-        self._native: Engine | None = None
+        self._native: NativeEngine | None = None
         self.reason = "asked for" if engine == "transformers" else decline(model)
         if self.reason is None:
             try:
-                self._native = Engine(model, **options)
+                self._native = open_engine(model, **options)
             except BuildError as error:
                 self.reason = str(error).splitlines()[0]
         if engine == "native" and self.reason is not None:
@@ -122,13 +122,19 @@ class Generator:
         if self._native is None or (forgets is not None and longest > forgets):
             return [self._by_transformers(prompt, sampling, stop, streamer) for prompt in prompts]
         results: list[Continuation] = []
-        for first in range(0, len(prompts), MAX_BATCH):
-            results += self._natively(self._native, prompts[first : first + MAX_BATCH], sampling, stop, streamer)
+        most = self._native.max_batch
+        for first in range(0, len(prompts), most):
+            results += self._natively(self._native, prompts[first : first + most], sampling, stop, streamer)
         return results
 
     @torch.inference_mode()
     def _natively(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], how: Sampling, stop: Collection[int], streamer: Any
+        self,
+        engine: NativeEngine,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        stop: Collection[int],
+        streamer: Any,
     ) -> list[Continuation]:
         began = time.perf_counter()
         engine.reserve(max(map(len, prompts)) + how.max_new_tokens, len(prompts))

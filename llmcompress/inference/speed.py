@@ -22,7 +22,7 @@ from llmcompress_kernels.build import BuildError
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
 from llmcompress.inference import llamacpp_worker
-from llmcompress.inference.engine import Engine
+from llmcompress.inference.native import NativeEngine
 from llmcompress.models.layout import Role
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.swap import swap_modules
@@ -64,13 +64,13 @@ class Case:
 Candidate = Callable[[Case], Callable[[], Any]]
 
 
-def native(engine: Engine) -> Candidate:
+def native(engine: NativeEngine) -> Candidate:
     """The native engine; its cache has to hold every context and its steps."""
 
     def of(case: Case) -> Callable[[], Any]:
         engine.reserve(case.context + case.steps + 1, case.batch)
-        ids = _ids(engine.decoder.vocabulary, case.context)
-        tokens, slots = _ids(engine.decoder.vocabulary, case.batch), range(case.batch)
+        ids = _ids(engine.vocabulary, case.context)
+        tokens, slots = _ids(engine.vocabulary, case.batch), range(case.batch)
 
         def decode() -> None:
             engine.lengths = [case.context] * engine.slots

@@ -53,6 +53,7 @@ class StateRuntime:
         resting: Keep all states in float, as if nothing were attached.
         inspect: Called with ``(layer, scan inputs)`` of every simulated sequence, for measurements.
         observe: Called with ``(layer, fresh state [S, H, P, N], token)`` of every stored state, for statistics.
+        quantizers: How each mixer's states are stored, by its name.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class StateRuntime:
         self.resting = False
         self.inspect: Callable[[int, ScanInputs], None] | None = None
         self.observe: Callable[[int, Tensor, int], None] | None = None
+        self.quantizers: dict[str, StateQuantizer] = {}
 
 
 def runtime_of(model: nn.Module) -> StateRuntime | None:
@@ -147,6 +149,7 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
         static = mixer._buffers.get(SCALE)
         layer = int(mixer.layer_idx)  # type: ignore[arg-type]
         quantizer = StateQuantizer(spec, view, layer, static, bits, int(policy.get("window", 1)))
+        runtime.quantizers[name] = quantizer
         _Mixer(mixer, quantizer, runtime).install()
     setattr(model, RUNTIME, runtime)
     return runtime

@@ -2,7 +2,7 @@
 
 Three ways to hold them, the first that a model can run:
 
-- :class:`NativeRows`: the native engine's cache, up to eight sequences to a step;
+- :class:`NativeRows`: the native engine's cache or states, several sequences to a step;
 - :class:`~llmcompress.serving.mixed_rows.MixedRows`: transformers' modules on all sequences at once, keys and values
   row by row, and members of a family side by side;
 - :class:`SeparateRows`: transformers' modules sequence by sequence, for models whose caches cannot be put together.
@@ -22,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmcompress.inference.engine import Engine
+    from llmcompress.inference.native import NativeEngine
     from llmcompress.nn.tree_linear import BatchRows
 
 
@@ -91,7 +91,7 @@ class NativeRows:
 
     kind = "native"
 
-    def __init__(self, engine: Engine, limit: int, longest: int) -> None:
+    def __init__(self, engine: NativeEngine, limit: int, longest: int) -> None:
         self._engine, self.limit, self.longest = engine, limit, longest
         self._slots: dict[int, int] = {}
         self._free = list(range(limit))[::-1]
@@ -104,13 +104,12 @@ class NativeRows:
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
         """See :meth:`Rows.step`."""
-        from llmcompress_kernels.decode import MAX_BATCH
-
         found: dict[int, Tensor] = {}
         # the tokens of one member side by side
         keys = sorted(tokens, key=lambda key: (self._engine.owner(self._slots[key]), key))
-        for first in range(0, len(keys), MAX_BATCH):
-            part = keys[first : first + MAX_BATCH]
+        most = self._engine.max_batch
+        for first in range(0, len(keys), most):
+            part = keys[first : first + most]
             logits = self._engine.step(torch.tensor([tokens[k] for k in part]), [self._slots[k] for k in part])
             found.update(zip(part, logits.clone()))
         return found
@@ -122,10 +121,8 @@ class NativeRows:
             self._free.append(slot)
 
     def held_bytes(self) -> int:
-        """Bytes of the positions in use."""
-        cache = self._engine.cache
-        each = (cache.keys.nbytes + cache.values.nbytes) // (cache.keys.shape[1] * cache.positions)
-        return each * sum(self._engine.lengths[slot] for slot in self._slots.values())
+        """Bytes of the positions in use, or of the states."""
+        return self._engine.held_bytes(list(self._slots.values()))
 
 
 class SeparateRows:

@@ -142,7 +142,8 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
     from llmcompress_kernels.build import BuildError
     from llmcompress_kernels.decode import MAX_BATCH
 
-    from llmcompress.inference.engine import Engine, decline, window
+    from llmcompress.inference.engine import window
+    from llmcompress.inference.native import decline, open_engine, recurrent_model
 
     reason = decline(model)
     forgets = window(model)
@@ -150,11 +151,14 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
         reason = f"attention forgets after {forgets} tokens"
     if reason is not None:
         return None, reason
-    # every place of its cache has room for the longest sequence: as many as the limit allows, at least one step's
-    longest = max(1, min(longest, limits.cache_tokens // MAX_BATCH))
-    places = max(1, min(limits.rows, limits.cache_tokens // longest))
+    # every place of a cache has room for the longest sequence: as many as the limit allows, at least one step's; states
+    # are all of one size
+    places = limits.rows
+    if not recurrent_model(model):
+        longest = max(1, min(longest, limits.cache_tokens // MAX_BATCH))
+        places = max(1, min(limits.rows, limits.cache_tokens // longest))
     try:
-        engine = Engine(model, slots=places, positions=longest)
+        engine = open_engine(model, places, longest)
     except BuildError as error:
         return None, str(error).splitlines()[0]
     return NativeRows(engine, places, longest), ""

@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,42 @@ def digest(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder`` by relative path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def busy_seconds() -> float:
+    """CPU seconds that this machine has spent on anything since it started."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    idle, waiting = int(fields[3]), int(fields[4])
+    return (sum(map(int, fields)) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+
+
+def keep_plan(
+    name: str, run: Path, words: Sequence[str | Path], *, peak: int = 0, ranks: int = 1, others: float | None = None
+) -> None:
+    """Leave what was predicted and measured of a run for scale_5_plan.py, which judges all of them.
+
+    Args:
+        name: Of the file in runs/plan/.
+        run: The run's folder.
+        words: Recipe and overrides, as ``plan`` takes them.
+        peak: Peak bytes by the kernel's account of the whole process, where it is known.
+        ranks: Processes of the run.
+        others: How many processors other programs kept busy meanwhile; None if it is not known.
+    """
+    plan = llmcompress_json("plan", *words, "--device", "cpu", "--cluster", str(ranks))
+    states = {path.parent.name: json.loads(path.read_text()) for path in run.glob("stages/*/state.json")}
+    stages = plan["cluster"]["stages"]
+    figures = {
+        "predicted_bytes": plan["ram"],
+        "measured_bytes": max(peak, *(state["peak_rss_bytes"] for state in states.values())),
+        "predicted_s": round(sum(rows[0]["seconds"] for rows in stages.values()), 2),
+        "measured_s": round(sum(states[stage]["seconds"] for stage in stages), 2),
+        "others": None if others is None else round(others, 2),
+        "ranks": ranks,
+    }
+    folder = ROOT / "runs" / "plan"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(figures) + "\n")
 
 
 def verdict(holds: bool, figure: str) -> NoReturn:

@@ -6,7 +6,9 @@ artifact; then a fresh process loads the artifact and generates. Peaks are the k
 mark a run resets, and the child's at its end), held against the budget and against ``plan``.
 
     python scripts/acceptance/scale_1_memory.py                     30 GB, budget 8 GiB; about 45 GB of disk
-    python scripts/acceptance/scale_1_memory.py --gigabytes 1.6 --ram 3GiB --generate-ram 3GiB
+
+With --gigabytes 0.9 --ram 800MiB --generate-ram 1GiB --hidden 1024 --intermediate 2048 --experts 4 --tokens 256 the
+same in small, which tests/integration/test_memory.py runs.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import ROOT, llmcompress_json, measured, verdict
+from harness import ROOT, busy_seconds, keep_plan, llmcompress_json, measured, verdict
 
 from llmcompress.recipe.schema import parse_size
 
 TOLERANCE = 0.15
 
 
-def content(model: Path, run: Path, ram: str) -> dict[str, Any]:
+def content(model: Path, run: Path, ram: str, tokens: int) -> dict[str, Any]:
     """The recipe."""
     rule = {"bits": 3, "group_size": 128}
     heldout = {"kind": "jsonl", "path": "asset:text/heldout.jsonl.gz"}
@@ -50,7 +52,7 @@ def content(model: Path, run: Path, ram: str) -> dict[str, Any]:
             },
             "evaluate": {
                 "type": "evaluate",
-                "perplexity": {"heldout": {"source": heldout, "length": 128, "max_tokens": 1024}},
+                "perplexity": {"heldout": {"source": heldout, "length": 128, "max_tokens": tokens}},
             },
             "export": {"type": "export", "formats": ["native"]},
         },
@@ -67,6 +69,11 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=30.2)
     parser.add_argument("--ram", default="8GiB")
     parser.add_argument("--generate-ram", default="16GiB")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=1024, help="held-out tokens of the evaluation")
+    parser.add_argument("--no-keep", dest="keep", action="store_false", help="leave nothing for scale_5_plan.py")
     parser.add_argument("--work", type=Path, help="folder for model and run, removed afterwards; default: temporary")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="llmcompress-scale-", dir=options.work))
@@ -83,17 +90,21 @@ def run(options: argparse.Namespace, root: Path) -> None:
         verdict(False, f"not measured: {free / 1e9:.0f} GB of disk free, {1.35 * options.gigabytes:.0f} GB needed")
     maker = ROOT / "scripts" / "make_large_model.py"
     model, folder, recipe = root / "model", root / "run", root / "large.yaml"
-    subprocess.run([sys.executable, maker, model, "--gigabytes", str(options.gigabytes)], check=True)
-    recipe.write_text(yaml.safe_dump(content(model, folder, options.ram), sort_keys=False))
+    shape = [f"--{name}={getattr(options, name)}" for name in ("gigabytes", "hidden", "intermediate", "experts")]
+    subprocess.run([sys.executable, maker, model, *shape], check=True)
+    recipe.write_text(yaml.safe_dump(content(model, folder, options.ram, options.tokens), sort_keys=False))
     predicted = llmcompress_json("plan", recipe)
-    began = time.time()
-    peak, _ = measured("run", recipe, "--quiet")
+    began, busy = time.time(), busy_seconds()
+    peak, own = measured("run", recipe, "--quiet")
     seconds = time.time() - began
+    others = (busy_seconds() - busy - own) / seconds
     for stage in predicted["stages"]:
         record = json.loads((folder / "stages" / stage["name"] / "state.json").read_text())
         peak = max(peak, record["peak_rss_bytes"])
         print(f"  {stage['name']}: plan {stage['ram'] / 1e9:.2f} GB, measured {record['peak_rss_bytes'] / 1e9:.2f} GB, "
               f"{record['seconds']:.0f} s", flush=True)  # fmt: skip
+    if options.keep:
+        keep_plan("scale_1", folder, [recipe], peak=peak, others=others)
     written = tree_bytes(folder)
     heavy = tree_bytes(model)
     shutil.rmtree(model)

@@ -5,7 +5,7 @@ The quickstart model and stages on fewer windows. With ``run.deterministic`` art
 without it, packed words and perplexities. The ratio of times is of the quantizing stage alone, with one thread per
 process, and means something only where that many cores are free.
 
-    python scripts/acceptance/scale_2_processes.py [--samples 32]
+    python scripts/acceptance/scale_2_processes.py [--samples 8]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 import psutil
-from harness import CLI, digest, llmcompress, verdict
+from harness import CLI, busy_seconds, digest, keep_plan, llmcompress, verdict
 from safetensors import safe_open
 
 RANKS = (1, 2, 4)
@@ -76,14 +77,30 @@ def killed_and_resumed(folder: Path, samples: int) -> tuple[int, str]:
     return process.returncode, said
 
 
+def alone(folder: Path, ranks: int, samples: int) -> None:
+    """One exact run, kept for scale_5_plan.py."""
+    began, busy, own = time.time(), busy_seconds(), children_seconds()
+    command = words(folder, ranks, samples, True)
+    llmcompress(*command)
+    others = (busy_seconds() - busy - children_seconds() + own) / (time.time() - began)
+    settings = [word for word in command[2:] if "=" in word]
+    keep_plan(f"scale_2_{ranks}", folder, [command[1], *settings], ranks=ranks, others=others)
+
+
+def children_seconds() -> float:
+    """CPU seconds of the processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=8)
     samples = parser.parse_args().samples
     root = Path(tempfile.mkdtemp(prefix="llmcompress-ranks-"))
     found = []
     for ranks in RANKS:
-        llmcompress(*words(root / f"exact{ranks}", ranks, samples, True))
+        alone(root / f"exact{ranks}", ranks, samples)
     exact = [digest(root / f"exact{ranks}" / "artifact") for ranks in RANKS]
     if not exact[0] or exact[1] != exact[0] or exact[2] != exact[0]:
         found.append("with run.deterministic the artifacts differ")

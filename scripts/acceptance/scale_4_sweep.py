@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import CLI, digest, llmcompress, verdict
+from harness import CLI, digest, keep_plan, llmcompress, verdict
 
 BITS, GROUPS, ALPHAS = ("2", "3", "4"), ("32", "64"), ("0.1", "0.3")
 KEYS = ("stages.quantize.rules.experts.bits", "stages.quantize.rules.experts.group_size", "stages.prune.alpha")
@@ -97,6 +97,7 @@ def main() -> None:
     values = [f"{key}={value}" for key, value in data["runs"][0]["values"].items()]
     threads = max(1, (os.cpu_count() or 1) // 2)
     llmcompress("run", "smoke/eac_moe_tiny", *values, f"run.threads={threads}", f"run.dir={root / 'alone'}", "--quiet")
+    keep_plan("scale_4", root / "alone", ["smoke/eac_moe_tiny", *values])
     found = problems(folder, data, root / "alone")
     if not victim or not 2 <= left < 12:
         found.append(f"nothing was killed in time (victim {victim or 'none'}, {left} runs done)")

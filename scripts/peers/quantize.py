@@ -40,8 +40,12 @@ def llmcompressor(args: argparse.Namespace) -> None:
     recipe = GPTQModifier(
         config_groups={"all": {"targets": ["Linear"], "weights": weights}},
         ignore=["lm_head", "re:.*mlp[.]gate$", "re:.*block_sparse_moe[.]gate$"],
+        batched_quantization=args.batched or "auto",
     )
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=args.length, num_calibration_samples=args.n)
+    oneshot(
+        model=model, dataset=data, recipe=recipe, max_seq_length=args.length, num_calibration_samples=args.n,
+        moe_calibrate_all_experts=not args.routed,
+    )  # fmt: skip
     model.save_pretrained(args.out, save_compressed=True)
     tokenizer.save_pretrained(args.out)
 
@@ -88,6 +92,11 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--iters", type=int, default=0)
+    parser.add_argument(
+        "--routed", action="store_true",
+        help="llmcompressor: calibrate experts on the tokens routed to them, not on all",
+    )  # fmt: skip
+    parser.add_argument("--batched", type=int, default=0, help="llmcompressor: so many equal weights in one solve")
     args = parser.parse_args()
     began = time.time()
     TOOLS[args.tool](args)

@@ -181,7 +181,7 @@ def test_decode_step_of_a_mixer(bits: int, channels: int, states: int, groups: i
 
 
 @pytest.mark.parametrize("history", [False, True])
-@pytest.mark.parametrize(("channels", "states", "groups"), [(16, 32, 2), (64, 128, 1)])
+@pytest.mark.parametrize(("channels", "states", "groups"), [(16, 32, 2), (32, 64, 2), (64, 128, 1)])
 def test_prompt_through_a_mixer(channels: int, states: int, groups: int, history: bool) -> None:
     needs_kernels()
     sequences, heads, tokens = 2, 4, 300

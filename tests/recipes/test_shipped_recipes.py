@@ -17,6 +17,8 @@ from llmcompress.recipe.schema import schema
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 HUB = {
     "eac_moe_mixtral": "mixtral_8x7b",
+    "eac_moe_mixtral_8x22b": "mixtral_8x22b",
+    "eac_moe_deepseek_v3": "deepseek_v3",
     "eac_moe_phi35": "phi35_moe",
     "eac_moe_qwen15": "qwen15_moe_a27b",
     "eac_moe_deepseek_v2_lite": "deepseek_v2_lite",

@@ -1,25 +1,29 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmcompress.cli.app import invoke
+from llmcompress.cli.plan import process_numbers
 from llmcompress.errors import InputError
-from llmcompress.pipeline.cluster import ClusterRow, Rates, predict
+from llmcompress.pipeline.cluster import ClusterRow, Rates, predict, rate_at
 from llmcompress.recipe.load import load_recipe
 
-CONFIG = Path(__file__).resolve().parents[2] / "data" / "hub_configs" / "mixtral_8x7b.json"
+CONFIGS = Path(__file__).resolve().parents[2] / "data" / "hub_configs"
+CONFIG = CONFIGS / "mixtral_8x7b.json"
 RATES: dict[str, Any] = {
-    "machine": "invented", "forward": 1e12, "hessian": 1e12, "solve": 1e11, "weights": 1e8, "read": 1e9, "link": 1e10,
-    "message": 1e-4, "error": {"1": 0.1, "2": -0.2},
+    "machine": "invented", "device": "cpu", "forward": ((64.0, 1e12),), "hessian": ((64.0, 1e12),),
+    "solve": ((64.0, 1e11),), "weights": 1e8, "read": 1e9, "link": 1e10, "message": 1e-4, "start": 2.0, "join": 1.0,
+    "error": {"1 processes": 0.1, "2 processes": -0.2},
 }  # fmt: skip
 
 
-def rows(ranks: list[int], **changes: Any) -> list[ClusterRow]:
-    loaded = load_recipe("eac_moe_mixtral", ["model.path=x"])
+def rows(ranks: list[int], overrides: tuple[str, ...] = (), **changes: Any) -> list[ClusterRow]:
+    loaded = load_recipe("eac_moe_mixtral", ["model.path=x", *overrides])
     rates = Rates(**{**RATES, **changes})
     return predict(loaded, json.loads(CONFIG.read_text()), "cpu", ranks, rates)["quantize"]
 
@@ -32,7 +36,7 @@ def test_work_is_divided_and_exchange_grows() -> None:
     assert one.solve > two.solve > eight.solve
     assert many.solve == pytest.approx(eight.solve, rel=0.02)
     assert many.exchange > eight.exchange > two.exchange > 0
-    assert one.read == many.read
+    assert two.read == many.read == pytest.approx(one.read + 1)
     assert eight.ram < one.ram
     assert eight.process_hours == pytest.approx(8 * eight.seconds / 3600)
 
@@ -42,13 +46,14 @@ def test_traffic_is_that_of_the_hessians() -> None:
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     # inputs of attention, of its output, and of every expert's two projections
     sums = layers * 4 * (2 * hidden**2 + 8 * (hidden**2 + inner**2))
-    packed = rows([2])[0].traffic - sums
+    packed = rows([2], ("stages.quantize.router.calibrate=false",))[0].traffic - sums
     assert 0.1 * 45e9 < packed < 0.5 * 45e9
 
 
 def test_rates_must_be_rates(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
-    for content in ("", "{}", json.dumps({**RATES, "link": 0})):
+    wrong = [{"link": 0}, {"solve": []}, {"hessian": [[64, 0]]}, {"forward": 1e12}, {"device": "tpu"}]
+    for content in ("", "{}", *(json.dumps({**RATES, **change}) for change in wrong)):
         path.write_text(content)
         with pytest.raises(InputError, match="no file of rates"):
             Rates.load(path)
@@ -56,8 +61,8 @@ def test_rates_must_be_rates(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "eac_moe_mixtral", "model.path=x", "--config", str(CONFIG), "--device", "cpu"]
-    assert invoke([*words, "--cluster", "1,two"]) == 2
-    assert invoke([*words, "--cluster", "1,2"]) == 2
+    for wrong in ("1,two", "0", "1..x", "4..", ".."):
+        assert invoke([*words, "--cluster", wrong]) == 2
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(RATES))
     capsys.readouterr()
@@ -67,3 +72,54 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke([*words, "--cluster", "1,2", "--rates", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["cluster"]
     assert [row["ranks"] for row in found["stages"]["quantize"]] == [1, 2]
+    assert invoke([*words[:-1], "cuda", "--cluster", "1", "--rates", str(path)]) == InputError.exit_code
+
+
+def test_rates_are_interpolated_between_widths_and_constant_outside() -> None:
+    curve = ((100.0, 1e9), (10000.0, 1e11))
+    assert rate_at(curve, 50) == 1e9 and rate_at(curve, 20000) == 1e11
+    assert rate_at(curve, 1000) == pytest.approx(1e10)
+    assert rate_at(curve[::-1], 1000) == rate_at(curve, 1000)
+    wide = rows([1], solve=((4096.0, 1e11), (14336.0, 5e10)))[0]
+    assert rows([1])[0].solve < wide.solve < rows([1], solve=((64.0, 5e10),))[0].solve
+
+
+def test_inputs_of_calibrated_routers_travel_to_the_first_process() -> None:
+    without = rows([4], ("stages.quantize.router.calibrate=false",))[0].traffic
+    tokens, hidden, layers = 128 * 2048, 4096, 32
+    assert rows([4])[0].traffic - without == tokens * hidden * 4 * layers * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config"), [("eac_moe_mixtral_8x22b", "mixtral_8x22b"), ("eac_moe_deepseek_v3", "deepseek_v3")]
+)
+def test_the_shipped_rates_predict_the_largest_models(
+    recipe: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", recipe, "model.path=x", "--config", str(CONFIGS / f"{config}.json"), "--device", "cpu"]
+    assert invoke([*words, "--cluster", "1..64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["cluster"]
+    stages = found["stages"]["quantize"]
+    assert [row["ranks"] for row in stages] == [1, 2, 4, 8, 16, 32, 64]
+    # more processes help until traffic takes over, and cost more hours all along
+    quickest = min(stages, key=lambda row: row["seconds"])
+    assert 4 < quickest["ranks"] < 64
+    assert all(a["process_hours"] < b["process_hours"] for a, b in pairwise(stages))
+    assert all(a["ram"] >= b["ram"] for a, b in pairwise(stages))
+    assert found["rates"]["machine"] and set(found["rates"]["error"]) == {"1 processes", "2 processes", "4 processes"}
+
+
+def test_processes_are_listed_or_doubled() -> None:
+    assert process_numbers("1,3, 8") == [1, 3, 8]
+    assert process_numbers("1..64") == [1, 2, 4, 8, 16, 32, 64]
+    assert process_numbers("3..13") == [3, 6, 12]
+
+
+def test_routers_are_fitted_on_one_process_whatever_their_number() -> None:
+    calibrated = [row.solve for row in rows([1, 8])]
+    without = [row.solve for row in rows([1, 8], ("stages.quantize.router.calibrate=false",))]
+    fits = [a - b for a, b in zip(calibrated, without)]
+    # K = 8 covers all experts: one sum of moments and one factor per block
+    assert fits == pytest.approx([32 * (2 * 128 * 2048 * 4096**2 + 4096**3 / 3) / 1e12] * 2)
+    some = [row.solve for row in rows([1], ("stages.quantize.router.k=4",))]
+    assert some[0] - without[0] == pytest.approx(32 * (2 * 128 * 2048 * 4 * 4096**2 + 8 * 4096**3 / 3) / 1e12)

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "barrier.h"
+#include "llmcompress/barrier.h"
 #include "engine.h"
 
 namespace llmcompress::decode {
@@ -32,6 +32,7 @@ Work work() {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 using namespace llmcompress::decode;
+using llmcompress::Barrier;
 
 // The caller keeps everything alive that `model` points to.
 EXPORT void* llmcompress_decode_create(const Model* model) { return new Engine(*model); }

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "barrier.h"
+#include "llmcompress/barrier.h"
 #include "decode.h"
 #include "engine.h"
 #include "llmcompress/types.h"

@@ -7,30 +7,6 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
 
-namespace state {
-namespace {
-
-// Four taps of sixteen channels: the state [C, 4] moves by one, the newest input last.
-STATE_INLINE __m512 convolve16(float* held, const float* weight, __m512 input) {
-  __m512 sum[4];
-  for (int q = 0; q < 4; ++q) {
-    const __m512 old = _mm512_loadu_ps(held + 16 * q);
-    const __m512i spread = _mm512_add_epi32(_mm512_set1_epi32(4 * q), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
-    const __m512 now = _mm512_mask_permutexvar_ps(_mm512_permute_ps(old, _MM_SHUFFLE(3, 3, 2, 1)), 0x8888, spread, input);
-    _mm512_storeu_ps(held + 16 * q, now);
-    const __m512 product = _mm512_mul_ps(now, _mm512_loadu_ps(weight + 16 * q));
-    const __m512 two = _mm512_add_ps(product, _mm512_permute_ps(product, _MM_SHUFFLE(2, 3, 0, 1)));
-    sum[q] = _mm512_add_ps(two, _mm512_permute_ps(two, _MM_SHUFFLE(1, 0, 3, 2)));
-  }
-  // every fourth lane of each
-  const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  const __m512 low = _mm512_permutex2var_ps(sum[0], fourth, sum[1]), high = _mm512_permutex2var_ps(sum[2], fourth, sum[3]);
-  return _mm512_shuffle_f32x4(low, high, 0x44);
-}
-
-}  // namespace
-}  // namespace state
-
 extern "C" {
 
 int llmc_dsq_update(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const float*, const float*, const float*, const float*,

@@ -1,144 +1,10 @@
-// A prompt through a Mamba-2 mixer between its two projections, with a float state: convolution, scan, skip, gate, norm.
-//
-// The scan walks the tokens with a piece of the state in registers, sixteen channels to a vector, and divides out the
-// decay, so that a token costs two fused multiply-adds per vector of the state:
-//
-//   s_t = a_1 .. a_t    v_t = u_t / s_t    v_t = v_(t-1) + (dt_t x_t / s_t) B_t    y_t = s_t v_t C_t
-//
-// That is 4 P N operations per token and head. The matrix form by chunks of L tokens takes 4 P N + L (N + P), which pays
-// only where matrix units do the products; here its tiles would have to be loaded besides. A stretch of tokens ends where
-// s_t would fall below 2^-30; the next begins from a u, so no decay is too strong.
-//
-// B and C lie as [N / 8][tokens][8 + 8]: one cache line per token and step of the inner loop.
-#include <cstdlib>
-#include <memory>
+// A prompt through a Mamba-2 mixer between its two projections, with a float state; prompt.h says how.
+#include <omp.h>
 
-#include "elementwise.h"
+#include "prompt.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
-
-namespace state {
-namespace {
-
-constexpr int64_t kSegment = 256;  // tokens of one pass through the three steps
-constexpr int64_t kStretch = 64;   // tokens of the inner loop, at most
-constexpr int kBlock = 8;          // states in registers at a time
-constexpr float kFloor = 9.31322574615478515625e-10f;  // 2^-30
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats floats(int64_t count) { return Floats(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64))); }
-
-struct Mixer {
-  const float *weight, *bias;  // convolution: [4][C], [C] or null
-  const float *dt_bias, *a, *d, *gain;
-  int64_t heads, groups, channels, states;
-  float low, high, epsilon;
-  int64_t inner() const { return heads * channels; }
-  int64_t both() const { return groups * states; }
-  int64_t width() const { return inner() + 2 * both(); }
-};
-
-// Work of one segment of one sequence. `x` [T, I], `bc` [G][N / 8][T][16], `dt` and `decay` [T, H], `y` [T, I].
-struct Segment {
-  float *x, *bc, *dt, *decay, *y;
-  int64_t tokens;
-};
-
-// Convolution, silu and time steps of one token; taps[k] is the input of k - 3 tokens later.
-void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps, const float* raw_dt) {
-  const int64_t width = m.width(), inner = m.inner(), both = m.both(), n = m.states;
-  for (int64_t i = 0; i < width; i += 16) {
-    __m512 sum = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + i);
-    for (int k = 0; k < 4; ++k) sum = _mm512_fmadd_ps(_mm512_loadu_ps(m.weight + k * width + i), _mm512_loadu_ps(taps[k] + i), sum);
-    const __m512 value = silu16(sum);
-    if (i < inner) {
-      _mm512_storeu_ps(s.x + t * inner + i, value);
-      continue;
-    }
-    const int64_t second = i - inner >= both ? 1 : 0, at = i - inner - second * both;
-    float* line = s.bc + ((at / n) * (n / kBlock) + (at % n) / kBlock) * s.tokens * 16 + t * 16 + second * kBlock;
-    _mm256_storeu_ps(line, _mm512_castps512_ps256(value));
-    _mm256_storeu_ps(line + s.tokens * 16, _mm512_extractf32x8_ps(value, 1));
-  }
-  time_steps(raw_dt, m.dt_bias, m.a, m.low, m.high, m.heads, s.dt + t * m.heads, s.decay + t * m.heads);
-}
-
-// `Vectors` times sixteen channels of one head through a segment; tile [N][16 Vectors] is the state before and after.
-template <int Vectors>
-void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* tile) {
-  constexpr int lanes = 16 * Vectors;
-  alignas(64) float scaled[kStretch][lanes], read[kStretch][lanes];
-  float level[kStretch];
-  const int64_t inner = m.inner(), column = head * m.channels + first, blocks = m.states / kBlock;
-  const float* bc = s.bc + head / (m.heads / m.groups) * blocks * s.tokens * 16;
-  float before = 1.0f;
-  for (int64_t start = 0; start < s.tokens;) {
-    const float entry = before * s.decay[start * m.heads + head];
-    level[0] = 1.0f;
-    int64_t count = 1;
-    for (; count < kStretch && start + count < s.tokens; ++count) {
-      level[count] = level[count - 1] * s.decay[(start + count) * m.heads + head];
-      if (!(level[count] >= kFloor)) break;
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      const __m512 by = _mm512_set1_ps(s.dt[(start + t) * m.heads + head] / level[t]);
-      for (int v = 0; v < Vectors; ++v) {
-        const __m512 x = _mm512_loadu_ps(s.x + (start + t) * inner + column + 16 * v);
-        _mm512_store_ps(scaled[t] + 16 * v, _mm512_mul_ps(by, x));
-        _mm512_store_ps(read[t] + 16 * v, _mm512_setzero_ps());
-      }
-    }
-    for (int64_t block = 0; block < blocks; ++block) {
-      __m512 held[kBlock][Vectors];
-      float* rows = tile + block * kBlock * lanes;
-      for (int i = 0; i < kBlock; ++i) {
-        for (int v = 0; v < Vectors; ++v) {
-          held[i][v] = _mm512_mul_ps(_mm512_set1_ps(entry), _mm512_load_ps(rows + i * lanes + 16 * v));
-        }
-      }
-      const float* line = bc + (block * s.tokens + start) * 16;
-      for (int64_t t = 0; t < count; ++t, line += 16) {
-        __m512 x[Vectors], y[Vectors];
-        for (int v = 0; v < Vectors; ++v) {
-          x[v] = _mm512_load_ps(scaled[t] + 16 * v);
-          y[v] = _mm512_load_ps(read[t] + 16 * v);
-        }
-        for (int i = 0; i < kBlock; ++i) {
-          const __m512 b = _mm512_set1_ps(line[i]), c = _mm512_set1_ps(line[kBlock + i]);
-          for (int v = 0; v < Vectors; ++v) {
-            held[i][v] = _mm512_fmadd_ps(x[v], b, held[i][v]);
-            y[v] = _mm512_fmadd_ps(held[i][v], c, y[v]);
-          }
-        }
-        for (int v = 0; v < Vectors; ++v) _mm512_store_ps(read[t] + 16 * v, y[v]);
-      }
-      for (int i = 0; i < kBlock; ++i) {
-        for (int v = 0; v < Vectors; ++v) _mm512_store_ps(rows + i * lanes + 16 * v, held[i][v]);
-      }
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      const __m512 by = _mm512_set1_ps(level[t]), skip = _mm512_set1_ps(m.d[head]);
-      for (int v = 0; v < Vectors; ++v) {
-        const int64_t at = (start + t) * inner + column + 16 * v;
-        const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(s.x + at));
-        _mm512_storeu_ps(s.y + at, _mm512_fmadd_ps(by, _mm512_load_ps(read[t] + 16 * v), straight));
-      }
-    }
-    before = level[count - 1];
-    start += count;
-  }
-  for (int64_t i = 0; i < m.states * lanes; i += 16) {
-    _mm512_store_ps(tile + i, _mm512_mul_ps(_mm512_set1_ps(before), _mm512_load_ps(tile + i)));
-  }
-}
-
-}  // namespace
-}  // namespace state
 
 extern "C" {
 
@@ -153,7 +19,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
   Mixer m{nullptr, conv_bias, dt_bias, a, d, gain, heads, groups, channels, states, limits[0], limits[1], limits[2]};
   const int64_t inner = m.inner(), width = m.width();
   if (channels % 16 != 0 || states % 16 != 0 || inner / groups % 16 != 0) return 1;
-  const int64_t lanes = channels % 32 == 0 ? 32 : 16, pieces = channels / lanes, most = tokens < kSegment ? tokens : kSegment;
+  const int64_t lanes = walked_lanes(channels, heads, omp_get_max_threads()), pieces = channels / lanes, most = tokens < kSegment ? tokens : kSegment;
   const Floats weight = floats(4 * width), old = floats(3 * width), tiles = floats(heads * channels * states);
   const Floats x = floats(most * inner), y = floats(most * inner), bc = floats(most * 2 * m.both());
   const Floats dt = floats(most * heads), decay = floats(most * heads);
@@ -190,7 +56,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
       for (int64_t i = 0; i < heads * pieces; ++i) {
         float* piece = tiles.get() + i * lanes * states;
         const int64_t head = i / pieces, first = i % pieces * lanes;
-        lanes == 32 ? walk<2>(m, segment, head, first, piece) : walk<1>(m, segment, head, first, piece);
+        walk(lanes, m, segment, head, first, piece);
       }
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < count; ++t) {

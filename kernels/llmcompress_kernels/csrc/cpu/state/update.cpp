@@ -2,7 +2,8 @@
 #include <cstdlib>
 
 #include "llmcompress/isa.h"
-#include "tile.h"
+#include "heads.h"
+#include "nibbles.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
@@ -77,8 +78,6 @@ void pack_head(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, 
   encode_rows<Bits, J, mode>(now, tile, codes, channel, p);
 }
 
-using Pack = void (*)(float*, uint8_t*, uint16_t*, uint16_t*, const uint16_t*, int);
-
 template <int J, Mode mode>
 Pack pick_pack_bits(int bits) {
   return bits == 4 ? pack_head<4, J, mode> : bits == 8 ? pack_head<8, J, mode> : nullptr;
@@ -94,9 +93,6 @@ Pack pick_pack(int bits, int64_t states) {
     default: return nullptr;
   }
 }
-
-using Head = void (*)(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, float, const float*, const float*, const float*,
-                      float*, float*, int);
 
 template <int J, Mode mode>
 Head pick_bits(int bits) {
@@ -115,6 +111,58 @@ Head pick(int bits, int64_t states) {
 }
 
 }  // namespace
+
+// Null where nibbles.h does not apply.
+Head pick_nibbles(Mode mode, int64_t states) {
+  static const bool runs = llmcompress::has_avx512();
+  if (!runs || mode == kRefitted) return nullptr;
+  switch (states) {
+    case 64: return mode == kDynamic ? update_nibbles<2, false> : update_nibbles<2, true>;
+    case 128: return mode == kDynamic ? update_nibbles<4, false> : update_nibbles<4, true>;
+    case 256: return mode == kDynamic ? update_nibbles<8, false> : update_nibbles<8, true>;
+    default: return nullptr;
+  }
+}
+
+Head head_update(Mode mode, int bits, int64_t states) {
+  const Head nibbles = bits == 4 ? pick_nibbles(mode, states) : nullptr;
+  if (nibbles != nullptr) return nibbles;
+  switch (mode) {
+    case kCalibrated: return pick<kCalibrated>(bits, states);
+    case kRefitted: return pick<kRefitted>(bits, states);
+    default: return pick<kDynamic>(bits, states);
+  }
+}
+
+Pack head_pack(Mode mode, int bits, int64_t states) {
+  switch (mode) {
+    case kCalibrated: return pick_pack<kCalibrated>(bits, states);
+    case kRefitted: return pick_pack<kRefitted>(bits, states);
+    default: return pick_pack<kDynamic>(bits, states);
+  }
+}
+
+void float_update(float* rows, float decay, const float* x, const float* b, const float* c, float* y, int64_t channels,
+                  int64_t states) {
+  const __m512 a = _mm512_set1_ps(decay);
+  alignas(64) float out[kRows][16];
+  for (int64_t base = 0; base < channels; base += kRows) {
+    for (int r = 0; r < kRows; ++r) {
+      float* row = rows + (base + r) * states;
+      const __m512 xr = _mm512_set1_ps(x[base + r]);
+      __m512 read = _mm512_setzero_ps();
+      for (int64_t n = 0; n < states; n += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(row + n + 512), _MM_HINT_T0);
+        const __m512 fresh = _mm512_fmadd_ps(a, _mm512_loadu_ps(row + n), _mm512_mul_ps(xr, _mm512_loadu_ps(b + n)));
+        _mm512_storeu_ps(row + n, fresh);
+        read = _mm512_fmadd_ps(fresh, _mm512_loadu_ps(c + n), read);
+      }
+      _mm512_store_ps(out[r], read);
+    }
+    _mm512_storeu_ps(y + base, sum_rows(out));
+  }
+}
+
 }  // namespace state
 
 extern "C" {
@@ -127,9 +175,7 @@ __attribute__((visibility("default"))) int llmc_dsq_update(
     int64_t states, int64_t bits, int64_t refit) {
   using namespace state;
   const int width = static_cast<int>(bits);
-  const Head run = fixed != nullptr ? pick<kCalibrated>(width, states)
-                   : refit != 0     ? pick<kRefitted>(width, states)
-                                    : pick<kDynamic>(width, states);
+  const Head run = head_update(mode_of(fixed, refit), width, states);
   if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t bytes = channels * states * bits / 8, share = heads / groups;
 #pragma omp parallel if (sequences * heads > 8)
@@ -164,9 +210,7 @@ __attribute__((visibility("default"))) int llmc_dsq_pack(const float* floats, ui
                                                          int64_t refit) {
   using namespace state;
   const int width = static_cast<int>(bits);
-  const Pack run = fixed != nullptr ? pick_pack<kCalibrated>(width, states)
-                   : refit != 0     ? pick_pack<kRefitted>(width, states)
-                                    : pick_pack<kDynamic>(width, states);
+  const Pack run = head_pack(mode_of(fixed, refit), width, states);
   if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t size = channels * states;
 #pragma omp parallel for schedule(static) if (sequences * heads > 8)
@@ -193,23 +237,7 @@ __attribute__((visibility("default"))) int llmc_state_update(float* states_io, c
   for (int64_t i = 0; i < sequences * heads; ++i) {
     const int64_t sequence = i / heads, head = i % heads, group = sequence * groups + head / share;
     const float *bg = b + group * states, *cg = c + group * states;
-    const __m512 a = _mm512_set1_ps(decay[i]);
-    alignas(64) float out[kRows][16];
-    for (int64_t base = 0; base < channels; base += kRows) {
-      for (int r = 0; r < kRows; ++r) {
-        float* row = states_io + (i * channels + base + r) * states;
-        const __m512 xr = _mm512_set1_ps(x[i * channels + base + r]);
-        __m512 read = _mm512_setzero_ps();
-        for (int64_t n = 0; n < states; n += 16) {
-          _mm_prefetch(reinterpret_cast<const char*>(row + n + 512), _MM_HINT_T0);
-          const __m512 fresh = _mm512_fmadd_ps(a, _mm512_loadu_ps(row + n), _mm512_mul_ps(xr, _mm512_loadu_ps(bg + n)));
-          _mm512_storeu_ps(row + n, fresh);
-          read = _mm512_fmadd_ps(fresh, _mm512_loadu_ps(cg + n), read);
-        }
-        _mm512_store_ps(out[r], read);
-      }
-      _mm512_storeu_ps(y + i * channels + base, sum_rows(out));
-    }
+    float_update(states_io + i * channels * states, decay[i], x + i * channels, bg, cg, y + i * channels, channels, states);
   }
   return 0;
 }

@@ -112,9 +112,6 @@ inline size_t activation_bytes(const Weight& w, int64_t tokens, int planes) {
     return size_t(padded * quads * 4 * planes + 2 * padded * n * int64_t(sizeof(float)) + 4 * 64);
 }
 
-// Lay the three arrays out in `memory` of at least activation_bytes().
-Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory);
-
 enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, GPT_OSS = 3 };
 
 // Parts of one block of memory, each beginning on a cache line.
@@ -133,6 +130,21 @@ public:
 private:
     uintptr_t at_;
 };
+
+// Lay the three arrays out in `memory` of at least activation_bytes(), for a variant with blocks of `most` tokens.
+inline Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory, int most) {
+    const int64_t padded = (tokens + 7) / 8 * 8;
+    const int64_t count = chunks(w.bits, w.group, w.columns, nullptr, planes);
+    Parts parts(memory);
+    Activations a;
+    a.bytes = parts.take<int8_t>(padded * Activations::quads(w.bits, w.columns, w.group) * 4 * planes);
+    a.scale = parts.take<float>(padded * count);
+    a.sum = parts.take<float>(padded * count);
+    a.tokens = tokens;
+    a.planes = planes;
+    a.most = most;
+    return a;
+}
 
 // Instruction sets. A variant is chosen once, from CPU flags or LLMCOMPRESS_CPU_ISA.
 struct Variant {
@@ -160,6 +172,9 @@ extern const Variant avx2_variant;
 extern const Variant avx512_variant;
 
 const Variant& variant();            // the one in use
+inline Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory) {
+    return place_activations(w, tokens, planes, memory, variant().token_block);
+}
 bool select_variant(const char* name);  // by name, or null for the best; false where the CPU cannot run it
 
 }  // namespace llmcompress

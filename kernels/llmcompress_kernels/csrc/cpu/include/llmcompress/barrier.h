@@ -4,7 +4,7 @@
 #include <atomic>
 #include <sched.h>
 
-namespace llmcompress::decode {
+namespace llmcompress {
 
 class Barrier {
   public:
@@ -35,4 +35,4 @@ class Barrier {
     alignas(64) std::atomic<int> turn_{0};
 };
 
-}  // namespace llmcompress::decode
+}  // namespace llmcompress

@@ -1,0 +1,165 @@
+// Entry points of the native Mamba-2 model, and what steps and prompts do alike.
+#include "engine.h"
+#include "rounding.h"
+
+#include <omp.h>
+
+#include <cmath>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+
+namespace state {
+namespace {
+
+// [H] rows of `weight` times one row: products and sums are rounded one by one, so that the definition is easy to say.
+template <int Rows, class Load>
+STATE_INLINE void dots(Load load, const float* x, int64_t columns, float* out) {
+  __m512 sum[Rows];
+  for (int r = 0; r < Rows; ++r) sum[r] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < columns; c += 16) {
+    const __m512 v = _mm512_loadu_ps(x + c);
+    for (int r = 0; r < Rows; ++r) sum[r] = _mm512_add_ps(sum[r], _mm512_mul_ps(load(r * columns + c), v));
+  }
+  for (int r = 0; r < Rows; ++r) out[r] = _mm512_reduce_add_ps(sum[r]);
+}
+
+// A row alone waits for its own sums, so as many as there are go together.
+template <int Rows, class Load>
+STATE_INLINE void dots(Load load, const float* x, int64_t columns, int64_t first, int64_t last, float* out) {
+  int64_t r = first;
+  for (; r + Rows <= last; r += Rows) {
+    dots<Rows>([&](int64_t at) __attribute__((always_inline)) { return load(r * columns + at); }, x, columns, out + r);
+  }
+  if constexpr (Rows > 1) {
+    if (r < last) dots<(Rows > 2 ? Rows - 2 : 1)>(load, x, columns, r, last, out);
+  }
+}
+
+}  // namespace
+
+bool Engine::rounded(const Operand& o, const float* x, const Activations& a, int64_t block) const {
+  return round_tokens(o.parts.data(), o.count(), x, o.m.columns, a, o.m.columns, block);
+}
+
+void Worker::embed(int64_t token, float* to) const {
+  const Matrix& from = m_.embedding;
+  const int64_t columns = m_.hidden;
+  if (from.kind == llmcompress::decode::DENSE_FP32) {
+    std::memcpy(to, static_cast<const float*>(from.data) + token * columns, size_t(columns) * 4);
+    return;
+  }
+  if (from.kind == llmcompress::decode::DENSE_BF16) {
+    const uint16_t* row = static_cast<const uint16_t*>(from.data) + token * columns;
+    for (int64_t i = 0; i < columns; ++i) to[i] = llmcompress::bf16_to_float(row[i]);
+    return;
+  }
+  // column by column as lowbit.h lays them out: words, scales and zero points of sixteen rows side by side
+  const int bits = from.bits;
+  const int64_t words = (columns * bits + 31) / 32, groups = (columns + from.group - 1) / from.group;
+  const int64_t block = token / LANES, lane = token % LANES;
+  const uint32_t* word = static_cast<const uint32_t*>(from.data) + block * words * LANES + lane;
+  const uint16_t* scale = from.scale + block * groups * LANES + lane;
+  const uint32_t* zero = from.zero == nullptr ? nullptr : from.zero + block * ((groups * bits + 31) / 32) * LANES + lane;
+  const auto code = [bits](const uint32_t* stream, int64_t index) {
+    const int64_t bit = index * bits, at = (bit >> 5) * LANES;
+    const int shift = static_cast<int>(bit & 31);
+    uint64_t both = stream[at];
+    if (shift + bits > 32) both |= static_cast<uint64_t>(stream[at + LANES]) << 32;
+    return static_cast<float>((both >> shift) & ((1u << bits) - 1));
+  };
+  for (int64_t g = 0, i = 0; g < groups; ++g) {
+    const float step = llmcompress::half_to_float(scale[g * LANES]);
+    const float middle = zero == nullptr ? static_cast<float>(1 << (bits - 1)) : code(zero, g);
+    for (const int64_t end = std::min(columns, i + from.group); i < end; ++i) to[i] = (code(word, i) - middle) * step;
+  }
+}
+
+void Worker::norm(const float* x, const float* weight, float* to) const {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < m_.hidden; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_add_ps(squares, _mm512_mul_ps(v, v));
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(m_.hidden);
+  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + m_.epsilon));
+  for (int64_t i = 0; i < m_.hidden; i += 16) {
+    _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(weight + i), _mm512_mul_ps(_mm512_loadu_ps(x + i), factor)));
+  }
+}
+
+void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, int64_t first, int64_t last,
+                       float* projected) const {
+  const int64_t columns = m_.hidden, row = e_.row(), at = e_.inner() + e_.width();
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* x = normed + t * columns;
+    float* out = projected + t * row + at;
+    if (dt.m.kind == llmcompress::decode::DENSE_FP32) {
+      const float* weight = static_cast<const float*>(dt.m.data);
+      dots<8>([weight](int64_t i) __attribute__((always_inline)) { return _mm512_loadu_ps(weight + i); }, x, columns, first, last, out);
+    } else {
+      const uint16_t* weight = static_cast<const uint16_t*>(dt.m.data);
+      const auto load = [weight](int64_t i) __attribute__((always_inline)) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      };
+      dots<8>(load, x, columns, first, last, out);
+    }
+    if (dt.m.bias != nullptr) {
+      for (int64_t h = first; h < last; ++h) out[h] += dt.m.bias[h];
+    }
+  }
+}
+
+namespace {
+
+template <class Call>
+void in_parallel(Engine& engine, int threads, Call call) {
+  if (engine.threads.size() < static_cast<size_t>(threads)) engine.threads.resize(static_cast<size_t>(threads));
+  Barrier barrier;
+  barrier.expect(1);
+  if (threads == 1) return call(barrier, 0);
+#pragma omp parallel num_threads(threads)
+  {
+    // the runtime may give fewer threads than asked for
+#pragma omp single
+    barrier.expect(omp_get_num_threads());
+    call(barrier, omp_get_thread_num());
+  }
+}
+
+}  // namespace
+}  // namespace state
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The caller keeps everything alive that `model` points to, and the library that `kernels` comes from.
+EXPORT void* llmc_mamba2_create(const state::MixerModel* model, const llmcompress::Variant* kernels) {
+  return new state::Engine(*model, *kernels);
+}
+
+EXPORT void llmc_mamba2_destroy(void* engine) { delete static_cast<state::Engine*>(engine); }
+
+// Sizes of the structures by which Python checks that it declares the same.
+EXPORT int llmc_mamba2_size(int which) {
+  using namespace state;
+  const size_t sizes[] = {sizeof(MixerLayer), sizeof(MixerModel), sizeof(MixerStates), sizeof(MixerStep), sizeof(MixerPrompt)};
+  return static_cast<int>(sizes[which]);
+}
+
+EXPORT void llmc_mamba2_step(void* handle, const state::MixerStates* states, const state::MixerStep* step) {
+  using namespace state;
+  Engine& engine = *static_cast<Engine*>(handle);
+  prepare_step(engine, *step);
+  in_parallel(engine, step->threads, [&](Barrier& barrier, int thread) { run_step(engine, *states, *step, barrier, thread); });
+}
+
+EXPORT void llmc_mamba2_prompt(void* handle, const state::MixerStates* states, const state::MixerPrompt* prompt) {
+  using namespace state;
+  Engine& engine = *static_cast<Engine*>(handle);
+  prepare_prompt(engine, *prompt);
+  in_parallel(engine, prompt->threads, [&](Barrier& barrier, int thread) { run_prompt(engine, *states, *prompt, barrier, thread); });
+  if (prompt->last != 0) engine.tiles.drop();
+}
+
+#pragma GCC pop_options

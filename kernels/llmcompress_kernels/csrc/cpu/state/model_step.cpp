@@ -1,0 +1,177 @@
+// One token of every sequence through a whole Mamba-2 model. Between its projections a layer does what mixer.cpp does,
+// with the same functions, and the state update is that of update.cpp: a step is bit for bit the chain of the operators.
+#include "elementwise.h"
+#include "engine.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+
+namespace state {
+namespace {
+
+class StepWorker : public Worker {
+ public:
+  StepWorker(Engine& engine, const MixerStates& states, const MixerStep& step, Barrier& barrier, int thread)
+      : Worker(engine, barrier, thread, step.seconds), held_(states), s_(step), batch_(step.batch),
+        most_(engine.kernels.token_block), inner_(engine.inner()), width_(engine.width()), row_(engine.row()),
+        hidden_(engine.hidden.get(batch_ * m_.hidden)), normed_(engine.normed.get(batch_ * m_.hidden)),
+        projected_(engine.projected.get(batch_ * row_)), mixed_(engine.mixed.get(batch_ * width_)),
+        steps_(engine.steps.get(batch_ * m_.heads)), decay_(engine.decay.get(batch_ * m_.heads)),
+        y_(engine.y.get(batch_ * inner_)), delta_(engine.delta.get(batch_ * engine.hidden_row())),
+        activations_(engine.activations.get(int64_t(engine.activation_bytes(batch_)))) {}
+
+  void run() {
+    for (int i = 0; i <= m_.layer_count; ++i) {
+      const bool last = i == m_.layer_count;
+      const Operand& next = last ? e_.head : e_.layers[size_t(i)].in;
+      const Activations a = e_.place(next, batch_, activations_);
+      const Range blocks = share((batch_ + most_ - 1) / most_);
+      for (int64_t block = blocks.first; block < blocks.last; ++block) {
+        for (int64_t b = block * most_; b < std::min(batch_, (block + 1) * most_); ++b) {
+          if (i == 0) embed(s_.tokens[b], hidden_ + b * m_.hidden);
+          norm(hidden_ + b * m_.hidden, last ? m_.final_norm : e_.layers[size_t(i)].l.norm, normed_ + b * m_.hidden);
+        }
+        e_.quantize(next, normed_, a, block);
+      }
+      wait(kInput);
+      if (last) head(a);
+      else layer(e_.layers[size_t(i)], i, a);
+    }
+  }
+
+ private:
+  void layer(const LayerOperands& o, int index, const Activations& a) {
+    const Range rows = share(o.in.blocks());
+    e_.multiply(o.in, a, normed_, batch_, rows.first, rows.last, own_.row.get(m_.hidden), projected_, row_);
+    if (o.dt.present()) {
+      const Range heads = share(m_.heads);
+      time_rows(o.dt, normed_, batch_, heads.first, heads.last, projected_);
+    }
+    wait(kInProj);
+    mix(o.l, held_.conv + int64_t(index) * held_.slots * width_ * 4);
+    wait(kMix);
+    update(o.l, index);
+    wait(kState);
+    const Range mine = share(batch_);
+    for (int64_t b = mine.first; b < mine.last; ++b) {
+      float* y = y_ + b * inner_;
+      gated_norm(y, projected_ + b * row_, o.l.gain, y, inner_, m_.groups, m_.gate_epsilon);
+    }
+    wait(kGate);
+    const Activations inputs = e_.place(o.out, batch_, activations_);
+    if (o.out.packed()) {
+      const Range blocks = share(inputs.blocks());
+      for (int64_t block = blocks.first; block < blocks.last; ++block) e_.quantize(o.out, y_, inputs, block);
+      wait(kGate);
+    }
+    const Range outputs = share(o.out.blocks());
+    const int64_t stride = e_.hidden_row(), first = outputs.first * LANES, end = std::min(outputs.last * LANES, o.out.m.rows);
+    e_.multiply(o.out, inputs, y_, batch_, outputs.first, outputs.last, own_.row.get(inner_), delta_, stride);
+    for (int64_t b = 0; b < batch_; ++b) {
+      for (int64_t r = first; r < end; ++r) hidden_[b * m_.hidden + r] += delta_[b * stride + r];
+    }
+    wait(kOutProj);
+  }
+
+  // Convolution, silu and time steps; `conv` [S, C, 4].
+  void mix(const MixerLayer& l, float* conv) {
+    const int64_t vectors = width_ / 16;
+    const Range tasks = share(batch_ * vectors);
+    for (int64_t task = tasks.first; task < tasks.last; ++task) {
+      const int64_t b = task / vectors, i = task % vectors * 16;
+      const __m512 input = _mm512_loadu_ps(projected_ + b * row_ + inner_ + i);
+      __m512 value = convolve16(conv + (s_.slots[b] * width_ + i) * 4, l.conv_weight + 4 * i, input);
+      if (l.conv_bias != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(l.conv_bias + i));
+      _mm512_storeu_ps(mixed_ + b * width_ + i, silu16(value));
+    }
+    const Range mine = share(batch_);
+    for (int64_t b = mine.first; b < mine.last; ++b) {
+      const int64_t at = b * m_.heads;
+      time_steps(projected_ + b * row_ + inner_ + width_, l.dt_bias, l.a, 0.0f, 3.0e38f, m_.heads, steps_ + at, decay_ + at);
+    }
+  }
+
+  void update(const MixerLayer& l, int layer) {
+    const int64_t channels = m_.channels, states = m_.states, share_of_group = m_.heads / m_.groups;
+    const Head run = m_.bits == 0 ? nullptr : head_update(e_.mode(l), m_.bits, states);
+    float* tile = own_.tile.get(channels * states);
+    alignas(64) float bp[kMaxStates], cp[kMaxStates], drive[kMaxChannels];
+    int64_t last = -1;
+    const Range tasks = share(batch_ * m_.heads);
+    for (int64_t task = tasks.first; task < tasks.last; ++task) {
+      const int64_t b = task / m_.heads, head = task % m_.heads, group = head / share_of_group;
+      const float* x = mixed_ + b * width_ + head * channels;
+      const float* bs = mixed_ + b * width_ + inner_ + group * states;
+      const float* cs = bs + e_.both();
+      const __m512 by = _mm512_set1_ps(steps_[task]);
+      for (int64_t p = 0; p < channels; p += 16) _mm512_store_ps(drive + p, _mm512_mul_ps(by, _mm512_loadu_ps(x + p)));
+      float* y = y_ + task * channels;
+      const int64_t at = (layer * held_.slots + s_.slots[b]) * m_.heads + head;
+      if (run == nullptr) {
+        float_update(held_.floats + at * channels * states, decay_[task], drive, bs, cs, y, channels, states);
+      } else {
+        if (b * m_.groups + group != last) {
+          split_pairs(bs, bp, int(states));
+          split_pairs(cs, cp, int(states));
+          last = b * m_.groups + group;
+        }
+        run(held_.codes + at * channels * states * m_.bits / 8, held_.channel == nullptr ? nullptr : held_.channel + at * channels,
+            held_.scale + at * states, l.fixed == nullptr ? nullptr : l.fixed + head * channels, decay_[task], drive, bp, cp, y,
+            tile, int(channels));
+      }
+      const __m512 skip = _mm512_set1_ps(l.d[head]);
+      for (int64_t p = 0; p < channels; p += 16) {
+        _mm512_storeu_ps(y + p, _mm512_fmadd_ps(skip, _mm512_loadu_ps(x + p), _mm512_loadu_ps(y + p)));
+      }
+    }
+  }
+
+  void head(const Activations& a) {
+    const int64_t stride = e_.head_row();
+    const Range rows = share(e_.head.blocks());
+    e_.multiply(e_.head, a, normed_, batch_, rows.first, rows.last, own_.row.get(m_.hidden), s_.logits, stride);
+    took(kHead);
+    if (s_.best == nullptr) return;
+    const int64_t first = rows.first * LANES, last = std::min(rows.last * LANES, m_.vocabulary);
+    for (int64_t b = 0; b < batch_; ++b) {
+      const float* logits = s_.logits + b * stride;
+      e_.best[size_t(thread_ * batch_ + b)] = first < last ? std::max_element(logits + first, logits + last) - logits : -1;
+    }
+    wait(kHead);
+    if (thread_ != 0) return;
+    for (int64_t b = 0; b < batch_; ++b) {
+      const float* logits = s_.logits + b * stride;
+      int64_t at = -1;
+      for (int t = 0; t < barrier_.threads(); ++t) {
+        const int64_t i = e_.best[size_t(t * batch_ + b)];
+        if (i >= 0 && (at < 0 || logits[i] > logits[at])) at = i;
+      }
+      s_.best[b] = at;
+    }
+  }
+
+  const MixerStates& held_;
+  const MixerStep& s_;
+  const int64_t batch_, most_, inner_, width_, row_;
+  float *hidden_, *normed_, *projected_, *mixed_, *steps_, *decay_, *y_, *delta_;
+  char* activations_;
+};
+
+}  // namespace
+
+void prepare_step(Engine& e, const MixerStep& s) {
+  // threads find these large enough
+  e.hidden.get(s.batch * e.m.hidden), e.normed.get(s.batch * e.m.hidden), e.projected.get(s.batch * e.row());
+  e.mixed.get(s.batch * e.width()), e.steps.get(s.batch * e.m.heads), e.decay.get(s.batch * e.m.heads);
+  e.y.get(s.batch * e.inner()), e.delta.get(s.batch * e.hidden_row());
+  e.activations.get(int64_t(e.activation_bytes(s.batch)));
+  e.best.resize(std::max(e.best.size(), size_t(s.batch * s.threads)));
+}
+
+void run_step(Engine& engine, const MixerStates& states, const MixerStep& step, Barrier& barrier, int thread) {
+  StepWorker(engine, states, step, barrier, thread).run();
+}
+
+}  // namespace state
+
+#pragma GCC pop_options

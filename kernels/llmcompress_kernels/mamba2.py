@@ -1,0 +1,332 @@
+"""A whole Mamba-2 model natively: one call a token for many sequences, one a prompt.
+
+The typed side of ``csrc/cpu/state/model*.cpp``. It knows tensors and sizes; ``llmcompress/inference/recurrent.py``
+fills it from a model. A step is bit for bit the chain of the operators ``group_gemm`` and ``mamba2_decode``, which have
+their definitions (``tests/kernels/test_mamba2_model.py``).
+
+Legend: B sequences of a step, L layers, D hidden, H heads, P channels of a head, I = H P, G groups, N states,
+C = I + 2 G N channels of the convolution, V vocabulary, S slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels import build, cpu, select, state
+from llmcompress_kernels.decode import Matrix, _Matrix
+from llmcompress_kernels.reference.group_gemm import LANES
+
+# sequences of one call
+MAX_BATCH = 64
+# tokens of one call: hidden states of a longer prompt are not kept at once
+MAX_PROMPT = 2048
+PHASES = ("input", "in_proj", "mix", "state", "gate", "out_proj", "head", "wait")
+STATES = (32, 64, 128, 256)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("norm", ctypes.c_void_p),
+        *((name, _Matrix) for name in ("in_proj", "dt_proj", "out_proj")),
+        *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "dt_bias", "a", "d", "gain", "fixed")),
+        *((name, ctypes.c_int32) for name in ("in_planes", "out_planes")),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("final_norm", ctypes.c_void_p),
+        ("embedding", _Matrix),
+        ("head", _Matrix),
+        ("vocabulary", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "channels", "states", "groups")),
+        *((name, ctypes.c_int32) for name in ("bits", "refit", "head_planes")),
+        *((name, ctypes.c_float) for name in ("epsilon", "gate_epsilon", "low", "high")),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class _States(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "channel", "scale", "floats", "conv")),
+        ("slots", ctypes.c_int64),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "slots", "logits", "best", "seconds")),
+        ("batch", ctypes.c_int64), ("threads", ctypes.c_int32), ("reserved", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class _Prompt(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "logits", "seconds")),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("slot", "first", "last", "threads")),
+    )
+
+
+def unavailable() -> str | None:
+    """Why the native model cannot run on this machine, or None; starts no build."""
+    return state.unavailable() or cpu.unavailable()
+
+
+select.register(select.Implementation("mamba2_step", "cpu", ("cpu",), unavailable))
+# transformers' modules, on the operators
+select.register(select.Implementation("mamba2_step", "reference", ("any",)))
+
+
+def library() -> ctypes.CDLL:
+    """The compiled family of states.
+
+    Raises:
+        BuildError: It, or the products it uses, cannot be had here; the text says why.
+    """
+    lib = build.load(state.FAMILY)
+    if not hasattr(lib, "llmcompress_mamba2_ready"):
+        for which, structure in enumerate((_Layer, _Model, _States, _Step, _Prompt)):
+            assert lib.llmc_mamba2_size(which) == ctypes.sizeof(structure), structure
+        lib.llmc_mamba2_create.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        lib.llmc_mamba2_create.restype = ctypes.c_void_p
+        lib.llmc_mamba2_destroy.argtypes = (ctypes.c_void_p,)
+        for name in ("llmc_mamba2_step", "llmc_mamba2_prompt"):
+            getattr(lib, name).argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+            getattr(lib, name).restype = None
+        lib.llmcompress_mamba2_ready = True  # type: ignore[attr-defined]
+    return lib
+
+
+def _products() -> int:
+    """Address of the products of the instruction set in use."""
+    lib = build.load(cpu.FAMILY)
+    lib.llmcompress_variant.restype = ctypes.c_void_p
+    return int(lib.llmcompress_variant())
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """``h += out_proj(mixer(in_proj(norm(h))))``.
+
+    Attributes:
+        norm: float32 ``[D]``.
+        in_proj: ``[I + C, D]``, or with the time steps' H rows after them where ``dt_proj`` is None.
+        dt_proj: Dense ``[H, D]``: rows of in_proj that read unrounded inputs.
+        out_proj: ``[D, I]``.
+        conv_weight: float32 ``[C, 4]``.
+        conv_bias: float32 ``[C]`` or None.
+        dt_bias, a, d: float32 ``[H]``; ``a`` is negative.
+        gain: float32 ``[I]``, weight of the gated norm.
+        fixed: fp16 ``[H, P]`` calibrated channel scale of the states, or None.
+        in_planes, out_planes: Bytes of an activation: 3 as exact as float32, 1 rounds to int8.
+    """
+
+    norm: Tensor
+    in_proj: Matrix
+    dt_proj: Matrix | None
+    out_proj: Matrix
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    a: Tensor
+    d: Tensor
+    gain: Tensor
+    fixed: Tensor | None = None
+    in_planes: int = 3
+    out_planes: int = 3
+
+    def _struct(self) -> _Layer:
+        rows = (self.conv_weight, self.conv_bias, self.dt_bias, self.a, self.d, self.gain, self.fixed)
+        times = _Matrix() if self.dt_proj is None else self.dt_proj._struct()
+        return _Layer(
+            self.norm.data_ptr(), self.in_proj._struct(), times, self.out_proj._struct(),
+            *(None if t is None else t.data_ptr() for t in rows), self.in_planes, self.out_planes,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its projections."""
+        return sum(m.nbytes for m in (self.in_proj, self.dt_proj, self.out_proj) if m is not None)
+
+
+@dataclass(eq=False)
+class Model:
+    """All weights and sizes; keeps every tensor alive that C++ points to. One call at a time.
+
+    Attributes:
+        layers: In order.
+        final_norm: float32 ``[D]``.
+        embedding, head: ``[V, D]``, packed ones with rows up to a multiple of 16.
+        vocabulary: V.
+        heads, channels, states, groups: H, P, N, G. N is of :data:`STATES`, P a multiple of 16 up to 256; D and I / G
+            are multiples of 16.
+        bits: Of the states' codes, 4 or 8; 0 keeps states in float32.
+        refit: Whether channel scales are fitted to the codes.
+        head_planes: As in a layer.
+        epsilon, gate_epsilon: Of the norms and the gated norms.
+        limits: Smallest and largest time step of a prompt; steps have none, as in transformers.
+    """
+
+    layers: Sequence[Layer]
+    final_norm: Tensor
+    embedding: Matrix
+    head: Matrix
+    vocabulary: int
+    heads: int
+    channels: int
+    states: int
+    groups: int
+    bits: int
+    refit: bool
+    epsilon: float
+    gate_epsilon: float
+    limits: tuple[float, float]
+    head_planes: int = 3
+
+    def __post_init__(self) -> None:
+        structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
+        sizes = (self.heads, self.channels, self.states, self.groups, self.bits, int(self.refit), self.head_planes)
+        model = _Model(
+            structs, self.final_norm.data_ptr(), self.embedding._struct(), self.head._struct(), self.vocabulary,
+            len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, 0,
+        )  # fmt: skip
+        self._kept = structs
+        lib = library()
+        self._handle = lib.llmc_mamba2_create(ctypes.byref(model), _products())
+        weakref.finalize(self, lib.llmc_mamba2_destroy, self._handle)
+
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return self.final_norm.shape[-1]
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.heads * self.channels + 2 * self.groups * self.states
+
+    def step_bytes(self) -> int:
+        """Weight bytes that a step reads."""
+        return self.head.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    def logits(self, rows: int) -> Tensor:
+        """Room for the logits of a call, float32 ``[rows, V up to 16]``."""
+        return torch.empty(rows, -(-self.vocabulary // LANES) * LANES)
+
+
+class States:
+    """The states of several sequences, between two tokens: ``[L, S, ...]``.
+
+    Args:
+        model: Whose sizes to use.
+        slots: Sequences.
+
+    Attributes:
+        codes: uint8 ``[L, S, H, P, N bits / 8]``, or None with float states.
+        channel: fp16 ``[L, S, H, P]``, None where it is calibrated.
+        scale: fp16 ``[L, S, H, N]``.
+        floats: float32 ``[L, S, H, P, N]`` where there are no codes.
+        conv: float32 ``[L, S, C, 4]``, the last inputs of the convolution.
+    """
+
+    def __init__(self, model: Model, slots: int) -> None:
+        lead = (len(model.layers), slots)
+        heads, channels, states = model.heads, model.channels, model.states
+        self.codes = self.channel = self.scale = self.floats = None
+        if model.bits:
+            self.codes = torch.zeros((*lead, heads, channels, states * model.bits // 8), dtype=torch.uint8)
+            self.scale = torch.zeros((*lead, heads, states), dtype=torch.float16)
+            if model.layers[0].fixed is None:
+                self.channel = torch.zeros((*lead, heads, channels), dtype=torch.float16)
+        else:
+            self.floats = torch.zeros(*lead, heads, channels, states)
+        self.conv = torch.zeros(*lead, model.width, state.CONV_WIDTH)
+        held = (self.codes, self.channel, self.scale, self.floats, self.conv)
+        self._struct = _States(*(None if t is None else t.data_ptr() for t in held), slots)
+        self.slots = slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sequences."""
+        held = (self.codes, self.channel, self.scale, self.floats, self.conv)
+        return sum(t.nbytes for t in held if t is not None)
+
+
+def step(
+    model: Model, states: States, tokens: Tensor, slots: Tensor, logits: Tensor, best: Tensor | None = None,
+    threads: int | None = None, seconds: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One token of each of B sequences; their states are replaced.
+
+    Args:
+        model: The weights.
+        states: Of the sequences.
+        tokens: int64 ``[B]``.
+        slots: int32 ``[B]``, which sequences, all different.
+        logits: float32 ``[B or more, V up to 16]`` of :meth:`Model.logits`, written.
+        best: int64 ``[B]``, written with the index of the largest logit.
+        threads: torch's by default.
+        seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+    batch = tokens.shape[0]
+    _check_tokens(model, tokens)
+    if not 0 < batch <= MAX_BATCH or logits.shape[0] < batch:
+        raise ValueError(f"a step takes 1 to {MAX_BATCH} tokens with room for their logits, not {batch}")
+    chosen = slots.tolist()
+    if len(set(chosen)) != batch or min(chosen) < 0 or max(chosen) >= states.slots:
+        raise ValueError(f"sequences {chosen} are not {batch} different ones of {states.slots}")
+    given: tuple[Any, ...] = (tokens, slots, logits, best, seconds)
+    call = _Step(*(None if t is None else t.data_ptr() for t in given), batch, threads or torch.get_num_threads(), 0)
+    library().llmc_mamba2_step(model._handle, ctypes.byref(states._struct), ctypes.byref(call))
+
+
+def prompt(
+    model: Model, states: States, slot: int, tokens: Tensor, logits: Tensor,
+    threads: int | None = None, seconds: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Start a sequence: the prompt is scanned in float, as transformers does, and its last state is stored.
+
+    Args:
+        model: The weights.
+        states: Of the sequences.
+        slot: Whose state is replaced.
+        tokens: int64 ``[T]``, at least one.
+        logits: float32 ``[1 or more, V up to 16]``, of which the first row is written: the last token's.
+        threads: torch's by default.
+        seconds: As in :func:`step`.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+    _check_tokens(model, tokens)
+    if not 0 <= slot < states.slots or len(tokens) == 0:
+        raise ValueError(f"sequence {slot} of {states.slots} with {len(tokens)} tokens")
+    run, workers = library().llmc_mamba2_prompt, threads or torch.get_num_threads()
+    for first in range(0, len(tokens), MAX_PROMPT):
+        part = tokens[first : first + MAX_PROMPT]
+        last = first + len(part) == len(tokens)
+        clock = None if seconds is None else seconds.data_ptr()
+        call = _Prompt(
+            part.data_ptr(), logits.data_ptr(), clock, len(part), slot, int(first == 0), int(last), workers
+        )  # fmt: skip
+        run(model._handle, ctypes.byref(states._struct), ctypes.byref(call))
+
+
+def _check_tokens(model: Model, tokens: Tensor) -> None:
+    # what is read beyond the table would be someone else's memory
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < model.vocabulary:
+        raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{model.vocabulary - 1}")
+    if tokens.dtype != torch.int64 or not tokens.is_contiguous():
+        raise ValueError("tokens are int64 and contiguous")

@@ -1,0 +1,45 @@
+"""Which native engine runs a model: that of attention or that of recurrent states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+from llmcompress.inference import engine, recurrent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NativeEngine = engine.Engine | recurrent.RecurrentEngine
+
+
+def recurrent_model(model: PreTrainedModel) -> bool:
+    """Whether a model's family keeps states instead of keys and values."""
+    return model.config.model_type in recurrent.FAMILIES
+
+
+def decline(model: PreTrainedModel) -> str | None:
+    """Why no native engine can run a model, None if one can."""
+    return recurrent.decline(model) if recurrent_model(model) else engine.decline(model)
+
+
+def open_engine(model: PreTrainedModel, slots: int = 1, positions: int = 256, **options: Any) -> NativeEngine:
+    """The engine of a model's family.
+
+    Args:
+        model: A causal language model that is not declined.
+        slots: Sequences.
+        positions: Tokens that a sequence may reach.
+        **options: Of the engine.
+
+    Raises:
+        InputError: The model is declined, or an option is about keys and values that it does not have.
+    """
+    if not recurrent_model(model):
+        return engine.Engine(model, slots, positions, **options)
+    wrong = sorted({"cache_dtype", "screen"} & {key for key, value in options.items() if value is not None})
+    if wrong:
+        family = model.config.model_type
+        raise InputError(f"{', '.join(wrong)}: a {family} model has no keys and values", "leave it out")
+    given = {key: value for key, value in options.items() if key not in ("cache_dtype", "screen")}
+    return recurrent.RecurrentEngine(model, slots, positions, **given)
