@@ -6,6 +6,7 @@ Names are transformers' run-time names. A spec is written once and referred to b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from llmcompress.errors import InputError
@@ -19,7 +20,9 @@ Policies = Mapping[str, Mapping[str, Any]]
 
 def to_json(plan: QuantPlan, policies: Policies) -> dict[str, Any]:
     """Describe a plan and policies as JSON data; equal inputs give equal output, whatever their order."""
-    specs = sorted(set(plan.values()), key=lambda spec: (spec.codec, spec.bits, spec.group_size, spec.symmetric))
+    # every field counts: specs that compare equal would keep the order of a set, which each process has its own
+    key = attrgetter("codec", "bits", "group_size", "symmetric", "dense_rows")
+    specs = sorted(set(plan.values()), key=key)
     number = {spec: index for index, spec in enumerate(specs)}
     return {
         "quant_method": METHOD,

@@ -22,6 +22,12 @@ def test_order_does_not_matter() -> None:
     assert json.dumps(to_json(PLAN, {})) == json.dumps(to_json(dict(reversed(PLAN.items())), {}))
 
 
+def test_specs_that_differ_only_in_dense_rows_have_an_order() -> None:
+    """The order of a set depends on the process: an artifact's bytes did, too."""
+    plan = {str(rows): QuantSpec(8, -1, True, dense_rows=rows) for rows in (5, 0, 7, 2, 6, 1, 4, 3)}
+    assert [spec.get("dense_rows", 0) for spec in to_json(plan, {})["specs"]] == list(range(8))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
