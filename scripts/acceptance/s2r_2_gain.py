@@ -3,20 +3,21 @@
 
 SFT over base and over SFT on solutions only; ORL and PRL over SFT by a paired test; first attempts shown apart, so that
 ICR − CIR shows real self-correction; PRL raises verification accuracy most.
+
+The nine runs can be made in pieces: see s2r_runs.py.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import sys
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness import llmcompress, verdict
+from harness import verdict
+from s2r_runs import ensure, figures_of, runs_folder, taught
 
 from llmcompress.evaluation.self_correction import paired_test
 
@@ -25,9 +26,8 @@ SEEDS = (0, 1, 2)
 
 def read(run: Path, stage: str, name: str) -> dict[str, Any]:
     """Figures and verdicts that a stage kept under a name."""
-    folder = run / "stages" / stage
-    figures = json.loads((folder / f"behaviour_{name}.json").read_text())
-    return {**figures, **json.loads((folder / f"episodes_{name}.json").read_text())}
+    episodes = json.loads((run / "stages" / stage / f"episodes_{name}.json").read_text())
+    return {**figures_of(run, stage, name), **episodes}
 
 
 def tell(seed: int, name: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -39,8 +39,7 @@ def tell(seed: int, name: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 def chain(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Base, SFT and ORL."""
-    run = folder / f"orl_{seed}"
-    llmcompress("run", "s2r_tiny", f"run.dir={run}", f"run.seed={seed}", "--quiet")
+    run = taught(folder, seed)
     return {
         "base": tell(seed, "base", read(run, "init", "before")),
         "sft": tell(seed, "sft", read(run, "init", "after")),
@@ -51,17 +50,14 @@ def chain(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
 def process(seed: int, folder: Path, before: Future[Any]) -> dict[str, dict[str, Any]]:
     """PRL from the SFT model of :func:`chain`."""
     before.result()
-    taught, run = folder / f"orl_{seed}" / "stages" / "init" / "model", folder / f"prl_{seed}"
-    llmcompress(
-        "run", "s2r_tiny_prl", f"run.dir={run}", f"model.path={taught}", "stages.init~", f"run.seed={seed}", "--quiet"
-    )
+    model = taught(folder, seed) / "stages" / "init" / "model"
+    run = ensure(folder / f"prl_{seed}", "s2r_tiny_prl", f"model.path={model}", "stages.init~", f"run.seed={seed}")
     return {"prl": tell(seed, "prl", read(run, "reinforce", "after"))}
 
 
 def control(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
     """SFT on right solutions alone."""
-    run = folder / f"solutions_{seed}"
-    llmcompress("run", "s2r_tiny_solutions", f"run.dir={run}", f"run.seed={seed}", "--quiet")
+    run = ensure(folder / f"solutions_{seed}", "s2r_tiny_solutions", f"run.seed={seed}")
     return {"solutions": tell(seed, "solutions", read(run, "init", "after"))}
 
 
@@ -106,9 +102,8 @@ def net(run: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="llmcompress-s2r-"))
-    runs = all_seeds(folder)
-    shutil.rmtree(folder)
+    with runs_folder() as folder:
+        runs = all_seeds(folder)
     claims = {}
     for above, below in (("sft", "base"), ("sft", "solutions"), ("orl", "sft"), ("prl", "sft")):
         every, p = better(runs, above, below)
