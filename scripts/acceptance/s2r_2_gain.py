@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import verdict
-from s2r_runs import ensure, figures_of, runs_folder, taught
+from s2r_runs import ensure, figures_of, reinforced, runs_folder, taught
 
 from llmcompress.evaluation.self_correction import paired_test
 
@@ -37,22 +37,20 @@ def tell(seed: int, name: str, figures: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def chain(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Base, SFT and ORL."""
+def start(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Base and SFT."""
     run = taught(folder, seed)
     return {
         "base": tell(seed, "base", read(run, "init", "before")),
         "sft": tell(seed, "sft", read(run, "init", "after")),
-        "orl": tell(seed, "orl", read(run, "reinforce", "after")),
     }
 
 
-def process(seed: int, folder: Path, before: Future[Any]) -> dict[str, dict[str, Any]]:
-    """PRL from the SFT model of :func:`chain`."""
+def reinforce(seed: int, folder: Path, name: str, before: Future[Any]) -> dict[str, dict[str, Any]]:
+    """ORL or PRL from the SFT model of :func:`start`."""
     before.result()
-    model = taught(folder, seed) / "stages" / "init" / "model"
-    run = ensure(folder / f"prl_{seed}", "s2r_tiny_prl", f"model.path={model}", "stages.init~", f"run.seed={seed}")
-    return {"prl": tell(seed, "prl", read(run, "reinforce", "after"))}
+    run = reinforced(folder, seed, {"orl": "s2r_tiny", "prl": "s2r_tiny_prl"}[name], name)
+    return {name: tell(seed, name, read(run, "reinforce", "after"))}
 
 
 def control(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -64,14 +62,15 @@ def control(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
 def all_seeds(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Every run of every seed, two at a time with one thread each."""
     with ThreadPoolExecutor(2) as pool:
-        chains = [pool.submit(chain, seed, folder) for seed in SEEDS]
-        # a waiting process run blocks no other: its chain was given to the pool before it
-        rest = [[pool.submit(process, seed, folder, chains[n]) for n, seed in enumerate(SEEDS)]]
-        rest.append([pool.submit(control, seed, folder) for seed in SEEDS])
-        return [
-            {k: v for part in (chains[n], rest[0][n], rest[1][n]) for k, v in part.result().items()}
-            for n in range(len(SEEDS))
+        # a run that waits for its SFT model blocks none: that one was given to the pool before it
+        sft = [pool.submit(start, seed, folder) for seed in SEEDS]
+        rest = [
+            [pool.submit(reinforce, seed, folder, name, sft[n]) for name in ("orl", "prl")]
+            for n, seed in enumerate(SEEDS)
         ]
+        controls = [pool.submit(control, seed, folder) for seed in SEEDS]
+        parts = [[sft[n], *rest[n], controls[n]] for n in range(len(SEEDS))]
+        return [{k: v for part in row for k, v in part.result().items()} for row in parts]
 
 
 SHOWN = (

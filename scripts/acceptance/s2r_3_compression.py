@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from harness import verdict
-from s2r_runs import ensure, figures_of, runs_folder, taught
+from s2r_runs import ensure, figures_of, reinforced, runs_folder, taught
 
 SHOWN = ("accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_precision", "trials", "tokens")
 
@@ -27,14 +27,14 @@ def show(name: str, figures: dict[str, Any]) -> float:
 
 def main() -> None:
     with runs_folder() as folder:
-        chain = taught(folder, 0)
-        base = show("base", figures_of(chain, "init", "before"))
-        dense = show("taught, dense", figures_of(chain, "reinforce", "after"))
+        base = show("base", figures_of(taught(folder, 0), "init", "before"))
+        orl = reinforced(folder, 0, "s2r_tiny", "orl")
+        dense = show("taught, dense", figures_of(orl, "reinforce", "after"))
         a = ensure(folder / "legs_a", "gptq_then_s2r")
         broken = show("(a) base at 3 bits", figures_of(a, "init", "before"))
         back = show("(a) the same, taught with adapters", figures_of(a, "behaviour", "compressed"))
         # what s2r_then_gptq would teach is taught already
-        given = (f"model.path={chain / 'stages' / 'reinforce' / 'model'}", "stages.init~", "stages.reinforce~")
+        given = (f"model.path={orl / 'stages' / 'reinforce' / 'model'}", "stages.init~", "stages.reinforce~")
         b = ensure(folder / "legs_b", "s2r_then_gptq", *given)
         after = show("(b) taught, then 3 bits on its own traces", figures_of(b, "behaviour", "compressed"))
         # the same model calibrated on first attempts, as anybody without traces would have

@@ -38,8 +38,14 @@ def ensure(run: Path, recipe: str, *words: str) -> Path:
 
 
 def taught(folder: Path, seed: int) -> Path:
-    """The chain base, SFT, ORL of one seed; its SFT model is in ``stages/init/model``."""
-    return ensure(folder / f"orl_{seed}", "s2r_tiny", f"run.seed={seed}")
+    """Base and SFT of one seed; the SFT model is in ``stages/init/model``."""
+    return ensure(folder / f"sft_{seed}", "s2r_tiny", "stages.reinforce~", f"run.seed={seed}")
+
+
+def reinforced(folder: Path, seed: int, recipe: str, name: str) -> Path:
+    """Reinforcement of that SFT model by the recipe; the model is in ``stages/reinforce/model``."""
+    model = taught(folder, seed) / "stages" / "init" / "model"
+    return ensure(folder / f"{name}_{seed}", recipe, f"model.path={model}", "stages.init~", f"run.seed={seed}")
 
 
 def figures_of(run: Path, stage: str, name: str) -> dict[str, Any]:
