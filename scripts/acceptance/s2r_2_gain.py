@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import verdict
-from s2r_runs import ensure, figures_of, reinforced, runs_folder, taught
+from s2r_runs import KEPT, ensure, figures_of, reinforced, runs_folder, taught
 
 from llmcompress.evaluation.self_correction import paired_test
 
@@ -120,7 +120,7 @@ def main() -> None:
         not broken,
         f"accuracy in %: {table}; VA {figures}; net correction in points "
         f"{', '.join(f'{100 * statistics.mean(row):.1f}' for row in gains)}; {len(SEEDS)} seeds; "
-        f"does not hold: {'; '.join(broken) or 'nothing'}",
+        f"does not hold: {'; '.join(broken) or 'nothing'}{KEPT}",
     )
 
 

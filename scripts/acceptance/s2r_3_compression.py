@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from harness import verdict
-from s2r_runs import ensure, figures_of, reinforced, runs_folder, taught
+from s2r_runs import KEPT, ensure, figures_of, reinforced, runs_folder, taught
 
 SHOWN = ("accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_precision", "trials", "tokens")
 
@@ -51,7 +51,7 @@ def main() -> None:
         cost > 0 and share >= 0.5,
         f"accuracy in %: (a) taught {100 * dense:.1f}, at 3 bits {100 * broken:.1f}, taught again with adapters "
         f"{100 * back:.1f} ({100 * share:.0f} % of the loss regained); (b) reinforced {100 * strong:.1f}, at 3 bits on "
-        f"its own traces {100 * after:.1f}, (c) on first attempts {100 * first:.1f}; one seed",
+        f"its own traces {100 * after:.1f}, (c) on first attempts {100 * first:.1f}; one seed{KEPT}",
     )
 
 

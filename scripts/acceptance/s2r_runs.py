@@ -17,6 +17,9 @@ from typing import Any
 
 from harness import llmcompress
 
+# for the verdict, whose time of running says little then
+KEPT = "; runs made before were read" if os.environ.get("S2R_RUNS") else ""
+
 
 @contextmanager
 def runs_folder() -> Iterator[Path]:
