@@ -111,7 +111,8 @@ def main() -> None:
     claims["correction gains more than it breaks"] = min(min(row) for row in gains) > 0
     claims["ORL or PRL corrects more than SFT"] = max(map(statistics.mean, gains[1:])) > statistics.mean(gains[0])
     by_name = {n: statistics.mean(run[n]["verification_accuracy"] or 0 for run in runs) for n in ("sft", "orl", "prl")}
-    claims["PRL has the highest VA"] = by_name["prl"] == max(by_name.values())
+    # less than a tenth of a point apart is a tie
+    claims["PRL has the highest VA"] = by_name["prl"] > max(by_name["sft"], by_name["orl"]) + 0.001
     broken = [name for name, holds in claims.items() if not holds]
     names = ("base", "solutions", "sft", "orl", "prl")
     table = ", ".join(f"{name} {spread(runs, name)} (first {spread(runs, name, 'first_accuracy')})" for name in names)
