@@ -78,8 +78,17 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
 
 async def stream(client: Any, member: str, prompt: str) -> tuple[str, str | None]:
     """Text and reason of one streamed completion."""
+    return await read(await begin(client, member, prompt))
+
+
+async def begin(client: Any, member: str, prompt: str) -> Any:
+    """A completion that the server has accepted, its stream unread."""
+    return await client.completions.create(model=member, prompt=prompt, max_tokens=NEW, temperature=0, stream=True)
+
+
+async def read(chunks: Any) -> tuple[str, str | None]:
+    """The rest of a stream."""
     text, reason = "", None
-    chunks = await client.completions.create(model=member, prompt=prompt, max_tokens=NEW, temperature=0, stream=True)
     async for chunk in chunks:
         text += chunk.choices[0].text
         reason = chunk.choices[0].finish_reason or reason
@@ -186,10 +195,10 @@ async def drained(url: str, process: subprocess.Popen[str], wanted: dict[tuple[s
 
     async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60) as client:
         asked = list(wanted)[:8]
-        tasks = [asyncio.create_task(stream(client, *pair)) for pair in asked]
-        await asyncio.sleep(0.15)
+        # a request that arrives after the signal is refused, so all must be under way before it
+        streams = await asyncio.gather(*(begin(client, *pair) for pair in asked))
         process.send_signal(signal.SIGTERM)
-        found = await asyncio.gather(*tasks, return_exceptions=True)
+        found = await asyncio.gather(*map(read, streams), return_exceptions=True)
     whole = sum(isinstance(f, tuple) and f[0] == wanted[pair] for f, pair in zip(found, asked))
     return whole, await asyncio.to_thread(process.wait, 60)
 

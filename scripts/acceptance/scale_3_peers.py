@@ -247,6 +247,7 @@ def main() -> None:
         figure, short = shortfalls(job, own)
         short += ["olmoe: 0.63 B parameters, the line asks for 1 B"] if job == "olmoe" and options.layers < 2 else []
         rows, figures, found = rows + own, [*figures, figure], found + short
+    found += [f"{job}: not measured" for job in JOBS if job not in options.job]
     machine = f"{cpu()}, one thread per tool"
     TABLE.write_text(json.dumps({"machine": machine, "bits": BITS, "jobs": JOBS, "rows": rows}, indent=1) + "\n")
     skipping = sorted({f"{row['tool']} ({row['job']})" for row in rows if not sound(row) and not row.get("stopped")})
