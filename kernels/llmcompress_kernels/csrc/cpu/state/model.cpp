@@ -12,6 +12,17 @@
 namespace state {
 namespace {
 
+// Sums of sixteen lanes of several vectors, each vector's halves added until one lane is left.
+template <int Rows>
+STATE_INLINE void reduce_rows(const __m512* sum, float* out) {
+  __m256 eight[Rows];
+  __m128 four[Rows];
+  for (int r = 0; r < Rows; ++r) eight[r] = _mm256_add_ps(_mm512_castps512_ps256(sum[r]), _mm512_extractf32x8_ps(sum[r], 1));
+  for (int r = 0; r < Rows; ++r) four[r] = _mm_add_ps(_mm256_castps256_ps128(eight[r]), _mm256_extractf128_ps(eight[r], 1));
+  for (int r = 0; r < Rows; ++r) four[r] = _mm_add_ps(four[r], _mm_movehl_ps(four[r], four[r]));
+  for (int r = 0; r < Rows; ++r) out[r] = _mm_cvtss_f32(_mm_add_ss(four[r], _mm_movehdup_ps(four[r])));
+}
+
 // [H] rows of `weight` times one row: products and sums are rounded one by one, so that the definition is easy to say.
 template <int Rows, class Load>
 STATE_INLINE void dots(Load load, const float* x, int64_t columns, float* out) {
@@ -21,7 +32,7 @@ STATE_INLINE void dots(Load load, const float* x, int64_t columns, float* out) {
     const __m512 v = _mm512_loadu_ps(x + c);
     for (int r = 0; r < Rows; ++r) sum[r] = _mm512_add_ps(sum[r], _mm512_mul_ps(load(r * columns + c), v));
   }
-  for (int r = 0; r < Rows; ++r) out[r] = _mm512_reduce_add_ps(sum[r]);
+  reduce_rows<Rows>(sum, out);
 }
 
 // A row alone waits for its own sums, so as many as there are go together.
@@ -71,7 +82,14 @@ void Worker::embed(int64_t token, float* to) const {
   for (int64_t g = 0, i = 0; g < groups; ++g) {
     const float step = llmcompress::half_to_float(scale[g * LANES]);
     const float middle = zero == nullptr ? static_cast<float>(1 << (bits - 1)) : code(zero, g);
-    for (const int64_t end = std::min(columns, i + from.group); i < end; ++i) to[i] = (code(word, i) - middle) * step;
+    const int64_t end = std::min(columns, i + from.group);
+    if (bits == 8 && i % 4 == 0) {
+      for (; i + 4 <= end; i += 4) {
+        const uint32_t four = word[i / 4 * LANES];
+        for (int k = 0; k < 4; ++k) to[i + k] = (static_cast<float>(static_cast<int32_t>(four >> 8 * k & 255)) - middle) * step;
+      }
+    }
+    for (; i < end; ++i) to[i] = (code(word, i) - middle) * step;
   }
 }
 

@@ -103,8 +103,9 @@ class PromptWorker : public Worker {
     for (int64_t t = tokens.first; t < tokens.last; ++t) {
       const float* taps[kTaps];
       for (int64_t k = 0; k < kTaps; ++k) taps[k] = input(t + k - kTaps + 1);
-      mix(m, s, t, taps, projected_ + t * row_ + inner_ + width_);
+      mix(m, s, t, taps);
     }
+    for (int64_t t = tokens.first; t < tokens.last; ++t) mix_times(m, s, t, projected_ + t * row_ + inner_ + width_);
     wait(kMix);
     const Range columns = share(width_);
     for (int64_t k = 0; k < kTaps; ++k) {

@@ -50,7 +50,8 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
           const int64_t at = from + t + k - 3;
           taps[k] = at < 0 ? old.get() + (at + 3) * width : in + at * row + inner;
         }
-        mix(m, segment, t, taps, raw_dt + (s * tokens + from + t) * dt_row);
+        mix(m, segment, t, taps);
+        mix_times(m, segment, t, raw_dt + (s * tokens + from + t) * dt_row);
       }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < heads * pieces; ++i) {

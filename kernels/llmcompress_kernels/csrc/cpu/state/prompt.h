@@ -51,8 +51,8 @@ struct Segment {
   int64_t tokens;
 };
 
-// Convolution, silu and time steps of one token; taps[k] is the input of k - 3 tokens later.
-void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps, const float* raw_dt) {
+// Convolution and silu of one token; taps[k] is the input of k - 3 tokens later.
+void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps) {
   const int64_t width = m.width(), inner = m.inner(), both = m.both(), n = m.states;
   const auto sum = [&](int64_t i) __attribute__((always_inline)) {
     __m512 total = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + i);
@@ -79,6 +79,10 @@ void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps, 
     _mm256_storeu_ps(line, _mm512_castps512_ps256(value));
     _mm256_storeu_ps(line + s.tokens * 16, _mm512_extractf32x8_ps(value, 1));
   }
+}
+
+// Time steps and decays of one token; apart from mix(), so that neighbouring tokens do not wait for each other's long chains.
+void mix_times(const Mixer& m, const Segment& s, int64_t t, const float* raw_dt) {
   time_steps(raw_dt, m.dt_bias, m.a, m.low, m.high, m.heads, s.dt + t * m.heads, s.decay + t * m.heads);
 }
 
