@@ -222,8 +222,9 @@ class _Evaluation:
     def run(self) -> None:
         """Measure side by side, holding two models only while both are needed."""
         from llmcompress.evaluation import measure
-        from llmcompress.models.memory_limits import give_back_memory
+        from llmcompress.models.memory_limits import give_back_memory, map_large_blocks
 
+        map_large_blocks()
         config, ledger = self.config, self.ledger
         calibration = self.state.calibration.tokens if self.state.calibration is not None else None
         self.tokenizer = self.handle.tokenizer()
