@@ -52,13 +52,14 @@ def main() -> None:
     import torch
 
     from llmcompress.algorithms.gptq import GptqOptions
+    from llmcompress.models.heap import keep_freed_memory
     from llmcompress.pipeline import device
     from llmcompress.quant.spec import QuantSpec
     from llmcompress.stages.block_solver import BlockSolver, Method, RarePolicy
 
     torch.set_num_threads(1)
     device.make_deterministic()
-    device.keep_freed_memory()
+    keep_freed_memory()
     handle, model, walker, hidden = prepare(args)
     # what the gptq stage does by default, asymmetric
     method = Method(GptqOptions(act_order="groups", refit=True), "mse", RarePolicy())

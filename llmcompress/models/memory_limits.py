@@ -6,7 +6,6 @@ three are not, and each trades memory for time without changing what is computed
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,8 +19,6 @@ WINDOW_BYTES = 64 * MIB
 # memory for an error of 0.2 % with random signs, where quantizing weights to 4 bits makes one of 5 to 10 %. No budget
 # moves it, because results depend on it
 EXACT_BYTES = 256 * MIB
-# <malloc.h>, glibc
-_M_MMAP_THRESHOLD = -3
 
 
 def kept_bytes(values: int, item: int) -> int:
@@ -83,34 +80,3 @@ def _from_loose_to_tight(activations: int) -> Iterator[Limits]:
     for part in (2, 4, 8, 16):
         yield Limits(tightest, tightest, activations // part)
     yield Limits(tightest, tightest, 0)
-
-
-def map_large_blocks() -> bool:
-    """Let the C library map every block of 1 MiB or more by itself (glibc's ``mallopt``), for the rest of the process.
-
-    glibc raises that limit to 32 MiB as blocks are freed. From then on weights and activations share one heap, where a
-    few live blocks hold back what is freed between them: evaluating a model of 135 M parameters peaked anywhere from
-    1.74 to 2.08 GB from run to run, and at 1.74 GB with blocks mapped, in the same time.
-
-    Returns:
-        Whether it could.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, MIB))
-
-
-def give_back_memory() -> bool:
-    """Return the heap's freed pages to the system, where the C library can (glibc's ``malloc_trim``).
-
-    Returns:
-        Whether it could.
-    """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError):
-        return False
-    trim(0)
-    return True

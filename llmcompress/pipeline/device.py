@@ -6,7 +6,6 @@ and writing ``5`` to ``clear_refs`` starts a new peak, so that every stage gets 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import random
@@ -27,8 +26,6 @@ BASELINE_VRAM = 650 * MIB
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-# <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def baseline_ram(device: str) -> int:
@@ -90,23 +87,6 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # filling every torch.empty with NaN costs time and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc's allocator keep freed batches for the next one, instead of giving them back to the kernel.
-
-    By default every tensor above 128 KiB to 32 MiB (a moving limit) is mapped anew, and touching new memory
-    costs a page fault per 4 KiB: an eighth of the time of a GPTQ run of a 135 M model. Larger tensors, such as a
-    solver's matrices, still come and go one by one: kept in the heap they would leave holes, and raise the peak.
-
-    Returns:
-        Whether the C library has these settings.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 8 << 20)) and bool(mallopt(_M_TRIM_THRESHOLD, 32 << 20))
 
 
 def stage_seed(seed: int, name: str) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.distributed.world import World
 from llmcompress.errors import GateFailed
 from llmcompress.events import Event
+from llmcompress.models.heap import keep_freed_memory
 from llmcompress.pipeline import device as devices
 from llmcompress.stages.base import Stage
 from llmcompress.stages.state import RunContext, RunState
@@ -47,7 +48,7 @@ def follow(stages: Sequence[Stage], recipe: dict[str, Any], world: World) -> Non
     begun = said
     devices.set_threads(begun["threads"] or None)
     devices.make_deterministic()
-    devices.keep_freed_memory()
+    keep_freed_memory()
     state = RunState()
     by_name = {stage.name: stage for stage in stages}
     while (said := world.tell()) != END:

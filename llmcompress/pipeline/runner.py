@@ -22,7 +22,7 @@ from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import GateFailed, Interrupted, RecipeError, UsageError
 from llmcompress.evaluation.gates import failed as failed_gates
 from llmcompress.events import Event
-from llmcompress.models.memory_limits import give_back_memory
+from llmcompress.models.heap import give_back_memory, keep_freed_memory
 from llmcompress.pipeline import device as devices
 from llmcompress.pipeline.fingerprint import difference, digest, with_contents
 from llmcompress.pipeline.followers import END, policy
@@ -377,7 +377,7 @@ class Runner:
         """Put the policy into force and record it with the versions at work."""
         threads = devices.set_threads(record.threads or None)
         devices.make_deterministic()
-        devices.keep_freed_memory()
+        keep_freed_memory()
         versions = package_versions()
         changed = [f"{n} {v} → {versions[n]}" for n, v in record.versions.items() if versions.get(n) != v]
         if changed:

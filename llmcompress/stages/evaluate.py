@@ -176,12 +176,13 @@ class Evaluate(Stage):
             RecipeError: A gate names a metric that was not measured.
         """
         from llmcompress.evaluation.measure import Ledger
+        from llmcompress.models.heap import whole_models
 
         assert state.model is not None, "the pipeline checks that a load stage comes first"
         problems = self.check(state.model.layout)
         if problems:
             raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
-        with _offline(self.config.offline):
+        with _offline(self.config.offline), whole_models():
             _Evaluation(self.config, state, ctx, Ledger(ctx.stage_dir / "parts")).run()
         self._conclude(state, ctx)
 
@@ -222,9 +223,8 @@ class _Evaluation:
     def run(self) -> None:
         """Measure side by side, holding two models only while both are needed."""
         from llmcompress.evaluation import measure
-        from llmcompress.models.memory_limits import give_back_memory, map_large_blocks
+        from llmcompress.models.heap import give_back_memory
 
-        map_large_blocks()
         config, ledger = self.config, self.ledger
         calibration = self.state.calibration.tokens if self.state.calibration is not None else None
         self.tokenizer = self.handle.tokenizer()

@@ -64,21 +64,3 @@ def test_threads_are_set_and_reported() -> None:
         assert device.set_threads(None) == 2
     finally:
         torch.set_num_threads(before)
-
-
-def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Library:
-        def __init__(self) -> None:
-            self.calls: list[tuple[int, int]] = []
-
-        def mallopt(self, what: int, value: int) -> int:
-            self.calls.append((what, value))
-            return 1
-
-    library = Library()
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda _name: library)
-    assert device.keep_freed_memory()
-    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    assert library.calls == [(-3, 8 << 20), (-1, 32 << 20)]
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda _name: object())
-    assert not device.keep_freed_memory()
