@@ -48,22 +48,35 @@ def decline(model: PreTrainedModel) -> str | None:
         model: A causal language model, dense or packed.
     """
     config: Any = model.config.get_text_config()
+    reason = decline_anywhere(model, config, FAMILIES) or _decline_config(config) or _decline_modules(model)
+    return reason or native.unavailable()
+
+
+def decline_anywhere(model: PreTrainedModel, config: Any, families: Sequence[str]) -> str | None:
+    """What no native engine can run: another implementation wanted, another device, family or activation."""
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
     if wanted not in ("auto", "cpu"):
         return f"{VARIABLE}={wanted}"
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}; the native step runs on the CPU"
-    reason = _decline_config(config)
-    if reason is None:
-        reason = _decline_modules(model)
-    return reason or native.unavailable()
+    if config.model_type not in families:
+        return f"the family {config.model_type} is not among {', '.join(families)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the activation is {config.hidden_act}, not silu"
+    return None
+
+
+def refuse(reason: str | None) -> None:
+    """Say why a model is declined, if it is.
+
+    Raises:
+        InputError: It is.
+    """
+    if reason is not None:
+        raise InputError(f"the native engine cannot run this model: {reason}", "use engine=transformers")
 
 
 def _decline_config(config: Any) -> str | None:
-    if config.model_type not in FAMILIES:
-        return f"the family {config.model_type} is not among {', '.join(FAMILIES)}"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"the activation is {config.hidden_act}, not silu"
     rotary = config.rope_parameters or {}
     if rotary.get("rope_type", "default") not in ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
         return f"rotary embedding {rotary.get('rope_type')!r} depends on the length or turns a part of the head"
@@ -126,8 +139,6 @@ class Engine:
     """
 
     max_batch = native.MAX_BATCH
-    # whether a sequence takes more memory with every token
-    grows = True
 
     def __init__(
         self,
@@ -140,9 +151,7 @@ class Engine:
         threads: int | None = None,
         screen: bool | None = None,
     ) -> None:
-        reason = decline(model)
-        if reason is not None:
-            raise InputError(f"the native engine cannot run this model: {reason}", "use engine=transformers")
+        refuse(decline(model))
         self.model = model
         self.int8_activations = int8_activations
         self.threads = threads
@@ -386,7 +395,10 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     attention, mlp = layer.self_attn, layer.mlp
     norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
     if block.bank is None:
-        gate, up, down, router = (*(_linear(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")), None)
+        gate, up, down, router = (
+            *(linear_matrix(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")),
+            None,
+        )
     else:
         gate, up, down = _experts(model.get_submodule(block.bank.module), block.bank)
         weight: Any = model.get_submodule(block.bank.router.module).weight
@@ -394,10 +406,10 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     return native.Layer(
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        query=_linear(attention.q_proj, members),
-        key=_linear(attention.k_proj, members),
-        value=_linear(attention.v_proj, members),
-        output=_linear(attention.o_proj, members),
+        query=linear_matrix(attention.q_proj, members),
+        key=linear_matrix(attention.k_proj, members),
+        value=linear_matrix(attention.v_proj, members),
+        output=linear_matrix(attention.o_proj, members),
         gate=gate,
         up=up,
         down=down,
@@ -407,7 +419,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     )
 
 
-def _linear(module: nn.Module, members: Sequence[str] = ()) -> native.Matrix:
+def linear_matrix(module: nn.Module, members: Sequence[str] = ()) -> native.Matrix:
+    """A linear as a step reads it: dense, packed, or a tree's nodes for these members."""
     if isinstance(module, TreeLinear):
         return _tree(module, members)
     bias: Any = module.bias

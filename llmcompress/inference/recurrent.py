@@ -8,7 +8,6 @@ most of the time of a small model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,11 @@ from llmcompress_kernels import cpu
 from llmcompress_kernels import mamba2 as native
 from llmcompress_kernels.decode import Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
-from llmcompress_kernels.select import VARIABLE
 from llmcompress_kernels.state import CONV_WIDTH
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.inference.engine import packed_matrix, rounded_matrix
+from llmcompress.inference.engine import decline_anywhere, linear_matrix, packed_matrix, refuse, rounded_matrix
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixers import runtime_of
@@ -44,21 +42,14 @@ def decline(model: PreTrainedModel) -> str | None:
     Args:
         model: A causal language model, dense or packed.
     """
-    wanted = os.environ.get(VARIABLE, "auto") or "auto"
-    if wanted not in ("auto", "cpu"):
-        return f"{VARIABLE}={wanted}"
-    if model.device.type != "cpu":
-        return f"the model is on {model.device.type}; the native step runs on the CPU"
-    if model.config.model_type not in FAMILIES:
-        return f"the family {model.config.model_type} is not among {', '.join(FAMILIES)}"
-    reason = _decline_config(model.config) or _decline_states(model) or _decline_modules(model)
+    config = model.config
+    reason = decline_anywhere(model, config, FAMILIES) or _decline_config(config)
+    reason = reason or _decline_states(model) or _decline_modules(model)
     return reason or native.unavailable()
 
 
 def _decline_config(config: Any) -> str | None:
     inner = config.num_heads * config.head_dim
-    if config.hidden_act not in ("silu", "swish"):
-        return f"the activation is {config.hidden_act}, not silu"
     if config.conv_kernel != CONV_WIDTH:
         return f"a convolution of {config.conv_kernel} tokens, not {CONV_WIDTH}"
     if config.state_size not in native.STATES or config.head_dim % LANES != 0 or config.head_dim > 256:
@@ -126,8 +117,6 @@ class RecurrentEngine:
     """
 
     max_batch = native.MAX_BATCH
-    # whether a sequence takes more memory with every token
-    grows = False
 
     def __init__(
         self,
@@ -138,9 +127,7 @@ class RecurrentEngine:
         head_bits: int | None = None,
         threads: int | None = None,
     ) -> None:
-        reason = decline(model)
-        if reason is not None:
-            raise InputError(f"the native engine cannot run this model: {reason}", "use engine=transformers")
+        refuse(decline(model))
         self.model = model
         self.threads = threads
         with torch.inference_mode():
@@ -302,7 +289,7 @@ def _layer(block: Any, quantizer: StateQuantizer | None, int8: bool) -> native.L
         norm=_float(block.norm.weight),
         in_proj=in_proj,
         dt_proj=times,
-        out_proj=_linear(out),
+        out_proj=linear_matrix(out),
         conv_weight=_float(mixer.conv1d.weight[:, 0]),
         conv_bias=None if mixer.conv1d.bias is None else _float(mixer.conv1d.bias),
         dt_bias=_float(mixer.dt_bias),
@@ -319,18 +306,11 @@ def _planes(module: Any, int8: bool) -> int:
     return INT8 if int8 or getattr(module, "int8_activations", False) else EXACT
 
 
-def _linear(module: Any) -> Matrix:
-    if not isinstance(module, PackedLinear):
-        return dense(module.weight.detach(), module.bias)
-    module.prepare()
-    return packed_matrix(module, slice(None), module.bias)
-
-
 def _in_proj(module: Any, heads: int) -> tuple[Matrix, Matrix | None]:
     """The projection, and its rows of time steps by themselves where they stay dense beside packed ones."""
     times = module._buffers.get("weight_dense") if isinstance(module, PackedLinear) else None
     if times is None:
-        return _linear(module), None
+        return linear_matrix(module), None
     module.prepare()
     bias = module.bias
     parts = (None, None) if bias is None else (bias[:-heads], bias[-heads:])
