@@ -99,14 +99,7 @@ struct Nibbles {
         }
         _mm512_store_ps(out[i], read);
         if constexpr (!Calibrated) {
-          for (int w = J / 2; w >= 1; w /= 2) {
-            for (int j = 0; j < w; ++j) {
-              size[2 * j] = _mm512_add_ps(size[2 * j], size[2 * (j + w)]);
-              size[2 * j + 1] = _mm512_add_ps(size[2 * j + 1], size[2 * (j + w) + 1]);
-            }
-          }
-          _mm512_store_ps(even[i], size[0]);
-          _mm512_store_ps(odd[i], size[1]);
+          fold_pairs<J>(size, even[i], odd[i]);
         }
       }
     }

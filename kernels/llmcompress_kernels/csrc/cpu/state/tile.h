@@ -152,6 +152,19 @@ struct Scales {
   bool wide;                              // a state scale was clamped or is subnormal: codes need clamping
 };
 
+// Adds the pairs of a row in halves, which is the order of the definition's sum; what is left goes to even and odd.
+template <int J>
+STATE_INLINE void fold_pairs(__m512* pairs, float* even, float* odd) {
+  for (int w = J / 2; w >= 1; w /= 2) {
+    for (int j = 0; j < w; ++j) {
+      pairs[2 * j] = _mm512_add_ps(pairs[2 * j], pairs[2 * (j + w)]);
+      pairs[2 * j + 1] = _mm512_add_ps(pairs[2 * j + 1], pairs[2 * (j + w) + 1]);
+    }
+  }
+  _mm512_store_ps(even, pairs[0]);
+  _mm512_store_ps(odd, pairs[1]);
+}
+
 // Channel scales of sixteen rows.
 STATE_INLINE void channel_scales(Scales& s, int row, const float (*even)[16], const float (*odd)[16], int n, uint16_t* out) {
   const __m512 mean = _mm512_mul_ps(folded_sum_rows(even, odd), _mm512_set1_ps(1.0f / n));
@@ -238,14 +251,7 @@ struct Refit {
       product[v] = _mm512_mul_ps(code, value);
       square = _mm512_fmadd_ps(code, code, square);  // integers below 2^24: exact in any order
     }
-    for (int w = J / 2; w >= 1; w /= 2) {
-      for (int j = 0; j < w; ++j) {
-        product[2 * j] = _mm512_add_ps(product[2 * j], product[2 * (j + w)]);
-        product[2 * j + 1] = _mm512_add_ps(product[2 * j + 1], product[2 * (j + w) + 1]);
-      }
-    }
-    _mm512_store_ps(even[i], product[0]);
-    _mm512_store_ps(odd[i], product[1]);
+    fold_pairs<J>(product, even[i], odd[i]);
     _mm512_store_ps(squares[i], square);
   }
 
@@ -288,14 +294,7 @@ STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const floa
       }
       _mm512_store_ps(out[i], read);
       if constexpr (!Static) {
-        for (int w = J / 2; w >= 1; w /= 2) {
-          for (int j = 0; j < w; ++j) {
-            size[2 * j] = _mm512_add_ps(size[2 * j], size[2 * (j + w)]);
-            size[2 * j + 1] = _mm512_add_ps(size[2 * j + 1], size[2 * (j + w) + 1]);
-          }
-        }
-        _mm512_store_ps(even[i], size[0]);
-        _mm512_store_ps(odd[i], size[1]);
+        fold_pairs<J>(size, even[i], odd[i]);
       }
     }
     _mm512_storeu_ps(y + base, sum_rows(out));
