@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness import ROOT, llmcompress, verdict
@@ -23,10 +24,21 @@ stages:
 """
 
 
-def need_models() -> None:
-    """End with a verdict if the family has not been trained."""
-    if not (MODELS / "training.json").exists():
-        verdict(False, f"{MODELS} is missing: make family, or set FAMILY_MODELS")
+def need_models(models: Path = MODELS, remedy: str = "make family, or set FAMILY_MODELS") -> None:
+    """End with a verdict if a family has not been trained."""
+    if not (models / "training.json").exists():
+        verdict(False, f"{models} is missing: {remedy}")
+
+
+def quality_goals(methods: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
+    """What RQT 2 and 3 ask of a table of ``evaluate_family``: method → ``bits`` and ``mean_relative`` loss."""
+    loss = {method: row["mean_relative"] for method, row in methods.items()}
+    return {
+        "2.0 to 2.2 bits": 2.0 <= methods["rqt"]["bits"] <= 2.2,
+        "within gptq-4 + 2 points": loss["rqt"] <= loss["gptq-4"] + 0.02,
+        "below bitdelta": loss["rqt"] < loss["bitdelta"],
+        "below gptq-3": loss["rqt"] < loss["gptq-3"],
+    }
 
 
 def recipe(folder: Path, run: Path) -> Path:

@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, llmcompress, verdict
+from family_runs import MODELS, need_models, quality_goals
+from harness import llmcompress, verdict
 
 SEEDS = (0, 1, 2)
 BASELINES = "[gptq-3,gptq-4,bitdelta,bitdelta-4,low_rank,rtvq]"
-MODELS = ROOT / "runs" / "family" / "models"
 
 
 def measure(seed: int, folder: Path) -> dict[str, Any]:
@@ -40,8 +40,7 @@ def own_is_best(cross: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main() -> None:
-    if not (MODELS / "training.json").exists():
-        verdict(False, f"{MODELS} is missing: make family")
+    need_models()
     with tempfile.TemporaryDirectory() as folder:
         seeds = [measure(seed, Path(folder)) for seed in SEEDS]
     table = {method: [rows["methods"][method]["mean_relative"] for rows in seeds] for method in seeds[0]["methods"]}
@@ -49,14 +48,11 @@ def main() -> None:
         bits = seeds[0]["methods"][method]["bits"]
         shown = ", ".join(f"{value:.2%}" for value in values)
         print(f"{method:12s} {bits:5.2f} bits  mean loss {statistics.mean(values):.2%}  ({shown})")
-    ours = table["rqt"]
     beaten = sorted({name for rows in seeds for name in own_is_best(rows["cross"]["rqt"])})
     dense = own_is_best(seeds[0]["cross"]["dense"])
+    goals = [quality_goals(rows["methods"]) for rows in seeds]
     conditions = {
-        "2.0 to 2.2 bits": all(2.0 <= rows["plan_bits"] <= 2.2 for rows in seeds),
-        "within gptq-4 + 2 points": all(a <= b + 0.02 for a, b in zip(ours, table["gptq-4"])),
-        "below bitdelta": all(a < b for a, b in zip(ours, table["bitdelta"])),
-        "below gptq-3": all(a < b for a, b in zip(ours, table["gptq-3"])),
+        **{name: all(each[name] for each in goals) for name in goals[0]},
         f"own text (beaten: {beaten or 'none'}; dense: {dense or 'none'})": not beaten,
     }
     failed = [name for name, holds in conditions.items() if not holds]
