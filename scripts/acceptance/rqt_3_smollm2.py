@@ -90,6 +90,7 @@ def main() -> None:
             *(caps if options.max_tokens else []), "--quiet",
         )  # fmt: skip
         rows = json.loads((run / "stages/evaluate_family/family.json").read_text())
+        stored = json.loads((run / "stages/export_family/sizes.json").read_text())["linear_bits"]
         tree = dense_member(FamilyArtifact(run / "artifact"), "maths").to(options.device)
     loaded = {"tree": tree}
     for name in ("maths", "base"):
@@ -99,11 +100,11 @@ def main() -> None:
     for method, row in rows["methods"].items():
         print(f"{method:12s} {row['bits']:5.2f} bits  mean loss {row['mean_relative']:.2%}")
     loss = {method: row["mean_relative"] for method, row in rows["methods"].items()}
-    failed = [goal for goal, holds in quality_goals(rows["methods"]).items() if not holds]
+    failed = [goal for goal, holds in quality_goals(rows["methods"], stored).items() if not holds]
     means = ", ".join(f"{method} {value:.2%}" for method, value in loss.items())
     verdict(
         not failed,
-        f"{rows['methods']['rqt']['bits']:.3f} bits; mean loss {means}; GSM8K exact match of {len(asked)}: maths "
+        f"{stored:.3f} bits; mean loss {means}; GSM8K exact match of {len(asked)}: maths "
         f"member {solved['maths']} dense, {solved['tree']} from the tree, base {solved['base']}; members trained on "
         f"{trained['child_tokens']:,.0f} tokens each; {options.device}; short of: {failed or 'nothing'}",
     )

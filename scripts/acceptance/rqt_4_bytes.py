@@ -89,7 +89,7 @@ def main() -> None:
     print(f"on disk: family {whole} bytes, {m} dense models {dense} bytes (tensors {tensors}): 1 : {dense / whole:.2f}")
     print(f"resident: family {memory['family']} bytes, dense models {memory['dense']} bytes")
     conditions = {
-        "plan within 2.2 bits": plan.linear_bits() <= 2.2,
+        "files within 2.2 bits": bits <= 2.2,
         "files are the plan's bytes and headers": formula <= nodes <= 1.06 * formula,
         "smaller on disk than a third of the dense models": 3 * whole <= dense,
         "smaller in memory than half of the dense models": 2 * memory["family"] <= memory["dense"],
