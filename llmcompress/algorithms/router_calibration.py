@@ -151,7 +151,7 @@ def solve_ridge(
         right = x_hat.new_zeros(len(rows), h)
         for slot, expert in enumerate(rows):
             tokens = mask[:, expert].nonzero().squeeze(-1)
-            x = x_hat[tokens]
+            x = x_hat.index_select(0, tokens)
             grams[slot] = x.T @ x
             right[slot] = residual[tokens, expert] @ x
         if everything is not None and off_topk_weight > 0:
@@ -258,11 +258,12 @@ def calibrate_router(
     if not rule.top_k <= K <= weight.shape[0]:
         raise ValueError(f"K must lie between {rule.top_k} and {weight.shape[0]}, not {K}")
     mask = top_mask(rule.scores(target), K)
-    fit = ~held
+    fit = (~held).nonzero().squeeze(-1)
+    features_fit, target_fit, mask_fit = (each.index_select(0, fit) for each in (features, target, mask))
     if options.solver == "adam":
-        solved = solve_adam(features[fit], target[fit], mask[fit], original, options)
+        solved = solve_adam(features_fit, target_fit, mask_fit, original, options)
     else:
-        solved = solve_ridge(features[fit], target[fit], mask[fit], original, options.ridge, options.off_topk_weight)
+        solved = solve_ridge(features_fit, target_fit, mask_fit, original, options.ridge, options.off_topk_weight)
     new_weight, new_bias = _split(solved, weight, bias)
     after_logits = features @ _augment(x_hat[:0], new_weight, new_bias)[1].T
     before = _rates(rule, target, before_logits, reference, judged, K)
@@ -271,8 +272,8 @@ def calibrate_router(
     record = {
         "before": before,
         "after": after if kept else before,
-        "loss_before": topk_mse(target[fit], before_logits[fit], mask[fit]),
-        "loss_after": topk_mse(target[fit], after_logits[fit], mask[fit]),
+        "loss_before": topk_mse(target_fit, before_logits.index_select(0, fit), mask_fit),
+        "loss_after": topk_mse(target_fit, after_logits.index_select(0, fit), mask_fit),
         "k": K,
         "kept": kept,
     }

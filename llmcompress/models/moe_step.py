@@ -115,7 +115,7 @@ class MoeStep:
 
     def _rows(self, tokens: Tensor) -> Tensor:
         """Inputs of some tokens, ``[n, H]``, a copy."""
-        found = self.x[tokens]
+        found = self.x.index_select(0, tokens)
         self.walker.cache.drop(self.x)
         return found
 
@@ -177,8 +177,8 @@ class MoeStep:
                 inputs = kept.get(expert)
                 z = inputs[number] if inputs else gated(self.experts, self.bank, expert, self._rows(tokens))
                 output = down(self.experts, self.bank, expert, z) * weights.unsqueeze(-1)
-                # a token meets an expert at most once, so this is a plain scatter and deterministic
-                mixed[tokens] += output.to(mixed.dtype)
+                # a token meets an expert at most once, so the order of the additions is no matter
+                mixed.index_add_(0, tokens, output.to(mixed.dtype))
                 self.walker.cache.drop(mixed)
             kept.pop(expert, None)
 
