@@ -192,14 +192,16 @@ def clipped_loss(
         rho = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         gains, _ = unit_sums(_surrogate(rho, per_token, clip), units, count)
         gains = gains / sizes.clamp_min(1)
-        outside = ((rho - 1).abs() > clip)[units >= 0].float()
+        counted = units >= 0
     else:
         logs = sums / sizes.clamp_min(1) if ratio == "mean" else sums
         rho = logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         gains = _surrogate(rho, advantages, clip)
-        outside = ((rho - 1).abs() > clip)[present].float()
+        counted = present
     mean = (gains * present).sum(1) / present.sum(1).clamp_min(1)
-    return -mean, outside.mean() if outside.numel() else outside.sum()
+    # no boolean index: how many it finds is a question that waits for the device
+    outside = (((rho - 1).abs() > clip) & counted).sum() / counted.sum().clamp_min(1)
+    return -mean, outside
 
 
 def _surrogate(rho: Tensor, advantages: Tensor, clip: float) -> Tensor:

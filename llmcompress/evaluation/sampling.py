@@ -2,17 +2,21 @@
 
 Responses of one batch end at very different lengths in self-correction (one trial or four). ``transformers.generate``
 carries every row to the end of the longest; here finished rows are dropped from batch and cache, which keeps the
-arithmetic proportional to the tokens written.
+arithmetic proportional to the tokens written. On a GPU, where not arithmetic but the host's launches take the time,
+batches of one shape are replayed instead (:mod:`~llmcompress.evaluation.static_decoding`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from llmcompress.evaluation.static_decoding import decoder_of, supports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,18 +54,28 @@ def sample(
         settings: How.
         end: Id of the end token.
         pad: Id used for padding; never attended to.
-        seed: Of the choices; equal seeds give equal responses on one machine.
+        seed: Of the choices, which are made on the model's device; equal seeds give equal responses on one machine.
 
     Returns:
         New ids of each prompt; the end token is the last of those that ended.
     """
     found: list[list[int]] = [[] for _ in prompts]
+    device = model.device
+    static = device.type == "cuda" and supports(model)
     # prompts of similar length share a batch, so that little padding is computed
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for begin in range(0, len(order), settings.batch):
         rows = order[begin : begin + settings.batch]
-        generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + begin) % 2**63)
-        for row, ids in zip(rows, _decode(model, [prompts[i] for i in rows], settings, end, pad, generator)):
+        generator = torch.Generator(device=device).manual_seed((seed * 1_000_003 + begin) % 2**63)
+        part = [prompts[i] for i in rows]
+        if static:
+            decoder = decoder_of(
+                model, min(settings.batch, len(prompts)), len(prompts[order[-1]]), settings.max_new_tokens
+            )
+            written = decoder.decode(model, part, end, pad, partial(_choose, settings=settings, generator=generator))
+        else:
+            written = _decode(model, part, settings, end, pad, generator)
+        for row, ids in zip(rows, written):
             found[row] = ids
     return found
 
@@ -80,16 +94,15 @@ def _decode(
     position = (mask.cumsum(1) - 1).clamp_min(0)
     ids, mask, position = ids.to(device), mask.to(device), position.to(device)
     cache = DynamicCache(config=model.config)
-    found: list[list[int]] = [[] for _ in prompts]
-    rows, open_rows = list(range(len(prompts))), torch.ones(len(prompts), dtype=torch.bool)
-    for _ in range(settings.max_new_tokens):
+    written = torch.full((len(prompts), settings.max_new_tokens), -1, dtype=torch.int64, device=device)
+    rows = torch.arange(len(prompts), device=device)
+    open_rows = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for step in range(settings.max_new_tokens):
         logits = model(
             ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
         chosen = _choose(logits, settings, generator)
-        for place, row in enumerate(rows):
-            if open_rows[place]:
-                found[row].append(int(chosen[place]))
+        written[rows, step] = chosen.masked_fill(~open_rows, -1)
         open_rows &= chosen != end
         if not open_rows.any():
             break
@@ -97,17 +110,16 @@ def _decode(
         next_position = position[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         if len(keep) <= COMPACT_BELOW * len(rows):
-            cache.batch_select_indices(keep.to(device))
-            chosen, open_rows = chosen[keep], open_rows[keep]
-            mask, next_position = mask[keep.to(device)], next_position[keep.to(device)]
-            rows = [rows[int(i)] for i in keep]
-        ids, position = chosen[:, None].to(device), next_position
-    return found
+            cache.batch_select_indices(keep)
+            rows, chosen, open_rows = rows[keep], chosen[keep], open_rows[keep]
+            mask, next_position = mask[keep], next_position[keep]
+        ids, position = chosen[:, None], next_position
+    return [[token for token in row if token >= 0] for row in written.tolist()]
 
 
 def _choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
-    """One token for each row, on the CPU, so that the same seed means the same choice everywhere."""
-    logits = logits.float().cpu()
+    """One token for each row ``[B]``, where the logits ``[B, V]`` are: moving them costs more than the model."""
+    logits = logits.float()
     if settings.temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits / settings.temperature).softmax(-1)

@@ -86,6 +86,8 @@ def make_deterministic() -> None:
 
     # torch.use_deterministic_algorithms would also set it for the compiler, and imports that first: a second of CPU
     torch.set_deterministic_debug_mode("warn")
+    # cuDNN's attention, which torch prefers on recent GPUs, is built anew for each shape, and batches differ in theirs
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # filling every torch.empty with NaN costs time and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

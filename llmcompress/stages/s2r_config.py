@@ -100,6 +100,10 @@ class TrainingConfig(S2RConfig):
     micro_batch: Annotated[int, Field(ge=1)] = 64
     """Rows computed at once; changes memory, not the result beyond rounding."""
 
+    micro_tokens: Annotated[int, Field(ge=64)] | None = None
+    """Tokens computed at once, padding included, beside the limit of ``micro_batch``; for rows of very different
+    length on a GPU."""
+
     measure: MeasureConfig | None = MeasureConfig()
     """Held-out behaviour after the stage; null for none."""
 
@@ -272,7 +276,8 @@ def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, r
     # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
     # logits thrice
     hidden = layout.hidden * 34 * len(layout.blocks) + 3 * layout.vocab
-    activations = rows * length * hidden * inputs.compute_bytes
+    tokens = max(length, min(rows * length, config.micro_tokens or rows * length))
+    activations = tokens * hidden * inputs.compute_bytes
     peak = weights + activations
     disk = moving * 12 + (0 if config.adapter is not None else total * inputs.weight_bytes)
     on_gpu = inputs.device == "cuda"

@@ -7,9 +7,9 @@ together into trajectories that end right, and trains on the verifications, the 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmcompress.data.trajectories import KeepProbabilities
 from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
@@ -49,8 +49,10 @@ class S2RInitConfig(TrainingConfig):
     """Different trajectories of each problem, at most: other wrong attempts, another order; 1 in the paper. With more
     of them instead of more epochs a small model repeats fewer of its failed attempts."""
 
-    data: Literal["trajectories", "solutions"] = "trajectories"
-    """``solutions`` trains on right solutions alone: the paper's control."""
+    data: Literal["trajectories", "solutions", "program"] = "trajectories"
+    """``solutions`` trains on right samples alone: the paper's control. ``program`` samples nothing and trains on
+    solutions that the task's program writes to problems set aside for it: what a model needs that has never seen the
+    task or its format, before anything can be sampled from it."""
 
     pair_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of (attempt, verification) pairs among the rows, as a warm-up of verification; 0 in the paper. Small
@@ -92,8 +94,14 @@ class S2RInitConfig(TrainingConfig):
     max_length: Annotated[int, Field(ge=8)] = 8000
     """Longest row in tokens (8000 in the paper, 6000 for Qwen2-7B); longer ones are left out."""
 
-    checkpoint_every: Annotated[int, Field(ge=1)] = 50
-    """Steps between two checkpoints."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = 50
+    """Steps between two checkpoints; null for none: a killed stage then samples no more, but trains from the start."""
+
+    @model_validator(mode="after")
+    def _written(self) -> Self:
+        if self.data == "program" and self.task.kind == "file":
+            raise ValueError("data: no program writes solutions to problems from a file; use trajectories or solutions")
+        return self
 
 
 class S2RInit(TrainingStage):
@@ -127,10 +135,13 @@ class S2RInit(TrainingStage):
         from llmcompress.data.verifiers import build_verifier
         from llmcompress.errors import InputError
         from llmcompress.evaluation.self_correction import choose
-        from llmcompress.quant.store import write_durably
         from llmcompress.stages.s2r_sampling import sample_all
 
         config = self.config
+        if config.data == "program":
+            rows = self._written_rows(reader, ctx)
+            self._keep_rows(rows, {"rows": len(rows)}, ctx)
+            return rows, []
         problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
         with policy.reference() as model:
             responses = sample_all(model, reader, problems, config.samples, config.sampling.settings(), ctx)
@@ -159,11 +170,28 @@ class S2RInit(TrainingStage):
         wanted = round(len(main) * config.pair_share / (1 - config.pair_share))
         rows = main + pairs[:wanted]
         counts = {"rows": len(main), "pairs": len(rows) - len(main), "by_trials": trial_counts(main), **builder.counts}
+        self._keep_rows(rows, counts, ctx)
+        ctx.emit("note", text=f"{len(main)} rows by trials {trial_counts(main)}, {len(rows) - len(main)} pairs")
+        return rows, pairs
+
+    def _written_rows(self, reader: Reader, ctx: RunContext) -> list[Trajectory]:
+        """Solutions by the task's program, to the problems of the split that nothing else uses."""
+        import random
+
+        from llmcompress.data.trajectories import Trajectory
+        from llmcompress.evaluation.self_correction import choose
+
+        problems = choose(reader.problems.problems("pretrain"), self.config.problems, ctx.seed)
+        rng = random.Random(f"{ctx.seed}:written")
+        return [Trajectory(p.key, p.question, reader.problems.solution(p, rng), 1, "solution") for p in problems]
+
+    def _keep_rows(self, rows: list[Trajectory], counts: dict[str, Any], ctx: RunContext) -> None:
+        """Leave the training set and what it consists of in the stage's folder."""
+        from llmcompress.quant.store import write_durably
+
         write_durably(ctx.stage_dir / "rows.json", json.dumps(counts, indent=1).encode())
         lines = [json.dumps(_record(row), ensure_ascii=False) for row in rows]
         write_durably(ctx.stage_dir / "trajectories.jsonl", ("\n".join(lines) + "\n").encode())
-        ctx.emit("note", text=f"{len(main)} rows by trials {trial_counts(main)}, {len(rows) - len(main)} pairs")
-        return rows, pairs
 
     def _train(
         self, policy: Policy, reader: Reader, rows: list[Trajectory], pairs: list[Trajectory], ctx: RunContext
@@ -183,7 +211,8 @@ class S2RInit(TrainingStage):
                 ctx.emit("warning", text=f"{name}: {long} rows are longer than {config.max_length} tokens")
             settings = SftSettings(
                 epochs, config.batch, config.lr, config.kl, config.anchor, config.warmup, config.decay,
-                config.clip_grad, config.micro_batch, config.checkpoint_every, ctx.seed + number,
+                config.clip_grad, config.micro_batch, config.micro_tokens, config.checkpoint_every,
+                ctx.seed + number,
             )  # fmt: skip
             base = len(curve)
 

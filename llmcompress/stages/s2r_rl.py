@@ -89,6 +89,9 @@ class GuardConfig(_Section):
     trials_above: Annotated[float, Field(gt=1)] | None = None
     """Most trials a response."""
 
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Longest training from its start or resume. What a run that ends by it has learned depends on the machine."""
+
 
 class S2RRlConfig(TrainingConfig):
     """Recipe section of the stage. Defaults are the paper's; deviations of its code are off and named."""
@@ -195,8 +198,8 @@ class S2RRlConfig(TrainingConfig):
     max_length: Annotated[int, Field(ge=8)] = 8000
     """Longest prompt and response in tokens, for the memory estimate."""
 
-    checkpoint_every: Annotated[int, Field(ge=1)] = 10
-    """Steps between two checkpoints."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = 10
+    """Steps between two checkpoints; null for none: a killed stage then starts over."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:
@@ -261,7 +264,8 @@ class S2RRl(TrainingStage):
             warmup=c.warmup, max_norm=c.clip_grad, kl=c.kl, kl_mean=c.kl_mean, clip=c.clip, ratio=c.ratio,
             sampling=c.sampling.settings(), truncation_reward=c.truncation_reward, flip_bonus=c.flip_bonus,
             verify_correct_bonus=c.verify_correct_bonus, discount=c.discount, train_end=c.train_end,
-            skip_agreeing=c.skip_agreeing, micro_batch=c.micro_batch, save_every=c.checkpoint_every, seed=ctx.seed,
+            skip_agreeing=c.skip_agreeing, micro_batch=c.micro_batch, micro_tokens=c.micro_tokens,
+            save_every=c.checkpoint_every, seed=ctx.seed,
             anchor=c.anchor, repeat_penalty=c.repeat_penalty, weigh_by_length=c.weigh_by_length,
             decay=c.decay,
         )  # fmt: skip
@@ -276,7 +280,8 @@ class S2RRl(TrainingStage):
         from llmcompress.training.rl import Guard, train_online
 
         problems = self._problems(policy, reader, ctx)
-        guard = Guard(self.config.guard.ended_below, self.config.guard.trials_above)
+        limits = self.config.guard
+        guard = Guard(limits.ended_below, limits.trials_above, limits.seconds)
         curve, stopped = train_online(
             policy, reader, problems, self._settings(ctx), self._baseline(), guard, ctx.stage_dir / CHECKPOINT,
             lambda record: self._tell(record, ctx),

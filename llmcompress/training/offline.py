@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llmcompress.algorithms import rl_objectives as rl
 from llmcompress.data.problems.base import Problem
 from llmcompress.evaluation.self_correction import Reader
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.policy import Policy
 from llmcompress.training.rl import (
     RlSettings,
@@ -182,6 +182,6 @@ def train_offline(
         record = curve_record(step + 1, part, [figures], settings)
         curve.append(record)
         on_step(record)
-        if (step + 1) % settings.save_every == 0 or step + 1 == per_epoch * epochs:
+        if due(step + 1, settings.save_every, step + 1 == per_epoch * epochs):
             trainer.save(checkpoint, {"curve": curve})
     return curve

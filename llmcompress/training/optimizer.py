@@ -17,6 +17,11 @@ from llmcompress.quant.store import write_durably
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def due(step: int, every: int | None, last: bool) -> bool:
+    """Whether a checkpoint is to be written after this step: every so many and after the last; None is never."""
+    return every is not None and (step % every == 0 or last)
+
+
 class Trainer:
     """Optimizer and progress.
 
@@ -36,7 +41,10 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.parameters, self.lr, self.warmup = parameters, lr, warmup
         self.steps, self.decay, self.max_norm = steps, decay, max_norm
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=lr, weight_decay=weight_decay)
+        values = list(parameters.values())
+        # on a GPU one kernel for all parameters instead of a dozen for each group of them
+        self.fused = all(value.is_cuda for value in values)
+        self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=weight_decay, fused=self.fused or None)
         self.step = 0
 
     def rate(self) -> float:
@@ -85,7 +93,9 @@ class Trainer:
                     parameter.data.copy_(handle.get_tensor(f"value.{name}"))
                     if f"{_MOMENTS[0]}.{name}" in handle.keys():  # noqa: SIM118 - not a dict
                         moments = {key: handle.get_tensor(f"{key}.{name}").to(parameter.device) for key in _MOMENTS}
-                        self.optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])), **moments}
+                        # the fused optimizer counts on the device
+                        step = torch.tensor(float(progress["step"]), device=parameter.device if self.fused else "cpu")
+                        self.optimizer.state[parameter] = {"step": step, **moments}
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path}: cannot continue from this checkpoint: {error}", "delete it and resume"

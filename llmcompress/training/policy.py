@@ -49,13 +49,35 @@ class Policy:
         if not self.adapted:
             frozen: Any = copy.deepcopy(model).requires_grad_(False)
             self._copy = frozen.to(compute).eval()
+        self._writer: Any = None
 
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Matrix products in the compute type inside the ``with`` block."""
-        device = next(iter(self.trainable.values())).device.type
-        with torch.autocast(device, dtype=self.compute, enabled=self.compute != torch.float32):
+        if self.compute == torch.float32:
             yield
+            return
+        device = next(iter(self.trainable.values())).device.type
+        with torch.autocast(device, dtype=self.compute):
+            yield
+
+    @contextmanager
+    def writer(self) -> Iterator[Any]:
+        """The policy for writing responses, without gradients.
+
+        Trained weights in float32 would be converted for every token: where the products are of another type, a copy
+        in that type is written from them here, once a round of sampling, always at the same addresses.
+        """
+        if self._copy is None or self.compute == torch.float32:
+            with torch.no_grad(), self.precision():
+                yield self.model
+            return
+        if self._writer is None:
+            self._writer = copy.deepcopy(self._copy)
+        with torch.no_grad():
+            for own, copied in zip(self.model.parameters(), self._writer.parameters(), strict=True):
+                copied.copy_(own)
+            yield self._writer
 
     @contextmanager
     def reference(self) -> Iterator[Any]:

@@ -8,6 +8,7 @@ policy at that step; offline draws them from a pool sampled once from the refere
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from llmcompress.algorithms.self_verify import (
 from llmcompress.data.problems.base import Problem
 from llmcompress.evaluation.sampling import Sampling, sample
 from llmcompress.evaluation.self_correction import Reader
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length, flags, pad_rows
 
@@ -60,7 +61,8 @@ class RlSettings:
     train_end: bool
     skip_agreeing: bool
     micro_batch: int
-    save_every: int
+    micro_tokens: int | None
+    save_every: int | None
     seed: int
     anchor: float = 0.0
     repeat_penalty: float = 0.0
@@ -103,9 +105,10 @@ def collect(
     policy: Policy, reader: Reader, problems: Sequence[Problem], indices: Sequence[int], settings: RlSettings, seed: int
 ) -> list[Rollout]:
     """Sample and judge responses, ``samples`` for each problem, in the problems' order."""
-    prompts = [reader.prompt(problems[i].question) for i in indices for _ in range(settings.samples)]
-    with policy.precision():
-        ids = sample(policy.model, prompts, settings.sampling, reader.end, reader.pad, seed)
+    once = [reader.prompt(problems[i].question) for i in indices]
+    prompts = [prompt for prompt in once for _ in range(settings.samples)]
+    with policy.writer() as model:
+        ids = sample(model, prompts, settings.sampling, reader.end, reader.pad, seed)
     found = []
     for place, (prompt, new) in enumerate(zip(prompts, ids)):
         index = indices[place // settings.samples]
@@ -230,7 +233,8 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
     old, reference = [empty] * len(rollouts), [empty] * len(rollouts)
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
-    for places in by_length([len(r.prompt) + len(r.ids) for r in rollouts], settings.micro_batch):
+    lengths = [len(r.prompt) + len(r.ids) for r in rollouts]
+    for places in by_length(lengths, settings.micro_batch, settings.micro_tokens):
         part = [rollouts[place] for place in places]
         padded = pad_rows([r.prompt for r in part], [r.ids for r in part], reader.pad, device)
         own = rl.token_logp(padded.select(policy.logits(padded.ids, padded.mask)), padded.targets, temperature)
@@ -238,9 +242,11 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
         if not same:
             logits = policy.reference_logits(padded.ids, padded.mask)
             base = rl.token_logp(padded.select(logits), padded.targets, temperature)
+        # one transfer for the part
+        own, base = own.cpu(), base.cpu()
         for row, place in enumerate(places):
-            old[place] = own[row, : len(rollouts[place].ids)].cpu()
-            reference[place] = base[row, : len(rollouts[place].ids)].cpu()
+            old[place] = own[row, : len(rollouts[place].ids)]
+            reference[place] = base[row, : len(rollouts[place].ids)]
     return Scored(rollouts, old, reference)
 
 
@@ -260,9 +266,10 @@ def update(
     """One optimiser step on the picked rollouts; returns loss, clip share and gradient norm."""
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
-    losses, clipped, parts = 0.0, 0.0, 0
+    losses: list[Tensor] = []
+    clipped: list[Tensor] = []
     lengths = [len(scored.rollouts[i].prompt) + len(scored.rollouts[i].ids) for i in picked]
-    for places in by_length(lengths, settings.micro_batch):
+    for places in by_length(lengths, settings.micro_batch, settings.micro_tokens):
         part = [picked[place] for place in places]
         rows = [scored.rollouts[i] for i in part]
         padded = pad_rows([r.prompt for r in rows], [r.ids for r in rows], reader.pad, device)
@@ -285,8 +292,13 @@ def update(
         if settings.anchor > 0:
             loss = loss + settings.anchor * _anchor(policy, padded, logits, rows) / len(picked)
         loss.backward()
-        losses, clipped, parts = losses + float(loss.detach()), clipped + float(share), parts + 1
-    return {"loss": losses, "clipped": clipped / max(1, parts), "grad_norm": trainer.update()}
+        losses.append(loss.detach())
+        clipped.append(share.detach())
+    norm = trainer.update()
+    # read at the end: reading waits for the device
+    return {
+        "loss": sum(map(float, losses)), "clipped": sum(map(float, clipped)) / max(1, len(clipped)), "grad_norm": norm
+    }  # fmt: skip
 
 
 def _anchor(policy: Policy, padded: Any, logits: Tensor, rows: Sequence[Rollout]) -> Tensor:
@@ -327,9 +339,12 @@ class Guard:
 
     ended_below: float | None = None
     trials_above: float | None = None
+    seconds: float | None = None
 
-    def reason(self, record: dict[str, Any]) -> str | None:
-        """Why to stop after this step, None to go on."""
+    def reason(self, record: dict[str, Any], elapsed: float = 0.0) -> str | None:
+        """Why to stop after this step, ``elapsed`` seconds after training began; None to go on."""
+        if self.seconds is not None and elapsed > self.seconds:
+            return f"{elapsed:.0f} s have passed (guard.seconds {self.seconds:g})"
         if self.ended_below is not None and record["ended"] < self.ended_below:
             return f"only {record['ended']:.0%} of the responses ended (guard.ended_below {self.ended_below:.0%})"
         if self.trials_above is not None and record["trials"] > self.trials_above:
@@ -368,6 +383,7 @@ def train_online(
     curve: list[dict[str, Any]] = progress.get("curve", [])
     stopped: str | None = progress.get("stopped")
     baseline.restore(progress.get("baseline", []))
+    begun = time.monotonic()
     for step in range(len(curve), settings.steps):
         if stopped is not None:
             break
@@ -389,8 +405,8 @@ def train_online(
         ]
         record = curve_record(step + 1, scored, figures, settings)
         curve.append(record)
-        stopped = guard.reason(record)
+        stopped = guard.reason(record, time.monotonic() - begun)
         on_step(record)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopped:
+        if due(step + 1, settings.save_every, step + 1 == settings.steps or stopped is not None):
             trainer.save(checkpoint, {"curve": curve, "baseline": baseline.state(), "stopped": stopped})
     return curve, stopped

@@ -27,8 +27,15 @@ class Padded:
     inside: Tensor
 
     def select(self, logits: Tensor, width: int | None = None) -> Tensor:
-        """Logits that predict the response tokens, or the first ``width`` of them: ``[B, T, V]`` → ``[B, R, V]``."""
-        return logits.gather(1, self.places[:, :width, None].expand(-1, -1, logits.shape[-1]))
+        """Logits that predict the response tokens, or the first ``width`` of them: ``[B, T, V]`` → ``[B, R, V]``.
+
+        Whole rows are taken, not single entries: the gradient of ``gather`` along the positions would sort every entry
+        of the logits where deterministic algorithms are asked for, tens of gigabytes on a GPU.
+        """
+        count, length, vocab = logits.shape
+        places = self.places[:, :width]
+        first = torch.arange(count, device=places.device)[:, None] * length
+        return logits.reshape(-1, vocab).index_select(0, (places + first).flatten()).view(count, -1, vocab)
 
 
 def pad_rows(
@@ -67,7 +74,19 @@ def flags(rows: Sequence[Sequence[int]], width: int, device: torch.device | str,
     return found.to(device)
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of rows in parts of at most ``size`` rows of similar length, so that little padding is computed."""
-    places = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
-    return [places[begin : begin + size] for begin in range(0, len(places), size)]
+def by_length(lengths: Sequence[int], size: int, tokens: int | None = None) -> list[list[int]]:
+    """Places of rows in parts of similar length, so that little padding is computed.
+
+    Args:
+        lengths: Tokens of each row.
+        size: Rows of a part, at most.
+        tokens: Tokens of a part with its padding, at most; a longer row has a part of its own.
+    """
+    parts: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        # the row at hand is the longest so far
+        full = not parts or len(parts[-1]) == size
+        if full or (tokens is not None and (len(parts[-1]) + 1) * lengths[place] > tokens):
+            parts.append([])
+        parts[-1].append(place)
+    return parts

@@ -17,9 +17,12 @@ from llmcompress.algorithms.rl_objectives import full_kl, token_logp
 from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask
 from llmcompress.data.trajectories import Trajectory
 from llmcompress.evaluation.self_correction import Reader
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length, flags, pad_rows
+
+# what a step is told of: cross-entropy, and the two divergences where they are asked for
+_SUMS = ("cross_entropy", "kl", "anchor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class SftSettings:
     decay: str
     max_norm: float | None
     micro_batch: int
-    save_every: int
+    micro_tokens: int | None
+    save_every: int | None
     seed: int
 
 
@@ -91,7 +95,7 @@ def order(count: int, epoch: int, seed: int) -> list[int]:
 
 def sft_loss(
     policy: Policy, rows: Sequence[SftRow], pad: int, kl: float, anchor: float, total: int, anchored: int
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of part of a batch, so that the parts of a batch add up to it.
 
     Args:
@@ -105,7 +109,7 @@ def sft_loss(
         anchored: Tokens of first attempts in the whole batch.
 
     Returns:
-        The loss, and the sums behind it.
+        The loss, and the sums behind it, on the device.
     """
     device = next(iter(policy.trainable.values())).device
     padded = pad_rows([row.prompt for row in rows], [row.response for row in rows], pad, device)
@@ -114,21 +118,21 @@ def sft_loss(
     logits = padded.select(policy.logits(padded.ids, padded.mask))
     entropy = -(token_logp(logits, padded.targets) * trained).sum()
     loss = entropy / max(1, total)
-    figures = {"cross_entropy": float(entropy.detach()), "kl": 0.0, "anchor": 0.0}
+    figures = {"cross_entropy": entropy.detach()}
     if kl > 0 or anchor > 0:
         # the anchor alone needs the reference up to the longest first attempt, and nothing later changes that
         width = width if kl > 0 else max(1, *(sum(row.first) for row in rows))
-        near = slice(0, int(padded.places[:, :width].max()) + 1)
+        near = slice(0, max(len(row.prompt) - 1 + min(width, len(row.response)) for row in rows))
         reference = policy.reference_logits(padded.ids[:, near], padded.mask[:, near])
         reference = padded.select(reference, width)
         divergence = full_kl(logits[:, :width], reference)
         if kl > 0:
             loss = loss + kl * (divergence * trained).sum() / max(1, total)
-            figures["kl"] = float((divergence.detach() * trained).sum())
+            figures["kl"] = (divergence.detach() * trained).sum()
         if anchor > 0:
             first = flags([row.first[:width] for row in rows], width, device).float()
             loss = loss + anchor * (divergence * first).sum() / max(1, anchored)
-            figures["anchor"] = float((divergence.detach() * first).sum())
+            figures["anchor"] = (divergence.detach() * first).sum()
     return loss, figures
 
 
@@ -161,13 +165,16 @@ def train_sft(
         batch = [rows[index] for index in picked]
         total = sum(sum(row.trained) for row in batch)
         anchored = sum(sum(row.first) for row in batch)
-        sums = {"cross_entropy": 0.0, "kl": 0.0, "anchor": 0.0}
-        for places in by_length([len(row.prompt) + len(row.response) for row in batch], settings.micro_batch):
+        found: list[dict[str, Tensor]] = []
+        lengths = [len(row.prompt) + len(row.response) for row in batch]
+        for places in by_length(lengths, settings.micro_batch, settings.micro_tokens):
             part = [batch[place] for place in places]
             loss, figures = sft_loss(policy, part, pad, settings.kl, settings.anchor, total, anchored)
             loss.backward()
-            sums = {key: sums[key] + figures[key] for key in sums}
+            found.append(figures)
         norm = trainer.update()
+        # read at the end: reading waits for the device
+        sums = {key: sum(float(figures[key]) for figures in found if key in figures) for key in _SUMS}
         record = {
             "step": step + 1,
             "cross_entropy": sums["cross_entropy"] / max(1, total),
@@ -177,6 +184,6 @@ def train_sft(
         }
         curve.append(record)
         on_step(step + 1, steps, {key: value for key, value in record.items() if key != "step"})
-        if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+        if due(step + 1, settings.save_every, step + 1 == steps):
             trainer.save(checkpoint, {"curve": curve})
     return curve

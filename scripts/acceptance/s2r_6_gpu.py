@@ -1,8 +1,328 @@
 #!/usr/bin/env python3
-"""S2R 6: SmolLM2-135M on word problems or GSM8K on a GPU, with the table of line 2. Not written yet: no GPU was at
-hand.
+"""S2R 6: SmolLM2-135M on templated word problems on one GPU, with the table of line 2, within a number of seconds.
+
+    python scripts/acceptance/s2r_6_gpu.py --model FOLDER [--budget 280] [--seed 0] [--tiny] [--device cuda]
+
+FOLDER is what scripts/smollm2_to_hf.py writes. The chain: the model is shown task and format (``warm``), the size of
+the numbers is chosen by validation problems so that it solves about half at its first attempt, then SFT on trajectories
+beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. What is measured goes into
+benchmarks/s2r_gpu.json (with OUT set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
+``--tiny`` runs every phase on the shipped reasoner with next to no data: its figures mean nothing. Without a GPU the
+stored file is judged.
 """
 
-from harness import verdict
+from __future__ import annotations
 
-verdict(False, "not run: it needs a GPU and SmolLM2-135M-Instruct, and no recipe for them has been tried")
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import CLI, ROOT, verdict
+
+STORED = ROOT / "benchmarks" / "s2r_gpu.json"
+COLUMNS = (
+    "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_precision", "incorrect_to_correct",
+    "correct_to_incorrect", "trials", "tokens", "ended",
+)  # fmt: skip
+HEADS = ("acc", "first", "VA", "ER", "CP", "ICR", "CIR", "trials", "tokens", "ended")
+POLICIES = ("base", "solutions", "sft", "orl", "prl")
+# sizes of the numbers to choose from, and the share of first attempts that should be right
+SIZES, AIM = (3, 10, 30, 100, 300), 0.45
+# seconds that a process of reinforcement needs beside its training: start, model, the measurement at the end
+AROUND = 30.0
+# next to no data, for a rehearsal
+TINY = {
+    "warm": ("problems=64", "epochs=1", "task={kind: countdown, high: 15, limit: 60, compact: true}"),
+    "init": (
+        "problems=60", "samples=4", "sampling.max_new_tokens=16", "epochs=3", "lr=2e-3", "measure.problems=40",
+        "measure.max_new_tokens=80",
+    ),
+    "reinforce": (
+        "steps=3", "prompts=8", "sampling.max_new_tokens=80", "guard.ended_below=null", "measure.problems=40",
+        "measure.max_new_tokens=80",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Chain:
+    """One run of everything.
+
+    Attributes:
+        model: Folder or ``asset:`` name.
+        device: ``cuda`` or ``cpu``.
+        seed: Of the runs.
+        tiny: Rehearse on the shipped reasoner.
+        budget: Seconds from the start to the end of the last process.
+        folder: Where the runs go.
+        out: The file of results.
+        steps: Steps of reinforcement, None for the recipe's.
+    """
+
+    model: str
+    device: str
+    seed: int
+    tiny: bool
+    budget: float
+    folder: Path
+    out: Path
+    steps: int | None
+    begun: float = field(default_factory=time.monotonic)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def left(self) -> float:
+        """Seconds until the budget is spent."""
+        return self.budget - (time.monotonic() - self.begun)
+
+    def start(self, name: str, recipe: str, *words: str, keep: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        """Start a run with the named stages of the recipe; its output goes to a log beside it."""
+        stages = {"warm", "init"} if recipe == "s2r_smollm2_solutions" else {"warm", "init", "reinforce"}
+        gone = [f"stages.{stage}~" for stage in stages - set(keep)]
+        small = [f"stages.{stage}.{word}" for stage in keep for word in TINY.get(stage, ())] if self.tiny else []
+        task = ["vars.task={kind: countdown, high: 15, limit: 60, compact: true}"] if self.tiny else []
+        command = [
+            *CLI, "run", recipe, f"run.dir={self.folder / name}", f"run.seed={self.seed}", f"run.device={self.device}",
+            *gone, *task, *small, *words, "--quiet",
+        ]  # fmt: skip
+        self.tell(f"start {name}")
+        with (self.folder / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+
+    def wait(self, **processes: subprocess.Popen[bytes]) -> None:
+        """Wait for processes until the budget is spent; what is not finished then is stopped and named."""
+        for name, process in processes.items():
+            try:
+                code: int | None = process.wait(max(0.1, self.left()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                code = None
+            self.tell(f"end {name}: {'out of time' if code is None else f'exit code {code}'}")
+            if code != 0:
+                log = (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
+                self.found.setdefault("unfinished", {})[name] = {"code": code, "log": log}
+                print(log, file=sys.stderr)
+            self.gather(name)
+        self.keep()
+
+    def tell(self, text: str) -> None:
+        """Say what happens, with the second at which it does."""
+        line = f"{time.monotonic() - self.begun:6.1f} s  {text}"
+        self.found.setdefault("times", []).append(line)
+        print(line, file=sys.stderr, flush=True)
+
+    def gather(self, name: str) -> None:
+        """Take over what a run has left: figures, verdicts, curves, times, notes."""
+        for stage in sorted((self.folder / name / "stages").glob("*")):
+            record = self.found.setdefault("runs", {}).setdefault(name, {}).setdefault(stage.name, {})
+            for path in (*stage.glob("behaviour_*.json"), stage / "rows.json", stage / "state.json"):
+                if path.exists():
+                    record[path.stem] = json.loads(path.read_text())
+            for path in stage.glob("episodes_*.json"):
+                record[path.stem] = json.loads(path.read_text())
+                record[path.stem].pop("keys", None)
+            if (stage / "curve.json").exists():
+                curve = json.loads((stage / "curve.json").read_text())
+                record["curve"] = curve if len(curve) <= 100 else curve[:: len(curve) // 50]
+        events = self.folder / name / "events.jsonl"
+        if events.exists():
+            rows = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
+            self.found["runs"].setdefault(name, {})["notes"] = [
+                row for row in rows if row.get("kind") in ("note", "warning", "stage_start", "stage_end")
+            ][-200:]
+
+    def keep(self) -> None:
+        """Write what there is; the file is complete or the one before."""
+        part = self.out.with_suffix(".part")
+        part.write_text(json.dumps(self.found, indent=1) + "\n")
+        part.replace(self.out)
+
+    def policy(self, name: str) -> dict[str, Any] | None:
+        """Figures of a policy with its verdicts on each problem, None where it was not measured."""
+        place = {
+            "base": ("sft", "init", "before"), "sft": ("sft", "init", "after"),
+            "solutions": ("solutions", "init", "after"), "orl": ("orl", "reinforce", "after"),
+            "prl": ("prl", "reinforce", "after"),
+        }[name]  # fmt: skip
+        record = self.found.get("runs", {}).get(place[0], {}).get(place[1], {})
+        figures, episodes = record.get(f"behaviour_{place[2]}"), record.get(f"episodes_{place[2]}")
+        return None if figures is None or episodes is None else {**figures, **episodes}
+
+
+def versions(device: str) -> dict[str, str]:
+    """Hardware and versions."""
+    import torch
+    import transformers
+
+    import llmcompress
+
+    known = {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "llmcompress": llmcompress.__version__, "cuda": str(torch.version.cuda), "processors": str(os.cpu_count()),
+    }  # fmt: skip
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        known["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return known
+
+
+def choose_size(chain: Chain, model: Path) -> int:
+    """The size of numbers at which the warmed-up model's first attempts are right about half the time.
+
+    Decided by validation problems; 200 of each size, greedily, in one batch.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmcompress.data.problems.word_problems import WordProblems
+    from llmcompress.evaluation.sampling import Sampling, sample
+    from llmcompress.evaluation.self_correction import Reader, choose
+
+    dtype = torch.bfloat16 if chain.device == "cuda" else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(chain.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sets = {size: WordProblems(16000, sizes=(size,), brief=True) for size in SIZES}
+    readers = {size: Reader(tokenizer, found) for size, found in sets.items()}
+    rows = [(size, problem) for size in SIZES for problem in choose(sets[size].problems("validation"), 200, 0)]
+    prompts = [readers[size].prompt(problem.question) for size, problem in rows]
+    reader = readers[SIZES[0]]
+    begun = time.monotonic()
+    found = sample(policy, prompts, Sampling(48, batch=1024), reader.end, reader.pad, 0)
+    seconds = time.monotonic() - begun
+    right: dict[int, list[bool]] = {size: [] for size in SIZES}
+    for (size, problem), ids in zip(rows, found):
+        right[size].append(bool(readers[size].judge(problem, ids).right[0]))
+    shares = {size: sum(flags) / len(flags) for size, flags in right.items()}
+    chain.found["ladder"] = {"shares": shares, "seconds_to_decode": round(seconds, 2)}
+    chain.tell(f"first attempts by size: {shares}, decoded in {seconds:.1f} s")
+    del policy
+    if chain.device == "cuda":
+        torch.cuda.empty_cache()
+    return min(SIZES, key=lambda size: (abs(shares[size] - AIM), size))
+
+
+def run(chain: Chain) -> None:
+    """Every phase; stops where a model that the next one needs is missing."""
+    warm = chain.start("warm", "s2r_smollm2", f"model.path={chain.model}", keep=("warm",))
+    chain.found["versions"] = versions(chain.device)
+    chain.found["seed"] = chain.seed
+    chain.found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    chain.wait(warm=warm)
+    base = chain.folder / "warm" / "stages" / "warm" / "model"
+    if not base.is_dir():
+        return
+    size = SIZES[0] if chain.tiny else choose_size(chain, base)
+    chain.found["size"] = size
+    chain.keep()
+    common = [f"model.path={base}", *([] if chain.tiny else [f"vars.sizes=[{size}]"])]
+    sft = chain.start("sft", "s2r_smollm2", *common, keep=("init",))
+    solutions = chain.start("solutions", "s2r_smollm2_solutions", *common, keep=("init",))
+    chain.wait(sft=sft)
+    taught = chain.folder / "sft" / "stages" / "init" / "model"
+    if taught.is_dir() and chain.left() > AROUND:
+        common[0] = f"model.path={taught}"
+        limit = [f"stages.reinforce.guard.seconds={chain.left() - AROUND:.0f}"]
+        if chain.steps is not None and not chain.tiny:
+            limit.append(f"stages.reinforce.steps={chain.steps}")
+        orl = chain.start("orl", "s2r_smollm2", *common, *limit, keep=("reinforce",))
+        prl = chain.start("prl", "s2r_smollm2_prl", *common, *limit, keep=("reinforce",))
+        chain.wait(solutions=solutions)
+        chain.wait(orl=orl, prl=prl)
+    else:
+        chain.wait(solutions=solutions)
+
+
+def net(figures: dict[str, Any]) -> float:
+    """Problems won by correction minus those lost, as a share of all."""
+    won = (figures["incorrect_to_correct"] or 0) * figures["n_first_wrong"]
+    lost = (figures["correct_to_incorrect"] or 0) * figures["n_first_right"]
+    return float(won - lost) / figures["n_problems"]
+
+
+def judge(chain: Chain) -> None:
+    """Print the table, add the claims to the results, and give the verdict."""
+    from llmcompress.evaluation.self_correction import paired_test
+
+    rows = {name: chain.policy(name) for name in POLICIES}
+    print(f"{'':10}" + "".join(f"{head:>8}" for head in HEADS))
+    for name, figures in rows.items():
+        shown = [None if figures is None else figures[column] for column in COLUMNS]
+        cells = [
+            "–" if value is None else f"{value:.2f}" if head == "trials" else f"{value:.0f}" if head == "tokens" else
+            f"{100 * value:.1f}" for head, value in zip(HEADS, shown)
+        ]  # fmt: skip
+        print(f"{name:10}" + "".join(f"{cell:>8}" for cell in cells))
+    claims: dict[str, bool] = {}
+    for above, below in (("sft", "base"), ("sft", "solutions"), ("orl", "sft"), ("prl", "sft")):
+        one, two = rows[above], rows[below]
+        if one is None or two is None:
+            claims[f"{above} over {below} (not measured)"] = False
+            continue
+        p = paired_test(two["final"], one["final"])
+        claims[f"{above} over {below} (p {p:.2g})"] = one["accuracy"] > two["accuracy"] and p < 0.05
+    sft = rows["sft"]
+    claims["correction gains more than it breaks"] = sft is not None and net(sft) > 0
+    better = [rows[name] for name in ("orl", "prl")]
+    claims["ORL or PRL corrects more than SFT"] = sft is not None and any(r and net(r) > net(sft) for r in better)
+    chain.found["claims"] = claims
+    chain.keep()
+    broken = [name for name, holds in claims.items() if not holds]
+    table = ", ".join(
+        f"{name} {100 * r['accuracy']:.1f} (first {100 * r['first_accuracy']:.1f})" for name, r in rows.items() if r
+    )
+    where = chain.found.get("versions", {}).get("gpu", "CPU")
+    count = next((r["n_problems"] for r in rows.values() if r), 0)
+    size = chain.found.get("size")
+    verdict(
+        all(rows.values()) if chain.tiny else not broken,
+        f"{'rehearsal, figures mean nothing: ' if chain.tiny else ''}SmolLM2-135M on {where}, {count} problems, "
+        f"numbers of size {size}, one seed; accuracy in %: {table or 'nothing measured'}; does not hold: "
+        f"{'; '.join(broken) or 'nothing'}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="steps of reinforcement instead of the recipe's")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on the shipped reasoner")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--name", default="s2r", help="of the file in $OUT")
+    args = parser.parse_args()
+    out = Path(os.environ["OUT"]) / f"{args.name}.json" if os.environ.get("OUT") else STORED
+    out = out if not args.tiny or os.environ.get("OUT") else Path(tempfile.gettempdir()) / "s2r_tiny.json"
+    model = "asset:reference_reasoner" if args.tiny else args.model
+    folder = Path(tempfile.mkdtemp(prefix="llmcompress-s2r-"))
+    chain = Chain(model or "", args.device, args.seed, args.tiny, args.budget, folder, out, args.steps)
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        if not STORED.exists():
+            verdict(False, "no GPU, and no results of one are stored")
+        chain.found = json.loads(STORED.read_text())
+        chain.out = Path(tempfile.mkstemp(suffix=".json")[1])
+        print(f"no GPU here: what {STORED.relative_to(ROOT)} holds, measured {chain.found.get('date')}")
+        judge(chain)
+    if model is None:
+        verdict(False, "no model: give --model FOLDER (scripts/smollm2_to_hf.py makes it)")
+    run(chain)
+    chain.tell("all phases ended")
+    try:
+        judge(chain)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -145,6 +145,28 @@ def test_a_weak_verifier_is_not_reinforced(tiny, tmp_path, taught):
         S2RRl("b", config).run(state(), tiny.context(tmp_path, "b"))
 
 
+def test_written_solutions_need_no_samples(tiny, tmp_path):
+    config = INIT.model_copy(update={"data": "program", "problems": 20, "measure": None, "checkpoint_every": None})
+    context = tiny.context(tmp_path, "s")
+    S2RInit("s", config).run(state(), context)
+    rows = [json.loads(line) for line in (context.stage_dir / "trajectories.jsonl").read_text().splitlines()]
+    problems = TASK.build()
+    assert {row["problem"] for row in rows} <= {problem.key for problem in problems.problems("pretrain")}
+    assert len(rows) == 20 and all(row["kind"] == "solution" for row in rows)
+    assert not (context.stage_dir / "samples").exists()
+    # no checkpoint was asked for
+    assert [path.name for path in context.stage_dir.glob("*progress*")] == []
+    with pytest.raises(ValueError, match="no program writes"):
+        S2RInitConfig(type="s2r_init", data="program", task={"kind": "file", "path": "x.jsonl"})
+
+
+def test_reinforcement_ends_by_the_clock(tiny, tmp_path, taught):
+    events = []
+    config = S2RRlConfig(level="outcome", guard={"seconds": 1e-6}, **{**RL, "checkpoint_every": None, "measure": None})
+    S2RRl("s", config).run(state(taught), tiny.context(tmp_path, "s", events))
+    assert [e.data["text"].split(":")[0] for e in events if e.kind == "warning"] == ["s stopped after step 1"]
+
+
 def test_traces_become_calibration_windows(tiny, tmp_path):
     config = S2RTracesConfig(
         type="s2r_traces", task=TASK, problems=60, keep="all", samples=4, length=32,

@@ -43,6 +43,9 @@ S2R = {
     "s2r_qwen2_7b_offline": "qwen2_7b",
     "s2r_qwen25_math_7b": "qwen2_7b",
     "s2r_qwen25_math_7b_offline": "qwen2_7b",
+    "s2r_smollm2": "smollm2_135m",
+    "s2r_smollm2_prl": "smollm2_135m",
+    "s2r_smollm2_solutions": "smollm2_135m",
 }
 EVERY = list_recipes()
 TO_RUN = [info for info in EVERY if not info.fragment]

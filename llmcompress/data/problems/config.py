@@ -81,11 +81,17 @@ class WordTask(_Task):
     count: Annotated[int, Field(ge=10)] = 4000
     """Problems of all splits together."""
 
+    sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=10**6)], ...], Field(min_length=1)] = (1,)
+    """How many times as large the numbers are; each problem takes one of these. Larger ones are harder to solve."""
+
+    brief: bool = False
+    """Solutions and verifications in formulas alone; verifications multiply digit by digit, attempts do not."""
+
     def build(self) -> ProblemSet:
         """The problems."""
         from llmcompress.data.problems.word_problems import WordProblems
 
-        return WordProblems(self.count)
+        return WordProblems(self.count, sizes=self.sizes, brief=self.brief)
 
 
 class FileTask(_Task):

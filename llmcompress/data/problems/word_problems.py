@@ -1,7 +1,9 @@
 """Templated word problems: two or three steps with people, goods and prices; exact answers, verification by
 substitution.
 
-The templates are our own. Numbers are chosen so that every quantity on the way is a whole number above zero.
+The templates are our own. Numbers are chosen so that every quantity on the way is a whole number above zero. How hard
+they are is a matter of ``sizes``: an attempt divides or multiplies a long number in one step, while the brief
+verification multiplies digit by digit, so that it is the easier of the two however long the numbers are.
 """
 
 from __future__ import annotations
@@ -33,45 +35,71 @@ NAMES = (
 GOODS = ("apples", "books", "cards", "eggs", "marbles", "pencils", "shells", "stamps", "stickers", "tickets")
 
 
+Values = dict[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """One kind of story.
 
     Attributes:
         name: Part of the key.
-        draw: Makes the numbers.
+        draw: Makes the numbers, so many times as large as the smallest.
         story: Question; formatted with the numbers, ``who``, ``other`` and ``things``.
         answer: The value asked for.
         solution: Steps without a box.
         check: Steps that put ``answer`` back into the story and end with what must agree.
+        brief_solution, brief_check: The same in formulas; see :class:`WordProblems`.
     """
 
     name: str
-    draw: Callable[[random.Random], dict[str, int]]
+    draw: Callable[[random.Random, int], Values]
     story: str
-    answer: Callable[[dict[str, int]], int]
-    solution: Callable[[dict[str, int]], str]
-    check: Callable[[dict[str, int], int], str]
+    answer: Callable[[Values], int]
+    solution: Callable[[Values], str]
+    check: Callable[[Values, int], str]
+    brief_solution: Callable[[Values], str]
+    brief_check: Callable[[Values, int], str]
 
 
-def _shopping(r: random.Random) -> dict[str, int]:
-    n, price = r.randint(2, 12), r.randint(2, 15)
-    return {"n": n, "price": price, "paid": n * price + r.randint(1, 40)}
+def _factor(r: random.Random, largest: int, size: int) -> int:
+    # in larger problems one factor stays a digit, so that what is hard is the other's length
+    return r.randint(2, largest if size == 1 else 9)
 
 
-def _sharing(r: random.Random) -> dict[str, int]:
-    friends, each, rest = r.randint(2, 9), r.randint(2, 15), r.randint(1, 20)
+def _shopping(r: random.Random, size: int) -> Values:
+    n, price = _factor(r, 12, size), r.randint(2, 15 * size)
+    return {"n": n, "price": price, "paid": n * price + r.randint(1, 40 * size)}
+
+
+def _sharing(r: random.Random, size: int) -> Values:
+    friends, each, rest = _factor(r, 9, size), r.randint(2, 15 * size), r.randint(1, 20 * size)
     return {"total": friends * each + rest, "rest": rest, "friends": friends}
 
 
-def _saving(r: random.Random) -> dict[str, int]:
-    weekly, start, weeks = r.randint(2, 20), r.randint(1, 60), r.randint(3, 12)
+def _saving(r: random.Random, size: int) -> Values:
+    weekly, start, weeks = _factor(r, 20, size), r.randint(1, 60 * size), r.randint(3, 12 * size)
     return {"start": start, "weekly": weekly, "goal": start + weekly * weeks}
 
 
-def _twice(r: random.Random) -> dict[str, int]:
-    small, more = r.randint(3, 40), r.randint(1, 20)
+def _twice(r: random.Random, size: int) -> Values:
+    small, more = r.randint(3, 40 * size), r.randint(1, 20 * size)
     return {"more": more, "total": 2 * small + more}
+
+
+def product(a: int, b: int) -> str:
+    """``a · b`` by the digits of ``b`` with running sums: ``7*40=280, 7*5=35, 315``; at once where ``b`` has one digit,
+    is negative or has more than eight.
+    """
+    if not 10 <= b < 10**8:
+        return f"{a}*{b}={a * b}"
+    parts = [int(digit) * 10**place for place, digit in zip(range(len(str(b)) - 1, -1, -1), str(b)) if digit != "0"]
+    told: list[str] = []
+    total = 0
+    for part in parts:
+        total += a * part
+        told += [f"{a}*{part}={a * part}"] + ([str(total)] if told else [])
+    return ", ".join(told)
 
 
 TEMPLATES = (
@@ -83,6 +111,10 @@ TEMPLATES = (
         f"The change is {v['paid']} - {v['n'] * v['price']} = {v['paid'] - v['n'] * v['price']}.",
         lambda v, x: f"Price and change together: {v['n']} * {v['price']} = {v['n'] * v['price']}, and "
         f"{v['n'] * v['price']} + {x} = {v['n'] * v['price'] + x}. The payment was {v['paid']}.",
+        lambda v: f"{v['n']}*{v['price']}={v['n'] * v['price']}; {v['paid']}-{v['n'] * v['price']}="
+        f"{v['paid'] - v['n'] * v['price']}.",
+        lambda v, x: f"{product(v['n'], v['price'])}; {v['n'] * v['price']}+{x}={v['n'] * v['price'] + x}; paid "
+        f"{v['paid']}.",
     ),
     Template(
         "share", _sharing, "{who} has {total} {things}, keeps {rest} of them and shares the others equally among "
@@ -92,6 +124,10 @@ TEMPLATES = (
         f"Each: {v['total'] - v['rest']} / {v['friends']} = {(v['total'] - v['rest']) // v['friends']}.",
         lambda v, x: f"Give them back: {v['friends']} * {x} = {v['friends'] * x}, and {v['friends'] * x} + "
         f"{v['rest']} = {v['friends'] * x + v['rest']}. At the start there were {v['total']}.",
+        lambda v: f"{v['total']}-{v['rest']}={v['total'] - v['rest']}; {v['total'] - v['rest']}/{v['friends']}="
+        f"{(v['total'] - v['rest']) // v['friends']}.",
+        lambda v, x: f"{product(v['friends'], x)}; {v['friends'] * x}+{v['rest']}={v['friends'] * x + v['rest']}; had "
+        f"{v['total']}.",
     ),
     Template(
         "saving", _saving, "{who} has {start} dollars and saves {weekly} dollars every week. After how many weeks does "
@@ -101,6 +137,10 @@ TEMPLATES = (
         f"Weeks: {v['goal'] - v['start']} / {v['weekly']} = {(v['goal'] - v['start']) // v['weekly']}.",
         lambda v, x: f"After {x} weeks: {x} * {v['weekly']} = {x * v['weekly']}, and {v['start']} + {x * v['weekly']} "
         f"= {v['start'] + x * v['weekly']}. The goal is {v['goal']}.",
+        lambda v: f"{v['goal']}-{v['start']}={v['goal'] - v['start']}; {v['goal'] - v['start']}/{v['weekly']}="
+        f"{(v['goal'] - v['start']) // v['weekly']}.",
+        lambda v, x: f"{product(v['weekly'], x)}; {v['start']}+{x * v['weekly']}={v['start'] + x * v['weekly']}; goal "
+        f"{v['goal']}.",
     ),
     Template(
         "sum", _twice, "{who} and {other} have {total} {things} together, and {who} has {more} more than {other}. How "
@@ -110,6 +150,10 @@ TEMPLATES = (
         f"Half of it: {v['total'] - v['more']} / 2 = {(v['total'] - v['more']) // 2}.",
         lambda v, x: f"The other one has {x} + {v['more']} = {x + v['more']}, together {x} + {x + v['more']} = "
         f"{2 * x + v['more']}. It should be {v['total']}.",
+        lambda v: f"{v['total']}-{v['more']}={v['total'] - v['more']}; {v['total'] - v['more']}/2="
+        f"{(v['total'] - v['more']) // 2}.",
+        lambda v, x: f"{x}+{v['more']}={x + v['more']}; {x}+{x + v['more']}={2 * x + v['more']}; together "
+        f"{v['total']}.",
     ),
 )  # fmt: skip
 _BY_NAME = {template.name: template for template in TEMPLATES}
@@ -122,10 +166,14 @@ class WordProblems:
     Attributes:
         count: Problems of all splits together.
         seed: Of the problems themselves.
+        sizes: How many times as large the numbers are; each problem takes one of these.
+        brief: Write solutions and verifications in formulas alone, verifications with products digit by digit.
     """
 
     count: int = 4000
     seed: int = 0
+    sizes: tuple[int, ...] = (1,)
+    brief: bool = False
 
     @cached_property
     def _splits(self) -> dict[Split, list[Problem]]:
@@ -136,7 +184,7 @@ class WordProblems:
             if len(seen) == self.count:
                 break
             template = rng.choice(TEMPLATES)
-            values = template.draw(rng)
+            values = template.draw(rng, self.sizes[0] if len(self.sizes) == 1 else rng.choice(self.sizes))
             # names and goods are surface: the same numbers in another dress are the same problem
             key = f"{template.name}:{','.join(map(str, values.values()))}"
             who, other = rng.sample(NAMES, 2)
@@ -158,7 +206,8 @@ class WordProblems:
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
         """The steps, then the value in its box."""
-        steps = _BY_NAME[problem.data["template"]].solution(problem.data["values"])
+        template = _BY_NAME[problem.data["template"]]
+        steps = (template.brief_solution if self.brief else template.solution)(problem.data["values"])
         return f"{steps} {BOX}{problem.answer}}}"
 
     def check_steps(self, problem: Problem, answer: str) -> str:
@@ -166,4 +215,5 @@ class WordProblems:
         value = whole_number(answer.replace("\\$", "").replace("$", ""))
         if value is None:
             return "This is not a whole number."
-        return _BY_NAME[problem.data["template"]].check(problem.data["values"], value)
+        template = _BY_NAME[problem.data["template"]]
+        return (template.brief_check if self.brief else template.check)(problem.data["values"], value)

@@ -58,3 +58,58 @@ def test_choices_follow_the_distribution_and_top_p_cuts_it():
     assert (cut > 0).tolist() == [True, True, False, False]
     cold = _choose(logits, Sampling(1, temperature=1.0, top_p=0.1), generator)
     assert (cold == 0).all()
+
+
+def test_a_decoder_of_fixed_shape_writes_the_same(model):
+    from llmcompress.evaluation.static_decoding import decoder_of, supports
+
+    assert supports(model)
+    choose = lambda logits: logits.argmax(-1)  # noqa: E731
+    decoder = decoder_of(model, 6, 5, 20)
+    for prompts in (PROMPTS, PROMPTS[:4], [PROMPTS[2]]):
+        with torch.inference_mode():
+            found = decoder.decode(model, prompts, END, PAD, choose)
+        assert found == [plain(model, prompt, 20) for prompt in prompts]
+    assert decoder_of(model, 6, 5, 20) is decoder
+    assert decoder_of(model, 6, 5, 21) is not decoder
+    decoder = decoder_of(model, 6, 5, 20)
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    assert decoder_of(model, 6, 5, 20) is not decoder
+
+
+def test_the_decoder_of_fixed_shape_leaves_settings_alone(model):
+    from llmcompress.evaluation.static_decoding import StaticDecoder
+
+    before = model.config._attn_implementation
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.inference_mode():
+            StaticDecoder(model, 2, 8, 4).decode(model, PROMPTS[:2], END, PAD, lambda logits: logits.argmax(-1))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert model.config._attn_implementation == before
+
+
+def test_windows_and_other_models_are_decoded_the_plain_way(model):
+    import copy
+    from types import SimpleNamespace
+
+    from llmcompress.evaluation.static_decoding import supports
+    from llmcompress.nn import lora
+
+    def like(**config):
+        found = torch.nn.Module()
+        found.config, found.device = SimpleNamespace(**config), torch.device("cpu")
+        return found
+
+    assert supports(like(model_type="mistral", sliding_window=None))
+    assert not supports(like(model_type="mistral", sliding_window=4096))
+    assert supports(like(model_type="qwen2", sliding_window=4096, use_sliding_window=False))
+    assert not supports(like(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]))
+    assert not supports(like(model_type="gemma2"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not supports(model)
+    adapted = copy.deepcopy(model)
+    lora.attach(adapted, ["model.layers.0.mlp.up_proj"], 2, 4.0, 0)
+    assert not supports(adapted)

@@ -9,6 +9,7 @@ TASKS = [
     ArithmeticTask(kind="arithmetic", count=400),
     ArithmeticTask(kind="arithmetic", count=400, exact=True),
     WordTask(kind="word_problems", count=400),
+    WordTask(kind="word_problems", count=400, sizes=(1, 30, 1000), brief=True),
 ]
 
 
