@@ -90,15 +90,12 @@ def _undemanding() -> Iterator[None]:
     """Without the demand for deterministic algorithms: each place of the cache is written once, so the plain kernels
     are deterministic here, and those that the demand selects sort their indices, which cannot be recorded.
     """
-    wanted, only_warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(False)
+    wanted = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(wanted, warn_only=only_warn)
+        torch.set_deterministic_debug_mode(wanted)
 
 
 class _Places:

@@ -81,13 +81,14 @@ def test_the_decoder_of_fixed_shape_leaves_settings_alone(model):
     from llmcompress.evaluation.static_decoding import StaticDecoder
 
     before = model.config._attn_implementation
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     try:
         with torch.inference_mode():
             StaticDecoder(model, 2, 8, 4).decode(model, PROMPTS[:2], END, PAD, lambda logits: logits.argmax(-1))
+        assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
     assert model.config._attn_implementation == before
 
 
