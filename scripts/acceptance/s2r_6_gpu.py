@@ -14,6 +14,7 @@ the stored file is judged.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -215,6 +216,7 @@ def choose_size(chain: Chain, model: Path) -> int:
     chain.found["ladder"] = {"shares": shares, "seconds_to_decode": round(seconds, 2)}
     chain.tell(f"first attempts by size: {shares}, decoded in {seconds:.1f} s")
     del policy
+    gc.collect()
     if chain.device == "cuda":
         torch.cuda.empty_cache()
     return min(SIZES, key=lambda size: (abs(shares[size] - AIM), size))
