@@ -1,8 +1,10 @@
-"""GPTQ's column loop in C++: the thin, typed side of ``csrc/cpu/columns``.
+"""GPTQ's column loop in C++ and its steps in Triton: the thin, typed side of ``csrc/cpu/columns`` and of
+:mod:`llmcompress_kernels.triton.gptq_columns`.
 
 Not an operator of the dispatcher: its definition is the loop in ``llmcompress/algorithms/gptq.py``, which runs where
-this one declines. Needs a C++ compiler, fp32 weights on the CPU, grids chosen on reaching a group, whole-number zero
-points. A tile of 32 rows goes through all columns in the caches; the result depends on neither threads nor tiles.
+these decline. Both want grids chosen on reaching a group. The C++ needs a compiler, fp32 weights on the CPU and
+whole-number zero points; a tile of 32 rows goes through all columns in the caches, and the result depends on neither
+threads nor tiles. Triton's kernel takes the place of the steps between two updates of the columns that follow.
 
 Legend: E experts, N rows (outputs), K columns (inputs), G groups per row.
 """
@@ -13,6 +15,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,5 +137,28 @@ def quantize(
     return codes, values, scale, zero
 
 
+# columns that quantize_span takes at most
+FUSED_COLUMNS = 64
+
+
+def _no_triton() -> str | None:
+    from llmcompress_kernels import gpu
+
+    return gpu.no_triton()
+
+
+def fuses(device: str) -> bool:
+    """Whether :func:`quantize_span` runs on a type of device here."""
+    return device == "cuda" and select.requested() in ("auto", "triton") and _no_triton() is None
+
+
+def quantize_span(*arguments: Any) -> Tensor:
+    """Quantize some columns of one group on a GPU; arguments and result as of the kernel's own ``quantize``."""
+    from llmcompress_kernels.triton import gptq_columns
+
+    return gptq_columns.quantize(*arguments)
+
+
 select.register(select.Implementation(OPERATOR, "reference", ("any",)))
 select.register(select.Implementation(OPERATOR, "cpu", ("cpu",), unavailable))
+select.register(select.Implementation(OPERATOR, "triton", ("cuda",), _no_triton))

@@ -6,8 +6,9 @@ linear is a stack of one), a group's grid is taken from up-to-date weights also 
 weights on dead inputs are rounded, never zeroed. Additions: grid search weighted by the cost of a column's error,
 columns ordered by energy group by group, scales fitted again at the end.
 
-The column loop has two forms: plain PyTorch (:class:`_Columns`), which defines it and runs everywhere, and the C++ of
-``llmcompress_kernels.columns``, which runs on CPUs where it can.
+The column loop has three forms: plain PyTorch (:class:`_Columns`), which defines it and runs everywhere, the C++ of
+``llmcompress_kernels.columns``, which runs on CPUs where it can, and the definition with the steps inside a group done
+by one Triton kernel, on GPUs.
 
 Legend: E experts, N rows (outputs), K columns (inputs), G groups per row, g columns per group.
 """
@@ -194,7 +195,9 @@ def _plain_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec
 
 
 def column_loop(device: str) -> str:
-    """Which form of the column loop runs on a device where it knows the case, ``native`` or ``plain``."""
+    """Which form of the column loop runs on a device where it knows the case: ``native``, ``fused`` or ``plain``."""
+    if native.fuses(device):
+        return "fused"
     return "native" if device == "cpu" and native.ready() else "plain"
 
 
@@ -386,6 +389,14 @@ def block_bounds(columns: int, group: int, block: int) -> list[tuple[int, int]]:
     return found
 
 
+def group_bounds(columns: int, group: int, most: int) -> list[tuple[int, int]]:
+    """Column ranges of at most ``most`` columns, none of which spans two groups."""
+    ends = [min(begin + group, columns) for begin in range(0, columns, group)]
+    return [
+        (start, min(start + most, end)) for end, begin in zip(ends, [0, *ends]) for start in range(begin, end, most)
+    ]
+
+
 class _Columns:
     """The column loop. Weights are held as ``[E, K, N]`` so that a column is contiguous; ``work`` is overwritten."""
 
@@ -399,7 +410,9 @@ class _Columns:
         original: Tensor,
     ) -> None:
         experts, columns, rows = work.shape
-        self.spec, self.options, self.factor = spec, options, factor
+        self.fused = not options.static_groups and native.fuses(work.device.type)
+        # libraries return triangular factors by columns
+        self.spec, self.options, self.factor = spec, options, factor.contiguous() if self.fused else factor
         self.group = spec.group(columns)
         self.weights = work
         self.codes = torch.empty((experts, columns, rows), dtype=torch.uint8, device=work.device)
@@ -423,8 +436,12 @@ class _Columns:
     def run(self) -> tuple[Tensor, Tensor]:
         """Quantize all columns; return codes and values ``[E, K, N]``."""
         columns = self.weights.shape[1]
-        for start, stop in block_bounds(columns, self.group, self.options.block):
-            errors = self._block(start, stop)
+        if self.fused:
+            step, bounds = self._span, group_bounds(columns, self.group, native.FUSED_COLUMNS)
+        else:
+            step, bounds = self._block, block_bounds(columns, self.group, self.options.block)
+        for start, stop in bounds:
+            errors = step(start, stop)
             if stop < columns:
                 # W[:, stop:] -= err · U[block, stop:], on transposed weights
                 self.weights[:, stop:].baddbmm_(
@@ -454,6 +471,16 @@ class _Columns:
                 row = self.factor[:, column, column + 1 : stop, None]
                 self.weights[:, column + 1 : stop].baddbmm_(row, error.unsqueeze(1), alpha=-1)
         return errors
+
+    def _span(self, start: int, stop: int) -> Tensor:
+        """:meth:`_block` for columns of one group, in one launch."""
+        if start % self.group == 0:
+            self._find_group(start)
+        index = start // self.group
+        return native.quantize_span(
+            self.weights, self.factor, self.scale[index], self.zero[index], self.codes, self.quantized, (start, stop),
+            self.spec.levels, self.spec.half,
+        )  # fmt: skip
 
     def _find_group(self, column: int) -> None:
         index = column // self.group

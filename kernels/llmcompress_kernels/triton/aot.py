@@ -61,6 +61,7 @@ def variants(arch: int) -> Iterator[Variant]:
     yield from _routed(many)
     yield from _states()
     yield from _trees()
+    yield from _columns()
 
 
 def _walk(bits: int, kind: str, tokens: int, columns: int) -> dict[str, Any]:
@@ -163,6 +164,17 @@ def _trees() -> Iterator[Variant]:
         constants = {"GROUP": 128, "BITS": bits, "BM": 16, "BN": rows, "BK": columns, "COMPUTE": tl.bfloat16}
         constants["PAIR_TYPE"] = pairs
         yield Variant(f"delta_decode/w{bits}", delta_decode_kernel, types, constants, stages=stages)
+
+
+def _columns() -> Iterator[Variant]:
+    from llmcompress_kernels.triton import gptq_columns as kernels
+
+    types = dict.fromkeys(("weights", "factor", "scale", "zero", "values", "errors"), "*fp32") | {"codes": "*u8"}
+    types |= {**dict.fromkeys(("columns", "rows", "first", "count"), "i32"), "top": "fp32"}
+    sizes = {"COLUMNS": kernels.COLUMNS, "ROWS": kernels.ROWS, "ROUNDER": kernels.ROUNDER}
+    for half in (False, True):
+        name = f"gptq_columns/{'half' if half else 'whole'}"
+        yield Variant(name, kernels.gptq_columns_kernel, types, {**sizes, "HALF": half}, warps=1, matrix=False)
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
