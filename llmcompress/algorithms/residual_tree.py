@@ -108,8 +108,10 @@ def quantize_nodes(
     rows = [target.shape[0] for target in targets]
     nodes = []
     for part, grid, exponent in zip(codes.split(rows), scale.split(rows), exponents):
-        packed = delta_tree.encode(part.cpu(), grid.cpu(), exponent, spec)
-        nodes.append(NodeWeight(packed, delta_tree.dequantize(part, grid, exponent, spec)))
+        packed = delta_tree.encode(part, grid, exponent, spec)
+        stored = {key: tensor.cpu() for key, tensor in packed.tensors.items()}
+        values = delta_tree.dequantize(part, grid, exponent, spec)
+        nodes.append(NodeWeight(PackedWeight(packed.shape, spec, stored), values))
     return nodes
 
 

@@ -118,19 +118,19 @@ class _Measurement:
         """A member as a dense model in compute type, with ``weights`` in place of its own."""
         dtype = getattr(torch, self.ctx.dtype)
         handle = self.state.family.members[name]
-        model: Any = handle.dense_model(dtype)
+        model: Any = handle.dense_model(dtype).to(self.ctx.device)
         for linear, weight in weights.items():
             model.get_parameter(f"{linear}.weight").data.copy_(weight)
         if quantized:
             self._round_outside(model, name)
-        return model.to(self.ctx.device).eval()
+        return model.eval()
 
     def _round_outside(self, model: Any, name: str) -> None:
         """Store embedding and head as the artifact does; every method gets the same."""
         from llmcompress.export.family import outside_specs, pack_outside
 
         for tensor, spec in outside_specs(self.state.family.base, self.state.outside).items():
-            original = self.state.family.members[name].checkpoint.tensor(tensor)
+            original = self.state.family.members[name].checkpoint.tensor(tensor).to(self.ctx.device)
             place = model.get_parameter(tensor)
             place.data.copy_(codec(spec.codec).decode(pack_outside(original, spec), original.dtype))
 
@@ -140,7 +140,7 @@ class _Measurement:
             patch = self.state.store.read_block(block.index)
             for linear in block.linears():
                 nodes = [patch.packed[entry(node, linear.name)] for node in plan.path(linear.name, name)]
-                found[linear.name] = delta_tree.reconstruct(nodes)
+                found[linear.name] = delta_tree.reconstruct([node.to(self.ctx.device) for node in nodes])
         return found
 
     def _perplexity(self, model: Any, name: str, text: str) -> dict[str, Any]:

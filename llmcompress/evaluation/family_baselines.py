@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from llmcompress.algorithms.hessian import Gram
+    from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import LinearGroup
     from llmcompress.stages.state import FamilyState, RunContext
 
@@ -51,21 +52,23 @@ class Baselines:
         """Linear weights of one member by one method; weight name → ``[N, K]`` fp32."""
         if method.startswith("gptq-"):
             return independent(self.state, self.ctx, name, int(method[-1]), self.state.plan.group_size)
-        found = {}
+        family, found = self.state.family, {}
         for linear in self.state.plan.linears:
-            weights = self.state.family.weights(linear)
-            base = self.state.family.base.checkpoint.tensor(f"{linear}.weight").to(torch.float32)
+            base, own = self._weight(family.base, linear), self._weight(family.members[name], linear)
             if method == "bitdelta":
-                found[linear] = base + sign_delta(weights[name] - base)
+                found[linear] = base + sign_delta(own - base)
             elif method == "bitdelta-4":
                 rounded = self._rounded_base(linear)
-                found[linear] = rounded + sign_delta(weights[name] - rounded)
+                found[linear] = rounded + sign_delta(own - rounded)
             elif method == "low_rank":
-                found[linear] = base + low_rank(weights[name] - base, rank_of(base.shape))
+                found[linear] = base + low_rank(own - base, rank_of(base.shape))
             else:
-                deltas = torch.stack([w - base for w in weights.values()])
-                found[linear] = base + two_levels(deltas, RTVQ_BASE, RTVQ_OFFSET)[list(weights).index(name)]
+                deltas = torch.stack([self._weight(handle, linear) - base for handle in family.members.values()])
+                found[linear] = base + two_levels(deltas, RTVQ_BASE, RTVQ_OFFSET)[list(family.members).index(name)]
         return found
+
+    def _weight(self, handle: ModelHandle, linear: str) -> Tensor:
+        return handle.checkpoint.tensor(f"{linear}.weight").to(self.ctx.device, torch.float32)
 
     def bits(self, method: str) -> float:
         """Stored bits per linear weight and member."""

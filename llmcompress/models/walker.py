@@ -102,12 +102,13 @@ class Walker:
     Args:
         model: Skeleton with real embedding; blocks are materialised by the caller.
         tokens: ``[S, L]`` int64.
-        device: Where blocks run; hidden states stay on the CPU.
+        device: Where blocks run; hidden states stay on the CPU unless ``resident``.
         seed: For the random tokens of forced passes.
         limits: Memory it may take.
         folder: Where activations beyond their limit go; without one they stay in memory.
         shards: Rows of each part of ``tokens`` whose statistics are kept apart, to be summed by the visitor; by
             default there is one sum over everything. No batch spans two parts.
+        resident: Hidden states and what is kept of a block lie where blocks run. Changes no bit of a result.
 
     Attributes:
         batches: Row ranges of the batches.
@@ -125,9 +126,11 @@ class Walker:
         limits: Limits = DEFAULT,
         folder: Path | None = None,
         shards: Sequence[int] | None = None,
+        resident: bool = False,
     ) -> None:
         self.limits, self.cache = limits, ActivationCache(limits.activations, folder)
         self.model, self.tokens, self.device, self.seed = model, tokens, torch.device(device), seed
+        self.home = self.device if resident else torch.device("cpu")
         rows = max(1, (CUDA_BATCH_TOKENS if self.device.type == "cuda" else BATCH_TOKENS) // tokens.shape[1])
         self.sharded = shards is not None
         ends = list(accumulate([tokens.shape[0]] if shards is None else shards))
@@ -149,7 +152,7 @@ class Walker:
             layers: Run-time names of the decoder layers.
 
         Returns:
-            ``[S, L, H]`` on the CPU in the model's dtype.
+            ``[S, L, H]`` in the model's dtype, on the CPU or, of a resident walker, on the device.
         """
         hidden: Tensor | None = None
         modules = [self.model.get_submodule(name) for name in layers]
@@ -162,7 +165,7 @@ class Walker:
                 nonlocal hidden
                 if hidden is None:
                     shape = (*self.tokens.shape, hidden_states.shape[-1])
-                    hidden = self.cache.empty(shape, hidden_states.dtype)
+                    hidden = self.cache.empty(shape, hidden_states.dtype, self.home)
                 if not calls:  # noqa: B023 - used within this iteration
                     hidden[rows] = hidden_states  # noqa: B023
                     self.cache.drop(hidden)
@@ -224,14 +227,14 @@ class Walker:
                 )
 
     def memory(self, size: int) -> Tensor:
-        """Uninitialised bytes on the CPU, the same at every call; what was there before may be overwritten.
+        """Uninitialised bytes beside the hidden states, the same at every call; what was there may be overwritten.
 
         One large tensor for all blocks: new memory of this size costs a page fault per 4 KiB each time, and
         many small tensors would leave the allocator fragmented.
         """
         if self._memory is None or self._memory.numel() < size:
             self._memory = None  # given back before the larger one is taken
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = torch.empty(size, dtype=torch.uint8, device=self.home)
         return self._memory[:size]
 
     def arguments(self, block: Block, rows: slice) -> dict[str, Any]:

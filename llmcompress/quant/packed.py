@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmcompress.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -27,6 +28,10 @@ class PackedWeight:
     shape: tuple[int, ...]
     spec: QuantSpec
     tensors: Mapping[str, Tensor]
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight with its tensors on a device."""
+        return PackedWeight(self.shape, self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:

@@ -213,12 +213,14 @@ class LeafSolver(DenseVisitor):
 
     def _finish(self, name: str, weight: Tensor, rest: Tensor, leaf: NodeWeight | None, hessian: Tensor | None) -> None:
         """Record errors, keep the node, write the rebuilt weight into the model."""
-        nodes = [self.shared[name][node].packed for node in self.plan.path(name, self.member) if node != self.member]
+        nodes = [self.shared[name][node] for node in self.plan.path(name, self.member) if node != self.member]
         if leaf is not None:
             self.packed[entry(self.member, name)] = leaf.packed
-            nodes.append(leaf.packed)
-        # rebuilt from what is stored, so that the next layer sees what a reader of the artifact will
-        rebuilt = delta_tree.reconstruct(nodes).to(weight)
+            nodes.append(leaf)
+        # in the order of delta_tree.reconstruct, so that the next layer sees what a reader of the artifact will
+        rebuilt = nodes[0].values.clone()
+        for node in nodes[1:]:
+            rebuilt += node.values
         error = relative_error(weight, weight - rebuilt, hessian)
         self.record["errors"][name] = error
         without = relative_error(weight, rest, hessian)

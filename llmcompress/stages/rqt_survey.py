@@ -99,21 +99,21 @@ def _walk(
                 total = shared.get(group.linears[0].name)
                 mean = None if total is None else total / len(streams)
                 for linear in group.linears:
-                    facts[linear.name] = matrix_facts(family, linear.name, mean)
+                    facts[linear.name] = matrix_facts(family, linear.name, mean, ctx.device)
         path = ctx.stage_dir / "survey" / f"{block.index:05d}.json"
         write_durably(path, json.dumps(facts, sort_keys=True).encode())
         ctx.emit("note", text=f"surveyed {block.name}")
 
 
-def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None) -> dict[str, Any]:
-    """Facts of one weight, as plain data."""
+def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None, device: str = "cpu") -> dict[str, Any]:
+    """Facts of one weight, as plain data, computed on ``device``."""
     import torch
 
     from llmcompress.algorithms.residual_tree import inner
     from llmcompress.algorithms.tree_topology import centred_gram
 
-    weights = torch.stack(list(family.weights(linear).values()))
-    base = family.base.checkpoint.tensor(f"{linear}.weight").to(torch.float32)
+    weights = torch.stack([weight.to(device) for weight in family.weights(linear).values()])
+    base = family.base.checkpoint.tensor(f"{linear}.weight").to(device, torch.float32)
     if moment is not None:
         moment = moment.to(weights.device)
     gram, energy = centred_gram(weights, moment)
@@ -145,6 +145,7 @@ def _adapter_rank(delta: Tensor) -> int:
         return 0
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(delta.shape[1], limit + 8, generator=generator).to(delta)
-    values = torch.linalg.svdvals(delta @ probe)
+    # on a CPU, where decompositions of thin matrices are faster
+    values = torch.linalg.svdvals((delta @ probe).cpu())
     rank = int((values > values[0] * 1e-3).sum())
     return rank if rank <= limit else 0
