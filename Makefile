@@ -70,7 +70,8 @@ family-smollm2: $(STAMP) ## Train four fine-tunes of SmolLM2-135M: needs FAMILY_
 	@test -n "$(FAMILY_DATA)" -a -n "$(SMOLLM2)" || { echo "set FAMILY_DATA as for make family, SMOLLM2 to what scripts/smollm2_to_hf.py wrote"; exit 2; }
 	$(BIN)/python scripts/make_family_texts.py --data $(FAMILY_DATA) --out runs/family_smollm2
 	$(BIN)/python scripts/train_family.py --texts runs/family_smollm2 --out runs/family_smollm2 --start $(SMOLLM2) \
-		--members maths code chat spanish --child-tokens 1.5e6 --child-lr 5e-5 --device $(or $(DEVICE),cpu) --threads 2
+		--members maths code chat spanish --child-tokens 1.5e6 --child-epochs 3 --child-rows 32 --child-lr 1e-4 \
+		$(if $(filter cuda,$(DEVICE)),--device cuda --parallel --every 0,--threads 2 --every 20)
 
 repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path, 1 x 80 GB GPU, about 2 h
 	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/Mixtral-8x7B-v0.1"; exit 2; }

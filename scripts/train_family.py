@@ -15,7 +15,8 @@ checkpoint and sees the same batches.
 A dense start is the base itself, as it is; only the members are trained then:
 
     python scripts/train_family.py --texts runs/family --out runs/family_smollm2 --start SmolLM2-135M-Instruct \
-        --members maths code chat spanish --child-tokens 1.5e6 --child-lr 5e-5 --device cuda
+        --members maths code chat spanish --child-tokens 1.5e6 --child-rows 32 --child-lr 1e-4 --child-epochs 3 \
+        --every 0 --device cuda --parallel
 
 The folder ``<out>/models`` then has ``base`` and one folder per member, and
 ``<out>/models/training.json`` the held-out loss of each model on each domain.
@@ -28,6 +29,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -146,7 +148,7 @@ def heldout_loss(model: Any, tokenizer: Any, texts: Path, domain: str, windows: 
 
 
 def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, every: int) -> None:
-    """Train ``model`` in place for ``steps`` steps, keeping a checkpoint in ``folder``."""
+    """Train ``model`` in place for ``steps`` steps, keeping a checkpoint in ``folder`` every so many (0 for none)."""
     import torch
     import torch.nn.functional as F
 
@@ -175,15 +177,17 @@ def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, eve
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % every == 0 or step + 1 == steps:
+        last = step + 1 == steps
+        if last or (step + 1) % (every or 50) == 0:
             done = (step + 1 - start) * rows.shape[0] * LENGTH
             print(
                 f"{folder.name}  step {step + 1}/{steps}  loss {loss.item():.3f}  "
                 f"{done / (time.time() - began):.0f} tokens/s  {done / (time.process_time() - cpu):.0f} a CPU second",
                 flush=True,
             )
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_atomic(state, checkpoint)
+            if every:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                save_atomic(state, checkpoint)
 
 
 def finish(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -201,15 +205,19 @@ def train(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+    began = time.time()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.start)
-    dense = AutoConfig.from_pretrained(args.start).model_type == "llama"
-    files = encode(args.texts, tokenizer, [*([] if dense else MIX), *args.members], args.out / "tokens")
     models = args.out / "models"
+    if args.only is not None:
+        train_member(args, args.only, tokenizer)
+        return
+    dense = AutoConfig.from_pretrained(args.start).model_type == "llama"
     models.mkdir(parents=True, exist_ok=True)
     if dense and not (models / "base").exists():
         finish(LlamaForCausalLM.from_pretrained(args.start), tokenizer, models / "base")
     if not (models / "base").exists():
+        files = encode(args.texts, tokenizer, list(MIX), args.out / "tokens")
         torch.manual_seed(args.seed)
         model = build_model(args.start, args.texts, tokenizer)
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
@@ -224,24 +232,41 @@ def train(args: argparse.Namespace) -> None:
             args.every,
         )
         finish(model, tokenizer, models / "base")
-    for index, name in enumerate(args.members):
-        if (models / name).exists():
-            continue
-        model = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float32).to(args.device)
-        batches = Batches(files, [Source(name, files[name], 1.0)], args.child_rows, LENGTH, args.seed + 1 + index)
-        fit(
-            model,
-            batches,
-            int(args.child_tokens) // (args.child_rows * LENGTH),
-            args.child_lr,
-            args.out / "work" / name,
-            args.every,
-        )
-        finish(model, tokenizer, models / name)
-    report(args, tokenizer)
+    missing = [name for name in args.members if not (models / name).exists()]
+    if args.parallel:
+        side_by_side(missing)
+    else:
+        for name in missing:
+            train_member(args, name, tokenizer)
+    report(args, tokenizer, time.time() - began)
 
 
-def report(args: argparse.Namespace, tokenizer: Any) -> None:
+def side_by_side(members: list[str]) -> None:
+    """Train members in processes of their own, all at once; steps of a small model leave most of a GPU idle."""
+    workers = {name: subprocess.Popen([sys.executable, *sys.argv, "--only", name]) for name in members}
+    failed = [name for name, worker in workers.items() if worker.wait() != 0]
+    if failed:
+        sys.exit(f"training failed: {', '.join(failed)}")
+
+
+def train_member(args: argparse.Namespace, name: str, tokenizer: Any) -> None:
+    """Train one child and write it; batches depend on its place among the members, not on who else is trained."""
+    import numpy as np
+    import torch
+    from transformers import LlamaForCausalLM
+
+    files = encode(args.texts, tokenizer, [name], args.out / "tokens")
+    text = len(np.load(files[name], mmap_mode="r"))
+    tokens = args.child_tokens if args.child_epochs is None else min(args.child_tokens, args.child_epochs * text)
+    model = LlamaForCausalLM.from_pretrained(args.out / "models" / "base", dtype=torch.float32).to(args.device)
+    seed = args.seed + 1 + args.members.index(name)
+    batches = Batches(files, [Source(name, files[name], 1.0)], args.child_rows, LENGTH, seed)
+    steps = max(1, int(tokens) // (args.child_rows * LENGTH))
+    fit(model, batches, steps, args.child_lr, args.out / "work" / name, args.every)
+    finish(model, tokenizer, args.out / "models" / name)
+
+
+def report(args: argparse.Namespace, tokenizer: Any, seconds: float) -> None:
     """Measure each model on each domain's held-out text and write ``training.json``."""
     import torch
     from transformers import LlamaForCausalLM
@@ -253,9 +278,13 @@ def report(args: argparse.Namespace, tokenizer: Any) -> None:
         print(name, {d: round(math.exp(v), 2) for d, v in losses[name].items()}, flush=True)
     settings = {
         key: getattr(args, key)
-        for key in ("seed", "members", "base_tokens", "child_tokens", "base_lr", "child_lr", "rows", "child_rows")
-    }
+        for key in (
+            "seed", "members", "base_tokens", "child_tokens", "child_epochs", "base_lr", "child_lr", "rows",
+            "child_rows",
+        )
+    }  # fmt: skip
     record = {"settings": settings, "torch": torch.__version__, "mix": MIX, "heldout_nll": losses}
+    record["seconds"] = round(seconds, 1)
     if args.device != "cpu":
         record["device"] = torch.cuda.get_device_name()
     (args.out / "models" / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -270,13 +299,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--base-tokens", type=float, default=1.5e6)
     parser.add_argument("--child-tokens", type=float, default=0.25e6)
+    parser.add_argument("--child-epochs", type=float, help="times that a child's text is seen at most")
     parser.add_argument("--base-lr", type=float, default=2e-3)
     parser.add_argument("--child-lr", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--child-rows", type=int, default=8)
-    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parallel", action="store_true", help="train the members at once, each in its process")
+    parser.add_argument("--only", choices=MEMBERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if any(os.environ.get(key) != value for key, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})

@@ -118,7 +118,8 @@ class _Measurement:
         """A member as a dense model in compute type, with ``weights`` in place of its own."""
         dtype = getattr(torch, self.ctx.dtype)
         handle = self.state.family.members[name]
-        model: Any = handle.dense_model(dtype).to(self.ctx.device)
+        model: Any = handle.dense_model(dtype)
+        model = model.to(self.ctx.device)
         for linear, weight in weights.items():
             model.get_parameter(f"{linear}.weight").data.copy_(weight)
         if quantized:

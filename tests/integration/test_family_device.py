@@ -1,4 +1,4 @@
-"""A whole family run on a GPU that is not there: what mixes devices fails, and what is right ends near the CPU's result."""
+"""A whole family run on a GPU that is not there: what mixes devices fails; the result is near the CPU's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -79,10 +79,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_unflatten([bare(each) for each in flat], spec)
     if on_gpu(target):
         kwargs["device"] = "cpu"
-    if func is torch.ops.aten.mm.dtype:  # which CPUs lack
-        found = args[0].to(args[2]) @ args[1].to(args[2])
-    else:
-        found = func(*args, **kwargs)
+    # which CPUs lack
+    wide = func is torch.ops.aten.mm.dtype
+    found = args[0].to(args[2]) @ args[1].to(args[2]) if wide else func(*args, **kwargs)
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -115,7 +114,7 @@ def contiguous(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 class Methods(TorchFunctionMode):
     """Methods that ask the driver for a device before they dispatch."""
 
-    table: dict[Any, Callable[..., Any]] = {
+    table: ClassVar[dict[Any, Callable[..., Any]]] = {
         Tensor.contiguous: contiguous, Tensor.cpu: lambda tensor: moved(tensor, "cpu"),
         Tensor.item: lambda tensor: own(tensor).item(), Tensor.tolist: lambda tensor: own(tensor).tolist(),
         Tensor.__float__: lambda tensor: float(own(tensor)), Tensor.__int__: lambda tensor: int(own(tensor)),
@@ -190,7 +189,9 @@ def test_a_family_on_a_gpu_ends_near_the_cpus_result(
     (tmp_path / "recipe.yaml").write_text(recipe)
     homes = []
     taken = MemberStream.load
-    monkeypatch.setattr(MemberStream, "load", lambda self, block: (homes.append(self.hidden.device), taken(self, block)))
+    monkeypatch.setattr(
+        MemberStream, "load", lambda self, block: (homes.append(self.hidden.device), taken(self, block))
+    )
     baselines = "stages.evaluate_family.baselines=[gptq-3,bitdelta]"
     with pretended_gpu():
         assert invoke(["run", str(tmp_path / "recipe.yaml"), baselines, "--quiet"]) == ExitCode.OK

@@ -1,4 +1,4 @@
-"""The steps of GPTQ's column loop in Triton against their definition: under the interpreter, and on a GPU if there is one."""
+"""The steps of GPTQ's column loop in Triton against their definition: under the interpreter, and on a GPU."""
 
 from __future__ import annotations
 

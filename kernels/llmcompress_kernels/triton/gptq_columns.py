@@ -1,4 +1,4 @@
-"""GPTQ's steps through some columns of one group, in one launch: quantize a column, pass its error on to the next ones.
+"""GPTQ's steps through some columns of one group, in one launch: quantize a column, pass its error on to the next.
 
 The definition is the column loop of ``llmcompress/algorithms/gptq.py``, which takes about eleven launches a column, each a
 few microseconds whatever its size. Here one warp holds a tile of ``[COLUMNS, ROWS]`` in registers for all steps; rows
