@@ -143,10 +143,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _common(state: FamilyState, specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
     """Tensors outside the trees that are equal in all members."""
     handles = list(state.family.members.values())
-    common = member_tensors(handles[0], specs)
+    common = mine = member_tensors(handles[0], specs)
     for handle in handles[1:]:
         mine = member_tensors(handle, specs)
         common = {n: t for n, t in common.items() if n in mine and torch.equal(t, mine[n])}
+    # codes and scales of one tensor lie in one file: fine-tunes may differ in codes alone
+    for stem in [name.removesuffix(".weight") for name in specs]:
+        parts = {name for name in mine if name.rpartition(".")[0] == stem}
+        if not parts <= set(common):
+            common = {name: tensor for name, tensor in common.items() if name not in parts}
     return common
 
 

@@ -1,8 +1,8 @@
 """GPTQ's steps through some columns of one group, in one launch: quantize a column, pass its error on to the next.
 
-The definition is the column loop of ``llmcompress/algorithms/gptq.py``, which takes about eleven launches a column, each a
-few microseconds whatever its size. Here one warp holds a tile of ``[COLUMNS, ROWS]`` in registers for all steps; rows
-do not depend on each other, so nothing has to wait. What lies behind these columns is updated by a matrix product
+The definition is the column loop of ``llmcompress/algorithms/gptq.py``, which takes about eleven launches a column,
+each a few microseconds whatever its size. Here one warp holds a tile of ``[COLUMNS, ROWS]`` in registers for all steps;
+rows do not depend on each other, so nothing has to wait. What lies behind these columns is updated by a matrix product
 afterwards, as between the blocks of the definition. Sums are fused with products: a weight near a rounding boundary may
 get another code than the definition's.
 
