@@ -56,6 +56,9 @@ _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c._
 LIBRARY_SETTINGS = {
     # threads that spin while they wait make everything 5 to 10 times slower on a machine that is shared
     "OMP_WAIT_POLICY": "PASSIVE",
+    # oneDNN keeps a megabyte of code for each shape of a bf16 product, 1024 of them by default; experts get another
+    # number of tokens in every layer, so the shapes of earlier layers are of no use
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     # other libraries' bars and notices would mix with ours on stderr
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -7,8 +7,8 @@ mark a run resets, and the child's at its end), held against the budget and agai
 
     python scripts/acceptance/scale_1_memory.py                     30 GB, budget 8 GiB; about 45 GB of disk
 
-With --gigabytes 0.9 --ram 800MiB --generate-ram 1GiB --hidden 1024 --intermediate 2048 --experts 4 --tokens 256 the
-same in small. There 160 MB that the plan does not know of count: the peak was 0.84 GiB, 18 % above the plan.
+With --gigabytes 1.2 --ram 1GiB --generate-ram 1280MiB --hidden 1024 --intermediate 2048 --experts 4 --tokens 256 the
+same in small; tests/integration/test_memory.py runs that.
 """
 
 from __future__ import annotations
