@@ -43,6 +43,8 @@ def convert(gguf: Path, out: Path, dtype: str) -> dict[str, object]:
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # older versions of transformers take the first token of a chat turn for the last
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model = model.to(getattr(torch, dtype))
     for config in (model.config, model.generation_config):
         if hasattr(config, "quantization_config"):
