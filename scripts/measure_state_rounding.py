@@ -11,8 +11,8 @@ class of heads (half-life below 10 tokens, below 100, longer), means over heads 
 
 Interventions change one thing of a codec each: scales in fp32 instead of fp16; the channel scale made the exact maximum
 once the state scale is known (nothing in a row is left unused, nothing clips); that maximum cut to nine tenths; the
-gain taken out per head or per row with the float state in hand (not a codec, a test of the cause); noise instead of
-nearest. ``--perplexity`` measures held-out text as well, every third of 24 windows of 1,024 tokens, in pairs.
+gain taken out per head or per row with the float state in hand (not a codec, a test of the cause); noise or a dither
+before rounding. ``--perplexity`` measures held-out text as well, every third of 24 windows of 1,024 tokens, in pairs.
 
     python scripts/measure_state_rounding.py [--perplexity] [NAME ...]
 """
@@ -108,6 +108,8 @@ def named() -> dict[str, Round]:
         "dsq, no gain per row": without_gain(codec("dsq"), (-1,)),
         "per_channel, no gain per head": without_gain(codec("per_channel"), (-1, -2)),
         "dsq, stochastic": stochastic("dsq"),
+        "per_channel, stochastic": stochastic("per_channel"),
+        "dsq, dither": codec("dsq", rounding="dither"),
     }
 
 

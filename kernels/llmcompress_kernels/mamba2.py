@@ -50,7 +50,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "channels", "states", "groups")),
         *((name, ctypes.c_int32) for name in ("bits", "refit", "head_planes")),
         *((name, ctypes.c_float) for name in ("epsilon", "gate_epsilon", "low", "high")),
-        ("reserved", ctypes.c_int32),
+        ("dither", ctypes.c_int32),
     )
 
 
@@ -171,6 +171,7 @@ class Model:
             are multiples of 16.
         bits: Of the states' codes, 4 or 8; 0 keeps states in float32.
         refit: Whether channel scales are fitted to the codes.
+        dither: Whether a dither is added before states are rounded.
         head_planes: As in a layer.
         epsilon, gate_epsilon: Of the norms and the gated norms.
         limits: Smallest and largest time step of a prompt; steps have none, as in transformers.
@@ -191,13 +192,14 @@ class Model:
     gate_epsilon: float
     limits: tuple[float, float]
     head_planes: int = 3
+    dither: bool = False
 
     def __post_init__(self) -> None:
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
         sizes = (self.heads, self.channels, self.states, self.groups, self.bits, int(self.refit), self.head_planes)
         model = _Model(
             structs, self.final_norm.data_ptr(), self.embedding._struct(), self.head._struct(), self.vocabulary,
-            len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, 0,
+            len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, int(self.dither),
         )  # fmt: skip
         self._kept = structs
         lib = library()

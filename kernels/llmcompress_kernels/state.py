@@ -30,26 +30,28 @@ SCHEMAS = {
     "state_update": "(Tensor(a!) state, Tensor drive, Tensor decay, Tensor b, Tensor c) -> Tensor",
     "dsq_state_update": (
         "(Tensor(a!) codes, Tensor(b!)? channel, Tensor(c!) scale, Tensor? fixed, "
-        "Tensor drive, Tensor decay, Tensor b, Tensor c, int bits, bool refit=False) -> Tensor"
+        "Tensor drive, Tensor decay, Tensor b, Tensor c, int bits, bool refit=False, bool dither=False) -> Tensor"
     ),
     "mamba2_decode": (
         "(Tensor projected, Tensor(a!) conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, "
         "Tensor d, Tensor gain, Tensor(b!)? codes, Tensor(c!)? channel, Tensor(d!)? scale, Tensor? fixed, "
         "Tensor(e!)? floats, "
-        "int groups, int states, int bits, float epsilon, bool refit=False) -> Tensor"
+        "int groups, int states, int bits, float epsilon, bool refit=False, bool dither=False) -> Tensor"
     ),
     "mamba2_prefill": (
         "(Tensor projected, Tensor dt, Tensor? conv, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor a, "
         "Tensor d, Tensor gain, Tensor(a!) state, int groups, float low, float high, float epsilon) -> Tensor"
     ),
-    "dsq_pack": "(Tensor state, Tensor? fixed, int bits, bool refit=False) -> (Tensor, Tensor, Tensor)",
+    "dsq_pack": (
+        "(Tensor state, Tensor? fixed, int bits, bool refit=False, bool dither=False) -> (Tensor, Tensor, Tensor)"
+    ),
     "selective_scan_q": (
         "(Tensor drive, Tensor decay, Tensor b, Tensor c, Tensor state, Tensor bits, Tensor? fixed, "
-        "int first, int window, bool keep, bool refit=False) -> (Tensor, Tensor, Tensor)"
+        "int first, int window, bool keep, bool refit=False, bool dither=False) -> (Tensor, Tensor, Tensor)"
     ),
     "selective_scan_q_backward": (
         "(Tensor grad, Tensor drive, Tensor decay, Tensor b, Tensor c, Tensor kept, Tensor bits, Tensor? fixed, "
-        "int first, int window, bool refit=False) -> (Tensor, Tensor, Tensor, Tensor)"
+        "int first, int window, bool refit=False, bool dither=False) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -82,6 +84,7 @@ def dsq_state_update(
     c: Tensor,
     bits: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> Tensor:
     """One token of every sequence with states packed by DSQ; codes and scales are replaced.
 
@@ -96,11 +99,14 @@ def dsq_state_update(
         c: As there.
         bits: 4 or 8.
         refit: Refit the channel scale to the codes by least squares; no effect with ``fixed``.
+        dither: Round after adding a dither that the state scale gives; not together with ``refit``.
 
     Returns:
         ``[S, H, P]``, read from the fresh state before it is rounded.
     """
-    out: Tensor = torch.ops.llmcompress.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit)
+    out: Tensor = torch.ops.llmcompress.dsq_state_update(
+        codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither
+    )
     return out
 
 
@@ -123,6 +129,7 @@ def mamba2_decode(
     bits: int,
     epsilon: float,
     refit: bool = False,
+    dither: bool = False,
 ) -> Tensor:
     """One token of a Mamba-2 mixer between its projections: convolution, state update, skip, gate, norm.
 
@@ -145,13 +152,14 @@ def mamba2_decode(
         bits: 4 or 8; ignored with ``floats``.
         epsilon: Of the norm.
         refit: As in :func:`dsq_state_update`.
+        dither: As there.
 
     Returns:
         ``[S, I]``, the input of the output projection.
     """
     held = (codes, channel, scale, fixed, floats)
     weights = (conv_weight, conv_bias, dt_bias, a, d, gain)
-    sizes = (groups, states, bits, epsilon, refit)
+    sizes = (groups, states, bits, epsilon, refit, dither)
     out: Tensor = torch.ops.llmcompress.mamba2_decode(projected, conv, *weights, *held, *sizes)
     return out
 
@@ -198,7 +206,7 @@ def mamba2_prefill(
 
 
 def dsq_pack(
-    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False
+    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False, dither: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """A float state to what :func:`dsq_state_update` keeps.
 
@@ -207,12 +215,13 @@ def dsq_pack(
         fixed: fp16 ``[H, P]`` calibrated channel scale, or None.
         bits: 4 or 8.
         refit: As in :func:`dsq_state_update`.
+        dither: As there.
 
     Returns:
         Codes uint8 ``[S, H, P, N * bits / 8]``; channel scale fp16 ``[S, H, P]``, None with ``fixed``; state scale
         fp16 ``[S, H, N]``.
     """
-    codes, channel, scale = torch.ops.llmcompress.dsq_pack(state, fixed, bits, refit)
+    codes, channel, scale = torch.ops.llmcompress.dsq_pack(state, fixed, bits, refit, dither)
     return codes, channel if fixed is None else None, scale
 
 
@@ -227,6 +236,7 @@ def selective_scan_q(
     first: int = 1,
     window: int = 1,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A sequence token by token, with the state rounded between tokens as in decoding; differentiable.
 
@@ -243,14 +253,15 @@ def selective_scan_q(
         first: The state is first rounded after this many tokens.
         window: And then after each so many more.
         refit: As in :func:`dsq_state_update`.
+        dither: As there.
 
     Returns:
         ``[S, T, H, P]`` read-outs and the last state.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (drive, decay, b, c)):
-        found: tuple[Tensor, Tensor] = _Scan.apply(drive, decay, b, c, state, bits, fixed, first, window, refit)
+        found: tuple[Tensor, Tensor] = _Scan.apply(drive, decay, b, c, state, bits, fixed, first, window, refit, dither)
         return found
-    rest = (state, bits, fixed, first, window, False, refit)
+    rest = (state, bits, fixed, first, window, False, refit, dither)
     out, last, _ = torch.ops.llmcompress.selective_scan_q(drive, decay, b, c, *rest)
     return out, last
 
@@ -258,18 +269,18 @@ def selective_scan_q(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        state, bits, fixed, first, window, refit = rest
+        state, bits, fixed, first, window, refit, dither = rest
         op = torch.ops.llmcompress.selective_scan_q
-        out, last, kept = op(drive, decay, b, c, state, bits, fixed, first, window, True, refit)
+        out, last, kept = op(drive, decay, b, c, state, bits, fixed, first, window, True, refit, dither)
         ctx.save_for_backward(drive, decay, b, c, kept)
-        ctx.rest = (bits, fixed, first, window, refit)
+        ctx.rest = (bits, fixed, first, window, refit, dither)
         ctx.mark_non_differentiable(last)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         found = torch.ops.llmcompress.selective_scan_q_backward(gradients[0], *ctx.saved_tensors, *ctx.rest)
-        return (*found, None, None, None, None, None, None)
+        return (*found, *(None,) * 7)
 
 
 # ------------------------------------------------------------------ C++
@@ -343,22 +354,23 @@ def _dsq_state_update(
     c: Tensor,
     bits: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> Tensor:
     drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
     sequences, heads, channels = drive.shape
     states = scale.shape[-1]
     held = (codes, channel, scale, fixed)
     if bits not in (4, 8) or not _runs(channels, states, *held) or not _all_float(drive, decay, b, c):
-        return definition.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit)
+        return definition.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither)
     out = torch.empty_like(drive)
     sizes = (sequences, heads, b.shape[1], channels, states)
-    _call("llmc_dsq_update", *held, drive, decay, b, c, out, *sizes, bits, int(refit))
+    _call("llmc_dsq_update", *held, drive, decay, b, c, out, *sizes, bits, int(refit), int(dither))
     return out
 
 
 def _mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, groups, states, bits = rest[:14]
-    epsilon, refit = rest[14], rest[15] if len(rest) > 15 else False
+    epsilon, refit, dither = rest[14], *(*rest[15:], False, False)[:2]
     heads, inner = d.shape[0], gain.shape[0]
     channels, width = inner // heads, inner + 2 * groups * states
     held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats)
@@ -371,7 +383,7 @@ def _mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     out = projected.new_empty(sequences, inner)
     scratch = projected.new_empty(sequences * (width + heads + 2 * inner))
     raw = struct.unpack("<i", struct.pack("<f", epsilon))[0]
-    shape = (sequences, heads, groups, channels, states, bits, raw, int(refit))
+    shape = (sequences, heads, groups, channels, states, bits, raw, int(refit), int(dither))
     _call("llmc_mamba2_decode", projected, *held, scratch, out, *shape)
     return out
 
@@ -400,14 +412,16 @@ def _rows(values: Tensor) -> Tensor:
     return values if values.stride(2) == 1 and spaced else values.contiguous()
 
 
-def _dsq_pack(state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _dsq_pack(
+    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False, dither: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     sequences, heads, channels, states = state.shape
     state = state.contiguous()
     if bits not in (4, 8) or not _runs(channels, states, fixed) or not _all_float(state):
-        return definition.dsq_pack(state, fixed, bits, refit)
+        return definition.dsq_pack(state, fixed, bits, refit, dither)
     codes, channel, scale = _pack_fake(state, fixed, bits)
     held = (codes, channel if fixed is None else None, scale, fixed)
-    _call("llmc_dsq_pack", state, *held, sequences, heads, channels, states, bits, int(refit))
+    _call("llmc_dsq_pack", state, *held, sequences, heads, channels, states, bits, int(refit), int(dither))
     return codes, channel, scale
 
 
@@ -423,20 +437,20 @@ def _selective_scan_q(
     window: int,
     keep: bool,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
     sequences, tokens, heads, channels = drive.shape
     states = b.shape[-1]
     if tokens == 0 or not _runs(channels, states, fixed) or not _all_float(drive, decay, b, c, state):
-        return definition.selective_scan_q(drive, decay, b, c, state, bits, fixed, first, window, keep, refit)
+        return definition.selective_scan_q(drive, decay, b, c, state, bits, fixed, first, window, keep, refit, dither)
     widths = bits.to(torch.int32).contiguous()
     out, last = torch.empty_like(drive), state.clone(memory_format=torch.contiguous_format)
     kept = drive.new_empty((sequences, heads, -(-tokens // SEGMENT), channels, states) if keep else 0)
     sizes = (sequences, tokens, heads, b.shape[2], channels, states)
     held = kept if keep else None
-    _call(
-        "llmc_dsq_scan", drive, decay, b, c, out, last, widths, fixed, held, SEGMENT, first, window, *sizes, int(refit)
-    )
+    inputs = (drive, decay, b, c, out, last, widths, fixed, held)
+    _call("llmc_dsq_scan", *inputs, SEGMENT, first, window, *sizes, int(refit), int(dither))
     return out, last, kept
 
 
@@ -452,12 +466,13 @@ def _selective_scan_q_backward(
     first: int,
     window: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad, drive, decay, b, c = (t.contiguous() for t in (grad, drive, decay, b, c))
     sequences, tokens, heads, channels = drive.shape
     states, groups = b.shape[-1], b.shape[2]
     if tokens == 0 or not _runs(channels, states, fixed, kept) or not _all_float(grad, drive, decay, b, c, kept):
-        rest = (bits, fixed, first, window, refit)
+        rest = (bits, fixed, first, window, refit, dither)
         return definition.selective_scan_q_backward(grad, drive, decay, b, c, kept, *rest)
     widths = bits.to(torch.int32).contiguous()
     d_drive, d_decay = torch.empty_like(drive), torch.empty_like(decay)
@@ -466,7 +481,7 @@ def _selective_scan_q_backward(
     sizes = (sequences, tokens, heads, groups, channels, states)
     gradients = (d_drive, d_decay, d_b, d_c)
     inputs = (grad, drive, decay, b, c, kept, widths, fixed)
-    _call("llmc_dsq_scan_backward", *inputs, *gradients, SEGMENT, first, window, *sizes, int(refit))
+    _call("llmc_dsq_scan_backward", *inputs, *gradients, SEGMENT, first, window, *sizes, int(refit), int(dither))
     share = (groups, heads // groups)
     return d_drive, d_decay, d_b.unflatten(2, share).sum(3), d_c.unflatten(2, share).sum(3)
 
@@ -497,7 +512,9 @@ def _prefill_fake(projected: Tensor, *rest: Any) -> Tensor:
     return projected.new_empty(*projected.shape[:2], gain.shape[0])
 
 
-def _pack_fake(state: Tensor, fixed: Tensor | None, bits: int, _refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _pack_fake(
+    state: Tensor, fixed: Tensor | None, bits: int, _refit: bool = False, _dither: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     sequences, heads, channels, states = state.shape
     codes = state.new_empty((sequences, heads, channels, states * bits // 8), dtype=torch.uint8)
     channel = state.new_empty((sequences, heads, channels) if fixed is None else (0,), dtype=torch.float16)

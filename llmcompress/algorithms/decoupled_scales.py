@@ -9,6 +9,10 @@ of two public re-implementations that agree. Per sequence, layer and head, for t
     q   = clamp(round_half_even(u / (s_p * (s_n / qmax))), -qmax, qmax),   qmax = 2^(bits-1) - 1
     û   = q * (s_p * (s_n / qmax))
 
+With ``rounding: dither`` (ours) ``q = clamp(round_half_even(v + e_n))`` with ``v = (u (1 / s_p)) (1 / (s_n / qmax))``;
+the bits of ``s_n`` give ``e_n`` (:func:`dither_of`). On average an error then depends on the state no more, so that a
+recurrence adds errors up as noise and not as a gain.
+
 All arithmetic is fp32 in the order the parentheses give and the mean is summed in halves (:func:`folded_mean`), so that
 kernels can be held to equal codes whatever their tiling. Ours:
 ``s_n`` is stored before the division by ``qmax``, because ``2^-24 / qmax`` is not an fp16 number; scales are
@@ -34,6 +38,7 @@ __all__ = [
     "QuantizedState",
     "StateSpec",
     "dequantize",
+    "dither_of",
     "fake_quantize",
     "folded_mean",
     "hadamard",
@@ -113,7 +118,10 @@ def quantize(
     channel, state = _scales(u, spec, static, qmax)
     if spec.codec == "dsq_als":
         channel, state = _refitted(u, channel, state, spec.refits, qmax)
-    codes = _rounded(u, step_size(channel, state, qmax, u.shape[-1]), qmax, noise, spec.rounding)
+    if spec.rounding == "dither":
+        codes = _dithered(u, channel, state, qmax)
+    else:
+        codes = _rounded(u, step_size(channel, state, qmax, u.shape[-1]), qmax, noise, spec.rounding)
     if spec.codec == "dsq_refit":
         assert channel is not None
         assert state is not None
@@ -236,6 +244,36 @@ def _rounded(u: Tensor, step: Tensor, qmax: float | Tensor, noise: Tensor | None
         value = (value + noise).floor()
     else:
         value = value.round()
+    return _codes(value, qmax)
+
+
+def _dithered(u: Tensor, channel: Tensor | None, state: Tensor | None, qmax: float | Tensor) -> Tensor:
+    """Codes after adding the dither, of products with reciprocals: a kernel needs no division then."""
+    assert channel is not None
+    assert state is not None
+    per_state = _per_state(state, qmax)
+    value = (u * (1 / channel.to(torch.float32)).unsqueeze(-1)) * (1 / per_state).unsqueeze(-2)
+    return _codes((value + dither_of(state).unsqueeze(-2)).round(), qmax)
+
+
+def dither_of(state: Tensor) -> Tensor:
+    """What ``rounding: dither`` adds, in units of a step: one of sixteen values between -1/2 and 1/2, by state.
+
+    The state scale is a new number at every token, so its bits take the place of a generator and of a counter of
+    tokens. The factor is 2^16 over the golden ratio: scales that follow each other spread most evenly.
+
+    Args:
+        state: fp16 state scale, any shape.
+
+    Returns:
+        fp32, ``(level - 7.5) / 16``; ``level`` is bits 12 to 15 of ``bits(state) 40503``.
+    """
+    bits = state.view(torch.int16).to(torch.int32) & 0xFFFF
+    return (((bits * 40503 & 0xFFFF) >> 12).to(torch.float32) - 7.5) / 16
+
+
+def _codes(value: Tensor, qmax: float | Tensor) -> Tensor:
+    """Whole numbers within range, int8."""
     if isinstance(qmax, Tensor):
         return torch.minimum(torch.maximum(value, -qmax), qmax).to(torch.int8)
     return value.clamp(-qmax, qmax).to(torch.int8)

@@ -108,8 +108,8 @@ def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | Non
     start = inputs.x.new_zeros(sequences, heads, channels, inputs.b.shape[-1])
     bits = torch.full((heads,), spec.bits, dtype=torch.int32, device=start.device)
     decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
-    refit = spec.codec == "dsq_refit"
-    return selective_scan_q(inputs.dt * inputs.x, decay, inputs.b, inputs.c, start, bits, static, refit=refit)[0]
+    how = {"refit": spec.codec == "dsq_refit", "dither": spec.rounding == "dither"}
+    return selective_scan_q(inputs.dt * inputs.x, decay, inputs.b, inputs.c, start, bits, static, **how)[0]
 
 
 def shares(errors: Mapping[str, Tensor], energy: Tensor, labels: list[str]) -> list[list[float]]:

@@ -273,6 +273,7 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
         gate_epsilon=mixer.norm.variance_epsilon,
         limits=tuple(mixer.time_step_limit),
         head_planes=EXACT,
+        dither=first is not None and first.dither,
     )
 
 

@@ -133,6 +133,7 @@ class DecodeStep:
             quantizer.spec.bits,
             mixer.norm.variance_epsilon,
             quantizer.refit,
+            quantizer.dither,
         )
         if floats is None:
             held.tokens += 1

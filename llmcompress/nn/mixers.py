@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from llmcompress_kernels import state as kernels
@@ -27,6 +27,7 @@ from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
 from llmcompress.nn.decode_step import DecodeStep
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
+from llmcompress.quant.states import DITHERED, Rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +161,7 @@ _WORDS: dict[str, Callable[[Any], bool]] = {
     "codec": lambda v: v in CODECS,
     "alpha": lambda v: isinstance(v, int | float) and 0 <= v < 1,
     "sqrt_axis": lambda v: v in ("channel", "state"),
-    "rounding": lambda v: v in ("rtn", "stochastic"),
+    "rounding": lambda v: v in get_args(Rounding),
     "seed": lambda v: isinstance(v, int),
     "refits": lambda v: isinstance(v, int) and v > 0,
     "window": lambda v: isinstance(v, int) and v > 0,
@@ -175,6 +176,8 @@ def spec_of(policy: Mapping[str, Any]) -> StateSpec:
     """
     wrong = [word for word in policy if word not in (*_WORDS, "head_bits", "measured")]
     wrong += [f"{word}: {policy[word]!r}" for word, fits in _WORDS.items() if word in policy and not fits(policy[word])]
+    if policy.get("rounding") == "dither" and policy.get("codec", "dsq") not in DITHERED:
+        wrong.append(f"rounding: dither with codec {policy.get('codec')}")
     if wrong:
         raise InputError(
             f"quantization_config.policies.state_cache: not understood: {', '.join(wrong)}",
@@ -323,7 +326,7 @@ class _Mixer:
         widths = bits.to(x.device, torch.int32)
         return kernels.selective_scan_q(
             inputs.dt * x, decay, inputs.b, inputs.c, state, widths, quantizer.static, prompt, quantizer.window,
-            quantizer.refit,
+            quantizer.refit, quantizer.dither,
         )  # fmt: skip
 
     def head_update(  # noqa: PLR0913, PLR0917 - the signature is transformers'

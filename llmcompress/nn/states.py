@@ -82,7 +82,7 @@ class StateQuantizer:
     def has_kernel(self) -> bool:
         """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
         spec = self.spec
-        plain = spec.alpha == 0.5 and spec.sqrt_axis == "channel" and spec.rounding == "rtn"
+        plain = spec.alpha == 0.5 and spec.sqrt_axis == "channel" and spec.rounding != "stochastic"
         fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
         return spec.active and plain and fits and spec.codec in ("dsq", "dsq_refit", "dsq_static_p")
 
@@ -90,6 +90,11 @@ class StateQuantizer:
     def refit(self) -> bool:
         """Whether the channel scale is fitted to the codes."""
         return self.spec.codec == "dsq_refit"
+
+    @property
+    def dither(self) -> bool:
+        """Whether a dither is added before rounding."""
+        return self.spec.rounding == "dither"
 
     @property
     def one_width(self) -> bool:
@@ -143,8 +148,8 @@ class PackedState:
             self.value = self.quantizer.fake(fresh, step)
             return
         if self.quantizer.has_kernel and self.quantizer.one_width:
-            bits = self.quantizer.spec.bits
-            codes, self.channel, self.state = kernels.dsq_pack(fresh, self.quantizer.static, bits, self.quantizer.refit)
+            how = (self.quantizer.spec.bits, self.quantizer.refit, self.quantizer.dither)
+            codes, self.channel, self.state = kernels.dsq_pack(fresh, self.quantizer.static, *how)
             self.codes = [codes]
             return
         found = self.quantizer.quantize(fresh, step)
@@ -176,7 +181,8 @@ class PackedState:
         drive, decay = dt * x.float(), (dt[..., 0] * a[:, 0, 0]).exp()
         self.tokens += 1
         held = (self.codes[0], self.channel, self.state, quantizer.static)
-        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), quantizer.spec.bits, quantizer.refit)
+        how = (quantizer.spec.bits, quantizer.refit, quantizer.dither)
+        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), *how)
 
     def step(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Take one token in; returns the fresh state ``[S, H, P, N]`` for reading.

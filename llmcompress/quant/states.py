@@ -24,6 +24,9 @@ CompressedCodec = Literal[
 Codec = Literal[CompressedCodec, "none"]
 CODECS: tuple[str, ...] = get_args(Codec)
 BITS = (4, 6, 8)
+Rounding = Literal["rtn", "stochastic", "dither"]
+# codecs whose state scale is fresh at every token, and stored
+DITHERED = ("dsq", "dsq_static_p")
 GROUP = 32
 
 
@@ -39,7 +42,8 @@ class StateSpec:
             of a channel (``group32``); ``rotate`` (Hadamard on both axes, one scale per head); ``none``.
         alpha: Exponent of the first scale.
         sqrt_axis: Which axis gets the mean to the power of alpha; the other gets the maximum.
-        rounding: ``rtn`` or ``stochastic``.
+        rounding: ``rtn``, ``stochastic``, or ``dither`` (to nearest after adding what the bits of the state scale
+            gives), which needs codec ``dsq`` or ``dsq_static_p``.
         seed: Of stochastic rounding.
         refits: Alternating least-squares passes of ``dsq_als``.
     """
@@ -48,7 +52,7 @@ class StateSpec:
     codec: Codec = "dsq"
     alpha: float = 0.5
     sqrt_axis: Literal["channel", "state"] = "channel"
-    rounding: Literal["rtn", "stochastic"] = "rtn"
+    rounding: Rounding = "rtn"
     seed: int = 0
     refits: int = 3
 
@@ -56,6 +60,7 @@ class StateSpec:
         """Refuse what no function here can do."""
         assert self.codec in CODECS, self.codec
         assert self.bits in (*BITS, 16), self.bits
+        assert self.rounding != "dither" or self.codec in DITHERED, self.codec
 
     @property
     def active(self) -> bool:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.models import sizes
-from llmcompress.quant.states import BITS, CompressedCodec
+from llmcompress.quant.states import BITS, DITHERED, CompressedCodec, Rounding
 from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
@@ -44,8 +44,10 @@ class DsqConfig(StageConfig):
     """Exponent of the first scale; the paper's square root is 0.5."""
     sqrt_axis: Literal["channel", "state"] = "channel"
     """Which axis gets the root of the mean; the other gets the maximum."""
-    rounding: Literal["rtn", "stochastic"] = "rtn"
-    """``stochastic`` rounds up with the probability of the remainder."""
+    rounding: Rounding = "rtn"
+    """``rtn`` is the paper's, to nearest. ``stochastic`` rounds up with the probability of the remainder; it has no
+    kernel. ``dither`` adds what the bits of the state scale give before it rounds to nearest, so that errors add up as
+    noise; it has kernels, for codecs ``dsq`` and ``dsq_static_p``."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of stochastic rounding."""
     refits: Annotated[int, Field(ge=1, le=8)] = 3
@@ -65,6 +67,8 @@ class DsqConfig(StageConfig):
     def _consistent(self) -> Self:
         if self.sqrt_axis == "state" and self.codec not in ("dsq", "dsq_als"):
             raise ValueError(f"sqrt_axis has no meaning with codec {self.codec}")
+        if self.rounding == "dither" and (self.codec not in DITHERED or self.sqrt_axis == "state"):
+            raise ValueError(f"rounding dither needs a codec of {', '.join(DITHERED)}, with sqrt_axis channel")
         if self.rounding == "stochastic" and self.codec == "dsq_als":
             raise ValueError("dsq_als rounds to nearest: its refits need fixed codes")
         return self

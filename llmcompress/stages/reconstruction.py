@@ -192,7 +192,11 @@ class Reconstructor:
         if policy is None:
             return Rounder(StateSpec(bits=16, codec="none"))
         words = ("bits", "codec", "alpha", "sqrt_axis", "refits")
-        spec = StateSpec(**{word: policy[word] for word in words if word in policy})
+        found = {word: policy[word] for word in words if word in policy}
+        # noise is left out: what is tuned to one draw of it would be worse with the next
+        if policy.get("rounding") == "dither":
+            found["rounding"] = "dither"
+        spec = StateSpec(**found)
         widths = (policy.get("head_bits") or {}).get(scan.module)
         bits = None if widths is None else torch.tensor(widths)
         return Rounder(spec, replaced.get(f"{scan.module}.{SCALE}"), bits, int(policy.get("window", 1)))

@@ -100,10 +100,11 @@ def _forward(config: DsqConfig, walker: Any, block: Block, hidden: Tensor, measu
 
 
 def spec_of(config: DsqConfig) -> StateSpec:
-    """The codec of a stage, rounding to nearest for measurements."""
+    """The codec of a stage; to nearest for measurements instead of with noise."""
     from llmcompress.algorithms.decoupled_scales import StateSpec
 
-    return StateSpec(config.bits, config.codec, config.alpha, config.sqrt_axis, "rtn", config.seed, config.refits)
+    rounding = "rtn" if config.rounding == "stochastic" else config.rounding
+    return StateSpec(config.bits, config.codec, config.alpha, config.sqrt_axis, rounding, config.seed, config.refits)
 
 
 def _patch(

@@ -72,7 +72,7 @@ class Twin:
     ) -> None:
         torch.manual_seed(3)
         assert cpu.ready()
-        self.groups, self.bits, self.refit = groups, bits, kind == "dsq_refit"
+        self.groups, self.bits, self.how = groups, bits, (kind == "dsq_refit", kind == "dither")
         self.channels, self.states = channels, states = size
         self.inner = inner = HEADS * channels
         self.width = inner + 2 * groups * states
@@ -102,7 +102,7 @@ class Twin:
         self.model = mamba2.Model(
             layers=structs, final_norm=self.final, embedding=self.embedding.matrix, head=self.head.matrix,
             vocabulary=VOCABULARY, heads=HEADS, channels=channels, states=states, groups=groups, bits=bits,
-            refit=self.refit, epsilon=EPSILON, gate_epsilon=EPSILON, limits=(0.01, math.inf),
+            refit=self.how[0], dither=self.how[1], epsilon=EPSILON, gate_epsilon=EPSILON, limits=(0.01, math.inf),
         )  # fmt: skip
 
     def _mixer(self, layer: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ class Twin:
             packed_state = (codes, channel, scale, layer["fixed"] if self.bits else None, floats)
             out = OPERATORS.mamba2_decode(
                 projected, conv, *self._mixer(layer), *packed_state, self.groups, self.states, self.bits, EPSILON,
-                self.refit,
+                *self.how,
             )  # fmt: skip
             hidden = hidden + layer["out_proj"](out)
             for whole, part in zip(all_held, (conv, codes, channel, scale, floats)):
@@ -147,7 +147,7 @@ class Twin:
             if not self.bits:
                 held.floats[index, slot] = state[0]
                 continue
-            codes, channel, scale = OPERATORS.dsq_pack(state, layer["fixed"], self.bits, self.refit)
+            codes, channel, scale = OPERATORS.dsq_pack(state, layer["fixed"], self.bits, *self.how)
             held.codes[index, slot], held.scale[index, slot] = codes[0], scale[0]
             if held.channel is not None:
                 held.channel[index, slot] = channel[0]
@@ -168,6 +168,7 @@ def same(mine: mamba2.States, theirs: mamba2.States) -> None:
         (8, 4, 1, (16, 32), "dsq"),
         (4, 8, 2, (32, 64), "dsq_refit"),
         (8, 4, 2, (64, 128), "dsq_static_p"),
+        (8, 4, 1, (16, 64), "dither"),
         (8, 0, 1, (16, 32), "dsq"),
     ],
 )

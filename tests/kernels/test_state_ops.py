@@ -38,11 +38,17 @@ def needs_kernels() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("codec", ["dsq", "dsq_refit", "dsq_static_p"])
+@pytest.mark.parametrize(
+    ("codec", "rounding"),
+    [("dsq", "rtn"), ("dsq_refit", "rtn"), ("dsq_static_p", "rtn"), ("dsq", "dither"), ("dsq_static_p", "dither")],
+)
 @pytest.mark.parametrize(("channels", "states"), SHAPES)
-def test_packed_update_gives_the_definitions_codes(bits: int, codec: str, channels: int, states: int) -> None:
+def test_packed_update_gives_the_definitions_codes(
+    bits: int, codec: str, rounding: str, channels: int, states: int
+) -> None:
     needs_kernels()
-    spec, fixed, refit = dsq.StateSpec(bits=bits, codec=codec), codec == "dsq_static_p", codec == "dsq_refit"
+    spec, fixed = dsq.StateSpec(bits=bits, codec=codec, rounding=rounding), codec == "dsq_static_p"
+    how = (bits, codec == "dsq_refit", rounding == "dither")
     for spread, factor in EXTREMES:
         start = random_state(2, 4, channels, states, spread, factor)
         scale = dsq.static_channel_scale(start.abs().mean((0, 3))) if fixed else None
@@ -53,8 +59,8 @@ def test_packed_update_gives_the_definitions_codes(bits: int, codec: str, channe
         for _ in range(4):
             drive, *rest = token(2, 4, 2, channels, states)
             drive = drive * start.abs().mean(-1)
-            got = state.dsq_state_update(*mine, drive, *rest, bits, refit)
-            expected = definition.dsq_state_update(*theirs, drive, *rest, bits, refit)
+            got = state.dsq_state_update(*mine, drive, *rest, *how)
+            expected = definition.dsq_state_update(*theirs, drive, *rest, *how)
             for a, b in zip(mine, theirs, strict=True):
                 assert a is None or torch.equal(a, b)
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -65,9 +71,10 @@ def test_definition_equals_the_codec_of_the_library() -> None:
         fresh = random_state(2, 3, 24, 40, spread, factor)
         for bits in (4, 6, 8):
             qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1))
-            for codec in ("dsq", "dsq_refit"):
-                expected = dsq.quantize(fresh, dsq.StateSpec(bits=bits, codec=codec))
-                codes, channel, scale, _ = definition.dsq_quantize(fresh, qmax, None, codec == "dsq_refit")
+            for codec, rounding in (("dsq", "rtn"), ("dsq_refit", "rtn"), ("dsq", "dither")):
+                expected = dsq.quantize(fresh, dsq.StateSpec(bits=bits, codec=codec, rounding=rounding))
+                how = (codec == "dsq_refit", rounding == "dither")
+                codes, channel, scale, _ = definition.dsq_quantize(fresh, qmax, None, *how)
                 assert torch.equal(codes.to(torch.int8), expected.codes)
                 assert torch.equal(channel, expected.channel)
                 assert torch.equal(scale, expected.state)
@@ -102,25 +109,26 @@ def sequence(channels: int, states: int, tokens: int = 41, leaf: bool = False) -
         ((4, 6, 8, 16), 9, 1, "dsq"),
         ((4, 8, 4, 8), 3, 4, "fixed"),
         ((4, 6, 8, 16), 2, 3, "refit"),
+        ((4, 6, 8, 16), 1, 2, "dither"),
     ],
 )
 def test_scan_and_its_gradients(bits: tuple[int, ...], first: int, window: int, kind: str) -> None:
     needs_kernels()
     scale = (torch.rand(4, 16) + 0.1).half() if kind == "fixed" else None
-    refit = kind == "refit"
+    how = (kind == "refit", kind == "dither")
     start = random_state(2, 4, 16, 32, 0.5, 1.0)
     rest = (start, torch.tensor(bits, dtype=torch.int32), scale, first, window)
     plain = sequence(16, 32)
-    out, last = state.selective_scan_q(*plain, *rest, refit)
-    expected, wanted, kept = definition.selective_scan_q(*plain, *rest, True, refit)
+    out, last = state.selective_scan_q(*plain, *rest, *how)
+    expected, wanted, kept = definition.selective_scan_q(*plain, *rest, True, *how)
     assert torch.equal(last, wanted)
     assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
     exact, _ = state.selective_scan_q(*plain, start, torch.full((4,), 16), scale, first, window)
     assert float((exact - out).norm() / exact.norm()) > 1e-3
     weights = torch.randn(out.shape)
     leaves = sequence(16, 32, leaf=True)
-    got = torch.autograd.grad((state.selective_scan_q(*leaves, *rest, refit)[0] * weights).sum(), leaves)
-    by_hand = definition.selective_scan_q_backward(weights, *plain, kept, *rest[1:], refit)
+    got = torch.autograd.grad((state.selective_scan_q(*leaves, *rest, *how)[0] * weights).sum(), leaves)
+    by_hand = definition.selective_scan_q_backward(weights, *plain, kept, *rest[1:], *how)
     for mine, theirs in zip(got, by_hand, strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
@@ -223,8 +231,8 @@ def test_pack_gives_the_definitions_codes(bits: int, fixed: bool) -> None:
         for spread, factor in EXTREMES:
             held = random_state(2, 4, channels, states, spread, factor)
             scale = dsq.static_channel_scale(held.abs().mean((0, 3))) if fixed else None
-            for refit in (False, True):
-                got, expected = state.dsq_pack(held, scale, bits, refit), definition.dsq_pack(held, scale, bits, refit)
+            for how in ((False, False), (True, False), (False, True)):
+                got, expected = state.dsq_pack(held, scale, bits, *how), definition.dsq_pack(held, scale, bits, *how)
                 assert (got[1] is None) == fixed
                 for mine, theirs in zip(got, expected, strict=True):
                     assert mine is None or torch.equal(mine, theirs)

@@ -16,7 +16,8 @@ if triton.__version__ < "3.9" and np.__version__ >= "2.4":
 from llmcompress_kernels.triton import state as kernels  # noqa: E402
 
 SEQUENCES, HEADS, GROUPS, P, N = 2, 4, 2, 16, 32
-KINDS = [(False, False), (True, False), (False, True)]
+# calibrated channel scale, refit, dither
+KINDS = [(False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 
 
 def states(seed: int, *lead: int) -> torch.Tensor:
@@ -38,13 +39,13 @@ def step_inputs(*lead: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("calibrated", "refit"), KINDS)
-def test_pack_gives_the_definitions_codes(bits: int, calibrated: bool, refit: bool) -> None:
+@pytest.mark.parametrize(("calibrated", "refit", "dither"), KINDS)
+def test_pack_gives_the_definitions_codes(bits: int, calibrated: bool, refit: bool, dither: bool) -> None:
     u = states(bits, SEQUENCES, HEADS)
     fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
-    codes, channel, scale = kernels.dsq_pack(u, fixed, bits, refit)
+    codes, channel, scale = kernels.dsq_pack(u, fixed, bits, refit, dither)
     qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1))
-    expected, expected_channel, expected_scale, _ = definition.dsq_quantize(u, qmax, fixed, refit)
+    expected, expected_channel, expected_scale, _ = definition.dsq_quantize(u, qmax, fixed, refit, dither)
     assert torch.equal(codes, definition.pack(expected.to(torch.int8), bits))
     assert torch.equal(scale, expected_scale)
     assert (channel is None) == calibrated
@@ -52,37 +53,38 @@ def test_pack_gives_the_definitions_codes(bits: int, calibrated: bool, refit: bo
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("calibrated", "refit"), KINDS)
-def test_update(bits: int, calibrated: bool, refit: bool) -> None:
+@pytest.mark.parametrize(("calibrated", "refit", "dither"), KINDS)
+def test_update(bits: int, calibrated: bool, refit: bool, dither: bool) -> None:
     fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
-    codes, channel, scale = kernels.dsq_pack(states(bits, SEQUENCES, HEADS), fixed, bits, refit)
+    codes, channel, scale = kernels.dsq_pack(states(bits, SEQUENCES, HEADS), fixed, bits, refit, dither)
     held = [codes, channel, scale]
     expected = [None if t is None else t.clone() for t in held]
     for _ in range(2):
         inputs = step_inputs(SEQUENCES)
-        found = kernels.dsq_state_update(*held, fixed, *inputs, bits, refit)
-        wanted = definition.dsq_state_update(*expected, fixed, *inputs, bits, refit)
+        found = kernels.dsq_state_update(*held, fixed, *inputs, bits, refit, dither)
+        wanted = definition.dsq_state_update(*expected, fixed, *inputs, bits, refit, dither)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
         assert all(a is None or torch.equal(a, b) for a, b in zip(held, expected))
 
 
 @pytest.mark.parametrize(
-    ("first", "window", "calibrated", "refit"), [(1, 1, False, False), (3, 2, True, False), (2, 1, False, True)]
+    ("first", "window", "calibrated", "refit", "dither"),
+    [(1, 1, False, False, False), (3, 2, True, False, False), (2, 1, False, True, False), (2, 2, False, False, True)],
 )
-def test_scan_and_its_adjoint(first: int, window: int, calibrated: bool, refit: bool) -> None:
+def test_scan_and_its_adjoint(first: int, window: int, calibrated: bool, refit: bool, dither: bool) -> None:
     tokens = definition.SEGMENT + 3
     begin = states(1, 1, HEADS)
     drive, decay, b, c = step_inputs(1, tokens)
     bits = torch.tensor([4, 6, 8, 16], dtype=torch.int32)
     fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
-    arguments = (drive, decay, b, c, begin, bits, fixed, first, window, True, refit)
+    arguments = (drive, decay, b, c, begin, bits, fixed, first, window, True, refit, dither)
     out, last, kept = kernels.selective_scan_q(*arguments)
     expected_out, expected_last, expected_kept = definition.selective_scan_q(*arguments)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-3)
     assert torch.equal(last, expected_last)
     assert torch.equal(kept, expected_kept)
     grad = torch.randn_like(out)
-    arguments = (grad, drive, decay, b, c, kept, bits, fixed, first, window, refit)
+    arguments = (grad, drive, decay, b, c, kept, bits, fixed, first, window, refit, dither)
     found = kernels.selective_scan_q_backward(*arguments)
     for mine, wanted in zip(found, definition.selective_scan_q_backward(*arguments)):
         assert mine.shape == wanted.shape

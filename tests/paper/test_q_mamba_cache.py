@@ -15,6 +15,7 @@ from llmcompress.nn.states import PackedState, cache_bytes
 PROMPT = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(0))
 POLICIES: dict[str, dict[str, Any]] = {
     "dsq": {"bits": 4, "codec": "dsq"},
+    "dither": {"bits": 4, "codec": "dsq", "rounding": "dither"},
     "window": {"bits": 6, "codec": "dsq", "window": 4},
     "refitted": {"bits": 4, "codec": "dsq_als"},
     "stochastic": {"bits": 8, "codec": "per_channel", "rounding": "stochastic", "seed": 5},

@@ -13,6 +13,7 @@ from llmcompress.algorithms.decoupled_scales import (
     CODECS,
     StateSpec,
     dequantize,
+    dither_of,
     fake_quantize,
     pack_codes,
     packed_length,
@@ -188,6 +189,55 @@ def test_stochastic_rounding_is_unbiased_and_repeatable() -> None:
     bias = torch.stack(rounds).mean(0) - u
     nearest = fake_quantize(u, StateSpec(4)) - u
     assert float(bias.norm()) < 0.3 * float(nearest.norm())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dithered_codes_equal_a_slow_loop(bits: int) -> None:
+    u = states(200, 3, 5)
+    found = quantize(u, StateSpec(bits, rounding="dither"))
+    qmax = np.float32(2 ** (bits - 1) - 1)
+    for index, one in enumerate(u.numpy()):
+        _, s_p, s_n = slow_dsq(one, bits)
+        assert np.array_equal(found.channel[index].numpy(), s_p)
+        assert np.array_equal(found.state[index].numpy(), s_n)
+        for n, scale in enumerate(s_n):
+            level = int(scale.view(np.uint16)) * 40503 % 65536 // 4096
+            dither = np.float32((2 * level - 15) / 32)
+            for p in range(3):
+                part = np.float32(one[p, n] * (np.float32(1) / np.float32(s_p[p])))
+                value = np.float32(part * (np.float32(1) / (np.float32(scale) / qmax))) + dither
+                assert found.codes[index, p, n] == min(max(np.rint(value), -qmax), qmax)
+
+
+def test_dithers_are_even_over_scales_that_follow_each_other() -> None:
+    every = dither_of(torch.arange(0x7C00, dtype=torch.int16).view(torch.float16))
+    assert sorted(set(every.tolist())) == [(2 * level - 15) / 32 for level in range(16)]
+    # runs of 32 neighbouring scales: a state that only decays moves through them
+    runs = every[: len(every) // 32 * 32].view(-1, 32)
+    assert float(runs.mean(1).abs().max()) < 0.08
+
+
+def test_a_dither_takes_the_gain_out_of_a_rounding() -> None:
+    """A state that is rounded at every token, driven by what is below half of a step in most channels."""
+    generator = torch.Generator().manual_seed(0)
+    shape, tokens = (8, 16, 32), 300
+    drive = torch.randn(tokens, *shape, generator=generator) * torch.randn(*shape[:2], 1, generator=generator).exp()
+
+    def gain(rounding: str) -> float:
+        spec, held, along, energy = StateSpec(4, rounding=rounding), torch.zeros(shape), 0.0, 0.0  # type: ignore[arg-type]
+        for one in drive:
+            fresh = 0.98 * held + 0.1 * one + 0.05
+            held = fake_quantize(fresh, spec)
+            along, energy = along + float((held * fresh).sum()), energy + float(fresh.square().sum())
+        return along / energy - 1
+
+    assert abs(gain("dither")) < 0.3 * abs(gain("rtn"))
+
+
+def test_a_dither_needs_a_state_scale() -> None:
+    for codec in ("per_channel", "dsq_als", "dsq_refit", "dsq_t"):
+        with pytest.raises(AssertionError, match=codec):
+            StateSpec(4, codec, rounding="dither")  # type: ignore[arg-type]
 
 
 def test_rotation_is_its_own_inverse() -> None:

@@ -7,7 +7,8 @@ Per head with fresh state ``u [P, N]``, ``drive = dt x``, ``decay = exp(dt A)``:
     code = clamp(round_half_even(u / step), ±qmax)      Q(u) = code step
 
 With ``refit`` the channel scale, once the codes are known, is fitted to them by least squares in units of a step:
-``channel' = fp16(channel Σ_n code v / Σ_n code²)`` with ``v = (u (1 / channel)) (1 / (state / qmax))``.
+``channel' = fp16(channel Σ_n code v / Σ_n code²)`` with ``v = (u (1 / channel)) (1 / (state / qmax))``. With ``dither``
+the code is ``clamp(round_half_even(v + e_n), ±qmax)``; the bits of the state scale give ``e_n`` (:func:`dither_of`).
 
 Scales are clamped to ``[2^-24, 65504]``. Every implementation has to give the same codes and scales to the last
 bit, so the order of operations is part of the definition: nothing is fused, and the mean is summed in halves
@@ -68,8 +69,25 @@ def refitted(fresh: Tensor, codes: Tensor, channel: Tensor, per_state: Tensor) -
     return to_scale(wide * ratio)
 
 
+def dither_of(state: Tensor) -> Tensor:
+    """What is added before rounding, in units of a step: one of sixteen values between -1/2 and 1/2, by state.
+
+    The scale is a new number at every token, so its bits take the place of a generator and of a counter of tokens: the
+    error then depends on the state no more, on average, as with noise. The factor is 2^16 over the golden ratio, which
+    spreads scales that follow each other most evenly.
+
+    Args:
+        state: fp16 state scale, any shape.
+
+    Returns:
+        fp32, ``(level - 7.5) / 16``; ``level`` is bits 12 to 15 of ``bits(state) 40503``.
+    """
+    bits = state.view(torch.int16).to(torch.int32) & 0xFFFF
+    return (((bits * 40503 & 0xFFFF) >> 12).to(torch.float32) - 7.5) / 16
+
+
 def dsq_quantize(
-    fresh: Tensor, qmax: Tensor, fixed: Tensor | None, refit: bool = False
+    fresh: Tensor, qmax: Tensor, fixed: Tensor | None, refit: bool = False, dither: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, channel scale, state scale and step.
 
@@ -78,6 +96,7 @@ def dsq_quantize(
         qmax: fp32 ``[H, 1, 1]``.
         fixed: fp16 ``[H, P]`` channel scale instead of a computed one.
         refit: Fit the channel scale to the codes; no effect with ``fixed``.
+        dither: Add a dither before rounding; not together with ``refit``.
 
     Returns:
         Codes as fp32 ``[S, H, P, N]``; fp16 ``[S, H, P]``; fp16 ``[S, H, N]``; fp32 ``[S, H, P, N]``.
@@ -90,7 +109,10 @@ def dsq_quantize(
     state = to_scale((size / wide).amax(-2))
     per_state = state.to(torch.float32).unsqueeze(-2) / qmax
     step = wide * per_state
-    codes = torch.maximum(torch.minimum((fresh / step).round(), qmax), -qmax)
+    value = fresh / step
+    if dither:
+        value = (fresh * (1 / wide)) * (1 / per_state) + dither_of(state).unsqueeze(-2)
+    codes = torch.maximum(torch.minimum(value.round(), qmax), -qmax)
     if refit and fixed is None:
         channel = refitted(fresh, codes, channel, per_state.squeeze(-2))
         step = channel.to(torch.float32).unsqueeze(-1) * per_state
@@ -133,6 +155,7 @@ def dsq_state_update(
     c: Tensor,
     bits: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> Tensor:
     """One token with a packed state, which is replaced; returns the read-out ``[S, H, P]``."""
     states = scale.shape[-1]
@@ -140,7 +163,7 @@ def dsq_state_update(
     wide = (fixed if channel is None else channel).to(torch.float32).unsqueeze(-1)  # type: ignore[union-attr]
     step = wide * (scale.to(torch.float32).unsqueeze(-2) / qmax)
     fresh = fresh_state(unpack(codes, bits, states).to(torch.float32) * step, drive, decay, b)
-    found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed, refit)
+    found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed, refit, dither)
     codes.copy_(pack(found.to(torch.int8), bits))
     scale.copy_(new_scale)
     if channel is not None:
@@ -160,6 +183,7 @@ def selective_scan_q(
     window: int,
     keep: bool,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole sequence with the state stored between tokens; see :mod:`llmcompress_kernels.ops`."""
     qmax = (2.0 ** (bits.to(torch.float32) - 1) - 1)[:, None, None]
@@ -174,7 +198,7 @@ def selective_scan_q(
         since = t + 1 - first
         held = fresh
         if since >= 0 and since % window == 0:
-            codes, _, _, step = dsq_quantize(fresh, qmax, fixed, refit)
+            codes, _, _, step = dsq_quantize(fresh, qmax, fixed, refit, dither)
             held = torch.where(rounded, codes * step, fresh)
     none = drive.new_empty(0)
     return out, held if held is not state else state.clone(), torch.stack(kept, 2) if keep else none
@@ -192,6 +216,7 @@ def selective_scan_q_backward(
     first: int,
     window: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Straight-through gradients by drive, decay, b and c; ``kept [S, H, segments, P, N]`` from the forward pass.
 
@@ -208,7 +233,7 @@ def selective_scan_q_backward(
         for t in range(start, stop - 1):
             one = slice(t, t + 1)
             arguments = (drive[:, one], decay[:, one], b[:, one], c[:, one], states[-1], bits, fixed)
-            states.append(selective_scan_q(*arguments, first - t, window, False, refit)[1])
+            states.append(selective_scan_q(*arguments, first - t, window, False, refit, dither)[1])
         for t in reversed(range(start, stop)):
             before = states[t - start]
             fresh = fresh_state(before, drive[:, t], decay[:, t], b[:, t])
@@ -260,6 +285,7 @@ def mamba2_decode(
     bits: int,
     epsilon: float,
     refit: bool = False,
+    dither: bool = False,
 ) -> Tensor:
     """One token of a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_decode`."""
     heads, inner, both = d.shape[0], gain.shape[0], groups * states
@@ -276,7 +302,7 @@ def mamba2_decode(
         y = state_update(floats, drive, decay, b, c)
     else:
         assert scale is not None
-        y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit)
+        y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither)
     return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon)
 
 
@@ -315,8 +341,10 @@ def mamba2_prefill(
     return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon)
 
 
-def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def dsq_pack(
+    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False, dither: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """A float state to codes, channel scale (empty with ``fixed``) and state scale."""
     qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1), device=state.device)
-    found, channel, scale, _ = dsq_quantize(state, qmax, fixed, refit)
+    found, channel, scale, _ = dsq_quantize(state, qmax, fixed, refit, dither)
     return pack(found.to(torch.int8), bits), channel if fixed is None else channel.new_empty(0), scale

@@ -5,7 +5,8 @@ Per token an update reads and writes ``bits / 8`` bytes per value where a float 
 the definition's to the last bit (:mod:`llmcompress_kernels.reference.state`): divisions and roots are correctly
 rounded, the mean is summed in halves, and kernels are compiled without fused multiply-add.
 
-``FIXED`` says where the channel scale comes from: 0 the state, 1 calibration, 2 the state and then a fit to the codes.
+``FIXED`` says where the channel scale comes from: 0 the state, 1 calibration, 2 the state and then a fit to the codes;
+3 and 4 are 0 and 1 with a dither before rounding.
 """
 
 from __future__ import annotations
@@ -43,26 +44,42 @@ def to_scale(value):
 def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
     """Codes (fp32), channel and state scales (fp16) and step of ``u [P, N]``."""
     size = tl.abs(u)
-    if FIXED == 1:
+    if FIXED % 3 == 1:
         channel = fixed
     else:
         channel = to_scale(tl.sqrt_rn(folded_mean(size, P, N, LOG)))
     wide = channel.to(tl.float32)
     state = to_scale(tl.max(tl.div_rn(size, tl.broadcast_to(wide[:, None], (P, N))), 0))
     step = step_size(wide, state, qmax, P, N)
-    ratio = tl.minimum(tl.maximum(tl.div_rn(u, step), -qmax), qmax)
+    if FIXED >= 3:
+        ratio = scaled(u, wide, state, qmax, P, N) + dither_of(state)[None, :]
+    else:
+        ratio = tl.div_rn(u, step)
+    ratio = tl.minimum(tl.maximum(ratio, -qmax), qmax)
     # adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even
     codes = (ratio + 12582912.0) - 12582912.0
     if FIXED == 2:
-        per_state = tl.div_rn(state.to(tl.float32), tl.zeros((N,), tl.float32) + qmax)
-        value = (u * tl.div_rn(tl.zeros((P,), tl.float32) + 1.0, wide)[:, None]) * tl.div_rn(
-            tl.zeros((N,), tl.float32) + 1.0, per_state
-        )[None, :]
+        value = scaled(u, wide, state, qmax, P, N)
         top, below = folded_sum(codes * value, P, N, LOG), folded_sum(codes * codes, P, N, LOG)
         fits = (top > 0) & (below > 0)
         channel = to_scale(wide * tl.where(fits, tl.div_rn(top, tl.where(fits, below, 1.0)), 1.0))
         step = step_size(channel.to(tl.float32), state, qmax, P, N)
     return codes, channel, state, step
+
+
+@triton.jit
+def scaled(u, wide, state, qmax, P: tl.constexpr, N: tl.constexpr):
+    """``u`` in steps, by products with reciprocals, ``[P, N]``."""
+    per_state = tl.div_rn(state.to(tl.float32), tl.zeros((N,), tl.float32) + qmax)
+    inverse = tl.div_rn(tl.zeros((P,), tl.float32) + 1.0, wide)
+    return (u * inverse[:, None]) * tl.div_rn(tl.zeros((N,), tl.float32) + 1.0, per_state)[None, :]
+
+
+@triton.jit
+def dither_of(state):
+    """What is added before rounding: fp16 state scales to fp32 between -1/2 and 1/2."""
+    bits = state.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return ((((bits * 40503) & 0xFFFF) >> 12).to(tl.float32) - 7.5) * 0.0625
 
 
 @triton.jit
@@ -123,7 +140,7 @@ def dsq_update_kernel(
     shared = (tl.program_id(1).to(tl.int64) * (HEADS // SHARE) + head // SHARE) * N + n
     qmax = ((1 << (BITS - 1)) - 1) * 1.0
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED == 1:
+    if FIXED % 3 == 1:
         calibrated = tl.load(fixed + head * P + p)  # fp16
         wide = calibrated.to(tl.float32)
     else:
@@ -137,7 +154,7 @@ def dsq_update_kernel(
     found, new_channel, new_state, _ = quantize(u, calibrated, qmax, FIXED, P, N, LOG)
     store_codes(place, found, BITS, P, N)
     tl.store(scale + unit * N + n, new_state)
-    if FIXED != 1:
+    if FIXED % 3 != 1:
         tl.store(channel + unit * P + p, new_channel)
 
 
@@ -160,13 +177,13 @@ def dsq_pack_kernel(
     p, n = tl.arange(0, P), tl.arange(0, N)
     u = tl.load(state + unit * (P * N) + p[:, None] * N + n[None, :]).to(tl.float32)
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED == 1:
+    if FIXED % 3 == 1:
         calibrated = tl.load(fixed + tl.program_id(0) * P + p)  # fp16
     qmax = ((1 << (BITS - 1)) - 1) * 1.0
     found, new_channel, new_state, _ = quantize(u, calibrated, qmax, FIXED, P, N, LOG)
     store_codes(codes + unit * (P * N * BITS // 8), found, BITS, P, N)
     tl.store(scale + unit * N + n, new_state)
-    if FIXED != 1:
+    if FIXED % 3 != 1:
         tl.store(channel + unit * P + p, new_channel)
 
 
@@ -216,7 +233,7 @@ def dsq_scan_kernel(
     tile = p[:, None] * N + n[None, :]
     width = tl.load(bits + head)  # int32
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED == 1:
+    if FIXED % 3 == 1:
         calibrated = tl.load(fixed + head * P + p)  # fp16
     held = tl.load(state + unit * (P * N) + tile).to(tl.float32)
     for t in range(0, tokens):
@@ -268,7 +285,7 @@ def dsq_scan_backward_kernel(
     tile = p[:, None] * N + n[None, :]
     width = tl.load(bits + head)  # int32
     calibrated = tl.zeros((P,), tl.float16)
-    if FIXED == 1:
+    if FIXED % 3 == 1:
         calibrated = tl.load(fixed + head * P + p)  # fp16
     adjoint = tl.zeros((P, N), tl.float32)
     own = scratch + unit * (LENGTH * P * N) + tile
@@ -321,8 +338,10 @@ def _warps(channels: int, states: int) -> int:
     return max(1, min(16, channels * states // 1024))
 
 
-def _mode(fixed: Tensor | None, refit: bool) -> int:
+def _mode(fixed: Tensor | None, refit: bool, dither: bool) -> int:
     """The kernels' ``FIXED``."""
+    if dither:
+        return 3 if fixed is None else 4
     return 1 if fixed is not None else 2 if refit else 0
 
 
@@ -342,6 +361,7 @@ def dsq_state_update(
     c: Tensor,
     bits: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_state_update`; what is replaced must be contiguous."""
     sequences, heads, channels = drive.shape
@@ -352,14 +372,14 @@ def dsq_state_update(
         return out
     dsq_update_kernel[(heads, sequences)](
         codes, _or(channel, scale), scale, _or(fixed, scale), drive, decay, b, c, out,
-        bits, _mode(fixed, refit), heads, heads // b.shape[1], channels, states, states.bit_length() - 1,
+        bits, _mode(fixed, refit, dither), heads, heads // b.shape[1], channels, states, states.bit_length() - 1,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 def dsq_pack(
-    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False
+    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False, dither: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Pack float states after prefill.
 
@@ -368,6 +388,7 @@ def dsq_pack(
         fixed: fp16 ``[H, P]`` calibrated channel scale, or None.
         bits: 4 or 8.
         refit: Fit the channel scale to the codes; no effect with ``fixed``.
+        dither: Round after adding a dither; not together with ``refit``.
 
     Returns:
         uint8 codes ``[S, H, P, N * bits / 8]``; fp16 channel scale ``[S, H, P]``, None if calibrated; fp16 state scale
@@ -380,7 +401,7 @@ def dsq_pack(
     if sequences > 0:
         dsq_pack_kernel[(heads, sequences)](
             state.contiguous(), codes, _or(channel, scale), scale, _or(fixed, scale),
-            bits, _mode(fixed, refit), heads, channels, states, states.bit_length() - 1,
+            bits, _mode(fixed, refit, dither), heads, channels, states, states.bit_length() - 1,
             num_warps=_warps(channels, states), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, channel, scale
@@ -398,6 +419,7 @@ def selective_scan_q(
     window: int,
     keep: bool,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as of the operator, :func:`llmcompress_kernels.reference.state.selective_scan_q`."""
     sequences, tokens, heads, channels = drive.shape
@@ -408,7 +430,7 @@ def selective_scan_q(
     dsq_scan_kernel[(heads, sequences)](
         drive, decay, b, c, state, bits.to(torch.int32).contiguous(), _or(fixed, drive), out, last,
         kept if keep else last, tokens, segments, first, window,
-        keep, _mode(fixed, refit), heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
+        keep, _mode(fixed, refit, dither), heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     return out, last, kept
@@ -426,6 +448,7 @@ def selective_scan_q_backward(
     first: int,
     window: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as of :func:`llmcompress_kernels.reference.state.selective_scan_q_backward`."""
     sequences, tokens, heads, channels = drive.shape
@@ -438,7 +461,7 @@ def selective_scan_q_backward(
     dsq_scan_backward_kernel[(heads, sequences)](
         grad, drive, decay, b, c, kept, bits.to(torch.int32).contiguous(), _or(fixed, drive), scratch,
         d_drive, d_decay, d_b, d_c, tokens, segments, first, window,
-        _mode(fixed, refit), heads, groups, channels, states, states.bit_length() - 1, SEGMENT,
+        _mode(fixed, refit, dither), heads, groups, channels, states, states.bit_length() - 1, SEGMENT,
         num_warps=_warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     share = (groups, heads // groups)

@@ -75,11 +75,11 @@ def test_a_dense_model_with_float_states_agrees(changes: dict[str, Any], prompt:
     assert engine.lengths == [0, len(tokens)]
 
 
-@pytest.mark.parametrize("codec", ["dsq", "dsq_refit"])
+@pytest.mark.parametrize(("codec", "rounding"), [("dsq", "rtn"), ("dsq_refit", "rtn"), ("dsq", "dither")])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_packed_model_gives_the_same_codes(bits: int, codec: str, tiny: Any, tmp_path: Path) -> None:
-    changes = {"tie_word_embeddings": bits == 4}
-    model, tokens = packed(tiny, tmp_path, {"bits": bits, "codec": codec}, codec == "dsq", **changes), IDS[:44]
+def test_a_packed_model_gives_the_same_codes(bits: int, codec: str, rounding: str, tiny: Any, tmp_path: Path) -> None:
+    policy, changes = {"bits": bits, "codec": codec, "rounding": rounding}, {"tie_word_embeddings": bits == 4}
+    model, tokens = packed(tiny, tmp_path, policy, codec == "dsq", **changes), IDS[:44]
     expected, cache = by_modules(model, tokens, 40)
     engine = RecurrentEngine(model)
     found = natively(engine, tokens, 40)

@@ -122,6 +122,18 @@ def test_nonsense_is_refused() -> None:
         DsqConfig(codec="per_head", sqrt_axis="state")
     with pytest.raises(ValueError, match="fixed codes"):
         DsqConfig(codec="dsq_als", rounding="stochastic")
+    for wrong in ({"codec": "per_channel"}, {"codec": "dsq_refit"}, {"sqrt_axis": "state"}):
+        with pytest.raises(ValueError, match="dither needs a codec of dsq, dsq_static_p"):
+            DsqConfig(rounding="dither", **wrong)
+
+
+def test_a_saved_dither_without_a_state_scale_is_refused(tiny: Any, tmp_path: Path) -> None:
+    state = tiny.state(tmp_path / "model", "mamba2")
+    stage(rounding="dither").run(state, tiny.context(tmp_path, "states"))
+    policy = state.policies["state_cache"]
+    assert policy["rounding"] == "dither"
+    with pytest.raises(InputError, match="dither with codec per_channel"):
+        compressed_model(state.model, state.packed, {"state_cache": {**policy, "codec": "per_channel"}})
 
 
 def test_four_bits_on_mamba_1_are_warned_of(tiny: Any) -> None:

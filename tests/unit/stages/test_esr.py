@@ -122,5 +122,7 @@ def test_the_kernel_is_used_where_it_knows_the_codec():
 
     assert Rounder(StateSpec(bits=4)).has_kernel
     assert Rounder(StateSpec(bits=16, codec="none")).has_kernel
+    assert Rounder(StateSpec(bits=4, rounding="dither")).has_kernel
+    assert not Rounder(StateSpec(bits=4, rounding="stochastic")).has_kernel
     assert not Rounder(StateSpec(bits=4, codec="per_channel")).has_kernel
     assert not Rounder(StateSpec(bits=4, sqrt_axis="state")).has_kernel

@@ -90,7 +90,7 @@ struct Engine {
   int64_t head_row() const { return (m.vocabulary + LANES - 1) / LANES * LANES; }
   int64_t state_size() const { return inner() * m.states; }
   int64_t code_bytes() const { return state_size() * m.bits / 8; }
-  Mode mode(const MixerLayer& l) const { return mode_of(l.fixed, m.refit); }
+  Mode mode(const MixerLayer& l) const { return mode_of(l.fixed, m.refit, m.dither); }
 
   // Bytes of the largest fixed-point input of `tokens` rows.
   size_t activation_bytes(int64_t tokens) const {

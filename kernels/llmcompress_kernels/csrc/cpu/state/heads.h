@@ -15,8 +15,6 @@ using Head = void (*)(uint8_t* codes, uint16_t* channel, uint16_t* scale, const 
 // Codes and scales of tile [P, N], whose rows lie in pairs.
 using Pack = void (*)(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, int channels);
 
-inline Mode mode_of(const void* fixed, int64_t refit) { return fixed != nullptr ? kCalibrated : refit != 0 ? kRefitted : kDynamic; }
-
 // Null for a width or size that has no kernel.
 Head head_update(Mode mode, int bits, int64_t states);
 Pack head_pack(Mode mode, int bits, int64_t states);

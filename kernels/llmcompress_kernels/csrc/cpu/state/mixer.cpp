@@ -10,7 +10,7 @@
 extern "C" {
 
 int llmc_dsq_update(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const float*, const float*, const float*, const float*,
-                    float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+                    float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 int llmc_state_update(float*, const float*, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t,
                       int64_t, int64_t);
 
@@ -21,7 +21,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
     const float* projected, float* conv, const float* conv_weight, const float* conv_bias, const float* dt_bias,
     const float* a, const float* d, const float* gain, uint8_t* codes, uint16_t* channel, uint16_t* scale,
     const uint16_t* fixed, float* floats, float* scratch, float* out, int64_t sequences, int64_t heads, int64_t groups,
-    int64_t channels, int64_t states, int64_t bits, int64_t epsilon_bits, int64_t refit) {
+    int64_t channels, int64_t states, int64_t bits, int64_t epsilon_bits, int64_t refit, int64_t dither) {
   using namespace state;
   const int64_t inner = heads * channels, both = groups * states, width = inner + 2 * both, row = inner + width + heads;
   if (inner % 16 != 0 || both % 16 != 0 || (inner / groups) % 16 != 0) return 1;
@@ -54,7 +54,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
     }
   }
   const int code = codes != nullptr ? llmc_dsq_update(codes, channel, scale, fixed, drive, decay, b, c, y, sequences, heads,
-                                                      groups, channels, states, bits, refit)
+                                                      groups, channels, states, bits, refit, dither)
                                     : llmc_state_update(floats, drive, decay, b, c, y, sequences, heads, groups, channels, states);
   if (code != 0) return code;
 #pragma omp parallel for schedule(static) if (sequences > 1)

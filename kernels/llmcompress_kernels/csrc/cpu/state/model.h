@@ -35,7 +35,7 @@ struct MixerModel {
   int32_t refit, head_planes;
   float epsilon, gate_epsilon;  // of the layers' norms and of the gated ones
   float low, high;          // limits of time steps, in prompts only
-  int32_t reserved;
+  int32_t dither;           // before states are rounded
 };
 
 // What is kept of each sequence: [L, S, ...]; `codes` null with fp32 states.

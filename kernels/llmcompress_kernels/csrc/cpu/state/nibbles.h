@@ -10,7 +10,8 @@
 //   channel       |u|, halves of a row added (0.75), sixteen rows turned (0.7); not if calibrated            2.5
 //   read-out      sixteen rows turned                                                                        0.4
 //   state scale   u / channel, largest                                                                       2
-//   new codes     u / channel times 1 / step, a little less and a little more, must round alike              3
+//   new codes     u / channel times 1 / step, a little less and a little more, must round alike; or, with    3
+//                 a dither, that product once, the dither added, rounded
 //   pack          a funnel shift pushes a nibble into its lane                                               1.1
 //
 // Without fusing, which the definition forbids, nothing of this can go. So sixteen states take 8.5 cycles at best, where
@@ -43,8 +44,9 @@ STATE_INLINE __m512i to_bytes() {
 // How far an approximate quotient may be from the definition's: 3e-7, and what the bounds themselves are rounded by.
 constexpr float kOff = 6e-7f;
 
-template <int J, bool Calibrated>
+template <int J, Mode mode>
 struct Nibbles {
+  static constexpr bool Calibrated = calibrated(mode);
   static constexpr int n = 32 * J, vectors = 2 * J, bytes = 16 * J;
   static constexpr float qmax = 7.0f;
 
@@ -53,7 +55,8 @@ struct Nibbles {
   __m512 decay;
   float* tile;  // [P, N] in pairs: u / channel
   Scales now;
-  alignas(64) float channel[kMaxChannels], step[n], less[n], more[n];  // as stored before this token; bounds of 1 / step
+  alignas(64) float channel[kMaxChannels], step[n];  // as stored before this token
+  alignas(64) float less[n], more[n];                // bounds of 1 / step; with a dither 1 / step and the dither
 
   // Code vectors 8 q .. 8 q + 7 of the tile; with two pairs a row (N = 64) that is two rows.
   inline __attribute__((always_inline)) __m512i lanes(int q) const {
@@ -147,12 +150,13 @@ struct Nibbles {
       const __mmask16 tiny = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ), most,
                                                      _mm512_set1_ps(kNormal), _CMP_LT_OQ);
       now.wide |= (tiny | _mm512_cmp_ps_mask(most, _mm512_set1_ps(kLargest), _CMP_NLT_UQ)) != 0;
-      const __m512 value = _mm512_cvtph_ps(to_half(clamp_scale(most)));
+      const __m256i half = to_half(clamp_scale(most));
+      const __m512 value = _mm512_cvtph_ps(half);
       const __m512 size = _mm512_div_ps(value, _mm512_set1_ps(qmax)), unstep = _mm512_div_ps(_mm512_set1_ps(1.0f), size);
       _mm512_store_ps(scale + 16 * v, value);
       _mm512_store_ps(now.step + 16 * v, size);
-      _mm512_store_ps(less + 16 * v, _mm512_mul_ps(unstep, _mm512_set1_ps(1.0f - kOff)));
-      _mm512_store_ps(more + 16 * v, _mm512_mul_ps(unstep, _mm512_set1_ps(1.0f + kOff)));
+      _mm512_store_ps(less + 16 * v, dithered(mode) ? unstep : _mm512_mul_ps(unstep, _mm512_set1_ps(1.0f - kOff)));
+      _mm512_store_ps(more + 16 * v, dithered(mode) ? dither_of(half) : _mm512_mul_ps(unstep, _mm512_set1_ps(1.0f + kOff)));
     }
     join_pairs(scale, natural, n);
     for (int i = 0; i < n; i += 16) {
@@ -164,6 +168,10 @@ struct Nibbles {
   inline __attribute__((always_inline)) __m512i divided(int r, int v) const {
     const __m512 size = _mm512_mul_ps(_mm512_set1_ps(now.channel[r]), _mm512_load_ps(now.step + 16 * v));
     __m512 value = _mm512_div_ps(again(r, v), size);
+    if constexpr (dithered(mode)) {
+      value = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(tile + r * n + 16 * v), _mm512_load_ps(less + 16 * v)),
+                            _mm512_load_ps(more + 16 * v));
+    }
     value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-qmax)), _mm512_set1_ps(qmax));
     return _mm512_castps_si512(_mm512_add_ps(value, _mm512_set1_ps(kRound)));
   }
@@ -181,12 +189,19 @@ struct Nibbles {
       for (int k = 0; k < 8; ++k) {
         const int v = vectors < 8 ? k % vectors : (8 * q + k) % vectors;
         const __m512 part = _mm512_load_ps(tile + 128 * q + 16 * k);
+        if constexpr (dithered(mode)) {
+          // a dither of at most 15/32 keeps what is a little above qmax from the next code
+          const __m512 value = _mm512_add_ps(_mm512_mul_ps(part, _mm512_load_ps(less + 16 * v)), _mm512_load_ps(more + 16 * v));
+          packed = _mm512_shldi_epi32(_mm512_castps_si512(_mm512_add_ps(value, round)), packed, 28);
+          continue;
+        }
         const __m512i low = _mm512_castps_si512(_mm512_fmadd_ps(part, _mm512_load_ps(less + 16 * v), round));
         const __m512i high = _mm512_castps_si512(_mm512_fmadd_ps(part, _mm512_load_ps(more + 16 * v), round));
         differ = _mm512_ternarylogic_epi32(differ, low, high, 0xf6);  // differ | (low ^ high)
         packed = _mm512_shldi_epi32(low, packed, 28);
       }
-      if (__builtin_expect(now.wide || _mm512_test_epi32_mask(differ, differ) != 0, 0)) packed = divided(q);
+      const bool near = !dithered(mode) && _mm512_test_epi32_mask(differ, differ) != 0;
+      if (__builtin_expect(now.wide || near, 0)) packed = divided(q);
       _mm512_storeu_si512(codes + 64 * q, _mm512_permutexvar_epi8(to_bytes(), packed));
       // the next head's codes follow
       _mm_prefetch(reinterpret_cast<const char*>(codes + p * bytes + 64 * q), _MM_HINT_T0);
@@ -195,20 +210,20 @@ struct Nibbles {
 };
 
 // As Head of heads.h.
-template <int J, bool Calibrated>
+template <int J, Mode mode>
 void update_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
                     const float* b, const float* c, float* y, float* tile, int p) {
   static_assert(J >= 2);
-  Nibbles<J, Calibrated> head;
+  Nibbles<J, mode> head;
   head.codes = codes, head.x = x, head.b = b, head.c = c, head.tile = tile;
   head.decay = _mm512_set1_ps(decay);
   alignas(64) float natural[32 * J];
-  for (int r = 0; r < p; r += kRows) _mm512_store_ps(head.channel + r, half_to_float((Calibrated ? fixed : channel) + r));
+  for (int r = 0; r < p; r += kRows) _mm512_store_ps(head.channel + r, half_to_float((calibrated(mode) ? fixed : channel) + r));
   for (int i = 0; i < 32 * J; i += 16) {
     _mm512_store_ps(natural + i, _mm512_div_ps(half_to_float(scale + i), _mm512_set1_ps(head.qmax)));
   }
   split_pairs(natural, head.step, 32 * J);
-  if constexpr (Calibrated) fixed_channels(head.now, fixed, p);
+  if constexpr (calibrated(mode)) fixed_channels(head.now, fixed, p);
   __m512 largest[2 * J];
   for (int v = 0; v < 2 * J; ++v) largest[v] = _mm512_setzero_ps();
   // channel scales come late (a square root, a division): the next rows do not wait for them

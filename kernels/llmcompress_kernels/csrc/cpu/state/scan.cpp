@@ -55,7 +55,7 @@ void step(Scales& s, float* tile, int p, float decay, const float* x, const floa
   }
   const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
   alignas(64) uint16_t channel[kMaxChannels];
-  refresh<J, mode == kCalibrated>(s, tile, p, decay, x, b, c, y, qmax, channel, nullptr, load);
+  refresh<J, calibrated(mode)>(s, tile, p, decay, x, b, c, y, qmax, channel, nullptr, load);
   const __m512 rounder = _mm512_set1_ps(kRound);
   Refit refit;
   for (int base = 0; base < p; base += kRows) {
@@ -63,7 +63,7 @@ void step(Scales& s, float* tile, int p, float decay, const float* x, const floa
     for (int i = 0; i < kRows; ++i) {
       __m512 q[2 * J];
       float* row = tile + (base + i) * n;
-      row_codes<J>(s, row, base + i, qmax, q);
+      codes_of_row<J, mode>(s, row, base + i, qmax, q);
       if constexpr (mode == kRefitted) refit.add<J>(s, row, base + i, i, q);
       for (int v = 0; v < 2 * J; ++v) _mm512_store_ps(row + 16 * v, _mm512_sub_ps(q[v], rounder));
     }
@@ -84,7 +84,7 @@ void forward(Sequence in, float* y, float* tile, float* kept, int64_t segment, i
              int64_t window, const uint16_t* fixed) {
   constexpr int n = 32 * J;
   Scales s;
-  if constexpr (mode == kCalibrated) fixed_channels(s, fixed, p);
+  if constexpr (calibrated(mode)) fixed_channels(s, fixed, p);
   alignas(64) float b[n], c[n];
   for (int64_t t = 0; t < in.tokens; ++t) {
     if (kept != nullptr && t % segment == 0) std::memcpy(kept + (t / segment) * p * n, tile, sizeof(float) * p * n);
@@ -106,7 +106,7 @@ void backward(Sequence in, Gradients g, const float* kept, int64_t segment, int 
               int64_t window, const uint16_t* fixed, float* states, float* adjoint) {
   constexpr int n = 32 * J;
   Scales s;
-  if constexpr (mode == kCalibrated) fixed_channels(s, fixed, p);
+  if constexpr (calibrated(mode)) fixed_channels(s, fixed, p);
   alignas(64) float b[n], c[n], db[n], dc[n], ignored[kMaxChannels], out[kRows][16];
   std::memset(adjoint, 0, sizeof(float) * p * n);
   for (int64_t index = (in.tokens - 1) / segment; index >= 0; --index) {
@@ -165,6 +165,8 @@ void run_forward(Mode mode, Rest... rest) {
   switch (mode) {
     case kCalibrated: return forward<J, kCalibrated>(rest...);
     case kRefitted: return forward<J, kRefitted>(rest...);
+    case kDithered: return forward<J, kDithered>(rest...);
+    case kCalibratedDithered: return forward<J, kCalibratedDithered>(rest...);
     default: return forward<J, kDynamic>(rest...);
   }
 }
@@ -174,11 +176,11 @@ void run_backward(Mode mode, Rest... rest) {
   switch (mode) {
     case kCalibrated: return backward<J, kCalibrated>(rest...);
     case kRefitted: return backward<J, kRefitted>(rest...);
+    case kDithered: return backward<J, kDithered>(rest...);
+    case kCalibratedDithered: return backward<J, kCalibratedDithered>(rest...);
     default: return backward<J, kDynamic>(rest...);
   }
 }
-
-Mode mode_of(const uint16_t* fixed, int64_t refit) { return fixed != nullptr ? kCalibrated : refit != 0 ? kRefitted : kDynamic; }
 
 #define STATE_SWITCH(call)          \
   switch (states) {                 \
@@ -203,7 +205,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
                                                          float* y, float* io, const int32_t* bits, const uint16_t* fixed,
                                                          float* kept, int64_t segment, int64_t first, int64_t window, int64_t sequences,
                                                          int64_t tokens, int64_t heads, int64_t groups, int64_t channels,
-                                                         int64_t states, int64_t refit) {
+                                                         int64_t states, int64_t refit, int64_t dither) {
   using namespace state;
   if (refused(channels, states)) return 1;
   const int64_t share = heads / groups, size = channels * states, segments = (tokens + segment - 1) / segment;
@@ -218,7 +220,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
     float* mine = kept == nullptr ? nullptr : kept + i * segments * size;
     const uint16_t* scale = fixed == nullptr ? nullptr : fixed + head * channels;
     float* out = y + (start * heads + head) * channels;
-#define CALL(J) run_forward<J>(mode_of(fixed, refit), in, out, tile, mine, segment, channels, bits[head], first, window, scale)
+#define CALL(J) run_forward<J>(mode_of(fixed, refit, dither), in, out, tile, mine, segment, channels, bits[head], first, window, scale)
     STATE_SWITCH(CALL)
 #undef CALL
     for (int64_t r = 0; r < channels; ++r) join_pairs(tile + r * states, io + i * size + r * states, states);
@@ -231,7 +233,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
 __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
     const float* dy, const float* x, const float* decay, const float* b, const float* c, const float* kept,
     const int32_t* bits, const uint16_t* fixed, float* dx, float* da, float* db, float* dc, int64_t segment, int64_t first, int64_t window,
-    int64_t sequences, int64_t tokens, int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t refit) {
+    int64_t sequences, int64_t tokens, int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t refit, int64_t dither) {
   using namespace state;
   if (refused(channels, states)) return 1;
   const int64_t share = heads / groups, size = channels * states, segments = (tokens + segment - 1) / segment;
@@ -247,7 +249,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
     float *held = memory(segment * size), *adjoint = memory(size);
     const uint16_t* scale = fixed == nullptr ? nullptr : fixed + head * channels;
 #define CALL(J) \
-  run_backward<J>(mode_of(fixed, refit), in, g, kept + i * segments * size, segment, channels, bits[head], first, window, scale, held, adjoint)
+  run_backward<J>(mode_of(fixed, refit, dither), in, g, kept + i * segments * size, segment, channels, bits[head], first, window, scale, held, adjoint)
     STATE_SWITCH(CALL)
 #undef CALL
     std::free(held);

@@ -149,8 +149,16 @@ struct Scales {
   alignas(64) float inverse[kMaxChannels];
   alignas(64) float step[kMaxStates];     // state scale / qmax, in pairs
   alignas(64) float unstep[kMaxStates];   // its reciprocal
+  alignas(64) float dither[kMaxStates];   // what is added before rounding, where that is asked for
   bool wide;                              // a state scale was clamped or is subnormal: codes need clamping
 };
+
+// What the bits of state scales add before rounding, in units of a step: sixteen values between -1/2 and 1/2.
+STATE_INLINE __m512 dither_of(__m256i half) {
+  const __m512i product = _mm512_mullo_epi32(_mm512_cvtepu16_epi32(half), _mm512_set1_epi32(40503));
+  const __m512i level = _mm512_and_si512(_mm512_srli_epi32(product, 12), _mm512_set1_epi32(15));
+  return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(level), _mm512_set1_ps(7.5f)), _mm512_set1_ps(0.0625f));
+}
 
 // Adds the pairs of a row in halves, which is the order of the definition's sum; what is left goes to even and odd.
 template <int J>
@@ -197,7 +205,9 @@ STATE_INLINE void state_scales(Scales& s, const float* tile, const __m512* large
     const __mmask16 tiny = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ), most,
                                                    _mm512_set1_ps(kNormal), _CMP_LT_OQ);
     s.wide |= (tiny | _mm512_cmp_ps_mask(most, _mm512_set1_ps(kLargest), _CMP_GE_OQ)) != 0;
-    const __m512 value = _mm512_cvtph_ps(to_half(clamp_scale(most)));
+    const __m256i half = to_half(clamp_scale(most));
+    const __m512 value = _mm512_cvtph_ps(half);
+    _mm512_store_ps(s.dither + 16 * v, dither_of(half));
     const __m512 step = _mm512_div_ps(value, _mm512_set1_ps(qmax));
     _mm512_store_ps(scale + 16 * v, value);
     _mm512_store_ps(s.step + 16 * v, step);
@@ -208,6 +218,18 @@ STATE_INLINE void state_scales(Scales& s, const float* tile, const __m512* large
     for (int i = 0; i < n; i += 16) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_half(_mm512_load_ps(natural + i)));
     }
+  }
+}
+
+// The same after adding a dither, of products with reciprocals, as the definition has them then.
+template <int J>
+STATE_INLINE void dithered_codes(const Scales& s, const float* row, int r, float qmax, __m512* codes) {
+  const __m512 inverse = _mm512_set1_ps(s.inverse[r]), most = _mm512_set1_ps(qmax), least = _mm512_set1_ps(-qmax);
+  for (int v = 0; v < 2 * J; ++v) {
+    const __m512 part = _mm512_mul_ps(_mm512_load_ps(row + 16 * v), inverse);
+    // halves to even, then clamped: a value between qmax and qmax + 1/2 gives qmax either way
+    const __m512 value = _mm512_add_ps(_mm512_mul_ps(part, _mm512_load_ps(s.unstep + 16 * v)), _mm512_load_ps(s.dither + 16 * v));
+    codes[v] = _mm512_add_ps(_mm512_min_ps(_mm512_max_ps(value, least), most), _mm512_set1_ps(kRound));
   }
 }
 
@@ -233,8 +255,26 @@ STATE_INLINE void row_codes(const Scales& s, const float* row, int r, float qmax
   }
 }
 
-// How the channel scale comes about: from the state, calibrated, or from the state and then refitted to the codes.
-enum Mode { kDynamic, kCalibrated, kRefitted };
+// How the channel scale comes about: from the state, calibrated, or from the state and then refitted to the codes; and the
+// first two with a dither before rounding.
+enum Mode { kDynamic, kCalibrated, kRefitted, kDithered, kCalibratedDithered };
+
+constexpr bool calibrated(Mode mode) { return mode == kCalibrated || mode == kCalibratedDithered; }
+constexpr bool dithered(Mode mode) { return mode == kDithered || mode == kCalibratedDithered; }
+
+inline Mode mode_of(const void* fixed, int64_t refit, int64_t dither) {
+  if (dither != 0) return fixed != nullptr ? kCalibratedDithered : kDithered;
+  return fixed != nullptr ? kCalibrated : refit != 0 ? kRefitted : kDynamic;
+}
+
+template <int J, Mode mode>
+STATE_INLINE void codes_of_row(const Scales& s, const float* row, int r, float qmax, __m512* codes) {
+  if constexpr (dithered(mode)) {
+    dithered_codes<J>(s, row, r, qmax, codes);
+  } else {
+    row_codes<J>(s, row, r, qmax, codes);
+  }
+}
 
 // Refits the channel scales of sixteen rows by least squares: times sum q v / sum q^2, v = (u / channel) / step.
 struct Refit {

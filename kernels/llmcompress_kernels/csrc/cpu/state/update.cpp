@@ -20,7 +20,7 @@ STATE_INLINE void encode_rows(const Scales& now, const float* tile, uint8_t* cod
     for (int i = 0; i < kRows; ++i) {
       const int r = base + i;
       __m512 q[2 * J];
-      row_codes<J>(now, tile + r * n, r, qmax, q);
+      codes_of_row<J, mode>(now, tile + r * n, r, qmax, q);
       for (int j = 0; j < J; ++j) {
         encode_pair<Bits>(codes + r * (n * Bits / 8) + j * pair_bytes<Bits>(), q[2 * j], q[2 * j + 1]);
       }
@@ -45,19 +45,19 @@ void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint1
   constexpr int row_bytes = Bits == 4 ? n / 2 : n;
   Scales now;
   alignas(64) float old_channel[kMaxChannels], old_step[n], natural[n];
-  for (int r = 0; r < p; r += kRows) _mm512_store_ps(old_channel + r, half_to_float((mode == kCalibrated ? fixed : channel) + r));
+  for (int r = 0; r < p; r += kRows) _mm512_store_ps(old_channel + r, half_to_float((calibrated(mode) ? fixed : channel) + r));
   for (int i = 0; i < n; i += 16) {
     _mm512_store_ps(natural + i, _mm512_div_ps(half_to_float(scale + i), _mm512_set1_ps(qmax)));
   }
   split_pairs(natural, old_step, n);
-  if constexpr (mode == kCalibrated) fixed_channels(now, fixed, p);
+  if constexpr (calibrated(mode)) fixed_channels(now, fixed, p);
   auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
     decode_pair<Bits>(codes + r * row_bytes + j * pair_bytes<Bits>(), even, odd);
     const __m512 sp = _mm512_set1_ps(old_channel[r]);
     even = _mm512_mul_ps(even, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j)));
     odd = _mm512_mul_ps(odd, _mm512_mul_ps(sp, _mm512_load_ps(old_step + 32 * j + 16)));
   };
-  refresh<J, mode == kCalibrated>(now, tile, p, decay, x, b, c, y, qmax, channel, scale, load);
+  refresh<J, calibrated(mode)>(now, tile, p, decay, x, b, c, y, qmax, channel, scale, load);
   encode_rows<Bits, J, mode>(now, tile, codes, channel, p);
 }
 
@@ -68,13 +68,13 @@ void pack_head(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, 
   constexpr float qmax = (1 << (Bits - 1)) - 1;
   Scales now;
   alignas(64) float zeros[n] = {}, ignored[kMaxChannels];
-  if constexpr (mode == kCalibrated) fixed_channels(now, fixed, p);
+  if constexpr (calibrated(mode)) fixed_channels(now, fixed, p);
   auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
     even = _mm512_load_ps(tile + r * n + 32 * j);
     odd = _mm512_load_ps(tile + r * n + 32 * j + 16);
   };
   // u = 1 h + 0 (x) 0
-  refresh<J, mode == kCalibrated>(now, tile, p, 1.0f, zeros_of_rows(), zeros, zeros, ignored, qmax, channel, scale, load);
+  refresh<J, calibrated(mode)>(now, tile, p, 1.0f, zeros_of_rows(), zeros, zeros, ignored, qmax, channel, scale, load);
   encode_rows<Bits, J, mode>(now, tile, codes, channel, p);
 }
 
@@ -112,14 +112,25 @@ Head pick(int bits, int64_t states) {
 
 }  // namespace
 
+template <Mode mode>
+Head nibbles(int64_t states) {
+  switch (states) {
+    case 64: return update_nibbles<2, mode>;
+    case 128: return update_nibbles<4, mode>;
+    case 256: return update_nibbles<8, mode>;
+    default: return nullptr;
+  }
+}
+
 // Null where nibbles.h does not apply.
 Head pick_nibbles(Mode mode, int64_t states) {
   static const bool runs = llmcompress::has_avx512();
-  if (!runs || mode == kRefitted) return nullptr;
-  switch (states) {
-    case 64: return mode == kDynamic ? update_nibbles<2, false> : update_nibbles<2, true>;
-    case 128: return mode == kDynamic ? update_nibbles<4, false> : update_nibbles<4, true>;
-    case 256: return mode == kDynamic ? update_nibbles<8, false> : update_nibbles<8, true>;
+  if (!runs) return nullptr;
+  switch (mode) {
+    case kDynamic: return nibbles<kDynamic>(states);
+    case kCalibrated: return nibbles<kCalibrated>(states);
+    case kDithered: return nibbles<kDithered>(states);
+    case kCalibratedDithered: return nibbles<kCalibratedDithered>(states);
     default: return nullptr;
   }
 }
@@ -130,6 +141,8 @@ Head head_update(Mode mode, int bits, int64_t states) {
   switch (mode) {
     case kCalibrated: return pick<kCalibrated>(bits, states);
     case kRefitted: return pick<kRefitted>(bits, states);
+    case kDithered: return pick<kDithered>(bits, states);
+    case kCalibratedDithered: return pick<kCalibratedDithered>(bits, states);
     default: return pick<kDynamic>(bits, states);
   }
 }
@@ -138,6 +151,8 @@ Pack head_pack(Mode mode, int bits, int64_t states) {
   switch (mode) {
     case kCalibrated: return pick_pack<kCalibrated>(bits, states);
     case kRefitted: return pick_pack<kRefitted>(bits, states);
+    case kDithered: return pick_pack<kDithered>(bits, states);
+    case kCalibratedDithered: return pick_pack<kCalibratedDithered>(bits, states);
     default: return pick_pack<kDynamic>(bits, states);
   }
 }
@@ -172,10 +187,10 @@ extern "C" {
 __attribute__((visibility("default"))) int llmc_dsq_update(
     uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, const float* x, const float* decay,
     const float* b, const float* c, float* y, int64_t sequences, int64_t heads, int64_t groups, int64_t channels,
-    int64_t states, int64_t bits, int64_t refit) {
+    int64_t states, int64_t bits, int64_t refit, int64_t dither) {
   using namespace state;
   const int width = static_cast<int>(bits);
-  const Head run = head_update(mode_of(fixed, refit), width, states);
+  const Head run = head_update(mode_of(fixed, refit, dither), width, states);
   if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t bytes = channels * states * bits / 8, share = heads / groups;
 #pragma omp parallel if (sequences * heads > 8)
@@ -207,10 +222,10 @@ __attribute__((visibility("default"))) int llmc_dsq_update(
 __attribute__((visibility("default"))) int llmc_dsq_pack(const float* floats, uint8_t* codes, uint16_t* channel,
                                                          uint16_t* scale, const uint16_t* fixed, int64_t sequences,
                                                          int64_t heads, int64_t channels, int64_t states, int64_t bits,
-                                                         int64_t refit) {
+                                                         int64_t refit, int64_t dither) {
   using namespace state;
   const int width = static_cast<int>(bits);
-  const Pack run = head_pack(mode_of(fixed, refit), width, states);
+  const Pack run = head_pack(mode_of(fixed, refit, dither), width, states);
   if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t size = channels * states;
 #pragma omp parallel for schedule(static) if (sequences * heads > 8)
