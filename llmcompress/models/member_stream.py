@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcompress.models.memory_limits import DEFAULT
+from llmcompress.models.memory_limits import resident_bytes
 from llmcompress.models.walker import Walker
 
 if TYPE_CHECKING:
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from llmcompress.algorithms.hessian import Gram
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, LinearGroup
-
-
-# of a GPU's free memory: what one member's activations may take there, so that a dozen streams leave room for the rest
-RESIDENT_SHARE = 1 / 32
 
 
 class DenseVisitor:
@@ -68,7 +64,10 @@ class MemberStream:
     def __init__(self, handle: ModelHandle, tokens: Tensor, device: str, dtype: str, seed: int) -> None:
         self.handle, self.device = handle, device
         self.model = handle.skeleton(getattr(torch, dtype))
-        self.walker = Walker(self.model, tokens, device, seed, resident=self._small(tokens.numel()))
+        layout = handle.layout
+        widest = max(view.in_features for block in layout.blocks for view in block.linears())
+        size = resident_bytes(tokens.numel(), layout.hidden, widest, self.model.dtype.itemsize)
+        self.walker = Walker(self.model, tokens, device, seed, resident=device == "cuda" and size > 0)
         self.hidden = self.walker.embed([block.name for block in self.handle.layout.blocks])
         # embedding and head of every member together could be as large as a model
         for view in self.handle.layout.outside:
@@ -76,15 +75,6 @@ class MemberStream:
             module = self.model.get_submodule(owner)
             meta = torch.empty_like(getattr(module, key), device="meta")
             module.register_parameter(key, torch.nn.Parameter(meta, requires_grad=False))
-
-    def _small(self, tokens: int) -> bool:
-        """Whether hidden states and kept inputs are a small share of the device's free memory."""
-        if self.device != "cuda":
-            return False
-        layout, item = self.handle.layout, self.model.dtype.itemsize
-        widest = max(view.in_features for block in layout.blocks for view in block.linears())
-        size = tokens * item * layout.hidden + min(tokens * item * widest, DEFAULT.keep)
-        return size <= RESIDENT_SHARE * torch.cuda.mem_get_info()[0]
 
     def load(self, block: Block) -> None:
         """Materialise a block."""

@@ -21,6 +21,24 @@ WINDOW_BYTES = 64 * MIB
 EXACT_BYTES = 256 * MIB
 
 
+# activations of one member of a family that lie on the GPU for good rather than come from the CPU batch by batch; a
+# fixed figure, so that a plan knows
+RESIDENT_BYTES = 512 * MIB
+
+
+def resident_bytes(tokens: int, hidden: int, widest: int, item: int) -> int:
+    """Bytes on a GPU of one member's hidden states and kept inputs; 0 where they are too large and stay on the CPU.
+
+    Args:
+        tokens: Of all windows.
+        hidden: Width of the hidden states.
+        widest: Inputs of the widest linear.
+        item: Bytes of a value.
+    """
+    size = tokens * item * (hidden + widest)
+    return size if size <= RESIDENT_BYTES else 0
+
+
 def kept_bytes(values: int, item: int) -> int:
     """Bytes in which so many inputs of ``item`` bytes each are kept."""
     return values * item // 2 if rounds(values, item) else values * item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from llmcompress.models.memory_limits import resident_bytes
 from llmcompress.quant.tree import Tree, by_level, effective_bits
 from llmcompress.stages.base import Estimate, PlanInputs
 
@@ -48,11 +49,13 @@ def estimate_rqt(config: RqtConfig, inputs: PlanInputs) -> Estimate:
         f"{members} members, about {bits:.2f} stored bits per weight and member in the trees, "
         f"{(stored + private) / 1e6:.0f} MB in all against {dense / 1e6:.0f} MB dense"
     )
-    on_gpu = inputs.device == "cuda"
-    ram = streams + (0 if on_gpu else peak) + 2 * outside * inputs.compute_bytes
-    return Estimate(
-        ram=ram, vram=peak if on_gpu else 0, disk=stored, output=stored + private, flops=flops, notes=(note,)
-    )
+    ram, vram = 2 * outside * inputs.compute_bytes + streams + peak, 0
+    if inputs.device == "cuda":
+        widest = max((k for _, k in shapes), default=0)
+        held = resident_bytes(samples * length, layout.hidden, widest, inputs.compute_bytes) if streams else 0
+        # a second stream of every member where moments of the unquantized model are needed
+        ram, vram = ram - peak, peak + members * held * (1 + _needs_moments(config))
+    return Estimate(ram=ram, vram=vram, disk=stored, output=stored + private, flops=flops, notes=(note,))
 
 
 def _needs_moments(config: RqtConfig) -> bool:

@@ -152,7 +152,6 @@ def pretended_gpu() -> Iterator[None]:
     try:
         with (
             mock.patch("torch.cuda.is_available", lambda: True),
-            mock.patch("torch.cuda.mem_get_info", lambda *_: (80 << 30, 80 << 30)),
             mock.patch("torch.cuda._lazy_init", lambda: None),
             mock.patch("torch.cuda.manual_seed_all", lambda _: None),
             Operators(),
