@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -47,39 +48,42 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     ("tokens", "rows", "columns", "group", "processors"),
     [
         (1, 128, 256, 128, 1),
-        (3, 130, 1408, 64, 4),  # rows of another tile, half a step at the end, split columns
-        (9, 17, 1536, 1024, 4),  # two tiles of tokens, groups longer than a step, several splits
+        (3, 130, 1408, 64, 2),  # rows of another strip, half a step at the end, strips that blocks share
+        (9, 17, 1536, 1024, 2),  # two tiles of tokens, groups longer than a step
         (16, 48, 640, 4096, 1),  # one group per row
+        (21, 100, 512, 128, 2),  # two jobs
     ],
 )
 def test_dense(emulation, packed, monkeypatch, late, bits, dtype, tokens, rows, columns, group, processors) -> None:
     torch.manual_seed(tokens)
-    monkeypatch.setattr(skinny, "STEPS_OF_A_PART", 1)
+    monkeypatch.setattr(skinny, "LEAST_STEPS", 1)
     emulation.llmcompress_skinny_emulation(int(late), bits)
     w = packed((rows, columns), bits, group, symmetric=tokens == 1)
     x = torch.randn(tokens, columns).to(dtype)
     operands = (w.weight, w.scale, w.zero, bits, group, columns)
     assert skinny.verify(x, *operands[:5]) is None
     expected = dense_definition.group_gemm(x.double(), *operands)
-    found = skinny.group_gemm(x, *operands, library=emulation, processors=processors)
+    found = skinny.group_gemm(x, *operands, library=emulation, device=skinny.Device(processors, 9))
     assert error(found, expected) < TOLERANCE[dtype]
 
 
-def test_shared_memory_is_what_the_report_says(emulation) -> None:
+def test_shared_memory_is_what_the_host_says(emulation) -> None:
     for bits in (2, 3, 4):
-        for at_once in (1, 8, 9, 16):
-            for group in (64, 128, 4096):
-                assert emulation.llmcompress_skinny_shared(bits, at_once, group) == aot.shared(bits, at_once, group)
+        for mode, at_once, group in itertools.product(skinny.MODES.values(), (1, 8, 9, 16), (64, 128, 4096)):
+            call = skinny.Call(mode=mode, tokens=16, slots=3, experts=5, at_once=at_once, group=group)
+            call.warps, call.stages, call.slice = 8, 4, 7
+            found = getattr(emulation, f"llmcompress_skinny_shared_{bits}")(ctypes.byref(call), -(-at_once // 8))
+            assert found == skinny.shared(bits, call)
 
 
 def test_narrow_groups(emulation, packed) -> None:
     emulation.llmcompress_skinny_emulation(1, 0)
-    for bits, group in ((3, 64), (4, 32), (2, 64), (4, 256)):
+    for bits, group in ((3, 64), (4, 32), (2, 64), (4, 256), (3, 32)):
         w = packed((32, 512), bits, group, symmetric=False)
         x = torch.randn(2, 512).to(torch.float16)
         operands = (w.weight, w.scale, w.zero, bits, group, 512)
         expected = dense_definition.group_gemm(x.double(), *operands)
-        found = skinny.group_gemm(x, *operands, library=emulation, processors=1)
+        found = skinny.group_gemm(x, *operands, library=emulation, device=skinny.Device(1, 9))
         assert error(found, expected) < TOLERANCE[torch.float16], (bits, group)
 
 
@@ -89,7 +93,7 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_lanes(emulation, packe
     found = []
     for seed in range(3):
         emulation.llmcompress_skinny_emulation(seed % 2, seed)
-        found.append(skinny.group_gemm(x, w.weight, w.scale, w.zero, 3, 128, 2048, library=emulation, processors=8))
+        found.append(skinny.group_gemm(x, w.weight, w.scale, w.zero, 3, 128, 2048, library=emulation, device=skinny.Device(4, 9)))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -106,7 +110,7 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_lanes(emulation, packe
 def test_routed(emulation, packed, monkeypatch, tokens, bits, activation, processors, late) -> None:
     torch.manual_seed(tokens)
     emulation.llmcompress_skinny_emulation(int(late), tokens)
-    monkeypatch.setattr(skinny, "STEPS_OF_A_PART", 1)
+    monkeypatch.setattr(skinny, "LEAST_STEPS", 1)
     experts, slots, hidden, inner = 4, 2, 640, 384
     up = packed((experts, 2 * inner, hidden), bits[0], 128, symmetric=False)
     down = packed((experts, hidden, inner), bits[1], 128, symmetric=True)
@@ -126,7 +130,7 @@ def test_routed(emulation, packed, monkeypatch, tokens, bits, activation, proces
     own = [v for s in sides for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group)]
     expected = routed_definition.moe_group_gemm(x.double(), index, weights, *own, inner, activation, 1.702, 7.0)
     found = skinny.moe_group_gemm(
-        x, index, weights, sides, inner, activation, 1.702, 7.0, library=emulation, processors=processors
+        x, index, weights, sides, inner, activation, 1.702, 7.0, library=emulation, device=skinny.Device(processors, 9)
     )
     assert error(found, expected) < 2 * TOLERANCE[torch.bfloat16]
 
@@ -145,7 +149,7 @@ def test_a_repeated_expert_takes_a_second_pass(emulation, packed) -> None:
         )
         for j in range(2)
     ]
-    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, processors=1)
+    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, device=skinny.Device(1, 9))
     assert error(found, halves[0] + halves[1]) < 1e-3
 
 
@@ -154,7 +158,7 @@ def test_all_slots_skipped_give_zeros(emulation, packed) -> None:
     sides = tuple(skinny.Side(s.weight, s.scale, None, None, 4, 64) for s in (up, down))
     x = torch.randn(2, 256).to(torch.float16)
     index, weights = torch.full((2, 2), 2), torch.rand(2, 2)
-    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, processors=1)
+    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, device=skinny.Device(1, 9))
     assert torch.equal(found, torch.zeros_like(x))
 
 
@@ -167,7 +171,7 @@ def test_what_the_kernels_decline(packed) -> None:
 
     assert reason() == ""
     assert "float32" in reason(x.float())
-    assert "17 tokens" in reason(torch.randn(17, 512).to(torch.bfloat16))
+    assert "33 tokens" in reason(torch.randn(33, 512).to(torch.bfloat16))
     assert "8 bits" in reason(bits=8)
     assert "groups of 48" in reason(group=48)
     assert "begin at 16 bytes" in reason(torch.randn(1, 576).to(torch.bfloat16), bits=3)

@@ -1,4 +1,4 @@
-"""``group_gemm`` and ``moe_group_gemm`` for 1 to 16 tokens in CUDA C++; ``csrc/cuda/skinny/skinny.cuh`` says how.
+"""``group_gemm`` and ``moe_group_gemm`` for a few tokens in CUDA C++; ``csrc/cuda/skinny/skinny.cuh`` says how.
 
 They read the stored order like the Triton kernels, which take over whatever these decline. Two launches serve a
 block of experts: gate, up and activation; down projection and the weighted sum over a token's slots.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from llmcompress_kernels.cuda import toolchain
 
 FAMILY = "skinny"
 BITS = (2, 3, 4)
-TOKENS = 16
+# most tokens of a dense product, and most slots per expert on average; beyond, other kernels are faster
+TOKENS, SLOTS_PER_EXPERT = 32, 16
 MOST_SLOTS = 1024
-# skinny.cuh: rows of a block, columns of a step and most groups of one
-ROWS, COLUMNS, GROUPS = 128, {2: 512, 3: 512, 4: 256}, 8
+# shape.cuh: rows of a warp, slots of a matrix instruction, columns of a step and units of one
+STRIP, TILE, COLUMNS, UNITS = 32, 8, {2: 256, 3: 128, 4: 128}, 4
 # columns of a row whose words begin at 16 bytes
 ALIGNED = {2: 64, 3: 128, 4: 32}
 MODES = {"dense": 0, "gate_up": 1, "down": 2}
@@ -29,15 +31,15 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gpt_oss")
 TYPES = (torch.bfloat16, torch.float16)
 # counters of arrivals that a captured graph may take without ever giving them back
 RESERVED = 1 << 18
-# blocks that a multiprocessor holds at once; what splits the columns
-BLOCKS_PER_PROCESSOR = 3
-# steps that a part has at least
-STEPS_OF_A_PART = 4
+# bytes of shared memory of a block, and of a multiprocessor, of which every block takes 1024 more than it asks for
+SHARED_OF_A_BLOCK, SHARED = {8: 163 << 10, 9: 227 << 10}, {8: 164 << 10, 9: 228 << 10}
+# steps that a block has at least, and blocks that share a strip at most: the last of them adds what all have summed
+LEAST_STEPS, MOST_PIECES = 4, 32
 
 build.register(
     build.Family(
         FAMILY,
-        ("cuda/skinny/skinny.cu",),
+        ("cuda/skinny/*.cu",),
         headers=("cuda/skinny/*.h", "cuda/skinny/*.cuh"),
         toolchain=toolchain.nvcc,
         optional=True,
@@ -53,9 +55,40 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("parts", "arrived")),
         *((name, ctypes.c_int64) for name in ("words", "groups", "zero_words")),
         *((name, ctypes.c_int) for name in ("tokens", "slots", "experts", "rows", "columns", "group")),
-        *((name, ctypes.c_int) for name in ("splits", "steps", "mode", "activation", "at_once")),
+        *((name, ctypes.c_int) for name in ("mode", "activation", "at_once", "blocks", "warps", "stages")),
+        *((name, ctypes.c_int) for name in ("slice", "least", "pieces", "overlap")),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a launch is cut up.
+
+    Attributes:
+        warps: Of a block; each owns 32 rows.
+        stages: Steps of a warp's pipeline, 3 to 6.
+        blocks: That a multiprocessor is meant to hold at once.
+        overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
+    """
+
+    warps: int = 8
+    stages: int = 4
+    blocks: int = 2
+    overlap: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a launch has to know of a GPU.
+
+    Attributes:
+        processors: Multiprocessors.
+        major: Compute capability, first number.
+    """
+
+    processors: int
+    major: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +110,7 @@ def declines_weight(bits: int, group: int, columns: int) -> str | None:
     if columns % ALIGNED[bits] != 0:
         return f"{columns} columns of {bits} bits: rows do not begin at 16 bytes"
     step = COLUMNS[bits]
-    if group < columns and (group * GROUPS < step or (step % group != 0 and group % step != 0)):
+    if group < columns and group % step != 0 and (step % group != 0 or group * UNITS < step):
         return f"groups of {group} columns"
     return None
 
@@ -102,7 +135,8 @@ def verify(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: 
 
 def verify_routed(x: Tensor, index: Tensor, sides: tuple[Side, Side], intermediate: int, activation: str) -> str | None:
     """Why ``moe_group_gemm`` declines, or None."""
-    if not 1 <= x.shape[0] <= TOKENS or not 1 <= index.numel() <= MOST_SLOTS or intermediate == 0:
+    experts = sides[0].weight.shape[0]
+    if not 1 <= index.numel() <= min(MOST_SLOTS, SLOTS_PER_EXPERT * experts) or intermediate == 0:
         return f"{x.shape[0]} tokens, {index.numel()} slots"
     if activation not in ACTIVATIONS:
         return f"activation {activation}"
@@ -123,23 +157,9 @@ def unavailable() -> str | None:
     return no_device() or build.unavailable(FAMILY)
 
 
-def split(bits: int, tiles: int, experts: int, columns: int, processors: int) -> tuple[int, int]:
-    """Parts that the columns are divided into, and steps per part.
-
-    Enough blocks to fill the GPU once or twice, as long as a part keeps four steps: each part begins with an empty
-    pipeline and ends in sums that go through memory.
-
-    Args:
-        bits: Code width.
-        tiles: Tiles of rows.
-        experts: Experts that have tokens, at most.
-        columns: K.
-        processors: Multiprocessors.
-    """
-    steps = -(-columns // COLUMNS[bits])
-    wanted = -(-BLOCKS_PER_PROCESSOR * processors // max(1, tiles * experts))
-    each = -(-steps // max(1, min(wanted, steps // STEPS_OF_A_PART)))
-    return -(-steps // each), each
+def launch_of(mode: str, bits: int, at_once: int) -> Launch:
+    """The launch for a product without a choice of the caller's."""
+    return Launch()
 
 
 def group_gemm(
@@ -150,13 +170,13 @@ def group_gemm(
     bits: int,
     group_size: int,
     in_features: int,
+    launch: Launch | None = None,
     library: Any = None,
-    processors: int | None = None,
+    device: Device | None = None,
 ) -> Tensor:
     """``x Wᵀ``; arguments as in :func:`llmcompress_kernels.ops.group_gemm`, which :func:`verify` has accepted.
 
-    Sums in fp32. ``library`` is the emulation of the tests, on CPU tensors; ``processors`` decides how often the
-    columns are split, None asks the GPU.
+    Sums in fp32. ``library`` is the emulation of the tests, on CPU tensors, for a ``device`` that is not there.
 
     Raises:
         BuildError: The kernels cannot be built.
@@ -164,12 +184,10 @@ def group_gemm(
     """
     rows, tokens = packed.shape[0], x.numel() // in_features
     out = x.new_empty((*x.shape[:-1], rows))
-    tiles = -(-rows // ROWS)
-    splits, steps = split(bits, tiles, 1, in_features, processors or _processors(x.device))
+    at_once = min(tokens, 2 * TILE)
     side = Side(packed, scale, zero, None, bits, group_size)
-    parts = None if splits == 1 else x.new_empty((splits, tokens, rows), dtype=torch.float32)
-    call = _call("dense", x, side, out, parts, tokens, 1, 1, rows, in_features, splits, steps)
-    _launch(call, side, x, None if splits == 1 else tiles, library)
+    call = _call("dense", x, side, out, tokens, 1, 1, rows, in_features, at_once)
+    _launch(call, side, x, launch, library, device)
     return out
 
 
@@ -182,34 +200,39 @@ def moe_group_gemm(
     activation: str,
     alpha: float,
     limit: float,
+    launches: tuple[Launch | None, Launch | None] = (None, None),
     library: Any = None,
-    processors: int | None = None,
+    device: Device | None = None,
 ) -> Tensor:
     """Gated experts over routed tokens; arguments as in :func:`llmcompress_kernels.ops.moe_group_gemm`.
 
-    See :func:`group_gemm` for ``library``, ``processors`` and errors.
+    See :func:`group_gemm` for ``library``, ``device`` and errors.
     """
     (tokens, hidden), slots, experts = x.shape, index.shape[-1], sides[0].weight.shape[0]
     index, share = index.contiguous(), weights.to(torch.float32).contiguous()
-    count, processors = tokens * slots, processors or _processors(x.device)
-    busy = min(experts, count)
+    count = tokens * slots
+    at_once = min(tokens, at_once_of(count, experts))
     gate_up, down = (_with_bias(side, x.dtype) for side in sides)
 
-    tiles = -(-intermediate // (ROWS // 2))
-    splits, steps = split(gate_up.bits, tiles, busy, hidden, processors)
     inner = x.new_empty((count, intermediate))
-    parts = None if splits == 1 else x.new_empty((splits, count, 2 * intermediate), dtype=torch.float32)
-    call = _call("gate_up", x, gate_up, inner, parts, tokens, slots, experts, intermediate, hidden, splits, steps)
+    call = _call("gate_up", x, gate_up, inner, tokens, slots, experts, intermediate, hidden, at_once)
     call.index, call.activation, call.alpha, call.limit = index.data_ptr(), ACTIVATIONS.index(activation), alpha, limit
-    _launch(call, gate_up, x, None if splits == 1 else tiles * experts, library)
+    _launch(call, gate_up, x, launches[0], library, device)
 
-    tiles, out = -(-hidden // ROWS), torch.empty_like(x)
-    splits, steps = split(down.bits, tiles, busy, intermediate, processors)
-    parts = x.new_empty((splits, count, hidden), dtype=torch.float32)
-    call = _call("down", inner, down, out, parts, tokens, slots, experts, hidden, intermediate, splits, steps)
+    out = torch.empty_like(x)
+    call = _call("down", inner, down, out, tokens, slots, experts, hidden, intermediate, at_once)
     call.index, call.share = index.data_ptr(), share.data_ptr()
-    _launch(call, down, x, tiles, library)
+    _launch(call, down, x, launches[1], library, device)
     return out
+
+
+def at_once_of(count: int, experts: int) -> int:
+    """Slots of an expert that one pass over its weights should serve, 8 or 16.
+
+    A second pass costs the weights again; a wider one costs shared memory and products whether it is full or not. With
+    uniform routing more than twice the average is rare.
+    """
+    return TILE if 2 * count <= TILE * experts else 2 * TILE
 
 
 def _with_bias(side: Side, dtype: torch.dtype) -> Side:
@@ -223,41 +246,100 @@ def _call(
     x: Tensor,
     side: Side,
     out: Tensor,
-    parts: Tensor | None,
     tokens: int,
     slots: int,
     experts: int,
     rows: int,
     columns: int,
-    splits: int,
-    steps: int,
+    at_once: int,
 ) -> Call:
-    """The launch but for routing and counters; the tensors have to outlive it."""
+    """The launch but for routing, memory and how it is cut up; the tensors have to outlive it."""
     address = lambda t: None if t is None else t.data_ptr()  # noqa: E731
     # whole rows have one group; a multiple of a step says so to the kernel without a special case
     group = side.group if side.group < columns else -(-columns // COLUMNS[side.bits]) * COLUMNS[side.bits]
     return Call(
         x=address(x), weight=address(side.weight), scale=address(side.scale), zero=address(side.zero),
-        bias=address(side.bias), out=address(out), parts=address(parts), words=side.weight.shape[-1],
+        bias=address(side.bias), out=address(out), words=side.weight.shape[-1],
         groups=side.scale.shape[-1], zero_words=0 if side.zero is None else side.zero.shape[-1], tokens=tokens,
-        slots=slots, experts=experts, rows=rows, columns=columns, group=group, splits=splits, steps=steps,
-        mode=MODES[mode], at_once=min(tokens, TOKENS),
+        slots=slots, experts=experts, rows=rows, columns=columns, group=group, mode=MODES[mode], at_once=at_once,
     )  # fmt: skip
 
 
-def _launch(call: Call, side: Side, x: Tensor, counters: int | None, library: Any) -> None:
-    held = None if counters is None else arrivals(counters, x.device)
-    call.arrived = None if held is None else held.data_ptr()
-    arguments = (ctypes.byref(call), side.bits, int(x.dtype == torch.bfloat16), 1 if call.at_once <= TOKENS // 2 else 2)
+def shared(bits: int, call: Call) -> int:
+    """Bytes of shared memory of a block, as ``Memory`` of shape.cuh has them."""
+    up = lambda count: -(-count // 16) * 16  # noqa: E731
+    step, dense = COLUMNS[bits], call.mode == MODES["dense"]
+    slots, experts = (0, 0) if dense else (call.tokens * call.slots, call.experts)
+    jobs = min(slots, experts + slots // call.at_once)
+    spans = 1 if call.group >= step else step // call.group
+    tiles = 1 if call.at_once <= TILE else 2
+    tables = 80 + 2 * up(4 * experts) + up(2 * jobs) + 3 * up(2 * slots) + 2 * tiles * TILE
+    tables += up(call.warps * jobs) if call.mode == MODES["down"] else 0
+    sums = 8 * tiles * TILE * spans * call.slice
+    stage = STRIP * (48 if bits == 3 else 80) + 8 * STRIP * spans
+    return tables + sums + call.at_once * (2 * step * call.slice + 64) + call.warps * call.stages * stage
+
+
+def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
+    """Write into ``call`` how it is cut up; returns the pieces of memory that strips need.
+
+    Activations get the shared memory that the pipeline leaves, up to whole rows. Where that is not even two steps,
+    fewer stages and then fewer blocks share a multiprocessor.
+
+    Raises:
+        RuntimeError: Not even one block fits; shapes that :func:`verify` accepts do.
+    """
+    steps = -(-call.columns // COLUMNS[bits])
+    major = 9 if device.major >= 9 else 8
+    call.warps, call.stages, call.least = launch.warps, launch.stages, max(LEAST_STEPS, -(-steps // MOST_PIECES))
+    call.overlap = int(launch.overlap and device.major >= 9)
+    blocks = launch.blocks
+    while True:
+        room = min(SHARED_OF_A_BLOCK[major], SHARED[major] // blocks - 1024)
+        call.slice = 0
+        empty = shared(bits, call)
+        call.slice = 1
+        call.slice = min(steps, (room - empty) // (shared(bits, call) - empty))
+        if call.slice >= min(steps, 2):
+            break
+        if call.stages > 3:
+            call.stages -= 1
+        elif blocks > 1:
+            blocks -= 1
+        elif call.warps > 1:
+            call.warps //= 2
+        else:
+            raise RuntimeError("a block does not fit the GPU's shared memory")
+    strip = STRIP // 2 if call.mode == MODES["gate_up"] else STRIP
+    tiles = -(-call.rows // (strip * call.warps))
+    jobs = -(-call.tokens // call.at_once)
+    if call.mode != MODES["dense"]:
+        jobs = min(call.tokens * call.slots, call.experts + call.tokens * call.slots // call.at_once)
+    call.blocks = max(1, min(blocks * device.processors, (2**32 - 1) // (jobs * tiles * steps + 1)))
+    # a block has so many steps at least, whatever the routing
+    each = max(call.least, tiles * steps // call.blocks)
+    call.pieces = min(steps, -(-steps // each) + 1)
+    return jobs * tiles * call.warps if call.mode != MODES["down"] else tiles * call.warps
+
+
+def _launch(call: Call, side: Side, x: Tensor, launch: Launch | None, library: Any, device: Device | None) -> None:
+    tiles = 1 if call.at_once <= TILE else 2
+    mode = next(name for name, number in MODES.items() if number == call.mode)
+    counters = cut(call, side.bits, launch or launch_of(mode, side.bits, call.at_once), device or _device(x.device))
+    width = call.rows * (2 if mode == "gate_up" else 1)
+    parts = x.new_empty((call.pieces, call.tokens * call.slots, width), dtype=torch.float32)
+    held = arrivals(counters, x.device)
+    call.parts, call.arrived = parts.data_ptr(), held.data_ptr()
+    arguments = (ctypes.byref(call), int(x.dtype == torch.bfloat16), tiles)
     if library is not None:
-        _check(library, library.llmcompress_skinny(*arguments, None))
+        _check(library, getattr(library, f"llmcompress_skinny_{side.bits}")(*arguments, None))
         return
     library = build.load(FAMILY)
     # the library's own copy of CUDA's run time is told the device as well; on leaving, PyTorch's is what it was
     with torch.cuda.device(x.device):
         _check(library, library.llmcompress_skinny_device(x.device.index or 0))
         stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        _check(library, library.llmcompress_skinny(*arguments, stream))
+        _check(library, getattr(library, f"llmcompress_skinny_{side.bits}")(*arguments, stream))
 
 
 def _check(library: Any, code: int) -> None:
@@ -298,5 +380,11 @@ def arrivals(count: int, device: torch.device) -> Tensor:
     return _STREAMS[key]
 
 
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _device(device: torch.device) -> Device:
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _properties(number: int) -> Device:
+    found = torch.cuda.get_device_properties(number)
+    return Device(found.multi_processor_count, found.major)

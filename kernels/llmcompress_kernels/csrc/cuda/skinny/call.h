@@ -18,12 +18,17 @@ struct Call {
     const int64_t* index;   // [T, k], E skips a slot; unused by DENSE
     const float* share;     // [T, k], DOWN
     void* out;              // DENSE [T, N]; GATE_UP [T k, N]; DOWN [T, N]
-    float* parts;           // DENSE [splits, T, N]; GATE_UP [splits, T k, 2 N]; DOWN [splits, T k, N]; null if unused
-    int* arrived;           // one counter per tile (and expert, for GATE_UP), zero before and after
+    float* parts;           // [pieces, T or T k, rows]: sums of strips that several blocks share
+    int* arrived;           // one counter per strip (and job, but for DOWN), zero before and after
     int64_t words, groups, zero_words;
-    int tokens, slots, experts, rows, columns, group, splits, steps; // steps of columns, per split
+    int tokens, slots, experts, rows, columns, group;
     int mode, activation;
-    int at_once; // most tokens of a block at a time, at most 8 per tile
+    int at_once; // most slots of a job, at most 8 per tile of the matrix instruction
+    int blocks, warps, stages; // of the launch, of a block, of a warp's pipeline
+    int slice;   // steps of columns whose activations are in shared memory
+    int least;   // steps that a block has at least
+    int pieces;  // blocks that share a strip of a job, at most
+    int overlap; // start before the launch in front has ended
     float alpha, limit;
 };
 

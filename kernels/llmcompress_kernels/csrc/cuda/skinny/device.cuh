@@ -12,10 +12,11 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return memory;
 }
 
-// 16 bytes from global to shared memory, past the registers and past L1.
+// 16 bytes from global to shared memory, past the registers and past L1; the rest of its 128 bytes comes into L2, since a
+// warp reads a row in pieces of 48 or 64 bytes.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
     const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -24,6 +25,22 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 __device__ __forceinline__ void sync() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ bool any_of_warp(bool mine) { return __any_sync(0xFFFFFFFFu, mine); }
+
+// Wait for the launch in front of this one to end and its results to be visible; until then only weights may be read.
+__device__ __forceinline__ void previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the launch behind this one start as soon as there is room.
+__device__ __forceinline__ void next_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // d += a b for 16 rows, 16 columns and 8 tokens; rows and tokens as in PTX's fragments of mma.m16n8k16.
 template <bool BF16>
@@ -64,7 +81,8 @@ template <bool BF16> __device__ __forceinline__ uint16_t narrow(float v) {
     return out;
 }
 
-// Read-only data that no other block writes; and what other blocks of the launch wrote.
+// Weights, which nothing writes while kernels run: the compiler may move such reads anywhere, in front of previous_launch()
+// too. And what other blocks of the launch wrote.
 template <typename T> __device__ __forceinline__ T read(const T* at) { return __ldg(at); }
 __device__ __forceinline__ float read_written(const float* at) { return __ldcg(at); }
 
@@ -73,5 +91,6 @@ __device__ __forceinline__ void fence() { __threadfence(); }
 
 struct alignas(16) Words { uint32_t at[4]; };
 struct alignas(8) Pair { float x, y; };
+struct alignas(16) Quad { float at[4]; };
 
 } // namespace llmcompress::skinny

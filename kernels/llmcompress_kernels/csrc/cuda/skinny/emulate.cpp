@@ -5,6 +5,10 @@
 
 #include "launch.h"
 
+LLMCOMPRESS_SKINNY(2)
+LLMCOMPRESS_SKINNY(3)
+LLMCOMPRESS_SKINNY(4)
+
 // Whether copies arrive late, and the order of blocks and lanes.
 LLMCOMPRESS_EXPORT void llmcompress_skinny_emulation(int late, unsigned seed) {
     llmcompress::skinny::machine.late = late != 0;

@@ -1,7 +1,7 @@
 // The instructions of device.cuh on the host, so that the kernel's own code runs under test without a GPU.
 //
 // The lanes of a block are fibers that run one after another, in an order that changes from block to block, until each
-// waits at a barrier or in a matrix product; then all go on. What a missing barrier would break, breaks here:
+// waits at a barrier, of the block or of its warp, or in a matrix product; then all go on. What a missing barrier would break, breaks here:
 //  - shared memory begins as NaN;
 //  - asynchronous copies arrive either at once (what still reads the old data is caught) or not before the wait that
 //    guarantees them (what does not wait is caught); LATE chooses;
@@ -28,19 +28,20 @@
 
 namespace llmcompress::skinny {
 
-struct Place { unsigned x, y, z; };
+struct Triple { unsigned x, y, z; };
 
 struct Lane {
-    enum State { READY, BARRIER, MATRIX, DONE };
+    enum State { READY, BARRIER, WARP, MATRIX, DONE };
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(96 << 10);
     State state = READY;
-    Place thread{};
+    Triple thread{};
     // of the matrix product it waits in
     float* d;
     const uint32_t* a;
     uint32_t b[2];
     bool bf16;
+    bool voted, agreed; // at the warp's barrier
     // asynchronous copies: the group being filled, then the committed ones, oldest first
     struct Copy { void* to; const void* from; };
     std::vector<Copy> open;
@@ -52,7 +53,7 @@ struct Machine {
     std::vector<unsigned char> memory;
     ucontext_t scheduler;
     Lane* now = nullptr;
-    Place block{}, grid{};
+    Triple block{}, grid{}, size{};
     std::function<void()> body;
     bool late = true;
     std::mt19937 order{0};
@@ -63,6 +64,7 @@ inline Machine machine;
 #define threadIdx (machine.now->thread)
 #define blockIdx (machine.block)
 #define gridDim (machine.grid)
+#define blockDim (machine.size)
 
 inline void pause(Lane::State state) {
     Lane* lane = machine.now;
@@ -73,6 +75,16 @@ inline void pause(Lane::State state) {
 inline unsigned char* shared_memory() { return machine.memory.data(); }
 inline void sync() { pause(Lane::BARRIER); }
 inline void fence() {}
+
+inline bool any_of_warp(bool mine) {
+    machine.now->voted = mine;
+    pause(Lane::WARP);
+    return machine.now->agreed;
+}
+
+inline void sync_warp() { any_of_warp(false); }
+inline void previous_launch() {}
+inline void next_launch() {}
 
 inline void copy_async(void* shared, const void* global) {
     if (machine.late)
@@ -177,6 +189,7 @@ inline int add(int* counter, int value) {
 
 struct alignas(16) Words { uint32_t at[4]; };
 struct alignas(8) Pair { float x, y; };
+struct alignas(16) Quad { float at[4]; };
 
 inline void enter() {
     machine.body();
@@ -216,6 +229,10 @@ inline bool run_block(int threads, int bytes) {
                 multiply(&machine.lanes[first]);
                 for (size_t i = first; i < first + 32; ++i) machine.lanes[i].state = Lane::READY;
                 moved = true;
+            } else if (count(first, 32, Lane::WARP) == 32) {
+                const bool any = std::any_of(&machine.lanes[first], &machine.lanes[first] + 32, [](const Lane& l) { return l.voted; });
+                for (size_t i = first; i < first + 32; ++i) machine.lanes[i].state = Lane::READY, machine.lanes[i].agreed = any;
+                moved = true;
             }
         const size_t waiting = count(0, order.size(), Lane::BARRIER), done = count(0, order.size(), Lane::DONE);
         if (waiting > 0 && waiting + done == order.size()) {
@@ -229,15 +246,13 @@ inline bool run_block(int threads, int bytes) {
 }
 
 template <typename Kernel, typename Call>
-int start(Kernel kernel, unsigned x, unsigned y, unsigned z, int threads, int bytes, const Call& call, void*) {
-    machine.grid = {x, y, z};
+int start(Kernel kernel, unsigned x, int threads, int bytes, const Call& call, void*) {
+    machine.grid = {x, 1, 1}, machine.size = {unsigned(threads), 1, 1};
     machine.body = [&] { kernel(call); };
-    std::vector<Place> blocks;
-    for (unsigned i = 0; i < x; ++i)
-        for (unsigned j = 0; j < y; ++j)
-            for (unsigned k = 0; k < z; ++k) blocks.push_back({i, j, k});
+    std::vector<Triple> blocks;
+    for (unsigned i = 0; i < x; ++i) blocks.push_back({i, 0, 0});
     std::shuffle(blocks.begin(), blocks.end(), machine.order);
-    for (const Place& block : blocks) {
+    for (const Triple& block : blocks) {
         machine.block = block;
         if (!run_block(threads, bytes)) return -2;
     }

@@ -4,10 +4,8 @@
 namespace llmcompress::skinny {
 
 template <int BITS, bool BF16, int NT> int launch(const Call& call, void* stream) {
-    const int width = call.mode == GATE_UP ? CHANNELS : ROWS;
-    const unsigned tiles = unsigned((call.rows + width - 1) / width);
-    const int bytes = Memory<BITS, NT>::bytes(groups_per_step(Shape<BITS>::COLUMNS, call.group), call.at_once);
-    return start(skinny_kernel<BITS, BF16, NT>, tiles, unsigned(call.experts), unsigned(call.splits), THREADS, bytes, call, stream);
+    const int bytes = Memory<BITS, NT>(call).bytes;
+    return start(skinny_kernel<BITS, BF16, NT>, unsigned(call.blocks), 32 * call.warps, bytes, call, stream);
 }
 
 template <int BITS> int launch(const Call& call, bool bf16, int tiles, void* stream) {
@@ -19,25 +17,13 @@ template <int BITS> int launch(const Call& call, bool bf16, int tiles, void* str
 
 #define LLMCOMPRESS_EXPORT extern "C" __attribute__((visibility("default")))
 
-// 0, or the error of the launch. `tiles`: 1 or 2 times 8 tokens at once.
-LLMCOMPRESS_EXPORT int llmcompress_skinny(const llmcompress::skinny::Call* call, int bits, int bf16, int tiles, void* stream) {
-    using namespace llmcompress::skinny;
-    if (bits == 2) return launch<2>(*call, bf16, tiles, stream);
-    if (bits == 3) return launch<3>(*call, bf16, tiles, stream);
-    return bits == 4 ? launch<4>(*call, bf16, tiles, stream) : -1;
-}
-
-namespace llmcompress::skinny {
-
-template <int BITS> int shared(int at_once, int group) {
-    const int groups = groups_per_step(Shape<BITS>::COLUMNS, group);
-    return at_once <= TILE ? Memory<BITS, 1>::bytes(groups, at_once) : Memory<BITS, 2>::bytes(groups, at_once);
-}
-
-} // namespace llmcompress::skinny
-
-// Bytes of shared memory of a block.
-LLMCOMPRESS_EXPORT int llmcompress_skinny_shared(int bits, int at_once, int group) {
-    using namespace llmcompress::skinny;
-    return bits == 2 ? shared<2>(at_once, group) : bits == 3 ? shared<3>(at_once, group) : shared<4>(at_once, group);
-}
+// Entries for one width: a launch, which returns 0 or its error (`tiles`: 1 or 2 times 8 slots of a job), and the bytes
+// of shared memory of a block.
+#define LLMCOMPRESS_SKINNY(BITS)                                                                                           \
+    LLMCOMPRESS_EXPORT int llmcompress_skinny_##BITS(const llmcompress::skinny::Call* call, int bf16, int tiles, void* stream) { \
+        return llmcompress::skinny::launch<BITS>(*call, bf16, tiles, stream);                                              \
+    }                                                                                                                      \
+    LLMCOMPRESS_EXPORT int llmcompress_skinny_shared_##BITS(const llmcompress::skinny::Call* call, int tiles) {            \
+        using namespace llmcompress::skinny;                                                                               \
+        return tiles == 1 ? Memory<BITS, 1>(*call).bytes : Memory<BITS, 2>(*call).bytes;                                   \
+    }

@@ -1,0 +1,81 @@
+// Sizes, shared memory, and how codes become numbers.
+#pragma once
+
+#include "call.h"
+
+namespace llmcompress::skinny {
+
+constexpr int LANES = 32, MOST_WARPS = 16, TILE = 8;
+constexpr int STRIP = 32;           // rows of a warp; GATE_UP: 16 gates, then their 16 ups
+constexpr uint16_t NONE = 0xFFFF;   // job of a slot that is skipped
+
+template <int BITS> struct Shape {
+    static constexpr int PAIRS = BITS == 2 ? 8 : 4;      // pairs of codes that a lane takes at once
+    static constexpr int UNIT = 8 * PAIRS;               // columns that four lanes take at once
+    static constexpr int UNITS = 4;                      // of a step
+    static constexpr int COLUMNS = UNITS * UNIT;
+    static constexpr int UNIT_BYTES = UNIT * BITS / 8;
+    static constexpr int ROW_BYTES = COLUMNS * BITS / 8; // of a step
+    static constexpr int STRIDE = BITS == 3 ? 48 : 80;   // 8 rows x 4 lanes then meet 32 different banks
+    static constexpr int CHUNKS = ROW_BYTES / 16;
+    static constexpr int COPIES = STRIP * CHUNKS / LANES; // of a lane, for a step
+};
+
+__host__ __device__ inline int up_to_16(int bytes) { return (bytes + 15) / 16 * 16; }
+
+// Where in shared memory of a block things lie.
+template <int BITS, int NT> struct Memory {
+    using S = Shape<BITS>;
+    int most_jobs, spans, x_stride;
+    int jobs; // of the launch
+    int count, before, job_expert, owner, job_of, place, list, pieces, sums, x, stages, stage, bytes;
+
+    __host__ __device__ explicit Memory(const Call& call) : jobs(0) {
+        const int slots = call.mode == DENSE ? 0 : call.tokens * call.slots, experts = call.mode == DENSE ? 0 : call.experts;
+        most_jobs = experts + slots / call.at_once;
+        if (most_jobs > slots) most_jobs = slots;
+        spans = call.group >= S::COLUMNS ? 1 : S::COLUMNS / call.group;
+        x_stride = 2 * S::COLUMNS * call.slice + 64; // 8 lanes, of two tokens, then meet 32 different banks
+        count = up_to_16(sizeof(Memory)); // it lies in front itself: registers are scarce
+        before = count + up_to_16(4 * experts);
+        job_expert = before + up_to_16(4 * experts);
+        owner = job_expert + up_to_16(2 * most_jobs);
+        job_of = owner + up_to_16(2 * slots);
+        place = job_of + up_to_16(2 * slots);
+        list = place + up_to_16(2 * slots);
+        pieces = list + 2 * NT * TILE;
+        sums = pieces + (call.mode == DOWN ? up_to_16(call.warps * most_jobs) : 0);
+        x = sums + 8 * NT * TILE * spans * call.slice;
+        stages = x + call.at_once * x_stride;
+        stage = STRIP * S::STRIDE + 8 * STRIP * spans;
+        bytes = stages + call.warps * call.stages * stage;
+    }
+};
+
+// Where in the mantissa, counted from its lower end or (fp16) from bit 3, code I of half a word is read, and what the
+// number there exceeds the code by.
+template <int BITS> __host__ __device__ constexpr int position_of(int i) { return i % (7 / BITS) * BITS; }
+template <int BITS> __host__ __device__ constexpr float excess_of(int i) { return float(128 >> position_of<BITS>(i)); }
+
+// Number i of the pairs of a lane's codes, as two numbers in a 16-bit type.
+template <int BITS, bool BF16, int I> __device__ __forceinline__ uint32_t pair_of(uint32_t v) {
+    constexpr int AT = position_of<BITS>(I) + (BF16 ? 0 : 3), BY = I * BITS - AT;
+    constexpr uint32_t CODE = ((1u << BITS) - 1) << AT, EXPONENT = BF16 ? (127u + 7 - AT) << 7 : (15u + 10 - AT) << 10;
+    const uint32_t moved = BY >= 0 ? v >> (BY >= 0 ? BY : 0) : v << (BY < 0 ? -BY : 0);
+    return mask_set(moved, CODE * 0x10001u, EXPONENT * 0x10001u);
+}
+
+// The codes of a lane, two in every bit position of the halves of a word. `row` points at the unit's first word.
+template <int BITS> __device__ __forceinline__ uint32_t codes_of(const unsigned char* row, int t) {
+    const auto* words = reinterpret_cast<const uint32_t*>(row);
+    if constexpr (BITS == 3) {
+        // 8 codes are 24 bits, which begin at 0, 24, 16 and 8 of words 0, 0, 1 and 2
+        const int bit = 24 * t, at = bit >> 5;
+        const uint32_t v = funnel(words[at], words[at < 2 ? at + 1 : 2], bit & 31);
+        return (v & 0xFFFu) | ((v << 4) & ~0xFFFu); // codes 4 to 7 into the upper half; bits above them stay
+    } else {
+        return words[t];
+    }
+}
+
+} // namespace llmcompress::skinny
