@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # All GPU tests and benches on a machine with an NVIDIA GPU, in under 8 minutes; writes one JSON file into benchmarks/.
 #
-#   scripts/gpu_check.sh [--dry-run]
+#   scripts/gpu_check.sh [--dry-run] [ARGUMENTS OF kernels/bench/gpu_run.py]
 #
+# e.g. `TESTS=cuda scripts/gpu_check.sh --only moe,dense --match "w4 .* 8 tokens" --out FILE` for a part of it; TESTS is what
+# pytest's -k takes.
 # Needs python3 with torch >= 2.11, triton >= 3.6, numpy and pytest; nothing of this project has to be installed. With
 # pytest-xdist the tests run side by side; without it they may not end within their limit.
 # Compared with where they are installed: humming-kernels, gemlite (pip install humming-kernels gemlite).
@@ -15,7 +17,7 @@ export TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 PYTHONUNBUFFERED=1
 
 if [ "${1:-}" = "--dry-run" ]; then
   "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py --collect-only -p no:cacheprovider -o addopts=
-  exec "$python" kernels/bench/gpu_run.py --dry-run
+  exec "$python" kernels/bench/gpu_run.py "$@"
 fi
 
 "$python" - <<'PY' || { echo "no GPU that torch can use"; exit 1; }
@@ -27,7 +29,7 @@ status=0
 # most of the tests' time is compilation: side by side where pytest-xdist is installed
 parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8" || true)
 # shellcheck disable=SC2086
-timeout 150 "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py -p no:cacheprovider -o addopts= $parallel || status=$?
-timeout 340 "$python" kernels/bench/gpu_run.py --seconds 300 --out "benchmarks/gpu_${name}.json" || status=$?
+timeout 150 "$python" -m pytest -q -m gpu tests/kernels/test_gpu_run.py -p no:cacheprovider -o addopts= -k "${TESTS:-}" $parallel || status=$?
+timeout 340 "$python" kernels/bench/gpu_run.py --seconds 300 --out "benchmarks/gpu_${name}.json" "$@" || status=$?
 echo "total: ${SECONDS} s"
 exit "$status"

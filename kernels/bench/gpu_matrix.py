@@ -14,6 +14,8 @@ from llmcompress_kernels import ops, select
 from llmcompress_kernels.cuda import skinny
 
 GROUP = 128
+# measure Triton by itself and other projects' kernels as well
+PEERS = True
 # Mixtral-8x7B
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS = 4096, 14336, 8, 2
 DENSE = ((14336, 4096), (4096, 14336))
@@ -50,8 +52,8 @@ def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
             "ours": [_dense_call(x, w, columns) for w in weights],
             "bf16": [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in wide],
         }
-        reasons = _both(candidates, tokens)
-        for name, make in (("humming", _humming), ("gemlite", _gemlite)):
+        reasons = _both(candidates, tokens <= skinny.TOKENS)
+        for name, make in (("humming", _humming), ("gemlite", _gemlite)) if PEERS else ():
             try:
                 candidates[name] = make(x, rows, columns, bits)
             except Exception as error:  # a peer that cannot run is a line of the report
@@ -83,7 +85,7 @@ def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[st
     candidates: dict[str, list[Callable[[], object]]] = {
         "ours": [lambda s=s: ops.moe_group_gemm(x, index, weights, *s, INTERMEDIATE) for s in sides]
     }
-    reasons = _both(candidates, tokens)
+    reasons = _both(candidates, tokens * SLOTS <= skinny.SLOTS_PER_EXPERT * EXPERTS)
     try:
         candidates["bf16"] = _grouped_bfloat16(x, index, weights)
     except (AttributeError, RuntimeError) as error:
@@ -97,11 +99,13 @@ def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[st
     return {**line, **found, "teraflops": flops / found["ours_us"] / 1e6, "slots_used": used, "not_run": reasons}
 
 
-def _both(candidates: dict[str, list[Callable[[], object]]], tokens: int) -> dict[str, str]:
+def _both(candidates: dict[str, list[Callable[[], object]]], few: bool) -> dict[str, str]:
     """Add Triton on its own where CUDA C++ is what runs, or say why it is not; a graph keeps what captured it."""
-    reason = skinny.unavailable() or (f"more than {skinny.TOKENS} tokens" if tokens > skinny.TOKENS else None)
+    reason = skinny.unavailable() or (None if few else "too many tokens")
     if reason is not None:
         return {"cuda": reason}
+    if not PEERS:
+        return {}
 
     def only(function: Callable[[], object]) -> object:
         before = os.environ.get(select.VARIABLE)

@@ -1,9 +1,10 @@
 """Run the GPU benches and write one JSON file.
 
-    python kernels/bench/gpu_run.py --out benchmarks/gpu_<name>.json [--dry-run]
+    python kernels/bench/gpu_run.py --out benchmarks/gpu_<name>.json [--only moe,dense] [--match REGEX] [--dry-run]
 
 Needs torch and triton. humming-kernels and gemlite are measured where they are installed. ``--dry-run`` imports
-everything, lists what would run, and needs no GPU.
+everything, lists what would run, and needs no GPU. ``--only`` takes parts: moe, dense, state, tree, mixtral, and tune,
+which is left out otherwise; ``--match`` takes names. ``--alone`` measures no peers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ TOKENS = (1, 4, 8, 16, 32, 64, 256)
 PREFILL = 4096
 BITS = (4, 3, 2)
 BATCHES = (1, 16, 64, 128, 512)
+PARTS = ("moe", "dense", "state", "tree", "mixtral")
 
 
 def versions() -> dict[str, Any]:
@@ -62,6 +65,7 @@ def plan() -> list[tuple[str, Any]]:
     import gpu_mixtral
     import gpu_state
     import gpu_tree
+    import gpu_tune
 
     found: list[tuple[str, Any]] = []
     for bits in BITS:
@@ -80,7 +84,25 @@ def plan() -> list[tuple[str, Any]]:
             name = f"tree {rows}x{columns} {models} models"
             found.append((name, lambda r, n=rows, k=columns, m=models: [gpu_tree.tree(n, k, r, m)]))
     found.append(("mixtral-8x7b w3", lambda r: [gpu_mixtral.generate(3, r)]))
+    for bits in BITS:
+        for tokens in (1, 8):
+            for rows, columns in gpu_matrix.DENSE:
+                name = f"tune w{bits} dense {rows}x{columns} {tokens} tokens"
+                found.append(
+                    (name, lambda r, n=rows, k=columns, b=bits, t=tokens: [gpu_tune.dense(n, k, b, t)])  # noqa: ARG005
+                )
+        for tokens in (1, 8, 16, 32):
+            found.append(
+                (f"tune w{bits} moe {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_tune.routed(b, t)))  # noqa: ARG005
+            )
     return found
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[str, Any]]:
+    """What the options leave of :func:`plan`, Mixtral first: what is left out for time is then a small thing."""
+    parts = options.only.split(",") if options.only else PARTS
+    work = [item for item in plan() if re.split(r"[ -]", item[0])[0] in parts and re.search(options.match, item[0])]
+    return sorted(work, key=lambda item: not item[0].startswith("mixtral"))
 
 
 def main() -> int:
@@ -88,16 +110,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="GPU benches of the kernels.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--seconds", type=float, default=330.0, help="start no measurement after this time")
+    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--match", default="", help="regular expression that names have to match")
+    parser.add_argument("--alone", action="store_true", help="measure no peers")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    work = plan()
+    work = chosen(options)
     if options.dry_run:
         print("\n".join(name for name, _ in work))
         print(json.dumps(versions()))
         return 0
+    import gpu_matrix
     import torch
     from gpu_timing import copy_rate
 
+    gpu_matrix.PEERS = not options.alone
     if not torch.cuda.is_available():
         print("no GPU: nothing can be measured")
         return 1
@@ -108,8 +135,7 @@ def main() -> int:
         "lines": [],
         "failed": {},
     }
-    # the longest first, so that what is left out for time is a small thing
-    for name, measure in sorted(work, key=lambda item: not item[0].startswith("mixtral")):
+    for name, measure in work:
         if time.perf_counter() - began > options.seconds:
             result["failed"][name] = "no time left"
             continue

@@ -79,7 +79,10 @@ def group_gemm(
         return skinny.group_gemm(*arguments)
     if wanted("triton") and no_triton() is None and packed.dim() == 2 and not any(rest):
         from llmcompress_kernels.triton import group_gemm as kernels
+        from llmcompress_kernels.triton import widened
 
+        if widened.verify(x, bits, x.numel() // max(1, in_features), widened.FROM) is None:
+            return widened.group_gemm(*arguments)
         if kernels.verify(x, bits) is None:
             return kernels.group_gemm(*arguments)
     return reference_group_gemm.group_gemm(*arguments, *rest)
@@ -101,7 +104,13 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
             return skinny.moe_group_gemm(x, index, weights, sides, intermediate, activation, alpha, limit)
     if wanted("triton") and no_triton() is None and own[_GATE_UP].dim() == 3 and not any(rest):
         from llmcompress_kernels.triton import moe_group_gemm as kernels
+        from llmcompress_kernels.triton import widened
 
+        up, down = own[_GATE_UP : _GATE_UP + 6], own[_DOWN_BITS - 4 : _DOWN_BITS + 2]
+        bits = (own[_GATE_UP_BITS], own[_DOWN_BITS])
+        if widened.verify_routed(x, own[1], (up[1], up[3], down[1], down[3]), bits) is None:
+            sides = [(*side[:3], *side[4:]) for side in (up, down)]
+            return widened.moe_group_gemm(x, own[1], own[2], *sides, *own[15:])
         if kernels.verify(x, own[_GATE_UP_BITS], own[_DOWN_BITS], own[_ACTIVATION]) is None:
             return kernels.moe_group_gemm(*own)
     return reference_moe_group_gemm.moe_group_gemm(*arguments)

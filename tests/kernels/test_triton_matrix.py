@@ -19,7 +19,7 @@ if not triton.knobs.runtime.interpret:
 if triton.__version__ < "3.9" and np.__version__ >= "2.4":
     pytest.skip("the interpreter of this triton needs numpy < 2.4", allow_module_level=True)
 
-from llmcompress_kernels.triton import group_gemm, moe_group_gemm, routing, tuning  # noqa: E402
+from llmcompress_kernels.triton import group_gemm, moe_group_gemm, routing, tuning, widened  # noqa: E402
 
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}
 TYPES = tuple(TOLERANCE)
@@ -181,3 +181,54 @@ def test_search_keeps_the_fastest_configuration_that_runs(tmp_path, monkeypatch)
     tuning._table.cache_clear()
     assert tuning.pick("group_gemm", 4, torch.float16, 8, 4096, 14336, cuda) == tuning.default(8, 4096, 14336, 132)
     tuning._table.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_widened_weights_are_the_definitions(packed, bits: int) -> None:
+    # whole groups per tile, two groups in one, one group per row, groups that cut words
+    for columns, group in ((256, 128), (192, 32), (49, 64), (50, 16)):
+        w = packed((3, 40, columns), bits, group, bits == 3)
+        found = widened.widen(w.weight, w.scale, w.zero, bits, group, columns, 8, 24, torch.float32)
+        identity = torch.eye(columns, dtype=torch.float64)
+        for bank in range(3):
+            zero = None if w.zero is None else w.zero[bank]
+            expected = dense_definition.group_gemm(identity, w.weight[bank], w.scale[bank], zero, bits, group, columns).T
+            assert relative(found[bank], expected[8:32]) < 1e-6, (columns, group)
+
+
+def test_products_with_widened_weights(packed, monkeypatch) -> None:
+    monkeypatch.setattr(widened, "WORKSPACE", 1)  # rows come in several pieces
+    w = packed((600, 64), 4, 32, False)
+    x = torch.randn(5, 64)
+    operands = (w.weight, w.scale, w.zero, 4, 32, 64)
+    assert relative(widened.group_gemm(x, *operands), dense_definition.group_gemm(x.double(), *operands)) < 1e-6
+
+
+def test_experts_with_widened_weights(packed, monkeypatch) -> None:
+    monkeypatch.setattr(widened, "WORKSPACE", 1)
+    experts, slots, hidden, inner, tokens = 4, 2, 288, 320, 9
+    up, down = packed((experts, 2 * inner, hidden), 3, 32, False), packed((experts, hidden, inner), 4, 64, True)
+    x = (0.05 * torch.randn(tokens, hidden)).to(torch.bfloat16)
+    index = torch.rand(tokens, experts).topk(slots, -1).indices
+    index[0, 0] = index[3, 1] = experts  # skipped
+    index[index == 2] = 1  # an expert without tokens, and one that tokens name twice
+    weights = torch.rand(tokens, slots)
+    own = [v for s in (up, down) for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group_size)]
+    expected = sum(
+        routed_definition.moe_group_gemm(
+            x.double(), index[:, j : j + 1], weights[:, j : j + 1], *own, inner, "silu", 1.7, 7.0
+        )
+        for j in range(slots)
+    )
+    sides = [(s.weight, s.scale, s.zero, s.bits, s.group_size) for s in (up, down)]
+    found = widened.moe_group_gemm(x, index, weights, *sides, inner, "silu", 1.7, 7.0)
+    assert relative(found, expected) < 1e-2
+
+
+def test_widening_is_for_many_tokens(packed) -> None:
+    x, index = torch.zeros(512, 8, dtype=torch.bfloat16), torch.zeros(512, 2, dtype=torch.int64)
+    scale = torch.zeros(4, 1, 1)
+    assert widened.verify_routed(x, index, (scale, None, scale, None), (4, 4)) is None
+    assert widened.verify_routed(x[:1], index[:1], (scale, None, scale, None), (4, 4)) == "0 tokens"
+    assert "bias" in (widened.verify_routed(x, index, (scale, scale, scale, None), (4, 4)) or "")
+    assert "float16" in (widened.verify_routed(x.half(), index, (scale, None, scale, None), (4, 4)) or "")

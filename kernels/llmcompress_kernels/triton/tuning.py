@@ -77,7 +77,11 @@ def default(tokens: int, rows: int, columns: int, processors: int, wide: bool = 
         splits = min(power_of_two(wanted), 16, max(1, power_of_two(columns // 512)))
         return Config(tile, 128, 128, splits, warps=4 if tile <= 32 else 8, stages=3)
     # 256 tokens leave about 15 instructions per weight before the tensor cores wait, 128 leave half of it
-    return Config((256 if tokens >= 256 else 128) if wide else 64, 128, 64, 1, warps=8, stages=3)
+    tile = (256 if tokens >= 256 else 128) if wide else 64
+    # a weight of few rows leaves multiprocessors without a tile; sums that go through memory cost less than that
+    programs = -(-rows // 128) * -(-tokens // tile)
+    splits = min(8, max(1, processors // programs), max(1, columns // 1024))
+    return Config(tile, 128, 64, splits, warps=8, stages=3)
 
 
 def candidates(tokens: int) -> Iterable[Config]:

@@ -1,0 +1,68 @@
+"""How launches of the CUDA C++ kernels for few tokens should be cut up: every candidate, timed side by side.
+
+The winners are what ``launch_of`` in llmcompress_kernels/cuda/skinny.py returns; nothing is tuned while a model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_matrix import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, nbytes, packed
+from gpu_timing import replay, rotations
+from llmcompress_kernels.cuda import skinny
+
+CANDIDATES = (
+    (8, 3, 2), (8, 4, 2), (8, 5, 2), (8, 6, 2), (4, 3, 4), (4, 4, 4), (4, 4, 3), (4, 6, 3), (16, 3, 1), (16, 4, 1), (16, 6, 1),
+    (8, 6, 1), (8, 4, 1),
+)  # fmt: skip
+SAMPLES = 15
+
+
+def launches() -> dict[str, skinny.Launch]:
+    """Candidates by name: warps, stages, blocks of a multiprocessor; the default also without overlap."""
+    found = {"/".join(map(str, c)): skinny.Launch(*c) for c in CANDIDATES}
+    default = skinny.Launch()
+    name = f"{default.warps}/{default.stages}/{default.blocks}"
+    return {**found, f"{name}/apart": skinny.Launch(default.warps, default.stages, default.blocks, overlap=False)}
+
+
+def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
+    """One dense product."""
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    first = packed(rows, columns, bits=bits)
+    held = [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
+    candidates: dict[str, list[Callable[[], object]]] = {}
+    for name, launch in launches().items():
+        candidates[name] = [
+            partial(skinny.group_gemm, x, w.weight, w.scale, w.zero, bits, w.group_size, columns, launch) for w in held
+        ]
+    return {"op": "tune dense", "rows": rows, "columns": columns, "bits": bits, "tokens": tokens, **_sorted(candidates)}
+
+
+def routed(bits: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Both launches of a Mixtral layer's experts, one by one."""
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
+    weights = torch.rand(tokens, SLOTS, device="cuda")
+    banks = []
+    for _ in range(2):
+        both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
+        banks.append(tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both))
+    for number, mode in enumerate(("gate_up", "down")):
+        candidates: dict[str, list[Callable[[], object]]] = {}
+        for name, launch in launches().items():
+            chosen = (launch, None) if number == 0 else (None, launch)
+            candidates[name] = [
+                partial(skinny.moe_group_gemm, x, index, weights, sides, INTERMEDIATE, "silu", 1.7, 7.0, chosen)
+                for sides in banks
+            ]
+        yield {"op": f"tune {mode}", "bits": bits, "tokens": tokens, **_sorted(candidates)}
+
+
+def _sorted(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, Any]:
+    times = {name: round(each.median, 2) for name, each in replay(candidates, SAMPLES).items()}
+    return {"us": dict(sorted(times.items(), key=lambda item: item[1]))}
