@@ -95,6 +95,8 @@ def plan() -> list[tuple[str, Any]]:
             found.append(
                 (f"tune w{bits} moe {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_tune.routed(b, t)))  # noqa: ARG005
             )
+        name = f"tune w{bits} widened {PREFILL} tokens"
+        found.append((name, lambda r, b=bits: [gpu_tune.widened(b, PREFILL)]))  # noqa: ARG005
     return found
 
 

@@ -63,6 +63,29 @@ def routed(bits: int, tokens: int) -> Iterator[dict[str, Any]]:
         yield {"op": f"tune {mode}", "bits": bits, "tokens": tokens, **_sorted(candidates)}
 
 
+def widened(bits: int, tokens: int) -> dict[str, Any]:
+    """What the steps of a Mixtral layer with widened weights take, gate and up only."""
+    from llmcompress_kernels.triton import widened as kernels
+
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
+    bank = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits)
+    assert bank.scale is not None
+    ends, order, _ = kernels._sort(index, EXPERTS)
+    rows = x[order // SLOTS]
+    widen = partial(
+        kernels.widen, bank.weight, bank.scale, bank.zero, bits, bank.group_size, HIDDEN, 0, INTERMEDIATE, x.dtype
+    )
+    wide = widen()
+    candidates: dict[str, list[Callable[[], object]]] = {
+        "sort": [lambda: kernels._sort(index, EXPERTS)],
+        "gather": [lambda: x[order // SLOTS]],
+        "widen half": [widen],
+        "multiply half": [lambda: torch._grouped_mm(rows, wide.transpose(1, 2), offs=ends)],
+    }
+    return {"op": "tune widened", "bits": bits, "tokens": tokens, **_sorted(candidates)}
+
+
 def _sorted(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, Any]:
     times = {name: round(each.median, 2) for name, each in replay(candidates, SAMPLES).items()}
     return {"us": dict(sorted(times.items(), key=lambda item: item[1]))}

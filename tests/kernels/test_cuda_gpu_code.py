@@ -93,7 +93,9 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_lanes(emulation, packe
     found = []
     for seed in range(3):
         emulation.llmcompress_skinny_emulation(seed % 2, seed)
-        found.append(skinny.group_gemm(x, w.weight, w.scale, w.zero, 3, 128, 2048, library=emulation, device=skinny.Device(4, 9)))
+        found.append(
+            skinny.group_gemm(x, w.weight, w.scale, w.zero, 3, 128, 2048, library=emulation, device=skinny.Device(4, 9))
+        )
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -149,7 +151,9 @@ def test_a_repeated_expert_takes_a_second_pass(emulation, packed) -> None:
         )
         for j in range(2)
     ]
-    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, device=skinny.Device(1, 9))
+    found = skinny.moe_group_gemm(
+        x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, device=skinny.Device(1, 9)
+    )
     assert error(found, halves[0] + halves[1]) < 1e-3
 
 
@@ -158,7 +162,9 @@ def test_all_slots_skipped_give_zeros(emulation, packed) -> None:
     sides = tuple(skinny.Side(s.weight, s.scale, None, None, 4, 64) for s in (up, down))
     x = torch.randn(2, 256).to(torch.float16)
     index, weights = torch.full((2, 2), 2), torch.rand(2, 2)
-    found = skinny.moe_group_gemm(x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, device=skinny.Device(1, 9))
+    found = skinny.moe_group_gemm(
+        x, index, weights, sides, 32, "silu", 1.7, 7.0, library=emulation, device=skinny.Device(1, 9)
+    )
     assert torch.equal(found, torch.zeros_like(x))
 
 

@@ -192,7 +192,9 @@ def test_widened_weights_are_the_definitions(packed, bits: int) -> None:
         identity = torch.eye(columns, dtype=torch.float64)
         for bank in range(3):
             zero = None if w.zero is None else w.zero[bank]
-            expected = dense_definition.group_gemm(identity, w.weight[bank], w.scale[bank], zero, bits, group, columns).T
+            expected = dense_definition.group_gemm(
+                identity, w.weight[bank], w.scale[bank], zero, bits, group, columns
+            ).T
             assert relative(found[bank], expected[8:32]) < 1e-6, (columns, group)
 
 

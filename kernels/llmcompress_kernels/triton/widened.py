@@ -68,7 +68,22 @@ def widen_kernel(
         w = ((codes - middle[:, None]).to(tl.float32) * s[:, None]).to(COMPUTE)
     else:
         w = weight_tile(
-            weight, scale, zero, n, valid, at, columns, words, groups, zero_words, GROUP, BITS, HAS_ZERO, BN, BK, COMPUTE
+            weight,
+            scale,
+            zero,
+            n,
+            valid,
+            at,
+            columns,
+            words,
+            groups,
+            zero_words,
+            GROUP,
+            BITS,
+            HAS_ZERO,
+            BN,
+            BK,
+            COMPUTE,
         )
     inside = valid[:, None] & (k < columns)[None, :]
     tl.store(out + r.to(tl.int64)[:, None] * columns + k[None, :], w.to(out.dtype.element_ty), mask=inside)
@@ -157,7 +172,17 @@ def gate_kernel(h, out, first, chunk, intermediate, alpha, limit, ACTIVATION: tl
 
 @triton.jit
 def weigh_kernel(
-    rows, places, weights, out, first, chunk, hidden, ends, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    rows,
+    places,
+    weights,
+    out,
+    first,
+    chunk,
+    hidden,
+    ends,
+    SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program (token, tile) adds a token's rows of ``rows [places, chunk]`` into ``out[token, first + c]``."""
     token = tl.program_id(0).to(tl.int64)

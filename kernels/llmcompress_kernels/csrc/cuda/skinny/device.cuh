@@ -14,10 +14,12 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 // 16 bytes from global to shared memory, past the registers and past L1; the rest of its 128 bytes comes into L2, since a
 // warp reads a row in pieces of 48 or 64 bytes.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+// `shared` comes from shared_address; BEYOND bytes behind it.
+template <int BEYOND> __device__ __forceinline__ void copy_async(unsigned shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%2], [%1], 16;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
 }
+using SharedAddress = unsigned;
+__device__ __forceinline__ SharedAddress shared_address(void* at) { return static_cast<unsigned>(__cvta_generic_to_shared(at)); }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

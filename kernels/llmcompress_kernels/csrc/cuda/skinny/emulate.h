@@ -86,11 +86,14 @@ inline void sync_warp() { any_of_warp(false); }
 inline void previous_launch() {}
 inline void next_launch() {}
 
-inline void copy_async(void* shared, const void* global) {
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
+
+template <int BEYOND> inline void copy_async(SharedAddress shared, const void* global) {
     if (machine.late)
-        machine.now->open.push_back({shared, global});
+        machine.now->open.push_back({shared + BEYOND, global});
     else
-        std::memcpy(shared, global, 16);
+        std::memcpy(shared + BEYOND, global, 16);
 }
 
 inline void commit() {

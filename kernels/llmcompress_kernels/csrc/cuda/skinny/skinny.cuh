@@ -39,15 +39,19 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     int stage = 0; // that is filled next
     Place place;   // the step that is fetched next
     const unsigned char* from[S::COPIES];
-    int64_t row; // of this lane's scales
+    SharedAddress target; // where this lane's first copy goes in the first stage
+    const uint16_t* scale_row; // of this lane's row
+    const uint32_t* zero_row;
     // scales and zero points of this lane's row for the step fetched last, as stored
     uint16_t scale[S::UNITS];
     uint32_t zero[2];
-    int bit, known; // known: spans that the row has
+    unsigned bit;
+    int known; // spans that the row has from there on
 
     __device__ Pipeline(const Block<BITS, BF16, NT>& b) : call(b.call), block(b), spans(b.memory.spans) {
         bytes = b.memory.stage;
         stages = b.bytes + b.memory.stages + b.warp * call.stages * bytes;
+        target = shared_address(stages + (S::CHUNKS == 3 ? b.lane * 16 : b.lane / S::CHUNKS * S::STRIDE + b.lane % S::CHUNKS * 16));
         known = -1;
     }
 
@@ -63,45 +67,50 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
 
     // Addresses for another strip.
     __device__ __forceinline__ void enter() {
-        const int64_t first = block.first_row(place.job);
-        row = first + block.weight_row(place.tile, block.lane);
+        const int64_t first = block.first_row(place.job), row = first + block.weight_row(place.tile, block.lane);
+        scale_row = call.scale + row * call.groups;
+        zero_row = call.zero + row * call.zero_words;
 #pragma unroll
         for (int i = 0; i < S::COPIES; ++i) {
-            const int j = (block.lane + i * LANES) / S::CHUNKS;
-            from[i] = reinterpret_cast<const unsigned char*>(call.weight + (first + block.weight_row(place.tile, j)) * call.words);
+            const int chunk = block.lane + i * LANES;
+            const int64_t j = first + block.weight_row(place.tile, chunk / S::CHUNKS);
+            from[i] = reinterpret_cast<const unsigned char*>(call.weight + j * call.words) + chunk % S::CHUNKS * 16;
         }
     }
 
     // Start copying the step at `place`, and go to the next one.
     __device__ __forceinline__ void fetch() {
-        const int begin = place.step * S::ROW_BYTES, end = call.columns * BITS / 8;
-        unsigned char* to = stage_of(stage);
-#pragma unroll
-        for (int i = 0; i < S::COPIES; ++i) {
-            const int chunk = block.lane + i * LANES, at = begin + chunk % S::CHUNKS * 16;
-            const int into = S::STRIDE == S::ROW_BYTES ? chunk * 16 : chunk / S::CHUNKS * S::STRIDE + chunk % S::CHUNKS * 16;
-            if (at < end) copy_async(to + into, from[i] + at);
-        }
+        // beyond the row's end nothing is copied: the codes left there multiply activations of zero
+        const unsigned begin = unsigned(place.step) * S::ROW_BYTES, left = unsigned(call.columns) * BITS / 8 - begin;
+        const SharedAddress to = target + stage * bytes;
+        copy<0>(to, begin, left);
+        copy<1>(to, begin, left);
+        copy<2>(to, begin, left);
+        if constexpr (S::COPIES > 3) copy<3>(to, begin, left);
         load_scales();
         stage = stage + 1 == call.stages ? 0 : stage + 1;
         if (place.next(block.schedule)) enter();
     }
 
+    template <int I> __device__ __forceinline__ void copy(SharedAddress to, unsigned begin, unsigned left) {
+        // rows of 4 chunks repeat after 8 rows, rows of 3 are copied as they come
+        constexpr int BEYOND = S::CHUNKS == 3 ? I * LANES * 16 : I * LANES / S::CHUNKS * S::STRIDE;
+        if ((unsigned(block.lane) + I * LANES) % S::CHUNKS * 16 < left) copy_async<BEYOND>(to, from[I] + begin);
+    }
+
     __device__ __forceinline__ void load_scales() {
-        const int wide = call.group / S::COLUMNS; // steps per group, where a group is that long
-        const int group = wide <= 1 ? place.step * spans : place.step / wide, left = int(call.groups) - group;
-        known = left < spans ? left : spans;
-        const uint16_t* scales = call.scale + row * call.groups + group;
+        unsigned group = unsigned(place.step) * unsigned(spans);
+        if (call.group > S::COLUMNS) group = unsigned(place.step) / (unsigned(call.group) / S::COLUMNS);
+        known = int(call.groups) - int(group);
 #pragma unroll
         for (int i = 0; i < S::UNITS; ++i)
-            if (i < known) scale[i] = read(scales + i);
+            if (i < spans && i < known) scale[i] = read(scale_row + group + i);
         if (call.zero == nullptr) return;
         // the zero points of a step fill at most 16 bits; only those of 3 bits may lie in two words
-        const int word = group * BITS / 32;
+        const unsigned word = group * BITS / 32;
         bit = group * BITS % 32;
-        const uint32_t* zeros = call.zero + row * call.zero_words + word;
-        if (BITS == 3 || bit == 0 || place.step == 0 || fresh) zero[0] = read(zeros);
-        if (BITS == 3) zero[1] = word + 1 < call.zero_words ? read(zeros + 1) : 0;
+        if (BITS == 3 || bit == 0 || place.step == 0 || fresh) zero[0] = read(zero_row + word);
+        if (BITS == 3) zero[1] = word + 1 < call.zero_words ? read(zero_row + word + 1) : 0;
         fresh = false;
     }
     bool fresh = true; // no word of zero points has been read yet
