@@ -88,15 +88,11 @@ def plan() -> list[tuple[str, Any]]:
         for tokens in (1, 8):
             for rows, columns in gpu_matrix.DENSE:
                 name = f"tune w{bits} dense {rows}x{columns} {tokens} tokens"
-                found.append(
-                    (name, lambda r, n=rows, k=columns, b=bits, t=tokens: [gpu_tune.dense(n, k, b, t)])  # noqa: ARG005
-                )
+                found.append((name, lambda r, n=rows, k=columns, b=bits, t=tokens: [gpu_tune.dense(n, k, b, t)]))
         for tokens in (1, 8, 16, 32):
-            found.append(
-                (f"tune w{bits} moe {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_tune.routed(b, t)))  # noqa: ARG005
-            )
+            found.append((f"tune w{bits} moe {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_tune.routed(b, t))))
         name = f"tune w{bits} widened {PREFILL} tokens"
-        found.append((name, lambda r, b=bits: [gpu_tune.widened(b, PREFILL)]))  # noqa: ARG005
+        found.append((name, lambda r, b=bits: [gpu_tune.widened(b, PREFILL)]))
     return found
 
 
