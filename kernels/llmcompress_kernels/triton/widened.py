@@ -50,7 +50,7 @@ def widen_kernel(
     BK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Program (tile of rows, tile of columns); ``out`` has ``chunk`` rows of each matrix's ``span``, from ``first`` on."""
+    """Program (tile of rows, tile of columns); ``out`` has ``chunk`` rows of every ``span``, from ``first`` on."""
     r = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.program_id(1) * BK
     k = at + tl.arange(0, BK)
