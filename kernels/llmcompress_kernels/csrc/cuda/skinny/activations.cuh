@@ -34,12 +34,12 @@ template <int BITS, bool BF16, int NT> struct Block {
         return int64_t(at<uint16_t>(memory.job_expert)[j]) * (call.mode == GATE_UP ? 2 : 1) * call.rows;
     }
 
-    // First row, or gate, of this warp's strip.
-    __device__ int strip(int tile) const { return (tile * call.warps + warp) * (call.mode == GATE_UP ? STRIP / 2 : STRIP); }
+    // First row, or gate, of a warp's strip.
+    __device__ int strip(int tile, int of) const { return (tile * call.warps + of) * (call.mode == GATE_UP ? STRIP / 2 : STRIP); }
 
     // Weight row of row `j` of the strip; beyond the matrix the last one, whose results are dropped.
-    __device__ int64_t weight_row(int tile, int j) const {
-        const int row = strip(tile) + (call.mode == GATE_UP ? j % 16 : j);
+    __device__ int64_t weight_row(int strip, int j) const {
+        const int row = strip + (call.mode == GATE_UP ? j % 16 : j);
         const int within = row < call.rows ? row : call.rows - 1;
         return call.mode == GATE_UP && j >= 16 ? int64_t(call.rows) + within : within;
     }
@@ -123,7 +123,7 @@ template <int BITS, bool BF16, int NT> struct Block {
     __device__ __forceinline__ void copy_x(int columns, int pieces) {
         // in 16 bytes; a thread has 128 bytes on the way where registers allow it
         constexpr int WIDE = S::PAIRS / 4, AT_ONCE = (NT == 1 && BITS != 2 ? 8 : 4) / WIDE;
-        const int all = count * pieces;
+        const int all = count * pieces, thread = anew(this->thread), threads = anew(this->threads);
         for (int begin = thread; begin < all; begin += AT_ONCE * threads) {
             Words held[AT_ONCE][WIDE];
             int to[AT_ONCE];
@@ -165,7 +165,7 @@ template <int BITS, bool BF16, int NT> struct Block {
 
     // Sums over spans: of the activations, and of what the numbers that stand for codes have too much, negated.
     __device__ __forceinline__ void add_x(int steps) {
-        const int spans = memory.spans, chunks = S::COLUMNS / 8 / spans;
+        const int spans = memory.spans, chunks = S::COLUMNS / 8 / spans, thread = anew(this->thread), threads = anew(this->threads);
         for (int item = thread; item < count * steps * spans; item += threads) {
             const int entry = item / (steps * spans), span = item % (steps * spans);
             const unsigned char* x = bytes + memory.x + entry * memory.x_stride + span * chunks * 16;

@@ -88,6 +88,13 @@ template <bool BF16> __device__ __forceinline__ uint16_t narrow(float v) {
 template <typename T> __device__ __forceinline__ T read(const T* at) { return __ldg(at); }
 __device__ __forceinline__ float read_written(const float* at) { return __ldcg(at); }
 
+// The same number, but the compiler does not know: what is computed from it is computed where it stands, and takes no register
+// through the loop around it.
+__device__ __forceinline__ int anew(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 __device__ __forceinline__ int add(int* counter, int value) { return atomicAdd(counter, value); }
 __device__ __forceinline__ void fence() { __threadfence(); }
 

@@ -184,6 +184,8 @@ inline uint32_t mask_set(uint32_t v, uint32_t mask, uint32_t set) { return (v & 
 template <typename T> inline T read(const T* at) { return *at; }
 inline float read_written(const float* at) { return *at; }
 
+inline int anew(int v) { return v; }
+
 inline int add(int* counter, int value) {
     const int before = *counter;
     *counter += value;

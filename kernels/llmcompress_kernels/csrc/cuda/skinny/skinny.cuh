@@ -67,13 +67,14 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
 
     // Addresses for another strip.
     __device__ __forceinline__ void enter() {
-        const int64_t first = block.first_row(place.job), row = first + block.weight_row(place.tile, block.lane);
+        const int lane = anew(block.lane), strip = block.strip(place.tile, anew(block.warp));
+        const int64_t first = block.first_row(place.job), row = first + block.weight_row(strip, lane);
         scale_row = call.scale + row * call.groups;
         zero_row = call.zero + row * call.zero_words;
 #pragma unroll
         for (int i = 0; i < S::COPIES; ++i) {
-            const int chunk = block.lane + i * LANES;
-            const int64_t j = first + block.weight_row(place.tile, chunk / S::CHUNKS);
+            const int chunk = lane + i * LANES;
+            const int64_t j = first + block.weight_row(strip, chunk / S::CHUNKS);
             from[i] = reinterpret_cast<const unsigned char*>(call.weight + j * call.words) + chunk % S::CHUNKS * 16;
         }
     }
@@ -215,12 +216,12 @@ __device__ void store(Block<BITS, BF16, NT>& block, const Sums<BITS, BF16, NT>& 
     const Call& call = block.call;
     const auto out = static_cast<uint16_t*>(call.out);
     const int64_t all = int64_t(call.tokens) * call.slots, first_row = block.first_row(place.job);
-    const int begin = block.strip(place.tile) + block.g;
+    const int begin = block.strip(place.tile, anew(block.warp)) + anew(block.g), first_entry = 2 * anew(block.t);
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int entry = n * TILE + 2 * block.t + i % 2, low = begin + i / 2 * 8;
+            const int entry = n * TILE + first_entry + i % 2, low = begin + i / 2 * 8;
             if (entry >= block.count) continue;
             const int64_t slot = block.slot(entry);
             if (call.mode == GATE_UP) {
@@ -269,7 +270,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, 
     const int64_t all = int64_t(call.tokens) * call.slots;
     const int pieces = block.schedule.pieces(place.job, place.tile);
     if (call.mode == DENSE) {
-        const int row = block.strip(place.tile) + block.lane;
+        const int row = block.strip(place.tile, anew(block.warp)) + anew(block.lane);
         if (row >= call.rows) return;
         float sum[MOST] = {};
         for (int p = 0; p < pieces; ++p)
@@ -282,7 +283,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, 
         return;
     }
     // half a warp per slot
-    const int channel = block.strip(place.tile) + block.lane % 16, half = block.lane / 16;
+    const int lane = anew(block.lane), channel = block.strip(place.tile, anew(block.warp)) + lane % 16, half = lane / 16;
     if (channel >= call.rows) return;
     float gate[MOST / 2] = {}, up[MOST / 2] = {};
     for (int p = 0; p < pieces; ++p)
@@ -306,10 +307,11 @@ template <int BITS, bool BF16, int NT> __device__ void combine(Block<BITS, BF16,
     const auto out = static_cast<uint16_t*>(call.out);
     const int64_t all = int64_t(call.tokens) * call.slots;
     // every lane counts the pieces of some jobs
-    uint8_t* pieces = block.bytes + block.memory.pieces + block.warp * block.memory.most_jobs;
-    for (int job = block.lane; job < block.schedule.jobs; job += LANES) pieces[job] = uint8_t(block.schedule.pieces(job, tile));
+    const int warp = anew(block.warp), lane = anew(block.lane);
+    uint8_t* pieces = block.bytes + block.memory.pieces + warp * block.memory.most_jobs;
+    for (int job = lane; job < block.schedule.jobs; job += LANES) pieces[job] = uint8_t(block.schedule.pieces(job, tile));
     sync_warp();
-    const int64_t row = block.strip(tile) + block.lane;
+    const int64_t row = block.strip(tile, warp) + lane;
     if (row < call.rows)
         for (int first = 0; first < call.tokens; first += TILE) {
             float sum[TILE] = {};
@@ -347,7 +349,7 @@ __device__ void end_strip(Block<BITS, BF16, NT>& block, const Sums<BITS, BF16, N
     const int piece = whole ? 0 : block.number - schedule.owner(schedule.first(place.job, place.tile));
     store(block, sums, place, whole, piece);
     if (whole) return;
-    const int strip = place.tile * call.warps + block.warp;
+    const int strip = place.tile * call.warps + anew(block.warp);
     if (call.mode == DOWN) {
         if (last_of(call.arrived + strip, steps, schedule.jobs * schedule.steps, block.lane)) combine<BITS, BF16, NT>(block, place.tile);
     } else if (last_of(call.arrived + place.job * schedule.tiles * call.warps + strip, steps, schedule.steps, block.lane)) {
