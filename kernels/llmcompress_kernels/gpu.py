@@ -109,8 +109,8 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
         up, down = own[_GATE_UP : _GATE_UP + 6], own[_DOWN_BITS - 4 : _DOWN_BITS + 2]
         bits = (own[_GATE_UP_BITS], own[_DOWN_BITS])
         if widened.verify_routed(x, own[1], (up[1], up[3], down[1], down[3]), bits) is None:
-            sides = [(*side[:3], *side[4:]) for side in (up, down)]
-            return widened.moe_group_gemm(x, own[1], own[2], *sides, *own[15:])
+            up, down = (*up[:3], *up[4:]), (*down[:3], *down[4:])  # without the bias
+            return widened.moe_group_gemm(x, own[1], own[2], up, down, *own[15:])
         if kernels.verify(x, own[_GATE_UP_BITS], own[_DOWN_BITS], own[_ACTIVATION]) is None:
             return kernels.moe_group_gemm(*own)
     return reference_moe_group_gemm.moe_group_gemm(*arguments)

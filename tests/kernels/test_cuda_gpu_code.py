@@ -76,6 +76,23 @@ def test_shared_memory_is_what_the_host_says(emulation) -> None:
             assert found == skinny.shared(bits, call)
 
 
+@pytest.mark.parametrize(
+    "launch", [skinny.Launch(1, 3, 1), skinny.Launch(2, 5, 3), skinny.Launch(4, 6, 1, overlap=False)]
+)
+def test_launches(emulation, packed, monkeypatch, launch) -> None:
+    """However a product is cut up: activations come in several slices, strips are shared by many blocks."""
+    monkeypatch.setattr(skinny, "LEAST_STEPS", 1)
+    monkeypatch.setattr(skinny, "SHARED", {8: 64 << 10, 9: 72 << 10})
+    monkeypatch.setattr(skinny, "SHARED_OF_A_BLOCK", {8: 64 << 10, 9: 40 << 10})
+    emulation.llmcompress_skinny_emulation(launch.stages % 2, launch.warps)
+    w = packed((150, 2112), 2, 64, symmetric=False)
+    x = torch.randn(7, 2112).to(torch.bfloat16)
+    operands = (w.weight, w.scale, w.zero, 2, 64, 2112)
+    expected = dense_definition.group_gemm(x.double(), *operands)
+    found = skinny.group_gemm(x, *operands, launch, library=emulation, device=skinny.Device(3, 9))
+    assert error(found, expected) < TOLERANCE[torch.bfloat16]
+
+
 def test_narrow_groups(emulation, packed) -> None:
     emulation.llmcompress_skinny_emulation(1, 0)
     for bits, group in ((3, 64), (4, 32), (2, 64), (4, 256), (3, 32)):
@@ -193,12 +210,34 @@ def test_the_implementation_is_listed_with_its_reason() -> None:
         assert torch.cuda.is_available() or row.reason == "no CUDA device"
 
 
-def test_columns_are_split_until_the_gpu_is_full() -> None:
-    assert skinny.split(4, tiles=1000, experts=1, columns=4096, processors=132) == (1, 16)
-    splits, steps = skinny.split(4, tiles=32, experts=1, columns=14336, processors=132)
-    assert splits * 32 >= 132
-    assert (splits - 1) * steps < 56 <= splits * steps
-    assert skinny.split(4, tiles=1, experts=1, columns=256, processors=132) == (1, 1)
+def cut(bits: int, rows: int, columns: int, tokens: int = 1, launch: skinny.Launch | None = None) -> skinny.Call:
+    """A dense call on an H100."""
+    call = skinny.Call(mode=0, tokens=tokens, slots=1, experts=1, rows=rows, columns=columns, group=128)
+    call.at_once = min(tokens, 16)
+    skinny.cut(call, bits, launch or skinny.Launch(8, 4, 2), skinny.Device(132, 9))
+    return call
+
+
+def test_blocks_fit_side_by_side() -> None:
+    for bits, tokens in itertools.product((2, 3, 4), (1, 8, 16)):
+        call = cut(bits, 14336, 4096, tokens)
+        side_by_side = call.blocks // 132
+        assert side_by_side * (skinny.shared(bits, call) + 1024) <= aot.SHARED_PER_PROCESSOR[90], (bits, tokens)
+        assert side_by_side * call.warps >= 8, (bits, tokens)
+
+
+def test_what_does_not_fit_gives_way() -> None:
+    generous, tight = cut(4, 4096, 14336, 1), cut(4, 4096, 14336, 16)
+    assert generous.slice >= 0.25 * 112
+    assert tight.slice >= 2
+    wanted = cut(4, 4096, 14336, 16, skinny.Launch(8, 6, 4))
+    assert wanted.stages < 6 or wanted.blocks < 4 * 132
+
+
+def test_strips_are_shared_by_few_blocks() -> None:
+    for rows, columns in ((32, 57344), (4096, 14336), (14336, 4096), (128, 128)):
+        call = cut(4, rows, columns)
+        assert 1 <= call.pieces <= skinny.MOST_PIECES + 1, (rows, columns)
 
 
 @pytest.fixture(scope="module")
@@ -212,33 +251,24 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_every_instance_compiles_without_spills(compiled: list[dict]) -> None:
+def test_every_instance_compiles(compiled: list[dict]) -> None:
     wanted = {(a, b, t, n) for a in ARCHITECTURES for b in (2, 3, 4) for t in ("fp16", "bf16") for n in (8, 16)}
     assert {(r["arch"], r["bits"], r["type"], r["tokens"]) for r in compiled} == wanted
-    assert [r for r in compiled if r["spills"] or r["stack"]] == []
+    for report in compiled:
+        # 16 warps share a multiprocessor's registers; with 16 tokens a few numbers of the outer loop lie in memory
+        assert report["registers"] <= 128, report
+        assert report["spills"] <= (0 if report["tokens"] == 8 else 200), report
 
 
 @pytest.mark.slow
-def test_blocks_fit_side_by_side(compiled: list[dict]) -> None:
-    """The pipeline's depth counts for nothing unless several blocks share a multiprocessor."""
+def test_the_products_are_made_of_what_they_are_meant_to_be(compiled: list[dict]) -> None:
     for report in compiled:
-        by_registers = 65536 // (128 * -(-report["registers"] // 8) * 8)
-        for tokens, wanted in ((1, {80: 2, 90: 3}), (8, {80: 1, 90: 2}), (16, {80: 1, 90: 1})):
-            if tokens > report["tokens"]:
-                continue
-            taken = aot.shared(report["bits"], tokens, aot.GROUP) + 1024
-            fit = min(by_registers, aot.SHARED_PER_PROCESSOR[report["arch"]] // taken)
-            assert fit >= wanted[report["arch"]], (report, tokens, fit)
-
-
-@pytest.mark.slow
-def test_the_loop_is_made_of_what_it_is_meant_to_be(compiled: list[dict]) -> None:
-    for report in compiled:
-        counts, tiles = report["loop"], report["tokens"] // 8
-        # either half of the rows, and the sums
-        assert counts["HMMA"] == 3 * tiles * report["turn"] // 16, report
+        counts, tiles = report["step"], report["tokens"] // 8
+        assert report["steps"] == 3, report
+        # 2 x 16 rows, 16 columns at a time
+        assert counts["HMMA"] == 2 * tiles * skinny.COLUMNS[report["bits"]] // 16, report
         assert report["copies"] > 0, report  # LDGSTS
-        assert counts.get("LDL", 0) + counts.get("STL", 0) == 0, report
-        assert counts.get("LDG", 0) == 0, report
+        assert counts.get("LDG", 0) + counts.get("STL", 0) == 0, report
         if report["tokens"] == 8:
-            assert report["per_weight"] < BUDGET[report["bits"]], report
+            # the other half is for copies, scales and waiting
+            assert report["per_weight"] < BUDGET[report["bits"]] / 2, report

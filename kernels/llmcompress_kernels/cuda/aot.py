@@ -22,13 +22,9 @@ from typing import Any
 from llmcompress_kernels import build
 from llmcompress_kernels.cuda import skinny, toolchain
 
-SOURCE = build.SOURCES / "cuda" / "skinny" / "skinny.cu"
+SOURCES = tuple(build.SOURCES / "cuda" / "skinny" / f"skinny_{bits}.cu" for bits in skinny.BITS)
 # bytes of shared memory of a multiprocessor, of which every block takes 1024 more than it asks for
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
-ROWS_OF_A_WARP, LANES = 32, 32
-# columns of one turn of the loop over a step's columns
-TURN = {2: 64, 3: 64, 4: 32}
-GROUP = 128
 
 
 def missing() -> str | None:
@@ -58,24 +54,26 @@ def compile_all(arch: int, folder: Path) -> list[dict[str, Any]]:
 
     Returns:
         Per instance ``arch``, ``bits``, ``type``, ``tokens`` of its tile, ``registers``, ``stack`` and ``spills`` in
-        bytes, ``shared`` bytes with groups of 128 for all its tokens, ``copies`` (asynchronous ones), ``loop``
-        (instructions of the loop over a step's columns by name), ``turn`` (columns of one turn of it), and
-        ``per_weight``: instructions per weight of a step with its copies and scales, groups of 128, at most.
+        bytes, ``copies`` (asynchronous ones), ``step`` (instructions of the products of a step, by name, where one
+        scale serves all its columns) and ``per_weight``, how many of them a weight takes.
 
     Raises:
         BuildError: It does not compile.
     """
-    cubin = folder / f"skinny-{arch}.cubin"
-    command = [toolchain.find(), *toolchain.FLAGS, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", str(SOURCE)]
-    done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise build.BuildError(done.stderr[-2000:])
-    resources = _resources(done.stderr)
-    tool = _cuobjdump()
-    assert tool is not None
-    told = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function : (\S+)", told)
-    return [_report(arch, name, resources[name], code) for name, code in zip(parts[1::2], parts[2::2])]
+    found = []
+    for source in SOURCES:
+        cubin = folder / f"{source.stem}-{arch}.cubin"
+        command = [toolchain.find(), *toolchain.FLAGS, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", str(source)]
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise build.BuildError(done.stderr[-2000:])
+        resources = _resources(done.stderr)
+        tool = _cuobjdump()
+        assert tool is not None
+        told = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        parts = re.split(r"Function : (\S+)", told)
+        found += [_report(arch, name, resources[name], code) for name, code in zip(parts[1::2], parts[2::2])]
+    return found
 
 
 def _resources(log: str) -> dict[str, dict[str, int]]:
@@ -94,44 +92,30 @@ def _resources(log: str) -> dict[str, dict[str, int]]:
 
 def _report(arch: int, name: str, resources: dict[str, int], code: str) -> dict[str, Any]:
     bits, bf16, tiles = map(int, re.search(r"ILi(\d)ELb(\d)ELi(\d)E", name).groups())  # type: ignore[union-attr]
-    inner, outer = _loops(code)
-    # what a turn does at the end of a group only is FFMA, and zeros for the next one
-    turn, step = TURN[bits], skinny.COLUMNS[bits]
-    executed = inner.total() - (1 - turn / GROUP) * (inner["FFMA"] + inner["CS2R"])
-    executed = outer.total() - inner.total() + step // turn * executed
+    straight = [part for part in _straight(code) if part["HMMA"]]
+    # one piece of code per number of scales in a step, without jumps; the fewest scales take the fewest instructions
+    step = min(straight, key=lambda counts: counts.total())
     return {
         "arch": arch, "bits": bits, "type": "bf16" if bf16 else "fp16", "tokens": 8 * tiles, **resources,
-        "shared": shared(bits, 8 * tiles, GROUP), "copies": outer["LDGSTS"], "loop": dict(inner), "turn": turn,
-        "per_weight": round(executed / (step * ROWS_OF_A_WARP / LANES), 2),
+        "copies": code.count("LDGSTS"), "steps": len(straight), "step": dict(step),
+        # a lane has a row's weight for every column of a step
+        "per_weight": round(step.total() / skinny.COLUMNS[bits], 2),
     }  # fmt: skip
 
 
-def _loops(code: str) -> tuple[Counter[str], Counter[str]]:
-    """Instructions of the innermost loop that multiplies, and of the loop over steps around it."""
-    at = [(int(m[1], 16), m[2].strip()) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", code)]
-    found = []
-    for address, text in at:
-        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            body = [t for a, t in at if int(branch[1], 16) <= a <= address]
-            counts = Counter(_opcode(t) for t in body)
-            if counts["HMMA"]:
-                found.append(counts)
-    found.sort(key=lambda counts: counts.total())
-    return found[0], next(counts for counts in found if counts["LDGSTS"])
+def _straight(code: str) -> list[Counter[str]]:
+    """Instructions between jumps, by name."""
+    found: list[Counter[str]] = [Counter()]
+    for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+([^;/]*);", code):
+        name = _opcode(match[1].strip())
+        found[-1][name] += 1
+        if name == "BRA":
+            found.append(Counter())
+    return found
 
 
 def _opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
-
-
-def shared(bits: int, at_once: int, group: int) -> int:
-    """Bytes of shared memory of a block for so many tokens, as ``Memory::bytes`` of skinny.cuh has them."""
-    step = skinny.COLUMNS[bits]
-    tables = 8 * 128 + 8 * 8 * (1 if at_once <= 8 else 2) + 2 * skinny.MOST_SLOTS + 16
-    words, x = 128 * (step * bits // 8 + 16), at_once * (2 * step + (16 if bits == 2 else 64))
-    stages = 2 if bits == 3 else 3
-    return tables + stages * (words + x) + 2 * max(1, step // group) * 128 * 8
 
 
 def main() -> int:

@@ -59,6 +59,7 @@ def variants(arch: int) -> Iterator[Variant]:
     many = 128 if arch >= 90 else 64
     yield from _dense(many)
     yield from _routed(many)
+    yield from _widened()
     yield from _states()
     yield from _trees()
     yield from _columns()
@@ -132,6 +133,24 @@ def _routed(many: int) -> Iterator[Variant]:
     types = {"parts": "*fp32", "index": "*i64", "weights": "*fp32", "out": "*bf16", "count": "i32", "hidden": "i32"}
     constants = {"SPLITS": 4, "SLOTS": 2, "EXPERTS": 8, "BLOCK": 1024}
     yield Variant("moe_combine", combine_kernel, types, constants, matrix=False)
+
+
+def _widened() -> Iterator[Variant]:
+    import triton.language as tl
+
+    from llmcompress_kernels.triton import widened
+
+    sizes = dict.fromkeys(("first", "chunk", "span", "rows", "columns", "intermediate", "hidden"), "i32")
+    for bits in (2, 3, 4, 8):
+        constants = {"GROUP": 128, "BITS": bits, "HAS_ZERO": True, "ONE_GROUP": True, "COMPUTE": tl.bfloat16}
+        constants |= {"BN": widened.ROWS, "BK": widened.COLUMNS}
+        types = {**WEIGHT, "out": "*bf16", **sizes, **SIZES}
+        yield Variant(f"widen/w{bits}", widened.widen_kernel, types, constants, matrix=False)
+    types = {"h": "*bf16", "out": "*bf16", **sizes, "alpha": "fp32", "limit": "fp32"}
+    yield Variant("widened_gate", widened.gate_kernel, types, {"ACTIVATION": "silu", "BLOCK": 1024}, matrix=False)
+    types = {"rows": "*bf16", "places": "*i64", "weights": "*fp32", "out": "*bf16", "ends": "*i32"}
+    constants = {"SLOTS": 2, "EXPERTS": 8, "BLOCK": 1024}
+    yield Variant("widened_weigh", widened.weigh_kernel, {**sizes, **types}, constants, matrix=False)
 
 
 def _states() -> Iterator[Variant]:
