@@ -31,11 +31,10 @@ def float_update_kernel(
     tl.store(place, u.to(state.dtype.element_ty))
 
 
-def update(batch: int, rate: float) -> dict[str, Any]:
-    """Microseconds of one token of ``batch`` sequences, one layer."""
-    drive = torch.randn(batch, HEADS, P, device="cuda")
-    decay = torch.rand(batch, HEADS, device="cuda")
-    b, c = torch.randn(batch, 1, N, device="cuda"), torch.randn(batch, 1, N, device="cuda")
+def float_updates(
+    batch: int, drive: torch.Tensor, decay: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> dict[str, list[Callable[[], object]]]:
+    """The same update with states in fp32 and fp16, one call per rotation."""
     out = torch.empty_like(drive)
     candidates: dict[str, list[Callable[[], object]]] = {}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
@@ -45,6 +44,15 @@ def update(batch: int, rate: float) -> dict[str, Any]:
             lambda s=s: float_update_kernel[(P // 16, HEADS, batch)](s, drive, decay, b, c, out, HEADS, P, N, 16)
             for s in held
         ]
+    return candidates
+
+
+def update(batch: int, rate: float) -> dict[str, Any]:
+    """Microseconds of one token of ``batch`` sequences, one layer."""
+    drive = torch.randn(batch, HEADS, P, device="cuda")
+    decay = torch.rand(batch, HEADS, device="cuda")
+    b, c = torch.randn(batch, 1, N, device="cuda"), torch.randn(batch, 1, N, device="cuda")
+    candidates = float_updates(batch, drive, decay, b, c)
     for bits in (4, 8):
         size = batch * HEADS * P * N * bits // 8
         packed = [

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from llmcompress_kernels import build, routed_shapes, select
 from llmcompress_kernels.cuda import skinny
+from llmcompress_kernels.cuda import state as cuda_state
+from llmcompress_kernels.cuda import tree as cuda_tree
 from llmcompress_kernels.reference import group_gemm as reference_group_gemm
 from llmcompress_kernels.reference import moe_group_gemm as reference_moe_group_gemm
 from llmcompress_kernels.reference import state as reference_state
@@ -58,6 +60,19 @@ def cuda_ready() -> bool:
         build.load(skinny.FAMILY)
     except build.BuildError as error:
         sys.stderr.write(f"llmcompress: no CUDA C++ kernels: {error}\n")
+        return False
+    return True
+
+
+@cache
+def family_ready(name: str) -> bool:
+    """Load a family of CUDA C++ kernels like :func:`cuda_ready`."""
+    if no_device() is not None or build.unavailable(name) is not None:
+        return False
+    try:
+        build.load(name)
+    except build.BuildError as error:
+        sys.stderr.write(f"llmcompress: no CUDA C++ kernels ({name}): {error}\n")
         return False
     return True
 
@@ -129,6 +144,8 @@ def _states(channels: int, states: int, bits: int | None, *tensors: Tensor | Non
 def dsq_state_update(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     held, drive, bits = arguments[:4], arguments[4], arguments[8]
+    if wanted("cuda") and cuda_state.verify(*arguments) is None and family_ready(cuda_state.FAMILY):
+        return cuda_state.dsq_state_update(*arguments)
     if _states(drive.shape[-1], held[2].shape[-1], bits, *held):
         from llmcompress_kernels.triton import state as kernels
 
@@ -167,6 +184,9 @@ def delta_decode(
 ) -> Tensor:
     """CUDA implementation of the operator; ``spans`` stays on the CPU."""
     arguments = (x, packed, scale, spans, bits, multiplier, group_size)
+    if wanted("cuda") and cuda_tree.verify(x, packed, scale, bits, group_size) is None:
+        if family_ready(cuda_tree.FAMILY):
+            return cuda_tree.delta_decode(*arguments)
     if wanted("triton") and no_triton() is None:
         from llmcompress_kernels.triton import delta_decode as kernels
 
@@ -190,6 +210,12 @@ if "delta_decode" in SCHEMAS:
 
 for _function in _FUNCTIONS:
     _LIBRARY.impl(_function.__name__, _function, "CUDA")
-    if _function in (group_gemm, moe_group_gemm):
-        select.register(select.Implementation(_function.__name__, "cuda", ("cuda",), skinny.unavailable))
+    _in_cuda = {
+        group_gemm: skinny.unavailable,
+        moe_group_gemm: skinny.unavailable,
+        dsq_state_update: cuda_state.unavailable,
+        delta_decode: cuda_tree.unavailable,
+    }.get(_function)
+    if _in_cuda is not None:
+        select.register(select.Implementation(_function.__name__, "cuda", ("cuda",), _in_cuda))
     select.register(select.Implementation(_function.__name__, "triton", ("cuda",), no_triton))

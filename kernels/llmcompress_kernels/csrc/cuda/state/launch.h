@@ -1,0 +1,37 @@
+// Choice of the instance and the launch; included by update.cu and emulate.cpp after update.cuh.
+#pragma once
+
+namespace llmcompress::gpu {
+
+template <class S> int launch(const StateCall& call, void* stream) {
+    // the device's own limit does not change; asked once per instance
+    static const int most = at_once(update_kernel<S>, S::THREADS, S::BYTES);
+    if (most <= 0) return most < 0 ? -most : -1;
+    return start(update_kernel<S>, unsigned(call.units < most ? call.units : most), 1, S::THREADS, S::BYTES, call, stream);
+}
+
+template <int BITS, int N, bool FIXED> int launch(const StateCall& call, int variant, void* stream) {
+    if (variant == 0) return launch<StateShape<BITS, N, 2, 4, FIXED, 4>>(call, stream);
+#ifdef LLMCOMPRESS_TUNE
+    if (variant == 1) return launch<StateShape<BITS, N, 4, 8, FIXED, 4>>(call, stream);
+    if (variant == 2) return launch<StateShape<BITS, N, 4, 4, FIXED, 4>>(call, stream);
+    if (variant == 3) return launch<StateShape<BITS, N, 2, 4, FIXED, 5>>(call, stream);
+#endif
+    return -3;
+}
+
+template <int BITS, int N> int launch(const StateCall& call, int variant, void* stream) {
+    return call.fixed ? launch<BITS, N, true>(call, variant, stream) : launch<BITS, N, false>(call, variant, stream);
+}
+
+} // namespace llmcompress::gpu
+
+// 0, or the error of the launch.
+LLMCOMPRESS_EXPORT int llmcompress_state_update(const llmcompress::gpu::StateCall* call, int variant, void* stream) {
+    using namespace llmcompress::gpu;
+    if (call->states == 128) return call->bits == 4 ? launch<4, 128>(*call, variant, stream) : launch<8, 128>(*call, variant, stream);
+#ifndef LLMCOMPRESS_TUNE
+    if (call->states == 64) return call->bits == 4 ? launch<4, 64>(*call, variant, stream) : launch<8, 64>(*call, variant, stream);
+#endif
+    return -3;
+}

@@ -1,0 +1,29 @@
+// What one launch is told; llmcompress_kernels/cuda/tree.py holds the same structures.
+#pragma once
+
+#include <cstdint>
+
+namespace llmcompress::gpu {
+
+constexpr int MOST_NODES = 64;
+
+struct TreeNode {
+    const unsigned char* words; // [N, K bits / 8] stored codes
+    const uint16_t* scale;      // [N, G] fp16
+    float multiplier;           // of the scales
+    int bits, low, high;        // tokens low <= t < high
+};
+
+// T tokens, N rows, K columns in G groups of 128.
+struct TreeCall {
+    const void* x; // [T, K]
+    void* out;     // [T, N]
+    float* parts;  // [splits, T, N], null if there is one
+    int* arrived;  // one counter per block of rows, zero before and after
+    int tokens, rows, columns, groups;
+    int nodes, widths;     // widths: sum of the different ones
+    int splits, each;      // groups of a split
+    TreeNode node[MOST_NODES];
+};
+
+} // namespace llmcompress::gpu

@@ -1,0 +1,11 @@
+// The kernel of tree.cuh for a GPU.
+#include "../common/device.cuh"
+
+#include "tree.cuh"
+
+#include "launch.h"
+
+LLMCOMPRESS_EXPORT const char* llmcompress_tree_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+// The library has its own copy of CUDA's run time, which shares the device's context with PyTorch's.
+LLMCOMPRESS_EXPORT int llmcompress_tree_device(int device) { return int(cudaSetDevice(device)); }
