@@ -2,8 +2,8 @@
 
     python kernels/bench/gpu_candidates.py --out FILE
 
-The libraries are built with all instances (``LLMCOMPRESS_TUNE``); what is fastest becomes the default in ``cuda/state.py``
-and ``cuda/tree.py``. Takes about a minute with the build.
+The libraries are built with all instances (``LLMCOMPRESS_TUNE``); what is fastest becomes the default in
+``cuda/state.py`` and ``cuda/tree.py``. Takes about a minute with the build.
 """
 
 from __future__ import annotations

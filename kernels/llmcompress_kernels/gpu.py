@@ -184,9 +184,9 @@ def delta_decode(
 ) -> Tensor:
     """CUDA implementation of the operator; ``spans`` stays on the CPU."""
     arguments = (x, packed, scale, spans, bits, multiplier, group_size)
-    if wanted("cuda") and cuda_tree.verify(x, packed, scale, bits, group_size) is None:
-        if family_ready(cuda_tree.FAMILY):
-            return cuda_tree.delta_decode(*arguments)
+    accepted = wanted("cuda") and cuda_tree.verify(x, packed, scale, bits, group_size) is None
+    if accepted and family_ready(cuda_tree.FAMILY):
+        return cuda_tree.delta_decode(*arguments)
     if wanted("triton") and no_triton() is None:
         from llmcompress_kernels.triton import delta_decode as kernels
 

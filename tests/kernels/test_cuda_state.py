@@ -1,0 +1,150 @@
+"""The CUDA C++ state update without a GPU: run on the host it gives the definition's codes, and it compiles for two GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from llmcompress_kernels import build, select
+from llmcompress_kernels.cuda import aot, machine_code
+from llmcompress_kernels.cuda import state as kernels
+from llmcompress_kernels.reference import state as definition
+
+HEADS, GROUPS, P = 4, 2, 64
+
+
+@pytest.fixture(scope="module")
+def emulation() -> ctypes.CDLL:
+    """The kernel compiled for the host."""
+    if shutil.which("g++") is None and "CXX" not in os.environ:
+        pytest.skip("no C++ compiler")
+    family = build.Family(
+        "state-emulation",
+        ("cuda/state/emulate.cpp",),
+        headers=("cuda/state/*", "cuda/common/*"),
+        flags=("-O1", "-Wno-unknown-pragmas"),
+    )
+    library = ctypes.CDLL(str(build.build(family)))
+    library.llmcompress_state_per_state.restype = ctypes.c_float
+    library.llmcompress_state_per_state.argtypes = (ctypes.c_float, ctypes.c_int)
+    return library
+
+
+def start(seed: int, sequences: int, states: int, bits: int, calibrated: bool, scale: float = 1.0):
+    """Packed states with outliers along both axes, one of them zero, and the calibrated scale."""
+    torch.manual_seed(seed)
+    u = torch.randn(sequences, HEADS, P, states) * torch.randn(P, 1).exp() * torch.randn(states).exp() * scale
+    u[0, 0] = 0
+    u[0, 1, :, 3] = 0
+    u[0, 1, 5] = 0
+    fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
+    codes, channel, side = definition.dsq_pack(u, fixed, bits)
+    return [codes.clone(), None if calibrated else channel, side], fixed
+
+
+def inputs(sequences: int, states: int) -> tuple[torch.Tensor, ...]:
+    """drive, decay, b, c."""
+    return (
+        torch.randn(sequences, HEADS, P),
+        torch.rand(sequences, HEADS) * 0.2 + 0.8,
+        torch.randn(sequences, GROUPS, states),
+        torch.randn(sequences, GROUPS, states),
+    )
+
+
+def compare(emulation, held, fixed, given, bits: int) -> None:
+    """One token by both; codes and scales to the last bit."""
+    expected = [None if t is None else t.clone() for t in held]
+    assert kernels.verify(*held, fixed, *given, bits) is None
+    found = kernels.dsq_state_update(*held, fixed, *given, bits, library=emulation)
+    wanted = definition.dsq_state_update(*expected, fixed, *given, bits)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().max().clamp(min=1)))
+    for mine, exact in zip(held, expected):
+        assert mine is None or torch.equal(mine, exact)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(("bits", "states", "late"), [(4, 128, True), (8, 128, False), (4, 64, False), (8, 64, True)])
+def test_codes_and_scales_are_the_definitions(emulation, bits: int, states: int, late: bool, calibrated: bool) -> None:
+    emulation.llmcompress_state_emulation(int(late), bits)
+    held, fixed = start(bits, 2, states, bits, calibrated)
+    for _ in range(2):
+        compare(emulation, held, fixed, inputs(2, states), bits)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9, 1e30])
+def test_scales_at_the_ends_of_fp16(emulation, scale: float) -> None:
+    """Where a scale is far from the maximum that it stands for, codes have to be clamped."""
+    emulation.llmcompress_state_emulation(1, 3)
+    held, fixed = start(3, 1, 128, 4, False, scale)
+    drive, decay, b, c = inputs(1, 128)
+    drive = drive * scale
+    b[..., ::7] *= 1e-6
+    b[..., ::11] *= 1e6
+    compare(emulation, held, fixed, (drive, decay, b, c), 4)
+
+
+def test_ties_are_divided(emulation) -> None:
+    """Quotients at the middle between codes, where every lane has to fall back to the division."""
+    emulation.llmcompress_state_emulation(0, 5)
+    codes = torch.zeros(1, HEADS, P, 64, dtype=torch.uint8)
+    fixed = torch.ones(HEADS, P, dtype=torch.float16)
+    drive, decay = torch.ones(1, HEADS, P), torch.ones(1, HEADS)
+    drive[..., 1:] = (torch.randint(-14, 15, (1, HEADS, P - 1)) * 0.5 + 0.0) / 7
+    b = torch.ones(1, GROUPS, 128)
+    held = [codes, None, torch.ones(1, HEADS, 128, dtype=torch.float16)]
+    compare(emulation, held, fixed, (drive, decay, b, b), 4)
+
+
+def test_the_state_scale_over_the_largest_code_is_rounded_correctly(emulation) -> None:
+    every = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16).to(torch.float32)
+    for bits, most in ((4, 7.0), (8, 127.0)):
+        found = [emulation.llmcompress_state_per_state(v, bits) for v in every.tolist()]
+        assert torch.equal(torch.tensor(found), every / most)
+
+
+def test_what_the_kernel_declines() -> None:
+    held, fixed = start(0, 1, 128, 4, False)
+    given = inputs(1, 128)
+    assert kernels.verify(*held, fixed, *given, 4) is None
+    assert "fitted" in (kernels.verify(*held, fixed, *given, 4, True) or "")
+    assert "6 bits" in (kernels.verify(*held, fixed, *given, 6) or "")
+    assert "float32" in (kernels.verify(*held, fixed, given[0].double(), *given[1:], 4) or "")
+    assert "P = 32" in (kernels.verify(*held, fixed, given[0][..., :32], *given[1:], 4) or "")
+    turned = held[0].transpose(2, 3).contiguous().transpose(2, 3)
+    assert "contiguous" in (kernels.verify(turned, *held[1:], fixed, *given, 4) or "")
+
+
+def test_the_implementation_is_listed_with_its_reason() -> None:
+    row = {(r.op, r.implementation): r for r in select.explain("cuda")}["dsq_state_update", "cuda"]
+    assert row.used or row.reason
+    assert torch.cuda.is_available() or row.reason == "no CUDA device"
+
+
+@pytest.mark.slow
+def test_every_instance_compiles_without_spills(tmp_path) -> None:
+    """And fits four times into a multiprocessor, with few enough instructions per state."""
+    if aot.missing() is not None:
+        pytest.skip(aot.missing())
+    with ThreadPoolExecutor(2) as pool:
+        parts = pool.map(lambda arch: machine_code.instances("state/update.cu", arch, tmp_path), (80, 90))
+        found = [one for part in parts for one in part]
+    assert {(one.arch, *one.numbers[:2], one.numbers[4]) for one in found} == {
+        (arch, bits, states, fixed) for arch in (80, 90) for bits in (4, 8) for states in (64, 128) for fixed in (0, 1)
+    }
+    for one in found:
+        bits, states = one.numbers[:2]
+        counts = one.counts()
+        assert (one.spills, one.stack) == (0, 0), one.numbers
+        assert one.registers <= 128, one.numbers
+        assert counts["LDGSTS"] > 0, one.numbers
+        assert any("STG.E.128" in line for line in one.code), one.numbers
+        # what is between reading the codes and the last barrier, once per state: a lane has P N / 128 of them
+        each = P * states // 128
+        assert counts["FMUL"] >= 5 * each, one.numbers
+        assert counts["FMUL"] < 6.5 * each, one.numbers
+        assert counts["FFMA"] < 6 * each, one.numbers

@@ -1,0 +1,164 @@
+"""The CUDA C++ kernel for residual trees without a GPU: run on the host against the definition, compiled for two GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from llmcompress_kernels import build, ops, select
+from llmcompress_kernels.cuda import aot, machine_code
+from llmcompress_kernels.cuda import tree as kernels
+from llmcompress_kernels.reference import delta_decode as definition
+
+# one rounding of the result, and products of exact operands in fp32
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
+
+
+@pytest.fixture(scope="module")
+def emulation() -> ctypes.CDLL:
+    """The kernel compiled for the host."""
+    if shutil.which("g++") is None and "CXX" not in os.environ:
+        pytest.skip("no C++ compiler")
+    family = build.Family(
+        "tree-emulation",
+        ("cuda/tree/emulate.cpp",),
+        headers=("cuda/tree/*", "cuda/common/*"),
+        flags=("-O1", "-Wno-unknown-pragmas"),
+    )
+    return ctypes.CDLL(str(build.build(family)))
+
+
+def nodes(rows: int, columns: int, bits: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Packed codes and scales."""
+    codes = [torch.randint(0, 1 << b, (rows, columns), dtype=torch.uint8) for b in bits]
+    scales = [(torch.rand(rows, columns // kernels.GROUP) + 0.1).to(torch.float16) for _ in bits]
+    return [ops.pack(c, b) for c, b in zip(codes, bits)], scales
+
+
+def run(emulation, x, packed, scale, spans, bits, multiplier, processors: int) -> torch.Tensor:
+    """By the emulation, after asking whether it takes the call."""
+    assert kernels.verify(x, packed, scale, bits, kernels.GROUP) is None
+    return kernels.delta_decode(
+        x, packed, scale, spans, bits, multiplier, kernels.GROUP, library=emulation, processors=processors
+    )
+
+
+@pytest.mark.parametrize(("dtype", "late"), [(torch.bfloat16, True), (torch.float16, False)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "bits", "spans", "processors"),
+    [
+        (1, 40, 256, [4, 1], [[0, 1], [0, 1]], 1),
+        # several splits of an odd number of groups, rows of another block, ranges of several tokens
+        (4, 300, 1280, [4, 1, 1, 2], [[0, 4], [0, 1], [1, 3], [2, 4]], 6),
+        # two tiles of tokens, one of which some nodes do not touch; a token below no node
+        (11, 70, 768, [1, 2, 4, 1], [[0, 10], [0, 7], [3, 10], [9, 10]], 1),
+    ],
+)
+def test_tree(emulation, dtype, late, tokens, rows, columns, bits, spans, processors) -> None:
+    torch.manual_seed(tokens)
+    emulation.llmcompress_tree_emulation(int(late), tokens)
+    packed, scale = nodes(rows, columns, bits)
+    multiplier = [2.0**-i for i in range(len(bits))]
+    x, ranges = torch.randn(tokens, columns).to(dtype), torch.tensor(spans)
+    found = run(emulation, x, packed, scale, ranges, bits, multiplier, processors)
+    expected = definition.delta_decode(x.double(), packed, scale, ranges, bits, multiplier, kernels.GROUP)
+    assert found.dtype == dtype
+    assert ((found.double() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+    if tokens == 11:
+        assert torch.equal(found[10], torch.zeros(rows, dtype=dtype))
+
+
+def test_large_activations_stay_finite(emulation) -> None:
+    """Scaling by a power of two may not leave fp16."""
+    emulation.llmcompress_tree_emulation(1, 0)
+    packed, scale = nodes(32, 256, [1])
+    scale[0].fill_(2.0**-10)
+    x = torch.randn(1, 256).to(torch.float16)
+    x[0, ::50] = 60000.0
+    spans = torch.tensor([[0, 1]])
+    found = run(emulation, x, packed, scale, spans, [1], [1.0], 1)
+    expected = definition.delta_decode(x.double(), packed, scale, spans, [1], [1.0], kernels.GROUP)
+    assert ((found.double() - expected).norm() / expected.norm()).item() < 1e-3
+
+
+def test_nodes_without_rows_are_not_read(emulation) -> None:
+    emulation.llmcompress_tree_emulation(1, 0)
+    packed, scale = nodes(8, 256, [4, 4])
+    scale[1].fill_(float("nan"))
+    x = torch.randn(2, 256).to(torch.bfloat16)
+    found = run(emulation, x, packed, scale, torch.tensor([[0, 2], [2, 2]]), [4, 4], [1.0, 1.0], 1)
+    assert torch.isfinite(found).all()
+    empty = torch.tensor([[0, 0], [2, 2]])
+    assert torch.equal(run(emulation, x, packed, scale, empty, [4, 4], [1.0, 1.0], 1), torch.zeros_like(found))
+
+
+def test_results_do_not_depend_on_the_order_of_blocks_and_lanes(emulation) -> None:
+    packed, scale = nodes(40, 1024, [4, 1])
+    x, spans = torch.randn(3, 1024).to(torch.bfloat16), torch.tensor([[0, 3], [1, 2]])
+    found = []
+    for seed in range(2):
+        emulation.llmcompress_tree_emulation(seed, seed)
+        found.append(run(emulation, x, packed, scale, spans, [4, 1], [1.0, 0.5], 8))
+    assert torch.equal(*found)
+
+
+def test_what_the_kernel_declines() -> None:
+    packed, scale = nodes(8, 256, [4])
+    x = torch.zeros(1, 256, dtype=torch.bfloat16)
+
+    def reason(x: torch.Tensor = x, bits: int = 4, group: int = 128) -> str:
+        return kernels.verify(x, packed, scale, [bits], group) or ""
+
+    assert reason() == ""
+    assert "bits of [3]" in reason(bits=3)
+    assert "groups of 64" in reason(group=64)
+    assert "float32" in reason(x.float())
+    assert "17 tokens" in reason(x.expand(17, -1))
+    assert "even number" in reason(torch.zeros(1, 384, dtype=torch.bfloat16))
+
+
+def test_columns_are_split_until_the_gpu_is_full() -> None:
+    most = kernels.MOST_SHARED[90]
+    for rows, columns in ((11008, 4096), (4096, 4096), (4096, 11008), (32, 256)):
+        groups = columns // kernels.GROUP
+        splits, each = kernels.split(kernels.DEFAULT, 8, 2, rows, groups, 132, most)
+        assert (splits - 1) * each < groups <= splits * each
+        assert kernels.shared(kernels.DEFAULT, 8, 2, each) <= most
+        blocks = splits * -(-rows // (kernels.DEFAULT.warps * kernels.ROWS_OF_WARP))
+        assert blocks >= 120 or splits == groups
+
+
+def test_shared_memory_is_what_the_launch_asks_for(emulation) -> None:
+    config = kernels.DEFAULT
+    for tokens, widths, each in ((1, 1, 1), (8, 2, 11), (16, 3, 4)):
+        asked = emulation.llmcompress_tree_shared(config.warps, config.stages, -(-tokens // 8), widths, each)
+        assert asked == kernels.shared(config, tokens, widths, each)
+
+
+def test_the_implementation_is_listed_with_its_reason() -> None:
+    row = {(r.op, r.implementation): r for r in select.explain("cuda")}["delta_decode", "cuda"]
+    assert row.used or row.reason
+    assert torch.cuda.is_available() or row.reason == "no CUDA device"
+
+
+@pytest.mark.slow
+def test_every_instance_compiles_without_spills(tmp_path) -> None:
+    """And its products are mma, its copies asynchronous."""
+    if aot.missing() is not None:
+        pytest.skip(aot.missing())
+    with ThreadPoolExecutor(2) as pool:
+        parts = pool.map(lambda arch: machine_code.instances("tree/tree.cu", arch, tmp_path), (80, 90))
+        found = [one for part in parts for one in part]
+    assert {(one.arch, *one.numbers[:2]) for one in found} == {
+        (a, b, n) for a in (80, 90) for b in (0, 1) for n in (1, 2)
+    }
+    for one in found:
+        counts = one.counts()
+        assert (one.spills, one.stack) == (0, 0), one.numbers
+        assert one.registers <= 128, one.numbers
+        assert counts["HMMA"] >= 3 * 16, one.numbers
+        assert counts["LDGSTS"] >= 5, one.numbers
