@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel for residual trees without a GPU: run on the host against the definition, compiled for two GPUs."""
+"""The CUDA C++ kernel for residual trees without a GPU: on the host against the definition, compiled for two GPUs."""
 
 from __future__ import annotations
 
