@@ -33,6 +33,7 @@ from llmcompress.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import Block
     from llmcompress.stages.state import FamilyState
 
 OUTSIDE_SPEC = QuantSpec(8, -1, symmetric=True)
@@ -160,7 +161,9 @@ def _dtype(handle: ModelHandle) -> str:
 
 
 def read_back(out: Path, state: FamilyState) -> None:
-    """Open ``out`` as any reader would and compare every weight with what the store holds.
+    """Open ``out`` as any reader would and compare every node and every other tensor with what the store holds.
+
+    Equal nodes on equal paths have equal sums, so sums are formed for one weight of each block only.
 
     Raises:
         ExportError: A value differs or is missing.
@@ -168,12 +171,7 @@ def read_back(out: Path, state: FamilyState) -> None:
     try:
         artifact = FamilyArtifact(out)
         for block in state.family.layout.blocks:
-            patch = state.store.read_block(block.index)
-            for linear in block.linears():
-                for member in state.plan.order:
-                    nodes = [patch.packed[entry(node, linear.name)] for node in state.plan.path(linear.name, member)]
-                    if not torch.equal(artifact.weight(linear.name, member), delta_tree.reconstruct(nodes)):
-                        raise ExportError(f"{out}: {linear.name} of {member} reads back differently")
+            _read_back_block(artifact, state, block)
         specs = outside_specs(state.family.base, state.outside)
         for member, handle in state.family.members.items():
             expected = {name: handle.checkpoint.tensor(name) for name in private_names(handle.layout)}
@@ -186,6 +184,30 @@ def read_back(out: Path, state: FamilyState) -> None:
                     raise ExportError(f"{out}: {name} of {member} reads back differently")
     except InputError as error:
         raise ExportError(f"{out}: cannot be read back: {error.message}", error.hint) from error
+
+
+def _read_back_block(artifact: FamilyArtifact, state: FamilyState, block: Block) -> None:
+    patch, plan = state.store.read_block(block.index), state.plan
+    for linear in block.linears():
+        paths = {member: plan.path(linear.name, member) for member in plan.order}
+        if paths != {member: artifact.plan.path(linear.name, member) for member in artifact.plan.order}:
+            raise ExportError(f"{artifact.folder}: {linear.name} reads back with other nodes")
+        for node in plan.stored(linear.name):
+            if not _equal(artifact.node(node, linear.name), patch.packed[entry(node, linear.name)]):
+                raise ExportError(f"{artifact.folder}: {linear.name} of {node} reads back differently")
+    first = next(iter(block.linears())).name
+    for member in plan.order:
+        nodes = [patch.packed[entry(node, first)] for node in plan.path(first, member)]
+        if not torch.equal(artifact.weight(first, member), delta_tree.reconstruct(nodes)):
+            raise ExportError(f"{artifact.folder}: {first} of {member} reads back differently")
+
+
+def _equal(found: PackedWeight, expected: PackedWeight) -> bool:
+    same = (found.shape, found.spec) == (
+        expected.shape,
+        expected.spec,
+    ) and found.tensors.keys() == expected.tensors.keys()
+    return same and all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.tensors.items())
 
 
 def artifact_bytes(folder: Path) -> dict[str, int]:

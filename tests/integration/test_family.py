@@ -67,6 +67,32 @@ def test_errors_are_those_of_what_is_stored(folder: Path) -> None:
                 assert (weight - rebuilt).square().sum() < without.square().sum()
 
 
+def test_reading_back_finds_a_changed_code(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from llmcompress.errors import ExportError
+    from llmcompress.export.family import read_back
+    from llmcompress.models.family import ModelFamily
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.quant.family import FamilyPlan
+    from llmcompress.quant.store import PackedStore
+    from llmcompress.stages.state import FamilyState
+
+    stage, out = folder / "run/stages/rqt", tmp_path / "artifact"
+    family = ModelFamily.open(ModelHandle.open(folder / "base"), {name: str(folder / name) for name in MEMBERS})
+    plan = FamilyPlan.from_dict(json.loads((stage / "plan.json").read_text()), "plan.json")
+    state = FamilyState(family, plan, PackedStore(stage / "blocks"), "int8", {})
+    shutil.copytree(folder / "run/artifact", out)
+    read_back(out, state)
+    node = out / "nodes" / "bee.safetensors"
+    content = bytearray(node.read_bytes())
+    # the last byte belongs to codes or a scale of the last weight by name, whose sum is not formed
+    content[-1] ^= 1
+    node.write_bytes(bytes(content))
+    with pytest.raises(ExportError, match="of bee reads back differently"):
+        read_back(out, state)
+
+
 def test_mixed_batch_equals_each_member_alone(folder: Path) -> None:
     import llmcompress.hf
 
