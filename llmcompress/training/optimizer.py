@@ -33,6 +33,10 @@ class Trainer:
         decay: ``constant`` (the paper names no schedule besides warm-up) or ``linear`` to zero.
         max_norm: Gradient norm limit, None for none.
         weight_decay: AdamW's.
+
+    Attributes:
+        step: Steps done.
+        spent: Share of the time that training may take, where it may take no longer; the rate falls by it too.
     """
 
     def __init__(
@@ -46,12 +50,13 @@ class Trainer:
         self.fused = all(value.is_cuda for value in values)
         self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=weight_decay, fused=self.fused or None)
         self.step = 0
+        self.spent = 0.0
 
     def rate(self) -> float:
         """Learning rate of the next step."""
         factor = min(1.0, (self.step + 1) / max(1, self.warmup))
         if self.decay == "linear":
-            factor = min(factor, max(0.0, (self.steps - self.step) / max(1, self.steps)))
+            factor = min(factor, max(0.0, (self.steps - self.step) / max(1, self.steps)), max(0.0, 1 - self.spent))
         return self.lr * factor
 
     def update(self) -> float:

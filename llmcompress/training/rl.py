@@ -234,7 +234,9 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
     lengths = [len(r.prompt) + len(r.ids) for r in rollouts]
-    for places in by_length(lengths, settings.micro_batch, settings.micro_tokens):
+    # twice as many tokens fit where no activations are kept for a backward pass
+    limit = None if settings.micro_tokens is None else 2 * settings.micro_tokens
+    for places in by_length(lengths, settings.micro_batch, limit):
         part = [rollouts[place] for place in places]
         padded = pad_rows([r.prompt for r in part], [r.ids for r in part], reader.pad, device)
         own = rl.token_logp(padded.select(policy.logits(padded.ids, padded.mask)), padded.targets, temperature)
@@ -387,6 +389,7 @@ def train_online(
     for step in range(len(curve), settings.steps):
         if stopped is not None:
             break
+        trainer.spent = 0.0 if guard.seconds is None else (time.monotonic() - begun) / guard.seconds
         indices = prompts_of_step(len(problems), settings.prompts, step, settings.seed)
         rollouts = collect(policy, reader, problems, indices, settings, settings.seed * 65_537 + step)
         if settings.level == "outcome":

@@ -7,8 +7,8 @@ FOLDER is what scripts/smollm2_to_hf.py writes. The chain: the model is shown ta
 the numbers is chosen by validation problems so that it solves about half at its first attempt, then SFT on trajectories
 beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. What is measured goes into
 benchmarks/s2r_gpu.json (with OUT set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
-``--scale`` is for rehearsals: ``tiny`` runs every phase on the shipped reasoner with next to no data. Without a GPU
-the stored file is judged.
+``--scale`` is for rehearsals: ``tiny`` runs every phase on the shipped reasoner with next to no data. Without
+--model the stored file is judged.
 """
 
 from __future__ import annotations
@@ -142,8 +142,11 @@ class Chain:
             if (stage / "curve.json").exists():
                 curve = json.loads((stage / "curve.json").read_text())
                 record["curve"] = curve if len(curve) <= 100 else curve[:: len(curve) // 50]
-        log = (self.folder / f"{name}.log").read_text(errors="replace")
-        self.found.setdefault("logs", {})[name] = log[-3000:]
+        # the run's own log holds what libraries warned of
+        for log in (self.folder / f"{name}.log", self.folder / name / "log.txt"):
+            if log.exists():
+                text = log.read_text(errors="replace")[-3000:]
+                self.found.setdefault("logs", {})[f"{name} {log.name}"] = text
         events = self.folder / name / "events.jsonl"
         if events.exists():
             rows = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
@@ -321,17 +324,14 @@ def main() -> None:
     model = "asset:reference_reasoner" if args.scale == "tiny" else args.model
     folder = Path(tempfile.mkdtemp(prefix="llmcompress-s2r-"))
     chain = Chain(model or "", args.device, args.seed, args.scale, args.budget, folder, out, args.steps)
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
+    # whether there is a GPU is left to the first run to say: asking torch takes seconds
+    if model is None:
         if not STORED.exists():
-            verdict(False, "no GPU, and no results of one are stored")
+            verdict(False, "no results are stored; with a GPU give --model FOLDER (scripts/smollm2_to_hf.py makes it)")
         chain.found = json.loads(STORED.read_text())
         chain.out = Path(tempfile.mkstemp(suffix=".json")[1])
-        print(f"no GPU here: what {STORED.relative_to(ROOT)} holds, measured {chain.found.get('date')}")
+        print(f"nothing is run without --model: {STORED.relative_to(ROOT)}, measured {chain.found.get('date')}")
         judge(chain)
-    if model is None:
-        verdict(False, "no model: give --model FOLDER (scripts/smollm2_to_hf.py makes it)")
     run(chain)
     chain.tell("all phases ended")
     try:

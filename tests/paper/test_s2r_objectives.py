@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from llmcompress.algorithms import rl_objectives
 from llmcompress.algorithms.rl_objectives import (
     GroupBaseline,
     accuracy_bin,
@@ -20,6 +21,7 @@ from llmcompress.algorithms.rl_objectives import (
     full_kl,
     keep_problem,
     leave_one_out,
+    piecewise_logp,
     returns,
     token_logp,
     unit_sums,
@@ -180,6 +182,25 @@ def test_clip_stops_exactly_what_went_too_far_already(advantage, shift, moves):
     loss.sum().backward()
     assert (logp.grad.abs().sum() > 0).item() is moves
     assert outside == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_in_pieces_equal_the_plain_ones_and_so_do_their_gradients(temperature, monkeypatch):
+    monkeypatch.setattr(rl_objectives, "PIECE", 3)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=generator, dtype=torch.float32) * 4
+    ids = torch.randint(7, (2, 5), generator=generator)
+    weights = torch.randn(2, 5, generator=generator)
+    plain, pieces = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = token_logp(plain, ids, temperature)
+    found = piecewise_logp(pieces.flatten(0, 1), ids.flatten(), temperature).view(2, 5)
+    torch.testing.assert_close(found, expected)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(pieces.grad, plain.grad)
+    half = logits.bfloat16().requires_grad_()
+    piecewise_logp(half.flatten(0, 1), ids.flatten(), temperature).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
 
 
 def test_token_logp_and_kl_by_hand():

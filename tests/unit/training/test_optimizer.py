@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Trainer, due
 
 
 def make(steps=6, **more):
@@ -41,6 +41,17 @@ def test_rates_by_hand():
         rates.append(trainer.rate())
         step(trainer, number)
     assert rates == pytest.approx([0.05, 0.075, 0.05, 0.025])
+    # time that is nearly spent counts as steps do
+    hurried = make(steps=100, decay="linear")
+    hurried.step, hurried.spent = 10, 0.75
+    assert hurried.rate() == pytest.approx(0.025)
+    hurried.spent = 1.2
+    assert hurried.rate() == 0
+
+
+def test_checkpoints_are_due():
+    assert [due(step, 2, step == 5) for step in range(1, 6)] == [False, True, False, True, True]
+    assert not any(due(step, None, step == 5) for step in range(1, 6))
 
 
 def test_nothing_to_restore_and_damage(tmp_path):

@@ -22,3 +22,6 @@ def test_flags_are_filled_up():
 
 def test_parts_hold_every_row_once_beside_rows_of_its_length():
     assert by_length([5, 1, 4, 1, 3], 2) == [[1, 3], [4, 2], [0]]
+    # nine tokens at once, padding included; a longer row has a part of its own
+    assert by_length([5, 1, 4, 1, 12], 3, 9) == [[1, 3], [2], [0], [4]]
+    assert by_length([4, 4, 4], 3, 8) == [[0, 1], [2]]
