@@ -37,7 +37,9 @@ COLUMNS = (
 HEADS = ("acc", "first", "VA", "ER", "CP", "ICR", "CIR", "trials", "tokens", "ended")
 POLICIES = ("base", "solutions", "sft", "orl", "prl")
 # sizes of the numbers to choose from, and the share of first attempts that should be right
-SIZES, AIM = (3, 10, 30, 100, 300), 0.45
+SIZES, AIM = (1, 2, 4, 8, 16, 32), 0.45
+# validation problems of each size
+EACH = 170
 # seconds that a process of reinforcement needs beside its training: start, model, the measurement at the end
 AROUND = 30.0
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
@@ -192,7 +194,7 @@ def versions(device: str) -> dict[str, str]:
 def choose_size(chain: Chain, model: Path) -> int:
     """The size of numbers at which the warmed-up model's first attempts are right about half the time.
 
-    Decided by validation problems; 200 of each size, greedily, in one batch.
+    Decided by validation problems, greedily, in one batch.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,7 +208,7 @@ def choose_size(chain: Chain, model: Path) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model)
     sets = {size: WordProblems(16000, sizes=(size,), brief=True) for size in SIZES}
     readers = {size: Reader(tokenizer, found) for size, found in sets.items()}
-    rows = [(size, problem) for size in SIZES for problem in choose(sets[size].problems("validation"), 200, 0)]
+    rows = [(size, problem) for size in SIZES for problem in choose(sets[size].problems("validation"), EACH, 0)]
     prompts = [readers[size].prompt(problem.question) for size, problem in rows]
     reader = readers[SIZES[0]]
     begun = time.monotonic()
