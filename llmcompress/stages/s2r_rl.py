@@ -90,8 +90,8 @@ class GuardConfig(_Section):
     """Most trials a response."""
 
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """Longest training from its start or resume. A decaying rate reaches zero by then at the latest, so that what a
-    run has learned depends on the machine."""
+    """Longest training from its start or resume; a step that would not end in time is not begun. A decaying rate
+    reaches zero by then at the latest, so that what a run has learned depends on the machine."""
 
 
 class S2RRlConfig(TrainingConfig):

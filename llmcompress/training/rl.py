@@ -343,10 +343,12 @@ class Guard:
     trials_above: float | None = None
     seconds: float | None = None
 
-    def reason(self, record: dict[str, Any], elapsed: float = 0.0) -> str | None:
-        """Why to stop after this step, ``elapsed`` seconds after training began; None to go on."""
-        if self.seconds is not None and elapsed > self.seconds:
-            return f"{elapsed:.0f} s have passed (guard.seconds {self.seconds:g})"
+    def reason(self, record: dict[str, Any], following: float = 0.0) -> str | None:
+        """Why to stop after this step, None to go on; the following one would end ``following`` seconds after the
+        beginning.
+        """
+        if self.seconds is not None and following > self.seconds:
+            return f"another step would end after {following:.0f} s (guard.seconds {self.seconds:g})"
         if self.ended_below is not None and record["ended"] < self.ended_below:
             return f"only {record['ended']:.0%} of the responses ended (guard.ended_below {self.ended_below:.0%})"
         if self.trials_above is not None and record["trials"] > self.trials_above:
@@ -389,7 +391,8 @@ def train_online(
     for step in range(len(curve), settings.steps):
         if stopped is not None:
             break
-        trainer.spent = 0.0 if guard.seconds is None else (time.monotonic() - begun) / guard.seconds
+        before = time.monotonic() - begun
+        trainer.spent = 0.0 if guard.seconds is None else before / guard.seconds
         indices = prompts_of_step(len(problems), settings.prompts, step, settings.seed)
         rollouts = collect(policy, reader, problems, indices, settings, settings.seed * 65_537 + step)
         if settings.level == "outcome":
@@ -408,7 +411,8 @@ def train_online(
         ]
         record = curve_record(step + 1, scored, figures, settings)
         curve.append(record)
-        stopped = guard.reason(record, time.monotonic() - begun)
+        after = time.monotonic() - begun
+        stopped = guard.reason(record, 2 * after - before)
         on_step(record)
         if due(step + 1, settings.save_every, step + 1 == settings.steps or stopped is not None):
             trainer.save(checkpoint, {"curve": curve, "baseline": baseline.state(), "stopped": stopped})

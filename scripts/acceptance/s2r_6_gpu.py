@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ SIZES, AIM = (1, 2, 4, 8, 16, 32), 0.45
 # validation problems of each size
 EACH = 170
 # seconds that a process of reinforcement needs beside its training: start, model, the measurement at the end
-AROUND = 30.0
+AROUND = 36.0
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
 COUNTDOWN = "{kind: countdown, high: 15, limit: 60, compact: true}"
 SMALL: dict[str, dict[str, tuple[str, ...]]] = {
@@ -135,31 +136,40 @@ class Chain:
         """Take over what a run has left: figures, verdicts, curves, times, notes."""
         for stage in sorted((self.folder / name / "stages").glob("*")):
             record = self.found.setdefault("runs", {}).setdefault(name, {}).setdefault(stage.name, {})
-            for path in (*stage.glob("behaviour_*.json"), stage / "rows.json", stage / "state.json"):
+            for path in (*stage.glob("behaviour_*.json"), stage / "rows.json"):
                 if path.exists():
                     record[path.stem] = json.loads(path.read_text())
+            if (stage / "state.json").exists():
+                state = json.loads((stage / "state.json").read_text())
+                record["state"] = {key: state[key] for key in ("seconds", "peak_rss_bytes", "peak_vram_bytes")}
             for path in stage.glob("episodes_*.json"):
-                record[path.stem] = json.loads(path.read_text())
-                record[path.stem].pop("keys", None)
+                told = json.loads(path.read_text())
+                verdicts = {key: "".join("01"[flag] for flag in told[key]) for key in ("final", "first")}
+                record[path.stem] = {**verdicts, "texts": told["texts"][:6]}
             if (stage / "curve.json").exists():
                 curve = json.loads((stage / "curve.json").read_text())
-                record["curve"] = curve if len(curve) <= 100 else curve[:: len(curve) // 50]
+                chosen = curve if len(curve) <= 60 else curve[:: len(curve) // 30]
+                record["curve"] = [{k: _short(v) for k, v in row.items()} for row in chosen]
         # the run's own log holds what libraries warned of
         for log in (self.folder / f"{name}.log", self.folder / name / "log.txt"):
             if log.exists():
                 text = log.read_text(errors="replace")[-3000:]
-                self.found.setdefault("logs", {})[f"{name} {log.name}"] = text
+                self.found.setdefault("detail", {})[f"{name} {log.name}"] = text
         events = self.folder / name / "events.jsonl"
         if events.exists():
             rows = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
-            self.found["runs"].setdefault(name, {})["notes"] = [
-                row for row in rows if row.get("kind") in ("note", "warning", "stage_start", "stage_end")
-            ][-200:]
+            said = [row for row in rows if row["kind"] in ("note", "warning", "stage_start", "stage_end")]
+            self.found.setdefault("detail", {})[f"{name} notes"] = said[-200:]
 
     def keep(self) -> None:
         """Write what there is; the file is complete or the one before."""
         part = self.out.with_suffix(".part")
-        part.write_text(json.dumps(self.found, indent=1) + "\n")
+        # what went on inside is of interest where the run is looked into, not beside the figures
+        told = {key: value for key, value in self.found.items() if key != "detail" or self.out != STORED}
+        text = json.dumps(told, indent=1)
+        # a record to a line
+        text = re.sub(r"\{[^{}\[\]]*\}", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
+        part.write_text(text + "\n")
         part.replace(self.out)
 
     def policy(self, name: str) -> dict[str, Any] | None:
@@ -171,7 +181,13 @@ class Chain:
         }[name]  # fmt: skip
         record = self.found.get("runs", {}).get(place[0], {}).get(place[1], {})
         figures, episodes = record.get(f"behaviour_{place[2]}"), record.get(f"episodes_{place[2]}")
-        return None if figures is None or episodes is None else {**figures, **episodes}
+        if figures is None or episodes is None:
+            return None
+        return {**figures, "final": [flag == "1" for flag in episodes["final"]]}
+
+
+def _short(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def versions(device: str) -> dict[str, str]:
