@@ -41,7 +41,8 @@ def sample_all(
         path = folder / f"{number:05d}.json"
         if not path.exists():
             part = problems[number * CHUNK : (number + 1) * CHUNK]
-            prompts = [reader.prompt(problem.question) for problem in part for _ in range(samples)]
+            once = [reader.prompt(problem.question) for problem in part]
+            prompts = [prompt for prompt in once for _ in range(samples)]
             ids = sample(model, prompts, sampling, reader.end, reader.pad, ctx.seed * 8191 + number)
             rows = [ids[begin : begin + samples] for begin in range(0, len(ids), samples)]
             write_durably(path, json.dumps(rows, separators=(",", ":")).encode())
