@@ -31,7 +31,7 @@ from llmcompress_kernels.reference import delta_decode as tree_definition  # noq
 from llmcompress_kernels.reference import state as state_definition  # noqa: E402
 from llmcompress_kernels.triton.state import dsq_pack  # noqa: E402
 
-VARIANTS = (0, 1, 2, 3)
+VARIANTS = (0, 1, 2)
 CONFIGS = tuple(
     cuda_tree.Config(warps, stages) for warps, stages in ((8, 6), (8, 4), (8, 8), (4, 6), (4, 4), (16, 3), (16, 4))
 )

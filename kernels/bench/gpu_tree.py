@@ -8,7 +8,6 @@ import torch
 from gpu_matrix import packed
 from gpu_timing import replay, rotations
 from llmcompress_kernels import ops
-from llmcompress_kernels.triton.delta_decode import delta_decode
 
 GROUP, ACTIVE = 128, (4, 8)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -40,7 +39,7 @@ def tree(rows: int, columns: int, rate: float, models: int, root: int = 4, leaf:
     times = replay(
         {
             "ours": [
-                lambda t=t: delta_decode(x, [p for p, _ in t], [s for _, s in t], spans, bits, multiplier, GROUP)
+                lambda t=t: ops.delta_decode(x, [p for p, _ in t], [s for _, s in t], spans, bits, multiplier, GROUP)
                 for t in trees
             ],
             "bf16": [lambda w=w: torch.bmm(w, x.unsqueeze(-1)) for w in wide],

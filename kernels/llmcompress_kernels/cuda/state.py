@@ -16,8 +16,11 @@ from llmcompress_kernels.cuda import library as libraries
 
 FAMILY = "state-cuda"
 CHANNELS, STATES, BITS = 64, (64, 128), (4, 8)
-# of launch.h
-VARIANT = 0
+# of launch.h: rows and lanes that share a row, 2 x 4, 4 x 8 and 4 x 4. The last does the least per state, the second
+# has the most threads.
+SMALL, LARGE = 1, 2
+# heads from which on the GPU is full either way
+FULL = 4096
 
 libraries.register(FAMILY, "state/update.cu")
 
@@ -75,12 +78,12 @@ def dsq_state_update(
     bits: int,
     refit: bool = False,
     library: Any = None,
-    variant: int = VARIANT,
+    variant: int | None = None,
     family: str = FAMILY,
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_state_update`, which :func:`verify` has accepted.
 
-    ``library`` is the emulation of the tests, on CPU tensors; ``variant`` and ``family`` are the bench's.
+    ``library`` is the emulation of the tests, on CPU tensors; ``variant`` and ``family`` are the bench's and the tests'.
 
     Raises:
         BuildError: The kernels cannot be built.
@@ -89,6 +92,8 @@ def dsq_state_update(
     sequences, heads, _ = drive.shape
     drive, decay, b, c = (_placed(t) for t in (drive, decay, b, c))
     out = torch.empty_like(drive)
+    if variant is None:
+        variant = LARGE if sequences * heads >= FULL else SMALL
     call = Call(
         *(libraries.address(t) for t in (codes, channel, scale, fixed, drive, decay, b, c, out)),
         sequences * heads, heads, heads // b.shape[1], bits, scale.shape[-1], 0,

@@ -61,6 +61,11 @@ __device__ __forceinline__ float size_of(float v) { return fabsf(v); }
 __device__ __forceinline__ float more_of(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float less_of(float a, float b) { return fminf(a, b); }
 
+// Of numbers that are not negative, whose order is that of their bits: one instruction from compute capability 9.0 on.
+__device__ __forceinline__ float most_of_three(float a, float b, float c) {
+    return __int_as_float(__vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
+}
+
 // 1 / v off by no more than its last bit.
 __device__ __forceinline__ float about_inverse(float v) {
     float out;
@@ -79,6 +84,16 @@ __device__ __forceinline__ uint32_t mask_set(uint32_t v, uint32_t mask, uint32_t
     return out;
 }
 
+// (v & mask) ^ turn
+__device__ __forceinline__ uint32_t mask_turn(uint32_t v, uint32_t mask, uint32_t turn) {
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(out) : "r"(v), "r"(mask), "r"(turn));
+    return out;
+}
+
+// The smaller of both halves of two words.
+__device__ __forceinline__ uint32_t less_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
+
 template <bool BF16> __device__ __forceinline__ float widen(uint16_t v) {
     if constexpr (BF16) return __uint_as_float(uint32_t(v) << 16);
     float out;
@@ -92,6 +107,16 @@ template <bool BF16> __device__ __forceinline__ uint16_t narrow(float v) {
         asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(v));
     else
         asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(v));
+    return out;
+}
+
+// Both halves of a word times both of another, exact for powers of two.
+template <bool BF16> __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    uint32_t out;
+    if constexpr (BF16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
     return out;
 }
 

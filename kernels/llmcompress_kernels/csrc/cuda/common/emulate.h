@@ -144,6 +144,11 @@ inline uint16_t to_bfloat(float v) {
 template <bool BF16> inline float widen(uint16_t v) { return BF16 ? float_of(uint32_t(v) << 16) : from_half(v); }
 template <bool BF16> inline uint16_t narrow(float v) { return BF16 ? to_bfloat(v) : to_half(v); }
 
+template <bool BF16> inline uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    const uint32_t low = narrow<BF16>(widen<BF16>(uint16_t(a)) * widen<BF16>(uint16_t(b)));
+    return low | uint32_t(narrow<BF16>(widen<BF16>(uint16_t(a >> 16)) * widen<BF16>(uint16_t(b >> 16)))) << 16;
+}
+
 template <bool BF16> inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
     Lane& lane = *machine.now;
     lane.d = d, lane.c = c, lane.a = a, lane.b[0] = b0, lane.b[1] = b1, lane.bf16 = BF16;
@@ -199,6 +204,7 @@ inline float root(float v) { return std::sqrt(v); }
 inline float nearest(float v) { return std::nearbyint(v); }
 inline float size_of(float v) { return std::fabs(v); }
 inline float more_of(float a, float b) { return std::fmax(a, b); }
+inline float most_of_three(float a, float b, float c) { return more_of(a, more_of(b, c)); }
 inline float less_of(float a, float b) { return std::fmin(a, b); }
 inline float about_inverse(float v) { return std::nextafter(1.0f / v, machine.order() % 2 ? INFINITY : 0.0f); }
 
@@ -210,6 +216,8 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
 }
 
 inline uint32_t mask_set(uint32_t v, uint32_t mask, uint32_t set) { return (v & mask) | set; }
+inline uint32_t mask_turn(uint32_t v, uint32_t mask, uint32_t turn) { return (v & mask) ^ turn; }
+inline uint32_t less_halves(uint32_t a, uint32_t b) { return std::min(a & 0xFFFF, b & 0xFFFF) | std::min(a >> 16, b >> 16) << 16; }
 template <typename T> inline T read(const T* at) { return *at; }
 inline float read_written(const float* at) { return *at; }
 inline void in_order() {}

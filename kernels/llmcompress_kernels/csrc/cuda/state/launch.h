@@ -12,11 +12,8 @@ template <class S> int launch(const StateCall& call, void* stream) {
 
 template <int BITS, int N, bool FIXED> int launch(const StateCall& call, int variant, void* stream) {
     if (variant == 0) return launch<StateShape<BITS, N, 2, 4, FIXED, 4>>(call, stream);
-#ifdef LLMCOMPRESS_TUNE
     if (variant == 1) return launch<StateShape<BITS, N, 4, 8, FIXED, 4>>(call, stream);
     if (variant == 2) return launch<StateShape<BITS, N, 4, 4, FIXED, 4>>(call, stream);
-    if (variant == 3) return launch<StateShape<BITS, N, 2, 4, FIXED, 5>>(call, stream);
-#endif
     return -3;
 }
 
@@ -30,8 +27,6 @@ template <int BITS, int N> int launch(const StateCall& call, int variant, void* 
 LLMCOMPRESS_EXPORT int llmcompress_state_update(const llmcompress::gpu::StateCall* call, int variant, void* stream) {
     using namespace llmcompress::gpu;
     if (call->states == 128) return call->bits == 4 ? launch<4, 128>(*call, variant, stream) : launch<8, 128>(*call, variant, stream);
-#ifndef LLMCOMPRESS_TUNE
     if (call->states == 64) return call->bits == 4 ? launch<4, 64>(*call, variant, stream) : launch<8, 64>(*call, variant, stream);
-#endif
     return -3;
 }

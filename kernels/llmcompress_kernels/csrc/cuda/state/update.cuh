@@ -30,6 +30,9 @@ namespace llmcompress::gpu {
 constexpr float SMALLEST = 0x1p-24f, LARGEST = 65504.0f, NORMAL = 0x1p-14f;
 // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even, which then is the low bits of the sum
 constexpr float MAGIC = 12582912.0f;
+// 4 bits: a number that it is added to has its nearest integer 16 bits up, and below that how far it is from the middle
+// between two of them, which is 1.
+constexpr float HALVES = 192.5f + 0x1p-16f;
 // Bounds of u / step / (u (1 / channel) (1 / per_state)): six roundings of 2^-24, and one of the bound itself.
 constexpr float LESS = 1.0f - 7 * 0x1p-24f, MORE = 1.0f + 8 * 0x1p-24f;
 
@@ -47,7 +50,7 @@ template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_> struct St
     // shared memory; what the next head needs comes twice
     static constexpr int CHANNEL = P * ROW, X = CHANNEL + 2 * P, B = X + 4 * P, C = B + 4 * N, STAGE = C + 4 * N;
     static constexpr int PER_STATE = 2 * STAGE, WIDE = PER_STATE + 2 * 4 * N, NEW = WIDE + 4 * P, BOUNDS = NEW + 4 * N;
-    static constexpr int MOST = BOUNDS + 8 * N, COLUMNS = N + 4; // a warp's largest, a row per lane group, shifted by 4 banks
+    static constexpr int MOST = BOUNDS + (BITS == 4 ? 4 : 8) * N, COLUMNS = N + 4; // a warp's largest, a row per lane group, shifted by 4 banks
     static constexpr int ALL = MOST + WARPS * GROUPS * COLUMNS * 4, BYTES = ALL + WARPS * N * 4;
     static_assert(W >= 1 && (W & (W - 1)) == 0 && CHUNK % 16 == 0 && P % ROWS == 0, "");
 };
@@ -74,9 +77,8 @@ struct Unit {
     __device__ __forceinline__ void group(const StateCall& call) {
         shared = call.share == call.heads ? sequence : sequence * (call.heads / call.share) + head / call.share;
     }
-    // The one `steps` further.
-    __device__ __forceinline__ void advance(const StateCall& call, int steps) {
-        at += steps, head += steps % call.heads, sequence += steps / call.heads;
+    __device__ __forceinline__ void advance(const StateCall& call, int steps, int heads, int sequences) {
+        at += steps, head += heads, sequence += sequences;
         if (head >= call.heads) head -= call.heads, ++sequence;
         group(call);
     }
@@ -111,6 +113,13 @@ template <class S> struct Head {
         return row * S::ROW + (chunk ^ (row / S::LINE % S::W)) * S::CHUNK;
     }
 
+    // The same for chunk j of slot i of this lane, and its place in that. Rows of a group of lanes lie in the same order.
+    __device__ __forceinline__ int run_at(int i, int j) const {
+        static_assert(S::GROUPS % (S::LINE * S::W) == 0, "slots of a lane have their chunks in the same order");
+        const int first = (warp * S::ROWS + g) * S::ROW + l * S::RUN + (l * S::R / S::L ^ i) * (S::GROUPS * S::ROW);
+        return first + ((g / S::LINE % S::W * S::CHUNK) ^ (j * S::CHUNK));
+    }
+
     // Start copying the codes and operands of `next`.
     __device__ __forceinline__ void fetch(int to, const Unit& next) const {
         constexpr int SHORT = S::P * 2 / 16, LONG = S::P * 4 / 16, WIDE = S::N * 4 / 16, PIECES = 2 * WIDE + LONG + SHORT;
@@ -121,30 +130,29 @@ template <class S> struct Head {
         const unsigned char* codes = call.codes + int64_t(next.at) * (S::P * S::ROW) + piece;
 #pragma unroll
         for (int i = 0; i < S::P * S::ROW; i += STEP) copy_async(target + begin + i, codes + i);
+        // pieces of b, c, drive and channel, so that as few warps as possible have two of them to choose from
+        const auto copy = [&](int offset, const void* array, int64_t from, int i) {
+            copy_async(target + offset + 16 * i, static_cast<const unsigned char*>(array) + from + 16 * i);
+        };
 #pragma unroll
         for (int first = 0; first < PIECES; first += S::THREADS) {
             const int i = first + thread;
-            // what is read is one array but for its pieces' places: b, c, drive, channel
-            int64_t from = int64_t(next.shared) * S::N * 4;
-            const void* base = i < WIDE ? call.b : call.c;
-            int index = i < WIDE ? i : i - WIDE;
-            if (i >= 2 * WIDE) base = call.drive, from = int64_t(next.at) * (4 * S::P), index = i - 2 * WIDE;
-            if (i >= 2 * WIDE + LONG) {
-                base = S::FIXED ? call.fixed : call.channel;
-                from = int64_t(S::FIXED ? next.head : next.at) * (2 * S::P), index = i - 2 * WIDE - LONG;
-            }
-            const int offset = i < 2 * WIDE ? S::B + 16 * i : i < 2 * WIDE + LONG ? S::X + 16 * index : S::CHANNEL + 16 * index;
-            if (i < PIECES) copy_async(target + offset, static_cast<const unsigned char*>(base) + from + 16 * index);
+            if (i < WIDE) copy(S::B, call.b, int64_t(next.shared) * (4 * S::N), i);
+            else if (i < 2 * WIDE) copy(S::C, call.c, int64_t(next.shared) * (4 * S::N), i - WIDE);
+            else if (i < 2 * WIDE + LONG) copy(S::X, call.drive, int64_t(next.at) * (4 * S::P), i - 2 * WIDE);
+            else if (i >= PIECES) break;
+            else if (S::FIXED) copy(S::CHANNEL, call.fixed, next.head * (2 * S::P), i - 2 * WIDE - LONG);
+            else copy(S::CHANNEL, call.channel, int64_t(next.at) * (2 * S::P), i - 2 * WIDE - LONG);
         }
     }
 
-    // Code k of a run of 8, of two's complement with its upper bit turned.
+    // Code k of a run of 8; of 8 bits with the upper one turned.
     template <int K> static __device__ __forceinline__ float code(const uint32_t (&run)[S::RUN / 4]) {
         if constexpr (S::BITS == 8) {
             return add(float_of(permute(run[K / 4], 0x4B000000u, 0x7440 + K % 4)), -(0x1p23f + 128));
         } else {
             constexpr int BIT = 4 * (K % 4);
-            const float number = float_of(mask_set(K < 4 ? run[0] : run[0] >> 16, 15u << BIT, 0x4B000000u));
+            const float number = float_of(mask_turn(K < 4 ? run[0] : run[0] >> 16, 15u << BIT, 0x4B000000u | 8u << BIT));
             return fused(number, 1.0f / float(1 << BIT), -(0x1p23f / float(1 << BIT) + 8));
         }
     }
@@ -214,13 +222,13 @@ template <class S> struct Tile {
             eight(b, head.template staged<float>(S::B) + n), eight(c, head.template staged<float>(S::C) + n);
 #pragma unroll
             for (int i = 0; i < S::R; ++i) {
-                const auto* from = head.template staged<uint32_t>(Head<S>::place(head.row(head.g, head.l, i), j)) + head.l * (S::RUN / 4);
+                const auto* from = head.template staged<uint32_t>(head.run_at(i, j));
                 uint32_t run[S::RUN / 4];
                 if constexpr (S::BITS == 8) {
                     const uint64_t both = *reinterpret_cast<const uint64_t*>(from);
                     run[0] = uint32_t(both) ^ 0x80808080u, run[1] = uint32_t(both >> 32) ^ 0x80808080u;
                 } else {
-                    run[0] = *from ^ 0x88888888u;
+                    run[0] = *from;
                 }
                 update<0>(run, i, j, channel[i], x[i], head.decay, step, b, c);
             }
@@ -311,51 +319,68 @@ template <class S> struct Tile {
             if (n + 4 * head.lane >= S::N) break;
             Four most = *reinterpret_cast<const Four*>(mine + n + 4 * head.lane);
 #pragma unroll
-            for (int g = 1; g < S::GROUPS; ++g) {
-                if (g % 4 == 0) in_order();
-                const Four other = *reinterpret_cast<const Four*>(mine + g * S::COLUMNS + n + 4 * head.lane);
+            for (int g = 1; g < S::GROUPS; g += 2) {
+                if (g % 4 == 1) in_order();
+                const auto* others = reinterpret_cast<const Four*>(mine + g * S::COLUMNS + n + 4 * head.lane);
+                const Four one = others[0], two = g + 1 < S::GROUPS ? others[S::COLUMNS / 4] : one;
 #pragma unroll
-                for (int k = 0; k < 4; ++k) most.at[k] = more_of(most.at[k], other.at[k]);
+                for (int k = 0; k < 4; ++k) most.at[k] = most_of_three(most.at[k], one.at[k], two.at[k]);
             }
             *reinterpret_cast<Four*>(head.template at<float>(S::ALL) + head.warp * S::N + n + 4 * head.lane) = most;
         }
     }
 
+    // A run of 4-bit codes. u / channel times 1 / step is off by five roundings of 2^-24 at 7, 0.14 of what is counted.
+    static __device__ __forceinline__ uint32_t eight_codes(const float* u, const float* times, uint32_t& middle) {
+        uint32_t low[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) low[k] = bits_of(fused(u[k], times[k], HALVES));
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) middle = less_halves(middle, permute(low[k], low[k + 1], 0x5410));
+        const uint32_t even = permute(permute(low[0], low[2], 0x0062), permute(low[4], low[6], 0x0062), 0x5410);
+        const uint32_t odd = permute(permute(low[1], low[3], 0x0062), permute(low[5], low[7], 0x0062), 0x5410);
+        return (even & 0x0F0F0F0Fu) | ((odd << 4) & 0xF0F0F0F0u);
+    }
+
+    // Half a run of 8-bit codes; `differ` is no longer 0 where two bounds of the quotient round differently.
+    static __device__ __forceinline__ uint32_t four_codes(const float* u, const float* less, const float* more, uint32_t& differ) {
+        uint32_t low[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            low[k] = bits_of(fused(u[k], less[k], MAGIC));
+            differ |= low[k] ^ bits_of(fused(u[k], more[k], MAGIC));
+        }
+        return permute(permute(low[0], low[1], 0x0040), permute(low[2], low[3], 0x0040), 0x5410);
+    }
+
     // New codes into the place of the old ones; `careful` divides all of them.
     __device__ __forceinline__ void round(const Head<S>& head, bool careful) {
-        uint32_t found[S::W][S::R][S::RUN / 4], differ = 0;
+        uint32_t found[S::W][S::R][S::RUN / 4], differ = 0, middle = ~0u;
 #pragma unroll
         for (int j = 0; j < S::W; ++j) {
             in_order();
-            const auto* bounds = head.template at<Four>(S::BOUNDS) + 4 * (head.l + S::L * j);
-            float less[8], more[8];
+            const int n = 8 * (head.l + S::L * j);
+            if constexpr (S::BITS == 4) {
+                float times[8];
+                eight(times, head.template at<float>(S::BOUNDS) + n);
 #pragma unroll
-            for (int k = 0; k < 8; k += 2) {
-                const Four four = bounds[k / 2];
-                less[k] = four.at[0], more[k] = four.at[1], less[k + 1] = four.at[2], more[k + 1] = four.at[3];
-            }
+                for (int i = 0; i < S::R; ++i) found[j][i][0] = eight_codes(u[i][j], times, middle);
+            } else {
+                float less[8], more[8];
+                const auto* bounds = head.template at<Four>(S::BOUNDS) + n / 2;
 #pragma unroll
-            for (int i = 0; i < S::R; ++i) {
-                uint32_t low[8];
-#pragma unroll
-                for (int k = 0; k < 8; ++k) {
-                    low[k] = bits_of(fused(u[i][j][k], less[k], MAGIC));
-                    differ |= low[k] ^ bits_of(fused(u[i][j][k], more[k], MAGIC));
+                for (int k = 0; k < 8; k += 2) {
+                    const Four four = bounds[k / 2];
+                    less[k] = four.at[0], more[k] = four.at[1], less[k + 1] = four.at[2], more[k + 1] = four.at[3];
                 }
-                if constexpr (S::BITS == 8) {
 #pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        found[j][i][h] = permute(permute(low[4 * h], low[4 * h + 1], 0x0040), permute(low[4 * h + 2], low[4 * h + 3], 0x0040), 0x5410);
-                } else {
-                    // digits of 16 are codes + 8, so that none borrows; MAGIC's bits add a constant
-                    constexpr uint32_t BITS_OF_MAGIC = 0x4B400000u, OFFSET = 0x88888888u - (BITS_OF_MAGIC + (BITS_OF_MAGIC << 4) + (BITS_OF_MAGIC << 8));
-                    uint32_t digits = low[7];
+                for (int i = 0; i < S::R; ++i)
 #pragma unroll
-                    for (int k = 6; k >= 0; --k) digits = (digits << 4) + low[k];
-                    found[j][i][0] = (digits + OFFSET) ^ 0x88888888u;
-                }
+                    for (int h = 0; h < 2; ++h) found[j][i][h] = four_codes(u[i][j] + 4 * h, less + 4 * h, more + 4 * h, differ);
             }
         }
+        // the smallest distance of a half; 0 and 1 are within what the product and the quotient may differ by
+        if constexpr (S::BITS == 4) differ = (middle & 0xFFFFu) < 2 || middle >> 16 < 2;
         const bool unsure = careful || differ != 0;
         uint32_t lanes = ballot(unsure);
         if (!unsure) {
@@ -363,7 +388,7 @@ template <class S> struct Tile {
             for (int j = 0; j < S::W; ++j)
 #pragma unroll
                 for (int i = 0; i < S::R; ++i) {
-                    auto* to = head.template staged<uint32_t>(Head<S>::place(head.row(head.g, head.l, i), j)) + head.l * (S::RUN / 4);
+                    auto* to = head.template staged<uint32_t>(head.run_at(i, j));
                     if constexpr (S::BITS == 8)
                         *reinterpret_cast<uint64_t*>(to) = uint64_t(found[j][i][1]) << 32 | found[j][i][0];
                     else
@@ -422,7 +447,8 @@ template <class S> __device__ __forceinline__ bool columns(const Head<S>& head) 
         head.call.scale[int64_t(head.unit) * S::N + n] = scale;
         const float step = per_state<S>(widen<false>(scale)), times = inverse(step);
         head.template at<float>(S::NEW)[n] = step;
-        head.template at<Two>(S::BOUNDS)[n] = {multiply(times, LESS), multiply(times, MORE)};
+        if constexpr (S::BITS == 4) head.template at<float>(S::BOUNDS)[n] = times;
+        else head.template at<Two>(S::BOUNDS)[n] = {multiply(times, LESS), multiply(times, MORE)};
     }
     return careful;
 }
@@ -449,8 +475,9 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) upda
     take(next.at);
     head.decay = read(call.decay + next.at);
     give(0);
+    const int steps = int(gridDim.x), heads = steps % call.heads, sequences = steps / call.heads;
     while (true) {
-        next.advance(call, int(gridDim.x));
+        next.advance(call, steps, heads, sequences);
         wait<0>();
         sync(); // this head is there, and nobody needs the last one any more
         float next_decay = 0;

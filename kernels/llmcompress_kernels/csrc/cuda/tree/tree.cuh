@@ -36,9 +36,9 @@ template <class S, int I> __device__ __forceinline__ constexpr int place_of() { 
 
 template <class S> constexpr uint32_t ONE_BIT_BASE = S::BF16 ? 0x3F80u : 0x4400u;
 
-// What an activation is multiplied by, so that a bit at place_of is worth 1.
-template <class S> __device__ __forceinline__ constexpr float times_of(int i) {
-    return S::BF16 ? float(16 >> i % 4) : i % 2 == 0 ? 1.0f : 0.5f;
+// What activations are multiplied by, so that a bit at place_of is worth 1: two powers of two.
+template <class S> __device__ __forceinline__ constexpr uint32_t times_of(int i) {
+    return (S::BF16 ? uint32_t(0x4180 - 0x80 * (i % 4)) : i % 2 == 0 ? 0x3C00u : 0x3800u) * 0x10001u;
 }
 
 // Number I of the pairs of codes of a word as two numbers.
@@ -63,7 +63,15 @@ template <class S> struct Tree {
     int first, groups;            // of this block
     int row;                      // first of this warp
 
-    struct Cursor { int node, group; };
+    struct Cursor { int node, group, bits; };
+
+    // Where the next step of a node comes from: this lane's piece of row g, and the scales of row `lane`.
+    struct Source {
+        Cursor cursor;
+        const unsigned char* words;
+        const uint16_t* scales;
+        int64_t stride; // of 8 rows
+    };
 
     __device__ Tree(const TreeCall& c, unsigned char* m) : call(c), memory(m) {
         thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -83,30 +91,55 @@ template <class S> struct Tree {
         return at<Words>(S::OFFSETS + widths() * call.each * S::SUMS + place(bits, group) * S::OPERANDS);
     }
 
-    __device__ __forceinline__ void advance(Cursor& cursor) const {
-        cursor.group += 4 / call.node[cursor.node].bits;
-        if (cursor.group >= groups) cursor.group = 0, ++cursor.node;
+    // Groups of a step of 64 bytes: 4, 2 and 1.
+    static __device__ __forceinline__ int in_step(int bits) { return 4 >> bits / 2; }
+
+    __device__ __forceinline__ Cursor begin() const { return {0, 0, call.node[0].bits}; }
+
+    // The next step; whether it is another node's.
+    __device__ __forceinline__ bool advance(Cursor& cursor) const {
+        cursor.group += in_step(cursor.bits);
+        if (cursor.group < groups) return false;
+        cursor.group = 0, ++cursor.node;
+        if (cursor.node < call.nodes) cursor.bits = call.node[cursor.node].bits;
+        return true;
     }
 
-    // Start copying 64 bytes of each row, or what is left of them, and their scales.
-    __device__ __forceinline__ void fetch(int to, const Cursor& cursor) const {
-        const TreeNode& node = call.node[cursor.node];
-        const int group = first + cursor.group, left = (groups - cursor.group) * node.bits, piece = lane % 4;
+    __device__ __forceinline__ void open(Source& source) const {
+        const TreeNode& node = call.node[source.cursor.node];
+        const int64_t bytes = int64_t(call.columns) * node.bits / 8;
+        source.words = node.words + (row + g) * bytes + int64_t(first) * (16 * node.bits) + 16 * t;
+        source.scales = node.scale + int64_t(row + lane) * call.groups + first;
+        source.stride = 8 * bytes;
+    }
+
+    // Start copying 64 bytes of each row, or what is left of them, and their scales. Rows beyond the matrix are not
+    // filled: their sums go nowhere.
+    __device__ __forceinline__ void fetch(int to, Source& source) const {
+        const Cursor& cursor = source.cursor;
         unsigned char* target = memory + stage(to);
-        const int64_t stride = int64_t(call.columns) * node.bits / 8;
-        if (piece < left) {
-            const unsigned char* from = node.words + int64_t(group) * (16 * node.bits) + 16 * piece;
+        if (t < (groups - cursor.group) * cursor.bits) {
+            // rows 8 apart lie in the same order
+            unsigned char* place = target + g * STEP_BYTES + (t ^ (g / 2 % 4)) * 16;
+            const unsigned char* from = source.words;
 #pragma unroll
             for (int i = 0; i < ROWS_OF_WARP; i += 8) {
-                const int r = i + g, own = row + r < call.rows ? row + r : call.rows - 1;
-                copy_async(target + r * STEP_BYTES + (piece ^ (r / 2 % 4)) * 16, from + own * stride);
+                if (row + i + g < call.rows) copy_async(place + i * STEP_BYTES, from);
+                from += source.stride;
             }
         }
         // two scales a word; the first one may belong to the group before
-        const int count = 4 / node.bits < groups - cursor.group ? 4 / node.bits : groups - cursor.group;
-        const int own = row + lane < call.rows ? row + lane : call.rows - 1;
-        const uint16_t* scales = node.scale + int64_t(own) * call.groups + (group & ~1);
-        for (int i = 0; i < (group & 1) + count; i += 2) copy_word_async(target + S::CODES + 16 * lane + 2 * i, scales + i);
+        if (row + lane < call.rows) {
+            const int odd = (first + cursor.group) & 1, all = in_step(cursor.bits), left = groups - cursor.group;
+            const int count = odd + (left < all ? left : all);
+            unsigned char* place = target + S::CODES + 16 * lane;
+            const uint16_t* from = source.scales + cursor.group - odd;
+            copy_word_async(place, from);
+            if (count > 2) copy_word_async(place + 4, from + 2);
+            if (count > 4) copy_word_async(place + 8, from + 4);
+        }
+        source.words += STEP_BYTES;
+        if (advance(source.cursor) && source.cursor.node < call.nodes) open(source);
     }
 
     // The activations of 32 columns of a token, as 16 pairs of neighbours, in the pairs of a width.
@@ -117,10 +150,7 @@ template <class S> struct Tree {
         for (int q = 0; q < 16; ++q) {
             const int column = q / PAIRS * 2 * PAIRS + q % PAIRS;
             found[q] = permute(x[column / 2], x[(column + PAIRS) / 2], column % 2 ? 0x7632 : 0x5410);
-            if constexpr (BITS == 1) {
-                const uint32_t low = narrow<S::BF16>(multiply(widen<S::BF16>(uint16_t(found[q])), times_of<S>(q)));
-                found[q] = low | uint32_t(narrow<S::BF16>(multiply(widen<S::BF16>(uint16_t(found[q] >> 16)), times_of<S>(q)))) << 16;
-            }
+            if constexpr (BITS == 1) found[q] = multiply_pair<S::BF16>(found[q], times_of<S>(q));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) to[32 * i] = {found[4 * i], found[4 * i + 1], found[4 * i + 2], found[4 * i + 3]};
@@ -179,6 +209,8 @@ template <class S> struct Tree {
 };
 
 template <class S> struct TreeSums {
+    float own[2][S::NT][4] = {}; // the same of the node at hand, without its multiplier
+    bool touched[S::NT];
     float total[2][S::NT][4] = {}; // [16-row half][8 tokens]: rows g, g, g + 8, g + 8 and tokens 2 t, 2 t + 1, 2 t, 2 t + 1
 
     // The words of a lane's columns in one row of a group.
@@ -197,8 +229,9 @@ template <class S> struct TreeSums {
         }
     }
 
-    template <int BITS, int TOGETHER, int Q>
-    static __device__ __forceinline__ void products(float (&part)[TOGETHER][2][4], const uint32_t (&code)[TOGETHER][4][BITS], const uint32_t (&b)[TOGETHER][16]) {
+    template <int BITS, int TOGETHER, int CHAINS, int Q>
+    static __device__ __forceinline__ void products(float (&part)[TOGETHER][2][CHAINS][4], const uint32_t (&code)[TOGETHER][4][BITS],
+                                                    const uint32_t (&b)[TOGETHER][16], const Two (&begin)[TOGETHER]) {
         constexpr int PAIRS = 16 / BITS, LOW = 2 * Q % PAIRS, WORD = 2 * Q / PAIRS;
         constexpr int HIGH = (2 * Q + 1) % PAIRS, NEXT = (2 * Q + 1) / PAIRS;
 #pragma unroll
@@ -207,57 +240,84 @@ template <class S> struct TreeSums {
             for (int m = 0; m < 2; ++m) {
                 const uint32_t a[4] = {pair_of<S, BITS, LOW>(code[u][2 * m][WORD]), pair_of<S, BITS, LOW>(code[u][2 * m + 1][WORD]),
                                        pair_of<S, BITS, HIGH>(code[u][2 * m][NEXT]), pair_of<S, BITS, HIGH>(code[u][2 * m + 1][NEXT])};
-                mma<S::BF16>(part[u][m], a, b[u][2 * Q], b[u][2 * Q + 1], part[u][m]);
+                float(&sum)[4] = part[u][m][Q % CHAINS];
+                const float start[4] = {Q == 0 ? begin[u].x : 0.0f, Q == 0 ? begin[u].y : 0.0f, Q == 0 ? begin[u].x : 0.0f, Q == 0 ? begin[u].y : 0.0f};
+                if constexpr (Q < CHAINS) mma<S::BF16>(sum, a, b[u][2 * Q], b[u][2 * Q + 1], start);
+                else mma<S::BF16>(sum, a, b[u][2 * Q], b[u][2 * Q + 1], sum);
             }
-        if constexpr (Q < 7) products<BITS, TOGETHER, Q + 1>(part, code, b);
+        if constexpr (Q < 7) products<BITS, TOGETHER, CHAINS, Q + 1>(part, code, b, begin);
     }
 
-    // Groups `in` .. of a step.
+    // Groups `in` .. of a step. Products of one group wait for each other, so several go side by side, or one in halves.
     template <int BITS, int TOGETHER> __device__ __forceinline__ void add_groups(const Tree<S>& tree, int stage, const typename Tree<S>::Cursor& cursor, int in) {
-        const TreeNode& node = tree.call.node[cursor.node];
+        constexpr int CHAINS = TOGETHER == 1 ? 2 : 1;
         uint32_t code[TOGETHER][4][BITS];
         float scale[TOGETHER][4];
-        const auto* scales = reinterpret_cast<const uint16_t*>(tree.memory + tree.stage(stage) + S::CODES);
+        const auto* scales = reinterpret_cast<const uint16_t*>(tree.memory + tree.stage(stage) + S::CODES) + 8 * tree.g;
         const int odd = (tree.first + cursor.group) & 1;
 #pragma unroll
         for (int u = 0; u < TOGETHER; ++u)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 codes<BITS>(tree, stage, tree.g + 8 * r, in + u, code[u][r]);
-                scale[u][r] = multiply(widen<false>(scales[8 * (tree.g + 8 * r) + odd + in + u]), node.multiplier);
+                scale[u][r] = widen<false>(scales[64 * r + odd + in + u]);
             }
 #pragma unroll
         for (int n = 0; n < S::NT; ++n) {
-            if (S::NT > 1 && (node.high <= n * TILE || node.low >= (n + 1) * TILE)) continue;
+            if (S::NT > 1 && !touched[n]) continue;
             uint32_t b[TOGETHER][16];
-            float part[TOGETHER][2][4];
+            float part[TOGETHER][2][CHAINS][4];
+            Two begin[TOGETHER];
 #pragma unroll
             for (int u = 0; u < TOGETHER; ++u) {
                 tree.template load<BITS>(b[u], cursor.group + in + u, n);
-                const Two begin = *reinterpret_cast<const Two*>(tree.sums(BITS, cursor.group + in + u) + n * TILE + 2 * tree.t);
-#pragma unroll
-                for (int m = 0; m < 2; ++m) part[u][m][0] = part[u][m][2] = begin.x, part[u][m][1] = part[u][m][3] = begin.y;
+                begin[u] = *reinterpret_cast<const Two*>(tree.sums(BITS, cursor.group + in + u) + n * TILE + 2 * tree.t);
             }
-            products<BITS, TOGETHER, 0>(part, code, b);
-            const int token = n * TILE + 2 * tree.t;
-            const bool in_span[2] = {token >= node.low && token < node.high, token + 1 >= node.low && token + 1 < node.high};
+            products<BITS, TOGETHER, CHAINS, 0>(part, code, b, begin);
 #pragma unroll
             for (int u = 0; u < TOGETHER; ++u)
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (in_span[i % 2]) total[m][n][i] = fused(scale[u][2 * m + i / 2], part[u][m][i], total[m][n][i]);
+                    for (int c = 0; c < CHAINS; ++c)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) own[m][n][i] = fused(scale[u][2 * m + i / 2], part[u][m][c][i], own[m][n][i]);
         }
     }
 
     template <int BITS> __device__ __forceinline__ void step(const Tree<S>& tree, int stage, const typename Tree<S>::Cursor& cursor) {
-        const int left = tree.groups - cursor.group, count = left < 4 / BITS ? left : 4 / BITS;
-        constexpr int TOGETHER = BITS < 4 ? 2 : 1;
-        int in = 0;
+        const int left = tree.groups - cursor.group;
+        if constexpr (BITS == 4) {
+            add_groups<4, 1>(tree, stage, cursor, 0);
+        } else {
+            constexpr int MOST = 4 / BITS, TOGETHER = S::NT > 1 ? 2 : MOST;
+            const int count = left < MOST ? left : MOST;
+            if (TOGETHER == 4 && count == 4) return add_groups<BITS, TOGETHER>(tree, stage, cursor, 0);
 #pragma unroll 1
-        for (; in + TOGETHER <= count; in += TOGETHER) add_groups<BITS, TOGETHER>(tree, stage, cursor, in);
-        if (TOGETHER > 1 && in < count) add_groups<BITS, 1>(tree, stage, cursor, in);
+            for (int in = 0; in + 2 <= count; in += 2) add_groups<BITS, 2>(tree, stage, cursor, in);
+            if (count % 2 != 0) add_groups<BITS, 1>(tree, stage, cursor, count - 1);
+        }
+    }
+
+    // Which tokens a node serves.
+    __device__ __forceinline__ void begin(const TreeNode& node) {
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n) touched[n] = node.high > n * TILE && node.low < (n + 1) * TILE;
+    }
+
+    // Add what a node has given to the tokens that it serves.
+    __device__ __forceinline__ void end(const Tree<S>& tree, const TreeNode& node) {
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int token = n * TILE + 2 * tree.t + i % 2;
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    if (token >= node.low && token < node.high) total[m][n][i] = fused(node.multiplier, own[m][n][i], total[m][n][i]);
+                    own[m][n][i] = 0;
+                }
+            }
     }
 
     __device__ __forceinline__ void store(const Tree<S>& tree) const {
@@ -300,12 +360,13 @@ template <class S> __device__ void finish(const Tree<S>& tree) {
 }
 
 // Grid: blocks of rows, splits of the columns.
-template <class S> __global__ void __launch_bounds__(S::THREADS) tree_kernel(const __grid_constant__ TreeCall call) {
+template <class S> __global__ void __launch_bounds__(S::THREADS, 1) tree_kernel(const __grid_constant__ TreeCall call) {
     const Tree<S> tree(call, shared_memory());
-    typename Tree<S>::Cursor ahead{0, 0}, now{0, 0};
+    typename Tree<S>::Source ahead{tree.begin(), nullptr, nullptr, 0};
+    tree.open(ahead);
 #pragma unroll 1
     for (int i = 0; i < S::STAGES - 1; ++i) {
-        if (ahead.node < call.nodes) tree.fetch(i, ahead), tree.advance(ahead);
+        if (ahead.cursor.node < call.nodes) tree.fetch(i, ahead);
         commit();
     }
     tree.prepare();
@@ -315,19 +376,23 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) tree_kernel(con
     tree.template offsets<4>();
     sync();
     TreeSums<S> sums;
+    typename Tree<S>::Cursor now = tree.begin();
     int stage = 0;
+    sums.begin(call.node[0]);
 #pragma unroll 1
     while (now.node < call.nodes) {
         wait<S::STAGES - 2>();
         sync_warp(); // this step is there, and nobody reads the one before any more
-        if (ahead.node < call.nodes) tree.fetch(stage == 0 ? S::STAGES - 1 : stage - 1, ahead), tree.advance(ahead);
+        if (ahead.cursor.node < call.nodes) tree.fetch(stage == 0 ? S::STAGES - 1 : stage - 1, ahead);
         commit();
-        const int bits = call.node[now.node].bits;
-        if (bits == 1) sums.template step<1>(tree, stage, now);
-        else if (bits == 2) sums.template step<2>(tree, stage, now);
+        if (now.bits == 1) sums.template step<1>(tree, stage, now);
+        else if (now.bits == 2) sums.template step<2>(tree, stage, now);
         else sums.template step<4>(tree, stage, now);
-        tree.advance(now);
         stage = stage == S::STAGES - 1 ? 0 : stage + 1;
+        const int node = now.node;
+        if (!tree.advance(now)) continue;
+        sums.end(tree, call.node[node]);
+        if (now.node < call.nodes) sums.begin(call.node[now.node]);
     }
     sums.store(tree);
     if (call.splits > 1) finish(tree);
