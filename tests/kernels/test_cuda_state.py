@@ -151,9 +151,9 @@ def test_every_instance_compiles_without_spills(tmp_path) -> None:
         assert 4 * threads * -(-one.registers // 8) * 8 <= 65536, one.numbers
         assert counts["LDGSTS"] > 0, one.numbers
         assert any("STG.E.128" in line for line in one.code), one.numbers
-        # a lane's states: five rounded products each, one fused into the read-out, one or two bounds of a code, and with
-        # 4 bits what turns three quarters of the codes into numbers; the rest is per row and column
+        # a lane has so many states: five rounded products each, one fused into the read-out, bounds of a code,
+        # with 4 bits what turns three quarters of the codes into numbers; the rest is per row and column
         each = P * states // threads
         fused = (2.75 if bits == 4 else 3) * each
         assert 5 * each <= counts["FMUL"] <= 5 * each + 80, one.numbers
-        assert fused <= counts["FFMA"] <= fused + 140, one.numbers
+        assert fused <= counts["FFMA"] <= fused + each + 80, one.numbers

@@ -83,7 +83,7 @@ def dsq_state_update(
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_state_update`, which :func:`verify` has accepted.
 
-    ``library`` is the emulation of the tests, on CPU tensors; ``variant`` and ``family`` are the bench's and the tests'.
+    ``library`` is the emulation of the tests, on CPU tensors; ``variant`` and ``family`` are for benches.
 
     Raises:
         BuildError: The kernels cannot be built.
