@@ -28,6 +28,7 @@ REQUIRED = (
 OPTIONAL = {
     "compressed-tensors": ("export to compressed-tensors", "pip install 'llmcompress[export]'"),
     "gguf": ("export to GGUF", "pip install 'llmcompress[export]'"),
+    "math-verify": ("answers in LaTeX", "pip install 'llmcompress[math]'"),
     "llama-cpp-python": ("read exported GGUF files back with llama.cpp", "pip install llama-cpp-python"),
     "tensorboard": ("run --track tensorboard", "pip install 'llmcompress[track]'"),
     "trackio": ("run --track trackio", "pip install 'llmcompress[track]'"),

@@ -1,9 +1,10 @@
 import json
+import sys
 
 import pytest
 
 from llmcompress.data.problems.files import FileProblems, math_equal, same_text
-from llmcompress.errors import InputError
+from llmcompress.errors import EnvironmentProblem, InputError
 
 
 def write(path, rows):
@@ -69,3 +70,20 @@ def test_math_verify_reads_latex():
     pytest.importorskip("math_verify")
     assert math_equal("\\frac{1}{2}", "0.5")
     assert not math_equal("\\frac{1}{2}", "0.6")
+
+
+def test_math_rows_are_checked_as_mathematics_only_where_the_recipe_says_so(tmp_path):
+    pytest.importorskip("math_verify")
+    path = write(tmp_path / "m.jsonl", [{"problem": "p", "solution": "so \\boxed{\\frac{\\sqrt{8}}{2}}"}])
+    plain, checked = FileProblems(path, path, "math"), FileProblems(path, path, "math", math=True)
+    problem = checked.problems("test")[0]
+    assert checked.check(problem, "\\sqrt{2}") and not plain.check(problem, "\\sqrt{2}")
+    assert not checked.check(problem, "\\sqrt{3}")
+    assert not checked.check(problem, "")
+
+
+def test_without_math_verify_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(EnvironmentProblem, match="math-verify is not installed") as caught:
+        math_equal("\\frac{1}{2}", "a text that no other test compares")
+    assert "llmcompress[math]" in f"{caught.value} {caught.value.__dict__}"
