@@ -131,15 +131,22 @@ def precision(device: str) -> Any:
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def heldout_loss(model: Any, tokenizer: Any, texts: Path, domain: str, windows: int = 48) -> float:
-    """Mean negative log likelihood (nats a token) of one domain's held-out text."""
+def heldout_rows(tokenizer: Any, texts: Path, domain: str, windows: int = 48) -> Any:
+    """Windows of one domain's held-out text, ``[S, LENGTH + 1]``."""
     import torch
-    import torch.nn.functional as F
 
     joined = "\n\n".join(read_texts(texts / "heldout" / f"{domain}.jsonl.gz"))
     ids = torch.tensor(tokenizer.encode(joined), dtype=torch.long)
     count = min(windows, (len(ids) - 1) // LENGTH)
-    rows = torch.stack([ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)]).to(model.device)
+    return torch.stack([ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)])
+
+
+def heldout_loss(model: Any, rows: Any) -> float:
+    """Mean negative log likelihood (nats a token) of windows."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = rows.to(model.device)
     model.eval()
     with torch.inference_mode(), precision(str(model.device)):
         logits = torch.cat([model(part[:, :-1]).logits.float() for part in rows.split(8)])
@@ -271,10 +278,11 @@ def report(args: argparse.Namespace, tokenizer: Any, seconds: float) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
+    rows = {domain: heldout_rows(tokenizer, args.texts, domain) for domain in args.members}
     losses: dict[str, dict[str, float]] = {}
     for name in ("base", *args.members):
         model = LlamaForCausalLM.from_pretrained(args.out / "models" / name, dtype=torch.float32).to(args.device)
-        losses[name] = {d: round(heldout_loss(model, tokenizer, args.texts, d), 4) for d in args.members}
+        losses[name] = {d: round(heldout_loss(model, rows[d]), 4) for d in args.members}
         print(name, {d: round(math.exp(v), 2) for d, v in losses[name].items()}, flush=True)
     settings = {
         key: getattr(args, key)

@@ -38,10 +38,19 @@ def centred_gram(weights: Tensor, hessian: Tensor | None) -> tuple[Tensor, float
     mean = weights.mean(0)
     apart = weights - mean
     through = apart if hessian is None else apart @ hessian
-    gram = torch.einsum("ink,jnk->ij", apart.double(), through.double())
+    gram = inner_products(apart, through)
     shared = mean if hessian is None else mean @ hessian
     energy = float((mean.double() * shared.double()).sum() + gram.diagonal().mean())
     return (gram + gram.T) / 2, energy
+
+
+def inner_products(first: Tensor, second: Tensor) -> Tensor:
+    """``Σ_nk A_ink B_jnk`` of two stacks of matrices ``[M, N, K]`` in fp64, ``[M, M]``."""
+    first, second = first.double(), second.double()
+    if first.is_cuda:
+        # one product of M x M with a sum over N K terms would leave a GPU idle: row by row instead
+        return torch.bmm(first.transpose(0, 1), second.permute(1, 2, 0)).sum(0)
+    return torch.einsum("ink,jnk->ij", first, second)
 
 
 def cluster_cost(gram: Tensor, members: Sequence[int]) -> float:

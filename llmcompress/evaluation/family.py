@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
+from llmcompress.evaluation.batching import family_batch
 from llmcompress.evaluation.family_baselines import Baselines
 from llmcompress.evaluation.perplexity import Text, perplexity, tokenize
 from llmcompress.quant.codecs import codec, delta_tree
@@ -147,8 +148,9 @@ class _Measurement:
     def _perplexity(self, model: Any, name: str, text: str) -> dict[str, Any]:
         settings: PerplexityConfig = self.config.texts[text]
         result = perplexity(
-            model, self._text(name, text), settings.length, settings.stride, keep_tail=settings.tail == "keep"
-        )
+            model, self._text(name, text), settings.length, settings.stride, keep_tail=settings.tail == "keep",
+            batch=family_batch(settings.length, self.state.family.layout.vocab, self.ctx.device),
+        )  # fmt: skip
         return {"perplexity": result.perplexity, "stderr": result.stderr, "tokens": result.tokens, "nll": result.nll}
 
     def _text(self, name: str, text: str) -> Text:

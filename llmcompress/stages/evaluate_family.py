@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmcompress.errors import GateFailed
+from llmcompress.evaluation.batching import FAMILY_CUDA_BYTES
 from llmcompress.evaluation.config import PerplexityConfig
 from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -52,8 +53,10 @@ class EvaluateFamily(Stage):
         layout = inputs.layout
         linears = sum(v.out_features * v.in_features for b in layout.blocks for v in b.linears())
         outside = sum(view.shape[0] * view.shape[-1] for view in layout.outside)
-        peak = (linears + outside) * inputs.compute_bytes + 4 * layout.vocab * 4096
         on_gpu = inputs.device == "cuda"
+        # in compute type and in fp32
+        logits = FAMILY_CUDA_BYTES * (1 + inputs.compute_bytes / 4) if on_gpu else 4 * layout.vocab * 4096
+        peak = int((linears + outside) * inputs.compute_bytes + logits)
         return Estimate(ram=0 if on_gpu else peak, vram=peak if on_gpu else 0)
 
     def check(self, layout: ModelLayout) -> list[str]:

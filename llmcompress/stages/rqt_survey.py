@@ -110,7 +110,7 @@ def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None, device
     import torch
 
     from llmcompress.algorithms.residual_tree import inner
-    from llmcompress.algorithms.tree_topology import centred_gram
+    from llmcompress.algorithms.tree_topology import centred_gram, inner_products
 
     weights = torch.stack([weight.to(device) for weight in family.weights(linear).values()])
     base = family.base.checkpoint.tensor(f"{linear}.weight").to(device, torch.float32)
@@ -120,7 +120,7 @@ def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None, device
     plain, plain_energy = (gram, energy) if moment is None else centred_gram(weights, None)
     apart = weights - base
     through = apart if moment is None else apart @ moment
-    deltas = torch.einsum("ink,jnk->ij", apart.double(), through.double())
+    deltas = inner_products(apart, through)
     return {
         "gram": gram.tolist(),
         "energy": energy,
@@ -129,23 +129,25 @@ def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None, device
         "plain_energy": plain_energy,
         "deltas": ((deltas + deltas.T) / 2).tolist(),
         "equal": bool((weights == weights[0]).all()),
-        "low_rank": [_adapter_rank(each) for each in apart],
+        "low_rank": _adapter_ranks(apart),
     }
 
 
-def _adapter_rank(delta: Tensor) -> int:
-    """Numerical rank of a difference where it is below an eighth of the smaller side, else 0.
+def _adapter_ranks(deltas: Tensor) -> list[int]:
+    """Numerical rank of each of the differences ``[M, N, K]`` where it is below an eighth of the smaller side, else 0.
 
-    A random projection to a few columns decides, so that no decomposition of a whole matrix is needed.
+    A random projection to a few columns decides, so that no decomposition of a whole matrix is needed. Singular values
+    come from its products with itself: in fp64 their squares are exact to far below the threshold.
     """
     import torch
 
-    limit = min(delta.shape) // 8
-    if limit < 1 or not bool(delta.any()):
-        return 0
+    limit = min(deltas.shape[1:]) // 8
+    if limit < 1:
+        return [0] * len(deltas)
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(delta.shape[1], limit + 8, generator=generator).to(delta)
-    # on a CPU, where decompositions of thin matrices are faster
-    values = torch.linalg.svdvals((delta @ probe).cpu())
-    rank = int((values > values[0] * 1e-3).sum())
-    return rank if rank <= limit else 0
+    probe = torch.randn(deltas.shape[2], limit + 8, generator=generator).to(deltas)
+    thin = (deltas @ probe).double()
+    squares = torch.linalg.eigvalsh((thin.transpose(1, 2) @ thin).cpu())
+    largest = squares[:, -1:]
+    ranks = ((squares > largest * 1e-6) & (largest > 0)).sum(1).tolist()
+    return [rank if rank <= limit else 0 for rank in ranks]

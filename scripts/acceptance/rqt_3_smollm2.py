@@ -8,7 +8,8 @@ by exact match of the number after ``####``. Needs the family of ``make family-s
     python scripts/acceptance/rqt_3_smollm2.py [--models FOLDER] [--problems 83] [--device cuda] [--gsm8k FILE]
 
 ``--gsm8k`` names GSM8K's own test split instead of the 83 problems of it that the repository has. A second process
-answers problems while the first builds the tree. What is known is in ``benchmarks/rqt_smollm2.json`` at any time.
+answers problems while the first builds the tree. What is known is in ``benchmarks/rqt_smollm2.json`` at any time;
+without the family the figures there, of the run that was committed, are judged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from family_runs import need_models, quality_goals
@@ -35,7 +36,7 @@ MEMBERS = ("maths", "chat", "spanish", "code")
 # most worked answers of GSM8K end within these
 NEW_TOKENS = 256
 # sequences at once; a GPU takes what there is
-CPU_ROWS, CUDA_ROWS = 16, 1024
+CPU_ROWS, CUDA_ROWS = 16, 672
 
 
 class Figures:
@@ -190,6 +191,9 @@ def main() -> None:
     if options.solve is not None:
         solve(options, options.solve)
         return
+    if not (options.models / "training.json").exists() and OUT.exists():
+        print(f"{options.models} is missing: judging the figures in {OUT.relative_to(ROOT)}")
+        judge(json.loads(OUT.read_text()))
     need_models(options.models, "make family-smollm2")
     figures = Figures(options.out)
     training = json.loads((options.models / "training.json").read_text())
@@ -202,8 +206,11 @@ def main() -> None:
     judge(figures.rows)
 
 
-def judge(rows: dict[str, Any]) -> None:
+def judge(rows: dict[str, Any]) -> NoReturn:
     """Print the table and the verdict."""
+    missing = {"table", "stored", "gsm8k"} - set(rows) | ({"dense", "tree", "base"} - set(rows.get("gsm8k", ())))
+    if missing:
+        verdict(False, f"the run was cut off before {', '.join(sorted(missing))} could be measured")
     methods, stored = rows["table"]["methods"], rows["stored"]["linear_bits"]
     for method, row in methods.items():
         each = ", ".join(f"{name} {value:.2%}" for name, value in row["relative"].items())
