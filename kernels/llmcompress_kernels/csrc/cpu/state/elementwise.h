@@ -25,39 +25,38 @@ STATE_INLINE __m512 exp16(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-STATE_INLINE __m512 silu16(__m512 x) {
-  const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)), below = _mm512_add_ps(_mm512_set1_ps(1.0f), e);
-  // a division takes sixteen cycles; 14 bits of the reciprocal and a step of Newton's take four
-  const __m512 near = _mm512_rcp14_ps(below);
-  const __m512 reciprocal = _mm512_fmadd_ps(near, _mm512_fnmadd_ps(below, near, _mm512_set1_ps(1.0f)), near);
-  return _mm512_mul_ps(x, reciprocal);
-}
-
-// The same for several vectors side by side: one alone waits for itself, as its operations hang on one another.
+// silu of several vectors side by side: one alone waits for itself, as its operations hang on one another. exp(-x) is that
+// of exp16 with the sign taken into the constants: 2^n times a polynomial of x + n ln2, n the nearest to -x / ln2.
 template <int Count>
 STATE_INLINE void silu_all(__m512* x) {
+  const __m512 round = _mm512_set1_ps(kRound);
   __m512 n[Count], r[Count], p[Count];
   for (int k = 0; k < Count; ++k) {
-    const __m512 z = _mm512_min_ps(_mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), x[k]), _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-    n[k] = _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(1.44269504f)), 0);
-    r[k] = z;
+    r[k] = _mm512_min_ps(_mm512_max_ps(x[k], _mm512_set1_ps(-88.0f)), _mm512_set1_ps(87.0f));
+    n[k] = _mm512_sub_ps(_mm512_fmadd_ps(r[k], _mm512_set1_ps(-1.44269504f), round), round);
   }
-  for (int k = 0; k < Count; ++k) r[k] = _mm512_fnmadd_ps(n[k], _mm512_set1_ps(0.693359375f), r[k]);
-  for (int k = 0; k < Count; ++k) r[k] = _mm512_fnmadd_ps(n[k], _mm512_set1_ps(-2.12194440e-4f), r[k]);
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(_mm512_set1_ps(1.9875691500e-4f), r[k], _mm512_set1_ps(1.3981999507e-3f));
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(8.3334519073e-3f));
+  for (int k = 0; k < Count; ++k) r[k] = _mm512_fmadd_ps(n[k], _mm512_set1_ps(0.693359375f), r[k]);
+  for (int k = 0; k < Count; ++k) r[k] = _mm512_fmadd_ps(n[k], _mm512_set1_ps(-2.12194440e-4f), r[k]);
+  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(_mm512_set1_ps(-1.9875691500e-4f), r[k], _mm512_set1_ps(1.3981999507e-3f));
+  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(-8.3334519073e-3f));
   for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(4.1665795894e-2f));
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(1.6666665459e-1f));
+  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(-1.6666665459e-1f));
   for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(5.0000001201e-1f));
   for (int k = 0; k < Count; ++k) {
-    p[k] = _mm512_fmadd_ps(p[k], _mm512_mul_ps(r[k], r[k]), _mm512_add_ps(r[k], _mm512_set1_ps(1.0f)));
+    p[k] = _mm512_fmadd_ps(p[k], _mm512_mul_ps(r[k], r[k]), _mm512_sub_ps(_mm512_set1_ps(1.0f), r[k]));
   }
   for (int k = 0; k < Count; ++k) p[k] = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p[k], n[k]));
+  // a division takes sixteen cycles; 14 bits of the reciprocal and a step of Newton's take four
   for (int k = 0; k < Count; ++k) r[k] = _mm512_rcp14_ps(p[k]);
   for (int k = 0; k < Count; ++k) {
     r[k] = _mm512_fmadd_ps(r[k], _mm512_fnmadd_ps(p[k], r[k], _mm512_set1_ps(1.0f)), r[k]);
     x[k] = _mm512_mul_ps(x[k], r[k]);
   }
+}
+
+STATE_INLINE __m512 silu16(__m512 x) {
+  silu_all<1>(&x);
+  return x;
 }
 
 // log(1 + exp(z)) = max(z, 0) + 2 atanh(t / (2 + t)), t = exp(-|z|): no cancellation for small results
