@@ -10,8 +10,8 @@ of two public re-implementations that agree. Per sequence, layer and head, for t
     û   = q * (s_p * (s_n / qmax))
 
 With ``rounding: dither`` (ours) ``q = clamp(round_half_even(v + e_n))`` with ``v = (u (1 / s_p)) (1 / (s_n / qmax))``;
-the bits of ``s_n`` give ``e_n`` (:func:`dither_of`). On average an error then depends on the state no more, so that a
-recurrence adds errors up as noise and not as a gain.
+the bits of ``s_n`` give ``e_n`` (:func:`dither_of`); last product and sum are fused. On average an error then depends on
+the state no more, so that a recurrence adds errors up as noise and not as a gain.
 
 All arithmetic is fp32 in the order the parentheses give and the mean is summed in halves (:func:`folded_mean`), so that
 kernels can be held to equal codes whatever their tiling. Ours:
@@ -252,8 +252,10 @@ def _dithered(u: Tensor, channel: Tensor | None, state: Tensor | None, qmax: flo
     assert channel is not None
     assert state is not None
     per_state = _per_state(state, qmax)
-    value = (u * (1 / channel.to(torch.float32)).unsqueeze(-1)) * (1 / per_state).unsqueeze(-2)
-    return _codes((value + dither_of(state).unsqueeze(-2)).round(), qmax)
+    part = u * (1 / channel.to(torch.float32)).unsqueeze(-1)
+    # fused by way of float64: exact wherever a value is not far below half a step, where the code is zero anyway
+    value = part.double() * (1 / per_state).double().unsqueeze(-2) + dither_of(state).double().unsqueeze(-2)
+    return _codes(value.to(torch.float32).round(), qmax)
 
 
 def dither_of(state: Tensor) -> Tensor:

@@ -205,7 +205,8 @@ def test_dithered_codes_equal_a_slow_loop(bits: int) -> None:
             dither = np.float32((2 * level - 15) / 32)
             for p in range(3):
                 part = np.float32(one[p, n] * (np.float32(1) / np.float32(s_p[p])))
-                value = np.float32(part * (np.float32(1) / (np.float32(scale) / qmax))) + dither
+                unstep = np.float32(1) / (np.float32(scale) / qmax)
+                value = np.float32(np.float64(part) * np.float64(unstep) + np.float64(dither))
                 assert found.codes[index, p, n] == min(max(np.rint(value), -qmax), qmax)
 
 

@@ -9,6 +9,7 @@ Per head with fresh state ``u [P, N]``, ``drive = dt x``, ``decay = exp(dt A)``:
 With ``refit`` the channel scale, once the codes are known, is fitted to them by least squares in units of a step:
 ``channel' = fp16(channel Σ_n code v / Σ_n code²)`` with ``v = (u (1 / channel)) (1 / (state / qmax))``. With ``dither``
 the code is ``clamp(round_half_even(v + e_n), ±qmax)``; the bits of the state scale give ``e_n`` (:func:`dither_of`).
+The last product of ``v`` and that sum are rounded once (fused).
 
 Scales are clamped to ``[2^-24, 65504]``. Every implementation has to give the same codes and scales to the last
 bit, so the order of operations is part of the definition: nothing is fused, and the mean is summed in halves
@@ -111,7 +112,9 @@ def dsq_quantize(
     step = wide * per_state
     value = fresh / step
     if dither:
-        value = (fresh * (1 / wide)) * (1 / per_state) + dither_of(state).unsqueeze(-2)
+        # fused by way of float64: exact wherever a value is not far below half a step, where the code is zero anyway
+        product = (fresh * (1 / wide)).double() * (1 / per_state).double()
+        value = (product + dither_of(state).double().unsqueeze(-2)).to(torch.float32)
     codes = torch.maximum(torch.minimum(value.round(), qmax), -qmax)
     if refit and fixed is None:
         channel = refitted(fresh, codes, channel, per_state.squeeze(-2))

@@ -52,7 +52,10 @@ def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constex
     state = to_scale(tl.max(tl.div_rn(size, tl.broadcast_to(wide[:, None], (P, N))), 0))
     step = step_size(wide, state, qmax, P, N)
     if FIXED >= 3:
-        ratio = scaled(u, wide, state, qmax, P, N) + dither_of(state)[None, :]
+        per_state = tl.div_rn(state.to(tl.float32), tl.zeros((N,), tl.float32) + qmax)
+        part = u * tl.div_rn(tl.zeros((P,), tl.float32) + 1.0, wide)[:, None]
+        unstep = tl.broadcast_to(tl.div_rn(tl.zeros((N,), tl.float32) + 1.0, per_state)[None, :], (P, N))
+        ratio = tl.fma(part, unstep, tl.broadcast_to(dither_of(state)[None, :], (P, N)))
     else:
         ratio = tl.div_rn(u, step)
     ratio = tl.minimum(tl.maximum(ratio, -qmax), qmax)

@@ -11,7 +11,7 @@
 //   read-out      sixteen rows turned                                                                        0.4
 //   state scale   u / channel, largest                                                                       2
 //   new codes     u / channel times 1 / step, a little less and a little more, must round alike; or, with    3
-//                 a dither, that product once, the dither added, rounded
+//                 a dither, one fused product with 1 / step, rounded (2)
 //   pack          a funnel shift pushes a nibble into its lane                                               1.1
 //
 // Without fusing, which the definition forbids, nothing of this can go. So sixteen states take 8.5 cycles at best, where
@@ -169,8 +169,7 @@ struct Nibbles {
     const __m512 size = _mm512_mul_ps(_mm512_set1_ps(now.channel[r]), _mm512_load_ps(now.step + 16 * v));
     __m512 value = _mm512_div_ps(again(r, v), size);
     if constexpr (dithered(mode)) {
-      value = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(tile + r * n + 16 * v), _mm512_load_ps(less + 16 * v)),
-                            _mm512_load_ps(more + 16 * v));
+      value = _mm512_fmadd_ps(_mm512_load_ps(tile + r * n + 16 * v), _mm512_load_ps(less + 16 * v), _mm512_load_ps(more + 16 * v));
     }
     value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-qmax)), _mm512_set1_ps(qmax));
     return _mm512_castps_si512(_mm512_add_ps(value, _mm512_set1_ps(kRound)));
@@ -191,7 +190,7 @@ struct Nibbles {
         const __m512 part = _mm512_load_ps(tile + 128 * q + 16 * k);
         if constexpr (dithered(mode)) {
           // a dither of at most 15/32 keeps what is a little above qmax from the next code
-          const __m512 value = _mm512_add_ps(_mm512_mul_ps(part, _mm512_load_ps(less + 16 * v)), _mm512_load_ps(more + 16 * v));
+          const __m512 value = _mm512_fmadd_ps(part, _mm512_load_ps(less + 16 * v), _mm512_load_ps(more + 16 * v));
           packed = _mm512_shldi_epi32(_mm512_castps_si512(_mm512_add_ps(value, round)), packed, 28);
           continue;
         }

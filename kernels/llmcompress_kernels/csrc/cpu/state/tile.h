@@ -2,9 +2,9 @@
 //
 // N is walked in "pairs": 32 neighbouring states as two vectors, the even ones and the odd ones, because that is how
 // 4-bit codes lie in a byte. B and C are put into the same order once per token. Codes must equal those of the plain
-// PyTorch definition, so nothing that decides a code may be fused or reordered: the mean is summed in halves, which
-// the even/odd order keeps, and divisions by a scale are done as products with its reciprocal only where that
-// provably rounds to the same code or scale; near a rounding boundary the division itself is done.
+// PyTorch definition, so nothing that decides a code may be fused or reordered, but where the definition says so: the mean
+// is summed in halves, which the even/odd order keeps, and divisions by a scale are done as products with its reciprocal
+// only where that provably rounds to the same code or scale; near a rounding boundary the division itself is done.
 #pragma once
 
 #include <immintrin.h>
@@ -228,7 +228,7 @@ STATE_INLINE void dithered_codes(const Scales& s, const float* row, int r, float
   for (int v = 0; v < 2 * J; ++v) {
     const __m512 part = _mm512_mul_ps(_mm512_load_ps(row + 16 * v), inverse);
     // halves to even, then clamped: a value between qmax and qmax + 1/2 gives qmax either way
-    const __m512 value = _mm512_add_ps(_mm512_mul_ps(part, _mm512_load_ps(s.unstep + 16 * v)), _mm512_load_ps(s.dither + 16 * v));
+    const __m512 value = _mm512_fmadd_ps(part, _mm512_load_ps(s.unstep + 16 * v), _mm512_load_ps(s.dither + 16 * v));
     codes[v] = _mm512_add_ps(_mm512_min_ps(_mm512_max_ps(value, least), most), _mm512_set1_ps(kRound));
   }
 }
