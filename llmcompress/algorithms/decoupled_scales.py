@@ -10,8 +10,8 @@ of two public re-implementations that agree. Per sequence, layer and head, for t
     û   = q * (s_p * (s_n / qmax))
 
 With ``rounding: dither`` (ours) ``q = clamp(round_half_even(v + e_n))`` with ``v = (u (1 / s_p)) (1 / (s_n / qmax))``;
-the bits of ``s_n`` give ``e_n`` (:func:`dither_of`); last product and sum are fused. On average an error then depends on
-the state no more, so that a recurrence adds errors up as noise and not as a gain.
+the bits of ``s_n`` give ``e_n`` (:func:`dither_of`); last product and sum are fused. On average an error then depends
+on the state no more, so that a recurrence adds errors up as noise and not as a gain.
 
 All arithmetic is fp32 in the order the parentheses give and the mean is summed in halves (:func:`folded_mean`), so that
 kernels can be held to equal codes whatever their tiling. Ours:

@@ -7,9 +7,9 @@ faster of the two counts, at each batch anew. Ours is what `generate` and `serve
 step or prompt; the same packed model through transformers' modules on our operators is shown beside it. Decode at least
 6 times transformers' at batch 8, prefill of 512 tokens at least 8 times, and the 4-bit state update at least twice as
 fast as our own with fp32 states at batch 8 and 32, in the codec of the recipes (a dither before rounding); rounded to
-nearest, and with a calibrated channel scale (and dither), it is shown beside it. The last is judged on the large model, as C8 says: states of the
-reference model (0.6 MB a sequence) never leave the second cache level, so nothing is saved by making them smaller; its
-figure is shown.
+nearest, and with a calibrated channel scale (and dither), it is shown beside it. That is judged on the large model, as
+C8 says: states of the reference model (0.6 MB a sequence) never leave the second cache level, so nothing is saved by
+making them smaller; its figure is shown.
 
     chrt -f 5 python scripts/acceptance/q_mamba_5_speed.py [--models reference large] [--threads 2] [--keep FOLDER]
 """
@@ -149,7 +149,8 @@ def measure(name: str, root: Path) -> tuple[bool, str]:
         nearest, static = step["fp32"] / step["nearest"], step["fp32"] / step["static"]
         words.append(
             f"batch {batch}: decode {1e3 * found['native']:.2f} ms, {decode:.2f}x (modules {modules:.2f}x); "
-            f"state {1e3 * step['dsq']:.2f} ms, {state:.2f}x (to nearest {nearest:.2f}x, calibrated channel scale {static:.2f}x)"
+            f"state {1e3 * step['dsq']:.2f} ms, {state:.2f}x (to nearest {nearest:.2f}x, calibrated channel scale "
+            f"{static:.2f}x)"
         )
         print(name, words[-1], {key: f"{1e3 * value:.2f} ms" for key, value in found.items()}, flush=True)
         holds &= batch != 8 or decode >= DECODE

@@ -156,7 +156,7 @@ def _widened() -> Iterator[Variant]:
 def _states() -> Iterator[Variant]:
     from llmcompress_kernels.triton import state
 
-    sizes = {"FIXED": False, "HEADS": 80, "P": 64, "N": 128, "LOG": 7}
+    sizes = {"FIXED": 0, "HEADS": 80, "P": 64, "N": 128, "LOG": 7}
     pointers = dict.fromkeys(("drive", "decay", "b", "c", "out", "grad", "last", "kept", "scratch"), "*fp32")
     pointers |= dict.fromkeys(("d_drive", "d_decay", "d_b", "d_c", "state"), "*fp32")
     pointers |= {"codes": "*u8", "channel": "*fp16", "scale": "*fp16", "fixed": "*fp16", "bits": "*i32"}
@@ -165,6 +165,10 @@ def _states() -> Iterator[Variant]:
         for kernel in (state.dsq_update_kernel, state.dsq_pack_kernel):
             constants = {**sizes, "BITS": bits, "SHARE": 80}
             yield Variant(f"{kernel.__name__}/s{bits}", kernel, pointers, constants, 8, matrix=False, fused=False)
+    constants = {**sizes, "BITS": 4, "SHARE": 80, "FIXED": 3}
+    yield Variant(
+        "dsq_update_kernel/s4/dither", state.dsq_update_kernel, pointers, constants, 8, matrix=False, fused=False
+    )
     constants = {**sizes, "GROUPS": 1, "LENGTH": 32, "KEEP": True}
     for kernel in (state.dsq_scan_kernel, state.dsq_scan_backward_kernel):
         yield Variant(kernel.__name__, kernel, pointers, constants, 8, matrix=False, fused=False)

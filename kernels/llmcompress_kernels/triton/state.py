@@ -52,17 +52,17 @@ def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constex
     state = to_scale(tl.max(tl.div_rn(size, tl.broadcast_to(wide[:, None], (P, N))), 0))
     step = step_size(wide, state, qmax, P, N)
     if FIXED >= 3:
-        per_state = tl.div_rn(state.to(tl.float32), tl.zeros((N,), tl.float32) + qmax)
-        part = u * tl.div_rn(tl.zeros((P,), tl.float32) + 1.0, wide)[:, None]
-        unstep = tl.broadcast_to(tl.div_rn(tl.zeros((N,), tl.float32) + 1.0, per_state)[None, :], (P, N))
-        ratio = tl.fma(part, unstep, tl.broadcast_to(dither_of(state)[None, :], (P, N)))
+        inverse, unstep = reciprocals(wide, state, qmax, P, N)
+        dither = tl.broadcast_to(dither_of(state)[None, :], (P, N))
+        ratio = tl.fma(u * inverse, tl.broadcast_to(unstep, (P, N)), dither)
     else:
         ratio = tl.div_rn(u, step)
     ratio = tl.minimum(tl.maximum(ratio, -qmax), qmax)
     # adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even
     codes = (ratio + 12582912.0) - 12582912.0
     if FIXED == 2:
-        value = scaled(u, wide, state, qmax, P, N)
+        inverse, unstep = reciprocals(wide, state, qmax, P, N)
+        value = (u * inverse) * unstep
         top, below = folded_sum(codes * value, P, N, LOG), folded_sum(codes * codes, P, N, LOG)
         fits = (top > 0) & (below > 0)
         channel = to_scale(wide * tl.where(fits, tl.div_rn(top, tl.where(fits, below, 1.0)), 1.0))
@@ -71,11 +71,11 @@ def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def scaled(u, wide, state, qmax, P: tl.constexpr, N: tl.constexpr):
-    """``u`` in steps, by products with reciprocals, ``[P, N]``."""
+def reciprocals(wide, state, qmax, P: tl.constexpr, N: tl.constexpr):
+    """Of the channel scales ``[P, 1]`` and of the state scales over ``qmax`` ``[1, N]``."""
     per_state = tl.div_rn(state.to(tl.float32), tl.zeros((N,), tl.float32) + qmax)
     inverse = tl.div_rn(tl.zeros((P,), tl.float32) + 1.0, wide)
-    return (u * inverse[:, None]) * tl.div_rn(tl.zeros((N,), tl.float32) + 1.0, per_state)[None, :]
+    return inverse[:, None], tl.div_rn(tl.zeros((N,), tl.float32) + 1.0, per_state)[None, :]
 
 
 @triton.jit
