@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -113,11 +114,19 @@ def test_what_the_kernel_declines() -> None:
     given = inputs(1, 128)
     assert kernels.verify(*held, fixed, *given, 4) is None
     assert "fitted" in (kernels.verify(*held, fixed, *given, 4, True) or "")
+    assert "dither" in (kernels.verify(*held, fixed, *given, 4, False, True) or "")
     assert "6 bits" in (kernels.verify(*held, fixed, *given, 6) or "")
     assert "float32" in (kernels.verify(*held, fixed, given[0].double(), *given[1:], 4) or "")
     assert "P = 32" in (kernels.verify(*held, fixed, given[0][..., :32], *given[1:], 4) or "")
     turned = held[0].transpose(2, 3).contiguous().transpose(2, 3)
     assert "contiguous" in (kernels.verify(turned, *held[1:], fixed, *given, 4) or "")
+
+
+def test_every_argument_of_the_operator_is_known() -> None:
+    """The dispatcher passes the operator's arguments on by place."""
+    names = [argument.name for argument in torch.ops.llmcompress.dsq_state_update.default._schema.arguments]
+    for function in (kernels.verify, kernels.dsq_state_update):
+        assert list(inspect.signature(function).parameters)[: len(names)] == names
 
 
 def test_the_implementation_is_listed_with_its_reason() -> None:

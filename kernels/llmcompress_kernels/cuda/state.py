@@ -48,8 +48,11 @@ def verify(
     c: Tensor,
     bits: int,
     refit: bool = False,
+    dither: bool = False,
 ) -> str | None:
     """Why :func:`dsq_state_update` declines, or None."""
+    if dither:
+        return "a dither before rounding"
     if refit and fixed is None:
         return "the channel scale is fitted to the codes"
     if drive.shape[-1] != CHANNELS or scale.shape[-1] not in STATES or bits not in BITS:
@@ -77,6 +80,7 @@ def dsq_state_update(
     c: Tensor,
     bits: int,
     refit: bool = False,
+    dither: bool = False,
     library: Any = None,
     variant: int | None = None,
     family: str = FAMILY,
