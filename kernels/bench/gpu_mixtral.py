@@ -28,7 +28,7 @@ class Layer:
         self.down = packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
         self.router = torch.randn(EXPERTS, HIDDEN, dtype=torch.bfloat16, device="cuda")
         self.norms = torch.ones(2, HIDDEN, dtype=torch.bfloat16, device="cuda")
-        self.keys = torch.zeros(1, KEY_HEADS, LENGTH, HEAD, dtype=torch.bfloat16, device="cuda")
+        self.keys = torch.zeros(KEY_HEADS, LENGTH, HEAD, dtype=torch.bfloat16, device="cuda")
         self.values = torch.zeros_like(self.keys)
 
     def nbytes(self) -> int:
@@ -38,17 +38,19 @@ class Layer:
     def __call__(self, x: Tensor, position: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """``[1, H]`` to ``[1, H]``; writes the caches at ``position``."""
         inner = functional.rms_norm(x, (HIDDEN,), self.norms[0])
-        qkv = _linear(inner, self.qkv).view(1, HEADS + 2 * KEY_HEADS, 1, HEAD)
-        q, k, v = qkv.split((HEADS, KEY_HEADS, KEY_HEADS), 1)
-        self.keys.index_copy_(2, position, _rotate(k, rotation))
-        self.values.index_copy_(2, position, v)
-        attended = functional.scaled_dot_product_attention(
-            _rotate(q, rotation), self.keys, self.values, attn_mask=mask, enable_gqa=True
-        )
-        x = x + _linear(attended.reshape(1, HEADS * HEAD), self.out)
+        qkv = _linear(inner, self.qkv).view(HEADS + 2 * KEY_HEADS, HEAD)
+        turned = _rotate(qkv[: HEADS + KEY_HEADS], rotation)
+        self.keys.index_copy_(1, position, turned[HEADS:, None])
+        self.values.index_copy_(1, position, qkv[HEADS + KEY_HEADS :, None])
+        # the heads that share a key are the rows of a product
+        q = turned[:HEADS].view(KEY_HEADS, HEADS // KEY_HEADS, HEAD)
+        scores = torch.baddbmm(mask, q, self.keys.transpose(1, 2), alpha=HEAD**-0.5)
+        attended = torch.bmm(torch.softmax(scores, -1), self.values)
+        x = x + _linear(attended.view(1, HEADS * HEAD), self.out)
         inner = functional.rms_norm(x, (HIDDEN,), self.norms[1])
-        weights, index = torch.softmax(functional.linear(inner, self.router).float(), -1).topk(SLOTS, -1)
-        weights = weights / weights.sum(-1, keepdim=True)
+        # shares of the chosen experts: a softmax over all, normalized over these, is one over these
+        logits, index = functional.linear(inner, self.router).topk(SLOTS, -1)
+        weights = torch.softmax(logits, -1, dtype=torch.float32)
         return x + ops.moe_group_gemm(inner, index, weights, self.up, self.down, INTERMEDIATE)
 
 
@@ -78,7 +80,7 @@ def generate(bits: int, rate: float, tokens: int = 64) -> dict[str, Any]:
 
     def step() -> None:
         x = embedding[token]
-        mask = (places <= position)[None, None, None, :]
+        mask = torch.where(places <= position, 0.0, float("-inf")).to(torch.bfloat16)[None, None, :]
         rotation = (cosine[position], sine[position])
         for layer in layers:
             x = layer(x, position, rotation, mask)
