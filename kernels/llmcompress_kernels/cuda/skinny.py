@@ -23,7 +23,7 @@ BITS = (2, 3, 4)
 TOKENS, SLOTS_PER_EXPERT = 32, 16
 MOST_SLOTS = 1024
 # shape.cuh: rows of a warp, slots of a matrix instruction, columns of a step and units of one
-STRIP, TILE, COLUMNS, UNITS = 32, 8, {2: 256, 3: 128, 4: 128}, 4
+STRIP, TILE, COLUMNS, UNITS = 32, 8, {2: 512, 3: 256, 4: 256}, 8
 # columns of a row whose words begin at 16 bytes
 ALIGNED = {2: 64, 3: 128, 4: 32}
 MODES = {"dense": 0, "gate_up": 1, "down": 2}
@@ -34,7 +34,7 @@ RESERVED = 1 << 18
 # bytes of shared memory of a block, and of a multiprocessor, of which every block takes 1024 more than it asks for
 SHARED_OF_A_BLOCK, SHARED = {8: 163 << 10, 9: 227 << 10}, {8: 164 << 10, 9: 228 << 10}
 # steps that a block has at least, and blocks that share a strip at most: the last of them adds what all have summed
-LEAST_STEPS, MOST_PIECES = 4, 32
+LEAST_STEPS, MOST_PIECES = 2, 32
 
 build.register(
     build.Family(
@@ -56,7 +56,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("words", "groups", "zero_words")),
         *((name, ctypes.c_int) for name in ("tokens", "slots", "experts", "rows", "columns", "group")),
         *((name, ctypes.c_int) for name in ("mode", "activation", "at_once", "blocks", "warps", "stages")),
-        *((name, ctypes.c_int) for name in ("slice", "least", "pieces", "overlap")),
+        *((name, ctypes.c_int) for name in ("room", "least", "pieces", "overlap")),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
     )
 
@@ -74,7 +74,7 @@ class Launch:
 
     warps: int = 8
     stages: int = 4
-    blocks: int = 2
+    blocks: int = 1
     overlap: bool = True
 
 
@@ -273,11 +273,15 @@ def shared(bits: int, call: Call) -> int:
     jobs = min(slots, experts + slots // call.at_once)
     spans = 1 if call.group >= step else step // call.group
     tiles = 1 if call.at_once <= TILE else 2
-    tables = 80 + 2 * up(4 * experts) + up(2 * jobs) + 3 * up(2 * slots) + 2 * tiles * TILE
+    tables = 64 + 2 * up(4 * experts) + up(2 * jobs) + 3 * up(2 * slots) + 2 * tiles * TILE
     tables += up(call.warps * jobs) if call.mode == MODES["down"] else 0
-    sums = 8 * tiles * TILE * spans * call.slice
-    stage = STRIP * (48 if bits == 3 else 80) + 8 * STRIP * spans
-    return tables + sums + call.at_once * (2 * step * call.slice + 64) + call.warps * call.stages * stage
+    stage = STRIP * (step * bits // 8 + 16) + 8 * STRIP * spans
+    return tables + call.room + call.warps * call.stages * stage
+
+
+def _x_bytes(bits: int, steps: int) -> int:
+    """Bytes of a slot's activations for so many steps."""
+    return 2 * COLUMNS[bits] * steps + (16 if bits == 2 else 64)
 
 
 def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
@@ -296,11 +300,9 @@ def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
     blocks = launch.blocks
     while True:
         room = min(SHARED_OF_A_BLOCK[major], SHARED[major] // blocks - 1024)
-        call.slice = 0
-        empty = shared(bits, call)
-        call.slice = 1
-        call.slice = min(steps, (room - empty) // (shared(bits, call) - empty))
-        if call.slice >= min(steps, 2):
+        call.room = 0
+        call.room = min(room - shared(bits, call), call.at_once * _x_bytes(bits, steps)) // 16 * 16
+        if call.room >= call.at_once * _x_bytes(bits, min(steps, 2)):
             break
         if call.stages > 3:
             call.stages -= 1

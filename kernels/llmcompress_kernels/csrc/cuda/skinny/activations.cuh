@@ -15,7 +15,8 @@ template <int BITS, bool BF16, int NT> struct Block {
     int thread, threads, warp, lane, g, t; // g: row of a fragment, t: place in its four lanes
     int number;
     int count = 0; // slots of the job whose activations are here
-    int job = 0;   // that one
+    int job = -1;  // that one
+    int x_first = 0, x_steps = 0, x_stride = 0; // steps of columns that are here, and bytes from slot to slot
     Schedule schedule;
 
     __device__ Block(const Call& c, unsigned char* m) : call(c), bytes(m), memory(*reinterpret_cast<Memory<BITS, NT>*>(m)) {
@@ -26,7 +27,6 @@ template <int BITS, bool BF16, int NT> struct Block {
     }
 
     template <typename T> __device__ T* at(int offset) const { return reinterpret_cast<T*>(bytes + offset); }
-    __device__ const Quad* sums() const { return at<const Quad>(memory.sums); }
 
     // First row of a job's expert in the bank.
     __device__ int64_t first_row(int j) const {
@@ -98,9 +98,42 @@ template <int BITS, bool BF16, int NT> struct Block {
             static_cast<uint16_t*>(call.out)[i] = 0;
     }
 
-    // Bring the activations of a job for a slice of the columns, and their sums. Every thread of the block comes here.
-    __device__ __forceinline__ void load_x(int wanted, int slice) {
+    // Whether the activations of a step are here.
+    __device__ __forceinline__ bool has_x(const Place& place) const {
+        return place.job == job && unsigned(place.step - x_first) < unsigned(x_steps);
+    }
+
+    // Bring the activations of a job from a step on: as far as they fit and are wanted, for `rest` steps at most. Every
+    // thread of the block comes here.
+    __device__ __forceinline__ void load_x(const Place& place, unsigned rest) {
         sync(); // nobody uses the previous ones any more
+        if (place.job != job) enter_job(place.job);
+        const int fit = (call.room / count - S::X_PAD) / S::X_BYTES, ahead = schedule.steps - place.step;
+        x_first = place.step, x_steps = ahead;
+        if (rest <= unsigned(ahead))
+            x_steps = int(rest);
+        else if (fit >= schedule.steps) // other strips of the job follow
+            x_first = 0, x_steps = schedule.steps;
+        if (x_steps > fit) x_steps = fit;
+        x_stride = x_steps * S::X_BYTES + S::X_PAD;
+        const int begin = x_first * S::X_BYTES, end = 2 * call.columns, all = x_steps * S::X_BYTES, step = 16 * threads;
+        for (int entry = 0; entry < count; ++entry) {
+            const int64_t row = call.mode == GATE_UP ? slot(entry) / call.slots : slot(entry);
+            const unsigned char* from = static_cast<const unsigned char*>(call.x) + row * end + begin;
+            unsigned char* to = bytes + memory.x + entry * x_stride;
+            for (int at = 16 * thread; at < all; at += step) {
+                if (begin + at < end)
+                    copy_async<0>(shared_address(to + at), from + at);
+                else // beyond the row's end
+                    *reinterpret_cast<Words*>(to + at) = {0, 0, 0, 0};
+            }
+        }
+        commit();
+        wait<0>();
+        sync();
+    }
+
+    __device__ __forceinline__ void enter_job(int wanted) {
         job = wanted;
         if (call.mode == DENSE) {
             count = call.tokens - job * call.at_once;
@@ -112,87 +145,14 @@ template <int BITS, bool BF16, int NT> struct Block {
             sync();
         }
         if (count > call.at_once) count = call.at_once;
-        const int first = slice * call.slice, left = schedule.steps - first, steps = left < call.slice ? left : call.slice;
-        copy_x(first * S::COLUMNS, steps * S::COLUMNS / (2 * S::PAIRS));
-        sync();
-        add_x(steps);
-        sync();
     }
-
-    // `columns`: the first one; `pieces`: parts of a token's slice that lanes take at once.
-    __device__ __forceinline__ void copy_x(int columns, int pieces) {
-        // in 16 bytes; a thread has 128 bytes on the way where registers allow it
-        constexpr int WIDE = S::PAIRS / 4, AT_ONCE = (NT == 1 && BITS != 2 ? 8 : 4) / WIDE;
-        const int all = count * pieces, thread = anew(this->thread), threads = anew(this->threads);
-        for (int begin = thread; begin < all; begin += AT_ONCE * threads) {
-            Words held[AT_ONCE][WIDE];
-            int to[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int item = begin + i * threads, entry = item / pieces, piece = item % pieces;
-                to[i] = item < all ? entry * memory.x_stride + piece / 4 * 2 * S::UNIT + piece % 4 * 16 : -1;
-                const int column = columns + piece * 2 * S::PAIRS;
-#pragma unroll
-                for (int w = 0; w < WIDE; ++w) held[i][w] = {0, 0, 0, 0};
-                if (item >= all || column >= call.columns) continue;
-                const int64_t row = call.mode == GATE_UP ? slot(entry) / call.slots : slot(entry);
-                const auto* from = reinterpret_cast<const Words*>(static_cast<const uint16_t*>(call.x) + row * call.columns + column);
-#pragma unroll
-                for (int w = 0; w < WIDE; ++w) held[i][w] = from[w];
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (to[i] >= 0) store_pairs(bytes + memory.x + to[i], held[i]);
-        }
-    }
-
-    // Columns j and j + PAIRS side by side, as the codes are that lie 16 bits apart.
-    static __device__ __forceinline__ void store_pairs(unsigned char* to, const Words (&held)[S::PAIRS / 4]) {
-        uint32_t flat[S::PAIRS];
-#pragma unroll
-        for (int i = 0; i < S::PAIRS; ++i) flat[i] = held[i / 4].at[i % 4];
-#pragma unroll
-        for (int h = 0; h < S::PAIRS / 4; ++h) {
-            Words out;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int p = 4 * h + i;
-                out.at[i] = permute(flat[p / 2], flat[p / 2 + S::PAIRS / 2], p % 2 ? 0x7632 : 0x5410);
-            }
-            *reinterpret_cast<Words*>(to + 64 * h) = out;
-        }
-    }
-
-    // Sums over spans: of the activations, and of what the numbers that stand for codes have too much, negated.
-    __device__ __forceinline__ void add_x(int steps) {
-        const int spans = memory.spans, chunks = S::COLUMNS / 8 / spans, thread = anew(this->thread), threads = anew(this->threads);
-        for (int item = thread; item < count * steps * spans; item += threads) {
-            const int entry = item / (steps * spans), span = item % (steps * spans);
-            const unsigned char* x = bytes + memory.x + entry * memory.x_stride + span * chunks * 16;
-            float sum = 0, excess = 0;
-            for (int i = 0; i < chunks; ++i) {
-                const int chunk = (i + item) % chunks; // lanes begin at different banks
-                const Words w = *reinterpret_cast<const Words*>(x + 16 * chunk);
-                const bool upper = BITS == 2 && (chunk & 4);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float both = value_of(uint16_t(w.at[j])) + value_of(uint16_t(w.at[j] >> 16));
-                    sum += both;
-                    excess = fmaf(upper ? excess_of<BITS>((4 + j) % S::PAIRS) : excess_of<BITS>(j), both, excess);
-                }
-            }
-            at<Pair>(memory.sums)[span * NT * TILE + entry] = {sum, -excess};
-        }
-    }
-
-    static __device__ __forceinline__ float value_of(uint16_t v) { return widen<BF16>(v); }
 
     // Where this lane's activations lie, by 8 slots; columns of a product that have no slot repeat the last one's.
     __device__ __forceinline__ void lanes_of_x(const unsigned char* (&x)[NT]) const {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const int entry = n * TILE + g < count ? n * TILE + g : count - 1;
-            x[n] = bytes + memory.x + entry * memory.x_stride + 16 * t;
+            x[n] = bytes + memory.x + entry * x_stride + 4 * S::PAIRS * t;
         }
     }
 };

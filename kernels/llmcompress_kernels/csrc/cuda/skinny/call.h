@@ -25,7 +25,7 @@ struct Call {
     int mode, activation;
     int at_once; // most slots of a job, at most 8 per tile of the matrix instruction
     int blocks, warps, stages; // of the launch, of a block, of a warp's pipeline
-    int slice;   // steps of columns whose activations are in shared memory
+    int room;    // bytes of shared memory for activations
     int least;   // steps that a block has at least
     int pieces;  // blocks that share a strip of a job, at most
     int overlap; // start before the launch in front has ended

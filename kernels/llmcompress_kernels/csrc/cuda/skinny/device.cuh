@@ -100,6 +100,10 @@ __device__ __forceinline__ void fence() { __threadfence(); }
 
 struct alignas(16) Words { uint32_t at[4]; };
 struct alignas(8) Pair { float x, y; };
-struct alignas(16) Quad { float at[4]; };
+struct alignas(16) Eight { uint64_t at[2]; }; // scales
+template <> __device__ __forceinline__ Eight read<Eight>(const Eight* at) {
+    const ulonglong2 v = __ldg(reinterpret_cast<const ulonglong2*>(at));
+    return {v.x, v.y};
+}
 
 } // namespace llmcompress::skinny

@@ -12,13 +12,15 @@ constexpr uint16_t NONE = 0xFFFF;   // job of a slot that is skipped
 template <int BITS> struct Shape {
     static constexpr int PAIRS = BITS == 2 ? 8 : 4;      // pairs of codes that a lane takes at once
     static constexpr int UNIT = 8 * PAIRS;               // columns that four lanes take at once
-    static constexpr int UNITS = 4;                      // of a step
+    static constexpr int UNITS = 8;                      // of a step
     static constexpr int COLUMNS = UNITS * UNIT;
     static constexpr int UNIT_BYTES = UNIT * BITS / 8;
     static constexpr int ROW_BYTES = COLUMNS * BITS / 8; // of a step
-    static constexpr int STRIDE = BITS == 3 ? 48 : 80;   // 8 rows x 4 lanes then meet 32 different banks
+    static constexpr int STRIDE = ROW_BYTES + 16;        // 8 rows x 4 lanes then meet 32 different banks
     static constexpr int CHUNKS = ROW_BYTES / 16;
     static constexpr int COPIES = STRIP * CHUNKS / LANES; // of a lane, for a step
+    static constexpr int X_BYTES = 2 * COLUMNS;          // of a token, for a step
+    static constexpr int X_PAD = BITS == 2 ? 16 : 64;    // 8 lanes, of two tokens, then meet 32 different banks
 };
 
 __host__ __device__ inline int up_to_16(int bytes) { return (bytes + 15) / 16 * 16; }
@@ -26,16 +28,15 @@ __host__ __device__ inline int up_to_16(int bytes) { return (bytes + 15) / 16 * 
 // Where in shared memory of a block things lie.
 template <int BITS, int NT> struct Memory {
     using S = Shape<BITS>;
-    int most_jobs, spans, x_stride;
+    int most_jobs, spans;
     int jobs; // of the launch
-    int count, before, job_expert, owner, job_of, place, list, pieces, sums, x, stages, stage, bytes;
+    int count, before, job_expert, owner, job_of, place, list, pieces, x, stages, stage, bytes;
 
     __host__ __device__ explicit Memory(const Call& call) : jobs(0) {
         const int slots = call.mode == DENSE ? 0 : call.tokens * call.slots, experts = call.mode == DENSE ? 0 : call.experts;
         most_jobs = experts + slots / call.at_once;
         if (most_jobs > slots) most_jobs = slots;
         spans = call.group >= S::COLUMNS ? 1 : S::COLUMNS / call.group;
-        x_stride = 2 * S::COLUMNS * call.slice + 64; // 8 lanes, of two tokens, then meet 32 different banks
         count = up_to_16(sizeof(Memory)); // it lies in front itself: registers are scarce
         before = count + up_to_16(4 * experts);
         job_expert = before + up_to_16(4 * experts);
@@ -44,18 +45,22 @@ template <int BITS, int NT> struct Memory {
         place = job_of + up_to_16(2 * slots);
         list = place + up_to_16(2 * slots);
         pieces = list + 2 * NT * TILE;
-        sums = pieces + (call.mode == DOWN ? up_to_16(call.warps * most_jobs) : 0);
-        x = sums + 8 * NT * TILE * spans * call.slice;
-        stages = x + call.at_once * x_stride;
+        x = pieces + (call.mode == DOWN ? up_to_16(call.warps * most_jobs) : 0);
+        stages = x + call.room;
         stage = STRIP * S::STRIDE + 8 * STRIP * spans;
         bytes = stages + call.warps * call.stages * stage;
     }
 };
 
 // Where in the mantissa, counted from its lower end or (fp16) from bit 3, code I of half a word is read, and what the
-// number there exceeds the code by.
+// number there exceeds the code by, as a power of two.
 template <int BITS> __host__ __device__ constexpr int position_of(int i) { return i % (7 / BITS) * BITS; }
-template <int BITS> __host__ __device__ constexpr float excess_of(int i) { return float(128 >> position_of<BITS>(i)); }
+template <int BITS> __host__ __device__ constexpr int excess_of(int i) { return 7 - position_of<BITS>(i); }
+
+// Two numbers 2^e in a 16-bit type.
+template <bool BF16> __host__ __device__ constexpr uint32_t powers(int e) {
+    return (BF16 ? uint32_t(127 + e) << 7 : uint32_t(15 + e) << 10) * 0x10001u;
+}
 
 // Number i of the pairs of a lane's codes, as two numbers in a 16-bit type.
 template <int BITS, bool BF16, int I> __device__ __forceinline__ uint32_t pair_of(uint32_t v) {

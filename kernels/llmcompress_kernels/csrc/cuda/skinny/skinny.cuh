@@ -3,22 +3,24 @@
 // What limits them is reading W, so everything else has to fit beside that. At 3 TB/s an H100 issues 2.8 instructions
 // of a thread per 2-bit weight, 4.0 per 3-bit and 5.3 per 4-bit weight; cuda/aot.py counts what the machine code needs.
 //
-// Work. A warp owns a strip of 32 rows and walks its columns in steps of 128 (2 bits: 256); the strips of a block's warps
+// Work. A warp owns a strip of 32 rows and walks its columns in steps of 256 (2 bits: 512); the strips of a block's warps
 // are a tile. All steps of a launch are numbered, expert by expert, tile by tile, and every block takes an equal run of
 // them, whatever the routing, so that no multiprocessor waits for another one's second tile (schedule.cuh). A strip that
 // several blocks share is summed by the last of them in a fixed order: results do not depend on scheduling.
 //
 // Memory. cp.async brings a warp's words into its own part of shared memory, several steps ahead and across the ends of
-// tiles, so that no barrier of the block stands in the loop. Activations lie in shared memory in the order in which the
-// matrix instruction wants them, for a slice of the columns.
+// tiles, so that no barrier of the block stands in the loop; 96 or 128 bytes of a row come together, and the scales of eight
+// groups, because what a multiprocessor may ask of L2 is limited by the number of requests. Activations lie in shared memory
+// for as many columns as fit.
 //
 // Arithmetic. A warp multiplies 2 x 16 rows by mma.m16n8k16: weights are the left operand, tokens the 8 columns of the
 // right one. The order of the columns inside a dot product is free as long as both operands agree, so a lane owns the 8
 // (2 bits: 16) neighbouring columns that the word it reads holds, and the stored stream needs no second layout. Two codes
 // of a word that lie 16 bits apart become two numbers by one LOP3 and at most one shift: a code in the mantissa under the
-// right exponent is the number 2^e + code, exactly, where 2^e, at most 128, depends on where in the mantissa it lies.
-// Scales and zero points act on the fp32 sums of a group, scale (part - sum(2^e x) - zero sum(x)); both sums over x are
-// taken once, when a slice comes, and the first begins the accumulators.
+// right exponent is the number 2^e + code, exactly, where 2^e, at most 128, depends on where in the mantissa it lies. The
+// activations are brought into the same pairs by byte permutations, shared by the warp's 32 rows.
+// Scales and zero points act on the fp32 sums of a group, scale (part - sum(2^e x) - zero sum(x)); the tensor core delivers
+// both sums over x as the product with a matrix of such numbers.
 //
 // For experts a block finds the slots of each itself: gate, up and activation are one launch, down projection and the
 // weighted sum over slots another.
@@ -38,21 +40,20 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     int spans; // of a step
     int stage = 0; // that is filled next
     Place place;   // the step that is fetched next
-    const unsigned char* from[S::COPIES];
-    SharedAddress target; // where this lane's first copy goes in the first stage
+    const unsigned char* bank; // of the expert
+    int row, far; // of its rows, the strip's first and 17th one
     const uint16_t* scale_row; // of this lane's row
     const uint32_t* zero_row;
-    // scales and zero points of this lane's row for the step fetched last, as stored
-    uint16_t scale[S::UNITS];
-    uint32_t zero[2];
-    unsigned bit;
-    int known; // spans that the row has from there on
+    // scales and zero points of eight groups of this lane's row, as stored
+    int held; // which eight
+    uint64_t scales[2];
+    uint32_t zeros[2];
+    int group; // first one of the step fetched last, or -1: there was none
 
     __device__ Pipeline(const Block<BITS, BF16, NT>& b) : call(b.call), block(b), spans(b.memory.spans) {
         bytes = b.memory.stage;
         stages = b.bytes + b.memory.stages + b.warp * call.stages * bytes;
-        target = shared_address(stages + (S::CHUNKS == 3 ? b.lane * 16 : b.lane / S::CHUNKS * S::STRIDE + b.lane % S::CHUNKS * 16));
-        known = -1;
+        group = -1;
     }
 
     __device__ __forceinline__ unsigned char* stage_of(int number) const { return stages + number * bytes; }
@@ -67,87 +68,119 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
 
     // Addresses for another strip.
     __device__ __forceinline__ void enter() {
-        const int lane = anew(block.lane), strip = block.strip(place.tile, anew(block.warp));
-        const int64_t first = block.first_row(place.job), row = first + block.weight_row(strip, lane);
-        scale_row = call.scale + row * call.groups;
-        zero_row = call.zero + row * call.zero_words;
-#pragma unroll
-        for (int i = 0; i < S::COPIES; ++i) {
-            const int chunk = lane + i * LANES;
-            const int64_t j = first + block.weight_row(strip, chunk / S::CHUNKS);
-            from[i] = reinterpret_cast<const unsigned char*>(call.weight + j * call.words) + chunk % S::CHUNKS * 16;
-        }
+        const int64_t first = block.first_row(place.job);
+        bank = reinterpret_cast<const unsigned char*>(call.weight + first * call.words);
+        row = block.strip(place.tile, anew(block.warp));
+        far = row + (call.mode == GATE_UP ? 0 : 16);
+        const int64_t mine = first + block.weight_row(row, anew(block.lane));
+        scale_row = call.scale + mine * call.groups;
+        zero_row = call.zero + mine * call.zero_words;
+        held = -1;
     }
 
     // Start copying the step at `place`, and go to the next one.
     __device__ __forceinline__ void fetch() {
         // beyond the row's end nothing is copied: the codes left there multiply activations of zero
         const unsigned begin = unsigned(place.step) * S::ROW_BYTES, left = unsigned(call.columns) * BITS / 8 - begin;
-        const SharedAddress to = target + stage * bytes;
-        copy<0>(to, begin, left);
-        copy<1>(to, begin, left);
-        copy<2>(to, begin, left);
-        if constexpr (S::COPIES > 3) copy<3>(to, begin, left);
+        unsigned char* to = stage_of(stage);
+        copies<0>(to, bank + begin, row, left);
+        const int64_t ups = call.mode == GATE_UP ? int64_t(call.rows) * call.words * 4 : 0;
+        copies<1>(to, bank + begin + ups, far, left);
         load_scales();
         stage = stage + 1 == call.stages ? 0 : stage + 1;
         if (place.next(block.schedule)) enter();
     }
 
-    template <int I> __device__ __forceinline__ void copy(SharedAddress to, unsigned begin, unsigned left) {
-        // rows of 4 chunks repeat after 8 rows, rows of 3 are copied as they come
-        constexpr int BEYOND = S::CHUNKS == 3 ? I * LANES * 16 : I * LANES / S::CHUNKS * S::STRIDE;
-        if ((unsigned(block.lane) + I * LANES) % S::CHUNKS * 16 < left) copy_async<BEYOND>(to, from[I] + begin);
+    // 16 rows from `first` on.
+    template <int HALF> __device__ __forceinline__ void copies(unsigned char* to, const unsigned char* from, int first, unsigned left) {
+        const unsigned stride = unsigned(call.words) * 4;
+        const int last = call.rows - 1;
+#pragma unroll
+        for (int i = 0; i < S::COPIES / 2; ++i) {
+            const unsigned chunk = unsigned(block.lane) + i * LANES, j = chunk / S::CHUNKS, at = chunk % S::CHUNKS * 16;
+            int r = first + int(j);
+            if (r > last) r = last; // results of rows that are not there are dropped
+            if (at < left) copy_async<HALF * 16 * S::STRIDE>(shared_address(to + j * S::STRIDE + at), from + (uint64_t(unsigned(r)) * stride + at));
+        }
     }
 
     __device__ __forceinline__ void load_scales() {
-        unsigned group = unsigned(place.step) * unsigned(spans);
-        if (call.group > S::COLUMNS) group = unsigned(place.step) / (unsigned(call.group) / S::COLUMNS);
-        known = int(call.groups) - int(group);
+        group = place.step * spans;
+        if (call.group > S::COLUMNS) group = int(unsigned(place.step) / (unsigned(call.group) / S::COLUMNS));
+        const int eight = group / 8;
+        if (eight == held) return;
+        held = eight;
+        const uint16_t* from = scale_row + 8 * eight;
+        if (call.groups % 8 == 0) {
+            const Eight found = read(reinterpret_cast<const Eight*>(from));
+            scales[0] = found.at[0], scales[1] = found.at[1];
+        } else {
+            scales[0] = scales[1] = 0;
 #pragma unroll
-        for (int i = 0; i < S::UNITS; ++i)
-            if (i < spans && i < known) scale[i] = read(scale_row + group + i);
+            for (int i = 0; i < 8; ++i)
+                if (8 * eight + i < call.groups) scales[i / 4] |= uint64_t(read(from + i)) << (16 * (i % 4));
+        }
         if (call.zero == nullptr) return;
-        // the zero points of a step fill at most 16 bits; only those of 3 bits may lie in two words
-        const unsigned word = group * BITS / 32;
-        bit = group * BITS % 32;
-        if (BITS == 3 || bit == 0 || place.step == 0 || fresh) zero[0] = read(zero_row + word);
-        if (BITS == 3) zero[1] = word + 1 < call.zero_words ? read(zero_row + word + 1) : 0;
-        fresh = false;
+        const int word = 8 * BITS * eight / 32;
+        zeros[0] = read(zero_row + word);
+        zeros[1] = BITS == 3 && word + 1 < call.zero_words ? read(zero_row + word + 1) : 0;
     }
-    bool fresh = true; // no word of zero points has been read yet
 
     // (scale, -scale zero) of this lane's row for the step fetched last.
     __device__ __forceinline__ void store_scales() {
-        if (known < 0) return;
+        if (group < 0) return;
         Pair* to = scales_of(stage_of(stage == 0 ? call.stages - 1 : stage - 1)) + block.lane;
         const bool stored = call.zero != nullptr;
-        const uint32_t codes = stored ? funnel(zero[0], BITS == 3 ? zero[1] : 0u, bit) : 0;
-#pragma unroll
-        for (int i = 0; i < S::UNITS; ++i) {
-            if (i >= spans) break;
-            const uint32_t middle = stored ? (codes >> (BITS * i)) & ((1u << BITS) - 1) : 1u << (BITS - 1);
-            const float value = i < known ? widen<false>(scale[i]) : 0.0f;
+        const unsigned within = unsigned(group) % 8;
+        uint64_t four = within >= 4 ? scales[1] : scales[0];
+        four >>= 16 * (within % 4);
+        const unsigned first = within * BITS + unsigned(group) / 8 * 8 * BITS % 32; // in the words that hold the eight
+        uint64_t codes = stored ? (uint64_t(zeros[1]) << 32 | zeros[0]) >> first : 0;
+        for (int i = 0; i < spans; ++i) {
+            if (i == 4) four = scales[1];
+            const uint32_t middle = stored ? uint32_t(codes) & ((1u << BITS) - 1) : 1u << (BITS - 1);
+            const float value = group + i < call.groups ? widen<false>(uint16_t(four)) : 0.0f;
             to[i * LANES] = {value, -value * float(middle)};
+            four >>= 16, codes >>= BITS;
         }
     }
 };
+
+// The activations of a unit for token `g` of a tile, in the pairs of pair_of: columns j and j + PAIRS.
+template <int BITS> __device__ __forceinline__ void pairs_of_x(uint32_t (&b)[Shape<BITS>::PAIRS], const unsigned char* x) {
+    constexpr int PAIRS = Shape<BITS>::PAIRS;
+    uint32_t flat[PAIRS];
+#pragma unroll
+    for (int i = 0; i < PAIRS / 4; ++i) {
+        const Words w = reinterpret_cast<const Words*>(x)[i];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) flat[4 * i + j] = w.at[j];
+    }
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) b[p] = permute(flat[p / 2], flat[p / 2 + PAIRS / 2], p % 2 ? 0x7632 : 0x5410);
+}
 
 template <int BITS, bool BF16, int NT> struct Sums {
     using S = Shape<BITS>;
     float total[2][NT][4]; // [16-row half][8 slots]: rows g, g, g + 8, g + 8 and slots 2 t, 2 t + 1, 2 t, 2 t + 1
 
-    __device__ __forceinline__ void clear() {
+    __device__ __forceinline__ void clear() { clear(total); }
+    template <int N> static __device__ __forceinline__ void clear(float (&all)[N][NT][4]) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
+        for (int r = 0; r < N; ++r)
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) total[r][n][i] = 0;
+                for (int i = 0; i < 4; ++i) all[r][n][i] = 0;
     }
 
-    // Step i of the unit's products: columns of two pairs of every lane.
+    // Step i of the unit's products: columns of two pairs of every lane. `part`: either half of the rows, and a matrix whose
+    // first 8 rows are ones and whose others are what the numbers of codes have too much.
     template <int I>
-    static __device__ __forceinline__ void multiply(float (&part)[2][NT][4], const uint32_t (&code)[2][2], const uint32_t (&b)[NT][S::PAIRS]) {
+    static __device__ __forceinline__ void multiply(float (&part)[3][NT][4], const uint32_t (&code)[2][2], const uint32_t (&b)[NT][S::PAIRS]) {
+        const uint32_t sums[4] = {powers<BF16>(0), powers<BF16>(excess_of<BITS>(2 * I)), powers<BF16>(0), powers<BF16>(excess_of<BITS>(2 * I + 1))};
+#pragma unroll
+        for (int n = 0; n < NT; ++n) mma<BF16>(part[2][n], sums, b[n][2 * I], b[n][2 * I + 1]);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const uint32_t a[4] = {pair_of<BITS, BF16, 2 * I>(code[r][0]), pair_of<BITS, BF16, 2 * I>(code[r][1]),
@@ -157,35 +190,22 @@ template <int BITS, bool BF16, int NT> struct Sums {
         }
     }
 
-    // Add the products of one step. `PER`: units of a span, over which the scales are the same.
-    // `x`: this lane's activations of the step, by 8 slots; `sums`: those of its slots.
+    // Add the products of one step. `PER`: units of a span, over which the scales are the same. `x`: this lane's activations
+    // of the step, by 8 slots.
     template <int PER>
-    __device__ __forceinline__ void step(const unsigned char* stage, const unsigned char* const (&x)[NT], const Quad* sums, int g, int t) {
+    __device__ __forceinline__ void step(const unsigned char* stage, const unsigned char* const (&x)[NT], int g, int t) {
         const unsigned char* words = stage + g * S::STRIDE;
         const Pair* scales = Pipeline<BITS, BF16, NT>::scales_of(const_cast<unsigned char*>(stage)) + g;
-#pragma unroll
+#pragma unroll 1
         for (int span = 0; span < S::UNITS / PER; ++span) {
-            float part[2][NT][4], sum[NT][2];
+            float part[3][NT][4];
+            clear(part);
 #pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                const Quad q = sums[(span * NT + n) * (TILE / 2)];
-                sum[n][0] = q.at[0], sum[n][1] = q.at[2];
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) part[r][n][i] = q.at[1 + i % 2 * 2];
-            }
-#pragma unroll
-            for (int u = span * PER; u < (span + 1) * PER; ++u) {
+            for (int v = 0; v < PER; ++v) {
+                const int u = span * PER + v;
                 uint32_t b[NT][S::PAIRS], code[2][2];
 #pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int h = 0; h < S::PAIRS / 4; ++h) {
-                        const Words w = *reinterpret_cast<const Words*>(x[n] + u * 2 * S::UNIT + 64 * h);
-#pragma unroll
-                        for (int j = 0; j < 4; ++j) b[n][4 * h + j] = w.at[j];
-                    }
+                for (int n = 0; n < NT; ++n) pairs_of_x<BITS>(b[n], x[n] + u * 2 * S::UNIT);
 #pragma unroll
                 for (int r = 0; r < 4; ++r) code[r / 2][r % 2] = codes_of<BITS>(words + 8 * r * S::STRIDE + u * S::UNIT_BYTES, t);
                 multiply<0>(part, code, b);
@@ -203,7 +223,8 @@ template <int BITS, bool BF16, int NT> struct Sums {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const Pair s = i < 2 ? low : high;
-                        total[r][n][i] = fmaf(s.y, sum[n][i % 2], fmaf(s.x, part[r][n][i], total[r][n][i]));
+                        const float codes = part[r][n][i] - part[2][n][2 + i % 2];
+                        total[r][n][i] = fmaf(s.y, part[2][n][i % 2], fmaf(s.x, codes, total[r][n][i]));
                     }
             }
         }
@@ -381,7 +402,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) skinny_kernel(const __grid
         if (now + ahead < end)
             pipeline.fetch();
         else
-            pipeline.known = -1;
+            pipeline.group = -1;
         commit();
     }
     if (call.mode != GATE_UP) previous_launch();
@@ -390,11 +411,10 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) skinny_kernel(const __grid
     Sums<BITS, BF16, NT> sums;
     sums.clear();
     const unsigned char* x[NT];
-    int stage = 0, summed = 0, loaded_job = -1, loaded_slice = -1, slice = place.step / call.slice, in_slice = place.step % call.slice;
+    int stage = 0, summed = 0;
     for (; now < end; ++now) {
-        if (place.job != loaded_job || slice != loaded_slice) {
-            block.load_x(place.job, slice);
-            loaded_job = place.job, loaded_slice = slice;
+        if (!block.has_x(place)) {
+            block.load_x(place, end - now);
             block.lanes_of_x(x);
         }
         if (call.stages == 3)
@@ -410,19 +430,20 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) skinny_kernel(const __grid
         if (now + call.stages - 1 < end)
             pipeline.fetch();
         else
-            pipeline.known = -1;
+            pipeline.group = -1;
         commit();
         const unsigned char* at[NT];
 #pragma unroll
-        for (int n = 0; n < NT; ++n) at[n] = x[n] + in_slice * 2 * S::COLUMNS;
-        const Quad* x_sums = block.sums() + in_slice * pipeline.spans * NT * (TILE / 2) + block.t;
+        for (int n = 0; n < NT; ++n) at[n] = x[n] + (place.step - block.x_first) * S::X_BYTES;
         const unsigned char* words = pipeline.stage_of(stage);
         if (pipeline.spans == 1)
-            sums.template step<S::UNITS>(words, at, x_sums, block.g, block.t);
+            sums.template step<S::UNITS>(words, at, block.g, block.t);
         else if (pipeline.spans == 2)
-            sums.template step<S::UNITS / 2>(words, at, x_sums, block.g, block.t);
+            sums.template step<S::UNITS / 2>(words, at, block.g, block.t);
+        else if (pipeline.spans == 4)
+            sums.template step<S::UNITS / 4>(words, at, block.g, block.t);
         else
-            sums.template step<1>(words, at, x_sums, block.g, block.t);
+            sums.template step<1>(words, at, block.g, block.t);
         ++summed;
         stage = stage + 1 == call.stages ? 0 : stage + 1;
         if (place.step == schedule.steps - 1 || now + 1 == end) {
@@ -431,10 +452,6 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) skinny_kernel(const __grid
             summed = 0;
         }
         place.next(schedule);
-        if (place.step == 0)
-            slice = in_slice = 0;
-        else if (++in_slice == call.slice)
-            in_slice = 0, ++slice;
     }
 }
 
