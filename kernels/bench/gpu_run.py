@@ -85,11 +85,11 @@ def plan() -> list[tuple[str, Any]]:
             found.append((name, lambda r, n=rows, k=columns, m=models: [gpu_tree.tree(n, k, r, m)]))
     found.append(("mixtral-8x7b w3", lambda r: [gpu_mixtral.generate(3, r)]))
     for bits in BITS:
-        for tokens in (1, 8):
-            for rows, columns in gpu_matrix.DENSE:
+        for tokens in (1, 8, 32):
+            for rows, columns in (*gpu_matrix.DENSE, *(gpu_mixtral.LINEARS if tokens == 1 else ())):
                 name = f"tune w{bits} dense {rows}x{columns} {tokens} tokens"
                 found.append((name, lambda r, n=rows, k=columns, b=bits, t=tokens: [gpu_tune.dense(n, k, b, t)]))
-        for tokens in (1, 8, 16, 32):
+        for tokens in (1, 4, 8, 16, 32):
             found.append((f"tune w{bits} moe {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_tune.routed(b, t))))
         name = f"tune w{bits} widened {PREFILL} tokens"
         found.append((name, lambda r, b=bits: [gpu_tune.widened(b, PREFILL)]))

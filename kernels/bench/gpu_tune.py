@@ -1,6 +1,7 @@
 """How launches of the CUDA C++ kernels for few tokens should be cut up: every candidate, timed side by side.
 
-The winners are what ``launch_of`` in llmcompress_kernels/cuda/skinny.py returns; nothing is tuned while a model runs.
+The winners go to the table of the cache (llmcompress_kernels/cuda/launches.py), which later calls on this machine
+read, and from there into the one that comes with the package.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from typing import Any
 import torch
 from gpu_matrix import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, nbytes, packed
 from gpu_timing import replay, rotations
-from llmcompress_kernels.cuda import skinny
+from llmcompress_kernels.cuda import launches, skinny
 
 CANDIDATES = (
-    (8, 3, 2), (8, 4, 2), (8, 5, 2), (8, 6, 2), (4, 3, 4), (4, 4, 4), (4, 4, 3), (4, 6, 3), (16, 3, 1), (16, 4, 1),
-    (16, 6, 1), (8, 6, 1), (8, 4, 1),
+    (8, 3, 1), (8, 4, 1), (8, 5, 1), (10, 3, 1), (12, 3, 1), (12, 4, 1), (16, 3, 1), (16, 4, 1),
+    (4, 3, 2), (4, 4, 2), (4, 3, 3), (6, 3, 2), (8, 3, 2),
 )  # fmt: skip
 SAMPLES = 15
 
 
-def launches() -> dict[str, skinny.Launch]:
+def options() -> dict[str, launches.Launch]:
     """Candidates by name: warps, stages, blocks of a multiprocessor; the default also without overlap."""
-    found = {"/".join(map(str, c)): skinny.Launch(*c) for c in CANDIDATES}
-    default = skinny.Launch()
+    found = {"/".join(map(str, c)): launches.Launch(*c) for c in CANDIDATES}
+    default = launches.Launch()
     name = f"{default.warps}/{default.stages}/{default.blocks}"
-    return {**found, f"{name}/apart": skinny.Launch(default.warps, default.stages, default.blocks, overlap=False)}
+    return {**found, f"{name}/apart": launches.Launch(default.warps, default.stages, default.blocks, overlap=False)}
 
 
 def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
@@ -35,11 +36,11 @@ def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
     first = packed(rows, columns, bits=bits)
     held = [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
     candidates: dict[str, list[Callable[[], object]]] = {}
-    for name, launch in launches().items():
+    for name, launch in options().items():
         candidates[name] = [
             partial(skinny.group_gemm, x, w.weight, w.scale, w.zero, bits, w.group_size, columns, launch) for w in held
         ]
-    return {"op": "tune dense", "rows": rows, "columns": columns, "bits": bits, "tokens": tokens, **_sorted(candidates)}
+    return _best(candidates, "dense", bits, tokens, rows, columns)
 
 
 def routed(bits: int, tokens: int) -> Iterator[dict[str, Any]]:
@@ -54,13 +55,15 @@ def routed(bits: int, tokens: int) -> Iterator[dict[str, Any]]:
         banks.append(tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both))
     for number, mode in enumerate(("gate_up", "down")):
         candidates: dict[str, list[Callable[[], object]]] = {}
-        for name, launch in launches().items():
+        for name, launch in options().items():
             chosen = (launch, None) if number == 0 else (None, launch)
             candidates[name] = [
                 partial(skinny.moe_group_gemm, x, index, weights, sides, INTERMEDIATE, "silu", 1.7, 7.0, chosen)
                 for sides in banks
             ]
-        yield {"op": f"tune {mode}", "bits": bits, "tokens": tokens, **_sorted(candidates)}
+        yield _best(
+            candidates, mode, bits, tokens, *((INTERMEDIATE, HIDDEN) if number == 0 else (HIDDEN, INTERMEDIATE))
+        )
 
 
 def widened(bits: int, tokens: int) -> dict[str, Any]:
@@ -84,6 +87,16 @@ def widened(bits: int, tokens: int) -> dict[str, Any]:
         "multiply half": [lambda: torch._grouped_mm(rows, wide.transpose(1, 2), offs=ends)],
     }
     return {"op": "tune widened", "bits": bits, "tokens": tokens, **_sorted(candidates)}
+
+
+def _best(
+    candidates: dict[str, list[Callable[[], object]]], mode: str, bits: int, tokens: int, rows: int, columns: int
+) -> dict[str, Any]:
+    """Keep the fastest and report all."""
+    times = _sorted(candidates)
+    launch = options()[next(iter(times["us"]))]
+    launches.keep(torch.cuda.get_device_name(), {launches.key(mode, bits, tokens, rows, columns): launch})
+    return {"op": f"tune {mode}", "rows": rows, "columns": columns, "bits": bits, "tokens": tokens, **times}
 
 
 def _sorted(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from llmcompress_kernels import build, select
-from llmcompress_kernels.cuda import aot, skinny
+from llmcompress_kernels.cuda import aot, launches, skinny
 from llmcompress_kernels.reference import group_gemm as dense_definition
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition
 
@@ -57,6 +58,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_dense(emulation, packed, monkeypatch, late, bits, dtype, tokens, rows, columns, group, processors) -> None:
     torch.manual_seed(tokens)
     monkeypatch.setattr(skinny, "LEAST_STEPS", 1)
+    monkeypatch.setattr(skinny, "TOKENS", 32)  # what is possible, not what is fastest
     emulation.llmcompress_skinny_emulation(int(late), bits)
     w = packed((rows, columns), bits, group, symmetric=tokens == 1)
     x = torch.randn(tokens, columns).to(dtype)
@@ -77,7 +79,7 @@ def test_shared_memory_is_what_the_host_says(emulation) -> None:
 
 
 @pytest.mark.parametrize(
-    "launch", [skinny.Launch(1, 3, 1), skinny.Launch(2, 5, 3), skinny.Launch(4, 6, 1, overlap=False)]
+    "launch", [launches.Launch(1, 3, 1), launches.Launch(2, 5, 3), launches.Launch(4, 6, 1, overlap=False)]
 )
 def test_launches(emulation, packed, monkeypatch, launch) -> None:
     """However a product is cut up: activations come in several slices, strips are shared by many blocks."""
@@ -194,7 +196,7 @@ def test_what_the_kernels_decline(packed) -> None:
 
     assert reason() == ""
     assert "float32" in reason(x.float())
-    assert "33 tokens" in reason(torch.randn(33, 512).to(torch.bfloat16))
+    assert "17 tokens" in reason(torch.randn(17, 512).to(torch.bfloat16))
     assert "8 bits" in reason(bits=8)
     assert "groups of 48" in reason(group=48)
     assert "begin at 16 bytes" in reason(torch.randn(1, 576).to(torch.bfloat16), bits=3)
@@ -210,11 +212,11 @@ def test_the_implementation_is_listed_with_its_reason() -> None:
         assert torch.cuda.is_available() or row.reason == "no CUDA device"
 
 
-def cut(bits: int, rows: int, columns: int, tokens: int = 1, launch: skinny.Launch | None = None) -> skinny.Call:
+def cut(bits: int, rows: int, columns: int, tokens: int = 1, launch: launches.Launch | None = None) -> skinny.Call:
     """A dense call on an H100."""
     call = skinny.Call(mode=0, tokens=tokens, slots=1, experts=1, rows=rows, columns=columns, group=128)
     call.at_once = min(tokens, 16)
-    skinny.cut(call, bits, launch or skinny.Launch(8, 4, 2), skinny.Device(132, 9))
+    skinny.cut(call, bits, launch or launches.Launch(8, 4, 2), skinny.Device(132, 9))
     return call
 
 
@@ -230,14 +232,37 @@ def test_what_does_not_fit_gives_way() -> None:
     generous, tight = cut(4, 4096, 14336, 1), cut(4, 4096, 14336, 16)
     assert generous.room >= 2 * 14336
     assert 16 * 4 * 256 <= tight.room < 16 * 2 * 14336
-    wanted = cut(4, 4096, 14336, 16, skinny.Launch(8, 6, 4))
-    assert wanted.stages < 6 or wanted.blocks < 4 * 132
+    wanted = cut(4, 4096, 14336, 16, launches.Launch(16, 6, 4))
+    assert (wanted.warps, wanted.blocks) == (12, 132)
+    assert wanted.stages < 6
 
 
 def test_strips_are_shared_by_few_blocks() -> None:
     for rows, columns in ((32, 57344), (4096, 14336), (14336, 4096), (128, 128)):
         call = cut(4, rows, columns)
         assert 1 <= call.pieces <= skinny.MOST_PIECES + 1, (rows, columns)
+
+
+def test_tables_of_launches(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(launches.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(launches, "SHIPPED", tmp_path / "shipped")
+    launches._table.cache_clear()
+    name, first, second = "Some GPU 80GB", launches.Launch(4, 3, 2), launches.Launch(16, 5, 1, False)
+    one, other = launches.key("dense", 4, 1, 128, 256), launches.key("down", 3, 5, 128, 256)
+    assert other == launches.key("down", 3, 8, 128, 256)
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / launches.table_name(name)).write_text(
+        json.dumps({one: {"warps": 2, "stages": 3, "blocks": 1}, other: {"warps": 1, "stages": 3, "blocks": 1}})
+    )
+    launches.keep(name, {one: first})
+    assert launches._table(name) == {one: first, other: launches.Launch(1, 3, 1)}
+    launches.keep(name, {one: second})
+    assert launches._table(name)[one] == second
+    assert launches.pick("dense", 4, 1, 128, 256, torch.device("cpu")) == launches.Launch()
+    launches.cache_path(name).write_text('{"dense": {"threads": 7}}')  # of another version
+    launches._table.cache_clear()
+    assert launches._table(name)[one] == launches.Launch(2, 3, 1)
+    launches._table.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +280,8 @@ def test_every_instance_compiles(compiled: list[dict]) -> None:
     wanted = {(a, b, t, n) for a in ARCHITECTURES for b in (2, 3, 4) for t in ("fp16", "bf16") for n in (8, 16)}
     assert {(r["arch"], r["bits"], r["type"], r["tokens"]) for r in compiled} == wanted
     for report in compiled:
-        # 16 warps share a multiprocessor's registers; with 16 tokens a few numbers of the outer loop lie in memory
-        assert report["registers"] <= 128, report
-        assert report["spills"] <= (0 if report["tokens"] == 8 else 200), report
+        assert report["registers"] * 32 * skinny.MOST_WARPS[report["tokens"] > 8] <= 65536, report
+        assert report["spills"] == report["stack"] == 0, report
 
 
 @pytest.mark.slow
@@ -265,10 +289,10 @@ def test_the_products_are_made_of_what_they_are_meant_to_be(compiled: list[dict]
     for report in compiled:
         counts, tiles = report["step"], report["tokens"] // 8
         assert report["steps"] == 4, report
-        # 2 x 16 rows and the sums, 16 columns at a time, 8 units
-        assert counts["HMMA"] == 3 * tiles * skinny.COLUMNS[report["bits"]] // 16, report
+        # 2 x 16 rows and the sums, 16 columns at a time
+        assert counts["HMMA"] % (3 * tiles) == 0, report
         assert report["copies"] > 0, report  # LDGSTS
         assert counts.get("LDG", 0) + counts.get("STL", 0) == 0, report
         if report["tokens"] == 8:
-            # the other half is for copies, scales and waiting
-            assert report["per_weight"] < BUDGET[report["bits"]] / 2, report
+            # the rest is for copies, scales and waiting
+            assert report["per_weight"] < 0.55 * BUDGET[report["bits"]], report

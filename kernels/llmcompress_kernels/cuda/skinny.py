@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build
-from llmcompress_kernels.cuda import toolchain
+from llmcompress_kernels.cuda import launches, toolchain
+from llmcompress_kernels.cuda.launches import Launch
 
 FAMILY = "skinny"
 BITS = (2, 3, 4)
 # most tokens of a dense product, and most slots per expert on average; beyond, other kernels are faster
-TOKENS, SLOTS_PER_EXPERT = 32, 16
+TOKENS, SLOTS_PER_EXPERT = 16, 16
 MOST_SLOTS = 1024
 # shape.cuh: rows of a warp, slots of a matrix instruction, columns of a step and units of one
 STRIP, TILE, COLUMNS, UNITS = 32, 8, {2: 512, 3: 256, 4: 256}, 8
@@ -31,6 +32,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gpt_oss")
 TYPES = (torch.bfloat16, torch.float16)
 # counters of arrivals that a captured graph may take without ever giving them back
 RESERVED = 1 << 18
+# warps that the registers of a multiprocessor are enough for, with up to 8 and up to 16 slots at once
+MOST_WARPS = (16, 12)
 # bytes of shared memory of a block, and of a multiprocessor, of which every block takes 1024 more than it asks for
 SHARED_OF_A_BLOCK, SHARED = {8: 163 << 10, 9: 227 << 10}, {8: 164 << 10, 9: 228 << 10}
 # steps that a block has at least, and blocks that share a strip at most: the last of them adds what all have summed
@@ -59,23 +62,6 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("room", "least", "pieces", "overlap")),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How a launch is cut up.
-
-    Attributes:
-        warps: Of a block; each owns 32 rows.
-        stages: Steps of a warp's pipeline, 3 to 6.
-        blocks: That a multiprocessor is meant to hold at once.
-        overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
-    """
-
-    warps: int = 8
-    stages: int = 4
-    blocks: int = 1
-    overlap: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +143,6 @@ def unavailable() -> str | None:
     return no_device() or build.unavailable(FAMILY)
 
 
-def launch_of(mode: str, bits: int, at_once: int) -> Launch:
-    """The launch for a product without a choice of the caller's."""
-    return Launch()
-
-
 def group_gemm(
     x: Tensor,
     packed: Tensor,
@@ -200,7 +181,7 @@ def moe_group_gemm(
     activation: str,
     alpha: float,
     limit: float,
-    launches: tuple[Launch | None, Launch | None] = (None, None),
+    chosen: tuple[Launch | None, Launch | None] = (None, None),
     library: Any = None,
     device: Device | None = None,
 ) -> Tensor:
@@ -217,12 +198,12 @@ def moe_group_gemm(
     inner = x.new_empty((count, intermediate))
     call = _call("gate_up", x, gate_up, inner, tokens, slots, experts, intermediate, hidden, at_once)
     call.index, call.activation, call.alpha, call.limit = index.data_ptr(), ACTIVATIONS.index(activation), alpha, limit
-    _launch(call, gate_up, x, launches[0], library, device)
+    _launch(call, gate_up, x, chosen[0], library, device)
 
     out = torch.empty_like(x)
     call = _call("down", inner, down, out, tokens, slots, experts, hidden, intermediate, at_once)
     call.index, call.share = index.data_ptr(), share.data_ptr()
-    _launch(call, down, x, launches[1], library, device)
+    _launch(call, down, x, chosen[1], library, device)
     return out
 
 
@@ -295,9 +276,14 @@ def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
     """
     steps = -(-call.columns // COLUMNS[bits])
     major = 9 if device.major >= 9 else 8
-    call.warps, call.stages, call.least = launch.warps, launch.stages, max(LEAST_STEPS, -(-steps // MOST_PIECES))
+    most = MOST_WARPS[call.at_once > TILE]
+    call.warps, call.stages, call.least = (
+        min(launch.warps, most),
+        launch.stages,
+        max(LEAST_STEPS, -(-steps // MOST_PIECES)),
+    )
     call.overlap = int(launch.overlap and device.major >= 9)
-    blocks = launch.blocks
+    blocks = min(launch.blocks, most // call.warps)
     while True:
         room = min(SHARED_OF_A_BLOCK[major], SHARED[major] // blocks - 1024)
         call.room = 0
@@ -327,7 +313,8 @@ def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
 def _launch(call: Call, side: Side, x: Tensor, launch: Launch | None, library: Any, device: Device | None) -> None:
     tiles = 1 if call.at_once <= TILE else 2
     mode = next(name for name, number in MODES.items() if number == call.mode)
-    counters = cut(call, side.bits, launch or launch_of(mode, side.bits, call.at_once), device or _device(x.device))
+    launch = launch or launches.pick(mode, side.bits, call.tokens, call.rows, call.columns, x.device)
+    counters = cut(call, side.bits, launch, device or _device(x.device))
     width = call.rows * (2 if mode == "gate_up" else 1)
     parts = x.new_empty((call.pieces, call.tokens * call.slots, width), dtype=torch.float32)
     held = arrivals(counters, x.device)

@@ -5,7 +5,9 @@
 
 namespace llmcompress::skinny {
 
-constexpr int LANES = 32, MOST_WARPS = 16, TILE = 8;
+constexpr int LANES = 32, TILE = 8;
+// warps of a block: 16 share the registers of a multiprocessor at 128 each, which 16 slots at once outgrow
+template <int NT> constexpr int MOST_WARPS = NT == 1 ? 16 : 12;
 constexpr int STRIP = 32;           // rows of a warp; GATE_UP: 16 gates, then their 16 ups
 constexpr uint16_t NONE = 0xFFFF;   // job of a slot that is skipped
 

@@ -111,14 +111,14 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
         if (eight == held) return;
         held = eight;
         const uint16_t* from = scale_row + 8 * eight;
-        if (call.groups % 8 == 0) {
+        if (unsigned(call.groups) % 8 == 0) {
             const Eight found = read(reinterpret_cast<const Eight*>(from));
             scales[0] = found.at[0], scales[1] = found.at[1];
         } else {
             scales[0] = scales[1] = 0;
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                if (8 * eight + i < call.groups) scales[i / 4] |= uint64_t(read(from + i)) << (16 * (i % 4));
+                if (8 * eight + i < int(call.groups)) scales[i / 4] |= uint64_t(read(from + i)) << (16 * (i % 4));
         }
         if (call.zero == nullptr) return;
         const int word = 8 * BITS * eight / 32;
@@ -136,10 +136,12 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
         four >>= 16 * (within % 4);
         const unsigned first = within * BITS + unsigned(group) / 8 * 8 * BITS % 32; // in the words that hold the eight
         uint64_t codes = stored ? (uint64_t(zeros[1]) << 32 | zeros[0]) >> first : 0;
+        const int left = int(call.groups) - group;
+#pragma unroll 1
         for (int i = 0; i < spans; ++i) {
             if (i == 4) four = scales[1];
             const uint32_t middle = stored ? uint32_t(codes) & ((1u << BITS) - 1) : 1u << (BITS - 1);
-            const float value = group + i < call.groups ? widen<false>(uint16_t(four)) : 0.0f;
+            const float value = i < left ? widen<false>(uint16_t(four)) : 0.0f;
             to[i * LANES] = {value, -value * float(middle)};
             four >>= 16, codes >>= BITS;
         }
@@ -196,11 +198,12 @@ template <int BITS, bool BF16, int NT> struct Sums {
     __device__ __forceinline__ void step(const unsigned char* stage, const unsigned char* const (&x)[NT], int g, int t) {
         const unsigned char* words = stage + g * S::STRIDE;
         const Pair* scales = Pipeline<BITS, BF16, NT>::scales_of(const_cast<unsigned char*>(stage)) + g;
+        constexpr int AT_ONCE = PER < 4 ? PER : 4; // units whose loads may come early; more do not fit the registers
 #pragma unroll 1
         for (int span = 0; span < S::UNITS / PER; ++span) {
             float part[3][NT][4];
             clear(part);
-#pragma unroll
+#pragma unroll AT_ONCE
             for (int v = 0; v < PER; ++v) {
                 const int u = span * PER + v;
                 uint32_t b[NT][S::PAIRS], code[2][2];
@@ -379,7 +382,7 @@ __device__ void end_strip(Block<BITS, BF16, NT>& block, const Sums<BITS, BF16, N
 }
 
 template <int BITS, bool BF16, int NT>
-__global__ void __launch_bounds__(32 * MOST_WARPS, 1) skinny_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(32 * MOST_WARPS<NT>, 1) skinny_kernel(const __grid_constant__ Call call) {
     using S = Shape<BITS>;
     Block<BITS, BF16, NT> block(call, shared_memory());
     // routing is an activation of the launch in front of gate and up; down's is older, since gate and up waited for it
