@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, routed_shapes, select
+from llmcompress_kernels.cuda import library as libraries
 from llmcompress_kernels.cuda import skinny
 from llmcompress_kernels.cuda import state as cuda_state
 from llmcompress_kernels.cuda import tree as cuda_tree
@@ -52,22 +53,9 @@ def wanted(name: str) -> bool:
 
 
 @cache
-def cuda_ready() -> bool:
-    """Load the CUDA C++ kernels if this machine can have them; tried once, a failed build is told on stderr."""
-    if skinny.unavailable() is not None:
-        return False
-    try:
-        build.load(skinny.FAMILY)
-    except build.BuildError as error:
-        sys.stderr.write(f"llmcompress: no CUDA C++ kernels: {error}\n")
-        return False
-    return True
-
-
-@cache
 def family_ready(name: str) -> bool:
-    """Load a family of CUDA C++ kernels like :func:`cuda_ready`."""
-    if no_device() is not None or build.unavailable(name) is not None:
+    """Load a family of CUDA C++ kernels if this machine can have it; tried once, a failed build is told on stderr."""
+    if libraries.unavailable(name) is not None:
         return False
     try:
         build.load(name)
@@ -90,7 +78,7 @@ def group_gemm(
     """CUDA implementation of the operator; ``rest`` holds options that only the definition knows."""
     arguments = (x, packed, scale, zero, bits, group_size, in_features)
     small = wanted("cuda") and packed.dim() == 2 and not any(rest)
-    if small and skinny.verify(x, packed, scale, zero, bits, group_size) is None and cuda_ready():
+    if small and skinny.verify(x, packed, scale, zero, bits, group_size) is None and family_ready(skinny.FAMILY):
         return skinny.group_gemm(*arguments)
     if wanted("triton") and no_triton() is None and packed.dim() == 2 and not any(rest):
         from llmcompress_kernels.triton import group_gemm as kernels
@@ -115,7 +103,7 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
     if wanted("cuda") and own[_GATE_UP].dim() == 3 and not any(rest):
         index, weights, intermediate, activation, alpha, limit = *own[1:3], *own[15:]
         sides = (skinny.Side(*own[3:9]), skinny.Side(*own[9:15]))
-        if skinny.verify_routed(x, index, sides, intermediate, activation) is None and cuda_ready():
+        if skinny.verify_routed(x, index, sides, intermediate, activation) is None and family_ready(skinny.FAMILY):
             return skinny.moe_group_gemm(x, index, weights, sides, intermediate, activation, alpha, limit)
     if wanted("triton") and no_triton() is None and own[_GATE_UP].dim() == 3 and not any(rest):
         from llmcompress_kernels.triton import moe_group_gemm as kernels

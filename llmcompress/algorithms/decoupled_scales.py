@@ -28,6 +28,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from llmcompress_kernels.reference.state import dither_of
 from torch import Tensor
 
 from llmcompress.quant.states import BITS, CODECS, GROUP, StateSpec, packed_length, scale_count, state_bytes
@@ -256,22 +257,6 @@ def _dithered(u: Tensor, channel: Tensor | None, state: Tensor | None, qmax: flo
     # fused by way of float64: exact wherever a value is not far below half a step, where the code is zero anyway
     value = part.double() * (1 / per_state).double().unsqueeze(-2) + dither_of(state).double().unsqueeze(-2)
     return _codes(value.to(torch.float32).round(), qmax)
-
-
-def dither_of(state: Tensor) -> Tensor:
-    """What ``rounding: dither`` adds, in units of a step: one of sixteen values between -1/2 and 1/2, by state.
-
-    The state scale is a new number at every token, so its bits take the place of a generator and of a counter of
-    tokens. The factor is 2^16 over the golden ratio: scales that follow each other spread most evenly.
-
-    Args:
-        state: fp16 state scale, any shape.
-
-    Returns:
-        fp32, ``(level - 7.5) / 16``; ``level`` is bits 12 to 15 of ``bits(state) 40503``.
-    """
-    bits = state.view(torch.int16).to(torch.int32) & 0xFFFF
-    return (((bits * 40503 & 0xFFFF) >> 12).to(torch.float32) - 7.5) / 16
 
 
 def _codes(value: Tensor, qmax: float | Tensor) -> Tensor:

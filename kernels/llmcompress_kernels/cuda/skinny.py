@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmcompress_kernels import build
 from llmcompress_kernels.cuda import launches, toolchain
+from llmcompress_kernels.cuda import library as libraries
 from llmcompress_kernels.cuda.launches import Launch
 
 FAMILY = "skinny"
@@ -30,8 +31,6 @@ ALIGNED = {2: 64, 3: 128, 4: 32}
 MODES = {"dense": 0, "gate_up": 1, "down": 2}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gpt_oss")
 TYPES = (torch.bfloat16, torch.float16)
-# counters of arrivals that a captured graph may take without ever giving them back
-RESERVED = 1 << 18
 # warps that the registers of a multiprocessor are enough for, with up to 8 and up to 16 slots at once
 MOST_WARPS = (16, 12)
 # bytes of shared memory of a block, and of a multiprocessor, of which every block takes 1024 more than it asks for
@@ -105,10 +104,7 @@ def declines_tensors(x: Tensor, *tensors: Tensor | None) -> str | None:
     """Why operands are not for these kernels, or None: type, order, alignment."""
     if x.dtype not in TYPES:
         return f"activations of {x.dtype}"
-    given = [t for t in (x, *tensors) if t is not None]
-    if not all(t.is_contiguous() for t in given):
-        return "an operand is not contiguous"
-    return None if all(t.data_ptr() % 16 == 0 for t in given) else "an operand does not begin at 16 bytes"
+    return libraries.declines_tensors(x, *tensors)
 
 
 def verify(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int) -> str | None:
@@ -138,9 +134,7 @@ def verify_routed(x: Tensor, index: Tensor, sides: tuple[Side, Side], intermedia
 
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None; starts no build."""
-    from llmcompress_kernels.gpu import no_device
-
-    return no_device() or build.unavailable(FAMILY)
+    return libraries.unavailable(FAMILY)
 
 
 def group_gemm(
@@ -235,9 +229,9 @@ def _call(
     at_once: int,
 ) -> Call:
     """The launch but for routing, memory and how it is cut up; the tensors have to outlive it."""
-    address = lambda t: None if t is None else t.data_ptr()  # noqa: E731
     # whole rows have one group; a multiple of a step says so to the kernel without a special case
     group = side.group if side.group < columns else -(-columns // COLUMNS[side.bits]) * COLUMNS[side.bits]
+    address = libraries.address
     return Call(
         x=address(x), weight=address(side.weight), scale=address(side.scale), zero=address(side.zero),
         bias=address(side.bias), out=address(out), words=side.weight.shape[-1],
@@ -317,56 +311,10 @@ def _launch(call: Call, side: Side, x: Tensor, launch: Launch | None, library: A
     counters = cut(call, side.bits, launch, device or _device(x.device))
     width = call.rows * (2 if mode == "gate_up" else 1)
     parts = x.new_empty((call.pieces, call.tokens * call.slots, width), dtype=torch.float32)
-    held = arrivals(counters, x.device)
+    held = libraries.arrivals(counters, x.device)
     call.parts, call.arrived = parts.data_ptr(), held.data_ptr()
-    arguments = (ctypes.byref(call), int(x.dtype == torch.bfloat16), tiles)
-    if library is not None:
-        _check(library, getattr(library, f"llmcompress_skinny_{side.bits}")(*arguments, None))
-        return
-    library = build.load(FAMILY)
-    # the library's own copy of CUDA's run time is told the device as well; on leaving, PyTorch's is what it was
-    with torch.cuda.device(x.device):
-        _check(library, library.llmcompress_skinny_device(x.device.index or 0))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        _check(library, getattr(library, f"llmcompress_skinny_{side.bits}")(*arguments, stream))
-
-
-def _check(library: Any, code: int) -> None:
-    if code == 0:
-        return
-    told = f"code {code}"
-    if hasattr(library, "llmcompress_skinny_error"):
-        library.llmcompress_skinny_error.restype = ctypes.c_char_p
-        told = library.llmcompress_skinny_error(code).decode()
-    raise RuntimeError(f"a launch of the {FAMILY} kernels failed: {told}")
-
-
-_STREAMS: dict[tuple[int, int], Tensor] = {}
-_GRAPHS: dict[int, tuple[Tensor, int]] = {}
-
-
-def arrivals(count: int, device: torch.device) -> Tensor:
-    """``count`` zeros for launches to count arrivals with; a launch leaves them zero.
-
-    Launches of one stream follow one another and share theirs. A graph may run beside anything, so what it captures
-    gets counters that nobody else ever gets; they come from a reserve made before, or from a fill in the graph.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    number = device.index if device.index is not None else torch.cuda.current_device()
-    if torch.cuda.is_current_stream_capturing():
-        reserve, used = _GRAPHS.get(number, (None, 0))
-        if reserve is None or used + count > reserve.numel():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _GRAPHS[number] = (reserve, used + count)
-        return reserve[used : used + count]
-    if number not in _GRAPHS:
-        _GRAPHS[number] = (torch.zeros(RESERVED, dtype=torch.int32, device=device), 0)
-        torch.cuda.synchronize(device)
-    key = (number, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _STREAMS or _STREAMS[key].numel() < count:
-        _STREAMS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return _STREAMS[key]
+    arguments = (int(x.dtype == torch.bfloat16), tiles)
+    libraries.launch(FAMILY, "llmcompress_skinny", f"llmcompress_skinny_{side.bits}", call, arguments, x, library)
 
 
 def _device(device: torch.device) -> Device:

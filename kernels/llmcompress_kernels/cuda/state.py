@@ -94,7 +94,7 @@ def dsq_state_update(
         RuntimeError: The launch fails.
     """
     sequences, heads, _ = drive.shape
-    drive, decay, b, c = (_placed(t) for t in (drive, decay, b, c))
+    drive, decay, b, c = (libraries.placed(t) for t in (drive, decay, b, c))
     out = torch.empty_like(drive)
     if variant is None:
         variant = LARGE if sequences * heads >= FULL else SMALL
@@ -102,11 +102,5 @@ def dsq_state_update(
         *(libraries.address(t) for t in (codes, channel, scale, fixed, drive, decay, b, c, out)),
         sequences * heads, heads, heads // b.shape[1], bits, scale.shape[-1], 0,
     )  # fmt: skip
-    libraries.launch(family, "llmcompress_state", call, (variant,), drive, library)
+    libraries.launch(family, "llmcompress_state", "llmcompress_state_update", call, (variant,), drive, library)
     return out
-
-
-def _placed(tensor: Tensor) -> Tensor:
-    """Contiguous and at 16 bytes; a part of a larger tensor may begin anywhere."""
-    plain = tensor.contiguous()
-    return plain if plain.data_ptr() % 16 == 0 else plain.clone()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels.cuda import library as libraries
-from llmcompress_kernels.cuda import skinny
 
 FAMILY = "tree-cuda"
 BITS, GROUP, TOKENS, TILE, MOST_NODES = (1, 2, 4), 128, 16, 8, 64
@@ -148,8 +147,7 @@ def delta_decode(
     used = [v for v, (low, high) in enumerate(ranges) if high > low]
     if not used:
         return x.new_zeros((tokens, rows))
-    x = x.contiguous()
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    x = libraries.placed(x)
     out = x.new_empty((tokens, rows))
     widths = sum({bits[v] for v in used})
     if processors is None:
@@ -159,7 +157,7 @@ def delta_decode(
         most = MOST_SHARED[90]
     splits, each = split(config, tokens, widths.bit_count(), rows, columns // GROUP, processors, most)
     parts = None if splits == 1 else x.new_empty((splits, tokens, rows), dtype=torch.float32)
-    arrived = None if splits == 1 else skinny.arrivals(-(-rows // (config.warps * ROWS_OF_WARP)), x.device)
+    arrived = None if splits == 1 else libraries.arrivals(-(-rows // (config.warps * ROWS_OF_WARP)), x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
         tokens, rows, columns, columns // GROUP, len(used), widths, splits, each,
@@ -167,5 +165,5 @@ def delta_decode(
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])
     arguments = (int(x.dtype == torch.bfloat16), config.warps, config.stages)
-    libraries.launch(family, "llmcompress_tree", call, arguments, x, library)
+    libraries.launch(family, "llmcompress_tree", "llmcompress_tree", call, arguments, x, library)
     return out
