@@ -48,7 +48,7 @@ def follow(stages: Sequence[Stage], recipe: dict[str, Any], world: World) -> Non
     begun = said
     devices.set_threads(begun["threads"] or None)
     devices.make_deterministic()
-    keep_freed_memory()
+    keep_freed_memory(sparing=bool((recipe.get("host") or {}).get("ram")))
     state = RunState()
     by_name = {stage.name: stage for stage in stages}
     while (said := world.tell()) != END:

@@ -377,7 +377,7 @@ class Runner:
         """Put the policy into force and record it with the versions at work."""
         threads = devices.set_threads(record.threads or None)
         devices.make_deterministic()
-        keep_freed_memory()
+        keep_freed_memory(sparing=bool((self.job.recipe.get("host") or {}).get("ram")))
         versions = package_versions()
         changed = [f"{n} {v} → {versions[n]}" for n, v in record.versions.items() if versions.get(n) != v]
         if changed:

@@ -182,7 +182,7 @@ class Evaluate(Stage):
         problems = self.check(state.model.layout)
         if problems:
             raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
-        with _offline(self.config.offline), whole_models():
+        with _offline(self.config.offline), whole_models(sparing=ctx.ram is not None):
             _Evaluation(self.config, state, ctx, Ledger(ctx.stage_dir / "parts")).run()
         self._conclude(state, ctx)
 

@@ -26,6 +26,11 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.Monkey
     assert heap.keep_freed_memory()
     # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     assert library.calls == [(-3, 8 << 20), (-1, 32 << 20)]
+    library.calls.clear()
+    assert heap.keep_freed_memory(sparing=True)
+    with heap.whole_models(sparing=True):
+        assert library.calls == [(-3, 1 << 20), (-1, 32 << 20), (-3, 1 << 20)]
+    assert library.calls[3:] == [(-3, 1 << 20), (-1, 32 << 20)]
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _name: object())
     assert not heap.keep_freed_memory()
 
