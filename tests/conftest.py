@@ -54,7 +54,10 @@ SSM_FAMILIES: dict[str, dict[str, Any]] = {
                          "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
                    "intermediate_size": 48, "time_step_limit": [0.7, 1.5],
-                   "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]},
+                   "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 4,
+                   "topk_group": 2, "moe_shared_expert_intermediate_size": 40, "moe_latent_size": 16,
+                   "routed_scaling_factor": 1.5,
+                   "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "linear_attention"]},
     "jamba": {"intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 4, "mamba_d_state": 8,
               "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
 }  # fmt: skip
@@ -142,7 +145,8 @@ def _threads_are_restored() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests with an argument ``moe_family`` or ``ssm_family`` run once per family."""
-    for name, table in (("moe_family", MOE_FAMILIES), ("ssm_family", SSM_FAMILIES)):
+    # the hybrid has what no other family has: experts without a gate, which read a projection of the layer's input
+    for name, table in (("moe_family", (*MOE_FAMILIES, "nemotron_h")), ("ssm_family", tuple(SSM_FAMILIES))):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, sorted(table))
 

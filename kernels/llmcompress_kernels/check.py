@@ -19,7 +19,7 @@ from torch import Tensor
 from llmcompress_kernels import build, cpu, ops
 from llmcompress_kernels.ops import Stack
 from llmcompress_kernels.reference.group_gemm import decode, interleave
-from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS, DENSE_BITS
+from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS, DENSE_BITS, first_rows
 
 BITS = (2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +102,8 @@ class Moe:
 
     def run(self, generator: torch.Generator) -> float:
         """Call the operator on random values and return its error; infinite if an output was not written."""
-        shapes = (2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        rows = first_rows(self.intermediate, self.activation)
+        shapes = (rows, self.hidden), (self.hidden, self.intermediate)
         sides, truths = [], []
         for (rows, columns), bits in zip(shapes, self.bits):
             size = columns**-0.5

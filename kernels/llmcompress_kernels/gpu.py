@@ -99,7 +99,8 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     x, own, rest = arguments[0], arguments[:_COUNT], arguments[_COUNT:]
     # here and not in front of the operator, so that a compiled graph's calls are checked as well
-    routed_shapes.check(x, own[1], own[2], own[3:9], own[9:15], own[15])
+    rows = reference_moe_group_gemm.first_rows(own[15], own[_ACTIVATION])
+    routed_shapes.check(x, own[1], own[2], own[3:9], own[9:15], rows, own[15])
     if wanted("cuda") and own[_GATE_UP].dim() == 3 and not any(rest):
         index, weights, intermediate, activation, alpha, limit = *own[1:3], *own[15:]
         sides = (skinny.Side(*own[3:9]), skinny.Side(*own[9:15]))
@@ -111,7 +112,7 @@ def moe_group_gemm(*arguments: Any) -> Tensor:
 
         up, down = own[_GATE_UP : _GATE_UP + 6], own[_DOWN_BITS - 4 : _DOWN_BITS + 2]
         bits = (own[_GATE_UP_BITS], own[_DOWN_BITS])
-        if widened.verify_routed(x, own[1], (up[1], up[3], down[1], down[3]), bits) is None:
+        if widened.verify_routed(x, own[1], (up[1], up[3], down[1], down[3]), bits, own[_ACTIVATION]) is None:
             up, down = (*up[:3], *up[4:]), (*down[:3], *down[4:])  # without the bias
             return widened.moe_group_gemm(x, own[1], own[2], up, down, *own[15:])
         if kernels.verify(x, own[_GATE_UP_BITS], own[_DOWN_BITS], own[_ACTIVATION]) is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import cpu, routed_shapes, schemas
-from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS
+from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS, first_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +92,17 @@ def moe_group_gemm(
     limit: float = 7.0,
     int8: bool = False,
 ) -> Tensor:
-    """Gated experts over routed tokens: gate and up, activation, down, weighted sum.
+    """Experts over routed tokens: gate and up, activation, down, weighted sum.
 
     Args:
         x: ``[T, H]``.
         index: int64 ``[T, k]`` expert of every slot; ``E`` means that the slot is skipped. On a GPU the range is not
             checked, because that would wait for it; slots of no expert are skipped.
         weights: ``[T, k]`` weight of every slot.
-        gate_up: ``[E, 2I, H]``, gate rows first.
+        gate_up: ``[E, 2I, H]``, gate rows first; without a gate (``relu2``) ``[E, I, H]``.
         down: ``[E, H, I]``.
         intermediate: I.
-        activation: ``silu``, ``gelu``, ``gelu_pytorch_tanh``, or ``gpt_oss``.
+        activation: ``silu``, ``gelu``, ``gelu_pytorch_tanh``, ``gpt_oss``, or ``relu2``: ``relu(up)^2``, no gate.
         alpha: Of ``gpt_oss``: ``(up + 1) * gate * sigmoid(alpha * gate)``.
         limit: Of ``gpt_oss``: ``gate`` is clamped from above and ``up`` from both sides there.
         int8: Round the activations of packed sides to int8, see :func:`group_gemm`.
@@ -118,7 +118,7 @@ def moe_group_gemm(
     sides = gate_up.operand(), down.operand()
     if x.device.type == "cpu":
         if not torch.compiler.is_compiling():
-            routed_shapes.check(x, index, weights, *sides, intermediate)
+            routed_shapes.check(x, index, weights, *sides, first_rows(intermediate, activation), intermediate)
         cpu.ready()
     rest = (intermediate, activation, alpha, limit, int8)
     out: Tensor = torch.ops.llmcompress.moe_group_gemm.default(x, index, weights, *sides[0], *sides[1], *rest)

@@ -16,15 +16,18 @@ from llmcompress_kernels.reference.moe_group_gemm import DENSE_BITS
 Operand = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
-def check(x: Tensor, index: Tensor, weights: Tensor, gate_up: Operand, down: Operand, intermediate: int) -> None:
+def check(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Operand, down: Operand, rows: int, intermediate: int
+) -> None:
     """Compare shapes; on the CPU also the range of ``index``, which a GPU would have to be waited for.
 
     Args:
         x: ``[T, H]``.
         index: int64 ``[T, k]``, 0 to E.
         weights: ``[T, k]``.
-        gate_up: ``[E, 2I, H]``.
+        gate_up: ``[E, rows, H]``.
         down: ``[E, H, I]``.
+        rows: Of the first projection: 2I, or I where experts have no gate.
         intermediate: I.
 
     Raises:
@@ -40,7 +43,7 @@ def check(x: Tensor, index: Tensor, weights: Tensor, gate_up: Operand, down: Ope
     if weights.shape != index.shape:
         raise ValueError(f"moe_group_gemm: weights have shape {list(weights.shape)}, expected {list(index.shape)}")
     experts, hidden = gate_up[0].shape[0], x.shape[1]
-    _check_side("gate_up", gate_up, experts, 2 * intermediate, hidden)
+    _check_side("gate_up", gate_up, experts, rows, hidden)
     _check_side("down", down, experts, hidden, intermediate)
     if index.device.type == "cpu" and index.numel():
         least, most = (int(bound) for bound in index.aminmax())

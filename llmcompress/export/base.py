@@ -132,7 +132,7 @@ def hub_expert_names(layout: ModelLayout, bank: ExpertBank, expert: int) -> dict
     """Hub module names of one expert's projections.
 
     Returns:
-        ``gate``, ``up`` and ``down`` → name without the trailing ``.weight``.
+        ``gate`` (where there is one), ``up`` and ``down`` → name without the trailing ``.weight``, in that order.
 
     Raises:
         ExportError: The family stores its experts stacked on disk.
@@ -141,8 +141,17 @@ def hub_expert_names(layout: ModelLayout, bank: ExpertBank, expert: int) -> dict
         raise ExportError(f"{layout.model_type} checkpoints store experts stacked, not one by one")
     ours, theirs = layout.disk.experts
     folder = bank.module.replace(ours, theirs, 1)
-    parts = {"gate": layout.disk.gate, "up": layout.disk.up, "down": layout.disk.down}
+    parts = {"gate": layout.disk.gate} if bank.gated else {}
+    parts |= {"up": layout.disk.up, "down": layout.disk.down}
     return {key: f"{folder}.{expert}.{part.removesuffix('.weight')}" for key, part in parts.items()}
+
+
+def expert_parts(bank: ExpertBank, name: str) -> dict[str, slice]:
+    """Rows of one expert's stacked projection ``name`` by the key of :func:`hub_expert_names`."""
+    if name == bank.down:
+        return {"down": slice(None)}
+    half = bank.intermediate
+    return {"gate": slice(0, half), "up": slice(half, 2 * half)} if bank.gated else {"up": slice(None)}
 
 
 def expert_slice(packed: PackedWeight, expert: int, rows: slice) -> PackedWeight:

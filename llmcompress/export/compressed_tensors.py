@@ -26,6 +26,7 @@ from llmcompress.export.base import (
     decoded,
     dense_config,
     dense_values,
+    expert_parts,
     expert_slice,
     hub_expert_names,
     hub_name,
@@ -105,7 +106,7 @@ class CompressedTensorsExporter(Exporter):
                 spec, rows = plan[name], values(shape[:-1])
                 words = -(-shape[-1] * spec.bits // 32)
                 experts = len(shape) == 3
-                matrices = shape[0] * (2 if name.endswith("gate_up_proj") else 1) if experts else 1
+                matrices = shape[0] * (2 if name.endswith(".gate_up_proj") else 1) if experts else 1
                 total += rows * (4 * words + (4 if experts else 2) * spec.groups(shape[-1])) + 16 * matrices
         return total
 
@@ -190,8 +191,7 @@ def _expert_weights(
         assert not isinstance(value, PackedWeight)
         yield hub_name(layout, name), family_orientation(bank, name, value)
         return
-    half = bank.intermediate
-    rows = {"down": slice(None)} if name == bank.down else {"gate": slice(0, half), "up": slice(half, 2 * half)}
+    rows = expert_parts(bank, name)
     for expert in range(bank.num_experts):
         names = hub_expert_names(layout, bank, expert)
         for key, part in rows.items():
@@ -348,6 +348,8 @@ def _expert_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
         yield f"{layout.model_type} stores its experts stacked, and readers expect them one by one"
     if any(bank.bias for bank, _ in quantized):
         yield "experts with biases are not read by any runtime in this format"
+    if not all(bank.gated for bank, _ in quantized):
+        yield "experts without a gate have not been tried with any reader of this format"
     if len(quantized) != len(names):
         yield f"{len(names) - len(quantized)} of {len(names)} expert tensors stay dense; readers need all or none"
     schemes = {scheme_of(plan[name], bank.shape(name)[-1]) for bank, name in quantized}

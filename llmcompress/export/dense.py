@@ -16,6 +16,7 @@ from llmcompress.export.base import (
     copy_side_files,
     decoded,
     dense_config,
+    expert_parts,
     hub_expert_names,
     hub_name,
     outside_tensors,
@@ -129,11 +130,8 @@ def hub_dense(
         else:
             for expert in range(bank.num_experts):
                 names = hub_expert_names(layout, bank, expert)
-                if name == bank.down:
-                    yield f"{names['down']}.weight", tensor[expert]
-                else:
-                    yield f"{names['gate']}.weight", tensor[expert, : bank.intermediate]
-                    yield f"{names['up']}.weight", tensor[expert, bank.intermediate :]
+                for key, rows in expert_parts(bank, name).items():
+                    yield f"{names[key]}.weight", tensor[expert, rows]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -105,7 +105,7 @@ class Routing:
 
 
 def gated(module: nn.Module, bank: ExpertBank, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Input of one expert's down projection: ``act(gate x) * (up x)``.
+    """Input of one expert's down projection: ``act(gate x) * (up x)``, or ``act(up x)`` without a gate.
 
     Args:
         module: The stacked experts in the family's orientation.
@@ -117,9 +117,9 @@ def gated(module: nn.Module, bank: ExpertBank, expert: int, x: Tensor, weight: T
     Returns:
         ``[n, I]``.
     """
-    both = _project(module, bank, "gate_up_proj", expert, x, weight)
-    apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
-    return apply_gate(both)
+    inner = _project(module, bank, bank.gate_up.rpartition(".")[2], expert, x, weight)
+    activate: Callable[[Tensor], Tensor] = module._apply_gate if bank.gated else module.act_fn  # type: ignore[assignment]
+    return activate(inner)
 
 
 def down(module: nn.Module, bank: ExpertBank, expert: int, z: Tensor) -> Tensor:

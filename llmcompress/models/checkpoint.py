@@ -193,7 +193,7 @@ class Checkpoint:
             return []
         runtime, hub = disk.experts
         folders = [bank.module.replace(runtime, hub, 1), bank.module]
-        parts = [disk.down] if name == bank.down else [disk.gate, disk.up]
+        parts = [disk.down] if name == bank.down else [disk.gate, disk.up] if bank.gated else [disk.up]
         for folder in folders:
             names = [f"{folder}.{expert}.{part}" for expert in range(bank.num_experts) for part in parts]
             if any(piece in self._where for piece in names):

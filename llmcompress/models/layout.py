@@ -94,17 +94,21 @@ class ExpertBank:
 
     The canonical orientation used everywhere in this project is ``gate_up [E, 2I, H]`` (the
     first I rows are gate, the rest up) and ``down [E, H, I]``. ``transposed`` and
-    ``interleaved`` say how the family stores them in memory.
+    ``interleaved`` say how the family stores them in memory. Experts without a gate have
+    ``up [E, I, H]`` in the place of ``gate_up``.
 
     Attributes:
         module: Run-time module name (``model.layers.3.mlp.experts``).
-        num_experts, top_k, hidden, intermediate: E, k, H, I.
+        num_experts, top_k, hidden, intermediate: E, k, H, I; H is the width that experts read and write.
         router: The router that feeds this bank.
         bias: Whether both projections carry biases (gpt_oss).
         transposed: Stored as ``[E, H, 2I]`` and ``[E, I, H]``.
         interleaved: Gate and up rows alternate instead of following each other.
         activation: ``silu`` means ``silu(gate) * up``; ``gelu`` likewise;
-            ``gpt_oss`` is the clamped form of gpt_oss.
+            ``gpt_oss`` is the clamped form of gpt_oss; ``relu2`` means ``relu(up)^2``.
+        gated: Whether there is a gate projection.
+        entry: Projection from the module's input, which the router reads, to the narrower one of the experts, with
+            another back from their sum; both stay dense. None where experts read the module's input.
     """
 
     module: str
@@ -117,21 +121,33 @@ class ExpertBank:
     transposed: bool = False
     interleaved: bool = False
     activation: str = "silu"
+    gated: bool = True
+    entry: LinearView | None = None
 
     @property
     def gate_up(self) -> str:
-        """Plan name of the stacked gate and up projections."""
-        return f"{self.module}.gate_up_proj"
+        """Plan name of the stacked gate and up projections, or of the up projections alone."""
+        return f"{self.module}.{'gate_up_proj' if self.gated else 'up_proj'}"
 
     @property
     def down(self) -> str:
         """Plan name of the stacked down projections."""
         return f"{self.module}.down_proj"
 
+    @property
+    def first_rows(self) -> int:
+        """Rows of an expert's first projection: 2I, or I without a gate."""
+        return (2 if self.gated else 1) * self.intermediate
+
+    @property
+    def width(self) -> int:
+        """Width of the module's input, which the router reads."""
+        return self.hidden if self.entry is None else self.entry.in_features
+
     def shape(self, name: str) -> tuple[int, int, int]:
         """Canonical shape ``[E, N, K]`` of ``gate_up`` or ``down``."""
         if name == self.gate_up:
-            return (self.num_experts, 2 * self.intermediate, self.hidden)
+            return (self.num_experts, self.first_rows, self.hidden)
         if name == self.down:
             return (self.num_experts, self.hidden, self.intermediate)
         raise KeyError(name)

@@ -47,13 +47,15 @@ class MoeStep:
         self.router = walker.model.get_submodule(self.bank.router.module)
         # all tokens' inputs in one tensor, because experts pick rows from all batches
         self.x = self._inputs(source)
+        # what the experts read, which is narrower in some families
+        self.inner = self._entered()
         self._layer_gram: Any = None
 
     def run(self, needed: bool) -> None:
         """Visit router, experts and shared experts, then add the module's output to the hidden states."""
         shared = self._shared_outputs(needed)
         if self.walker.tap is not None:
-            self.walker.tap.moe(self.bank, self.x)
+            self.walker.tap.moe(self.bank, self.inner)
         if self.visitor is not None:
             self.visitor.router(self.bank, self.router, self.x)
         routing = self._route()
@@ -87,6 +89,18 @@ class MoeStep:
         assert x is not None
         return x
 
+    def _entered(self) -> Tensor:
+        entry = self.bank.entry
+        if entry is None:
+            return self.x
+        project = self.walker.model.get_submodule(entry.name)
+        inner = self.walker.cache.empty((len(self.x), self.bank.hidden), self.x.dtype, self.x.device)
+        for rows in self.walker.batches:
+            span = self._span(rows)
+            inner[span] = project(aligned(self.x[span]))
+            self.walker.cache.drop(self.x, inner)
+        return inner
+
     def _span(self, rows: slice) -> slice:
         length = self.hidden.shape[1]
         return slice(rows.start * length, rows.stop * length)
@@ -115,8 +129,8 @@ class MoeStep:
 
     def _rows(self, tokens: Tensor) -> Tensor:
         """Inputs of some tokens, ``[n, H]``, a copy."""
-        found = self.x.index_select(0, tokens)
-        self.walker.cache.drop(self.x)
+        found = self.inner.index_select(0, tokens)
+        self.walker.cache.drop(self.inner)
         return found
 
     def _shared_outputs(self, needed: bool) -> list[tuple[nn.Module, Tensor]]:
@@ -163,7 +177,7 @@ class MoeStep:
         return mixed
 
     def _zeros(self) -> Tensor:
-        mixed = self.walker.cache.empty(self.x.shape, self.x.dtype, self.x.device)
+        mixed = self.walker.cache.empty(self.inner.shape, self.inner.dtype, self.inner.device)
         for part in mixed.split(ROWS):
             part.zero_()
             self.walker.cache.drop(mixed)
@@ -208,9 +222,9 @@ class MoeStep:
         if self._layer_gram is None:
             moments = self.walker.new_moments(1, self.bank.hidden, fast=False)
             for part, gram in zip(self.walker.parts, moments.shards):
-                for piece in self.x[self._span(part)].split(ROWS):
+                for piece in self.inner[self._span(part)].split(ROWS):
                     gram.add(piece)
-                    self.walker.cache.drop(self.x)
+                    self.walker.cache.drop(self.inner)
             self._layer_gram = moments if moments.apart else moments.shards[0].hessian()[0]
         return self._layer_gram
 

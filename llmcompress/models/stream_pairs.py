@@ -7,7 +7,7 @@ paired by token, because the two streams may route differently.
 With residuals the streams' difference before each sublayer, the drift ``d = h − ĥ``, is paired with the inputs of the
 projections that write to the residual stream as well. Of a bank every expert that a token meets is to give back all
 of d over the sum of the token's routing weights, so that their weighted sum gives back d; shared experts beside it take
-no part. Outputs that pass a norm before they are added are left alone.
+no part. Outputs that pass a norm or a projection before they are added are left alone.
 
 Legend: T tokens, K inputs of a weight, H hidden size, E experts.
 """
@@ -36,7 +36,8 @@ def _outputs(sublayer: Sublayer) -> tuple[str, ...]:
     if sublayer.post_norm is not None:
         return ()
     if sublayer.experts is not None:
-        return (sublayer.experts.down,)
+        # the sum of experts that work on a projection is projected back before it is added
+        return (sublayer.experts.down,) if sublayer.experts.entry is None else ()
     return tuple(group.linears[0].name for group in sublayer.groups if group.position == "last")
 
 

@@ -1,4 +1,4 @@
-"""PackedExperts: a bank of gated experts whose weights stay packed."""
+"""PackedExperts: a bank of experts, gated or not, whose weights stay packed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llmcompress.quant.spec import QuantSpec
 class PackedExperts(nn.Module):
     """Stands where transformers has an experts module and is called like one.
 
-    Weights are in the canonical orientation ``[E, 2I, H]`` and ``[E, H, I]`` whatever the family
-    stores; a projection without a spec stays dense in that orientation. Biases keep the family's
-    order.
+    Weights are in the canonical orientation ``[E, 2I, H]`` (``[E, I, H]`` without a gate) and ``[E, H, I]`` whatever
+    the family stores, under the family's names (``gate_up_proj`` or ``up_proj``, ``down_proj``); a projection without
+    a spec stays dense in that orientation. Biases keep the family's order.
 
     Args:
         bank: Sizes, activation and biases.
-        gate_up: Spec of the gate and up projections, None to keep them dense.
+        gate_up: Spec of the gate and up projections, or of the up projections alone, None to keep them dense.
         down: Spec of the down projection, None to keep it dense.
         dtype: Type of what is dense.
         device: Where to allocate.
@@ -48,12 +48,13 @@ class PackedExperts(nn.Module):
         self.intermediate_dim = bank.intermediate
         self.activation = bank.activation
         self.interleaved = bank.interleaved
+        self.first = bank.gate_up.rpartition(".")[2]
         self.alpha = alpha
         self.limit = limit
         # rounding activations to int8 changes results, so only a caller turns it on
         self.int8_activations = False
         self._operands: tuple[tuple[Any, ...], Stack, Stack] | None = None
-        for key, name, spec in (("gate_up_proj", bank.gate_up, gate_up), ("down_proj", bank.down, down)):
+        for key, name, spec in ((self.first, bank.gate_up, gate_up), ("down_proj", bank.down, down)):
             shape = bank.shape(name)
             if spec is not None:
                 self.add_module(key, PackedTensors(shape, spec, device))
@@ -64,7 +65,7 @@ class PackedExperts(nn.Module):
 
     def _side(self, key: str) -> Stack:
         weight, bias = getattr(self, key), getattr(self, f"{key}_bias")
-        if bias is not None and self.interleaved and key == "gate_up_proj":
+        if bias is not None and self.interleaved and key == self.first:
             bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), dim=1)
         return weight.stack(bias) if isinstance(weight, PackedTensors) else Stack(weight, bias=bias)
 
@@ -79,22 +80,22 @@ class PackedExperts(nn.Module):
         return all(done)
 
     def _sides(self) -> tuple[Any, Any]:
-        return self.gate_up_proj, self.down_proj
+        return getattr(self, self.first), self.down_proj
 
     def _stacks(self, x: Tensor) -> tuple[Stack, Stack]:
         """Both sides as operands; looked up again only when a weight or a bias was replaced."""
         if torch.compiler.is_compiling():
-            return self._side("gate_up_proj"), self._side("down_proj")
+            return self._side(self.first), self._side("down_proj")
         held = self._held()
         if self._operands is None or any(a is not b for a, b in zip(held, self._operands[0])):
             if x.device.type == "cpu":
                 self.prepare()
-            self._operands = (self._held(), self._side("gate_up_proj"), self._side("down_proj"))
+            self._operands = (self._held(), self._side(self.first), self._side("down_proj"))
         return self._operands[1:]
 
     def _held(self) -> tuple[Any, ...]:
         """What the operands are made from."""
-        tensors: list[Any] = [self.gate_up_proj_bias, self.down_proj_bias]
+        tensors: list[Any] = [getattr(self, f"{self.first}_bias"), self.down_proj_bias]
         for side in self._sides():
             packed = isinstance(side, PackedTensors)
             tensors += [side.weight_packed, side.weight_scale] if packed else [side]

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 KINDS = (
     (r"shared_expert", "shared experts", "muted dotted"),
     (r"experts\.gate_up_proj$", "experts gate and up", "accent"),
+    (r"experts\.up_proj$", "experts up", "accent"),
     (r"experts\.down_proj$", "experts down", "accent dashed"),
     (r"attn\.(o|out|dense)_proj$", "attention output", "strong dashed"),
     (r"attn\.", "attention input", "strong"),

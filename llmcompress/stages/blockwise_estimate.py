@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from llmcompress.models import sizes
@@ -165,8 +166,8 @@ def _weights(block: Block) -> Iterator[int]:
         yield linear.out_features * linear.in_features
     bank = block.bank
     if bank is not None:
-        yield bank.num_experts * 2 * bank.intermediate * bank.hidden
-        yield bank.num_experts * bank.intermediate * bank.hidden
+        yield prod(bank.shape(bank.gate_up))
+        yield prod(bank.shape(bank.down))
 
 
 def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
@@ -236,7 +237,7 @@ def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: 
 def block_hidden(block: Block) -> int:
     """Width of the hidden states a block works on."""
     bank = block.bank
-    return bank.hidden if bank is not None else next(block.linears()).in_features
+    return bank.width if bank is not None else next(block.linears()).in_features
 
 
 def _solver(experts: int, rows: int, columns: int, hessians: bool, targets: bool) -> int:

@@ -80,6 +80,11 @@ SCAN2 = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_chunk_size": 4,
     "head_dim": None,
 }  # fmt: skip
+UNGATED = {
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 12, "chunk_size": 4,
+    "layers_block_type": ["linear_attention", "full_attention", "moe"], "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 24, "routed_scaling_factor": 1.7,
+}  # fmt: skip
 VARIANTS |= {
     "mamba": ("mamba", {"state_size": 6, "tie_word_embeddings": True}),
     "mamba-biases": ("mamba", {"state_size": 6, "use_bias": True, "use_conv_bias": False, "time_step_rank": 3}),
@@ -119,6 +124,11 @@ VARIANTS |= {
             "layers_block_type": ["linear_attention", "full_attention", "mlp"], "time_step_limit": [0.01, 2.0],
         },
     ),
+    "nemotron_h-experts": ("nemotron_h", UNGATED),
+    "nemotron_h-latent": (
+        "nemotron_h",
+        {**UNGATED, "moe_latent_size": 12, "mlp_bias": True, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+    ),
     "jamba": (
         "jamba",
         {
@@ -136,6 +146,7 @@ DISK_NAMES = {
     **{name: [*SPLIT, "mlp.gate.weight"] for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")},
     "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight", "mlp.router.bias"],
     "jamba": [*(name.replace("mlp.", "feed_forward.") for name in SPLIT), "feed_forward.router.weight"],
+    "nemotron_h": [*(f"mixer.experts.1.{n}_proj.weight" for n in ("up", "down")), "mixer.gate.weight"],
     "granitemoehybrid": [f"block_sparse_moe.{n}.weight" for n in ("input_linear", "output_linear", "router.layer")],
 }
 IDS = torch.tensor([[5, 9, 1, 33, 60, 2, 17, 8], [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -204,9 +215,6 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 
     # DeepSeek-V2 has no default for this one; every released config sets it
     given: dict[str, Any] = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}
-    if model_type == "nemotron_h":
-        # its default has a layer of ungated experts, which is refused
-        given = {"layers_block_type": ["linear_attention", "full_attention", "mlp"]}
     full = AutoConfig.for_model(model_type, **given).to_dict()
     assert layout_from_config({"model_type": model_type, **given}) == layout_from_config(full)
 
@@ -237,7 +245,10 @@ def test_family(variant: str, tmp_path: Path) -> None:
     bank = last.bank or handle.layout.blocks[1].bank
     if bank is not None:
         layer = bank.module.rsplit(".", 2)[0]
-        assert {f"{layer}.{name}" for name in DISK_NAMES[handle.layout.model_type]} <= disk_names(source)
+        wanted = {f"{layer}.{name}" for name in DISK_NAMES[handle.layout.model_type]}
+        if handle.layout.model_type == "nemotron_h":
+            wanted = {name.replace("model.", "backbone.", 1) for name in wanted}
+        assert wanted <= disk_names(source)
     for name, tensor in model.state_dict().items():
         if name in expected:
             assert torch.equal(handle.checkpoint.tensor(name), tensor), name
@@ -261,7 +272,7 @@ def test_family(variant: str, tmp_path: Path) -> None:
     assert set(json.loads((artifact / "config.json").read_text())["quantization_config"]["modules"]) == quantized
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss", "deepseek_v2", "nemotron_h-latent"])
 def test_packed_experts_agree_with_dense_experts_of_the_same_values(variant: str, tmp_path: Path) -> None:
     """Ties the operator to transformers' own experts: orientation, interleaving, biases, activation."""
     model = tiny_model(variant)

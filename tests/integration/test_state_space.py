@@ -57,7 +57,7 @@ def test_gptq_quantizes_everything_and_keeps_the_time_steps(ssm_family: str, tin
     assert float(error / final_hidden(handle.dense_model(torch.float32)).norm()) < 0.7
 
 
-@pytest.mark.parametrize("model_type", ["granitemoehybrid", "jamba"])
+@pytest.mark.parametrize("model_type", ["granitemoehybrid", "jamba", "nemotron_h"])
 def test_experts_of_a_hybrid_go_through_qesc(model_type: str, tiny: Any, tmp_path: Path) -> None:
     state = tiny.state(tmp_path / "model", model_type, samples=20)
     rules = {"experts": {"role": "experts", "bits": 3, "group_size": 16}, **EVERYTHING}

@@ -144,6 +144,25 @@ def test_moe_decodes_only_experts_that_are_hit() -> None:
     assert torch.isfinite(ops.moe_group_gemm(torch.randn(2, 16), index, torch.rand(2, 2), gate_up, down, 8)).all()
 
 
+def test_moe_without_a_gate() -> None:
+    up, up_values = quantized((3, 12, 16), 4, 16, True)
+    down, down_values = quantized((3, 16, 12), 4, 12, False)
+    x, index, weights = (
+        torch.randn(6, 16),
+        torch.tensor([[0, 1], [2, 3], [3, 3], [1, 0], [2, 0], [1, 2]]),
+        torch.rand(6, 2),
+    )
+    expected = torch.zeros(6, 16)
+    for token, slot in torch.cartesian_prod(torch.arange(6), torch.arange(2)).tolist():
+        expert = int(index[token, slot])
+        if expert < 3:
+            inner = (up_values[expert] @ x[token]).clamp(min=0) ** 2
+            expected[token] += weights[token, slot] * (down_values[expert] @ inner)
+    assert distance(ops.moe_group_gemm(x, index, weights, up, down, 12, "relu2"), expected) < 5e-6
+    with pytest.raises(ValueError, match=r"gate_up.weight has shape \[3, 12, 2\], expected \[3, 24, 2\]"):
+        ops.moe_group_gemm(x, index, weights, up, down, 12, "silu")
+
+
 def test_moe_refuses_an_unknown_activation() -> None:
     side, _ = quantized((2, 16, 8), 4, 8, True)
     down, _ = quantized((2, 8, 8), 4, 8, True)

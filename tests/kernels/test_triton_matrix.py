@@ -234,3 +234,4 @@ def test_widening_is_for_many_tokens(packed) -> None:
     assert widened.verify_routed(x[:1], index[:1], (scale, None, scale, None), (4, 4)) == "0 tokens"
     assert "bias" in (widened.verify_routed(x, index, (scale, scale, scale, None), (4, 4)) or "")
     assert "float16" in (widened.verify_routed(x.half(), index, (scale, None, scale, None), (4, 4)) or "")
+    assert widened.verify_routed(x, index, (scale, None, scale, None), (4, 4), "relu2") == "activation relu2"

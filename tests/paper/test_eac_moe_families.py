@@ -13,7 +13,7 @@ from llmcompress.hf import load
 from llmcompress.models.assemble import compressed_model
 from llmcompress.stages.qesc import Qesc, QescConfig
 
-RULES = {"all": {"role": ["attention", "experts", "shared_experts", "mlp"], "bits": 8, "group_size": 16}}
+RULES = {"all": {"role": ["attention", "experts", "shared_experts", "mlp", "ssm"], "bits": 8, "group_size": 16}}
 # how the hub names the router and an expert's gate projection
 DISK = {
     "mixtral": ("block_sparse_moe.gate.weight", "block_sparse_moe.experts.3.w1.weight"),

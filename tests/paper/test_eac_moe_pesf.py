@@ -8,7 +8,7 @@ import torch
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
 
-RENORMALIZED = {"mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"}
+RENORMALIZED = {"mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"}
 
 
 @pytest.fixture(autouse=True)

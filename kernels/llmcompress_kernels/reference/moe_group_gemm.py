@@ -14,15 +14,25 @@ from llmcompress_kernels.reference.group_gemm import canonical, decode, quantize
 
 # "bits" of a weight that is not packed
 DENSE_BITS = 16
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gpt_oss")
+GATED = ("silu", "gelu", "gelu_pytorch_tanh", "gpt_oss")
+# experts without a gate: the first projection has I rows instead of 2I
+UNGATED = ("relu2",)
+ACTIVATIONS = (*GATED, *UNGATED)
+
+
+def first_rows(intermediate: int, activation: str) -> int:
+    """Rows of an expert's first projection: gate and up, or up alone."""
+    return intermediate if activation in UNGATED else 2 * intermediate
 
 
 def gate(hidden: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
-    """Combine gate and up halves ``[..., 2I]`` into ``[..., I]``.
+    """Combine gate and up halves ``[..., 2I]`` into ``[..., I]``; without a gate ``[..., I]`` comes in.
 
     Raises:
         ValueError: The activation is unknown.
     """
+    if activation == "relu2":
+        return functional.relu(hidden).square()
     gates, ups = hidden.chunk(2, dim=-1)
     if activation == "silu":
         return functional.silu(gates) * ups
@@ -87,7 +97,7 @@ def moe_group_gemm(
     limit: float,
     int8: bool = False,
 ) -> Tensor:
-    """Gated experts over routed tokens; arguments as in :func:`llmcompress_kernels.ops.moe_group_gemm`.
+    """Experts over routed tokens; arguments as in :func:`llmcompress_kernels.ops.moe_group_gemm`.
 
     Contributions are added in fp32 and in the order of experts, so the result does not depend on
     how tokens are spread.

@@ -198,11 +198,15 @@ def weigh_kernel(
     tl.store(out + token * hidden + first + c, total.to(out.dtype.element_ty), mask=c < chunk)
 
 
-def verify_routed(x: Tensor, index: Tensor, operands: tuple[Tensor | None, ...], bits: tuple[int, int]) -> str | None:
+def verify_routed(
+    x: Tensor, index: Tensor, operands: tuple[Tensor | None, ...], bits: tuple[int, int], activation: str = "silu"
+) -> str | None:
     """Why ``moe_group_gemm`` is not for widened weights, or None; ``operands``: scale and bias of both sides."""
     scale, bias, down_scale, down_bias = operands
     if x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return f"activations of {x.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation}"
     if scale is None or down_scale is None or bias is not None or down_bias is not None:
         return "a weight without scales, or with a bias"
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:

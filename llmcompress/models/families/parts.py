@@ -191,11 +191,11 @@ def mixture(
         pre_norm: Name of the norm before it.
     """
     router = bank.router
-    kept = [TensorView(f"{router.module}.weight", (bank.num_experts, bank.hidden))]
+    kept = [TensorView(f"{router.module}.weight", (bank.num_experts, bank.width))]
     if router.bias:
         kept.append(TensorView(f"{router.module}.bias", (bank.num_experts,)))
     if bank.bias:
-        kept.append(TensorView(f"{bank.gate_up}_bias", (bank.num_experts, 2 * bank.intermediate)))
+        kept.append(TensorView(f"{bank.gate_up}_bias", (bank.num_experts, bank.first_rows)))
         kept.append(TensorView(f"{bank.down}_bias", (bank.num_experts, bank.hidden)))
     kept += [*extra, *biases(shared)]
     sublayer = Sublayer("moe", f"{layer}.{name}", f"{layer}.{pre_norm}", None, shared, bank)
@@ -218,11 +218,12 @@ def expert_bank(
             f"config.json: num_experts_per_tok {chosen} exceeds the {experts} experts of {experts_key}",
             "check that the model folder is complete and the file unchanged",
         )
+    entry = options.get("entry")
     return ExpertBank(
         module=f"{layer}.{options.pop('name', 'mlp')}.experts",
         num_experts=experts,
         top_k=chosen,
-        hidden=facts.hidden,
+        hidden=facts.hidden if entry is None else entry.out_features,
         intermediate=facts.size(intermediate_key),
         router=router,
         **options,

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import torch
 
+from llmcompress.export.compressed_tensors import CompressedTensorsExporter
 from llmcompress.export.dense import DenseExporter, hub_dense
 from llmcompress.models.registry import layout_from_config
+from llmcompress.quant.spec import QuantSpec
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -39,3 +41,18 @@ def test_stacked_families_get_their_own_orientation_back() -> None:
 def test_size_follows_the_wanted_type() -> None:
     layout = layout_from_config({**SIZES, "model_type": "mixtral"})
     assert DenseExporter("float32").output_bytes(layout, {}, 2) == 2 * DenseExporter().output_bytes(layout, {}, 2)
+
+
+def test_experts_without_a_gate() -> None:
+    layout = layout_from_config({
+        "model_type": "nemotron_h", "hidden_size": 8, "layers_block_type": ["moe"], "moe_intermediate_size": 6,
+        "n_routed_experts": 3, "moe_shared_expert_intermediate_size": 4,
+    })  # fmt: skip
+    block = layout.blocks[0]
+    assert block.bank is not None
+    stack = torch.arange(3 * 6 * 8.0).reshape(3, 6, 8)
+    found = dict(hub_dense(layout, block, {block.bank.gate_up: stack}, torch.float32))
+    assert list(found) == [f"backbone.layers.0.mixer.experts.{expert}.up_proj.weight" for expert in range(3)]
+    assert torch.equal(found["backbone.layers.0.mixer.experts.1.up_proj.weight"], stack[1])
+    reasons = CompressedTensorsExporter().refusals(layout, {block.bank.gate_up: QuantSpec(4, 16, symmetric=True)}, {})
+    assert any("without a gate" in reason for reason in reasons)

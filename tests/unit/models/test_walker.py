@@ -92,7 +92,8 @@ def walk(handle: ModelHandle, visitor: Callable[[Any], Any] | None = None, advan
         handle.load_block(model, block.index)
         visitors.append(visitor(model) if visitor is not None else None)
         walker.forward(block, hidden, visitors[-1], advance)
-    return model.base_model.norm(hidden), model, visitors
+    norm = next(view.name for view in handle.layout.outside if "norm" in view.name)
+    return model.get_submodule(norm.removesuffix(".weight"))(hidden), model, visitors
 
 
 def dense_hidden(model: Any) -> torch.Tensor:

@@ -68,7 +68,7 @@ def test_first_moe_layer_follows_equation_6(tiny, moe_family):
     index, weights = routing_of(model, bank, ids)
     controller = attach(model, layout, {"alpha": 0.9})
     got_index, got_weights = routing_of(model, bank, ids)
-    renormalize = moe_family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+    renormalize = moe_family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h")
     expected = reference_routing(index, weights, bank, 0.9, [48, 48], renormalize)
     assert torch.equal(got_index, expected[0])
     assert torch.allclose(got_weights, expected[1], atol=1e-6)
@@ -84,7 +84,7 @@ def test_experts_compute_exactly_the_kept_slots(tiny, moe_family):
     layout = layout_of(model)
     bank = next(block.bank for block in layout.blocks if block.bank is not None)
     experts = model.get_submodule(bank.module)
-    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(20, bank.hidden, generator=torch.Generator().manual_seed(2))
     index = torch.stack([torch.randperm(bank.num_experts)[: bank.top_k] for _ in range(20)])
     weights = torch.rand(20, bank.top_k)
     drop = torch.rand(20, bank.top_k) < 0.4
@@ -93,7 +93,7 @@ def test_experts_compute_exactly_the_kept_slots(tiny, moe_family):
     attach(model, layout, {"alpha": 0.5})
     got = experts(x, index.masked_fill(drop, bank.num_experts), weights.masked_fill(drop, 0))
     assert torch.allclose(got, expected, atol=1e-5)
-    assert torch.equal(got[0], torch.zeros(32))
+    assert torch.equal(got[0], torch.zeros(bank.hidden))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -147,7 +147,7 @@ void combine(const Pass& pass, const float* slots, int64_t width, int64_t first,
 void experts(const Side& gate_up, const Side& down, const Routing& routing, const void* x, Type type, int planes,
              Activation activation, float alpha, float limit, void* out) {
     static thread_local Scratch first_scratch, second_scratch, hidden_scratch, inner_scratch, slot_scratch;
-    const int64_t inner = down.packed.columns, width = down.packed.rows;
+    const int64_t inner = down.packed.columns, width = down.packed.rows, rows = first_rows(activation, inner);
     const Plan first_plan(gate_up.packed, planes), second_plan(down.packed, planes);
     const int64_t step = std::max<int64_t>(1, PASS_SLOTS / std::max<int64_t>(1, routing.slots));
     for (int64_t begin = 0; begin < routing.tokens; begin += step) {
@@ -156,16 +156,16 @@ void experts(const Side& gate_up, const Side& down, const Routing& routing, cons
         std::vector<Unit> again = pass.units;
         if (!gate_up.dense) place_units(pass.units, gate_up, planes, first_scratch);
         if (!down.dense) place_units(again, down, planes, second_scratch);
-        float* hidden = static_cast<float*>(hidden_scratch.get(live * size_t(2 * inner) * 4 + 64));
+        float* hidden = static_cast<float*>(hidden_scratch.get(live * size_t(rows) * 4 + 64));
         float* gated = static_cast<float*>(inner_scratch.get(live * size_t(inner) * 4 + 64));
         float* slots = static_cast<float*>(slot_scratch.get(live * size_t(width) * 4 + 64));
-        const int threads = threads_for(3 * inner * width * int64_t(live));
+        const int threads = threads_for((rows + inner) * width * int64_t(live));
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             project(gate_up, first_plan, pass.units, x, type, pass.token.data(), hidden);
 #pragma omp for schedule(static)
             for (int64_t s = 0; s < int64_t(live); ++s)
-                variant().gate(hidden + s * 2 * inner, inner, activation, alpha, limit, gated + s * inner);
+                variant().gate(hidden + s * rows, inner, activation, alpha, limit, gated + s * inner);
             project(down, second_plan, again, gated, FP32, nullptr, slots);
             combine(pass, slots, width, begin, type, out);
         }

@@ -131,6 +131,7 @@ std::optional<lc::Activation> activation_of(const std::string& name) {
     if (name == "gelu") return lc::GELU;
     if (name == "gelu_pytorch_tanh") return lc::GELU_TANH;
     if (name == "gpt_oss") return lc::GPT_OSS;
+    if (name == "relu2") return lc::RELU2;
     return std::nullopt;
 }
 
@@ -145,7 +146,7 @@ Tensor moe_group_gemm(Tensor x, Tensor index, Tensor weights, Tensor gate_up, st
         index.scalar_type() == ScalarType::Long && index.size(0) == x.size(0) && weights.numel() == index.numel()) {
         const int64_t hidden = x.size(1), experts = gate_up.size(0);
         const auto first = side(gate_up, gate_up_scale, gate_up_zero, gate_up_bias, gate_up_bits, gate_up_group,
-                                2 * intermediate, hidden);
+                                lc::first_rows(*kind, intermediate), hidden);
         const auto second = side(down, down_scale, down_zero, down_bias, down_bits, down_group, hidden, intermediate);
         if (first && second && down.size(0) == experts) {
             const Tensor input = in_order(x), chosen = in_order(index);

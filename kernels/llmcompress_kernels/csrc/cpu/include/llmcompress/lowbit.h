@@ -112,7 +112,9 @@ inline size_t activation_bytes(const Weight& w, int64_t tokens, int planes) {
     return size_t(padded * quads * 4 * planes + 2 * padded * n * int64_t(sizeof(float)) + 4 * 64);
 }
 
-enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, GPT_OSS = 3 };
+enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, GPT_OSS = 3, RELU2 = 4 };
+// Rows of an expert's first projection: gate and up, or up alone where there is no gate.
+inline int64_t first_rows(Activation a, int64_t inner) { return a == RELU2 ? inner : 2 * inner; }
 
 // Parts of one block of memory, each beginning on a cache line.
 class Parts {
@@ -161,7 +163,7 @@ struct Variant {
     // `row` is scratch for one row.
     void (*dense_rows)(const void* weight, Type weight_type, int64_t columns, const float* x, int64_t tokens, int64_t first,
                        int64_t last, float* row, float* out, int64_t stride);
-    // Gated activation: out[i] from hidden[i] (gate) and hidden[width + i] (up).
+    // Activation: out[i] from hidden[i] (gate) and hidden[width + i] (up), or from hidden[i] alone where there is no gate.
     void (*gate)(const float* hidden, int64_t width, Activation activation, float alpha, float limit, float* out);
     void (*convert)(const void* x, int64_t first, int64_t count, Type type, float* out);      // to fp32
     void (*convert_back)(const float* x, int64_t count, Type type, void* out);                // from fp32
