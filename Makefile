@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(STAMP)
-	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton openai
+	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton openai trl
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything a user needs

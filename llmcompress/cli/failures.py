@@ -13,6 +13,7 @@ EXTRAS = {
     "compressed_tensors": "pip install 'llmcompress[export]'",
     "gguf": "pip install 'llmcompress[export]'",
     "llama_cpp": "pip install llama-cpp-python",
+    "trl": "pip install 'llmcompress[trl]'",
     "tensorboard": "pip install 'llmcompress[track]'",
     "trackio": "pip install 'llmcompress[track]'",
     "starlette": "pip install 'llmcompress[serve]'",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,10 @@ class World:
         fixed = min(FIXED_SHARDS, samples) if self.deterministic else 0
         return replace(self, count=max(fixed, self.size))
 
+    def dealt(self, items: int) -> World:
+        """This world with a number of shards for ``items`` things of which a rank may well get none."""
+        return replace(self, count=max(1, min(items, max(FIXED_SHARDS if self.deterministic else 1, self.size))))
+
     @property
     def pooled(self) -> bool:
         """Whether statistics are summed over shards."""
@@ -101,7 +105,25 @@ class World:
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else None
         if data is None:
             data = torch.empty(int(length), dtype=torch.uint8)
-        return json.loads(bytes(self._broadcast(data, source).tolist()))
+        return json.loads(self._broadcast(data, source).numpy().tobytes())
+
+    def everyone(self, message: Any) -> list[Any]:
+        """Plain data of each rank, in order of rank, on all of them."""
+        return [self.tell(message if rank == self.rank else None, rank) for rank in range(self.size)]
+
+    def spread(self, count: int, act: Callable[[int], Any]) -> list[Any]:
+        """Do things that do not depend on each other, each on one rank.
+
+        Args:
+            count: Number of things.
+            act: Does one, returns plain data.
+
+        Returns:
+            What ``act`` returned, in order, on all ranks.
+        """
+        own = [act(item) for item in range(self.rank, count, self.size)]
+        found = self.everyone(own)
+        return [found[item % self.size][item // self.size] for item in range(count)]
 
     def share_tensors(self, tensors: Mapping[str, Tensor] | None, source: int) -> dict[str, Tensor]:
         """Pass named tensors from one rank to all, on the CPU, bit by bit."""
@@ -132,11 +154,12 @@ class World:
             dist.all_reduce(total)
         return [int(value) for value in total]
 
-    def sum_in_order(self, parts: Sequence[Tensor], owner: int) -> Tensor | None:
+    def sum_in_order(self, parts: Iterable[Tensor], owner: int) -> Tensor | None:
         """Sum of every shard's tensor, in the order of the shards, on one rank.
 
         Args:
-            parts: This rank's, one per shard of its own, fp32, equal shapes everywhere.
+            parts: This rank's, one per shard of its own, fp32, equal shapes everywhere. Each is asked for when it is
+                added or sent.
             owner: Rank that wants the sum.
 
         Returns:

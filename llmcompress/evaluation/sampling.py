@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.evaluation.static_decoding import decoder_of, supports
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ class Sampling:
     batch: int = 128
 
 
-@torch.inference_mode()
 def sample(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: Sampling, end: int, pad: int, seed: int
-) -> list[list[int]]:
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: Sampling, end: int, pad: int, seed: int,
+    world: World = ALONE,
+) -> list[list[int]]:  # fmt: skip
     """Continue prompts.
 
     Args:
@@ -55,6 +56,8 @@ def sample(
         end: Id of the end token.
         pad: Id used for padding; never attended to.
         seed: Of the choices, which are made on the model's device; equal seeds give equal responses on one machine.
+        world: The processes that share the work. A batch is written by one of them, so that the responses do not
+            depend on how many there are; fewer batches than processes leave some idle.
 
     Returns:
         New ids of each prompt; the end token is the last of those that ended.
@@ -64,17 +67,21 @@ def sample(
     static = device.type == "cuda" and supports(model)
     # prompts of similar length share a batch, so that little padding is computed
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for begin in range(0, len(order), settings.batch):
-        rows = order[begin : begin + settings.batch]
+    batches = [order[begin : begin + settings.batch] for begin in range(0, len(order), settings.batch)]
+
+    @torch.inference_mode()
+    def write(number: int) -> list[list[int]]:
+        rows, begin = batches[number], number * settings.batch
         generator = torch.Generator(device=device).manual_seed((seed * 1_000_003 + begin) % 2**63)
         part = [prompts[i] for i in rows]
         if static:
             decoder = decoder_of(
                 model, min(settings.batch, len(prompts)), len(prompts[order[-1]]), settings.max_new_tokens
             )
-            written = decoder.decode(model, part, end, pad, partial(_choose, settings=settings, generator=generator))
-        else:
-            written = _decode(model, part, settings, end, pad, generator)
+            return decoder.decode(model, part, end, pad, partial(_choose, settings=settings, generator=generator))
+        return _decode(model, part, settings, end, pad, generator)
+
+    for rows, written in zip(batches, world.spread(len(batches), write)):
         for row, ids in zip(rows, written):
             found[row] = ids
     return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.algorithms.self_verify import ActionKind, Episode, Response, behaviour, cut, judge
 from llmcompress.data.problems.base import Problem, ProblemSet, boxed
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import InputError
 from llmcompress.evaluation.sampling import Sampling, sample
 
@@ -117,10 +118,27 @@ class Reader:
         """Whether each attempt's answer is right."""
         return [self.problems.check(problem, answer) for answer in self.answers(response)]
 
-    def judge(self, problem: Problem, ids: Sequence[int]) -> Episode:
-        """Cut and judge."""
+    def judge(self, problem: Problem, ids: Sequence[int], right: list[bool] | None = None) -> Episode:
+        """Cut and judge; ``right`` tells of each attempt where that is known already."""
         response = self.read(ids)
-        return judge(response, self.right(problem, response), len(ids))
+        return judge(response, self.right(problem, response) if right is None else right, len(ids))
+
+
+def verdicts(
+    world: World, reader: Reader, problems: Sequence[Problem], responses: Sequence[Sequence[int]]
+) -> list[list[bool]] | list[None]:
+    """Whether each attempt of each response is right, told by one process to all: a checker with a time limit need not
+    say the same twice. None for each where there is one process, which may as well judge when it needs to.
+
+    Args:
+        world: The processes.
+        reader: Judges.
+        problems: Of each response.
+        responses: Token ids.
+    """
+    if world.size == 1:
+        return [None] * len(responses)
+    return world.spread(len(responses), lambda i: reader.right(problems[i], reader.read(responses[i])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +154,9 @@ class Measured:
 
 
 def measure(
-    model: PreTrainedModel, reader: Reader, problems: Sequence[Problem], sampling: Sampling, seed: int = 0
-) -> Measured:
+    model: PreTrainedModel, reader: Reader, problems: Sequence[Problem], sampling: Sampling, seed: int = 0,
+    world: World = ALONE,
+) -> Measured:  # fmt: skip
     """Let a model answer problems and judge what it writes.
 
     Args:
@@ -146,10 +165,12 @@ def measure(
         problems: Which.
         sampling: Temperature 0 is the paper's setting.
         seed: For temperatures above 0.
+        world: The processes that share the work.
     """
     prompts = [reader.prompt(problem.question) for problem in problems]
-    responses = sample(model, prompts, sampling, reader.end, reader.pad, seed)
-    episodes = [reader.judge(problem, ids) for problem, ids in zip(problems, responses)]
+    responses = sample(model, prompts, sampling, reader.end, reader.pad, seed, world)
+    known = verdicts(world, reader, problems, responses)
+    episodes = [reader.judge(problem, ids, right) for problem, ids, right in zip(problems, responses, known)]
     texts = [reader.text(ids) for ids in responses]
     return Measured(episodes, texts)
 
@@ -161,6 +182,7 @@ def majority(
     sampling: Sampling,
     budget: float,
     seed: int = 0,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """The control at equal tokens: sample answers until a problem has cost ``budget`` tokens on average, then vote.
 
@@ -174,6 +196,7 @@ def majority(
         sampling: With a temperature above 0.
         budget: Tokens per problem that the model under comparison spends.
         seed: Of the samples.
+        world: The processes that share the work.
 
     Returns:
         ``accuracy``, ``best_of``, ``samples`` and ``tokens`` per problem.
@@ -185,7 +208,7 @@ def majority(
     prompts = [reader.prompt(problem.question) for problem in problems]
     spent, rounds, longest = 0, 0, 16
     while spent < budget * len(problems) and rounds < longest:
-        responses = sample(model, prompts, sampling, reader.end, reader.pad, seed + 7919 * (rounds + 1))
+        responses = sample(model, prompts, sampling, reader.end, reader.pad, seed + 7919 * (rounds + 1), world)
         rounds += 1
         for index, (problem, ids) in enumerate(zip(problems, responses)):
             spent += len(ids)

@@ -153,14 +153,16 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
     assert state.model is not None
     if state.adapter is None and state.packed is None and config.adapter is None:
         model = state.model.dense_model(torch.float32)
-        return Policy(model.to(ctx.device), compute=getattr(torch, ctx.dtype))  # type: ignore[arg-type]
+        return Policy(model.to(ctx.device), compute=getattr(torch, ctx.dtype), world=ctx.world)  # type: ignore[arg-type]
     model = open_model(state, ctx)
     if state.adapter is not None:
         wrapped = lora.adapters(model)
-        return Policy(model, {f"{n}.{k}": getattr(m, k) for n, m in wrapped.items() for k in ("lora_A", "lora_B")})
+        moving = {f"{n}.{k}": getattr(m, k) for n, m in wrapped.items() for k in ("lora_A", "lora_B")}
+        return Policy(model, moving, world=ctx.world)
     if config.adapter is not None:
         names = adapter_names(state.model.layout, config.adapter.targets)
-        return Policy(model, lora.attach(model, names, config.adapter.rank, config.adapter.alpha, ctx.seed))
+        moving = lora.attach(model, names, config.adapter.rank, config.adapter.alpha, ctx.seed)
+        return Policy(model, moving, world=ctx.world)
     raise RecipeError(
         f"stages.{ctx.stage}: the model is quantized, and codes cannot be trained",
         f"set stages.{ctx.stage}.adapter, or put this stage before the quantizing one",
@@ -220,7 +222,7 @@ def held_out(config: MeasureConfig, problems: ProblemSet) -> list[Problem]:
 def measure_behaviour(
     config: MeasureConfig, model: Any, reader: Reader, name: str, ctx: RunContext
 ) -> dict[str, float | int | None]:
-    """Measure once and keep it: figures in ``behaviour_<name>.json``, verdicts and texts in
+    """Measure once, all processes together, and keep it: figures in ``behaviour_<name>.json``, verdicts and texts in
     ``episodes_<name>.json``.
     """
     import json
@@ -229,15 +231,19 @@ def measure_behaviour(
     from llmcompress.evaluation.self_correction import measure, write_episodes
     from llmcompress.quant.store import write_durably
 
+    first = ctx.world.rank == 0
     path = ctx.stage_dir / f"behaviour_{name}.json"
-    if path.exists():
-        found: dict[str, float | int | None] = json.loads(path.read_text())
-        return found
+    known: dict[str, float | int | None] | None
+    known = ctx.world.tell(json.loads(path.read_text()) if first and path.exists() else None)
+    if known is not None:
+        return known
     problems = held_out(config, reader.problems)
-    measured: Measured = measure(model, reader, problems, Sampling(config.max_new_tokens, batch=config.batch))
-    write_episodes(ctx.stage_dir / f"episodes_{name}.json", problems, measured)
+    sampling = Sampling(config.max_new_tokens, batch=config.batch)
+    measured: Measured = measure(model, reader, problems, sampling, world=ctx.world)
     figures = measured.figures()
-    write_durably(path, json.dumps(figures, indent=1, sort_keys=True).encode())
+    if first:
+        write_episodes(ctx.stage_dir / f"episodes_{name}.json", problems, measured)
+        write_durably(path, json.dumps(figures, indent=1, sort_keys=True).encode())
     return figures
 
 

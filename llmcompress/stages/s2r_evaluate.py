@@ -55,6 +55,7 @@ class S2REvaluate(Stage):
     """Measures behaviour."""
 
     Config: ClassVar[type[StageConfig]] = S2REvaluateConfig
+    distributed = True
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.METRICS})
     config: S2REvaluateConfig
@@ -67,7 +68,7 @@ class S2REvaluate(Stage):
         return Estimate(ram=0 if inputs.device == "cuda" else peak, vram=peak if inputs.device == "cuda" else 0)
 
     def run(self, state: RunState, ctx: RunContext) -> None:
-        """Measure what is not measured yet."""
+        """Measure what is not measured yet; all processes of the run share the work."""
         from llmcompress.evaluation.self_correction import majority
         from llmcompress.quant.store import write_durably
         from llmcompress.stages import s2r_config as shared
@@ -77,7 +78,7 @@ class S2REvaluate(Stage):
         compressed = state.packed is not None or state.adapter is not None or bool(state.policies)
         if self.config.dense or not compressed:
             model: Any = None
-            if not (ctx.stage_dir / "behaviour_dense.json").exists():
+            if not ctx.world.tell((ctx.stage_dir / "behaviour_dense.json").exists()):
                 import torch
 
                 model = state.model.dense_model(getattr(torch, ctx.dtype))
@@ -88,13 +89,16 @@ class S2REvaluate(Stage):
             figures = shared.measure_behaviour(self.config.measure, model, reader, "compressed", ctx)
             shared.announce("compressed", figures, ctx)
         path = ctx.stage_dir / "majority.json"
-        if self.config.majority and not path.exists():
+        if self.config.majority and not ctx.world.tell(path.exists()):
             model = shared.open_model(state, ctx)
             name = "compressed" if compressed else "dense"
-            budget = json.loads((ctx.stage_dir / f"behaviour_{name}.json").read_text())["tokens"]
+            budget = shared.measure_behaviour(self.config.measure, model, reader, name, ctx)["tokens"]
             problems = shared.held_out(self.config.measure, reader.problems)
-            found = majority(model, reader, problems, self.config.sampling.settings(), budget, ctx.seed)
-            write_durably(path, json.dumps(found, indent=1).encode())
+            sampling = self.config.sampling.settings()
+            found = majority(model, reader, problems, sampling, float(budget or 0), ctx.seed, ctx.world)
+            if ctx.world.rank == 0:
+                write_durably(path, json.dumps(found, indent=1).encode())
+        ctx.world.barrier()
         self.restore(state, ctx)
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
@@ -120,6 +124,8 @@ def write_metrics(metrics: list[Metric], ctx: RunContext) -> None:
     """Keep metrics where the report looks for them."""
     from llmcompress.quant.store import write_durably
 
+    if ctx.world.rank > 0:
+        return
     rows = [asdict(metric) for metric in metrics]
     write_durably(ctx.stage_dir / "metrics.json", json.dumps(rows, indent=1, sort_keys=True).encode())
 

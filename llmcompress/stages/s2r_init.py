@@ -130,12 +130,15 @@ class S2RInit(TrainingStage):
         return self._train(policy, reader, rows, pairs, ctx)
 
     def _rows(self, policy: Policy, reader: Reader, ctx: RunContext) -> tuple[list[Trajectory], list[Trajectory]]:
-        """Sample, judge, build: rows of the training, kept in ``trajectories.jsonl``, and pairs of the warm-up."""
-        from llmcompress.data.trajectories import Builder, Sample, balanced_pairs, first_attempt, trial_counts
-        from llmcompress.data.verifiers import build_verifier
+        """Sample with all processes, then judge and build in the first: rows of the training, kept in
+        ``trajectories.jsonl``, and pairs of the warm-up.
+        """
+        from dataclasses import asdict
+
+        from llmcompress.data.trajectories import Trajectory
         from llmcompress.errors import InputError
         from llmcompress.evaluation.self_correction import choose
-        from llmcompress.stages.s2r_sampling import sample_all
+        from llmcompress.stages.s2r_sampling import note_idle, sample_all
 
         config = self.config
         if config.data == "program":
@@ -143,8 +146,28 @@ class S2RInit(TrainingStage):
             self._keep_rows(rows, {"rows": len(rows)}, ctx)
             return rows, []
         problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
+        sampling = config.sampling.settings()
+        note_idle(len(problems) * config.samples, sampling, ctx)
         with policy.reference() as model:
-            responses = sample_all(model, reader, problems, config.samples, config.sampling.settings(), ctx)
+            responses = sample_all(model, reader, problems, config.samples, sampling, ctx)
+        found = self._built(problems, responses, reader, ctx) if ctx.world.rank == 0 else ([], [])
+        told = ctx.world.tell([[asdict(row) for row in part] for part in found] if ctx.world.size > 1 else None)
+        rows, pairs = found if told is None else ([Trajectory(**row) for row in part] for part in told)
+        if not rows:
+            raise InputError(
+                f"stages.{self.name}: no training row could be built from {len(problems)} problems",
+                "the model solves none of them: choose an easier task, more samples, or another model",
+            )
+        return rows, pairs
+
+    def _built(
+        self, problems: list[Problem], responses: list[list[list[int]]], reader: Reader, ctx: RunContext
+    ) -> tuple[list[Trajectory], list[Trajectory]]:
+        """Rows and pairs out of the model's own samples; no rows where no problem was solved."""
+        from llmcompress.data.trajectories import Builder, Sample, balanced_pairs, first_attempt, trial_counts
+        from llmcompress.data.verifiers import build_verifier
+
+        config = self.config
         builder = Builder(
             reader.problems, build_verifier(config.verifier, reader.problems, ctx.stage_dir / "verifications.jsonl"),
             config.keep, ctx.seed,
@@ -162,10 +185,7 @@ class S2RInit(TrainingStage):
             if config.data == "trajectories" and (config.pair_share > 0 or config.pair_epochs > 0):
                 pairs += builder.pairs(problem, samples)
         if not main:
-            raise InputError(
-                f"stages.{self.name}: no training row could be built from {len(problems)} problems",
-                "the model solves none of them: choose an easier task, more samples, or another model",
-            )
+            return [], []
         pairs = balanced_pairs(pairs, len(pairs), ctx.seed)
         wanted = round(len(main) * config.pair_share / (1 - config.pair_share))
         rows = main + pairs[:wanted]
@@ -189,6 +209,8 @@ class S2RInit(TrainingStage):
         """Leave the training set and what it consists of in the stage's folder."""
         from llmcompress.quant.store import write_durably
 
+        if ctx.world.rank > 0:
+            return
         write_durably(ctx.stage_dir / "rows.json", json.dumps(counts, indent=1).encode())
         lines = [json.dumps(_record(row), ensure_ascii=False) for row in rows]
         write_durably(ctx.stage_dir / "trajectories.jsonl", ("\n".join(lines) + "\n").encode())

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -101,6 +103,11 @@ class S2RRlConfig(TrainingConfig):
 
     level: Literal["outcome", "process"]
     """What is rewarded: the last answer, or every action."""
+
+    engine: Literal["own", "trl"] = "own"
+    """Whose loop trains: the reference of this package, or trl's ``RLOOTrainer`` (extra ``trl``) for online training at
+    outcome level with ``ratio: sum``. With trl the KL is part of the reward and so of the baseline of other samples;
+    with ``kl: 0`` both compute the same. What trl cannot express is refused by name."""
 
     mode: Literal["online", "offline"] = "online"
     """Sample at every step, or train on a pool sampled once."""
@@ -208,6 +215,26 @@ class S2RRlConfig(TrainingConfig):
             raise ValueError("sampling.temperature: 0 gives equal responses and nothing to learn from")
         return self
 
+    @model_validator(mode="after")
+    def _expressible(self) -> Self:
+        if self.engine == "own":
+            return self
+        found = {
+            "level: process": self.level != "outcome",
+            "mode: offline": self.mode != "online",
+            f"ratio: {self.ratio} (its ratio is the product: ratio: sum)": self.ratio != "sum",
+            "kl_mean: true": self.kl_mean,
+            "train_end: false": not self.train_end,
+            "weigh_by_length: true": self.weigh_by_length,
+            "an anchor": self.anchor > 0,
+            "skip_agreeing: true with a KL (skip_agreeing: false, or kl: 0)": self.skip_agreeing and self.kl > 0,
+            "updates that do not divide prompts × samples": self.prompts * self.samples % self.updates != 0,
+        }
+        refused = [name for name, there in found.items() if there]
+        if refused:
+            raise ValueError(f"engine: trl cannot express {'; '.join(refused)}; engine: own can")
+        return self
+
 
 class S2RRl(TrainingStage):
     """Samples, scores, updates."""
@@ -217,7 +244,10 @@ class S2RRl(TrainingStage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
-        return estimate_training(self.config, inputs, self.config.max_length, self.config.micro_batch)
+        found = estimate_training(self.config, inputs, self.config.max_length, self.config.micro_batch)
+        if self.config.engine == "trl" and find_spec("trl") is None:
+            found = replace(found, notes=(*found.notes, "engine: trl is not installed: pip install 'llmcompress[trl]'"))
+        return found
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Check the verifier, then train from the checkpoint that exists.
@@ -278,18 +308,39 @@ class S2RRl(TrainingStage):
         return GroupBaseline(c.scope, c.min_group, c.decay, c.softmax)
 
     def _online(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
+        from llmcompress.stages.s2r_sampling import note_idle
         from llmcompress.training.rl import Guard, train_online
 
         problems = self._problems(policy, reader, ctx)
+        note_idle(self.config.prompts * self.config.samples, self.config.sampling.settings(), ctx)
         limits = self.config.guard
         guard = Guard(limits.ended_below, limits.trials_above, limits.seconds)
-        curve, stopped = train_online(
-            policy, reader, problems, self._settings(ctx), self._baseline(), guard, ctx.stage_dir / CHECKPOINT,
-            lambda record: self._tell(record, ctx),
-        )  # fmt: skip
+        common = (policy, reader, problems, self._settings(ctx))
+        rest = (guard, ctx.stage_dir / CHECKPOINT, lambda record: self._tell(record, ctx))
+        if self.config.engine == "trl":
+            curve, stopped = self._trl()(*common, *rest)
+        else:
+            curve, stopped = train_online(*common, self._baseline(), *rest)
         if stopped is not None:
             ctx.emit("warning", text=f"{self.name} stopped after step {len(curve)}: {stopped}")
         return curve
+
+    def _trl(self) -> Any:
+        """The loop of trl, if it is there.
+
+        Raises:
+            EnvironmentProblem: It is not.
+        """
+        from llmcompress.errors import EnvironmentProblem
+
+        try:
+            from llmcompress.training.trl_rloo import train_trl
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"stages.{self.name}.engine: trl is not installed ({error})",
+                "pip install 'llmcompress[trl]', or engine: own",
+            ) from error
+        return train_trl
 
     def _problems(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[Problem]:
         """Training problems, screened if asked for; the screen samples from the starting policy."""
@@ -304,11 +355,15 @@ class S2RRl(TrainingStage):
             return problems
         with policy.reference() as model:
             found = sample_all(model, reader, problems, screen.samples, self.config.sampling.settings(), ctx)
-        kept = []
-        for problem, ids in zip(problems, found):
-            right = sum(reader.judge(problem, i).final for i in ids)
-            if keep_problem(right, screen.samples, screen.min_accuracy, screen.max_accuracy):
-                kept.append(problem)
+
+        def solved(place: int) -> int:
+            return sum(reader.judge(problems[place], ids).final for ids in found[place])
+
+        kept = [
+            problem
+            for problem, right in zip(problems, ctx.world.spread(len(problems), solved))
+            if keep_problem(right, screen.samples, screen.min_accuracy, screen.max_accuracy)
+        ]
         ctx.emit("note", text=f"{len(kept)} of {len(problems)} problems are neither too easy nor too hard")
         if not kept:
             raise InputError(
@@ -328,7 +383,9 @@ class S2RRl(TrainingStage):
         with policy.reference() as model:
             responses = sample_all(model, reader, problems, c.samples, c.sampling.settings(), ctx)
         prompts = [reader.prompt(problem.question) for problem in problems]
-        pool = filter_pool(reader, problems, prompts, responses, self._offline_settings(), c.truncation_reward)
+        pool = filter_pool(
+            reader, problems, prompts, responses, self._offline_settings(), c.truncation_reward, ctx.world
+        )  # fmt: skip
         ctx.emit("note", text=f"{len(pool.rollouts)} responses kept; left out: {pool.counts}")
         if not pool.rollouts:
             raise InputError(

@@ -21,7 +21,8 @@ CHUNK = 256
 def sample_all(
     model: Any, reader: Reader, problems: Sequence[Problem], samples: int, sampling: Sampling, ctx: RunContext
 ) -> list[list[list[int]]]:
-    """``samples`` responses to every problem, as token ids; chunks that exist are read back.
+    """``samples`` responses to every problem, as token ids; chunks that exist are read back. All processes of the run
+    sample together; the first one keeps the chunks.
 
     Args:
         model: In evaluation mode.
@@ -33,19 +34,35 @@ def sample_all(
     """
     from llmcompress.evaluation.sampling import sample
 
+    first = ctx.world.rank == 0
     folder = ctx.stage_dir / "samples"
-    folder.mkdir(exist_ok=True)
+    if first:
+        folder.mkdir(exist_ok=True)
     found: list[list[list[int]]] = []
     count = -(-len(problems) // CHUNK)
     for number in range(count):
         path = folder / f"{number:05d}.json"
-        if not path.exists():
+        known = ctx.world.tell(json.loads(path.read_text()) if first and path.exists() else None)
+        if known is None:
             part = problems[number * CHUNK : (number + 1) * CHUNK]
             once = [reader.prompt(problem.question) for problem in part]
             prompts = [prompt for prompt in once for _ in range(samples)]
-            ids = sample(model, prompts, sampling, reader.end, reader.pad, ctx.seed * 8191 + number)
-            rows = [ids[begin : begin + samples] for begin in range(0, len(ids), samples)]
-            write_durably(path, json.dumps(rows, separators=(",", ":")).encode())
+            ids = sample(model, prompts, sampling, reader.end, reader.pad, ctx.seed * 8191 + number, ctx.world)
+            known = [ids[begin : begin + samples] for begin in range(0, len(ids), samples)]
+            if first:
+                write_durably(path, json.dumps(known, separators=(",", ":")).encode())
             ctx.emit("note", text=f"sampled {min((number + 1) * CHUNK, len(problems))} of {len(problems)} problems")
-        found += json.loads(path.read_text())
+        found += known
     return found
+
+
+def note_idle(rows: int, sampling: Sampling, ctx: RunContext) -> None:
+    """Say so where there are fewer batches to sample than processes: a batch is written by one of them."""
+    batches = -(-rows // sampling.batch)
+    if batches < ctx.world.size:
+        ctx.emit(
+            "note",
+            text=f"{rows} responses are sampled in batches of {sampling.batch}: {ctx.world.size - batches} of "
+            f"{ctx.world.size} processes wait meanwhile; sampling.batch {-(-rows // ctx.world.size)} employs all, "
+            "with other random numbers",
+        )

@@ -43,6 +43,7 @@ class S2RTraces(Stage):
     """Samples, filters, packs."""
 
     Config: ClassVar[type[StageConfig]] = S2RTracesConfig
+    distributed = True
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.CALIBRATION})
     config: S2RTracesConfig
@@ -52,7 +53,7 @@ class S2RTraces(Stage):
         return Estimate(disk=self.config.samples * self.config.length * 8)
 
     def run(self, state: RunState, ctx: RunContext) -> None:
-        """Sample from the model as the stages before left it.
+        """Sample from the model as the stages before left it; all processes of the run share the work.
 
         Raises:
             InputError: The kept responses do not fill the windows.
@@ -63,7 +64,7 @@ class S2RTraces(Stage):
 
         from llmcompress.data.calibration import CalibrationSet
         from llmcompress.errors import InputError
-        from llmcompress.evaluation.self_correction import choose
+        from llmcompress.evaluation.self_correction import choose, verdicts
         from llmcompress.stages import s2r_config as shared
         from llmcompress.stages.s2r_sampling import sample_all
 
@@ -72,12 +73,13 @@ class S2RTraces(Stage):
         problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
         model = shared.open_model(state, ctx)
         found = sample_all(model, reader, problems, config.responses, config.sampling.settings(), ctx)
+        flat = [(problem, ids) for problem, responses in zip(problems, found) for ids in responses]
+        known = verdicts(ctx.world, reader, [problem for problem, _ in flat], [ids for _, ids in flat])
         texts = []
-        for problem, responses in zip(problems, found):
-            for ids in responses:
-                episode = reader.judge(problem, ids)
-                if config.keep == "all" or (episode.final if config.keep == "right" else episode.ended):
-                    texts.append([*reader.prompt(problem.question), *ids])
+        for (problem, ids), right in zip(flat, known):
+            episode = reader.judge(problem, ids, right)
+            if config.keep == "all" or (episode.final if config.keep == "right" else episode.ended):
+                texts.append([*reader.prompt(problem.question), *ids])
         random.Random(f"{ctx.seed}:traces").shuffle(texts)
         stream = [token for text in texts for token in text][: config.samples * config.length]
         if len(stream) < config.samples * config.length:
@@ -89,7 +91,8 @@ class S2RTraces(Stage):
         windows = torch.tensor(stream, dtype=torch.int64).view(config.samples, config.length)
         facts = {"source": "self-correction traces", "responses": len(texts), "kept": config.keep, "seed": ctx.seed}
         calibration = CalibrationSet.of(windows, facts)
-        calibration.save(ctx.stage_dir / "tokens.safetensors")
+        if ctx.world.rank == 0:
+            calibration.save(ctx.stage_dir / "tokens.safetensors")
         state.calibration = calibration
 
     def restore(self, state: RunState, ctx: RunContext) -> None:

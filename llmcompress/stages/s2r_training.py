@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class TrainingStage(Stage):
     """A stage that trains the model, all of it or an adapter; :meth:`learn` says how."""
 
+    distributed = True
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.METRICS})
     config: TrainingConfig
@@ -37,16 +38,22 @@ class TrainingStage(Stage):
         return [f"stages.{self.name}.adapter.targets: {layout.model_type} has no {adapter.targets} linears"]
 
     def run(self, state: RunState, ctx: RunContext) -> None:
-        """Train unless the trained weights are written already; see :meth:`learn` for what it raises."""
+        """Train unless the trained weights are written already; see :meth:`learn` for what it raises.
+
+        All processes of the run come here together. What is on disk is written by the first one and asked of it, so
+        that no process takes another way than the rest.
+        """
         from llmcompress.stages import s2r_config as shared
 
         reader = shared.reader_of(self.config, state, self.config.task.build())
-        if not shared.is_done(ctx):
+        if not ctx.world.tell(shared.is_done(ctx)):
             policy = shared.open_policy(self.config, state, ctx)
             curve = self.learn(policy, reader, ctx)
-            (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
-            shared.keep_policy(self.config, policy, state, ctx)
+            if ctx.world.rank == 0:
+                (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
+                shared.keep_policy(self.config, policy, state, ctx)
             del policy
+            ctx.world.barrier()
         shared.adopt(state, ctx)
         self._after(reader, state, ctx)
 
@@ -65,10 +72,11 @@ class TrainingStage(Stage):
         if self.config.measure is None:
             return
         path = ctx.stage_dir / "behaviour_after.json"
-        if not path.exists():
-            assert reader is not None
-            shared.measure_behaviour(self.config.measure, shared.open_model(state, ctx), reader, "after", ctx)
-        figures = json.loads(path.read_text())
+        if reader is None or ctx.world.tell(path.exists()):
+            figures = json.loads(path.read_text())
+        else:
+            model = shared.open_model(state, ctx)
+            figures = shared.measure_behaviour(self.config.measure, model, reader, "after", ctx)
         shared.announce(f"{self.name}.after", figures, ctx)
         before = ctx.stage_dir / "behaviour_before.json"
         metrics = metrics_of(self.name, json.loads(before.read_text()) if before.exists() else None, figures)

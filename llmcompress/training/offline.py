@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from llmcompress.algorithms import rl_objectives as rl
 from llmcompress.data.problems.base import Problem
-from llmcompress.evaluation.self_correction import Reader
+from llmcompress.distributed.world import ALONE, World
+from llmcompress.evaluation.self_correction import Reader, verdicts
 from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.policy import Policy
 from llmcompress.training.rl import (
@@ -64,7 +65,7 @@ class Pool:
 
 def filter_pool(
     reader: Reader, problems: Sequence[Problem], prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]],
-    settings: OfflineSettings, truncation_reward: int | None,
+    settings: OfflineSettings, truncation_reward: int | None, world: World = ALONE,
 ) -> Pool:  # fmt: skip
     """Prompt filter and rejection sampling.
 
@@ -80,12 +81,15 @@ def filter_pool(
         responses: For each problem its sampled responses.
         settings: Filters.
         truncation_reward: See :func:`~llmcompress.algorithms.self_verify.action_rewards`.
+        world: The processes that share the judging.
     """
+    flat = [(problem, ids) for problem, own in zip(problems, responses) for ids in own]
+    known = iter(verdicts(world, reader, [problem for problem, _ in flat], [ids for _, ids in flat]))
     counts: Counter[str] = Counter()
     rollouts: list[Rollout] = []
     bins: list[int] = []
     for index, (problem, prompt, own) in enumerate(zip(problems, prompts, responses)):
-        found = [judged(reader, problem, index, prompt, ids, truncation_reward) for ids in own]
+        found = [judged(reader, problem, index, prompt, ids, truncation_reward, next(known)) for ids in own]
         right = sum(r.episode.final for r in found)
         if not rl.keep_problem(right, len(found), settings.low, settings.high):
             counts["problems outside the accuracy range"] += 1
@@ -117,7 +121,8 @@ def _accept(
     if settings.after_confirmed == "drop":
         return None
     ids = [*rollout.ids[: rollout.response.actions[end - 1].stop], reader.end]
-    return judged(reader, problem, rollout.problem, rollout.prompt, ids, truncation_reward)
+    right = list(rollout.episode.right[: end // 2])
+    return judged(reader, problem, rollout.problem, rollout.prompt, ids, truncation_reward, right)
 
 
 def pool_advantages(pool: Pool, settings: RlSettings, offline: OfflineSettings, baseline: rl.GroupBaseline) -> None:
@@ -163,7 +168,8 @@ def train_offline(
     size = max(1, settings.prompts * settings.samples // settings.updates)
     per_epoch = math.ceil(len(pool.rollouts) / size)
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, per_epoch * epochs, settings.decay, settings.max_norm
+        policy.trainable, settings.lr, settings.warmup, per_epoch * epochs, settings.decay, settings.max_norm,
+        world=policy.world,
     )  # fmt: skip
     # the reference scores the pool, before any step and after every resume
     with policy.reference():

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import InputError
 from llmcompress.quant.store import write_durably
 
@@ -23,7 +24,8 @@ def due(step: int, every: int | None, last: bool) -> bool:
 
 
 class Trainer:
-    """Optimizer and progress.
+    """Optimizer and progress. Of several processes the first one steps and tells the others the new values, so that
+    no difference between processors can make them drift apart; it alone keeps moments and checkpoints.
 
     Args:
         parameters: Name → parameter.
@@ -33,6 +35,7 @@ class Trainer:
         decay: ``constant`` (the paper names no schedule besides warm-up) or ``linear`` to zero.
         max_norm: Gradient norm limit, None for none.
         weight_decay: AdamW's.
+        world: The processes that train together.
 
     Attributes:
         step: Steps done.
@@ -41,8 +44,9 @@ class Trainer:
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], lr: float, warmup: int, steps: int, decay: str = "constant",
-        max_norm: float | None = None, weight_decay: float = 0.0,
+        max_norm: float | None = None, weight_decay: float = 0.0, world: World = ALONE,
     ) -> None:  # fmt: skip
+        self.world = world
         self.parameters, self.lr, self.warmup = parameters, lr, warmup
         self.steps, self.decay, self.max_norm = steps, decay, max_norm
         values = list(parameters.values())
@@ -60,7 +64,16 @@ class Trainer:
         return self.lr * factor
 
     def update(self) -> float:
-        """One step with the gradients at hand; returns their norm before the limit and clears them."""
+        """One step with the gradients at hand; returns their norm before the limit and clears them.
+
+        All processes call this together; the gradients are those of the first.
+        """
+        norm = self._step() if self.world.rank == 0 else 0.0
+        self.step += 1
+        self._publish()
+        return float(self.world.tell(norm))
+
+    def _step(self) -> float:
         values = list(self.parameters.values())
         limit = self.max_norm if self.max_norm is not None else float("inf")
         norm = float(nn.utils.clip_grad_norm_(values, limit))
@@ -68,11 +81,23 @@ class Trainer:
             group["lr"] = self.rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return norm
 
+    def _publish(self) -> None:
+        """Give all processes the values of the first."""
+        if self.world.size == 1:
+            return
+        values = list(self.parameters.values())
+        mine = {"values": torch.cat([v.detach().flatten() for v in values])} if self.world.rank == 0 else None
+        told = self.world.share_tensors(mine, 0)["values"]
+        if self.world.rank > 0:
+            for value, part in zip(values, told.split([v.numel() for v in values])):
+                value.data.copy_(part.view_as(value))
+
     def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Write parameters, moments and ``progress`` (JSON data)."""
+        """Write parameters, moments and ``progress`` (JSON data); the first process does."""
+        if self.world.rank > 0:
+            return
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
@@ -84,11 +109,18 @@ class Trainer:
         write_durably(path, save(tensors, metadata={"progress": record}))
 
     def restore(self, path: Path) -> dict[str, Any] | None:
-        """Continue from what :meth:`save` wrote; None if there is nothing.
+        """Continue from what :meth:`save` wrote, all processes together; None if there is nothing.
 
         Raises:
             InputError: The file is damaged or of another model.
         """
+        progress: dict[str, Any] | None = self.world.tell(self._read(path) if self.world.rank == 0 else None)
+        if progress is not None:
+            self._publish()
+            self.step = int(progress.pop("step"))
+        return progress
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         try:
@@ -105,5 +137,4 @@ class Trainer:
             raise InputError(
                 f"{path}: cannot continue from this checkpoint: {error}", "delete it and resume"
             ) from error
-        self.step = int(progress.pop("step"))
         return progress

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.nn import lora
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Policy:
         trainable: Parameter name → parameter; all floating parameters if None.
         compute: Type of matrix products where it is not the parameters': weights that are trained stay in float32,
             because updates of a fine-tuning are smaller than the steps of a 16-bit type.
+        world: The processes that train together; each holds the whole model.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Policy:
         model: PreTrainedModel,
         trainable: dict[str, nn.Parameter] | None = None,
         compute: torch.dtype = torch.float32,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.model = model.eval()
         self.compute = compute
         self.adapted = trainable is not None

@@ -29,10 +29,11 @@ from llmcompress.algorithms.self_verify import (
 )
 from llmcompress.data.problems.base import Problem
 from llmcompress.evaluation.sampling import Sampling, sample
-from llmcompress.evaluation.self_correction import Reader
+from llmcompress.evaluation.self_correction import Reader, verdicts
 from llmcompress.training.optimizer import Trainer, due
+from llmcompress.training.parallel import deal
 from llmcompress.training.policy import Policy
-from llmcompress.training.rows import by_length, flags, pad_rows
+from llmcompress.training.rows import flags, pad_rows
 
 Level = Literal["outcome", "process"]
 
@@ -108,20 +109,23 @@ def collect(
     once = [reader.prompt(problems[i].question) for i in indices]
     prompts = [prompt for prompt in once for _ in range(settings.samples)]
     with policy.writer() as model:
-        ids = sample(model, prompts, settings.sampling, reader.end, reader.pad, seed)
-    found = []
-    for place, (prompt, new) in enumerate(zip(prompts, ids)):
-        index = indices[place // settings.samples]
-        found.append(judged(reader, problems[index], index, prompt, new, settings.truncation_reward))
-    return found
+        ids = sample(model, prompts, settings.sampling, reader.end, reader.pad, seed, policy.world)
+    places = [index for index in indices for _ in range(settings.samples)]
+    known = verdicts(policy.world, reader, [problems[index] for index in places], ids)
+    return [
+        judged(reader, problems[index], index, prompt, new, settings.truncation_reward, right)
+        for index, prompt, new, right in zip(places, prompts, ids, known)
+    ]
 
 
 def judged(
-    reader: Reader, problem: Problem, index: int, prompt: list[int], ids: list[int], truncation_reward: int | None
-) -> Rollout:
-    """Cut a response and compute its rewards."""
+    reader: Reader, problem: Problem, index: int, prompt: list[int], ids: list[int], truncation_reward: int | None,
+    right: list[bool] | None = None,
+) -> Rollout:  # fmt: skip
+    """Cut a response and compute its rewards; ``right`` tells of each attempt where that is known already."""
     response = reader.read(ids)
-    right = reader.right(problem, response)
+    if right is None:
+        right = reader.right(problem, response)
     rewards = action_rewards(response, right, truncation_reward)
     outcome = outcome_reward(response, right, truncation_reward)
     repeated = repeats(response, reader.answers(response))
@@ -229,15 +233,16 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
         settings: Temperature, batch.
         same: The policy still is the reference (offline): one pass is enough.
     """
-    empty = torch.empty(0)
-    old, reference = [empty] * len(rollouts), [empty] * len(rollouts)
+    old: list[Tensor] = []
+    reference: list[Tensor] = []
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
     lengths = [len(r.prompt) + len(r.ids) for r in rollouts]
     # twice as many tokens fit where no activations are kept for a backward pass
     limit = None if settings.micro_tokens is None else 2 * settings.micro_tokens
-    for places in by_length(lengths, settings.micro_batch, limit):
-        part = [rollouts[place] for place in places]
+    dealt = deal(policy.world, lengths, settings.micro_batch, limit)
+    for number in dealt.of_rank(policy.world.rank):
+        part = [rollouts[place] for place in dealt.parts[number]]
         padded = pad_rows([r.prompt for r in part], [r.ids for r in part], reader.pad, device)
         own = rl.token_logp(padded.select(policy.logits(padded.ids, padded.mask)), padded.targets, temperature)
         base = own
@@ -246,10 +251,10 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
             base = rl.token_logp(padded.select(logits), padded.targets, temperature)
         # one transfer for the part
         own, base = own.cpu(), base.cpu()
-        for row, place in enumerate(places):
-            old[place] = own[row, : len(rollouts[place].ids)]
-            reference[place] = base[row, : len(rollouts[place].ids)]
-    return Scored(rollouts, old, reference)
+        old += [row[: len(rollout.ids)] for row, rollout in zip(own, part)]
+        reference += [row[: len(rollout.ids)] for row, rollout in zip(base, part)]
+    sizes = [len(rollout.ids) for rollout in rollouts]
+    return Scored(rollouts, dealt.exchange(old, sizes), dealt.exchange(reference, sizes))
 
 
 def unit_advantages(scored: Scored, index: int, settings: RlSettings) -> list[float]:
@@ -268,10 +273,9 @@ def update(
     """One optimiser step on the picked rollouts; returns loss, clip share and gradient norm."""
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
-    losses: list[Tensor] = []
-    clipped: list[Tensor] = []
     lengths = [len(scored.rollouts[i].prompt) + len(scored.rollouts[i].ids) for i in picked]
-    for places in by_length(lengths, settings.micro_batch, settings.micro_tokens):
+
+    def backward(places: list[int]) -> dict[str, Tensor]:
         part = [picked[place] for place in places]
         rows = [scored.rollouts[i] for i in part]
         padded = pad_rows([r.prompt for r in rows], [r.ids for r in rows], reader.pad, device)
@@ -294,13 +298,13 @@ def update(
         if settings.anchor > 0:
             loss = loss + settings.anchor * _anchor(policy, padded, logits, rows) / len(picked)
         loss.backward()
-        losses.append(loss.detach())
-        clipped.append(share.detach())
+        return {"loss": loss.detach(), "clipped": share.detach()}
+
+    dealt = deal(policy.world, lengths, settings.micro_batch, settings.micro_tokens)
+    found = dealt.sum_gradients(policy.trainable, backward)
     norm = trainer.update()
-    # read at the end: reading waits for the device
-    return {
-        "loss": sum(map(float, losses)), "clipped": sum(map(float, clipped)) / max(1, len(clipped)), "grad_norm": norm
-    }  # fmt: skip
+    clipped = sum(part["clipped"] for part in found) / max(1, len(found))
+    return {"loss": sum(part["loss"] for part in found), "clipped": clipped, "grad_norm": norm}
 
 
 def _anchor(policy: Policy, padded: Any, logits: Tensor, rows: Sequence[Rollout]) -> Tensor:
@@ -374,14 +378,14 @@ def train_online(
     policy: Policy, reader: Reader, problems: Sequence[Problem], settings: RlSettings, baseline: rl.GroupBaseline,
     guard: Guard, checkpoint: Path, on_step: Callable[[dict[str, Any]], None],
 ) -> tuple[list[dict[str, Any]], str | None]:  # fmt: skip
-    """Sample, score, update; continue from ``checkpoint`` if it exists.
+    """Sample, score, update, all processes of the policy together; continue from ``checkpoint`` if it exists.
 
     Returns:
         The curve, and why training stopped early if it did.
     """
     trainer = Trainer(
         policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, settings.decay,
-        settings.max_norm,
+        settings.max_norm, world=policy.world,
     )  # fmt: skip
     progress = trainer.restore(checkpoint) or {}
     curve: list[dict[str, Any]] = progress.get("curve", [])
@@ -412,7 +416,8 @@ def train_online(
         record = curve_record(step + 1, scored, figures, settings)
         curve.append(record)
         after = time.monotonic() - begun
-        stopped = guard.reason(record, 2 * after - before)
+        # one clock decides for all
+        stopped = policy.world.tell(guard.reason(record, 2 * after - before))
         on_step(record)
         if due(step + 1, settings.save_every, step + 1 == settings.steps or stopped is not None):
             trainer.save(checkpoint, {"curve": curve, "baseline": baseline.state(), "stopped": stopped})

@@ -18,8 +18,9 @@ from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask
 from llmcompress.data.trajectories import Trajectory
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Trainer, due
+from llmcompress.training.parallel import deal
 from llmcompress.training.policy import Policy
-from llmcompress.training.rows import by_length, flags, pad_rows
+from llmcompress.training.rows import flags, pad_rows
 
 # what a step is told of: cross-entropy, and the two divergences where they are asked for
 _SUMS = ("cross_entropy", "kl", "anchor")
@@ -140,7 +141,7 @@ def train_sft(
     policy: Policy, rows: Sequence[SftRow], pad: int, settings: SftSettings, checkpoint: Path,
     on_step: Callable[[int, int, dict[str, float]], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train for whole epochs; continue from ``checkpoint`` if it exists.
+    """Train for whole epochs, all processes of the policy together; continue from ``checkpoint`` if it exists.
 
     Args:
         policy: Trained in place.
@@ -156,7 +157,7 @@ def train_sft(
     per_epoch = math.ceil(len(rows) / settings.batch)
     steps = per_epoch * settings.epochs
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, steps, settings.decay, settings.max_norm
+        policy.trainable, settings.lr, settings.warmup, steps, settings.decay, settings.max_norm, world=policy.world
     )  # fmt: skip
     curve: list[dict[str, Any]] = (trainer.restore(checkpoint) or {}).get("curve", [])
     for step in range(trainer.step, steps):
@@ -165,16 +166,20 @@ def train_sft(
         batch = [rows[index] for index in picked]
         total = sum(sum(row.trained) for row in batch)
         anchored = sum(sum(row.first) for row in batch)
-        found: list[dict[str, Tensor]] = []
-        lengths = [len(row.prompt) + len(row.response) for row in batch]
-        for places in by_length(lengths, settings.micro_batch, settings.micro_tokens):
+
+        def backward(
+            places: list[int], batch: Sequence[SftRow] = batch, total: int = total, anchored: int = anchored
+        ) -> dict[str, Tensor]:
             part = [batch[place] for place in places]
             loss, figures = sft_loss(policy, part, pad, settings.kl, settings.anchor, total, anchored)
             loss.backward()
-            found.append(figures)
+            return figures
+
+        lengths = [len(row.prompt) + len(row.response) for row in batch]
+        dealt = deal(policy.world, lengths, settings.micro_batch, settings.micro_tokens)
+        found = dealt.sum_gradients(policy.trainable, backward)
         norm = trainer.update()
-        # read at the end: reading waits for the device
-        sums = {key: sum(float(figures[key]) for figures in found if key in figures) for key in _SUMS}
+        sums = {key: sum(figures[key] for figures in found if key in figures) for key in _SUMS}
         record = {
             "step": step + 1,
             "cross_entropy": sums["cross_entropy"] / max(1, total),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmcompress.cli import doctor
 from llmcompress.cli.app import invoke
 
 TEXTS = ["The cat sat on the warm stone and looked at the sea. " * 6, "Nobody had opened the green door. " * 10]
@@ -280,6 +283,27 @@ def test_doctor_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"cuda", "triton", "reference"} <= {name for op, name in rows if op == "group_gemm"}
     assert invoke(["doctor"]) == 0
     assert "llmcompress" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("package", "extra"), [("math-verify", "math"), ("trl", "trl")])
+def test_doctor_says_how_to_get_an_optional_package(
+    package: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = told(capsys, "doctor")["optional"][package]
+    try:
+        assert row["version"] == metadata.version(package)
+    except metadata.PackageNotFoundError:
+        assert row["version"] is None
+    known = doctor.package_version
+    monkeypatch.setattr(doctor, "package_version", lambda name: None if name == package else known(name))
+    row = told(capsys, "doctor")["optional"][package]
+    assert row["version"] is None and row["install"] == f"pip install 'llmcompress[{extra}]'"
+    # what is optional is no problem, and the extra that is named exists and holds the package
+    assert told(capsys, "doctor")["problems"] == []
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(need.startswith(package) for need in project["optional-dependencies"][extra])
+    assert invoke(["doctor"]) == 0
+    assert f"llmcompress[{extra}]" in capsys.readouterr().out
 
 
 def test_doctor_survives_a_broken_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

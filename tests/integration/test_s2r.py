@@ -160,6 +160,23 @@ def test_written_solutions_need_no_samples(tiny, tmp_path):
         S2RInitConfig(type="s2r_init", data="program", task={"kind": "file", "path": "x.jsonl"})
 
 
+def test_a_recipe_trains_with_the_loop_of_trl(tmp_path, capsys):
+    pytest.importorskip("trl")
+    from llmcompress.cli.app import invoke
+
+    short = ["stages.init.measure=null", "stages.reinforce.measure.problems=8", "stages.init.pair_epochs=0"]
+    assert invoke(["run", "smoke/s2r_trl", f"run.dir={tmp_path / 'run'}", *short, "--quiet"]) == 0
+    stage = tmp_path / "run" / "stages" / "reinforce"
+    assert [record["step"] for record in json.loads((stage / "curve.json").read_text())] == [1, 2]
+    before = load_file(tmp_path / "run" / "stages" / "init" / "model" / "model.safetensors")
+    after = load_file(stage / "model" / "model.safetensors")
+    assert before.keys() == after.keys() and not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert (tmp_path / "run" / "report.html").exists()
+    # trl leaves nothing of its own behind and says nothing
+    assert sorted(path.name for path in stage.iterdir() if "trl" in path.name) == []
+    assert "{'loss'" not in capsys.readouterr().out
+
+
 def test_reinforcement_ends_by_the_clock(tiny, tmp_path, taught):
     events = []
     config = S2RRlConfig(level="outcome", guard={"seconds": 1e-6}, **{**RL, "checkpoint_every": None, "measure": None})

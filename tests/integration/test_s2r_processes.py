@@ -1,0 +1,71 @@
+"""S2R in several processes, through the command line: the bytes of one process, one error when one dies, a resume with
+fewer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+RECIPE = """
+version: 1
+name: shared
+model: {path: "asset:reference_reasoner"}
+run: {device: cpu, threads: 1, deterministic: true}
+vars:
+  task: {kind: countdown, high: 15, limit: 60, compact: true}
+  measure: {problems: 24, max_new_tokens: 30, batch: 8}
+stages:
+  load: {type: load}
+  init:
+    {type: s2r_init, task: "${vars.task}", problems: 40, samples: 3, epochs: 1, pair_epochs: 1, batch: 16, lr: 1.0e-3,
+     anchor: 0.5, sampling: {temperature: 0.8, max_new_tokens: 14, batch: 32}, measure: "${vars.measure}"}
+  reinforce:
+    {type: s2r_rl, level: process, task: "${vars.task}", steps: 4, prompts: 4, samples: 4, updates: 2, lr: 1.0e-4,
+     checkpoint_every: 1, baseline: {scope: running, min_group: 1}, measure: "${vars.measure}",
+     sampling: {temperature: 1.0, max_new_tokens: 30, batch: 4}}
+  behaviour: {type: s2r_evaluate, task: "${vars.task}", measure: "${vars.measure}", majority: true,
+              sampling: {max_new_tokens: 14, batch: 8}}
+"""
+KEPT = (
+    "stages/init/model/model.safetensors", "stages/init/trajectories.jsonl", "stages/init/samples/00000.json",
+    "stages/init/curve.json", "stages/reinforce/model/model.safetensors", "stages/reinforce/curve.json",
+    "stages/reinforce/behaviour_after.json", "stages/behaviour/majority.json", "stages/behaviour/metrics.json",
+)  # fmt: skip
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "llmcompress", *map(str, words), "--quiet"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one_and_one_finishes_what_two_began(tmp_path: Path) -> None:
+    source, one, two = tmp_path / "shared.yaml", tmp_path / "one", tmp_path / "two"
+    source.write_text(RECIPE)
+    subprocess.run(command("run", source, f"run.dir={one}"), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command("run", source, f"run.dir={two}", "--nproc", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (two / "stages/reinforce/progress.safetensors").exists():
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
+    assert len(ranks) == 2
+    os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 4, said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "process 1 of 2 was killed (SIGKILL)" in errors[0], said
+    assert not (two / "stages/reinforce/model").exists()
+    subprocess.run(command("resume", two), check=True, capture_output=True)
+    for name in KEPT:
+        # a curve that went through a checkpoint names its figures in another order
+        read = json.loads if name.endswith(".json") else bytes
+        assert read((one / name).read_bytes()) == read((two / name).read_bytes()), name
