@@ -388,4 +388,4 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-register(Family("gemm", ("cpu/gemm/*.cpp",), torch=True))
+register(Family("gemm", ("cpu/gemm/*.cpp",), torch=True, flags=("-DNDEBUG",), libraries=("-lc10",)))

@@ -100,6 +100,32 @@ def test_integers_are_exact(isa: str, bits: int, dtype: torch.dtype, int8: bool)
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("bits", check.BITS)
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+@pytest.mark.parametrize("tokens", [1, 5, 8])
+def test_the_width_of_a_chunk_does_not_change_its_numbers(
+    isa: str, bits: int, dtype: torch.dtype, int8: bool, tokens: int
+) -> None:
+    """Chunks of whole registers are quantized by a path of their own; a shorter one with the same values is not."""
+    whole, part = (64, 48) if int8 else (128, 112)
+    generator = torch.Generator().manual_seed(bits)
+    sizes = torch.tensor([1e-3, 1, 1e3]).repeat(3)[:tokens, None]
+    x = torch.randn(tokens, whole, generator=generator) * sizes
+    x[:, part:] = 0
+    x = x.to(dtype)
+    if tokens > 1:
+        x[1] = 0
+        x[2, 5] = float("inf")
+    side = check.random_stack((64, whole), bits, whole, False, generator)
+    codes = ops.unpack(side.weight, bits, whole)[:, :part].contiguous()
+    wide = ops.group_gemm(x, side.weight, side.scale, side.zero, bits, whole, whole, int8)
+    short = ops.group_gemm(
+        x[:, :part].contiguous(), ops.pack(codes, bits), side.scale, side.zero, bits, whole, part, int8
+    )
+    assert torch.equal(wide.nan_to_num(7), short.nan_to_num(7))
+    assert wide.isfinite().all() == (tokens == 1)
+
+
 def test_int8_agrees_with_its_definition(isa: str) -> None:
     side = check.random_stack((48, 200), 4, 64, False, torch.Generator().manual_seed(0))
     x = torch.randn(9, 200)

@@ -129,16 +129,16 @@ def _constant(value: Any) -> Callable[[], Any]:
 
 
 def _product(x: Tensor, bits: int, group: int, int8: bool) -> Callable[..., Tensor]:
-    """One call of the operator as a function of the weight."""
-    columns = x.shape[-1]
-    return lambda packed, scale, zero: torch.ops.llmcompress.group_gemm.default(
-        x, packed, scale, zero, bits, group, columns, int8
-    )
+    """One call of the operator as a function of the weight, as a layer makes it: the overload is looked up once."""
+    columns, call = x.shape[-1], torch.ops.llmcompress.group_gemm.default
+    return lambda packed, scale, zero: call(x, packed, scale, zero, bits, group, columns, int8)
 
 
 def _add_torch(add: Callable[..., None], x: Tensor, weight: Tensor, group: int) -> None:
-    """PyTorch's candidates: bf16, and its int4 and int8 operators where this build has them."""
+    """PyTorch's candidates: bf16, and its int4 and int8 operators where this build has them, looked up once."""
     out, columns = weight.shape
+    int4, int8 = aten._weight_int4pack_mm_for_cpu.default, aten._weight_int8pack_mm.default
+    dynamic = torch.ops.quantized.linear_dynamic.default
     dense = weight.to(torch.bfloat16)
     add(BF16, lambda: (dense,), dense.nbytes, lambda w: torch.nn.functional.linear(x, w), lambda: dense)
 
@@ -154,7 +154,7 @@ def _add_torch(add: Callable[..., None], x: Tensor, weight: Tensor, group: int) 
         INT4,
         lambda: (packed, pairs),
         packed.nbytes + pairs.nbytes,
-        lambda w, s: aten._weight_int4pack_mm_for_cpu(x, w, group, s),
+        lambda w, s: int4(x, w, group, s),
         lambda: ((codes - 8) * scale.unsqueeze(-1) + offset.float().unsqueeze(-1)).view(out, columns),
     )
 
@@ -164,7 +164,7 @@ def _add_torch(add: Callable[..., None], x: Tensor, weight: Tensor, group: int) 
         INT8,
         lambda: (bytes_, per_row),
         bytes_.nbytes,
-        lambda w, s: aten._weight_int8pack_mm(x, w, s),
+        lambda w, s: int8(x, w, s),
         lambda: bytes_.float() * per_row.float().unsqueeze(1),
     )
 
@@ -180,6 +180,6 @@ def _add_torch(add: Callable[..., None], x: Tensor, weight: Tensor, group: int) 
         DYNAMIC,
         lambda: (copies,),
         bytes_.nbytes,
-        lambda packs: torch.ops.quantized.linear_dynamic(x32, packs[next(turn) % len(packs)], True),
+        lambda packs: dynamic(x32, packs[next(turn) % len(packs)], True),
         quantized.dequantize,
     )

@@ -132,7 +132,7 @@ class Engine {
         o.first = {static_cast<const uint32_t*>(m.data), m.scale, m.zero, padded(m.rows), m.columns, m.group, m.bits};
         auto& parts = plans_[std::make_tuple(m.bits, m.group, m.columns)];
         if (parts.empty()) {
-            parts.resize(size_t(llmcompress::chunks(m.bits, m.group, m.columns, nullptr)));
+            parts.resize(size_t(llmcompress::chunk_count(m.group, m.columns)));
             llmcompress::chunks(m.bits, m.group, m.columns, parts.data());
         }
         o.parts = &parts;

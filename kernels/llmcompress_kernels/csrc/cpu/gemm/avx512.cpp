@@ -13,6 +13,7 @@
 namespace llmcompress {
 namespace avx512 {
 #include "llmcompress/lanes_avx512.h"
+#define LLMCOMPRESS_WIDE_QUANTIZE 64  // columns that quantize_avx512.h takes at once
 #include "llmcompress/lowbit.inc"
 }  // namespace avx512
 const Variant avx512_variant = {"avx512", avx512::MOST, avx512::quantize, avx512::rows, avx512::dense_rows, avx512::gate,

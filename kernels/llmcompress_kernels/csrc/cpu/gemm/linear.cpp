@@ -50,6 +50,40 @@ Weight interleaved_block(const Operand& w, int64_t block) {
     return one;
 }
 
+// The chunks of the shapes that this thread met last. A model has few, and laying them out takes as long as quantizing.
+const Plan& plan_for(const Operand& w, int planes) {
+    struct Entry {
+        int bits = 0, planes = 0;
+        int64_t group = 0, columns = 0;
+        Plan plan;
+    };
+    static thread_local Entry entries[16];
+    Entry& e = entries[size_t(w.columns / 16 + w.columns / 1024 + w.bits * 3 + planes) % 16];
+    if (e.bits != w.bits || e.planes != planes || e.group != w.group || e.columns != w.columns)
+        e = {w.bits, planes, w.group, w.columns, Plan(w, planes)};
+    return e.plan;
+}
+
+// Every thread quantizes the token for itself: that takes less than fetching what another core has written, and leaves
+// the end of the region as the only place where threads wait for each other.
+void one_token(const Operand& w, const Plan& plan, const void* x, Type type, int planes, void* out) {
+    const Weight shape = w.weight();
+    const int64_t blocks = blocks_of(w.rows);
+    const size_t bytes = activation_bytes(shape, 1, planes);
+    const auto part = [&](int64_t i, int64_t parts) {
+        static thread_local Scratch scratch;
+        const int64_t first = blocks * i / parts, last = blocks * (i + 1) / parts;
+        if (first == last) return;
+        const Activations a = place_activations(shape, 1, planes, scratch.get(bytes));
+        variant().quantize(shape, plan.parts.data(), plan.count(), x, type, w.columns, nullptr, a, 0);
+        operand_rows(w, plan, a, first, last, out, type, w.rows);
+    };
+    const int threads = threads_for(w.rows * w.columns);
+    if (threads == 1) return part(0, 1);
+#pragma omp parallel num_threads(threads)
+    part(omp_get_thread_num(), omp_get_num_threads());
+}
+
 }  // namespace
 
 void* Scratch::get(size_t bytes) {
@@ -100,7 +134,8 @@ void operand_rows(const Operand& w, const Plan& plan, const Activations& a, int6
 
 void linear(const Operand& w, const void* x, Type type, int64_t tokens, int planes, void* out) {
     static thread_local Scratch scratch;
-    const Plan plan(w, planes);
+    const Plan& plan = plan_for(w, planes);
+    if (tokens == 1) return one_token(w, plan, x, type, planes, out);
     const Weight shape = w.weight();
     const size_t size = type == FP32 ? 4 : 2;
     const int64_t each = int64_t(activation_bytes(shape, 8, planes));

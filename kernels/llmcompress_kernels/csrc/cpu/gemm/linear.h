@@ -33,7 +33,8 @@ class Scratch {
 
 struct Plan {
     std::vector<Chunk> parts;
-    Plan(const Operand& w, int planes) : parts(size_t(chunks(w.bits, w.group, w.columns, nullptr, planes))) {
+    Plan() = default;
+    Plan(const Operand& w, int planes) : parts(size_t(chunk_count(w.group, w.columns, planes))) {
         chunks(w.bits, w.group, w.columns, parts.data(), planes);
     }
     int64_t count() const { return int64_t(parts.size()); }

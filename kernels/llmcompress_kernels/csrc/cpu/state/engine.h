@@ -32,7 +32,7 @@ struct Operand {
   Operand(const Matrix& matrix, int rounding) : m(matrix), planes(rounding) {
     if (m.kind != llmcompress::decode::PACKED) return;
     weight = {static_cast<const uint32_t*>(m.data), m.scale, m.zero, blocks() * LANES, m.columns, m.group, m.bits};
-    parts.resize(static_cast<size_t>(llmcompress::chunks(m.bits, m.group, m.columns, nullptr, planes)));
+    parts.resize(static_cast<size_t>(llmcompress::chunk_count(m.group, m.columns, planes)));
     llmcompress::chunks(m.bits, m.group, m.columns, parts.data(), planes);
   }
   bool present() const { return m.kind != llmcompress::decode::ABSENT; }

@@ -59,20 +59,23 @@ struct Chunk {
     int64_t first;  // first column
 };
 
-// Chunks of one row; returns how many there are. `out` may be null to count.
-inline int64_t chunks(int bits, int64_t group, int64_t columns, Chunk* out, int planes = 2) {
+// Chunks of one row.
+inline int64_t chunk_count(int64_t group, int64_t columns, int planes = 2) {
     const int64_t limit = planes == 1 ? INT8_CHUNK : MAX_CHUNK;
-    int64_t count = 0;
+    return columns / group * ((group + limit - 1) / limit) + (columns % group + limit - 1) / limit;
+}
+
+// Fill in chunk_count() chunks.
+inline void chunks(int bits, int64_t group, int64_t columns, Chunk* out, int planes = 2) {
+    const int64_t limit = planes == 1 ? INT8_CHUNK : MAX_CHUNK;
     for (int64_t begin = 0, g = 0; begin < columns; begin += group, ++g) {
         const int64_t end = begin + group < columns ? begin + group : columns;
-        for (int64_t at = begin; at < end; at += limit, ++count) {
-            if (!out) continue;
+        for (int64_t at = begin; at < end; at += limit) {
             const int64_t width = end - at < limit ? end - at : limit;
             const int64_t steps = (width + step_columns(bits) - 1) / step_columns(bits);
-            out[count] = {int32_t(steps), int32_t(width), g, at};
+            *out++ = {int32_t(steps), int32_t(width), g, at};
         }
     }
-    return count;
 }
 
 // Tokens of block `i` out of `tokens`, where `most` share one unpacking of the weight: the last block has 1, 4 or
@@ -94,13 +97,9 @@ struct Activations {
 
     int64_t blocks() const { return (tokens + most - 1) / most; }
     static int64_t quads(int bits, int64_t columns, int64_t group) {
-        int64_t total = 0;
         const int64_t step = step_columns(bits);
-        for (int64_t begin = 0; begin < columns; begin += group) {
-            const int64_t width = begin + group < columns ? group : columns - begin;
-            total += (width + step - 1) / step * (step / 4);
-        }
-        return total;
+        const auto of = [step](int64_t width) { return (width + step - 1) / step * (step / 4); };
+        return columns / group * of(group) + of(columns % group);
     }
 };
 
@@ -108,7 +107,7 @@ struct Activations {
 inline size_t activation_bytes(const Weight& w, int64_t tokens, int planes) {
     const int64_t padded = (tokens + 7) / 8 * 8;
     const int64_t quads = Activations::quads(w.bits, w.columns, w.group);
-    const int64_t n = chunks(w.bits, w.group, w.columns, nullptr, planes);
+    const int64_t n = chunk_count(w.group, w.columns, planes);
     return size_t(padded * quads * 4 * planes + 2 * padded * n * int64_t(sizeof(float)) + 4 * 64);
 }
 
@@ -136,7 +135,7 @@ private:
 // Lay the three arrays out in `memory` of at least activation_bytes(), for a variant with blocks of `most` tokens.
 inline Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory, int most) {
     const int64_t padded = (tokens + 7) / 8 * 8;
-    const int64_t count = chunks(w.bits, w.group, w.columns, nullptr, planes);
+    const int64_t count = chunk_count(w.group, w.columns, planes);
     Parts parts(memory);
     Activations a;
     a.bytes = parts.take<int8_t>(padded * Activations::quads(w.bits, w.columns, w.group) * 4 * planes);
