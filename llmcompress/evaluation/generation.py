@@ -8,19 +8,23 @@ import torch
 
 from llmcompress.errors import InputError
 from llmcompress.evaluation.config import GenerationConfig
+from llmcompress.inference.greedy import GreedyWriter, end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> list[list[int]]:
-    """Continue every prompt.
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, writer: GreedyWriter | None = None
+) -> list[list[int]]:
+    """Continue every prompt: greedily through the native engine where it can, else through transformers.
 
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         config: Prompts, length and sampling.
+        writer: Of this model; afterwards it tells which engine wrote.
 
     Returns:
         New token ids for each prompt, without the prompt itself.
@@ -41,9 +45,15 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, config: GenerationC
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
+    prompts = [_prompt_ids(tokenizer, prompt, config.chat) for prompt in config.prompts]
+    if config.temperature == 0 and writer is not None:
+        ends = end_tokens(model) if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        written = writer.write(prompts, config.max_new_tokens, ends)
+        if written is not None:
+            return written
     results = []
-    for prompt in config.prompts:
-        ids = torch.tensor([_prompt_ids(tokenizer, prompt, config.chat)], device=model.device)
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)

@@ -15,7 +15,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ from llmcompress.evaluation.config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmcompress.inference.greedy import GreedyWriter
 
 TASKS = Path(__file__).resolve().parent.parent / "data" / "tasks"
 _SUFFIXES = (".jsonl.gz", ".jsonl.xz", ".jsonl")
@@ -298,6 +300,8 @@ def evaluate(
     batch: int | None = None,
     max_length: int | None = None,
     state_mode: Literal["per_token", "decode_only"] = "per_token",
+    writer: GreedyWriter | None = None,
+    on_written: Callable[[set[str]], None] | None = None,
 ) -> list[Score]:
     """Score a model on one task.
 
@@ -308,6 +312,8 @@ def evaluate(
         batch: Requests per forward pass; automatic when None.
         max_length: Context limit; the model's own when None.
         state_mode: Where low-bit states are rounded, see :class:`~llmcompress.stages.evaluate.EvaluateConfig`.
+        writer: Writes greedy answers natively; without one transformers writes all.
+        on_written: Of a task whose answers are written, receives what wrote them: ``native``, or reasons why not.
 
     Returns:
         All figures of the task, in the task's order. A task of several subjects also gets pooled figures under its
@@ -326,6 +332,7 @@ def evaluate(
         torch.manual_seed(_SEED)
         adapter = RecurrentLM(
             state_mode=state_mode,
+            writer=writer,
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch or task_batch(256, int(model.config.get_text_config().vocab_size)),
@@ -333,6 +340,8 @@ def evaluate(
             max_length=max_length or _context(model),
         )
         results = run(lm=adapter, task_dict=loaded, limit=spec.limit, bootstrap_iters=0, log_samples=True)
+    if on_written is not None and adapter.wrote:
+        on_written(adapter.wrote)
     if results is None:
         raise InputError(f"task {spec.name}: lm-eval returned nothing", "run on a single process")
     return normalise(spec.name, loaded["tasks"], results)

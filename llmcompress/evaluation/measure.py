@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,6 +31,7 @@ from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
 from llmcompress.evaluation.streamed import streamed_perplexity
+from llmcompress.inference.greedy import GreedyWriter
 from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 Side = Literal["dense", "compressed", "without_policies"]
 Tell = Callable[[str], None]
+NATIVE, SAMPLES = "native", "samples"
 REFUSED_OVERLAP = 0.01
 """Share of shared tokens from which held-out text no longer counts as held out."""
 
@@ -285,11 +288,15 @@ def measure_side(
         tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens")
     if side == "without_policies":
         return
+    writer = GreedyWriter(model)
     for spec in prepared.tasks:
         key = f"{side}.task.{spec.name}"
         if ledger.has(key):
             continue
-        scores = harness.evaluate(model, tokenizer, spec, batch=batch, state_mode=config.state_mode)
+        scores = harness.evaluate(
+            model, tokenizer, spec, batch=batch, state_mode=config.state_mode, writer=writer,
+            on_written=partial(_keep_written, side, spec.name, ledger, tell),
+        )  # fmt: skip
         ledger.put(key, [asdict(score) for score in scores])
         tell(f"{side}: {spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))
     if config.recall is not None and not ledger.has(f"{side}.recall"):
@@ -298,7 +305,34 @@ def measure_side(
         ledger.put(f"{side}.recall", parts)
         tell(f"{side}: recall " + ", ".join(f"{part['accuracy']:.2f} at {part['distance']}" for part in parts))
     if config.generation is not None and not ledger.has(f"{side}.generation"):
-        ledger.put(f"{side}.generation", generate(model, tokenizer, config.generation))
+        texts = generate(model, tokenizer, config.generation, writer)
+        greedy = config.generation.temperature == 0
+        _keep_written(side, SAMPLES, ledger, tell, {(writer.reason or NATIVE) if greedy else "texts are sampled"})
+        ledger.put(f"{side}.generation", texts)
+
+
+def _keep_written(side: Side, part: str, ledger: Ledger, tell: Tell, by: set[str]) -> None:
+    ledger.put(f"{side}.written.{part}", sorted(by))
+    tell(f"{side}: {part} written by " + written_by(sorted(by)))
+
+
+def written_by(by: Sequence[str]) -> str:
+    """Which engine wrote answers, in words: ``native``, or reasons why transformers did."""
+    reasons = [reason for reason in by if reason != NATIVE]
+    if not reasons:
+        return "the native engine"
+    return ("both engines: " if len(reasons) < len(by) else "transformers: ") + "; ".join(reasons)
+
+
+def decoding_rows(prepared: Prepared, ledger: Ledger) -> list[dict[str, Any]]:
+    """What wrote the answers of each task and the samples of each model, for the report."""
+    rows = []
+    for side in ("dense", "compressed"):
+        for part in [*(spec.name for spec in prepared.tasks), SAMPLES]:
+            by = ledger.get(f"{side}.written.{part}")
+            if by is not None:
+                rows.append({"side": side, "part": part, "written_by": written_by(by)})
+    return rows
 
 
 def measure_streamed(

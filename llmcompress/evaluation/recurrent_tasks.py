@@ -1,7 +1,8 @@
-"""lm-eval's model class for models with low-bit states: requests run through the recurrence, token by token.
+"""lm-eval's model class for this project's models; import only where lm-eval is needed.
 
-lm-eval scores a request with one forward pass, in which a float scan never meets the stored state; accuracy
-would be that of float states. Import only where lm-eval is needed.
+**Low-bit states**: lm-eval scores a request with one forward pass, in which a float scan never meets the stored state,
+so accuracy would be that of float states; here requests run through the recurrence, token by token.
+**Written answers**: greedy ones come from the native engine where it writes what transformers writes.
 """
 
 from __future__ import annotations
@@ -12,22 +13,33 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from llmcompress.inference.greedy import GreedyWriter, end_tokens, unusual_settings
 from llmcompress.nn.mixers import recurrent_evaluation
 
 StateMode = Literal["per_token", "decode_only"]
+# arguments of a greedy request that say nothing else
+_GREEDY = {"attention_mask", "do_sample", "temperature", "top_p", "top_k", "use_cache"}
 
 
 class RecurrentLM(HFLM):  # type: ignore[misc]
-    """``HFLM`` whose likelihood passes store the state after every token.
+    """``HFLM`` that stores the state after every token of likelihood passes and writes greedy answers natively.
 
     Args:
         state_mode: ``per_token``, or ``decode_only``: the state stays in float until the end of a request's context.
+        writer: Of the model; None leaves all writing to transformers.
         **options: As for ``HFLM``.
+
+    Attributes:
+        wrote: What answers were written with so far: ``native``, and reasons why not.
     """
 
-    def __init__(self, *, state_mode: StateMode = "per_token", **options: Any) -> None:
+    def __init__(
+        self, *, state_mode: StateMode = "per_token", writer: GreedyWriter | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.state_mode = state_mode
+        self.writer = writer
+        self.wrote: set[str] = set()
         # input row → tokens of its context
         self._prompts: dict[tuple[int, ...], int] = {}
 
@@ -56,3 +68,46 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
             known = (self._prompts.get(tuple(row[:length])) for length in lengths)
             found.append(next((prompt for prompt in known if prompt is not None), 1))
         return torch.tensor(found)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        found = None
+        if self.writer is not None:
+            reason = unusual_settings(self.model) or _not_greedy(generation_kwargs)
+            if reason is None:
+                found = self._native(self.writer, context, max_length, stop, generation_kwargs["attention_mask"])
+                reason = self.writer.reason
+            self.wrote.add(reason or "native")
+        if found is None:
+            found = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        return found
+
+    def _native(
+        self, writer: GreedyWriter, context: Tensor, max_length: int, stop: list[str], mask: Tensor
+    ) -> Tensor | None:
+        """Prompts and continuations, filled up on the right as ``generate`` does; None where it declines."""
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(context, mask)]
+        # as lm-eval looks for stop sequences: in the text of as many tokens as they have, and two more
+        last = max((len(self.tokenizer.encode(text, add_special_tokens=False)) for text in stop), default=0) + 2
+
+        def stopped(ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids[-last:])
+            return any(each in text for each in stop)
+
+        new = max_length - context.shape[1]
+        written = writer.write(prompts, new, end_tokens(self.model), stopped, together=len(prompts))
+        if written is None:
+            return None
+        rows = torch.full((len(prompts), max(map(len, written))), int(self.tokenizer.pad_token_id))
+        for row, ids in zip(rows, written):
+            row[: len(ids)] = torch.tensor(ids)
+        return torch.cat([context, rows.to(context)], dim=1)
+
+
+def _not_greedy(settings: dict[str, Any]) -> str | None:
+    """Why a request needs more than the most likely token, None if it does not."""
+    if settings.get("do_sample") or settings.get("temperature"):
+        return "answers are sampled"
+    more = set(settings) - _GREEDY
+    if more:
+        return f"the task sets {', '.join(sorted(more))}"
+    return None if "attention_mask" in settings else "no attention mask says where prompts begin"

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.evaluation.static_decoding import decoder_of, supports
+from llmcompress.inference.greedy import GreedyWriter
+from llmcompress.nn.packed import PackedTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # dropping rows copies the cache: not worth it for a few of many
 COMPACT_BELOW = 0.75
+# sequences in a step of the native engine
+NATIVE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,22 @@ class Sampling:
     batch: int = 128
 
 
+def why_batched(model: PreTrainedModel, settings: Sampling) -> str | None:
+    """Why responses are decoded through transformers' modules, None if the native engine may be asked.
+
+    A step of the native engine reads all weights for at most eight sequences. With packed weights, whose products limit
+    large batches as well, that is no loss; a dense model's modules read them once for the whole batch.
+    """
+    if settings.temperature != 0:
+        return "responses are sampled"
+    if settings.batch > NATIVE_ROWS and not any(isinstance(module, PackedTensors) for module in model.modules()):
+        return f"a dense model's batches of {settings.batch} are faster in transformers' modules"
+    return None
+
+
 def sample(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: Sampling, end: int, pad: int, seed: int,
-    world: World = ALONE,
+    world: World = ALONE, writer: GreedyWriter | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Continue prompts.
 
@@ -58,6 +75,7 @@ def sample(
         seed: Of the choices, which are made on the model's device; equal seeds give equal responses on one machine.
         world: The processes that share the work. A batch is written by one of them, so that the responses do not
             depend on how many there are; fewer batches than processes leave some idle.
+        writer: Of the model: greedy responses come from the native engine where it writes what the modules write.
 
     Returns:
         New ids of each prompt; the end token is the last of those that ended.
@@ -65,6 +83,9 @@ def sample(
     found: list[list[int]] = [[] for _ in prompts]
     device = model.device
     static = device.type == "cuda" and supports(model)
+    # tried out on all prompts, so that every process comes to the same verdict
+    asked = writer is not None and why_batched(model, settings) is None
+    native = writer if asked and writer is not None and writer.ready(prompts, settings.max_new_tokens, {end}) else None
     # prompts of similar length share a batch, so that little padding is computed
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     batches = [order[begin : begin + settings.batch] for begin in range(0, len(order), settings.batch)]
@@ -74,6 +95,9 @@ def sample(
         rows, begin = batches[number], number * settings.batch
         generator = torch.Generator(device=device).manual_seed((seed * 1_000_003 + begin) % 2**63)
         part = [prompts[i] for i in rows]
+        written = native.write(part, settings.max_new_tokens, {end}) if native is not None else None
+        if written is not None:
+            return written
         if static:
             decoder = decoder_of(
                 model, min(settings.batch, len(prompts)), len(prompts[order[-1]]), settings.max_new_tokens

@@ -14,7 +14,8 @@ from llmcompress.algorithms.self_verify import ActionKind, Episode, Response, be
 from llmcompress.data.problems.base import Problem, ProblemSet, boxed
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import InputError
-from llmcompress.evaluation.sampling import Sampling, sample
+from llmcompress.evaluation.sampling import Sampling, sample, why_batched
+from llmcompress.inference.greedy import GreedyWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,10 +144,17 @@ def verdicts(
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Episodes of a model on problems, in the problems' order, with the texts."""
+    """Episodes of a model on problems, in the problems' order, with the texts.
+
+    Attributes:
+        episodes: Judged responses.
+        texts: Of the responses.
+        declined: Why transformers' modules wrote them, None where the native engine did.
+    """
 
     episodes: list[Episode]
     texts: list[str]
+    declined: str | None = None
 
     def figures(self) -> dict[str, float | int | None]:
         """See :func:`~llmcompress.algorithms.self_verify.behaviour`."""
@@ -168,11 +176,12 @@ def measure(
         world: The processes that share the work.
     """
     prompts = [reader.prompt(problem.question) for problem in problems]
-    responses = sample(model, prompts, sampling, reader.end, reader.pad, seed, world)
+    writer = GreedyWriter(model)
+    responses = sample(model, prompts, sampling, reader.end, reader.pad, seed, world, writer)
     known = verdicts(world, reader, problems, responses)
     episodes = [reader.judge(problem, ids, right) for problem, ids, right in zip(problems, responses, known)]
     texts = [reader.text(ids) for ids in responses]
-    return Measured(episodes, texts)
+    return Measured(episodes, texts, why_batched(model, sampling) or writer.reason)
 
 
 def majority(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def page_context(data: ReportData) -> Json:
         "forced": [forced_table(row) for row in data.forced_routing],
         "self_correction": self_correction_section(data.self_correction),
         "samples": [sample_row(sample) for sample in data.samples],
+        "written": written_lines(data.decoding),
         "stages": stage_rows(data.stages),
         "source": data.source,
         "recipe": recipe_text(data.recipe),
@@ -172,6 +173,15 @@ def result_row(metric: MetricRow) -> Json:
         "tone": tone,
         "n": count_text(metric.n) if metric.n else "–",
     }
+
+
+def written_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which engine wrote answers and samples, one line for each that wrote some."""
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        stage = f"{row['stage']}, " if len({other["stage"] for other in rows}) > 1 else ""
+        parts.setdefault(str(row["written_by"]), []).append(f"{row['part']} ({stage}{row['side']})")
+    return [f"Written by {by}: {', '.join(which)}." for by, which in parts.items()]
 
 
 def gate_row(gate: Mapping[str, Any]) -> Json:

@@ -135,6 +135,7 @@ class ReportData:
     metrics: list[MetricRow]
     gates: list[Json]
     samples: list[Json]
+    decoding: list[Json]
     pesf: list[Json]
     states: list[Json]
     forced_routing: list[Json]
@@ -210,6 +211,7 @@ def collect(run_dir: Path) -> ReportData:
         metrics=found.metrics or _metrics_from_events(events),
         gates=found.gates,
         samples=found.samples,
+        decoding=found.decoding,
         pesf=found.pesf,
         states=found.states,
         forced_routing=found.forced_routing,
@@ -309,6 +311,7 @@ class _Results:
         self.metrics: list[MetricRow] = []
         self.gates: list[Json] = []
         self.samples: list[Json] = []
+        self.decoding: list[Json] = []
         self.pesf: list[Json] = []
         self.states: list[Json] = []
         self.forced_routing: list[Json] = []
@@ -321,18 +324,8 @@ class _Results:
 
     def _add(self, stage: str, key: str, value: Any) -> None:
         rows = [_mapping(v) for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
-        if rows and "metric" in rows[0] and "compressed" in rows[0]:
-            self._add_metrics(stage, rows)
-        elif rows and "prompt" in rows[0]:
-            self.samples += rows
-        elif rows and "gate" in rows[0]:
-            self.gates += rows
-        elif rows and key.startswith(("forced_routing", "shift_cost")):
-            self.forced_routing += rows
-        elif rows and key in ("expert_shift", "shift", "layers") and {"cr_any", "overlap"} & set(rows[0]):
-            self.shift += rows
-        elif rows and key.startswith("pesf"):
-            self.pesf += rows
+        if rows:
+            self._add_rows(stage, key, rows)
         elif isinstance(value, Mapping):
             if key == "states" and "heads" in value:
                 self.states.append(dict(value))
@@ -343,6 +336,23 @@ class _Results:
             else:
                 for inner, item in value.items():
                     self._add(stage, str(inner), item)
+
+    def _add_rows(self, stage: str, key: str, rows: list[Json]) -> None:
+        first = rows[0]
+        if "metric" in first and "compressed" in first:
+            self._add_metrics(stage, rows)
+        elif "prompt" in first:
+            self.samples += rows
+        elif "written_by" in first:
+            self.decoding += [{**row, "stage": stage} for row in rows]
+        elif "gate" in first:
+            self.gates += rows
+        elif key.startswith(("forced_routing", "shift_cost")):
+            self.forced_routing += rows
+        elif key in ("expert_shift", "shift", "layers") and {"cr_any", "overlap"} & set(first):
+            self.shift += rows
+        elif key.startswith("pesf"):
+            self.pesf += rows
 
     def _add_metrics(self, stage: str, rows: list[Json]) -> None:
         known = {(m.stage, m.name) for m in self.metrics}

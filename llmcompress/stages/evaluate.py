@@ -376,6 +376,9 @@ class _Evaluation:
             files["samples"] = side_by_side(
                 self.tokenizer, config.generation, ledger.get("dense.generation"), ledger.get("compressed.generation")
             )
+        decoding = measure.decoding_rows(prepared, ledger)
+        if decoding:
+            files["decoding"] = decoding
         skipping = measure.skipping_summary(config, ledger)
         if skipping is not None:
             files["pesf"] = skipping

@@ -227,6 +227,7 @@ def measure_behaviour(
     """
     import json
 
+    from llmcompress.evaluation.measure import NATIVE, written_by
     from llmcompress.evaluation.sampling import Sampling
     from llmcompress.evaluation.self_correction import measure, write_episodes
     from llmcompress.quant.store import write_durably
@@ -243,6 +244,10 @@ def measure_behaviour(
     figures = measured.figures()
     if first:
         write_episodes(ctx.stage_dir / f"episodes_{name}.json", problems, measured)
+        by = written_by([measured.declined or NATIVE])
+        ctx.emit("note", text=f"{name}: responses written by {by}")
+        row = {"side": name, "part": "responses", "written_by": by}
+        write_durably(ctx.stage_dir / f"decoding_{name}.json", json.dumps([row], indent=1).encode())
         write_durably(path, json.dumps(figures, indent=1, sort_keys=True).encode())
     return figures
 

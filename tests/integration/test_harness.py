@@ -10,6 +10,7 @@ import torch
 from llmcompress.errors import InputError
 from llmcompress.evaluation import harness
 from llmcompress.evaluation.config import TaskConfig
+from llmcompress.inference.greedy import GreedyWriter
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,28 @@ def test_local_folder_with_subjects_and_fewshot(model, tiny_tokenizer, tmp_path)
     with harness.offline(True):
         scores = harness.evaluate(model, tiny_tokenizer, spec)
     assert [(s.task, s.n) for s in scores] == [("mmlu", 8), ("mmlu_astronomy", 4), ("mmlu_anatomy", 4)]
+
+
+def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
+    from lm_eval.api.instance import Instance
+
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+
+    texts = ("The cat", "Nobody saw the warm sea", "It was", "sea", "the the the")
+    settings = {"until": [" the", "\n"], "max_gen_toks": 24, "do_sample": False}
+
+    def answers(writer, **more):
+        adapter = RecurrentLM(
+            writer=writer, pretrained=model, tokenizer=tiny_tokenizer, batch_size=3, device="cpu", max_length=256
+        )
+        requests = [Instance("generate_until", {}, (text, {**settings, **more}), i) for i, text in enumerate(texts)]
+        return adapter.generate_until(requests, disable_tqdm=True), adapter.wrote
+
+    plainly, nothing = answers(None)
+    assert nothing == set() and len(set(plainly)) > 1
+    assert answers(GreedyWriter(model)) == (plainly, {"native"})
+    assert answers(GreedyWriter(model), num_beams=2)[1] == {"the task sets num_beams"}
+    assert answers(GreedyWriter(model), do_sample=True, temperature=1.0)[1] == {"answers are sampled"}
 
 
 def test_missing_hub_data_is_an_input_error():

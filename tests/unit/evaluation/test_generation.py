@@ -8,6 +8,7 @@ import torch
 from llmcompress.errors import InputError
 from llmcompress.evaluation.config import GenerationConfig
 from llmcompress.evaluation.generation import generate, side_by_side
+from llmcompress.inference.greedy import GreedyWriter
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,15 @@ def test_greedy_is_the_argmax_whatever_the_checkpoint_says(model, tiny_tokenizer
     model.generation_config.repetition_penalty = 3.0
     expected = [greedy(model, tiny_tokenizer(p)["input_ids"], 6, 2) for p in config.prompts]
     assert generate(model, tiny_tokenizer, config) == expected
+
+
+def test_the_native_engine_writes_the_same(model, tiny_tokenizer):
+    config = GenerationConfig(prompts=("The cat", "Nobody", "the warm sea"), max_new_tokens=12)
+    writer = GreedyWriter(model)
+    assert generate(model, tiny_tokenizer, config, writer) == generate(model, tiny_tokenizer, config)
+    assert writer.engine == "native" and writer.tokens > 0
+    hot = config.model_copy(update={"temperature": 2.0})
+    assert generate(model, tiny_tokenizer, hot, writer) == generate(model, tiny_tokenizer, hot)
 
 
 def test_sampling_repeats_with_its_seed_and_leaves_the_generator_alone(model, tiny_tokenizer):

@@ -57,7 +57,10 @@ def test_finished_parts_are_not_measured_again(tiny, tiny_tokenizer):
     ledger, told = measure.Ledger(), []
     ledger.put("dense.perplexity.a", {"perplexity": 1.5, "stderr": None, "bits_per_byte": 0.5, "tokens": 3})
     measure.measure_side("dense", model, tiny_tokenizer, settings, prepared, ledger, told.append)
-    assert len(told) == 1 and told[0].startswith("dense: b ")
+    assert len(told) == 2 and told[0].startswith("dense: b ")
+    assert told[1].startswith("dense: samples written by ")
+    (row,) = measure.decoding_rows(prepared, ledger)
+    assert row["side"] == "dense" and row["part"] == "samples" and told[1].endswith(row["written_by"])
     scores = measure.side_scores("dense", settings, prepared, ledger)
     assert [(s.task, s.metric) for s in scores][:2] == [("a", "perplexity"), ("a", "bits_per_byte")]
     assert scores[0].value == 1.5 and scores[2].task == "b" and scores[2].n == 62

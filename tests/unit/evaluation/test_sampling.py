@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llmcompress.evaluation.sampling import Sampling, _choose, sample
+from llmcompress.evaluation.sampling import Sampling, _choose, sample, why_batched
+from llmcompress.inference.greedy import GreedyWriter
 
 END, PAD = 2, 1
 
@@ -40,6 +41,19 @@ def test_greedy_equals_plain_decoding_whatever_leaves_the_batch(model):
     expected = [plain(model, prompt, 20) for prompt in PROMPTS]
     assert found == expected
     assert len({len(ids) for ids in expected}) > 1, "the case is not worth its name"
+
+
+def test_the_native_engine_writes_the_same_where_it_is_asked(model):
+    plainly = sample(model, PROMPTS, Sampling(20, batch=4), END, PAD, seed=0)
+    writer = GreedyWriter(model)
+    assert sample(model, PROMPTS, Sampling(20, batch=4), END, PAD, 0, writer=writer) == plainly
+    assert writer.engine == "native" and writer.tokens == sum(map(len, plainly))
+    writer = GreedyWriter(model)
+    for settings in (Sampling(3, batch=64), Sampling(3, temperature=1.0, batch=4)):
+        sample(model, PROMPTS, settings, END, PAD, 0, writer=writer)
+        assert writer.tokens == 0
+    assert "batches of 64" in why_batched(model, Sampling(3, batch=64))
+    assert why_batched(model, Sampling(3, temperature=1.0)) == "responses are sampled"
 
 
 def test_seeds_decide(model):
