@@ -8,10 +8,11 @@ import torch
 
 from llmcompress.errors import InputError
 from llmcompress.evaluation.config import GenerationConfig
-from llmcompress.inference.greedy import GreedyWriter, end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llmcompress.inference.greedy import GreedyWriter
 
 
 @torch.inference_mode()
@@ -47,6 +48,8 @@ def generate(
     )
     prompts = [_prompt_ids(tokenizer, prompt, config.chat) for prompt in config.prompts]
     if config.temperature == 0 and writer is not None:
+        from llmcompress.inference.greedy import end_tokens
+
         ends = end_tokens(model) if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
         written = writer.write(prompts, config.max_new_tokens, ends)
         if written is not None:

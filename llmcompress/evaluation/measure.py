@@ -31,7 +31,6 @@ from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
 from llmcompress.evaluation.streamed import streamed_perplexity
-from llmcompress.inference.greedy import GreedyWriter
 from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
@@ -288,6 +287,8 @@ def measure_side(
         tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens")
     if side == "without_policies":
         return
+    from llmcompress.inference.greedy import GreedyWriter
+
     writer = GreedyWriter(model)
     for spec in prepared.tasks:
         key = f"{side}.task.{spec.name}"

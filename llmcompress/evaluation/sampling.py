@@ -18,11 +18,11 @@ from torch import Tensor
 
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.evaluation.static_decoding import decoder_of, supports
-from llmcompress.inference.greedy import GreedyWriter
-from llmcompress.nn.packed import PackedTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llmcompress.inference.greedy import GreedyWriter
 
 # dropping rows copies the cache: not worth it for a few of many
 COMPACT_BELOW = 0.75
@@ -53,6 +53,8 @@ def why_batched(model: PreTrainedModel, settings: Sampling) -> str | None:
     A step of the native engine reads all weights for at most eight sequences. With packed weights, whose products limit
     large batches as well, that is no loss; a dense model's modules read them once for the whole batch.
     """
+    from llmcompress.nn.packed import PackedTensors
+
     if settings.temperature != 0:
         return "responses are sampled"
     if settings.batch > NATIVE_ROWS and not any(isinstance(module, PackedTensors) for module in model.modules()):

@@ -15,7 +15,6 @@ from llmcompress.data.problems.base import Problem, ProblemSet, boxed
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import InputError
 from llmcompress.evaluation.sampling import Sampling, sample, why_batched
-from llmcompress.inference.greedy import GreedyWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -175,6 +174,8 @@ def measure(
         seed: For temperatures above 0.
         world: The processes that share the work.
     """
+    from llmcompress.inference.greedy import GreedyWriter
+
     prompts = [reader.prompt(problem.question) for problem in problems]
     writer = GreedyWriter(model)
     responses = sample(model, prompts, sampling, reader.end, reader.pad, seed, world, writer)

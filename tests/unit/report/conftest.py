@@ -157,6 +157,14 @@ def write_run(root: Path) -> Path:
             },
         ],
     )
+    _write(
+        root / "stages" / "evaluate" / "decoding.json",
+        [
+            {"side": "dense", "part": "samples", "written_by": "transformers: the model is on <cuda>"},
+            {"side": "compressed", "part": "samples", "written_by": "the native engine"},
+            {"side": "compressed", "part": "gsm8k", "written_by": "the native engine"},
+        ],
+    )
     events = [
         {"kind": "run_start", "stage": "", "data": {}, "time": 1.0},
         {"kind": "warning", "stage": "quantize", "data": {"text": "layer 11: expert 3 saw no token, RTN"}, "time": 2.0},

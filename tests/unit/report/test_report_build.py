@@ -67,6 +67,8 @@ def test_the_page_is_complete_and_self_contained(run_dir: Path) -> None:
     assert "4.45\u00a0MB instead of 29.9\u00a0MB, 6.7 times smaller" in " ".join(parser.text)
     assert "1 expert saw no token at all (outlined)." in source
     assert "lower in 11 of 12 layers" in source
+    assert "Written by the native engine: samples (compressed), gsm8k (compressed)." in parser.text
+    assert "Written by transformers: the model is on <cuda>: samples (dense)." in parser.text
 
 
 def test_text_from_models_cannot_break_out(run_dir: Path) -> None:

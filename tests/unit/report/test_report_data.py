@@ -22,6 +22,9 @@ def test_everything_is_found(run_dir: Path) -> None:
     assert data.metrics[0].relative == pytest.approx(25.961 / 24.118 - 1)
     assert [gate["gate"] for gate in data.gates] == ["quality"]
     assert len(data.samples) == 2
+    assert [(row["stage"], row["side"]) for row in data.decoding] == [
+        ("evaluate", "dense"), ("evaluate", "compressed"), ("evaluate", "compressed"),
+    ]  # fmt: skip
     assert data.pesf[0]["slots_dropped"] == 0.062
     assert data.forced_routing[0]["dense_shifted"] == 24.9
     assert data.warnings == ["layer 11: expert 3 saw no token, RTN"]

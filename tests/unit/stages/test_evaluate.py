@@ -86,6 +86,9 @@ def test_everything_is_measured_on_both_models(ctx, state):
     assert rows["held", "perplexity"]["difference_stderr"] == pytest.approx(paired_error(ctx))
     (sample,) = read(ctx, "samples")
     assert sample["prompt"] == "The cat" and sample["dense"] and sample["compressed"]
+    decoding = read(ctx, "decoding")
+    assert [(row["side"], row["part"]) for row in decoding] == [("dense", "samples"), ("compressed", "samples")]
+    assert all(row["written_by"].startswith(("the native engine", "transformers: ")) for row in decoding)
     assert read(ctx, "fidelity")["tokens"] == 48
     assert read(ctx, "gates")[0]["passed"] is True and gates.failed(ctx.stage_dir) == []
     assert {e.data["name"] for e in events if e.kind == "metric"} == set(found)
