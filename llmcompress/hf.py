@@ -33,6 +33,7 @@ from llmcompress.models.handle import align, load_tokenizer, transformers_config
 from llmcompress.models.paths import ADAPTER, resolve_path
 from llmcompress.models.quantization_config import METHOD, VERSION, from_json
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.shared import share_modules
 from llmcompress.nn import lora
 from llmcompress.nn.skipping import register_experts_function
 from llmcompress.nn.swap import swap_modules
@@ -76,6 +77,7 @@ class LLMCompressQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         plan, policies = from_json(self.quantization_config.to_dict())
         layout = layout_from_config(model.config.to_dict())
+        share_modules(model, layout)
         swap_modules(model, layout, plan, model.dtype)
         prepare_policies(model, layout, policies)
         return model

@@ -58,6 +58,11 @@ SSM_FAMILIES: dict[str, dict[str, Any]] = {
                    "topk_group": 2, "moe_shared_expert_intermediate_size": 40, "moe_latent_size": 16,
                    "routed_scaling_factor": 1.5,
                    "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "linear_attention"]},
+    "zamba2": {"n_mamba_heads": 8, "mamba_ngroups": 2, "mamba_d_state": 16, "chunk_size": 8, "intermediate_size": 48,
+               "head_dim": None, "num_key_value_heads": None, "num_mem_blocks": 1, "adapter_rank": 16,
+               "use_shared_attention_adapter": True, "use_mem_rope": True, "tie_word_embeddings": True,
+               "num_hidden_layers": 4,
+               "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
     "jamba": {"intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 4, "mamba_d_state": 8,
               "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
 }  # fmt: skip
@@ -89,7 +94,9 @@ class TinyModels:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
+                    # without residual connections inside, random transformers amplify every error
+                    gain = 0.3 if "shared_transformer" in name else 1.0
+                    parameter.normal_(0, 0.3 if "embed" in name else gain * parameter.shape[-1] ** -0.5)
                 elif "norm" not in name:
                     parameter.normal_(0, 0.1)
             for name, buffer in model.named_buffers():

@@ -81,7 +81,10 @@ class CompressedTensorsExporter(Exporter):
 
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Weights the format or its readers cannot hold, one line per kind of problem."""
-        return [*_spec_problems(layout, plan), *_fusion_problems(layout, plan), *_expert_problems(layout, plan)]
+        problems = [*_spec_problems(layout, plan), *_fusion_problems(layout, plan), *_expert_problems(layout, plan)]
+        if any(block.loan is not None for block in layout.blocks):
+            problems.append(f"{layout.model_type} runs a module in several blocks; readers cannot tie packed weights")
+        return problems
 
     def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
         """How transformers treats such checkpoints."""

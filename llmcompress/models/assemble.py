@@ -13,6 +13,7 @@ from llmcompress.models.capture import write_expert_weight
 from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
+from llmcompress.models.shared import share_modules
 from llmcompress.nn.mixers import SCALE
 from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.codecs import codec
@@ -48,6 +49,7 @@ def compressed_model(
         The model on the CPU in evaluation mode, packed in memory.
     """
     model = meta_model(handle.hf_config(), dtype or handle.dtype)
+    share_modules(model, handle.layout)
     swap_modules(model, handle.layout, store.plan(), model.dtype)
     prepare_policies(model, handle.layout, policies)
     fill_constants(model)
@@ -140,6 +142,16 @@ def apply_patch(model: PreTrainedModel, layout: ModelLayout, patch: BlockPatch) 
         if key in model.get_submodule(owner)._parameters:
             place = model.get_parameter(name)
             place.data.copy_(tensor.to(place))
+
+
+def apply_loan(model: PreTrainedModel, layout: ModelLayout, block: Block, store: PackedStore | None) -> None:
+    """Put into a materialised block what became of the weights that it borrows; their block is finished by then."""
+    if block.loan is None or store is None:
+        return
+    names = {view.name.removesuffix(".weight") for view in block.loan.tensors}
+    lent = store.read_block(block.loan.block)
+    packed = {name: weight for name, weight in lent.packed.items() if name in names}
+    apply_patch(model, layout, BlockPatch(packed, {}))
 
 
 def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapping[str, Mapping[str, Any]]) -> None:

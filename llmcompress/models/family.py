@@ -92,4 +92,6 @@ def unsupported(layout: ModelLayout) -> list[str]:
     """Why a layout cannot be compressed as a family at all; empty when it can."""
     if any(block.bank is not None for block in layout.blocks):
         return [f"{layout.model_type}: banks of experts cannot be in a residual tree yet; use a dense family"]
+    if any(block.loan is not None for block in layout.blocks):
+        return [f"{layout.model_type}: blocks that share weights cannot be in a residual tree yet; use a dense family"]
     return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,28 +67,30 @@ class GroupSteps:
         self.walker, self.visitor, self.call, self.inputs = walker, visitor, call, inputs
         self.first = [group for group in groups if group.position == "first"]
         self.inner = [group for group in groups if group.position == "inner"]
-        self.last = next(group for group in groups if group.position == "last")
+        # None where the module's output projection belongs to an earlier block
+        self.last = next((group for group in groups if group.position == "last"), None)
         # inputs of the module and of its last projection, each kept until it has been used for the last time
         self.held: Tensor | None = None
         self.kept: Tensor | None = None
 
     def outputs(self, needed: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """Go through the stages, then yield each batch's output ``[B, L, H]``."""
-        walker, visitor = self.walker, self.visitor
-        projection = walker.model.get_submodule(self.last.linears[0].name)
+        walker, visitor, last = self.walker, self.visitor, self.last
+        if last is None:
+            yield from self._outputs_of_another(needed)
+            return
+        projection = walker.model.get_submodule(last.linears[0].name)
         if visitor is not None:
-            wanted = visitor.wants(names_of(self.last))
-            seen = wanted or walker.tapped(names_of(self.last)) is not None
-            self._take_memory(seen and needed)
-            for number, group in enumerate(self.first):
-                inputs = self._first_inputs() if number == 0 else (self._input(rows) for rows in walker.batches)
-                visitor.linears(group, walker.statistics(group, inputs, visitor.wants(names_of(group))))
+            wanted = visitor.wants(names_of(last))
+            seen = wanted or walker.tapped(names_of(last)) is not None
+            self._take_memory(last, seen and needed)
+            self._first(visitor)
             self._inner(projection, visitor)
-            visitor.linears(self.last, walker.statistics(self.last, self._before(projection, True), wanted))
+            visitor.linears(last, walker.statistics(last, self._before(projection, True), wanted))
             self.held = None
         if not needed:
             return
-        dtype, stored = walker.model.dtype, self._stored()
+        dtype, stored = walker.model.dtype, self._stored(last)
         if self.kept is not None:
             for rows in walker.batches:
                 yield rows, projection(aligned(self.kept[rows].to(walker.device, dtype)))
@@ -96,25 +99,40 @@ class GroupSteps:
             for rows, x in zip(walker.batches, self._before(projection, False)):
                 yield rows, projection(x.to(stored).to(dtype))
 
-    def _stored(self) -> torch.dtype:
+    def _outputs_of_another(self, needed: bool) -> Iterator[tuple[slice, Tensor]]:
+        """The same for a module of which only adapters belong to this block; it is then run as a whole."""
+        if self.visitor is not None:
+            self._first(self.visitor)
+            self._inner(None, self.visitor)
+        for rows in self.walker.batches if needed else ():
+            yield rows, self.call(rows, self._input(rows))
+
+    def _first(self, visitor: Visitor) -> None:
+        """Groups that read the module's input."""
+        for number, group in enumerate(self.first):
+            inputs = self._first_inputs() if number == 0 else (self._input(rows) for rows in self.walker.batches)
+            visitor.linears(group, self.walker.statistics(group, inputs, visitor.wants(names_of(group))))
+
+    def _stored(self, group: LinearGroup) -> torch.dtype:
         """Type to which inputs of the last projection are rounded, kept or not, so that every pass gives the same."""
         dtype = self.walker.model.dtype
         # of all processes, so that their number decides nothing
-        values = (self.walker.all_tokens or self.walker.tokens.numel()) * self.last.linears[0].in_features
+        values = (self.walker.all_tokens or self.walker.tokens.numel()) * group.linears[0].in_features
         return torch.bfloat16 if rounds(values, dtype.itemsize) else dtype
 
-    def _take_memory(self, keep: bool) -> None:
+    def _take_memory(self, group: LinearGroup, keep: bool) -> None:
         """Lay out what is kept for later in the walker's memory.
 
         Inputs of the last projection start at the front, inputs of the module end at the back. Both are used batch
         by batch from the front, so the former may overwrite those of the latter that have had their turn.
         """
         rows, length = self.walker.tokens.shape
-        first, last = self.first[0].linears[0].in_features, self.last.linears[0].in_features
-        dtype, stored, most = self.walker.model.dtype, self._stored(), self.walker.limits.keep
+        # a module that is its own last projection has no other
+        first, last = (found[0].linears[0].in_features for found in (self.first or [group], [group]))
+        dtype, stored, most = self.walker.model.dtype, self._stored(group), self.walker.limits.keep
         size, held = rows * length * last * stored.itemsize, rows * length * first * dtype.itemsize
         keep = keep and size <= most
-        hold = self.walker.device.type == "cpu" and held <= most
+        hold = bool(self.first) and self.walker.device.type == "cpu" and held <= most
         memory = self.walker.memory(max(size if keep else 0, held if hold else 0))
         if keep:
             self.kept = memory[:size].view(stored).view(rows, length, last)
@@ -142,7 +160,7 @@ class GroupSteps:
                 self.kept[rows] = before
             yield before
 
-    def _inner(self, projection: nn.Module, visitor: Visitor) -> None:
+    def _inner(self, projection: nn.Module | None, visitor: Visitor) -> None:
         """Groups in the middle of the module (MLA), all seen in one pass."""
         walker = self.walker
         counted = [visitor.wants(names_of(group)) for group in self.inner]
@@ -165,7 +183,8 @@ class GroupSteps:
 
         if any(counted) or any(tap is not None for tap in taps):
             modules = [walker.model.get_submodule(group.linears[0].name) for group in self.inner]
-            with recorded_inputs(modules, seen), replaced_forward(projection, identity):
+            silent = nullcontext() if projection is None else replaced_forward(projection, identity)
+            with recorded_inputs(modules, seen), silent:
                 for rows in walker.batches:
                     shard = walker.shard_of(rows)
                     self.call(rows, self._input(rows))

@@ -15,6 +15,7 @@ from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quanti
 from llmcompress.models.layout import ModelLayout, TensorView
 from llmcompress.models.paths import resolve_path
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.shared import share_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -104,28 +105,41 @@ class ModelHandle:
             head: With false an untied head stays on the meta device: hidden states do not need it.
         """
         model = meta_model(self.hf_config(), dtype or self.dtype)
+        share_modules(model, self.layout)
         fill_constants(model)
         self.load_tensors(model, (v for v in self.layout.outside if head or not v.name.startswith("lm_head.")))
         model.tie_weights()
         return model
 
-    def load_block(self, model: PreTrainedModel, index: int) -> nn.Module:
-        """Materialise one decoder layer of :meth:`skeleton` in place, on the CPU.
+    def load_block(self, model: PreTrainedModel, index: int, device: str = "cpu") -> nn.Module:
+        """Materialise one decoder layer of :meth:`skeleton` in place, with what it borrows of another.
 
         Args:
             model: Made by :meth:`skeleton`.
             index: Which block.
+            device: Where to put it.
 
         Returns:
-            The decoder layer, all of its parameters real.
+            The decoder layer, every parameter that it uses real.
         """
         block = self.layout.blocks[index]
         self.load_tensors(model, block.tensors())
+        if block.loan is not None:
+            self.load_tensors(model, block.loan.tensors)
+        for module in self._modules(model, index) if device != "cpu" else ():
+            # adapters that only other blocks use stay on the meta device
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         return model.get_submodule(block.name)
+
+    def _modules(self, model: PreTrainedModel, index: int) -> list[nn.Module]:
+        """A decoder layer and the module that it borrows."""
+        block = self.layout.blocks[index]
+        names = [block.name] if block.loan is None else [block.name, block.loan.owner]
+        return [model.get_submodule(name) for name in names]
 
     def free_block(self, model: PreTrainedModel, index: int) -> None:
         """Put one decoder layer back on the meta device; its memory is released."""
-        for module in model.get_submodule(self.layout.blocks[index].name).modules():
+        for module in (part for whole in self._modules(model, index) for part in whole.modules()):
             for name in list(module._parameters):
                 _release(module, name)
             for name in list(module._buffers):
@@ -143,8 +157,7 @@ class ModelHandle:
     def dense_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The full-precision model, all of it in memory, in evaluation mode."""
         model = self.skeleton(dtype)
-        for block in self.layout.blocks:
-            self.load_block(model, block.index)
+        self.load_tensors(model, (view for block in self.layout.blocks for view in block.tensors()))
         return model.eval()
 
     def load_tensors(self, model: PreTrainedModel, views: Iterable[TensorView]) -> None:

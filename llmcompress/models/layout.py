@@ -200,22 +200,30 @@ class ScanView:
 class Sublayer:
     """``h = h + output_scale * post_norm(module(input_scale * pre_norm(h)))``: attention, dense MLP, MoE or SSM.
 
+    Zamba2's shared transformers have no residual connections: attention reads h beside the embedding, its output goes
+    *aside*, is read from there and replaced by the following sublayers, and the mixer reads h plus what lies aside.
+
     Attributes:
         kind: ``attention``, ``mlp``, ``moe`` or ``ssm``.
         module: Run-time module name.
-        pre_norm: Run-time name of the norm before the module.
+        pre_norm: Run-time name of the norm before the module, None where there is none.
         post_norm: Norm on the module's output before the residual add (Gemma), or None.
-        groups: Quantizable linears in calibration order; for ``moe`` those of the shared experts.
+        groups: Quantizable linears in calibration order; for ``moe`` those of the shared experts. Without a group
+            ``last`` the module's output projection belongs to an earlier block, see :class:`Loan`.
         experts: The expert bank of a ``moe`` sublayer.
         scan: The scan of an ``ssm`` sublayer.
         parallel: Reads the hidden states that the sublayer before it read, not the ones it wrote.
         input_scale: Constant that multiplies the normed input.
         output_scale: Constant that multiplies the output before the residual add.
+        reads: What the norm gets: the hidden states, these and the embedding side by side, what lies aside, or the sum
+            of hidden states and that.
+        writes: Whether the output is added to the hidden states or laid aside.
+        numbered: The module is told the number of the block that runs it.
     """
 
     kind: Literal["attention", "mlp", "moe", "ssm"]
     module: str
-    pre_norm: str
+    pre_norm: str | None
     post_norm: str | None
     groups: tuple[LinearGroup, ...]
     experts: ExpertBank | None = None
@@ -223,6 +231,29 @@ class Sublayer:
     parallel: bool = False
     input_scale: float = 1.0
     output_scale: float = 1.0
+    reads: Literal["hidden", "hidden|embedding", "aside", "hidden+aside"] = "hidden"
+    writes: Literal["hidden", "aside"] = "hidden"
+    numbered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """A module of an earlier block that this block runs with the same weights (Zamba2).
+
+    The weights belong to the earlier block, count once, and are quantized there. Low-rank adapters inside the module
+    that only this block uses belong to this block.
+
+    Attributes:
+        module: Where transformers has a copy of the module in this block.
+        owner: Run-time name of the module itself.
+        block: Index of the block it belongs to.
+        tensors: Those of its tensors that this block uses and does not own.
+    """
+
+    module: str
+    owner: str
+    block: int
+    tensors: tuple[TensorView, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +265,14 @@ class Block:
         name: Run-time name of the module.
         sublayers: In the order in which they run.
         kept: Every tensor that is never quantized: norms, routers, biases, gates of shared experts.
+        loan: A module of another block that this one runs too, None in all families but one.
     """
 
     index: int
     name: str
     sublayers: tuple[Sublayer, ...]
     kept: tuple[TensorView, ...]
+    loan: Loan | None = None
 
     def linears(self) -> Iterator[LinearView]:
         """All quantizable linears, in calibration order."""
@@ -258,7 +291,7 @@ class Block:
         return next((s.scan for s in self.sublayers if s.scan is not None), None)
 
     def tensors(self) -> Iterator[TensorView]:
-        """Every tensor of the block in the family's own orientation, by run-time name."""
+        """Every tensor that belongs to the block, in the family's own orientation, by run-time name."""
         yield from self.kept
         for linear in self.linears():
             yield TensorView(f"{linear.name}.weight", (linear.out_features, linear.in_features))

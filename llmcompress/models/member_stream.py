@@ -78,7 +78,7 @@ class MemberStream:
 
     def load(self, block: Block) -> None:
         """Materialise a block."""
-        self.handle.load_block(self.model, block.index).to(self.device)
+        self.handle.load_block(self.model, block.index, self.device)
 
     def free(self, block: Block) -> None:
         """Give its memory back."""

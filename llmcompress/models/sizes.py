@@ -66,8 +66,13 @@ def block_parameters(block: Block) -> int:
 
 
 def largest_block(layout: ModelLayout) -> int:
-    """Parameters of the largest decoder layer."""
-    return max((block_parameters(block) for block in layout.blocks), default=0)
+    """Parameters in memory with the largest decoder layer, borrowed ones too."""
+    return max((block_parameters(block) + borrowed_parameters(block) for block in layout.blocks), default=0)
+
+
+def borrowed_parameters(block: Block) -> int:
+    """Parameters of another decoder layer that this one uses as well."""
+    return 0 if block.loan is None else sum(prod(view.shape) for view in block.loan.tensors)
 
 
 def outside_parameters(layout: ModelLayout) -> int:
@@ -81,10 +86,10 @@ def parameters(layout: ModelLayout) -> int:
 
 
 def active_parameters(layout: ModelLayout) -> int:
-    """Parameters of the decoder layers and the head that one token meets."""
+    """Parameters of the decoder layers and the head that one token meets, shared ones as often as they are used."""
     total = layout.vocab * layout.hidden
     for block in layout.blocks:
-        total += block_parameters(block)
+        total += block_parameters(block) + borrowed_parameters(block)
         bank = block.bank
         if bank is not None:
             experts = prod(bank.shape(bank.gate_up)) + prod(bank.shape(bank.down))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcompress.models.assemble import apply_patch
+from llmcompress.models.assemble import apply_loan, apply_patch
 from llmcompress.models.capture import replaced_forward
 from llmcompress.models.memory_limits import DEFAULT, Limits
 from llmcompress.models.walker import TUPLES, Walker
@@ -58,10 +58,10 @@ class StreamedModel:
         self._walkers = [Walker(self.model, part, device, limits=limits, folder=folder) for part in parts]
         self._hidden = [walker.embed(layers) for walker in self._walkers]
         for block in handle.layout.blocks:
-            handle.load_block(self.model, block.index)
+            handle.load_block(self.model, block.index, device)
             if store is not None:
                 apply_patch(self.model, handle.layout, store.read_block(block.index))
-            self.model.get_submodule(block.name).to(device)
+                apply_loan(self.model, handle.layout, block, store)
             for walker, hidden in zip(self._walkers, self._hidden):
                 walker.forward(block, hidden)
             handle.free_block(self.model, block.index)

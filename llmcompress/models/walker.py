@@ -11,6 +11,7 @@ Legend: S sequences, L length, T tokens, H hidden, B sequences of a batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
@@ -41,6 +42,8 @@ CUDA_BATCH_TOKENS = 4096
 FAST_BATCHES = 8
 # families whose decoder layers return a tuple
 TUPLES = frozenset({"bamba", "falcon_h1"})
+# argument of layers that read the embedding beside the hidden states
+EMBEDDING = "original_hidden_states"
 
 
 class Visitor(Protocol):
@@ -142,6 +145,10 @@ class Walker:
         # place of these tokens among those of all processes, and how many those have; 0 for no others
         self.first_token = self.all_tokens = 0
         self._calls: dict[int, list[dict[str, Any]]] = {}
+        # the embedding, where later sublayers read it, and what sublayers lay aside within a block
+        self._embedding: Tensor | None = None
+        self._read_embedding = False
+        self._aside: Tensor | None = None
         self._memory: Tensor | None = None
 
     @torch.no_grad()
@@ -157,11 +164,14 @@ class Walker:
         hidden: Tensor | None = None
         modules = [self.model.get_submodule(name) for name in layers]
         returns_tuple = self.model.config.model_type in TUPLES
+        # most families name the arguments of their layers
+        positional = list(inspect.signature(type(modules[0]).forward).parameters)[2:]
         for rows in self.batches:
             calls: list[dict[str, Any]] = []
 
             def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-                assert not args, "decoder layers are called with keyword arguments"
+                kwargs = dict(zip(positional, args)) | kwargs
+                self._read_embedding |= kwargs.pop(EMBEDDING, None) is not None
                 nonlocal hidden
                 if hidden is None:
                     shape = (*self.tokens.shape, hidden_states.shape[-1])
@@ -178,6 +188,7 @@ class Walker:
                 self.model.base_model(input_ids=self.tokens[rows], use_cache=False)
             self._calls.setdefault(rows.stop - rows.start, [_call_arguments(call, self.device) for call in calls])
         assert hidden is not None
+        self._embedding = self.cache.copy(hidden) if self._read_embedding else None
         return hidden
 
     @torch.no_grad()
@@ -201,7 +212,7 @@ class Walker:
         Raises:
             InputError: NaN or infinity appeared.
         """
-        self.tap = tap
+        self.tap, self._aside = tap, None
         source = hidden
         for number, sublayer in enumerate(block.sublayers):
             following = block.sublayers[number + 1 :]
@@ -216,7 +227,7 @@ class Walker:
                 MoeStep(self, block, sublayer, source, hidden, visitor).run(needed)
             else:
                 self._plain(block, sublayer, source, hidden, visitor, needed)
-        self.tap = None
+        self.tap = self._aside = None
         for rows in self.batches:
             finite = all_finite(hidden[rows])
             self.cache.drop(hidden)
@@ -242,18 +253,35 @@ class Walker:
         return self._calls[rows.stop - rows.start][block.index]
 
     def normed(self, sublayer: Sublayer, hidden: Tensor, rows: slice) -> Tensor:
-        """Input of a sublayer's module for one batch, ``[B, L, H]``."""
-        norm = self.model.get_submodule(sublayer.pre_norm)
-        result: Tensor = norm(hidden[rows].to(self.device))
-        self.cache.drop(hidden)
+        """Input of a sublayer's module for one batch, ``[B, L, K]``."""
+        result = self._read(sublayer, hidden, rows)
+        if sublayer.pre_norm is not None:
+            result = self.model.get_submodule(sublayer.pre_norm)(result)
         return result if sublayer.input_scale == 1.0 else result * sublayer.input_scale
 
+    def _read(self, sublayer: Sublayer, hidden: Tensor, rows: slice) -> Tensor:
+        """What a sublayer reads, before its norm."""
+        read = {"hidden": (hidden,), "hidden|embedding": (hidden, self._embedding), "aside": (self._aside,)}
+        tensors = read.get(sublayer.reads, (hidden, self._aside))
+        parts = [tensor[rows].to(self.device) for tensor in tensors if tensor is not None]
+        assert len(parts) == len(tensors), "nothing was laid aside, or the model's layers read no embedding"
+        self.cache.drop(*(tensor for tensor in tensors if tensor is not None))
+        if len(parts) == 1:
+            return parts[0]
+        return parts[0] + parts[1] if sublayer.reads == "hidden+aside" else torch.cat(parts, -1)
+
     def add(self, sublayer: Sublayer, hidden: Tensor, rows: slice, output: Tensor) -> None:
-        """Apply the sublayer's post norm, if any, and add to the hidden states in place."""
+        """Apply the sublayer's post norm, if any, and add to the hidden states in place, or lay the output aside."""
         if sublayer.post_norm is not None:
             output = self.model.get_submodule(sublayer.post_norm)(output)
         if sublayer.output_scale != 1.0:
             output = output * sublayer.output_scale
+        if sublayer.writes == "aside":
+            if self._aside is None:
+                self._aside = self.cache.empty(hidden.shape, hidden.dtype, hidden.device)
+            self._aside[rows] = output.to(hidden.device)
+            self.cache.drop(self._aside)
+            return
         hidden[rows] += output.to(hidden.device)
         self.cache.drop(hidden)
 
@@ -312,12 +340,11 @@ class Walker:
 
         def call(rows: slice, x: Tensor) -> Tensor:
             if sublayer.kind == "attention":
-                arguments = {k: v for k, v in self.arguments(block, rows).items() if k != "mamba_attention_mask"}
-                return first_output(module(hidden_states=x, **arguments))
+                return first_output(module(hidden_states=x, **_of_attention(self.arguments(block, rows))))
             if sublayer.kind == "ssm":
                 # calibration windows have no padding, so the mask is always None
                 return first_output(module(x, cache_params=None, attention_mask=None))
-            return first_output(module(x))
+            return first_output(module(x, block.index) if sublayer.numbered else module(x))
 
         steps = GroupSteps(self, sublayer.groups, visitor, call, lambda rows: self.normed(sublayer, source, rows))
         for rows, output in steps.outputs(needed):
@@ -327,6 +354,13 @@ class Walker:
 def _call_arguments(call: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Arguments for the attention module: caches dropped, tensors moved."""
     return {key: _moved(value, device) for key, value in call.items() if key not in _CACHE_KEYS}
+
+
+def _of_attention(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What an attention module takes of the arguments of its layer."""
+    found = {key: value for key, value in arguments.items() if key not in ("mamba_attention_mask", "causal_mask")}
+    # a layer that is called with two masks keeps the name for that of its mixer
+    return found | {"attention_mask": arguments["causal_mask"]} if "causal_mask" in arguments else found
 
 
 _CACHE_KEYS = ("past_key_values", "cache_params", "use_cache")

@@ -135,7 +135,7 @@ def choose_widths(
         walker = Walker(model, state.calibration.tokens, ctx.device, ctx.seed)
         hidden = walker.embed([block.name for block in handle.layout.blocks])
     for block in handle.layout.blocks:
-        handle.load_block(model, block.index).to(ctx.device)
+        handle.load_block(model, block.index, ctx.device)
         if walker is not None and hidden is not None:
             walker.forward(block, hidden, meter, advance=block.index + 1 < len(handle.layout.blocks))
         else:

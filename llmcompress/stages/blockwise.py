@@ -105,7 +105,7 @@ class BlockwiseQuantizer:
     def _walk(self, finished: set[int]) -> None:
         import torch
 
-        from llmcompress.models.assemble import apply_patch
+        from llmcompress.models.assemble import apply_loan, apply_patch
 
         model = self.handle.skeleton(getattr(torch, self.ctx.dtype), head=False)
         streams = self.calibration is not None and (self.method.options is not None or self.hook is not None)
@@ -124,7 +124,7 @@ class BlockwiseQuantizer:
             if not done:
                 self.ctx.emit("block_start", index=block.index, total=total)
             started = time.monotonic()
-            self.handle.load_block(model, block.index).to(self.ctx.device)
+            self.handle.load_block(model, block.index, self.ctx.device)
             last = not (set(range(block.index + 1, total)) - finished)
             recorder = None if done else self._recorder(block, walker)
             if full is not None and walker is not None:
@@ -133,6 +133,7 @@ class BlockwiseQuantizer:
             apply_patch(
                 model, self.handle.layout, self.store.read_block(block.index) if done else self._below(block.index)
             )
+            apply_loan(model, self.handle.layout, block, self.store)
             if done:
                 assert walker is not None
                 assert quantized is not None

@@ -87,7 +87,7 @@ class Reconstructor:
         """
         import torch
 
-        from llmcompress.models.assemble import apply_patch
+        from llmcompress.models.assemble import apply_loan, apply_patch
         from llmcompress.models.walker import Walker
 
         blocks = self.handle.layout.blocks
@@ -104,10 +104,11 @@ class Reconstructor:
             if not done:
                 self.ctx.emit("block_start", index=block.index, total=len(blocks))
             started = time.monotonic()
-            self.handle.load_block(model, block.index).to(self.ctx.device)
+            self.handle.load_block(model, block.index, self.ctx.device)
             target = self._full_precision(model, walker, block, full, quantized, not done)
             below = self.store.base.read_block(block.index) if self.store.base is not None else BlockPatch({}, {})
             apply_patch(model, self.handle.layout, below)
+            apply_loan(model, self.handle.layout, block, self.store)
             if done:
                 apply_patch(model, self.handle.layout, BlockPatch({}, self.store.read_block(block.index).replaced))
             else:
@@ -123,7 +124,7 @@ class Reconstructor:
         """Run the original block on the full-precision stream; note what its mixer does."""
         import torch
 
-        sublayer = mixer_of(block)
+        sublayer = tuned_mixer_of(block)
         if sublayer is None:
             walker.forward(block, full)
             return None
@@ -153,7 +154,7 @@ class Reconstructor:
         below: BlockPatch,
     ) -> dict[str, Any]:
         """Tune one block's mixer, write the block, return the figures of its event."""
-        sublayer = mixer_of(block)
+        sublayer = tuned_mixer_of(block)
         if sublayer is None or target is None:
             self.store.write_block(block.index, BlockPatch({}, {}, {}))
             return {"error": 0.0}
@@ -245,6 +246,7 @@ class MixerTrainer:
         def loss(rows: list[int]) -> Tensor:
             scanned.clear()
             with torch.no_grad():
+                assert sublayer.pre_norm is not None
                 norm = walker.model.get_submodule(sublayer.pre_norm)
                 x = norm(quantized[rows].to(walker.device)) * sublayer.input_scale
             output = self.mixer(x, cache_params=None, attention_mask=None)
@@ -323,10 +325,18 @@ def mixer_of(block: Block) -> Sublayer | None:
     for position, sublayer in enumerate(block.sublayers):
         if sublayer.scan is not None and sublayer.scan.kind == "mamba2":
             before = block.sublayers[1 : position + 1]
-            if position and not all(s.parallel for s in before):
+            if position and sublayer.reads == "hidden" and not all(s.parallel for s in before):
                 raise InputError(f"{block.name}: its state-space layer does not come first", "remove the esr stage")
             return sublayer
     return None
+
+
+def tuned_mixer_of(block: Block) -> Sublayer | None:
+    """The block's mixer, unless it reads more than the hidden states: in the layers of Zamba2 that run a shared
+    transformer its parameters stay as they are.
+    """
+    sublayer = mixer_of(block)
+    return sublayer if sublayer is not None and sublayer.reads == "hidden" else None
 
 
 def estimate_reconstruction(config: EsrConfig, inputs: PlanInputs) -> Estimate:

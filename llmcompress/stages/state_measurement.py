@@ -39,7 +39,7 @@ def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
     """
     import torch
 
-    from llmcompress.models.assemble import apply_patch
+    from llmcompress.models.assemble import apply_loan, apply_patch
     from llmcompress.models.walker import Walker
 
     assert state.model is not None
@@ -59,10 +59,11 @@ def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
         if block.index > max(todo):
             break
         started = time.monotonic()
-        handle.load_block(model, block.index).to(ctx.device)
+        handle.load_block(model, block.index, ctx.device)
         apply_patch(
             model, handle.layout, BlockPatch({}, {}) if state.packed is None else state.packed.read_block(block.index)
         )
+        apply_loan(model, handle.layout, block, state.packed)
         if block.index in todo:
             ctx.emit("block_start", index=block.index, total=len(blocks))
         statistics = _forward(config, walker, block, hidden, block.index in todo)

@@ -30,6 +30,8 @@ HUB = {
     "q_mamba_bamba": "bamba_9b",
     "q_mamba_nemotron_h": "nemotron_h_8b",
     "q_mamba_granite4": "granite4_h_tiny",
+    "q_mamba_nemotron3": "nemotron3_nano_30b",
+    "q_mamba_zamba2": "zamba2_7b",
 }
 # further sizes of the same recipes
 SIZES = [

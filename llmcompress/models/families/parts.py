@@ -14,6 +14,7 @@ from llmcompress.models.layout import (
     ExpertBank,
     LinearGroup,
     LinearView,
+    Loan,
     ModelLayout,
     Role,
     RouterView,
@@ -37,6 +38,7 @@ class Family:
     Attributes:
         model_type: As in ``config.json``.
         layer: ``(facts, index, layer name) -> parts`` in the order in which they run.
+        loan: ``(facts, index) -> loan`` of layers that run a module of an earlier one.
         defaults: transformers' default of every key that ``layer`` reads.
         aliases: Other names of keys in the file.
         disk: Names in hub checkpoints.
@@ -61,6 +63,7 @@ class Family:
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     depth: Callable[[Facts], int] | None = None
+    loan: Callable[[Facts, int], Loan | None] | None = None
 
     def layout(self, config: Mapping[str, Any]) -> ModelLayout:
         """Compute the layout of a model of this family.
@@ -74,10 +77,14 @@ class Family:
         for index in range(facts.size("num_hidden_layers") if self.depth is None else self.depth(facts)):
             name = f"{self.body}.layers.{index}"
             parts = self.layer(facts, index, name)
+            kept = [view for part in parts for view in part.kept]
+            given = {view.name for view in kept}
             norms = [n for p in parts for n in (p.sublayer.pre_norm, p.sublayer.post_norm) if n is not None]
-            kept = [view for n in dict.fromkeys(norms) for view in norm(n, hidden, self.norm_bias)]
-            kept += [view for part in parts for view in part.kept]
-            blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept)))
+            # a norm of another width is given by its part, one in another block belongs to that
+            missing = [n for n in norms if f"{n}.weight" not in given and n.startswith(f"{name}.")]
+            kept = [view for n in dict.fromkeys(missing) for view in norm(n, hidden, self.norm_bias)] + kept
+            loan = None if self.loan is None else self.loan(facts, index)
+            blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept), loan))
         outside = [TensorView(f"{self.body}.{self.embedding}.weight", (vocab, hidden))]
         outside += norm(f"{self.body}.{self.final_norm}", hidden, self.norm_bias)
         if not tied:
