@@ -4,7 +4,8 @@
 Not an operator of the dispatcher: its definition is the loop in ``llmcompress/algorithms/gptq.py``, which runs where
 these decline. Both want grids chosen on reaching a group. The C++ needs a compiler, fp32 weights on the CPU and
 whole-number zero points; a tile of 32 rows goes through all columns in the caches, and the result depends on neither
-threads nor tiles. Triton's kernel takes the place of the steps between two updates of the columns that follow.
+threads nor tiles. It works with the Hessian's root instead of that of its inverse, and fits the scales on the way.
+Triton's kernel takes the place of the steps between two updates of the columns that follow.
 
 Legend: E experts, N rows (outputs), K columns (inputs), G groups per row.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,13 @@ build.register(
     )
 )
 
-_POINTERS = ("weight", "order", "factor", "codes", "values", "scale", "zero", "bounds", "coarse", "fine")
+_POINTERS = (
+    "weight", "order", "root", "added", "ridge", "codes", "values", "scale", "zero", "error", "energy", "coarse",
+    "fine",
+)  # fmt: skip
 _SIZES = (
-    "experts", "rows", "columns", "group", "groups", "blocks", "coarse_count", "fine_count", "levels", "midpoint",
-    "symmetric",
+    "experts", "rows", "columns", "group", "groups", "row_stride", "column_stride", "coarse_count", "fine_count",
+    "levels", "midpoint", "symmetric", "refit",
 )  # fmt: skip
 
 
@@ -72,6 +75,9 @@ def unavailable() -> str | None:
     return build.unavailable(FAMILY)
 
 
+# groups per row up to which scales are fitted: their products are a square of them for each of 32 rows
+FITTED_GROUPS = 128
+
 _library: ctypes.CDLL | None = None
 _tried = False
 
@@ -93,20 +99,40 @@ def ready() -> bool:
     return select.requested() in ("auto", "cpu") and _kernel() is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What :func:`quantize` found, in the stored order of columns.
+
+    Attributes:
+        codes: uint8 ``[E, N, K]``.
+        values: fp32 ``[E, N, K]``, what codes and scales stand for.
+        scale: fp16 ``[E, N, G]``.
+        zero: uint8 ``[E, N, G]``.
+        error: fp32 ``[E, N]``, diagonal of ``(W-Q) H (W-Q)ᵀ``.
+        energy: fp32 ``[E, N]``, diagonal of ``W H Wᵀ``; None where scales were not fitted.
+    """
+
+    codes: Tensor
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+    energy: Tensor | None
+
+
 def quantize(
-    w: Tensor, order: Tensor | None, factor: Tensor, grid: Grid, bounds: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize all columns, each one's error made up for by those after it.
+    w: Tensor, order: Tensor | None, root: Tensor, added: Tensor, grid: Grid, ridge: Tensor | None = None
+) -> Found:
+    """Quantize all columns, each one's error made up for by those after it, and fit the scales to the chosen codes.
 
     Args:
         w: ``[E, N, K]`` fp32 on the CPU.
         order: int64 ``[E, K]``, the stored column of each visit; None for as they come. Groups stay together.
-        factor: ``[E, K, K]`` fp32, upper triangular ``U`` with ``UᵀU`` the inverse Hessian, in the order of visit.
+        root: ``[E, K, K]`` fp32, lower Cholesky factor of the damped Hessian with rows and columns in the reverse of
+            the order of visit; only its lower triangle is read.
+        added: ``[E, K]`` fp32, what damping added to the Hessian's diagonal, in the order of visit.
         grid: How scales and zero points are chosen.
-        bounds: Column ranges between two updates of the rest.
-
-    Returns:
-        Codes uint8 and values fp32 ``[E, N, K]``, scale fp16 and zero uint8 ``[E, N, G]``, all in the stored order.
+        ridge: ``[E]`` fp32, added to the Hessian's diagonal where scales are fitted; None to leave them.
 
     Raises:
         RuntimeError: The kernel is not available (see :func:`ready`), or memory ran out.
@@ -116,25 +142,54 @@ def quantize(
         raise RuntimeError("the native column loop is not available")
     experts, rows, columns = w.shape
     groups = -(-columns // grid.group)
-    w, factor = w.contiguous(), factor.contiguous()
+    # the library that makes it returns it by columns
+    w, root = w.contiguous(), root if root.mT.is_contiguous() else root.contiguous()
     order = None if order is None else order.contiguous()
-    assert w.dtype == factor.dtype == torch.float32
-    assert factor.shape == (experts, columns, columns)
+    added, ridge = added.contiguous(), None if ridge is None else ridge.contiguous()
+    assert w.dtype == root.dtype == added.dtype == torch.float32
+    assert root.shape == (experts, columns, columns)
+    assert added.shape == (experts, columns)
     assert w.device.type == "cpu"
     codes, values = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
     scale = torch.empty(experts, rows, groups, dtype=torch.float16)
     zero = torch.empty(experts, rows, groups, dtype=torch.uint8)
-    ranges = torch.tensor(bounds, dtype=torch.int64)
+    error = torch.empty(experts, rows)
+    energy = None if ridge is None else torch.empty_like(error)
     coarse, fine = torch.tensor(grid.coarse), torch.tensor(grid.fine)
-    tensors = (w, order, factor, codes, values, scale, zero, ranges, coarse, fine)
+    tensors = (w, order, root, added, ridge, codes, values, scale, zero, error, energy, coarse, fine)
     sizes = (
-        experts, rows, columns, grid.group, groups, len(bounds), len(grid.coarse), len(grid.fine), grid.levels,
-        grid.midpoint, int(grid.symmetric),
+        experts, rows, columns, grid.group, groups, *root.stride()[1:], len(grid.coarse), len(grid.fine), grid.levels,
+        grid.midpoint, int(grid.symmetric), int(ridge is not None),
     )  # fmt: skip
     problem = _Problem(*(None if t is None else t.data_ptr() for t in tensors), *sizes)
     if library.llmc_gptq_columns(ctypes.byref(problem)) != 0:
         raise RuntimeError("out of memory")
-    return codes, values, scale, zero
+    return Found(codes, values, scale, zero, error, energy)
+
+
+def reversed_lower(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """Lower triangles with rows and columns in the reverse of an order of visit; what is above them is arbitrary.
+
+    Args:
+        matrix: ``[E, K, K]`` fp32 on the CPU, symmetric.
+        order: int64 ``[E, K]``; None for as they come.
+
+    Raises:
+        RuntimeError: The kernel is not available (see :func:`ready`).
+    """
+    library = _kernel()
+    if library is None:
+        raise RuntimeError("the native column loop is not available")
+    assert matrix.dtype == torch.float32
+    assert matrix.device.type == "cpu"
+    matrix, order = matrix.contiguous(), None if order is None else order.contiguous()
+    out = torch.empty_like(matrix)
+    places = None if order is None else order.data_ptr()
+    library.llmc_gptq_reversed(
+        ctypes.c_void_p(matrix.data_ptr()), ctypes.c_void_p(places), ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(matrix.shape[0]), ctypes.c_int64(matrix.shape[1]),
+    )  # fmt: skip
+    return out
 
 
 # columns that quantize_span takes at most

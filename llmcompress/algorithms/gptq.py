@@ -32,7 +32,7 @@ from llmcompress.algorithms.grids import (
     round_codes,
     tried_fractions,
 )
-from llmcompress.algorithms.hessian import inverse_factor
+from llmcompress.algorithms.hessian import damped_diagonal, inverse_factor, reversed_root
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
@@ -110,6 +110,14 @@ class Solution:
             [damp for part in parts for damp in part.damp],
         )
 
+    def picked(self, experts: Tensor) -> Solution:
+        """The solutions of some experts, in the order of int64 ``experts``."""
+        return Solution(
+            self.codes[experts], self.scale[experts], None if self.zero is None else self.zero[experts],
+            self.quantized[experts], self.error[experts], self.energy[experts],
+            [self.damp[e] for e in experts.tolist()],
+        )  # fmt: skip
+
 
 def solve(
     w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None = None
@@ -139,7 +147,23 @@ def _solve_stack(
     w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None
 ) -> Solution:
     """:func:`solve` of some experts, all at once."""
-    codes, scale, zero, quantized, damp = _solve_columns(w, hessian, spec, options, usable)
+    order = column_order(hessian, spec.group(w.shape[-1]), options)
+    if _runs_natively(w, spec, options):
+        return _solve_natively(w, hessian, order, spec, options, usable)
+    factor, damp = inverse_factor(hessian, options.damp, usable, order)
+    codes, scale, zero, quantized = _plain_loop(w, order, factor, spec, options)
+    del factor
+    return _measured(w, hessian, (codes, scale, zero, quantized), spec, options, damp)
+
+
+_Found = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+def _measured(
+    w: Tensor, hessian: Tensor, found: _Found, spec: QuantSpec, options: GptqOptions, damp: list[float]
+) -> Solution:
+    """The solution that codes, scale, zero and values stand for, scales fitted where asked; values are overwritten."""
+    codes, scale, zero, quantized = found
     energy = output_energy(w, hessian)
     delta = torch.sub(w, quantized, out=quantized)
     if options.refit:
@@ -150,30 +174,45 @@ def _solve_stack(
     return Solution(codes, scale, zero, dequantize(codes, scale, zero, spec), error, energy, damp)
 
 
-def _solve_columns(
-    w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[float]]:
-    """Codes, scale, zero, values and damping, in the stored order of columns."""
-    order = column_order(hessian, spec.group(w.shape[-1]), options)
-    # two plain copies are several times faster than one gather over both dimensions
-    curvature = hessian if order is None else _picked(_picked(hessian, order, 0), order, 1)
-    factor, damp = inverse_factor(curvature, options.damp, usable)
-    del curvature
-    loop = _native_loop if _runs_natively(w, spec, options) else _plain_loop
-    return *loop(w, order, factor, spec, options), damp
+def _solve_natively(
+    w: Tensor, hessian: Tensor, order: Tensor | None, spec: QuantSpec, options: GptqOptions,
+    usable: Sequence[bool] | None,
+) -> Solution:  # fmt: skip
+    """Column loop and fit of the scales in C++."""
+    root, damp = reversed_root(hessian, options.damp, usable, order)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    added = damped_diagonal(diagonal, torch.tensor(damp, dtype=diagonal.dtype)[:, None]) - diagonal
+    added = added if order is None else added.gather(-1, order)
+
+    def solved(some: Tensor | slice) -> Solution:
+        visits = None if order is None else order[some]
+        own = damp if isinstance(some, slice) else [damp[e] for e in some.tolist()]
+        return _native_loop(w[some], hessian[some], visits, root[some], added[some], own, spec, options)
+
+    failed = torch.tensor([used == 0 for used in damp])
+    if bool(failed.all()) or not bool(failed.any()):
+        return solved(slice(None))
+    # apart, so that nobody's result depends on its company
+    parts = [which.nonzero().squeeze(-1) for which in (failed, ~failed)]
+    return Solution.joined([solved(some) for some in parts]).picked(torch.cat(parts).argsort())
 
 
-_Found = tuple[Tensor, Tensor, Tensor | None, Tensor]
-
-
-def _native_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec, options: GptqOptions) -> _Found:
-    """The column loop in C++: codes, scale, zero, values, in the stored order."""
-    size = spec.group(w.shape[-1])
+def _native_loop(
+    w: Tensor, hessian: Tensor, order: Tensor | None, root: Tensor, added: Tensor, damp: list[float], spec: QuantSpec,
+    options: GptqOptions,
+) -> Solution:  # fmt: skip
+    """The C++, and what it leaves to PyTorch: weights without a root of their own, and very many groups."""
+    size, groups = spec.group(w.shape[-1]), spec.groups(w.shape[-1])
     tried = tried_fractions(spec.bits, options.grid)
     grid = native.Grid(size, spec.levels, int(spec.midpoint), spec.symmetric, *tried)
-    bounds = block_bounds(w.shape[-1], size, options.block)
-    codes, quantized, scale, zero = native.quantize(w, order, factor, grid, bounds)
-    return codes, scale, None if spec.symmetric else zero, quantized
+    known = bool(damp) and damp[0] > 0 and (groups <= native.FITTED_GROUPS or not options.refit)
+    ridge = options.damp * hessian.diagonal(dim1=-2, dim2=-1).mean(-1) if known and options.refit else None
+    found = native.quantize(w, order, root, added, grid, ridge)
+    zero = None if spec.symmetric else found.zero
+    if not known:
+        return _measured(w, hessian, (found.codes, found.scale, zero, found.values), spec, options, damp)
+    energy = output_energy(w, hessian) if found.energy is None else found.energy
+    return Solution(found.codes, found.scale, zero, found.values, found.error, energy, damp)
 
 
 def _plain_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec, options: GptqOptions) -> _Found:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from llmcompress_kernels import columns
 from torch import Tensor
 
 # tiles of the upper triangle: enough to save near half the work, each wide enough for full GEMM speed
@@ -18,8 +19,11 @@ from torch import Tensor
 TILES = 12
 NARROWEST = 96
 DAMP_STEPS = (1.0, 10.0, 100.0)
-# order up to which a triangular matrix is inverted by the library
+# order up to which a matrix is factorized, and a triangular one inverted, by the library
 SOLVED_AT_ONCE = 128
+# columns of a Cholesky factor that the library finds at once; the rest is products (64 were fastest at widths 512 to
+# 2048, 256 took 10 to 60 % longer)
+CHOLESKY_BLOCK = 64
 
 
 class Gram:
@@ -117,7 +121,9 @@ def blend_rare(hessian: Tensor, tokens: Tensor, shared: Tensor, min_tokens: int)
     return hessian + share[:, None, None] * shared.to(hessian)
 
 
-def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None = None) -> tuple[Tensor, list[float]]:
+def inverse_factor(
+    hessian: Tensor, damp: float, usable: Sequence[bool] | None = None, order: Tensor | None = None
+) -> tuple[Tensor, list[float]]:
     """Upper triangular ``U`` with ``(H + damp·mean(diag)·I)⁻¹ = Uᵀ U``, batched.
 
     Uses one Cholesky of the flipped matrix and one triangular inverse, instead of Cholesky, inverse and
@@ -127,12 +133,28 @@ def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None =
         hessian: ``[E, K, K]`` fp32, symmetric.
         damp: Relative damping; raised tenfold up to twice where the factorization fails.
         usable: Which matrices carry information; the others get ``U = I`` (plain rounding).
+        order: int64 ``[E, K]``, rows and columns that are meant by the first, the second, …; None for as they come.
 
     Returns:
         ``U [E, K, K]`` and per matrix the damping that worked, 0 where ``U = I``.
     """
-    experts, width, _ = hessian.shape
-    identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
+    lower, used = reversed_root(hessian, damp, usable, order)
+    upper = lower.flip(-1, -2)
+    del lower  # these matrices are large
+    return upper_inverse(upper), used
+
+
+def reversed_root(
+    hessian: Tensor, damp: float, usable: Sequence[bool] | None = None, order: Tensor | None = None
+) -> tuple[Tensor, list[float]]:
+    """Lower Cholesky factor of the damped matrix, rows and columns in reverse order: R of :func:`inverse_factor`,
+    turned round. Arguments and damping as there.
+
+    Returns:
+        ``[E, K, K]``, of which only the lower triangle counts, and per matrix the damping that worked, 0 for those that
+        became ``I``.
+    """
+    experts = hessian.shape[0]
     factor: Tensor | None = None
     used = [0.0] * experts
     sums = hessian.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
@@ -140,22 +162,58 @@ def inverse_factor(hessian: Tensor, damp: float, usable: Sequence[bool] | None =
     for raise_by in DAMP_STEPS:
         if not pending:
             break
-        lower, info = torch.linalg.cholesky_ex(_damped_reversed(hessian, pending, damp * raise_by))
+        lower, info = cholesky(_damped_reversed(hessian, pending, damp * raise_by, order))
         good = (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         solved = [e for e, ok in zip(pending, good.tolist()) if ok]
         if solved:
-            upper = (lower if len(solved) == len(pending) else lower[good]).flip(-1, -2)
-            del lower  # these matrices are large
-            inverse = upper_inverse(upper)
+            found = lower if len(solved) == len(pending) else lower[good]
             if len(solved) == experts:
-                factor = inverse
+                factor = found
             else:
-                factor = identity.repeat(experts, 1, 1) if factor is None else factor
-                factor[torch.tensor(solved, device=hessian.device)] = inverse
+                factor = _identities(hessian) if factor is None else factor
+                factor[torch.tensor(solved, device=hessian.device)] = found
         for e in solved:
             used[e] = damp * raise_by
         pending = [e for e in pending if e not in set(solved)]
-    return identity.repeat(experts, 1, 1) if factor is None else factor, used
+    return _identities(hessian) if factor is None else factor, used
+
+
+def _identities(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
+
+
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of ``[E, K, K]``, and a number per matrix that is 0 where there is one.
+
+    Wide ones on a CPU go by block columns, and nearly all their work is products: the library takes twice as long.
+    Their upper triangle is left as it was.
+
+    Args:
+        matrix: Symmetric; wide ones are overwritten.
+    """
+    if matrix.device.type != "cpu" or matrix.shape[-1] <= SOLVED_AT_ONCE:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, info
+    return matrix, torch.tensor([_factorize(one) for one in matrix], dtype=torch.int32)
+
+
+def _factorize(matrix: Tensor) -> int:
+    """Cholesky of one matrix, in place, left-looking."""
+    width, failed = matrix.shape[0], 0
+    for start in range(0, width, CHOLESKY_BLOCK):
+        stop = min(start + CHOLESKY_BLOCK, width)
+        column = matrix[start:, start:stop]
+        if start:
+            column.addmm_(matrix[start:, :start], matrix[start:stop, :start].T, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(column[: stop - start])
+        failed = failed or int(info)
+        matrix[start:stop, start:stop] = corner
+        if stop < width:
+            # the inverse of a block is cheap, and a product with it several times faster than solving with it
+            eye = torch.eye(stop - start, dtype=matrix.dtype)
+            inverse = torch.linalg.solve_triangular(corner, eye, upper=False)
+            matrix[stop:, start:stop] = matrix[stop:, start:stop] @ inverse.T
+    return failed
 
 
 def upper_inverse(matrix: Tensor) -> Tensor:
@@ -172,15 +230,45 @@ def upper_inverse(matrix: Tensor) -> Tensor:
     return result
 
 
-def _damped_reversed(hessian: Tensor, chosen: list[int], damp: float) -> Tensor:
-    """A damped copy of the chosen matrices, rows and columns in reverse order."""
-    everything = len(chosen) == hessian.shape[0]
-    source = hessian if everything else hessian[torch.tensor(chosen, device=hessian.device)]
-    diagonal = source.diagonal(dim1=-2, dim2=-1)
+def damped_diagonal(diagonal: Tensor, damp: Tensor | float) -> Tensor:
+    """Diagonals ``[E, K]`` after damping.
+
+    A dead input would make its column of the inverse arbitrary: it gets the mean energy, which leaves the column to
+    plain rounding because nothing correlates with it.
+
+    Args:
+        diagonal: ``[E, K]``.
+        damp: Relative to the mean; one number, or ``[E, 1]``.
+    """
     mean = diagonal.mean(-1, keepdim=True)
-    # a dead input would make its column of the inverse arbitrary: give it the mean energy, which
-    # leaves the column to plain rounding because nothing correlates with it
-    damped = torch.where(diagonal <= 0, mean, diagonal) + damp * mean
-    result = source.flip(-1, -2)
-    result.diagonal(dim1=-2, dim2=-1).copy_(damped.flip(-1))
+    return torch.where(diagonal <= 0, mean, diagonal) + damp * mean
+
+
+def _damped_reversed(hessian: Tensor, chosen: list[int], damp: float, order: Tensor | None) -> Tensor:
+    """A damped copy of the chosen matrices, rows and columns in reverse order; only the lower triangle counts."""
+    if len(chosen) < hessian.shape[0]:
+        some = torch.tensor(chosen, device=hessian.device)
+        hessian, order = hessian[some], None if order is None else order[some]
+    diagonal = damped_diagonal(hessian.diagonal(dim1=-2, dim2=-1), damp)
+    if order is not None:
+        diagonal = diagonal.gather(-1, order)
+    if hessian.device.type == "cpu" and hessian.dtype == torch.float32 and columns.ready():
+        result = columns.reversed_lower(hessian, order)
+    else:
+        result = reversed_matrix(hessian, order)
+    result.diagonal(dim1=-2, dim2=-1).copy_(diagonal.flip(-1))
     return result
+
+
+def reversed_matrix(hessian: Tensor, order: Tensor | None) -> Tensor:
+    """Matrices with rows and columns in the reverse of an order of visit; ``columns.reversed_lower`` is the fast one.
+
+    Args:
+        hessian: ``[E, K, K]``.
+        order: int64 ``[E, K]``; None for as they come.
+    """
+    if order is None:
+        return hessian.flip(-1, -2)
+    places = order.flip(-1)
+    # two plain copies are several times faster than one gather over both dimensions
+    return torch.stack([one.index_select(0, at).index_select(1, at) for one, at in zip(hessian, places)])

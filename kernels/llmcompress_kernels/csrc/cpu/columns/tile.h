@@ -1,57 +1,38 @@
 // The column loop on one tile of rows, in GCC's vector types, compiled to what the including file's target offers.
 //
-// A tile is held as [K, 32]: a column of 32 rows is two vectors, and all its work fits the second-level cache, so the
-// update of the columns after a block is a product of two small matrices that never leave it. Rounding is that of the
-// definition (llmcompress/algorithms/gptq.py and grids.py): to the nearest, ties to even, codes after a true division.
-// Only sums may differ in their last bits.
-#include <cstring>
-
+// A tile is held as [K, 32]: a column of 32 rows is two vectors, and all its work fits the second-level cache.
+//
+// The definition (llmcompress/algorithms/gptq.py) passes errors on by the Cholesky factor U of the inverse Hessian:
+// w - q = err U. Here the root R = U^-1 is used instead, for which H = R R^T and err = (w - q) R: the weight that is
+// quantized in column j is w_j + sum over i < j of (w_i - q_i) R_ij / R_jj. So no inverse is needed, a column is written
+// once, and the rows of errors and of codes go through the same root at once: with d_g the codes of group g,
+// F_g = d_g R gives d_g H d_h^T = F_g F_h^T and d_g H (w - q)^T = F_g err^T, which is all that the least squares fit of
+// the scales needs. A group's grid is chosen for the weights as they are when it is reached, that is with later columns
+// moved as if those before them in the group were not going to be rounded: `settle` solves for them.
+//
+// Rounding is that of the definition: to the nearest, ties to even, codes after a true division. Only sums differ in
+// their last bits.
 #include "columns.h"
+#include "fit.h"
 
 namespace LLMCOMPRESS_ISA {
 
 using namespace llmcompress::columns;
 
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-
-constexpr float kHalfMax = 65504.f;
-constexpr float kHalfTiny = 0x1p-24f;
-constexpr float kHalfNormal = 0x1p-14f;
-// adding and taking away 1.5 * 2^23 rounds values below 2^22 to the nearest integer
-constexpr float kMagic = 12582912.f;
-
-inline F16 load(const float* p) {
-    F16 v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-inline void store(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
-inline F16 spread(float x) { return x - F16{}; }
-inline F16 least(F16 a, F16 b) { return a < b ? a : b; }
-inline F16 most(F16 a, F16 b) { return a > b ? a : b; }
-inline F16 clamp(F16 x, F16 low, F16 high) { return least(most(x, low), high); }
-inline F16 rounded(F16 x) { return (x + kMagic) - kMagic; }
-
-// The nearest fp16 value of x in [2^-24, 65504].
-inline F16 to_half(F16 x) {
-    const U16 bits = (U16)x;
-    const F16 normal = (F16)((bits + 0xfff + ((bits >> 13) & 1)) & ~0x1fffu);
-    const F16 small = rounded(x * 0x1p24f) * 0x1p-24f;
-    return x < spread(kHalfNormal) ? small : normal;
-}
-
-inline uint16_t half_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return x < kHalfNormal ? uint16_t(x * 0x1p24f) : uint16_t((bits >> 13) - (112u << 10));
-}
-
 struct Solver {
     const Problem& p;
-    const float* factor;
-    float *work, *codes, *errors, *scales, *zeros, *importance, *reciprocal;
+    const Roots& roots;
+    const float* packed;  // what is read next
+    const int64_t expert;
+    // [K, 32]: weights, then what rounding took off them; codes less their zero point
+    float *delta, *steps;
+    // of the group at work, [columns, 32]: weights as earlier columns move them, the same for its grid, errors
+    float *work, *settled, *errors;
+    float *scales, *zeros;
+    // [G, columns of the group, 32]: codes of each group times the root
+    float* parts;
+    Sums sums;
+    float* importance;
     const float top;
 
     // Scale and zero point that cover [low, high].
@@ -64,21 +45,20 @@ struct Solver {
     }
 
     // Squared rounding error of the group under a grid, weighted.
-    inline F16 cost(const float* values, int64_t start, int64_t size, F16 scale, F16 zero) const {
+    inline F16 cost(const float* values, int64_t size, F16 scale, F16 zero) const {
         const F16 inverse = 1.f / scale, high = spread(top);
         F16 sum{};
         for (int64_t c = 0; c < size; ++c) {
             const F16 exact = load(values + c * kTile) * inverse + zero;
             const F16 error = rounded(clamp(exact, F16{}, high)) - exact;
-            sum += error * error * importance[start + c];
+            sum += error * error * importance[c];
         }
         return sum * scale * scale;
     }
 
-    // Grid of the group that starts at a column, for 16 rows.
-    inline void find(int64_t start, int lane) const {
-        const int64_t index = start / p.group, size = start + p.group < p.columns ? p.group : p.columns - start;
-        const float* values = work + start * kTile + lane;
+    // Grid of a group of so many columns, for 16 rows.
+    inline void find(const float* weights, int64_t group, int64_t size, int lane) const {
+        const float* values = weights + lane;
         F16 low{}, high{};
         for (int64_t c = 0; c < size; ++c) {
             const F16 v = load(values + c * kTile);
@@ -88,11 +68,11 @@ struct Solver {
         F16 scale, zero, fraction = spread(1.f);
         cover(low, high, scale, zero);
         if (p.coarse_count + p.fine_count > 0) {
-            F16 best = cost(values, start, size, scale, zero);
+            F16 best = cost(values, size, scale, zero);
             const auto attempt = [&](F16 share) {
                 F16 s, z;
                 cover(low * share, high * share, s, z);
-                const F16 error = cost(values, start, size, s, z);
+                const F16 error = cost(values, size, s, z);
                 const I16 better = error < best;
                 scale = better ? s : scale;
                 zero = better ? z : zero;
@@ -103,105 +83,233 @@ struct Solver {
             const F16 centre = fraction;
             for (int64_t i = 0; i < p.fine_count; ++i) attempt(centre + p.fine[i]);
         }
-        store(scales + index * kTile + lane, scale);
-        store(zeros + index * kTile + lane, zero);
+        store(scales + group * kTile + lane, scale);
+        store(zeros + group * kTile + lane, zero);
     }
 
-    // Quantize columns [start, stop); each one's error is spread over those after it.
-    inline void block(int64_t start, int64_t stop) const {
-        for (int64_t column = start; column < stop; ++column) {
-            if (column % p.group == 0)
-                for (int lane = 0; lane < kTile; lane += 16) find(column, lane);
-            const int64_t grid = column / p.group * kTile;
-            F16 error[2];
+    // Adds to kPanel columns what earlier ones, in `from`, do to them: a sum over those times the panel's roots.
+    template <int Vectors>
+    static inline void product(const float* from, const float* panel, int64_t count, float* to) {
+        F16 sum[kPanel][Vectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kPanel; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < Vectors; ++v) sum[i][v] = load(to + i * kTile + 16 * v);
+        for (int64_t k = 0; k < count; ++k) {
+            F16 x[Vectors];
+#pragma GCC unroll 2
+            for (int v = 0; v < Vectors; ++v) x[v] = load(from + k * kTile + 16 * v);
+#pragma GCC unroll 4
+            for (int i = 0; i < kPanel; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < Vectors; ++v) sum[i][v] += x[v] * panel[k * kPanel + i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kPanel; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < Vectors; ++v) store(to + i * kTile + 16 * v, sum[i][v]);
+    }
+
+    // The same for all rows of the tile.
+    static inline void products(const float* from, const float* panel, int64_t count, float* to) {
+        if (kManyRegisters) return product<2>(from, panel, count, to);
+        product<1>(from, panel, count, to);
+        product<1>(from + 16, panel, count, to + 16);
+    }
+
+    // The same for errors and codes, in one pass where registers hold the sums.
+    inline void contribute(int64_t first, int64_t last, int64_t column, float* part) {
+        const int64_t count = last - first;
+        const float *x = delta + first * kTile, *d = steps + first * kTile;
+        float *to = work + column * kTile, *at = part == nullptr ? nullptr : part + column * kTile;
+        if (kManyRegisters && part != nullptr) {
+            F16 moved[kPanel][2], added[kPanel][2];
+#pragma GCC unroll 4
+            for (int i = 0; i < kPanel; ++i) {
+                moved[i][0] = load(to + i * kTile), moved[i][1] = load(to + i * kTile + 16);
+                added[i][0] = load(at + i * kTile), added[i][1] = load(at + i * kTile + 16);
+            }
+            for (int64_t k = 0; k < count; ++k) {
+                const F16 x0 = load(x + k * kTile), x1 = load(x + k * kTile + 16);
+                const F16 d0 = load(d + k * kTile), d1 = load(d + k * kTile + 16);
+#pragma GCC unroll 4
+                for (int i = 0; i < kPanel; ++i) {
+                    const F16 root = spread(packed[k * kPanel + i]);
+                    moved[i][0] += x0 * root, moved[i][1] += x1 * root;
+                    added[i][0] += d0 * root, added[i][1] += d1 * root;
+                }
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < kPanel; ++i) {
+                store(to + i * kTile, moved[i][0]), store(to + i * kTile + 16, moved[i][1]);
+                store(at + i * kTile, added[i][0]), store(at + i * kTile + 16, added[i][1]);
+            }
+        } else {
+            products(x, packed, count, to);
+            if (part != nullptr) products(d, packed, count, at);
+        }
+        packed += count * kPanel;
+    }
+
+    // Columns [first, last) of the tile add to columns [column, stop) of the group at work.
+    inline void pass(int64_t first, int64_t last, int64_t column, int64_t stop, float* part) {
+        for (int64_t from = first; from < last;) {
+            const int64_t to = lesser(lesser(from + kChunk, (from / p.group + 1) * p.group), last);
+            float* own = part == nullptr ? nullptr : part + from / p.group * width() * kTile;
+            for (int64_t c = column; c < stop; c += kPanel) contribute(from, to, c, own);
+            from = to;
+        }
+    }
+
+    inline int64_t width() const { return padded(p.group); }
+
+    // Quantize `size` columns from `column` of the group that starts at `start`; each is heard of by those after it.
+    inline void block(int64_t start, int64_t column, int64_t size, float* own) {
+        const int64_t group = start / p.group;
+        for (int64_t j = 0; j < size; ++j) {
+            const int64_t c = column + j, at = (start + c) * kTile;
+            const float* row = packed + j * size;
+            F16 error[2], step[2];
             for (int half = 0; half < 2; ++half) {
-                const int64_t at = column * kTile + 16 * half;
-                const F16 value = load(work + at), scale = load(scales + grid + 16 * half);
-                const F16 zero = load(zeros + grid + 16 * half);
-                const F16 steps = rounded(clamp(value / scale, -zero, top - zero));
-                store(codes + at, steps + zero);
-                store(work + at, steps * scale);
-                error[half] = (value - steps * scale) * reciprocal[column];
-                store(errors + (column - start) * kTile + 16 * half, error[half]);
+                const int64_t lane = 16 * half, grid = group * kTile + lane;
+                const F16 value = load(work + c * kTile + lane), scale = load(scales + grid);
+                const F16 zero = load(zeros + grid);
+                step[half] = rounded(clamp(value / scale, -zero, top - zero));
+                const F16 quantized = step[half] * scale;
+                error[half] = load(delta + at + lane) - quantized;
+                store(delta + at + lane, error[half]);
+                store(steps + at + lane, step[half]);
+                store(errors + c * kTile + lane, (value - quantized) * roots.diagonal[start + c]);
             }
-            const float* row = factor + column * p.columns;
-            for (int64_t c = column + 1; c < stop; ++c) {
-                float* target = work + c * kTile;
-                store(target, load(target) - error[0] * row[c]);
-                store(target + 16, load(target + 16) - error[1] * row[c]);
+            for (int64_t i = j + 1; i < size; ++i) {
+                float* target = work + (column + i) * kTile;
+                store(target, load(target) + error[0] * row[i]);
+                store(target + 16, load(target + 16) + error[1] * row[i]);
             }
+            if (own == nullptr) continue;
+            for (int64_t i = j; i < size; ++i) {
+                float* target = own + (column + i) * kTile;
+                store(target, load(target) + step[0] * row[i]);
+                store(target + 16, load(target + 16) + step[1] * row[i]);
+            }
+        }
+        packed += size * size;
+    }
+
+    // Weights of a group as they are before any of its columns is rounded, into `settled`: `work` has what the columns
+    // before the group do to each of its own, but not yet what those moved ones do to each other.
+    inline void settle(int64_t start, int64_t size) {
+        const float *roots_left = packed, *original = delta + start * kTile;
+        float* const moved = errors;  // unmoved less moved weights; errors come later
+        std::memcpy(settled, work, sizeof(float) * kTile * width());
+        for (int64_t column = 0; column < size; column += kBlock) {
+            const int64_t stop = lesser(column + kBlock, size), wide = stop - column;
+            for (int64_t from = 0; from < column; from += kChunk) {
+                const int64_t count = lesser(kChunk, column - from);
+                for (int64_t c = column; c < stop; c += kPanel, roots_left += count * kPanel)
+                    products(moved + from * kTile, roots_left, count, settled + c * kTile);
+            }
+            for (int64_t c = column; c < stop; ++c, roots_left += wide)
+                for (int lane = 0; lane < kTile; lane += 16) {
+                    const F16 by = load(original + c * kTile + lane) - load(settled + c * kTile + lane);
+                    store(moved + c * kTile + lane, by);
+                    for (int64_t i = c + 1; i < stop; ++i) {
+                        float* target = settled + i * kTile + lane;
+                        store(target, load(target) + by * roots_left[i - column]);
+                    }
+                }
         }
     }
 
-    // Columns [first, first + Count) after a block: work -= factor[block, columns]^T errors.
-    template <int Count>
-    inline void update(int64_t start, int64_t stop, int64_t first) const {
-        F16 sum[Count][2];
-#pragma GCC unroll 8
-        for (int i = 0; i < Count; ++i) sum[i][0] = sum[i][1] = F16{};
-        for (int64_t j = 0; j < stop - start; ++j) {
-            const float* row = factor + (start + j) * p.columns + first;
-            const F16 e0 = load(errors + j * kTile), e1 = load(errors + j * kTile + 16);
-#pragma GCC unroll 8
-            for (int i = 0; i < Count; ++i) {
-                sum[i][0] += e0 * row[i];
-                sum[i][1] += e1 * row[i];
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < Count; ++i) {
-            float* target = work + (first + i) * kTile;
-            store(target, load(target) - sum[i][0]);
-            store(target + 16, load(target + 16) - sum[i][1]);
-        }
+    // Weights of a group into `delta` and `work`, unmoved.
+    inline void fetch(int64_t start, int64_t size, int64_t first_row, int64_t rows, const int64_t* order) {
+        const float* source = p.weight + (expert * p.rows + first_row) * p.columns;
+        float* target = delta + start * kTile;
+        if (rows < kTile) std::memset(target, 0, sizeof(float) * kTile * size);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < size; ++c)
+                target[c * kTile + r] = source[r * p.columns + (order == nullptr ? start + c : order[start + c])];
+        std::memcpy(work, target, sizeof(float) * kTile * size);
+        std::memset(work + size * kTile, 0, sizeof(float) * kTile * (width() - size));
     }
 
-    inline void run() const {
-        for (int64_t i = 0; i < p.blocks; ++i) {
-            const int64_t start = p.bounds[2 * i], stop = p.bounds[2 * i + 1];
-            block(start, stop);
-            int64_t first = stop;
-            for (; first + 8 <= p.columns; first += 8) update<8>(start, stop, first);
-            for (; first < p.columns; ++first) update<1>(start, stop, first);
+    inline void run(int64_t first_row, int64_t rows, const int64_t* order) {
+        const int64_t wide = width() * kTile;
+        float* const all = p.refit ? parts : nullptr;
+        for (int64_t start = 0, group = 0; start < p.columns; start += p.group, ++group) {
+            const int64_t size = lesser(p.group, p.columns - start);
+            float* const own = p.refit ? parts + group * wide : nullptr;
+            if (p.refit) std::memset(parts, 0, sizeof(float) * (group + 1) * wide);
+            fetch(start, size, first_row, rows, order);
+            pass(0, start, 0, size, all);
+            for (int64_t c = 0; c < size; ++c) importance[c] = roots.diagonal[start + c] * roots.diagonal[start + c];
+            if (start > 0) settle(start, size);
+            for (int lane = 0; lane < kTile; lane += 16) find(start > 0 ? settled : work, group, size, lane);
+            for (int64_t column = 0; column < size; column += kBlock) {
+                const int64_t stop = lesser(column + kBlock, size);
+                pass(start, start + column, column, stop, all);
+                block(start, column, stop - column, own);
+            }
+            const float* added = p.added + expert * p.columns + start;
+            for (int lane = 0; lane < kTile; lane += 16) {
+                sums.errors(errors + lane, delta + start * kTile + lane, added, size, lane);
+                if (p.refit) {
+                    sums.diagonals(delta + start * kTile + lane, steps + start * kTile + lane, added, size,
+                                  p.ridge[expert], group, lane);
+                    sums.products(parts + lane, wide, errors + lane, roots.diagonal + start, size, group, lane);
+                }
+            }
         }
     }
 };
 
 // Rows beyond the last are filled with zeros and left out of what is written.
-inline void solve_tile(const Problem& p, int64_t expert, int64_t first_row, float* scratch) {
-    const int64_t columns = p.columns, rows = p.rows - first_row < kTile ? p.rows - first_row : kTile;
-    const float* factor = p.factor + expert * columns * columns;
-    float* const codes = scratch + kTile * columns;
-    float* const errors = codes + kTile * columns;
-    float* const scales = errors + kTile * longest(p);
-    float* const zeros = scales + kTile * p.groups;
-    float* const importance = zeros + kTile * p.groups;
-    float* const reciprocal = importance + columns;
-    const Solver solver{p, factor, scratch, codes, errors, scales, zeros, importance, reciprocal, float(p.levels - 1)};
+inline void solve_tile(const Problem& p, const Roots& roots, int64_t expert, int64_t first_row, float* scratch) {
+    const int64_t columns = p.columns, rows = lesser(kTile, p.rows - first_row), width = padded(p.group);
+    float* at = scratch;
+    const auto take = [&at](int64_t lines) {
+        float* taken = at;
+        at += lines * kTile;
+        return taken;
+    };
+    float *const delta = take(columns), *const steps = take(columns), *const work = take(width);
+    float *const settled = take(width), *const errors = take(width);
+    float *const scales = take(p.groups), *const zeros = take(p.groups);
+    const int64_t fit = p.refit ? 1 : 0;
+    float* const parts = take(fit * p.groups * width);
+    const Sums sums(p.groups, take(Sums::kTotals), take(fit * triangle(p.groups)), take(fit * triangle(p.groups)),
+                    take(fit * Sums::kVectors * p.groups));
+    Solver solver{p,      roots,  roots.packed, expert, delta, steps, work, settled,
+                  errors, scales, zeros,        parts,  sums,  at,    float(p.levels - 1)};
+    sums.clear(p.refit);
     const int64_t* order = p.order == nullptr ? nullptr : p.order + expert * columns;
-    const auto place = [order](int64_t column) { return order == nullptr ? column : order[column]; };
-    for (int64_t c = 0; c < columns; ++c) {
-        reciprocal[c] = 1.f / factor[c * columns + c];
-        importance[c] = reciprocal[c] * reciprocal[c];
-    }
-    if (rows < kTile) std::memset(scratch, 0, sizeof(float) * kTile * columns);
+    solver.run(first_row, rows, order);
     const int64_t begin = expert * p.rows + first_row;
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* source = p.weight + (begin + r) * columns;
-        for (int64_t c = 0; c < columns; ++c) scratch[c * kTile + r] = source[place(c)];
-    }
-    solver.run();
-    for (int64_t r = 0; r < rows; ++r) {
-        uint8_t* out_codes = p.codes + (begin + r) * columns;
-        float* out_values = p.values + (begin + r) * columns;
-        for (int64_t c = 0; c < columns; ++c) {
-            out_codes[place(c)] = uint8_t(codes[c * kTile + r]);
-            out_values[place(c)] = scratch[c * kTile + r];
+    for (int lane = 0; lane < kTile; lane += 16) {
+        if (p.refit)
+            sums.fit(scales + lane, lane);
+        else
+            sums.finish(lane);
+        for (int64_t r = lane; r < lesser(rows, lane + 16); ++r) {
+            p.error[begin + r] = sums.error()[r];
+            if (p.refit) p.energy[begin + r] = sums.energy()[r];
         }
-        for (int64_t g = 0; g < p.groups; ++g) {
-            const int64_t at = (begin + r) * p.groups + place(g * p.group) / p.group;
-            p.scale[at] = half_bits(scales[g * kTile + r]);
-            p.zero[at] = uint8_t(zeros[g * kTile + r]);
+    }
+    for (int64_t start = 0, group = 0; start < columns; start += p.group, ++group) {
+        const int64_t size = lesser(p.group, columns - start);
+        const auto place = [&](int64_t c) { return order == nullptr ? start + c : order[start + c]; };
+        for (int64_t r = 0; r < rows; ++r) {
+            const float scale = scales[group * kTile + r], zero = zeros[group * kTile + r];
+            const float* from = steps + start * kTile + r;
+            uint8_t* out_codes = p.codes + (begin + r) * columns;
+            float* out_values = p.values + (begin + r) * columns;
+            for (int64_t c = 0; c < size; ++c) {
+                out_codes[place(c)] = uint8_t(from[c * kTile] + zero);
+                out_values[place(c)] = from[c * kTile] * scale;
+            }
+            const int64_t to = (begin + r) * p.groups + place(0) / p.group;
+            p.scale[to] = half_bits(scale);
+            p.zero[to] = uint8_t(zero);
         }
     }
 }

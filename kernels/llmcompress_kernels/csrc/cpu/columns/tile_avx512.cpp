@@ -7,12 +7,13 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define LLMCOMPRESS_ISA columns_avx512
+#define LLMCOMPRESS_MANY_REGISTERS true
 #include "tile.h"
 #pragma GCC pop_options
 
 namespace llmcompress::columns {
-void tile_avx512(const Problem& p, int64_t expert, int64_t first_row, float* scratch) {
-    columns_avx512::solve_tile(p, expert, first_row, scratch);
+void tile_avx512(const Problem& p, const Roots& roots, int64_t expert, int64_t first_row, float* scratch) {
+    columns_avx512::solve_tile(p, roots, expert, first_row, scratch);
 }
 }  // namespace llmcompress::columns
 #endif
