@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.expert_shift import ShiftTally, rank_counts
+from llmcompress.algorithms.hessian import cholesky
 from llmcompress.algorithms.routing import RouterRule
 
 # experts whose Gram matrices are held at once, in bytes
@@ -135,7 +136,7 @@ def solve_ridge(
         float32 ``[N, H]``.
     """
     x_hat, w0 = x_hat.float(), weight.float()
-    n, h = w0.shape
+    h = w0.shape[1]
     residual = target.float() - x_hat @ w0.T
     counts = mask.sum(0)
     strength = torch.where(counts < h / 8, max(1.0, ridge), ridge).to(x_hat)
@@ -144,44 +145,85 @@ def solve_ridge(
     if shared and everything is not None and not bool((counts < h / 8).any()):
         return w0 + _solve(everything[0][None], everything[1][None], strength[:1])[0]
     out = w0.clone()
+    few = (counts < h) & (off_topk_weight == 0)
+    if bool(few.any()):
+        _solve_by_tokens(out, x_hat, residual, mask, few.nonzero().squeeze(-1).tolist(), strength)
+    many = (~few).nonzero().squeeze(-1).tolist()
     chunk = max(1, GRAM_BUDGET // (4 * h * h))
-    for start in range(0, n, chunk):
-        rows = range(start, min(n, start + chunk))
-        grams = x_hat.new_zeros(len(rows), h, h)
-        right = x_hat.new_zeros(len(rows), h)
-        for slot, expert in enumerate(rows):
+    for start in range(0, len(many), chunk):
+        experts = many[start : start + chunk]
+        grams = x_hat.new_zeros(len(experts), h, h)
+        right = x_hat.new_zeros(len(experts), h)
+        for slot, expert in enumerate(experts):
             tokens = mask[:, expert].nonzero().squeeze(-1)
             x = x_hat.index_select(0, tokens)
             grams[slot] = x.T @ x
             right[slot] = residual[tokens, expert] @ x
+        picked = torch.tensor(experts, device=w0.device)
         if everything is not None and off_topk_weight > 0:
             grams.mul_(1 - off_topk_weight).add_(everything[0], alpha=off_topk_weight)
-            right.mul_(1 - off_topk_weight).add_(everything[1][rows.start : rows.stop], alpha=off_topk_weight)
+            right.mul_(1 - off_topk_weight).add_(everything[1][picked], alpha=off_topk_weight)
         live = grams.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         if bool(live.any()):
-            picked = torch.arange(rows.start, rows.stop, device=w0.device)[live]
+            picked = picked[live]
             out[picked] += _solve(grams[live], right[live].unsqueeze(1), strength[picked]).squeeze(1)
     return out
 
 
-def _solve(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+def _solve_by_tokens(
+    out: Tensor, x_hat: Tensor, residual: Tensor, mask: Tensor, experts: list[int], strength: Tensor
+) -> None:
+    """Rows of :func:`solve_ridge` for experts with fewer top-K tokens than features, added to ``out [N, H]``.
+
+    ``(XᵀX + λI)⁻¹ Xᵀ r = Xᵀ (XXᵀ + λI)⁻¹ r``: the right side's system has a token's size, and all experts' systems are
+    parts of one matrix of products.
+    """
+    shares = mask[:, experts].sum(0).double()
+    size = x_hat.shape[0]
+    # one matrix for all where it takes less work than their own, and little memory
+    products = None
+    if size**2 <= 2 * float(shares.square().sum()) and 4 * size**2 <= GRAM_BUDGET:
+        products = _lower_products(x_hat)
+    for expert in experts:
+        tokens = mask[:, expert].nonzero().squeeze(-1)
+        x = x_hat.index_select(0, tokens)
+        system = x @ x.T if products is None else products.index_select(0, tokens).index_select(1, tokens)
+        if float(system.diagonal().sum()) > 0:
+            right = residual[tokens, expert][None, None]
+            found = _solve(system[None], right, strength[expert : expert + 1], x_hat.shape[1])
+            out[expert] += found[0, 0] @ x
+
+
+def _lower_products(x: Tensor, step: int = 512) -> Tensor:
+    """``x xᵀ`` of ``x [T, H]``, its lower triangle mirrored."""
+    products = x.new_empty(x.shape[0], x.shape[0])
+    for start in range(0, x.shape[0], step):
+        stop = min(start + step, x.shape[0])
+        torch.mm(x[start:stop], x[:stop].T, out=products[start:stop, :stop])
+        products[:start, start:stop] = products[start:stop, :start].T
+    return products
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: Tensor, features: int | None = None) -> Tensor:
     """Solve ``δ (G + ridge·tr(G)/H·I) = right``, in float64 where float32 does not factorise.
 
     Args:
-        gram: float32 ``[B, H, H]``, symmetric, with a positive trace.
-        right: float32 ``[B, R, H]``.
+        gram: float32 ``[B, S, S]``, symmetric, with a positive trace.
+        right: float32 ``[B, R, S]``.
         ridge: float32 ``[B]``.
+        features: H, where that is not S.
 
     Returns:
-        float32 ``[B, R, H]``.
+        float32 ``[B, R, S]``.
     """
-    h = gram.shape[-1]
-    damp = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / h
-    system = gram + damp[:, None, None] * torch.eye(h, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(system)
+    size = gram.shape[-1]
+    damp = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / (features or size)
+    system = gram.clone()
+    system.diagonal(dim1=-2, dim2=-1).add_(damp[:, None])
+    factor, info = cholesky(system)
     if bool((info == 0).all()):
         return torch.cholesky_solve(right.mT, factor).mT
-    exact = gram.double() + damp.double()[:, None, None] * torch.eye(h, device=gram.device, dtype=torch.float64)
+    exact = gram.double() + damp.double()[:, None, None] * torch.eye(size, device=gram.device, dtype=torch.float64)
     return torch.linalg.solve(exact, right.double().mT).mT.float()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmcompress.algorithms import router_calibration
 from llmcompress.algorithms.router_calibration import (
     SolverOptions,
     auto_k,
@@ -58,6 +59,28 @@ def test_ridge_is_the_same_in_small_chunks(streams, monkeypatch):
     whole = solve_ridge(x_hat, target, mask, w0)
     monkeypatch.setattr("llmcompress.algorithms.router_calibration.GRAM_BUDGET", 3 * 4 * H * H)
     assert torch.allclose(solve_ridge(x_hat, target, mask, w0), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_with_fewer_tokens_than_features_equal_normal_equations(streams, shared, monkeypatch):
+    x, x_hat, w0 = (each[:30] for each in streams)
+    target = x @ w0.T
+    mask = top_mask(target, 3)
+    mask[:, 7] = True  # one row has enough
+    mask[3:, 5] = False  # and one is held
+    mask[:3, 5] = True
+    if not shared:
+        monkeypatch.setattr("llmcompress.algorithms.router_calibration.GRAM_BUDGET", 4 * 29 * 30)
+    made = []
+    whole = router_calibration._lower_products
+    monkeypatch.setattr(router_calibration, "_lower_products", lambda x: made.append(1) or whole(x, 8))
+    solved = solve_ridge(x_hat, target, mask, w0, ridge=1e-2)
+    assert bool(made) == shared
+    assert 2 <= int(mask[:, 5].sum()) < H / 8 + 2
+    for expert in range(N):
+        m, ridge = mask[:, expert].float(), 1.0 if mask[:, expert].sum() < H / 8 else 1e-2
+        expected = normal_equations(x_hat, target[:, expert], m, w0[expert], ridge)
+        assert torch.allclose(solved[expert].double(), expected, atol=1e-4), expert
 
 
 def test_rows_without_tokens_do_not_move_and_rare_rows_are_held(streams):
