@@ -101,7 +101,7 @@ def ready() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What :func:`quantize` found, in the stored order of columns.
+    """Where :func:`quantize` puts what it finds, in the stored order of columns.
 
     Attributes:
         codes: uint8 ``[E, N, K]``.
@@ -109,7 +109,7 @@ class Found:
         scale: fp16 ``[E, N, G]``.
         zero: uint8 ``[E, N, G]``.
         error: fp32 ``[E, N]``, diagonal of ``(W-Q) H (W-Q)ᵀ``.
-        energy: fp32 ``[E, N]``, diagonal of ``W H Wᵀ``; None where scales were not fitted.
+        energy: fp32 ``[E, N]``, diagonal of ``W H Wᵀ``; written where scales are fitted.
     """
 
     codes: Tensor
@@ -117,12 +117,29 @@ class Found:
     scale: Tensor
     zero: Tensor
     error: Tensor
-    energy: Tensor | None
+    energy: Tensor
+
+    @classmethod
+    def empty(cls, experts: int, rows: int, columns: int, groups: int) -> Found:
+        """Uninitialised."""
+        return cls(
+            torch.empty(experts, rows, columns, dtype=torch.uint8), torch.empty(experts, rows, columns),
+            torch.empty(experts, rows, groups, dtype=torch.float16),
+            torch.empty(experts, rows, groups, dtype=torch.uint8), torch.empty(experts, rows),
+            torch.empty(experts, rows),
+        )  # fmt: skip
+
+    def part(self, experts: slice) -> Found:
+        """Views of some experts."""
+        return Found(
+            self.codes[experts], self.values[experts], self.scale[experts], self.zero[experts], self.error[experts],
+            self.energy[experts],
+        )  # fmt: skip
 
 
 def quantize(
-    w: Tensor, order: Tensor | None, root: Tensor, added: Tensor, grid: Grid, ridge: Tensor | None = None
-) -> Found:
+    w: Tensor, order: Tensor | None, root: Tensor, added: Tensor, grid: Grid, ridge: Tensor | None, found: Found
+) -> None:
     """Quantize all columns, each one's error made up for by those after it, and fit the scales to the chosen codes.
 
     Args:
@@ -133,13 +150,12 @@ def quantize(
         added: ``[E, K]`` fp32, what damping added to the Hessian's diagonal, in the order of visit.
         grid: How scales and zero points are chosen.
         ridge: ``[E]`` fp32, added to the Hessian's diagonal where scales are fitted; None to leave them.
+        found: Written.
 
     Raises:
         RuntimeError: The kernel is not available (see :func:`ready`), or memory ran out.
     """
-    library = _kernel()
-    if library is None:
-        raise RuntimeError("the native column loop is not available")
+    library = _loaded()
     experts, rows, columns = w.shape
     groups = -(-columns // grid.group)
     # the library that makes it returns it by columns
@@ -150,13 +166,12 @@ def quantize(
     assert root.shape == (experts, columns, columns)
     assert added.shape == (experts, columns)
     assert w.device.type == "cpu"
-    codes, values = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
-    scale = torch.empty(experts, rows, groups, dtype=torch.float16)
-    zero = torch.empty(experts, rows, groups, dtype=torch.uint8)
-    error = torch.empty(experts, rows)
-    energy = None if ridge is None else torch.empty_like(error)
+    assert found.codes.shape == found.values.shape == w.shape
+    assert found.scale.shape == found.zero.shape == (experts, rows, groups)
     coarse, fine = torch.tensor(grid.coarse), torch.tensor(grid.fine)
-    tensors = (w, order, root, added, ridge, codes, values, scale, zero, error, energy, coarse, fine)
+    written = (found.codes, found.values, found.scale, found.zero, found.error, found.energy)
+    assert all(tensor.is_contiguous() for tensor in written)
+    tensors = (w, order, root, added, ridge, *written, coarse, fine)
     sizes = (
         experts, rows, columns, grid.group, groups, *root.stride()[1:], len(grid.coarse), len(grid.fine), grid.levels,
         grid.midpoint, int(grid.symmetric), int(ridge is not None),
@@ -164,32 +179,39 @@ def quantize(
     problem = _Problem(*(None if t is None else t.data_ptr() for t in tensors), *sizes)
     if library.llmc_gptq_columns(ctypes.byref(problem)) != 0:
         raise RuntimeError("out of memory")
-    return Found(codes, values, scale, zero, error, energy)
 
 
-def reversed_lower(matrix: Tensor, order: Tensor | None) -> Tensor:
+def reversed_lower(matrix: Tensor, order: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Lower triangles with rows and columns in the reverse of an order of visit; what is above them is arbitrary.
 
     Args:
         matrix: ``[E, K, K]`` fp32 on the CPU, symmetric.
         order: int64 ``[E, K]``; None for as they come.
+        out: Where to write, contiguous; by default a new tensor.
 
     Raises:
         RuntimeError: The kernel is not available (see :func:`ready`).
     """
-    library = _kernel()
-    if library is None:
-        raise RuntimeError("the native column loop is not available")
-    assert matrix.dtype == torch.float32
-    assert matrix.device.type == "cpu"
+    library = _loaded()
+    out = torch.empty_like(matrix) if out is None else out
     matrix, order = matrix.contiguous(), None if order is None else order.contiguous()
-    out = torch.empty_like(matrix)
+    assert matrix.dtype == out.dtype == torch.float32
+    assert matrix.shape == out.shape
+    assert out.is_contiguous()
+    assert matrix.device.type == "cpu"
     places = None if order is None else order.data_ptr()
     library.llmc_gptq_reversed(
         ctypes.c_void_p(matrix.data_ptr()), ctypes.c_void_p(places), ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int64(matrix.shape[0]), ctypes.c_int64(matrix.shape[1]),
     )  # fmt: skip
     return out
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _kernel()
+    if library is None:
+        raise RuntimeError("the native column loop is not available")
+    return library
 
 
 # columns that quantize_span takes at most

@@ -110,14 +110,6 @@ class Solution:
             [damp for part in parts for damp in part.damp],
         )
 
-    def picked(self, experts: Tensor) -> Solution:
-        """The solutions of some experts, in the order of int64 ``experts``."""
-        return Solution(
-            self.codes[experts], self.scale[experts], None if self.zero is None else self.zero[experts],
-            self.quantized[experts], self.error[experts], self.energy[experts],
-            [self.damp[e] for e in experts.tolist()],
-        )  # fmt: skip
-
 
 def solve(
     w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None = None
@@ -136,24 +128,22 @@ def solve(
     """
     experts, rows, columns = w.shape
     step = experts if w.is_cuda else max(1, SOLVE_BYTES // (4 * rows * columns))
-    parts = []
-    for start in range(0, experts, step):
-        some = slice(start, start + step)
-        parts.append(_solve_stack(w[some], hessian[some], spec, options, None if usable is None else usable[some]))
+    turns = [slice(start, min(start + step, experts)) for start in range(0, experts, step)]
+    if _runs_natively(w, spec, options):
+        return _solve_natively(w, hessian, spec, options, usable, turns)
+    parts = [_solve_plainly(w[t], hessian[t], spec, options, None if usable is None else usable[t]) for t in turns]
     return parts[0] if len(parts) == 1 else Solution.joined(parts)
 
 
-def _solve_stack(
+def _solve_plainly(
     w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None
 ) -> Solution:
-    """:func:`solve` of some experts, all at once."""
+    """:func:`solve` of some experts at once, in PyTorch: the definition of what the C++ does."""
     order = column_order(hessian, spec.group(w.shape[-1]), options)
-    if _runs_natively(w, spec, options):
-        return _solve_natively(w, hessian, order, spec, options, usable)
     factor, damp = inverse_factor(hessian, options.damp, usable, order)
-    codes, scale, zero, quantized = _plain_loop(w, order, factor, spec, options)
+    found = _plain_loop(w, order, factor, spec, options)
     del factor
-    return _measured(w, hessian, (codes, scale, zero, quantized), spec, options, damp)
+    return _measured(w, hessian, found, spec, options, damp)
 
 
 _Found = tuple[Tensor, Tensor, Tensor | None, Tensor]
@@ -175,44 +165,61 @@ def _measured(
 
 
 def _solve_natively(
-    w: Tensor, hessian: Tensor, order: Tensor | None, spec: QuantSpec, options: GptqOptions,
-    usable: Sequence[bool] | None,
+    w: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqOptions, usable: Sequence[bool] | None,
+    turns: Sequence[slice],
 ) -> Solution:  # fmt: skip
-    """Column loop and fit of the scales in C++."""
-    root, damp = reversed_root(hessian, options.damp, usable, order)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    added = damped_diagonal(diagonal, torch.tensor(damp, dtype=diagonal.dtype)[:, None]) - diagonal
-    added = added if order is None else added.gather(-1, order)
+    """:func:`solve` in C++, some experts at a turn."""
+    experts, rows, columns = w.shape
+    whole = native.Found.empty(experts, rows, columns, spec.groups(columns))
+    # one memory for all turns: new memory costs a page fault per 4 KiB
+    memory = torch.empty(max(turn.stop - turn.start for turn in turns), columns, columns)
+    damp: list[float] = []
+    for turn in turns:
+        size = turn.stop - turn.start
+        curvature = hessian[turn]
+        order = column_order(curvature, spec.group(columns), options)
+        some = None if usable is None else usable[turn]
+        root, used = reversed_root(curvature, options.damp, some, order, memory[:size])
+        damp += used
+        diagonal = curvature.diagonal(dim1=-2, dim2=-1)
+        added = damped_diagonal(diagonal, torch.tensor(used, dtype=diagonal.dtype)[:, None]) - diagonal
+        added = added if order is None else added.gather(-1, order)
+        # those that have a root and those that have none apart, so that nobody's result depends on its company
+        alike = all(used) or not any(used)
+        for part in [slice(0, size)] if alike else [slice(i, i + 1) for i in range(size)]:
+            visits, place = (
+                None if order is None else order[part],
+                slice(turn.start + part.start, turn.start + part.stop),
+            )
+            problem = (w[place], curvature[part], visits, root[part], added[part])
+            _native_loop(problem, whole.part(place), used[part], spec, options)
+    zero = None if spec.symmetric else whole.zero
+    return Solution(whole.codes, whole.scale, zero, whole.values, whole.error, whole.energy, damp)
 
-    def solved(some: Tensor | slice) -> Solution:
-        visits = None if order is None else order[some]
-        own = damp if isinstance(some, slice) else [damp[e] for e in some.tolist()]
-        return _native_loop(w[some], hessian[some], visits, root[some], added[some], own, spec, options)
 
-    failed = torch.tensor([used == 0 for used in damp])
-    if bool(failed.all()) or not bool(failed.any()):
-        return solved(slice(None))
-    # apart, so that nobody's result depends on its company
-    parts = [which.nonzero().squeeze(-1) for which in (failed, ~failed)]
-    return Solution.joined([solved(some) for some in parts]).picked(torch.cat(parts).argsort())
+_Problem = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 
 def _native_loop(
-    w: Tensor, hessian: Tensor, order: Tensor | None, root: Tensor, added: Tensor, damp: list[float], spec: QuantSpec,
-    options: GptqOptions,
-) -> Solution:  # fmt: skip
+    problem: _Problem, found: native.Found, damp: list[float], spec: QuantSpec, options: GptqOptions
+) -> None:
     """The C++, and what it leaves to PyTorch: weights without a root of their own, and very many groups."""
+    w, hessian, order, root, added = problem
     size, groups = spec.group(w.shape[-1]), spec.groups(w.shape[-1])
     tried = tried_fractions(spec.bits, options.grid)
     grid = native.Grid(size, spec.levels, int(spec.midpoint), spec.symmetric, *tried)
-    known = bool(damp) and damp[0] > 0 and (groups <= native.FITTED_GROUPS or not options.refit)
+    known = damp[0] > 0 and (groups <= native.FITTED_GROUPS or not options.refit)
     ridge = options.damp * hessian.diagonal(dim1=-2, dim2=-1).mean(-1) if known and options.refit else None
-    found = native.quantize(w, order, root, added, grid, ridge)
-    zero = None if spec.symmetric else found.zero
+    native.quantize(w, order, root, added, grid, ridge, found)
     if not known:
-        return _measured(w, hessian, (found.codes, found.scale, zero, found.values), spec, options, damp)
-    energy = output_energy(w, hessian) if found.energy is None else found.energy
-    return Solution(found.codes, found.scale, zero, found.values, found.error, energy, damp)
+        zero = None if spec.symmetric else found.zero
+        exact = _measured(w, hessian, (found.codes, found.scale, zero, found.values), spec, options, damp)
+        found.scale.copy_(exact.scale)
+        found.values.copy_(exact.quantized)
+        found.error.copy_(exact.error)
+        found.energy.copy_(exact.energy)
+    elif ridge is None:
+        found.energy.copy_(output_energy(w, hessian))
 
 
 def _plain_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec, options: GptqOptions) -> _Found:

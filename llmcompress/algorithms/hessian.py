@@ -87,13 +87,23 @@ class Gram:
 
     def hessian(self, experts: slice = slice(None)) -> Tensor:
         """``2/n Σ x xᵀ`` of the chosen experts, ``[e, K, K]`` fp32, symmetric; zeros where no token was seen."""
-        full = self.total[experts].triu()
+        return self._mirrored(self.total[experts].clone(), experts)
+
+    def take_hessian(self) -> Tensor:
+        """:meth:`hessian` of all experts in the memory of the sums, which are gone then."""
+        full = self.total
+        self.release()
+        return self._mirrored(full, slice(None))
+
+    def _mirrored(self, full: Tensor, experts: slice) -> Tensor:
+        """The upper triangle made symmetric, and scaled, in place."""
         width = full.shape[-1]
         step = _tile(width)
         # tile by tile, because a second large matrix would raise the peak
         for start in range(0, width, step):
             stop = min(start + step, width)
             corner = full[:, start:stop, start:stop]
+            corner.triu_()
             corner += corner.triu(1).transpose(-1, -2)
             full[:, stop:, start:stop] = full[:, start:stop, stop:].transpose(-1, -2)
         count = self.tokens[experts].clamp(min=1).to(device=full.device, dtype=torch.float32)
@@ -105,20 +115,22 @@ def _tile(width: int) -> int:
 
 
 def blend_rare(hessian: Tensor, tokens: Tensor, shared: Tensor, min_tokens: int) -> Tensor:
-    """Mix the layer's Hessian into those of experts with few tokens: ``H_e + (1 - n_e/min) H_layer``.
+    """Mix the layer's Hessian into those of experts with few tokens, in place: ``H_e + (1 - n_e/min) H_layer``.
 
     Args:
-        hessian: ``[E, K, K]`` per-expert Hessians.
+        hessian: ``[E, K, K]`` per-expert Hessians, changed.
         tokens: ``[E]`` tokens seen by each.
         shared: ``[K, K]`` Hessian of all tokens of the layer.
         min_tokens: Number of tokens from which an expert stands on its own.
 
     Returns:
-        ``[E, K, K]``; rows with enough tokens, and rows without any, are unchanged.
+        ``hessian``; matrices with enough tokens, and those without any, are unchanged.
     """
-    share = (1.0 - tokens.to(torch.float32) / min_tokens).clamp(min=0.0)
-    share = torch.where(tokens > 0, share, torch.zeros_like(share)).to(hessian)
-    return hessian + share[:, None, None] * shared.to(hessian)
+    shared = shared.to(hessian)
+    for matrix, seen in zip(hessian, tokens.tolist()):
+        if 0 < seen < min_tokens:
+            matrix.add_(shared, alpha=1.0 - seen / min_tokens)
+    return hessian
 
 
 def inverse_factor(
@@ -145,10 +157,21 @@ def inverse_factor(
 
 
 def reversed_root(
-    hessian: Tensor, damp: float, usable: Sequence[bool] | None = None, order: Tensor | None = None
+    hessian: Tensor,
+    damp: float,
+    usable: Sequence[bool] | None = None,
+    order: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[float]]:
     """Lower Cholesky factor of the damped matrix, rows and columns in reverse order: R of :func:`inverse_factor`,
-    turned round. Arguments and damping as there.
+    turned round. Damping as there.
+
+    Args:
+        hessian: ``[E, K, K]`` fp32, symmetric.
+        damp: Relative damping.
+        usable: Which matrices carry information; the others become ``I``.
+        order: int64 ``[E, K]``, rows and columns in the order that is reversed; None for as they come.
+        out: Memory for the result, ``[E, K, K]``; used where that is possible.
 
     Returns:
         ``[E, K, K]``, of which only the lower triangle counts, and per matrix the damping that worked, 0 for those that
@@ -162,7 +185,8 @@ def reversed_root(
     for raise_by in DAMP_STEPS:
         if not pending:
             break
-        lower, info = cholesky(_damped_reversed(hessian, pending, damp * raise_by, order))
+        lower, info = cholesky(_damped_reversed(hessian, pending, damp * raise_by, order, out))
+        out = None  # taken
         good = (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         solved = [e for e, ok in zip(pending, good.tolist()) if ok]
         if solved:
@@ -244,16 +268,18 @@ def damped_diagonal(diagonal: Tensor, damp: Tensor | float) -> Tensor:
     return torch.where(diagonal <= 0, mean, diagonal) + damp * mean
 
 
-def _damped_reversed(hessian: Tensor, chosen: list[int], damp: float, order: Tensor | None) -> Tensor:
+def _damped_reversed(
+    hessian: Tensor, chosen: list[int], damp: float, order: Tensor | None, out: Tensor | None
+) -> Tensor:
     """A damped copy of the chosen matrices, rows and columns in reverse order; only the lower triangle counts."""
     if len(chosen) < hessian.shape[0]:
         some = torch.tensor(chosen, device=hessian.device)
-        hessian, order = hessian[some], None if order is None else order[some]
+        hessian, order, out = hessian[some], None if order is None else order[some], None
     diagonal = damped_diagonal(hessian.diagonal(dim1=-2, dim2=-1), damp)
     if order is not None:
         diagonal = diagonal.gather(-1, order)
     if hessian.device.type == "cpu" and hessian.dtype == torch.float32 and columns.ready():
-        result = columns.reversed_lower(hessian, order)
+        result = columns.reversed_lower(hessian, order, out)
     else:
         result = reversed_matrix(hessian, order)
     result.diagonal(dim1=-2, dim2=-1).copy_(diagonal.flip(-1))

@@ -27,6 +27,8 @@ from llmcompress.algorithms.routing import RouterRule
 
 # experts whose Gram matrices are held at once, in bytes
 GRAM_BUDGET = 512 * 2**20
+# inputs of one expert that are gathered at once
+PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,11 @@ def solve_ridge(
         grams = x_hat.new_zeros(len(experts), h, h)
         right = x_hat.new_zeros(len(experts), h)
         for slot, expert in enumerate(experts):
-            tokens = mask[:, expert].nonzero().squeeze(-1)
-            x = x_hat.index_select(0, tokens)
-            grams[slot] = x.T @ x
-            right[slot] = residual[tokens, expert] @ x
+            # piece by piece: a large copy costs a page fault per 4 KiB, a small one stays in the caches
+            for tokens in mask[:, expert].nonzero().squeeze(-1).split(max(512, PIECE_BYTES // (4 * h))):
+                x = x_hat.index_select(0, tokens)
+                grams[slot].addmm_(x.T, x)
+                right[slot] += residual[tokens, expert] @ x
         picked = torch.tensor(experts, device=w0.device)
         if everything is not None and off_topk_weight > 0:
             grams.mul_(1 - off_topk_weight).add_(everything[0], alpha=off_topk_weight)

@@ -225,7 +225,7 @@ class MoeStep:
                 for piece in self.inner[self._span(part)].split(ROWS):
                     gram.add(piece)
                     self.walker.cache.drop(self.inner)
-            self._layer_gram = moments if moments.apart else moments.shards[0].hessian()[0]
+            self._layer_gram = moments if moments.apart else moments.shards[0].take_hessian()[0]
         return self._layer_gram
 
     def _shared_down(self, expert: int) -> Any:
@@ -237,7 +237,7 @@ class MoeStep:
             span = self._span(part)
             own = chosen[(chosen >= span.start) & (chosen < span.stop)].to(self.x.device)
             gram.add(gated(self.experts, self.bank, expert, self._rows(own)))
-        return moments if moments.apart else moments.shards[0].hessian()[0]
+        return moments if moments.apart else moments.shards[0].take_hessian()[0]
 
     def _chunks(self) -> list[slice]:
         bank = self.bank

@@ -143,8 +143,7 @@ class BlockSolver:
         cross = None if self.pairs is None else self.pairs.take(group.linears[0].name)
         hessian = None
         if gram is not None and names:
-            hessian = gram.hessian()
-            gram.release()
+            hessian = gram.take_hessian()
         for spec in dict.fromkeys(self.plan[name] for name in names):
             mine = [name for name in names if self.plan[name] == spec]
             weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]
@@ -259,7 +258,7 @@ class BlockSolver:
         """Hessians of some experts under the policy for rare ones, and which of them can be used."""
         from llmcompress.algorithms.hessian import blend_rare
 
-        hessian = gram.hessian()
+        hessian = gram.take_hessian()
         needed = self.rare.needed(hessian.shape[-1])
         usable = []
         for position, tokens in enumerate(gram.tokens.tolist()):
@@ -272,7 +271,7 @@ class BlockSolver:
                 self.record.setdefault("rare_experts", {}).setdefault(name, []).append(expert)
                 if self.rare.blend:
                     own = slice(position, position + 1)
-                    hessian[own] = blend_rare(hessian[own], gram.tokens[own], shared(expert), needed)
+                    blend_rare(hessian[own], gram.tokens[own], shared(expert), needed)
         return hessian, usable
 
     def _source(self, name: str) -> Tensor:

@@ -29,6 +29,9 @@ CUDA_BATCH_TOKENS = 4096
 SOLVER_SQUARES = 7
 # fp32 copies of the weights alive in the column loop: source, transposed work, values, block error, codes
 SOLVER_COPIES = 4.5
+# on a CPU: bytes of weights that are solved at once (SOLVE_BYTES of algorithms/gptq.py), K x K matrices of theirs (the
+# Hessian's root, and its upper half as the column loop reads it), and what is made of all (values, codes)
+CPU_TURN, CPU_TURN_SQUARES, CPU_COPIES = 4 << 20, 1.5, 1.25
 # batch activations of a sublayer in units of its widest projection; measured, allocator slack included
 BATCH_WIDTHS = 6
 # rows of one expert run at once, and its activations in units of I: gate and up, activation, product, slack
@@ -47,6 +50,7 @@ class _Job:
         residuals: Whether the residual stream is kept for that as well.
         streams: Streams of hidden states, 0 to 2.
         tokens: Calibration tokens that flow, 0 without streams.
+        cuda: Whether it solves on a GPU.
     """
 
     plan: Mapping[str, QuantSpec]
@@ -55,6 +59,7 @@ class _Job:
     residuals: bool
     streams: int
     tokens: int
+    cuda: bool
 
 
 def _job(config: Any, inputs: PlanInputs, hessians: bool) -> _Job:
@@ -76,6 +81,7 @@ def _job(config: Any, inputs: PlanInputs, hessians: bool) -> _Job:
         residuals=aim == "residual_stream",
         streams=(2 if two else 1) if flowing else 0,
         tokens=inputs.samples * inputs.length if flowing else 0,
+        cuda=inputs.device == "cuda",
     )
 
 
@@ -193,7 +199,7 @@ def _working_sets(
     block: Block, job: _Job, batch_tokens: int, item: int, limits: Limits, room: int | None
 ) -> Iterator[int]:
     """Peak working set of each step of a block: batch activations, kept inputs, solver."""
-    tokens, plan, hessians, targets = job.tokens, job.plan, job.hessians, job.targets
+    tokens, plan, hessians = job.tokens, job.plan, job.hessians
     for sublayer in block.sublayers:
         shared = 2 * tokens * block_hidden(block) * item if sublayer.experts is not None else 0
         if room is not None and shared > room:
@@ -204,7 +210,7 @@ def _working_sets(
             rows = sum(linear.out_features for linear in group.linears)
             batch = BATCH_WIDTHS * min(tokens, batch_tokens) * max(rows, columns) * item
             planned = any(linear.name in plan for linear in group.linears)
-            yield shared + memory + max(batch, _solver(1, rows, columns, hessians, targets) if planned else 0)
+            yield shared + memory + max(batch, _solver(1, rows, columns, job, 1) if planned else 0)
         bank = sublayer.experts
         if bank is None:
             continue
@@ -219,7 +225,7 @@ def _working_sets(
         for name in (bank.gate_up, bank.down):
             if name in plan:
                 _, rows, columns = bank.shape(name)
-                yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, hessians, targets)
+                yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, job, int(item < 4))
 
 
 def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: int, limits: Limits) -> int:
@@ -240,7 +246,14 @@ def block_hidden(block: Block) -> int:
     return bank.width if bank is not None else next(block.linears()).in_features
 
 
-def _solver(experts: int, rows: int, columns: int, hessians: bool, targets: bool) -> int:
+def _solver(experts: int, rows: int, columns: int, job: _Job, copied: int) -> int:
+    """Bytes that solving a stack of weights takes; ``copied`` counts fp32 copies of the weights themselves."""
+    square, weight = columns**2 * 4, rows * columns * 4
+    if job.hessians and not job.targets and not job.cuda:
+        turn = min(experts, max(1, CPU_TURN // weight))
+        # one more Hessian may be at hand, of tokens that rare experts did not see
+        squares = experts + (experts > 1) + turn * CPU_TURN_SQUARES
+        return int(squares * square + experts * (CPU_COPIES + copied) * weight)
     # fitting to the full-precision stream adds the cross moments and one more copy of the weights
-    squares = (SOLVER_SQUARES + targets) * columns**2 * 4 if hessians else 0
-    return int(experts * (squares + (SOLVER_COPIES + targets) * rows * columns * 4))
+    squares = (SOLVER_SQUARES + job.targets) if job.hessians else 0
+    return int(experts * (squares * square + (SOLVER_COPIES + job.targets) * weight))

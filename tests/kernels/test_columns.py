@@ -8,7 +8,8 @@ import pytest
 import torch
 from llmcompress_kernels import columns as native
 
-from llmcompress.algorithms.gptq import GptqOptions, Solution, solve
+from llmcompress.algorithms.gptq import GptqOptions, Solution, output_error, solve
+from llmcompress.algorithms.hessian import reversed_matrix
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
@@ -34,12 +35,13 @@ def problem(experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.
 
 
 def by_definition(
-    w: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, options: GptqOptions, monkeypatch: pytest.MonkeyPatch
-) -> Solution:
+    w: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, options: GptqOptions, monkeypatch: pytest.MonkeyPatch,
+    usable: list[bool] | None = None,
+) -> Solution:  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setenv("LLMCOMPRESS_KERNELS", "reference")
         assert not native.ready()
-        return solve(w, hessian, spec, options)
+        return solve(w, hessian, spec, options, usable)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -69,6 +71,57 @@ def test_equals_the_definition(
             assert (found.zero is None) == symmetric
             values = dequantize(found.codes, found.scale, found.zero, spec)
             assert torch.equal(found.quantized, values)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "group", "bits", "symmetric"),
+    [(33, 72, 16, 4, False), (7, 300, -1, 3, True), (40, 330, 150, 4, False), (33, 260, 24, 2, False)],
+)  # fmt: skip
+def test_fitted_scales_errors_and_energies_equal_the_definition(
+    rows: int, columns: int, group: int, bits: int, symmetric: bool, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several chunks and blocks, with a dead input, and an expert that has to be rounded."""
+    monkeypatch.setenv("LLMCOMPRESS_CPU_ISA", isa)
+    spec, options = QuantSpec(bits, group, symmetric), GptqOptions(act_order="groups", refit=True, damp=0.02)
+    w, hessian = problem(3, rows, columns)
+    hessian[0, 5], hessian[0, :, 5] = 0, 0
+    usable = [True, True, False]
+    plain = by_definition(w, hessian, spec, options, monkeypatch, usable)
+    found = solve(w, hessian, spec, options, usable)
+    assert found.damp == plain.damp == [0.02, 0.02, 0.0]
+    same = (found.codes == plain.codes).all(-1)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(found.energy, plain.energy, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.error[same], plain.error[same], rtol=2e-3, atol=0)
+    # a scale half-way between two values of fp16 may go either way
+    torch.testing.assert_close(found.scale[same].float(), plain.scale[same].float(), rtol=2e-3, atol=0)
+    assert (found.scale[same] == plain.scale[same]).float().mean() > 0.9
+    values = dequantize(found.codes, found.scale, found.zero, spec)
+    assert torch.equal(found.quantized, values)
+    exact = output_error(w.double(), values.double(), hessian.double())[0]
+    torch.testing.assert_close(found.error.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_very_many_groups_are_fitted_by_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, options = QuantSpec(4, 8), GptqOptions(refit=True)
+    w, hessian = problem(1, 9, 64)
+    whole = solve(w, hessian, spec, options)
+    monkeypatch.setattr(native, "FITTED_GROUPS", 7)
+    found = solve(w, hessian, spec, options)
+    assert torch.equal(found.codes, whole.codes)
+    torch.testing.assert_close(found.scale.float(), whole.scale.float(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(found.error, whole.error, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_reversed_triangles_equal_their_definition(ordered: bool) -> None:
+    _, hessian = problem(2, 1, 300)
+    order = torch.stack([torch.randperm(300), torch.randperm(300)]) if ordered else None
+    out = torch.full_like(hessian, 7.0)
+    found = native.reversed_lower(hessian, order, out)
+    assert found is out
+    assert torch.equal(found.tril(), reversed_matrix(hessian, order).tril())
 
 
 def test_scales_in_and_below_the_normal_range_of_fp16_and_rows_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_failed_factorization_raises_damping() -> None:
 def test_blend() -> None:
     own = torch.rand(3, 4, 4)
     shared = torch.rand(4, 4)
-    mixed = blend_rare(own, torch.tensor([0, 25, 300]), shared, 100)
+    mixed = blend_rare(own.clone(), torch.tensor([0, 25, 300]), shared, 100)
     torch.testing.assert_close(mixed[1], own[1] + 0.75 * shared)
     assert torch.equal(mixed[0], own[0])
     assert torch.equal(mixed[2], own[2])
@@ -114,3 +114,40 @@ def test_upper_inverse_by_halves(width: int) -> None:
     found = module.upper_inverse(upper)
     assert torch.equal(found, found.triu())
     torch.testing.assert_close(found.double(), torch.linalg.inv(upper.double()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [100, 129, 300])
+def test_cholesky_by_block_columns(width: int) -> None:
+    x = torch.randn(3, 2 * width, width, generator=torch.Generator().manual_seed(width))
+    matrix = x.transpose(1, 2) @ x / width
+    matrix[1, width - 2, width - 2] = -1.0
+    exact = torch.linalg.cholesky(matrix[[0, 2]].double())
+    factor, info = module.cholesky(matrix.clone())
+    assert (info == 0).tolist() == [True, False, True]
+    torch.testing.assert_close(factor[[0, 2]].tril().double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_taken_hessian_is_the_same_and_leaves_nothing() -> None:
+    gram = Gram(2, 300)
+    for expert, tokens in ((0, 40), (1, 70)):
+        gram.add(torch.randn(tokens, 300), expert)
+    kept = gram.hessian()
+    assert torch.equal(kept, kept.mT)
+    torch.testing.assert_close(gram.hessian(slice(1, 2)), kept[1:])
+    assert torch.equal(gram.take_hessian(), kept)
+    assert gram.total.numel() == 0
+    assert gram.tokens.tolist() == [40, 70]
+
+
+def test_root_in_memory_that_was_given() -> None:
+    x = torch.randn(2, 400, 200, generator=torch.Generator().manual_seed(0))
+    curvature = x.transpose(1, 2) @ x
+    order = torch.stack([torch.randperm(200), torch.randperm(200)])
+    memory = torch.empty(2, 200, 200)
+    found, damp = module.reversed_root(curvature, 0.01, None, order, memory)
+    expected, _ = module.reversed_root(curvature, 0.01, None, order)
+    assert torch.equal(found.tril(), expected.tril())
+    assert damp == [0.01, 0.01]
+    upper, _ = inverse_factor(curvature, 0.01, None, order)
+    root = found.tril().flip(-1, -2)
+    torch.testing.assert_close(root @ upper, torch.eye(200).expand(2, -1, -1), rtol=0, atol=1e-3)

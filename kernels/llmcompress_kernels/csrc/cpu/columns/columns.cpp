@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "llmcompress/isa.h"
@@ -37,6 +38,9 @@ class Floats {
   private:
     float* data_;
 };
+
+// What a thread keeps for its next call: new memory of a size that is mapped by itself costs a page fault per 4 KiB.
+constexpr int64_t kKept = int64_t(16) << 20;
 
 // Diagonals and packed roots of all experts; groups side by side.
 void prepare(const Problem& p, float* packed, int64_t stride, float* diagonals) {
@@ -94,9 +98,13 @@ extern "C" __attribute__((visibility("default"))) int llmc_gptq_columns(const ll
     const Problem& p = *problem;
     const Tile tile = best();
     const int64_t tiles = (p.rows + kTile - 1) / kTile, count = p.experts * tiles, stride = packed_floats(p);
-    const Floats packed(p.experts * stride), diagonals(p.experts * p.columns);
-    if (packed.get() == nullptr || diagonals.get() == nullptr) return 1;
-    prepare(p, packed.get(), stride, diagonals.get());
+    thread_local std::unique_ptr<Floats> kept;
+    thread_local int64_t kept_floats = 0;
+    const int64_t floats = p.experts * (stride + p.columns);
+    if (kept == nullptr || kept_floats < floats) kept = std::make_unique<Floats>(floats), kept_floats = floats;
+    float *const packed = kept->get(), *const diagonals = packed + p.experts * stride;
+    if (packed == nullptr) return kept.reset(), 1;
+    prepare(p, packed, stride, diagonals);
     int failed = 0;
 #pragma omp parallel if (count > 1) reduction(| : failed)
     {
@@ -105,9 +113,10 @@ extern "C" __attribute__((visibility("default"))) int llmc_gptq_columns(const ll
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
             const int64_t expert = i / tiles;
-            const Roots roots{packed.get() + expert * stride, diagonals.get() + expert * p.columns};
+            const Roots roots{packed + expert * stride, diagonals + expert * p.columns};
             if (scratch.get() != nullptr) tile(p, roots, expert, i % tiles * kTile, scratch.get());
         }
     }
+    if (floats * int64_t(sizeof(float)) > kKept) kept.reset();
     return failed;
 }
