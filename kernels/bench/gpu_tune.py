@@ -15,19 +15,7 @@ from gpu_matrix import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, nbytes, packed
 from gpu_timing import replay, rotations
 from llmcompress_kernels.cuda import launches, skinny
 
-CANDIDATES = (
-    (8, 3, 1), (8, 4, 1), (8, 5, 1), (10, 3, 1), (12, 3, 1), (12, 4, 1), (16, 3, 1), (16, 4, 1),
-    (4, 3, 2), (4, 4, 2), (4, 3, 3), (6, 3, 2), (8, 3, 2),
-)  # fmt: skip
 SAMPLES = 15
-
-
-def options() -> dict[str, launches.Launch]:
-    """Candidates by name: warps, stages, blocks of a multiprocessor; the default also without overlap."""
-    found = {"/".join(map(str, c)): launches.Launch(*c) for c in CANDIDATES}
-    default = launches.Launch()
-    name = f"{default.warps}/{default.stages}/{default.blocks}"
-    return {**found, f"{name}/apart": launches.Launch(default.warps, default.stages, default.blocks, overlap=False)}
 
 
 def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
@@ -36,7 +24,7 @@ def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
     first = packed(rows, columns, bits=bits)
     held = [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
     candidates: dict[str, list[Callable[[], object]]] = {}
-    for name, launch in options().items():
+    for name, launch in launches.candidates().items():
         candidates[name] = [
             partial(skinny.group_gemm, x, w.weight, w.scale, w.zero, bits, w.group_size, columns, launch) for w in held
         ]
@@ -55,7 +43,7 @@ def routed(bits: int, tokens: int) -> Iterator[dict[str, Any]]:
         banks.append(tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both))
     for number, mode in enumerate(("gate_up", "down")):
         candidates: dict[str, list[Callable[[], object]]] = {}
-        for name, launch in options().items():
+        for name, launch in launches.candidates().items():
             chosen = (launch, None) if number == 0 else (None, launch)
             candidates[name] = [
                 partial(skinny.moe_group_gemm, x, index, weights, sides, INTERMEDIATE, "silu", 1.7, 7.0, chosen)
@@ -94,7 +82,7 @@ def _best(
 ) -> dict[str, Any]:
     """Keep the fastest and report all."""
     times = _sorted(candidates)
-    launch = options()[next(iter(times["us"]))]
+    launch = launches.candidates()[next(iter(times["us"]))]
     launches.keep(torch.cuda.get_device_name(), {launches.key(mode, bits, tokens, rows, columns): launch})
     return {"op": f"tune {mode}", "rows": rows, "columns": columns, "bits": bits, "tokens": tokens, **times}
 

@@ -119,7 +119,7 @@ class Family:
         name: Its name in messages and in the cache.
         sources: Patterns below ``csrc``.
         headers: Patterns below ``csrc`` that the sources include; part of the key.
-        torch: Whether it includes torch's stable-ABI headers; then torch's version is part of the key.
+        torch: Whether it includes torch's headers; then torch's version is part of the key.
         flags: Extra compiler flags.
         libraries: Extra linker arguments.
         toolchain: What compiles it.

@@ -1,4 +1,4 @@
-"""``bench kernels | model``: how fast, by the protocol of :mod:`llmcompress_kernels.bench.timing`.
+"""``bench kernels | model | tune``: how fast, by the protocol of :mod:`llmcompress_kernels.bench.timing`.
 
 Samples of the things compared alternate, so that a slow spell of the machine meets all of them; those that lost their
 core do not count; the memory's bandwidth is probed among them; medians, with load and threads beside them.
@@ -34,9 +34,12 @@ ROUNDINGS = {"int8_activations": "int8 activations", "head_bits": "8-bit head"}
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    from llmcompress.cli.tune import bench_tune
+
     group = typer.Typer(help="Measure speed.", no_args_is_help=True)
     command(group, "model")(bench_model)
     command(group, "kernels")(bench_kernels)
+    command(group, "tune")(bench_tune)
     app.add_typer(group, name="bench")
 
 
@@ -183,7 +186,7 @@ def bench_kernels(
 
     from llmcompress.pipeline.device import set_threads
 
-    shapes = [_shape(text) for text in shape] if shape else list(KERNEL_SHAPES)
+    shapes = [parse_shape(text) for text in shape] if shape else list(KERNEL_SHAPES)
     widths, counts = bits or [4, 3, 2], tokens or list(KERNEL_TOKENS)
     _check_kernels(shapes, widths, group)
     if not cpu.ready():
@@ -208,7 +211,7 @@ def bench_kernels(
     out.result(data, lambda screen: _show_kernels(rows, blocks, screen))
 
 
-def _shape(text: str) -> tuple[int, int]:
+def parse_shape(text: str) -> tuple[int, int]:
     """``576x1536`` as (in features, out features)."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):

@@ -161,7 +161,11 @@ def kernels() -> Any:
             return {"explanation": "plain PyTorch definitions only"}
         return {"problem": f"{type(error).__name__}: {error}"}
     try:
-        return {"explanation": plain(select.explain()), "gpu": plain(select.explain("cuda"))}
+        from llmcompress.pipeline.device import describe_gpus
+
+        tables = importlib.import_module("llmcompress_kernels.tables")
+        launches = tables.describe(gpu["name"] for gpu in describe_gpus())
+        return {"explanation": plain(select.explain()), "gpu": plain(select.explain("cuda")), "tables": launches}
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 
@@ -194,7 +198,7 @@ def _show(found: dict[str, Any], screen: Console) -> None:
 
 
 def _show_kernels(told: dict[str, Any], screen: Console) -> None:
-    for part, title in (("explanation", "kernels, CPU"), ("gpu", "kernels, GPU")):
+    for part, title in (("explanation", "kernels, CPU"), ("gpu", "kernels, GPU"), ("tables", "launches of kernels")):
         rows = told.get(part)
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             screen.print(table(list(rows[0]), ([row.get(c) for c in rows[0]] for row in rows), title=title))

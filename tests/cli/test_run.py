@@ -313,3 +313,18 @@ def test_doctor_survives_a_broken_machine(capsys: pytest.CaptureFixture[str], mo
     text = capsys.readouterr().out
     assert "the package torch is missing" in text
     assert "no C++ compiler" in text
+
+
+def test_bench_tune_takes_shapes_and_needs_a_gpu(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from llmcompress.cli.tune import shapes_of
+
+    dense, banks = shapes_of(str(tiny_folder))
+    assert len(dense) == len(set(dense)) and len(banks) == 1 and banks[0][0] > banks[0][1] > 0
+    assert invoke(["bench", "tune", "--bits", "5"]) == 2
+    assert invoke(["bench", "tune", str(tiny_folder), "--shape", "64x64"]) == 2
+    assert invoke(["bench", "tune", "--shape", "64by64"]) == 2
+    if not torch.cuda.is_available():
+        assert invoke(["bench", "tune", str(tiny_folder)]) == 4
+        assert "launches can only be timed on a GPU" in capsys.readouterr().err

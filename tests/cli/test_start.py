@@ -11,8 +11,8 @@ import pytest
 
 COMMANDS = (
     "run", "resume", "validate", "plan", "recipes", "recipes ls", "recipes show", "recipes cp", "schema", "inspect",
-    "eval", "compare", "export", "generate", "chat", "bench", "bench model", "bench kernels", "report", "doctor",
-    "version",
+    "eval", "compare", "export", "generate", "chat", "bench", "bench model", "bench kernels", "bench tune", "report",
+    "doctor", "version",
 )  # fmt: skip
 LIGHT = ("--help", "version", "recipes ls", "schema", "validate eac_moe_mixtral", "recipes show quickstart")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers", "numpy")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from llmcompress_kernels import build, select
+from llmcompress_kernels import build, select, tables
 from llmcompress_kernels.cuda import aot, launches, skinny
 from llmcompress_kernels.reference import group_gemm as dense_definition
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition
@@ -244,14 +244,14 @@ def test_strips_are_shared_by_few_blocks() -> None:
 
 
 def test_tables_of_launches(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv(launches.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tables.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(launches, "SHIPPED", tmp_path / "shipped")
     launches._table.cache_clear()
     name, first, second = "Some GPU 80GB", launches.Launch(4, 3, 2), launches.Launch(16, 5, 1, False)
     one, other = launches.key("dense", 4, 1, 128, 256), launches.key("down", 3, 5, 128, 256)
     assert other == launches.key("down", 3, 8, 128, 256)
     (tmp_path / "shipped").mkdir()
-    (tmp_path / "shipped" / launches.table_name(name)).write_text(
+    (tmp_path / "shipped" / tables.file_name(name)).write_text(
         json.dumps({one: {"warps": 2, "stages": 3, "blocks": 1}, other: {"warps": 1, "stages": 3, "blocks": 1}})
     )
     launches.keep(name, {one: first})
@@ -259,7 +259,10 @@ def test_tables_of_launches(tmp_path, monkeypatch) -> None:
     launches.keep(name, {one: second})
     assert launches._table(name)[one] == second
     assert launches.pick("dense", 4, 1, 128, 256, torch.device("cpu")) == launches.Launch()
-    launches.cache_path(name).write_text('{"dense": {"threads": 7}}')  # of another version
+    path = tables.path_of("cuda", name)
+    stale = json.loads(path.read_text())
+    stale["versions"]["kernels"] = "of yesterday"
+    path.write_text(json.dumps(stale))
     launches._table.cache_clear()
     assert launches._table(name)[one] == launches.Launch(2, 3, 1)
     launches._table.cache_clear()

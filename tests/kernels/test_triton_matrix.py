@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from llmcompress_kernels import tables
 from llmcompress_kernels.reference import group_gemm as dense_definition
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition
 
@@ -160,7 +161,8 @@ def test_kernels_decline_what_they_cannot_compute() -> None:
 
 
 def test_search_keeps_the_fastest_configuration_that_runs(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tables.CACHE_VARIABLE, str(tmp_path))
+    tuning._table.cache_clear()
 
     def milliseconds(config: tuning.Config) -> float:
         if config.rows == 128:
@@ -170,14 +172,14 @@ def test_search_keeps_the_fastest_configuration_that_runs(tmp_path, monkeypatch)
     name = tuning.key("group_gemm", 4, torch.float16, 5, 4096, 14336)
     best, took = tuning.search(name, "NVIDIA H100", tuning.candidates(5), milliseconds)
     assert (best.rows, best.splits, took) == (32, 8, 4.0)
-    stored = tuning._table(tuning.table_path("NVIDIA H100"))
+    stored = tuning._table("NVIDIA H100")
     assert stored == {name: best}
     monkeypatch.setattr(tuning, "_device", lambda _: ("NVIDIA H100", 132, True))
     cuda = torch.device("cuda", 0)
     # 5 to 8 tokens share a bucket
     assert tuning.pick("group_gemm", 4, torch.float16, 8, 4096, 14336, cuda) == best
     assert tuning.pick("group_gemm", 4, torch.float16, 9, 4096, 14336, cuda) != best
-    tuning.table_path("NVIDIA H100").write_text("{broken")
+    tables.path_of("triton", "NVIDIA H100").write_text("{broken")
     tuning._table.cache_clear()
     assert tuning.pick("group_gemm", 4, torch.float16, 8, 4096, 14336, cuda) == tuning.default(8, 4096, 14336, 132)
     tuning._table.cache_clear()

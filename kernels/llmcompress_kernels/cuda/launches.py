@@ -1,22 +1,25 @@
 """How launches for few tokens are cut up: defaults, tables per GPU, and where a search keeps what it finds.
 
-A table is a JSON file that maps a key (kind of product, bits, tokens, N, K) to a launch. The one of the user's cache,
-``<cache>/cuda/<gpu>.json``, goes before the one that comes with this package, ``launches/<gpu>.json``. A call never
-times anything: ``kernels/bench/gpu_tune.py`` does, when it is asked to.
+A table maps a key (kind of product, bits, tokens, N, K) to a launch. The one of the user's cache
+(:mod:`llmcompress_kernels.tables`), which counts with the kernels that it was measured with, goes before the one that
+comes with this package, ``launches/<gpu>.json``. A call never times anything: ``llmcompress bench tune`` and
+``kernels/bench/gpu_tune.py`` do, when they are asked to.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-CACHE_VARIABLE = "LLMCOMPRESS_CACHE"
+from llmcompress_kernels import tables
+
+BACKEND = "cuda"
 SHIPPED = Path(__file__).parent / "launches"
 
 
@@ -42,17 +45,19 @@ def key(mode: str, bits: int, tokens: int, rows: int, columns: int) -> str:
     return f"{mode}/{bits}/{1 << max(0, tokens - 1).bit_length()}/{rows}x{columns}"
 
 
-def table_name(gpu: str) -> str:
-    """File name of a GPU's table."""
-    return "".join(c if c.isalnum() else "-" for c in gpu.lower()) + ".json"
+# warps, stages and blocks worth timing; (8, 4, 1) is the default
+_SHAPES = (
+    (8, 3, 1), (8, 4, 1), (8, 5, 1), (10, 3, 1), (12, 3, 1), (12, 4, 1), (16, 3, 1), (16, 4, 1),
+    (4, 3, 2), (4, 4, 2), (4, 3, 3), (6, 3, 2), (8, 3, 2),
+)  # fmt: skip
 
 
-def cache_path(gpu: str) -> Path:
-    """Where the table of the user's cache lies."""
-    base = os.environ.get(CACHE_VARIABLE)
-    if base is None:
-        base = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmcompress")
-    return Path(base).expanduser() / "cuda" / table_name(gpu)
+def candidates() -> dict[str, Launch]:
+    """Launches worth timing by name: warps, stages, blocks of a multiprocessor; the default also without overlap."""
+    found = {"/".join(map(str, shape)): Launch(*shape) for shape in _SHAPES}
+    usual = Launch()
+    name = f"{usual.warps}/{usual.stages}/{usual.blocks}"
+    return {**found, f"{name}/apart": Launch(usual.warps, usual.stages, usual.blocks, overlap=False)}
 
 
 def pick(mode: str, bits: int, tokens: int, rows: int, columns: int, device: torch.device) -> Launch:
@@ -63,14 +68,9 @@ def pick(mode: str, bits: int, tokens: int, rows: int, columns: int, device: tor
     return _table(name).get(key(mode, bits, tokens, rows, columns), Launch())
 
 
-def keep(gpu: str, found: dict[str, Launch]) -> None:
+def keep(gpu: str, found: Mapping[str, Launch]) -> None:
     """Add entries to the table of the user's cache."""
-    path = cache_path(gpu)
-    merged = {**_read(path), **found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as handle:
-        json.dump({name: asdict(launch) for name, launch in merged.items()}, handle, indent=1, sort_keys=True)
-    Path(handle.name).replace(path)
+    tables.write(BACKEND, gpu, {name: asdict(launch) for name, launch in found.items()})
     _table.cache_clear()
 
 
@@ -81,13 +81,19 @@ def _gpu(number: int) -> str:
 
 @cache
 def _table(gpu: str) -> dict[str, Launch]:
-    return {**_read(SHIPPED / table_name(gpu)), **_read(cache_path(gpu))}
+    return {**_launches(_shipped(gpu)), **_launches(tables.read(BACKEND, gpu)[0])}
 
 
-def _read(path: Path) -> dict[str, Launch]:
+def _shipped(gpu: str) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads((SHIPPED / tables.file_name(gpu)).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _launches(stored: Mapping[str, Any]) -> dict[str, Launch]:
+    try:
         return {name: Launch(**values) for name, values in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        # absent, or written by another version: the default is always right, only slower
+    except TypeError:
+        # the default is always right, only slower
         return {}

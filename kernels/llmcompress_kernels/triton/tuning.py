@@ -1,24 +1,23 @@
 """Launch configurations: defaults by shape, tables per GPU, and a search that fills them.
 
-A table is a JSON file ``<cache>/triton/<gpu>.json`` that maps a key (operator, bits, type, power-of-two bucket of the
-tokens, N, K) to a configuration. ``search`` times candidates and stores the best; a call outside of it never times
-anything, so CUDA graphs and latencies stay predictable. Under the interpreter the configuration is fixed.
+A table (:mod:`llmcompress_kernels.tables`) maps a key (operator, bits, type, power-of-two bucket of the tokens, N, K)
+to a configuration; it counts only on the GPU and with the versions that it was measured with. ``search``, which
+``llmcompress bench tune`` runs, times candidates and stores the best; a call outside of it never times anything, so
+CUDA graphs and latencies stay predictable. Under the interpreter the configuration is fixed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import triton
 
-CACHE_VARIABLE = "LLMCOMPRESS_CACHE"
+from llmcompress_kernels import tables
+
+BACKEND = "triton"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +106,13 @@ def key(op: str, bits: int, dtype: torch.dtype, tokens: int, rows: int, columns:
     return f"{op}/{bits}/{str(dtype).removeprefix('torch.')}/{power_of_two(tokens)}/{rows}x{columns}"
 
 
-def table_path(gpu: str) -> Path:
-    """Where the table of a GPU lies."""
-    base = (
-        os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmcompress"
-    )
-    name = "".join(c if c.isalnum() else "-" for c in gpu.lower())
-    return Path(base) / "triton" / f"{name}.json"
-
-
 @cache
-def _table(path: Path) -> dict[str, Config]:
+def _table(gpu: str) -> dict[str, Config]:
+    stored, _ = tables.read(BACKEND, gpu)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
         return {name: Config(**values) for name, values in stored.items()}
-    except (OSError, ValueError, TypeError):
-        # absent, or written by another version: the defaults are always right, only slower
+    except TypeError:
+        # the defaults are always right, only slower
         return {}
 
 
@@ -137,7 +127,7 @@ def pick(op: str, bits: int, dtype: torch.dtype, tokens: int, rows: int, columns
     if device.type != "cuda":
         return INTERPRETED
     name, processors, wide = _device(device.index if device.index is not None else torch.cuda.current_device())
-    found = _table(table_path(name)).get(key(op, bits, dtype, tokens, rows, columns))
+    found = _table(name).get(key(op, bits, dtype, tokens, rows, columns))
     return found or default(tokens, rows, columns, processors, wide)
 
 
@@ -161,11 +151,6 @@ def search(
             best = (took, option)
     if best is None:
         raise RuntimeError(f"no configuration of {name} runs on {gpu}")
-    path = table_path(gpu)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**{k: asdict(v) for k, v in _table(path).items()}, name: asdict(best[1])}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as handle:
-        json.dump(merged, handle, indent=1, sort_keys=True)
-    Path(handle.name).replace(path)
+    tables.write(BACKEND, gpu, {name: asdict(best[1])})
     _table.cache_clear()
     return best[1], best[0]
