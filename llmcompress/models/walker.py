@@ -237,6 +237,14 @@ class Walker:
                     "check the weights of this block, or use run.compute_dtype=float32",
                 )
 
+    @torch.no_grad()
+    def lay_aside(self, block: Block, hidden: Tensor) -> None:
+        """Run what a block lays aside, for :meth:`normed` of its mixer on the same hidden states ``[S, L, H]``."""
+        self._aside = None
+        for sublayer in block.sublayers:
+            if sublayer.writes == "aside":
+                self._plain(block, sublayer, hidden, hidden, None, True)
+
     def memory(self, size: int) -> Tensor:
         """Uninitialised bytes beside the hidden states, the same at every call; what was there may be overwritten.
 
@@ -252,14 +260,14 @@ class Walker:
         """Keyword arguments that the model passes to this block for a batch of this size."""
         return self._calls[rows.stop - rows.start][block.index]
 
-    def normed(self, sublayer: Sublayer, hidden: Tensor, rows: slice) -> Tensor:
+    def normed(self, sublayer: Sublayer, hidden: Tensor, rows: slice | list[int]) -> Tensor:
         """Input of a sublayer's module for one batch, ``[B, L, K]``."""
         result = self._read(sublayer, hidden, rows)
         if sublayer.pre_norm is not None:
             result = self.model.get_submodule(sublayer.pre_norm)(result)
         return result if sublayer.input_scale == 1.0 else result * sublayer.input_scale
 
-    def _read(self, sublayer: Sublayer, hidden: Tensor, rows: slice) -> Tensor:
+    def _read(self, sublayer: Sublayer, hidden: Tensor, rows: slice | list[int]) -> Tensor:
         """What a sublayer reads, before its norm."""
         read = {"hidden": (hidden,), "hidden|embedding": (hidden, self._embedding), "aside": (self._aside,)}
         tensors = read.get(sublayer.reads, (hidden, self._aside))

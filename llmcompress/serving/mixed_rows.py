@@ -47,16 +47,22 @@ def _attention(
     unknown = sorted(name for name in ("s_aux", "softcap") if rest.get(name) is not None)
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
-    return _running[-1].attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+    return _running[-1].attend(query, key, value, scaling, sliding_window), None
 
 
 AttentionInterface.register(NAME, _attention)
 
 
 class _Handover(DynamicLayer):
-    """An attention layer of the cache that keeps nothing itself."""
+    """An attention layer of the cache that keeps nothing itself, but tells whose keys come next.
+
+    The module cannot tell: one of Zamba2 belongs to several layers.
+    """
+
+    number = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        _running[-1].layer = self.number
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -66,7 +72,10 @@ class _Handover(DynamicLayer):
 class _StatesHandover(LinearAttentionAndFullAttentionLayer):
     """A layer with states and attention: keeps the states only."""
 
+    number = 0
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        _running[-1].layer = self.number
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -127,14 +136,14 @@ class MixedRows:
         self._order: list[int] = []
         self._states: Cache | None = None
         self._active: list[_Sequence] = []
+        # whose attention runs now
+        self.layer = 0
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attention of the running batch; ``query [B, H, L, D]``, returns ``[B, L, H, Dv]``."""
         outputs = []
         for row, sequence in enumerate(self._active):
-            keys, values = sequence.append(layer, key[row], value[row])
+            keys, values = sequence.append(self.layer, key[row], value[row])
             if query.shape[2] == 1:
                 outputs.append(_one(query[row], keys, values, scaling, window))
             else:
@@ -172,6 +181,7 @@ class MixedRows:
                 continue
             states = layer.number_of_states if isinstance(layer, LinearAttentionLayer) else 0
             cache.layers[index] = _StatesHandover(states) if states else _Handover()
+            cache.layers[index].number = index
         return cache
 
     def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:

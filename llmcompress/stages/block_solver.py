@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ExpertBank, LinearGroup
     from llmcompress.models.stream_pairs import StreamPairs
     from llmcompress.stages.blockwise import RouterHook
+    from llmcompress.stages.shared_statistics import SharedMoments
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class BlockSolver:
 
     Attributes:
         limits: Memory that may be taken.
+        shared: Statistics of weights that several blocks run, in the place of this block's own.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class BlockSolver:
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.limits: Limits = DEFAULT
+        self.shared: SharedMoments | None = None
         self.handle, self.model, self.block, self.plan = handle, model, block, plan
         self.options, self.grid, self.rare, self.hook = method.options, method.grid, method.rare, hook
         self.pairs, self.target_ridge = pairs, method.target_ridge
@@ -115,7 +118,7 @@ class BlockSolver:
 
     def wants(self, names: Sequence[str]) -> bool:
         """Second moments are needed for weights that GPTQ will quantize."""
-        return self.options is not None and any(name in self.plan for name in names)
+        return self.options is not None and any(name in self.plan and not self._is_shared(name) for name in names)
 
     def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
         """Let the hook calibrate the router, then make it what the artifact will hold."""
@@ -137,13 +140,26 @@ class BlockSolver:
 
     def linears(self, group: LinearGroup, gram: Gram | None) -> None:
         """Quantize the planned linears of a group; those with equal specs in one solve."""
-        import torch
-
         names = [linear.name for linear in group.linears if linear.name in self.plan]
         cross = None if self.pairs is None else self.pairs.take(group.linears[0].name)
+        own = [name for name in names if not self._is_shared(name)]
         hessian = None
-        if gram is not None and names:
+        if gram is not None and own:
             hessian = gram.take_hessian()
+        self._solve_linears(own, hessian, cross, gram)
+        lent = [name for name in names if name not in own]
+        if lent:
+            assert self.shared is not None
+            summed = self.shared.gram(lent[0], str(self.model.get_parameter(f"{lent[0]}.weight").device))
+            self._solve_linears(lent, summed.take_hessian(), None, summed)
+
+    def _is_shared(self, name: str) -> bool:
+        return self.shared is not None and name in self.shared.first
+
+    def _solve_linears(self, names: list[str], hessian: Tensor | None, cross: Tensor | None, gram: Gram | None) -> None:
+        """Quantize linears that have one Hessian."""
+        import torch
+
         for spec in dict.fromkeys(self.plan[name] for name in names):
             mine = [name for name in names if self.plan[name] == spec]
             weights = [self._source(f"{name}.weight").to(torch.float32) for name in mine]

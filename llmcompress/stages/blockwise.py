@@ -22,6 +22,7 @@ from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
 from llmcompress.stages.base import PlanInputs
 from llmcompress.stages.blockwise_estimate import limits_for
 from llmcompress.stages.schemes import RuleConfig, plain_rules
+from llmcompress.stages.shared_statistics import SharedMoments, gather, shared_moments
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,6 +79,7 @@ class BlockwiseQuantizer:
         self.world = ctx.world.cut(samples)
         self.handle, self.plan, self.method = handle, plan, method
         self.store, self.ctx, self.calibration, self.hook = store, ctx, calibration, hook
+        self.shared: SharedMoments | None = None
 
     def run(self) -> None:
         """Quantize every block that is not finished yet.
@@ -114,6 +116,7 @@ class BlockwiseQuantizer:
             assert self.calibration is not None
             walker = self._walker(model, self.calibration.tokens)
             quantized = walker.embed([block.name for block in self.handle.layout.blocks])
+            self._gather_shared(model, walker, quantized)
             full = walker.cache.copy(quantized) if self.hook is not None or self._targets else None
         self.handle.free_embeddings(model)
         total = len(self.handle.layout.blocks)
@@ -145,6 +148,28 @@ class BlockwiseQuantizer:
             self.handle.free_block(model, block.index)
             if last:
                 break
+        if self.shared is not None and self.world.rank == 0:
+            self.shared.path.unlink(missing_ok=True)
+
+    def _gather_shared(self, model: PreTrainedModel, walker: Walker, hidden: Tensor) -> None:
+        """Add up statistics of weights that several blocks run, unless an earlier part of the run has."""
+        from llmcompress.models.walker import Walker
+
+        if self.method.options is None:
+            return
+        self.shared = shared_moments(self.handle.layout, self.plan, self.ctx.stage_dir)
+        if self.shared is None:
+            return
+        if self.world.rank == 0 and not self.shared.path.exists():
+            self.ctx.emit("note", text=f"adding up inputs of {len(self.shared.first)} shared weights over all uses")
+            everything, start = walker, walker.cache.copy(hidden)
+            if self.world.pooled:
+                # few weights, so one process sums over the windows of all
+                assert self.calibration is not None
+                everything = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed, limits=self.limits)
+                start = everything.embed([block.name for block in self.handle.layout.blocks])
+            gather(self.handle, model, self.plan, everything, start, self.shared)
+        self.ctx.world.barrier()
 
     def _walker(self, model: PreTrainedModel, tokens: Tensor) -> Walker:
         """A walker on this rank's windows."""
@@ -190,7 +215,7 @@ class BlockwiseQuantizer:
             solver = PooledSolver(self.world, *arguments, **options)
         else:
             solver = BlockSolver(*arguments, **options)
-        solver.limits = self.limits
+        solver.limits, solver.shared = self.limits, self.shared
         if walker is not None and hidden is not None:
             walker.forward(block, hidden, solver, advance, pairs)
         else:

@@ -15,12 +15,13 @@ from math import prod
 from typing import Any
 
 from llmcompress.models import sizes
-from llmcompress.models.layout import Block, Sublayer
+from llmcompress.models.layout import Block, ModelLayout, Sublayer
 from llmcompress.models.memory_limits import WINDOW_BYTES, Limits, choose, kept_bytes
 from llmcompress.quant.rules import resolve
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
 from llmcompress.stages.schemes import plain_rules
+from llmcompress.stages.shared_statistics import shared_groups
 
 BATCH_TOKENS = 512
 CUDA_BATCH_TOKENS = 4096
@@ -112,13 +113,14 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
     flops = max(job.streams, 1) * sizes.forward_flops(layout, job.tokens, inputs.length) if job.tokens else 0.0
     if hessians:
         flops += sizes.hessian_flops(layout, job.plan, job.tokens) + sizes.solve_flops(layout, job.plan)
+        flops += _shared_flops(job, inputs)
     wanted = _activations(job, inputs)
     spilled = 0 if limits.activations is None else max(0, wanted - limits.activations)
     notes = (f"{spilled / 1e9:.1f} GB of activations lie in files while it runs",) if spilled else ()
     return Estimate(
         ram=ram,
         vram=vram,
-        disk=sizes.packed_bytes(layout, job.plan) + spilled,
+        disk=sizes.packed_bytes(layout, job.plan) + spilled + _shared_bytes(job, layout),
         flops=flops,
         notes=notes,
         specs=dict(job.plan),
@@ -135,7 +137,7 @@ def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
     outside = sizes.outside_parameters(layout) * item
     packed = max((_block_packed(block, job.plan) for block in layout.blocks), default=0)
     room = limits.activations
-    held = job.streams * sizes.stream_bytes(layout, inputs.samples, inputs.length, item)
+    held = _streams(job, layout) * sizes.stream_bytes(layout, inputs.samples, inputs.length, item)
     window = 0
     if room is not None and held > room:
         held, window = room, WINDOW_BYTES
@@ -150,14 +152,41 @@ def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
         work = max(work, recorded + max(_working_sets(block, job, batch, item, limits, left), default=0))
     moving = work + packed + window
     cuda = inputs.device == "cuda"
-    ram = held + max(outside, blocks + (packed if cuda else moving))
-    return ram, blocks + moving if cuda else 0
+    # weights that several blocks run: their statistics are added up, all at once, before anything else
+    shared = _shared_bytes(job, layout)
+    start = sizes.stream_bytes(layout, inputs.samples, inputs.length, item) if shared else 0
+    ram = held + max(outside, blocks + (packed if cuda else moving), start + blocks + shared)
+    return ram, blocks + max(moving, shared) if cuda else 0
+
+
+def _streams(job: _Job, layout: ModelLayout) -> int:
+    """Streams of hidden states that are held; where sublayers lay outputs aside, those and the embedding as well."""
+    aside = any(sublayer.writes == "aside" for block in layout.blocks for sublayer in block.sublayers)
+    return job.streams + (2 if aside and job.streams else 0)
+
+
+def _shared_bytes(job: _Job, layout: ModelLayout) -> int:
+    """Bytes of the statistics of weights that several blocks run."""
+    groups = shared_groups(layout, job.plan) if job.hessians and job.streams else {}
+    return sum(sizes.group_hessian_bytes(group) for own in groups.values() for group in own)
+
+
+def _shared_flops(job: _Job, inputs: PlanInputs) -> float:
+    """Work of adding them up: a pass through the model and the sums of every use."""
+    layout = inputs.layout
+    groups = shared_groups(layout, job.plan) if job.hessians and job.streams else {}
+    if not groups:
+        return 0.0
+    uses = [*groups, *(block.loan.block for block in layout.blocks if block.loan is not None)]
+    widths = [group.linears[0].in_features for use in uses for group in groups.get(use, ())]
+    sums = sum(2.0 * job.tokens * width**2 for width in widths)
+    return sizes.forward_flops(layout, job.tokens, inputs.length) + sums
 
 
 def _activations(job: _Job, inputs: PlanInputs) -> int:
     """Bytes of activations that the stage holds at once where nothing limits it."""
     item = inputs.compute_bytes
-    streams = job.streams * sizes.stream_bytes(inputs.layout, inputs.samples, inputs.length, item)
+    streams = _streams(job, inputs.layout) * sizes.stream_bytes(inputs.layout, inputs.samples, inputs.length, item)
     inside = [
         (2 * job.tokens * block_hidden(block) * item if block.bank is not None else 0)
         + _recorded(block, job, job.tokens, item)

@@ -124,7 +124,7 @@ class Reconstructor:
         """Run the original block on the full-precision stream; note what its mixer does."""
         import torch
 
-        sublayer = tuned_mixer_of(block)
+        sublayer = mixer_of(block)
         if sublayer is None:
             walker.forward(block, full)
             return None
@@ -136,6 +136,7 @@ class Reconstructor:
             source = full if self.config.target == "fp_trajectory" else quantized
             scanned: list[Tensor] = []
             outputs: list[Tensor] = []
+            walker.lay_aside(block, source)
             with torch.no_grad(), scan_of(mixer, exact, self.config, scanned):
                 for rows in walker.batches:
                     outputs.append(mixer(walker.normed(sublayer, source, rows), cache_params=None, attention_mask=None))
@@ -154,7 +155,7 @@ class Reconstructor:
         below: BlockPatch,
     ) -> dict[str, Any]:
         """Tune one block's mixer, write the block, return the figures of its event."""
-        sublayer = tuned_mixer_of(block)
+        sublayer = mixer_of(block)
         if sublayer is None or target is None:
             self.store.write_block(block.index, BlockPatch({}, {}, {}))
             return {"error": 0.0}
@@ -162,6 +163,7 @@ class Reconstructor:
         rounder = self._rounder(sublayer.scan, below.replaced, self.policy)
         trainer = MixerTrainer(self.config, mixer, sublayer, rounder, self.ctx.seed + block.index)
         packed = {name.removeprefix(f"{sublayer.module}.") + ".weight" for name in below.packed}
+        walker.lay_aside(block, quantized)
         result, values = trainer.train(walker, quantized, target, packed, self.handle.checkpoint.dtype)
         replaced = {f"{sublayer.module}.{name}": value for name, value in values.items()}
         record = {"esr": result}
@@ -246,9 +248,7 @@ class MixerTrainer:
         def loss(rows: list[int]) -> Tensor:
             scanned.clear()
             with torch.no_grad():
-                assert sublayer.pre_norm is not None
-                norm = walker.model.get_submodule(sublayer.pre_norm)
-                x = norm(quantized[rows].to(walker.device)) * sublayer.input_scale
+                x = walker.normed(sublayer, quantized, rows)
             output = self.mixer(x, cache_params=None, attention_mask=None)
             drift = (target.hidden[rows] - quantized[rows]).to(output) / sublayer.output_scale
             wanted = target.output[rows] + drift
@@ -329,14 +329,6 @@ def mixer_of(block: Block) -> Sublayer | None:
                 raise InputError(f"{block.name}: its state-space layer does not come first", "remove the esr stage")
             return sublayer
     return None
-
-
-def tuned_mixer_of(block: Block) -> Sublayer | None:
-    """The block's mixer, unless it reads more than the hidden states: in the layers of Zamba2 that run a shared
-    transformer its parameters stay as they are.
-    """
-    sublayer = mixer_of(block)
-    return sublayer if sublayer is not None and sublayer.reads == "hidden" else None
 
 
 def estimate_reconstruction(config: EsrConfig, inputs: PlanInputs) -> Estimate:

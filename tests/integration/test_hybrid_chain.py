@@ -27,6 +27,7 @@ stages:
     rules:
       all: {{match: ".", bits: 8, group_size: 16, symmetric: true}}
   activations: {{type: activations, granularity: chunk}}
+  embeddings: {{type: embeddings, bits: 8}}
   states: {{type: dsq, bits: 8, samples: 2, tokens: 16}}
   {reconstruct}
   evaluate:

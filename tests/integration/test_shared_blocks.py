@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.distributed.world import World
 from llmcompress.errors import InputError
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
 from llmcompress.models import sizes
 from llmcompress.models.assemble import compressed_model
+from llmcompress.models.capture import recorded_inputs
 from llmcompress.models.family import unsupported
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.streamed import StreamedModel
+from llmcompress.models.walker import Walker
+from llmcompress.quant.codecs import int_group
+from llmcompress.quant.spec import QuantSpec
+from llmcompress.stages.blockwise import run_blockwise
 from llmcompress.stages.gptq import Gptq, GptqConfig
+from llmcompress.stages.shared_statistics import gather, shared_moments
 
 TWO = {
     "num_mem_blocks": 2, "num_hidden_layers": 6,
@@ -79,3 +88,73 @@ def test_every_use_sees_the_quantized_weights_and_a_resumed_run_has_the_same_byt
             store.path(index).unlink()
         Gptq("quantize", config).run(tiny.state(tmp_path / "model", "zamba2", samples=8), tiny.context(tmp_path))
         assert digests(store.root) == before
+
+
+def test_statistics_are_sums_over_all_uses(tiny: Any, tmp_path: Path) -> None:
+    """The Hessian of a shared weight against inputs recorded in the plain model, every layer that runs it added."""
+    state = tiny.state(tmp_path / "model", "zamba2", samples=6, **TWO)
+    handle, tokens = state.model, state.calibration.tokens
+    plan = {name: QuantSpec(4, 16) for name, *_ in handle.layout.quantizable()}
+    model = handle.skeleton(torch.float32)
+    walker = Walker(model, tokens)
+    hidden = walker.embed([block.name for block in handle.layout.blocks])
+    found = shared_moments(handle.layout, plan, tmp_path)
+    assert found is not None
+    gather(handle, model, plan, walker, hidden, found)
+    assert not any("adapter" in name or name.endswith("linear") for name in found.first)
+
+    whole = handle.dense_model(torch.float32)
+    for layer in (1, 2):
+        shared = f"model.layers.{layer}.shared_transformer"
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "feed_forward.gate_up_proj", "feed_forward.down_proj"):
+            inputs: list[torch.Tensor] = []
+            with recorded_inputs(
+                [whole.get_submodule(f"{shared}.{name}")], lambda _, x, inputs=inputs: inputs.append(x)
+            ):
+                whole(tokens)
+            assert len(inputs) == 2
+            flat = torch.cat([x.flatten(0, -2) for x in inputs])
+            gram = found.gram(f"{shared}.{name}", "cpu")
+            assert int(gram.tokens) == len(flat)
+            torch.testing.assert_close(gram.hessian()[0], 2 / len(flat) * flat.T @ flat, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_weight_is_solved_for_all_of_its_uses(tiny: Any, tmp_path: Path) -> None:
+    """The error over all uses is well below that of rounding to nearest."""
+    state = tiny.state(tmp_path / "model", "zamba2", samples=16, **TWO)
+    rules = {"shared": {"match": "shared_transformer.*_proj$", "bits": 3, "group_size": 16, "symmetric": True}}
+    events: list[Any] = []
+    Gptq("quantize", GptqConfig(rules=rules)).run(state, tiny.context(tmp_path / "sum", events=events))
+    assert not (tmp_path / "sum" / "stages" / "quantize" / "shared_moments.safetensors").exists()
+    handle, plan = state.model, state.packed.plan()
+    model = handle.skeleton(torch.float32)
+    walker = Walker(model, state.calibration.tokens)
+    found = shared_moments(handle.layout, plan, tmp_path)
+    assert found is not None
+    gather(handle, model, plan, walker, walker.embed([block.name for block in handle.layout.blocks]), found)
+
+    errors = {"sum": 0.0, "nearest": 0.0}
+    for index in (1, 2):
+        patch = state.packed.read_block(index)
+        for name, packed in patch.packed.items():
+            hessian = found.gram(name, "cpu").hessian()[0]
+            weight = handle.checkpoint.tensor(f"{name}.weight").float()
+            codes, scale, zero = round_to_nearest(weight[None], packed.spec, "mse")
+            nearest = int_group.dequantize(codes, scale, zero, packed.spec)[0]
+            for key, value in (("sum", int_group.decode(packed)), ("nearest", nearest)):
+                difference = weight - value.float()
+                errors[key] += float(((difference @ hessian) * difference).sum())
+    assert errors["sum"] < 0.8 * errors["nearest"]
+
+
+def test_sums_in_parts_come_to_the_same(tiny: Any, tmp_path: Path) -> None:
+    stores = []
+    for name, world in (("whole", World()), ("parts", World(deterministic=True))):
+        state = tiny.state(tmp_path / "model", "zamba2", samples=8)
+        config = GptqConfig.model_validate({"rules": {"all": {"match": ".", "bits": 4, "group_size": 16}}})
+        run_blockwise(config, state, replace(tiny.context(tmp_path / name), world=world))
+        stores.append(state.packed)
+    assert stores[0].plan() == stores[1].plan()
+    for name, weight in stores[0].read_block(1).packed.items():
+        other = stores[1].read_block(1).packed[name]
+        assert (weight.tensors["weight_packed"] == other.tensors["weight_packed"]).float().mean() > 0.9, name

@@ -11,6 +11,7 @@ from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, SeparateRows
 
 MODELS = ("mixtral", "qwen3_moe", "deepseek_v2", "mamba2", "mamba", "bamba", "granitemoehybrid", "falcon_h1")
+HYBRIDS = ("jamba", "nemotron_h", "zamba2")
 
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -47,7 +48,7 @@ def prompts(lengths: tuple[int, ...] = (3, 9, 5, 6), vocabulary: int = 64) -> li
     return [torch.randint(3, vocabulary, (n,), generator=draws).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", (*MODELS, *HYBRIDS))
 def test_mixed_rows_are_each_alone(tiny: Any, family: str) -> None:
     model = tiny.model(family)
     mixed, separate = MixedRows(model, 8, 64), SeparateRows(model, 8, 64)

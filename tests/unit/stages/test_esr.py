@@ -35,7 +35,7 @@ def run(tiny, folder, family="mamba2", weights=False, **fields):
     return state, stage
 
 
-@pytest.mark.parametrize("family", ["mamba2", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h"])
+@pytest.mark.parametrize("family", ["mamba2", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h", "zamba2"])
 def test_only_the_mixers_change_and_the_loss_falls(tiny, tmp_path, family):
     # random models have little that tuning could repair, so give them coarse weights
     state, _ = run(tiny, tmp_path, family, weights=True)
