@@ -29,15 +29,19 @@ stages:
      anchor: 0.5, sampling: {temperature: 0.8, max_new_tokens: 14, batch: 32}, measure: "${vars.measure}"}
   reinforce:
     {type: s2r_rl, level: process, task: "${vars.task}", steps: 4, prompts: 4, samples: 4, updates: 2, lr: 1.0e-4,
-     checkpoint_every: 1, baseline: {scope: running, min_group: 1}, measure: "${vars.measure}",
+     checkpoint_every: 1, problems: 12, screen: {samples: 2, min_accuracy: 0, max_accuracy: 1},
+     baseline: {scope: running, min_group: 1}, measure: "${vars.measure}",
      sampling: {temperature: 1.0, max_new_tokens: 30, batch: 4}}
+  traces: {type: s2r_traces, task: "${vars.task}", problems: 24, keep: all, samples: 4, length: 16,
+           sampling: {temperature: 0.8, max_new_tokens: 14, batch: 8}}
   behaviour: {type: s2r_evaluate, task: "${vars.task}", measure: "${vars.measure}", majority: true,
               sampling: {max_new_tokens: 14, batch: 8}}
 """
 KEPT = (
     "stages/init/model/model.safetensors", "stages/init/trajectories.jsonl", "stages/init/samples/00000.json",
     "stages/init/curve.json", "stages/reinforce/model/model.safetensors", "stages/reinforce/curve.json",
-    "stages/reinforce/behaviour_after.json", "stages/behaviour/majority.json", "stages/behaviour/metrics.json",
+    "stages/reinforce/behaviour_after.json", "stages/reinforce/samples/00000.json", "stages/traces/tokens.safetensors",
+    "stages/behaviour/majority.json", "stages/behaviour/metrics.json",
 )  # fmt: skip
 
 
@@ -65,7 +69,11 @@ def test_two_processes_write_the_bytes_of_one_and_one_finishes_what_two_began(tm
     assert len(errors) == 1 and "process 1 of 2 was killed (SIGKILL)" in errors[0], said
     assert not (two / "stages/reinforce/model").exists()
     subprocess.run(command("resume", two), check=True, capture_output=True)
+    # two processes from beginning to end
+    three = tmp_path / "three"
+    subprocess.run(command("run", source, f"run.dir={three}", "--nproc", "2"), check=True, capture_output=True)
     for name in KEPT:
         # a curve that went through a checkpoint names its figures in another order
         read = json.loads if name.endswith(".json") else bytes
-        assert read((one / name).read_bytes()) == read((two / name).read_bytes()), name
+        for other in (two, three):
+            assert read((one / name).read_bytes()) == read((other / name).read_bytes()), name
