@@ -11,8 +11,12 @@ import torch
 
 from llmcompress import hf
 from llmcompress.cli.app import invoke
+from llmcompress.cli.inspect import look
+from llmcompress.export.dense import DenseExporter
+from llmcompress.models.assemble import compressed_model
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.states import cache_bytes
+from llmcompress.stages.rtn import Rtn, RtnConfig
 
 RECIPE = """
 version: 1
@@ -79,3 +83,21 @@ def test_one_recipe(family: str, tiny: Any, tiny_tokenizer: Any, tmp_path: Path,
     assert written.shape == (2, 13)
     plan = json.loads((artifact / "config.json").read_text())["quantization_config"]["modules"]
     assert set(plan) == {name for name, *_ in layout.quantizable()}
+
+
+@pytest.mark.parametrize("family", CHAINS)
+def test_decoded_weights_are_read_by_transformers_alone(family: str, tiny: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    state = tiny.state(tmp_path / "model", family)
+    rules = {"all": {"match": ".", "bits": 4, "group_size": 16}}
+    Rtn("quantize", RtnConfig.model_validate({"rules": rules})).run(state, tiny.context(tmp_path))
+    exporter, out = DenseExporter("float32"), tmp_path / "dense"
+    exporter.write(state.model, state.packed, {}, out, {})
+    exporter.read_back(out, state.model, state.packed)
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits
+        expected = compressed_model(state.model, state.packed, {}, torch.float32)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert look(tmp_path / "model").parameters == state.model.parameters

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.algorithms.gptq import round_to_nearest, solve
 from llmcompress.distributed.world import World
 from llmcompress.errors import InputError
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
@@ -23,7 +23,7 @@ from llmcompress.models.streamed import StreamedModel
 from llmcompress.models.walker import Walker
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
-from llmcompress.stages.blockwise import run_blockwise
+from llmcompress.stages.blockwise import method_of, run_blockwise
 from llmcompress.stages.gptq import Gptq, GptqConfig
 from llmcompress.stages.shared_statistics import gather, shared_moments
 
@@ -120,31 +120,42 @@ def test_statistics_are_sums_over_all_uses(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_a_shared_weight_is_solved_for_all_of_its_uses(tiny: Any, tmp_path: Path) -> None:
-    """The error over all uses is well below that of rounding to nearest."""
+    """Summed over all uses its error is below that of solving for the first use alone, and of rounding to nearest."""
     state = tiny.state(tmp_path / "model", "zamba2", samples=16, **TWO)
     rules = {"shared": {"match": "shared_transformer.*_proj$", "bits": 3, "group_size": 16, "symmetric": True}}
-    events: list[Any] = []
-    Gptq("quantize", GptqConfig(rules=rules)).run(state, tiny.context(tmp_path / "sum", events=events))
+    config = GptqConfig.model_validate({"rules": rules})
+    Gptq("quantize", config).run(state, tiny.context(tmp_path / "sum"))
     assert not (tmp_path / "sum" / "stages" / "quantize" / "shared_moments.safetensors").exists()
-    handle, plan = state.model, state.packed.plan()
+    handle, plan, tokens = state.model, state.packed.plan(), state.calibration.tokens
     model = handle.skeleton(torch.float32)
-    walker = Walker(model, state.calibration.tokens)
+    walker = Walker(model, tokens)
     found = shared_moments(handle.layout, plan, tmp_path)
     assert found is not None
     gather(handle, model, plan, walker, walker.embed([block.name for block in handle.layout.blocks]), found)
+    options, whole = method_of(config).options, handle.dense_model(torch.float32)
+    assert options is not None
 
-    errors = {"sum": 0.0, "nearest": 0.0}
+    errors = {"all uses": 0.0, "first use": 0.0, "nearest": 0.0}
     for index in (1, 2):
-        patch = state.packed.read_block(index)
-        for name, packed in patch.packed.items():
-            hessian = found.gram(name, "cpu").hessian()[0]
+        for name, packed in state.packed.read_block(index).packed.items():
+            inputs: list[torch.Tensor] = []
+            with recorded_inputs([whole.get_submodule(name)], lambda _, x, inputs=inputs: inputs.append(x)):
+                whole(tokens)
+            first = inputs[0].flatten(0, -2)
             weight = handle.checkpoint.tensor(f"{name}.weight").float()
             codes, scale, zero = round_to_nearest(weight[None], packed.spec, "mse")
-            nearest = int_group.dequantize(codes, scale, zero, packed.spec)[0]
-            for key, value in (("sum", int_group.decode(packed)), ("nearest", nearest)):
-                difference = weight - value.float()
-                errors[key] += float(((difference @ hessian) * difference).sum())
-    assert errors["sum"] < 0.8 * errors["nearest"]
+            values = {
+                "all uses": int_group.decode(packed).float(),
+                "first use": solve(
+                    weight[None], (2 / len(first) * first.T @ first)[None], packed.spec, options
+                ).quantized[0],
+                "nearest": int_group.dequantize(codes, scale, zero, packed.spec)[0],
+            }
+            hessian = found.gram(name, "cpu").hessian()[0]
+            for key, value in values.items():
+                errors[key] += float((((weight - value) @ hessian) * (weight - value)).sum())
+    assert errors["all uses"] < 0.95 * errors["first use"], errors
+    assert errors["all uses"] < 0.8 * errors["nearest"], errors
 
 
 def test_sums_in_parts_come_to_the_same(tiny: Any, tmp_path: Path) -> None:
