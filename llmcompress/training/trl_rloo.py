@@ -186,7 +186,8 @@ def train_trl(
         EnvironmentProblem: The installed trl has not the parts that are replaced here.
     """
     if policy.world.size > 1:
-        raise UsageError("engine: trl trains in one process", "run without --nproc, or with engine: own")
+        # of a process under --nproc only the message reaches the terminal
+        raise UsageError("engine: trl trains in one process: go on without --nproc, or with engine: own")
     missing = [name for name in _HOOKS if not hasattr(RLOOTrainer, name)]
     if missing:
         raise EnvironmentProblem(
