@@ -388,4 +388,9 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-register(Family("gemm", ("cpu/gemm/*.cpp",), torch=True, flags=("-DNDEBUG",), libraries=("-lc10",)))
+register(
+    Family(
+        "gemm", ("cpu/gemm/*.cpp",), ("cpu/include/**/*", "cpu/gemm/*.h"), torch=True, flags=("-DNDEBUG",),
+        libraries=("-lc10",),
+    )
+)  # fmt: skip

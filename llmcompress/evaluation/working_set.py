@@ -92,6 +92,9 @@ def _parts(config: EvaluateConfig, layout: ModelLayout, item: int) -> Iterator[i
     if config.recall is not None:
         rows = 8 * (max(config.recall.distances) + 16)
         yield _logits(rows, vocabulary, item) + _activations(layout, rows, item)
+    if config.generation is not None and config.generation.temperature == 0 and item == 4:
+        # the native engine has a copy in bfloat16 of float32 weights that it can hold, as most checkpoints' can
+        yield sum(prod(view.shape) for view in layout.tensors()) * 2
     if config.tasks:
         # lm-eval normalises all logits of a batch at once
         yield 2 * _logits(256 * task_batch(256, vocabulary), vocabulary, item)

@@ -48,6 +48,12 @@ def test_fidelity_holds_both_models_logits():
     assert peak(fidelity=fidelity, batch=32) == expected
 
 
+def test_greedy_samples_keep_a_copy_in_bfloat16():
+    values = 2 * VOCABULARY * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
+    assert peak(generation={"prompts": ["a"]}) == 2 * values
+    assert peak(generation={"prompts": ["a"], "temperature": 1.0}) == 0
+
+
 @pytest.mark.parametrize("tasks", [["piqa"]])
 def test_tasks_normalise_a_batch_at_once(tasks):
     assert peak(tasks=tasks) == 2 * 256 * VOCABULARY * 4 * 5
