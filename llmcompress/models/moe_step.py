@@ -5,9 +5,10 @@ Legend: T tokens, H hidden, E experts, k experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.models.capture import Routing, down, first_output, gated, replaced_forward
-from llmcompress.models.group_steps import GroupSteps, Moments, aligned
+from llmcompress.models.group_steps import CACHE_LINE, GroupSteps, Moments, aligned
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ExpertBank, Sublayer
@@ -50,6 +51,8 @@ class MoeStep:
         # what the experts read, which is narrower in some families
         self.inner = self._entered()
         self._layer_gram: Any = None
+        # the router's results, batch by batch
+        self._router_said: list[Any] = []
 
     def run(self, needed: bool) -> None:
         """Visit router, experts and shared experts, then add the module's output to the hidden states."""
@@ -67,9 +70,10 @@ class MoeStep:
         mixed = self._mix(routing, needed)
         if mixed is None:
             return
-        for rows in self.walker.batches:
+        for rows, said in zip(self.walker.batches, self._router_said):
             span = self._span(rows)
             with ExitStack() as stack:
+                stack.enter_context(replaced_forward(self.router, partial(_constant, said)))
                 stack.enter_context(replaced_forward(self.experts, partial(_constant, mixed[span])))
                 for module, outputs in shared:
                     stack.enter_context(replaced_forward(module, partial(_rows_like, outputs[span])))
@@ -83,11 +87,21 @@ class MoeStep:
         for rows in walker.batches:
             part = walker.normed(self.sublayer, source, rows).flatten(0, 1)
             if x is None:
-                x = walker.cache.empty((source.shape[0] * source.shape[1], part.shape[1]), part.dtype, part.device)
+                shape = (source.shape[0] * source.shape[1], part.shape[1])
+                size = -(-shape[0] * shape[1] * part.itemsize // CACHE_LINE) * CACHE_LINE
+                self._memory = walker.expert_memory(self.sublayer, size)
+                x = self._view(0, shape, part.dtype)
+                x = walker.cache.empty(shape, part.dtype, part.device) if x is None else x
             x[self._span(rows)] = part
             walker.cache.drop(x)
         assert x is not None
         return x
+
+    def _view(self, half: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """A tensor in a half of the memory lent by the walker; None without."""
+        if self._memory is None:
+            return None
+        return self._memory.view(2, -1)[half].view(dtype)[: prod(shape)].view(*shape)
 
     def _entered(self) -> Tensor:
         entry = self.bank.entry
@@ -112,7 +126,9 @@ class MoeStep:
         """Where the tokens of each shard go; token numbers count over all shards."""
         routed: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.walker.parts]
         for rows in self.walker.batches:
-            _, weights, index = self.router(self.x[self._span(rows)])[:3]
+            said = self.router(self.x[self._span(rows)])
+            self._router_said.append(said)
+            _, weights, index = said[:3]
             routed[self.walker.shard_of(rows)].append((index, weights))
             self.walker.cache.drop(self.x)
         found = []
@@ -177,7 +193,9 @@ class MoeStep:
         return mixed
 
     def _zeros(self) -> Tensor:
-        mixed = self.walker.cache.empty(self.inner.shape, self.inner.dtype, self.inner.device)
+        mixed = self._view(1, self.inner.shape, self.inner.dtype)
+        if mixed is None:
+            mixed = self.walker.cache.empty(self.inner.shape, self.inner.dtype, self.inner.device)
         for part in mixed.split(ROWS):
             part.zero_()
             self.walker.cache.drop(mixed)
@@ -246,7 +264,7 @@ class MoeStep:
         return [slice(i, min(i + step, bank.num_experts)) for i in range(0, bank.num_experts, step)]
 
 
-def _constant(value: Tensor, *_args: Any) -> Tensor:
+def _constant(value: Any, *_args: Any) -> Any:
     return value
 
 

@@ -223,7 +223,6 @@ class Walker:
             if tap is not None:
                 tap.residual(sublayer, hidden)
             if sublayer.kind == "moe":
-                self._memory = None
                 MoeStep(self, block, sublayer, source, hidden, visitor).run(needed)
             else:
                 self._plain(block, sublayer, source, hidden, visitor, needed)
@@ -255,6 +254,15 @@ class Walker:
             self._memory = None  # given back before the larger one is taken
             self._memory = torch.empty(size, dtype=torch.uint8, device=self.home)
         return self._memory[:size]
+
+    def expert_memory(self, sublayer: Sublayer, size: int) -> Tensor | None:
+        """Twice so many bytes for the inputs and outputs of a bank of experts, in :meth:`memory`; None where others use
+        that or its size is not to be trusted, and it is given back.
+        """
+        lent = self.tap is None and not sublayer.groups and self.limits.activations is None and self.home == self.device
+        if not lent or (self._memory is not None and self._memory.numel() > 2 * size):
+            self._memory = None
+        return self.memory(2 * size) if lent else None
 
     def arguments(self, block: Block, rows: slice) -> dict[str, Any]:
         """Keyword arguments that the model passes to this block for a batch of this size."""
