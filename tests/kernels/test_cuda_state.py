@@ -57,12 +57,13 @@ def inputs(sequences: int, states: int) -> tuple[torch.Tensor, ...]:
     )
 
 
-def compare(emulation, held, fixed, given, bits: int, variant: int | None = None) -> None:
+def compare(emulation, held, fixed, given, bits: int, variant: int | None = None, dither: bool = False) -> None:
     """One token by both; codes and scales to the last bit."""
     expected = [None if t is None else t.clone() for t in held]
-    assert kernels.verify(*held, fixed, *given, bits) is None
-    found = kernels.dsq_state_update(*held, fixed, *given, bits, library=emulation, variant=variant)
-    wanted = definition.dsq_state_update(*expected, fixed, *given, bits)
+    how = (bits, False, dither)
+    assert kernels.verify(*held, fixed, *given, *how) is None
+    found = kernels.dsq_state_update(*held, fixed, *given, *how, library=emulation, variant=variant)
+    wanted = definition.dsq_state_update(*expected, fixed, *given, *how)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().max().clamp(min=1)))
     for mine, exact in zip(held, expected):
         assert mine is None or torch.equal(mine, exact)
@@ -76,10 +77,13 @@ def test_codes_and_scales_are_the_definitions(emulation, bits: int, states: int,
     for _ in range(2):
         for variant in (0, 1, 2):
             compare(emulation, held, fixed, inputs(2, states), bits, variant)
+        for variant in (1, 2):
+            compare(emulation, held, fixed, inputs(2, states), bits, variant, True)
 
 
+@pytest.mark.parametrize("dither", [False, True])
 @pytest.mark.parametrize("scale", [1e-9, 1e9, 1e30])
-def test_scales_at_the_ends_of_fp16(emulation, scale: float) -> None:
+def test_scales_at_the_ends_of_fp16(emulation, scale: float, dither: bool) -> None:
     """Where a scale is far from the maximum that it stands for, codes have to be clamped."""
     emulation.llmcompress_state_emulation(1, 3)
     held, fixed = start(3, 1, 128, 4, False, scale)
@@ -87,7 +91,7 @@ def test_scales_at_the_ends_of_fp16(emulation, scale: float) -> None:
     drive = drive * scale
     b[..., ::7] *= 1e-6
     b[..., ::11] *= 1e6
-    compare(emulation, held, fixed, (drive, decay, b, c), 4)
+    compare(emulation, held, fixed, (drive, decay, b, c), 4, dither=dither)
 
 
 def test_ties_are_divided(emulation) -> None:
@@ -96,10 +100,31 @@ def test_ties_are_divided(emulation) -> None:
     codes = torch.zeros(1, HEADS, P, 64, dtype=torch.uint8)
     fixed = torch.ones(HEADS, P, dtype=torch.float16)
     drive, decay = torch.ones(1, HEADS, P), torch.ones(1, HEADS)
-    drive[..., 1:] = (torch.randint(-14, 15, (1, HEADS, P - 1)) * 0.5 + 0.0) / 7
     b = torch.ones(1, GROUPS, 128)
-    held = [codes, None, torch.ones(1, HEADS, 128, dtype=torch.float16)]
-    compare(emulation, held, fixed, (drive, decay, b, b), 4)
+    # a scale of 1 has a dither of 3/32 of a step, which moves the middles there
+    for dither in (False, True):
+        middle = definition.dither_of(torch.ones(1, dtype=torch.float16)).item() if dither else 0.0
+        drive[..., 1:] = ((torch.randint(-14, 15, (1, HEADS, P - 1)) * 0.5 - middle) / 7).clamp(-1, 1)
+        held = [codes.clone(), None, torch.ones(1, HEADS, 128, dtype=torch.float16)]
+        compare(emulation, held, fixed, (drive, decay, b, b), 4, dither=dither)
+
+
+def test_a_dither_takes_no_code_beyond_the_largest(emulation) -> None:
+    """fp16 rounded a scale down: the largest number is above 127 steps, and a dither of nearly half is added."""
+    emulation.llmcompress_state_emulation(0, 7)
+    scales = torch.arange(0x3800, 0x3C00, dtype=torch.int16).view(torch.float16)
+    high = scales[definition.dither_of(scales) > 0.45].repeat(2)[:64]
+    fixed = torch.ones(HEADS, P, dtype=torch.float16)
+    b = (high.float() * (1 + 2.0**-12 * 0.99)).expand(1, GROUPS, 64).contiguous()
+    drive, decay = torch.ones(1, HEADS, P), torch.ones(1, HEADS)
+    drive[..., 1::2] = -1
+    for bits in (4, 8):
+        codes = torch.zeros(1, HEADS, P, 64 * bits // 8, dtype=torch.uint8)
+        held = [codes, None, torch.ones(1, HEADS, 64, dtype=torch.float16)]
+        compare(emulation, held, fixed, (drive, decay, b, b), bits, dither=True)
+        assert torch.equal(held[2][0, 0], high)
+        most = 2 ** (bits - 1) - 1
+        assert int(definition.unpack(held[0], bits, 64).abs().max()) == most
 
 
 def test_the_state_scale_over_the_largest_code_is_rounded_correctly(emulation) -> None:
@@ -114,7 +139,7 @@ def test_what_the_kernel_declines() -> None:
     given = inputs(1, 128)
     assert kernels.verify(*held, fixed, *given, 4) is None
     assert "fitted" in (kernels.verify(*held, fixed, *given, 4, True) or "")
-    assert "dither" in (kernels.verify(*held, fixed, *given, 4, False, True) or "")
+    assert kernels.verify(*held, fixed, *given, 4, False, True) is None
     assert "6 bits" in (kernels.verify(*held, fixed, *given, 6) or "")
     assert "float32" in (kernels.verify(*held, fixed, given[0].double(), *given[1:], 4) or "")
     assert "P = 32" in (kernels.verify(*held, fixed, given[0][..., :32], *given[1:], 4) or "")
@@ -144,13 +169,15 @@ def test_every_instance_compiles_without_spills(tmp_path) -> None:
         parts = pool.map(lambda arch: machine_code.instances("state/update.cu", arch, tmp_path), (80, 90))
         found = [one for part in parts for one in part]
     shapes = {(2, 4), (4, 8), (4, 4)}
-    assert {(one.arch, *one.numbers[:5]) for one in found} == {
-        (arch, bits, states, *shape, fixed)
+    assert {(one.arch, *one.numbers[:5], one.numbers[6]) for one in found} == {
+        (arch, bits, states, *shape, fixed, dither)
         for arch in (80, 90)
         for bits in (4, 8)
         for states in (64, 128)
         for shape in shapes
         for fixed in (0, 1)
+        for dither in (0, 1)
+        if not dither or shape != (2, 4)
     }
     for one in found:
         bits, states, rows, lanes = one.numbers[:4]

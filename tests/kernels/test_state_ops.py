@@ -66,6 +66,34 @@ def test_packed_update_gives_the_definitions_codes(
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("rounding", ["rtn", "dither"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_numbers_at_the_middle_between_codes(rounding: str, fixed: bool) -> None:
+    """Enough of them that scales and codes come up which an approximation cannot decide; inputs that cancel the state,
+    heads that forget everything or are far smaller than what comes in."""
+    needs_kernels()
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(8, 8, 64, 128, generator=generator)
+    start[1] = start[1].mul(2).round() / 2
+    scale = dsq.static_channel_scale(start.abs().mean((0, 3))) if fixed else None
+    codes, channel, side = definition.dsq_pack(start, scale, 4, False, rounding == "dither")
+    mine = [codes.clone(), None if fixed else channel, side, scale]
+    theirs = [None if t is None else t.clone() for t in mine]
+    for turn in range(3):
+        drive, c = (torch.randn(8, *shape, generator=generator) for shape in ((8, 64), (1, 128)))
+        b, decay = torch.randn(8, 1, 128, generator=generator), torch.rand(8, 8, generator=generator) * 0.2 + 0.8
+        decay[2], decay[3, 0], decay[3, 1] = 1.0, 0.0, 1e-12
+        drive[4] *= 1e6
+        if turn == 0:
+            drive[5, 0, 0], decay[5] = 1.0, 1.0
+            b[5, 0] = -start[5, 0, 0]
+        drive[6] = 0.0
+        state.dsq_state_update(*mine, drive, decay, b, c, 4, False, rounding == "dither")
+        definition.dsq_state_update(*theirs, drive, decay, b, c, 4, False, rounding == "dither")
+        for a, other in zip(mine, theirs, strict=True):
+            assert a is None or torch.equal(a, other)
+
+
 def test_definition_equals_the_codec_of_the_library() -> None:
     for spread, factor in EXTREMES:
         fresh = random_state(2, 3, 24, 40, spread, factor)

@@ -33,7 +33,7 @@ class Call(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("codes", "channel", "scale", "fixed", "drive", "decay", "b", "c", "out")
         ),
-        *((name, ctypes.c_int) for name in ("units", "heads", "share", "bits", "states", "blocks")),
+        *((name, ctypes.c_int) for name in ("units", "heads", "share", "bits", "states", "blocks", "dither")),
     )
 
 
@@ -51,8 +51,6 @@ def verify(
     dither: bool = False,
 ) -> str | None:
     """Why :func:`dsq_state_update` declines, or None."""
-    if dither:
-        return "a dither before rounding"
     if refit and fixed is None:
         return "the channel scale is fitted to the codes"
     if drive.shape[-1] != CHANNELS or scale.shape[-1] not in STATES or bits not in BITS:
@@ -100,7 +98,7 @@ def dsq_state_update(
         variant = LARGE if sequences * heads >= FULL else SMALL
     call = Call(
         *(libraries.address(t) for t in (codes, channel, scale, fixed, drive, decay, b, c, out)),
-        sequences * heads, heads, heads // b.shape[1], bits, scale.shape[-1], 0,
+        sequences * heads, heads, heads // b.shape[1], bits, scale.shape[-1], 0, int(dither),
     )  # fmt: skip
     libraries.launch(family, "llmcompress_state", "llmcompress_state_update", call, (variant,), drive, library)
     return out

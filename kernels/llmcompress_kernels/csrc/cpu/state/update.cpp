@@ -112,12 +112,19 @@ Head pick(int bits, int64_t states) {
 
 }  // namespace
 
+template <int J, Mode mode>
+void update_either(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
+                   const float* b, const float* c, float* y, float* tile, int p) {
+  if (update_nibbles<J, mode>(codes, channel, scale, fixed, decay, x, b, c, y, tile, p)) return;
+  update_head<4, J, mode>(codes, channel, scale, fixed, decay, x, b, c, y, tile, p);
+}
+
 template <Mode mode>
 Head nibbles(int64_t states) {
   switch (states) {
-    case 64: return update_nibbles<2, mode>;
-    case 128: return update_nibbles<4, mode>;
-    case 256: return update_nibbles<8, mode>;
+    case 64: return update_either<2, mode>;
+    case 128: return update_either<4, mode>;
+    case 256: return update_either<8, mode>;
     default: return nullptr;
   }
 }

@@ -18,6 +18,7 @@ struct StateCall {
     float* out;            // [S, H, P]
     int units, heads, share; // S H; H; H / G
     int bits, states, blocks; // N; blocks to launch
+    int dither;               // whether the bits of a state scale are added before rounding
 };
 
 } // namespace llmcompress::gpu

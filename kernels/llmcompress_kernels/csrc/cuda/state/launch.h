@@ -10,15 +10,19 @@ template <class S> int launch(const StateCall& call, void* stream) {
     return start(update_kernel<S>, unsigned(call.units < most ? call.units : most), 1, S::THREADS, S::BYTES, call, stream);
 }
 
-template <int BITS, int N, bool FIXED> int launch(const StateCall& call, int variant, void* stream) {
-    if (variant == 0) return launch<StateShape<BITS, N, 2, 4, FIXED, 4>>(call, stream);
-    if (variant == 1) return launch<StateShape<BITS, N, 4, 8, FIXED, 4>>(call, stream);
-    if (variant == 2) return launch<StateShape<BITS, N, 4, 4, FIXED, 4>>(call, stream);
+template <int BITS, int N, bool FIXED, bool DITHER> int launch(const StateCall& call, int variant, void* stream) {
+    if (variant == 1) return launch<StateShape<BITS, N, 4, 8, FIXED, 4, DITHER>>(call, stream);
+    if (variant == 2) return launch<StateShape<BITS, N, 4, 4, FIXED, 4, DITHER>>(call, stream);
+    // a candidate of benches, which nothing else picks
+    if constexpr (!DITHER) {
+        if (variant == 0) return launch<StateShape<BITS, N, 2, 4, FIXED, 4>>(call, stream);
+    }
     return -3;
 }
 
 template <int BITS, int N> int launch(const StateCall& call, int variant, void* stream) {
-    return call.fixed ? launch<BITS, N, true>(call, variant, stream) : launch<BITS, N, false>(call, variant, stream);
+    if (call.dither) return call.fixed ? launch<BITS, N, true, true>(call, variant, stream) : launch<BITS, N, false, true>(call, variant, stream);
+    return call.fixed ? launch<BITS, N, true, false>(call, variant, stream) : launch<BITS, N, false, false>(call, variant, stream);
 }
 
 } // namespace llmcompress::gpu

@@ -12,8 +12,9 @@
 //   new code            u / channel times 1 / step, a little less and a little more, must round alike       3
 //   pack                shift and add                                                                       1
 //
-// and 1 to 2 for everything that a row, a column or a lane does once. None of it may be fused, but for products with 1 / x,
-// which are allowed to be off: where two bounds of the true quotient round differently, the warp divides.
+// and 1 to 2 for everything that a row, a column or a lane does once. With a dither, whose definition multiplies by
+// reciprocals, 4 bits take as many and 8 bits four more. None of it may be fused, but for products with
+// 1 / x, which are allowed to be off: where two bounds of the true quotient round differently, the warp divides.
 //
 // A block owns a head's whole [P, N] tile, because the state scale is a maximum over P. A lane holds R rows x W runs of 8
 // columns; L lanes share a row. The mean of |u| is summed in halves, so a lane has the columns that differ in the upper
@@ -33,12 +34,14 @@ constexpr float MAGIC = 12582912.0f;
 // 4 bits: a number that it is added to has its nearest integer 16 bits up, and below that how far it is from the middle
 // between two of them, which is 1.
 constexpr float HALVES = 192.5f + 0x1p-16f;
+// 8 bits with a dither, whose definition takes reciprocals: the same number of roundings, and two more of reciprocals here.
+constexpr float LESS_OF_PRODUCT = 1.0f - 8 * 0x1p-24f, MORE_OF_PRODUCT = 1.0f + 10 * 0x1p-24f;
 // Bounds of u / step / (u (1 / channel) (1 / per_state)): six roundings of 2^-24, and one of the bound itself.
 constexpr float LESS = 1.0f - 7 * 0x1p-24f, MORE = 1.0f + 8 * 0x1p-24f;
 
-template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_> struct StateShape {
+template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITHER_ = false> struct StateShape {
     static constexpr int BITS = BITS_, P = 64, N = N_, R = R_, L = L_, BLOCKS = BLOCKS_;
-    static constexpr bool FIXED = FIXED_;
+    static constexpr bool FIXED = FIXED_, DITHER = DITHER_;
     static constexpr float QMAX = float((1 << (BITS - 1)) - 1);
     static constexpr int GROUPS = 32 / L, ROWS = GROUPS * R; // of a warp
     static constexpr int WARPS = P / ROWS, THREADS = 32 * WARPS;
@@ -50,7 +53,8 @@ template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_> struct St
     // shared memory; what the next head needs comes twice
     static constexpr int CHANNEL = P * ROW, X = CHANNEL + 2 * P, B = X + 4 * P, C = B + 4 * N, STAGE = C + 4 * N;
     static constexpr int PER_STATE = 2 * STAGE, WIDE = PER_STATE + 2 * 4 * N, NEW = WIDE + 4 * P, BOUNDS = NEW + 4 * N;
-    static constexpr int MOST = BOUNDS + (BITS == 4 ? 4 : 8) * N, COLUMNS = N + 4; // a warp's largest, a row per lane group, shifted by 4 banks
+    static constexpr int ADDED = BOUNDS + (BITS == 4 ? 4 : 8) * N; // before rounding, with a dither
+    static constexpr int MOST = ADDED + (DITHER ? 4 * N : 0), COLUMNS = N + 4; // a warp's largest, a row per lane group, shifted by 4 banks
     static constexpr int ALL = MOST + WARPS * GROUPS * COLUMNS * 4, BYTES = ALL + WARPS * N * 4;
     static_assert(W >= 1 && (W & (W - 1)) == 0 && CHUNK % 16 == 0 && P % ROWS == 0, "");
 };
@@ -68,6 +72,11 @@ template <class S> __device__ __forceinline__ float per_state(float v) {
 __device__ __forceinline__ float inverse(float v) {
     const float guess = about_inverse(v);
     return fused(fused(-v, guess, 1.0f), guess, guess);
+}
+
+// What the bits of a state scale add before rounding, in units of a step: dither_of of the definition.
+__device__ __forceinline__ float dither_of(uint16_t scale) {
+    return fused(float(int(uint32_t(scale) * 40503u >> 12 & 15)), 0.0625f, -7.5f * 0.0625f);
 }
 
 // A head of a sequence.
@@ -173,8 +182,15 @@ template <class S> struct Head {
 
     // Its new code, by division.
     __device__ int exact_code(int r, int n) const {
-        const float step = multiply(at<float>(S::WIDE)[r], at<float>(S::NEW)[n]);
-        return int(less_of(more_of(nearest(divide(again(r, n), step)), -S::QMAX), S::QMAX));
+        float value;
+        if constexpr (S::DITHER) {
+            const float part = multiply(again(r, n), divide(1.0f, at<float>(S::WIDE)[r]));
+            const float added = at<float>(S::ADDED)[n];
+            value = fused(part, divide(1.0f, at<float>(S::NEW)[n]), S::BITS == 4 ? add(added, -HALVES) : added);
+        } else {
+            value = divide(again(r, n), multiply(at<float>(S::WIDE)[r], at<float>(S::NEW)[n]));
+        }
+        return int(less_of(more_of(nearest(value), -S::QMAX), S::QMAX));
     }
 
     // The largest |u| / channel of a column, by division; all lanes of the warp.
@@ -331,10 +347,11 @@ template <class S> struct Tile {
     }
 
     // A run of 4-bit codes. u / channel times 1 / step is off by five roundings of 2^-24 at 7, 0.14 of what is counted.
-    static __device__ __forceinline__ uint32_t eight_codes(const float* u, const float* times, uint32_t& middle) {
+    // With a dither both are off by three more, and `halves` is HALVES and the dither.
+    static __device__ __forceinline__ uint32_t eight_codes(const float* u, const float* times, const float* halves, uint32_t& middle) {
         uint32_t low[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) low[k] = bits_of(fused(u[k], times[k], HALVES));
+        for (int k = 0; k < 8; ++k) low[k] = bits_of(fused(u[k], times[k], S::DITHER ? halves[k] : HALVES));
 #pragma unroll
         for (int k = 0; k < 8; k += 2) middle = less_halves(middle, permute(low[k], low[k + 1], 0x5410));
         const uint32_t even = permute(permute(low[0], low[2], 0x0062), permute(low[4], low[6], 0x0062), 0x5410);
@@ -342,13 +359,20 @@ template <class S> struct Tile {
         return (even & 0x0F0F0F0Fu) | ((odd << 4) & 0xF0F0F0F0u);
     }
 
+    // A code of 8 bits in the lowest bits. A dither takes the largest number beyond the largest code.
+    static __device__ __forceinline__ uint32_t rounded(float u, float times, const float* dither) {
+        if constexpr (!S::DITHER) return bits_of(fused(u, times, MAGIC));
+        return bits_of(add(less_of(more_of(fused(u, times, *dither), -S::QMAX), S::QMAX), MAGIC));
+    }
+
     // Half a run of 8-bit codes; `differ` is no longer 0 where two bounds of the quotient round differently.
-    static __device__ __forceinline__ uint32_t four_codes(const float* u, const float* less, const float* more, uint32_t& differ) {
+    static __device__ __forceinline__ uint32_t four_codes(
+        const float* u, const float* less, const float* more, const float* dither, uint32_t& differ) {
         uint32_t low[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            low[k] = bits_of(fused(u[k], less[k], MAGIC));
-            differ |= low[k] ^ bits_of(fused(u[k], more[k], MAGIC));
+            low[k] = rounded(u[k], less[k], dither + k);
+            differ |= low[k] ^ rounded(u[k], more[k], dither + k);
         }
         return permute(permute(low[0], low[1], 0x0040), permute(low[2], low[3], 0x0040), 0x5410);
     }
@@ -360,11 +384,13 @@ template <class S> struct Tile {
         for (int j = 0; j < S::W; ++j) {
             in_order();
             const int n = 8 * (head.l + S::L * j);
+            float added[8];
+            if constexpr (S::DITHER) eight(added, head.template at<float>(S::ADDED) + n);
             if constexpr (S::BITS == 4) {
                 float times[8];
                 eight(times, head.template at<float>(S::BOUNDS) + n);
 #pragma unroll
-                for (int i = 0; i < S::R; ++i) found[j][i][0] = eight_codes(u[i][j], times, middle);
+                for (int i = 0; i < S::R; ++i) found[j][i][0] = eight_codes(u[i][j], times, added, middle);
             } else {
                 float less[8], more[8];
                 const auto* bounds = head.template at<Four>(S::BOUNDS) + n / 2;
@@ -376,7 +402,8 @@ template <class S> struct Tile {
 #pragma unroll
                 for (int i = 0; i < S::R; ++i)
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) found[j][i][h] = four_codes(u[i][j] + 4 * h, less + 4 * h, more + 4 * h, differ);
+                    for (int h = 0; h < 2; ++h)
+                        found[j][i][h] = four_codes(u[i][j] + 4 * h, less + 4 * h, more + 4 * h, added + 4 * h, differ);
             }
         }
         // the smallest distance of a half; 0 and 1 are within what the product and the quotient may differ by
@@ -447,8 +474,10 @@ template <class S> __device__ __forceinline__ bool columns(const Head<S>& head) 
         head.call.scale[int64_t(head.unit) * S::N + n] = scale;
         const float step = per_state<S>(widen<false>(scale)), times = inverse(step);
         head.template at<float>(S::NEW)[n] = step;
+        constexpr float less = S::DITHER ? LESS_OF_PRODUCT : LESS, more = S::DITHER ? MORE_OF_PRODUCT : MORE;
         if constexpr (S::BITS == 4) head.template at<float>(S::BOUNDS)[n] = times;
-        else head.template at<Two>(S::BOUNDS)[n] = {multiply(times, LESS), multiply(times, MORE)};
+        else head.template at<Two>(S::BOUNDS)[n] = {multiply(times, less), multiply(times, more)};
+        if constexpr (S::DITHER) head.template at<float>(S::ADDED)[n] = S::BITS == 4 ? add(dither_of(scale), HALVES) : dither_of(scale);
     }
     return careful;
 }
