@@ -141,7 +141,8 @@ def measure(tool: str, job: str, limit: float | None) -> dict[str, Any] | None:
         return None
     shutil.rmtree(out, ignore_errors=True)
     if limit is not None:
-        words = ["prlimit", f"--cpu={ceil(limit)}", *words]
+        # a soft limit below the hard one: at the hard one the kernel kills, which looks like any other failure
+        words = ["prlimit", f"--cpu={ceil(limit)}:{ceil(limit) + 30}", *words]
     began, busy = time.perf_counter(), busy_seconds()
     code, seconds, peak = account(words, log)
     wall = time.perf_counter() - began
