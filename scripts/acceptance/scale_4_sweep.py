@@ -31,18 +31,26 @@ def command(folder: Path) -> list[str]:
     return ["sweep", "smoke/eac_moe_tiny", *axes, "--dir", str(folder), "--jobs", "2", "--json"]
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """A process's words; none of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def killed_once(folder: Path) -> str:
     """Start the sweep, kill one of its runs outright, let two others finish, then kill the sweep; what was killed."""
     process = subprocess.Popen([*CLI, *command(folder)], stdout=subprocess.DEVNULL, start_new_session=True)
     victim = ""
     while process.poll() is None:
         time.sleep(0.2)
-        children = [c for c in psutil.Process(process.pid).children() if "run" in c.cmdline()]
+        children = [(c, words) for c in psutil.Process(process.pid).children() if "run" in (words := command_line(c))]
         blocks = list(folder.glob("*/stages/quantize/blocks/*.safetensors"))
         if not victim and blocks and children:
             name = blocks[0].relative_to(folder).parts[0]
-            for child in children:
-                if any(name in word for word in child.cmdline()):
+            for child, words in children:
+                if any(name in word for word in words):
                     child.send_signal(signal.SIGKILL)
                     victim = name
         if victim and len(list(folder.glob("*/artifact"))) >= 2:
