@@ -11,7 +11,9 @@ import os
 import random
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmcompress.errors import EnvironmentProblem
 
@@ -33,6 +35,11 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 def baseline_ram(device: str) -> int:
     """Bytes of a process that has loaded its libraries and no model."""
     return BASELINE_RAM_CUDA if device == "cuda" else BASELINE_RAM
+
+
+def ram_budget(recipe: Mapping[str, Any]) -> int | None:
+    """``host.ram`` of a resolved recipe, bytes; None where it sets none."""
+    return (recipe.get("host") or {}).get("ram")
 
 
 def ram_above_baseline(budget: int | None, device: str) -> int | None:

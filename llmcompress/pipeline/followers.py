@@ -48,7 +48,7 @@ def follow(stages: Sequence[Stage], recipe: dict[str, Any], world: World) -> Non
     begun = said
     devices.set_threads(begun["threads"] or None)
     devices.make_deterministic()
-    keep_freed_memory(sparing=bool((recipe.get("host") or {}).get("ram")))
+    keep_freed_memory(sparing=devices.ram_budget(recipe) is not None)
     state = RunState()
     by_name = {stage.name: stage for stage in stages}
     while (said := world.tell()) != END:
@@ -65,7 +65,7 @@ def follow(stages: Sequence[Stage], recipe: dict[str, Any], world: World) -> Non
 
 def _context(name: str, begun: Mapping[str, Any], recipe: dict[str, Any], world: World) -> RunContext:
     root = Path(begun["dir"])
-    ram = devices.ram_above_baseline((recipe.get("host") or {}).get("ram"), begun["device"])
+    ram = devices.ram_above_baseline(devices.ram_budget(recipe), begun["device"])
     return RunContext(
         root, name, root / "stages" / name, devices.stage_seed(begun["seed"], name), begun["device"], begun["dtype"],
         recipe, _nothing, ram, world,

@@ -377,7 +377,7 @@ class Runner:
         """Put the policy into force and record it with the versions at work."""
         threads = devices.set_threads(record.threads or None)
         devices.make_deterministic()
-        keep_freed_memory(sparing=bool((self.job.recipe.get("host") or {}).get("ram")))
+        keep_freed_memory(sparing=devices.ram_budget(self.job.recipe) is not None)
         versions = package_versions()
         changed = [f"{n} {v} → {versions[n]}" for n, v in record.versions.items() if versions.get(n) != v]
         if changed:
@@ -418,7 +418,7 @@ class Runner:
         folder = self.dir.stage_dir(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         seed = devices.stage_seed(int(record.root["run"]["seed"]), stage.name)
-        ram = devices.ram_above_baseline((self.job.recipe.get("host") or {}).get("ram"), record.device)
+        ram = devices.ram_above_baseline(devices.ram_budget(self.job.recipe), record.device)
         return RunContext(
             self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit, ram,
             self.world,

@@ -1,12 +1,18 @@
-"""A family of tiny models and its finished run, shared by the tests that look at families."""
+"""What integration tests share: a family of tiny models with its finished run, and a run of two processes of which one
+is killed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -81,3 +87,24 @@ def family_run(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
     assert invoke(["run", str(root / "recipe.yaml"), "--quiet"]) == ExitCode.OK
     return root
+
+
+def _kill_one_of_two(command: Sequence[str], ready: Callable[[], object]) -> str:
+    """Start a run on two processes, kill one of them outright once it is ready; what the run said."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ready():
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
+    assert len(ranks) == 2
+    os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 4, said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "process 1 of 2 was killed (SIGKILL)" in errors[0], said
+    return said
+
+
+@pytest.fixture(scope="session")
+def kill_one_of_two() -> Callable[[Sequence[str], Callable[[], object]], str]:
+    """Run on two processes of which one is killed; the run must end with one error that says so."""
+    return _kill_one_of_two

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 TEXTS = ["The cat sat on the warm stone and looked at the sea. " * 6, "Nobody had opened the green door. " * 10]
@@ -43,24 +40,12 @@ def blocks(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one_and_a_killed_one_can_be_replaced(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, kill_one_of_two: Callable[..., str]
 ) -> None:
     source = recipe(tiny_folder, tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command("run", source, f"run.dir={one}"), check=True)
-    process = subprocess.Popen(
-        command("run", source, f"run.dir={two}", "--nproc", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    while process.poll() is None and not blocks(two):
-        time.sleep(0.02)
-    ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
-    assert len(ranks) == 2
-    os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == 4, said
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "process 1 of 2 was killed (SIGKILL)" in errors[0], said
+    said = kill_one_of_two(command("run", source, f"run.dir={two}", "--nproc", "2"), lambda: blocks(two))
     assert "Traceback" not in said
     subprocess.run(command("resume", two, "--nproc", "2"), check=True)
     assert blocks(one) and blocks(two) == blocks(one)

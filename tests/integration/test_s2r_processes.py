@@ -4,14 +4,11 @@ fewer."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 RECIPE = """
@@ -50,23 +47,14 @@ def command(*words: str | Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_bytes_of_one_and_one_finishes_what_two_began(tmp_path: Path) -> None:
+def test_two_processes_write_the_bytes_of_one_and_one_finishes_what_two_began(
+    tmp_path: Path, kill_one_of_two: Callable[..., str]
+) -> None:
     source, one, two = tmp_path / "shared.yaml", tmp_path / "one", tmp_path / "two"
     source.write_text(RECIPE)
     subprocess.run(command("run", source, f"run.dir={one}"), check=True, capture_output=True)
-    process = subprocess.Popen(
-        command("run", source, f"run.dir={two}", "--nproc", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    while process.poll() is None and not (two / "stages/reinforce/progress.safetensors").exists():
-        time.sleep(0.02)
-    ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
-    assert len(ranks) == 2
-    os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == 4, said
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "process 1 of 2 was killed (SIGKILL)" in errors[0], said
+    progress = two / "stages/reinforce/progress.safetensors"
+    kill_one_of_two(command("run", source, f"run.dir={two}", "--nproc", "2"), progress.exists)
     assert not (two / "stages/reinforce/model").exists()
     subprocess.run(command("resume", two), check=True, capture_output=True)
     # two processes from beginning to end
