@@ -220,9 +220,18 @@ class Scored:
     reference: list[Tensor]
 
 
+def taught(rollouts: Sequence[Rollout], settings: RlSettings) -> list[int]:
+    """Places of the rollouts that a gradient comes from: those of weight 0 would cost a forward and backward pass and
+    add nothing, unless an anchor holds their first attempts. One at least, so that every update has a gradient.
+    """
+    found = [place for place, rollout in enumerate(rollouts) if rollout.weight != 0 or settings.anchor > 0]
+    return found or [0]
+
+
 @torch.no_grad()
 def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings: RlSettings, same: bool) -> Scored:
-    """Log-probabilities of every response token under the sampling policy and the reference.
+    """Log-probabilities of every response token under the sampling policy and the reference; zeros for responses that
+    teach nothing (:func:`taught`).
 
     At the sampling temperature, because that is the distribution the tokens came from.
 
@@ -237,12 +246,13 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
     reference: list[Tensor] = []
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
-    lengths = [len(r.prompt) + len(r.ids) for r in rollouts]
+    wanted = taught(rollouts, settings)
+    lengths = [len(rollouts[place].prompt) + len(rollouts[place].ids) for place in wanted]
     # twice as many tokens fit where no activations are kept for a backward pass
     limit = None if settings.micro_tokens is None else 2 * settings.micro_tokens
     dealt = deal(policy.world, lengths, settings.micro_batch, limit)
     for number in dealt.of_rank(policy.world.rank):
-        part = [rollouts[place] for place in dealt.parts[number]]
+        part = [rollouts[wanted[place]] for place in dealt.parts[number]]
         padded = pad_rows([r.prompt for r in part], [r.ids for r in part], reader.pad, device)
         own = rl.token_logp(padded.select(policy.logits(padded.ids, padded.mask)), padded.targets, temperature)
         base = own
@@ -253,8 +263,12 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
         own, base = own.cpu(), base.cpu()
         old += [row[: len(rollout.ids)] for row, rollout in zip(own, part)]
         reference += [row[: len(rollout.ids)] for row, rollout in zip(base, part)]
-    sizes = [len(rollout.ids) for rollout in rollouts]
-    return Scored(rollouts, dealt.exchange(old, sizes), dealt.exchange(reference, sizes))
+    sizes = [len(rollouts[place].ids) for place in wanted]
+    found = [[torch.zeros(len(rollout.ids)) for rollout in rollouts] for _ in range(2)]
+    for values, own in zip(found, (old, reference)):
+        for place, row in zip(wanted, dealt.exchange(own, sizes)):
+            values[place] = row
+    return Scored(rollouts, *found)
 
 
 def unit_advantages(scored: Scored, index: int, settings: RlSettings) -> list[float]:
@@ -270,7 +284,12 @@ def unit_advantages(scored: Scored, index: int, settings: RlSettings) -> list[fl
 def update(
     policy: Policy, reader: Reader, scored: Scored, picked: Sequence[int], settings: RlSettings, trainer: Trainer
 ) -> dict[str, float]:
-    """One optimiser step on the picked rollouts; returns loss, clip share and gradient norm."""
+    """One optimiser step on the picked rollouts; returns loss, clip share and gradient norm.
+
+    Those of weight 0 are left out of the arithmetic and count in the mean.
+    """
+    count_all = len(picked)
+    picked = [picked[place] for place in taught([scored.rollouts[i] for i in picked], settings)]
     temperature = settings.sampling.temperature or 1.0
     device = next(iter(policy.trainable.values())).device
     lengths = [len(scored.rollouts[i].prompt) + len(scored.rollouts[i].ids) for i in picked]
@@ -294,9 +313,9 @@ def update(
             logp, old.to(device), units, advantages.to(device), settings.clip, settings.ratio
         )  # fmt: skip
         weights = torch.tensor([r.weight for r in rows], device=device)
-        loss = (each * weights).sum() / len(picked)
+        loss = (each * weights).sum() / count_all
         if settings.anchor > 0:
-            loss = loss + settings.anchor * _anchor(policy, padded, logits, rows) / len(picked)
+            loss = loss + settings.anchor * _anchor(policy, padded, logits, rows) / count_all
         loss.backward()
         return {"loss": loss.detach(), "clipped": share.detach()}
 
@@ -323,7 +342,7 @@ def curve_record(
     """What the learning curve holds of a step: behaviour of the sampled responses, KL, loss."""
     rollouts = scored.rollouts
     seen = behaviour([r.episode for r in rollouts])
-    kls = [float((old - ref).sum()) for old, ref in zip(scored.old, scored.reference)]
+    kls = [float((scored.old[place] - scored.reference[place]).sum()) for place in taught(rollouts, settings)]
     shown = (
         "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_recall", "trials", "tokens",
         "ended", "well_formed",
