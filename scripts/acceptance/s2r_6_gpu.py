@@ -38,11 +38,11 @@ COLUMNS = (
 HEADS = ("acc", "first", "VA", "ER", "CP", "ICR", "CIR", "trials", "tokens", "ended")
 POLICIES = ("base", "solutions", "sft", "orl", "prl")
 # sizes of the numbers to choose from, and the share of first attempts that should be right
-SIZES, AIM = (1, 2, 4, 8, 16, 32), 0.45
+SIZES, AIM = (1, 2, 4, 8, 16, 32), 0.5
 # validation problems of each size
 EACH = 170
 # seconds that a process of reinforcement needs beside its training: start, model, the measurement at the end
-AROUND = 36.0
+AROUND = 45.0
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
 COUNTDOWN = "{kind: countdown, high: 15, limit: 60, compact: true}"
 SMALL: dict[str, dict[str, tuple[str, ...]]] = {
