@@ -265,8 +265,8 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
         reference += [row[: len(rollout.ids)] for row, rollout in zip(base, part)]
     sizes = [len(rollouts[place].ids) for place in wanted]
     found = [[torch.zeros(len(rollout.ids)) for rollout in rollouts] for _ in range(2)]
-    for values, own in zip(found, (old, reference)):
-        for place, row in zip(wanted, dealt.exchange(own, sizes)):
+    for values, computed in zip(found, (old, reference)):
+        for place, row in zip(wanted, dealt.exchange(computed, sizes)):
             values[place] = row
     return Scored(rollouts, *found)
 
