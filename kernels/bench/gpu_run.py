@@ -10,6 +10,7 @@ which is left out otherwise; ``--match`` takes names. ``--alone`` measures no pe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import re
@@ -44,10 +45,7 @@ def versions() -> dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    told = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    found["commit"] = told.stdout.strip()
+    found["commit"], found["sources"] = commit(), sources()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = {
@@ -57,6 +55,32 @@ def versions() -> dict[str, Any]:
             "l2_mb": round(properties.L2_cache_size / 1e6, 1),
         }
     return found
+
+
+def commit() -> str | None:
+    """The commit that the kernels are of, or None: no repository here, or they differ from what it holds."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    try:
+        changed = git("status", "--porcelain", "--", "kernels")
+        return (
+            git("rev-parse", "--short", "HEAD").stdout.strip() or None
+            if changed.returncode == 0 == len(changed.stdout)
+            else None
+        )
+    except OSError:
+        return None
+
+
+def sources() -> str:
+    """Hash of the kernels and of these scripts, which a copy without its repository has as well."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").rglob("*")):
+        if path.is_file() and path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp", ".json"):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def plan() -> list[tuple[str, Any]]:
@@ -120,19 +144,30 @@ def main() -> int:
         return 0
     import gpu_matrix
     import torch
-    from gpu_timing import copy_rate
+    from gpu_timing import copy_rate, read_rate
 
     gpu_matrix.PEERS = not options.alone
     if not torch.cuda.is_available():
         print("no GPU: nothing can be measured")
         return 1
-    began, rate = time.perf_counter(), copy_rate()
+    began, copied, read = time.perf_counter(), copy_rate(), read_rate()
+    rate = max(copied, read)
     result: dict[str, Any] = {
         "versions": versions(),
-        "copy_gb_per_second": round(rate / 1e9, 1),
+        "copy_gb_per_second": round(copied / 1e9, 1),
+        "read_gb_per_second": round(read / 1e9, 1),
         "lines": [],
         "failed": {},
     }
+    options.out.parent.mkdir(exist_ok=True)
+
+    def save() -> None:
+        """After every measurement, so that an end of time loses only what was not measured."""
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        part = options.out.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(options.out)
+
     for name, measure in work:
         if time.perf_counter() - began > options.seconds:
             result["failed"][name] = "no time left"
@@ -144,10 +179,9 @@ def main() -> int:
         except Exception as error:  # one failure must not lose the rest
             result["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
             print(f"{name}: {result['failed'][name]}", flush=True)
+        save()
         torch.cuda.empty_cache()
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    save()
     print(f"wrote {options.out}")
     return 1 if result["failed"] else 0
 

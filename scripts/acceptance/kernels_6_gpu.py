@@ -39,7 +39,7 @@ def main() -> None:
     verdict(
         bool(goals) and held == len(goals) and complete,
         f"{held} of {len(goals)} goals on {found['versions']['gpu']['name']}, "
-        f"copy rate {found['copy_gb_per_second']} GB/s, "
+        f"copies at {found['copy_gb_per_second']} GB/s, reads at {found.get('read_gb_per_second', '?')}, "
         f"checks {'passed' if complete else 'failed'}",
     )
 

@@ -23,16 +23,16 @@ ARCHITECTURES = (80, 90)
 BUDGET = {2: 2.8, 3: 4.0, 4: 5.3}
 
 
-@pytest.fixture(scope="module")
-def emulation() -> ctypes.CDLL:
-    """The kernels compiled for the host."""
+@pytest.fixture(scope="module", params=[0, 1], ids=["plain", "prepared"])
+def emulation(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """The kernels compiled for the host, in both of their forms."""
     if shutil.which("g++") is None and "CXX" not in os.environ:
         pytest.skip("no C++ compiler")
     family = build.Family(
-        "skinny-emulation",
+        f"skinny-emulation-{request.param}",
         ("cuda/skinny/emulate.cpp",),
         headers=("cuda/skinny/*",),
-        flags=("-O2", "-Wno-unknown-pragmas"),
+        flags=("-O2", "-Wno-unknown-pragmas", f"-DLLMCOMPRESS_PREPARED={request.param}"),
     )
     return ctypes.CDLL(str(build.build(family)))
 
@@ -79,7 +79,13 @@ def test_shared_memory_is_what_the_host_says(emulation) -> None:
 
 
 @pytest.mark.parametrize(
-    "launch", [launches.Launch(1, 3, 1), launches.Launch(2, 5, 3), launches.Launch(4, 6, 1, overlap=False)]
+    "launch",
+    [
+        launches.Launch(1, 3, 1),
+        launches.Launch(2, 5, 3),
+        launches.Launch(4, 6, 1, overlap=False),
+        launches.Launch(2, 2, 2),
+    ],
 )
 def test_launches(emulation, packed, monkeypatch, launch) -> None:
     """However a product is cut up: activations come in several slices, strips are shared by many blocks."""

@@ -1,4 +1,4 @@
-"""How a GPU candidate is timed: graph replay, weights rotated through the caches, medians, a copy as the floor."""
+"""How a GPU candidate is timed: graph replay, weights rotated through the caches, medians; the rate of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from llmcompress_kernels.cuda import library
 
 # weights of all rotations together, in sizes of the L2 cache
 CACHES = 4
@@ -48,6 +50,15 @@ def copy_rate(size: int = 1 << 30) -> float:
     return 2 * size / took * 1e6
 
 
+def read_rate(size: int = 1 << 30) -> float:
+    """Bytes per second of the faster of two ways to read memory: a sum; a bfloat16 matrix times a vector."""
+    columns = 8192
+    wide = torch.zeros(size // 2 // columns, columns, dtype=torch.bfloat16, device="cuda").normal_()
+    vector, numbers = wide[0].clone(), wide.view(torch.float32)
+    times = replay({"sum": [numbers.sum], "product": [lambda: torch.mv(wide, vector)]})
+    return size / min(each.median for each in times.values()) * 1e6
+
+
 def replay(candidates: Mapping[str, Sequence[Callable[[], object]]], samples: int = SAMPLES) -> dict[str, Timed]:
     """Time candidates against each other.
 
@@ -58,16 +69,20 @@ def replay(candidates: Mapping[str, Sequence[Callable[[], object]]], samples: in
     Returns:
         Name → microseconds per call.
     """
-    graphs = {name: _capture(calls) for name, calls in candidates.items()}
-    found: dict[str, list[float]] = {name: [] for name in candidates}
+    with library.graphs_that_end():
+        return _replay({name: (_capture(calls), len(calls)) for name, calls in candidates.items()}, samples)
+
+
+def _replay(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, int]], samples: int) -> dict[str, Timed]:
+    found: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(samples):
-        for name, graph in graphs.items():
+        for name, (graph, calls) in graphs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
-            found[name].append(begin.elapsed_time(end) * 1e3 / len(candidates[name]))
+            found[name].append(begin.elapsed_time(end) * 1e3 / calls)
     return {name: Timed(statistics.median(each), min(each), max(each)) for name, each in found.items()}
 
 

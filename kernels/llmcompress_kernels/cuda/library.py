@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from llmcompress_kernels import build
 from llmcompress_kernels.cuda import toolchain
 
 # counters of arrivals that a captured graph may take without ever giving them back
-RESERVED = 1 << 18
+RESERVED = 1 << 22
 
 
 def register(family: str, source: str) -> None:
@@ -106,6 +107,16 @@ def placed(tensor: Tensor) -> Tensor:
 
 _STREAMS: dict[tuple[int, int], Tensor] = {}
 _GRAPHS: dict[int, tuple[Tensor, int]] = {}
+
+
+@contextlib.contextmanager
+def graphs_that_end() -> Iterator[None]:
+    """Give back what graphs captured inside took of the reserve; they must not be replayed afterwards."""
+    before = dict(_GRAPHS)
+    try:
+        yield
+    finally:
+        _GRAPHS.update(before)
 
 
 def arrivals(count: int, device: torch.device) -> Tensor:

@@ -254,9 +254,11 @@ def shared(bits: int, call: Call) -> int:
     return tables + call.room + call.warps * call.stages * stage
 
 
-def _x_bytes(bits: int, steps: int) -> int:
-    """Bytes of a slot's activations for so many steps."""
-    return 2 * COLUMNS[bits] * steps + (16 if bits == 2 else 64)
+def _x_bytes(bits: int, call: Call, steps: int) -> int:
+    """Bytes of a job's activations for so many steps, with the sums that belong to them."""
+    tiles, spans = -(-call.at_once // TILE), max(1, COLUMNS[bits] // call.group)
+    sums = 8 * TILE * tiles * spans * steps
+    return call.at_once * (2 * COLUMNS[bits] * steps + (16 if bits == 2 else 64)) + sums
 
 
 def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
@@ -281,8 +283,8 @@ def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
     while True:
         room = min(SHARED_OF_A_BLOCK[major], SHARED[major] // blocks - 1024)
         call.room = 0
-        call.room = min(room - shared(bits, call), call.at_once * _x_bytes(bits, steps)) // 16 * 16
-        if call.room >= call.at_once * _x_bytes(bits, min(steps, 2)):
+        call.room = min(room - shared(bits, call), _x_bytes(bits, call, steps)) // 16 * 16
+        if call.room >= _x_bytes(bits, call, min(steps, 2)):
             break
         if call.stages > 3:
             call.stages -= 1

@@ -6,6 +6,20 @@
 
 namespace llmcompress::skinny {
 
+// The activations of a lane in a unit, in the pairs of pair_of: columns j and j + PAIRS.
+template <int BITS> __device__ __forceinline__ void pairs_of_x(uint32_t (&b)[Shape<BITS>::PAIRS], const unsigned char* x) {
+    constexpr int PAIRS = Shape<BITS>::PAIRS;
+    uint32_t flat[PAIRS];
+#pragma unroll
+    for (int i = 0; i < PAIRS / 4; ++i) {
+        const Words w = reinterpret_cast<const Words*>(x)[i];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) flat[4 * i + j] = w.at[j];
+    }
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) b[p] = permute(flat[p / 2], flat[p / 2 + PAIRS / 2], p % 2 ? 0x7632 : 0x5410);
+}
+
 // A job is up to `at_once` slots of one expert (DENSE: tokens).
 template <int BITS, bool BF16, int NT> struct Block {
     using S = Shape<BITS>;
@@ -17,6 +31,7 @@ template <int BITS, bool BF16, int NT> struct Block {
     int count = 0; // slots of the job whose activations are here
     int job = -1;  // that one
     int x_first = 0, x_steps = 0, x_stride = 0; // steps of columns that are here, and bytes from slot to slot
+    int sums = 0; // PREPARED: where the sums of their spans begin
     Schedule schedule;
 
     __device__ Block(const Call& c, unsigned char* m) : call(c), bytes(m), memory(*reinterpret_cast<Memory<BITS, NT>*>(m)) {
@@ -108,7 +123,8 @@ template <int BITS, bool BF16, int NT> struct Block {
     __device__ __forceinline__ void load_x(const Place& place, unsigned rest) {
         sync(); // nobody uses the previous ones any more
         if (place.job != job) enter_job(place.job);
-        const int fit = (call.room / count - S::X_PAD) / S::X_BYTES, ahead = schedule.steps - place.step;
+        const int each = count * S::X_BYTES + (PREPARED ? NT * SUMS_BYTES * memory.spans : 0);
+        const int fit = (call.room - count * S::X_PAD) / each, ahead = schedule.steps - place.step;
         x_first = place.step, x_steps = ahead;
         if (rest <= unsigned(ahead))
             x_steps = int(rest);
@@ -131,6 +147,39 @@ template <int BITS, bool BF16, int NT> struct Block {
         commit();
         wait<0>();
         sync();
+        if constexpr (PREPARED) {
+            prepare();
+            sync();
+        }
+    }
+
+    // Bring the activations that are here into the pairs of pair_of, and sum them by spans over which scales are the same:
+    // sum(x), and, negative, the sum of what the numbers of codes have too much. A matrix product gives both: the first 8 rows
+    // of its left operand are ones, the others the excess.
+    __device__ void prepare() {
+        sums = memory.x + count * x_stride;
+        const int spans = x_steps * memory.spans, units = S::UNITS / memory.spans;
+        for (int item = warp; item < spans * NT; item += call.warps) {
+            const int span = item / NT, n = item % NT, entry = n * TILE + g;
+            if (n * TILE >= count) continue;
+            unsigned char* place = bytes + memory.x + entry * x_stride + span * units * 2 * S::UNIT + 4 * S::PAIRS * t;
+            float sum[4] = {};
+            for (int u = 0; u < units; ++u, place += 2 * S::UNIT) {
+                uint32_t b[S::PAIRS] = {};
+                if (entry < count) {
+                    pairs_of_x<BITS>(b, place);
+#pragma unroll
+                    for (int i = 0; i < S::PAIRS / 4; ++i)
+                        reinterpret_cast<Words*>(place)[i] = {b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]};
+                }
+#pragma unroll
+                for (int i = 0; i < S::PAIRS / 2; ++i) {
+                    const uint32_t a[4] = {powers<BF16>(0), powers<BF16>(excess_of<BITS>(2 * i)), powers<BF16>(0), powers<BF16>(excess_of<BITS>(2 * i + 1))};
+                    mma<BF16>(sum, a, b[2 * i], b[2 * i + 1]);
+                }
+            }
+            if (g == 0) *at<Four>(sums + item * SUMS_BYTES + 16 * t) = {sum[0], sum[1], -sum[2], -sum[3]};
+        }
     }
 
     __device__ __forceinline__ void enter_job(int wanted) {

@@ -12,11 +12,21 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return memory;
 }
 
-// 16 bytes from global to shared memory, past the registers and past L1; the rest of its 128 bytes comes into L2, since a
-// warp reads a row in pieces of 48 or 64 bytes.
+// What of a row L2 is asked for at once, in bytes.
+#ifndef LLMCOMPRESS_AHEAD
+#define LLMCOMPRESS_AHEAD 128
+#endif
+#if LLMCOMPRESS_AHEAD == 256
+#define LLMCOMPRESS_COPY "cp.async.cg.shared.global.L2::256B [%0+%2], [%1], 16;"
+#else
+#define LLMCOMPRESS_COPY "cp.async.cg.shared.global.L2::128B [%0+%2], [%1], 16;"
+#endif
+
+// 16 bytes from global to shared memory, past the registers and past L1; the bytes around them come into L2, since a warp
+// reads a row in pieces of 96 or 128 bytes.
 // `shared` comes from shared_address; BEYOND bytes behind it.
 template <int BEYOND> __device__ __forceinline__ void copy_async(unsigned shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%2], [%1], 16;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
+    asm volatile(LLMCOMPRESS_COPY ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
 }
 using SharedAddress = unsigned;
 __device__ __forceinline__ SharedAddress shared_address(void* at) { return static_cast<unsigned>(__cvta_generic_to_shared(at)); }
@@ -100,6 +110,7 @@ __device__ __forceinline__ void fence() { __threadfence(); }
 
 struct alignas(16) Words { uint32_t at[4]; };
 struct alignas(8) Pair { float x, y; };
+struct alignas(16) Four { float at[4]; };
 struct alignas(16) Eight { uint64_t at[2]; }; // scales
 template <> __device__ __forceinline__ Eight read<Eight>(const Eight* at) {
     const ulonglong2 v = __ldg(reinterpret_cast<const ulonglong2*>(at));

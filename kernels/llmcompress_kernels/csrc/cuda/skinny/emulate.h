@@ -194,6 +194,7 @@ inline int add(int* counter, int value) {
 
 struct alignas(16) Words { uint32_t at[4]; };
 struct alignas(8) Pair { float x, y; };
+struct alignas(16) Four { float at[4]; };
 struct alignas(16) Eight { uint64_t at[2]; }; // scales
 
 inline void enter() {

@@ -49,11 +49,32 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     uint64_t scales[2];
     uint32_t zeros[2];
     int group; // first one of the step fetched last, or -1: there was none
+    // PREPARED: this lane's first piece of the step fetched next, bytes from it to that of the other half of the rows, bytes of
+    // the row that are left, which of its pieces are rows of the matrix, and where they lie
+    const unsigned char* next;
+    int64_t apart;
+    int left;
+    unsigned there;
+    SharedAddress base;
+    static constexpr int PIECES = S::COPIES / 2;
+    static constexpr bool REGULAR = LANES % S::CHUNKS == 0; // a lane's pieces lie as far apart in memory as rows do
+    static constexpr int PLACES = REGULAR ? 1 : PIECES;
+    int from_at[PLACES], to_at[PLACES];
+    int far_rows; // REGULAR: bytes from one piece to the next
 
     __device__ Pipeline(const Block<BITS, BF16, NT>& b) : call(b.call), block(b), spans(b.memory.spans) {
         bytes = b.memory.stage;
         stages = b.bytes + b.memory.stages + b.warp * call.stages * bytes;
         group = -1;
+        if constexpr (PREPARED) {
+            base = shared_address(stages);
+            far_rows = anew(LANES / S::CHUNKS * 4 * int(call.words));
+#pragma unroll
+            for (int i = 0; i < PLACES; ++i) {
+                const int chunk = block.lane + i * LANES, j = chunk / S::CHUNKS, at = chunk % S::CHUNKS * 16;
+                from_at[i] = anew(j * int(call.words) * 4 + at), to_at[i] = anew(j * S::STRIDE + at);
+            }
+        }
     }
 
     __device__ __forceinline__ unsigned char* stage_of(int number) const { return stages + number * bytes; }
@@ -76,10 +97,46 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
         scale_row = call.scale + mine * call.groups;
         zero_row = call.zero + mine * call.zero_words;
         held = -1;
+        if constexpr (PREPARED) {
+            const int64_t stride = call.words * 4;
+            next = bank + row * stride + place.step * S::ROW_BYTES + (REGULAR ? from_at[0] : 0);
+            apart = (call.mode == GATE_UP ? call.rows : 16) * stride;
+            left = int(unsigned(call.columns) * BITS / 8) - place.step * S::ROW_BYTES;
+            const int rows = call.rows - row;
+            there = 0;
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                const int j = (block.lane + i * LANES) / S::CHUNKS;
+                there |= unsigned(j < rows) << i | unsigned(j < rows - (far - row)) << (PIECES + i);
+            }
+        }
+    }
+
+    // PREPARED: the copies of fetch(), whose addresses are known but for the stage. Rows that are not there are not filled.
+    template <int HALF, int I> __device__ __forceinline__ void pieces(SharedAddress to, const unsigned char* from, unsigned mine) const {
+        constexpr unsigned BIT = 1u << (HALF * PIECES + I);
+        if constexpr (REGULAR) {
+            if (mine & BIT) copy_async<HALF * 16 * S::STRIDE + I * (LANES / S::CHUNKS) * S::STRIDE>(to + to_at[0], from);
+            from += far_rows;
+        } else if (mine & BIT && (block.lane + I * LANES) % S::CHUNKS * 16 < left) {
+            copy_async<HALF * 16 * S::STRIDE>(to + to_at[I], from + from_at[I]);
+        }
+        if constexpr (I + 1 < PIECES) pieces<HALF, I + 1>(to, from, mine);
     }
 
     // Start copying the step at `place`, and go to the next one.
     __device__ __forceinline__ void fetch() {
+        if constexpr (PREPARED) {
+            const SharedAddress to = base + unsigned(stage * bytes);
+            const unsigned mine = REGULAR && block.lane % S::CHUNKS * 16 >= left ? 0 : there;
+            pieces<0, 0>(to, next, mine);
+            pieces<1, 0>(to, next + apart, mine);
+            load_scales();
+            stage = stage + 1 == call.stages ? 0 : stage + 1;
+            next += S::ROW_BYTES, left -= S::ROW_BYTES;
+            if (place.next(block.schedule)) enter();
+            return;
+        }
         // beyond the row's end nothing is copied: the codes left there multiply activations of zero
         const unsigned begin = unsigned(place.step) * S::ROW_BYTES, left = unsigned(call.columns) * BITS / 8 - begin;
         unsigned char* to = stage_of(stage);
@@ -129,6 +186,17 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     // (scale, -scale zero) of this lane's row for the step fetched last.
     __device__ __forceinline__ void store_scales() {
         if (group < 0) return;
+        if constexpr (PREPARED) {
+            if (spans == 1)
+                store_scales<1>();
+            else if (spans == 2)
+                store_scales<2>();
+            else if (spans == 4)
+                store_scales<4>();
+            else
+                store_scales<8>();
+            return;
+        }
         Pair* to = scales_of(stage_of(stage == 0 ? call.stages - 1 : stage - 1)) + block.lane;
         const bool stored = call.zero != nullptr;
         const unsigned within = unsigned(group) % 8;
@@ -146,21 +214,23 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
             four >>= 16, codes >>= BITS;
         }
     }
-};
 
-// The activations of a unit for token `g` of a tile, in the pairs of pair_of: columns j and j + PAIRS.
-template <int BITS> __device__ __forceinline__ void pairs_of_x(uint32_t (&b)[Shape<BITS>::PAIRS], const unsigned char* x) {
-    constexpr int PAIRS = Shape<BITS>::PAIRS;
-    uint32_t flat[PAIRS];
+    // The same for SPANS of them, a power of two. Groups beyond the last one have a scale of 0.
+    template <int SPANS> __device__ __forceinline__ void store_scales() const {
+        Pair* to = scales_of(stage_of(stage == 0 ? call.stages - 1 : stage - 1)) + block.lane;
+        const unsigned within = unsigned(group) % 8;
+        const uint64_t four = (within >= 4 ? scales[1] : scales[0]) >> (SPANS < 4 ? 16 * (within % 4) : 0);
+        const unsigned first = within * BITS + unsigned(group) / 8 * 8 * BITS % 32;
+        const bool stored = call.zero != nullptr;
+        const auto codes = uint32_t((uint64_t(zeros[1]) << 32 | zeros[0]) >> first);
 #pragma unroll
-    for (int i = 0; i < PAIRS / 4; ++i) {
-        const Words w = reinterpret_cast<const Words*>(x)[i];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) flat[4 * i + j] = w.at[j];
+        for (int i = 0; i < SPANS; ++i) {
+            const uint32_t middle = stored ? codes >> (i * BITS) & ((1u << BITS) - 1) : 1u << (BITS - 1);
+            const float value = widen<false>(uint16_t((i < 4 ? four : scales[1]) >> 16 * (i % 4)));
+            to[i * LANES] = {value, -value * float(middle)};
+        }
     }
-#pragma unroll
-    for (int p = 0; p < PAIRS; ++p) b[p] = permute(flat[p / 2], flat[p / 2 + PAIRS / 2], p % 2 ? 0x7632 : 0x5410);
-}
+};
 
 template <int BITS, bool BF16, int NT> struct Sums {
     using S = Shape<BITS>;
@@ -174,6 +244,69 @@ template <int BITS, bool BF16, int NT> struct Sums {
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) all[r][n][i] = 0;
+    }
+
+    // The same with activations that are prepared: either half of the rows.
+    template <int I>
+    static __device__ __forceinline__ void multiply(float (&part)[2][NT][4], const uint32_t (&code)[2][2], const uint32_t (&b)[NT][S::PAIRS]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t a[4] = {pair_of<BITS, BF16, 2 * I>(code[r][0]), pair_of<BITS, BF16, 2 * I>(code[r][1]),
+                                   pair_of<BITS, BF16, 2 * I + 1>(code[r][0]), pair_of<BITS, BF16, 2 * I + 1>(code[r][1])};
+#pragma unroll
+            for (int n = 0; n < NT; ++n) mma<BF16>(part[r][n], a, b[n][2 * I], b[n][2 * I + 1]);
+        }
+    }
+
+    // Add the products of one step with activations that are prepared; `prepared`: the sums of its spans.
+    template <int PER>
+    __device__ __forceinline__ void step(const unsigned char* stage, const unsigned char* const (&x)[NT], const unsigned char* prepared, int g, int t) {
+        const unsigned char* words = stage + g * S::STRIDE;
+        const Pair* scales = Pipeline<BITS, BF16, NT>::scales_of(const_cast<unsigned char*>(stage)) + g;
+        constexpr int AT_ONCE = PER < 4 ? PER : 4;
+#pragma unroll 1
+        for (int span = 0; span < S::UNITS / PER; ++span) {
+            float part[2][NT][4], all[NT][2];
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                const Four four = *reinterpret_cast<const Four*>(prepared + (span * NT + n) * SUMS_BYTES + 16 * t);
+                all[n][0] = four.at[0], all[n][1] = four.at[1];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) part[0][n][i] = part[1][n][i] = four.at[2 + i % 2];
+            }
+#pragma unroll AT_ONCE
+            for (int v = 0; v < PER; ++v) {
+                const int u = span * PER + v;
+                uint32_t b[NT][S::PAIRS], code[2][2];
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int i = 0; i < S::PAIRS / 4; ++i) {
+                        const Words w = reinterpret_cast<const Words*>(x[n] + u * 2 * S::UNIT)[i];
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) b[n][4 * i + j] = w.at[j];
+                    }
+#pragma unroll
+                for (int r = 0; r < 4; ++r) code[r / 2][r % 2] = codes_of<BITS>(words + 8 * r * S::STRIDE + u * S::UNIT_BYTES, t);
+                multiply<0>(part, code, b);
+                multiply<1>(part, code, b);
+                if constexpr (S::PAIRS == 8) {
+                    multiply<2>(part, code, b);
+                    multiply<3>(part, code, b);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const Pair low = scales[span * LANES + 16 * r], high = scales[span * LANES + 16 * r + 8];
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const Pair s = i < 2 ? low : high;
+                        total[r][n][i] = fmaf(s.y, all[n][i % 2], fmaf(s.x, part[r][n][i], total[r][n][i]));
+                    }
+            }
+        }
     }
 
     // Step i of the unit's products: columns of two pairs of every lane. `part`: either half of the rows, and a matrix whose
@@ -231,6 +364,14 @@ template <int BITS, bool BF16, int NT> struct Sums {
                     }
             }
         }
+    }
+
+    template <int PER>
+    __device__ __forceinline__ void any_step(const unsigned char* stage, const unsigned char* const (&x)[NT], const unsigned char* prepared, int g, int t) {
+        if constexpr (PREPARED)
+            step<PER>(stage, x, prepared, g, t);
+        else
+            step<PER>(stage, x, g, t);
     }
 };
 
@@ -420,7 +561,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS<NT>, 1) skinny_kernel(const __
             block.load_x(place, end - now);
             block.lanes_of_x(x);
         }
-        if (call.stages == 3)
+        if (call.stages == 2)
+            wait<0>();
+        else if (call.stages == 3)
             wait<1>();
         else if (call.stages == 4)
             wait<2>();
@@ -439,14 +582,15 @@ __global__ void __launch_bounds__(32 * MOST_WARPS<NT>, 1) skinny_kernel(const __
 #pragma unroll
         for (int n = 0; n < NT; ++n) at[n] = x[n] + (place.step - block.x_first) * S::X_BYTES;
         const unsigned char* words = pipeline.stage_of(stage);
+        const unsigned char* prepared = block.bytes + block.sums + (place.step - block.x_first) * pipeline.spans * NT * SUMS_BYTES;
         if (pipeline.spans == 1)
-            sums.template step<S::UNITS>(words, at, block.g, block.t);
+            sums.template any_step<S::UNITS>(words, at, prepared, block.g, block.t);
         else if (pipeline.spans == 2)
-            sums.template step<S::UNITS / 2>(words, at, block.g, block.t);
+            sums.template any_step<S::UNITS / 2>(words, at, prepared, block.g, block.t);
         else if (pipeline.spans == 4)
-            sums.template step<S::UNITS / 4>(words, at, block.g, block.t);
+            sums.template any_step<S::UNITS / 4>(words, at, prepared, block.g, block.t);
         else
-            sums.template step<1>(words, at, block.g, block.t);
+            sums.template any_step<1>(words, at, prepared, block.g, block.t);
         ++summed;
         stage = stage + 1 == call.stages ? 0 : stage + 1;
         if (place.step == schedule.steps - 1 || now + 1 == end) {

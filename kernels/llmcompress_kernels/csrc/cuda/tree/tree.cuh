@@ -18,6 +18,12 @@
 
 namespace llmcompress::gpu {
 
+// Whether the scales of a row are copied by neighbouring lanes, or all by one.
+#ifndef LLMCOMPRESS_SCALES_TOGETHER
+#define LLMCOMPRESS_SCALES_TOGETHER 0
+#endif
+constexpr bool SCALES_TOGETHER = LLMCOMPRESS_SCALES_TOGETHER != 0;
+
 constexpr int GROUP = 128, ROWS_OF_WARP = 32, STEP_BYTES = 64, TILE = 8;
 
 template <bool BF16_, int NT_, int WARPS_, int STAGES_> struct TreeShape {
@@ -109,7 +115,7 @@ template <class S> struct Tree {
         const TreeNode& node = call.node[source.cursor.node];
         const int64_t bytes = int64_t(call.columns) * node.bits / 8;
         source.words = node.words + (row + g) * bytes + int64_t(first) * (16 * node.bits) + 16 * t;
-        source.scales = node.scale + int64_t(row + lane) * call.groups + first;
+        source.scales = node.scale + int64_t(row + (SCALES_TOGETHER ? g : lane)) * call.groups + first + (SCALES_TOGETHER ? 2 * t : 0);
         source.stride = 8 * bytes;
     }
 
@@ -129,9 +135,19 @@ template <class S> struct Tree {
             }
         }
         // two scales a word; the first one may belong to the group before
-        if (row + lane < call.rows) {
-            const int odd = (first + cursor.group) & 1, all = in_step(cursor.bits), left = groups - cursor.group;
-            const int count = odd + (left < all ? left : all);
+        const int odd = (first + cursor.group) & 1, all = in_step(cursor.bits), left = groups - cursor.group;
+        const int count = odd + (left < all ? left : all);
+        if (SCALES_TOGETHER) {
+            if (2 * t < count) {
+                unsigned char* place = target + S::CODES + 16 * g + 4 * t;
+                const uint16_t* from = source.scales + cursor.group - odd;
+#pragma unroll
+                for (int i = 0; i < ROWS_OF_WARP; i += 8) {
+                    if (row + i + g < call.rows) copy_word_async(place + 16 * i, from);
+                    from += 8 * call.groups;
+                }
+            }
+        } else if (row + lane < call.rows) {
             unsigned char* place = target + S::CODES + 16 * lane;
             const uint16_t* from = source.scales + cursor.group - odd;
             copy_word_async(place, from);

@@ -1,0 +1,264 @@
+"""Forms and launches of the CUDA C++ products of few tokens, and forms of the tree kernel, beside each other.
+
+    python kernels/bench/gpu_few_tokens.py --out FILE [--seconds S] [--profile]
+
+A form is the same source compiled with other choices. Every candidate's result is compared with the definition before
+it is timed; FILE is written after every product. ``--profile`` times nothing and launches each form once, for ncu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).resolve().parent)]
+
+import gpu_tree  # noqa: E402
+import torch  # noqa: E402
+from gpu_matrix import DENSE, EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, nbytes, packed  # noqa: E402
+from gpu_run import versions  # noqa: E402
+from gpu_timing import copy_rate, read_rate, replay, rotations  # noqa: E402
+from llmcompress_kernels import build  # noqa: E402
+from llmcompress_kernels.cuda import skinny  # noqa: E402
+from llmcompress_kernels.cuda import tree as cuda_tree  # noqa: E402
+from llmcompress_kernels.cuda.launches import Launch  # noqa: E402
+from llmcompress_kernels.reference import delta_decode as tree_definition  # noqa: E402
+from llmcompress_kernels.reference import group_gemm as dense_definition  # noqa: E402
+from llmcompress_kernels.reference import moe_group_gemm as routed_definition  # noqa: E402
+
+FORMS = {
+    "plain": (),
+    "prepared": ("-DLLMCOMPRESS_PREPARED=1",),
+    "ahead": ("-DLLMCOMPRESS_PREPARED=1", "-DLLMCOMPRESS_AHEAD=256"),
+}
+TREES: dict[str, tuple[str, ...]] = {"apart": (), "together": ("-DLLMCOMPRESS_SCALES_TOGETHER=1",)}
+LAUNCHES = {
+    "/".join(map(str, shape)): Launch(*shape)
+    for shape in (
+        (8, 4, 1), (8, 3, 1), (8, 2, 1), (12, 3, 1), (12, 2, 1), (16, 3, 1), (16, 2, 1),
+        (8, 3, 2), (8, 2, 2), (6, 2, 2), (4, 3, 3), (4, 2, 3), (4, 3, 4), (4, 2, 4), (2, 3, 6),
+    )
+}  # fmt: skip
+USUAL = "8/4/1"
+SAMPLES = 11
+TOLERANCE = 8e-3  # relative error of bfloat16 results
+
+
+def families() -> None:
+    """All forms, compiled side by side."""
+    torch.cuda.init()
+    made = [skinny.FAMILY, cuda_tree.FAMILY]
+    for family, forms in ((skinny.FAMILY, FORMS), (cuda_tree.FAMILY, TREES)):
+        own = build.FAMILIES[family]
+        for name, flags in forms.items():
+            if flags:
+                build.register(replace(own, name=f"{family}-{name}", flags=(*own.flags, *flags)))
+                made.append(f"{family}-{name}")
+    with ThreadPoolExecutor(len(made)) as pool:
+        list(pool.map(build.load, made))
+
+
+def _family(name: str) -> str:
+    return skinny.FAMILY if not FORMS[name] else f"{skinny.FAMILY}-{name}"
+
+
+def formed(form: str, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """A call with the library of a form."""
+    before = skinny.FAMILY
+    skinny.FAMILY = _family(form)
+    try:
+        return function(*arguments)
+    finally:
+        skinny.FAMILY = before
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative Frobenius error; NaN counts as infinite."""
+    value = ((found.double() - wanted).norm() / wanted.norm()).item()
+    return float("inf") if math.isnan(value) else value
+
+
+def timed(candidates: dict[str, list[Callable[[], torch.Tensor]]], wanted: torch.Tensor) -> dict[str, Any]:
+    """Microseconds of those that are right, fastest first; what is wrong with the others."""
+    good, wrong = {}, {}
+    for name, calls in candidates.items():
+        try:
+            off = max(error(calls[0](), wanted) for _ in range(2))
+            if off < TOLERANCE:
+                good[name] = calls
+            else:
+                wrong[name] = f"error {off:.2g}"
+        except RuntimeError as failure:
+            wrong[name] = str(failure)[:200]
+    times = {name: round(each.median, 2) for name, each in replay(good, SAMPLES).items()}
+    return {"us": dict(sorted(times.items(), key=lambda item: item[1])), "wrong": wrong}
+
+
+def dense(rows: int, columns: int, bits: int, tokens: int, rate: float) -> dict[str, Any]:
+    """One dense product."""
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    first = packed(rows, columns, bits=bits)
+    held = [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
+    wanted = dense_definition.group_gemm(x.double(), first.weight, first.scale, first.zero, bits, 128, columns)
+    candidates = {
+        f"{form} {name}": [
+            partial(formed, form, skinny.group_gemm, x, w.weight, w.scale, w.zero, bits, w.group_size, columns, launch)
+            for w in held
+        ]
+        for form in FORMS
+        for name, launch in LAUNCHES.items()
+    }
+    return {"floor_us": round(nbytes(first) / rate * 1e6, 2), **timed(candidates, wanted)}
+
+
+def routed(bits: int, tokens: int, rate: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Both launches of a Mixtral layer's experts; one of them is the usual one while the other is varied."""
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
+    weights = torch.rand(tokens, SLOTS, device="cuda")
+    banks = []
+    for _ in range(2):
+        both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
+        banks.append(tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both))
+    own = [v for s in banks[0] for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group)]
+    wanted = routed_definition.moe_group_gemm(
+        x.float(), index, weights, *own, INTERMEDIATE, "silu", 1.702, 7.0
+    ).double()
+    hit = int(index.unique().numel())
+    size = sum(t.nbytes for s in banks[0] for t in (s.weight, s.scale, s.zero) if t is not None)
+    floor = round(size * hit / EXPERTS / rate * 1e6, 2)
+    for number, mode in enumerate(("gate_up", "down")):
+        candidates = {}
+        for form in FORMS:
+            for name, launch in LAUNCHES.items():
+                chosen = (launch, LAUNCHES[USUAL]) if number == 0 else (LAUNCHES[USUAL], launch)
+                arguments = (INTERMEDIATE, "silu", 1.702, 7.0, chosen)
+                candidates[f"{form} {name}"] = [
+                    partial(formed, form, skinny.moe_group_gemm, x, index, weights, sides, *arguments)
+                    for sides in banks
+                ]
+        yield mode, {"experts_hit": hit, "floor_us": floor, **timed(candidates, wanted)}
+
+
+def trees(rows: int, columns: int, models: int, rate: float) -> dict[str, Any]:
+    """Both forms of the tree kernel beside one bfloat16 product per model."""
+    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
+    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
+    bits, multiplier = [4] + [1] * models, [1.0] + [2.0**-6] * models
+    first = [gpu_tree._node(rows, columns, b) for b in bits]
+    size = sum(p.nbytes + s.nbytes for p, s in first)
+    held = [first] + [[gpu_tree._node(rows, columns, b) for b in bits] for _ in range(rotations(size, 8) - 1)]
+    wanted = tree_definition.delta_decode(
+        x.double(), [p for p, _ in first], [s for _, s in first], spans, bits, multiplier, 128
+    )
+    candidates = {}
+    for form, flags in TREES.items():
+        family = f"{cuda_tree.FAMILY}-{form}" if flags else cuda_tree.FAMILY
+        candidates[form] = [
+            lambda t=t, f=family: cuda_tree.delta_decode(
+                x, [p for p, _ in t], [s for _, s in t], spans, bits, multiplier, 128, family=f
+            )
+            for t in held
+        ]
+    wide = [torch.randn(models, rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    bf16 = replay({"bf16": [lambda w=w: torch.bmm(w, x.unsqueeze(-1)) for w in wide]}, SAMPLES)["bf16"].median
+    return {"floor_us": round(size / rate * 1e6, 2), "bf16_us": round(bf16, 2), **timed(candidates, wanted)}
+
+
+def profile() -> None:
+    """One launch of each form, one token, for a profiler that is told which kernels to look at."""
+    torch.manual_seed(1)
+    x, index = torch.randn(1, HIDDEN, dtype=torch.bfloat16, device="cuda"), torch.tensor([[1, 5]], device="cuda")
+    for bits in (2, 4):
+        both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
+        sides = tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both)
+        for form, launch in (("plain", USUAL), ("prepared", "8/2/2")):
+            chosen = (LAUNCHES[launch], LAUNCHES[launch])
+            arguments = (INTERMEDIATE, "silu", 1.702, 7.0, chosen)
+            formed(form, skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), sides, *arguments)
+    rows, columns, models = 11008, 4096, 8
+    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
+    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
+    made = [gpu_tree._node(rows, columns, b) for b in [4] + [1] * models]
+    for form, flags in TREES.items():
+        family = f"{cuda_tree.FAMILY}-{form}" if flags else cuda_tree.FAMILY
+        operands = ([p for p, _ in made], [s for _, s in made], spans, [4] + [1] * models, [1.0] + [0.1] * models, 128)
+        cuda_tree.delta_decode(x, *operands, family=family)
+    torch.cuda.synchronize()
+
+
+def plan(rate: float) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """What is measured, what matters most first."""
+    for tokens in (1, 8, 4, 16):
+        for bits in (2, 3, 4):
+            yield {"op": "moe", "bits": bits, "tokens": tokens}, partial(routed, bits, tokens, rate)
+        if tokens in (1, 8):
+            for bits in (4, 3, 2):
+                for rows, columns in DENSE:
+                    name = {"op": "dense", "bits": bits, "tokens": tokens, "rows": rows, "columns": columns}
+                    yield name, partial(dense, rows, columns, bits, tokens, rate)
+        if tokens == 1:
+            for rows, columns in ((11008, 4096), (4096, 4096)):
+                name = {"op": "tree", "rows": rows, "columns": columns, "models": 8}
+                yield name, partial(trees, rows, columns, 8, rate)
+
+
+def main() -> int:
+    """Check and time until the time is up; exit code 1 if something failed."""
+    parser = argparse.ArgumentParser(description="Forms and launches of the products of few tokens.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=60.0, help="start nothing after this time")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    families()
+    if options.profile:
+        profile()
+        return 0
+    built = time.perf_counter() - began
+    copied, read = copy_rate(), read_rate()
+    rate, failed = max(copied, read), 0
+    result: dict[str, Any] = {
+        "versions": versions(), "build_seconds": round(built, 1), "copy_gb_per_second": round(copied / 1e9, 1),
+        "read_gb_per_second": round(read / 1e9, 1), "lines": [],
+    }  # fmt: skip
+
+    def note(name: dict[str, Any], found: dict[str, Any]) -> None:
+        result["lines"].append({**name, **found})
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        us = found.get("us", {})
+        shown = {k: us[k] for k in (*list(us)[:3], *(k for k in (f"plain {USUAL}", f"prepared {USUAL}") if k in us))}
+        rest = {k: v for k, v in found.items() if k != "us"}
+        print(json.dumps({"at": result["seconds"], **name, **rest, "us": shown}), flush=True)
+
+    for name, measure in plan(rate):
+        if time.perf_counter() - began > options.seconds:
+            break
+        try:
+            found = measure()
+            if isinstance(found, dict):
+                note(name, found)
+            else:
+                for mode, each in found:
+                    note({**name, "mode": mode}, each)
+        except Exception as failure:  # one failure must not lose the rest
+            failed += 1
+            note(name, {"failed": f"{type(failure).__name__}: {failure}"[:600]})
+        torch.cuda.empty_cache()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
