@@ -178,8 +178,32 @@ def test_tree(packed, dtype: torch.dtype) -> None:
     assert relative(found, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(8, 11008, 4096), (4, 1000, 11008), (13, 300, 1280)])
+def test_cuda_tree(packed, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
+    """CUDA C++ by itself, against the definition."""
+    from llmcompress_kernels.cuda import tree
+    from llmcompress_kernels.reference import delta_decode as definition
+
+    if tree.unavailable() is not None:
+        pytest.skip(tree.unavailable())
+    torch.manual_seed(tokens)
+    bits = [4, 2, 1, 1]
+    spans = torch.tensor([[0, tokens], [0, tokens // 2], [0, 1], [tokens // 2, tokens]])
+    multipliers = [1.0, 0.5, 2.0**-3, 2.0**-4]
+    made = [packed((rows, columns), b, 128, True, "cuda") for b in bits]
+    x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+    operands = ([m.weight for m in made], [m.scale for m in made], spans, bits, multipliers, 128)
+    found = [tree.delta_decode(x, *operands) for _ in range(3)]
+    expected = definition.delta_decode(x.double(), *operands)
+    assert relative(found[0], expected) < TOLERANCE[dtype]
+    assert torch.equal(found[0], found[1])  # whatever block comes last
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dither", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_state_update_gives_the_definitions_codes(bits: int) -> None:
+def test_state_update_gives_the_definitions_codes(bits: int, dither: bool) -> None:
     torch.manual_seed(bits)
     sequences, heads, channels, states = 3, 8, 64, 128
     from llmcompress_kernels.triton.state import dsq_pack
@@ -190,8 +214,8 @@ def test_state_update_gives_the_definitions_codes(bits: int) -> None:
         drive = torch.randn(sequences, heads, channels, device="cuda")
         decay = torch.rand(sequences, heads, device="cuda")
         b, c = (torch.randn(sequences, 2, states, device="cuda") for _ in range(2))
-        found = state.dsq_state_update(*held, None, drive, decay, b, c, bits)
-        wanted = state_definition.dsq_state_update(*expected, None, drive, decay, b, c, bits)
+        found = state.dsq_state_update(*held, None, drive, decay, b, c, bits, dither=dither)
+        wanted = state_definition.dsq_state_update(*expected, None, drive, decay, b, c, bits, dither=dither)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(held, expected))
 
