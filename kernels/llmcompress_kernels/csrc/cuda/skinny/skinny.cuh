@@ -49,10 +49,9 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     uint64_t scales[2];
     uint32_t zeros[2];
     int group; // first one of the step fetched last, or -1: there was none
-    // PREPARED: this lane's first piece of the step fetched next, bytes from it to that of the other half of the rows, bytes of
-    // the row that are left, which of its pieces are rows of the matrix, and where they lie
+    // PREPARED: this lane's first piece of the step fetched next, bytes of the row that are left, which of the lane's pieces are
+    // rows of the matrix, and where they lie
     const unsigned char* next;
-    int64_t apart;
     int left;
     unsigned there;
     SharedAddress base;
@@ -99,8 +98,8 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
         held = -1;
         if constexpr (PREPARED) {
             const int64_t stride = call.words * 4;
-            next = bank + row * stride + place.step * S::ROW_BYTES + (REGULAR ? from_at[0] : 0);
-            apart = (call.mode == GATE_UP ? call.rows : 16) * stride;
+            next = bank + row * stride + place.step * S::ROW_BYTES;
+            if constexpr (REGULAR) next += block.lane / S::CHUNKS * stride + block.lane % S::CHUNKS * 16;
             left = int(unsigned(call.columns) * BITS / 8) - place.step * S::ROW_BYTES;
             const int rows = call.rows - row;
             there = 0;
@@ -130,7 +129,7 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
             const SharedAddress to = base + unsigned(stage * bytes);
             const unsigned mine = REGULAR && block.lane % S::CHUNKS * 16 >= left ? 0 : there;
             pieces<0, 0>(to, next, mine);
-            pieces<1, 0>(to, next + apart, mine);
+            pieces<1, 0>(to, next + (call.mode == GATE_UP ? call.rows : 16) * (call.words * 4), mine);
             load_scales();
             stage = stage + 1 == call.stages ? 0 : stage + 1;
             next += S::ROW_BYTES, left -= S::ROW_BYTES;
