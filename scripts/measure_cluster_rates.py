@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Measure what ``llmcompress plan --cluster`` needs to know about a machine, and how well it then predicts.
 
-Rates of one process are taken at several widths with one thread: forward passes of random Mixtral blocks, sums of
-second moments, GPTQ solves. Then a recipe is run on 1, 2 and 4 processes. What passes before the first block is taken
-from the runs on 1 and 2; the predicted time and memory of the whole quantizing stage are held against the measured
-ones, and the errors go into the file. Where processes are more than cores they share them, and the prediction for that
-run is stretched accordingly: a cluster has a core, or a GPU, for each.
+Rates of one process are taken with one thread: products, attention, sums of second moments, factors and GPTQ's column
+loop at several widths; what passes between products; memory that is new, files, messages; and from forward passes of
+the reference model on few tokens what a call takes. llmcompress/pipeline/rates.py says what each figure is,
+llmcompress/pipeline/work.py what is divided by it. Then a recipe is run on 1, 2 and 4 processes. What passes before the
+first block is taken from the runs on 1 and 2; the predicted time and memory of the whole quantizing stage are held
+against the measured ones, and the errors go into the file. Where processes are more than cores they share them, and the
+prediction for that run is stretched accordingly: a cluster has a core, or a GPU, for each.
 
     python scripts/measure_cluster_rates.py --out rates.json                  both
     python scripts/measure_cluster_rates.py --out rates.json --keep           check rates that the file holds
@@ -31,111 +33,284 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmcompress.algorithms.gptq import GptqOptions, round_to_nearest, solve
-from llmcompress.algorithms.hessian import Gram
+from llmcompress.algorithms.gptq import SOLVE_BYTES, GptqOptions, column_order, round_to_nearest, solve
+from llmcompress.algorithms.hessian import Gram, reversed_root
+from llmcompress.algorithms.reference_targets import fit_to_reference
+from llmcompress.algorithms.router_calibration import SolverOptions, calibrate_router
+from llmcompress.algorithms.routing import RouterRule
+from llmcompress.distributed.balance import shares
+from llmcompress.distributed.world import World
 from llmcompress.models import sizes
 from llmcompress.models.handle import ModelHandle
+from llmcompress.models.heap import keep_freed_memory
+from llmcompress.models.layout import RouterView
+from llmcompress.models.tensor_file import all_finite
 from llmcompress.models.walker import Walker
-from llmcompress.pipeline.cluster import Rates, predict
+from llmcompress.pipeline.cluster import predict
+from llmcompress.pipeline.rates import CURVES, NUMBERS, Rates
+from llmcompress.pipeline.work import (
+    MAPPED,
+    Passed,
+    Run,
+    down_projections,
+    first_projections,
+    head_width,
+    heads_of,
+    inside,
+    last_projection,
+)
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
+from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
 from llmcompress.recipe.load import load_recipe
+from llmcompress.stages.block_solver import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "recipes" / "assets" / "reference_moe"
-TOKENS, LINK_BYTES, MESSAGES = 2048, 64 << 20, 200
+LINK_BYTES, MESSAGES = 64 << 20, 200
 WIDTHS = (128, 256, 512, 1024, 2048, 4096)
-HIDDEN = (1024, 2048)
+HEAD_WIDTHS = (32, 64, 128, 256)
+HIDDEN = (512, 1024, 2048)
 # what is run to check the prediction: sums in shards and experts one at a time, whatever the number of processes
 CHECK = ("smoke/eac_moe_tiny", "stages.calibrate.samples=32", "stages.calibrate.length=512",
          "stages.quantize.targets=own", "run.deterministic=true", "run.threads=1")  # fmt: skip
 
 
 def seconds(act: Callable[[], Any], device: str = "cpu", least: float = 0.3) -> float:
-    """Mean time of a call, after one for warming up."""
+    """Median time of a call, after one for warming up."""
     wait = torch.cuda.synchronize if device == "cuda" else int
     act()
     wait()
-    count, began = 0, time.perf_counter()
-    while (spent := time.perf_counter() - began) < least:
+    found: list[float] = []
+    while sum(found) < least:
+        began = time.perf_counter()
         act()
         wait()
-        count += 1
-    return spent / count
+        found.append(time.perf_counter() - began)
+    return median(found)
 
 
-def matrix_rates(device: str) -> dict[str, list[tuple[int, float]]]:
-    """Hessians and solves at several widths, one matrix at a time as several processes do it."""
+def matrix_rates(device: str) -> dict[str, Any]:
+    """Products, Hessians, factors, column loops and fits at several widths, and what one matrix takes beside them."""
     generator = torch.Generator().manual_seed(0)
     spec, options = QuantSpec(3, 64), GptqOptions(act_order="groups", refit=True)
-    found: dict[str, list[tuple[int, float]]] = {"hessian": [], "solve": []}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    found: dict[str, Any] = {name: [] for name in ("product", "hessian", "factor", "columns", "fit")}
+    memory = memory_rate(device)
+    alone = matrix_seconds(device, spec, options)
     for width in WIDTHS:
         x = torch.randn(512, width, generator=generator).to(device)
-        w = torch.randn(1, width, width, generator=generator).to(device)
+        w = torch.randn(width, width, generator=generator).to(device)
+        spent = seconds(partial(torch.mm, x.to(dtype), w.T.to(dtype)), device)
+        found["product"].append((width, 2.0 * 512 * width**2 / spent))
         gram = Gram(1, width, device)
         found["hessian"].append((width, 2.0 * 512 * width**2 / seconds(partial(gram.add, x), device)))
         hessian = gram.hessian()
         hessian.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        found["solve"].append((width, 2.0 * width**3 / seconds(partial(solve, w, hessian, spec, options), device)))
+        order = column_order(hessian, 64, options)
+        place = torch.empty_like(hessian) if device == "cpu" else None
+        root = seconds(partial(reversed_root, hessian, 0.01, None, order, place), device)
+        found["factor"].append((width, width**3 / root))
+        # so many matrices that all results are new memory, whose time is known
+        count = max(1, -(-MAPPED // (4 * width**2)))
+        stack, curvature = w.repeat(count, 1, 1), hessian.repeat(count, 1, 1)
+        spent = seconds(partial(solve, stack, curvature, spec, options), device)
+        turns = max(1, count // max(1, SOLVE_BYTES // (4 * width**2))) if device == "cpu" else 1
+        loop = spent - count * root - turns * alone - 5 * count * width**2 / memory
+        found["columns"].append((width, count * width**3 / max(loop, 0.1 * spent)))
+        del stack, curvature
+        cross = hessian * 0.01
+        spent = seconds(partial(fit_to_reference, w[None], hessian, cross, 0.1), device)
+        found["fit"].append((width, (width**3 / 3 + 4.0 * width**3) / spent))
+    return {**found, "memory": memory, "matrix": alone}
+
+
+def memory_rate(device: str) -> float:
+    """Bytes per second of memory that is touched for the first time."""
+    size = 256 << 20
+    return size / seconds(lambda: torch.empty(size, dtype=torch.uint8, device=device).zero_(), device)
+
+
+def matrix_seconds(device: str, spec: QuantSpec, options: GptqOptions) -> float:
+    """Time to solve and pack a matrix that is all overhead."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 64, generator=generator).to(device)
+    w = torch.randn(1, 64, 64, generator=generator).to(device)
+    hessian = (x.T @ x)[None]
+
+    def one() -> None:
+        found = solve(w, hessian, spec, options)
+        int_group.encode(found.codes.cpu(), found.scale.cpu(), cpu(found.zero), spec)
+
+    return seconds(one, device)
+
+
+def attention_rates(device: str) -> list[tuple[int, float]]:
+    """Pairs of tokens per second and head, at several widths of a head, with a mask as transformers makes it."""
+    found = []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for width in HEAD_WIDTHS:
+        heads, length = max(1, 512 // width), 512
+        q, k, v = (torch.randn(1, heads, length, width, device=device, dtype=dtype) for _ in range(3))
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+        act = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, attn_mask=mask)
+        found.append((width, heads * length**2 / seconds(act, device)))
     return found
 
 
-def forward_rate(folder: Path, device: str) -> tuple[int, float, float]:
-    """Hidden size, operations per second of a block's forward pass, and bytes per second of reading it."""
-    handle = ModelHandle.open(str(folder))
-    layout, block = handle.layout, handle.layout.blocks[0]
+def value_rates(device: str) -> dict[str, float]:
+    """Rounding, packing, mirroring of second moments, bookkeeping of routers' fits."""
     generator = torch.Generator().manual_seed(0)
-    model = handle.skeleton(torch.bfloat16 if device == "cuda" else torch.float32)
-    tokens = torch.randint(0, layout.vocab, (TOKENS // 256, 256), generator=generator)
-    walker = Walker(model, tokens, device)
-    hidden = walker.embed([block.name for block in layout.blocks])
-    handle.load_block(model, 0).to(device)
-    work = sizes.forward_flops(layout, TOKENS, 256) / len(layout.blocks)
-    forward = work / seconds(lambda: walker.forward(block, hidden.clone()), device)
+    w = torch.randn(8, 1024, 1024, generator=generator).to(device)
+    spec = QuantSpec(3, 64)
+    codes, scale, zero = round_to_nearest(w, spec, "mse")
+    place = torch.empty_like(w)
 
-    def read() -> None:
-        for view in block.tensors():
-            handle.checkpoint.tensor(view.name)
+    def packed() -> None:
+        all_finite(w)
+        int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec)
+        place.copy_(w)
 
-    nbytes = sizes.block_parameters(block) * handle.checkpoint.dtype.itemsize
-    return layout.hidden, forward, nbytes / seconds(read)
+    def mirrored() -> None:
+        gram = Gram(0, 0, device)
+        gram.total, gram.tokens = w, torch.ones(8, dtype=torch.int64)
+        gram.take_hessian()
+
+    rows, experts = 8192, 16
+    x, logits = torch.randn(rows, 8, generator=generator), torch.randn(rows, experts, generator=generator)
+    weight = torch.randn(experts, 8, generator=generator)
+    view = RouterView("router", "softmax_topk", renormalizes=True)
+    rule, fit = RouterRule.of(None, view, 2), SolverOptions()
+    held = torch.arange(rows) % 10 == 0
+    chosen = partial(
+        calibrate_router, logits.to(device), x.to(device), weight.to(device), None, rule, fit, held.to(device)
+    )
+    return {
+        "rounded": w.numel() / 8 / seconds(lambda: round_to_nearest(w[0], spec, "mse"), device),
+        "packed": w.numel() / seconds(packed, device),
+        "squares": w.numel() / seconds(mirrored, device),
+        "select": rows * experts / seconds(chosen, device),
+    }
+
+
+def file_rates(folder: Path) -> dict[str, float]:
+    """Durable writing: bytes per second, and seconds of a block without content."""
+    content = os.urandom(64 << 20)
+    store = PackedStore(folder / "blocks")
+    flush = seconds(lambda: store.write_block(0, BlockPatch({}, {}, {})))
+    return {"written": len(content) / seconds(lambda: write_durably(folder / "large", content)), "flush": flush}
+
+
+class Forward:
+    """Forward passes through the first block of a model on random tokens.
+
+    Args:
+        folder: The model.
+        device: Where it runs.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.device, self.handle = device, ModelHandle.open(str(folder))
+        self.layout, self.block = self.handle.layout, self.handle.layout.blocks[0]
+        self.heads = heads_of(self.handle.config)
+        self.model = self.handle.skeleton(torch.bfloat16 if device == "cuda" else torch.float32)
+        self.handle.load_block(self.model, 0, device)
+
+    def read_rate(self) -> float:
+        """Bytes per second of reading the block, in the type that is computed in."""
+        spent = seconds(partial(self.handle.load_block, self.model, 0, self.device), self.device)
+        return sizes.block_parameters(self.block) * self.model.dtype.itemsize / spent
+
+    def timed(self, windows: int, length: int, shards: int, whole: bool) -> float:
+        """Seconds of a pass; not the whole one ends before the experts."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.layout.vocab, (windows, length), generator=generator)
+        parts = [len(part) for part in shares(windows, shards)] if shards > 1 else None
+        walker = Walker(self.model, tokens, self.device, shards=parts)
+        hidden = walker.embed([block.name for block in self.layout.blocks])
+        return seconds(lambda: walker.forward(self.block, hidden.clone(), advance=whole), self.device)
+
+    def counted(self, windows: int, length: int, shards: int, whole: bool, rates: Rates) -> Passed:
+        """What that pass consists of."""
+        run, found = Run.of(windows, length, shards, self.heads, self.device == "cuda"), Passed()
+        for sublayer in self.block.sublayers:
+            found += inside(sublayer, run, rates, self.layout.hidden) + last_projection(sublayer, run, rates)
+            if whole and sublayer.experts is not None:
+                found += first_projections(sublayer.experts, run, rates)
+                found += down_projections(sublayer.experts, run, rates)
+        return found
+
+
+def moved_rates(device: str) -> list[tuple[int, float]]:
+    """Values per second that pass through what lies between products, one batch after another.
+
+    Four values for each of an input: the norm's copy, the gathered one, the activation's, the one that is added up.
+    """
+    found = []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for width in (192, *HIDDEN, 4096):
+        x, kept, total = (torch.zeros(512, width, device=device, dtype=dtype) for _ in range(3))
+        scale, weight = torch.ones(width, device=device, dtype=dtype), torch.ones(512, 1, device=device, dtype=dtype)
+        places = torch.randperm(512, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def act(x: Tensor = x, kept: Tensor = kept, total: Tensor = total, scale: Tensor = scale) -> None:
+            wide = x.float()
+            kept.copy_(scale * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype))
+            picked = kept.index_select(0, places)  # noqa: B023 - called within this iteration
+            total.index_add_(0, places, torch.nn.functional.silu(picked) * picked * weight)  # noqa: B023
+
+        found.append((width, 4.0 * x.numel() / seconds(act, device)))
+    return found
+
+
+def call_rates(device: str, known: Rates) -> dict[str, Any]:
+    """What a pass on few tokens takes beside products, attention and values: per batch and per piece."""
+    small = Forward(REFERENCE, device)
+    width, hidden = head_width(small.block, small.heads), small.layout.hidden
+    # eight windows of 32 tokens, each a batch of its own, with and without the experts
+    whole, part = ((8, 32, 8, True), (8, 32, 8, False))
+    rest = [small.timed(*case) - small.counted(*case, known).seconds(known, hidden, width) for case in (whole, part)]
+    batches, pieces = small.counted(*part, known).batches, small.counted(*whole, known).pieces
+    return {"batch": max(rest[1] / batches, 1e-7), "piece": max((rest[0] - rest[1]) / pieces, 1e-7)}
+
+
+def read_rate(folder: Path, device: str) -> float:
+    """Bytes per second of reading a block of a random model, in the type that is computed in."""
+    model = folder / "model"
+    words = [model, "--hidden", 1024, "--intermediate", 2048, "--experts", 8, "--gigabytes", 0.01]
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_large_model.py", *map(str, words)], check=True)
+    return Forward(model, device).read_rate()
 
 
 def compute_rates(folder: Path, device: str) -> dict[str, Any]:
-    """Forward passes, Hessians, solves, rounding, reading."""
-    found = [forward_rate(REFERENCE, device)]
-    for hidden in HIDDEN:
-        model = folder / str(hidden)
-        words = [model, "--hidden", hidden, "--intermediate", 2 * hidden, "--experts", 8, "--gigabytes", 0.01]
-        subprocess.run([sys.executable, ROOT / "scripts" / "make_large_model.py", *map(str, words)], check=True)
-        found.append(forward_rate(model, device))
-    w = torch.randn(1, 1024, 1024, generator=torch.Generator().manual_seed(0)).to(device)
-    spec = QuantSpec(3, 64)
-
-    def rounded() -> None:
-        int_group.decode(int_group.encode(*round_to_nearest(w, spec, "mse"), spec))
-
-    return {
-        "forward": [(hidden, rate) for hidden, rate, _ in found], "read": found[-1][2],
-        "weights": w.numel() / seconds(rounded, device), **matrix_rates(device),
-    }  # fmt: skip
+    """Everything that one process does by itself."""
+    keep_freed_memory()
+    found = matrix_rates(device) | {"attention": attention_rates(device), "moved": moved_rates(device)}
+    found |= value_rates(device) | file_rates(folder)
+    unknown = {**dict.fromkeys(NUMBERS, 1.0), "batch": 0.0, "piece": 0.0}
+    known = Rates(**{**unknown, **found, "machine": "", "device": device, "error": {}})
+    return found | call_rates(device, known) | {"read": read_rate(folder, device)}
 
 
 def exchange(rank: int, port: int, answer: Any) -> None:
-    """One end of the measurement of the link."""
+    """One end of the measurement of the link, by the engine's own messages."""
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    world = World(rank, 2, count=2)
     found = []
-    for size, count in ((LINK_BYTES, 3), (8, MESSAGES)):
-        data = torch.zeros(size, dtype=torch.uint8)
-        dist.barrier()
+    for size, count in ((LINK_BYTES // 4, 4), (2, MESSAGES)):
+        data = torch.zeros(size)
+        world.barrier()
         began = time.perf_counter()
-        for _ in range(count):
-            dist.send(data, 1) if rank == 0 else dist.recv(data, 0)
-        dist.barrier()
+        for turn in range(count):
+            # owners take turns, as they do when experts are dealt out
+            world.sum_in_order([data], turn % 2)
+        world.barrier()
         found.append((time.perf_counter() - began) / count)
     if rank == 0:
         answer.put(found)
@@ -152,7 +327,8 @@ def link_rates() -> dict[str, float]:
     answer = mp.get_context("spawn").SimpleQueue()
     mp.spawn(exchange, (port, answer), nprocs=2)
     large, small = answer.get()
-    return {"link": LINK_BYTES / large, "message": small}
+    # a sum is two messages: a shape and the values
+    return {"link": LINK_BYTES / large, "message": small / 2}
 
 
 def measured(words: list[str], ranks: int, folder: Path) -> dict[str, Any]:
@@ -216,9 +392,9 @@ def main() -> None:
         data = {"machine": machine_name(options.device), "device": options.device, "error": {}, "runs": {}}
         with tempfile.TemporaryDirectory(prefix="llmcompress-rates-") as work:
             data |= compute_rates(Path(work), options.device) | link_rates()
-        for name in ("forward", "hessian", "solve"):
+        for name in CURVES:
             data[name] = [(width, float(f"{rate:.4g}")) for width, rate in data[name]]
-        data |= {name: float(f"{data[name]:.4g}") for name in ("weights", "read", "link", "message")}
+        data |= {name: float(f"{data[name]:.4g}") for name in NUMBERS if name in data}
     with tempfile.TemporaryDirectory(prefix="llmcompress-rates-") as work:
         runs = {
             number: measured(list(CHECK), number, Path(work) / str(number)) for number in sorted({1, *options.ranks})

@@ -16,8 +16,9 @@ from llmcompress.errors import InputError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmcompress.pipeline.cluster import ClusterRow, Rates
+    from llmcompress.pipeline.cluster import ClusterRow
     from llmcompress.pipeline.estimate import Plan
+    from llmcompress.pipeline.rates import Rates
     from llmcompress.recipe.load import LoadedRecipe
 
 ConfigOption = Annotated[
@@ -137,7 +138,8 @@ def cluster_rows(
         UsageError: A number is not one.
         InputError: The file is no file of rates, or one of another device.
     """
-    from llmcompress.pipeline.cluster import Rates, predict
+    from llmcompress.pipeline.cluster import predict
+    from llmcompress.pipeline.rates import Rates
 
     numbers = process_numbers(cluster)
     measured = Rates.load(path)

@@ -41,7 +41,7 @@ PIECE_WIDTHS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """What a stage is about to do, read off its config.
 
     Attributes:
@@ -63,7 +63,14 @@ class _Job:
     cuda: bool
 
 
-def _job(config: Any, inputs: PlanInputs, hessians: bool) -> _Job:
+def job_of(config: Any, inputs: PlanInputs, hessians: bool) -> Job:
+    """Read it off a stage's config.
+
+    Args:
+        config: The stage's config.
+        inputs: Facts about model and calibration set.
+        hessians: Whether inputs are recorded and solved with.
+    """
     layout = inputs.layout
     router = getattr(config, "router", None)
     two = any(block.bank is not None for block in layout.blocks) and (
@@ -75,7 +82,7 @@ def _job(config: Any, inputs: PlanInputs, hessians: bool) -> _Job:
     targets = aim != "own"
     two = two or targets
     flowing = inputs.samples > 0 and (hessians or two)
-    return _Job(
+    return Job(
         plan=resolve(plain_rules(getattr(config, "rules", {})), layout),
         hessians=hessians,
         targets=targets,
@@ -94,7 +101,7 @@ def limits_for(config: Any, inputs: PlanInputs, hessians: bool) -> Limits:
         inputs: Facts about model, calibration set and budget.
         hessians: Whether inputs are recorded and solved with.
     """
-    job = _job(config, inputs, hessians)
+    job = job_of(config, inputs, hessians)
     wanted = _activations(job, inputs)
     return choose(inputs.ram, lambda limits: _peak(job, inputs, limits)[0], wanted)
 
@@ -107,7 +114,7 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
         inputs: Facts about model and calibration set.
         hessians: Whether inputs are recorded and solved with.
     """
-    layout, job = inputs.layout, _job(config, inputs, hessians)
+    layout, job = inputs.layout, job_of(config, inputs, hessians)
     limits = limits_for(config, inputs, hessians)
     ram, vram = _peak(job, inputs, limits)
     flops = max(job.streams, 1) * sizes.forward_flops(layout, job.tokens, inputs.length) if job.tokens else 0.0
@@ -127,7 +134,7 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
     )
 
 
-def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
+def _peak(job: Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
     """Peak of main memory and of the device."""
     layout, item = inputs.layout, inputs.compute_bytes
     blocks = sizes.largest_block(layout) * item
@@ -159,19 +166,19 @@ def _peak(job: _Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
     return ram, blocks + max(moving, shared) if cuda else 0
 
 
-def _streams(job: _Job, layout: ModelLayout) -> int:
+def _streams(job: Job, layout: ModelLayout) -> int:
     """Streams of hidden states that are held; where sublayers lay outputs aside, those and the embedding as well."""
     aside = any(sublayer.writes == "aside" for block in layout.blocks for sublayer in block.sublayers)
     return job.streams + (2 if aside and job.streams else 0)
 
 
-def _shared_bytes(job: _Job, layout: ModelLayout) -> int:
+def _shared_bytes(job: Job, layout: ModelLayout) -> int:
     """Bytes of the statistics of weights that several blocks run."""
     groups = shared_groups(layout, job.plan) if job.hessians and job.streams else {}
     return sum(sizes.group_hessian_bytes(group) for own in groups.values() for group in own)
 
 
-def _shared_flops(job: _Job, inputs: PlanInputs) -> float:
+def _shared_flops(job: Job, inputs: PlanInputs) -> float:
     """Work of adding them up: a pass through the model and the sums of every use."""
     layout = inputs.layout
     groups = shared_groups(layout, job.plan) if job.hessians and job.streams else {}
@@ -183,7 +190,7 @@ def _shared_flops(job: _Job, inputs: PlanInputs) -> float:
     return sizes.forward_flops(layout, job.tokens, inputs.length) + sums
 
 
-def _activations(job: _Job, inputs: PlanInputs) -> int:
+def _activations(job: Job, inputs: PlanInputs) -> int:
     """Bytes of activations that the stage holds at once where nothing limits it."""
     item = inputs.compute_bytes
     streams = _streams(job, inputs.layout) * sizes.stream_bytes(inputs.layout, inputs.samples, inputs.length, item)
@@ -214,7 +221,7 @@ def _block_packed(block: Block, plan: Mapping[str, QuantSpec]) -> int:
     return sizes.packed_block_bytes(block, plan) + (sizes.packed_block_bytes(block, joined) if bank else 0)
 
 
-def _recorded(block: Block, job: _Job, tokens: int, item: int) -> int:
+def _recorded(block: Block, job: Job, tokens: int, item: int) -> int:
     """Bytes of what is kept of the full-precision stream in a block, to pair it with the quantized stream."""
     if not job.targets:
         return 0
@@ -225,7 +232,7 @@ def _recorded(block: Block, job: _Job, tokens: int, item: int) -> int:
 
 
 def _working_sets(
-    block: Block, job: _Job, batch_tokens: int, item: int, limits: Limits, room: int | None
+    block: Block, job: Job, batch_tokens: int, item: int, limits: Limits, room: int | None
 ) -> Iterator[int]:
     """Peak working set of each step of a block: batch activations, kept inputs, solver."""
     tokens, plan, hessians = job.tokens, job.plan, job.hessians
@@ -275,7 +282,7 @@ def block_hidden(block: Block) -> int:
     return bank.width if bank is not None else next(block.linears()).in_features
 
 
-def _solver(experts: int, rows: int, columns: int, job: _Job, copied: int) -> int:
+def _solver(experts: int, rows: int, columns: int, job: Job, copied: int) -> int:
     """Bytes that solving a stack of weights takes; ``copied`` counts fp32 copies of the weights themselves."""
     square, weight = columns**2 * 4, rows * columns * 4
     if job.hessians and not job.targets and not job.cuda:

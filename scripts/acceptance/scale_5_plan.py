@@ -23,7 +23,7 @@ from typing import Any
 
 from harness import ROOT, verdict
 
-from llmcompress.pipeline.cluster import SHIPPED
+from llmcompress.pipeline.rates import SHIPPED
 
 MEMORY, TIME = 0.15, 0.25
 LINES = ("scale_1", "scale_2", "scale_3", "scale_4")

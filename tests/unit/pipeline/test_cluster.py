@@ -10,14 +10,18 @@ import pytest
 from llmcompress.cli.app import invoke
 from llmcompress.cli.plan import process_numbers
 from llmcompress.errors import InputError
-from llmcompress.pipeline.cluster import ClusterRow, Rates, predict, rate_at
+from llmcompress.pipeline.cluster import ClusterRow, predict
+from llmcompress.pipeline.rates import Rates
 from llmcompress.recipe.load import load_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "data" / "hub_configs"
 CONFIG = CONFIGS / "mixtral_8x7b.json"
+FAST = ((64.0, 1e12),)
 RATES: dict[str, Any] = {
-    "machine": "invented", "device": "cpu", "forward": ((64.0, 1e12),), "hessian": ((64.0, 1e12),),
-    "solve": ((64.0, 1e11),), "weights": 1e8, "read": 1e9, "link": 1e10, "message": 1e-4, "start": 2.0, "join": 1.0,
+    "machine": "invented", "device": "cpu", "product": FAST, "attention": ((64.0, 1e15),), "moved": ((64.0, 1e15),),
+    "hessian": FAST, "factor": FAST, "columns": ((64.0, 1e11),), "fit": FAST, "squares": 1e15, "select": 1e15,
+    "rounded": 1e8, "packed": 1e15, "memory": 1e15, "read": 1e9, "written": 1e15, "flush": 1e-9, "batch": 1e-9,
+    "piece": 1e-9, "matrix": 1e-9, "link": 1e10, "message": 1e-4, "start": 2.0, "join": 1.0,
     "error": {"1 processes": 0.1, "2 processes": -0.2},
 }  # fmt: skip
 
@@ -31,10 +35,12 @@ def rows(ranks: list[int], overrides: tuple[str, ...] = (), **changes: Any) -> l
 def test_work_is_divided_and_exchange_grows() -> None:
     one, two, eight, many = rows([1, 2, 8, 16])
     assert one.traffic == 0 and one.exchange == 0
-    assert two.forward == pytest.approx(one.forward / 2) and eight.hessian == pytest.approx(one.hessian / 8)
-    # 8 experts: a ninth process has none
-    assert one.solve > two.solve > eight.solve
-    assert many.solve == pytest.approx(eight.solve, rel=0.02)
+    # inputs of 8 that are kept, and on one process would be computed twice, may save more than the division
+    assert eight.forward == pytest.approx(many.forward * 2, rel=0.01)
+    assert one.forward / 8 >= eight.forward > one.forward / 16
+    assert eight.hessian == pytest.approx(one.hessian / 8, rel=0.01)
+    # one expert's second moments fill what may be held at once, so experts are solved one after another
+    assert two.solve == pytest.approx(one.solve, rel=0.01) and many.solve == pytest.approx(eight.solve, rel=0.01)
     assert many.exchange > eight.exchange > two.exchange > 0
     assert two.read == many.read == pytest.approx(one.read + 1)
     assert eight.ram < one.ram
@@ -52,7 +58,7 @@ def test_traffic_is_that_of_the_hessians() -> None:
 
 def test_rates_must_be_rates(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
-    wrong = [{"link": 0}, {"solve": []}, {"hessian": [[64, 0]]}, {"forward": 1e12}, {"device": "tpu"}]
+    wrong = [{"link": 0}, {"columns": []}, {"hessian": [[64, 0]]}, {"product": 1e12}, {"device": "tpu"}]
     for content in ("", "{}", *(json.dumps({**RATES, **change}) for change in wrong)):
         path.write_text(content)
         with pytest.raises(InputError, match="no file of rates"):
@@ -75,19 +81,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke([*words[:-1], "cuda", "--cluster", "1", "--rates", str(path)]) == InputError.exit_code
 
 
-def test_rates_are_interpolated_between_widths_and_constant_outside() -> None:
-    curve = ((100.0, 1e9), (10000.0, 1e11))
-    assert rate_at(curve, 50) == 1e9 and rate_at(curve, 20000) == 1e11
-    assert rate_at(curve, 1000) == pytest.approx(1e10)
-    assert rate_at(curve[::-1], 1000) == rate_at(curve, 1000)
-    wide = rows([1], solve=((4096.0, 1e11), (14336.0, 5e10)))[0]
-    assert rows([1])[0].solve < wide.solve < rows([1], solve=((64.0, 5e10),))[0].solve
-
-
 def test_inputs_of_calibrated_routers_travel_to_the_first_process() -> None:
     without = rows([4], ("stages.quantize.router.calibrate=false",))[0].traffic
     tokens, hidden, layers = 128 * 2048, 4096, 32
-    assert rows([4])[0].traffic - without == tokens * hidden * 4 * layers * 3 // 4
+    # of both streams
+    assert rows([4])[0].traffic - without == 2 * tokens * hidden * 4 * layers * 3 // 4
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,7 @@ def test_routers_are_fitted_on_one_process_whatever_their_number() -> None:
     calibrated = [row.solve for row in rows([1, 8])]
     without = [row.solve for row in rows([1, 8], ("stages.quantize.router.calibrate=false",))]
     fits = [a - b for a, b in zip(calibrated, without)]
-    # K = 8 covers all experts: one sum of moments and one factor per block
-    assert fits == pytest.approx([32 * (2 * 128 * 2048 * 4096**2 + 4096**3 / 3) / 1e12] * 2)
-    some = [row.solve for row in rows([1], ("stages.quantize.router.k=4",))]
-    assert some[0] - without[0] == pytest.approx(32 * (2 * 128 * 2048 * 4 * 4096**2 + 8 * 4096**3 / 3) / 1e12)
+    # K = 8 covers all experts: logits three times, one sum of moments and one factor per block
+    tokens, hidden = 128 * 2048, 4096
+    work = 3 * 2 * tokens * 8 * hidden + 2 * 0.9 * tokens * hidden**2 + hidden**3
+    assert fits == pytest.approx([32 * work / 1e12] * 2, rel=1e-3)
