@@ -43,6 +43,7 @@ from llmcompress.algorithms.routing import RouterRule
 from llmcompress.distributed.balance import shares
 from llmcompress.distributed.world import World
 from llmcompress.models import sizes
+from llmcompress.models.capture import Routing
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.heap import keep_freed_memory
 from llmcompress.models.layout import RouterView
@@ -187,7 +188,14 @@ def value_rates(device: str) -> dict[str, float]:
     chosen = partial(
         calibrate_router, logits.to(device), x.to(device), weight.to(device), None, rule, fit, held.to(device)
     )
+
+    def routed() -> None:
+        weights, index = logits.softmax(-1).topk(2)
+        Routing.of(index, weights, experts)
+
+    logits = logits.to(device)
     return {
+        "routed": rows * experts / seconds(routed, device),
         "rounded": w.numel() / 8 / seconds(lambda: round_to_nearest(w[0], spec, "mse"), device),
         "packed": w.numel() / seconds(packed, device),
         "squares": w.numel() / seconds(mirrored, device),
@@ -396,9 +404,10 @@ def main() -> None:
             data[name] = [(width, float(f"{rate:.4g}")) for width, rate in data[name]]
         data |= {name: float(f"{data[name]:.4g}") for name in NUMBERS if name in data}
     with tempfile.TemporaryDirectory(prefix="llmcompress-rates-") as work:
-        runs = {
-            number: measured(list(CHECK), number, Path(work) / str(number)) for number in sorted({1, *options.ranks})
-        }
+        # the faster of two: whatever else runs on the machine only adds to a time
+        tries = [(number, turn) for number in sorted({1, *options.ranks}) for turn in range(2)]
+        found = [(n, measured(list(CHECK), n, Path(work) / f"{n}_{turn}")) for n, turn in tries]
+        runs = {n: min((run for m, run in found if m == n), key=lambda run: run["seconds"]) for n, _ in found}
     data |= {name: float(f"{value:.4g}") for name, value in starts(runs).items()}
     options.out.write_text(json.dumps(data, indent=1) + "\n")
     data["checked_on"] = " ".join(CHECK)

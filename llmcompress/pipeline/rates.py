@@ -49,7 +49,8 @@ class Rates:
         columns: K → ``N K²`` of GPTQ's column loop and of the fit of the scales.
         fit: K → ``K³/3 + 4 N K²`` of fits to the full-precision stream.
         squares: Values of second moments that are mirrored and scaled.
-        select: Pairs of token and expert of which a router's choices are scored, ranked and compared.
+        routed: Pairs of token and expert that a router scores, chooses from and sorts.
+        select: Pairs of token and expert of which a fit scores, ranks and compares the choices.
         rounded: Values that are rounded to nearest, the grid searched.
         packed: Values that are checked, packed and put back.
         memory: Bytes of memory that is touched for the first time; the kernel hands it out page by page.
@@ -76,6 +77,7 @@ class Rates:
     columns: Curve
     fit: Curve
     squares: float
+    routed: float
     select: float
     rounded: float
     packed: float

@@ -64,7 +64,7 @@ class Passed:
     """What a sublayer's pass consists of.
 
     Attributes:
-        products: Seconds of products with weights.
+        products: Seconds of products with weights, and of routers' choices.
         pairs: Of tokens, over all heads.
         values: That enter or leave products.
         batches: That were run.
@@ -111,17 +111,23 @@ def head_width(block: Block, heads: int) -> int:
 
 
 def inside(sublayer: Sublayer, run: Run, rates: Rates, hidden: int) -> Passed:
-    """Everything of a sublayer but its experts and its last projection; of a MoE router and shared experts."""
-    found = Passed(values=2.0 * run.tokens * hidden, batches=run.batches)
+    """Everything of a sublayer but its experts and its last projection; of a MoE router and shared experts.
+
+    Hidden states pass through a norm, are held, added to and searched for NaN; of a MoE also cleared and copied.
+    """
+    bank = sublayer.experts
+    found = Passed(values=float((4 if bank is None else 6) * run.tokens * hidden), batches=run.batches)
     for group in sublayer.groups:
-        if group.position != "last" or sublayer.experts is not None:
+        if group.position != "last" or bank is not None:
             found += _group(group, run, rates)
+            if sublayer.kind == "attention":  # queries and keys are rotated, everything is laid out by heads
+                found += Passed(values=float(run.tokens * sum(linear.out_features for linear in group.linears)))
     if sublayer.kind == "attention":
         found += Passed(pairs=float(run.tokens * run.length * run.heads))
-    bank = sublayer.experts
     if bank is not None:
-        scores = product(run.tokens, bank.num_experts, bank.width, rates)
-        found += Passed(products=scores, values=run.tokens * (bank.width + bank.num_experts))
+        chosen = product(run.tokens, bank.num_experts, bank.width, rates)
+        chosen += run.tokens * bank.num_experts / rates.routed
+        found += Passed(products=chosen, values=float(run.tokens * bank.width))
     return found
 
 
@@ -387,15 +393,18 @@ class BlockWork:
         own = tokens * considered / experts
         if own >= width:
             found += experts * (product(own, width, width, rates) + width**3 / rate_at(rates.factor, width))
+            found += experts * own * width / rate_at(rates.moved, width)
             return found + self._fresh(8 * experts * width**2)
         size = max(1, int(own))
         if tokens**2 <= 2 * experts * own**2 and 4 * tokens**2 <= PRODUCTS_BYTES:
             found += product(tokens, int(tokens), width, rates) / 2 + self._fresh(4 * tokens**2)
-            found += experts * own * tokens / rate_at(rates.moved, width)
+            found += experts * (own * tokens / rate_at(rates.moved, width) + self._fresh(4 * own * tokens))
         else:
             found += experts * product(own, size, width, rates)
-        gathered = experts * own * (width + own) / rate_at(rates.moved, width)
-        return found + gathered + experts * (own**3 / rate_at(rates.factor, own) + rates.piece)
+        # inputs and the system are gathered, the latter copied and its factor read twice
+        each = own * (width + own) / rate_at(rates.moved, width) + 3 * own**2 / rates.squares
+        each += self._fresh(4 * own * width)
+        return found + experts * (each + own**3 / rate_at(rates.factor, own) + rates.piece)
 
     # ---- messages ----
 
