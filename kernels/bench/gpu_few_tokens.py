@@ -37,9 +37,8 @@ from llmcompress_kernels.reference import group_gemm as dense_definition  # noqa
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition  # noqa: E402
 
 FORMS = {
-    "plain": (),
-    "prepared": ("-DLLMCOMPRESS_PREPARED=1",),
-    "ahead": ("-DLLMCOMPRESS_PREPARED=1", "-DLLMCOMPRESS_AHEAD=256"),
+    "prepared": (),
+    "ahead": ("-DLLMCOMPRESS_AHEAD=256",),
 }
 TREES: dict[str, tuple[str, ...]] = {"apart": (), "together": ("-DLLMCOMPRESS_SCALES_TOGETHER=1",)}
 LAUNCHES = {
@@ -183,10 +182,10 @@ def profile() -> None:
     for bits in (2, 4):
         both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
         sides = tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both)
-        for form, launch in (("plain", USUAL), ("prepared", "8/2/2")):
-            chosen = (LAUNCHES[launch], LAUNCHES[launch])
+        for launches in ((USUAL, USUAL), ("16/2/1", "6/2/2")):
+            chosen = tuple(LAUNCHES[name] for name in launches)
             arguments = (INTERMEDIATE, "silu", 1.702, 7.0, chosen)
-            formed(form, skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), sides, *arguments)
+            formed("prepared", skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), sides, *arguments)
     rows, columns, models = 11008, 4096, 8
     x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
     spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
@@ -239,7 +238,7 @@ def main() -> int:
         result["seconds"] = round(time.perf_counter() - began, 1)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         us = found.get("us", {})
-        shown = {k: us[k] for k in (*list(us)[:3], *(k for k in (f"plain {USUAL}", f"prepared {USUAL}") if k in us))}
+        shown = {k: us[k] for k in (*list(us)[:3], *(k for k in (f"prepared {USUAL}",) if k in us))}
         rest = {k: v for k, v in found.items() if k != "us"}
         print(json.dumps({"at": result["seconds"], **name, **rest, "us": shown}), flush=True)
 

@@ -136,7 +136,7 @@ def _dense(case: Case, gpu: str, device: torch.device, timer: Timer, copies: Cal
         best = search.best(calls)
         key = launches.key("dense", case.bits, case.tokens, case.rows, case.columns)
         launches.keep(gpu, {key: best})
-        yield search.outcome(case, "cuda", "dense", best, launches.Launch())
+        yield search.outcome(case, "cuda", "dense", best, launches.usual("dense", case.tokens))
         return
     reason = _no_table(case, x)
     if reason is not None:
@@ -180,7 +180,7 @@ def _routed(
                 calls[launch] = [partial(skinny.moe_group_gemm, x, index, weights, s, *rest, both) for s in sides]
             best = search.best(calls)
             launches.keep(gpu, {launches.key(mode, case.bits, case.tokens, *shape): best})
-            yield search.outcome(case, "cuda", mode, best, launches.Launch())
+            yield search.outcome(case, "cuda", mode, best, launches.usual(mode, case.tokens))
         return
     reason = _no_table(case, x)
     if reason is not None:

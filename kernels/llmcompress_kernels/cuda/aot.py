@@ -92,14 +92,15 @@ def _resources(log: str) -> dict[str, dict[str, int]]:
 
 def _report(arch: int, name: str, resources: dict[str, int], code: str) -> dict[str, Any]:
     bits, bf16, tiles = map(int, re.search(r"ILi(\d)ELb(\d)ELi(\d)E", name).groups())  # type: ignore[union-attr]
-    straight = [part for part in _straight(code) if part["HMMA"]]
-    # one piece of code per number of scales in a step; the fewest scales take the fewest instructions per weight. Of
-    # three products for 16 columns one is that of sums; a lane has a row's weight for every column
+    # those of sums make no codes into numbers
+    straight = [part for part in _straight(code) if part["LOP3"] > part["HMMA"] > 0]
+    # one piece of code per number of scales in a step; the fewest scales take the fewest instructions per weight. A
+    # lane has a row's weight for every column of the 16 of a product
     least = min(straight, key=lambda counts: counts.total() / counts["HMMA"])
     return {
         "arch": arch, "bits": bits, "type": "bf16" if bf16 else "fp16", "tokens": 8 * tiles, **resources,
         "copies": code.count("LDGSTS"), "steps": len(straight), "step": dict(least),
-        "per_weight": round(least.total() / (16 * least["HMMA"] / (3 * tiles)), 2),
+        "per_weight": round(least.total() / (16 * least["HMMA"] / (2 * tiles)), 2),
     }  # fmt: skip
 
 

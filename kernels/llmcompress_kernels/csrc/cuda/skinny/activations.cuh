@@ -31,7 +31,7 @@ template <int BITS, bool BF16, int NT> struct Block {
     int count = 0; // slots of the job whose activations are here
     int job = -1;  // that one
     int x_first = 0, x_steps = 0, x_stride = 0; // steps of columns that are here, and bytes from slot to slot
-    int sums = 0; // PREPARED: where the sums of their spans begin
+    int sums = 0; // where the sums of their spans begin
     Schedule schedule;
 
     __device__ Block(const Call& c, unsigned char* m) : call(c), bytes(m), memory(*reinterpret_cast<Memory<BITS, NT>*>(m)) {
@@ -123,7 +123,7 @@ template <int BITS, bool BF16, int NT> struct Block {
     __device__ __forceinline__ void load_x(const Place& place, unsigned rest) {
         sync(); // nobody uses the previous ones any more
         if (place.job != job) enter_job(place.job);
-        const int each = count * S::X_BYTES + (PREPARED ? NT * SUMS_BYTES * memory.spans : 0);
+        const int each = count * S::X_BYTES + NT * SUMS_BYTES * memory.spans;
         const int fit = (call.room - count * S::X_PAD) / each, ahead = schedule.steps - place.step;
         x_first = place.step, x_steps = ahead;
         if (rest <= unsigned(ahead))
@@ -147,10 +147,8 @@ template <int BITS, bool BF16, int NT> struct Block {
         commit();
         wait<0>();
         sync();
-        if constexpr (PREPARED) {
-            prepare();
-            sync();
-        }
+        prepare();
+        sync();
     }
 
     // Bring the activations that are here into the pairs of pair_of, and sum them by spans over which scales are the same:

@@ -5,13 +5,6 @@
 
 namespace llmcompress::skinny {
 
-// Whether a block brings activations into the order of its products, and sums them, once for all its warps and rows, or
-// every warp as it goes.
-#ifndef LLMCOMPRESS_PREPARED
-#define LLMCOMPRESS_PREPARED 0
-#endif
-constexpr bool PREPARED = LLMCOMPRESS_PREPARED != 0;
-
 constexpr int LANES = 32, TILE = 8;
 constexpr int SUMS_BYTES = 8 * TILE; // two sums of a span's activations for 8 slots
 // warps of a block: 16 share the registers of a multiprocessor at 128 each, which 16 slots at once outgrow

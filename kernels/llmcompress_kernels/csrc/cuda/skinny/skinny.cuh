@@ -18,9 +18,10 @@
 // (2 bits: 16) neighbouring columns that the word it reads holds, and the stored stream needs no second layout. Two codes
 // of a word that lie 16 bits apart become two numbers by one LOP3 and at most one shift: a code in the mantissa under the
 // right exponent is the number 2^e + code, exactly, where 2^e, at most 128, depends on where in the mantissa it lies. The
-// activations are brought into the same pairs by byte permutations, shared by the warp's 32 rows.
-// Scales and zero points act on the fp32 sums of a group, scale (part - sum(2^e x) - zero sum(x)); the tensor core delivers
-// both sums over x as the product with a matrix of such numbers.
+// activations are brought into the same pairs by byte permutations, once for all warps of the block.
+// Scales and zero points act on the fp32 sums of a group, scale (part - sum(2^e x) - zero sum(x)). Both sums over x belong to
+// no row, so they are prepared with the activations; the tensor core delivers them as the product with a matrix of such
+// numbers.
 //
 // For experts a block finds the slots of each itself: gate, up and activation are one launch, down projection and the
 // weighted sum over slots another.
@@ -40,8 +41,6 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     int spans; // of a step
     int stage = 0; // that is filled next
     Place place;   // the step that is fetched next
-    const unsigned char* bank; // of the expert
-    int row, far; // of its rows, the strip's first and 17th one
     const uint16_t* scale_row; // of this lane's row
     const uint32_t* zero_row;
     // scales and zero points of eight groups of this lane's row, as stored
@@ -49,8 +48,8 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     uint64_t scales[2];
     uint32_t zeros[2];
     int group; // first one of the step fetched last, or -1: there was none
-    // PREPARED: this lane's first piece of the step fetched next, bytes of the row that are left, which of the lane's pieces are
-    // rows of the matrix, and where they lie
+    // this lane's first piece of the step fetched next, bytes of the row that are left, which of the lane's pieces are rows of the
+    // matrix, and where they lie
     const unsigned char* next;
     int left;
     unsigned there;
@@ -65,14 +64,13 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
         bytes = b.memory.stage;
         stages = b.bytes + b.memory.stages + b.warp * call.stages * bytes;
         group = -1;
-        if constexpr (PREPARED) {
-            base = shared_address(stages);
-            far_rows = anew(LANES / S::CHUNKS * 4 * int(call.words));
+        base = shared_address(stages);
+        // the compiler would rather compute these for every copy than hold them
+        far_rows = anew(LANES / S::CHUNKS * 4 * int(call.words));
 #pragma unroll
-            for (int i = 0; i < PLACES; ++i) {
-                const int chunk = block.lane + i * LANES, j = chunk / S::CHUNKS, at = chunk % S::CHUNKS * 16;
-                from_at[i] = anew(j * int(call.words) * 4 + at), to_at[i] = anew(j * S::STRIDE + at);
-            }
+        for (int i = 0; i < PLACES; ++i) {
+            const int chunk = block.lane + i * LANES, j = chunk / S::CHUNKS, at = chunk % S::CHUNKS * 16;
+            from_at[i] = anew(j * int(call.words) * 4 + at), to_at[i] = anew(j * S::STRIDE + at);
         }
     }
 
@@ -88,30 +86,25 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
 
     // Addresses for another strip.
     __device__ __forceinline__ void enter() {
-        const int64_t first = block.first_row(place.job);
-        bank = reinterpret_cast<const unsigned char*>(call.weight + first * call.words);
-        row = block.strip(place.tile, anew(block.warp));
-        far = row + (call.mode == GATE_UP ? 0 : 16);
+        const int64_t first = block.first_row(place.job), stride = call.words * 4;
+        const int row = block.strip(place.tile, anew(block.warp)), rows = call.rows - row;
         const int64_t mine = first + block.weight_row(row, anew(block.lane));
         scale_row = call.scale + mine * call.groups;
         zero_row = call.zero + mine * call.zero_words;
         held = -1;
-        if constexpr (PREPARED) {
-            const int64_t stride = call.words * 4;
-            next = bank + row * stride + place.step * S::ROW_BYTES;
-            if constexpr (REGULAR) next += block.lane / S::CHUNKS * stride + block.lane % S::CHUNKS * 16;
-            left = int(unsigned(call.columns) * BITS / 8) - place.step * S::ROW_BYTES;
-            const int rows = call.rows - row;
-            there = 0;
+        next = reinterpret_cast<const unsigned char*>(call.weight + first * call.words) + row * stride + place.step * S::ROW_BYTES;
+        if constexpr (REGULAR) next += block.lane / S::CHUNKS * stride + block.lane % S::CHUNKS * 16;
+        left = int(unsigned(call.columns) * BITS / 8) - place.step * S::ROW_BYTES;
+        there = 0;
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) {
-                const int j = (block.lane + i * LANES) / S::CHUNKS;
-                there |= unsigned(j < rows) << i | unsigned(j < rows - (far - row)) << (PIECES + i);
-            }
+        for (int i = 0; i < PIECES; ++i) {
+            const int j = (block.lane + i * LANES) / S::CHUNKS;
+            there |= unsigned(j < rows) << i | unsigned(j < rows - (call.mode == GATE_UP ? 0 : 16)) << (PIECES + i);
         }
     }
 
-    // PREPARED: the copies of fetch(), whose addresses are known but for the stage. Rows that are not there are not filled.
+    // Copy one half of the rows. Rows that are not there are not filled, and beyond a row's end nothing is: the codes left there
+    // give results that are dropped, or multiply activations of zero.
     template <int HALF, int I> __device__ __forceinline__ void pieces(SharedAddress to, const unsigned char* from, unsigned mine) const {
         constexpr unsigned BIT = 1u << (HALF * PIECES + I);
         if constexpr (REGULAR) {
@@ -125,39 +118,14 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
 
     // Start copying the step at `place`, and go to the next one.
     __device__ __forceinline__ void fetch() {
-        if constexpr (PREPARED) {
-            const SharedAddress to = base + unsigned(stage * bytes);
-            const unsigned mine = REGULAR && block.lane % S::CHUNKS * 16 >= left ? 0 : there;
-            pieces<0, 0>(to, next, mine);
-            pieces<1, 0>(to, next + (call.mode == GATE_UP ? call.rows : 16) * (call.words * 4), mine);
-            load_scales();
-            stage = stage + 1 == call.stages ? 0 : stage + 1;
-            next += S::ROW_BYTES, left -= S::ROW_BYTES;
-            if (place.next(block.schedule)) enter();
-            return;
-        }
-        // beyond the row's end nothing is copied: the codes left there multiply activations of zero
-        const unsigned begin = unsigned(place.step) * S::ROW_BYTES, left = unsigned(call.columns) * BITS / 8 - begin;
-        unsigned char* to = stage_of(stage);
-        copies<0>(to, bank + begin, row, left);
-        const int64_t ups = call.mode == GATE_UP ? int64_t(call.rows) * call.words * 4 : 0;
-        copies<1>(to, bank + begin + ups, far, left);
+        const SharedAddress to = base + unsigned(stage * bytes);
+        const unsigned mine = REGULAR && block.lane % S::CHUNKS * 16 >= left ? 0 : there;
+        pieces<0, 0>(to, next, mine);
+        pieces<1, 0>(to, next + (call.mode == GATE_UP ? call.rows : 16) * (call.words * 4), mine);
         load_scales();
         stage = stage + 1 == call.stages ? 0 : stage + 1;
+        next += S::ROW_BYTES, left -= S::ROW_BYTES;
         if (place.next(block.schedule)) enter();
-    }
-
-    // 16 rows from `first` on.
-    template <int HALF> __device__ __forceinline__ void copies(unsigned char* to, const unsigned char* from, int first, unsigned left) {
-        const unsigned stride = unsigned(call.words) * 4;
-        const int last = call.rows - 1;
-#pragma unroll
-        for (int i = 0; i < S::COPIES / 2; ++i) {
-            const unsigned chunk = unsigned(block.lane) + i * LANES, j = chunk / S::CHUNKS, at = chunk % S::CHUNKS * 16;
-            int r = first + int(j);
-            if (r > last) r = last; // results of rows that are not there are dropped
-            if (at < left) copy_async<HALF * 16 * S::STRIDE>(shared_address(to + j * S::STRIDE + at), from + (uint64_t(unsigned(r)) * stride + at));
-        }
     }
 
     __device__ __forceinline__ void load_scales() {
@@ -185,33 +153,14 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
     // (scale, -scale zero) of this lane's row for the step fetched last.
     __device__ __forceinline__ void store_scales() {
         if (group < 0) return;
-        if constexpr (PREPARED) {
-            if (spans == 1)
-                store_scales<1>();
-            else if (spans == 2)
-                store_scales<2>();
-            else if (spans == 4)
-                store_scales<4>();
-            else
-                store_scales<8>();
-            return;
-        }
-        Pair* to = scales_of(stage_of(stage == 0 ? call.stages - 1 : stage - 1)) + block.lane;
-        const bool stored = call.zero != nullptr;
-        const unsigned within = unsigned(group) % 8;
-        uint64_t four = within >= 4 ? scales[1] : scales[0];
-        four >>= 16 * (within % 4);
-        const unsigned first = within * BITS + unsigned(group) / 8 * 8 * BITS % 32; // in the words that hold the eight
-        uint64_t codes = stored ? (uint64_t(zeros[1]) << 32 | zeros[0]) >> first : 0;
-        const int left = int(call.groups) - group;
-#pragma unroll 1
-        for (int i = 0; i < spans; ++i) {
-            if (i == 4) four = scales[1];
-            const uint32_t middle = stored ? uint32_t(codes) & ((1u << BITS) - 1) : 1u << (BITS - 1);
-            const float value = i < left ? widen<false>(uint16_t(four)) : 0.0f;
-            to[i * LANES] = {value, -value * float(middle)};
-            four >>= 16, codes >>= BITS;
-        }
+        if (spans == 1)
+            store_scales<1>();
+        else if (spans == 2)
+            store_scales<2>();
+        else if (spans == 4)
+            store_scales<4>();
+        else
+            store_scales<8>();
     }
 
     // The same for SPANS of them, a power of two. Groups beyond the last one have a scale of 0.
@@ -245,7 +194,7 @@ template <int BITS, bool BF16, int NT> struct Sums {
                 for (int i = 0; i < 4; ++i) all[r][n][i] = 0;
     }
 
-    // The same with activations that are prepared: either half of the rows.
+    // Step i of the unit's products, columns of two pairs of every lane, for either half of the rows.
     template <int I>
     static __device__ __forceinline__ void multiply(float (&part)[2][NT][4], const uint32_t (&code)[2][2], const uint32_t (&b)[NT][S::PAIRS]) {
 #pragma unroll
@@ -257,12 +206,13 @@ template <int BITS, bool BF16, int NT> struct Sums {
         }
     }
 
-    // Add the products of one step with activations that are prepared; `prepared`: the sums of its spans.
+    // Add the products of one step. `PER`: units of a span, over which the scales are the same. `x`: this lane's activations
+    // of the step, by 8 slots; `prepared`: the sums of its spans.
     template <int PER>
     __device__ __forceinline__ void step(const unsigned char* stage, const unsigned char* const (&x)[NT], const unsigned char* prepared, int g, int t) {
         const unsigned char* words = stage + g * S::STRIDE;
         const Pair* scales = Pipeline<BITS, BF16, NT>::scales_of(const_cast<unsigned char*>(stage)) + g;
-        constexpr int AT_ONCE = PER < 4 ? PER : 4;
+        constexpr int AT_ONCE = PER < 4 ? PER : 4; // units whose loads may come early; more do not fit the registers
 #pragma unroll 1
         for (int span = 0; span < S::UNITS / PER; ++span) {
             float part[2][NT][4], all[NT][2];
@@ -306,71 +256,6 @@ template <int BITS, bool BF16, int NT> struct Sums {
                     }
             }
         }
-    }
-
-    // Step i of the unit's products: columns of two pairs of every lane. `part`: either half of the rows, and a matrix whose
-    // first 8 rows are ones and whose others are what the numbers of codes have too much.
-    template <int I>
-    static __device__ __forceinline__ void multiply(float (&part)[3][NT][4], const uint32_t (&code)[2][2], const uint32_t (&b)[NT][S::PAIRS]) {
-        const uint32_t sums[4] = {powers<BF16>(0), powers<BF16>(excess_of<BITS>(2 * I)), powers<BF16>(0), powers<BF16>(excess_of<BITS>(2 * I + 1))};
-#pragma unroll
-        for (int n = 0; n < NT; ++n) mma<BF16>(part[2][n], sums, b[n][2 * I], b[n][2 * I + 1]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint32_t a[4] = {pair_of<BITS, BF16, 2 * I>(code[r][0]), pair_of<BITS, BF16, 2 * I>(code[r][1]),
-                                   pair_of<BITS, BF16, 2 * I + 1>(code[r][0]), pair_of<BITS, BF16, 2 * I + 1>(code[r][1])};
-#pragma unroll
-            for (int n = 0; n < NT; ++n) mma<BF16>(part[r][n], a, b[n][2 * I], b[n][2 * I + 1]);
-        }
-    }
-
-    // Add the products of one step. `PER`: units of a span, over which the scales are the same. `x`: this lane's activations
-    // of the step, by 8 slots.
-    template <int PER>
-    __device__ __forceinline__ void step(const unsigned char* stage, const unsigned char* const (&x)[NT], int g, int t) {
-        const unsigned char* words = stage + g * S::STRIDE;
-        const Pair* scales = Pipeline<BITS, BF16, NT>::scales_of(const_cast<unsigned char*>(stage)) + g;
-        constexpr int AT_ONCE = PER < 4 ? PER : 4; // units whose loads may come early; more do not fit the registers
-#pragma unroll 1
-        for (int span = 0; span < S::UNITS / PER; ++span) {
-            float part[3][NT][4];
-            clear(part);
-#pragma unroll AT_ONCE
-            for (int v = 0; v < PER; ++v) {
-                const int u = span * PER + v;
-                uint32_t b[NT][S::PAIRS], code[2][2];
-#pragma unroll
-                for (int n = 0; n < NT; ++n) pairs_of_x<BITS>(b[n], x[n] + u * 2 * S::UNIT);
-#pragma unroll
-                for (int r = 0; r < 4; ++r) code[r / 2][r % 2] = codes_of<BITS>(words + 8 * r * S::STRIDE + u * S::UNIT_BYTES, t);
-                multiply<0>(part, code, b);
-                multiply<1>(part, code, b);
-                if constexpr (S::PAIRS == 8) {
-                    multiply<2>(part, code, b);
-                    multiply<3>(part, code, b);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const Pair low = scales[span * LANES + 16 * r], high = scales[span * LANES + 16 * r + 8];
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const Pair s = i < 2 ? low : high;
-                        const float codes = part[r][n][i] - part[2][n][2 + i % 2];
-                        total[r][n][i] = fmaf(s.y, part[2][n][i % 2], fmaf(s.x, codes, total[r][n][i]));
-                    }
-            }
-        }
-    }
-
-    template <int PER>
-    __device__ __forceinline__ void any_step(const unsigned char* stage, const unsigned char* const (&x)[NT], const unsigned char* prepared, int g, int t) {
-        if constexpr (PREPARED)
-            step<PER>(stage, x, prepared, g, t);
-        else
-            step<PER>(stage, x, g, t);
     }
 };
 
@@ -583,13 +468,13 @@ __global__ void __launch_bounds__(32 * MOST_WARPS<NT>, 1) skinny_kernel(const __
         const unsigned char* words = pipeline.stage_of(stage);
         const unsigned char* prepared = block.bytes + block.sums + (place.step - block.x_first) * pipeline.spans * NT * SUMS_BYTES;
         if (pipeline.spans == 1)
-            sums.template any_step<S::UNITS>(words, at, prepared, block.g, block.t);
+            sums.template step<S::UNITS>(words, at, prepared, block.g, block.t);
         else if (pipeline.spans == 2)
-            sums.template any_step<S::UNITS / 2>(words, at, prepared, block.g, block.t);
+            sums.template step<S::UNITS / 2>(words, at, prepared, block.g, block.t);
         else if (pipeline.spans == 4)
-            sums.template any_step<S::UNITS / 4>(words, at, prepared, block.g, block.t);
+            sums.template step<S::UNITS / 4>(words, at, prepared, block.g, block.t);
         else
-            sums.template any_step<1>(words, at, prepared, block.g, block.t);
+            sums.template step<1>(words, at, prepared, block.g, block.t);
         ++summed;
         stage = stage + 1 == call.stages ? 0 : stage + 1;
         if (place.step == schedule.steps - 1 || now + 1 == end) {
