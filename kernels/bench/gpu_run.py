@@ -29,6 +29,7 @@ PREFILL = 4096
 BITS = (4, 3, 2)
 BATCHES = (1, 16, 64, 128, 512)
 PARTS = ("moe", "dense", "state", "tree", "mixtral")
+ORDER = ("mixtral", "state", "tree", "moe", "dense", "tune")
 
 
 def versions() -> dict[str, Any]:
@@ -121,10 +122,14 @@ def plan() -> list[tuple[str, Any]]:
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[str, Any]]:
-    """What the options leave of :func:`plan`, Mixtral first: what is left out for time is then a small thing."""
+    """What the options leave of :func:`plan`; what peers have to compile for comes last, where time may end."""
     parts = options.only.split(",") if options.only else PARTS
-    work = [item for item in plan() if re.split(r"[ -]", item[0])[0] in parts and re.search(options.match, item[0])]
-    return sorted(work, key=lambda item: not item[0].startswith("mixtral"))
+
+    def part(item: tuple[str, Any]) -> str:
+        return re.split(r"[ -]", item[0])[0]
+
+    work = [item for item in plan() if part(item) in parts and re.search(options.match, item[0])]
+    return sorted(work, key=lambda item: ORDER.index(part(item)))
 
 
 def main() -> int:
