@@ -36,11 +36,9 @@ from llmcompress_kernels.reference import delta_decode as tree_definition  # noq
 from llmcompress_kernels.reference import group_gemm as dense_definition  # noqa: E402
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition  # noqa: E402
 
-FORMS = {
-    "prepared": (),
-    "ahead": ("-DLLMCOMPRESS_AHEAD=256",),
-}
-TREES: dict[str, tuple[str, ...]] = {"apart": (), "together": ("-DLLMCOMPRESS_SCALES_TOGETHER=1",)}
+# by name the flags that choose a form in the source; the one that is used has none
+FORMS: dict[str, tuple[str, ...]] = {"usual": ()}
+TREES: dict[str, tuple[str, ...]] = {"usual": ()}
 LAUNCHES = {
     "/".join(map(str, shape)): Launch(*shape)
     for shape in (
@@ -185,7 +183,7 @@ def profile() -> None:
         for launches in ((USUAL, USUAL), ("16/2/1", "6/2/2")):
             chosen = tuple(LAUNCHES[name] for name in launches)
             arguments = (INTERMEDIATE, "silu", 1.702, 7.0, chosen)
-            formed("prepared", skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), sides, *arguments)
+            formed("usual", skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), sides, *arguments)
     rows, columns, models = 11008, 4096, 8
     x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
     spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
@@ -238,7 +236,7 @@ def main() -> int:
         result["seconds"] = round(time.perf_counter() - began, 1)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         us = found.get("us", {})
-        shown = {k: us[k] for k in (*list(us)[:3], *(k for k in (f"prepared {USUAL}",) if k in us))}
+        shown = {k: us[k] for k in (*list(us)[:3], *(k for k in (f"usual {USUAL}",) if k in us))}
         rest = {k: v for k, v in found.items() if k != "us"}
         print(json.dumps({"at": result["seconds"], **name, **rest, "us": shown}), flush=True)
 

@@ -10,6 +10,7 @@ which is left out otherwise; ``--match`` takes names. ``--alone`` measures no pe
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import platform
@@ -158,6 +159,7 @@ def main() -> int:
     began, copied, read = time.perf_counter(), copy_rate(), read_rate()
     rate = max(copied, read)
     result: dict[str, Any] = {
+        "measured": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
         "copy_gb_per_second": round(copied / 1e9, 1),
         "read_gb_per_second": round(read / 1e9, 1),

@@ -48,6 +48,23 @@ def run_tests(*paths: str) -> tuple[int, int, int]:
     return done.returncode, int(passed[1]) if passed else 0, int(failed[1]) if failed else 0
 
 
+def gpu_figures() -> tuple[str, dict[str, Any], bool]:
+    """What ``scripts/gpu_check.sh`` writes: file name, content, whether measured just now with all checks passed.
+
+    With a GPU it is run; without one the newest file of ``benchmarks/`` is what there is to judge.
+    """
+    import torch
+
+    passed = False
+    if torch.cuda.is_available():
+        passed = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_check.sh")], cwd=ROOT).returncode == 0
+    found = [(json.loads(path.read_text()), path.name) for path in (ROOT / "benchmarks").glob("gpu_*.json")]
+    if not found:
+        verdict(False, "no figures of a GPU in benchmarks/, and no GPU to measure them on")
+    content, name = max(found, key=lambda each: (each[0].get("measured", ""), each[1]))
+    return name, content, passed
+
+
 def digest(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder`` by relative path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -18,16 +18,16 @@ from llmcompress_kernels.reference import delta_decode as definition
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["apart", "together"])
-def emulation(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """The kernel compiled for the host, in both of its forms."""
+@pytest.fixture(scope="module")
+def emulation() -> ctypes.CDLL:
+    """The kernel compiled for the host."""
     if shutil.which("g++") is None and "CXX" not in os.environ:
         pytest.skip("no C++ compiler")
     family = build.Family(
-        f"tree-emulation-{request.param}",
+        "tree-emulation",
         ("cuda/tree/emulate.cpp",),
         headers=("cuda/tree/*", "cuda/common/*"),
-        flags=("-O1", "-Wno-unknown-pragmas", f"-DLLMCOMPRESS_SCALES_TOGETHER={request.param}"),
+        flags=("-O1", "-Wno-unknown-pragmas"),
     )
     return ctypes.CDLL(str(build.build(family)))
 

@@ -18,12 +18,6 @@
 
 namespace llmcompress::gpu {
 
-// Whether the scales of a row are copied by neighbouring lanes, or all by one.
-#ifndef LLMCOMPRESS_SCALES_TOGETHER
-#define LLMCOMPRESS_SCALES_TOGETHER 0
-#endif
-constexpr bool SCALES_TOGETHER = LLMCOMPRESS_SCALES_TOGETHER != 0;
-
 constexpr int GROUP = 128, ROWS_OF_WARP = 32, STEP_BYTES = 64, TILE = 8;
 
 template <bool BF16_, int NT_, int WARPS_, int STAGES_> struct TreeShape {
@@ -115,7 +109,7 @@ template <class S> struct Tree {
         const TreeNode& node = call.node[source.cursor.node];
         const int64_t bytes = int64_t(call.columns) * node.bits / 8;
         source.words = node.words + (row + g) * bytes + int64_t(first) * (16 * node.bits) + 16 * t;
-        source.scales = node.scale + int64_t(row + (SCALES_TOGETHER ? g : lane)) * call.groups + first + (SCALES_TOGETHER ? 2 * t : 0);
+        source.scales = node.scale + int64_t(row + lane) * call.groups + first;
         source.stride = 8 * bytes;
     }
 
@@ -134,20 +128,11 @@ template <class S> struct Tree {
                 from += source.stride;
             }
         }
-        // two scales a word; the first one may belong to the group before
-        const int odd = (first + cursor.group) & 1, all = in_step(cursor.bits), left = groups - cursor.group;
-        const int count = odd + (left < all ? left : all);
-        if (SCALES_TOGETHER) {
-            if (2 * t < count) {
-                unsigned char* place = target + S::CODES + 16 * g + 4 * t;
-                const uint16_t* from = source.scales + cursor.group - odd;
-#pragma unroll
-                for (int i = 0; i < ROWS_OF_WARP; i += 8) {
-                    if (row + i + g < call.rows) copy_word_async(place + 16 * i, from);
-                    from += 8 * call.groups;
-                }
-            }
-        } else if (row + lane < call.rows) {
+        // two scales a word; the first one may belong to the group before. Lanes that copy several rows' words side by side
+        // ask L2 for less and are no faster (H200)
+        if (row + lane < call.rows) {
+            const int odd = (first + cursor.group) & 1, all = in_step(cursor.bits), left = groups - cursor.group;
+            const int count = odd + (left < all ? left : all);
             unsigned char* place = target + S::CODES + 16 * lane;
             const uint16_t* from = source.scales + cursor.group - odd;
             copy_word_async(place, from);
