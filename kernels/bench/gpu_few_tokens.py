@@ -37,7 +37,11 @@ from llmcompress_kernels.reference import group_gemm as dense_definition  # noqa
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition  # noqa: E402
 
 # by name the flags that choose a form in the source; the one that is used has none
-FORMS: dict[str, tuple[str, ...]] = {"usual": ()}
+FORMS: dict[str, tuple[str, ...]] = {
+    "usual": (),
+    "batched": ("-DLLMCOMPRESS_BATCHED=1",),
+    "folded": ("-DLLMCOMPRESS_BATCHED=1", "-DLLMCOMPRESS_FOLDED=1"),
+}
 TREES: dict[str, tuple[str, ...]] = {"usual": ()}
 LAUNCHES = {
     "/".join(map(str, shape)): Launch(*shape)

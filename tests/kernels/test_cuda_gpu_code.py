@@ -23,16 +23,20 @@ ARCHITECTURES = (80, 90)
 BUDGET = {2: 2.8, 3: 4.0, 4: 5.3}
 
 
-@pytest.fixture(scope="module")
-def emulation() -> ctypes.CDLL:
-    """The kernels compiled for the host."""
+@pytest.fixture(scope="module", params=[0, 1], ids=["usual", "candidate"])
+def emulation(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """The kernels compiled for the host, as they are used and with what kernels/bench/gpu_few_tokens.py times."""
     if shutil.which("g++") is None and "CXX" not in os.environ:
         pytest.skip("no C++ compiler")
     family = build.Family(
-        "skinny-emulation",
+        f"skinny-emulation-{request.param}",
         ("cuda/skinny/emulate.cpp",),
-        headers=("cuda/skinny/*",),
-        flags=("-O2", "-Wno-unknown-pragmas"),
+        headers=("cuda/skinny/*", "cuda/common/*"),
+        flags=(
+            "-O2",
+            "-Wno-unknown-pragmas",
+            *(f"-DLLMCOMPRESS_{form}={request.param}" for form in ("BATCHED", "FOLDED")),
+        ),
     )
     return ctypes.CDLL(str(build.build(family)))
 

@@ -42,7 +42,7 @@ build.register(
     build.Family(
         FAMILY,
         ("cuda/skinny/*.cu",),
-        headers=("cuda/skinny/*.h", "cuda/skinny/*.cuh"),
+        headers=("cuda/skinny/*.h", "cuda/skinny/*.cuh", "cuda/common/*"),
         toolchain=toolchain.nvcc,
         optional=True,
     )

@@ -1,5 +1,5 @@
-// The instructions that state/ and tree/ are written in, for a GPU of compute capability 8.0 or more. emulate.h has the
-// same names for the host.
+// The instructions that kernels are written in, for a GPU of compute capability 8.0 or more. emulate.h has the same names
+// for the host.
 #pragma once
 
 #include <cstdint>

@@ -55,7 +55,7 @@ struct Machine {
     std::vector<unsigned char> memory;
     ucontext_t scheduler;
     Lane* now = nullptr;
-    Place block{}, grid{};
+    Place block{}, grid{}, size{};
     std::function<void()> body;
     bool late = true;
     std::mt19937 order{0};
@@ -290,7 +290,7 @@ inline bool run_block(int threads, int bytes) {
 
 template <typename Kernel, typename Call>
 int start(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const Call& call, void*) {
-    machine.grid = {x, y, 1};
+    machine.grid = {x, y, 1}, machine.size = {unsigned(threads), 1, 1};
     machine.body = [&] { kernel(call); };
     std::vector<Place> blocks;
     for (unsigned i = 0; i < x; ++i)

@@ -1,7 +1,5 @@
 // The CUDA run time of this library, which shares the device's context with PyTorch's.
-#include <cuda_runtime.h>
-
-#define LLMCOMPRESS_EXPORT extern "C" __attribute__((visibility("default")))
+#include "../common/device.cuh"
 
 LLMCOMPRESS_EXPORT const char* llmcompress_skinny_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 

@@ -15,8 +15,6 @@ template <int BITS> int launch(const Call& call, bool bf16, int tiles, void* str
 
 } // namespace llmcompress::skinny
 
-#define LLMCOMPRESS_EXPORT extern "C" __attribute__((visibility("default")))
-
 // Entries for one width: a launch, which returns 0 or its error (`tiles`: 1 or 2 times 8 slots of a job), and the bytes
 // of shared memory of a block.
 #define LLMCOMPRESS_SKINNY(BITS)                                                                                           \
