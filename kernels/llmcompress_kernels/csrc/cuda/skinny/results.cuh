@@ -57,10 +57,11 @@ __device__ inline bool last_of(int* counter, int steps, int all, int lane) {
     return true;
 }
 
-// Add `count` parts, `apart` numbers from each other, to each of AT sums. AHEAD parts of all are on their way at once: a read
-// from L2 takes as long as hundreds of instructions. The first part has to be readable, whatever the count.
+// Add `count` parts, `apart` numbers from each other, to each of AT sums; `from`: where they lie in a part. AHEAD parts of all
+// are on their way at once: a read from L2 takes as long as hundreds of instructions. The first part has to be readable,
+// whatever the count.
 template <int AT, int AHEAD>
-__device__ __forceinline__ void add_parts(float (&sum)[AT], const float* const (&from)[AT], const int (&count)[AT], int64_t apart) {
+__device__ __forceinline__ void add_parts(float (&sum)[AT], const float* parts, const unsigned (&from)[AT], const int (&count)[AT], int64_t apart) {
     int most = 0;
 #pragma unroll
     for (int i = 0; i < AT; ++i) most = count[i] > most ? count[i] : most;
@@ -70,7 +71,7 @@ __device__ __forceinline__ void add_parts(float (&sum)[AT], const float* const (
 #pragma unroll
         for (int p = 0; p < AHEAD; ++p)
 #pragma unroll
-            for (int i = 0; i < AT; ++i) value[p][i] = read_written(from[i] + (first + p < count[i] ? first + p : 0) * apart);
+            for (int i = 0; i < AT; ++i) value[p][i] = read_written(parts + (first + p < count[i] ? first + p : 0) * apart + from[i]);
 #pragma unroll
         for (int p = 0; p < AHEAD; ++p)
 #pragma unroll
@@ -82,14 +83,14 @@ __device__ __forceinline__ void add_parts(float (&sum)[AT], const float* const (
 template <int BITS, bool BF16, int NT, int AT, int AHEAD> __device__ void finish_row(Block<BITS, BF16, NT>& block, int row, int pieces) {
     const Call& call = block.call;
     float sum[AT] = {};
-    const float* from[AT];
+    unsigned from[AT];
     int count[AT];
 #pragma unroll
     for (int e = 0; e < AT; ++e) {
-        from[e] = call.parts + int64_t(block.slot(e < block.count ? e : block.count - 1)) * call.rows + row;
+        from[e] = unsigned(block.slot(e < block.count ? e : block.count - 1)) * unsigned(call.rows) + unsigned(row);
         count[e] = pieces;
     }
-    add_parts<AT, AHEAD>(sum, from, count, int64_t(call.tokens) * call.slots * call.rows);
+    add_parts<AT, AHEAD>(sum, call.parts, from, count, int64_t(call.tokens) * call.slots * call.rows);
 #pragma unroll
     for (int e = 0; e < AT; ++e)
         if (e < block.count) static_cast<uint16_t*>(call.out)[int64_t(block.slot(e)) * call.rows + row] = narrow<BF16>(sum[e]);
@@ -100,16 +101,16 @@ template <int BITS, bool BF16, int NT, int AT, int AHEAD>
 __device__ void finish_channel(Block<BITS, BF16, NT>& block, const Place& place, int channel, int half, int pieces) {
     const Call& call = block.call;
     float sum[2 * AT] = {};
-    const float* from[2 * AT];
+    unsigned from[2 * AT];
     int count[2 * AT];
 #pragma unroll
     for (int i = 0; i < AT; ++i) {
         const int entry = 2 * i + half < block.count ? 2 * i + half : block.count - 1;
-        from[2 * i] = call.parts + int64_t(block.slot(entry)) * 2 * call.rows + channel;
-        from[2 * i + 1] = from[2 * i] + call.rows;
+        from[2 * i] = unsigned(block.slot(entry)) * 2 * unsigned(call.rows) + unsigned(channel);
+        from[2 * i + 1] = from[2 * i] + unsigned(call.rows);
         count[2 * i] = count[2 * i + 1] = pieces;
     }
-    add_parts<2 * AT, AHEAD>(sum, from, count, int64_t(call.tokens) * call.slots * 2 * call.rows);
+    add_parts<2 * AT, AHEAD>(sum, call.parts, from, count, int64_t(call.tokens) * call.slots * 2 * call.rows);
     const int64_t first_row = block.first_row(place.job);
     const float gate_bias = bias_of<BF16>(call, first_row + channel), up_bias = bias_of<BF16>(call, first_row + call.rows + channel);
 #pragma unroll
@@ -133,7 +134,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, 
             if (block.count == 1)
                 finish_row<BITS, BF16, NT, 1, 8>(block, row, pieces);
             else
-                finish_row<BITS, BF16, NT, MOST, 2>(block, row, pieces);
+                finish_row<BITS, BF16, NT, MOST, 1>(block, row, pieces);
             return;
         }
         float sum[MOST] = {};
@@ -153,7 +154,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, 
         if (block.count <= 2)
             finish_channel<BITS, BF16, NT, 1, 4>(block, place, channel, half, pieces);
         else
-            finish_channel<BITS, BF16, NT, MOST / 2, 2>(block, place, channel, half, pieces);
+            finish_channel<BITS, BF16, NT, MOST / 2, 1>(block, place, channel, half, pieces);
         return;
     }
     float gate[MOST / 2] = {}, up[MOST / 2] = {};
@@ -179,7 +180,7 @@ __device__ void combine_row(Block<BITS, BF16, NT>& block, const uint8_t* pieces,
     float sum[AT] = {};
     for (int k = 0; k < call.slots; ++k) {
         float value[AT];
-        const float* from[AT];
+        unsigned from[AT];
         int count[AT], slot[AT];
 #pragma unroll
         for (int i = 0; i < AT; ++i) {
@@ -187,9 +188,9 @@ __device__ void combine_row(Block<BITS, BF16, NT>& block, const uint8_t* pieces,
             const int job = block.job_of(slot[i]);
             count[i] = job == NONE ? 0 : pieces[job];
             value[i] = job == NONE ? 0.0f : bias_of<BF16>(call, block.first_row(job) + row);
-            from[i] = call.parts + int64_t(slot[i]) * call.rows + row;
+            from[i] = unsigned(slot[i]) * unsigned(call.rows) + unsigned(row);
         }
-        add_parts<AT, AHEAD>(value, from, count, int64_t(call.tokens) * call.slots * call.rows);
+        add_parts<AT, AHEAD>(value, call.parts, from, count, int64_t(call.tokens) * call.slots * call.rows);
 #pragma unroll
         for (int i = 0; i < AT; ++i)
             if (count[i] > 0) sum[i] += call.share[slot[i]] * value[i];
@@ -216,7 +217,7 @@ template <int BITS, bool BF16, int NT> __device__ void combine(Block<BITS, BF16,
                 if (call.tokens - first == 1)
                     combine_row<BITS, BF16, NT, 1, 8>(block, pieces, row, first);
                 else
-                    combine_row<BITS, BF16, NT, TILE, 2>(block, pieces, row, first);
+                    combine_row<BITS, BF16, NT, TILE, 1>(block, pieces, row, first);
         sync_warp(); // before the table is written again
         return;
     }
