@@ -36,6 +36,9 @@ from llmcompress.algorithms.hessian import damped_diagonal, inverse_factor, reve
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
+# raised where the same weights and Hessians come to give other codes: a run that is resumed knows by it that its blocks
+# do not all come from one solver. 2: the C++ loop works with the Hessian's root and fits the scales
+REVISION = 2
 # fp32 weights that are solved at once on a CPU: enough experts to make the steps of the column loop worth their
 # call, few enough to stay in the caches and in memory that the allocator keeps
 SOLVE_BYTES = 4 << 20

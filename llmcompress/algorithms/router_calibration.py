@@ -25,6 +25,8 @@ from llmcompress.algorithms.expert_shift import ShiftTally, rank_counts
 from llmcompress.algorithms.hessian import cholesky
 from llmcompress.algorithms.routing import RouterRule
 
+# as in gptq.py. 2: experts with few top-K tokens are solved in a system of tokens
+REVISION = 2
 # experts whose Gram matrices are held at once, in bytes
 GRAM_BUDGET = 512 * 2**20
 # inputs of one expert that are gathered at once

@@ -261,21 +261,27 @@ class BlockwiseQuantizer:
             )
 
     def _note_environment(self, resumed: bool) -> None:
-        """Results are bit-identical for equal threads and dtype; say so when they changed between parts of a run."""
+        """Results are bit-identical for equal threads, dtype and solvers; say so when they changed within a run."""
         import torch
 
         path = self.ctx.stage_dir / "engine.json"
         now = {"threads": torch.get_num_threads(), "dtype": self.ctx.dtype, "device": self.ctx.device}
         if self.method.options is not None:
-            from llmcompress.algorithms.gptq import column_loop
+            from llmcompress.algorithms.gptq import REVISION, column_loop
 
-            now["column_loop"] = column_loop(self.ctx.device)
+            now |= {"column_loop": column_loop(self.ctx.device), "solver": REVISION}
+        if self.hook is not None:
+            from llmcompress.algorithms.router_calibration import REVISION as ROUTER_REVISION
+
+            now["router_solver"] = ROUTER_REVISION
         if self.world.pooled:
             now["shards"] = self.world.shards
         if resumed and path.exists():
             before = json.loads(path.read_text())
             if before != now:
                 what = "blocks may differ in their last bits from those of an unbroken run"
+                if any(before.get(key) != now.get(key) for key in ("solver", "router_solver")):
+                    what = "finished blocks are of another solver; --force begins the run again"
                 self.ctx.emit("warning", text=f"resumed with {now}, begun with {before}: {what}")
         write_durably(path, json.dumps(now, sort_keys=True).encode())
 

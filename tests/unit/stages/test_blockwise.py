@@ -64,6 +64,32 @@ def test_resume_gives_the_same_bytes(family: str, diagnose: bool, tiny: Any, tmp
         assert block_bytes(state.packed.root) == expected
 
 
+@pytest.mark.parametrize("module", ["gptq", "router_calibration"])
+def test_blocks_of_another_solver_are_told(
+    module: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, config = tiny.state(tmp_path / "model", "mixtral"), gptq(rules=EXPERTS, diagnose_experts=True)
+    run_blockwise(config, state, tiny.context(tmp_path))
+    last = max((tmp_path / "stages" / "quantize" / "blocks").glob("*.json"))
+
+    def resumed() -> list[str]:
+        for part in (last, last.with_suffix(".safetensors")):
+            part.unlink()
+        state.packed, events = None, []
+        run_blockwise(config, state, tiny.context(tmp_path, events=events))
+        return [event.data["text"] for event in events if event.kind == "warning" and "resumed" in event.data["text"]]
+
+    assert resumed() == []
+    monkeypatch.setattr(f"llmcompress.algorithms.{module}.REVISION", 99)
+    (text,) = resumed()
+    assert "of another solver" in text and "--force" in text and "99" in text
+    # a folder of a version that noted none
+    path = tmp_path / "stages" / "quantize" / "engine.json"
+    noted = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in noted.items() if "solver" not in key}))
+    assert len(resumed()) == 1
+
+
 def test_finished_stage_does_nothing(tiny: Any, tmp_path: Path) -> None:
     state = tiny.state(tmp_path / "model", "mixtral")
     run_blockwise(gptq(), state, tiny.context(tmp_path))
