@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -33,6 +34,28 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.Monkey
     assert library.calls[3:] == [(-3, 1 << 20), (-1, 32 << 20)]
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _name: object())
     assert not heap.keep_freed_memory()
+
+
+HUGE = """
+import sys
+from pathlib import Path
+from llmcompress.models.heap import keep_freed_memory
+keep_freed_memory(sparing="sparing" in sys.argv)
+import torch
+held = torch.zeros(64 << 20, dtype=torch.uint8)
+print(sum(int(line.split()[1]) for line in Path("/proc/self/smaps").read_text().splitlines() if "AnonHuge" in line))
+"""
+
+
+def test_a_budget_asks_for_huge_pages() -> None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[madvise]" not in enabled.read_text():
+        pytest.skip("the kernel gives huge pages to all or to none")
+    sizes = []
+    for words in ([], ["sparing"]):
+        done = subprocess.run([sys.executable, "-c", HUGE, *words], capture_output=True, text=True, check=True)
+        sizes.append(int(done.stdout))
+    assert sizes[0] < 16 << 10 and sizes[1] > 48 << 10  # KiB
 
 
 def test_freed_pages_go_back() -> None:
