@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.Monkey
             self.calls.append((what, value))
             return 1
 
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # set by whoever started the process: stays
     library = Library()
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _name: library)
     assert heap.keep_freed_memory()
@@ -32,6 +34,7 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.Monkey
     with heap.whole_models(sparing=True):
         assert library.calls == [(-3, 1 << 20), (-1, 32 << 20), (-3, 1 << 20)]
     assert library.calls[3:] == [(-3, 1 << 20), (-1, 32 << 20)]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _name: object())
     assert not heap.keep_freed_memory()
 
@@ -51,9 +54,12 @@ def test_a_budget_asks_for_huge_pages() -> None:
     enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not enabled.exists() or "[madvise]" not in enabled.read_text():
         pytest.skip("the kernel gives huge pages to all or to none")
+    # a run within this process may have asked for them already
+    plain = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     sizes = []
     for words in ([], ["sparing"]):
-        done = subprocess.run([sys.executable, "-c", HUGE, *words], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", HUGE, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
         sizes.append(int(done.stdout))
     assert sizes[0] < 16 << 10 and sizes[1] > 48 << 10  # KiB
 
