@@ -3,8 +3,12 @@
 
     python scripts/measure_retries.py runs/s2r_tiny/stages/init/model
     python scripts/measure_retries.py runs/s2r_tiny/stages/init/model --split train --problems 700
+    python scripts/measure_retries.py runs/s2r_tiny/stages/init/model --split validation --samples 8
 
-Greedy responses to problems of the recipe's task; prints a table and, as the last line, the same as JSON.
+Greedy responses to problems of the recipe's task; prints a table and, as the last line, the same as JSON. With
+--samples also the mean accuracy of that many responses at temperature 0.7, the share of problems that any of them
+solves (what reinforcement could reach by making it the first one), and the share on which they differ (what it can
+learn from).
 """
 
 from __future__ import annotations
@@ -46,6 +50,20 @@ def by_attempt(reader: Reader, problems: Sequence[Problem], responses: Sequence[
     ]  # fmt: skip
 
 
+def sampled(
+    model: Any, reader: Reader, problems: Sequence[Problem], longest: int, batch: int, count: int
+) -> dict[str, float]:
+    """Accuracy of ``count`` responses to each problem at temperature 0.7, whether any is right, whether they differ."""
+    prompts = [reader.prompt(problem.question) for problem in problems for _ in range(count)]
+    responses = sample(model, prompts, Sampling(longest, 0.7, 1.0, batch), reader.end, reader.pad, 1)
+    finals = [reader.judge(problems[place // count], ids).final for place, ids in enumerate(responses)]
+    right = [sum(finals[begin : begin + count]) for begin in range(0, len(finals), count)]
+    return {
+        "samples": count, "sampled accuracy": sum(right) / len(finals),
+        "any right": sum(n > 0 for n in right) / len(right), "differ": sum(0 < n < count for n in right) / len(right),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -53,6 +71,7 @@ def main() -> None:
     parser.add_argument("--stage", default="init")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--problems", type=int, help="how many, chosen by seed 0; all if left out")
+    parser.add_argument("--samples", type=int, default=0, help="responses to each problem at temperature 0.7")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config: Any = load_recipe(options.recipe).recipe.stages[options.stage]
@@ -61,13 +80,20 @@ def main() -> None:
     problems = choose(reader.problems.problems(options.split), options.problems, 0)
     prompts = [reader.prompt(problem.question) for problem in problems]
     sampling = Sampling(config.measure.max_new_tokens, batch=config.measure.batch)
-    responses = sample(handle.dense_model(torch.float32).eval(), prompts, sampling, reader.end, reader.pad, 0)
+    model = handle.dense_model(torch.float32).eval()
+    responses = sample(model, prompts, sampling, reader.end, reader.pad, 0)
     rows = by_attempt(reader, problems, responses)
     print("attempt  count  repeated   right")
     for row in rows:
         print(f"{row['attempt']:7d} {row['count']:6d} {row['repeated']:9.1%} {row['right']:7.1%}")
     ended = sum(ids[-1] == reader.end for ids in responses) / len(responses)
-    print(json.dumps({"split": options.split, "problems": len(problems), "ended": ended, "attempts": rows}))
+    accuracy = sum(reader.judge(problem, ids).final for problem, ids in zip(problems, responses)) / len(responses)
+    found = {
+        "split": options.split, "problems": len(problems), "accuracy": accuracy, "ended": ended, "attempts": rows,
+    }  # fmt: skip
+    if options.samples > 0:
+        found |= sampled(model, reader, problems, sampling.max_new_tokens, sampling.batch, options.samples)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 from harness import verdict
 from s2r_runs import KEPT, ensure, figures_of, reinforced, runs_folder, taught
 
+# one of those of s2r_2_gain.py, so that the runs are the same
+SEED = 3
 SHOWN = ("accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_precision", "trials", "tokens")
 
 
@@ -27,13 +29,13 @@ def show(name: str, figures: dict[str, Any]) -> float:
 
 def main() -> None:
     with runs_folder() as folder:
-        sft = taught(folder, 0)
+        sft = taught(folder, SEED)
         model = f"model.path={sft / 'stages' / 'init' / 'model'}"
         a = ensure(folder / "legs_a", "gptq_then_s2r", model, "stages.init~")
         dense = show("taught", figures_of(a, "behaviour", "dense"))
         broken = show("(a) the same at 3 bits", figures_of(a, "recover", "before"))
         back = show("(a) the same, taught again with adapters", figures_of(a, "behaviour", "compressed"))
-        orl = reinforced(folder, 0, "s2r_tiny", "orl")
+        orl = reinforced(folder, SEED, "s2r_tiny", "orl")
         strong = show("reinforced", figures_of(orl, "reinforce", "after"))
         # what s2r_then_gptq would teach is taught already
         given = (f"model.path={orl / 'stages' / 'reinforce' / 'model'}", "stages.init~", "stages.reinforce~")

@@ -14,7 +14,8 @@ from harness import CLI, digest, llmcompress, verdict
 SHORT = (
     "stages.init.problems=120", "stages.init.checkpoint_every=2", "stages.init.measure.problems=20",
     "stages.reinforce.steps=6", "stages.reinforce.checkpoint_every=1", "stages.reinforce.prompts=8",
-    "stages.reinforce.min_verdict_recall=null", "stages.reinforce.measure.problems=20",
+    "stages.reinforce.min_verdict_recall=null", "stages.reinforce.screen=null",
+    "stages.reinforce.measure.problems=20",
     "stages.reinforce.guard={ended_below: null, trials_above: null}", "--quiet",
 )  # fmt: skip
 
