@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import llmcompress_kernels  # noqa: F401 - defines the operator
 import torch
+from llmcompress_kernels import prepared
 from torch import Tensor, nn
 
 from llmcompress.nn.packed import PackedTensors
@@ -44,6 +45,7 @@ class PackedLinear(PackedTensors):
         # rounding activations to int8 changes results, so only a caller turns it on
         self.int8_activations = False
         self._operands: tuple[Any, ...] | None = None
+        self._product: Callable[[Tensor], Tensor] | None = None
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
 
@@ -61,24 +63,37 @@ class PackedLinear(PackedTensors):
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs of the packed rows and of the dense rows after them, None where there are none; without bias."""
-        operands, own = self._operands, self._buffers
-        if operands is None or operands[0] is not own["weight_packed"] or operands[1] is not own["weight_scale"]:
-            operands = self._prepared(x)
-        y = _GROUP_GEMM(x, *operands, self.int8_activations)
+        own = self._buffers
+        y = _GROUP_GEMM(x, *self._arguments()) if torch.compiler.is_compiling() else self._call(own)(x)
         dense = own.get("weight_dense")
         return y, None if dense is None else torch.nn.functional.linear(x, dense.to(x.dtype))
 
+    def _call(self, own: dict[str, Tensor | None]) -> Callable[[Tensor], Tensor]:
+        """The product as a function of ``x``; made once, since looking its operands up costs as much as a small one."""
+        held, product = self._operands, self._product
+        if (
+            product is None
+            or held is None
+            or held[0] is not own["weight_packed"]
+            or held[1] is not own["weight_scale"]
+            or held[-1] is not self.int8_activations
+        ):
+            if self.weight_packed.device.type == "cpu":
+                self.prepare()
+            held = self._arguments()
+            product = self._product = prepared.product(*held)
+            self._operands = held
+        return product
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Arguments of the operator but for ``x``."""
+        shape = (self.spec.bits, self.columns_per_group, self.in_features)
+        return (self.weight_packed, self.weight_scale, self.zero, *shape, self.int8_activations)
+
     def _restore(self) -> None:
-        self._operands = None  # they would keep the old tensors alive
+        self._operands = self._product = None  # they would keep the old tensors alive
         super()._restore()
 
-    def _prepared(self, x: Tensor) -> tuple[Any, ...]:
-        """Arguments of the operator but for ``x``; looked up once, since a lookup costs as much as a small product."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and x.device.type == "cpu":
-            self.prepare()
-        shape = (self.spec.bits, self.columns_per_group, self.in_features)
-        operands = (self.weight_packed, self.weight_scale, self.zero, *shape)
-        if not compiling:
-            self._operands = operands
-        return operands
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts from: it makes its own product."""
+        return {**self.__dict__, "_operands": None, "_product": None}

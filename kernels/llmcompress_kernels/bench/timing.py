@@ -56,15 +56,21 @@ class Rotation:
         make: Makes one item, a tuple of tensors and other values.
         size: Bytes that a call reads of an item.
         cold: Bytes that the items shall hold together.
+        bind: What an item becomes before it is handed to ``function``, such as an object that holds it.
     """
 
     def __init__(
-        self, function: Callable[..., Any], make: Callable[[], tuple[Any, ...]], size: int, cold: int = COLD_BYTES
+        self,
+        function: Callable[..., Any],
+        make: Callable[[], tuple[Any, ...]],
+        size: int,
+        cold: int = COLD_BYTES,
+        bind: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         first = make()
         count = max(1, min(MOST_COPIES, -(-cold // max(1, size))))
         copies = [tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in first) for _ in range(count - 1)]
-        self.items = [first, *copies]
+        self.items = [first, *copies] if bind is None else [bind(*item) for item in (first, *copies)]
         self.function = function
         self.next = 0
 

@@ -169,3 +169,10 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
 }
 
 }  // namespace llmcompress
+
+// For families that are not built with these kernels (cpu/call).
+extern "C" __attribute__((visibility("default"))) void llmcompress_linear(const llmcompress::Operand& w, const void* x,
+                                                                          llmcompress::Type type, int64_t tokens,
+                                                                          int planes, void* out) {
+    llmcompress::linear(w, x, type, tokens, planes, out);
+}

@@ -29,6 +29,7 @@ inline Ints shift_left(Ints x, int n) {
     const __m128i by = _mm_cvtsi32_si128(n);
     return {_mm256_sll_epi32(x.a, by), _mm256_sll_epi32(x.b, by)};
 }
+inline Ints quarter(Ints x) { return {_mm256_srai_epi32(x.a, 2), _mm256_srai_epi32(x.b, 2)}; }
 inline Ints keep(Ints x, uint32_t mask) {
     const __m256i m = _mm256_set1_epi32(int(mask));
     return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};

@@ -16,6 +16,7 @@ inline Ints shift_right(Ints a) {
 }
 inline Ints shift_right(Ints a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 inline Ints shift_left(Ints a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+inline Ints quarter(Ints a) { return _mm512_srai_epi32(a, 2); }
 inline Ints keep(Ints a, uint32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(int(mask))); }
 inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }

@@ -33,6 +33,10 @@ inline Ints shift_left(Ints a, int n) {
     EACH a.v[i] = int32_t(uint32_t(a.v[i]) << n);
     return a;
 }
+inline Ints quarter(Ints a) {
+    EACH a.v[i] >>= 2;
+    return a;
+}
 inline Ints keep(Ints a, uint32_t mask) {
     EACH a.v[i] = int32_t(uint32_t(a.v[i]) & mask);
     return a;
