@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Build the C++ kernels with AddressSanitizer and UBSan and run them: products, recurrent states, the decode step.
+"""Build the C++ kernels with AddressSanitizer and UBSan and run them: products and their direct calls, recurrent states,
+the decode step.
 
-    python scripts/check_sanitizers.py [--cases 300] [--seed 0] [--only gemm state decode]
+    python scripts/check_sanitizers.py [--cases 300] [--seed 0] [--only gemm call state decode]
 
-The products take random cases; states and the decode step take their own tests, where a skipped one is a failure.
+The products take random cases; calls, states and the decode step take their own tests, where a skipped one is a failure.
 
 The sanitizer's run time has to be first in the process, so the cases run in a child with LD_PRELOAD. Any report ends
 it. Leaks are not looked for: the interpreter has some of its own.
@@ -23,6 +24,7 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 
 
 TESTS = {
+    "call": ["tests/kernels/test_prepared.py", "tests/kernels/test_cpu_kernels.py", "-k", "prepared or many_tokens"],
     "state": ["tests/kernels/test_state_ops.py", "tests/kernels/test_mamba2_model.py"],
     # one dense and one packed model of each kind, every instruction set, threads, chunks, the rounded head
     "decode": [

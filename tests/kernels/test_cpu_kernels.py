@@ -136,6 +136,23 @@ def test_int8_agrees_with_its_definition(isa: str) -> None:
     assert 1e-3 < float((rounded - x).norm() / x.norm()) < 8e-3
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("int8", [False, True])
+def test_many_tokens_give_the_bits_of_few(isa: str, bits: int, int8: bool) -> None:
+    """Many tokens have kernels of their own: panels of 512 columns, 128 tokens and two blocks of rows, all crossed."""
+    side = check.interleaved(check.random_stack((48, 1100), bits, 96, bits == 4, torch.Generator().manual_seed(bits)))
+    operands = (side.weight, side.scale, side.zero, bits, 96, 1100, int8)
+    x = torch.randn(139, 1100, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x[1] = 0
+    x[5, 3] = float("nan")
+    for tokens in (9, 13, 139):
+        found = ops.group_gemm(x[:tokens], *operands)
+        assert found.isnan().all(1).nonzero().flatten().tolist() == [5]
+        for first in range(0, tokens, 7):
+            some = ops.group_gemm(x[first : min(first + 7, tokens)], *operands)
+            assert torch.equal(found[first : first + 7].nan_to_num(7), some.nan_to_num(7))
+
+
 def test_results_do_not_depend_on_threads_batch_or_order(isa: str) -> None:
     side = check.random_stack((512, 300), 3, 32, False, torch.Generator().manual_seed(0))
     other = check.interleaved(side)

@@ -10,7 +10,7 @@
 
 namespace state {
 
-// One token's 64 columns: sixteen quads of bytes, scale and scale times sum; false where the general code has to do it.
+// One token's 64 columns: sixteen quads of bytes, scale and sum; false where the general code has to do it.
 STATE_INLINE bool round_chunk(const float* x, __m512i& quads, float& scale, float& sum) {
   const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
   __m512 v[4], most = _mm512_setzero_ps();
@@ -30,7 +30,7 @@ STATE_INLINE bool round_chunk(const float* x, __m512i& quads, float& scale, floa
     q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(factor)));
     total = _mm512_add_epi32(total, q[i]);
   }
-  sum = scale * static_cast<float>(_mm512_reduce_add_epi32(total));
+  sum = static_cast<float>(_mm512_reduce_add_epi32(total));
   // 16 dwords each of four vectors to bytes: the packs work within 128-bit lanes, the permutation puts quads in order
   const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
   quads = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);

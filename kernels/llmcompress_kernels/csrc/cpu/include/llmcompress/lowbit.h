@@ -90,10 +90,11 @@ inline int token_block(int64_t tokens, int64_t i, int most) {
 struct Activations {
     int8_t* bytes;
     float* scale;  // [token block][chunk][token]: value = scale * fixed-point number
-    float* sum;    // same shape: scale * sum of the numbers
+    float* sum;    // same shape: sum of the numbers, times the scale with several planes
     int64_t tokens;
     int planes;
     int most;  // tokens to a block, a property of the variant
+    bool biased = false;  // bytes are unsigned, 128 too large: one plane, many tokens, see panel_avx512.h
 
     int64_t blocks() const { return (tokens + most - 1) / most; }
     static int64_t quads(int bits, int64_t columns, int64_t group) {
@@ -144,6 +145,7 @@ inline Activations place_activations(const Weight& w, int64_t tokens, int planes
     a.tokens = tokens;
     a.planes = planes;
     a.most = most;
+    a.biased = most == 8 && planes == 1 && w.bits < 8 && tokens > most;
     return a;
 }
 

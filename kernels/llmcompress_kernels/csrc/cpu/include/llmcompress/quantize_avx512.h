@@ -50,7 +50,7 @@ inline void quantize_wide(const void* x, int64_t at, Type type, int width, Ints 
     scale = fixed.scale;
     if (!fixed.finite) {
         for (int p = 0; p < PLANES; ++p) std::memset(bytes[p], 0, MAX_CHUNK);
-        sum = fixed.scale;
+        sum = PLANES == 1 ? 0.0f : fixed.scale;
         return;
     }
     const Floats factor = _mm512_set1_ps(fixed.factor);
@@ -71,7 +71,8 @@ inline void quantize_wide(const void* x, int64_t at, Type type, int width, Ints 
                 for (int j = 0; j < 4; ++j) q[j] = _mm512_srai_epi32(_mm512_add_epi32(q[j], half), 8);
         }
     }
-    sum = scale * float(_mm512_reduce_add_epi32(total));
+    const float all = float(_mm512_reduce_add_epi32(total));
+    sum = PLANES == 1 ? all : scale * all;
 }
 
 // Two planes of one token: their quads side by side.

@@ -1,0 +1,185 @@
+// Products of many tokens; part of lowbit.inc. Two blocks of rows are unpacked once, 512 columns at a time, into a panel
+// that stays in the first-level cache while all tokens pass over it: in block_rows every eight tokens unpack the weight
+// again, an eighth of all vector operations. Gives the results of block_rows bit for bit.
+//
+// With one plane the panel holds code minus zero point, a signed byte, and activations come as unsigned bytes, 128 too
+// large (Activations::biased). What that adds to a chunk's sum, 128 times the sum of its codes, does not depend on the token:
+// sums begin at its negative, and the zero points cost nothing per token. Of the operations that are left for 64 columns
+// of 32 rows and 8 tokens, 256 of 304 are products.
+#pragma once
+
+constexpr int PANEL_ROWS = 2;           // blocks of rows
+constexpr int PANEL_QUADS = 128;        // of one block of rows: 8 KB
+constexpr int PANEL_TOKENS = 16 * MOST; // whose totals, 16 KB, stay in the first-level cache as well
+
+struct Panel {
+    alignas(64) int8_t codes[PANEL_ROWS][PANEL_QUADS][64];
+    // of each chunk; a panel of the narrowest chunks holds one to a quad
+    alignas(64) float steps[PANEL_QUADS][PANEL_ROWS][LANES];
+    alignas(64) float zeros[PANEL_QUADS][PANEL_ROWS][LANES];   // zero points, times the steps with several planes
+    alignas(64) int32_t begin[PANEL_QUADS][PANEL_ROWS][LANES];  // of signed codes: where their sums begin
+    alignas(64) float totals[PANEL_TOKENS][PANEL_ROWS][LANES];
+};
+
+// Sum of codes times bytes, either of which may be the signed one.
+template <bool SIGNED>
+inline Ints multiply_bytes(Ints sum, Ints codes, Ints x) {
+    if constexpr (SIGNED) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(codes));
+    else asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    return sum;
+}
+inline Ints quad_of(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return _mm512_set1_epi32(quad);
+}
+
+inline void fetch_next(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+// Chunks [from, to) of block `block`, whose words begin at `p`, into row `r` of the panel. Returns where the next begin.
+template <int BITS, int PLANES, bool SIGNED>
+const uint32_t* fill_panel(const Weight& w, const Chunk* parts, int64_t from, int64_t to, int64_t block, const uint32_t* p,
+                           const uint32_t* end, int r, Panel& panel) {
+    constexpr int WORDS = step_words(BITS), QUADS = step_columns(BITS) / 4;
+    const uint16_t* const scales = w.scale + block * w.groups() * LANES;
+    const uint32_t* const zeros = w.zero ? w.zero + block * w.zero_words() * LANES : nullptr;
+    int quad = 0;
+    for (int64_t c = from; c < to; ++c) {
+        const Floats steps = load_halves(scales + parts[c].group * LANES);
+        const Floats zero = zeros ? zero_points<BITS>(zeros, parts[c].group) : spread(float(1 << (BITS - 1)));
+        store_floats(panel.steps[c - from][r], steps);
+        store_floats(panel.zeros[c - from][r], PLANES == 1 ? zero : multiply(steps, zero));
+        // the zero point in every byte of its lane
+        const Ints bytes = _mm512_mullo_epi32(_mm512_cvtps_epi32(zero), _mm512_set1_epi32(0x01010101));
+        Ints begin = zero_ints();
+        for (int s = 0; s < parts[c].steps; ++s, quad += QUADS) {
+            Ints quads[QUADS];
+            if (BITS == 3 && end - p < WORDS * LANES) {
+                // the row ends inside the step: the words beyond it are not ours
+                uint32_t rest[WORDS * LANES] = {};
+                std::memcpy(rest, p, size_t(end - p) * 4);
+                unpack_step<BITS>(rest, quads);
+                p = end;
+            } else {
+                unpack_step<BITS>(p, quads);
+                p += WORDS * LANES;
+            }
+            UNROLL
+            for (int q = 0; q < QUADS; ++q) {
+                if constexpr (SIGNED) {
+                    quads[q] = _mm512_sub_epi8(quads[q], bytes);
+                    begin = multiply_bytes<true>(begin, quads[q], _mm512_set1_epi8(char(0x80)));
+                }
+                _mm512_store_si512(panel.codes[r][quad + q], quads[q]);
+            }
+        }
+        if constexpr (SIGNED) _mm512_store_si512(panel.begin[c - from][r], _mm512_sub_epi32(zero_ints(), begin));
+    }
+    return p;
+}
+
+// Chunks [from, to) for TOKENS of a block of PLACES tokens: adds to their totals.
+template <int PLANES, bool SIGNED, int ROWS, int TOKENS, int PLACES>
+void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, const int8_t* x, const float* scale,
+                  const float* sum, const Panel& panel, float (*totals)[PANEL_ROWS][LANES]) {
+    const int8_t* codes = panel.codes[0][0];
+    constexpr int NEXT_ROW = PANEL_QUADS * 64;
+    for (int64_t c = from; c < to; ++c) {
+        Ints sums[ROWS][TOKENS][PLANES];
+        UNROLL
+        for (int r = 0; r < ROWS; ++r)
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t)
+                for (int p = 0; p < PLANES; ++p)
+                    sums[r][t][p] = SIGNED ? _mm512_load_si512(panel.begin[c - from][r]) : zero_ints();
+        for (int left = parts[c].steps * per_step; left > 0; --left, codes += 64, x += PLANES * PLACES * 4) {
+            Ints quads[ROWS];
+            for (int r = 0; r < ROWS; ++r) quads[r] = _mm512_load_si512(codes + r * NEXT_ROW);
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t)
+                UNROLL
+                for (int p = 0; p < PLANES; ++p) {
+                    const Ints quad = quad_of(x + (p * PLACES + t) * 4);
+                    for (int r = 0; r < ROWS; ++r) sums[r][t][p] = multiply_bytes<SIGNED>(sums[r][t][p], quads[r], quad);
+                }
+        }
+        const float* const scales = scale + c * PLACES;
+        const float* const offsets = sum + c * PLACES;
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+            const Floats steps = load_floats(panel.steps[c - from][r]), zeros = load_floats(panel.zeros[c - from][r]);
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                Floats total = load_floats(totals[t][r]), value;
+                if constexpr (PLANES == 2) value = to_floats(add(shift_left(sums[r][t][0], 8), sums[r][t][1]));
+                else value = to_floats(sums[r][t][0]);
+                if constexpr (PLANES == 1 && !SIGNED) value = multiply_subtract(zeros, spread(offsets[t]), value);
+                total = multiply_add(value, multiply(steps, spread(scales[t])), total);
+                if constexpr (PLANES == 2) total = multiply_subtract(zeros, spread(offsets[t]), total);
+                store_floats(totals[t][r], total);
+            }
+        }
+    }
+}
+
+// Row blocks [block, block + ROWS) for all tokens.
+template <int BITS, int PLANES, bool SIGNED, int ROWS>
+void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t block, void* out, Type type,
+                int64_t stride) {
+    constexpr int PER_STEP = step_columns(BITS) / 4;
+    Panel panel;
+    const int64_t words = w.words(), quads = Activations::quads(BITS, w.columns, w.group);
+    for (int64_t first = 0; first < a.tokens; first += PANEL_TOKENS) {
+        const int64_t now = a.tokens - first < PANEL_TOKENS ? a.tokens - first : PANEL_TOKENS;
+        const int64_t begin = first / MOST, blocks = (now + MOST - 1) / MOST;
+        std::memset(panel.totals, 0, size_t(blocks) * MOST * sizeof panel.totals[0]);
+        const uint32_t* p[ROWS];
+        for (int r = 0; r < ROWS; ++r) p[r] = w.packed + (block + r) * words * LANES;
+        int64_t done = 0;  // quads of the chunks before
+        for (int64_t from = 0, to = 0; from < count; from = to) {
+            int64_t held = 0;
+            while (to < count && held + parts[to].steps * PER_STEP <= PANEL_QUADS) held += parts[to++].steps * PER_STEP;
+            int64_t lines = 0;
+            for (int r = 0; r < ROWS; ++r) {
+                const uint32_t* const begins = p[r];
+                const uint32_t* const end = w.packed + (block + r + 1) * words * LANES;
+                p[r] = fill_panel<BITS, PLANES, SIGNED>(w, parts, from, to, block + r, begins, end, r, panel);
+                lines = (p[r] - begins) / LANES;
+            }
+            for (int64_t i = 0; i < blocks; ++i) {
+                // what the next panel unpacks comes while this one is used; all at once it would be waited for
+                for (int64_t line = lines * i / blocks; line < lines * (i + 1) / blocks; ++line)
+                    for (int r = 0; r < ROWS; ++r) fetch_next((to < count ? p[r] : p[r] + (ROWS - 1) * words * LANES) + line * LANES);
+                const int64_t at = (begin + i) * MOST;
+                const int places = token_block(a.tokens, begin + i, MOST);
+                const int8_t* const x = a.bytes + (at * quads + done * places) * 4 * PLANES;
+                const float* const scale = a.scale + at * count;
+                const float* const sum = a.sum + at * count;
+                auto* const totals = panel.totals + i * MOST;
+                const auto run = [&]<int TOKENS, int PLACES>(int t) {
+                    panel_tokens<PLANES, SIGNED, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, x + t * 4, scale + t, sum + t,
+                                                                       panel, totals + t);
+                };
+                if (places == 1) run.template operator()<1, 1>(0);
+                else if (places == 4) run.template operator()<4, 4>(0);
+                else if constexpr (PLANES == 1) run.template operator()<MOST, MOST>(0);
+                else
+                    for (int t = 0; t < MOST; t += 4) run.template operator()<4, MOST>(t);
+            }
+            done += held;
+        }
+        for (int64_t t = 0; t < now; ++t)
+            for (int r = 0; r < ROWS; ++r)
+                store_outputs(load_floats(panel.totals[t][r]), out, (first + t) * stride + (block + r) * LANES, type);
+    }
+}
+
+// Row blocks [first, last) for more than one block of tokens, of one or two planes.
+template <int BITS, int PLANES>
+void many_tokens(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t first, int64_t last, void* out,
+                 Type type, int64_t stride) {
+    // 8-bit codes less their zero points do not fit a byte
+    constexpr bool SIGNED = PLANES == 1 && BITS < 8;
+    for (; first + 2 <= last; first += 2) panel_rows<BITS, PLANES, SIGNED, 2>(w, parts, count, a, first, out, type, stride);
+    if (first < last) panel_rows<BITS, PLANES, SIGNED, 1>(w, parts, count, a, first, out, type, stride);
+}
