@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Build the C++ kernels with AddressSanitizer and UBSan and run them: products and their direct calls, recurrent states,
-the decode step.
+"""Build the C++ kernels with AddressSanitizer and UBSan and run them: products, direct calls, states, the decode step.
 
     python scripts/check_sanitizers.py [--cases 300] [--seed 0] [--only gemm call state decode]
 
-The products take random cases; calls, states and the decode step take their own tests, where a skipped one is a failure.
+The products take random cases; calls, states and the decode step take their own tests, where a skipped one is a
+failure.
 
 The sanitizer's run time has to be first in the process, so the cases run in a child with LD_PRELOAD. Any report ends
 it. Leaks are not looked for: the interpreter has some of its own.
