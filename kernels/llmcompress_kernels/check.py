@@ -133,7 +133,10 @@ class Moe:
         )
         made = error(found, expected, self.dtype, 0.0)
         if self.int8 and made > self.tolerance:
-            twin = torch.ops.llmcompress.moe_group_gemm_definition(*arguments)
+            # the same values in fp32: kernels round nothing in between, where a step of fp16 may move an int8 by one
+            twin = torch.ops.llmcompress.moe_group_gemm_definition(
+                *self._arguments(x.float(), index, weights.float(), *sides), self.int8
+            )
             return unlucky(
                 made, error(found, twin.double(), self.dtype, 0.0), self.tolerance, MOE_TOLERANCE[self.dtype]
             )
