@@ -50,6 +50,7 @@ from llmcompress.models.layout import RouterView
 from llmcompress.models.tensor_file import all_finite
 from llmcompress.models.walker import Walker
 from llmcompress.pipeline.cluster import predict
+from llmcompress.pipeline.device import total_ram
 from llmcompress.pipeline.rates import CURVES, NUMBERS, Rates
 from llmcompress.pipeline.work import (
     MAPPED,
@@ -169,6 +170,11 @@ def value_rates(device: str) -> dict[str, float]:
     codes, scale, zero = round_to_nearest(w, spec, "mse")
     place = torch.empty_like(w)
 
+    def nearest(grid: Any) -> None:
+        values = int_group.dequantize(*round_to_nearest(w, spec, grid), spec)
+        (w - values).square().sum(-1)
+        w.square().sum(-1)
+
     def packed() -> None:
         all_finite(w)
         int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec)
@@ -196,7 +202,8 @@ def value_rates(device: str) -> dict[str, float]:
     logits = logits.to(device)
     return {
         "routed": rows * experts / seconds(routed, device),
-        "rounded": w.numel() / 8 / seconds(lambda: round_to_nearest(w[0], spec, "mse"), device),
+        "rounded": w.numel() / seconds(partial(nearest, "minmax"), device),
+        "searched": w.numel() / seconds(partial(nearest, "mse"), device),
         "packed": w.numel() / seconds(packed, device),
         "squares": w.numel() / seconds(mirrored, device),
         "select": rows * experts / seconds(chosen, device),
@@ -206,9 +213,26 @@ def value_rates(device: str) -> dict[str, float]:
 def file_rates(folder: Path) -> dict[str, float]:
     """Durable writing: bytes per second, and seconds of a block without content."""
     content = os.urandom(64 << 20)
-    store = PackedStore(folder / "blocks")
+    store, large = PackedStore(folder / "blocks"), folder / "large"
     flush = seconds(lambda: store.write_block(0, BlockPatch({}, {}, {})))
-    return {"written": len(content) / seconds(lambda: write_durably(folder / "large", content)), "flush": flush}
+    return {
+        "written": len(content) / seconds(lambda: write_durably(large, content)), "flush": flush,
+        "disk": len(content) / uncached_seconds(large), "cache": total_ram(),
+    }  # fmt: skip
+
+
+def uncached_seconds(path: Path) -> float:
+    """Median time to read a file that the kernel has been told to forget."""
+    found = []
+    for _ in range(5):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        while os.read(descriptor, 1 << 20):
+            pass
+        found.append(time.perf_counter() - began)
+        os.close(descriptor)
+    return median(found)
 
 
 class Forward:

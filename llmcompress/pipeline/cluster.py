@@ -127,7 +127,7 @@ def _row(stage: Stage, inputs: PlanInputs, ranks: int, rates: Rates, heads: int,
             seconds["hessian"] += work.moments()
             seconds["solve"] += _fullest(work, ranks) + work.router(router)
         else:
-            seconds["solve"] += work.rounding() / ranks
+            seconds["solve"] += work.rounding(config.grid) / ranks
         seconds["solve"] += work.unpacking() + work.write()
         data, messages = work.traffic(router)
         traffic += data

@@ -342,10 +342,10 @@ class BlockWork:
             found += (columns**3 / 3 + 4.0 * rows * columns**2) / rate_at(rates.fit, columns)
         return found + values / rates.packed
 
-    def rounding(self) -> float:
+    def rounding(self, grid: str) -> float:
         """Rounding to nearest of everything planned."""
-        values = self._planned_values()
-        return values / self.rates.rounded + values / self.rates.packed
+        values, rates = self._planned_values(), self.rates
+        return values / (rates.searched if grid == "mse" else rates.rounded) + values / rates.packed
 
     def unpacking(self) -> float:
         """What every process decodes of what all have solved."""
@@ -363,8 +363,10 @@ class BlockWork:
 
     def read(self) -> float:
         """The block's weights from the checkpoint, which every process reads."""
-        values = sizes.block_parameters(self.block) + sizes.borrowed_parameters(self.block)
-        return values * self.inputs.compute_bytes / self.rates.read
+        values, inputs, rates = sizes.block_parameters(self.block), self.inputs, self.rates
+        values += sizes.borrowed_parameters(self.block)
+        cached = sizes.model_bytes(inputs.layout, {}, inputs.weight_bytes) <= rates.cache
+        return values * (inputs.compute_bytes / rates.read + (0.0 if cached else inputs.weight_bytes / rates.disk))
 
     def write(self) -> float:
         """The packed block, durably."""

@@ -20,9 +20,9 @@ FAST = ((64.0, 1e12),)
 RATES: dict[str, Any] = {
     "machine": "invented", "device": "cpu", "product": FAST, "attention": ((64.0, 1e15),), "moved": ((64.0, 1e15),),
     "hessian": FAST, "factor": FAST, "columns": ((64.0, 1e11),), "fit": FAST, "squares": 1e15, "routed": 1e15,
-    "select": 1e15, "rounded": 1e8, "packed": 1e15, "memory": 1e15, "read": 1e9, "written": 1e15, "flush": 1e-9,
-    "batch": 1e-9, "piece": 1e-9, "matrix": 1e-9, "link": 1e10, "message": 1e-4, "start": 2.0, "join": 1.0,
-    "error": {"1 processes": 0.1, "2 processes": -0.2},
+    "select": 1e15, "rounded": 1e8, "searched": 1e8, "packed": 1e15, "memory": 1e15, "read": 1e9, "disk": 1e15,
+    "cache": 1e15, "written": 1e15, "flush": 1e-9, "batch": 1e-9, "piece": 1e-9, "matrix": 1e-9, "link": 1e10,
+    "message": 1e-4, "start": 2.0, "join": 1.0, "error": {"1 processes": 0.1, "2 processes": -0.2},
 }  # fmt: skip
 
 

@@ -183,7 +183,17 @@ def test_messages_are_those_of_sums_results_and_routers() -> None:
 def test_files() -> None:
     values = 2 * H * H + 2 * H * (H // 4) + E * 3 * H * INNER + E * H + 2 * H
     assert work({"read": 1.0}).read() == pytest.approx(4 * values)
+    # a checkpoint that the memory cannot hold comes from the disk
+    assert work({"disk": 1.0}).read() == pytest.approx(0)
+    assert work({"disk": 1.0, "cache": 1.0}).read() == pytest.approx(2 * values)
     assert work({"flush": 1.0, "written": FREE}).write() == pytest.approx(1)
+
+
+def test_rounding_costs_what_its_grid_costs() -> None:
+    values = E * 3 * H * INNER
+    assert work({"rounded": 1.0}).rounding("minmax") == pytest.approx(values)
+    assert work({"searched": 1.0}).rounding("mse") == pytest.approx(values)
+    assert work({"rounded": 1.0}).rounding("mse") == work({"searched": 1.0}).rounding("minmax") == pytest.approx(0)
 
 
 def test_what_a_configuration_says() -> None:
