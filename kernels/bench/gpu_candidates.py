@@ -109,7 +109,7 @@ def check_tree(config: cuda_tree.Config, dtype: torch.dtype, tokens: int) -> flo
     torch.manual_seed(tokens)
     rows, columns, bits = 1100, 4096, [4, 2, 1, 1]
     spans = torch.tensor([[0, tokens], [0, tokens], [0, 1], [tokens // 2, tokens]])
-    nodes = [gpu_tree._node(rows, columns, b) for b in bits]
+    nodes = [gpu_tree.node(rows, columns, b) for b in bits]
     x = torch.randn(tokens, columns, device="cuda").to(dtype)
     packed, scale = [p for p, _ in nodes], [s for _, s in nodes]
     multiplier = [1.0, 0.25, 2.0**-3, 2.0**-4]
@@ -125,23 +125,15 @@ def check_tree(config: cuda_tree.Config, dtype: torch.dtype, tokens: int) -> flo
 
 def time_trees(rows: int, columns: int, models: int, rate: float) -> dict[str, Any]:
     """Microseconds of every configuration, beside one bfloat16 product per model."""
-    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
-    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
-    bits, multiplier = [4] + [1] * models, [1.0] + [2.0**-6] * models
-    first = [gpu_tree._node(rows, columns, b) for b in bits]
-    size = sum(p.nbytes + s.nbytes for p, s in first)
-    trees = [first] + [[gpu_tree._node(rows, columns, b) for b in bits] for _ in range(rotations(size, 8) - 1)]
-    wide = [torch.randn(models, rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    candidates: dict[str, Any] = {"bf16": [lambda w=w: torch.bmm(w, x.unsqueeze(-1)) for w in wide]}
+    given = gpu_tree.Operands.random(rows, columns, models)
+    candidates: dict[str, Any] = {"bf16": given.bf16(rows)}
     for config in CONFIGS:
         candidates[f"{config.warps}x{config.stages}"] = [
-            lambda t=t, g=config: cuda_tree.delta_decode(
-                x, [p for p, _ in t], [s for _, s in t], spans, bits, multiplier, 128, config=g, family=TREE
-            )
-            for t in trees
+            lambda t=t, g=config: cuda_tree.delta_decode(given.x, *given.of(t), config=g, family=TREE)
+            for t in given.trees
         ]
     times = replay(candidates, 20)
-    found = {"rows": rows, "columns": columns, "models": models, "floor": round(size / rate * 1e6, 1)}
+    found = {"rows": rows, "columns": columns, "models": models, "floor": round(given.size / rate * 1e6, 1)}
     return {**found, **{k: round(t.median, 2) for k, t in times.items()}}
 
 

@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).resolve().parent)]
 
 import gpu_tree  # noqa: E402
 import torch  # noqa: E402
-from gpu_matrix import DENSE, EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, nbytes, packed  # noqa: E402
+from gpu_matrix import DENSE, EXPERTS, HIDDEN, INTERMEDIATE, dense_weights, nbytes, routing, sides  # noqa: E402
 from gpu_run import versions  # noqa: E402
-from gpu_timing import copy_rate, read_rate, replay, rotations  # noqa: E402
+from gpu_timing import copy_rate, read_rate, replay  # noqa: E402
 from llmcompress_kernels import build  # noqa: E402
 from llmcompress_kernels.cuda import skinny  # noqa: E402
 from llmcompress_kernels.cuda import tree as cuda_tree  # noqa: E402
@@ -108,8 +108,8 @@ def timed(candidates: dict[str, list[Callable[[], torch.Tensor]]], wanted: torch
 def dense(rows: int, columns: int, bits: int, tokens: int, rate: float) -> dict[str, Any]:
     """One dense product."""
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    first = packed(rows, columns, bits=bits)
-    held = [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
+    held = dense_weights(rows, columns, bits)
+    first = held[0]
     wanted = dense_definition.group_gemm(x.double(), first.weight, first.scale, first.zero, bits, 128, columns)
     candidates = {
         f"{form} {name}": [
@@ -124,14 +124,8 @@ def dense(rows: int, columns: int, bits: int, tokens: int, rate: float) -> dict[
 
 def routed(bits: int, tokens: int, rate: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Both launches of a Mixtral layer's experts; one of them is the usual one while the other is varied."""
-    torch.manual_seed(tokens)
-    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
-    weights = torch.rand(tokens, SLOTS, device="cuda")
-    banks = []
-    for _ in range(2):
-        both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
-        banks.append(tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both))
+    x, index, weights = routing(tokens)
+    banks = [sides(bits) for _ in range(2)]
     own = [v for s in banks[0] for v in (s.weight, s.scale, s.zero, s.bias, s.bits, s.group)]
     wanted = routed_definition.moe_group_gemm(
         x.float(), index, weights, *own, INTERMEDIATE, "silu", 1.702, 7.0
@@ -146,35 +140,23 @@ def routed(bits: int, tokens: int, rate: float) -> Iterator[tuple[str, dict[str,
                 chosen = (launch, LAUNCHES[USUAL]) if number == 0 else (LAUNCHES[USUAL], launch)
                 arguments = (INTERMEDIATE, "silu", 1.702, 7.0, chosen)
                 candidates[f"{form} {name}"] = [
-                    partial(formed, form, skinny.moe_group_gemm, x, index, weights, sides, *arguments)
-                    for sides in banks
+                    partial(formed, form, skinny.moe_group_gemm, x, index, weights, each, *arguments) for each in banks
                 ]
         yield mode, {"experts_hit": hit, "floor_us": floor, **timed(candidates, wanted)}
 
 
 def trees(rows: int, columns: int, models: int, rate: float) -> dict[str, Any]:
     """Both forms of the tree kernel beside one bfloat16 product per model."""
-    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
-    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
-    bits, multiplier = [4] + [1] * models, [1.0] + [2.0**-6] * models
-    first = [gpu_tree._node(rows, columns, b) for b in bits]
-    size = sum(p.nbytes + s.nbytes for p, s in first)
-    held = [first] + [[gpu_tree._node(rows, columns, b) for b in bits] for _ in range(rotations(size, 8) - 1)]
-    wanted = tree_definition.delta_decode(
-        x.double(), [p for p, _ in first], [s for _, s in first], spans, bits, multiplier, 128
-    )
+    given = gpu_tree.Operands.random(rows, columns, models)
+    wanted = tree_definition.delta_decode(given.x.double(), *given.of(given.trees[0]))
     candidates = {}
     for form, flags in TREES.items():
         family = f"{cuda_tree.FAMILY}-{form}" if flags else cuda_tree.FAMILY
         candidates[form] = [
-            lambda t=t, f=family: cuda_tree.delta_decode(
-                x, [p for p, _ in t], [s for _, s in t], spans, bits, multiplier, 128, family=f
-            )
-            for t in held
+            lambda t=t, f=family: cuda_tree.delta_decode(given.x, *given.of(t), family=f) for t in given.trees
         ]
-    wide = [torch.randn(models, rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    bf16 = replay({"bf16": [lambda w=w: torch.bmm(w, x.unsqueeze(-1)) for w in wide]}, SAMPLES)["bf16"].median
-    return {"floor_us": round(size / rate * 1e6, 2), "bf16_us": round(bf16, 2), **timed(candidates, wanted)}
+    bf16 = replay({"bf16": given.bf16(rows)}, SAMPLES)["bf16"].median
+    return {"floor_us": round(given.size / rate * 1e6, 2), "bf16_us": round(bf16, 2), **timed(candidates, wanted)}
 
 
 def profile() -> None:
@@ -182,20 +164,16 @@ def profile() -> None:
     torch.manual_seed(1)
     x, index = torch.randn(1, HIDDEN, dtype=torch.bfloat16, device="cuda"), torch.tensor([[1, 5]], device="cuda")
     for bits in (2, 4):
-        both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
-        sides = tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both)
+        held = sides(bits)
         for launches in ((USUAL, USUAL), ("16/2/1", "6/2/2")):
             chosen = tuple(LAUNCHES[name] for name in launches)
             arguments = (INTERMEDIATE, "silu", 1.702, 7.0, chosen)
-            formed("usual", skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), sides, *arguments)
+            formed("usual", skinny.moe_group_gemm, x, index, torch.rand(1, 2, device="cuda"), held, *arguments)
     rows, columns, models = 11008, 4096, 8
-    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
-    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
-    made = [gpu_tree._node(rows, columns, b) for b in [4] + [1] * models]
+    given = gpu_tree.Operands.random(rows, columns, models)
     for form, flags in TREES.items():
         family = f"{cuda_tree.FAMILY}-{form}" if flags else cuda_tree.FAMILY
-        operands = ([p for p, _ in made], [s for _, s in made], spans, [4] + [1] * models, [1.0] + [0.1] * models, 128)
-        cuda_tree.delta_decode(x, *operands, family=family)
+        cuda_tree.delta_decode(given.x, *given.of(given.trees[0]), family=family)
     torch.cuda.synchronize()
 
 

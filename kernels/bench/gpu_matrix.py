@@ -36,6 +36,30 @@ def nbytes(stack: ops.Stack) -> int:
     return sum(t.nbytes for t in (stack.weight, stack.scale, stack.zero) if t is not None)
 
 
+def dense_weights(rows: int, columns: int, bits: int) -> list[ops.Stack]:
+    """Weights of one shape, as many as keep the cache from helping."""
+    first = packed(rows, columns, bits=bits)
+    return [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
+
+
+def bank(bits: int) -> tuple[ops.Stack, ops.Stack]:
+    """Both projections of a Mixtral layer's experts."""
+    return packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
+
+
+def sides(bits: int) -> tuple[skinny.Side, ...]:
+    """A :func:`bank` as the CUDA C++ kernels take it."""
+    return tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in bank(bits))
+
+
+def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations ``[T, H]``, experts and weights ``[T, k]`` of a Mixtral layer, routed uniformly."""
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
+    return x, index, torch.rand(tokens, SLOTS, device="cuda")
+
+
 def distinct_experts(tokens: int) -> float:
     """Experts that ``tokens`` tokens reach when routed uniformly, on average."""
     return EXPERTS * (1 - (1 - SLOTS / EXPERTS) ** tokens)
@@ -45,8 +69,7 @@ def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
     """One line per shape: our time, bfloat16's, the peers', and the share of the floor."""
     for rows, columns in DENSE:
         x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-        weights = [packed(rows, columns, bits=bits)]
-        weights += [packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(weights[0])) - 1)]
+        weights = dense_weights(rows, columns, bits)
         wide = [torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
         candidates: dict[str, list[Callable[[], object]]] = {
             "ours": [_dense_call(x, w, columns) for w in weights],
@@ -64,26 +87,14 @@ def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
 
 def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[str, Any]:
     """The MoE block of one Mixtral layer; ``skipped`` is the share of slots that are pruned."""
-    torch.manual_seed(tokens)
-    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
-    weights = torch.rand(tokens, SLOTS, device="cuda")
+    x, index, weights = routing(tokens)
     if skipped:
         index = torch.where(torch.rand(tokens, SLOTS, device="cuda") < skipped, EXPERTS, index)
-    sides = []
-    first = (packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits))
+    first = bank(bits)
     size = nbytes(first[0]) + nbytes(first[1])
-    for number in range(max(2, rotations(size))):
-        sides.append(
-            first
-            if number == 0
-            else (
-                packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits),
-                packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits),
-            )
-        )
+    banks = [first, *(bank(bits) for _ in range(max(2, rotations(size)) - 1))]
     candidates: dict[str, list[Callable[[], object]]] = {
-        "ours": [lambda s=s: ops.moe_group_gemm(x, index, weights, *s, INTERMEDIATE) for s in sides]
+        "ours": [lambda s=s: ops.moe_group_gemm(x, index, weights, *s, INTERMEDIATE) for s in banks]
     }
     reasons = _both(candidates, tokens * SLOTS <= skinny.SLOTS_PER_EXPERT * EXPERTS)
     try:

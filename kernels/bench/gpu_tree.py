@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,49 @@ GROUP, ACTIVE = 128, (4, 8)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 
 
-def _node(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a root and its leaves are multiplied with, one token per model.
+
+    Attributes:
+        x: ``[M, K]`` bf16.
+        spans: Tokens of each node.
+        bits: Of each node.
+        multiplier: Of each node.
+        trees: As many as keep the cache from helping; of each node codes and scales.
+        size: Bytes of one of them.
+    """
+
+    x: torch.Tensor
+    spans: torch.Tensor
+    bits: list[int]
+    multiplier: list[float]
+    trees: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    size: int
+
+    @classmethod
+    def random(cls, rows: int, columns: int, models: int, root: int = 4, leaf: int = 1) -> Operands:
+        """A root shared by ``models`` leaves."""
+        x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
+        spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
+        bits = [root] + [leaf] * models
+        first = [node(rows, columns, b) for b in bits]
+        size = sum(p.nbytes + s.nbytes for p, s in first)
+        trees = [first] + [[node(rows, columns, b) for b in bits] for _ in range(rotations(size, 8) - 1)]
+        return cls(x, spans, bits, [1.0] + [2.0**-6] * models, trees, size)
+
+    def of(self, tree: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Any, ...]:
+        """Arguments of ``delta_decode`` after ``x``."""
+        return [p for p, _ in tree], [s for _, s in tree], self.spans, self.bits, self.multiplier, GROUP
+
+    def bf16(self, rows: int) -> list[Callable[[], torch.Tensor]]:
+        """One bfloat16 product per model."""
+        x = self.x
+        wide = [torch.randn(len(x), rows, x.shape[1], dtype=x.dtype, device=x.device) for _ in range(2)]
+        return [lambda w=w: torch.bmm(w, x.unsqueeze(-1)) for w in wide]
+
+
+def node(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     stack = packed(rows, columns, bits=bits, group=GROUP)
     assert stack.scale is not None
     return stack.weight, stack.scale
@@ -21,14 +65,8 @@ def _node(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tenso
 
 def tree(rows: int, columns: int, rate: float, models: int, root: int = 4, leaf: int = 1) -> dict[str, Any]:
     """A root shared by ``models`` leaves, one token per model; microseconds and the share of the floor."""
-    x = torch.randn(models, columns, dtype=torch.bfloat16, device="cuda")
-    spans = torch.tensor([[0, models], *([m, m + 1] for m in range(models))])
-    bits = [root] + [leaf] * models
-    multiplier = [1.0] + [2.0**-6] * models
-    first = [_node(rows, columns, b) for b in bits]
-    size = sum(p.nbytes + s.nbytes for p, s in first)
-    trees = [first] + [[_node(rows, columns, b) for b in bits] for _ in range(rotations(size, 8) - 1)]
-    wide = [torch.randn(models, rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    given = Operands.random(rows, columns, models, root, leaf)
+    x, bf16 = given.x, given.bf16(rows)
     own = [[packed(rows, columns, bits=4) for _ in range(models)] for _ in range(2)]
 
     def each(weights: list[ops.Stack]) -> None:
@@ -38,15 +76,12 @@ def tree(rows: int, columns: int, rate: float, models: int, root: int = 4, leaf:
 
     times = replay(
         {
-            "ours": [
-                lambda t=t: ops.delta_decode(x, [p for p, _ in t], [s for _, s in t], spans, bits, multiplier, GROUP)
-                for t in trees
-            ],
-            "bf16": [lambda w=w: torch.bmm(w, x.unsqueeze(-1)) for w in wide],
+            "ours": [lambda t=t: ops.delta_decode(x, *given.of(t)) for t in given.trees],
+            "bf16": bf16,
             "own_w4": [lambda w=w: each(w) for w in own],
         }
     )
-    floor = size / rate * 1e6
+    floor = given.size / rate * 1e6
     return {
         "op": "delta_decode", "rows": rows, "columns": columns, "models": models, "root_bits": root, "leaf_bits": leaf,
         "floor_us": round(floor, 2), "floor_share": round(floor / times["ours"].median, 3),

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_matrix import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, nbytes, packed
-from gpu_timing import replay, rotations
+from gpu_matrix import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, dense_weights, packed, routing, sides
+from gpu_timing import replay
 from llmcompress_kernels.cuda import launches, skinny
 
 SAMPLES = 15
@@ -21,8 +21,7 @@ SAMPLES = 15
 def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
     """One dense product."""
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    first = packed(rows, columns, bits=bits)
-    held = [first, *(packed(rows, columns, bits=bits) for _ in range(rotations(nbytes(first)) - 1))]
+    held = dense_weights(rows, columns, bits)
     candidates: dict[str, list[Callable[[], object]]] = {}
     for name, launch in launches.candidates().items():
         candidates[name] = [
@@ -33,21 +32,15 @@ def dense(rows: int, columns: int, bits: int, tokens: int) -> dict[str, Any]:
 
 def routed(bits: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Both launches of a Mixtral layer's experts, one by one."""
-    torch.manual_seed(tokens)
-    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    index = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS, -1).indices
-    weights = torch.rand(tokens, SLOTS, device="cuda")
-    banks = []
-    for _ in range(2):
-        both = packed(EXPERTS, 2 * INTERMEDIATE, HIDDEN, bits=bits), packed(EXPERTS, HIDDEN, INTERMEDIATE, bits=bits)
-        banks.append(tuple(skinny.Side(s.weight, s.scale, s.zero, None, bits, s.group_size) for s in both))
+    x, index, weights = routing(tokens)
+    banks = [sides(bits) for _ in range(2)]
     for number, mode in enumerate(("gate_up", "down")):
         candidates: dict[str, list[Callable[[], object]]] = {}
         for name, launch in launches.candidates().items():
             chosen = (launch, None) if number == 0 else (None, launch)
             candidates[name] = [
-                partial(skinny.moe_group_gemm, x, index, weights, sides, INTERMEDIATE, "silu", 1.7, 7.0, chosen)
-                for sides in banks
+                partial(skinny.moe_group_gemm, x, index, weights, each, INTERMEDIATE, "silu", 1.7, 7.0, chosen)
+                for each in banks
             ]
         yield _best(
             candidates, mode, bits, tokens, *((INTERMEDIATE, HIDDEN) if number == 0 else (HIDDEN, INTERMEDIATE))
