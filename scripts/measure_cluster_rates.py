@@ -45,7 +45,7 @@ from llmcompress.distributed.world import World
 from llmcompress.models import sizes
 from llmcompress.models.capture import Routing
 from llmcompress.models.handle import ModelHandle
-from llmcompress.models.heap import keep_freed_memory
+from llmcompress.models.heap import MAPPED, keep_freed_memory
 from llmcompress.models.layout import RouterView
 from llmcompress.models.tensor_file import all_finite
 from llmcompress.models.walker import Walker
@@ -53,7 +53,6 @@ from llmcompress.pipeline.cluster import predict
 from llmcompress.pipeline.device import total_ram
 from llmcompress.pipeline.rates import CURVES, NUMBERS, Rates
 from llmcompress.pipeline.work import (
-    MAPPED,
     Passed,
     Run,
     down_projections,

@@ -28,6 +28,11 @@ FIXED_SHARDS = 8
 _PATIENCE_DAYS = 30
 
 
+def shards_of(samples: int, ranks: int, deterministic: bool) -> int:
+    """Shards that a calibration set of ``samples`` windows is cut into over all ranks."""
+    return max(min(FIXED_SHARDS, samples) if deterministic else 0, ranks)
+
+
 class PeerLost(EnvironmentProblem):
     """Another rank has ended; this one cannot go on. What it was about is told by the launcher."""
 
@@ -66,8 +71,7 @@ class World:
                 f"{samples} calibration windows cannot be shared by {self.size} processes",
                 f"--nproc {samples} or less, or more samples",
             )
-        fixed = min(FIXED_SHARDS, samples) if self.deterministic else 0
-        return replace(self, count=max(fixed, self.size))
+        return replace(self, count=shards_of(samples, self.size, self.deterministic))
 
     def dealt(self, items: int) -> World:
         """This world with a number of shards for ``items`` things of which a rank may well get none."""

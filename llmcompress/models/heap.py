@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 MIB = 1 << 20
+# blocks of this size are mapped where :func:`keep_freed_memory` does not spare; smaller ones come from what was freed
+MAPPED = 8 * MIB
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # torch's own switch: tensors of 2 MiB and more lie in huge pages. Read at the first tensor of a process
@@ -54,7 +56,7 @@ def keep_freed_memory(sparing: bool = False) -> bool:
     if sparing:
         os.environ.setdefault(_HUGE_PAGES, "1")
     mallopt = _libc("mallopt")
-    return _map_from(MIB if sparing else 8 * MIB) and mallopt is not None and bool(mallopt(_M_TRIM_THRESHOLD, 32 * MIB))
+    return _map_from(MIB if sparing else MAPPED) and mallopt is not None and bool(mallopt(_M_TRIM_THRESHOLD, 32 * MIB))
 
 
 @contextmanager

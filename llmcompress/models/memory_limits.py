@@ -20,7 +20,8 @@ WINDOW_BYTES = 64 * MIB
 # moves it, because results depend on it
 EXACT_BYTES = 256 * MIB
 
-
+# tokens from which the second moments of an expert are made that sees too few of its own; no budget moves it either
+FORCED_TOKENS = 2048
 # activations of one member of a family that lie on the GPU for good rather than come from the CPU batch by batch; a
 # fixed figure, so that a plan knows
 RESIDENT_BYTES = 512 * MIB
@@ -67,6 +68,12 @@ class Limits:
     def rounded(self) -> int:
         """Values of experts that are rounded at once where no data flows; their working set is near ``gram``."""
         return self.gram // 32
+
+    def chunks(self, experts: int, hidden: int, intermediate: int) -> list[slice]:
+        """Experts of a bank whose second moments are held, and that are solved, at once; one chunk after another."""
+        one = (hidden**2 + intermediate**2) * 4
+        step = min(experts, max(1, self.gram // one))
+        return [slice(start, min(start + step, experts)) for start in range(0, experts, step)]
 
 
 DEFAULT = Limits()

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.models.capture import Routing, down, first_output, gated, replaced_forward
 from llmcompress.models.group_steps import CACHE_LINE, GroupSteps, Moments, aligned
+from llmcompress.models.memory_limits import FORCED_TOKENS
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ExpertBank, Sublayer
     from llmcompress.models.walker import Visitor, Walker
 
-FORCED_TOKENS = 2048
 # rows that are summed or cleared at once
 ROWS = 512
 
@@ -259,9 +259,9 @@ class MoeStep:
 
     def _chunks(self) -> list[slice]:
         bank = self.bank
-        one = (bank.hidden**2 + bank.intermediate**2) * 4
-        step = bank.num_experts if self.visitor is None else max(1, self.walker.limits.gram // one)
-        return [slice(i, min(i + step, bank.num_experts)) for i in range(0, bank.num_experts, step)]
+        if self.visitor is None:
+            return [slice(0, bank.num_experts)]
+        return self.walker.limits.chunks(bank.num_experts, bank.hidden, bank.intermediate)
 
 
 def _constant(value: Any, *_args: Any) -> Any:

@@ -20,16 +20,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmcompress.distributed.balance import greedy_bin_packing
+from llmcompress.distributed.world import shards_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models import sizes
 from llmcompress.models.registry import layout_from_config
 from llmcompress.pipeline.device import baseline_ram
 from llmcompress.pipeline.estimate import plan_inputs_of
 from llmcompress.pipeline.rates import Rates
-from llmcompress.pipeline.work import BlockWork, Run, head_width, heads_of, inside, last_projection, shards_of
+from llmcompress.pipeline.work import BlockWork, Run, head_width, heads_of, inside, last_projection
 from llmcompress.recipe.load import LoadedRecipe
 from llmcompress.stages.base import PlanInputs, Stage
-from llmcompress.stages.blockwise_estimate import Job, job_of, limits_for
+from llmcompress.stages.blockwise_estimate import Job, job_of, limits_of
 from llmcompress.stages.shared_statistics import shared_groups
 
 
@@ -108,7 +109,8 @@ def predict(
 def _row(stage: Stage, inputs: PlanInputs, ranks: int, rates: Rates, heads: int, deterministic: bool) -> ClusterRow:
     layout, config = inputs.layout, stage.config
     solving = config.type != "rtn"
-    job, limits = job_of(config, inputs, solving), limits_for(config, inputs, solving)
+    job = job_of(config, inputs, solving)
+    limits = limits_of(job, inputs)
     windows = -(-inputs.samples // ranks)
     shards = shards_of(inputs.samples, ranks, deterministic)
     run = Run.of(windows, inputs.length, -(-shards // ranks), heads, inputs.device == "cuda")

@@ -15,18 +15,15 @@ from math import ceil, prod
 from typing import Any
 
 from llmcompress.distributed.balance import shares
-from llmcompress.distributed.world import FIXED_SHARDS
 from llmcompress.models import sizes
+from llmcompress.models.heap import MAPPED
 from llmcompress.models.layout import Block, ExpertBank, Sublayer
-from llmcompress.models.memory_limits import Limits, kept_bytes
+from llmcompress.models.memory_limits import FORCED_TOKENS, Limits, kept_bytes
 from llmcompress.pipeline.rates import Rates, rate_at
 from llmcompress.stages.base import PlanInputs
+from llmcompress.stages.block_solver import RarePolicy
 from llmcompress.stages.blockwise_estimate import BATCH_TOKENS, CPU_TURN, CUDA_BATCH_TOKENS, Job
 
-# memory of fewer bytes is taken from what was freed before, see models/heap.py
-MAPPED = 8 << 20
-# tokens from which a rare expert's second moments are made, see models/moe_step.py
-FORCED_TOKENS = 2048
 # messages of a sum of whole numbers on all processes, which is no single one
 COUNTS = 3
 # bytes of the matrix of all tokens' products, and tokens held out, in a router's fit: algorithms/router_calibration.py
@@ -182,8 +179,8 @@ class BlockWork:
         limits: Memory it may take.
         run: The tokens of this process.
         ranks: Processes.
+        shards: Of the calibration set, over all of them.
         rates: Of one of them.
-        windows: Calibration windows of all of them.
     """
 
     def __init__(
@@ -248,13 +245,12 @@ class BlockWork:
         return found
 
     def chunks(self) -> list[int]:
-        """Experts whose second moments are held, and that are solved, at the same time; one chunk after another."""
+        """Experts in each of :meth:`Limits.chunks`."""
         bank = self.block.bank
         if bank is None:
             return []
-        square = (bank.hidden**2 + bank.intermediate**2) * sizes.HESSIAN_BYTES
-        step = min(bank.num_experts, max(1, self.limits.gram // square))
-        return [min(step, bank.num_experts - start) for start in range(0, bank.num_experts, step)]
+        chunks = self.limits.chunks(bank.num_experts, bank.hidden, bank.intermediate)
+        return [chunk.stop - chunk.start for chunk in chunks]
 
     # ---- second moments ----
 
@@ -304,10 +300,10 @@ class BlockWork:
         bank, found = self.block.bank, 0.0
         if bank is None:
             return 0.0
-        seen = self.everyone * bank.top_k / bank.num_experts
-        if bank.gate_up in self.job.plan and seen < max(128, bank.hidden // 16):
+        seen, needed = self.everyone * bank.top_k / bank.num_experts, RarePolicy().needed
+        if bank.gate_up in self.job.plan and seen < needed(bank.hidden):
             found += 2.0 * self.run.tokens * bank.hidden**2 / rate_at(self.rates.hessian, bank.hidden)
-        if bank.down in self.job.plan and seen < max(128, bank.intermediate // 16):
+        if bank.down in self.job.plan and seen < needed(bank.intermediate):
             tokens = min(self.everyone, FORCED_TOKENS) / self.ranks * bank.num_experts
             found += product(tokens, bank.first_rows, bank.hidden, self.rates)
             found += 2.0 * tokens * bank.intermediate**2 / rate_at(self.rates.hessian, bank.intermediate)
@@ -443,8 +439,3 @@ def heads_of(config: Mapping[str, Any]) -> int:
     inner = config.get("text_config")
     found = (inner if isinstance(inner, Mapping) else config).get("num_attention_heads")
     return int(found) if isinstance(found, int) and found > 0 else 1
-
-
-def shards_of(samples: int, ranks: int, deterministic: bool) -> int:
-    """Shards of the calibration set over all processes, see :meth:`~llmcompress.distributed.world.World.cut`."""
-    return max(min(FIXED_SHARDS, samples) if deterministic else 0, ranks)

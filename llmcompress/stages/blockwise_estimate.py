@@ -101,7 +101,11 @@ def limits_for(config: Any, inputs: PlanInputs, hessians: bool) -> Limits:
         inputs: Facts about model, calibration set and budget.
         hessians: Whether inputs are recorded and solved with.
     """
-    job = job_of(config, inputs, hessians)
+    return limits_of(job_of(config, inputs, hessians), inputs)
+
+
+def limits_of(job: Job, inputs: PlanInputs) -> Limits:
+    """:func:`limits_for` a job that was read off already."""
     wanted = _activations(job, inputs)
     return choose(inputs.ram, lambda limits: _peak(job, inputs, limits)[0], wanted)
 
@@ -115,7 +119,7 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
         hessians: Whether inputs are recorded and solved with.
     """
     layout, job = inputs.layout, job_of(config, inputs, hessians)
-    limits = limits_for(config, inputs, hessians)
+    limits = limits_of(job, inputs)
     ram, vram = _peak(job, inputs, limits)
     flops = max(job.streams, 1) * sizes.forward_flops(layout, job.tokens, inputs.length) if job.tokens else 0.0
     if hessians:
@@ -250,9 +254,10 @@ def _working_sets(
         bank = sublayer.experts
         if bank is None:
             continue
-        one = (bank.hidden**2 + bank.intermediate**2) * 4
-        step = limits.gram // one if tokens else limits.rounded // (bank.hidden * bank.intermediate)
-        chunk = min(bank.num_experts, max(1, step))
+        if tokens:
+            chunk = limits.chunks(bank.num_experts, bank.hidden, bank.intermediate)[0].stop
+        else:
+            chunk = min(bank.num_experts, max(1, limits.rounded // (bank.hidden * bank.intermediate)))
         routed = tokens * bank.top_k * chunk // bank.num_experts
         kept = routed * bank.intermediate * item if hessians and bank.down in plan else 0
         kept = kept if kept <= limits.keep else 0

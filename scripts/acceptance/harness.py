@@ -48,8 +48,8 @@ def run_tests(*paths: str) -> tuple[int, int, int]:
     return done.returncode, int(passed[1]) if passed else 0, int(failed[1]) if failed else 0
 
 
-def gpu_figures() -> tuple[str, dict[str, Any], bool]:
-    """What ``scripts/gpu_check.sh`` writes: file name, content, whether measured just now with all checks passed.
+def gpu_figures() -> tuple[dict[str, Any], bool, str]:
+    """What ``scripts/gpu_check.sh`` writes, whether measured just now with all checks passed, and words that say which.
 
     With a GPU it is run; without one the newest file of ``benchmarks/`` is what there is to judge.
     """
@@ -62,7 +62,8 @@ def gpu_figures() -> tuple[str, dict[str, Any], bool]:
     if not found:
         verdict(False, "no figures of a GPU in benchmarks/, and no GPU to measure them on")
     content, name = max(found, key=lambda each: (each[0].get("measured", ""), each[1]))
-    return name, content, passed
+    stored = f"as stored in benchmarks/{name}, {content.get('measured', 'undated')}"
+    return content, passed, "all checks passed" if passed else stored
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ RESIDENT_GB = 24.0
 
 
 def main() -> None:
-    file, found, passed = gpu_figures()
+    found, passed, origin = gpu_figures()
     goals = judge(found["lines"])
     for name, value, wanted, holds in goals:
         print(f"{'holds      ' if holds else 'FALLS SHORT'} {name}: {value:.3g}, wanted {wanted:.3g}")
@@ -28,8 +28,7 @@ def main() -> None:
     verdict(
         bool(goals) and held == len(goals) and passed and not found["failed"],
         f"{held} of {len(goals)} goals on {found['versions']['gpu']['name']}, "
-        f"copies at {found['copy_gb_per_second']} GB/s, reads at {found.get('read_gb_per_second', '?')}, "
-        + ("all checks passed" if passed else f"as stored in benchmarks/{file}, {found.get('measured', 'undated')}")
+        f"copies at {found['copy_gb_per_second']} GB/s, reads at {found.get('read_gb_per_second', '?')}, {origin}"
         + (f"; not measured: {', '.join(found['failed'])}" if found["failed"] else ""),
     )
 

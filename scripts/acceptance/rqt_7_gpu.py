@@ -30,15 +30,14 @@ def judge(lines: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
 
 
 def main() -> None:
-    file, found, passed = gpu_figures()
+    found, passed, origin = gpu_figures()
     goals = judge(found["lines"])
     for name, value, wanted in goals:
         print(f"{'holds      ' if value >= wanted else 'FALLS SHORT'} {name}: {value:.3g}, wanted {wanted:.3g}")
     held = sum(value >= wanted for _, value, wanted in goals)
     verdict(
         bool(goals) and held == len(goals) and passed,
-        f"{held} of {len(goals)} goals on {found['versions']['gpu']['name']}, "
-        + ("all checks passed" if passed else f"as stored in benchmarks/{file}, {found.get('measured', 'undated')}"),
+        f"{held} of {len(goals)} goals on {found['versions']['gpu']['name']}, {origin}",
     )
 
 

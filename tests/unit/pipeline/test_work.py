@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from llmcompress.distributed.world import shards_of
 from llmcompress.models.layout import Block, ExpertBank
 from llmcompress.models.memory_limits import Limits
 from llmcompress.models.registry import layout_from_config
 from llmcompress.pipeline.rates import CURVES, NUMBERS, Rates
-from llmcompress.pipeline.work import BlockWork, Run, heads_of, least_k, product, shards_of
+from llmcompress.pipeline.work import BlockWork, Run, heads_of, least_k, product
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import PlanInputs
 from llmcompress.stages.blockwise_estimate import Job
