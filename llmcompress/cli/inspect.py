@@ -108,12 +108,12 @@ def model_folder(text: str) -> Path:
     Raises:
         InputError: There is no model.
     """
-    from llmcompress.models.paths import resolve_path
+    from llmcompress.models.paths import no_model_folder, resolve_path
 
     path = resolve_path(text, None)
-    if not path.exists():
-        raise InputError(f"{text}: no such folder", "give a folder with config.json and safetensors files")
-    if path.is_dir() and not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
+    if not path.is_dir():
+        raise no_model_folder(text)
+    if not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
         path = path / "artifact"
     if not (path / "config.json").is_file():
         hint = "finish the run first: llmcompress resume " + text if (path / "run.json").exists() else None

@@ -44,6 +44,7 @@ def validate(
     facts = model_config(loaded, config)
     if facts is not None:
         loaded.check_layout(layout_from_config(facts))
+    absent = loaded.absent()
     data = {
         "valid": True,
         "recipe": str(loaded.path),
@@ -51,12 +52,14 @@ def validate(
         "stages": [{"name": name, "type": section.type} for name, section in loaded.recipe.stages.items()],
         "missing": list(loaded.missing),
         "model_checked": facts is not None,
+        "absent": absent,
     }
     lines = [f"{loaded.recipe.name}: valid ({' → '.join(loaded.recipe.stages)})"]
     if loaded.missing:
         lines.append(f"still to be given: {', '.join(loaded.missing)}")
     elif facts is None:
         lines.append(f"the model {loaded.recipe.model.path} is not here, so rules were not matched against it")
+    lines += [f"not here: {line}" for line in absent if facts is not None or ": model.path: " not in line]
     out.result(data, "\n".join(lines))
 
 

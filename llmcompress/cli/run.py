@@ -32,7 +32,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]…",
-        help="Overrides: stages.quantize.bits=3, +key=value adds, key~ removes.",
+        help="Overrides: stages.quantize.rules.experts.bits=3 changes, +key=value adds, key~ removes.",
         autocompletion=complete_override,
     ),
 ]
@@ -153,14 +153,20 @@ def load_job(reference: str, overrides: list[str], source: Path | None = None, o
 
 
 def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
-    """Refuse before any work what the model's config already shows to be impossible.
+    """Refuse before any work what the files that are named and the model's config already show to be impossible.
 
-    A model that is not there is left to the load stage, whose message is the better one.
+    A text that only the last stage reads would otherwise be missed after hours. A model folder that is not complete
+    is left to the load stage, whose message is the better one.
     """
-    from llmcompress.models.paths import resolve_path
+    from llmcompress.models.paths import no_model_folder, resolve_path
     from llmcompress.pipeline.estimate import plan
 
-    file = resolve_path(loaded.recipe.model.path, None) / "config.json"
+    folder = resolve_path(loaded.recipe.model.path)
+    if not folder.is_dir():
+        raise no_model_folder(loaded.recipe.model.path)
+    if absent := loaded.absent():
+        raise InputError("\n".join(absent), "correct the path, or put the file there")
+    file = folder / "config.json"
     if not file.is_file():
         return
     predicted = plan(loaded, read_object(file))

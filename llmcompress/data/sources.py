@@ -7,7 +7,6 @@ a model was calibrated on and a run can be repeated on the same bytes.
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import io
@@ -244,15 +243,12 @@ def _files(pattern: str) -> list[Path]:
     Raises:
         InputError: There are none, or one is compressed in a way that is not read.
     """
-    from llmcompress.models.paths import resolve_path
+    from llmcompress.models.paths import matches
 
-    path = resolve_path(pattern, None)
-    if glob.has_magic(str(path)) and not path.exists():
-        found = sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
-    else:
-        found = [path] if path.is_file() else []
+    named = matches(pattern)
+    found = [path for path in named if path.is_file()]
     if not found:
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        what = "is a folder, not a file" if named else "no such file"
         raise InputError(f"{pattern}: {what}", "name a file, or a pattern such as data/*.jsonl")
     for file in found:
         if file.suffix.lower() in _REFUSED_COMPRESSION:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.models.paths import PATH_KEYS
+
 if TYPE_CHECKING:
     from llmcompress.stages.state import RunContext, RunState
-
-PATH_KEYS = ("path", "tokenizer", "tasks_dir")
 
 
 def provenance(state: RunState, ctx: RunContext) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
+from llmcompress.models.paths import no_model_folder
 from llmcompress.models.tensor_file import Entry, TensorFile, all_finite
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such model folder", "check model.path in the recipe")
+        raise no_model_folder(str(folder))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import glob
+import re
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from llmcompress.errors import InputError
 
 ASSET = "asset:"
 # folder inside an artifact that holds low-rank adapters, in PEFT's format
 ADAPTER = "adapter"
+# keys of recipe sections whose value names a file or a folder that a run reads
+PATH_KEYS = frozenset({"path", "test_path", "tasks_dir", "tokenizer"})
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def assets_folder() -> Path:
@@ -39,3 +46,43 @@ def resolve_path(text: str, base: Path | None = None) -> Path:
         known = ", ".join(sorted(f"{ASSET}{p.name}" for p in root.iterdir())) if root.is_dir() else "none installed"
         raise InputError(f"{text}: no such asset", f"shipped assets: {known}")
     return path
+
+
+def named_paths(data: Any, prefix: str = "", key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted path and text of every value of a recipe, as plain data, that names a file or folder."""
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            yield from named_paths(value, f"{prefix}.{name}" if prefix else str(name), str(name))
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            yield from named_paths(value, f"{prefix}.{index}", key)
+    elif isinstance(data, str) and key in PATH_KEYS and data:
+        yield prefix, data
+
+
+def matches(text: str) -> list[Path]:
+    """Files and folders that a path of a recipe stands for, sorted; empty when there are none.
+
+    Args:
+        text: ``asset:NAME``, a path, or a pattern with ``*``. What exists under the very name is no pattern, also when
+            the name has brackets in it.
+
+    Raises:
+        InputError: There is no such asset.
+    """
+    path = resolve_path(text)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        return []
+    return sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207 - it may be absolute
+
+
+def no_model_folder(text: str) -> InputError:
+    """The error for a path that is not a folder, with the step that most likely helps."""
+    if Path(text).is_file():
+        return InputError(f"{text}: a file, not a model folder", "give a folder with config.json and safetensors files")
+    hint = "give a folder with config.json and safetensors files"
+    if _HUB_NAME.fullmatch(text):
+        hint = f"models are read from local folders; if this is one of the hub: hf download {text} --local-dir FOLDER"
+    return InputError(f"{text}: no such model folder", hint)

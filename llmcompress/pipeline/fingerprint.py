@@ -7,15 +7,14 @@ Files count by content, not by name, so a moved model does not invalidate a run.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# keys of recipe sections whose value may name a file or a folder
-PATH_KEYS = frozenset({"path", "tasks_dir", "tokenizer"})
+from llmcompress.models.paths import PATH_KEYS, matches
+
 # model folders also hold things that no run reads
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 WHOLE_FILE_LIMIT = 64 << 20
@@ -68,16 +67,11 @@ def with_contents(section: Any, key: str = "") -> Any:
     if isinstance(section, list | tuple):
         return [with_contents(value, key) for value in section]
     if key in PATH_KEYS and isinstance(section, str) and section:
-        from llmcompress.models.paths import resolve_path
-
-        if glob.has_magic(section):
-            # not Path.glob: the pattern may be absolute
-            matches = glob.glob(str(Path(section).expanduser()), recursive=True)  # noqa: PTH207
-            found = sorted(Path(match) for match in matches)
-            return {"contents": digest([path_identity(path) for path in found])} if found else section
-        path = resolve_path(section, None)
-        if path.exists():
-            return {"contents": path_identity(path)}
+        found = matches(section)
+        if len(found) == 1:
+            return {"contents": path_identity(found[0])}
+        if found:
+            return {"contents": digest([path_identity(path) for path in found])}
     return section
 
 

@@ -233,7 +233,7 @@ def _message(
     """One message for all that pydantic says about one path."""
     expected = list(dict.fromkeys(text for error in errors for text in _expectations(error)))
     if expected:
-        return f"expected {_either(expected)}, not {_shown(errors[0].get('input'))}{_literal_hint(errors)}"
+        return f"expected {_either(expected)}, not {_shown(errors[0].get('input'))}{_hint(path, errors, data, schema)}"
     return "; ".join(dict.fromkeys(_single(path, error, data, schema) for error in errors))
 
 
@@ -252,6 +252,19 @@ def _expectations(error: Mapping[str, Any]) -> list[str]:
 
 def _either(texts: Sequence[str]) -> str:
     return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def _hint(
+    path: KeyPath, errors: Sequence[Mapping[str, Any]], data: Mapping[Any, Any], schema: Mapping[str, Any]
+) -> str:
+    """What to write instead of a single value that stands for a list or a section, or of a misspelt word."""
+    value, wanted = errors[0].get("input"), {_EXPECTED.get(error["type"]) for error in errors}
+    if isinstance(value, str) and "a list" in wanted:
+        return f" (write [{value}])"
+    sections = schema_nodes(data, path, schema) if "a mapping" in wanted and not isinstance(value, list) else ()
+    if len(sections) == 1 and (keys := sections[0].get("properties")):
+        return f" (its keys: {', '.join(keys)})"
+    return _literal_hint(errors)
 
 
 def _literal_hint(errors: Sequence[Mapping[str, Any]]) -> str:

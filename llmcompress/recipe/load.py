@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from llmcompress.errors import InputError
+from llmcompress.models.paths import matches, named_paths
 from llmcompress.recipe.catalog import ROOT, find_recipe, recipe_names, shipped_path
 from llmcompress.recipe.diagnose import (
     SourceMap,
     allowed_keys,
     did_you_mean,
     raise_problems,
+    report_lines,
     validation_problems,
 )
 from llmcompress.recipe.documents import Document, KeyPath, Problem, parse_document
@@ -78,6 +81,24 @@ class LoadedRecipe:
     def place(self, path: str) -> str:
         """Where the dotted ``path`` was written: ``file:line`` or ``override #n``."""
         return self.sources.place(path.split("."))
+
+    def absent(self) -> list[str]:
+        """A line for each file or folder that the recipe names and this machine does not have.
+
+        What lies in the run folder is left out: a stage may write there what a later one reads.
+        """
+        problems = []
+        own = Path(self.recipe.run.dir).resolve()
+        for path, text in named_paths(self.data):
+            if path in self.missing or Path(text).resolve().is_relative_to(own):
+                continue
+            try:
+                if not matches(text):
+                    what = "no such model folder" if path == "model.path" else "no such file or folder"
+                    problems.append(Problem(tuple(path.split(".")), f"{what}: {text}"))
+            except InputError as error:
+                problems.append(Problem(tuple(path.split(".")), error.message))
+        return report_lines(problems, self.sources)
 
     def check_layout(self, layout: ModelLayout) -> None:
         """Check every stage against a model.

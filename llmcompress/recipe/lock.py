@@ -14,13 +14,12 @@ import platform
 import struct
 import subprocess
 from collections.abc import Iterator, Mapping
-from glob import glob, has_magic
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.paths import resolve_path
+from llmcompress.models.paths import matches, named_paths, resolve_path
 from llmcompress.recipe.load import LoadedRecipe
 
 FORMAT = 1
@@ -32,7 +31,6 @@ PACKAGES = (
 WHOLE_FILE_LIMIT = 1 << 30
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 _CHUNK = 1 << 20
-_PATH_KEYS = frozenset({"path", "tokenizer", "tasks_dir"})
 
 
 def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def inputs(loaded: LoadedRecipe) -> dict[str, Any]:
     """Recipe path → what the file or folder it names holds: name → size and hash."""
     found = {}
     records: dict[Path, dict[str, Any]] = {}  # the same text is often named more than once
-    for path, text in _named_paths(loaded.data):
+    for path, text in named_paths(loaded.data):
         try:
             files = list(_files(text))
         except InputError:
@@ -170,31 +168,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _named_paths(data: Any, prefix: str = "", key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted path and text of every recipe value that may name a file or folder."""
-    if isinstance(data, Mapping):
-        for name, value in data.items():
-            yield from _named_paths(value, f"{prefix}.{name}" if prefix else str(name), str(name))
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from _named_paths(value, f"{prefix}.{index}", key)
-    elif isinstance(data, str) and key in _PATH_KEYS and data:
-        yield prefix, data
-
-
 def _files(text: str) -> Iterator[tuple[str, Path]]:
     """Name and path of each file that a recipe value stands for, sorted."""
-    path = resolve_path(text, None)
-    if path.is_file():
-        yield path.name, path
-    elif path.is_dir():
-        patterns = MODEL_PATTERNS if (path / "config.json").exists() else ("**/*",)
-        for file in sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()}):
-            yield file.relative_to(path).as_posix(), file
-    elif has_magic(str(path)):
-        for name in sorted(glob(str(path), recursive=True)):  # noqa: PTH207 - the pattern may be absolute
-            if Path(name).is_file():
-                yield Path(name).name, Path(name)
+    for path in matches(text):
+        if path.is_file():
+            yield path.name, path
+        elif path == resolve_path(text):
+            patterns = MODEL_PATTERNS if (path / "config.json").exists() else ("**/*",)
+            for file in sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()}):
+                yield file.relative_to(path).as_posix(), file
 
 
 def _header_hash(file: Path) -> str:

@@ -7,7 +7,7 @@ mappings in brackets. A key must exist in the recipe or be known to the schema, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,4 +161,18 @@ def _unknown(node: Any, key: str, path: KeyPath, allowed: AllowedKeys, data: Any
     candidates = list(dict.fromkeys([*names, *(fields or ())]))
     where = f" in {'.'.join(path)}" if path else ""
     add = "" if fields is not None else "; +key=value adds a new one"
-    return f"no key {key!r}{where}{did_you_mean(key, candidates)}{add}"
+    hint = did_you_mean(key, candidates)
+    if "did you mean" not in hint:
+        below = list(_below(node, key, path, allowed, data))[:4]
+        hint = f" (did you mean {' or '.join(below)}?)" if below else hint
+    return f"no key {key!r}{where}{hint}{add}"
+
+
+def _below(node: Any, key: str, path: KeyPath, allowed: AllowedKeys, data: Any) -> Iterator[str]:
+    """Dotted paths further down where ``key`` may stand: ``bits`` of ``stages.quantize`` is one of each rule."""
+    for name, child in node.items() if isinstance(node, dict) else ():
+        here = (*path, str(name))
+        if isinstance(child, dict):
+            if key in child or _known(allowed, data, here, key):
+                yield ".".join((*here, key))
+            yield from _below(child, key, here, allowed, data)

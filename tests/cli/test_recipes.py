@@ -60,6 +60,7 @@ def test_validate_reports_what_is_still_missing(capsys: pytest.CaptureFixture[st
     found = told(capsys, "validate", str(recipe))
     assert found["missing"] == ["model.path"]
     assert found["stages"] == [{"name": "load", "type": "load"}]
+    assert found["absent"] == []
 
 
 def test_validate_gives_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ def test_resume_of_no_run_and_a_broken_model(
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_missing_text_of_the_last_stage_is_an_error_before_any_work(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_text(tiny_folder, tmp_path / "run"))
+    source = "stages.evaluate.perplexity.text.source={kind: text, path: gone.txt}"
+    assert invoke(["run", str(recipe), source]) == 4
+    assert "stages.evaluate.perplexity.text.source.path: no such file or folder: gone.txt" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_inspect_model_and_artifact(
     finished: tuple[Path, Path], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmcompress.errors import InputError
-from llmcompress.models.paths import assets_folder, resolve_path
+from llmcompress.models.paths import assets_folder, matches, no_model_folder, resolve_path
 
 
 def test_plain_paths(tmp_path: Path) -> None:
@@ -25,3 +25,22 @@ def test_unknown_assets_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="no such asset") as caught:
         resolve_path(name)
     assert "asset:text" in str(caught.value.hint)
+
+
+def test_what_exists_under_the_very_name_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "model [a]"
+    folder.mkdir()
+    for name in ("b.txt", "a.txt"):
+        (folder / name).touch()
+    assert matches(str(folder)) == [folder]
+    assert matches(str(folder / "a.txt")) == [folder / "a.txt"]
+    assert matches(str(tmp_path / "*" / "*.txt")) == [folder / "a.txt", folder / "b.txt"]
+    assert matches(str(tmp_path / "gone")) == matches(str(tmp_path / "*.gone")) == []
+
+
+def test_a_path_that_is_no_model_folder_gets_the_step_that_helps(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.touch()
+    assert "a file, not a model folder" in str(no_model_folder(str(file)))
+    assert "hf download org/Model-1B" in str(no_model_folder("org/Model-1B").hint)
+    assert "hf download" not in str(no_model_folder("/models/m").hint)

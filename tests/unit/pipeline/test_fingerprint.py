@@ -41,6 +41,7 @@ def test_paths_count_by_content_not_by_name(tmp_path: Path) -> None:
     before = with_contents(section)
     one.write_text("other")
     assert with_contents(section) != before
+    assert with_contents({"test_path": str(two)}) != {"test_path": str(two)}
     assert with_contents({"path": "not/there"}) == {"path": "not/there"}
     assert with_contents({"note": str(one)}) == {"note": str(one)}
 

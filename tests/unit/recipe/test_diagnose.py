@@ -40,6 +40,10 @@ stages: {calibrate: 3}
     stages.calibrate: expected a mapping, not 3
 stages: {export: {formats: [nativ]}}
     stages.export.formats.0: expected native, compressed-tensors, gguf or dense, not 'nativ' (did you mean native?)
+stages: {export: {formats: gguf}}
+    stages.export.formats: expected a list, not 'gguf' (write [gguf])
+model: some/folder
+    model: expected a mapping, not 'some/folder' (its keys: path, dtype, tokenizer)
 stages: {export: {formats: []}}
     stages.export.formats: must not be empty
 stages: {quantize: {rare_experts: {min_tokens: few}}}

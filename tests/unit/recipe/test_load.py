@@ -225,3 +225,23 @@ def test_nothing_of_omegaconf_leaves_the_loader(write):
 
     assert set(kinds(loaded.composed)) <= {dict, list, str, int, float, bool, type(None)}
     assert loaded.recipe.vars["c"] == {"b": [1]}
+
+
+def test_files_that_are_not_here_are_named_with_their_place(write, tmp_path):
+    (tmp_path / "some/model").mkdir(parents=True)
+    (tmp_path / "here [1].txt").write_text("a name with brackets is no pattern")
+    evaluate = "evaluate: {type: evaluate, perplexity: {held: {source: {kind: text, path: %s}}}}"
+    for path, expected in (
+        ("'here [1].txt'", []),
+        ("'*.txt'", []),
+        ("runs/good/written_by_a_stage.txt", []),
+        ("x.txt", ["child.yaml:3: stages.evaluate.perplexity.held.source.path: no such file or folder: x.txt"]),
+        ("asset:x", ["child.yaml:3: stages.evaluate.perplexity.held.source.path: asset:x: no such asset"]),
+    ):
+        write("child.yaml", f"extends: good\nstages:\n  {evaluate % path}\n")
+        assert load_recipe("child.yaml").absent() == expected
+    gone = load_recipe("good.yaml", ["model.path=gone", "model.tokenizer=gone_too"]).absent()
+    assert gone == [
+        "override #1: model.path: no such model folder: gone",
+        "override #2: model.tokenizer: no such file or folder: gone_too",
+    ]

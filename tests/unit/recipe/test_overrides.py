@@ -60,6 +60,8 @@ def test_delete_removes_the_key():
         ("run.dir~", "no key 'dir'"),
         ("stages.q.type.x=1", "single value"),
         ("stages.q.formats.7=c", "items 0 to 1"),
+        ("stages.damp=1", r"did you mean stages\.q\.damp\?"),  # known there, not set yet
+        ("stages.layers=1", r"did you mean stages\.q\.bits\.layers\?"),
         ("run.seed.deep.er=1", "no key 'deep'"),
     ],
 )
