@@ -12,6 +12,8 @@ prediction for that run is stretched accordingly: a cluster has a core, or a GPU
     python scripts/measure_cluster_rates.py --out rates.json                  both
     python scripts/measure_cluster_rates.py --out rates.json --keep           check rates that the file holds
 
+It takes some minutes and 6 GB of disk, for a checkpoint that no cache holds.
+
 With ``--device cuda`` the matrix work is measured on the GPU, in bfloat16 where the engine uses it.
 """
 
@@ -21,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +41,7 @@ from torch import Tensor
 from llmcompress.algorithms.gptq import SOLVE_BYTES, GptqOptions, column_order, round_to_nearest, solve
 from llmcompress.algorithms.hessian import Gram, reversed_root
 from llmcompress.algorithms.reference_targets import fit_to_reference
+from llmcompress.algorithms.rounding import round_weights
 from llmcompress.algorithms.router_calibration import SolverOptions, calibrate_router
 from llmcompress.algorithms.routing import RouterRule
 from llmcompress.distributed.balance import shares
@@ -47,10 +51,10 @@ from llmcompress.models.capture import Routing
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.heap import MAPPED, keep_freed_memory
 from llmcompress.models.layout import RouterView
+from llmcompress.models.memory_limits import DEFAULT, total_ram
 from llmcompress.models.tensor_file import all_finite
 from llmcompress.models.walker import Walker
 from llmcompress.pipeline.cluster import predict
-from llmcompress.pipeline.device import total_ram
 from llmcompress.pipeline.rates import CURVES, NUMBERS, Rates
 from llmcompress.pipeline.work import (
     Passed,
@@ -71,6 +75,8 @@ from llmcompress.stages.block_solver import cpu
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "recipes" / "assets" / "reference_moe"
 LINK_BYTES, MESSAGES = 64 << 20, 200
+# of the checkpoint from which reading without a cache is measured
+DISK_BYTES = 5_000_000_000
 WIDTHS = (128, 256, 512, 1024, 2048, 4096)
 HEAD_WIDTHS = (32, 64, 128, 256)
 HIDDEN = (512, 1024, 2048)
@@ -168,11 +174,12 @@ def value_rates(device: str) -> dict[str, float]:
     spec = QuantSpec(3, 64)
     codes, scale, zero = round_to_nearest(w, spec, "mse")
     place = torch.empty_like(w)
+    # as many values as a stage without data rounds at once, in the type of most checkpoints
+    stack = torch.randn(DEFAULT.rounded // 2048**2, 2048, 2048, generator=generator).to(device, torch.bfloat16)
 
-    def nearest(grid: Any) -> None:
-        values = int_group.dequantize(*round_to_nearest(w, spec, grid), spec)
-        (w - values).square().sum(-1)
-        w.square().sum(-1)
+    def nearest(values: Tensor, grid: Any) -> None:
+        found = round_weights(values, spec, grid)
+        int_group.encode(found.codes.cpu(), found.scale.cpu(), cpu(found.zero), spec)
 
     def packed() -> None:
         all_finite(w)
@@ -201,8 +208,8 @@ def value_rates(device: str) -> dict[str, float]:
     logits = logits.to(device)
     return {
         "routed": rows * experts / seconds(routed, device),
-        "rounded": w.numel() / seconds(partial(nearest, "minmax"), device),
-        "searched": w.numel() / seconds(partial(nearest, "mse"), device),
+        "rounded": stack.numel() / seconds(partial(nearest, stack, "minmax"), device),
+        "searched": w.numel() / seconds(partial(nearest, w.to(stack.dtype), "mse"), device),
         "packed": w.numel() / seconds(packed, device),
         "squares": w.numel() / seconds(mirrored, device),
         "select": rows * experts / seconds(chosen, device),
@@ -214,24 +221,33 @@ def file_rates(folder: Path) -> dict[str, float]:
     content = os.urandom(64 << 20)
     store, large = PackedStore(folder / "blocks"), folder / "large"
     flush = seconds(lambda: store.write_block(0, BlockPatch({}, {}, {})))
-    return {
-        "written": len(content) / seconds(lambda: write_durably(large, content)), "flush": flush,
-        "disk": len(content) / uncached_seconds(large), "cache": total_ram(),
-    }  # fmt: skip
+    return {"written": len(content) / seconds(lambda: write_durably(large, content)), "flush": flush}
 
 
-def uncached_seconds(path: Path) -> float:
-    """Median time to read a file that the kernel has been told to forget."""
-    found = []
-    for _ in range(5):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+def disk_rate(folder: Path, read: float) -> float:
+    """Bytes per second of a checkpoint larger than memory: what reading it takes longer than at the rate ``read``.
+
+    The machine's cache is dropped. A host below it may hold another one, of what was written last: the file is several
+    GB and read from its beginning, block by block, as a run does that cannot keep what it has read.
+    """
+    model = folder / "uncached"
+    words = [model, "--hidden", 2048, "--intermediate", 4096, "--experts", 16, "--gigabytes", DISK_BYTES / 1e9]
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_large_model.py", *map(str, words)], check=True)
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    handle, found = ModelHandle.open(str(model)), []
+    handle.checkpoint.read_once()
+    skeleton = handle.skeleton(torch.bfloat16)
+    for block in handle.layout.blocks:
         began = time.perf_counter()
-        while os.read(descriptor, 1 << 20):
-            pass
+        handle.load_block(skeleton, block.index)
         found.append(time.perf_counter() - began)
-        os.close(descriptor)
-    return median(found)
+        handle.free_block(skeleton, block.index)
+    shutil.rmtree(model)
+    nbytes = sizes.block_parameters(handle.layout.blocks[0]) * skeleton.dtype.itemsize
+    return nbytes / max(median(found) - nbytes / read, 1e-3)
 
 
 class Forward:
@@ -326,10 +342,11 @@ def compute_rates(folder: Path, device: str) -> dict[str, Any]:
     """Everything that one process does by itself."""
     keep_freed_memory()
     found = matrix_rates(device) | {"attention": attention_rates(device), "moved": moved_rates(device)}
-    found |= value_rates(device) | file_rates(folder)
+    found |= value_rates(device) | file_rates(folder) | {"read": read_rate(folder, device), "cache": total_ram()}
+    found["disk"] = disk_rate(folder, found["read"])
     unknown = {**dict.fromkeys(NUMBERS, 1.0), "batch": 0.0, "piece": 0.0}
     known = Rates(**{**unknown, **found, "machine": "", "device": device, "error": {}})
-    return found | call_rates(device, known) | {"read": read_rate(folder, device)}
+    return found | call_rates(device, known)
 
 
 def exchange(rank: int, port: int, answer: Any) -> None:

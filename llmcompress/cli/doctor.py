@@ -111,7 +111,7 @@ def cpu() -> dict[str, Any]:
 
 def memory() -> dict[str, Any]:
     """Main memory and free disk here, in bytes."""
-    from llmcompress.pipeline.device import total_ram
+    from llmcompress.models.memory_limits import total_ram
 
     try:
         import psutil

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
+from llmcompress.models.memory_limits import total_ram
 from llmcompress.models.paths import no_model_folder
 from llmcompress.models.tensor_file import Entry, TensorFile, all_finite
 
@@ -82,6 +83,8 @@ class Checkpoint:
         self.path = Path(path)
         self.layout = layout
         self._files = [TensorFile(file) for file in self._find_files()]
+        if self.total_bytes > total_ram():
+            self.read_once()
         self._where = {name: file for file in self._files for name in file.entries}
         self._banks = {
             name: bank for block in layout.blocks if (bank := block.bank) for name in (bank.gate_up, bank.down)
@@ -90,6 +93,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The safetensors files, in shard order."""
         return [file.path for file in self._files]
+
+    def read_once(self) -> None:
+        """Do not let the kernel keep what is read; done by itself for a checkpoint that is larger than memory."""
+        for file in self._files:
+            file.once = True
 
     @property
     def total_bytes(self) -> int:
@@ -210,10 +218,14 @@ class Checkpoint:
         height = rows // per_expert
         for number, piece in enumerate(pieces):
             expert, part = divmod(number, per_expert)
-            tensor = self._where[piece].read(piece)
-            if tensor.shape != (height, columns):
-                raise InputError(f"{self.path}: {piece} has shape {list(tensor.shape)}, not {[height, columns]}")
-            stacked[expert, part * height : (part + 1) * height] = tensor
+            file, place = self._where[piece], stacked[expert, part * height : (part + 1) * height]
+            shape = file.entries[piece].shape
+            if shape != (height, columns):
+                raise InputError(f"{self.path}: {piece} has shape {list(shape)}, not {[height, columns]}")
+            if file.dtype(piece) == stacked.dtype:
+                file.read(piece, place)
+            else:
+                place.copy_(file.read(piece))
         return stacked
 
     def _entry(self, name: str) -> Entry:

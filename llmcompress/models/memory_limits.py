@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -25,6 +26,19 @@ FORCED_TOKENS = 2048
 # activations of one member of a family that lie on the GPU for good rather than come from the CPU batch by batch; a
 # fixed figure, so that a plan knows
 RESIDENT_BYTES = 512 * MIB
+
+
+def total_ram() -> int:
+    """Memory of the machine in bytes, or the control group's limit where that is lower."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
 
 
 def resident_bytes(tokens: int, hidden: int, widest: int, item: int) -> int:

@@ -161,19 +161,6 @@ def peak_vram() -> int:
     return int(torch.cuda.max_memory_allocated())
 
 
-def total_ram() -> int:
-    """Memory of the machine in bytes, or the control group's limit where that is lower."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists():
-        text = limit.read_text().strip()
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
 def describe_gpus() -> list[dict[str, object]]:
     """Name and memory in bytes of each CUDA device torch sees."""
     import torch

@@ -314,7 +314,7 @@ def _rule_plans(stage: Stage, inputs: PlanInputs) -> Iterator[RulePlan]:
 
 def _machine_notes(recipe: Recipe, ram: int, disk: int) -> Iterator[str]:
     """Warnings about this machine, where the recipe declares no budget."""
-    from llmcompress.pipeline.device import total_ram
+    from llmcompress.models.memory_limits import total_ram
 
     if recipe.host.ram is None and ram > (present := total_ram()):
         yield f"this machine has {size_text(present)} of memory, {size_text(ram)} are needed"

@@ -51,12 +51,13 @@ class Rates:
         squares: Values of second moments that are mirrored and scaled.
         routed: Pairs of token and expert that a router scores, chooses from and sorts.
         select: Pairs of token and expert of which a fit scores, ranks and compares the choices.
-        rounded: Values that are rounded to nearest on the grid of their extremes, and whose errors are summed.
+        rounded: Values that are rounded to nearest on the grid of their extremes and packed, and whose errors are
+            summed.
         searched: Likewise, the grid searched.
         packed: Values that are checked, packed and put back.
         memory: Bytes of memory that is touched for the first time; the kernel hands it out page by page.
         read: Bytes of weights, in the type that is computed in, brought from the checkpoint.
-        disk: Bytes of a checkpoint that no cache holds.
+        disk: Bytes of a checkpoint that is larger than memory, which no cache holds; on top of ``read``.
         cache: Bytes of the machine's memory; a larger checkpoint comes from the disk each time.
         written: Bytes written durably.
         flush: Seconds of a durable write without content.

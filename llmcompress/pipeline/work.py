@@ -341,7 +341,7 @@ class BlockWork:
     def rounding(self, grid: str) -> float:
         """Rounding to nearest of everything planned."""
         values, rates = self._planned_values(), self.rates
-        return values / (rates.searched if grid == "mse" else rates.rounded) + values / rates.packed
+        return values / (rates.searched if grid == "mse" else rates.rounded)
 
     def unpacking(self) -> float:
         """What every process decodes of what all have solved."""

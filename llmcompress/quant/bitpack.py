@@ -13,8 +13,10 @@ from torch import Tensor
 WORD_BITS = 32
 # eight codes of any supported width fill whole bytes and fit one int64
 CODES_PER_UNIT = 8
-# rows are handled in slabs so that the int64 intermediate stays near 32 MB
-SLAB_CODES = 1 << 22
+# rows are handled in slabs whose intermediates stay in a core's second-level cache, and in the heap
+SLAB_CODES = 1 << 18
+# what is copied at once: the largest power of two that divides the bytes of a unit
+_PARTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -91,26 +93,45 @@ def _pack_rows(rows: Tensor, bits: int) -> Tensor:
     units = -(-count // CODES_PER_UNIT)
     if count != units * CODES_PER_UNIT:
         rows = torch.nn.functional.pad(rows, (0, units * CODES_PER_UNIT - count))
-    lanes = rows.reshape(-1, units, CODES_PER_UNIT)
-    mask = (1 << bits) - 1
-    value = (lanes[..., 0] & mask).to(torch.int64)
-    for lane in range(1, CODES_PER_UNIT):
-        value |= (lanes[..., lane] & mask).to(torch.int64) << (lane * bits)
-    octets = value.contiguous().view(torch.uint8).reshape(-1, units, 8)
-    return octets[..., :bits].reshape(-1, units * bits)
+    if bits == 8:
+        return rows
+    # eight codes are eight bytes: one int64, in which neighbours move together; two bytes, four, eight at a time
+    codes = rows.contiguous()
+    value = (codes if codes.storage_offset() % 8 == 0 else codes.clone()).view(torch.int64)
+    for even, odd, shift in _neighbours(bits):
+        moved = value.bitwise_right_shift(shift).bitwise_and_(odd)
+        value = value.bitwise_and(even).bitwise_or_(moved)
+    part = _PARTS[bits & -bits]
+    pieces = value.view(part).reshape(-1, units, 8 // part.itemsize)
+    return pieces[..., : bits // part.itemsize].reshape(rows.shape[0], -1).contiguous().view(torch.uint8)
 
 
 def _unpack_rows(rows: Tensor, bits: int, count: int) -> Tensor:
     """Unpack ``[R, B]`` bytes into ``[R, count]`` uint8."""
     units = -(-count // CODES_PER_UNIT)
-    octets = torch.zeros((rows.shape[0], units, 8), dtype=torch.uint8, device=rows.device)
     wanted = units * bits
     if rows.shape[1] < wanted:
         rows = torch.nn.functional.pad(rows, (0, wanted - rows.shape[1]))
+    if bits == 8:
+        return rows[:, :count]
+    octets = torch.zeros((rows.shape[0], units, 8), dtype=torch.uint8, device=rows.device)
     octets[..., :bits] = rows[:, :wanted].reshape(-1, units, bits)
-    value = octets.view(torch.int64).reshape(-1, units)
-    codes = torch.empty((rows.shape[0], units, CODES_PER_UNIT), dtype=torch.uint8, device=rows.device)
-    mask = (1 << bits) - 1
-    for lane in range(CODES_PER_UNIT):
-        codes[..., lane] = ((value >> (lane * bits)) & mask).to(torch.uint8)
-    return codes.reshape(-1, units * CODES_PER_UNIT)[:, :count]
+    value = octets.view(torch.int64)
+    for even, odd, shift in reversed(_neighbours(bits)):
+        moved = value.bitwise_and(odd).bitwise_left_shift_(shift)
+        value = value.bitwise_and_(even).bitwise_or_(moved)
+    return value.view(torch.uint8).reshape(rows.shape[0], -1)[:, :count]
+
+
+def _neighbours(bits: int) -> list[tuple[int, int, int]]:
+    """Masks of what stays and of what has moved next to it, and by how many bits it does, for one, two and four codes.
+
+    Lanes of an int64 hold so many codes each, the lowest bits of the lane filled. An odd lane moves down until it
+    touches the even one below; together they are a lane of the next round.
+    """
+    found = []
+    for codes in (1, 2, 4):
+        lane, filled = 8 * codes, bits * codes
+        even = sum(((1 << filled) - 1) << at for at in range(0, 64, 2 * lane))
+        found.append((even, even << filled, lane - filled))
+    return found

@@ -115,6 +115,7 @@ class BlockSolver:
         self.record: dict[str, Any] = {"errors": {}}
         self._stacks: dict[str, _Stack] = {}
         self._sources: dict[str, Tensor] = {}
+        self._runs = True
 
     def wants(self, names: Sequence[str]) -> bool:
         """Second moments are needed for weights that GPTQ will quantize."""
@@ -170,7 +171,9 @@ class BlockSolver:
             stacked = torch.cat(weights)[None]
             if hessian is not None and cross is not None:
                 stacked = self._fitted(stacked, hessian, cross, gram)
-            codes, scale, zero, quantized, above, below = self._solve(stacked, hessian, spec, None)
+            codes, scale, zero, quantized, above, below = self._solve(
+                stacked, hessian, spec, None, self._place(f"{mine[0]}.weight")
+            )
             start = 0
             for name, weight, last in zip(mine, weights, kept):
                 rows = slice(start, start + weight.shape[0])
@@ -180,10 +183,11 @@ class BlockSolver:
                 self.packed[name] = int_group.encode(
                     codes[0, rows].cpu(), scale[0, rows].cpu(), cpu(part), spec, cpu(dense)
                 )
-                place = self.model.get_parameter(f"{name}.weight")
-                place.data[: weight.shape[0]].copy_(quantized[0, rows].to(place))
-                if dense is not None:
-                    place.data[weight.shape[0] :].copy_(dense.to(place))
+                if quantized is not None:
+                    place = self.model.get_parameter(f"{name}.weight")
+                    place.data[: weight.shape[0]].copy_(quantized[0, rows].to(place))
+                    if dense is not None:
+                        place.data[weight.shape[0] :].copy_(dense.to(place))
                 self.record["errors"][name] = ratio(float(above[0, rows].sum()), float(below[0, rows].sum()))
 
     def experts(
@@ -202,22 +206,26 @@ class BlockSolver:
         if self.pairs is not None and name == bank.gate_up:
             self.pairs.keep_original(bank, experts)
         source = self._source(name)[experts]
-        weights = canonical(bank, name, source.to(self.model.get_parameter(name).device)).to(torch.float32)
-        check_finite(weights, name)
+        weights = canonical(bank, name, source.to(self.model.get_parameter(name).device))
         hessian, usable, counts = None, None, torch.ones(weights.shape[0])
         if gram is not None:
+            weights = weights.to(torch.float32)
+            check_finite(weights, name)
             cross = None if self.pairs is None else self.pairs.take(name)
             if cross is not None:
                 cross[gram.tokens < self.rare.needed(cross.shape[-1])] = 0
                 weights = self._fitted(weights, gram.hessian(), cross, gram)
             hessian, usable = self._expert_hessians(name, experts, gram, shared)
             counts = gram.tokens.to(torch.float32)
-        codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable)
+        codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable, self._place(name))
+        if gram is None and not bool(below.isfinite().all()):
+            check_finite(weights, name)
         stack = self._stacks.setdefault(name, _Stack())
         stack.parts.append(int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec))
         stack.above += float((above.sum(-1).cpu() * counts).sum())
         stack.below += float((below.sum(-1).cpu() * counts).sum())
-        write_expert_weight(module, bank, name, experts, quantized)
+        if quantized is not None:
+            write_expert_weight(module, bank, name, experts, quantized)
         if experts.stop == bank.num_experts:
             self.packed[name] = joined(bank.shape(name), spec, stack.parts)
             self.record["errors"][name] = ratio(stack.above, stack.below)
@@ -225,7 +233,11 @@ class BlockSolver:
             self._sources.pop(name, None)
 
     def visit_without_data(self) -> None:
-        """Quantize everything that is planned without running the block (round to nearest)."""
+        """Quantize everything that is planned without running the block (round to nearest).
+
+        Nothing reads the block's weights afterwards, so what the codes stand for is not put into it.
+        """
+        self._runs = False
         for sublayer in self.block.sublayers:
             for group in sublayer.groups:
                 self.linears(group, None)
@@ -250,10 +262,11 @@ class BlockSolver:
         return fit_to_reference(weights, hessian, inputs, self.target_ridge, drift if drift.shape[-2] else None)
 
     def _solve(
-        self, weights: Tensor, hessian: Tensor | None, spec: QuantSpec, usable: list[bool] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Codes, scale, zero, values and per-row error and energy."""
-        from llmcompress.algorithms.gptq import round_to_nearest, solve
+        self, weights: Tensor, hessian: Tensor | None, spec: QuantSpec, usable: list[bool] | None, place: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Codes, scale, zero, values (of rounding only for a place that is given), and per-row error and energy."""
+        from llmcompress.algorithms.gptq import solve
+        from llmcompress.algorithms.rounding import round_weights
 
         if hessian is not None and self.options is not None:
             found = solve(weights, hessian, spec, self.options, usable)
@@ -264,9 +277,8 @@ class BlockSolver:
             if failed:
                 self.warn(f"{self.block.name}: {len(failed)} singular Hessians; these weights are rounded to nearest")
             return found.codes, found.scale, found.zero, found.quantized, found.error, found.energy
-        codes, scale, zero = round_to_nearest(weights, spec, self.grid)
-        quantized = int_group.dequantize(codes, scale, zero, spec)
-        return codes, scale, zero, quantized, (weights - quantized).square().sum(-1), weights.square().sum(-1)
+        rounded = round_weights(weights, spec, self.grid, None if place is None else place.dtype)
+        return rounded.codes, rounded.scale, rounded.zero, rounded.quantized, rounded.error, rounded.energy
 
     def _expert_hessians(
         self, name: str, experts: slice, gram: Gram, shared: Callable[[int], Tensor]
@@ -289,6 +301,10 @@ class BlockSolver:
                     own = slice(position, position + 1)
                     blend_rare(hessian[own], gram.tokens[own], shared(expert), needed)
         return hessian, usable
+
+    def _place(self, name: str) -> Tensor | None:
+        """Where the block's next pass looks for a weight, None when there is no such pass."""
+        return self.model.get_parameter(name) if self._runs else None
 
     def _source(self, name: str) -> Tensor:
         """A weight in the family's orientation, in the checkpoint's precision where the block's is lower."""

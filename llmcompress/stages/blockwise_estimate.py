@@ -33,6 +33,8 @@ SOLVER_COPIES = 4.5
 # on a CPU: bytes of weights that are solved at once (SOLVE_BYTES of algorithms/gptq.py), K x K matrices of theirs (the
 # Hessian's root, and its upper half as the column loop reads it), and what is made of all (values, codes)
 CPU_TURN, CPU_TURN_SQUARES, CPU_COPIES = 4 << 20, 1.5, 1.25
+# bytes per weight of codes, scales and zero points in groups of 16 and more, as rounding leaves them
+ROUNDED = 1.2
 # batch activations of a sublayer in units of its widest projection; measured, allocator slack included
 BATCH_WIDTHS = 6
 # rows of one expert run at once, and its activations in units of I: gate and up, activation, product, slack
@@ -250,7 +252,9 @@ def _working_sets(
             rows = sum(linear.out_features for linear in group.linears)
             batch = BATCH_WIDTHS * min(tokens, batch_tokens) * max(rows, columns) * item
             planned = any(linear.name in plan for linear in group.linears)
-            yield shared + memory + max(batch, _solver(1, rows, columns, job, 1) if planned else 0)
+            # what is rounded here is stacked first, in fp32 like its parts
+            solver = _solver(1, rows, columns, job, item) + (0 if hessians else 8 * rows * columns)
+            yield shared + memory + max(batch, solver if planned else 0)
         bank = sublayer.experts
         if bank is None:
             continue
@@ -266,7 +270,11 @@ def _working_sets(
         for name in (bank.gate_up, bank.down):
             if name in plan:
                 _, rows, columns = bank.shape(name)
-                yield shared + (kept if name == bank.down else 0) + _solver(chunk, rows, columns, job, int(item < 4))
+                yield (
+                    shared
+                    + (kept if name == bank.down else 0)
+                    + _solver(chunk, rows, columns, job, item, int(item < 4))
+                )
 
 
 def _kept(sublayer: Sublayer, plan: Mapping[str, QuantSpec], tokens: int, item: int, limits: Limits) -> int:
@@ -287,9 +295,12 @@ def block_hidden(block: Block) -> int:
     return bank.width if bank is not None else next(block.linears()).in_features
 
 
-def _solver(experts: int, rows: int, columns: int, job: Job, copied: int) -> int:
+def _solver(experts: int, rows: int, columns: int, job: Job, item: int, copied: int = 1) -> int:
     """Bytes that solving a stack of weights takes; ``copied`` counts fp32 copies of the weights themselves."""
     square, weight = columns**2 * 4, rows * columns * 4
+    if not job.hessians and not job.cuda:
+        # in pieces; what stays of all are codes and grids and, where the block is run, values in its own type
+        return int(experts * rows * columns * (ROUNDED + (item if job.tokens else 0)))
     if job.hessians and not job.targets and not job.cuda:
         turn = min(experts, max(1, CPU_TURN // weight))
         # one more Hessian may be at hand, of tokens that rare experts did not see

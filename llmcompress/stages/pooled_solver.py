@@ -196,7 +196,8 @@ class PooledSolver(BlockSolver):
             hessian = gram.hessian().to(weights.device)
             if layer is not None:
                 hessian = blend_rare(hessian, gram.tokens, layer, self.rare.needed(hessian.shape[-1]))
-        codes, scale, zero, _, above, below = self._solve(weights, hessian, spec, None if hessian is None else [usable])
+        use = None if hessian is None else [usable]
+        codes, scale, zero, _, above, below = self._solve(weights, hessian, spec, use, None)
         packed = int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec)
         return packed, float(above.sum()), float(below.sum())
 

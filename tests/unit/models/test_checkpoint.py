@@ -212,3 +212,13 @@ def test_quantized_sources_are_refused(tmp_path: Path, method: str) -> None:
     with pytest.raises(InputError, match=rf"already quantized \({method}\)"):
         refuse_quantized(tmp_path, {"quantization_config": {"quant_method": method}})
     refuse_quantized(tmp_path, {"model_type": "llama"})
+
+
+def test_what_is_larger_than_memory_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = open_checkpoint(folder)
+    assert not any(file.once for file in kept._files)
+    monkeypatch.setattr("llmcompress.models.checkpoint.total_ram", lambda: kept.total_bytes - 1)
+    streamed = open_checkpoint(folder)
+    assert all(file.once for file in streamed._files)
+    for view in streamed.layout.tensors():
+        assert torch.equal(streamed.tensor(view.name), kept.tensor(view.name))
