@@ -94,10 +94,10 @@ class Checkpoint:
         """The safetensors files, in shard order."""
         return [file.path for file in self._files]
 
-    def read_once(self) -> None:
-        """Do not let the kernel keep what is read; done by itself for a checkpoint that is larger than memory."""
+    def read_once(self, once: bool = True) -> None:
+        """Whether the kernel need not keep what is read; by itself so for a checkpoint that is larger than memory."""
         for file in self._files:
-            file.once = True
+            file.once = once
 
     @property
     def total_bytes(self) -> int:

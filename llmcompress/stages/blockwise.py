@@ -109,6 +109,9 @@ class BlockwiseQuantizer:
 
         from llmcompress.models.assemble import apply_loan, apply_patch
 
+        if self.ctx.world.size > 1:
+            # processes read a block at about the same time: what one has brought is there for the others
+            self.handle.checkpoint.read_once(False)
         model = self.handle.skeleton(getattr(torch, self.ctx.dtype), head=False)
         streams = self.calibration is not None and (self.method.options is not None or self.hook is not None)
         walker, quantized, full = None, None, None
