@@ -45,7 +45,7 @@ def round_weights(w: Tensor, spec: QuantSpec, grid: Search, dtype: torch.dtype |
     """Round every weight, and sum up what that costs.
 
     Rows do not depend on each other, so what comes out is what :func:`~llmcompress.algorithms.gptq.round_to_nearest`
-    makes of all of them at once. On a CPU that passes over memory twenty times; in pieces it passes once.
+    makes of all of them at once. At once, a CPU passes over memory more than fifteen times; in pieces it does once.
 
     Args:
         w: ``[..., N, K]``, any floating type; rounded as fp32.

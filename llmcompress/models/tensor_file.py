@@ -62,7 +62,7 @@ class TensorFile:
 
     Attributes:
         once: Whether the kernel need not keep what was read for the next time. Of files that are larger than memory it
-            cannot, and what it keeps of them takes new pages for every byte: reading them was half as fast.
+            cannot, and what it keeps of them takes new pages for every byte, which can take longer than the disk.
 
     Raises:
         InputError: It is missing, cut short, or not a safetensors file.
