@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import cpu, routed_shapes, schemas
-from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS, first_rows
+from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +115,11 @@ def moe_group_gemm(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    sides = gate_up.operand(), down.operand()
     if x.device.type == "cpu":
-        if not torch.compiler.is_compiling():
-            routed_shapes.check(x, index, weights, *sides, first_rows(intermediate, activation), intermediate)
         cpu.ready()
+    sides = *gate_up.operand(), *down.operand()
     rest = (intermediate, activation, alpha, limit, int8)
-    out: Tensor = torch.ops.llmcompress.moe_group_gemm.default(x, index, weights, *sides[0], *sides[1], *rest)
+    out: Tensor = torch.ops.llmcompress.moe_group_gemm.default(x, index, weights, *sides, *rest)
     return out
 
 

@@ -1,5 +1,8 @@
 """Whether the operands of ``moe_group_gemm`` fit each other: asked before any kernel runs, which would read past them.
 
+The C++ kernels compare shapes themselves, since this takes a fifth of a product of one token behind cold caches; what
+does not fit they hand to the definition, which asks here.
+
 Legend as in :mod:`llmcompress_kernels.schemas`.
 """
 

@@ -243,10 +243,20 @@ def test_compiles_without_a_break() -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(arguments[0]), layer(arguments[0]))
 
 
+@pytest.mark.parametrize("slots", [[0, 2], [1, 1], [3, 2], [3, 3]], ids=["two", "the same twice", "one", "none"])
+def test_one_token_of_experts_gives_the_bits_of_many(isa: str, slots: list[int]) -> None:
+    """Alone, a token is quantized once for all of its experts; among others, once per expert."""
+    arguments = list(moe_arguments())
+    arguments[1] = torch.tensor([[1, 0], slots])
+    both = torch.ops.llmcompress.moe_group_gemm(*arguments)
+    alone = [part[1:].contiguous() for part in arguments[:3]]
+    assert torch.equal(torch.ops.llmcompress.moe_group_gemm(*alone, *arguments[3:]), both[1:])
+
+
 def test_a_negative_expert_is_refused() -> None:
     arguments = list(moe_arguments())
     arguments[1] = torch.tensor([[0, -1], [2, 1]])
-    with pytest.raises(IndexError, match="negative expert"):
+    with pytest.raises(ValueError, match="experts -1 to 2, expected 0 to"):
         torch.ops.llmcompress.moe_group_gemm(*arguments)
 
 

@@ -13,6 +13,7 @@ constexpr int64_t UNIT_TOKENS = 64;         // slots of one expert that are work
 constexpr int64_t PASS_SLOTS = 2048;        // slots in flight, which bounds the intermediate memory
 constexpr int64_t TASKS = 4;                // tasks to a thread, if they can be large enough
 constexpr int64_t LEAST_BLOCKS = 4, MOST_BLOCKS = 128;  // of 16 rows in a task
+constexpr int64_t PIECE = 256;              // columns of a token that are summed up together
 constexpr size_t KEPT_BYTES = size_t(8) << 20;
 
 // Slots of one expert, next to each other in expert order.
@@ -39,6 +40,7 @@ Pass sort_slots(const Routing& r, int64_t first, int64_t last) {
         if (r.index[i] < r.experts) ++start[size_t(r.index[i] + 1)];
     }
     for (int64_t e = 0; e < r.experts; ++e) start[size_t(e + 1)] += start[size_t(e)];
+    pass.units.reserve(size_t(std::min(r.experts, (last - first) * r.slots)));
     for (int64_t e = 0; e < r.experts; ++e) {
         const int64_t end = start[size_t(e + 1)];
         for (int64_t at = start[size_t(e)]; at < end; at += UNIT_TOKENS)
@@ -48,6 +50,7 @@ Pass sort_slots(const Routing& r, int64_t first, int64_t last) {
     pass.token.resize(live);
     pass.weight.resize(live);
     pass.places.reserve(live);
+    pass.begin.reserve(size_t(last - first + 1));
     for (int64_t t = first; t < last; ++t) {
         pass.begin.push_back(int64_t(pass.places.size()));
         for (int64_t i = t * r.slots; i < (t + 1) * r.slots; ++i) {
@@ -75,28 +78,25 @@ void place_units(std::vector<Unit>& units, const Side& side, int planes, Scratch
     }
 }
 
-// One projection for all units, inside a parallel region: out[slot, row] in fp32, bias included. `x` is [.., columns]
-// of `type`, slot s reading row index[s] (null: s).
-void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const void* x, Type type, const int64_t* index,
-             float* out) {
+// Quantize the inputs of one unit: `x` is [.., columns] of `type`, slot s reading row index[s] (null: s).
+void quantize(const Side& side, const Plan& plan, const Unit& u, const void* x, Type type, const int64_t* index) {
+    const Weight shape = side.packed.weight();
+    const int64_t skipped = index ? 0 : u.first * shape.columns * (type == FP32 ? 4 : 2);
+    for (int64_t b = 0; b < u.activations.blocks(); ++b)
+        variant().quantize(shape, plan.parts.data(), plan.count(), static_cast<const char*>(x) + skipped, type, shape.columns,
+                           index ? index + u.first : nullptr, u.activations, b);
+}
+
+// One projection for all units, inside a parallel region: out[slot, row] in fp32, bias included. Packed sides read the
+// quantized inputs of the units, or `shared` where they all have the same one; dense ones read `x` as quantize() does.
+void project(const Side& side, const Plan& plan, const std::vector<Unit>& units, const Activations* shared, const void* x,
+             Type type, const int64_t* index, float* out) {
     const Variant& v = variant();
     const int64_t rows = side.packed.rows, columns = side.packed.columns, blocks = blocks_of(rows);
     const int64_t count = int64_t(units.size());
     // long tasks read long streams; there are enough of them to keep the threads equally busy
     const int64_t each = std::clamp(count * blocks / (TASKS * omp_get_num_threads()), LEAST_BLOCKS, MOST_BLOCKS);
     const int64_t tasks = (blocks + each - 1) / each;
-    if (!side.dense) {
-        const size_t size = type == FP32 ? 4 : 2;
-        const Weight shape = side.packed.weight();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; ++i) {
-            const Unit& u = units[size_t(i)];
-            const char* from = index ? static_cast<const char*>(x) : static_cast<const char*>(x) + size_t(u.first * columns) * size;
-            for (int64_t b = 0; b < u.activations.blocks(); ++b)
-                v.quantize(shape, plan.parts.data(), plan.count(), from, type, columns, index ? index + u.first : nullptr,
-                           u.activations, b);
-        }
-    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < count * tasks; ++task) {
         const Unit& u = units[size_t(task / tasks)];
@@ -111,7 +111,7 @@ void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const
             v.dense_rows(static_cast<const char*>(side.dense) + size_t(u.expert * rows * columns) * size, side.dense_type, columns,
                          values, u.count, first * LANES, std::min(last * LANES, rows), values + u.count * columns, to, rows);
         } else {
-            operand_rows(side.expert(u.expert), plan, u.activations, first, last, to, FP32, rows);
+            operand_rows(side.expert(u.expert), plan, shared ? *shared : u.activations, first, last, to, FP32, rows);
         }
         if (!side.bias) continue;
         for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) {
@@ -122,23 +122,21 @@ void project(const Side& side, const Plan& plan, std::vector<Unit>& units, const
     }
 }
 
-// Tokens [first, first + pass.begin.size() - 1): the weighted sums of their slots.
+// Tokens [first, first + pass.begin.size() - 1): the weighted sums of their slots. A piece of a token's columns is a task.
 void combine(const Pass& pass, const float* slots, int64_t width, int64_t first, Type type, void* out) {
-    const int64_t tokens = int64_t(pass.begin.size()) - 1;
+    const int64_t tokens = int64_t(pass.begin.size()) - 1, pieces = (width + PIECE - 1) / PIECE;
     const size_t size = type == FP32 ? 4 : 2;
-    static thread_local std::vector<float> sum;
-    sum.resize(size_t(width));
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) {
-        float* total = sum.data();
-        std::fill(total, total + width, 0.0f);
+    for (int64_t task = 0; task < tokens * pieces; ++task) {
+        const int64_t t = task / pieces, at = task % pieces * PIECE, columns = std::min(PIECE, width - at);
+        float total[PIECE] = {};
         for (int64_t i = pass.begin[size_t(t)]; i < pass.begin[size_t(t + 1)]; ++i) {
             const int64_t place = pass.places[size_t(i)];
             const float weight = pass.weight[size_t(place)];
-            const float* from = slots + place * width;
-            for (int64_t h = 0; h < width; ++h) total[h] += weight * from[h];
+            const float* from = slots + place * width + at;
+            for (int64_t h = 0; h < columns; ++h) total[h] += weight * from[h];
         }
-        variant().convert_back(total, width, type, static_cast<char*>(out) + size_t((first + t) * width) * size);
+        variant().convert_back(total, columns, type, static_cast<char*>(out) + size_t((first + t) * width + at) * size);
     }
 }
 
@@ -152,21 +150,39 @@ void experts(const Side& gate_up, const Side& down, const Routing& routing, cons
     const int64_t step = std::max<int64_t>(1, PASS_SLOTS / std::max<int64_t>(1, routing.slots));
     for (int64_t begin = 0; begin < routing.tokens; begin += step) {
         Pass pass = sort_slots(routing, begin, std::min(begin + step, routing.tokens));
-        const size_t live = size_t(pass.live());
+        const int64_t live = pass.live(), count = int64_t(pass.units.size());
+        // the experts of one token all read the same input, which every thread quantizes for itself: no wait, no traffic
+        const bool alone = pass.begin.size() == 2 && live > 0 && live == count && !gate_up.dense;
         std::vector<Unit> again = pass.units;
-        if (!gate_up.dense) place_units(pass.units, gate_up, planes, first_scratch);
+        if (!gate_up.dense && !alone) place_units(pass.units, gate_up, planes, first_scratch);
         if (!down.dense) place_units(again, down, planes, second_scratch);
-        float* hidden = static_cast<float*>(hidden_scratch.get(live * size_t(rows) * 4 + 64));
-        float* gated = static_cast<float*>(inner_scratch.get(live * size_t(inner) * 4 + 64));
-        float* slots = static_cast<float*>(slot_scratch.get(live * size_t(width) * 4 + 64));
-        const int threads = threads_for((rows + inner) * width * int64_t(live));
+        float* hidden = static_cast<float*>(hidden_scratch.get(size_t(live * rows) * 4 + 64));
+        float* gated = static_cast<float*>(inner_scratch.get(size_t(live * inner) * 4 + 64));
+        float* slots = static_cast<float*>(slot_scratch.get(size_t(live * width) * 4 + 64));
+        const int threads = threads_for((rows + inner) * width * live);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            project(gate_up, first_plan, pass.units, x, type, pass.token.data(), hidden);
-#pragma omp for schedule(static)
-            for (int64_t s = 0; s < int64_t(live); ++s)
-                variant().gate(hidden + s * rows, inner, activation, alpha, limit, gated + s * inner);
-            project(down, second_plan, again, gated, FP32, nullptr, slots);
+            Activations own{};
+            if (alone) {
+                static thread_local Scratch scratch;
+                const Weight shape = gate_up.packed.weight();
+                own = place_activations(shape, 1, planes, scratch.get(activation_bytes(shape, 1, planes)));
+                variant().quantize(shape, first_plan.parts.data(), first_plan.count(), x, type, shape.columns, pass.token.data(),
+                                   own, 0);
+            } else if (!gate_up.dense) {
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t i = 0; i < count; ++i)
+                    quantize(gate_up, first_plan, pass.units[size_t(i)], x, type, pass.token.data());
+            }
+            project(gate_up, first_plan, pass.units, alone ? &own : nullptr, x, type, pass.token.data(), hidden);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < count; ++i) {
+                const Unit& u = again[size_t(i)];
+                for (int64_t s = u.first; s < u.first + u.count; ++s)
+                    variant().gate(hidden + s * rows, inner, activation, alpha, limit, gated + s * inner);
+                if (!down.dense) quantize(down, second_plan, u, gated, FP32, nullptr);
+            }
+            project(down, second_plan, again, nullptr, gated, FP32, nullptr, slots);
             combine(pass, slots, width, begin, type, out);
         }
     }

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <type_traits>
@@ -82,22 +83,29 @@ Tensor group_gemm(const Tensor& x, const Tensor& packed, const Tensor& scale, co
 
 constexpr int64_t DENSE_BITS = 16;
 
-// One side of the experts, or nothing where the kernels decline.
+// Whether `x` holds `width` values for each of `rows` rows of every expert, row by row or 16 rows interleaved.
+bool holds(const Tensor& x, int64_t experts, int64_t rows, int64_t width, bool interleaved) {
+    const auto sizes = x.sizes();
+    if (!interleaved) return sizes.equals({experts, rows, width});
+    return rows % lc::LANES == 0 && sizes.equals({experts, rows / lc::LANES, width, int64_t(lc::LANES)});
+}
+
+// One side of the experts, or nothing where the kernels decline: what does not fit is left to the definition, which says why.
 std::optional<lc::Side> side(const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& zero, const MaybeTensor& bias,
-                             int64_t bits, int64_t group, int64_t rows, int64_t columns) {
+                             int64_t bits, int64_t group, int64_t experts, int64_t rows, int64_t columns) {
     lc::Side s{};
     s.packed.rows = rows;
     s.packed.columns = columns;
     if (!weight.is_contiguous() || !weight.is_cpu()) return std::nullopt;
     if (bias) {
         const auto type = type_of(*bias);
-        if (!type || !bias->is_contiguous() || !bias->is_cpu() || bias->numel() != weight.size(0) * rows) return std::nullopt;
+        if (!type || !bias->is_contiguous() || !bias->is_cpu() || !bias->sizes().equals({experts, rows})) return std::nullopt;
         s.bias = bias->const_data_ptr();
         s.bias_type = *type;
     }
     if (bits == DENSE_BITS) {
         const auto type = type_of(weight);
-        if (!type || weight.dim() != 3 || weight.size(1) != rows || weight.size(2) != columns) return std::nullopt;
+        if (!type || !weight.sizes().equals({experts, rows, columns})) return std::nullopt;
         s.dense = weight.const_data_ptr();
         s.dense_type = *type;
         // a harmless shape for what only packed weights need
@@ -108,13 +116,20 @@ std::optional<lc::Side> side(const Tensor& weight, const MaybeTensor& scale, con
     if (!scale || !plain(weight, ScalarType::Int) || !plain(scale, ScalarType::Half) || !plain(zero, ScalarType::Int))
         return std::nullopt;
     const bool interleaved = weight.dim() == 4;
-    const int64_t lanes = interleaved ? lc::LANES : 1;
-    if (lc::declined(int(bits), group, columns) || weight.size(1) * lanes != rows || scale->dim() != weight.dim() ||
-        weight.size(2) != (columns * bits + 31) / 32 || scale->size(2) != (columns + group - 1) / group)
+    if (lc::declined(int(bits), group, columns)) return std::nullopt;
+    const int64_t groups = (columns + group - 1) / group;
+    if (!holds(weight, experts, rows, (columns * bits + 31) / 32, interleaved) || !holds(*scale, experts, rows, groups, interleaved) ||
+        (zero && !holds(*zero, experts, rows, (groups * bits + 31) / 32, interleaved)))
         return std::nullopt;
     s.packed = {data<uint32_t>(weight), data<uint16_t>(*scale), zero ? data<uint32_t>(*zero) : nullptr, rows, columns, group,
                 int(bits), interleaved};
     return s;
+}
+
+// Whether every slot names an expert, or the index after the last one, which skips it.
+bool in_range(const Tensor& index, int64_t experts) {
+    const int64_t* const at = data<int64_t>(index);
+    return std::all_of(at, at + index.numel(), [experts](int64_t e) { return e >= 0 && e <= experts; });
 }
 
 std::optional<lc::Activation> activation_of(c10::string_view name) {
@@ -133,14 +148,16 @@ Tensor moe_group_gemm(const Tensor& x, const Tensor& index, const Tensor& weight
                       int64_t intermediate, c10::string_view activation, double alpha, double limit, bool int8) {
     const auto type = type_of(x), weight_type = type_of(weights);
     const auto kind = activation_of(activation);
-    if (type && weight_type && kind && x.dim() == 2 && index.dim() == 2 && x.is_cpu() && index.is_cpu() && weights.is_cpu() &&
-        index.scalar_type() == ScalarType::Long && index.size(0) == x.size(0) && weights.numel() == index.numel()) {
+    if (type && weight_type && kind && x.dim() == 2 && index.dim() == 2 && gate_up.dim() > 0 && x.is_cpu() && index.is_cpu() &&
+        weights.is_cpu() && index.scalar_type() == ScalarType::Long && index.size(0) == x.size(0) &&
+        weights.sizes() == index.sizes()) {
         const int64_t hidden = x.size(1), experts = gate_up.size(0);
         const auto first = side(gate_up, gate_up_scale, gate_up_zero, gate_up_bias, gate_up_bits, gate_up_group,
-                                lc::first_rows(*kind, intermediate), hidden);
-        const auto second = side(down, down_scale, down_zero, down_bias, down_bits, down_group, hidden, intermediate);
-        if (first && second && down.size(0) == experts) {
-            const Tensor input = in_order(x), chosen = in_order(index);
+                                experts, lc::first_rows(*kind, intermediate), hidden);
+        const auto second = side(down, down_scale, down_zero, down_bias, down_bits, down_group, experts, hidden, intermediate);
+        const Tensor chosen = in_order(index);
+        if (first && second && in_range(chosen, experts)) {
+            const Tensor input = in_order(x);
             const Tensor factors = in_order(weights);
             Tensor out = empty_like(input, {x.size(0), hidden});
             const lc::Routing routing{data<int64_t>(chosen), factors.const_data_ptr(), *weight_type,
