@@ -149,8 +149,11 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
         char* to = static_cast<char*>(out) + size_t(first * w.rows) * size;
         const int64_t token_blocks = a.blocks();
         const int threads = threads_for(w.rows * w.columns * now);
-        // few tokens read long streams; many are spread finely, since other programs may slow a thread down
-        const int64_t tasks = std::min<int64_t>(blocks, threads * (token_blocks == 1 ? 1 : 8));
+        // Few tokens read long streams; many are spread finely, since other programs may slow a thread down. Blocks stay in
+        // pairs, which the kernels work on together, where there are enough for all threads.
+        const int64_t unit = blocks >= 2 * threads ? 2 : 1, units = (blocks + unit - 1) / unit;
+        const int64_t each = unit * (token_blocks == 1 ? (units + threads - 1) / threads : std::max<int64_t>(1, units / (8 * threads)));
+        const int64_t tasks = (blocks + each - 1) / each;
         const auto quantize = [&](int64_t i) {
             variant().quantize(shape, plan.parts.data(), plan.count(), from, type, w.columns, nullptr, a, i);
         };
@@ -163,7 +166,7 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
             }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < tasks; ++i)
-                operand_rows(w, plan, a, blocks * i / tasks, blocks * (i + 1) / tasks, to, type, w.rows);
+                operand_rows(w, plan, a, i * each, std::min(blocks, (i + 1) * each), to, type, w.rows);
         }
     }
 }

@@ -52,3 +52,12 @@ inline Floats load_halves(const uint16_t* p) {
 inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// float_to_bf16 of sixteen lanes
+inline void store_bf16(uint16_t* to, Floats value) {
+    const Ints u = _mm512_castps_si512(value), top = _mm512_srli_epi32(u, 16);
+    const Ints odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    const Ints rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const Ints kept = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), top, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(kept));
+}

@@ -9,7 +9,7 @@
 #pragma once
 
 constexpr int PANEL_ROWS = 2;           // blocks of rows
-constexpr int PANEL_QUADS = 128;        // of one block of rows: 8 KB
+constexpr int PANEL_QUADS = 96;         // of one block of rows: 6 KB
 constexpr int PANEL_TOKENS = 16 * MOST; // whose totals, 16 KB, stay in the first-level cache as well
 
 struct Panel {
@@ -34,6 +34,13 @@ inline Ints quad_of(const int8_t* x) {
     return _mm512_set1_epi32(quad);
 }
 
+// A load of its own: one load copied to many registers takes slots of the units that multiply.
+inline Ints loaded(const int32_t* from) {
+    Ints to;
+    asm volatile("vmovdqa64 %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const Ints*>(from)));
+    return to;
+}
+
 inline void fetch_next(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Chunks [from, to) of block `block`, whose words begin at `p`, into row `r` of the panel. Returns where the next begin.
@@ -51,7 +58,7 @@ const uint32_t* fill_panel(const Weight& w, const Chunk* parts, int64_t from, in
         store_floats(panel.zeros[c - from][r], PLANES == 1 ? zero : multiply(steps, zero));
         // the zero point in every byte of its lane
         const Ints bytes = _mm512_mullo_epi32(_mm512_cvtps_epi32(zero), _mm512_set1_epi32(0x01010101));
-        Ints begin = zero_ints();
+        Ints begin[2] = {zero_ints(), zero_ints()};  // two sums: one would wait for itself
         for (int s = 0; s < parts[c].steps; ++s, quad += QUADS) {
             Ints quads[QUADS];
             if (BITS == 3 && end - p < WORDS * LANES) {
@@ -68,20 +75,32 @@ const uint32_t* fill_panel(const Weight& w, const Chunk* parts, int64_t from, in
             for (int q = 0; q < QUADS; ++q) {
                 if constexpr (SIGNED) {
                     quads[q] = _mm512_sub_epi8(quads[q], bytes);
-                    begin = multiply_bytes<true>(begin, quads[q], _mm512_set1_epi8(char(0x80)));
+                    begin[q % 2] = multiply_bytes<true>(begin[q % 2], quads[q], _mm512_set1_epi8(char(0x80)));
                 }
                 _mm512_store_si512(panel.codes[r][quad + q], quads[q]);
             }
         }
-        if constexpr (SIGNED) _mm512_store_si512(panel.begin[c - from][r], _mm512_sub_epi32(zero_ints(), begin));
+        if constexpr (SIGNED)
+            _mm512_store_si512(panel.begin[c - from][r], _mm512_sub_epi32(zero_ints(), _mm512_add_epi32(begin[0], begin[1])));
     }
     return p;
 }
 
-// Chunks [from, to) for TOKENS of a block of PLACES tokens: adds to their totals.
+// Where a block of tokens lies: its bytes from the panel's first chunk on, scales and sums of all chunks.
+struct Tokens {
+    const int8_t* x;
+    const float* scale;
+    const float* sum;
+
+    Tokens from(int t) const { return {x + t * 4, scale + t, sum + t}; }
+};
+
+// Chunks [from, to) for TOKENS of a block of PLACES tokens: adds to their totals. What `next` needs is fetched on the way: all
+// blocks together do not fit the first-level cache and pass through it for every panel.
 template <int PLANES, bool SIGNED, int ROWS, int TOKENS, int PLACES>
-void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, const int8_t* x, const float* scale,
-                  const float* sum, const Panel& panel, float (*totals)[PANEL_ROWS][LANES]) {
+void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, const Tokens& tokens, const Tokens& next,
+                  const Panel& panel, float (*totals)[PANEL_ROWS][LANES]) {
+    const int8_t *x = tokens.x, *ahead = next.x;
     const int8_t* codes = panel.codes[0][0];
     constexpr int NEXT_ROW = PANEL_QUADS * 64;
     for (int64_t c = from; c < to; ++c) {
@@ -90,9 +109,8 @@ void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, co
         for (int r = 0; r < ROWS; ++r)
             UNROLL
             for (int t = 0; t < TOKENS; ++t)
-                for (int p = 0; p < PLANES; ++p)
-                    sums[r][t][p] = SIGNED ? _mm512_load_si512(panel.begin[c - from][r]) : zero_ints();
-        for (int left = parts[c].steps * per_step; left > 0; --left, codes += 64, x += PLANES * PLACES * 4) {
+                for (int p = 0; p < PLANES; ++p) sums[r][t][p] = SIGNED ? loaded(panel.begin[c - from][r]) : zero_ints();
+        const auto add_quad = [&](const int8_t* codes, const int8_t* x) {
             Ints quads[ROWS];
             for (int r = 0; r < ROWS; ++r) quads[r] = _mm512_load_si512(codes + r * NEXT_ROW);
             UNROLL
@@ -102,9 +120,17 @@ void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, co
                     const Ints quad = quad_of(x + (p * PLACES + t) * 4);
                     for (int r = 0; r < ROWS; ++r) sums[r][t][p] = multiply_bytes<SIGNED>(sums[r][t][p], quads[r], quad);
                 }
+        };
+        int left = parts[c].steps * per_step;
+        for (; left > 1; left -= 2, codes += 128, x += PLANES * PLACES * 8, ahead += PLANES * PLACES * 8) {
+            for (int line = 0; line < PLANES * PLACES * 8; line += 64) prefetch(ahead + line);
+            add_quad(codes, x);
+            add_quad(codes + 64, x + PLANES * PLACES * 4);
         }
-        const float* const scales = scale + c * PLACES;
-        const float* const offsets = sum + c * PLACES;
+        for (; left > 0; --left, codes += 64, x += PLANES * PLACES * 4) add_quad(codes, x);
+        const float* const scales = tokens.scale + c * PLACES;
+        const float* const offsets = tokens.sum + c * PLACES;
+        prefetch(next.scale + c * PLACES);
         UNROLL
         for (int r = 0; r < ROWS; ++r) {
             const Floats steps = load_floats(panel.steps[c - from][r]), zeros = load_floats(panel.zeros[c - from][r]);
@@ -119,6 +145,8 @@ void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, co
                 store_floats(totals[t][r], total);
             }
         }
+        // totals are read again: kept in registers too, they would push sums out of them
+        asm volatile("" ::: "memory");
     }
 }
 
@@ -150,15 +178,17 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                 // what the next panel unpacks comes while this one is used; all at once it would be waited for
                 for (int64_t line = lines * i / blocks; line < lines * (i + 1) / blocks; ++line)
                     for (int r = 0; r < ROWS; ++r) fetch_next((to < count ? p[r] : p[r] + (ROWS - 1) * words * LANES) + line * LANES);
-                const int64_t at = (begin + i) * MOST;
                 const int places = token_block(a.tokens, begin + i, MOST);
-                const int8_t* const x = a.bytes + (at * quads + done * places) * 4 * PLANES;
-                const float* const scale = a.scale + at * count;
-                const float* const sum = a.sum + at * count;
+                const auto block_at = [&](int64_t n, int64_t quad) {
+                    const int64_t at = (begin + n) * MOST;
+                    return Tokens{a.bytes + (at * quads + quad * places) * 4 * PLANES, a.scale + at * count, a.sum + at * count};
+                };
+                // the first block comes again with the next panel
+                const Tokens tokens = block_at(i, done), next = i + 1 < blocks ? block_at(i + 1, done) : block_at(0, done + held);
                 auto* const totals = panel.totals + i * MOST;
                 const auto run = [&]<int TOKENS, int PLACES>(int t) {
-                    panel_tokens<PLANES, SIGNED, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, x + t * 4, scale + t, sum + t,
-                                                                       panel, totals + t);
+                    panel_tokens<PLANES, SIGNED, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, tokens.from(t), next.from(t), panel,
+                                                                       totals + t);
                 };
                 if (places == 1) run.template operator()<1, 1>(0);
                 else if (places == 4) run.template operator()<4, 4>(0);
