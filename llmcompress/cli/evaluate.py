@@ -222,7 +222,7 @@ def _measure_two(
     open_tasks(prepared, ledger, ["dense", "compressed"])
     measure_side("dense", one.model, one.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
     measure_side("compressed", two.model, one.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
-    pair = measure_pair(one.model, two.model, config, prepared, ledger)
+    pair = measure_pair(one.model, two.model, config, prepared, ledger, out.note)
     right = [*side_scores("compressed", config, prepared, ledger), *fidelity_scores(pair)]
     return pair_scores(side_scores("dense", config, prepared, ledger), right)
 

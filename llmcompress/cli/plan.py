@@ -174,7 +174,7 @@ _PARTS = ("read", "forward", "hessian", "solve", "exchange")
 def _show_cluster(
     predicted: Plan, rates: Rates, stages: dict[str, list[ClusterRow]], price: float | None, screen: Console
 ) -> None:
-    from llmcompress.pipeline.sinks import duration
+    from llmcompress.events import duration
 
     _show(predicted, screen)
     columns = ["processes", "time", *_PARTS, "peak RAM", "traffic", "hours paid"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,11 @@ def compare_logits(dense: Tensor, compressed: Tensor) -> RowComparison:
 
 @torch.inference_mode()
 def fidelity(
-    dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor, batch: int | None = None
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    tokens: Tensor,
+    batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> FidelityResult:
     """Run both models over the same windows and compare every position.
 
@@ -91,6 +96,7 @@ def fidelity(
         compressed: The model to judge.
         tokens: ``[S, L]`` int64.
         batch: Windows per forward pass; automatic when None.
+        progress: Hears after each pass how many windows of how many are finished.
 
     Raises:
         InputError: Either model's output is not finite.
@@ -116,6 +122,8 @@ def fidelity(
             norm += row.dense_squared
         # or the next batch's logits would be made while these are still held
         del reference, judged, left, right
+        if progress is not None:
+            progress(len(window_kl), len(tokens))
     if not (math.isfinite(error) and math.isfinite(norm)):
         raise InputError("a model's output is not finite (NaN or infinity)", "check its weights and dtype")
     every = torch.cat(all_kl)

@@ -29,6 +29,7 @@ from llmcompress.evaluation.config import (
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
+from llmcompress.evaluation.pace import Pace
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
 from llmcompress.evaluation.streamed import streamed_perplexity
 from llmcompress.quant.store import write_durably
@@ -279,8 +280,9 @@ def measure_side(
         if controller is not None:
             controller.reset()
         result = perplexity(
-            model, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep", batch=batch
-        )
+            model, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep", batch=batch,
+            progress=Pace(f"{side}: {name}", tell),
+        )  # fmt: skip
         # what an expert-skipping policy did on this very text
         skipping = {} if controller is None else {"skipping": controller.statistics()}
         ledger.put(key, asdict(result) | skipping)
@@ -358,8 +360,9 @@ def measure_streamed(
         key = f"{side}.perplexity.{name}"
         if not ledger.has(key):
             result = streamed_perplexity(
-                stream, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep"
-            )
+                stream, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep",
+                progress=Pace(f"{side}: {name}", tell),
+            )  # fmt: skip
             ledger.put(key, asdict(result))
             tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens, block by block")
 
@@ -370,6 +373,7 @@ def measure_pair(
     config: Settings,
     prepared: Prepared,
     ledger: Ledger,
+    tell: Tell,
 ) -> dict[str, Any] | None:
     """Compare output distributions of two models; None when the recipe does not ask for it.
 
@@ -379,6 +383,7 @@ def measure_pair(
         config: What to measure.
         prepared: Texts and tasks.
         ledger: Holds or receives the result.
+        tell: Receives a line now and then.
 
     Returns:
         Fields of :class:`llmcompress.evaluation.fidelity.FidelityResult`.
@@ -388,7 +393,9 @@ def measure_pair(
     found = ledger.get("pair.fidelity")
     if found is None:
         batch = config.batch if isinstance(config.batch, int) else None
-        found = ledger.put("pair.fidelity", fidelity(dense, compressed, prepared.windows.tokens, batch).to_dict())
+        progress = Pace("fidelity", tell)
+        result = fidelity(dense, compressed, prepared.windows.tokens, batch, progress)
+        found = ledger.put("pair.fidelity", result.to_dict())
     return dict(found)
 
 

@@ -174,6 +174,7 @@ def perplexity(
     *,
     keep_tail: bool = False,
     batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the perplexity of ``text`` under ``model``.
 
@@ -184,6 +185,7 @@ def perplexity(
         stride: Tokens between window starts; ``length`` when None.
         keep_tail: Whether a shorter last window counts.
         batch: Windows per forward pass; automatic when None.
+        progress: Hears after each pass how many windows of how many are finished.
 
     Raises:
         InputError: The model's output is not finite.
@@ -194,7 +196,7 @@ def perplexity(
         found: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
         return found
 
-    return scored(text, windows(len(text.tokens), length, stride, keep_tail), size, length, logits)
+    return scored(text, windows(len(text.tokens), length, stride, keep_tail), size, length, logits, progress)
 
 
 def window_parts(text: Text, length: int, stride: int | None = None, keep_tail: bool = False) -> list[Tensor]:
@@ -206,7 +208,12 @@ def window_parts(text: Text, length: int, stride: int | None = None, keep_tail: 
 
 @torch.inference_mode()
 def scored(
-    text: Text, planned: list[Window], size: int, length: int, logits_of: Callable[[slice, Tensor], Tensor]
+    text: Text,
+    planned: list[Window],
+    size: int,
+    length: int,
+    logits_of: Callable[[slice, Tensor], Tensor],
+    progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity from logits, however they are made.
 
@@ -216,6 +223,7 @@ def scored(
         size: Windows at once.
         length: Tokens in a full window.
         logits_of: Maps positions in ``planned`` and the windows' tokens ``[B, L]`` to logits ``[B, L, V]``.
+        progress: Hears after each batch how many windows of how many are finished.
 
     Raises:
         InputError: The logits are not finite.
@@ -240,6 +248,8 @@ def scored(
             counts.append(len(nll))
         # or the next batch's logits would be made while these are still held
         del logits
+        if progress is not None:
+            progress(done, len(planned))
     seconds = time.perf_counter() - started
     total, tokens = math.fsum(sums), sum(counts)
     if not math.isfinite(total):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llmcompress.errors import EnvironmentProblem
-from llmcompress.events import Event
+from llmcompress.events import Event, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,18 +61,6 @@ class BlockClock:
         if len(self._seconds) < 2:
             return None
         return statistics.median(self._seconds[1:]) * blocks
-
-
-def duration(seconds: float) -> str:
-    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``5 h 02 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _figure(value: Any) -> str:

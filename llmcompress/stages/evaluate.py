@@ -336,7 +336,7 @@ class _Evaluation:
         if self.ledger.has("pair.fidelity"):
             return dict(self.ledger.get("pair.fidelity") or {})
         return measure.measure_pair(
-            self._model("dense"), self._model("compressed"), self.config, self.prepared, self.ledger
+            self._model("dense"), self._model("compressed"), self.config, self.prepared, self.ledger, self._tell
         )
 
     def _expert_shift(self) -> dict[str, Any] | None:
@@ -472,7 +472,7 @@ def evaluate_model(
         pair = None
         if dense is not None:
             measure.measure_side("dense", dense, tokenizer, config, prepared, ledger, tell)
-            pair = measure.measure_pair(dense, model, config, prepared, ledger)
+            pair = measure.measure_pair(dense, model, config, prepared, ledger, tell)
         measure.measure_side("compressed", model, tokenizer, config, prepared, ledger, tell)
     reference = measure.side_scores("dense", config, prepared, ledger) if dense is not None else None
     rows = measure.pair_scores(reference, measure.side_scores("compressed", config, prepared, ledger))

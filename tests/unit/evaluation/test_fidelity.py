@@ -43,6 +43,12 @@ def test_batching_changes_nothing(models, tokens):
     assert one.kl == pytest.approx(all_.kl, rel=1e-5) and one.top1 == all_.top1
 
 
+def test_progress_hears_of_every_batch(models, tokens):
+    heard = []
+    fidelity(*models, tokens, batch=2, progress=lambda done, total: heard.append((done, total)))
+    assert heard[0] == (2, len(tokens)) and heard[-1] == (len(tokens), len(tokens))
+
+
 def test_a_shift_of_all_logits_is_no_error():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     row = compare_logits(logits, logits + 3)

@@ -55,6 +55,13 @@ def test_batch_does_not_matter(model):
     assert one.windows == many.windows == 6 and one.dropped == 4 and one.tokens == 6 * 15
 
 
+def test_progress_hears_of_every_batch(model):
+    heard = []
+    text = Text(torch.randint(3, 64, (50,)), None, 50)
+    perplexity(model, text, 8, batch=4, progress=lambda done, total: heard.append((done, total)))
+    assert heard == [(4, 6), (6, 6)]
+
+
 def test_overlapping_windows_score_every_token_but_the_first_once():
     for total in range(2, 60):
         for length in (2, 5, 16):
