@@ -60,11 +60,6 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, index, torch.rand(tokens, SLOTS, device="cuda")
 
 
-def distinct_experts(tokens: int) -> float:
-    """Experts that ``tokens`` tokens reach when routed uniformly, on average."""
-    return EXPERTS * (1 - (1 - SLOTS / EXPERTS) ** tokens)
-
-
 def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
     """One line per shape: our time, bfloat16's, the peers', and the share of the floor."""
     for rows, columns in DENSE:

@@ -112,23 +112,6 @@ def kl_topk(logits: Tensor, logits_hat: Tensor, k: int) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def swap_counts(reference: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
-    """Which experts take over from which.
-
-    Args:
-        reference: int64 ``[T, k]`` experts of the full-precision model.
-        chosen: int64 ``[T, k]`` experts of the compressed model.
-        num_experts: N.
-
-    Returns:
-        int64 ``[N, N]``; entry (i, j) counts tokens that lost expert i and gained expert j.
-    """
-    before = torch.zeros(reference.shape[0], num_experts, device=reference.device).scatter_(-1, reference, 1.0)
-    after = torch.zeros_like(before).scatter_(-1, chosen, 1.0)
-    lost, gained = (before - after).clamp_min(0), (after - before).clamp_min(0)
-    return (lost.double().T @ gained.double()).long()
-
-
 def tokens_per_expert(chosen: Tensor, num_experts: int) -> Tensor:
     """How often each expert was selected; indices outside ``[0, N)`` mark skipped slots and are ignored.
 

@@ -190,17 +190,35 @@ def _show(found: dict[str, Any], screen: Console) -> None:
     screen.print(table(("package", "version"), ((n, v or "missing") for n, v in found["packages"].items())))
     extras = [(n, o["version"] or f"not installed: {o['install']}", o["for"]) for n, o in found["optional"].items()]
     screen.print(table(("optional", "version", "for"), extras))
-    _show_kernels(found["kernels"], screen)
+    _show_kernels(found["kernels"], bool(torch_part.get("gpus")), screen)
     for problem in found["problems"]:
         screen.print(f"problem: {problem}", markup=False)
     if not found["problems"]:
         screen.print("everything that is needed is here", highlight=False)
 
 
-def _show_kernels(told: dict[str, Any], screen: Console) -> None:
-    for part, title in (("explanation", "kernels, CPU"), ("gpu", "kernels, GPU"), ("tables", "launches of kernels")):
+def _show_kernels(told: dict[str, Any], gpus: bool, screen: Console) -> None:
+    """One row for each op: what runs, and what would be faster but cannot; ``--json`` has every implementation."""
+    for part, device in (("explanation", "cpu"), ("gpu", "cuda")):
         rows = told.get(part)
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            screen.print(table(list(rows[0]), ([row.get(c) for c in rows[0]] for row in rows), title=title))
+        if isinstance(rows, list) and (gpus or part != "gpu"):
+            chosen = {row["op"]: row["implementation"] for row in rows if row["used"]}
+            cells = [(op, name, _passed_over(rows, op, device)) for op, name in chosen.items()]
+            screen.print(table((f"kernels, {device}", "implementation", "not available here"), cells))
+    launches = told.get("tables")
+    if gpus and isinstance(launches, list) and launches:
+        shown = ([row.get(column) for column in launches[0]] for row in launches)
+        screen.print(table(list(launches[0]), shown, title="launches of kernels"))
     if not isinstance(told.get("explanation"), list):
         screen.print(f"kernels: {told.get('explanation', told.get('problem'))}", markup=False, highlight=False)
+
+
+def _passed_over(rows: list[dict[str, Any]], op: str, device: str) -> str:
+    """Faster implementations of an op that are made for ``device`` and cannot run, with the reason."""
+    reasons = []
+    for row in rows:
+        if row["op"] == op and row["used"]:
+            break
+        if row["op"] == op and {device, "any"} & set(row["devices"]):
+            reasons.append(f"{row['implementation']}: {row['reason']}")
+    return "; ".join(reasons)

@@ -160,17 +160,6 @@ def group_hessian_bytes(group: LinearGroup) -> int:
     return group.linears[0].in_features ** 2 * HESSIAN_BYTES
 
 
-def bank_hessian_bytes(block: Block) -> tuple[int, int]:
-    """Bytes of all gate-up and all down Hessians of a block's experts; zeros without experts."""
-    bank = block.bank
-    if bank is None:
-        return (0, 0)
-    return (
-        bank.num_experts * bank.hidden**2 * HESSIAN_BYTES,
-        bank.num_experts * bank.intermediate**2 * HESSIAN_BYTES,
-    )
-
-
 def forward_flops(layout: ModelLayout, tokens: int, length: int) -> float:
     """Multiply-adds, times two, of a forward pass without the head.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -36,7 +36,7 @@ from llmcompress.stages.state import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from llmcompress.evaluation.measure import Ledger, Side
     from llmcompress.models.layout import ModelLayout
@@ -433,52 +433,3 @@ def _model_bytes(inputs: PlanInputs) -> tuple[int, int]:
         spec = inputs.specs.get(name)
         packed += full if spec is None else codec(spec.codec).nbytes(shape, spec)
     return dense, packed
-
-
-def evaluate_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluateConfig,
-    dense: PreTrainedModel | None = None,
-    *,
-    on_progress: Callable[[str], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
-) -> list[Metric]:
-    """Measure a model in memory, beside its dense twin if there is one: ``llmcompress eval`` and ``compare``.
-
-    Args:
-        model: A causal language model in evaluation mode. Without a twin it is reported as the compressed model.
-        tokenizer: Its tokenizer.
-        config: What to measure; ``gates``, ``generation`` and ``expert_shift`` are not looked at.
-        dense: The reference; needed for fidelity.
-        on_progress: Receives a line for each finished part.
-        on_warning: Receives remarks about the data.
-
-    Raises:
-        InputError: Text or task data is missing, or fidelity is asked for without a reference.
-    """
-    from llmcompress.evaluation import measure
-
-    if config.fidelity is not None and dense is None:
-        raise InputError("fidelity needs a reference model", "name one (llmcompress compare DENSE COMPRESSED)")
-    tell, warn = on_progress or _ignore, on_warning or _ignore
-    config = config.model_copy(update={"generation": None})
-    ledger = measure.Ledger()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    with _offline(config.offline):
-        prepared = measure.prepare(config, tokenizer, None, context, warn)
-        sides: list[Side] = ["compressed"] if dense is None else ["dense", "compressed"]
-        measure.open_tasks(prepared, ledger, sides)
-        pair = None
-        if dense is not None:
-            measure.measure_side("dense", dense, tokenizer, config, prepared, ledger, tell)
-            pair = measure.measure_pair(dense, model, config, prepared, ledger, tell)
-        measure.measure_side("compressed", model, tokenizer, config, prepared, ledger, tell)
-    reference = measure.side_scores("dense", config, prepared, ledger) if dense is not None else None
-    rows = measure.pair_scores(reference, measure.side_scores("compressed", config, prepared, ledger))
-    rows += measure.pair_scores(None, measure.fidelity_scores(pair))
-    return [_metric(row) for row in rows]
-
-
-def _ignore(text: str) -> None:
-    """Drop a line."""

@@ -293,7 +293,25 @@ def test_doctor_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["used"] or row["reason"] for row in rows.values())
     assert {"cuda", "triton", "reference"} <= {name for op, name in rows if op == "group_gemm"}
     assert invoke(["doctor"]) == 0
-    assert "llmcompress" in capsys.readouterr().out
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    used = [
+        row["implementation"] for row in found["kernels"]["explanation"] if row["op"] == "group_gemm" and row["used"]
+    ]
+    assert ["group_gemm", *used] in [line[:2] for line in lines]
+
+
+def test_doctor_says_why_a_faster_kernel_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"op": "gemm", "implementation": "cuda", "devices": ["cuda"], "used": False, "reason": "runs on cuda only"},
+        {"op": "gemm", "implementation": "cpu", "devices": ["cpu"], "used": False, "reason": "no C++ compiler"},
+        {"op": "gemm", "implementation": "reference", "devices": ["any"], "used": True, "reason": ""},
+    ]
+    monkeypatch.setattr(doctor, "kernels", lambda: {"explanation": rows})
+    assert invoke(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gemm")]
+    assert line.split(None, 2) == ["gemm", "reference", "cpu: no C++ compiler"]
 
 
 @pytest.mark.parametrize(("package", "extra"), [("math-verify", "math"), ("trl", "trl")])

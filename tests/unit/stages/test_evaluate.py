@@ -12,7 +12,7 @@ from llmcompress.models.handle import ModelHandle
 from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.stages.base import PlanInputs
-from llmcompress.stages.evaluate import Evaluate, EvaluateConfig, evaluate_model
+from llmcompress.stages.evaluate import Evaluate, EvaluateConfig
 from llmcompress.stages.state import RunContext, RunState
 
 TEXTS = [f"The cat number {i} sat on the warm stone and looked at the sea." for i in range(12)]
@@ -206,18 +206,6 @@ def test_estimate_counts_both_models_only_when_they_are_compared(tiny):
     together = stage(perplexity=FULL["perplexity"], fidelity=FULL["fidelity"]).estimate(inputs).ram
     nothing = stage(perplexity=FULL["perplexity"]).estimate(PlanInputs(layout, 2, 4, 0, 0, {}, "cpu")).ram
     assert nothing == apart < together
-
-
-def test_evaluate_model_in_memory(tiny, tiny_tokenizer):
-    size = len(tiny_tokenizer)
-    dense, other = (tiny.model("mixtral", seed=s, vocab_size=size) for s in (0, 1))
-    metrics = {m.name: m for m in evaluate_model(other, tiny_tokenizer, config(**FULL), dense)}
-    assert metrics["held.perplexity"].dense != metrics["held.perplexity"].compressed
-    assert metrics["fidelity.kl"].compressed > 0
-    alone = evaluate_model(other, tiny_tokenizer, config(perplexity=FULL["perplexity"]))
-    assert alone[0].dense is None and alone[0].compressed == metrics["held.perplexity"].compressed
-    with pytest.raises(InputError, match="reference"):
-        evaluate_model(other, tiny_tokenizer, config(**FULL))
 
 
 def test_expert_shift_is_measured_and_restartable(ctx, state):
