@@ -104,10 +104,14 @@ def chat(
             continue
         if not line:
             continue
-        messages.append({"role": "user", "content": line})
-        words = writer.render(messages) if writer.has_template else "\n".join(m["content"] for m in messages)
-        answer, _ = writer.write(words, stream=not out.json_mode, special=not writer.has_template)
-        messages.append({"role": "assistant", "content": answer.strip()})
+        asked = [*messages, {"role": "user", "content": line}]
+        words = writer.render(asked) if writer.has_template else "\n".join(m["content"] for m in asked)
+        try:
+            answer, _ = writer.write(words, stream=not out.json_mode, special=not writer.has_template)
+        except InputError as error:  # the conversation goes on: its next line may be /reset
+            out.warning(f"{error.message}; /reset begins a new conversation, or: {error.hint}")
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer.strip()}]
     if out.json_mode:
         out.result({"path": path, "messages": messages}, "")
 
@@ -225,16 +229,16 @@ class Writer:
             InputError: The prompt has no tokens, or leaves no room in the model's context.
         """
         from llmcompress.inference.generate import Sampling as How
+        from llmcompress.inference.greedy import end_tokens
 
         words, how = self._opened.tokenizer, self._sampling
         assert words is not None
         ids = list(words(prompt, add_special_tokens=special)["input_ids"])
         self._check_room(len(ids))
-        stop = {words.eos_token_id} - {None}
         (found,) = self._generator.generate(
             [ids],
             How(how.max_new_tokens, how.temperature, how.top_p, seed=how.seed),
-            stop,
+            end_tokens(self._opened.model, words),
             _streamer(words) if stream else None,
         )
         text = str(words.decode(found.tokens, skip_special_tokens=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,23 +89,35 @@ def copy_recipe(
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder", f"mkdir -p {path.parent}")
     text = source.read_text(encoding="utf-8")
-    path.write_text(_absolute_extends(text, source), encoding="utf-8")
+    path.write_text(_moved(text, source, path), encoding="utf-8")
     out.result({"name": name, "path": str(path)}, f"{path}")
     out.note(f"next: llmcompress validate {path}")
 
 
-def _absolute_extends(text: str, source: Path) -> str:
-    """Name what a recipe extends by its shipped name, which also holds outside the recipes folder."""
-    from llmcompress.recipe.catalog import ROOT
+def _moved(text: str, source: Path, path: Path) -> str:
+    """A shipped recipe as it must read at ``path``: what it extends by its shipped name, the schema where it is.
 
+    Under another file name it also gets that name, and with it a run folder of its own.
+    """
+    from llmcompress.recipe.catalog import ROOT
+    from llmcompress.recipe.schema import NAME_PATTERN
+
+    root = ROOT.resolve()
+    renamed = path.stem if path.stem != source.stem and re.fullmatch(NAME_PATTERN, path.stem) else None
     lines = []
     for given in text.splitlines(keepends=True):
         line = given
         key, colon, value = line.partition(":")
         named = value.split("#")[0].strip().strip("\"'")
-        if key.strip() == "extends" and colon and named and not named.startswith(("[", "/")):
+        if line.startswith("# yaml-language-server:"):
+            line = f"# yaml-language-server: $schema={root / 'recipe.schema.json'}\n"
+        elif line.startswith("# run: llmcompress run "):
+            words = line.split(" ")
+            line = " ".join([*words[:4], shlex.quote(str(path)) + ("" if len(words) > 5 else "\n"), *words[5:]])
+        elif renamed and line.startswith("name:"):
+            line = f"name: {renamed}\n"
+        elif key.strip() == "extends" and colon and named and not named.startswith(("[", "/")):
             found = (source.parent / named).resolve()
-            root = ROOT.resolve()
             if found.is_relative_to(root) and found.exists():
                 line = f"{key}: {found.relative_to(root).with_suffix('').as_posix()}\n"
         lines.append(line)

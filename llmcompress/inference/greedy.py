@@ -17,7 +17,7 @@ from llmcompress.inference.engine import members_of, window
 from llmcompress.inference.native import NativeEngine, decline, open_engine, recurrent_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # tokens that both ways write after each prompt of a trial, and prompts of one
 TRIAL_TOKENS = 12
@@ -224,10 +224,18 @@ def _by_transformers(
     return out.sequences[0, ids.shape[1] :].tolist(), [row[0] for row in out.logits]
 
 
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Ids after which ``model.generate`` ends a continuation by the checkpoint's own settings."""
-    ends: Any = getattr(model.generation_config, "eos_token_id", None)
-    return set() if ends is None else {int(ends)} if isinstance(ends, int) else {int(end) for end in ends}
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
+    """Ids after which ``model.generate`` ends a continuation by the checkpoint's own settings.
+
+    Args:
+        model: With its generation settings.
+        tokenizer: Its end token counts as well. Neither is enough for chats: Gemma's tokenizer ends a text, and only
+            the settings name what ends a turn.
+    """
+    ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    given = [*listed, None if tokenizer is None else tokenizer.eos_token_id]
+    return {int(end) for end in given if end is not None}
 
 
 def unusual_settings(model: PreTrainedModel) -> str | None:

@@ -117,7 +117,9 @@ class PackedStore:
         packed, replaced = self._read_own(index)
         record_file = self.path(index).with_suffix(".json")
         record = json.loads(record_file.read_text()) if record_file.exists() else {}
-        return BlockPatch({**below.packed, **packed}, {**below.replaced, **replaced}, {**below.record, **record})
+        # a weight that is quantized here was dense until now, whatever a stage below made of it (pruned it, say)
+        dense = {name: t for name, t in below.replaced.items() if name.removesuffix(".weight") not in packed}
+        return BlockPatch({**below.packed, **packed}, {**dense, **replaced}, {**below.record, **record})
 
     def plan(self) -> QuantPlan:
         """Spec of every quantized weight, here and in the bases, from the files' headers alone.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcompress.errors import InputError
+from llmcompress.inference.greedy import end_tokens
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, Rows, SeparateRows
@@ -115,11 +116,8 @@ def serve_family(
 
 def _served(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> ServedModel:
     config = model.config.get_text_config()
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed: Sequence[Any] = ends if isinstance(ends, list) else [ends]
-    stop = frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
     context = getattr(config, "max_position_embeddings", None)
-    return ServedModel(name, tokenizer, stop, context, int(config.vocab_size))
+    return ServedModel(name, tokenizer, frozenset(end_tokens(model, tokenizer)), context, int(config.vocab_size))
 
 
 def _batches(

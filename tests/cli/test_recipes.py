@@ -44,7 +44,17 @@ def test_copy_gives_a_recipe_that_validates_anywhere(
     assert "--force" in capsys.readouterr().err
     assert invoke(["recipes", "cp", "smoke/gptq_tiny", "mine.yaml"]) == 0
     capsys.readouterr()
-    assert told(capsys, "validate", "mine.yaml", f"model.path={tmp_path}/absent")["valid"]
+    found = told(capsys, "validate", "mine.yaml", f"model.path={tmp_path}/absent")
+    # a run folder of its own, and the header's command runs this file
+    assert found["valid"] and found["name"] == "mine"
+    lines = (tmp_path / "mine.yaml").read_text().splitlines()
+    assert Path(lines[0].partition("$schema=")[2]).is_file()
+    assert "# run: llmcompress run mine.yaml" in lines
+    assert told(capsys, "validate", "gptq_tiny.yaml")["name"] == "gptq_tiny"
+    assert invoke(["recipes", "cp", "gptq", "not a name.yaml"]) == 0
+    capsys.readouterr()
+    assert "# run: llmcompress run 'not a name.yaml' model.path=FOLDER" in (tmp_path / "not a name.yaml").read_text()
+    assert told(capsys, "validate", "not a name.yaml")["name"] == "gptq"
     assert invoke(["recipes", "cp", "quickstart", "no/where/x.yaml"]) == 4
 
 

@@ -223,6 +223,10 @@ def test_generate_and_chat(
     messages = told(capsys, "chat", run, "-n", "3")["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant"]
     assert messages[0]["content"] == "again"
+    long = "cat " * 5000
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n{long}\n/exit\n"))
+    messages = told(capsys, "chat", run, "-n", "3")["messages"]
+    assert [m["content"] for m in messages[:1]] == ["hello"] and len(messages) == 2
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))
     assert invoke(["generate", run, "-n", "3"]) == 0
 

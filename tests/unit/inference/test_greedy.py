@@ -103,4 +103,6 @@ def test_settings_of_the_checkpoint(decoders):
     assert unusual_settings(model) is None and end_tokens(model) == {2, 7}
     model.generation_config.repetition_penalty = 1.05
     assert unusual_settings(model) == "the checkpoint's generation settings change repetition_penalty"
+    assert end_tokens(model, SimpleNamespace(eos_token_id=9)) == {2, 7, 9}
     assert end_tokens(SimpleNamespace(generation_config=None)) == set()
+    assert end_tokens(SimpleNamespace(), SimpleNamespace(eos_token_id=None)) == set()
