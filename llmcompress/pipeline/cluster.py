@@ -76,7 +76,7 @@ class ClusterRow:
 def predict(
     recipe: LoadedRecipe, config: Mapping[str, Any], device: str, ranks: Iterable[int], rates: Rates
 ) -> dict[str, list[ClusterRow]]:
-    """Stage name → a row per number of processes, for every stage that runs on several.
+    """Stage name → a row per number of processes, for every stage whose work can be counted.
 
     Args:
         recipe: The loaded recipe.
@@ -87,7 +87,7 @@ def predict(
 
     Raises:
         InputError: The family is not supported, or the rates are those of another device.
-        RecipeError: A stage does not suit the model, or none runs on several processes.
+        RecipeError: A stage does not suit the model, or no stage's work can be counted.
     """
     if rates.device != device:
         raise InputError(
@@ -98,12 +98,17 @@ def predict(
     recipe.check_layout(layout)
     found = {}
     for stage, inputs in plan_inputs_of(recipe.recipe, config, layout, device):
-        if stage.distributed:
+        if countable(stage):
             around = heads_of(config), recipe.recipe.run.deterministic
             found[stage.name] = [_row(stage, inputs, number, rates, *around) for number in ranks]
     if not found:
-        raise RecipeError("no stage of this recipe runs on several processes", "rtn, gptq and qesc do")
+        raise RecipeError("the time of no stage of this recipe can be predicted", "that of rtn, gptq and qesc can")
     return found
+
+
+def countable(stage: Stage) -> bool:
+    """Whether a stage's work is counted: it quantizes by rules. Training is not, although processes share it."""
+    return stage.distributed and "rules" in type(stage.config).model_fields
 
 
 def _row(stage: Stage, inputs: PlanInputs, ranks: int, rates: Rates, heads: int, deterministic: bool) -> ClusterRow:

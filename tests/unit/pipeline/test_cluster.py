@@ -81,6 +81,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke([*words[:-1], "cuda", "--cluster", "1", "--rates", str(path)]) == InputError.exit_code
 
 
+def test_training_is_not_given_the_time_of_quantizing(capsys: pytest.CaptureFixture[str]) -> None:
+    # every stage of these recipes that trains runs on several processes as well
+    assert invoke(["plan", "gptq_then_s2r", "--cluster", "1", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["cluster"]["stages"]) == {"quantize"}
+    assert invoke(["plan", "s2r_tiny", "--cluster", "1"]) == 3
+    assert "the time of no stage" in capsys.readouterr().err
+    # so nobody is sent there in vain
+    assert invoke(["plan", "s2r_tiny"]) == 0
+    assert "--cluster" not in capsys.readouterr().err
+    assert invoke(["plan", "quickstart"]) == 0
+    assert "--cluster 1" in capsys.readouterr().err
+
+
 def test_inputs_of_calibrated_routers_travel_to_the_first_process() -> None:
     without = rows([4], ("stages.quantize.router.calibrate=false",))[0].traffic
     tokens, hidden, layers = 128 * 2048, 4096, 32
