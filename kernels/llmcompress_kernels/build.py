@@ -344,11 +344,23 @@ def _source_hash(family: Family) -> str:
 
 
 def _tool_hash(family: Family) -> str:
-    """Hash of the compiler, its version, and the commands."""
+    """Hash of the compiler, its version, the commands, and how torch was built; another checkout or venv is the same.
+
+    What lies in the folders counts by content or version, so that moving them compiles nothing again.
+    """
     tool, place = family.toolchain, Path("-")
     commands = [*tool.compile(place, place, family), *tool.link([], place, family)]
-    text = json.dumps([tool.version(), platform.machine(), commands])
+    folders = {str(SOURCES): "csrc", **({str(torch_folder()): "torch"} if family.torch else {})}
+    for folder, name in folders.items():
+        commands = [word.replace(folder, name) for word in commands]
+    text = json.dumps([tool.version(), platform.machine(), commands, _torch_build() if family.torch else None])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _torch_build() -> list[str]:
+    """What tells two builds of one torch version apart."""
+    torch = importlib.import_module("torch")
+    return [str(torch.version.git_version), str(torch.version.cuda), str(torch.compiled_with_cxx11_abi())]
 
 
 @functools.cache

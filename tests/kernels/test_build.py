@@ -82,6 +82,20 @@ def test_builds_once_and_says_so(family: build.Family, tmp_path: Path, capfd: py
     assert [path.suffix for path in build.cache_folder().iterdir()] == [".so"]  # nothing else is left
 
 
+def test_another_checkout_or_venv_finds_the_same_library(
+    family: build.Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_torch = build.Family("tiny", ("tiny.cpp",), headers=("tiny.h",), torch=True)
+    first, key = build.build(family), build._tool_hash(with_torch)
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(tmp_path / "csrc", tmp_path / "elsewhere"))
+    monkeypatch.setattr(build, "torch_folder", lambda: tmp_path / "site-packages" / "torch")
+    assert build.build(family) == first and compilations(tmp_path) == 2
+    assert build._tool_hash(with_torch) == key
+    # but not another build of torch under the same version
+    monkeypatch.setattr(build, "_torch_build", lambda: ["another commit", "None", "True"])
+    assert build._tool_hash(with_torch) != key
+
+
 def test_changed_header_gives_another_library(family: build.Family, tmp_path: Path) -> None:
     first = build.build(family)
     (tmp_path / "csrc" / "tiny.h").write_text("#define ANSWER 43\n")
