@@ -194,7 +194,11 @@ def _measure_one(out: Output, path: str, config: EvaluateConfig, dtype: str, dev
     opened, ledger = _open(path, dtype, device, out), Ledger()
     prepared = _prepare(config, opened, out)
     open_tasks(prepared, ledger, ["compressed"])
-    measure_side("compressed", opened.model, opened.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
+
+    def tell(text: str) -> None:  # there is one model, compressed or not
+        out.note(text.removeprefix("compressed: "))
+
+    measure_side("compressed", opened.model, opened.tokenizer, config, prepared, ledger, tell)  # type: ignore[arg-type]
     return pair_scores(None, side_scores("compressed", config, prepared, ledger))
 
 

@@ -72,7 +72,7 @@ def serve_model(
     served = _served(model, tokenizer, name)
     longest = min(served.context or limits.cache_tokens, limits.cache_tokens)
     rows, remark = _batches(model, limits, longest, native)
-    return Served({name: served}, [Group(rows, {name: None})], [f"{name}: {rows.kind} batches{remark}"])
+    return Served({name: served}, [Group(rows, {name: None})], [f"{name}: {_size(rows)}{remark}"])
 
 
 def serve_family(
@@ -110,7 +110,7 @@ def serve_family(
         longest = min(models[members[0]].context or limits.cache_tokens, limits.cache_tokens)
         rows, remark = _batches(model, limits, longest, native, family.batch, members)
         groups.append(Group(rows, {member: member for member in members}))
-        remarks.append(f"{', '.join(members)}: {rows.kind} batches{remark}")
+        remarks.append(f"{', '.join(members)}: {_size(rows)}{remark}")
     return Served(models, groups, remarks)
 
 
@@ -133,6 +133,11 @@ def _batches(
         return rows, ""
     rows, remark = _modules(model, limits, longest, batch, members)
     return rows, f": {reason}{remark}"
+
+
+def _size(rows: Rows) -> str:
+    """Which way decodes, and how much at once: fewer sequences than asked for where long ones fill the cache."""
+    return f"{rows.kind} batches of up to {rows.limit} sequences of up to {rows.longest} tokens"
 
 
 def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows | None, str]:
