@@ -163,9 +163,11 @@ def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
 
     folder = resolve_path(loaded.recipe.model.path)
     if not folder.is_dir():
-        raise no_model_folder(loaded.recipe.model.path)
+        error = no_model_folder(loaded.recipe.model.path)
+        raise InputError(error.message, f"{error.hint}{_needs(loaded, 'model.path')}")
     if absent := loaded.absent():
-        raise InputError("\n".join(absent), "correct the path, or put the file there")
+        place = absent[0].split(": ")[1]
+        raise InputError("\n".join(absent), f"correct the path, or put the file there{_needs(loaded, place)}")
     file = folder / "config.json"
     if not file.is_file():
         return
@@ -175,6 +177,16 @@ def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
     require_sources(loaded, file.parent)
     for note in predicted.notes:
         out.warning(note)
+
+
+def _needs(loaded: LoadedRecipe, path: str) -> str:
+    """What a shipped recipe says it needs, where it was the recipe itself that named the path."""
+    from llmcompress.recipe.catalog import list_recipes
+
+    if loaded.place(path).startswith("override"):
+        return ""
+    found = next((info.needs for info in list_recipes() if info.path.resolve() == loaded.path.resolve()), "")
+    return f"; this recipe needs {found}" if found else ""
 
 
 def require_sources(loaded: LoadedRecipe, folder: Path) -> None:

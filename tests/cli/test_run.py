@@ -130,15 +130,22 @@ def test_resume_of_no_run_and_a_broken_model(
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_missing_text_of_the_last_stage_is_an_error_before_any_work(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_not_here_is_an_error_before_any_work(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(recipe_text(tiny_folder, tmp_path / "run"))
     source = "stages.evaluate.perplexity.text.source={kind: text, path: gone.txt}"
     assert invoke(["run", str(recipe), source]) == 4
     assert "stages.evaluate.perplexity.text.source.path: no such file or folder: gone.txt" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    # what a shipped recipe itself names comes from somewhere, and its header says from where
+    assert invoke(["run", "rqt_tiny"]) == 4
+    assert "`make family` trains" in capsys.readouterr().err
+    assert invoke(["run", "rqt_tiny", "model.path=org/Base-7B"]) == 4
+    said = capsys.readouterr().err
+    assert "hf download org/Base-7B" in said and "make family" not in said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
 
 
 def test_inspect_model_and_artifact(
