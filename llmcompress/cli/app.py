@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import logging
 import os
 import sys
@@ -95,6 +96,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program name; ``sys.argv`` by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _survive_narrow_encodings()
     for key, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(key, value)
     # records that no handler takes would reach stderr through logging's last resort
@@ -119,6 +121,13 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     if code == ExitCode.INTERRUPTED:
         commands.current.error("stopped by Ctrl-C", "run the command again", ExitCode.INTERRUPTED)
     return code if isinstance(code, int) else ExitCode.OK
+
+
+def _survive_narrow_encodings() -> None:
+    """Let a terminal or pipe that is not UTF-8 show ``?`` where it has no sign for ``→``, instead of ending a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 # said when an error brings no next step of its own

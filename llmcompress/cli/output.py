@@ -46,7 +46,7 @@ class Output:
         """
         self._answered = True
         if self.json_mode:
-            self.write(json.dumps(plain(data), indent=1, ensure_ascii=False))
+            self.write(_as_json(data))
         elif isinstance(show, str):
             self.write(show)
         else:
@@ -79,7 +79,7 @@ class Output:
             screen.print(hint, markup=False, highlight=False, soft_wrap=True)
         if self.json_mode and not self._answered:
             data = {"message": message, "next": hint, "kind": code.name.lower(), "exit_code": int(code), **extra}
-            self.write(json.dumps({"error": plain(data)}, indent=1, ensure_ascii=False))
+            self.write(_as_json({"error": data}))
 
     def sinks(self) -> list[Sink]:
         """Displays for a run: live on a terminal, lines otherwise, warnings only with ``--quiet``."""
@@ -107,6 +107,12 @@ def console(stream: Any) -> Console:
 def _stderr(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def _as_json(data: Any) -> str:
+    """JSON in the signs that stdout has; others are escaped and not lost."""
+    utf8 = str(getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    return json.dumps(plain(data), indent=1, ensure_ascii=not utf8)
 
 
 def plain(data: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,20 @@ def test_light_commands_import_nothing_heavy_and_are_quick(words: str) -> None:
     seconds = _children() - before[1]
     assert "heavy [] 0" in done.stderr, done.stderr
     assert seconds < 3, f"{words} took {seconds:.1f} s of processor time"
+
+
+def test_an_output_that_is_not_utf8_loses_signs_and_no_run() -> None:
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "1"}
+
+    def told(*words: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-m", "llmcompress", *words], capture_output=True, env=narrow, timeout=60
+        )
+
+    done = told("validate", "gptq")  # it says load → calibrate
+    assert done.returncode == 0 and b"load ? calibrate" in done.stdout
+    done = told("validate", "läuft", "--json")
+    assert done.returncode == 3 and "läuft" in json.loads(done.stdout)["error"]["message"]
 
 
 def _children() -> float:
