@@ -99,7 +99,8 @@ class Plan:
         dense_bytes: Size of the model's weights before.
         output_bytes: Size of the weights after: packed, plus what stays dense.
         bits_codes: Average bits by the papers' convention (no embeddings, scales or zero points).
-        bits_stored: Average bits of everything stored.
+        bits_weights: Average bits of the quantized weights with their scales and zero points.
+        bits_stored: Average bits of everything stored, embeddings and heads included.
         ram, vram: Largest peak of any stage.
         disk: Everything the run writes.
         flops: Sum over the stages.
@@ -118,6 +119,7 @@ class Plan:
     dense_bytes: int
     output_bytes: int
     bits_codes: float
+    bits_weights: float
     bits_stored: float
     ram: int
     vram: int
@@ -254,6 +256,7 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         dense_bytes=sizes.model_bytes(layout, {}, inputs.weight_bytes),
         output_bytes=sizes.model_bytes(layout, inputs.specs, inputs.weight_bytes),
         bits_codes=bits.codes,
+        bits_weights=bits.weights,
         bits_stored=bits.stored,
         ram=ram,
         vram=vram,

@@ -43,6 +43,7 @@ def test_bits_and_sizes_of_the_paper(recipe, name, bits, sizes):
         assert found.bits_codes == pytest.approx(average, abs=0.001)
         assert found.output_bytes / 1e9 == pytest.approx(size, abs=0.02)
         assert found.bits_stored == pytest.approx(8 * found.output_bytes / found.parameters)
+        assert found.bits_codes < found.bits_weights < found.bits_stored
 
 
 def test_parameter_counts_equal_the_published_ones():
