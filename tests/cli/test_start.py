@@ -7,14 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
+import typer
 
-COMMANDS = (
-    "run", "resume", "validate", "plan", "recipes", "recipes ls", "recipes show", "recipes cp", "schema", "inspect",
-    "eval", "compare", "export", "generate", "chat", "bench", "bench model", "bench kernels", "bench tune", "report",
-    "doctor", "version",
-)  # fmt: skip
 LIGHT = ("--help", "version", "recipes ls", "schema", "validate eac_moe_mixtral", "recipes show quickstart")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers", "numpy")
 
@@ -59,14 +56,29 @@ def _children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_and_the_common_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def commands(group: Any = None, words: str = "") -> list[tuple[str, bool]]:
+    """Every command and group as typed, and whether it is a command."""
+    from llmcompress.cli.app import app
+
+    group = group or typer.main.get_command(app)
+    found = []
+    for name, inner in group.commands.items():
+        deeper = hasattr(inner, "commands")
+        found.append((f"{words} {name}".strip(), not deeper))
+        found += commands(inner, f"{words} {name}".strip()) if deeper else []
+    return found
+
+
+@pytest.mark.parametrize(("name", "runs"), commands(), ids=str)
+def test_every_command_has_help_and_the_common_options(
+    name: str, runs: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llmcompress.cli.app import invoke
 
     assert invoke([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage:" in text
-    if name not in ("recipes", "bench"):
+    if runs:
         for option in ("--json", "--quiet", "--debug"):
             assert option in text
 
