@@ -117,6 +117,8 @@ def model_folder(text: str) -> Path:
         path = path / "artifact"
     if not (path / "config.json").is_file():
         hint = "finish the run first: llmcompress resume " + text if (path / "run.json").exists() else None
+        if hint is None and (ggufs := sorted(path.glob("*.gguf"))):
+            hint = f"{ggufs[0].name} is for llama.cpp and the like; give the folder it was exported from"
         raise InputError(f"{text}: no config.json there", hint or "give a folder in the Hugging Face layout")
     return path
 

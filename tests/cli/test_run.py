@@ -178,6 +178,10 @@ def test_inspect_refuses_pickles_and_damage(
     (tmp_path / "config.json").write_text("{")
     assert invoke(["inspect", str(tmp_path)]) == 4
     assert "not valid JSON" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model.gguf").touch()
+    assert invoke(["inspect", str(tmp_path)]) == 4
+    assert "llama.cpp" in capsys.readouterr().err
 
 
 def test_eval_and_compare(
