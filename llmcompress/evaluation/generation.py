@@ -35,6 +35,9 @@ def generate(
     """
     from transformers import GenerationConfig as HFGenerationConfig
 
+    from llmcompress.inference.greedy import end_tokens
+
+    ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # explicit: a checkpoint's own generation settings must not turn a greedy comparison into sampling
     sampling = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature > 0 else {}
@@ -44,13 +47,10 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         repetition_penalty=1.0,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends) or None,
     )
     prompts = [_prompt_ids(tokenizer, prompt, config.chat) for prompt in config.prompts]
     if config.temperature == 0 and writer is not None:
-        from llmcompress.inference.greedy import end_tokens
-
-        ends = end_tokens(model) if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
         written = writer.write(prompts, config.max_new_tokens, ends)
         if written is not None:
             return written

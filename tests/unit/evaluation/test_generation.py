@@ -36,6 +36,15 @@ def test_greedy_is_the_argmax_whatever_the_checkpoint_says(model, tiny_tokenizer
     assert generate(model, tiny_tokenizer, config) == expected
 
 
+def test_a_turn_ends_where_the_settings_say(model, tiny_tokenizer):
+    config = GenerationConfig(prompts=("The cat",), max_new_tokens=6)
+    model = copy.deepcopy(model)
+    first = generate(model, tiny_tokenizer, config)[0][0]
+    model.generation_config.eos_token_id = [2, first]
+    assert generate(model, tiny_tokenizer, config) == [[first]]
+    assert generate(model, tiny_tokenizer, config, GreedyWriter(model)) == [[first]]
+
+
 def test_the_native_engine_writes_the_same(model, tiny_tokenizer):
     config = GenerationConfig(prompts=("The cat", "Nobody", "the warm sea"), max_new_tokens=12)
     writer = GreedyWriter(model)
