@@ -360,9 +360,8 @@ def measure_streamed(
         key = f"{side}.perplexity.{name}"
         if not ledger.has(key):
             result = streamed_perplexity(
-                stream, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep",
-                progress=Pace(f"{side}: {name}", tell),
-            )  # fmt: skip
+                stream, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep"
+            )
             ledger.put(key, asdict(result))
             tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens, block by block")
 

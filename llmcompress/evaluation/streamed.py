@@ -23,7 +23,6 @@ def streamed_perplexity(
     stride: int | None = None,
     *,
     keep_tail: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """The figure of :func:`~llmcompress.evaluation.perplexity.perplexity`, up to the rounding of matrix products.
 
@@ -33,7 +32,6 @@ def streamed_perplexity(
         length: Tokens per window.
         stride: Tokens between window starts; ``length`` when None.
         keep_tail: Whether a shorter last window counts.
-        progress: Hears after each pass through the head how many windows of how many are finished.
 
     Raises:
         InputError: The model's output is not finite.
@@ -51,5 +49,5 @@ def streamed_perplexity(
         return model.logits(part, slice(rows.start - bounds[part], rows.stop - bounds[part]))
 
     size = automatic_batch(length, int(model.model.config.get_text_config().vocab_size))
-    found = scored(text, windows(len(text.tokens), length, stride, keep_tail), size, length, logits, progress)
+    found = scored(text, windows(len(text.tokens), length, stride, keep_tail), size, length, logits)
     return replace(found, seconds=time.perf_counter() - started)
