@@ -22,6 +22,8 @@ Context = tuple[int, ...]
 
 # log-ratios beyond this carry no information and overflow in exp; the authors clamp there too
 MAX_LOG_RATIO = 10.0
+# responses that the context before counts for, where few came through a context
+LEAN = 4
 # rows of logits in float32 at once
 PIECE = 2048
 
@@ -47,6 +49,29 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 def contexts(rewards: Sequence[int]) -> list[Context]:
     """Reward context of each action: the rewards of those before it (section 2.3.2)."""
     return [tuple(rewards[:index]) for index in range(len(rewards))]
+
+
+def context_values(prefixes: Sequence[Sequence[Context]], outcomes: Sequence[float]) -> dict[Context, float]:
+    """Mean outcome of the responses that came through each reward context: what is to be expected there.
+
+    A context that few came through leans on the one before it: ``V(c) = (Σ R + 4 V(c′)) / (n + 4)`` with its ``n``
+    responses and the context ``c′`` without the last reward; the empty one leans on 0. Ours.
+
+    Args:
+        prefixes: Of each response, the contexts of its actions (:func:`contexts`).
+        outcomes: Of each response.
+    """
+    found: dict[Context, tuple[float, int]] = {}
+    for passed, outcome in zip(prefixes, outcomes, strict=True):
+        for context in passed:
+            total, count = found.get(context, (0.0, 0))
+            found[context] = (total + outcome, count + 1)
+    values: dict[Context, float] = {}
+    for context in sorted(found, key=len):
+        total, count = found[context]
+        before = values[context[:-1]] if context else 0.0
+        values[context] = (total + LEAN * before) / (count + LEAN)
+    return values
 
 
 def accuracy_bin(right: int, samples: int, bins: int) -> int:

@@ -260,7 +260,9 @@ def announce(name: str, figures: dict[str, float | int | None], ctx: RunContext,
             ctx.emit("metric", name=f"{name}.{key}", value=value, **more)
 
 
-def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, rows: int) -> Estimate:
+def estimate_training(
+    config: TrainingConfig, inputs: PlanInputs, length: int, rows: int, mean: bool = False
+) -> Estimate:
     """Memory of training: weights, gradients, moments, reference, activations of one micro-batch.
 
     Args:
@@ -268,6 +270,7 @@ def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, r
         inputs: The model and what is known of it.
         length: Longest row in tokens.
         rows: Rows at once.
+        mean: Whether a mean of the weights is kept beside them.
     """
     import math
 
@@ -282,7 +285,7 @@ def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, r
         # the reference is a frozen copy in the compute type
         moving, frozen = total, total * inputs.compute_bytes
     # what is trained, its gradient and two moments are in float32
-    weights = frozen + moving * 16
+    weights = frozen + moving * (20 if mean else 16)
     rows = min(rows, config.micro_batch)
     # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
     # logits thrice
@@ -290,6 +293,6 @@ def estimate_training(config: TrainingConfig, inputs: PlanInputs, length: int, r
     tokens = max(length, min(rows * length, config.micro_tokens or rows * length))
     activations = tokens * hidden * inputs.compute_bytes
     peak = weights + activations
-    disk = moving * 12 + (0 if config.adapter is not None else total * inputs.weight_bytes)
+    disk = moving * (16 if mean else 12) + (0 if config.adapter is not None else total * inputs.weight_bytes)
     on_gpu = inputs.device == "cuda"
     return Estimate(ram=total * inputs.compute_bytes if on_gpu else peak, vram=peak if on_gpu else 0, disk=disk)

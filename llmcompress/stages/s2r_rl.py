@@ -140,6 +140,10 @@ class S2RRlConfig(TrainingConfig):
     """Learning rate after warm-up; the paper names none. A model whose supervised training ended at rate 0 loses
     accuracy to any constant rate before it learns: there ``linear`` is the better choice."""
 
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Last share of the optimiser steps whose weights are averaged into the trained ones; 0 keeps the last weights, as
+    in the paper. Ours: a step is mostly noise, and the mean keeps what the steps agree on."""
+
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
     """Limit of the gradient norm."""
 
@@ -177,6 +181,12 @@ class S2RRlConfig(TrainingConfig):
     weigh_by_length: bool = False
     """Weigh a response by its number of actions (outcome level: tokens). In the paper's mean over a response an action
     of a response of seven attempts has a seventh of the weight of a single attempt's; ours, off in the paper."""
+
+    credit: Literal["response", "action"] = "response"
+    """Outcome level, online: one advantage for a response, as in the paper, or one for each action: the outcome less
+    what was to be expected before it, which is the mean outcome of the problem's other samples before the first
+    attempt and that of all responses with the same reward context before a later action. Ours: the same gradient in
+    expectation with much less noise, so that fewer responses teach more."""
 
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Credit of later actions; 0 in the paper. Above 0 the baseline is that of the return."""
@@ -216,6 +226,12 @@ class S2RRlConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _credited(self) -> Self:
+        if self.credit == "action" and (self.level, self.mode) != ("outcome", "online"):
+            raise ValueError("credit: action is for level: outcome, mode: online; process level credits actions anyway")
+        return self
+
+    @model_validator(mode="after")
     def _expressible(self) -> Self:
         if self.engine == "own":
             return self
@@ -227,6 +243,8 @@ class S2RRlConfig(TrainingConfig):
             "train_end: false": not self.train_end,
             "weigh_by_length: true": self.weigh_by_length,
             "an anchor": self.anchor > 0,
+            "credit: action": self.credit != "response",
+            "an average of weights": self.average > 0,
             "skip_agreeing: true with a KL (skip_agreeing: false, or kl: 0)": self.skip_agreeing and self.kl > 0,
             "updates that do not divide prompts × samples": self.prompts * self.samples % self.updates != 0,
         }
@@ -244,8 +262,9 @@ class S2RRl(TrainingStage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
-        found = estimate_training(self.config, inputs, self.config.max_length, self.config.micro_batch)
-        if self.config.engine == "trl" and find_spec("trl") is None:
+        c = self.config
+        found = estimate_training(c, inputs, c.max_length, c.micro_batch, mean=c.average > 0)
+        if c.engine == "trl" and find_spec("trl") is None:
             found = replace(found, notes=(*found.notes, "engine: trl is not installed: pip install 'llmcompress[trl]'"))
         return found
 
@@ -298,7 +317,7 @@ class S2RRl(TrainingStage):
             skip_agreeing=c.skip_agreeing, micro_batch=c.micro_batch, micro_tokens=c.micro_tokens,
             save_every=c.checkpoint_every, seed=ctx.seed,
             anchor=c.anchor, repeat_penalty=c.repeat_penalty, weigh_by_length=c.weigh_by_length,
-            decay=c.decay,
+            decay=c.decay, credit=c.credit, average=c.average,
         )  # fmt: skip
 
     def _baseline(self) -> GroupBaseline:

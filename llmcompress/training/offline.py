@@ -169,7 +169,7 @@ def train_offline(
     per_epoch = math.ceil(len(pool.rollouts) / size)
     trainer = Trainer(
         policy.trainable, settings.lr, settings.warmup, per_epoch * epochs, settings.decay, settings.max_norm,
-        world=policy.world,
+        world=policy.world, tail=settings.average,
     )  # fmt: skip
     # the reference scores the pool, before any step and after every resume
     with policy.reference():
@@ -190,4 +190,5 @@ def train_offline(
         on_step(record)
         if due(step + 1, settings.save_every, step + 1 == per_epoch * epochs):
             trainer.save(checkpoint, {"curve": curve})
+    trainer.finish()
     return curve

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import InputError
@@ -34,17 +34,18 @@ class Trainer:
         steps: Total optimizer steps, for the decay.
         decay: ``constant`` (the paper names no schedule besides warm-up) or ``linear`` to zero.
         max_norm: Gradient norm limit, None for none.
-        weight_decay: AdamW's.
         world: The processes that train together.
+        tail: Last share of the training whose values :meth:`finish` averages; 0 for none.
 
     Attributes:
         step: Steps done.
         spent: Share of the time that training may take, where it may take no longer; the rate falls by it too.
+        averaged: Steps in the mean so far.
     """
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], lr: float, warmup: int, steps: int, decay: str = "constant",
-        max_norm: float | None = None, weight_decay: float = 0.0, world: World = ALONE,
+        max_norm: float | None = None, world: World = ALONE, tail: float = 0.0,
     ) -> None:  # fmt: skip
         self.world = world
         self.parameters, self.lr, self.warmup = parameters, lr, warmup
@@ -52,9 +53,11 @@ class Trainer:
         values = list(parameters.values())
         # on a GPU one kernel for all parameters instead of a dozen for each group of them
         self.fused = all(value.is_cuda for value in values)
-        self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=weight_decay, fused=self.fused or None)
+        self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=0.0, fused=self.fused or None)
         self.step = 0
         self.spent = 0.0
+        self.tail, self.averaged = tail, 0
+        self._mean: dict[str, Tensor] = {}
 
     def rate(self) -> float:
         """Learning rate of the next step."""
@@ -70,8 +73,31 @@ class Trainer:
         """
         norm = self._step() if self.world.rank == 0 else 0.0
         self.step += 1
+        if self.world.rank == 0 and max(self.step / max(1, self.steps), self.spent) > 1 - self.tail:
+            self._add_to_mean()
         self._publish()
         return float(self.world.tell(norm))
+
+    @torch.no_grad()
+    def _add_to_mean(self) -> None:
+        """``m ← m + (θ − m) / n``: the plain mean, without a sum that grows."""
+        self.averaged += 1
+        for name, parameter in self.parameters.items():
+            if self.averaged == 1:
+                self._mean[name] = parameter.detach().clone()
+            else:
+                self._mean[name].lerp_(parameter.detach(), 1 / self.averaged)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the mean of the tail in the place of the last values, in all processes; nothing where none is kept.
+
+        Steps of reinforcement are mostly noise: the mean keeps what they agree on (Polyak and Juditsky, "Acceleration
+        of stochastic approximation by averaging", 1992; the mean over the last part is tail averaging).
+        """
+        for name, mean in self._mean.items():
+            self.parameters[name].data.copy_(mean)
+        self._publish()
 
     def _step(self) -> float:
         values = list(self.parameters.values())
@@ -95,7 +121,7 @@ class Trainer:
                 value.data.copy_(part.view_as(value))
 
     def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Write parameters, moments and ``progress`` (JSON data); the first process does."""
+        """Write parameters, moments, the mean of the tail and ``progress`` (JSON data); the first process does."""
         if self.world.rank > 0:
             return
         tensors = {}
@@ -105,7 +131,8 @@ class Trainer:
                 moment = self.optimizer.state.get(parameter, {}).get(key)
                 if moment is not None:
                     tensors[f"{key}.{name}"] = moment.cpu().contiguous()
-        record = json.dumps({"step": self.step, **progress}, sort_keys=True)
+        tensors |= {f"mean.{name}": mean.cpu().contiguous() for name, mean in self._mean.items()}
+        record = json.dumps({"step": self.step, "averaged": self.averaged, **progress}, sort_keys=True)
         write_durably(path, save(tensors, metadata={"progress": record}))
 
     def restore(self, path: Path) -> dict[str, Any] | None:
@@ -118,6 +145,8 @@ class Trainer:
         if progress is not None:
             self._publish()
             self.step = int(progress.pop("step"))
+            # checkpoints of versions that knew no mean have none
+            self.averaged = int(progress.pop("averaged", 0))
         return progress
 
     def _read(self, path: Path) -> dict[str, Any] | None:
@@ -133,6 +162,8 @@ class Trainer:
                         # the fused optimizer counts on the device
                         step = torch.tensor(float(progress["step"]), device=parameter.device if self.fused else "cpu")
                         self.optimizer.state[parameter] = {"step": step, **moments}
+                    if progress.get("averaged"):
+                        self._mean[name] = handle.get_tensor(f"mean.{name}").to(parameter.device)
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path}: cannot continue from this checkpoint: {error}", "delete it and resume"

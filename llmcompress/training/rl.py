@@ -36,6 +36,7 @@ from llmcompress.training.policy import Policy
 from llmcompress.training.rows import flags, pad_rows
 
 Level = Literal["outcome", "process"]
+Credit = Literal["response", "action"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,13 @@ class RlSettings:
     repeat_penalty: float = 0.0
     weigh_by_length: bool = False
     decay: str = "constant"
+    credit: Credit = "response"
+    average: float = 0.0
+
+    @property
+    def units(self) -> Level:
+        """What has an advantage of its own: the response, or each of its actions."""
+        return "process" if self.credit == "action" else self.level
 
 
 @dataclass(slots=True)
@@ -154,6 +162,34 @@ def outcome_advantages(
     for rollout, value in zip(rollouts, values):
         rollout.advantages = [value]
         rollout.weight = 0.0 if skip_agreeing and value == 0 else 1.0
+
+
+def action_advantages(
+    rollouts: Sequence[Rollout], samples: int, skip_agreeing: bool, repeat_penalty: float = 0.0
+) -> None:
+    """The outcome as the reward of every action, less what was to be expected before that action. Ours.
+
+    Before the first attempt that is the mean outcome of the problem's other samples, as in RLOO; before a later action
+    the mean outcome of all responses with its reward context, as at process level
+    (:func:`~llmcompress.algorithms.rl_objectives.context_values`). Neither depends on the action, so that the gradient
+    stays that of the outcome and loses noise only: RLOO credits the attempt that was known to be wrong with the success
+    of the one after it.
+
+    Args:
+        rollouts: In the order of the problems.
+        samples: Of each problem.
+        skip_agreeing: Give no weight to problems whose samples all agree.
+        repeat_penalty: Taken off the advantage of a retry with an answer that was given before.
+    """
+    outcomes = [float(rollout.outcome) for rollout in rollouts]
+    prefixes = [rl.contexts(rollout.rewards) for rollout in rollouts]
+    expected = rl.context_values(prefixes, outcomes)
+    of_others = rl.leave_one_out(torch.tensor(outcomes).view(-1, samples)).flatten().tolist()
+    for rollout, outcome, passed, first in zip(rollouts, outcomes, prefixes, of_others):
+        rollout.advantages = [first, *(outcome - expected[context] for context in passed[1:])]
+        lost = [repeat_penalty * again for again in rollout.repeated]
+        rollout.advantages = [a - less for a, less in zip(rollout.advantages, lost)]
+        rollout.weight = 0.0 if skip_agreeing and first == 0 else 1.0
 
 
 def process_advantages(
@@ -274,7 +310,7 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
 def unit_advantages(scored: Scored, index: int, settings: RlSettings) -> list[float]:
     """Advantages of a rollout's units with ``β log(π_old / π_ref)`` taken off, without gradient (Eq. 2 and 5)."""
     rollout = scored.rollouts[index]
-    units = torch.tensor(token_units(rollout, settings.level, settings.train_end))[None]
+    units = torch.tensor(token_units(rollout, settings.units, settings.train_end))[None]
     difference = (scored.old[index] - scored.reference[index])[None]
     sums, sizes = rl.unit_sums(difference, units, len(rollout.advantages))
     kl = sums / sizes.clamp_min(1) if settings.kl_mean else sums
@@ -299,7 +335,7 @@ def update(
         rows = [scored.rollouts[i] for i in part]
         padded = pad_rows([r.prompt for r in rows], [r.ids for r in rows], reader.pad, device)
         width = padded.targets.shape[1]
-        units = flags([token_units(r, settings.level, settings.train_end) for r in rows], width, device, -1)
+        units = flags([token_units(r, settings.units, settings.train_end) for r in rows], width, device, -1)
         count = max(len(r.advantages) for r in rows)
         advantages = torch.zeros(len(rows), count)
         old = torch.zeros(len(rows), width)
@@ -404,7 +440,7 @@ def train_online(
     """
     trainer = Trainer(
         policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, settings.decay,
-        settings.max_norm, world=policy.world,
+        settings.max_norm, world=policy.world, tail=settings.average,
     )  # fmt: skip
     progress = trainer.restore(checkpoint) or {}
     curve: list[dict[str, Any]] = progress.get("curve", [])
@@ -419,11 +455,12 @@ def train_online(
         indices = prompts_of_step(len(problems), settings.prompts, step, settings.seed)
         rollouts = collect(policy, reader, problems, indices, settings, settings.seed * 65_537 + step)
         if settings.level == "outcome":
-            outcome_advantages(rollouts, settings.samples, settings.skip_agreeing, settings.repeat_penalty)
+            give = action_advantages if settings.credit == "action" else outcome_advantages
+            give(rollouts, settings.samples, settings.skip_agreeing, settings.repeat_penalty)
         else:
             process_advantages(rollouts, baseline, context_keys, settings)
         if settings.weigh_by_length:
-            weigh_by_length(rollouts, settings.level)
+            weigh_by_length(rollouts, settings.units)
         scored = score(policy, reader, rollouts, settings, same=False)
         rows = list(range(len(rollouts)))
         random.Random(f"{settings.seed}:updates:{step}").shuffle(rows)
@@ -440,4 +477,5 @@ def train_online(
         on_step(record)
         if due(step + 1, settings.save_every, step + 1 == settings.steps or stopped is not None):
             trainer.save(checkpoint, {"curve": curve, "baseline": baseline.state(), "stopped": stopped})
+    trainer.finish()
     return curve, stopped

@@ -33,6 +33,7 @@ RL = {
 STAGES = {
     "init": S2RInit("s", INIT),
     "outcome": S2RRl("s", S2RRlConfig(level="outcome", **RL)),
+    "credit": S2RRl("s", S2RRlConfig(level="outcome", credit="action", average=0.9, **RL)),
     "process": S2RRl("s", S2RRlConfig(level="process", baseline={"scope": "running", "min_group": 1}, **RL)),
     "offline": S2RRl(
         "s",

@@ -17,6 +17,7 @@ from llmcompress.algorithms.rl_objectives import (
     bonus_factors,
     clipped_loss,
     confirmed_end,
+    context_values,
     contexts,
     full_kl,
     keep_problem,
@@ -63,6 +64,20 @@ def test_context_baseline_over_a_pool_by_hand():
     assert found[(-1,)] == 0
     assert found[(-1, 1)] == 1
     assert GroupBaseline(min_group=3).values(keys, values)[1] == 0
+
+
+def test_what_a_context_lets_expect_by_hand():
+    prefixes = [[(), (1,)], [(), (-1,), (-1, 1), (-1, 1, -1)], [(), (-1,), (-1, 1), (-1, 1, 1)]]
+    values = context_values(prefixes, [1.0, -1.0, 1.0])
+    start = 1 / (3 + 4)
+    wrong = (0 + 4 * start) / (2 + 4)
+    told = (0 + 4 * wrong) / (2 + 4)
+    assert values == pytest.approx(
+        {
+            (): start, (1,): (1 + 4 * start) / 5, (-1,): wrong, (-1, 1): told,
+            (-1, 1, -1): (-1 + 4 * told) / 5, (-1, 1, 1): (1 + 4 * told) / 5,
+        }
+    )  # fmt: skip
 
 
 def test_running_baseline_is_read_before_the_batch_is_added():

@@ -34,6 +34,44 @@ def test_continuing_from_a_checkpoint_gives_the_same_bits(tmp_path):
         assert torch.equal(parameter, again.parameters[name])
 
 
+def test_the_mean_of_the_tail_replaces_the_last_values_and_a_checkpoint_keeps_it(tmp_path):
+    whole, seen = make(tail=0.5), []
+    for number in range(6):
+        step(whole, number)
+        seen.append({name: parameter.detach().clone() for name, parameter in whole.parameters.items()})
+    last = {name: parameter.detach().clone() for name, parameter in whole.parameters.items()}
+    whole.finish()
+    assert whole.averaged == 3
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parameter.detach(), sum(values[name] for values in seen[3:]) / 3)
+        assert not torch.equal(parameter, last[name])
+    # broken off within the tail: the mean goes on where it was, and the steps start from values, not from the mean
+    half = make(tail=0.5)
+    for number in range(5):
+        step(half, number)
+    half.save(tmp_path / "c.safetensors", {})
+    again = make(tail=0.5)
+    assert again.restore(tmp_path / "c.safetensors") == {}
+    assert again.averaged == 2
+    step(again, 5)
+    again.finish()
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, again.parameters[name])
+
+
+def test_without_a_tail_the_last_values_stay_and_time_that_runs_out_begins_one():
+    plain, hurried = make(), make(steps=100, tail=0.25)
+    for number in range(6):
+        step(plain, number)
+    last = plain.parameters["w"].detach().clone()
+    plain.finish()
+    assert torch.equal(plain.parameters["w"], last)
+    for number, spent in enumerate((0.5, 0.75, 0.8, 0.9)):
+        hurried.spent = spent
+        step(hurried, number)
+    assert hurried.averaged == 2
+
+
 def test_rates_by_hand():
     trainer = make(steps=4, decay="linear")
     rates = []

@@ -82,3 +82,49 @@ def test_an_update_on_agreeing_responses_alone_has_a_gradient_of_zero(scene):
     assert figures["loss"] == 0
     assert all(float(gradient.abs().sum()) == 0 for gradient in found.values())
     assert rl.curve_record(1, scored, [figures], settings)["agreeing"] == 0.5
+
+
+def worth(problem, rewards, outcome, repeated=None):
+    """A response known by its rewards alone."""
+    return rl.Rollout(problem, [], [], None, None, rewards, outcome, [], repeated or [False] * len(rewards))
+
+
+def test_actions_get_the_outcome_less_what_was_to_be_expected_before_them():
+    rollouts = [
+        worth(0, [1, 1], 1),
+        worth(0, [-1, 1, 1, 1], 1),
+        worth(1, [-1, -1], -1),
+        worth(1, [-1, 1, -1, -1], -1, [False, False, True, False]),
+    ]
+    rl.action_advantages(rollouts, 2, skip_agreeing=False, repeat_penalty=0.25)
+    # four responses, two right: 0 at the start, which a context of few leans on by four
+    right, wrong = 1 / 5, (1 - 1 - 1) / 7
+    told = (1 - 1 + 4 * wrong) / 6
+    after_right, after_wrong = (1 + 4 * told) / 5, (-1 + 4 * told) / 5
+    # both samples of each problem agree, so that RLOO, which the first attempt has, gives 0
+    assert rollouts[0].advantages == pytest.approx([0, 1 - right])
+    assert rollouts[1].advantages == pytest.approx([0, 1 - wrong, 1 - told, 1 - after_right])
+    assert rollouts[2].advantages == pytest.approx([0, -1 - wrong])
+    assert rollouts[3].advantages == pytest.approx([0, -1 - wrong, -1 - told - 0.25, -1 - after_wrong])
+    assert [rollout.weight for rollout in rollouts] == [1.0] * 4
+    rl.action_advantages(rollouts, 2, skip_agreeing=True)
+    assert [rollout.weight for rollout in rollouts] == [0.0] * 4
+    mixed = [worth(0, [1, 1], 1), worth(0, [-1, -1], -1)]
+    rl.action_advantages(mixed, 2, skip_agreeing=True)
+    assert [rollout.advantages[0] for rollout in mixed] == [2, -2]
+    assert [rollout.weight for rollout in mixed] == [1.0, 1.0]
+
+
+def test_actions_that_are_credited_are_units_of_their_own(scene):
+    _, _, rollouts, settings = scene
+    assert settings.units == "outcome"
+    assert replace(settings, credit="action").units == replace(settings, level="process").units == "process"
+    rl.action_advantages(rollouts, 4, skip_agreeing=True)
+    for rollout in rollouts:
+        assert len(rollout.advantages) == len(rollout.response.actions)
+
+
+def test_credit_for_actions_is_refused_where_it_means_nothing():
+    for more in ({"level": "process"}, {"level": "outcome", "mode": "offline"}):
+        with pytest.raises(ValueError, match="credit: action is for"):
+            S2RRlConfig(type="s2r_rl", task=TASK, credit="action", **more)
