@@ -25,26 +25,29 @@ STATE_INLINE __m512 exp16(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// silu of several vectors side by side: one alone waits for itself, as its operations hang on one another. exp(-x) is that
-// of exp16 with the sign taken into the constants: 2^n times a polynomial of x + n ln2, n the nearest to -x / ln2.
+// silu of several vectors side by side: one alone waits for itself, as its operations hang on one another. exp(-x) is 2^n
+// from a table of sixteenths, its whole part by scalef, times a cubic of x + n ln2, n the nearest sixteenth to -x / ln2; the
+// cubic leaves out 9e-9.
 template <int Count>
 STATE_INLINE void silu_all(__m512* x) {
-  const __m512 round = _mm512_set1_ps(kRound);
+  // adding it rounds to sixteenths, whose number modulo sixteen is then in the lowest bits
+  const __m512 round = _mm512_set1_ps(786432.0f);
+  const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+                                       1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
   __m512 n[Count], r[Count], p[Count];
   for (int k = 0; k < Count; ++k) {
     r[k] = _mm512_min_ps(_mm512_max_ps(x[k], _mm512_set1_ps(-88.0f)), _mm512_set1_ps(87.0f));
-    n[k] = _mm512_sub_ps(_mm512_fmadd_ps(r[k], _mm512_set1_ps(-1.44269504f), round), round);
+    n[k] = _mm512_fmadd_ps(r[k], _mm512_set1_ps(-1.44269504f), round);
+    p[k] = _mm512_permutexvar_ps(_mm512_castps_si512(n[k]), powers);
+    n[k] = _mm512_sub_ps(n[k], round);
   }
   for (int k = 0; k < Count; ++k) r[k] = _mm512_fmadd_ps(n[k], _mm512_set1_ps(0.693359375f), r[k]);
   for (int k = 0; k < Count; ++k) r[k] = _mm512_fmadd_ps(n[k], _mm512_set1_ps(-2.12194440e-4f), r[k]);
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(_mm512_set1_ps(-1.9875691500e-4f), r[k], _mm512_set1_ps(1.3981999507e-3f));
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(-8.3334519073e-3f));
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(4.1665795894e-2f));
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(-1.6666665459e-1f));
-  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], _mm512_set1_ps(5.0000001201e-1f));
   for (int k = 0; k < Count; ++k) {
-    p[k] = _mm512_fmadd_ps(p[k], _mm512_mul_ps(r[k], r[k]), _mm512_sub_ps(_mm512_set1_ps(1.0f), r[k]));
+    const __m512 cubic = _mm512_fmadd_ps(r[k], _mm512_set1_ps(-1.6666667e-1f), _mm512_set1_ps(0.5f));
+    r[k] = _mm512_fmsub_ps(_mm512_mul_ps(r[k], r[k]), cubic, r[k]);
   }
+  for (int k = 0; k < Count; ++k) p[k] = _mm512_fmadd_ps(p[k], r[k], p[k]);
   for (int k = 0; k < Count; ++k) p[k] = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p[k], n[k]));
   // a division takes sixteen cycles; 14 bits of the reciprocal and a step of Newton's take four
   for (int k = 0; k < Count; ++k) r[k] = _mm512_rcp14_ps(p[k]);

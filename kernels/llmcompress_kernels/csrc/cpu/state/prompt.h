@@ -23,7 +23,7 @@
 namespace state {
 namespace {
 
-constexpr int64_t kSegment = 256;  // tokens of one pass through the three steps
+constexpr int64_t kSegment = 128;  // tokens of one pass through the steps; their buffers are to stay in the second-level cache
 constexpr int64_t kStretch = 64;   // tokens of the inner loop, at most
 constexpr int kBlock = 8;          // states whose B and C lie side by side
 constexpr float kFloor = 9.31322574615478515625e-10f;  // 2^-30
