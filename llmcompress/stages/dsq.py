@@ -37,9 +37,9 @@ class DsqConfig(StageConfig):
     """Width of the codes."""
     codec: CompressedCodec = "dsq"
     """``dsq`` is the paper's. ``dsq_refit`` fits its channel scale to the codes by least squares (for runs without
-    ``esr``); ``dsq_static_p`` calibrates the channel scale, ``dsq_t`` the state scale; ``dsq_als`` refits both scales
-    in turns: the least damage at 4 bits without ``esr``, but no kernel. The rest are baselines: one scale per head,
-    channel, state, 32 states, or per head after Hadamard rotations."""
+    ``esr``); ``dsq_static_p`` calibrates the channel scale (faster on a CPU, but less exact: PAPERS.md), ``dsq_t`` the
+    state scale; ``dsq_als`` refits both scales in turns: the least damage at 4 bits without ``esr``, but no kernel. The
+    rest are baselines: one scale per head, channel, state, 32 states, or per head after Hadamard rotations."""
     alpha: Annotated[float, Field(ge=0, le=0.75)] = 0.5
     """Exponent of the first scale; the paper's square root is 0.5."""
     sqrt_axis: Literal["channel", "state"] = "channel"

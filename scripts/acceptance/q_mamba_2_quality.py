@@ -37,6 +37,7 @@ from llmcompress.models.handle import ModelHandle
 from llmcompress.nn.mixers import recurrent_evaluation
 from llmcompress.quant.store import PackedStore
 from llmcompress.stages.activations import Activations, ActivationsConfig
+from llmcompress.stages.dsq import Dsq, DsqConfig
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 from llmcompress.stages.esr import Esr, EsrConfig
 from llmcompress.stages.rtn import Rtn, RtnConfig
@@ -115,27 +116,35 @@ class Study:
         self, name: str, policy: dict[str, Any] | None, seed: int | None, weights: bool, words: bool = False
     ) -> Measured:
         """Quantize, reconstruct with ``seed`` unless it is None, and measure."""
-        handle = ModelHandle.open(self.folder, "float32")
-        tokens = windows(self.tokenizer, self.calibration, CALIBRATION, self.sequences, seed or 0)
-        state = RunState(model=handle, calibration=CalibrationSet.of(tokens, {}))
-        if policy is not None:
-            state.policies["state_cache"] = policy
-        if words:
-            Embeddings("embeddings", EmbeddingsConfig()).run(state, self.context(name, "embeddings", 0))
-        if weights:
-            Rtn("weights", RtnConfig.model_validate({"rules": WEIGHTS})).run(state, self.context(name, "weights", 0))
-            Activations("activations", ActivationsConfig()).run(state, self.context(name, "activations", 0))
-        if seed is not None:
-            Esr("esr", EsrConfig()).run(state, self.context(name, "esr", seed))
-        store = state.packed or PackedStore(self.work / name / "nothing")
-        model = compressed_model(handle, store, state.policies, torch.float32)
-        found = measure(model, self.heldout)
+        found = measure(self.assembled(name, policy, seed, weights, words), self.heldout)
         print(
             f"{name:<18} perplexity {found.perplexity:8.3f}   first {EDGE} {math.exp(found.first):8.3f}   "
             f"last {EDGE} {math.exp(found.last):8.3f}",
             flush=True,
         )
         return found
+
+    def assembled(
+        self, name: str, policy: dict[str, Any] | None, seed: int | None, weights: bool, words: bool = False
+    ) -> Any:
+        """The quantized model; ``seed`` None leaves out reconstruction."""
+        handle = ModelHandle.open(self.folder, "float32")
+        tokens = windows(self.tokenizer, self.calibration, CALIBRATION, self.sequences, seed or 0)
+        state = RunState(model=handle, calibration=CalibrationSet.of(tokens, {}))
+        if words:
+            Embeddings("embeddings", EmbeddingsConfig()).run(state, self.context(name, "embeddings", 0))
+        if weights:
+            Rtn("weights", RtnConfig.model_validate({"rules": WEIGHTS})).run(state, self.context(name, "weights", 0))
+            Activations("activations", ActivationsConfig()).run(state, self.context(name, "activations", 0))
+        if policy is not None and policy["codec"] == "dsq_static_p":
+            # channel scales from calibration text, after the weights, as recipes do it
+            Dsq("states", DsqConfig.model_validate(policy)).run(state, self.context(name, "states", 0))
+        elif policy is not None:
+            state.policies["state_cache"] = policy
+        if seed is not None:
+            Esr("esr", EsrConfig()).run(state, self.context(name, "esr", seed))
+        store = state.packed or PackedStore(self.work / name / "nothing")
+        return compressed_model(handle, store, state.policies, torch.float32)
 
     def context(self, name: str, stage: str, seed: int) -> RunContext:
         """Context of one stage in a folder of its own."""
