@@ -36,7 +36,8 @@ def read(run: Path, stage: str, name: str) -> dict[str, Any]:
 def tell(seed: int, name: str, figures: dict[str, Any]) -> dict[str, Any]:
     """Show a model's figures at once, on stderr, so that a run that is cut off has shown what it found."""
     shown = {key: round(figures[key], 4) for key in SHOWN if figures.get(key) is not None}
-    print(f"seed {seed} {name}:", json.dumps(shown), file=sys.stderr, flush=True)
+    # one piece: two threads tell
+    print(f"seed {seed} {name}: {json.dumps(shown)}", file=sys.stderr, flush=True)
     return figures
 
 
