@@ -88,9 +88,11 @@ def rollout(prompt, ids):
 def test_scores_and_updates(model, level, monkeypatch):
     policy = Policy(model)
     rollouts = [rollout([3, 4, 5], [6, 7, 2]), rollout([3], [6, 2])]
-    settings = SimpleNamespace(
-        sampling=Sampling(4, 0.7), level=level, train_end=True, micro_batch=2, micro_tokens=None, clip=0.2,
-        ratio="mean", anchor=0.5, kl=0.01, kl_mean=False,
+    settings = rl.RlSettings(
+        level=level, steps=1, prompts=1, samples=2, updates=1, lr=1e-3, warmup=0, max_norm=1.0, kl=0.01, kl_mean=False,
+        clip=0.2, ratio="mean", sampling=Sampling(4, 0.7), truncation_reward=None, flip_bonus=1.0,
+        verify_correct_bonus=1.0, discount=1.0, train_end=True, skip_agreeing=False, micro_batch=2, micro_tokens=None,
+        save_every=None, seed=0, anchor=0.5,
     )  # fmt: skip
     scored = rl.score(policy, SimpleNamespace(pad=1), rollouts, settings, same=False)
     assert {t.device.type for t in (*scored.old, *scored.reference)} == {"cpu"}
