@@ -184,4 +184,7 @@ def test_kernels_and_plain_loop_agree(policy: dict[str, Any], tiny: Any) -> None
         states.KERNEL_STATES = sizes
     assert plain is runtime
     for ours, theirs in zip(fast, slow):
-        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+        # sums of other order move a value over the edge between two codes now and then, which later tokens remember
+        furthest = (ours - theirs).abs().amax(-1)
+        assert furthest.median() < 2e-5
+        assert furthest.max() < 0.1, "logits are of size 1; one code moves them by less"
