@@ -303,7 +303,7 @@ TOKENIZERS = [
 
 COMMANDS = [
     Case("inspect a folder without a model", ENVIRONMENT, r"no config\.json", _listed("inspect", "{folder}")),
-    Case("inspect what is not there", ENVIRONMENT, r"no such folder", _listed("inspect", "{folder}/deeper")),
+    Case("inspect what is not there", ENVIRONMENT, r"no such model folder", _listed("inspect", "{folder}/deeper")),
     Case("inspect damaged weights", ENVIRONMENT, r"damaged", _damaged(_cut(0.5), "inspect", "{folder}")),
     Case("validate with an unknown family", ENVIRONMENT, r"'supermoe' is a mixture of experts", lambda b: Run(["validate", b.recipe(model=b.model(model_type="supermoe"))])),
     Case("plan with an unknown family", ENVIRONMENT, r"'supermoe' is a mixture of experts", lambda b: Run(["plan", b.recipe(model=b.model(model_type="supermoe"))])),
