@@ -233,7 +233,9 @@ class Writer:
 
         words, how = self._opened.tokenizer, self._sampling
         assert words is not None
-        ids = list(words(prompt, add_special_tokens=special)["input_ids"])
+        # where a locale is not UTF-8, Python hides bytes in signs that no tokenizer takes; they are UTF-8 all the same
+        text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        ids = list(words(text, add_special_tokens=special)["input_ids"])
         self._check_room(len(ids))
         (found,) = self._generator.generate(
             [ids],
@@ -241,13 +243,13 @@ class Writer:
             end_tokens(self._opened.model, words),
             _streamer(words) if stream else None,
         )
-        text = str(words.decode(found.tokens, skip_special_tokens=True))
+        answer = str(words.decode(found.tokens, skip_special_tokens=True))
         speed = len(found.tokens) / found.seconds if found.seconds else 0.0
         data = {
             "prompt_tokens": len(ids), "new_tokens": len(found.tokens), "seconds": round(found.seconds, 3),
             "tokens_per_second": round(speed, 2), "engine": self._generator.engine,
         }  # fmt: skip
-        return text, data
+        return answer, data
 
     def _check_room(self, tokens: int) -> None:
         if tokens == 0:
