@@ -155,7 +155,7 @@ _measure = partial(Case, stage="evaluate", torch=True)
 _export = partial(Case, stage="export", torch=True)
 
 TEXTS = [
-    _tokens("calibration file missing", ENVIRONMENT, r"text\.jsonl: no such file", _source(None)),
+    _tokens("calibration file missing", ENVIRONMENT, r"source\.path: no such file or folder: .*text\.jsonl", _source(None)),
     _tokens("calibration file is a folder", ENVIRONMENT, r"texts: is a folder", _folder),
     _tokens("calibration file empty", ENVIRONMENT, r"no text found in 0 rows", _source(b"")),
     _tokens("calibration rows all blank", ENVIRONMENT, r"no text found", _source(_rows(["", "  ", "\n"]))),
@@ -180,7 +180,7 @@ TEXTS = [
 MEASURES = [
     _measure("held-out text is the calibration text", ENVIRONMENT, r"heldout.*calibration", _evaluated(_same_text)),
     _measure("held-out text holds calibration text", ENVIRONMENT, r"heldout.*calibration", _evaluated(_mostly_same)),
-    _measure("held-out text missing", ENVIRONMENT, r"not_here\.jsonl: no such file", _evaluated(_gone)),
+    _measure("held-out text missing", ENVIRONMENT, r"source\.path: no such file or folder: .*not_here\.jsonl", _evaluated(_gone)),
     _measure("held-out text too short", ENVIRONMENT, r"(tokens|too short)", _evaluated(_too_short)),
     _measure("unknown task", (3, 4), r"no_such_task", _evaluated(_tasks("no_such_task"))),
     _measure("unknown subject of a task", RECIPE, r"no subject 'alchemy'", _evaluated(_no_subject)),

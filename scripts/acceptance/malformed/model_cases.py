@@ -296,7 +296,7 @@ _tokens = partial(Case, stage="calibrate", torch=True)
 TOKENIZERS = [
     _tokens("tokenizer missing", ENVIRONMENT, r"no usable tokenizer", _loaded(_no_tokenizer)),
     _tokens("tokenizer damaged", ENVIRONMENT, r"no usable tokenizer", _loaded(_write("tokenizer.json", '{"model": '))),
-    _tokens("tokenizer in another place that is not there", ENVIRONMENT, r"nowhere.*(no usable tokenizer|no such)", _other_tokenizer),
+    _tokens("tokenizer in another place that is not there", ENVIRONMENT, r"model\.tokenizer: no such file or folder: .*nowhere", _other_tokenizer),
     _tokens("tokenizer with code of its own", ENVIRONMENT, r"no usable tokenizer", _custom_tokenizer),
     _tokens("tokenizer larger than the embedding", ENVIRONMENT, r"tokenizer gives token \d+, but the model knows only 40", _loaded(_wide_tokenizer)),
 ]  # fmt: skip
