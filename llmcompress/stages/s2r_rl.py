@@ -185,8 +185,8 @@ class S2RRlConfig(TrainingConfig):
     credit: Literal["response", "action"] = "response"
     """Outcome level, online: one advantage for a response, as in the paper, or one for each action: the outcome less
     what was to be expected before it, which is the mean outcome of the problem's other samples before the first
-    attempt and that of all responses with the same reward context before a later action. Ours: the same gradient in
-    expectation with much less noise, so that fewer responses teach more."""
+    attempt and that of all responses with the same reward context before a later action. Ours: an attempt that was
+    known to be wrong is not credited with the success of the one after it."""
 
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Credit of later actions; 0 in the paper. Above 0 the baseline is that of the return."""

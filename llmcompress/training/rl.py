@@ -171,9 +171,9 @@ def action_advantages(
 
     Before the first attempt that is the mean outcome of the problem's other samples, as in RLOO; before a later action
     the mean outcome of all responses with its reward context, as at process level
-    (:func:`~llmcompress.algorithms.rl_objectives.context_values`). Neither depends on the action, so that the gradient
-    stays that of the outcome and loses noise only: RLOO credits the attempt that was known to be wrong with the success
-    of the one after it.
+    (:func:`~llmcompress.algorithms.rl_objectives.context_values`). RLOO credits the attempt that was known to be wrong
+    with the success of the one after it. What is expected hardly depends on the action itself (a response is one of all
+    that came through its contexts), so that the expected gradient is nearly that of the outcome.
 
     Args:
         rollouts: In the order of the problems.
@@ -186,9 +186,8 @@ def action_advantages(
     expected = rl.context_values(prefixes, outcomes)
     of_others = rl.leave_one_out(torch.tensor(outcomes).view(-1, samples)).flatten().tolist()
     for rollout, outcome, passed, first in zip(rollouts, outcomes, prefixes, of_others):
-        rollout.advantages = [first, *(outcome - expected[context] for context in passed[1:])]
-        lost = [repeat_penalty * again for again in rollout.repeated]
-        rollout.advantages = [a - less for a, less in zip(rollout.advantages, lost)]
+        gained = [first, *(outcome - expected[context] for context in passed[1:])]
+        rollout.advantages = [value - repeat_penalty * again for value, again in zip(gained, rollout.repeated)]
         rollout.weight = 0.0 if skip_agreeing and first == 0 else 1.0
 
 
