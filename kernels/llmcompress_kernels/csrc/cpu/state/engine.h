@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
+#include <deque>
 #include <vector>
 
 #include "heads.h"
@@ -50,6 +52,7 @@ struct Operand {
 struct LayerOperands {
   MixerLayer l;
   Operand in, dt, out;
+  std::vector<float> taps;  // weights of the convolution [4, C]
 };
 
 // Memory of cache lines that only grows.
@@ -72,13 +75,23 @@ struct ThreadBuffers {
   Lines<char> activations;
 };
 
+// Threads that take the same tokens of a prompt, and what they share.
+struct Team {
+  Barrier barrier;
+  Lines<float> hidden, projected, mixed, bc, steps, decay, y, delta;
+};
+
 struct Engine {
   Engine(const MixerModel& model, const Variant& variant) : m(model), kernels(variant), head(model.head, model.head_planes) {
     layers.reserve(static_cast<size_t>(m.layer_count));
     for (int i = 0; i < m.layer_count; ++i) {
       const MixerLayer& l = m.layers[i];
-      layers.push_back({l, Operand(l.in_proj, l.in_planes), Operand(l.dt_proj, 0), Operand(l.out_proj, l.out_planes)});
+      layers.push_back({l, Operand(l.in_proj, l.in_planes), Operand(l.dt_proj, 0), Operand(l.out_proj, l.out_planes), {}});
       for (Operand* o : {&layers.back().in, &layers.back().out}) o->even = o->eights() && kernels.token_block == 8;
+      layers.back().taps.resize(static_cast<size_t>(4 * width()));
+      for (int64_t at = 0; at < 4 * width(); ++at) {
+        layers.back().taps[static_cast<size_t>(at % 4 * width() + at / 4)] = l.conv_weight[at];
+      }
     }
   }
 
@@ -129,27 +142,30 @@ struct Engine {
   Operand head;
   std::vector<LayerOperands> layers;
   std::vector<ThreadBuffers> threads;
-  // shared by the threads of a call
-  Lines<float> hidden, normed, projected, mixed, steps, decay, y, bc, delta, mixed_weight, old, tiles;
+  // shared by the threads of a step
+  Lines<float> hidden, normed, projected, mixed, steps, decay, y, delta;
   Lines<char> activations;
   std::vector<int64_t> best;
+  // of a prompt: by layer, the state in pieces and the last inputs of the convolution, and how many segments have left them
+  std::deque<Team> teams;
+  Lines<float> tiles, old;
+  std::vector<std::atomic<int>> left;
+  int64_t lanes = 0;
 };
 
 // One thread of a step or prompt: its shares, the barrier, the clock, and what both do with tokens.
 class Worker {
  public:
-  Worker(Engine& engine, Barrier& barrier, int thread, double* seconds)
-      : e_(engine), m_(engine.m), own_(engine.threads[static_cast<size_t>(thread)]), barrier_(barrier), thread_(thread),
-        seconds_(thread == 0 ? seconds : nullptr), mark_(now()) {}
+  // `thread` is its number among those that meet at `barrier`, `seconds` null but for one thread.
+  Worker(Engine& engine, ThreadBuffers& own, Barrier& barrier, int thread, double* seconds)
+      : e_(engine), m_(engine.m), own_(own), barrier_(barrier), thread_(thread), seconds_(seconds), mark_(now()) {}
 
  protected:
   struct Range {
     int64_t first, last;
   };
-  Range share(int64_t n) const {
-    const int64_t threads = barrier_.threads();
-    return {n * thread_ / threads, n * (thread_ + 1) / threads};
-  }
+  Range share(int64_t n) const { return part_of(n, thread_, barrier_.threads()); }
+  static Range part_of(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
   void took(MixerPhase phase) {
     if (seconds_ == nullptr) return;
     const double t = now();

@@ -12,6 +12,9 @@
 namespace state {
 namespace {
 
+// Floats of states that are worth keeping between prompts: new pages cost more than they take.
+constexpr int64_t kKept = int64_t(1) << 21;
+
 // Sums of sixteen lanes of several vectors, each vector's halves added until one lane is left.
 template <int Rows>
 STATE_INLINE void reduce_rows(const __m512* sum, float* out) {
@@ -177,7 +180,7 @@ EXPORT void llmc_mamba2_prompt(void* handle, const state::MixerStates* states, c
   Engine& engine = *static_cast<Engine*>(handle);
   prepare_prompt(engine, *prompt);
   in_parallel(engine, prompt->threads, [&](Barrier& barrier, int thread) { run_prompt(engine, *states, *prompt, barrier, thread); });
-  if (prompt->last != 0) engine.tiles.drop();
+  if (prompt->last != 0 && engine.m.layer_count * engine.state_size() > kKept) engine.tiles.drop();
 }
 
 #pragma GCC pop_options

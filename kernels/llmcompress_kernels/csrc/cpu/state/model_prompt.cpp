@@ -1,6 +1,15 @@
-// A prompt, or a part of one, through a whole Mamba-2 model: every layer takes it segment by segment, as prefill.cpp does
-// and with the same functions. Products are cut by tokens, since int8 products of many tokens are bound by arithmetic and
-// every thread then rounds and normalizes for itself; few tokens are cut by rows as well.
+// A prompt, or a part of one, through a whole Mamba-2 model, with the functions of prefill.cpp.
+//
+// Threads work in teams, of one thread each where there are tokens enough. A team takes a segment of the prompt through all
+// layers, then the next that is its own; segments go round. What a layer passes from one segment to the next, its state
+// and the last inputs of its convolution, lies in memory that all share, and changes hands piece by piece: `left` counts the
+// segments that are done with a piece, and a team waits until all before its own are. So teams run as far behind each
+// other as one piece of a scan takes, nothing else of one core's is read by another, and no barrier makes them wait.
+// With all threads at one segment, two of them take a sixth more time: half of what either scans, gates and rounds was
+// written by the other.
+//
+// Within a team products are cut by tokens, since int8 products of many tokens are bound by arithmetic and every thread then
+// rounds and normalizes for itself; few tokens are cut by rows as well.
 #include "engine.h"
 #include "prompt.h"
 
@@ -13,33 +22,54 @@ namespace {
 constexpr int64_t kTaps = 4;
 
 int64_t segment_tokens(int64_t count) { return std::min(count, kSegment); }
+int64_t stretches(int64_t count) { return (count + kStretch - 1) / kStretch; }
+// As many as have a stretch of tokens each; all are equally large.
+int64_t team_count(int64_t threads, int64_t count) {
+  int64_t teams = std::min(threads, stretches(count));
+  while (threads % teams != 0) --teams;
+  return teams;
+}
 
 class PromptWorker : public Worker {
  public:
-  PromptWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& barrier, int thread)
-      : Worker(engine, barrier, thread, prompt.seconds), held_(states), p_(prompt), inner_(engine.inner()),
-        width_(engine.width()), row_(engine.row()), lanes_(walked_lanes(m_.channels, m_.heads, p_.threads)),
-        hidden_(engine.hidden.get(p_.count * m_.hidden)), projected_(engine.projected.get(segment_tokens(p_.count) * row_)),
-        delta_(engine.delta.get(segment_tokens(p_.count) * engine.hidden_row())), weight_(engine.mixed_weight.get(kTaps * width_)),
-        old_(engine.old.get(kTaps * width_)) {}
+  PromptWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams)
+      : PromptWorker(engine, states, prompt, all, thread, teams, all.threads() / teams) {}
 
   void run() {
-    const Range mine = share(p_.count);
-    for (int64_t t = mine.first; t < mine.last; ++t) embed(p_.tokens[t], hidden_ + t * m_.hidden);
-    wait(kInput);
-    for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
-    if (p_.last != 0) head();
+    if (thread_ == 0) team_.barrier.expect(int(members_));
+    all_.wait();
+    const int64_t blocks = stretches(p_.count), rounds = (blocks + 2 * teams_ - 1) / (2 * teams_);
+    for (int64_t round = 0; round < rounds; ++round) {
+      const int64_t at = round * teams_ + member_of_;
+      const Range mine = part_of(blocks, at, rounds * teams_);  // one or two
+      segment(at, mine.first * kStretch, std::min(p_.count, mine.last * kStretch));
+    }
+    all_.wait();
+    took(kWait);
+    finish();
   }
 
  private:
+  static_assert(kSegment == 2 * kStretch);
+
+  PromptWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams,
+               int64_t members)
+      : Worker(engine, engine.threads[size_t(thread)], engine.teams[size_t(thread / members)].barrier, int(thread % members),
+               thread == 0 ? prompt.seconds : nullptr),
+        held_(states), p_(prompt), all_(all), everyone_(thread), teams_(teams), members_(members), member_of_(thread / members),
+        team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), row_(engine.row()),
+        lanes_(engine.lanes), pieces_(inner_ / lanes_), hidden_(team_.hidden.get(segment_tokens(p_.count) * m_.hidden)),
+        projected_(team_.projected.get(segment_tokens(p_.count) * row_)),
+        delta_(team_.delta.get(segment_tokens(p_.count) * engine.hidden_row())) {}
+
   // Which tokens of a segment and which part of a product's rows are this thread's.
   struct Part {
     int64_t first, tokens, piece, pieces;
-    Range rows(int64_t blocks) const { return {blocks * piece / pieces, blocks * (piece + 1) / pieces}; }
+    Range rows(int64_t blocks) const { return part_of(blocks, piece, pieces); }
   };
   Part part(int64_t count) const {
-    const int64_t most = e_.kernels.token_block, blocks = (count + most - 1) / most, threads = barrier_.threads();
-    const int64_t parts = std::min(threads, blocks), pieces = threads / parts, at = thread_ / pieces;
+    const int64_t most = e_.kernels.token_block, blocks = (count + most - 1) / most;
+    const int64_t parts = std::min(members_, blocks), pieces = members_ / parts, at = thread_ / pieces;
     if (at >= parts) return {0, 0, 0, 1};
     const int64_t first = blocks * at / parts * most, last = std::min(count, blocks * (at + 1) / parts * most);
     return {first, last - first, thread_ % pieces, pieces};
@@ -55,71 +85,41 @@ class PromptWorker : public Worker {
     return {rows.first * LANES, std::min(rows.last * LANES, o.m.rows)};
   }
 
-  void layer(const LayerOperands& o, int index) {
-    const MixerLayer& l = o.l;
-    const Mixer m{weight_, l.conv_bias, l.dt_bias, l.a, l.d, l.gain, m_.heads, m_.groups, m_.channels, m_.states,
-                  m_.low, m_.high, m_.gate_epsilon};
-    float* conv = held_.conv + (int64_t(index) * held_.slots + p_.slot) * width_ * kTaps;
-    const bool whole = p_.first != 0 && p_.last != 0;
-    tiles_ = e_.tiles.get((whole ? 1 : m_.layer_count) * e_.state_size()) + (whole ? 0 : index * e_.state_size());
-    const Range columns = share(width_);
-    for (int64_t i = columns.first; i < columns.last; ++i) {
-      for (int64_t k = 0; k < kTaps; ++k) {
-        weight_[k * width_ + i] = l.conv_weight[kTaps * i + k];
-        old_[k * width_ + i] = p_.first != 0 ? 0.0f : conv[kTaps * i + k];
-      }
+  // Counters of a layer: its pieces, and the inputs of the convolution, which every thread of a team leaves for itself.
+  std::atomic<int>& left(int layer, int64_t piece) const { return e_.left[size_t(layer * (pieces_ + 1) + piece)]; }
+  static void await(const std::atomic<int>& left, int64_t count) {
+    for (int spins = 0; left.load(std::memory_order_acquire) != count; ++spins) {
+      if (spins < 4000) _mm_pause();
+      else sched_yield();
     }
-    if (p_.first != 0) {
-      const Range mine = share(e_.state_size() / 16);
-      std::fill(tiles_ + mine.first * 16, tiles_ + mine.last * 16, 0.0f);
-    }
+  }
+  float* old(int layer) const { return e_.old.get(m_.layer_count * kTaps * width_) + layer * kTaps * width_; }
+  float* tiles(int layer) const { return e_.tiles.get(m_.layer_count * e_.state_size()) + layer * e_.state_size(); }
+
+  // Tokens [from, to), the `at`-th segment, through all layers.
+  void segment(int64_t at, int64_t from, int64_t to) {
+    const Range mine = share(to - from);
+    for (int64_t t = mine.first; t < mine.last; ++t) embed(p_.tokens[from + t], hidden_ + t * m_.hidden);
     wait(kInput);
-    for (int64_t from = 0; from < p_.count; from += kSegment) segment(o, m, from, std::min(kSegment, p_.count - from));
-    for (int64_t i = columns.first; i < columns.last; ++i) {
-      for (int64_t k = 0; k < kTaps; ++k) conv[kTaps * i + k] = old_[k * width_ + i];
-    }
-    if (p_.last != 0) store(l, index);
-    wait(kState);
+    for (int i = 0; i < m_.layer_count; ++i) layer(i, at, to - from);
   }
 
-  void segment(const LayerOperands& o, const Mixer& m, int64_t from, int64_t count) {
-    const Segment s{e_.mixed.get(count * inner_), e_.bc.get(count * 2 * e_.both()), e_.steps.get(count * m_.heads),
-                    e_.decay.get(count * m_.heads), e_.y.get(count * inner_), count};
+  void layer(int index, int64_t at, int64_t count) {
+    const LayerOperands& o = e_.layers[size_t(index)];
+    const MixerLayer& l = o.l;
+    const Mixer m{o.taps.data(), l.conv_bias, l.dt_bias, l.a, l.d, l.gain, m_.heads, m_.groups, m_.channels, m_.states,
+                  m_.low, m_.high, m_.gate_epsilon};
+    const Segment s{team_.mixed.get(count * inner_), team_.bc.get(count * 2 * e_.both()), team_.steps.get(count * m_.heads),
+                    team_.decay.get(count * m_.heads), team_.y.get(count * inner_), count};
     const Part mine = part(count);
-    if (mine.tokens > 0) {
-      float* normed = own_.normed.get(mine.tokens * m_.hidden);
-      for (int64_t t = 0; t < mine.tokens; ++t) {
-        norm(hidden_ + (from + mine.first + t) * m_.hidden, o.l.norm, normed + t * m_.hidden);
-      }
-      took(kInput);
-      product(o.in, mine, normed, projected_ + mine.first * row_, row_);
-      if (o.dt.present()) {
-        const Range heads = mine.rows(m_.heads);
-        time_rows(o.dt, normed, mine.tokens, heads.first, heads.last, projected_ + mine.first * row_);
-      }
-    }
+    project(o, mine);
     wait(kInProj);
-    const Range tokens = share(count);
-    for (int64_t t = tokens.first; t < tokens.last; ++t) {
-      const float* taps[kTaps];
-      for (int64_t k = 0; k < kTaps; ++k) taps[k] = input(t + k - kTaps + 1);
-      mix(m, s, t, taps);
-    }
-    for (int64_t t = tokens.first; t < tokens.last; ++t) mix_times(m, s, t, projected_ + t * row_ + inner_ + width_);
+    mix(m, s, index, at);
     wait(kMix);
-    const Range columns = share(width_);
-    for (int64_t k = 0; k < kTaps; ++k) {
-      // ascending: what is read has not been replaced yet
-      const float* last = input(count + k - kTaps);
-      std::memmove(old_ + k * width_ + columns.first, last + columns.first, size_t(columns.last - columns.first) * 4);
-    }
-    const Range pieces = share(inner_ / lanes_);
-    for (int64_t i = pieces.first; i < pieces.last; ++i) {
-      float* piece = tiles_ + i * lanes_ * m_.states;
-      const int64_t head = i * lanes_ / m_.channels, first = i * lanes_ % m_.channels;
-      walk(lanes_, m, s, head, first, piece);
-    }
+    leave_inputs(index, count);
+    scan(m, s, index, at);
     wait(kState);
+    const Range tokens = share(count);
     for (int64_t t = tokens.first; t < tokens.last; ++t) {
       float* y = s.y + t * inner_;
       gated_norm(y, projected_ + t * row_, m.gain, y, inner_, m_.groups, m.epsilon);
@@ -129,71 +129,154 @@ class PromptWorker : public Worker {
       const int64_t stride = e_.hidden_row();
       const Range rows = product(o.out, mine, s.y + mine.first * inner_, delta_ + mine.first * stride, stride);
       for (int64_t t = mine.first; t < mine.first + mine.tokens; ++t) {
-        for (int64_t r = rows.first; r < rows.last; ++r) hidden_[(from + t) * m_.hidden + r] += delta_[t * stride + r];
+        for (int64_t r = rows.first; r < rows.last; ++r) hidden_[t * m_.hidden + r] += delta_[t * stride + r];
       }
     }
     wait(kOutProj);
   }
 
-  // Inputs of the convolution of token `t` of the segment; before it what the last one left.
-  const float* input(int64_t t) const { return t < 0 ? old_ + (t + kTaps) * width_ : projected_ + t * row_ + inner_; }
+  void project(const LayerOperands& o, const Part& mine) {
+    if (mine.tokens == 0) return;
+    float* normed = own_.normed.get(mine.tokens * m_.hidden);
+    for (int64_t t = 0; t < mine.tokens; ++t) norm(hidden_ + (mine.first + t) * m_.hidden, o.l.norm, normed + t * m_.hidden);
+    took(kInput);
+    product(o.in, mine, normed, projected_ + mine.first * row_, row_);
+    if (!o.dt.present()) return;
+    const Range heads = mine.rows(m_.heads);
+    time_rows(o.dt, normed, mine.tokens, heads.first, heads.last, projected_ + mine.first * row_);
+  }
 
-  // The last state, from pieces of `lanes` channels side by side to rows.
-  void store(const MixerLayer& l, int index) {
-    const int64_t channels = m_.channels, states = m_.states;
+  // Inputs of the convolution of token `t` of a segment; before it what the last one left.
+  const float* input(int layer, int64_t t) const {
+    if (t >= 0) return projected_ + t * row_ + inner_;
+    return old(layer) + (t + kTaps) * width_;
+  }
+
+  // The first tokens come last: theirs hang on the segment before.
+  void mix(const Mixer& m, const Segment& s, int layer, int64_t at) {
+    const Range tokens = share(s.tokens);
+    const auto one = [&](int64_t t) {
+      const float* taps[kTaps];
+      for (int64_t k = 0; k < kTaps; ++k) taps[k] = input(layer, t + k - kTaps + 1);
+      state::mix(m, s, t, taps);
+    };
+    for (int64_t t = std::max(tokens.first, kTaps - 1); t < tokens.last; ++t) one(t);
+    for (int64_t t = tokens.first; t < tokens.last; ++t) mix_times(m, s, t, projected_ + t * row_ + inner_ + width_);
+    took(kMix);
+    // also where none of these tokens is this thread's: it replaces them next
+    await(left(layer, pieces_), at * members_);
+    took(kWait);
+    for (int64_t t = tokens.first; t < std::min(tokens.last, kTaps - 1); ++t) one(t);
+  }
+
+  void leave_inputs(int layer, int64_t count) {
+    const Range columns = share(width_);
+    for (int64_t k = 0; k < kTaps; ++k) {
+      // ascending: what is read has not been replaced yet
+      const float* last = input(layer, count + k - kTaps);
+      std::memmove(old(layer) + k * width_ + columns.first, last + columns.first, size_t(columns.last - columns.first) * 4);
+    }
+    left(layer, pieces_).fetch_add(1, std::memory_order_release);
+  }
+
+  void scan(const Mixer& m, const Segment& s, int layer, int64_t at) {
+    const Range pieces = share(pieces_);
+    for (int64_t i = pieces.first; i < pieces.last; ++i) {
+      float* piece = tiles(layer) + i * lanes_ * m_.states;
+      took(kState);
+      await(left(layer, i), at);
+      took(kWait);
+      if (at == 0 && p_.first != 0) std::fill(piece, piece + lanes_ * m_.states, 0.0f);
+      walk(lanes_, m, s, i * lanes_ / m_.channels, i * lanes_ % m_.channels, piece);
+      left(layer, i).store(int(at) + 1, std::memory_order_release);
+    }
+  }
+
+  // What all threads do when every segment is through.
+  void finish() {
+    const Range layers = part_of(m_.layer_count, everyone_, all_.threads());
+    for (int64_t i = layers.first; i < layers.last; ++i) {
+      float* conv = held_.conv + (i * held_.slots + p_.slot) * width_ * kTaps;
+      for (int64_t at = 0; at < width_ * kTaps; ++at) conv[at] = old(int(i))[at % kTaps * width_ + at / kTaps];
+    }
+    if (p_.last == 0) return;
+    const Range tasks = part_of(m_.layer_count * m_.heads, everyone_, all_.threads());
+    for (int64_t task = tasks.first; task < tasks.last; ++task) store(int(task / m_.heads), task % m_.heads);
+    took(kState);
+    head();
+  }
+
+  // The last state of a head, from pieces of `lanes` channels side by side to rows.
+  void store(int layer, int64_t head) {
+    const MixerLayer& l = e_.layers[size_t(layer)].l;
+    const int64_t channels = m_.channels, states = m_.states, at = (int64_t(layer) * held_.slots + p_.slot) * m_.heads + head;
     const Pack pack = m_.bits == 0 ? nullptr : head_pack(e_.mode(l), m_.bits, states);
     float* tile = own_.tile.get(channels * states);
     alignas(64) float natural[kMaxStates];
-    const Range mine = share(m_.heads);
-    for (int64_t head = mine.first; head < mine.last; ++head) {
-      const int64_t at = (int64_t(index) * held_.slots + p_.slot) * m_.heads + head;
-      for (int64_t r = 0; r < channels; ++r) {
-        const int64_t i = head * channels + r;
-        const float* piece = tiles_ + i / lanes_ * lanes_ * states + i % lanes_;
-        float* to = pack == nullptr ? held_.floats + (at * channels + r) * states : natural;
-        for (int64_t n = 0; n < states; ++n) to[n] = piece[n * lanes_];
-        if (pack != nullptr) split_pairs(natural, tile + r * states, int(states));
-      }
-      if (pack == nullptr) continue;
-      pack(tile, held_.codes + at * channels * states * m_.bits / 8,
-           held_.channel == nullptr ? nullptr : held_.channel + at * channels, held_.scale + at * states,
-           l.fixed == nullptr ? nullptr : l.fixed + head * channels, int(channels));
+    for (int64_t r = 0; r < channels; ++r) {
+      const int64_t i = head * channels + r;
+      const float* piece = tiles(layer) + i / lanes_ * lanes_ * states + i % lanes_;
+      float* to = pack == nullptr ? held_.floats + (at * channels + r) * states : natural;
+      for (int64_t n = 0; n < states; ++n) to[n] = piece[n * lanes_];
+      if (pack != nullptr) split_pairs(natural, tile + r * states, int(states));
     }
+    if (pack == nullptr) return;
+    pack(tile, held_.codes + at * channels * states * m_.bits / 8,
+         held_.channel == nullptr ? nullptr : held_.channel + at * channels, held_.scale + at * states,
+         l.fixed == nullptr ? nullptr : l.fixed + head * channels, int(channels));
   }
 
   // Of the last token; rounded by every thread for itself.
   void head() {
     float* normed = own_.normed.get(m_.hidden);
-    norm(hidden_ + (p_.count - 1) * m_.hidden, m_.final_norm, normed);
+    norm(last_hidden(), m_.final_norm, normed);
     const Activations a = e_.place(e_.head, 1, own_.activations.get(int64_t(e_.head.bytes(1))));
     e_.quantize(e_.head, normed, a, 0);
-    const Range rows = share(e_.head.blocks());
+    const Range rows = part_of(e_.head.blocks(), everyone_, all_.threads());
     e_.multiply(e_.head, a, normed, 1, rows.first, rows.last, own_.row.get(m_.hidden), p_.logits, e_.head_row());
     took(kHead);
+  }
+  // It is the last team's.
+  const float* last_hidden() const {
+    const int64_t blocks = stretches(p_.count), segments = (blocks + 2 * teams_ - 1) / (2 * teams_) * teams_;
+    const int64_t first = part_of(blocks, segments - 1, segments).first * kStretch;
+    return e_.teams[size_t(teams_ - 1)].hidden.get(0) + (p_.count - 1 - first) * m_.hidden;
   }
 
   const MixerStates& held_;
   const MixerPrompt& p_;
-  const int64_t inner_, width_, row_, lanes_;
-  float *hidden_, *projected_, *delta_, *weight_, *old_;
-  float* tiles_ = nullptr;
+  Barrier& all_;
+  const int64_t everyone_, teams_, members_, member_of_;
+  Team& team_;
+  const int64_t inner_, width_, row_, lanes_, pieces_;
+  float *hidden_, *projected_, *delta_;
 };
 
 }  // namespace
 
 void prepare_prompt(Engine& e, const MixerPrompt& p) {
-  const int64_t most = segment_tokens(p.count);
-  const bool whole = p.first != 0 && p.last != 0;
+  const int64_t most = segment_tokens(p.count), teams = team_count(p.threads, p.count);
+  // pieces of the state lie in this order until the last part
+  if (p.first != 0) e.lanes = walked_lanes(e.m.channels, e.m.heads, p.threads / teams);
+  e.left = std::vector<std::atomic<int>>(size_t(e.m.layer_count * (e.inner() / e.lanes + 1)));
   // threads find these large enough
-  e.hidden.get(p.count * e.m.hidden), e.projected.get(most * e.row()), e.delta.get(most * e.hidden_row());
-  e.mixed_weight.get(kTaps * e.width()), e.old.get(kTaps * e.width());
-  e.mixed.get(most * e.inner()), e.bc.get(most * 2 * e.both()), e.y.get(most * e.inner());
-  e.steps.get(most * e.m.heads), e.decay.get(most * e.m.heads);
-  e.tiles.get((whole ? 1 : e.m.layer_count) * e.state_size());
+  const int64_t bound = std::min(int64_t(p.threads), stretches(p.count));
+  while (int64_t(e.teams.size()) < bound) e.teams.emplace_back();
+  for (int64_t i = 0; i < bound; ++i) {
+    Team& t = e.teams[size_t(i)];
+    t.hidden.get(most * e.m.hidden), t.projected.get(most * e.row()), t.delta.get(most * e.hidden_row());
+    t.mixed.get(most * e.inner()), t.bc.get(most * 2 * e.both()), t.y.get(most * e.inner());
+    t.steps.get(most * e.m.heads), t.decay.get(most * e.m.heads);
+  }
+  e.tiles.get(e.m.layer_count * e.state_size());
+  const int64_t inputs = e.m.layer_count * kTaps * e.width();
+  float* old = e.old.get(inputs);
+  if (p.first != 0) std::fill(old, old + inputs, 0.0f);
 }
 
 void run_prompt(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& barrier, int thread) {
-  PromptWorker(engine, states, prompt, barrier, thread).run();
+  // the runtime may have given fewer threads than asked for
+  PromptWorker(engine, states, prompt, barrier, thread, team_count(barrier.threads(), prompt.count)).run();
 }
 
 }  // namespace state

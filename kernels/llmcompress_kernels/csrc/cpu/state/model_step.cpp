@@ -12,7 +12,7 @@ namespace {
 class StepWorker : public Worker {
  public:
   StepWorker(Engine& engine, const MixerStates& states, const MixerStep& step, Barrier& barrier, int thread)
-      : Worker(engine, barrier, thread, step.seconds), held_(states), s_(step), batch_(step.batch),
+      : Worker(engine, engine.threads[size_t(thread)], barrier, thread, thread == 0 ? step.seconds : nullptr), held_(states), s_(step), batch_(step.batch),
         most_(engine.kernels.token_block), inner_(engine.inner()), width_(engine.width()), row_(engine.row()),
         hidden_(engine.hidden.get(batch_ * m_.hidden)), normed_(engine.normed.get(batch_ * m_.hidden)),
         projected_(engine.projected.get(batch_ * row_)), mixed_(engine.mixed.get(batch_ * width_)),

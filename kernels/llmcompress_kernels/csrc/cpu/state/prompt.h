@@ -7,7 +7,8 @@
 //
 // That is 4 P N operations per token and head. The matrix form by chunks of L tokens takes 4 P N + L (N + P), which pays
 // only where matrix units do the products; here its tiles would have to be loaded besides. A stretch of tokens ends where
-// s_t would fall below 2^-30; the next begins from a u, so no decay is too strong.
+// s_t would fall below 2^-30; the next begins from a u, so no decay is too strong. It also ends after every 64th token, so that
+// results do not depend on how a prompt is cut at multiples of 64.
 //
 // B and C lie as [N / 8][tokens][8 + 8]: one cache line per token and step of the inner loop.
 #pragma once
@@ -24,7 +25,7 @@ namespace state {
 namespace {
 
 constexpr int64_t kSegment = 128;  // tokens of one pass through the steps; their buffers are to stay in the second-level cache
-constexpr int64_t kStretch = 64;   // tokens of the inner loop, at most
+constexpr int64_t kStretch = 64;   // tokens of the inner loop, at most; it ends at a multiple of it, wherever segments end
 constexpr int kBlock = 8;          // states whose B and C lie side by side
 constexpr float kFloor = 9.31322574615478515625e-10f;  // 2^-30
 
@@ -93,46 +94,45 @@ int64_t walked_lanes(int64_t channels, int64_t heads, int64_t threads) {
 }
 
 // `Vectors` times sixteen channels of one head through a segment; tile [N][16 Vectors] is the state before and after.
-// Sums are taken in one order whatever `Vectors` is.
+// Sums are taken in one order whatever `Vectors` is. The first pass over a stretch also scales x, the last writes y: alone,
+// either would wait for the second-level cache.
 template <int Vectors>
 void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* tile) {
   constexpr int lanes = 16 * Vectors, rank = Vectors == 4 ? 4 : kBlock;  // states in registers at a time
-  alignas(64) float scaled[kStretch][lanes], read[kStretch][lanes];
-  float level[kStretch];
+  alignas(64) float scaled[kStretch][lanes], read[kStretch][lanes], level[kStretch], rate[kStretch];
   const int64_t inner = m.inner(), column = head * m.channels + first, blocks = m.states / kBlock;
   static_assert(kBlock % rank == 0);
   const float* bc = s.bc + head / (m.heads / m.groups) * blocks * s.tokens * 16;
-  float before = 1.0f;
+  const __m512 skip = _mm512_set1_ps(m.d[head]);
   for (int64_t start = 0; start < s.tokens;) {
-    const float entry = before * s.decay[start * m.heads + head];
+    const __m512 entry = _mm512_set1_ps(s.decay[start * m.heads + head]);
     level[0] = 1.0f;
     int64_t count = 1;
-    for (; count < kStretch && start + count < s.tokens; ++count) {
+    for (; (start + count) % kStretch != 0 && start + count < s.tokens; ++count) {
       level[count] = level[count - 1] * s.decay[(start + count) * m.heads + head];
       if (!(level[count] >= kFloor)) break;
     }
-    for (int64_t t = 0; t < count; ++t) {
-      const __m512 by = _mm512_set1_ps(s.dt[(start + t) * m.heads + head] / level[t]);
-      for (int v = 0; v < Vectors; ++v) {
-        const __m512 x = _mm512_loadu_ps(s.x + (start + t) * inner + column + 16 * v);
-        _mm512_store_ps(scaled[t] + 16 * v, _mm512_mul_ps(by, x));
-        _mm512_store_ps(read[t] + 16 * v, _mm512_setzero_ps());
-      }
-    }
-    for (int64_t state = 0; state < m.states; state += rank) {
+    for (int64_t t = 0; t < count; ++t) rate[t] = s.dt[(start + t) * m.heads + head] / level[t];
+    const __m512 exit = _mm512_set1_ps(level[count - 1]);
+    const float* const xs = s.x + start * inner + column;
+    float* const ys = s.y + start * inner + column;
+    const auto pass = [&]<bool Begin, bool End>(int64_t state) __attribute__((always_inline)) {
       __m512 held[rank][Vectors];
       float* rows = tile + state * lanes;
       for (int i = 0; i < rank; ++i) {
-        for (int v = 0; v < Vectors; ++v) {
-          held[i][v] = _mm512_mul_ps(_mm512_set1_ps(entry), _mm512_load_ps(rows + i * lanes + 16 * v));
-        }
+        for (int v = 0; v < Vectors; ++v) held[i][v] = _mm512_mul_ps(entry, _mm512_load_ps(rows + i * lanes + 16 * v));
       }
       const float* line = bc + (state / kBlock * s.tokens + start) * 16 + state % kBlock;
       for (int64_t t = 0; t < count; ++t, line += 16) {
         __m512 x[Vectors], y[Vectors];
         for (int v = 0; v < Vectors; ++v) {
-          x[v] = _mm512_load_ps(scaled[t] + 16 * v);
-          y[v] = _mm512_load_ps(read[t] + 16 * v);
+          if constexpr (Begin) {
+            x[v] = _mm512_mul_ps(_mm512_set1_ps(rate[t]), _mm512_loadu_ps(xs + t * inner + 16 * v));
+            _mm512_store_ps(scaled[t] + 16 * v, x[v]);
+          } else {
+            x[v] = _mm512_load_ps(scaled[t] + 16 * v);
+          }
+          y[v] = Begin ? _mm512_setzero_ps() : _mm512_load_ps(read[t] + 16 * v);
         }
         for (int i = 0; i < rank; ++i) {
           const __m512 b = _mm512_set1_ps(line[i]), c = _mm512_set1_ps(line[kBlock + i]);
@@ -141,25 +141,24 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
             y[v] = _mm512_fmadd_ps(held[i][v], c, y[v]);
           }
         }
-        for (int v = 0; v < Vectors; ++v) _mm512_store_ps(read[t] + 16 * v, y[v]);
+        for (int v = 0; v < Vectors; ++v) {
+          if constexpr (End) {
+            const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(xs + t * inner + 16 * v));
+            _mm512_storeu_ps(ys + t * inner + 16 * v, _mm512_fmadd_ps(_mm512_set1_ps(level[t]), y[v], straight));
+          } else {
+            _mm512_store_ps(read[t] + 16 * v, y[v]);
+          }
+        }
       }
       for (int i = 0; i < rank; ++i) {
-        for (int v = 0; v < Vectors; ++v) _mm512_store_ps(rows + i * lanes + 16 * v, held[i][v]);
+        for (int v = 0; v < Vectors; ++v) _mm512_store_ps(rows + i * lanes + 16 * v, _mm512_mul_ps(exit, held[i][v]));
       }
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      const __m512 by = _mm512_set1_ps(level[t]), skip = _mm512_set1_ps(m.d[head]);
-      for (int v = 0; v < Vectors; ++v) {
-        const int64_t at = (start + t) * inner + column + 16 * v;
-        const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(s.x + at));
-        _mm512_storeu_ps(s.y + at, _mm512_fmadd_ps(by, _mm512_load_ps(read[t] + 16 * v), straight));
-      }
-    }
-    before = level[count - 1];
+    };
+    // N is at least 16
+    pass.template operator()<true, false>(0);
+    for (int64_t state = rank; state < m.states - rank; state += rank) pass.template operator()<false, false>(state);
+    pass.template operator()<false, true>(m.states - rank);
     start += count;
-  }
-  for (int64_t i = 0; i < m.states * lanes; i += 16) {
-    _mm512_store_ps(tile + i, _mm512_mul_ps(_mm512_set1_ps(before), _mm512_load_ps(tile + i)));
   }
 }
 

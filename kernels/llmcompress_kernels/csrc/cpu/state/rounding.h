@@ -25,8 +25,9 @@ STATE_INLINE __m256i reduce_eight(const __m512i* of, Fold fold) {
   return _mm512_castsi512_si256(fold(_mm512_shuffle_i32x4(eight, eight, 0x88), _mm512_shuffle_i32x4(eight, eight, 0xdd)));
 }
 
-// 64 columns of eight tokens: sixteen quads of bytes, scale and sum of each; false where the general code has to do it.
-STATE_INLINE bool round_chunk(const float* x, int64_t stride, __m512i* quads, float* scale, float* sum) {
+// 64 columns of eight tokens: sixteen quads of bytes, each xor `bias`, scale and sum of each; false where the general code has
+// to do it.
+STATE_INLINE bool round_chunk(const float* x, int64_t stride, __m512i bias, __m512i* quads, float* scale, float* sum) {
   constexpr int tokens = 8;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i most[tokens], total[tokens];
@@ -52,7 +53,8 @@ STATE_INLINE bool round_chunk(const float* x, int64_t stride, __m512i* quads, fl
     total[t] = _mm512_add_epi32(_mm512_add_epi32(q[0], q[1]), _mm512_add_epi32(q[2], q[3]));
     // 16 dwords each of four vectors to bytes: the packs work within 128-bit lanes, the permutation puts quads in order
     const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    quads[t] = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    quads[t] = _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), bias);
   }
   const __m256i sums = reduce_eight(total, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
   _mm256_storeu_ps(scale, scales);
@@ -65,10 +67,12 @@ STATE_INLINE bool round_tokens(const llmcompress::Chunk* parts, int64_t count, c
                                const llmcompress::Activations& a, int64_t columns, int64_t block) {
   constexpr int tokens = 8;
   int8_t* to = a.bytes + block * tokens * columns;
+  const __m512i bias = _mm512_set1_epi8(a.biased ? static_cast<char>(0x80) : 0);
   for (int64_t c = 0; c < count; ++c, to += 64 * tokens) {
     __m512i rows[tokens];
     const int64_t place = (block * count + c) * tokens;
-    if (!round_chunk(x + block * tokens * stride + parts[c].first, stride, rows, a.scale + place, a.sum + place)) return false;
+    const float* from = x + block * tokens * stride + parts[c].first;
+    if (!round_chunk(from, stride, bias, rows, a.scale + place, a.sum + place)) return false;
     // [token][quad] to [quad][token]: pairs, fours, then the two halves of each quad's eight tokens
     __m512i two[tokens], four[tokens];
     for (int t = 0; t < tokens; t += 2) {

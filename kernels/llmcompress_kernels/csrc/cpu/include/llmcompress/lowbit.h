@@ -145,7 +145,8 @@ inline Activations place_activations(const Weight& w, int64_t tokens, int planes
     a.tokens = tokens;
     a.planes = planes;
     a.most = most;
-    a.biased = most == 8 && planes == 1 && w.bits < 8 && tokens > most;
+    // 8-bit codes fit a signed byte less a zero point in the middle, and less that one only
+    a.biased = most == 8 && planes == 1 && (w.bits < 8 || w.zero == nullptr) && tokens > most;
     return a;
 }
 

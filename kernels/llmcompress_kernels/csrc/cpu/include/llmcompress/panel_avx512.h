@@ -2,8 +2,8 @@
 // that stays in the first-level cache while all tokens pass over it: in block_rows every eight tokens unpack the weight
 // again, an eighth of all vector operations. Gives the results of block_rows bit for bit.
 //
-// With one plane the panel holds code minus zero point, a signed byte, and activations come as unsigned bytes, 128 too
-// large (Activations::biased). What that adds to a chunk's sum, 128 times the sum of its codes, does not depend on the token:
+// With one plane the panel holds code minus zero point, a signed byte (of 8-bit codes on symmetric grids only), and activations
+// come as unsigned bytes, 128 too large (Activations::biased). What that adds to a chunk's sum, 128 times the sum of its codes, does not depend on the token:
 // sums begin at its negative, and the zero points cost nothing per token. Of the operations that are left for 64 columns
 // of 32 rows and 8 tokens, 256 of 304 are products.
 #pragma once
@@ -95,11 +95,21 @@ struct Tokens {
     Tokens from(int t) const { return {x + t * 4, scale + t, sum + t}; }
 };
 
+// What becomes of a panel's totals: whether they begin with it, and where they end, null where another panel follows or
+// where they are not fp32. Written here, results leave one by one; all at once, the core would wait for its stores.
+struct Results {
+    bool begin;
+    float* to;
+    int64_t stride, tokens;
+
+    Results from(int t) const { return {begin, to == nullptr ? nullptr : to + t * stride, stride, tokens - t}; }
+};
+
 // Chunks [from, to) for TOKENS of a block of PLACES tokens: adds to their totals. What `next` needs is fetched on the way: all
 // blocks together do not fit the first-level cache and pass through it for every panel.
 template <int PLANES, bool SIGNED, int ROWS, int TOKENS, int PLACES>
 void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, const Tokens& tokens, const Tokens& next,
-                  const Panel& panel, float (*totals)[PANEL_ROWS][LANES]) {
+                  const Panel& panel, float (*totals)[PANEL_ROWS][LANES], const Results& results) {
     const int8_t *x = tokens.x, *ahead = next.x;
     const int8_t* codes = panel.codes[0][0];
     constexpr int NEXT_ROW = PANEL_QUADS * 64;
@@ -131,20 +141,26 @@ void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, co
         const float* const scales = tokens.scale + c * PLACES;
         const float* const offsets = tokens.sum + c * PLACES;
         prefetch(next.scale + c * PLACES);
-        UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-            const Floats steps = load_floats(panel.steps[c - from][r]), zeros = load_floats(panel.zeros[c - from][r]);
+        const auto add_chunk = [&]<bool BEGIN, bool END>() {
             UNROLL
-            for (int t = 0; t < TOKENS; ++t) {
-                Floats total = load_floats(totals[t][r]), value;
-                if constexpr (PLANES == 2) value = to_floats(add(shift_left(sums[r][t][0], 8), sums[r][t][1]));
-                else value = to_floats(sums[r][t][0]);
-                if constexpr (PLANES == 1 && !SIGNED) value = multiply_subtract(zeros, spread(offsets[t]), value);
-                total = multiply_add(value, multiply(steps, spread(scales[t])), total);
-                if constexpr (PLANES == 2) total = multiply_subtract(zeros, spread(offsets[t]), total);
-                store_floats(totals[t][r], total);
+            for (int r = 0; r < ROWS; ++r) {
+                const Floats steps = load_floats(panel.steps[c - from][r]), zeros = load_floats(panel.zeros[c - from][r]);
+                UNROLL
+                for (int t = 0; t < TOKENS; ++t) {
+                    Floats total = BEGIN ? zero_floats() : load_floats(totals[t][r]), value;
+                    if constexpr (PLANES == 2) value = to_floats(add(shift_left(sums[r][t][0], 8), sums[r][t][1]));
+                    else value = to_floats(sums[r][t][0]);
+                    if constexpr (PLANES == 1 && !SIGNED) value = multiply_subtract(zeros, spread(offsets[t]), value);
+                    total = multiply_add(value, multiply(steps, spread(scales[t])), total);
+                    if constexpr (PLANES == 2) total = multiply_subtract(zeros, spread(offsets[t]), total);
+                    if (!END) store_floats(totals[t][r], total);
+                    else if (t < results.tokens) store_floats(results.to + t * results.stride + r * LANES, total);
+                }
             }
-        }
+        };
+        const bool begin = results.begin && c == from, end = results.to != nullptr && c + 1 == to;
+        if (begin) end ? add_chunk.template operator()<true, true>() : add_chunk.template operator()<true, false>();
+        else end ? add_chunk.template operator()<false, true>() : add_chunk.template operator()<false, false>();
         // totals are read again: kept in registers too, they would push sums out of them
         asm volatile("" ::: "memory");
     }
@@ -160,7 +176,6 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
     for (int64_t first = 0; first < a.tokens; first += PANEL_TOKENS) {
         const int64_t now = a.tokens - first < PANEL_TOKENS ? a.tokens - first : PANEL_TOKENS;
         const int64_t begin = first / MOST, blocks = (now + MOST - 1) / MOST;
-        std::memset(panel.totals, 0, size_t(blocks) * MOST * sizeof panel.totals[0]);
         const uint32_t* p[ROWS];
         for (int r = 0; r < ROWS; ++r) p[r] = w.packed + (block + r) * words * LANES;
         int64_t done = 0;  // quads of the chunks before
@@ -174,6 +189,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                 p[r] = fill_panel<BITS, PLANES, SIGNED>(w, parts, from, to, block + r, begins, end, r, panel);
                 lines = (p[r] - begins) / LANES;
             }
+            const bool written = to == count && type == FP32;
             for (int64_t i = 0; i < blocks; ++i) {
                 // what the next panel unpacks comes while this one is used; all at once it would be waited for
                 for (int64_t line = lines * i / blocks; line < lines * (i + 1) / blocks; ++line)
@@ -186,9 +202,11 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                 // the first block comes again with the next panel
                 const Tokens tokens = block_at(i, done), next = i + 1 < blocks ? block_at(i + 1, done) : block_at(0, done + held);
                 auto* const totals = panel.totals + i * MOST;
+                float* const lines = written ? static_cast<float*>(out) + (first + i * MOST) * stride + block * LANES : nullptr;
+                const Results results{from == 0, lines, stride, now - i * MOST};
                 const auto run = [&]<int TOKENS, int PLACES>(int t) {
                     panel_tokens<PLANES, SIGNED, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, tokens.from(t), next.from(t), panel,
-                                                                       totals + t);
+                                                                       totals + t, results.from(t));
                 };
                 if (places == 1) run.template operator()<1, 1>(0);
                 else if (places == 4) run.template operator()<4, 4>(0);
@@ -198,7 +216,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
             }
             done += held;
         }
-        for (int64_t t = 0; t < now; ++t)
+        for (int64_t t = 0; t < now && type != FP32; ++t)
             for (int r = 0; r < ROWS; ++r)
                 store_outputs(load_floats(panel.totals[t][r]), out, (first + t) * stride + (block + r) * LANES, type);
     }
@@ -208,8 +226,13 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
 template <int BITS, int PLANES>
 void many_tokens(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t first, int64_t last, void* out,
                  Type type, int64_t stride) {
-    // 8-bit codes less their zero points do not fit a byte
-    constexpr bool SIGNED = PLANES == 1 && BITS < 8;
-    for (; first + 2 <= last; first += 2) panel_rows<BITS, PLANES, SIGNED, 2>(w, parts, count, a, first, out, type, stride);
-    if (first < last) panel_rows<BITS, PLANES, SIGNED, 1>(w, parts, count, a, first, out, type, stride);
+    const auto all = [&]<bool SIGNED>() {
+        int64_t block = first;
+        for (; block + 2 <= last; block += 2) panel_rows<BITS, PLANES, SIGNED, 2>(w, parts, count, a, block, out, type, stride);
+        if (block < last) panel_rows<BITS, PLANES, SIGNED, 1>(w, parts, count, a, block, out, type, stride);
+    };
+    if constexpr (PLANES == 1) {
+        if (BITS < 8 || a.biased) return all.template operator()<true>();
+    }
+    if constexpr (PLANES > 1 || BITS == 8) all.template operator()<false>();
 }
