@@ -25,7 +25,7 @@ from llmcompress_kernels.reference.group_gemm import LANES
 
 # sequences of one call
 MAX_BATCH = 64
-# tokens of one call, so that an interrupt does not wait for the end of a long prompt; cuts at multiples of 64 change no bit
+# tokens of one call, so that an interrupt need not wait for all of a long prompt; cuts at multiples of 64 change no bit
 MAX_PROMPT = 2048
 PHASES = ("input", "in_proj", "mix", "state", "gate", "out_proj", "head", "wait")
 STATES = (32, 64, 128, 256)
