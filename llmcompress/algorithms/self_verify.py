@@ -239,6 +239,30 @@ def sft_mask(response: Response, markers: bool = True) -> list[bool]:
     return mask
 
 
+def verdict_tokens(pieces: Sequence[str], response: Response) -> list[bool]:
+    """Tokens that hold the word of a verdict: what is decided after "Therefore, the answer is".
+
+    Args:
+        pieces: Text of each token, without the end token, that :func:`cut` was given.
+        response: What it made of them.
+
+    Returns:
+        One flag per token, the end token included; none is set in a verification in other words.
+    """
+    found = [False] * response.actions[-1].stop
+    for action in response.actions:
+        if action.kind is not ActionKind.VERIFY:
+            continue
+        own = pieces[action.start : action.stop]
+        said = list(_VERDICT.finditer("".join(own)))
+        if said:
+            begin, end = said[-1].span(1)
+            starts = [0, *itertools.accumulate(len(piece) for piece in own)]
+            first, last = _token_at(starts, begin), _token_at(starts, end - 1)
+            found[action.start + first : action.start + last + 1] = [True] * (last - first + 1)
+    return found
+
+
 def behaviour(episodes: Sequence[Episode]) -> dict[str, float | int | None]:
     """The figures of appendix E, as shares between 0 and 1; None where there is nothing to count.
 

@@ -88,6 +88,10 @@ class S2RInitConfig(TrainingConfig):
     """Weight of the same KL on the tokens of the first attempt, which are no targets where it is wrong; 0 in the
     paper. Without it a small model's first attempts get worse."""
 
+    verdict_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the word that gives a verdict ("correct" or "incorrect") in the cross-entropy; 1 in the paper. It is
+    one token of the sixty of a verification and the one that decides; ours."""
+
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Limit of the gradient norm; the paper names none for this stage."""
 
@@ -234,7 +238,7 @@ class S2RInit(TrainingStage):
             settings = SftSettings(
                 epochs, config.batch, config.lr, config.kl, config.anchor, config.warmup, config.decay,
                 config.clip_grad, config.micro_batch, config.micro_tokens, config.checkpoint_every,
-                ctx.seed + number,
+                ctx.seed + number, config.verdict_weight,
             )  # fmt: skip
             base = len(curve)
 

@@ -287,8 +287,9 @@ class S2RRl(TrainingStage):
         if wanted is None:
             return
         problems = shared.MeasureConfig(
-            split="validation", problems=400, max_new_tokens=self.config.sampling.max_new_tokens
-        )
+            split="validation", problems=400, max_new_tokens=self.config.sampling.max_new_tokens,
+            batch=max(256, self.config.sampling.batch),
+        )  # fmt: skip
         with policy.reference() as model:
             figures = shared.measure_behaviour(problems, model, reader, "gate", ctx)
         found = {"right": figures["correct_recall"], "wrong": figures["error_recall"]}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.algorithms.rl_objectives import full_kl, token_logp
-from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask
+from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask, verdict_tokens
 from llmcompress.data.trajectories import Trajectory
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Trainer, due
@@ -22,8 +22,8 @@ from llmcompress.training.parallel import deal
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import flags, pad_rows
 
-# what a step is told of: cross-entropy, and the two divergences where they are asked for
-_SUMS = ("cross_entropy", "kl", "anchor")
+# what a step is told of: cross-entropy of all targets and of verdicts, and the two divergences where they are asked for
+_SUMS = ("cross_entropy", "verdict", "kl", "anchor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,14 @@ class SftRow:
         prompt, response: Token ids; the response holds its end token.
         trained: For each response token, whether it is a target.
         first: For each response token, whether it belongs to the first attempt.
+        verdict: For each response token, whether it is a target that gives a verdict.
     """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     trained: tuple[bool, ...]
     first: tuple[bool, ...]
+    verdict: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class SftSettings:
     micro_tokens: int | None
     save_every: int | None
     seed: int
+    verdict_weight: float = 1.0
 
 
 def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_markers: bool = True) -> SftRow | None:
@@ -68,7 +71,8 @@ def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_marker
     """
     prompt = reader.prompt(trajectory.question)
     ids = list(reader.tokenizer(trajectory.response, add_special_tokens=False)["input_ids"])
-    response = cut(reader.pieces(ids), trajectory.ends)
+    pieces = reader.pieces(ids)
+    response = cut(pieces, trajectory.ends)
     ids += [reader.end] * trajectory.ends
     if len(prompt) + len(ids) > max_length or not ids:
         return None
@@ -84,7 +88,22 @@ def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_marker
         mask = [True] * len(ids)
     else:
         mask = sft_mask(response, train_markers)
-    return SftRow(tuple(prompt), tuple(ids), tuple(mask), tuple(first))
+    verdict = [target and says for target, says in zip(mask, verdict_tokens(pieces, response))]
+    return SftRow(tuple(prompt), tuple(ids), tuple(mask), tuple(first), tuple(verdict))
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens of a batch: targets, those of verdicts among them, those of first attempts."""
+
+    trained: int
+    verdict: int
+    first: int
+
+    @classmethod
+    def of(cls, rows: Sequence[SftRow]) -> Counts:
+        """Count."""
+        return cls(*(sum(sum(getattr(row, kind)) for row in rows) for kind in ("trained", "verdict", "first")))
 
 
 def order(count: int, epoch: int, seed: int) -> list[int]:
@@ -95,7 +114,7 @@ def order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def sft_loss(
-    policy: Policy, rows: Sequence[SftRow], pad: int, kl: float, anchor: float, total: int, anchored: int
+    policy: Policy, rows: Sequence[SftRow], pad: int, settings: SftSettings, counts: Counts
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of part of a batch, so that the parts of a batch add up to it.
 
@@ -103,11 +122,11 @@ def sft_loss(
         policy: The model and its reference.
         rows: Part of the batch.
         pad: Id for padding.
-        kl: λ of ``KL(π ‖ π_base)`` on the trained tokens (appendix D.2).
-        anchor: Weight of the same KL on the tokens of the first attempt. Those are no targets where the attempt is
-            wrong, so that nothing else holds the first attempt in place. Ours; 0 in the paper.
-        total: Trained tokens of the whole batch.
-        anchored: Tokens of first attempts in the whole batch.
+        settings: ``kl`` is λ of ``KL(π ‖ π_base)`` on the trained tokens (appendix D.2). ``anchor`` is the weight of
+            the same KL on the tokens of the first attempt: those are no targets where the attempt is wrong, so that
+            nothing else holds the first attempt in place. ``verdict_weight`` is that of a verdict's word in the
+            cross-entropy, where other targets have 1. The last two are ours, 0 and 1 in the paper.
+        counts: Of the whole batch.
 
     Returns:
         The loss, and the sums behind it, on the device.
@@ -116,10 +135,13 @@ def sft_loss(
     padded = pad_rows([row.prompt for row in rows], [row.response for row in rows], pad, device)
     width = padded.targets.shape[1]
     trained = flags([row.trained for row in rows], width, device).float()
+    verdict = flags([row.verdict for row in rows], width, device).float()
     logits = padded.select(policy.logits(padded.ids, padded.mask))
-    entropy = -(token_logp(logits, padded.targets) * trained).sum()
-    loss = entropy / max(1, total)
-    figures = {"cross_entropy": entropy.detach()}
+    entropy = -(token_logp(logits, padded.targets) * trained)
+    more = settings.verdict_weight - 1
+    loss = (entropy + more * entropy * verdict).sum() / max(1.0, counts.trained + more * counts.verdict)
+    figures = {"cross_entropy": entropy.detach().sum(), "verdict": (entropy.detach() * verdict).sum()}
+    kl, anchor = settings.kl, settings.anchor
     if kl > 0 or anchor > 0:
         # the anchor alone needs the reference up to the longest first attempt, and nothing later changes that
         width = width if kl > 0 else max(1, *(sum(row.first) for row in rows))
@@ -128,11 +150,11 @@ def sft_loss(
         reference = padded.select(reference, width)
         divergence = full_kl(logits[:, :width], reference)
         if kl > 0:
-            loss = loss + kl * (divergence * trained).sum() / max(1, total)
+            loss = loss + kl * (divergence * trained).sum() / max(1, counts.trained)
             figures["kl"] = (divergence.detach() * trained).sum()
         if anchor > 0:
             first = flags([row.first[:width] for row in rows], width, device).float()
-            loss = loss + anchor * (divergence * first).sum() / max(1, anchored)
+            loss = loss + anchor * (divergence * first).sum() / max(1, counts.first)
             figures["anchor"] = (divergence.detach() * first).sum()
     return loss, figures
 
@@ -152,7 +174,7 @@ def train_sft(
         on_step: Called after each step with step, total and figures.
 
     Returns:
-        One record a step: loss, cross-entropy, KL, gradient norm.
+        One record a step: cross-entropy of all targets and of the verdicts, KL, anchor, gradient norm.
     """
     per_epoch = math.ceil(len(rows) / settings.batch)
     steps = per_epoch * settings.epochs
@@ -164,14 +186,10 @@ def train_sft(
         epoch, place = divmod(step, per_epoch)
         picked = order(len(rows), epoch, settings.seed)[place * settings.batch : (place + 1) * settings.batch]
         batch = [rows[index] for index in picked]
-        total = sum(sum(row.trained) for row in batch)
-        anchored = sum(sum(row.first) for row in batch)
+        counts = Counts.of(batch)
 
-        def backward(
-            places: list[int], batch: Sequence[SftRow] = batch, total: int = total, anchored: int = anchored
-        ) -> dict[str, Tensor]:
-            part = [batch[place] for place in places]
-            loss, figures = sft_loss(policy, part, pad, settings.kl, settings.anchor, total, anchored)
+        def backward(places: list[int], batch: Sequence[SftRow] = batch, counts: Counts = counts) -> dict[str, Tensor]:
+            loss, figures = sft_loss(policy, [batch[place] for place in places], pad, settings, counts)
             loss.backward()
             return figures
 
@@ -182,9 +200,10 @@ def train_sft(
         sums = {key: sum(figures[key] for figures in found if key in figures) for key in _SUMS}
         record = {
             "step": step + 1,
-            "cross_entropy": sums["cross_entropy"] / max(1, total),
-            "kl": sums["kl"] / max(1, total),
-            "anchor": sums["anchor"] / max(1, anchored),
+            "cross_entropy": sums["cross_entropy"] / max(1, counts.trained),
+            "verdict": sums["verdict"] / max(1, counts.verdict),
+            "kl": sums["kl"] / max(1, counts.trained),
+            "anchor": sums["anchor"] / max(1, counts.first),
             "grad_norm": norm,
         }
         curve.append(record)

@@ -5,8 +5,9 @@
 
 FOLDER is what scripts/smollm2_to_hf.py writes. The chain: the model is shown task and format (``warm``), the size of
 the numbers is chosen by validation problems so that it solves about half at its first attempt, then SFT on trajectories
-beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. What is measured goes into
-benchmarks/s2r_gpu.json (with OUT set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
+beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. How many problems SFT samples for
+follows from how long an update of the first stage took. What is measured goes into benchmarks/s2r_gpu.json (with OUT
+set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
 ``--scale`` is for rehearsals: ``tiny`` runs every phase on the shipped reasoner with next to no data. Without
 --model the stored file is judged.
 """
@@ -37,12 +38,16 @@ COLUMNS = (
 )  # fmt: skip
 HEADS = ("acc", "first", "VA", "ER", "CP", "ICR", "CIR", "trials", "tokens", "ended")
 POLICIES = ("base", "solutions", "sft", "orl", "prl")
-# sizes of the numbers to choose from, and the share of first attempts that should be right
-SIZES, AIM = (1, 2, 4, 8, 16, 32), 0.5
+# sizes of the numbers to choose from, and the share of first attempts that should be right: about half
+SIZES, AIM = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.55
 # validation problems of each size
 EACH = 170
-# seconds that a process of reinforcement needs beside its training: start, model, the measurement at the end
-AROUND = 45.0
+# seconds that a process of reinforcement needs beside its training: start, model, verdicts before, figures after
+AROUND = 50.0
+# seconds before the first update of a stage; those of an update of the first one with which SFT on the recipe's
+# problems takes 100 s; the fewest problems, the recipe's, the most
+START, UPDATE = 8.0, 0.40
+PROBLEMS = (2400, 3200, 5600)
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
 COUNTDOWN = "{kind: countdown, high: 15, limit: 60, compact: true}"
 SMALL: dict[str, dict[str, tuple[str, ...]]] = {
@@ -55,12 +60,12 @@ SMALL: dict[str, dict[str, tuple[str, ...]]] = {
     "tiny": {
         "warm": ("problems=64", "epochs=1", f"task={COUNTDOWN}"),
         "init": (
-            "problems=300", "samples=4", "sampling.max_new_tokens=16", "pair_epochs=3", "epochs=5", "batch=32",
+            "problems=300", "samples=4", "sampling.max_new_tokens=16", "epochs=8", "batch=32",
             "lr=2e-3", "measure.problems=40", "measure.max_new_tokens=80",
         ),
         "reinforce": (
-            "steps=3", "prompts=8", "sampling.max_new_tokens=80", "guard.ended_below=null", "measure.problems=40",
-            "measure.max_new_tokens=80",
+            "steps=3", "prompts=8", "min_verdict_recall=null", "sampling.max_new_tokens=80", "guard.ended_below=null",
+            "measure.problems=40", "measure.max_new_tokens=80",
         ),
     },
 }  # fmt: skip
@@ -148,6 +153,7 @@ class Chain:
                 record[path.stem] = {**verdicts, "texts": told["texts"][:6]}
             if (stage / "curve.json").exists():
                 curve = json.loads((stage / "curve.json").read_text())
+                record["updates"] = len(curve)
                 chosen = curve if len(curve) <= 60 else curve[:: len(curve) // 30]
                 record["curve"] = [{k: _short(v) for k, v in row.items()} for row in chosen]
         # the run's own log holds what libraries warned of
@@ -160,6 +166,23 @@ class Chain:
             rows = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
             said = [row for row in rows if row["kind"] in ("note", "warning", "stage_start", "stage_end")]
             self.found.setdefault("detail", {})[f"{name} notes"] = said[-200:]
+
+    def wait_for(self, model: Path, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a run has written its model (complete at once), has ended, or the budget is spent: the next runs
+        need not wait for what it measures then.
+        """
+        while not model.is_dir() and process.poll() is None and self.left() > 0:
+            time.sleep(0.1)
+
+    def problems(self) -> list[str]:
+        """As many problems for SFT as leave time for reinforcement on this machine at this hour."""
+        record = self.found["runs"]["warm"]["warm"]
+        update = (record["state"]["seconds"] - START) / max(1, record["updates"])
+        fewest, usual, most = PROBLEMS
+        count = int(min(max(usual * UPDATE / max(update, 0.01), fewest), most)) // 100 * 100
+        self.found["sft_problems"] = count
+        self.tell(f"{update:.2f} s an update: {count} problems for SFT")
+        return [f"stages.init.problems={count}"]
 
     def keep(self) -> None:
         """Write what there is; the file is complete or the one before."""
@@ -207,6 +230,14 @@ def versions(device: str) -> dict[str, str]:
     return known
 
 
+def preload() -> None:
+    """Import what :func:`choose_size` needs while the first process still trains."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from llmcompress.evaluation import sampling, self_correction  # noqa: F401
+
+
 def choose_size(chain: Chain, model: Path) -> int:
     """The size of numbers at which the warmed-up model's first attempts are right about half the time.
 
@@ -228,7 +259,7 @@ def choose_size(chain: Chain, model: Path) -> int:
     prompts = [readers[size].prompt(problem.question) for size, problem in rows]
     reader = readers[SIZES[0]]
     begun = time.monotonic()
-    found = sample(policy, prompts, Sampling(48, batch=1024), reader.end, reader.pad, 0)
+    found = sample(policy, prompts, Sampling(48, batch=2048), reader.end, reader.pad, 0)
     seconds = time.monotonic() - begun
     right: dict[int, list[bool]] = {size: [] for size in SIZES}
     for (size, problem), ids in zip(rows, found):
@@ -249,6 +280,7 @@ def run(chain: Chain) -> None:
     chain.found["versions"] = versions(chain.device)
     chain.found["seed"] = chain.seed
     chain.found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    preload()
     chain.wait(warm=warm)
     base = chain.folder / "warm" / "stages" / "warm" / "model"
     if not base.is_dir():
@@ -258,10 +290,11 @@ def run(chain: Chain) -> None:
     chain.found["scale"] = chain.scale
     chain.keep()
     common = [f"model.path={base}", *([] if chain.scale == "tiny" else [f"vars.sizes=[{size}]"])]
-    sft = chain.start("sft", "s2r_smollm2", *common, keep=("init",))
-    solutions = chain.start("solutions", "s2r_smollm2_solutions", *common, keep=("init",))
-    chain.wait(sft=sft)
+    count = chain.problems() if chain.scale == "full" else []
+    sft = chain.start("sft", "s2r_smollm2", *common, *count, keep=("init",))
+    solutions = chain.start("solutions", "s2r_smollm2_solutions", *common, *count, keep=("init",))
     taught = chain.folder / "sft" / "stages" / "init" / "model"
+    chain.wait_for(taught, sft)
     if taught.is_dir() and chain.left() > AROUND:
         common[0] = f"model.path={taught}"
         limit = [f"stages.reinforce.guard.seconds={chain.left() - AROUND:.0f}"]
@@ -269,10 +302,10 @@ def run(chain: Chain) -> None:
             limit.append(f"stages.reinforce.steps={chain.steps}")
         orl = chain.start("orl", "s2r_smollm2", *common, *limit, keep=("reinforce",))
         prl = chain.start("prl", "s2r_smollm2_prl", *common, *limit, keep=("reinforce",))
-        chain.wait(solutions=solutions)
+        chain.wait(solutions=solutions, sft=sft)
         chain.wait(orl=orl, prl=prl)
     else:
-        chain.wait(solutions=solutions)
+        chain.wait(solutions=solutions, sft=sft)
 
 
 def net(figures: dict[str, Any]) -> float:
@@ -307,6 +340,8 @@ def judge(chain: Chain) -> None:
     claims["correction gains more than it breaks"] = sft is not None and net(sft) > 0
     better = [rows[name] for name in ("orl", "prl")]
     claims["ORL or PRL corrects more than SFT"] = sft is not None and any(r and net(r) > net(sft) for r in better)
+    said = {name: (rows[name] or {}).get("verification_accuracy") or 0.0 for name in ("sft", "orl", "prl")}
+    claims["PRL has the highest VA"] = said["prl"] > max(said["sft"], said["orl"]) + 0.001
     chain.found["claims"] = claims
     chain.keep()
     broken = [name for name, holds in claims.items() if not holds]

@@ -17,6 +17,7 @@ from llmcompress.algorithms.self_verify import (
     outcome_reward,
     sft_mask,
     verdict_of,
+    verdict_tokens,
 )
 from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 
@@ -51,6 +52,30 @@ def test_mask_of_figure_2():
 
 def test_a_single_trial_is_trained_whole():
     assert sft_mask(cut(["a", CHECK, CORRECT], ended=True)) == [True] * 4
+
+
+def test_the_word_of_a_verdict_is_found_among_its_tokens():
+    pieces = [
+        "a1 ",
+        "Therefore, the answer is correct.",
+        CHECK,
+        "Therefore,",
+        " the answer is",
+        " in",
+        "correct",
+        ". v",
+    ]
+    pieces += [RETRY, "a2", CHECK, "It is correct. Therefore, the answer is", " correct", "."]
+    flags = verdict_tokens(pieces, cut(pieces, ended=True))
+    assert len(flags) == len(pieces) + 1
+    # not the sentence inside an attempt, not what precedes the verdict, no end token
+    assert [place for place, flag in enumerate(flags) if flag] == [5, 6, 12]
+
+
+def test_a_verification_in_other_words_has_no_verdict_tokens():
+    pieces = ["a", CHECK, "the solution", " is correct", "."]
+    assert verdict_of("the solution is correct.") is True
+    assert not any(verdict_tokens(pieces, cut(pieces, ended=True)))
 
 
 def plain_split(text):

@@ -20,7 +20,7 @@ from llmcompress.training import rl
 from llmcompress.training.optimizer import Trainer
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import pad_rows
-from llmcompress.training.sft import SftRow, sft_loss
+from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss
 
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
@@ -68,10 +68,11 @@ def test_the_case_can_fail(model):
 def test_supervised_loss(model, kl, anchor):
     policy = Policy(model)
     rows = [
-        SftRow((3, 4, 5), (6, 7, 2), (False, True, True), (True, False, False)),
-        SftRow((3,), (6, 2), (True, True), (True, True)),
+        SftRow((3, 4, 5), (6, 7, 2), (False, True, True), (True, False, False), (False, True, False)),
+        SftRow((3,), (6, 2), (True, True), (True, True), (False, False)),
     ]
-    loss, figures = sft_loss(policy, rows, 1, kl, anchor, 4, 3)
+    settings = SftSettings(1, 2, 1e-3, kl, anchor, 0, "constant", None, 2, None, None, 0, 8.0)
+    loss, figures = sft_loss(policy, rows, 1, settings, Counts.of(rows))
     loss.backward()
     assert loss.device.type == "meta"
     assert {figure.device.type for figure in figures.values()} == {"meta"}

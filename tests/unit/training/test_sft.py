@@ -1,11 +1,13 @@
-"""Parts of a batch add up to the batch, and the anchor alone computes no more of the reference than it reads."""
+"""Parts of a batch add up to the batch, the anchor alone computes no more of the reference than it reads, and a verdict
+weighs what it is told to.
+"""
 
 import pytest
 import torch
 
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length
-from llmcompress.training.sft import SftRow, sft_loss
+from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss
 
 PAD = 0
 
@@ -13,12 +15,16 @@ PAD = 0
 def row(prompt, response, first):
     return SftRow(
         tuple(prompt), tuple(response), tuple(i >= first for i in range(len(response))),
-        tuple(i < first for i in range(len(response))),
+        tuple(i < first for i in range(len(response))), tuple(i == len(response) - 2 for i in range(len(response))),
     )  # fmt: skip
 
 
 ROWS = [row([3, 4], range(5, 17), 3), row([7], [8, 9, 10], 2), row([5, 6, 7, 8], [9, 1, 2, 3, 4, 5], 4)]
-TOTAL, ANCHORED = (sum(sum(getattr(r, name)) for r in ROWS) for name in ("trained", "first"))
+COUNTS = Counts.of(ROWS)
+
+
+def settings(kl=0.0, anchor=0.0, verdict_weight=1.0):
+    return SftSettings(1, 3, 1e-3, kl, anchor, 0, "constant", None, 3, None, None, 0, verdict_weight)
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def policy():
 def gradient(policy, parts, kl):
     total = 0.0
     for part in parts:
-        loss, _ = sft_loss(policy, [ROWS[i] for i in part], PAD, kl, 0.7, TOTAL, ANCHORED)
+        loss, _ = sft_loss(policy, [ROWS[i] for i in part], PAD, settings(kl, 0.7, 8.0), COUNTS)
         loss.backward()
         total += float(loss.detach())
     found = torch.cat([p.grad.flatten() for p in policy.trainable.values()])
@@ -54,3 +60,15 @@ def test_parts_and_the_shortened_reference_change_nothing(policy):
         loss, found = gradient(policy, parts, 0.0)
         assert loss == pytest.approx(whole, rel=1e-5)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_verdict_counts_as_many_targets_as_its_weight_says(policy):
+    plain, figures = sft_loss(policy, ROWS, PAD, settings(), COUNTS)
+    every, verdicts = float(figures["cross_entropy"]), float(figures["verdict"])
+    assert float(plain) == pytest.approx(every / COUNTS.trained, rel=1e-6)
+    loss, again = sft_loss(policy, ROWS, PAD, settings(verdict_weight=8.0), COUNTS)
+    # a verdict repeated eight times among the targets
+    assert float(loss) == pytest.approx((every + 7 * verdicts) / (COUNTS.trained + 7 * COUNTS.verdict), rel=1e-6)
+    # what is told of a step stays comparable
+    assert float(again["cross_entropy"]) == pytest.approx(every, rel=1e-6)
+    assert COUNTS.verdict == len(ROWS) and 0 < verdicts < every
