@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import CLI, ROOT, verdict
+from harness import ROOT, verdict
 
 STORED = ROOT / "benchmarks" / "s2r_gpu.json"
 COLUMNS = (
@@ -47,7 +47,7 @@ AROUND = 50.0
 # seconds before the first update of a stage; those of an update of the first one with which SFT on the recipe's
 # problems takes 100 s; the fewest problems, the recipe's, the most
 START, UPDATE = 8.0, 0.40
-PROBLEMS = (2400, 3200, 5600)
+PROBLEMS = (2400, 3600, 5600)
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
 COUNTDOWN = "{kind: countdown, high: 15, limit: 60, compact: true}"
 SMALL: dict[str, dict[str, tuple[str, ...]]] = {
@@ -84,6 +84,9 @@ class Chain:
         folder: Where the runs go.
         out: The file of results.
         steps: Steps of reinforcement, None for the recipe's.
+        begun: When the chain began.
+        found: What is measured.
+        ready: Processes that wait for the words of a run (waiting_cli.py).
     """
 
     model: str
@@ -95,11 +98,19 @@ class Chain:
     out: Path
     steps: int | None
     begun: float = field(default_factory=time.monotonic)
+    ready: list[subprocess.Popen[bytes]] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
 
     def left(self) -> float:
         """Seconds until the budget is spent."""
         return self.budget - (time.monotonic() - self.begun)
+
+    def prepare(self, count: int) -> None:
+        """Start the processes of the runs to come, so that they have their imports behind them then."""
+        script = str(Path(__file__).with_name("waiting_cli.py"))
+        for _ in range(count):
+            command = [sys.executable, script, self.device]
+            self.ready.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT))
 
     def start(self, name: str, recipe: str, *words: str, keep: tuple[str, ...]) -> subprocess.Popen[bytes]:
         """Start a run with the named stages of the recipe; its output goes to a log beside it."""
@@ -107,13 +118,19 @@ class Chain:
         gone = [f"stages.{stage}~" for stage in stages - set(keep)]
         small = [f"stages.{stage}.{word}" for stage in keep for word in SMALL[self.scale].get(stage, ())]
         task = [f"vars.task={COUNTDOWN}"] if self.scale == "tiny" else []
-        command = [
-            *CLI, "run", recipe, f"run.dir={self.folder / name}", f"run.seed={self.seed}", f"run.device={self.device}",
+        words = (
+            "run", recipe, f"run.dir={self.folder / name}", f"run.seed={self.seed}", f"run.device={self.device}",
             *gone, *task, *small, *words, "--quiet",
-        ]  # fmt: skip
+        )  # fmt: skip
+        if not self.ready:
+            self.prepare(1)
+        process = self.ready.pop(0)
+        assert process.stdin is not None
+        told = json.dumps({"log": str(self.folder / f"{name}.log"), "words": words})
+        process.stdin.write(told.encode() + b"\n")
+        process.stdin.close()
         self.tell(f"start {name}")
-        with (self.folder / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        return process
 
     def wait(self, **processes: subprocess.Popen[bytes]) -> None:
         """Wait for processes until the budget is spent; what is not finished then is stopped and named."""
@@ -280,6 +297,7 @@ def run(chain: Chain) -> None:
     chain.found["versions"] = versions(chain.device)
     chain.found["seed"] = chain.seed
     chain.found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    chain.prepare(2)
     preload()
     chain.wait(warm=warm)
     base = chain.folder / "warm" / "stages" / "warm" / "model"
@@ -293,6 +311,7 @@ def run(chain: Chain) -> None:
     count = chain.problems() if chain.scale == "full" else []
     sft = chain.start("sft", "s2r_smollm2", *common, *count, keep=("init",))
     solutions = chain.start("solutions", "s2r_smollm2_solutions", *common, *count, keep=("init",))
+    chain.prepare(2)
     taught = chain.folder / "sft" / "stages" / "init" / "model"
     chain.wait_for(taught, sft)
     if taught.is_dir() and chain.left() > AROUND:
@@ -385,11 +404,13 @@ def main() -> None:
         chain.out = Path(tempfile.mkstemp(suffix=".json")[1])
         print(f"nothing is run without --model: {STORED.relative_to(ROOT)}, measured {chain.found.get('date')}")
         judge(chain)
-    run(chain)
-    chain.tell("all phases ended")
     try:
+        run(chain)
+        chain.tell("all phases ended")
         judge(chain)
     finally:
+        for process in chain.ready:
+            process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
