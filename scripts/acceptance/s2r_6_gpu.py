@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,10 @@ class Chain:
         process = self.ready.pop(0)
         assert process.stdin is not None
         told = json.dumps({"log": str(self.folder / f"{name}.log"), "words": words})
-        process.stdin.write(told.encode() + b"\n")
-        process.stdin.close()
+        # one that has died of its imports is seen by its exit code
+        with suppress(BrokenPipeError):
+            process.stdin.write(told.encode() + b"\n")
+            process.stdin.close()
         self.tell(f"start {name}")
         return process
 
@@ -144,7 +147,8 @@ class Chain:
             self.tell(f"end {name}: {'out of time' if code is None else f'exit code {code}'}")
             if code != 0:
                 self.found.setdefault("unfinished", {})[name] = code
-                print((self.folder / f"{name}.log").read_text(errors="replace")[-3000:], file=sys.stderr)
+                log = self.folder / f"{name}.log"
+                print(log.read_text(errors="replace")[-3000:] if log.exists() else "no log", file=sys.stderr)
             self.gather(name)
         self.keep()
 
