@@ -236,6 +236,21 @@ def quantize_span(*arguments: Any) -> Tensor:
     return gptq_columns.quantize(*arguments)
 
 
+def descend_span(*arguments: Any) -> Tensor:
+    """Move the codes of some columns of one group on a GPU; arguments and result as of the kernel's own ``descend``."""
+    from llmcompress_kernels.triton import gptq_columns
+
+    return gptq_columns.descend(*arguments)
+
+
+def spans(columns: int, group: int, most: int = FUSED_COLUMNS) -> list[tuple[int, int]]:
+    """Column ranges of at most ``most`` columns, none of which spans two groups."""
+    ends = [min(begin + group, columns) for begin in range(0, columns, group)]
+    return [
+        (start, min(start + most, end)) for end, begin in zip(ends, [0, *ends]) for start in range(begin, end, most)
+    ]
+
+
 select.register(select.Implementation(OPERATOR, "reference", ("any",)))
 select.register(select.Implementation(OPERATOR, "cpu", ("cpu",), unavailable))
 select.register(select.Implementation(OPERATOR, "triton", ("cuda",), _no_triton))

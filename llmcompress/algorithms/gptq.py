@@ -4,7 +4,7 @@ Exact: the update rule with the Cholesky factor of the inverse Hessian, lazy blo
 grids. Different from the authors' code: many matrices of one shape are solved at once (an ordinary
 linear is a stack of one), a group's grid is taken from up-to-date weights also inside a block, and
 weights on dead inputs are rounded, never zeroed. Additions: grid search weighted by the cost of a column's error,
-columns ordered by energy group by group, scales fitted again at the end.
+columns ordered by energy group by group, scales fitted again at the end, sweeps of coordinate descent.
 
 The column loop has three forms: plain PyTorch (:class:`_Columns`), which defines it and runs everywhere, the C++ of
 ``llmcompress_kernels.columns``, which runs on CPUs where it can, and the definition with the steps inside a group done
@@ -23,6 +23,7 @@ import torch
 from llmcompress_kernels import columns as native
 from torch import Tensor
 
+from llmcompress.algorithms.coordinate_descent import sweep
 from llmcompress.algorithms.grids import (
     HALF_MAX,
     Search,
@@ -58,6 +59,7 @@ class GptqOptions:
         block: Columns between two updates of the trailing weights; no effect on the result beyond rounding.
         grid: How grids are chosen; the search weighs a column's error by what it costs after compensation.
         refit: Improve the scales by least squares once all codes are chosen.
+        sweeps: Rounds of coordinate descent over the codes after that, scales fitted again after each where ``refit``.
     """
 
     damp: float = 0.01
@@ -66,6 +68,7 @@ class GptqOptions:
     block: int = 128
     grid: Search = "mse"
     refit: bool = False
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         if self.act_order is True and not self.static_groups:
@@ -157,6 +160,12 @@ def _measured(
 ) -> Solution:
     """The solution that codes, scale, zero and values stand for, scales fitted where asked; values are overwritten."""
     codes, scale, zero, quantized = found
+    for _ in range(options.sweeps):
+        if options.refit:
+            scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp)
+        codes = sweep(w, hessian, codes, scale, zero, spec, options.damp)
+    if options.sweeps:
+        quantized = dequantize(codes, scale, zero, spec)
     energy = output_energy(w, hessian)
     delta = torch.sub(w, quantized, out=quantized)
     if options.refit:
@@ -252,7 +261,7 @@ def column_loop(device: str) -> str:
 
 def _runs_natively(w: Tensor, spec: QuantSpec, options: GptqOptions) -> bool:
     """Whether the column loop in C++ knows this case and can run."""
-    return not options.static_groups and not spec.half and column_loop(w.device.type) == "native"
+    return not options.static_groups and not options.sweeps and not spec.half and column_loop(w.device.type) == "native"
 
 
 def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -438,14 +447,6 @@ def block_bounds(columns: int, group: int, block: int) -> list[tuple[int, int]]:
     return found
 
 
-def group_bounds(columns: int, group: int, most: int) -> list[tuple[int, int]]:
-    """Column ranges of at most ``most`` columns, none of which spans two groups."""
-    ends = [min(begin + group, columns) for begin in range(0, columns, group)]
-    return [
-        (start, min(start + most, end)) for end, begin in zip(ends, [0, *ends]) for start in range(begin, end, most)
-    ]
-
-
 class _Columns:
     """The column loop. Weights are held as ``[E, K, N]`` so that a column is contiguous; ``work`` is overwritten."""
 
@@ -486,7 +487,7 @@ class _Columns:
         """Quantize all columns; return codes and values ``[E, K, N]``."""
         columns = self.weights.shape[1]
         if self.fused:
-            step, bounds = self._span, group_bounds(columns, self.group, native.FUSED_COLUMNS)
+            step, bounds = self._span, native.spans(columns, self.group)
         else:
             step, bounds = self._block, block_bounds(columns, self.group, self.options.block)
         for start, stop in bounds:

@@ -1,7 +1,7 @@
 """Other ways to store several fine-tunes, in the same harness: same models, same texts, same rounded embeddings.
 
 * ``gptq-2``, ``gptq-3``, ``gptq-4``: each member on its own, with this project's GPTQ (asymmetric, the family's group
-  size), calibrated like the tree's leaves on the member's own windows.
+  size or one of their own), calibrated like the tree's leaves on the member's own windows.
 * ``bitdelta`` (Liu et al., NeurIPS 2024): 16-bit base, one sign per weight and one scale per matrix, the mean of
   ``|Δ|``; without its distillation of the scales. ``bitdelta-4``: the same on a 4-bit GPTQ base.
 * ``low_rank``: 16-bit base and a truncated SVD of each difference in fp16, as large as one bit per weight.
@@ -42,16 +42,18 @@ class Baselines:
     Args:
         state: The family, with the windows its members were calibrated on.
         ctx: The run.
+        group_size: Columns per scale of GPTQ; the family's when None.
     """
 
-    def __init__(self, state: FamilyState, ctx: RunContext) -> None:
+    def __init__(self, state: FamilyState, ctx: RunContext, group_size: int | None = None) -> None:
         self.state, self.ctx = state, ctx
+        self.group_size = group_size or state.plan.group_size
         self._base: dict[str, Tensor] = {}
 
     def weights(self, method: str, name: str) -> Mapping[str, Tensor]:
         """Linear weights of one member by one method; weight name → ``[N, K]`` fp32."""
         if method.startswith("gptq-"):
-            return independent(self.state, self.ctx, name, int(method[-1]), self.state.plan.group_size)
+            return independent(self.state, self.ctx, name, int(method[-1]), self.group_size)
         family, found = self.state.family, {}
         for linear in self.state.plan.linears:
             base, own = self._weight(family.base, linear), self._weight(family.members[name], linear)
@@ -76,9 +78,9 @@ class Baselines:
         total = 0.0
         for rows, columns in plan.shapes.values():
             count = rows * columns
-            packed = 8 * int_group.nbytes((rows, columns), QuantSpec(4, plan.group_size))
+            packed = 8 * int_group.nbytes((rows, columns), QuantSpec(4, self.group_size))
             if method.startswith("gptq-"):
-                total += 8 * int_group.nbytes((rows, columns), QuantSpec(int(method[-1]), plan.group_size))
+                total += 8 * int_group.nbytes((rows, columns), QuantSpec(int(method[-1]), self.group_size))
             elif method == "bitdelta":
                 total += 16 * count / members + count + 32
             elif method == "bitdelta-4":
@@ -93,7 +95,7 @@ class Baselines:
         """The base's weight by 4-bit GPTQ on the first member's windows; all of them are made at once."""
         if not self._base:
             first = next(iter(self.state.family.members))
-            self._base = dict(independent(self.state, self.ctx, first, 4, self.state.plan.group_size, base=True))
+            self._base = dict(independent(self.state, self.ctx, first, 4, self.group_size, base=True))
         return self._base[linear]
 
 

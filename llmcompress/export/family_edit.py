@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcompress.algorithms.gptq import GptqOptions
 from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
 from llmcompress.errors import ExportError, InputError, UsageError
 from llmcompress.export.base import ShardWriter, atomic_folder, write_json
@@ -221,8 +220,7 @@ class _NewLeaf(DenseVisitor):
 
     def __init__(self, artifact: FamilyArtifact, handle: ModelHandle, below: Mapping[str, str], bits: int) -> None:
         self.artifact, self.handle, self.below, self.bits = artifact, handle, below, bits
-        gptq = GptqOptions(act_order="groups", refit=True)
-        self.options = TreeOptions(artifact.plan.group_size, gptq=gptq)
+        self.options = TreeOptions(artifact.plan.group_size)
         self.stream: MemberStream | None = None
         self.tensors: dict[str, Tensor] = {}
         self.errors: list[float] = []

@@ -26,6 +26,8 @@ FORCED_TOKENS = 2048
 # activations of one member of a family that lie on the GPU for good rather than come from the CPU batch by batch; a
 # fixed figure, so that a plan knows
 RESIDENT_BYTES = 512 * MIB
+# tokens on which gradients are measured: hidden states before every block are held for all of them
+GRADIENT_TOKENS = 4096
 
 
 def total_ram() -> int:
@@ -52,6 +54,21 @@ def resident_bytes(tokens: int, hidden: int, widest: int, item: int) -> int:
     """
     size = tokens * item * (hidden + widest)
     return size if size <= RESIDENT_BYTES else 0
+
+
+def gradient_bytes(blocks: int, hidden: int, item: int, vocab: int, length: int) -> int:
+    """Bytes that gradients take on their way through a model block by block, beside the block.
+
+    Args:
+        blocks: Number of them.
+        hidden: Width of the hidden states.
+        item: Bytes of a value.
+        vocab: Size of the vocabulary.
+        length: Tokens in a window.
+    """
+    tokens = max(length, GRADIENT_TOKENS // length * length)
+    # states before each block and after the last, gradients; logits of a window, their softmax and their gradient
+    return tokens * hidden * (blocks + 2) * item + 3 * 4 * length * vocab
 
 
 def kept_bytes(values: int, item: int) -> int:

@@ -33,6 +33,10 @@ class EvaluateFamilyConfig(StageConfig):
     """Other methods to measure in the same way: independent GPTQ at 2, 3 or 4 bits, BitDelta on a 16-bit or 4-bit base,
     low-rank differences on a 16-bit base, and RTVQ's two levels on a 16-bit base."""
 
+    baseline_group_size: Annotated[int, Field(ge=8)] | None = None
+    """Columns that share a scale where a baseline uses GPTQ; the family's by default. Trees do well with wide groups,
+    GPTQ on its own often with narrower ones."""
+
     cross: bool = True
     """Measure every member on every text: is each still the best on its own?"""
 

@@ -83,6 +83,10 @@ class BitsConfig(_Part):
     min_leaf_bits: Annotated[int, Field(ge=0, le=6)] = 1
     """Least bits of a member's own node. With 0 small fine-tunes would be merged away, because their error is small."""
 
+    importance: Literal["loss", "relative"] = "loss"
+    """How much an error in a weight counts for ``auto``: by what the member's loss feels of it, from gradients on a few
+    windows, or relative to the weight's own output. Without any text it is the latter."""
+
     solver: Literal["lagrange", "greedy"] = "lagrange"
     """How ``auto`` chooses; both come to nearly the same."""
 
@@ -120,6 +124,9 @@ class RqtConfig(StageConfig):
     """Fix scales before the first column, as in the stage ``gptq``."""
     refit_scales: bool = True
     """Improve the leaves' scales by least squares once their codes are chosen."""
+    sweeps: Annotated[int, Field(ge=0, le=64)] = 4
+    """Rounds of coordinate descent over the codes of GPTQ's nodes: at one or two bits a column that should make up for
+    others is often clipped, and going through the columns again finds better codes."""
     outside: Literal["int8", "dense"] = "int8"
     """How each member's embedding and head are stored: 8 bits with a scale per row, or as they are."""
 
@@ -148,6 +155,11 @@ class RqtConfig(StageConfig):
             (self.leaf_solver == "gptq", self.internal_solver == "gptq", self.tree.similarity == "hessian",
              self.node_target != "mean")
         )  # fmt: skip
+
+    @property
+    def asks_loss(self) -> bool:
+        """Whether gradients decide what an error counts."""
+        return self.bits.mode == "auto" and self.bits.importance == "loss" and self.needs_text
 
 
 class Rqt(Stage):

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 def tree_options(config: RqtConfig) -> TreeOptions:
     """Read the build's settings off a stage config."""
-    gptq = GptqOptions(config.damp, config.act_order, config.static_groups, 128, "mse", config.refit_scales)
+    gptq = GptqOptions(
+        config.damp, config.act_order, config.static_groups, 128, "mse", config.refit_scales, config.sweeps
+    )
     return TreeOptions(
         config.group_size, config.node_target, config.internal_solver, config.leaf_solver, config.leaf_scale, gptq
     )

@@ -11,6 +11,7 @@ from llmcompress.models.family import ModelFamily, unsupported
 from llmcompress.quant.family import FamilyPlan
 from llmcompress.quant.store import PackedStore, write_durably
 from llmcompress.stages.rqt_build import FamilyBuilder
+from llmcompress.stages.rqt_importance import Felt, felt_by_loss
 from llmcompress.stages.rqt_plan import make_plan
 from llmcompress.stages.rqt_survey import Survey, survey_family
 from llmcompress.stages.state import FamilyState
@@ -30,7 +31,8 @@ def run_rqt(config: RqtConfig, state: RunState, ctx: RunContext) -> None:
     family = open_family(config, state, ctx)
     calibration = calibrate(config, family, ctx)
     survey = survey_family(config, family, calibration, ctx)
-    plan = planned(config, family, survey, ctx)
+    felt = felt_by_loss(config, family, calibration, ctx)
+    plan = planned(config, family, survey, felt, ctx)
     store = PackedStore(ctx.stage_dir / "blocks")
     FamilyBuilder(config, family, plan, calibration, store, ctx).run()
     state.family = FamilyState(family, plan, store, config.outside, calibration)
@@ -116,11 +118,11 @@ def choose_windows(config: RqtConfig, name: str, handle: ModelHandle, ctx: RunCo
     return CalibrationSet.of(tokens[order], {"member": name, "parts": [each.provenance for each in sets]})
 
 
-def planned(config: RqtConfig, family: ModelFamily, survey: Survey, ctx: RunContext) -> FamilyPlan:
+def planned(config: RqtConfig, family: ModelFamily, survey: Survey, felt: Felt, ctx: RunContext) -> FamilyPlan:
     """Trees and bits, chosen once and kept in ``plan.json``."""
     path = ctx.stage_dir / "plan.json"
     if not path.exists():
-        plan, facts = make_plan(config, family, survey)
+        plan, facts = make_plan(config, family, survey, felt)
         for text in facts.pop("warnings"):
             ctx.emit("warning", text=text)
         write_durably(ctx.stage_dir / "survey.json", json.dumps(facts, indent=1, sort_keys=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llmcompress.models.memory_limits import resident_bytes
+from llmcompress.models.memory_limits import GRADIENT_TOKENS, gradient_bytes, resident_bytes
 from llmcompress.quant.tree import Tree, by_level, effective_bits
 from llmcompress.stages.base import Estimate, PlanInputs
 
@@ -55,7 +55,21 @@ def estimate_rqt(config: RqtConfig, inputs: PlanInputs) -> Estimate:
         held = resident_bytes(samples * length, layout.hidden, widest, inputs.compute_bytes) if streams else 0
         # a second stream of every member where moments of the unquantized model are needed
         ram, vram = ram - peak, peak + members * held * (1 + _needs_moments(config))
+    if config.asks_loss:
+        windows = max(1, GRADIENT_TOKENS // length)
+        flops += 8.0 * members * windows * length * (weights + layout.vocab * layout.hidden)
+        gradients = gradient_bytes(len(layout.blocks), layout.hidden, inputs.compute_bytes, layout.vocab, length)
+        block = max((_weight_bytes(block, inputs.compute_bytes) for block in layout.blocks), default=0)
+        if inputs.device == "cuda":
+            vram = max(vram, gradients + block + outside * inputs.compute_bytes)
+        else:
+            ram = max(ram, gradients + block + outside * inputs.compute_bytes)
     return Estimate(ram=ram, vram=vram, disk=stored, output=stored + private, flops=flops, notes=(note,))
+
+
+def _weight_bytes(block: Block, compute: int) -> int:
+    """One member's block."""
+    return sum(v.out_features * v.in_features for v in block.linears()) * compute
 
 
 def _needs_moments(config: RqtConfig) -> bool:

@@ -18,14 +18,23 @@ if TYPE_CHECKING:
 
     from llmcompress.models.family import ModelFamily
     from llmcompress.stages.rqt import RqtConfig
+    from llmcompress.stages.rqt_importance import Felt
     from llmcompress.stages.rqt_survey import MatrixFacts, Survey
 
 # deltas beyond this share of the weights' energy leave little to share; below the other, a coarse root drowns them
 LARGE_DELTA, SMALL_DELTA = 0.2, 1e-3
 
 
-def make_plan(config: RqtConfig, family: ModelFamily, survey: Survey) -> tuple[FamilyPlan, dict[str, Any]]:
+def make_plan(
+    config: RqtConfig, family: ModelFamily, survey: Survey, felt: Felt | None = None
+) -> tuple[FamilyPlan, dict[str, Any]]:
     """Choose trees and bits.
+
+    Args:
+        config: Settings.
+        family: Base and members.
+        survey: What is known of their weights.
+        felt: What members' losses feel of their weights; without it errors count relative to each weight's output.
 
     Returns:
         The plan, and facts for the report: pairwise distances, node energies, warnings.
@@ -44,7 +53,7 @@ def make_plan(config: RqtConfig, family: ModelFamily, survey: Survey) -> tuple[F
     if config.bits.mode == "preset":
         bits = {name: dict(by_level(trees[keys[name]], config.bits.preset)) for name in shapes}
     else:
-        bits = _allocated(config, survey, shapes, keys, trees, energies)
+        bits = _allocated(config, survey, felt or {}, shapes, keys, trees, energies)
     bits = {name: {node: b for node, b in chosen.items() if b} for name, chosen in bits.items()}
     plan = FamilyPlan(main.leaves, config.group_size, trees, keys, shapes, bits)
     facts = _facts(survey, shapes, main, energies)
@@ -86,6 +95,7 @@ def _matrix(rows: list[list[float]]) -> Tensor:
 def _allocated(
     config: RqtConfig,
     survey: Survey,
+    felt: Felt,
     shapes: dict[str, tuple[int, int]],
     keys: dict[str, str],
     trees: dict[str, Tree],
@@ -103,7 +113,7 @@ def _allocated(
         }
         scale = 1.0 / facts.energy if facts.energy > 0 else 0.0
         energy = [energies[name][node] * scale for node in tree.ids]
-        omega = dict(zip(survey.members, importance(config, survey, name)))
+        omega = dict(zip(survey.members, importance(config, survey, felt, name)))
         weight = [omega[next(iter(node))] if len(node) == 1 else 0.0 for node in tree.nodes]
         problems.append(Problem(tree, energy, weight, rows * columns, 0.0, prices))
     widths = sorted(set(config.bits.widths))
@@ -115,9 +125,17 @@ def _allocated(
     return {name: dict(zip(problem.tree.ids, bits)) for name, problem, bits in zip(shapes, problems, found)}
 
 
-def importance(config: RqtConfig, survey: Survey, linear: str) -> list[float]:
-    """Weight of each member's error in one weight: relative to its energy, times the recipe's weight."""
-    relative = member_importance(survey.matrices[linear].member_energy)
+def importance(config: RqtConfig, survey: Survey, felt: Felt, linear: str) -> list[float]:
+    """Weight of each member's error in one weight, which comes relative to the members' mean energy.
+
+    With ``felt``: what the member's loss feels of an error relative to its own energy. Without: that error itself. Both
+    times the recipe's weight.
+    """
+    facts = survey.matrices[linear]
+    relative = member_importance(facts.member_energy)
+    if felt:
+        own = [facts.energy / energy if energy > 0 else 0.0 for energy in facts.member_energy]
+        relative = [felt[name][linear] * share for name, share in zip(survey.members, own)]
     return [value * config.members[name].weight for name, value in zip(survey.members, relative)]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from llmcompress_kernels import columns as native
 
-from llmcompress.algorithms.gptq import GptqOptions, Solution, group_bounds, solve
+from llmcompress.algorithms.gptq import GptqOptions, Solution, solve
 from llmcompress.quant.codecs.delta_tree import node_spec
 from llmcompress.quant.spec import QuantSpec
 
@@ -17,10 +17,15 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 CASES = [
-    (QuantSpec(4, 16), "mse", False), (QuantSpec(3, 96), "mse", "groups"), (QuantSpec(2, 32, True), "minmax", False),
-    (QuantSpec(8, 24), "mse", "groups"), (QuantSpec(4, -1), "mse", False), (node_spec(1, 96), "mse", "groups"),
+    (QuantSpec(4, 16), "mse", False),
+    (QuantSpec(3, 96), "mse", "groups"),
+    (QuantSpec(2, 32, True), "minmax", False),
+    (QuantSpec(8, 24), "mse", "groups"),
+    (QuantSpec(4, -1), "mse", False),
+    (node_spec(1, 96), "mse", "groups"),
     (node_spec(3, 16), "mse", False),
-]  # fmt: skip
+]
+SWEEPS = (0, 2)  # fmt: skip
 
 
 def problem(experts: int, rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,26 +58,34 @@ def agree(found: Solution, plain: Solution, bits: int) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not set")
 @pytest.mark.skipif(triton.__version__ < "3.9" and np.__version__ >= "2.4", reason="this triton needs numpy < 2.4")
 @pytest.mark.parametrize(("spec", "grid", "order"), CASES)
-def test_interpreted(spec: QuantSpec, grid: str, order: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sweeps", SWEEPS)
+def test_interpreted(
+    spec: QuantSpec, grid: str, order: bool | str, sweeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # rows that do not fill a tile, a last group that ends early, two experts
     w, hessian = problem(2, 21, 120, "cpu")
-    found, plain = both(monkeypatch, w, hessian, spec, GptqOptions(grid=grid, act_order=order, refit=spec.half))  # type: ignore[arg-type]
+    found, plain = both(
+        monkeypatch, w, hessian, spec, GptqOptions(grid=grid, act_order=order, refit=spec.half, sweeps=sweeps)
+    )  # type: ignore[arg-type]
     agree(found, plain, spec.bits)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device, or TRITON_INTERPRET is set")
 @pytest.mark.parametrize(("spec", "grid", "order"), CASES)
-def test_on_a_gpu(spec: QuantSpec, grid: str, order: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sweeps", SWEEPS)
+def test_on_a_gpu(spec: QuantSpec, grid: str, order: bool | str, sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w, hessian = problem(2, 333, 600, "cuda")
-    found, plain = both(monkeypatch, w, hessian, spec, GptqOptions(grid=grid, act_order=order, refit=spec.half))  # type: ignore[arg-type]
+    found, plain = both(
+        monkeypatch, w, hessian, spec, GptqOptions(grid=grid, act_order=order, refit=spec.half, sweeps=sweeps)
+    )  # type: ignore[arg-type]
     agree(found, plain, spec.bits)
     assert native.fuses("cuda")
 
 
 def test_a_range_lies_in_one_group_and_every_column_in_one_range() -> None:
     for columns, group, most in ((120, 96, 64), (100, 16, 64), (64, 64, 64), (130, 130, 64)):
-        bounds = group_bounds(columns, group, most)
+        bounds = native.spans(columns, group, most)
         assert [c for start, stop in bounds for c in range(start, stop)] == list(range(columns))
         assert all(start // group == (stop - 1) // group and stop - start <= most for start, stop in bounds)
 
