@@ -298,12 +298,49 @@ def delta_kept(weight: Tensor, rebuilt: Tensor, base: Tensor, hessian: Tensor | 
     """
     delta, after = weight - base, rebuilt - base
     both, before, now = inner(after, delta, hessian), inner(delta, delta, hessian), inner(after, after, hessian)
-    whole = inner(weight, weight, hessian)
     signs = float((torch.sign(delta) == torch.sign(after)).float().mean())
+    return _kept(both, before, now, inner(weight, weight, hessian), signs)
+
+
+def _kept(both: float, before: float, now: float, whole: float, signs: float) -> DeltaKept:
+    """From inner products of the difference after and before, of each with itself, and the weight's energy."""
     if before <= 0:
         return DeltaKept(1.0, 1.0, signs, 0.0)
     cosine = both / math.sqrt(before * now) if now > 0 else 0.0
     return DeltaKept(both / before, cosine, signs, before / whole if whole > 0 else 0.0)
+
+
+def leaf_report(
+    weight: Tensor, rebuilt: Tensor, rest: Tensor, base: Tensor, hessian: Tensor | None
+) -> tuple[float, float, DeltaKept]:
+    """Relative errors with and without a leaf, and what is left of the difference, with one answer from the device.
+
+    Args:
+        weight: ``[N, K]`` of the fine-tune.
+        rebuilt: ``[N, K]`` after quantization.
+        rest: ``[N, K]``, the weight less the nodes above the leaf.
+        base: ``[N, K]`` of the base.
+        hessian: ``[K, K]`` or None.
+
+    Returns:
+        :func:`relative_error` of ``weight - rebuilt`` and of ``rest``, and :func:`delta_kept`.
+    """
+    delta, after = weight - base, rebuilt - base
+    energies = []
+    for part, other in (
+        (weight - rebuilt,) * 2,
+        (rest,) * 2,
+        (weight,) * 2,
+        (delta,) * 2,
+        (after,) * 2,
+        (after, delta),
+    ):
+        through = part if hessian is None else part @ hessian
+        energies.append((through.double() * other.double()).sum())
+    energies.append((torch.sign(delta) == torch.sign(after)).double().mean())
+    error, without, whole, before, now, both, signs = torch.stack(energies).tolist()
+    shares = [value / whole if whole > 0 else 0.0 for value in (error, without)]
+    return shares[0], shares[1], _kept(both, before, now, whole, signs)
 
 
 def member_importance(energies: Sequence[float]) -> list[float]:

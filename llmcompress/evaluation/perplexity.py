@@ -238,12 +238,13 @@ def scored(
         logits = logits_of(slice(done, done + len(group)), ids)
         done += len(group)
         ids = ids.to(logits.device)
-        for row, window in enumerate(group):
-            first = window.scored - window.begin
-            nll = token_nll(logits[row, first - 1 : -1], ids[row, first:])
-            sums.append(float(nll.double().sum()))
+        firsts = [window.scored - window.begin for window in group]
+        scores = [token_nll(logits[row, first - 1 : -1], ids[row, first:]) for row, first in enumerate(firsts)]
+        # one transfer a batch: a GPU that others use too answers each only at its next turn
+        for first, nll in zip(firsts, torch.cat(scores).double().cpu().split([len(nll) for nll in scores])):
+            sums.append(float(nll.sum()))
             place = torch.arange(first, ids.shape[1]) // POSITION_BIN
-            bins[0].index_add_(0, place, nll.double().cpu())
+            bins[0].index_add_(0, place, nll)
             bins[1].index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
             counts.append(len(nll))
         # or the next batch's logits would be made while these are still held

@@ -227,7 +227,8 @@ class Walker:
             else:
                 self._plain(block, sublayer, source, hidden, visitor, needed)
         self.tap = self._aside = None
-        for rows in self.batches:
+        # on a GPU at once: every answer from there waits for all work before it
+        for rows in [slice(None)] if hidden.is_cuda else self.batches:
             finite = all_finite(hidden[rows])
             self.cache.drop(hidden)
             if not finite:

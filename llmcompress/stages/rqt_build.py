@@ -14,10 +14,9 @@ from llmcompress.algorithms.gptq import GptqOptions
 from llmcompress.algorithms.residual_tree import (
     NodeWeight,
     TreeOptions,
-    delta_kept,
     internal_nodes,
     leaf_nodes,
-    relative_error,
+    leaf_report,
     residual,
 )
 from llmcompress.errors import InputError
@@ -223,14 +222,12 @@ class LeafSolver(DenseVisitor):
         rebuilt = nodes[0].values.clone()
         for node in nodes[1:]:
             rebuilt += node.values
-        error = relative_error(weight, weight - rebuilt, hessian)
+        error, without, kept = leaf_report(weight, rebuilt, rest, self._base(name), hessian)
         self.record["errors"][name] = error
-        without = relative_error(weight, rest, hessian)
         if leaf is not None and error > without * (1 + 1e-6):
             self.warnings.append(
                 f"{self.member}: {name} is worse with its leaf ({error:.3g}) than without ({without:.3g})"
             )
-        kept = delta_kept(weight, rebuilt, self._base(name), hessian)
         self.record["kept"][name] = [kept.retention, kept.cosine, kept.signs, kept.size]
         if self.stream is not None:
             place = self.stream.model.get_parameter(f"{name}.weight")

@@ -109,7 +109,6 @@ def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None, device
     """Facts of one weight, as plain data, computed on ``device``."""
     import torch
 
-    from llmcompress.algorithms.residual_tree import inner
     from llmcompress.algorithms.tree_topology import centred_gram, inner_products
 
     weights = torch.stack([weight.to(device) for weight in family.weights(linear).values()])
@@ -121,10 +120,11 @@ def matrix_facts(family: ModelFamily, linear: str, moment: Tensor | None, device
     apart = weights - base
     through = apart if moment is None else apart @ moment
     deltas = inner_products(apart, through)
+    weighed = weights if moment is None else weights @ moment
     return {
         "gram": gram.tolist(),
         "energy": energy,
-        "member_energy": [inner(w, w, moment) for w in weights],
+        "member_energy": (weighed.double() * weights.double()).sum((1, 2)).tolist(),
         "plain": plain.tolist(),
         "plain_energy": plain_energy,
         "deltas": ((deltas + deltas.T) / 2).tolist(),

@@ -12,6 +12,7 @@ from llmcompress.algorithms.residual_tree import (
     build,
     delta_kept,
     exponent_of,
+    leaf_report,
     quantize_node,
     reconstruct,
     relative_error,
@@ -203,3 +204,30 @@ def test_hmean_needs_moments_and_auto_takes_the_better() -> None:
             relative_error(w, w - reconstruct(tree, nodes, n), hessians[n]) for n, w in weights.items()
         )
     assert errors["auto"] == pytest.approx(min(errors["mean"], errors["hmean"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("weighed", [True, False])
+def test_the_report_of_a_leaf_is_its_parts(weighed: bool) -> None:
+    weights = family(2, 12, 40, 0.1)
+    weight, base = weights["m0"], weights["m1"]
+    hessian = moment(40) if weighed else None
+    rest = weight - quantize_node(weight, 3, TreeOptions(group_size=20), "rtn").values
+    rebuilt = weight - rest + quantize_node(rest, 1, TreeOptions(group_size=20), "rtn").values
+    error, without, kept = leaf_report(weight, rebuilt, rest, base, hessian)
+    assert error == pytest.approx(relative_error(weight, weight - rebuilt, hessian), rel=1e-9)
+    assert without == pytest.approx(relative_error(weight, rest, hessian), rel=1e-9)
+    expected = delta_kept(weight, rebuilt, base, hessian)
+    for name in ("retention", "cosine", "signs", "size"):
+        assert getattr(kept, name) == pytest.approx(getattr(expected, name), rel=1e-6)
+
+
+def test_sweeps_improve_leaves_of_one_bit() -> None:
+    """4 bits at the root, 1 at the leaves: coordinate descent after GPTQ takes a tenth of the error or more."""
+    weights, hessian = family(3, 32, 96, 1e-2), moment(96)
+    tree = Tree.star(list(weights))
+    errors = {}
+    for sweeps in (0, 4):
+        options = TreeOptions(group_size=96, gptq=GptqOptions(act_order="groups", refit=True, sweeps=sweeps))
+        nodes = build(weights, tree, star_bits(tree, 4, 1), options, dict.fromkeys(weights, hessian))
+        errors[sweeps] = mean_error(weights, tree, nodes, hessian)
+    assert errors[4] < 0.9 * errors[0]
