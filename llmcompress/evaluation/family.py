@@ -67,14 +67,18 @@ class _Measurement:
     def run(self) -> dict[str, Any]:
         """Method by method, one model in memory at a time."""
         state = self.state
-        self._method("dense", lambda name: {}, cross=self.config.cross)
-        self._method("rqt", self._tree_weights, cross=self.config.cross)
+        self._method("dense", lambda name: {})
+        self._method("rqt", self._tree_weights)
         methods = {"rqt": self._summary("rqt", state.plan.linear_bits())}
         baselines = Baselines(state, self.ctx, self.config.baseline_group_size)
         for method in self.config.baselines:
             self._method(method, partial(baselines.weights, method))
             bits = self.ledger.get(f"{method}/bits", partial(baselines.bits, method))
             methods[method] = self._summary(method, bits)
+        # last, so that a run that is cut off has what all methods are compared by
+        if self.config.cross:
+            self._method("dense", lambda name: {}, cross=True)
+            self._method("rqt", self._tree_weights, cross=True)
         members = {}
         for name in self.names:
             dense, compressed = self._own("dense", name), self._own("rqt", name)
