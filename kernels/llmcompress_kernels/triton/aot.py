@@ -146,8 +146,9 @@ def _widened() -> Iterator[Variant]:
         constants |= {"BN": widened.ROWS, "BK": widened.COLUMNS}
         types = {**WEIGHT, "out": "*bf16", **sizes, **SIZES}
         yield Variant(f"widen/w{bits}", widened.widen_kernel, types, constants, matrix=False)
-    types = {"h": "*bf16", "out": "*bf16", **sizes, "alpha": "fp32", "limit": "fp32"}
-    yield Variant("widened_gate", widened.gate_kernel, types, {"ACTIVATION": "silu", "BLOCK": 1024}, matrix=False)
+    types = {"h": "*bf16", "out": "*bf16", "ends": "*i32", **sizes, "alpha": "fp32", "limit": "fp32"}
+    constants = {"ACTIVATION": "silu", "EXPERTS": 8, "BLOCK": 1024}
+    yield Variant("widened_gate", widened.gate_kernel, types, constants, matrix=False)
     types = {"rows": "*bf16", "places": "*i64", "weights": "*fp32", "out": "*bf16", "ends": "*i32"}
     constants = {"SLOTS": 2, "EXPERTS": 8, "BLOCK": 1024}
     yield Variant("widened_weigh", widened.weigh_kernel, {**sizes, **types}, constants, matrix=False)

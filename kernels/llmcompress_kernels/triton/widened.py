@@ -160,14 +160,31 @@ def _chunk(rows: int, bank: int, columns: int) -> int:
 
 
 @triton.jit
-def gate_kernel(h, out, first, chunk, intermediate, alpha, limit, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (place, tile): ``out[place, first + c]`` from gate ``h[place, c]`` and up ``h[place, chunk + c]``."""
+def gate_kernel(
+    h,
+    out,
+    first,
+    chunk,
+    intermediate,
+    ends,
+    alpha,
+    limit,
+    ACTIVATION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (place, tile): ``out[place, first + c]`` from gate ``h[place, c]`` and up ``h[place, chunk + c]``.
+
+    Places behind the last expert's belong to skipped slots: nothing is read or written there.
+    """
     place = tl.program_id(0).to(tl.int64)
+    used = tl.load(ends + EXPERTS - 1)  # int
+    width = tl.where(place < used, chunk, 0)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(h + place * 2 * chunk + c, mask=c < chunk, other=0.0).to(tl.float32)
-    up = tl.load(h + place * 2 * chunk + chunk + c, mask=c < chunk, other=0.0).to(tl.float32)
+    gate = tl.load(h + place * 2 * chunk + c, mask=c < width, other=0.0).to(tl.float32)
+    up = tl.load(h + place * 2 * chunk + chunk + c, mask=c < width, other=0.0).to(tl.float32)
     value = gated(gate, up, ACTIVATION, alpha, limit)
-    tl.store(out + place * intermediate + first + c, value.to(out.dtype.element_ty), mask=c < chunk)
+    tl.store(out + place * intermediate + first + c, value.to(out.dtype.element_ty), mask=c < width)
 
 
 @triton.jit
@@ -244,7 +261,7 @@ def moe_group_gemm(
         h = torch._grouped_mm(rows, wide.view(experts, 2 * size, hidden).transpose(1, 2), offs=ends)
         block = min(1024, power_of_two(size))
         gate_kernel[(rows.shape[0], -(-size // block))](
-            h, inner, first, size, intermediate, alpha, limit, activation, block
+            h, inner, first, size, intermediate, ends, alpha, limit, activation, experts, block
         )
         del wide, h
     inner = inner.to(x.dtype)
