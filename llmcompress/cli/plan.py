@@ -52,14 +52,14 @@ def validate(
         "stages": [{"name": name, "type": section.type} for name, section in loaded.recipe.stages.items()],
         "missing": list(loaded.missing),
         "model_checked": facts is not None,
-        "absent": absent,
+        "absent": list(absent.values()),
     }
     lines = [f"{loaded.recipe.name}: valid ({' → '.join(loaded.recipe.stages)})"]
     if loaded.missing:
         lines.append(f"still to be given: {', '.join(loaded.missing)}")
     elif facts is None:
         lines.append(f"the model {loaded.recipe.model.path} is not here, so rules were not matched against it")
-    lines += [f"not here: {line}" for line in absent if facts is not None or ": model.path: " not in line]
+    lines += [f"not here: {line}" for path, line in absent.items() if facts is not None or path != "model.path"]
     out.result(data, "\n".join(lines))
 
 

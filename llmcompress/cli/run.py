@@ -166,8 +166,8 @@ def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
         error = no_model_folder(loaded.recipe.model.path)
         raise InputError(error.message, f"{error.hint}{_needs(loaded, 'model.path')}")
     if absent := loaded.absent():
-        place = absent[0].split(": ")[1]
-        raise InputError("\n".join(absent), f"correct the path, or put the file there{_needs(loaded, place)}")
+        needs = _needs(loaded, next(iter(absent)))
+        raise InputError("\n".join(absent.values()), f"correct the path, or put the file there{needs}")
     file = folder / "config.json"
     if not file.is_file():
         return

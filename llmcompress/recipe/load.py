@@ -82,10 +82,11 @@ class LoadedRecipe:
         """Where the dotted ``path`` was written: ``file:line`` or ``override #n``."""
         return self.sources.place(path.split("."))
 
-    def absent(self) -> list[str]:
-        """A line for each file or folder that the recipe names and this machine does not have.
+    def absent(self) -> dict[str, str]:
+        """Files and folders that the recipe names and this machine does not have: dotted path → line of a report.
 
-        What lies in the run folder is left out: a stage may write there what a later one reads.
+        In the order of the files. What lies in the run folder is left out: a stage may write there what a later
+        one reads.
         """
         problems = []
         own = Path(self.recipe.run.dir).resolve()
@@ -98,7 +99,9 @@ class LoadedRecipe:
                     problems.append(Problem(tuple(path.split(".")), f"{what}: {text}"))
             except InputError as error:
                 problems.append(Problem(tuple(path.split(".")), error.message))
-        return report_lines(problems, self.sources)
+        ordered = report_lines(problems, self.sources)
+        lines = {".".join(each.path): report_lines([each], self.sources)[0] for each in problems}
+        return dict(sorted(lines.items(), key=lambda item: ordered.index(item[1])))
 
     def check_layout(self, layout: ModelLayout) -> None:
         """Check every stage against a model.
