@@ -3,8 +3,8 @@
     python kernels/bench/gpu_run.py --out benchmarks/gpu_<name>.json [--only moe,dense] [--match REGEX] [--dry-run]
 
 Needs torch and triton. humming-kernels and gemlite are measured where they are installed. ``--dry-run`` imports
-everything, lists what would run, and needs no GPU. ``--only`` takes parts: moe, dense, state, tree, mixtral, and tune,
-which is left out otherwise; ``--match`` takes names. ``--alone`` measures no peers.
+everything, lists what would run, and needs no GPU. ``--only`` takes parts: moe, dense, state, tree, mixtral, mamba,
+and tune, which is left out otherwise; ``--match`` takes names. ``--alone`` measures no peers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TOKENS = (1, 4, 8, 16, 32, 64, 256)
 PREFILL = 4096
 BITS = (4, 3, 2)
 BATCHES = (1, 16, 64, 128, 512)
-PARTS = ("moe", "dense", "state", "tree", "mixtral")
-ORDER = ("mixtral", "state", "tree", "moe", "dense", "tune")
+PARTS = ("moe", "dense", "state", "tree", "mixtral", "mamba")
+ORDER = ("mixtral", "mamba", "state", "tree", "moe", "dense", "tune")
 
 
 def versions() -> dict[str, Any]:
@@ -87,6 +87,7 @@ def sources() -> str:
 
 def plan() -> list[tuple[str, Any]]:
     """Everything that is measured: a name and a function of the copy rate that gives a list of lines."""
+    import gpu_mamba
     import gpu_matrix
     import gpu_mixtral
     import gpu_state
@@ -105,6 +106,7 @@ def plan() -> list[tuple[str, Any]]:
             )
     for batch in BATCHES:
         found.append((f"state batch {batch}", lambda r, n=batch: [gpu_state.update(n, r)]))
+        found.append((f"mamba batch {batch}", lambda r, n=batch: [gpu_mamba.step(n, r)]))
     for rows, columns in gpu_tree.SHAPES:
         for models in gpu_tree.ACTIVE:
             name = f"tree {rows}x{columns} {models} models"

@@ -6,44 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from gpu_timing import replay, rotations
 from llmcompress_kernels import state
+from llmcompress_kernels.triton import mixer
 from llmcompress_kernels.triton.state import dsq_pack
 
 # Mamba2-2.7B
 HEADS, P, N = 80, 64, 128
 
 
-@triton.jit
-def float_update_kernel(
-    state, drive, decay, b, c, out, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr
-):
-    """Program (tile of channels, head, sequence): the update with a float state, memory traffic and nothing else."""
-    unit = tl.program_id(2).to(tl.int64) * HEADS + tl.program_id(1)
-    p, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, N)
-    place = state + unit * (P * N) + p[:, None] * N + n[None, :]
-    shared = tl.program_id(2) * N + n
-    driven = tl.load(drive + unit * P + p).to(tl.float32)[:, None] * tl.load(b + shared).to(tl.float32)[None, :]
-    u = tl.load(decay + unit).to(tl.float32) * tl.load(place).to(tl.float32) + driven
-    tl.store(out + unit * P + p, tl.sum(u * tl.load(c + shared).to(tl.float32)[None, :], 1))
-    tl.store(place, u.to(state.dtype.element_ty))
-
-
 def float_updates(
     batch: int, drive: torch.Tensor, decay: torch.Tensor, b: torch.Tensor, c: torch.Tensor
 ) -> dict[str, list[Callable[[], object]]]:
     """The same update with states in fp32 and fp16, one call per rotation."""
-    out = torch.empty_like(drive)
     candidates: dict[str, list[Callable[[], object]]] = {}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
         size = batch * HEADS * P * N * dtype.itemsize
         held = [torch.randn(batch, HEADS, P, N, dtype=dtype, device="cuda") for _ in range(rotations(size, 16))]
-        candidates[name] = [
-            lambda s=s: float_update_kernel[(P // 16, HEADS, batch)](s, drive, decay, b, c, out, HEADS, P, N, 16)
-            for s in held
-        ]
+        candidates[name] = [lambda s=s: mixer.state_update(s, drive, decay, b, c) for s in held]
     return candidates
 
 

@@ -142,6 +142,35 @@ def dsq_state_update(*arguments: Any) -> Tensor:
     return reference_state.dsq_state_update(*arguments)
 
 
+def state_update(*arguments: Tensor) -> Tensor:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    if wanted("triton") and no_triton() is None:
+        from llmcompress_kernels.triton import mixer as kernels
+
+        if kernels.verify_update(*arguments) is None:
+            return kernels.state_update(*arguments)
+    return reference_state.state_update(*arguments)
+
+
+def mamba2_decode(*arguments: Any) -> Tensor:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    projected, conv, weights, held, sizes = *arguments[:2], arguments[2:8], arguments[8:13], arguments[13:]
+    groups, states, bits, epsilon, rounding = *sizes[:4], sizes[4:]
+    if wanted("triton") and no_triton() is None:
+        from llmcompress_kernels.triton import mixer as kernels
+
+        if kernels.verify(projected, conv, weights, groups) is None:
+            *packed, floats = held
+
+            def update(*step: Tensor) -> Tensor:
+                if floats is None:
+                    return dsq_state_update(*packed, *step, bits, *rounding)
+                return state_update(floats, *step)
+
+            return kernels.mamba2_decode(projected, conv, weights, groups, states, epsilon, update)
+    return reference_state.mamba2_decode(*arguments)
+
+
 def selective_scan_q(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA implementation of the operator; arguments as in its schema."""
     drive, b, fixed = arguments[0], arguments[2], arguments[6]
@@ -189,7 +218,9 @@ def delta_decode(
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     group_gemm,
     moe_group_gemm,
+    state_update,
     dsq_state_update,
+    mamba2_decode,
     selective_scan_q,
     selective_scan_q_backward,
 )

@@ -133,6 +133,9 @@ def mamba2_decode(
 ) -> Tensor:
     """One token of a Mamba-2 mixer between its projections: convolution, state update, skip, gate, norm.
 
+    All arithmetic is fp32; operands other than the state may be stored in bf16 or fp16, which the C++ kernels leave to
+    the definition and Triton takes.
+
     Args:
         projected: fp32 ``[S, I + (I + 2GN) + H]``: gate, convolution inputs, time steps; ``I = H P``.
         conv: fp32 ``[S, I + 2GN, W]`` the last W inputs of the convolution, replaced.
@@ -155,7 +158,7 @@ def mamba2_decode(
         dither: As there.
 
     Returns:
-        ``[S, I]``, the input of the output projection.
+        ``[S, I]`` in the type of ``projected``, the input of the output projection.
     """
     held = (codes, channel, scale, fixed, floats)
     weights = (conv_weight, conv_bias, dt_bias, a, d, gain)

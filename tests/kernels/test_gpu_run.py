@@ -220,6 +220,32 @@ def test_state_update_gives_the_definitions_codes(bits: int, dither: bool) -> No
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(held, expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_mixer_of_one_token(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(bits)
+    sequences, heads, channels, states, groups = 3, 8, 64, 128, 2
+    inner, width = heads * channels, heads * channels + 2 * groups * states
+    weights = (torch.randn(width, 4), torch.randn(width), torch.randn(heads), -torch.rand(heads) * 0.01)
+    weights = (*weights, torch.randn(heads), torch.rand(inner))
+    weights = tuple(t.to("cuda", dtype) for t in weights)
+    conv = torch.randn(sequences, width, 4, device="cuda", dtype=dtype)
+    floats = torch.randn(sequences, heads, channels, states, device="cuda")
+    held = (*state.dsq_pack(floats, None, bits), None, None) if bits < 16 else (None, None, None, None, floats)
+    theirs, other = tuple(None if t is None else t.clone() for t in held), conv.clone()
+    for _ in range(2):
+        projected = torch.randn(sequences, inner + width + heads, device="cuda", dtype=dtype)
+        tail = (groups, states, bits, 1e-5, False, bits < 16)
+        found = state.mamba2_decode(projected, conv, *weights, *held, *tail)
+        wanted = state_definition.mamba2_decode(projected, other, *weights, *theirs, *tail)
+        limits = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(found, wanted, **limits)
+        assert torch.equal(conv, other)
+        for mine, expected in zip(held, theirs):
+            if mine is not None and mine.dtype == torch.uint8:
+                assert (mine != expected).float().mean() < 1e-2  # exponentials differ in their last bit
+
+
 def test_scan_is_differentiable() -> None:
     tokens, heads, channels, states = 40, 4, 32, 64
     drive = torch.randn(1, tokens, heads, channels, device="cuda", requires_grad=True)

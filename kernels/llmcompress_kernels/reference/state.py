@@ -292,9 +292,13 @@ def mamba2_decode(
 ) -> Tensor:
     """One token of a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_decode`."""
     heads, inner, both = d.shape[0], gain.shape[0], groups * states
-    gate, mixed, dt = projected.split([inner, inner + 2 * both, heads], -1)
-    conv.copy_(torch.cat((conv[..., 1:], mixed.unsqueeze(-1)), -1))
-    mixed = (conv * conv_weight).sum(-1)
+    given = projected.dtype
+    conv_weight, dt_bias, a, d, gain = (t.float() for t in (conv_weight, dt_bias, a, d, gain))
+    conv_bias = None if conv_bias is None else conv_bias.float()
+    gate, mixed, dt = projected.float().split([inner, inner + 2 * both, heads], -1)
+    taps = torch.cat((conv[..., 1:].float(), mixed.unsqueeze(-1)), -1)
+    conv.copy_(taps)
+    mixed = (taps * conv_weight).sum(-1)
     mixed = torch.nn.functional.silu(mixed if conv_bias is None else mixed + conv_bias)
     x, b, c = mixed.split([inner, both, both], -1)
     dt = torch.nn.functional.softplus(dt + dt_bias)
@@ -306,7 +310,7 @@ def mamba2_decode(
     else:
         assert scale is not None
         y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither)
-    return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon)
+    return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon).to(given)
 
 
 def mamba2_prefill(

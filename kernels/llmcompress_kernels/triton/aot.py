@@ -61,6 +61,7 @@ def variants(arch: int) -> Iterator[Variant]:
     yield from _routed(many)
     yield from _widened()
     yield from _states()
+    yield from _mixers()
     yield from _trees()
     yield from _columns()
 
@@ -173,6 +174,25 @@ def _states() -> Iterator[Variant]:
     constants = {**sizes, "GROUPS": 1, "LENGTH": 32, "KEEP": True}
     for kernel in (state.dsq_scan_kernel, state.dsq_scan_backward_kernel):
         yield Variant(kernel.__name__, kernel, pointers, constants, 8, matrix=False, fused=False)
+
+
+def _mixers() -> Iterator[Variant]:
+    from llmcompress_kernels.triton import mixer
+
+    for kind in ("bf16", "fp32"):
+        pointers = dict.fromkeys(("projected", "conv", "conv_weight", "conv_bias", "dt_bias", "d", "gain"), f"*{kind}")
+        pointers |= dict.fromkeys(("a", "x", "y", "drive", "decay", "b", "c"), "*fp32")
+        sizes = dict.fromkeys(("row", "inner", "both", "heads", "width"), "i32")
+        constants = {"CHANNELS": 64, "WIDTH": 4, "HAS_BIAS": True, "BLOCK": mixer.BLOCK}
+        types = {**pointers, **sizes}
+        yield Variant(f"mixer_inputs/{kind}", mixer.mixer_inputs_kernel, types, constants, matrix=False)
+        types = {**pointers, **sizes, "out": f"*{kind}", "epsilon": "fp32"}
+        constants = {"CHANNELS": 64, "BLOCK": 8192}
+        yield Variant(f"mixer_output/{kind}", mixer.mixer_output_kernel, types, constants, 16, matrix=False)
+    constants = {"HEADS": 80, "SHARE": 80, "P": 64, "N": 128, "ROWS": mixer.ROWS}
+    for kind in ("fp32", "fp16"):
+        types = {**dict.fromkeys(("drive", "decay", "b", "c", "out"), "*fp32"), "state": f"*{kind}"}
+        yield Variant(f"state_update/{kind}", mixer.state_update_kernel, types, constants, matrix=False)
 
 
 def _trees() -> Iterator[Variant]:

@@ -1,0 +1,90 @@
+"""The whole decode step of a Mamba2-2.7B on a GPU: 4-bit weights and states beside bf16 weights and fp16 states.
+
+Random weights, true shapes, all 64 layers and the head (bf16 in both) in one CUDA graph. Both sides share every launch
+that is neither a projection nor the update of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu_matrix import nbytes, packed
+from gpu_state import HEADS, N, P
+from gpu_timing import replay
+from llmcompress_kernels import ops, state
+from llmcompress_kernels.triton import mixer
+
+LAYERS, HIDDEN, VOCABULARY, WIDTH = 64, 2560, 50288, 4
+INNER = HEADS * P
+CHANNELS = INNER + 2 * N
+ROWS = INNER + CHANNELS + HEADS
+SAMPLES = 12
+
+
+class Model:
+    """Operands of every layer for ``batch`` sequences.
+
+    Args:
+        batch: Sequences.
+    """
+
+    def __init__(self, batch: int) -> None:
+        draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02  # noqa: E731
+        self.wide = [(draw(ROWS, HIDDEN), draw(HIDDEN, INNER)) for _ in range(LAYERS)]
+        self.narrow = [(packed(ROWS, HIDDEN, bits=4), packed(HIDDEN, INNER, bits=4)) for _ in range(LAYERS)]
+        self.head, self.norm = draw(VOCABULARY, HIDDEN), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.x = draw(batch, HIDDEN)
+        self.conv = [draw(batch, CHANNELS, WIDTH) for _ in range(LAYERS)]
+        fp32 = lambda *shape: torch.rand(*shape, device="cuda")  # noqa: E731
+        gain = torch.ones(INNER, device="cuda")
+        self.weights = (draw(CHANNELS, WIDTH), draw(CHANNELS), fp32(HEADS) - 4, -fp32(HEADS), fp32(HEADS), gain)
+        first = torch.randn(batch, HEADS, P, N, device="cuda", dtype=torch.float16)
+        self.floats = [first.clone() for _ in range(LAYERS)]
+        one = state.dsq_pack(first.float(), None, 4)
+        self.codes = [tuple(t.clone() for t in one) for _ in range(LAYERS)]
+
+    def bytes(self) -> int:
+        """What a 4-bit step has to move: weights and head read, states read and written."""
+        weights = sum(nbytes(stack) for pair in self.narrow for stack in pair) + self.head.nbytes
+        return weights + 2 * sum(t.nbytes for held in self.codes for t in held)
+
+    def step(self, narrow_weights: bool, narrow_states: bool) -> torch.Tensor:
+        """Logits of one token of every sequence."""
+        residual = self.x
+        for layer in range(LAYERS):
+            x = torch.nn.functional.rms_norm(residual, (HIDDEN,), self.norm, 1e-5)
+            projected = self._project(layer, 0, x, narrow_weights)
+            mixed = mixer.mamba2_decode(
+                projected, self.conv[layer], self.weights, 1, N, 1e-5, self._update(layer, narrow_states)
+            )
+            residual = residual + self._project(layer, 1, mixed, narrow_weights)
+        return torch.nn.functional.linear(torch.nn.functional.rms_norm(residual, (HIDDEN,), self.norm, 1e-5), self.head)
+
+    def _project(self, layer: int, side: int, x: torch.Tensor, narrow: bool) -> torch.Tensor:
+        if not narrow:
+            return torch.nn.functional.linear(x, self.wide[layer][side])
+        w = self.narrow[layer][side]
+        assert w.scale is not None
+        return ops.group_gemm(x, w.weight, w.scale, w.zero, w.bits, w.group_size, x.shape[-1])
+
+    def _update(self, layer: int, narrow: bool) -> Callable[..., torch.Tensor]:
+        if not narrow:
+            return lambda *step: mixer.state_update(self.floats[layer], *step)
+        codes, channel, scale = self.codes[layer]
+        return lambda *step: state.dsq_state_update(codes, channel, scale, None, *step, 4, dither=True)
+
+
+def step(batch: int, rate: float) -> dict[str, Any]:
+    """Microseconds of one step of ``batch`` sequences, and the share of the byte floor at ``rate`` bytes a second."""
+    with torch.inference_mode():
+        model = Model(batch)
+        kinds = {"w16s16": (False, False), "w4s16": (True, False), "w16s4": (False, True), "w4s4": (True, True)}
+        times = replay({name: [lambda k=kind: model.step(*k)] for name, kind in kinds.items()}, SAMPLES)
+        floor = model.bytes() / rate * 1e6
+    found: dict[str, Any] = {"op": "mamba2-2.7b step", "batch": batch, "floor_us": round(floor, 1)}
+    found |= {f"{name}_us": round(each.median, 1) for name, each in times.items()}
+    found["floor_share"] = round(floor / times["w4s4"].median, 3)
+    found["over_w16s16"] = round(times["w16s16"].median / times["w4s4"].median, 3)
+    return found
