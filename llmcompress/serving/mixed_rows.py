@@ -17,7 +17,6 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
@@ -177,7 +176,7 @@ class MixedRows:
     def _fresh_cache(self) -> Any:
         cache: Any = DynamicCache(config=self._model.config)
         for index, layer in enumerate(cache.layers):
-            if not isinstance(layer, CacheLayerMixin) or isinstance(layer, DummyLayer):
+            if not isinstance(layer, CacheLayerMixin):
                 continue
             states = layer.number_of_states if isinstance(layer, LinearAttentionLayer) else 0
             cache.layers[index] = _StatesHandover(states) if states else _Handover()
