@@ -2,9 +2,11 @@
 
 To second order an error ``δy`` of a linear's output moves the model's predictions by ``KL ≈ ½ E (g·δy)²``, where ``g``
 is the gradient of the log-likelihood of tokens drawn from those predictions (the Fisher matrix; tokens of the text
-would give another one). For errors without a direction of their own, as rounding makes them, that is
-``½ E‖g‖² E‖δy‖² / N`` with N outputs. An error that is the share e of the output's energy therefore costs about
-``s · e`` nats a token with ``s = ½ E‖g‖² E‖y‖² / N``; that ``s`` is what this module measures.
+would give another one). Rounding makes errors of weights without a direction, ``δy = δW x`` with variance σ² each: that is
+``½ σ² E ‖g‖²‖x‖²``, token by token, while the output's error is ``E‖δy‖² = σ² N E‖x‖²`` with N outputs. An error that is
+the share e of the output's energy therefore costs ``s · e`` nats a token with
+``s = ½ E(‖g‖²‖x‖²) E‖y‖² / (N E‖x‖²)``; that ``s`` is what this module measures. Tokens with enormous activations count
+by what the loss feels of them, which is little: means of gradients and outputs apart would not know.
 """
 
 from __future__ import annotations
@@ -122,8 +124,8 @@ def _through(
 ) -> dict[str, float]:
     """Sensitivities of one block's linears; ``gradient`` becomes that by the block's inputs, in place."""
     names = [view.name for view in block.linears()]
-    # per linear: sum of squared gradients, sum of squared outputs, tokens, outputs
-    sums = {name: torch.zeros(2, dtype=torch.float64, device=walker.device) for name in names}
+    # per linear: squared gradients times squared inputs, squared inputs, squared outputs
+    sums = {name: torch.zeros(3, dtype=torch.float64, device=walker.device) for name in names}
     for rows in walker.batches:
         x = inputs[rows].to(walker.device).requires_grad_(True)
         with torch.enable_grad(), _watched(model, names, sums):
@@ -134,23 +136,25 @@ def _through(
     count = inputs.shape[0] * inputs.shape[1]
     found = {}
     for view in block.linears():
-        pull, energy = (sums[view.name] / count).tolist()
-        found[view.name] = 0.5 * pull * energy / view.out_features
+        felt, size, energy = (sums[view.name] / count).tolist()
+        found[view.name] = 0.5 * felt * energy / (view.out_features * size) if size > 0 else 0.0
     return found
 
 
 @contextmanager
 def _watched(model: Any, names: Sequence[str], sums: dict[str, Tensor]) -> Iterator[None]:
-    """Add up squares of the linears' outputs, without their bias, and of the gradients that come back to them."""
+    """Add up what the formula needs of inputs, outputs without their bias, and the gradients that come back."""
 
     def watch(module: nn.Module, name: str) -> Any:
-        def seen(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        def seen(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             bias = getattr(module, "bias", None)
             plain = output.detach() if bias is None else output.detach() - bias
-            sums[name][1] += plain.float().square().sum().double()
+            size = inputs[0].detach().float().square().sum(-1)
+            sums[name][1] += size.sum().double()
+            sums[name][2] += plain.float().square().sum().double()
 
             def back(gradient: Tensor) -> None:
-                sums[name][0] += gradient.float().square().sum().double()
+                sums[name][0] += (gradient.float().square().sum(-1) * size).sum().double()
 
             output.register_hook(back)
 

@@ -56,12 +56,13 @@ def test_blocks_give_what_the_whole_model_gives(folder: Path) -> None:
     names = [view.name for block in handle.layout.blocks for view in block.linears()]
     assert list(found) == names
     outputs: dict[str, torch.Tensor] = {}
+    sizes: dict[str, torch.Tensor] = {}
     targets = torch.cat(drawn(model, rows))
     for name in names:
 
-        def keep(_module: Any, _inputs: Any, output: torch.Tensor, name: str = name) -> None:
+        def keep(_module: Any, inputs: Any, output: torch.Tensor, name: str = name) -> None:
             output.retain_grad()
-            outputs[name] = output
+            outputs[name], sizes[name] = output, inputs[0].detach().square().sum(-1)
 
         model.get_submodule(name).register_forward_hook(keep)
     embedded = model.get_input_embeddings()(rows).requires_grad_(True)
@@ -71,7 +72,9 @@ def test_blocks_give_what_the_whole_model_gives(folder: Path) -> None:
         bias = model.get_submodule(name).bias
         plain = output.detach() - (0 if bias is None else bias)
         assert output.grad is not None
-        expected = 0.5 * output.grad.square().sum() * plain.square().sum() / rows.numel() ** 2 / output.shape[-1]
+        felt = (output.grad.square().sum(-1) * sizes[name]).mean()
+        energy = plain.square().sum(-1).mean() / (output.shape[-1] * sizes[name].mean())
+        expected = 0.5 * felt * energy
         assert found[name] == pytest.approx(float(expected), rel=1e-3)
 
 
