@@ -2,11 +2,11 @@
 
 To second order an error ``δy`` of a linear's output moves the model's predictions by ``KL ≈ ½ E (g·δy)²``, where ``g``
 is the gradient of the log-likelihood of tokens drawn from those predictions (the Fisher matrix; tokens of the text
-would give another one). Rounding makes errors of weights without a direction, ``δy = δW x`` with variance σ² each: that is
-``½ σ² E ‖g‖²‖x‖²``, token by token, while the output's error is ``E‖δy‖² = σ² N E‖x‖²`` with N outputs. An error that is
-the share e of the output's energy therefore costs ``s · e`` nats a token with
-``s = ½ E(‖g‖²‖x‖²) E‖y‖² / (N E‖x‖²)``; that ``s`` is what this module measures. Tokens with enormous activations count
-by what the loss feels of them, which is little: means of gradients and outputs apart would not know.
+would give another one). Rounding makes errors of weights without a direction, ``δy = δW x`` with variance σ² each:
+that is ``½ σ² E ‖g‖²‖x‖²``, token by token, while the output's error is ``σ² N E‖x‖²`` with N outputs. An error that is
+the share e of the output's energy therefore costs ``s · e`` nats a token, ``s = ½ E(‖g‖²‖x‖²) E‖y‖² / (N E‖x‖²)``;
+that ``s`` is what this module measures. Tokens with enormous activations count by what the loss feels of them, which is
+little: means of gradients and of outputs apart would not know.
 """
 
 from __future__ import annotations
