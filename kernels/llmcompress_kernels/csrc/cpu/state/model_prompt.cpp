@@ -5,7 +5,7 @@
 // and the last inputs of its convolution, lies in memory that all share, and changes hands piece by piece: `left` counts the
 // segments that are done with a piece, and a team waits until all before its own are. So teams run as far behind each
 // other as one piece of a scan takes, nothing else of one core's is read by another, and no barrier makes them wait.
-// With all threads at one segment, two of them take a sixth more time: half of what either scans, gates and rounds was
+// With all threads at one segment, two of them take an eighth more time: half of what either scans, gates and rounds was
 // written by the other.
 //
 // Within a team products are cut by tokens, since int8 products of many tokens are bound by arithmetic and every thread then
