@@ -5,9 +5,8 @@
 
 FOLDER is what scripts/smollm2_to_hf.py writes. The chain: the model is shown task and format (``warm``), the size of
 the numbers is chosen by validation problems so that it solves about half at its first attempt, then SFT on trajectories
-beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. How many problems SFT samples for
-follows from how long an update of the first stage took. What is measured goes into benchmarks/s2r_gpu.json (with OUT
-set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
+beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. What is measured goes into
+benchmarks/s2r_gpu.json (with OUT set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
 ``--scale`` is for rehearsals: ``tiny`` runs every phase on the shipped reasoner with next to no data. Without
 --model the stored file is judged.
 """
@@ -45,10 +44,6 @@ SIZES, AIM = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.55
 EACH = 170
 # seconds that a process of reinforcement needs beside its training: start, model, verdicts before, figures after
 AROUND = 50.0
-# seconds before the first update of a stage; those of an update of the first one with which SFT on the recipe's
-# problems takes 100 s; the fewest problems, the recipe's, the most
-START, UPDATE = 8.0, 0.40
-PROBLEMS = (2400, 3600, 5600)
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
 COUNTDOWN = "{kind: countdown, high: 15, limit: 60, compact: true}"
 SMALL: dict[str, dict[str, tuple[str, ...]]] = {
@@ -174,7 +169,6 @@ class Chain:
                 record[path.stem] = {**verdicts, "texts": told["texts"][:6]}
             if (stage / "curve.json").exists():
                 curve = json.loads((stage / "curve.json").read_text())
-                record["updates"] = len(curve)
                 chosen = curve if len(curve) <= 60 else curve[:: len(curve) // 30]
                 record["curve"] = [{k: _short(v) for k, v in row.items()} for row in chosen]
         # the run's own log holds what libraries warned of
@@ -194,16 +188,6 @@ class Chain:
         """
         while not model.is_dir() and process.poll() is None and self.left() > 0:
             time.sleep(0.1)
-
-    def problems(self) -> list[str]:
-        """As many problems for SFT as leave time for reinforcement on this machine at this hour."""
-        record = self.found["runs"]["warm"]["warm"]
-        update = (record["state"]["seconds"] - START) / max(1, record["updates"])
-        fewest, usual, most = PROBLEMS
-        count = int(min(max(usual * UPDATE / max(update, 0.01), fewest), most)) // 100 * 100
-        self.found["sft_problems"] = count
-        self.tell(f"{update:.2f} s an update: {count} problems for SFT")
-        return [f"stages.init.problems={count}"]
 
     def keep(self) -> None:
         """Write what there is; the file is complete or the one before."""
@@ -312,9 +296,8 @@ def run(chain: Chain) -> None:
     chain.found["scale"] = chain.scale
     chain.keep()
     common = [f"model.path={base}", *([] if chain.scale == "tiny" else [f"vars.sizes=[{size}]"])]
-    count = chain.problems() if chain.scale == "full" else []
-    sft = chain.start("sft", "s2r_smollm2", *common, *count, keep=("init",))
-    solutions = chain.start("solutions", "s2r_smollm2_solutions", *common, *count, keep=("init",))
+    sft = chain.start("sft", "s2r_smollm2", *common, keep=("init",))
+    solutions = chain.start("solutions", "s2r_smollm2_solutions", *common, keep=("init",))
     chain.prepare(2)
     taught = chain.folder / "sft" / "stages" / "init" / "model"
     chain.wait_for(taught, sft)
