@@ -121,22 +121,26 @@ def test_what_the_kernel_declines() -> None:
     assert "even number" in reason(torch.zeros(1, 384, dtype=torch.bfloat16))
 
 
-def test_columns_are_split_until_the_gpu_is_full() -> None:
-    most = kernels.MOST_SHARED[90]
-    for rows, columns in ((11008, 4096), (4096, 4096), (4096, 11008), (32, 256)):
+def test_blocks_share_out_the_work_evenly() -> None:
+    config = kernels.DEFAULT
+    for rows, columns in ((11008, 4096), (4096, 4096), (4096, 11008), (5120, 13824), (32, 256)):
         groups = columns // kernels.GROUP
-        splits, each = kernels.split(kernels.DEFAULT, 8, 2, rows, groups, 132, most)
-        assert (splits - 1) * each < groups <= splits * each
-        assert kernels.shared(kernels.DEFAULT, 8, 2, each) <= most
-        blocks = splits * -(-rows // (kernels.DEFAULT.warps * kernels.ROWS_OF_WARP))
-        assert blocks >= 120 or splits == groups
+        slabs, blocks, strips = kernels.shares(config, rows, groups, 132)
+        assert (slabs - 1) * kernels.SLAB < groups <= slabs * kernels.SLAB
+        most = max(strips * (b + 1) // blocks - strips * b // blocks for b in range(blocks))
+        fair = rows * groups / 132 / kernels.TILE_ROWS / kernels.SLAB
+        assert blocks * slabs <= 132
+        assert rows < 1000 or most <= 1.12 * fair
 
 
 def test_shared_memory_is_what_the_launch_asks_for(emulation) -> None:
     config = kernels.DEFAULT
-    for tokens, widths, each in ((1, 1, 1), (8, 2, 11), (16, 3, 4)):
-        asked = emulation.llmcompress_tree_shared(config.warps, config.stages, -(-tokens // 8), widths, each)
-        assert asked == kernels.shared(config, tokens, widths, each)
+    for tokens, widths in ((1, 1), (8, 5), (16, 7), (9, 4)):
+        assert emulation.llmcompress_tree_shared(tokens, widths) == kernels.shared(config, tokens, widths)
+    # two launches' blocks beside each other, so that one reads weights while the other ends
+    for tokens, widths in ((8, 5), (8, 7)):
+        assert 2 * (kernels.shared(config, tokens, widths) + 1024) <= 228 << 10 or widths == 7
+    assert kernels.shared(config, 16, 7) <= 227 << 10
 
 
 def test_the_implementation_is_listed_with_its_reason() -> None:

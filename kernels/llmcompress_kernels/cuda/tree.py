@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,11 +18,8 @@ from llmcompress_kernels.cuda import library as libraries
 FAMILY = "tree-cuda"
 BITS, GROUP, TOKENS, TILE, MOST_NODES = (1, 2, 4), 128, 16, 8, 64
 TYPES = (torch.bfloat16, torch.float16)
-# tree.cuh: rows of a warp, bytes of a stage of its ring
-ROWS_OF_WARP, STAGE_BYTES = 32, 32 * 64 + 32 * 16
-# bytes of shared memory that a block may have, and that a multiprocessor has
-MOST_SHARED, RESERVED = {80: 163 << 10, 90: 227 << 10}, 1024
-REGISTERS = 65536
+# shape.cuh: groups of a slab, rows of a tile, bytes of a step in a row, of a token's record
+SLAB, TILE_ROWS, STEP_BYTES, RECORD = 8, 16, 128, 288
 
 libraries.register(FAMILY, "tree/tree.cu")
 
@@ -44,7 +40,9 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "out", "parts", "arrived")),
         *(
             (name, ctypes.c_int)
-            for name in ("tokens", "rows", "columns", "groups", "nodes", "widths", "splits", "each")
+            for name in (
+                "tokens", "rows", "columns", "groups", "nodes", "widths", "slabs", "blocks", "strips", "overlap",
+            )
         ),
         ("node", Node * MOST_NODES),
     )
@@ -52,10 +50,21 @@ class Call(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Warps of a block and stages of a warp's ring; instances are in ``launch.h``."""
+    """How a launch is shaped; instances are in ``launch.h``.
 
+    Attributes:
+        tiles: Of 16 rows that a warp takes together.
+        warps: Of a block.
+        stages: Of a warp's ring.
+        blocks: That a multiprocessor is to hold.
+        overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
+    """
+
+    tiles: int = 1
     warps: int = 8
-    stages: int = 6
+    stages: int = 4
+    blocks: int = 1
+    overlap: bool = True
 
 
 DEFAULT = Config()
@@ -81,42 +90,30 @@ def unavailable() -> str | None:
     return libraries.unavailable(FAMILY)
 
 
-def shared(config: Config, tokens: int, widths: int, each: int) -> int:
-    """Bytes of shared memory of a block, as ``TreeShape::bytes`` of tree.cuh has them."""
-    tiles = -(-tokens // TILE)
-    return config.warps * config.stages * STAGE_BYTES + 16 + widths * each * tiles * (32 + 2048)
-
-
-@lru_cache(maxsize=4096)
-def split(
-    config: Config, tokens: int, widths: int, rows: int, groups: int, processors: int, most_shared: int
-) -> tuple[int, int]:
-    """Parts that the columns are divided into, and groups per part: what takes the fewest rounds of groups.
+def shared(config: Config, tokens: int, widths: int) -> int:
+    """Bytes of shared memory of a block, as ``TreeShape::bytes`` of shape.cuh has them.
 
     Args:
-        config: Warps and stages.
+        config: Tiles, warps and stages.
         tokens: T.
-        widths: Different widths of the nodes.
+        widths: Sum of the different widths of the nodes.
+    """
+    ring = config.warps * config.stages * TILE_ROWS * config.tiles * (STEP_BYTES + 2 * SLAB)
+    wide = (widths & 6).bit_count() * SLAB * -(-tokens // TILE) * (2048 + 4 * TILE)
+    return ring + (widths & 1) * tokens * SLAB * RECORD + wide
+
+
+def shares(config: Config, rows: int, groups: int, processors: int) -> tuple[int, int, int]:
+    """Slabs of columns, blocks of each, and strips of rows that the blocks of a slab share out evenly.
+
+    Args:
+        config: Tiles and blocks.
         rows: N.
         groups: G.
         processors: Multiprocessors.
-        most_shared: Bytes of shared memory that a block may have.
     """
-    tiles = -(-rows // (config.warps * ROWS_OF_WARP))
-    by_registers = REGISTERS // (config.warps * 32 * 128)
-    best: tuple[int, int, int] | None = None
-    for splits in range(1, groups + 1):
-        each = -(-groups // splits)
-        if -(-groups // each) != splits or shared(config, tokens, widths, each) > most_shared:
-            continue
-        held = (most_shared + RESERVED) // (shared(config, tokens, widths, each) + RESERVED)
-        rounds = -(-tiles * splits // (processors * max(1, min(held, by_registers))))
-        # blocks that share a multiprocessor share its bandwidth; a part costs about a group to begin and to add
-        cost = rounds * min(held, by_registers, -(-tiles * splits // processors)) * (each + 1)
-        if best is None or cost < best[0]:
-            best = (cost, splits, each)
-    assert best is not None
-    return best[1:]
+    slabs, strips = -(-groups // SLAB), -(-rows // (config.tiles * TILE_ROWS))
+    return slabs, min(strips, max(1, processors * config.blocks // slabs)), strips
 
 
 def delta_decode(
@@ -150,20 +147,21 @@ def delta_decode(
     x = libraries.placed(x)
     out = x.new_empty((tokens, rows))
     widths = sum({bits[v] for v in used})
+    early = False
     if processors is None:
-        properties = torch.cuda.get_device_properties(x.device)
-        processors, most = properties.multi_processor_count, MOST_SHARED[90 if properties.major >= 9 else 80]
-    else:
-        most = MOST_SHARED[90]
-    splits, each = split(config, tokens, widths.bit_count(), rows, columns // GROUP, processors, most)
-    parts = None if splits == 1 else x.new_empty((splits, tokens, rows), dtype=torch.float32)
-    arrived = None if splits == 1 else libraries.arrivals(-(-rows // (config.warps * ROWS_OF_WARP)), x.device)
+        device = torch.cuda.get_device_properties(x.device)
+        processors, early = device.multi_processor_count, config.overlap and device.major >= 9
+    groups = columns // GROUP
+    slabs, blocks, strips = shares(config, rows, groups, processors)
+    sums = strips * config.tiles * TILE_ROWS * -(-tokens // TILE) * TILE
+    parts = None if slabs == 1 else x.new_empty((slabs, sums), dtype=torch.float32)
+    arrived = None if slabs == 1 else libraries.arrivals(strips, x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
-        tokens, rows, columns, columns // GROUP, len(used), widths, splits, each,
+        tokens, rows, columns, groups, len(used), widths, slabs, blocks, strips, int(early),
     )  # fmt: skip
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])
-    arguments = (int(x.dtype == torch.bfloat16), config.warps, config.stages)
+    arguments = (int(x.dtype == torch.bfloat16), config.tiles, config.warps, config.stages)
     libraries.launch(family, "llmcompress_tree", "llmcompress_tree", call, arguments, x, library)
     return out

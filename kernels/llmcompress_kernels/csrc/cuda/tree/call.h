@@ -18,11 +18,12 @@ struct TreeNode {
 struct TreeCall {
     const void* x; // [T, K]
     void* out;     // [T, N]
-    float* parts;  // [splits, T, N], null if there is one
-    int* arrived;  // one counter per block of rows, zero before and after
+    float* parts;  // [strips, slabs, sums of a strip], null if there is one slab
+    int* arrived;  // one counter per strip, zero before and after
     int tokens, rows, columns, groups;
-    int nodes, widths;     // widths: sum of the different ones
-    int splits, each;      // groups of a split
+    int nodes, widths;         // widths: sum of the different ones
+    int slabs, blocks, strips; // slabs of columns, blocks of each, strips of rows
+    int overlap;               // whether the launch in front may still run while weights are read
     TreeNode node[MOST_NODES];
 };
 

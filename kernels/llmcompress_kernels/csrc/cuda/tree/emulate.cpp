@@ -1,5 +1,5 @@
 // The kernel of tree.cuh on the host: for tests of its indices, barriers and arithmetic, thousands of times slower.
-#include "../common/emulate.h"
+#include "emulate.h"
 
 #include "tree.cuh"
 

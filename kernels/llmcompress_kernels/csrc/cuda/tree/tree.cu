@@ -1,5 +1,5 @@
 // The kernel of tree.cuh for a GPU.
-#include "../common/device.cuh"
+#include "device.cuh"
 
 #include "tree.cuh"
 

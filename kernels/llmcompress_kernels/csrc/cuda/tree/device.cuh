@@ -1,0 +1,69 @@
+// The instructions that tree.cuh is written in, besides those of common/device.cuh, for a GPU of compute capability 8.0 or
+// more. emulate.h has the same names for the host.
+#pragma once
+
+#include "../common/device.cuh"
+
+namespace llmcompress::gpu {
+
+struct alignas(8) Pair { uint32_t x, y; };
+
+// d[r][c] = how many of 128 places have a bit in row r of a and in column c of b: 16 rows, 8 columns, fragments as in PTX's
+// mma.m16n8k128 for single bits.
+__device__ __forceinline__ void count_common(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b), "r"(0));
+}
+
+// Four matrices of 8 rows of 16 bytes; lane i gives the address of row i % 8 of matrix i / 8 and gets word i % 4 of row i / 4
+// of each.
+__device__ __forceinline__ Words load_matrices(const void* shared) {
+    Words out;
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out.at[0]), "=r"(out.at[1]), "=r"(out.at[2]), "=r"(out.at[3])
+                 : "r"(address)
+                 : "memory");
+    return out;
+}
+
+__device__ __forceinline__ Four read_written_four(const float* at) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(at));
+    return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ __forceinline__ bool any_of_warp(bool mine) { return __any_sync(~0u, mine); }
+
+// Wait for the launch in front of this one to end and its results to be visible; until then only weights may be read.
+__device__ __forceinline__ void previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the launch behind this one start as soon as there is room.
+__device__ __forceinline__ void next_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <typename Kernel, typename Call>
+int start_early(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const Call& call, void* stream) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return int(error);
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(x, y);
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = call.overlap ? 1 : 0;
+    return int(cudaLaunchKernelEx(&config, kernel, call));
+}
+
+} // namespace llmcompress::gpu
