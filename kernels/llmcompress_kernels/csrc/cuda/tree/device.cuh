@@ -16,11 +16,30 @@ __device__ __forceinline__ void count_common(int (&d)[4], uint32_t a0, uint32_t 
         : "r"(a0), "r"(a1), "r"(b), "r"(0));
 }
 
+// Addresses in shared memory: kept, since the compiler would rather compute them anew for every copy.
+using SharedAddress = unsigned;
+__device__ __forceinline__ SharedAddress shared_address(void* at) {
+    auto out = static_cast<unsigned>(__cvta_generic_to_shared(at));
+    asm volatile("" : "+r"(out));
+    return out;
+}
+__device__ __forceinline__ int anew(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+// 16 or 4 bytes from global to shared memory, BEYOND bytes behind the address.
+template <int BEYOND> __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%2], [%1], 16;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
+}
+template <int BEYOND> __device__ __forceinline__ void copy_word_async(SharedAddress shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0+%2], [%1], 4;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
+}
+
 // Four matrices of 8 rows of 16 bytes; lane i gives the address of row i % 8 of matrix i / 8 and gets word i % 4 of row i / 4
 // of each.
-__device__ __forceinline__ Words load_matrices(const void* shared) {
+__device__ __forceinline__ Words load_matrices(SharedAddress address) {
     Words out;
-    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out.at[0]), "=r"(out.at[1]), "=r"(out.at[2]), "=r"(out.at[3])
                  : "r"(address)

@@ -24,7 +24,13 @@ inline void count_common(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
     pause(Waits::SYNC);
 }
 
-inline Words load_matrices(const void* shared) {
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
+inline int anew(int v) { return v; }
+template <int BEYOND> inline void copy_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 16); }
+template <int BEYOND> inline void copy_word_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 4); }
+
+inline Words load_matrices(SharedAddress shared) {
     const unsigned thread = threadIdx.x, lane = thread % 32;
     shown[thread].address = shared;
     pause(Waits::SYNC);

@@ -11,11 +11,14 @@ template <class S> struct Sums {
     float place;    // what the lowest of this lane's four bits of an activation is worth
     int top;        // and the highest, in the lowest
     int matrices;   // where a lane's row of four matrices of codes of 1 bit lies
+    unsigned char* ring; // of this warp
+    SharedAddress base;
     // [16 rows][8 tokens]: rows g, g, g + 8, g + 8 and tokens 2 t, 2 t + 1, 2 t, 2 t + 1
     float total[S::MT][S::NT][4] = {};
     float own[S::MT][S::NT][4] = {}; // the same of the node at hand, without its multiplier
 
     __device__ Sums(const Activations<S>& a) : x(a) {
+        ring = a.memory + a.warp * S::RING, base = shared_address(ring);
         lane = a.lane, g = lane / 4, t = lane % 4;
         place = float(1 << 4 * t), top = t == 3 ? -8 : 8;
         matrices = lane % 16 * STEP_BYTES + (lane / 16 ^ turned(lane % 8)) * 16;
@@ -23,11 +26,11 @@ template <class S> struct Sums {
 
     // A token's activation of 16 bits is 16 columns of a product of bits, so one leaf's token fills two of them. A lane has four
     // neighbouring bits' counts of two rows; their sum becomes a float without a conversion.
-    __device__ __forceinline__ void pair(const unsigned char* stage, int number, const unsigned char* records, const uint32_t (&scale)[S::MT][2],
+    __device__ __forceinline__ void pair(SharedAddress codes, int number, const unsigned char* records, const uint32_t (&scale)[S::MT][2],
                                          float (&sum)[S::MT][2]) const {
         Words a[S::MT];
 #pragma unroll
-        for (int m = 0; m < S::MT; ++m) a[m] = load_matrices(stage + m * 16 * STEP_BYTES + (matrices ^ 32 * number));
+        for (int m = 0; m < S::MT; ++m) a[m] = load_matrices(codes + m * 16 * STEP_BYTES + (matrices ^ 32 * number));
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
             const unsigned char* record = records + (2 * number + u) * RECORD;
@@ -48,8 +51,8 @@ template <class S> struct Sums {
         }
     }
 
-    __device__ __forceinline__ void count(const unsigned char* stage, const TreeNode& node) {
-        const unsigned char* scales = stage + S::CODES + 16 * g;
+    __device__ __forceinline__ void count(int stage, const unsigned char* scales, const TreeNode& node) {
+        const SharedAddress codes = base + stage * S::CODES;
 #pragma unroll 1
         for (int token = node.low; token < node.high; ++token) {
             float sum[S::MT][2] = {};
@@ -65,7 +68,7 @@ template <class S> struct Sums {
                     uint32_t both[S::MT][2];
 #pragma unroll
                     for (int m = 0; m < S::MT; ++m) both[m][0] = scale[m][0].at[i], both[m][1] = scale[m][1].at[i];
-                    pair(stage, i, records, both, sum);
+                    pair(codes, i, records, both, sum);
                 }
             } else {
 #pragma unroll 1
@@ -75,7 +78,7 @@ template <class S> struct Sums {
                     for (int m = 0; m < S::MT; ++m)
 #pragma unroll
                         for (int r = 0; r < 2; ++r) both[m][r] = *reinterpret_cast<const uint32_t*>(scales + (16 * m + 8 * r) * 16 + 4 * i);
-                    pair(stage, i, records, both, sum);
+                    pair(codes, i, records, both, sum);
                 }
             }
             const float times = node.multiplier * place;
@@ -137,12 +140,12 @@ template <class S> struct Sums {
     }
 
     // Groups `in` and the next of a step whose first is `group`. Products of one group wait for each other, so two go side by side.
-    template <int BITS> __device__ __forceinline__ void multiply(const unsigned char* stage, int group, int in, const TreeNode& node) {
+    template <int BITS> __device__ __forceinline__ void multiply(const unsigned char* stage, const unsigned char* scales, int group, int in, const TreeNode& node) {
         uint32_t code[2][2 * S::MT][BITS];
         float scale[2][2 * S::MT];
 #pragma unroll
         for (int r = 0; r < 2 * S::MT; ++r) {
-            const uint32_t both = *reinterpret_cast<const uint32_t*>(stage + S::CODES + (g + 8 * r) * 16 + 2 * in);
+            const uint32_t both = *reinterpret_cast<const uint32_t*>(scales + 8 * r * 16 + 2 * (group + in));
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 codes<BITS>(stage, g + 8 * r, in + u, code[u][r]);
@@ -170,13 +173,15 @@ template <class S> struct Sums {
         }
     }
 
-    // Step `part` of a node.
-    __device__ __forceinline__ void step(const unsigned char* stage, const TreeNode& node, int part) {
-        if (node.bits == 1) return count(stage, node);
-        if (node.bits == 4) return multiply<4>(stage, 2 * part, 0, node);
+    // Step `part` of a node; where its codes and its scales lie.
+    __device__ __forceinline__ void step(int stage, int place, const TreeNode& node, int part) {
+        const unsigned char* scales = ring + S::STAGES * S::CODES + place * S::SCALES + 16 * g;
+        if (node.bits == 1) return count(stage, scales, node);
+        const unsigned char* codes = ring + stage * S::CODES;
+        if (node.bits == 4) return multiply<4>(codes, scales, 2 * part, 0, node);
         const int left = x.groups - 4 * part;
 #pragma unroll 1
-        for (int in = 0; in < 4 && in < left; in += 2) multiply<2>(stage, 4 * part, in, node);
+        for (int in = 0; in < 4 && in < left; in += 2) multiply<2>(codes, scales, 4 * part, in, node);
     }
 
     // Add what a node has given to the tokens that it serves.

@@ -14,7 +14,9 @@ template <bool BF16_, int NT_, int MT_, int WARPS_, int STAGES_> struct TreeShap
     static constexpr bool BF16 = BF16_;
     static constexpr int NT = NT_, MT = MT_, WARPS = WARPS_, STAGES = STAGES_, THREADS = 32 * WARPS, ROWS = 16 * MT;
     static constexpr int MANTISSA = BF16 ? 7 : 10, BIAS = BF16 ? 127 : 15;
-    static constexpr int CODES = ROWS * STEP_BYTES, STAGE = CODES + ROWS * 2 * SLAB, RECORDS = WARPS * STAGES * STAGE;
+    static constexpr int CODES = ROWS * STEP_BYTES, SCALES = ROWS * 2 * SLAB;
+    // a warp's ring: codes of as many steps, scales of as many nodes
+    static constexpr int RING = STAGES * (CODES + SCALES), RECORDS = WARPS * RING;
     // operands of one width and group for all tokens; sums of as many
     static constexpr int OPERANDS = NT * 2048, SUMS = NT * TILE * 4;
     // floats of a strip's sums

@@ -68,7 +68,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, S::THREADS <= 2
     activations.prepare();
     sync();
     Sums<S> sums(activations);
-    int stage = 0;
+    int stage = 0, place = 0;
 #pragma unroll 1
     for (int strip = first + activations.warp; strip < end; strip += S::WARPS) {
 #pragma unroll
@@ -76,16 +76,17 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, S::THREADS <= 2
 #pragma unroll 1
         for (int v = 0; v < call.nodes; ++v) {
             const TreeNode& node = call.node[v];
-            const int parts = ring.steps_of(node.bits);
+            const int parts = (ring.groups * node.bits + 7) / 8;
 #pragma unroll 1
             for (int part = 0; part < parts; ++part) {
                 wait<S::STAGES - 2>();
                 sync_warp(); // this step is there, and nobody reads the one before any more
                 ring.fetch();
-                sums.step(ring.stages + stage * S::STAGE, node, part);
+                sums.step(stage, place, node, part);
                 stage = stage == S::STAGES - 1 ? 0 : stage + 1;
             }
             sums.end(node);
+            place = place == S::STAGES - 1 ? 0 : place + 1;
         }
         finish<S>(call, sums, strip);
     }
