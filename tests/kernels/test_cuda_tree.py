@@ -54,6 +54,8 @@ def run(emulation, x, packed, scale, spans, bits, multiplier, processors: int) -
         (1, 40, 256, [4, 1], [[0, 1], [0, 1]], 1),
         # several splits of an odd number of groups, rows of another block, ranges of several tokens
         (4, 300, 1280, [4, 1, 1, 2], [[0, 4], [0, 1], [1, 3], [2, 4]], 6),
+        # bits counted and multiplied, of tokens of both tiles; groups in eights
+        (12, 33, 2048, [1, 1, 1, 4], [[0, 12], [6, 10], [11, 12], [0, 12]], 3),
         # two tiles of tokens, one of which some nodes do not touch; a token below no node
         (11, 70, 768, [1, 2, 4, 1], [[0, 10], [0, 7], [3, 10], [9, 10]], 1),
     ],
@@ -83,6 +85,38 @@ def test_large_activations_stay_finite(emulation) -> None:
     found = run(emulation, x, packed, scale, spans, [1], [1.0], 1)
     expected = definition.delta_decode(x.double(), packed, scale, spans, [1], [1.0], kernels.GROUP)
     assert ((found.double() - expected).norm() / expected.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_of_activations_of_any_size(emulation, dtype) -> None:
+    """Each group has a fixed point of its own: none loses what its neighbour is too large for; one may be zero."""
+    emulation.llmcompress_tree_emulation(1, 3)
+    packed, scale = nodes(24, 1280, [1])
+    size = torch.tensor([0.0, 1e-4, 1.0, 100.0, 1e-2]).repeat_interleave(128).repeat(2)
+    x = (torch.randn(2, 1280) * size).to(dtype)
+    spans = torch.tensor([[0, 2]])
+    for kept in range(1, 5):
+        part = torch.where(size == size[128 * kept], x, 0)
+        found = run(emulation, part, packed, scale, spans, [1], [0.5], 2)
+        expected = definition.delta_decode(part.double(), packed, scale, spans, [1], [0.5], kernels.GROUP)
+        assert ((found.double() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype], kept
+    if dtype == torch.bfloat16:
+        for factor in (2.0**-105, 2.0**110):
+            tiny = (torch.randn(2, 1280) * factor).to(dtype)
+            found = run(emulation, tiny, packed, scale, spans, [1], [0.5], 2).double() / factor
+            expected = definition.delta_decode(tiny.double() / factor, packed, scale, spans, [1], [0.5], kernels.GROUP)
+            assert ((found - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none(emulation, bad) -> None:
+    emulation.llmcompress_tree_emulation(0, 1)
+    packed, scale = nodes(16, 512, [4, 1])
+    x = torch.randn(2, 512).to(torch.bfloat16)
+    x[1, 300] = bad
+    found = run(emulation, x, packed, scale, torch.tensor([[0, 1], [0, 2]]), [4, 1], [1.0, 1.0], 1)
+    assert torch.isfinite(found[0]).all()
+    assert not torch.isfinite(found[1]).any()
 
 
 def test_nodes_without_rows_are_not_read(emulation) -> None:
@@ -135,12 +169,18 @@ def test_blocks_share_out_the_work_evenly() -> None:
 
 def test_shared_memory_is_what_the_launch_asks_for(emulation) -> None:
     config = kernels.DEFAULT
-    for tokens, widths in ((1, 1), (8, 5), (16, 7), (9, 4)):
-        assert emulation.llmcompress_tree_shared(tokens, widths) == kernels.shared(config, tokens, widths)
-    # two launches' blocks beside each other, so that one reads weights while the other ends
-    for tokens, widths in ((8, 5), (8, 7)):
-        assert 2 * (kernels.shared(config, tokens, widths) + 1024) <= 228 << 10 or widths == 7
-    assert kernels.shared(config, 16, 7) <= 227 << 10
+    for tokens, forms in ((1, 8), (8, 12), (16, 15), (9, 4), (2, 3)):
+        assert emulation.llmcompress_tree_shared(tokens, forms) == kernels.shared(config, tokens, forms)
+    # a root and its leaves: two launches' blocks beside each other, so that one reads weights while the other ends
+    assert 2 * (kernels.shared(config, 8, 4 + kernels.COUNTS) + 1024) <= 228 << 10
+    assert kernels.shared(config, kernels.TOKENS, 15) <= 227 << 10
+
+
+def test_nodes_of_one_bit_count_for_few_tokens() -> None:
+    ranges = [[0, 8], [0, 4], [4, 9], [8, 9]]
+    assert kernels.forms([4, 1, 2, 1], ranges) == 4 + 2 + kernels.COUNTS
+    assert kernels.forms([1, 1, 1, 1], ranges) == 1 + kernels.COUNTS
+    assert kernels.forms([1, 2, 1, 2], ranges) == 1 + 2
 
 
 def test_the_implementation_is_listed_with_its_reason() -> None:

@@ -20,6 +20,8 @@ BITS, GROUP, TOKENS, TILE, MOST_NODES = (1, 2, 4), 128, 16, 8, 64
 TYPES = (torch.bfloat16, torch.float16)
 # shape.cuh: groups of a slab, rows of a tile, bytes of a step in a row, of a token's record
 SLAB, TILE_ROWS, STEP_BYTES, RECORD = 8, 16, 128, 288
+# call.h: most tokens of a node of 1 bit that counts bits; what stands for such nodes beside the widths of the others
+MOST_COUNTED, COUNTS = 4, 8
 
 libraries.register(FAMILY, "tree/tree.cu")
 
@@ -41,7 +43,7 @@ class Call(ctypes.Structure):
         *(
             (name, ctypes.c_int)
             for name in (
-                "tokens", "rows", "columns", "groups", "nodes", "widths", "slabs", "blocks", "strips", "overlap",
+                "tokens", "rows", "columns", "groups", "nodes", "forms", "slabs", "blocks", "strips", "overlap",
             )
         ),
         ("node", Node * MOST_NODES),
@@ -90,17 +92,27 @@ def unavailable() -> str | None:
     return libraries.unavailable(FAMILY)
 
 
-def shared(config: Config, tokens: int, widths: int) -> int:
+def forms(bits: Sequence[int], ranges: Sequence[Sequence[int]]) -> int:
+    """Sum of the different widths of nodes that multiply, and of ``COUNTS`` if some count.
+
+    Args:
+        bits: Of each node.
+        ranges: Its tokens.
+    """
+    return sum({COUNTS if b == 1 and high - low <= MOST_COUNTED else b for b, (low, high) in zip(bits, ranges)})
+
+
+def shared(config: Config, tokens: int, forms: int) -> int:
     """Bytes of shared memory of a block, as ``TreeShape::bytes`` of shape.cuh has them.
 
     Args:
         config: Tiles, warps and stages.
         tokens: T.
-        widths: Sum of the different widths of the nodes.
+        forms: As from :func:`forms`.
     """
     ring = config.warps * config.stages * TILE_ROWS * config.tiles * (STEP_BYTES + 2 * SLAB)
-    wide = (widths & 6).bit_count() * SLAB * -(-tokens // TILE) * (2048 + 4 * TILE)
-    return ring + (widths & 1) * tokens * SLAB * RECORD + wide
+    wide = (forms & ~COUNTS).bit_count() * SLAB * -(-tokens // TILE) * (2048 + 4 * TILE)
+    return ring + (tokens * SLAB * RECORD if forms & COUNTS else 0) + wide
 
 
 def shares(config: Config, rows: int, groups: int, processors: int) -> tuple[int, int, int]:
@@ -146,7 +158,7 @@ def delta_decode(
         return x.new_zeros((tokens, rows))
     x = libraries.placed(x)
     out = x.new_empty((tokens, rows))
-    widths = sum({bits[v] for v in used})
+    needed = forms([bits[v] for v in used], [ranges[v] for v in used])
     early = False
     if processors is None:
         device = torch.cuda.get_device_properties(x.device)
@@ -158,7 +170,7 @@ def delta_decode(
     arrived = None if slabs == 1 else libraries.arrivals(strips, x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
-        tokens, rows, columns, groups, len(used), widths, slabs, blocks, strips, int(early),
+        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, int(early),
     )  # fmt: skip
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])

@@ -19,11 +19,7 @@ template <class S> struct Activations {
     __device__ __forceinline__ unsigned char* record(int token, int group) const {
         return memory + S::RECORDS + (token * SLAB + group) * RECORD;
     }
-    // 2 bits come first
-    __device__ __forceinline__ unsigned char* wide(int bits) const {
-        const int before = (call.widths & 1) * call.tokens * SLAB * RECORD + (bits == 4 ? (call.widths >> 1 & 1) * SLAB * (S::OPERANDS + S::SUMS) : 0);
-        return memory + S::RECORDS + before;
-    }
+    __device__ __forceinline__ unsigned char* wide(int bits) const { return memory + S::wide(call.tokens, call.forms, bits); }
     __device__ __forceinline__ float* sums(int bits, int group) const { return reinterpret_cast<float*>(wide(bits) + group * S::SUMS); }
     __device__ __forceinline__ Words* operands(int bits, int group) const {
         return reinterpret_cast<Words*>(wide(bits) + SLAB * S::SUMS + group * S::OPERANDS);
@@ -40,6 +36,13 @@ template <class S> struct Activations {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) to[32 * i] = {found[4 * i], found[4 * i + 1], found[4 * i + 2], found[4 * i + 3]};
+    }
+
+    // What products of a width take, if any: the numbers, and what the sums of a group begin with.
+    template <int BITS> __device__ __forceinline__ void give(const uint32_t (&x)[16], int token, int group, int t, float sum) const {
+        if (!(call.forms & BITS)) return;
+        order<BITS>(x, operands(BITS, group) + token / TILE * 128 + token % TILE * 4 + t);
+        if (t == 0) sums(BITS, group)[token] = -offset_of<BITS>() * sum;
     }
 
     // Word i holds numbers i and 16 + i of 16 bits; afterwards word i holds bit i of all 32.
@@ -108,23 +111,17 @@ template <class S> struct Activations {
                     for (int k = 0; k < 4; ++k) x[4 * j + k] = words.at[k];
                 }
             }
-            if (call.widths & 6) {
+            if (call.forms & 7) {
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < 32; ++i) sum += widen<S::BF16>(uint16_t(x[i / 2] >> 16 * (i % 2)));
                 sum += swap(sum, 1);
                 sum += swap(sum, 2);
-                const int to = token / TILE * 128 + token % TILE * 4 + t;
-                if (call.widths & 2) {
-                    order<2>(x, operands(2, group) + to);
-                    if (t == 0) sums(2, group)[token] = -offset_of<2>() * sum;
-                }
-                if (call.widths & 4) {
-                    order<4>(x, operands(4, group) + to);
-                    if (t == 0) sums(4, group)[token] = -offset_of<4>() * sum;
-                }
+                give<1>(x, token, group, t, sum);
+                give<2>(x, token, group, t, sum);
+                give<4>(x, token, group, t, sum);
             }
-            if (call.widths & 1 && token < call.tokens) fix(x, token, group, t);
+            if (call.forms & COUNTS && token < call.tokens) fix(x, token, group, t);
         }
     }
 };

@@ -7,11 +7,19 @@ namespace llmcompress::gpu {
 
 constexpr int MOST_NODES = 64;
 
+// Nodes of 1 bit and at most this many tokens count bits, for each token anew; all others multiply, for eight tokens at once.
+constexpr int MOST_COUNTED = 4, COUNTS = 8;
+
 struct TreeNode {
     const unsigned char* words; // [N, K bits / 8] stored codes
     const uint16_t* scale;      // [N, G] fp16
     float multiplier;           // of the scales
     int bits, low, high;        // tokens low <= t < high
+
+#ifdef __CUDACC__
+    __host__ __device__
+#endif
+    bool counts() const { return bits == 1 && high - low <= MOST_COUNTED; }
 };
 
 // T tokens, N rows, K columns in G groups of 128.
@@ -21,7 +29,7 @@ struct TreeCall {
     float* parts;  // [strips, slabs, sums of a strip], null if there is one slab
     int* arrived;  // one counter per strip, zero before and after
     int tokens, rows, columns, groups;
-    int nodes, widths;         // widths: sum of the different ones
+    int nodes, forms;          // forms: sum of BITS of nodes that multiply, and of COUNTS
     int slabs, blocks, strips; // slabs of columns, blocks of each, strips of rows
     int overlap;               // whether the launch in front may still run while weights are read
     TreeNode node[MOST_NODES];

@@ -5,7 +5,7 @@ namespace llmcompress::gpu {
 
 template <class S> int launch(const TreeCall& call, void* stream) {
     if (call.strips != (call.rows + S::ROWS - 1) / S::ROWS) return -4;
-    return start_early(tree_kernel<S>, unsigned(call.blocks), unsigned(call.slabs), S::THREADS, S::bytes(call.tokens, call.widths), call, stream);
+    return start_early(tree_kernel<S>, unsigned(call.blocks), unsigned(call.slabs), S::THREADS, S::bytes(call.tokens, call.forms), call, stream);
 }
 
 template <bool BF16, int NT> int launch(const TreeCall& call, int tiles, int warps, int stages, void* stream) {
@@ -36,7 +36,7 @@ LLMCOMPRESS_EXPORT int llmcompress_tree(const llmcompress::gpu::TreeCall* call, 
 }
 
 // Bytes of shared memory of a block.
-LLMCOMPRESS_EXPORT int llmcompress_tree_shared(int tokens, int widths) {
+LLMCOMPRESS_EXPORT int llmcompress_tree_shared(int tokens, int forms) {
     using namespace llmcompress::gpu;
-    return tokens <= TILE ? TreeShape<true, 1, 1, 8, 4>::bytes(tokens, widths) : TreeShape<true, 2, 1, 8, 4>::bytes(tokens, widths);
+    return tokens <= TILE ? TreeShape<true, 1, 1, 8, 4>::bytes(tokens, forms) : TreeShape<true, 2, 1, 8, 4>::bytes(tokens, forms);
 }

@@ -100,9 +100,12 @@ template <class S> struct Sums {
 
     // The words of a lane's columns in one row of a group.
     template <int BITS> __device__ __forceinline__ void codes(const unsigned char* stage, int row, int group, uint32_t (&to)[BITS]) const {
-        const int piece = BITS == 2 ? 2 * group + t / 2 : 4 * group + t, skip = BITS == 2 ? t % 2 * 8 : 0;
+        const int piece = BITS == 1 ? group : BITS == 2 ? 2 * group + t / 2 : 4 * group + t;
+        const int skip = BITS == 1 ? 4 * t : BITS == 2 ? t % 2 * 8 : 0;
         const unsigned char* from = stage + row * STEP_BYTES + (piece ^ turned(row)) * 16 + skip;
-        if constexpr (BITS == 2) {
+        if constexpr (BITS == 1) {
+            to[0] = *reinterpret_cast<const uint32_t*>(from);
+        } else if constexpr (BITS == 2) {
             const Pair both = *reinterpret_cast<const Pair*>(from);
             to[0] = both.x, to[1] = both.y;
         } else {
@@ -173,20 +176,26 @@ template <class S> struct Sums {
         }
     }
 
+    // All groups of a step.
+    template <int BITS> __device__ __forceinline__ void several(const unsigned char* codes, const unsigned char* scales, int group, const TreeNode& node) {
+        const int left = x.groups - group;
+#pragma unroll 1
+        for (int in = 0; in < SLAB / BITS && in < left; in += 2) multiply<BITS>(codes, scales, group, in, node);
+    }
+
     // Step `part` of a node; where its codes and its scales lie.
     __device__ __forceinline__ void step(int stage, int place, const TreeNode& node, int part) {
         const unsigned char* scales = ring + S::STAGES * S::CODES + place * S::SCALES + 16 * g;
-        if (node.bits == 1) return count(stage, scales, node);
+        if (node.counts()) return count(stage, scales, node);
         const unsigned char* codes = ring + stage * S::CODES;
         if (node.bits == 4) return multiply<4>(codes, scales, 2 * part, 0, node);
-        const int left = x.groups - 4 * part;
-#pragma unroll 1
-        for (int in = 0; in < 4 && in < left; in += 2) multiply<2>(codes, scales, 4 * part, in, node);
+        if (node.bits == 2) return several<2>(codes, scales, 4 * part, node);
+        several<1>(codes, scales, 0, node);
     }
 
     // Add what a node has given to the tokens that it serves.
     __device__ __forceinline__ void end(const TreeNode& node) {
-        if (node.bits == 1) return;
+        if (node.counts()) return;
 #pragma unroll
         for (int n = 0; n < S::NT; ++n)
 #pragma unroll

@@ -21,10 +21,12 @@ template <bool BF16_, int NT_, int MT_, int WARPS_, int STAGES_> struct TreeShap
     static constexpr int OPERANDS = NT * 2048, SUMS = NT * TILE * 4;
     // floats of a strip's sums
     static constexpr int PART = MT * NT * 128;
-    __host__ __device__ static constexpr int bytes(int tokens, int widths) {
-        const int wide = (widths >> 1 & 1) + (widths >> 2 & 1);
-        return RECORDS + (widths & 1) * tokens * SLAB * RECORD + wide * SLAB * (OPERANDS + SUMS);
+    // Where what products of BITS take begins, behind the records of those that count.
+    __host__ __device__ static constexpr int wide(int tokens, int forms, int bits) {
+        const int before = (bits > 1 ? forms & 1 : 0) + (bits > 2 ? forms >> 1 & 1 : 0) + (bits > 4 ? forms >> 2 & 1 : 0);
+        return RECORDS + (forms & COUNTS ? tokens * SLAB * RECORD : 0) + before * SLAB * (OPERANDS + SUMS);
     }
+    __host__ __device__ static constexpr int bytes(int tokens, int forms) { return wide(tokens, forms, 8); }
 };
 
 // Number I of the pairs of codes of a word as two numbers, 2^b + code each.
