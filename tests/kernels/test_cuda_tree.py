@@ -176,6 +176,22 @@ def test_shared_memory_is_what_the_launch_asks_for(emulation) -> None:
     assert kernels.shared(config, kernels.TOKENS, 15) <= 227 << 10
 
 
+def test_what_shared_memory_does_not_hold_is_halved(emulation, monkeypatch) -> None:
+    """As 16 tokens of all widths would need on an A100."""
+    forms = sum(kernels.BITS) + kernels.COUNTS
+    assert kernels.shared(kernels.DEFAULT, kernels.TILE, forms) <= kernels.MOST_SHARED[80]
+    emulation.llmcompress_tree_emulation(0, 5)
+    packed, scale = nodes(20, 512, [4, 1, 2, 1])
+    x, spans = torch.randn(13, 512).to(torch.bfloat16), torch.tensor([[0, 13], [2, 11], [7, 9], [12, 13]])
+    operands = (packed, scale, spans, [4, 1, 2, 1], [1.0, 0.5, 0.5, 0.25])
+    whole = run(emulation, x, *operands, 2)
+    monkeypatch.setitem(kernels.MOST_SHARED, 90, kernels.shared(kernels.DEFAULT, kernels.TILE, forms))
+    assert kernels.shared(kernels.DEFAULT, 13, forms) > kernels.MOST_SHARED[90]
+    expected = definition.delta_decode(x.double(), *operands, kernels.GROUP)
+    for found in (whole, run(emulation, x, *operands, 2)):
+        assert ((found.double() - expected).norm() / expected.norm()).item() < TOLERANCE[torch.bfloat16]
+
+
 def test_nodes_of_one_bit_count_for_few_tokens() -> None:
     ranges = [[0, 8], [0, 4], [4, 9], [8, 9]]
     assert kernels.forms([4, 1, 2, 1], ranges) == 4 + 2 + kernels.COUNTS

@@ -22,6 +22,8 @@ TYPES = (torch.bfloat16, torch.float16)
 SLAB, TILE_ROWS, STEP_BYTES, RECORD = 8, 16, 128, 288
 # call.h: most tokens of a node of 1 bit that counts bits; what stands for such nodes beside the widths of the others
 MOST_COUNTED, COUNTS = 4, 8
+# bytes of shared memory that a block may have
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10}
 
 libraries.register(FAMILY, "tree/tree.cu")
 
@@ -43,7 +45,16 @@ class Call(ctypes.Structure):
         *(
             (name, ctypes.c_int)
             for name in (
-                "tokens", "rows", "columns", "groups", "nodes", "forms", "slabs", "blocks", "strips", "overlap",
+                "tokens",
+                "rows",
+                "columns",
+                "groups",
+                "nodes",
+                "forms",
+                "slabs",
+                "blocks",
+                "strips",
+                "overlap",
             )
         ),
         ("node", Node * MOST_NODES),
@@ -156,21 +167,24 @@ def delta_decode(
     used = [v for v, (low, high) in enumerate(ranges) if high > low]
     if not used:
         return x.new_zeros((tokens, rows))
+    needed = forms([bits[v] for v in used], [ranges[v] for v in used])
+    device = torch.cuda.get_device_properties(x.device) if processors is None else None
+    arch = 90 if device is None or device.major >= 9 else 80
+    if tokens > TILE and shared(config, tokens, needed) > MOST_SHARED[arch]:
+        # 16 tokens of nodes of all widths on an A100: eight at a time
+        rest = (bits, multiplier, group_size, library, processors, config, family)
+        low = delta_decode(x[:TILE], packed, scale, spans.clamp(max=TILE), *rest)
+        return torch.cat([low, delta_decode(x[TILE:], packed, scale, spans.clamp(min=TILE) - TILE, *rest)])
     x = libraries.placed(x)
     out = x.new_empty((tokens, rows))
-    needed = forms([bits[v] for v in used], [ranges[v] for v in used])
-    early = False
-    if processors is None:
-        device = torch.cuda.get_device_properties(x.device)
-        processors, early = device.multi_processor_count, config.overlap and device.major >= 9
     groups = columns // GROUP
-    slabs, blocks, strips = shares(config, rows, groups, processors)
+    slabs, blocks, strips = shares(config, rows, groups, device.multi_processor_count if device else processors or 1)
     sums = strips * config.tiles * TILE_ROWS * -(-tokens // TILE) * TILE
     parts = None if slabs == 1 else x.new_empty((slabs, sums), dtype=torch.float32)
     arrived = None if slabs == 1 else libraries.arrivals(strips, x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
-        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, int(early),
+        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, int(config.overlap and device is not None and arch == 90),
     )  # fmt: skip
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])
