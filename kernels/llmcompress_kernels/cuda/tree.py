@@ -177,14 +177,14 @@ def delta_decode(
         return torch.cat([low, delta_decode(x[TILE:], packed, scale, spans.clamp(min=TILE) - TILE, *rest)])
     x = libraries.placed(x)
     out = x.new_empty((tokens, rows))
-    groups = columns // GROUP
+    groups, early = columns // GROUP, config.overlap and device is not None and arch == 90
     slabs, blocks, strips = shares(config, rows, groups, device.multi_processor_count if device else processors or 1)
     sums = strips * config.tiles * TILE_ROWS * -(-tokens // TILE) * TILE
     parts = None if slabs == 1 else x.new_empty((slabs, sums), dtype=torch.float32)
     arrived = None if slabs == 1 else libraries.arrivals(strips, x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
-        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, int(config.overlap and device is not None and arch == 90),
+        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, int(early),
     )  # fmt: skip
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])
