@@ -33,7 +33,18 @@ from llmcompress_kernels.triton.state import dsq_pack  # noqa: E402
 
 VARIANTS = (0, 1, 2)
 CONFIGS = tuple(
-    cuda_tree.Config(warps, stages) for warps, stages in ((8, 6), (8, 4), (8, 8), (4, 6), (4, 4), (16, 3), (16, 4))
+    cuda_tree.Config(*shape)
+    for shape in (
+        (2, 8, 2),
+        (2, 8, 2, 2),
+        (2, 16, 2),
+        (2, 12, 2),
+        (2, 12, 3),
+        (2, 8, 4),
+        (1, 16, 4),
+        (1, 8, 4, 2),
+        (1, 12, 4),
+    )
 )
 STATE, TREE = "state-tune", "tree-tune"
 
@@ -128,7 +139,7 @@ def time_trees(rows: int, columns: int, models: int, rate: float) -> dict[str, A
     given = gpu_tree.Operands.random(rows, columns, models)
     candidates: dict[str, Any] = {"bf16": given.bf16(rows)}
     for config in CONFIGS:
-        candidates[f"{config.warps}x{config.stages}"] = [
+        candidates["/".join(map(str, (config.tiles, config.warps, config.stages, config.blocks)))] = [
             lambda t=t, g=config: cuda_tree.delta_decode(given.x, *given.of(t), config=g, family=TREE)
             for t in given.trees
         ]
@@ -163,8 +174,8 @@ def main() -> int:
             for calibrated in (False, True):
                 tried(f"state {variant} {bits} bits {calibrated}", check_state, variant, bits, calibrated)
     for config in CONFIGS:
-        for dtype, tokens in ((torch.bfloat16, 8), (torch.float16, 13)):
-            tried(f"tree {config} {dtype} {tokens}", check_tree, config, dtype, tokens)
+        for tokens in (1, 8):
+            tried(f"tree {config} {tokens}", check_tree, config, torch.bfloat16, tokens)
     rate = copy_rate()
     note(what="copy", rate=rate, device=torch.cuda.get_device_name())
     for batch in (64, 512, 1, 16):

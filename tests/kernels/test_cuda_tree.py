@@ -39,11 +39,23 @@ def nodes(rows: int, columns: int, bits: list[int]) -> tuple[list[torch.Tensor],
     return [ops.pack(c, b) for c, b in zip(codes, bits)], scales
 
 
-def run(emulation, x, packed, scale, spans, bits, multiplier, processors: int) -> torch.Tensor:
+CONFIGS = sorted({kernels.DEFAULT, kernels.SMALL, kernels.Config(2, 16, 2)}, key=str)
+
+
+def run(emulation, x, packed, scale, spans, bits, multiplier, processors: int, config=kernels.DEFAULT) -> torch.Tensor:
     """By the emulation, after asking whether it takes the call."""
     assert kernels.verify(x, packed, scale, bits, kernels.GROUP) is None
     return kernels.delta_decode(
-        x, packed, scale, spans, bits, multiplier, kernels.GROUP, library=emulation, processors=processors
+        x,
+        packed,
+        scale,
+        spans,
+        bits,
+        multiplier,
+        kernels.GROUP,
+        library=emulation,
+        processors=processors,
+        config=config,
     )
 
 
@@ -60,13 +72,14 @@ def run(emulation, x, packed, scale, spans, bits, multiplier, processors: int) -
         (11, 70, 768, [1, 2, 4, 1], [[0, 10], [0, 7], [3, 10], [9, 10]], 1),
     ],
 )
-def test_tree(emulation, dtype, late, tokens, rows, columns, bits, spans, processors) -> None:
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.tiles}-{c.warps}-{c.stages}")
+def test_tree(emulation, config, dtype, late, tokens, rows, columns, bits, spans, processors) -> None:
     torch.manual_seed(tokens)
     emulation.llmcompress_tree_emulation(int(late), tokens)
     packed, scale = nodes(rows, columns, bits)
     multiplier = [2.0**-i for i in range(len(bits))]
     x, ranges = torch.randn(tokens, columns).to(dtype), torch.tensor(spans)
-    found = run(emulation, x, packed, scale, ranges, bits, multiplier, processors)
+    found = run(emulation, x, packed, scale, ranges, bits, multiplier, processors, config)
     expected = definition.delta_decode(x.double(), packed, scale, ranges, bits, multiplier, kernels.GROUP)
     assert found.dtype == dtype
     assert ((found.double() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
@@ -168,25 +181,26 @@ def test_blocks_share_out_the_work_evenly() -> None:
 
 
 def test_shared_memory_is_what_the_launch_asks_for(emulation) -> None:
-    config = kernels.DEFAULT
-    for tokens, forms in ((1, 8), (8, 12), (16, 15), (9, 4), (2, 3)):
-        assert emulation.llmcompress_tree_shared(tokens, forms) == kernels.shared(config, tokens, forms)
+    for config in CONFIGS:
+        for tokens, forms in ((1, 8), (8, 12), (16, 15), (9, 4), (2, 3)):
+            asked = emulation.llmcompress_tree_shared(config.warps, tokens, forms)
+            assert asked == kernels.shared(config, tokens, forms)
     # a root and its leaves: two launches' blocks beside each other, so that one reads weights while the other ends
-    assert 2 * (kernels.shared(config, 8, 4 + kernels.COUNTS) + 1024) <= 228 << 10
-    assert kernels.shared(config, kernels.TOKENS, 15) <= 227 << 10
+    assert 2 * (kernels.shared(kernels.SMALL, 8, 4 + kernels.COUNTS) + 1024) <= 228 << 10
+    assert kernels.shared(kernels.SMALL, kernels.TOKENS, 15) <= kernels.MOST_SHARED[90]
 
 
 def test_what_shared_memory_does_not_hold_is_halved(emulation, monkeypatch) -> None:
     """As 16 tokens of all widths would need on an A100."""
     forms = sum(kernels.BITS) + kernels.COUNTS
-    assert kernels.shared(kernels.DEFAULT, kernels.TILE, forms) <= kernels.MOST_SHARED[80]
+    assert kernels.shared(kernels.SMALL, kernels.TILE, forms) <= kernels.MOST_SHARED[80]
     emulation.llmcompress_tree_emulation(0, 5)
     packed, scale = nodes(20, 512, [4, 1, 2, 1])
     x, spans = torch.randn(13, 512).to(torch.bfloat16), torch.tensor([[0, 13], [2, 11], [7, 9], [12, 13]])
     operands = (packed, scale, spans, [4, 1, 2, 1], [1.0, 0.5, 0.5, 0.25])
     whole = run(emulation, x, *operands, 2)
-    monkeypatch.setitem(kernels.MOST_SHARED, 90, kernels.shared(kernels.DEFAULT, kernels.TILE, forms))
-    assert kernels.shared(kernels.DEFAULT, 13, forms) > kernels.MOST_SHARED[90]
+    monkeypatch.setitem(kernels.MOST_SHARED, 90, kernels.shared(kernels.SMALL, kernels.TILE, forms))
+    assert kernels.shared(kernels.SMALL, 13, forms) > kernels.MOST_SHARED[90]
     expected = definition.delta_decode(x.double(), *operands, kernels.GROUP)
     for found in (whole, run(emulation, x, *operands, 2)):
         assert ((found.double() - expected).norm() / expected.norm()).item() < TOLERANCE[torch.bfloat16]

@@ -179,7 +179,10 @@ def test_tree(packed, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(8, 11008, 4096), (4, 1000, 11008), (13, 300, 1280)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"),
+    [(8, 11008, 4096), (4, 1000, 11008), (13, 300, 1280), (16, 4096, 4096), (1, 77, 256)],
+)
 def test_cuda_tree(packed, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
     """CUDA C++ by itself, against the definition."""
     from llmcompress_kernels.cuda import tree
@@ -188,9 +191,11 @@ def test_cuda_tree(packed, dtype: torch.dtype, tokens: int, rows: int, columns: 
     if tree.unavailable() is not None:
         pytest.skip(tree.unavailable())
     torch.manual_seed(tokens)
-    bits = [4, 2, 1, 1]
-    spans = torch.tensor([[0, tokens], [0, tokens // 2], [0, 1], [tokens // 2, tokens]])
-    multipliers = [1.0, 0.5, 2.0**-3, 2.0**-4]
+    bits = [4, 2, 1, 1, 1, 1]
+    half = tokens // 2
+    # 1 bit for all tokens, for half of them, for one, and for the last one
+    spans = torch.tensor([[0, tokens], [0, half], [0, tokens], [half, tokens], [0, 1], [tokens - 1, tokens]])
+    multipliers = [1.0, 0.5, 2.0**-2, 2.0**-3, 2.0**-3, 2.0**-4]
     made = [packed((rows, columns), b, 128, True, "cuda") for b in bits]
     x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
     operands = ([m.weight for m in made], [m.scale for m in made], spans, bits, multipliers, 128)

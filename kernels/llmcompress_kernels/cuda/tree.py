@@ -54,6 +54,8 @@ class Call(ctypes.Structure):
                 "slabs",
                 "blocks",
                 "strips",
+                "steps",
+                "last_steps",
                 "overlap",
             )
         ),
@@ -73,14 +75,16 @@ class Config:
         overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
     """
 
-    tiles: int = 1
+    tiles: int = 2
     warps: int = 8
-    stages: int = 4
+    stages: int = 2
     blocks: int = 1
     overlap: bool = True
 
 
 DEFAULT = Config()
+# where shared memory does not hold the default
+SMALL = Config()
 
 
 def verify(
@@ -89,8 +93,10 @@ def verify(
     """Why :func:`delta_decode` declines, or None."""
     if any(b not in BITS for b in bits):
         return f"bits of {sorted(set(bits))}"
-    if len(bits) > MOST_NODES or not 1 <= x.shape[0] <= TOKENS or packed[0].shape[0] == 0:
+    if len(bits) > MOST_NODES or not 1 <= x.shape[0] <= TOKENS or not 1 <= packed[0].shape[0] < 1 << 22:
         return f"{len(bits)} nodes, {x.shape[0]} tokens, {packed[0].shape[0]} rows"
+    if packed[0].shape[0] * x.shape[1] >= 1 << 36:
+        return f"{packed[0].shape[0]} rows of {x.shape[1]} columns"
     if group_size != GROUP or x.shape[1] % (2 * GROUP) != 0:
         return f"{x.shape[1]} columns in groups of {group_size}: an even number of groups of {GROUP} is needed"
     if x.dtype not in TYPES:
@@ -170,6 +176,8 @@ def delta_decode(
     needed = forms([bits[v] for v in used], [ranges[v] for v in used])
     device = torch.cuda.get_device_properties(x.device) if processors is None else None
     arch = 90 if device is None or device.major >= 9 else 80
+    if shared(config, tokens, needed) > MOST_SHARED[arch] and config != SMALL:
+        config = SMALL
     if tokens > TILE and shared(config, tokens, needed) > MOST_SHARED[arch]:
         # 16 tokens of nodes of all widths on an A100: eight at a time
         rest = (bits, multiplier, group_size, library, processors, config, family)
@@ -179,12 +187,14 @@ def delta_decode(
     out = x.new_empty((tokens, rows))
     groups, early = columns // GROUP, config.overlap and device is not None and arch == 90
     slabs, blocks, strips = shares(config, rows, groups, device.multi_processor_count if device else processors or 1)
-    sums = strips * config.tiles * TILE_ROWS * -(-tokens // TILE) * TILE
-    parts = None if slabs == 1 else x.new_empty((slabs, sums), dtype=torch.float32)
-    arrived = None if slabs == 1 else libraries.arrivals(strips, x.device)
+    steps = [sum(-(-g * bits[v] // SLAB) for v in used) for g in (SLAB, groups - (slabs - 1) * SLAB)]
+    # sums of every strip over each slab, and of warps that begin within one
+    sums = config.tiles * TILE_ROWS * -(-tokens // TILE) * TILE
+    parts = x.new_empty((slabs * (strips + blocks * config.warps), sums), dtype=torch.float32)
+    arrived = libraries.arrivals(blocks, x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
-        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, int(early),
+        tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, *steps, int(early),
     )  # fmt: skip
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])

@@ -75,18 +75,21 @@ template <class S> struct Activations {
         const bool finite = power < 255;
         power = power < 15 ? 15 : power;
         const float up = float_of((268 - power) << 23), down = finite ? float_of((power - 14) << 23) : float_of(0x7FC00000u);
-        uint32_t fixed[32], bits[16], sum = 0;
+        uint32_t bits[16], sum = 0;
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
+        for (int i = 0; i < 16; ++i) {
             // the sum's last place is worth 1
-            fixed[i] = bits_of(fused(widen<S::BF16>(uint16_t(x[i / 2] >> 16 * (i % 2))), up, 12582912.0f));
-            sum += fixed[i];
+            uint32_t fixed[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                fixed[h] = bits_of(fused(widen<S::BF16>(uint16_t(x[i / 2 + 8 * h] >> 16 * (i % 2))), up, 12582912.0f));
+                sum += fixed[h];
+            }
+            bits[i] = permute(fixed[0], fixed[1], 0x5410);
         }
         int total = int(sum - 32u * 0x4B400000u);
 #pragma unroll
         for (int with = 1; with < 4; with *= 2) total += int(bits_of(swap(float_of(uint32_t(total)), with)));
-#pragma unroll
-        for (int i = 0; i < 16; ++i) bits[i] = permute(fixed[i], fixed[i + 16], 0x5410);
         exchange<8>(bits);
         unsigned char* to = record(token, group);
         // column c of the first matrix is bit 4 (c / 2) + c % 2, of the second one two more

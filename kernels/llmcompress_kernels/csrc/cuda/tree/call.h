@@ -26,11 +26,12 @@ struct TreeNode {
 struct TreeCall {
     const void* x; // [T, K]
     void* out;     // [T, N]
-    float* parts;  // [strips, slabs, sums of a strip], null if there is one slab
-    int* arrived;  // one counter per strip, zero before and after
+    float* parts;  // [strips, slabs, sums of a strip], then [slabs, blocks, warps, sums of a strip]
+    int* arrived;  // one counter per block of a slab, zero before and after
     int tokens, rows, columns, groups;
     int nodes, forms;          // forms: sum of BITS of nodes that multiply, and of COUNTS
     int slabs, blocks, strips; // slabs of columns, blocks of each, strips of rows
+    int steps, last_steps;     // of a strip, in the last slab
     int overlap;               // whether the launch in front may still run while weights are read
     TreeNode node[MOST_NODES];
 };

@@ -15,10 +15,9 @@ template <class S> struct Sums {
     SharedAddress base;
     // [16 rows][8 tokens]: rows g, g, g + 8, g + 8 and tokens 2 t, 2 t + 1, 2 t, 2 t + 1
     float total[S::MT][S::NT][4] = {};
-    float own[S::MT][S::NT][4] = {}; // the same of the node at hand, without its multiplier
 
-    __device__ Sums(const Activations<S>& a) : x(a) {
-        ring = a.memory + a.warp * S::RING, base = shared_address(ring);
+    __device__ Sums(const Activations<S>& a, SharedAddress b) : x(a), base(b) {
+        ring = a.memory + a.warp * S::RING;
         lane = a.lane, g = lane / 4, t = lane % 4;
         place = float(1 << 4 * t), top = t == 3 ? -8 : 8;
         matrices = lane % 16 * STEP_BYTES + (lane / 16 ^ turned(lane % 8)) * 16;
@@ -58,17 +57,23 @@ template <class S> struct Sums {
             float sum[S::MT][2] = {};
             const unsigned char* records = x.record(token, 0);
             if (x.groups == SLAB) {
-                Words scale[S::MT][2];
 #pragma unroll
-                for (int m = 0; m < S::MT; ++m)
+                for (int h = 0; h < SLAB; h += 4) {
+                    in_order(); // loads of all groups at once would take too many registers
+                    Pair scale[S::MT][2];
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) scale[m][r] = *reinterpret_cast<const Words*>(scales + (16 * m + 8 * r) * 16);
+                    for (int m = 0; m < S::MT; ++m)
 #pragma unroll
-                for (int i = 0; i < SLAB / 2; ++i) {
-                    uint32_t both[S::MT][2];
+                        for (int r = 0; r < 2; ++r) scale[m][r] = *reinterpret_cast<const Pair*>(scales + (16 * m + 8 * r) * 16 + 2 * h);
 #pragma unroll
-                    for (int m = 0; m < S::MT; ++m) both[m][0] = scale[m][0].at[i], both[m][1] = scale[m][1].at[i];
-                    pair(codes, i, records, both, sum);
+                    for (int i = 0; i < 2; ++i) {
+                        uint32_t both[S::MT][2];
+#pragma unroll
+                        for (int m = 0; m < S::MT; ++m)
+#pragma unroll
+                            for (int r = 0; r < 2; ++r) both[m][r] = i == 0 ? scale[m][r].x : scale[m][r].y;
+                        pair(codes, h / 2 + i, records, both, sum);
+                    }
                 }
             } else {
 #pragma unroll 1
@@ -125,54 +130,43 @@ template <class S> struct Sums {
     }
 
     template <int BITS, int Q>
-    static __device__ __forceinline__ void products(float (&part)[2][S::MT][4], const uint32_t (&code)[2][2 * S::MT][BITS], const uint32_t (&b)[2][16],
-                                                    const Two (&begin)[2]) {
+    static __device__ __forceinline__ void products(float (&part)[S::MT][4], const uint32_t (&code)[2 * S::MT][BITS], const uint32_t (&b)[16], const Two& begin) {
         constexpr int PAIRS = 16 / BITS, LOW = 2 * Q % PAIRS, WORD = 2 * Q / PAIRS;
         constexpr int HIGH = (2 * Q + 1) % PAIRS, NEXT = (2 * Q + 1) / PAIRS;
 #pragma unroll
-        for (int u = 0; u < 2; ++u)
-#pragma unroll
-            for (int m = 0; m < S::MT; ++m) {
-                const uint32_t a[4] = {pair_of<S, BITS, LOW>(code[u][2 * m][WORD]), pair_of<S, BITS, LOW>(code[u][2 * m + 1][WORD]),
-                                       pair_of<S, BITS, HIGH>(code[u][2 * m][NEXT]), pair_of<S, BITS, HIGH>(code[u][2 * m + 1][NEXT])};
-                const float start[4] = {begin[u].x, begin[u].y, begin[u].x, begin[u].y};
-                if constexpr (Q == 0) mma<S::BF16>(part[u][m], a, b[u][2 * Q], b[u][2 * Q + 1], start);
-                else mma<S::BF16>(part[u][m], a, b[u][2 * Q], b[u][2 * Q + 1], part[u][m]);
-            }
+        for (int m = 0; m < S::MT; ++m) {
+            const uint32_t a[4] = {pair_of<S, BITS, LOW>(code[2 * m][WORD]), pair_of<S, BITS, LOW>(code[2 * m + 1][WORD]),
+                                   pair_of<S, BITS, HIGH>(code[2 * m][NEXT]), pair_of<S, BITS, HIGH>(code[2 * m + 1][NEXT])};
+            const float start[4] = {begin.x, begin.y, begin.x, begin.y};
+            if constexpr (Q == 0) mma<S::BF16>(part[m], a, b[2 * Q], b[2 * Q + 1], start);
+            else mma<S::BF16>(part[m], a, b[2 * Q], b[2 * Q + 1], part[m]);
+        }
         if constexpr (Q < 7) products<BITS, Q + 1>(part, code, b, begin);
     }
 
-    // Groups `in` and the next of a step whose first is `group`. Products of one group wait for each other, so two go side by side.
+    // Group `in` of a step whose first is `group`.
     template <int BITS> __device__ __forceinline__ void multiply(const unsigned char* stage, const unsigned char* scales, int group, int in, const TreeNode& node) {
-        uint32_t code[2][2 * S::MT][BITS];
-        float scale[2][2 * S::MT];
+        uint32_t code[2 * S::MT][BITS];
+        float scale[2 * S::MT];
 #pragma unroll
         for (int r = 0; r < 2 * S::MT; ++r) {
-            const uint32_t both = *reinterpret_cast<const uint32_t*>(scales + 8 * r * 16 + 2 * (group + in));
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                codes<BITS>(stage, g + 8 * r, in + u, code[u][r]);
-                scale[u][r] = widen<false>(uint16_t(both >> 16 * u));
-            }
+            codes<BITS>(stage, g + 8 * r, in, code[r]);
+            scale[r] = node.multiplier * widen<false>(*reinterpret_cast<const uint16_t*>(scales + 8 * r * 16 + 2 * (group + in)));
         }
 #pragma unroll
         for (int n = 0; n < S::NT; ++n) {
             if (S::NT > 1 && (node.high <= n * TILE || node.low >= (n + 1) * TILE)) continue;
-            uint32_t b[2][16];
-            float part[2][S::MT][4];
-            Two begin[2];
+            uint32_t b[16];
+            float part[S::MT][4];
+            load<BITS>(b, group + in, n);
+            products<BITS, 0>(part, code, b, *reinterpret_cast<const Two*>(x.sums(BITS, group + in) + n * TILE + 2 * t));
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                load<BITS>(b[u], group + in + u, n);
-                begin[u] = *reinterpret_cast<const Two*>(x.sums(BITS, group + in + u) + n * TILE + 2 * t);
+            for (int i = 0; i < 4; ++i) {
+                const int token = n * TILE + 2 * t + i % 2;
+                if (token < node.low || token >= node.high) continue;
+#pragma unroll
+                for (int m = 0; m < S::MT; ++m) total[m][n][i] = fused(scale[2 * m + i / 2], part[m][i], total[m][n][i]);
             }
-            products<BITS, 0>(part, code, b, begin);
-#pragma unroll
-            for (int u = 0; u < 2; ++u)
-#pragma unroll
-                for (int m = 0; m < S::MT; ++m)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) own[m][n][i] = fused(scale[u][2 * m + i / 2], part[u][m][i], own[m][n][i]);
         }
     }
 
@@ -180,7 +174,7 @@ template <class S> struct Sums {
     template <int BITS> __device__ __forceinline__ void several(const unsigned char* codes, const unsigned char* scales, int group, const TreeNode& node) {
         const int left = x.groups - group;
 #pragma unroll 1
-        for (int in = 0; in < SLAB / BITS && in < left; in += 2) multiply<BITS>(codes, scales, group, in, node);
+        for (int in = 0; in < SLAB / BITS && in < left; ++in) multiply<BITS>(codes, scales, group, in, node);
     }
 
     // Step `part` of a node; where its codes and its scales lie.
@@ -188,25 +182,9 @@ template <class S> struct Sums {
         const unsigned char* scales = ring + S::STAGES * S::CODES + place * S::SCALES + 16 * g;
         if (node.counts()) return count(stage, scales, node);
         const unsigned char* codes = ring + stage * S::CODES;
-        if (node.bits == 4) return multiply<4>(codes, scales, 2 * part, 0, node);
+        if (node.bits == 4) return several<4>(codes, scales, 2 * part, node);
         if (node.bits == 2) return several<2>(codes, scales, 4 * part, node);
         several<1>(codes, scales, 0, node);
-    }
-
-    // Add what a node has given to the tokens that it serves.
-    __device__ __forceinline__ void end(const TreeNode& node) {
-        if (node.counts()) return;
-#pragma unroll
-        for (int n = 0; n < S::NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int token = n * TILE + 2 * t + i % 2;
-#pragma unroll
-                for (int m = 0; m < S::MT; ++m) {
-                    if (token >= node.low && token < node.high) total[m][n][i] = fused(node.multiplier, own[m][n][i], total[m][n][i]);
-                    own[m][n][i] = 0;
-                }
-            }
     }
 };
 

@@ -12,56 +12,44 @@ template <class S> struct Ring {
     SharedAddress base; // of this warp
     int lane, first, groups; // groups of the slab from `first` on
     int step = 0, scales = 0; // places that are filled next
-    int strip, end, node = -1, left = 0; // what is fetched next, and pieces of a row that are left of the node
-    int to[2];             // places of this lane's piece in rows four apart
-    int far = 0;           // bytes from one of the lane's rows to the next
-    unsigned there;        // which of them are rows of the matrix, then which of its scales are
-    int64_t from;          // bytes to the lane's first row at one bit
-    int64_t scale_from;
+    Position at;              // what is fetched next
+    int steps;                // how many are left
+    int to[2];                // places of this lane's piece in rows four apart
+    int far, left;            // bytes from one of the lane's rows to the next; pieces of a row that are left of the node
+    bool whole;               // all rows are there, and all pieces
+    int from, scale_from;     // of 16 bytes to the lane's first row at one bit, of 4 to its first scales
     const unsigned char* words;
 
-    __device__ Ring(const TreeCall& c, unsigned char* memory, int warp, int l, int begin, int e) : call(c), lane(l), strip(begin), end(e) {
-        base = shared_address(memory + warp * S::RING);
-        first = int(blockIdx.y) * SLAB;
-        groups = call.groups - first < SLAB ? call.groups - first : SLAB;
+    __device__ Ring(const TreeCall& c, SharedAddress memory, int l, int f, int g, const Position& begin, int count)
+        : call(c), base(memory), lane(l), first(f), groups(g), at(begin), steps(count) {
         const int row = lane / 8;
         to[0] = anew(row * STEP_BYTES + (lane % 8 ^ turned(row)) * 16);
         to[1] = anew((row + 4) * STEP_BYTES + (lane % 8 ^ turned(row + 4)) * 16);
-        if (strip < end) enter();
+        if (steps > 0) enter(), open();
     }
 
-    __device__ __forceinline__ bool whole_scales() const { return call.groups % SLAB == 0; }
+    // Scales of a row's slab lie at 16 bytes.
+    __device__ __forceinline__ bool eights() const { return call.groups % SLAB == 0; }
 
-    // Another strip.
+    // Another strip. The host sees to it that numbers of groups stay below 2^31.
     __device__ __forceinline__ void enter() {
-        const int row = strip * S::ROWS;
-        from = int64_t(row + lane / 8) * (call.columns / 8) + first * 16;
-        there = 0;
-#pragma unroll
-        for (int i = 0; i < S::ROWS / 4; ++i) there |= unsigned(row + 4 * i + lane / 8 < call.rows) << i;
-        if (whole_scales()) {
-            // 16 bytes of a row
-            scale_from = (int64_t(row + lane) * call.groups + first) * 2;
-            there |= unsigned(lane < S::ROWS && row + lane < call.rows) << 8;
-        } else {
-            // or 4 of every eighth
-            scale_from = (int64_t(row + lane / 4) * call.groups + first + lane % 4 * 2) * 2;
-#pragma unroll
-            for (int i = 0; i < S::ROWS / 8; ++i)
-                there |= unsigned(lane % 4 * 2 < groups && row + 8 * i + lane / 4 < call.rows) << (8 + i);
-        }
+        const int row = at.strip * S::ROWS;
+        from = (row + lane / 8) * call.groups + first;
+        whole = row + S::ROWS <= call.rows && groups == SLAB;
+        scale_from = eights() ? ((row + lane % S::ROWS) * call.groups + first) / 2 : ((row + lane / 4) * call.groups + first) / 2 + lane % 4;
     }
 
     // Another node.
     __device__ __forceinline__ void open() {
-        const TreeNode& at = call.node[node];
-        words = at.words + from * at.bits + lane % 8 * 16;
-        far = anew(call.columns / 2 * at.bits);
-        left = groups * at.bits;
-        const auto* begin = reinterpret_cast<const unsigned char*>(at.scale) + scale_from;
+        const TreeNode& node = call.node[at.node];
+        const int bits = node.bits, by = bits / 2;
+        words = node.words + (int64_t(from) << (4 + by)) + (at.part * STEP_BYTES + lane % 8 * 16);
+        far = call.columns / 2 << by;
+        left = groups * bits - at.part * (STEP_BYTES / 16);
+        const auto* begin = reinterpret_cast<const unsigned char*>(node.scale) + int64_t(scale_from) * 4;
         const SharedAddress target = base + S::STAGES * S::CODES + scales * S::SCALES;
-        if (whole_scales()) {
-            if (there >> 8 & 1) copy_async<0>(target + 16 * lane, begin);
+        if (eights()) {
+            if (lane < S::ROWS && (whole || at.strip * S::ROWS + lane < call.rows)) copy_async<0>(target + 16 * lane, begin);
         } else {
             word<0>(target + lane / 4 * 16 + lane % 4 * 4, begin);
         }
@@ -69,30 +57,33 @@ template <class S> struct Ring {
     }
 
     template <int I> __device__ __forceinline__ void word(SharedAddress target, const unsigned char* begin) const {
-        if (there >> (8 + I) & 1) copy_word_async<I * 128>(target, begin);
+        if (whole || (lane % 4 * 2 < groups && at.strip * S::ROWS + 8 * I + lane / 4 < call.rows)) copy_word_async<I * 128>(target, begin);
         if constexpr (I + 1 < S::ROWS / 8) word<I + 1>(target, begin + 16 * call.groups);
     }
 
-    template <int I> __device__ __forceinline__ void piece(SharedAddress target, const unsigned char* at) const {
-        if (there >> I & 1) copy_async<I / 2 * 8 * STEP_BYTES>(target + to[I % 2], at);
-        if constexpr (I + 1 < S::ROWS / 4) piece<I + 1>(target, at + far);
+    // Rows beyond the matrix are not filled: their sums go nowhere.
+    template <int I, bool ALL> __device__ __forceinline__ void piece(SharedAddress target, const unsigned char* begin) const {
+        if (ALL || at.strip * S::ROWS + 4 * I + lane / 8 < call.rows) copy_async<I / 2 * 8 * STEP_BYTES>(target + to[I % 2], begin);
+        if constexpr (I + 1 < S::ROWS / 4) piece<I + 1, ALL>(target, begin + far);
     }
 
-    // Start copying the next step. Rows beyond the matrix are not filled: their sums go nowhere.
+    // Start copying the next step.
     __device__ __forceinline__ void fetch() {
-        if (strip < end && left <= 0) next();
-        if (strip < end) {
-            if (lane % 8 < left) piece<0>(base + step * S::CODES, words);
-            words += STEP_BYTES, left -= STEP_BYTES / 16;
+        if (steps > 0) {
+            if (left <= 0) next();
+            const SharedAddress target = base + step * S::CODES;
+            if (whole) piece<0, true>(target, words);
+            else if (lane % 8 < left) piece<0, false>(target, words);
+            words += STEP_BYTES, left -= STEP_BYTES / 16, --steps;
         }
         commit();
         step = step == S::STAGES - 1 ? 0 : step + 1;
     }
 
     __device__ __forceinline__ void next() {
-        if (++node == call.nodes) {
-            node = 0, strip += S::WARPS;
-            if (strip >= end) return;
+        at.part = 0;
+        if (++at.node == call.nodes) {
+            at.node = 0, ++at.strip;
             enter();
         }
         open();

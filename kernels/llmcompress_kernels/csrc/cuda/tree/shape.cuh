@@ -10,9 +10,9 @@ constexpr int GROUP = 128, SLAB = 8, STEP_BYTES = 128, TILE = 8;
 // Of one token's activations of a group as bits: 16 of each of 128, then what a count is multiplied by and what is added.
 constexpr int RECORD = 256 + 32;
 
-template <bool BF16_, int NT_, int MT_, int WARPS_, int STAGES_> struct TreeShape {
+template <bool BF16_, int NT_, int MT_, int WARPS_, int STAGES_, int HELD_> struct TreeShape {
     static constexpr bool BF16 = BF16_;
-    static constexpr int NT = NT_, MT = MT_, WARPS = WARPS_, STAGES = STAGES_, THREADS = 32 * WARPS, ROWS = 16 * MT;
+    static constexpr int NT = NT_, MT = MT_, WARPS = WARPS_, STAGES = STAGES_, HELD = HELD_, THREADS = 32 * WARPS, ROWS = 16 * MT;
     static constexpr int MANTISSA = BF16 ? 7 : 10, BIAS = BF16 ? 127 : 15;
     static constexpr int CODES = ROWS * STEP_BYTES, SCALES = ROWS * 2 * SLAB;
     // a warp's ring: codes of as many steps, scales of as many nodes
@@ -39,6 +39,9 @@ template <class S, int BITS, int I> __device__ __forceinline__ uint32_t pair_of(
 
 // What pair_of adds to a code, and the middle of the grid.
 template <int BITS> __device__ __forceinline__ constexpr float offset_of() { return float(1 << BITS) + float((1 << BITS) - 1) / 2; }
+
+// Steps of a node in a slab of so many groups.
+__device__ __forceinline__ int steps_of(int groups, int bits) { return (groups * bits + 7) / 8; }
 
 // Where piece p of 16 bytes of a row lies among the row's eight: p ^ turned(row). Rows one apart lie in different halves, and
 // eight rows in different places.

@@ -20,95 +20,140 @@
 // leaves room for one of the next launch, which fills its rings while this one ends.
 #pragma once
 
+#include "schedule.cuh"
+
 #include "products.cuh"
 #include "ring.cuh"
 
 namespace llmcompress::gpu {
 
-template <class S> __device__ __forceinline__ void write(const TreeCall& call, const Sums<S>& sums, int strip) {
-#pragma unroll
-    for (int m = 0; m < S::MT; ++m)
-#pragma unroll
-        for (int n = 0; n < S::NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = strip * S::ROWS + 16 * m + sums.g + i / 2 * 8, token = n * TILE + 2 * sums.t + i % 2;
-                if (row < call.rows && token < call.tokens)
-                    static_cast<uint16_t*>(call.out)[int64_t(token) * call.rows + row] = narrow<S::BF16>(sums.total[m][n][i]);
-            }
-}
-
-// A warp has summed a strip over its slab: the last one of all slabs adds them in their order.
-template <class S> __device__ __forceinline__ void finish(const TreeCall& call, Sums<S>& sums, int strip) {
-    constexpr int AHEAD = 4;
-    if (call.slabs == 1) return write<S>(call, sums, strip);
-    float* parts = call.parts + int64_t(strip) * call.slabs * S::PART + 4 * sums.lane;
+// The end of a warp's run or of a strip: what it has summed, to where the strip's first steps' sums go, or to its own place.
+template <class S> __device__ __forceinline__ void give(const TreeCall& call, const Sums<S>& sums, int strip, bool begun) {
+    const int block = int(blockIdx.y * gridDim.x + blockIdx.x);
+    const int64_t mains = int64_t(call.strips) * call.slabs;
+    const int64_t part = begun ? int64_t(strip) * call.slabs + blockIdx.y : mains + block * S::WARPS + sums.x.warp;
+    float* to = call.parts + part * S::PART + 4 * sums.lane;
 #pragma unroll
     for (int i = 0; i < S::MT * S::NT; ++i) {
         const float(&from)[4] = sums.total[i / S::NT][i % S::NT];
-        *reinterpret_cast<Four*>(parts + int(blockIdx.y) * S::PART + 128 * i) = {{from[0], from[1], from[2], from[3]}};
+        *reinterpret_cast<Four*>(to + 128 * i) = {{from[0], from[1], from[2], from[3]}};
     }
-    fence();
-    sync_warp();
-    bool last = false;
-    if (sums.lane == 0) {
-        last = count_up(call.arrived + strip) == call.slabs - 1;
-        if (last) call.arrived[strip] = 0; // ready for the next launch
-    }
-    if (!any_of_warp(last)) return;
-    fence();
-#pragma unroll
-    for (int i = 0; i < S::MT * S::NT; ++i) {
-        float(&to)[4] = sums.total[i / S::NT][i % S::NT];
-        to[0] = to[1] = to[2] = to[3] = 0;
-#pragma unroll 1
-        for (int first = 0; first < call.slabs; first += AHEAD) {
-            Four value[AHEAD];
-#pragma unroll
-            for (int p = 0; p < AHEAD; ++p) value[p] = read_written_four(parts + (first + p < call.slabs ? first + p : 0) * S::PART + 128 * i);
-#pragma unroll
-            for (int p = 0; p < AHEAD; ++p)
-#pragma unroll
-                for (int k = 0; k < 4; ++k) to[k] += first + p < call.slabs ? value[p].at[k] : 0.0f;
-        }
-    }
-    write<S>(call, sums, strip);
 }
 
+// All parts of 16 rows and 8 tokens of a strip, added slab by slab, in each in the order of its steps: the one that its first
+// steps have given, then those of the warps that began within it.
+template <class S> __device__ __forceinline__ Four gathered(const TreeCall& call, const Schedule& schedule, int strip, int from) {
+    constexpr int AHEAD = 8;
+    const float* mains = call.parts + int64_t(strip + schedule.first) * call.slabs * S::PART + from;
+    const float* others = call.parts + (int64_t(call.strips) * call.slabs + int64_t(blockIdx.x) * S::WARPS) * S::PART + from;
+    const Schedule last(call, int(blockIdx.x), call.slabs - 1, S::WARPS);
+    const int begin = schedule.first_within(strip), end = schedule.end_within(strip), last_begin = last.first_within(strip);
+    Four sum{};
+    int slab = 0, warp = begin - 1; // one below the first: what the first steps have given
+    if (slab == call.slabs - 1) warp = last_begin - 1;
+#pragma unroll 1
+    while (slab < call.slabs) {
+        Four value[AHEAD];
+        bool there[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int lowest = slab == call.slabs - 1 ? last_begin : begin;
+            there[i] = slab < call.slabs;
+            const float* at = warp < lowest ? mains + slab * S::PART : others + (int64_t(slab) * call.blocks * S::WARPS + warp) * S::PART;
+            value[i] = read_written_four(there[i] ? at : mains);
+            if (++warp >= end) {
+                ++slab;
+                warp = (slab == call.slabs - 1 ? last_begin : begin) - 1;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum.at[k] += there[i] ? value[i].at[k] : 0.0f;
+    }
+    return sum;
+}
+
+// The last block of all slabs to come adds the parts of its strips.
+template <class S> __device__ __forceinline__ void finish(const TreeCall& call) {
+    fence();
+    sync();
+    const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
+    bool last = false;
+    if (thread == 0) {
+        last = count_up(call.arrived + blockIdx.x) == call.slabs - 1;
+        if (last) call.arrived[blockIdx.x] = 0; // ready for the next launch
+    }
+    if (!sync_or(last)) return;
+    fence();
+    constexpr int PIECES = S::MT * S::NT;
+    const Schedule schedule(call, int(blockIdx.x), 0, S::WARPS);
+#pragma unroll 1
+    for (int i = warp; i < schedule.count * PIECES; i += S::WARPS) {
+        const int strip = i / PIECES, m = i % PIECES / S::NT, n = i % S::NT;
+        const Four sum = gathered<S>(call, schedule, strip, i % PIECES * 128 + 4 * lane);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int row = (schedule.first + strip) * S::ROWS + 16 * m + lane / 4 + k / 2 * 8, token = n * TILE + 2 * (lane % 4) + k % 2;
+            if (row < call.rows && token < call.tokens)
+                static_cast<uint16_t*>(call.out)[int64_t(token) * call.rows + row] = narrow<S::BF16>(sum.at[k]);
+        }
+    }
+}
+
+// Blocks that registers have to leave room for. An A100 needs more of them, and its launches do not overlap.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class S> constexpr int HELD = 1;
+#else
+template <class S> constexpr int HELD = S::HELD;
+#endif
+
 // Grid: blocks of a slab, slabs.
-template <class S> __global__ void __launch_bounds__(S::THREADS, S::THREADS <= 256 ? 2 : 1) tree_kernel(const __grid_constant__ TreeCall call) {
+template <class S> __global__ void __launch_bounds__(S::THREADS, HELD<S>) tree_kernel(const __grid_constant__ TreeCall call) {
     const Activations<S> activations(call, shared_memory());
     next_launch();
-    const int first = int(int64_t(call.strips) * blockIdx.x / call.blocks), end = int(int64_t(call.strips) * (blockIdx.x + 1) / call.blocks);
-    Ring<S> ring(call, activations.memory, activations.warp, activations.lane, first + activations.warp, end);
+    int steps;
+    bool begun; // with a strip's first step
+    Position now;
+    {
+        const Schedule schedule(call, int(blockIdx.x), int(blockIdx.y), S::WARPS);
+        const int begin = schedule.begin(activations.warp);
+        steps = schedule.begin(activations.warp + 1) - begin;
+        now = schedule.place(call, activations.groups, begin), begun = begin % schedule.steps == 0;
+    }
+    const SharedAddress base = shared_address(activations.memory + activations.warp * S::RING);
+    Ring<S> ring(call, base, activations.lane, activations.first, activations.groups, now, steps);
 #pragma unroll 1
     for (int i = 0; i < S::STAGES - 1; ++i) ring.fetch();
     previous_launch();
     activations.prepare();
     sync();
-    Sums<S> sums(activations);
+    Sums<S> sums(activations, base);
     int stage = 0, place = 0;
+    if (steps == 0 && !begun) give<S>(call, sums, now.strip, false);
 #pragma unroll 1
-    for (int strip = first + activations.warp; strip < end; strip += S::WARPS) {
+    while (steps > 0) {
 #pragma unroll
         for (int i = 0; i < S::MT * S::NT * 4; ++i) sums.total[i / 4 / S::NT][i / 4 % S::NT][i % 4] = 0;
 #pragma unroll 1
-        for (int v = 0; v < call.nodes; ++v) {
-            const TreeNode& node = call.node[v];
-            const int parts = (ring.groups * node.bits + 7) / 8;
+        for (; now.node < call.nodes && steps > 0; ++now.node) {
+            const TreeNode node = call.node[now.node];
+            const int parts = steps_of(activations.groups, node.bits);
 #pragma unroll 1
-            for (int part = 0; part < parts; ++part) {
+            for (; now.part < parts && steps > 0; ++now.part, --steps) {
                 wait<S::STAGES - 2>();
                 sync_warp(); // this step is there, and nobody reads the one before any more
                 ring.fetch();
-                sums.step(stage, place, node, part);
+                sums.step(stage, place, node, now.part);
                 stage = stage == S::STAGES - 1 ? 0 : stage + 1;
             }
-            sums.end(node);
+            now.part = 0;
             place = place == S::STAGES - 1 ? 0 : place + 1;
         }
-        finish<S>(call, sums, strip);
+        give<S>(call, sums, now.strip, begun);
+        now.node = 0, ++now.strip, begun = true;
     }
+    finish<S>(call);
 }
 
 } // namespace llmcompress::gpu
