@@ -76,7 +76,7 @@ class Config:
     """
 
     tiles: int = 2
-    warps: int = 8
+    warps: int = 12
     stages: int = 2
     blocks: int = 1
     overlap: bool = True
@@ -84,7 +84,7 @@ class Config:
 
 DEFAULT = Config()
 # where shared memory does not hold the default
-SMALL = Config()
+SMALL = Config(warps=8)
 
 
 def verify(

@@ -10,18 +10,14 @@ template <class S> int launch(const TreeCall& call, void* stream) {
 
 template <bool BF16, int NT> int launch(const TreeCall& call, int tiles, int warps, int stages, void* stream) {
     if (tiles == 2 && warps == 8 && stages == 2) return launch<TreeShape<BF16, NT, 2, 8, 2, 2>>(call, stream);
-    if (tiles == 2 && warps == 16 && stages == 2) return launch<TreeShape<BF16, NT, 2, 16, 2, 1>>(call, stream);
+    if (tiles == 2 && warps == 12 && stages == 2) return launch<TreeShape<BF16, NT, 2, 12, 2, 1>>(call, stream);
 #ifdef LLMCOMPRESS_TUNE
     if constexpr (BF16 && NT == 1) {
-        if (tiles == 1 && warps == 8 && stages == 4) return launch<TreeShape<BF16, NT, 1, 8, 4, 2>>(call, stream);
         if (tiles == 1 && warps == 8 && stages == 3) return launch<TreeShape<BF16, NT, 1, 8, 3, 2>>(call, stream);
         if (tiles == 1 && warps == 16 && stages == 4) return launch<TreeShape<BF16, NT, 1, 16, 4, 1>>(call, stream);
-        if (tiles == 1 && warps == 16 && stages == 2) return launch<TreeShape<BF16, NT, 1, 16, 2, 1>>(call, stream);
-        if (tiles == 1 && warps == 12 && stages == 4) return launch<TreeShape<BF16, NT, 1, 12, 4, 1>>(call, stream);
-        if (tiles == 1 && warps == 24 && stages == 3) return launch<TreeShape<BF16, NT, 1, 24, 3, 1>>(call, stream);
-        if (tiles == 2 && warps == 12 && stages == 2) return launch<TreeShape<BF16, NT, 2, 12, 2, 1>>(call, stream);
-        if (tiles == 2 && warps == 12 && stages == 3) return launch<TreeShape<BF16, NT, 2, 12, 3, 1>>(call, stream);
         if (tiles == 2 && warps == 8 && stages == 4) return launch<TreeShape<BF16, NT, 2, 8, 4, 1>>(call, stream);
+        if (tiles == 2 && warps == 12 && stages == 3) return launch<TreeShape<BF16, NT, 2, 12, 3, 1>>(call, stream);
+        if (tiles == 2 && warps == 16 && stages == 2) return launch<TreeShape<BF16, NT, 2, 16, 2, 1>>(call, stream);
     }
 #endif
     return -3;
@@ -43,5 +39,5 @@ LLMCOMPRESS_EXPORT int llmcompress_tree(const llmcompress::gpu::TreeCall* call, 
 LLMCOMPRESS_EXPORT int llmcompress_tree_shared(int warps, int tokens, int forms) {
     using namespace llmcompress::gpu;
     if (warps == 8) return tokens <= TILE ? TreeShape<true, 1, 2, 8, 2, 2>::bytes(tokens, forms) : TreeShape<true, 2, 2, 8, 2, 2>::bytes(tokens, forms);
-    return tokens <= TILE ? TreeShape<true, 1, 2, 16, 2, 1>::bytes(tokens, forms) : TreeShape<true, 2, 2, 16, 2, 1>::bytes(tokens, forms);
+    return tokens <= TILE ? TreeShape<true, 1, 2, 12, 2, 1>::bytes(tokens, forms) : TreeShape<true, 2, 2, 12, 2, 1>::bytes(tokens, forms);
 }

@@ -13,11 +13,12 @@
 // Nodes of 2 and 4 bits, and of 1 bit with more than four tokens, multiply: codes of b bits become the numbers 2^b + code, and
 // the sum begins with what that and the middle of the grid add, which depends on activations alone.
 //
-// Work. A slab is the columns of 8 groups, a strip 16 rows. All blocks of a slab prepare its activations once, share out
-// strips evenly, and there is one block on every multiprocessor. A warp walks all nodes of a strip, 128 bytes of a row a
-// step, through a ring of its own in shared memory that cp.async keeps full across strips; warps never wait for one another.
-// The last slab to come to a strip adds the parts of all in a fixed order, so results do not depend on scheduling. A block
-// leaves room for one of the next launch, which fills its rings while this one ends.
+// Work. A slab is the columns of 8 groups, a strip 32 rows. Blocks of a slab prepare its activations once each and share out
+// its strips evenly, one block on every multiprocessor; the warps of a block take equal runs of the steps of its strips, a step
+// being 128 bytes of each row of one node, wherever strips and nodes end. Every warp has a ring of its own in shared memory
+// that cp.async keeps full; warps never wait for one another. What a warp has of a strip goes to memory as a part, and the
+// last block of all slabs adds the parts of its strips in a fixed order, so results do not depend on scheduling. The next
+// launch's blocks begin to read as soon as there is room for them.
 #pragma once
 
 #include "schedule.cuh"
