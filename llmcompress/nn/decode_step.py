@@ -1,7 +1,8 @@
 """A decode step or a prompt of a Mamba-2 mixer in three calls: in_proj, everything between, out_proj.
 
-For mixers whose forward is that of Mamba-2 without additions (no multipliers, gate before the norm), with a packed
-state and fp32 activations, on a GPU one token with 16-bit ones too. All others go through transformers' own forward.
+For mixers whose forward is that of Mamba-2 without additions (no multipliers, gate before the norm), with fp32
+activations and a packed state, on a CPU: Triton's operator for one token has not been followed through a model on a GPU
+yet. All others go through transformers' own forward.
 """
 
 from __future__ import annotations
@@ -50,22 +51,22 @@ class DecodeStep:
         """
         if held is None or hidden.shape[1] != 1:
             return False
-        known = hidden.device.type == "cuda" or (hidden.device.type == "cpu" and hidden.dtype == torch.float32)
-        return held.quantizer.window == 1 and known and self._runs(hidden, cache, held.quantizer, rest)
+        return held.quantizer.window == 1 and self._runs(hidden, cache, held.quantizer, rest)
 
     def fits_prompt(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         """Whether this pass is a prompt, or more of one, whose last state is stored in a cache; as :meth:`fits`."""
-        known = hidden.device.type == "cpu" and hidden.dtype == torch.float32
-        return cache is not None and hidden.shape[1] > 1 and known and self._runs(hidden, cache, quantizer, rest)
+        return cache is not None and hidden.shape[1] > 1 and self._runs(hidden, cache, quantizer, rest)
 
     def _runs(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         mixer = self.mixer
         return bool(
             self.plain
+            and hidden.dtype == torch.float32
             and quantizer.has_kernel
             and quantizer.one_width
+            and hidden.device.type == "cpu"
             and all(value is None for value in rest)
-            and mixer.A_log.dtype in (torch.float32, hidden.dtype)
+            and mixer.A_log.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not (hasattr(cache, "is_recording_past") and cache.is_recording_past(mixer.layer_idx))
         )
