@@ -380,7 +380,7 @@ def _of_attention(arguments: dict[str, Any]) -> dict[str, Any]:
     return found | {"attention_mask": arguments["causal_mask"]} if "causal_mask" in arguments else found
 
 
-_CACHE_KEYS = ("past_key_values", "cache_params", "use_cache")
+_CACHE_KEYS = ("past_key_values", "cache", "cache_params", "use_cache")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -243,18 +243,19 @@ class _Mixer:
         forward.__kwdefaults__ = original.__kwdefaults__
         quantized, one = self, DecodeStep(self.mixer)
 
-        def wrapped(mixer: nn.Module, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kw: Any) -> Tensor:
+        def wrapped(mixer: nn.Module, hidden_states: Tensor, cache: Any = None, *args: Any, **kw: Any) -> Tensor:
+            cache = kw.pop("cache_params", cache)  # its name in transformers before 5.24
             if quantized.runtime.resting:
-                plain: Tensor = type(mixer).forward(mixer, hidden_states, cache_params, *args, **kw)  # type: ignore[operator]
+                plain: Tensor = type(mixer).forward(mixer, hidden_states, cache, *args, **kw)  # type: ignore[operator]
                 return plain
-            quantized.begin(cache_params, hidden_states.shape[1])
-            if one.fits(hidden_states, cache_params, quantized.held, (*args, kw.get("attention_mask"))):
+            quantized.begin(cache, hidden_states.shape[1])
+            if one.fits(hidden_states, cache, quantized.held, (*args, kw.get("attention_mask"))):
                 assert quantized.held is not None
-                return one(hidden_states, cache_params, quantized.held)
+                return one(hidden_states, cache, quantized.held)
             rest = (*args, kw.get("attention_mask"), quantized.runtime.inspect, quantized.runtime.observe)
-            if not quantized.simulates and one.fits_prompt(hidden_states, cache_params, quantized.quantizer, rest):
-                return one.prompt(hidden_states, cache_params, quantized.held, quantized.view)
-            result: Tensor = forward(mixer, hidden_states, cache_params, *args, **kw)
+            if not quantized.simulates and one.fits_prompt(hidden_states, cache, quantized.quantizer, rest):
+                return one.prompt(hidden_states, cache, quantized.held, quantized.view)
+            result: Tensor = forward(mixer, hidden_states, cache, *args, **kw)
             quantized.held = None
             return result
 
