@@ -70,14 +70,14 @@ def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str
     """Cache and positions under the names that a model's forward has for them.
 
     Args:
-        model: Of transformers; those with states only call their cache ``cache_params`` and know no positions.
+        model: Of transformers; those with states only know no positions. From 5.24 on a cache is called ``cache``;
+            before, ``past_key_values``, or ``cache_params`` where there are states only.
         cache: A transformers cache.
         positions: int64 ``[B, L]``.
     """
     names = inspect.signature(model.forward).parameters
-    if "past_key_values" in names:
-        return {"past_key_values": cache, "position_ids": positions}
-    return {"cache_params": cache}
+    word = next(word for word in ("cache", "past_key_values", "cache_params") if word in names)
+    return {word: cache, **({"position_ids": positions} if "position_ids" in names else {})}
 
 
 class NativeRows:
