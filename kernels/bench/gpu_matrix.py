@@ -14,8 +14,12 @@ from llmcompress_kernels import ops, select
 from llmcompress_kernels.cuda import skinny
 
 GROUP = 128
+# calls of a graph at least, so that its start does not count
+LEAST_CALLS = 8
 # measure Triton by itself and other projects' kernels as well
 PEERS = True
+# of these, what is left out
+SKIPPED: set[str] = set()
 # Mixtral-8x7B
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS = 4096, 14336, 8, 2
 DENSE = ((14336, 4096), (4096, 14336))
@@ -60,6 +64,11 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, index, torch.rand(tokens, SLOTS, device="cuda")
 
 
+def several(calls: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    """The same calls, over and over, until a graph of them is long enough."""
+    return calls * -(-LEAST_CALLS // len(calls))
+
+
 def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
     """One line per shape: our time, bfloat16's, the peers', and the share of the floor."""
     for rows, columns in DENSE:
@@ -72,12 +81,14 @@ def dense(tokens: int, bits: int, rate: float) -> Iterator[dict[str, Any]]:
         }
         reasons = _both(candidates, tokens <= skinny.TOKENS)
         for name, make in (("humming", _humming), ("gemlite", _gemlite)) if PEERS else ():
+            if name in SKIPPED:
+                continue
             try:
                 candidates[name] = make(x, rows, columns, bits)
             except Exception as error:  # a peer that cannot run is a line of the report
                 reasons[name] = f"{type(error).__name__}: {error}"[:300]
         line = {"op": "group_gemm", "rows": rows, "columns": columns, "tokens": tokens, "bits": bits}
-        yield {**line, **_figures(replay(candidates), nbytes(weights[0]) / rate * 1e6), "not_run": reasons}
+        yield {**line, **_figures(_replay(candidates), nbytes(weights[0]) / rate * 1e6), "not_run": reasons}
 
 
 def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def routed(tokens: int, bits: int, rate: float, skipped: float = 0.0) -> dict[st
     floor = size * hit / EXPERTS / rate * 1e6
     line = {"op": "moe_group_gemm", "tokens": tokens, "bits": bits, "experts_hit": hit, "skipped": skipped}
     used = float((index < EXPERTS).float().mean())
-    found = _figures(replay(candidates), floor)
+    found = _figures(_replay(candidates), floor)
     flops = 6 * tokens * SLOTS * used * HIDDEN * INTERMEDIATE
     return {**line, **found, "teraflops": flops / found["ours_us"] / 1e6, "slots_used": used, "not_run": reasons}
 
@@ -110,7 +121,7 @@ def _both(candidates: dict[str, list[Callable[[], object]]], few: bool) -> dict[
     reason = skinny.unavailable() or (None if few else "too many tokens")
     if reason is not None:
         return {"cuda": reason}
-    if not PEERS:
+    if not PEERS or "triton" in SKIPPED:
         return {}
 
     def only(function: Callable[[], object]) -> object:
@@ -157,7 +168,8 @@ def _humming(x: torch.Tensor, rows: int, columns: int, bits: int) -> list[Callab
     layer_module = importlib.import_module("humming.layer")
     config = {"b_dtype": f"uint{bits}", "group_size": GROUP, "has_zero_point": True}
     layers = []
-    for _ in range(4):
+    # as many as keep the cache from helping, like our own
+    for _ in range(rotations(rows * columns * bits // 8)):
         layer = layer_module.HummingLayer(rows, columns, weight_config=dict(config), torch_dtype=x.dtype).cuda()
         layer.load_from_unquantized(torch.randn(rows, columns, dtype=x.dtype, device="cuda"))
         layer.transform()
@@ -180,6 +192,10 @@ def _gemlite(x: torch.Tensor, rows: int, columns: int, bits: int) -> list[Callab
         layer(x)
         layers.append(layer)
     return [lambda layer=layer: layer(x) for layer in layers]
+
+
+def _replay(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, Timed]:
+    return replay({name: several(calls) for name, calls in candidates.items()})
 
 
 def _figures(times: dict[str, Timed], floor: float) -> dict[str, Any]:

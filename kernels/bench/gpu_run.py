@@ -4,7 +4,8 @@
 
 Needs torch and triton. humming-kernels and gemlite are measured where they are installed. ``--dry-run`` imports
 everything, lists what would run, and needs no GPU. ``--only`` takes parts: moe, dense, state, tree, mixtral, mamba,
-and tune, which is left out otherwise; ``--match`` takes names. ``--alone`` measures no peers.
+and tune, which is left out otherwise; ``--match`` takes names. ``--alone`` measures no peers, ``--skip`` leaves out
+some: triton, humming, gemlite.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def main() -> int:
     parser.add_argument("--only", help="parts, separated by commas")
     parser.add_argument("--match", default="", help="regular expression that names have to match")
     parser.add_argument("--alone", action="store_true", help="measure no peers")
+    parser.add_argument("--skip", default="", help="peers that are left out, separated by commas")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     work = chosen(options)
@@ -154,7 +156,7 @@ def main() -> int:
     import torch
     from gpu_timing import copy_rate, read_rate
 
-    gpu_matrix.PEERS = not options.alone
+    gpu_matrix.PEERS, gpu_matrix.SKIPPED = not options.alone, set(options.skip.split(","))
     if not torch.cuda.is_available():
         print("no GPU: nothing can be measured")
         return 1

@@ -53,9 +53,10 @@ def compile_all(arch: int, folder: Path) -> list[dict[str, Any]]:
         folder: For the machine code.
 
     Returns:
-        Per instance ``arch``, ``bits``, ``type``, ``tokens`` of its tile, ``registers``, ``stack`` and ``spills`` in
-        bytes, ``copies`` (asynchronous ones), ``step`` (instructions of the products of a step, by name, where one
-        scale serves all its columns) and ``per_weight``, how many of them a weight takes.
+        Per instance ``form`` ("whole": blocks take whole strips, "shared": they share them), ``arch``, ``bits``,
+        ``type``, ``tokens`` of its tile, ``registers``, ``stack`` and ``spills`` in bytes, ``copies`` (asynchronous
+        ones), ``step`` (instructions of the products of a step, or of half of one, by name, where one scale serves all
+        its columns) and ``per_weight``, how many of them a weight takes.
 
     Raises:
         BuildError: It does not compile.
@@ -98,6 +99,7 @@ def _report(arch: int, name: str, resources: dict[str, int], code: str) -> dict[
     # lane has a row's weight for every column of the 16 of a product
     least = min(straight, key=lambda counts: counts.total() / counts["HMMA"])
     return {
+        "form": "whole" if "strips" in name else "shared",
         "arch": arch, "bits": bits, "type": "bf16" if bf16 else "fp16", "tokens": 8 * tiles, **resources,
         "copies": code.count("LDGSTS"), "steps": len(straight), "step": dict(least),
         "per_weight": round(least.total() / (16 * least["HMMA"] / (2 * tiles)), 2),

@@ -32,12 +32,16 @@ class Launch:
         stages: Steps of a warp's pipeline, 2 to 6.
         blocks: That a multiprocessor is meant to hold at once.
         overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
+        whole: Blocks take whole strips, where the groups of a weight allow it.
+        teams: Strips that a block works at side by side, 1, 2, 4 or 8, where it takes whole ones; 0 leaves it open.
     """
 
     warps: int = 8
     stages: int = 4
     blocks: int = 1
     overlap: bool = True
+    whole: bool = True
+    teams: int = 0
 
 
 def key(mode: str, bits: int, tokens: int, rows: int, columns: int) -> str:
@@ -45,28 +49,37 @@ def key(mode: str, bits: int, tokens: int, rows: int, columns: int) -> str:
     return f"{mode}/{bits}/{1 << max(0, tokens - 1).bit_length()}/{rows}x{columns}"
 
 
-# warps, stages and blocks worth timing
-_SHAPES = (
-    (8, 2, 1), (12, 2, 1), (16, 2, 1), (6, 2, 2), (8, 2, 2), (4, 2, 3), (4, 2, 4), (4, 3, 4),
-    (8, 3, 1), (8, 4, 1), (8, 5, 1), (10, 3, 1), (12, 3, 1), (12, 4, 1), (16, 3, 1), (16, 4, 1),
-    (4, 3, 2), (4, 4, 2), (4, 3, 3), (6, 3, 2), (8, 3, 2),
-)  # fmt: skip
+# warps, stages and blocks worth timing, for blocks that take whole strips and for those that share them
+_WHOLE = ((8, 2, 1), (8, 3, 1), (8, 4, 1), (4, 2, 2), (4, 3, 2), (4, 2, 3), (4, 3, 3))
+_TEAMS = tuple((8, stages, 1, teams) for stages in (2, 3) for teams in (1, 2, 4, 8))
+_SHARED = ((16, 2, 1), (12, 2, 1), (8, 2, 1), (8, 4, 1), (6, 2, 2), (8, 2, 2), (4, 2, 3), (4, 2, 4))
 
 
 def usual(mode: str, tokens: int) -> Launch:
-    """What a product without an entry takes: the fastest of ``kernels/bench/gpu_few_tokens.py`` over widths on an H200.
+    """What a product without an entry takes: about the fastest of ``kernels/bench/gpu_few_tokens.py`` on an H200."""
+    return Launch(8, 2, 1)
+
+
+def shared(mode: str, tokens: int) -> Launch:
+    """The same for blocks that share strips, as they do with groups of 32 or 64 columns.
 
     Many warps with little in flight each: what limits is how long a warp waits for its own operations.
     """
     if mode == "dense":
-        return Launch(12 if tokens <= 4 else 8, 2, 1)
-    return Launch(16, 2, 1) if mode == "gate_up" else Launch(6, 2, 2)
+        return Launch(12 if tokens <= 4 else 8, 2, 1, whole=False)
+    return Launch(16, 2, 1, whole=False) if mode == "gate_up" else Launch(6, 2, 2, whole=False)
 
 
 def candidates() -> dict[str, Launch]:
-    """Launches worth timing by name: warps, stages, blocks of a multiprocessor; one of them also without overlap."""
-    found = {"/".join(map(str, shape)): Launch(*shape) for shape in _SHAPES}
-    return {**found, "8/2/2/apart": Launch(8, 2, 2, overlap=False)}
+    """Launches worth timing by name: warps, stages, blocks of a multiprocessor and teams, or that strips are shared."""
+    found = {_named(shape): Launch(*shape) for shape in _WHOLE}
+    found |= {_named(shape): Launch(*shape[:3], teams=shape[3]) for shape in _TEAMS}
+    found |= {f"{_named(shape)}/shared": Launch(*shape, whole=False) for shape in _SHARED}
+    return {**found, "8/2/1/apart": Launch(8, 2, 1, overlap=False)}
+
+
+def _named(shape: tuple[int, ...]) -> str:
+    return "/".join(map(str, shape))
 
 
 def pick(mode: str, bits: int, tokens: int, rows: int, columns: int, device: torch.device) -> Launch:

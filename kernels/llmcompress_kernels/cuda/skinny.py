@@ -26,6 +26,13 @@ TOKENS, SLOTS_PER_EXPERT = 16, 16
 MOST_SLOTS = 1024
 # shape.cuh: rows of a warp, slots of a matrix instruction, columns of a step and units of one
 STRIP, TILE, COLUMNS, UNITS = 32, 8, {2: 512, 3: 256, 4: 256}, 8
+# spans.cuh: columns of a span, and bytes of a stage
+SPAN, SPANS, STAGE = 128, 4, {2: 32 * (128 + 32), 3: 32 * (208 + 32), 4: 32 * (256 + 32)}
+STRIP_WARPS, TEAMS = 8, (1, 2, 4, 8)
+# warps that the registers of a multiprocessor are enough for, with up to 8 and up to 16 slots at once
+WARPS_AT_ONCE = (12, 8)
+# slots of a launch whose results a block keeps
+MOST_KEPT = 256
 # columns of a row whose words begin at 16 bytes
 ALIGNED = {2: 64, 3: 128, 4: 32}
 MODES = {"dense": 0, "gate_up": 1, "down": 2}
@@ -58,7 +65,9 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("words", "groups", "zero_words")),
         *((name, ctypes.c_int) for name in ("tokens", "slots", "experts", "rows", "columns", "group")),
         *((name, ctypes.c_int) for name in ("mode", "activation", "at_once", "blocks", "warps", "stages")),
-        *((name, ctypes.c_int) for name in ("room", "least", "pieces", "overlap")),
+        *((name, ctypes.c_int) for name in ("room", "least", "pieces")),
+        *((name, ctypes.c_int) for name in ("height", "teams", "teams_log", "members", "tiles", "rounds", "jobs")),
+        ("overlap", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
     )
 
@@ -261,6 +270,119 @@ def _x_bytes(bits: int, call: Call, steps: int) -> int:
     return call.at_once * (2 * COLUMNS[bits] * steps + (16 if bits == 2 else 64)) + sums
 
 
+def whole_strips(call: Call) -> bool:
+    """Whether blocks can take whole strips: groups of 128 columns or multiples, and few enough results to keep."""
+    kept = call.tokens * call.slots if call.mode == MODES["down"] else 0
+    return call.group % SPAN == 0 and kept <= MOST_KEPT
+
+
+def shared_of_strips(bits: int, call: Call) -> int:
+    """Bytes of shared memory of a block that takes whole strips, as ``Places`` of spans.cuh has them."""
+    up = lambda count: -(-count // 16) * 16  # noqa: E731
+    dense = call.mode == MODES["dense"]
+    slots, experts = (0, 0) if dense else (call.tokens * call.slots, call.experts)
+    jobs = min(slots, experts + slots // call.at_once)
+    tiles = 1 if call.at_once <= TILE else 2
+    tables = 16 + 2 * up(4 * experts) + up(2 * jobs) + 3 * up(2 * slots) + 2 * tiles * TILE
+    tables += call.warps * 4 * (STRIP + 4) * call.at_once
+    tables += 4 * STRIP * call.teams * slots if call.mode == MODES["down"] else 0
+    return tables + call.room + call.warps * call.stages * STAGE[bits]
+
+
+def _x_of_strips(call: Call, rounds: int) -> int:
+    """Bytes of a job's activations for so many rounds of steps, with the sums that belong to them."""
+    tiles, spans = -(-call.at_once // TILE), rounds * call.members * SPANS
+    return call.at_once * (2 * SPAN * spans + 64) + tiles * 8 * TILE * spans
+
+
+def cut_by_strips(call: Call, bits: int, launch: Launch, device: Device) -> None:
+    """Write into ``call`` how whole strips are shared out.
+
+    A tile is a strip per team of warps, whose members share its columns. Teams, members and the rows of a strip are
+    those that :func:`_cost` finds best.
+
+    Raises:
+        RuntimeError: Not even one block fits.
+    """
+    given = tuple(getattr(call, name) for name in _GIVEN)
+    for name, value in zip(_CHOSEN, _strips(given, bits, launch, device)):
+        setattr(call, name, value)
+
+
+_GIVEN = ("mode", "tokens", "slots", "experts", "rows", "columns", "group", "at_once")
+_CHOSEN = (
+    "teams", "teams_log", "members", "rounds", "warps", "stages",
+    "room", "height", "tiles", "jobs", "blocks", "overlap",
+)  # fmt: skip
+
+
+@cache
+def _strips(given: tuple[int, ...], bits: int, launch: Launch, device: Device) -> tuple[int, ...]:
+    """The values of ``_CHOSEN`` for those of ``_GIVEN``."""
+    call = Call(**dict(zip(_GIVEN, given)))
+    steps = -(-call.columns // (SPANS * SPAN))
+    major = 9 if device.major >= 9 else 8
+    call.overlap = int(launch.overlap and device.major >= 9)
+    call.jobs = -(-call.tokens // call.at_once)
+    most = min(launch.warps, STRIP_WARPS)
+    blocks = max(1, min(launch.blocks, WARPS_AT_ONCE[call.at_once > TILE] // most))
+    limit = min(SHARED_OF_A_BLOCK[major], SHARED[major] // blocks - 1024)
+    best: tuple[float, tuple[int, ...]] | None = None
+    for call.teams_log, call.teams in enumerate(TEAMS):
+        if launch.teams not in (0, call.teams):
+            continue
+        for members in range(most // call.teams, 0, -1):
+            call.rounds = -(-steps // members)
+            call.members = -(-steps // call.rounds)
+            call.warps = call.teams * call.members
+            if _fits(call, bits, limit, launch.stages):
+                break
+        else:
+            continue
+        for call.height in range(STRIP, 3, -2):
+            cost = _cost(call, steps, blocks, device.processors)
+            if best is None or cost < best[0]:
+                # no more than have something to do, so that these are spread over all multiprocessors
+                call.blocks = min(blocks * device.processors, call.tiles * _most_jobs(call))
+                best = cost, tuple(getattr(call, name) for name in _CHOSEN)
+    if best is None:
+        raise RuntimeError("a block does not fit the GPU's shared memory")
+    return best[1]
+
+
+def _fits(call: Call, bits: int, limit: int, stages: int) -> bool:
+    """Choose the stages, and the room for activations that they leave of ``limit`` bytes; whether that is enough."""
+    for call.stages in range(max(2, min(stages, 4)), 1, -1):
+        call.room = 0
+        call.room = min(limit - shared_of_strips(bits, call), _x_of_strips(call, call.rounds)) // 16 * 16
+        if call.room >= _x_of_strips(call, 1):
+            return True
+    return False
+
+
+def _most_jobs(call: Call) -> int:
+    """Jobs that share out the tiles, whatever the routing."""
+    if call.mode == MODES["gate_up"]:
+        return min(call.tokens * call.slots, call.experts + call.tokens * call.slots // call.at_once)
+    return call.jobs if call.mode == MODES["dense"] else 1
+
+
+def _cost(call: Call, steps: int, blocks: int, processors: int) -> float:
+    """About what a multiprocessor takes, in rows of a step; writes the tiles of a job into ``call``."""
+    jobs, pair = call.jobs if call.mode == MODES["dense"] else 1, 1
+    if call.mode == MODES["gate_up"]:
+        jobs, pair = min(call.tokens * call.slots, call.experts), 2
+    call.tiles = -(-call.rows * pair // (call.height * call.teams))
+    units = call.tiles * jobs
+    visits = -(-units // (blocks * processors)) * blocks if units > processors else 1
+    # what is read, and the products: those of a warp's step take the time of about 20 rows, however few there are. Both
+    # go on at the same time, the less the better all the same
+    read, products = call.teams * call.height * steps, 20 * call.warps * call.rounds
+    each = max(read, products) + min(read, products) / 4
+    # the end of a tile, and slices of activations that come one after the other
+    return float(visits * (each + 100 + 40 * -(-_x_of_strips(call, call.rounds) // call.room)))
+
+
 def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
     """Write into ``call`` how it is cut up; returns the pieces of memory that strips need.
 
@@ -270,6 +392,13 @@ def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
     Raises:
         RuntimeError: Not even one block fits; shapes that :func:`verify` accepts do.
     """
+    if launch.whole and whole_strips(call):
+        cut_by_strips(call, bits, launch, device)
+        return 0
+    if launch.whole:
+        mode = next(name for name, number in MODES.items() if number == call.mode)
+        launch = launches.shared(mode, call.tokens)
+    call.height = 0
     steps = -(-call.columns // COLUMNS[bits])
     major = 9 if device.major >= 9 else 8
     most = MOST_WARPS[call.at_once > TILE]
@@ -313,7 +442,7 @@ def _launch(call: Call, side: Side, x: Tensor, launch: Launch | None, library: A
     counters = cut(call, side.bits, launch, device or _device(x.device))
     width = call.rows * (2 if mode == "gate_up" else 1)
     parts = x.new_empty((call.pieces, call.tokens * call.slots, width), dtype=torch.float32)
-    held = libraries.arrivals(counters, x.device)
+    held = libraries.arrivals(counters, x.device) if counters else parts
     call.parts, call.arrived = parts.data_ptr(), held.data_ptr()
     arguments = (int(x.dtype == torch.bfloat16), tiles)
     libraries.launch(FAMILY, "llmcompress_skinny", f"llmcompress_skinny_{side.bits}", call, arguments, x, library)

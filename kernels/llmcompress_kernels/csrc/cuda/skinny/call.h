@@ -28,6 +28,9 @@ struct Call {
     int room;    // bytes of shared memory for activations
     int least;   // steps that a block has at least
     int pieces;  // blocks that share a strip of a job, at most
+    // where blocks take whole strips: rows of a strip that are used, strips of a tile as a power of two, warps that share a strip,
+    // tiles of a job, steps of a warp for a tile, jobs of DENSE
+    int height, teams, teams_log, members, tiles, rounds, jobs;
     int overlap; // start before the launch in front has ended
     float alpha, limit;
 };

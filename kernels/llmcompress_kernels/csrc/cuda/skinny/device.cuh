@@ -30,6 +30,12 @@ __device__ __forceinline__ SharedAddress shared_address(void* at) { return stati
 
 __device__ __forceinline__ bool any_of_warp(bool mine) { return __any_sync(0xFFFFFFFFu, mine); }
 
+// 16 bytes that a launch in front wrote.
+__device__ __forceinline__ Words words_written(const Words* at) {
+    const uint4 v = __ldcg(reinterpret_cast<const uint4*>(at));
+    return {{v.x, v.y, v.z, v.w}};
+}
+
 // Wait for the launch in front of this one to end and its results to be visible; until then only weights may be read.
 __device__ __forceinline__ void previous_launch() {
 #if __CUDA_ARCH__ >= 900

@@ -2,6 +2,7 @@
 #include "emulate.h"
 
 #include "skinny.cuh"
+#include "strips.cuh"
 
 #include "launch.h"
 

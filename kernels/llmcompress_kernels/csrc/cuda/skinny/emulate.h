@@ -23,6 +23,7 @@ inline SharedAddress shared_address(void* at) { return static_cast<unsigned char
 template <int BEYOND> inline void copy_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 16); }
 
 inline bool any_of_warp(bool mine) { return ballot(mine) != 0; }
+inline Words words_written(const Words* at) { return *at; }
 inline void previous_launch() {}
 inline void next_launch() {}
 

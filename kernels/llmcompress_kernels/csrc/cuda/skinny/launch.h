@@ -4,6 +4,10 @@
 namespace llmcompress::skinny {
 
 template <int BITS, bool BF16, int NT> int launch(const Call& call, void* stream) {
+    if (call.height > 0) {
+        const Task<BITS, NT> task(call);
+        return start(strips_kernel<BITS, BF16, NT>, unsigned(call.blocks), 32 * call.warps, task.places.bytes, task, stream);
+    }
     const int bytes = Memory<BITS, NT>(call).bytes;
     return start(skinny_kernel<BITS, BF16, NT>, unsigned(call.blocks), 32 * call.warps, bytes, call, stream);
 }
@@ -23,5 +27,6 @@ template <int BITS> int launch(const Call& call, bool bf16, int tiles, void* str
     }                                                                                                                      \
     LLMCOMPRESS_EXPORT int llmcompress_skinny_shared_##BITS(const llmcompress::skinny::Call* call, int tiles) {            \
         using namespace llmcompress::skinny;                                                                               \
+        if (call->height > 0) return tiles == 1 ? Places<BITS, 1>(*call).bytes : Places<BITS, 2>(*call).bytes;             \
         return tiles == 1 ? Memory<BITS, 1>(*call).bytes : Memory<BITS, 2>(*call).bytes;                                   \
     }

@@ -5,16 +5,6 @@
 
 namespace llmcompress::skinny {
 
-// Forms that have not run on a GPU yet, and so are not in use: kernels/bench/gpu_few_tokens.py times them.
-#ifndef LLMCOMPRESS_BATCHED
-#define LLMCOMPRESS_BATCHED 0
-#endif
-#ifndef LLMCOMPRESS_FOLDED
-#define LLMCOMPRESS_FOLDED 0
-#endif
-constexpr bool BATCHED = LLMCOMPRESS_BATCHED != 0; // parts of a strip are read side by side before they are added
-constexpr bool FOLDED = LLMCOMPRESS_FOLDED != 0; // the sum of a span begins with what zero points take from it
-
 // The words and scales of a warp on their way through shared memory.
 template <int BITS, bool BF16, int NT> struct Pipeline {
     using S = Shape<BITS>;
@@ -159,7 +149,7 @@ template <int BITS, bool BF16, int NT> struct Pipeline {
         for (int i = 0; i < SPANS; ++i) {
             const uint32_t middle = stored ? codes >> (i * BITS) & ((1u << BITS) - 1) : 1u << (BITS - 1);
             const float value = widen<false>(uint16_t((i < 4 ? four : scales[1]) >> 16 * (i % 4)));
-            to[i * LANES] = {value, FOLDED ? -float(middle) : -value * float(middle)};
+            to[i * LANES] = {value, -value * float(middle)};
         }
     }
 };

@@ -124,53 +124,23 @@ __device__ void finish_channel(Block<BITS, BF16, NT>& block, const Place& place,
 template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, NT>& block, const Place& place) {
     constexpr int MOST = NT * TILE;
     const Call& call = block.call;
-    const auto out = static_cast<uint16_t*>(call.out);
-    const int64_t all = int64_t(call.tokens) * call.slots;
     const int pieces = block.schedule.pieces(place.job, place.tile);
     if (call.mode == DENSE) {
         const int row = block.strip(place.tile, anew(block.warp)) + anew(block.lane);
         if (row >= call.rows) return;
-        if constexpr (BATCHED) {
-            if (block.count == 1)
-                finish_row<BITS, BF16, NT, 1, 8>(block, row, pieces);
-            else
-                finish_row<BITS, BF16, NT, MOST, 1>(block, row, pieces);
-            return;
-        }
-        float sum[MOST] = {};
-        for (int p = 0; p < pieces; ++p)
-#pragma unroll
-            for (int e = 0; e < MOST; ++e)
-                if (e < block.count) sum[e] += read_written(call.parts + (p * all + block.slot(e)) * call.rows + row);
-#pragma unroll
-        for (int e = 0; e < MOST; ++e)
-            if (e < block.count) out[block.slot(e) * call.rows + row] = narrow<BF16>(sum[e]);
+        if (block.count == 1)
+            finish_row<BITS, BF16, NT, 1, 8>(block, row, pieces);
+        else
+            finish_row<BITS, BF16, NT, MOST, 1>(block, row, pieces);
         return;
     }
     // half a warp per slot
     const int lane = anew(block.lane), channel = block.strip(place.tile, anew(block.warp)) + lane % 16, half = lane / 16;
     if (channel >= call.rows) return;
-    if constexpr (BATCHED) {
-        if (block.count <= 2)
-            finish_channel<BITS, BF16, NT, 1, 4>(block, place, channel, half, pieces);
-        else
-            finish_channel<BITS, BF16, NT, MOST / 2, 1>(block, place, channel, half, pieces);
-        return;
-    }
-    float gate[MOST / 2] = {}, up[MOST / 2] = {};
-    for (int p = 0; p < pieces; ++p)
-#pragma unroll
-        for (int i = 0; i < MOST / 2; ++i)
-            if (2 * i + half < block.count) {
-                const float* part = call.parts + (p * all + block.slot(2 * i + half)) * 2 * call.rows + channel;
-                gate[i] += read_written(part), up[i] += read_written(part + call.rows);
-            }
-    const int64_t first_row = block.first_row(place.job);
-    const float gate_bias = bias_of<BF16>(call, first_row + channel), up_bias = bias_of<BF16>(call, first_row + call.rows + channel);
-#pragma unroll
-    for (int i = 0; i < MOST / 2; ++i)
-        if (2 * i + half < block.count)
-            out[block.slot(2 * i + half) * call.rows + channel] = narrow<BF16>(activated(call, gate[i] + gate_bias, up[i] + up_bias));
+    if (block.count <= 2)
+        finish_channel<BITS, BF16, NT, 1, 4>(block, place, channel, half, pieces);
+    else
+        finish_channel<BITS, BF16, NT, MOST / 2, 1>(block, place, channel, half, pieces);
 }
 
 // Add the parts of a row of AT tokens from `first` on, of all their slots, weighted, and write the results.
@@ -203,49 +173,18 @@ __device__ void combine_row(Block<BITS, BF16, NT>& block, const uint8_t* pieces,
 // Add the pieces of a strip of all jobs, weighted over the slots of each token.
 template <int BITS, bool BF16, int NT> __device__ void combine(Block<BITS, BF16, NT>& block, int tile) {
     const Call& call = block.call;
-    const auto out = static_cast<uint16_t*>(call.out);
-    const int64_t all = int64_t(call.tokens) * call.slots;
     // every lane counts the pieces of some jobs
     const int warp = anew(block.warp), lane = anew(block.lane);
     uint8_t* pieces = block.bytes + block.memory.pieces + warp * block.memory.most_jobs;
     for (int job = lane; job < block.schedule.jobs; job += LANES) pieces[job] = uint8_t(block.schedule.pieces(job, tile));
     sync_warp();
     const int64_t row = block.strip(tile, warp) + lane;
-    if constexpr (BATCHED) {
-        if (row < call.rows)
-            for (int first = 0; first < call.tokens; first += TILE)
-                if (call.tokens - first == 1)
-                    combine_row<BITS, BF16, NT, 1, 8>(block, pieces, row, first);
-                else
-                    combine_row<BITS, BF16, NT, TILE, 1>(block, pieces, row, first);
-        sync_warp(); // before the table is written again
-        return;
-    }
     if (row < call.rows)
-        for (int first = 0; first < call.tokens; first += TILE) {
-            float sum[TILE] = {};
-            for (int k = 0; k < call.slots; ++k) {
-                float value[TILE];
-                int count[TILE];
-#pragma unroll
-                for (int i = 0; i < TILE; ++i) {
-                    const int slot = (first + i) * call.slots + k;
-                    const int job = first + i < call.tokens ? block.job_of(slot) : NONE;
-                    count[i] = job == NONE ? 0 : pieces[job];
-                    value[i] = job == NONE ? 0.0f : bias_of<BF16>(call, block.first_row(job) + row);
-                }
-                for (int p = 0; p < call.pieces; ++p)
-#pragma unroll
-                    for (int i = 0; i < TILE; ++i)
-                        if (p < count[i]) value[i] += read_written(call.parts + (p * all + (first + i) * call.slots + k) * call.rows + row);
-#pragma unroll
-                for (int i = 0; i < TILE; ++i)
-                    if (count[i] > 0) sum[i] += call.share[(first + i) * call.slots + k] * value[i];
-            }
-#pragma unroll
-            for (int i = 0; i < TILE; ++i)
-                if (first + i < call.tokens) out[(first + i) * call.rows + row] = narrow<BF16>(sum[i]);
-        }
+        for (int first = 0; first < call.tokens; first += TILE)
+            if (call.tokens - first == 1)
+                combine_row<BITS, BF16, NT, 1, 8>(block, pieces, row, first);
+            else
+                combine_row<BITS, BF16, NT, TILE, 1>(block, pieces, row, first);
     sync_warp(); // before the table is written again
 }
 

@@ -4,11 +4,12 @@
 #include "device.cuh"
 
 #include "skinny.cuh"
+#include "strips.cuh"
 
 namespace llmcompress::skinny {
 
-template <typename Kernel>
-int start(Kernel kernel, unsigned blocks, int threads, int bytes, const Call& call, void* stream) {
+template <typename Kernel, typename Told>
+int start(Kernel kernel, unsigned blocks, int threads, int bytes, const Told& call, void* stream) {
     // more than 48 KB of shared memory have to be asked for; asking again costs less than remembering per device
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return int(error);

@@ -41,10 +41,6 @@ template <int BITS, bool BF16, int NT> struct Sums {
 #pragma unroll 1
         for (int span = 0; span < S::UNITS / PER; ++span) {
             float part[2][NT][4], all[NT][2];
-            Pair scale[2][2];
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-                if (FOLDED) scale[r / 2][r % 2] = scales[span * LANES + 8 * r];
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
                 const Four four = *reinterpret_cast<const Four*>(prepared + (span * NT + n) * SUMS_BYTES + 16 * t);
@@ -53,7 +49,7 @@ template <int BITS, bool BF16, int NT> struct Sums {
                 for (int r = 0; r < 2; ++r)
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        part[r][n][i] = FOLDED ? fmaf(scale[r][i / 2].y, four.at[i % 2], four.at[2 + i % 2]) : four.at[2 + i % 2];
+                        part[r][n][i] = four.at[2 + i % 2];
             }
 #pragma unroll AT_ONCE
             for (int v = 0; v < PER; ++v) {
@@ -78,14 +74,14 @@ template <int BITS, bool BF16, int NT> struct Sums {
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const Pair low = FOLDED ? scale[r][0] : scales[span * LANES + 16 * r], high = FOLDED ? scale[r][1] : scales[span * LANES + 16 * r + 8];
+                const Pair low = scales[span * LANES + 16 * r], high = scales[span * LANES + 16 * r + 8];
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const Pair s = i < 2 ? low : high;
                         total[r][n][i] = fmaf(s.x, part[r][n][i], total[r][n][i]);
-                        if (!FOLDED) total[r][n][i] = fmaf(s.y, all[n][i % 2], total[r][n][i]);
+                        total[r][n][i] = fmaf(s.y, all[n][i % 2], total[r][n][i]);
                     }
             }
         }
