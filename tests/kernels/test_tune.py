@@ -88,7 +88,7 @@ def test_launches_of_cuda_kernels_are_checked_before_they_are_timed() -> None:
     search = tune._Search(expected, lambda given: times[given[0].launch])
     best = search.best({launch: calls(launch) for launch in times})
     assert best == list(times)[-1]
-    assert best == launches.Launch(8, 2, 2, overlap=False)
+    assert best == launches.Launch(8, 2, 1, overlap=False)
     assert search.passed_over == sum(launch.warps in (12, 16) for launch in times)
     with pytest.raises(RuntimeError, match="no candidate runs"):
         tune._Search(expected * 5, lambda _: 1.0).best({launch: calls(launch) for launch in times})

@@ -129,7 +129,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, 
         const int row = block.strip(place.tile, anew(block.warp)) + anew(block.lane);
         if (row >= call.rows) return;
         if (block.count == 1)
-            finish_row<BITS, BF16, NT, 1, 8>(block, row, pieces);
+            finish_row<BITS, BF16, NT, 1, 4>(block, row, pieces);
         else
             finish_row<BITS, BF16, NT, MOST, 1>(block, row, pieces);
         return;
@@ -138,7 +138,7 @@ template <int BITS, bool BF16, int NT> __device__ void finish(Block<BITS, BF16, 
     const int lane = anew(block.lane), channel = block.strip(place.tile, anew(block.warp)) + lane % 16, half = lane / 16;
     if (channel >= call.rows) return;
     if (block.count <= 2)
-        finish_channel<BITS, BF16, NT, 1, 4>(block, place, channel, half, pieces);
+        finish_channel<BITS, BF16, NT, 1, 2>(block, place, channel, half, pieces);
     else
         finish_channel<BITS, BF16, NT, MOST / 2, 1>(block, place, channel, half, pieces);
 }
@@ -182,7 +182,7 @@ template <int BITS, bool BF16, int NT> __device__ void combine(Block<BITS, BF16,
     if (row < call.rows)
         for (int first = 0; first < call.tokens; first += TILE)
             if (call.tokens - first == 1)
-                combine_row<BITS, BF16, NT, 1, 8>(block, pieces, row, first);
+                combine_row<BITS, BF16, NT, 1, 4>(block, pieces, row, first);
             else
                 combine_row<BITS, BF16, NT, TILE, 1>(block, pieces, row, first);
     sync_warp(); // before the table is written again
