@@ -56,8 +56,11 @@ _SHARED = ((16, 2, 1), (12, 2, 1), (8, 2, 1), (8, 4, 1), (6, 2, 2), (8, 2, 2), (
 
 
 def usual(mode: str, tokens: int) -> Launch:
-    """What a product without an entry takes: about the fastest of ``kernels/bench/gpu_few_tokens.py`` on an H200."""
-    return Launch(8, 2, 1)
+    """What a product without an entry takes: about the fastest of ``kernels/bench/gpu_few_tokens.py`` on an H200.
+
+    Down projections of many tokens read more activations the fewer rows a block takes, which is what whole strips do.
+    """
+    return Launch(12, 2, 1, whole=False) if mode == "down" and tokens > 4 else Launch(8, 2, 1)
 
 
 def shared(mode: str, tokens: int) -> Launch:

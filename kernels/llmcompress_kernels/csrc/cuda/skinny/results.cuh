@@ -180,11 +180,11 @@ template <int BITS, bool BF16, int NT> __device__ void combine(Block<BITS, BF16,
     sync_warp();
     const int64_t row = block.strip(tile, warp) + lane;
     if (row < call.rows)
-        for (int first = 0; first < call.tokens; first += TILE)
+        for (int first = 0; first < call.tokens; first += 4) // more at once do not fit the registers
             if (call.tokens - first == 1)
                 combine_row<BITS, BF16, NT, 1, 4>(block, pieces, row, first);
             else
-                combine_row<BITS, BF16, NT, TILE, 1>(block, pieces, row, first);
+                combine_row<BITS, BF16, NT, 4, 1>(block, pieces, row, first);
     sync_warp(); // before the table is written again
 }
 
