@@ -232,7 +232,7 @@ def main() -> int:
     pairs: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
 
     def choose(name: dict[str, Any], us: dict[str, float]) -> None:
-        """The fastest; for experts of the pairs that were timed together, since either launch changes the other's time."""
+        """The fastest; for experts among the pairs that were timed together, since either changes the other's time."""
         found = {k.removeprefix("usual "): time for k, time in us.items() if k.startswith("usual ")}
         bits, tokens = name["bits"], name["tokens"]
         if name["op"] == "dense":
