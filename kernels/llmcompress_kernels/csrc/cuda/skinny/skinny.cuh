@@ -3,6 +3,8 @@
 // What limits them is reading W, so everything else has to fit beside that. At 3 TB/s an H100 issues 2.8 instructions
 // of a thread per 2-bit weight, 4.0 per 3-bit and 5.3 per 4-bit weight; cuda/aot.py counts what the machine code needs.
 //
+// Two forms: here blocks share strips; in strips.cuh, for groups of 128 columns and more, they take whole ones.
+//
 // Work. A warp owns a strip of 32 rows and walks its columns in steps of 256 (2 bits: 512); the strips of a block's warps
 // are a tile. All steps of a launch are numbered, expert by expert, tile by tile, and every block takes an equal run of
 // them, whatever the routing, so that no multiprocessor waits for another one's second tile (schedule.cuh). A strip that
