@@ -350,3 +350,11 @@ def test_the_products_are_made_of_what_they_are_meant_to_be(compiled: list[dict]
         if report["tokens"] == 8:
             # the rest is for copies, scales and waiting
             assert report["per_weight"] < (0.45 if report["form"] == "whole" else 0.55) * BUDGET[report["bits"]], report
+
+
+def test_the_table_that_comes_along_is_found_and_names_whole_launches() -> None:
+    launches._table.cache_clear()
+    table = launches._launches(launches._shipped("NVIDIA H200"))
+    assert {key.split("/")[0] for key in table} == set(skinny.MODES)
+    stored = [path.name for path in launches.SHIPPED.glob("*.json")]
+    assert stored == [tables.file_name("NVIDIA H200")]  # under another name nobody would find it

@@ -58,10 +58,9 @@ _SHARED = ((16, 2, 1), (12, 2, 1), (8, 2, 1), (8, 4, 1), (6, 2, 2), (8, 2, 2), (
 def usual(mode: str, tokens: int) -> Launch:
     """What a product without an entry takes: about the fastest of ``kernels/bench/gpu_few_tokens.py`` on an H200.
 
-    Whole strips gain little for experts of more than two tokens, and ran much slower there in one of two measurements
-    (kernels/README.md): blocks share strips.
+    Down projections of many tokens read more activations the fewer rows a block takes, which is what whole strips do.
     """
-    return shared(mode, tokens) if mode != "dense" and tokens > 2 else Launch(8, 2, 1)
+    return shared(mode, tokens) if mode == "down" and tokens > 4 else Launch(8, 2, 1)
 
 
 def shared(mode: str, tokens: int) -> Launch:
