@@ -219,6 +219,12 @@ def _columns() -> Iterator[Variant]:
     for half in (False, True):
         name = f"gptq_columns/{'half' if half else 'whole'}"
         yield Variant(name, kernels.gptq_columns_kernel, types, {**sizes, "HALF": half}, warps=1, matrix=False)
+    names = ("pull", "hessian", "scale", "zero", "values", "changes")
+    types = dict.fromkeys(names, "*fp32") | {"codes": "*u8", "top": "fp32"}
+    types |= dict.fromkeys(("columns", "rows", "first", "count"), "i32")
+    for half in (False, True):
+        name = f"descent_columns/{'half' if half else 'whole'}"
+        yield Variant(name, kernels.descent_columns_kernel, types, {**sizes, "HALF": half}, warps=1, matrix=False)
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
