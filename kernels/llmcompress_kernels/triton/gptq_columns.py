@@ -11,6 +11,8 @@ Legend: E experts, N rows (outputs), K columns (inputs); tensors are ``[E, K, N]
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,17 @@ from llmcompress_kernels.columns import FUSED_COLUMNS
 COLUMNS, ROWS = FUSED_COLUMNS, 16
 # adding and taking off 1.5 · 2^23 rounds to nearest even, as torch does
 ROUNDER = 12582912.0
+
+
+@triton.jit
+def nearest_code(exact, middle, top, HALF: tl.constexpr, ROUNDER: tl.constexpr):
+    """Code nearest to ``exact`` steps from ``middle``, the code of zero, which is a half-integer with ``HALF``."""
+    exact = tl.minimum(tl.maximum(exact, -4096.0), 4096.0)
+    if HALF:
+        code = (exact + middle + ROUNDER) - ROUNDER
+    else:
+        code = ((exact + ROUNDER) - ROUNDER) + middle
+    return tl.minimum(tl.maximum(code, 0.0), top)
 
 
 @triton.jit
@@ -56,12 +69,7 @@ def gptq_columns_kernel(
     middle = tl.load(zero + expert * rows + row, mask=live, other=0.0)  # fp32
     for i in range(count):
         own = tl.sum(tl.where((column == i)[:, None], tile, 0.0), 0)
-        exact = tl.minimum(tl.maximum(tl.div_rn(own, step), -4096.0), 4096.0)
-        if HALF:
-            code = (exact + middle + ROUNDER) - ROUNDER
-        else:
-            code = ((exact + ROUNDER) - ROUNDER) + middle
-        code = tl.minimum(tl.maximum(code, 0.0), top)
+        code = nearest_code(tl.div_rn(own, step), middle, top, HALF, ROUNDER)
         value = (code - middle) * step
         line = (start + i) * columns + first
         diagonal = tl.load(factor + line + i)  # fp32
@@ -111,12 +119,7 @@ def descent_columns_kernel(
         at = (start + i) * rows + row
         old = tl.load(values + at, mask=live, other=0.0)  # fp32
         diagonal = tl.load(hessian + line + i)  # fp32
-        exact = tl.minimum(tl.maximum(tl.div_rn(old + tl.div_rn(own, diagonal), step), -4096.0), 4096.0)
-        if HALF:
-            code = (exact + middle + ROUNDER) - ROUNDER
-        else:
-            code = ((exact + ROUNDER) - ROUNDER) + middle
-        code = tl.minimum(tl.maximum(code, 0.0), top)
+        code = nearest_code(tl.div_rn(old + tl.div_rn(own, diagonal), step), middle, top, HALF, ROUNDER)
         value = (code - middle) * step
         change = old - value
         later = (column > i) & (column < count)
@@ -154,16 +157,7 @@ def descend(
     Returns:
         ``[E, span, N]`` fp32, old values less new ones, for the update of ``pull`` after the span.
     """
-    experts, columns, rows = pull.shape
-    first, last = span
-    assert 0 < last - first <= COLUMNS
-    assert all(t.is_contiguous() for t in (pull, hessian, scale, zero, codes, values))
-    changes = torch.empty(experts, last - first, rows, dtype=torch.float32, device=pull.device)
-    descent_columns_kernel[(triton.cdiv(rows, ROWS), experts)](
-        pull, hessian, scale, zero, codes, values, changes, columns, rows, first, last - first, float(levels - 1),
-        HALF=half, COLUMNS=COLUMNS, ROWS=ROWS, ROUNDER=ROUNDER, num_warps=1,
-    )  # fmt: skip
-    return changes
+    return _launch(descent_columns_kernel, pull, hessian, scale, zero, codes, values, span, levels, half)
 
 
 def quantize(
@@ -195,13 +189,29 @@ def quantize(
     Returns:
         ``[E, span, N]`` fp32: errors in units of the factor's diagonal, for the update of the columns after the span.
     """
-    experts, columns, rows = weights.shape
+    return _launch(gptq_columns_kernel, weights, factor, scale, zero, codes, values, span, levels, half)
+
+
+def _launch(
+    kernel: Any,
+    tile: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    codes: Tensor,
+    values: Tensor,
+    span: tuple[int, int],
+    levels: int,
+    half: bool,
+) -> Tensor:
+    """Arguments as the callers'; ``tile`` holds the columns, ``matrix`` what a step does to those after it."""
+    experts, columns, rows = tile.shape
     first, last = span
     assert 0 < last - first <= COLUMNS
-    assert all(t.is_contiguous() for t in (weights, factor, scale, zero, codes, values))
-    errors = torch.empty(experts, last - first, rows, dtype=torch.float32, device=weights.device)
-    gptq_columns_kernel[(triton.cdiv(rows, ROWS), experts)](
-        weights, factor, scale, zero, codes, values, errors, columns, rows, first, last - first, float(levels - 1),
+    assert all(t.is_contiguous() for t in (tile, matrix, scale, zero, codes, values))
+    steps = torch.empty(experts, last - first, rows, dtype=torch.float32, device=tile.device)
+    kernel[(triton.cdiv(rows, ROWS), experts)](
+        tile, matrix, scale, zero, codes, values, steps, columns, rows, first, last - first, float(levels - 1),
         HALF=half, COLUMNS=COLUMNS, ROWS=ROWS, ROUNDER=ROUNDER, num_warps=1,
     )  # fmt: skip
-    return errors
+    return steps

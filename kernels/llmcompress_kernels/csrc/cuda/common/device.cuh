@@ -22,6 +22,13 @@ __device__ __forceinline__ void copy_word_async(void* shared, const void* global
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
 }
 
+// 16 bytes likewise, BEYOND bytes behind an address that comes from a family's shared_address; the rest of their 128 bytes
+// comes into L2, since a warp reads a row in pieces of 96 or 128 bytes. Asking for 256 is no faster (H200).
+using SharedAddress = unsigned;
+template <int BEYOND> __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%2], [%1], 16;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
+}
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Wait until at most LEFT of the committed groups of this thread are on their way.
@@ -34,6 +41,7 @@ __device__ __forceinline__ bool sync_or(bool v) { return __syncthreads_or(v) != 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float swap(float v, int with) { return __shfl_xor_sync(~0u, v, with); }
 __device__ __forceinline__ uint32_t ballot(bool v) { return __ballot_sync(~0u, v); }
+__device__ __forceinline__ bool any_of_warp(bool mine) { return __any_sync(~0u, mine); }
 __device__ __forceinline__ uint32_t largest(uint32_t v) { return __reduce_max_sync(~0u, v); }
 __device__ __forceinline__ int first_of(uint32_t mask) { return __ffs(int(mask)) - 1; }
 
@@ -134,8 +142,29 @@ __device__ __forceinline__ int thread_again() {
     return out;
 }
 
+// The same number, but the compiler does not know: what is computed from it is computed where it stands, and takes no register
+// through the loop around it.
+__device__ __forceinline__ int anew(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 __device__ __forceinline__ int count_up(int* counter) { return atomicAdd(counter, 1); }
 __device__ __forceinline__ void fence() { __threadfence(); }
+
+// Wait for the launch in front of this one to end and its results to be visible; until then only weights may be read.
+__device__ __forceinline__ void previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the launch behind this one start as soon as there is room.
+__device__ __forceinline__ void next_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 struct alignas(16) Words { uint32_t at[4]; };
 struct alignas(16) Four { float at[4]; };
@@ -148,6 +177,24 @@ int start(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const C
     if (error != cudaSuccess) return int(error);
     kernel<<<dim3(x, y), threads, size_t(bytes), static_cast<cudaStream_t>(stream)>>>(call);
     return int(cudaGetLastError());
+}
+
+// Likewise, and where the call asks for it before the launch in front has ended, which previous_launch waits for.
+template <typename Kernel, typename Call>
+int start_early(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const Call& call, void* stream) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return int(error);
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(x, y);
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = call.overlap ? 1 : 0;
+    return int(cudaLaunchKernelEx(&config, kernel, call));
 }
 
 // Blocks that the device runs at once, or a negative error.

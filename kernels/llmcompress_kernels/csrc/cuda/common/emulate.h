@@ -91,6 +91,7 @@ inline bool sync_or(bool v) { return pause(Waits::BARRIER, v) != 0; }
 inline void sync_warp() { pause(Waits::SYNC); }
 inline float swap(float v, int with) { return float_of(pause(Waits::SWAP, bits_of(v), with)); }
 inline uint32_t ballot(bool v) { return pause(Waits::BALLOT, v); }
+inline bool any_of_warp(bool mine) { return ballot(mine) != 0; }
 inline uint32_t largest(uint32_t v) { return pause(Waits::LARGEST, v); }
 inline int first_of(uint32_t mask) { return __builtin_ffs(int(mask)) - 1; }
 inline void fence() {}
@@ -103,6 +104,8 @@ inline void copy(void* shared, const void* global, size_t bytes) {
 }
 inline void copy_async(void* shared, const void* global) { copy(shared, global, 16); }
 inline void copy_word_async(void* shared, const void* global) { copy(shared, global, 4); }
+using SharedAddress = unsigned char*;
+template <int BEYOND> inline void copy_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 16); }
 
 inline void commit() {
     machine.now->groups.push_back(std::move(machine.now->open));
@@ -222,6 +225,10 @@ template <typename T> inline T read(const T* at) { return *at; }
 inline float read_written(const float* at) { return *at; }
 inline void in_order() {}
 inline int thread_again() { return int(machine.now->thread.x); }
+inline int anew(int v) { return v; }
+inline void previous_launch() {}
+inline void next_launch() {}
+
 inline int count_up(int* counter) { return (*counter)++; }
 
 struct alignas(16) Words { uint32_t at[4]; };
@@ -301,6 +308,11 @@ int start(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const C
         if (!run_block(threads, bytes)) return -2;
     }
     return 0;
+}
+
+template <typename Kernel, typename Call>
+int start_early(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const Call& call, void* stream) {
+    return start(kernel, x, y, threads, bytes, call, stream);
 }
 
 // Few, so that a block has several things to do.

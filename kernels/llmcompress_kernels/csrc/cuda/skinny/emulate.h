@@ -18,29 +18,18 @@ namespace llmcompress::skinny {
 
 using namespace gpu;
 
-using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
-template <int BEYOND> inline void copy_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 16); }
 
-inline bool any_of_warp(bool mine) { return ballot(mine) != 0; }
 inline Words words_written(const Words* at) { return *at; }
-inline void previous_launch() {}
-inline void next_launch() {}
 
 template <bool BF16> inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { gpu::mma<BF16>(d, a, b0, b1, d); }
 
 inline uint32_t funnel(uint32_t low, uint32_t high, uint32_t by) { return uint32_t((uint64_t(high) << 32 | low) >> (by & 31)); }
-inline int anew(int v) { return v; }
 
 inline int add(int* counter, int value) {
     const int before = *counter;
     *counter += value;
     return before;
-}
-
-template <typename Kernel, typename Call>
-int start(Kernel kernel, unsigned x, int threads, int bytes, const Call& call, void* stream) {
-    return gpu::start(kernel, x, 1, threads, bytes, call, stream);
 }
 
 } // namespace llmcompress::skinny

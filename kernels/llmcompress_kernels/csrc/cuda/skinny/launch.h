@@ -6,10 +6,10 @@ namespace llmcompress::skinny {
 template <int BITS, bool BF16, int NT> int launch(const Call& call, void* stream) {
     if (call.height > 0) {
         const Task<BITS, NT> task(call);
-        return start(strips_kernel<BITS, BF16, NT>, unsigned(call.blocks), 32 * call.warps, task.places.bytes, task, stream);
+        return start_early(strips_kernel<BITS, BF16, NT>, unsigned(call.blocks), 1, 32 * call.warps, task.places.bytes, task, stream);
     }
     const int bytes = Memory<BITS, NT>(call).bytes;
-    return start(skinny_kernel<BITS, BF16, NT>, unsigned(call.blocks), 32 * call.warps, bytes, call, stream);
+    return start_early(skinny_kernel<BITS, BF16, NT>, unsigned(call.blocks), 1, 32 * call.warps, bytes, call, stream);
 }
 
 template <int BITS> int launch(const Call& call, bool bf16, int tiles, void* stream) {

@@ -17,21 +17,13 @@ __device__ __forceinline__ void count_common(int (&d)[4], uint32_t a0, uint32_t 
 }
 
 // Addresses in shared memory: kept, since the compiler would rather compute them anew for every copy.
-using SharedAddress = unsigned;
 __device__ __forceinline__ SharedAddress shared_address(void* at) {
     auto out = static_cast<unsigned>(__cvta_generic_to_shared(at));
     asm volatile("" : "+r"(out));
     return out;
 }
-__device__ __forceinline__ int anew(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
 
-// 16 or 4 bytes from global to shared memory, BEYOND bytes behind the address.
-template <int BEYOND> __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%2], [%1], 16;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
-}
+// 4 bytes from global to shared memory, BEYOND bytes behind the address.
 template <int BEYOND> __device__ __forceinline__ void copy_word_async(SharedAddress shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0+%2], [%1], 4;" ::"r"(shared), "l"(global), "n"(BEYOND) : "memory");
 }
@@ -50,39 +42,6 @@ __device__ __forceinline__ Words load_matrices(SharedAddress address) {
 __device__ __forceinline__ Four read_written_four(const float* at) {
     const float4 v = __ldcg(reinterpret_cast<const float4*>(at));
     return {{v.x, v.y, v.z, v.w}};
-}
-
-__device__ __forceinline__ bool any_of_warp(bool mine) { return __any_sync(~0u, mine); }
-
-// Wait for the launch in front of this one to end and its results to be visible; until then only weights may be read.
-__device__ __forceinline__ void previous_launch() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Let the launch behind this one start as soon as there is room.
-__device__ __forceinline__ void next_launch() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-template <typename Kernel, typename Call>
-int start_early(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const Call& call, void* stream) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return int(error);
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(x, y);
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap;
-    config.numAttrs = call.overlap ? 1 : 0;
-    return int(cudaLaunchKernelEx(&config, kernel, call));
 }
 
 } // namespace llmcompress::gpu

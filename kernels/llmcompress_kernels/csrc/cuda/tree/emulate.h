@@ -24,10 +24,7 @@ inline void count_common(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
     pause(Waits::SYNC);
 }
 
-using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
-inline int anew(int v) { return v; }
-template <int BEYOND> inline void copy_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 16); }
 template <int BEYOND> inline void copy_word_async(SharedAddress shared, const void* global) { copy(shared + BEYOND, global, 4); }
 
 inline Words load_matrices(SharedAddress shared) {
@@ -42,13 +39,5 @@ inline Words load_matrices(SharedAddress shared) {
 }
 
 inline Four read_written_four(const float* at) { return *reinterpret_cast<const Four*>(at); }
-inline bool any_of_warp(bool mine) { return ballot(mine) != 0; }
-inline void previous_launch() {}
-inline void next_launch() {}
-
-template <typename Kernel, typename Call>
-int start_early(Kernel kernel, unsigned x, unsigned y, int threads, int bytes, const Call& call, void* stream) {
-    return start(kernel, x, y, threads, bytes, call, stream);
-}
 
 } // namespace llmcompress::gpu
