@@ -68,7 +68,7 @@ class DecodeStep:
             and all(value is None for value in rest)
             and mixer.A_log.dtype == torch.float32
             and not torch.is_grad_enabled()
-            and not (hasattr(cache, "is_recording_past") and cache.is_recording_past(mixer.layer_idx))
+            and not cache.is_recording_past(mixer.layer_idx)
         )
 
     def prompt(self, hidden: Tensor, cache: Any, held: PackedState | None, view: ScanView) -> Tensor:

@@ -105,7 +105,7 @@ def sentinel_experts_forward(
         inner = _project(flags, "gate_up_proj" if flags.has_gate else "up_proj", hidden_states[token], expert)
         inner = flags._apply_gate(inner) if flags.has_gate else flags.act_fn(inner)
         result = _project(flags, "down_proj", inner, expert)
-        if getattr(flags, "has_post_expert_norm", False):  # older transformers have no such norm
+        if flags.has_post_expert_norm:
             result = flags.post_expert_norm(result)
         output.index_add_(0, token, (result * top_k_weights[token, slot, None]).to(output.dtype))
     return output
