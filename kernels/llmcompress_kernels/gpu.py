@@ -142,6 +142,11 @@ def dsq_state_update(*arguments: Any) -> Tensor:
     return reference_state.dsq_state_update(*arguments)
 
 
+def dsq_replay_update(*arguments: Any) -> Tensor:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    return reference_state.dsq_replay_update(*arguments)
+
+
 def state_update(*arguments: Tensor) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     if wanted("triton") and no_triton() is None:
@@ -155,7 +160,7 @@ def state_update(*arguments: Tensor) -> Tensor:
 def mamba2_decode(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     projected, conv, weights, held, sizes = *arguments[:2], arguments[2:8], arguments[8:13], arguments[13:]
-    groups, states, bits, epsilon, rounding = *sizes[:4], sizes[4:]
+    groups, states, bits, epsilon, rounding, window = *sizes[:4], sizes[4:6], sizes[6:]
     if wanted("triton") and no_triton() is None:
         from llmcompress_kernels.triton import mixer as kernels
 
@@ -163,6 +168,8 @@ def mamba2_decode(*arguments: Any) -> Tensor:
             *packed, floats = held
 
             def update(*step: Tensor) -> Tensor:
+                if window and window[0] is not None:
+                    return dsq_replay_update(*packed, *window, *step, bits, *rounding)
                 if floats is None:
                     return dsq_state_update(*packed, *step, bits, *rounding)
                 return state_update(floats, *step)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, cpu, select, state
+from llmcompress_kernels import build, cpu, cpu_state, select
 from llmcompress_kernels.decode import Matrix, _Matrix
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -78,7 +78,7 @@ class _Prompt(ctypes.Structure):
 
 def unavailable() -> str | None:
     """Why the native model cannot run on this machine, or None; starts no build."""
-    return state.unavailable() or cpu.unavailable()
+    return cpu_state.unavailable() or cpu.unavailable()
 
 
 select.register(select.Implementation("mamba2_step", "cpu", ("cpu",), unavailable))
@@ -92,7 +92,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: It, or the products it uses, cannot be had here; the text says why.
     """
-    lib = build.load(state.FAMILY)
+    lib = build.load(cpu_state.FAMILY)
     if not hasattr(lib, "llmcompress_mamba2_ready"):
         for which, structure in enumerate((_Layer, _Model, _States, _Step, _Prompt)):
             assert lib.llmc_mamba2_size(which) == ctypes.sizeof(structure), structure
@@ -251,7 +251,7 @@ class States:
                 self.channel = torch.zeros((*lead, heads, channels), dtype=torch.float16)
         else:
             self.floats = torch.zeros(*lead, heads, channels, states)
-        self.conv = torch.zeros(*lead, model.width, state.CONV_WIDTH)
+        self.conv = torch.zeros(*lead, model.width, cpu_state.CONV_WIDTH)
         held = (self.codes, self.channel, self.scale, self.floats, self.conv)
         self._struct = _States(*(None if t is None else t.data_ptr() for t in held), slots)
         self.slots = slots

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import mamba2 as native
+from llmcompress_kernels.cpu_state import CONV_WIDTH
 from llmcompress_kernels.decode import Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
-from llmcompress_kernels.state import CONV_WIDTH
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError

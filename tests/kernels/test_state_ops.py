@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmcompress_kernels import select, state
+from llmcompress_kernels import cpu_state, select, state
 from llmcompress_kernels.reference import state as definition
 
 from llmcompress.algorithms import decoupled_scales as dsq
@@ -33,8 +33,8 @@ def token(sequences: int, heads: int, groups: int, channels: int, states: int) -
 
 
 def needs_kernels() -> None:
-    if state.unavailable() is not None or state._kernels() is None:
-        pytest.skip(f"no native state kernels: {state.unavailable()}")
+    if cpu_state.unavailable() is not None or cpu_state._kernels() is None:
+        pytest.skip(f"no native state kernels: {cpu_state.unavailable()}")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

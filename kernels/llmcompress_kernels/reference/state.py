@@ -15,7 +15,12 @@ Scales are clamped to ``[2^-24, 65504]``. Every implementation has to give the s
 bit, so the order of operations is part of the definition: nothing is fused, and the mean is summed in halves
 (:func:`folded_mean`). The read-out ``y`` may be summed in any order.
 
-Legend: S sequences, T tokens, H heads, G groups that share B and C, P channels of a head, N states.
+A *replay window* of R rounds only every R-th token. The tokens since the last rounding are kept as rows
+``drive | decay | B`` of ``recent`` and taken in again, one after the other, before the next one (:func:`replayed`);
+R = 1 keeps none. All states are those of :func:`selective_scan_q` with that window.
+
+Legend: S sequences, T tokens, H heads, G groups that share B and C, P channels of a head, N states, R tokens of a
+window.
 """
 
 from __future__ import annotations
@@ -147,6 +152,16 @@ def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tens
     return read_out(state, c)
 
 
+def stored_state(
+    codes: Tensor, channel: Tensor | None, scale: Tensor, fixed: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The state that codes and scales stand for, fp32 ``[S, H, P, N]``, and ``qmax``, fp32 ``[1, 1, 1]``."""
+    qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1), device=codes.device)
+    wide = (fixed if channel is None else channel).to(torch.float32).unsqueeze(-1)  # type: ignore[union-attr]
+    step = wide * (scale.to(torch.float32).unsqueeze(-2) / qmax)
+    return unpack(codes, bits, scale.shape[-1]).to(torch.float32) * step, qmax
+
+
 def dsq_state_update(
     codes: Tensor,
     channel: Tensor | None,
@@ -161,16 +176,65 @@ def dsq_state_update(
     dither: bool = False,
 ) -> Tensor:
     """One token with a packed state, which is replaced; returns the read-out ``[S, H, P]``."""
-    states = scale.shape[-1]
-    qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1), device=codes.device)
-    wide = (fixed if channel is None else channel).to(torch.float32).unsqueeze(-1)  # type: ignore[union-attr]
-    step = wide * (scale.to(torch.float32).unsqueeze(-2) / qmax)
-    fresh = fresh_state(unpack(codes, bits, states).to(torch.float32) * step, drive, decay, b)
+    stored, qmax = stored_state(codes, channel, scale, fixed, bits)
+    fresh = fresh_state(stored, drive, decay, b)
     found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed, refit, dither)
     codes.copy_(pack(found.to(torch.int8), bits))
     scale.copy_(new_scale)
     if channel is not None:
         channel.copy_(new_channel)
+    return read_out(fresh, c)
+
+
+def window_row(drive: Tensor, decay: Tensor, b: Tensor) -> Tensor:
+    """What a window keeps of a token: ``[S, H, P]``, ``[S, H]`` and ``[S, G, N]`` to ``[S, H P + H + G N]``."""
+    return torch.cat((drive.flatten(1), decay, b.flatten(1)), 1)
+
+
+def replayed(state: Tensor, recent: Tensor, count: Tensor, groups: int) -> Tensor:
+    """A state after the tokens that its window keeps.
+
+    Args:
+        state: fp32 ``[S, H, P, N]`` as it was stored.
+        recent: fp32 ``[S, R - 1, H P + H + G N]``, rows of :func:`window_row`.
+        count: int32 ``[S]``, how many rows of each sequence are filled.
+        groups: G.
+    """
+    _, heads, channels, states = state.shape
+    for k in range(recent.shape[1]):
+        drive, decay, b = recent[:, k].split([heads * channels, heads, groups * states], 1)
+        fresh = fresh_state(state, drive.unflatten(1, (heads, channels)), decay, b.unflatten(1, (groups, states)))
+        state = torch.where((count > k)[:, None, None, None], fresh, state)
+    return state
+
+
+def dsq_replay_update(
+    codes: Tensor,
+    channel: Tensor | None,
+    scale: Tensor,
+    fixed: Tensor | None,
+    recent: Tensor,
+    count: Tensor,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bits: int,
+    refit: bool = False,
+    dither: bool = False,
+) -> Tensor:
+    """One token within a replay window; what is kept is replaced. Returns the read-out ``[S, H, P]``."""
+    stored, qmax = stored_state(codes, channel, scale, fixed, bits)
+    fresh = fresh_state(replayed(stored, recent, count, b.shape[1]), drive, decay, b)
+    due = count == recent.shape[1]
+    found, new_channel, new_scale, _ = dsq_quantize(fresh, qmax, fixed, refit, dither)
+    codes[due] = pack(found.to(torch.int8), bits)[due]
+    scale[due] = new_scale[due]
+    if channel is not None:
+        channel[due] = new_channel[due]
+    rows = (~due).nonzero()[:, 0]
+    recent[rows, count[rows].long()] = window_row(drive, decay, b)[rows]
+    count.copy_(torch.where(due, 0, count + 1))
     return read_out(fresh, c)
 
 
@@ -289,6 +353,8 @@ def mamba2_decode(
     epsilon: float,
     refit: bool = False,
     dither: bool = False,
+    recent: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
     """One token of a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_decode`."""
     heads, inner, both = d.shape[0], gain.shape[0], groups * states
@@ -309,7 +375,11 @@ def mamba2_decode(
         y = state_update(floats, drive, decay, b, c)
     else:
         assert scale is not None
-        y = dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither)
+        held, token, how = (codes, channel, scale, fixed), (drive, decay, b, c), (bits, refit, dither)
+        if recent is None or count is None:
+            y = dsq_state_update(*held, *token, *how)
+        else:
+            y = dsq_replay_update(*held, recent, count, *token, *how)
     return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon).to(given)
 
 

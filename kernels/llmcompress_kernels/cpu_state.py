@@ -1,0 +1,248 @@
+"""The C++ kernels of ``csrc/cpu/state``, one function an operator; arguments as in :mod:`llmcompress_kernels.state`.
+
+They need AVX-512, N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous memory; all else runs
+by the definition.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress_kernels import build, select
+from llmcompress_kernels.reference import state as definition
+from llmcompress_kernels.reference.state import SEGMENT
+
+FAMILY = "state"
+# taps of the convolution that the kernels know
+CONV_WIDTH = 4
+build.register(
+    build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h"))
+)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine, or None; starts no build."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "needs AVX-512"
+    return build.unavailable(FAMILY)
+
+
+_library: ctypes.CDLL | None = None
+_tried = False
+
+
+def _kernels() -> ctypes.CDLL | None:
+    """The library, built at first use; None where the definitions have to do."""
+    global _library, _tried  # noqa: PLW0603 - one library per process
+    if not _tried:
+        _tried = True
+        if select.requested() in ("auto", "cpu") and unavailable() is None:
+            try:
+                _library = build.load(FAMILY)
+            except build.BuildError as error:
+                sys.stderr.write(f"llmcompress: no native state kernels: {error}\n")
+    return _library
+
+
+def _runs(channels: int, states: int, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take these sizes and tensors."""
+    return (
+        states in (32, 64, 128, 256)
+        and channels % 16 == 0
+        and channels <= 256
+        and all(t is None or t.is_contiguous() for t in tensors)
+        and _kernels() is not None
+    )
+
+
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    assert _library is not None
+    plain = [
+        ctypes.c_void_p(None if a is None else a.data_ptr())
+        if a is None or isinstance(a, Tensor)
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    code = getattr(_library, name)(*plain)
+    assert code == 0, f"{name}: no kernel for these sizes"
+
+
+def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """One token with float states."""
+    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
+    sequences, heads, channels, states = state.shape
+    if not _runs(channels, states, state) or not _all_float(state, drive, decay, b, c):
+        return definition.state_update(state, drive, decay, b, c)
+    out = torch.empty_like(drive)
+    _call("llmc_state_update", state, drive, decay, b, c, out, sequences, heads, b.shape[1], channels, states)
+    return out
+
+
+def dsq_state_update(
+    codes: Tensor,
+    channel: Tensor | None,
+    scale: Tensor,
+    fixed: Tensor | None,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bits: int,
+    refit: bool = False,
+    dither: bool = False,
+) -> Tensor:
+    """One token with packed states."""
+    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
+    sequences, heads, channels = drive.shape
+    states = scale.shape[-1]
+    held = (codes, channel, scale, fixed)
+    if bits not in (4, 8) or not _runs(channels, states, *held) or not _all_float(drive, decay, b, c):
+        return definition.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither)
+    out = torch.empty_like(drive)
+    sizes = (sequences, heads, b.shape[1], channels, states)
+    _call("llmc_dsq_update", *held, drive, decay, b, c, out, *sizes, bits, int(refit), int(dither))
+    return out
+
+
+def mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
+    """One token of a mixer."""
+    conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, groups, states, bits = rest[:14]
+    # the dispatcher leaves out arguments that have their defaults
+    epsilon, refit, dither, recent, _ = rest[14:] + (False, False, None, None)[len(rest) - 15 :]
+    heads, inner = d.shape[0], gain.shape[0]
+    channels, width = inner // heads, inner + 2 * groups * states
+    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats)
+    projected = projected.contiguous()
+    sizes = conv.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and (codes is None or bits in (4, 8))
+    numbers = [t for t in (projected, conv, conv_weight, conv_bias, dt_bias, a, d, gain, floats) if t is not None]
+    if recent is not None or not sizes or not _runs(channels, states, *held) or not _all_float(*numbers):
+        return definition.mamba2_decode(projected, conv, *rest)
+    sequences = projected.shape[0]
+    out = projected.new_empty(sequences, inner)
+    scratch = projected.new_empty(sequences * (width + heads + 2 * inner))
+    raw = struct.unpack("<i", struct.pack("<f", epsilon))[0]
+    shape = (sequences, heads, groups, channels, states, bits, raw, int(refit), int(dither))
+    _call("llmc_mamba2_decode", projected, *held, scratch, out, *shape)
+    return out
+
+
+def mamba2_prefill(projected: Tensor, dt: Tensor, conv: Tensor | None, *rest: Any) -> Tensor:
+    """A prompt through a mixer."""
+    conv_weight, conv_bias, dt_bias, a, d, gain, state, groups, low, high, epsilon = rest
+    sequences, heads, channels, states = state.shape
+    inner, tokens = heads * channels, projected.shape[1]
+    projected, dt = _rows(projected), _rows(dt)
+    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, state)
+    fits = conv_weight.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and tokens > 0
+    numbers = [t for t in (projected, dt, *held) if t is not None]
+    if not fits or not _runs(channels, states, *held) or not _all_float(*numbers):
+        return definition.mamba2_prefill(projected, dt, conv, *rest)
+    out = projected.new_empty(sequences, tokens, inner)
+    shape = (sequences, tokens, heads, groups, channels, states)
+    limits = torch.tensor([low, high, epsilon], dtype=torch.float32)
+    _call("llmc_mamba2_prefill", projected, dt, *held, out, *shape, projected.stride(1), dt.stride(1), limits)
+    return out
+
+
+def _rows(values: Tensor) -> Tensor:
+    """``[S, T, R]`` whose rows are contiguous and equally far apart; a copy where they are not."""
+    sequences, tokens, _ = values.shape
+    spaced = sequences == 1 or values.stride(0) == tokens * values.stride(1)
+    return values if values.stride(2) == 1 and spaced else values.contiguous()
+
+
+def dsq_pack(
+    state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False, dither: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A float state to codes and scales."""
+    sequences, heads, channels, states = state.shape
+    state = state.contiguous()
+    if bits not in (4, 8) or not _runs(channels, states, fixed) or not _all_float(state):
+        return definition.dsq_pack(state, fixed, bits, refit, dither)
+    codes, channel, scale = empty_pack(state, fixed, bits)
+    held = (codes, channel if fixed is None else None, scale, fixed)
+    _call("llmc_dsq_pack", state, *held, sequences, heads, channels, states, bits, int(refit), int(dither))
+    return codes, channel, scale
+
+
+def empty_pack(
+    state: Tensor, fixed: Tensor | None, bits: int, _refit: bool = False, _dither: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what packing gives: codes, channel scale (empty with ``fixed``), state scale."""
+    sequences, heads, channels, states = state.shape
+    codes = state.new_empty((sequences, heads, channels, states * bits // 8), dtype=torch.uint8)
+    channel = state.new_empty((sequences, heads, channels) if fixed is None else (0,), dtype=torch.float16)
+    return codes, channel, state.new_empty((sequences, heads, states), dtype=torch.float16)
+
+
+def selective_scan_q(
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None,
+    first: int,
+    window: int,
+    keep: bool,
+    refit: bool = False,
+    dither: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sequence with its state rounded between tokens; what the adjoint needs with ``keep``."""
+    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
+    sequences, tokens, heads, channels = drive.shape
+    states = b.shape[-1]
+    if tokens == 0 or not _runs(channels, states, fixed) or not _all_float(drive, decay, b, c, state):
+        return definition.selective_scan_q(drive, decay, b, c, state, bits, fixed, first, window, keep, refit, dither)
+    widths = bits.to(torch.int32).contiguous()
+    out, last = torch.empty_like(drive), state.clone(memory_format=torch.contiguous_format)
+    kept = drive.new_empty((sequences, heads, -(-tokens // SEGMENT), channels, states) if keep else 0)
+    sizes = (sequences, tokens, heads, b.shape[2], channels, states)
+    held = kept if keep else None
+    inputs = (drive, decay, b, c, out, last, widths, fixed, held)
+    _call("llmc_dsq_scan", *inputs, SEGMENT, first, window, *sizes, int(refit), int(dither))
+    return out, last, kept
+
+
+def selective_scan_q_backward(
+    grad: Tensor,
+    drive: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    bits: Tensor,
+    fixed: Tensor | None,
+    first: int,
+    window: int,
+    refit: bool = False,
+    dither: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Straight-through gradients of the scan."""
+    grad, drive, decay, b, c = (t.contiguous() for t in (grad, drive, decay, b, c))
+    sequences, tokens, heads, channels = drive.shape
+    states, groups = b.shape[-1], b.shape[2]
+    if tokens == 0 or not _runs(channels, states, fixed, kept) or not _all_float(grad, drive, decay, b, c, kept):
+        rest = (bits, fixed, first, window, refit, dither)
+        return definition.selective_scan_q_backward(grad, drive, decay, b, c, kept, *rest)
+    widths = bits.to(torch.int32).contiguous()
+    d_drive, d_decay = torch.empty_like(drive), torch.empty_like(decay)
+    d_b = drive.new_empty(sequences, tokens, heads, states)
+    d_c = torch.empty_like(d_b)
+    sizes = (sequences, tokens, heads, groups, channels, states)
+    gradients = (d_drive, d_decay, d_b, d_c)
+    inputs = (grad, drive, decay, b, c, kept, widths, fixed)
+    _call("llmc_dsq_scan_backward", *inputs, *gradients, SEGMENT, first, window, *sizes, int(refit), int(dither))
+    share = (groups, heads // groups)
+    return d_drive, d_decay, d_b.unflatten(2, share).sum(3), d_c.unflatten(2, share).sum(3)
+
+
+def _all_float(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.float32 for t in tensors)
