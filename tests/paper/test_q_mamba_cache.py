@@ -66,9 +66,9 @@ def test_every_family_generates_the_same_in_both_ways(ssm_family: str, tiny: Any
 @pytest.fixture
 def decoded_in_one_call(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """A model of a size whose decode step is one operator, here by its definition."""
-    from llmcompress_kernels import state as kernels
+    from llmcompress_kernels import cpu_state
 
-    monkeypatch.setattr(kernels, "_kernels", lambda: None)
+    monkeypatch.setattr(cpu_state, "_kernels", lambda: None)
     sizes = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 32}
     return quantized(tiny, "mamba2", POLICIES["dsq"], **sizes)
 
