@@ -144,6 +144,11 @@ def dsq_state_update(*arguments: Any) -> Tensor:
 
 def dsq_replay_update(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
+    held, drive, bits = arguments[:6], arguments[6], arguments[10]
+    if _states(drive.shape[-1], held[2].shape[-1], bits, *held):
+        from llmcompress_kernels.triton import replay as kernels
+
+        return kernels.dsq_replay_update(*arguments)
     return reference_state.dsq_replay_update(*arguments)
 
 
@@ -227,6 +232,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     moe_group_gemm,
     state_update,
     dsq_state_update,
+    dsq_replay_update,
     mamba2_decode,
     selective_scan_q,
     selective_scan_q_backward,

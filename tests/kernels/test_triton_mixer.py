@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from llmcompress_kernels import gpu
 from llmcompress_kernels.reference import state as definition
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -69,6 +70,31 @@ def test_mixer_with_a_packed_state() -> None:
     expected = definition.mamba2_decode(projected, other, *weights, *theirs, None, None, 2, N, 4, 1e-5, dither=True)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-4)
     # exponentials differ in their last bit, so a code near a boundary may fall to the other side
+    assert (held[0] != theirs[0]).float().mean() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mixer_within_a_window(monkeypatch, dtype: torch.dtype) -> None:
+    """As a CUDA tensor's call is handed on: three launches, of which the middle one is that of windows."""
+    monkeypatch.setattr(gpu, "no_triton", lambda: None)
+    monkeypatch.setenv("LLMCOMPRESS_KERNELS", "triton")
+    window, channels = 3, INNER + 2 * 2 * N
+    held = list(definition.dsq_pack(torch.randn(SEQUENCES, HEADS, P, N), None, 4, dither=True))
+    held += [torch.zeros(SEQUENCES, window - 1, INNER + HEADS + 2 * N), torch.tensor([0, 1], dtype=torch.int32)]
+    theirs = [t.clone() for t in held]
+    _, conv, weights = operands(2, True, dtype)
+    other = conv.clone()
+    for _ in range(window + 1):
+        projected = torch.randn(SEQUENCES, INNER + channels + HEADS, dtype=dtype)
+        sizes = (None, None, 2, N, 4, 1e-5, False, True)
+        found = gpu.mamba2_decode(projected, conv, *weights, *held[:3], *sizes, *held[3:])
+        expected = definition.mamba2_decode(projected, other, *weights, *theirs[:3], *sizes, *theirs[3:])
+        close = 2e-4 if dtype == torch.float32 else 3e-3
+        assert float((found - expected).norm() / expected.norm()) < close
+        assert torch.equal(conv, other)
+        assert torch.equal(held[4], theirs[4])
+        torch.testing.assert_close(held[3], theirs[3], rtol=1e-5, atol=1e-5)
+    assert held[4].tolist() == [1, 2]
     assert (held[0] != theirs[0]).float().mean() < 1e-2
 
 

@@ -13,6 +13,7 @@ if not triton.knobs.runtime.interpret:
 if triton.__version__ < "3.9" and np.__version__ >= "2.4":
     pytest.skip("the interpreter of this triton needs numpy < 2.4", allow_module_level=True)
 
+from llmcompress_kernels.triton import replay  # noqa: E402
 from llmcompress_kernels.triton import state as kernels  # noqa: E402
 
 SEQUENCES, HEADS, GROUPS, P, N = 2, 4, 2, 16, 32
@@ -65,6 +66,31 @@ def test_update(bits: int, calibrated: bool, refit: bool, dither: bool) -> None:
         wanted = definition.dsq_state_update(*expected, fixed, *inputs, bits, refit, dither)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
         assert all(a is None or torch.equal(a, b) for a, b in zip(held, expected))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("calibrated", "refit", "dither"), KINDS)
+@pytest.mark.parametrize(("window", "dtype"), [(1, torch.float32), (3, torch.float16)])
+def test_replay_window(window: int, dtype: torch.dtype, bits: int, calibrated: bool, refit: bool, dither: bool) -> None:
+    """Sequences at different places of their windows; rows that are not filled hold NaN."""
+    fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
+    packed = kernels.dsq_pack(states(bits, SEQUENCES, HEADS), fixed, bits, refit, dither)
+    recent = torch.full((SEQUENCES, window - 1, HEADS * P + HEADS + GROUPS * N), torch.nan)
+    count = torch.zeros(SEQUENCES, dtype=torch.int32)
+    mine, theirs = ([*(None if t is None else t.clone() for t in packed), recent.clone(), count.clone()] for _ in "12")
+    for t in range(window + 2):
+        first = 1 if t == 0 else 0  # the first sequence begins a token later
+        inputs = [x[first:].to(dtype) for x in step_inputs(SEQUENCES)]
+        parts = [[None if x is None else x[first:] for x in held] for held in (mine, theirs)]
+        given = [[*part[:3], fixed, *part[3:]] for part in parts]
+        found = replay.dsq_replay_update(*given[0], *inputs, bits, refit, dither)
+        wanted = definition.dsq_replay_update(*given[1], *(x.float() for x in inputs), bits, refit, dither)
+        assert found.dtype == dtype
+        close = 1e-4 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(found.float(), wanted, rtol=close, atol=close * float(wanted.abs().max()))
+        for one, other in zip(mine, theirs):
+            assert one is None or torch.equal(one.nan_to_num(nan=-1), other.nan_to_num(nan=-1))
+    assert mine[4].tolist() == [(window + 1) % window, (window + 2) % window]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def _widened() -> Iterator[Variant]:
 
 
 def _states() -> Iterator[Variant]:
-    from llmcompress_kernels.triton import state
+    from llmcompress_kernels.triton import replay, state
 
     sizes = {"FIXED": 0, "HEADS": 80, "P": 64, "N": 128, "LOG": 7}
     pointers = dict.fromkeys(("drive", "decay", "b", "c", "out", "grad", "last", "kept", "scratch"), "*fp32")
@@ -167,10 +167,13 @@ def _states() -> Iterator[Variant]:
         for kernel in (state.dsq_update_kernel, state.dsq_pack_kernel):
             constants = {**sizes, "BITS": bits, "SHARE": 80}
             yield Variant(f"{kernel.__name__}/s{bits}", kernel, pointers, constants, 8, matrix=False, fused=False)
+    pointers |= {"recent": "*fp32", "count": "*i32", "sequences": "i32", "rows": "i32"}
     constants = {**sizes, "BITS": 4, "SHARE": 80, "FIXED": 3}
-    yield Variant(
-        "dsq_update_kernel/s4/dither", state.dsq_update_kernel, pointers, constants, 8, matrix=False, fused=False
-    )
+    for kernel in (state.dsq_update_kernel, replay.dsq_replay_kernel, replay.dsq_read_kernel):
+        name = f"{kernel.__name__}/s4/dither"
+        yield Variant(name, kernel, pointers, constants, 8, matrix=False, fused=False)
+    constants = {"BLOCK": replay.SEQUENCES}
+    yield Variant("advance_window", replay.advance_window_kernel, pointers, constants, 1, matrix=False)
     constants = {**sizes, "GROUPS": 1, "LENGTH": 32, "KEEP": True}
     for kernel in (state.dsq_scan_kernel, state.dsq_scan_backward_kernel):
         yield Variant(kernel.__name__, kernel, pointers, constants, 8, matrix=False, fused=False)

@@ -118,6 +118,61 @@ def store_codes(pointer, codes, BITS: tl.constexpr, P: tl.constexpr, N: tl.const
 
 
 @triton.jit
+def round_token(
+    codes,
+    channel,
+    scale,
+    fixed,
+    window,
+    rows,
+    drive,
+    decay,
+    b,
+    c,
+    out,
+    head,
+    sequence,
+    BITS: tl.constexpr,
+    FIXED: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    LOG: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """One token of a head, rounded; with ``KEPT`` after the ``rows`` of its window, as the definition takes them in."""
+    unit = sequence * HEADS + head
+    p, n = tl.arange(0, P), tl.arange(0, N)
+    shared = (sequence * (HEADS // SHARE) + head // SHARE) * N + n
+    qmax = ((1 << (BITS - 1)) - 1) * 1.0
+    calibrated = tl.zeros((P,), tl.float16)
+    if FIXED % 3 == 1:
+        calibrated = tl.load(fixed + head * P + p)  # fp16
+        wide = calibrated.to(tl.float32)
+    else:
+        wide = tl.load(channel + unit * P + p).to(tl.float32)
+    step = step_size(wide, tl.load(scale + unit * N + n), qmax, P, N)  # fp16
+    place = codes + unit * (P * N * BITS // 8)
+    u = load_codes(place, BITS, P, N) * step
+    if KEPT:
+        for _ in range(0, rows):
+            x = tl.load(window + head * P + p).to(tl.float32)
+            kept = window + HEADS * P + HEADS + head // SHARE * N + n
+            driven = x[:, None] * tl.load(kept).to(tl.float32)[None, :]
+            u = tl.load(window + HEADS * P + head).to(tl.float32) * u + driven
+            window += HEADS * P + HEADS + HEADS // SHARE * N
+    driven = tl.load(drive + unit * P + p).to(tl.float32)[:, None] * tl.load(b + shared).to(tl.float32)[None, :]
+    u = tl.load(decay + unit).to(tl.float32) * u + driven
+    tl.store(out + unit * P + p, tl.sum(u * tl.load(c + shared).to(tl.float32)[None, :], 1))
+    found, new_channel, new_state, _ = quantize(u, calibrated, qmax, FIXED, P, N, LOG)
+    store_codes(place, found, BITS, P, N)
+    tl.store(scale + unit * N + n, new_state)
+    if FIXED % 3 != 1:
+        tl.store(channel + unit * P + p, new_channel)
+
+
+@triton.jit
 def dsq_update_kernel(
     codes,
     channel,
@@ -137,28 +192,11 @@ def dsq_update_kernel(
     LOG: tl.constexpr,
 ):
     """Program (head, sequence): one token; ``codes``, ``channel`` and ``scale`` are replaced."""
-    head = tl.program_id(0)
-    unit = tl.program_id(1).to(tl.int64) * HEADS + head
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    shared = (tl.program_id(1).to(tl.int64) * (HEADS // SHARE) + head // SHARE) * N + n
-    qmax = ((1 << (BITS - 1)) - 1) * 1.0
-    calibrated = tl.zeros((P,), tl.float16)
-    if FIXED % 3 == 1:
-        calibrated = tl.load(fixed + head * P + p)  # fp16
-        wide = calibrated.to(tl.float32)
-    else:
-        wide = tl.load(channel + unit * P + p).to(tl.float32)
-    step = step_size(wide, tl.load(scale + unit * N + n), qmax, P, N)  # fp16
-    place = codes + unit * (P * N * BITS // 8)
-    state = load_codes(place, BITS, P, N) * step
-    driven = tl.load(drive + unit * P + p).to(tl.float32)[:, None] * tl.load(b + shared).to(tl.float32)[None, :]
-    u = tl.load(decay + unit).to(tl.float32) * state + driven
-    tl.store(out + unit * P + p, tl.sum(u * tl.load(c + shared).to(tl.float32)[None, :], 1))
-    found, new_channel, new_state, _ = quantize(u, calibrated, qmax, FIXED, P, N, LOG)
-    store_codes(place, found, BITS, P, N)
-    tl.store(scale + unit * N + n, new_state)
-    if FIXED % 3 != 1:
-        tl.store(channel + unit * P + p, new_channel)
+    sequence = tl.program_id(1).to(tl.int64)
+    round_token(
+        codes, channel, scale, fixed, scale, 0, drive, decay, b, c, out, tl.program_id(0), sequence,
+        BITS, FIXED, HEADS, SHARE, P, N, LOG, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -336,19 +374,19 @@ def verify(channels: int, states: int, bits: int | None = None) -> str | None:
     return None if channels * states <= 1 << 15 else f"a state of {channels} x {states} does not fit the registers"
 
 
-def _warps(channels: int, states: int) -> int:
+def warps(channels: int, states: int) -> int:
     """32 values per thread."""
     return max(1, min(16, channels * states // 1024))
 
 
-def _mode(fixed: Tensor | None, refit: bool, dither: bool) -> int:
+def fixed_mode(fixed: Tensor | None, refit: bool, dither: bool) -> int:
     """The kernels' ``FIXED``."""
     if dither:
         return 3 if fixed is None else 4
     return 1 if fixed is not None else 2 if refit else 0
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def pointer_or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer that is never followed where there is no tensor."""
     return other if tensor is None else tensor
 
@@ -374,9 +412,9 @@ def dsq_state_update(
     if sequences == 0:
         return out
     dsq_update_kernel[(heads, sequences)](
-        codes, _or(channel, scale), scale, _or(fixed, scale), drive, decay, b, c, out,
-        bits, _mode(fixed, refit, dither), heads, heads // b.shape[1], channels, states, states.bit_length() - 1,
-        num_warps=_warps(channels, states), enable_fp_fusion=False,
+        codes, pointer_or(channel, scale), scale, pointer_or(fixed, scale), drive, decay, b, c, out,
+        bits, fixed_mode(fixed, refit, dither), heads, heads // b.shape[1], channels, states, states.bit_length() - 1,
+        num_warps=warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -403,9 +441,9 @@ def dsq_pack(
     channel = None if fixed is not None else scale.new_empty((sequences, heads, channels))
     if sequences > 0:
         dsq_pack_kernel[(heads, sequences)](
-            state.contiguous(), codes, _or(channel, scale), scale, _or(fixed, scale),
-            bits, _mode(fixed, refit, dither), heads, channels, states, states.bit_length() - 1,
-            num_warps=_warps(channels, states), enable_fp_fusion=False,
+            state.contiguous(), codes, pointer_or(channel, scale), scale, pointer_or(fixed, scale),
+            bits, fixed_mode(fixed, refit, dither), heads, channels, states, states.bit_length() - 1,
+            num_warps=warps(channels, states), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, channel, scale
 
@@ -431,10 +469,10 @@ def selective_scan_q(
     out, last = torch.empty_like(drive), torch.empty_like(state)
     kept = drive.new_empty((sequences, heads, segments, channels, states) if keep else (0,))
     dsq_scan_kernel[(heads, sequences)](
-        drive, decay, b, c, state, bits.to(torch.int32).contiguous(), _or(fixed, drive), out, last,
+        drive, decay, b, c, state, bits.to(torch.int32).contiguous(), pointer_or(fixed, drive), out, last,
         kept if keep else last, tokens, segments, first, window,
-        keep, _mode(fixed, refit, dither), heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
-        num_warps=_warps(channels, states), enable_fp_fusion=False,
+        keep, fixed_mode(fixed, refit, dither), heads, b.shape[2], channels, states, states.bit_length() - 1, SEGMENT,
+        num_warps=warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     return out, last, kept
 
@@ -462,10 +500,10 @@ def selective_scan_q_backward(
     d_b = drive.new_empty((sequences, tokens, heads, states))
     d_c = torch.empty_like(d_b)
     dsq_scan_backward_kernel[(heads, sequences)](
-        grad, drive, decay, b, c, kept, bits.to(torch.int32).contiguous(), _or(fixed, drive), scratch,
+        grad, drive, decay, b, c, kept, bits.to(torch.int32).contiguous(), pointer_or(fixed, drive), scratch,
         d_drive, d_decay, d_b, d_c, tokens, segments, first, window,
-        _mode(fixed, refit, dither), heads, groups, channels, states, states.bit_length() - 1, SEGMENT,
-        num_warps=_warps(channels, states), enable_fp_fusion=False,
+        fixed_mode(fixed, refit, dither), heads, groups, channels, states, states.bit_length() - 1, SEGMENT,
+        num_warps=warps(channels, states), enable_fp_fusion=False,
     )  # fmt: skip
     share = (groups, heads // groups)
     return d_drive, d_decay, d_b.unflatten(2, share).sum(3), d_c.unflatten(2, share).sum(3)
