@@ -31,7 +31,7 @@ TESTS = {
         "-k",
         "prepared and not bad_input or many_tokens",
     ],
-    "state": ["tests/kernels/test_state_ops.py", "tests/kernels/test_mamba2_model.py"],
+    "state": [f"tests/kernels/test_{name}.py" for name in ("state_ops", "replay_ops", "mamba2_model")],
     # one dense and one packed model of each kind, every instruction set, threads, chunks, the rounded head
     "decode": [
         "tests/unit/inference/test_engine.py",

@@ -21,6 +21,10 @@ from llmcompress_kernels.reference.state import SEGMENT
 FAMILY = "state"
 # taps of the convolution that the kernels know
 CONV_WIDTH = 4
+# tokens of a replay window, at most
+MAX_WINDOW = 64
+# what a kernel returns where a window is filled as none can be
+COUNT_IS_WRONG = 2
 build.register(
     build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h"))
 )
@@ -70,6 +74,8 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
         for a in arguments
     ]
     code = getattr(_library, name)(*plain)
+    if code == COUNT_IS_WRONG:
+        raise ValueError(f"{name}: a replay window is filled with a negative number of tokens or more than it has rows")
     assert code == 0, f"{name}: no kernel for these sizes"
 
 
@@ -110,24 +116,50 @@ def dsq_state_update(
     return out
 
 
+def dsq_replay_update(*arguments: Any) -> Tensor:
+    """One token with packed states that have replay windows."""
+    held, numbers, how = arguments[:6], [t.contiguous() for t in arguments[6:10]], arguments[10:]
+    recent, count, (drive, _, b, _) = held[4], held[5], numbers
+    # the dispatcher leaves out arguments that have their defaults
+    bits, refit, dither = how + (False, False)[len(how) - 1 :]
+    sequences, heads, channels = drive.shape
+    states = b.shape[-1]
+    fits = bits in (4, 8) and _window_fits(recent, count) and _runs(channels, states, *held)
+    if not fits or not _all_float(*numbers):
+        return definition.dsq_replay_update(*arguments)
+    out = torch.empty_like(drive)
+    sizes = (recent.shape[1] + 1, sequences, heads, b.shape[1], channels, states)
+    _call("llmc_dsq_replay_update", *held, *numbers, out, *sizes, bits, int(refit), int(dither))
+    return out
+
+
+def _window_fits(recent: Tensor, count: Tensor) -> bool:
+    return recent.dtype == torch.float32 and count.dtype == torch.int32 and recent.shape[1] < MAX_WINDOW
+
+
 def mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     """One token of a mixer."""
     conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, groups, states, bits = rest[:14]
     # the dispatcher leaves out arguments that have their defaults
-    epsilon, refit, dither, recent, _ = rest[14:] + (False, False, None, None)[len(rest) - 15 :]
+    epsilon, refit, dither, recent, count = rest[14:] + (False, False, None, None)[len(rest) - 15 :]
     heads, inner = d.shape[0], gain.shape[0]
     channels, width = inner // heads, inner + 2 * groups * states
-    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats)
+    if codes is None or count is None:
+        # without both a state is rounded at every token
+        recent = count = None
+    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, recent, count)
     projected = projected.contiguous()
     sizes = conv.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and (codes is None or bits in (4, 8))
     numbers = [t for t in (projected, conv, conv_weight, conv_bias, dt_bias, a, d, gain, floats) if t is not None]
-    if recent is not None or not sizes or not _runs(channels, states, *held) or not _all_float(*numbers):
+    sizes = sizes and (recent is None or _window_fits(recent, count))
+    if not sizes or not _runs(channels, states, *held) or not _all_float(*numbers):
         return definition.mamba2_decode(projected, conv, *rest)
     sequences = projected.shape[0]
     out = projected.new_empty(sequences, inner)
     scratch = projected.new_empty(sequences * (width + heads + 2 * inner))
     raw = struct.unpack("<i", struct.pack("<f", epsilon))[0]
-    shape = (sequences, heads, groups, channels, states, bits, raw, int(refit), int(dither))
+    window = 1 if recent is None else recent.shape[1] + 1
+    shape = (window, sequences, heads, groups, channels, states, bits, raw, int(refit), int(dither))
     _call("llmc_mamba2_decode", projected, *held, scratch, out, *shape)
     return out
 

@@ -5,7 +5,7 @@ fills it from a model. A step is bit for bit the chain of the operators ``group_
 their definitions (``tests/kernels/test_mamba2_model.py``).
 
 Legend: B sequences of a step, L layers, D hidden, H heads, P channels of a head, I = H P, G groups, N states,
-C = I + 2 G N channels of the convolution, V vocabulary, S slots.
+C = I + 2 G N channels of the convolution, V vocabulary, S slots, R tokens of a replay window.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "channels", "states", "groups")),
         *((name, ctypes.c_int32) for name in ("bits", "refit", "head_planes")),
         *((name, ctypes.c_float) for name in ("epsilon", "gate_epsilon", "low", "high")),
-        ("dither", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("dither", "window")),
     )
 
 
 class _States(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "channel", "scale", "floats", "conv")),
+        *((name, ctypes.c_void_p) for name in ("codes", "channel", "scale", "floats", "conv", "recent", "count")),
         ("slots", ctypes.c_int64),
     )
 
@@ -175,6 +175,8 @@ class Model:
         head_planes: As in a layer.
         epsilon, gate_epsilon: Of the norms and the gated norms.
         limits: Smallest and largest time step of a prompt; steps have none, as in transformers.
+        window: R, tokens between two roundings of a state (``dsq_replay_update``), from the end of a prompt, which is
+            rounded; 1 to :data:`~llmcompress_kernels.cpu_state.MAX_WINDOW`, of no effect on float states.
     """
 
     layers: Sequence[Layer]
@@ -193,13 +195,17 @@ class Model:
     limits: tuple[float, float]
     head_planes: int = 3
     dither: bool = False
+    window: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.window <= cpu_state.MAX_WINDOW:
+            raise ValueError(f"a replay window has 1 to {cpu_state.MAX_WINDOW} tokens, not {self.window}")
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
         sizes = (self.heads, self.channels, self.states, self.groups, self.bits, int(self.refit), self.head_planes)
         model = _Model(
             structs, self.final_norm.data_ptr(), self.embedding._struct(), self.head._struct(), self.vocabulary,
             len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, int(self.dither),
+            self.window,
         )  # fmt: skip
         self._kept = structs
         lib = library()
@@ -238,6 +244,9 @@ class States:
         scale: fp16 ``[L, S, H, N]``.
         floats: float32 ``[L, S, H, P, N]`` where there are no codes.
         conv: float32 ``[L, S, C, 4]``, the last inputs of the convolution.
+        recent: float32 ``[L, S, R - 1, I + H + G N]``, the tokens since each state was rounded, as
+            ``dsq_replay_update`` keeps them; None with R = 1 or float states.
+        count: int32 ``[S]``, how many rows of it are filled, the same in all layers; None likewise.
     """
 
     def __init__(self, model: Model, slots: int) -> None:
@@ -252,15 +261,21 @@ class States:
         else:
             self.floats = torch.zeros(*lead, heads, channels, states)
         self.conv = torch.zeros(*lead, model.width, cpu_state.CONV_WIDTH)
-        held = (self.codes, self.channel, self.scale, self.floats, self.conv)
-        self._struct = _States(*(None if t is None else t.data_ptr() for t in held), slots)
+        self.recent = self.count = None
+        if model.bits and model.window > 1:
+            row = heads * channels + heads + model.groups * states
+            self.recent = torch.zeros(*lead, model.window - 1, row)
+            self.count = torch.zeros(slots, dtype=torch.int32)
+        self._struct = _States(*(None if t is None else t.data_ptr() for t in self._held()), slots)
         self.slots = slots
+
+    def _held(self) -> tuple[Tensor | None, ...]:
+        return (self.codes, self.channel, self.scale, self.floats, self.conv, self.recent, self.count)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all sequences."""
-        held = (self.codes, self.channel, self.scale, self.floats, self.conv)
-        return sum(t.nbytes for t in held if t is not None)
+        return sum(t.nbytes for t in self._held() if t is not None)
 
 
 def step(

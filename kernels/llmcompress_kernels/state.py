@@ -365,7 +365,7 @@ def _backward_fake(_grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "state_update": (definition.state_update, _like_drive, cpu_state.state_update),
     "dsq_state_update": (definition.dsq_state_update, _like_packed_drive, cpu_state.dsq_state_update),
-    "dsq_replay_update": (definition.dsq_replay_update, _like_replayed_drive, definition.dsq_replay_update),
+    "dsq_replay_update": (definition.dsq_replay_update, _like_replayed_drive, cpu_state.dsq_replay_update),
     "mamba2_decode": (definition.mamba2_decode, _like_gated, cpu_state.mamba2_decode),
     "mamba2_prefill": (definition.mamba2_prefill, _prefill_fake, cpu_state.mamba2_prefill),
     "dsq_pack": (definition.dsq_pack, cpu_state.empty_pack, cpu_state.dsq_pack),

@@ -68,8 +68,9 @@ class Twin:
     """A random model, and its step and prompt as a chain of operators."""
 
     def __init__(
-        self, weights: int = 8, bits: int = 4, groups: int = 1, size: tuple[int, int] = (16, 32), kind: str = "dsq"
-    ) -> None:
+        self, weights: int = 8, bits: int = 4, groups: int = 1, size: tuple[int, int] = (16, 32), kind: str = "dsq",
+        window: int = 1,
+    ) -> None:  # fmt: skip
         torch.manual_seed(3)
         assert cpu.ready()
         self.groups, self.bits, self.how = groups, bits, (kind == "dsq_refit", kind == "dither")
@@ -103,6 +104,7 @@ class Twin:
             layers=structs, final_norm=self.final, embedding=self.embedding.matrix, head=self.head.matrix,
             vocabulary=VOCABULARY, heads=HEADS, channels=channels, states=states, groups=groups, bits=bits,
             refit=self.how[0], dither=self.how[1], epsilon=EPSILON, gate_epsilon=EPSILON, limits=(0.01, math.inf),
+            window=window,
         )  # fmt: skip
 
     def _mixer(self, layer: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -119,18 +121,22 @@ class Twin:
     def step(self, held: mamba2.States, tokens: Tensor, slots: Tensor) -> Tensor:
         hidden = self.embedding.row(tokens)
         for index, layer in enumerate(self.layers):
-            all_held = (held.conv, held.codes, held.channel, held.scale, held.floats)
-            conv, codes, channel, scale, floats = (None if t is None else t[index][slots].clone() for t in all_held)
+            all_held = (held.conv, held.codes, held.channel, held.scale, held.floats, held.recent)
+            parts = [None if t is None else t[index][slots].clone() for t in all_held]
+            conv, codes, channel, scale, floats, recent = parts
+            count = None if held.count is None else held.count[slots]
             projected = torch.cat(self._projected(layer, hidden), -1)
             packed_state = (codes, channel, scale, layer["fixed"] if self.bits else None, floats)
             out = OPERATORS.mamba2_decode(
                 projected, conv, *self._mixer(layer), *packed_state, self.groups, self.states, self.bits, EPSILON,
-                *self.how,
+                *self.how, recent, count,
             )  # fmt: skip
             hidden = hidden + layer["out_proj"](out)
-            for whole, part in zip(all_held, (conv, codes, channel, scale, floats)):
+            for whole, part in zip(all_held, parts):
                 if whole is not None:
                     whole[index][slots] = part
+        if held.count is not None:
+            held.count[slots] = count
         return self._logits(hidden)
 
     def prompt(self, held: mamba2.States, slot: int, tokens: Tensor) -> Tensor:
@@ -144,6 +150,8 @@ class Twin:
             hidden = hidden + layer["out_proj"](out[0])
             inputs = torch.nn.functional.pad(projected[:, self.inner :].T, (4, 0))[:, -4:]
             held.conv[index, slot] = inputs
+            if held.count is not None:
+                held.count[slot] = 0
             if not self.bits:
                 held.floats[index, slot] = state[0]
                 continue
@@ -155,7 +163,7 @@ class Twin:
 
 
 def same(mine: mamba2.States, theirs: mamba2.States) -> None:
-    for name in ("codes", "channel", "scale", "floats", "conv"):
+    for name in ("codes", "channel", "scale", "floats", "conv", "recent", "count"):
         a, b = getattr(mine, name), getattr(theirs, name)
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b), name
@@ -163,19 +171,22 @@ def same(mine: mamba2.States, theirs: mamba2.States) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("weights", "bits", "groups", "size", "kind"),
+    ("weights", "bits", "groups", "size", "kind", "window"),
     [
-        (8, 4, 1, (16, 32), "dsq"),
-        (4, 8, 2, (32, 64), "dsq_refit"),
-        (8, 4, 2, (64, 128), "dsq_static_p"),
-        (8, 4, 1, (16, 64), "dither"),
-        (8, 0, 1, (16, 32), "dsq"),
+        (8, 4, 1, (16, 32), "dsq", 1),
+        (4, 8, 2, (32, 64), "dsq_refit", 1),
+        (8, 4, 2, (64, 128), "dsq_static_p", 1),
+        (8, 4, 1, (16, 64), "dither", 1),
+        (8, 0, 1, (16, 32), "dsq", 4),
+        (8, 4, 2, (64, 128), "dither", 4),
+        (4, 8, 2, (32, 64), "dsq_refit", 2),
+        (8, 4, 1, (16, 64), "dsq_static_p", 3),
     ],
 )
 def test_it_is_the_chain_of_operators(
-    weights: int, bits: int, groups: int, size: tuple[int, int], kind: str, threads: int
+    weights: int, bits: int, groups: int, size: tuple[int, int], kind: str, window: int, threads: int
 ) -> None:
-    twin = Twin(weights, bits, groups, size, kind)
+    twin = Twin(weights, bits, groups, size, kind, window)
     mine, theirs = (mamba2.States(twin.model, 12) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
     for slot in range(11):
@@ -187,7 +198,7 @@ def test_it_is_the_chain_of_operators(
         assert torch.equal(logits[0, :VOCABULARY], twin.prompt(theirs, slot, prompt))
     same(mine, theirs)
     # a sequence alone, a few in another order, more than one block of tokens
-    for slots in ([3], [2, 0, 9], list(range(11)), list(range(11))):
+    for slots in ([3], [2, 0, 9], *[list(range(11))] * (2 * window)):
         tokens = torch.randint(VOCABULARY, (len(slots),), generator=generator)
         logits, best = twin.model.logits(len(slots)), torch.empty(len(slots), dtype=torch.int64)
         chosen = torch.tensor(slots, dtype=torch.int32)
@@ -196,6 +207,19 @@ def test_it_is_the_chain_of_operators(
         assert torch.equal(logits[:, :VOCABULARY], expected)
         assert torch.equal(best, expected.argmax(-1))
         same(mine, theirs)
+
+
+def test_a_prompt_begins_a_window() -> None:
+    twin = Twin(window=3)
+    states, logits, one = mamba2.States(twin.model, 2), twin.model.logits(1), torch.tensor([5])
+    assert states.count is not None
+    for _ in range(2):
+        mamba2.step(twin.model, states, one, torch.tensor([1], dtype=torch.int32), logits)
+    assert states.count.tolist() == [0, 2]
+    mamba2.prompt(twin.model, states, 1, one, logits)
+    assert states.count.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="1 to 64 tokens"):
+        Twin(window=65)
 
 
 def test_a_long_prompt_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

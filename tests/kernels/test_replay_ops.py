@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmcompress_kernels import select, state
+from llmcompress_kernels import cpu_state, select, state
 from llmcompress_kernels.reference import state as definition
 
 HEADS, GROUPS = 4, 2
@@ -115,3 +115,15 @@ def test_a_mixer_within_a_window(window: int) -> None:
         # exp may differ in its last bit, so that a value between two codes goes the other way
         assert float((got - wanted).norm() / wanted.norm()) < 2e-2
         assert torch.equal(kept[1], kept_too[1])
+
+
+def test_a_count_beyond_the_window_is_refused() -> None:
+    if cpu_state.unavailable() is not None or cpu_state._kernels() is None:
+        pytest.skip(f"no native state kernels: {cpu_state.unavailable()}")
+    held = state.dsq_pack(torch.randn(2, HEADS, 16, 32), None, 4)
+    recent, count = empty_window(2, 3, 16, 32)
+    token = [t[:, 0] for t in text(2, 1, 16, 32)]
+    for wrong in (-1, 3):
+        count[1] = wrong
+        with pytest.raises(ValueError, match="replay window"):
+            state.dsq_replay_update(*held, None, recent, count, *token, 4)

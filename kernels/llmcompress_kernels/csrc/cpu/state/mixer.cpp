@@ -11,17 +11,21 @@ extern "C" {
 
 int llmc_dsq_update(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const float*, const float*, const float*, const float*,
                     float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+int llmc_dsq_replay_update(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, float*, int32_t*, const float*, const float*,
+                           const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                           int64_t, int64_t);
 int llmc_state_update(float*, const float*, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t,
                       int64_t, int64_t);
 
 // projected [S, 2I + 2GN + H], conv [S, C, 4] and the packed state (or floats [S, H, P, N] with codes null) are
 // replaced; out [S, I]. `gain` is the norm's weight [I], each of G groups normed by itself. `scratch` holds
-// S * (C + H + 2I) floats.
+// S * (C + H + 2I) floats. With `recent` and `count`, which are replaced, a packed state has a replay window.
 __attribute__((visibility("default"))) int llmc_mamba2_decode(
     const float* projected, float* conv, const float* conv_weight, const float* conv_bias, const float* dt_bias,
     const float* a, const float* d, const float* gain, uint8_t* codes, uint16_t* channel, uint16_t* scale,
-    const uint16_t* fixed, float* floats, float* scratch, float* out, int64_t sequences, int64_t heads, int64_t groups,
-    int64_t channels, int64_t states, int64_t bits, int64_t epsilon_bits, int64_t refit, int64_t dither) {
+    const uint16_t* fixed, float* floats, float* recent, int32_t* count, float* scratch, float* out, int64_t window,
+    int64_t sequences, int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t bits, int64_t epsilon_bits,
+    int64_t refit, int64_t dither) {
   using namespace state;
   const int64_t inner = heads * channels, both = groups * states, width = inner + 2 * both, row = inner + width + heads;
   if (inner % 16 != 0 || both % 16 != 0 || (inner / groups) % 16 != 0) return 1;
@@ -53,9 +57,16 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
       }
     }
   }
-  const int code = codes != nullptr ? llmc_dsq_update(codes, channel, scale, fixed, drive, decay, b, c, y, sequences, heads,
-                                                      groups, channels, states, bits, refit, dither)
-                                    : llmc_state_update(floats, drive, decay, b, c, y, sequences, heads, groups, channels, states);
+  int code;
+  if (codes == nullptr) {
+    code = llmc_state_update(floats, drive, decay, b, c, y, sequences, heads, groups, channels, states);
+  } else if (recent == nullptr) {
+    code = llmc_dsq_update(codes, channel, scale, fixed, drive, decay, b, c, y, sequences, heads, groups, channels, states, bits,
+                           refit, dither);
+  } else {
+    code = llmc_dsq_replay_update(codes, channel, scale, fixed, recent, count, drive, decay, b, c, y, window, sequences, heads,
+                                  groups, channels, states, bits, refit, dither);
+  }
   if (code != 0) return code;
 #pragma omp parallel for schedule(static) if (sequences > 1)
   for (int64_t s = 0; s < sequences; ++s) {

@@ -36,6 +36,7 @@ struct MixerModel {
   float epsilon, gate_epsilon;  // of the layers' norms and of the gated ones
   float low, high;          // limits of time steps, in prompts only
   int32_t dither;           // before states are rounded
+  int32_t window;           // tokens between two roundings of states: R
 };
 
 // What is kept of each sequence: [L, S, ...]; `codes` null with fp32 states.
@@ -45,6 +46,8 @@ struct MixerStates {
   uint16_t* scale;    // fp16 [H, N]
   float* floats;      // [H, P, N], or null
   float* conv;        // [C, 4], newest last
+  float* recent;      // [R - 1, I + H + G N], the tokens since states were rounded, or null
+  int32_t* count;     // one for all layers [S]: how many of these rows are filled
   int64_t slots;
 };
 

@@ -200,6 +200,7 @@ class PromptWorker : public Worker {
       for (int64_t at = 0; at < width_ * kTaps; ++at) conv[at] = old(int(i))[at % kTaps * width_ + at / kTaps];
     }
     if (p_.last == 0) return;
+    if (everyone_ == 0 && held_.count != nullptr) held_.count[p_.slot] = 0;
     const Range tasks = part_of(m_.layer_count * m_.heads, everyone_, all_.threads());
     for (int64_t task = tasks.first; task < tasks.last; ++task) store(int(task / m_.heads), task % m_.heads);
     took(kState);

@@ -2,6 +2,7 @@
 // with the same functions, and the state update is that of update.cpp: a step is bit for bit the chain of the operators.
 #include "elementwise.h"
 #include "engine.h"
+#include "window.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
@@ -50,7 +51,8 @@ class StepWorker : public Worker {
     wait(kInProj);
     mix(o.l, held_.conv + int64_t(index) * held_.slots * width_ * 4);
     wait(kMix);
-    update(o.l, index);
+    if (held_.recent != nullptr) update_windows(o.l, index);
+    else update(o.l, index);
     wait(kState);
     const Range mine = share(batch_);
     for (int64_t b = mine.first; b < mine.last; ++b) {
@@ -119,14 +121,50 @@ class StepWorker : public Worker {
             held_.scale + at * states, l.fixed == nullptr ? nullptr : l.fixed + head * channels, decay_[task], drive, bp, cp, y,
             tile, int(channels));
       }
-      const __m512 skip = _mm512_set1_ps(l.d[head]);
-      for (int64_t p = 0; p < channels; p += 16) {
-        _mm512_storeu_ps(y + p, _mm512_fmadd_ps(skip, _mm512_loadu_ps(x + p), _mm512_loadu_ps(y + p)));
-      }
+      skip(l.d[head], x, y);
+    }
+  }
+
+  // The same within replay windows.
+  void update_windows(const MixerLayer& l, int layer) {
+    const int64_t channels = m_.channels, states = m_.states, heads = m_.heads, share_of_group = heads / m_.groups;
+    WindowHeads run(e_.mode(l), m_.bits, m_.window, heads, m_.groups, channels, states);
+    float* tile = own_.tile.get(channels * states);
+    alignas(64) float drive[kMaxChannels];
+    const auto first = [&](int part) {
+      return first_task(part, barrier_.threads(), batch_, heads, [&](int64_t b) { return rounds(b); });
+    };
+    const int64_t last = first(thread_ + 1);
+    for (int64_t task = first(thread_); task < last; ++task) {
+      const int64_t b = task / heads, head = task % heads, slot = layer * held_.slots + s_.slots[b], at = slot * heads + head;
+      const float* x = mixed_ + b * width_ + head * channels;
+      const float* bs = mixed_ + b * width_ + inner_ + head / share_of_group * states;
+      const __m512 by = _mm512_set1_ps(steps_[task]);
+      for (int64_t p = 0; p < channels; p += 16) _mm512_store_ps(drive + p, _mm512_mul_ps(by, _mm512_loadu_ps(x + p)));
+      const Kept kept{held_.codes + at * channels * states * m_.bits / 8,
+                      held_.channel == nullptr ? nullptr : held_.channel + at * channels, held_.scale + at * states,
+                      l.fixed == nullptr ? nullptr : l.fixed + head * channels, held_.recent + slot * (m_.window - 1) * run.row(),
+                      held_.count[s_.slots[b]]};
+      float* y = y_ + task * channels;
+      run.token(head, kept, decay_[task], drive, bs, bs + e_.both(), y, tile);
+      skip(l.d[head], x, y);
+    }
+  }
+  bool rounds(int64_t b) const { return held_.count[s_.slots[b]] == m_.window - 1; }
+
+  // y += d x of a head.
+  void skip(float d, const float* x, float* y) const {
+    const __m512 by = _mm512_set1_ps(d);
+    for (int64_t p = 0; p < m_.channels; p += 16) {
+      _mm512_storeu_ps(y + p, _mm512_fmadd_ps(by, _mm512_loadu_ps(x + p), _mm512_loadu_ps(y + p)));
     }
   }
 
   void head(const Activations& a) {
+    // no thread asks any more where windows stand
+    for (int64_t b = 0; thread_ == 0 && held_.count != nullptr && b < batch_; ++b) {
+      held_.count[s_.slots[b]] = rounds(b) ? 0 : held_.count[s_.slots[b]] + 1;
+    }
     const int64_t stride = e_.head_row();
     const Range rows = share(e_.head.blocks());
     e_.multiply(e_.head, a, normed_, batch_, rows.first, rows.last, own_.row.get(m_.hidden), s_.logits, stride);
