@@ -63,6 +63,8 @@ def compressed_model(
             if "state_cache" in policies or not name.endswith(f".{SCALE}"):
                 assign(model, name, tensor, plan)
     align(model)
+    # as from_pretrained does: some families multiply by a weight in another order then, with other last bits
+    model.config._is_quantized = True
     attach_policies(model, handle.layout, policies)
     if adapter is not None:
         from llmcompress.nn import lora

@@ -58,7 +58,8 @@ def test_a_saved_model_gives_the_same_logits(family: str, changes: dict[str, Any
     write_native(state.model, store, state.policies, tmp_path / "artifact", {})
     loaded, _ = hf.load(tmp_path / "artifact", dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(loaded(IDS, use_cache=False).logits, found)
+        # torch.matmul takes another order of sums where a gradient is wanted
+        assert torch.equal(loaded.requires_grad_(False)(IDS, use_cache=False).logits, found)
     rows = [module for module in loaded.modules() if isinstance(module, PackedRows)]
     assert len(rows) == len(matrices(layout)) == (1 if changes else 2)
     assert sum(module.nbytes for module in rows) == bytes_of(layout, state.policies["embeddings"])

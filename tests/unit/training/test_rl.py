@@ -71,7 +71,7 @@ def test_responses_of_weight_zero_are_neither_scored_nor_trained_and_the_gradien
     every, expected, _ = gradients(policy, reader, rollouts, settings, picked)
     assert sum(float(gradient.abs().sum()) for gradient in every.values()) > 0
     for name, gradient in every.items():
-        torch.testing.assert_close(few[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(few[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
     assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
