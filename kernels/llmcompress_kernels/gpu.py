@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -145,6 +145,8 @@ def dsq_state_update(*arguments: Any) -> Tensor:
 def dsq_replay_update(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     held, drive, bits = arguments[:6], arguments[6], arguments[10]
+    if wanted("cuda") and cuda_state.verify_replay(*arguments) is None and family_ready(cuda_state.REPLAY):
+        return cuda_state.dsq_replay_update(*arguments)
     if _states(drive.shape[-1], held[2].shape[-1], bits, *held):
         from llmcompress_kernels.triton import replay as kernels
 
@@ -241,14 +243,16 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
 if "delta_decode" in SCHEMAS:
     _FUNCTIONS = (*_FUNCTIONS, delta_decode)
 
+_IN_CUDA: dict[Callable[..., Any], Callable[[], str | None]] = {
+    group_gemm: skinny.unavailable,
+    moe_group_gemm: skinny.unavailable,
+    dsq_state_update: cuda_state.unavailable,
+    dsq_replay_update: partial(cuda_state.unavailable, cuda_state.REPLAY),
+    delta_decode: cuda_tree.unavailable,
+}
+
 for _function in _FUNCTIONS:
     _LIBRARY.impl(_function.__name__, _function, "CUDA")
-    _in_cuda = {
-        group_gemm: skinny.unavailable,
-        moe_group_gemm: skinny.unavailable,
-        dsq_state_update: cuda_state.unavailable,
-        delta_decode: cuda_tree.unavailable,
-    }.get(_function)
-    if _in_cuda is not None:
-        select.register(select.Implementation(_function.__name__, "cuda", ("cuda",), _in_cuda))
+    if _function in _IN_CUDA:
+        select.register(select.Implementation(_function.__name__, "cuda", ("cuda",), _IN_CUDA[_function]))
     select.register(select.Implementation(_function.__name__, "triton", ("cuda",), no_triton))

@@ -35,6 +35,17 @@ def emulation() -> ctypes.CDLL:
     return library
 
 
+@pytest.fixture(scope="module")
+def windows() -> ctypes.CDLL:
+    """The kernels of replay windows compiled for the host."""
+    if shutil.which("g++") is None and "CXX" not in os.environ:
+        pytest.skip("no C++ compiler")
+    headers = ("cuda/state/*", "cuda/common/*")
+    flags = ("-O1", "-Wno-unknown-pragmas")
+    family = build.Family("replay-emulation", ("cuda/state/emulate_replay.cpp",), headers=headers, flags=flags)
+    return ctypes.CDLL(str(build.build(family)))
+
+
 def start(seed: int, sequences: int, states: int, bits: int, calibrated: bool, scale: float = 1.0):
     """Packed states with outliers along both axes, one of them zero, and the calibrated scale."""
     torch.manual_seed(seed)
@@ -134,6 +145,69 @@ def test_the_state_scale_over_the_largest_code_is_rounded_correctly(emulation) -
         assert torch.equal(torch.tensor(found), every / most)
 
 
+def within_a_window(library, held, fixed, given, dither: bool, variant: int) -> None:
+    """One token by both; everything that is kept to the last bit."""
+    expected = [None if t is None else t.clone() for t in held]
+    how = (4, False, dither)
+    assert kernels.verify_replay(*held[:3], fixed, *held[3:], *given, *how) is None
+    found = kernels.dsq_replay_update(*held[:3], fixed, *held[3:], *given, *how, library=library, variant=variant)
+    wanted = definition.dsq_replay_update(*expected[:3], fixed, *expected[3:], *given, *how)
+    assert wanted.isfinite().all()
+    # a sum of codes is off by so much of what codes of 1 give
+    ones = definition.stored_state(torch.full_like(held[0], 0x11), *held[1:3], fixed, 4)[0]
+    close = 1e-5 * (wanted.abs().max() + definition.read_out(ones, given[3].abs()))
+    assert ((found - wanted).abs() <= close).all()
+    for mine, exact in zip(held, expected):
+        assert mine is None or torch.equal(mine.nan_to_num(nan=-1), exact.nan_to_num(nan=-1))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("states", "window", "dither", "late"), [(128, 2, True, False), (128, 5, False, True), (64, 3, True, True)]
+)
+def test_windows(windows, states: int, window: int, dither: bool, late: bool, calibrated: bool) -> None:
+    """Sequences at different places of their windows; rows that are not filled hold NaN."""
+    windows.llmcompress_replay_emulation(int(late), window)
+    sequences = 3
+    packed, fixed = start(window, sequences, states, 4, calibrated)
+    width = HEADS * P + HEADS + GROUPS * states
+    held = [*packed, torch.full((sequences, window - 1, width), torch.nan), torch.zeros(sequences, dtype=torch.int32)]
+    for t in range(window + 2):
+        first = t % 2  # the first sequence stands still now and then
+        part = [None if x is None else x[first:] for x in held]
+        within_a_window(windows, part, fixed, [x[first:] for x in inputs(sequences, states)], dither, 1 + t % 2)
+    assert len(set(held[4].tolist())) > 1 or window == 2
+
+
+def test_a_window_of_many_tokens_and_sequences(windows) -> None:
+    """All rows that a window may have, and more sequences than are looked at together."""
+    windows.llmcompress_replay_emulation(1, 11)
+    sequences, rows = 34, kernels.MOST_ROWS
+    packed, _ = start(11, sequences, 64, 4, False)
+    width = HEADS * P + HEADS + GROUPS * 64
+    count = torch.tensor([3, rows - 1, 0, 7] + [rows - 1] * 2 + [5] * 27 + [rows], dtype=torch.int32)
+    decayed = torch.randn(sequences, rows, width)
+    decayed[..., HEADS * P : HEADS * P + HEADS] = torch.rand(sequences, rows, HEADS) * 0.2 + 0.8
+    held = [*packed, decayed, count]
+    for _ in range(2):
+        within_a_window(windows, held, None, inputs(sequences, 64), True, 2)
+    assert held[4][:4].tolist() == [5, 0, 2, 9]
+
+
+@pytest.mark.parametrize(("scale", "reader"), [(1e-30, 1e30), (1e-9, 1), (1e-6, 1e-30), (1e9, 1e9), (1e25, 1)])
+def test_windows_at_the_ends_of_fp16(windows, scale: float, reader: float) -> None:
+    """Codes whose quotients are near the middle between two, and read-outs far beyond what fp16 holds."""
+    windows.llmcompress_replay_emulation(1, 3)
+    packed, _ = start(3, 1, 128, 4, False, scale)
+    width = HEADS * P + HEADS + GROUPS * 128
+    held = [*packed, torch.full((1, 2, width), torch.nan), torch.zeros(1, dtype=torch.int32)]
+    for _ in range(4):
+        drive, decay, b, c = inputs(1, 128)
+        b[..., ::7] *= 1e-6
+        b[..., ::11] *= 1e6
+        within_a_window(windows, held, None, (drive * scale, decay, b, c * reader), True, 1)
+
+
 def test_what_the_kernel_declines() -> None:
     held, fixed = start(0, 1, 128, 4, False)
     given = inputs(1, 128)
@@ -149,15 +223,20 @@ def test_what_the_kernel_declines() -> None:
 
 def test_every_argument_of_the_operator_is_known() -> None:
     """The dispatcher passes the operator's arguments on by place."""
-    names = [argument.name for argument in torch.ops.llmcompress.dsq_state_update.default._schema.arguments]
-    for function in (kernels.verify, kernels.dsq_state_update):
-        assert list(inspect.signature(function).parameters)[: len(names)] == names
+    for operator, functions in (
+        (torch.ops.llmcompress.dsq_state_update, (kernels.verify, kernels.dsq_state_update)),
+        (torch.ops.llmcompress.dsq_replay_update, (kernels.verify_replay, kernels.dsq_replay_update)),
+    ):
+        names = [argument.name for argument in operator.default._schema.arguments]
+        for function in functions:
+            assert list(inspect.signature(function).parameters)[: len(names)] == names
 
 
 def test_the_implementation_is_listed_with_its_reason() -> None:
-    row = {(r.op, r.implementation): r for r in select.explain("cuda")}["dsq_state_update", "cuda"]
-    assert row.used or row.reason
-    assert torch.cuda.is_available() or row.reason == "no CUDA device"
+    rows = {(r.op, r.implementation): r for r in select.explain("cuda")}
+    for row in (rows["dsq_state_update", "cuda"], rows["dsq_replay_update", "cuda"]):
+        assert row.used or row.reason
+        assert torch.cuda.is_available() or row.reason == "no CUDA device"
 
 
 @pytest.mark.slow
@@ -193,3 +272,42 @@ def test_every_instance_compiles_without_spills(tmp_path) -> None:
         fused = (2.75 if bits == 4 else 3) * each
         assert 5 * each <= counts["FMUL"] <= 5 * each + 80, one.numbers
         assert fused <= counts["FFMA"] <= fused + each + 80, one.numbers
+
+
+@pytest.mark.slow
+def test_windows_compile_without_spills(tmp_path) -> None:
+    """And take few instructions: up to 1100 to read a head, and 3 a state and little more for every token replayed."""
+    if aot.missing() is not None:
+        pytest.skip(aot.missing())
+    with ThreadPoolExecutor(2) as pool:
+        parts = pool.map(lambda arch: machine_code.instances("state/replay.cu", arch, tmp_path), (80, 90))
+        found = [one for part in parts for one in part]
+    readers = [one for one in found if len(one.numbers) == 2]
+    assert {(one.arch, *one.numbers) for one in readers} == {
+        (arch, states, fixed) for arch in (80, 90) for states in (64, 128) for fixed in (0, 1)
+    }
+    for one in readers:
+        counts, each = one.counts(), P * one.numbers[0] // 32
+        assert (one.spills, one.stack) == (0, 0), one
+        assert one.registers <= 128, one.numbers  # two blocks of eight warps
+        assert counts["HMMA"] == 2 * each // 16, one.numbers
+        # two codes take one; the rest of a head is counted with its loops unrolled
+        assert counts["LOP3"] <= each // 2 + 40, one.numbers
+        assert counts.total() <= 1100, one.numbers
+    rounders = [one for one in found if len(one.numbers) > 2]
+    assert {(one.arch, *one.numbers) for one in rounders} == {
+        (arch, 4, states, 4, lanes, fixed, 4, dither, 1)
+        for arch in (80, 90)
+        for states in (64, 128)
+        for lanes in (4, 8)
+        for fixed in (0, 1)
+        for dither in (0, 1)
+    }
+    for one in rounders:
+        _, _, rows, lanes = one.numbers[:4]
+        assert (one.spills, one.stack) == (0, 0), one.numbers
+        assert 4 * P * lanes // rows * -(-one.registers // 8) * 8 <= 65536, one.numbers
+        # a run of eight columns in every row of a lane
+        replays = [loop for loop in one.loops() if loop["FMUL"] == 2 * 8 * rows and loop["FADD"] == 8 * rows]
+        assert len(replays) == one.numbers[1] // 8 // lanes, one.numbers
+        assert all(loop.total() <= 3.6 * 8 * rows for loop in replays), one.numbers

@@ -21,7 +21,7 @@ from pathlib import Path
 from llmcompress_kernels import build
 from llmcompress_kernels.cuda import aot, toolchain
 
-SOURCES = ("state/update.cu", "tree/tree.cu")
+SOURCES = ("state/update.cu", "state/replay.cu", "tree/tree.cu")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Instance:
     def counts(self) -> Counter[str]:
         """Instructions by name, modifiers left out."""
         return Counter(opcode(line) for line in self.code)
+
+    def loops(self) -> list[Counter[str]]:
+        """The same of every loop: from the target of a backward branch to the branch; an instruction has 16 bytes."""
+        found = []
+        for place, line in enumerate(self.code):
+            branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
+            if branch and int(branch[1], 16) < 16 * place:
+                found.append(Counter(opcode(one) for one in self.code[int(branch[1], 16) // 16 : place + 1]))
+        return found
 
 
 def opcode(line: str) -> str:

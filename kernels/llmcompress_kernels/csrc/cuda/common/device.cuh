@@ -44,6 +44,7 @@ __device__ __forceinline__ uint32_t ballot(bool v) { return __ballot_sync(~0u, v
 __device__ __forceinline__ bool any_of_warp(bool mine) { return __any_sync(~0u, mine); }
 __device__ __forceinline__ uint32_t largest(uint32_t v) { return __reduce_max_sync(~0u, v); }
 __device__ __forceinline__ int first_of(uint32_t mask) { return __ffs(int(mask)) - 1; }
+__device__ __forceinline__ int count_of(uint32_t mask) { return __popc(mask); }
 
 // d = a b + c for 16 rows, 16 columns and 8 tokens; rows and tokens as in PTX's fragments of mma.m16n8k16.
 template <bool BF16>

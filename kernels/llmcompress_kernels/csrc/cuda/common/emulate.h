@@ -94,6 +94,7 @@ inline uint32_t ballot(bool v) { return pause(Waits::BALLOT, v); }
 inline bool any_of_warp(bool mine) { return ballot(mine) != 0; }
 inline uint32_t largest(uint32_t v) { return pause(Waits::LARGEST, v); }
 inline int first_of(uint32_t mask) { return __builtin_ffs(int(mask)) - 1; }
+inline int count_of(uint32_t mask) { return __builtin_popcount(mask); }
 inline void fence() {}
 
 inline void copy(void* shared, const void* global, size_t bytes) {

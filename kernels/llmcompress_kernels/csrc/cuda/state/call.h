@@ -21,4 +21,12 @@ struct StateCall {
     int dither;               // whether the bits of a state scale are added before rounding
 };
 
+// The same within replay windows, whose rows are `drive | decay | b` of all heads and groups of a token.
+struct ReplayCall : StateCall {
+    float* recent; // [S, rows, width = H P + H + G N], replaced
+    int* count;    // [S] filled rows, replaced
+    int* arrived;  // [S] zeros, left as zeros: blocks that have read their sequence's count
+    int rows, sequences, groups, width; // R - 1; S; G; of a row
+};
+
 } // namespace llmcompress::gpu

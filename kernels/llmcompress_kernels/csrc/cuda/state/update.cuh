@@ -24,7 +24,10 @@
 // A block walks over heads; cp.async fetches the next one's codes and operands while it works on this one.
 #pragma once
 
+#include <type_traits>
+
 #include "call.h"
+#include "window.cuh"
 
 namespace llmcompress::gpu {
 
@@ -39,9 +42,10 @@ constexpr float LESS_OF_PRODUCT = 1.0f - 8 * 0x1p-24f, MORE_OF_PRODUCT = 1.0f + 
 // Bounds of u / step / (u (1 / channel) (1 / per_state)): six roundings of 2^-24, and one of the bound itself.
 constexpr float LESS = 1.0f - 7 * 0x1p-24f, MORE = 1.0f + 8 * 0x1p-24f;
 
-template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITHER_ = false> struct StateShape {
+template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITHER_ = false, bool KEPT_ = false> struct StateShape {
     static constexpr int BITS = BITS_, P = 64, N = N_, R = R_, L = L_, BLOCKS = BLOCKS_;
-    static constexpr bool FIXED = FIXED_, DITHER = DITHER_;
+    static constexpr bool FIXED = FIXED_, DITHER = DITHER_, KEPT = KEPT_;
+    using Call = std::conditional_t<KEPT, ReplayCall, StateCall>;
     static constexpr float QMAX = float((1 << (BITS - 1)) - 1);
     static constexpr int GROUPS = 32 / L, ROWS = GROUPS * R; // of a warp
     static constexpr int WARPS = P / ROWS, THREADS = 32 * WARPS;
@@ -93,14 +97,31 @@ struct Unit {
     }
 };
 
+// A head of one of the sequences whose windows are full; `at` is beyond all heads where there is none any more.
+struct DueUnit : Unit {
+    Due due;
+    int rank; // of the sequence among them
+    __device__ DueUnit(const ReplayCall& call, int index) : Unit(call, index), rank(sequence) { find(call); }
+    __device__ __forceinline__ void find(const ReplayCall& call) {
+        sequence = due.find(call, rank);
+        at = sequence < 0 ? call.units : sequence * call.heads + head;
+        group(call);
+    }
+    __device__ __forceinline__ void advance(const ReplayCall& call, int, int heads, int sequences) {
+        head += heads, rank += sequences;
+        if (head >= call.heads) head -= call.heads, ++rank;
+        find(call);
+    }
+};
+
 template <class S> struct Head {
-    const StateCall& call;
+    const typename S::Call& call;
     unsigned char* memory;
     int thread, warp, lane, g, l; // g: group of lanes, which share rows; l: place in it
     int unit, stage;
     float decay;
 
-    __device__ Head(const StateCall& c, unsigned char* m) : call(c), memory(m) {
+    __device__ Head(const typename S::Call& c, unsigned char* m) : call(c), memory(m) {
         find_place();
         unit = int(blockIdx.x), stage = 0;
     }
@@ -153,6 +174,12 @@ template <class S> struct Head {
             else if (S::FIXED) copy(S::CHANNEL, call.fixed, next.head * (2 * S::P), i - 2 * WIDE - LONG);
             else copy(S::CHANNEL, call.channel, int64_t(next.at) * (2 * S::P), i - 2 * WIDE - LONG);
         }
+        if constexpr (S::KEPT) fetch_kept<S::P, S::N, S::THREADS>(call, next, kept(to, 0), thread);
+    }
+
+    // Row `row` of a stage's window.
+    __device__ __forceinline__ unsigned char* kept(int of, int row) const {
+        return memory + S::BYTES + (of * call.rows + row) * KeptRow<S::P, S::N>::BYTES;
     }
 
     // Code k of a run of 8; of 8 bits with the upper one turned.
@@ -166,9 +193,10 @@ template <class S> struct Head {
         }
     }
 
-    static __device__ __forceinline__ float fresh(float code, float channel, float step, float x, float b, float decay) {
-        const float old = multiply(decay, multiply(code, multiply(channel, step)));
-        return add(old, multiply(x, b));
+    static __device__ __forceinline__ float old(float code, float channel, float step) { return multiply(code, multiply(channel, step)); }
+
+    static __device__ __forceinline__ float fresh(float old, float x, float b, float decay) {
+        return add(multiply(decay, old), multiply(x, b));
     }
 
     // The same for one state anywhere in the tile, as long as its codes are the old ones.
@@ -176,8 +204,14 @@ template <class S> struct Head {
         const int byte = n * S::BITS / 8, chunk = byte / S::CHUNK;
         const uint32_t raw = staged<uint8_t>(place(r, chunk))[byte % S::CHUNK];
         const int turned = S::BITS == 8 ? int(raw ^ 128) - 128 : int((raw >> 4 * (n % 2) & 15) ^ 8) - 8;
-        return fresh(float(turned), widen<false>(staged<uint16_t>(S::CHANNEL)[r]), at<float>(S::PER_STATE)[stage * S::N + n],
-                     staged<float>(S::X)[r], staged<float>(S::B)[n], decay);
+        float u = old(float(turned), widen<false>(staged<uint16_t>(S::CHANNEL)[r]), at<float>(S::PER_STATE)[stage * S::N + n]);
+        if constexpr (S::KEPT) {
+            for (int i = 0; i < call.rows; ++i) {
+                const KeptRow<S::P, S::N> row{kept(stage, i)};
+                u = fresh(u, row.x()[r], row.b()[n], row.decay());
+            }
+        }
+        return fresh(u, staged<float>(S::X)[r], staged<float>(S::B)[n], decay);
     }
 
     // Its new code, by division.
@@ -205,12 +239,9 @@ template <class S> struct Tile {
     float u[S::R][S::W][8]; // fresh states, then divided by the channel scale
     float y[S::R];
 
-    template <int K> __device__ __forceinline__ void update(
-        const uint32_t (&run)[S::RUN / 4], int i, int j, float channel, float x, float decay, const float* step, const float* b, const float* c) {
-        const float value = Head<S>::fresh(Head<S>::template code<K>(run), channel, step[K], x, b[K], decay);
-        u[i][j][K] = value;
-        y[i] = fused(value, c[K], y[i]);
-        if constexpr (K < 7) update<K + 1>(run, i, j, channel, x, decay, step, b, c);
+    template <int K> __device__ __forceinline__ void decode(const uint32_t (&run)[S::RUN / 4], int i, int j, float channel, const float* step) {
+        u[i][j][K] = Head<S>::old(Head<S>::template code<K>(run), channel, step[K]);
+        if constexpr (K < 7) decode<K + 1>(run, i, j, channel, step);
     }
 
     static __device__ __forceinline__ void eight(float* to, const float* from) {
@@ -235,7 +266,7 @@ template <class S> struct Tile {
             in_order();
             float step[8], b[8], c[8];
             eight(step, head.template at<float>(S::PER_STATE) + head.stage * S::N + n);
-            eight(b, head.template staged<float>(S::B) + n), eight(c, head.template staged<float>(S::C) + n);
+            if constexpr (!S::KEPT) eight(b, head.template staged<float>(S::B) + n), eight(c, head.template staged<float>(S::C) + n);
 #pragma unroll
             for (int i = 0; i < S::R; ++i) {
                 const auto* from = head.template staged<uint32_t>(head.run_at(i, j));
@@ -246,7 +277,40 @@ template <class S> struct Tile {
                 } else {
                     run[0] = *from;
                 }
-                update<0>(run, i, j, channel[i], x[i], head.decay, step, b, c);
+                decode<0>(run, i, j, channel[i], step);
+                if constexpr (!S::KEPT) token(i, j, x[i], head.decay, b, c);
+            }
+            if constexpr (S::KEPT) {
+                replay(head, j, n);
+                eight(b, head.template staged<float>(S::B) + n), eight(c, head.template staged<float>(S::C) + n);
+#pragma unroll
+                for (int i = 0; i < S::R; ++i) token(i, j, x[i], head.decay, b, c);
+            }
+        }
+    }
+
+    // A run's new states, and what is read out of them.
+    __device__ __forceinline__ void token(int i, int j, float x, float decay, const float* b, const float* c) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            u[i][j][k] = Head<S>::fresh(u[i][j][k], x, b[k], decay);
+            y[i] = fused(u[i][j][k], c[k], y[i]);
+        }
+    }
+
+    // The tokens of the window, one after the other, into chunk j, which begins at column n.
+    __device__ __forceinline__ void replay(const Head<S>& head, int j, int n) {
+#pragma unroll 1
+        for (int t = 0; t < head.call.rows; ++t) {
+            const KeptRow<S::P, S::N> row{head.kept(head.stage, t)};
+            const float decay = row.decay();
+            float b[8];
+            eight(b, row.b() + n);
+#pragma unroll
+            for (int i = 0; i < S::R; ++i) {
+                const float x = row.x()[head.row(head.g, head.l, i)];
+#pragma unroll
+                for (int k = 0; k < 8; ++k) u[i][j][k] = Head<S>::fresh(u[i][j][k], x, b[k], decay);
             }
         }
     }
@@ -483,7 +547,7 @@ template <class S> __device__ __forceinline__ bool columns(const Head<S>& head) 
 }
 
 // Grid: as many blocks as run at once, at most one per head of a sequence.
-template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) update_kernel(const __grid_constant__ StateCall call) {
+template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) update_kernel(const __grid_constant__ typename S::Call call) {
     constexpr int EACH = (S::N + S::THREADS - 1) / S::THREADS;
     Head<S> head(call, shared_memory());
     uint16_t scale[EACH] = {};
@@ -498,7 +562,11 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) upda
             if (i * S::THREADS + head.thread < S::N)
                 head.template at<float>(S::PER_STATE)[stage * S::N + i * S::THREADS + head.thread] = per_state<S>(widen<false>(scale[i]));
     };
-    Unit next(call, head.unit);
+    std::conditional_t<S::KEPT, DueUnit, Unit> next(call, head.unit);
+    if constexpr (S::KEPT) {
+        if (next.at >= call.units) return;
+        head.unit = next.at;
+    }
     head.fetch(0, next);
     commit();
     take(next.at);

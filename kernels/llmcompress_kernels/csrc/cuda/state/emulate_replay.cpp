@@ -1,0 +1,14 @@
+// The kernels of replay windows on the host: for tests, as emulate.cpp.
+#include "../common/emulate.h"
+
+#include "update.cuh"
+
+#include "read.cuh"
+
+#include "replay.h"
+
+// Whether copies arrive late, and the order of blocks and lanes.
+LLMCOMPRESS_EXPORT void llmcompress_replay_emulation(int late, unsigned seed) {
+    llmcompress::gpu::machine.late = late != 0;
+    llmcompress::gpu::machine.order.seed(seed);
+}

@@ -1,0 +1,42 @@
+// Choice of the instances and the two launches of a token within replay windows; included after update.cuh and read.cuh.
+#pragma once
+
+namespace llmcompress::gpu {
+
+// The heads of sequences that are due, by as many blocks as run at once.
+template <class S> int launch_rounding(const ReplayCall& call, void* stream) {
+    const int bytes = S::BYTES + 2 * call.rows * KeptRow<S::P, S::N>::BYTES;
+    // by rows: the device's own limit does not change
+    static int known[MOST_ROWS + 1] = {};
+    int& most = known[call.rows];
+    if (most <= 0) most = at_once(update_kernel<S>, S::THREADS, bytes);
+    if (most <= 0) return most < 0 ? -most : -1;
+    return start(update_kernel<S>, unsigned(call.units < most ? call.units : most), 1, S::THREADS, bytes, call, stream);
+}
+
+// All others. It advances the windows, so it comes last.
+template <class S> int launch_reading(const ReplayCall& call, void* stream) {
+    const int blocks = call.groups * ((call.share + S::WARPS - 1) / S::WARPS);
+    return start(read_kernel<S>, unsigned(blocks), unsigned(call.sequences), S::THREADS, S::bytes(call.rows), call, stream);
+}
+
+template <int N, bool FIXED, bool DITHER> int launch_replay(const ReplayCall& call, int variant, void* stream) {
+    const int code = variant == 1 ? launch_rounding<StateShape<4, N, 4, 8, FIXED, 4, DITHER, true>>(call, stream)
+                                  : launch_rounding<StateShape<4, N, 4, 4, FIXED, 4, DITHER, true>>(call, stream);
+    return code != 0 ? code : launch_reading<ReadShape<N, FIXED>>(call, stream);
+}
+
+template <int N> int launch_replay(const ReplayCall& call, int variant, void* stream) {
+    if (call.dither) return call.fixed ? launch_replay<N, true, true>(call, variant, stream) : launch_replay<N, false, true>(call, variant, stream);
+    return call.fixed ? launch_replay<N, true, false>(call, variant, stream) : launch_replay<N, false, false>(call, variant, stream);
+}
+
+} // namespace llmcompress::gpu
+
+// 0, or the error of a launch; variant 1 or 2, as llmcompress_state_update has them.
+LLMCOMPRESS_EXPORT int llmcompress_replay_update(const llmcompress::gpu::ReplayCall* call, int variant, void* stream) {
+    using namespace llmcompress::gpu;
+    if (call->bits != 4 || call->rows < 1 || call->rows > MOST_ROWS || (variant != 1 && variant != 2)) return -3;
+    if (call->states == 128) return launch_replay<128>(*call, variant, stream);
+    return call->states == 64 ? launch_replay<64>(*call, variant, stream) : -3;
+}
