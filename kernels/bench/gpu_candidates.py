@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llmcompress_kernels.reference import state as state_definition  # noqa: E40
 from llmcompress_kernels.triton.state import dsq_pack  # noqa: E402
 
 VARIANTS = (0, 1, 2)
+WINDOW_VARIANTS = (cuda_state.SMALL, cuda_state.LARGE)
 CONFIGS = tuple(
     cuda_tree.Config(*shape)
     for shape in (
@@ -42,13 +44,13 @@ STATE, TREE = "state-tune", "tree-tune"
 
 
 def families() -> None:
-    """Both libraries with all their instances."""
+    """The libraries with all their instances."""
     torch.cuda.init()
     for name, family in ((STATE, cuda_state.FAMILY), (TREE, cuda_tree.FAMILY)):
         own = build.FAMILIES[family]
         build.register(replace(own, name=name, flags=(*own.flags, "-DLLMCOMPRESS_TUNE")))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(build.load, (STATE, TREE)))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(build.load, (STATE, TREE, cuda_state.REPLAY)))
 
 
 def check_state(variant: int, bits: int, calibrated: bool) -> float:
@@ -77,6 +79,32 @@ def check_state(variant: int, bits: int, calibrated: bool) -> float:
     return worst
 
 
+def check_windows(variant: int, window: int) -> float:
+    """Error of the read-out over two windows, sequences at different places; raises where what is kept differs."""
+    torch.manual_seed(window)
+    sequences, heads, channels, states = 37, 80, 64, 128
+    held = list(dsq_pack(torch.randn(sequences, heads, channels, states, device="cuda"), None, 4, dither=True))
+    recent = torch.randn(sequences, window - 1, heads * (channels + 1) + 2 * states, device="cuda")
+    recent[..., heads * channels : heads * (channels + 1)] = 0.9
+    held += [recent, torch.randint(0, window, (sequences,), dtype=torch.int32, device="cuda")]
+    expected = [t if t is None else t.clone() for t in held]
+    worst = 0.0
+    for _ in range(2 * window):
+        token = (
+            torch.randn(sequences, heads, channels, device="cuda"),
+            torch.rand(sequences, heads, device="cuda"),
+            *(torch.randn(sequences, 2, states, device="cuda") for _ in "bc"),
+        )
+        how = (*token, 4, False, True)
+        found = cuda_state.dsq_replay_update(*held[:3], None, *held[3:], *how, variant=variant)
+        wanted = state_definition.dsq_replay_update(*expected[:3], None, *expected[3:], *how)
+        worst = max(worst, ((found - wanted).norm() / wanted.norm()).item())
+        for mine, exact, name in zip(held, expected, ("codes", "channel", "scale", "recent", "count")):
+            if not torch.equal(mine, exact):
+                raise AssertionError(f"{name}: {(mine != exact).float().mean().item():.2e} differ")
+    return worst
+
+
 def time_states(batch: int, rate: float) -> dict[str, Any]:
     """Microseconds of every variant, beside float states."""
     heads, p, n = gpu_state.HEADS, gpu_state.P, gpu_state.N
@@ -98,6 +126,12 @@ def time_states(batch: int, rate: float) -> dict[str, Any]:
                     )
                     for h in held
                 ]
+    held = [dsq_pack(torch.randn(batch, heads, p, n, device="cuda"), None, 4) for _ in candidates["dsq4_1"]]
+    for window in gpu_state.WINDOWS:
+        for variant in WINDOW_VARIANTS:
+            run = partial(cuda_state.dsq_replay_update, variant=variant)
+            name = f"dsq4_w{window}_{variant}"
+            candidates[name] = gpu_state.window_calls(held, window, drive, decay, b, c, update=run)
     times = replay(candidates, 15)
     floor = {f"floor{bits}": 2 * batch * heads * (p * n * bits // 8 + 2 * (p + n)) / rate * 1e6 for bits in (4, 8)}
     return {
@@ -165,6 +199,9 @@ def main() -> int:
         for bits in (4, 8):
             for calibrated in (False, True):
                 tried(f"state {variant} {bits} bits {calibrated}", check_state, variant, bits, calibrated)
+    for variant in WINDOW_VARIANTS:
+        for window in gpu_state.WINDOWS:
+            tried(f"windows of {window}, {variant}", check_windows, variant, window)
     for config in CONFIGS:
         for tokens in (1, 8):
             tried(f"tree {config} {tokens}", check_tree, config, torch.bfloat16, tokens)

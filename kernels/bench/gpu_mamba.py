@@ -1,7 +1,7 @@
 """The whole decode step of a Mamba2-2.7B on a GPU: 4-bit weights and states beside bf16 weights and fp16 states.
 
 Random weights, true shapes, all 64 layers and the head (bf16 in both) in one CUDA graph. Both sides share every launch
-that is neither a projection nor the update of the state.
+that is neither a projection nor the update of the state. Within a replay window a graph has all of its tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gpu_matrix import nbytes, packed
-from gpu_state import HEADS, N, P
+from gpu_state import HEADS, WINDOWS, N, P, empty_window, traffic
 from gpu_timing import replay
 from llmcompress_kernels import ops, state
 from llmcompress_kernels.triton import mixer
@@ -44,20 +44,26 @@ class Model:
         self.floats = [first.clone() for _ in range(LAYERS)]
         one = state.dsq_pack(first.float(), None, 4)
         self.codes = [tuple(t.clone() for t in one) for _ in range(LAYERS)]
+        self.windows: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def bytes(self) -> int:
-        """What a 4-bit step has to move: weights and head read, states read and written."""
+    def bytes(self, window: int = 1) -> float:
+        """What a 4-bit step has to move, on average over a window: weights and head, convolutions, states."""
         weights = sum(nbytes(stack) for pair in self.narrow for stack in pair) + self.head.nbytes
-        return weights + 2 * sum(t.nbytes for held in self.codes for t in held)
+        return weights + 2 * sum(held.nbytes for held in self.conv) + LAYERS * traffic(len(self.x), 4, window)
 
-    def step(self, narrow_weights: bool, narrow_states: bool) -> torch.Tensor:
+    def keep(self, tokens: int) -> None:
+        """Begin windows of so many tokens, in place of earlier ones."""
+        self.windows = []  # before there is room for the next
+        self.windows = [empty_window(len(self.x), tokens) for _ in range(LAYERS)]
+
+    def step(self, narrow_weights: bool, narrow_states: bool, window: bool = False) -> torch.Tensor:
         """Logits of one token of every sequence."""
         residual = self.x
         for layer in range(LAYERS):
             x = torch.nn.functional.rms_norm(residual, (HIDDEN,), self.norm, 1e-5)
             projected = self._project(layer, 0, x, narrow_weights)
             mixed = mixer.mamba2_decode(
-                projected, self.conv[layer], self.weights, 1, N, 1e-5, self._update(layer, narrow_states)
+                projected, self.conv[layer], self.weights, 1, N, 1e-5, self._update(layer, narrow_states, window)
             )
             residual = residual + self._project(layer, 1, mixed, narrow_weights)
         return torch.nn.functional.linear(torch.nn.functional.rms_norm(residual, (HIDDEN,), self.norm, 1e-5), self.head)
@@ -69,10 +75,13 @@ class Model:
         assert w.scale is not None
         return ops.group_gemm(x, w.weight, w.scale, w.zero, w.bits, w.group_size, x.shape[-1])
 
-    def _update(self, layer: int, narrow: bool) -> Callable[..., torch.Tensor]:
+    def _update(self, layer: int, narrow: bool, window: bool) -> Callable[..., torch.Tensor]:
         if not narrow:
             return lambda *step: mixer.state_update(self.floats[layer], *step)
         codes, channel, scale = self.codes[layer]
+        if window:
+            held = (codes, channel, scale, None, *self.windows[layer])
+            return lambda *step: state.dsq_replay_update(*held, *step, 4, dither=True)
         return lambda *step: state.dsq_state_update(codes, channel, scale, None, *step, 4, dither=True)
 
 
@@ -82,9 +91,15 @@ def step(batch: int, rate: float) -> dict[str, Any]:
         model = Model(batch)
         kinds = {"w16s16": (False, False), "w4s16": (True, False), "w16s4": (False, True), "w4s4": (True, True)}
         times = replay({name: [lambda k=kind: model.step(*k)] for name, kind in kinds.items()}, SAMPLES)
-        floor = model.bytes() / rate * 1e6
-    found: dict[str, Any] = {"op": "mamba2-2.7b step", "batch": batch, "floor_us": round(floor, 1)}
+        for tokens in WINDOWS:
+            model.keep(tokens)
+            times |= replay({f"w4s4_w{tokens}": [lambda: model.step(True, True, True)] * tokens}, SAMPLES)
+        floors = {tokens: model.bytes(tokens) / rate * 1e6 for tokens in (1, *WINDOWS)}
+    found: dict[str, Any] = {"op": "mamba2-2.7b step", "batch": batch, "floor_us": round(floors[1], 1)}
     found |= {f"{name}_us": round(each.median, 1) for name, each in times.items()}
-    found["floor_share"] = round(floor / times["w4s4"].median, 3)
-    found["over_w16s16"] = round(times["w16s16"].median / times["w4s4"].median, 3)
+    for tokens, floor in floors.items():
+        end = "" if tokens == 1 else f"_w{tokens}"
+        took = times[f"w4s4{end}"].median
+        found[f"floor_share{end}"] = round(floor / took, 3)
+        found[f"over_w16s16{end}"] = round(times["w16s16"].median / took, 3)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,53 @@ def test_state_update_gives_the_definitions_codes(bits: int, dither: bool) -> No
         wanted = state_definition.dsq_state_update(*expected, None, drive, decay, b, c, bits, dither=dither)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(held, expected))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "bits", "states", "window"),
+    [("cuda", 4, 128, 2), ("cuda", 4, 64, 16), ("triton", 4, 128, 4), ("triton", 8, 64, 2)],
+)
+def test_replay_windows_give_the_definitions_codes(
+    monkeypatch, implementation: str, bits: int, states: int, window: int
+) -> None:
+    """By a graph of all tokens of a window, sequences at different places, twice."""
+    from llmcompress_kernels.cuda import state as cuda_state
+
+    if implementation == "cuda" and cuda_state.unavailable(cuda_state.REPLAY) is not None:
+        pytest.skip(cuda_state.unavailable(cuda_state.REPLAY))
+    monkeypatch.setenv("LLMCOMPRESS_KERNELS", implementation)
+    torch.manual_seed(window)
+    sequences, heads, channels, groups = 70, 20, 64, 2
+    held = [*state.dsq_pack(torch.randn(sequences, heads, channels, states, device="cuda"), None, bits, dither=True)]
+    width = heads * channels + heads + groups * states
+    held += [torch.randn(sequences, window - 1, width, device="cuda")]
+    held[3][..., heads * channels : heads * channels + heads] = 0.9
+    held += [torch.randint(0, window, (sequences,), dtype=torch.int32, device="cuda")]
+    text = (
+        torch.randn(window, sequences, heads, channels, device="cuda"),
+        torch.rand(window, sequences, heads, device="cuda"),
+        *(torch.randn(window, sequences, groups, states, device="cuda") for _ in "bc"),
+    )
+
+    def run(update: Any, kept: list[torch.Tensor]) -> list[torch.Tensor]:
+        tokens = ([x[t] for x in text] for t in range(window))
+        return [update(*kept[:3], None, *kept[3:], *token, bits, dither=True) for token in tokens]
+
+    theirs, start = ([t.clone() for t in held] for _ in "12")
+    run(state.dsq_replay_update, held)  # builds and warms
+    for mine, first in zip(held, start):
+        mine.copy_(first)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(state.dsq_replay_update, held)
+    for mine, first in zip(held, start):
+        mine.copy_(first)
+    for _ in range(2):
+        graph.replay()
+        for mine, wanted in zip(found, run(state_definition.dsq_replay_update, theirs)):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        assert all(torch.equal(mine, expected) for mine, expected in zip(held, theirs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
