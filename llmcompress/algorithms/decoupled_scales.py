@@ -31,7 +31,16 @@ import torch
 from llmcompress_kernels.reference.state import dither_of
 from torch import Tensor
 
-from llmcompress.quant.states import BITS, CODECS, GROUP, StateSpec, packed_length, scale_count, state_bytes
+from llmcompress.quant.states import (
+    BITS,
+    CODECS,
+    GROUP,
+    StateSpec,
+    packed_length,
+    scale_count,
+    state_bytes,
+    window_bytes,
+)
 
 __all__ = [
     "BITS",
@@ -56,6 +65,7 @@ __all__ = [
     "step_size",
     "to_scale",
     "unpack_codes",
+    "window_bytes",
 ]
 
 SMALLEST = 2.0**-24

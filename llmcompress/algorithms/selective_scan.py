@@ -58,10 +58,24 @@ def advance(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tenso
     Returns:
         fp32 ``[S, H, P, N]``, a new tensor.
     """
+    return driven(state, dt * x, (dt.unsqueeze(-1) * a).exp(), b)
+
+
+def driven(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor) -> Tensor:
+    """The fresh state ``u_t`` from ``dt_t x_t`` and ``a_t``.
+
+    Args:
+        state: fp32 ``[S, H, P, N]``.
+        drive: fp32 ``[S, H, P]``.
+        decay: fp32 ``[S, H, 1, 1]`` or ``[S, H, P, N]``.
+        b: ``[S, G, N]``.
+
+    Returns:
+        fp32 ``[S, H, P, N]``, a new tensor.
+    """
     sequences, heads, channels, states = state.shape
     groups = b.shape[1]
-    decay = (dt.unsqueeze(-1) * a).exp()
-    drive = (dt * x).view(sequences, groups, heads // groups, channels, 1)
+    drive = drive.reshape(sequences, groups, heads // groups, channels, 1)
     fresh = (decay * state).view(sequences, groups, heads // groups, channels, states)
     # product and sum apart: fused, their last bit would differ from the kernels', and a code with it
     return fresh.add_(drive * b[:, :, None, None, :]).view(state.shape)

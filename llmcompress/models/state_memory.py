@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmcompress.models.layout import ModelLayout
-from llmcompress.quant.states import StateSpec, state_bytes
+from llmcompress.quant.states import StateSpec, state_bytes, window_bytes
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _WORDS = ("bits", "codec", "alpha", "sqrt_axis", "rounding", "seed", "refits")
@@ -60,10 +60,8 @@ def sequence_bytes(layout: ModelLayout, policy: Mapping[str, Any] | None, item: 
             continue
         for bits in widths.get(view.module, [spec.bits] * view.heads):
             states += state_bytes(spec, view.channels, view.states, bits)
-        # between two roundings the inputs of up to window - 1 tokens are kept
-        rows = view.heads * view.channels + view.groups * view.states
         steps = view.heads * (1 if view.kind == "mamba2" else view.channels)
-        states += (window - 1) * (item * rows + 4 * steps)
+        states += window_bytes(spec, window, view.heads * view.channels + steps + view.groups * view.states)
     return states, convolution, floats
 
 

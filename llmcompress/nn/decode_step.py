@@ -51,7 +51,7 @@ class DecodeStep:
         """
         if held is None or hidden.shape[1] != 1:
             return False
-        return held.quantizer.window == 1 and self._runs(hidden, cache, held.quantizer, rest)
+        return self._runs(hidden, cache, held.quantizer, rest)
 
     def fits_prompt(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         """Whether this pass is a prompt, or more of one, whose last state is stored in a cache; as :meth:`fits`."""
@@ -135,11 +135,13 @@ class DecodeStep:
             mixer.norm.variance_epsilon,
             quantizer.refit,
             quantizer.dither,
+            held.recent,
+            None if held.recent is None else held.count,
         )
         if floats is None:
             held.tokens += 1
         else:
-            held.store(floats, 1)
+            held.take(floats)
         result: Tensor = mixer.out_proj(out)
         return result.unsqueeze(1)
 

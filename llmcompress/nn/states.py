@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
 from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
-from llmcompress.algorithms.selective_scan import advance, read
+from llmcompress.algorithms.selective_scan import advance, driven, read
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -79,6 +79,18 @@ class StateQuantizer:
         return tokens_since % self.window == 0
 
     @property
+    def replays(self) -> bool:
+        """Whether there are tokens after which the state is not rounded."""
+        return self.spec.active and self.window > 1
+
+    @property
+    def row(self) -> tuple[int, int, int]:
+        """Values that a window keeps of a token: ``dt x``; decay, for Mamba-1 (whose decay is larger) dt; B."""
+        scan = self.scan
+        inner = scan.heads * scan.channels
+        return inner, scan.heads if scan.kind == "mamba2" else inner, scan.groups * scan.states
+
+    @property
     def has_kernel(self) -> bool:
         """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
         spec = self.spec
@@ -109,18 +121,28 @@ class StateQuantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one sequence's codes and scales."""
+        """Bytes that one sequence keeps: codes, scales, the tokens of the window and their number."""
         scan = self.scan
         bits = [self.spec.bits] * scan.heads if self.head_bits is None else [int(b) for b in self.head_bits.tolist()]
-        return sum(scales.state_bytes(self.spec, scan.channels, scan.states, width) for width in bits)
+        stored = sum(scales.state_bytes(self.spec, scan.channels, scan.states, width) for width in bits)
+        return stored + scales.window_bytes(self.spec, self.window, sum(self.row))
 
 
 class PackedState:
     """The state of one layer between two tokens.
 
+    With a replay window of R, sequences may stand at different places of theirs: each is rounded when it has taken R
+    tokens since its last rounding.
+
     Args:
         quantizer: How it is stored.
         packed: Keep packed codes; otherwise keep the same values in fp32.
+
+    Attributes:
+        recent: fp32 ``[S, R - 1, W]``, a row ``dt x | decay or dt | B`` for each token since the last rounding (see
+            :attr:`StateQuantizer.row`); None where every token rounds, or with values in fp32.
+        count: int32 ``[S]``, tokens of each sequence since its last rounding; None where every token rounds.
+        tokens: That the longest sequence has taken.
     """
 
     def __init__(self, quantizer: StateQuantizer, packed: bool = True) -> None:
@@ -129,60 +151,84 @@ class PackedState:
         self.channel: Tensor | None = None
         self.state: Tensor | None = None
         self.value: Tensor | None = None
-        self.recent: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.recent: Tensor | None = None
+        self.count: Tensor | None = None
         self.tokens = 0
-        self.since = 0
 
     def store(self, fresh: Tensor, tokens: int) -> None:
-        """Round a fresh state and keep it; the replay window starts anew.
+        """Round a fresh state of all sequences and keep it; their replay windows start anew.
 
         Args:
             fresh: fp32 ``[S, H, P, N]``.
             tokens: Tokens that made it since the last call.
         """
         self.tokens += tokens
-        self.since = 0
-        self.recent = []
+        self._round(fresh)
+        if not self.quantizer.replays:
+            return
+        self.count = torch.zeros(len(fresh), dtype=torch.int32, device=fresh.device)
+        if self.packed and self.recent is None:
+            self.recent = fresh.new_zeros(len(fresh), self.quantizer.window - 1, sum(self.quantizer.row))
+
+    def _round(self, fresh: Tensor) -> None:
         step = self.tokens - 1
-        if not self.packed or not self.quantizer.spec.active:
+        if self.packed and self.quantizer.spec.active:
+            self.codes, self.channel, self.state = self._pack(fresh, step)
+        else:
             self.value = self.quantizer.fake(fresh, step)
-            return
-        if self.quantizer.has_kernel and self.quantizer.one_width:
-            how = (self.quantizer.spec.bits, self.quantizer.refit, self.quantizer.dither)
-            codes, self.channel, self.state = kernels.dsq_pack(fresh, self.quantizer.static, *how)
-            self.codes = [codes]
-            return
-        found = self.quantizer.quantize(fresh, step)
-        self.channel, self.state = found.channel, found.state
-        self.codes = [
+
+    def _pack(self, fresh: Tensor, step: int) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        quantizer = self.quantizer
+        if quantizer.has_kernel and quantizer.one_width:
+            how = (quantizer.spec.bits, quantizer.refit, quantizer.dither)
+            codes, channel, state = kernels.dsq_pack(fresh, quantizer.static, *how)
+            return [codes], channel, state
+        found = quantizer.quantize(fresh, step)
+        parts = [
             scales.pack_codes(found.codes if heads is None else found.codes[:, heads], bits)
-            for bits, heads in self.quantizer.widths()
+            for bits, heads in quantizer.widths()
         ]
+        return parts, found.channel, found.state
 
     def load(self, a: Tensor | None = None) -> Tensor:
         """The state as the next token meets it, fp32 ``[S, H, P, N]``; never to be changed in place.
 
         Args:
-            a: The layer's ``[H, 1, 1]`` or ``[H, P, N]``, needed to replay a window.
+            a: The layer's ``[H, 1, 1]`` or ``[H, P, N]``, needed to replay a window of Mamba-1.
         """
         value = self._stored()
-        if self.packed:
-            for x, dt, b in self.recent:
-                assert a is not None
-                value = advance(value, x.float(), dt, a, b.float())
+        if self.recent is None:
+            return value
+        assert self.count is not None
+        scan, filled = self.quantizer.scan, self.count
+        for k in range(int(filled.max())):
+            drive, rate, b = self.recent[:, k].split(self.quantizer.row, 1)
+            drive, b = drive.view(-1, scan.heads, scan.channels), b.view(-1, scan.groups, scan.states)
+            if scan.kind == "mamba2":
+                decay = rate[..., None, None]
+            else:
+                assert a is not None, "a window of Mamba-1 is replayed with the layer's rates"
+                decay = (rate.view(-1, scan.heads, scan.channels, 1) * a).exp()
+            fresh = driven(
+                value, drive.view(-1, scan.heads, scan.channels), decay, b.view(-1, scan.groups, scan.states)
+            )
+            value = torch.where((filled > k)[:, None, None, None], fresh, value)
         return value
 
     def decode(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """Take one token in and read its output ``u C``, fp32 ``[S, H, P]``; arguments as in :meth:`step`."""
         quantizer = self.quantizer
-        if not (self.packed and quantizer.has_kernel and quantizer.one_width and quantizer.window == 1):
+        if not (self.packed and quantizer.has_kernel and quantizer.one_width):
             return read(self.step(x, dt, a, b), c.float())
         assert self.state is not None
         drive, decay = dt * x.float(), (dt[..., 0] * a[:, 0, 0]).exp()
         self.tokens += 1
         held = (self.codes[0], self.channel, self.state, quantizer.static)
+        token = (drive, decay, b.float(), c.float())
         how = (quantizer.spec.bits, quantizer.refit, quantizer.dither)
-        return kernels.dsq_state_update(*held, drive, decay, b.float(), c.float(), *how)
+        if self.recent is None or self.count is None:
+            return kernels.dsq_state_update(*held, *token, *how)
+        return kernels.dsq_replay_update(*held, self.recent, self.count, *token, *how)
 
     def step(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Take one token in; returns the fresh state ``[S, H, P, N]`` for reading.
@@ -193,18 +239,39 @@ class PackedState:
             a: fp32 ``[H, 1, 1]`` or ``[H, P, N]``.
             b: ``[S, G, N]`` in the model's type.
         """
-        fresh = advance(self.load(a), x.float(), dt, a, b.float())
-        since = self.since + 1
-        if self.quantizer.due(since):
-            self.store(fresh, 1)
-            return fresh
-        self.tokens += 1
-        self.since = since
-        if self.packed:
-            self.recent.append((x, dt, b))
-        else:
-            self.value = fresh
+        x, b = x.float(), b.float()
+        fresh = advance(self.load(a), x, dt, a, b)
+        rate = (dt[..., 0] * a[:, 0, 0]).exp() if self.quantizer.scan.kind == "mamba2" else dt
+        self.take(fresh, torch.cat(((dt * x).flatten(1), rate.flatten(1), b.flatten(1)), 1))
         return fresh
+
+    def take(self, fresh: Tensor, row: Tensor | None = None) -> None:
+        """Keep the fresh state of one more token: sequences at the end of their windows are rounded.
+
+        Args:
+            fresh: fp32 ``[S, H, P, N]``.
+            row: fp32 ``[S, W]``, the token as ``recent`` keeps it; not needed with values in fp32.
+        """
+        self.tokens += 1
+        if self.count is None:
+            self._round(fresh)
+            return
+        last = self.quantizer.window - 1
+        due = self.count == last
+        rows = due.nonzero()[:, 0]
+        if self.packed and self.recent is not None and row is not None:
+            # a due sequence has no place left, and nothing is written
+            place = torch.arange(last, device=due.device) == self.count[:, None]
+            self.recent = torch.where(place[..., None], row[:, None], self.recent)
+            if len(rows):
+                codes, channel, state = self._pack(fresh[rows], self.tokens - 1)
+                self.codes = [old.index_copy(0, rows, new) for old, new in zip(self.codes, codes)]
+                self.channel = _with_rows(self.channel, rows, channel)
+                self.state = _with_rows(self.state, rows, state)
+        else:
+            rounded = self.quantizer.fake(fresh[rows], self.tokens - 1) if len(rows) else fresh[rows]
+            self.value = fresh.index_copy(0, rows, rounded)
+        self.count = torch.where(due, 0, self.count + 1)
 
     def _stored(self) -> Tensor:
         if self.value is not None:
@@ -222,17 +289,16 @@ class PackedState:
         return self.quantizer.dequantize(QuantizedState(codes, self.channel, self.state))
 
     def _tensors(self) -> list[Tensor]:
-        held = [*self.codes, self.channel, self.state, self.value, *(t for token in self.recent for t in token)]
+        held = [*self.codes, self.channel, self.state, self.value, self.recent, self.count]
         return [tensor for tensor in held if tensor is not None]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedState:
         new = PackedState(self.quantizer, self.packed)
-        new.tokens, new.since = self.tokens, self.since
+        new.tokens = self.tokens
         new.codes = [change(part) for part in self.codes]
-        new.channel = None if self.channel is None else change(self.channel)
-        new.state = None if self.state is None else change(self.state)
-        new.value = None if self.value is None else change(self.value)
-        new.recent = [(change(x), change(dt), change(b)) for x, dt, b in self.recent]
+        for name in ("channel", "state", "value", "recent", "count"):
+            held = getattr(self, name)
+            setattr(new, name, None if held is None else change(held))
         return new
 
     @property
@@ -253,7 +319,7 @@ class PackedState:
         """Forget everything, in place."""
         for tensor in self._tensors():
             tensor.zero_()
-        self.recent, self.tokens, self.since = [], 0, 0
+        self.tokens = 0
         return self
 
     def index_select(self, dim: int, index: Tensor) -> PackedState:
@@ -262,13 +328,13 @@ class PackedState:
         return self._map(lambda tensor: tensor.index_select(0, index))
 
     def append(self, other: PackedState) -> PackedState:
-        """The states of these sequences and of others after them.
+        """The states of these sequences and of others after them, each at its own place of a replay window.
 
         Raises:
-            ValueError: They stand within a replay window, or their rounding depends on the token's number.
+            ValueError: Their rounding depends on the token's number.
         """
-        if self.recent or other.recent or self.since != other.since or self.quantizer.spec.rounding == "stochastic":
-            raise ValueError("states within a replay window, or rounded stochastically, cannot share a batch")
+        if self.quantizer.spec.rounding == "stochastic":
+            raise ValueError("states that are rounded stochastically cannot share a batch")
         rest = iter(other._tensors())
         joined = self._map(lambda tensor: torch.cat([tensor, next(rest)]))
         joined.tokens = max(self.tokens, other.tokens)
@@ -278,6 +344,10 @@ class PackedState:
         """Each sequence ``repeats`` times."""
         assert dim == 0, "a state has sequences along its first axis only"
         return self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+
+def _with_rows(held: Tensor | None, rows: Tensor, new: Tensor | None) -> Tensor | None:
+    return held if held is None or new is None else held.index_copy(0, rows, new)
 
 
 class PackedStateLayer:

@@ -110,3 +110,17 @@ def state_bytes(spec: StateSpec, channels: int, states: int, bits: int | None = 
     if not spec.active:
         return 4 * channels * states
     return channels * packed_length(states, bits or spec.bits) + 2 * scale_count(spec, channels, states)
+
+
+def window_bytes(spec: StateSpec, window: int, row: int) -> int:
+    """Bytes that a replay window adds to a sequence of one layer: fp32 rows of the tokens since the last rounding.
+
+    Args:
+        spec: How states are quantized; states in float need no window.
+        window: R, tokens between two roundings.
+        row: Values of a token: ``dt x``, decay or dt, B.
+
+    Returns:
+        ``R - 1`` rows and an int32 number of tokens; 0 where every token rounds.
+    """
+    return (window - 1) * 4 * row + 4 if spec.active and window > 1 else 0

@@ -9,6 +9,7 @@ import torch
 
 from llmcompress.algorithms.decoupled_scales import state_bytes
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.state_memory import sequence_bytes
 from llmcompress.nn.mixers import attach
 from llmcompress.nn.states import PackedState, cache_bytes
 
@@ -17,6 +18,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "dsq": {"bits": 4, "codec": "dsq"},
     "dither": {"bits": 4, "codec": "dsq", "rounding": "dither"},
     "window": {"bits": 6, "codec": "dsq", "window": 4},
+    "window and dither": {"bits": 4, "codec": "dsq", "rounding": "dither", "window": 4},
+    "window and noise": {"bits": 8, "codec": "per_channel", "rounding": "stochastic", "window": 3},
     "refitted": {"bits": 4, "codec": "dsq_als"},
     "stochastic": {"bits": 8, "codec": "per_channel", "rounding": "stochastic", "seed": 5},
     "group32": {"bits": 4, "codec": "group32"},
@@ -63,14 +66,14 @@ def test_every_family_generates_the_same_in_both_ways(ssm_family: str, tiny: Any
         assert torch.equal(packed.sequences, generate(model, **options).sequences)
 
 
-@pytest.fixture
-def decoded_in_one_call(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+@pytest.fixture(params=["dsq", "window and dither"])
+def decoded_in_one_call(tiny: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """A model of a size whose decode step is one operator, here by its definition."""
     from llmcompress_kernels import cpu_state
 
     monkeypatch.setattr(cpu_state, "_kernels", lambda: None)
     sizes = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 32}
-    return quantized(tiny, "mamba2", POLICIES["dsq"], **sizes)
+    return quantized(tiny, "mamba2", POLICIES[request.param], **sizes)
 
 
 def test_beams_of_packed_and_float_states_are_the_same_to_the_last_bit(decoded_in_one_call: Any) -> None:
@@ -116,9 +119,84 @@ def test_memory_is_that_of_the_formula(tiny: Any) -> None:
     assert isinstance(held, PackedState)
     expected = 4 * 2 * 8 * state_bytes(held.quantizer.spec, 8, 16)
     assert measured.states == pytest.approx(expected, rel=0.02)
-    assert held.quantizer.nbytes * 4 == held.nbytes
     assert measured.convolution == 2 * 4 * (64 + 2 * 2 * 16) * 4 * 4
     assert measured.attention == 0
+
+
+@pytest.mark.parametrize("policy", ["dsq", "window", "window and dither", "window and noise"])
+def test_memory_tables_count_what_is_kept(policy: str, ssm_family: str, tiny: Any) -> None:
+    model, _ = quantized(tiny, ssm_family, POLICIES[policy])
+    cache = cache_of(generate(model))
+    expected, convolution, _ = sequence_bytes(layout_from_config(model.config.to_dict()), POLICIES[policy], 4)
+    measured = cache_bytes(cache)
+    assert measured.states == 4 * expected
+    assert measured.convolution == 4 * convolution
+    held = [h for layer in cache.layers for h in getattr(layer, "recurrent_states", {}).values()]
+    assert sum(h.quantizer.nbytes for h in held) == expected
+
+
+@pytest.mark.parametrize("codec", ["dsq", "per_channel"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_sequences_stand_at_their_own_places_of_windows(family: str, codec: str, tiny: Any) -> None:
+    """Sequences put together within their windows, moved and repeated go on as they do alone, in both forms."""
+    from transformers import DynamicCache
+
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 32} if family == "mamba2" else {}
+    model, runtime = quantized(tiny, family, {"bits": 4, "codec": codec, "window": 4}, **sizes)
+
+    def started(row: int, steps: int) -> Any:
+        cache = DynamicCache(config=model.config)
+        model(PROMPT[row : row + 1, :5], cache_params=cache, use_cache=True)
+        for at in range(steps):
+            model(PROMPT[row : row + 1, 5 + at, None], cache_params=cache, use_cache=True)
+        return cache
+
+    with torch.no_grad():
+        for packed in (True, False):
+            runtime.packed = packed
+            both, second = started(0, 1), started(1, 3)
+            for mine, other in zip(both.layers, second.layers):
+                mine.recurrent_states[0] = mine.recurrent_states[0].append(other.recurrent_states[0])
+                mine.conv_states[0] = torch.cat((mine.conv_states[0], other.conv_states[0]))
+            held = both.layers[0].recurrent_states[0]
+            assert held.count.tolist() == [1, 3]
+            if packed:
+                assert held.nbytes == 2 * held.quantizer.nbytes
+            alone = [started(0, 1), started(1, 3)]
+            both.batch_repeat_interleave(2)
+            both.batch_select_indices(torch.tensor([3, 0, 1]))
+            for word in PROMPT[2]:
+                found = model(word.expand(3, 1), cache_params=both, use_cache=True).logits
+                wanted = [model(word.view(1, 1), cache_params=one, use_cache=True).logits[0] for one in alone]
+                for row, one in enumerate((1, 0, 0)):
+                    torch.testing.assert_close(found[row], wanted[one], atol=1e-5, rtol=1e-5)
+            assert both.layers[0].recurrent_states[0].count.tolist() == [0, 2, 2]
+
+
+def test_more_of_a_prompt_within_a_window_rounds_at_its_end(tiny: Any) -> None:
+    """As the simulator with a longer prompt, but for the rounding at the end of the first part."""
+    from transformers import DynamicCache
+
+    model, _ = quantized(tiny, "mamba2", {"bits": 8, "codec": "dsq", "window": 4})
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(PROMPT[:, :3], cache_params=cache, use_cache=True)
+        for at in (3, 4):
+            model(PROMPT[:, at, None], cache_params=cache, use_cache=True)
+        held = cache.layers[0].recurrent_states[0]
+        assert held.count.tolist() == [2] * 4
+        before = held.load()
+        assert not torch.equal(before, held._stored())
+        model(PROMPT[:, 5:], cache_params=cache, use_cache=True)
+        whole = DynamicCache(config=model.config)
+        model(PROMPT, cache_params=whole, use_cache=True)
+        held, wanted = (one.layers[0].recurrent_states[0] for one in (cache, whole))
+        assert held.count.tolist() == [0] * 4
+        # replayed: without them the state would lack two tokens
+        assert float((held.load() - wanted.load()).norm() / wanted.load().norm()) < 0.03
+        cache.reset()
+        model(PROMPT[:, :3], cache_params=cache, use_cache=True)
+        assert cache.layers[0].recurrent_states[0].count.tolist() == [0] * 4
 
 
 def test_heads_of_different_widths_are_packed_apart(tiny: Any) -> None:

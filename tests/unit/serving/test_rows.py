@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.mixers import attach
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, SeparateRows
 
@@ -48,15 +50,29 @@ def prompts(lengths: tuple[int, ...] = (3, 9, 5, 6), vocabulary: int = 64) -> li
     return [torch.randint(3, vocabulary, (n,), generator=draws).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("family", (*MODELS, *HYBRIDS))
-def test_mixed_rows_are_each_alone(tiny: Any, family: str) -> None:
-    model = tiny.model(family)
+def check(model: Any, count: int) -> None:
+    """Both ways of transformers' modules write what each sequence writes alone."""
     mixed, separate = MixedRows(model, 8, 64), SeparateRows(model, 8, 64)
     assert disagrees(mixed, separate, (), 64) is None
     asked = prompts()
-    expected = [alone(model, prompt, 6) for prompt in asked]
-    assert decode(mixed, asked, 6) == expected
-    assert decode(separate, asked, 6) == expected
+    expected = [alone(model, prompt, count) for prompt in asked]
+    assert decode(mixed, asked, count) == expected
+    assert decode(separate, asked, count) == expected
+
+
+@pytest.mark.parametrize("family", (*MODELS, *HYBRIDS))
+def test_mixed_rows_are_each_alone(tiny: Any, family: str) -> None:
+    model = tiny.model(family)
+    check(model, 6)
+
+
+@pytest.mark.parametrize("codec", ["dsq", "per_channel"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "bamba", "zamba2"])
+def test_sequences_join_and_leave_within_replay_windows(tiny: Any, family: str, codec: str) -> None:
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 32} if family == "mamba2" else {}
+    model = tiny.model(family, **sizes)
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 8, "codec": codec, "window": 4})
+    check(model, 11)
 
 
 def dense(family: str, **changes: Any) -> Any:
