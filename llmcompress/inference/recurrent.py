@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import mamba2 as native
-from llmcompress_kernels.cpu_state import CONV_WIDTH
+from llmcompress_kernels.cpu_state import CONV_WIDTH, MAX_WINDOW
 from llmcompress_kernels.decode import Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
@@ -70,9 +70,9 @@ def _decline_states(model: PreTrainedModel) -> str | None:
         spec = quantizer.spec
         if not (quantizer.has_kernel and quantizer.one_width):
             return f"{name}: no kernel for states of codec {spec.codec} as it is set, or of several widths"
-        if quantizer.window != 1:
-            return f"{name}: states are rounded every {quantizer.window} tokens"
-    kinds = {(q.spec, q.static is None) for q in runtime.quantizers.values()}
+        if quantizer.window > MAX_WINDOW:
+            return f"{name}: a replay window of {quantizer.window} tokens, more than {MAX_WINDOW}"
+    kinds = {(q.spec, q.static is None, q.window) for q in runtime.quantizers.values()}
     return "the states of its layers are stored in different ways" if len(kinds) > 1 else None
 
 
@@ -225,7 +225,7 @@ class RecurrentEngine:
         return 0
 
     def held_bytes(self, slots: Sequence[int]) -> int:
-        """Bytes of the states of these sequences."""
+        """Bytes of the states of these sequences, the tokens of their replay windows included."""
         return self.states.nbytes // self.slots * len(slots)
 
     def profile(self, tokens: Tensor, repeats: int = 16) -> dict[str, float]:
@@ -277,6 +277,7 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
         limits=tuple(mixer.time_step_limit),
         head_planes=EXACT,
         dither=first is not None and first.dither,
+        window=1 if first is None else first.window,
     )
 
 

@@ -75,13 +75,25 @@ def test_a_dense_model_with_float_states_agrees(changes: dict[str, Any], prompt:
     assert engine.lengths == [0, len(tokens)]
 
 
-@pytest.mark.parametrize(("codec", "rounding"), [("dsq", "rtn"), ("dsq_refit", "rtn"), ("dsq", "dither")])
+STORED = [
+    ("dsq", "rtn", 1),
+    ("dsq_refit", "rtn", 1),
+    ("dsq", "dither", 1),
+    ("dsq", "dither", 4),
+    ("dsq_refit", "rtn", 3),
+]
+
+
+@pytest.mark.parametrize(("codec", "rounding", "window"), STORED)
 @pytest.mark.parametrize("bits", [4, 8])
 @torch.inference_mode()
-def test_a_packed_model_gives_the_same_codes(bits: int, codec: str, rounding: str, tiny: Any, tmp_path: Path) -> None:
+def test_a_packed_model_gives_the_same_codes(
+    bits: int, codec: str, rounding: str, window: int, tiny: Any, tmp_path: Path
+) -> None:
     """Step by step from the same states: a float32 sum in another order may move an int8 input, and with it a scale,
     across a rounding boundary; a dither, which the scale's last bit gives, then parts the two for good."""
-    policy, changes = {"bits": bits, "codec": codec, "rounding": rounding}, {"tie_word_embeddings": bits == 4}
+    policy = {"bits": bits, "codec": codec, "rounding": rounding, "window": window}
+    changes = {"tie_word_embeddings": bits == 4}
     model, tokens = packed(tiny, tmp_path, policy, codec == "dsq", **changes), IDS[:60]
     engine, cache, differ = RecurrentEngine(model), DynamicCache(config=model.config), []
     for at in range(39, len(tokens)):
@@ -96,11 +108,16 @@ def test_a_packed_model_gives_the_same_codes(bits: int, codec: str, rounding: st
             torch.testing.assert_close(mine.channel[index, 0], held.channel[0], rtol=2e-3, atol=0)
             mine.codes[index, 0], mine.channel[index, 0] = held.codes[0][0], held.channel[0]
             mine.scale[index, 0], mine.conv[index, 0] = held.state[0], layer.conv_states[0][0]
+            if window > 1:
+                filled = int(held.count[0])
+                assert filled == (at - 39) % window == int(mine.count[0])
+                mine.recent[index, 0, :filled] = held.recent[0, :filled]
     assert sum(differ) / len(differ) < 0.01
 
 
-def test_generation_takes_it_and_writes_the_same(tiny: Any, tmp_path: Path) -> None:
-    model = packed(tiny, tmp_path, {"bits": 4, "codec": "dsq"})
+@pytest.mark.parametrize("window", [1, 4])
+def test_generation_takes_it_and_writes_the_same(window: int, tiny: Any, tmp_path: Path) -> None:
+    model = packed(tiny, tmp_path, {"bits": 4, "codec": "dsq", "window": window})
     prompts = [IDS[:9].tolist(), IDS[9:14].tolist(), IDS[20:61].tolist()]
     own, theirs = Generator(model), Generator(model, "transformers")
     assert (own.engine, own.reason) == ("native", None)
@@ -113,17 +130,27 @@ def test_generation_takes_it_and_writes_the_same(tiny: Any, tmp_path: Path) -> N
     assert [one.tokens for one in sampled[0]] == [one.tokens for one in sampled[1]]
 
 
-def test_serving_takes_it(tiny: Any, tmp_path: Path) -> None:
-    model = packed(tiny, tmp_path, {"bits": 4, "codec": "dsq"})
-    engine = RecurrentEngine(model, slots=3)
-    rows = NativeRows(engine, 3, 1000)
-    first = rows.join(7, IDS[:12].tolist(), None, 20)
-    rows.join(8, IDS[12:15].tolist(), None, 20)
-    assert rows.held_bytes() * 3 == engine.states.nbytes * 2
-    together = rows.step({7: int(first.argmax()), 8: 5})
-    rows.leave(8)
-    alone = natively(RecurrentEngine(model), torch.cat((IDS[:12], first.argmax()[None])), 12)
-    assert torch.equal(together[7], alone[1])
+@pytest.mark.parametrize("window", [1, 4])
+def test_serving_takes_it(window: int, tiny: Any, tmp_path: Path) -> None:
+    """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
+    model = packed(tiny, tmp_path, {"bits": 4, "codec": "dsq", "rounding": "dither", "window": window})
+    engine = RecurrentEngine(model, slots=2)
+    rows, texts = NativeRows(engine, 2, 1000), {7: IDS[:24], 8: IDS[30:48], 9: IDS[50:66]}
+    prompts, starts, stops = {7: 12, 8: 3, 9: 5}, {7: 0, 8: 2, 9: 5}, {7: 12, 8: 5, 9: 12}
+    found: dict[int, list[torch.Tensor]] = {key: [] for key in texts}
+    for turn in range(12):
+        for key in (key for key, stop in stops.items() if stop == turn):
+            rows.leave(key)
+        for key in (key for key, start in starts.items() if start == turn):
+            found[key].append(rows.join(key, texts[key][: prompts[key]].tolist(), None, 30).clone())
+        alive = [key for key in texts if starts[key] <= turn < stops[key]]
+        assert rows.held_bytes() * 2 == engine.states.nbytes * len(alive)
+        taken = {key: int(texts[key][prompts[key] + turn - starts[key]]) for key in alive}
+        for key, logits in rows.step(taken).items():
+            found[key].append(logits)
+    for key, logits in found.items():
+        alone = natively(RecurrentEngine(model), texts[key][: prompts[key] + len(logits) - 1], prompts[key])
+        assert torch.equal(torch.stack(logits), alone)
 
 
 def test_more_sequences_need_more_room(tiny: Any) -> None:
@@ -149,7 +176,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
     ({"hidden_size": 40, "num_heads": 5, "n_groups": 1}, None, "hidden size 40"),
     ({}, {"bits": 4, "codec": "per_channel"}, "per_channel"),
     ({}, {"bits": 6, "codec": "dsq"}, "several widths"),
-    ({}, {"bits": 4, "codec": "dsq", "window": 4}, "every 4 tokens"),
+    ({}, {"bits": 4, "codec": "dsq", "window": 65}, "window of 65 tokens"),
 ]
 
 
