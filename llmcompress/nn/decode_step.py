@@ -1,8 +1,8 @@
 """A decode step or a prompt of a Mamba-2 mixer in three calls: in_proj, everything between, out_proj.
 
-For mixers whose forward is that of Mamba-2 without additions (no multipliers, gate before the norm), with fp32
-activations and a packed state, on a CPU: Triton's operator for one token has not been followed through a model on a GPU
-yet. All others go through transformers' own forward.
+For mixers whose forward is that of Mamba-2 without additions (no multipliers, gate before the norm) and a packed state:
+a token on a CPU, with fp32 activations, and on a GPU; a prompt on a CPU. All others go through transformers' own
+forward.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PLAIN = frozenset({"Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer"})
 CONV_WIDTH = 4
+# what activations may be on a device; the C++ kernels know fp32 only
+TOKEN_TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class DecodeStep:
@@ -55,18 +57,18 @@ class DecodeStep:
 
     def fits_prompt(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         """Whether this pass is a prompt, or more of one, whose last state is stored in a cache; as :meth:`fits`."""
-        return cache is not None and hidden.shape[1] > 1 and self._runs(hidden, cache, quantizer, rest)
+        on_cpu = hidden.device.type == "cpu"
+        return cache is not None and hidden.shape[1] > 1 and on_cpu and self._runs(hidden, cache, quantizer, rest)
 
     def _runs(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         mixer = self.mixer
         return bool(
             self.plain
-            and hidden.dtype == torch.float32
+            and hidden.dtype in TOKEN_TYPES.get(hidden.device.type, ())
             and quantizer.has_kernel
             and quantizer.one_width
-            and hidden.device.type == "cpu"
             and all(value is None for value in rest)
-            and mixer.A_log.dtype == torch.float32
+            and mixer.A_log.dtype in TOKEN_TYPES[hidden.device.type]
             and not torch.is_grad_enabled()
             and not cache.is_recording_past(mixer.layer_idx)
         )

@@ -1,0 +1,92 @@
+"""A decode step of a packed Mamba-2 by the GPU's three launches, under Triton's interpreter, through generate()."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmcompress_kernels import gpu
+
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn import decode_step
+from llmcompress.nn.mixers import attach
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is not set", allow_module_level=True)
+if triton.__version__ < "3.9" and np.__version__ >= "2.4":
+    pytest.skip("the interpreter of this triton needs numpy < 2.4", allow_module_level=True)
+
+SIZES = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 32}
+PROMPT = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(0))
+TOKENS = 7
+
+
+def generate(model: Any) -> Any:
+    return model.generate(
+        PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=TOKENS, do_sample=False,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
+def quantized(tiny: Any, **policy: Any) -> Any:
+    model = tiny.model("mamba2", **SIZES)
+    model.generation_config.eos_token_id = None
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq", **policy})
+    return model
+
+
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[Any]:
+    """Decode as tensors of a GPU would be, from now on; filled with the calls."""
+    calls = []
+
+    def decode(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return gpu.mamba2_decode(*arguments)
+
+    monkeypatch.setattr(gpu, "no_triton", lambda: None)
+    monkeypatch.setenv("LLMCOMPRESS_KERNELS", "triton")
+    monkeypatch.setattr(decode_step, "TOKEN_TYPES", {"cpu": (dtype,)})
+    monkeypatch.setattr(decode_step.DecodeStep, "fits_prompt", lambda *_: False)
+    monkeypatch.setattr(decode_step.kernels, "mamba2_decode", decode)
+    return calls
+
+
+def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+
+
+@pytest.mark.parametrize("policy", [{}, {"rounding": "dither", "window": 3}])
+def test_three_launches_generate_what_transformers_forward_does(
+    monkeypatch: pytest.MonkeyPatch, tiny: Any, policy: dict[str, Any]
+) -> None:
+    model = quantized(tiny, **policy)
+    monkeypatch.setattr(decode_step, "TOKEN_TYPES", {})
+    plain = generate(model)
+    calls = on_the_gpu(monkeypatch, torch.float32)
+    found = generate(model)
+    assert len(calls) == (TOKENS - 1) * model.config.num_hidden_layers
+    assert torch.equal(found.sequences, plain.sequences)
+    # a value between two codes may go the other way, because sums have another order
+    assert max(map(apart, found.logits, plain.logits)) < 2e-3
+
+
+def test_sixteen_bits_are_as_near_to_fp32_as_transformers_forward(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """They are not the same: what transformers rounds to 16 bits in between stays in fp32."""
+    model = quantized(tiny, rounding="dither").bfloat16()
+    monkeypatch.setattr(decode_step, "TOKEN_TYPES", {})
+    plain, exact = generate(model), generate(model.float())
+    calls = on_the_gpu(monkeypatch, torch.bfloat16)
+    found = generate(model.bfloat16())
+    assert calls
+    begin = PROMPT.shape[1]
+    agree = [
+        t
+        for t in range(1, TOKENS)
+        if all(torch.equal(one.sequences[:, : begin + t], exact.sequences[:, : begin + t]) for one in (plain, found))
+    ]
+    assert len(agree) >= 3
+    errors = [sum(apart(one.logits[t], exact.logits[t]) for t in agree) for one in (found, plain)]
+    assert errors[0] < 1.2 * errors[1]
