@@ -194,6 +194,19 @@ def test_a_window_of_many_tokens_and_sequences(windows) -> None:
     assert held[4][:4].tolist() == [5, 0, 2, 9]
 
 
+def test_windows_of_more_heads_than_a_block_has_warps(windows) -> None:
+    """Several blocks share a group and its sequence's count; the last has fewer heads."""
+    windows.llmcompress_replay_emulation(1, 13)
+    heads, rows = 12, 3
+    codes, channel, side = definition.dsq_pack(torch.randn(2, heads, P, 64), None, 4)
+    recent = torch.full((2, rows, heads * (P + 1) + 64), torch.nan)
+    held = [codes, channel, side, recent, torch.zeros(2, dtype=torch.int32)]
+    for t in range(rows + 2):
+        token = (torch.randn(2, heads, P), torch.rand(2, heads), torch.randn(2, 1, 64), torch.randn(2, 1, 64))
+        within_a_window(windows, held, None, token, False, 1 + t % 2)
+    assert held[4].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(("scale", "reader"), [(1e-30, 1e30), (1e-9, 1), (1e-6, 1e-30), (1e9, 1e9), (1e25, 1)])
 def test_windows_at_the_ends_of_fp16(windows, scale: float, reader: float) -> None:
     """Codes whose quotients are near the middle between two, and read-outs far beyond what fp16 holds."""

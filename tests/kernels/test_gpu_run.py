@@ -279,8 +279,8 @@ def test_replay_windows_give_the_definitions_codes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 16])
-def test_mixer_of_one_token(bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("bits", "window"), [(4, 1), (4, 3), (16, 1)])
+def test_mixer_of_one_token(bits: int, window: int, dtype: torch.dtype) -> None:
     torch.manual_seed(bits)
     sequences, heads, channels, states, groups = 3, 8, 64, 128, 2
     inner, width = heads * channels, heads * channels + 2 * groups * states
@@ -290,18 +290,25 @@ def test_mixer_of_one_token(bits: int, dtype: torch.dtype) -> None:
     conv = torch.randn(sequences, width, 4, device="cuda", dtype=dtype)
     floats = torch.randn(sequences, heads, channels, states, device="cuda")
     held = (*state.dsq_pack(floats, None, bits), None, None) if bits < 16 else (None, None, None, None, floats)
+    kept: tuple[torch.Tensor, ...] = ()
+    if window > 1:
+        recent = torch.zeros(sequences, window - 1, inner + heads + groups * states, device="cuda")
+        kept = (recent, torch.arange(sequences, dtype=torch.int32, device="cuda") % window)
     theirs, other = tuple(None if t is None else t.clone() for t in held), conv.clone()
-    for _ in range(2):
+    their_kept = [t.clone() for t in kept]
+    for _ in range(window + 1):
         projected = torch.randn(sequences, inner + width + heads, device="cuda", dtype=dtype)
         tail = (groups, states, bits, 1e-5, False, bits < 16)
-        found = state.mamba2_decode(projected, conv, *weights, *held, *tail)
-        wanted = state_definition.mamba2_decode(projected, other, *weights, *theirs, *tail)
+        found = state.mamba2_decode(projected, conv, *weights, *held, *tail, *kept)
+        wanted = state_definition.mamba2_decode(projected, other, *weights, *theirs, *tail, *their_kept)
         limits = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(found, wanted, **limits)
         assert torch.equal(conv, other)
         for mine, expected in zip(held, theirs):
             if mine is not None and mine.dtype == torch.uint8:
                 assert (mine != expected).float().mean() < 1e-2  # exponentials differ in their last bit
+            if mine is not None:
+                expected.copy_(mine)  # and what differs would go on
 
 
 def test_scan_is_differentiable() -> None:

@@ -6,7 +6,9 @@
 // The first sum is a product of matrices: a code is a subnormal fp16 number where it stands, code + 8 over 2^24, or 16
 // times that, so two of them take one LOP3. What they are multiplied by, step C in whatever unit brings the largest to
 // 2^14, comes in two fp16 parts, which are columns of one product; 16 times too much is taken back there. Sums and products
-// are fp32 within the tensor cores. (B_j·C) is the same for all heads of a group, so the warps of a block share them.
+// are fp32 within the tensor cores. PTX promises nothing about subnormal operands; the tensor cores since Volta take them as
+// they are (Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores), and the GPU tests would show one that does not.
+// (B_j·C) is the same for all heads of a group, so the warps of a block share them.
 #pragma once
 
 #include "call.h"
