@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def check_state(variant: int, bits: int, calibrated: bool) -> float:
     return worst
 
 
-def check_windows(variant: int, window: int) -> float:
+def check_windows(variant: int, readers: int, window: int) -> float:
     """Error of the read-out over two windows, sequences at different places; raises where what is kept differs."""
     torch.manual_seed(window)
     sequences, heads, channels, states = 37, 80, 64, 128
@@ -96,7 +97,7 @@ def check_windows(variant: int, window: int) -> float:
             *(torch.randn(sequences, 2, states, device="cuda") for _ in "bc"),
         )
         how = (*token, 4, False, True)
-        found = cuda_state.dsq_replay_update(*held[:3], None, *held[3:], *how, variant=variant)
+        found = cuda_state.dsq_replay_update(*held[:3], None, *held[3:], *how, variant=variant, readers=readers)
         wanted = state_definition.dsq_replay_update(*expected[:3], None, *expected[3:], *how)
         worst = max(worst, ((found - wanted).norm() / wanted.norm()).item())
         for mine, exact, name in zip(held, expected, ("codes", "channel", "scale", "recent", "count")):
@@ -128,9 +129,9 @@ def time_states(batch: int, rate: float) -> dict[str, Any]:
                 ]
     held = [dsq_pack(torch.randn(batch, heads, p, n, device="cuda"), None, 4) for _ in candidates["dsq4_1"]]
     for window in gpu_state.WINDOWS:
-        for variant in WINDOW_VARIANTS:
-            run = partial(cuda_state.dsq_replay_update, variant=variant)
-            name = f"dsq4_w{window}_{variant}"
+        for variant, readers in product(WINDOW_VARIANTS, cuda_state.READERS):
+            run = partial(cuda_state.dsq_replay_update, variant=variant, readers=readers)
+            name = f"dsq4_w{window}_{variant}_{readers}"
             candidates[name] = gpu_state.window_calls(held, window, drive, decay, b, c, update=run)
     times = replay(candidates, 15)
     floor = {f"floor{bits}": 2 * batch * heads * (p * n * bits // 8 + 2 * (p + n)) / rate * 1e6 for bits in (4, 8)}
@@ -199,9 +200,8 @@ def main() -> int:
         for bits in (4, 8):
             for calibrated in (False, True):
                 tried(f"state {variant} {bits} bits {calibrated}", check_state, variant, bits, calibrated)
-    for variant in WINDOW_VARIANTS:
-        for window in gpu_state.WINDOWS:
-            tried(f"windows of {window}, {variant}", check_windows, variant, window)
+    for variant, readers, window in product(WINDOW_VARIANTS, cuda_state.READERS, gpu_state.WINDOWS):
+        tried(f"windows of {window}, {variant} {readers}", check_windows, variant, readers, window)
     for config in CONFIGS:
         for tokens in (1, 8):
             tried(f"tree {config} {tokens}", check_tree, config, torch.bfloat16, tokens)

@@ -145,12 +145,14 @@ def test_the_state_scale_over_the_largest_code_is_rounded_correctly(emulation) -
         assert torch.equal(torch.tensor(found), every / most)
 
 
-def within_a_window(library, held, fixed, given, dither: bool, variant: int) -> None:
+def within_a_window(library, held, fixed, given, dither: bool, variant: int, readers: int = 4) -> None:
     """One token by both; everything that is kept to the last bit."""
     expected = [None if t is None else t.clone() for t in held]
     how = (4, False, dither)
     assert kernels.verify_replay(*held[:3], fixed, *held[3:], *given, *how) is None
-    found = kernels.dsq_replay_update(*held[:3], fixed, *held[3:], *given, *how, library=library, variant=variant)
+    found = kernels.dsq_replay_update(
+        *held[:3], fixed, *held[3:], *given, *how, library=library, variant=variant, readers=readers
+    )
     wanted = definition.dsq_replay_update(*expected[:3], fixed, *expected[3:], *given, *how)
     assert wanted.isfinite().all()
     # a sum of codes is off by so much of what codes of 1 give
@@ -175,7 +177,9 @@ def test_windows(windows, states: int, window: int, dither: bool, late: bool, ca
     for t in range(window + 2):
         first = t % 2  # the first sequence stands still now and then
         part = [None if x is None else x[first:] for x in held]
-        within_a_window(windows, part, fixed, [x[first:] for x in inputs(sequences, states)], dither, 1 + t % 2)
+        within_a_window(
+            windows, part, fixed, [x[first:] for x in inputs(sequences, states)], dither, 1 + t % 2, 4 + 4 * first
+        )
     assert len(set(held[4].tolist())) > 1 or window == 2
 
 
@@ -194,16 +198,17 @@ def test_a_window_of_many_tokens_and_sequences(windows) -> None:
     assert held[4][:4].tolist() == [5, 0, 2, 9]
 
 
-def test_windows_of_more_heads_than_a_block_has_warps(windows) -> None:
+@pytest.mark.parametrize("readers", kernels.READERS)
+def test_windows_of_more_heads_than_a_block_has_warps(windows, readers: int) -> None:
     """Several blocks share a group and its sequence's count; the last has fewer heads."""
     windows.llmcompress_replay_emulation(1, 13)
-    heads, rows = 12, 3
+    heads, rows = 12 if readers == 8 else 20, 3
     codes, channel, side = definition.dsq_pack(torch.randn(2, heads, P, 64), None, 4)
     recent = torch.full((2, rows, heads * (P + 1) + 64), torch.nan)
     held = [codes, channel, side, recent, torch.zeros(2, dtype=torch.int32)]
     for t in range(rows + 2):
         token = (torch.randn(2, heads, P), torch.rand(2, heads), torch.randn(2, 1, 64), torch.randn(2, 1, 64))
-        within_a_window(windows, held, None, token, False, 1 + t % 2)
+        within_a_window(windows, held, None, token, False, 1 + t % 2, readers)
     assert held[4].tolist() == [1, 1]
 
 
@@ -295,19 +300,23 @@ def test_windows_compile_without_spills(tmp_path) -> None:
     with ThreadPoolExecutor(2) as pool:
         parts = pool.map(lambda arch: machine_code.instances("state/replay.cu", arch, tmp_path), (80, 90))
         found = [one for part in parts for one in part]
-    readers = [one for one in found if len(one.numbers) == 2]
+    readers = [one for one in found if len(one.numbers) == 4]
     assert {(one.arch, *one.numbers) for one in readers} == {
-        (arch, states, fixed) for arch in (80, 90) for states in (64, 128) for fixed in (0, 1)
+        (arch, states, fixed, warps, blocks)
+        for arch in (80, 90)
+        for states in (64, 128)
+        for fixed in (0, 1)
+        for warps, blocks in zip(kernels.READERS, (4, 2))
     }
     for one in readers:
         counts, each = one.counts(), P * one.numbers[0] // 32
         assert (one.spills, one.stack) == (0, 0), one
-        assert one.registers <= 128, one.numbers  # two blocks of eight warps
+        assert 32 * one.numbers[2] * one.numbers[3] * -(-one.registers // 8) * 8 <= 65536, one.numbers
         assert counts["HMMA"] == 2 * each // 16, one.numbers
         # two codes take one; the rest of a head is counted with its loops unrolled
         assert counts["LOP3"] <= each // 2 + 40, one.numbers
         assert counts.total() <= 1100, one.numbers
-    rounders = [one for one in found if len(one.numbers) > 2]
+    rounders = [one for one in found if len(one.numbers) > 4]
     assert {(one.arch, *one.numbers) for one in rounders} == {
         (arch, 4, states, 4, lanes, fixed, 4, dither, 1)
         for arch in (80, 90)

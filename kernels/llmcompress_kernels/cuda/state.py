@@ -24,6 +24,8 @@ FULL = 4096
 
 # of windows; MOST_ROWS of window.cuh
 REPLAY_BITS, MOST_ROWS, MOST_SEQUENCES = 4, 15, 65535
+# warps of a block that reads; which is faster nobody has measured yet
+READERS = (4, 8)
 
 libraries.register(FAMILY, "state/update.cu")
 libraries.register(REPLAY, "state/replay.cu")
@@ -173,11 +175,12 @@ def dsq_replay_update(
     dither: bool = False,
     library: Any = None,
     variant: int | None = None,
+    readers: int = READERS[0],
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_replay_update`, which :func:`verify_replay` has accepted.
 
-    Two launches: one for the sequences that are rounded, by ``variant``, and one for the others. ``library`` as in
-    :func:`dsq_state_update`.
+    Two launches: one for the sequences that are rounded, by ``variant``, and one for the others, by blocks of so many
+    ``readers``. ``library`` as in :func:`dsq_state_update`.
 
     Raises:
         BuildError: The kernels cannot be built.
@@ -191,6 +194,6 @@ def dsq_replay_update(
         *(t.data_ptr() for t in (recent, count, arrived)),
         recent.shape[1], sequences, b.shape[1], recent.shape[2],
     )  # fmt: skip
-    chosen = (_variant(drive) if variant is None else variant,)
+    chosen = (_variant(drive) if variant is None else variant, readers)
     libraries.launch(REPLAY, "llmcompress_replay", "llmcompress_replay_update", call, chosen, drive, library)
     return out

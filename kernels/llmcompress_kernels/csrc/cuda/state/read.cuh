@@ -16,8 +16,8 @@
 
 namespace llmcompress::gpu {
 
-template <int N_, bool FIXED_> struct ReadShape {
-    static constexpr int P = 64, N = N_, WARPS = 8, THREADS = 32 * WARPS;
+template <int N_, bool FIXED_, int WARPS_, int BLOCKS_> struct ReadShape {
+    static constexpr int P = 64, N = N_, WARPS = WARPS_, THREADS = 32 * WARPS, BLOCKS = BLOCKS_; // of a multiprocessor
     static constexpr bool FIXED = FIXED_;
     static constexpr int WORDS = N / 32, ROW = N / 2;     // words of a row that a lane has; bytes of a row
     static constexpr int FACTORS = 16 * WORDS + 16;       // bytes of a lane's factors, shifted by four banks
@@ -218,7 +218,7 @@ template <class S> struct Reader {
 };
 
 // Grid: for every group as many blocks as its heads need, and sequences. Also advances the windows of all sequences.
-template <class S> __global__ void __launch_bounds__(S::THREADS, 2) read_kernel(const __grid_constant__ ReplayCall call) {
+template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) read_kernel(const __grid_constant__ ReplayCall call) {
     Reader<S> reader(call, shared_memory());
     const bool reads = reader.filled < call.rows;
     if (reads) {

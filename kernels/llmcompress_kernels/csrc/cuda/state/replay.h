@@ -20,23 +20,26 @@ template <class S> int launch_reading(const ReplayCall& call, void* stream) {
     return start(read_kernel<S>, unsigned(blocks), unsigned(call.sequences), S::THREADS, S::bytes(call.rows), call, stream);
 }
 
-template <int N, bool FIXED, bool DITHER> int launch_replay(const ReplayCall& call, int variant, void* stream) {
+template <int N, bool FIXED, bool DITHER> int launch_replay(const ReplayCall& call, int variant, int warps, void* stream) {
     const int code = variant == 1 ? launch_rounding<StateShape<4, N, 4, 8, FIXED, 4, DITHER, true>>(call, stream)
                                   : launch_rounding<StateShape<4, N, 4, 4, FIXED, 4, DITHER, true>>(call, stream);
-    return code != 0 ? code : launch_reading<ReadShape<N, FIXED>>(call, stream);
+    if (code != 0) return code;
+    return warps == 4 ? launch_reading<ReadShape<N, FIXED, 4, 4>>(call, stream) : launch_reading<ReadShape<N, FIXED, 8, 2>>(call, stream);
 }
 
-template <int N> int launch_replay(const ReplayCall& call, int variant, void* stream) {
-    if (call.dither) return call.fixed ? launch_replay<N, true, true>(call, variant, stream) : launch_replay<N, false, true>(call, variant, stream);
-    return call.fixed ? launch_replay<N, true, false>(call, variant, stream) : launch_replay<N, false, false>(call, variant, stream);
+template <int N> int launch_replay(const ReplayCall& call, int variant, int warps, void* stream) {
+    if (call.dither)
+        return call.fixed ? launch_replay<N, true, true>(call, variant, warps, stream) : launch_replay<N, false, true>(call, variant, warps, stream);
+    return call.fixed ? launch_replay<N, true, false>(call, variant, warps, stream) : launch_replay<N, false, false>(call, variant, warps, stream);
 }
 
 } // namespace llmcompress::gpu
 
-// 0, or the error of a launch; variant 1 or 2, as llmcompress_state_update has them.
-LLMCOMPRESS_EXPORT int llmcompress_replay_update(const llmcompress::gpu::ReplayCall* call, int variant, void* stream) {
+// 0, or the error of a launch; variant 1 or 2, as llmcompress_state_update has them, and 4 or 8 warps that read.
+LLMCOMPRESS_EXPORT int llmcompress_replay_update(const llmcompress::gpu::ReplayCall* call, int variant, int warps, void* stream) {
     using namespace llmcompress::gpu;
-    if (call->bits != 4 || call->rows < 1 || call->rows > MOST_ROWS || (variant != 1 && variant != 2)) return -3;
-    if (call->states == 128) return launch_replay<128>(*call, variant, stream);
-    return call->states == 64 ? launch_replay<64>(*call, variant, stream) : -3;
+    if (call->bits != 4 || call->rows < 1 || call->rows > MOST_ROWS) return -3;
+    if ((variant != 1 && variant != 2) || (warps != 4 && warps != 8)) return -3;
+    if (call->states == 128) return launch_replay<128>(*call, variant, warps, stream);
+    return call->states == 64 ? launch_replay<64>(*call, variant, warps, stream) : -3;
 }
