@@ -30,7 +30,7 @@ from llmcompress.models.assemble import attach_policies, prepare_policies
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family_artifact import FamilyArtifact, is_family
 from llmcompress.models.handle import align, load_tokenizer, transformers_config
-from llmcompress.models.paths import ADAPTER, resolve_path
+from llmcompress.models.paths import ADAPTER, model_folder
 from llmcompress.models.quantization_config import METHOD, VERSION, from_json
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
@@ -125,7 +125,7 @@ def load(
     """Load an artifact of this tool, or a plain dense model folder.
 
     Args:
-        path: Folder, or ``asset:NAME``.
+        path: Folder, the folder of a run, or ``asset:NAME``.
         dtype: Type of dense tensors and activations; that of the files by default. Packed tensors keep theirs.
         device: Where to put the model; the CPU by default.
         member: Which model of a family.
@@ -138,7 +138,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    folder = resolve_path(str(path))
+    folder = model_folder(str(path))
     if is_family(folder):
         return _load_member(folder, member, dtype, device)
     if member is not None:

@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from llmcompress import __version__
 from llmcompress.cli import (
     bench,
     doctor,
@@ -34,19 +35,39 @@ from llmcompress.cli import (
 )
 from llmcompress.cli import command as commands
 from llmcompress.cli.failures import translate
+from llmcompress.cli.help import tidy
 from llmcompress.cli.output import Output
 from llmcompress.distributed.world import LAUNCHED, PeerLost
 from llmcompress.errors import ExitCode, Interrupted, LLMCompressError
 
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="llmcompress",
     help="Compress large language models from YAML recipes.",
-    epilog="Start with: llmcompress run quickstart",
+    epilog="Start with: llmcompress run quickstart\n\n"
+    "Your own model: llmcompress plan gptq model.path=FOLDER, then run; others: llmcompress recipes ls",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_CONTEXT,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        commands.current.write(f"llmcompress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 for part in (run, sweep, plan, recipes, inspect, evaluate, export, family, generate, serve, bench, report, doctor):
     part.register(app)
 
@@ -104,7 +125,9 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     # the command itself replaces this once its options are parsed
     commands.current = Output("--json" in words, "--quiet" in words, "--debug" in words)
     try:
-        code = typer.main.get_command(app).main(args=words, prog_name="llmcompress", standalone_mode=False)
+        code = tidy(typer.main.get_command(app), _CONTEXT).main(
+            args=words, prog_name="llmcompress", standalone_mode=False
+        )
     except LLMCompressError as error:
         return _expected(error)
     except _ClickError as error:

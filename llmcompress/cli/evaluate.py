@@ -9,10 +9,11 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_recipe
-from llmcompress.cli.inspect import look, model_folder
+from llmcompress.cli.inspect import look
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import figure
 from llmcompress.errors import RecipeError, UsageError
+from llmcompress.models.paths import model_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,9 @@ HELD_OUT = "asset:text/heldout.jsonl.gz"
 TextOption = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="FILE", help="Text (.txt, .jsonl, .parquet) for perplexity; may be repeated."),
+]
+FieldOption = Annotated[
+    str, typer.Option("--field", metavar="NAME", help="Field of a row that holds the text; chats need none.")
 ]
 LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
 TokensOption = Annotated[
@@ -56,6 +60,7 @@ def evaluate(
     out: Output,
     path: ModelArgument,
     text: TextOption = None,
+    field: FieldOption = "text",
     length: LengthOption = 512,
     max_tokens: TokensOption = None,
     task: TaskOption = None,
@@ -66,7 +71,7 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
-    config = _from_recipe(recipe) if recipe else settings(text, length, max_tokens, task, tasks_dir, limit)
+    config = _from_recipe(recipe) if recipe else settings(text, length, max_tokens, task, tasks_dir, limit, field)
     model_folder(path)
     rows = _measure_one(out, path, config, dtype, device)
     data = {"path": path, "metrics": [_compact(row, "value") for row in rows]}
@@ -80,6 +85,7 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="Run folder, or model (the reference).")],
     second: Annotated[str, typer.Argument(metavar="B", help="Run folder, or model.")],
     text: TextOption = None,
+    field: FieldOption = "text",
     length: LengthOption = 512,
     max_tokens: TokensOption = None,
     task: TaskOption = None,
@@ -95,7 +101,7 @@ def compare(
     if all(runs):
         _compare_runs(out, Path(first), Path(second))
         return
-    config = settings(text, length, max_tokens, task, tasks_dir, limit, fidelity=True)
+    config = settings(text, length, max_tokens, task, tasks_dir, limit, field, fidelity=True)
     rows = _measure_two(out, first, second, config, dtype, device)
     sizes = [look(model_folder(name)) for name in (first, second)]
     data = {
@@ -125,35 +131,42 @@ def settings(
     task: list[str] | None,
     tasks_dir: str | None,
     limit: int | None,
+    field: str = "text",
     fidelity: bool = False,
 ) -> EvaluateConfig:
     """An evaluate section from command-line options."""
     from llmcompress.stages.evaluate import EvaluateConfig
 
     files = text or ([] if task else [HELD_OUT])
-    perplexity = {
-        _name(file, files): {"source": source(file), "length": length, "max_tokens": max_tokens} for file in files
+    texts = {
+        _name(file, files): {"source": source(file, field), "template": "auto", "length": length} for file in files
     }
+    perplexity = {name: {**section, "max_tokens": max_tokens} for name, section in texts.items()}
     section: dict[str, Any] = {
         "type": "evaluate", "perplexity": perplexity, "tasks": task or [], "tasks_dir": tasks_dir, "limit": limit,
     }  # fmt: skip
     if fidelity and files:
-        section["fidelity"] = {"source": source(files[0]), "length": length, "samples": 16, "allow_fewer": True}
+        section["fidelity"] = {**texts[_name(files[0], files)], "samples": 16, "allow_fewer": True}
     return EvaluateConfig.model_validate(section)
 
 
-def source(file: str) -> dict[str, Any]:
+def source(file: str, field: str = "text") -> dict[str, Any]:
     """Source section for a text file, by its extension.
+
+    Args:
+        file: The file.
+        field: Field of its rows that holds the text, where it has rows.
 
     Raises:
         UsageError: The extension says nothing.
     """
-    name = file.removesuffix(".gz").removesuffix(".xz")
-    kinds = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".raw": "text"}
-    kind = kinds.get(Path(name).suffix)
-    if kind is None:
-        raise UsageError(f"--text {file}: unknown kind of text", "use a .txt, .jsonl or .parquet file")
-    return {"kind": kind, "path": file}
+    from llmcompress.data.sources import named_source
+
+    try:
+        section = named_source(file)
+    except ValueError as error:
+        raise UsageError(f"--text {file}: unknown kind of text", "use a .txt, .jsonl or .parquet file") from error
+    return section if section["kind"] == "text" else {**section, "field": field}
 
 
 def _name(file: str, files: list[str]) -> str:

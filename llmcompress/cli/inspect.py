@@ -14,6 +14,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import read_object
 from llmcompress.errors import InputError
+from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
 
 if TYPE_CHECKING:
@@ -100,27 +101,6 @@ def inspect(
     """Show what a model folder or artifact holds, without reading its weights."""
     found = look(model_folder(path))
     out.result(found, lambda screen: _show(found, screen))
-
-
-def model_folder(text: str) -> Path:
-    """Folder of a model: the one named, or the artifact of the run it names.
-
-    Raises:
-        InputError: There is no model.
-    """
-    from llmcompress.models.paths import no_model_folder, resolve_path
-
-    path = resolve_path(text, None)
-    if not path.is_dir():
-        raise no_model_folder(text)
-    if not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
-        path = path / "artifact"
-    if not (path / "config.json").is_file():
-        hint = "finish the run first: llmcompress resume " + text if (path / "run.json").exists() else None
-        if hint is None and (ggufs := sorted(path.glob("*.gguf"))):
-            hint = f"{ggufs[0].name} is for llama.cpp and the like; give the folder it was exported from"
-        raise InputError(f"{text}: no config.json there", hint or "give a folder in the Hugging Face layout")
-    return path
 
 
 def look(path: Path) -> Inspection:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.cli.inspect import model_folder
 from llmcompress.cli.run import read_object
 from llmcompress.errors import InputError, UsageError
+from llmcompress.models.paths import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmcompress.errors import ExitCode
     from llmcompress.pipeline.sinks import Sink
 
-# rich assumes 80 columns when it cannot ask a terminal; logs and pipes need no such limit
+# rich assumes 80 columns when it cannot ask a terminal; logs need no such limit
 PIPE_WIDTH = 160
 
 
@@ -101,7 +101,18 @@ def console(stream: Any) -> Console:
     """A rich console on ``stream``; rich itself honours ``NO_COLOR`` and leaves pipes uncoloured."""
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH)
+    return Console(file=stream, width=None if stream.isatty() else _pipe_width())
+
+
+def _pipe_width() -> int:
+    """Columns of a stream that is no terminal: ``COLUMNS``, else those of the terminal behind a pager or ``head``."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    try:
+        return os.get_terminal_size(sys.__stderr__.fileno()).columns if sys.__stderr__ else PIPE_WIDTH
+    except (OSError, ValueError):
+        return PIPE_WIDTH
 
 
 def _stderr(text: str) -> None:
@@ -152,10 +163,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
 
 
 def bytes_text(count: float | None) -> str:
-    """``812 B``, ``3.4 kB``, ``12.0 MB``, ``1.37 GB`` (powers of 1000)."""
+    """``812 B``, ``3.4 kB``, ``12 MB``, ``1.37 GB``, ``16 TB`` (powers of 1000)."""
     if count is None:
         return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"

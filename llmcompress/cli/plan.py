@@ -36,14 +36,15 @@ def register(app: typer.Typer) -> None:
 def validate(
     out: Output, recipe: RecipeArgument, overrides: OverridesArgument = None, config: ConfigOption = None
 ) -> None:
-    """Check a recipe: grammar, order of stages and, where the model is at hand, that every rule matches."""
-    from llmcompress.models.registry import layout_from_config
+    """Check a recipe: grammar, order of stages and, where the model is at hand, every rule and export."""
+    from llmcompress.pipeline.estimate import plan as predict
     from llmcompress.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], allow_missing=True)
     facts = model_config(loaded, config)
     if facts is not None:
-        loaded.check_layout(layout_from_config(facts))
+        # the prediction matches every rule, and knows which exports the result will not fit
+        predict(loaded, facts).require_exports()
     absent = loaded.absent()
     data = {
         "valid": True,
@@ -101,18 +102,14 @@ def plan(
     ] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of one process for an hour.")] = None,
 ) -> None:
-    """Predict memory, disk, output size and bits from config.json alone; exit 5 if a declared budget is exceeded."""
+    """Predict memory, disk, size and bits from config.json alone; exit 5 or 7 if a budget or an export will fail."""
     from llmcompress.pipeline.estimate import plan as predict
     from llmcompress.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], allow_missing=True)
     facts = model_config(loaded, config)
     if facts is None:
-        where = "model.path" if "model.path" in loaded.missing else loaded.recipe.model.path
-        raise InputError(
-            f"{where}: the model's config.json is needed to predict anything",
-            f"llmcompress plan {recipe} model.path=FOLDER, or --config config.json",
-        )
+        raise _no_config(loaded, recipe)
     predicted = predict(loaded, facts, device)
     data = predicted.to_dict()
     if cluster is None:
@@ -127,6 +124,19 @@ def plan(
         data["cluster"] = {"rates": asdict(measured), "stages": found}
         out.result(data, lambda screen: _show_cluster(predicted, measured, rows, price, screen))
     predicted.require_budget()
+    predicted.require_exports()
+
+
+def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:
+    from llmcompress.models.paths import no_model_folder, resolve_path
+
+    hint = f"llmcompress plan {recipe} model.path=FOLDER, or --config config.json"
+    where = loaded.recipe.model.path
+    if "model.path" not in loaded.missing and not resolve_path(where).is_dir():
+        error = no_model_folder(where)
+        return InputError(error.message, f"{error.hint}; its config.json alone is enough: --config FILE")
+    where = "model.path" if "model.path" in loaded.missing else where
+    return InputError(f"{where}: the model's config.json is needed to predict anything", hint)
 
 
 def cluster_rows(
@@ -178,24 +188,38 @@ _PARTS = ("read", "forward", "hessian", "solve", "exchange")
 def _show_cluster(
     predicted: Plan, rates: Rates, stages: dict[str, list[ClusterRow]], price: float | None, screen: Console
 ) -> None:
-    from llmcompress.events import duration
-
     _show(predicted, screen)
-    columns = ["processes", "time", *_PARTS, "peak RAM", "traffic", "hours paid"]
-    columns += ["price"] if price is not None else []
     for name, rows in stages.items():
-        cells = [
-            (row.ranks, duration(row.seconds), *(duration(getattr(row, part)) for part in _PARTS), bytes_text(row.ram),
-             bytes_text(row.traffic), f"{row.process_hours:.2f}",
-             *([f"{row.process_hours * price:.2f}"] if price is not None else []))
-            for row in rows
-        ]  # fmt: skip
-        screen.print(table(columns, cells, title=name, right="|".join(columns[1:])))
-    worst = max((abs(error) for error in rates.error.values()), default=None)
-    checked = "not checked on a run" if worst is None else f"off by up to {worst:.0%} on the runs it was checked on"
-    screen.print(f"rates of {rates.machine}; {checked}", markup=False, highlight=False, soft_wrap=True)
-    for ranks, error in rates.error.items():
-        screen.print(f"  {ranks}: {error:+.0%}", markup=False, highlight=False, soft_wrap=True)
+        found: dict[str, list[str]] = {
+            "time": [_rounded(row.seconds) for row in rows],
+            **{part: [_rounded(getattr(row, part)) for row in rows] for part in _PARTS},
+            "peak RAM": [bytes_text(row.ram) for row in rows],
+            "traffic": [bytes_text(row.traffic) for row in rows],
+            "hours paid": [f"{row.process_hours:.2f}" for row in rows],
+        }
+        if price is not None:
+            found["price"] = [f"{row.process_hours * price:.2f}" for row in rows]
+        # a column per number of processes: few numbers fit a terminal side by side, nine quantities do not
+        columns = [str(row.ranks) for row in rows]
+        cells = [(quantity, *values) for quantity, values in found.items()]
+        screen.print(table(("processes", *columns), cells, title=name, right="|".join(columns)))
+    screen.print(f"rates of {rates.machine}; {_checked(rates)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _checked(rates: Rates) -> str:
+    """How far predictions were off where they were checked."""
+    if not rates.error:
+        return "not checked on a run"
+    runs = ", ".join(name.removesuffix(" processes") for name in rates.error)
+    return f"predictions were off by {', '.join(f'{error:+.0%}' for error in rates.error.values())} on {runs} processes"
+
+
+def _rounded(seconds: float) -> str:
+    """A time as exactly as it can be predicted: ``4.1 s``, ``58 s``, ``7.0 min``, ``12.4 h``."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _show(found: Plan, screen: Console) -> None:

@@ -295,9 +295,12 @@ def metrics_table(metrics: list[Metric]) -> object:
     """Dense, compressed and difference of each metric."""
     rows = []
     for metric in metrics:
-        values = _metric(metric)
-        change = values["difference"]
-        shown = None if change is None else f"{change:+.4g}"
+        shown = None
+        if metric.dense is not None and metric.compressed is not None:
+            change = metric.compressed - metric.dense
+            # of a perplexity it is the share that is quoted
+            share = f" ({change / metric.dense:+.1%})" if metric.dense and metric.name.endswith("perplexity") else ""
+            shown = f"{change:+.4g}{share}"
         rows.append((metric.name, figure(metric.dense), figure(metric.compressed), shown))
     columns = ("metric", "dense", "compressed", "difference")
     return table(columns, rows, right="dense|compressed|difference")

@@ -90,8 +90,8 @@ def open_served(path: str, name: str | None, dtype: str, device: str, limits: Li
         InputError: Nothing that can be served is there, or a family got a name.
     """
     from llmcompress.cli.family import family_folder
-    from llmcompress.cli.inspect import model_folder
     from llmcompress.models.family_artifact import FamilyArtifact, is_family
+    from llmcompress.models.paths import model_folder
     from llmcompress.serving.served import model_name, serve_family, serve_model
 
     folder = family_folder(Path(path))

@@ -125,15 +125,18 @@ def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, n
 def _show(data: dict[str, Any], screen: Console) -> None:
     metric = data["metric"]
     rows = sorted(data["runs"], key=lambda row: row["bytes"] or 0)
+    # the column says `perplexity`, the line below which one
+    quality = metric.rsplit(".", 1)[-1] if metric else "quality"
+    status = ["status"] if any(row["status"] != "finished" for row in rows) else []
     cells = [
-        (row["name"], row["status"], bytes_text(row["bytes"]),
+        (row["name"], *([row["status"]] if status else []), bytes_text(row["bytes"]),
          figure(row["metrics"].get(metric)), f"{row['seconds']:.1f} s", bytes_text(row["peak_rss_bytes"]),
-         "best at its size" if row["pareto"] else "")
+         "✓" if row["pareto"] else "")
         for row in rows
     ]  # fmt: skip
-    columns = ("run", "status", "weights", metric or "quality", "time", "peak RAM", "")
-    screen.print(table(columns, cells, right=f"weights|{metric}|time|peak RAM"))
-    dense = {row["dense"].get(metric) for row in rows} - {None}
-    for value in sorted(dense):
-        screen.print(f"dense: {metric} {figure(value)}", highlight=False)
+    columns = ("run", *status, "weights", quality, "time", "peak RAM", "best at its size")
+    screen.print(table(columns, cells, right=f"weights|{quality}|time|peak RAM"))
+    dense = [f"dense {figure(value)}" for value in sorted({row["dense"].get(metric) for row in rows} - {None})]
+    if metric:
+        screen.print(", ".join([f"{quality}: {metric}", *dense]), highlight=False, soft_wrap=True)
     screen.print(f"plot: {data['page']}", highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from llmcompress.errors import EnvironmentProblem, InputError
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["none", "auto"]
-"""``auto`` renders rows with ``messages`` or ``prompt``/``response`` through the tokenizer's chat template."""
+"""``auto`` renders chat rows through the tokenizer's chat template: ``messages``; ``conversations`` of ``from`` and
+``value`` (ShareGPT); ``prompt`` with ``response`` or ``completion``; ``instruction``, ``input``, ``output`` (Alpaca).
+"""
 
 _REFUSED_COMPRESSION = {
     ".zst": "zstandard",
@@ -66,7 +68,7 @@ class TextSource(_RowSource):
 
 
 class JsonlSource(_RowSource):
-    """JSON lines, one object a row; ``.gz`` and ``.xz`` are read as they are."""
+    """JSON lines, one object a row, or one JSON list of objects; ``.gz`` and ``.xz`` are read as they are."""
 
     kind: Literal["jsonl"]
 
@@ -131,10 +133,42 @@ class SyntheticSource(_Source):
     """Seed of the tokens, added to the stage's seed."""
 
 
-SourceConfig = Annotated[
+_KINDS = {
+    ".txt": "text", ".md": "text", ".raw": "text",
+    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}  # fmt: skip
+
+
+def named_source(path: str) -> dict[str, str]:
+    """The section that reads a file, told by its name: ``book.txt`` is ``{kind: text, path: book.txt}``.
+
+    Args:
+        path: A file, a pattern with ``*``, or ``asset:NAME``; ``.gz`` and ``.xz`` at its end do not count.
+
+    Raises:
+        ValueError: The name does not say what is in the file.
+    """
+    kind = _KINDS.get(_suffix(Path(path)))
+    if kind is None:
+        raise ValueError(f"{path}: the name does not say what is in it ({', '.join(_KINDS)}): give kind and path")
+    return {"kind": kind, "path": path}
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".xz")).suffix
+
+
+def _section(value: Any) -> Any:
+    return named_source(value) if isinstance(value, str) else value
+
+
+_Section = Annotated[
     TextSource | JsonlSource | ParquetSource | HubSource | InlineSource | SyntheticSource, Field(discriminator="kind")
 ]
-"""Any source, told apart by ``kind``."""
+SourceConfig = Annotated[_Section, BeforeValidator(_section, json_schema_input_type=_Section | str)]
+"""Any source, told apart by ``kind``; a file's name alone stands for a section where its ending says the kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,25 +335,45 @@ def _decode(file: Path) -> str:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    plain, started = _KINDS.get(_suffix(file)) == "text", False
     try:
         with _open_text(file) as handle:
             for number, line in enumerate(handle, 1):
                 if not line.strip():
                     continue
+                if line.lstrip().startswith("[") and not (plain or started):
+                    yield from _listed_rows(file, line + handle.read())
+                    return
+                started = True
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise InputError(
-                        f"{file}:{number}: not valid JSON: {error}", "repair or remove that line"
-                    ) from error
+                    hint = f"plain text is read with source: {file}" if plain else "repair or remove that line"
+                    raise InputError(f"{file}:{number}: not valid JSON: {error}", hint) from error
                 if not isinstance(row, dict):
                     raise InputError(
                         f"{file}:{number}: expected an object, found {type(row).__name__}",
-                        "write one JSON object on each line",
+                        f"plain text is read with source: {file}" if plain else "write one JSON object on each line",
                     )
                 yield f"{file}:{number}", row
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise _damaged(file, error) from error
+
+
+def _listed_rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a file that is one JSON list."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise InputError(
+            f"{file}: not valid JSON: {error}", "write one JSON list of objects, or an object on each line"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{file}: row {number}: expected an object, found {type(row).__name__}", "write a list of JSON objects"
+            )
+        yield f"{file}: row {number}", row
 
 
 def _parquet_rows(file: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -363,7 +417,9 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
 
 
-_CHAT_FIELDS = ("messages", "prompt", "response")
+_CHAT_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output")
+# ShareGPT's names of who speaks → those of chat templates
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
 def _row_text(
@@ -372,27 +428,60 @@ def _row_text(
     """Text of one row: through the chat template where asked for and possible, otherwise the field ``name``."""
     messages = _messages(row) if template == "auto" else None
     if messages is not None:
-        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-            raise InputError(
-                f"{where}: a chat row, but the tokenizer has no chat template", "set template: none and name a field"
-            )
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return _rendered(messages, where, tokenizer)
     value: Any = row
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        chat = " (it looks like a chat: set template: auto)" if _messages(row) is not None else ""
+        fields = f"set field: to one of {', '.join(sorted(row)) or 'the fields of a row'}"
+        chat = _messages(row) is not None
         raise InputError(
-            f"{where}: field {name!r} is {'missing' if value is None else 'not text'}{chat}",
-            f"set field: to one of {', '.join(sorted(row)) or 'the fields of a row'}",
+            f"{where}: field {name!r} is {'missing' if value is None else 'not text'}"
+            + (", but the row is a chat" if chat else ""),
+            "put chats through the chat template with template: auto" if chat else fields,
         )
     return value
+
+
+def _rendered(messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Chat messages through the tokenizer's template.
+
+    Raises:
+        InputError: There is no template, or it refuses the messages.
+    """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{where}: a chat row, but the tokenizer has no chat template", "set template: none and name a field"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{where}: the chat template refuses this row: {error}", "repair or remove the row, or set template: none"
+        ) from error
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]] | None:
     """The row as chat messages, or None when it is not a chat."""
     if isinstance(row.get("messages"), list):
         return list(row["messages"])
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    turns = row.get("conversations")
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return [_turn(turn) for turn in turns]
+    asked, answered = row.get("prompt"), row.get("response", row.get("completion"))
+    if isinstance(asked, list) and isinstance(answered, list):
+        return [*asked, *answered]
+    if isinstance(row.get("instruction"), str):
+        asked, answered = "\n\n".join(filter(None, (row["instruction"], row.get("input")))), row.get("output")
+    if isinstance(asked, str) and isinstance(answered, str):
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return None
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, str]:
+    """A message of ShareGPT as one of a chat template; one that is such a message already stays as it is."""
+    if "from" not in turn:
+        return turn
+    return {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value", "")}

@@ -29,6 +29,9 @@ class PerplexityConfig(_Section):
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Use only the first tokens of the text."""
 
+    template: Template = "none"
+    """``auto`` renders chat rows through the tokenizer's chat template."""
+
     separator: str = "\n\n"
     """Put between rows; the WikiText-2 protocol uses two newlines."""
 

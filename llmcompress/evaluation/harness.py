@@ -196,7 +196,7 @@ def _local_source(task: str, entry: dict[str, Any], tasks_dir: Path) -> dict[str
         if file is None:
             raise InputError(
                 f"task {task}: no {candidates[0]} (nor {' or '.join(_SUFFIXES[1:])})",
-                "correct tasks_dir, or remove it to take the data from the hub",
+                "correct tasks_dir (--tasks-dir), or leave it out to take the data from the hub",
             )
         files[split] = str(file.resolve())
     splits = {f"{kind}_split": (kind if kind in files else None) for kind in ("validation", "test")}
@@ -234,7 +234,7 @@ def build(spec: TaskSpec) -> dict[str, Any]:
             first = str(error).splitlines()[0] if str(error) else repr(error)
             raise InputError(
                 f"task {spec.name}: its data cannot be loaded: {first}",
-                "without a network set tasks_dir to a folder with <task>/<split>.jsonl.gz",
+                "without a network set tasks_dir (--tasks-dir) to a folder with <task>/<split>.jsonl",
             ) from error
     for task in loaded["tasks"].values():
         for key, value in spec.overrides.items() if by_name else ():

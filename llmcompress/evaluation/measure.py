@@ -181,7 +181,7 @@ def prepare(
     for name, section in config.perplexity.items():
         _check_length(f"perplexity.{name}", section.length, context)
         assert tokenizer is not None
-        documents = read(section.source)
+        documents = read(section.source, tokenizer, section.template)
         texts[name] = tokenize(section.separator.join(documents.texts), tokenizer).first(section.max_tokens)
         provenance[name] = documents.provenance
         _check_overlap(name, texts[name].tokens, calibration, config.overlap, warn)

@@ -86,3 +86,25 @@ def no_model_folder(text: str) -> InputError:
     if _HUB_NAME.fullmatch(text):
         hint = f"models are read from local folders; if this is one of the hub: hf download {text} --local-dir FOLDER"
     return InputError(f"{text}: no such model folder", hint)
+
+
+def model_folder(text: str) -> Path:
+    """Folder of a model: the one named, or the artifact of the run it names.
+
+    Args:
+        text: A folder, or ``asset:NAME``.
+
+    Raises:
+        InputError: There is no model.
+    """
+    path = resolve_path(text)
+    if not path.is_dir():
+        raise no_model_folder(text)
+    if not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
+        path = path / "artifact"
+    if not (path / "config.json").is_file():
+        hint = f"finish the run first: llmcompress resume {text}" if (path / "run.json").exists() else None
+        if hint is None and (ggufs := sorted(path.glob("*.gguf"))):
+            hint = f"{ggufs[0].name} is for llama.cpp and the like; give the folder it was exported from"
+        raise InputError(f"{text}: no config.json there", hint or "give a folder in the Hugging Face layout")
+    return path

@@ -80,7 +80,7 @@ class Outcome:
         run_dir: Its folder.
         status: ``finished``, ``stopped`` (``until`` or ``only``) or ``nothing to do``.
         stages: Records of the stages that have begun, in order.
-        metrics: Everything measured; empty if nothing was done.
+        metrics: Everything measured, by this command or before.
         artifacts: Format → folder.
         report: The report, None if it was not written.
     """
@@ -190,7 +190,7 @@ class Runner:
             settled = self._settle(prints, record.root)
             if settled and self._already_finished():
                 self.world.tell(END)
-                return Outcome(self.dir.root, "nothing to do", self._records(), report=self._report_path())
+                return self._recorded()
             self.dir.write_run(record)
             self.dir.write_recipe(self.job.source, self.job.lock())
             return self._run(prints, record)
@@ -341,6 +341,16 @@ class Runner:
     def _records(self) -> tuple[StageRecord, ...]:
         found = (self.dir.read_stage(name) for name in self._names)
         return tuple(record for record in found if record is not None)
+
+    def _recorded(self) -> Outcome:
+        """The outcome of a run that was finished before, as its last command told it."""
+        from llmcompress.stages.evaluate import read_metrics
+
+        records = self._records()
+        folders = [self.dir.stage_dir(record.name) for record in records if record.finished()]
+        metrics = [m for folder in folders if (folder / "metrics.json").is_file() for m in read_metrics(folder)]
+        artifacts = {name: Path(path) for record in records for name, path in record.artifacts.items()}
+        return Outcome(self.dir.root, "nothing to do", records, tuple(metrics), artifacts, self._report_path())
 
     def _report_path(self) -> Path | None:
         return self.dir.report if self.dir.report.exists() else None

@@ -29,7 +29,8 @@ class CalibrateConfig(StageConfig):
     """Tokens in a window."""
 
     template: Template = "none"
-    """``auto`` renders rows with ``messages`` or ``prompt``/``response`` through the tokenizer's chat template."""
+    """``auto`` renders chat rows (``messages``, ShareGPT, ``prompt`` and ``response``, Alpaca) through the tokenizer's
+    chat template."""
 
     allow_fewer: bool = False
     """Go on with the windows there are when the text is too short for ``samples``."""

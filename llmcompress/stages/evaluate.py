@@ -188,7 +188,7 @@ class Evaluate(Stage):
 
     def _conclude(self, state: RunState, ctx: RunContext) -> None:
         """Announce metrics and judge gates."""
-        metrics = _read_metrics(ctx.stage_dir)
+        metrics = read_metrics(ctx.stage_dir)
         for metric in metrics:
             ctx.emit(
                 "metric", name=metric.name, value=metric.compressed if metric.compressed is not None else metric.dense,
@@ -206,7 +206,7 @@ class Evaluate(Stage):
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Read the measured values back."""
-        state.metrics = state.metrics + _read_metrics(ctx.stage_dir)
+        state.metrics = state.metrics + read_metrics(ctx.stage_dir)
 
 
 class _Evaluation:
@@ -394,7 +394,15 @@ class _Evaluation:
         self.ctx.emit("warning", text=text)
 
 
-def _read_metrics(stage_dir: Path) -> list[Metric]:
+def read_metrics(stage_dir: Path) -> list[Metric]:
+    """What a finished stage has measured.
+
+    Args:
+        stage_dir: Its folder.
+
+    Raises:
+        InputError: Its file is missing or damaged.
+    """
     path = stage_dir / "metrics.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))

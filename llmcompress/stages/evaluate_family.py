@@ -99,9 +99,9 @@ class EvaluateFamily(Stage):
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Read the measured values back."""
-        from llmcompress.stages.evaluate import _read_metrics
+        from llmcompress.stages.evaluate import read_metrics
 
-        state.metrics = state.metrics + _read_metrics(ctx.stage_dir)
+        state.metrics = state.metrics + read_metrics(ctx.stage_dir)
 
 
 def family_metrics(rows: dict[str, Any]) -> list[Metric]:

@@ -72,10 +72,10 @@ class Export(Stage):
         refused: list[str] = []
         for exporter in self._exporters():
             reasons = exporter.refusals(inputs.layout, plan, {})
-            notes += [f"export {exporter.name} would be refused: {reason}" for reason in reasons]
+            notes += [f"{exporter.name} would be refused: {reason}" for reason in reasons]
             refused += [f"export {exporter.name}: {reason}" for reason in reasons]
             if not reasons:
-                notes += [f"export {exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan)]
+                notes += [f"{exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan)]
                 size = exporter.output_bytes(inputs.layout, plan, inputs.weight_bytes)
                 total += size
                 largest = max(largest, exporter.working_bytes(inputs.layout, plan, inputs.weight_bytes))

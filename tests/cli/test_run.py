@@ -74,6 +74,12 @@ def test_a_second_run_does_nothing_and_says_so(finished: tuple[Path, Path], caps
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     found = told(capsys, "run", str(recipe))
     assert found["status"] == "nothing to do"
+    # a pipeline that starts twice gets the figures both times
+    measured = json.loads((finished[1] / "stages" / "evaluate" / "metrics.json").read_text())
+    assert [(m["name"], m["compressed"]) for m in found["metrics"]] == [
+        (f"{m['task']}.{m['metric']}", m["compressed"]) for m in measured
+    ]
+    assert measured and found["artifacts"] == {"native": str(finished[1] / "artifact")}
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p in before} == before
     assert invoke(["resume", str(run)]) == 0
     assert "already finished" in capsys.readouterr().out
@@ -198,6 +204,12 @@ def test_eval_and_compare(
     assert by_name["kl"]["b"] > 0
     assert pair["b"]["bits"] < pair["a"]["bits"]
     assert invoke(["eval", str(finished[1]), "--text", "strange.xyz"]) == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"body": text.read_text()}))
+    options[1] = str(rows)
+    again = told(capsys, "eval", str(finished[1]), *options, "--field", "body")["metrics"][0]
+    assert again["value"] == pytest.approx(value["value"])
+    assert invoke(["eval", str(finished[1]), *options]) == 4
     assert invoke(["eval", "no/where", *options]) == 4
 
 
@@ -243,6 +255,29 @@ def test_generate_and_chat(
     assert [m["content"] for m in messages[:1]] == ["hello"] and len(messages) == 2
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))
     assert invoke(["generate", run, "-n", "3"]) == 0
+
+
+def test_python_loads_a_run_folder_as_the_commands_do(finished: tuple[Path, Path]) -> None:
+    from llmcompress.hf import load
+
+    assert load(finished[1])[0].config.to_dict() == load(finished[1] / "artifact")[0].config.to_dict()
+
+
+def test_an_export_that_will_be_refused_is_told_by_validate_and_plan(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(finished[0]), "stages.export.formats=[gguf]"]
+    for name in ("validate", "plan"):
+        assert invoke([name, *words]) == 7
+        assert "export gguf: " in capsys.readouterr().err
+    assert invoke(["validate", str(finished[0])]) == invoke(["plan", str(finished[0])]) == 0
+
+
+def test_a_perplexity_is_also_told_as_a_share(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found = next(m for m in told(capsys, "run", str(finished[0]))["metrics"] if m["name"] == "text.perplexity")
+    assert invoke(["run", str(finished[0])]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("text.perplexity"))
+    assert row.rstrip().endswith(f"({found['difference'] / found['dense']:+.1%})")
 
 
 def test_export_in_another_format(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

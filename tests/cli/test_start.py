@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import typer
 
+from llmcompress import __version__
+from llmcompress.cli.app import invoke
+
 LIGHT = ("--help", "version", "recipes ls", "schema", "validate eac_moe_mixtral", "recipes show quickstart")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers", "numpy")
 
@@ -33,6 +36,33 @@ def test_light_commands_import_nothing_heavy_and_are_quick(words: str) -> None:
     seconds = _children() - before[1]
     assert "heavy [] 0" in done.stderr, done.stderr
     assert seconds < 3, f"{words} took {seconds:.1f} s of processor time"
+
+
+def test_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["--version"]) == invoke(["version"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == f"llmcompress {__version__}"
+
+
+def test_a_pipe_is_as_wide_as_its_columns_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def widest(columns: str) -> int:
+        monkeypatch.setenv("COLUMNS", columns)
+        assert invoke(["recipes", "ls"]) == 0
+        return max(len(line) for line in capsys.readouterr().out.splitlines())
+
+    assert widest("80") == 80
+    assert widest("140") == 140
+
+
+def test_help_shows_no_value_behind_a_flag_and_joins_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["serve", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--json" in said and "<bool>" not in said
+    text = said[said.index("/v1/completions") : said.index("Arguments")]
+    full = [line.rstrip() for line in text.splitlines()[:-2] if line.strip()]
+    assert all(len(line) > 60 for line in full[:-1])  # no line ends early, whatever the docstring's lines are
 
 
 def test_an_output_that_is_not_utf8_loses_signs_and_no_run() -> None:

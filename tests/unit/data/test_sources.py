@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import json
@@ -70,8 +71,6 @@ def test_inline_and_synthetic():
 
 
 def test_chat_rows_go_through_the_template(tmp_path, tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     rows = [{"prompt": "hi", "response": "ho"}, {"messages": [{"role": "user", "content": "q"}]}]
@@ -79,8 +78,78 @@ def test_chat_rows_go_through_the_template(tmp_path, tiny_tokenizer):
     assert read(source(kind="jsonl", path=path), tokenizer, "auto").texts == ("[user]hi[assistant]ho", "[user]q")
     with pytest.raises(InputError, match="chat template"):
         read(source(kind="jsonl", path=path), tiny_tokenizer, "auto")
-    with pytest.raises(InputError, match="template: auto"):
+    with pytest.raises(InputError, match="but the row is a chat") as refused:
         read(source(kind="jsonl", path=path), tokenizer, "none")
+    assert "template: auto" in refused.value.hint
+
+
+QUESTION = [{"role": "user", "content": "why"}]
+ANSWER = [{"role": "assistant", "content": "so"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*QUESTION, *ANSWER]},
+        {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]},
+        {"conversations": [*QUESTION, *ANSWER]},
+        {"prompt": "why", "response": "so"},
+        {"prompt": "why", "completion": "so"},
+        {"prompt": QUESTION, "completion": ANSWER},
+        {"instruction": "why", "input": "", "output": "so"},
+        {"instruction": "why", "output": "so"},
+    ],
+)
+def test_every_way_to_write_a_chat_is_rendered_alike(tmp_path, tiny_tokenizer, row):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    assert read(source(kind="jsonl", path=path), tokenizer, "auto").texts == ("[user]why[assistant]so",)
+
+
+def test_an_alpaca_input_follows_its_instruction(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "add", "input": "1 2", "output": "3"}])
+    assert read(source(kind="jsonl", path=path), tokenizer, "auto").texts == ("[user]add\n\n1 2[assistant]3",)
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": QUESTION}])
+    with pytest.raises(InputError, match=r"a\.jsonl:1: the chat template refuses this row: roles must alternate"):
+        read(source(kind="jsonl", path=path), tokenizer, "auto")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_json_list_of_objects_is_read_like_lines(tmp_path, name):
+    text = json.dumps([{"text": "one"}, {"text": "two"}], indent=1).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert read(source(kind="jsonl", path=str(tmp_path / name))).texts == ("one", "two")
+    (tmp_path / "b.json").write_text('[{"text": "one"}, 2]')
+    with pytest.raises(InputError, match=r"b\.json: row 2: expected an object, found int"):
+        read(source(kind="jsonl", path=str(tmp_path / "b.json")))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.txt", "text"), ("a.txt.gz", "text"), ("A.JSONL", "jsonl"), ("a.json.xz", "jsonl"), ("d/*.parquet", "parquet")],
+)
+def test_a_file_name_alone_says_its_kind(name, kind):
+    assert ADAPTER.validate_python(name) == source(kind=kind, path=name)
+
+
+def test_a_file_name_that_says_nothing_is_refused():
+    with pytest.raises(ValidationError, match="give kind and path"):
+        ADAPTER.validate_python("data.zip")
+
+
+def test_text_under_kind_jsonl_says_how_text_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("[1] Once upon a time", encoding="utf-8")
+    with pytest.raises(InputError) as refused:
+        read(source(kind="jsonl", path=str(tmp_path / "a.txt")))
+    assert refused.value.hint == f"plain text is read with source: {tmp_path / 'a.txt'}"
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
@@ -104,8 +173,8 @@ def test_bad_rows_are_named_by_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"text": }\n')
     with pytest.raises(InputError, match=r"a\.jsonl:2: not valid JSON"):
         read(source(kind="jsonl", path=str(tmp_path / "a.jsonl")))
-    (tmp_path / "b.jsonl").write_text('["list"]\n')
-    with pytest.raises(InputError, match=r"b\.jsonl:1: expected an object, found list"):
+    (tmp_path / "b.jsonl").write_text('{"text": "ok"}\n["list"]\n')
+    with pytest.raises(InputError, match=r"b\.jsonl:2: expected an object, found list"):
         read(source(kind="jsonl", path=str(tmp_path / "b.jsonl")))
     (tmp_path / "c.jsonl").write_text('{"body": "x"}\n{"text": 3}\n')
     with pytest.raises(InputError, match="field 'text' is missing") as caught:

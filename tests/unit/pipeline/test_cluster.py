@@ -65,7 +65,7 @@ def test_rates_must_be_rates(tmp_path: Path) -> None:
             Rates.load(path)
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["plan", "eac_moe_mixtral", "model.path=x", "--config", str(CONFIG), "--device", "cpu"]
     for wrong in ("1,two", "0", "1..x", "4..", ".."):
         assert invoke([*words, "--cluster", wrong]) == 2
@@ -74,7 +74,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert invoke([*words, "--cluster", "1,2", "--rates", str(path), "--price", "2.5"]) == 0
     said = capsys.readouterr().out
-    assert "hours paid" in said and "off by up to 20%" in said
+    assert "hours paid" in said and "off by +10%, -20% on 1, 2 processes" in said
+    monkeypatch.setenv("COLUMNS", "80")
+    assert invoke([*words, "--cluster", "1..64", "--rates", str(path), "--price", "2.5"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("hours paid"))
+    assert len(row.split()) == 9 and len(row) <= 80  # nothing is folded on a terminal of the usual width
     assert invoke([*words, "--cluster", "1,2", "--rates", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["cluster"]
     assert [row["ranks"] for row in found["stages"]["quantize"]] == [1, 2]
