@@ -65,15 +65,21 @@ def _runs(channels: int, states: int, *tensors: Tensor | None) -> bool:
     )
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
+# with their argument types declared: ctypes then converts numbers faster than objects of its own
+_functions: dict[str, Any] = {}
+
+
+def _function(name: str, arguments: tuple[Tensor | int | None, ...]) -> Any:
     assert _library is not None
-    plain = [
-        ctypes.c_void_p(None if a is None else a.data_ptr())
-        if a is None or isinstance(a, Tensor)
-        else ctypes.c_int64(a)
-        for a in arguments
-    ]
-    code = getattr(_library, name)(*plain)
+    found = getattr(_library, name)
+    found.argtypes = [ctypes.c_int64 if isinstance(a, int) else ctypes.c_void_p for a in arguments]
+    _functions[name] = found
+    return found
+
+
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    function = _functions.get(name) or _function(name, arguments)
+    code = function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
     if code == COUNT_IS_WRONG:
         raise ValueError(f"{name}: a replay window is filled with a negative number of tokens or more than it has rows")
     assert code == 0, f"{name}: no kernel for these sizes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from llmcompress_kernels import cpu_state, select, state
@@ -117,9 +119,133 @@ def test_a_mixer_within_a_window(window: int) -> None:
         assert torch.equal(kept[1], kept_too[1])
 
 
-def test_a_count_beyond_the_window_is_refused() -> None:
+def needs_kernels() -> None:
     if cpu_state.unavailable() is not None or cpu_state._kernels() is None:
         pytest.skip(f"no native state kernels: {cpu_state.unavailable()}")
+
+
+class Case:
+    """A sequence of tokens that is hard on arithmetic which is not the definition's.
+
+    Args:
+        kind: What is hard.
+        seed: Of the generator.
+        size: P and N.
+    """
+
+    SEQUENCES = 2
+
+    def __init__(self, kind: str, seed: int, size: tuple[int, int]) -> None:
+        self.kind, (self.channels, self.states) = kind, size
+        self.generator = torch.Generator().manual_seed(seed)
+        start = self.normal(self.SEQUENCES, HEADS, *size)
+        if kind == "spread":
+            start *= self.normal(self.SEQUENCES, HEADS, size[0], 1).mul(2).exp()
+            start *= self.normal(self.SEQUENCES, HEADS, 1, size[1]).mul(2).exp()
+        elif kind in ("tiny", "subnormal"):
+            start *= {"tiny": 1e-6, "subnormal": 1e-30}[kind]
+            start *= self.normal(self.SEQUENCES, HEADS, 1, size[1]).mul(1.5).exp()
+        elif kind == "halves":
+            start = start.mul(2).round() / 2
+        self.start, self.scale = start, start.abs().mean(-1)
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def token(self) -> tuple[torch.Tensor, ...]:
+        """drive, decay, b and c."""
+        sequences, kind = self.SEQUENCES, self.kind
+        factor = {"strong": 30.0, "halves": 0.2, "zero": 0.0}.get(kind, 1.0)
+        drive, b = factor * self.scale * self.normal(*self.scale.shape), self.normal(sequences, GROUPS, self.states)
+        decay = 0.7 + 0.3 * self.uniform(sequences, HEADS)
+        if kind == "forgetful":
+            decay = self.uniform(sequences, HEADS) ** 8
+        elif kind == "growing":
+            decay = 3 * self.uniform(sequences, HEADS)
+        elif kind == "sparse":
+            b = b * (self.uniform(*b.shape) < 0.2)
+        elif kind == "cancelling" and self.last is not None:
+            # what the last token brought goes, nearly
+            drive, b = -decay[..., None] * self.last[0] * (1 + 1e-6 * self.normal(*drive.shape)), self.last[1]
+            self.last = None
+        elif kind == "cancelling":
+            drive = 1e3 * drive
+            self.last = drive, b
+        return drive, decay, b, self.normal(sequences, GROUPS, self.states)
+
+
+KINDS = (
+    "random",
+    "spread",
+    "tiny",
+    "subnormal",
+    "halves",
+    "strong",
+    "forgetful",
+    "growing",
+    "zero",
+    "sparse",
+    "cancelling",
+)
+
+
+@pytest.mark.parametrize("window", [*range(1, 9), 16, 17])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_the_definitions_to_the_last_bit(kind: str, window: int) -> None:
+    needs_kernels()
+    size = ((64, 128), (16, 64), (32, 256))[(window + KINDS.index(kind)) % 3]
+    for fixed, dither in ((False, True), (True, False), (False, False), (True, True)):
+        case = Case(kind, window, size)
+        scale = case.scale.mean(0).sqrt().clamp(1e-7, 6e4).half() if fixed else None
+        start = definition.dsq_pack(case.start, scale, 4, False, dither)
+        held = [[start[0].clone(), None if fixed else start[1].clone(), start[2].clone(), scale] for _ in range(2)]
+        kept = [empty_window(case.SEQUENCES, window, *size) for _ in range(2)]
+        most = 0.0
+        for _ in range(2 * window + 1):
+            token = case.token()
+            got = state.dsq_replay_update(*held[0], *kept[0], *token, 4, False, dither)
+            wanted = definition.dsq_replay_update(*held[1], *kept[1], *token, 4, False, dither)
+            for mine, theirs in zip((*held[0], kept[0][1]), (*held[1], kept[1][1]), strict=True):
+                assert mine is None or torch.equal(mine, theirs)
+            # read in another order: what has cancelled since may be a thousand times what is left
+            most = max(most, float(wanted.abs().max()))
+            assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * most + 1e-35)
+
+
+@pytest.mark.parametrize("window", [1, 4, 8, 16])
+def test_few_numbers_are_computed_again(window: int) -> None:
+    needs_kernels()
+    size, sequences, turns = (64, 128), 4, 8
+    held = state.dsq_pack(
+        torch.randn(sequences, HEADS, *size, generator=torch.Generator().manual_seed(5)), None, 4, dither=True
+    )
+    kept = empty_window(sequences, window, *size)
+    drive, decay, b, c = text(sequences, turns * window, *size)
+    counts = torch.zeros(4, dtype=torch.int64)
+    count = ctypes.CDLL(cpu_state._kernels()._name).llmc_state_count
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    count(ctypes.c_void_p(counts.data_ptr()))
+    try:
+        for t in range(turns * window):
+            state.dsq_replay_update(*held, None, *kept, drive[:, t], decay[:, t], b[:, t], c[:, t], 4, dither=True)
+    finally:
+        count(None)
+        torch.set_num_threads(threads)
+    roots, scales, codes, heads = (counts / (sequences * HEADS * turns)).tolist()
+    # of 64, 128 and 8192 a head; bounds of scales grow with the roundings before
+    assert 0 < roots < 0.3 + 0.1 * window
+    assert 0 < scales < 1 + 0.25 * window
+    assert 0 < codes < 4
+    assert heads == 0
+
+
+def test_a_count_beyond_the_window_is_refused() -> None:
+    needs_kernels()
     held = state.dsq_pack(torch.randn(2, HEADS, 16, 32), None, 4)
     recent, count = empty_window(2, 3, 16, 32)
     token = [t[:, 0] for t in text(2, 1, 16, 32)]

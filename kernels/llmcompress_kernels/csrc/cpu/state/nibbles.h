@@ -11,6 +11,16 @@
 // definition's value and U the one found here. A scale or a code is taken only where every number within that distance
 // rounds to it; where not, it is computed again by the definition: of 64 rows and 128 columns some 0.2 channel scales,
 // 0.3 state scales and 2 of 8192 codes a head and token, which costs a branch gone wrong each.
+//
+// A window of R tokens is R fused products instead of one, oldest token first, with z of token k by the decays up to it:
+//
+//   w = code + sum_k z_rk B_vk / s_v,     u = D_R channel_r s_v w,     z_rk = x_rk / (D_k channel_r),     D_k = decay_1 .. decay_k
+//
+// Partial sums are then the definition's, but for what is common to a row or column, and both round each of them once. With
+// T_k = |E_k x_k B_k|, E_k the decays after token k, and T the code's part, they are at most T + T_1 + .. + T_k or
+// |u| + T_k+1 + .. + T_R, so that |U - u| <= (4 R + 2.1) e |u| + (4 R + 8) e sum T_k as well as
+// (4 R + 2.1) e T + e sum (4 (R - k) + 9.5) T_k: T takes 2 R + 2 roundings in both ways together, T_k the 2 (R - k) of decays
+// and 7.2 more, and each partial sum 2.
 // Where numbers are too far apart for that, tile.h does the head.
 //
 // Operations per vector of sixteen states:
@@ -34,11 +44,19 @@
 #pragma once
 
 #include "tile.h"
+#include "window.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
 
 namespace state {
+
+// What is computed again by the definition; counted where somebody wants to know, from one thread.
+enum Again { kRoots, kScales, kCodes, kHeads, kAgain };
+inline int64_t* counted = nullptr;  // [kAgain]
+STATE_INLINE void count_again(Again which, int64_t many) {
+  if (counted != nullptr) counted[which] += many;
+}
 
 // Eight vectors in pairs come from 64 bytes of codes: lane i, byte j is byte 16 j + i. The permutation and its inverse.
 STATE_INLINE __m512i to_lanes() {
@@ -98,34 +116,45 @@ STATE_INLINE float folded_sum(__m512 even, __m512 odd) {
 }
 
 constexpr float kUnit = 5.9604644775390625e-08f;   // 2^-24, by which one rounding may be off
-constexpr float kOfInput = 10.0f * kUnit;          // distance in |x B|, see above
-constexpr float kOfMost = 12.5f * kUnit;           // of a column's largest u / channel: 6.1, our products, their quotient
+constexpr float kQuotient = 6.4f;                  // roundings of u / channel, ours and the definition's
 constexpr float kFixed = 3072.0f;                  // adding it leaves twelve binary digits
-constexpr float kCancelled = 128.0f;               // |x B| in new steps up to which codes are within 2^-13 of the definition's
+constexpr float kSure = 2048.0f;                   // 2^-13 in 2^-24: half of the last of them
+constexpr int kMostIgnored = 5;                    // lowest of them that may be ignored
+constexpr int kFastWindow = 16;                    // tokens of a window, at most
 constexpr float kFar = 1125899906842624.0f;        // 2^50: what z and B / s may be at most, so that nothing overflows
-constexpr float kSlow = 8.673617379884035e-19f;    // 2^-60: what decay may be at least, so that nothing underflows
+constexpr float kSlow = 8.673617379884035e-19f;    // 2^-60: what decays may be at least, so that nothing underflows
 constexpr float kGrowth = 1048576.0f;              // 2^20: at most
 
-template <int J, Mode mode>
+// Windowed: of several tokens.
+template <int J, Mode mode, bool Windowed>
 struct Nibbles {
   static constexpr bool Calibrated = calibrated(mode);
-  static constexpr int n = 32 * J, vectors = 2 * J, bytes = 16 * J;
+  static constexpr int n = 32 * J, vectors = 2 * J, bytes = 16 * J, most_tokens = Windowed ? kFastWindow : 1;
   static constexpr float qmax = 7.0f;
-  // of a mean: 6.1, 2 J + 5 of our sum, 5 + log2 J of theirs; a square root halves that, and three roundings follow
-  static constexpr float kOfRoot = (12.7f + J) * kUnit;
 
   uint8_t* codes;
-  const float *x, *b;  // b in pairs
-  float decay;
-  int ahead;    // bytes to the next head's codes
-  float* tile;  // [P, N] in pairs: w, then u / channel in old state steps
-  // by row: scales as stored before this token and after it, decay times the former, z, the one over the other
-  alignas(64) float before[kMaxChannels], channel[kMaxChannels], rate[kMaxChannels], z[kMaxChannels], factor[kMaxChannels];
-  // by column, in pairs: scale as stored after this token, s, B / s, C s, factor of a code, what is added to it
-  alignas(64) float scale[n], step[n], fresh[n], read[n], times[n], offset[n];
-  float total;    // sum of |B|
-  __m512 reach;   // largest |z| factor
+  const Window& window;
+  const float* b;  // [R, N] in pairs
+  int ahead;       // bytes to the next head's codes
+  float* tile;     // [P, N] in pairs: w, then u / channel in old state steps
+  // by row: scales as stored before these tokens and after them, decays times the former, z, the one over the other
+  alignas(64) float before[kMaxChannels], channel[kMaxChannels], rate[kMaxChannels], z[most_tokens][kMaxChannels], factor[kMaxChannels];
+  // by column, in pairs: scale as stored after these tokens, s, B / s, C s, factor of a code, what is added to it
+  alignas(64) float scale[n], step[n], fresh[most_tokens][n], read[n], times[n], offset[n], dither[n];
+  // by token: decays up to it, those after it times the sum of |B|
+  float faded[most_tokens], later[most_tokens];
+  __m512 reach[most_tokens];  // largest |z| factor
+  __m512 kept;                // largest factor
   __m512 largest[vectors];
+  __m512i fraction;           // digits behind the point that make a code sure
+
+  Nibbles(uint8_t* codes_of, const Window& tokens_of, const float* b_of, float* tile_of, int p)
+      : codes(codes_of), window(tokens_of), b(b_of), ahead(p * bytes), tile(tile_of) {}
+
+  inline __attribute__((always_inline)) int tokens() const { return Windowed ? window.tokens : 1; }
+  // Roundings in |u|, and in |E_k x B| of an input.
+  inline __attribute__((always_inline)) float of_state() const { return 4.0f * static_cast<float>(tokens()) + 2.1f; }
+  inline __attribute__((always_inline)) float of_input() const { return Windowed ? 4.0f * static_cast<float>(tokens()) + 8.0f : 10.0f; }
 
   inline __attribute__((always_inline)) __m512i lanes(int q) const {
     return _mm512_permutexvar_epi8(to_lanes(), _mm512_loadu_si512(codes + 64 * q));
@@ -133,37 +162,49 @@ struct Nibbles {
 
   // What rows and columns have in common; false where numbers are so far apart that tile.h has to do it.
   inline __attribute__((always_inline)) bool prepare(const uint16_t* was, const uint16_t* state, const float* c, int p) {
-    if (!(decay >= kSlow && decay <= kGrowth)) return false;
+    float product = 1.0f;
+    for (int k = 0; k < tokens(); ++k) {
+      faded[k] = product *= window.decay[k];
+      if (!(product >= kSlow && product <= kGrowth)) return false;
+      reach[k] = _mm512_setzero_ps();
+    }
+    kept = Calibrated ? _mm512_set1_ps(1.0f) : _mm512_setzero_ps();
     __mmask16 far = 0;
     const __m512 limit = _mm512_set1_ps(kFar);
-    reach = _mm512_setzero_ps();
     for (int r = 0; r < p; r += kRows) {
-      const __m512 value = half_to_float(was + r), product = _mm512_mul_ps(_mm512_set1_ps(decay), value);
-      const __m512 by = _mm512_mul_ps(_mm512_loadu_ps(x + r), reciprocal(product));
+      const __m512 value = half_to_float(was + r);
       _mm512_store_ps(before + r, value);
-      if constexpr (Calibrated) {
-        _mm512_store_ps(channel + r, value);
-        reach = _mm512_max_ps(reach, size_of(by));
+      if constexpr (Calibrated) _mm512_store_ps(channel + r, value);
+      for (int k = 0; k < tokens(); ++k) {
+        const __m512 by = _mm512_mul_ps(_mm512_set1_ps(faded[k]), value);
+        const __m512 input = _mm512_mul_ps(_mm512_loadu_ps(window.drive[k] + r), reciprocal(by));
+        _mm512_store_ps(rate + r, by);  // the last one's
+        _mm512_store_ps(z[k] + r, input);
+        if constexpr (Calibrated) reach[k] = _mm512_max_ps(reach[k], size_of(input));
+        far |= _mm512_cmp_ps_mask(size_of(input), limit, _CMP_NLE_UQ);
       }
-      _mm512_store_ps(rate + r, product);
-      _mm512_store_ps(z + r, by);
-      far |= _mm512_cmp_ps_mask(size_of(by), limit, _CMP_NLE_UQ);
     }
-    alignas(64) float natural[n];
+    alignas(64) float natural[n], held[n];
     for (int i = 0; i < n; i += 16) _mm512_store_ps(natural + i, half_to_float(state + i));
-    alignas(64) float held[n];
     split_pairs(natural, held, n);
-    __m512 sum = _mm512_setzero_ps();
+    __m512 sum[most_tokens];
+    for (int k = 0; k < tokens(); ++k) sum[k] = _mm512_setzero_ps();
     for (int i = 0; i < n; i += 16) {
-      const __m512 size = over_seven(_mm512_load_ps(held + i)), input = _mm512_load_ps(b + i);
-      const __m512 by = _mm512_mul_ps(input, reciprocal(size));
+      const __m512 size = over_seven(_mm512_load_ps(held + i)), over = reciprocal(size);
       _mm512_store_ps(step + i, size);
-      _mm512_store_ps(fresh + i, by);
       _mm512_store_ps(read + i, _mm512_mul_ps(_mm512_load_ps(c + i), size));
-      sum = _mm512_add_ps(sum, size_of(input));
-      far |= _mm512_cmp_ps_mask(size_of(by), limit, _CMP_NLE_UQ);
+      for (int k = 0; k < tokens(); ++k) {
+        const __m512 input = _mm512_load_ps(b + k * n + i), by = _mm512_mul_ps(input, over);
+        _mm512_store_ps(fresh[k] + i, by);
+        sum[k] = _mm512_add_ps(sum[k], size_of(input));
+        far |= _mm512_cmp_ps_mask(size_of(by), limit, _CMP_NLE_UQ);
+      }
     }
-    total = _mm512_reduce_add_ps(sum);
+    product = 1.0f;
+    for (int k = tokens() - 1; k >= 0; --k) {
+      later[k] = product * _mm512_reduce_add_ps(sum[k]);
+      product *= window.decay[k];
+    }
     return far == 0;
   }
 
@@ -174,12 +215,17 @@ struct Nibbles {
     const int at = r * vectors + v;
     const __m512 code = code_of<0>(_mm512_srlv_epi32(lanes(at / 8), _mm512_set1_epi32(at % 8 * 4)));
     const __m512 size = _mm512_mul_ps(_mm512_set1_ps(before[r]), _mm512_load_ps(step + 16 * v));
-    const __m512 old = _mm512_mul_ps(_mm512_set1_ps(decay), _mm512_mul_ps(code, size));
-    return _mm512_add_ps(old, _mm512_mul_ps(_mm512_set1_ps(x[r]), _mm512_load_ps(b + 16 * v)));
+    __m512 u = _mm512_mul_ps(code, size);
+    for (int k = 0; k < tokens(); ++k) {
+      const __m512 input = _mm512_mul_ps(_mm512_set1_ps(window.drive[k][r]), _mm512_load_ps(b + k * n + 16 * v));
+      u = _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(window.decay[k]), u), input);
+    }
+    return u;
   }
 
   // Square roots of the means of rows, some of sixteen.
   __attribute__((noinline)) __m512 exact_roots(int base, __m512 roots, __mmask16 rows) const {
+    count_again(kRoots, __builtin_popcount(rows));
     alignas(64) float found[kRows];
     _mm512_store_ps(found, roots);
     for (uint32_t left = rows; left != 0; left &= left - 1) {
@@ -195,6 +241,7 @@ struct Nibbles {
 
   // The largest |u| / channel of some columns. Rows that may hold it are those that come near to what was found.
   __attribute__((noinline)) __m512 exact_most(int v, __m512 most, __m512 near, __mmask16 columns, int p) const {
+    count_again(kScales, __builtin_popcount(columns));
     __m512 found = _mm512_setzero_ps();
     for (int first = 0; first < p; first += 8) {
       __m512 some = _mm512_setzero_ps();
@@ -211,9 +258,11 @@ struct Nibbles {
 
   // One code; `i` is its place in pairs.
   inline __attribute__((always_inline)) int exact_code(int r, int i, int old) const {
-    const float u = decay * (static_cast<float>(old) * (before[r] * step[i])) + x[r] * b[i], size = scale[i] / qmax;
+    float u = static_cast<float>(old) * (before[r] * step[i]);
+    for (int k = 0; k < tokens(); ++k) u = window.decay[k] * u + window.drive[k][r] * b[k * n + i];
+    const float size = scale[i] / qmax;
     float value = u / (channel[r] * size);
-    if constexpr (dithered(mode)) value = __builtin_fmaf(u * (1.0f / channel[r]), 1.0f / size, offset[i] - (kFixed + 0.5f));
+    if constexpr (dithered(mode)) value = __builtin_fmaf(u * (1.0f / channel[r]), 1.0f / size, dither[i]);
     value = value < -qmax ? -qmax : value > qmax ? qmax : value;
     return _mm_cvtss_si32(_mm_set_ss(value));
   }
@@ -224,11 +273,23 @@ struct Nibbles {
 
   // All codes of 64 bytes.
   __attribute__((noinline)) void exact_codes(int q) {
-    alignas(64) uint8_t old[64];
-    std::memcpy(old, codes + 64 * q, 64);
-    for (int k = 0; k < 8; ++k) {
-      for (int lane = 0; lane < 16; ++lane) put(q, k, lane, nibble(old, k, lane));
+    const __m512 one = _mm512_set1_ps(1.0f), most = _mm512_set1_ps(qmax);
+    __m512i found = _mm512_setzero_si512();
+    for (int k = 7; k >= 0; --k) {
+      const int r = (8 * q + k) / vectors, v = (8 * q + k) % vectors;
+      const __m512 u = exact(r, v), size = _mm512_div_ps(_mm512_load_ps(scale + 16 * v), most), by = _mm512_set1_ps(channel[r]);
+      __m512 value;
+      if constexpr (dithered(mode)) {
+        const __m512 part = _mm512_mul_ps(u, _mm512_div_ps(one, by));
+        value = _mm512_fmadd_ps(part, _mm512_div_ps(one, size), _mm512_load_ps(dither + 16 * v));
+      } else {
+        value = _mm512_div_ps(u, _mm512_mul_ps(by, size));
+      }
+      value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-qmax)), most);
+      const __m512i code = _mm512_and_si512(_mm512_cvtps_epi32(value), _mm512_set1_epi32(15));
+      found = _mm512_or_si512(_mm512_slli_epi32(found, 4), code);
     }
+    _mm512_storeu_si512(codes + 64 * q, _mm512_permutexvar_epi8(to_bytes(), found));
   }
 
   inline __attribute__((always_inline)) void put(int q, int k, int lane, int old) {
@@ -244,9 +305,10 @@ struct Nibbles {
     _mm512_storeu_si512(codes + 64 * q, packed);
     uint64_t unsure[2];
     for (int h = 0; h < 2; ++h) {
-      const uint64_t low = _mm512_testn_epi16_mask(halves[2 * h], _mm512_set1_epi16(0xfff));
-      unsure[h] = low | static_cast<uint64_t>(_mm512_testn_epi16_mask(halves[2 * h + 1], _mm512_set1_epi16(0xfff))) << 32;
+      const uint64_t low = _mm512_testn_epi16_mask(halves[2 * h], fraction);
+      unsure[h] = low | static_cast<uint64_t>(_mm512_testn_epi16_mask(halves[2 * h + 1], fraction)) << 32;
     }
+    count_again(kCodes, __builtin_popcountll(unsure[0]) + __builtin_popcountll(unsure[1]));
     do {
       const int h = unsure[0] == 0;
       const int at = __builtin_ctzll(h != 0 ? unsure[1] : unsure[0]), lane = at % 32 / 2, k = 2 * h + at / 32 + 4 * (at % 2);
@@ -265,12 +327,16 @@ struct Nibbles {
     __m512 most[vectors];
     for (int v = 0; v < vectors; ++v) most[v] = First ? _mm512_setzero_ps() : largest[v];
     for (int i = 0; i < kRows; i += 2) {
-      __m512i raw[2];
-      const __m512 by[2] = {_mm512_set1_ps(z[base + i]), _mm512_set1_ps(z[base + i + 1])};
-      __m512 read[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sum[2] = {read[0], read[0]};
-      two_rows<0>(base + i, raw, by, read, sum, most);
+      __m512 out[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sum[2] = {out[0], out[0]};
+      if constexpr (Windowed) {
+        for (int v = 0; v < vectors; v += 8) two_rows_of_window(base + i, v, out, sum, most);
+      } else {
+        __m512i raw[2];
+        const __m512 by[2] = {_mm512_set1_ps(z[0][base + i]), _mm512_set1_ps(z[0][base + i + 1])};
+        two_rows<0>(base + i, raw, by, out, sum, most);
+      }
       for (int s = 0; s < 2; ++s) {
-        _mm512_store_ps(reads[i + s], read[s]);
+        _mm512_store_ps(reads[i + s], out[s]);
         if constexpr (!Calibrated) _mm512_store_ps(sizes[i + s], sum[s]);
         if constexpr (!Calibrated && !First) divide(base - kRows + (i + 2 + s) % kRows, most);
       }
@@ -294,14 +360,48 @@ struct Nibbles {
 
   template <int K, int V>
   inline __attribute__((always_inline)) void one_vector(int r, __m512i raw, __m512 by, __m512& out, __m512& sum, __m512* most) {
-    const __m512 w = _mm512_fmadd_ps(by, _mm512_load_ps(fresh + 16 * V), code_of<K>(raw));
-    _mm512_store_ps(tile + r * n + 16 * V, w);
-    out = _mm512_fmadd_ps(w, _mm512_load_ps(read + 16 * V), out);
+    use(r, V, _mm512_fmadd_ps(by, _mm512_load_ps(fresh[0] + 16 * V), code_of<K>(raw)), out, sum, most);
+  }
+
+  // w of row r, vector v.
+  inline __attribute__((always_inline)) void use(int r, int v, __m512 w, __m512& out, __m512& sum, __m512* most) {
+    _mm512_store_ps(tile + r * n + 16 * v, w);
+    out = _mm512_fmadd_ps(w, _mm512_load_ps(read + 16 * v), out);
     if constexpr (Calibrated) {
-      most[V] = _mm512_range_ps(most[V], w, 0x0b);
+      most[v] = _mm512_range_ps(most[v], w, 0x0b);
     } else {
-      sum = _mm512_fmadd_ps(size_of(w), _mm512_load_ps(step + 16 * V), sum);
+      sum = _mm512_fmadd_ps(size_of(w), _mm512_load_ps(step + 16 * v), sum);
     }
+  }
+
+  // Up to eight vectors of two rows from `first` on: the tokens of a window are added while they lie in registers.
+  inline __attribute__((always_inline)) void two_rows_of_window(int r, int first, __m512* out, __m512* sum, __m512* most) {
+    constexpr int count = vectors < 8 ? vectors : 8;
+    __m512 w[2][count];
+    const __m512i raw = lanes((r * vectors + first) / 8);
+    some_codes<0, 0>(raw, w[0]);
+    some_codes<0, count % 8>(vectors < 8 ? raw : lanes(((r + 1) * vectors + first) / 8), w[1]);
+    for (int k = 0; k < tokens(); ++k) {
+      const __m512 by[2] = {_mm512_set1_ps(z[k][r]), _mm512_set1_ps(z[k][r + 1])};
+#pragma GCC unroll 8
+      for (int v = 0; v < count; ++v) {
+        const __m512 input = _mm512_load_ps(fresh[k] + 16 * (first + v));
+        w[0][v] = _mm512_fmadd_ps(by[0], input, w[0][v]);
+        w[1][v] = _mm512_fmadd_ps(by[1], input, w[1][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < count; ++v) {
+      use(r, first + v, w[0][v], out[0], sum[0], most);
+      use(r + 1, first + v, w[1][v], out[1], sum[1], most);
+    }
+  }
+
+  // Codes First + V and later of every lane.
+  template <int V, int First>
+  static inline __attribute__((always_inline)) void some_codes(__m512i raw, __m512* w) {
+    w[V] = code_of<First + V>(raw);
+    if constexpr (V + 1 < (vectors < 8 ? vectors : 8)) some_codes<V + 1, First>(raw, w);
   }
 
   // One row: from w to u / channel, and the largest of each column.
@@ -325,11 +425,16 @@ struct Nibbles {
   // Channel scales of sixteen rows from their sums of |w| s.
   inline __attribute__((always_inline)) void channels(int base, __m512 sums, uint16_t* out) {
     const __m512 by = _mm512_load_ps(rate + base), mean = _mm512_mul_ps(sums, _mm512_mul_ps(by, _mm512_set1_ps(1.0f / n)));
-    const __m512 size = size_of(_mm512_loadu_ps(x + base));
-    // relative distance of the root: half that of the mean
-    const __m512 of_input = _mm512_mul_ps(size, _mm512_set1_ps(0.51f * kOfInput / n * total));
+    __m512 inputs = _mm512_setzero_ps();
+    for (int k = 0; k < tokens(); ++k) {
+      const __m512 size = size_of(_mm512_loadu_ps(window.drive[k] + base));
+      inputs = _mm512_fmadd_ps(size, _mm512_set1_ps(0.51f * kUnit / n * of_input() * later[k]), inputs);
+    }
+    // relative distance of the root: half that of the mean, to which 2 J + 5 of our sum and 5 + log2 J of theirs belong, and
+    // three roundings follow
+    const float of_root = (0.5f * of_state() + 9.6f + J) * kUnit;
     const __m512 some = _mm512_max_ps(mean, _mm512_set1_ps(1e-30f));
-    const __m512 off = _mm512_fmadd_ps(of_input, _mm512_rcp14_ps(some), _mm512_set1_ps(kOfRoot));
+    const __m512 off = _mm512_fmadd_ps(inputs, _mm512_rcp14_ps(some), _mm512_set1_ps(of_root));
     __m512 root = _mm512_sqrt_ps(mean);
     const __m256i low = to_half(clamp_scale(_mm512_fnmadd_ps(root, off, root)));
     const __m256i high = to_half(clamp_scale(_mm512_fmadd_ps(root, off, root)));
@@ -340,19 +445,32 @@ struct Nibbles {
     const __m512 value = _mm512_cvtph_ps(half), over = _mm512_mul_ps(by, reciprocal(value));
     _mm512_store_ps(channel + base, value);
     _mm512_store_ps(factor + base, over);
-    reach = _mm512_max_ps(reach, _mm512_mul_ps(size_of(_mm512_load_ps(z + base)), over));
+    kept = _mm512_max_ps(kept, over);
+    for (int k = 0; k < tokens(); ++k) {
+      reach[k] = _mm512_max_ps(reach[k], _mm512_mul_ps(size_of(_mm512_load_ps(z[k] + base)), over));
+    }
   }
 
   // State scales; whether codes are to be found by the definition.
   inline __attribute__((always_inline)) bool columns(int p, uint16_t* out) {
     alignas(64) float natural[n];
-    const __m512 farthest = _mm512_set1_ps(_mm512_reduce_max_ps(reach)), zero = _mm512_setzero_ps();
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 farthest[most_tokens], worst = zero;
+    for (int k = 0; k < tokens(); ++k) {
+      // roundings of an input, fewer for later tokens
+      const float count = Windowed ? 4.0f * static_cast<float>(tokens() - k) + 5.5f : of_input();
+      farthest[k] = _mm512_set1_ps(count * _mm512_reduce_max_ps(reach[k]));
+    }
+    const __m512 of_codes = _mm512_set1_ps(8.0f * of_state() * _mm512_reduce_max_ps(kept));
     __mmask16 careful = 0;
     for (int v = 0; v < vectors; ++v) {
       __m512 unit = _mm512_load_ps(step + 16 * v);
-      if constexpr (Calibrated) unit = _mm512_mul_ps(unit, _mm512_set1_ps(decay));
-      const __m512 most = largest[v], input = _mm512_mul_ps(farthest, size_of(_mm512_load_ps(fresh + 16 * v)));
-      const __m512 off = _mm512_fmadd_ps(most, _mm512_set1_ps(kOfMost), _mm512_mul_ps(input, _mm512_set1_ps(kOfInput)));
+      if constexpr (Calibrated) unit = _mm512_mul_ps(unit, _mm512_set1_ps(faded[tokens() - 1]));
+      const __m512 most = largest[v];
+      // how far u / channel may be from the definition's in any row, in 2^-24
+      __m512 apart = Windowed ? of_codes : _mm512_mul_ps(most, _mm512_set1_ps(of_state()));
+      for (int k = 0; k < tokens(); ++k) apart = _mm512_fmadd_ps(farthest[k], size_of(_mm512_load_ps(fresh[k] + 16 * v)), apart);
+      const __m512 off = _mm512_mul_ps(_mm512_fmadd_ps(most, _mm512_set1_ps(kQuotient), apart), _mm512_set1_ps(kUnit));
       const __m256i low = to_half(clamp_scale(_mm512_mul_ps(_mm512_sub_ps(most, off), unit)));
       const __m256i high = to_half(clamp_scale(_mm512_mul_ps(_mm512_add_ps(most, off), unit)));
       const __mmask16 unsure = _mm256_cmpneq_epi16_mask(low, high);
@@ -367,17 +485,38 @@ struct Nibbles {
       // beyond fp16's normal numbers a scale may be far below the maximum that it stands for
       careful |= _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(found, zero, _CMP_NEQ_UQ), found, _mm512_set1_ps(kNormal), _CMP_NGE_UQ);
       careful |= _mm512_cmp_ps_mask(found, _mm512_set1_ps(kLargest), _CMP_NLT_UQ);
-      careful |= _mm512_cmp_ps_mask(_mm512_mul_ps(input, by), _mm512_set1_ps(kCancelled), _CMP_NLE_UQ);
+      worst = _mm512_max_ps(_mm512_mul_ps(apart, by), worst);
       _mm512_store_ps(scale + 16 * v, value);
       _mm512_store_ps(times + 16 * v, by);
-      const __m512 half_step = _mm512_set1_ps(kFixed + 0.5f);
-      _mm512_store_ps(offset + 16 * v, dithered(mode) ? _mm512_add_ps(dither_of(half), half_step) : half_step);
+      if constexpr (dithered(mode)) _mm512_store_ps(dither + 16 * v, dither_of(half));
     }
     join_pairs(scale, natural, n);
     for (int i = 0; i < n; i += 16) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_half(_mm512_load_ps(natural + i)));
     }
-    return careful != 0;
+    return careful != 0 || !ignore_digits(_mm512_reduce_max_ps(worst));
+  }
+
+  // How many digits are ignored when values of codes are up to `worst` 2^-24 from the definition's before they are multiplied
+  // by what is common to a column; false where they are too many.
+  inline __attribute__((always_inline)) bool ignore_digits(float worst) {
+    // quotients and products of numbers up to 8, with what was left out
+    const float apart = 1.02f * worst + 8.0f * 16.0f;
+    int ignored = 0;
+    float shift = 0.0f;
+    if (!(apart <= kSure)) {
+      // half the range that is ignored, but for the rounding of the sum
+      for (ignored = 2; !(apart <= kSure * static_cast<float>((1 << ignored) - 1)); ++ignored) {
+        if (ignored == kMostIgnored) return false;
+      }
+      shift = static_cast<float>(1 << (ignored - 1)) / 4096.0f;
+    }
+    fraction = _mm512_set1_epi16(static_cast<int16_t>(0x1000 - (1 << ignored)));
+    const __m512 more = _mm512_set1_ps(kFixed + 0.5f + shift);
+    for (int v = 0; v < vectors; ++v) {
+      _mm512_store_ps(offset + 16 * v, dithered(mode) ? _mm512_add_ps(_mm512_load_ps(dither + 16 * v), more) : more);
+    }
+    return true;
   }
 
   // Code plus 1/2 (and dither) of vector `at` of the tile in the lowest sixteen bits: twelve behind the point.
@@ -386,18 +525,19 @@ struct Nibbles {
   }
 
   // A number within 2^-13 of a whole one has a fraction of 0; all others have the same code as whatever is so near to them.
+  // Where the lowest d > 1 digits are ignored, half their range is added, and 2^-13 is (2^d - 1) 2^-13.
   inline __attribute__((always_inline)) void encode(int p) {
-    const __m512i fraction = _mm512_set1_epi16(0xfff), bytes_of = to_bytes();
+    const __m512i digits = fraction, bytes_of = to_bytes();
     const __m512i up = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
     for (int first = 0; first < p * vectors / 8; first += vectors / 8 > 0 ? vectors / 8 : 1) {
-      group<0>(first, fraction, bytes_of, up);
-      if constexpr (vectors > 8) group<8>(first + 1, fraction, bytes_of, up);
+      group<0>(first, digits, bytes_of, up);
+      if constexpr (vectors > 8) group<8>(first + 1, digits, bytes_of, up);
     }
   }
 
   // 64 bytes, whose first vector is vector V of a row.
   template <int V>
-  inline __attribute__((always_inline)) void group(int q, __m512i fraction, __m512i bytes_of, __m512i up) {
+  inline __attribute__((always_inline)) void group(int q, __m512i digits, __m512i bytes_of, __m512i up) {
     __m512i packed = _mm512_setzero_si512();
     __mmask32 sure = ~0u;
     __m512i both[4];
@@ -407,7 +547,7 @@ struct Nibbles {
       const __m512i low = fixed_point(8 * q + j, _mm512_load_ps(times + 16 * v), _mm512_load_ps(offset + 16 * v));
       const __m512i high = fixed_point(8 * q + j + 4, _mm512_load_ps(times + 16 * other), _mm512_load_ps(offset + 16 * other));
       both[j] = _mm512_mask_shuffle_epi8(low, 0xccccccccccccccccull, high, up);
-      sure = _mm512_mask_test_epi16_mask(sure, both[j], fraction);
+      sure = _mm512_mask_test_epi16_mask(sure, both[j], digits);
       packed = _mm512_shldi_epi16(packed, both[j], 4);
     }
     packed = _mm512_permutexvar_epi8(bytes_of, packed);
@@ -420,19 +560,21 @@ struct Nibbles {
   }
 };
 
-// As Head of heads.h; false, and nothing written, where tile.h has to do it.
-template <int J, Mode mode>
-bool update_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
-                    const float* b, const float* c, float* y, float* tile, int p) {
+// The tokens of a window, or one; false, and nothing written, where tile.h has to do it.
+template <int J, Mode mode, bool Windowed>
+bool update_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, const Window& window, const float* b,
+                    const float* c, float* y, float* tile, int p) {
   static_assert(J >= 2);
-  Nibbles<J, mode> head;
-  head.codes = codes, head.x = x, head.b = b, head.decay = decay, head.tile = tile;
-  head.ahead = p * head.bytes;
-  if (!head.prepare(calibrated(mode) ? fixed : channel, scale, c, p)) return false;
+  Nibbles<J, mode, Windowed> head(codes, window, b, tile, p);
+  if (!head.prepare(calibrated(mode) ? fixed : channel, scale, c, p)) {
+    count_again(kHeads, 1);
+    return false;
+  }
   head.template rows<true>(0, y, channel);
   for (int base = kRows; base < p; base += kRows) head.template rows<false>(base, y, channel);
   if constexpr (!calibrated(mode)) head.divide_last(p);
   if (__builtin_expect(head.columns(p, scale), 0)) {
+    count_again(kHeads, 1);
     for (int q = 0; q < p * head.vectors / 8; ++q) head.exact_codes(q);
   } else {
     head.encode(p);

@@ -5,6 +5,8 @@
 
 #include <cstdlib>
 
+#include "llmcompress/isa.h"
+#include "nibbles.h"
 #include "tile_update.h"
 
 #pragma GCC push_options
@@ -30,46 +32,23 @@ void replay_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint1
                              earlier);
 }
 
-// y = E sum_n code step C + sum_k E_k drive_k (B_k C), E and E_k the products of all decays and of those after token k: codes
-// are multiplied by what is common to a column, and nothing is written.
-template <int Bits, int J>
-void read_head(const uint8_t* codes, const uint16_t* channel, const uint16_t* scale, const Window& window, const float* dots,
-               const float* c, float* y, int p) {
-  constexpr int n = 32 * J, row_bytes = n * Bits / 8;
-  constexpr float qmax = (1 << (Bits - 1)) - 1;
-  float factor[kMaxWindow], kept = 1.0f;
-  for (int k = window.tokens - 1; k >= 0; --k) {
-    factor[k] = kept * dots[k];
-    kept *= window.decay[k];
-  }
-  alignas(64) float natural[n], by[n], out[kRows][16];
-  for (int i = 0; i < n; i += 16) {
-    const __m512 step = _mm512_mul_ps(half_to_float(scale + i), _mm512_set1_ps(1.0f / qmax));
-    _mm512_store_ps(natural + i, _mm512_mul_ps(step, _mm512_loadu_ps(c + i)));
-  }
-  split_pairs(natural, by, n);
-  for (int base = 0; base < p; base += kRows) {
-    for (int i = 0; i < kRows; ++i) {
-      __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int j = 0; j < J; ++j) {
-        __m512 even, odd;
-        decode_pair<Bits>(codes + (base + i) * row_bytes + j * pair_bytes<Bits>(), even, odd);
-        sum[0] = _mm512_fmadd_ps(even, _mm512_load_ps(by + 32 * j), sum[0]);
-        sum[1] = _mm512_fmadd_ps(odd, _mm512_load_ps(by + 32 * j + 16), sum[1]);
-      }
-      _mm512_store_ps(out[i], _mm512_add_ps(sum[0], sum[1]));
-    }
-    __m512 read = _mm512_mul_ps(sum_rows(out), _mm512_mul_ps(half_to_float(channel + base), _mm512_set1_ps(kept)));
-    for (int k = 0; k < window.tokens; ++k) {
-      read = _mm512_fmadd_ps(_mm512_set1_ps(factor[k]), _mm512_loadu_ps(window.drive[k] + base), read);
-    }
-    _mm512_storeu_ps(y + base, read);
-  }
+template <int J, Mode mode>
+void replay_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, const Window& window, const float* b,
+                    const float* c, float* y, float* tile, int p) {
+  const bool few = window.tokens <= kFastWindow;
+  if (few && update_nibbles<J, mode, true>(codes, channel, scale, fixed, window, b, c, y, tile, p)) return;
+  replay_head<4, J, mode>(codes, channel, scale, fixed, window, b, c, y, tile, p);
 }
 
 template <int J, Mode mode>
 Replay pick_bits(int bits) {
-  return bits == 4 ? replay_head<4, J, mode> : bits == 8 ? replay_head<8, J, mode> : nullptr;
+  if (bits == 8) return replay_head<8, J, mode>;
+  if (bits != 4) return nullptr;
+  if constexpr (J >= 2 && mode != kRefitted) {
+    static const bool runs = llmcompress::has_avx512();
+    if (runs) return replay_nibbles<J, mode>;
+  }
+  return replay_head<4, J, mode>;
 }
 
 template <Mode mode>
@@ -79,17 +58,6 @@ Replay pick(int bits, int64_t states) {
     case 64: return pick_bits<2, mode>(bits);
     case 128: return pick_bits<4, mode>(bits);
     case 256: return pick_bits<8, mode>(bits);
-    default: return nullptr;
-  }
-}
-
-template <int Bits>
-Read pick_read(int64_t states) {
-  switch (states) {
-    case 32: return read_head<Bits, 1>;
-    case 64: return read_head<Bits, 2>;
-    case 128: return read_head<Bits, 4>;
-    case 256: return read_head<Bits, 8>;
     default: return nullptr;
   }
 }
@@ -105,8 +73,6 @@ Replay head_replay(Mode mode, int bits, int64_t states) {
     default: return pick<kDynamic>(bits, states);
   }
 }
-
-Read head_read(int bits, int64_t states) { return bits == 4 ? pick_read<4>(states) : bits == 8 ? pick_read<8>(states) : nullptr; }
 
 WindowHeads::WindowHeads(Mode mode, int bits, int64_t window, int64_t heads, int64_t groups, int64_t channels, int64_t states)
     : replay_(head_replay(mode, bits, states)), read_(head_read(bits, states)), window_(window), heads_(heads), groups_(groups),
@@ -133,10 +99,21 @@ void WindowHeads::share_group(int64_t head, const Kept& kept, const float* b, co
   }
 }
 
+// Lines of the next head that neither kernel asks for.
+void WindowHeads::look_ahead(int64_t head, const Kept& kept) const {
+  const auto fetch = [](const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char*>(from) + at, _MM_HINT_T0);
+  };
+  fetch(kept.scale + states_, states_ * 2);
+  if (kept.channel != nullptr) fetch(kept.channel + channels_, channels_ * 2);
+  for (int64_t k = 0; k < kept.count; ++k) fetch(kept.recent + k * row() + (head + 1) * channels_, channels_ * 4);
+}
+
 void WindowHeads::token(int64_t head, const Kept& kept, float decay, const float* x, const float* b, const float* c, float* y,
                         float* tile) {
   if (b != last_) share_group(head, kept, b, c);
   last_ = b;
+  look_ahead(head, kept);
   Window window;
   const int64_t inner = heads_ * channels_;
   const int count = static_cast<int>(kept.count), channels = static_cast<int>(channels_);

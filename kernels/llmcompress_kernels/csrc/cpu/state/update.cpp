@@ -78,7 +78,9 @@ Head pick(int bits, int64_t states) {
 template <int J, Mode mode>
 void update_either(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
                    const float* b, const float* c, float* y, float* tile, int p) {
-  if (update_nibbles<J, mode>(codes, channel, scale, fixed, decay, x, b, c, y, tile, p)) return;
+  Window one;
+  one.tokens = 1, one.drive[0] = x, one.decay[0] = decay;
+  if (update_nibbles<J, mode, false>(codes, channel, scale, fixed, one, b, c, y, tile, p)) return;
   update_head<4, J, mode>(codes, channel, scale, fixed, decay, x, b, c, y, tile, p);
 }
 
@@ -226,6 +228,10 @@ __attribute__((visibility("default"))) int llmc_state_update(float* states_io, c
   }
   return 0;
 }
+
+// Counts from now on in `counts` [4] what 4-bit kernels find unsure and compute again: square roots, state scales, codes, and
+// heads whose codes all are or that tile.h does; null ends it. Right for one thread only.
+__attribute__((visibility("default"))) void llmc_state_count(int64_t* counts) { state::counted = counts; }
 
 // 1 when this processor has what the kernels need.
 __attribute__((visibility("default"))) int llmc_state_supported() {

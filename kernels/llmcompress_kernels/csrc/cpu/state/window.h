@@ -51,6 +51,7 @@ class WindowHeads {
 
  private:
   void share_group(int64_t head, const Kept& kept, const float* b, const float* c);
+  void look_ahead(int64_t head, const Kept& kept) const;
 
   Replay replay_;
   Read read_;
@@ -65,7 +66,7 @@ class WindowHeads {
 // sequence that rounds take `kRounding` times as long.
 template <class Rounds>
 int64_t first_task(int64_t part, int64_t parts, int64_t sequences, int64_t heads, Rounds rounds) {
-  constexpr int64_t kRounding = 5;
+  constexpr int64_t kRounding = 6;
   int64_t total = 0;
   for (int64_t s = 0; s < sequences; ++s) total += heads * (rounds(s) ? kRounding : 1);
   int64_t left = total * part / parts;

@@ -1,0 +1,185 @@
+// A token of a replay window that rounds nothing.
+//
+//   y = E sum_n code step C + sum_k E_k drive_k (B_k C)
+//
+// with E and E_k the products of all decays and of those after token k, so that codes are multiplied by what is common to a
+// column, B_k C is the same for all heads of a group, and no state is written. In floats that takes four operations per vector of
+// sixteen states: two to look a code up, a fused product, and 0.4 to turn sixteen rows. Bytes take two: 128 codes lie in 64
+// bytes, and step C in three planes of signed bytes, 23 bits of the largest of a head, which is far below half a step of a code.
+#include <cmath>
+
+#include "llmcompress/isa.h"
+#include "window.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,bmi2")
+
+namespace state {
+namespace {
+
+// What tokens of a window add to y: their factors; and what is left of the state.
+STATE_INLINE float factors(const Window& window, const float* dots, float* factor) {
+  float kept = 1.0f;
+  for (int k = window.tokens - 1; k >= 0; --k) {
+    factor[k] = kept * dots[k];
+    kept *= window.decay[k];
+  }
+  return kept;
+}
+
+// step C of a head in pairs.
+template <int J, int Bits>
+STATE_INLINE void columns(const uint16_t* scale, const float* c, float* by) {
+  alignas(64) float natural[32 * J];
+  const __m512 part = _mm512_set1_ps(1.0f / ((1 << (Bits - 1)) - 1));
+  for (int i = 0; i < 32 * J; i += 16) {
+    _mm512_store_ps(natural + i, _mm512_mul_ps(_mm512_mul_ps(half_to_float(scale + i), part), _mm512_loadu_ps(c + i)));
+  }
+  split_pairs(natural, by, 32 * J);
+}
+
+// The codes of what follows lie in another page, where the processor does not look ahead.
+STATE_INLINE void fetch(const uint8_t* row, int bytes) {
+  for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(row + line), _MM_HINT_T0);
+}
+
+// Sixteen rows from their sums of lanes.
+STATE_INLINE void finish(const float (*sums)[16], const uint16_t* channel, float unit, const Window& window, const float* factor,
+                         int base, float* y) {
+  __m512 read = _mm512_mul_ps(sum_rows(sums), _mm512_mul_ps(half_to_float(channel + base), _mm512_set1_ps(unit)));
+  for (int k = 0; k < window.tokens; ++k) {
+    read = _mm512_fmadd_ps(_mm512_set1_ps(factor[k]), _mm512_loadu_ps(window.drive[k] + base), read);
+  }
+  _mm512_storeu_ps(y + base, read);
+}
+
+template <int Bits, int J>
+STATE_INLINE void read_floats(const uint8_t* codes, const uint16_t* channel, const float* by, const Window& window,
+                              const float* dots, float* y, int p) {
+  constexpr int row_bytes = 4 * J * Bits;
+  float factor[kMaxWindow];
+  const float kept = factors(window, dots, factor);
+  alignas(64) float out[kRows][16];
+  for (int base = 0; base < p; base += kRows) {
+    for (int i = 0; i < kRows; ++i) {
+      const uint8_t* row = codes + (base + i) * row_bytes;
+      __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      fetch(row + p * row_bytes, row_bytes);
+      for (int j = 0; j < J; ++j) {
+        __m512 even, odd;
+        decode_pair<Bits>(row + j * pair_bytes<Bits>(), even, odd);
+        sum[0] = _mm512_fmadd_ps(even, _mm512_load_ps(by + 32 * j), sum[0]);
+        sum[1] = _mm512_fmadd_ps(odd, _mm512_load_ps(by + 32 * j + 16), sum[1]);
+      }
+      _mm512_store_ps(out[i], _mm512_add_ps(sum[0], sum[1]));
+    }
+    finish(out, channel, kept, window, factor, base, y);
+  }
+}
+
+template <int Bits, int J>
+void read_head(const uint8_t* codes, const uint16_t* channel, const uint16_t* scale, const Window& window, const float* dots,
+               const float* c, float* y, int p) {
+  alignas(64) float by[32 * J];
+  columns<J, Bits>(scale, c, by);
+  read_floats<Bits, J>(codes, channel, by, window, dots, y, p);
+}
+
+// step C of 128 states as whole numbers up to 2^22: their bytes, for the low nibbles of 64 bytes of codes and for the high ones.
+struct Planes {
+  __m512i low[3], high[3];  // lowest byte first
+  __m512i bias;             // what codes that are all 0 give, since nibbles are counted from -8
+
+  inline __attribute__((always_inline)) void set(const float* by, __m512 over) {
+    for (int h = 0; h < 2; ++h) {
+      __m512i* to = h == 0 ? low : high;
+      for (int j = 0; j < 4; ++j) {
+        __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(by + 32 * j + 16 * h), over));
+        for (int k = 0; k < 3; ++k) {
+          const __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(number));
+          const __m512i old = j == 0 ? _mm512_setzero_si512() : to[k];
+          // four lanes of 32 bits, j-th quarter
+          to[k] = _mm512_mask_shuffle_i32x4(old, static_cast<__mmask16>(0xf << 4 * j), bytes, bytes, 0);
+          number = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
+        }
+      }
+    }
+    bias = _mm512_setzero_si512();
+    bias = dot(_mm512_set1_epi8(8), _mm512_set1_epi8(8));
+  }
+
+  // Sums by lane for nibbles counted from -8; less the bias.
+  inline __attribute__((always_inline)) __m512i dot(__m512i of_low, __m512i of_high) const {
+    __m512i sum = _mm512_setzero_si512();
+    for (int k = 2; k >= 0; --k) {
+      if (k < 2) sum = _mm512_slli_epi32(sum, 8);
+      sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, of_low, low[k]), of_high, high[k]);
+    }
+    return _mm512_sub_epi32(sum, bias);
+  }
+
+  inline __attribute__((always_inline)) __m512i row(const uint8_t* codes) const {
+    const __m512i raw = _mm512_loadu_si512(codes), four = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(8);
+    // (codes ^ 8) & 15
+    const __m512i of_low = _mm512_ternarylogic_epi32(raw, sign, four, 0x28);
+    return dot(of_low, _mm512_ternarylogic_epi32(_mm512_srli_epi16(raw, 4), sign, four, 0x28));
+  }
+};
+
+template <int J>
+void read_bytes(const uint8_t* codes, const uint16_t* channel, const uint16_t* scale, const Window& window, const float* dots,
+                const float* c, float* y, int p) {
+  static_assert(J % 4 == 0);
+  constexpr int parts = J / 4, row_bytes = 16 * J;
+  alignas(64) float by[32 * J];
+  columns<J, 4>(scale, c, by);
+  __m512 most = _mm512_setzero_ps();
+  for (int i = 0; i < 32 * J; i += 16) most = _mm512_range_ps(most, _mm512_load_ps(by + i), 0x0b);
+  const float largest = _mm512_reduce_max_ps(most);
+  if (!(largest >= 1e-25f && largest <= 1e25f)) return read_floats<4, J>(codes, channel, by, window, dots, y, p);
+  // the power of two above it
+  const int above = std::ilogb(largest) + 1;
+  Planes planes[parts];
+  for (int part = 0; part < parts; ++part) planes[part].set(by + 128 * part, _mm512_set1_ps(std::ldexp(1.0f, 22 - above)));
+  float factor[kMaxWindow];
+  const float unit = factors(window, dots, factor) * std::ldexp(1.0f, above - 22);
+  alignas(64) float out[kRows][16];
+  for (int base = 0; base < p; base += kRows) {
+    for (int i = 0; i < kRows; ++i) {
+      const uint8_t* row = codes + (base + i) * row_bytes;
+      __m512i sum = planes[0].row(row);
+      if constexpr (parts > 1) sum = _mm512_add_epi32(sum, planes[1].row(row + 64));
+      _mm512_store_ps(out[i], _mm512_cvtepi32_ps(sum));
+      fetch(row + p * row_bytes, row_bytes);
+    }
+    finish(out, channel, unit, window, factor, base, y);
+  }
+}
+
+template <int Bits, int J>
+Read pick() {
+  if constexpr (Bits == 4 && J % 4 == 0) {
+    static const bool runs = llmcompress::has_avx512();
+    if (runs) return read_bytes<J>;
+  }
+  return read_head<Bits, J>;
+}
+
+template <int Bits>
+Read pick_states(int64_t states) {
+  switch (states) {
+    case 32: return pick<Bits, 1>();
+    case 64: return pick<Bits, 2>();
+    case 128: return pick<Bits, 4>();
+    case 256: return pick<Bits, 8>();
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
+Read head_read(int bits, int64_t states) { return bits == 4 ? pick_states<4>(states) : bits == 8 ? pick_states<8>(states) : nullptr; }
+
+}  // namespace state
+
+#pragma GCC pop_options
