@@ -239,6 +239,23 @@ def test_what_the_kernel_declines() -> None:
     assert "contiguous" in (kernels.verify(turned, *held[1:], fixed, *given, 4) or "")
 
 
+def test_what_the_kernels_of_windows_decline() -> None:
+    held, fixed = start(0, 1, 128, 4, False)
+    given, count = inputs(1, 128), torch.zeros(1, dtype=torch.int32)
+    width = HEADS * P + HEADS + GROUPS * 128
+
+    def why(recent: torch.Tensor, filled: torch.Tensor = count, bits: int = 4) -> str:
+        return kernels.verify_replay(*held, fixed, recent, filled, *given, bits) or ""
+
+    assert why(torch.zeros(1, kernels.MOST_ROWS, width)) == ""
+    assert "window of 17" in why(torch.zeros(1, kernels.MOST_ROWS + 1, width))
+    assert "window of 1" in why(torch.zeros(1, 0, width))
+    assert "8 bits" in why(torch.zeros(1, 3, width), bits=8)
+    assert "int64" in why(torch.zeros(1, 3, width), count.long())
+    assert "contiguous" in why(torch.zeros(1, 4, width)[:, ::2])
+    assert "16 bytes" in why(torch.zeros(width + 1)[1:].view(1, 1, width))
+
+
 def test_every_argument_of_the_operator_is_known() -> None:
     """The dispatcher passes the operator's arguments on by place."""
     for operator, functions in (
