@@ -5,7 +5,7 @@ Judges what scripts/gpu_check.sh measures in one process. G4: the update of a st
 recipes, against the same update with an fp16 and an fp32 state and the byte floor, 64 sequences and more; with 16
 tokens a window against fp16. G5: a step with 4-bit weights and such states against bf16 weights and fp16 states, and
 its byte floor. Without a GPU the newest file of benchmarks/ is judged, and the verdict says so; what is not in it falls
-short. A prompt in int8, which G5 asks for as well, has no GPU kernel and falls short.
+short. A prompt in int8, which G5 asks for as well, has no GPU kernel.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ STEP_FEW, STEP_MANY, FROM, STEP_FLOOR = 3.0, 2.4, 128, 0.65
 PROMPT = 1.3
 
 
-def judge(lines: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """(goal, found, wanted)."""
-    goals = []
+def judge(lines: list[dict[str, Any]]) -> list[tuple[str, float | None, float]]:
+    """(goal, found or None, wanted)."""
+    goals: list[tuple[str, float | None, float]] = []
     for line in lines:
         batch = line.get("batch", 0)
         if line["op"] == "dsq_state_update" and batch >= MANY:
@@ -34,24 +34,29 @@ def judge(lines: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
                 (WINDOW, "floor_share", STATE_FLOOR),
                 (LONG, "over_fp16", LONG_OVER_FP16),
             ):
-                goals.append((f"{name} {tokens}, {figure}", line.get(f"dsq4_w{tokens}_{figure}", 0.0), wanted))
+                goals.append((f"{name} {tokens}, {figure}", line.get(f"dsq4_w{tokens}_{figure}"), wanted))
         if line["op"] == "mamba2-2.7b step":
             name = f"decode step, {batch} sequences"
             wanted = STEP_FEW if batch < FROM else STEP_MANY
-            goals.append((f"{name}, over bf16", line.get(f"over_w16s16_w{WINDOW}", 0.0), wanted))
-            goals.append((f"{name}, share of the floor", line.get(f"floor_share_w{WINDOW}", 0.0), STEP_FLOOR))
-    return [*goals, ("prompt in int8, over bf16", 0.0, PROMPT)]
+            goals.append((f"{name}, over bf16", line.get(f"over_w16s16_w{WINDOW}"), wanted))
+            goals.append((f"{name}, share of the floor", line.get(f"floor_share_w{WINDOW}"), STEP_FLOOR))
+    return [*goals, ("prompt in int8, over bf16", None, PROMPT)]
 
 
 def main() -> None:
     found, passed, origin = gpu_figures()
     goals = judge(found["lines"])
+    held, missing = 0, 0
     for name, value, wanted in goals:
-        print(f"{'holds      ' if value >= wanted else 'FALLS SHORT'} {name}: {value:.3g}, wanted {wanted:.3g}")
-    held = sum(value >= wanted for _, value, wanted in goals)
+        if value is None:
+            missing += 1
+            print(f"NOT MEASURED {name}, wanted {wanted:.3g}")
+            continue
+        held += value >= wanted
+        print(f"{'holds       ' if value >= wanted else 'FALLS SHORT '} {name}: {value:.3g}, wanted {wanted:.3g}")
     verdict(
         held == len(goals) and passed,
-        f"{held} of {len(goals)} goals on {found['versions']['gpu']['name']}, {origin}",
+        f"{held} of {len(goals)} goals on {found['versions']['gpu']['name']}, {missing} not measured, {origin}",
     )
 
 
