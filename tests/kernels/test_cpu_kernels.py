@@ -207,7 +207,8 @@ def test_what_the_kernels_decline_runs_by_the_definition() -> None:
     expected = torch.ops.llmcompress.group_gemm_definition(x, *arguments)
     assert torch.equal(ops.group_gemm(x, *arguments), expected)
     assert ops.group_gemm(x.double(), *arguments).dtype == torch.float64
-    assert torch.equal(ops.group_gemm(x.T.contiguous().T, *arguments), expected)
+    # how torch sums the columns of a transposed matrix depends on the processor
+    torch.testing.assert_close(ops.group_gemm(x.T.contiguous().T, *arguments), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_views_and_leading_dimensions() -> None:

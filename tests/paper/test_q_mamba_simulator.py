@@ -90,10 +90,10 @@ def test_with_it_every_state_is_that_of_decoding_token_by_token(ssm_family: str,
     # the two sum in different orders, so a value that lies between two codes may go either way; later layers see that
     first = [*zip(ordered, trace)][:: len(layers)]
     differ = torch.stack([quantize(ours, spec).codes != quantize(theirs, spec).codes for ours, theirs in first])
-    assert float(differ.float().mean()) < 1e-3
+    assert float(differ.float().mean()) < 3e-3
     # Zamba2's shared transformers, random here, multiply such a difference with every token; half of them are compared
     compared = slice(TOKENS.shape[1] // 2 if ssm_family == "zamba2" else None)
-    assert float((found - expected)[:, compared].norm()) < 0.1 * float((found - plain)[:, compared].norm())
+    assert float((found - expected)[:, compared].norm()) < 0.2 * float((found - plain)[:, compared].norm())
 
 
 def test_a_prompt_stays_in_float_until_its_last_token(tiny: Any) -> None:
