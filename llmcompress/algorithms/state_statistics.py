@@ -71,9 +71,11 @@ class HeadStatistics:
         self.log_max = log_max if self.log_max is None else torch.maximum(self.log_max, log_max)
         return outputs
 
-    def add_error(self, label: str, inputs: ScanInputs, exact: Tensor, spec: StateSpec, static: Tensor | None) -> None:
-        """Run the recurrence with a quantized state and add its output error under ``label``."""
-        outputs = _quantized_outputs(inputs, spec, static)
+    def add_error(
+        self, label: str, inputs: ScanInputs, exact: Tensor, spec: StateSpec, static: Tensor | None, window: int = 1
+    ) -> None:
+        """Run the recurrence with a state that is rounded every ``window`` tokens, add its error under ``label``."""
+        outputs = _quantized_outputs(inputs, spec, static, window)
         error = (outputs - exact).double().square().sum((0, 1, 3)).cpu()
         self.errors[label] = self.errors.get(label, torch.zeros_like(error)) + error
 
@@ -97,11 +99,11 @@ class HeadStatistics:
         return {label: (error / energy).sqrt().tolist() for label, error in self.errors.items()}
 
 
-def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | None) -> Tensor:
-    """``[S, T, H, P]`` with the state rounded after every token, by the operator where it knows codec and kind."""
+def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | None, window: int) -> Tensor:
+    """``[S, T, H, P]``, the state rounded every ``window`` tokens, by the operator where it knows codec and kind."""
     plain = spec.codec in ("dsq", "dsq_refit", "dsq_static_p") and spec.alpha == 0.5 and spec.sqrt_axis == "channel"
     if not plain or inputs.a.shape[1:] != (1, 1):
-        return scan(inputs, None, lambda fresh, _t: fake_quantize(fresh, spec, static))[0]
+        return scan(inputs, None, lambda fresh, t: fresh if t % window else fake_quantize(fresh, spec, static))[0]
     from llmcompress_kernels.state import selective_scan_q
 
     sequences, _, heads, channels = inputs.x.shape
@@ -109,7 +111,8 @@ def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | Non
     bits = torch.full((heads,), spec.bits, dtype=torch.int32, device=start.device)
     decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
     how = {"refit": spec.codec == "dsq_refit", "dither": spec.rounding == "dither"}
-    return selective_scan_q(inputs.dt * inputs.x, decay, inputs.b, inputs.c, start, bits, static, **how)[0]
+    read = (inputs.b, inputs.c, start, bits, static)
+    return selective_scan_q(inputs.dt * inputs.x, decay, *read, window=window, **how)[0]
 
 
 def shares(errors: Mapping[str, Tensor], energy: Tensor, labels: list[str]) -> list[list[float]]:

@@ -53,7 +53,9 @@ class DsqConfig(StageConfig):
     refits: Annotated[int, Field(ge=1, le=8)] = 3
     """Least-squares passes of ``dsq_als``."""
     replay_window: Annotated[int, Field(ge=1, le=64)] = 1
-    """Round the state only every so many tokens and keep the inputs since; errors fall about with its root."""
+    """Round the state only every so many tokens, and keep what the tokens since have put in (``dt x``, decay, B, in
+    fp32) to replay it. Errors fall about with its root and steps take less time, for ``(R - 1) (H P + H + G N) 4``
+    bytes per layer and sequence; the paper rounds at every token, which is 1."""
     head_bits: Literal["uniform", "auto"] = "uniform"
     """``auto`` gives each head 4, 6 or 8 bits by measured error, under the average ``avg_bits``."""
     avg_bits: Annotated[float, Field(ge=4, le=8)] = 4.5
@@ -90,10 +92,18 @@ class Dsq(Stage):
 
     def warnings(self, layout: ModelLayout) -> list[str]:
         """Settings that are allowed but likely to hurt."""
+        from llmcompress.models.state_memory import sequence_bytes
+
+        found = []
         first = any(block.scan is not None and block.scan.kind == "mamba1" for block in layout.blocks)
         if first and self.config.bits == 4:
-            return ["4-bit states of Mamba-1: its states are small and decay unevenly; 8 bits are recommended"]
-        return []
+            found.append("4-bit states of Mamba-1: its states are small and decay unevenly; 8 bits are recommended")
+        policy, window = self.policy(None), self.config.replay_window
+        whole, states = (sequence_bytes(layout, {**policy, "window": r}, 4)[0] for r in (window, 1))
+        if whole > 1.5 * states:
+            share = f"{100 * (whole - states) / states:.0f} %"
+            found.append(f"a replay_window of {window} takes {share} of the states' own bytes: consider a smaller one")
+        return found
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One block, a stream of a few windows, and the states of one batch."""
@@ -199,7 +209,10 @@ class Dsq(Stage):
         ctx.emit("note", text=f"{long} of {total} heads remember longer than {LONG_MEMORY:.0f} tokens")
         if self.config.bits < 8 and self.config.head_bits == "uniform" and 2 * long > total:
             text = f"most heads remember longer than {LONG_MEMORY:.0f} tokens; {self.config.bits}-bit states may drift"
-            ctx.emit("warning", text=f"{text}: try head_bits: auto, or a replay_window of 4 to 8")
+            window = self.config.replay_window
+            ctx.emit(
+                "warning", text=f"{text}: try head_bits: auto, or a replay_window of {2 * window if window > 1 else 4}"
+            )
 
 
 def _scan_bytes(view: ScanView, samples: int, tokens: int) -> int:

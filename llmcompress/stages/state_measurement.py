@@ -96,7 +96,7 @@ def _forward(config: DsqConfig, walker: Any, block: Block, hidden: Tensor, measu
     for bits in CHOICES:
         spec = replace(spec_of(config), bits=bits)
         for inputs, exact in zip(batches, outputs):
-            statistics.add_error(str(bits), inputs, exact, spec, statistics.static(spec))
+            statistics.add_error(str(bits), inputs, exact, spec, statistics.static(spec), config.replay_window)
     return statistics
 
 

@@ -2,13 +2,14 @@
 """Q-Mamba 4: generate() with the packed cache writes token by token what a slow reference writes.
 
 The reference keeps the state in float tensors of this script's own, takes every token through the equations as written
-out below and rounds the state by the formula; it shares the model's projections and norms, but no cache, no packing and
-no mixer code. Greedy, 2 000 tokens, batch 4, on the shipped Mamba-2 at W8A8H4. Beam search with 3 beams writes what it
-writes with the same values kept in float, and the score that it gives each text is that text's likelihood by the slow
-reference, which reorders nothing: a state that followed the wrong beam would show. Kernels are set to their
-definitions: fast ones sum the read-out in another order, and one flipped code grows into another text after hundreds of
-tokens. How far the fast kernels agree is measured with the reference's text given (teacher forcing), so that a
-difference cannot grow: shown, not judged.
+out below and rounds the state by the formula; it shares the model's projections and norms, but no cache, no packing, no
+replay of a window and no mixer code. Greedy, 2 000 tokens, batch 4, on the shipped Mamba-2 at W8A8H4, states as the
+recipes keep them (with a dither, every fourth token) and as the paper does (to nearest, at every token). Beam search
+with 3 beams writes what it writes with the same values kept in float, and the score that it gives each text is that
+text's likelihood by the slow reference, which reorders nothing: a state that followed the wrong beam would show.
+Kernels are set to their definitions: fast ones sum the read-out in another order, and one flipped code grows into
+another text after hundreds of tokens. How far the fast kernels agree is measured with the reference's text given
+(teacher forcing), so that a difference cannot grow: shown, not judged.
 
 The first token's state comes from the model's own prefill. It is checked apart: its codes against those that a
 token-by-token pass over the prompt gives may differ by one in at most 1 of 1 000 places.
@@ -27,28 +28,39 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import verdict
-from state_models import quantized
+from state_models import SHIPPED, quantized
 
 BEAMS, BEAM_TOKENS = 3, 64
+PAPERS: dict[str, Any] = {"type": "dsq", "bits": 4, "rounding": "rtn", "replay_window": 1}
 # largest error of a score in nats per token; one state that followed the wrong beam makes 4e-3 and more
 SCORE = 1e-5
 
 
+@dataclass
+class Kept:
+    """How states are kept: rounded after every ``window`` tokens, with a dither or to nearest."""
+
+    window: int
+    dither: bool
+
+
 class SlowMixer:
-    """One mixer between its projections, a token at a time, state in float and rounded after every token.
+    """One mixer between its projections, a token at a time, state in float and rounded by the formula.
 
     Args:
         mixer: Mamba-2 mixer of transformers; its projections and parameters are used, its forward is not.
         conv: ``[S, C, 4]`` last inputs of the convolution.
         state: fp32 ``[S, H, P, N]``.
+        kept: When and how it is rounded; None leaves it in float.
     """
 
-    def __init__(self, mixer: Any, conv: Any, state: Any) -> None:
-        self.mixer, self.conv, self.state, self.rounds = mixer, conv.clone(), state.clone(), True
+    def __init__(self, mixer: Any, conv: Any, state: Any, kept: Kept | None) -> None:
+        self.mixer, self.conv, self.state, self.kept, self.tokens = mixer, conv.clone(), state.clone(), kept, 0
 
     def forward(self, hidden: Any, **_: Any) -> Any:
         """Takes and gives ``[S, 1, D]``."""
@@ -68,14 +80,16 @@ class SlowMixer:
         b, c = (t.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 1) for t in (b, c))
         fresh = decay[..., None, None] * self.state + (dt[..., None] * x)[..., None] * b[:, :, None]
         y = (fresh @ c[..., None])[..., 0]
-        self.state = rounded(fresh) if self.rounds else fresh
+        self.tokens += 1
+        due = self.kept is not None and self.tokens % self.kept.window == 0
+        self.state = rounded(fresh, self.kept.dither) if self.kept is not None and due else fresh
         y = (y + m.D[:, None] * x).flatten(1) * silu(gate)
         y = y.unflatten(-1, (groups, -1))
         y = y * (y.square().mean(-1, keepdim=True) + m.norm.variance_epsilon).rsqrt()
         return m.out_proj(y.flatten(1) * m.norm.weight)[:, None]
 
 
-def rounded(u: Any) -> Any:
+def rounded(u: Any, dither: bool) -> Any:
     """What a state ``[..., P, N]`` becomes by being stored with 4 bits, from the formula (q = 7)."""
     import torch
 
@@ -88,18 +102,24 @@ def rounded(u: Any) -> Any:
     channel = half((total[..., 0] / u.shape[-1]).double().sqrt().float())[..., :, None]
     state = half((size / channel).amax(-2))[..., None, :]
     step = channel * (state / 7.0)
-    return torch.clamp((u / step).round(), -7, 7) * step
+    value = u / step
+    if dither:
+        # bits 12 to 15 of the scale's bits times 40503 make sixteen values from -1/2 to 1/2; the sum is rounded once
+        level = ((state.half().view(torch.int16).int() & 0xFFFF) * 40503 & 0xFFFF) >> 12
+        product = (u * (1 / channel)).double() * (1 / (state / 7.0)).double()
+        value = (product + (level.double() - 7.5) / 16).float()
+    return torch.clamp(value.round(), -7, 7) * step
 
 
 @contextmanager
-def slow_mixers(model: Any, convs: list[Any], states: list[Any], rounds: bool = True) -> Iterator[list[SlowMixer]]:
+def slow_mixers(model: Any, convs: list[Any], states: list[Any], kept: Kept | None) -> Iterator[list[SlowMixer]]:
     """Inside, the model's mixers are slow ones that start from these inputs of the convolution and states."""
     mixers = mixers_of(model)
     ours = [mixer.forward for mixer in mixers]
-    slow = [SlowMixer(*parts) for parts in zip(mixers, convs, states)]
+    slow = [SlowMixer(*parts, kept) for parts in zip(mixers, convs, states)]
     try:
         for mixer, one in zip(mixers, slow):
-            mixer.forward, one.rounds = one.forward, rounds
+            mixer.forward = one.forward
         yield slow
     finally:
         for mixer, forward in zip(mixers, ours):
@@ -119,7 +139,7 @@ def prefilled(model: Any, prompt: Any) -> tuple[Any, list[Any], list[Any]]:
     return out.logits[:, -1], convs, [layer.recurrent_states[0].load() for layer in layers]
 
 
-def slow_decoding(model: Any, prompt: Any, tokens: int) -> tuple[Any, int, int]:
+def slow_decoding(model: Any, prompt: Any, tokens: int, kept: Kept) -> tuple[Any, int, int]:
     """Greedy decoding by :class:`SlowMixer` from the model's own prefill.
 
     Returns:
@@ -131,27 +151,27 @@ def slow_decoding(model: Any, prompt: Any, tokens: int) -> tuple[Any, int, int]:
     with torch.inference_mode():
         logits, convs, stored = prefilled(model, prompt)
         zeros = [torch.zeros_like(conv) for conv in convs], [torch.zeros_like(state) for state in stored]
-        with slow_mixers(model, *zeros, rounds=False) as slow:
+        with slow_mixers(model, *zeros, None) as slow:
             for at in range(prompt.shape[1]):
                 model(prompt[:, at : at + 1], use_cache=False)
-            again = [rounded(one.state) for one in slow]
+            again = [rounded(one.state, kept.dither) for one in slow]
         differing = sum(int((one - two).abs().gt(1e-3 * one.abs().amax()).sum()) for one, two in zip(stored, again))
         rows, word = [prompt], logits.argmax(-1, keepdim=True)
-        with slow_mixers(model, convs, stored):
+        with slow_mixers(model, convs, stored, kept):
             for _ in range(tokens - 1):
                 rows.append(word)
                 word = model(word, use_cache=False).logits[:, -1:].argmax(-1)
     return torch.cat([*rows, word], 1), differing, sum(state.numel() for state in stored)
 
 
-def slow_score(model: Any, text: Any, start: int) -> Any:
+def slow_score(model: Any, text: Any, start: int, kept: Kept) -> Any:
     """Mean log likelihood ``[S]`` of the tokens from ``start`` on, by :class:`SlowMixer`."""
     import torch
 
     with torch.inference_mode():
         logits, convs, stored = prefilled(model, text[:, :start])
         rows = [logits]
-        with slow_mixers(model, convs, stored):
+        with slow_mixers(model, convs, stored, kept):
             rows += [
                 model(text[:, at : at + 1], use_cache=False).logits[:, -1] for at in range(start, text.shape[1] - 1)
             ]
@@ -175,26 +195,34 @@ def main() -> None:
     if options.forced:
         forced(*options.forced)
         return
+    results = [judged(options.model, options.tokens, states) for states in (SHIPPED, PAPERS)]
+    verdict(all(holds for holds, _ in results), "; ".join(text for _, text in results))
+
+
+def judged(model: str, tokens: int, states: dict[str, Any]) -> tuple[bool, str]:
+    """Whether one way to keep states holds, and its figures."""
+    kept = Kept(states["replay_window"], states["rounding"] == "dither")
     root = Path(tempfile.mkdtemp(prefix="llmcompress-generate-"))
     try:
-        artifact = quantized(options.model, root)
+        artifact = quantized(model, root, states=states)
         os.environ["LLMCOMPRESS_KERNELS"] = "reference"
-        found = compare(str(artifact), options.tokens, root / "text.json")
+        found = compare(str(artifact), tokens, root / "text.json", kept)
         del os.environ["LLMCOMPRESS_KERNELS"]
         command = [sys.executable, __file__, "--forced", str(artifact), str(root / "text.json")]
         subprocess.run(command, check=True)
     finally:
         shutil.rmtree(root)
     greedy, wanted, beams, score, differing, codes = found
-    verdict(
-        greedy == wanted and beams and score <= SCORE and 1000 * differing <= codes,
-        f"greedy equal for {greedy} of {wanted} tokens in all 4 rows; 3 beams {'equal' if beams else 'DIFFER'}, "
-        f"their scores within {score:.1e} of the slow reference's (limit {SCORE:.0e}); "
-        f"prefill: {differing} of {codes} codes differ from a token-by-token pass",
+    text = (
+        f"{states['rounding']}, replay window {kept.window}: greedy equal for {greedy} of {wanted} tokens in all 4 "
+        f"rows; 3 beams {'equal' if beams else 'DIFFER'}, their scores within {score:.1e} of the slow reference's "
+        f"(limit {SCORE:.0e}); prefill: {differing} of {codes} codes differ from a token-by-token pass"
     )
+    print(text, flush=True)
+    return greedy == wanted and beams and score <= SCORE and 1000 * differing <= codes, text
 
 
-def compare(artifact: str, tokens: int, text: Path) -> tuple[int, int, bool, float, int, int]:
+def compare(artifact: str, tokens: int, text: Path, kept: Kept) -> tuple[int, int, bool, float, int, int]:
     """Tokens that agree, of how many; whether beam search agrees, its scores' largest error; the prefill's codes."""
     import torch
 
@@ -206,7 +234,7 @@ def compare(artifact: str, tokens: int, text: Path) -> tuple[int, int, bool, flo
     prompt = torch.randint(3, int(model.config.vocab_size), (4, 12), generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
     packed = model.generate(prompt, max_new_tokens=tokens, **options)
-    slow, differing, codes = slow_decoding(model, prompt, tokens)
+    slow, differing, codes = slow_decoding(model, prompt, tokens, kept)
     text.write_text(json.dumps(slow.tolist()))
     agreed = same_until(packed, slow)
     if agreed < slow.shape[1]:
@@ -219,7 +247,7 @@ def compare(artifact: str, tokens: int, text: Path) -> tuple[int, int, bool, flo
     }
     beams = model.generate(prompt, **options)
     # as many rows as in the search, because a matrix product of other size rounds differently
-    own = slow_score(model, beams.sequences.repeat_interleave(BEAMS, 0), prompt.shape[1])[::BEAMS]
+    own = slow_score(model, beams.sequences.repeat_interleave(BEAMS, 0), prompt.shape[1], kept)[::BEAMS]
     runtime = runtime_of(model)
     assert runtime is not None
     runtime.packed = False

@@ -33,7 +33,7 @@ stages:
       experts: {role: experts, bits: 3, group_size: 64, symmetric: false}
       rest: {role: [attention, mlp, ssm], bits: 8, group_size: -1, symmetric: true}
     router: {k: auto, solver: ridge}
-  states: {type: dsq, bits: 4}
+  states: {type: dsq, bits: 4, rounding: dither, replay_window: 4}
   evaluate:
     type: evaluate
     perplexity:

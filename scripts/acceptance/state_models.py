@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import llmcompress
+from harness import ROOT, llmcompress
 
+# how the recipes keep states
+SHIPPED: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "base" / "q_mamba.yaml").read_text())["stages"]["states"]
 # shapes of mamba2-130m
 MAMBA2_130M: dict[str, Any] = {
     "model_type": "mamba2", "hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, "head_dim": 64,
@@ -47,7 +49,7 @@ def recipe(model: str | Path, run: Path, **changes: Any) -> dict[str, Any]:
         },
         "activations": {"type": "activations", "granularity": "chunk"},
         "embeddings": {"type": "embeddings"},
-        "states": {"type": "dsq", "bits": 4, "samples": 1, "tokens": 16},
+        "states": {**SHIPPED, "samples": 1, "tokens": 16},
         "export": {"type": "export", "formats": ["native"]},
     }
     for name, fields in changes.items():

@@ -44,6 +44,18 @@ def test_it_measures_every_head(tiny: Any, tmp_path: Path) -> None:
     assert state.policies["state_cache"]["bits"] == 4
 
 
+def test_errors_are_those_of_the_replay_window(tiny: Any, tmp_path: Path) -> None:
+    errors = {}
+    for window in (1, 6):
+        for family in ("mamba", "mamba2"):
+            state = tiny.state(tmp_path / family, family)
+            stage(replay_window=window).run(state, tiny.context(tmp_path / f"{family}{window}", "states"))
+            assert state.policies["state_cache"]["window"] == window
+            errors[family, window] = sum(state.packed.read_block(0).record["states"]["errors"]["4"])
+    assert errors["mamba", 6] < 0.8 * errors["mamba", 1]
+    assert errors["mamba2", 6] < 0.8 * errors["mamba2", 1]
+
+
 def test_half_lives_are_those_of_the_weights(tiny: Any, tmp_path: Path) -> None:
     """With in_proj's time-step rows at zero, dt is softplus(dt_bias) for every token."""
     model = tiny.model("mamba2")
@@ -140,6 +152,14 @@ def test_four_bits_on_mamba_1_are_warned_of(tiny: Any) -> None:
     layout = layout_from_config(tiny.config("mamba").to_dict())
     assert "8 bits are recommended" in stage().warnings(layout)[0]
     assert stage(bits=8).warnings(layout) == []
+
+
+def test_windows_that_take_more_than_they_are_worth_are_warned_of(tiny: Any) -> None:
+    layout = layout_from_config(tiny.config("mamba").to_dict())
+    assert "replay_window of 4 takes" in stage(bits=8, replay_window=4).warnings(layout)[0]
+    sizes = {"hidden_size": 768, "num_heads": 24, "head_dim": 64, "state_size": 128, "n_groups": 1}
+    wide = layout_from_config(tiny.config("mamba2", **sizes).to_dict())
+    assert stage(replay_window=4).warnings(wide) == []
 
 
 def test_missing_calibration_is_named(tiny: Any, tmp_path: Path) -> None:
