@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gpu_timing import replay, rotations
 from llmcompress_kernels import state
+from llmcompress_kernels.cuda import state as cuda_state
 from llmcompress_kernels.triton import mixer
 from llmcompress_kernels.triton.state import dsq_pack
 
@@ -40,6 +41,9 @@ def update(batch: int, rate: float) -> dict[str, Any]:
             dsq_pack(torch.randn(batch, HEADS, P, N, device="cuda"), None, bits) for _ in range(rotations(size, 16))
         ]
         candidates[f"dsq{bits}"] = [_dsq_call(q, drive, decay, b, c, bits) for q in packed]
+        # both instances whatever the number of heads, to see where one overtakes the other
+        for name, variant in (("small", cuda_state.SMALL), ("large", cuda_state.LARGE)):
+            candidates[f"dsq{bits}_{name}"] = [_dsq_call(q, drive, decay, b, c, bits, variant) for q in packed]
     held = [dsq_pack(torch.randn(batch, HEADS, P, N, device="cuda"), None, 4, dither=True) for _ in candidates["dsq4"]]
     for tokens in WINDOWS:
         candidates[f"dsq4_w{tokens}"] = window_calls(held, tokens, drive, decay, b, c)
@@ -89,6 +93,9 @@ def _dsq_call(
     b: torch.Tensor,
     c: torch.Tensor,
     bits: int,
+    variant: int | None = None,
 ) -> Callable[[], object]:
-    codes, channel, scale = held
-    return lambda: state.dsq_state_update(codes, channel, scale, None, drive, decay, b, c, bits)
+    token = (None, drive, decay, b, c, bits)
+    if variant is None:
+        return lambda: state.dsq_state_update(*held, *token)
+    return lambda: cuda_state.dsq_state_update(*held, *token, variant=variant)
