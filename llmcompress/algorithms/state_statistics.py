@@ -110,9 +110,9 @@ def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | Non
     start = inputs.x.new_zeros(sequences, heads, channels, inputs.b.shape[-1])
     bits = torch.full((heads,), spec.bits, dtype=torch.int32, device=start.device)
     decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
-    how = {"refit": spec.codec == "dsq_refit", "dither": spec.rounding == "dither"}
-    read = (inputs.b, inputs.c, start, bits, static)
-    return selective_scan_q(inputs.dt * inputs.x, decay, *read, window=window, **how)[0]
+    refit, dither = spec.codec == "dsq_refit", spec.rounding == "dither"
+    given = (inputs.dt * inputs.x, decay, inputs.b, inputs.c, start, bits, static)
+    return selective_scan_q(*given, window=window, refit=refit, dither=dither)[0]
 
 
 def shares(errors: Mapping[str, Tensor], energy: Tensor, labels: list[str]) -> list[list[float]]:
