@@ -70,7 +70,7 @@ def models(name: str, root: Path) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     artifact = folder / "run" / "artifact"
     if not artifact.exists():
-        quantized(source, folder, states={"rounding": "dither"})
+        quantized(source, folder, states={"rounding": "dither", "replay_window": recipe_window()})
     found = {
         word: AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
         for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
