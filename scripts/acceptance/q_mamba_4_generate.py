@@ -6,7 +6,7 @@ out below and rounds the state by the formula; it shares the model's projections
 replay of a window and no mixer code. Greedy, 2 000 tokens, batch 4, on the shipped Mamba-2 at W8A8H4, states as the
 recipes keep them (with a dither, every fourth token) and as the paper does (to nearest, at every token). Beam search
 with 3 beams writes what it writes with the same values kept in float, and the score that it gives each text is that
-text's likelihood by the slow reference, which reorders nothing: a state that followed the wrong beam would show.
+text's likelihood by the slow reference, which holds nothing but that text: a state of another beam would show.
 Kernels are set to their definitions: fast ones sum the read-out in another order, and one flipped code grows into
 another text after hundreds of tokens. How far the fast kernels agree is measured with the reference's text given
 (teacher forcing), so that a difference cannot grow: shown, not judged.
@@ -164,17 +164,35 @@ def slow_decoding(model: Any, prompt: Any, tokens: int, kept: Kept) -> tuple[Any
     return torch.cat([*rows, word], 1), differing, sum(state.numel() for state in stored)
 
 
-def slow_score(model: Any, text: Any, start: int, kept: Kept) -> Any:
-    """Mean log likelihood ``[S]`` of the tokens from ``start`` on, by :class:`SlowMixer`."""
+def slow_score(model: Any, text: Any, start: int, kept: Kept, places: Any) -> Any:
+    """Mean log likelihood ``[S]`` of the tokens from ``start`` on, by :class:`SlowMixer`.
+
+    A text is read in ``BEAMS`` copies, as many rows as the search has, because a product of matrices gives a row other
+    last bits with another number of rows, and in another place; with a dither such a bit parts two states for good. So
+    the copy in the place where the search computed a token is believed, and the others take over its state.
+
+    Args:
+        model: Whose projections are used.
+        text: int64 ``[S, T]``.
+        start: Tokens of the prompt.
+        kept: How states are kept.
+        places: int64 ``[S, T - start]``, row of the search in which each token was chosen.
+    """
     import torch
 
+    copies = text.repeat_interleave(BEAMS, 0)
     with torch.inference_mode():
-        logits, convs, stored = prefilled(model, text[:, :start])
-        rows = [logits]
-        with slow_mixers(model, convs, stored, kept):
-            rows += [
-                model(text[:, at : at + 1], use_cache=False).logits[:, -1] for at in range(start, text.shape[1] - 1)
-            ]
+        logits, convs, stored = prefilled(model, copies[:, :start])
+        rows = [logits[places[:, 0]]]
+        chosen = places[:, 0].repeat_interleave(BEAMS)
+        convs, stored = [conv[chosen] for conv in convs], [state[chosen] for state in stored]
+        with slow_mixers(model, convs, stored, kept) as slow:
+            for at in range(start, text.shape[1] - 1):
+                place = places[:, at + 1 - start]
+                rows.append(model(copies[:, at : at + 1], use_cache=False).logits[place, -1])
+                chosen = place.repeat_interleave(BEAMS)
+                for one in slow:
+                    one.conv, one.state = one.conv[chosen], one.state[chosen]
         said = torch.stack(rows, 1).log_softmax(-1)
     return said.gather(-1, text[:, start:, None])[..., 0].mean(-1)
 
@@ -246,8 +264,9 @@ def compare(artifact: str, tokens: int, text: Path, kept: Kept) -> tuple[int, in
         "output_scores": True,
     }
     beams = model.generate(prompt, **options)
-    # as many rows as in the search, because a matrix product of other size rounds differently
-    own = slow_score(model, beams.sequences.repeat_interleave(BEAMS, 0), prompt.shape[1], kept)[::BEAMS]
+    start = prompt.shape[1]
+    places = beams.beam_indices[:, : beams.sequences.shape[1] - start]
+    own = slow_score(model, beams.sequences, start, kept, places)
     runtime = runtime_of(model)
     assert runtime is not None
     runtime.packed = False
