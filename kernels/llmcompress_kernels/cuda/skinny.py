@@ -250,7 +250,7 @@ def _call(
 
 
 def shared(bits: int, call: Call) -> int:
-    """Bytes of shared memory of a block, as ``Memory`` of shape.cuh has them."""
+    """Bytes of shared memory of a block, as ``Memory`` of activations.cuh has them."""
     up = lambda count: -(-count // 16) * 16  # noqa: E731
     step, dense = COLUMNS[bits], call.mode == MODES["dense"]
     slots, experts = (0, 0) if dense else (call.tokens * call.slots, call.experts)

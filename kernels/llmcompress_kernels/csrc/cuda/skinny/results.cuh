@@ -1,6 +1,7 @@
 // What becomes of the sums of a strip: results, or parts that the last block to come adds.
 #pragma once
 
+#include "outputs.cuh"
 #include "sums.cuh"
 
 namespace llmcompress::skinny {

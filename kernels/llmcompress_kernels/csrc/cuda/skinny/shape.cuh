@@ -26,35 +26,6 @@ template <int BITS> struct Shape {
     static constexpr int X_PAD = BITS == 2 ? 16 : 64;    // 8 lanes, of two tokens, then meet 32 different banks
 };
 
-__host__ __device__ inline int up_to_16(int bytes) { return (bytes + 15) / 16 * 16; }
-
-// Where in shared memory of a block things lie.
-template <int BITS, int NT> struct Memory {
-    using S = Shape<BITS>;
-    int most_jobs, spans;
-    int jobs; // of the launch
-    int count, before, job_expert, owner, job_of, place, list, pieces, x, stages, stage, bytes;
-
-    __host__ __device__ explicit Memory(const Call& call) : jobs(0) {
-        const int slots = call.mode == DENSE ? 0 : call.tokens * call.slots, experts = call.mode == DENSE ? 0 : call.experts;
-        most_jobs = experts + slots / call.at_once;
-        if (most_jobs > slots) most_jobs = slots;
-        spans = call.group >= S::COLUMNS ? 1 : S::COLUMNS / call.group;
-        count = up_to_16(sizeof(Memory)); // it lies in front itself: registers are scarce
-        before = count + up_to_16(4 * experts);
-        job_expert = before + up_to_16(4 * experts);
-        owner = job_expert + up_to_16(2 * most_jobs);
-        job_of = owner + up_to_16(2 * slots);
-        place = job_of + up_to_16(2 * slots);
-        list = place + up_to_16(2 * slots);
-        pieces = list + 2 * NT * TILE;
-        x = pieces + (call.mode == DOWN ? up_to_16(call.warps * most_jobs) : 0);
-        stages = x + call.room;
-        stage = STRIP * S::STRIDE + 8 * STRIP * spans;
-        bytes = stages + call.warps * call.stages * stage;
-    }
-};
-
 // Where in the mantissa, counted from its lower end or (fp16) from bit 3, code I of half a word is read, and what the
 // number there exceeds the code by, as a power of two.
 template <int BITS> __host__ __device__ constexpr int position_of(int i) { return i % (7 / BITS) * BITS; }
@@ -65,12 +36,17 @@ template <bool BF16> __host__ __device__ constexpr uint32_t powers(int e) {
     return (BF16 ? uint32_t(127 + e) << 7 : uint32_t(15 + e) << 10) * 0x10001u;
 }
 
-// Number i of the pairs of a lane's codes, as two numbers in a 16-bit type.
-template <int BITS, bool BF16, int I> __device__ __forceinline__ uint32_t pair_of(uint32_t v) {
-    constexpr int AT = position_of<BITS>(I) + (BF16 ? 0 : 3), BY = I * BITS - AT;
+// The codes at bit BIT of both halves of a word as two numbers 2^e + code in a 16-bit type, read at POSITION.
+template <int BITS, bool BF16, int POSITION, int BIT> __device__ __forceinline__ uint32_t numbers(uint32_t v) {
+    constexpr int AT = POSITION + (BF16 ? 0 : 3), BY = BIT - AT;
     constexpr uint32_t CODE = ((1u << BITS) - 1) << AT, EXPONENT = BF16 ? (127u + 7 - AT) << 7 : (15u + 10 - AT) << 10;
     const uint32_t moved = BY >= 0 ? v >> (BY >= 0 ? BY : 0) : v << (BY < 0 ? -BY : 0);
     return mask_set(moved, CODE * 0x10001u, EXPONENT * 0x10001u);
+}
+
+// Number I of the pairs of a lane's codes.
+template <int BITS, bool BF16, int I> __device__ __forceinline__ uint32_t pair_of(uint32_t v) {
+    return numbers<BITS, BF16, position_of<BITS>(I), I * BITS>(v);
 }
 
 // The codes of a lane, two in every bit position of the halves of a word. `row` points at the unit's first word.

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS<NT>, 1) skinny_kernel(const __
     block.plan();
     if (call.mode == DOWN && block.schedule.jobs == 0) {
         previous_launch();
-        block.clear_out();
+        block.clear_out(block.number);
     }
     const Schedule& schedule = block.schedule;
     if (block.number >= schedule.blocks) return;
@@ -70,18 +70,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS<NT>, 1) skinny_kernel(const __
     for (; now < end; ++now) {
         if (!block.has_x(place)) {
             block.load_x(place, end - now);
-            block.lanes_of_x(x);
+            block.template lanes_of_x<4 * S::PAIRS>(x);
         }
-        if (call.stages == 2)
-            wait<0>();
-        else if (call.stages == 3)
-            wait<1>();
-        else if (call.stages == 4)
-            wait<2>();
-        else if (call.stages == 5)
-            wait<3>();
-        else
-            wait<4>();
+        wait_for_step<6>(call.stages);
         pipeline.store_scales();
         sync_warp(); // the step is there, and no lane reads the one before any more
         if (now + call.stages - 1 < end)

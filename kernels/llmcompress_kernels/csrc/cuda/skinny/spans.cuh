@@ -1,7 +1,7 @@
 // Weights in spans of 128 columns, over which a scale is the same: sizes, shared memory, and how codes become numbers.
 #pragma once
 
-#include "activations.cuh"
+#include "jobs.cuh"
 
 namespace llmcompress::skinny {
 
@@ -72,10 +72,7 @@ template <int BITS> struct Codes {
         constexpr int WORD_OF_3[16] = {0, 0, 0, 0, 3, 3, 1, 1, 1, 4, 4, 2, 2, 2, 2, 2};
         constexpr int BIT_OF_3[16] = {0, 3, 6, 9, 0, 3, 2, 5, 8, 0, 3, 1, 4, 7, 10, 13};
         constexpr int WORD = BITS == 3 ? WORD_OF_3[P] : P / Span<BITS>::APART, BIT = BITS == 3 ? BIT_OF_3[P] : P % Span<BITS>::APART * BITS;
-        constexpr int AT = span_position_of<BITS>(P) + (BF16 ? 0 : 3), BY = BIT - AT;
-        constexpr uint32_t CODE = ((1u << BITS) - 1) << AT, EXPONENT = BF16 ? (127u + 7 - AT) << 7 : (15u + 10 - AT) << 10;
-        const uint32_t moved = BY >= 0 ? at[WORD] >> (BY >= 0 ? BY : 0) : at[WORD] << (BY < 0 ? -BY : 0);
-        return mask_set(moved, CODE * 0x10001u, EXPONENT * 0x10001u);
+        return numbers<BITS, BF16, span_position_of<BITS>(P), BIT>(at[WORD]);
     }
 };
 
@@ -87,14 +84,7 @@ template <int BITS, int NT> struct Places {
         const int slots = call.mode == DENSE ? 0 : call.tokens * call.slots, experts = call.mode == DENSE ? 0 : call.experts;
         int most_jobs = experts + slots / call.at_once;
         if (most_jobs > slots) most_jobs = slots;
-        count = 16;
-        before = count + up_to_16(4 * experts);
-        job_expert = before + up_to_16(4 * experts);
-        owner = job_expert + up_to_16(2 * most_jobs);
-        job_of = owner + up_to_16(2 * slots);
-        place = job_of + up_to_16(2 * slots);
-        list = place + up_to_16(2 * slots);
-        parts = list + 2 * NT * TILE;
+        parts = place_jobs<NT>(*this, slots, experts, most_jobs, 16);
         part = 4 * PART * call.at_once; // of a warp
         results = parts + call.warps * part;
         x = results + (call.mode == DOWN ? 4 * STRIP * call.teams * slots : 0);

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "flow.cuh"
+#include "outputs.cuh"
 
 namespace llmcompress::skinny {
 
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(32 * STRIP_WARPS, 1) strips_kernel(const __gri
     crew.plan();
     if (call.mode == DOWN && crew.jobs == 0) {
         previous_launch();
-        crew.clear_out();
+        crew.clear_out(blockIdx.x);
     }
     const unsigned now = crew.begin(blockIdx.x), end = crew.begin(blockIdx.x + 1);
     if (now >= end) return;
@@ -202,14 +203,9 @@ __global__ void __launch_bounds__(32 * STRIP_WARPS, 1) strips_kernel(const __gri
         for (int round = 0; round < call.rounds; ++round) {
             if (!crew.has_x(visit.job, round)) {
                 crew.load_x(visit.job, round);
-                crew.lanes_of_x(x);
+                crew.template lanes_of_x<16>(x);
             }
-            if (call.stages == 2)
-                wait<0>();
-            else if (call.stages == 3)
-                wait<1>();
-            else
-                wait<2>();
+            wait_for_step<4>(call.stages);
             flow.store_scales();
             sync_warp(); // the step is there, and no lane reads the one before any more
             fetch();

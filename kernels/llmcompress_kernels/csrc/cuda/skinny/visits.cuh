@@ -8,37 +8,25 @@ namespace llmcompress::skinny {
 // A tile of one job: a strip per team of warps. Member m of a team takes the steps m, m + members, ... of its rows.
 struct Visit { int job, tile; };
 
-template <int BITS, bool BF16, int NT> struct Crew {
+template <int BITS, bool BF16, int NT> struct Crew : Jobs<NT, Task<BITS, NT>, Places<BITS, NT>> {
+    using Base = Jobs<NT, Task<BITS, NT>, Places<BITS, NT>>;
+    using Base::bytes, Base::call, Base::count, Base::g, Base::job, Base::places, Base::slot, Base::t, Base::warp;
+    using Base::x_stride;
     using S = Span<BITS>;
-    const Task<BITS, NT>& call;
-    const Places<BITS, NT>& places;
-    unsigned char* bytes;
-    int thread, threads, warp, lane, g, t;
     int members, team, member;
-    int count = 0, job = -1;                    // slots of the job whose activations are here, and that job
-    int x_first = 0, x_rounds = 0, x_stride = 0; // rounds of steps that are here, and bytes from slot to slot
-    int sums = 0;                                // where the sums of their spans begin
+    int x_first = 0, x_rounds = 0; // rounds of steps that are here
+    int sums = 0;                  // where the sums of their spans begin
     int jobs;
 
-    __device__ Crew(const Task<BITS, NT>& c, unsigned char* m) : call(c), places(c.places), bytes(m) {
-        thread = int(threadIdx.x), threads = int(blockDim.x), warp = thread / LANES, lane = thread % LANES;
-        g = lane / 4, t = lane % 4;
+    __device__ Crew(const Task<BITS, NT>& c, unsigned char* m) : Base(c, c.places, m) {
         members = call.members, team = warp / members, member = warp - team * members;
     }
-
-    template <typename T> __device__ T* at(int offset) const { return reinterpret_cast<T*>(bytes + offset); }
 
     __device__ __forceinline__ int width() const { return call.mode == GATE_UP ? call.height / 2 : call.height; } // rows, or gates
     __device__ __forceinline__ int first_of(int tile, int of) const { return ((tile << call.teams_log) + of) * width(); }
 
-    // First row of a job's expert in the bank.
-    __device__ __forceinline__ int64_t first_row(int j) const {
-        if (call.mode == DENSE) return 0;
-        return int64_t(at<uint16_t>(places.job_expert)[j]) * (call.mode == GATE_UP ? 2 : 1) * call.rows;
-    }
-
     // Find the jobs.
-    __device__ void plan() { jobs = call.mode == DENSE ? call.jobs : find_jobs(); }
+    __device__ void plan() { jobs = call.mode == DENSE ? call.jobs : this->template find_jobs<true>(*this->template at<int>(0)); }
 
     // Visits of blocks up to one: whole tiles of DOWN, with all jobs, so that nobody else adds to their results.
     __device__ unsigned begin(unsigned block) const {
@@ -57,87 +45,6 @@ template <int BITS, bool BF16, int NT> struct Crew {
         }
     }
 
-    // The jobs of no more slots than a warp has lanes, by one warp: a lane per slot.
-    __device__ void find_few_jobs(int slots) {
-        int *counts = at<int>(places.count), *before = at<int>(places.before);
-        auto *owner = at<uint16_t>(places.owner), *place = at<uint16_t>(places.place), *job_of = at<uint16_t>(places.job_of);
-        const bool mine = lane < slots;
-        const int64_t expert = mine ? call.index[lane] : -1;
-        const bool used = expert >= 0 && expert < call.experts;
-        if (mine) owner[lane] = used ? uint16_t(expert) : NONE;
-        sync_warp();
-        int rank = 0, all = 0;
-        for (int other = 0; other < slots; ++other) {
-            const bool same = owner[other] == uint16_t(expert);
-            rank += same && other < lane, all += same;
-        }
-        if (mine) place[lane] = uint16_t(rank);
-        if (used && rank == 0) counts[expert] = all;
-        sync_warp();
-        int first = 0, total = 0;
-        for (int other = 0; other < slots; ++other) {
-            if (owner[other] == NONE || place[other] != 0) continue;
-            const int jobs = (counts[owner[other]] + call.at_once - 1) / call.at_once;
-            total += jobs;
-            if (owner[other] < expert) first += jobs;
-        }
-        sync_warp();
-        if (lane == 0) *at<int>(0) = total;
-        if (mine) job_of[lane] = used ? uint16_t(first + rank / call.at_once) : NONE;
-        if (mine) place[lane] = uint16_t(rank % call.at_once);
-        if (used && rank % call.at_once == 0) at<uint16_t>(places.job_expert)[first + rank / call.at_once] = uint16_t(expert);
-        if (used && rank == 0) before[expert] = first;
-    }
-
-    __device__ int find_jobs() {
-        int *counts = at<int>(places.count), *before = at<int>(places.before);
-        auto *owner = at<uint16_t>(places.owner), *place = at<uint16_t>(places.place), *job_of = at<uint16_t>(places.job_of);
-        auto* experts = at<uint16_t>(places.job_expert);
-        const int slots = call.tokens * call.slots;
-        if (slots <= LANES) {
-            if (warp == 0) find_few_jobs(slots);
-            sync();
-            return *at<int>(0);
-        }
-        for (int e = thread; e < call.experts; e += threads) counts[e] = 0;
-        sync();
-        for (int slot = thread; slot < slots; slot += threads) {
-            const int64_t expert = call.index[slot];
-            const bool used = expert >= 0 && expert < call.experts;
-            owner[slot] = used ? uint16_t(expert) : NONE;
-            if (used) add(counts + expert, 1);
-        }
-        sync();
-        const auto jobs_of = [&](int e) { return (counts[e] + call.at_once - 1) / call.at_once; };
-        for (int e = thread; e < call.experts; e += threads) {
-            int first = 0;
-            for (int other = 0; other < e; ++other) first += jobs_of(other);
-            before[e] = first;
-            for (int i = 0; i < jobs_of(e); ++i) experts[first + i] = uint16_t(e);
-            if (e == call.experts - 1) *at<int>(0) = first + jobs_of(e);
-        }
-        sync();
-        for (int slot = thread; slot < slots; slot += threads) {
-            int rank = 0;
-            for (int other = 0; other < slot; ++other) rank += owner[other] == owner[slot];
-            const bool used = owner[slot] != NONE;
-            job_of[slot] = used ? uint16_t(before[owner[slot]] + rank / call.at_once) : NONE;
-            place[slot] = uint16_t(rank % call.at_once);
-        }
-        sync();
-        return *at<int>(0);
-    }
-
-    __device__ int job_of(int slot) const { return at<uint16_t>(places.job_of)[slot]; }
-    // Slot (DENSE: token) of entry `i` of the job that is here.
-    __device__ int slot(int i) const { return call.mode == DENSE ? job * call.at_once + i : at<uint16_t>(places.list)[i]; }
-
-    __device__ void clear_out() const {
-        const int64_t all = int64_t(call.tokens) * call.rows;
-        for (int64_t i = int64_t(blockIdx.x) * threads + thread; i < all; i += int64_t(gridDim.x) * threads)
-            static_cast<uint16_t*>(call.out)[i] = 0;
-    }
-
     // Whether the activations of a round are here.
     __device__ __forceinline__ bool has_x(int wanted, int round) const {
         return wanted == job && unsigned(round - x_first) < unsigned(x_rounds);
@@ -146,7 +53,7 @@ template <int BITS, bool BF16, int NT> struct Crew {
     // Bring the activations of a job, all or as many rounds from one on as fit. Every thread of the block comes here.
     __device__ __forceinline__ void load_x(int wanted, int round) {
         sync(); // nobody uses the previous ones any more
-        if (wanted != job) enter_job(wanted);
+        if (wanted != job) this->enter_job(wanted);
         const int each = members * (count * S::X_BYTES + NT * SUMS_BYTES * S::SPANS), rounds = call.rounds;
         const int fit = (call.room - count * S::X_PAD) / each;
         x_first = fit >= rounds ? 0 : round, x_rounds = fit < rounds - x_first ? fit : rounds - x_first;
@@ -212,31 +119,8 @@ template <int BITS, bool BF16, int NT> struct Crew {
         for (int i = 0; i < 2; ++i) {
             const int column = item + 2 * t + i, to = column & ((1 << log) - 1), at_span = column >> log;
             if (g != 0 || to >= count || at_span >= spans) continue;
-            float* found = at<float>(sums + (at_span * NT + to / TILE) * SUMS_BYTES) + to % TILE / 2 * 4 + to % 2;
+            float* found = this->template at<float>(sums + (at_span * NT + to / TILE) * SUMS_BYTES) + to % TILE / 2 * 4 + to % 2;
             found[0] = sum[0][i] + sum[1][i], found[2] = -(sum[0][2 + i] + sum[1][2 + i]);
-        }
-    }
-
-    __device__ __forceinline__ void enter_job(int wanted) {
-        job = wanted;
-        if (call.mode == DENSE) {
-            count = call.tokens - job * call.at_once;
-        } else {
-            const int expert = at<uint16_t>(places.job_expert)[job];
-            count = at<int>(places.count)[expert] - (job - at<int>(places.before)[expert]) * call.at_once;
-            for (int slot = thread; slot < call.tokens * call.slots; slot += threads)
-                if (job_of(slot) == job) at<uint16_t>(places.list)[at<uint16_t>(places.place)[slot]] = uint16_t(slot);
-            sync();
-        }
-        if (count > call.at_once) count = call.at_once;
-    }
-
-    // Where this lane's activations lie, by 8 slots; columns of a product that have no slot repeat the last one's.
-    __device__ __forceinline__ void lanes_of_x(const unsigned char* (&x)[NT]) const {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            const int entry = n * TILE + g < count ? n * TILE + g : count - 1;
-            x[n] = bytes + places.x + entry * x_stride + 16 * t;
         }
     }
 };
