@@ -32,7 +32,7 @@ def emulation() -> ctypes.CDLL:
         "skinny-emulation",
         ("cuda/skinny/emulate.cpp",),
         headers=("cuda/skinny/*", "cuda/common/*"),
-        flags=("-O2", "-Wno-unknown-pragmas"),
+        flags=("-Og", "-Wno-unknown-pragmas"),
     )
     return ctypes.CDLL(str(build.build(family)))
 

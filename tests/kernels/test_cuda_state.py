@@ -27,7 +27,7 @@ def emulation() -> ctypes.CDLL:
         "state-emulation",
         ("cuda/state/emulate.cpp",),
         headers=("cuda/state/*", "cuda/common/*"),
-        flags=("-O1", "-Wno-unknown-pragmas"),
+        flags=("-Og", "-Wno-unknown-pragmas"),
     )
     library = ctypes.CDLL(str(build.build(family)))
     library.llmcompress_state_per_state.restype = ctypes.c_float
@@ -41,7 +41,7 @@ def windows() -> ctypes.CDLL:
     if shutil.which("g++") is None and "CXX" not in os.environ:
         pytest.skip("no C++ compiler")
     headers = ("cuda/state/*", "cuda/common/*")
-    flags = ("-O1", "-Wno-unknown-pragmas")
+    flags = ("-Og", "-Wno-unknown-pragmas")
     family = build.Family("replay-emulation", ("cuda/state/emulate_replay.cpp",), headers=headers, flags=flags)
     return ctypes.CDLL(str(build.build(family)))
 

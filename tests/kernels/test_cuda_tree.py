@@ -27,7 +27,7 @@ def emulation() -> ctypes.CDLL:
         "tree-emulation",
         ("cuda/tree/emulate.cpp",),
         headers=("cuda/tree/*", "cuda/common/*"),
-        flags=("-O1", "-Wno-unknown-pragmas"),
+        flags=("-Og", "-Wno-unknown-pragmas"),
     )
     return ctypes.CDLL(str(build.build(family)))
 

@@ -18,11 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 CASES = [
     (QuantSpec(4, 16), "mse", False),
-    (QuantSpec(3, 96), "mse", "groups"),
+    (QuantSpec(3, 72), "mse", "groups"),
     (QuantSpec(2, 32, True), "minmax", False),
     (QuantSpec(8, 24), "mse", "groups"),
     (QuantSpec(4, -1), "mse", False),
-    (node_spec(1, 96), "mse", "groups"),
+    (node_spec(1, 72), "mse", "groups"),
     (node_spec(3, 16), "mse", False),
 ]
 SWEEPS = (0, 2)  # fmt: skip
@@ -63,7 +63,7 @@ def test_interpreted(
     spec: QuantSpec, grid: str, order: bool | str, sweeps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # rows that do not fill a tile, a last group that ends early, two experts
-    w, hessian = problem(2, 21, 120, "cpu")
+    w, hessian = problem(2, 21, 88, "cpu")
     found, plain = both(
         monkeypatch, w, hessian, spec, GptqOptions(grid=grid, act_order=order, refit=spec.half, sweeps=sweeps)
     )  # type: ignore[arg-type]
