@@ -19,7 +19,11 @@ if not triton.knobs.runtime.interpret:
 if triton.__version__ < "3.9" and np.__version__ >= "2.4":
     pytest.skip("the interpreter of this triton needs numpy < 2.4", allow_module_level=True)
 
-SIZES = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 32}
+SIZES: dict[str, dict[str, int]] = {
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 32},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 32},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 32},
+}
 PROMPT = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(0))
 TOKENS = 7
 
@@ -31,8 +35,8 @@ def generate(model: Any) -> Any:
     )  # fmt: skip
 
 
-def quantized(tiny: Any, **policy: Any) -> Any:
-    model = tiny.model("mamba2", **SIZES)
+def quantized(tiny: Any, family: str = "mamba2", **policy: Any) -> Any:
+    model = tiny.model(family, **SIZES[family])
     model.generation_config.eos_token_id = None
     attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq", **policy})
     return model
@@ -58,16 +62,23 @@ def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((mine.float() - theirs.float()).norm() / theirs.float().norm())
 
 
-@pytest.mark.parametrize("policy", [{}, {"rounding": "dither", "window": 3}])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("mamba2", {}),
+        *((family, {"rounding": "dither", "window": 3}) for family in SIZES),
+    ],
+)
 def test_three_launches_generate_what_transformers_forward_does(
-    monkeypatch: pytest.MonkeyPatch, tiny: Any, policy: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, tiny: Any, family: str, policy: dict[str, Any]
 ) -> None:
-    model = quantized(tiny, **policy)
+    model = quantized(tiny, family, **policy)
     monkeypatch.setattr(decode_step, "TOKEN_TYPES", {})
     plain = generate(model)
     calls = on_the_gpu(monkeypatch, torch.float32)
     found = generate(model)
-    assert len(calls) == (TOKENS - 1) * model.config.num_hidden_layers
+    mixers = sum(type(module).__name__ in decode_step.PLAIN for module in model.modules())
+    assert len(calls) == (TOKENS - 1) * mixers > 0
     assert torch.equal(found.sequences, plain.sequences)
     # a value between two codes may go the other way, because sums have another order
     assert max(map(apart, found.logits, plain.logits)) < 2e-3
