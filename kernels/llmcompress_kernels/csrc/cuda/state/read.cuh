@@ -16,9 +16,8 @@
 
 namespace llmcompress::gpu {
 
-template <int N_, bool FIXED_, int WARPS_, int BLOCKS_> struct ReadShape {
+template <int N_, int WARPS_, int BLOCKS_> struct ReadShape {
     static constexpr int P = 64, N = N_, WARPS = WARPS_, THREADS = 32 * WARPS, BLOCKS = BLOCKS_; // of a multiprocessor
-    static constexpr bool FIXED = FIXED_;
     static constexpr int WORDS = N / 32, ROW = N / 2;     // words of a row that a lane has; bytes of a row
     static constexpr int FACTORS = 16 * WORDS + 16;       // bytes of a lane's factors, shifted by four banks
     static constexpr int TOKENS = MOST_ROWS + 1;
@@ -79,12 +78,16 @@ template <class S> struct Reader {
             const auto* from = call.codes + (int64_t(unit) * S::P + 2 * g) * S::ROW + 4 * S::WORDS * q;
 #pragma unroll
             for (int i = 0; i < 8; ++i) codes[i] = *reinterpret_cast<const Codes<S::WORDS>*>(from + (i / 2 * 16 + i % 2) * S::ROW);
-            constexpr int PIECES = S::P / 4;
-            for (int i = lane; i < (filled + 1) * PIECES; i += 32) {
-                const int token = i / PIECES, piece = i % PIECES;
-                const float* source = token < filled ? rows + token * call.width + at.x : call.drive + int64_t(unit) * S::P;
-                copy_async(x(token) + 4 * piece, source + 4 * piece);
+            constexpr int LANES = S::P / 4; // of a token
+            const int piece = 4 * (lane % LANES), step = 32 / LANES;
+            const float* from_row = rows + lane / LANES * call.width + at.x + piece;
+            float* to = x(lane / LANES) + piece;
+#pragma unroll 2
+            for (int token = lane / LANES; token < filled; token += step) {
+                copy_async(to, from_row);
+                to += step * S::P, from_row += step * call.width;
             }
+            if (lane < LANES) copy_async(x(filled) + piece, call.drive + int64_t(unit) * S::P + piece);
         }
         commit();
         four(c, call.c + int64_t(shared) * S::N + n);
@@ -186,17 +189,19 @@ template <class S> struct Reader {
 
     // The token into the window, whose row no other warp reads.
     __device__ __forceinline__ void keep(Two own_x) const {
-        float* to = rows + filled * call.width;
-        *reinterpret_cast<Two*>(to + at.x + 16 * q + 2 * g) = own_x;
-        if (lane == 0) to[at.decay] = call.decay[unit];
+        // computed anew, so that it takes no registers until here
+        const RecentRow to = RecentRow::of<S::P, S::N>(call, anew(head), group);
+        float* row = recent_rows(call, anew(sequence)) + filled * call.width;
+        *reinterpret_cast<Two*>(row + to.x + 16 * q + 2 * g) = own_x;
+        if (lane == 0) row[to.decay] = call.decay[unit];
         if (place > 0) return;
 #pragma unroll
-        for (int i = 0; i < S::N; i += 32) to[at.b + i + lane] = call.b[int64_t(shared) * S::N + i + lane];
+        for (int i = 0; i < S::N; i += 32) row[to.b + i + lane] = call.b[int64_t(shared) * S::N + i + lane];
     }
 
     __device__ __forceinline__ void read_out() {
         const int r = 16 * q + 2 * g;
-        const uint16_t* scale = (S::FIXED ? call.fixed + head * S::P : call.channel + int64_t(unit) * S::P) + r;
+        const uint16_t* scale = (call.fixed ? call.fixed + head * S::P : call.channel + int64_t(unit) * S::P) + r;
         const uint32_t pair = *reinterpret_cast<const uint32_t*>(scale);
         const float channel[2] = {widen<false>(uint16_t(pair)), widen<false>(uint16_t(pair >> 16))};
         const float all = decays();

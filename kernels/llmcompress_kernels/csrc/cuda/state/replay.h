@@ -24,7 +24,7 @@ template <int N, bool FIXED, bool DITHER> int launch_replay(const ReplayCall& ca
     const int code = variant == 1 ? launch_rounding<StateShape<4, N, 4, 8, FIXED, 4, DITHER, true>>(call, stream)
                                   : launch_rounding<StateShape<4, N, 4, 4, FIXED, 4, DITHER, true>>(call, stream);
     if (code != 0) return code;
-    return warps == 4 ? launch_reading<ReadShape<N, FIXED, 4, 4>>(call, stream) : launch_reading<ReadShape<N, FIXED, 8, 2>>(call, stream);
+    return warps == 4 ? launch_reading<ReadShape<N, 4, 5>>(call, stream) : launch_reading<ReadShape<N, 8, 2>>(call, stream);
 }
 
 template <int N> int launch_replay(const ReplayCall& call, int variant, int warps, void* stream) {
