@@ -9,6 +9,10 @@
 // Approximate instructions are off by as much as they may be.
 #pragma once
 
+// first of all: the check that this adds to longjmp takes a lane's stack for a wrong one
+#undef _FORTIFY_SOURCE
+
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,7 +36,9 @@ struct Place { unsigned x, y, z; };
 enum class Waits { NOTHING, BARRIER, SYNC, SWAP, BALLOT, LARGEST, PRODUCT, DONE };
 
 struct Lane {
-    ucontext_t context;
+    ucontext_t context; // where it begins; afterwards it goes on at `here`
+    jmp_buf here;
+    bool begun = false;
     std::vector<char> stack = std::vector<char>(128 << 10);
     Waits waits = Waits::NOTHING;
     Place thread{};
@@ -53,7 +59,7 @@ struct Lane {
 struct Machine {
     std::vector<Lane> lanes;
     std::vector<unsigned char> memory;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     Lane* now = nullptr;
     Place block{}, grid{}, size{};
     std::function<void()> body;
@@ -67,10 +73,22 @@ inline Machine machine;
 #define blockIdx (llmcompress::gpu::machine.block)
 #define gridDim (llmcompress::gpu::machine.grid)
 
+// Lanes and scheduler change places by jumps, which ask nothing of the system, as swapcontext does twice.
+inline void leave(Lane& lane) {
+    if (_setjmp(lane.here) == 0) _longjmp(machine.scheduler, 1);
+}
+inline void go_on(Lane& lane) {
+    machine.now = &lane;
+    if (_setjmp(machine.scheduler) != 0) return;
+    if (lane.begun) _longjmp(lane.here, 1);
+    lane.begun = true;
+    setcontext(&lane.context);
+}
+
 inline uint32_t pause(Waits what, uint32_t value = 0, int with = 0) {
     Lane* lane = machine.now;
     lane->waits = what, lane->value = value, lane->with = with;
-    swapcontext(&lane->context, &machine.scheduler);
+    leave(*lane);
     return lane->value;
 }
 
@@ -239,7 +257,7 @@ struct alignas(8) Two { float x, y; };
 inline void enter() {
     machine.body();
     machine.now->waits = Waits::DONE;
-    swapcontext(&machine.now->context, &machine.scheduler);
+    leave(*machine.now);
 }
 
 inline size_t waiting(size_t first, size_t count, Waits what) {
@@ -276,7 +294,7 @@ inline bool run_block(int threads, int bytes) {
     for (size_t i = 0; i < order.size(); ++i) {
         Lane& lane = machine.lanes[i];
         order[i] = i;
-        lane.waits = Waits::NOTHING, lane.thread = {unsigned(i), 0, 0};
+        lane.waits = Waits::NOTHING, lane.begun = false, lane.thread = {unsigned(i), 0, 0};
         lane.open.clear(), lane.groups.clear();
         getcontext(&lane.context);
         lane.context.uc_stack.ss_sp = lane.stack.data();
@@ -287,10 +305,7 @@ inline bool run_block(int threads, int bytes) {
     std::shuffle(order.begin(), order.end(), machine.order);
     while (waiting(0, order.size(), Waits::DONE) < order.size()) {
         for (size_t i : order)
-            if (machine.lanes[i].waits == Waits::NOTHING) {
-                machine.now = &machine.lanes[i];
-                swapcontext(&machine.scheduler, &machine.now->context);
-            }
+            if (machine.lanes[i].waits == Waits::NOTHING) go_on(machine.lanes[i]);
         if (!let_go() && waiting(0, order.size(), Waits::DONE) < order.size()) return false;
     }
     return true;

@@ -1,9 +1,9 @@
 // The instructions of device.cuh on the host; common/emulate.h says what breaks here when a kernel is wrong.
 #pragma once
 
-#include <math.h>
-
 #include "../common/emulate.h"
+
+#include <math.h>
 
 #define blockDim (llmcompress::gpu::machine.size)
 
