@@ -47,6 +47,7 @@ RecipeOption = Annotated[
         autocompletion=complete_recipe,
     ),
 ]  # fmt: skip
+MemberOption = Annotated[str | None, typer.Option("--member", help="Which model of a family.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="PATH", help="Artifact, model folder or run folder.")]
 
 
@@ -67,13 +68,14 @@ def evaluate(
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
     recipe: RecipeOption = None,
+    member: MemberOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
     config = _from_recipe(recipe) if recipe else settings(text, length, max_tokens, task, tasks_dir, limit, field)
     model_folder(path)
-    rows = _measure_one(out, path, config, dtype, device)
+    rows = _measure_one(out, path, config, dtype, device, member)
     data = {"path": path, "metrics": [_compact(row, "value") for row in rows]}
     cells = [(f"{r['task']}.{r['metric']}", figure(r["compressed"]), figure(r["stderr"]), r["n"]) for r in rows]
     columns = ("metric", "value", "± stderr", "n")
@@ -187,11 +189,11 @@ def _from_recipe(name: str) -> EvaluateConfig:
     raise RecipeError(f"{name}: has no evaluate stage", "name another recipe, or use --text and --task")
 
 
-def _open(path: str, dtype: str, device: str, out: Output) -> OpenedModel:
+def _open(path: str, dtype: str, device: str, out: Output, member: str | None = None) -> OpenedModel:
     from llmcompress.cli.models import open_model
 
     out.note(f"loading {path}")
-    return open_model(path, dtype, device)
+    return open_model(path, dtype, device, member=member)
 
 
 def _prepare(config: EvaluateConfig, opened: OpenedModel, out: Output) -> Any:
@@ -201,10 +203,12 @@ def _prepare(config: EvaluateConfig, opened: OpenedModel, out: Output) -> Any:
     return prepare(config, opened.tokenizer, None, context, out.warning)
 
 
-def _measure_one(out: Output, path: str, config: EvaluateConfig, dtype: str, device: str) -> list[dict[str, Any]]:
+def _measure_one(
+    out: Output, path: str, config: EvaluateConfig, dtype: str, device: str, member: str | None
+) -> list[dict[str, Any]]:
     from llmcompress.evaluation.measure import Ledger, measure_side, open_tasks, pair_scores, side_scores
 
-    opened, ledger = _open(path, dtype, device, out), Ledger()
+    opened, ledger = _open(path, dtype, device, out, member), Ledger()
     prepared = _prepare(config, opened, out)
     open_tasks(prepared, ledger, ["compressed"])
 
@@ -262,7 +266,7 @@ def _compare_runs(out: Output, first: Path, second: Path) -> None:
     changes = difference(one.recipe, two.recipe, "")
 
     def show(screen: Console) -> None:
-        cells = [(n, figure(left.get(n)), figure(right.get(n)), _change(left.get(n), right.get(n))) for n in names]
+        cells = [(n, *_compared(n, left.get(n), right.get(n))) for n in names]
         screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
         screen.print("recipes:", highlight=False)
         for line in changes or ["the same"]:
@@ -286,5 +290,9 @@ def _figures(data: ReportData) -> dict[str, float]:
     return found
 
 
-def _change(a: float | None, b: float | None) -> str | None:
-    return None if a is None or b is None else f"{b - a:+.4g}"
+def _compared(name: str, a: float | None, b: float | None) -> tuple[str | None, str | None, str | None]:
+    """A figure of two runs and what lies between, as text."""
+    if name == "bytes":
+        change = None if not a or b is None else f"{b / a:.3f} ×"
+        return bytes_text(a), bytes_text(b), change
+    return figure(a), figure(b), None if a is None or b is None else f"{b - a:+.4g}"

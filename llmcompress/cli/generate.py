@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
+from llmcompress.cli.evaluate import DeviceOption, DtypeOption, MemberOption, ModelArgument
 from llmcompress.cli.output import Output
 from llmcompress.errors import InputError, UsageError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling, with a temperature.")]
-MemberOption = Annotated[str | None, typer.Option("--member", help="Which model of a family.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")

@@ -99,7 +99,16 @@ def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder, artifact, run folder or asset:NAME.")],
 ) -> None:
     """Show what a model folder or artifact holds, without reading its weights."""
-    found = look(model_folder(path))
+    from llmcompress.models.family_artifact import is_family
+
+    folder = model_folder(path)
+    if is_family(folder):
+        # its config.json is the base's, its weights are in the nodes of the tree
+        from llmcompress.cli.family import inspect as inspect_family
+
+        inspect_family(out, folder)
+        return
+    found = look(folder)
     out.result(found, lambda screen: _show(found, screen))
 
 

@@ -248,13 +248,13 @@ def _show(found: Plan, screen: Console) -> None:
         )
     before, after = bytes_text(found.dense_bytes), bytes_text(found.output_bytes)
     lines = [
-        f"weights: {before} → {after}",
-        f"bits per weight: {found.bits_codes:.2f} in codes, {found.bits_weights:.2f} with scales and zeros, "
-        f"{found.bits_stored:.2f} over the whole model, embedding included",
+        *([f"weights: {before} → {after}",
+           f"bits per weight: {found.bits_codes:.2f} in codes, {found.bits_weights:.2f} with scales and zeros, "
+           f"{found.bits_stored:.2f} over the whole model, embedding included"] if found.rules else []),
         f"peak RAM {bytes_text(found.ram)}" + (f", peak VRAM {bytes_text(found.vram)}" if cuda else "")
         + f", disk {bytes_text(found.disk)}",
     ]  # fmt: skip
-    if found.unmatched:
+    if found.unmatched and found.rules:
         lines.append(f"{found.unmatched / 1e6:,.1f} M values that could be quantized match no rule and stay dense")
     lines += [
         f"{b.resource}: {bytes_text(b.needed)} of {bytes_text(b.limit)}" + ("" if b.fits else " — does not fit")

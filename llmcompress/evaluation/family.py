@@ -61,7 +61,7 @@ class _Measurement:
     def __init__(self, config: Any, state: FamilyState, ctx: RunContext) -> None:
         self.config, self.state, self.ctx = config, state, ctx
         self.ledger = Ledger(ctx.stage_dir / "figures.json")
-        self.names = [name for name in state.plan.order if name in config.texts]
+        self.names = [name for name in state.plan.order if config.text_of(name) is not None]
         self._texts: dict[tuple[str, str], Text] = {}
 
     def run(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class _Measurement:
         return found
 
     def _perplexity(self, model: Any, name: str, text: str) -> dict[str, Any]:
-        settings: PerplexityConfig = self.config.texts[text]
+        settings: PerplexityConfig = self.config.text_of(text)
         result = perplexity(
             model, self._text(name, text), settings.length, settings.stride, keep_tail=settings.tail == "keep",
             batch=family_batch(settings.length, self.state.family.layout.vocab, self.ctx.device),
@@ -162,8 +162,8 @@ class _Measurement:
         from llmcompress.data.sources import read
 
         if (name, text) not in self._texts:
-            settings: PerplexityConfig = self.config.texts[text]
+            settings: PerplexityConfig = self.config.text_of(text)
             tokenizer = self.state.family.members[name].tokenizer()
-            joined = settings.separator.join(read(settings.source, tokenizer).texts)
+            joined = settings.separator.join(read(settings.source, tokenizer, settings.template).texts)
             self._texts[name, text] = tokenize(joined, tokenizer).first(settings.max_tokens)
         return self._texts[name, text]

@@ -344,7 +344,7 @@ class Runner:
 
     def _recorded(self) -> Outcome:
         """The outcome of a run that was finished before, as its last command told it."""
-        from llmcompress.stages.evaluate import read_metrics
+        from llmcompress.stages.metrics import read_metrics
 
         records = self._records()
         folders = [self.dir.stage_dir(record.name) for record in records if record.finished()]

@@ -294,6 +294,8 @@ def _single(path: KeyPath, error: Mapping[str, Any], data: Mapping[Any, Any], sc
         return f"{error.get('input')!r} is not a name: use letters, digits, ., _ and -"
     if kind in _PLAIN and context.get("min_length", 1) == 1:
         return _PLAIN[kind]
+    if kind == "too_short":
+        return f"needs {context['min_length']} entries or more, has {context['actual_length']}"
     return re.sub(r"^Input should be", "expected", str(error["msg"])) + f", not {_shown(error.get('input'))}"
 
 

@@ -6,14 +6,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmcompress.errors import GateFailed, InputError, RecipeError
+from llmcompress.errors import GateFailed, RecipeError
 from llmcompress.evaluation.config import (
     FidelityConfig,
     GenerationConfig,
@@ -32,7 +31,7 @@ from llmcompress.evaluation.working_set import (
 )
 from llmcompress.quant.store import PackedStore, write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
-from llmcompress.stages.state import Metric
+from llmcompress.stages.metrics import read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -392,28 +391,6 @@ class _Evaluation:
 
     def _warn(self, text: str) -> None:
         self.ctx.emit("warning", text=text)
-
-
-def read_metrics(stage_dir: Path) -> list[Metric]:
-    """What a finished stage has measured.
-
-    Args:
-        stage_dir: Its folder.
-
-    Raises:
-        InputError: Its file is missing or damaged.
-    """
-    path = stage_dir / "metrics.json"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read the metrics: {error}", "delete the stage's folder and resume") from error
-    return [_metric(row) for row in rows]
-
-
-def _metric(row: dict[str, Any]) -> Metric:
-    known = {field.name for field in fields(Metric)}
-    return Metric(**{key: value for key, value in row.items() if key in known})
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmcompress.errors import GateFailed
 from llmcompress.evaluation.batching import FAMILY_CUDA_BYTES
 from llmcompress.evaluation.config import PerplexityConfig
 from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.metrics import read_metrics, write_metrics
 from llmcompress.stages.state import Metric
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ class EvaluateFamilyConfig(StageConfig):
 
     type: Literal["evaluate_family"] = "evaluate_family"
 
-    texts: Annotated[dict[str, PerplexityConfig], Field(min_length=1)]
+    texts: dict[str, PerplexityConfig] = Field(default_factory=dict)
     """Held-out text of each member, by the member's name."""
+
+    general: PerplexityConfig | None = None
+    """Held-out text of the members that ``texts`` does not name; without it they are not measured."""
 
     baselines: tuple[Baseline, ...] = ()
     """Other methods to measure in the same way: independent GPTQ at 2, 3 or 4 bits, BitDelta on a 16-bit or 4-bit base,
@@ -42,6 +46,16 @@ class EvaluateFamilyConfig(StageConfig):
 
     max_rel_increase: Annotated[float, Field(ge=0)] | None = None
     """Gate: mean relative increase of perplexity over the members."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.texts and self.general is None:
+            raise ValueError("there is nothing to measure on: give texts, or general")
+        return self
+
+    def text_of(self, member: str) -> PerplexityConfig | None:
+        """Held-out text of a member, None where it has none."""
+        return self.texts.get(member, self.general)
 
 
 class EvaluateFamily(Stage):
@@ -80,10 +94,7 @@ class EvaluateFamily(Stage):
         rows = measure_family(self.config, state.family, ctx)
         write_durably(ctx.stage_dir / "family.json", json.dumps(rows, indent=1, sort_keys=True).encode())
         metrics = family_metrics(rows)
-        write_durably(
-            ctx.stage_dir / "metrics.json",
-            json.dumps([_plain(metric) for metric in metrics], indent=1, sort_keys=True).encode(),
-        )
+        write_metrics(metrics, ctx.stage_dir)
         for metric in metrics:
             ctx.emit(
                 "metric", name=metric.name, value=metric.compressed, dense=metric.dense, compressed=metric.compressed
@@ -99,8 +110,6 @@ class EvaluateFamily(Stage):
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Read the measured values back."""
-        from llmcompress.stages.evaluate import read_metrics
-
         state.metrics = state.metrics + read_metrics(ctx.stage_dir)
 
 
@@ -111,9 +120,3 @@ def family_metrics(rows: dict[str, Any]) -> list[Metric]:
         for name, each in sorted(rows["members"].items())
     ]
     return [*found, Metric("family", "mean_relative_increase", None, rows["methods"]["rqt"]["mean_relative"])]
-
-
-def _plain(metric: Metric) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(metric)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from llmcompress.data.sources import SourceConfig, Template
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -31,6 +31,14 @@ class MemberConfig(_Part):
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How much this model's error counts in shared nodes and in the choice of bits."""
+
+
+def _member(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Member = Annotated[MemberConfig, BeforeValidator(_member, json_schema_input_type=MemberConfig | str)]
+"""A fine-tune; its folder alone stands for a section."""
 
 
 class CalibrationConfig(_Part):
@@ -98,8 +106,8 @@ class RqtConfig(StageConfig):
     """Recipe section of the stage. The recipe's ``model`` is the base."""
 
     type: Literal["rqt"] = "rqt"
-    members: Annotated[dict[MemberName, MemberConfig], Field(min_length=2)]
-    """The fine-tunes by name."""
+    members: Annotated[dict[MemberName, Member], Field(min_length=2)]
+    """The fine-tunes by name; a folder alone stands for ``{path: FOLDER}``."""
     calibration: CalibrationConfig = CalibrationConfig()
     """Tokens for the members' activations."""
     tree: TreeConfig = TreeConfig()

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.metrics import write_metrics
 from llmcompress.stages.s2r_config import MeasureConfig, S2RConfig, SamplingConfig
 from llmcompress.stages.state import Metric
 
@@ -116,18 +116,9 @@ class S2REvaluate(Stage):
             for key in ("accuracy", "best_of", "samples", "tokens"):
                 value = {"dense": None, "compressed": None, own: control[key]}
                 found.append(Metric(f"{self.name}.majority", key, **value, n=n, higher_is_better=None))
-        write_metrics(found, ctx)
+        if ctx.world.rank == 0:
+            write_metrics(found, ctx.stage_dir)
         state.metrics = state.metrics + found
-
-
-def write_metrics(metrics: list[Metric], ctx: RunContext) -> None:
-    """Keep metrics where the report looks for them."""
-    from llmcompress.quant.store import write_durably
-
-    if ctx.world.rank > 0:
-        return
-    rows = [asdict(metric) for metric in metrics]
-    write_durably(ctx.stage_dir / "metrics.json", json.dumps(rows, indent=1, sort_keys=True).encode())
 
 
 def metrics_of(task: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Metric]:

@@ -67,7 +67,8 @@ class TrainingStage(Stage):
     def _after(self, reader: Reader | None, state: RunState, ctx: RunContext) -> None:
         """Put the kept model's figures into the run's metrics: measured with ``reader``, without one read back."""
         from llmcompress.stages import s2r_config as shared
-        from llmcompress.stages.s2r_evaluate import metrics_of, write_metrics
+        from llmcompress.stages.metrics import write_metrics
+        from llmcompress.stages.s2r_evaluate import metrics_of
 
         if self.config.measure is None:
             return
@@ -80,5 +81,6 @@ class TrainingStage(Stage):
         shared.announce(f"{self.name}.after", figures, ctx)
         before = ctx.stage_dir / "behaviour_before.json"
         metrics = metrics_of(self.name, json.loads(before.read_text()) if before.exists() else None, figures)
-        write_metrics(metrics, ctx)
+        if ctx.world.rank == 0:
+            write_metrics(metrics, ctx.stage_dir)
         state.metrics = state.metrics + metrics

@@ -225,7 +225,10 @@ def test_compare_runs_shows_what_differs(
     assert figures["bits.code_average"]["b"] < figures["bits.code_average"]["a"]
     assert "stages.quantize.rules.experts.bits: 4 → 2" in found["recipe_changes"]
     assert invoke(["compare", str(finished[1]), str(other)]) == 0
-    assert "bits.code_average" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "bits.code_average" in shown
+    sizes = next(line for line in shown.splitlines() if line.startswith("bytes"))
+    assert sizes.rstrip().endswith(f"{figures['bytes']['b'] / figures['bytes']['a']:.3f} ×")
 
 
 def test_generate_and_chat(

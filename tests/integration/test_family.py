@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.cli.app import invoke
 from llmcompress.errors import ExitCode, InputError
 from llmcompress.models.family_artifact import FamilyArtifact, dense_member
 from llmcompress.models.family_model import load_members
@@ -250,6 +251,43 @@ def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["family", "merge", str(copy), "--member", "cat=x", "--out", str(tmp_path / "y")], ExitCode.USAGE),
     ):
         assert said(words, capsys)[0] == code
+
+
+def test_members_are_folders_and_one_text_may_serve_all(folder: Path, tmp_path: Path) -> None:
+    """The recipe for families of one's own: no text per member is at hand, and folders are all that is named."""
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the warm stone and looked at the sea. " * 12, encoding="utf-8")
+    members = ", ".join(f"{name}: {folder / name}" for name in ("ant", "bee"))
+    words = [
+        "run", "rqt", f"model.path={folder / 'base'}", f"stages.rqt.members={{{members}}}",
+        f"run.dir={tmp_path / 'run'}", "run.device=cpu", f"stages.rqt.calibration.general={text}",
+        "stages.rqt.calibration.samples=4",
+        "stages.rqt.calibration.length=16", "stages.rqt.group_size=16", "stages.rqt.bits.budget=3.5",
+        f"stages.evaluate_family.general.source={text}", "stages.evaluate_family.general.length=16",
+        "stages.evaluate_family.general.max_tokens=48", "--quiet",
+    ]  # fmt: skip
+    assert invoke(words) == ExitCode.OK
+    rows = json.loads((tmp_path / "run/stages/evaluate_family/family.json").read_text())
+    assert set(rows["members"]) == {"ant", "bee"} and "cross" not in rows
+    # the member that has a text of its own here and in the other run, measured on the same tokens
+    other = json.loads((folder / "run/stages/evaluate_family/family.json").read_text())
+    assert rows["members"]["ant"]["dense"] == pytest.approx(other["members"]["ant"]["dense"])
+
+
+def test_eval_takes_a_member_and_inspect_draws_the_tree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["inspect", str(folder / "run")]) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert invoke(["family", "inspect", str(folder / "run")]) == ExitCode.OK
+    assert shown == capsys.readouterr().out and "├─" in shown
+    text = ["--text", str(folder / "text.txt"), "--length", "16", "--max-tokens", "48"]
+    (folder / "text.txt").write_text("The cat sat on the warm stone and looked at the sea. " * 12, encoding="utf-8")
+    words = ["eval", str(folder / "run"), *text, "--json", "--quiet"]
+    assert invoke(words) == ExitCode.ENVIRONMENT
+    capsys.readouterr()
+    assert invoke([*words, "--member", "ant"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)["metrics"][0]
+    rows = json.loads((folder / "run/stages/evaluate_family/family.json").read_text())
+    assert found["value"] == pytest.approx(rows["members"]["ant"]["compressed"], rel=1e-4)
 
 
 def test_the_report_draws_the_tree(folder: Path) -> None:

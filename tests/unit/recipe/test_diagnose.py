@@ -46,6 +46,8 @@ model: some/folder
     model: expected a mapping, not 'some/folder' (its keys: path, dtype, tokenizer)
 stages: {export: {formats: []}}
     stages.export.formats: must not be empty
+stages: {tree: {type: rqt, members: {one: folder}}}
+    stages.tree.members: needs 2 entries or more, has 1
 stages: {quantize: {rare_experts: {min_tokens: few}}}
     stages.quantize.rare_experts.min_tokens: expected auto or an integer, not 'few'
 model: {path: [1]}
