@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
 from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
-from llmcompress.algorithms.selective_scan import advance, driven, read
+from llmcompress.algorithms.selective_scan import driven, read
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -209,10 +209,7 @@ class PackedState:
             else:
                 assert a is not None, "a window of Mamba-1 is replayed with the layer's rates"
                 decay = (rate.view(-1, scan.heads, scan.channels, 1) * a).exp()
-            fresh = driven(
-                value, drive.view(-1, scan.heads, scan.channels), decay, b.view(-1, scan.groups, scan.states)
-            )
-            value = torch.where((filled > k)[:, None, None, None], fresh, value)
+            value = torch.where((filled > k)[:, None, None, None], driven(value, drive, decay, b), value)
         return value
 
     def decode(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -239,10 +236,13 @@ class PackedState:
             a: fp32 ``[H, 1, 1]`` or ``[H, P, N]``.
             b: ``[S, G, N]`` in the model's type.
         """
-        x, b = x.float(), b.float()
-        fresh = advance(self.load(a), x, dt, a, b)
-        rate = (dt[..., 0] * a[:, 0, 0]).exp() if self.quantizer.scan.kind == "mamba2" else dt
-        self.take(fresh, torch.cat(((dt * x).flatten(1), rate.flatten(1), b.flatten(1)), 1))
+        drive, decay, b = dt * x.float(), (dt.unsqueeze(-1) * a).exp(), b.float()
+        fresh = driven(self.load(a), drive, decay, b)
+        if self.recent is None:
+            self.take(fresh)
+        else:
+            rate = decay if self.quantizer.scan.kind == "mamba2" else dt
+            self.take(fresh, torch.cat((drive.flatten(1), rate.flatten(1), b.flatten(1)), 1))
         return fresh
 
     def take(self, fresh: Tensor, row: Tensor | None = None) -> None:

@@ -344,11 +344,11 @@ class Runner:
 
     def _recorded(self) -> Outcome:
         """The outcome of a run that was finished before, as its last command told it."""
-        from llmcompress.stages.metrics import read_metrics
+        from llmcompress.stages.metrics import FILE, read_metrics
 
         records = self._records()
         folders = [self.dir.stage_dir(record.name) for record in records if record.finished()]
-        metrics = [m for folder in folders if (folder / "metrics.json").is_file() for m in read_metrics(folder)]
+        metrics = [m for folder in folders if (folder / FILE).is_file() for m in read_metrics(folder)]
         artifacts = {name: Path(path) for record in records for name, path in record.artifacts.items()}
         return Outcome(self.dir.root, "nothing to do", records, tuple(metrics), artifacts, self._report_path())
 
