@@ -93,3 +93,4 @@ inline void store_floats(float* p, Floats x) {
     _mm256_storeu_ps(p + 8, x.b);
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

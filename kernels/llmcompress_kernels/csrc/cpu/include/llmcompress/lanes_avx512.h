@@ -52,6 +52,7 @@ inline Floats load_halves(const uint16_t* p) {
 inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // float_to_bf16 of sixteen lanes
 inline void store_bf16(uint16_t* to, Floats value) {

@@ -108,5 +108,6 @@ inline Floats load_floats(const float* p) {
 }
 inline void store_floats(float* p, Floats a) { std::memcpy(p, a.v, 64); }
 inline void prefetch(const void*) {}
+inline void prefetch_second_level(const void*) {}
 
 #undef EACH
