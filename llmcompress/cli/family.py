@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text
 from llmcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmcompress.data.sources import SourceConfig
 
 FamilyArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a family, or of its run.")]
 
@@ -78,7 +81,13 @@ def add(
     model: Annotated[str, typer.Option("--model", help="Its model folder, of the family's architecture.")],
     bits: Annotated[int, typer.Option("--bits", min=1, max=6, help="Bits of its leaf.")] = 2,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="JSON lines with a field text; without, rounded to nearest.")
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="SOURCE",
+            help="A .txt, .jsonl or .parquet file, or a source as recipes have it, '{kind: hub, id: …}'; without, "
+            "weights are rounded to nearest.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")] = 512,
@@ -91,14 +100,17 @@ def add(
     tokens = None
     if calibration is not None:
         from llmcompress.data.calibration import build
-        from llmcompress.data.sources import JsonlSource
         from llmcompress.models.handle import load_tokenizer
         from llmcompress.models.paths import resolve_path
 
-        source = JsonlSource(kind="jsonl", path=str(calibration))
+        source = calibration_source(calibration)
         words = load_tokenizer(resolve_path(model))
-        tokens = build(source, words, samples, length, 0, allow_fewer=True).tokens
+        tokens = build(source, words, samples, length, 0, template="auto", allow_fewer=True).tokens
     found = add_member(artifact, member, model, bits, tokens)
+    if found.vocabulary is not None:
+        out.warning(
+            f"{member}: its tokenizer is not that of {artifact.members[0]}: {found.vocabulary}; it keeps its own"
+        )
     place = ", ".join(sorted(set(found.below.values())))
     text = (
         f"{member}: added below {place}, error {found.error:.2%}, {bytes_text(found.new_bytes)}; now {found.bits:.3f} "
@@ -107,6 +119,34 @@ def add(
     data = {"path": str(artifact.folder), "member": member, "below": found.below, "error": found.error,
             "bytes": found.new_bytes, "linear_bits": found.bits}  # fmt: skip
     out.result(data, text)
+
+
+def calibration_source(text: str) -> SourceConfig:
+    """A source as ``stages.calibrate.source`` takes it: a file whose name says what is in it, or a YAML section.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from llmcompress.data.sources import SourceConfig, SyntheticSource
+
+    try:
+        section = yaml.safe_load(text) if text.lstrip().startswith("{") else text
+        found: SourceConfig = TypeAdapter(SourceConfig).validate_python(section)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--calibration {text}: not valid YAML", "for example '{kind: hub, id: NAME}'") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+        raise UsageError(
+            f"--calibration {text}: {what}", "name a .txt, .jsonl or .parquet file, or write '{kind: text, path: FILE}'"
+        ) from error
+    if isinstance(found, SyntheticSource):
+        raise UsageError(f"--calibration {text}: random tokens say nothing of a model", "leave --calibration out")
+    return found
 
 
 def remove(out: Output, path: FamilyArgument, member: Annotated[str, typer.Option("--member", help="Which.")]) -> None:
@@ -138,5 +178,6 @@ def merge(
             shares[name] = float(share) if share else 1.0
         except ValueError as error:
             raise UsageError(f"--member {text}: {share!r} is not a number", "for example --member a=0.7") from error
-    merge_members(FamilyArtifact(family_folder(path)), shares, target)
-    out.result({"out": str(target), "shares": shares}, f"{target}: mean of {', '.join(shares)}")
+    weights = merge_members(FamilyArtifact(family_folder(path)), shares, target)
+    named = ", ".join(f"{share:.1%} {name}" for name, share in weights.items())
+    out.result({"out": str(target), "shares": weights}, f"{target}: mean of {named}")

@@ -25,6 +25,7 @@ from llmcompress.models.family import NAME, mismatches
 from llmcompress.models.family_artifact import FAMILY, SHARED, FamilyArtifact, node_file
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.member_stream import DenseVisitor, MemberStream
+from llmcompress.models.vocabulary import VocabularyDifference, vocabulary_difference
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.family import FamilyPlan
 from llmcompress.quant.store import write_durably
@@ -47,6 +48,7 @@ class Added:
         error: Mean relative error of its weights.
         new_bytes: Bytes that were added.
         bits: Stored bits per weight and member now.
+        vocabulary: How its token ids differ from the first member's, None where they do not.
     """
 
     member: str
@@ -54,6 +56,7 @@ class Added:
     error: float
     new_bytes: int
     bits: float
+    vocabulary: VocabularyDifference | None = None
 
 
 def remove_member(artifact: FamilyArtifact, member: str) -> int:
@@ -146,7 +149,8 @@ def add_member(
     write_member(handle, artifact.outside, _already_shared(artifact, handle), folder)
     _save(artifact, larger, {**artifact.data.get("facts", {}), member: solver.facts()})
     new = sum(file.stat().st_size for file in [path, *folder.rglob("*")] if file.is_file())
-    return Added(member, below, solver.facts()["error"], new, larger.linear_bits())
+    words = vocabulary_difference(artifact.member_folder(artifact.members[0]), handle.tokenizer_path)
+    return Added(member, below, solver.facts()["error"], new, larger.linear_bits(), words)
 
 
 def write_dense_member(artifact: FamilyArtifact, member: str, out: Path) -> None:
@@ -178,7 +182,7 @@ def write_native_member(artifact: FamilyArtifact, member: str, out: Path) -> Non
         write_json(part / FAMILY, {**artifact.data, "plan": alone.to_dict(), "facts": facts})
 
 
-def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Path) -> None:
+def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Path) -> dict[str, float]:
     """Write the weighted mean of members as one dense model: merging in weight space, from the tree.
 
     Args:
@@ -186,8 +190,11 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
         shares: Member → share; they are scaled to sum to 1. Config and tokenizer are the first one's.
         out: Folder to create.
 
+    Returns:
+        The shares as they were used.
+
     Raises:
-        ExportError: ``out`` exists, or the members' embeddings differ in shape.
+        ExportError: ``out`` exists, or the members' embeddings differ in shape or are of other tokens.
     """
     names = [artifact.require(name) for name in shares]
     total = sum(shares.values())
@@ -196,6 +203,13 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
     weights = {name: share / total for name, share in shares.items()}
     dtype = getattr(torch, str(artifact.data.get("dtype", "bfloat16")))
     first = artifact.member_folder(names[0])
+    for name in names[1:]:
+        words = vocabulary_difference(first, artifact.member_folder(name))
+        if words is not None and words.changed:
+            raise ExportError(
+                f"{name}: {words} beside {names[0]}: the mean of their embeddings means nothing",
+                "merge members of one vocabulary",
+            )
     with atomic_folder(out) as part:
         shards = ShardWriter(part)
         private = [dict(artifact.private(name)) for name in names]
@@ -213,6 +227,7 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
         for file in sorted(first.iterdir()):
             if file.is_file() and file.name != "config.json" and file.suffix != ".safetensors":
                 shutil.copyfile(file, part / file.name)
+    return weights
 
 
 class _NewLeaf(DenseVisitor):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.data.calibration import CalibrationSet
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.family import ModelFamily, unsupported
+from llmcompress.models.vocabulary import vocabulary_difference
 from llmcompress.quant.family import FamilyPlan
 from llmcompress.quant.store import PackedStore, write_durably
 from llmcompress.stages.rqt_build import FamilyBuilder
@@ -29,6 +30,9 @@ def run_rqt(config: RqtConfig, state: RunState, ctx: RunContext) -> None:
     if problems:
         raise RecipeError("\n".join(f"stages.{ctx.stage}: {p}" for p in problems))
     family = open_family(config, state, ctx)
+    for name, handle in family.members.items():
+        if difference := vocabulary_difference(family.base.tokenizer_path, handle.tokenizer_path):
+            ctx.emit("warning", text=f"{name}: its tokenizer is not the base's: {difference}; it keeps its own")
     calibration = calibrate(config, family, ctx)
     survey = survey_family(config, family, calibration, ctx)
     felt = felt_by_loss(config, family, calibration, ctx)

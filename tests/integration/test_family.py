@@ -165,12 +165,13 @@ def test_members_of_another_architecture_are_refused(folder: Path, tmp_path: Pat
         ModelFamily.open(ModelHandle.open(folder / "base"), {"short": str(tmp_path / "short")})
 
 
-def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def said(words: list[str], capsys: pytest.CaptureFixture[str], stderr: bool = False) -> tuple[int, str]:
     from llmcompress.cli.app import invoke
 
     capsys.readouterr()
     code = invoke(words)
-    return code, capsys.readouterr().out
+    out, error = capsys.readouterr()
+    return code, out + error if stderr else out
 
 
 def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +239,8 @@ def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     code, text = said([*words[:4], "--format", "compressed-tensors", "--out", str(tmp_path / "x")], capsys)
     assert code == ExitCode.EXPORT
     merged = ["family", "merge", str(copy), "--member", "bee", "--member", "cat=3", "--out", str(tmp_path / "mean")]
-    assert said(merged, capsys)[0] == ExitCode.OK
+    code, text = said(merged, capsys)
+    assert code == ExitCode.OK and "25.0% bee, 75.0% cat" in text
     linear = small.plan.linears[0]
     mean = TensorFile(tmp_path / "mean/model.safetensors").read(f"{linear}.weight").float()
     expected = 0.25 * small.weight(linear, "bee") + 0.75 * small.weight(linear, "cat")
@@ -251,6 +253,48 @@ def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["family", "merge", str(copy), "--member", "cat=x", "--out", str(tmp_path / "y")], ExitCode.USAGE),
     ):
         assert said(words, capsys)[0] == code
+
+
+def test_adding_takes_any_text_and_tells_of_another_vocabulary(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leaves by GPTQ on plain text and on rows of another field; two swapped tokens are told, and not averaged."""
+    import shutil
+
+    copy, other = tmp_path / "family", tmp_path / "other"
+    shutil.copytree(folder / "run/artifact", copy)
+    shutil.copytree(folder / "ant", other)
+    path = other / "tokenizer.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
+    vocab = words["model"]["vocab"]
+    first, second = list(vocab)[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    words["added_tokens"] = [token for token in words["added_tokens"] if token["content"] not in (first, second)]
+    path.write_text(json.dumps(words), encoding="utf-8")
+
+    text = "The cat sat on the warm stone and looked at the sea. " * 12
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"story": text}) + "\n", encoding="utf-8")
+    sources = {
+        "dog": str(tmp_path / "text.txt"),
+        "eel": f"{{kind: jsonl, path: {tmp_path / 'rows.jsonl'}, field: story}}",
+    }
+    weights = {}
+    for name, source in sources.items():
+        model = folder / "ant" if name == "dog" else other
+        words = ["family", "add", str(copy), "--member", name, "--model", str(model), "--calibration", source]
+        code, said_text = said([*words, "--samples", "4", "--length", "16"], capsys, stderr=True)
+        assert code == ExitCode.OK, said_text
+        assert ("2 token ids stand for other tokens" in said_text) == (name == "eel")
+        weights[name] = FamilyArtifact(copy).weight(FamilyArtifact(copy).plan.linears[0], name)
+    words = ["family", "add", str(copy), "--member", "fox", "--model", str(folder / "ant")]
+    assert said(words, capsys)[0] == ExitCode.OK
+    grown = FamilyArtifact(copy)
+    assert not torch.equal(weights["dog"], grown.weight(grown.plan.linears[0], "fox"))
+    merged = ["family", "merge", str(copy), "--member", "dog", "--member", "eel", "--out", str(tmp_path / "mean")]
+    code, said_text = said(merged, capsys, stderr=True)
+    assert code == ExitCode.EXPORT and "2 token ids stand for other tokens" in said_text
+    assert not (tmp_path / "mean").exists()
 
 
 def test_members_are_folders_and_one_text_may_serve_all(folder: Path, tmp_path: Path) -> None:

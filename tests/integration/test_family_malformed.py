@@ -99,6 +99,19 @@ def calls(copy: Path, run: Path) -> list[tuple[list[str], int, str]]:
         (["family", "add", family, "--member", "../dog", "--model", ant], ExitCode.USAGE, "name of a new member"),
         (["family", "add", family, "--member", "ant", "--model", ant], ExitCode.USAGE, "name of a new member"),
         (["family", "add", family, "--member", "dog", "--model", ant, "--bits", "7"], ExitCode.USAGE, "--bits"),
+        *(
+            (
+                ["family", "add", family, "--member", "dog", "--model", ant, "--calibration", source],
+                ExitCode.USAGE,
+                what,
+            )
+            for source, what in (
+                ("notes.docx", "does not say what is in it"),
+                ("{kind: jsonl", "not valid YAML"),
+                ("{kind: jsonl}", "jsonl.path: Field required"),
+                ("{kind: synthetic}", "random tokens"),
+            )
+        ),
         (["family", "remove", family, "--member", "dog"], ExitCode.ENVIRONMENT, "no member 'dog'"),
         (["family", "remove", ant, "--member", "ant"], ExitCode.ENVIRONMENT, "no family"),
         (
