@@ -94,15 +94,19 @@ def judge(rows: list[dict[str, Any]], gemm: float, peak: float | None) -> list[d
         def against(tokens: int, name: str, other: str, at: dict[Any, Any] = at) -> float:
             return at[tokens, other]["microseconds"] / at[tokens, name]["microseconds"]
 
+        def products(tokens: int, other: str, times: float, at: dict[Any, Any] = at) -> float:
+            # two byte products for every one of an exact 16-bit activation
+            return float(2 * times * at[tokens, other]["gflop_per_s"])
+
         for name, wanted in C1_BF16.items():
             ask(f"C1 {label} {name}, times bf16, 1 token", against(1, name, BF16), wanted)
             ask(f"C1 {label} {name}, times torch int4, 1 token", against(1, name, INT4), C1_INT4[name])
             share = at[1, name]["share_of_bandwidth"]
             ask(f"C1 {label} {name}, share of bandwidth, 1 token", share, C1_FLOOR[shape])
-            ask(f"C2 {label} {name}, times bf16, 8 tokens", against(8, name, BF16), C2_BF16[name])
-            ask(f"C3 {label} {name}, times bf16, 128 tokens", against(128, name, BF16), C3_BF16)
-            # two byte products for every one of an exact 16-bit activation
-            needs = 2 * C3_INT4 * at[128, INT4]["gflop_per_s"]
+            few, many = C2_BF16[name], C3_BF16
+            ask(f"C2 {label} {name}, times bf16, 8 tokens", against(8, name, BF16), few, products(8, BF16, few))
+            ask(f"C3 {label} {name}, times bf16, 128 tokens", against(128, name, BF16), many, products(128, BF16, many))
+            needs = products(128, INT4, C3_INT4)
             ask(f"C3 {label} {name}, times torch int4, 128 tokens", against(128, name, INT4), C3_INT4, needs)
             ask(f"C3 {label} {name}, share of bf16 GEMM rate", at[128, name]["gflop_per_s"] / gemm, C3_FLOOR)
         ask(f"C3 {label} W4 int8, times torch dynamic int8", against(128, "W4 int8", DYNAMIC), C3_DYNAMIC)
