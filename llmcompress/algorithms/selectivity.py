@@ -65,10 +65,7 @@ class Rounder:
     @property
     def has_kernel(self) -> bool:
         """Whether the operator ``selective_scan_q`` stores states in this way."""
-        plain = self.spec.codec in ("dsq", "dsq_refit", "dsq_static_p") and self.spec.alpha == 0.5
-        return not self.spec.active or (
-            plain and self.spec.sqrt_axis == "channel" and self.spec.rounding != "stochastic"
-        )
+        return not self.spec.active or self.spec.has_kernel
 
     def kernel_scan(self, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """:func:`scan` by the operator, where :attr:`has_kernel`; one state per segment is kept for the adjoint."""
@@ -81,8 +78,8 @@ class Rounder:
             bits = self.head_bits.to(torch.int32)
         start = x.new_zeros((x.shape[0], heads, channels, b.shape[-1]))
         static = self.static if self.spec.active else None
-        refit, dither = self.spec.codec == "dsq_refit", self.spec.rounding == "dither"
-        return selective_scan_q(x, a, b, c, start, bits.to(x.device), static, 1, self.window, refit, dither)[0]
+        how = (static, 1, self.window, self.spec.refit, self.spec.dither)
+        return selective_scan_q(x, a, b, c, start, bits.to(x.device), *how)[0]
 
     def __call__(self, u: Tensor, step: int) -> Tensor:
         """The stored state ``[S, H, P, N]`` after token ``step``, without gradient."""

@@ -101,8 +101,7 @@ class HeadStatistics:
 
 def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | None, window: int) -> Tensor:
     """``[S, T, H, P]``, the state rounded every ``window`` tokens, by the operator where it knows codec and kind."""
-    plain = spec.codec in ("dsq", "dsq_refit", "dsq_static_p") and spec.alpha == 0.5 and spec.sqrt_axis == "channel"
-    if not plain or inputs.a.shape[1:] != (1, 1):
+    if not spec.has_kernel or inputs.a.shape[1:] != (1, 1):
         return scan(inputs, None, lambda fresh, t: fresh if t % window else fake_quantize(fresh, spec, static))[0]
     from llmcompress_kernels.state import selective_scan_q
 
@@ -110,9 +109,8 @@ def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | Non
     start = inputs.x.new_zeros(sequences, heads, channels, inputs.b.shape[-1])
     bits = torch.full((heads,), spec.bits, dtype=torch.int32, device=start.device)
     decay = (inputs.dt[..., 0] * inputs.a[:, 0, 0]).exp()
-    refit, dither = spec.codec == "dsq_refit", spec.rounding == "dither"
     given = (inputs.dt * inputs.x, decay, inputs.b, inputs.c, start, bits, static)
-    return selective_scan_q(*given, window=window, refit=refit, dither=dither)[0]
+    return selective_scan_q(*given, window=window, refit=spec.refit, dither=spec.dither)[0]
 
 
 def shares(errors: Mapping[str, Tensor], energy: Tensor, labels: list[str]) -> list[list[float]]:

@@ -271,12 +271,12 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
         states=config.state_size,
         groups=config.n_groups,
         bits=0 if first is None else first.spec.bits,
-        refit=first is not None and first.refit,
+        refit=first is not None and first.spec.refit,
         epsilon=base.layers[0].norm.variance_epsilon,
         gate_epsilon=mixer.norm.variance_epsilon,
         limits=tuple(mixer.time_step_limit),
         head_planes=EXACT,
-        dither=first is not None and first.dither,
+        dither=first is not None and first.spec.dither,
         window=1 if first is None else first.window,
     )
 

@@ -135,8 +135,8 @@ class DecodeStep:
             quantizer.scan.states,
             quantizer.spec.bits,
             mixer.norm.variance_epsilon,
-            quantizer.refit,
-            quantizer.dither,
+            quantizer.spec.refit,
+            quantizer.spec.dither,
             held.recent,
             None if held.recent is None else held.count,
         )

@@ -327,7 +327,7 @@ class _Mixer:
         widths = bits.to(x.device, torch.int32)
         return kernels.selective_scan_q(
             inputs.dt * x, decay, inputs.b, inputs.c, state, widths, quantizer.static, prompt, quantizer.window,
-            quantizer.refit, quantizer.dither,
+            quantizer.spec.refit, quantizer.spec.dither,
         )  # fmt: skip
 
     def head_update(  # noqa: PLR0913, PLR0917 - the signature is transformers'

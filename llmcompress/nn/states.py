@@ -93,20 +93,8 @@ class StateQuantizer:
     @property
     def has_kernel(self) -> bool:
         """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
-        spec = self.spec
-        plain = spec.alpha == 0.5 and spec.sqrt_axis == "channel" and spec.rounding != "stochastic"
         fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
-        return spec.active and plain and fits and spec.codec in ("dsq", "dsq_refit", "dsq_static_p")
-
-    @property
-    def refit(self) -> bool:
-        """Whether the channel scale is fitted to the codes."""
-        return self.spec.codec == "dsq_refit"
-
-    @property
-    def dither(self) -> bool:
-        """Whether a dither is added before rounding."""
-        return self.spec.rounding == "dither"
+        return fits and self.spec.has_kernel
 
     @property
     def one_width(self) -> bool:
@@ -167,7 +155,8 @@ class PackedState:
         if not self.quantizer.replays:
             return
         self.count = torch.zeros(len(fresh), dtype=torch.int32, device=fresh.device)
-        if self.packed and self.recent is None:
+        # a cache that was reset may go on with other sequences
+        if self.packed and (self.recent is None or len(self.recent) != len(fresh)):
             self.recent = fresh.new_zeros(len(fresh), self.quantizer.window - 1, sum(self.quantizer.row))
 
     def _round(self, fresh: Tensor) -> None:
@@ -180,7 +169,7 @@ class PackedState:
     def _pack(self, fresh: Tensor, step: int) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         quantizer = self.quantizer
         if quantizer.has_kernel and quantizer.one_width:
-            how = (quantizer.spec.bits, quantizer.refit, quantizer.dither)
+            how = (quantizer.spec.bits, quantizer.spec.refit, quantizer.spec.dither)
             codes, channel, state = kernels.dsq_pack(fresh, quantizer.static, *how)
             return [codes], channel, state
         found = quantizer.quantize(fresh, step)
@@ -201,7 +190,7 @@ class PackedState:
             return value
         assert self.count is not None
         scan, filled = self.quantizer.scan, self.count
-        for k in range(int(filled.max())):
+        for k in range(int(filled.max()) if len(filled) else 0):
             drive, rate, b = self.recent[:, k].split(self.quantizer.row, 1)
             drive, b = drive.view(-1, scan.heads, scan.channels), b.view(-1, scan.groups, scan.states)
             if scan.kind == "mamba2":
@@ -222,7 +211,7 @@ class PackedState:
         self.tokens += 1
         held = (self.codes[0], self.channel, self.state, quantizer.static)
         token = (drive, decay, b.float(), c.float())
-        how = (quantizer.spec.bits, quantizer.refit, quantizer.dither)
+        how = (quantizer.spec.bits, quantizer.spec.refit, quantizer.spec.dither)
         if self.recent is None or self.count is None:
             return kernels.dsq_state_update(*held, *token, *how)
         return kernels.dsq_replay_update(*held, self.recent, self.count, *token, *how)

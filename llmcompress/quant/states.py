@@ -27,6 +27,8 @@ BITS = (4, 6, 8)
 Rounding = Literal["rtn", "stochastic", "dither"]
 # codecs whose state scale is fresh at every token, and stored
 DITHERED = ("dsq", "dsq_static_p")
+# codecs that llmcompress_kernels.state implements
+IN_KERNELS: tuple[str, ...] = ("dsq", "dsq_refit", "dsq_static_p")
 GROUP = 32
 
 
@@ -66,6 +68,22 @@ class StateSpec:
     def active(self) -> bool:
         """Whether the state is changed at all."""
         return self.codec != "none" and self.bits < 16
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether ``llmcompress_kernels.state`` rounds states of Mamba-2 in this way; sizes are another question."""
+        plain = self.alpha == 0.5 and self.sqrt_axis == "channel" and self.rounding != "stochastic"
+        return self.active and plain and self.codec in IN_KERNELS
+
+    @property
+    def refit(self) -> bool:
+        """Whether the channel scale is fitted to the codes."""
+        return self.codec == "dsq_refit"
+
+    @property
+    def dither(self) -> bool:
+        """Whether a dither is added before rounding."""
+        return self.rounding == "dither"
 
     @property
     def qmax(self) -> int:

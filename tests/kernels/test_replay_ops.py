@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -254,3 +255,47 @@ def test_a_count_beyond_the_window_is_refused() -> None:
         # not by way of the dispatcher, whose C++ exceptions sanitizers do not pass on
         with pytest.raises(ValueError, match="replay window"):
             cpu_state.dsq_replay_update(*held, None, recent, count, *token, 4)
+
+
+@pytest.mark.parametrize("size", [(16, 32), (16, 64), (64, 128)])
+@pytest.mark.parametrize("window", [1, 3])
+def test_what_is_not_a_number_stays_so(window: int, size: tuple[int, int]) -> None:
+    """In the sequence and the head that have met it; a state that comes out finite would hide what went wrong."""
+    needs_kernels()
+    for bits, fixed, dither, where in itertools.product((4, 8), (False, True), (False, True), range(3)):
+        case = Case("random", where, size)
+        scale = case.scale.mean(0).sqrt().half() if fixed else None
+        start = definition.dsq_pack(case.start, scale, bits, False, dither)
+        held = [[start[0].clone(), None if fixed else start[1].clone(), start[2].clone(), scale] for _ in range(2)]
+        kept = [empty_window(case.SEQUENCES, window, *size) for _ in range(2)]
+        for t in range(2 * window + 2):
+            token = case.token()
+            if t == 1:
+                token[where].view(case.SEQUENCES, -1)[0, 1] = torch.nan
+            got = state.dsq_replay_update(*held[0], *kept[0], *token, bits, False, dither)
+            wanted = definition.dsq_replay_update(*held[1], *kept[1], *token, bits, False, dither)
+            assert torch.equal(got.isnan(), wanted.isnan())
+            assert torch.equal(held[0][2].isnan(), held[1][2].isnan())
+        assert bool(wanted[0].isnan().any()) and not bool(wanted[1].isnan().any())
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_prompts_and_scans_keep_what_is_not_a_number(fixed: bool) -> None:
+    needs_kernels()
+    case = Case("random", 1, (16, 64))
+    scale = case.scale.mean(0).sqrt().half() if fixed else None
+    drive, decay, b, c = text(2, 5, 16, 64)
+    case.start[0, 1, 3, 5] = drive[1, 2, 0, 4] = torch.nan
+    got, wanted = state.dsq_pack(case.start, scale, 4), definition.dsq_pack(case.start, scale, 4)
+    assert torch.equal(got[2].isnan(), wanted[2].isnan())
+    given = (drive, decay, b, c, case.start, torch.full((HEADS,), 4, dtype=torch.int32), scale)
+    mine, theirs = state.selective_scan_q(*given), definition.selective_scan_q(*given, 1, 1, False)
+    for found, expected in zip(mine, theirs[:2], strict=True):
+        assert torch.equal(found.isnan(), expected.isnan())
+    assert bool(mine[1][0, 1].isnan().any()) and not bool(mine[1][1, 1].isnan().any())
+
+
+def test_no_sequences_are_no_work() -> None:
+    held = [t[:0] for t in state.dsq_pack(torch.randn(1, HEADS, 16, 64), None, 4)]
+    got = state.dsq_replay_update(*held, None, *empty_window(0, 3, 16, 64), *(t[:, 0] for t in text(0, 1, 16, 64)), 4)
+    assert got.shape == (0, HEADS, 16)

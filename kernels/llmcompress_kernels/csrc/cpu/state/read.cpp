@@ -6,9 +6,11 @@
 // column, B_k C is the same for all heads of a group, and no state is written. In floats that takes four operations per vector of
 // sixteen states: two to look a code up, a fused product, and 0.4 to turn sixteen rows. Bytes take two: 128 codes lie in 64
 // bytes, and step C in three planes of signed bytes, 23 bits of the largest of a head, which is far below half a step of a code.
+#include <bit>
 #include <cmath>
 
 #include "llmcompress/isa.h"
+#include "pick.h"
 #include "window.h"
 
 #pragma GCC push_options
@@ -133,9 +135,11 @@ void read_bytes(const uint8_t* codes, const uint16_t* channel, const uint16_t* s
   constexpr int parts = J / 4, row_bytes = 16 * J;
   alignas(64) float by[32 * J];
   columns<J, 4>(scale, c, by);
-  __m512 most = _mm512_setzero_ps();
-  for (int i = 0; i < 32 * J; i += 16) most = _mm512_range_ps(most, _mm512_load_ps(by + i), 0x0b);
-  const float largest = _mm512_reduce_max_ps(most);
+  // by their bits, in which NaN is above all numbers
+  __m512i most = _mm512_setzero_si512();
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int i = 0; i < 32 * J; i += 16) most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_load_si512(by + i), magnitude));
+  const float largest = std::bit_cast<float>(_mm512_reduce_max_epu32(most));
   if (!(largest >= 1e-25f && largest <= 1e25f)) return read_floats<4, J>(codes, channel, by, window, dots, y, p);
   // the power of two above it
   const int above = std::ilogb(largest) + 1;
@@ -156,29 +160,19 @@ void read_bytes(const uint8_t* codes, const uint16_t* channel, const uint16_t* s
   }
 }
 
-template <int Bits, int J>
-Read pick() {
-  if constexpr (Bits == 4 && J % 4 == 0) {
-    static const bool runs = llmcompress::has_avx512();
-    if (runs) return read_bytes<J>;
-  }
-  return read_head<Bits, J>;
-}
-
-template <int Bits>
-Read pick_states(int64_t states) {
-  switch (states) {
-    case 32: return pick<Bits, 1>();
-    case 64: return pick<Bits, 2>();
-    case 128: return pick<Bits, 4>();
-    case 256: return pick<Bits, 8>();
-    default: return nullptr;
-  }
-}
-
 }  // namespace
 
-Read head_read(int bits, int64_t states) { return bits == 4 ? pick_states<4>(states) : bits == 8 ? pick_states<8>(states) : nullptr; }
+Read head_read(int bits, int64_t states) {
+  static const bool planes = llmcompress::has_avx512();
+  const auto bytes = []<int J>() -> Read {
+    if constexpr (J % 4 == 0) {
+      if (planes) return read_bytes<J>;
+    }
+    return read_head<4, J>;
+  };
+  if (bits == 4) return for_states<Read>(states, bytes);
+  return bits == 8 ? for_states<Read>(states, []<int J>() -> Read { return read_head<8, J>; }) : nullptr;
+}
 
 }  // namespace state
 

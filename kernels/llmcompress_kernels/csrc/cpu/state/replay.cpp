@@ -7,6 +7,7 @@
 
 #include "llmcompress/isa.h"
 #include "nibbles.h"
+#include "pick.h"
 #include "tile_update.h"
 
 #pragma GCC push_options
@@ -40,38 +41,16 @@ void replay_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const ui
   replay_head<4, J, mode>(codes, channel, scale, fixed, window, b, c, y, tile, p);
 }
 
-template <int J, Mode mode>
-Replay pick_bits(int bits) {
-  if (bits == 8) return replay_head<8, J, mode>;
-  if (bits != 4) return nullptr;
-  if constexpr (J >= 2 && mode != kRefitted) {
-    static const bool runs = llmcompress::has_avx512();
-    if (runs) return replay_nibbles<J, mode>;
-  }
-  return replay_head<4, J, mode>;
-}
-
-template <Mode mode>
-Replay pick(int bits, int64_t states) {
-  switch (states) {
-    case 32: return pick_bits<1, mode>(bits);
-    case 64: return pick_bits<2, mode>(bits);
-    case 128: return pick_bits<4, mode>(bits);
-    case 256: return pick_bits<8, mode>(bits);
-    default: return nullptr;
-  }
-}
-
 }  // namespace
 
 Replay head_replay(Mode mode, int bits, int64_t states) {
-  switch (mode) {
-    case kCalibrated: return pick<kCalibrated>(bits, states);
-    case kRefitted: return pick<kRefitted>(bits, states);
-    case kDithered: return pick<kDithered>(bits, states);
-    case kCalibratedDithered: return pick<kCalibratedDithered>(bits, states);
-    default: return pick<kDynamic>(bits, states);
-  }
+  static const bool nibbles = llmcompress::has_avx512();
+  return for_bits<Replay>(bits, mode, states, []<int Bits, int J, Mode M>() -> Replay {
+    if constexpr (in_nibbles(Bits, J, M)) {
+      if (nibbles) return replay_nibbles<J, M>;
+    }
+    return replay_head<Bits, J, M>;
+  });
 }
 
 WindowHeads::WindowHeads(Mode mode, int bits, int64_t window, int64_t heads, int64_t groups, int64_t channels, int64_t states)

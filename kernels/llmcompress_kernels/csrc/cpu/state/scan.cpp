@@ -7,6 +7,7 @@
 // One head of one sequence stays in the first cache level from start to end. States are kept in pair order.
 #include <cstdlib>
 
+#include "pick.h"
 #include "tile.h"
 
 #pragma GCC push_options
@@ -160,39 +161,8 @@ void backward(Sequence in, Gradients g, const float* kept, int64_t segment, int 
 
 float* memory(int64_t floats) { return static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)); }
 
-template <int J, class... Rest>
-void run_forward(Mode mode, Rest... rest) {
-  switch (mode) {
-    case kCalibrated: return forward<J, kCalibrated>(rest...);
-    case kRefitted: return forward<J, kRefitted>(rest...);
-    case kDithered: return forward<J, kDithered>(rest...);
-    case kCalibratedDithered: return forward<J, kCalibratedDithered>(rest...);
-    default: return forward<J, kDynamic>(rest...);
-  }
-}
-
-template <int J, class... Rest>
-void run_backward(Mode mode, Rest... rest) {
-  switch (mode) {
-    case kCalibrated: return backward<J, kCalibrated>(rest...);
-    case kRefitted: return backward<J, kRefitted>(rest...);
-    case kDithered: return backward<J, kDithered>(rest...);
-    case kCalibratedDithered: return backward<J, kCalibratedDithered>(rest...);
-    default: return backward<J, kDynamic>(rest...);
-  }
-}
-
-#define STATE_SWITCH(call)          \
-  switch (states) {                 \
-    case 32: call(1); break;        \
-    case 64: call(2); break;        \
-    case 128: call(4); break;       \
-    default: call(8); break;        \
-  }
-
-bool refused(int64_t channels, int64_t states) {
-  return channels % kRows != 0 || channels > kMaxChannels || (states != 32 && states != 64 && states != 128 && states != 256);
-}
+using Forward = decltype(&forward<1, kDynamic>);
+using Backward = decltype(&backward<1, kDynamic>);
 
 }  // namespace
 }  // namespace state
@@ -207,7 +177,8 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
                                                          int64_t tokens, int64_t heads, int64_t groups, int64_t channels,
                                                          int64_t states, int64_t refit, int64_t dither) {
   using namespace state;
-  if (refused(channels, states)) return 1;
+  const Forward run = for_mode<Forward>(mode_of(fixed, refit, dither), states, []<int J, Mode M> { return forward<J, M>; });
+  if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t share = heads / groups, size = channels * states, segments = (tokens + segment - 1) / segment;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < sequences * heads; ++i) {
@@ -220,9 +191,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan(const float* x, const f
     float* mine = kept == nullptr ? nullptr : kept + i * segments * size;
     const uint16_t* scale = fixed == nullptr ? nullptr : fixed + head * channels;
     float* out = y + (start * heads + head) * channels;
-#define CALL(J) run_forward<J>(mode_of(fixed, refit, dither), in, out, tile, mine, segment, channels, bits[head], first, window, scale)
-    STATE_SWITCH(CALL)
-#undef CALL
+    run(in, out, tile, mine, segment, static_cast<int>(channels), bits[head], first, window, scale);
     for (int64_t r = 0; r < channels; ++r) join_pairs(tile + r * states, io + i * size + r * states, states);
     std::free(tile);
   }
@@ -235,7 +204,8 @@ __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
     const int32_t* bits, const uint16_t* fixed, float* dx, float* da, float* db, float* dc, int64_t segment, int64_t first, int64_t window,
     int64_t sequences, int64_t tokens, int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t refit, int64_t dither) {
   using namespace state;
-  if (refused(channels, states)) return 1;
+  const Backward run = for_mode<Backward>(mode_of(fixed, refit, dither), states, []<int J, Mode M> { return backward<J, M>; });
+  if (run == nullptr || channels % kRows != 0 || channels > kMaxChannels) return 1;
   const int64_t share = heads / groups, size = channels * states, segments = (tokens + segment - 1) / segment;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < sequences * heads; ++i) {
@@ -248,10 +218,7 @@ __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
                       heads * states};
     float *held = memory(segment * size), *adjoint = memory(size);
     const uint16_t* scale = fixed == nullptr ? nullptr : fixed + head * channels;
-#define CALL(J) \
-  run_backward<J>(mode_of(fixed, refit, dither), in, g, kept + i * segments * size, segment, channels, bits[head], first, window, scale, held, adjoint)
-    STATE_SWITCH(CALL)
-#undef CALL
+    run(in, g, kept + i * segments * size, segment, static_cast<int>(channels), bits[head], first, window, scale, held, adjoint);
     std::free(held);
     std::free(adjoint);
   }

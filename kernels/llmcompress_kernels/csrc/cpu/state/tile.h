@@ -221,6 +221,35 @@ STATE_INLINE void state_scales(Scales& s, const float* tile, const __m512* large
   }
 }
 
+// A state that holds NaN stays NaN, as in the definition: the maxima above leave NaN out, and scales came out finite. It is
+// in all columns where the mean of a row is one.
+template <int J, bool Static>
+__attribute__((noinline)) void keep_nan(Scales& s, const float* tile, int p, uint16_t* out) {
+  constexpr int n = 32 * J;
+  alignas(64) float marks[n], natural[n];
+  __mmask16 columns[2 * J], any = 0;
+  for (int v = 0; v < 2 * J; ++v) {
+    columns[v] = 0;
+    for (int r = 0; r < p; ++r) {
+      const __m512 u = _mm512_load_ps(tile + r * n + 16 * v);
+      columns[v] |= _mm512_cmp_ps_mask(u, u, _CMP_UNORD_Q);
+    }
+    any |= columns[v];
+  }
+  const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
+  for (int v = 0; v < 2 * J; ++v) {
+    const __mmask16 mask = Static ? columns[v] : any != 0 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>(0);
+    _mm512_mask_store_ps(s.step + 16 * v, mask, nan);
+    _mm512_store_ps(marks + 16 * v, _mm512_maskz_mov_ps(mask, nan));
+  }
+  if (out == nullptr) return;
+  join_pairs(marks, natural, n);
+  for (int i = 0; i < n; i += 16) {
+    const __m512 mark = _mm512_load_ps(natural + i);
+    _mm256_mask_storeu_epi16(out + i, _mm512_cmp_ps_mask(mark, mark, _CMP_UNORD_Q), to_half(mark));
+  }
+}
+
 // The same after adding a dither, of products with reciprocals, as the definition has them then.
 template <int J>
 STATE_INLINE void dithered_codes(const Scales& s, const float* row, int r, float qmax, __m512* codes) {
@@ -313,6 +342,7 @@ STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const floa
   const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
   const __m512 a = _mm512_set1_ps(decay);
   __m512 largest[2 * J];
+  __mmask16 nan = 0;
   for (int v = 0; v < 2 * J; ++v) largest[v] = _mm512_setzero_ps();
   alignas(64) float even[kRows][16], odd[kRows][16], out[kRows][16];
   for (int base = 0; base < p; base += kRows) {
@@ -337,7 +367,9 @@ STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const floa
         fold_pairs<J>(size, even[i], odd[i]);
       }
     }
-    _mm512_storeu_ps(y + base, sum_rows(out));
+    const __m512 reads = sum_rows(out);
+    nan |= _mm512_cmp_ps_mask(reads, reads, _CMP_UNORD_Q);  // so is the read-out of a row that holds one
+    _mm512_storeu_ps(y + base, reads);
     if constexpr (!Static) channel_scales(s, base, even, odd, n, channel_out);
     for (int r = base; r < base + kRows; ++r) {
       const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
@@ -347,6 +379,7 @@ STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const floa
     }
   }
   state_scales<J>(s, tile, largest, p, qmax, state_out);
+  if (__builtin_expect(nan != 0, 0)) keep_nan<J, Static>(s, tile, p, state_out);
 }
 
 // Calibrated channel scales of a head, read once.

@@ -4,6 +4,7 @@
 #include "llmcompress/isa.h"
 #include "heads.h"
 #include "nibbles.h"
+#include "pick.h"
 #include "tile_update.h"
 
 #pragma GCC push_options
@@ -42,91 +43,28 @@ void pack_head(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, 
 }
 
 template <int J, Mode mode>
-Pack pick_pack_bits(int bits) {
-  return bits == 4 ? pack_head<4, J, mode> : bits == 8 ? pack_head<8, J, mode> : nullptr;
-}
-
-template <Mode mode>
-Pack pick_pack(int bits, int64_t states) {
-  switch (states) {
-    case 32: return pick_pack_bits<1, mode>(bits);
-    case 64: return pick_pack_bits<2, mode>(bits);
-    case 128: return pick_pack_bits<4, mode>(bits);
-    case 256: return pick_pack_bits<8, mode>(bits);
-    default: return nullptr;
-  }
-}
-
-template <int J, Mode mode>
-Head pick_bits(int bits) {
-  return bits == 4 ? update_head<4, J, mode> : bits == 8 ? update_head<8, J, mode> : nullptr;
-}
-
-template <Mode mode>
-Head pick(int bits, int64_t states) {
-  switch (states) {
-    case 32: return pick_bits<1, mode>(bits);
-    case 64: return pick_bits<2, mode>(bits);
-    case 128: return pick_bits<4, mode>(bits);
-    case 256: return pick_bits<8, mode>(bits);
-    default: return nullptr;
-  }
-}
-
-}  // namespace
-
-template <int J, Mode mode>
-void update_either(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
-                   const float* b, const float* c, float* y, float* tile, int p) {
+void update_nibbles_or_tile(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
+                            const float* b, const float* c, float* y, float* tile, int p) {
   Window one;
   one.tokens = 1, one.drive[0] = x, one.decay[0] = decay;
   if (update_nibbles<J, mode, false>(codes, channel, scale, fixed, one, b, c, y, tile, p)) return;
   update_head<4, J, mode>(codes, channel, scale, fixed, decay, x, b, c, y, tile, p);
 }
 
-template <Mode mode>
-Head nibbles(int64_t states) {
-  switch (states) {
-    case 64: return update_either<2, mode>;
-    case 128: return update_either<4, mode>;
-    case 256: return update_either<8, mode>;
-    default: return nullptr;
-  }
-}
-
-// Null where nibbles.h does not apply.
-Head pick_nibbles(Mode mode, int64_t states) {
-  static const bool runs = llmcompress::has_avx512();
-  if (!runs) return nullptr;
-  switch (mode) {
-    case kDynamic: return nibbles<kDynamic>(states);
-    case kCalibrated: return nibbles<kCalibrated>(states);
-    case kDithered: return nibbles<kDithered>(states);
-    case kCalibratedDithered: return nibbles<kCalibratedDithered>(states);
-    default: return nullptr;
-  }
-}
+}  // namespace
 
 Head head_update(Mode mode, int bits, int64_t states) {
-  const Head nibbles = bits == 4 ? pick_nibbles(mode, states) : nullptr;
-  if (nibbles != nullptr) return nibbles;
-  switch (mode) {
-    case kCalibrated: return pick<kCalibrated>(bits, states);
-    case kRefitted: return pick<kRefitted>(bits, states);
-    case kDithered: return pick<kDithered>(bits, states);
-    case kCalibratedDithered: return pick<kCalibratedDithered>(bits, states);
-    default: return pick<kDynamic>(bits, states);
-  }
+  static const bool nibbles = llmcompress::has_avx512();
+  return for_bits<Head>(bits, mode, states, []<int Bits, int J, Mode M>() -> Head {
+    if constexpr (in_nibbles(Bits, J, M)) {
+      if (nibbles) return update_nibbles_or_tile<J, M>;
+    }
+    return update_head<Bits, J, M>;
+  });
 }
 
 Pack head_pack(Mode mode, int bits, int64_t states) {
-  switch (mode) {
-    case kCalibrated: return pick_pack<kCalibrated>(bits, states);
-    case kRefitted: return pick_pack<kRefitted>(bits, states);
-    case kDithered: return pick_pack<kDithered>(bits, states);
-    case kCalibratedDithered: return pick_pack<kCalibratedDithered>(bits, states);
-    default: return pick_pack<kDynamic>(bits, states);
-  }
+  return for_bits<Pack>(bits, mode, states, []<int Bits, int J, Mode M>() -> Pack { return pack_head<Bits, J, M>; });
 }
 
 void float_update(float* rows, float decay, const float* x, const float* b, const float* c, float* y, int64_t channels,
