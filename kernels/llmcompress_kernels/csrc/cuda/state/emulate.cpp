@@ -1,4 +1,6 @@
 // The kernel of update.cuh on the host: for tests of its indices, barriers and arithmetic, thousands of times slower.
+// All instances, those of benches too.
+#define LLMCOMPRESS_TUNE
 #include "../common/emulate.h"
 
 #include "update.cuh"

@@ -13,10 +13,12 @@ template <class S> int launch(const StateCall& call, void* stream) {
 template <int BITS, int N, bool FIXED, bool DITHER> int launch(const StateCall& call, int variant, void* stream) {
     if (variant == 1) return launch<StateShape<BITS, N, 4, 8, FIXED, 4, DITHER>>(call, stream);
     if (variant == 2) return launch<StateShape<BITS, N, 4, 4, FIXED, 4, DITHER>>(call, stream);
-    // a candidate of benches, which nothing else picks
+#ifdef LLMCOMPRESS_TUNE
+    // a candidate of kernels/bench/gpu_candidates.py, which nothing else picks
     if constexpr (!DITHER) {
         if (variant == 0) return launch<StateShape<BITS, N, 2, 4, FIXED, 4>>(call, stream);
     }
+#endif
     return -3;
 }
 
