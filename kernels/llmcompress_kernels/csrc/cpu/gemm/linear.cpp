@@ -64,6 +64,15 @@ const Plan& plan_for(const Operand& w, int planes) {
     return e.plan;
 }
 
+// What one token reads first of row blocks [first, last). Memory is at work then while the token is quantized.
+void fetch_first(const Weight& w, int64_t first, int64_t last) {
+    const int64_t streams = variant().streams, apart = (last - first) / streams;
+    const int64_t words = w.words() * LANES, most = std::min<int64_t>(FETCH_AHEAD, apart * w.words());
+    for (int64_t line = 0; line < most; ++line)
+        for (int64_t s = 0; s < streams; ++s)
+            __builtin_prefetch(w.packed + (first + s * apart) * words + line * LANES, 0, 2);
+}
+
 // Every thread quantizes the token for itself: that takes less than fetching what another core has written, and leaves
 // the end of the region as the only place where threads wait for each other.
 void one_token(const Operand& w, const Plan& plan, const void* x, Type type, int planes, void* out) {
@@ -74,6 +83,7 @@ void one_token(const Operand& w, const Plan& plan, const void* x, Type type, int
         static thread_local Scratch scratch;
         const int64_t first = blocks * i / parts, last = blocks * (i + 1) / parts;
         if (first == last) return;
+        if (w.interleaved) fetch_first(shape, first, last);
         const Activations a = place_activations(shape, 1, planes, scratch.get(bytes));
         variant().quantize(shape, plan.parts.data(), plan.count(), x, type, w.columns, nullptr, a, 0);
         operand_rows(w, plan, a, first, last, out, type, w.rows);
@@ -109,6 +119,18 @@ void Scratch::trim(size_t most) {
 Scratch::~Scratch() { std::free(memory_); }
 
 int threads_for(int64_t work) { return work < SERIAL_WORK ? 1 : omp_get_max_threads(); }
+
+// Part `i` of `parts` of the chunks of tokens that fill one block.
+static void quantize_part(const Weight& w, const Plan& plan, const void* x, Type type, const Activations& a, int64_t i,
+                          int64_t parts) {
+    const int64_t from = plan.count() * i / parts, to = plan.count() * (i + 1) / parts;
+    const int64_t places = token_block(a.tokens, 0, a.most), per_step = step_columns(w.bits) / 4;
+    Activations part = a;
+    for (int64_t c = 0; c < from; ++c) part.bytes += plan.parts[size_t(c)].steps * per_step * places * 4 * a.planes;
+    part.scale += from * places;
+    part.sum += from * places;
+    variant().quantize(w, plan.parts.data() + from, to - from, x, type, w.columns, nullptr, part, 0);
+}
 
 void operand_rows(const Operand& w, const Plan& plan, const Activations& a, int64_t first, int64_t last, void* out,
                   Type type, int64_t stride) {
@@ -157,10 +179,12 @@ void linear(const Operand& w, const void* x, Type type, int64_t tokens, int plan
         const auto quantize = [&](int64_t i) {
             variant().quantize(shape, plan.parts.data(), plan.count(), from, type, w.columns, nullptr, a, i);
         };
-        if (token_blocks == 1) quantize(0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            if (token_blocks > 1) {
+            if (token_blocks == 1) {
+#pragma omp for schedule(static, 1)
+                for (int i = 0; i < threads; ++i) quantize_part(shape, plan, from, type, a, i, threads);
+            } else {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t i = 0; i < token_blocks; ++i) quantize(i);
             }

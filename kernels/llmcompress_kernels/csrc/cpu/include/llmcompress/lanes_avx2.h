@@ -74,6 +74,10 @@ inline Ints dot(Ints sum, Ints codes, const int8_t* x) {
     if constexpr (BITS == 8) return {dot_half_wide(sum.a, codes.a, all), dot_half_wide(sum.b, codes.b, all)};
     return {dot_half(sum.a, codes.a, all), dot_half(sum.b, codes.b, all)};
 }
+template <int BITS>
+inline Ints dot_once(Ints sum, Ints codes, const int8_t* x) {
+    return dot<BITS>(sum, codes, x);
+}
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline Floats spread(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }

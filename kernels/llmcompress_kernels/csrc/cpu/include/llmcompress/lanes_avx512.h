@@ -41,6 +41,13 @@ inline Ints dot(Ints sum, Ints codes, const int8_t* x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(_mm512_set1_epi32(quad)));
     return sum;
 }
+// The same with a quad that no other product takes: its load is part of the instruction.
+template <int BITS>
+inline Ints dot_once(Ints sum, Ints codes, const int8_t* x) {
+    using Quad = int8_t __attribute__((vector_size(4), aligned(1), may_alias));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const Quad*>(x)));
+    return sum;
+}
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Floats spread(float a) { return _mm512_set1_ps(a); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

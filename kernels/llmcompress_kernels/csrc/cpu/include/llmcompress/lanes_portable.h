@@ -74,6 +74,10 @@ __attribute__((noinline)) Ints dot(Ints sum, Ints codes, const int8_t* x) {
     }
     return sum;
 }
+template <int BITS>
+inline Ints dot_once(Ints sum, Ints codes, const int8_t* x) {
+    return dot<BITS>(sum, codes, x);
+}
 inline Floats to_floats(Ints a) {
     Floats r;
     EACH r.v[i] = float(a.v[i]);

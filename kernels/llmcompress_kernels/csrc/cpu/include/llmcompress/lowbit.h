@@ -85,6 +85,14 @@ inline int token_block(int64_t tokens, int64_t i, int most) {
     return left > 4 ? most : left > 1 ? 4 : 1;
 }
 
+// Lines of a stream that one token fetches ahead.
+constexpr int FETCH_AHEAD = 32;
+
+// Blocks of tokens up to which each unpacks the weight again, next to its products; more share a panel (panel_avx512.h).
+// Filling panels for two blocks takes a fifth to a third of a product's time on Zen 4, whose byte products leave room
+// for unpacking beside them.
+constexpr int64_t FEW_BLOCKS = 2;
+
 // Quantized activations of `tokens` rows. Bytes lie as [token block][quad][plane][token][4], a quad being four
 // columns in the order in which the weight's words yield them.
 struct Activations {
@@ -97,6 +105,7 @@ struct Activations {
     bool biased = false;  // bytes are unsigned, 128 too large: one plane, many tokens, see panel_avx512.h
 
     int64_t blocks() const { return (tokens + most - 1) / most; }
+    bool many() const { return blocks() > FEW_BLOCKS; }
     static int64_t quads(int bits, int64_t columns, int64_t group) {
         const int64_t step = step_columns(bits);
         const auto of = [step](int64_t width) { return (width + step - 1) / step * (step / 4); };
@@ -146,7 +155,7 @@ inline Activations place_activations(const Weight& w, int64_t tokens, int planes
     a.planes = planes;
     a.most = most;
     // 8-bit codes fit a signed byte less a zero point in the middle, and less that one only
-    a.biased = most == 8 && planes == 1 && (w.bits < 8 || w.zero == nullptr) && tokens > most;
+    a.biased = most == 8 && planes == 1 && (w.bits < 8 || w.zero == nullptr) && a.many();
     return a;
 }
 
@@ -154,6 +163,7 @@ inline Activations place_activations(const Weight& w, int64_t tokens, int planes
 struct Variant {
     const char* name;
     int token_block;  // 4 or 8
+    int streams;      // ranges of rows that one token reads at once, of equal length
     // Quantize token block `block`; `x` holds rows of `type`, row t of the call at x + index[t] * stride elements
     // (index null: t itself).
     void (*quantize)(const Weight& w, const Chunk* parts, int64_t count, const void* x, Type type, int64_t stride,

@@ -208,11 +208,20 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                     panel_tokens<PLANES, SIGNED, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, tokens.from(t), next.from(t), panel,
                                                                        totals + t, results.from(t));
                 };
+                // tokens that the last block lacks are left out: experts of a dozen tokens have many such
+                const int64_t real = now - i * MOST;
                 if (places == 1) run.template operator()<1, 1>(0);
+                else if (real == 2) run.template operator()<2, 4>(0);
                 else if (places == 4) run.template operator()<4, 4>(0);
-                else if constexpr (PLANES == 1) run.template operator()<MOST, MOST>(0);
-                else
-                    for (int t = 0; t < MOST; t += 4) run.template operator()<4, MOST>(t);
+                else if constexpr (PLANES == 1) {
+                    if (real <= 6) run.template operator()<6, MOST>(0);
+                    else run.template operator()<MOST, MOST>(0);
+                } else {
+                    run.template operator()<4, MOST>(0);
+                    if (real == 5) run.template operator()<1, MOST>(4);
+                    else if (real == 6) run.template operator()<2, MOST>(4);
+                    else run.template operator()<4, MOST>(4);
+                }
             }
             done += held;
         }
@@ -222,7 +231,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
     }
 }
 
-// Row blocks [first, last) for more than one block of tokens, of one or two planes.
+// Row blocks [first, last) for many blocks of tokens (Activations::many), of one or two planes.
 template <int BITS, int PLANES>
 void many_tokens(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t first, int64_t last, void* out,
                  Type type, int64_t stride) {
