@@ -11,7 +11,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_recipe
 from llmcompress.cli.inspect import look
 from llmcompress.cli.output import Output, bytes_text, table
-from llmcompress.cli.run import figure
+from llmcompress.cli.run import difference_text, figure
 from llmcompress.errors import RecipeError, UsageError
 from llmcompress.models.paths import model_folder
 
@@ -120,7 +120,8 @@ def compare(
         for row in rows:
             change = row.get("difference")
             name = f"{row['task']}.{row['metric']}"
-            cells.append((name, figure(row["dense"]), figure(row["compressed"]), change and f"{change:+.4g}"))
+            shown = None if change is None else difference_text(change, row["difference_stderr"])
+            cells.append((name, figure(row["dense"]), figure(row["compressed"]), shown))
         screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
 
     out.result(data, show)
@@ -252,21 +253,37 @@ def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:
     kept = {key: row[key] for key in ("task", "metric", "stderr", "n", "higher_is_better")}
     if shape == "value":
         return {**kept, "value": row["compressed"]}
-    return {**kept, "a": row["dense"], "b": row["compressed"], "difference": row.get("difference")}
+    from llmcompress.evaluation.significance import within_noise
+
+    change, error = row.get("difference"), row.get("difference_stderr")
+    return {
+        **kept, "a": row["dense"], "b": row["compressed"], "difference": change, "difference_stderr": error,
+        "within_noise": within_noise(change, error),
+    }  # fmt: skip
 
 
 def _compare_runs(out: Output, first: Path, second: Path) -> None:
+    from llmcompress.evaluation.significance import difference_stderr, stages_of, within_noise
     from llmcompress.pipeline.fingerprint import difference
     from llmcompress.report.data import collect
 
     one, two = collect(first), collect(second)
     left, right = _figures(one), _figures(two)
     names = list(dict.fromkeys([*left, *right]))
-    rows = [{"name": name, "a": left.get(name), "b": right.get(name)} for name in names]
+    kept = [stages_of(data_dir, [s.name for s in data.stages]) for data_dir, data in ((first, one), (second, two))]
+    rows = []
+    for name in names:
+        a, b = left.get(name), right.get(name)
+        change = None if a is None or b is None else b - a
+        error = difference_stderr(kept[0].get(name), kept[1].get(name))
+        rows.append(
+            {"name": name, "a": a, "b": b, "difference": change, "difference_stderr": error,
+             "within_noise": within_noise(change, error)}
+        )  # fmt: skip
     changes = difference(one.recipe, two.recipe, "")
 
     def show(screen: Console) -> None:
-        cells = [(n, *_compared(n, left.get(n), right.get(n))) for n in names]
+        cells = [(row["name"], *_compared(row)) for row in rows]
         screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
         screen.print("recipes:", highlight=False)
         for line in changes or ["the same"]:
@@ -290,9 +307,11 @@ def _figures(data: ReportData) -> dict[str, float]:
     return found
 
 
-def _compared(name: str, a: float | None, b: float | None) -> tuple[str | None, str | None, str | None]:
+def _compared(row: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
     """A figure of two runs and what lies between, as text."""
-    if name == "bytes":
-        change = None if not a or b is None else f"{b / a:.3f} ×"
-        return bytes_text(a), bytes_text(b), change
-    return figure(a), figure(b), None if a is None or b is None else f"{b - a:+.4g}"
+    a, b, change = row["a"], row["b"], row["difference"]
+    if row["name"] == "bytes":
+        return bytes_text(a), bytes_text(b), None if not a or b is None else f"{b / a:.3f} ×"
+    share = f" ({change / a:+.1%})" if change is not None and a and row["name"].endswith("perplexity") else ""
+    shown = None if change is None else difference_text(change, row["difference_stderr"], share)
+    return figure(a), figure(b), shown

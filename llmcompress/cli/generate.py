@@ -13,11 +13,24 @@ from llmcompress.cli.output import Output
 from llmcompress.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from llmcompress.cli.models import OpenedModel
+    from llmcompress.inference.generate import Sampling as How
 
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling, with a temperature.")]
+ChatTemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", "-t", min=0.0, help="0 is greedy. Default: the model's generation_config.json, or 0.7."
+    ),
+]
+ChatTopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus. As the model's generation_config.json says, or 0.95."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")
@@ -29,6 +42,8 @@ HeadBitsOption = Annotated[
     int | None,
     typer.Option("--head-bits", metavar="8", help="Native engine: round the output head to 8 bits. Not exact."),
 ]
+TALK = (0.7, 0.95)
+"""Temperature and top-p of a chat with a model that recommends none."""
 ENGINES = ("auto", "native", "transformers")
 
 
@@ -56,7 +71,7 @@ def generate(
     int8_activations: Int8Option = False,
     head_bits: HeadBitsOption = None,
 ) -> None:
-    """Continue a prompt."""
+    """Continue a prompt, with the likeliest token each time unless a temperature is given."""
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
@@ -74,8 +89,8 @@ def chat(
     out: Output,
     path: ModelArgument,
     max_new_tokens: NewTokensOption = 256,
-    temperature: TemperatureOption = 0.7,
-    top_p: TopPOption = 0.95,
+    temperature: ChatTemperatureOption = None,
+    top_p: ChatTopPOption = None,
     seed: SeedOption = 0,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     member: MemberOption = None,
@@ -131,16 +146,31 @@ class Sampling:
 
     Args:
         max_new_tokens: Longest continuation.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy. None is what the model's makers recommend, else :data:`TALK`; so is that of top_p.
         top_p: Nucleus.
         seed: Of sampling.
     """
 
-    def __init__(self, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int) -> None:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
         self.seed = seed
+
+    def of(self, model: PreTrainedModel) -> How:
+        """The settings for one model."""
+        from llmcompress.inference.generate import Sampling as How
+        from llmcompress.inference.generate import recommended
+
+        made = recommended(model)
+        if self.temperature is not None and self.top_p is not None:
+            return How(self.max_new_tokens, self.temperature, self.top_p, seed=self.seed)
+        temperature = made.temperature if self.temperature is None else self.temperature
+        top_p = made.top_p if self.top_p is None else self.top_p
+        return How(
+            self.max_new_tokens, TALK[0] if temperature is None else temperature, TALK[1] if top_p is None else top_p,
+            made.top_k or 0, self.seed,
+        )  # fmt: skip
 
 
 class Speed:
@@ -227,7 +257,6 @@ class Writer:
         Raises:
             InputError: The prompt has no tokens, or leaves no room in the model's context.
         """
-        from llmcompress.inference.generate import Sampling as How
         from llmcompress.inference.greedy import end_tokens
 
         words, how = self._opened.tokenizer, self._sampling
@@ -238,7 +267,7 @@ class Writer:
         self._check_room(len(ids))
         (found,) = self._generator.generate(
             [ids],
-            How(how.max_new_tokens, how.temperature, how.top_p, seed=how.seed),
+            how.of(self._opened.model),
             end_tokens(self._opened.model, words),
             _streamer(words) if stream else None,
         )

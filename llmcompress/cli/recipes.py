@@ -56,14 +56,23 @@ def list_recipes(
     everything: Annotated[bool, typer.Option("--all", help="Also the fragments in base/ that others extend.")] = False,
 ) -> None:
     """List the shipped recipes."""
+    from llmcompress.recipe.catalog import SYSTEMS
     from llmcompress.recipe.catalog import list_recipes as every
 
     found = every(fragments=everything)
 
     def show(screen: Console) -> None:
-        rows = ((info.name, info.title, info.needs) for info in found)
-        screen.print(table(("recipe", "what it does", "needs"), rows))
-        screen.print("next: llmcompress recipes show NAME, or llmcompress run NAME", highlight=False)
+        name_width = max(len(info.name) for info in found)
+        for system, about in {**SYSTEMS, "": "others"}.items():
+            rows = [(info.name, info.runs_on, info.title) for info in found if info.system == system]
+            if rows:
+                listed = table(("recipe", "runs on", "what it does"), rows)
+                listed.show_header = False
+                # or columns of one group would begin elsewhere than those of the next
+                listed.columns[0].min_width, listed.columns[1].min_width = name_width, len("GPU, 48.1 GB")
+                screen.print(f"\n{system}: {about}" if system else f"\n{about}", style="bold", highlight=False)
+                screen.print(listed)
+        screen.print("\nneeds in full: llmcompress recipes show NAME; next: llmcompress run NAME", highlight=False)
 
     out.result({"recipes": found}, show)
 

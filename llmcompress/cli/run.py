@@ -277,18 +277,36 @@ def summary(outcome: Outcome) -> dict[str, object]:
 
 
 def _metric(metric: Metric) -> dict[str, object]:
+    from llmcompress.evaluation.significance import within_noise
+
     change = None
     if metric.dense is not None and metric.compressed is not None:
         change = metric.compressed - metric.dense
     return {
         "dense": metric.dense, "compressed": metric.compressed, "difference": change, "stderr": metric.stderr,
-        "n": metric.n, "higher_is_better": metric.higher_is_better,
+        "n": metric.n, "higher_is_better": metric.higher_is_better, "difference_stderr": metric.difference_stderr,
+        "within_noise": within_noise(change, metric.difference_stderr),
     }  # fmt: skip
 
 
 def figure(value: float | None) -> str | None:
     """A number with five significant digits."""
     return None if value is None else f"{value:.5g}"
+
+
+def difference_text(difference: float, stderr: float | None, share: str = "") -> str:
+    """A difference with its standard error where that is known, and whether it is noise.
+
+    Args:
+        difference: Of two figures.
+        stderr: Its standard error, paired.
+        share: The difference in other words, printed behind it.
+    """
+    from llmcompress.evaluation.significance import within_noise
+
+    spread = "" if stderr is None else f" ± {stderr:.2g}"
+    noise = " within noise" if within_noise(difference, stderr) else ""
+    return f"{difference:+.4g}{spread}{share}{noise}"
 
 
 def metrics_table(metrics: list[Metric]) -> object:
@@ -300,7 +318,7 @@ def metrics_table(metrics: list[Metric]) -> object:
             change = metric.compressed - metric.dense
             # of a perplexity it is the share that is quoted
             share = f" ({change / metric.dense:+.1%})" if metric.dense and metric.name.endswith("perplexity") else ""
-            shown = f"{change:+.4g}{share}"
+            shown = difference_text(change, metric.difference_stderr, share)
         rows.append((metric.name, figure(metric.dense), figure(metric.compressed), shown))
     columns = ("metric", "dense", "compressed", "difference")
     return table(columns, rows, right="dense|compressed|difference")

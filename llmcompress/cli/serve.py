@@ -56,7 +56,8 @@ def serve(
     """Serve a family, or any other artifact, to OpenAI clients.
 
     /v1/completions and /v1/chat/completions with streaming, /v1/models, /healthz, /metrics. Requests for all members
-    of a family decode in one batch. The API key is read from the environment variable LLMCOMPRESS_API_KEY.
+    of a family decode in one batch. A request that names no temperature or top_p gets those of the model's
+    generation_config.json, else 1 as at OpenAI. The API key is read from the environment variable LLMCOMPRESS_API_KEY.
     SIGTERM ends it when running answers are complete.
     """
     if engine not in ("auto", "transformers"):

@@ -15,6 +15,8 @@ import logging
 import math
 import random
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 TASKS = Path(__file__).resolve().parent.parent / "data" / "tasks"
 _SUFFIXES = (".jsonl.gz", ".jsonl.xz", ".jsonl")
 _SEED = 1234
+_PATIENCE = 5.0
+"""Seconds that the hub has for its first answer."""
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
 
@@ -221,7 +225,9 @@ def build(spec: TaskSpec) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     by_name = any(isinstance(config, str) for config in spec.configs)
-    with _quiet():
+    # what is not here is known at once then, and not after five tries with growing pauses
+    unreachable = None if spec.local else _unreachable()
+    with _quiet(), offline(spec.local or unreachable is not None):
         manager = TaskManager(include_defaults=by_name)
         try:
             # deep copies: lm-eval keeps and changes what it is given
@@ -232,10 +238,10 @@ def build(spec: TaskSpec) -> dict[str, Any]:
             ) from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             first = str(error).splitlines()[0] if str(error) else repr(error)
-            raise InputError(
-                f"task {spec.name}: its data cannot be loaded: {first}",
-                "without a network set tasks_dir (--tasks-dir) to a folder with <task>/<split>.jsonl",
-            ) from error
+            what = f"its data cannot be loaded: {first}"
+            if unreachable is not None and ("offline" in first.lower() or "hub" in first.lower()):
+                what = f"its data is not in the cache of datasets, and {unreachable}"
+            raise InputError(f"task {spec.name}: {what}", _local_hint(spec.name)) from error
     for task in loaded["tasks"].values():
         for key, value in spec.overrides.items() if by_name else ():
             task.set_config(key=key, value=value)
@@ -245,6 +251,35 @@ def build(spec: TaskSpec) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
     return loaded
+
+
+def _local_hint(task: str) -> str:
+    """How to give a task its data without a network."""
+    entry = catalogue().get(task)
+    if entry is None:
+        local = ", ".join(sorted(catalogue()))
+        return f"run it once with a network, which fills the cache; tasks that take local files: {local}"
+    files = " and ".join(f"TASKS/{stem}.jsonl" for stem in entry["files"].values())
+    return f"put the rows of its data set into {files}, then: --tasks-dir TASKS (tasks_dir in a recipe)"
+
+
+def _unreachable() -> str | None:
+    """Why the hub does not answer, None where it does or where it shall not be asked.
+
+    An answer of any kind counts. Proxies of the environment are used, as the hub's own client does.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        return "the network is switched off (offline: true or HF_HUB_OFFLINE)"
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=_PATIENCE).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{hub.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
+    return None
 
 
 @contextmanager

@@ -405,9 +405,7 @@ def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger
         part = ledger.get(f"{side}.perplexity.{name}")
         if part is not None:
             n, value = part["tokens"], part["perplexity"]
-            # linearised around the mean, so that two models can be compared window by window
-            rows = tuple(value * nll for nll in part.get("window_nll", ()))
-            scores.append(Score(name, "perplexity", value, part["stderr"], n, False, rows))
+            scores.append(Score(name, "perplexity", value, part["stderr"], n, False, _window_rows(part)))
             scores.append(Score(name, "bits_per_byte", part["bits_per_byte"], None, n, False))
     for spec in prepared.tasks:
         for entry in ledger.get(f"{side}.task.{spec.name}") or ():
@@ -557,4 +555,12 @@ def without_policy_rows(config: Settings, ledger: Ledger) -> list[dict[str, Any]
 
 
 def _plain(name: str, part: Mapping[str, Any]) -> Score:
-    return Score(name, "perplexity_without_policies", part["perplexity"], part["stderr"], part["tokens"], False)
+    return Score(
+        name, "perplexity_without_policies", part["perplexity"], part["stderr"], part["tokens"], False,
+        _window_rows(part),
+    )  # fmt: skip
+
+
+def _window_rows(part: Mapping[str, Any]) -> tuple[float, ...]:
+    """Perplexity by window, linearised around the mean, so that two models can be compared window by window."""
+    return tuple(part["perplexity"] * nll for nll in part.get("window_nll", ()))

@@ -47,6 +47,33 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Recommended:
+    """What a checkpoint's ``generation_config.json`` says of sampling; None where it says nothing.
+
+    Attributes:
+        temperature, top_p, top_k: As in :class:`Sampling`. A file that does not ask for sampling recommends nothing.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+def recommended(model: PreTrainedModel) -> Recommended:
+    """The sampling that a model's makers recommend."""
+    given: Any = getattr(model, "generation_config", None)
+    if given is None or not getattr(given, "do_sample", None):
+        return Recommended()
+
+    def positive(name: str) -> float | None:
+        value = getattr(given, name, None)
+        return value if isinstance(value, int | float) and value > 0 else None
+
+    top_k = positive("top_k")
+    return Recommended(positive("temperature"), positive("top_p"), None if top_k is None else int(top_k))
+
+
+@dataclass(frozen=True, slots=True)
 class Continuation:
     """What was written after one prompt.
 

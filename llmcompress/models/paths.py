@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -28,7 +29,8 @@ def resolve_path(text: str, base: Path | None = None) -> Path:
     """Turn a path of a recipe into a path on disk.
 
     Args:
-        text: ``asset:NAME`` for something shipped with the package, otherwise a path; ``~`` is expanded.
+        text: ``asset:NAME`` for something shipped with the package, otherwise a path; ``~`` is expanded. ``ORG/NAME``
+            that is no path here is looked up in the hub's cache on this machine; nothing is fetched.
         base: What relative paths are relative to; the current folder by default.
 
     Returns:
@@ -39,13 +41,50 @@ def resolve_path(text: str, base: Path | None = None) -> Path:
     """
     if not text.startswith(ASSET):
         path = Path(text).expanduser()
-        return path if path.is_absolute() or base is None else base / path
+        path = path if path.is_absolute() or base is None else base / path
+        return path if path.exists() else (cached_snapshot(text) or path)
     root, name = assets_folder(), Path(text.removeprefix(ASSET))
     path = (root / name).absolute()
     if ".." in name.parts or name.is_absolute() or not path.exists():
         known = ", ".join(sorted(f"{ASSET}{p.name}" for p in root.iterdir())) if root.is_dir() else "none installed"
         raise InputError(f"{text}: no such asset", f"shipped assets: {known}")
     return path
+
+
+def hub_cache() -> Path:
+    """Where the hub's client keeps what it has downloaded, by its own environment variables."""
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if named:
+        return Path(named).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+
+
+def cached_snapshot(text: str) -> Path | None:
+    """Folder of a model in the hub's cache, read only.
+
+    Args:
+        text: ``ORG/NAME``.
+
+    Returns:
+        The snapshot that the branch ``main`` points to, or the only one; None where there is none.
+    """
+    if not _HUB_NAME.fullmatch(text):
+        return None
+    folder = hub_cache() / f"models--{text.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    try:
+        found = folder / "snapshots" / main.read_text(encoding="ascii").strip()
+        if found.is_dir() and found.parent == folder / "snapshots":
+            return found
+        there = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        there = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    except (OSError, ValueError):
+        return None
+    return there[0] if len(there) == 1 else None
 
 
 def named_paths(data: Any, prefix: str = "", key: str = "") -> Iterator[tuple[str, str]]:
@@ -83,8 +122,10 @@ def no_model_folder(text: str) -> InputError:
     if Path(text).is_file():
         return InputError(f"{text}: a file, not a model folder", "give a folder with config.json and safetensors files")
     hint = "give a folder with config.json and safetensors files"
-    if _HUB_NAME.fullmatch(text):
-        hint = f"models are read from local folders; if this is one of the hub: hf download {text} --local-dir FOLDER"
+    # what stands in a folder that is here was meant as a path
+    if _HUB_NAME.fullmatch(text) and not Path(text).parent.is_dir():
+        what = f"{text}: no such model folder, and no model of that name in the hub's cache ({hub_cache()})"
+        return InputError(what, f"nothing is fetched by itself; to put it there: hf download {text}")
     return InputError(f"{text}: no such model folder", hint)
 
 

@@ -5,6 +5,7 @@ A shipped recipe begins with comments: the schema line, a title, the command tha
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent / "_recipes"
 SUFFIXES = (".yaml", ".yml", ".lock.json")
 _SKIPPED = {"assets"}
 LOCK_NAME = "recipe.lock.json"
+SYSTEMS = {
+    "EAC-MoE": "mixtures of experts: QESC for weights and routers, PESF skips experts",
+    "GPTQ": "dense models, for vLLM and llama.cpp too",
+    "Q-Mamba": "Mamba and hybrids, states in low bits",
+    "RQT": "families of fine-tunes in one artifact",
+    "S2R": "models that verify and correct themselves",
+    "tests": "seconds to a minute each; what they measure means nothing",
+    "fragments": "parts that recipes extend",
+}
+"""What recipes are about, in the order of the list."""
+_BEGINNINGS = {
+    "smoke/": "tests", "base/": "fragments", "q_mamba": "Q-Mamba", "rqt": "RQT", "s2r": "S2R", "gptq_then_s2r": "S2R",
+    "gptq": "GPTQ", "eac_moe": "EAC-MoE", "quickstart": "EAC-MoE",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,7 @@ class RecipeInfo:
         command: How to run it.
         needs: Memory, device and time.
         fragment: Whether it is a part to extend (``base/``), not a recipe to run.
+        system: One of :data:`SYSTEMS`, by its name; empty for a name that says nothing.
     """
 
     name: str
@@ -36,6 +52,20 @@ class RecipeInfo:
     command: str
     needs: str
     fragment: bool
+    system: str
+
+    @property
+    def runs_on(self) -> str:
+        """The machine in a word: ``GPU, 42 GB``, ``CPU, 1.8 GB``, ``see plan`` for any model of a kind.
+
+        Empty where the header names no size.
+        """
+        if "`llmcompress plan" in self.needs:
+            return "see plan"
+        gpu, ram = re.search(r"a GPU with ([\d.]+) GB", self.needs), re.search(r"([\d.]+) GB RAM", self.needs)
+        if gpu is not None:
+            return f"GPU, {gpu[1]} GB"
+        return f"CPU, {ram[1]} GB" if ram is not None else ""
 
 
 def list_recipes(fragments: bool = True) -> list[RecipeInfo]:
@@ -108,4 +138,5 @@ def _info(name: str, path: Path) -> RecipeInfo:
         for key in ("run:", "needs:")
     }
     title = next((line for line in texts if not line.startswith(tuple(marked))), "")
-    return RecipeInfo(name, path, title, marked["run:"], marked["needs:"], name.startswith("base/"))
+    system = next((group for beginning, group in _BEGINNINGS.items() if name.startswith(beginning)), "")
+    return RecipeInfo(name, path, title, marked["run:"], marked["needs:"], name.startswith("base/"), system)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcompress.evaluation.significance import within_noise
 from llmcompress.quant.store import write_durably
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
 from llmcompress.report.family import family_section
@@ -158,7 +159,8 @@ def result_row(metric: MetricRow) -> Json:
             difference = signed(f"{metric.difference:.3g}")
             if metric.relative is not None:
                 difference += f" ({signed(f'{100 * metric.relative:.1f}')}\u00a0%)"
-        if metric.higher_is_better is not None and metric.difference:
+        noise = within_noise(metric.difference, metric.difference_stderr)
+        if metric.higher_is_better is not None and metric.difference and not noise:
             tone = "better" if (metric.difference > 0) == metric.higher_is_better else "worse"
     spread = metric_text(metric.metric, metric.stderr) if metric.stderr is not None else ""
     return {
@@ -170,9 +172,19 @@ def result_row(metric: MetricRow) -> Json:
         "compressed": metric_text(metric.metric, metric.compressed),
         "spread": spread,
         "difference": difference or "–",
+        "difference_spread": _difference_spread(metric),
         "tone": tone,
         "n": count_text(metric.n) if metric.n else "–",
     }
+
+
+def _difference_spread(metric: MetricRow) -> str:
+    """Standard error of the difference, and whether the difference is noise; empty where no error is known."""
+    if metric.difference is None or metric.difference_stderr is None:
+        return ""
+    shares = is_share(metric.metric)
+    error = f"± {100 * metric.difference_stderr:.1f}\u00a0pt" if shares else f"± {metric.difference_stderr:.2g}"
+    return f"{error}, within noise" if within_noise(metric.difference, metric.difference_stderr) else error
 
 
 def written_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

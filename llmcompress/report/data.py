@@ -35,6 +35,7 @@ class MetricRow:
     stderr: float | None = None
     n: int = 0
     higher_is_better: bool | None = None
+    difference_stderr: float | None = None
 
     @property
     def name(self) -> str:
@@ -367,6 +368,7 @@ class _Results:
                 number(row.get("stderr")),
                 int(number(row.get("n")) or 0),
                 better if isinstance(better, bool) else None,
+                number(row.get("difference_stderr")),
             )
             if (stage, metric.name) not in known:
                 self.metrics.append(metric)

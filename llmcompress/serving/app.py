@@ -146,7 +146,7 @@ class Service:
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
         jobs = []
         for index in range(len(prompts) * ask.n):
-            how = Sampling(wanted, ask.temperature, ask.top_p, seed=seed + index % ask.n & (1 << 63) - 1)
+            how = _sampling(ask, model, wanted, seed + index % ask.n & (1 << 63) - 1)
             stream = TextStream(model.tokenizer, ask.stop or ())
             jobs.append(
                 Job(model.name, prompts[index // ask.n], how, model.stop, stream, _sink(loop, pieces, index), logprobs)
@@ -285,3 +285,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
+
+
+def _sampling(ask: Ask, model: ServedModel, wanted: int, seed: int) -> Sampling:
+    """How tokens are chosen: as the request says, else as the model's makers recommend, else as at OpenAI."""
+    made = model.sampling
+
+    def first(asked: float | None, recommended: float | None) -> float:
+        return asked if asked is not None else recommended if recommended is not None else 1.0
+
+    temperature, top_p = first(ask.temperature, made.temperature), first(ask.top_p, made.top_p)
+    return Sampling(wanted, temperature, top_p, made.top_k or 0, seed)

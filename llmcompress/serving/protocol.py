@@ -58,8 +58,9 @@ class Ask(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=False)
     model: str
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    # where a request is silent, the model's generation_config.json decides, else 1 as at OpenAI
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     n: int = Field(default=1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None

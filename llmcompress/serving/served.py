@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcompress.errors import InputError
+from llmcompress.inference.generate import Recommended, recommended
 from llmcompress.inference.greedy import end_tokens
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
@@ -33,6 +34,7 @@ class ServedModel:
         stop: Token ids that end a text.
         context: Tokens that the model was made for, None where it has no bound.
         vocabulary: Number of token ids.
+        sampling: What its makers recommend, for requests that do not say how.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ServedModel:
     stop: frozenset[int]
     context: int | None
     vocabulary: int
+    sampling: Recommended
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ def serve_family(
 def _served(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> ServedModel:
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    return ServedModel(name, tokenizer, frozenset(end_tokens(model, tokenizer)), context, int(config.vocab_size))
+    ends = frozenset(end_tokens(model, tokenizer))
+    return ServedModel(name, tokenizer, ends, context, int(config.vocab_size), recommended(model))
 
 
 def _batches(

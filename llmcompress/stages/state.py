@@ -29,6 +29,7 @@ class Metric:
         stderr: Standard error of ``compressed``, if known.
         n: Number of items (tokens or requests).
         higher_is_better: Direction, None for neutral.
+        difference_stderr: Standard error of ``compressed − dense``, paired by row; None where it is not known.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Metric:
     stderr: float | None = None
     n: int = 0
     higher_is_better: bool | None = None
+    difference_stderr: float | None = None
 
     @property
     def name(self) -> str:

@@ -27,6 +27,16 @@ def test_list_hides_fragments_until_asked(capsys: pytest.CaptureFixture[str]) ->
     assert any(i["name"].startswith("base/") for i in told(capsys, "recipes", "ls", "--all")["recipes"])
 
 
+def test_the_list_has_a_heading_for_each_system(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["recipes", "ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split(":")[0] for line in lines if line.startswith(("EAC-MoE:", "GPTQ:", "Q-Mamba:", "RQT:", "S2R:"))]
+    assert heads == ["EAC-MoE", "GPTQ", "Q-Mamba", "RQT", "S2R"]
+    place = {line.split()[0]: number for number, line in enumerate(lines) if line.strip()}
+    assert place["GPTQ:"] < place["gptq_smollm2"] < place["Q-Mamba:"] < place["q_mamba_tiny"] < place["RQT:"]
+    assert "base/eac_moe" not in place and "smoke/gptq_tiny" in place
+
+
 def test_show_and_a_name_that_is_nearly_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["recipes", "show", "quickstart"]) == 0
     assert "type: qesc" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -203,6 +204,10 @@ def test_eval_and_compare(
     assert by_name["perplexity"]["b"] == pytest.approx(value["value"])
     assert by_name["kl"]["b"] > 0
     assert pair["b"]["bits"] < pair["a"]["bits"]
+    assert by_name["perplexity"]["difference_stderr"] > 0
+    artifact = str(finished[1] / "artifact")
+    itself = told(capsys, "compare", artifact, artifact, *options)["metrics"][0]
+    assert itself["difference"] == itself["difference_stderr"] == 0 and itself["within_noise"] is False
     assert invoke(["eval", str(finished[1]), "--text", "strange.xyz"]) == 2
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"body": text.read_text()}))
@@ -223,6 +228,13 @@ def test_compare_runs_shows_what_differs(
     figures = {row["name"]: row for row in found["figures"]}
     assert figures["text.perplexity"]["a"] != figures["text.perplexity"]["b"]
     assert figures["bits.code_average"]["b"] < figures["bits.code_average"]["a"]
+    # what two runs kept of each window gives what measuring both models gives
+    parts = [run / "stages" / "evaluate" / "parts" / "compressed.perplexity.text.json" for run in (finished[1], other)]
+    a, b = (json.loads(part.read_text()) for part in parts)
+    changes = [b["perplexity"] * y - a["perplexity"] * x for x, y in zip(a["window_nll"], b["window_nll"], strict=True)]
+    expected = statistics.stdev(changes) / len(changes) ** 0.5
+    assert figures["text.perplexity"]["difference_stderr"] == pytest.approx(expected)
+    assert figures["bytes"]["difference_stderr"] is None
     assert "stages.quantize.rules.experts.bits: 4 → 2" in found["recipe_changes"]
     assert invoke(["compare", str(finished[1]), str(other)]) == 0
     shown = capsys.readouterr().out
@@ -280,7 +292,7 @@ def test_a_perplexity_is_also_told_as_a_share(finished: tuple[Path, Path], capsy
     found = next(m for m in told(capsys, "run", str(finished[0]))["metrics"] if m["name"] == "text.perplexity")
     assert invoke(["run", str(finished[0])]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("text.perplexity"))
-    assert row.rstrip().endswith(f"({found['difference'] / found['dense']:+.1%})")
+    assert f"± {found['difference_stderr']:.2g} ({found['difference'] / found['dense']:+.1%})" in row
 
 
 def test_export_in_another_format(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import typer
 
 from llmcompress import __version__
 from llmcompress.cli.app import invoke
+from llmcompress.cli.output import bytes_text
 
 LIGHT = ("--help", "version", "recipes ls", "schema", "validate eac_moe_mixtral", "recipes show quickstart")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers", "numpy")
@@ -123,3 +124,11 @@ def test_the_module_runs_like_the_script() -> None:
     )
     assert json.loads(done.stdout)["version"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 B"), (999.9, "1 kB"), (999.4e6, "999 MB"), (999.7e6, "1 GB"), (16e12, "16 TB"), (1.5e15, "1500 TB")],
+)
+def test_sizes_never_round_into_an_exponent(count: float, text: str) -> None:
+    assert bytes_text(count) == text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -88,6 +91,37 @@ def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
 
 def test_missing_hub_data_is_an_input_error():
     (spec,) = harness.specify(["piqa"])
-    with harness.offline(True), pytest.raises(InputError, match="task piqa: its data cannot be loaded") as caught:
+    with harness.offline(True), pytest.raises(InputError, match="task piqa: its data is not in the cache") as caught:
         harness.build(spec)
     assert caught.value.exit_code == 4 and "tasks_dir" in str(caught.value.hint)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    import huggingface_hub.constants as hub
+
+    (spec,) = harness.specify(["piqa"])
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="does not answer") as caught:
+        harness.build(spec)
+    assert time.perf_counter() - started < 15
+    assert "TASKS/piqa/validation.jsonl" in str(caught.value.hint)
+
+
+def test_any_answer_of_the_hub_counts(monkeypatch):
+    import huggingface_hub.constants as hub
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        """Knows no method, so it answers 501."""
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Silent)
+    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    assert harness._unreachable() is None
+    thread.join()
+    server.server_close()

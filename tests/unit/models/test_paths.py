@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from llmcompress.errors import InputError
-from llmcompress.models.paths import assets_folder, matches, no_model_folder, resolve_path
+from llmcompress.models.paths import (
+    assets_folder,
+    cached_snapshot,
+    matches,
+    model_folder,
+    no_model_folder,
+    resolve_path,
+)
 
 
 def test_plain_paths(tmp_path: Path) -> None:
@@ -38,9 +45,39 @@ def test_what_exists_under_the_very_name_is_no_pattern(tmp_path: Path) -> None:
     assert matches(str(tmp_path / "gone")) == matches(str(tmp_path / "*.gone")) == []
 
 
-def test_a_path_that_is_no_model_folder_gets_the_step_that_helps(tmp_path: Path) -> None:
+def test_the_hubs_cache_is_read_and_a_folder_here_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HUGGINGFACE_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "hub" / "models--org--Model-1B"
+    assert str(folder.parent) in str(no_model_folder("org/Model-1B"))
+    for commit in ("aaa", "bbb"):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+    # two snapshots and nothing that says which
+    assert cached_snapshot("org/Model-1B") is None and resolve_path("org/Model-1B") == Path("org/Model-1B")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("bbb\n")
+    assert resolve_path("org/Model-1B") == folder / "snapshots" / "bbb"
+    (folder / "snapshots" / "bbb" / "config.json").write_text("{}")
+    assert model_folder("org/Model-1B") == folder / "snapshots" / "bbb"
+    (folder / "refs" / "main").write_text("../../elsewhere")
+    assert cached_snapshot("org/Model-1B") is None
+    (folder / "snapshots" / "aaa").rmdir()
+    assert cached_snapshot("org/Model-1B") == folder / "snapshots" / "bbb"
+    assert cached_snapshot("org/Other") is None and cached_snapshot("./org/Model-1B") is None
+    (tmp_path / "org" / "Model-1B").mkdir(parents=True)
+    assert resolve_path("org/Model-1B") == Path("org/Model-1B")
+
+
+def test_a_path_that_is_no_model_folder_gets_the_step_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "m.gguf"
     file.touch()
     assert "a file, not a model folder" in str(no_model_folder(str(file)))
     assert "hf download org/Model-1B" in str(no_model_folder("org/Model-1B").hint)
     assert "hf download" not in str(no_model_folder("/models/m").hint)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "hf download" not in str(no_model_folder("runs/gone").hint)

@@ -16,6 +16,16 @@ def test_shipped_recipes_come_with_title_command_and_needs():
     assert not any(info.fragment for info in catalog.list_recipes(fragments=False))
 
 
+def test_every_recipe_belongs_to_a_system_and_says_what_it_runs_on():
+    found = {info.name: info for info in catalog.list_recipes()}
+    assert {info.system for info in found.values()} == set(catalog.SYSTEMS)
+    expected = {"gptq_then_s2r": "S2R", "gptq_smollm2": "GPTQ", "smoke/rqt_tiny": "tests", "quickstart_rtn": "EAC-MoE"}
+    assert {name: found[name].system for name in expected} == expected
+    assert found["quickstart"].runs_on == "CPU, 1.5 GB" and found["eac_moe_deepseek_v3"].runs_on == "GPU, 48.1 GB"
+    assert found["gptq"].runs_on == "see plan"
+    assert [name for name, info in found.items() if not info.runs_on and not info.fragment] == []
+
+
 def test_names_to_run_come_first():
     names = catalog.recipe_names()
     assert names.index("quickstart") < names.index("smoke/eac_moe_tiny")

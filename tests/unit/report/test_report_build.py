@@ -151,6 +151,16 @@ def test_differences_have_a_sign_a_unit_and_a_direction() -> None:
     assert result_row(MetricRow("e", "t", "kl", None, 0.1))["difference"] == "–"
 
 
+def test_a_difference_within_noise_is_called_so_and_has_no_direction() -> None:
+    far = result_row(MetricRow("e", "t", "perplexity", 20.0, 21.0, higher_is_better=False, difference_stderr=0.5))
+    assert (far["difference_spread"], far["tone"]) == ("± 0.5", "worse")
+    near = result_row(MetricRow("e", "t", "perplexity", 20.0, 21.0, higher_is_better=False, difference_stderr=0.6))
+    assert (near["difference_spread"], near["tone"]) == ("± 0.6, within noise", "")
+    share = result_row(MetricRow("e", "t", "acc", 0.5, 0.52, higher_is_better=True, difference_stderr=0.03))
+    assert share["difference_spread"] == "± 3.0\u00a0pt, within noise"
+    assert result_row(MetricRow("e", "t", "perplexity", 20.0, 21.0))["difference_spread"] == ""
+
+
 def test_numbers_are_written_for_people() -> None:
     assert bytes_text(18_970_000_000) == "19.0\u00a0GB"
     assert bytes_text(950) == "950\u00a0B"

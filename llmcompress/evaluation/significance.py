@@ -1,0 +1,100 @@
+"""Whether a difference between two models is more than the noise of the sample it was measured on.
+
+Both models are measured on the same rows (windows of a text, requests of a task), so the standard error is that of the
+differences row by row: what makes a row hard for both drops out. Rows count as independent. It says nothing about the
+noise of compressing anew with another seed or other calibration text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmcompress.evaluation.harness import paired_stderr
+
+BOUND = 1.96
+"""Standard errors that a difference must exceed: 5 % of pairs that do not differ would."""
+
+
+def within_noise(difference: float | None, stderr: float | None) -> bool | None:
+    """Whether a difference is no larger than ``BOUND`` standard errors; None where no error is known.
+
+    Args:
+        difference: Of two figures.
+        stderr: Its standard error. Zero, for models that agree on every row, makes no difference noise.
+    """
+    if difference is None or stderr is None:
+        return None
+    return 0 < abs(difference) <= BOUND * stderr
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A figure of a run, row by row.
+
+    Attributes:
+        sample: What the rows are of; figures can be compared row by row where this is equal.
+        rows: One value a row, whose mean differs between models as the figure does.
+    """
+
+    sample: str
+    rows: tuple[float, ...]
+
+
+def recorded(stage_dir: Path) -> dict[str, Recorded]:
+    """Row-by-row figures of the compressed model (of the dense one where that is all there is) that a run has kept.
+
+    Args:
+        stage_dir: Folder of its evaluate stage.
+
+    Returns:
+        By ``task.metric``; only what can be read and has rows.
+    """
+    found: dict[str, Recorded] = {}
+    texts = _read(stage_dir / "texts.json") or {}
+    for side in ("compressed", "dense"):
+        fresh: dict[str, Recorded] = {}
+        for path in sorted((stage_dir / "parts").glob(f"{side}.*.json")):
+            part = _read(path)
+            for entry in part if isinstance(part, list) else ():
+                if isinstance(entry, dict) and entry.get("rows"):
+                    sample = f"{entry['task']} {entry['n']}"
+                    fresh[f"{entry['task']}.{entry['metric']}"] = Recorded(sample, tuple(entry["rows"]))
+        for name, source in texts.items():
+            part = _read(stage_dir / "parts" / f"{side}.perplexity.{name}.json")
+            if isinstance(part, dict) and part.get("window_nll"):
+                sample = json.dumps([source, part["tokens"], part["windows"], part["text_bytes"]], sort_keys=True)
+                rows = tuple(part["perplexity"] * nll for nll in part["window_nll"])
+                fresh[f"{name}.perplexity"] = Recorded(sample, rows)
+        found = fresh | found
+    return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def difference_stderr(first: Recorded | None, second: Recorded | None) -> float | None:
+    """Standard error of the difference of two runs' figures; None where they were not measured on the same rows."""
+    if first is None or second is None or first.sample != second.sample:
+        return None
+    return paired_stderr(first.rows, second.rows)
+
+
+def stages_of(run_dir: Path, names: Sequence[str]) -> dict[str, Recorded]:
+    """Row-by-row figures of all stages of a run, by ``task.metric``; the first stage that has one counts.
+
+    Args:
+        run_dir: The run's folder.
+        names: Its stages.
+    """
+    found: dict[str, Recorded] = {}
+    for name in names:
+        found = recorded(run_dir / "stages" / name) | found
+    return found

@@ -1,0 +1,67 @@
+"""When a difference is noise, and which recorded figures may be compared row by row."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.evaluation.significance import difference_stderr, recorded, stages_of, within_noise
+
+
+@pytest.mark.parametrize(
+    ("difference", "stderr", "expected"),
+    [(1.0, 0.5, False), (0.9, 0.5, True), (-0.9, 0.5, True), (0.0, 0.0, False), (1.0, None, None), (None, 1.0, None)],
+)
+def test_the_bound(difference: float | None, stderr: float | None, expected: bool | None) -> None:
+    assert within_noise(difference, stderr) is expected
+
+
+def test_what_both_models_find_hard_drops_out_and_one_pair_in_twenty_is_wrong() -> None:
+    rng, wrong = random.Random(0), 0
+    for _ in range(400):
+        hard = [rng.gauss(0, 10) for _ in range(50)]
+        changes = [rng.gauss(0, 1) for _ in hard]
+        rows = [h + c for h, c in zip(hard, changes)]
+        error = statistics.stdev(changes) / 50**0.5
+        mean = statistics.fmean(rows) - statistics.fmean(hard)
+        wrong += within_noise(mean, error) is False
+    assert 8 <= wrong <= 40
+
+
+def _stage(folder: Path, side: str = "compressed", sha: str = "1", nll: tuple[float, ...] = (1.0, 2.0, 4.0)) -> Path:
+    parts = folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    (folder / "texts.json").write_text(json.dumps({"held": {"sha256": sha}}))
+    part: dict[str, Any] = {"perplexity": 2.0, "tokens": 9, "windows": 3, "text_bytes": 40, "window_nll": nll}
+    (parts / f"{side}.perplexity.held.json").write_text(json.dumps(part))
+    (parts / f"{side}.task.t.json").write_text(
+        json.dumps([{"task": "t", "metric": "acc", "n": 3, "rows": [1, 0, 1]}])
+    )  # fmt: skip
+    return folder
+
+
+def test_only_the_same_rows_of_the_same_text_pair_up(tmp_path: Path) -> None:
+    one, two = recorded(_stage(tmp_path / "a")), recorded(_stage(tmp_path / "b", nll=(1.5, 2.0, 4.0)))
+    assert set(one) == {"held.perplexity", "t.acc"}
+    expected = statistics.stdev([1.0, 0.0, 0.0]) / 3**0.5
+    assert difference_stderr(one["held.perplexity"], two["held.perplexity"]) == pytest.approx(expected)
+    assert difference_stderr(one["t.acc"], two["t.acc"]) == 0
+    other = recorded(_stage(tmp_path / "c", sha="2"))
+    assert difference_stderr(one["held.perplexity"], other["held.perplexity"]) is None
+    assert difference_stderr(one["held.perplexity"], None) is None
+
+
+def test_the_compressed_side_counts_and_damage_is_no_error(tmp_path: Path) -> None:
+    stage = _stage(tmp_path / "stages" / "evaluate")
+    _stage(stage, "dense", nll=(9.0, 9.0, 9.0))
+    assert stages_of(tmp_path, ["load", "evaluate"])["held.perplexity"].rows == (2.0, 4.0, 8.0)
+    for path in (stage / "parts").glob("compressed.*"):
+        path.write_text("{")
+    assert recorded(stage)["held.perplexity"].rows == (18.0, 18.0, 18.0)
+    (stage / "texts.json").unlink()
+    assert set(recorded(stage)) == {"t.acc"}

@@ -1,0 +1,49 @@
+"""Sampling that a checkpoint's makers recommend, and what it means to a chat and a request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from llmcompress.cli.generate import Sampling as Talk
+from llmcompress.inference.generate import Recommended, Sampling, recommended
+from llmcompress.serving.app import _sampling
+from llmcompress.serving.protocol import ChatAsk, parse
+
+
+def model(**settings: Any) -> Any:
+    return SimpleNamespace(generation_config=GenerationConfig(**settings))
+
+
+def test_only_a_file_that_asks_for_sampling_recommends() -> None:
+    assert recommended(model()) == recommended(SimpleNamespace(generation_config=None)) == Recommended()  # type: ignore[arg-type]
+    made = model(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+    assert recommended(made) == Recommended(0.6, 0.9, 20)
+    assert recommended(model(do_sample=True, temperature=0.6)).temperature == 0.6
+    assert recommended(model(do_sample=False, temperature=0.6)) == Recommended()
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "expected"),
+    [
+        ({}, Recommended(), (1.0, 1.0, 0)),
+        ({}, Recommended(0.6, 0.9, 20), (0.6, 0.9, 20)),
+        ({"temperature": 0}, Recommended(0.6, 0.9, 20), (0.0, 0.9, 20)),
+        ({"top_p": 0.5}, Recommended(0.6, None, None), (0.6, 0.5, 0)),
+    ],
+)
+def test_a_request_wins_over_the_file(asked: dict[str, Any], made: Recommended, expected: tuple[float, ...]) -> None:
+    ask = parse(ChatAsk, {"model": "m", "messages": [{"role": "user", "content": "x"}], **asked})
+    found = _sampling(ask, SimpleNamespace(sampling=made), 5, 3)  # type: ignore[arg-type]
+    assert (found.temperature, found.top_p, found.top_k) == expected
+    assert (found.max_new_tokens, found.seed) == (5, 3)
+
+
+def test_a_chat_follows_the_file_and_generate_does_not() -> None:
+    made = model(do_sample=True, temperature=0.6, top_k=20)
+    assert Talk(8, None, None, 1).of(made) == Sampling(8, 0.6, 0.95, 20, 1)
+    assert Talk(8, None, None, 1).of(model()) == Sampling(8, 0.7, 0.95, 0, 1)
+    assert Talk(8, 0.0, 1.0, 1).of(made) == Sampling(8, 0.0, 1.0, 0, 1)
