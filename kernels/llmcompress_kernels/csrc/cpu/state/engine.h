@@ -78,7 +78,8 @@ struct ThreadBuffers {
 // Threads that take the same tokens of a prompt, and what they share.
 struct Team {
   Barrier barrier;
-  Lines<float> hidden, projected, mixed, bc, steps, decay, y, delta;
+  Lines<float> hidden, normed, mixed, bc, steps, decay;
+  Lines<char> activations;
 };
 
 struct Engine {
@@ -109,6 +110,14 @@ struct Engine {
   size_t activation_bytes(int64_t tokens) const {
     size_t most = head.bytes(tokens);
     for (const LayerOperands& o : layers) most = std::max({most, o.in.bytes(tokens), o.out.bytes(tokens)});
+    return most;
+  }
+  // Of the widest input of a dense projection, 0 where all are packed.
+  int64_t dense_columns() const {
+    int64_t most = 0;
+    for (const LayerOperands& layer : layers) {
+      for (const Operand* o : {&layer.in, &layer.out}) most = std::max<int64_t>(most, o->packed() ? 0 : o->m.columns);
+    }
     return most;
   }
   Activations place(const Operand& o, int64_t tokens, char* memory) const {
@@ -180,8 +189,10 @@ class Worker {
 
   void embed(int64_t token, float* to) const;                   // [D]
   void norm(const float* x, const float* weight, float* to) const;  // [D]
-  // Time steps of heads [first, last) of tokens whose `normed` rows [D] are given, where they are dense rows of their own.
-  void time_rows(const Operand& dt, const float* normed, int64_t tokens, int64_t first, int64_t last, float* projected) const;
+  // Raw time steps of heads [first, last) of tokens whose `normed` rows [D] are given, where they are dense rows of their own:
+  // out[t * stride + head].
+  void time_rows(const Operand& dt, const float* normed, int64_t tokens, int64_t first, int64_t last, float* out,
+                 int64_t stride) const;
 
   Engine& e_;
   const MixerModel& m_;

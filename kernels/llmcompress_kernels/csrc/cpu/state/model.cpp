@@ -109,27 +109,29 @@ void Worker::norm(const float* x, const float* weight, float* to) const {
   }
 }
 
-void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, int64_t first, int64_t last,
-                       float* projected) const {
-  const int64_t columns = m_.hidden, row = e_.row(), at = e_.inner() + e_.width();
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float* x = normed + t * columns;
-    float* out = projected + t * row + at;
-    if (dt.m.kind == llmcompress::decode::DENSE_FP32) {
-      const float* weight = static_cast<const float*>(dt.m.data);
-      dots<8>([weight](int64_t i) __attribute__((always_inline)) { return _mm512_loadu_ps(weight + i); }, x, columns, first, last, out);
-    } else {
-      const uint16_t* weight = static_cast<const uint16_t*>(dt.m.data);
-      const auto load = [weight](int64_t i) __attribute__((always_inline)) {
-        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      };
-      dots<8>(load, x, columns, first, last, out);
+void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, int64_t first, int64_t last, float* out,
+                       int64_t stride) const {
+  constexpr int64_t rows = 8;
+  const int64_t columns = m_.hidden;
+  const auto all = [&](auto load) __attribute__((always_inline)) {
+    // a few rows stay in the first-level cache while all tokens pass
+    for (int64_t from = first; from < last; from += rows) {
+      const int64_t to = std::min(last, from + rows);
+      for (int64_t t = 0; t < tokens; ++t) {
+        dots<rows>(load, normed + t * columns, columns, from, to, out + t * stride);
+        for (int64_t h = from; dt.m.bias != nullptr && h < to; ++h) out[t * stride + h] += dt.m.bias[h];
+      }
     }
-    if (dt.m.bias != nullptr) {
-      for (int64_t h = first; h < last; ++h) out[h] += dt.m.bias[h];
-    }
+  };
+  if (dt.m.kind == llmcompress::decode::DENSE_FP32) {
+    const float* weight = static_cast<const float*>(dt.m.data);
+    return all([weight](int64_t i) __attribute__((always_inline)) { return _mm512_loadu_ps(weight + i); });
   }
+  const uint16_t* weight = static_cast<const uint16_t*>(dt.m.data);
+  all([weight](int64_t i) __attribute__((always_inline)) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  });
 }
 
 namespace {

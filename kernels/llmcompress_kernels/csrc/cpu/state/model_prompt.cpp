@@ -1,15 +1,17 @@
-// A prompt, or a part of one, through a whole Mamba-2 model, with the functions of prefill.cpp.
+// A prompt, or a part of one, through a whole Mamba-2 model, with the functions of prompt.h.
 //
 // Threads work in teams, of one thread each where there are tokens enough. A team takes a segment of the prompt through all
 // layers, then the next that is its own; segments go round. What a layer passes from one segment to the next, its state
-// and the last inputs of its convolution, lies in memory that all share, and changes hands piece by piece: `left` counts the
-// segments that are done with a piece, and a team waits until all before its own are. So teams run as far behind each
-// other as one piece of a scan takes, nothing else of one core's is read by another, and no barrier makes them wait.
-// With all threads at one segment, two of them take an eighth more time: half of what either scans, gates and rounds was
-// written by the other.
+// and the last inputs of its convolution, lies in memory that all share, and changes hands unit by unit: `left` counts the
+// segments that are done with a unit, and a team waits until all before its own are. So teams run as far behind each
+// other as one unit takes, nothing else of one core's is read by another, and no barrier makes them wait.
 //
-// Within a team products are cut by tokens, since int8 products of many tokens are bound by arithmetic and every thread then
-// rounds and normalizes for itself; few tokens are cut by rows as well.
+// A layer goes unit by unit as well, 64 channels of one head where heads have them: its rows of the projection, convolution,
+// scan, the rows of its gate, and the gate, 32 KB that stay near while a unit lasts. Of all that a projection yields only
+// what is scanned and gated remains. Written as a whole it would be 1.7 MB for 128 tokens of 3,352 rows, more than the
+// second-level cache of a Zen 4, and be read from the third; there a prompt of 168 M parameters took a fifth more time.
+//
+// Within a team the members share tokens where rows are rounded and units or rows where they are multiplied.
 #include "engine.h"
 #include "prompt.h"
 
@@ -19,7 +21,9 @@
 namespace state {
 namespace {
 
-constexpr int64_t kTaps = 4;
+constexpr int64_t kTaps = 4, kBefore = kTaps - 1;
+constexpr int64_t kEight = 8;        // tokens that are rounded together
+constexpr int64_t kNarrow = 2 * LANES;  // rows of a product that are multiplied together
 
 int64_t segment_tokens(int64_t count) { return std::min(count, kSegment); }
 int64_t stretches(int64_t count) { return (count + kStretch - 1) / kStretch; }
@@ -28,6 +32,50 @@ int64_t team_count(int64_t threads, int64_t count) {
   int64_t teams = std::min(threads, stretches(count));
   while (threads % teams != 0) --teams;
   return teams;
+}
+// Channels of a unit: of a piece of the scan, or of two where one alone is a single block of rows.
+int64_t unit_channels(const Engine& e) {
+  return e.lanes < kNarrow && e.inner() / e.m.groups % kNarrow == 0 ? kNarrow : e.lanes;
+}
+
+// Convolution and silu of sixteen channels from `channel` on, tokens [first, last) with the newest first, so that results may
+// take the place of inputs. input(t) is one token's, from first - 3 on; put(t, value) takes the result.
+template <class Input, class Put>
+STATE_INLINE void convolve(const Mixer& m, int64_t channel, int64_t first, int64_t last, Input input, Put put) {
+  __m512 weight[kTaps];
+  for (int64_t k = 0; k < kTaps; ++k) weight[k] = _mm512_loadu_ps(m.weight + k * m.width() + channel);
+  const __m512 bias = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + channel);
+  int64_t t = last;
+  for (; t - 4 >= first; t -= 4) {
+    __m512 in[4 + kBefore], value[4];
+    for (int64_t i = 0; i < 4 + kBefore; ++i) in[i] = input(t - 4 - kBefore + i);
+    for (int64_t i = 0; i < 4; ++i) {
+      value[i] = bias;
+      for (int64_t k = 0; k < kTaps; ++k) value[i] = _mm512_fmadd_ps(weight[k], in[i + k], value[i]);
+    }
+    silu_all<4>(value);
+    for (int64_t i = 0; i < 4; ++i) put(t - 4 + i, value[i]);
+  }
+  while (--t >= first) {
+    __m512 value = bias;
+    for (int64_t k = 0; k < kTaps; ++k) value = _mm512_fmadd_ps(weight[k], input(t - kBefore + k), value);
+    put(t, silu16(value));
+  }
+}
+
+// y *= silu(gate); `count` is a multiple of sixteen.
+void open_gate(float* y, const float* gate, int64_t count) {
+  const auto some = [&]<int Count>(int64_t i) __attribute__((always_inline)) {
+    __m512 open[Count];
+    for (int k = 0; k < Count; ++k) open[k] = _mm512_loadu_ps(gate + i + 16 * k);
+    silu_all<Count>(open);
+    for (int k = 0; k < Count; ++k) {
+      _mm512_storeu_ps(y + i + 16 * k, _mm512_mul_ps(_mm512_loadu_ps(y + i + 16 * k), open[k]));
+    }
+  };
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) some.template operator()<4>(i);
+  for (; i < count; i += 16) some.template operator()<1>(i);
 }
 
 class PromptWorker : public Worker {
@@ -57,42 +105,21 @@ class PromptWorker : public Worker {
       : Worker(engine, engine.threads[size_t(thread)], engine.teams[size_t(thread / members)].barrier, int(thread % members),
                thread == 0 ? prompt.seconds : nullptr),
         held_(states), p_(prompt), all_(all), everyone_(thread), teams_(teams), members_(members), member_of_(thread / members),
-        team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), row_(engine.row()),
-        lanes_(engine.lanes), pieces_(inner_ / lanes_), hidden_(team_.hidden.get(segment_tokens(p_.count) * m_.hidden)),
-        projected_(team_.projected.get(segment_tokens(p_.count) * row_)),
-        delta_(team_.delta.get(segment_tokens(p_.count) * engine.hidden_row())) {}
+        team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), both_(engine.both()),
+        lanes_(engine.lanes), unit_(unit_channels(engine)), units_(inner_ / unit_),
+        hidden_(team_.hidden.get(segment_tokens(p_.count) * m_.hidden)) {}
 
-  // Which tokens of a segment and which part of a product's rows are this thread's.
-  struct Part {
-    int64_t first, tokens, piece, pieces;
-    Range rows(int64_t blocks) const { return part_of(blocks, piece, pieces); }
-  };
-  Part part(int64_t count) const {
-    const int64_t most = e_.kernels.token_block, blocks = (count + most - 1) / most;
-    const int64_t parts = std::min(members_, blocks), pieces = members_ / parts, at = thread_ / pieces;
-    if (at >= parts) return {0, 0, 0, 1};
-    const int64_t first = blocks * at / parts * most, last = std::min(count, blocks * (at + 1) / parts * most);
-    return {first, last - first, thread_ % pieces, pieces};
-  }
-
-  // This thread's part of a product of `x` [tokens, columns].
-  Range product(const Operand& o, const Part& mine, const float* x, float* out, int64_t stride) {
-    const int64_t columns = o.m.columns;
-    const Activations a = e_.place(o, mine.tokens, own_.activations.get(int64_t(o.bytes(mine.tokens))));
-    for (int64_t block = 0; o.packed() && block < a.blocks(); ++block) e_.quantize(o, x, a, block);
-    const Range rows = mine.rows(o.blocks());
-    e_.multiply(o, a, x, mine.tokens, rows.first, rows.last, own_.row.get(columns), out, stride);
-    return {rows.first * LANES, std::min(rows.last * LANES, o.m.rows)};
-  }
-
-  // Counters of a layer: its pieces, and the inputs of the convolution, which every thread of a team leaves for itself.
-  std::atomic<int>& left(int layer, int64_t piece) const { return e_.left[size_t(layer * (pieces_ + 1) + piece)]; }
-  static void await(const std::atomic<int>& left, int64_t count) {
-    for (int spins = 0; left.load(std::memory_order_acquire) != count; ++spins) {
+  // Counters of a layer: its units, and the inputs of B's and C's convolution, which every thread of a team leaves for itself.
+  std::atomic<int>& left(int layer, int64_t unit) const { return e_.left[size_t(layer * (units_ + 1) + unit)]; }
+  void await(const std::atomic<int>& left, int64_t count, MixerPhase before) {
+    took(before);
+    for (int spins = 0; left.load(std::memory_order_acquire) < count; ++spins) {
       if (spins < 4000) _mm_pause();
       else sched_yield();
     }
+    took(kWait);
   }
+  // The last inputs of the convolution [4][C].
   float* old(int layer) const { return e_.old.get(m_.layer_count * kTaps * width_) + layer * kTaps * width_; }
   float* tiles(int layer) const { return e_.tiles.get(m_.layer_count * e_.state_size()) + layer * e_.state_size(); }
 
@@ -109,86 +136,189 @@ class PromptWorker : public Worker {
     const MixerLayer& l = o.l;
     const Mixer m{o.taps.data(), l.conv_bias, l.dt_bias, l.a, l.d, l.gain, m_.heads, m_.groups, m_.channels, m_.states,
                   m_.low, m_.high, m_.gate_epsilon};
-    const Segment s{team_.mixed.get(count * inner_), team_.bc.get(count * 2 * e_.both()), team_.steps.get(count * m_.heads),
-                    team_.decay.get(count * m_.heads), team_.y.get(count * inner_), count};
-    const Part mine = part(count);
-    project(o, mine);
-    wait(kInProj);
-    mix(m, s, index, at);
+    const Segment s{team_.bc.get(count * 2 * both_), team_.steps.get(count * m_.heads), team_.decay.get(count * m_.heads), count};
+    const Activations in = round_inputs(o, m, s);
+    wait(kInput);
+    states_of_tokens(o, m, s, in, index, at);
     wait(kMix);
-    leave_inputs(index, count);
-    scan(m, s, index, at);
-    wait(kState);
-    const Range tokens = share(count);
-    for (int64_t t = tokens.first; t < tokens.last; ++t) {
-      float* y = s.y + t * inner_;
-      gated_norm(y, projected_ + t * row_, m.gain, y, inner_, m_.groups, m.epsilon);
-    }
+    const Range units = share(units_);
+    for (int64_t i = units.first; i < units.last; ++i) unit(o, m, s, in, index, at, i);
     wait(kGate);
-    if (mine.tokens > 0) {
-      const int64_t stride = e_.hidden_row();
-      const Range rows = product(o.out, mine, s.y + mine.first * inner_, delta_ + mine.first * stride, stride);
-      for (int64_t t = mine.first; t < mine.first + mine.tokens; ++t) {
-        for (int64_t r = rows.first; r < rows.last; ++r) hidden_[t * m_.hidden + r] += delta_[t * stride + r];
-      }
-    }
+    const Activations out = round_gated(o, m, count);
+    wait(kGate);
+    add_outputs(o.out, out, count);
     wait(kOutProj);
   }
 
-  void project(const LayerOperands& o, const Part& mine) {
-    if (mine.tokens == 0) return;
-    float* normed = own_.normed.get(mine.tokens * m_.hidden);
-    for (int64_t t = 0; t < mine.tokens; ++t) norm(hidden_ + (mine.first + t) * m_.hidden, o.l.norm, normed + t * m_.hidden);
-    took(kInput);
-    product(o.in, mine, normed, projected_ + mine.first * row_, row_);
-    if (!o.dt.present()) return;
-    const Range heads = mine.rows(m_.heads);
-    time_rows(o.dt, normed, mine.tokens, heads.first, heads.last, projected_ + mine.first * row_);
+  // Rows of `columns` floats of this thread's tokens, which write(first, tokens, rows) provides eight at a time, as inputs of `o`.
+  template <class Write>
+  Activations round(const Operand& o, int64_t count, Write write) {
+    const int64_t columns = o.m.columns, most = e_.kernels.token_block;
+    const Activations a = e_.place(o, count, team_.activations.get(0));
+    const Range blocks = share((count + most - 1) / most);
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
+      const int64_t first = block * most, tokens = std::min(most, count - first);
+      float* rows = o.packed() ? own_.normed.get(most * columns) : team_.normed.get(0) + first * columns;
+      write(first, tokens, rows);
+      // by the token's number in the segment
+      e_.quantize(o, rows - first * columns, a, block);
+    }
+    return a;
   }
 
-  // Inputs of the convolution of token `t` of a segment; before it what the last one left.
-  const float* input(int layer, int64_t t) const {
-    if (t >= 0) return projected_ + t * row_ + inner_;
-    return old(layer) + (t + kTaps) * width_;
+  Activations round_inputs(const LayerOperands& o, const Mixer& m, const Segment& s) {
+    return round(o.in, s.tokens, [&](int64_t first, int64_t tokens, float* rows) {
+      for (int64_t t = 0; t < tokens; ++t) norm(hidden_ + (first + t) * m_.hidden, o.l.norm, rows + t * m_.hidden);
+      if (!o.dt.present()) return;
+      float* raw = own_.row.get(tokens * m_.heads);
+      time_rows(o.dt, rows, tokens, 0, m_.heads, raw, m_.heads);
+      for (int64_t t = 0; t < tokens; ++t) mix_times(m, s, first + t, raw + t * m_.heads);
+    });
   }
 
-  // The first tokens come last: theirs hang on the segment before.
-  void mix(const Mixer& m, const Segment& s, int layer, int64_t at) {
-    const Range tokens = share(s.tokens);
-    const auto one = [&](int64_t t) {
-      const float* taps[kTaps];
-      for (int64_t k = 0; k < kTaps; ++k) taps[k] = input(layer, t + k - kTaps + 1);
-      state::mix(m, s, t, taps);
+  // Rows [first, last) of a product, multiples of sixteen but for the last: to[t * stride + row - first].
+  void product(const Operand& o, const Activations& a, int64_t first, int64_t last, int64_t tokens, float* to, int64_t stride) {
+    e_.multiply(o, a, team_.normed.get(0), tokens, first / LANES, (last + LANES - 1) / LANES, own_.row.get(o.m.columns), to - first,
+                stride);
+  }
+
+  // What heads have in common: B and C, and time steps where they are not rows of their own.
+  void states_of_tokens(const LayerOperands& o, const Mixer& m, const Segment& s, const Activations& in, int layer, int64_t at) {
+    const Range parts = share(2 * both_ / kNarrow);
+    const int64_t columns = (parts.last - parts.first) * kNarrow, first = parts.first * kNarrow;
+    float* raw = own_.tile.get(s.tokens * columns);
+    product(o.in, in, inner_ + inner_ + first, inner_ + inner_ + first + columns, s.tokens, raw, columns);
+    took(kInProj);
+    const auto mix = [&](int64_t from, int64_t to) {
+      for (int64_t c = 0; c < columns; c += LANES) put_states(m, s, layer, first + c, raw + c, columns, from, to);
     };
-    for (int64_t t = std::max(tokens.first, kTaps - 1); t < tokens.last; ++t) one(t);
-    for (int64_t t = tokens.first; t < tokens.last; ++t) mix_times(m, s, t, projected_ + t * row_ + inner_ + width_);
-    took(kMix);
-    // also where none of these tokens is this thread's: it replaces them next
-    await(left(layer, pieces_), at * members_);
-    took(kWait);
-    for (int64_t t = tokens.first; t < std::min(tokens.last, kTaps - 1); ++t) one(t);
+    mix(kBefore, s.tokens);
+    // the others of this team may have left theirs already
+    await(left(layer, units_), at * members_, kMix);
+    mix(0, std::min(kBefore, s.tokens));
+    leave_inputs(layer, inner_ + first, columns, s.tokens, raw + std::max<int64_t>(0, s.tokens - kTaps) * columns, columns);
+    left(layer, units_).fetch_add(1, std::memory_order_release);
+    if (o.dt.present() || thread_ != members_ - 1) return;
+    const int64_t rows = inner_ + width_, stride = (m_.heads + LANES - 1) / LANES * LANES;
+    float* times = own_.tile.get(s.tokens * stride);
+    product(o.in, in, rows, rows + m_.heads, s.tokens, times, stride);
+    for (int64_t t = 0; t < s.tokens; ++t) mix_times(m, s, t, times + t * stride);
   }
 
-  void leave_inputs(int layer, int64_t count) {
-    const Range columns = share(width_);
+  // Input of the convolution of token `t` of a segment; before it what the last one left.
+  __m512 input(const float* raw, int64_t stride, int layer, int64_t channel, int64_t t) const {
+    return _mm512_loadu_ps(t >= 0 ? raw + t * stride : old(layer) + (t + kTaps) * width_ + channel);
+  }
+
+  // Sixteen of the channels of B and C, as the scan wants them: eight states of B, then of C to a line.
+  void put_states(const Mixer& m, const Segment& s, int layer, int64_t at, const float* raw, int64_t stride, int64_t from,
+                  int64_t to) const {
+    const int64_t second = at >= both_ ? 1 : 0, state = at - second * both_;
+    float* const lines = s.bc + state / kBlock * s.tokens * 16 + second * kBlock;
+    convolve(
+        m, inner_ + at, from, to,
+        [&](int64_t t) __attribute__((always_inline)) { return input(raw, stride, layer, inner_ + at, t); },
+        [&](int64_t t, __m512 value) __attribute__((always_inline)) {
+          _mm256_storeu_ps(lines + t * 16, _mm512_castps512_ps256(value));
+          _mm256_storeu_ps(lines + (s.tokens + t) * 16, _mm512_extractf32x8_ps(value, 1));
+        });
+  }
+
+  // Some channels' last inputs, for the next segment; `last` are those of this one's last tokens, up to four.
+  void leave_inputs(int layer, int64_t channel, int64_t columns, int64_t tokens, const float* last, int64_t stride) const {
     for (int64_t k = 0; k < kTaps; ++k) {
       // ascending: what is read has not been replaced yet
-      const float* last = input(layer, count + k - kTaps);
-      std::memmove(old(layer) + k * width_ + columns.first, last + columns.first, size_t(columns.last - columns.first) * 4);
+      const int64_t t = k - kTaps + std::min(tokens, kTaps);
+      const float* from = t >= 0 ? last + t * stride : old(layer) + (t + kTaps) * width_ + channel;
+      std::memmove(old(layer) + k * width_ + channel, from, size_t(columns) * 4);
     }
-    left(layer, pieces_).fetch_add(1, std::memory_order_release);
   }
 
-  void scan(const Mixer& m, const Segment& s, int layer, int64_t at) {
-    const Range pieces = share(pieces_);
-    for (int64_t i = pieces.first; i < pieces.last; ++i) {
-      float* piece = tiles(layer) + i * lanes_ * m_.states;
-      took(kState);
-      await(left(layer, i), at);
-      took(kWait);
+  // One unit from projection to gate; mixed [units][T][unit] is what it leaves.
+  void unit(const LayerOperands& o, const Mixer& m, const Segment& s, const Activations& in, int layer, int64_t at, int64_t i) {
+    const int64_t first = i * unit_, size = s.tokens * unit_;
+    float* const x = team_.mixed.get(0) + i * size;
+    float* const beside = own_.tile.get(size + kTaps * unit_);
+    product(o.in, in, inner_ + first, inner_ + first + unit_, s.tokens, x, unit_);
+    took(kInProj);
+    float* const last = beside + size;
+    const int64_t kept = std::min(s.tokens, kTaps);
+    std::memcpy(last, x + size - kept * unit_, size_t(kept * unit_) * 4);
+    const auto mix = [&](int64_t from, int64_t to) {
+      for (int64_t c = 0; c < unit_; c += LANES) {
+        float* const lane = x + c;
+        convolve(
+            m, first + c, from, to,
+            [&](int64_t t) __attribute__((always_inline)) { return input(lane, unit_, layer, first + c, t); },
+            [&](int64_t t, __m512 value) __attribute__((always_inline)) { _mm512_storeu_ps(lane + t * unit_, value); });
+      }
+    };
+    mix(kBefore, s.tokens);
+    await(left(layer, i), at, kMix);
+    mix(0, std::min(kBefore, s.tokens));
+    leave_inputs(layer, first, unit_, s.tokens, last, unit_);
+    took(kMix);
+    for (int64_t c = 0; c < unit_; c += lanes_) {
+      float* piece = tiles(layer) + (first + c) * m_.states;
       if (at == 0 && p_.first != 0) std::fill(piece, piece + lanes_ * m_.states, 0.0f);
-      walk(lanes_, m, s, i * lanes_ / m_.channels, i * lanes_ % m_.channels, piece);
-      left(layer, i).store(int(at) + 1, std::memory_order_release);
+      walk(lanes_, m, s, (first + c) / m_.channels, x + c, x + c, unit_, piece);
+    }
+    left(layer, i).store(int(at) + 1, std::memory_order_release);
+    took(kState);
+    product(o.in, in, first, first + unit_, s.tokens, beside, unit_);
+    took(kInProj);
+    open_gate(x, beside, size);
+    took(kGate);
+  }
+
+  // The gated norm as gated_norm() takes it, of tokens whose channels lie in units: inputs of the last projection.
+  Activations round_gated(const LayerOperands& o, const Mixer& m, int64_t count) {
+    const float* const mixed = team_.mixed.get(0);
+    return round(o.out, count, [&](int64_t first, int64_t tokens, float* rows) {
+      int64_t t = 0;
+      for (; t + kEight <= tokens; t += kEight) norm_gated<kEight>(m, mixed, count, first + t, rows + t * inner_);
+      for (; t < tokens; ++t) norm_gated<1>(m, mixed, count, first + t, rows + t * inner_);
+    });
+  }
+
+  template <int64_t Tokens>
+  void norm_gated(const Mixer& m, const float* mixed, int64_t count, int64_t first, float* rows) const {
+    const int64_t part = inner_ / m_.groups;
+    const auto value = [&](int64_t i, int64_t t) __attribute__((always_inline)) {
+      return _mm512_loadu_ps(mixed + (i / unit_ * count + first + t) * unit_ + i % unit_);
+    };
+    for (int64_t from = 0; from < inner_; from += part) {
+      __m512 energy[Tokens];
+      for (int64_t t = 0; t < Tokens; ++t) energy[t] = _mm512_setzero_ps();
+      for (int64_t i = from; i < from + part; i += 16) {
+        for (int64_t t = 0; t < Tokens; ++t) energy[t] = _mm512_fmadd_ps(value(i, t), value(i, t), energy[t]);
+      }
+      __m512 by[Tokens];
+      for (int64_t t = 0; t < Tokens; ++t) {
+        by[t] = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(energy[t]) / static_cast<float>(part) + m.epsilon));
+      }
+      for (int64_t i = from; i < from + part; i += 16) {
+        const __m512 gain = _mm512_loadu_ps(m.gain + i);
+        for (int64_t t = 0; t < Tokens; ++t) {
+          _mm512_storeu_ps(rows + t * inner_ + i, _mm512_mul_ps(_mm512_mul_ps(value(i, t), by[t]), gain));
+        }
+      }
+    }
+  }
+
+  void add_outputs(const Operand& o, const Activations& a, int64_t count) {
+    const int64_t rows = m_.hidden;
+    const Range parts = share((rows + kNarrow - 1) / kNarrow);
+    float* const delta = own_.tile.get(count * kNarrow);
+    for (int64_t first = parts.first * kNarrow; first < std::min(rows, parts.last * kNarrow); first += kNarrow) {
+      const int64_t last = std::min(rows, first + kNarrow);
+      product(o, a, first, last, count, delta, kNarrow);
+      for (int64_t t = 0; t < count; ++t) {
+        for (int64_t r = first; r < last; r += 16) {
+          float* const to = hidden_ + t * rows + r;
+          _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(delta + t * kNarrow + r - first)));
+        }
+      }
     }
   }
 
@@ -249,8 +379,8 @@ class PromptWorker : public Worker {
   Barrier& all_;
   const int64_t everyone_, teams_, members_, member_of_;
   Team& team_;
-  const int64_t inner_, width_, row_, lanes_, pieces_;
-  float *hidden_, *projected_, *delta_;
+  const int64_t inner_, width_, both_, lanes_, unit_, units_;
+  float* hidden_;
 };
 
 }  // namespace
@@ -259,15 +389,15 @@ void prepare_prompt(Engine& e, const MixerPrompt& p) {
   const int64_t most = segment_tokens(p.count), teams = team_count(p.threads, p.count);
   // pieces of the state lie in this order until the last part
   if (p.first != 0) e.lanes = walked_lanes(e.m.channels, e.m.heads, p.threads / teams);
-  e.left = std::vector<std::atomic<int>>(size_t(e.m.layer_count * (e.inner() / e.lanes + 1)));
+  e.left = std::vector<std::atomic<int>>(size_t(e.m.layer_count * (e.inner() / unit_channels(e) + 1)));
   // threads find these large enough
   const int64_t bound = std::min(int64_t(p.threads), stretches(p.count));
   while (int64_t(e.teams.size()) < bound) e.teams.emplace_back();
   for (int64_t i = 0; i < bound; ++i) {
     Team& t = e.teams[size_t(i)];
-    t.hidden.get(most * e.m.hidden), t.projected.get(most * e.row()), t.delta.get(most * e.hidden_row());
-    t.mixed.get(most * e.inner()), t.bc.get(most * 2 * e.both()), t.y.get(most * e.inner());
+    t.hidden.get(most * e.m.hidden), t.mixed.get(most * e.inner()), t.bc.get(most * 2 * e.both());
     t.steps.get(most * e.m.heads), t.decay.get(most * e.m.heads);
+    t.normed.get(most * e.dense_columns()), t.activations.get(int64_t(e.activation_bytes(most)));
   }
   e.tiles.get(e.m.layer_count * e.state_size());
   const int64_t inputs = e.m.layer_count * kTaps * e.width();

@@ -46,7 +46,7 @@ class StepWorker : public Worker {
     e_.multiply(o.in, a, normed_, batch_, rows.first, rows.last, own_.row.get(m_.hidden), projected_, row_);
     if (o.dt.present()) {
       const Range heads = share(m_.heads);
-      time_rows(o.dt, normed_, batch_, heads.first, heads.last, projected_);
+      time_rows(o.dt, normed_, batch_, heads.first, heads.last, projected_ + inner_ + width_, row_);
     }
     wait(kInProj);
     mix(o.l, held_.conv + int64_t(index) * held_.slots * width_ * 4);

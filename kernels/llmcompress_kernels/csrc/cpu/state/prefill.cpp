@@ -6,6 +6,43 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
 
+namespace state {
+namespace {
+
+// Convolution and silu of one token, whose x [I] is written beside its B and C; taps[k] is the input of k - 3 tokens later.
+// Apart from mix_times(), so that neighbouring tokens do not wait for each other's long chains.
+void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps, float* x) {
+  const int64_t width = m.width(), inner = m.inner(), both = m.both(), n = m.states;
+  const auto sum = [&](int64_t i) __attribute__((always_inline)) {
+    __m512 total = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + i);
+    for (int k = 0; k < 4; ++k) {
+      total = _mm512_fmadd_ps(_mm512_loadu_ps(m.weight + k * width + i), _mm512_loadu_ps(taps[k] + i), total);
+    }
+    return total;
+  };
+  int64_t i = 0;
+  for (; i + 64 <= inner; i += 64) {
+    __m512 value[4];
+    for (int q = 0; q < 4; ++q) value[q] = sum(i + 16 * q);
+    silu_all<4>(value);
+    for (int q = 0; q < 4; ++q) _mm512_storeu_ps(x + i + 16 * q, value[q]);
+  }
+  for (; i < width; i += 16) {
+    const __m512 value = silu16(sum(i));
+    if (i < inner) {
+      _mm512_storeu_ps(x + i, value);
+      continue;
+    }
+    const int64_t second = i - inner >= both ? 1 : 0, at = i - inner - second * both;
+    float* line = s.bc + ((at / n) * (n / kBlock) + (at % n) / kBlock) * s.tokens * 16 + t * 16 + second * kBlock;
+    _mm256_storeu_ps(line, _mm512_castps512_ps256(value));
+    _mm256_storeu_ps(line + s.tokens * 16, _mm512_extractf32x8_ps(value, 1));
+  }
+}
+
+}  // namespace
+}  // namespace state
+
 extern "C" {
 
 // projected [S, T, 2I + 2GN] and raw time steps [S, T, H] with rows `row` and `dt_row` floats apart; history [S, C, 4] the inputs before the first token, or null; conv_weight [C, 4];
@@ -42,7 +79,7 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
     }
     for (int64_t from = 0; from < tokens; from += kSegment) {
       const int64_t count = tokens - from < kSegment ? tokens - from : kSegment;
-      const Segment segment{x.get(), bc.get(), dt.get(), decay.get(), y.get(), count};
+      const Segment segment{bc.get(), dt.get(), decay.get(), count};
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < count; ++t) {
         const float* taps[4];
@@ -50,14 +87,13 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
           const int64_t at = from + t + k - 3;
           taps[k] = at < 0 ? old.get() + (at + 3) * width : in + at * row + inner;
         }
-        mix(m, segment, t, taps);
+        mix(m, segment, t, taps, x.get() + t * inner);
         mix_times(m, segment, t, raw_dt + (s * tokens + from + t) * dt_row);
       }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < heads * pieces; ++i) {
         float* piece = tiles.get() + i * lanes * states;
-        const int64_t head = i / pieces, first = i % pieces * lanes;
-        walk(lanes, m, segment, head, first, piece);
+        walk(lanes, m, segment, i / pieces, x.get() + i * lanes, y.get() + i * lanes, inner, piece);
       }
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < count; ++t) {

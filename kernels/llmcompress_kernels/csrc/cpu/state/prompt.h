@@ -46,43 +46,13 @@ struct Mixer {
   int64_t width() const { return inner() + 2 * both(); }
 };
 
-// Work of one segment of one sequence. `x` [T, I], `bc` [G][N / 8][T][16], `dt` and `decay` [T, H], `y` [T, I].
+// Work of one segment of one sequence. `bc` [G][N / 8][T][16], `dt` and `decay` [T, H].
 struct Segment {
-  float *x, *bc, *dt, *decay, *y;
+  float *bc, *dt, *decay;
   int64_t tokens;
 };
 
-// Convolution and silu of one token; taps[k] is the input of k - 3 tokens later.
-void mix(const Mixer& m, const Segment& s, int64_t t, const float* const* taps) {
-  const int64_t width = m.width(), inner = m.inner(), both = m.both(), n = m.states;
-  const auto sum = [&](int64_t i) __attribute__((always_inline)) {
-    __m512 total = m.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(m.bias + i);
-    for (int k = 0; k < 4; ++k) {
-      total = _mm512_fmadd_ps(_mm512_loadu_ps(m.weight + k * width + i), _mm512_loadu_ps(taps[k] + i), total);
-    }
-    return total;
-  };
-  int64_t i = 0;
-  for (; i + 64 <= inner; i += 64) {
-    __m512 value[4];
-    for (int q = 0; q < 4; ++q) value[q] = sum(i + 16 * q);
-    silu_all<4>(value);
-    for (int q = 0; q < 4; ++q) _mm512_storeu_ps(s.x + t * inner + i + 16 * q, value[q]);
-  }
-  for (; i < width; i += 16) {
-    const __m512 value = silu16(sum(i));
-    if (i < inner) {
-      _mm512_storeu_ps(s.x + t * inner + i, value);
-      continue;
-    }
-    const int64_t second = i - inner >= both ? 1 : 0, at = i - inner - second * both;
-    float* line = s.bc + ((at / n) * (n / kBlock) + (at % n) / kBlock) * s.tokens * 16 + t * 16 + second * kBlock;
-    _mm256_storeu_ps(line, _mm512_castps512_ps256(value));
-    _mm256_storeu_ps(line + s.tokens * 16, _mm512_extractf32x8_ps(value, 1));
-  }
-}
-
-// Time steps and decays of one token; apart from mix(), so that neighbouring tokens do not wait for each other's long chains.
+// Time steps and decays of one token.
 void mix_times(const Mixer& m, const Segment& s, int64_t t, const float* raw_dt) {
   time_steps(raw_dt, m.dt_bias, m.a, m.low, m.high, m.heads, s.dt + t * m.heads, s.decay + t * m.heads);
 }
@@ -93,14 +63,14 @@ int64_t walked_lanes(int64_t channels, int64_t heads, int64_t threads) {
   return channels % 64 == 0 && heads % threads == 0 ? 64 : channels % 32 == 0 ? 32 : 16;
 }
 
-// `Vectors` times sixteen channels of one head through a segment; tile [N][16 Vectors] is the state before and after.
-// Sums are taken in one order whatever `Vectors` is. The first pass over a stretch also scales x, the last writes y: alone,
+// `Vectors` times sixteen channels of one head through a segment; tile [N][16 Vectors] is the state before and after. Inputs
+// `from` and results `to`, which may be the same, have tokens `stride` floats apart. Sums are taken in one order whatever `Vectors` is. The first pass over a stretch also scales x, the last writes y: alone,
 // either would wait for the second-level cache.
 template <int Vectors>
-void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* tile) {
+void walk(const Mixer& m, const Segment& s, int64_t head, const float* from, float* to, int64_t stride, float* tile) {
   constexpr int lanes = 16 * Vectors, rank = Vectors == 4 ? 4 : kBlock;  // states in registers at a time
   alignas(64) float scaled[kStretch][lanes], read[kStretch][lanes], level[kStretch], rate[kStretch];
-  const int64_t inner = m.inner(), column = head * m.channels + first, blocks = m.states / kBlock;
+  const int64_t blocks = m.states / kBlock;
   static_assert(kBlock % rank == 0);
   const float* bc = s.bc + head / (m.heads / m.groups) * blocks * s.tokens * 16;
   const __m512 skip = _mm512_set1_ps(m.d[head]);
@@ -114,8 +84,8 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
     }
     for (int64_t t = 0; t < count; ++t) rate[t] = s.dt[(start + t) * m.heads + head] / level[t];
     const __m512 exit = _mm512_set1_ps(level[count - 1]);
-    const float* const xs = s.x + start * inner + column;
-    float* const ys = s.y + start * inner + column;
+    const float* const xs = from + start * stride;
+    float* const ys = to + start * stride;
     const auto pass = [&]<bool Begin, bool End>(int64_t state) __attribute__((always_inline)) {
       __m512 held[rank][Vectors];
       float* rows = tile + state * lanes;
@@ -127,7 +97,7 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
         __m512 x[Vectors], y[Vectors];
         for (int v = 0; v < Vectors; ++v) {
           if constexpr (Begin) {
-            x[v] = _mm512_mul_ps(_mm512_set1_ps(rate[t]), _mm512_loadu_ps(xs + t * inner + 16 * v));
+            x[v] = _mm512_mul_ps(_mm512_set1_ps(rate[t]), _mm512_loadu_ps(xs + t * stride + 16 * v));
             _mm512_store_ps(scaled[t] + 16 * v, x[v]);
           } else {
             x[v] = _mm512_load_ps(scaled[t] + 16 * v);
@@ -143,8 +113,8 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
         }
         for (int v = 0; v < Vectors; ++v) {
           if constexpr (End) {
-            const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(xs + t * inner + 16 * v));
-            _mm512_storeu_ps(ys + t * inner + 16 * v, _mm512_fmadd_ps(_mm512_set1_ps(level[t]), y[v], straight));
+            const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(xs + t * stride + 16 * v));
+            _mm512_storeu_ps(ys + t * stride + 16 * v, _mm512_fmadd_ps(_mm512_set1_ps(level[t]), y[v], straight));
           } else {
             _mm512_store_ps(read[t] + 16 * v, y[v]);
           }
@@ -162,9 +132,10 @@ void walk(const Mixer& m, const Segment& s, int64_t head, int64_t first, float* 
   }
 }
 
-void walk(int64_t lanes, const Mixer& m, const Segment& s, int64_t head, int64_t first, float* tile) {
-  if (lanes == 64) return walk<4>(m, s, head, first, tile);
-  lanes == 32 ? walk<2>(m, s, head, first, tile) : walk<1>(m, s, head, first, tile);
+void walk(int64_t lanes, const Mixer& m, const Segment& s, int64_t head, const float* from, float* to, int64_t stride,
+          float* tile) {
+  if (lanes == 64) return walk<4>(m, s, head, from, to, stride, tile);
+  lanes == 32 ? walk<2>(m, s, head, from, to, stride, tile) : walk<1>(m, s, head, from, to, stride, tile);
 }
 
 }  // namespace
