@@ -63,14 +63,14 @@ STATE_INLINE void convolve(const Mixer& m, int64_t channel, int64_t first, int64
   }
 }
 
-// y *= silu(gate); `count` is a multiple of sixteen.
-void open_gate(float* y, const float* gate, int64_t count) {
+// y silu(gate); `count` is a multiple of sixteen.
+void open_gate(const float* y, const float* gate, int64_t count, float* to) {
   const auto some = [&]<int Count>(int64_t i) __attribute__((always_inline)) {
     __m512 open[Count];
     for (int k = 0; k < Count; ++k) open[k] = _mm512_loadu_ps(gate + i + 16 * k);
     silu_all<Count>(open);
     for (int k = 0; k < Count; ++k) {
-      _mm512_storeu_ps(y + i + 16 * k, _mm512_mul_ps(_mm512_loadu_ps(y + i + 16 * k), open[k]));
+      _mm512_storeu_ps(to + i + 16 * k, _mm512_mul_ps(_mm512_loadu_ps(y + i + 16 * k), open[k]));
     }
   };
   int64_t i = 0;
@@ -237,11 +237,11 @@ class PromptWorker : public Worker {
   // One unit from projection to gate; mixed [units][T][unit] is what it leaves.
   void unit(const LayerOperands& o, const Mixer& m, const Segment& s, const Activations& in, int layer, int64_t at, int64_t i) {
     const int64_t first = i * unit_, size = s.tokens * unit_;
-    float* const x = team_.mixed.get(0) + i * size;
-    float* const beside = own_.tile.get(size + kTaps * unit_);
+    // memory that stays in the second-level cache: what is written to any other has to be fetched first
+    float* const x = own_.tile.get(2 * size + kTaps * unit_);
+    float *const gate = x + size, *const last = gate + size;
     product(o.in, in, inner_ + first, inner_ + first + unit_, s.tokens, x, unit_);
     took(kInProj);
-    float* const last = beside + size;
     const int64_t kept = std::min(s.tokens, kTaps);
     std::memcpy(last, x + size - kept * unit_, size_t(kept * unit_) * 4);
     const auto mix = [&](int64_t from, int64_t to) {
@@ -265,9 +265,9 @@ class PromptWorker : public Worker {
     }
     left(layer, i).store(int(at) + 1, std::memory_order_release);
     took(kState);
-    product(o.in, in, first, first + unit_, s.tokens, beside, unit_);
+    product(o.in, in, first, first + unit_, s.tokens, gate, unit_);
     took(kInProj);
-    open_gate(x, beside, size);
+    open_gate(x, gate, size, team_.mixed.get(0) + i * size);
     took(kGate);
   }
 
