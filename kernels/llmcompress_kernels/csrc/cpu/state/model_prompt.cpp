@@ -9,7 +9,7 @@
 // A layer goes unit by unit as well, 64 channels of one head where heads have them: its rows of the projection, convolution,
 // scan, the rows of its gate, and the gate, 32 KB that stay near while a unit lasts. Of all that a projection yields only
 // what is scanned and gated remains. Written as a whole it would be 1.7 MB for 128 tokens of 3,352 rows, more than the
-// second-level cache of a Zen 4, and be read from the third; there a prompt of 168 M parameters took a fifth more time.
+// second-level cache of a Zen 4; there a prompt of 168 M parameters took a tenth more time.
 //
 // Within a team the members share tokens where rows are rounded and units or rows where they are multiplied.
 #include "engine.h"
