@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,14 @@ from llmcompress.cli.completion import complete_recipe
 from llmcompress.cli.inspect import look
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import difference_text, figure
-from llmcompress.errors import RecipeError, UsageError
+from llmcompress.errors import GateFailed, RecipeError, UsageError
 from llmcompress.models.paths import model_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llmcompress.cli.models import OpenedModel
+    from llmcompress.evaluation.gates import GateConfig
     from llmcompress.report.data import ReportData
     from llmcompress.stages.evaluate import EvaluateConfig
 
@@ -48,6 +50,16 @@ RecipeOption = Annotated[
     ),
 ]  # fmt: skip
 MemberOption = Annotated[str | None, typer.Option("--member", help="Which model of a family.")]
+IncreaseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-rel-increase", metavar="METRIC=SHARE", help="Exit code 6 if B's is higher than A's by more; 0.01 is 1 %."
+    ),
+]
+DropOption = Annotated[
+    list[str] | None,
+    typer.Option("--max-abs-drop", metavar="METRIC=AMOUNT", help="Exit code 6 if B's is lower than A's by more."),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="PATH", help="Artifact, model folder or run folder.")]
 
 
@@ -93,15 +105,21 @@ def compare(
     task: TaskOption = None,
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
+    max_rel_increase: IncreaseOption = None,
+    max_abs_drop: DropOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Compare two runs by what they recorded, or two models by measuring both."""
+    """Compare two runs by what they recorded, or two models by measuring both.
+
+    In a pipeline: `compare BEFORE AFTER --max-rel-increase heldout.perplexity=0.01`.
+    """
     from llmcompress.pipeline.run_dir import RunDir
 
+    limits = [*_limits("max_rel_increase", max_rel_increase), *_limits("max_abs_drop", max_abs_drop)]
     runs = [RunDir(Path(name)).is_run() for name in (first, second)]
     if all(runs):
-        _compare_runs(out, Path(first), Path(second))
+        _compare_runs(out, Path(first), Path(second), limits)
         return
     config = settings(text, length, max_tokens, task, tasks_dir, limit, field, fidelity=True)
     rows = _measure_two(out, first, second, config, dtype, device)
@@ -125,6 +143,55 @@ def compare(
         screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
 
     out.result(data, show)
+    _require(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
+
+
+def _limits(kind: str, given: list[str] | None) -> list[GateConfig]:
+    """Gates from ``METRIC=NUMBER`` words.
+
+    Raises:
+        UsageError: A word is none.
+    """
+    from llmcompress.evaluation.gates import GateConfig
+
+    found = []
+    for text in given or []:
+        metric, _, number = text.rpartition("=")
+        try:
+            found.append(GateConfig.model_validate({"metric": metric, kind: float(number)} if metric else {}))
+        except ValueError as error:
+            option = f"--{kind.replace('_', '-')}"
+            hint = f"such as {option} heldout.perplexity=0.01"
+            raise UsageError(f"{option} {text}: not METRIC=NUMBER with a number of 0 or more", hint) from error
+    return found
+
+
+def _require(limits: list[GateConfig], figures: Mapping[str, tuple[float | None, float | None]]) -> None:
+    """Hold B against A.
+
+    Args:
+        limits: The gates.
+        figures: A's and B's by name.
+
+    Raises:
+        GateFailed: A limit does not hold.
+        UsageError: A limit names what was not measured for both.
+    """
+    from llmcompress.evaluation.gates import judge
+    from llmcompress.stages.state import Metric
+
+    measured = []
+    for name, (a, b) in figures.items():
+        task, _, metric = name.rpartition(".")
+        if a is not None and b is not None:
+            measured.append(Metric(task, metric, a, b))
+    gates = {f"{number}": limit for number, limit in enumerate(limits, 1)}
+    try:
+        results = judge(gates, measured, "A")
+    except RecipeError as error:
+        raise UsageError(error.message.replace("gates.", "limit "), "take a metric of the table") from error
+    if broken := [f"{r.metric} is {r.value:.6g}, {r.limit}" for r in results if not r.passed]:
+        raise GateFailed("\n".join(broken), "spend more bits, or relax the limit")
 
 
 def settings(
@@ -262,7 +329,7 @@ def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _compare_runs(out: Output, first: Path, second: Path) -> None:
+def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfig]) -> None:
     from llmcompress.evaluation.significance import difference_stderr, stages_of, within_noise
     from llmcompress.pipeline.fingerprint import difference
     from llmcompress.report.data import collect
@@ -290,6 +357,7 @@ def _compare_runs(out: Output, first: Path, second: Path) -> None:
             screen.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
     out.result({"a": str(first), "b": str(second), "figures": rows, "recipe_changes": changes}, show)
+    _require(limits, {name: (left.get(name), right.get(name)) for name in names if "." in name})
 
 
 def _figures(data: ReportData) -> dict[str, float]:

@@ -108,12 +108,13 @@ def _unknown(gate: str, metric: str, names: list[str]) -> str:
     return f"gates.{gate}: no metric {metric!r} ({known})"
 
 
-def judge(gates: Mapping[str, GateConfig], metrics: Iterable[Measured]) -> list[GateResult]:
+def judge(gates: Mapping[str, GateConfig], metrics: Iterable[Measured], reference: str = "dense") -> list[GateResult]:
     """Compare metrics with limits.
 
     Args:
         gates: Gates by name.
         metrics: What was measured.
+        reference: What relative limits compare with, for messages.
 
     Returns:
         One result per gate, in order.
@@ -125,10 +126,10 @@ def judge(gates: Mapping[str, GateConfig], metrics: Iterable[Measured]) -> list[
     missing = [_unknown(g, c.metric, sorted(by_name)) for g, c in gates.items() if c.metric not in by_name]
     if missing:
         raise RecipeError("\n".join(missing), "correct the metric names under gates, or measure what they name")
-    return [_judge_one(name, config, by_name[config.metric]) for name, config in gates.items()]
+    return [_judge_one(name, config, by_name[config.metric], reference) for name, config in gates.items()]
 
 
-def _judge_one(gate: str, config: GateConfig, metric: Measured) -> GateResult:
+def _judge_one(gate: str, config: GateConfig, metric: Measured, reference: str) -> GateResult:
     value = metric.compressed if metric.compressed is not None else metric.dense
     if value is None:
         raise RecipeError(f"gates.{gate}: {metric.name} has no value", "measure it, or remove the gate")
@@ -145,13 +146,13 @@ def _judge_one(gate: str, config: GateConfig, metric: Measured) -> GateResult:
         increase = (value - metric.dense) / abs(metric.dense) if metric.dense else math.copysign(math.inf, value)
         if value == metric.dense:
             increase = 0.0
-        limit = f"at most {config.max_rel_increase:g} above dense, relative"
+        limit = f"at most {config.max_rel_increase:g} above {reference}, relative"
         return GateResult(
             gate, f"{metric.name} relative increase", limit, increase, increase <= config.max_rel_increase
         )
     allowed = config.max_abs_drop if config.max_abs_drop is not None else 0.0
     drop = metric.dense - value
-    return GateResult(gate, f"{metric.name} drop", f"at most {allowed:g} below dense", drop, drop <= allowed)
+    return GateResult(gate, f"{metric.name} drop", f"at most {allowed:g} below {reference}", drop, drop <= allowed)
 
 
 def failed(stage_dir: Path) -> list[str]:

@@ -232,16 +232,16 @@ def build(spec: TaskSpec) -> dict[str, Any]:
         try:
             # deep copies: lm-eval keeps and changes what it is given
             loaded: dict[str, Any] = dict(manager.load([copy.deepcopy(config) for config in spec.configs]))
-        except KeyError as error:
+        except Exception as error:
+            if spec.local:
+                raise _bad_rows(spec, error) from error
+            if not isinstance(error, KeyError | OSError | ValueError | datasets.exceptions.DatasetsError):
+                raise
+            if not isinstance(error, KeyError):
+                raise _no_data(spec, error, unreachable) from error
             raise InputError(
                 f"task {spec.name}: lm-eval does not know it", "list its tasks with: lm-eval ls tasks"
             ) from error
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            first = str(error).splitlines()[0] if str(error) else repr(error)
-            what = f"its data cannot be loaded: {first}"
-            if unreachable is not None and ("offline" in first.lower() or "hub" in first.lower()):
-                what = f"its data is not in the cache of datasets, and {unreachable}"
-            raise InputError(f"task {spec.name}: {what}", _local_hint(spec.name)) from error
     for task in loaded["tasks"].values():
         for key, value in spec.overrides.items() if by_name else ():
             task.set_config(key=key, value=value)
@@ -251,6 +251,37 @@ def build(spec: TaskSpec) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
     return loaded
+
+
+def _bad_rows(spec: TaskSpec, error: Exception) -> InputError:
+    """The error for local files whose rows are not those that the task reads."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).splitlines()[0] if str(cause) else "no rows" if isinstance(cause, StopIteration) else repr(cause)
+    if isinstance(cause, KeyError):
+        text = f"no field {text}"
+    files = sorted(
+        {
+            path
+            for config in spec.configs
+            if isinstance(config, dict)
+            for path in config["dataset_kwargs"]["data_files"].values()
+        }
+    )
+    return InputError(
+        f"task {spec.name}: {' or '.join(files)}: {text}",
+        "give one JSON object a line, with the fields of the hub's data set",
+    )
+
+
+def _no_data(spec: TaskSpec, error: Exception, unreachable: str | None) -> InputError:
+    """The error for data that the hub or the cache of ``datasets`` does not give."""
+    first = str(error).splitlines()[0] if str(error) else repr(error)
+    what = f"its data cannot be loaded: {first}"
+    if unreachable is not None and ("offline" in first.lower() or "hub" in first.lower()):
+        what = f"its data is not in the cache of datasets, and {unreachable}"
+    return InputError(f"task {spec.name}: {what}", _local_hint(spec.name))
 
 
 def _local_hint(task: str) -> str:
@@ -311,18 +342,21 @@ def _quiet() -> Iterator[None]:
         return tqdm(*args, **(kwargs | {"disable": True}))
 
     bars_on = not datasets.are_progress_bars_disabled()
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("lm_eval.") and "tqdm" in vars(module):
                 stack.enter_context(mock.patch.object(module, "tqdm", silent))
         datasets.disable_progress_bars()
-        logger.setLevel(logging.ERROR)
+        # what datasets calls an error comes as an exception too, which becomes one message
+        for logger, level in zip(loggers, (logging.ERROR, logging.CRITICAL)):
+            logger.setLevel(level)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
             if bars_on:
                 datasets.enable_progress_bars()
 

@@ -236,6 +236,18 @@ def test_compare_runs_shows_what_differs(
     assert figures["text.perplexity"]["difference_stderr"] == pytest.approx(expected)
     assert figures["bytes"]["difference_stderr"] is None
     assert "stages.quantize.rules.experts.bits: 4 → 2" in found["recipe_changes"]
+    # random weights may as well gain by fewer bits
+    low, high = sorted((a["perplexity"], b["perplexity"]))
+    before, after = (finished[1], other) if a["perplexity"] == low else (other, finished[1])
+    rise = high / low - 1
+    for limit, code in ((rise * 0.99, 6), (rise * 1.01, 0)):
+        words = ["compare", str(before), str(after), f"--max-rel-increase=text.perplexity={limit}"]
+        # the figures come in either case
+        assert len(told(capsys, *words, code=code)["figures"]) == len(found["figures"])
+    assert invoke(["compare", str(finished[1]), str(other), "--max-abs-drop=text.perplexty=1"]) == 2
+    assert "did you mean text.perplexity" in capsys.readouterr().err
+    for wrong in ("text.perplexity", "text.perplexity=1%", "=1", "text.perplexity=-1", "text.perplexity=nan"):
+        assert invoke(["compare", str(finished[1]), str(other), "--max-rel-increase", wrong]) == 2, wrong
     assert invoke(["compare", str(finished[1]), str(other)]) == 0
     shown = capsys.readouterr().out
     assert "bits.code_average" in shown

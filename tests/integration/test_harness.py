@@ -125,3 +125,17 @@ def test_any_answer_of_the_hub_counts(monkeypatch):
     assert harness._unreachable() is None
     thread.join()
     server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"question": "a"}\n', "'choices' is undefined"), ('{"question":\n', "JSON parse error"), ("", "no rows")],
+)
+def test_local_rows_that_the_task_cannot_read_are_named(tmp_path, capfd, text, said):
+    file = tmp_path / "arc_easy" / "test.jsonl"
+    file.parent.mkdir()
+    file.write_text(text)
+    (spec,) = harness.specify(["arc_easy"], tmp_path)
+    with pytest.raises(InputError, match=said) as caught:
+        harness.build(spec)
+    assert str(file) in caught.value.message and capfd.readouterr() == ("", "")

@@ -124,6 +124,18 @@ def _empty_tasks(bench: Bench) -> dict[str, Any]:
     return {"tasks": ["piqa"], "tasks_dir": str(bench.folder / "tasks"), "offline": True}
 
 
+def _task_rows(content: str) -> Callable[[Bench], dict[str, Any]]:
+    """A task's local file with this content."""
+
+    def build(bench: Bench) -> dict[str, Any]:
+        folder = bench.folder / "tasks" / "arc_easy"
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text(content, encoding="utf-8")
+        return {"tasks": ["arc_easy"], "tasks_dir": str(folder.parent)}
+
+    return build
+
+
 def _exported(formats: list[str], **rule: Any) -> Callable[[Bench], Run]:
     """Export in formats that cannot hold what the rules make."""
 
@@ -187,6 +199,9 @@ MEASURES = [
     _measure("unknown subject of a task", RECIPE, r"no subject 'alchemy'", _evaluated(_no_subject)),
     _measure("folder of tasks missing", ENVIRONMENT, r"no_tasks", _evaluated(_tasks("piqa", tasks_dir="{folder}/no_tasks", offline=True))),
     _measure("folder of tasks empty", ENVIRONMENT, r"piqa", _evaluated(_empty_tasks)),
+    _measure("task rows without a field", ENVIRONMENT, r"arc_easy/test\.jsonl: 'choices' is undefined", _evaluated(_task_rows('{"question": "a"}\n'))),
+    _measure("task rows that are not JSON", ENVIRONMENT, r"arc_easy/test\.jsonl: .*JSON", _evaluated(_task_rows('{"question":\n'))),
+    _measure("task file empty", ENVIRONMENT, r"arc_easy/test\.jsonl: no rows", _evaluated(_task_rows(""))),
     _measure("quality gate that does not hold", GATE, r"gate quality: heldout\.perplexity is .*at most 1", _evaluated(_failed_gate), finishes=True),
 ]  # fmt: skip
 

@@ -314,6 +314,8 @@ COMMANDS = [
     Case("generate from damaged weights", ENVIRONMENT, r"damaged|cannot be loaded", _damaged(_cut(0.5), "generate", "{folder}", "-p", "Hello"), torch=True),
     Case("generate more than the context holds", ENVIRONMENT, r"exceed the model's 128", _listed("generate", "{base}", "-p", "Hello", "-n", "4000"), torch=True),
     Case("compare models of different vocabularies", (2, 4), r"vocabular", _shorter_vocabulary, torch=True),
+    Case("compare with a limit that is no number", (2,), r"not METRIC=NUMBER", _listed("compare", "{base}", "{base}", "--max-rel-increase", "heldout.perplexity=1%")),
+    Case("a model of the hub that is not in its cache", ENVIRONMENT, r"no model of that name in the hub's cache", lambda b: Run(["inspect", "nobody/no-such-model"])),
     Case("export a folder that is no run", (2, 4), r"(not a run|no recipe\.lock|no stage)", _listed("export", "{folder}", "--format", "native"), torch=True),
     Case("report of a folder that is no run", (2, 4), r"(not a run|no recipe\.lock|run folder)", _listed("report", "{folder}"), torch=True),
     Case("device that is not there", ENVIRONMENT, r"cuda|GPU", lambda b: b.run(b.recipe({"run": {"device": "cuda"}})), torch=True),
