@@ -402,17 +402,21 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[str, dict[str, Any]]]:
         import datasets
     except ImportError as error:
         raise EnvironmentProblem("the datasets package is missing", "pip install datasets") from error
+    from llmcompress.data.hub import hub_silence, offline, why_not_loaded
+
+    silence = hub_silence()
     try:
-        data = datasets.load_dataset(
-            source.id, source.config, split=source.split, revision=source.revision, streaming=source.streaming
-        )
+        # what is in the cache of datasets is read without asking
+        with offline(silence is not None):
+            data = datasets.load_dataset(
+                source.id, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+            )
         for number, row in enumerate(data):
             yield f"hub {source.id}: row {number}", row
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # connection failures of every layer below derive from OSError; an unknown name or split is a ValueError
-        first = str(error).splitlines()[0] if str(error) else repr(error)
         raise InputError(
-            f"hub {source.id} ({source.split}): cannot be loaded: {first}",
+            f"hub {source.id} ({source.split}): cannot be loaded: {why_not_loaded(error, silence)}",
             "without a network use kind: jsonl, parquet or text with a path to a local copy",
         ) from error
 

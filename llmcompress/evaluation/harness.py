@@ -15,8 +15,6 @@ import logging
 import math
 import random
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from unittest import mock
 
 import yaml
 
+from llmcompress.data.hub import hub_silence, offline, why_not_loaded
 from llmcompress.errors import EnvironmentProblem, InputError, RecipeError
 from llmcompress.evaluation.batching import task_batch
 from llmcompress.evaluation.config import TaskConfig
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 TASKS = Path(__file__).resolve().parent.parent / "data" / "tasks"
 _SUFFIXES = (".jsonl.gz", ".jsonl.xz", ".jsonl")
 _SEED = 1234
-_PATIENCE = 5.0
-"""Seconds that the hub has for its first answer."""
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
 
@@ -226,8 +223,8 @@ def build(spec: TaskSpec) -> dict[str, Any]:
 
     by_name = any(isinstance(config, str) for config in spec.configs)
     # what is not here is known at once then, and not after five tries with growing pauses
-    unreachable = None if spec.local else _unreachable()
-    with _quiet(), offline(spec.local or unreachable is not None):
+    silence = None if spec.local else hub_silence()
+    with _quiet(), offline(spec.local or silence is not None):
         manager = TaskManager(include_defaults=by_name)
         try:
             # deep copies: lm-eval keeps and changes what it is given
@@ -235,13 +232,13 @@ def build(spec: TaskSpec) -> dict[str, Any]:
         except Exception as error:
             if spec.local:
                 raise _bad_rows(spec, error) from error
-            if not isinstance(error, KeyError | OSError | ValueError | datasets.exceptions.DatasetsError):
-                raise
-            if not isinstance(error, KeyError):
-                raise _no_data(spec, error, unreachable) from error
-            raise InputError(
-                f"task {spec.name}: lm-eval does not know it", "list its tasks with: lm-eval ls tasks"
-            ) from error
+            if isinstance(error, KeyError):
+                what = f"task {spec.name}: lm-eval does not know it"
+                raise InputError(what, "list its tasks with: lm-eval ls tasks") from error
+            if isinstance(error, OSError | ValueError | datasets.exceptions.DatasetsError):
+                what = f"task {spec.name}: its data cannot be loaded: {why_not_loaded(error, silence)}"
+                raise InputError(what, _local_hint(spec.name)) from error
+            raise
     for task in loaded["tasks"].values():
         for key, value in spec.overrides.items() if by_name else ():
             task.set_config(key=key, value=value)
@@ -275,15 +272,6 @@ def _bad_rows(spec: TaskSpec, error: Exception) -> InputError:
     )
 
 
-def _no_data(spec: TaskSpec, error: Exception, unreachable: str | None) -> InputError:
-    """The error for data that the hub or the cache of ``datasets`` does not give."""
-    first = str(error).splitlines()[0] if str(error) else repr(error)
-    what = f"its data cannot be loaded: {first}"
-    if unreachable is not None and ("offline" in first.lower() or "hub" in first.lower()):
-        what = f"its data is not in the cache of datasets, and {unreachable}"
-    return InputError(f"task {spec.name}: {what}", _local_hint(spec.name))
-
-
 def _local_hint(task: str) -> str:
     """How to give a task its data without a network."""
     entry = catalogue().get(task)
@@ -292,43 +280,6 @@ def _local_hint(task: str) -> str:
         return f"run it once with a network, which fills the cache; tasks that take local files: {local}"
     files = " and ".join(f"TASKS/{stem}.jsonl" for stem in entry["files"].values())
     return f"put the rows of its data set into {files}, then: --tasks-dir TASKS (tasks_dir in a recipe)"
-
-
-def _unreachable() -> str | None:
-    """Why the hub does not answer, None where it does or where it shall not be asked.
-
-    An answer of any kind counts. Proxies of the environment are used, as the hub's own client does.
-    """
-    import datasets
-    import huggingface_hub.constants as hub
-
-    if hub.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
-        return "the network is switched off (offline: true or HF_HUB_OFFLINE)"
-    try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=_PATIENCE).close()
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        return f"{hub.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
-    return None
-
-
-@contextmanager
-def offline(active: bool) -> Iterator[None]:
-    """Keep ``datasets`` and ``huggingface_hub`` off the network while the block runs, if ``active``."""
-    if not active:
-        yield
-        return
-    import datasets
-    import huggingface_hub.constants
-
-    # the environment variables are read when those packages are imported, which has happened by now
-    with (
-        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
-        mock.patch.object(datasets.config, "HF_DATASETS_OFFLINE", True, create=True),
-        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-    ):
-        yield
 
 
 @contextmanager

@@ -398,7 +398,7 @@ def _offline(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    from llmcompress.evaluation.harness import offline
+    from llmcompress.data.hub import offline
 
     with offline(True):
         yield

@@ -91,7 +91,7 @@ def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
 
 def test_missing_hub_data_is_an_input_error():
     (spec,) = harness.specify(["piqa"])
-    with harness.offline(True), pytest.raises(InputError, match="task piqa: its data is not in the cache") as caught:
+    with harness.offline(True), pytest.raises(InputError, match=r"task piqa: .* not in the cache") as caught:
         harness.build(spec)
     assert caught.value.exit_code == 4 and "tasks_dir" in str(caught.value.hint)
 
@@ -122,7 +122,7 @@ def test_any_answer_of_the_hub_counts(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     thread = threading.Thread(target=server.handle_request)
     thread.start()
-    assert harness._unreachable() is None
+    assert harness.hub_silence() is None
     thread.join()
     server.server_close()
 

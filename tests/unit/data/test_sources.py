@@ -197,9 +197,12 @@ def test_blank_text_is_no_text(tmp_path):
 
 
 def test_hub_without_network_says_what_to_do():
-    import llmcompress.evaluation.harness as harness
+    from llmcompress.data.hub import offline
 
-    with harness.offline(True), pytest.raises(InputError, match="hub nobody/nothing") as caught:
+    with (
+        offline(True),
+        pytest.raises(InputError, match=r"hub nobody/nothing.*not in the cache") as caught,
+    ):
         read(source(kind="hub", id="nobody/nothing", split="test"))
     assert "local copy" in str(caught.value.hint)
 

@@ -1,0 +1,67 @@
+"""Whether the Hugging Face hub can be asked, found out once and quickly.
+
+Its client tries five times with growing pauses, which is right for a transfer that broke and half a minute of noise
+where there is no network.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+PATIENCE = 5.0
+"""Seconds that the hub has for its first answer."""
+
+
+def hub_silence() -> str | None:
+    """Why the hub does not answer, None where it does or where it shall not be asked.
+
+    An answer of any kind counts. Proxies of the environment are used, as the hub's own client does.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        return "the network is switched off (offline: true or HF_HUB_OFFLINE)"
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{hub.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
+    return None
+
+
+def why_not_loaded(error: Exception, silence: str | None) -> str:
+    """In a line, why ``datasets`` could not load a data set.
+
+    Args:
+        error: What it raised.
+        silence: What :func:`hub_silence` found before.
+    """
+    first = str(error).splitlines()[0] if str(error) else repr(error)
+    # other errors, such as an unknown split, say more than that nobody was asked
+    if silence is not None and ("offline" in first.lower() or "hub" in first.lower()):
+        return f"it is not in the cache of datasets, and {silence}"
+    return first
+
+
+@contextmanager
+def offline(active: bool) -> Iterator[None]:
+    """Keep ``datasets`` and ``huggingface_hub`` off the network while the block runs, if ``active``."""
+    if not active:
+        yield
+        return
+    import datasets
+    import huggingface_hub.constants
+
+    # the environment variables are read when those packages are imported, which has happened by now
+    with (
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_DATASETS_OFFLINE", True, create=True),
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+    ):
+        yield
