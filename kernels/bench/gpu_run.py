@@ -108,6 +108,7 @@ def plan() -> list[tuple[str, Any]]:
     for batch in BATCHES:
         found.append((f"state batch {batch}", lambda r, n=batch: [gpu_state.update(n, r)]))
         found.append((f"mamba batch {batch}", lambda r, n=batch: [gpu_mamba.step(n, r)]))
+    found.append((f"mamba prompt {PREFILL} tokens", lambda r: [gpu_mamba.prompt(PREFILL, r)]))
     for rows, columns in gpu_tree.SHAPES:
         for models in gpu_tree.ACTIVE:
             name = f"tree {rows}x{columns} {models} models"

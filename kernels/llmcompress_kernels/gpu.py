@@ -75,7 +75,7 @@ def group_gemm(
     in_features: int,
     *rest: Any,
 ) -> Tensor:
-    """CUDA implementation of the operator; ``rest`` holds options that only the definition knows."""
+    """CUDA implementation of the operator; ``rest`` is ``int8``, whether activations are rounded."""
     arguments = (x, packed, scale, zero, bits, group_size, in_features)
     small = wanted("cuda") and packed.dim() == 2 and not any(rest)
     if small and skinny.verify(x, packed, scale, zero, bits, group_size) is None and family_ready(skinny.FAMILY):
@@ -88,6 +88,11 @@ def group_gemm(
             return widened.group_gemm(*arguments)
         if kernels.verify(x, bits) is None:
             return kernels.group_gemm(*arguments)
+    if wanted("triton") and no_triton() is None and any(rest):
+        from llmcompress_kernels.triton import int8_gemm
+
+        if int8_gemm.verify(x, packed, bits, group_size, in_features) is None:
+            return int8_gemm.group_gemm(*arguments)
     return reference_group_gemm.group_gemm(*arguments, *rest)
 
 
@@ -185,6 +190,38 @@ def mamba2_decode(*arguments: Any) -> Tensor:
     return reference_state.mamba2_decode(*arguments)
 
 
+def prompt_declined(heads: int, channels: int, states: int, groups: int, dtype: torch.dtype) -> str | None:
+    """Why a prompt of a mixer of these sizes has no kernel here, or None; the definition goes token by token."""
+    if not wanted("triton"):
+        return "LLMCOMPRESS_KERNELS names another implementation"
+    if no_triton() is not None:
+        return no_triton()
+    from llmcompress_kernels.triton import prompt as kernels
+
+    return kernels.declines(heads, channels, states, groups, dtype)
+
+
+def mamba2_prefill(*arguments: Any) -> Tensor:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    (projected, dt, conv), weights, (state, groups, low, high, epsilon) = arguments[:3], arguments[3:9], arguments[9:]
+    if wanted("triton") and no_triton() is None:
+        from llmcompress_kernels.triton import prompt as kernels
+
+        if kernels.verify(projected, dt, conv, weights, state, groups) is None:
+            return kernels.mamba2_prefill(projected, dt, conv, weights, state, groups, (low, high), epsilon)
+    return reference_state.mamba2_prefill(*arguments)
+
+
+def dsq_pack(state: Tensor, fixed: Tensor | None, bits: int, *rounding: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA implementation of the operator; arguments as in its schema."""
+    if _states(state.shape[-2], state.shape[-1], bits, fixed):
+        from llmcompress_kernels.triton import state as kernels
+
+        codes, channel, scale = kernels.dsq_pack(state, fixed, bits, *rounding)
+        return codes, scale.new_empty(0) if channel is None else channel, scale
+    return reference_state.dsq_pack(state, fixed, bits, *rounding)
+
+
 def selective_scan_q(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA implementation of the operator; arguments as in its schema."""
     drive, b, fixed = arguments[0], arguments[2], arguments[6]
@@ -236,6 +273,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     dsq_state_update,
     dsq_replay_update,
     mamba2_decode,
+    mamba2_prefill,
+    dsq_pack,
     selective_scan_q,
     selective_scan_q_backward,
 )

@@ -226,6 +226,9 @@ def mamba2_prefill(
 ) -> Tensor:
     """A prompt through a Mamba-2 mixer between its projections, with a float state.
 
+    All arithmetic of the definition is fp32; operands other than the state may be stored in bf16 or fp16, which the C++
+    kernels leave to it. Triton takes them and rounds to their type what passes from kernel to kernel.
+
     Args:
         projected: fp32 ``[S, T, I + (I + 2GN)]``: gate, convolution inputs; ``I = H P``. Rows may lie apart, as
             in a part of a wider tensor.
@@ -243,7 +246,7 @@ def mamba2_prefill(
         epsilon: Of the norm.
 
     Returns:
-        ``[S, T, I]``, the input of the output projection.
+        ``[S, T, I]`` in the type of ``projected``, the input of the output projection.
     """
     weights = (conv_weight, conv_bias, dt_bias, a, d, gain)
     out: Tensor = torch.ops.llmcompress.mamba2_prefill(projected, dt, conv, *weights, state, groups, *limits, epsilon)

@@ -1,8 +1,8 @@
 """A decode step or a prompt of a Mamba-2 mixer in three calls: in_proj, everything between, out_proj.
 
 For mixers whose forward is that of Mamba-2 without additions (no multipliers, gate before the norm) and a packed state:
-a token on a CPU, with fp32 activations, and on a GPU; a prompt on a CPU. All others go through transformers' own
-forward.
+on a CPU with fp32 activations, on a GPU with 16 bits too, and a prompt there where Triton takes its sizes. All others
+go through transformers' own forward.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from llmcompress_kernels import gpu
 from llmcompress_kernels import state as kernels
 from torch import Tensor, nn
 
@@ -57,8 +58,18 @@ class DecodeStep:
 
     def fits_prompt(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         """Whether this pass is a prompt, or more of one, whose last state is stored in a cache; as :meth:`fits`."""
-        on_cpu = hidden.device.type == "cpu"
-        return cache is not None and hidden.shape[1] > 1 and on_cpu and self._runs(hidden, cache, quantizer, rest)
+        return (
+            cache is not None
+            and hidden.shape[1] > 1
+            and self._runs(hidden, cache, quantizer, rest)
+            and self._scans(hidden, quantizer.scan)
+        )
+
+    def _scans(self, hidden: Tensor, view: ScanView) -> bool:
+        """Whether a kernel scans the prompt: a GPU's definition would take it token by token."""
+        if hidden.device.type == "cpu":
+            return True
+        return gpu.prompt_declined(view.heads, view.channels, view.states, self.mixer.n_groups, hidden.dtype) is None
 
     def _runs(self, hidden: Tensor, cache: Any, quantizer: StateQuantizer, rest: tuple[Any, ...]) -> bool:
         mixer = self.mixer
@@ -90,7 +101,9 @@ class DecodeStep:
         mixed = projected[..., inner : inner + view.conv_channels].transpose(1, 2)
         cache.update_conv_state(mixed, index, conv_kernel_size=mixer.conv_kernel_size)
         shape = (hidden.shape[0], view.heads, view.channels, view.states)
-        state = hidden.new_zeros(shape) if held is None else held.load(rates[:, None, None]).clone()
+        state = (
+            hidden.new_zeros(shape, dtype=torch.float32) if held is None else held.load(rates[:, None, None]).clone()
+        )
         out = kernels.mamba2_prefill(
             projected,
             dt,

@@ -60,8 +60,10 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(compiled: list[dict
 def test_kernels_use_the_matrix_instructions_they_are_meant_to(compiled: list[dict]) -> None:
     for report in (r for r in compiled if r["matrix"]):
         # tiles of 32 rows are below what the wide instruction takes
-        kind = "wgmma" if report["arch"] >= 90 and report["name"] != "delta_decode/w5" else "mma"
+        narrow = report["name"] in ("delta_decode/w5", "prompt_read_kernel/fp32")
+        kind = "wgmma" if report["arch"] >= 90 and not narrow else "mma"
         assert report[kind] > 0, report
+        assert (report["int8"] > 0) == (report["kernel"] == "int8_gemm_kernel"), report
     assert [r for r in compiled if not r["matrix"] and r["mma"] + r["wgmma"] > 0] == []
 
 

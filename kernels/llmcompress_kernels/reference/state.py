@@ -402,9 +402,12 @@ def mamba2_prefill(
     """A prompt through a mixer between its projections; see :func:`llmcompress_kernels.state.mamba2_prefill`."""
     sequences, heads, channels, states = state.shape
     inner, both, width = heads * channels, groups * states, conv_weight.shape[-1]
-    gate, mixed = projected.split([inner, inner + 2 * both], -1)
+    given = projected.dtype
+    conv_weight, dt_bias, a, d, gain, dt = (t.float() for t in (conv_weight, dt_bias, a, d, gain, dt))
+    conv_bias = None if conv_bias is None else conv_bias.float()
+    gate, mixed = projected.float().split([inner, inner + 2 * both], -1)
     mixed = mixed.transpose(1, 2)
-    before = mixed.new_zeros(sequences, mixed.shape[1], width - 1) if conv is None else conv[..., 1:]
+    before = mixed.new_zeros(sequences, mixed.shape[1], width - 1) if conv is None else conv[..., 1:].float()
     mixed = torch.nn.functional.conv1d(
         torch.cat((before, mixed), -1), conv_weight.unsqueeze(1), conv_bias, groups=mixed.shape[1]
     )
@@ -412,10 +415,10 @@ def mamba2_prefill(
     x, b, c = mixed.split([inner, both, both], -1)
     dt = torch.nn.functional.softplus(dt + dt_bias).clamp(low, high)
     x, b, c = x.unflatten(-1, (heads, channels)), b.unflatten(-1, (groups, states)), c.unflatten(-1, (groups, states))
-    bits = torch.full((heads,), FLOAT_BITS)
+    bits = torch.full((heads,), FLOAT_BITS, device=state.device)
     y, last, _ = selective_scan_q(dt.unsqueeze(-1) * x, (dt * a).exp(), b, c, state, bits, None, 1, 1, False)
     state.copy_(last)
-    return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon)
+    return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon).to(given)
 
 
 def dsq_pack(

@@ -62,6 +62,8 @@ def variants(arch: int) -> Iterator[Variant]:
     yield from _widened()
     yield from _states()
     yield from _mixers()
+    yield from _prompts()
+    yield from _bytes()
     yield from _trees()
     yield from _columns()
 
@@ -190,12 +192,58 @@ def _mixers() -> Iterator[Variant]:
         types = {**pointers, **sizes}
         yield Variant(f"mixer_inputs/{kind}", mixer.mixer_inputs_kernel, types, constants, matrix=False)
         types = {**pointers, **sizes, "out": f"*{kind}", "epsilon": "fp32"}
-        constants = {"CHANNELS": 64, "BLOCK": 8192}
+        constants = {"CHANNELS": 64, "SKIP": True, "BLOCK": 8192}
         yield Variant(f"mixer_output/{kind}", mixer.mixer_output_kernel, types, constants, 16, matrix=False)
     constants = {"HEADS": 80, "SHARE": 80, "P": 64, "N": 128, "ROWS": mixer.ROWS}
     for kind in ("fp32", "fp16"):
         types = {**dict.fromkeys(("drive", "decay", "b", "c", "out"), "*fp32"), "state": f"*{kind}"}
         yield Variant(f"state_update/{kind}", mixer.state_update_kernel, types, constants, matrix=False)
+
+
+def _prompts() -> Iterator[Variant]:
+    import torch
+    import triton.language as tl
+
+    from llmcompress_kernels.triton import prompt
+
+    names = ("projected", "history", "conv_weight", "conv_bias", "mixed", "dt", "dt_bias", "d", "y")
+    pointers = dict.fromkeys(names, "*bf16") | dict.fromkeys(("a", "state", "states"), "*fp32")
+    sizes = dict.fromkeys(("row", "dt_row", "tokens", "inner", "channels", "chunks"), "i32")
+    types = {**pointers, **sizes, "low": "fp32", "high": "fp32"}
+    constants = {"WIDTH": 4, "HAS_HISTORY": True, "HAS_BIAS": True, "BLOCK": prompt.BLOCK, "STEP": prompt.TOKENS}
+    yield Variant("prompt_inputs", prompt.prompt_inputs_kernel, types, constants, matrix=False)
+    full = types | dict.fromkeys(names, "*fp32")
+    for kind, held, compute in (("bf16", {**types, "states": "*bf16"}, tl.bfloat16), ("fp32", full, tl.float32)):
+        chosen = prompt.launch(64, 128, torch.bfloat16 if kind == "bf16" else torch.float32)
+        shape: dict[str, Any] = {"HEADS": 80, "SHARE": 80, "P": 64, "N": 128, "L": chosen.tokens, "PART": chosen.part}
+        shape |= {"COMPUTE": compute, "PRECISION": "tf32" if kind == "bf16" else "tf32x3"}
+        for kernel, rows, warps in (
+            (prompt.prompt_states_kernel, chosen.walked, chosen.walking),
+            (prompt.prompt_read_kernel, chosen.channels, chosen.warps),
+        ):
+            yield Variant(f"{kernel.__name__}/{kind}", kernel, held, {**shape, "ROWS": rows}, warps)
+
+
+def _bytes() -> Iterator[Variant]:
+    from llmcompress_kernels.triton import int8_gemm as kernels
+
+    sizes = dict.fromkeys(
+        ("tokens", "rows", "columns", "chunks", "words", "pitch", "groups", "zero_words", "steps"), "i32"
+    )
+    pointers = {"x": "*bf16", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "weight": "*i32", "out": "*i8"}
+    types = {**sizes, **pointers}
+    constants = {"CHUNK": kernels.CHUNK, "COUNT": kernels.ROUNDED // kernels.CHUNK, "SUMS": False}
+    yield Variant("round_activations", kernels.round_activations_kernel, types, constants, matrix=False)
+    constants = {"BITS": 4, "BN": kernels.ROWS, "BK": kernels.COLUMNS}
+    yield Variant("lay_out_codes/w4", kernels.lay_out_codes_kernel, types, constants, matrix=False)
+    types |= {"x": "*i8", "weight": "*i8", "scale": "*fp16", "zero": "*i32", "out": "*bf16"}
+    for name, tokens, bits, group in (("chunk", 4096, 8, 0), ("token", 4096, 8, 0), ("chunk", 16, 4, 128)):
+        chosen = kernels.launch(tokens, 10576, 2560, name == "token")
+        constants = {"GROUP": group, "BITS": bits, "HAS_ZERO": group > 0, "PER_TOKEN": name == "token", "EVEN": True}
+        constants |= {"TURN": bits == 8, "BM": chosen.tokens, "BN": chosen.rows, "BK": 128 if name == "token" else 64}
+        types |= {"out": "*bf16" if chosen.splits == 1 else "*fp32"}
+        full = f"int8_gemm/{name}/w{bits}/{tokens}"
+        yield Variant(full, kernels.int8_gemm_kernel, dict(types), constants, chosen.warps, chosen.stages)
 
 
 def _trees() -> Iterator[Variant]:
@@ -248,7 +296,7 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
             signature[name] = variant.types[name]
     # what a launch finds out by itself: pointers and sizes are multiples of 16
     places = {name: i for i, name in enumerate(variant.kernel.arg_names)}
-    sizes = ("columns", "rows", "words", "hidden")
+    sizes = ("columns", "rows", "words", "hidden", "channels", "inner", "row", "pitch")
     even = [n for n, t in variant.types.items() if n in places and (t.startswith("*") or n in sizes)]
     attributes = {(places[name],): [["tt.divisibility", 16]] for name in even}
     began = time.perf_counter()
@@ -265,6 +313,7 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
         **_resources(compiled.asm["cubin"], variant),
         "mma": ptx.count("mma.sync"),
         "wgmma": ptx.count("wgmma.mma_async"),
+        "int8": len(re.findall(r"mma\S*\.s8\.s8", ptx)),
         "matrix": variant.matrix,
     }
 

@@ -78,14 +78,19 @@ def mixer_inputs_kernel(
     head = r // CHANNELS
     step = tl.load(projected + s * row + inner + channels + head, mask=own, other=0.0).to(tl.float32)
     step += tl.load(dt_bias + head, mask=own, other=0.0).to(tl.float32)
-    # as PyTorch's softplus, which is the identity above 20; log(1 + e^step) loses what lies below 2^-24
-    step = tl.where(step > 20.0, step, tl.maximum(step, 0.0) + log1p(tl.exp(-tl.abs(step))))
+    step = softplus(step)
     tl.store(x + s * inner + r, mixed, mask=own)
     tl.store(drive + s * inner + r, step * mixed, mask=own)
     rate = tl.load(a + head, mask=own, other=0.0).to(tl.float32)
     tl.store(decay + s * heads + head, tl.exp(step * rate), mask=own & (r % CHANNELS == 0))
     tl.store(b + s * both + r - inner, mixed, mask=(r >= inner) & (r < inner + both))
     tl.store(c + s * both + r - inner - both, mixed, mask=(r >= inner + both) & inside)
+
+
+@triton.jit
+def softplus(v):
+    """As PyTorch's, which is the identity above 20; ``log(1 + exp(v))`` loses what lies below 2^-24."""
+    return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + log1p(tl.exp(-tl.abs(v))))
 
 
 @triton.jit
@@ -97,16 +102,29 @@ def log1p(v):
 
 @triton.jit
 def mixer_output_kernel(
-    y, x, projected, d, gain, out, row, inner, width, epsilon, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+    y,
+    x,
+    projected,
+    d,
+    gain,
+    out,
+    row,
+    inner,
+    width,
+    epsilon,
+    CHANNELS: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Program (group, sequence): ``RMSNorm((y + d x) silu(gate)) gain`` over ``width`` channels."""
-    s = tl.program_id(1).to(tl.int64)
+    """Program (token, group): ``RMSNorm((y + d x) silu(gate)) gain`` over ``width`` channels; ``d x`` with ``SKIP``."""
+    s = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < width
-    r = tl.program_id(0) * width + i
+    r = tl.program_id(1) * width + i
     value = tl.load(y + s * inner + r, mask=inside, other=0.0).to(tl.float32)
-    skip = tl.load(d + r // CHANNELS, mask=inside, other=0.0).to(tl.float32)
-    value += skip * tl.load(x + s * inner + r, mask=inside, other=0.0).to(tl.float32)
+    if SKIP:
+        skip = tl.load(d + r // CHANNELS, mask=inside, other=0.0).to(tl.float32)
+        value += skip * tl.load(x + s * inner + r, mask=inside, other=0.0).to(tl.float32)
     value *= silu(tl.load(projected + s * row + r, mask=inside, other=0.0).to(tl.float32))
     value *= tl.rsqrt(tl.sum(value * value, 0) / width + epsilon)
     value *= tl.load(gain + r, mask=inside, other=0.0).to(tl.float32)
@@ -213,8 +231,8 @@ def mamba2_decode(
     )  # fmt: skip
     y = update(drive, decay, b, c)
     width = inner // groups
-    mixer_output_kernel[(groups, sequences)](
-        y, x, projected, d, gain, out, row, inner, width, epsilon, channels, power_of_two(width),
+    mixer_output_kernel[(sequences, groups)](
+        y, x, projected, d, gain, out, row, inner, width, epsilon, channels, True, power_of_two(width),
         num_warps=min(16, power_of_two(max(1, width // 512))),
     )  # fmt: skip
     return out

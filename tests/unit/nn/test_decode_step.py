@@ -1,7 +1,8 @@
-"""A decode step of a packed Mamba-2 by the GPU's three launches, under Triton's interpreter, through generate()."""
+"""Decode steps and prompts of a packed Mamba-2 by the GPU's launches, under Triton's interpreter."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,61 @@ def test_sixteen_bits_are_as_near_to_fp32_as_transformers_forward(monkeypatch: p
     assert len(agree) >= 3
     errors = [sum(apart(one.logits[t], exact.logits[t]) for t in agree) for one in (found, plain)]
     assert errors[0] < 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", list(SIZES))
+def test_a_prompt_by_a_gpus_kernels_is_transformers_forward(
+    monkeypatch: pytest.MonkeyPatch, tiny: Any, family: str, dtype: torch.dtype
+) -> None:
+    """Its logits, and those of more text after it, which starts from the packed state and the convolution's."""
+    model = quantized(tiny, family)
+    mixers = sum(type(module).__name__ in decode_step.PLAIN for module in model.modules())
+    ids = torch.randint(3, 64, (2, 29), generator=torch.Generator().manual_seed(1))
+
+    def read() -> list[torch.Tensor]:
+        held = model(ids[:, :21], use_cache=True)
+        name = "cache_params" if getattr(held, "cache_params", None) is not None else "past_key_values"
+        return [held.logits, model(ids[:, 21:], use_cache=True, **{name: held[name]}).logits]
+
+    calls = []
+
+    def prompt(*arguments: Any) -> torch.Tensor:
+        *operands, limits, epsilon = arguments
+        calls.append(operands[0].dtype)
+        return gpu.mamba2_prefill(*operands, *limits, epsilon)
+
+    monkeypatch.setattr(decode_step, "TOKEN_TYPES", {})
+    with torch.no_grad():
+        exact, plain = read(), None
+        if dtype != torch.float32:
+            model.to(dtype)
+            plain = read()
+        monkeypatch.setattr(decode_step, "TOKEN_TYPES", {"cpu": (dtype,)})
+        monkeypatch.setattr(gpu, "no_triton", lambda: None)
+        monkeypatch.setenv("LLMCOMPRESS_KERNELS", "triton")
+        monkeypatch.setattr(decode_step.kernels, "mamba2_prefill", prompt)
+        found = read()
+    assert calls == [dtype] * (2 * mixers) != []
+    if plain is None:
+        assert apart(found[0], exact[0]) < 2e-5
+        # a value between two codes may go the other way, because sums have another order
+        assert apart(found[1], exact[1]) < 2e-3
+        return
+    for mine, theirs, truth in zip(found, plain, exact):
+        assert apart(mine, truth) < 1.2 * apart(theirs, truth)
+
+
+def test_a_gpu_without_the_kernel_keeps_transformers_forward(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """The definition would go token by token."""
+    model = quantized(tiny)
+    mixer = next(module for module in model.modules() if type(module).__name__ in decode_step.PLAIN)
+    view = next(block.scan for block in layout_from_config(model.config.to_dict()).blocks if block.scan is not None)
+    hidden: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    step = decode_step.DecodeStep(mixer)
+    monkeypatch.setattr(gpu, "no_triton", lambda: "no CUDA device")
+    assert not step._scans(hidden, view)
+    monkeypatch.setattr(gpu, "no_triton", lambda: None)
+    assert step._scans(hidden, view)
+    hidden.dtype = torch.float64
+    assert not step._scans(hidden, view)
