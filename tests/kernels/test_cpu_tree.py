@@ -50,13 +50,36 @@ def test_all_widths_and_ranges(isa: str, rows: int, columns: int, group: int, dt
     assert float(error) < (2e-6 if dtype == torch.float32 else 3e-3)
 
 
-def test_a_row_does_not_depend_on_the_batch_or_the_threads(isa: str) -> None:
-    packed, scale = weights([4, 1], 64, 256, 128)
+@pytest.mark.parametrize("rows", [64, 80])
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(isa: str, rows: int) -> None:
+    packed, scale = weights([4, 1], rows, 256, 128)
     parts = tree.planes(packed, scale, [4, 1], [1.0, 0.25], 128, 256)
     x = torch.randn(13, 256)
-    whole = tree.product(x, parts, [(0, 13), (4, 9)], 64, 128, threads=2)
-    assert torch.equal(whole[6:7], tree.product(x[6:7], parts, [(0, 1), (0, 1)], 64, 128, threads=1))
-    assert torch.equal(whole[:3], tree.product(x[:3], parts, [(0, 3), (0, 0)], 64, 128, threads=1))
+    whole = tree.product(x, parts, [(0, 13), (4, 9)], rows, 128, threads=2)
+    assert torch.equal(whole[6:7], tree.product(x[6:7], parts, [(0, 1), (0, 1)], rows, 128, threads=1))
+    assert torch.equal(whole[:3], tree.product(x[:3], parts, [(0, 3), (0, 0)], rows, 128, threads=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_one_bit_nodes_keep_their_largest_and_smallest_numbers(isa: str, dtype: torch.dtype) -> None:
+    """Numbers just below a power of two would round up to it, and four of those are one too many for a table's entries.
+
+    Codes that take all positive numbers and leave out all negative ones, and the other way round, give the ends of the
+    range. Rows are in blocks of four and one, tokens in pairs and one alone.
+    """
+    rows, columns, group = 80, 544, 256
+    signs = torch.randint(0, 2, (3, columns), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    x = signs * torch.tensor(2.0).to(dtype).nextafter(torch.tensor(0.0).to(dtype))
+    codes = (signs[0] > 0).to(torch.uint8).expand(rows, columns).clone()
+    codes[1::2] = 1 - codes[1::2]
+    steps = torch.full((rows, -(-columns // group)), 0.5).half()
+    parts = tree.planes([pack(codes, 1)], [steps], [1], [1.0], group, columns)
+    got = tree.product(x, parts, [(0, 3)], rows, group)
+    expected = delta_decode(x.double(), [pack(codes, 1)], [steps], torch.tensor([(0, 3)]), [1], [1.0], group)
+    assert float(expected[0].abs().max()) > 0.49 * columns
+    places = 10 if dtype == torch.float16 else 20
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=2.0**-places, atol=0)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=columns * 2.0**-places)
 
 
 def test_what_is_no_number_spoils_its_own_row_only(isa: str) -> None:

@@ -126,6 +126,7 @@ class Engine {
         o.m = m;
         if (m.kind == TREE) {
             o.tree = tree_shape(m.columns, m.group);
+            o.tree.one_bit = std::any_of(o.nodes(), o.nodes() + m.bits, [](const TreeNode& n) { return n.bits == 1; });
             activation_size_ = std::max(activation_size_, tree_activation_bytes(o.tree, MAX_BATCH, 3));
         }
         if (m.kind != PACKED) return o;
@@ -146,7 +147,7 @@ class Engine {
             parts.resize(size_t(tree_chunks(columns, group, nullptr)));
             tree_chunks(columns, group, parts.data());
         }
-        TreeShape shape{columns, (columns + group - 1) / group, 0, int64_t(parts.size()), parts.data()};
+        TreeShape shape{columns, (columns + group - 1) / group, 0, int64_t(parts.size()), parts.data(), false};
         for (const TreeChunk& part : parts) shape.units += part.units;
         return shape;
     }

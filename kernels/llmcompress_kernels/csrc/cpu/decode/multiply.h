@@ -34,10 +34,10 @@ class Input {
     int32_t member(int t) const { return members_ == nullptr ? 0 : members_[index_ ? index_[t] : t]; }
 
     const TreeActivations& natural(const TreeShape& s) {
-        if (bits_ != TREE_BITS || group_ != s.units || columns_ != s.columns) {
+        if (bits_ != TREE_BITS || group_ != s.units || columns_ != s.columns || one_bit_ < s.one_bit) {
             tree_ = place_tree_activations(s, tokens_, planes_ < 2 ? 2 : planes_, memory_.data());
             for (int t = 0; t < tokens_; ++t) tree_variant().quantize(s, row(t), tree_, t);
-            bits_ = TREE_BITS, group_ = s.units, columns_ = s.columns;
+            bits_ = TREE_BITS, group_ = s.units, columns_ = s.columns, one_bit_ = s.one_bit;
         }
         return tree_;
     }
@@ -47,6 +47,7 @@ class Input {
     const int32_t* members_ = nullptr;
     TreeActivations tree_{};
     int64_t columns_ = 0;
+    bool one_bit_ = false;  // whether tree_ has tables
     std::vector<char>& memory_;
     const int planes_;
     const float* rows_ = nullptr;

@@ -10,7 +10,9 @@
 namespace llmcompress {
 namespace tree_avx512 {
 #include "llmcompress/lanes_avx512.h"
+#define LLMCOMPRESS_TABLES
 #include "rows.inc"
+#undef LLMCOMPRESS_TABLES
 }  // namespace tree_avx512
 const TreeVariant avx512_tree = {"avx512", tree_avx512::quantize_token, tree_avx512::add_node};
 }  // namespace llmcompress

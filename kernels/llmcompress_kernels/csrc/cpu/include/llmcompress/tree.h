@@ -9,7 +9,11 @@
 //   [unit][token][plane][32 bytes]   fixed-point numbers of `planes` bytes (see lowbit.h), one scale to a chunk
 //
 // Tokens of a model are neighbours, models are sorted along the tree, so a node's tokens are a range of bytes at a
-// constant distance. Words and scales of 16 rows lie side by side, as in lowbit.h.
+// constant distance. One-bit nodes may read tables of partial sums instead (cpu/tree/tables.inc):
+//
+//   [16 columns][token][plane][64 entries]
+//
+// Words and scales of 16 rows lie side by side, as in lowbit.h.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +24,8 @@
 namespace llmcompress {
 
 constexpr int UNIT = 32;           // columns
+constexpr int TREE_TABLE = 64;     // entries of a table
+constexpr int TREE_TABLE_COLUMNS = 16;
 constexpr int64_t TREE_PASS = 64;  // tokens whose activations are held at once
 
 struct TreeNode {
@@ -52,18 +58,26 @@ inline int64_t tree_chunks(int64_t columns, int64_t group, TreeChunk* out) {
 struct TreeShape {
     int64_t columns, groups, units, chunks;
     const TreeChunk* parts;
+    bool one_bit;  // whether a node has codes of one bit
+
+    // of a token and a plane
+    int64_t table_bytes() const { return one_bit ? units * (UNIT / TREE_TABLE_COLUMNS) * TREE_TABLE : 0; }
 };
 
 struct TreeActivations {
     int8_t* bytes;
     float* scale;  // [chunk][token]
     float* sum;    // [chunk][token]: scale * sum of the numbers
+    uint8_t* tables;  // where a node has one bit, like the rest
+    int32_t* middle;  // [chunk][token]: half the sum of the numbers' sizes, rounded down
+    float* odd;       // [chunk][token]: scale * what that rounding takes away
     int64_t tokens;
     int planes;  // 2 or 3
 };
 
 inline size_t tree_activation_bytes(const TreeShape& s, int64_t tokens, int planes) {
-    return size_t(tokens * (s.units * UNIT * planes + s.chunks * 2 * int64_t(sizeof(float))) + 3 * 64);
+    const int64_t each = planes * (s.units * UNIT + s.table_bytes()) + s.chunks * 4 * int64_t(sizeof(float));
+    return size_t(tokens * each + 6 * 64);
 }
 
 inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens, int planes, void* memory) {
@@ -72,6 +86,9 @@ inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens
     a.bytes = parts.take<int8_t>(tokens * s.units * UNIT * planes);
     a.scale = parts.take<float>(tokens * s.chunks);
     a.sum = parts.take<float>(tokens * s.chunks);
+    a.tables = parts.take<uint8_t>(tokens * planes * s.table_bytes());
+    a.middle = parts.take<int32_t>(tokens * s.chunks);
+    a.odd = parts.take<float>(tokens * s.chunks);
     a.tokens = tokens;
     a.planes = planes;
     return a;
