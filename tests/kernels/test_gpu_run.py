@@ -327,3 +327,37 @@ def test_scan_is_differentiable() -> None:
     wanted = state_definition.selective_scan_q_backward(2 * expected, *plain, kept, bits, None, 1, 1)
     for mine, theirs in zip(found, wanted):
         assert (mine - theirs).norm() / theirs.norm() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_prompt_of_a_mixer(dtype: torch.dtype) -> None:
+    """A length that is no multiple of a chunk, from a state, against the definition in fp32."""
+    torch.manual_seed(0)
+    sequences, tokens, heads, channels, states, groups = 2, 150, 8, 64, 128, 2
+    inner, width = heads * channels, heads * channels + 2 * groups * states
+    rates = -torch.tensor([0.3, 200.0, 1e-4, 5.0] * 2, device="cuda")
+    draw = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    weights = (draw(width, 4), draw(width), draw(heads), rates, draw(heads), 1 + 0.1 * draw(inner))
+    rows, conv = draw(sequences, tokens, inner + width + heads).to(dtype), draw(sequences, width, 4).to(dtype)
+    held = draw(sequences, heads, channels, states)
+    other, tail = held.clone(), (groups, 0.01, 4.0, 1e-5)
+    found = torch.ops.llmcompress.mamba2_prefill(rows[..., :-heads], rows[..., -heads:], conv, *weights, held, *tail)
+    wide = rows.float()
+    expected = state_definition.mamba2_prefill(
+        wide[..., :-heads], wide[..., -heads:], conv.float(), *weights, other, *tail
+    )
+    close = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert relative(found, expected.double()) < close
+    assert relative(held, other.double()) < close
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 33, 700])
+def test_int8_activations(packed, bits: int, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    for rows, columns, group in ((1024, 2048, 1 << 20), (333, 1000, 64)):
+        w = packed((rows, columns), bits, group, group == 64, "cuda")
+        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        operands = (w.weight, w.scale, w.zero, bits, group, columns, True)
+        expected = dense_definition.group_gemm(x.float(), *operands)
+        assert relative(ops.group_gemm(x, *operands), expected.double()) < TOLERANCE[torch.bfloat16], (rows, columns)
