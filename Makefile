@@ -7,10 +7,11 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check family family-smollm2 repro-eac-moe clean
+.PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check family family-smollm2 \
+	repro-eac-moe repro-q-mamba repro-rqt repro-s2r clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -73,9 +74,24 @@ family-smollm2: $(STAMP) ## Train four fine-tunes of SmolLM2-135M: needs FAMILY_
 		--members maths code chat spanish --child-tokens 1.5e6 --child-epochs 3 --child-rows 32 --child-lr 1e-4 \
 		$(if $(filter cuda,$(DEVICE)),--device cuda --parallel --every 0,--threads 2 --every 20)
 
-repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path, 1 x 80 GB GPU, about 2 h
+repro-eac-moe: $(STAMP) ## EAC-MoE on a local Mixtral: needs REPRO_MODEL=/path; what else: llmcompress recipes show eac_moe_mixtral
 	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/Mixtral-8x7B-v0.1"; exit 2; }
 	$(BIN)/llmcompress run eac_moe_mixtral model.path=$(REPRO_MODEL)
+
+repro-q-mamba: $(STAMP) ## Q-Mamba on a local Mamba-2: needs REPRO_MODEL=/path, a GPU with 12 GB for 2.7b
+	@test -n "$(REPRO_MODEL)" || { echo "set REPRO_MODEL=/path/to/mamba2-2.7b-hf"; exit 2; }
+	$(BIN)/llmcompress run q_mamba_mamba2 model.path=$(REPRO_MODEL)
+
+repro-rqt: $(STAMP) ## RQT on Mistral-7B: needs REPRO_MODEL=/path, REPRO_MEMBERS=folder of its fine-tunes, a GPU with 13 GB
+	@test -n "$(REPRO_MODEL)" -a -n "$(REPRO_MEMBERS)" || \
+		{ echo "set REPRO_MODEL=/path/to/Mistral-7B-v0.1 REPRO_MEMBERS=/folder (llmcompress recipes show rqt_mistral names them)"; exit 2; }
+	$(BIN)/llmcompress run rqt_mistral model.path=$(REPRO_MODEL) vars.models=$(REPRO_MEMBERS)
+
+repro-s2r: $(STAMP) ## S2R on Qwen2-7B: needs REPRO_MODEL=/path, REPRO_TASK=TRAIN.jsonl, REPRO_VERIFIER=model, GPUs with 184 GB
+	@test -n "$(REPRO_MODEL)" -a -n "$(REPRO_TASK)" -a -n "$(REPRO_VERIFIER)" || \
+		{ echo "set REPRO_MODEL=/path/to/Qwen2-7B-Instruct REPRO_TASK=TRAIN.jsonl REPRO_VERIFIER=NAME"; exit 2; }
+	$(BIN)/llmcompress run s2r_qwen2_7b model.path=$(REPRO_MODEL) vars.task.path=$(REPRO_TASK) \
+		stages.init.verifier.model=$(REPRO_VERIFIER)
 
 clean: ## Remove runs and caches (not .venv)
 	@rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
