@@ -164,6 +164,24 @@ def within_a_window(library, held, fixed, given, dither: bool, variant: int, rea
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(("bits", "states"), [(4, 128), (8, 64)])
+def test_what_is_not_a_number_stays_so(emulation, bits: int, states: int, calibrated: bool) -> None:
+    emulation.llmcompress_state_emulation(0, 5)
+    held, fixed = start(5, 2, states, bits, calibrated)
+    expected = [None if t is None else t.clone() for t in held]
+    for t in range(3):
+        given = inputs(2, states)
+        if t == 0:
+            given[0][0, 1, 3] = torch.nan
+        found = kernels.dsq_state_update(*held, fixed, *given, bits, library=emulation)
+        wanted = definition.dsq_state_update(*expected, fixed, *given, bits)
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(held[2].isnan(), expected[2].isnan())
+    assert wanted[0, 1].isnan().all()
+    assert not wanted[1].isnan().any()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize(
     ("states", "window", "dither", "late"), [(128, 2, True, False), (128, 5, False, True), (64, 3, True, True)]
 )

@@ -98,6 +98,24 @@ def test_replay_window(window: int, dtype: torch.dtype, bits: int, calibrated: b
     assert mine[4].tolist() == [(window + 1) % window, (window + 2) % window]
 
 
+@pytest.mark.parametrize(("calibrated", "refit", "dither"), KINDS)
+def test_what_is_not_a_number_stays_so(calibrated: bool, refit: bool, dither: bool) -> None:
+    """Met by one token, rounded with the next."""
+    fixed = (torch.rand(HEADS, P) + 0.1).to(torch.float16) if calibrated else None
+    packed = kernels.dsq_pack(states(4, SEQUENCES, HEADS), fixed, 4, refit, dither)
+    recent, count = torch.zeros(SEQUENCES, 1, HEADS * P + HEADS + GROUPS * N), torch.zeros(SEQUENCES, dtype=torch.int32)
+    mine, theirs = ([None if t is None else t.clone() for t in (*packed, fixed, recent, count)] for _ in "12")
+    for t in range(4):
+        inputs = step_inputs(SEQUENCES)
+        if t == 0:
+            inputs[0][0, 1, 3] = torch.nan
+        found = replay.dsq_replay_update(*mine, *inputs, 4, refit, dither)
+        wanted = definition.dsq_replay_update(*theirs, *inputs, 4, refit, dither)
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(mine[2].isnan(), theirs[2].isnan())
+    assert wanted[0, 1].isnan().all() and not wanted[1].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("first", "window", "calibrated", "refit", "dither"),
     [(1, 1, False, False, False), (3, 2, True, False, False), (2, 1, False, True, False), (2, 2, False, False, True)],

@@ -11,9 +11,10 @@ With ``refit`` the channel scale, once the codes are known, is fitted to them by
 the code is ``clamp(round_half_even(v + e_n), ±qmax)``; the bits of the state scale give ``e_n`` (:func:`dither_of`).
 The last product of ``v`` and that sum are rounded once (fused).
 
-Scales are clamped to ``[2^-24, 65504]``. Every implementation has to give the same codes and scales to the last
-bit, so the order of operations is part of the definition: nothing is fused, and the mean is summed in halves
-(:func:`folded_mean`). The read-out ``y`` may be summed in any order.
+Scales are clamped to ``[2^-24, 65504]``; one of NaN is NaN, so that a state that has met NaN shows it. Every
+implementation has to give the same codes and scales to the last bit, so the order of operations is part of the
+definition: nothing is fused, and the mean is summed in halves (:func:`folded_mean`). The read-out ``y`` may be summed
+in any order.
 
 A *replay window* of R rounds only every R-th token. The tokens since the last rounding are kept as rows
 ``drive | decay | B`` of ``recent`` and taken in again, one after the other, before the next one (:func:`replayed`);

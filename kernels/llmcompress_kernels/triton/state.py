@@ -36,8 +36,15 @@ def folded_mean(values, P: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def to_scale(value):
-    """Positive fp32 to a stored scale."""
-    return tl.minimum(tl.maximum(value, 5.9604644775390625e-08), 65504.0).to(tl.float16)
+    """Positive fp32 to a stored scale; NaN stays NaN."""
+    value = tl.maximum(value, 5.9604644775390625e-08, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
+def largest(values):
+    """Over the first axis, of numbers that are not negative: the order of their bits, in which NaN comes last."""
+    return tl.max(values.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def quantize(u, fixed, qmax, FIXED: tl.constexpr, P: tl.constexpr, N: tl.constex
     else:
         channel = to_scale(tl.sqrt_rn(folded_mean(size, P, N, LOG)))
     wide = channel.to(tl.float32)
-    state = to_scale(tl.max(tl.div_rn(size, tl.broadcast_to(wide[:, None], (P, N))), 0))
+    state = to_scale(largest(tl.div_rn(size, tl.broadcast_to(wide[:, None], (P, N)))))
     step = step_size(wide, state, qmax, P, N)
     if FIXED >= 3:
         inverse, unstep = reciprocals(wide, state, qmax, P, N)

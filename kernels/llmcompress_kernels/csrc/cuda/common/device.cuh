@@ -69,8 +69,19 @@ __device__ __forceinline__ float nearest(float v) { return rintf(v); }
 __device__ __forceinline__ float size_of(float v) { return fabsf(v); }
 __device__ __forceinline__ float more_of(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float less_of(float a, float b) { return fminf(a, b); }
+// The same, and NaN where one of them is.
+__device__ __forceinline__ float more_or_nan(float a, float b) {
+    float out;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+    return out;
+}
+__device__ __forceinline__ float less_or_nan(float a, float b) {
+    float out;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+    return out;
+}
 
-// Of numbers that are not negative, whose order is that of their bits: one instruction from compute capability 9.0 on.
+// Of numbers that are not negative, whose order is that of their bits, NaN last: one instruction from compute capability 9.0 on.
 __device__ __forceinline__ float most_of_three(float a, float b, float c) {
     return __int_as_float(__vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
 }

@@ -226,8 +226,10 @@ inline float root(float v) { return std::sqrt(v); }
 inline float nearest(float v) { return std::nearbyint(v); }
 inline float size_of(float v) { return std::fabs(v); }
 inline float more_of(float a, float b) { return std::fmax(a, b); }
-inline float most_of_three(float a, float b, float c) { return more_of(a, more_of(b, c)); }
 inline float less_of(float a, float b) { return std::fmin(a, b); }
+inline float more_or_nan(float a, float b) { return a != a || b != b ? NAN : more_of(a, b); }
+inline float less_or_nan(float a, float b) { return a != a || b != b ? NAN : less_of(a, b); }
+inline float most_of_three(float a, float b, float c) { return more_or_nan(a, more_or_nan(b, c)); }
 inline float about_inverse(float v) { return std::nextafter(1.0f / v, machine.order() % 2 ? INFINITY : 0.0f); }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {

@@ -63,7 +63,7 @@ template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITH
     static_assert(W >= 1 && (W & (W - 1)) == 0 && CHUNK % 16 == 0 && P % ROWS == 0, "");
 };
 
-__device__ __forceinline__ float clamped(float v) { return less_of(more_of(v, SMALLEST), LARGEST); }
+__device__ __forceinline__ float clamped(float v) { return less_or_nan(more_or_nan(v, SMALLEST), LARGEST); }
 
 // v / q for a scale of fp16 and q = 7 or 127, correctly rounded: tests/kernels/test_cuda_state.py tries all of them.
 template <class S> __device__ __forceinline__ float per_state(float v) {
@@ -230,7 +230,7 @@ template <class S> struct Head {
     // The largest |u| / channel of a column, by division; all lanes of the warp.
     __device__ float exact_most(int n) const {
         float most = 0;
-        for (int r = lane; r < S::P; r += 32) most = more_of(most, divide(size_of(again(r, n)), at<float>(S::WIDE)[r]));
+        for (int r = lane; r < S::P; r += 32) most = more_or_nan(most, divide(size_of(again(r, n)), at<float>(S::WIDE)[r]));
         return float_of(largest(bits_of(most)));
     }
 };
@@ -386,7 +386,7 @@ template <class S> struct Tile {
 #pragma unroll
                 for (int i = 0; i < S::R; ++i) {
                     u[i][j][k] = multiply(u[i][j][k], inverses[i]);
-                    found = i == 0 ? size_of(u[i][j][k]) : more_of(found, size_of(u[i][j][k]));
+                    found = i == 0 ? size_of(u[i][j][k]) : more_or_nan(found, size_of(u[i][j][k]));
                 }
                 most[k / 4].at[k % 4] = found;
             }
@@ -522,7 +522,7 @@ template <class S> __device__ __forceinline__ bool columns(const Head<S>& head) 
         const float* all = head.template at<float>(S::ALL) + n;
         float most = all[0];
 #pragma unroll
-        for (int w = 1; w < S::WARPS; ++w) most = more_of(most, all[w * S::N]);
+        for (int w = 1; w < S::WARPS; ++w) most = more_or_nan(most, all[w * S::N]);
         // The true maximum lies within two units of the last place. Where fp16 may round it differently, divide; beyond
         // fp16's normal numbers always, because there a scale may be far below the maximum that it stands for.
         const bool usual = most >= NORMAL && most < LARGEST;
