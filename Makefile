@@ -90,8 +90,7 @@ repro-rqt: $(STAMP) ## RQT on Mistral-7B: needs REPRO_MODEL=/path, REPRO_MEMBERS
 repro-s2r: $(STAMP) ## S2R on Qwen2-7B: needs REPRO_MODEL=/path, REPRO_TASK=TRAIN.jsonl, REPRO_VERIFIER=model, GPUs with 184 GB
 	@test -n "$(REPRO_MODEL)" -a -n "$(REPRO_TASK)" -a -n "$(REPRO_VERIFIER)" || \
 		{ echo "set REPRO_MODEL=/path/to/Qwen2-7B-Instruct REPRO_TASK=TRAIN.jsonl REPRO_VERIFIER=NAME"; exit 2; }
-	$(BIN)/llmcompress run s2r_qwen2_7b model.path=$(REPRO_MODEL) vars.task.path=$(REPRO_TASK) \
-		stages.init.verifier.model=$(REPRO_VERIFIER)
+	$(BIN)/llmcompress run s2r_qwen2_7b model.path=$(REPRO_MODEL) vars.task.path=$(REPRO_TASK) stages.init.verifier.model=$(REPRO_VERIFIER)
 
 clean: ## Remove runs and caches (not .venv)
 	@rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
