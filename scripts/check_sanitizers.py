@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build the C++ kernels with AddressSanitizer and UBSan and run them: products, direct calls, states, the decode step.
+"""Build the C++ kernels with AddressSanitizer and UBSan and run products, direct calls, states, trees, the decode step.
 
-    python scripts/check_sanitizers.py [--cases 300] [--seed 0] [--only gemm call state decode]
+    python scripts/check_sanitizers.py [--cases 300] [--seed 0] [--only gemm call state tree decode]
 
-The products take random cases; calls, states and the decode step take their own tests, where a skipped one is a
+The products take random cases; calls, states, trees and the decode step take their own tests, where a skipped one is a
 failure.
 
 The sanitizer's run time has to be first in the process, so the cases run in a child with LD_PRELOAD. Any report ends
@@ -32,6 +32,7 @@ TESTS = {
         "prepared and not bad_input or many_tokens",
     ],
     "state": [f"tests/kernels/test_{name}.py" for name in ("state_ops", "replay_ops", "mamba2_model")],
+    "tree": ["tests/kernels/test_cpu_tree.py"],
     # one dense and one packed model of each kind, every instruction set, threads, chunks, the rounded head
     "decode": [
         "tests/unit/inference/test_engine.py",
