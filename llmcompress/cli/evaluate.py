@@ -380,6 +380,5 @@ def _compared(row: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
     a, b, change = row["a"], row["b"], row["difference"]
     if row["name"] == "bytes":
         return bytes_text(a), bytes_text(b), None if not a or b is None else f"{b / a:.3f} ×"
-    share = f" ({change / a:+.1%})" if change is not None and a and row["name"].endswith("perplexity") else ""
-    shown = None if change is None else difference_text(change, row["difference_stderr"], share)
+    shown = None if change is None else difference_text(change, row["difference_stderr"], row["name"], a)
     return figure(a), figure(b), shown

@@ -294,17 +294,19 @@ def figure(value: float | None) -> str | None:
     return None if value is None else f"{value:.5g}"
 
 
-def difference_text(difference: float, stderr: float | None, share: str = "") -> str:
+def difference_text(difference: float, stderr: float | None, name: str = "", base: float | None = None) -> str:
     """A difference with its standard error where that is known, and whether it is noise.
 
     Args:
         difference: Of two figures.
         stderr: Its standard error, paired.
-        share: The difference in other words, printed behind it.
+        name: Of the figure; of a perplexity it is the share of ``base`` that is quoted.
+        base: What it differs from.
     """
     from llmcompress.evaluation.significance import within_noise
 
     spread = "" if stderr is None else f" ± {stderr:.2g}"
+    share = f" ({difference / base:+.1%})" if base and name.endswith("perplexity") else ""
     noise = " within noise" if within_noise(difference, stderr) else ""
     return f"{difference:+.4g}{spread}{share}{noise}"
 
@@ -316,9 +318,7 @@ def metrics_table(metrics: list[Metric]) -> object:
         shown = None
         if metric.dense is not None and metric.compressed is not None:
             change = metric.compressed - metric.dense
-            # of a perplexity it is the share that is quoted
-            share = f" ({change / metric.dense:+.1%})" if metric.dense and metric.name.endswith("perplexity") else ""
-            shown = difference_text(change, metric.difference_stderr, share)
+            shown = difference_text(change, metric.difference_stderr, metric.name, metric.dense)
         rows.append((metric.name, figure(metric.dense), figure(metric.compressed), shown))
     columns = ("metric", "dense", "compressed", "difference")
     return table(columns, rows, right="dense|compressed|difference")

@@ -31,6 +31,7 @@ from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
 from llmcompress.evaluation.pace import Pace
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
+from llmcompress.evaluation.significance import window_rows
 from llmcompress.evaluation.streamed import streamed_perplexity
 from llmcompress.quant.store import write_durably
 
@@ -405,7 +406,7 @@ def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger
         part = ledger.get(f"{side}.perplexity.{name}")
         if part is not None:
             n, value = part["tokens"], part["perplexity"]
-            scores.append(Score(name, "perplexity", value, part["stderr"], n, False, _window_rows(part)))
+            scores.append(Score(name, "perplexity", value, part["stderr"], n, False, window_rows(part)))
             scores.append(Score(name, "bits_per_byte", part["bits_per_byte"], None, n, False))
     for spec in prepared.tasks:
         for entry in ledger.get(f"{side}.task.{spec.name}") or ():
@@ -557,10 +558,5 @@ def without_policy_rows(config: Settings, ledger: Ledger) -> list[dict[str, Any]
 def _plain(name: str, part: Mapping[str, Any]) -> Score:
     return Score(
         name, "perplexity_without_policies", part["perplexity"], part["stderr"], part["tokens"], False,
-        _window_rows(part),
+        window_rows(part),
     )  # fmt: skip
-
-
-def _window_rows(part: Mapping[str, Any]) -> tuple[float, ...]:
-    """Perplexity by window, linearised around the mean, so that two models can be compared window by window."""
-    return tuple(part["perplexity"] * nll for nll in part.get("window_nll", ()))

@@ -8,7 +8,7 @@ noise of compressing anew with another seed or other calibration text.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,14 @@ def recorded(stage_dir: Path) -> dict[str, Recorded]:
             part = _read(stage_dir / "parts" / f"{side}.perplexity.{name}.json")
             if isinstance(part, dict) and part.get("window_nll"):
                 sample = json.dumps([source, part["tokens"], part["windows"], part["text_bytes"]], sort_keys=True)
-                rows = tuple(part["perplexity"] * nll for nll in part["window_nll"])
-                fresh[f"{name}.perplexity"] = Recorded(sample, rows)
+                fresh[f"{name}.perplexity"] = Recorded(sample, window_rows(part))
         found = fresh | found
     return found
+
+
+def window_rows(part: Mapping[str, Any]) -> tuple[float, ...]:
+    """Perplexity by window, linearised around the mean, so that two models can be compared window by window."""
+    return tuple(part["perplexity"] * nll for nll in part.get("window_nll", ()))
 
 
 def _read(path: Path) -> Any:

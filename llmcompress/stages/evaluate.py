@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -181,7 +180,9 @@ class Evaluate(Stage):
         problems = self.check(state.model.layout)
         if problems:
             raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
-        with _offline(self.config.offline), whole_models(sparing=ctx.ram is not None):
+        from llmcompress.data.hub import offline
+
+        with offline(self.config.offline), whole_models(sparing=ctx.ram is not None):
             _Evaluation(self.config, state, ctx, Ledger(ctx.stage_dir / "parts")).run()
         self._conclude(state, ctx)
 
@@ -391,17 +392,6 @@ class _Evaluation:
 
     def _warn(self, text: str) -> None:
         self.ctx.emit("warning", text=text)
-
-
-@contextmanager
-def _offline(active: bool) -> Iterator[None]:
-    if not active:
-        yield
-        return
-    from llmcompress.data.hub import offline
-
-    with offline(True):
-        yield
 
 
 def _model_bytes(inputs: PlanInputs) -> tuple[int, int]:

@@ -125,8 +125,8 @@ class Engine {
         Operand o;
         o.m = m;
         if (m.kind == TREE) {
-            o.tree = tree_shape(m.columns, m.group);
-            o.tree.one_bit = std::any_of(o.nodes(), o.nodes() + m.bits, [](const TreeNode& n) { return n.bits == 1; });
+            const auto& parts = tree_plan(m.columns, m.group);
+            o.tree = tree_shape(m.columns, m.group, int64_t(parts.size()), parts.data(), o.nodes(), m.bits);
             activation_size_ = std::max(activation_size_, tree_activation_bytes(o.tree, MAX_BATCH, 3));
         }
         if (m.kind != PACKED) return o;
@@ -141,15 +141,13 @@ class Engine {
         return o;
     }
 
-    TreeShape tree_shape(int64_t columns, int64_t group) {
+    const std::vector<TreeChunk>& tree_plan(int64_t columns, int64_t group) {
         auto& parts = tree_plans_[std::make_pair(columns, group)];
         if (parts.empty()) {
             parts.resize(size_t(tree_chunks(columns, group, nullptr)));
             tree_chunks(columns, group, parts.data());
         }
-        TreeShape shape{columns, (columns + group - 1) / group, 0, int64_t(parts.size()), parts.data(), false};
-        for (const TreeChunk& part : parts) shape.units += part.units;
-        return shape;
+        return parts;
     }
 
     std::map<std::pair<int64_t, int64_t>, std::vector<TreeChunk>> tree_plans_;

@@ -34,9 +34,7 @@ extern "C" __attribute__((visibility("default"))) void llmcompress_tree_product(
     static thread_local Memory memory;
     std::vector<TreeChunk> parts(size_t(tree_chunks(columns, group, nullptr)));
     tree_chunks(columns, group, parts.data());
-    const bool one_bit = std::any_of(nodes, nodes + count, [](const TreeNode& n) { return n.bits == 1; });
-    TreeShape shape{columns, (columns + group - 1) / group, 0, int64_t(parts.size()), parts.data(), one_bit};
-    for (const TreeChunk& part : parts) shape.units += part.units;
+    const TreeShape shape = tree_shape(columns, group, int64_t(parts.size()), parts.data(), nodes, count);
     const int64_t blocks = (rows + LANES - 1) / LANES, stride = blocks * LANES;
     const TreeVariant& v = tree_variant();
     for (int64_t first = 0; first < tokens; first += TREE_PASS) {

@@ -41,8 +41,6 @@ inline Ints loaded(const int32_t* from) {
     return to;
 }
 
-inline void fetch_next(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-
 // Chunks [from, to) of block `block`, whose words begin at `p`, into row `r` of the panel. Returns where the next begin.
 template <int BITS, int PLANES, bool SIGNED>
 const uint32_t* fill_panel(const Weight& w, const Chunk* parts, int64_t from, int64_t to, int64_t block, const uint32_t* p,
@@ -193,7 +191,8 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
             for (int64_t i = 0; i < blocks; ++i) {
                 // what the next panel unpacks comes while this one is used; all at once it would be waited for
                 for (int64_t line = lines * i / blocks; line < lines * (i + 1) / blocks; ++line)
-                    for (int r = 0; r < ROWS; ++r) fetch_next((to < count ? p[r] : p[r] + (ROWS - 1) * words * LANES) + line * LANES);
+                    for (int r = 0; r < ROWS; ++r)
+                        prefetch_second_level((to < count ? p[r] : p[r] + (ROWS - 1) * words * LANES) + line * LANES);
                 const int places = token_block(a.tokens, begin + i, MOST);
                 const auto block_at = [&](int64_t n, int64_t quad) {
                     const int64_t at = (begin + n) * MOST;

@@ -64,6 +64,15 @@ struct TreeShape {
     int64_t table_bytes() const { return one_bit ? units * (UNIT / TREE_TABLE_COLUMNS) * TREE_TABLE : 0; }
 };
 
+// The shape of a weight whose chunks are `parts`, of `count` nodes.
+inline TreeShape tree_shape(int64_t columns, int64_t group, int64_t chunks, const TreeChunk* parts, const TreeNode* nodes,
+                            int64_t count) {
+    TreeShape shape{columns, (columns + group - 1) / group, 0, chunks, parts, false};
+    for (int64_t c = 0; c < chunks; ++c) shape.units += parts[c].units;
+    for (int64_t n = 0; n < count; ++n) shape.one_bit |= nodes[n].bits == 1;
+    return shape;
+}
+
 struct TreeActivations {
     int8_t* bytes;
     float* scale;  // [chunk][token]
