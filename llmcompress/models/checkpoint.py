@@ -122,6 +122,17 @@ class Checkpoint:
             raise InputError(f"{self.path}: no 16- or 32-bit weights; is it quantized already?")
         return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[floats[0]]
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type in which :meth:`tensor` gives a run-time tensor.
+
+        Raises:
+            InputError: It is missing.
+        """
+        found = next((piece for piece in (self._disk_name(name), *self._pieces(name)) if piece in self._where), None)
+        if found is None:
+            raise self._lacks(name)
+        return self._where[found].dtype(found)
+
     def has(self, name: str) -> bool:
         """Whether a run-time tensor can be read (stacked experts: whether every piece is there)."""
         return self._disk_name(name) is not None or all(piece in self._where for piece in self._pieces(name) or [""])
@@ -140,8 +151,11 @@ class Checkpoint:
             return self._where[disk].read(disk)
         pieces = self._pieces(name)
         if not pieces or any(piece not in self._where for piece in pieces):
-            raise InputError(f"{self.path}: {name} is missing", f"look with `llmcompress inspect {self.path}`")
+            raise self._lacks(name)
         return self._stack(self._banks[name], name, pieces)
+
+    def _lacks(self, name: str) -> InputError:
+        return InputError(f"{self.path}: {name} is missing", f"look with `llmcompress inspect {self.path}`")
 
     def verify(self, check_values: bool = False) -> None:
         """Compare what the files hold with what the model needs.

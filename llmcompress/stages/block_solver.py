@@ -307,9 +307,12 @@ class BlockSolver:
         return self.model.get_parameter(name) if self._runs else None
 
     def _source(self, name: str) -> Tensor:
-        """A weight in the family's orientation, in the checkpoint's precision where the block's is lower."""
+        """A weight in the family's orientation, from the checkpoint where the block's type does not hold it exactly."""
+        import torch
+
         place = self.model.get_parameter(name).detach()
-        if self.handle.checkpoint.dtype.itemsize <= place.dtype.itemsize:
+        # sizes do not tell: bfloat16 has three bits less than float16 of the same size
+        if torch.promote_types(self.handle.checkpoint.dtype_of(name), place.dtype) == place.dtype:
             return place
         if name not in self._sources:
             tensor = self.handle.checkpoint.tensor(name).to(place.device)

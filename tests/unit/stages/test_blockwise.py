@@ -216,8 +216,9 @@ def test_auto_plan_spends_its_budget_once(with_data: bool, tiny: Any, tmp_path: 
     assert {spec.bits for spec in fresh.packed.plan().values()} == {4}
 
 
-def test_low_precision_compute_quantizes_the_exact_weights(tiny: Any, tmp_path: Path) -> None:
-    tiny.model("mixtral").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_low_precision_compute_quantizes_the_exact_weights(stored: Any, tiny: Any, tmp_path: Path) -> None:
+    tiny.model("mixtral").to(stored).save_pretrained(tmp_path / "model")
     codes = []
     for dtype in ("float32", "bfloat16"):
         state = tiny.state(tmp_path / "model", "mixtral")
