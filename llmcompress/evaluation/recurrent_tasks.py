@@ -2,11 +2,14 @@
 
 **Low-bit states**: lm-eval scores a request with one forward pass, in which a float scan never meets the stored state,
 so accuracy would be that of float states; here requests run through the recurrence, token by token.
+**Expert skipping**: lm-eval fills up the shorter requests of a batch and gives no mask, so padding would count as
+prompt and a request's score would depend on its company; here the policy is told where requests end.
 **Written answers**: greedy ones come from the native engine where it writes what transformers writes.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -44,7 +47,7 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
         self._prompts: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if self.state_mode == "decode_only":
+        if self.state_mode == "decode_only" or self._skipping is not None:
             for _, context, continuation in requests:
                 row = (context + continuation)[-(self.max_length + 1) :][:-1]
                 self._prompts[tuple(row)] = max(1, len(row) + 1 - len(continuation))
@@ -53,21 +56,31 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
         finally:
             self._prompts.clear()
 
+    @property
+    def _skipping(self) -> Any:
+        """What the model's expert-skipping policy is controlled by, None without one."""
+        return getattr(self.model, "llmcompress_skipping", None)
+
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with recurrent_evaluation(self.model, self._prompt(inps)):
+        rows = [self._request(row) for row in inps.tolist()] if self._prompts else []
+        prompt: int | Tensor = 1
+        if rows and self.state_mode == "decode_only":
+            prompt = torch.tensor([prompt for _, prompt in rows])
+        ends = nullcontext()
+        if rows and self._skipping is not None:
+            ends = self._skipping.padded(torch.tensor([length for length, _ in rows]))
+        with ends, recurrent_evaluation(self.model, prompt):
             logits: Tensor = super()._model_call(inps, *args, **kwargs)
         return logits
 
-    def _prompt(self, inps: Tensor) -> int | Tensor:
-        """Context length of every row; rows are padded on the right."""
-        if not self._prompts:
-            return 1
-        lengths = sorted({len(row) for row in self._prompts}, reverse=True)
-        found = []
-        for row in inps.tolist():
-            known = (self._prompts.get(tuple(row[:length])) for length in lengths)
-            found.append(next((prompt for prompt in known if prompt is not None), 1))
-        return torch.tensor(found)
+    def _request(self, row: list[int]) -> tuple[int, int]:
+        """Tokens of the request and of its context in a row that is filled up on the right with zeros."""
+        shortest = next((end for end in range(len(row), 0, -1) if row[end - 1] != 0), 0)
+        for length in range(len(row), max(1, shortest) - 1, -1):
+            prompt = self._prompts.get(tuple(row[:length]))
+            if prompt is not None:
+                return length, prompt
+        return len(row), 1
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         found = None

@@ -13,7 +13,8 @@ depend on the policy even with ``decode: off``. With chunked prefill each chunk 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +161,7 @@ class SkippingController:
         self.calls = {"prefill": 0, "short": 0, "decode": 0}
         self._model = model
         self._mask: Tensor | None = None
+        self._lengths: Tensor | None = None
         self._phase = "prefill"
         self._layers: list[_LayerState] = []
         self._handles: list[Any] = [model.base_model.register_forward_pre_hook(self._enter_model, with_kwargs=True)]
@@ -207,12 +209,29 @@ class SkippingController:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         usable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= length
         self._mask = mask[:, -length:].bool() if usable and isinstance(mask, Tensor) else None
+        if self._mask is None and self._lengths is not None and len(self._lengths) == batch:
+            self._mask = torch.arange(length) < self._lengths[:, None]
         if self._phase == "decode":
             self.calls["decode"] += 1
         elif self.policy.method == "pesf" and length < self._min_len():
             self.calls["short"] += 1
         else:
             self.calls["prefill"] += 1
+
+    @contextmanager
+    def padded(self, lengths: Tensor) -> Iterator[None]:
+        """Inside, passes without an attention mask have rows that end after so many tokens, padding behind them.
+
+        Causal attention needs no mask for that, and counting experts does.
+
+        Args:
+            lengths: int64 ``[B]``, on the CPU.
+        """
+        self._lengths = lengths
+        try:
+            yield
+        finally:
+            self._lengths = None
 
     def _min_len(self) -> int:
         """Shortest prompt the policy looks at."""
@@ -267,6 +286,9 @@ class SkippingController:
         counts = expert_counts(index, valid, group, groups, bank.num_experts)
         lengths = torch.bincount(group[valid], minlength=groups)
         banned = rarely_used(counts, lengths, bank.top_k, policy.alpha)
+        if policy.scope == "sequence":
+            # a short prompt is left alone in the company of longer ones as well
+            banned &= (lengths >= self._min_len()).unsqueeze(-1)
         used = counts > 0
         layer.count(experts_used=used.sum(), experts_skipped=(used & banned).sum())
         if policy.decode == "sticky":

@@ -89,6 +89,28 @@ def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
     assert answers(GreedyWriter(model), do_sample=True, temperature=1.0)[1] == {"answers are sampled"}
 
 
+def test_skipped_experts_do_not_depend_on_the_batch(tiny, tiny_tokenizer):
+    from lm_eval.api.instance import Instance
+
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.nn.skipping import attach
+
+    model = tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
+    attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9})
+    texts = ["the warm sea " * count for count in (4, 9, 14, 20)]
+
+    def scores(batch):
+        adapter = RecurrentLM(
+            pretrained=model, tokenizer=tiny_tokenizer, batch_size=batch, device="cpu", max_length=128
+        )
+        requests = [Instance("loglikelihood", {}, (text, " cat"), i) for i, text in enumerate(texts)]
+        return torch.tensor([value for value, _ in adapter.loglikelihood(requests, disable_tqdm=True)])
+
+    assert torch.allclose(scores(1), scores(4), atol=1e-4)
+    assert model.llmcompress_skipping.statistics()["total"]["slots_dropped"] > 0
+
+
 def test_missing_hub_data_is_an_input_error():
     (spec,) = harness.specify(["piqa"])
     with harness.offline(True), pytest.raises(InputError, match=r"task piqa: .* not in the cache") as caught:

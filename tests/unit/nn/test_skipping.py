@@ -138,6 +138,32 @@ def test_padding_changes_nothing_for_real_tokens(tiny, side):
     assert torch.allclose(kept, alone, atol=1e-4)
 
 
+def test_padding_without_a_mask_is_told_by_lengths(tiny):
+    model = tiny.model("mixtral")
+    controller = attach(model, layout_of(model), {"alpha": 0.9})
+    ids = prompt(batch=2, length=60)
+    short = ids[:1, :40]
+    alone = model(short).logits
+    ids[0, 40:] = 0
+    assert not torch.allclose(model(ids).logits[:1, :40], alone, atol=1e-4), "the example must tell"
+    with controller.padded(torch.tensor([40, 60])):
+        together = model(ids).logits
+    assert torch.allclose(together[:1, :40], alone, atol=1e-4)
+    assert torch.allclose(together[1:], model(ids[1:]).logits, atol=1e-4)
+
+
+def test_a_prompt_below_min_len_is_left_alone_in_any_company(tiny):
+    model = tiny.model("mixtral")
+    ids = prompt(batch=2, length=60)
+    ids[0, 40:] = 0
+    plain = model(ids[:1, :40]).logits
+    mask = (torch.arange(60) < torch.tensor([[40], [60]])).long()
+    attach(model, layout_of(model), {"alpha": 0.9, "min_len": 50})
+    together = model(ids, attention_mask=mask).logits
+    assert torch.allclose(together[:1, :40], plain, atol=1e-4)
+    assert torch.allclose(together[1:], model(ids[1:]).logits, atol=1e-4)
+
+
 def test_sequence_scope_does_not_see_the_rest_of_the_batch_and_batch_scope_does(tiny):
     model = tiny.model("mixtral")
     layout = layout_of(model)
