@@ -317,7 +317,8 @@ def _file_record(file: Path) -> dict[str, Any]:
 def _open_text(file: Path) -> io.TextIOBase:
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     opener = openers.get(file.suffix.lower(), open)
-    handle: io.TextIOBase = opener(file, "rt", encoding="utf-8", newline="")
+    # a byte order mark is no text: it would be a token of its own, and no JSON begins with it
+    handle: io.TextIOBase = opener(file, "rt", encoding="utf-8-sig", newline="")
     return handle
 
 

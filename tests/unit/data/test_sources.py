@@ -35,6 +35,13 @@ def test_jsonl_reads_every_compression_and_records_the_file(tmp_path, name):
     assert found.provenance["rows"] == 2 and found.provenance["licence"] == "CC0"
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    text = {"a.txt": "one", "a.jsonl": '{"text": "one"}', "a.json": '[{"text": "one"}]'}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read(ADAPTER.validate_python(str(tmp_path / name))).texts == ("one",)
+
+
 def test_skip_and_rows_select_a_range_across_files(tmp_path):
     write_rows(tmp_path / "1.jsonl", [{"text": str(i)} for i in range(3)])
     write_rows(tmp_path / "2.jsonl", [{"text": str(i)} for i in range(3, 6)])
