@@ -195,9 +195,11 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Bloc
 
     Linears appear as ``<module>.weight``; experts under their plan names, canonical ``[E, N, K]``
     whether quantized or not. Tensors a stage replaced (calibrated routers) take the place of the
-    checkpoint's.
+    checkpoint's. Calibrated scales of states are left out: they belong to a policy, which only the native format
+    carries.
     """
     from llmcompress.models.orientation import canonical
+    from llmcompress.nn.mixers import SCALE
 
     patch = store.read_block(block.index)
     found: BlockTensors = {}
@@ -215,6 +217,8 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Bloc
             packed = patch.packed.get(name)
             found[name] = packed if packed is not None else canonical(bank, name, handle.checkpoint.tensor(name))
     for name, tensor in patch.replaced.items():
+        if name.endswith(f".{SCALE}"):
+            continue
         if name not in found:
             raise ExportError(f"{name}: a stage replaced a tensor that block {block.index} does not have")
         found[name] = tensor

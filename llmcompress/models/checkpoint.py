@@ -205,6 +205,7 @@ class Checkpoint:
             if ours in name:
                 candidates.append(name.replace(ours, theirs, 1))
                 break
+        candidates += [name.replace(ours, theirs, 1) for ours, theirs in self.layout.disk.older if ours in name]
         # models saved without their head lack the prefix
         candidates += [candidate.removeprefix("model.") for candidate in candidates]
         return next((candidate for candidate in candidates if candidate in self._where), None)

@@ -311,6 +311,7 @@ class DiskNames:
         experts: Run-time expert module part and its disk counterpart
             (``(".mlp.experts", ".block_sparse_moe.experts")``), or None when fused on disk.
         gate, up, down: Per-expert tensor names after ``experts.<e>.`` (``w1.weight`` …).
+        older: As ``renames``, for names that only older checkpoints have: they are read and never written.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -318,6 +319,7 @@ class DiskNames:
     gate: str = "gate_proj.weight"
     up: str = "up_proj.weight"
     down: str = "down_proj.weight"
+    older: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

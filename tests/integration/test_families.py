@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.export.dense import DenseExporter
 from llmcompress.export.native import write_native
 from llmcompress.models.assemble import compressed_model
 from llmcompress.models.handle import ModelHandle
@@ -287,6 +288,19 @@ def test_family(variant: str, tmp_path: Path) -> None:
     assert loaded.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 11)
     quantized = {name for name, *_ in handle.layout.quantizable()}
     assert set(json.loads((artifact / "config.json").read_text())["quantization_config"]["modules"]) == quantized
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_weights_are_found_by_transformers(variant: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(variant)
+    model.save_pretrained(tmp_path / "source")
+    handle = ModelHandle.open(tmp_path / "source")
+    DenseExporter().write(handle, PackedStore(tmp_path / "nothing"), {}, tmp_path / "out", {})
+    found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(found.requires_grad_(False)), logits(model))
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "gpt_oss", "deepseek_v2", "nemotron_h-latent"])

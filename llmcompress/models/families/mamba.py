@@ -340,7 +340,8 @@ _MAMBA = {
     "use_bias": False, "use_conv_bias": True, "time_step_rank": "auto", "tie_word_embeddings": True,
 }  # fmt: skip
 _BACKBONE: dict[str, Any] = {"body": "backbone", "embedding": "embeddings", "final_norm": "norm_f"}
-_OLD_EMBEDDING = DiskNames(renames=(("backbone.embeddings.", "backbone.embedding."),))
+# transformers gives an embedding of the old name random values, so it is never written
+_OLD_EMBEDDING = DiskNames(older=(("backbone.embeddings.", "backbone.embedding."),))
 _HYBRID = {
     "vocab_size": 128000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "tie_word_embeddings": False,

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmcompress.errors import InputError
+from llmcompress.export.base import hub_name
 from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
 from llmcompress.models.registry import layout_from_config
 
@@ -90,6 +91,23 @@ def test_names_without_the_model_prefix(folder: Path) -> None:
         name: t for name, t in hub_tensors().items() if "experts" in name
     })  # fmt: skip
     assert open_checkpoint(folder).tensor("model.norm.weight").shape == (8,)
+
+
+def test_the_old_name_of_mambas_embedding_is_read_and_not_written(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mamba2", "vocab_size": 16, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1,
+        "num_heads": 2, "head_dim": 8, "n_groups": 1,
+    }  # fmt: skip
+    layout = layout_from_config(config)
+    name, old = "backbone.embeddings.weight", "backbone.embedding.weight"
+    tensors = {view.name: torch.randn(view.shape) for view in layout.tensors()}
+    tensors[old] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path, layout)
+    checkpoint.verify()
+    assert torch.equal(checkpoint.tensor(name), tensors[old])
+    # transformers would not find it there
+    assert hub_name(layout, name) == name
 
 
 def test_shards(folder: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.export.dense import DenseExporter
 from llmcompress.export.native import write_native
+from llmcompress.export.readers import SafetensorsFolder
 from llmcompress.models.assemble import compressed_model
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import runtime_of
@@ -174,3 +176,13 @@ def test_an_unknown_policy_is_refused(tiny: Any, tmp_path: Path) -> None:
     stage().run(state, tiny.context(tmp_path, "states"))
     with pytest.raises(InputError, match="unknown policy later"):
         compressed_model(state.model, state.packed, {"later": {}})
+
+
+@pytest.mark.parametrize("codec", ["dsq_static_p", "dsq_t"])
+def test_calibrated_scales_do_not_stand_in_the_way_of_dense_weights(codec: str, tiny: Any, tmp_path: Path) -> None:
+    state = tiny.state(tmp_path / "model", "mamba2")
+    stage(codec=codec).run(state, tiny.context(tmp_path, "states"))
+    exporter, out = DenseExporter(), tmp_path / "dense"
+    exporter.write(state.model, state.packed, state.policies, out, {})
+    exporter.read_back(out, state.model, state.packed)
+    assert not any("state_scale" in name for name in SafetensorsFolder(out).names())
