@@ -31,7 +31,7 @@ _PHI_DEFAULTS = {
     "lm_head_bias": False,
 }  # fmt: skip
 _EXPERTS = (".mlp.experts", ".block_sparse_moe.experts")
-_NAMES = {"gate": "w1.weight", "up": "w3.weight", "down": "w2.weight"}
+_NAMES = ("w1.weight", "w3.weight", "w2.weight")
 
 FAMILIES = (
     Family(
@@ -39,14 +39,14 @@ FAMILIES = (
         _mixtral,
         _DEFAULTS,
         aliases={"num_local_experts": "num_experts"},
-        disk=DiskNames(((".mlp.", ".block_sparse_moe."),), _EXPERTS, **_NAMES),
+        disk=DiskNames(((".mlp.", ".block_sparse_moe."),), _EXPERTS, *_NAMES),
     ),
     Family(
         "phimoe",
         _phimoe,
         _PHI_DEFAULTS,
         disk=DiskNames(
-            ((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")), _EXPERTS, **_NAMES
+            ((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")), _EXPERTS, *_NAMES
         ),
         norm_bias=True,
         head_bias="lm_head_bias",
