@@ -97,8 +97,9 @@ _PACKED = 3
 _TREE = 4
 # members of a family that a node can tell apart
 MAX_MEMBERS = 64
-# bytes of fixed-point activations: three are as exact as fp32 sums, one rounds to int8
-_EXACT_PLANES, _INT8_PLANES = 3, 1
+# bytes of an activation as a fixed-point number with an exponent a group: as exact as float32 sums, more exact than
+# bf16 or fp16 activations, and int8
+FLOAT32_PLANES, FLOAT16_PLANES, INT8_PLANES = 3, 2, 1
 
 
 def unavailable() -> str | None:
@@ -429,7 +430,7 @@ def step(
     slots: Tensor,
     logits: Tensor | None,
     best: Tensor | None = None,
-    int8_activations: bool = False,
+    planes: int = FLOAT32_PLANES,
     threads: int | None = None,
     layers: tuple[int, int] | None = None,
     hidden: Tensor | None = None,
@@ -446,7 +447,7 @@ def step(
         slots: int32 ``[B]``, the sequence of each token. Tokens of one sequence attend to each other by position.
         logits: float32 ``[B, V]``, written; None where the decoder has a screen and only ``best`` is wanted.
         best: int64 ``[B]``, written with the index of the largest logit.
-        int8_activations: Round the inputs of packed weights to 8 bits per group.
+        planes: Bytes of each input of packed weights; 1 rounds them to int8 per group, 2 holds what 16-bit inputs do.
         threads: torch's by default.
         layers: Half-open range of layers, all by default. With a part of them ``hidden`` is input and output.
         hidden: float32 ``[B, H]``.
@@ -468,6 +469,8 @@ def step(
         raise ValueError("members belong to the steps of a family, and to all of them")
     if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
         raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
+    if planes not in (INT8_PLANES, FLOAT16_PLANES, FLOAT32_PLANES):
+        raise ValueError(f"an activation takes 1, 2 or 3 bytes, not {planes}")
     limit = min(cache.positions, decoder.cosine.shape[0])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
@@ -476,6 +479,6 @@ def step(
     given = (tokens, positions, slots, members, logits, best, seconds, hidden)
     call = _Step(
         *(None if t is None else t.data_ptr() for t in given),
-        batch, _INT8_PLANES if int8_activations else _EXACT_PLANES, threads or torch.get_num_threads(), first, last, 0,
+        batch, planes, threads or torch.get_num_threads(), first, last, 0,
     )  # fmt: skip
     library().llmcompress_decode_step(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))

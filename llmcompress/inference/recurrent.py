@@ -16,12 +16,19 @@ import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import mamba2 as native
 from llmcompress_kernels.cpu_state import CONV_WIDTH, MAX_WINDOW
-from llmcompress_kernels.decode import Matrix, dense
+from llmcompress_kernels.decode import INT8_PLANES, Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.inference.engine import decline_anywhere, linear_matrix, packed_matrix, refuse, rounded_matrix
+from llmcompress.inference.engine import (
+    decline_anywhere,
+    linear_matrix,
+    packed_matrix,
+    planes_of,
+    refuse,
+    rounded_matrix,
+)
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixers import runtime_of
@@ -33,8 +40,6 @@ if TYPE_CHECKING:
     from llmcompress.nn.states import StateQuantizer
 
 FAMILIES = ("mamba2",)
-# fixed-point bytes of activations: three are as exact as float32 sums, one rounds to int8
-EXACT, INT8 = 3, 1
 
 
 def decline(model: PreTrainedModel) -> str | None:
@@ -256,7 +261,8 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
     base: Any = model.base_model
     runtime = runtime_of(model)
     quantizers = {q.layer: q for q in runtime.quantizers.values()} if runtime is not None else {}
-    layers = [_layer(block, quantizers.get(i), int8_activations) for i, block in enumerate(base.layers)]
+    exact = planes_of(model, int8_activations=False)
+    layers = [_layer(block, quantizers.get(i), exact, int8_activations) for i, block in enumerate(base.layers)]
     words: Any = model.get_input_embeddings()
     embedding = _rows(words)
     first, mixer = quantizers.get(0), base.layers[0].mixer
@@ -275,7 +281,7 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
         epsilon=base.layers[0].norm.variance_epsilon,
         gate_epsilon=mixer.norm.variance_epsilon,
         limits=tuple(mixer.time_step_limit),
-        head_planes=EXACT,
+        head_planes=exact,
         dither=first is not None and first.spec.dither,
         window=1 if first is None else first.window,
     )
@@ -286,7 +292,7 @@ def _float(tensor: Any) -> Tensor:
     return found
 
 
-def _layer(block: Any, quantizer: StateQuantizer | None, int8: bool) -> native.Layer:
+def _layer(block: Any, quantizer: StateQuantizer | None, exact: int, int8: bool) -> native.Layer:
     mixer = block.mixer
     in_proj, times = _in_proj(mixer.in_proj, mixer.num_heads)
     out: Any = mixer.out_proj
@@ -302,13 +308,13 @@ def _layer(block: Any, quantizer: StateQuantizer | None, int8: bool) -> native.L
         d=_float(mixer.D),
         gain=_float(mixer.norm.weight),
         fixed=None if quantizer is None else quantizer.static,
-        in_planes=_planes(mixer.in_proj, int8),
-        out_planes=_planes(out, int8),
+        in_planes=_planes(mixer.in_proj, exact, int8),
+        out_planes=_planes(out, exact, int8),
     )
 
 
-def _planes(module: Any, int8: bool) -> int:
-    return INT8 if int8 or getattr(module, "int8_activations", False) else EXACT
+def _planes(module: Any, exact: int, int8: bool) -> int:
+    return INT8_PLANES if int8 or getattr(module, "int8_activations", False) else exact
 
 
 def _in_proj(module: Any, heads: int) -> tuple[Matrix, Matrix | None]:

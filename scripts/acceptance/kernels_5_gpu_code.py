@@ -3,8 +3,9 @@
 
 Every Triton kernel runs under the interpreter against its definition and is compiled for sm_80 and sm_90 with
 shared memory and spills asserted; so is every CUDA source, which the host emulates; bfloat16 arithmetic is linted. A
-skipped test counts as a failure; tests that need a GPU are left out. What runs does so in one process, beside compilers
-in two. On a machine that does other things as well, wall time says little, so the CPU time is printed beside it.
+skipped test counts as a failure; tests that need a GPU are left out. What runs here is one process, what is compiled
+one for each file; two go on at a time. On a machine that does other things as well, wall time says little, so the CPU
+time is printed beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,16 +24,15 @@ from harness import ROOT, verdict
 
 LIMIT = 180.0
 LONGEST = "--durations=5"
+WORKERS = 2
+FILES = ("test_triton_*.py", "test_*gpu_code.py", "test_cuda_*.py")
 
 
-def parts(folder: Path) -> dict[str, list[str]]:
-    """Arguments of pytest by name: code that runs here, interpreted or emulated, and code that is compiled for GPUs."""
-    triton = sorted(str(p) for p in folder.glob("test_triton_*.py"))
-    others = sorted({str(p) for pattern in ("test_*gpu_code.py", "test_cuda_*.py") for p in folder.glob(pattern)})
-    return {
-        "run": [*triton, *others, "-m", "not gpu and not slow"],
-        "compiled": [*triton, *others, "-m", "not gpu and slow"],
-    }
+def parts(folder: Path) -> list[list[str]]:
+    """Arguments of one pytest each: what runs here, interpreted or emulated, and what is compiled, by files."""
+    files = sorted({str(p) for pattern in FILES for p in folder.glob(pattern)})
+    compiled = [path for path in files if "mark.slow" in Path(path).read_text()]
+    return [[*files, "-m", "not gpu and not slow"], *([path, "-m", "not gpu and slow"] for path in compiled)]
 
 
 def counts(report: Path) -> dict[str, int]:
@@ -43,29 +44,37 @@ def counts(report: Path) -> dict[str, int]:
     return {name: int(suite.get(name, "-1")) for name in names}
 
 
+def run(arguments: list[str], folder: Path, place: int) -> tuple[int, dict[str, int], str]:
+    """Exit code, counts and output of one pytest whose caches are in a folder."""
+    report = folder / f"{place}.xml"
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder),
+        "LLMCOMPRESS_CACHE": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", LONGEST, f"--junitxml={report}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return done.returncode, counts(report), done.stdout
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "LLMCOMPRESS_CACHE": folder, "OMP_NUM_THREADS": "1"}
-        pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", LONGEST]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(WORKERS) as workers:
         began = time.perf_counter()
-        running = {}
-        for name, arguments in parts(ROOT / "tests" / "kernels").items():
-            command = [*pytest, f"--junitxml={folder}/{name}.xml", *arguments]
-            running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        told = {name: process.communicate()[0] for name, process in running.items()}
+        waiting = [workers.submit(run, part, Path(name), i) for i, part in enumerate(parts(ROOT / "tests" / "kernels"))]
+        told = [future.result() for future in waiting]
         wall = time.perf_counter() - began
-        found = {name: counts(Path(folder) / f"{name}.xml") for name in running}
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    for name, text in told.items():
-        print(f"{name}: {found[name]}\n{text}")
+    for _, found, text in told:
+        print(f"{found}\n{text}")
     cpu = usage.ru_utime + usage.ru_stime
-    whole = all(p.returncode == 0 for p in running.values()) and all(c["tests"] > 0 for c in found.values())
-    skipped = sum(c["skipped"] for c in found.values())
+    codes, found = [code for code, _, _ in told], [found for _, found, _ in told]
+    whole = not any(codes) and all(c["tests"] > 0 for c in found)
+    skipped = sum(c["skipped"] for c in found)
     verdict(
         whole and skipped == 0 and wall <= LIMIT,
         f"{wall:.0f} s wall, {cpu:.0f} s of CPU, limit {LIMIT:.0f} s wall; "
-        f"{sum(c['tests'] for c in found.values())} tests, {skipped} skipped, "
-        f"exit codes {[p.returncode for p in running.values()]}",
+        f"{sum(c['tests'] for c in found)} tests, {skipped} skipped, exit codes {codes}",
     )
 
 

@@ -55,6 +55,17 @@ def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits
     assert EXACT < worst(rounded, tokens, expected, 9) < (0.3 if family == "llama" else torch.inf)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_lose_less_than_by_modules(decoders: Any, ids: torch.Tensor, dtype: torch.dtype) -> None:
+    model, tokens = decoders.packed("llama", 4).to(dtype), ids[:24]
+    modules = reference(model, tokens).float()
+    engine = Engine(model, positions=32, cache_dtype=torch.float32)
+    natively = torch.stack([engine.prompt(0, tokens[: i + 1].tolist()) for i in range(len(tokens))])
+    exact = reference(model.float(), tokens)  # of the same weights
+    assert engine.planes == native.FLOAT16_PLANES
+    assert EXACT < (natively - exact).norm() < 0.2 * (modules - exact).norm()
+
+
 def test_rows_and_experts_that_do_not_fill_a_vector(decoders: Any, ids: torch.Tensor) -> None:
     sizes = {"intermediate_size": 40, "vocab_size": 75, "hidden_size": 36, "num_attention_heads": 3,
              "num_key_value_heads": 1, "head_dim": 12}  # fmt: skip

@@ -76,8 +76,9 @@ inline void dense_rows(const T* w, int64_t columns, const Input& in, int token, 
     int64_t c = 0;
     for (; c + 16 <= columns; c += 16)
         LLMCOMPRESS_UNROLL for (int r = 0; r < ROWS; ++r) {
-            // the same place of the next rows: what lies ahead in this one is read already
-            __builtin_prefetch(w + (ROWS + r) * columns + c, 0, 3);
+            // the same place of the next rows, into the second-level cache: what lies ahead in this one is read already, and
+            // the first level has few places for lines on their way
+            __builtin_prefetch(w + (ROWS + r) * columns + c, 0, 2);
             const F16 v = load_float(w + r * columns + c);
             LLMCOMPRESS_UNROLL for (int t = 0; t < TOKENS; ++t) acc[r][t] += v * load_float(x[t] + c);
         }
@@ -93,7 +94,8 @@ template <class T, int ROWS>
 void dense_tokens(const T* w, int64_t columns, const Input& in, float* out, int64_t stride) {
     int t = 0;
     for (; t + 4 <= in.tokens(); t += 4) dense_rows<T, ROWS, 4>(w, columns, in, t, out + t * stride, stride);
-    for (; t < in.tokens(); ++t) dense_rows<T, ROWS, 1>(w, columns, in, t, out + t * stride, stride);
+    if (t + 2 <= in.tokens()) dense_rows<T, ROWS, 2>(w, columns, in, t, out + t * stride, stride), t += 2;
+    if (t < in.tokens()) dense_rows<T, ROWS, 1>(w, columns, in, t, out + t * stride, stride);
 }
 
 template <class T>

@@ -339,9 +339,9 @@ class Worker {
         const int64_t rows = m_.head.rows;
         const Range mine = share(e_.head.blocks());
         const int64_t first = mine.begin(), last = mine.end(rows);
-        Input exact(own_.activations, 3);
-        exact.set(own_.normed.data(), m_.hidden, s_.batch);
-        multiply(e_.screen, exact, 0, mine.first, mine.last, sh_.rough.data(), rows);
+        Input given(own_.activations, 2);  // screen_error allows for that
+        given.set(own_.normed.data(), m_.hidden, s_.batch);
+        multiply(e_.screen, given, 0, mine.first, mine.last, sh_.rough.data(), rows);
         for (int b = 0; b < s_.batch; ++b) {
             const float* rough = sh_.rough.data() + b * rows;
             const float length = size_of(b);
