@@ -1,0 +1,72 @@
+"""What pages say of the repository is so: recipes, make targets, and the figures of benchmarks/acceptance.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from llmcompress.recipe.catalog import list_recipes
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *(ROOT / "kernels").glob("**/*.md")]
+ENTRIES = json.loads((ROOT / "benchmarks" / "acceptance.json").read_text(encoding="utf-8"))
+NUMBER = re.compile(r"\d+\.\d+")
+PAGE = re.compile(r"\b((?:docs|kernels)/[\w/.-]+\.md|(?:PAPERS|ARCHITECTURE|CONTRIBUTING|CHANGELOG)\.md)\b")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def wrong_figures(text: str, entries: dict[str, dict[str, object]]) -> list[str]:
+    """Decimals in rows ``| what | figure | `entry` |`` that the entry does not hold, rounded as the page does."""
+    wrong = []
+    for figure, entry in re.findall(r"^\|[^|\n]*\|([^|\n]*)\| `(\w+?)(?:\.py)?` \|$", text, re.MULTILINE):
+        if entry not in entries:
+            wrong.append(f"no entry {entry}")
+            continue
+        known = [float(x) for x in NUMBER.findall(str(entries[entry]["figure"]))]
+        for number in NUMBER.findall(figure):
+            places = len(number.partition(".")[2])
+            if not any(f"{value:.{places}f}" == number for value in known):
+                wrong.append(f"{entry}: {number}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", ["README.md", "PAPERS.md"])
+def test_figures_are_those_that_were_measured(page: str) -> None:
+    assert len(re.findall(r"\| `\w+(?:\.py)?` \|$", read(page), re.MULTILINE)) > 7
+    assert not wrong_figures(read(page), ENTRIES)
+
+
+def test_wrong_figures_would_be_noticed() -> None:
+    rows = "| a | 0.16 %, then 1.62 | `first` |\n| b | 2.0 | `second.py` |\n"
+    assert wrong_figures(rows, {"first": {"figure": "rqt 0.161, bitdelta 1.61"}}) == ["first: 1.62", "no entry second"]
+
+
+def test_recipes_of_the_papers_exist() -> None:
+    shipped = [info.name for info in list_recipes(fragments=False)]
+    rows = re.findall(r"^\|[^|\n]*\|[^|\n]*\.py`[^|\n]*\|([^|\n]*)\|$", read("PAPERS.md"), re.MULTILINE)
+    named = {span for cell in rows for span in re.findall(r"`([\w/*]+)`", cell)}
+    assert len(named) > 15
+    assert not [pattern for pattern in named if not any(fnmatch(name, pattern) for name in shipped)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", read("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    )make ([a-z0-9-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets
+
+
+def test_pages_that_sources_name_exist() -> None:
+    absent = set()
+    for folder in ("llmcompress", "kernels", "scripts", "recipes"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".yaml", ".h", ".cpp", ".cu", ".cuh", ".sh"}:
+                named = PAGE.findall(path.read_text(encoding="utf-8"))
+                absent |= {f"{path.relative_to(ROOT)}: {name}" for name in named if not (ROOT / name).exists()}
+    assert not absent
