@@ -14,7 +14,7 @@ from llmcompress.cli.inspect import look
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import difference_text, figure
 from llmcompress.errors import GateFailed, RecipeError, UsageError
-from llmcompress.models.paths import model_folder
+from llmcompress.models.paths import model_folder, resolve_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +122,7 @@ def compare(
         _compare_runs(out, Path(first), Path(second), limits)
         return
     config = settings(text, length, max_tokens, task, tasks_dir, limit, field, fidelity=True)
+    _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
     sizes = [look(model_folder(name)) for name in (first, second)]
     data = {
@@ -166,6 +167,30 @@ def _limits(kind: str, given: list[str] | None) -> list[GateConfig]:
     return found
 
 
+def _require_names(limits: list[GateConfig], config: EvaluateConfig) -> None:
+    """Refuse limits on what will not be measured, before two models are.
+
+    Raises:
+        UsageError: A limit names no figure that A and B will have each.
+        InputError: A task's data cannot be had.
+    """
+    from llmcompress.evaluation.gates import unknown_metrics
+    from llmcompress.evaluation.harness import scored_names, specify
+
+    exact = [f"{name}.{metric}" for name in config.perplexity for metric in ("perplexity", "bits_per_byte")]
+    gates = {f"{number}": limit for number, limit in enumerate(limits, 1)}
+    if not unknown_metrics(gates, exact):
+        return
+    # only lm-eval knows what a group of tasks consists of
+    specs = specify(config.tasks, resolve_path(config.tasks_dir) if config.tasks_dir else None, config.limit)
+    if wrong := unknown_metrics(gates, exact, [name for spec in specs for name in scored_names(spec)]):
+        raise _no_such_figure("\n".join(wrong))
+
+
+def _no_such_figure(lines: str) -> UsageError:
+    return UsageError(lines.replace("gates.", "limit "), "take a metric of the table that A and B have each")
+
+
 def _require(limits: list[GateConfig], figures: Mapping[str, tuple[float | None, float | None]]) -> None:
     """Hold B against A.
 
@@ -189,7 +214,7 @@ def _require(limits: list[GateConfig], figures: Mapping[str, tuple[float | None,
     try:
         results = judge(gates, measured, "A")
     except RecipeError as error:
-        raise UsageError(error.message.replace("gates.", "limit "), "take a metric of the table") from error
+        raise _no_such_figure(error.message) from error
     if broken := [f"{r.metric} is {r.value:.6g}, {r.limit}" for r in results if not r.passed]:
         raise GateFailed("\n".join(broken), "spend more bits, or relax the limit")
 
@@ -274,7 +299,8 @@ def _prepare(config: EvaluateConfig, opened: OpenedModel, out: Output) -> Any:
 def _measure_one(
     out: Output, path: str, config: EvaluateConfig, dtype: str, device: str, member: str | None
 ) -> list[dict[str, Any]]:
-    from llmcompress.evaluation.measure import Ledger, measure_side, open_tasks, pair_scores, side_scores
+    from llmcompress.evaluation.ledger import Ledger
+    from llmcompress.evaluation.measure import measure_side, open_tasks, pair_scores, side_scores
 
     opened, ledger = _open(path, dtype, device, out, member), Ledger()
     prepared = _prepare(config, opened, out)

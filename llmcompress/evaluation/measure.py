@@ -5,11 +5,9 @@ Nothing here knows about stages or run folders: :mod:`llmcompress.stages.evaluat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llmcompress.data.calibration import CalibrationSet, build, overlap
@@ -29,11 +27,11 @@ from llmcompress.evaluation.config import (
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.harness import Score, TaskSpec
+from llmcompress.evaluation.ledger import Ledger
 from llmcompress.evaluation.pace import Pace
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
 from llmcompress.evaluation.significance import window_rows
 from llmcompress.evaluation.streamed import streamed_perplexity
-from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,45 +92,6 @@ class Settings(Protocol):
     @property
     def offline(self) -> bool:
         """Whether the network is off limits."""
-
-
-class Ledger:
-    """Finished parts by key, in a folder or, without one, in memory.
-
-    Args:
-        folder: Where each part becomes one JSON file, durably; None keeps parts in memory only.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._memory: dict[str, Any] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, key: str) -> Any | None:
-        """The part, or None when it is not finished."""
-        if self._folder is None:
-            return self._memory.get(key)
-        path = self._path(key)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def put(self, key: str, value: Any) -> Any:
-        """Keep a finished part and return it."""
-        if self._folder is None:
-            self._memory[key] = value
-        else:
-            write_durably(self._path(key), json.dumps(value, sort_keys=True).encode())
-        return value
-
-    def has(self, key: str) -> bool:
-        """Whether the part is finished."""
-        return self.get(key) is not None
-
-    def _path(self, key: str) -> Path:
-        assert self._folder is not None
-        # names come from recipes: escape what a file name cannot hold, injectively
-        safe = "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in key)
-        return self._folder / f"{safe}.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.evaluation.harness import paired_stderr
+from llmcompress.evaluation.ledger import part_name
 
 BOUND = 1.96
 """Standard errors that a difference must exceed: 5 % of pairs that do not differ would."""
@@ -64,12 +65,19 @@ def recorded(stage_dir: Path) -> dict[str, Recorded]:
                     sample = f"{entry['task']} {entry['n']}"
                     fresh[f"{entry['task']}.{entry['metric']}"] = Recorded(sample, tuple(entry["rows"]))
         for name, source in texts.items():
-            part = _read(stage_dir / "parts" / f"{side}.perplexity.{name}.json")
+            part = _read(stage_dir / "parts" / part_name(f"{side}.perplexity.{name}"))
             if isinstance(part, dict) and part.get("window_nll"):
-                sample = json.dumps([source, part["tokens"], part["windows"], part["text_bytes"]], sort_keys=True)
+                counts = [part[key] for key in ("tokens", "windows", "text_bytes")]
+                sample = json.dumps([_content(source), *counts], sort_keys=True)
                 fresh[f"{name}.perplexity"] = Recorded(sample, window_rows(part))
         found = fresh | found
     return found
+
+
+def _content(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What a text consists of, wherever it lay: two checkouts hold the same file under two paths."""
+    found = {key: value for key, value in source.items() if key not in ("path", "files")}
+    return found | {"files": [file["sha256"] for file in source.get("files", ())]}
 
 
 def window_rows(part: Mapping[str, Any]) -> tuple[float, ...]:

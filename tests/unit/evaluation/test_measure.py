@@ -7,6 +7,7 @@ from llmcompress.data.sources import InlineSource
 from llmcompress.errors import InputError
 from llmcompress.evaluation import measure
 from llmcompress.evaluation.harness import Score
+from llmcompress.evaluation.ledger import Ledger
 from llmcompress.stages.evaluate import EvaluateConfig
 
 TEXTS = tuple(f"The cat number {i} sat on the warm stone and looked at the sea." for i in range(30))
@@ -18,15 +19,15 @@ def config(**fields):
 
 
 def test_ledger_survives_and_separates_keys(tmp_path):
-    ledger = measure.Ledger(tmp_path)
+    ledger = Ledger(tmp_path)
     ledger.put("dense.task.a/b", [1])
     ledger.put("dense.task.a%b", [2])
-    again = measure.Ledger(tmp_path)
+    again = Ledger(tmp_path)
     assert (again.get("dense.task.a/b"), again.get("dense.task.a%b")) == ([1], [2])
     assert not again.has("dense.task.a") and len(list(tmp_path.glob("*.json"))) == 2
-    memory = measure.Ledger()
+    memory = Ledger()
     memory.put("x", 1)
-    assert memory.has("x") and not measure.Ledger().has("x")
+    assert memory.has("x") and not Ledger().has("x")
 
 
 def test_held_out_text_that_was_calibration_text(tiny_tokenizer):
@@ -54,7 +55,7 @@ def test_finished_parts_are_not_measured_again(tiny, tiny_tokenizer):
     sections = {n: {"source": SOURCE, "length": 32, "max_tokens": 64} for n in ("a", "b")}
     settings = config(perplexity=sections, generation={"prompts": ["The"], "max_new_tokens": 2})
     prepared = measure.prepare(settings, tiny_tokenizer, None, 128, print)
-    ledger, told = measure.Ledger(), []
+    ledger, told = Ledger(), []
     ledger.put("dense.perplexity.a", {"perplexity": 1.5, "stderr": None, "bits_per_byte": 0.5, "tokens": 3})
     measure.measure_side("dense", model, tiny_tokenizer, settings, prepared, ledger, told.append)
     assert len(told) == 2 and told[0].startswith("dense: b ")
@@ -91,7 +92,7 @@ def skipping(used, skipped, slots, dropped, seconds):
 
 def test_skipping_summary_adds_up_texts_and_keeps_figures_apart():
     settings = config(perplexity={n: {"source": SOURCE} for n in ("a", "b")})
-    ledger = measure.Ledger()
+    ledger = Ledger()
     for name, stats in {"a": skipping(8, 2, 100, 5, 0.1), "b": skipping(8, 4, 300, 35, 0.1)}.items():
         ledger.put(f"compressed.perplexity.{name}", {"perplexity": 5.0, "seconds": 1.0, "skipping": stats})
     partial = measure.skipping_summary(settings, ledger)
@@ -104,4 +105,4 @@ def test_skipping_summary_adds_up_texts_and_keeps_figures_apart():
     assert whole["texts"][0] == {"text": "a", "perplexity_with": 5.0, "perplexity_without": 4.0}
     assert whole["per_layer"] == [{"module": "m.0", "slots": 400, "slots_dropped": 40, "experts_used": 16,
                                    "experts_skipped": 6, "tokens": 20, "tokens_without_expert": 2}]  # fmt: skip
-    assert measure.skipping_summary(settings, measure.Ledger()) is None
+    assert measure.skipping_summary(settings, Ledger()) is None

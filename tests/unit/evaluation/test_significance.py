@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmcompress.evaluation.ledger import Ledger
 from llmcompress.evaluation.significance import difference_stderr, recorded, stages_of, within_noise
 
 
@@ -33,15 +34,16 @@ def test_what_both_models_find_hard_drops_out_and_one_pair_in_twenty_is_wrong() 
     assert 8 <= wrong <= 40
 
 
-def _stage(folder: Path, side: str = "compressed", sha: str = "1", nll: tuple[float, ...] = (1.0, 2.0, 4.0)) -> Path:
-    parts = folder / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    (folder / "texts.json").write_text(json.dumps({"held": {"sha256": sha}}))
+def _stage(
+    folder: Path, side: str = "compressed", sha: str = "1", nll: tuple[float, ...] = (1.0, 2.0, 4.0),
+    name: str = "held", path: str = "here/held.jsonl",
+) -> Path:  # fmt: skip
+    ledger = Ledger(folder / "parts")
+    source = {"kind": "jsonl", "path": path, "files": [{"name": "held.jsonl", "sha256": sha}]}
+    (folder / "texts.json").write_text(json.dumps({name: source}))
     part: dict[str, Any] = {"perplexity": 2.0, "tokens": 9, "windows": 3, "text_bytes": 40, "window_nll": nll}
-    (parts / f"{side}.perplexity.held.json").write_text(json.dumps(part))
-    (parts / f"{side}.task.t.json").write_text(
-        json.dumps([{"task": "t", "metric": "acc", "n": 3, "rows": [1, 0, 1]}])
-    )  # fmt: skip
+    ledger.put(f"{side}.perplexity.{name}", part)
+    ledger.put(f"{side}.task.t", [{"task": "t", "metric": "acc", "n": 3, "rows": [1, 0, 1]}])
     return folder
 
 
@@ -65,3 +67,14 @@ def test_the_compressed_side_counts_and_damage_is_no_error(tmp_path: Path) -> No
     assert recorded(stage)["held.perplexity"].rows == (18.0, 18.0, 18.0)
     (stage / "texts.json").unlink()
     assert set(recorded(stage)) == {"t.acc"}
+
+
+@pytest.mark.parametrize("name", ["held out", "prosa/übung", "50 %", "a:b"])
+def test_any_name_of_a_text_pairs_up(tmp_path: Path, name: str) -> None:
+    one, two = (recorded(_stage(tmp_path / side, nll=(n, 2.0, 4.0), name=name)) for side, n in (("a", 1.0), ("b", 1.5)))
+    assert difference_stderr(one[f"{name}.perplexity"], two[f"{name}.perplexity"]) == pytest.approx(1 / 3)
+
+
+def test_the_same_file_in_two_checkouts_pairs_up(tmp_path: Path) -> None:
+    one, two = (recorded(_stage(tmp_path / side, path=f"/{side}/held.jsonl")) for side in "ab")
+    assert difference_stderr(one["held.perplexity"], two["held.perplexity"]) == 0
