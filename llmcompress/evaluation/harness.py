@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -247,17 +248,78 @@ def build(spec: TaskSpec) -> dict[str, Any]:
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
+    if spec.local:
+        _check_rows(spec, loaded["tasks"])
     return loaded
 
 
+def scored_names(spec: TaskSpec) -> list[str]:
+    """Names under which the figures of a task will be: its own, and those of its subtasks; loads its data.
+
+    Raises:
+        InputError: As :func:`build`.
+    """
+    return list(dict.fromkeys([spec.name, *build(spec)["tasks"]]))
+
+
+def _check_rows(spec: TaskSpec, tasks: Mapping[str, Any]) -> None:
+    """Put every row that will be asked, or serve as an example, to the task: lm-eval tries the first of each only.
+
+    Raises:
+        InputError: The task cannot read a row.
+    """
+    for name, task in tasks.items():
+        config = task.config
+        asked = config.test_split if task.has_test_docs() else config.validation_split
+        parts = [(asked, (row for _, row in task.doc_iterator(limit=spec.limit)))]
+        if task.get_config("num_fewshot"):
+            parts.append((config.fewshot_split, task.fewshot_docs()))
+        for split, rows in parts:
+            for number, row in enumerate(rows, 1):
+                if problem := _row_problem(task, row):
+                    files = config.dataset_kwargs["data_files"]
+                    where = f"row {number}" if len(tasks) == 1 else f"row {number} of {name}"
+                    raise InputError(f"task {spec.name}: {files[split]}: {where}: {problem}", _ROWS_HINT)
+
+
+def _row_problem(task: Any, row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row, None when the task can read it."""
+    config = task.config
+    templates = [t for t in (config.doc_to_text, config.doc_to_target, config.doc_to_choice) if isinstance(t, str)]
+    # a field that a row lacks is null beside rows that have it, and would be asked as the word None
+    lacking = [f for f, value in row.items() if value is None and any(re.search(rf"\b{f}\b", t) for t in templates)]
+    if lacking:
+        return f"no {lacking[0]!r}"
+    try:
+        text, target = task.doc_to_text(row), task.doc_to_target(row)
+        if task.OUTPUT_TYPE != "multiple_choice":
+            return None
+        choices = task.doc_to_choice(row)
+    except Exception as error:  # templates and lm-eval's functions raise whatever they come across
+        return _said(error)
+    if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        return f"choices are {choices!r}"
+    answer = text if task.multiple_input else target
+    for one in answer if isinstance(answer, list) else [answer]:
+        if one not in (choices if isinstance(one, str) else range(len(choices))):
+            return f"the answer {one!r} is none of its {len(choices)} choices"
+    return None
+
+
+def _said(error: BaseException) -> str:
+    """The first line of what was wrong with a row."""
+    text = str(error).splitlines()[0] if str(error) else "no rows" if isinstance(error, StopIteration) else repr(error)
+    return f"no field {text}" if isinstance(error, KeyError) else text
+
+
+_ROWS_HINT = "give one JSON object a line, with the fields of the hub's data set"
+
+
 def _bad_rows(spec: TaskSpec, error: Exception) -> InputError:
-    """The error for local files whose rows are not those that the task reads."""
+    """The error for local files that cannot be read as rows, or whose first row the task cannot read."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = str(cause).splitlines()[0] if str(cause) else "no rows" if isinstance(cause, StopIteration) else repr(cause)
-    if isinstance(cause, KeyError):
-        text = f"no field {text}"
     files = sorted(
         {
             path
@@ -266,10 +328,7 @@ def _bad_rows(spec: TaskSpec, error: Exception) -> InputError:
             for path in config["dataset_kwargs"]["data_files"].values()
         }
     )
-    return InputError(
-        f"task {spec.name}: {' or '.join(files)}: {text}",
-        "give one JSON object a line, with the fields of the hub's data set",
-    )
+    return InputError(f"task {spec.name}: {' or '.join(files)}: {_said(cause)}", _ROWS_HINT)
 
 
 def _local_hint(task: str) -> str:

@@ -161,3 +161,46 @@ def test_local_rows_that_the_task_cannot_read_are_named(tmp_path, capfd, text, s
     with pytest.raises(InputError, match=said) as caught:
         harness.build(spec)
     assert str(file) in caught.value.message and capfd.readouterr() == ("", "")
+
+
+GOOD = {"id": "a", "question": "Which?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answerKey": "E"}, "'E' is not in list"),
+        ({"answerKey": None}, "no 'answerKey'"),
+        ({"question": None}, "no 'question'"),
+        ({"choices": None}, "no 'choices'"),
+        ({"choices": {"text": [], "label": ["A", "B"]}}, r"choices are \[\]"),
+        ({"choices": {"text": ["one"], "label": ["A", "B"]}}, "the answer 1 is none of its 1 choices"),
+        ({"choices": {"text": ["one", None], "label": ["A", "B"]}}, r"choices are \['one', None\]"),
+    ],
+)
+def test_a_later_row_that_the_task_cannot_read_is_named(tmp_path, capfd, change, said):
+    file = tmp_path / "arc_easy" / "test.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, GOOD, {**GOOD, **change}, GOOD)))
+    (spec,) = harness.specify(["arc_easy"], tmp_path)
+    with pytest.raises(InputError, match=f"row 3: .*{said}") as caught:
+        harness.build(spec)
+    assert str(file) in caught.value.message and capfd.readouterr() == ("", "")
+    # rows beyond the limit are not asked
+    assert harness.build(harness.specify(["arc_easy"], tmp_path, limit=2)[0])
+
+
+def test_a_label_beyond_the_choices_and_a_broken_example_are_named(tmp_path):
+    rows = [{"goal": "g", "sol1": "a", "sol2": "b", "label": label} for label in (0, 1, 2)]
+    questions = [{"question": "1 + 1?", "answer": "#### 2"}] * 2
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="row 3: the answer 2 is none of its 2 choices"):
+        harness.build(harness.specify(["piqa"], tmp_path)[0])
+    (tmp_path / "gsm8k").mkdir()
+    for split, last in (("test", {}), ("train", {"answer": None})):
+        lines = [*questions, {**questions[0], **last}]
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with pytest.raises(InputError, match=r"train\.jsonl: row 3: no 'answer'"):
+        harness.build(harness.specify(["gsm8k"], tmp_path)[0])
+    assert harness.build(harness.specify([TaskConfig(task="gsm8k", num_fewshot=0)], tmp_path)[0])
