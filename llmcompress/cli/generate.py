@@ -104,7 +104,7 @@ def chat(
 
     A model without a chat template continues the text of the conversation instead.
     """
-    how = Sampling(max_new_tokens, temperature, top_p, seed)
+    how = Sampling(max_new_tokens, temperature, top_p, seed, talk=True)
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -149,28 +149,24 @@ class Sampling:
         temperature: 0 is greedy. None is what the model's makers recommend, else :data:`TALK`; so is that of top_p.
         top_p: Nucleus.
         seed: Of sampling.
+        talk: Whether what the makers recommend counts at all.
     """
 
-    def __init__(self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int) -> None:
+    def __init__(
+        self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int, talk: bool = False
+    ) -> None:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
         self.seed = seed
+        self.talk = talk
 
     def of(self, model: PreTrainedModel) -> How:
         """The settings for one model."""
-        from llmcompress.inference.generate import Sampling as How
-        from llmcompress.inference.generate import recommended
+        from llmcompress.inference.generate import Recommended, recommended
 
-        made = recommended(model)
-        if self.temperature is not None and self.top_p is not None:
-            return How(self.max_new_tokens, self.temperature, self.top_p, seed=self.seed)
-        temperature = made.temperature if self.temperature is None else self.temperature
-        top_p = made.top_p if self.top_p is None else self.top_p
-        return How(
-            self.max_new_tokens, TALK[0] if temperature is None else temperature, TALK[1] if top_p is None else top_p,
-            made.top_k or 0, self.seed,
-        )  # fmt: skip
+        made = recommended(model.generation_config) if self.talk else Recommended()
+        return made.sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed, TALK)
 
 
 class Speed:

@@ -10,12 +10,12 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
-from llmcompress.cli.output import Output
+from llmcompress.cli.output import Output, bytes_text
 from llmcompress.errors import InputError, UsageError
 from llmcompress.serving.limits import Limits
 
 if TYPE_CHECKING:
-    from llmcompress.serving.served import Served
+    from llmcompress.serving.served import Batch, Served
 
 KEY = "LLMCOMPRESS_API_KEY"
 _LIMITS = Limits()
@@ -75,13 +75,23 @@ def serve(
         place = f"http://{host if ':' not in host else f'[{host}]'}:{bound.getsockname()[1]}"
         out.note(f"loading {path}")
         served = open_served(path, name, dtype, device, limits, native=engine == "auto")
-        for remark in served.remarks:
-            out.note(remark)
+        for batch in served.batches:
+            out.note(_described(batch))
         server = Server(served, limits, api_key)
-        data = {"path": path, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None}
+        data = {
+            "path": path, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None,
+            "batches": served.batches,
+        }  # fmt: skip
         out.result(data, f"{place}/v1 serves {', '.join(served.models)}")
         server.run(bound)
     out.note("all answers are complete; stopped")
+
+
+def _described(batch: Batch) -> str:
+    """How much decodes at once, what it takes, and why not faster."""
+    size = f"{batch.kind} batches of up to {batch.sequences} sequences of up to {batch.tokens} tokens"
+    size += f", {batch.together} together, whose caches take up to {bytes_text(batch.cache_bytes)}"
+    return f"{', '.join(batch.models)}: {size}{f'; {batch.reason}' if batch.reason else ''}"
 
 
 def open_served(path: str, name: str | None, dtype: str, device: str, limits: Limits, native: bool) -> Served:

@@ -314,8 +314,13 @@ class Engine:
 
     def held_bytes(self, slots: Sequence[int]) -> int:
         """Bytes of the positions that these sequences use."""
-        each = (self.cache.keys.nbytes + self.cache.values.nbytes) // (self.cache.keys.shape[1] * self.cache.positions)
+        each = self.reserved_bytes // (self.cache.keys.shape[1] * self.cache.positions)
         return each * sum(self.lengths[slot] for slot in slots)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of keys and values of all slots, used or not."""
+        return self.cache.keys.nbytes + self.cache.values.nbytes
 
     def _members(self, slots: Sequence[int]) -> Tensor | None:
         return torch.tensor([self._owners[slot] for slot in slots], dtype=torch.int32) if self.members else None

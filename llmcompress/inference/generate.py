@@ -20,7 +20,7 @@ from llmcompress.inference.engine import window
 from llmcompress.inference.native import NativeEngine, decline, open_engine
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 EngineName = Literal["auto", "native", "transformers"]
 # candidates that a nucleus is sought among before everything is sorted
@@ -58,10 +58,36 @@ class Recommended:
     top_p: float | None = None
     top_k: int | None = None
 
+    def sampling(
+        self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int,
+        otherwise: tuple[float, float] = (1.0, 1.0),
+    ) -> Sampling:  # fmt: skip
+        """How tokens are chosen for a request: as it says, else as the makers recommend, else as ``otherwise`` says.
 
-def recommended(model: PreTrainedModel) -> Recommended:
-    """The sampling that a model's makers recommend."""
-    given: Any = getattr(model, "generation_config", None)
+        ``top_k`` is the makers' always: neither requests nor chats have a word for it.
+
+        Args:
+            max_new_tokens: Longest continuation.
+            temperature: What the request says, None where it says nothing.
+            top_p: The same.
+            seed: Of the draws.
+            otherwise: Temperature and top_p where neither does.
+        """
+        warm = self.temperature if temperature is None else temperature
+        nucleus = self.top_p if top_p is None else top_p
+        return Sampling(
+            max_new_tokens, otherwise[0] if warm is None else warm, otherwise[1] if nucleus is None else nucleus,
+            self.top_k or 0, seed,
+        )  # fmt: skip
+
+
+def recommended(settings: GenerationConfig | None) -> Recommended:
+    """The sampling that a model's makers recommend.
+
+    Args:
+        settings: The model's ``generation_config``.
+    """
+    given: Any = settings
     if given is None or not getattr(given, "do_sample", None):
         return Recommended()
 

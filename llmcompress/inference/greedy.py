@@ -17,7 +17,7 @@ from llmcompress.inference.engine import members_of, window
 from llmcompress.inference.native import NativeEngine, decline, open_engine, recurrent_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # tokens that both ways write after each prompt of a trial, and prompts of one
 TRIAL_TOKENS = 12
@@ -232,7 +232,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         tokenizer: Its end token counts as well. Neither is enough for chats: Gemma's tokenizer ends a text, and only
             the settings name what ends a turn.
     """
-    ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return ends_of(getattr(model, "generation_config", None), tokenizer)
+
+
+def ends_of(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
+    """As :func:`end_tokens`, from a checkpoint's generation settings."""
+    ends: Any = getattr(settings, "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
     given = [*listed, None if tokenizer is None else tokenizer.eos_token_id]
     return {int(end) for end in given if end is not None}

@@ -233,6 +233,11 @@ class RecurrentEngine:
         """Bytes of the states of these sequences, the tokens of their replay windows included."""
         return self.states.nbytes // self.slots * len(slots)
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the states of all slots, used or not."""
+        return self.states.nbytes
+
     def profile(self, tokens: Tensor, repeats: int = 16) -> dict[str, float]:
         """Seconds per step by phase, of the first thread, over ``repeats`` steps of the first sequences, which go on.
 

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.models.family_artifact import FamilyArtifact
-from llmcompress.models.handle import align, assign, fill_constants, load_tokenizer, meta_model, transformers_config
+from llmcompress.models.handle import (
+    align,
+    assign,
+    fill_constants,
+    generation_settings,
+    load_tokenizer,
+    meta_model,
+    transformers_config,
+)
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 
 if TYPE_CHECKING:
@@ -61,7 +69,10 @@ def load_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None
 
 def _shell(artifact: FamilyArtifact, member: str, dtype: torch.dtype) -> PreTrainedModel:
     """A member's model with everything but the weights in the trees, which stay on the meta device."""
-    model = meta_model(transformers_config(artifact.member_folder(member)), dtype)
+    folder = artifact.member_folder(member)
+    model = meta_model(transformers_config(folder), dtype)
+    # what ends a turn of a chat is often said there only
+    model.generation_config = generation_settings(folder)
     fill_constants(model)
     plan = model._get_dtype_plan(model.dtype)
     for name, tensor in artifact.private(member):

@@ -20,7 +20,7 @@ from llmcompress.models.shared import share_modules
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE_LINE = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -205,6 +205,24 @@ def transformers_config(folder: Path) -> PretrainedConfig:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}/config.json: transformers rejects it: {first}") from error
     return config
+
+
+def generation_settings(folder: Path) -> GenerationConfig:
+    """A model's ``generation_config.json``; what ``config.json`` says where there is none.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig.from_model_config(transformers_config(folder))
+    try:
+        return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: cannot be read: {first}", "correct it, or remove it") from error
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -289,10 +289,4 @@ async def _gone(_: Request, __: Exception) -> Response:
 
 def _sampling(ask: Ask, model: ServedModel, wanted: int, seed: int) -> Sampling:
     """How tokens are chosen: as the request says, else as the model's makers recommend, else as at OpenAI."""
-    made = model.sampling
-
-    def first(asked: float | None, recommended: float | None) -> float:
-        return asked if asked is not None else recommended if recommended is not None else 1.0
-
-    temperature, top_p = first(ask.temperature, made.temperature), first(ask.top_p, made.top_p)
-    return Sampling(wanted, temperature, top_p, made.top_k or 0, seed)
+    return model.sampling.sampling(wanted, ask.temperature, ask.top_p, seed)

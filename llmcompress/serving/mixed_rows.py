@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 from llmcompress.nn.states import PackedState
-from llmcompress.serving.rows import arguments
+from llmcompress.serving.rows import TRIAL, arguments, trial_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -232,6 +232,10 @@ class MixedRows:
         states = 0 if self._states is None else cache_bytes(self._states).total
         return states + sum(sequence.nbytes for sequence in self._sequences.values())
 
+    def full_bytes(self, tokens: int) -> int:
+        """See :meth:`~llmcompress.serving.rows.Rows.full_bytes`."""
+        return trial_bytes(self, self._members[0] if self._members else None, tokens)
+
 
 def _one(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """One token ``[H, 1, D]`` against ``[Hkv, n, D]``; query heads of one key head lie side by side like tokens."""
@@ -286,7 +290,7 @@ def disagrees(mixed: MixedRows, separate: Any, members: Sequence[str], vocabular
         Why this model is better computed sequence by sequence, None if both ways agree.
     """
     draws = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, vocabulary, (n,), generator=draws).tolist() for n in (3, 7, 5)]
+    prompts = [torch.randint(0, vocabulary, (n,), generator=draws).tolist() for n in (TRIAL, 7, 5)]
     who: list[str | None] = [members[i % len(members)] if members else None for i in (1, 0, 2)]
     worst = 0.0
     try:

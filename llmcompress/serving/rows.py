@@ -65,6 +65,36 @@ class Rows(Protocol):
         """Bytes of keys, values and states of all sequences."""
         ...
 
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of keys, values and states at most; only an empty batch can tell.
+
+        Args:
+            tokens: Of all sequences together.
+        """
+        ...
+
+
+TRIAL = 3
+"""Tokens of a sequence that shows what caches take; :func:`~llmcompress.serving.mixed_rows.disagrees` has as many."""
+
+
+def trial_bytes(rows: Rows, member: str | None, tokens: int) -> int:
+    """:meth:`Rows.full_bytes` where caches grow: from two sequences, one a token longer than the other.
+
+    Args:
+        rows: The batch, empty.
+        member: Of a family.
+        tokens: Of all sequences together.
+    """
+    held = []
+    for count in (TRIAL, TRIAL + 1):
+        rows.join(0, [0] * count, member, count)
+        held.append(rows.held_bytes())
+        rows.leave(0)
+    token = held[1] - held[0]
+    # what does not grow are states, one for each place
+    return tokens * token + rows.limit * (held[0] - TRIAL * token)
+
 
 def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str, Any]:
     """Cache and positions under the names that a model's forward has for them.
@@ -124,6 +154,10 @@ class NativeRows:
         """Bytes of the positions in use, or of the states."""
         return self._engine.held_bytes(list(self._slots.values()))
 
+    def full_bytes(self, tokens: int) -> int:
+        """See :meth:`Rows.full_bytes`; everything is reserved from the start."""
+        return self._engine.reserved_bytes
+
 
 class SeparateRows:
     """Sequences that are computed one after the other, each with a cache of its own.
@@ -132,13 +166,18 @@ class SeparateRows:
         model: Any causal language model.
         limit, longest: See :class:`Rows`.
         batch: Of a family: which member the rows of the next call belong to.
+        members: Of a family.
     """
 
     kind = "separate"
 
-    def __init__(self, model: PreTrainedModel, limit: int, longest: int, batch: BatchRows | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, limit: int, longest: int, batch: BatchRows | None = None,
+        members: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._model: Any = model
         self._batch, self.limit, self.longest = batch, limit, longest
+        self._member = members[0] if members else None
         self._held: dict[int, tuple[Any, str | None, int]] = {}
 
     def _forward(self, ids: list[int], member: str | None, cache: Any, start: int) -> Tensor:
@@ -181,3 +220,7 @@ class SeparateRows:
         from llmcompress.nn.states import cache_bytes
 
         return sum(cache_bytes(cache).total for cache, _, _ in self._held.values())
+
+    def full_bytes(self, tokens: int) -> int:
+        """See :meth:`Rows.full_bytes`."""
+        return trial_bytes(self, self._member, tokens)

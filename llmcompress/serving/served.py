@@ -11,14 +11,14 @@ import torch
 
 from llmcompress.errors import InputError
 from llmcompress.inference.generate import Recommended, recommended
-from llmcompress.inference.greedy import end_tokens
+from llmcompress.inference.greedy import ends_of
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, Rows, SeparateRows
 from llmcompress.serving.scheduler import Group
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmcompress.models.family_artifact import FamilyArtifact
     from llmcompress.nn.tree_linear import BatchRows
@@ -46,18 +46,41 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """What one batch takes, told before the first request.
+
+    Attributes:
+        models: Names of its models.
+        kind: Which way decodes: ``native``, ``mixed`` or ``separate``.
+        sequences: At once; fewer than asked for where long ones fill the cache.
+        tokens: Of one sequence at most.
+        together: Tokens of all sequences at most.
+        cache_bytes: Keys, values and states when it is full.
+        reason: Why no faster way decodes, empty for the fastest.
+    """
+
+    models: tuple[str, ...]
+    kind: str
+    sequences: int
+    tokens: int
+    together: int
+    cache_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """Everything that one process serves.
 
     Attributes:
         models: By name.
         groups: Their batches.
-        remarks: One line each on how a batch decodes and why.
+        batches: The same, described.
     """
 
     models: dict[str, ServedModel]
     groups: list[Group]
-    remarks: list[str]
+    batches: list[Batch]
 
 
 def serve_model(
@@ -72,10 +95,10 @@ def serve_model(
         limits: Bounds.
         native: Whether the native engine may run it.
     """
-    served = _served(model, tokenizer, name)
+    served = _served(model, tokenizer, name, model.generation_config)
     longest = min(served.context or limits.cache_tokens, limits.cache_tokens)
-    rows, remark = _batches(model, limits, longest, native)
-    return Served({name: served}, [Group(rows, {name: None})], [f"{name}: {_size(rows)}{remark}"])
+    rows, reason = _batches(model, limits, longest, native)
+    return Served({name: served}, [Group(rows, {name: None})], [_described(rows, (name,), limits, reason)])
 
 
 def serve_family(
@@ -94,7 +117,7 @@ def serve_family(
         InputError: A member cannot be loaded or has no tokenizer.
     """
     from llmcompress.models.family_model import load_members
-    from llmcompress.models.handle import load_tokenizer
+    from llmcompress.models.handle import generation_settings, load_tokenizer
 
     together: list[tuple[str, ...]] = [artifact.members]
     try:
@@ -104,24 +127,27 @@ def serve_family(
             raise
         together = [(member,) for member in artifact.members]
         loaded = [load_members(artifact, [member], dtype) for member in artifact.members]
-    models, groups, remarks = {}, [], []
+    models, groups, batches = {}, [], []
     for members, family in zip(together, loaded):
         model: Any = family.model
         model = model.to(device)
         for member in members:
-            models[member] = _served(model, load_tokenizer(artifact.member_folder(member)), member)
+            folder = artifact.member_folder(member)
+            models[member] = _served(model, load_tokenizer(folder), member, generation_settings(folder))
         longest = min(models[members[0]].context or limits.cache_tokens, limits.cache_tokens)
-        rows, remark = _batches(model, limits, longest, native, family.batch, members)
+        rows, reason = _batches(model, limits, longest, native, family.batch, members)
         groups.append(Group(rows, {member: member for member in members}))
-        remarks.append(f"{', '.join(members)}: {_size(rows)}{remark}")
-    return Served(models, groups, remarks)
+        batches.append(_described(rows, tuple(members), limits, reason))
+    return Served(models, groups, batches)
 
 
-def _served(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> ServedModel:
+def _served(
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, settings: GenerationConfig | None
+) -> ServedModel:
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    ends = frozenset(end_tokens(model, tokenizer))
-    return ServedModel(name, tokenizer, ends, context, int(config.vocab_size), recommended(model))
+    ends = frozenset(ends_of(settings, tokenizer))
+    return ServedModel(name, tokenizer, ends, context, int(config.vocab_size), recommended(settings))
 
 
 def _batches(
@@ -136,12 +162,12 @@ def _batches(
     if rows is not None:
         return rows, ""
     rows, remark = _modules(model, limits, longest, batch, members)
-    return rows, f": {reason}{remark}"
+    return rows, f"{reason}{remark}"
 
 
-def _size(rows: Rows) -> str:
-    """Which way decodes, and how much at once: fewer sequences than asked for where long ones fill the cache."""
-    return f"{rows.kind} batches of up to {rows.limit} sequences of up to {rows.longest} tokens"
+def _described(rows: Rows, models: tuple[str, ...], limits: Limits, reason: str) -> Batch:
+    together = min(limits.cache_tokens, rows.limit * rows.longest)
+    return Batch(models, rows.kind, rows.limit, rows.longest, together, rows.full_bytes(together), reason)
 
 
 def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows | None, str]:
@@ -175,7 +201,7 @@ def _modules(
     model: PreTrainedModel, limits: Limits, longest: int, batch: BatchRows | None, members: Sequence[str]
 ) -> tuple[Rows, str]:
     mixed = MixedRows(model, limits.rows, longest, batch, members)
-    separate = SeparateRows(model, limits.rows, longest, batch)
+    separate = SeparateRows(model, limits.rows, longest, batch, members)
     reason = disagrees(mixed, separate, members, int(model.config.get_text_config().vocab_size))
     return (mixed, "") if reason is None else (separate, f"; one after the other: {reason}")
 

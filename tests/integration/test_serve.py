@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -332,6 +333,10 @@ def test_sigterm_finishes_what_runs(folder: Path) -> None:
             assert lines[-1] or process.poll() is None
         told = json.loads("\n".join(lines))
         assert told["models"] == ["t"]
+        (batch,) = told["batches"]
+        assert batch["models"] == ["t"] and 0 < batch["together"] <= batch["sequences"] * batch["tokens"]
+        # two layers of two heads of 8, keys and values in float32
+        assert batch["cache_bytes"] >= batch["together"] * 2 * 2 * 8 * 2 * 4
         client = openai.OpenAI(base_url=told["url"], api_key=KEY, max_retries=0)
         stream = client.completions.create(model="t", prompt="The", max_tokens=100, temperature=0, stream=True)
         next(iter(stream))
@@ -341,6 +346,31 @@ def test_sigterm_finishes_what_runs(folder: Path) -> None:
         assert process.wait(20) == 0
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
+
+
+def test_members_have_settings_of_their_own(family_run: Path, tmp_path: Path) -> None:
+    import torch
+
+    from llmcompress.errors import InputError
+    from llmcompress.hf import load
+    from llmcompress.inference.generate import Recommended
+    from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.serving.served import serve_family
+
+    folder = tmp_path / "artifact"
+    shutil.copytree(family_run / "run" / "artifact", folder)
+    settings = folder / "members" / "bee" / "generation_config.json"
+    settings.write_text(json.dumps({"do_sample": True, "temperature": 0.3, "top_k": 5, "eos_token_id": [2, 7]}))
+    served = serve_family(FamilyArtifact(folder), LIMITS, torch.float32, "cpu")
+    bee, ant = served.models["bee"], served.models["ant"]
+    assert (bee.sampling, ant.sampling) == (Recommended(0.3, None, 5), Recommended())
+    # what ends a turn of one member is a token like any other of another
+    assert bee.stop - ant.stop == {7}
+    alone = {name: load(folder, member=name)[0].generation_config for name in ("bee", "ant")}
+    assert alone["bee"].temperature == 0.3 != alone["ant"].temperature
+    settings.write_text("{")
+    with pytest.raises(InputError, match=r"bee/generation_config\.json: cannot be read"):
+        serve_family(FamilyArtifact(folder), LIMITS, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ def model(**settings: Any) -> Any:
 
 
 def test_only_a_file_that_asks_for_sampling_recommends() -> None:
-    assert recommended(model()) == recommended(SimpleNamespace(generation_config=None)) == Recommended()  # type: ignore[arg-type]
-    made = model(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+    assert recommended(GenerationConfig()) == recommended(None) == Recommended()
+    made = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
     assert recommended(made) == Recommended(0.6, 0.9, 20)
-    assert recommended(model(do_sample=True, temperature=0.6)).temperature == 0.6
-    assert recommended(model(do_sample=False, temperature=0.6)) == Recommended()
+    assert recommended(GenerationConfig(do_sample=True, temperature=0.6)).temperature == 0.6
+    assert recommended(GenerationConfig(do_sample=False, temperature=0.6)) == Recommended()
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,15 @@ def test_a_request_wins_over_the_file(asked: dict[str, Any], made: Recommended, 
 
 def test_a_chat_follows_the_file_and_generate_does_not() -> None:
     made = model(do_sample=True, temperature=0.6, top_k=20)
-    assert Talk(8, None, None, 1).of(made) == Sampling(8, 0.6, 0.95, 20, 1)
-    assert Talk(8, None, None, 1).of(model()) == Sampling(8, 0.7, 0.95, 0, 1)
-    assert Talk(8, 0.0, 1.0, 1).of(made) == Sampling(8, 0.0, 1.0, 0, 1)
+    assert Talk(8, None, None, 1, talk=True).of(made) == Sampling(8, 0.6, 0.95, 20, 1)
+    assert Talk(8, None, None, 1, talk=True).of(model()) == Sampling(8, 0.7, 0.95, 0, 1)
+    assert Talk(8, 0.9, 0.8, 1).of(made) == Sampling(8, 0.9, 0.8, 0, 1)
+
+
+@pytest.mark.parametrize("asked", [(None, None), (0.5, None), (None, 0.5), (0.5, 0.5)])
+def test_a_chat_and_a_request_that_say_the_same_get_the_same(asked: tuple[float | None, float | None]) -> None:
+    made = model(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+    ask = parse(ChatAsk, {"model": "m", "messages": [{"role": "user", "content": "x"}],
+                          **{k: v for k, v in zip(("temperature", "top_p"), asked) if v is not None}})  # fmt: skip
+    served = SimpleNamespace(sampling=recommended(made.generation_config))
+    assert Talk(8, *asked, 3, talk=True).of(made) == _sampling(ask, served, 8, 3)  # type: ignore[arg-type]

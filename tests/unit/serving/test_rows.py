@@ -50,6 +50,17 @@ def prompts(lengths: tuple[int, ...] = (3, 9, 5, 6), vocabulary: int = 64) -> li
     return [torch.randint(3, vocabulary, (n,), generator=draws).tolist() for n in lengths]
 
 
+def check_size(rows: Any) -> None:
+    """What full caches take is told before anything is in them."""
+    told = rows.full_bytes(36)
+    assert rows.held_bytes() == 0
+    for key in range(2):
+        rows.join(key, [5 + key] * 18, None, 18)
+    assert told == rows.held_bytes() > 0
+    for key in range(2):
+        rows.leave(key)
+
+
 def check(model: Any, count: int) -> None:
     """Both ways of transformers' modules write what each sequence writes alone."""
     mixed, separate = MixedRows(model, 8, 64), SeparateRows(model, 8, 64)
@@ -58,6 +69,9 @@ def check(model: Any, count: int) -> None:
     expected = [alone(model, prompt, count) for prompt in asked]
     assert decode(mixed, asked, count) == expected
     assert decode(separate, asked, count) == expected
+    for rows in (mixed, separate):
+        rows.limit = 2
+        check_size(rows)
 
 
 @pytest.mark.parametrize("family", (*MODELS, *HYBRIDS))
