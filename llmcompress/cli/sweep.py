@@ -12,14 +12,16 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
-from llmcompress.cli.run import RecipeArgument, figure, load_job
-from llmcompress.errors import LLMCompressError, UsageError
+from llmcompress.cli.run import RecipeArgument, figure, load_job, quoted
+from llmcompress.errors import ExitCode, LLMCompressError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmcompress.pipeline.sweep import RunResult
+    from llmcompress.pipeline.runner import Job
+    from llmcompress.pipeline.sweep import RunResult, SweepRun
 
+_AGAIN = "correct it, then the same command, or another --dir; finished runs are kept"
 # metrics of which more is better; of all others less is
 _RISING = ("acc", "acc_norm", "exact_match", "top1", "overlap", "agreement")
 
@@ -54,22 +56,42 @@ def sweep(
         # runs that share the processors must not each take all of them
         fixed.append(f"run.threads={max(1, (os.cpu_count() or 1) // jobs)}")
     first = combinations(axes, Path())[0]
-    job = load_job(recipe, [*fixed, *(f"{key}={value}" for key, value in first.values.items())])
+    job = _job(recipe, fixed, first)
     root = folder or Path("runs") / f"sweep-{job.recipe['name']}"
     runs = combinations(axes, root)
     # a wrong value is known before the first run has taken an hour
     for run in runs:
-        load_job(recipe, [*fixed, *(f"{key}={value}" for key, value in run.values.items())])
-    results = Sweep(recipe, fixed, runs, root, jobs, out.note).execute()
+        _job(recipe, fixed, run)
+
+    def holds(run: SweepRun) -> bool:
+        from llmcompress.pipeline.runner import Runner, RunOptions
+
+        return Runner(_job(recipe, fixed, run), RunOptions()).up_to_date()
+
+    results = Sweep(recipe, fixed, runs, root, jobs, out.note, holds).execute()
     chosen = _quality(results, metric)
     data = write_tables(results, root, chosen, str(job.recipe["name"]))
     out.result(data, lambda screen: _show(data, screen))
     failed = [result for result in results if result.status == "failed"]
     if failed:
-        lines = [f"{r.run.name}: {_last_line(r.error)}" for r in failed]
-        raise LLMCompressError(
-            f"{len(failed)} of {len(results)} runs failed:\n" + "\n".join(lines), "correct it, then the same command"
-        )
+        raise _failure(failed, len(results))
+
+
+def _job(recipe: str, fixed: Sequence[str], run: SweepRun) -> Job:
+    words = [f"{key}={value}" for key, value in run.values.items()]
+    return load_job(recipe, [*fixed, *words, f"run.dir={quoted(str(run.folder))}"])
+
+
+def _failure(failed: Sequence[RunResult], count: int) -> LLMCompressError:
+    """One error for all runs that failed, with the exit code of the first."""
+    lines = [f"{r.run.name}: {_last_line(r.error)}" for r in failed]
+    error = LLMCompressError(f"{len(failed)} of {count} runs failed:\n" + "\n".join(lines), _AGAIN)
+    code = failed[0].code
+    if code in {int(known) for known in ExitCode if known}:
+        error.exit_code = ExitCode(code)
+    elif code < 0:  # killed from outside, most often for want of memory
+        error.exit_code = ExitCode.ENVIRONMENT
+    return error
 
 
 def _last_line(text: str) -> str:

@@ -195,6 +195,15 @@ class Runner:
             self.dir.write_recipe(self.job.source, self.job.lock())
             return self._run(prints, record)
 
+    def up_to_date(self) -> bool:
+        """Whether the folder holds this very run, finished: recipe, model and texts as they are now. Only reads."""
+        if not self.dir.is_run() or not self._already_finished():
+            return False
+        prints = self._fingerprints(self._policy().root)
+        kept = {path.parent.name for path in self.dir.root.glob("stages/*/state.json")}
+        same = all((record.fingerprint, record.inputs) == prints[record.name] for record in self._records())
+        return same and kept == set(self._names)
+
     @contextmanager
     def restored(self, name: str) -> Iterator[tuple[RunState, RunContext]]:
         """State as the run's finished stages left it, for one more step outside the recipe.
@@ -269,7 +278,8 @@ class Runner:
         upstream = digest(root)
         for stage in self.job.stages:
             inputs = with_contents(stage.config.model_dump(mode="json"))
-            upstream = digest({"inputs": inputs, "name": stage.name, "upstream": upstream})
+            counted = {key: value for key, value in inputs.items() if key not in stage.judging}
+            upstream = digest({"inputs": counted, "name": stage.name, "upstream": upstream})
             found[stage.name] = (upstream, inputs)
         return found
 
@@ -291,7 +301,10 @@ class Runner:
         discarded = [*(n for n in self._names[first:] if self.dir.stage_dir(n).exists()), *gone]
         for name in reversed(discarded):
             self.dir.discard_stage(name)
-        return not discarded
+        judged = [r for r in self._records() if r.inputs != prints[r.name][1]]
+        for record in judged:
+            self.dir.write_stage(replace(record, status="running", inputs=prints[record.name][1]))
+        return not discarded and not judged
 
     def _holds(self, name: str, fingerprint: str) -> bool:
         """Whether what is recorded of a stage (finished or partly done) belongs to this recipe."""

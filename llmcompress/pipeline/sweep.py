@@ -61,6 +61,7 @@ class RunResult:
     Attributes:
         run: Which.
         status: ``finished``, ``gate failed`` or ``failed``.
+        code: Exit code of its process; 0 where it was finished before.
         error: The last lines it said, when it failed.
         metrics: ``task.metric`` → value of the compressed model.
         dense: ``task.metric`` → value of the dense model, where it has one.
@@ -71,6 +72,7 @@ class RunResult:
 
     run: SweepRun
     status: str
+    code: int = 0
     error: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
@@ -164,6 +166,8 @@ class Sweep:
         folder: The sweep's folder.
         jobs: Runs at a time.
         tell: Receives a line when a run begins or ends.
+        holds: Whether a finished run is of the recipe, model and texts as they are now; others are run again, and
+            keep, redo or refuse what an ordinary ``run`` does.
     """
 
     def __init__(
@@ -174,9 +178,10 @@ class Sweep:
         folder: Path,
         jobs: int,
         tell: Callable[[str], None],
+        holds: Callable[[SweepRun], bool] = lambda _: True,
     ) -> None:
         self.recipe, self.fixed, self.runs, self.folder = recipe, list(fixed), list(runs), folder
-        self.jobs, self.tell = max(1, jobs), tell
+        self.jobs, self.tell, self.holds = max(1, jobs), tell, holds
         self._children: set[subprocess.Popen[str]] = set()
         self._guard = threading.Lock()
         self._stopped = False
@@ -192,7 +197,7 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder), self._listening():
             self._claim()
-            pending = [run for run in self.runs if not run.finished]
+            pending = [run for run in self.runs if not (run.finished and self.holds(run))]
             if len(pending) < len(self.runs):
                 self.tell(f"{len(self.runs) - len(pending)} of {len(self.runs)} runs are finished already")
             codes: dict[str, tuple[int, str]] = {}
@@ -285,11 +290,12 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
             if row.get("dense") is not None:
                 dense[name] = float(row["dense"])
     status = "failed"
-    if run.finished:
+    if run.finished and code in _FINISHED:
         status = "gate failed" if any(record.gate_failure for record in records) else "finished"
     return RunResult(
         run=run,
         status=status,
+        code=code,
         error="" if status != "failed" else (said or f"exit code {code}"),
         metrics=metrics,
         dense=dense,

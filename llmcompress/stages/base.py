@@ -93,6 +93,8 @@ class Stage(ABC):
     """Whether all ranks of a run work on it together; otherwise rank 0 does it and the others wait."""
     consumes: ClassVar[frozenset[Kind]] = frozenset()
     produces: ClassVar[frozenset[Kind]] = frozenset()
+    judging: ClassVar[frozenset[str]] = frozenset()
+    """Config keys that only judge what the stage has kept: other values of them throw nothing away, but judge again."""
 
     def __init__(self, name: str, config: Any) -> None:
         self.name = name

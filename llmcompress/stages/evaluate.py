@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from llmcompress.evaluation.measure import Ledger, Side
+    from llmcompress.evaluation.ledger import Ledger
+    from llmcompress.evaluation.measure import Side
     from llmcompress.models.layout import ModelLayout
     from llmcompress.models.streamed import StreamedModel
     from llmcompress.stages.state import RunContext, RunState
@@ -120,6 +121,7 @@ class Evaluate(Stage):
     Config = EvaluateConfig
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.METRICS})
+    judging = frozenset({"gates"})
     config: EvaluateConfig
 
     def check(self, layout: ModelLayout) -> list[str]:
@@ -173,7 +175,7 @@ class Evaluate(Stage):
             GateFailed: A gate did not hold; everything is measured and stored by then.
             RecipeError: A gate names a metric that was not measured.
         """
-        from llmcompress.evaluation.measure import Ledger
+        from llmcompress.evaluation.ledger import Ledger
         from llmcompress.models.heap import whole_models
 
         assert state.model is not None, "the pipeline checks that a load stage comes first"

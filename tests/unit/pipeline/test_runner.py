@@ -101,7 +101,12 @@ def test_a_run_leaves_its_records(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone_unless_forced(tmp_path: Path) -> None:
+    assert not Runner(job(tmp_path), RunOptions()).up_to_date() and not (tmp_path / "run").exists()
+    execute(job(tmp_path), until="quantize")
+    assert not Runner(job(tmp_path), RunOptions()).up_to_date()
     execute(job(tmp_path))
+    assert Runner(job(tmp_path), RunOptions()).up_to_date()
+    assert not Runner(job(tmp_path, {"load": {}, "quantize": {"value": 4}, "evaluate": {}}), RunOptions()).up_to_date()
     before = (tmp_path / "run" / "run.json").stat().st_mtime_ns
     Fake.diary.clear()
     assert execute(job(tmp_path)).status == "nothing to do"
@@ -183,6 +188,33 @@ def test_changed_measuring_and_unfinished_stages_are_done_again(tmp_path: Path) 
     assert not (tmp_path / "run" / "stages" / "evaluate").exists()
     with pytest.raises(RecipeError, match=r"stages\.quantize: removed or renamed"):
         execute(job(tmp_path, {"load": {}, "other": {}, "export": {}}))
+
+
+def test_another_gate_judges_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fake, "judging", frozenset({"value"}))
+    Fake.kinds["quantize"] = frozenset({Kind.METRICS})
+
+    def judge(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        (ctx.stage_dir / "measured").touch(exist_ok=stage.config.value == 3)
+        if stage.config.value < 5:
+            raise GateFailed("gate ppl: too high")
+
+    Fake.behaviour["quantize"] = judge
+    strict, lax = ({"load": {}, "quantize": {"value": value}, "export": {}} for value in (3, 7))
+    assert execute(job(tmp_path, strict)).gate_failures == ["gate ppl: too high"]
+    assert Runner(job(tmp_path, strict), RunOptions()).up_to_date()
+    assert not Runner(job(tmp_path, lax), RunOptions()).up_to_date()
+    Fake.behaviour["quantize"] = lambda stage, run, ctx: None
+    measured = tmp_path / "run" / "stages" / "quantize" / "measured"
+    before = measured.stat().st_mtime_ns
+    Fake.diary.clear()
+    outcome = execute(job(tmp_path, lax))
+    # the stage looks at its own files again, those after it stay as they are
+    assert (outcome.status, outcome.gate_failures) == ("finished", [])
+    assert Fake.diary == ["restore load", "run quantize", "restore export"]
+    assert measured.stat().st_mtime_ns == before
+    assert Runner(job(tmp_path, lax), RunOptions()).up_to_date()
+    assert execute(job(tmp_path, lax)).status == "nothing to do"
 
 
 def test_partial_work_of_a_changed_stage_is_not_continued(tmp_path: Path) -> None:

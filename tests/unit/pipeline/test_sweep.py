@@ -84,10 +84,26 @@ def test_a_failed_run_is_noted_and_done_again(fake: Path) -> None:
 
     first = execute()
     assert [result.status for result in first] == ["finished", "failed", "finished"]
-    assert first[1].error == "error: the first time fails"
+    assert (first[1].error, first[1].code) == ("error: the first time fails", 4)
     second = execute()
     assert [result.status for result in second] == ["finished"] * 3
     assert [len((fake / f"n={n}" / "began").read_text()) for n in (1, 2, 3)] == [1, 2, 1]
+
+
+def test_a_finished_run_of_another_recipe_is_not_passed_on(fake: Path) -> None:
+    def execute(changed: bool) -> list[Any]:
+        runs = combinations({"n": ["1", "3"]}, fake)
+        return Sweep(
+            "recipe", [], runs, fake, 1, lambda _: None, lambda run: run.name != "n=1" or not changed
+        ).execute()
+
+    execute(False)
+    execute(False)
+    assert [len((fake / f"n={n}" / "began").read_text()) for n in (1, 3)] == [1, 1]
+    execute(True)
+    assert [len((fake / f"n={n}" / "began").read_text()) for n in (1, 3)] == [2, 1]
+    # what the run itself then refuses is no result
+    assert result_of(combinations({"n": ["1"]}, fake)[0], 3, "error: another recipe").status == "failed"
 
 
 def test_values_may_be_added_and_other_settings_are_refused(fake: Path) -> None:
