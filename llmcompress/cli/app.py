@@ -158,7 +158,7 @@ _NEXT_STEPS = {
     ExitCode.RECIPE: "correct the recipe, then: llmcompress validate RECIPE",
     ExitCode.ENVIRONMENT: "correct what is named above; `llmcompress inspect PATH` shows what a model folder holds",
     ExitCode.RESOURCES: "llmcompress plan RECIPE shows what is needed",
-    ExitCode.EXPORT: "choose other formats in the export stage",
+    ExitCode.EXPORT: "choose another format",
 }
 
 

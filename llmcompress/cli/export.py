@@ -55,6 +55,9 @@ def export(
     with Runner(job, RunOptions(), out.sinks()).restored("export") as (state, ctx):
         if state.packed is None:
             raise InputError(f"{run_dir}: its quantizing stage is not finished", f"llmcompress resume {run_dir}")
+        stage.require(
+            state, "--format native holds any model; other formats need other rules in the recipe, and its run"
+        )
         stage.run(state, ctx)
     sizes = {name: folder_bytes(folder) for name, folder in folders.items()}
     rows = {name: {"path": str(folder), "bytes": sizes[name]} for name, folder in folders.items()}

@@ -153,12 +153,14 @@ def load_job(reference: str, overrides: list[str], source: Path | None = None, o
 
 
 def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
-    """Refuse before any work what the files that are named and the model's config already show to be impossible.
+    """Refuse before any work what the files that are named and the model's headers already show to be impossible.
 
-    A text that only the last stage reads would otherwise be missed after hours. A model folder that is not complete
-    is left to the load stage, whose message is the better one.
+    A text that only the last stage reads would otherwise be missed after hours, and a folder that holds no model would
+    leave a run folder behind.
     """
+    from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
     from llmcompress.models.paths import no_model_folder, resolve_path
+    from llmcompress.models.registry import layout_from_config
     from llmcompress.pipeline.estimate import plan
 
     folder = resolve_path(loaded.recipe.model.path)
@@ -168,13 +170,13 @@ def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
     if absent := loaded.absent():
         needs = _needs(loaded, next(iter(absent)))
         raise InputError("\n".join(absent.values()), f"correct the path, or put the file there{needs}")
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    predicted = plan(loaded, read_object(file))
+    config = read_config(folder)
+    refuse_quantized(folder, config)
+    Checkpoint(folder, layout_from_config(config)).verify()
+    predicted = plan(loaded, config)
     predicted.require_budget()
     predicted.require_exports()
-    require_sources(loaded, file.parent)
+    require_sources(loaded, folder)
     for note in predicted.notes:
         out.warning(note)
 

@@ -325,7 +325,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
                 "raise the limit, or set run.dir to another file system, then resume",
             ) from error
         raise ExportError(
-            f"{out}: cannot be written: {error.strerror or error}", "set the stage's dir to a folder you can write to"
+            f"{out}: cannot be written: {error.strerror or error}", "choose a folder you can write to"
         ) from error
 
 

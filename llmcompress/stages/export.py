@@ -104,10 +104,9 @@ class Export(Stage):
         from llmcompress.export.card import write_card
         from llmcompress.export.provenance import provenance
 
-        if state.model is None or state.packed is None:
-            raise ExportError("export needs a loaded model and a quantizing stage before it")
+        self.require(state)
+        assert state.model is not None and state.packed is not None
         layout, plan = state.model.layout, plan_of(state.packed)
-        self._refuse(state, layout, plan)
         facts = provenance(state, ctx)
         for exporter in self._exporters():
             for loss in exporter.losses(state.policies):
@@ -142,24 +141,35 @@ class Export(Stage):
 
         return [exporter(name, dense_dtype=self.config.dense_dtype) for name in dict.fromkeys(self.config.formats)]
 
-    def _refuse(self, state: RunState, layout: ModelLayout, plan: QuantPlan) -> None:
-        """Raise when any format cannot hold the model, naming every reason of every format."""
+    def require(self, state: RunState, advice: str | None = None) -> None:
+        """Refuse a model that a format cannot hold, naming every reason of every format.
+
+        Args:
+            state: The model and its packed weights.
+            advice: What to do where no recipe asked for the formats.
+
+        Raises:
+            ExportError: A format cannot, or there is nothing to export.
+        """
+        from llmcompress.export.base import plan_of
+
         model = state.model
-        assert model is not None
-        reasons = self.refusals(layout, plan, state.policies)
+        if model is None or state.packed is None:
+            raise ExportError("export needs a loaded model and a quantizing stage before it")
+        reasons = self.refusals(model.layout, plan_of(state.packed), state.policies)
         for exporter in self._exporters():
             if state.adapter is not None and exporter.name != "native":
                 # an artifact without it would be a model nobody has measured
                 reasons.setdefault(exporter.name, []).append("it has no place for the trained adapter")
             found = exporter.source_refusals(model.path, model.config, model.tokenizer_path)
             reasons[exporter.name] = reasons.get(exporter.name, []) + found
-        self._raise(reasons)
+        self._raise(reasons, advice)
 
-    def _raise(self, reasons: Mapping[str, list[str]]) -> None:
+    def _raise(self, reasons: Mapping[str, list[str]], advice: str | None = None) -> None:
         lines = [f"export {name}: {reason}" for name, found in reasons.items() for reason in found]
         if lines:
             refused = ", ".join(name for name, found in reasons.items() if found)
-            raise ExportError("\n".join(lines), f"take {refused} out of stages.{self.name}.formats")
+            raise ExportError("\n".join(lines), advice or f"take {refused} out of stages.{self.name}.formats")
 
     def _target(self, name: str, ctx: RunContext) -> Path:
         base = Path(self.config.dir) if self.config.dir else ctx.run_dir / "artifact"

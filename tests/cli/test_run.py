@@ -104,6 +104,30 @@ def test_json_of_a_run(
     assert "[4/5]" not in captured.out
 
 
+def test_a_folder_that_is_no_model_leaves_no_run_folder(
+    finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, pickled, cut = (tmp_path / name for name in ("empty", "pickled", "cut"))
+    for folder in (empty, pickled, cut):
+        shutil.copytree(tiny_folder, folder)
+    (empty / "config.json").unlink()
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    artifact = finished[1] / "artifact"
+    for folder, words in (
+        (empty, "config.json: missing"),
+        (pickled, "pickle"),
+        (cut, "damaged"),
+        (artifact, "already"),
+    ):
+        target = tmp_path / "run"
+        assert invoke(["run", str(finished[0]), f"model.path={folder}", f"run.dir={target}"]) == 4
+        said = capsys.readouterr().err
+        assert words in said and said.count("error:") == said.count("next:") == 1
+        assert not target.exists(), folder
+
+
 def test_gates_set_the_exit_code_after_export_and_report(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,12 +149,13 @@ def test_resume_of_no_run_and_a_broken_model(
     broken = tmp_path / "broken"
     shutil.copytree(tiny_folder, broken)
     weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    # not a number, in 16 bits and in 32: only the load stage reads values
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\xff" * 4)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(recipe_text(broken, tmp_path / "run"))
     assert invoke(["run", str(recipe), "--quiet"]) == 4
     error = capsys.readouterr().err
-    assert "model.safetensors" in error
+    assert "NaN" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "artifact").exists()
     # the traceback is kept for those who want it
@@ -208,6 +233,11 @@ def test_eval_and_compare(
     artifact = str(finished[1] / "artifact")
     itself = told(capsys, "compare", artifact, artifact, *options)["metrics"][0]
     assert itself["difference"] == itself["difference_stderr"] == 0 and itself["within_noise"] is False
+    capsys.readouterr()
+    for limit in ("text.perplexty=1", "fidelity.kl=1", "other.perplexity=1"):
+        assert invoke(["compare", str(tiny_folder), artifact, *options, "--max-rel-increase", limit]) == 2
+        # nothing has been loaded for a limit that could not be judged
+        assert "loading" not in (said := capsys.readouterr().err) and "limit 1: no metric" in said
     assert invoke(["eval", str(finished[1]), "--text", "strange.xyz"]) == 2
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"body": text.read_text()}))
@@ -316,6 +346,11 @@ def test_export_in_another_format(finished: tuple[Path, Path], capsys: pytest.Ca
     assert invoke(["export", str(run), "--format", "dense"]) == 7
     assert "exists already" in capsys.readouterr().err
     assert invoke(["export", str(run), "--format", "zip"]) == 2
+    capsys.readouterr()
+    # no recipe asked for this format, so the next step is none of a recipe's
+    assert invoke(["export", str(run), "--format", "gguf", "--out", str(run / "elsewhere")]) == 7
+    said = capsys.readouterr().err
+    assert "error: export gguf: " in said and "next: --format native" in said and "stages." not in said
     assert invoke(["export", str(folder.parent.parent), "--format", "dense"]) == 4
 
 

@@ -261,6 +261,7 @@ class Case:
         stage: The stage that fails, whose record must not say finished.
         torch: Whether the command gets as far as importing torch; such cases share a preloaded parent.
         finishes: Whether the run is complete in spite of the exit code (a failed gate).
+        untouched: Whether it is known before anything is written, so that there must be no run folder.
     """
 
     name: str
@@ -270,3 +271,4 @@ class Case:
     stage: str | None = None
     torch: bool = False
     finishes: bool = False
+    untouched: bool = False

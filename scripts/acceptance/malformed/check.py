@@ -23,6 +23,8 @@ def problems(case: Case, run: Run, code: int, stdout: str, stderr: str) -> list[
     found += _message_problems(case, code, stderr)
     if code != 0 and run.run_dir is not None and not case.finishes:
         found += unfinished_problems(run.run_dir, case.stage, run.damaged)
+    if case.untouched and run.run_dir is not None and run.run_dir.exists():
+        found.append("the run folder exists")
     if code != 0:
         found += [f"{folder.name} exists" for folder in run.outputs if folder.exists()]
     if run.inspect is not None:

@@ -241,7 +241,9 @@ def _renamed(folder: Path) -> None:
     shutil.move(folder / WEIGHTS, folder / "weights.safetensors")
 
 
-_case = partial(Case, stage="load", torch=True)
+# headers are read before anything is written, values by the load stage
+_case = partial(Case, stage="load", torch=True, untouched=True)
+_values = partial(Case, stage="load", torch=True)
 
 CONFIGS = [
     _case("model folder missing", ENVIRONMENT, r"not_here.*no such", _missing_model),
@@ -278,8 +280,8 @@ FILES = [
     _case("header that lies about a shape", ENVIRONMENT, r"lm_head\.weight of shape .* cannot span", _loaded(_header(shape=[7, 7]))),
     _case("header with negative offsets", ENVIRONMENT, r"damaged: .*lm_head\.weight", _loaded(_header(data_offsets=[-4096, 36864]))),
     _case("unknown data type", ENVIRONMENT, r"data type F4, which is not supported", _loaded(_header(dtype="F4"))),
-    _case("NaN in a weight", ENVIRONMENT, r"NaN or infinity in: .*experts\.2\.w2", _tensors(_value(float("nan")))),
-    _case("infinity in a weight", ENVIRONMENT, r"NaN or infinity in: .*experts\.2\.w2", _tensors(_value(float("-inf")))),
+    _values("NaN in a weight", ENVIRONMENT, r"NaN or infinity in: .*experts\.2\.w2", _tensors(_value(float("nan")))),
+    _values("infinity in a weight", ENVIRONMENT, r"NaN or infinity in: .*experts\.2\.w2", _tensors(_value(float("-inf")))),
     _case("wrong shape", ENVIRONMENT, r"gate\.weight has shape \[32, 4\], config\.json says \[4, 32\]", _tensors(_swapped)),
     _case("integers for weights", ENVIRONMENT, r"gate\.weight holds I64 values", _tensors(_integers)),
     _case("tensor missing", ENVIRONMENT, r"missing: .*gate\.weight", _tensors(lambda t: t.pop(GATE))),
