@@ -1,4 +1,4 @@
-"""Every command line that README, Makefile, recipes and the package's own hints show can be parsed."""
+"""Command lines that README, Makefile, recipes and the package's own hints show can be parsed; what runs would fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from llmcompress.cli.app import app
+from llmcompress.cli.app import app, invoke
 from llmcompress.recipe.catalog import list_recipes, shipped_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,27 @@ def test_documented_command_lines_parse(line: str) -> None:
     # placeholders are written in capitals
     if recipe and not recipe.isupper() and "/" not in recipe and not recipe.endswith(".yaml"):
         assert shipped_path(recipe), f"no recipe {recipe}"
+
+
+def planned() -> list[str]:
+    """Settings of ``run`` lines that a machine with nothing but the shipped models can plan."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    lines = {
+        line.split(" #")[0].strip() for line in re.findall(r"(?:^    |`)llmcompress run ([a-z][^\n`]*)", text, re.M)
+    }
+    # other capitals are the reader's own files, other paths and options belong to machines that are not here
+    return sorted(line for line in lines if not re.search(r"[A-Z]{3}|/models|--|…", line.replace("=FOLDER", "=folder")))
+
+
+@pytest.mark.parametrize("line", planned())
+def test_settings_of_documented_runs_are_accepted(line: str) -> None:
+    words = shlex.split(line.replace("=FOLDER", f"={ROOT / 'recipes' / 'assets' / 'reference_reasoner'}"))
+    assert invoke(["plan", *words, "--quiet"]) == 0
+
+
+def test_enough_runs_are_planned() -> None:
+    assert len([line for line in planned() if "gptq" in line]) > 1 and len(planned()) > 4
 
 
 def test_a_wrong_option_would_be_noticed() -> None:
