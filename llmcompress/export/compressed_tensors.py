@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 # the oldest release whose dense packing and per-expert loading transformers accepts
 FORMAT_VERSION = "0.15.0"
+# families whose mixers transformers 5.23 initialises by the name of a weight, also when it comes packed
+INITIALISED = ("mamba", "falcon_mamba", "mamba2")
 EXPERT_TARGET = r"re:.*\.experts\.\d+\..*"
 
 
@@ -82,6 +84,11 @@ class CompressedTensorsExporter(Exporter):
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Weights the format or its readers cannot hold, one line per kind of problem."""
         problems = [*_spec_problems(layout, plan), *_fusion_problems(layout, plan), *_expert_problems(layout, plan)]
+        if layout.model_type in INITIALISED and any(name.endswith(".mixer.out_proj") for name in plan):
+            problems.append(
+                f"transformers cannot load a packed out_proj of {layout.model_type}: it initialises that weight. "
+                "Leave it dense (rule with keep: true), or use native"
+            )
         if any(block.loan is not None for block in layout.blocks):
             problems.append(f"{layout.model_type} runs a module in several blocks; readers cannot tie packed weights")
         return problems

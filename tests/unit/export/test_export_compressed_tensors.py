@@ -60,6 +60,12 @@ def test_each_reason_for_refusing(changes: dict[str, QuantSpec | None], words: s
     assert words in refusal(MIXTRAL, plan(MIXTRAL, **changes))
 
 
+def test_projections_that_transformers_initialises_are_refused() -> None:
+    mamba = layout_from_config({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 1, "time_step_rank": 32})
+    assert "cannot load a packed out_proj of mamba" in refusal(mamba, plan(mamba))
+    assert EXPORTER.refusals(mamba, plan(mamba, out_proj=None), {}) == []
+
+
 def test_layers_with_different_experts_are_refused() -> None:
     mixed = {name: replace(spec, bits=8) if ".1.mlp" in name else spec for name, spec in plan(MIXTRAL).items()}
     assert "8 bit group 32" in refusal(MIXTRAL, mixed)
