@@ -150,9 +150,8 @@ class RqtConfig(StageConfig):
                 raise ValueError(f"bits.budget {self.bits.budget} must exceed {floor:g}, which the leaves alone take")
         if self.act_order is True and not self.static_groups:
             raise ValueError("act_order needs static_groups: true, or the value groups")
-        needs_text = self.leaf_solver == "gptq" or self.internal_solver == "gptq" or self.tree.similarity == "hessian"
         bare = [name for name, member in self.members.items() if member.calibration is None]
-        if needs_text and bare and self.calibration.general is None:
+        if self.needs_text and bare and self.calibration.general is None:
             raise ValueError(f"members.{bare[0]} has no calibration text, and calibration.general is not set")
         return self
 
