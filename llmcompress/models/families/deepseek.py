@@ -71,6 +71,15 @@ def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return _latent_attention(facts, layer), _feed_forward(facts, index, layer, router, (correction,))
 
 
+def _prediction_layers(facts: Facts) -> tuple[str, ...]:
+    """Layers behind the last one predict further tokens (layer 61 of the released model) and are not part of the
+    causal model.
+    """
+    key, first = "num_nextn_predict_layers", facts.size("num_hidden_layers")
+    count = 0 if facts.get(key) is None else facts.size(key, at_least=0)
+    return tuple(rf"model\.layers\.{index}\." for index in range(first, first + count))
+
+
 _SHARED = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -97,11 +106,10 @@ FAMILIES = (
             **_SHARED, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
             "num_hidden_layers": 61, "num_attention_heads": 128, "first_k_dense_replace": 3,
             "n_routed_experts": 256, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 8,
-            "moe_intermediate_size": 2048, "norm_topk_prob": True,
+            "moe_intermediate_size": 2048, "norm_topk_prob": True, "num_nextn_predict_layers": 1,
         },
         aliases={"n_routed_experts": "num_local_experts"},
         disk=_DISK,
-        # layer 61 of the released model predicts further tokens and is not part of the causal model
-        ignored=(r"model\.layers\.61\.",),
+        ignored=_prediction_layers,
     ),
 )  # fmt: skip

@@ -48,7 +48,7 @@ class Family:
         embedding: Name of the embedding in the body.
         final_norm: Name of the last norm in the body.
         depth: Number of decoder layers; from ``num_hidden_layers`` when None.
-        ignored: See :class:`~llmcompress.models.layout.ModelLayout`.
+        ignored: See :class:`~llmcompress.models.layout.ModelLayout`; or a function of the facts.
     """
 
     model_type: str
@@ -58,7 +58,7 @@ class Family:
     disk: DiskNames = field(default_factory=DiskNames)
     norm_bias: bool = False
     head_bias: str | None = None
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] | Callable[[Facts], tuple[str, ...]] = ()
     body: str = "model"
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
@@ -91,7 +91,8 @@ class Family:
             outside.append(TensorView("lm_head.weight", (vocab, hidden)))
         if self.head_bias is not None and facts.flag(self.head_bias):
             outside.append(TensorView("lm_head.bias", (vocab,)))
-        return ModelLayout(self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, self.ignored)
+        ignored = self.ignored(facts) if callable(self.ignored) else self.ignored
+        return ModelLayout(self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, ignored)
 
 
 def norm(name: str, size: int, bias: bool = False) -> list[TensorView]:

@@ -207,9 +207,13 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_deepseek_prediction_layer_is_ignored() -> None:
-    layout = layout_from_config({"model_type": "deepseek_v3"})
-    assert layout.ignored == (r"model\.layers\.61\.",)
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [({}, [61]), ({"num_hidden_layers": 4, "num_nextn_predict_layers": 2}, [4, 5]), ({"num_hidden_layers": 27}, [27])],
+)
+def test_deepseek_prediction_layers_are_ignored(config: dict[str, int], layers: list[int]) -> None:
+    layout = layout_from_config({"model_type": "deepseek_v3", **config})
+    assert layout.ignored == tuple(rf"model\.layers\.{index}\." for index in layers)
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "missing"), ("{", "cannot be read"), ("[]", "not a JSON object")])
