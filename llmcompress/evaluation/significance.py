@@ -100,7 +100,8 @@ def difference_stderr(first: Recorded | None, second: Recorded | None) -> float 
 
 
 def stages_of(run_dir: Path, names: Sequence[str]) -> dict[str, Recorded]:
-    """Row-by-row figures of all stages of a run, by ``task.metric``; the first stage that has one counts.
+    """Row-by-row figures of all stages of a run, by ``task.metric``; the last stage that has one counts, as in the
+    figures that runs are compared by.
 
     Args:
         run_dir: The run's folder.
@@ -108,5 +109,5 @@ def stages_of(run_dir: Path, names: Sequence[str]) -> dict[str, Recorded]:
     """
     found: dict[str, Recorded] = {}
     for name in names:
-        found = recorded(run_dir / "stages" / name) | found
+        found |= recorded(run_dir / "stages" / name)
     return found

@@ -278,12 +278,14 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
         said: What it wrote to stderr.
     """
     folder = RunDir(run.folder)
-    names = [path.parent.name for path in sorted(run.folder.glob("stages/*/state.json"))]
-    records = [record for name in names if (record := folder.read_stage(name)) is not None]
+    begun, record = sorted(path.name for path in run.folder.glob("stages/*")), folder.read_run()
+    # in the order of the recipe: what the last stage has measured is said of the finished model
+    names = begun if record is None else [name for name in record.stages if name in begun]
+    records = [known for name in names if (known := folder.read_stage(name)) is not None]
     metrics: dict[str, float] = {}
     dense: dict[str, float] = {}
-    for path in sorted(run.folder.glob("stages/*/metrics.json")):
-        for row in json.loads(path.read_text(encoding="utf-8")):
+    for path in (folder.stage_dir(name) / "metrics.json" for name in names):
+        for row in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
             name = f"{row['task']}.{row['metric']}"
             if row.get("compressed") is not None:
                 metrics[name] = float(row["compressed"])

@@ -78,3 +78,9 @@ def test_any_name_of_a_text_pairs_up(tmp_path: Path, name: str) -> None:
 def test_the_same_file_in_two_checkouts_pairs_up(tmp_path: Path) -> None:
     one, two = (recorded(_stage(tmp_path / side, path=f"/{side}/held.jsonl")) for side in "ab")
     assert difference_stderr(one["held.perplexity"], two["held.perplexity"]) == 0
+
+
+def test_of_several_stages_the_last_counts(tmp_path: Path) -> None:
+    for name, nll in (("rounded", (1.0, 1.0, 1.0)), ("after", (3.0, 3.0, 3.0))):
+        _stage(tmp_path / "stages" / name, nll=nll)
+    assert stages_of(tmp_path, ["rounded", "after"])["held.perplexity"].rows == (6.0, 6.0, 6.0)

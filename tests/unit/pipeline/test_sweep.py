@@ -11,6 +11,7 @@ import pytest
 
 from llmcompress.errors import UsageError
 from llmcompress.pipeline import sweep
+from llmcompress.pipeline.run_dir import RunDir, RunRecord
 from llmcompress.pipeline.sweep import Sweep, SweepRun, combinations, pareto, parse_axes, result_of
 
 
@@ -141,3 +142,14 @@ def test_results_are_read_from_the_folder(tmp_path: Path) -> None:
     found = result_of(SweepRun("r", {}, tmp_path / "r"), 5, "error: too large")
     assert (found.status, found.error, found.bytes) == ("failed", "error: too large", 77)
     assert (found.metrics, found.dense) == ({"heldout.perplexity": 4.0}, {"heldout.perplexity": 3.0})
+
+
+def test_of_several_evaluations_the_last_in_the_recipe_counts(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "r")
+    folder.create()
+    for name, value in (("rounded", 9.0), ("after", 4.0)):
+        folder.stage_dir(name).mkdir()
+        rows = [{"task": "heldout", "metric": "perplexity", "dense": 3.0, "compressed": value}]
+        (folder.stage_dir(name) / "metrics.json").write_text(json.dumps(rows))
+    folder.write_run(RunRecord("r", "finished", "cpu", "float32", 1, {}, ["rounded", "after"]))
+    assert result_of(SweepRun("r", {}, folder.root)).metrics == {"heldout.perplexity": 4.0}
