@@ -76,6 +76,11 @@ def refuse(reason: str | None) -> None:
         raise InputError(f"the native engine cannot run this model: {reason}", "use engine=transformers")
 
 
+def rounds_activations(model: PreTrainedModel) -> bool:
+    """Whether a model itself rounds the inputs of its packed linears to 8 bits, 64 columns a scale."""
+    return any(module.int8_activations for module in model.modules() if isinstance(module, PackedLinear))
+
+
 def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
     """Bytes of an activation where the native engines multiply packed weights.
 
@@ -104,6 +109,8 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
             return f"{name or 'the model'} is offloaded by accelerate"
         if name.endswith("_proj") and not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
             return f"{name} is a {type(module).__name__}"
+        if name.endswith("_proj") and (module._forward_pre_hooks or module._forward_hooks):
+            return f"{name} has hooks (activations rounded per token, or somebody who looks on)"
         if isinstance(module, TreeLinear) and (reason := _decline_tree(module)) is not None:
             return f"{name}: {reason}"
         if isinstance(module, PackedTensors):
@@ -111,10 +118,30 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
             reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
             if reason is not None or module._buffers.get("weight_dense") is not None:
                 return f"{name}: {reason or 'a part of its rows is dense'}"
+    reason = _decline_ends(model) or _decline_rounding(model)
+    if reason is not None:
+        return reason
     policy = getattr(model, "llmcompress_skipping", None)
     if policy is not None and policy.policy.decode != "off":
         return f"the expert-skipping policy acts while decoding (decode: {policy.policy.decode})"
     return None
+
+
+def _decline_ends(model: PreTrainedModel) -> str | None:
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not isinstance(end, nn.Embedding | nn.Linear | PerMember):
+            return f"embedding or head is a {type(end).__name__}"
+    return None
+
+
+def _decline_rounding(model: PreTrainedModel) -> str | None:
+    """A step has one width for the inputs of all packed weights."""
+    if not rounds_activations(model):
+        return None
+    packed = [module for module in model.modules() if isinstance(module, PackedTensors)]
+    if all(getattr(module, "int8_activations", False) for module in packed):
+        return None
+    return "activations of some of its packed weights are rounded to 8 bits, and of others not"
 
 
 def _decline_tree(module: TreeLinear) -> str | None:
@@ -143,7 +170,7 @@ class Engine:
         positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
         int8_activations: Round the inputs of packed weights to 8 bits per group: faster, not exact. Otherwise they are
-            taken as exactly as the model's own type holds them (:func:`planes_of`).
+            taken as exactly as the model's own type holds them (:func:`planes_of`), or rounded as the model rounds.
         head_bits: 8 quantizes the output head to 8 bits by rounding to nearest, groups of 64: not exact either.
         threads: torch's by default.
         screen: Keep an 8-bit copy of a dense head, by which :meth:`greedy` finds the few rows that may hold the largest
@@ -169,7 +196,7 @@ class Engine:
     ) -> None:
         refuse(decline(model))
         self.model = model
-        self.planes = planes_of(model, int8_activations)
+        self.planes = planes_of(model, int8_activations or rounds_activations(model))
         self.threads = threads
         self.members = members_of(model)
         self.cache_dtype = cache_dtype or (torch.float32 if model.dtype == torch.float32 else torch.bfloat16)

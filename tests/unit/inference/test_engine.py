@@ -13,6 +13,7 @@ from llmcompress_kernels.reference.group_gemm import deinterleave
 from llmcompress.errors import InputError
 from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline, window
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
@@ -64,6 +65,31 @@ def test_sixteen_bit_models_lose_less_than_by_modules(decoders: Any, ids: torch.
     exact = reference(model.float(), tokens)  # of the same weights
     assert engine.planes == native.FLOAT16_PLANES
     assert EXACT < (natively - exact).norm() < 0.2 * (modules - exact).norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_activations_are_rounded_as_the_model_rounds_them(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    model, tokens = decoders.packed(family, 4), ids[:24]
+    exact = reference(model, tokens)
+    policy = {"bits": 8, "roles": ["attention", "mlp"]}
+    layout = layout_from_config(model.config.to_dict())
+    activations.attach(model, layout, {**policy, "granularity": "chunk"})
+    if family == "mixtral":
+        # routed experts keep float inputs, and a step has one width for all
+        assert "of others not" in str(decline(model))
+        return
+    rounded = reference(model, tokens)
+    assert (rounded - exact).abs().max() > 100 * EXACT
+    assert worst(Engine(model, positions=32), tokens, rounded, 9) < EXACT
+    model = decoders.packed(family, 4)
+    activations.attach(model, layout, {**policy, "granularity": "token"})
+    assert "hooks" in str(decline(model))
+
+
+def test_a_packed_embedding_is_declined(decoders: Any) -> None:
+    model = decoders.packed("llama", 4)
+    embedding.make_room(model, layout_from_config(model.config.to_dict()), {"bits": 8, "group_size": -1})
+    assert "PackedEmbedding" in str(decline(model))
 
 
 def test_rows_and_experts_that_do_not_fill_a_vector(decoders: Any, ids: torch.Tensor) -> None:
