@@ -35,11 +35,11 @@ def generate(
     """
     from transformers import GenerationConfig as HFGenerationConfig
 
+    from llmcompress.inference.generate import without_own_settings
     from llmcompress.inference.greedy import end_tokens
 
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # explicit: a checkpoint's own generation settings must not turn a greedy comparison into sampling
     sampling = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature > 0 else {}
     settings = HFGenerationConfig(
         **sampling,
@@ -57,7 +57,8 @@ def generate(
     results = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        devices = [model.device] if model.device.type == "cuda" else []
+        with without_own_settings(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(config.seed)
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         results.append(output[0, ids.shape[1] :].tolist())

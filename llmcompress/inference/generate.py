@@ -7,7 +7,8 @@ the same seed and engine, but the two engines draw different random numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +98,21 @@ def recommended(settings: GenerationConfig | None) -> Recommended:
 
     top_k = positive("top_k")
     return Recommended(positive("temperature"), positive("top_p"), None if top_k is None else int(top_k))
+
+
+@contextmanager
+def without_own_settings(model: Any) -> Iterator[None]:
+    """Inside, ``model.generate`` takes from the checkpoint's settings nothing that a call leaves open: beams, banned
+    repetitions and the like would be neither greedy nor what the native engine writes.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +243,6 @@ class Generator:
         sampled = how.temperature > 0
         # without a stop token an impossible one: None would mean the checkpoint's own
         ends = sorted(stop) or [int(self.model.config.get_text_config().vocab_size)]
-        # explicit: a checkpoint's own generation settings must not turn a greedy comparison into sampling
         settings = GenerationConfig(
             max_new_tokens=how.max_new_tokens, do_sample=sampled, repetition_penalty=1.0,
             pad_token_id=ends[0], eos_token_id=ends,
@@ -237,7 +252,8 @@ class Generator:
         ids = torch.tensor([list(prompt)], device=device)
         model: Any = self.model
         began = time.perf_counter()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with without_own_settings(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(how.seed)
             full = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
@@ -258,7 +274,8 @@ def choose(logits: Tensor, how: Sampling, draws: torch.Generator) -> Tensor:
     """
     if how.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits / how.temperature
+    # from the largest down, so that the smallest temperatures give no infinity less infinity
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, torch.finfo(torch.float32).tiny)
     if how.top_k == 0 and how.top_p >= 1:
         return torch.multinomial(scaled.softmax(-1), 1, generator=draws)[:, 0]
     vocabulary = logits.shape[-1]

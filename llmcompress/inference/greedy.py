@@ -14,6 +14,7 @@ import torch
 from llmcompress_kernels.build import BuildError
 
 from llmcompress.inference.engine import members_of, window
+from llmcompress.inference.generate import without_own_settings
 from llmcompress.inference.native import NativeEngine, decline, open_engine, recurrent_model
 
 if TYPE_CHECKING:
@@ -220,7 +221,8 @@ def _by_transformers(
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     ids = torch.tensor([list(prompt)])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    with without_own_settings(model):
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return out.sequences[0, ids.shape[1] :].tolist(), [row[0] for row in out.logits]
 
 

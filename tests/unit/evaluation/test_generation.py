@@ -32,8 +32,10 @@ def test_greedy_is_the_argmax_whatever_the_checkpoint_says(model, tiny_tokenizer
     model = copy.deepcopy(model)
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
     model.generation_config.repetition_penalty = 3.0
+    model.generation_config.no_repeat_ngram_size, model.generation_config.num_beams = 1, 3
     expected = [greedy(model, tiny_tokenizer(p)["input_ids"], 6, 2) for p in config.prompts]
     assert generate(model, tiny_tokenizer, config) == expected
+    assert model.generation_config.num_beams == 3, "the settings stay the model's"
 
 
 def test_a_turn_ends_where_the_settings_say(model, tiny_tokenizer):

@@ -41,6 +41,17 @@ def test_stop_tokens_end_each_sequence_alone(decoders: Any) -> None:
         assert tokens == all_tokens[: first + 1]
 
 
+def test_what_the_checkpoint_sets_beside_changes_nothing(decoders: Any) -> None:
+    model = decoders.dense("llama")
+    theirs = Generator(model, "transformers")
+    how, hot = Sampling(12), Sampling(12, temperature=2.0, top_k=40, seed=3)
+    plain = [[c.tokens for c in theirs.generate(PROMPTS, each)] for each in (how, hot)]
+    for setting in ({"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"min_p": 0.9}, {"max_time": 0.0}):
+        model.generation_config.update(**setting)
+        assert [[c.tokens for c in theirs.generate(PROMPTS, each)] for each in (how, hot)] == plain
+    assert model.generation_config.num_beams == 3
+
+
 @needs_native
 def test_more_prompts_than_one_step_takes(decoders: Any) -> None:
     model = decoders.dense("llama")
@@ -126,6 +137,14 @@ def test_choice_follows_the_filtered_distribution(how: Sampling) -> None:
     found = torch.bincount(draws, minlength=40) / 20000
     assert found[expected == 0].sum() == 0
     assert (found - expected).abs().max() < 0.015
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_smallest_temperatures_are_greedy(temperature: float, top_p: float) -> None:
+    logits = 40 * torch.randn(9, 500, generator=torch.Generator().manual_seed(0))
+    how = Sampling(1, temperature, top_p)
+    assert torch.equal(choose(logits, how, torch.Generator().manual_seed(1)), logits.argmax(-1))
 
 
 def test_nucleus_beyond_the_first_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
