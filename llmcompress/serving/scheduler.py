@@ -281,8 +281,14 @@ class Scheduler:
             best = dict(zip(plain, torch.stack([logits[key] for key in plain]).argmax(-1).tolist()))
         for key, row in logits.items():
             job = group.running[key]
-            token = best[key] if key in best else _draw(job, row)
-            if self._deliver(job, token, row):
+            try:
+                ended = self._deliver(job, best[key] if key in best else _draw(job, row), row)
+            except Exception:
+                # logits that are no numbers, say: the others decode on
+                _LOG.exception("token %d for %s failed", job.written + 1, job.model)
+                self._fail([job], FAILED)
+                ended = True
+            if ended:
                 self._leave(group, key)
 
     def _deliver(self, job: Job, token: int, logits: Tensor) -> bool:

@@ -19,7 +19,9 @@ from llmcompress.serving.text import TextStream
 
 
 class Paper:
-    """Writes the token after the last one, up to 200; token 9 breaks it, and a gate may hold its steps."""
+    """Writes the token after the last one, up to 200; token 9 breaks it, 10 is followed by no number, a gate may hold
+    its steps.
+    """
 
     kind, longest, limit = "paper", 50, 3
 
@@ -32,6 +34,8 @@ class Paper:
     def _logits(self, token: int) -> Tensor:
         if token == 9:
             raise RuntimeError("broken")
+        if token == 10:
+            return torch.full((200,), torch.nan)
         return torch.nn.functional.one_hot(torch.tensor((token + 1) % 200), 200).float()
 
     def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
@@ -137,6 +141,16 @@ def test_what_breaks_a_batch_ends_its_answers_and_the_next_ones_work(bench: Benc
     bench.scheduler.submit([bench.job(20)])
     assert bench.ended(2).reason == "length"
     assert bench.scheduler.alive
+
+
+def test_a_sequence_of_which_no_token_can_be_drawn_ends_alone(bench: Bench) -> None:
+    bad, good = bench.job(10), bench.job(20, count=8)
+    bad.how = Sampling(5, temperature=1.0)
+    bench.scheduler.submit([bad, good])
+    assert bench.ended(0).error == FAILED
+    assert bench.ended(1).reason == "length"
+    assert bench.tokens(1) == list(range(21, 29))
+    assert bench.scheduler.alive and not bench.rows.held
 
 
 def test_draining_takes_nothing_new_and_stopping_ends_the_rest(tiny_tokenizer: Any) -> None:
