@@ -32,7 +32,7 @@ class Reader:
         tokenizer: The model's.
         problems: Checks answers.
         chat: Render through the tokenizer's chat template; otherwise the question and a line feed.
-        system: System line of the chat template.
+        system: System line of the chat template; none where it is empty.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -63,14 +63,21 @@ class Reader:
         """Token ids that a response follows.
 
         Raises:
-            InputError: ``chat`` is set and the tokenizer has no chat template.
+            InputError: ``chat`` is set and the tokenizer has no chat template, or one that refuses the turns.
         """
         if not self.chat:
             return list(self.tokenizer(f"{question}\n", add_special_tokens=False)["input_ids"])
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError("chat is set, but the tokenizer has no chat template", "set chat: false")
-        turns = [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
-        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        turns.append({"role": "user", "content": question})
+        from jinja2 import TemplateError
+
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            hint = 'system: "" leaves the system line out' if self.system else "set chat: false"
+            raise InputError(f"the chat template refuses the prompt: {error}", hint) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

@@ -87,7 +87,7 @@ class S2RConfig(StageConfig):
     """Render problems through the tokenizer's chat template, with the paper's system line."""
 
     system: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """System line of the chat template."""
+    """System line of the chat template; empty for templates that know none."""
 
 
 class TrainingConfig(S2RConfig):

@@ -76,3 +76,16 @@ def test_paired_test_by_hand():
     assert paired_test(after, after) == 1
     assert paired_test([False] * 10, [True] * 10) == pytest.approx(2 / 2**10)
     assert not math.isnan(paired_test([], []))
+
+
+def test_templates_that_know_no_system_line():
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("asset:reference_moe"))
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="System role not supported") as refused:
+        Reader(tokenizer, TASK, chat=True).prompt("q")
+    assert refused.value.hint == 'system: "" leaves the system line out'
+    ids = Reader(tokenizer, TASK, chat=True, system="").prompt("q")
+    assert tokenizer.decode(ids) == "[user]q"
