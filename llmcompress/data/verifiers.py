@@ -14,6 +14,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -111,11 +112,16 @@ class Endpoint:
         self.config, self.cache = config, cache
         self._known: dict[str, str] = {}
         if cache.exists():
-            for line in cache.read_text(encoding="utf-8").splitlines():
-                # the last line may be cut off by a kill
-                if line.endswith("}"):
+            text = cache.read_text(encoding="utf-8")
+            for line in text.splitlines():
+                # a kill can cut the last line off
+                with suppress(ValueError):
                     row = json.loads(line)
                     self._known[row["key"]] = row["text"]
+            if text and not text.endswith("\n"):
+                # or the next one would be written behind what is left of it, and both be lost
+                with cache.open("a", encoding="utf-8") as handle:
+                    handle.write("\n")
 
     def write(self, problem: Problem, answer: str) -> str | None:
         """Ask once; None when the text has no verdict or solves the problem again.

@@ -51,6 +51,11 @@ def test_each_answer_is_asked_once_even_after_a_restart(server, tmp_path):
     cache.write_text(cache.read_text() + '{"key": "half')
     assert verifier(url, cache).write(PROBLEM, "4") == first
     assert len(asked) == 1
+    # nor does what is left of it spoil the next one
+    verifier(url, cache).write(PROBLEM, "5")
+    for answer in ("4", "5"):
+        verifier(url, cache).write(PROBLEM, answer)
+    assert len(asked) == 2
     prompt = asked[0]["messages"][0]["content"]
     assert "What is 2 + 2?" in prompt
     assert "Proposed answer: 4" in prompt
