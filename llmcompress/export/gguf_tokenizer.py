@@ -175,4 +175,8 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
+    if isinstance(template, list):
+        # several by name: chats take the default one
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
     return template if isinstance(template, str) else None

@@ -82,3 +82,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
     write_tokenizer(tmp_path)
     with pytest.raises(ExportError, match="only 3 rows"):
         read_tokenizer(tmp_path, 3, {})
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages }}", "{{ messages }}"),
+        ([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "chat"}], "chat"),
+        ([{"name": "tool_use", "template": "tools"}], None),
+        (None, None),
+    ],
+)
+def test_the_chat_template_is_the_default_one(tmp_path: Path, template: Any, expected: str | None) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
+    assert read_tokenizer(tmp_path, 4, {}).chat_template == expected
