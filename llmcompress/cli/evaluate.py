@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmcompress.report.data import ReportData
     from llmcompress.stages.evaluate import EvaluateConfig
 
+_PLACES = {"dense": "A", "compressed": "B"}
 HELD_OUT = "asset:text/heldout.jsonl.gz"
 
 TextOption = Annotated[
@@ -124,11 +125,13 @@ def compare(
     config = settings(text, length, max_tokens, task, tasks_dir, limit, field, fidelity=True)
     _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
+    judged = _judged(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
     sizes = [look(model_folder(name)) for name in (first, second)]
     data = {
         "a": {"path": first, "bytes": sizes[0].bytes, "bits": sizes[0].bits},
         "b": {"path": second, "bytes": sizes[1].bytes, "bits": sizes[1].bits},
         "metrics": [_compact(row, "pair") for row in rows],
+        "limits": judged,
     }
 
     def show(screen: Console) -> None:
@@ -139,12 +142,14 @@ def compare(
         for row in rows:
             change = row.get("difference")
             name = f"{row['task']}.{row['metric']}"
-            shown = None if change is None else difference_text(change, row["difference_stderr"])
+            error = row.get("difference_stderr")
+            shown = None if change is None else difference_text(change, error, name, row["dense"])
             cells.append((name, figure(row["dense"]), figure(row["compressed"]), shown))
         screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
+        _show_limits(judged, screen)
 
     out.result(data, show)
-    _require(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
+    _require(judged)
 
 
 def _limits(kind: str, given: list[str] | None) -> list[GateConfig]:
@@ -191,15 +196,19 @@ def _no_such_figure(lines: str) -> UsageError:
     return UsageError(lines.replace("gates.", "limit "), "take a metric of the table that A and B have each")
 
 
-def _require(limits: list[GateConfig], figures: Mapping[str, tuple[float | None, float | None]]) -> None:
+def _judged(
+    limits: list[GateConfig], figures: Mapping[str, tuple[float | None, float | None]]
+) -> list[dict[str, Any]]:  # fmt: skip
     """Hold B against A.
 
     Args:
         limits: The gates.
         figures: A's and B's by name.
 
+    Returns:
+        What each limit looked at, in words and as a number, and whether it holds.
+
     Raises:
-        GateFailed: A limit does not hold.
         UsageError: A limit names what was not measured for both.
     """
     from llmcompress.evaluation.gates import judge
@@ -215,7 +224,26 @@ def _require(limits: list[GateConfig], figures: Mapping[str, tuple[float | None,
         results = judge(gates, measured, "A")
     except RecipeError as error:
         raise _no_such_figure(error.message) from error
-    if broken := [f"{r.metric} is {r.value:.6g}, {r.limit}" for r in results if not r.passed]:
+    return [
+        {"metric": limit.metric, "message": f"{r.metric} is {r.value:.6g}, {r.limit}", "value": r.value,
+         "passed": r.passed}
+        for limit, r in zip(limits, results)
+    ]  # fmt: skip
+
+
+def _show_limits(judged: list[dict[str, Any]], screen: Console) -> None:
+    for row in judged:
+        if row["passed"]:
+            screen.print(f"held: {row['message']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _require(judged: list[dict[str, Any]]) -> None:
+    """Raise for limits that do not hold.
+
+    Raises:
+        GateFailed: One does not.
+    """
+    if broken := [row["message"] for row in judged if not row["passed"]]:
         raise GateFailed("\n".join(broken), "spend more bits, or relax the limit")
 
 
@@ -335,15 +363,21 @@ def _measure_two(
         raise UsageError(f"the vocabularies differ ({words[0]} and {words[1]} tokens)", "compare models of one family")
     prepared = _prepare(config, one, out)
     open_tasks(prepared, ledger, ["dense", "compressed"])
-    measure_side("dense", one.model, one.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
-    measure_side("compressed", two.model, one.tokenizer, config, prepared, ledger, out.note)  # type: ignore[arg-type]
+
+    def tell(text: str) -> None:  # neither is dense or compressed by its place
+        side, _, rest = text.partition(": ")
+        out.note(f"{_PLACES.get(side, side)}: {rest}")
+
+    measure_side("dense", one.model, one.tokenizer, config, prepared, ledger, tell)  # type: ignore[arg-type]
+    measure_side("compressed", two.model, one.tokenizer, config, prepared, ledger, tell)  # type: ignore[arg-type]
     pair = measure_pair(one.model, two.model, config, prepared, ledger, out.note)
     right = [*side_scores("compressed", config, prepared, ledger), *fidelity_scores(pair)]
     return pair_scores(side_scores("dense", config, prepared, ledger), right)
 
 
 def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:
-    kept = {key: row[key] for key in ("task", "metric", "stderr", "n", "higher_is_better")}
+    kept = {"name": f"{row['task']}.{row['metric']}"}
+    kept |= {key: row[key] for key in ("task", "metric", "stderr", "n", "higher_is_better")}
     if shape == "value":
         return {**kept, "value": row["compressed"]}
     from llmcompress.evaluation.significance import within_noise
@@ -373,7 +407,8 @@ def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfi
             {"name": name, "a": a, "b": b, "difference": change, "difference_stderr": error,
              "within_noise": within_noise(change, error)}
         )  # fmt: skip
-    changes = difference(one.recipe, two.recipe, "")
+    changes = [line for line in difference(one.recipe, two.recipe, "") if not line.startswith("run.dir: ")]
+    judged = _judged(limits, {name: (left.get(name), right.get(name)) for name in names if "." in name})
 
     def show(screen: Console) -> None:
         cells = [(row["name"], *_compared(row)) for row in rows]
@@ -381,9 +416,11 @@ def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfi
         screen.print("recipes:", highlight=False)
         for line in changes or ["the same"]:
             screen.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        _show_limits(judged, screen)
 
-    out.result({"a": str(first), "b": str(second), "figures": rows, "recipe_changes": changes}, show)
-    _require(limits, {name: (left.get(name), right.get(name)) for name in names if "." in name})
+    data = {"a": str(first), "b": str(second), "figures": rows, "recipe_changes": changes, "limits": judged}
+    out.result(data, show)
+    _require(judged)
 
 
 def _figures(data: ReportData) -> dict[str, float]:

@@ -108,7 +108,8 @@ def resume(
         words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track)]
         launch(out, processes, words, run_dir)
         return
-    execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)))
+    again = "add --redo STAGE to do that stage and all after it again"
+    execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)), again)
 
 
 def _words(out: Output, until: str | None, only: str | None, redo: str | None, track: list[str] | None) -> list[str]:
@@ -166,7 +167,9 @@ def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
     folder = resolve_path(loaded.recipe.model.path)
     if not folder.is_dir():
         error = no_model_folder(loaded.recipe.model.path)
-        raise InputError(error.message, f"{error.hint}{_needs(loaded, 'model.path')}")
+        hint = f"{error.hint}{_needs(loaded, 'model.path')}"
+        # a model may move, as long as it stays the same
+        raise InputError(error.message, hint if loaded.lock is None else f"{hint}; if it has moved: model.path=FOLDER")
     if absent := loaded.absent():
         needs = _needs(loaded, next(iter(absent)))
         raise InputError("\n".join(absent.values()), f"correct the path, or put the file there{needs}")
@@ -223,8 +226,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def execute(out: Output, job: Job, options: RunOptions) -> None:
+def execute(out: Output, job: Job, options: RunOptions, again: str = "add --force to run it anew") -> None:
     """Run a job, print its outcome, and raise for gates that failed.
+
+    Args:
+        out: Where.
+        job: What.
+        options: How far.
+        again: How this command does a finished run once more.
 
     Raises:
         GateFailed: After everything else is done.
@@ -240,10 +249,11 @@ def execute(out: Output, job: Job, options: RunOptions) -> None:
     runner = Runner(job, options, out.sinks(), world)
     out.run_dir = runner.dir.root
     outcome = runner.execute()
-    out.result(summary(outcome), lambda screen: show_outcome(outcome, screen))
+    out.result(summary(outcome), lambda screen: show_outcome(outcome, screen, again))
     if outcome.gate_failures:
         lines = "\n".join(outcome.gate_failures)
-        raise GateFailed(lines, f"look at {outcome.report or outcome.run_dir}")
+        written = "; what was exported is there all the same" if outcome.artifacts else ""
+        raise GateFailed(lines, f"look at {outcome.report or outcome.run_dir}{written}")
 
 
 def _trackers(names: list[str] | None, job: Job) -> Callable[[Path], list[Sink]]:
@@ -326,8 +336,8 @@ def metrics_table(metrics: list[Metric]) -> object:
     return table(columns, rows, right="dense|compressed|difference")
 
 
-def show_outcome(outcome: Outcome, screen: Console) -> None:
-    """Print a run's result for people."""
+def show_outcome(outcome: Outcome, screen: Console, again: str) -> None:
+    """Print a run's result for people; ``again`` is the next step where nothing was done."""
     if outcome.status == "nothing to do":
         screen.print(f"{outcome.run_dir}: this run is already finished; nothing was done", highlight=False)
     if outcome.metrics:
@@ -340,4 +350,4 @@ def show_outcome(outcome: Outcome, screen: Console) -> None:
     if outcome.report is not None:
         screen.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
     if outcome.status == "nothing to do":
-        screen.print("next: add --force to run it anew", highlight=False)
+        screen.print(f"next: {again}", highlight=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +15,7 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import RecipeArgument, figure, load_job, quoted
-from llmcompress.errors import ExitCode, LLMCompressError, UsageError
+from llmcompress.errors import ExitCode, GateFailed, LLMCompressError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from llmcompress.pipeline.sweep import RunResult, SweepRun
 
 _AGAIN = "correct it, then the same command, or another --dir; finished runs are kept"
+_LONGEST = 400
 # metrics of which more is better; of all others less is
 _RISING = ("acc", "acc_norm", "exact_match", "top1", "overlap", "agreement")
 
@@ -46,7 +49,11 @@ def sweep(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
     metric: Annotated[str | None, typer.Option("--metric", help="Quality to plot, such as heldout.perplexity.")] = None,
 ) -> None:
-    """Run a recipe with every combination of some settings; continue where an interrupted sweep stopped."""
+    """Run a recipe with every combination of some settings; continue where an interrupted sweep stopped.
+
+    A run that fails stops no other; the exit code is then its own. A run whose quality gates do not hold is a result
+    like others; exit code 6 says that none holds them.
+    """
     from llmcompress.pipeline.sweep import Sweep, combinations, parse_axes
 
     axes, fixed = parse_axes(settings or [])
@@ -75,6 +82,8 @@ def sweep(
     failed = [result for result in results if result.status == "failed"]
     if failed:
         raise _failure(failed, len(results))
+    if all(result.status == "gate failed" for result in results):
+        raise GateFailed("no run holds its quality gates", "vary other settings, spend more bits, or relax the gates")
 
 
 def _job(recipe: str, fixed: Sequence[str], run: SweepRun) -> Job:
@@ -84,7 +93,7 @@ def _job(recipe: str, fixed: Sequence[str], run: SweepRun) -> Job:
 
 def _failure(failed: Sequence[RunResult], count: int) -> LLMCompressError:
     """One error for all runs that failed, with the exit code of the first."""
-    lines = [f"{r.run.name}: {_last_line(r.error)}" for r in failed]
+    lines = [f"{r.run.name}: {_in_a_line(r.error)}" for r in failed]
     error = LLMCompressError(f"{len(failed)} of {count} runs failed:\n" + "\n".join(lines), _AGAIN)
     code = failed[0].code
     if code in {int(known) for known in ExitCode if known}:
@@ -94,9 +103,10 @@ def _failure(failed: Sequence[RunResult], count: int) -> LLMCompressError:
     return error
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.startswith("error:")] or text.splitlines() or ["no message"]
-    return lines[0].removeprefix("error:").strip()
+def _in_a_line(said: str) -> str:
+    """The error among what a run said, without its next step; the beginning of everything where there is none."""
+    found = re.search(r"^error:(.*?)(?=^next:|\Z)", said, re.MULTILINE | re.DOTALL)
+    return shorten((found[1] if found else said) or "no message", _LONGEST, placeholder=" …")
 
 
 def _quality(results: Sequence[RunResult], asked: str | None) -> str | None:
@@ -127,7 +137,8 @@ def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, n
     from llmcompress.report.sweep import build_sweep_page
 
     rising = metric is not None and metric.rsplit(".", 1)[-1] in _RISING
-    known = [r for r in results if metric is not None and metric in r.metrics and r.bytes is not None]
+    whole = [r for r in results if r.status != "failed" and r.bytes is not None]
+    known = [r for r in whole if metric is not None and metric in r.metrics]
     best = pareto([(float(r.bytes or 0), r.metrics[metric or ""]) for r in known], rising)
     front = {result.run.name for result, optimal in zip(known, best) if optimal}
     rows = [
@@ -152,7 +163,7 @@ def _show(data: dict[str, Any], screen: Console) -> None:
     status = ["status"] if any(row["status"] != "finished" for row in rows) else []
     cells = [
         (row["name"], *([row["status"]] if status else []), bytes_text(row["bytes"]),
-         figure(row["metrics"].get(metric)), f"{row['seconds']:.1f} s", bytes_text(row["peak_rss_bytes"]),
+         figure(row["metrics"].get(metric)), f"{row['seconds']:.1f} s", bytes_text(row["peak_rss_bytes"] or None),
          "✓" if row["pareto"] else "")
         for row in rows
     ]  # fmt: skip

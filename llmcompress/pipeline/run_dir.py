@@ -47,7 +47,7 @@ class StageRecord:
         peak_rss_bytes, peak_vram_bytes: Peaks over all attempts.
         attempts: How often it was started.
         gate_failure: What the stage's quality gates said, None when they held.
-        artifacts: Format → folder of what it exported.
+        artifacts: Format → folder of what it exported; relative to the run folder where it lies in there.
     """
 
     name: str
@@ -193,11 +193,23 @@ class RunDir:
         if record is not None:
             self.write_stage(replace(record, status="running", fingerprint=""))
             for text in record.artifacts.values():
-                path = Path(text)
+                path = self.recorded_path(text)
                 if path.is_dir() and path.resolve().is_relative_to(self.root.resolve()):
                     shutil.rmtree(path)
         if folder.exists():
             shutil.rmtree(folder)
+
+    def kept_path(self, path: Path) -> str:
+        """A folder as it is recorded: what lies in the run folder moves with it."""
+        inside = path.resolve()
+        root = self.root.resolve()
+        return str(inside.relative_to(root)) if inside.is_relative_to(root) else str(path)
+
+    def recorded_path(self, text: str) -> Path:
+        """The folder that a record names."""
+        inside = self.root / text
+        # records of earlier versions name it from the folder in which they were made
+        return inside if inside.exists() or not Path(text).exists() else Path(text)
 
     def clear(self) -> None:
         """Remove everything a run made here, the record that says finished first; other files stay."""

@@ -362,7 +362,7 @@ class Runner:
         records = self._records()
         folders = [self.dir.stage_dir(record.name) for record in records if record.finished()]
         metrics = [m for folder in folders if (folder / FILE).is_file() for m in read_metrics(folder)]
-        artifacts = {name: Path(path) for record in records for name, path in record.artifacts.items()}
+        artifacts = {n: self.dir.recorded_path(text) for record in records for n, text in record.artifacts.items()}
         return Outcome(self.dir.root, "nothing to do", records, tuple(metrics), artifacts, self._report_path())
 
     def _report_path(self) -> Path | None:
@@ -477,7 +477,7 @@ class Runner:
                 self._send("warning", stage.name, text=gate)
             done = True
         finally:
-            new = {k: str(v) for k, v in self.state.artifacts.items() if before.get(k) != v}
+            new = {k: self.dir.kept_path(v) for k, v in self.state.artifacts.items() if before.get(k) != v}
             self.dir.write_stage(replace(
                 record, status="finished" if done else "running", gate_failure=gate, artifacts=new,
                 seconds=round(record.seconds + time.monotonic() - begun, 3),

@@ -31,6 +31,7 @@ MANIFEST = "sweep.json"
 _NAME_LIMIT = 120
 # exit codes of a run: finished, and finished with a quality gate that did not hold
 _FINISHED = (0, 6)
+_SAID = {0: "finished", 6: "finished, a quality gate did not hold"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,7 @@ class Sweep:
         _, said = child.communicate()
         with self._guard:
             self._children.discard(child)
-        done = "finished" if child.returncode in _FINISHED else f"ended with exit code {child.returncode}"
+        done = _SAID.get(child.returncode, f"ended with exit code {child.returncode}")
         self.tell(f"{run.name}: {done}")
         return child.returncode, said.strip()
 
@@ -284,7 +285,9 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
     records = [known for name in names if (known := folder.read_stage(name)) is not None]
     metrics: dict[str, float] = {}
     dense: dict[str, float] = {}
-    for path in (folder.stage_dir(name) / "metrics.json" for name in names):
+    # what a run refused to go on with was measured by another recipe
+    stale = run.finished and code not in _FINISHED
+    for path in () if stale else (folder.stage_dir(name) / "metrics.json" for name in names):
         for row in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
             name = f"{row['task']}.{row['metric']}"
             if row.get("compressed") is not None:
@@ -292,7 +295,7 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
             if row.get("dense") is not None:
                 dense[name] = float(row["dense"])
     status = "failed"
-    if run.finished and code in _FINISHED:
+    if run.finished and not stale:
         status = "gate failed" if any(record.gate_failure for record in records) else "finished"
     return RunResult(
         run=run,
@@ -301,14 +304,16 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
         error="" if status != "failed" else (said or f"exit code {code}"),
         metrics=metrics,
         dense=dense,
-        bytes=_weight_bytes(run.folder),
+        bytes=None if stale else _weight_bytes(run.folder),
         seconds=round(sum(record.seconds for record in records), 3),
         peak_rss_bytes=max((record.peak_rss_bytes for record in records), default=0),
     )
 
 
 def _weight_bytes(folder: Path) -> int | None:
-    for pattern in ("artifact/*.safetensors", "stages/*/blocks/*.safetensors"):
+    # a format beside the native one, where that is all a run exports; both hold embeddings too, blocks do not
+    kinds = ("artifact/*.safetensors", "artifact-*/*.gguf", "artifact-*/*.safetensors", "stages/*/blocks/*.safetensors")
+    for pattern in kinds:
         found = [path.stat().st_size for path in folder.glob(pattern)]
         if found:
             return sum(found)

@@ -197,6 +197,9 @@ class Evaluate(Stage):
                 dense=metric.dense, compressed=metric.compressed,
             )  # fmt: skip
         results = judge(self.config.gates, metrics)
+        for result in results:
+            if result.passed:
+                ctx.emit("note", text=f"held: {result.message}")
         rows = [asdict(result) | {"message": result.message} for result in results]
         write_durably(ctx.stage_dir / "gates.json", json.dumps(rows, indent=1).encode())
         state.metrics = state.metrics + metrics

@@ -83,7 +83,22 @@ def test_a_second_run_does_nothing_and_says_so(finished: tuple[Path, Path], caps
     assert measured and found["artifacts"] == {"native": str(finished[1] / "artifact")}
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p in before} == before
     assert invoke(["resume", str(run)]) == 0
-    assert "already finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "already finished" in said and "--redo STAGE" in said and "--force" not in said
+
+
+def test_a_run_folder_may_move(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished[1], tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    found = told(capsys, "resume", "moved")
+    assert found["status"] == "nothing to do"
+    # its own artifact, not the one that lies where the run was made
+    assert found["artifacts"] == {"native": "moved/artifact"}
+    assert told(capsys, "resume", "moved", "--redo", "export")["artifacts"] == {"native": "moved/artifact"}
+    assert (finished[1] / "artifact").is_dir()
+    assert told(capsys, "compare", "moved", str(finished[1]))["recipe_changes"] == []
 
 
 def test_json_of_a_run(
@@ -227,7 +242,7 @@ def test_eval_and_compare(
     pair = told(capsys, "compare", str(tiny_folder), str(finished[1]), *options)
     by_name = {row["metric"]: row for row in pair["metrics"]}
     assert by_name["perplexity"]["b"] == pytest.approx(value["value"])
-    assert by_name["kl"]["b"] > 0
+    assert by_name["kl"]["b"] > 0 and by_name["kl"]["name"] == "fidelity.kl"
     assert pair["b"]["bits"] < pair["a"]["bits"]
     assert by_name["perplexity"]["difference_stderr"] > 0
     artifact = str(finished[1] / "artifact")
@@ -272,8 +287,10 @@ def test_compare_runs_shows_what_differs(
     rise = high / low - 1
     for limit, code in ((rise * 0.99, 6), (rise * 1.01, 0)):
         words = ["compare", str(before), str(after), f"--max-rel-increase=text.perplexity={limit}"]
-        # the figures come in either case
-        assert len(told(capsys, *words, code=code)["figures"]) == len(found["figures"])
+        # the figures come in either case, and what was held against them
+        again = told(capsys, *words, code=code)
+        assert len(again["figures"]) == len(found["figures"])
+        assert [(row["metric"], row["passed"]) for row in again["limits"]] == [("text.perplexity", code == 0)]
     assert invoke(["compare", str(finished[1]), str(other), "--max-abs-drop=text.perplexty=1"]) == 2
     assert "did you mean text.perplexity" in capsys.readouterr().err
     for wrong in ("text.perplexity", "text.perplexity=1%", "=1", "text.perplexity=-1", "text.perplexity=nan"):

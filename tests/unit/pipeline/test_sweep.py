@@ -104,7 +104,15 @@ def test_a_finished_run_of_another_recipe_is_not_passed_on(fake: Path) -> None:
     execute(True)
     assert [len((fake / f"n={n}" / "began").read_text()) for n in (1, 3)] == [2, 1]
     # what the run itself then refuses is no result
-    assert result_of(combinations({"n": ["1"]}, fake)[0], 3, "error: another recipe").status == "failed"
+    run = combinations({"n": ["1"]}, fake)[0]
+    kept = run.folder / "stages" / "evaluate"
+    kept.mkdir(parents=True)
+    record = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**record, "stages": ["evaluate"]}))
+    (kept / "metrics.json").write_text(json.dumps([{"task": "t", "metric": "perplexity", "compressed": 3.0}]))
+    assert result_of(run).metrics == {"t.perplexity": 3.0}
+    refused = result_of(run, 3, "error: another recipe")
+    assert (refused.status, refused.metrics) == ("failed", {})
 
 
 def test_values_may_be_added_and_other_settings_are_refused(fake: Path) -> None:

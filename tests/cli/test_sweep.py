@@ -1,0 +1,73 @@
+"""What ``sweep`` tells a pipeline: exit code, table, and what failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.cli.app import invoke
+from llmcompress.pipeline.sweep import RunResult, Sweep
+
+WORDS = ("sweep", "smoke/rtn_tiny", "run.seed=1,2", "--dir")
+REFUSED = """warning: the tokenizer says error: nothing
+error: run: this run was made with another recipe (calibrate):
+  stages.calibrate.samples: 6 → 8
+next: set run.dir to a new folder
+"""
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets every run of a sweep end as told: status, exit code, what it said."""
+
+    def become(*outcomes: tuple[str, int, str]) -> None:
+        def execute(self: Sweep) -> list[RunResult]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return [
+                RunResult(run, status, code, said, {"held.perplexity": 2.0 + n}, {}, 1000 - n)
+                for n, (run, (status, code, said)) in enumerate(zip(self.runs, outcomes, strict=True))
+            ]
+
+        monkeypatch.setattr(Sweep, "execute", execute)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        ([("finished", 0, ""), ("finished", 0, "")], 0),
+        ([("finished", 0, ""), ("gate failed", 6, "")], 0),
+        ([("gate failed", 6, ""), ("gate failed", 0, "")], 6),
+        ([("finished", 0, ""), ("failed", 5, "error: too large")], 5),
+        ([("failed", 7, "error: no"), ("failed", 4, "error: no")], 7),
+        ([("gate failed", 6, ""), ("failed", -9, "")], 4),
+        ([("finished", 0, ""), ("failed", 139, "")], 1),
+    ],
+)
+def test_the_exit_code_is_that_of_what_failed(
+    ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], outcomes: list[Any], code: int
+) -> None:
+    ended(*outcomes)
+    assert invoke([*WORDS, str(tmp_path / "s"), "--json"]) == code
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert [row["status"] for row in found["runs"]] == [status for status, _, _ in outcomes]
+    assert ("error:" in printed.err) == (code != 0)
+    # what failed is not the best of anything
+    assert all(row["pareto"] for row in found["runs"] if row["status"] == "finished")
+    assert not any(row["pareto"] for row in found["runs"] if row["status"] == "failed")
+
+
+def test_the_whole_error_of_a_run_is_told_in_a_line(
+    ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended(("failed", 3, REFUSED), ("failed", -9, "Killed"))
+    assert invoke([*WORDS, str(tmp_path / "s")]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    refused = "run: this run was made with another recipe (calibrate): stages.calibrate.samples: 6 → 8"
+    assert f"seed=1: {refused}" in lines
+    assert "seed=2: Killed" in lines
