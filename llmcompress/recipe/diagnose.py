@@ -263,7 +263,11 @@ def _hint(
         return f" (write [{value}])"
     sections = schema_nodes(data, path, schema) if "a mapping" in wanted and not isinstance(value, list) else ()
     if len(sections) == 1 and (keys := sections[0].get("properties")):
-        return f" (its keys: {', '.join(keys)})"
+        # `device` is a section of its own, `run.device` what most people mean
+        others = (_expand(child, None, schema) for child in schema["properties"].values()) if len(path) == 1 else ()
+        names = [name for name, nodes in zip(schema["properties"], others) for node in nodes
+                 if path[0] in (node.get("properties") or {})]  # fmt: skip
+        return f" (its keys: {', '.join(keys)}{f'; did you mean {names[0]}.{path[0]}?' if names else ''})"
     return _literal_hint(errors)
 
 

@@ -441,10 +441,23 @@ def _resolve_values(config: Any, paths: set[KeyPath], problems: list[Problem]) -
                 node = node[int(part)] if part.isdigit() and part not in node else node[part]
             values[path] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
-            text = str(error).splitlines()[0]
-            unset = re.search(r"Environment variable '(\w+)' not found", text)
-            problems.append(Problem(path, f"environment variable {unset.group(1)} is not set" if unset else text))
+            problems.append(Problem(path, _unresolved(str(error).splitlines()[0], config)))
     return values
+
+
+def _unresolved(text: str, config: Any) -> str:
+    """What omegaconf says of an interpolation, with what was probably meant."""
+    if unset := re.search(r"Environment variable '(\w+)' not found", text):
+        return f"environment variable {unset[1]} is not set"
+    if absent := re.search(r"Interpolation key '([^']+)' not found", text):
+        from omegaconf import OmegaConf
+
+        names = [".".join(path) for path, _ in _leaves(OmegaConf.to_container(config, resolve=False))]
+        hint = did_you_mean(absent[1], names, 0.75)
+        return f"{text}{hint if 'did you mean' in hint else ' (only keys that the recipe writes have a value here)'}"
+    if "Unsupported interpolation type env" in text:
+        return f"{text} (did you mean oc.env?)"
+    return text
 
 
 def _with(data: Any, values: dict[KeyPath, Any], path: KeyPath = ()) -> Any:

@@ -59,6 +59,8 @@ def parse_override(text: str, number: int = 1) -> Override:
     """
     key, equals, value = text.partition("=")
     key = key.strip()
+    if text.strip() == "=":
+        raise ValueError("write key=value without spaces")
     if not equals:
         if not key.endswith("~"):
             raise ValueError("expected key=value, +key=value or key~")

@@ -18,6 +18,8 @@ RECIPE_VERSION = 1
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
 
+# no budget is meant to be smaller
+_NO_BUDGET = 100_000
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY_UNITS = {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 
@@ -26,9 +28,11 @@ def parse_size(value: Any) -> Any:
     """Bytes from ``24GB``, ``16 GiB`` or a number.
 
     Raises:
-        ValueError: The text is not a size.
+        ValueError: The text is not a size, or a number without a unit was meant to have one.
     """
     if not isinstance(value, str):
+        if type(value) is int and 0 < value < _NO_BUDGET:
+            raise ValueError(f"{value} bytes hold nothing: write {value}GB for gigabytes")
         return value
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", value.lower())
     if found is None:

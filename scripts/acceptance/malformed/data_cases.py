@@ -136,6 +136,9 @@ def _task_rows(content: str) -> Callable[[Bench], dict[str, Any]]:
     return build
 
 
+_ROW = '{"question": "a", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"}\n'
+
+
 def _exported(formats: list[str], **rule: Any) -> Callable[[Bench], Run]:
     """Export in formats that cannot hold what the rules make."""
 
@@ -201,6 +204,8 @@ MEASURES = [
     _measure("folder of tasks empty", ENVIRONMENT, r"piqa", _evaluated(_empty_tasks)),
     _measure("task rows without a field", ENVIRONMENT, r"arc_easy/test\.jsonl: 'choices' is undefined", _evaluated(_task_rows('{"question": "a"}\n'))),
     _measure("task rows that are not JSON", ENVIRONMENT, r"arc_easy/test\.jsonl: .*JSON", _evaluated(_task_rows('{"question":\n'))),
+    _measure("later task row without a field", ENVIRONMENT, r"arc_easy/test\.jsonl: row 2: no 'choices'", _evaluated(_task_rows(_ROW + '{"question": "a"}\n'))),
+    _measure("later task row whose answer is no choice", ENVIRONMENT, r"arc_easy/test\.jsonl: row 3: 'E' is not in list", _evaluated(_task_rows(2 * _ROW + _ROW.replace("B", "E", 2).replace("E", "B", 1)))),
     _measure("task file empty", ENVIRONMENT, r"arc_easy/test\.jsonl: no rows", _evaluated(_task_rows(""))),
     _measure("quality gate that does not hold", GATE, r"gate quality: heldout\.perplexity is .*at most 1", _evaluated(_failed_gate), finishes=True),
 ]  # fmt: skip

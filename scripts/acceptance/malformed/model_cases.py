@@ -317,6 +317,7 @@ COMMANDS = [
     Case("generate more than the context holds", ENVIRONMENT, r"exceed the model's 128", _listed("generate", "{base}", "-p", "Hello", "-n", "4000"), torch=True),
     Case("compare models of different vocabularies", (2, 4), r"vocabular", _shorter_vocabulary, torch=True),
     Case("compare with a limit that is no number", (2,), r"not METRIC=NUMBER", _listed("compare", "{base}", "{base}", "--max-rel-increase", "heldout.perplexity=1%")),
+    Case("compare with a limit on what is not measured", (2,), r"limit 1: no metric 'heldout\.perplexty'.*did you mean heldout\.perplexity", _listed("compare", "{base}", "{base}", "--max-rel-increase", "heldout.perplexty=0.01"), torch=True),
     Case("a model of the hub that is not in its cache", ENVIRONMENT, r"no model of that name in the hub's cache", lambda b: Run(["inspect", "nobody/no-such-model"])),
     Case("export a folder that is no run", (2, 4), r"(not a run|no recipe\.lock|no stage)", _listed("export", "{folder}", "--format", "native"), torch=True),
     Case("report of a folder that is no run", (2, 4), r"(not a run|no recipe\.lock|run folder)", _listed("report", "{folder}"), torch=True),

@@ -56,6 +56,10 @@ model: {dtype: bf16}
     model.dtype: expected auto, float32, bfloat16 or float16, not 'bf16' (did you mean bfloat16?)
 host: {ram: plenty}
     host.ram: expected a size such as 24GB, 16GiB or a number of bytes
+host: {ram: 8}
+    host.ram: 8 bytes hold nothing: write 8GB for gigabytes
+device: cuda
+    device: expected a mapping, not 'cuda' (its keys: vram; did you mean run.device?)
 stages: {'a b': {type: load}}
     stages.a b: 'a b' is not a name: use letters, digits, ., _ and -
 naem: x

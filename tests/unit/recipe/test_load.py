@@ -103,7 +103,15 @@ def test_values_from_the_environment_are_known_as_such(write, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('run: {dir: "${absent}"}', "child.yaml:2: run.dir: Interpolation key 'absent' not found"),
+        ('run: {dir: "${absent}"}', "child.yaml:2: run.dir: Interpolation key 'absent' not found (only keys that"),
+        (
+            'vars: {bits: 3}\nrun: {dir: "${vars.bit}"}',
+            "child.yaml:3: run.dir: Interpolation key 'vars.bit' not found (did you mean vars.bits?)",
+        ),
+        (
+            'run: {dir: "${env:HOME}"}',
+            "child.yaml:2: run.dir: Unsupported interpolation type env (did you mean oc.env?)",
+        ),
         ('run: {dir: "${"}', "child.yaml:2: run.dir: cannot parse '${'"),
         ('run: {dir: "${oc.env:UNSET_X}"}', "child.yaml:2: run.dir: environment variable UNSET_X is not set"),
         ('vars: {a: "${vars.a}"}', "child.yaml:2: vars.a: Recursive interpolation"),

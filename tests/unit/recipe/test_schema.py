@@ -17,7 +17,14 @@ MINIMAL = {"version": 1, "name": "x", "model": {"path": "m"}, "stages": {"load":
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5g", 1_500_000_000), ("512MiB", 2**29), ("7", 7), (8, 8)],
+    [
+        ("24GB", 24 * 10**9),
+        ("16 GiB", 16 * 2**30),
+        ("1.5g", 1_500_000_000),
+        ("512MiB", 2**29),
+        ("7", 7),
+        (8_000_000, 8_000_000),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
