@@ -7,10 +7,11 @@ safetensors is read: pickle can run code.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,18 @@ class Checkpoint:
         self._banks = {
             name: bank for block in layout.blocks if (bank := block.bank) for name in (bank.gate_up, bank.down)
         }
+        self._scales: Mapping[str, Sequence[tuple[int, Tensor]]] = {}
+
+    def rescaled(self, scales: Mapping[str, Sequence[tuple[int, Tensor]]]) -> Checkpoint:
+        """The same weights, some of them multiplied as they are read.
+
+        Args:
+            scales: Run-time name → pairs of an axis and a factor for each of its places, powers of two, so that
+                nothing is rounded.
+        """
+        found = copy.copy(self)
+        found._scales = scales
+        return found
 
     def files(self) -> list[Path]:
         """The safetensors files, in shard order."""
@@ -148,11 +161,17 @@ class Checkpoint:
         """
         disk = self._disk_name(name)
         if disk is not None:
-            return self._where[disk].read(disk)
+            return self._scaled(name, self._where[disk].read(disk))
         pieces = self._pieces(name)
         if not pieces or any(piece not in self._where for piece in pieces):
             raise self._lacks(name)
         return self._stack(self._banks[name], name, pieces)
+
+    def _scaled(self, name: str, tensor: Tensor) -> Tensor:
+        for axis, factor in self._scales.get(name, ()):
+            shape = [-1 if i == axis else 1 for i in range(tensor.ndim)]
+            tensor = tensor * factor.to(tensor.dtype).view(shape)
+        return tensor
 
     def _lacks(self, name: str) -> InputError:
         return InputError(f"{self.path}: {name} is missing", f"look with `llmcompress inspect {self.path}`")

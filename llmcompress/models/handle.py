@@ -18,7 +18,7 @@ from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -77,6 +77,12 @@ class ModelHandle:
         checkpoint.verify()
         wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
         return cls(folder, config, layout, checkpoint, wanted, resolve_path(tokenizer) if tokenizer else None)
+
+    def rescaled(self, scales: Mapping[str, Sequence[tuple[int, Tensor]]]) -> ModelHandle:
+        """The same model with weights multiplied as they are read; see :meth:`Checkpoint.rescaled`."""
+        found = copy.copy(self)
+        found.checkpoint = self.checkpoint.rescaled(scales)
+        return found
 
     @property
     def parameters(self) -> int:

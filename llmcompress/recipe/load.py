@@ -197,6 +197,13 @@ def check_chain(data: dict[Any, Any]) -> list[Problem]:
             problems.append(
                 Problem(("stages", name), f"needs {_SLOTS[kind]}, which no stage before it produces: {advice}")
             )
+        for kind in sorted(stage.refuses & available):
+            maker = next(other for other, candidate in chain[:index] if kind in candidate.produces)
+            problems.append(
+                Problem(
+                    ("stages", name), f"comes after {maker}, which makes {_SLOTS[kind]}: move it in front of {maker}"
+                )
+            )
         # do not report what follows from the first gap again
         available |= stage.produces | stage.consumes
         if Kind.POLICY in stage.produces and len(chain) > 1 and not _used_later(chain[index + 1 :]):

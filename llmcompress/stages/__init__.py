@@ -20,6 +20,7 @@ ENTRY_POINT_GROUP = "llmcompress.stages"
 BUILT_IN: dict[str, str] = {
     "load": "llmcompress.stages.load:Load",
     "calibrate": "llmcompress.stages.calibrate:Calibrate",
+    "smooth": "llmcompress.stages.smooth:Smooth",
     "rtn": "llmcompress.stages.rtn:Rtn",
     "gptq": "llmcompress.stages.gptq:Gptq",
     "qesc": "llmcompress.stages.qesc:Qesc",

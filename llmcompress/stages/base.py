@@ -95,6 +95,8 @@ class Stage(ABC):
     produces: ClassVar[frozenset[Kind]] = frozenset()
     judging: ClassVar[frozenset[str]] = frozenset()
     """Config keys that only judge what the stage has kept: other values of them throw nothing away, but judge again."""
+    refuses: ClassVar[frozenset[Kind]] = frozenset()
+    """What no stage before it may have produced."""
 
     def __init__(self, name: str, config: Any) -> None:
         self.name = name

@@ -326,3 +326,27 @@ def test_packed_experts_agree_with_dense_experts_of_the_same_values(variant: str
                     decoded = codec("int_group").decode(patch.packed[name])
                     model.get_parameter(name).copy_(family_orientation(bank, name, decoded))
     torch.testing.assert_close(logits(compressed_model(handle, store, {})), logits(model), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_smoothed_weights_compute_the_same_bits(variant: str, tmp_path: Path) -> None:
+    """Whatever reads an input beside its linears, or makes it in another way than the layout says, would show here."""
+    from llmcompress.models.smoothable import smoothable
+
+    model = tiny_model(variant)
+    model.save_pretrained(tmp_path / "source")
+    handle = ModelHandle.open(tmp_path / "source")
+    scales: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    generator = torch.Generator().manual_seed(0)
+    for _, found in smoothable(handle.layout):
+        factor = torch.exp2(torch.randint(-3, 4, (found.linears[0].in_features,), generator=generator).float())
+        for name in found.makers:
+            scales.setdefault(name, []).append((0, 1 / factor))
+        for linear in found.linears:
+            scales.setdefault(f"{linear.name}.weight", []).append((1, factor))
+    # Gemma's norms add one to their weight, an MLP without a gate is not linear; all else has something to smooth
+    assert scales, variant
+    rescaled = handle.rescaled(scales)
+    assert not torch.equal(rescaled.checkpoint.tensor(next(iter(scales))), handle.checkpoint.tensor(next(iter(scales))))
+    assert torch.equal(logits(rescaled.dense_model().requires_grad_(False)), logits(model))
+    assert torch.equal(logits(handle.dense_model().requires_grad_(False)), logits(model))

@@ -25,6 +25,7 @@ HUB = {
     "eac_moe_olmoe": "olmoe_1b_7b",
     "gptq": "smollm2_135m",
     "gptq_smollm2": "smollm2_135m",
+    "gptq_w8a8": "smollm2_135m",
     "rqt": "smollm2_135m",
     "rqt_mistral": "mistral_7b",
     "q_mamba_mamba2": "mamba2_2b7",

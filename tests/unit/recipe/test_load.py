@@ -253,3 +253,11 @@ def test_files_that_are_not_here_are_named_with_their_place(write, tmp_path):
         ("model.path", "override #1: model.path: no such model folder: gone"),
         ("model.tokenizer", "override #2: model.tokenizer: no such file or folder: gone_too"),
     ]
+
+
+def test_a_stage_that_must_come_first_says_in_front_of_what() -> None:
+    order = ("load", "calibrate", "gptq", "smooth")
+    (problem,) = check_chain({"stages": {kind: {"type": kind} for kind in order}})
+    assert problem.path == ("stages", "smooth")
+    assert problem.message == "comes after gptq, which makes quantized weights: move it in front of gptq"
+    assert check_chain({"stages": {kind: {"type": kind} for kind in ("load", "calibrate", "smooth", "gptq")}}) == []
