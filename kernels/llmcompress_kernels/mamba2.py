@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, cpu, cpu_state, select
+from llmcompress_kernels import build, cpu, cpu_state, pages, select
 from llmcompress_kernels.decode import Matrix, _Matrix
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -254,12 +254,12 @@ class States:
         heads, channels, states = model.heads, model.channels, model.states
         self.codes = self.channel = self.scale = self.floats = None
         if model.bits:
-            self.codes = torch.zeros((*lead, heads, channels, states * model.bits // 8), dtype=torch.uint8)
+            self.codes = pages.zeros((*lead, heads, channels, states * model.bits // 8), torch.uint8)
             self.scale = torch.zeros((*lead, heads, states), dtype=torch.float16)
             if model.layers[0].fixed is None:
                 self.channel = torch.zeros((*lead, heads, channels), dtype=torch.float16)
         else:
-            self.floats = torch.zeros(*lead, heads, channels, states)
+            self.floats = pages.zeros((*lead, heads, channels, states), torch.float32)
         self.conv = torch.zeros(*lead, model.width, cpu_state.CONV_WIDTH)
         self.recent = self.count = None
         if model.bits and model.window > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcompress_kernels import pages
 from llmcompress_kernels.reference.bitpack import unpack
 
 # rows whose words lie side by side in the interleaved form
@@ -19,8 +20,11 @@ INT8_CHUNK = 64
 
 
 def interleave(tensor: Tensor) -> Tensor:
-    """``[..., N, W]`` → ``[..., N/16, W, 16]``, contiguous; N must be a multiple of 16."""
-    return tensor.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
+    """``[..., N, W]`` → ``[..., N/16, W, 16]``, contiguous, in huge pages if large; N must be a multiple of 16."""
+    turned = tensor.unflatten(-2, (-1, LANES)).transpose(-1, -2)
+    if turned.is_contiguous():  # one word to a row
+        return turned
+    return pages.empty(turned.shape, turned.dtype, turned.device).copy_(turned)
 
 
 def deinterleave(tensor: Tensor) -> Tensor:

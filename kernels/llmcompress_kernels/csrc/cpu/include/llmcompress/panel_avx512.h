@@ -211,6 +211,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                 const int64_t real = now - i * MOST;
                 if (places == 1) run.template operator()<1, 1>(0);
                 else if (real == 2) run.template operator()<2, 4>(0);
+                else if (real == 3) run.template operator()<3, 4>(0);
                 else if (places == 4) run.template operator()<4, 4>(0);
                 else if constexpr (PLANES == 1) {
                     if (real <= 6) run.template operator()<6, MOST>(0);
@@ -219,6 +220,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                     run.template operator()<4, MOST>(0);
                     if (real == 5) run.template operator()<1, MOST>(4);
                     else if (real == 6) run.template operator()<2, MOST>(4);
+                    else if (real == 7) run.template operator()<3, MOST>(4);
                     else run.template operator()<4, MOST>(4);
                 }
             }
