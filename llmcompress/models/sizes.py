@@ -16,6 +16,9 @@ from llmcompress.quant.spec import QuantSpec
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HESSIAN_BYTES = 4  # fp32
 
+# types and those that hold all of their values
+_HELD_BY = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32"), "float16": ("float16", "float32")}
+
 Plan = Mapping[str, QuantSpec]
 
 
@@ -225,3 +228,8 @@ def checkpoint_dtype(config: Mapping[str, object], asked: str = "auto") -> str:
         return asked
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return found if found in DTYPE_BYTES else "float32"
+
+
+def held_exactly(stored: str, computed: str) -> bool:
+    """Whether a data type holds all values of another, by name."""
+    return computed in _HELD_BY.get(stored, ())

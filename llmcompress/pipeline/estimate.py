@@ -215,8 +215,11 @@ def plan_inputs_of(
     """Yield every stage with what it will find when its turn comes."""
     dtype = sizes.checkpoint_dtype(config, recipe.model.dtype)
     free = ram_above_baseline(recipe.host.ram, device)
-    item = sizes.DTYPE_BYTES[compute_dtype(recipe, device)]
-    inputs = PlanInputs(layout, sizes.DTYPE_BYTES[dtype], item, 0, 0, {}, device, free)
+    compute = compute_dtype(recipe, device)
+    exact = sizes.held_exactly(dtype, compute)
+    inputs = PlanInputs(
+        layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device, free, exact
+    )  # fmt: skip
     for stage in recipe.build_stages():
         yield stage, inputs
         inputs = after(stage, inputs)

@@ -51,6 +51,7 @@ class PlanInputs:
         specs: Plan name → spec accumulated by the stages before.
         device: ``cpu`` or ``cuda``.
         ram: Memory a stage may use above the empty interpreter, None for as much as it likes.
+        exact: Whether what is computed in holds the checkpoint's weights exactly; otherwise quantizers read them again.
     """
 
     layout: ModelLayout
@@ -61,6 +62,7 @@ class PlanInputs:
     specs: dict[str, Any]
     device: str
     ram: int | None = None
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)

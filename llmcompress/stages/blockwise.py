@@ -362,8 +362,11 @@ def plan_inputs(state: RunState, ctx: RunContext) -> PlanInputs:
 
     assert state.model is not None
     samples, length = (0, 0) if state.calibration is None else state.calibration.tokens.shape
-    weight_bytes, compute_bytes = state.model.checkpoint.dtype.itemsize, getattr(torch, ctx.dtype).itemsize
-    return PlanInputs(state.model.layout, weight_bytes, compute_bytes, samples, length, {}, ctx.device, ctx.ram)
+    stored, computed = state.model.checkpoint.dtype, getattr(torch, ctx.dtype)
+    exact = sizes.held_exactly(str(stored).removeprefix("torch."), ctx.dtype)
+    return PlanInputs(
+        state.model.layout, stored.itemsize, computed.itemsize, samples, length, {}, ctx.device, ctx.ram, exact
+    )  # fmt: skip
 
 
 def attach_store(state: RunState, ctx: RunContext) -> None:

@@ -144,7 +144,7 @@ def _peak(job: Job, inputs: PlanInputs, limits: Limits) -> tuple[int, int]:
     """Peak of main memory and of the device."""
     layout, item = inputs.layout, inputs.compute_bytes
     blocks = sizes.largest_block(layout) * item
-    if inputs.weight_bytes > item:
+    if not inputs.exact:
         blocks += max((count for block in layout.blocks for count in _weights(block)), default=0) * inputs.weight_bytes
     # embedding and head are given back before the first block
     outside = sizes.outside_parameters(layout) * item

@@ -132,3 +132,12 @@ def test_checkpoint_dtype():
     assert sizes.checkpoint_dtype({"dtype": "float16"}) == "float16"
     assert sizes.checkpoint_dtype({}) == "float32"
     assert sizes.checkpoint_dtype({"dtype": "bfloat16"}, "float32") == "float32"
+
+
+@pytest.mark.parametrize("computed", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float64", "float32", "bfloat16", "float16"])
+def test_types_that_hold_others_are_those_of_torch(stored, computed):
+    import torch
+
+    types = [getattr(torch, name) for name in (stored, computed)]
+    assert sizes.held_exactly(stored, computed) == (torch.promote_types(*types) == types[1])

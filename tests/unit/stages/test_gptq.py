@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,7 @@ def test_estimate_grows_with_data_and_second_stream(tiny: Any) -> None:
     assert two.estimate(inputs[0]).ram - small.ram == 16 * 64 * 32 * 4
     gpu = one.estimate(PlanInputs(layout, 2, 2, 16, 64, {}, "cuda"))
     assert gpu.vram > 0
+    # a bank that the compute type does not hold exactly is read a second time
+    (bank,) = {block.bank.shape(block.bank.gate_up) for block in layout.blocks}
+    again = one.estimate(PlanInputs(layout, 2, 2, 16, 64, {}, "cuda", exact=False))
+    assert again.vram - gpu.vram == 2 * prod(bank)
