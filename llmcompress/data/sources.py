@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,10 @@ _REFUSED_COMPRESSION = {
     ".7z": "7-zip",
     ".lz4": "lz4",
 }
+
+
+# half of a character that JSON writes in two parts; texts that were cut off at so many units end in one
+_HALF_ESCAPE, _HALF = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 
 
 class _Source(BaseModel):
@@ -347,7 +352,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     return
                 started = True
                 try:
-                    row = json.loads(line)
+                    row = _parsed(line)
                 except ValueError as error:
                     hint = f"plain text is read with source: {file}" if plain else "repair or remove that line"
                     raise InputError(f"{file}:{number}: not valid JSON: {error}", hint) from error
@@ -361,10 +366,22 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise _damaged(file, error) from error
 
 
+def _parsed(text: str) -> Any:
+    """JSON with U+FFFD for halves of characters, which are no text to a tokenizer.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    found = json.loads(text)
+    if _HALF_ESCAPE.search(text) is None:
+        return found
+    return json.loads(_HALF.sub("\ufffd", json.dumps(found, ensure_ascii=False)))
+
+
 def _listed_rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a file that is one JSON list."""
     try:
-        rows = json.loads(text)
+        rows = _parsed(text)
     except ValueError as error:
         raise InputError(
             f"{file}: not valid JSON: {error}", "write one JSON list of objects, or an object on each line"

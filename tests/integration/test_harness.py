@@ -111,6 +111,31 @@ def test_skipped_experts_do_not_depend_on_the_batch(tiny, tiny_tokenizer):
     assert model.llmcompress_skipping.statistics()["total"]["slots_dropped"] > 0
 
 
+def test_where_states_are_rounded_does_not_depend_on_the_batch(tiny, tiny_tokenizer):
+    from lm_eval.api.instance import Instance
+
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.nn.mixers import attach
+
+    # in float64 no state lies so near the border of two codes that the order of a sum decides
+    model = tiny.model("mamba2", vocab_size=len(tiny_tokenizer)).double()
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4})
+    texts = ["the warm sea " * count for count in (4, 9, 14)]
+
+    def scores(mode, batch):
+        adapter = RecurrentLM(
+            state_mode=mode, pretrained=model, tokenizer=tiny_tokenizer, batch_size=batch, device="cpu", max_length=128
+        )
+        requests = [Instance("loglikelihood", {}, (text, " cat and dog"), i) for i, text in enumerate(texts)]
+        return torch.tensor([value for value, _ in adapter.loglikelihood(requests, disable_tqdm=True)])
+
+    alone = {mode: scores(mode, 1) for mode in ("per_token", "decode_only")}
+    assert not torch.allclose(alone["per_token"], alone["decode_only"])
+    for mode, expected in alone.items():
+        assert torch.allclose(scores(mode, 3), expected, atol=1e-4)
+
+
 def test_missing_hub_data_is_an_input_error():
     (spec,) = harness.specify(["piqa"])
     with harness.offline(True), pytest.raises(InputError, match=r"task piqa: .* not in the cache") as caught:

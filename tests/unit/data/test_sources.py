@@ -42,6 +42,15 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     assert read(ADAPTER.validate_python(str(tmp_path / name))).texts == ("one",)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_is_marked_and_can_be_tokenized(tmp_path, name, tiny_tokenizer):
+    row = '{"text": "half \\ud83d and whole \\ud83d\\ude00"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    (text,) = read(ADAPTER.validate_python(str(tmp_path / name))).texts
+    assert text == "half \ufffd and whole \U0001f600"
+    assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
+
+
 def test_skip_and_rows_select_a_range_across_files(tmp_path):
     write_rows(tmp_path / "1.jsonl", [{"text": str(i)} for i in range(3)])
     write_rows(tmp_path / "2.jsonl", [{"text": str(i)} for i in range(3, 6)])
