@@ -145,19 +145,10 @@ def switched(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[
             place.data = own[name]
 
 
-def merge(model: nn.Module) -> None:
-    """Add every adapter on a dense linear into its weight and remove it.
-
-    Raises:
-        InputError: A weight below is packed: adding to it would mean quantizing it again.
-    """
-    for name, module in adapters(model).items():
-        if not isinstance(module.base, nn.Linear):
-            raise InputError(f"{name}: an adapter cannot be merged into a packed weight", "keep it beside the model")
-        weight = module.base.weight
-        weight.data += (module.scale * module.lora_B.data @ module.lora_A.data).to(weight.dtype)
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, module.base)
+def added(adapter: LoraLinear) -> Tensor:
+    """What an adapter adds to the weight below it, fp32 ``[N, K]`` on the CPU."""
+    low, high = adapter.lora_A.detach().cpu().float(), adapter.lora_B.detach().cpu().float()
+    return adapter.scale * high @ low
 
 
 def save(model: nn.Module, folder: Path) -> None:

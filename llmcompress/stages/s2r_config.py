@@ -171,19 +171,17 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
 
 def keep_policy(config: TrainingConfig, policy: Policy, state: RunState, ctx: RunContext) -> None:
     """Write the trained model (or adapter) durably; it appears only when complete."""
-    from llmcompress.nn import lora
     from llmcompress.training.saving import save_model
 
     assert state.model is not None
     if policy.adapted and state.packed is not None:
         from llmcompress.export.base import atomic_folder
+        from llmcompress.nn import lora
 
         if not (ctx.stage_dir / ADAPTER).is_dir():
             with atomic_folder(ctx.stage_dir / ADAPTER) as part:
                 lora.save(policy.model, part)
         return
-    if policy.adapted:
-        lora.merge(policy.model)
     if not (ctx.stage_dir / MODEL).is_dir():
         save_model(policy.model, state.model, ctx.stage_dir / MODEL, config.save_dtype)
 
