@@ -129,8 +129,8 @@ class BlockSolver:
         if update.record:
             self.record["router"] = update.record
         for name, tensor in update.replaced.items():
-            # the artifact stores it in the checkpoint's type; route with exactly that
-            stored = tensor.detach().to(self.handle.checkpoint.dtype).cpu()
+            # the artifact stores it in its type in the checkpoint; route with exactly that
+            stored = tensor.detach().to(self.handle.checkpoint.dtype_of(name)).cpu()
             self.replaced[name] = stored
             place = self.model.get_parameter(name)
             place.data.copy_(stored.to(place))

@@ -164,7 +164,12 @@ class Reconstructor:
         trainer = MixerTrainer(self.config, mixer, sublayer, rounder, self.ctx.seed + block.index)
         packed = {name.removeprefix(f"{sublayer.module}.") + ".weight" for name in below.packed}
         walker.lay_aside(block, quantized)
-        result, values = trainer.train(walker, quantized, target, packed, self.handle.checkpoint.dtype)
+        types = {
+            name: self.handle.checkpoint.dtype_of(f"{sublayer.module}.{name}")
+            for name, _ in mixer.named_parameters()
+            if name not in packed
+        }
+        result, values = trainer.train(walker, quantized, target, types)
         replaced = {f"{sublayer.module}.{name}": value for name, value in values.items()}
         record = {"esr": result}
         self.store.write_block(block.index, BlockPatch({}, replaced, record))
@@ -220,16 +225,15 @@ class MixerTrainer:
         self.config, self.mixer, self.sublayer, self.rounder, self.seed = config, mixer, sublayer, rounder, seed
 
     def train(
-        self, walker: Walker, quantized: Tensor, target: Target, packed: set[str], stored: torch.dtype
+        self, walker: Walker, quantized: Tensor, target: Target, types: Mapping[str, torch.dtype]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Minimise the block's loss, then round the trained values to the stored dtype and judge them again.
+        """Minimise the block's loss, then round the trained values to the stored types and judge them again.
 
         Args:
             walker: For the mixer's inputs.
             quantized: ``[S, L, D]`` the quantized stream before the block.
             target: What the full-precision stream showed.
-            packed: Parameters that are quantized and stay as they are.
-            stored: Type in which the artifact holds the values.
+            types: By parameter that may be trained, the type in which the artifact holds it.
 
         Returns:
             The record, and the values to store by their name in the mixer; none where the block was rolled back.
@@ -241,7 +245,7 @@ class MixerTrainer:
         config, sublayer = self.config, self.sublayer
         objective = Objective(config.lambda_ssm, config.token_warmup)
         self.mixer.requires_grad_(False)
-        parameters = {name: p for name, p in self.mixer.named_parameters() if name not in packed}
+        parameters = {name: p for name, p in self.mixer.named_parameters() if name in types}
         initial = {name: p.detach().clone() for name, p in parameters.items()}
         scanned: list[Tensor] = []
 
@@ -271,14 +275,14 @@ class MixerTrainer:
             names = [name for group in groups for name in group.names]
             with torch.no_grad():
                 for name in names:
-                    parameters[name].copy_(parameters[name].to(stored))
+                    parameters[name].copy_(parameters[name].to(types[name]))
             after = judged(loss, split(count, config.held_out)[1], config.batch_size)
             if config.rollback and not after < result.before:
                 with torch.no_grad():
                     for name in names:
                         parameters[name].copy_(initial[name])
                 return {**result.record(), "kept": False, "after": result.before}, {}
-        values = {name: parameters[name].detach().to(stored).cpu() for name in names}
+        values = {name: parameters[name].detach().to(types[name]).cpu() for name in names}
         return {**result.record(), "after": after}, values
 
     def _groups(self, parameters: Mapping[str, Tensor]) -> list[Group]:

@@ -13,6 +13,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor, nn
 
@@ -150,7 +152,7 @@ def router_hook(fields: RouterFields, state: RunState, ctx: RunContext) -> Route
         seed=ctx.seed,
     )
     samples, length = state.calibration.tokens.shape
-    return RouterCalibrator(options, samples, length, fields.holdout, state.model.checkpoint.dtype)
+    return RouterCalibrator(options, samples, length, fields.holdout, state.model.checkpoint.dtype_of)
 
 
 class RouterCalibrator:
@@ -160,11 +162,13 @@ class RouterCalibrator:
         options: Solver settings.
         samples, length: Shape of the calibration set, to hold out whole sequences.
         holdout: Share of sequences kept out of the fit.
-        dtype: Type in which routers are stored; fits are judged after rounding to it.
+        dtype_of: Type in which a parameter is stored, by its name; fits are judged after rounding to it.
     """
 
-    def __init__(self, options: SolverOptions, samples: int, length: int, holdout: float, dtype: torch.dtype) -> None:
-        self.options, self.dtype, self.length = options, dtype, length
+    def __init__(
+        self, options: SolverOptions, samples: int, length: int, holdout: float, dtype_of: Callable[[str], torch.dtype]
+    ) -> None:
+        self.options, self.dtype_of, self.length = options, dtype_of, length
         # evenly spread, so that every part of the text is held out in the same share
         self.held = [int((i + 1) * holdout) > int(i * holdout) for i in range(samples)]
         self._targets: dict[int, Tensor] = {}
@@ -183,8 +187,12 @@ class RouterCalibrator:
         assert block.bank is not None
         view = block.bank.router
         parameters = dict(router.named_parameters())
-        weight = parameters["weight"].detach().to(self.dtype)
-        bias = parameters["bias"].detach().to(self.dtype) if "bias" in parameters else None
+        stored = {
+            name: parameters[name].detach().to(self.dtype_of(f"{view.module}.{name}"))
+            for name in ("weight", "bias")
+            if name in parameters
+        }
+        weight, bias = stored["weight"], stored.get("bias")
         held = torch.tensor(self.held, device=x_hat.device).repeat_interleave(self.length)
         rule = RouterRule.of(router, view, block.bank.top_k)
         fit = calibrate_router(self._targets.pop(block.index), x_hat, weight, bias, rule, self.options, held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import RecipeError
 from llmcompress.models.assemble import compressed_model
@@ -52,6 +53,18 @@ def test_calibrated_router_is_what_the_assembled_model_uses(tiny, tmp_path):
             assert torch.equal(model.get_parameter(name).to(tensor.dtype), tensor), index
 
 
+def test_a_router_keeps_the_type_it_has_in_the_source(tiny, tmp_path):
+    tiny.state(tmp_path / "model", "mixtral")
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    wide = {name: tensor.float() for name, tensor in tensors.items() if name.endswith(".gate.weight")}
+    save_file({**tensors, **wide}, file, {"format": "pt"})
+    state = quantized(tiny, tmp_path, "mixtral")
+    calibrate(tiny, state, tmp_path, guard=False)
+    types = [tensor.dtype for _, patch in state.packed.blocks() for tensor in patch.replaced.values()]
+    assert types == [torch.float32] * len(wide) and wide
+
+
 def test_held_out_shift_falls_where_the_fit_was_kept(tiny, tmp_path):
     state = quantized(tiny, tmp_path, "mixtral", samples=40)
     calibrate(tiny, state, tmp_path)
@@ -88,7 +101,8 @@ def test_needs_calibration_data(tiny, tmp_path):
 
 def test_holdout_takes_whole_sequences_spread_over_the_set():
     def held(samples, share):
-        return [i for i, h in enumerate(RouterCalibrator(None, samples, 8, share, torch.float32).held) if h]
+        calibrator = RouterCalibrator(None, samples, 8, share, lambda _name: torch.float32)
+        return [i for i, h in enumerate(calibrator.held) if h]
 
     assert held(20, 0.1) == [9, 19] and held(8, 0.25) == [3, 7]
     assert held(5, 0.1) == [] and held(5, 0.0) == []
