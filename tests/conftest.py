@@ -105,8 +105,13 @@ class TinyModels:
         return model
 
     @classmethod
-    def state(cls, folder: Path, model_type: str, samples: int = 6, length: int = 32, **changes: Any) -> Any:
-        """A run state with the model, saved to ``folder`` in bfloat16, and random calibration tokens."""
+    def state(
+        cls, folder: Path, model_type: str, samples: int = 6, length: int = 32, wide: str = "", **changes: Any
+    ) -> Any:
+        """A run state with the model, saved to ``folder`` in bfloat16, and random calibration tokens.
+
+        Parameters whose names end in ``wide`` are saved in float32.
+        """
         import torch
 
         from llmcompress.data.calibration import CalibrationSet
@@ -114,7 +119,12 @@ class TinyModels:
         from llmcompress.stages.state import RunState
 
         if not folder.exists():
-            cls.model(model_type, **changes).to(torch.bfloat16).save_pretrained(folder)
+            model = cls.model(model_type, **changes)
+            kept = {name: p.data for name, p in model.named_parameters() if wide and name.endswith(wide)}
+            model.to(torch.bfloat16)
+            for name, value in kept.items():
+                model.get_parameter(name).data = value
+            model.save_pretrained(folder)
         tokens = torch.randint(3, 64, (samples, length), generator=torch.Generator().manual_seed(1))
         return RunState(model=ModelHandle.open(folder, "float32"), calibration=CalibrationSet.of(tokens, {}))
 
