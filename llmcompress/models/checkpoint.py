@@ -97,10 +97,12 @@ class Checkpoint:
 
         Args:
             scales: Run-time name → pairs of an axis and a factor for each of its places, powers of two, so that
-                nothing is rounded.
+                nothing is rounded. They come on top of those that this one has.
         """
         found = copy.copy(self)
-        found._scales = scales
+        found._scales = {
+            name: [*self._scales.get(name, ()), *scales.get(name, ())] for name in {**self._scales, **scales}
+        }
         return found
 
     def files(self) -> list[Path]:

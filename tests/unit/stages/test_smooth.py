@@ -72,6 +72,21 @@ def test_the_model_computes_the_same_and_its_rounded_inputs_lose_less(family: st
     assert "inputs smoothed" in events[-1].data["text"]
 
 
+def test_a_second_one_comes_on_top_of_the_first(tiny: Any, tmp_path: Path) -> None:
+    state = with_outliers(tiny, tmp_path, "mamba2")
+    expected = logits(state.model.dense_model(torch.float32))
+    for name in ("first", "second"):
+        stage().run(state, tiny.context(tmp_path, name))
+    factors = [
+        PackedStore(tmp_path / "stages" / name / "factors").read_block(0).replaced for name in ("first", "second")
+    ]
+    found = state.model.checkpoint.tensor("backbone.layers.0.norm.weight")
+    (key,) = (name for name in factors[0] if name.endswith("in_proj"))
+    source = ModelHandle.open(state.model.path).checkpoint.tensor("backbone.layers.0.norm.weight")
+    assert torch.equal(found.float(), source.float() / factors[0][key] / factors[1][key])
+    assert torch.equal(logits(state.model.dense_model(torch.float32)), expected)
+
+
 def test_quantizing_stages_and_artifacts_get_the_rescaled_weights(tiny: Any, tmp_path: Path) -> None:
     from llmcompress import hf
 
