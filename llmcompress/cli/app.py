@@ -36,6 +36,7 @@ from llmcompress.cli import (
 from llmcompress.cli import command as commands
 from llmcompress.cli.failures import translate
 from llmcompress.cli.help import tidy
+from llmcompress.cli.launch import AlreadyTold
 from llmcompress.cli.output import Output
 from llmcompress.distributed.world import LAUNCHED, PeerLost
 from llmcompress.errors import ExitCode, Interrupted, LLMCompressError
@@ -167,6 +168,8 @@ def _expected(error: LLMCompressError) -> int:
     if out.debug:
         traceback.print_exception(error)
     _save_traceback(error, out.run_dir, always=False)
+    if isinstance(error, AlreadyTold):
+        return error.exit_code
     if isinstance(error, PeerLost) or (LAUNCHED in os.environ and isinstance(error, Interrupted)):
         return error.exit_code  # one process of several: the one that started them tells what has happened
     out.error(error.message, error.hint or _NEXT_STEPS.get(error.exit_code), error.exit_code)

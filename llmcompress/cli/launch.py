@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -75,6 +76,10 @@ class Processes:
         return cls(nproc or 1, nnodes, endpoint, name) if (nproc or 1) * nnodes > 1 else None
 
 
+class AlreadyTold(EnvironmentProblem):
+    """The first process, which talks to the terminal, has said itself what ended it; the exit code is its own."""
+
+
 def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Path) -> None:
     """Run ``llmcompress WORDS`` in every process and wait.
 
@@ -87,7 +92,8 @@ def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Pat
         run_dir: Where a resume would start.
 
     Raises:
-        LLMCompressError: A process failed; with its own message where it left one.
+        AlreadyTold: The first process failed: its message stands on the terminal, with ``--json`` on stdout too.
+        LLMCompressError: Another process failed; with its own message where it left one.
         Interrupted: Ctrl-C or SIGTERM.
     """
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own words would come before ours
@@ -95,6 +101,8 @@ def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Pat
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     again = f"llmcompress resume {run_dir} --nproc N, with any N"
     with tempfile.TemporaryDirectory(prefix="llmcompress-ranks-") as logs:
         quiet = {local: Std.ALL for local in range(processes.nproc) if local > 0}
@@ -141,9 +149,10 @@ def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressErr
         hint = f"{again}; a process killed by SIGKILL has often run out of memory" if name == "SIGKILL" else again
         text = f"process {rank} of {size} was killed ({name})"
         return EnvironmentProblem(f"{text}; the others were stopped, finished blocks are kept", hint)
-    text = f"process {rank} of {size} failed"
-    text += f": {said[rank]}" if said[rank] else "; its message is above" if rank == 0 else f" with exit code {code}"
-    error = LLMCompressError(text, again)
+    text = f"process {rank} of {size} failed{f': {said[rank]}' if said[rank] else f' with exit code {code}'}"
+    # a first process that has merely lost another, which died without a word, is silent too
+    mute = any(int(f.exitcode) > 0 and not said[r] for r, f in failures.items() if r != rank)
+    error = (AlreadyTold if rank == 0 and not mute else LLMCompressError)(text, again)
     error.exit_code = ExitCode(code) if code in {int(known) for known in ExitCode} else ExitCode.UNEXPECTED
     return error
 

@@ -37,6 +37,7 @@ def validate(
     out: Output, recipe: RecipeArgument, overrides: OverridesArgument = None, config: ConfigOption = None
 ) -> None:
     """Check a recipe: grammar, order of stages and, where the model is at hand, every rule and export."""
+    from llmcompress.models.paths import resolve_path
     from llmcompress.pipeline.estimate import plan as predict
     from llmcompress.recipe.load import load_recipe
 
@@ -59,7 +60,9 @@ def validate(
     if loaded.missing:
         lines.append(f"still to be given: {', '.join(loaded.missing)}")
     elif facts is None:
-        lines.append(f"the model {loaded.recipe.model.path} is not here, so rules were not matched against it")
+        path = loaded.recipe.model.path
+        why = "holds no config.json" if resolve_path(path).is_dir() else "is not here"
+        lines.append(f"the model {path} {why}, so rules were not matched against it")
     lines += [f"not here: {line}" for path, line in absent.items() if facts is not None or path != "model.path"]
     out.result(data, "\n".join(lines))
 

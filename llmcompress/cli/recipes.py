@@ -134,7 +134,11 @@ def _moved(text: str, source: Path, path: Path) -> str:
 
 
 def print_schema(out: Output) -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes, for editors.
+
+    Those with a YAML language server (VS Code, Neovim, …) read where it is from a recipe's first line,
+    `# yaml-language-server: $schema=FILE`; `recipes cp` writes that line.
+    """
     from llmcompress.recipe.schema import schema
 
     found: dict[str, Any] = schema()

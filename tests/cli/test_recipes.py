@@ -83,6 +83,15 @@ def test_validate_reports_what_is_still_missing(capsys: pytest.CaptureFixture[st
     assert found["absent"] == []
 
 
+def test_validate_tells_a_folder_without_a_model_from_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"version: 1\nname: r\nmodel: {{path: {tmp_path}}}\nstages:\n  load: {{type: load}}\n")
+    assert invoke(["validate", str(recipe)]) == 0
+    assert f"the model {tmp_path} holds no config.json" in capsys.readouterr().out
+    assert invoke(["validate", str(recipe), f"model.path={tmp_path}/gone"]) == 0
+    assert "gone is not here" in capsys.readouterr().out
+
+
 def test_validate_gives_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("version: 1\nname: r\nmodel: {path: x}\nstages:\n  load: {type: loda}\n")
