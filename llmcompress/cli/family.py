@@ -8,19 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.output import Output, bytes_text
+from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llmcompress.data.sources import SourceConfig
+    from llmcompress.stages.rqt_preview import Preview
+
+# bits per weight and member that are looked at unless others are asked for
+BUDGETS = (1.5, 2.0, 2.5, 3.0, 4.0)
 
 FamilyArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a family, or of its run.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(help="A family of fine-tunes in one artifact: list, inspect, add, remove, merge.")
+    group = typer.Typer(help="A family of fine-tunes in one artifact: survey, list, inspect, add, remove, merge.")
     app.add_typer(group, name="family")
+    command(group, "survey")(survey)
     command(group, "list")(members)
     command(group, "inspect")(inspect)
     command(group, "add")(add)
@@ -33,6 +41,81 @@ def family_folder(path: Path) -> Path:
     from llmcompress.models.family_artifact import is_family
 
     return path / "artifact" if not is_family(path) and is_family(path / "artifact") else path
+
+
+def survey(
+    out: Output,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    budgets: Annotated[
+        list[float] | None,
+        typer.Option("--budget", metavar="BITS", help="Bits per weight and member to look at; may be repeated."),
+    ] = None,
+) -> None:
+    """Before a run: how close fine-tunes are, the tree they would make, and the error predicted for some budgets.
+
+    Reads the weights of the recipe's base and members, and no text. Errors are predictions for rounding alone, to rank
+    budgets by; a run measures.
+    """
+    from llmcompress.models.family import ModelFamily, unsupported
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.recipe.load import load_recipe
+    from llmcompress.stages.rqt import RqtConfig
+    from llmcompress.stages.rqt_preview import least_budget, preview
+
+    loaded = load_recipe(recipe, overrides or [])
+    stages = [(name, each) for name, each in loaded.recipe.stages.items() if isinstance(each, RqtConfig)]
+    if not stages:
+        raise UsageError(f"{recipe}: has no stage of type rqt, so there is no family", "for example the recipe rqt")
+    stage, config = stages[0]
+    least = least_budget(config)
+    low = [budget for budget in budgets or [] if not least < budget < float("inf")]
+    if low:
+        raise UsageError(f"--budget {low[0]:g}: the leaves alone take {least:g} bits", f"give a number above {least:g}")
+    base = ModelHandle.open(loaded.recipe.model.path, loaded.recipe.model.dtype)
+    problems = unsupported(base.layout)
+    if problems:
+        raise UsageError("\n".join(f"stages.{stage}: {problem}" for problem in problems))
+    paths = {name: member.path for name, member in config.members.items()}
+    family = ModelFamily.open(base, paths, loaded.recipe.model.dtype)
+    wanted = budgets if budgets is not None else [b for b in BUDGETS if b > least]
+    found = preview(config, family, wanted)
+    for text in found.warnings:
+        out.warning(text)
+    data = {
+        "members": list(paths), "distance": found.facts["distance"], "delta_energy": found.facts["delta_energy"],
+        "tree": found.facts["tree"], "linear_bits": found.plan.linear_bits(), "budgets": found.budgets,
+        "warnings": found.warnings,
+    }  # fmt: skip
+    out.result(data, lambda screen: _show_survey(found, screen))
+
+
+def _show_survey(found: Preview, screen: Console) -> None:
+    from llmcompress.quant.tree import drawn
+
+    names = found.facts["members"]
+    base = [f"{share**0.5:.2%}" for share in found.facts["delta_energy"]]
+    rows = [
+        [name, own, *(None if i == j else f"{found.facts['distance'][i][j]:.2%}" for j in range(len(names)))]
+        for i, (name, own) in enumerate(zip(names, base))
+    ]
+    screen.print(table(["distance", "base", *names], rows, right="|".join(["base", *names])))
+    main = found.plan.trees.get("model") or next(iter(found.plan.trees.values()))
+    label = {n: f"{found.plan.mean_bits(n):.2f} bits" for n in found.plan.node_names()}
+    screen.print("\n".join(drawn(main, label)), markup=False, highlight=False)
+    screen.print()
+    rows = [
+        [f"{row.budget:.2f}", f"{row.bits:.3f}", f"{sum(row.error.values()) / len(row.error):.2%}",
+         *(None if row.lost[name] is None else f"{row.lost[name]:.0%}" for name in names)]
+        for row in found.budgets
+    ]  # fmt: skip
+    columns = ["budget", "bits", "error", *(f"{name} lost" for name in names)]
+    screen.print(table(columns, rows, right="|".join(columns)))
+    screen.print(
+        "distance: of weights, as a share of their size; error: predicted, squared, of weights; lost: the same as a "
+        "share of a member's difference to the base",
+        markup=False, highlight=False,
+    )  # fmt: skip
 
 
 def members(out: Output, path: FamilyArgument) -> None:
