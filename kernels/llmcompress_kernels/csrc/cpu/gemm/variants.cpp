@@ -15,7 +15,18 @@ const Candidate<Variant> candidates[] = {
 
 Choice choice(candidates);
 
+bool is_amd() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
+
+const bool unpacks_beside = is_amd();
 
 bool select_variant(const char* name) { return choice.select(name); }
 

@@ -93,6 +93,11 @@ constexpr int FETCH_AHEAD = 32;
 // for unpacking beside them.
 constexpr int64_t FEW_BLOCKS = 2;
 
+// AMD's cores multiply in two of four vector units, so that unpacking 2, 4 and 8 bits takes nothing from two planes' products:
+// there up to as many blocks as an expert's go without panels. Three bits are unpacked in the units that multiply.
+constexpr int64_t BLOCKS_BESIDE = 8;
+extern const bool unpacks_beside;
+
 // Quantized activations of `tokens` rows. Bytes lie as [token block][quad][plane][token][4], a quad being four
 // columns in the order in which the weight's words yield them.
 struct Activations {
