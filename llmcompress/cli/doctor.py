@@ -33,6 +33,7 @@ OPTIONAL = {
     "llama-cpp-python": ("read exported GGUF files back with llama.cpp", "pip install llama-cpp-python"),
     "tensorboard": ("run --track tensorboard", "pip install 'llmcompress[track]'"),
     "trackio": ("run --track trackio", "pip install 'llmcompress[track]'"),
+    "wandb": ("run --track wandb", "pip install 'llmcompress[track]'"),
     "triton": ("GPU kernels", "pip install 'llmcompress[triton]'"),
 }
 # the instruction sets that decide how fast low-bit kernels can be

@@ -16,6 +16,7 @@ EXTRAS = {
     "trl": "pip install 'llmcompress[trl]'",
     "tensorboard": "pip install 'llmcompress[track]'",
     "trackio": "pip install 'llmcompress[track]'",
+    "wandb": "pip install 'llmcompress[track]'",
     "starlette": "pip install 'llmcompress[serve]'",
     "uvicorn": "pip install 'llmcompress[serve]'",
     "prometheus_client": "pip install 'llmcompress[serve]'",

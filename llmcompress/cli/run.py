@@ -44,7 +44,7 @@ RedoOption = Annotated[
     str | None, typer.Option("--redo", metavar="STAGE", help="Do this stage and all after it again.")
 ]
 TrackOption = Annotated[
-    list[str] | None, typer.Option("--track", metavar="NAME", help="Also log to tensorboard or trackio.")
+    list[str] | None, typer.Option("--track", metavar="NAME", help="Also log to tensorboard, trackio or wandb.")
 ]
 
 

@@ -29,7 +29,7 @@ from llmcompress.quant.store import write_durably
 
 STATE_VERSION = 1
 _OURS = ("recipe.yaml", "recipe.lock.json", "run.json", "events.jsonl", "log.txt", "report.html", ".lock")
-_OUR_FOLDERS = ("stages", "extra", "tensorboard")
+_OUR_FOLDERS = ("stages", "extra", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True, slots=True)

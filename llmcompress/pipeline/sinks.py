@@ -1,4 +1,4 @@
-"""Where events go: a live display, plain lines, ``events.jsonl``, TensorBoard, trackio.
+"""Where events go: a live display, plain lines, ``events.jsonl``, TensorBoard, trackio, Weights & Biases.
 
 A sink is called with every :class:`~llmcompress.events.Event` in order and closed at the end.
 """
@@ -6,6 +6,7 @@ A sink is called with every :class:`~llmcompress.events.Event` in order and clos
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import statistics
 import time
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-TRACKERS = ("tensorboard", "trackio")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 class Sink(Protocol):
@@ -285,36 +286,47 @@ class TensorBoardSink:
         self._writer.close()
 
 
-class TrackioSink:
-    """Metrics for trackio.
+class RunTrackerSink:
+    """Metrics for trackio or for Weights & Biases, whose interface trackio shares.
 
     Args:
+        package: ``trackio`` or ``wandb``.
+        folder: Of the run; wandb keeps its files in there, and only there with ``WANDB_MODE=offline``.
         project: Project name.
         name: Run name.
         config: The resolved recipe.
 
     Raises:
-        EnvironmentProblem: trackio is not installed.
+        EnvironmentProblem: The package is not installed, or it cannot log in.
     """
 
-    def __init__(self, project: str, name: str, config: dict[str, Any]) -> None:
+    def __init__(self, package: str, folder: Path, project: str, name: str, config: Any) -> None:
         try:
-            import trackio
+            self._tracker: Any = importlib.import_module(package)
         except ImportError as error:
             raise EnvironmentProblem(
-                f"trackio is not installed ({error})", "pip install 'llmcompress[track]'"
+                f"{package} is not installed ({error})", "pip install 'llmcompress[track]'"
             ) from error
-        self._trackio: Any = trackio
-        self._trackio.init(project=project, name=name, config=config)
+        own = {"dir": str(folder)} if package == "wandb" else {}
+        try:
+            self._tracker.init(project=project, name=name, config=config, **own)
+        except Exception as error:
+            # its errors have no common base, and a run must not begin that logs nowhere
+            if package != "wandb":
+                raise
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EnvironmentProblem(
+                f"wandb does not start: {text}", "log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def __call__(self, event: Event) -> None:
         """Log metrics."""
         for name, value, step in _scalars(event):
-            self._trackio.log({name: value} if step is None else {name: value, "step": step})
+            self._tracker.log({name: value} if step is None else {name: value, "step": step})
 
     def close(self) -> None:
         """Finish the run."""
-        self._trackio.finish()
+        self._tracker.finish()
 
 
 def _scalars(event: Event) -> Iterable[tuple[str, float, int | None]]:
@@ -368,6 +380,6 @@ def tracker(kind: str, run_dir: Path, name: str, recipe: dict[str, Any]) -> Sink
     """
     if kind == "tensorboard":
         return TensorBoardSink(run_dir / "tensorboard")
-    if kind == "trackio":
-        return TrackioSink("llmcompress", f"{name}-{int(time.time())}", recipe)
+    if kind in ("trackio", "wandb"):
+        return RunTrackerSink(kind, run_dir, "llmcompress", f"{name}-{int(time.time())}", recipe)
     raise EnvironmentProblem(f"unknown tracker {kind!r}", f"choose one of {', '.join(TRACKERS)}")

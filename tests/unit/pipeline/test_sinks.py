@@ -16,8 +16,8 @@ from llmcompress.pipeline.sinks import (
     PlainSink,
     QuietSink,
     RichSink,
+    RunTrackerSink,
     TensorBoardSink,
-    TrackioSink,
     duration,
     tracker,
 )
@@ -143,27 +143,52 @@ def test_fanout_keeps_order_and_hides_write_errors_only_on_the_way_out() -> None
 
 
 def test_trackers_that_are_missing_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("tensorboard", "torch.utils.tensorboard", "trackio"):
+    for name in ("tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(EnvironmentProblem, match="tensorboard") as caught:
         TensorBoardSink(tmp_path)
     assert "llmcompress[track]" in str(caught.value.hint)
-    with pytest.raises(EnvironmentProblem, match="trackio"):
-        TrackioSink("p", "n", {})
+    for package in ("trackio", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(EnvironmentProblem, match=f"{package} is not installed") as caught:
+            RunTrackerSink(package, tmp_path, "p", "n", {})
+        assert "llmcompress[track]" in str(caught.value.hint)
     with pytest.raises(EnvironmentProblem, match="unknown tracker"):
-        tracker("wandb", tmp_path, "n", {})
+        tracker("mlflow", tmp_path, "n", {})
 
 
-def test_trackers_get_numbers_of_metrics_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["trackio", "wandb"])
+def test_trackers_get_numbers_of_metrics_and_blocks(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import types
 
     logged: list[object] = []
-    fake = types.SimpleNamespace(init=lambda **kw: logged.append(kw["project"]), log=logged.append, finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "trackio", fake)
-    sink = tracker("trackio", tmp_path, "demo", {})
+    begun: dict[str, object] = {}
+    fake = types.SimpleNamespace(
+        init=lambda **kw: (begun.update(kw), logged.append(kw["project"])), log=logged.append, finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, package, fake)
+    sink = tracker(package, tmp_path, "demo", {})
+    # trackio has a place of its own
+    assert begun.get("dir") == (str(tmp_path) if package == "wandb" else None)
     for event in story():
         sink(event)
     sink.close()
     assert logged[0] == "llmcompress"
     assert {"quantize/error": 0.5, "step": 3} in logged
     assert {"quantize/error": 0.123456789} in logged
+
+
+def test_a_tracker_that_cannot_log_in_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(
+        EnvironmentProblem, match=r"^wandb does not start: api_key not configured \(no-tty\)$"
+    ) as caught:
+        tracker("wandb", tmp_path, "demo", {})
+    assert "WANDB_MODE=offline" in str(caught.value.hint)
