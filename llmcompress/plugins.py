@@ -2,7 +2,9 @@
 
 A package adds a model family by an entry point in the group ``llmcompress.families`` whose name
 is the model type and whose value is a :class:`~llmcompress.models.families.parts.Family`, and a stage
-by one in the group ``llmcompress.stages`` whose name is the stage's ``type`` and whose value is its class.
+by one in the group ``llmcompress.stages`` whose name is the stage's ``type`` and whose value is its class. An export
+format is one in the group ``llmcompress.exporters`` whose name is the format's and whose value is its
+:class:`~llmcompress.export.base.Exporter` class.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ from typing import Any
 
 from llmcompress.errors import EnvironmentProblem
 
-GROUPS = ("llmcompress.families", "llmcompress.stages")
+GROUPS = ("llmcompress.families", "llmcompress.stages", "llmcompress.exporters")
+
+
+@cache
+def names(group: str) -> tuple[str, ...]:
+    """Names of the entry points of ``group`` in order, without loading any."""
+    return tuple(sorted(point.name for point in entry_points(group=group)))
 
 
 @cache

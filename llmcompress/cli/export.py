@@ -31,13 +31,13 @@ def export(
     member: Annotated[str | None, typer.Option("--member", help="Which model of a family; needs --out.")] = None,
 ) -> None:
     """Write the compressed model of a run in other formats, each read back and compared."""
-    from llmcompress.export.registry import FORMATS
+    from llmcompress.export.registry import formats as known
     from llmcompress.pipeline.runner import Runner, RunOptions
     from llmcompress.stages.export import Export, ExportConfig
 
-    wrong = [name for name in formats if name not in FORMATS]
+    wrong = [name for name in formats if name not in known()]
     if wrong:
-        raise UsageError(f"--format {wrong[0]}: unknown", f"choose from {', '.join(FORMATS)}")
+        raise UsageError(f"--format {wrong[0]}: unknown", f"choose from {', '.join(known())}")
     if member is not None:
         _export_member(out, path, formats, target, member)
         return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import ExportError
+from llmcompress.errors import EnvironmentProblem, ExportError
 from llmcompress.export.base import SHARD_BYTES, Exporter, Policies, dense_values, values
+from llmcompress.plugins import discover, names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from llmcompress.quant.store import PackedStore
 
 FORMATS = ("native", "compressed-tensors", "gguf", "dense")
+GROUP = "llmcompress.exporters"
+
+
+def formats() -> tuple[str, ...]:
+    """Every format that can be written: the built-in ones, then those of other packages."""
+    return (*FORMATS, *(name for name in names(GROUP) if name not in FORMATS))
 
 
 class NativeExporter(Exporter):
@@ -79,11 +86,12 @@ def exporter(name: str, dense_dtype: str = "auto") -> Exporter:
     """Return the exporter called ``name``.
 
     Args:
-        name: One of :data:`FORMATS`.
+        name: One of :func:`formats`.
         dense_dtype: Data type of the ``dense`` format, ``auto`` for the source's.
 
     Raises:
         ExportError: There is no such format.
+        EnvironmentProblem: The package that brings it is broken.
     """
     if name == "native":
         return NativeExporter()
@@ -99,4 +107,16 @@ def exporter(name: str, dense_dtype: str = "auto") -> Exporter:
         from llmcompress.export.dense import DenseExporter
 
         return DenseExporter(dense_dtype)
-    raise ExportError(f"unknown export format {name!r}", f"use one of {', '.join(FORMATS)}")
+    if name in names(GROUP):
+        return _of_another_package(name)
+    raise ExportError(f"unknown export format {name!r}", f"use one of {', '.join(formats())}")
+
+
+def _of_another_package(name: str) -> Exporter:
+    made = discover(GROUP)[name]
+    if not (isinstance(made, type) and issubclass(made, Exporter) and made.name == name):
+        raise EnvironmentProblem(
+            f"plug-in format {name!r} is not an Exporter class of that name",
+            "its author should derive it from llmcompress.export.base.Exporter",
+        )
+    return made()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from llmcompress.errors import ExportError
+from llmcompress.export.registry import formats
 from llmcompress.models.paths import ADAPTER
 from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.stages.state import RunContext, RunState
 
-FormatName = Literal["native", "compressed-tensors", "gguf", "dense"]
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    # those of other packages by name alone, which loads none of them
+    FormatName = Literal[formats()]
 
 
 class ExportConfig(StageConfig):
