@@ -57,13 +57,16 @@ def sweep(
     from llmcompress.pipeline.sweep import Sweep, combinations, parse_axes
 
     axes, fixed = parse_axes(settings or [])
-    if any(word.startswith("run.dir=") for word in [*axes, *fixed]):
+    given = {*axes, *(word.partition("=")[0].removeprefix("+") for word in fixed)}
+    if "run.dir" in given:
         raise UsageError("run.dir: every run of a sweep has a folder of its own", "give the sweep's folder with --dir")
-    if jobs > 1 and not any(word.startswith("run.threads=") for word in [*axes, *fixed]):
+    if jobs > 1 and "run.threads" not in given:
         # runs that share the processors must not each take all of them
         fixed.append(f"run.threads={max(1, (os.cpu_count() or 1) // jobs)}")
     first = combinations(axes, Path())[0]
     job = _job(recipe, fixed, first)
+    if metric is not None:
+        _require_metric(job, metric)
     root = folder or Path("runs") / f"sweep-{job.recipe['name']}"
     runs = combinations(axes, root)
     # a wrong value is known before the first run has taken an hour
@@ -77,6 +80,8 @@ def sweep(
 
     results = Sweep(recipe, fixed, runs, root, jobs, out.note, holds).execute()
     chosen = _quality(results, metric)
+    if metric is not None and chosen not in (metric, None):
+        out.warning(f"--metric {metric}: no run has measured it, the table shows {chosen}")
     data = write_tables(results, root, chosen, str(job.recipe["name"]))
     out.result(data, lambda screen: _show(data, screen))
     failed = [result for result in results if result.status == "failed"]
@@ -109,17 +114,33 @@ def _in_a_line(said: str) -> str:
     return shorten((found[1] if found else said) or "no message", _LONGEST, placeholder=" …")
 
 
-def _quality(results: Sequence[RunResult], asked: str | None) -> str | None:
-    """The metric to compare by: the one asked for, else the first perplexity, else the first there is.
+def _require_metric(job: Job, metric: str) -> None:
+    """Refuse a metric that no stage will measure, before the first run.
 
     Raises:
-        UsageError: No run has measured the one that was asked for.
+        UsageError: It is none.
     """
+    from llmcompress.evaluation.gates import GateConfig, unknown_metrics
+    from llmcompress.stages.base import Kind
+    from llmcompress.stages.evaluate import Evaluate
+
+    measuring = [stage for stage in job.stages if Kind.METRICS in stage.produces]
+    known = [stage.measured() for stage in measuring if isinstance(stage, Evaluate)]
+    if len(known) < len(measuring):
+        return  # stages of other kinds name their metrics themselves
+    exact = [name for names, _ in known for name in names]
+    tasks = [task for _, names in known for task in names]
+    if wrong := unknown_metrics({"metric": GateConfig(metric=metric, max=0)}, exact, tasks):
+        raise UsageError(
+            wrong[0].replace("gates.metric", "--metric"), "choose one that the recipe's evaluate stage has"
+        )
+
+
+def _quality(results: Sequence[RunResult], asked: str | None) -> str | None:
+    """The metric to compare by: the one asked for, else the first perplexity, else the first there is."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
-    if asked is not None:
-        if names and asked not in names:
-            raise UsageError(f"--metric {asked}: not measured", f"choose one of {', '.join(names)}")
-        return asked if names else None
+    if asked in names:
+        return asked
     return next((name for name in names if name.endswith(".perplexity")), names[0] if names else None)
 
 

@@ -124,16 +124,19 @@ class Evaluate(Stage):
     judging = frozenset({"gates"})
     config: EvaluateConfig
 
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Gates that name nothing measured, and expert figures asked of a model without experts."""
+    def measured(self) -> tuple[list[str], list[str]]:
+        """Names of the metrics that it will give, and tasks below which lm-eval names more."""
         config = self.config
         exact = [f"{name}.{metric}" for name in config.perplexity for metric in _TEXT]
         exact += [f"recall.at_{distance}" for distance in config.recall.distances] if config.recall is not None else []
         exact += _FIDELITY if config.fidelity is not None else ()
         exact += _EXPERTS if config.expert_shift else ()
-        problems = unknown_metrics(
-            config.gates, exact, [task if isinstance(task, str) else task.task for task in config.tasks]
-        )
+        return exact, [task if isinstance(task, str) else task.task for task in config.tasks]
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Gates that name nothing measured, and expert figures asked of a model without experts."""
+        config = self.config
+        problems = unknown_metrics(config.gates, *self.measured())
         if config.expert_shift and not any(block.bank for block in layout.blocks):
             problems.append(f"expert_shift: {layout.model_type} has no experts")
         return [f"stages.{self.name}.{problem}" for problem in problems]

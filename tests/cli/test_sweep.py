@@ -62,6 +62,19 @@ def test_the_exit_code_is_that_of_what_failed(
     assert not any(row["pareto"] for row in found["runs"] if row["status"] == "failed")
 
 
+def test_what_cannot_be_is_refused_before_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, str(tmp_path / "s")]
+    for more, said in (
+        (["--metric", "heldout.perplexty"], "did you mean heldout.perplexity"),
+        (["run.dir=a,b"], "a folder of its own"),
+        (["run.dir=a"], "a folder of its own"),
+        (["+host.ram=1GB,lots"], "expected a size"),
+    ):
+        assert invoke([*words, *more]) in (2, 3)
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_whole_error_of_a_run_is_told_in_a_line(
     ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
