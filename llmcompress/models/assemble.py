@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.models.capture import write_expert_weight
-from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, meta_model
+from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, generation_settings, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.models.shared import share_modules
@@ -63,6 +63,7 @@ def compressed_model(
             if "state_cache" in policies or not name.endswith(f".{SCALE}"):
                 assign(model, name, tensor, plan)
     align(model)
+    model.generation_config = generation_settings(handle.path)
     # as from_pretrained does: some families multiply by a weight in another order then, with other last bits
     model.config._is_quantized = True
     attach_policies(model, handle.layout, policies)

@@ -184,10 +184,18 @@ class FamilyArtifact:
 
 def dense_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None = None) -> Any:
     """One member as an ordinary dense model, its weights rebuilt; in evaluation mode on the CPU."""
-    from llmcompress.models.handle import align, assign, fill_constants, meta_model, transformers_config
+    import torch
+
+    from llmcompress.models.handle import (
+        align,
+        assign,
+        fill_constants,
+        generation_settings,
+        meta_model,
+        transformers_config,
+    )
 
     config = transformers_config(artifact.member_folder(member))
-    import torch
 
     model = meta_model(config, dtype or getattr(torch, str(artifact.data.get("dtype", "bfloat16"))))
     fill_constants(model)
@@ -198,4 +206,5 @@ def dense_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | Non
         assign(model, f"{linear}.weight", artifact.weight(linear, member), plan)
     model.tie_weights()
     align(model)
+    model.generation_config = generation_settings(artifact.member_folder(member))
     return model.eval()

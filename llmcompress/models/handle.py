@@ -165,6 +165,7 @@ class ModelHandle:
         """The full-precision model, all of it in memory, in evaluation mode."""
         model = self.skeleton(dtype)
         self.load_tensors(model, (view for block in self.layout.blocks for view in block.tensors()))
+        model.generation_config = generation_settings(self.path)
         return model.eval()
 
     def load_tensors(self, model: PreTrainedModel, views: Iterable[TensorView]) -> None:

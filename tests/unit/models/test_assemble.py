@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmcompress.errors import InputError
+from llmcompress.inference.greedy import end_tokens
 from llmcompress.models.assemble import attach_policies, block_tensors, compressed_model
 from llmcompress.models.handle import ModelHandle
 from llmcompress.quant.store import BlockPatch, PackedStore
@@ -24,6 +25,16 @@ def test_an_empty_store_gives_the_dense_model(handle: ModelHandle, tmp_path: Pat
     with torch.inference_mode():
         found = compressed_model(handle, PackedStore(tmp_path / "none"), {})(ids).logits
         assert torch.equal(found, handle.dense_model()(ids).logits)
+
+
+def test_text_ends_where_the_exported_model_ends_it(tiny, tmp_path: Path) -> None:
+    model = tiny.model("mixtral")
+    model.generation_config.update(eos_token_id=[2, 7], repetition_penalty=1.1)
+    model.save_pretrained(tmp_path / "source")
+    handle = ModelHandle.open(tmp_path / "source")
+    for found in (handle.dense_model(), compressed_model(handle, PackedStore(tmp_path / "none"), {})):
+        assert end_tokens(found) == {2, 7}
+        assert found.generation_config.repetition_penalty == 1.1
 
 
 def test_replaced_tensors_take_the_type_of_the_file(tiny, tmp_path: Path) -> None:
