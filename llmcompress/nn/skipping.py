@@ -13,7 +13,7 @@ depend on the policy even with ``decode: off``. With chunked prefill each chunk 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -279,7 +279,10 @@ class SkippingController:
         group = torch.arange(batch * length, device=index.device) // (length if groups > 1 else batch * length)
         if self._phase == "decode":
             sticky = layer.sticky
-            return None if sticky is None or sticky.shape[0] != groups else sticky[group]
+            if sticky is None or sticky.shape[0] not in (groups, batch):
+                return None
+            # sequences whose prompts came at different times have decisions of their own in any scope
+            return sticky[group] if sticky.shape[0] == groups else sticky.repeat_interleave(length, 0)
         layer.sticky = None
         if length < self._min_len():
             return None
@@ -294,6 +297,23 @@ class SkippingController:
         if policy.decode == "sticky":
             layer.sticky = banned
         return banned[group]
+
+    def decisions(self) -> list[Tensor | None]:
+        """What the last prompt's decision bans for the tokens after it, bool ``[1 or S, E]`` a layer."""
+        return [layer.sticky for layer in self._layers]
+
+    def recall(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
+        """Set what the next step goes by, where sequences were prompted one by one.
+
+        Args:
+            rows: What :meth:`decisions` gave after the prompt of each sequence, in the order of the batch.
+        """
+        for number, layer in enumerate(self._layers):
+            found = [row[number] for row in rows]
+            known = next((one for one in found if one is not None), None)
+            nothing = None if known is None else torch.zeros_like(known)
+            parts = [nothing if one is None else one for one in found]
+            layer.sticky = None if known is None else torch.cat([part for part in parts if part is not None])
 
     def _options(self, layer: _LayerState) -> SkipOptions:
         auto = layer.rule.conserves

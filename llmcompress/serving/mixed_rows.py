@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 from llmcompress.nn.states import PackedState
-from llmcompress.serving.rows import TRIAL, arguments, trial_bytes
+from llmcompress.serving.rows import TRIAL, Decisions, arguments, trial_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,6 +134,7 @@ class MixedRows:
         # keys of the sequences in the order of the batch
         self._order: list[int] = []
         self._states: Cache | None = None
+        self._decisions = Decisions(model)
         self._active: list[_Sequence] = []
         # whose attention runs now
         self.layer = 0
@@ -188,6 +189,7 @@ class MixedRows:
         sequence = _Sequence(member, total)
         cache = self._fresh_cache()
         (logits,) = self._forward([list(prompt)], [sequence], cache)
+        self._decisions.keep(key)
         place = [*self._order, key]
         self._sequences[key] = sequence
         if self._members:
@@ -208,11 +210,13 @@ class MixedRows:
         if not tokens:
             return {}
         active = [self._sequences[key] for key in self._order]
+        self._decisions.use(self._order)
         logits = self._forward([[tokens[key]] for key in self._order], active, self._states)
         return dict(zip(self._order, logits))
 
     def leave(self, key: int) -> None:
         """See :meth:`~llmcompress.serving.rows.Rows.leave`."""
+        self._decisions.forget(key)
         if self._sequences.pop(key, None) is None or key not in self._order:
             return
         row = self._order.index(key)

@@ -110,6 +110,35 @@ def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str
     return {word: cache, **({"position_ids": positions} if "position_ids" in names else {})}
 
 
+class Decisions:
+    """What an expert-skipping policy decided on each sequence's prompt, where it acts on the tokens after it too.
+
+    Without that a sequence would be decoded by what was decided on whichever prompt came last.
+
+    Args:
+        model: With or without such a policy.
+    """
+
+    def __init__(self, model: Any) -> None:
+        policy = getattr(model, "llmcompress_skipping", None)
+        self._policy = None if policy is None or policy.policy.decode == "off" else policy
+        self._held: dict[int, Any] = {}
+
+    def keep(self, key: int) -> None:
+        """The last prompt was this sequence's."""
+        if self._policy is not None:
+            self._held[key] = self._policy.decisions()
+
+    def use(self, keys: Sequence[int]) -> None:
+        """The next step is of these sequences, in this order."""
+        if self._policy is not None:
+            self._policy.recall([self._held[key] for key in keys])
+
+    def forget(self, key: int) -> None:
+        """The sequence has left."""
+        self._held.pop(key, None)
+
+
 class NativeRows:
     """Sequences in the native engine.
 
@@ -179,6 +208,7 @@ class SeparateRows:
         self._batch, self.limit, self.longest = batch, limit, longest
         self._member = members[0] if members else None
         self._held: dict[int, tuple[Any, str | None, int]] = {}
+        self._decisions = Decisions(model)
 
     def _forward(self, ids: list[int], member: str | None, cache: Any, start: int) -> Tensor:
         if self._batch is not None and member is not None:
@@ -199,6 +229,7 @@ class SeparateRows:
 
         cache = DynamicCache(config=self._model.config)
         logits = self._forward(list(prompt), member, cache, 0)
+        self._decisions.keep(key)
         self._held[key] = (cache, member, len(prompt))
         return logits
 
@@ -207,6 +238,7 @@ class SeparateRows:
         found: dict[int, Tensor] = {}
         for key, token in tokens.items():
             cache, member, length = self._held[key]
+            self._decisions.use([key])
             found[key] = self._forward([token], member, cache, length)
             self._held[key] = (cache, member, length + 1)
         return found
@@ -214,6 +246,7 @@ class SeparateRows:
     def leave(self, key: int) -> None:
         """See :meth:`Rows.leave`."""
         self._held.pop(key, None)
+        self._decisions.forget(key)
 
     def held_bytes(self) -> int:
         """Bytes of all caches."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn import skipping
 from llmcompress.nn.mixers import attach
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, SeparateRows
@@ -87,6 +88,20 @@ def test_sequences_join_and_leave_within_replay_windows(tiny: Any, family: str, 
     model = tiny.model(family, **sizes)
     attach(model, layout_from_config(model.config.to_dict()), {"bits": 8, "codec": codec, "window": 4})
     check(model, 11)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_each_goes_by_what_was_decided_on_its_own_prompt(tiny: Any, scope: str) -> None:
+    model = tiny.model("mixtral")
+    layout = layout_from_config(model.config.to_dict())
+    asked = prompts((24, 3, 20, 22))
+    free = [alone(model, prompt, 6) for prompt in asked]
+    # the prompt of three tokens is too short for the policy
+    skipping.attach(model, layout, {"alpha": 0.9, "scope": scope, "decode": "sticky", "min_len": 8})
+    expected = [alone(model, prompt, 6) for prompt in asked]
+    assert [own == other for own, other in zip(free, expected)] != [True] * 4
+    for rows in (MixedRows(model, 8, 64), SeparateRows(model, 8, 64)):
+        assert decode(rows, asked, 6) == expected
 
 
 def dense(family: str, **changes: Any) -> Any:
