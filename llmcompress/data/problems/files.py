@@ -9,11 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 from llmcompress.data.problems.base import Problem, Split, boxed, split_of
-from llmcompress.errors import EnvironmentProblem, InputError
+from llmcompress.data.problems.mathematics import math_equal
+from llmcompress.errors import InputError
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
@@ -100,26 +101,3 @@ def same_text(gold: str, answer: str) -> bool:
         except (ValueError, ZeroDivisionError):
             return False
     return bool(a) and a == b
-
-
-@lru_cache(maxsize=100_000)
-def math_equal(gold: str, answer: str) -> bool:
-    """Compare two LaTeX answers with math-verify; cached, because a comparison can take seconds.
-
-    Raises:
-        EnvironmentProblem: The package is not installed.
-    """
-    try:
-        from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "task.math: the package math-verify is not installed", "pip install 'llmcompress[math]', or set math: false"
-        ) from error
-    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-    # its time limit uses a signal, which works in the main thread only and would hide a stop request
-    sides = [
-        parse(f"\\boxed{{{text}}}", extraction_config=config, extraction_mode="first_match", parsing_timeout=None)
-        for text in (gold, answer)
-    ]
-    # not symmetric: the gold answer comes first
-    return bool(sides[0] and sides[1] and verify(sides[0], sides[1], timeout_seconds=None))

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from llmcompress.data.problems.files import FileProblems, math_equal, same_text
+from llmcompress.data.problems.files import FileProblems, same_text
+from llmcompress.data.problems.mathematics import math_equal
 from llmcompress.errors import EnvironmentProblem, InputError
 
 
