@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 # what a tokenizer shows for the first bytes of a character, and how many tokens a character can have
 _HALF, _LONGEST_CHARACTER = "\ufffd", 8
+# of the control at equal tokens
+MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Reader:
             InputError: ``chat`` is set and the tokenizer has no chat template, or one that refuses the turns.
         """
         if not self.chat:
-            return list(self.tokenizer(f"{question}\n", add_special_tokens=False)["input_ids"])
+            return self._begun(f"{question}\n")
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError("chat is set, but the tokenizer has no chat template", "set chat: false")
         turns = [{"role": "system", "content": self.system}] if self.system else []
@@ -79,6 +81,15 @@ class Reader:
             hint = 'system: "" leaves the system line out' if self.system else "set chat: false"
             raise InputError(f"the chat template refuses the prompt: {error}", hint) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _begun(self, text: str) -> list[int]:
+        """Token ids of a text behind the token that begins every text, where the tokenizer puts one there: Gemma's and
+        Llama's models have seen no text without. An end that it puts behind the text would end the prompt.
+        """
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = list(self.tokenizer(text)["input_ids"])
+        places = (n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids)
+        return [*whole[: next(places, 0)], *ids]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each token, so that the pieces together are the decoded text.
@@ -110,7 +121,9 @@ class Reader:
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of a response without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )  # fmt: skip
 
     def read(self, ids: Sequence[int]) -> Response:
         """Cut response ids into actions."""
@@ -203,8 +216,9 @@ def majority(
 ) -> dict[str, float]:
     """The control at equal tokens: sample answers until a problem has cost ``budget`` tokens on average, then vote.
 
-    Only first attempts vote; ties go to the answer that came first. ``best_of`` is the share of problems that any
-    sample solves, the ceiling of a perfect verifier over the same samples.
+    Only first attempts vote, and only their tokens count: sampling would stop there. Ties go to the answer that came
+    first. ``best_of`` is the share of problems that any sample solves, the ceiling of a perfect verifier over the same
+    samples. After :data:`MOST_SAMPLES` of each problem it ends in any case.
 
     Args:
         model: In evaluation mode.
@@ -218,18 +232,17 @@ def majority(
     Returns:
         ``accuracy``, ``best_of``, ``samples`` and ``tokens`` per problem.
     """
-    from llmcompress.data.trajectories import first_attempt
-
     votes: list[Counter[str]] = [Counter() for _ in problems]
     solved = [False] * len(problems)
     prompts = [reader.prompt(problem.question) for problem in problems]
-    spent, rounds, longest = 0, 0, 16
-    while spent < budget * len(problems) and rounds < longest:
+    spent, rounds = 0, 0
+    while spent < budget * len(problems) and rounds < MOST_SAMPLES:
         responses = sample(model, prompts, sampling, reader.end, reader.pad, seed + 7919 * (rounds + 1), world)
         rounds += 1
         for index, (problem, ids) in enumerate(zip(problems, responses)):
-            spent += len(ids)
-            answer = boxed(first_attempt(reader.text(ids)))
+            attempt = reader.read(ids).actions[0]
+            spent += attempt.stop
+            answer = boxed(attempt.text)
             if answer is not None:
                 votes[index][answer] += 1
                 solved[index] |= reader.problems.check(problem, answer)

@@ -9,7 +9,9 @@ from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 from llmcompress.data.problems.base import Problem
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.errors import InputError
-from llmcompress.evaluation.self_correction import Reader, choose, paired_test
+from llmcompress.evaluation import self_correction
+from llmcompress.evaluation.sampling import Sampling
+from llmcompress.evaluation.self_correction import Reader, choose, majority, paired_test
 from llmcompress.models.paths import resolve_path
 
 TASK = Countdown()
@@ -89,3 +91,30 @@ def test_templates_that_know_no_system_line():
     assert refused.value.hint == 'system: "" leaves the system line out'
     ids = Reader(tokenizer, TASK, chat=True, system="").prompt("q")
     assert tokenizer.decode(ids) == "[user]q"
+
+
+def test_a_begin_token_opens_the_prompt_where_the_tokenizer_puts_one():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("asset:reference_moe"))
+    plain = Reader(tokenizer, TASK).prompt("1+1")
+    assert plain == tokenizer("1+1\n", add_special_tokens=False)["input_ids"]
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    ids = [(begin, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A {end}", special_tokens=ids)
+    assert Reader(tokenizer, TASK).prompt("1+1") == [tokenizer.bos_token_id, *plain]
+
+
+def test_the_vote_pays_for_attempts_alone(reader, monkeypatch):
+    attempts = ["\\boxed{2+3*4}", "\\boxed{(2+3)*4}", "\\boxed{4*(3+2)}", "\\boxed{(2+3)*4}"]
+    cost = [len(reader.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in attempts]
+    written = iter(attempts)
+
+    def sampled(model, prompts, *_):
+        # what a model writes that was taught to verify: the attempt is a small part of it
+        text = f"{next(written)}{CHECK}{'so it is, ' * 20}{CORRECT}"
+        return [[*reader.tokenizer(text, add_special_tokens=False)["input_ids"], reader.end] for _ in prompts]
+
+    monkeypatch.setattr(self_correction, "sample", sampled)
+    found = majority(None, reader, [PROBLEM], Sampling(99, 0.7), budget=sum(cost[:3]) + 1)
+    assert found == {"accuracy": 1, "best_of": 1, "samples": 4, "tokens": sum(cost)}
