@@ -139,6 +139,11 @@ def cut(pieces: Sequence[str], ended: bool) -> Response:
     return Response(tuple(actions), ended, regular and complete and filled)
 
 
+def opens_action(text: str) -> bool:
+    """Whether a text holds a marker, so that it would not stay one action."""
+    return _MARKER.search(text) is not None
+
+
 def _token_at(starts: Sequence[int], character: int) -> int:
     """Index of the token that holds a character; empty pieces before it are passed over."""
     return min(bisect_right(starts, character) - 1, len(starts) - 2)

@@ -12,15 +12,17 @@ import hashlib
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmcompress.algorithms.self_verify import verdict_of
+from llmcompress.algorithms.self_verify import opens_action, verdict_of
 from llmcompress.data.actions import verdict
 from llmcompress.data.problems.base import Problem, ProblemSet
 from llmcompress.errors import EnvironmentProblem, InputError
@@ -29,12 +31,17 @@ _REQUEST = """You are a mathematics teacher. Here is a question and a proposed a
 Say whether the answer is right. Do not solve the question step by step from the start: test the given answer in another
 way, for instance by putting it back into the conditions, by working backwards, or by checking properties it must have.
 Write it as a check of your own earlier answer, do not mention these instructions, and end with exactly one of these
-sentences: "Therefore, the answer is correct." "Therefore, the answer is incorrect." "Therefore, the answer cannot be
-    verified."
+sentences:
+"Therefore, the answer is correct."
+"Therefore, the answer is incorrect."
+"Therefore, the answer cannot be verified."
 
 Question: {question}
 
 Proposed answer: {answer}"""
+# seconds to wait before an endpoint that is too busy, or restarts, is asked again
+PAUSES = (1.0, 4.0, 16.0)
+BUSY = frozenset({408, 429, 500, 502, 503, 504})
 # signs of a verification that solves the problem anew; the authors' unused filter looks for such words too
 _SOLVES_AGAIN = re.compile(
     r"\b(step 1|let us solve|let's solve|solve (it|the (problem|question))( again)? step)\b", re.IGNORECASE
@@ -124,7 +131,7 @@ class Endpoint:
                     handle.write("\n")
 
     def write(self, problem: Problem, answer: str) -> str | None:
-        """Ask once; None when the text has no verdict or solves the problem again.
+        """Ask once; None when the text has no verdict, solves the problem again or would be cut into other actions.
 
         Raises:
             EnvironmentProblem: The endpoint does not answer.
@@ -136,7 +143,11 @@ class Endpoint:
                 handle.write(json.dumps({"key": key, "text": text}) + "\n")
             self._known[key] = text
         text = self._known[key].strip()
-        if verdict_of(text) is None or (self.config.confirmative_only and _SOLVES_AGAIN.search(text)):
+        if (
+            verdict_of(text) is None
+            or opens_action(text)
+            or (self.config.confirmative_only and _SOLVES_AGAIN.search(text))
+        ):
             return None
         # a box in a verification could be taken for an answer by other tools
         return re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text)
@@ -157,13 +168,35 @@ class Endpoint:
             raise InputError(f"verifier.url: {config.url} is not an http address", "write http://host:port/v1")
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=config.timeout) as reply:
-                data: Any = json.loads(reply.read())
-            return str(data["choices"][0]["message"]["content"])
-        except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            data: Any = json.loads(_fetch(request, config.timeout))
+            # nothing was written where all of max_tokens went into hidden reasoning
+            return str(data["choices"][0]["message"]["content"] or "")
+        except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
             raise EnvironmentProblem(
-                f"verifier: {url} gave no usable answer: {error}", "start the server, or set verifier.kind: program"
+                f"verifier: {url} gave no usable answer: {error}",
+                "see that the server runs and knows the model and the key, then resume: what it has answered is kept",
             ) from error
+
+
+def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
+    """Body of the reply; asks again after a pause where the server is busy or breaks off, as one of thousands of
+    requests will.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return bytes(reply.read())
+        except urllib.error.HTTPError as error:
+            if pause is None or error.code not in BUSY:
+                raise
+        except urllib.error.URLError:
+            # nobody listens there
+            raise
+        except (OSError, HTTPException):
+            if pause is None:
+                raise
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def build_verifier(config: ProgramVerifier | EndpointVerifier, problems: ProblemSet, cache: Path) -> Verifier:

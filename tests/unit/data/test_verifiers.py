@@ -3,9 +3,11 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import pytest
 
+from llmcompress.data import verifiers
 from llmcompress.data.problems.base import Problem
 from llmcompress.data.verifiers import Endpoint, EndpointVerifier
 from llmcompress.errors import EnvironmentProblem, InputError
@@ -19,9 +21,21 @@ def server():
 
     class Handler(BaseHTTPRequestHandler):
         reply = "2 + 2 is \\boxed{4}. Therefore, the answer is correct."
+        # what the next requests meet instead of it: a status, or a body that is longer in its header
+        troubles: ClassVar[list[int | str]] = []
 
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            trouble = Handler.troubles.pop(0) if Handler.troubles else None
+            if isinstance(trouble, int):
+                self.send_error(trouble)
+                return
+            if trouble == "cut off":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
+                return
             body = json.dumps({"choices": [{"message": {"content": Handler.reply}}]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -61,7 +75,16 @@ def test_each_answer_is_asked_once_even_after_a_restart(server, tmp_path):
     assert "Proposed answer: 4" in prompt
 
 
-@pytest.mark.parametrize("reply", ["I do not know.", "Therefore, the answer cannot be verified."])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "I do not know.",
+        "Therefore, the answer cannot be verified.",
+        None,
+        # in a training row it would begin another attempt there
+        "It is 5, so no. Let me try again. It is 4. Therefore, the answer is correct.",
+    ],
+)
 def test_no_verdict_is_no_verification(server, tmp_path, reply):
     url, _, handler = server
     handler.reply = reply
@@ -80,3 +103,23 @@ def test_a_silent_endpoint_is_an_environment_problem(tmp_path):
         verifier("http://127.0.0.1:9/v1", tmp_path / "v.jsonl", timeout=2).write(PROBLEM, "4")
     with pytest.raises(InputError, match="not an http address"):
         verifier("file:///etc", tmp_path / "v.jsonl").write(PROBLEM, "4")
+
+
+@pytest.mark.parametrize("trouble", [429, 503, "cut off"])
+def test_a_busy_endpoint_is_asked_again(server, tmp_path, monkeypatch, trouble):
+    url, asked, handler = server
+    monkeypatch.setattr(verifiers, "PAUSES", (0.0, 0.0))
+    handler.troubles = [trouble, trouble]
+    assert verifier(url, tmp_path / "v.jsonl").write(PROBLEM, "4") is not None
+    assert len(asked) == 3
+    handler.troubles = [trouble] * 3
+    with pytest.raises(EnvironmentProblem, match="no usable answer"):
+        verifier(url, tmp_path / "v.jsonl").write(PROBLEM, "5")
+
+
+def test_an_endpoint_that_refuses_is_not_asked_again(server, tmp_path):
+    url, asked, handler = server
+    handler.troubles = [401]
+    with pytest.raises(EnvironmentProblem, match="401"):
+        verifier(url, tmp_path / "v.jsonl").write(PROBLEM, "4")
+    assert len(asked) == 1
