@@ -8,11 +8,14 @@ difference between a verdict and the truth visible in error recall and correct p
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from llmcompress.data.problems.base import BOX, SHARES, Problem, Split, split_of
+
+_WHOLE = re.compile(r"-? ?(?:[0-9]{1,3}(?:, ?[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,10 @@ class Arithmetic:
 
 
 def whole_number(text: str | None) -> int | None:
-    """A whole number of at most 40 characters, None if the text is anything else."""
-    cleaned = (text or "").strip().replace(",", "").replace(" ", "").replace("−", "-")
-    digits = cleaned.removeprefix("-")
-    if not digits.isascii() or not digits.isdigit() or len(cleaned) > 40:
+    """A whole number of at most 40 characters, with or without thousands set apart; None if the text is anything else:
+    ``12, 5`` is two numbers and not 125.
+    """
+    cleaned = (text or "").strip().replace("−", "-")
+    if len(cleaned) > 40 or not _WHOLE.fullmatch(cleaned):
         return None
-    return int(cleaned)
+    return int(cleaned.replace(",", "").replace(" ", ""))

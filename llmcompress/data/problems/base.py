@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -68,18 +69,18 @@ def split_of(key: str) -> Split:
 
 
 def boxed(text: str) -> str | None:
-    r"""Content of the last complete ``\boxed{…}`` with balanced braces, None if there is none.
+    r"""Content of the complete ``\boxed{…}`` that closes last, None if there is none.
+
+    One that was never closed hides none of those behind it.
 
     Args:
         text: Text of one attempt. Boxes in other actions are not its answer; the caller cuts the text.
     """
-    found, start = None, text.find(BOX)
-    while start >= 0:
-        depth, at = 1, start + len(BOX)
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        if depth:
-            break
-        found, start = text[start + len(BOX) : at - 1], text.find(BOX, at)
+    found, opened = None, []
+    for brace in re.finditer(r"(\\boxed)?\{|\}", text):
+        if brace[0] != "}":
+            opened.append(brace.end() if brace[1] else None)
+        elif opened:
+            begin = opened.pop()
+            found = text[begin : brace.start()] if begin is not None else found
     return found

@@ -16,7 +16,7 @@ from llmcompress.data.problems.base import Problem, Split, boxed, split_of
 from llmcompress.data.problems.mathematics import math_equal
 from llmcompress.errors import InputError
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FileProblems:
             _, mark, behind = str(row.get("answer", "")).rpartition("####")
             answer = behind.strip().replace(",", "") if mark else ""
         else:
-            answer = str(row.get("answer") or boxed(str(row.get("solution", ""))) or "").strip()
+            answer = str(row.get("answer") or _solved(str(row.get("solution", ""))) or "").strip()
         if not question or not answer:
             raise InputError(f"{where}: no question or no answer", f"set form to what the file holds, not {self.form}")
         return Problem(question, question, answer)
@@ -90,14 +90,28 @@ class FileProblems:
         raise NotImplementedError("problems from a file need verifier.kind: openai")
 
 
+def _solved(solution: str) -> str | None:
+    r"""Answer of a solution of MATH: some have ``\fbox{…}``, and some ``\boxed 5`` without braces."""
+    found = boxed(solution.replace("\\fbox{", "\\boxed{"))
+    bare = re.findall(r"\\boxed +([^ $]+)", solution)
+    return found if found is not None or not bare else str(bare[-1])
+
+
 def same_text(gold: str, answer: str) -> bool:
     """Equal as exact numbers (``1,000`` = ``1000.0`` = ``2000/2``), or as text without spaces, dollar and percent
     signs.
     """
-    a, b = (re.sub(r"\\?[$%]|\\[ ,!]|\s|,(?=\d{3}(?!\d))", "", text).rstrip(".") for text in (gold, answer))
+    shown = (text.replace("−", "-") for text in (gold, answer))
+    a, b = (re.sub(r"\\?[$%]|\\[ ,!]|\s|,(?=\d{3}(?!\d))", "", text).rstrip(".") for text in shown)
     if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
         try:
-            return Fraction(a) == Fraction(b)
-        except (ValueError, ZeroDivisionError):
+            return _value(a) == _value(b)
+        except ZeroDivisionError:
             return False
     return bool(a) and a == b
+
+
+def _value(text: str) -> Fraction:
+    # of ``1.5/2`` Fraction takes either the point or the line
+    over, _, under = text.partition("/")
+    return Fraction(over) / int(under or "1")

@@ -10,7 +10,9 @@ def test_whole_numbers(text, value):
     assert whole_number(text) == value
 
 
-@pytest.mark.parametrize("text", [None, "", "-", "1.5", "1e9", "0x10", "12a", "٣", "9" * 50, "--1"])
+@pytest.mark.parametrize(
+    "text", [None, "", "-", "1.5", "1e9", "0x10", "12a", "٣", "9" * 50, "--1", "12, 5", "1,2", "1 2", "1,0000"]
+)
 def test_other_texts_are_no_numbers(text):
     assert whole_number(text) is None
 

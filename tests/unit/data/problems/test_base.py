@@ -23,6 +23,9 @@ TASKS = [
         ("\\boxed{}", ""),
         ("no box", None),
         ("\\boxed{open", None),
+        ("\\boxed{(2+3, no, \\boxed{5}", "5"),
+        ("} \\boxed{\\boxed{5}} }", "\\boxed{5}"),
+        ("\\boxed{\\{1, 2\\}} {", "\\{1, 2\\}"),
     ],
 )
 def test_the_last_complete_box_counts(text, content):

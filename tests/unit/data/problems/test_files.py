@@ -44,6 +44,12 @@ def test_math_rows_take_the_field_or_the_last_box(tmp_path):
     assert answers == {"\\frac{1}{2}", "3"}
 
 
+@pytest.mark.parametrize("solution", ["it is $\\boxed 5$.", "it is \\fbox{5}", "\\boxed{4}, no, \\fbox{5}"])
+def test_solutions_of_math_have_other_boxes(tmp_path, solution):
+    path = write(tmp_path / "m.jsonl", [{"problem": "p", "solution": solution}])
+    assert FileProblems(path, path, "math").problems("test")[0].answer == "5"
+
+
 def test_rows_without_an_answer_name_their_line(tmp_path):
     path = write(tmp_path / "bad.jsonl", [{"question": "q", "answer": "#### 1"}, {"question": "q2", "answer": "none"}])
     with pytest.raises(InputError, match=r"bad\.jsonl:2"):
@@ -61,6 +67,11 @@ def test_rows_without_an_answer_name_their_line(tmp_path):
         ("x+1", "x + 1", True),
         ("7", "", False),
         ("1/0", "1/0", False),
+        ("0.5", ".5", True),
+        ("-5", "−5", True),
+        ("5", "+5", True),
+        ("3/4", "1.5/2", True),
+        ("1.5/2", "1.5/2", True),
     ],
 )
 def test_numbers_compare_exactly(gold, answer, same):
