@@ -76,7 +76,8 @@ def context_values(prefixes: Sequence[Sequence[Context]], outcomes: Sequence[flo
 
 def accuracy_bin(right: int, samples: int, bins: int) -> int:
     """Bin of a problem's accuracy, 0 … bins − 1 (section 2.4); with ``bins`` = samples + 1 every count has its own."""
-    return min(int(right / samples * bins), bins - 1)
+    # in whole numbers: 29 of 100 times 100 is 28.99… in floats
+    return min(right * bins // samples, bins - 1)
 
 
 @dataclass

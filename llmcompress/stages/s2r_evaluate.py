@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.metrics import write_metrics
@@ -49,6 +51,12 @@ class S2REvaluateConfig(S2RConfig):
 
     sampling: SamplingConfig = SamplingConfig()
     """How the control samples."""
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        if self.majority and self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: 0 gives equal samples, whose vote is that of one")
+        return self
 
 
 class S2REvaluate(Stage):

@@ -102,6 +102,12 @@ class S2RInitConfig(TrainingConfig):
     """Steps between two checkpoints; null for none: a killed stage then samples no more, but trains from the start."""
 
     @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        if self.data != "program" and self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: 0 gives equal samples: no problem has a wrong and a right one")
+        return self
+
+    @model_validator(mode="after")
     def _written(self) -> Self:
         if self.data == "program" and self.task.kind == "file":
             raise ValueError("data: no program writes solutions to problems from a file; use trajectories or solutions")

@@ -29,7 +29,7 @@ class BaselineConfig(_Section):
 
     scope: Literal["batch", "running", "ema"] = "batch"
     """``batch``: the group is the pool at hand, as in the paper. ``running``: mean over the run so far, as in the
-    authors' code. ``ema``: the same, forgetting."""
+    authors' code. ``ema``: the same, forgetting. Offline there is one pool, and ``batch`` alone."""
 
     min_group: Annotated[int, Field(ge=1)] = 10
     """Smaller groups get baseline 0 (the authors' code)."""
@@ -229,6 +229,13 @@ class S2RRlConfig(TrainingConfig):
     def _credited(self) -> Self:
         if self.credit == "action" and (self.level, self.mode) != ("outcome", "online"):
             raise ValueError("credit: action is for level: outcome, mode: online; process level credits actions anyway")
+        return self
+
+    @model_validator(mode="after")
+    def _pooled(self) -> Self:
+        if self.mode == "offline" and self.baseline.scope != "batch":
+            # what came before the one pool is nothing: every baseline would be 0
+            raise ValueError(f"baseline.scope: {self.baseline.scope} is for mode: online; offline takes scope: batch")
         return self
 
     @model_validator(mode="after")

@@ -238,6 +238,7 @@ def test_prompt_filter_includes_both_ends():
 def test_accuracy_bins_tell_every_count_apart():
     assert [accuracy_bin(right, 8, 9) for right in range(9)] == list(range(9))
     assert [accuracy_bin(right, 8, 2) for right in (0, 3, 4, 8)] == [0, 0, 1, 1]
+    assert [accuracy_bin(right, 100, 100) for right in range(100)] == list(range(100))
 
 
 def test_truncation_after_the_first_confirmed_answer():

@@ -128,3 +128,19 @@ def test_credit_for_actions_is_refused_where_it_means_nothing():
     for more in ({"level": "process"}, {"level": "outcome", "mode": "offline"}):
         with pytest.raises(ValueError, match="credit: action is for"):
             S2RRlConfig(type="s2r_rl", task=TASK, credit="action", **more)
+
+
+def test_settings_that_would_teach_nothing_are_refused():
+    from llmcompress.stages.s2r_evaluate import S2REvaluateConfig
+    from llmcompress.stages.s2r_init import S2RInitConfig
+    from llmcompress.stages.s2r_rl import S2RRlConfig
+
+    task = {"kind": "countdown", "high": 8}
+    for scope in ("running", "ema"):
+        with pytest.raises(ValueError, match=f"baseline.scope: {scope} is for mode: online"):
+            S2RRlConfig(type="s2r_rl", task=task, level="process", mode="offline", baseline={"scope": scope})
+    with pytest.raises(ValueError, match="gives equal samples"):
+        S2REvaluateConfig(type="s2r_evaluate", task=task, majority=True, sampling={"temperature": 0})
+    with pytest.raises(ValueError, match="gives equal samples"):
+        S2RInitConfig(type="s2r_init", task=task, sampling={"temperature": 0})
+    S2RInitConfig(type="s2r_init", task=task, data="program", sampling={"temperature": 0})
