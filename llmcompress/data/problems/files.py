@@ -26,7 +26,8 @@ class FileProblems:
     Attributes:
         path: JSON lines, ``.gz`` and ``.xz`` too. Its rows are training and validation problems, by hash of the
             question.
-        test_path: File of the test split; without it the test split comes out of ``path`` too.
+        test_path: File of the test split, whose questions are left out of ``path``; without it the test split comes
+            out of ``path`` too.
         form: ``gsm8k`` takes the text behind ``####`` as the answer, ``math`` the field ``answer`` or the last box of
             ``solution``.
         math: Compare with math-verify (fractions, sets, units in LaTeX); otherwise as exact numbers or equal text.
@@ -39,6 +40,7 @@ class FileProblems:
 
     @cached_property
     def _splits(self) -> dict[Split, list[Problem]]:
+        learned: tuple[Split, ...] = ("train", "validation")
         found: dict[Split, list[Problem]] = {"pretrain": [], "train": [], "validation": [], "test": []}
         for problem in self._read(self.path):
             split = split_of(problem.key)
@@ -47,6 +49,10 @@ class FileProblems:
             found[split].append(problem)
         if self.test_path:
             found["test"] = self._read(self.test_path)
+            # a question of both files is a test question: nothing may learn it
+            asked = {problem.key for problem in found["test"]}
+            for split in learned:
+                found[split] = [problem for problem in found[split] if problem.key not in asked]
         return found
 
     def _read(self, path: str) -> list[Problem]:

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_a_test_file_leaves_all_other_rows_for_training(gsm, tmp_path):
     task = FileProblems(gsm, test)
     assert len(task.problems("test")) == 1
     assert len(task.problems("train")) + len(task.problems("validation")) == 200
+
+
+def test_a_question_of_both_files_is_a_test_question(gsm, tmp_path):
+    lines = Path(gsm).read_text().splitlines()[:50]
+    test = write(tmp_path / "t.jsonl", [json.loads(line) for line in lines])
+    task = FileProblems(gsm, test)
+    learned = {p.key for split in ("train", "validation") for p in task.problems(split)}
+    assert len(learned) == 150 and not learned & {p.key for p in task.problems("test")}
 
 
 def test_math_rows_take_the_field_or_the_last_box(tmp_path):
