@@ -69,10 +69,9 @@ def filter_pool(
 ) -> Pool:  # fmt: skip
     """Prompt filter and rejection sampling.
 
-    In order: problems outside the accuracy range; responses that are not ``s v s v …`` with an end; more than
-        ``max_actions``
-    actions; what goes on after a right attempt was accepted is cut or dropped; per problem no more never-right than
-    right ones.
+    In order: problems outside the accuracy range; responses that are not ``s v s v …`` with an end; what goes on after
+    a right attempt was accepted is cut or dropped; more than ``max_actions`` actions; per problem no more never-right
+    than right ones.
 
     Args:
         reader: Cuts and judges.
@@ -111,18 +110,33 @@ def _accept(
     if not rollout.episode.well_formed:
         counts["malformed responses"] += 1
         return None
-    if len(rollout.rewards) > settings.max_actions:
+    end = rl.confirmed_end(rollout.rewards)
+    if end is None or settings.after_confirmed == "keep":
+        end = len(rollout.rewards)
+    if end < len(rollout.rewards):
+        counts["responses that went on after a right, accepted attempt"] += 1
+        if settings.after_confirmed == "drop":
+            return None
+    if end > settings.max_actions:
         counts["responses with too many actions"] += 1
         return None
-    end = rl.confirmed_end(rollout.rewards)
-    if end is None or end == len(rollout.rewards) or settings.after_confirmed == "keep":
+    if end == len(rollout.rewards):
         return rollout
-    counts["responses that went on after a right, accepted attempt"] += 1
-    if settings.after_confirmed == "drop":
-        return None
-    ids = [*rollout.ids[: rollout.response.actions[end - 1].stop], reader.end]
     right = list(rollout.episode.right[: end // 2])
-    return judged(reader, problem, rollout.problem, rollout.prompt, ids, truncation_reward, right)
+    return judged(
+        reader, problem, rollout.problem, rollout.prompt, _until(reader, rollout, end), truncation_reward, right
+    )
+
+
+def _until(reader: Reader, rollout: Rollout, count: int) -> list[int]:
+    r"""Ids of the first ``count`` actions and the end. A token that holds the point of the last sentence and the line
+    feeds of the marker behind it (``.\n\n``) is left out with the marker, and the point put back.
+    """
+    last = rollout.response.actions[count - 1]
+    ids = rollout.ids[: last.stop]
+    written = reader.read(ids).actions[-1].text
+    lost = last.text[len(written) :] if last.text.startswith(written) else ""
+    return [*ids, *reader.tokenizer(lost, add_special_tokens=False)["input_ids"], reader.end]
 
 
 def pool_advantages(pool: Pool, settings: RlSettings, offline: OfflineSettings, baseline: rl.GroupBaseline) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
+from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.models.handle import ModelHandle
 from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
-from llmcompress.training import rl
+from llmcompress.training import offline, rl
 from llmcompress.training.optimizer import Trainer
 from llmcompress.training.policy import Policy
 
@@ -144,3 +146,43 @@ def test_settings_that_would_teach_nothing_are_refused():
     with pytest.raises(ValueError, match="gives equal samples"):
         S2RInitConfig(type="s2r_init", task=task, sampling={"temperature": 0})
     S2RInitConfig(type="s2r_init", task=task, data="program", sampling={"temperature": 0})
+
+
+@pytest.fixture
+def pooled(scene):
+    """Reader, and the filters applied to one response to a problem."""
+    _, reader, _, _ = scene
+    # as in the vocabularies of Llama and Qwen
+    reader.tokenizer.add_tokens([".\n\n"])
+    problem = reader.problems.problems("train")[0]
+
+    def keep(text, **more):
+        limits = offline.OfflineSettings(0.0, 1.0, **{**LIMITS, **more})
+        ids = [*reader.tokenizer(text, add_special_tokens=False)["input_ids"], reader.end]
+        return offline.filter_pool(reader, [problem], [reader.prompt(problem.question)], [[ids]], limits, -1)
+
+    solution = reader.problems.solution(problem, random.Random(0))
+    return reader, f"{solution}{CHECK}{CORRECT}", f"{RETRY}1{CHECK}{INCORRECT}", keep
+
+
+LIMITS = {"max_actions": 4, "after_confirmed": "truncate", "balance": False, "bins": 9, "grouping": "position",
+          "epochs": 1}  # fmt: skip
+
+
+def test_what_goes_on_after_a_confirmed_answer_is_cut_off_before_actions_are_counted(pooled):
+    reader, confirmed, more, keep = pooled
+    pool = keep(confirmed + 4 * more)
+    (rollout,) = pool.rollouts
+    assert reader.text(rollout.ids) == confirmed, "the point of the last sentence went with the marker"
+    assert (rollout.rewards, rollout.episode.well_formed, rollout.ids[-1]) == ([1, 1], True, reader.end)
+    assert pool.counts == {"responses that went on after a right, accepted attempt": 1}
+
+
+def test_responses_with_too_many_actions_are_dropped(pooled):
+    _, confirmed, more, keep = pooled
+    few, many = more.removeprefix(RETRY) + more, more.removeprefix(RETRY) + 2 * more
+    assert len(keep(few).rollouts) == 1
+    assert keep(many).counts == {"responses with too many actions": 1}
+    assert keep(confirmed + 2 * more, after_confirmed="keep").counts == {"responses with too many actions": 1}
+    assert not keep(confirmed + more, after_confirmed="drop").rollouts
+    assert keep(confirmed, after_confirmed="drop").rollouts
