@@ -158,7 +158,8 @@ def verdict_of(text: str) -> bool | None:
     found = _VERDICT.findall(text)
     if found:
         return bool(found[-1] == "correct")
-    sentences = [sentence for sentence in re.split(r"[.!?\n]", text) if sentence.strip()]
+    # a point inside a number ends no sentence
+    sentences = [sentence for sentence in re.split(r"[.!?](?!\d)|\n", text) if sentence.strip()]
     last = sentences[-1].lower() if sentences else ""
     if _UNDECIDED.search(last):
         return None

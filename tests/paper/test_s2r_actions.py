@@ -151,6 +151,8 @@ def test_incomplete_responses_are_not_well_formed(pieces, ended):
         ("12 + 3 = 15. Thus the answer is incorrect", False),
         ("The proposed answer is not correct.", False),
         ("So this solution is correct.", True),
+        ("The answer is incorrect: it should be 3.5.", False),
+        ("It is 3.5. The answer is correct!", True),
         ("Therefore, the answer cannot be verified.", None),
         ("It checks out everywhere", None),
         ("", None),
