@@ -84,8 +84,9 @@ def _shell(artifact: FamilyArtifact, member: str, dtype: torch.dtype) -> PreTrai
 def _numbers(model: PreTrainedModel) -> str:
     """What rows of one batch must agree on, as text."""
     config = model.config.get_text_config().to_dict()
-    keys = ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act", "sliding_window",
-            "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "vocab_size")  # fmt: skip
+    keys = ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act", "hidden_activation",
+            "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
+            "query_pre_attn_scalar", "vocab_size")  # fmt: skip
     return repr({key: config.get(key) for key in keys})
 
 
