@@ -92,6 +92,14 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Prompt(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds")),
+        *((name, ctypes.c_int64) for name in ("count", "start")),
+        *((name, ctypes.c_int32) for name in ("slot", "planes", "threads", "reserved")),
+    )
+
+
 _KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _PACKED = 3
 _TREE = 4
@@ -120,11 +128,12 @@ def library() -> ctypes.CDLL:
     """
     lib = build.load(FAMILY)
     if not hasattr(lib, "llmcompress_decode_ready"):
-        for which, structure in enumerate((_Matrix, _Layer, _Model, _Cache, _Step)):
+        for which, structure in enumerate((_Matrix, _Layer, _Model, _Cache, _Step, _Prompt)):
             assert lib.llmcompress_decode_size(which) == ctypes.sizeof(structure), structure
         lib.llmcompress_decode_create.restype = ctypes.c_void_p
         lib.llmcompress_decode_destroy.argtypes = (ctypes.c_void_p,)
-        lib.llmcompress_decode_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        for call in (lib.llmcompress_decode_step, lib.llmcompress_decode_prompt):
+            call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
         lib.llmcompress_decode_ready = True  # type: ignore[attr-defined]
     return lib
 
@@ -366,6 +375,14 @@ class Decoder:
         """V."""
         return self.head.rows
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether :func:`prompt` computes it: no experts, and all layers packed in whole blocks of rows."""
+        return not self.member_heads and all(
+            layer.router is None and all(w.bits and w.rows % LANES == 0 for w in layer.matrices().values())
+            for layer in self.layers
+        )
+
     def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
         """The same weights with other rotary tables, float32 ``[positions, D / 2]``."""
         return replace(self, cosine=cosine, sine=sine)
@@ -469,16 +486,64 @@ def step(
         raise ValueError("members belong to the steps of a family, and to all of them")
     if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
         raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
-    if planes not in (INT8_PLANES, FLOAT16_PLANES, FLOAT32_PLANES):
-        raise ValueError(f"an activation takes 1, 2 or 3 bytes, not {planes}")
     limit = min(cache.positions, decoder.cosine.shape[0])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= decoder.embedding.rows:
-        raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{decoder.embedding.rows - 1}")
+    _check_numbers(decoder, tokens, planes)
     given = (tokens, positions, slots, members, logits, best, seconds, hidden)
     call = _Step(
         *(None if t is None else t.data_ptr() for t in given),
         batch, planes, threads or torch.get_num_threads(), first, last, 0,
     )  # fmt: skip
     library().llmcompress_decode_step(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
+
+
+def prompt(
+    decoder: Decoder,
+    cache: Cache,
+    tokens: Tensor,
+    slot: int,
+    start: int = 0,
+    planes: int = FLOAT32_PLANES,
+    threads: int | None = None,
+    seconds: Tensor | None = None,
+) -> Tensor:
+    """Compute any number of tokens of one sequence at once, all layers but no head.
+
+    Args:
+        decoder: One that :attr:`Decoder.takes_prompts`.
+        cache: Holds the sequence's earlier positions; takes the new ones.
+        tokens: int64 ``[T]``.
+        slot: Which sequence of the cache.
+        start: Position of the first token.
+        planes: As in :func:`step`.
+        threads: torch's by default.
+        seconds: As in :func:`step`; rounding and waiting are counted where they happen.
+
+    Returns:
+        Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+    count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[0])
+    if not decoder.takes_prompts:
+        raise ValueError("prompts need packed weights in every layer, and no experts")
+    if count < 1 or start < 0 or start + count > limit or not 0 <= slot < cache.keys.shape[1]:
+        raise ValueError(f"{count} tokens from {start} on in slot {slot} do not fit a cache of {limit} positions")
+    _check_numbers(decoder, tokens, planes)
+    hidden = torch.empty(1, decoder.hidden)
+    given = (tokens, hidden, seconds)
+    call = _Prompt(
+        *(None if t is None else t.data_ptr() for t in given),
+        count, start, slot, planes, threads or torch.get_num_threads(), 0,
+    )  # fmt: skip
+    library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
+    return hidden
+
+
+def _check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:
+    if planes not in (INT8_PLANES, FLOAT16_PLANES, FLOAT32_PLANES):
+        raise ValueError(f"an activation takes 1, 2 or 3 bytes, not {planes}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= decoder.embedding.rows:
+        raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{decoder.embedding.rows - 1}")

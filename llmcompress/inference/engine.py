@@ -262,7 +262,9 @@ class Engine:
             assert member is not None
             self._owners[slot] = self.members.index(member)
         policy = getattr(self.model, "llmcompress_skipping", None)
-        if len(tokens) <= SHORT_PROMPT and policy is None:
+        if policy is None and len(tokens) > native.MAX_BATCH and self.decoder.takes_prompts:
+            return self._prompt_at_once(slot, tokens)
+        if policy is None and len(tokens) <= SHORT_PROMPT:
             return self._prompt_by_steps(slot, tokens)
         ids = torch.tensor([list(tokens)])
         if member is not None:
@@ -287,6 +289,17 @@ class Engine:
             self._call(part, positions, torch.full((len(part),), slot, dtype=torch.int32))
         self.lengths[slot] = len(tokens)
         return self._logits[(len(tokens) - 1) % native.MAX_BATCH].clone()
+
+    def _prompt_at_once(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        ids, at = torch.tensor(list(tokens)), torch.tensor([len(tokens) - 1])
+        hidden = native.prompt(self.decoder, self.cache, ids, slot, planes=self.planes, threads=self.threads)
+        layers = (len(self.decoder.layers),) * 2
+        native.step(
+            self.decoder, self.cache, ids[-1:], at, torch.tensor([slot], dtype=torch.int32), self._logits,
+            planes=self.planes, threads=self.threads, layers=layers, hidden=hidden,
+        )  # fmt: skip
+        self.lengths[slot] = len(tokens)
+        return self._logits[0].clone()
 
     def step(self, tokens: Tensor, slots: Sequence[int] | None = None, best: Tensor | None = None) -> Tensor:
         """Append one token to every sequence.

@@ -235,10 +235,13 @@ def rounded(model: Any, spec: QuantSpec, experts: QuantSpec | None = None) -> An
         own = experts if experts is not None and role is Role.EXPERTS else spec
         scale, zero = find_grid(values, own, "minmax")
         packed[name] = codec(own.codec).encode(round_codes(values, scale, zero, own), scale, zero, own)
+    biases = {name: bias for name in packed if (bias := parameters.get(f"{name}.bias")) is not None}
     swap_modules(model, layout, {name: weight.spec for name, weight in packed.items()}, model.dtype)
     for name, weight in packed.items():
         for key, tensor in weight.tensors.items():
             setattr(model.get_submodule(name), key, tensor)
+    for name, bias in biases.items():
+        model.get_submodule(name).bias = bias
     return model.eval()
 
 

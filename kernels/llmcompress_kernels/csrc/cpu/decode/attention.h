@@ -53,8 +53,9 @@ inline void value_tile(const T* values, const float* weights, int64_t stride, in
         for (int i = 0; i < TILE; ++i) store(out + g * out_stride + i * LANES, acc[g][i]);
 }
 
-// Positions [first, last) for G query heads. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
-template <class T, int G>
+// Positions [first, last) for G query heads; with LATER those of G tokens in a row, of which each but the last sees one
+// position less than the next. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
+template <class T, int G, int LATER = 0>
 void attend(const T* keys, const T* values, const float* queries, int dim, int64_t first, int64_t last, float* weights,
             int64_t stride, float* out) {
     const int width = padded_dim(dim), part = PART_HEAD + width;
@@ -66,10 +67,10 @@ void attend(const T* keys, const T* values, const float* queries, int dim, int64
     for (int64_t p = begin; p < last; p += LANES) {
         F16 scores[G];
         score_block<T, G>(keys + p * width, queries, dim, width, scores);
-        if (p < first || p + LANES > last)
+        if (p < first || p + LANES > last - (G - 1) * LATER)
             for (int g = 0; g < G; ++g)
                 for (int i = 0; i < LANES; ++i)
-                    if (p + i < first || p + i >= last) scores[g][i] = LOWEST;
+                    if (p + i < first || p + i >= last - (G - 1 - g) * LATER) scores[g][i] = LOWEST;
         for (int g = 0; g < G; ++g) {
             peak[g] = maximum(peak[g], scores[g]);
             store(weights + g * stride + (p - begin), scores[g]);
@@ -104,6 +105,25 @@ void attend_heads(int heads, const T* keys, const T* values, const float* querie
     if (heads == 3) attend<T, 3>(keys, values, queries, dim, first, last, weights, stride, out);
     if (heads == 2) attend<T, 2>(keys, values, queries, dim, first, last, weights, stride, out);
     if (heads == 1) attend<T, 1>(keys, values, queries, dim, first, last, weights, stride, out);
+}
+
+// Keys and values of one position, whose head begins at `base` in the cache.
+template <class T>
+inline void put(T* keys, T* values, int64_t position, int dim, const float* k, const float* v) {
+    const int width = padded_dim(dim);
+    T* column = keys + position / LANES * LANES * width + position % LANES;
+    T* row = values + position * width;
+    for (int d = 0; d < dim; ++d) {
+        store_one(column + d * LANES, k[d]);
+        store_one(row + d, v[d]);
+    }
+}
+
+inline void put(const Cache& c, int64_t base, int64_t position, int dim, const float* k, const float* v) {
+    if (c.kind == DENSE_FP32)
+        put(static_cast<float*>(c.keys) + base, static_cast<float*>(c.values) + base, position, dim, k, v);
+    else
+        put(static_cast<uint16_t*>(c.keys) + base, static_cast<uint16_t*>(c.values) + base, position, dim, k, v);
 }
 
 // Merge the parts of one head, `chunks` of them `stride` floats apart, into out [dim].

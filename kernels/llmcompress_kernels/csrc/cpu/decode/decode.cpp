@@ -1,29 +1,37 @@
-// C interface of the decode step.
+// C interface of the decode step and of prompts.
 #include <omp.h>
 
 #include <cstring>
 
 #include "llmcompress/barrier.h"
 #include "engine.h"
+#include "prompt_room.h"
+#include "workers.h"
 
 namespace llmcompress::decode {
-
-using Work = void (*)(Engine&, const Cache&, const Step&, Barrier&, int);
-void work_portable(Engine&, const Cache&, const Step&, Barrier&, int);
-#ifdef __x86_64__
-void work_avx2(Engine&, const Cache&, const Step&, Barrier&, int);
-void work_avx512(Engine&, const Cache&, const Step&, Barrier&, int);
-#endif
 
 namespace {
 
 // the instruction set of the packed products
-Work work() {
+const Workers& workers() {
 #ifdef __x86_64__
-    if (std::strcmp(variant().name, "avx512") == 0) return work_avx512;
-    if (std::strcmp(variant().name, "avx2") == 0) return work_avx2;
+    if (std::strcmp(variant().name, "avx512") == 0) return avx512_workers;
+    if (std::strcmp(variant().name, "avx2") == 0) return avx2_workers;
 #endif
-    return work_portable;
+    return portable_workers;
+}
+
+template <class F>
+void in_parallel(int threads, F&& work) {
+    Barrier barrier;
+    if (threads == 1) return work(barrier, 0);
+#pragma omp parallel num_threads(threads)
+    {
+        // the runtime may give fewer threads than asked for
+#pragma omp single
+        barrier.expect(omp_get_num_threads());
+        work(barrier, omp_get_thread_num());
+    }
 }
 
 }  // namespace
@@ -41,21 +49,21 @@ EXPORT void llmcompress_decode_destroy(void* engine) { delete static_cast<Engine
 
 // Sizes of the structures by which Python checks that it declares the same.
 EXPORT int llmcompress_decode_size(int which) {
-    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Cache), sizeof(Step)};
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Cache), sizeof(Step), sizeof(Prompt)};
     return int(sizes[which]);
 }
 
 EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step* step) {
     Engine& engine = *static_cast<Engine*>(handle);
     engine.prepare(*step, *cache);
-    const Work run = work();
-    Barrier barrier;
-    if (step->threads == 1) return run(engine, *cache, *step, barrier, 0);
-#pragma omp parallel num_threads(step->threads)
-    {
-        // the runtime may give fewer threads than asked for
-#pragma omp single
-        barrier.expect(omp_get_num_threads());
-        run(engine, *cache, *step, barrier, omp_get_thread_num());
-    }
+    const auto run = workers().step;
+    in_parallel(step->threads, [&](Barrier& barrier, int thread) { run(engine, *cache, *step, barrier, thread); });
+}
+
+EXPORT void llmcompress_decode_prompt(void* handle, const Cache* cache, const Prompt* prompt) {
+    Engine& engine = *static_cast<Engine*>(handle);
+    PromptRoom room(engine, *prompt);
+    const auto run = workers().prompt;
+    in_parallel(prompt->threads,
+                [&](Barrier& barrier, int thread) { run(engine, *cache, *prompt, room, barrier, thread); });
 }

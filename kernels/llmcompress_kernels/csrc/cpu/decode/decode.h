@@ -81,6 +81,16 @@ struct Step {
     int32_t reserved;
 };
 
+// Tokens of one sequence, one after the other.
+struct Prompt {
+    const int64_t* tokens;  // [T]
+    float* hidden;          // [H], written: the last token's after all layers
+    double* seconds;        // [PHASES], as of a step, waiting for others left in what they do
+    int64_t count;          // T
+    int64_t start;          // position of the first; the cache holds what comes before
+    int32_t slot, planes, threads, reserved;
+};
+
 enum Phase : int { NORM, QKV, ATTENTION, OUTPUT, ROUTER, GATE_UP, DOWN, HEAD, WAIT, PHASES };
 
 }  // namespace llmcompress::decode

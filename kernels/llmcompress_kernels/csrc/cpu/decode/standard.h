@@ -11,6 +11,8 @@
 #include "llmcompress/barrier.h"
 #include "decode.h"
 #include "engine.h"
+#include "prompt_room.h"
+#include "workers.h"
 #include "llmcompress/types.h"
 
 // vectors of sixteen floats pass between inlined functions only, so their calling convention does not matter

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention.h"
+#include "elementwise.h"
 #include "engine.h"
 #include "multiply.h"
 
@@ -72,19 +73,6 @@ class Worker {
                 to[i] = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[at + i]
                                                 : widen(static_cast<const uint16_t*>(from.data)[at + i]);
         }
-    }
-
-    static void norm(const float* x, const float* weight, int n, float epsilon, float* out) {
-        F16 squares{};
-        float rest = 0;
-        int i = 0;
-        for (; i + 16 <= n; i += 16) {
-            const F16 v = load_float(x + i);
-            squares += v * v;
-        }
-        for (; i < n; ++i) rest += x[i] * x[i];
-        const float factor = 1.f / std::sqrt((sum(squares) + rest) / float(n) + epsilon);
-        for (i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
     }
 
     void norm_all(const float* weight) {
@@ -156,21 +144,7 @@ class Worker {
         if (l.key_norm != nullptr) norm(k, l.key_norm + member(b) * dim, dim, m_.epsilon, normed), k = normed;
         rotate(k, cosine(b), sine(b), dim, 1.f, turned);
         const float* v = sh_.value.data() + at;
-        if (c_.kind == DENSE_FP32)
-            put(static_cast<float*>(c_.keys) + base, static_cast<float*>(c_.values) + base, s_.positions[b], turned, v);
-        else
-            put(static_cast<uint16_t*>(c_.keys) + base, static_cast<uint16_t*>(c_.values) + base, s_.positions[b], turned, v);
-    }
-
-    template <class T>
-    void put(T* keys, T* values, int64_t position, const float* k, const float* v) {
-        const int width = padded_dim(m_.head_dim);
-        T* column = keys + position / LANES * LANES * width + position % LANES;
-        T* row = values + position * width;
-        for (int d = 0; d < m_.head_dim; ++d) {
-            store_one(column + d * LANES, k[d]);
-            store_one(row + d, v[d]);
-        }
+        put(c_, base, s_.positions[b], dim, turned, v);
     }
 
     template <class T>
@@ -207,16 +181,7 @@ class Worker {
         float* up = own_.product.data();
         multiply(o.gate, in_, expert, blocks.first, blocks.last, out, stride);
         multiply(o.up, in_, expert, blocks.first, blocks.last, up, width);
-        for (int t = 0; t < in_.tokens(); ++t) {
-            float* g = out + t * stride + row;
-            const float* u = up + t * width + row;
-            int64_t i = 0;
-            for (; i + 16 <= count; i += 16) {
-                const F16 v = load_float(g + i);
-                store(g + i, v / (exponential(-v) + 1.f) * load_float(u + i));
-            }
-            for (; i < count; ++i) g[i] = g[i] / (exponential(spread(-g[i]))[0] + 1.f) * u[i];
-        }
+        for (int t = 0; t < in_.tokens(); ++t) open_gate(out + t * stride + row, up + t * width + row, count);
     }
 
     void gated_mlp(const LayerOperands& o) {

@@ -1,4 +1,4 @@
-// The decode step for AVX-512.
+// The decode step and prompts for AVX-512.
 #include "standard.h"
 
 #ifdef __x86_64__
@@ -6,12 +6,18 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define LLMCOMPRESS_ISA decode_avx512
 #define LLMCOMPRESS_LEVEL 4
+#include "prompt.h"
 #include "step.h"
 #pragma GCC pop_options
 
 namespace llmcompress::decode {
-void work_avx512(Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread) {
-    decode_avx512::Worker(engine, cache, step, barrier, thread).run();
-}
+const Workers avx512_workers = {
+    [](Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread) {
+        decode_avx512::Worker(engine, cache, step, barrier, thread).run();
+    },
+    [](Engine& engine, const Cache& cache, const Prompt& prompt, PromptRoom& room, Barrier& barrier, int thread) {
+        decode_avx512::PromptWorker(engine, cache, prompt, room, barrier, thread).run();
+    },
+};
 }  // namespace llmcompress::decode
 #endif

@@ -1,0 +1,32 @@
+// What surrounds the products: norms and the gate of an MLP.
+#pragma once
+
+#include "vec.h"
+
+namespace LLMCOMPRESS_ISA {
+
+// RMSNorm of n numbers.
+inline void norm(const float* x, const float* weight, int n, float epsilon, float* out) {
+    F16 squares{};
+    float rest = 0;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const F16 v = load_float(x + i);
+        squares += v * v;
+    }
+    for (; i < n; ++i) rest += x[i] * x[i];
+    const float factor = 1.f / std::sqrt((sum(squares) + rest) / float(n) + epsilon);
+    for (i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+}
+
+// gate = silu(gate) * up
+inline void open_gate(float* gate, const float* up, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const F16 v = load_float(gate + i);
+        store(gate + i, v / (exponential(-v) + 1.f) * load_float(up + i));
+    }
+    for (; i < count; ++i) gate[i] = gate[i] / (exponential(spread(-gate[i]))[0] + 1.f) * up[i];
+}
+
+}  // namespace LLMCOMPRESS_ISA

@@ -1,0 +1,245 @@
+// A prompt through all layers: many tokens share every reading of a weight.
+//
+// Threads take tasks from a counter, a few tokens or a few blocks of rows each, and meet at a barrier when those of a kind are
+// done, ten times a layer. Tokens are rounded once for all products that read them alike (lowbit.h, many tokens). Attention
+// goes by heads and four tokens, over the keys and values that the cache holds by then.
+#pragma once
+
+#include <initializer_list>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "multiply.h"
+
+namespace LLMCOMPRESS_ISA {
+
+// rounded tokens that a task multiplies stay in a core's second-level cache
+constexpr int64_t PASS_BYTES = int64_t(1) << 20;
+// blocks of tokens that a pass has at least: fewer are multiplied in another way, and a product takes one way for all
+constexpr int64_t PASS_BLOCKS = 4;
+constexpr int64_t TOGETHER = 2;  // blocks of rows that the kernels work on together
+constexpr int64_t QUERIES = 4;   // tokens that attend together
+constexpr int64_t ATTENDING = 16;  // tokens to a task
+
+class PromptWorker {
+  public:
+    PromptWorker(Engine& engine, const Cache& cache, const Prompt& prompt, PromptRoom& room, Barrier& barrier, int thread)
+        : e_(engine), m_(engine.m), c_(cache), p_(prompt), room_(room), barrier_(barrier), thread_(thread) {
+        const size_t width = size_t(padded_dim(m_.head_dim)), positions = size_t(padded(p_.start + p_.count));
+        queries_.resize(QUERIES * width);
+        weights_.resize(QUERIES * (positions + 2 * LANES));
+        parts_.resize(QUERIES * (PART_HEAD + width));
+    }
+
+    void run() {
+        mark_ = now();
+        for (int64_t first = 0; first < p_.count; first += PIECE) {
+            tokens_ = p_.tokens + first;
+            count_ = std::min(PIECE, p_.count - first);
+            position_ = p_.start + first;
+            each(blocks(), [&](int64_t b) { embed(begin(b), end(b)); });
+            took(NORM);
+            for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
+        }
+        if (thread_ != 0) return;
+        const int64_t last = (count_ - 1) * m_.hidden;
+        for (int i = 0; i < m_.hidden; ++i) p_.hidden[i] = room_.hidden[size_t(last + i)] + room_.delta[size_t(last + i)];
+    }
+
+  private:
+    static double now() {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
+
+    void took(Phase phase) {
+        if (thread_ != 0 || p_.seconds == nullptr) return;
+        const double t = now();
+        p_.seconds[phase] += t - mark_;
+        mark_ = t;
+    }
+
+    struct Product {
+        const Operand* o;
+        float* out;  // [tokens, rows]
+    };
+
+    // tasks 0 to n - 1, shared by all threads
+    template <class F>
+    void each(int64_t n, F&& work) {
+        std::atomic<int64_t>& next = room_.next[kind_];
+        kind_ ^= 1;
+        // nobody takes tasks by the other counter until all have met
+        if (thread_ == 0) room_.next[kind_].store(0, std::memory_order_relaxed);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
+        barrier_.wait();
+    }
+
+    // blocks of tokens that are rounded together
+    int64_t most() const { return variant().token_block; }
+    int64_t blocks() const { return (count_ + most() - 1) / most(); }
+    int64_t begin(int64_t block) const { return block * most(); }
+    int64_t end(int64_t block) const { return std::min(count_, (block + 1) * most()); }
+
+    float* hidden(int64_t t) { return room_.hidden.data() + t * m_.hidden; }
+    float* normed(int64_t t) { return room_.normed.data() + t * m_.hidden; }
+
+    void embed(int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) {
+            const int64_t at = tokens_[t] * m_.hidden;
+            float* to = hidden(t);
+            for (int i = 0; i < m_.hidden; ++i)
+                to[i] = m_.embedding.kind == DENSE_FP32 ? static_cast<const float*>(m_.embedding.data)[at + i]
+                                                        : widen(static_cast<const uint16_t*>(m_.embedding.data)[at + i]);
+        }
+    }
+
+    void layer(const LayerOperands& o, int index) {
+        const int64_t width = o.gate.m.rows;
+        project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
+                room_.normed.data(), QKV, [&](int64_t t) {
+                    if (index > 0) add_delta(t);
+                    norm(hidden(t), o.l.attention_norm, m_.hidden, m_.epsilon, normed(t));
+                });
+        attention(o.l, index);
+        project({{&o.output, room_.delta.data()}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
+        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, room_.normed.data(), GATE_UP, [&](int64_t t) {
+            add_delta(t);
+            norm(hidden(t), o.l.mlp_norm, m_.hidden, m_.epsilon, normed(t));
+        });
+        project({{&o.down, room_.delta.data()}}, room_.gate.data(), DOWN,
+                [&](int64_t t) { open_gate(room_.gate.data() + t * width, room_.up.data() + t * width, width); });
+    }
+
+    void add_delta(int64_t t) {
+        const float* from = room_.delta.data() + t * m_.hidden;
+        float* to = hidden(t);
+        for (int i = 0; i < m_.hidden; ++i) to[i] += from[i];
+    }
+
+    // Products of all tokens, whose inputs are rows of `from` once make(token) has run.
+    template <class F>
+    void project(std::initializer_list<Product> products, const float* from, Phase phase, F&& make) {
+        const auto alike = [](const Operand& a, const Operand& b) { return a.parts == b.parts; };
+        for (const Product* i = products.begin(); i != products.end();) {
+            const Product* j = i;
+            while (j != products.end() && alike(*i->o, *j->o)) ++j;
+            const Weight& w = i->o->first;
+            const Activations a = place_activations(w, count_, p_.planes, room_.activations.data());
+            each(a.blocks(), [&](int64_t b) {
+                for (int64_t t = begin(b); i == products.begin() && t < end(b); ++t) make(t);
+                variant().quantize(w, i->o->parts->data(), int64_t(i->o->parts->size()), from, FP32, w.columns, nullptr, a, b);
+            });
+            took(NORM);
+            multiply_rows(i, j, a);
+            took(phase);
+            i = j;
+        }
+    }
+
+    void multiply_rows(const Product* first, const Product* last, const Activations& a) {
+        const int64_t size = std::max<int64_t>(1, int64_t(activation_bytes(first->o->first, most(), a.planes)));
+        const int64_t passes = std::max<int64_t>(1, a.blocks() / std::max(PASS_BLOCKS, PASS_BYTES / size));
+        const auto tasks = [](const Product& p) { return (p.o->blocks() + TOGETHER - 1) / TOGETHER; };
+        int64_t pass_tasks = 0;
+        for (const Product* p = first; p != last; ++p) pass_tasks += tasks(*p);
+        each(passes * pass_tasks, [&](int64_t i) {
+            const int64_t pass = i / pass_tasks;
+            const Product* p = first;
+            for (i %= pass_tasks; i >= tasks(*p); ++p) i -= tasks(*p);
+            multiply_pass(*p, a, a.blocks() * pass / passes, a.blocks() * (pass + 1) / passes, i * TOGETHER);
+        });
+    }
+
+    // Rows of a product for some blocks of tokens.
+    void multiply_pass(const Product& p, const Activations& all, int64_t from, int64_t to, int64_t row_block) {
+        const Operand& o = *p.o;
+        const int64_t count = int64_t(o.parts->size()), rows = o.m.rows, places = most();
+        const int64_t quads = Activations::quads(o.first.bits, o.first.columns, o.first.group);
+        Activations a = all;
+        a.bytes += from * places * quads * 4 * a.planes;
+        a.scale += from * places * count;
+        a.sum += from * places * count;
+        a.tokens = std::min(to * places, count_) - from * places;
+        float* const out = p.out + from * places * rows;
+        const int64_t end_block = std::min(row_block + TOGETHER, o.blocks());
+        variant().rows(o.first, o.parts->data(), count, a, row_block, end_block, out, FP32, rows);
+        if (o.m.bias == nullptr) return;
+        for (int64_t t = 0; t < a.tokens; ++t)
+            for (int64_t row = row_block * LANES; row < end_block * LANES; ++row) out[t * rows + row] += o.m.bias[row];
+    }
+
+    int64_t cache_base(int layer, int64_t head) const {
+        const int64_t sequence = int64_t(layer) * c_.slots + p_.slot;
+        return (sequence * m_.key_value_heads + head) * c_.positions * padded_dim(m_.head_dim);
+    }
+
+    // A row of a head, normed where the model does so, and turned to its position.
+    void turn(const float* row, const float* weight, int64_t t, float scale, float* to) const {
+        const int dim = m_.head_dim;
+        const int64_t at = (position_ + t) * (dim / 2);
+        float scratch[MAX_HEAD_DIM];
+        if (weight != nullptr) norm(row, weight, dim, m_.epsilon, scratch), row = scratch;
+        rotate(row, m_.cosine + at, m_.sine + at, dim, scale, to);
+    }
+
+    void attention(const Layer& l, int layer) {
+        const int64_t heads = m_.key_value_heads, dim = m_.head_dim;
+        each(blocks(), [&](int64_t b) {
+            float turned[MAX_HEAD_DIM];
+            for (int64_t t = begin(b); t < end(b); ++t)
+                for (int64_t head = 0; head < heads; ++head) {
+                    const int64_t at = (t * heads + head) * dim;
+                    turn(room_.key.data() + at, l.key_norm, t, 1.f, turned);
+                    put(c_, cache_base(layer, head), position_ + t, int(dim), turned, room_.value.data() + at);
+                }
+        });
+        // the last tokens have the most to see, so they begin
+        const int64_t parts = (count_ + ATTENDING - 1) / ATTENDING;
+        each(parts * heads, [&](int64_t i) {
+            const int64_t first = (parts - 1 - i / heads) * ATTENDING, end = std::min(count_, first + ATTENDING);
+            if (c_.kind == DENSE_FP32) attend_tokens<float>(l, layer, i % heads, first, end);
+            else attend_tokens<uint16_t>(l, layer, i % heads, first, end);
+        });
+        took(ATTENTION);
+    }
+
+    // Tokens [first, last) of the query heads that share a key-value head.
+    template <class T>
+    void attend_tokens(const Layer& l, int layer, int64_t head, int64_t first, int64_t last) {
+        const int64_t group = m_.heads / m_.key_value_heads, base = cache_base(layer, head);
+        const T* keys = static_cast<const T*>(c_.keys) + base;
+        const T* values = static_cast<const T*>(c_.values) + base;
+        for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+            int64_t t = first;
+            for (; t + QUERIES <= last; t += QUERIES) attend_at<T, QUERIES>(l, h, t, keys, values);
+            for (; t < last; ++t) attend_at<T, 1>(l, h, t, keys, values);
+        }
+    }
+
+    template <class T, int G>
+    void attend_at(const Layer& l, int64_t head, int64_t t, const T* keys, const T* values) {
+        const int dim = m_.head_dim, width = padded_dim(dim), part = PART_HEAD + width;
+        const int64_t at = t * m_.heads + head, seen = position_ + t + G;
+        for (int g = 0; g < G; ++g)
+            turn(room_.query.data() + (at + g * m_.heads) * dim, l.query_norm, t + g, m_.attention_scale,
+                 queries_.data() + g * width);
+        attend<T, G, 1>(keys, values, queries_.data(), dim, 0, seen, weights_.data(), padded(seen) + 2 * LANES, parts_.data());
+        for (int g = 0; g < G; ++g)
+            combine(parts_.data() + g * part, 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);
+    }
+
+    Engine& e_;
+    const Model& m_;
+    const Cache& c_;
+    const Prompt& p_;
+    PromptRoom& room_;
+    Barrier& barrier_;
+    const int thread_;
+    int kind_ = 0;
+    const int64_t* tokens_ = nullptr;  // of this piece
+    int64_t count_ = 0, position_ = 0;
+    double mark_ = 0;
+    std::vector<float> queries_, weights_, parts_;
+};
+
+}  // namespace LLMCOMPRESS_ISA
