@@ -299,6 +299,13 @@ class Layer:
         names = ("query", "key", "value", "output", "gate", "up", "down", "router")
         return {name: weight for name in names if (weight := getattr(self, name)) is not None}
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether :func:`prompt` computes it."""
+        alike = self.router is None or (self.gate.bits, self.gate.group_size) == (self.up.bits, self.up.group_size)
+        packed = {name: weight for name, weight in self.matrices().items() if name != "router"}
+        return alike and all(weight.bits and weight.rows % LANES == 0 for weight in packed.values())
+
     def _struct(self) -> _Layer:
         norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
         return _Layer(
@@ -377,11 +384,8 @@ class Decoder:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether :func:`prompt` computes it: no experts, and all layers packed in whole blocks of rows."""
-        return not self.member_heads and all(
-            layer.router is None and all(w.bits and w.rows % LANES == 0 for w in layer.matrices().values())
-            for layer in self.layers
-        )
+        """Whether :func:`prompt` computes it: no family, and layers packed in whole blocks of rows, but for routers."""
+        return not self.member_heads and all(layer.takes_prompts for layer in self.layers)
 
     def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
         """The same weights with other rotary tables, float32 ``[positions, D / 2]``."""
@@ -511,7 +515,7 @@ def prompt(
     """Compute any number of tokens of one sequence at once, all layers but no head.
 
     Args:
-        decoder: One that :attr:`Decoder.takes_prompts`.
+        decoder: One for which :attr:`Decoder.takes_prompts` holds.
         cache: Holds the sequence's earlier positions; takes the new ones.
         tokens: int64 ``[T]``.
         slot: Which sequence of the cache.
@@ -528,7 +532,7 @@ def prompt(
     """
     count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[0])
     if not decoder.takes_prompts:
-        raise ValueError("prompts need packed weights in every layer, and no experts")
+        raise ValueError("prompts need packed weights in every layer, and no members")
     if count < 1 or start < 0 or start + count > limit or not 0 <= slot < cache.keys.shape[1]:
         raise ValueError(f"{count} tokens from {start} on in slot {slot} do not fit a cache of {limit} positions")
     _check_numbers(decoder, tokens, planes)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 
 # rows of whole blocks: 24 of the fixture's keys and values are none
 QWEN3 = {"head_dim": 32}
+QWEN3_MOE = {"moe_intermediate_size": 48}
 
 
 def both(engine: Engine, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,10 +26,10 @@ def both(engine: Engine, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("count", [9, 30, 75])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"])
 def test_the_numbers_of_steps(decoders: Any, ids: torch.Tensor, family: str, bits: int, count: int) -> None:
     # more positions than 64 are shared out by chunks in a step with several threads, and summed in another order
-    changes = QWEN3 if family == "qwen3" else {}
+    changes = {"qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}.get(family, {})
     engine = Engine(decoders.packed(family, bits, **changes), slots=2, positions=96, threads=1)
     assert engine.decoder.takes_prompts
     at_once, by_steps = both(engine, ids[:count])
@@ -39,8 +40,9 @@ def test_the_numbers_of_steps(decoders: Any, ids: torch.Tensor, family: str, bit
 
 @pytest.mark.parametrize("planes", [native.INT8_PLANES, native.FLOAT16_PLANES, native.FLOAT32_PLANES])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_matter(decoders: Any, ids: torch.Tensor, threads: int, planes: int) -> None:
-    model = decoders.packed("qwen2", 4)
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_threads_do_not_matter(decoders: Any, ids: torch.Tensor, threads: int, planes: int, family: str) -> None:
+    model = decoders.packed(family, 4)
     found = []
     for count in (1, threads):
         engine = Engine(model, positions=128, threads=count, cache_dtype=torch.bfloat16)
@@ -88,7 +90,7 @@ def test_widths_that_differ_within_a_layer(decoders: Any, ids: torch.Tensor) -> 
 
 
 def test_what_it_does_not_take(decoders: Any, ids: torch.Tensor) -> None:
-    for model in (decoders.packed("mixtral", 4), decoders.dense("llama"), decoders.packed("qwen3", 4)):
+    for model in (decoders.dense("mixtral"), decoders.dense("llama"), decoders.packed("qwen3", 4)):
         engine = Engine(model, positions=48)
         assert not engine.decoder.takes_prompts
         with pytest.raises(ValueError, match="packed weights"):

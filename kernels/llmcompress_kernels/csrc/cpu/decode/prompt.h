@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "multiply.h"
+#include "routing.h"
 
 namespace LLMCOMPRESS_ISA {
 
@@ -94,7 +95,6 @@ class PromptWorker {
     }
 
     void layer(const LayerOperands& o, int index) {
-        const int64_t width = o.gate.m.rows;
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 room_.normed.data(), QKV, [&](int64_t t) {
                     if (index > 0) add_delta(t);
@@ -102,6 +102,12 @@ class PromptWorker {
                 });
         attention(o.l, index);
         project({{&o.output, room_.delta.data()}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
+        if (o.router.present()) experts(o);
+        else gated_mlp(o);
+    }
+
+    void gated_mlp(const LayerOperands& o) {
+        const int64_t width = o.gate.m.rows;
         project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, room_.normed.data(), GATE_UP, [&](int64_t t) {
             add_delta(t);
             norm(hidden(t), o.l.mlp_norm, m_.hidden, m_.epsilon, normed(t));
@@ -166,6 +172,90 @@ class PromptWorker {
         if (o.m.bias == nullptr) return;
         for (int64_t t = 0; t < a.tokens; ++t)
             for (int64_t row = row_block * LANES; row < end_block * LANES; ++row) out[t * rows + row] += o.m.bias[row];
+    }
+
+    // An expert's tokens rounded, behind those of the experts before it.
+    Activations expert_inputs(const Operand& o, int expert) {
+        const Routed& r = room_.routed;
+        char* at = room_.activations.data();
+        for (int e = 0; e < expert; ++e) at += activation_bytes(o.first, r.first[size_t(e) + 1] - r.first[size_t(e)], p_.planes);
+        return place_activations(o.first, r.first[size_t(expert) + 1] - r.first[size_t(expert)], p_.planes, at);
+    }
+
+    // Rows of every expert that has tokens; out is [slots, rows].
+    void expert_rows(std::initializer_list<Product> products) {
+        const Routed& r = room_.routed;
+        const int64_t experts = int64_t(r.first.size()) - 1, rows = products.begin()->o->m.rows;
+        const int64_t pairs = (row_blocks(rows) + TOGETHER - 1) / TOGETHER, each_expert = pairs * int64_t(products.size());
+        each(experts * each_expert, [&](int64_t i) {
+            const int expert = int(i / each_expert);
+            const Product& p = products.begin()[i % each_expert / pairs];
+            const int64_t slot = r.first[size_t(expert)], block = i % pairs * TOGETHER;
+            if (slot == r.first[size_t(expert) + 1]) return;
+            const int64_t last = std::min(block + TOGETHER, p.o->blocks());
+            float* const out = p.out + slot * rows;
+            const Activations a = expert_inputs(*p.o, expert);
+            variant().rows(p.o->weight(expert), p.o->parts->data(), int64_t(p.o->parts->size()), a, block, last, out, FP32, rows);
+            if (p.o->m.bias == nullptr) return;
+            const float* bias = p.o->m.bias + expert * rows;
+            for (int64_t t = 0; t < a.tokens; ++t)
+                for (int64_t row = block * LANES; row < last * LANES; ++row) out[t * rows + row] += bias[row];
+        });
+    }
+
+    void experts(const LayerOperands& o) {
+        Routed& r = room_.routed;
+        const int64_t count = o.router.m.rows, width = o.gate.m.rows, k = m_.top_k;
+        const auto round = [&](const Operand& w, const Routed::Block& b, const float* from, const int64_t* index) {
+            variant().quantize(w.weight(b.expert), w.parts->data(), int64_t(w.parts->size()), from, FP32, w.m.columns, index,
+                               expert_inputs(w, b.expert), b.block);
+        };
+        each(blocks(), [&](int64_t b) {
+            for (int64_t t = begin(b); t < end(b); ++t) {
+                add_delta(t);
+                norm(hidden(t), o.l.mlp_norm, m_.hidden, m_.epsilon, normed(t));
+            }
+            Input in(scratch_, p_.planes);
+            in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
+            multiply(o.router, in, 0, 0, o.router.blocks(), r.scores.data() + begin(b) * count, count);
+            for (int64_t t = begin(b); t < end(b); ++t)
+                choose(r.scores.data() + t * count, int(count), int(k), m_.renormalize != 0, r.chosen.data() + t * k,
+                       r.weights.data() + t * k);
+        });
+        each(1, [&](int64_t) { r.sort(count_, int(k), int(most())); });
+        took(ROUTER);
+        each(int64_t(r.blocks.size()), [&](int64_t i) {
+            const Routed::Block& b = r.blocks[size_t(i)];
+            round(o.gate, b, room_.normed.data(), r.tokens.data() + r.first[size_t(b.expert)]);
+        });
+        took(NORM);
+        expert_rows({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}});
+        took(GATE_UP);
+        each(int64_t(r.blocks.size()), [&](int64_t i) {
+            const Routed::Block& b = r.blocks[size_t(i)];
+            const int64_t slot = r.first[size_t(b.expert)], from = slot + begin(b.block);
+            const int64_t size = std::min(r.first[size_t(b.expert) + 1] - from, most()) * width;
+            open_gate(room_.gate.data() + from * width, room_.up.data() + from * width, size);
+            round(o.down, b, room_.gate.data() + slot * width, nullptr);
+        });
+        took(NORM);
+        expert_rows({{&o.down, r.products.data()}});
+        each(blocks(), [&](int64_t b) {
+            for (int64_t t = begin(b); t < end(b); ++t) add_slots(t);
+        });
+        took(DOWN);
+    }
+
+    // What a token's experts say, in ascending order, as the definition adds it.
+    void add_slots(int64_t t) {
+        const Routed& r = room_.routed;
+        float* to = room_.delta.data() + t * m_.hidden;
+        std::fill_n(to, m_.hidden, 0.f);
+        for (int64_t i = t * m_.top_k; i < (t + 1) * m_.top_k; ++i) {
+            const float weight = r.shares[size_t(i)];
+            const float* from = r.products.data() + r.places[size_t(i)] * m_.hidden;
+            for (int c = 0; c < m_.hidden; ++c) to[c] += weight * from[c];
+        }
     }
 
     int64_t cache_base(int layer, int64_t head) const {
@@ -240,6 +330,7 @@ class PromptWorker {
     int64_t count_ = 0, position_ = 0;
     double mark_ = 0;
     std::vector<float> queries_, weights_, parts_;
+    std::vector<char> scratch_;
 };
 
 }  // namespace LLMCOMPRESS_ISA

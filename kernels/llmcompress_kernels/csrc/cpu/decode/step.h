@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "engine.h"
 #include "multiply.h"
+#include "routing.h"
 
 namespace LLMCOMPRESS_ISA {
 
@@ -198,27 +199,6 @@ class Worker {
         add_delta();
     }
 
-    // every thread finds the same choice: the k largest logits, the earlier expert first among equals
-    void choose(int b, int64_t experts) {
-        const float* logits = sh_.scores.data() + b * experts;
-        int* chosen = own_.chosen.data() + b * m_.top_k;
-        float* weights = own_.routed.data() + b * m_.top_k;
-        const float top = *std::max_element(logits, logits + experts);
-        float total = 0, kept = 0;
-        for (int64_t i = 0; i < experts; ++i) total += std::exp(logits[i] - top);
-        for (int k = 0; k < m_.top_k; ++k) {
-            int best = -1;
-            for (int i = 0; i < int(experts); ++i) {
-                const bool taken = std::find(chosen, chosen + k, i) != chosen + k;
-                if (!taken && (best < 0 || logits[i] > logits[best])) best = i;
-            }
-            chosen[k] = best;
-            weights[k] = std::exp(logits[best] - top) / total;
-            kept += weights[k];
-        }
-        for (int k = 0; m_.renormalize && k < m_.top_k; ++k) weights[k] /= kept;
-    }
-
     void experts(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows, count = o.router.m.rows;
         norm_all(o.l.mlp_norm);
@@ -226,7 +206,10 @@ class Worker {
         multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
         took(ROUTER);
         wait();
-        for (int b = 0; b < s_.batch; ++b) choose(b, count);
+        // every thread finds the same
+        for (int b = 0; b < s_.batch; ++b)
+            choose(sh_.scores.data() + b * count, int(count), m_.top_k, m_.renormalize != 0, own_.chosen.data() + b * m_.top_k,
+                   own_.routed.data() + b * m_.top_k);
         took(ROUTER);
         const Range inner = share(o.gate.blocks());
         for_each_expert(count, [&](int expert, const int* slots, int taken) {
