@@ -96,7 +96,7 @@ class _Prompt(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds")),
         *((name, ctypes.c_int64) for name in ("count", "start")),
-        *((name, ctypes.c_int32) for name in ("slot", "planes", "threads", "reserved")),
+        *((name, ctypes.c_int32) for name in ("slot", "member", "planes", "threads")),
     )
 
 
@@ -304,7 +304,7 @@ class Layer:
         """Whether :func:`prompt` computes it."""
         alike = self.router is None or (self.gate.bits, self.gate.group_size) == (self.up.bits, self.up.group_size)
         packed = {name: weight for name, weight in self.matrices().items() if name != "router"}
-        return alike and all(weight.bits and weight.rows % LANES == 0 for weight in packed.values())
+        return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
     def _struct(self) -> _Layer:
         norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
@@ -384,8 +384,8 @@ class Decoder:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether :func:`prompt` computes it: no family, and layers packed in whole blocks of rows, but for routers."""
-        return not self.member_heads and all(layer.takes_prompts for layer in self.layers)
+        """Whether :func:`prompt` computes it: layers packed in whole blocks of rows, but for routers."""
+        return all(layer.takes_prompts for layer in self.layers)
 
     def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
         """The same weights with other rotary tables, float32 ``[positions, D / 2]``."""
@@ -511,6 +511,7 @@ def prompt(
     planes: int = FLOAT32_PLANES,
     threads: int | None = None,
     seconds: Tensor | None = None,
+    member: int = 0,
 ) -> Tensor:
     """Compute any number of tokens of one sequence at once, all layers but no head.
 
@@ -523,6 +524,7 @@ def prompt(
         planes: As in :func:`step`.
         threads: torch's by default.
         seconds: As in :func:`step`; rounding and waiting are counted where they happen.
+        member: Of a family, whose tokens they are.
 
     Returns:
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
@@ -532,15 +534,17 @@ def prompt(
     """
     count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[0])
     if not decoder.takes_prompts:
-        raise ValueError("prompts need packed weights in every layer, and no members")
+        raise ValueError("prompts need packed weights in every layer")
     if count < 1 or start < 0 or start + count > limit or not 0 <= slot < cache.keys.shape[1]:
         raise ValueError(f"{count} tokens from {start} on in slot {slot} do not fit a cache of {limit} positions")
+    if not 0 <= member < max(1, len(decoder.member_heads)):
+        raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
     _check_numbers(decoder, tokens, planes)
     hidden = torch.empty(1, decoder.hidden)
     given = (tokens, hidden, seconds)
     call = _Prompt(
         *(None if t is None else t.data_ptr() for t in given),
-        count, start, slot, planes, threads or torch.get_num_threads(), 0,
+        count, start, slot, member, planes, threads or torch.get_num_threads(),
     )  # fmt: skip
     library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
     return hidden

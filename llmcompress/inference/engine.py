@@ -292,11 +292,13 @@ class Engine:
 
     def _prompt_at_once(self, slot: int, tokens: Sequence[int]) -> Tensor:
         ids, at = torch.tensor(list(tokens)), torch.tensor([len(tokens) - 1])
-        hidden = native.prompt(self.decoder, self.cache, ids, slot, planes=self.planes, threads=self.threads)
+        hidden = native.prompt(
+            self.decoder, self.cache, ids, slot, planes=self.planes, threads=self.threads, member=self._owners[slot]
+        )
         layers = (len(self.decoder.layers),) * 2
         native.step(
             self.decoder, self.cache, ids[-1:], at, torch.tensor([slot], dtype=torch.int32), self._logits,
-            planes=self.planes, threads=self.threads, layers=layers, hidden=hidden,
+            planes=self.planes, threads=self.threads, layers=layers, hidden=hidden, members=self._members([slot]),
         )  # fmt: skip
         self.lengths[slot] = len(tokens)
         return self._logits[0].clone()

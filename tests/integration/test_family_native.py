@@ -43,12 +43,12 @@ def source(model_type: str, seed: int) -> Any:
     return model
 
 
-def random_family(model_type: str) -> RandomFamily:
-    """Two pairs: the root has 5 bits, pairs 3, leaves 2."""
+def random_family(model_type: str, widths: dict[int, int] | None = None) -> RandomFamily:
+    """Two pairs: the root has 5 bits, pairs 3, leaves 2, or others by the number of members below."""
     pairs = [frozenset(MEMBERS[:2]), frozenset(MEMBERS[2:])]
     merges = [*((frozenset([a]), frozenset([b])) for a, b in (MEMBERS[:2], MEMBERS[2:])), (pairs[0], pairs[1])]
     models = {name: source(model_type, seed) for seed, name in enumerate(MEMBERS)}
-    return RandomFamily(models, Tree.of(MEMBERS, merges), {4: 5, 2: 3, 1: 2}, 32)
+    return RandomFamily(models, Tree.of(MEMBERS, merges), widths or {4: 5, 2: 3, 1: 2}, 32)
 
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -79,6 +79,22 @@ def test_each_request_gets_its_members_tokens(model_type: str) -> None:
         assert _decode(rows, asked, 8) == expected, rows.kind
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("widths", [{4: 5, 2: 3, 1: 2}, {4: 4, 2: 0, 1: 1}])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_prompts_at_once_are_those_of_steps(model_type: str, widths: dict[int, int]) -> None:
+    """More tokens than are rounded at once."""
+    family = random_family(model_type, widths)
+    if (reason := decline(family.model)) is not None:
+        pytest.skip(reason)
+    engine = Engine(family.model, slots=2, positions=112, threads=1)
+    assert engine.decoder.takes_prompts
+    tokens = torch.randint(3, 72, (101,), generator=torch.Generator().manual_seed(2)).tolist()
+    for member in range(len(MEMBERS)):
+        engine._owners = [member, member]
+        assert torch.equal(engine._prompt_at_once(0, tokens), engine._prompt_by_steps(1, tokens))
+        assert torch.equal(engine.cache.keys[:, 0], engine.cache.keys[:, 1])
 
 
 def _decode(rows: Rows, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:

@@ -88,7 +88,7 @@ struct Prompt {
     double* seconds;        // [PHASES], as of a step, waiting for others left in what they do
     int64_t count;          // T
     int64_t start;          // position of the first; the cache holds what comes before
-    int32_t slot, planes, threads, reserved;
+    int32_t slot, member, planes, threads;
 };
 
 enum Phase : int { NORM, QKV, ATTENTION, OUTPUT, ROUTER, GATE_UP, DOWN, HEAD, WAIT, PHASES };

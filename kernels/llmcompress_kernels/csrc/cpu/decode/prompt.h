@@ -19,6 +19,7 @@ constexpr int64_t PASS_BYTES = int64_t(1) << 20;
 // blocks of tokens that a pass has at least: fewer are multiplied in another way, and a product takes one way for all
 constexpr int64_t PASS_BLOCKS = 4;
 constexpr int64_t TOGETHER = 2;  // blocks of rows that the kernels work on together
+constexpr int64_t TREE_BLOCKS = 4;  // likewise of a tree's one-bit nodes
 constexpr int64_t QUERIES = 4;   // tokens that attend together
 constexpr int64_t ATTENDING = 16;  // tokens to a task
 
@@ -34,9 +35,10 @@ class PromptWorker {
 
     void run() {
         mark_ = now();
-        for (int64_t first = 0; first < p_.count; first += PIECE) {
+        const int64_t piece = piece_of(e_);
+        for (int64_t first = 0; first < p_.count; first += piece) {
             tokens_ = p_.tokens + first;
-            count_ = std::min(PIECE, p_.count - first);
+            count_ = std::min(piece, p_.count - first);
             position_ = p_.start + first;
             each(blocks(), [&](int64_t b) { embed(begin(b), end(b)); });
             took(NORM);
@@ -85,12 +87,13 @@ class PromptWorker {
     float* normed(int64_t t) { return room_.normed.data() + t * m_.hidden; }
 
     void embed(int64_t first, int64_t last) {
+        const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[p_.member];
         for (int64_t t = first; t < last; ++t) {
             const int64_t at = tokens_[t] * m_.hidden;
             float* to = hidden(t);
             for (int i = 0; i < m_.hidden; ++i)
-                to[i] = m_.embedding.kind == DENSE_FP32 ? static_cast<const float*>(m_.embedding.data)[at + i]
-                                                        : widen(static_cast<const uint16_t*>(m_.embedding.data)[at + i]);
+                to[i] = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[at + i]
+                                                : widen(static_cast<const uint16_t*>(from.data)[at + i]);
         }
     }
 
@@ -98,7 +101,7 @@ class PromptWorker {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 room_.normed.data(), QKV, [&](int64_t t) {
                     if (index > 0) add_delta(t);
-                    norm(hidden(t), o.l.attention_norm, m_.hidden, m_.epsilon, normed(t));
+                    norm_hidden(t, o.l.attention_norm);
                 });
         attention(o.l, index);
         project({{&o.output, room_.delta.data()}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
@@ -110,7 +113,7 @@ class PromptWorker {
         const int64_t width = o.gate.m.rows;
         project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, room_.normed.data(), GATE_UP, [&](int64_t t) {
             add_delta(t);
-            norm(hidden(t), o.l.mlp_norm, m_.hidden, m_.epsilon, normed(t));
+            norm_hidden(t, o.l.mlp_norm);
         });
         project({{&o.down, room_.delta.data()}}, room_.gate.data(), DOWN,
                 [&](int64_t t) { open_gate(room_.gate.data() + t * width, room_.up.data() + t * width, width); });
@@ -122,24 +125,80 @@ class PromptWorker {
         for (int i = 0; i < m_.hidden; ++i) to[i] += from[i];
     }
 
+    void norm_hidden(int64_t t, const float* weight) {
+        norm(hidden(t), weight + int64_t(p_.member) * m_.hidden, m_.hidden, m_.epsilon, normed(t));
+    }
+
     // Products of all tokens, whose inputs are rows of `from` once make(token) has run.
     template <class F>
     void project(std::initializer_list<Product> products, const float* from, Phase phase, F&& make) {
-        const auto alike = [](const Operand& a, const Operand& b) { return a.parts == b.parts; };
+        const auto alike = [](const Operand& a, const Operand& b) {
+            return a.m.kind == b.m.kind && a.parts == b.parts && a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
+        };
         for (const Product* i = products.begin(); i != products.end();) {
             const Product* j = i;
             while (j != products.end() && alike(*i->o, *j->o)) ++j;
-            const Weight& w = i->o->first;
-            const Activations a = place_activations(w, count_, p_.planes, room_.activations.data());
-            each(a.blocks(), [&](int64_t b) {
+            const auto made = [&](int64_t b) {
                 for (int64_t t = begin(b); i == products.begin() && t < end(b); ++t) make(t);
-                variant().quantize(w, i->o->parts->data(), int64_t(i->o->parts->size()), from, FP32, w.columns, nullptr, a, b);
-            });
-            took(NORM);
-            multiply_rows(i, j, a);
-            took(phase);
+            };
+            if (i->o->m.kind == TREE) by_tree(i, j, from, phase, made);
+            else by_groups(i, j, from, phase, made);
             i = j;
         }
+    }
+
+    template <class F>
+    void by_groups(const Product* first, const Product* last, const float* from, Phase phase, F&& made) {
+        const Weight& w = first->o->first;
+        const std::vector<Chunk>& parts = *first->o->parts;
+        const Activations a = place_activations(w, count_, p_.planes, room_.activations.data());
+        each(a.blocks(), [&](int64_t b) {
+            made(b);
+            variant().quantize(w, parts.data(), int64_t(parts.size()), from, FP32, w.columns, nullptr, a, b);
+        });
+        took(NORM);
+        multiply_rows(first, last, a);
+        took(phase);
+    }
+
+    // The sum of the nodes above the member.
+    template <class F>
+    void by_tree(const Product* first, const Product* last, const float* from, Phase phase, F&& made) {
+        const TreeShape& shape = first->o->tree;
+        const TreeActivations a = place_tree_activations(shape, count_, std::max(2, p_.planes), room_.activations.data());
+        each(blocks(), [&](int64_t b) {
+            made(b);
+            for (int64_t t = begin(b); t < end(b); ++t) tree_variant().quantize(shape, from + t * shape.columns, a, t);
+        });
+        took(NORM);
+        const auto tasks = [](const Product& p) { return (p.o->blocks() + TREE_BLOCKS - 1) / TREE_BLOCKS; };
+        int64_t all = 0;
+        for (const Product* p = first; p != last; ++p) all += tasks(*p);
+        each(all, [&](int64_t i) {
+            const Product* p = first;
+            for (; i >= tasks(*p); ++p) i -= tasks(*p);
+            tree_rows(*p, a, i * TREE_BLOCKS, std::min((i + 1) * TREE_BLOCKS, p->o->blocks()));
+        });
+        took(phase);
+    }
+
+    void tree_rows(const Product& p, const TreeActivations& a, int64_t first, int64_t last) {
+        const int64_t rows = p.o->m.rows, row = first * LANES, size = (last - first) * LANES;
+        for (int64_t t = 0; t < count_; ++t) std::fill_n(p.out + t * rows + row, size, 0.f);
+        for (int n = 0; n < p.o->m.bits; ++n) {
+            const TreeNode& node = p.o->nodes()[n];
+            if (node.members >> p_.member & 1) tree_variant().add(node, p.o->tree, a, 0, count_, first, last, p.out, rows);
+        }
+        add_bias(p, p_.member, p.out, count_, first, last);
+    }
+
+    // To some blocks of rows of `out` [tokens, rows]; biases are those of an expert or a member.
+    static void add_bias(const Product& p, int64_t whose, float* out, int64_t tokens, int64_t first, int64_t last) {
+        if (p.o->m.bias == nullptr) return;
+        const int64_t rows = p.o->m.rows;
+        const float* bias = p.o->m.bias + whose * rows;
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t row = first * LANES; row < last * LANES; ++row) out[t * rows + row] += bias[row];
     }
 
     void multiply_rows(const Product* first, const Product* last, const Activations& a) {
@@ -169,9 +228,7 @@ class PromptWorker {
         float* const out = p.out + from * places * rows;
         const int64_t end_block = std::min(row_block + TOGETHER, o.blocks());
         variant().rows(o.first, o.parts->data(), count, a, row_block, end_block, out, FP32, rows);
-        if (o.m.bias == nullptr) return;
-        for (int64_t t = 0; t < a.tokens; ++t)
-            for (int64_t row = row_block * LANES; row < end_block * LANES; ++row) out[t * rows + row] += o.m.bias[row];
+        add_bias(p, 0, out, a.tokens, row_block, end_block);
     }
 
     // An expert's tokens rounded, behind those of the experts before it.
@@ -196,10 +253,7 @@ class PromptWorker {
             float* const out = p.out + slot * rows;
             const Activations a = expert_inputs(*p.o, expert);
             variant().rows(p.o->weight(expert), p.o->parts->data(), int64_t(p.o->parts->size()), a, block, last, out, FP32, rows);
-            if (p.o->m.bias == nullptr) return;
-            const float* bias = p.o->m.bias + expert * rows;
-            for (int64_t t = 0; t < a.tokens; ++t)
-                for (int64_t row = block * LANES; row < last * LANES; ++row) out[t * rows + row] += bias[row];
+            add_bias(p, expert, out, a.tokens, block, last);
         });
     }
 
@@ -213,7 +267,7 @@ class PromptWorker {
         each(blocks(), [&](int64_t b) {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 add_delta(t);
-                norm(hidden(t), o.l.mlp_norm, m_.hidden, m_.epsilon, normed(t));
+                norm_hidden(t, o.l.mlp_norm);
             }
             Input in(scratch_, p_.planes);
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
@@ -263,6 +317,11 @@ class PromptWorker {
         return (sequence * m_.key_value_heads + head) * c_.positions * padded_dim(m_.head_dim);
     }
 
+    // of heads, or null
+    const float* own_norm(const float* weight) const {
+        return weight == nullptr ? nullptr : weight + int64_t(p_.member) * m_.head_dim;
+    }
+
     // A row of a head, normed where the model does so, and turned to its position.
     void turn(const float* row, const float* weight, int64_t t, float scale, float* to) const {
         const int dim = m_.head_dim;
@@ -279,7 +338,7 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t)
                 for (int64_t head = 0; head < heads; ++head) {
                     const int64_t at = (t * heads + head) * dim;
-                    turn(room_.key.data() + at, l.key_norm, t, 1.f, turned);
+                    turn(room_.key.data() + at, own_norm(l.key_norm), t, 1.f, turned);
                     put(c_, cache_base(layer, head), position_ + t, int(dim), turned, room_.value.data() + at);
                 }
         });
@@ -311,7 +370,7 @@ class PromptWorker {
         const int dim = m_.head_dim, width = padded_dim(dim), part = PART_HEAD + width;
         const int64_t at = t * m_.heads + head, seen = position_ + t + G;
         for (int g = 0; g < G; ++g)
-            turn(room_.query.data() + (at + g * m_.heads) * dim, l.query_norm, t + g, m_.attention_scale,
+            turn(room_.query.data() + (at + g * m_.heads) * dim, own_norm(l.query_norm), t + g, m_.attention_scale,
                  queries_.data() + g * width);
         attend<T, G, 1>(keys, values, queries_.data(), dim, 0, seen, weights_.data(), padded(seen) + 2 * LANES, parts_.data());
         for (int g = 0; g < G; ++g)

@@ -10,6 +10,9 @@ namespace llmcompress::decode {
 // Tokens that go through all layers at once; what they leave between two products should stay in the last-level cache.
 constexpr int64_t PIECE = 512;
 
+// A family's tables take more (tree.h).
+inline int64_t piece_of(const Engine& e) { return e.m.members > 0 ? TREE_PASS : PIECE; }
+
 // Tokens of a routed layer by experts: its slots, k to a token, in ascending order of their experts.
 struct Routed {
     std::vector<float> scores, weights;  // [tokens, E], [tokens, k]
@@ -62,7 +65,7 @@ struct PromptRoom {
 
     PromptRoom(const Engine& e, const Prompt& p) {
         const Model& m = e.m;
-        const int64_t tokens = std::min(p.count, PIECE), slots = tokens * std::max(1, m.top_k);
+        const int64_t tokens = std::min(p.count, piece_of(e)), slots = tokens * std::max(1, m.top_k);
         for (auto* rows : {&hidden, &normed, &delta}) rows->resize(size_t(tokens * m.hidden));
         for (auto* rows : {&query, &mixed}) rows->resize(size_t(tokens * m.heads * m.head_dim));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * m.head_dim));
@@ -70,7 +73,8 @@ struct PromptRoom {
         if (e.experts > 0) routed.make_room(tokens, e.experts, m.top_k, m.hidden);
         size_t most = 0;
         const auto room_for = [&](const Operand& o, int64_t count) {
-            most = std::max(most, activation_bytes(o.first, count, p.planes));
+            most = std::max(most, o.m.kind == TREE ? tree_activation_bytes(o.tree, count, std::max(2, p.planes))
+                                                   : activation_bytes(o.first, count, p.planes));
         };
         for (const LayerOperands& l : e.layers) {
             for (const Operand* o : {&l.query, &l.key, &l.value, &l.output}) room_for(*o, tokens);
