@@ -26,7 +26,8 @@ constexpr int64_t ATTENDING = 16;  // tokens to a task
 class PromptWorker {
   public:
     PromptWorker(Engine& engine, const Cache& cache, const Prompt& prompt, PromptRoom& room, Barrier& barrier, int thread)
-        : e_(engine), m_(engine.m), c_(cache), p_(prompt), room_(room), barrier_(barrier), thread_(thread) {
+        : e_(engine), m_(engine.m), c_(cache), p_(prompt), room_(room), barrier_(barrier), thread_(thread),
+          clock_(thread == 0 ? prompt.seconds : nullptr) {
         const size_t width = size_t(padded_dim(m_.head_dim)), positions = size_t(padded(p_.start + p_.count));
         queries_.resize(QUERIES * width);
         weights_.resize(QUERIES * (positions + 2 * LANES));
@@ -34,7 +35,6 @@ class PromptWorker {
     }
 
     void run() {
-        mark_ = now();
         const int64_t piece = piece_of(e_);
         for (int64_t first = 0; first < p_.count; first += piece) {
             tokens_ = p_.tokens + first;
@@ -50,16 +50,7 @@ class PromptWorker {
     }
 
   private:
-    static double now() {
-        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    }
-
-    void took(Phase phase) {
-        if (thread_ != 0 || p_.seconds == nullptr) return;
-        const double t = now();
-        p_.seconds[phase] += t - mark_;
-        mark_ = t;
-    }
+    void took(Phase phase) { clock_.took(phase); }
 
     struct Product {
         const Operand* o;
@@ -387,7 +378,7 @@ class PromptWorker {
     int kind_ = 0;
     const int64_t* tokens_ = nullptr;  // of this piece
     int64_t count_ = 0, position_ = 0;
-    double mark_ = 0;
+    Clock clock_;
     std::vector<float> queries_, weights_, parts_;
     std::vector<char> scratch_;
 };

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "clock.h"
 #include "llmcompress/barrier.h"
 #include "decode.h"
 #include "engine.h"

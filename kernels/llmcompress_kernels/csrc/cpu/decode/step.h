@@ -16,12 +16,12 @@ class Worker {
   public:
     Worker(Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread)
         : e_(engine), m_(engine.m), c_(cache), s_(step), sh_(engine.shared), own_(*engine.threads[size_t(thread)]),
-          barrier_(barrier), thread_(thread), in_(own_.activations, step.planes) {
+          barrier_(barrier), thread_(thread), in_(own_.activations, step.planes),
+          clock_(thread == 0 ? step.seconds : nullptr) {
         in_.of_members(step.members);
     }
 
     void run() {
-        mark_ = now();
         if (s_.first_layer == 0) embed();
         else std::copy_n(s_.hidden, s_.batch * m_.hidden, own_.hidden.begin());
         for (int i = s_.first_layer; i < s_.last_layer; ++i) {
@@ -35,16 +35,7 @@ class Worker {
     }
 
   private:
-    static double now() {
-        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    }
-
-    void took(Phase phase) {
-        if (thread_ != 0 || s_.seconds == nullptr) return;
-        const double t = now();
-        s_.seconds[phase] += t - mark_;
-        mark_ = t;
-    }
+    void took(Phase phase) { clock_.took(phase); }
 
     void wait() {
         barrier_.wait();
@@ -365,7 +356,7 @@ class Worker {
     Barrier& barrier_;
     const int thread_;
     Input in_;
-    double mark_ = 0;
+    Clock clock_;
 };
 
 }  // namespace LLMCOMPRESS_ISA
