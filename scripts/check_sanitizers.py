@@ -33,7 +33,7 @@ TESTS = {
     ],
     "state": [f"tests/kernels/test_{name}.py" for name in ("state_ops", "replay_ops", "mamba2_model")],
     "tree": ["tests/kernels/test_cpu_tree.py"],
-    # one dense and one packed model of each kind, every instruction set, threads, chunks, the rounded head, prompts at once
+    # a dense and a packed model of each kind, every instruction set, threads, chunks, rounded heads, prompts at once
     "decode": [
         "tests/unit/inference/test_engine.py",
         "tests/unit/inference/test_prompts.py",

@@ -1,8 +1,8 @@
 """The native engine: a loaded model's weights in the decode step's layout, its cache, prompt and token steps.
 
 transformers runs about ten Python modules per layer and token, which alone limits a small model to 55–70 tokens per
-second. Here a token is one call. Prompts go through transformers' own forward, with everything attached to it (PESF);
-what the cache holds after it is copied over, and decoding goes on natively.
+second. Here a token is one call, and so is the prompt of a packed model. Other prompts, and those of models with an
+expert-skipping policy (PESF), go through transformers' own forward; what its cache holds is copied over.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 # rotary tables that do not depend on the length of the sequence
 ROTARY = ("default", "linear", "llama3", "yarn")
-# prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
+# prompts that are not taken at once cost less in steps of eight than through transformers' modules up to this many tokens
 SHORT_PROMPT = 32
 
 
@@ -169,7 +169,7 @@ class Engine:
         slots: Sequences in the cache; a step takes up to 8 of them.
         positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
-        int8_activations: Round the inputs of packed weights to 8 bits per group: faster, not exact. Otherwise they are
+        int8_activations: Round the inputs of packed weights to 8 bits, 64 columns a scale: faster, not exact. Otherwise they are
             taken as exactly as the model's own type holds them (:func:`planes_of`), or rounded as the model rounds.
         head_bits: 8 quantizes the output head to 8 bits by rounding to nearest, groups of 64: not exact either.
         threads: torch's by default.

@@ -67,9 +67,12 @@ def test_sixteen_bit_models_lose_less_than_by_modules(decoders: Any, ids: torch.
     assert EXACT < (natively - exact).norm() < 0.2 * (modules - exact).norm()
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_activations_are_rounded_as_the_model_rounds_them(decoders: Any, ids: torch.Tensor, family: str) -> None:
-    model, tokens = decoders.packed(family, 4), ids[:24]
+@pytest.mark.parametrize(("family", "size"), [("llama", 48), ("llama", 192), ("mixtral", 48)])
+def test_activations_are_rounded_as_the_model_rounds_them(
+    decoders: Any, ids: torch.Tensor, family: str, size: int
+) -> None:
+    # scales of 64 columns, also where a weight's are of 96
+    model, tokens = decoders.packed(family, 4, 96 if size > 96 else 32, hidden_size=size), ids[:24]
     exact = reference(model, tokens)
     policy = {"bits": 8, "roles": ["attention", "mlp"]}
     layout = layout_from_config(model.config.to_dict())
@@ -80,6 +83,7 @@ def test_activations_are_rounded_as_the_model_rounds_them(decoders: Any, ids: to
         return
     rounded = reference(model, tokens)
     assert (rounded - exact).abs().max() > 100 * EXACT
+    assert worst(Engine(model, positions=32), tokens, rounded, 3) < EXACT
     assert worst(Engine(model, positions=32), tokens, rounded, 9) < EXACT
     model = decoders.packed(family, 4)
     activations.attach(model, layout, {**policy, "granularity": "token"})

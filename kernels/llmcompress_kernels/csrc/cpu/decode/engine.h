@@ -19,9 +19,10 @@ inline int64_t padded(int64_t n) { return row_blocks(n) * LANES; }
 struct Operand {
     Matrix m{};
     Weight first{};  // of the first expert
-    const std::vector<Chunk>* parts = nullptr;
+    const std::vector<Chunk>*wide = nullptr, *narrow = nullptr;  // chunks of several planes and of one
     TreeShape tree{};  // of a TREE
 
+    const std::vector<Chunk>& chunks(int planes) const { return planes == 1 ? *narrow : *wide; }
     const TreeNode* nodes() const { return static_cast<const TreeNode*>(m.data); }
     bool present() const { return m.kind != ABSENT; }
     int64_t blocks() const { return row_blocks(m.rows); }
@@ -131,14 +132,18 @@ class Engine {
         }
         if (m.kind != PACKED) return o;
         o.first = {static_cast<const uint32_t*>(m.data), m.scale, m.zero, padded(m.rows), m.columns, m.group, m.bits};
-        auto& parts = plans_[std::make_tuple(m.bits, m.group, m.columns)];
-        if (parts.empty()) {
-            parts.resize(size_t(llmcompress::chunk_count(m.group, m.columns)));
-            llmcompress::chunks(m.bits, m.group, m.columns, parts.data());
-        }
-        o.parts = &parts;
+        o.wide = &plan(m, 2), o.narrow = &plan(m, 1);
         activation_size_ = std::max(activation_size_, activation_bytes(o.first, MAX_BATCH, 3));
         return o;
+    }
+
+    const std::vector<Chunk>& plan(const Matrix& m, int planes) {
+        auto& parts = plans_[std::make_tuple(m.bits, m.group, m.columns, planes)];
+        if (parts.empty()) {
+            parts.resize(size_t(llmcompress::chunk_count(m.group, m.columns, planes)));
+            llmcompress::chunks(m.bits, m.group, m.columns, parts.data(), planes);
+        }
+        return parts;
     }
 
     const std::vector<TreeChunk>& tree_plan(int64_t columns, int64_t group) {
@@ -151,7 +156,7 @@ class Engine {
     }
 
     std::map<std::pair<int64_t, int64_t>, std::vector<TreeChunk>> tree_plans_;
-    std::map<std::tuple<int32_t, int32_t, int64_t>, std::vector<Chunk>> plans_;
+    std::map<std::tuple<int32_t, int32_t, int64_t, int>, std::vector<Chunk>> plans_;
     size_t activation_size_ = 0;
 };
 

@@ -17,6 +17,7 @@ class Input {
         rows_ = rows, stride_ = stride, tokens_ = tokens, index_ = index, bits_ = 0;
     }
     int tokens() const { return tokens_; }
+    int planes() const { return planes_; }
     const float* row(int t) const { return rows_ + (index_ ? index_[t] : t) * stride_; }
 
     const Activations& fixed_point(const Weight& w, const std::vector<Chunk>& parts) {
@@ -109,10 +110,11 @@ void dense_blocks(const T* w, const Matrix& m, const Input& in, int64_t first, i
 inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t first, int64_t last, float* out,
                           int64_t stride) {
     const Weight w = o.weight(expert);
-    const Activations& a = in.fixed_point(w, *o.parts);
-    const int64_t count = int64_t(o.parts->size()), whole = o.m.rows / LANES;
+    const std::vector<Chunk>& parts = o.chunks(in.planes());
+    const Activations& a = in.fixed_point(w, parts);
+    const int64_t count = int64_t(parts.size()), whole = o.m.rows / LANES;
     const auto rows = variant().rows;
-    if (first < std::min(last, whole)) rows(w, o.parts->data(), count, a, first, std::min(last, whole), out, FP32, stride);
+    if (first < std::min(last, whole)) rows(w, parts.data(), count, a, first, std::min(last, whole), out, FP32, stride);
     if (last <= whole) return;
     // the last block has rows that do not exist
     float full[MAX_BATCH * LANES];
@@ -120,7 +122,7 @@ inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t f
     tail.packed += whole * LANES * w.words();
     tail.scale += whole * LANES * w.groups();
     if (tail.zero) tail.zero += whole * LANES * w.zero_words();
-    rows(tail, o.parts->data(), count, a, 0, 1, full, FP32, LANES);
+    rows(tail, parts.data(), count, a, 0, 1, full, FP32, LANES);
     for (int t = 0; t < in.tokens(); ++t)
         std::memcpy(out + t * stride + whole * LANES, full + t * LANES, size_t(o.m.rows - whole * LANES) * 4);
 }

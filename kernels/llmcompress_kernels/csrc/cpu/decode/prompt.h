@@ -124,7 +124,7 @@ class PromptWorker {
     template <class F>
     void project(std::initializer_list<Product> products, const float* from, Phase phase, F&& make) {
         const auto alike = [](const Operand& a, const Operand& b) {
-            return a.m.kind == b.m.kind && a.parts == b.parts && a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
+            return a.m.kind == b.m.kind && a.wide == b.wide && a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
         };
         for (const Product* i = products.begin(); i != products.end();) {
             const Product* j = i;
@@ -141,7 +141,7 @@ class PromptWorker {
     template <class F>
     void by_groups(const Product* first, const Product* last, const float* from, Phase phase, F&& made) {
         const Weight& w = first->o->first;
-        const std::vector<Chunk>& parts = *first->o->parts;
+        const std::vector<Chunk>& parts = first->o->chunks(p_.planes);
         const Activations a = place_activations(w, count_, p_.planes, room_.activations.data());
         each(a.blocks(), [&](int64_t b) {
             made(b);
@@ -209,7 +209,8 @@ class PromptWorker {
     // Rows of a product for some blocks of tokens.
     void multiply_pass(const Product& p, const Activations& all, int64_t from, int64_t to, int64_t row_block) {
         const Operand& o = *p.o;
-        const int64_t count = int64_t(o.parts->size()), rows = o.m.rows, places = most();
+        const std::vector<Chunk>& parts = o.chunks(all.planes);
+        const int64_t count = int64_t(parts.size()), rows = o.m.rows, places = most();
         const int64_t quads = Activations::quads(o.first.bits, o.first.columns, o.first.group);
         Activations a = all;
         a.bytes += from * places * quads * 4 * a.planes;
@@ -218,7 +219,7 @@ class PromptWorker {
         a.tokens = std::min(to * places, count_) - from * places;
         float* const out = p.out + from * places * rows;
         const int64_t end_block = std::min(row_block + TOGETHER, o.blocks());
-        variant().rows(o.first, o.parts->data(), count, a, row_block, end_block, out, FP32, rows);
+        variant().rows(o.first, parts.data(), count, a, row_block, end_block, out, FP32, rows);
         add_bias(p, 0, out, a.tokens, row_block, end_block);
     }
 
@@ -243,7 +244,8 @@ class PromptWorker {
             const int64_t last = std::min(block + TOGETHER, p.o->blocks());
             float* const out = p.out + slot * rows;
             const Activations a = expert_inputs(*p.o, expert);
-            variant().rows(p.o->weight(expert), p.o->parts->data(), int64_t(p.o->parts->size()), a, block, last, out, FP32, rows);
+            const std::vector<Chunk>& parts = p.o->chunks(a.planes);
+            variant().rows(p.o->weight(expert), parts.data(), int64_t(parts.size()), a, block, last, out, FP32, rows);
             add_bias(p, expert, out, a.tokens, block, last);
         });
     }
@@ -252,7 +254,8 @@ class PromptWorker {
         Routed& r = room_.routed;
         const int64_t count = o.router.m.rows, width = o.gate.m.rows, k = m_.top_k;
         const auto round = [&](const Operand& w, const Routed::Block& b, const float* from, const int64_t* index) {
-            variant().quantize(w.weight(b.expert), w.parts->data(), int64_t(w.parts->size()), from, FP32, w.m.columns, index,
+            const std::vector<Chunk>& parts = w.chunks(p_.planes);
+            variant().quantize(w.weight(b.expert), parts.data(), int64_t(parts.size()), from, FP32, w.m.columns, index,
                                expert_inputs(w, b.expert), b.block);
         };
         each(blocks(), [&](int64_t b) {
