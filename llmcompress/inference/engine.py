@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 # rotary tables that do not depend on the length of the sequence
 ROTARY = ("default", "linear", "llama3", "yarn")
-# prompts that are not taken at once cost less in steps of eight than through transformers' modules up to this many tokens
+# other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
 SHORT_PROMPT = 32
 
 
@@ -169,8 +169,8 @@ class Engine:
         slots: Sequences in the cache; a step takes up to 8 of them.
         positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
-        int8_activations: Round the inputs of packed weights to 8 bits, 64 columns a scale: faster, not exact. Otherwise they are
-            taken as exactly as the model's own type holds them (:func:`planes_of`), or rounded as the model rounds.
+        int8_activations: Round the inputs of packed weights to 8 bits, 64 columns a scale: faster, not exact. Otherwise
+            they are taken as exactly as the model's own type holds them (:func:`planes_of`), or as the model rounds.
         head_bits: 8 quantizes the output head to 8 bits by rounding to nearest, groups of 64: not exact either.
         threads: torch's by default.
         screen: Keep an 8-bit copy of a dense head, by which :meth:`greedy` finds the few rows that may hold the largest
