@@ -297,12 +297,14 @@ def test_a_client_that_vanishes_frees_its_place(server: Running) -> None:
 
 def test_a_full_queue_is_said_so(server: Running) -> None:
     statuses: list[int] = []
+    together = threading.Barrier(24)
 
     def ask() -> None:
         body = {**GOOD, "max_tokens": 60, "n": 6, "temperature": 1.0}
+        together.wait()
         statuses.append(server.raw("/v1/completions", json.dumps(body).encode())[0])
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=ask) for _ in range(together.parties)]
     for thread in threads:
         thread.start()
     for thread in threads:
