@@ -61,14 +61,14 @@ def survey(
     from llmcompress.models.handle import ModelHandle
     from llmcompress.recipe.load import load_recipe
     from llmcompress.stages.rqt import RqtConfig
-    from llmcompress.stages.rqt_preview import least_budget, preview
+    from llmcompress.stages.rqt_preview import preview
 
     loaded = load_recipe(recipe, overrides or [])
     stages = [(name, each) for name, each in loaded.recipe.stages.items() if isinstance(each, RqtConfig)]
     if not stages:
         raise UsageError(f"{recipe}: has no stage of type rqt, so there is no family", "for example the recipe rqt")
     stage, config = stages[0]
-    least = least_budget(config)
+    least = config.least_budget
     low = [budget for budget in budgets or [] if not least < budget < float("inf")]
     if low:
         raise UsageError(f"--budget {low[0]:g}: the leaves alone take {least:g} bits", f"give a number above {least:g}")

@@ -211,14 +211,22 @@ def _local_source(task: str, entry: dict[str, Any], tasks_dir: Path) -> dict[str
 
 
 def build(spec: TaskSpec) -> dict[str, Any]:
-    """Build the lm-eval task objects of a specification; loads their data.
+    """Build the lm-eval task objects of a specification and try every row of local files; loads their data.
 
     Returns:
         What ``lm_eval.evaluator.evaluate`` takes: ``tasks``, ``groups``, ``group_map``.
 
     Raises:
-        InputError: The data cannot be loaded, or lm-eval does not know the task.
+        InputError: The data cannot be loaded, or lm-eval does not know the task or cannot read a row.
     """
+    loaded = _built(spec)
+    if spec.local:
+        _check_rows(spec, loaded["tasks"])
+    return loaded
+
+
+def _built(spec: TaskSpec) -> dict[str, Any]:
+    """As :func:`build`, of rows only the first."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -248,8 +256,6 @@ def build(spec: TaskSpec) -> dict[str, Any]:
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
-    if spec.local:
-        _check_rows(spec, loaded["tasks"])
     return loaded
 
 
@@ -257,9 +263,9 @@ def scored_names(spec: TaskSpec) -> list[str]:
     """Names under which the figures of a task will be: its own, and those of its subtasks; loads its data.
 
     Raises:
-        InputError: As :func:`build`.
+        InputError: The data cannot be loaded, or lm-eval does not know the task.
     """
-    return list(dict.fromkeys([spec.name, *build(spec)["tasks"]]))
+    return list(dict.fromkeys([spec.name, *_built(spec)["tasks"]]))
 
 
 def _check_rows(spec: TaskSpec, tasks: Mapping[str, Any]) -> None:
@@ -404,7 +410,7 @@ def evaluate(
 
     from llmcompress.evaluation.recurrent_tasks import RecurrentLM
 
-    loaded = build(spec)
+    loaded = _built(spec)  # rows have been tried where a command opens its tasks
     with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         random.seed(_SEED)
         np.random.seed(_SEED)

@@ -142,18 +142,23 @@ class RqtConfig(StageConfig):
     def _consistent(self) -> Self:
         widths = self.bits.widths
         if self.bits.mode == "auto":
-            leaf = [w for w in widths if w >= self.bits.min_leaf_bits]
-            if not leaf:
+            if max(widths) < self.bits.min_leaf_bits:
                 raise ValueError(f"bits.widths holds nothing of {self.bits.min_leaf_bits} bits or more for the leaves")
-            floor = min(leaf) + (16 / self.group_size if min(leaf) else 0.0)
-            if self.bits.budget <= floor:
-                raise ValueError(f"bits.budget {self.bits.budget} must exceed {floor:g}, which the leaves alone take")
+            if self.bits.budget <= self.least_budget:
+                least = f"{self.least_budget:g}"
+                raise ValueError(f"bits.budget {self.bits.budget} must exceed {least}, which the leaves alone take")
         if self.act_order is True and not self.static_groups:
             raise ValueError("act_order needs static_groups: true, or the value groups")
         bare = [name for name, member in self.members.items() if member.calibration is None]
         if self.needs_text and bare and self.calibration.general is None:
             raise ValueError(f"members.{bare[0]} has no calibration text, and calibration.general is not set")
         return self
+
+    @property
+    def least_budget(self) -> float:
+        """Bits that a budget must exceed: those of the leaves alone, where they have a width."""
+        leaf = min(width for width in self.bits.widths if width >= self.bits.min_leaf_bits)
+        return leaf + (16 / self.group_size if leaf else 0.0)
 
     @property
     def needs_text(self) -> bool:

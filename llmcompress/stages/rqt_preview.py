@@ -63,12 +63,6 @@ def survey_weights(family: ModelFamily) -> Survey:
     return Survey(tuple(family.members), {name: MatrixFacts(**matrix_facts(family, name, None)) for name in names})
 
 
-def least_budget(config: RqtConfig) -> float:
-    """Bits that a budget must exceed: the leaves' own."""
-    leaf = min(width for width in config.bits.widths if width >= config.bits.min_leaf_bits)
-    return leaf + (16 / config.group_size if leaf else 0.0)
-
-
 def preview(config: RqtConfig, family: ModelFamily, budgets: Sequence[float]) -> Preview:
     """Survey the weights and predict what budgets give.
 
@@ -76,7 +70,7 @@ def preview(config: RqtConfig, family: ModelFamily, budgets: Sequence[float]) ->
         config: The stage's section; its calibration is not used.
         family: Base and members.
         budgets: Stored bits per weight and member to look at beside the recipe's own setting, each above
-            :func:`least_budget`.
+            ``config.least_budget``.
     """
     tree = config.tree.model_copy(update={"similarity": "plain"})
     bits = config.bits.model_copy(update={"importance": "relative"})

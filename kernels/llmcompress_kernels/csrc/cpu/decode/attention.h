@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "elementwise.h"
 #include "engine.h"
 #include "vec.h"
 
@@ -154,6 +155,19 @@ inline void rotate(const float* from, const float* cosine, const float* sine, in
         to[i] = (a * cosine[i] - b * sine[i]) * scale;
         to[half + i] = (b * cosine[i] + a * sine[i]) * scale;
     }
+}
+
+// A row of a head, normed where the model does so (in a family with the norms of `member`), and turned to its position.
+inline void turn(const Model& m, const float* row, const float* norms, int64_t member, int64_t position, float scale, float* to) {
+    const int dim = m.head_dim;
+    float normed[MAX_HEAD_DIM];
+    if (norms != nullptr) norm(row, norms + member * dim, dim, m.epsilon, normed), row = normed;
+    rotate(row, m.cosine + position * (dim / 2), m.sine + position * (dim / 2), dim, scale, to);
+}
+
+// Where a head of a sequence begins in the cache.
+inline int64_t head_base(const Model& m, const Cache& c, int64_t layer, int64_t slot, int64_t head) {
+    return ((layer * c.slots + slot) * m.key_value_heads + head) * c.positions * padded_dim(m.head_dim);
 }
 
 }  // namespace LLMCOMPRESS_ISA

@@ -1,9 +1,16 @@
-// What surrounds the products: norms and the gate of an MLP.
+// What surrounds the products: a token's embedding, norms and the gate of an MLP.
 #pragma once
 
 #include "vec.h"
 
 namespace LLMCOMPRESS_ISA {
+
+// A row of a dense embedding of `size` columns.
+inline void embedding_row(const Matrix& from, int64_t token, int64_t size, float* to) {
+    for (int64_t i = token * size; i < (token + 1) * size; ++i)
+        *to++ = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[i]
+                                        : widen(static_cast<const uint16_t*>(from.data)[i]);
+}
 
 // RMSNorm of n numbers.
 inline void norm(const float* x, const float* weight, int n, float epsilon, float* out) {

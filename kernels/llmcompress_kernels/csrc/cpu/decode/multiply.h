@@ -60,14 +60,6 @@ class Input {
     int64_t group_ = 0;
 };
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-    const uint32_t u = uint32_t(x) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-
 // ROWS dense rows against TOKENS tokens from `token` on; out[t * stride + r].
 template <class T, int ROWS, int TOKENS>
 inline void dense_rows(const T* w, int64_t columns, const Input& in, int token, float* out, int64_t stride) {

@@ -40,7 +40,10 @@ class PromptWorker {
             tokens_ = p_.tokens + first;
             count_ = std::min(piece, p_.count - first);
             position_ = p_.start + first;
-            each(blocks(), [&](int64_t b) { embed(begin(b), end(b)); });
+            const Matrix& words = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[p_.member];
+            each(blocks(), [&](int64_t b) {
+                for (int64_t t = begin(b); t < end(b); ++t) embedding_row(words, tokens_[t], m_.hidden, hidden(t));
+            });
             took(NORM);
             for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
         }
@@ -77,17 +80,6 @@ class PromptWorker {
     float* hidden(int64_t t) { return room_.hidden.data() + t * m_.hidden; }
     float* normed(int64_t t) { return room_.normed.data() + t * m_.hidden; }
 
-    void embed(int64_t first, int64_t last) {
-        const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[p_.member];
-        for (int64_t t = first; t < last; ++t) {
-            const int64_t at = tokens_[t] * m_.hidden;
-            float* to = hidden(t);
-            for (int i = 0; i < m_.hidden; ++i)
-                to[i] = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[at + i]
-                                                : widen(static_cast<const uint16_t*>(from.data)[at + i]);
-        }
-    }
-
     void layer(const LayerOperands& o, int index) {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 room_.normed.data(), QKV, [&](int64_t t) {
@@ -118,6 +110,20 @@ class PromptWorker {
 
     void norm_hidden(int64_t t, const float* weight) {
         norm(hidden(t), weight + int64_t(p_.member) * m_.hidden, m_.hidden, m_.epsilon, normed(t));
+    }
+
+    // As each(), for `together` blocks of rows of every product, and that `times` over: work(time, product, begin, end).
+    template <class F>
+    void each_rows(const Product* first, const Product* last, int64_t together, int64_t times, F&& work) {
+        const auto tasks = [&](const Product& p) { return (p.o->blocks() + together - 1) / together; };
+        int64_t all = 0;
+        for (const Product* p = first; p != last; ++p) all += tasks(*p);
+        each(times * all, [&](int64_t i) {
+            const int64_t time = i / all;
+            const Product* p = first;
+            for (i %= all; i >= tasks(*p); ++p) i -= tasks(*p);
+            work(time, *p, i * together, std::min((i + 1) * together, p->o->blocks()));
+        });
     }
 
     // Products of all tokens, whose inputs are rows of `from` once make(token) has run.
@@ -162,14 +168,8 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t) tree_variant().quantize(shape, from + t * shape.columns, a, t);
         });
         took(NORM);
-        const auto tasks = [](const Product& p) { return (p.o->blocks() + TREE_BLOCKS - 1) / TREE_BLOCKS; };
-        int64_t all = 0;
-        for (const Product* p = first; p != last; ++p) all += tasks(*p);
-        each(all, [&](int64_t i) {
-            const Product* p = first;
-            for (; i >= tasks(*p); ++p) i -= tasks(*p);
-            tree_rows(*p, a, i * TREE_BLOCKS, std::min((i + 1) * TREE_BLOCKS, p->o->blocks()));
-        });
+        each_rows(first, last, TREE_BLOCKS, 1,
+                  [&](int64_t, const Product& p, int64_t begin, int64_t end) { tree_rows(p, a, begin, end); });
         took(phase);
     }
 
@@ -195,19 +195,13 @@ class PromptWorker {
     void multiply_rows(const Product* first, const Product* last, const Activations& a) {
         const int64_t size = std::max<int64_t>(1, int64_t(activation_bytes(first->o->first, most(), a.planes)));
         const int64_t passes = std::max<int64_t>(1, a.blocks() / std::max(PASS_BLOCKS, PASS_BYTES / size));
-        const auto tasks = [](const Product& p) { return (p.o->blocks() + TOGETHER - 1) / TOGETHER; };
-        int64_t pass_tasks = 0;
-        for (const Product* p = first; p != last; ++p) pass_tasks += tasks(*p);
-        each(passes * pass_tasks, [&](int64_t i) {
-            const int64_t pass = i / pass_tasks;
-            const Product* p = first;
-            for (i %= pass_tasks; i >= tasks(*p); ++p) i -= tasks(*p);
-            multiply_pass(*p, a, a.blocks() * pass / passes, a.blocks() * (pass + 1) / passes, i * TOGETHER);
+        each_rows(first, last, TOGETHER, passes, [&](int64_t pass, const Product& p, int64_t begin, int64_t end) {
+            multiply_pass(p, a, a.blocks() * pass / passes, a.blocks() * (pass + 1) / passes, begin, end);
         });
     }
 
-    // Rows of a product for some blocks of tokens.
-    void multiply_pass(const Product& p, const Activations& all, int64_t from, int64_t to, int64_t row_block) {
+    // Blocks of rows [begin, end) of a product for blocks of tokens [from, to).
+    void multiply_pass(const Product& p, const Activations& all, int64_t from, int64_t to, int64_t begin, int64_t end) {
         const Operand& o = *p.o;
         const std::vector<Chunk>& parts = o.chunks(all.planes);
         const int64_t count = int64_t(parts.size()), rows = o.m.rows, places = most();
@@ -218,36 +212,33 @@ class PromptWorker {
         a.sum += from * places * count;
         a.tokens = std::min(to * places, count_) - from * places;
         float* const out = p.out + from * places * rows;
-        const int64_t end_block = std::min(row_block + TOGETHER, o.blocks());
-        variant().rows(o.first, parts.data(), count, a, row_block, end_block, out, FP32, rows);
-        add_bias(p, 0, out, a.tokens, row_block, end_block);
+        variant().rows(o.first, parts.data(), count, a, begin, end, out, FP32, rows);
+        add_bias(p, 0, out, a.tokens, begin, end);
     }
 
-    // An expert's tokens rounded, behind those of the experts before it.
-    Activations expert_inputs(const Operand& o, int expert) {
+    // An expert's tokens rounded, behind those of the experts before it, each of which fills whole blocks and lines.
+    Activations expert_inputs(const Operand& o, int64_t expert) {
         const Routed& r = room_.routed;
-        char* at = room_.activations.data();
-        for (int e = 0; e < expert; ++e) at += activation_bytes(o.first, r.first[size_t(e) + 1] - r.first[size_t(e)], p_.planes);
-        return place_activations(o.first, r.first[size_t(expert) + 1] - r.first[size_t(expert)], p_.planes, at);
+        const int64_t before = r.first[size_t(expert)], own = r.first[size_t(expert) + 1] - before;
+        const size_t at = activation_bytes(o.first, before + expert * MAX_BATCH, p_.planes) + size_t(expert) * EXPERT_LINES;
+        return place_activations(o.first, own, p_.planes, room_.activations.data() + at);
     }
 
     // Rows of every expert that has tokens; out is [slots, rows].
     void expert_rows(std::initializer_list<Product> products) {
         const Routed& r = room_.routed;
-        const int64_t experts = int64_t(r.first.size()) - 1, rows = products.begin()->o->m.rows;
-        const int64_t pairs = (row_blocks(rows) + TOGETHER - 1) / TOGETHER, each_expert = pairs * int64_t(products.size());
-        each(experts * each_expert, [&](int64_t i) {
-            const int expert = int(i / each_expert);
-            const Product& p = products.begin()[i % each_expert / pairs];
-            const int64_t slot = r.first[size_t(expert)], block = i % pairs * TOGETHER;
-            if (slot == r.first[size_t(expert) + 1]) return;
-            const int64_t last = std::min(block + TOGETHER, p.o->blocks());
-            float* const out = p.out + slot * rows;
-            const Activations a = expert_inputs(*p.o, expert);
-            const std::vector<Chunk>& parts = p.o->chunks(a.planes);
-            variant().rows(p.o->weight(expert), parts.data(), int64_t(parts.size()), a, block, last, out, FP32, rows);
-            add_bias(p, expert, out, a.tokens, block, last);
-        });
+        const int64_t experts = int64_t(r.first.size()) - 1;
+        each_rows(products.begin(), products.end(), TOGETHER, experts,
+                  [&](int64_t expert, const Product& p, int64_t begin, int64_t end) {
+                      const int64_t slot = r.first[size_t(expert)], rows = p.o->m.rows;
+                      if (slot == r.first[size_t(expert) + 1]) return;
+                      const Activations a = expert_inputs(*p.o, expert);
+                      const std::vector<Chunk>& parts = p.o->chunks(a.planes);
+                      const int64_t count = int64_t(parts.size());
+                      float* const out = p.out + slot * rows;
+                      variant().rows(p.o->weight(expert), parts.data(), count, a, begin, end, out, FP32, rows);
+                      add_bias(p, expert, out, a.tokens, begin, end);
+                  });
     }
 
     void experts(const LayerOperands& o) {
@@ -266,11 +257,14 @@ class PromptWorker {
             Input in(scratch_, p_.planes);
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
             multiply(o.router, in, 0, 0, o.router.blocks(), r.scores.data() + begin(b) * count, count);
-            for (int64_t t = begin(b); t < end(b); ++t)
-                choose(r.scores.data() + t * count, int(count), int(k), m_.renormalize != 0, r.chosen.data() + t * k,
-                       r.weights.data() + t * k);
+            for (int64_t t = begin(b); t < end(b); ++t) {
+                int* const chosen = r.chosen.data() + t * k;
+                float* const weights = r.weights.data() + t * k;
+                choose(r.scores.data() + t * count, int(count), int(k), m_.renormalize != 0, chosen, weights);
+                order(int(k), chosen, weights);
+            }
         });
-        each(1, [&](int64_t) { r.sort(count_, int(k), int(most())); });
+        each(1, [&](int64_t) { r.sort(count_ * k, k, most()); });
         took(ROUTER);
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
@@ -300,29 +294,10 @@ class PromptWorker {
         float* to = room_.delta.data() + t * m_.hidden;
         std::fill_n(to, m_.hidden, 0.f);
         for (int64_t i = t * m_.top_k; i < (t + 1) * m_.top_k; ++i) {
-            const float weight = r.shares[size_t(i)];
+            const float weight = r.weights[size_t(i)];
             const float* from = r.products.data() + r.places[size_t(i)] * m_.hidden;
             for (int c = 0; c < m_.hidden; ++c) to[c] += weight * from[c];
         }
-    }
-
-    int64_t cache_base(int layer, int64_t head) const {
-        const int64_t sequence = int64_t(layer) * c_.slots + p_.slot;
-        return (sequence * m_.key_value_heads + head) * c_.positions * padded_dim(m_.head_dim);
-    }
-
-    // of heads, or null
-    const float* own_norm(const float* weight) const {
-        return weight == nullptr ? nullptr : weight + int64_t(p_.member) * m_.head_dim;
-    }
-
-    // A row of a head, normed where the model does so, and turned to its position.
-    void turn(const float* row, const float* weight, int64_t t, float scale, float* to) const {
-        const int dim = m_.head_dim;
-        const int64_t at = (position_ + t) * (dim / 2);
-        float scratch[MAX_HEAD_DIM];
-        if (weight != nullptr) norm(row, weight, dim, m_.epsilon, scratch), row = scratch;
-        rotate(row, m_.cosine + at, m_.sine + at, dim, scale, to);
     }
 
     void attention(const Layer& l, int layer) {
@@ -332,8 +307,8 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t)
                 for (int64_t head = 0; head < heads; ++head) {
                     const int64_t at = (t * heads + head) * dim;
-                    turn(room_.key.data() + at, own_norm(l.key_norm), t, 1.f, turned);
-                    put(c_, cache_base(layer, head), position_ + t, int(dim), turned, room_.value.data() + at);
+                    turn(m_, room_.key.data() + at, l.key_norm, p_.member, position_ + t, 1.f, turned);
+                    put(c_, head_base(m_, c_, layer, p_.slot, head), position_ + t, int(dim), turned, room_.value.data() + at);
                 }
         });
         // the last tokens have the most to see, so they begin
@@ -349,7 +324,7 @@ class PromptWorker {
     // Tokens [first, last) of the query heads that share a key-value head.
     template <class T>
     void attend_tokens(const Layer& l, int layer, int64_t head, int64_t first, int64_t last) {
-        const int64_t group = m_.heads / m_.key_value_heads, base = cache_base(layer, head);
+        const int64_t group = m_.heads / m_.key_value_heads, base = head_base(m_, c_, layer, p_.slot, head);
         const T* keys = static_cast<const T*>(c_.keys) + base;
         const T* values = static_cast<const T*>(c_.values) + base;
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
@@ -364,8 +339,8 @@ class PromptWorker {
         const int dim = m_.head_dim, width = padded_dim(dim), part = PART_HEAD + width;
         const int64_t at = t * m_.heads + head, seen = position_ + t + G;
         for (int g = 0; g < G; ++g)
-            turn(room_.query.data() + (at + g * m_.heads) * dim, own_norm(l.query_norm), t + g, m_.attention_scale,
-                 queries_.data() + g * width);
+            turn(m_, room_.query.data() + (at + g * m_.heads) * dim, l.query_norm, p_.member, position_ + t + g,
+                 m_.attention_scale, queries_.data() + g * width);
         attend<T, G, 1>(keys, values, queries_.data(), dim, 0, seen, weights_.data(), padded(seen) + 2 * LANES, parts_.data());
         for (int g = 0; g < G; ++g)
             combine(parts_.data() + g * part, 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);

@@ -10,50 +10,47 @@ namespace llmcompress::decode {
 // Tokens that go through all layers at once; what they leave between two products should stay in the last-level cache.
 constexpr int64_t PIECE = 512;
 
+// Bytes by which the rounded tokens of an expert may be moved so that each array begins on a cache line (place_activations).
+constexpr size_t EXPERT_LINES = 4 * 64;
+
 // A family's tables take more (tree.h).
 inline int64_t piece_of(const Engine& e) { return e.m.members > 0 ? TREE_PASS : PIECE; }
 
-// Tokens of a routed layer by experts: its slots, k to a token, in ascending order of their experts.
+// Slots of a routed layer, k to a token, and their order by experts.
 struct Routed {
-    std::vector<float> scores, weights;  // [tokens, E], [tokens, k]
-    std::vector<int> chosen;             // [tokens, k]
-    std::vector<int64_t> tokens;         // [slots], whose
-    std::vector<int64_t> places;         // [tokens, k]: where a token's slots are, by ascending expert
-    std::vector<float> shares;           // the same: what they count
-    std::vector<int64_t> first;          // [E + 1]: slots of each expert
-    std::vector<float> products;         // [slots, H]
+    std::vector<float> scores;            // [tokens, E]
+    std::vector<int> chosen;              // [tokens, k], ascending
+    std::vector<float> weights;           // [tokens, k]
+    std::vector<int64_t> places;          // [tokens, k]: where a slot is among those of all experts
+    std::vector<int64_t> tokens;          // [slots] by experts, whose they are
+    std::vector<int64_t> first, next;     // [E + 1]: slots of each expert; where the next one goes
+    std::vector<float> products;          // [slots, H] by experts
     struct Block {
-        int expert;
-        int64_t block;
+        int64_t expert, block;
     };
     std::vector<Block> blocks;  // of tokens that are rounded together
 
     void make_room(int64_t count, int64_t experts, int64_t k, int64_t hidden) {
         const size_t slots = size_t(count * k);
-        scores.resize(size_t(count * experts)), weights.resize(slots), shares.resize(slots), chosen.resize(slots);
-        tokens.resize(slots), places.resize(slots), first.resize(size_t(experts) + 1), products.resize(slots * size_t(hidden));
+        scores.resize(size_t(count * experts)), weights.resize(slots), chosen.resize(slots), places.resize(slots);
+        tokens.resize(slots), first.resize(size_t(experts) + 1), products.resize(slots * size_t(hidden));
     }
 
     // from what the tokens chose
-    void sort(int64_t count, int k, int most) {
-        const int64_t experts = int64_t(first.size()) - 1;
+    void sort(int64_t slots, int64_t k, int64_t most) {
+        std::fill(first.begin(), first.end(), 0);
+        for (int64_t i = 0; i < slots; ++i) ++first[size_t(chosen[size_t(i)]) + 1];
         blocks.clear();
-        std::vector<int64_t> taken(size_t(count), 0);
-        int64_t slot = 0;
-        for (int e = 0; e < experts; ++e) {
-            first[size_t(e)] = slot;
-            for (int64_t t = 0; t < count; ++t) {
-                const int* mine = chosen.data() + t * k;
-                const int* at = std::find(mine, mine + k, e);
-                if (at == mine + k) continue;
-                const size_t place = size_t(t * k + taken[size_t(t)]++);
-                shares[place] = weights[size_t(at - chosen.data())];
-                places[place] = slot;
-                tokens[size_t(slot++)] = t;
-            }
-            for (int64_t b = 0; b * most < slot - first[size_t(e)]; ++b) blocks.push_back({e, b});
+        for (size_t e = 0; e + 1 < first.size(); ++e) {
+            for (int64_t b = 0; b * most < first[e + 1]; ++b) blocks.push_back({int64_t(e), b});
+            first[e + 1] += first[e];
         }
-        first[size_t(experts)] = slot;
+        next = first;
+        for (int64_t i = 0; i < slots; ++i) {
+            const int64_t place = next[size_t(chosen[size_t(i)])]++;
+            places[size_t(i)] = place;
+            tokens[size_t(place)] = i / k;
+        }
     }
 };
 
@@ -79,11 +76,11 @@ struct PromptRoom {
         for (const LayerOperands& l : e.layers) {
             for (const Operand* o : {&l.query, &l.key, &l.value, &l.output}) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.up, &l.down}) room_for(*o, tokens);
-            // every expert's begin on a line and fill whole blocks
             for (const Operand* o : {&l.gate, &l.down})
-                if (l.router.present()) room_for(*o, slots + e.experts * (MAX_BATCH + LANES));
+                if (l.router.present()) room_for(*o, slots + e.experts * MAX_BATCH);
         }
-        activations.resize(most + size_t(e.experts) * 5 * 64);
+        // the last expert's lines come on top
+        activations.resize(most + size_t(e.experts + 1) * EXPERT_LINES);
     }
 };
 

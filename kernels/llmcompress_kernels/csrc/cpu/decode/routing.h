@@ -24,4 +24,11 @@ inline void choose(const float* logits, int n, int k, bool renormalize, int* cho
     for (int j = 0; renormalize && j < k; ++j) weights[j] /= kept;
 }
 
+// Put k chosen experts into ascending order, their weights with them.
+inline void order(int k, int* chosen, float* weights) {
+    for (int j = 1; j < k; ++j)
+        for (int i = j; i > 0 && chosen[i - 1] > chosen[i]; --i)
+            std::swap(chosen[i - 1], chosen[i]), std::swap(weights[i - 1], weights[i]);
+}
+
 }  // namespace LLMCOMPRESS_ISA

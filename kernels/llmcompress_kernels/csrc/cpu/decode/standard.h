@@ -8,12 +8,12 @@
 #include <cstring>
 
 #include "clock.h"
-#include "llmcompress/barrier.h"
 #include "decode.h"
 #include "engine.h"
+#include "llmcompress/barrier.h"
+#include "llmcompress/types.h"
 #include "prompt_room.h"
 #include "workers.h"
-#include "llmcompress/types.h"
 
 // vectors of sixteen floats pass between inlined functions only, so their calling convention does not matter
 #pragma GCC diagnostic ignored "-Wpsabi"

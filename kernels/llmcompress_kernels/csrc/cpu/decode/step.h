@@ -58,12 +58,8 @@ class Worker {
 
     void embed() {
         for (int b = 0; b < s_.batch; ++b) {
-            float* to = own_.hidden.data() + b * m_.hidden;
-            const int64_t at = s_.tokens[b] * m_.hidden;
             const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[member(b)];
-            for (int i = 0; i < m_.hidden; ++i)
-                to[i] = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[at + i]
-                                                : widen(static_cast<const uint16_t*>(from.data)[at + i]);
+            embedding_row(from, s_.tokens[b], m_.hidden, own_.hidden.data() + b * m_.hidden);
         }
     }
 
@@ -120,29 +116,18 @@ class Worker {
         add_delta();
     }
 
-    int64_t cache_base(int layer, int b, int head) const {
-        const int64_t sequence = int64_t(layer) * c_.slots + s_.slots[b];
-        return (sequence * m_.key_value_heads + head) * c_.positions * padded_dim(m_.head_dim);
-    }
-
-    const float* cosine(int b) const { return m_.cosine + s_.positions[b] * (m_.head_dim / 2); }
-    const float* sine(int b) const { return m_.sine + s_.positions[b] * (m_.head_dim / 2); }
-
     void append(const Layer& l, int layer, int b, int head) {
         const int dim = m_.head_dim;
-        const int64_t base = cache_base(layer, b, head), at = (int64_t(b) * m_.key_value_heads + head) * dim;
-        float normed[MAX_HEAD_DIM], turned[MAX_HEAD_DIM];
-        const float* k = sh_.key.data() + at;
-        if (l.key_norm != nullptr) norm(k, l.key_norm + member(b) * dim, dim, m_.epsilon, normed), k = normed;
-        rotate(k, cosine(b), sine(b), dim, 1.f, turned);
-        const float* v = sh_.value.data() + at;
-        put(c_, base, s_.positions[b], dim, turned, v);
+        const int64_t at = (int64_t(b) * m_.key_value_heads + head) * dim;
+        float turned[MAX_HEAD_DIM];
+        turn(m_, sh_.key.data() + at, l.key_norm, member(b), s_.positions[b], 1.f, turned);
+        put(c_, head_base(m_, c_, layer, s_.slots[b], head), s_.positions[b], dim, turned, sh_.value.data() + at);
     }
 
     template <class T>
     void attend_chunk(const Layer& l, int layer, int b, int head, int chunk) {
         const int dim = m_.head_dim, width = padded_dim(dim), group = m_.heads / m_.key_value_heads;
-        const int64_t base = cache_base(layer, b, head), length = s_.positions[b] + 1;
+        const int64_t base = head_base(m_, c_, layer, s_.slots[b], head), length = s_.positions[b] + 1;
         // chunks begin at whole vectors of positions
         const int64_t vectors = row_blocks(length);
         const int64_t first = vectors * chunk / sh_.chunks * LANES;
@@ -156,12 +141,9 @@ class Worker {
             }
             return;
         }
-        float normed[MAX_HEAD_DIM];
-        for (int g = 0; g < group; ++g) {
-            const float* q = sh_.query.data() + (int64_t(b) * m_.heads + int64_t(head) * group + g) * dim;
-            if (l.query_norm != nullptr) norm(q, l.query_norm + member(b) * dim, dim, m_.epsilon, normed), q = normed;
-            rotate(q, cosine(b), sine(b), dim, m_.attention_scale, own_.queries.data() + g * width);
-        }
+        for (int g = 0; g < group; ++g)
+            turn(m_, sh_.query.data() + (int64_t(b) * m_.heads + int64_t(head) * group + g) * dim, l.query_norm, member(b),
+                 s_.positions[b], m_.attention_scale, own_.queries.data() + g * width);
         attend_heads<T>(group, static_cast<const T*>(c_.keys) + base, static_cast<const T*>(c_.values) + base,
                         own_.queries.data(), dim, first, last, own_.weights.data(), c_.positions + LANES, out);
     }

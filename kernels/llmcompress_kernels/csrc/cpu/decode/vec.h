@@ -44,6 +44,14 @@ inline F16 load_float(const uint16_t* p) {
     return (F16)(__builtin_convertvector(load<H16>(p), U16) << 16);
 }
 
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+    const uint32_t u = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
 inline void store_one(float* p, float x) { *p = x; }
 inline void store_one(uint16_t* p, float x) { *p = float_to_bf16(x); }
 
