@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,9 +92,15 @@ class _Step(ctypes.Structure):
     )
 
 
+# decides on a layer's choice of experts: number of the layer, router logits float32 [T, E], weights float32 [T, k] and
+# experts int32 [T, k], ascending; the last two are changed in place, where E empties a slot
+Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
+_REROUTE = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
 class _Prompt(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds", "reroute")),
         *((name, ctypes.c_int64) for name in ("count", "start")),
         *((name, ctypes.c_int32) for name in ("slot", "member", "planes", "threads")),
     )
@@ -512,6 +518,7 @@ def prompt(
     threads: int | None = None,
     seconds: Tensor | None = None,
     member: int = 0,
+    reroute: Reroute | None = None,
 ) -> Tensor:
     """Compute any number of tokens of one sequence at once, all layers but no head.
 
@@ -525,12 +532,14 @@ def prompt(
         threads: torch's by default.
         seconds: As in :func:`step`; rounding and waiting are counted where they happen.
         member: Of a family, whose tokens they are.
+        reroute: Called once for every layer with experts, between their choice and their work.
 
     Returns:
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
 
     Raises:
         ValueError: A size is out of range.
+        Exception: What ``reroute`` raised, after all layers; the positions in the cache are useless then.
     """
     count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[0])
     if not decoder.takes_prompts:
@@ -542,12 +551,37 @@ def prompt(
     _check_numbers(decoder, tokens, planes)
     hidden = torch.empty(1, decoder.hidden)
     given = (tokens, hidden, seconds)
+    raised: list[BaseException] = []
+    callback = _REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
     call = _Prompt(
-        *(None if t is None else t.data_ptr() for t in given),
+        *(None if t is None else t.data_ptr() for t in given), ctypes.cast(callback, ctypes.c_void_p),
         count, start, slot, member, planes, threads or torch.get_num_threads(),
     )  # fmt: skip
     library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
+    if raised:
+        raise raised[0]
     return hidden
+
+
+def _callback(decoder: Decoder, count: int, reroute: Reroute, raised: list[BaseException]) -> Any:
+    """``reroute`` for C++, which has no exceptions to pass on: they are collected, and the calls after one left out."""
+
+    def rows(address: int, columns: int, kind: Any = ctypes.c_float) -> Tensor:
+        memory = (kind * (count * columns)).from_address(address)
+        dtype = torch.float32 if kind is ctypes.c_float else torch.int32
+        return torch.frombuffer(memory, dtype=dtype).view(count, columns)
+
+    def call(layer: int, scores: int, weights: int, chosen: int) -> None:
+        try:
+            if not raised:
+                router = decoder.layers[layer].router
+                assert router is not None
+                k = decoder.top_k
+                reroute(layer, rows(scores, router.rows), rows(weights, k), rows(chosen, k, ctypes.c_int32))
+        except BaseException as error:  # raised again by the caller
+            raised.append(error)
+
+    return _REROUTE(call)
 
 
 def _check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:

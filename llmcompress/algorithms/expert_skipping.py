@@ -49,8 +49,11 @@ def expert_counts(index: Tensor, valid: Tensor, group: Tensor, groups: int, num_
         int64 ``[G, N]``.
     """
     counted = valid.unsqueeze(-1) & (index >= 0) & (index < num_experts)
-    flat = (group.unsqueeze(-1) * num_experts + index)[counted]
-    return torch.bincount(flat, minlength=groups * num_experts).view(groups, num_experts)
+    # what does not count goes into a place of its own: picking out the rest would make a GPU wait
+    size = groups * num_experts
+    flat = torch.where(counted, group.unsqueeze(-1) * num_experts + index, size).view(-1)
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:size].view(groups, num_experts)
 
 
 def rarely_used(counts: Tensor, lengths: Tensor, top_k: int, alpha: float) -> Tensor:

@@ -1,8 +1,9 @@
 """The native engine: a loaded model's weights in the decode step's layout, its cache, prompt and token steps.
 
 transformers runs about ten Python modules per layer and token, which alone limits a small model to 55–70 tokens per
-second. Here a token is one call, and so is the prompt of a packed model. Other prompts, and those of models with an
-expert-skipping policy (PESF), go through transformers' own forward; what its cache holds is copied over.
+second. Here a token is one call, and so is the prompt of a packed model, where an expert-skipping policy (PESF) has its
+say between the routers and the experts. Other prompts go through transformers' own forward; what its cache holds is
+copied over.
 """
 
 from __future__ import annotations
@@ -262,8 +263,11 @@ class Engine:
             assert member is not None
             self._owners[slot] = self.members.index(member)
         policy = getattr(self.model, "llmcompress_skipping", None)
-        if policy is None and len(tokens) > native.MAX_BATCH and self.decoder.takes_prompts:
-            return self._prompt_at_once(slot, tokens)
+        if policy is not None and not policy.acts_on(len(tokens)):
+            policy.prompt(len(tokens))  # counted, no more
+            policy = None
+        if len(tokens) > native.MAX_BATCH and self.decoder.takes_prompts:
+            return self._prompt_at_once(slot, tokens, None if policy is None else policy.prompt(len(tokens)))
         if policy is None and len(tokens) <= SHORT_PROMPT:
             return self._prompt_by_steps(slot, tokens)
         ids = torch.tensor([list(tokens)])
@@ -290,11 +294,12 @@ class Engine:
         self.lengths[slot] = len(tokens)
         return self._logits[(len(tokens) - 1) % native.MAX_BATCH].clone()
 
-    def _prompt_at_once(self, slot: int, tokens: Sequence[int]) -> Tensor:
+    def _prompt_at_once(self, slot: int, tokens: Sequence[int], reroute: native.Reroute | None = None) -> Tensor:
         ids, at = torch.tensor(list(tokens)), torch.tensor([len(tokens) - 1])
         hidden = native.prompt(
-            self.decoder, self.cache, ids, slot, planes=self.planes, threads=self.threads, member=self._owners[slot]
-        )
+            self.decoder, self.cache, ids, slot, planes=self.planes, threads=self.threads, member=self._owners[slot],
+            reroute=reroute,
+        )  # fmt: skip
         layers = (len(self.decoder.layers),) * 2
         native.step(
             self.decoder, self.cache, ids[-1:], at, torch.tensor([slot], dtype=torch.int32), self._logits,

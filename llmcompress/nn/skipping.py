@@ -13,7 +13,7 @@ depend on the policy even with ``decode: off``. With chunked prefill each chunk 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,15 +164,16 @@ class SkippingController:
         self._lengths: Tensor | None = None
         self._phase = "prefill"
         self._layers: list[_LayerState] = []
+        self._of_block: dict[int, _LayerState] = {}
         self._handles: list[Any] = [model.base_model.register_forward_pre_hook(self._enter_model, with_kwargs=True)]
-        for block in layout.blocks:
+        for number, block in enumerate(layout.blocks):
             for sublayer in block.sublayers:
                 if sublayer.experts is not None:
-                    self._hook_layer(sublayer.module, sublayer.experts)
+                    self._of_block[number] = self._hook_layer(sublayer.module, sublayer.experts)
         self._implementation = model.config._experts_implementation
         self._use_sentinel_experts()
 
-    def _hook_layer(self, block: str, bank: ExpertBank) -> None:
+    def _hook_layer(self, block: str, bank: ExpertBank) -> _LayerState:
         router = self._model.get_submodule(bank.router.module)
         layer = _LayerState(bank, RouterRule.of(router, bank.router, bank.top_k))
         self._layers.append(layer)
@@ -186,6 +187,7 @@ class SkippingController:
 
         self._handles.append(self._model.get_submodule(block).register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(router.register_forward_hook(rewrite))
+        return layer
 
     def _use_sentinel_experts(self) -> None:
         """Switch dense transformers experts to the function that knows the sentinel."""
@@ -205,18 +207,49 @@ class SkippingController:
         if tokens is None:
             tokens = args[0]
         batch, length = tokens.shape[:2]
-        self._phase = "prefill" if length > 1 else "decode"
+        self._enter(length)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         usable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= length
         self._mask = mask[:, -length:].bool() if usable and isinstance(mask, Tensor) else None
         if self._mask is None and self._lengths is not None and len(self._lengths) == batch:
             self._mask = torch.arange(length) < self._lengths[:, None]
+
+    def _enter(self, length: int) -> None:
+        """Note and count what kind of pass begins, over so many positions."""
+        self._phase = "prefill" if length > 1 else "decode"
         if self._phase == "decode":
             self.calls["decode"] += 1
         elif self.policy.method == "pesf" and length < self._min_len():
             self.calls["short"] += 1
         else:
             self.calls["prefill"] += 1
+
+    def acts_on(self, length: int) -> bool:
+        """Whether the policy looks at a prompt of so many tokens at all."""
+        return length >= max(2, self._min_len() if self.policy.method == "pesf" else self._min_len_fixed())
+
+    def prompt(self, length: int) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+        """The policy for one prompt that does not go through the model's modules.
+
+        Args:
+            length: Its tokens, one sequence without padding.
+
+        Returns:
+            A function of the block's number, router logits ``[T, E]``, weights ``[T, k]`` and experts int32 ``[T, k]``,
+            that changes the last two in place: experts ascending, ``E`` in empty slots. Statistics count the prompt.
+        """
+        self._mask = None
+        self._enter(length)
+
+        def reroute(block: int, logits: Tensor, weights: Tensor, index: Tensor) -> None:
+            layer = self._of_block[block]
+            layer.shape = (1, length)
+            _, shares, chosen = self._rewrite(layer, logits, weights, index.long())
+            experts, order = chosen.sort(dim=-1)
+            index.copy_(experts)
+            weights.copy_(shares.gather(-1, order))
+
+        return reroute
 
     @contextmanager
     def padded(self, lengths: Tensor) -> Iterator[None]:
@@ -276,7 +309,9 @@ class SkippingController:
         policy, bank = self.policy, layer.bank
         batch, length = layer.shape
         groups = batch if policy.scope == "sequence" else 1
-        group = torch.arange(batch * length, device=index.device) // (length if groups > 1 else batch * length)
+        group = torch.zeros(batch * length, dtype=torch.int64, device=index.device)
+        if groups > 1:
+            group = torch.arange(batch, device=index.device).repeat_interleave(length)
         if self._phase == "decode":
             sticky = layer.sticky
             if sticky is None or sticky.shape[0] not in (groups, batch):
@@ -287,7 +322,7 @@ class SkippingController:
         if length < self._min_len():
             return None
         counts = expert_counts(index, valid, group, groups, bank.num_experts)
-        lengths = torch.bincount(group[valid], minlength=groups)
+        lengths = torch.zeros(groups, dtype=torch.int64, device=index.device).scatter_add_(0, group, valid.long())
         banned = rarely_used(counts, lengths, bank.top_k, policy.alpha)
         if policy.scope == "sequence":
             # a short prompt is left alone in the company of longer ones as well

@@ -10,6 +10,8 @@ from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
 
 from llmcompress.inference.engine import Engine
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.skipping import attach
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
@@ -87,6 +89,60 @@ def test_widths_that_differ_within_a_layer(decoders: Any, ids: torch.Tensor) -> 
         mine.mlp.up_proj = theirs.mlp.up_proj
     at_once, by_steps = both(Engine(model, slots=2, positions=64, threads=1), ids[:40])
     assert torch.equal(at_once, by_steps)
+
+
+POLICIES: tuple[dict[str, Any], ...] = (
+    {"alpha": 0.9},
+    {"alpha": 0.9, "keep_top1": True, "renormalize": "yes"},
+    {"alpha": 0.9, "renormalize": "no"},
+    {"alpha": 1.0, "fallback": "reroute"},
+    {"method": "top_k_minus_one"},
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
+    # more than a piece, so that experts are counted over several
+    tokens = torch.randint(3, 72, (600,), generator=torch.Generator().manual_seed(3))
+    changes = {**QWEN3_MOE, "num_hidden_layers": 3} if family == "qwen3_moe" else {}
+    model = decoders.packed(family, 4, max_position_embeddings=1024, **changes)
+    with torch.inference_mode():
+        untouched = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]
+        controller = attach(model, layout_from_config(model.config.to_dict()), policy)
+        expected = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]
+        told = controller.statistics()
+        controller.reset()
+        found = Engine(model, positions=608, threads=2).prompt(0, tokens.tolist())
+    mine = controller.statistics()
+    assert mine["total"]["slots_dropped"] > 0
+    assert {**mine, "seconds": 0} == {**told, "seconds": 0}
+    assert (found - expected).abs().max() < 3e-5
+    assert (found - untouched).abs().max() > 1e-3
+
+
+def test_prompts_that_a_policy_leaves_alone(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("mixtral", 4)
+    expected = Engine(model, positions=48).prompt(0, ids[:40].tolist())
+    controller = attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9, "min_len": 41})
+    engine = Engine(model, positions=48)
+    assert torch.equal(engine.prompt(0, ids[:40].tolist()), expected)
+    assert torch.equal(engine.prompt(0, ids[:5].tolist()), engine.prompt(0, ids[:5].tolist()))
+    assert controller.statistics()["calls"] == {"prefill": 0, "short": 3, "decode": 0}
+    assert controller.statistics()["total"]["tokens"] == 0
+
+
+def test_what_rerouting_raises(decoders: Any, ids: torch.Tensor) -> None:
+    engine = Engine(decoders.packed("mixtral", 4), positions=48, threads=2)
+    layers = []
+
+    def refuse(layer: int, logits: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> None:
+        layers.append((layer, logits.shape, weights.shape, chosen.shape))
+        raise KeyError("no")
+
+    with pytest.raises(KeyError, match="no"):
+        native.prompt(engine.decoder, engine.cache, ids[:20], 0, reroute=refuse)
+    assert layers == [(0, (20, 8), (20, 2), (20, 2))]
 
 
 def test_what_it_does_not_take(decoders: Any, ids: torch.Tensor) -> None:

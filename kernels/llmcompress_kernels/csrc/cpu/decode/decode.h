@@ -81,11 +81,16 @@ struct Step {
     int32_t reserved;
 };
 
+// Called between a layer's choice of experts and its experts, once for all tokens: scores [T, E] of the router, weights [T, k]
+// and experts chosen [T, k], ascending, to be changed in place; E empties a slot. Runs on the thread that called.
+using Reroute = void (*)(int32_t layer, const float* scores, float* weights, int32_t* chosen);
+
 // Tokens of one sequence, one after the other.
 struct Prompt {
     const int64_t* tokens;  // [T]
     float* hidden;          // [H], written: the last token's after all layers
     double* seconds;        // [PHASES], as of a step, waiting for others left in what they do
+    Reroute reroute;        // or null
     int64_t count;          // T
     int64_t start;          // position of the first; the cache holds what comes before
     int32_t slot, member, planes, threads;

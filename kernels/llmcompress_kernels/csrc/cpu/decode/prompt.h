@@ -1,8 +1,9 @@
 // A prompt through all layers: many tokens share every reading of a weight.
 //
-// Threads take tasks from a counter, a few tokens or a few blocks of rows each, and meet at a barrier when those of a kind are
-// done, ten times a layer. Tokens are rounded once for all products that read them alike (lowbit.h, many tokens). Attention
-// goes by heads and four tokens, over the keys and values that the cache holds by then.
+// Layer by layer, a piece of the prompt after the other. A layer's experts begin when all its tokens have chosen, for somebody
+// may then change the choice. Threads take tasks from a counter, a few tokens or a few blocks of rows each, and meet at a
+// barrier when those of a kind are done, ten times a layer and piece. Tokens are rounded once for all products that read them
+// alike (lowbit.h, many tokens). Attention goes by heads and four tokens, over the keys and values that the cache holds by then.
 #pragma once
 
 #include <initializer_list>
@@ -35,25 +36,32 @@ class PromptWorker {
     }
 
     void run() {
-        const int64_t piece = piece_of(e_);
-        for (int64_t first = 0; first < p_.count; first += piece) {
-            tokens_ = p_.tokens + first;
-            count_ = std::min(piece, p_.count - first);
-            position_ = p_.start + first;
-            const Matrix& words = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[p_.member];
+        const Matrix& words = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[p_.member];
+        pieces([&] {
             each(blocks(), [&](int64_t b) {
-                for (int64_t t = begin(b); t < end(b); ++t) embedding_row(words, tokens_[t], m_.hidden, hidden(t));
+                for (int64_t t = begin(b); t < end(b); ++t)
+                    embedding_row(words, p_.tokens[first_ + t], m_.hidden, hidden(t));
             });
-            took(NORM);
-            for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
-        }
+        });
+        took(NORM);
+        for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
         if (thread_ != 0) return;
-        const int64_t last = (count_ - 1) * m_.hidden;
+        const int64_t last = (p_.count - 1) * m_.hidden;
         for (int i = 0; i < m_.hidden; ++i) p_.hidden[i] = room_.hidden[size_t(last + i)] + room_.delta[size_t(last + i)];
     }
 
   private:
     void took(Phase phase) { clock_.took(phase); }
+
+    // For every piece, to whose tokens the methods below belong.
+    template <class F>
+    void pieces(F&& work) {
+        const int64_t size = piece_of(e_);
+        for (first_ = 0; first_ < p_.count; first_ += size) {
+            count_ = std::min(size, p_.count - first_);
+            work();
+        }
+    }
 
     struct Product {
         const Operand* o;
@@ -77,19 +85,35 @@ class PromptWorker {
     int64_t begin(int64_t block) const { return block * most(); }
     int64_t end(int64_t block) const { return std::min(count_, (block + 1) * most()); }
 
-    float* hidden(int64_t t) { return room_.hidden.data() + t * m_.hidden; }
+    int64_t position(int64_t t) const { return p_.start + first_ + t; }
+    float* hidden(int64_t t) { return room_.hidden.data() + (first_ + t) * m_.hidden; }
+    float* delta(int64_t t) { return room_.delta.data() + (first_ + t) * m_.hidden; }
     float* normed(int64_t t) { return room_.normed.data() + t * m_.hidden; }
 
     void layer(const LayerOperands& o, int index) {
+        pieces([&] {
+            mix(o, index);
+            if (o.router.present()) choose_experts(o);
+            else gated_mlp(o);
+        });
+        if (!o.router.present()) return;
+        if (p_.reroute != nullptr) {
+            Routed& r = room_.routed;
+            if (thread_ == 0) p_.reroute(index, r.scores.data(), r.weights.data(), r.chosen.data());
+            barrier_.wait();
+            took(ROUTER);
+        }
+        pieces([&] { experts(o); });
+    }
+
+    void mix(const LayerOperands& o, int index) {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 room_.normed.data(), QKV, [&](int64_t t) {
                     if (index > 0) add_delta(t);
                     norm_hidden(t, o.l.attention_norm);
                 });
         attention(o.l, index);
-        project({{&o.output, room_.delta.data()}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
-        if (o.router.present()) experts(o);
-        else gated_mlp(o);
+        project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
     void gated_mlp(const LayerOperands& o) {
@@ -98,12 +122,12 @@ class PromptWorker {
             add_delta(t);
             norm_hidden(t, o.l.mlp_norm);
         });
-        project({{&o.down, room_.delta.data()}}, room_.gate.data(), DOWN,
+        project({{&o.down, delta(0)}}, room_.gate.data(), DOWN,
                 [&](int64_t t) { open_gate(room_.gate.data() + t * width, room_.up.data() + t * width, width); });
     }
 
     void add_delta(int64_t t) {
-        const float* from = room_.delta.data() + t * m_.hidden;
+        const float* from = delta(t);
         float* to = hidden(t);
         for (int i = 0; i < m_.hidden; ++i) to[i] += from[i];
     }
@@ -241,14 +265,9 @@ class PromptWorker {
                   });
     }
 
-    void experts(const LayerOperands& o) {
+    void choose_experts(const LayerOperands& o) {
         Routed& r = room_.routed;
-        const int64_t count = o.router.m.rows, width = o.gate.m.rows, k = m_.top_k;
-        const auto round = [&](const Operand& w, const Routed::Block& b, const float* from, const int64_t* index) {
-            const std::vector<Chunk>& parts = w.chunks(p_.planes);
-            variant().quantize(w.weight(b.expert), parts.data(), int64_t(parts.size()), from, FP32, w.m.columns, index,
-                               expert_inputs(w, b.expert), b.block);
-        };
+        const int64_t count = o.router.m.rows, k = m_.top_k;
         each(blocks(), [&](int64_t b) {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 add_delta(t);
@@ -256,15 +275,30 @@ class PromptWorker {
             }
             Input in(scratch_, p_.planes);
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
-            multiply(o.router, in, 0, 0, o.router.blocks(), r.scores.data() + begin(b) * count, count);
+            float* const scores = r.scores.data() + first_ * count;
+            multiply(o.router, in, 0, 0, o.router.blocks(), scores + begin(b) * count, count);
             for (int64_t t = begin(b); t < end(b); ++t) {
-                int* const chosen = r.chosen.data() + t * k;
-                float* const weights = r.weights.data() + t * k;
-                choose(r.scores.data() + t * count, int(count), int(k), m_.renormalize != 0, chosen, weights);
+                int* const chosen = r.chosen.data() + (first_ + t) * k;
+                float* const weights = r.weights.data() + (first_ + t) * k;
+                choose(scores + t * count, int(count), int(k), m_.renormalize != 0, chosen, weights);
                 order(int(k), chosen, weights);
             }
         });
-        each(1, [&](int64_t) { r.sort(count_ * k, k, most()); });
+        took(ROUTER);
+    }
+
+    void experts(const LayerOperands& o) {
+        Routed& r = room_.routed;
+        const int64_t width = o.gate.m.rows, k = m_.top_k;
+        const auto round = [&](const Operand& w, const Routed::Block& b, const float* from, const int64_t* index) {
+            const std::vector<Chunk>& parts = w.chunks(p_.planes);
+            variant().quantize(w.weight(b.expert), parts.data(), int64_t(parts.size()), from, FP32, w.m.columns, index,
+                               expert_inputs(w, b.expert), b.block);
+        };
+        each(1 + blocks(), [&](int64_t b) {
+            if (b == 0) return r.sort(first_ * k, count_ * k, k, most());
+            for (int64_t t = begin(b - 1); t < end(b - 1); ++t) norm_hidden(t, o.l.mlp_norm);
+        });
         took(ROUTER);
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
@@ -291,11 +325,13 @@ class PromptWorker {
     // What a token's experts say, in ascending order, as the definition adds it.
     void add_slots(int64_t t) {
         const Routed& r = room_.routed;
-        float* to = room_.delta.data() + t * m_.hidden;
+        float* to = delta(t);
         std::fill_n(to, m_.hidden, 0.f);
         for (int64_t i = t * m_.top_k; i < (t + 1) * m_.top_k; ++i) {
-            const float weight = r.weights[size_t(i)];
-            const float* from = r.products.data() + r.places[size_t(i)] * m_.hidden;
+            const int64_t place = r.places[size_t(i)];
+            if (place < 0) continue;
+            const float weight = r.weights[size_t(first_ * m_.top_k + i)];
+            const float* from = r.products.data() + place * m_.hidden;
             for (int c = 0; c < m_.hidden; ++c) to[c] += weight * from[c];
         }
     }
@@ -307,8 +343,8 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t)
                 for (int64_t head = 0; head < heads; ++head) {
                     const int64_t at = (t * heads + head) * dim;
-                    turn(m_, room_.key.data() + at, l.key_norm, p_.member, position_ + t, 1.f, turned);
-                    put(c_, head_base(m_, c_, layer, p_.slot, head), position_ + t, int(dim), turned, room_.value.data() + at);
+                    turn(m_, room_.key.data() + at, l.key_norm, p_.member, position(t), 1.f, turned);
+                    put(c_, head_base(m_, c_, layer, p_.slot, head), position(t), int(dim), turned, room_.value.data() + at);
                 }
         });
         // the last tokens have the most to see, so they begin
@@ -337,9 +373,9 @@ class PromptWorker {
     template <class T, int G>
     void attend_at(const Layer& l, int64_t head, int64_t t, const T* keys, const T* values) {
         const int dim = m_.head_dim, width = padded_dim(dim), part = PART_HEAD + width;
-        const int64_t at = t * m_.heads + head, seen = position_ + t + G;
+        const int64_t at = t * m_.heads + head, seen = position(t) + G;
         for (int g = 0; g < G; ++g)
-            turn(m_, room_.query.data() + (at + g * m_.heads) * dim, l.query_norm, p_.member, position_ + t + g,
+            turn(m_, room_.query.data() + (at + g * m_.heads) * dim, l.query_norm, p_.member, position(t) + g,
                  m_.attention_scale, queries_.data() + g * width);
         attend<T, G, 1>(keys, values, queries_.data(), dim, 0, seen, weights_.data(), padded(seen) + 2 * LANES, parts_.data());
         for (int g = 0; g < G; ++g)
@@ -354,8 +390,7 @@ class PromptWorker {
     Barrier& barrier_;
     const int thread_;
     int kind_ = 0;
-    const int64_t* tokens_ = nullptr;  // of this piece
-    int64_t count_ = 0, position_ = 0;
+    int64_t first_ = 0, count_ = 0;  // tokens of this piece
     Clock clock_;
     std::vector<float> queries_, weights_, parts_;
     std::vector<char> scratch_;

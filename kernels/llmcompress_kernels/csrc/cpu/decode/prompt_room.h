@@ -1,4 +1,4 @@
-// What the threads of a prompt share: the piece of it that goes through all layers at once.
+// What the threads of a prompt share: its hidden states, and what a piece of it leaves between two products.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace llmcompress::decode {
 
-// Tokens that go through all layers at once; what they leave between two products should stay in the last-level cache.
+// Tokens that go through a product at once; what they leave between two products should stay in the last-level cache.
 constexpr int64_t PIECE = 512;
 
 // Bytes by which the rounded tokens of an expert may be moved so that each array begins on a cache line (place_activations).
@@ -16,12 +16,12 @@ constexpr size_t EXPERT_LINES = 4 * 64;
 // A family's tables take more (tree.h).
 inline int64_t piece_of(const Engine& e) { return e.m.members > 0 ? TREE_PASS : PIECE; }
 
-// Slots of a routed layer, k to a token, and their order by experts.
+// Slots of a routed layer, k to a token, and those of a piece by experts. A slot with the expert E is empty.
 struct Routed {
-    std::vector<float> scores;            // [tokens, E]
-    std::vector<int> chosen;              // [tokens, k], ascending
-    std::vector<float> weights;           // [tokens, k]
-    std::vector<int64_t> places;          // [tokens, k]: where a slot is among those of all experts
+    std::vector<float> scores;            // [T, E]
+    std::vector<int> chosen;              // [T, k], ascending
+    std::vector<float> weights;           // [T, k]
+    std::vector<int64_t> places;          // [tokens, k]: where a slot is among those of all experts, -1 for an empty one
     std::vector<int64_t> tokens;          // [slots] by experts, whose they are
     std::vector<int64_t> first, next;     // [E + 1]: slots of each expert; where the next one goes
     std::vector<float> products;          // [slots, H] by experts
@@ -30,16 +30,19 @@ struct Routed {
     };
     std::vector<Block> blocks;  // of tokens that are rounded together
 
-    void make_room(int64_t count, int64_t experts, int64_t k, int64_t hidden) {
+    void make_room(int64_t all, int64_t count, int64_t experts, int64_t k, int64_t hidden) {
         const size_t slots = size_t(count * k);
-        scores.resize(size_t(count * experts)), weights.resize(slots), chosen.resize(slots), places.resize(slots);
-        tokens.resize(slots), first.resize(size_t(experts) + 1), products.resize(slots * size_t(hidden));
+        scores.resize(size_t(all * experts)), weights.resize(size_t(all * k)), chosen.resize(size_t(all * k));
+        places.resize(slots), tokens.resize(slots), first.resize(size_t(experts) + 1), products.resize(slots * size_t(hidden));
     }
 
-    // from what the tokens chose
-    void sort(int64_t slots, int64_t k, int64_t most) {
+    // `slots` of them, those of a piece, from slot `begin` on
+    void sort(int64_t begin, int64_t slots, int64_t k, int64_t most) {
+        const int* const expert = chosen.data() + begin;
+        const int empty = int(first.size()) - 1;
         std::fill(first.begin(), first.end(), 0);
-        for (int64_t i = 0; i < slots; ++i) ++first[size_t(chosen[size_t(i)]) + 1];
+        for (int64_t i = 0; i < slots; ++i)
+            if (expert[i] != empty) ++first[size_t(expert[i]) + 1];
         blocks.clear();
         for (size_t e = 0; e + 1 < first.size(); ++e) {
             for (int64_t b = 0; b * most < first[e + 1]; ++b) blocks.push_back({int64_t(e), b});
@@ -47,7 +50,9 @@ struct Routed {
         }
         next = first;
         for (int64_t i = 0; i < slots; ++i) {
-            const int64_t place = next[size_t(chosen[size_t(i)])]++;
+            places[size_t(i)] = -1;
+            if (expert[i] == empty) continue;
+            const int64_t place = next[size_t(expert[i])]++;
             places[size_t(i)] = place;
             tokens[size_t(place)] = i / k;
         }
@@ -55,7 +60,8 @@ struct Routed {
 };
 
 struct PromptRoom {
-    std::vector<float> hidden, normed, query, key, value, mixed, delta, gate, up;  // [tokens or slots, rows]
+    std::vector<float> hidden, delta;                                // [T, H], the second to be added to the first
+    std::vector<float> normed, query, key, value, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<char> activations;
     Routed routed;
     std::atomic<int64_t> next[2] = {0, 0};  // task to take, of this kind and of the next
@@ -63,11 +69,12 @@ struct PromptRoom {
     PromptRoom(const Engine& e, const Prompt& p) {
         const Model& m = e.m;
         const int64_t tokens = std::min(p.count, piece_of(e)), slots = tokens * std::max(1, m.top_k);
-        for (auto* rows : {&hidden, &normed, &delta}) rows->resize(size_t(tokens * m.hidden));
+        for (auto* rows : {&hidden, &delta}) rows->resize(size_t(p.count * m.hidden));
+        normed.resize(size_t(tokens * m.hidden));
         for (auto* rows : {&query, &mixed}) rows->resize(size_t(tokens * m.heads * m.head_dim));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * m.head_dim));
         for (auto* rows : {&gate, &up}) rows->resize(size_t(slots * e.intermediate));
-        if (e.experts > 0) routed.make_room(tokens, e.experts, m.top_k, m.hidden);
+        if (e.experts > 0) routed.make_room(p.count, tokens, e.experts, m.top_k, m.hidden);
         size_t most = 0;
         const auto room_for = [&](const Operand& o, int64_t count) {
             most = std::max(most, o.m.kind == TREE ? tree_activation_bytes(o.tree, count, std::max(2, p.planes))
