@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +19,11 @@ from llmcompress_kernels.reference.group_gemm import LANES
 from llmcompress_kernels.select import VARIABLE
 from torch import Tensor, nn
 
-from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
-from llmcompress.models.layout import Block, ExpertBank
-from llmcompress.models.registry import layout_from_config
+from llmcompress.inference.decoder import decoder_of, members_of, screened
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
-from llmcompress.quant.codecs import codec
-from llmcompress.quant.codecs.int_group import PACKED, SCALE, ZERO
-from llmcompress.quant.packed import PackedWeight
-from llmcompress.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,7 +198,7 @@ class Engine:
             self.decoder = decoder_of(model, head_bits)
             large = 4 * self.decoder.head.nbytes > self.decoder.step_bytes()
             if not self.members and not self.decoder.head.bits and (large if screen is None else screen):
-                self.decoder = _screened(self.decoder)
+                self.decoder = screened(self.decoder)
         self._logits = torch.empty((native.MAX_BATCH, self.decoder.vocabulary), dtype=torch.float32)
         self.slots = 0
         self.cache: native.Cache
@@ -395,184 +388,3 @@ class Engine:
 def _batch_of(model: PreTrainedModel) -> BatchRows:
     """The object that says whose the rows of a family's modules are."""
     return next(module.batch for module in model.modules() if isinstance(module, TreeLinear))
-
-
-def members_of(model: PreTrainedModel) -> list[str]:
-    """Members of a family that a model's rows may belong to, in the order of a batch; none for a single model."""
-    return next((module.names for module in model.modules() if isinstance(module, PerMember)), [])
-
-
-def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.Decoder:
-    """A model's weights in the decode step's layout.
-
-    Args:
-        model: A model that is not declined.
-        head_bits: See :class:`Engine`.
-
-    Returns:
-        The decoder, without rotary tables. Packed weights are copied into blocks; dense ones are shared where their
-        type allows it. Of a family, bits of nodes and rows of norms follow :func:`members_of`.
-    """
-    members = members_of(model)
-    config: Any = model.config.get_text_config()
-    layout = layout_from_config(model.config.to_dict())
-    base: Any = model.base_model
-    first: Any = base.layers[0].self_attn
-    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
-    output: Any = model.get_output_embeddings()
-    embeddings, heads = [], []
-    for words, last in zip(parts(base.embed_tokens), parts(output)):
-        embeddings.append(native.dense(words.weight.detach()))
-        tied = last.weight.data_ptr() == words.weight.data_ptr()
-        heads.append(embeddings[-1] if tied else native.dense(last.weight.detach(), last.bias))
-        if head_bits is not None:
-            heads[-1] = rounded_matrix(last.weight.detach(), head_bits)
-    layers = [_layer(model, block, members) for block in layout.blocks]
-    return native.Decoder(
-        layers=layers,
-        final_norm=_norm(base.norm),
-        cosine=torch.empty(0),
-        sine=torch.empty(0),
-        embedding=embeddings[0],
-        head=heads[0],
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_dim=first.head_dim,
-        epsilon=config.rms_norm_eps,
-        attention_scale=first.scaling,
-        top_k=bank.top_k if bank else 0,
-        renormalize=bool(bank and bank.router.renormalizes),
-        member_embeddings=embeddings if members else (),
-        member_heads=heads if members else (),
-    )
-
-
-def parts(module: Any) -> list[Any]:
-    """A module, or those of the members of a family that stand in its place."""
-    return list(module.parts) if isinstance(module, PerMember) else [module]
-
-
-def _norm(module: Any) -> Tensor:
-    """Weights float32 ``[H]``, or ``[M, H]`` of a family."""
-    rows = [part.weight.detach().float() for part in parts(module)]
-    return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
-
-
-def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
-    layer: Any = model.get_submodule(block.name)
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
-    if block.bank is None:
-        gate, up, down, router = (
-            *(linear_matrix(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")),
-            None,
-        )
-    else:
-        gate, up, down = _experts(model.get_submodule(block.bank.module), block.bank)
-        weight: Any = model.get_submodule(block.bank.router.module).weight
-        router = native.dense(weight.detach())
-    return native.Layer(
-        attention_norm=_norm(layer.input_layernorm),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        query=linear_matrix(attention.q_proj, members),
-        key=linear_matrix(attention.k_proj, members),
-        value=linear_matrix(attention.v_proj, members),
-        output=linear_matrix(attention.o_proj, members),
-        gate=gate,
-        up=up,
-        down=down,
-        router=router,
-        query_norm=None if norms["q_norm"] is None else _norm(norms["q_norm"]),
-        key_norm=None if norms["k_norm"] is None else _norm(norms["k_norm"]),
-    )
-
-
-def linear_matrix(module: nn.Module, members: Sequence[str] = ()) -> native.Matrix:
-    """A linear as a step reads it: dense, packed, or a tree's nodes for these members."""
-    if isinstance(module, TreeLinear):
-        return _tree(module, members)
-    bias: Any = module.bias
-    if not isinstance(module, PackedLinear):
-        weight: Any = module.weight
-        return native.dense(weight.detach(), bias)
-    module.prepare()
-    return packed_matrix(module, slice(None), bias)
-
-
-def _tree(module: TreeLinear, members: Sequence[str]) -> native.Matrix:
-    """Nodes with a bit for each member; without a family those on one model's path."""
-    module.prepare()
-    names = list(members) or [next(iter(sorted(frozenset.intersection(*module.members))))]
-    below = [sum(1 << i for i, name in enumerate(names) if name in module.members[p.node]) for p in module.planes]
-    bias = torch.stack([module.biases[name].float() for name in names]) if module.biases else None
-    size = module.group_size
-    return native.of_tree(module.planes, below, module.out_features, module.in_features, size, bias)
-
-
-def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> native.Matrix:
-    """Some rows of a packed weight, shared where they are interleaved already and copied elsewhere."""
-    tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
-    interleaved = side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop))
-    if interleaved:
-        rows = slice(*(None if end is None else end // LANES for end in (rows.start, rows.stop)))
-        parts = [None if t is None else t.narrow(-3, *_span(rows, t.shape[-3])) for t in tensors.values()]
-    else:
-        stored = side.packed_weight().tensors
-        parts = [None if t is None else t.narrow(-2, *_span(rows, t.shape[-2])) for t in map(stored.get, tensors)]
-    words, scale, zero = parts
-    assert words is not None
-    assert scale is not None
-    sizes = (side.spec.bits, side.columns_per_group, side.shape[-1])
-    return native.packed(words, scale, zero, *sizes, bias, interleaved)
-
-
-def _span(rows: slice, count: int) -> tuple[int, int]:
-    first, last, _ = rows.indices(count)
-    return first, last - first
-
-
-def _experts(experts: Any, bank: ExpertBank) -> tuple[native.Matrix, native.Matrix, native.Matrix]:
-    """Gate, up and down of a bank; the first I rows of the stacked projection are the gate."""
-    found = []
-    size = bank.intermediate
-    for key, rows in (
-        ("gate_up_proj", slice(None, size)),
-        ("gate_up_proj", slice(size, None)),
-        ("down_proj", slice(None)),
-    ):
-        side = getattr(experts, key)
-        dense = not isinstance(side, PackedTensors)
-        found.append(native.dense(side.detach()[:, rows]) if dense else packed_matrix(side, rows))
-    return found[0], found[1], found[2]
-
-
-def rounded_matrix(weight: Tensor, bits: int) -> native.Matrix:
-    """A dense weight rounded to nearest on a symmetric grid, 64 columns per scale."""
-    spec, packed = _encoded(weight, bits)
-    columns = weight.shape[-1]
-    return native.packed(packed[PACKED], packed[SCALE], None, bits, spec.group(columns), columns)
-
-
-def _encoded(weight: Tensor, bits: int) -> tuple[QuantSpec, dict[str, Tensor]]:
-    spec = QuantSpec(bits, 64, symmetric=True)
-    values = weight.float()
-    scale, zero = find_grid(values, spec, "minmax")
-    return spec, codec(spec.codec).encode(round_codes(values, scale, zero, spec), scale, zero, spec).tensors
-
-
-def _screened(decoder: native.Decoder) -> native.Decoder:
-    """Add a rounded head and, row by row, how far it can be off.
-
-    By Cauchy and Schwarz a logit differs by at most the length of the row's rounding error times that of the input.
-    Inputs of two bytes are off by at most 2^-14 of the largest of 64, so all together by sqrt(64) * 2^-14 = 4.9e-4 of
-    the input's length; with what float32 sums add that stays within the allowance of 6e-4 of the row's length.
-    """
-    weight = decoder.head.data
-    screen = rounded_matrix(weight, 8)
-    bounds = []
-    for rows in weight.split(4096):
-        spec, tensors = _encoded(rows, 8)
-        exact = rows.float()
-        near = codec(spec.codec).decode(PackedWeight(tuple(rows.shape), spec, tensors)).float()
-        bounds.append(1.001 * (exact - near).norm(dim=-1) + 6e-4 * exact.norm(dim=-1))
-    return replace(decoder, screen=replace(screen, bias=decoder.head.bias), screen_error=torch.cat(bounds).contiguous())

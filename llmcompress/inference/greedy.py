@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels.build import BuildError
 
-from llmcompress.inference.engine import members_of, window
+from llmcompress.inference.decoder import members_of
+from llmcompress.inference.engine import window
 from llmcompress.inference.generate import without_own_settings
 from llmcompress.inference.native import NativeEngine, decline, open_engine, recurrent_model
 

@@ -21,14 +21,8 @@ from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.inference.engine import (
-    decline_anywhere,
-    linear_matrix,
-    packed_matrix,
-    planes_of,
-    refuse,
-    rounded_matrix,
-)
+from llmcompress.inference.decoder import linear_matrix, packed_matrix, rounded_matrix
+from llmcompress.inference.engine import decline_anywhere, planes_of, refuse
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixers import runtime_of
