@@ -3,7 +3,7 @@
 // Layer by layer, a piece of the prompt after the other. A layer's experts begin when all its tokens have chosen, for somebody
 // may then change the choice. Threads take tasks from a counter, a few tokens or a few blocks of rows each, and meet at a
 // barrier when those of a kind are done, ten times a layer and piece. Tokens are rounded once for all products that read them
-// alike (lowbit.h, many tokens). Attention goes by heads and four tokens, over the keys and values that the cache holds by then.
+// alike (lowbit.h, many tokens). Attention goes by heads and eight tokens, over the keys and values that the cache holds by then.
 #pragma once
 
 #include <initializer_list>
@@ -21,7 +21,7 @@ constexpr int64_t PASS_BYTES = int64_t(1) << 20;
 constexpr int64_t PASS_BLOCKS = 4;
 constexpr int64_t TOGETHER = 2;  // blocks of rows that the kernels work on together
 constexpr int64_t TREE_BLOCKS = 4;  // likewise of a tree's one-bit nodes
-constexpr int64_t QUERIES = 4;   // tokens that attend together
+constexpr int64_t QUERIES = 8;   // tokens that attend together
 constexpr int64_t ATTENDING = 16;  // tokens to a task
 
 class PromptWorker {
@@ -347,12 +347,12 @@ class PromptWorker {
                     put(c_, head_base(m_, c_, layer, p_.slot, head), position(t), int(dim), turned, room_.value.data() + at);
                 }
         });
-        // the last tokens have the most to see, so they begin
+        // head by head, whose keys and values stay in the cores' caches; the last tokens have the most to see, so they begin
         const int64_t parts = (count_ + ATTENDING - 1) / ATTENDING;
-        each(parts * heads, [&](int64_t i) {
-            const int64_t first = (parts - 1 - i / heads) * ATTENDING, end = std::min(count_, first + ATTENDING);
-            if (c_.kind == DENSE_FP32) attend_tokens<float>(l, layer, i % heads, first, end);
-            else attend_tokens<uint16_t>(l, layer, i % heads, first, end);
+        each(heads * parts, [&](int64_t i) {
+            const int64_t first = (parts - 1 - i % parts) * ATTENDING, end = std::min(count_, first + ATTENDING);
+            if (c_.kind == DENSE_FP32) attend_tokens<float>(l, layer, i / parts, first, end);
+            else attend_tokens<uint16_t>(l, layer, i / parts, first, end);
         });
         took(ATTENTION);
     }
