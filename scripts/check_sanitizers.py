@@ -40,7 +40,7 @@ TESTS = {
         "tests/integration/test_family_native.py",
         "-k",
         "packed_models_agree and (3 or 8) or fill_a_vector or chunks or different_lengths or every_instruction_set "
-        "or screened_head or rounded_head or dense_families_agree and (qwen2 or qwen3_moe) or bfloat16_model "
+        "or screened_head or rounded_head or dense_families_agree and (qwen2 or qwen3_moe or olmoe) or bfloat16_model "
         "or numbers_of_steps and 8-75 or threads_do_not_matter or in_parts or widths_that_differ or at_once_are_those",
     ],
 }

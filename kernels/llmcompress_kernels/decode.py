@@ -55,6 +55,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
         *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "reserved")),
     )
 
 
@@ -284,7 +285,8 @@ class Layer:
         query, key, value, output: Projections of attention.
         gate, up, down: Projections of the gated MLP, or of the stacked experts.
         router: float32 ``[E, H]``, None for a dense layer.
-        query_norm, key_norm: RMSNorm weights ``[D]`` per head, or None.
+        query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``.
+        whole_norms: They are ``[heads D]``, of all heads together.
     """
 
     attention_norm: Tensor
@@ -299,6 +301,7 @@ class Layer:
     router: Matrix | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    whole_norms: bool = False
 
     def matrices(self) -> dict[str, Matrix]:
         """Its weights by name."""
@@ -316,8 +319,8 @@ class Layer:
         norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
         return _Layer(
             *(None if n is None else n.data_ptr() for n in norms),
-            **{name: weight._struct() for name, weight in self.matrices().items()},
-        )
+            **{name: weight._struct() for name, weight in self.matrices().items()}, whole_norms=int(self.whole_norms),
+        )  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -90,7 +90,9 @@ def _norm(module: Any) -> Tensor:
 def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
     layer: Any = model.get_submodule(block.name)
     attention, mlp = layer.self_attn, layer.mlp
-    norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
+    query_norm, key_norm = (
+        None if norm is None else _norm(norm) for norm in (getattr(attention, f"{n}_norm", None) for n in "qk")
+    )
     if block.bank is None:
         gate, up, down, router = (
             *(linear_matrix(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")),
@@ -111,8 +113,9 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         up=up,
         down=down,
         router=router,
-        query_norm=None if norms["q_norm"] is None else _norm(norms["q_norm"]),
-        key_norm=None if norms["k_norm"] is None else _norm(norms["k_norm"]),
+        query_norm=query_norm,
+        key_norm=key_norm,
+        whole_norms=query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     )
 
 

@@ -28,7 +28,7 @@ from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
 # rotary tables that do not depend on the length of the sequence
 ROTARY = ("default", "linear", "llama3", "yarn")
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
@@ -94,6 +94,8 @@ def _decline_config(config: Any) -> str | None:
     rotary = config.rope_parameters or {}
     if rotary.get("rope_type", "default") not in ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
         return f"rotary embedding {rotary.get('rope_type')!r} depends on the length or turns a part of the head"
+    if getattr(config, "clip_qkv", None) is not None:
+        return f"queries, keys and values are clipped at {config.clip_qkv} (clip_qkv)"
     return None
 
 

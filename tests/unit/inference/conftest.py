@@ -26,6 +26,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": False,
         "decoder_sparse_step": 1, "mlp_only_layers": [0],
     },
+    # queries and keys normed over all heads
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
 }  # fmt: skip
 
 

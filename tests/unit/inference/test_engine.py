@@ -11,7 +11,7 @@ from llmcompress_kernels import decode as native
 from llmcompress_kernels.reference.group_gemm import deinterleave
 
 from llmcompress.errors import InputError
-from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline, window
+from llmcompress.inference.engine import FAMILIES, SHORT_PROMPT, Engine, decline, window
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
@@ -37,7 +37,7 @@ def worst(engine: Engine, tokens: torch.Tensor, expected: torch.Tensor, prompt: 
 
 
 @pytest.mark.parametrize("prompt", [5, SHORT_PROMPT + 1])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, prompt: int) -> None:
     model, tokens = decoders.dense(family), ids[: prompt + 6]
     assert decline(model) is None
@@ -46,14 +46,14 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "olmoe"])
 def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits: int, symmetric: bool) -> None:
     model, tokens = decoders.packed(family, bits, symmetric=symmetric), ids[:24]
     expected = reference(model, tokens)
     exact, rounded = Engine(model, positions=32), Engine(model, positions=32, int8_activations=True)
     assert worst(exact, tokens, expected, 9) < EXACT
     # rounding may move a token to another expert, so that only dense models have a bound
-    assert EXACT < worst(rounded, tokens, expected, 9) < (torch.inf if family == "mixtral" else 0.3)
+    assert EXACT < worst(rounded, tokens, expected, 9) < (torch.inf if family in ("mixtral", "olmoe") else 0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,7 +134,7 @@ def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> No
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
-        for family in ("qwen3", "mixtral"):
+        for family in ("qwen3", "mixtral", "olmoe"):
             model, tokens = decoders.packed(family, 3), ids[:40]
             assert worst(Engine(model, positions=48, threads=2), tokens, reference(model, tokens), 34) < EXACT
     finally:
@@ -184,7 +184,8 @@ def test_skipping_policy_acts_on_the_prompt(decoders: Any, ids: torch.Tensor) ->
 
 def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     assert "gelu" in str(decline(decoders.dense("llama", hidden_act="gelu")))
-    assert "olmoe" in str(decline(tiny.model("olmoe")))
+    assert "clip_qkv" in str(decline(decoders.dense("olmoe", clip_qkv=2.0)))
+    assert "gpt_oss" in str(decline(tiny.model("gpt_oss")))
     assert "do not begin at a word" in str(decline(decoders.packed("llama", 3, group_size=8)))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "dynamic" in str(decline(decoders.dense("llama", rope_parameters=dynamic)))

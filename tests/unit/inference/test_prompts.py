@@ -9,7 +9,7 @@ import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
 
-from llmcompress.inference.engine import Engine
+from llmcompress.inference.engine import FAMILIES, Engine
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 
 # rows of whole blocks: 24 of the fixture's keys and values are none
 QWEN3 = {"head_dim": 32}
-QWEN3_MOE = {"moe_intermediate_size": 48}
+CHANGES: dict[str, dict[str, Any]] = {"qwen3": QWEN3, "qwen3_moe": {"moe_intermediate_size": 48}}
 
 
 def both(engine: Engine, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,11 +28,10 @@ def both(engine: Engine, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("count", [9, 30, 75])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_of_steps(decoders: Any, ids: torch.Tensor, family: str, bits: int, count: int) -> None:
     # more positions than 64 are shared out by chunks in a step with several threads, and summed in another order
-    changes = {"qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}.get(family, {})
-    engine = Engine(decoders.packed(family, bits, **changes), slots=2, positions=96, threads=1)
+    engine = Engine(decoders.packed(family, bits, **CHANGES.get(family, {})), slots=2, positions=96, threads=1)
     assert engine.decoder.takes_prompts
     at_once, by_steps = both(engine, ids[:count])
     assert torch.equal(at_once, by_steps)
@@ -101,11 +100,11 @@ POLICIES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
     # more than a piece, so that experts are counted over several
     tokens = torch.randint(3, 72, (600,), generator=torch.Generator().manual_seed(3))
-    changes = {**QWEN3_MOE, "num_hidden_layers": 3} if family == "qwen3_moe" else {}
+    changes = {**CHANGES[family], "num_hidden_layers": 3} if family == "qwen3_moe" else {}
     model = decoders.packed(family, 4, max_position_embeddings=1024, **changes)
     with torch.inference_mode():
         untouched = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]

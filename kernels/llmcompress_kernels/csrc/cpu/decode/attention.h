@@ -185,11 +185,38 @@ inline void rotate(const float* from, const float* cosine, const float* sine, in
     }
 }
 
-// A row of a head, normed where the model does so (in a family with the norms of `member`), and turned to its position.
-inline void turn(const Model& m, const float* row, const float* norms, int64_t member, int64_t position, float scale, float* to) {
+// Queries or keys of one token as their projection left them.
+struct Heads {
+    const float* rows;   // [count, D]
+    const float* norms;  // [D] of each head alone, [count, D] of all together, or null
+    int64_t count;
+    bool together;
+};
+
+// In a family with the norms of `member`.
+inline Heads heads_of(const Model& m, const Layer& l, const float* rows, const float* norms, int64_t count, int64_t member) {
+    const bool together = l.whole_norms != 0;
+    return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, together};
+}
+inline Heads query_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
+    return heads_of(m, l, rows, l.query_norm, m.heads, member);
+}
+inline Heads key_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
+    return heads_of(m, l, rows, l.key_norm, m.key_value_heads, member);
+}
+
+// One of them, normed where the model does so, and turned to its position. What all together are divided by is found again for
+// every head: that is little beside the projection, and needs no barrier.
+inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position, float scale, float* to) {
     const int dim = m.head_dim;
+    const float* row = h.rows + head * dim;
     float normed[MAX_HEAD_DIM];
-    if (norms != nullptr) norm(row, norms + member * dim, dim, m.epsilon, normed), row = normed;
+    if (h.norms != nullptr) {
+        const float* weight = h.norms + (h.together ? head * dim : 0);
+        const float factor = h.together ? inverse_size(h.rows, int(h.count * dim), m.epsilon) : inverse_size(row, dim, m.epsilon);
+        for (int i = 0; i < dim; ++i) normed[i] = weight[i] * (row[i] * factor);
+        row = normed;
+    }
     rotate(row, m.cosine + position * (dim / 2), m.sine + position * (dim / 2), dim, scale, to);
 }
 

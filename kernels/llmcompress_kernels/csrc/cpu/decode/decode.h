@@ -34,11 +34,13 @@ struct Matrix {
 struct Layer {
     const float* attention_norm;  // [H]
     const float* mlp_norm;        // [H]
-    const float* query_norm;      // [D] or null
-    const float* key_norm;        // [D] or null
+    const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
+    const float* key_norm;        // likewise
     Matrix query, key, value, output;
     Matrix gate, up, down;  // the gated MLP, or the experts where `router` is present
     Matrix router;          // [E, H], dense, or ABSENT
+    int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
+    int32_t reserved;
 };
 
 struct Model {

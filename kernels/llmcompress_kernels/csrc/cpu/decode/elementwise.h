@@ -12,8 +12,8 @@ inline void embedding_row(const Matrix& from, int64_t token, int64_t size, float
                                         : widen(static_cast<const uint16_t*>(from.data)[i]);
 }
 
-// RMSNorm of n numbers.
-inline void norm(const float* x, const float* weight, int n, float epsilon, float* out) {
+// One by the root mean square of n numbers.
+inline float inverse_size(const float* x, int n, float epsilon) {
     F16 squares{};
     float rest = 0;
     int i = 0;
@@ -22,8 +22,13 @@ inline void norm(const float* x, const float* weight, int n, float epsilon, floa
         squares += v * v;
     }
     for (; i < n; ++i) rest += x[i] * x[i];
-    const float factor = 1.f / std::sqrt((sum(squares) + rest) / float(n) + epsilon);
-    for (i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+    return 1.f / std::sqrt((sum(squares) + rest) / float(n) + epsilon);
+}
+
+// RMSNorm of n numbers.
+inline void norm(const float* x, const float* weight, int n, float epsilon, float* out) {
+    const float factor = inverse_size(x, n, epsilon);
+    for (int i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
 }
 
 // gate = silu(gate) * up

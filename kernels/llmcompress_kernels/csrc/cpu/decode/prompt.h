@@ -340,12 +340,15 @@ class PromptWorker {
         const int64_t heads = m_.key_value_heads, dim = m_.head_dim;
         each(blocks(), [&](int64_t b) {
             float turned[MAX_HEAD_DIM];
-            for (int64_t t = begin(b); t < end(b); ++t)
+            for (int64_t t = begin(b); t < end(b); ++t) {
+                const int64_t row = t * heads * dim;
+                const Heads keys = key_heads(m_, l, room_.key.data() + row, p_.member);
                 for (int64_t head = 0; head < heads; ++head) {
-                    const int64_t at = (t * heads + head) * dim;
-                    turn(m_, room_.key.data() + at, l.key_norm, p_.member, position(t), 1.f, turned);
-                    put(c_, head_base(m_, c_, layer, p_.slot, head), position(t), int(dim), turned, room_.value.data() + at);
+                    turn(m_, keys, head, position(t), 1.f, turned);
+                    put(c_, head_base(m_, c_, layer, p_.slot, head), position(t), int(dim), turned,
+                        room_.value.data() + row + head * dim);
                 }
+            }
         });
         // head by head, whose keys and values stay in the cores' caches; the last tokens have the most to see, so they begin
         const int64_t parts = (count_ + ATTENDING - 1) / ATTENDING;
@@ -375,7 +378,7 @@ class PromptWorker {
         const int dim = m_.head_dim, width = padded_dim(dim), part = PART_HEAD + width;
         const int64_t at = t * m_.heads + head, seen = position(t) + G;
         for (int g = 0; g < G; ++g)
-            turn(m_, room_.query.data() + (at + g * m_.heads) * dim, l.query_norm, p_.member, position(t) + g,
+            turn(m_, query_heads(m_, l, room_.query.data() + (t + g) * m_.heads * dim, p_.member), head, position(t) + g,
                  m_.attention_scale, queries_.data() + g * width);
         attend<T, G, 1>(keys, values, queries_.data(), dim, 0, seen, weights_.data(), padded(seen) + 2 * LANES, parts_.data());
         for (int g = 0; g < G; ++g)

@@ -118,9 +118,9 @@ class Worker {
 
     void append(const Layer& l, int layer, int b, int head) {
         const int dim = m_.head_dim;
-        const int64_t at = (int64_t(b) * m_.key_value_heads + head) * dim;
+        const int64_t row = int64_t(b) * m_.key_value_heads * dim, at = row + int64_t(head) * dim;
         float turned[MAX_HEAD_DIM];
-        turn(m_, sh_.key.data() + at, l.key_norm, member(b), s_.positions[b], 1.f, turned);
+        turn(m_, key_heads(m_, l, sh_.key.data() + row, member(b)), head, s_.positions[b], 1.f, turned);
         put(c_, head_base(m_, c_, layer, s_.slots[b], head), s_.positions[b], dim, turned, sh_.value.data() + at);
     }
 
@@ -141,9 +141,9 @@ class Worker {
             }
             return;
         }
+        const Heads queries = query_heads(m_, l, sh_.query.data() + int64_t(b) * m_.heads * dim, member(b));
         for (int g = 0; g < group; ++g)
-            turn(m_, sh_.query.data() + (int64_t(b) * m_.heads + int64_t(head) * group + g) * dim, l.query_norm, member(b),
-                 s_.positions[b], m_.attention_scale, own_.queries.data() + g * width);
+            turn(m_, queries, int64_t(head) * group + g, s_.positions[b], m_.attention_scale, own_.queries.data() + g * width);
         attend_heads<T>(group, static_cast<const T*>(c_.keys) + base, static_cast<const T*>(c_.values) + base,
                         own_.queries.data(), dim, first, last, own_.weights.data(), c_.positions + LANES, out);
     }
