@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,9 +218,10 @@ def majority(
 ) -> dict[str, float]:
     """The control at equal tokens: sample answers until a problem has cost ``budget`` tokens on average, then vote.
 
-    Only first attempts vote, and only their tokens count: sampling would stop there. Ties go to the answer that came
-    first. ``best_of`` is the share of problems that any sample solves, the ceiling of a perfect verifier over the same
-    samples. After :data:`MOST_SAMPLES` of each problem it ends in any case.
+    Only first attempts vote, and only their tokens count: sampling would stop there. Answers that the task's checker
+    takes for one (``1/2`` and ``0.5``) have their votes together. Ties go to the answer that came first. ``best_of`` is
+    the share of problems that any sample solves, the ceiling of a perfect verifier over the same samples. After
+    :data:`MOST_SAMPLES` of each problem it ends in any case.
 
     Args:
         model: In evaluation mode.
@@ -232,7 +235,7 @@ def majority(
     Returns:
         ``accuracy``, ``best_of``, ``samples`` and ``tokens`` per problem.
     """
-    votes: list[Counter[str]] = [Counter() for _ in problems]
+    votes: list[dict[str, int]] = [{} for _ in problems]
     solved = [False] * len(problems)
     prompts = [reader.prompt(problem.question) for problem in problems]
     spent, rounds = 0, 0
@@ -244,13 +247,20 @@ def majority(
             spent += attempt.stop
             answer = boxed(attempt.text)
             if answer is not None:
-                votes[index][answer] += 1
+                _vote(votes[index], problem, answer, reader.problems)
                 solved[index] |= reader.problems.check(problem, answer)
-    right = sum(bool(v) and reader.problems.check(p, v.most_common(1)[0][0]) for p, v in zip(problems, votes))
+    # of equal counts max takes the first
+    right = sum(bool(v) and reader.problems.check(p, max(v, key=v.__getitem__)) for p, v in zip(problems, votes))
     count = max(1, len(problems))
     return {
         "accuracy": right / count, "best_of": sum(solved) / count, "samples": float(rounds), "tokens": spent / count,
     }  # fmt: skip
+
+
+def _vote(votes: dict[str, int], problem: Problem, answer: str, judge: ProblemSet) -> None:
+    """Count an answer for the first one that it is the same as."""
+    known = answer if answer in votes else next((old for old in votes if judge.same(problem, old, answer)), answer)
+    votes[known] = votes.get(known, 0) + 1
 
 
 def choose(problems: Sequence[Problem], count: int | None, seed: int) -> list[Problem]:
@@ -261,17 +271,40 @@ def choose(problems: Sequence[Problem], count: int | None, seed: int) -> list[Pr
     return [problems[index] for index in sorted(picked)]
 
 
-def paired_test(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Two-sided exact McNemar test on the problems where two models differ: probability of a split this uneven by
-    chance.
-    """
-    from math import comb
+def paired_test(
+    before: Sequence[bool], after: Sequence[bool], problems: Sequence[Hashable] | None = None
+) -> float:  # fmt: skip
+    """Two-sided exact test of two models on the same problems: how often chance alone makes a difference as large.
 
-    won = sum(b and not a for a, b in zip(before, after))
-    lost = sum(a and not b for a, b in zip(before, after))
-    differ = won + lost
-    tail = sum(comb(differ, k) for k in range(min(won, lost) + 1)) / 2**differ
-    return min(1.0, 2 * tail)
+    If nothing tells the models apart, they may change places on any problem. With one pair of answers to a problem this
+    is McNemar's exact test. Pairs of one problem (several seeds) change places together: a problem that one model finds
+    easier it finds easier with most seeds, so that they are not that many independent trials. What another seed of the
+    training would give is not asked: that is for the spread over seeds.
+
+    Args:
+        before: Whether each answer of one model was right.
+        after: The same of the other, to the same problems.
+        problems: What each pair answers; None where no problem comes twice.
+
+    Returns:
+        The probability, 1 where the models agree everywhere.
+    """
+    gained: Counter[Hashable] = Counter()
+    for problem, old, new in zip(problems or range(len(before)), before, after, strict=True):
+        gained[problem] += new - old
+    found = abs(sum(gained.values()))
+    # signed sum → number of ways to it
+    ways: Counter[int] = Counter({0: 1})
+    for size, count in sorted(Counter(abs(net) for net in gained.values()).items()):
+        if size == 0:
+            continue
+        # of `count` problems that each weigh `size`, `won` go one way
+        own = {size * (2 * won - count): comb(count, won) for won in range(count + 1)}
+        grown: Counter[int] = Counter()
+        for (one, left), (two, right) in itertools.product(ways.items(), own.items()):
+            grown[one + two] += left * right
+        ways = grown
+    return sum(count for total, count in ways.items() if abs(total) >= found) / sum(ways.values())
 
 
 def write_episodes(path: Path, problems: Sequence[Problem], measured: Measured, shown: int = 12) -> None:

@@ -128,7 +128,8 @@ class S2RRlConfig(TrainingConfig):
     """Optimiser steps on the responses of one round (256 responses in 4 steps of 64)."""
 
     sampling: SamplingConfig = SamplingConfig()
-    """How responses are sampled (temperature 0.7 online, 0.8 offline in the paper's code)."""
+    """How responses are sampled (temperature 0.7 online, 0.8 offline in the paper's code); ``top_p`` has to be 1: the
+    ratio and the KL are those of the whole distribution."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate."""
@@ -223,6 +224,10 @@ class S2RRlConfig(TrainingConfig):
     def _sampled(self) -> Self:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: 0 gives equal responses and nothing to learn from")
+        if self.sampling.top_p < 1:
+            # probabilities of what is left would have to be those of a set that changes while the policy moves: a token
+            # that falls out of it has none, one that enters it was never sampled
+            raise ValueError("sampling.top_p: below 1 the responses are not the policy's own, which biases training")
         return self
 
     @model_validator(mode="after")

@@ -89,11 +89,13 @@ def spread(runs: list[dict[str, dict[str, Any]]], name: str, key: str = "accurac
 
 
 def better(runs: list[dict[str, dict[str, Any]]], above: str, below: str) -> tuple[bool, float]:
-    """Whether every seed gains, and the exact paired test over the problems of all seeds."""
+    """Whether every seed gains, and the exact paired test over the answers of all seeds, by problem."""
     every = all(run[above]["accuracy"] > run[below]["accuracy"] for run in runs)
     before = [x for run in runs for x in run[below]["final"]]
     after = [x for run in runs for x in run[above]["final"]]
-    return every, paired_test(before, after)
+    keys = [key for run in runs for key in run[below]["keys"]]
+    assert keys == [key for run in runs for key in run[above]["keys"]], "other problems"
+    return every, paired_test(before, after, keys)
 
 
 def net(run: dict[str, Any]) -> float:

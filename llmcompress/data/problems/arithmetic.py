@@ -65,6 +65,11 @@ class Arithmetic:
         """Whether a whole number, with spaces or thousands commas, is the value."""
         return whole_number(answer) == int(problem.answer)
 
+    def same(self, problem: Problem, first: str, second: str) -> bool:
+        """Whether both are the same whole number."""
+        value = whole_number(first)
+        return value is not None and value == whole_number(second)
+
     def solution(self, problem: Problem, rng: random.Random) -> str:
         """The value in its box."""
         return f"{BOX}{problem.answer}}}"

@@ -43,6 +43,9 @@ class ProblemSet(Protocol):
     def check(self, problem: Problem, answer: str | None) -> bool:
         """Whether the content of a box is a right answer; None and unreadable text are wrong."""
 
+    def same(self, problem: Problem, first: str, second: str) -> bool:
+        """Whether the checker takes two answers, right or wrong, for one written in two ways."""
+
     def solution(self, problem: Problem, rng: random.Random) -> str:
         """Text of a right solution that ends in its box.
 

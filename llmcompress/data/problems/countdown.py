@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from llmcompress.data.problems.base import BOX, SHARES, Problem, Split, split_of
@@ -78,13 +79,21 @@ class Countdown:
 
     def check(self, problem: Problem, answer: str | None) -> bool:
         """Whether an expression has the target's value, uses exactly the given numbers and only allowed operators."""
+        wanted = (problem.data["target"], sorted(problem.data["numbers"]), True)
+        return self._judged(answer or "") == wanted
+
+    def same(self, problem: Problem, first: str, second: str) -> bool:
+        """Whether two expressions have the same value and use the same numbers: all that the check looks at."""
+        judged = self._judged(first)
+        return judged is not None and judged == self._judged(second)
+
+    def _judged(self, answer: str) -> tuple[Fraction, list[int], bool] | None:
+        """Value, numbers in order of size and whether only allowed operators are used; None where it is unreadable."""
         try:
-            node = parse(answer or "")
+            node = parse(answer)
         except ExpressionError:
-            return False
-        allowed = {step.operator for step in steps(node)} <= set(self.operators)
-        same = sorted(numbers(node)) == sorted(problem.data["numbers"])
-        return allowed and same and node.value == problem.data["target"]
+            return None
+        return node.value, sorted(numbers(node)), {step.operator for step in steps(node)} <= set(self.operators)
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
         """One of the canonical expressions, in its box."""

@@ -16,6 +16,8 @@ from llmcompress.data.problems.base import Problem, Split, boxed, split_of
 from llmcompress.data.problems.mathematics import math_equal
 from llmcompress.errors import InputError
 
+# characters of an answer that is worth comparing
+LONGEST = 400
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
@@ -81,11 +83,18 @@ class FileProblems:
         Raises:
             EnvironmentProblem: ``math`` is set and math-verify is missing.
         """
-        if answer is None or len(answer) > 400:
-            return False
-        if same_text(problem.answer, answer):
+        return answer is not None and len(answer) <= LONGEST and self.same(problem, problem.answer, answer)
+
+    def same(self, problem: Problem, first: str, second: str) -> bool:
+        """Whether two answers are equal as numbers or text, or by math-verify where ``math`` is set and neither is
+        longer than :data:`LONGEST`.
+
+        Raises:
+            EnvironmentProblem: ``math`` is set and math-verify is missing.
+        """
+        if same_text(first, second):
             return True
-        return math_equal(problem.answer, answer) if self.math else False
+        return self.math and max(len(first), len(second)) <= LONGEST and math_equal(first, second)
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
         """None by program."""

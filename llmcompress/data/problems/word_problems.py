@@ -202,7 +202,12 @@ class WordProblems:
 
     def check(self, problem: Problem, answer: str | None) -> bool:
         """Whether a whole number, with or without a dollar sign, is the value."""
-        return whole_number((answer or "").replace("\\$", "").replace("$", "")) == int(problem.answer)
+        return _value(answer or "") == int(problem.answer)
+
+    def same(self, problem: Problem, first: str, second: str) -> bool:
+        """Whether both are the same whole number."""
+        value = _value(first)
+        return value is not None and value == _value(second)
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
         """The steps, then the value in its box."""
@@ -212,8 +217,13 @@ class WordProblems:
 
     def check_steps(self, problem: Problem, answer: str) -> str:
         """Put the answer back into the story."""
-        value = whole_number(answer.replace("\\$", "").replace("$", ""))
+        value = _value(answer)
         if value is None:
             return "This is not a whole number."
         template = _BY_NAME[problem.data["template"]]
         return (template.brief_check if self.brief else template.check)(problem.data["values"], value)
+
+
+def _value(answer: str) -> int | None:
+    """The whole number of an answer, with or without a dollar sign."""
+    return whole_number(answer.replace("\\$", "").replace("$", ""))

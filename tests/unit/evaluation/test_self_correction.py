@@ -1,6 +1,8 @@
 """Reading responses of real tokenizers, the vote at equal tokens, the paired test."""
 
 import math
+import random
+from itertools import product
 
 import pytest
 from transformers import AutoTokenizer
@@ -78,6 +80,38 @@ def test_paired_test_by_hand():
     assert paired_test(after, after) == 1
     assert paired_test([False] * 10, [True] * 10) == pytest.approx(2 / 2**10)
     assert not math.isnan(paired_test([], []))
+
+
+def test_answers_to_one_problem_change_places_together():
+    rng = random.Random(3)
+    for _ in range(20):
+        problems = [rng.randrange(5) for _ in range(14)]
+        before, after = ([rng.random() < 0.5 for _ in problems] for _ in range(2))
+        nets = [sum(a - b for k, b, a in zip(problems, before, after) if k == key) for key in set(problems)]
+        totals = [abs(sum(s * n for s, n in zip(signs, nets))) for signs in product((1, -1), repeat=len(nets))]
+        expected = sum(total >= abs(sum(nets)) for total in totals) / len(totals)
+        assert paired_test(before, after, problems) == pytest.approx(expected)
+    # three seeds that agree on every problem say no more than one of them
+    once = ([False] * 7 + [True] * 2, [True] * 6 + [False] + [True] * 2)
+    thrice = [row * 3 for row in once]
+    assert paired_test(*thrice, [*range(9)] * 3) == paired_test(*once)
+    assert paired_test(*thrice) < paired_test(*once) / 10
+    with pytest.raises(ValueError):
+        paired_test(*once, [1, 2])
+
+
+def test_what_is_written_in_two_ways_has_one_vote(reader, monkeypatch):
+    # by text the wrong one wins: two votes, and one for each of three writings of the right answer
+    attempts = ["2+3*4", "(2+3)*4", "2+3*4", "4*(3+2)", "(3+2)*4"]
+    written = iter(attempts)
+
+    def sampled(model, prompts, *_):
+        text = f"\\boxed{{{next(written)}}}"
+        return [[*reader.tokenizer(text, add_special_tokens=False)["input_ids"], reader.end] for _ in prompts]
+
+    monkeypatch.setattr(self_correction, "sample", sampled)
+    cost = sum(len(reader.tokenizer(f"\\boxed{{{a}}}", add_special_tokens=False)["input_ids"]) for a in attempts)
+    assert majority(None, reader, [PROBLEM], Sampling(99, 0.7), budget=cost)["accuracy"] == 1
 
 
 def test_templates_that_know_no_system_line():

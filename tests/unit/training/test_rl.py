@@ -143,6 +143,8 @@ def test_settings_that_would_teach_nothing_are_refused():
             S2RRlConfig(type="s2r_rl", task=task, level="process", mode="offline", baseline={"scope": scope})
     with pytest.raises(ValueError, match="gives equal samples"):
         S2REvaluateConfig(type="s2r_evaluate", task=task, majority=True, sampling={"temperature": 0})
+    with pytest.raises(ValueError, match=r"sampling\.top_p: below 1"):
+        S2RRlConfig(type="s2r_rl", task=task, level="outcome", sampling={"top_p": 0.95})
     with pytest.raises(ValueError, match="gives equal samples"):
         S2RInitConfig(type="s2r_init", task=task, sampling={"temperature": 0})
     S2RInitConfig(type="s2r_init", task=task, data="program", sampling={"temperature": 0})

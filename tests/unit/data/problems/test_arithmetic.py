@@ -36,3 +36,10 @@ def test_sums_are_checked_by_the_inverse():
     problem = task.problems("train")[0]
     a, b = problem.data["a"], problem.data["b"]
     assert f"{a + b + 1} - {b} = {a + 1}. The first number is {a}." in task.check_steps(problem, str(a + b + 1))
+
+
+def test_a_number_in_two_writings_is_one_answer():
+    task = Arithmetic()
+    problem = task.problems("train")[0]
+    assert task.same(problem, "1,200", "1200") and not task.same(problem, "12", "13")
+    assert not task.same(problem, "12, 5", "12, 5"), "no number"

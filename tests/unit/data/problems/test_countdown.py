@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import pytest
 
+from llmcompress.data.problems.base import Problem
 from llmcompress.data.problems.countdown import Countdown
 
 TASK = Countdown(count=3, low=1, high=6, limit=50)
@@ -57,3 +58,13 @@ def test_checking_text_states_facts_only():
 
 def parsed_values(text):
     return [Fraction(part.split("=")[1].rstrip(".")) for part in text.split(": ")[1].split(". ")[0].split(", ")]
+
+
+def test_answers_that_the_check_cannot_tell_apart_are_the_same():
+    task, problem = Countdown(), Problem("2,3,4:20", "q", data={"numbers": [2, 3, 4], "target": 20})
+    assert task.same(problem, "(2+3)*4", "4 * (3+2)")
+    assert task.same(problem, "2+3*4", "4*3+2"), "wrong ones too"
+    # other numbers, another operator, another value, no expression
+    for other in ("5*4", "(2+3)*4/1", "2*3*4", "(2+3)*", ""):
+        assert not task.same(problem, "(2+3)*4", other)
+    assert not task.same(problem, "?", "?")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.data.problems.base import Problem
 from llmcompress.data.problems.files import FileProblems, same_text
 from llmcompress.data.problems.mathematics import math_equal
 from llmcompress.errors import EnvironmentProblem, InputError
@@ -108,3 +109,9 @@ def test_without_math_verify_the_error_says_how_to_get_it(monkeypatch):
     with pytest.raises(EnvironmentProblem, match="math-verify is not installed") as caught:
         math_equal("\\frac{1}{2}", "a text that no other test compares")
     assert "llmcompress[math]" in f"{caught.value} {caught.value.__dict__}"
+
+
+def test_equal_values_are_one_answer_whatever_is_right():
+    problem, task = Problem("q", "q", "7"), FileProblems("unread.jsonl")
+    assert task.same(problem, "1/2", "0.5") and task.same(problem, "1,000", "1000.0")
+    assert not task.same(problem, "\\frac{1}{2}", "0.5"), "that takes math-verify"

@@ -54,3 +54,10 @@ def test_sizes_change_the_numbers_and_nothing_else():
     assert all(v["friends"] < 10 for v in (p.data["values"] for p in large) if "friends" in v)
     mixed = {len(p.answer) for p in WordProblems(400, sizes=(1, 100)).problems("train")}
     assert {1, 3} < mixed
+
+
+def test_a_value_in_two_writings_is_one_answer():
+    task = WordProblems(count=40)
+    problem = task.problems("train")[0]
+    assert task.same(problem, "\\$1,200", "1200") and not task.same(problem, "12", "13")
+    assert not task.same(problem, "none", "none")
