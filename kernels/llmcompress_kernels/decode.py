@@ -451,6 +451,17 @@ class Cache:
         patch[:, start - first * LANES : start - first * LANES + count, : self.head_dim] = keys.to(patch.dtype)
         seen[:, first:last] = patch.unflatten(1, (last - first, LANES))
 
+    def read(self, layer: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence's first ``count`` positions, each ``[heads, count, D]``; see :meth:`fill`."""
+        keys = self.keys[layer, slot].transpose(-1, -2)[:, : -(-count // LANES)].flatten(1, 2)
+        return keys[:, :count, : self.head_dim], self.values[layer, slot, :, :count, : self.head_dim]
+
+    def copy(self, source: int, target: int, count: int, other: Cache | None = None) -> None:
+        """Give a sequence the first ``count`` positions of another one, in this cache or in a smaller one."""
+        held, blocks = other or self, -(-count // LANES)
+        self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
+        self.values[:, target, :, :count] = held.values[:, source, :, :count]
+
 
 def step(
     decoder: Decoder,
@@ -552,13 +563,11 @@ def prompt(
     if not 0 <= member < max(1, len(decoder.member_heads)):
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
     _check_numbers(decoder, tokens, planes)
-    hidden = torch.empty(1, decoder.hidden)
-    given = (tokens, hidden, seconds)
-    raised: list[BaseException] = []
+    hidden, raised = torch.empty(1, decoder.hidden), list[BaseException]()
     callback = _REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
     call = _Prompt(
-        *(None if t is None else t.data_ptr() for t in given), ctypes.cast(callback, ctypes.c_void_p),
-        count, start, slot, member, planes, threads or torch.get_num_threads(),
+        *(None if t is None else t.data_ptr() for t in (tokens, hidden, seconds)),
+        ctypes.cast(callback, ctypes.c_void_p), count, start, slot, member, planes, threads or torch.get_num_threads(),
     )  # fmt: skip
     library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
     if raised:

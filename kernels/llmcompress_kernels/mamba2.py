@@ -25,8 +25,10 @@ from llmcompress_kernels.reference.group_gemm import LANES
 
 # sequences of one call
 MAX_BATCH = 64
-# tokens of one call, so that an interrupt need not wait for all of a long prompt; cuts at multiples of 64 change no bit
-MAX_PROMPT = 2048
+# cuts of a prompt at multiples of so many tokens change no bit
+CUT = 64
+# tokens of one call, so that an interrupt need not wait for all of a long prompt
+MAX_PROMPT = 32 * CUT
 PHASES = ("input", "in_proj", "mix", "state", "gate", "out_proj", "head", "wait")
 STATES = (32, 64, 128, 256)
 
@@ -311,9 +313,12 @@ def step(
 
 def prompt(
     model: Model, states: States, slot: int, tokens: Tensor, logits: Tensor,
-    threads: int | None = None, seconds: Tensor | None = None,
+    threads: int | None = None, seconds: Tensor | None = None, first: bool = True, last: bool = True,
 ) -> None:  # fmt: skip
     """Start a sequence: the prompt is scanned in float, as transformers does, and its last state is stored.
+
+    A prompt may come in parts, between which the model computes steps of other sequences but no other prompt: its float
+    states stay with the model until the last part. Parts that are multiples of :data:`CUT` tokens change no bit.
 
     Args:
         model: The weights.
@@ -323,6 +328,8 @@ def prompt(
         logits: float32 ``[1 or more, V up to 16]``, of which the first row is written: the last token's.
         threads: torch's by default.
         seconds: As in :func:`step`.
+        first: Whether these tokens begin the prompt.
+        last: Whether they end it; logits are written then.
 
     Raises:
         ValueError: A size is out of range.
@@ -331,12 +338,12 @@ def prompt(
     if not 0 <= slot < states.slots or len(tokens) == 0:
         raise ValueError(f"sequence {slot} of {states.slots} with {len(tokens)} tokens")
     run, workers = library().llmc_mamba2_prompt, threads or torch.get_num_threads()
-    for first in range(0, len(tokens), MAX_PROMPT):
-        part = tokens[first : first + MAX_PROMPT]
-        last = first + len(part) == len(tokens)
+    for start in range(0, len(tokens), MAX_PROMPT):
+        part = tokens[start : start + MAX_PROMPT]
+        begins, ends = first and start == 0, last and start + len(part) == len(tokens)
         clock = None if seconds is None else seconds.data_ptr()
         call = _Prompt(
-            part.data_ptr(), logits.data_ptr(), clock, len(part), slot, int(first == 0), int(last), workers
+            part.data_ptr(), logits.data_ptr(), clock, len(part), slot, int(begins), int(ends), workers
         )  # fmt: skip
         run(model._handle, ctypes.byref(states._struct), ctypes.byref(call))
 

@@ -20,6 +20,7 @@ from llmcompress_kernels.select import VARIABLE
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.inference.caches import arguments
 from llmcompress.inference.decoder import decoder_of, members_of, screened
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
@@ -203,6 +204,8 @@ class Engine:
                 self.decoder = screened(self.decoder)
         self._logits = torch.empty((native.MAX_BATCH, self.decoder.vocabulary), dtype=torch.float32)
         self.slots = 0
+        self.lengths: list[int] = []
+        self._owners: list[int] = []
         self.cache: native.Cache
         self.reserve(positions, slots)
 
@@ -217,7 +220,7 @@ class Engine:
         return self.decoder.step_bytes(self.slots)
 
     def reserve(self, positions: int, slots: int = 1) -> None:
-        """Make room; forgets what the cache held if it has to grow.
+        """Make room; what sequences hold stays.
 
         Args:
             positions: Tokens that a sequence may reach.
@@ -230,10 +233,12 @@ class Engine:
             raise InputError(f"{slots} sequences: the native engine takes one or more")
         if slots <= self.slots and positions <= self.cache.positions:
             return
-        self.slots = max(slots, self.slots)
-        self.lengths = [0] * self.slots
-        self._owners = [0] * self.slots
-        self.cache = native.Cache(self.decoder, self.slots, positions, self.cache_dtype)
+        room, count = max(positions, self.cache.positions if self.slots else 0), max(slots, self.slots)
+        grown = native.Cache(self.decoder, count, room, self.cache_dtype)
+        for slot, tokens in enumerate(self.lengths):
+            grown.copy(slot, slot, tokens, self.cache)
+        more = [0] * (count - self.slots)
+        self.slots, self.lengths, self._owners, self.cache = count, self.lengths + more, self._owners + more, grown
         rotary: Any = self.model.base_model.rotary_emb
         ids = torch.arange(self.cache.positions).unsqueeze(0)
         with torch.inference_mode():
@@ -242,18 +247,52 @@ class Engine:
         tables = (cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
         self.decoder = self.decoder.with_rotary(*tables)
 
-    def prompt(self, slot: int, tokens: Sequence[int], member: str | None = None) -> Tensor:
-        """Start a sequence.
+    @property
+    def piece(self) -> int | None:
+        """Prompts may be cut at multiples of so many tokens; None where they must stay whole."""
+        # an expert-skipping policy counts over the whole prompt
+        return 1 if getattr(self.model, "llmcompress_skipping", None) is None else None
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether a sequence may go on from any of its earlier tokens, or begin with another one's."""
+        return self.piece is not None
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Let a sequence begin with the first tokens of another; :meth:`prompt` goes on from there.
 
         Args:
-            slot: Which one; what it held is replaced.
-            tokens: The prompt, at least one token.
+            source: Whose tokens, at least ``count``.
+            target: What it held is replaced.
+            count: How many.
+        """
+        self._check(source, count, 0)
+        self._check(target, 1, 0)
+        self.cache.copy(source, target, count)
+        self.lengths[target], self._owners[target] = count, self._owners[source]
+
+    def prompt(
+        self, slot: int, tokens: Sequence[int], member: str | None = None, start: int = 0, last: bool = True
+    ) -> Tensor:
+        """Start a sequence, or go on with its prompt.
+
+        Args:
+            slot: Which one; what it held from ``start`` on is replaced.
+            tokens: The prompt from ``start`` on, at least one token.
             member: Whose it is, in a family.
+            start: Tokens that the sequence holds already and that stay; a multiple of :attr:`piece`, or a prefix that
+                is kept.
+            last: Whether the prompt ends here.
 
         Returns:
-            Logits float32 ``[V]`` after the last token.
+            Logits float32 ``[V]`` after the last token; ``[0]`` where the prompt goes on.
+
+        Raises:
+            InputError: No such sequence, no room, not so many tokens, or a prompt that must stay whole.
         """
-        self._check(slot, len(tokens))
+        self._check(slot, len(tokens), start)
+        if (start or not last) and self.piece is None:
+            raise InputError("an expert-skipping policy counts over the whole prompt", "give it at once")
         if self.members:
             assert member is not None
             self._owners[slot] = self.members.index(member)
@@ -261,46 +300,68 @@ class Engine:
         if policy is not None and not policy.acts_on(len(tokens)):
             policy.prompt(len(tokens))  # counted, no more
             policy = None
-        if len(tokens) > native.MAX_BATCH and self.decoder.takes_prompts:
-            return self._prompt_at_once(slot, tokens, None if policy is None else policy.prompt(len(tokens)))
-        if policy is None and len(tokens) <= SHORT_PROMPT:
-            return self._prompt_by_steps(slot, tokens)
-        ids = torch.tensor([list(tokens)])
-        if member is not None:
-            _batch_of(self.model).assign([member])
-        with torch.inference_mode():
-            out: Any = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            for index, layer in enumerate(out.past_key_values.layers):
-                self.cache.fill(index, slot, 0, layer.keys[0], layer.values[0])
-        self.lengths[slot] = len(tokens)
-        return out.logits[0, -1].float()
+        # one way for all pieces, so that where they end changes no bit
+        if self.decoder.takes_prompts and (len(tokens) > native.MAX_BATCH or start or not last):
+            reroute = None if policy is None else policy.prompt(len(tokens))
+            return self._prompt_at_once(slot, tokens, reroute, start, last)
+        by_steps = policy is None and len(tokens) <= SHORT_PROMPT
+        way = self._prompt_by_steps if by_steps else self._prompt_by_modules
+        logits = way(slot, tokens, start)
+        return logits if last else logits[:0]
 
-    def _check(self, slot: int, count: int) -> None:
+    def _check(self, slot: int, count: int, start: int) -> None:
         if not 0 <= slot < self.slots or count == 0:
             raise InputError(f"sequence {slot} of {self.slots} with {count} tokens")
-        if count > self.cache.positions:
-            raise InputError(f"{count} tokens exceed the cache's {self.cache.positions}", "reserve more positions")
+        if not 0 <= start <= self.lengths[slot]:
+            raise InputError(f"sequence {slot} holds {self.lengths[slot]} tokens and cannot go on from {start}")
+        if start + count > self.cache.positions:
+            raise InputError(f"{start + count} tokens exceed the cache's {self.cache.positions}", "reserve more")
 
-    def _prompt_by_steps(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        for start in range(0, len(tokens), native.MAX_BATCH):
-            part = torch.tensor(tokens[start : start + native.MAX_BATCH])
-            positions = torch.arange(start, start + len(part))
+    def _prompt_by_modules(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
+        """The forward of transformers' modules, on what the cache holds and back into it."""
+        if self.members:
+            _batch_of(self.model).assign([self.members[self._owners[slot]]])
+        from transformers import DynamicCache
+
+        end = start + len(tokens)
+        held: Any = DynamicCache()
+        with torch.inference_mode():
+            for index in range(len(self.decoder.layers) if start else 0):
+                keys, values = (part.to(self.model.dtype) for part in self.cache.read(index, slot, start))
+                held.update(keys[None], values[None], index)
+            out: Any = self.model(
+                input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
+                **arguments(self.model, held, torch.arange(start, end)[None]),
+            )  # fmt: skip
+            for index, layer in enumerate(held.layers):
+                self.cache.fill(index, slot, start, layer.keys[0, :, start:], layer.values[0, :, start:])
+        self.lengths[slot] = end
+        return out.logits[0, -1].float()
+
+    def _prompt_by_steps(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
+        for first in range(0, len(tokens), native.MAX_BATCH):
+            part = torch.tensor(tokens[first : first + native.MAX_BATCH])
+            positions = torch.arange(start + first, start + first + len(part))
             self._call(part, positions, torch.full((len(part),), slot, dtype=torch.int32))
-        self.lengths[slot] = len(tokens)
+        self.lengths[slot] = start + len(tokens)
         return self._logits[(len(tokens) - 1) % native.MAX_BATCH].clone()
 
-    def _prompt_at_once(self, slot: int, tokens: Sequence[int], reroute: native.Reroute | None = None) -> Tensor:
-        ids, at = torch.tensor(list(tokens)), torch.tensor([len(tokens) - 1])
+    def _prompt_at_once(
+        self, slot: int, tokens: Sequence[int], reroute: native.Reroute | None = None, start: int = 0, last: bool = True
+    ) -> Tensor:
+        ids = torch.tensor(list(tokens))
         hidden = native.prompt(
-            self.decoder, self.cache, ids, slot, planes=self.planes, threads=self.threads, member=self._owners[slot],
+            self.decoder, self.cache, ids, slot, start, self.planes, self.threads, member=self._owners[slot],
             reroute=reroute,
         )  # fmt: skip
-        layers = (len(self.decoder.layers),) * 2
+        self.lengths[slot] = start + len(tokens)
+        if not last:
+            return self._logits[0, :0]
+        at, layers = torch.tensor([self.lengths[slot] - 1]), (len(self.decoder.layers),) * 2
         native.step(
             self.decoder, self.cache, ids[-1:], at, torch.tensor([slot], dtype=torch.int32), self._logits,
             planes=self.planes, threads=self.threads, layers=layers, hidden=hidden, members=self._members([slot]),
         )  # fmt: skip
-        self.lengths[slot] = len(tokens)
         return self._logits[0].clone()
 
     def step(self, tokens: Tensor, slots: Sequence[int] | None = None, best: Tensor | None = None) -> Tensor:

@@ -117,6 +117,9 @@ class RecurrentEngine:
     """
 
     max_batch = native.MAX_BATCH
+    # see Engine. A state stands at one length only, and going on from a rounded one is not what a prompt is defined as
+    piece = native.CUT
+    keeps_prefixes = False
 
     def __init__(
         self,
@@ -133,6 +136,8 @@ class RecurrentEngine:
         with torch.inference_mode():
             self.weights = weights_of(model, int8_activations, head_bits)
         self._logits = self.weights.logits(1)
+        # the slot of a prompt that goes on, and its tokens so far
+        self._reading: tuple[int, int] | None = None
         self.slots = 0
         self.states: native.States
         self.reserve(positions, slots)
@@ -161,29 +166,46 @@ class RecurrentEngine:
             raise InputError(f"{slots} sequences: the native engine takes one or more")
         if slots <= self.slots:
             return
-        self.slots = slots
+        self.slots, self._reading = slots, None
         self.lengths = [0] * slots
         self.states = native.States(self.weights, slots)
 
-    def prompt(self, slot: int, tokens: Sequence[int], member: str | None = None) -> Tensor:
-        """Start a sequence.
+    def prompt(
+        self, slot: int, tokens: Sequence[int], member: str | None = None, start: int = 0, last: bool = True
+    ) -> Tensor:
+        """Start a sequence, or go on with the prompt of the one that was started last.
 
         Args:
             slot: Which one; what it held is replaced.
-            tokens: The prompt, at least one token.
+            tokens: The prompt from ``start`` on, at least one token.
             member: Of a family; there are none.
+            start: Tokens of the prompt so far, a multiple of :attr:`piece`.
+            last: Whether the prompt ends here. Until then steps of others are possible, but no other prompt.
 
         Returns:
-            Logits float32 ``[V]`` after the last token.
+            Logits float32 ``[V]`` after the last token; ``[0]`` where the prompt goes on.
+
+        Raises:
+            InputError: No such sequence, no tokens, or not the prompt that is being read.
         """
         if not 0 <= slot < self.slots or len(tokens) == 0:
             raise InputError(f"sequence {slot} of {self.slots} with {len(tokens)} tokens")
+        if start and self._reading != (slot, start):
+            raise InputError(f"sequence {slot} cannot go on from token {start}: its state is not at hand")
         logits = self.weights.logits(1)
         # torch.tensor takes a list number by number, at 2 % of a small model's prompt
         ids = torch.frombuffer(array("q", tokens), dtype=torch.int64)
-        native.prompt(self.weights, self.states, slot, ids, logits, self.threads)
-        self.lengths[slot] = len(tokens)
-        return logits[0, : self.vocabulary]
+        self._reading = None
+        native.prompt(self.weights, self.states, slot, ids, logits, self.threads, first=start == 0, last=last)
+        self.lengths[slot] = start + len(tokens)
+        if last:
+            return logits[0, : self.vocabulary]
+        self._reading = (slot, self.lengths[slot])
+        return logits[0, :0]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Never possible: :attr:`keeps_prefixes`."""
+        raise InputError("a state cannot be cut short", "read the whole prompt")
 
     def step(self, tokens: Tensor, slots: Sequence[int] | None = None, best: Tensor | None = None) -> Tensor:
         """Append one token to every sequence.

@@ -22,8 +22,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from llmcompress.inference.caches import arguments
 from llmcompress.nn.states import PackedState
-from llmcompress.serving.rows import TRIAL, Decisions, arguments, trial_bytes
+from llmcompress.serving.rows import TRIAL, Decisions, trial_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

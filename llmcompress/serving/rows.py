@@ -12,12 +12,13 @@ Greedy tokens do not depend on who else is in the batch.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+from llmcompress.inference.caches import arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,20 +95,6 @@ def trial_bytes(rows: Rows, member: str | None, tokens: int) -> int:
     token = held[1] - held[0]
     # what does not grow are states, one for each place
     return tokens * token + rows.limit * (held[0] - TRIAL * token)
-
-
-def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str, Any]:
-    """Cache and positions under the names that a model's forward has for them.
-
-    Args:
-        model: Of transformers; those with states only know no positions. From 5.24 on a cache is called ``cache``;
-            before, ``past_key_values``, or ``cache_params`` where there are states only.
-        cache: A transformers cache.
-        positions: int64 ``[B, L]``.
-    """
-    names = inspect.signature(model.forward).parameters
-    word = next(word for word in ("cache", "past_key_values", "cache_params") if word in names)
-    return {word: cache, **({"position_ids": positions} if "position_ids" in names else {})}
 
 
 class Decisions:

@@ -1,0 +1,153 @@
+"""Prompts that are read in parts, and sequences that begin with what is held already."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmcompress_kernels import decode as native
+from llmcompress_kernels import mamba2
+
+from llmcompress.errors import InputError
+from llmcompress.inference.caches import LEAST_PREFIX, shared_prefix
+from llmcompress.inference.engine import Engine
+from llmcompress.inference.recurrent import RecurrentEngine
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn import skipping
+from llmcompress.nn.mixers import attach
+
+needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
+needs_states = pytest.mark.skipif(mamba2.unavailable() is not None, reason=f"no native kernels: {mamba2.unavailable()}")
+# of float32 sums in another order, logits being of size 1
+EXACT = 3e-5
+PARTS = [(0, 1, 90), (0, 8, 17, 25, 90), (0, 64, 89, 90), (0, 40, 80, 90)]
+
+
+def in_parts(engine: Any, slot: int, tokens: list[int], cuts: tuple[int, ...]) -> torch.Tensor:
+    found = torch.empty(0)
+    for start, end in pairwise(cuts):
+        assert len(found) == 0
+        found = engine.prompt(slot, tokens[start:end], start=start, last=end == cuts[-1])
+    return found
+
+
+@needs_native
+@pytest.mark.parametrize("cuts", PARTS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
+    decoders: Any, ids: torch.Tensor, family: str, threads: int, cuts: tuple[int, ...]
+) -> None:
+    engine, tokens = Engine(decoders.packed(family, 4), slots=2, positions=96, threads=threads), ids[:90].tolist()
+    whole = engine.prompt(0, tokens)
+    assert torch.equal(in_parts(engine, 1, tokens, cuts), whole)
+    assert torch.equal(engine.cache.keys[:, 0], engine.cache.keys[:, 1])
+    assert torch.equal(engine.cache.values[:, 0], engine.cache.values[:, 1])
+    assert engine.lengths == [90, 90]
+
+
+@needs_native
+@pytest.mark.parametrize("cuts", PARTS)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_parts_of_a_dense_prompt_give_its_logits(
+    decoders: Any, ids: torch.Tensor, family: str, cuts: tuple[int, ...]
+) -> None:
+    engine, tokens = Engine(decoders.dense(family), slots=2, positions=96), ids[:90].tolist()
+    assert not engine.decoder.takes_prompts
+    whole = engine.prompt(0, tokens)
+    assert (in_parts(engine, 1, tokens, cuts) - whole).abs().max() < EXACT
+    more = engine.step(torch.tensor([5, 5]), [0, 1])
+    assert (more[0] - more[1]).abs().max() < EXACT
+
+
+@needs_native
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_begins_with_anothers_tokens(decoders: Any, ids: torch.Tensor, packed: bool) -> None:
+    model = decoders.packed("llama", 4) if packed else decoders.dense("llama")
+    engine, tokens = Engine(model, slots=3, positions=96), ids[:80].tolist()
+    engine.prompt(0, [*tokens[:50], 7, 8, 9])
+    engine.step(torch.tensor([11]), [0])
+    engine.copy(0, 2, 50)
+    assert engine.lengths == [54, 0, 50]
+    found = engine.prompt(2, tokens[50:], start=50)
+    expected = engine.prompt(1, tokens)
+    assert torch.equal(found, expected) if packed else (found - expected).abs().max() < EXACT
+    # and a sequence goes on from the middle of its own
+    assert (engine.prompt(0, tokens[50:], start=50) - expected).abs().max() < EXACT
+    assert engine.lengths == [80, 80, 80]
+
+
+@needs_native
+def test_sequences_outlive_growth(decoders: Any, ids: torch.Tensor) -> None:
+    engine, tokens = Engine(decoders.packed("qwen3", 4, head_dim=32), positions=48), ids[:60].tolist()
+    engine.prompt(0, tokens[:40])
+    engine.reserve(200, 3)
+    assert engine.lengths == [40, 0, 0]
+    assert torch.equal(engine.prompt(0, tokens[40:], start=40), engine.prompt(1, tokens))
+
+
+@needs_native
+def test_what_cannot_go_on_is_said_so(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("mixtral", 4)
+    engine, tokens = Engine(model, slots=2, positions=48), ids[:40].tolist()
+    engine.prompt(0, tokens[:9])
+    with pytest.raises(InputError, match="holds 9 tokens and cannot go on from 10"):
+        engine.prompt(0, tokens, start=10)
+    with pytest.raises(InputError, match="49 tokens exceed"):
+        engine.prompt(0, tokens, start=9)
+    with pytest.raises(InputError, match="sequence 2 of 2"):
+        engine.copy(0, 2, 4)
+    skipping.attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9, "min_len": 8})
+    assert (engine.piece, engine.keeps_prefixes) == (None, False)
+    for start, last in ((9, True), (0, False)):
+        with pytest.raises(InputError, match="whole prompt"):
+            engine.prompt(0, tokens[:20], start=start, last=last)
+
+
+@needs_states
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("cuts", [(0, 64, 300), (0, 128, 192, 300), (0, 256, 300)])
+@torch.inference_mode()
+def test_parts_of_a_state_space_prompt_are_the_whole_bit_by_bit(
+    bits: int | None, cuts: tuple[int, ...], tiny: Any, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 48, "num_heads": 6, "head_dim": 16, "expand": 2, "state_size": 32, "vocab_size": 70}
+    model = tiny.model("mamba2", **sizes, conv_kernel=4, num_hidden_layers=2)
+    if bits is not None:
+        attach(model, layout_from_config(model.config.to_dict()), {"bits": bits, "codec": "dsq"})
+    tokens = torch.randint(3, 70, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+    engine = RecurrentEngine(model, slots=3)
+    whole, other = engine.prompt(0, tokens), engine.prompt(2, tokens[:50])
+    alone = engine.step(torch.tensor([9]), [2]).clone()
+    engine.prompt(2, tokens[:50])
+    found = torch.empty(0)
+    for start, end in pairwise(cuts):
+        found = engine.prompt(1, tokens[start:end], start=start, last=end == 300)
+        if end == cuts[1]:
+            # somebody else's step in between
+            assert torch.equal(engine.step(torch.tensor([9]), [2]), alone)
+    assert torch.equal(found, whole)
+    assert other.shape == whole.shape
+    for held in (engine.states.codes, engine.states.scale, engine.states.floats, engine.states.conv):
+        assert held is None or torch.equal(held[:, 0], held[:, 1])
+    engine.prompt(1, tokens[:64], last=False)
+    engine.prompt(0, tokens[:9])
+    with pytest.raises(InputError, match="its state is not at hand"):
+        engine.prompt(1, tokens[64:], start=64)
+    with pytest.raises(InputError, match="cut short"):
+        engine.copy(0, 1, 5)
+
+
+@pytest.mark.parametrize("common", [0, 3, LEAST_PREFIX, LEAST_PREFIX + 1, 47, 63, 64, 80])
+def test_the_prefix_that_two_share(common: int) -> None:
+    held = list(range(80))
+    prompt = [*held[:common], 999, *held[common + 1 : 64]]
+    expected = min(common, len(prompt) - 1)
+    assert shared_prefix(held, prompt) == (expected if expected >= LEAST_PREFIX else 0)
+    # the last token is computed in any case
+    assert shared_prefix(held, held[:40]) == 39
+    assert shared_prefix(held[:LEAST_PREFIX], held) == LEAST_PREFIX
+    assert shared_prefix([], held) == 0
