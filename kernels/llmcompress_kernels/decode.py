@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select, tree
-from llmcompress_kernels.reference.group_gemm import LANES, interleave
+from llmcompress_kernels.matrix import KINDS, Matrix, MatrixStruct
+from llmcompress_kernels.reference.group_gemm import LANES
 
 FAMILY = "decode"
 MAX_BATCH = 8
@@ -43,18 +44,11 @@ build.register(
 )
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "expert_rows")),
-        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "reserved")),
-    )
-
-
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
+        *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
+        *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, ctypes.c_int32) for name in ("whole_norms", "reserved")),
     )
 
@@ -63,12 +57,12 @@ class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("final_norm", "cosine", "sine")),
-        ("embedding", _Matrix),
-        ("head", _Matrix),
-        ("screen", _Matrix),
+        ("embedding", MatrixStruct),
+        ("head", MatrixStruct),
+        ("screen", MatrixStruct),
         ("screen_error", ctypes.c_void_p),
-        ("member_embeddings", ctypes.POINTER(_Matrix)),
-        ("member_heads", ctypes.POINTER(_Matrix)),
+        ("member_embeddings", ctypes.POINTER(MatrixStruct)),
+        ("member_heads", ctypes.POINTER(MatrixStruct)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("top_k", "renormalize", "members")),
         ("epsilon", ctypes.c_float),
@@ -107,9 +101,6 @@ class _Prompt(ctypes.Structure):
     )
 
 
-_KINDS = {torch.float32: 1, torch.bfloat16: 2}
-_PACKED = 3
-_TREE = 4
 # members of a family that a node can tell apart
 MAX_MEMBERS = 64
 # bytes of an activation as a fixed-point number with an exponent a group: as exact as float32 sums, more exact than
@@ -135,7 +126,7 @@ def library() -> ctypes.CDLL:
     """
     lib = build.load(FAMILY)
     if not hasattr(lib, "llmcompress_decode_ready"):
-        for which, structure in enumerate((_Matrix, _Layer, _Model, _Cache, _Step, _Prompt)):
+        for which, structure in enumerate((MatrixStruct, _Layer, _Model, _Cache, _Step, _Prompt)):
             assert lib.llmcompress_decode_size(which) == ctypes.sizeof(structure), structure
         lib.llmcompress_decode_create.restype = ctypes.c_void_p
         lib.llmcompress_decode_destroy.argtypes = (ctypes.c_void_p,)
@@ -151,132 +142,6 @@ def set_isa(name: str | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
-    """A weight as the step reads it.
-
-    Attributes:
-        data: float32 or bfloat16 ``[(E,) N, K]``, or interleaved int32 words ``[(E,) N / 16, W, 16]``. Experts may
-            be further apart than their rows (the gate half of a stacked projection).
-        rows: N.
-        columns: K.
-        scale: Interleaved fp16 scales of a packed weight.
-        zero: Interleaved packed zero points, or None.
-        bias: float32 ``[(E,) N]`` or None.
-        bits: Code width, 0 for a dense tensor.
-        group_size: Columns per scale.
-        planes: Nodes of a residual tree instead of all that.
-        nodes: The same for C++.
-    """
-
-    data: Tensor
-    rows: int
-    columns: int
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-    bias: Tensor | None = None
-    bits: int = 0
-    group_size: int = 0
-    planes: Sequence[tree.Plane] = ()
-    nodes: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points, or of the dense tensor."""
-        if self.planes:
-            held = {t.data_ptr(): t.nbytes for part in self.planes for t in (part.words, part.scale)}
-            return sum(held.values())
-        return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
-
-    @property
-    def experts(self) -> int:
-        """E, 1 without that dimension."""
-        return self.data.shape[0] if self.data.ndim == (4 if self.bits else 3) else 1
-
-    def _struct(self) -> _Matrix:
-        if self.planes:
-            return _Matrix(
-                ctypes.addressof(self.nodes), None, None, None if self.bias is None else self.bias.data_ptr(),
-                self.rows, self.columns, 0, _TREE, len(self.planes), self.group_size, 0,
-            )  # fmt: skip
-        apart = self.data.stride(0) // self.data.shape[-2] if self.bits else self.data.stride(0) // self.columns
-        return _Matrix(
-            *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias)),
-            self.rows, self.columns, apart if self.experts > 1 else 0,
-            _PACKED if self.bits else _KINDS[self.data.dtype], self.bits, self.group_size, 0,
-        )  # fmt: skip
-
-
-def dense(weight: Tensor, bias: Tensor | None = None) -> Matrix:
-    """A dense weight.
-
-    Args:
-        weight: ``[(E,) N, K]`` with contiguous rows. float32 whose values are all representable in bfloat16 is stored
-            as bfloat16, which changes no result and halves the traffic; other types than these two become float32.
-        bias: ``[(E,) N]`` or None.
-    """
-    if weight.dtype == torch.float32 and torch.equal(weight.to(torch.bfloat16).to(torch.float32), weight):
-        weight = weight.to(torch.bfloat16)
-    if weight.dtype not in _KINDS:
-        weight = weight.to(torch.float32)
-    if weight.stride(-1) != 1 or weight.stride(-2) != weight.shape[-1]:
-        weight = weight.contiguous()
-    return Matrix(weight, weight.shape[-2], weight.shape[-1], bias=_float(bias))
-
-
-def packed(
-    words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int,
-    bias: Tensor | None = None, interleaved: bool = False,
-) -> Matrix:  # fmt: skip
-    """A group-quantized weight.
-
-    Args:
-        words: Canonical int32 ``[(E,) N, words(K, bits)]``, which is copied, or interleaved ones, which are shared.
-        scale: fp16 ``[(E,) N, G]``, or interleaved.
-        zero: int32 ``[(E,) N, words(G, bits)]``, or interleaved, or None.
-        bits: 2, 3, 4 or 8.
-        group_size: Columns per scale.
-        columns: K.
-        bias: ``[(E,) N]`` or None.
-        interleaved: Whether the tensors are.
-    """
-    rows = words.shape[-3] * LANES if interleaved else words.shape[-2]
-    tensors = [None if t is None else t if interleaved else _interleave(t) for t in (words, scale, zero)]
-    held: Any = tensors
-    return Matrix(held[0], rows, columns, held[1], held[2], _float(bias), bits, group_size)
-
-
-def of_tree(
-    planes: Sequence[tree.Plane], members: Sequence[int], rows: int, columns: int, group_size: int,
-    bias: Tensor | None = None,
-) -> Matrix:  # fmt: skip
-    """A weight of a family: the sum of the nodes above a token's member.
-
-    Args:
-        planes: Nodes in the order of :mod:`llmcompress_kernels.tree`.
-        members: Of each, a bit for each member below it.
-        rows: N, a multiple of 16.
-        columns: K.
-        group_size: Columns per scale.
-        bias: ``[members, N]`` or None.
-    """
-    assert rows % LANES == 0
-    nodes = (tree.Node * len(planes))(*(plane.struct(below) for plane, below in zip(planes, members)))
-    group = min(group_size, columns)
-    return Matrix(
-        planes[0].words, rows, columns, bias=_float(bias), group_size=group, planes=tuple(planes), nodes=nodes
-    )
-
-
-def _interleave(rows: Tensor) -> Tensor:
-    """Words of sixteen neighbouring rows side by side; the last rows are filled up with zeros."""
-    return interleave(torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[-2] % LANES)))
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
 
@@ -285,6 +150,8 @@ class Layer:
         query, key, value, output: Projections of attention.
         gate, up, down: Projections of the gated MLP, or of the stacked experts.
         router: float32 ``[E, H]``, None for a dense layer.
+        shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
+        shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
         query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``.
         whole_norms: They are ``[heads D]``, of all heads together.
     """
@@ -299,27 +166,31 @@ class Layer:
     up: Matrix
     down: Matrix
     router: Matrix | None = None
+    shared_gate: Matrix | None = None
+    shared_up: Matrix | None = None
+    shared_down: Matrix | None = None
+    shared_router: Matrix | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     whole_norms: bool = False
 
     def matrices(self) -> dict[str, Matrix]:
         """Its weights by name."""
-        names = ("query", "key", "value", "output", "gate", "up", "down", "router")
+        names = [field[0] for field in _Layer._fields_ if field[1] is MatrixStruct]
         return {name: weight for name in names if (weight := getattr(self, name)) is not None}
 
     @property
     def takes_prompts(self) -> bool:
         """Whether :func:`prompt` computes it."""
         alike = self.router is None or (self.gate.bits, self.gate.group_size) == (self.up.bits, self.up.group_size)
-        packed = {name: weight for name, weight in self.matrices().items() if name != "router"}
+        packed = {name: weight for name, weight in self.matrices().items() if not name.endswith("router")}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
     def _struct(self) -> _Layer:
         norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
         return _Layer(
             *(None if n is None else n.data_ptr() for n in norms),
-            **{name: weight._struct() for name, weight in self.matrices().items()}, whole_norms=int(self.whole_norms),
+            **{name: weight.struct() for name, weight in self.matrices().items()}, whole_norms=int(self.whole_norms),
         )  # fmt: skip
 
 
@@ -363,15 +234,15 @@ class Decoder:
     def __post_init__(self) -> None:
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
         embeddings, heads = (
-            (_Matrix * len(side))(*(matrix._struct() for matrix in side)) if side else None
+            (MatrixStruct * len(side))(*(matrix.struct() for matrix in side)) if side else None
             for side in (self.member_embeddings, self.member_heads)
         )
         # C++ reads these at every step
         self._kept = (embeddings, heads)
         model = _Model(
             structs, self.final_norm.data_ptr(), self.cosine.data_ptr(), self.sine.data_ptr(),
-            self.embedding._struct(), self.head._struct(),
-            _Matrix() if self.screen is None else self.screen._struct(),
+            self.embedding.struct(), self.head.struct(),
+            MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim, self.top_k,
             int(self.renormalize), len(self.member_heads), self.epsilon,
@@ -430,7 +301,7 @@ class Cache:
         lead = (len(decoder.layers), slots, decoder.key_value_heads)
         self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
         self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
-        self._struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), _KINDS[dtype], slots, self.positions)
+        self._struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions)
 
     def fill(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store what another implementation computed.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, cpu, cpu_state, pages, select
-from llmcompress_kernels.decode import Matrix, _Matrix
+from llmcompress_kernels.matrix import Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
 # sequences of one call
@@ -36,7 +36,7 @@ STATES = (32, 64, 128, 256)
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("norm", ctypes.c_void_p),
-        *((name, _Matrix) for name in ("in_proj", "dt_proj", "out_proj")),
+        *((name, MatrixStruct) for name in ("in_proj", "dt_proj", "out_proj")),
         *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "dt_bias", "a", "d", "gain", "fixed")),
         *((name, ctypes.c_int32) for name in ("in_planes", "out_planes")),
     )
@@ -46,8 +46,8 @@ class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(_Layer)),
         ("final_norm", ctypes.c_void_p),
-        ("embedding", _Matrix),
-        ("head", _Matrix),
+        ("embedding", MatrixStruct),
+        ("head", MatrixStruct),
         ("vocabulary", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "channels", "states", "groups")),
         *((name, ctypes.c_int32) for name in ("bits", "refit", "head_planes")),
@@ -148,9 +148,9 @@ class Layer:
 
     def _struct(self) -> _Layer:
         rows = (self.conv_weight, self.conv_bias, self.dt_bias, self.a, self.d, self.gain, self.fixed)
-        times = _Matrix() if self.dt_proj is None else self.dt_proj._struct()
+        times = MatrixStruct() if self.dt_proj is None else self.dt_proj.struct()
         return _Layer(
-            self.norm.data_ptr(), self.in_proj._struct(), times, self.out_proj._struct(),
+            self.norm.data_ptr(), self.in_proj.struct(), times, self.out_proj.struct(),
             *(None if t is None else t.data_ptr() for t in rows), self.in_planes, self.out_planes,
         )  # fmt: skip
 
@@ -205,7 +205,7 @@ class Model:
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
         sizes = (self.heads, self.channels, self.states, self.groups, self.bits, int(self.refit), self.head_planes)
         model = _Model(
-            structs, self.final_norm.data_ptr(), self.embedding._struct(), self.head._struct(), self.vocabulary,
+            structs, self.final_norm.data_ptr(), self.embedding.struct(), self.head.struct(), self.vocabulary,
             len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, int(self.dither),
             self.window,
         )  # fmt: skip

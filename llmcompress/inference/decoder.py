@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompress_kernels import decode as native
+from llmcompress_kernels import matrix
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
@@ -51,9 +52,9 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     output: Any = model.get_output_embeddings()
     embeddings, heads = [], []
     for words, last in zip(parts(base.embed_tokens), parts(output)):
-        embeddings.append(native.dense(words.weight.detach()))
+        embeddings.append(matrix.dense(words.weight.detach()))
         tied = last.weight.data_ptr() == words.weight.data_ptr()
-        heads.append(embeddings[-1] if tied else native.dense(last.weight.detach(), last.bias))
+        heads.append(embeddings[-1] if tied else matrix.dense(last.weight.detach(), last.bias))
         if head_bits is not None:
             heads[-1] = rounded_matrix(last.weight.detach(), head_bits)
     layers = [_layer(model, block, members) for block in layout.blocks]
@@ -93,6 +94,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     query_norm, key_norm = (
         None if norm is None else _norm(norm) for norm in (getattr(attention, f"{n}_norm", None) for n in "qk")
     )
+    beside: dict[str, matrix.Matrix] = {}
     if block.bank is None:
         gate, up, down, router = (
             *(linear_matrix(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")),
@@ -101,7 +103,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     else:
         gate, up, down = _experts(model.get_submodule(block.bank.module), block.bank)
         weight: Any = model.get_submodule(block.bank.router.module).weight
-        router = native.dense(weight.detach())
+        router = matrix.dense(weight.detach())
+        beside = _beside(model, block, members)
     return native.Layer(
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
@@ -115,33 +118,47 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         router=router,
         query_norm=query_norm,
         key_norm=key_norm,
+        **beside,
         whole_norms=query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     )
 
 
-def linear_matrix(module: nn.Module, members: Sequence[str] = ()) -> native.Matrix:
+def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matrix.Matrix]:
+    """The shared expert of a layer with experts, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    mixture = next(sublayer for sublayer in block.sublayers if sublayer.experts is not None)
+    found = {}
+    for view in (view for group in mixture.groups for view in group.linears):
+        part = view.name.rpartition(".")[2].removesuffix("_proj")
+        found[f"shared_{part}"] = linear_matrix(model.get_submodule(view.name), members)
+    share = getattr(model.get_submodule(mixture.module), "shared_expert_gate", None)
+    if share is not None:
+        found["shared_router"] = matrix.dense(share.weight.detach())
+    return found
+
+
+def linear_matrix(module: nn.Module, members: Sequence[str] = ()) -> matrix.Matrix:
     """A linear as a step reads it: dense, packed, or a tree's nodes for these members."""
     if isinstance(module, TreeLinear):
         return _tree(module, members)
     bias: Any = module.bias
     if not isinstance(module, PackedLinear):
         weight: Any = module.weight
-        return native.dense(weight.detach(), bias)
+        return matrix.dense(weight.detach(), bias)
     module.prepare()
     return packed_matrix(module, slice(None), bias)
 
 
-def _tree(module: TreeLinear, members: Sequence[str]) -> native.Matrix:
+def _tree(module: TreeLinear, members: Sequence[str]) -> matrix.Matrix:
     """Nodes with a bit for each member; without a family those on one model's path."""
     module.prepare()
     names = list(members) or [next(iter(sorted(frozenset.intersection(*module.members))))]
     below = [sum(1 << i for i, name in enumerate(names) if name in module.members[p.node]) for p in module.planes]
     bias = torch.stack([module.biases[name].float() for name in names]) if module.biases else None
     size = module.group_size
-    return native.of_tree(module.planes, below, module.out_features, module.in_features, size, bias)
+    return matrix.of_tree(module.planes, below, module.out_features, module.in_features, size, bias)
 
 
-def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> native.Matrix:
+def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> matrix.Matrix:
     """Some rows of a packed weight, shared where they are interleaved already and copied elsewhere."""
     tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
     interleaved = side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop))
@@ -155,7 +172,7 @@ def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) 
     assert words is not None
     assert scale is not None
     sizes = (side.spec.bits, side.columns_per_group, side.shape[-1])
-    return native.packed(words, scale, zero, *sizes, bias, interleaved)
+    return matrix.packed(words, scale, zero, *sizes, bias, interleaved)
 
 
 def _span(rows: slice, count: int) -> tuple[int, int]:
@@ -163,7 +180,7 @@ def _span(rows: slice, count: int) -> tuple[int, int]:
     return first, last - first
 
 
-def _experts(experts: Any, bank: ExpertBank) -> tuple[native.Matrix, native.Matrix, native.Matrix]:
+def _experts(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
     """Gate, up and down of a bank; the first I rows of the stacked projection are the gate."""
     found = []
     size = bank.intermediate
@@ -174,15 +191,15 @@ def _experts(experts: Any, bank: ExpertBank) -> tuple[native.Matrix, native.Matr
     ):
         side = getattr(experts, key)
         dense = not isinstance(side, PackedTensors)
-        found.append(native.dense(side.detach()[:, rows]) if dense else packed_matrix(side, rows))
+        found.append(matrix.dense(side.detach()[:, rows]) if dense else packed_matrix(side, rows))
     return found[0], found[1], found[2]
 
 
-def rounded_matrix(weight: Tensor, bits: int) -> native.Matrix:
+def rounded_matrix(weight: Tensor, bits: int) -> matrix.Matrix:
     """A dense weight rounded to nearest on a symmetric grid, 64 columns per scale."""
     spec, packed = _encoded(weight, bits)
     columns = weight.shape[-1]
-    return native.packed(packed[PACKED], packed[SCALE], None, bits, spec.group(columns), columns)
+    return matrix.packed(packed[PACKED], packed[SCALE], None, bits, spec.group(columns), columns)
 
 
 def _encoded(weight: Tensor, bits: int) -> tuple[QuantSpec, dict[str, Tensor]]:

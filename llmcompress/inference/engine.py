@@ -29,7 +29,7 @@ from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
 # rotary tables that do not depend on the length of the sequence
 ROTARY = ("default", "linear", "llama3", "yarn")
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules

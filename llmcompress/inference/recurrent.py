@@ -16,7 +16,8 @@ import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import mamba2 as native
 from llmcompress_kernels.cpu_state import CONV_WIDTH, MAX_WINDOW
-from llmcompress_kernels.decode import INT8_PLANES, Matrix, dense
+from llmcompress_kernels.decode import INT8_PLANES
+from llmcompress_kernels.matrix import Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 

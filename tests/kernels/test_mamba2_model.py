@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from llmcompress_kernels import cpu, mamba2
-from llmcompress_kernels.decode import Matrix, dense, packed
+from llmcompress_kernels.matrix import Matrix, dense, packed
 from llmcompress_kernels.reference.group_gemm import decode, interleave
 from torch import Tensor
 

@@ -26,6 +26,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": False,
         "decoder_sparse_step": 1, "mlp_only_layers": [0],
     },
+    # a shared expert with a share of its own, wider than the others; dense layers among the sparse ones
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 112, "num_hidden_layers": 4, "decoder_sparse_step": 2,
+        "mlp_only_layers": [1], "head_dim": None,
+    },
     # queries and keys normed over all heads
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
 }  # fmt: skip

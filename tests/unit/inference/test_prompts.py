@@ -10,8 +10,10 @@ from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
 
 from llmcompress.inference.engine import FAMILIES, Engine
+from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
+from llmcompress.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
@@ -100,7 +102,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe"])
 def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
     # more than a piece, so that experts are counted over several
     tokens = torch.randint(3, 72, (600,), generator=torch.Generator().manual_seed(3))
@@ -142,6 +144,15 @@ def test_what_rerouting_raises(decoders: Any, ids: torch.Tensor) -> None:
     with pytest.raises(KeyError, match="no"):
         native.prompt(engine.decoder, engine.cache, ids[:20], 0, reroute=refuse)
     assert layers == [(0, (20, 8), (20, 2), (20, 2))]
+
+
+def test_an_expert_beside_others_of_fewer_bits(decoders: Any, ids: torch.Tensor) -> None:
+    model = rounded(decoders.dense("qwen2_moe"), QuantSpec(8, 64, True), QuantSpec(2, 16, False))
+    at_once, by_steps = both(Engine(model, slots=2, positions=64, threads=1), ids[:40])
+    assert torch.equal(at_once, by_steps)
+    with torch.inference_mode():
+        expected = model(ids[:40].unsqueeze(0)).logits[0, -1]
+    assert (at_once - expected).abs().max() < 3e-5
 
 
 def test_what_it_does_not_take(decoders: Any, ids: torch.Tensor) -> None:

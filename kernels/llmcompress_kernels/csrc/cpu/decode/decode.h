@@ -39,6 +39,8 @@ struct Layer {
     Matrix query, key, value, output;
     Matrix gate, up, down;  // the gated MLP, or the experts where `router` is present
     Matrix router;          // [E, H], dense, or ABSENT
+    Matrix shared_gate, shared_up, shared_down;  // a gated MLP beside the experts, or ABSENT
+    Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
     int32_t reserved;
 };

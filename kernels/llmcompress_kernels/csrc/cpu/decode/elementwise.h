@@ -31,6 +31,12 @@ inline void norm(const float* x, const float* weight, int n, float epsilon, floa
     for (int i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
 }
 
+inline float sigmoid(float x) { return 1.f / (std::exp(-x) + 1.f); }
+
+inline void scale_all(float* x, int64_t count, float by) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= by;
+}
+
 // gate = silu(gate) * up
 inline void open_gate(float* gate, const float* up, int64_t count) {
     int64_t i = 0;

@@ -38,6 +38,7 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, gate, up, down, router;
+    Operand shared_gate, shared_up, shared_down, shared_router;
 };
 
 // What one thread works in. Vectors only grow.
@@ -50,7 +51,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, parts, inner, delta, scores, rough, bounds;
+    std::vector<float> query, key, value, parts, inner, shared, delta, scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };
@@ -65,8 +66,10 @@ class Engine {
         for (int i = 0; i < m.layer_count; ++i) {
             const Layer& l = m.layers[i];
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
-                              operand(l.gate), operand(l.up), operand(l.down), operand(l.router)});
+                              operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
+                              operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
+            shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
         }
     }
@@ -87,6 +90,8 @@ class Engine {
         grow(shared.parts, b * size_t(m.heads * shared.chunks) * (LANES + size_t(padded(m.head_dim))));
         grow(shared.delta, b * size_t(padded(m.hidden)));
         grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
+        grow(shared.shared, b * size_t(padded(shared_intermediate)));
+        grow(shared.shares, b);
         grow(shared.scores, b * size_t(padded(experts)));
         grow(shared.best, b * size_t(s.threads));
         grow(shared.bounds, b * size_t(s.threads));
@@ -97,7 +102,7 @@ class Engine {
             grow(own.hidden, b * size_t(m.hidden));
             grow(own.normed, b * size_t(m.hidden));
             grow(own.mixed, b * size_t(m.heads) * dim);
-            grow(own.product, b * std::max(wide, size_t(padded(m.hidden))));
+            grow(own.product, b * size_t(padded(std::max<int64_t>({intermediate, shared_intermediate, m.hidden}))));
             grow(own.gated, b * wide);
             grow(own.queries, group * size_t(padded(m.head_dim)));
             grow(own.weights, std::min<size_t>(4, group) * size_t(c.positions + LANES));
@@ -114,7 +119,7 @@ class Engine {
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
-    int64_t intermediate = 0, experts = 0;
+    int64_t intermediate = 0, shared_intermediate = 0, experts = 0;
 
   private:
     template <class T>

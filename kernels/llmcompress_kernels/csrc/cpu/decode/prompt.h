@@ -117,12 +117,16 @@ class PromptWorker {
     }
 
     void gated_mlp(const LayerOperands& o) {
-        const int64_t width = o.gate.m.rows;
         project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, room_.normed.data(), GATE_UP, [&](int64_t t) {
             add_delta(t);
             norm_hidden(t, o.l.mlp_norm);
         });
-        project({{&o.down, delta(0)}}, room_.gate.data(), DOWN,
+        open_gates(o.gate.m.rows, o.down);
+    }
+
+    // silu(gate) * up of a gated MLP through its last projection.
+    void open_gates(int64_t width, const Operand& down) {
+        project({{&down, delta(0)}}, room_.gate.data(), DOWN,
                 [&](int64_t t) { open_gate(room_.gate.data() + t * width, room_.up.data() + t * width, width); });
     }
 
@@ -277,6 +281,7 @@ class PromptWorker {
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
             float* const scores = r.scores.data() + first_ * count;
             multiply(o.router, in, 0, 0, o.router.blocks(), scores + begin(b) * count, count);
+            if (o.shared_router.present()) multiply(o.shared_router, in, 0, 0, 1, r.shares.data() + first_ + begin(b), 1);
             for (int64_t t = begin(b); t < end(b); ++t) {
                 int* const chosen = r.chosen.data() + (first_ + t) * k;
                 float* const weights = r.weights.data() + (first_ + t) * k;
@@ -300,6 +305,11 @@ class PromptWorker {
             for (int64_t t = begin(b - 1); t < end(b - 1); ++t) norm_hidden(t, o.l.mlp_norm);
         });
         took(ROUTER);
+        if (o.shared_gate.present()) {
+            const auto nothing = [](int64_t) {};
+            project({{&o.shared_gate, room_.gate.data()}, {&o.shared_up, room_.up.data()}}, room_.normed.data(), GATE_UP, nothing);
+            open_gates(o.shared_gate.m.rows, o.shared_down);
+        }
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
             round(o.gate, b, room_.normed.data(), r.tokens.data() + r.first[size_t(b.expert)]);
@@ -317,16 +327,19 @@ class PromptWorker {
         took(NORM);
         expert_rows({{&o.down, r.products.data()}});
         each(blocks(), [&](int64_t b) {
-            for (int64_t t = begin(b); t < end(b); ++t) add_slots(t);
+            for (int64_t t = begin(b); t < end(b); ++t) {
+                if (!o.shared_down.present()) std::fill_n(delta(t), m_.hidden, 0.f);
+                else if (o.shared_router.present()) scale_all(delta(t), m_.hidden, sigmoid(r.shares[size_t(first_ + t)]));
+                add_slots(t);
+            }
         });
         took(DOWN);
     }
 
-    // What a token's experts say, in ascending order, as the definition adds it.
+    // Add what a token's experts say, in ascending order, as the definition does.
     void add_slots(int64_t t) {
         const Routed& r = room_.routed;
         float* to = delta(t);
-        std::fill_n(to, m_.hidden, 0.f);
         for (int64_t i = t * m_.top_k; i < (t + 1) * m_.top_k; ++i) {
             const int64_t place = r.places[size_t(i)];
             if (place < 0) continue;

@@ -19,6 +19,7 @@ inline int64_t piece_of(const Engine& e) { return e.m.members > 0 ? TREE_PASS : 
 // Slots of a routed layer, k to a token, and those of a piece by experts. A slot with the expert E is empty.
 struct Routed {
     std::vector<float> scores;            // [T, E]
+    std::vector<float> shares;            // [T] of the MLP beside the experts
     std::vector<int> chosen;              // [T, k], ascending
     std::vector<float> weights;           // [T, k]
     std::vector<int64_t> places;          // [tokens, k]: where a slot is among those of all experts, -1 for an empty one
@@ -33,6 +34,7 @@ struct Routed {
     void make_room(int64_t all, int64_t count, int64_t experts, int64_t k, int64_t hidden) {
         const size_t slots = size_t(count * k);
         scores.resize(size_t(all * experts)), weights.resize(size_t(all * k)), chosen.resize(size_t(all * k));
+        shares.resize(size_t(all));
         places.resize(slots), tokens.resize(slots), first.resize(size_t(experts) + 1), products.resize(slots * size_t(hidden));
     }
 
@@ -73,7 +75,7 @@ struct PromptRoom {
         normed.resize(size_t(tokens * m.hidden));
         for (auto* rows : {&query, &mixed}) rows->resize(size_t(tokens * m.heads * m.head_dim));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * m.head_dim));
-        for (auto* rows : {&gate, &up}) rows->resize(size_t(slots * e.intermediate));
+        for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
         if (e.experts > 0) routed.make_room(p.count, tokens, e.experts, m.top_k, m.hidden);
         size_t most = 0;
         const auto room_for = [&](const Operand& o, int64_t count) {
@@ -83,6 +85,8 @@ struct PromptRoom {
         for (const LayerOperands& l : e.layers) {
             for (const Operand* o : {&l.query, &l.key, &l.value, &l.output}) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.up, &l.down}) room_for(*o, tokens);
+            for (const Operand* o : {&l.shared_gate, &l.shared_up, &l.shared_down})
+                if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.down})
                 if (l.router.present()) room_for(*o, slots + e.experts * MAX_BATCH);
         }

@@ -149,19 +149,19 @@ class Worker {
     }
 
     // silu(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once.
-    void gate_up(const LayerOperands& o, int64_t expert, Range blocks, float* out, int64_t stride) {
-        const int64_t width = o.gate.m.rows, row = blocks.begin(), count = blocks.end(width) - row;
+    void gate_up(const Operand& gate, const Operand& up_rows, int64_t expert, Range blocks, float* out, int64_t stride) {
+        const int64_t width = gate.m.rows, row = blocks.begin(), count = blocks.end(width) - row;
         if (count <= 0) return;
         float* up = own_.product.data();
-        multiply(o.gate, in_, expert, blocks.first, blocks.last, out, stride);
-        multiply(o.up, in_, expert, blocks.first, blocks.last, up, width);
+        multiply(gate, in_, expert, blocks.first, blocks.last, out, stride);
+        multiply(up_rows, in_, expert, blocks.first, blocks.last, up, width);
         for (int t = 0; t < in_.tokens(); ++t) open_gate(out + t * stride + row, up + t * width + row, count);
     }
 
     void gated_mlp(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows;
         norm_all(o.l.mlp_norm);
-        gate_up(o, 0, share(o.gate.blocks()), sh_.inner.data(), width);
+        gate_up(o.gate, o.up, 0, share(o.gate.blocks()), sh_.inner.data(), width);
         took(GATE_UP);
         wait();
         in_.set(sh_.inner.data(), width, s_.batch);
@@ -178,6 +178,7 @@ class Worker {
         const Range routers = share(o.router.blocks());
         multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
         took(ROUTER);
+        shared_inner(o);
         wait();
         // every thread finds the same
         for (int b = 0; b < s_.batch; ++b)
@@ -189,7 +190,7 @@ class Worker {
             // slots of one expert are the rows of one small product
             for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i] / m_.top_k;
             in_.set(own_.normed.data(), m_.hidden, taken, own_.rows.data());
-            gate_up(o, expert, inner, own_.gated.data(), width);
+            gate_up(o.gate, o.up, expert, inner, own_.gated.data(), width);
             const int64_t row = inner.begin(), size = inner.end(width) - row;
             for (int i = 0; i < taken && size > 0; ++i)
                 std::copy_n(own_.gated.data() + i * width + row, size, sh_.inner.data() + slots[i] * width + row);
@@ -198,7 +199,7 @@ class Worker {
         wait();
         const Range outer = share(o.down.blocks());
         const int64_t row = outer.begin(), size = outer.end(m_.hidden) - row;
-        for (int b = 0; b < s_.batch && size > 0; ++b) std::fill_n(sh_.delta.data() + b * int64_t(m_.hidden) + row, size, 0.f);
+        begin_delta(o, outer, row, size);
         for_each_expert(count, [&](int expert, const int* slots, int taken) {
             for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i];
             in_.set(sh_.inner.data(), width, taken, own_.rows.data());
@@ -213,6 +214,27 @@ class Worker {
         took(DOWN);
         wait();
         add_delta();
+    }
+
+    // What the MLP beside the experts has before its last projection, and its share.
+    void shared_inner(const LayerOperands& o) {
+        if (!o.shared_gate.present()) return;
+        gate_up(o.shared_gate, o.shared_up, 0, share(o.shared_gate.blocks()), sh_.shared.data(), o.shared_gate.m.rows);
+        if (thread_ == 0 && o.shared_router.present()) multiply(o.shared_router, in_, 0, 0, 1, sh_.shares.data(), 1);
+        took(GATE_UP);
+    }
+
+    // Blocks of rows to which experts add: nothing yet, or what that MLP says.
+    void begin_delta(const LayerOperands& o, Range blocks, int64_t row, int64_t size) {
+        if (o.shared_down.present()) {
+            in_.set(sh_.shared.data(), o.shared_gate.m.rows, s_.batch);
+            multiply(o.shared_down, in_, 0, blocks.first, blocks.last, sh_.delta.data(), m_.hidden);
+        }
+        for (int b = 0; b < s_.batch && size > 0; ++b) {
+            float* to = sh_.delta.data() + b * int64_t(m_.hidden) + row;
+            if (!o.shared_down.present()) std::fill_n(to, size, 0.f);
+            else if (o.shared_router.present()) scale_all(to, size, sigmoid(sh_.shares[size_t(b)]));
+        }
     }
 
     // experts in ascending order, as the definition adds them; a token never takes an expert twice
