@@ -29,7 +29,7 @@ OPTIONAL = {
     "compressed-tensors": ("export to compressed-tensors", "pip install 'llmcompress[export]'"),
     "gguf": ("export to GGUF", "pip install 'llmcompress[export]'"),
     "math-verify": ("answers in LaTeX", "pip install 'llmcompress[math]'"),
-    "trl": ("s2r_rl with engine: trl", "pip install 'llmcompress[trl]'"),
+    "trl": ("s2r_init and s2r_rl with engine: trl", "pip install 'llmcompress[trl]'"),
     "llama-cpp-python": ("read exported GGUF files back with llama.cpp", "pip install llama-cpp-python"),
     "tensorboard": ("run --track tensorboard", "pip install 'llmcompress[track]'"),
     "trackio": ("run --track trackio", "pip install 'llmcompress[track]'"),

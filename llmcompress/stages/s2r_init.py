@@ -7,6 +7,7 @@ together into trajectories that end right, and trains on the verifications, the 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ from llmcompress.data.trajectories import KeepProbabilities
 from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
-from llmcompress.stages.s2r_training import TrainingStage
+from llmcompress.stages.s2r_training import TrainingStage, from_trl, noting_trl, refuse_for_trl
 
 if TYPE_CHECKING:
     from llmcompress.data.problems.base import Problem
@@ -95,6 +96,10 @@ class S2RInitConfig(TrainingConfig):
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Limit of the gradient norm; the paper names none for this stage."""
 
+    engine: Literal["own", "trl"] = "own"
+    """Whose loop trains: the reference of this package, or trl's ``SFTTrainer`` (extra ``trl``), which has no reference
+    policy and so takes ``kl: 0`` and no anchor; then both compute the same."""
+
     max_length: Annotated[int, Field(ge=8)] = 8000
     """Longest row in tokens (8000 in the paper, 6000 for Qwen2-7B); longer ones are left out."""
 
@@ -105,6 +110,19 @@ class S2RInitConfig(TrainingConfig):
     def _sampled(self) -> Self:
         if self.data != "program" and self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: 0 gives equal samples: no problem has a wrong and a right one")
+        return self
+
+    @model_validator(mode="after")
+    def _expressible(self) -> Self:
+        if self.engine == "own":
+            return self
+        found = {
+            f"kl: {self.kl:g} (it has no reference policy; kl: 0)": self.kl > 0,
+            "an anchor": self.anchor > 0,
+            "verdict_weight": self.verdict_weight != 1,
+            "micro_tokens": self.micro_tokens is not None,
+        }
+        refuse_for_trl(found)
         return self
 
     @model_validator(mode="after")
@@ -122,7 +140,8 @@ class S2RInit(TrainingStage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; the reference's weights stay in memory beside the model's."""
-        return estimate_training(self.config, inputs, self.config.max_length, self.config.batch)
+        found = estimate_training(self.config, inputs, self.config.max_length, self.config.batch)
+        return noting_trl(found, self.config.engine)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Measure, build the rows, train on them; samples and checkpoint of an interrupted run are used again.
@@ -228,9 +247,10 @@ class S2RInit(TrainingStage):
     def _train(
         self, policy: Policy, reader: Reader, rows: list[Trajectory], pairs: list[Trajectory], ctx: RunContext
     ) -> list[dict[str, Any]]:
-        from llmcompress.training.sft import SftSettings, to_row, train_sft
+        from llmcompress.training.sft import SftSettings, to_row
 
         config = self.config
+        train = self._loop(reader)
         curve: list[dict[str, Any]] = []
         phases = [("warm-up", pairs, config.pair_epochs), ("training", rows, config.epochs)]
         for number, (name, texts, epochs) in enumerate(phases):
@@ -255,9 +275,21 @@ class S2RInit(TrainingStage):
                 if step % max(1, total // 10) == 0 or step == total:
                     ctx.emit("note", text=f"{phase} {step}/{total}: cross-entropy {figures['cross_entropy']:.4f}")
 
-            part = train_sft(policy, kept, reader.pad, settings, ctx.stage_dir / f"{number}_{CHECKPOINT}", on_step)
+            part = train(policy, kept, reader.pad, settings, ctx.stage_dir / f"{number}_{CHECKPOINT}", on_step)
             curve += [{**record, "phase": name} for record in part]
         return curve
+
+    def _loop(self, reader: Reader) -> Any:
+        """The loop that trains.
+
+        Raises:
+            EnvironmentProblem: ``engine: trl`` is not installed.
+        """
+        if self.config.engine == "trl":
+            return partial(from_trl(self.name, "trl_sft", "train_trl_sft"), tokenizer=reader.tokenizer)
+        from llmcompress.training.sft import train_sft
+
+        return train_sft
 
 
 def _right(reader: Reader, problem: Problem, text: str) -> bool:

@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
-from llmcompress.stages.s2r_training import TrainingStage
+from llmcompress.stages.s2r_training import TrainingStage, from_trl, noting_trl, refuse_for_trl
 
 if TYPE_CHECKING:
     from llmcompress.algorithms.rl_objectives import GroupBaseline
@@ -252,6 +250,7 @@ class S2RRlConfig(TrainingConfig):
             "mode: offline": self.mode != "online",
             f"ratio: {self.ratio} (its ratio is the product: ratio: sum)": self.ratio != "sum",
             "kl_mean: true": self.kl_mean,
+            "micro_tokens": self.micro_tokens is not None,
             "train_end: false": not self.train_end,
             "weigh_by_length: true": self.weigh_by_length,
             "an anchor": self.anchor > 0,
@@ -260,9 +259,7 @@ class S2RRlConfig(TrainingConfig):
             "skip_agreeing: true with a KL (skip_agreeing: false, or kl: 0)": self.skip_agreeing and self.kl > 0,
             "updates that do not divide prompts × samples": self.prompts * self.samples % self.updates != 0,
         }
-        refused = [name for name, there in found.items() if there]
-        if refused:
-            raise ValueError(f"engine: trl cannot express {'; '.join(refused)}; engine: own can")
+        refuse_for_trl(found)
         return self
 
 
@@ -275,10 +272,7 @@ class S2RRl(TrainingStage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
         c = self.config
-        found = estimate_training(c, inputs, c.max_length, c.micro_batch, mean=c.average > 0)
-        if c.engine == "trl" and find_spec("trl") is None:
-            found = replace(found, notes=(*found.notes, "engine: trl is not installed: pip install 'llmcompress[trl]'"))
-        return found
+        return noting_trl(estimate_training(c, inputs, c.max_length, c.micro_batch, mean=c.average > 0), c.engine)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Check the verifier, then train from the checkpoint that exists.
@@ -350,29 +344,12 @@ class S2RRl(TrainingStage):
         common = (policy, reader, problems, self._settings(ctx))
         rest = (guard, ctx.stage_dir / CHECKPOINT, lambda record: self._tell(record, ctx))
         if self.config.engine == "trl":
-            curve, stopped = self._trl()(*common, *rest)
+            curve, stopped = from_trl(self.name, "trl_rloo", "train_trl")(*common, *rest)
         else:
             curve, stopped = train_online(*common, self._baseline(), *rest)
         if stopped is not None:
             ctx.emit("warning", text=f"{self.name} stopped after step {len(curve)}: {stopped}")
         return curve
-
-    def _trl(self) -> Any:
-        """The loop of trl, if it is there.
-
-        Raises:
-            EnvironmentProblem: It is not.
-        """
-        from llmcompress.errors import EnvironmentProblem
-
-        try:
-            from llmcompress.training.trl_rloo import train_trl
-        except ImportError as error:
-            raise EnvironmentProblem(
-                f"stages.{self.name}.engine: trl is not installed ({error})",
-                "pip install 'llmcompress[trl]', or engine: own",
-            ) from error
-        return train_trl
 
     def _problems(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[Problem]:
         """Training problems, screened if asked for; the screen samples from the starting policy."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.stages.base import Kind, Stage
+from llmcompress.stages.base import Estimate, Kind, Stage
 from llmcompress.stages.s2r_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -14,6 +18,48 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
     from llmcompress.training.policy import Policy
+
+
+def refuse_for_trl(unable: Mapping[str, bool]) -> None:
+    """Raise for the settings that trl cannot express.
+
+    Args:
+        unable: Setting → whether the recipe asks for it.
+
+    Raises:
+        ValueError: It asks for one; pydantic makes an error of the recipe of it.
+    """
+    refused = [name for name, there in unable.items() if there]
+    if refused:
+        raise ValueError(f"engine: trl cannot express {'; '.join(refused)}; engine: own can")
+
+
+def noting_trl(found: Estimate, engine: str) -> Estimate:
+    """The estimate with a note where trl is asked for and missing."""
+    if engine != "trl" or find_spec("trl") is not None:
+        return found
+    return replace(found, notes=(*found.notes, "engine: trl is not installed: pip install 'llmcompress[trl]'"))
+
+
+def from_trl(stage: str, module: str, name: str) -> Any:
+    """A loop of trl.
+
+    Args:
+        stage: Who asks.
+        module: In ``llmcompress.training``.
+        name: Of the function in it.
+
+    Raises:
+        EnvironmentProblem: trl is not installed.
+    """
+    from llmcompress.errors import EnvironmentProblem
+
+    try:
+        return getattr(import_module(f"llmcompress.training.{module}"), name)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"stages.{stage}.engine: trl is not installed ({error})", "pip install 'llmcompress[trl]', or engine: own"
+        ) from error
 
 
 class TrainingStage(Stage):

@@ -24,7 +24,6 @@ model by itself.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from llmcompress.data.problems.base import Problem
@@ -42,6 +41,7 @@ from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training import rl
 from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.policy import Policy
+from llmcompress.training.trl_model import Paced, lent, rows_at_once
 
 # what is replaced here, none of it promised to last
 _HOOKS = ("_generate_single_turn", "_tokenize_prompts", "_send_telemetry")
@@ -72,7 +72,7 @@ class Rloo(RLOOTrainer):  # type: ignore[misc]
         return self._write(prompt_ids)
 
 
-class _Loop(TrainerCallback):  # type: ignore[misc]
+class _Loop(Paced):
     """One training, seen from trl's events: it writes responses when asked and keeps count when a step is done."""
 
     def __init__(
@@ -131,15 +131,6 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         rewards = [rl.penalised(rollout, settings.repeat_penalty) for rollout in scored.rollouts]
         return [reward - settings.kl * kl for reward, kl in zip(rewards, kls)]
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The rate is ours."""
-        for group in self.trainer.optimizer.param_groups:
-            group["lr"] = self.trainer.rate()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """An optimiser step is done."""
-        self.trainer.step += 1
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Figures of an optimiser step; after the last one of a round the step is complete."""
         if logs is None or "loss" not in logs:
@@ -167,11 +158,6 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
             self.trainer.save(self.checkpoint, {"curve": self.curve, "stopped": self.stopped})
 
 
-def rows_at_once(rows: int, limit: int) -> int:
-    """The largest divisor of ``rows`` up to ``limit``: trl computes parts of equal size."""
-    return max(size for size in range(1, min(rows, limit) + 1) if rows % size == 0)
-
-
 def train_trl(
     policy: Policy, reader: Reader, problems: Sequence[Problem], settings: rl.RlSettings, guard: rl.Guard,
     checkpoint: Path, on_step: Callable[[dict[str, Any]], None],
@@ -185,29 +171,10 @@ def train_trl(
         UsageError: There are several processes, or too few problems for steps of equal size.
         EnvironmentProblem: The installed trl has not the parts that are replaced here.
     """
-    if policy.world.size > 1:
-        # of a process under --nproc only the message reaches the terminal
-        raise UsageError("engine: trl trains in one process: go on without --nproc, or with engine: own")
-    missing = [name for name in _HOOKS if not hasattr(RLOOTrainer, name)]
-    if missing:
-        raise EnvironmentProblem(
-            f"engine: trl was written for trl 1.16; this one has no RLOOTrainer.{missing[0]}",
-            "pip install 'llmcompress[trl]'",
-        )
-    loop = _Loop(policy, reader, problems, settings, guard, checkpoint, on_step)
-    if loop.stopped is None and len(loop.curve) < settings.steps:
-        for name, parameter in policy.model.named_parameters():
-            parameter.requires_grad_(name in policy.trainable)
-        forward = policy.model.__dict__.get("forward")
-        try:
-            with tempfile.TemporaryDirectory(prefix="llmcompress-trl-") as folder:
-                _trainer(loop, folder).train()
-        finally:
-            # trl puts a forward of its own into the model
-            policy.model.__dict__.pop("forward", None)
-            if forward is not None:
-                policy.model.forward = forward  # type: ignore[method-assign]
-            policy.model.eval()
+    with lent(policy, RLOOTrainer, _HOOKS) as folder:
+        loop = _Loop(policy, reader, problems, settings, guard, checkpoint, on_step)
+        if loop.stopped is None and len(loop.curve) < settings.steps:
+            _trainer(loop, folder).train()
     return loop.curve, loop.stopped
 
 

@@ -44,7 +44,8 @@ def test_the_other_loop_must_be_installed(tiny, tmp_path, monkeypatch):
         ({"level": "process"}, "level: process"), ({"mode": "offline"}, "mode: offline"),
         ({"ratio": "mean"}, "ratio: mean"), ({"kl_mean": True}, "kl_mean: true"),
         ({"train_end": False}, "train_end: false"), ({"weigh_by_length": True}, "weigh_by_length: true"),
-        ({"anchor": 0.1}, "an anchor"), ({"kl": 0.1}, "skip_agreeing: true"), ({"updates": 5}, "updates"),
+        ({"anchor": 0.1}, "an anchor"),
+        ({"micro_tokens": 512}, "micro_tokens"), ({"kl": 0.1}, "skip_agreeing: true"), ({"updates": 5}, "updates"),
     ],
 )  # fmt: skip
 def test_what_trl_cannot_express_is_refused_by_name(changes, named):
@@ -54,8 +55,7 @@ def test_what_trl_cannot_express_is_refused_by_name(changes, named):
 
 
 def test_parts_are_of_equal_size():
-    pytest.importorskip("trl")
-    from llmcompress.training.trl_rloo import rows_at_once
+    from llmcompress.training.trl_model import rows_at_once
 
     assert [rows_at_once(12, limit) for limit in (1, 5, 7, 64)] == [1, 4, 6, 12]
     assert rows_at_once(7, 4) == 1
