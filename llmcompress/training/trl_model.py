@@ -1,4 +1,4 @@
-"""A policy lent to a trainer of trl: one process, our parameters move at our rate, and the model comes back as it was."""
+"""A policy lent to a trainer of trl: one process, our parameters move at our rate, the model comes back as it was."""
 
 from __future__ import annotations
 

@@ -79,14 +79,7 @@ def train_trl_sft(
     """Like :func:`~llmcompress.training.sft.train_sft` where there is no KL, no anchor and no weight of verdicts;
     continue from ``checkpoint`` if it exists.
 
-    Args:
-        policy: Trained in place.
-        rows: The training set.
-        pad: Id for padding.
-        settings: How.
-        checkpoint: File for progress.
-        on_step: Called after each step with step, total and figures.
-        tokenizer: trl wants to see one; the rows are tokens already.
+    The arguments are those of that one, and a tokenizer that trl wants to see; the rows are tokens already.
 
     Returns:
         One record a step: cross-entropy of all targets, gradient norm.
