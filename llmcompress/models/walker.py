@@ -271,9 +271,9 @@ class Walker:
 
     def normed(self, sublayer: Sublayer, hidden: Tensor, rows: slice | list[int]) -> Tensor:
         """Input of a sublayer's module for one batch, ``[B, L, K]``."""
-        result = self._read(sublayer, hidden, rows)
-        if sublayer.pre_norm is not None:
-            result = self.model.get_submodule(sublayer.pre_norm)(result)
+        read = self._read(sublayer, hidden, rows)
+        # what was read changes in place when the output is added, and a tap may keep what it was shown
+        result = read.clone() if sublayer.pre_norm is None else self.model.get_submodule(sublayer.pre_norm)(read)
         return result if sublayer.input_scale == 1.0 else result * sublayer.input_scale
 
     def _read(self, sublayer: Sublayer, hidden: Tensor, rows: slice | list[int]) -> Tensor:
