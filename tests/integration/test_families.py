@@ -29,10 +29,13 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 MOE = {"moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 2}
-LATENT = {
-    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "num_key_value_heads": 4,
+EXPERTS = {
     "first_k_dense_replace": 1, "moe_intermediate_size": 20, "n_routed_experts": 6, "n_shared_experts": 2,
     "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    **EXPERTS, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
+    "num_key_value_heads": 4,
 }  # fmt: skip
 LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "short_mscale": 1.1,
@@ -73,6 +76,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"attention_bias": True}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "granite": ("granite", {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2}),
+    "seed_oss": ("seed_oss", {}),
+    "seed_oss-biases": ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    "phi3": ("phi3", {"sliding_window": 16}),
+    "glm4": ("glm4", {}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "olmo3": ("olmo3", {"sliding_window": 16}),
+    "glm4_moe": ("glm4_moe", {**EXPERTS, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
+    "glm4_moe-plain": ("glm4_moe", {**EXPERTS, "attention_bias": True, "norm_topk_prob": False}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 16}),
     "gemma3_text": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 16}),
@@ -158,7 +171,10 @@ W123 = [f"block_sparse_moe.experts.1.{name}.weight" for name in ("w1", "w2", "w3
 DISK_NAMES = {
     "mixtral": [*W123, "block_sparse_moe.gate.weight"],
     "phimoe": [*W123, "block_sparse_moe.gate.weight"],
-    **{name: [*SPLIT, "mlp.gate.weight"] for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")},
+    **{
+        name: [*SPLIT, "mlp.gate.weight"]
+        for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+    },
     "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight", "mlp.router.bias"],
     "jamba": [*(name.replace("mlp.", "feed_forward.") for name in SPLIT), "feed_forward.router.weight"],
     "nemotron_h": [*(f"mixer.experts.1.{n}_proj.weight" for n in ("up", "down")), "mixer.gate.weight"],

@@ -46,7 +46,16 @@ def _latent_attention(facts: Facts, layer: str) -> Part:
     return Part(sublayer, (*kept, *biases(tuple(groups))))
 
 
-def _feed_forward(facts: Facts, index: int, layer: str, router: RouterView, extra: tuple[TensorView, ...]) -> Part:
+def sigmoid_router(facts: Facts, layer: str) -> tuple[RouterView, TensorView]:
+    """The router of DeepSeek-V3, which GLM-4.5 took over, and the correction of its choice."""
+    module = f"{layer}.mlp.gate"
+    scale, renormalizes = facts.number("routed_scaling_factor"), facts.flag("norm_topk_prob")
+    correction = TensorView(f"{module}.e_score_correction_bias", (facts.size("n_routed_experts"),))
+    return RouterView(module, "sigmoid_group_topk", renormalizes, scale=scale), correction
+
+
+def feed_forward(facts: Facts, index: int, layer: str, router: RouterView, *extra: TensorView) -> Part:
+    """A dense MLP in the first layers, then routed experts beside shared ones."""
     if index < facts.size("first_k_dense_replace", at_least=0):
         return gated_mlp(facts, layer, facts.flag("mlp_bias"))
     bank = expert_bank(facts, layer, "n_routed_experts", "moe_intermediate_size", router)
@@ -60,20 +69,16 @@ def _deepseek_v2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     # transformers 5 ignores norm_topk_prob here and always multiplies by the scale
     scale = facts.number("routed_scaling_factor")
     router = RouterView(f"{layer}.mlp.gate", "softmax_topk", renormalizes=False, scale=scale)
-    return _latent_attention(facts, layer), _feed_forward(facts, index, layer, router, ())
+    return _latent_attention(facts, layer), feed_forward(facts, index, layer, router)
 
 
 def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    gate = f"{layer}.mlp.gate"
-    scale, renormalizes = facts.number("routed_scaling_factor"), facts.flag("norm_topk_prob")
-    router = RouterView(gate, "sigmoid_group_topk", renormalizes, scale=scale)
-    correction = TensorView(f"{gate}.e_score_correction_bias", (facts.size("n_routed_experts"),))
-    return _latent_attention(facts, layer), _feed_forward(facts, index, layer, router, (correction,))
+    return _latent_attention(facts, layer), feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
 
 
-def _prediction_layers(facts: Facts) -> tuple[str, ...]:
-    """Layers behind the last one predict further tokens (layer 61 of the released model) and are not part of the
-    causal model.
+def prediction_layers(facts: Facts) -> tuple[str, ...]:
+    """Patterns of layers behind the last one, which predict further tokens (layer 61 of DeepSeek-V3) and are not part
+    of the causal model.
     """
     key, first = "num_nextn_predict_layers", facts.size("num_hidden_layers")
     count = 0 if facts.get(key) is None else facts.size(key, at_least=0)
@@ -84,7 +89,7 @@ _SHARED = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
-_DISK = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
+PER_EXPERT = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
 
 FAMILIES = (
     Family(
@@ -97,7 +102,7 @@ FAMILIES = (
             "moe_intermediate_size": 1407,
         },
         aliases={"n_routed_experts": "num_experts"},
-        disk=_DISK,
+        disk=PER_EXPERT,
     ),
     Family(
         "deepseek_v3",
@@ -109,7 +114,7 @@ FAMILIES = (
             "moe_intermediate_size": 2048, "norm_topk_prob": True, "num_nextn_predict_layers": 1,
         },
         aliases={"n_routed_experts": "num_local_experts"},
-        disk=_DISK,
-        ignored=_prediction_layers,
+        disk=PER_EXPERT,
+        ignored=prediction_layers,
     ),
 )  # fmt: skip

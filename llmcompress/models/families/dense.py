@@ -1,9 +1,9 @@
-"""Dense decoder families: llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text."""
+"""Dense decoder families: Llama and those who changed a norm, a bias, a constant or which matrices are one."""
 
 from __future__ import annotations
 
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, gated_mlp
+from llmcompress.models.families.parts import Family, Part, attention, gated_mlp, scaled
 
 
 def _llama(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -38,6 +38,36 @@ def _gemma3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return _sandwich(facts, layer, qk_norm=True)
 
 
+def _seed_oss(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    biases = facts.flag("attention_bias"), facts.flag("attention_out_bias")
+    return attention(facts, layer, *biases), gated_mlp(facts, layer, facts.flag("mlp_bias"))
+
+
+def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return scaled(_llama(facts, index, layer), facts.number("residual_multiplier"))
+
+
+def _phi3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return attention(facts, layer, fused=True), gated_mlp(facts, layer, fused=True)
+
+
+def _glm4(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    after = f"{layer}.post_self_attn_layernorm", f"{layer}.post_mlp_layernorm"
+    return (
+        attention(facts, layer, qkv_bias=facts.flag("attention_bias"), post_norm=after[0]),
+        gated_mlp(facts, layer, post_norm=after[1], fused=True),
+    )
+
+
+def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """Norms after each sublayer and none before."""
+    bias, after = facts.flag("attention_bias"), f"{layer}.post_attention_layernorm"
+    return (
+        attention(facts, layer, bias, bias, qk_norm="full", post_norm=after, names=("self_attn", None)),
+        gated_mlp(facts, layer, pre_norm=None, post_norm=f"{layer}.post_feedforward_layernorm"),
+    )
+
+
 _SEVEN_B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False,
@@ -59,7 +89,36 @@ FAMILIES = (
     Family("mistral", _llama, {**_SEVEN_B, "intermediate_size": 14336, "num_key_value_heads": 8}),
     Family("qwen2", _qwen2, _QWEN),
     Family("qwen3", _qwen3, {**_QWEN, "head_dim": 128}),
+    Family(
+        "smollm3",
+        _llama,
+        {
+            **_SEVEN_B, "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 4, "tie_word_embeddings": True,
+        },
+    ),
+    Family("granite", _granite, {**_SEVEN_B, "residual_multiplier": 1.0}),
+    Family(
+        "seed_oss",
+        _seed_oss,
+        {
+            **_SEVEN_B, "vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64,
+            "num_attention_heads": 80, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
+            "attention_out_bias": False,
+        },
+    ),
+    Family("phi3", _phi3, {**_SEVEN_B, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192}),
+    Family(
+        "glm4",
+        _glm4,
+        {
+            **_SEVEN_B, "vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40,
+            "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
+        },
+    ),
+    Family("olmo2", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
+    Family("olmo3", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("gemma", _llama, _GEMMA),
     Family("gemma2", _gemma2, _GEMMA2),
     Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}),
-)
+)  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import Family, Part, attention, expert_bank, mixture
 from llmcompress.models.layout import RouterView, TensorView
@@ -21,8 +23,8 @@ def _gpt_oss(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
         activation="gpt_oss",
     )
     bias = facts.flag("attention_bias")
-    sinks = TensorView(f"{layer}.self_attn.sinks", (facts.heads,))
-    return attention(facts, layer, bias, bias, extra=(sinks,)), mixture(layer, bank)
+    head, sinks = attention(facts, layer, bias, bias), TensorView(f"{layer}.self_attn.sinks", (facts.heads,))
+    return replace(head, kept=(*head.kept, sinks)), mixture(layer, bank)
 
 
 FAMILIES = (

@@ -22,6 +22,7 @@ from llmcompress.models.families.parts import (
     gated_mlp,
     mixture,
     norm,
+    scaled,
 )
 from llmcompress.models.layout import (
     DiskNames,
@@ -212,7 +213,6 @@ def _falcon_h1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     """Granite 4: Mamba-2 or attention, then experts and a shared MLP side by side."""
-    scale = facts.number("residual_multiplier")
     bias = facts.flag("attention_bias")
     kind = facts.layer_kind("layer_types", index, "linear_attention")
     if kind == "linear_attention":
@@ -235,7 +235,7 @@ def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
         bank = expert_bank(facts, layer, "num_local_experts", "intermediate_size", router, name=name)
         moe = mixture(layer, bank, name=name)
         parts.append(Part(replace(moe.sublayer, parallel=True), moe.kept))
-    return tuple(Part(replace(part.sublayer, output_scale=scale), part.kept) for part in parts)
+    return scaled(parts, facts.number("residual_multiplier"))
 
 
 def _nemotron_kinds(facts: Facts) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llmcompress.errors import InputError
@@ -115,11 +115,11 @@ def attention(
     qkv_bias: bool = False,
     out_bias: bool = False,
     qk_norm: Literal["none", "head", "full"] = "none",
-    extra: tuple[TensorView, ...] = (),
     post_norm: str | None = None,
-    names: tuple[str, str] = ("self_attn", "input_layernorm"),
+    names: tuple[str, str | None] = ("self_attn", "input_layernorm"),
+    fused: bool = False,
 ) -> Part:
-    """Grouped-query attention with separate q, k, v and o projections.
+    """Grouped-query attention.
 
     Args:
         facts: The config.
@@ -127,57 +127,52 @@ def attention(
         qkv_bias: Whether q, k and v have biases.
         out_bias: Whether o has one.
         qk_norm: Norms on queries and keys: per head, over all heads, or none.
-        extra: Further dense tensors of the module (gpt_oss sinks).
         post_norm: Norm on the output before the residual add.
-        names: Of the module and of the norm before it, in the layer.
+        names: Of the module and of the norm before it, in the layer; None for no norm.
+        fused: Whether ``qkv_proj`` holds q, k and v.
     """
-    module, pre_norm = (f"{layer}.{name}" for name in names)
-    query, value = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-
-    def linear(key: str, rows: int, columns: int, bias: bool) -> LinearView:
-        return LinearView(f"{module}.{key}", rows, columns, Role.ATTENTION, bias)
-
-    groups = (
-        LinearGroup(
-            (
-                linear("q_proj", query, facts.hidden, qkv_bias),
-                linear("k_proj", value, facts.hidden, qkv_bias),
-                linear("v_proj", value, facts.hidden, qkv_bias),
-            ),
-            "first",
-            module,
-        ),
-        LinearGroup((linear("o_proj", facts.hidden, query, out_bias),), "last", module),
-    )
-    kept = list(biases(groups)) + list(extra)
+    module, query, value = f"{layer}.{names[0]}", facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    rows = {"qkv_proj": query + 2 * value} if fused else {"q_proj": query, "k_proj": value, "v_proj": value}
+    first = [LinearView(f"{module}.{n}", size, facts.hidden, Role.ATTENTION, qkv_bias) for n, size in rows.items()]
+    last = LinearView(f"{module}.o_proj", facts.hidden, query, Role.ATTENTION, out_bias)
+    groups = (LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module))
+    kept = list(biases(groups))
     if qk_norm != "none":
         widths = (facts.head_dim, facts.head_dim) if qk_norm == "head" else (query, value)
         kept += norm(f"{module}.q_norm", widths[0]) + norm(f"{module}.k_norm", widths[1])
-    sublayer = Sublayer("attention", module, pre_norm, post_norm, groups)
-    return Part(sublayer, tuple(kept))
+    pre_norm = None if names[1] is None else f"{layer}.{names[1]}"
+    return Part(Sublayer("attention", module, pre_norm, post_norm, groups), tuple(kept))
 
 
 def gated_groups(
-    module: str, hidden: int, intermediate: int, role: Role, bias: bool = False
+    module: str, hidden: int, intermediate: int, role: Role, bias: bool = False, fused: bool = False
 ) -> tuple[LinearGroup, ...]:
-    """Groups of a gated MLP: gate and up, then down."""
-    rows = tuple(LinearView(f"{module}.{n}", intermediate, hidden, role, bias) for n in ("gate_proj", "up_proj"))
+    """Groups of a gated MLP: gate and up, or ``gate_up_proj`` that holds both, then down."""
+    rows = {"gate_up_proj": 2 * intermediate} if fused else {"gate_proj": intermediate, "up_proj": intermediate}
+    first = tuple(LinearView(f"{module}.{name}", size, hidden, role, bias) for name, size in rows.items())
     down = LinearView(f"{module}.down_proj", hidden, intermediate, role, bias)
-    return (LinearGroup(rows, "first", module), LinearGroup((down,), "last", module))
+    return (LinearGroup(first, "first", module), LinearGroup((down,), "last", module))
 
 
 def gated_mlp(
     facts: Facts,
     layer: str,
     bias: bool = False,
-    pre_norm: str = "post_attention_layernorm",
+    pre_norm: str | None = "post_attention_layernorm",
     post_norm: str | None = None,
     name: str = "mlp",
+    fused: bool = False,
 ) -> Part:
-    """The dense gated MLP of a decoder layer."""
+    """The dense gated MLP of a decoder layer; ``pre_norm`` and ``name`` are names in the layer."""
     module = f"{layer}.{name}"
-    groups = gated_groups(module, facts.hidden, facts.size("intermediate_size"), Role.MLP, bias)
-    return Part(Sublayer("mlp", module, f"{layer}.{pre_norm}", post_norm, groups), biases(groups))
+    groups = gated_groups(module, facts.hidden, facts.size("intermediate_size"), Role.MLP, bias, fused)
+    before = None if pre_norm is None else f"{layer}.{pre_norm}"
+    return Part(Sublayer("mlp", module, before, post_norm, groups), biases(groups))
+
+
+def scaled(parts: Iterable[Part], scale: float) -> tuple[Part, ...]:
+    """The same, each output multiplied before it is added to the hidden states (Granite)."""
+    return tuple(Part(replace(part.sublayer, output_scale=scale), part.kept) for part in parts)
 
 
 def mixture(

@@ -14,17 +14,27 @@ from llmcompress.models import walker as module
 from llmcompress.models.capture import expert_weight, recorded_inputs, write_expert_weight
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.memory_limits import Limits
+from llmcompress.models.stream_pairs import StreamRecorder
 from llmcompress.models.walker import Walker
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}  # fmt: skip
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+         "pad_token_id": 0}  # fmt: skip
 DENSE = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {},
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+    "phi3": {"sliding_window": 8},
+    "glm4": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
 }
+MIXED = {"first_k_dense_replace": 1, "moe_intermediate_size": 20, "n_routed_experts": 6, "num_experts_per_tok": 3}
+PLAIN = {**DENSE, "glm4_moe": {**MIXED, "use_qk_norm": True, "routed_scaling_factor": 2.5}}
 TOKENS = torch.randint(3, 64, (5, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -71,18 +81,24 @@ class Spy:
 
 
 def saved(folder: Path, tiny: Any, model_type: str) -> ModelHandle:
-    if model_type in DENSE:
+    if model_type in PLAIN:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{**SMALL, **DENSE[model_type]})
+        config = AutoConfig.for_model(model_type, **{**SMALL, **PLAIN[model_type]})
         AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     else:
         tiny.model(model_type).save_pretrained(folder)
     return ModelHandle.open(folder, "float32")
 
 
-def walk(handle: ModelHandle, visitor: Callable[[Any], Any] | None = None, advance: bool = True, **memory: Any) -> Any:
+def walk(
+    handle: ModelHandle,
+    visitor: Callable[[Any], Any] | None = None,
+    advance: bool = True,
+    tap: Any = None,
+    **memory: Any,
+) -> Any:
     """Run all blocks; return final hidden states, the skeleton and the visitors."""
     model = handle.skeleton()
     walker = Walker(model, TOKENS, **memory)
@@ -91,7 +107,7 @@ def walk(handle: ModelHandle, visitor: Callable[[Any], Any] | None = None, advan
     for block in handle.layout.blocks:
         handle.load_block(model, block.index)
         visitors.append(visitor(model) if visitor is not None else None)
-        walker.forward(block, hidden, visitors[-1], advance)
+        walker.forward(block, hidden, visitors[-1], advance, tap)
     norm = next(view.name for view in handle.layout.outside if "norm" in view.name)
     return model.get_submodule(norm.removesuffix(".weight"))(hidden), model, visitors
 
@@ -120,8 +136,8 @@ def test_moe_families(moe_family: str, tiny: Any, tmp_path: Path) -> None:
     check_family(moe_family, tiny, tmp_path)
 
 
-@pytest.mark.parametrize("model_type", sorted(DENSE))
-def test_dense_families(model_type: str, tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", sorted(PLAIN))
+def test_other_families(model_type: str, tiny: Any, tmp_path: Path) -> None:
     check_family(model_type, tiny, tmp_path)
 
 
@@ -162,6 +178,24 @@ def test_statistics_are_those_of_the_real_inputs(model_type: str, tiny: Any, tmp
             found = spy.grams[f"{block.bank.gate_up}.{expert}"].hessian()[0]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(spy.shared[block.bank.gate_up], 2 * x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "zamba2"])
+def test_what_a_tap_keeps_stays_as_it_was_shown(model_type: str, tiny: Any, tmp_path: Path) -> None:
+    handle = saved(tmp_path, tiny, model_type)
+    recorder = StreamRecorder({name for name, *_ in handle.layout.quantizable()})
+    walk(handle, Spy, tap=recorder)
+    seen: dict[str, list[torch.Tensor]] = {}
+    dense, names = handle.dense_model(), list(recorder.inputs)
+    with recorded_inputs(
+        [dense.get_submodule(name) for name in names],
+        lambda at, x: seen.setdefault(names[at], []).append(x.flatten(0, -2).clone()),
+    ):
+        dense_hidden(dense)
+    assert seen.keys() == recorder.inputs.keys()
+    for name, kept in recorder.inputs.items():
+        # a module that several blocks run is recorded by the block that owns it, its first use
+        torch.testing.assert_close(torch.cat(kept), seen[name][0], rtol=1e-4, atol=1e-4)
 
 
 def test_order_is_attention_router_experts(tiny: Any, tmp_path: Path) -> None:
