@@ -9,10 +9,12 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError, ResourceError
+from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.store import write_durably
 
@@ -71,8 +73,8 @@ class Exporter(ABC):
 
     def working_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """Predict the memory needed while writing: one block decoded, beside one shard on its way out."""
-        largest = max((block_values(block) for block in layout.blocks), default=0)
-        outside = max((values(view.shape) for view in layout.outside), default=0)
+        largest = max((sizes.block_parameters(block) for block in layout.blocks), default=0)
+        outside = max((prod(view.shape) for view in layout.outside), default=0)
         shard = min(SHARD_BYTES, self.output_bytes(layout, plan, weight_bytes))
         return 4 * max(largest, outside) + shard
 
@@ -89,35 +91,6 @@ class Exporter(ABC):
         Raises:
             ExportError: A value differs or is missing; nothing should then use the artifact.
         """
-
-
-def values(shape: tuple[int, ...]) -> int:
-    """Number of values in a tensor of ``shape``."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def block_values(block: Block) -> int:
-    """Number of parameters of one decoder layer."""
-    count = sum(values(view.shape) for view in block.kept)
-    count += sum(linear.out_features * linear.in_features for linear in block.linears())
-    bank = block.bank
-    if bank is not None:
-        count += values(bank.shape(bank.gate_up)) + values(bank.shape(bank.down))
-    return count
-
-
-def dense_values(layout: ModelLayout, plan: QuantPlan) -> int:
-    """Number of parameters that stay dense under ``plan``."""
-    total = sum(block_values(block) for block in layout.blocks) + sum(values(v.shape) for v in layout.outside)
-    return total - sum(values(shape) for name, _, shape, _ in layout.quantizable() if name in plan)
-
-
-def plan_of(store: PackedStore) -> QuantPlan:
-    """Collect the spec of every quantized weight in ``store``."""
-    return store.plan()
 
 
 def hub_name(layout: ModelLayout, name: str) -> str:
@@ -213,7 +186,7 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Bloc
             found[bias] = handle.checkpoint.tensor(bias)
     bank = block.bank
     if bank is not None:
-        for name in (bank.gate_up, bank.down):
+        for name in bank.names:
             packed = patch.packed.get(name)
             found[name] = packed if packed is not None else canonical(bank, name, handle.checkpoint.tensor(name))
     for name, tensor in patch.replaced.items():
@@ -356,11 +329,52 @@ def tokenizer_folder(source: Path, tokenizer: Path | None = None) -> Path | None
     return None
 
 
-def dense_config(handle: ModelHandle, dtype_name: str) -> dict[str, Any]:
-    """The source's config without any quantization, announcing ``dtype_name``."""
+def require_equal(out: Path, name: str, found: Tensor, expected: Tensor, what: str) -> None:
+    """Refuse a tensor that was read back with another value, shape or type.
+
+    Raises:
+        ExportError: ``name`` reads back different ``what``.
+    """
+    import torch
+
+    if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
+        raise ExportError(f"{out}: {name} reads back different {what}")
+
+
+def write_model_folder(
+    out: Path,
+    handle: ModelHandle,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a Hugging Face folder that appears only when complete.
+
+    Args:
+        out: Folder to create.
+        handle: The source, whose tokenizer and generation settings are copied.
+        tensors: Name and tensor, in the order in which they go into shards; asked for one by one.
+        config: ``config.json``.
+        provenance: Written beside the weights.
+
+    Raises:
+        ExportError: ``out`` exists or cannot be written.
+    """
+    with atomic_folder(out) as part:
+        shards = ShardWriter(part)
+        for name, tensor in tensors:
+            shards.add(name, tensor)
+        shards.close()
+        write_json(part / "config.json", config)
+        copy_side_files(handle, part)
+        write_provenance(part, provenance)
+
+
+def dense_config(handle: ModelHandle, dtype: torch.dtype | str | None = None) -> dict[str, Any]:
+    """The source's config without any quantization, announcing ``dtype``, the checkpoint's by default."""
     config = {key: value for key, value in handle.config.items() if key not in ("quantization_config", "torch_dtype")}
     config.pop("_name_or_path", None)
-    return {**config, "dtype": dtype_name}
+    return {**config, "dtype": str(dtype or handle.checkpoint.dtype).removeprefix("torch.")}
 
 
 def write_provenance(out: Path, provenance: Mapping[str, Any]) -> None:

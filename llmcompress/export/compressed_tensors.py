@@ -13,29 +13,26 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError
 from llmcompress.export.base import (
     Exporter,
     Policies,
-    ShardWriter,
-    atomic_folder,
     block_tensors,
-    copy_side_files,
     decoded,
     dense_config,
-    dense_values,
     expert_parts,
     expert_slice,
     hub_expert_names,
     hub_name,
     outside_tensors,
+    require_equal,
     some,
-    values,
-    write_json,
-    write_provenance,
+    write_model_folder,
 )
+from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -53,6 +50,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "0.15.0"
 # families whose mixers transformers 5.23 initialises by the name of a weight, also when it comes packed
 INITIALISED = ("mamba", "falcon_mamba", "mamba2")
+_THROUGH = "through compressed-tensors"
 EXPERT_TARGET = r"re:.*\.experts\.\d+\..*"
 
 
@@ -110,10 +108,10 @@ class CompressedTensorsExporter(Exporter):
 
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """Packed codes, scales (fp32 for experts) and shapes, and the dense rest."""
-        total = dense_values(layout, plan) * weight_bytes
+        total = sizes.dense_parameters(layout, plan) * weight_bytes
         for name, _, shape, _ in layout.quantizable():
             if name in plan:
-                spec, rows = plan[name], values(shape[:-1])
+                spec, rows = plan[name], prod(shape[:-1])
                 words = -(-shape[-1] * spec.bits // 32)
                 experts = len(shape) == 3
                 matrices = shape[0] * (2 if name.endswith(".gate_up_proj") else 1) if experts else 1
@@ -124,21 +122,17 @@ class CompressedTensorsExporter(Exporter):
         self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
     ) -> None:
         """Write shards block by block, config with config_groups, tokenizer and provenance."""
-        with atomic_folder(out) as part:
-            shards = ShardWriter(part)
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
-                shards.add(hub_name(handle.layout, name), tensor)
+                yield hub_name(handle.layout, name), tensor
             for block in handle.layout.blocks:
                 for name, value in hub_weights(handle, store, block):
-                    for full, tensor in _stored(name, value):
-                        shards.add(full, tensor)
-            shards.close()
-            dtype = str(handle.checkpoint.dtype).removeprefix("torch.")
-            config = dense_config(handle, dtype)
-            config["quantization_config"] = quantization_config(handle.layout, store.plan())
-            write_json(part / "config.json", config)
-            copy_side_files(handle, part)
-            write_provenance(part, provenance)
+                    yield from _stored(name, value)
+
+        quantization = quantization_config(handle.layout, store.plan())
+        config = {**dense_config(handle), "quantization_config": quantization}
+        write_model_folder(out, handle, tensors(), config, provenance)
 
     def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
         """Decode every weight with the compressed-tensors library and compare in fp32, bit for bit."""
@@ -161,16 +155,16 @@ class CompressedTensorsExporter(Exporter):
                     parts = {full: files.tensor(full) for full, _ in _stored(name, value)}
                     left -= set(parts)
                     if not isinstance(value, PackedWeight):
-                        _compare(out, name, parts[name], value)
+                        require_equal(out, name, parts[name], value, _THROUGH)
                         continue
                     scheme = scheme_of(value.spec, value.shape[-1])
                     state = {full.rsplit(".", 1)[1]: tensor for full, tensor in parts.items()}
                     state["weight_scale"] = state["weight_scale"].float()
                     found = compressor.decompress(state, by_scheme[scheme.bits, scheme.group_size])["weight"]
-                    _compare(out, name, found, decoded(value, torch.float32))
+                    require_equal(out, name, found, decoded(value, torch.float32), _THROUGH)
             for name, tensor in outside_tensors(handle):
                 full = hub_name(handle.layout, name)
-                _compare(out, full, files.tensor(full), tensor)
+                require_equal(out, full, files.tensor(full), tensor, _THROUGH)
                 left.discard(full)
         if left:
             raise ExportError(f"{out}: unexpected tensors: {', '.join(sorted(left)[:5])}")
@@ -183,7 +177,7 @@ def hub_weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterat
     """
     layout, bank = handle.layout, block.bank
     for name, value in block_tensors(handle, store, block).items():
-        if bank is not None and name in (bank.gate_up, bank.down):
+        if bank is not None and name in bank.names:
             yield from _expert_weights(layout, bank, name, value)
         elif isinstance(value, PackedWeight):
             yield hub_name(layout, name).removesuffix(".weight"), value
@@ -228,13 +222,6 @@ def _stored(name: str, value: Tensor | PackedWeight) -> Iterator[tuple[str, Tens
     yield f"{name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64)
 
 
-def _compare(out: Path, name: str, found: Tensor, expected: Tensor) -> None:
-    import torch
-
-    if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
-        raise ExportError(f"{out}: {name} reads back different through compressed-tensors")
-
-
 def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
@@ -242,13 +229,7 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
     which is how transformers finds it.
     """
     targets: dict[Scheme, list[str]] = {}
-    experts = {
-        scheme_of(plan[name], bank.shape(name)[-1])
-        for bank in (block.bank for block in layout.blocks)
-        if bank is not None
-        for name in (bank.gate_up, bank.down)
-        if name in plan
-    }
+    experts = {scheme_of(plan[name], bank.shape(name)[-1]) for name, bank in layout.banks.items() if name in plan}
     for expert_scheme in experts:
         targets[expert_scheme] = [EXPERT_TARGET]
     linears = [(linear.name, linear.in_features) for block in layout.blocks for linear in block.linears()]
@@ -346,23 +327,22 @@ def _fusion_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
 
 
 def _expert_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
-    banks = [block.bank for block in layout.blocks if block.bank is not None]
-    names = [(bank, name) for bank in banks for name in (bank.gate_up, bank.down)]
-    quantized = [(bank, name) for bank, name in names if name in plan]
+    banks = layout.banks
+    quantized = {name: bank for name, bank in banks.items() if name in plan}
     if not quantized:
-        if names and plan:
+        if banks and plan:
             # tried with 5.23: its loader takes only packed experts from such files and drops the others
             yield "experts stay dense, and transformers loses dense experts of a compressed-tensors checkpoint"
         return
     if layout.disk.experts is None:
         yield f"{layout.model_type} stores its experts stacked, and readers expect them one by one"
-    if any(bank.bias for bank, _ in quantized):
+    if any(bank.bias for bank in quantized.values()):
         yield "experts with biases are not read by any runtime in this format"
-    if not all(bank.gated for bank, _ in quantized):
+    if not all(bank.gated for bank in quantized.values()):
         yield "experts without a gate have not been tried with any reader of this format"
-    if len(quantized) != len(names):
-        yield f"{len(names) - len(quantized)} of {len(names)} expert tensors stay dense; readers need all or none"
-    schemes = {scheme_of(plan[name], bank.shape(name)[-1]) for bank, name in quantized}
+    if len(quantized) != len(banks):
+        yield f"{len(banks) - len(quantized)} of {len(banks)} expert tensors stay dense; readers need all or none"
+    schemes = {scheme_of(plan[name], bank.shape(name)[-1]) for name, bank in quantized.items()}
     if len(schemes) > 1:
         found = ", ".join(sorted(f"{s.bits} bit group {s.group_size or 'channel'}" for s in schemes))
         yield f"experts use several schemes ({found}); transformers reads one scheme for all experts"

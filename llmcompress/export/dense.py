@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import ExportError
 from llmcompress.export.base import (
     BlockTensors,
     Exporter,
     Policies,
-    ShardWriter,
-    atomic_folder,
     block_tensors,
-    block_values,
-    copy_side_files,
     decoded,
     dense_config,
     expert_parts,
     hub_expert_names,
     hub_name,
     outside_tensors,
-    values,
-    write_json,
-    write_provenance,
+    require_equal,
+    write_model_folder,
 )
+from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -37,6 +32,9 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ModelLayout
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
+
+
+_THAN = "from the decoded weight"
 
 
 class DenseExporter(Exporter):
@@ -57,26 +55,21 @@ class DenseExporter(Exporter):
 
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """As many values as the original."""
-        size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self._dtype, weight_bytes)
-        total = sum(block_values(b) for b in layout.blocks) + sum(values(v.shape) for v in layout.outside)
-        return total * size
+        return sizes.parameters(layout) * sizes.DTYPE_BYTES.get(self._dtype, weight_bytes)
 
     def write(
         self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
     ) -> None:
         """Write shards block by block, config, tokenizer and provenance."""
-        dtype = self._torch_dtype(handle)
-        with atomic_folder(out) as part:
-            shards = ShardWriter(part)
+        layout, dtype = handle.layout, self._torch_dtype(handle)
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
-                shards.add(hub_name(handle.layout, name), _cast(tensor, dtype))
-            for block in handle.layout.blocks:
-                for name, tensor in hub_dense(handle.layout, block, block_tensors(handle, store, block), dtype):
-                    shards.add(name, tensor)
-            shards.close()
-            write_json(part / "config.json", dense_config(handle, str(dtype).removeprefix("torch.")))
-            copy_side_files(handle, part)
-            write_provenance(part, provenance)
+                yield hub_name(layout, name), _cast(tensor, dtype)
+            for block in layout.blocks:
+                yield from hub_dense(layout, block, block_tensors(handle, store, block), dtype)
+
+        write_model_folder(out, handle, tensors(), dense_config(handle, dtype), provenance)
 
     def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
         """Open the folder as a fresh checkpoint of the same family and compare by run-time name.
@@ -92,14 +85,14 @@ class DenseExporter(Exporter):
         written = Checkpoint(out, handle.layout)
         written.verify()
         for name, tensor in outside_tensors(handle):
-            _same(out, name, written.tensor(name), _cast(tensor, dtype))
+            require_equal(out, name, written.tensor(name), _cast(tensor, dtype), _THAN)
         for block in handle.layout.blocks:
             bank = block.bank
             for name, value in block_tensors(handle, store, block).items():
                 expected = decoded(value, torch.float32).to(dtype) if isinstance(value, PackedWeight) else value
-                if bank is not None and name in (bank.gate_up, bank.down):
+                if bank is not None and name in bank.names:
                     expected = family_orientation(bank, name, expected)
-                _same(out, name, written.tensor(name), _cast(expected, dtype))
+                require_equal(out, name, written.tensor(name), _cast(expected, dtype), _THAN)
 
     def _torch_dtype(self, handle: ModelHandle) -> torch.dtype:
         import torch
@@ -123,7 +116,7 @@ def hub_dense(
     bank = block.bank
     for name, value in tensors.items():
         tensor = decoded(value, dtype) if isinstance(value, PackedWeight) else _cast(value, dtype)
-        if bank is None or name not in (bank.gate_up, bank.down):
+        if bank is None or name not in bank.names:
             yield hub_name(layout, name), tensor
         elif layout.disk.experts is None:
             yield hub_name(layout, name), family_orientation(bank, name, tensor)
@@ -136,10 +129,3 @@ def hub_dense(
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _same(out: Path, name: str, found: Tensor, expected: Tensor) -> None:
-    import torch
-
-    if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
-        raise ExportError(f"{out}: {name} reads back different from the decoded weight")

@@ -64,7 +64,7 @@ def write_family(state: FamilyState, out: Path, provenance: dict[str, Any], fact
         for member, handle in family.members.items():
             write_member(handle, specs, set(common), part / "members" / member)
         write_json(part / FAMILY, family_json(state, specs, facts))
-        write_json(part / "config.json", dense_config(family.base, _dtype(family.base)))
+        write_json(part / "config.json", dense_config(family.base))
         write_provenance(part, provenance)
 
 
@@ -72,7 +72,7 @@ def family_json(state: FamilyState, specs: Mapping[str, QuantSpec], facts: Mappi
     """Content of ``family.json``."""
     return {
         "quant_method": METHOD,
-        "dtype": _dtype(state.family.base),
+        "dtype": str(state.family.base.checkpoint.dtype).removeprefix("torch."),
         "outside": {name: spec.to_dict() for name, spec in specs.items()},
         "plan": state.plan.to_dict(),
         "facts": dict(facts),
@@ -129,7 +129,7 @@ def write_member(handle: ModelHandle, specs: Mapping[str, QuantSpec], common: se
     own = {name: tensor for name, tensor in member_tensors(handle, specs).items() if name not in common}
     if own:
         save_tensors(own, folder / PRIVATE)
-    write_json(folder / "config.json", dense_config(handle, _dtype(handle)))
+    write_json(folder / "config.json", dense_config(handle))
     copy_side_files(handle, folder)
 
 
@@ -154,10 +154,6 @@ def _common(state: FamilyState, specs: Mapping[str, QuantSpec]) -> dict[str, Ten
         if not parts <= set(common):
             common = {name: tensor for name, tensor in common.items() if name not in parts}
     return common
-
-
-def _dtype(handle: ModelHandle) -> str:
-    return str(handle.checkpoint.dtype).removeprefix("torch.")
 
 
 def read_back(out: Path, state: FamilyState) -> None:

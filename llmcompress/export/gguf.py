@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError
@@ -20,15 +21,14 @@ from llmcompress.export.base import (
     Policies,
     atomic_folder,
     block_tensors,
-    dense_values,
     expert_rows,
     some,
     tokenizer_folder,
-    values,
     write_provenance,
 )
 from llmcompress.export.gguf_blocks import BLOCK, TYPE_BYTES, block_type, blocks_value, fits_blocks, to_blocks
 from llmcompress.export.gguf_tokenizer import read_tokenizer, tokenizer_problems
+from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ class GGUFExporter(Exporter):
 
     def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
         """Blocks and the dense rest; the tokenizer's few megabytes are not counted."""
-        total = dense_values(layout, plan) * weight_bytes
+        total = sizes.dense_parameters(layout, plan) * weight_bytes
         for name, _, shape, _ in layout.quantizable():
             kind = block_type(plan[name]) if name in plan else None
             if kind is not None:
-                total += values(shape) // BLOCK * TYPE_BYTES[kind]
+                total += prod(shape) // BLOCK * TYPE_BYTES[kind]
         return total
 
     def write(
@@ -200,7 +200,7 @@ def _block_entries(handle: ModelHandle, store: PackedStore, block: Block) -> Ite
     heads = _heads(handle) if ARCHITECTURES[handle.layout.model_type] == "llama" else {}
     for name, value in block_tensors(handle, store, block).items():
         inside = name.removeprefix(block.name + ".")
-        if bank is not None and name in (bank.gate_up, bank.down):
+        if bank is not None and name in bank.names:
             half = bank.intermediate
             pieces = {"ffn_down_exps": slice(None)}
             if name == bank.gate_up:
@@ -238,12 +238,12 @@ def _stored(entry: Entry) -> tuple[tuple[int, ...], Any, int]:
     shape = tuple(entry.value.shape)
     if isinstance(entry.value, PackedWeight):
         shape = (*shape[:-1], shape[-1] // BLOCK * TYPE_BYTES[entry.kind])
-        return shape, np.dtype(np.uint8), values(shape)
+        return shape, np.dtype(np.uint8), prod(shape)
     if entry.kind == "BF16":
         shape = (*shape[:-1], 2 * shape[-1])
-        return shape, np.dtype(np.uint8), values(shape)
+        return shape, np.dtype(np.uint8), prod(shape)
     dtype = np.dtype(np.float16 if entry.kind == "F16" else np.float32)
-    return shape, dtype, values(shape) * dtype.itemsize
+    return shape, dtype, prod(shape) * dtype.itemsize
 
 
 def _data(entry: Entry) -> Any:

@@ -6,29 +6,79 @@ block from the source and the store, never from a whole model; equal inputs give
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.export.base import (
-    ShardWriter,
-    atomic_folder,
-    copy_side_files,
-    dense_config,
-    write_json,
-    write_provenance,
-)
+from llmcompress.errors import ExportError
+from llmcompress.export.base import SHARD_BYTES, Exporter, Policies, dense_config, write_model_folder
+from llmcompress.models import sizes
 from llmcompress.models.quantization_config import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
     from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
+
+
+class NativeExporter(Exporter):
+    """Our own format: every spec, mixed bits and run-time policies; read with ``import llmcompress.hf``."""
+
+    name = "native"
+
+    def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
+        """Never refuses: the format is made for whatever the pipeline produces."""
+        return []
+
+    def losses(self, policies: Policies) -> list[str]:
+        """Loses nothing."""
+        return []
+
+    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """Packed tensors as they are in memory, and the dense rest."""
+        return sizes.model_bytes(layout, plan, weight_bytes)
+
+    def working_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        """One block as it is packed, the largest tensor that stays dense, and a shard on its way out."""
+        blocks = max((sizes.packed_block_bytes(block, plan) for block in layout.blocks), default=0)
+        views = [*layout.outside, *(view for block in layout.blocks for view in block.tensors())]
+        quantized = {f"{name}.weight" for name in plan} | set(plan)
+        dense = max((prod(view.shape) for view in views if view.name not in quantized), default=0)
+        output = self.output_bytes(layout, plan, weight_bytes)
+        return blocks + dense * weight_bytes + min(SHARD_BYTES, output)
+
+    def write(
+        self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
+    ) -> None:
+        """Write block by block, see :func:`write_native`."""
+        write_native(handle, store, policies, out, provenance)
+
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+        """Compare every packed and replaced tensor in the files with the store's, byte for byte."""
+        import torch
+
+        from llmcompress.export.readers import SafetensorsFolder
+
+        with SafetensorsFolder(out) as files:
+            for _, patch in store.blocks():
+                expected = dict(patch.replaced)
+                for name, packed in patch.packed.items():
+                    expected.update({f"{name}.{key}": tensor for key, tensor in packed.tensors.items()})
+                for name, tensor in expected.items():
+                    found = files.tensor(name)
+                    if found.shape != tensor.shape or not torch.equal(found.to(tensor.dtype), tensor):
+                        raise ExportError(f"{out}: {name} reads back different from what was quantized")
 
 
 def write_native(
     handle: ModelHandle,
     store: PackedStore,
-    policies: Mapping[str, Mapping[str, Any]],
+    policies: Policies,
     out: Path,
     provenance: dict[str, Any],
 ) -> None:
@@ -47,16 +97,10 @@ def write_native(
     """
     from llmcompress.models.assemble import block_tensors, outside_tensors
 
-    with atomic_folder(out) as part:
-        shards = ShardWriter(part)
-        for name, tensor in outside_tensors(handle, policies):
-            shards.add(name, tensor)
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from outside_tensors(handle, policies)
         for block in handle.layout.blocks:
-            for name, tensor in block_tensors(handle, store, block):
-                shards.add(name, tensor)
-        shards.close()
-        config = dense_config(handle, str(handle.checkpoint.dtype).removeprefix("torch."))
-        config["quantization_config"] = to_json(store.plan(), policies)
-        write_json(part / "config.json", config)
-        copy_side_files(handle, part)
-        write_provenance(part, provenance)
+            yield from block_tensors(handle, store, block)
+
+    config = {**dense_config(handle), "quantization_config": to_json(store.plan(), policies)}
+    write_model_folder(out, handle, tensors(), config, provenance)

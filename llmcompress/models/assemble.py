@@ -101,7 +101,8 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iter
     """
     patch = store.read_block(block.index)
     bank = block.bank
-    beside_packed = bank is not None and (bank.gate_up in patch.packed or bank.down in patch.packed)
+    # experts of which one projection is packed
+    partly = bank.names if bank is not None and not patch.packed.keys().isdisjoint(bank.names) else ()
     packed, replaced = dict(patch.packed), dict(patch.replaced)
     for view in block.tensors():
         weight = packed.pop(view.name.removesuffix(".weight"), None)
@@ -115,7 +116,7 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iter
             if new.shape != tensor.shape:
                 raise InputError(f"{view.name}: replaced by shape {list(new.shape)}, not {list(tensor.shape)}")
             tensor = new.to(tensor.dtype)
-        if beside_packed and bank is not None and view.name in (bank.gate_up, bank.down):
+        if bank is not None and view.name in partly:
             tensor = canonical(bank, view.name, tensor)
         yield view.name, tensor
     for name in [name for name in replaced if name.endswith(f".{SCALE}")]:
@@ -130,7 +131,7 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Iter
 
 def apply_patch(model: PreTrainedModel, layout: ModelLayout, patch: BlockPatch) -> None:
     """Put decoded weights and replaced tensors into a materialised block; tensors of policies are passed over."""
-    banks = {name: bank for b in layout.blocks if (bank := b.bank) for name in (bank.gate_up, bank.down)}
+    banks = layout.banks
     for name, packed in patch.packed.items():
         dense = codec(packed.spec.codec).decode(packed)
         bank = banks.get(name)

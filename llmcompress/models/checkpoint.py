@@ -87,9 +87,7 @@ class Checkpoint:
         if self.total_bytes > total_ram():
             self.read_once()
         self._where = {name: file for file in self._files for name in file.entries}
-        self._banks = {
-            name: bank for block in layout.blocks if (bank := block.bank) for name in (bank.gate_up, bank.down)
-        }
+        self._banks = layout.banks
         self._scales: Mapping[str, Sequence[tuple[int, Tensor]]] = {}
 
     def rescaled(self, scales: Mapping[str, Sequence[tuple[int, Tensor]]]) -> Checkpoint:

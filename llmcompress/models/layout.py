@@ -135,6 +135,11 @@ class ExpertBank:
         return f"{self.module}.down_proj"
 
     @property
+    def names(self) -> tuple[str, str]:
+        """Plan names of both stacked projections."""
+        return self.gate_up, self.down
+
+    @property
     def first_rows(self) -> int:
         """Rows of an expert's first projection: 2I, or I without a gate."""
         return (2 if self.gated else 1) * self.intermediate
@@ -297,8 +302,7 @@ class Block:
             yield TensorView(f"{linear.name}.weight", (linear.out_features, linear.in_features))
         bank = self.bank
         if bank is not None:
-            yield TensorView(bank.gate_up, bank.stored_shape(bank.gate_up))
-            yield TensorView(bank.down, bank.stored_shape(bank.down))
+            yield from (TensorView(name, bank.stored_shape(name)) for name in bank.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +357,11 @@ class ModelLayout:
             yield from block.tensors()
 
     @property
+    def banks(self) -> dict[str, ExpertBank]:
+        """Plan name of a stacked expert projection → its bank."""
+        return {name: bank for block in self.blocks if (bank := block.bank) is not None for name in bank.names}
+
+    @property
     def kept_rows(self) -> dict[str, int]:
         """Plan name → rows at the end of a linear that stay dense, where there are any."""
         return {view.name: view.kept_rows for b in self.blocks for view in b.linears() if view.kept_rows}
@@ -364,5 +373,4 @@ class ModelLayout:
                 yield linear.name, linear.role, (linear.out_features, linear.in_features), block.index
             bank = block.bank
             if bank is not None:
-                yield bank.gate_up, Role.EXPERTS, bank.shape(bank.gate_up), block.index
-                yield bank.down, Role.EXPERTS, bank.shape(bank.down), block.index
+                yield from ((name, Role.EXPERTS, bank.shape(name), block.index) for name in bank.names)

@@ -5,7 +5,7 @@ Legend: E experts, N rows, K columns, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -38,11 +38,6 @@ class AverageBits:
     weights: float
 
 
-def count(shape: Iterable[int]) -> int:
-    """Number of values of a tensor."""
-    return prod(shape)
-
-
 def block_kept(block: Block) -> int:
     """Parameters of a block that are never quantized."""
     return sum(prod(view.shape) for view in block.kept)
@@ -53,11 +48,11 @@ def block_quantizable(block: Block) -> int:
     total = sum(linear.out_features * linear.in_features for linear in block.linears())
     bank = block.bank
     if bank is not None:
-        total += prod(bank.shape(bank.gate_up)) + prod(bank.shape(bank.down))
+        total += sum(prod(bank.shape(name)) for name in bank.names)
     return total
 
 
-def recorded_width(block: Block, plan: Mapping[str, QuantSpec]) -> int:
+def recorded_width(block: Block, plan: Plan) -> int:
     """Inputs per token of a block's planned linears, those of linears that share them counted once."""
     groups = (group for sublayer in block.sublayers for group in sublayer.groups)
     return sum(g.linears[0].in_features for g in groups if any(linear.name in plan for linear in g.linears))
@@ -95,7 +90,7 @@ def active_parameters(layout: ModelLayout) -> int:
         total += block_parameters(block) + borrowed_parameters(block)
         bank = block.bank
         if bank is not None:
-            experts = prod(bank.shape(bank.gate_up)) + prod(bank.shape(bank.down))
+            experts = sum(prod(bank.shape(name)) for name in bank.names)
             total -= experts * (bank.num_experts - bank.top_k) // bank.num_experts
     return total
 
@@ -113,13 +108,18 @@ def packed_block_bytes(block: Block, plan: Plan) -> int:
     }
     bank = block.bank
     if bank is not None:
-        shapes |= {name: bank.shape(name) for name in (bank.gate_up, bank.down)}
+        shapes |= {name: bank.shape(name) for name in bank.names}
     return sum(codec(plan[name].codec).nbytes(shape, plan[name]) for name, shape in shapes.items() if name in plan)
 
 
 def quantized_parameters(layout: ModelLayout, plan: Plan) -> int:
     """Number of weights that ``plan`` quantizes."""
     return sum(prod(shape) for name, _, shape, _ in layout.quantizable() if name in plan)
+
+
+def dense_parameters(layout: ModelLayout, plan: Plan) -> int:
+    """Number of parameters that stay dense under ``plan``."""
+    return parameters(layout) - quantized_parameters(layout, plan)
 
 
 def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int) -> int:
@@ -130,8 +130,7 @@ def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int) -> int:
         plan: What is quantized and how.
         weight_bytes: Bytes of a parameter that stays dense.
     """
-    dense = parameters(layout) - quantized_parameters(layout, plan)
-    return dense * weight_bytes + packed_bytes(layout, plan)
+    return dense_parameters(layout, plan) * weight_bytes + packed_bytes(layout, plan)
 
 
 def average_bits(layout: ModelLayout, plan: Plan, weight_bytes: int) -> AverageBits:
@@ -210,7 +209,7 @@ def solve_flops(layout: ModelLayout, plan: Plan) -> float:
                 columns = group.linears[0].in_features
                 total += (columns**3 + rows * columns**2) if rows else 0.0
         bank = block.bank
-        for name in (bank.gate_up, bank.down) if bank is not None else ():
+        for name in bank.names if bank is not None else ():
             if bank is not None and name in plan:
                 experts, rows, columns = bank.shape(name)
                 total += experts * (columns**3 + rows * columns**2)

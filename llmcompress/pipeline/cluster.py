@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from llmcompress.distributed.balance import greedy_bin_packing
 from llmcompress.distributed.world import shards_of
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models import sizes
 from llmcompress.models.registry import layout_from_config
 from llmcompress.pipeline.device import baseline_ram
 from llmcompress.pipeline.estimate import plan_inputs_of
@@ -120,7 +120,7 @@ def _row(stage: Stage, inputs: PlanInputs, ranks: int, rates: Rates, heads: int,
     shards = shards_of(inputs.samples, ranks, deterministic)
     run = Run.of(windows, inputs.length, -(-shards // ranks), heads, inputs.device == "cuda")
     router = getattr(config, "router", None)
-    outside = sum(sizes.count(view.shape) for view in layout.outside if not view.name.startswith("lm_head."))
+    outside = sum(prod(view.shape) for view in layout.outside if not view.name.startswith("lm_head."))
     seconds = {
         "read": rates.start + (rates.join if ranks > 1 else 0.0) + outside * inputs.compute_bytes / rates.read,
         "forward": 0.0, "hessian": 0.0, "solve": 0.0, "exchange": 0.0,

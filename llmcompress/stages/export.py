@@ -105,13 +105,12 @@ class Export(Stage):
         Raises:
             ExportError: A format refuses the model, the target exists, or what was written reads back differently.
         """
-        from llmcompress.export.base import plan_of
         from llmcompress.export.card import write_card
         from llmcompress.export.provenance import provenance
 
         self.require(state)
         assert state.model is not None and state.packed is not None
-        layout, plan = state.model.layout, plan_of(state.packed)
+        layout, plan = state.model.layout, state.packed.plan()
         facts = provenance(state, ctx)
         for exporter in self._exporters():
             for loss in exporter.losses(state.policies):
@@ -156,12 +155,10 @@ class Export(Stage):
         Raises:
             ExportError: A format cannot, or there is nothing to export.
         """
-        from llmcompress.export.base import plan_of
-
         model = state.model
         if model is None or state.packed is None:
             raise ExportError("export needs a loaded model and a quantizing stage before it")
-        reasons = self.refusals(model.layout, plan_of(state.packed), state.policies)
+        reasons = self.refusals(model.layout, state.packed.plan(), state.policies)
         for exporter in self._exporters():
             if state.adapter is not None and exporter.name != "native":
                 # an artifact without it would be a model nobody has measured

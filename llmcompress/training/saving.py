@@ -41,6 +41,5 @@ def save_model(model: PreTrainedModel, source: ModelHandle, out: Path, dtype: st
             wanted = source.checkpoint.dtype_of(view.name) if dtype == "auto" else DTYPES[dtype]
             shards.add(view.name, tensor.to(wanted) if tensor.is_floating_point() else tensor)
         shards.close()
-        name = str(source.checkpoint.dtype).removeprefix("torch.") if dtype == "auto" else dtype
-        write_json(part / "config.json", dense_config(source, name))
+        write_json(part / "config.json", dense_config(source, None if dtype == "auto" else dtype))
         copy_side_files(source, part)

@@ -38,7 +38,8 @@ def test_an_export_format_of_another_package(monkeypatch: pytest.MonkeyPatch) ->
     import types
 
     from llmcompress.errors import ExportError
-    from llmcompress.export.registry import FORMATS, NativeExporter, exporter, formats
+    from llmcompress.export.native import NativeExporter
+    from llmcompress.export.registry import FORMATS, exporter, formats
 
     with pytest.raises(ExportError, match="unknown export format 'mine'"):
         exporter("mine")

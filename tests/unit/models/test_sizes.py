@@ -16,7 +16,9 @@ from llmcompress.models.layout import (
     Sublayer,
     TensorView,
 )
+from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.rules import HalfBits, Rule, resolve
+from llmcompress.quant.spec import QuantSpec
 
 HIDDEN, EXPERT, EXPERTS, DENSE, LAYERS, VOCAB = 2048, 1408, 64, 10944, 28, 102400
 NOT_ATTENTION = (Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP)
@@ -98,6 +100,19 @@ def test_sizes_equal_a_count_over_all_tensors(layout):
     assert sizes.parameters(layout) == total == 16_375_728_128
     assert sizes.model_bytes(layout, {}, 2) == 2 * total
     assert sizes.largest_block(layout) == sizes.block_parameters(layout.blocks[1])
+
+
+def test_what_stays_dense_by_hand():
+    config = {
+        "model_type": "mixtral", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+    }  # fmt: skip
+    mixtral = layout_from_config(config)
+    plan = {name: QuantSpec(4) for name, _, _, _ in mixtral.quantizable()}
+    # embedding and head, three norms, the router
+    assert sizes.dense_parameters(mixtral, plan) == 2 * 96 * 64 + 3 * 64 + 4 * 64
+    everything = sizes.dense_parameters(mixtral, {})
+    assert everything - sizes.dense_parameters(mixtral, plan) == (64 + 32 + 32 + 64) * 64 + 4 * 3 * 96 * 64
 
 
 def test_packed_bytes_by_hand(layout):
