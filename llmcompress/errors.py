@@ -40,6 +40,12 @@ class LLMCompressError(Exception):
         self.hint = hint
 
 
+def first_line(error: BaseException) -> str:
+    """First line of what an error of another package says; its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class UsageError(LLMCompressError):
     """The command line itself is wrong."""
 

@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, first_line
 from llmcompress.models.assemble import attach_policies, prepare_policies
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family_artifact import FamilyArtifact, is_family
@@ -166,8 +166,7 @@ def load(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: cannot be loaded: {first}", "export or download it again") from error
+        raise InputError(f"{folder}: cannot be loaded: {first_line(error)}", "export or download it again") from error
     finally:
         if bar:
             transformers_logging.enable_progress_bar()
@@ -176,8 +175,11 @@ def load(
     align(model)
     if device is not None:
         model = model.to(device)
-    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-    return model, load_tokenizer(folder) if has_tokenizer else None
+    return model, _tokenizer_in(folder)
+
+
+def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(folder) if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
 
 
 def _load_member(
@@ -192,9 +194,7 @@ def _load_member(
     if device is not None:
         moved: Any = model
         model = moved.to(device)
-    own = artifact.member_folder(name)
-    has_tokenizer = any((own / file).is_file() for file in _TOKENIZER_FILES)
-    return model, load_tokenizer(own) if has_tokenizer else None
+    return model, _tokenizer_in(artifact.member_folder(name))
 
 
 def _refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:

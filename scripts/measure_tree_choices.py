@@ -28,7 +28,8 @@ from harness import ROOT, llmcompress
 
 from llmcompress.data.calibration import build
 from llmcompress.data.sources import JsonlSource
-from llmcompress.models.family_artifact import FamilyArtifact, dense_member
+from llmcompress.models.family_artifact import FamilyArtifact
+from llmcompress.models.family_model import dense_member
 from llmcompress.models.handle import ModelHandle
 
 NARROW, RELATIVE, STILL = "group_size=96", "bits.importance=relative", "sweeps=0"

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+from llmcompress.errors import first_line
+
 PATIENCE = 5.0
 """Seconds that the hub has for its first answer."""
 
@@ -42,7 +44,7 @@ def why_not_loaded(error: Exception, silence: str | None) -> str:
         error: What it raised.
         silence: What :func:`hub_silence` found before.
     """
-    first = str(error).splitlines()[0] if str(error) else repr(error)
+    first = first_line(error)
     # other errors, such as an unknown split, say more than that nobody was asked
     if silence is not None and ("offline" in first.lower() or "hub" in first.lower()):
         return f"it is not in the cache of datasets, and {silence}"

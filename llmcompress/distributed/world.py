@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.distributed.balance import shares
-from llmcompress.errors import EnvironmentProblem, UsageError
+from llmcompress.errors import EnvironmentProblem, UsageError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,7 +281,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(f"another process of this run has ended ({str(error).splitlines()[0]})") from error
+        raise PeerLost(f"another process of this run has ended ({first_line(error)})") from error
 
 
 def each_owner(owners: Sequence[int], size: int, act: Callable[[int, list[int]], None]) -> None:

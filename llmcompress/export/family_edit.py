@@ -76,14 +76,8 @@ def remove_member(artifact: FamilyArtifact, member: str) -> int:
     artifact.require(member)
     if len(artifact.members) == 1:
         raise UsageError(f"{member} is the last member of {artifact.folder}", "remove the folder instead")
-    plan = artifact.plan
-    trees = {key: tree.without(member) for key, tree in plan.trees.items()}
-    kept = {name for tree in trees.values() for name in tree.ids}
-    bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in plan.bits.items()}
-    order = tuple(name for name in plan.order if name != member)
-    smaller = FamilyPlan(order, plan.group_size, trees, plan.tree_of, plan.shapes, bits)
     facts = {name: value for name, value in artifact.data.get("facts", {}).items() if name != member}
-    _save(artifact, smaller, facts)
+    _save(artifact, artifact.plan.without([member]), facts)
     return sweep(FamilyArtifact(artifact.folder))
 
 
@@ -161,14 +155,7 @@ def write_dense_member(artifact: FamilyArtifact, member: str, out: Path) -> None
 def write_native_member(artifact: FamilyArtifact, member: str, out: Path) -> None:
     """Write one member as a family of one: the nodes on its path, bit for bit, and its own folder."""
     artifact.require(member)
-    plan = artifact.plan
-    gone = [name for name in artifact.members if name != member]
-    trees = plan.trees
-    for name in gone:
-        trees = {key: tree.without(name) for key, tree in trees.items()}
-    kept = {name for tree in trees.values() for name in tree.ids}
-    bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in plan.bits.items()}
-    alone = FamilyPlan((member,), plan.group_size, trees, plan.tree_of, plan.shapes, bits)
+    alone = artifact.plan.without([name for name in artifact.members if name != member])
     with atomic_folder(out) as part:
         (part / "nodes").mkdir()
         (part / "members").mkdir()
@@ -201,7 +188,7 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
     if not names or total <= 0:
         raise ExportError("nothing to merge: shares must be positive", "name members, such as --member a --member b")
     weights = {name: share / total for name, share in shares.items()}
-    dtype = getattr(torch, str(artifact.data.get("dtype", "bfloat16")))
+    dtype = artifact.dtype
     first = artifact.member_folder(names[0])
     for name in names[1:]:
         words = vocabulary_difference(first, artifact.member_folder(name))

@@ -98,6 +98,14 @@ class FamilyArtifact:
         """The members, in the family's order."""
         return self.plan.order
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the members' dense tensors."""
+        import torch
+
+        found: torch.dtype = getattr(torch, str(self.data.get("dtype", "bfloat16")))
+        return found
+
     def require(self, member: str | None) -> str:
         """The member that is meant.
 
@@ -146,9 +154,6 @@ class FamilyArtifact:
 
     def private(self, member: str) -> Iterator[tuple[str, Tensor]]:
         """Yield a member's tensors outside the trees, decoded to their own type."""
-        import torch
-
-        dtype = getattr(torch, str(self.data.get("dtype", "bfloat16")))
         for name in private_names(self.layout(member)):
             spec = self.outside.get(name)
             path = self._home(member, name if spec is None else f"{name}_packed")
@@ -157,7 +162,7 @@ class FamilyArtifact:
             else:
                 shape = self._outside_shape(member, name)
                 stem = name.removesuffix(".weight")
-                yield name, codec(spec.codec).decode(self._packed(path, stem, shape, spec), dtype)
+                yield name, codec(spec.codec).decode(self._packed(path, stem, shape, spec), self.dtype)
 
     def _home(self, member: str, name: str) -> Path:
         """The file that holds a member's tensor: its own, else the shared one."""
@@ -180,31 +185,3 @@ class FamilyArtifact:
                 raise InputError(f"{path}: {name} is {got}, needed {list(dims)} {dtype}", "export the family again")
             tensors[key] = file.read(name)
         return PackedWeight(tuple(shape), spec, tensors)
-
-
-def dense_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None = None) -> Any:
-    """One member as an ordinary dense model, its weights rebuilt; in evaluation mode on the CPU."""
-    import torch
-
-    from llmcompress.models.handle import (
-        align,
-        assign,
-        fill_constants,
-        generation_settings,
-        meta_model,
-        transformers_config,
-    )
-
-    config = transformers_config(artifact.member_folder(member))
-
-    model = meta_model(config, dtype or getattr(torch, str(artifact.data.get("dtype", "bfloat16"))))
-    fill_constants(model)
-    plan = model._get_dtype_plan(model.dtype)
-    for name, tensor in artifact.private(member):
-        assign(model, name, tensor, plan)
-    for linear in artifact.plan.linears:
-        assign(model, f"{linear}.weight", artifact.weight(linear, member), plan)
-    model.tie_weights()
-    align(model)
-    model.generation_config = generation_settings(artifact.member_folder(member))
-    return model.eval()

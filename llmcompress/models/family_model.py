@@ -40,7 +40,7 @@ def load_members(
     """
     chosen = list(artifact.members if members is None else [artifact.require(m) for m in members])
     ordered = [m for m in artifact.members if m in chosen]
-    dtype = dtype or getattr(torch, str(artifact.data.get("dtype", "bfloat16")))
+    dtype = dtype or artifact.dtype
     batch = BatchRows()
     batch.assign(ordered[:1])
     shells = {m: _shell(artifact, m, dtype) for m in ordered}
@@ -65,6 +65,16 @@ def load_members(
 def load_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """One member as an ordinary model whose linear layers hold the nodes on its path."""
     return load_members(artifact, [member], dtype).model
+
+
+def dense_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """One member as an ordinary dense model, its weights rebuilt; in evaluation mode on the CPU."""
+    model = _shell(artifact, member, dtype or artifact.dtype)
+    plan = model._get_dtype_plan(model.dtype)
+    for linear in artifact.plan.linears:
+        assign(model, f"{linear}.weight", artifact.weight(linear, member), plan)
+    align(model)
+    return model.eval()
 
 
 def _shell(artifact: FamilyArtifact, member: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, first_line
 from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
 from llmcompress.models.layout import ModelLayout, TensorView
 from llmcompress.models.paths import resolve_path
@@ -189,7 +189,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise OSError("no such folder")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
             first = f"none of {', '.join(TOKENIZER_FILES)} is there"
         raise InputError(
@@ -209,8 +209,7 @@ def transformers_config(folder: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}/config.json: transformers rejects it: {first}") from error
+        raise InputError(f"{folder}/config.json: transformers rejects it: {first_line(error)}") from error
     return config
 
 
@@ -228,8 +227,7 @@ def generation_settings(folder: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot be read: {first}", "correct it, or remove it") from error
+        raise InputError(f"{path}: cannot be read: {first_line(error)}", "correct it, or remove it") from error
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -99,6 +99,19 @@ class FamilyPlan:
     def mean_bits(self, node: str) -> float:
         """Average code bits of one node over all weights."""
         return sum(self.bits[name].get(node, 0) * n * k for name, (n, k) in self.shapes.items()) / self.weights
+
+    def without(self, members: Collection[str]) -> FamilyPlan:
+        """The plan without some models; nodes above others keep their names and bits.
+
+        Raises:
+            ValueError: No model is left.
+        """
+        trees = dict(self.trees)
+        for member in members:
+            trees = {key: tree.without(member) for key, tree in trees.items()}
+        kept = {name for tree in trees.values() for name in tree.ids}
+        bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in self.bits.items()}
+        return replace(self, order=tuple(n for n in self.order if n not in members), trees=trees, bits=bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, inverse of :meth:`from_dict`."""

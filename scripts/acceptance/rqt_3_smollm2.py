@@ -110,7 +110,8 @@ def solve(options: argparse.Namespace, run: Path) -> None:
     """Answer problems with the dense models, then with the tree once it is there; a line of JSON per model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmcompress.models.family_artifact import FamilyArtifact, dense_member
+    from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.models.family_model import dense_member
 
     asked = problems(options.gsm8k, options.problems)
     tokenizer = AutoTokenizer.from_pretrained(options.models / "maths")

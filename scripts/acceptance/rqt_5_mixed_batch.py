@@ -32,8 +32,8 @@ SIZES: dict[str, Any] = {
 def same_tokens() -> list[str]:
     """Differences between a mixed batch and each member alone, on the trained family; both ways of computing."""
     from llmcompress.inference.engine import Engine
-    from llmcompress.models.family_artifact import FamilyArtifact, dense_member
-    from llmcompress.models.family_model import load_members
+    from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.models.family_model import dense_member, load_members
 
     wrong = []
     with tempfile.TemporaryDirectory() as folder:

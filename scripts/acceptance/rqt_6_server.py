@@ -46,7 +46,8 @@ def expected(folder: Path) -> dict[tuple[str, str], str]:
     """(member, prompt) → greedy text of the member's dense model, computed alone."""
     import torch
 
-    from llmcompress.models.family_artifact import FamilyArtifact, dense_member
+    from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.models.family_model import dense_member
     from llmcompress.models.handle import load_tokenizer
 
     found = {}

@@ -14,8 +14,8 @@ import torch
 
 from llmcompress.cli.app import invoke
 from llmcompress.errors import ExitCode, InputError
-from llmcompress.models.family_artifact import FamilyArtifact, dense_member
-from llmcompress.models.family_model import load_members
+from llmcompress.models.family_artifact import FamilyArtifact
+from llmcompress.models.family_model import dense_member, load_members
 from llmcompress.models.tensor_file import TensorFile
 from llmcompress.quant.codecs import delta_tree
 
