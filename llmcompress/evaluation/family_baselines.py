@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.gptq import GptqOptions, solve
-from llmcompress.models.member_stream import DenseVisitor, MemberStream
+from llmcompress.models.member_stream import MemberStream
+from llmcompress.models.visitor import DenseVisitor
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
 

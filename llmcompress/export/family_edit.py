@@ -24,7 +24,8 @@ from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family import NAME, mismatches
 from llmcompress.models.family_artifact import FAMILY, SHARED, FamilyArtifact, node_file
 from llmcompress.models.handle import ModelHandle
-from llmcompress.models.member_stream import DenseVisitor, MemberStream
+from llmcompress.models.member_stream import MemberStream
+from llmcompress.models.visitor import DenseVisitor
 from llmcompress.models.vocabulary import VocabularyDifference, vocabulary_difference
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.family import FamilyPlan

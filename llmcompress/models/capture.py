@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from llmcompress.models.layout import ExpertBank
 from llmcompress.models.orientation import canonical, family_orientation
 
+# families whose decoder layers return a tuple
+TUPLES = frozenset({"bamba", "falcon_h1"})
 # rows of one expert that are pushed through at once; fixed, so that results do not depend on budgets
 PIECE = 8192
 
@@ -37,6 +40,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Itera
 
 
 @contextmanager
+def replaced_layers(model: Any, names: Sequence[str], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Run ``forward(hidden_states, …)`` instead of each of these decoder layers, inside the context."""
+    answer: Callable[..., object] = forward
+    if model.config.model_type in TUPLES:
+
+        def answer(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            return forward(*args, **kwargs), None
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(replaced_forward(model.get_submodule(name), answer))
+        yield
+
+
+@contextmanager
 def recorded_inputs(modules: Sequence[nn.Module], seen: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call ``seen(position, input)`` whenever one of the modules runs."""
     with ExitStack() as stack:
@@ -53,6 +71,11 @@ def recorded_inputs(modules: Sequence[nn.Module], seen: Callable[[int, Tensor], 
 def identity(x: Tensor) -> Tensor:
     """Stand-in for an output projection: the module then returns that projection's input."""
     return x
+
+
+def constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """Stand-in for a module whose result is known already; with ``functools.partial``."""
+    return value
 
 
 def first_output(result: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -17,7 +17,8 @@ from llmcompress.models.memory_limits import rounds
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import LinearGroup
-    from llmcompress.models.walker import Visitor, Walker
+    from llmcompress.models.visitor import Visitor
+    from llmcompress.models.walker import Walker
 
 CACHE_LINE = 64
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcompress.models.member_stream import DenseVisitor
 from llmcompress.models.stream_pairs import StreamRecorder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmcompress.models.layout import LinearGroup
-
-
-class Onlooker(DenseVisitor):
-    """A visitor that neither needs statistics nor changes anything."""
-
-    def wants(self, names: Sequence[str]) -> bool:
-        """Nothing."""
-        return False
-
-    def linears(self, group: LinearGroup, gram: Any) -> None:
-        """Nothing to do."""
 
 
 class InputRange(StreamRecorder):

@@ -339,6 +339,7 @@ class ModelLayout:
         disk: Names in the hub checkpoint.
         ignored: Patterns of tensors that a hub checkpoint may hold and the model does not use
             (DeepSeek-V3's next-token prediction layer).
+        norm_adds_one: Whether norms multiply by one plus their weight (Gemma).
     """
 
     model_type: str
@@ -349,6 +350,7 @@ class ModelLayout:
     vocab: int
     disk: DiskNames = DiskNames()
     ignored: tuple[str, ...] = ()
+    norm_adds_one: bool = False
 
     def tensors(self) -> Iterator[TensorView]:
         """Every tensor of the model: those outside the blocks, then block by block."""

@@ -12,7 +12,8 @@ little: means of gradients and of outputs apart would not know.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.models.capture import first_output, replaced_forward
+from llmcompress.models.capture import constant, first_output, replaced_layers
 from llmcompress.models.memory_limits import GRADIENT_TOKENS
-from llmcompress.models.walker import TUPLES, Walker
+from llmcompress.models.walker import Walker
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,19 +94,10 @@ def _of_head(model: Any, names: Sequence[str], tokens: Tensor, hidden: Tensor, d
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(seed)
     gradient = torch.empty_like(hidden)
-    returns_tuple = model.config.model_type in TUPLES
     # window by window: logits of a large vocabulary are the largest tensors here
     for row in range(len(tokens)):
         last = hidden[row : row + 1].to(device).requires_grad_(True)
-
-        def answer(
-            _hidden: Tensor, *_args: object, last: Tensor = last, **_kwargs: object
-        ) -> Tensor | tuple[Tensor, None]:
-            return (last, None) if returns_tuple else last
-
-        with ExitStack() as stack, torch.enable_grad():
-            for name in names:
-                stack.enter_context(replaced_forward(model.get_submodule(name), answer))
+        with replaced_layers(model, names, partial(constant, last)), torch.enable_grad():
             logits = model(input_ids=tokens[row : row + 1].to(device), use_cache=False).logits[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             F.cross_entropy(logits, drawn, reduction="sum").backward()

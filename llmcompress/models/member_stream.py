@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmcompress.models.memory_limits import resident_bytes
+from llmcompress.models.visitor import DenseVisitor
 from llmcompress.models.walker import Walker
 
 if TYPE_CHECKING:
@@ -16,25 +16,6 @@ if TYPE_CHECKING:
     from llmcompress.algorithms.hessian import Gram
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, LinearGroup
-
-
-class DenseVisitor:
-    """The parts of a visitor that only models with experts need; a family has none."""
-
-    affinity = False
-
-    def wants(self, names: Sequence[str]) -> bool:
-        """Second moments of every group."""
-        return True
-
-    def router(self, bank: Any, router: Any, x: Any) -> None:
-        """Not called."""
-
-    def routed(self, bank: Any, counts: Any) -> None:
-        """Not called."""
-
-    def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
-        """Not called."""
 
 
 class MomentCollector(DenseVisitor):

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Gram
-from llmcompress.models.capture import Routing, down, first_output, gated, replaced_forward
+from llmcompress.models.capture import Routing, constant, down, first_output, gated, replaced_forward
 from llmcompress.models.group_steps import CACHE_LINE, GroupSteps, Moments, aligned
 from llmcompress.models.memory_limits import FORCED_TOKENS
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ExpertBank, Sublayer
-    from llmcompress.models.walker import Visitor, Walker
+    from llmcompress.models.visitor import Visitor
+    from llmcompress.models.walker import Walker
 
 # rows that are summed or cleared at once
 ROWS = 512
@@ -73,8 +74,8 @@ class MoeStep:
         for rows, said in zip(self.walker.batches, self._router_said):
             span = self._span(rows)
             with ExitStack() as stack:
-                stack.enter_context(replaced_forward(self.router, partial(_constant, said)))
-                stack.enter_context(replaced_forward(self.experts, partial(_constant, mixed[span])))
+                stack.enter_context(replaced_forward(self.router, partial(constant, said)))
+                stack.enter_context(replaced_forward(self.experts, partial(constant, mixed[span])))
                 for module, outputs in shared:
                     stack.enter_context(replaced_forward(module, partial(_rows_like, outputs[span])))
                 shape = (rows.stop - rows.start, *self.hidden.shape[1:])
@@ -262,10 +263,6 @@ class MoeStep:
         if self.visitor is None:
             return [slice(0, bank.num_experts)]
         return self.walker.limits.chunks(bank.num_experts, bank.hidden, bank.intermediate)
-
-
-def _constant(value: Any, *_args: Any) -> Any:
-    return value
 
 
 def _rows_like(value: Tensor, x: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from llmcompress.models.layout import Block, LinearGroup, LinearView, ModelLayout, Role, Sublayer
 
-_ADDS_ONE = ("gemma", "gemma2", "gemma3_text")
-
 
 @dataclass(frozen=True, slots=True)
 class Smoothable:
@@ -40,7 +38,7 @@ def smoothable(layout: ModelLayout) -> Iterator[tuple[Block, Smoothable]]:
     for block in layout.blocks:
         kept = {view.name for view in block.kept}
         own = [s for s in block.sublayers if not s.numbered and not any(s.module.startswith(f"{m}.") for m in shared)]
-        if layout.model_type not in _ADDS_ONE:
+        if not layout.norm_adds_one:
             for norm in dict.fromkeys(s.pre_norm for s in own if s.pre_norm is not None):
                 yield from ((block, found) for found in _after_norm(block, norm, kept))
         for sublayer in own:

@@ -9,15 +9,15 @@ Legend: S sequences, L length, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmcompress.models.assemble import apply_loan, apply_patch
-from llmcompress.models.capture import replaced_forward
+from llmcompress.models.capture import constant, replaced_layers
 from llmcompress.models.memory_limits import DEFAULT, Limits
-from llmcompress.models.walker import TUPLES, Walker
+from llmcompress.models.walker import Walker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,10 +53,9 @@ class StreamedModel:
         folder: Path | None = None,
     ) -> None:
         self.model = handle.skeleton(dtype)
-        layers = [block.name for block in handle.layout.blocks]
-        self._layers = [self.model.get_submodule(name) for name in layers]
+        self._layers = [block.name for block in handle.layout.blocks]
         self._walkers = [Walker(self.model, part, device, limits=limits, folder=folder) for part in parts]
-        self._hidden = [walker.embed(layers) for walker in self._walkers]
+        self._hidden = [walker.embed(self._layers) for walker in self._walkers]
         for block in handle.layout.blocks:
             handle.load_block(self.model, block.index, device)
             if store is not None:
@@ -72,14 +71,7 @@ class StreamedModel:
         walker, hidden = self._walkers[part], self._hidden[part]
         final = hidden[rows].clone()
         walker.cache.drop(hidden)
-        returns_tuple = self.model.config.model_type in TUPLES
-
-        def given(_hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            return (final, None) if returns_tuple else final
-
         # final norm, head and whatever the family does around them are the model's own
-        with ExitStack() as stack:
-            for module in self._layers:
-                stack.enter_context(replaced_forward(module, given))
+        with replaced_layers(self.model, self._layers, partial(constant, final)):
             found: Tensor = self.model(input_ids=walker.tokens[rows], use_cache=False).logits
         return found

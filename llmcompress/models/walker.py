@@ -12,23 +12,23 @@ Legend: S sequences, L length, T tokens, H hidden, B sequences of a batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.errors import InputError
 from llmcompress.models.activation_cache import ActivationCache
-from llmcompress.models.capture import Routing, first_output, replaced_forward
+from llmcompress.models.capture import first_output, replaced_layers
 from llmcompress.models.group_steps import GroupSteps, Moments, names_of
-from llmcompress.models.layout import Block, ExpertBank, LinearGroup, Sublayer
+from llmcompress.models.layout import Block, LinearGroup, Sublayer
 from llmcompress.models.memory_limits import DEFAULT, Limits
 from llmcompress.models.moe_step import MoeStep
 from llmcompress.models.tensor_file import all_finite
+from llmcompress.models.visitor import Tap, Visitor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,63 +40,8 @@ BATCH_TOKENS = 512
 CUDA_BATCH_TOKENS = 4096
 # batches from which second moments may be formed by bf16 products
 FAST_BATCHES = 8
-# families whose decoder layers return a tuple
-TUPLES = frozenset({"bamba", "falcon_h1"})
 # argument of layers that read the embedding beside the hidden states
 EMBEDDING = "original_hidden_states"
-
-
-class Visitor(Protocol):
-    """What a quantizer sees of a block, in the order of the forward pass. Weights may be changed in place."""
-
-    affinity: bool
-    """Weight the tokens of an expert by their routing weights."""
-
-    def wants(self, names: Sequence[str]) -> bool:
-        """Whether second moments of the input of these weights are needed."""
-
-    def linears(self, group: LinearGroup, gram: Any) -> None:
-        """A group of linears is about to be used; ``gram`` is None unless wanted, ``Moments`` of a sharded walk."""
-
-    def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
-        """A router is about to be used on ``x [T, H]``."""
-
-    def routed(self, bank: ExpertBank, counts: list[int]) -> None:
-        """Tokens per expert are known."""
-
-    def experts(self, bank: ExpertBank, name: str, experts: slice, gram: Any, shared: Callable[[int], Any]) -> None:
-        """Some experts' ``name`` projection is about to be used.
-
-        ``shared(e)`` computes the Hessian ``[K, K]`` that expert e would have if it saw tokens of the whole layer; of a
-        sharded walk the :class:`Moments` it is made from.
-        """
-
-
-class Tap(Protocol):
-    """Sees the very inputs that statistics are taken of, batch by batch, without changing anything."""
-
-    shard: int
-    """Which shard the inputs that come next belong to."""
-
-    def wants(self, names: Sequence[str]) -> bool:
-        """Whether the inputs of these weights are to be shown."""
-
-    def linears(self, group: LinearGroup, x: Tensor) -> None:
-        """A batch of a group's inputs, ``[T, K]``."""
-
-    def residual(self, sublayer: Sublayer, hidden: Tensor) -> None:
-        """The residual stream ``[S, L, H]`` that a sublayer is about to add to."""
-
-    def moe(self, bank: ExpertBank, x: Tensor) -> None:
-        """Inputs of an expert bank, ``[T, H]``, before it is routed."""
-
-    def routed(self, routing: Sequence[Routing]) -> None:
-        """Where the tokens of the bank go, by shard."""
-
-    def experts(
-        self, bank: ExpertBank, name: str, experts: slice, expert: int, tokens: Tensor, x: Tensor, weight: Tensor | None
-    ) -> None:
-        """Inputs ``x [n, K]`` of one expert's projection for some tokens; ``experts`` is the chunk at work."""
 
 
 class Walker:
@@ -162,14 +107,13 @@ class Walker:
             ``[S, L, H]`` in the model's dtype, on the CPU or, of a resident walker, on the device.
         """
         hidden: Tensor | None = None
-        modules = [self.model.get_submodule(name) for name in layers]
-        returns_tuple = self.model.config.model_type in TUPLES
         # most families name the arguments of their layers
-        positional = list(inspect.signature(type(modules[0]).forward).parameters)[2:]
+        first = type(self.model.get_submodule(layers[0]))
+        positional = list(inspect.signature(first.forward).parameters)[2:]
         for rows in self.batches:
             calls: list[dict[str, Any]] = []
 
-            def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+            def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 kwargs = dict(zip(positional, args)) | kwargs
                 self._read_embedding |= kwargs.pop(EMBEDDING, None) is not None
                 nonlocal hidden
@@ -180,11 +124,9 @@ class Walker:
                     hidden[rows] = hidden_states  # noqa: B023
                     self.cache.drop(hidden)
                 calls.append(kwargs)  # noqa: B023
-                return (hidden_states, None) if returns_tuple else hidden_states
+                return hidden_states
 
-            with ExitStack() as stack:
-                for module in modules:
-                    stack.enter_context(replaced_forward(module, record))
+            with replaced_layers(self.model, layers, record):
                 self.model.base_model(input_ids=self.tokens[rows], use_cache=False)
             self._calls.setdefault(rows.stop - rows.start, [_call_arguments(call, self.device) for call in calls])
         assert hidden is not None

@@ -20,7 +20,8 @@ from llmcompress.algorithms.residual_tree import (
     residual,
 )
 from llmcompress.errors import InputError
-from llmcompress.models.member_stream import DenseVisitor, MemberStream
+from llmcompress.models.member_stream import MemberStream
+from llmcompress.models.visitor import DenseVisitor
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.family import FamilyPlan, entry
 from llmcompress.quant.packed import PackedWeight

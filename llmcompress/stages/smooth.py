@@ -138,7 +138,8 @@ class Smooth(Stage):
     ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         """Factors of one block, and how far its inputs' channels are spread before and after."""
         from llmcompress.algorithms.smoothing import smoothing_factors, spread
-        from llmcompress.models.input_range import InputRange, Onlooker
+        from llmcompress.models.input_range import InputRange
+        from llmcompress.models.visitor import Onlooker
 
         seen = InputRange([found.key for found in places])
         walker.forward(block, hidden, Onlooker(), advance, seen)

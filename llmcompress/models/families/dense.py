@@ -118,7 +118,7 @@ FAMILIES = (
     ),
     Family("olmo2", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("olmo3", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
-    Family("gemma", _llama, _GEMMA),
-    Family("gemma2", _gemma2, _GEMMA2),
-    Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}),
+    Family("gemma", _llama, _GEMMA, norm_adds_one=True),
+    Family("gemma2", _gemma2, _GEMMA2, norm_adds_one=True),
+    Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}, norm_adds_one=True),
 )  # fmt: skip

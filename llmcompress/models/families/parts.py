@@ -43,6 +43,7 @@ class Family:
         aliases: Other names of keys in the file.
         disk: Names in hub checkpoints.
         norm_bias: Whether norms carry a bias (LayerNorm instead of RMSNorm).
+        norm_adds_one: See :class:`~llmcompress.models.layout.ModelLayout`.
         head_bias: Key that says whether the head has a bias, or None.
         body: Run-time name of the model without its head.
         embedding: Name of the embedding in the body.
@@ -57,6 +58,7 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     disk: DiskNames = field(default_factory=DiskNames)
     norm_bias: bool = False
+    norm_adds_one: bool = False
     head_bias: str | None = None
     ignored: tuple[str, ...] | Callable[[Facts], tuple[str, ...]] = ()
     body: str = "model"
@@ -92,7 +94,9 @@ class Family:
         if self.head_bias is not None and facts.flag(self.head_bias):
             outside.append(TensorView("lm_head.bias", (vocab,)))
         ignored = self.ignored(facts) if callable(self.ignored) else self.ignored
-        return ModelLayout(self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, ignored)
+        return ModelLayout(
+            self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, ignored, self.norm_adds_one
+        )
 
 
 def norm(name: str, size: int, bias: bool = False) -> list[TensorView]:
