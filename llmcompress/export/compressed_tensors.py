@@ -34,6 +34,7 @@ from llmcompress.export.base import (
 )
 from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
+from llmcompress.quant.spec import packed_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -112,7 +113,7 @@ class CompressedTensorsExporter(Exporter):
         for name, _, shape, _ in layout.quantizable():
             if name in plan:
                 spec, rows = plan[name], prod(shape[:-1])
-                words = -(-shape[-1] * spec.bits // 32)
+                words = packed_words(shape[-1], spec.bits)
                 experts = len(shape) == 3
                 matrices = shape[0] * (2 if name.endswith(".gate_up_proj") else 1) if experts else 1
                 total += rows * (4 * words + (4 if experts else 2) * spec.groups(shape[-1])) + 16 * matrices

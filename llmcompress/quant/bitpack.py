@@ -10,18 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WORD_BITS = 32
+from llmcompress.quant.spec import packed_words
+
 # eight codes of any supported width fill whole bytes and fit one int64
 CODES_PER_UNIT = 8
 # rows are handled in slabs whose intermediates stay in a core's second-level cache, and in the heap
 SLAB_CODES = 1 << 18
 # what is copied at once: the largest power of two that divides the bytes of a unit
 _PARTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def packed_words(count: int, bits: int) -> int:
-    """Number of int32 words that hold ``count`` codes."""
-    return -(-count * bits // WORD_BITS)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

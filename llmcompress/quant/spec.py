@@ -12,6 +12,14 @@ DELTA_TREE = "delta_tree"
 DELTA_BITS = (1, 2, 3, 4, 5, 6)
 
 
+WORD_BITS = 32
+
+
+def packed_words(count: int, bits: int) -> int:
+    """Number of int32 words that hold ``count`` codes; the layout is that of ``quant/bitpack.py``."""
+    return -(-count * bits // WORD_BITS)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
     """Group-wise uniform integer quantization of a weight ``[..., N, K]`` along K.

@@ -11,21 +11,19 @@ Legend: N rows, K columns, G groups per row, b bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import TYPE_CHECKING
 
 from llmcompress.errors import InputError
 from llmcompress.quant.codecs.int_group import PACKED, SCALE
 from llmcompress.quant.codecs.int_group import dequantize as dequantize_group
-from llmcompress.quant.packed import PackedWeight
-from llmcompress.quant.spec import DELTA_TREE, QuantSpec
+from llmcompress.quant.packed import PackedWeight, TensorShapes, stored_bytes
+from llmcompress.quant.spec import DELTA_TREE, QuantSpec, packed_words
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 EXPONENT = "weight_exponent"
-ITEM_BYTES = {"int32": 4, "float16": 2}
 # exponents within which 2^e and its product with any fp16 scale are normal fp32 numbers
 LOWEST, HIGHEST = -100, 100
 
@@ -35,7 +33,7 @@ def node_spec(bits: int, group_size: int) -> QuantSpec:
     return QuantSpec(bits, group_size, symmetric=True, codec=DELTA_TREE)
 
 
-def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> TensorShapes:
     """Names, shapes and dtype names of the stored tensors, without torch.
 
     Args:
@@ -44,7 +42,7 @@ def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tupl
     """
     *rows, columns = shape
     return {
-        PACKED: ((*rows, -(-columns * spec.bits // 32)), "int32"),
+        PACKED: ((*rows, packed_words(columns, spec.bits)), "int32"),
         SCALE: ((*rows, spec.groups(columns)), "float16"),
         EXPONENT: ((1,), "int32"),
     }
@@ -52,7 +50,7 @@ def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tupl
 
 def nbytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """Bytes of the stored tensors, without torch."""
-    return sum(prod(dims) * ITEM_BYTES[kind] for dims, kind in tensor_shapes(shape, spec).values())
+    return stored_bytes(tensor_shapes(shape, spec))
 
 
 def encode(codes: Tensor, scale: Tensor, exponent: int, spec: QuantSpec) -> PackedWeight:
@@ -107,11 +105,7 @@ def decode(pw: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """
     from llmcompress.quant.bitpack import unpack
 
-    for name, (dims, _) in tensor_shapes(pw.shape, pw.spec).items():
-        stored = pw.tensors.get(name)
-        if stored is None or tuple(stored.shape) != dims:
-            got = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
-            raise InputError(f"residual {pw.shape}: {name} should have shape {dims}, found {got}")
+    pw.require(tensor_shapes(pw.shape, pw.spec), "residual")
     exponent = int(pw.tensors[EXPONENT][0])
     if not LOWEST <= exponent <= HIGHEST:
         raise InputError(f"residual {pw.shape}: exponent {exponent} is outside {LOWEST} to {HIGHEST}")

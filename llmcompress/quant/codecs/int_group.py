@@ -9,22 +9,19 @@ in fp32 (fp16 scale widened exactly), then cast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import TYPE_CHECKING
 
-from llmcompress.errors import InputError
-from llmcompress.quant.packed import PackedWeight
-from llmcompress.quant.spec import QuantSpec
+from llmcompress.quant.packed import PackedWeight, TensorShapes, stored_bytes
+from llmcompress.quant.spec import QuantSpec, packed_words
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 PACKED, SCALE, ZERO, DENSE = "weight_packed", "weight_scale", "weight_zero_point", "weight_dense"
-ITEM_BYTES = {"int32": 4, "float16": 2}
 
 
-def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> TensorShapes:
     """Names, shapes and dtype names of the stored tensors, without torch.
 
     Args:
@@ -34,12 +31,12 @@ def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tupl
     *leading, count, columns = shape
     rows = [*leading, count - spec.dense_rows]
     groups = spec.groups(columns)
-    found: dict[str, tuple[tuple[int, ...], str]] = {
-        PACKED: ((*rows, _words(columns, spec.bits)), "int32"),
+    found: TensorShapes = {
+        PACKED: ((*rows, packed_words(columns, spec.bits)), "int32"),
         SCALE: ((*rows, groups), "float16"),
     }
     if not spec.symmetric:
-        found[ZERO] = ((*rows, _words(groups, spec.bits)), "int32")
+        found[ZERO] = ((*rows, packed_words(groups, spec.bits)), "int32")
     if spec.dense_rows:
         found[DENSE] = ((*leading, spec.dense_rows, columns), "float16")
     return found
@@ -47,7 +44,7 @@ def tensor_shapes(shape: Sequence[int], spec: QuantSpec) -> dict[str, tuple[tupl
 
 def nbytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """Bytes of the stored tensors, without torch."""
-    return sum(prod(dims) * ITEM_BYTES[kind] for dims, kind in tensor_shapes(shape, spec).values())
+    return stored_bytes(tensor_shapes(shape, spec))
 
 
 def encode(
@@ -95,11 +92,7 @@ def unpack_parts(pw: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     from llmcompress.quant.bitpack import unpack
 
-    for name, (dims, _) in tensor_shapes(pw.shape, pw.spec).items():
-        stored = pw.tensors.get(name)
-        if stored is None or tuple(stored.shape) != dims:
-            got = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
-            raise InputError(f"packed weight {pw.shape}: {name} should have shape {dims}, found {got}")
+    pw.require(tensor_shapes(pw.shape, pw.spec), "packed weight")
     columns = pw.shape[-1]
     codes = unpack(pw.tensors[PACKED], pw.spec.bits, columns)
     zero = None if pw.spec.symmetric else unpack(pw.tensors[ZERO], pw.spec.bits, pw.spec.groups(columns))
@@ -149,7 +142,3 @@ def decode(pw: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     values = dequantize(codes, scale, zero, pw.spec, dtype)
     dense = pw.tensors.get(DENSE)
     return values if dense is None else torch.cat((values, dense.to(values.dtype)), dim=-2)
-
-
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // 32)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.quant.bitpack import pack, packed_words, unpack
+from llmcompress.quant.bitpack import pack, unpack
+from llmcompress.quant.spec import packed_words
 
 
 def slow_pack(codes: list[int], bits: int) -> list[int]:
