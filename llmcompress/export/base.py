@@ -1,4 +1,4 @@
-"""What every exporter shares: the interface, hub names, shards, and folders that appear only when complete."""
+"""What every exporter shares: the interface, shards, and folders that appear only when complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmcompress.models.handle import ModelHandle
-    from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+    from llmcompress.models.layout import Block, ModelLayout
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
 
@@ -91,40 +91,6 @@ class Exporter(ABC):
         Raises:
             ExportError: A value differs or is missing; nothing should then use the artifact.
         """
-
-
-def hub_name(layout: ModelLayout, name: str) -> str:
-    """Translate a run-time tensor or module name into the one hub checkpoints use."""
-    for ours, theirs in layout.disk.renames:
-        if ours in name:
-            return name.replace(ours, theirs, 1)
-    return name
-
-
-def hub_expert_names(layout: ModelLayout, bank: ExpertBank, expert: int) -> dict[str, str]:
-    """Hub module names of one expert's projections.
-
-    Returns:
-        ``gate`` (where there is one), ``up`` and ``down`` → name without the trailing ``.weight``, in that order.
-
-    Raises:
-        ExportError: The family stores its experts stacked on disk.
-    """
-    if layout.disk.experts is None:
-        raise ExportError(f"{layout.model_type} checkpoints store experts stacked, not one by one")
-    ours, theirs = layout.disk.experts
-    folder = bank.module.replace(ours, theirs, 1)
-    parts = {"gate": layout.disk.gate} if bank.gated else {}
-    parts |= {"up": layout.disk.up, "down": layout.disk.down}
-    return {key: f"{folder}.{expert}.{part.removesuffix('.weight')}" for key, part in parts.items()}
-
-
-def expert_parts(bank: ExpertBank, name: str) -> dict[str, slice]:
-    """Rows of one expert's stacked projection ``name`` by the key of :func:`hub_expert_names`."""
-    if name == bank.down:
-        return {"down": slice(None)}
-    half = bank.intermediate
-    return {"gate": slice(0, half), "up": slice(half, 2 * half)} if bank.gated else {"up": slice(None)}
 
 
 def expert_slice(packed: PackedWeight, expert: int, rows: slice) -> PackedWeight:

@@ -23,10 +23,7 @@ from llmcompress.export.base import (
     block_tensors,
     decoded,
     dense_config,
-    expert_parts,
     expert_slice,
-    hub_expert_names,
-    hub_name,
     outside_tensors,
     require_equal,
     some,
@@ -126,7 +123,7 @@ class CompressedTensorsExporter(Exporter):
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
-                yield hub_name(handle.layout, name), tensor
+                yield handle.layout.disk.name(name), tensor
             for block in handle.layout.blocks:
                 for name, value in hub_weights(handle, store, block):
                     yield from _stored(name, value)
@@ -164,7 +161,7 @@ class CompressedTensorsExporter(Exporter):
                     found = compressor.decompress(state, by_scheme[scheme.bits, scheme.group_size])["weight"]
                     require_equal(out, name, found, decoded(value, torch.float32), _THROUGH)
             for name, tensor in outside_tensors(handle):
-                full = hub_name(handle.layout, name)
+                full = handle.layout.disk.name(name)
                 require_equal(out, full, files.tensor(full), tensor, _THROUGH)
                 left.discard(full)
         if left:
@@ -181,9 +178,9 @@ def hub_weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterat
         if bank is not None and name in bank.names:
             yield from _expert_weights(layout, bank, name, value)
         elif isinstance(value, PackedWeight):
-            yield hub_name(layout, name).removesuffix(".weight"), value
+            yield layout.disk.name(name).removesuffix(".weight"), value
         else:
-            yield hub_name(layout, name), value
+            yield layout.disk.name(name), value
 
 
 def _expert_weights(
@@ -194,16 +191,15 @@ def _expert_weights(
         from llmcompress.models.orientation import family_orientation
 
         assert not isinstance(value, PackedWeight)
-        yield hub_name(layout, name), family_orientation(bank, name, value)
+        yield layout.disk.name(name), family_orientation(bank, name, value)
         return
-    rows = expert_parts(bank, name)
     for expert in range(bank.num_experts):
-        names = hub_expert_names(layout, bank, expert)
-        for key, part in rows.items():
+        names = layout.disk.expert(bank, name, expert)
+        for key, part in bank.parts(name).items():
             if isinstance(value, PackedWeight):
-                yield names[key], _wide_scale(expert_slice(value, expert, part))
+                yield names[key].removesuffix(".weight"), _wide_scale(expert_slice(value, expert, part))
             else:
-                yield f"{names[key]}.weight", value[expert, part].contiguous()
+                yield names[key], value[expert, part].contiguous()
 
 
 def _wide_scale(packed: PackedWeight) -> PackedWeight:
@@ -243,7 +239,7 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
             targets.setdefault(scheme, []).append(pattern)
     for block in layout.blocks:
         if block.bank is not None:
-            ignore.append(hub_name(layout, block.bank.router.module + ".weight").removesuffix(".weight"))
+            ignore.append(layout.disk.name(block.bank.router.module + ".weight").removesuffix(".weight"))
     groups = {
         f"group_{index}": {
             "targets": patterns,

@@ -11,9 +11,6 @@ from llmcompress.export.base import (
     block_tensors,
     decoded,
     dense_config,
-    expert_parts,
-    hub_expert_names,
-    hub_name,
     outside_tensors,
     require_equal,
     write_model_folder,
@@ -65,7 +62,7 @@ class DenseExporter(Exporter):
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
-                yield hub_name(layout, name), _cast(tensor, dtype)
+                yield layout.disk.name(name), _cast(tensor, dtype)
             for block in layout.blocks:
                 yield from hub_dense(layout, block, block_tensors(handle, store, block), dtype)
 
@@ -117,14 +114,14 @@ def hub_dense(
     for name, value in tensors.items():
         tensor = decoded(value, dtype) if isinstance(value, PackedWeight) else _cast(value, dtype)
         if bank is None or name not in bank.names:
-            yield hub_name(layout, name), tensor
+            yield layout.disk.name(name), tensor
         elif layout.disk.experts is None:
-            yield hub_name(layout, name), family_orientation(bank, name, tensor)
+            yield layout.disk.name(name), family_orientation(bank, name, tensor)
         else:
             for expert in range(bank.num_experts):
-                names = hub_expert_names(layout, bank, expert)
-                for key, rows in expert_parts(bank, name).items():
-                    yield f"{names[key]}.weight", tensor[expert, rows]
+                names = layout.disk.expert(bank, name, expert)
+                for key, rows in bank.parts(name).items():
+                    yield names[key], tensor[expert, rows]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -201,13 +201,9 @@ def _block_entries(handle: ModelHandle, store: PackedStore, block: Block) -> Ite
     for name, value in block_tensors(handle, store, block).items():
         inside = name.removeprefix(block.name + ".")
         if bank is not None and name in bank.names:
-            half = bank.intermediate
-            pieces = {"ffn_down_exps": slice(None)}
-            if name == bank.gate_up:
-                pieces = {"ffn_gate_exps": slice(0, half), "ffn_up_exps": slice(half, 2 * half)}
-            for target, rows in pieces.items():
+            for part, rows in bank.parts(name).items():
                 cut = expert_rows(value, rows) if isinstance(value, PackedWeight) else value[:, rows].contiguous()
-                yield _entry(f"blk.{block.index}.{target}.weight", cut)
+                yield _entry(f"blk.{block.index}.ffn_{part}_exps.weight", cut)
             continue
         module, _, kind = inside.rpartition(".")
         if NAMES.get(module) is None:

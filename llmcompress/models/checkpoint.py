@@ -219,11 +219,7 @@ class Checkpoint:
 
     def _disk_name(self, name: str) -> str | None:
         """The name under which the files hold a tensor whole, None when they do not."""
-        candidates = [name]
-        for ours, theirs in self.layout.disk.renames:
-            if ours in name:
-                candidates.append(name.replace(ours, theirs, 1))
-                break
+        candidates = [name, self.layout.disk.name(name)]
         candidates += [name.replace(ours, theirs, 1) for ours, theirs in self.layout.disk.older if ours in name]
         # models saved without their head lack the prefix
         candidates += [candidate.removeprefix("model.") for candidate in candidates]
@@ -234,9 +230,8 @@ class Checkpoint:
         bank, disk = self._banks.get(name), self.layout.disk
         if bank is None or disk.experts is None:
             return []
-        runtime, hub = disk.experts
-        folders = [bank.module.replace(runtime, hub, 1), bank.module]
-        parts = [disk.down] if name == bank.down else [disk.gate, disk.up] if bank.gated else [disk.up]
+        folders = [bank.module.replace(*disk.experts, 1), bank.module]
+        parts = [getattr(disk, key) for key in bank.parts(name)]
         for folder in folders:
             names = [f"{folder}.{expert}.{part}" for expert in range(bank.num_experts) for part in parts]
             if any(piece in self._where for piece in names):

@@ -288,23 +288,22 @@ def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, to
         raise InputError(f"{name}: shape {list(tensor.shape)} where {list(place.shape)} is needed")
     parts = name.split(".")
     dtype = next((kept for part, kept in (dtype_plan or {}).items() if part in parts), place.dtype)
-    value = tensor.to(dtype)
-    if key in owner._parameters:
-        owner.register_parameter(key, nn.Parameter(value, requires_grad=False))
+    _put(owner, key, tensor.to(dtype))
+
+
+def _put(module: nn.Module, key: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by one of the same kind."""
+    if key in module._parameters:
+        module.register_parameter(key, nn.Parameter(value, requires_grad=False))
     else:
-        owner.register_buffer(key, value, persistent=key not in owner._non_persistent_buffers_set)
+        module.register_buffer(key, value, persistent=key not in module._non_persistent_buffers_set)
 
 
 def _release(module: nn.Module, key: str) -> None:
     """Replace a parameter or buffer by one on the meta device; None stays."""
     tensor = getattr(module, key)
-    if tensor is None:
-        return
-    meta = torch.empty_like(tensor, device="meta")
-    if key in module._parameters:
-        module.register_parameter(key, nn.Parameter(meta, requires_grad=False))
-    else:
-        module.register_buffer(key, meta, persistent=key not in module._non_persistent_buffers_set)
+    if tensor is not None:
+        _put(module, key, torch.empty_like(tensor, device="meta"))
 
 
 def align(model: nn.Module) -> None:
@@ -321,8 +320,7 @@ def align(model: nn.Module) -> None:
                 parameter.data = parameter.detach().clone()
         for name, buffer in list(module.named_buffers(recurse=False)):
             if _is_misaligned(buffer):
-                persistent = name not in module._non_persistent_buffers_set
-                module.register_buffer(name, buffer.detach().clone(), persistent=persistent)
+                _put(module, name, buffer.detach().clone())
 
 
 def _is_misaligned(tensor: Tensor) -> bool:

@@ -157,6 +157,13 @@ class ExpertBank:
             return (self.num_experts, self.hidden, self.intermediate)
         raise KeyError(name)
 
+    def parts(self, name: str) -> dict[str, slice]:
+        """Rows of one expert's projection: ``gate`` and ``up``, ``up`` alone, or ``down`` → slice of N."""
+        if name == self.down:
+            return {"down": slice(None)}
+        half = self.intermediate
+        return {"gate": slice(0, half), "up": slice(half, 2 * half)} if self.gated else {"up": slice(None)}
+
     def stored_shape(self, name: str) -> tuple[int, int, int]:
         """Shape of ``gate_up`` or ``down`` in the family's own orientation, ``[E, K, N]`` when transposed."""
         experts, rows, columns = self.shape(name)
@@ -324,6 +331,19 @@ class DiskNames:
     up: str = "up_proj.weight"
     down: str = "down_proj.weight"
     older: tuple[tuple[str, str], ...] = ()
+
+    def name(self, name: str) -> str:
+        """What hub checkpoints call a run-time tensor or module that they hold whole."""
+        for ours, theirs in self.renames:
+            if ours in name:
+                return name.replace(ours, theirs, 1)
+        return name
+
+    def expert(self, bank: ExpertBank, name: str, expert: int) -> dict[str, str]:
+        """What they call the tensors of one expert's projection, by the keys of :meth:`ExpertBank.parts`."""
+        assert self.experts is not None, "experts are stacked on disk"
+        folder = bank.module.replace(*self.experts, 1)
+        return {key: f"{folder}.{expert}.{getattr(self, key)}" for key in bank.parts(name)}
 
 
 @dataclass(frozen=True, slots=True)

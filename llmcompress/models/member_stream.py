@@ -51,11 +51,7 @@ class MemberStream:
         self.walker = Walker(self.model, tokens, device, seed, resident=device == "cuda" and size > 0)
         self.hidden = self.walker.embed([block.name for block in self.handle.layout.blocks])
         # embedding and head of every member together could be as large as a model
-        for view in self.handle.layout.outside:
-            owner, _, key = view.name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            meta = torch.empty_like(getattr(module, key), device="meta")
-            module.register_parameter(key, torch.nn.Parameter(meta, requires_grad=False))
+        handle.free_embeddings(self.model)
 
     def load(self, block: Block) -> None:
         """Materialise a block."""

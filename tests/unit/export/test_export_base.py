@@ -13,33 +13,11 @@ from llmcompress.export.base import (
     atomic_folder,
     expert_rows,
     expert_slice,
-    hub_expert_names,
-    hub_name,
     some,
 )
 from llmcompress.export.readers import SafetensorsFolder
-from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.codecs.int_group import decode, encode
 from llmcompress.quant.spec import QuantSpec
-
-MIXTRAL = layout_from_config(
-    {
-        "model_type": "mixtral", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
-    }
-)  # fmt: skip
-
-
-def test_hub_names_of_mixtral() -> None:
-    bank = MIXTRAL.blocks[0].bank
-    assert bank is not None
-    assert hub_name(MIXTRAL, "model.layers.0.mlp.gate.weight") == "model.layers.0.block_sparse_moe.gate.weight"
-    assert hub_name(MIXTRAL, "model.layers.0.self_attn.q_proj") == "model.layers.0.self_attn.q_proj"
-    assert hub_expert_names(MIXTRAL, bank, 3) == {
-        "gate": "model.layers.0.block_sparse_moe.experts.3.w1",
-        "up": "model.layers.0.block_sparse_moe.experts.3.w3",
-        "down": "model.layers.0.block_sparse_moe.experts.3.w2",
-    }
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32, True), QuantSpec(3, 24), QuantSpec(2, 5)], ids=str)

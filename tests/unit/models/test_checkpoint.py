@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from llmcompress.errors import InputError
-from llmcompress.export.base import hub_name
 from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
 from llmcompress.models.registry import layout_from_config
 
@@ -107,7 +106,7 @@ def test_the_old_name_of_mambas_embedding_is_read_and_not_written(tmp_path: Path
     checkpoint.verify()
     assert torch.equal(checkpoint.tensor(name), tensors[old])
     # transformers would not find it there
-    assert hub_name(layout, name) == name
+    assert layout.disk.name(name) == name
 
 
 def test_shards(folder: Path) -> None:

@@ -29,3 +29,17 @@ def test_quantizable_weights_and_kept_tensors_do_not_overlap() -> None:
         assert not kept & weights
         assert f"{block.name}.self_attn.q_proj.bias" in kept
         assert len(kept) + len(weights) + 2 == len(list(block.tensors()))
+
+
+def test_names_in_hub_checkpoints() -> None:
+    layout = layout_from_config({"model_type": "mixtral"})
+    bank, disk = layout.blocks[0].bank, layout.disk
+    assert bank is not None
+    assert disk.name("model.layers.0.mlp.gate.weight") == "model.layers.0.block_sparse_moe.gate.weight"
+    assert disk.name("model.layers.0.self_attn.q_proj") == "model.layers.0.self_attn.q_proj"
+    assert disk.expert(bank, bank.gate_up, 3) == {
+        "gate": "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+        "up": "model.layers.0.block_sparse_moe.experts.3.w3.weight",
+    }
+    assert disk.expert(bank, bank.down, 3) == {"down": "model.layers.0.block_sparse_moe.experts.3.w2.weight"}
+    assert bank.parts(bank.gate_up) == {"gate": slice(0, 14336), "up": slice(14336, 28672)}
