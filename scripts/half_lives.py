@@ -6,14 +6,13 @@ python scripts/half_lives.py recipes/assets/reference_mamba2
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from training.data import read_texts
 from training.scan import half_lives
 
 BINS = (0, 10, 30, 100, 300, 1000, float("inf"))
@@ -26,8 +25,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    with gzip.open(TEXT, "rt", encoding="utf-8") as handle:
-        ids = [tokenizer.encode(json.loads(line)["text"])[:512] for line in handle]
+    ids = [tokenizer.encode(text)[:512] for text in read_texts(TEXT)]
     seen: dict[str, Any] = {}
 
     def note(name: str) -> Any:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import lzma
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
+
+from training.data import read_rows
 
 HELD_OUT_EVERY = 12
 CALIBRATION_CHARS = 160_000
@@ -26,13 +26,6 @@ HELDOUT_CHARS = 120_000
 AUTHORS = {"doyle": "Arthur Conan Doyle"}
 
 Rows = list[str]
-
-
-def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a gzip or xz file of JSON lines."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}[path.suffix]
-    with opener(path, "rt", encoding="utf-8") as handle:
-        yield from map(json.loads, handle)
 
 
 def every_twelfth(texts: Rows) -> tuple[Rows, Rows]:

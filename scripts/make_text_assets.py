@@ -14,18 +14,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import lzma
 from pathlib import Path
 from typing import Any
 
+from training.data import read_rows
+
 Row = dict[str, Any]
-
-
-def read(path: Path) -> list[Row]:
-    """Read all rows of a JSON-lines file, plain or compressed."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as handle:
-        return [json.loads(line) for line in handle]
 
 
 def excerpt(text: str, start: int, size: int) -> str:
@@ -67,15 +61,15 @@ def main() -> None:
     args = parser.parse_args()
     spanish = [
         {"domain": "spanish", "title": r["file"], "text": excerpt(r["text"], 200, 6000)}
-        for r in read(args.spanish)[::60]
+        for r in list(read_rows(args.spanish))[::60]
         if len(r["text"]) > 12_000
     ]
     write(
-        books(read(args.train), 4, 30_000, 26_000) + spanish + maths(read(args.maths), 120),
+        books(list(read_rows(args.train)), 4, 30_000, 26_000) + spanish + maths(list(read_rows(args.maths)), 120),
         args.out / "calibration.jsonl.gz",
     )
-    write(books(read(args.heldout), 1, 15_000, 60_000), args.out / "heldout.jsonl.gz")
-    write(maths(read(args.maths_heldout), 160), args.out / "heldout_maths.jsonl.gz")
+    write(books(list(read_rows(args.heldout)), 1, 15_000, 60_000), args.out / "heldout.jsonl.gz")
+    write(maths(list(read_rows(args.maths_heldout)), 160), args.out / "heldout_maths.jsonl.gz")
 
 
 if __name__ == "__main__":

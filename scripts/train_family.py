@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from train_reference import MALLOC
+from training.allocator import keep_arenas
 from training.data import Batches, Source, read_texts
 from training.loop import save_atomic
 
@@ -319,8 +318,7 @@ def main() -> None:
     parser.add_argument("--parallel", action="store_true", help="train the members at once, each in its process")
     parser.add_argument("--only", choices=MEMBERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_arenas()
     train(args)
 
 

@@ -16,22 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from training.allocator import keep_arenas
 
 from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 from llmcompress.data.problems.base import BOX, boxed
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.data.problems.expressions import parse, steps
 
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
 TASK = Countdown(high=15, limit=60, compact=True)
 SPECIAL = ("<unk>", "<pad>", "</s>")
 # one token each, so that actions are cut at ids
@@ -208,9 +206,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    # fewer page faults: the allocator keeps its arenas
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_arenas()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)

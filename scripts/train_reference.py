@@ -22,20 +22,16 @@ last quarter. To end a run early, write the number of steps of the fall into a f
 from __future__ import annotations
 
 import os
-import sys
 
+from training.allocator import keep_arenas
 from training.loop import parser, train
-
-# fewer page faults: the allocator keeps its arenas (measured +19 to +30 % tokens a second)
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
 
 
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--threads", type=int, default=os.cpu_count())
     args = options.parse_args()
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_arenas()
     train(args)
 
 

@@ -62,13 +62,17 @@ class Source:
         return cls(name, Path(path), float(share))
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the text of each JSON line of a plain, gzip or xz file."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a plain, gzip or xz file of JSON lines."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rt", encoding="utf-8") as handle:
-        for line in handle:
-            row = json.loads(line)
-            yield row["text"] if "text" in row else f"{row['question']}\n{row['answer']}"
+        yield from map(json.loads, handle)
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the text of each row: its ``text``, or question and answer."""
+    for row in read_rows(path):
+        yield row["text"] if "text" in row else f"{row['question']}\n{row['answer']}"
 
 
 def train_tokenizer(sources: list[Source], out: Path, vocab_size: int) -> None:
