@@ -22,6 +22,7 @@ from llmcompress.cli import (
     bench,
     doctor,
     evaluate,
+    experts,
     export,
     family,
     generate,
@@ -69,7 +70,22 @@ def _root(
     pass
 
 
-for part in (run, sweep, plan, recipes, inspect, evaluate, export, family, generate, serve, bench, report, doctor):
+for part in (
+    run,
+    sweep,
+    plan,
+    recipes,
+    inspect,
+    evaluate,
+    experts,
+    export,
+    family,
+    generate,
+    serve,
+    bench,
+    report,
+    doctor,
+):
     part.register(app)
 
 # base class of every usage error, of click or of the copy of click that newer typer brings along

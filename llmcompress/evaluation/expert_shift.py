@@ -32,7 +32,7 @@ _ROWS = 512
 
 
 @contextmanager
-def _recorded(model: nn.Module, banks: list[tuple[Block, ExpertBank]]) -> Iterator[dict[int, Routing]]:
+def recorded(model: nn.Module, banks: list[tuple[Block, ExpertBank]]) -> Iterator[dict[int, Routing]]:
     """Collect each router's latest output by block index."""
     seen: dict[int, Routing] = {}
 
@@ -132,10 +132,10 @@ def measure_shift(
     rules = {k.index: RouterRule.of(compressed.get_submodule(b.router.module), b.router, b.top_k) for k, b in banks}
     loads = {k.index: (_zeros(b), _zeros(b)) for k, b in banks}
     for ids in tokens.split(batch or _batch(dense, tokens)):
-        with _recorded(dense, banks) as reference:
-            _inner(dense, ids)
-        with _recorded(compressed, banks) as judged:
-            _inner(compressed, ids)
+        with recorded(dense, banks) as reference:
+            run_decoder(dense, ids)
+        with recorded(compressed, banks) as judged:
+            run_decoder(compressed, ids)
         for block, bank in banks:
             logits, _, chosen = reference[block.index]
             logits_hat, _, chosen_hat = (t.to(chosen.device) for t in judged[block.index])
@@ -213,8 +213,8 @@ def routing_cost(
     sums = dict.fromkeys(("dense", "dense_shifted", "compressed_unshifted", "compressed"), 0.0)
     for ids in tokens.split(batch or _batch(dense, tokens)):
         with ExitStack() as stack:
-            own = stack.enter_context(_recorded(dense, banks))
-            other = stack.enter_context(_recorded(compressed, banks))
+            own = stack.enter_context(recorded(dense, banks))
+            other = stack.enter_context(recorded(compressed, banks))
             sums["dense"] += _nll(dense, ids)
             sums["compressed"] += _nll(compressed, ids)
         with forced_routing(dense, banks, other):
@@ -274,7 +274,7 @@ def _batch(model: PreTrainedModel, tokens: Tensor) -> int:
     return automatic_batch(tokens.shape[1], int(model.config.get_text_config().vocab_size))
 
 
-def _inner(model: Any, ids: Tensor) -> None:
+def run_decoder(model: Any, ids: Tensor) -> None:
     """Run the decoder without its head."""
     model.base_model(input_ids=ids.to(model.device), use_cache=False)
 

@@ -213,6 +213,28 @@ def test_inspect_model_and_artifact(
     assert invoke(["inspect", "no/where"]) == 4
 
 
+def test_experts_of_model_and_artifact(
+    finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in zip(("cat", "door"), TEXTS):
+        (tmp_path / f"{name}.txt").write_text(text)
+    texts = [word for name in ("cat", "door") for word in ("--text", str(tmp_path / f"{name}.txt"))]
+    for path in (tiny_folder, finished[1]):
+        found = told(capsys, "experts", str(path), *texts, "--length", "8", "--samples", "4")
+        assert [(row["name"], row["windows"], row["tokens"]) for row in found["texts"]] == [
+            ("cat", 4, 32),
+            ("door", 4, 32),
+        ]
+        ((one, pair), (other, two)) = found["similarity"]
+        assert one == pytest.approx(1) and two == pytest.approx(1) and 0 < pair == other < 1
+        assert [row["block"] for row in found["layers"]] == [0, 1]
+    assert invoke(["experts", str(finished[1]), *texts, "--length", "8", "--samples", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"{pair:.3f}") == 2 and "least alike in layer" in shown
+    assert invoke(["experts", "asset:reference_mamba2", "--quiet"]) == 4
+    assert "mamba2 has no experts" in capsys.readouterr().err
+
+
 def test_inspect_refuses_pickles_and_damage(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
