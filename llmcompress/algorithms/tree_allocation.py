@@ -74,6 +74,8 @@ class Choice:
         internal: For nodes above the leaves.
         leaf: For leaves; without 0 no fine-tune can be merged away.
         phi: Share of the energy that quantization to b bits leaves over; ``phi(0)`` is 1.
+
+    Where leaves may store nothing, the root must store something, or a model could be left without any node.
     """
 
     internal: tuple[int, ...]
@@ -82,7 +84,9 @@ class Choice:
 
     def of(self, problem: Problem, position: int) -> tuple[int, ...]:
         """Widths of one node."""
-        return self.leaf if problem.tree.is_leaf(position) else self.internal
+        if problem.tree.is_leaf(position):
+            return self.leaf
+        return tuple(filter(None, self.internal)) if position == 0 and 0 in self.leaf else self.internal
 
     def floor(self, problem: Problem) -> Bits:
         """The cheapest allocation."""

@@ -205,7 +205,9 @@ def _groups(
         stem, _, part = name.rpartition(".")
         if stem in specs and part in PACKED_PARTS:
             role, shape, block = known.get(stem, ("other", (), -1))
-            key, values = (role, spec_text(specs[stem])), 0 if stem in counted else math.prod(shape)
+            # rows that stay dense have a tensor of their own
+            coded = math.prod(shape) - specs[stem].get("dense_rows", 0) * (shape[-1] if shape else 0)
+            key, values = (role, spec_text(specs[stem])), 0 if stem in counted else coded
             modules = 0 if stem in counted else 1
             counted.add(stem)
         else:
@@ -264,7 +266,7 @@ def _disk_roles(layout: ModelLayout) -> dict[str, tuple[str, int]]:
 
 
 def _dense_role(name: str, known: dict[str, Any], disk: dict[str, tuple[str, int]]) -> tuple[str, int]:
-    stem = name.removesuffix(".weight")
+    stem = name.removesuffix(".weight").removesuffix(".weight_dense")
     for key in (name, stem):
         if key in known:
             return known[key][0], known[key][2]

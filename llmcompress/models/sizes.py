@@ -142,9 +142,12 @@ def average_bits(layout: ModelLayout, plan: Plan, weight_bytes: int) -> AverageB
         weight_bytes: Bytes of a parameter that stays dense.
     """
     inside = sum(block_parameters(block) for block in layout.blocks)
-    chosen = [(prod(shape), plan[name].bits) for name, _, shape, _ in layout.quantizable() if name in plan]
-    quantized = sum(number for number, _ in chosen)
-    codes = sum(number * bits for number, bits in chosen) + (inside - quantized) * 8 * weight_bytes
+    chosen = [(prod(shape), shape[-1], plan[name]) for name, _, shape, _ in layout.quantizable() if name in plan]
+    quantized = sum(number for number, _, _ in chosen)
+    codes = (inside - quantized) * 8 * weight_bytes
+    for number, columns, spec in chosen:
+        # rows that stay dense beside a matrix's codes are stored in fp16
+        codes += (number - spec.dense_rows * columns) * spec.bits + spec.dense_rows * columns * 16
     return AverageBits(
         codes=codes / max(inside, 1),
         stored=8 * model_bytes(layout, plan, weight_bytes) / max(parameters(layout), 1),

@@ -89,7 +89,8 @@ class BitsConfig(_Part):
     """Widths that nodes may take; 0 is no node."""
 
     min_leaf_bits: Annotated[int, Field(ge=0, le=6)] = 1
-    """Least bits of a member's own node. With 0 small fine-tunes would be merged away, because their error is small."""
+    """Least bits of a member's own node. With 0 small fine-tunes are merged away, because their error is small; the
+    root then stores something in any case."""
 
     importance: Literal["loss", "relative"] = "loss"
     """How much an error in a weight counts for ``auto``: by what the member's loss feels of it, from gradients on a few
@@ -142,11 +143,16 @@ class RqtConfig(StageConfig):
     def _consistent(self) -> Self:
         widths = self.bits.widths
         if self.bits.mode == "auto":
-            if max(widths) < self.bits.min_leaf_bits:
-                raise ValueError(f"bits.widths holds nothing of {self.bits.min_leaf_bits} bits or more for the leaves")
+            least = max(1, self.bits.min_leaf_bits)
+            if max(widths) < least:
+                raise ValueError(f"bits.widths holds nothing of {least} bits or more")
             if self.bits.budget <= self.least_budget:
-                least = f"{self.least_budget:g}"
-                raise ValueError(f"bits.budget {self.bits.budget} must exceed {least}, which the leaves alone take")
+                what = "the leaves alone take" if self.bits.min_leaf_bits else "the root alone takes"
+                raise ValueError(f"bits.budget {self.bits.budget} must exceed {self.least_budget:g}, which {what}")
+        elif self.bits.preset.startswith("0-") and self.bits.preset.endswith("-0"):
+            raise ValueError(
+                f"bits.preset {self.bits.preset}: give the root or the leaves a width, or nothing is stored"
+            )
         if self.act_order is True and not self.static_groups:
             raise ValueError("act_order needs static_groups: true, or the value groups")
         bare = [name for name, member in self.members.items() if member.calibration is None]
@@ -156,9 +162,12 @@ class RqtConfig(StageConfig):
 
     @property
     def least_budget(self) -> float:
-        """Bits that a budget must exceed: those of the leaves alone, where they have a width."""
+        """Bits that a budget must exceed: those of the leaves alone, or of a root where leaves may store nothing."""
         leaf = min(width for width in self.bits.widths if width >= self.bits.min_leaf_bits)
-        return leaf + (16 / self.group_size if leaf else 0.0)
+        beside = 16 / self.group_size
+        if leaf:
+            return leaf + beside
+        return (min((width for width in self.bits.widths if width), default=1) + beside) / len(self.members)
 
     @property
     def needs_text(self) -> bool:

@@ -215,6 +215,22 @@ def test_without_a_floor_small_differences_are_merged_away() -> None:
     assert all(b >= 1 for position, b in enumerate(held) if tree.is_leaf(position))
 
 
+def test_a_model_whose_leaf_is_merged_away_keeps_the_root() -> None:
+    """A matrix that hardly counts gets what is left over, and that is at least a bit at the root."""
+    tree = Tree.star(list("abc"))
+    leaf = [tree.is_leaf(p) for p in tree.preorder()]
+    energy = [1.0 if p == 0 else 1e-3 if leaf[p] else 0.0 for p in tree.preorder()]
+    cheap, dear = (
+        Problem(tree, energy, [weight if each else 0.0 for each in leaf], 1, 0.125) for weight in (1e-9, 1.0)
+    )
+    choice = Choice((0, 1, 2, 4), (0, 1, 2), phi)
+    for solver in ("lagrange", "greedy"):
+        least, most = allocate([cheap, dear], choice, 2 * (1 + 0.125) + 2, solver)
+        assert sum(least) == least[0] >= 1 and most[0] > 1
+    with pytest.raises(ValueError, match="the smallest widths"):
+        allocate([cheap, dear], choice, 2.0)
+
+
 def test_order_of_models_does_not_matter() -> None:
     weights = clustered_gram(random.Random(7), 5)
     names = list("abcde")

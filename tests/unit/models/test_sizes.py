@@ -156,3 +156,18 @@ def test_types_that_hold_others_are_those_of_torch(stored, computed):
 
     types = [getattr(torch, name) for name in (stored, computed)]
     assert sizes.held_exactly(stored, computed) == (torch.promote_types(*types) == types[1])
+
+
+def test_rows_that_stay_dense_count_sixteen_bits(tiny):
+    from llmcompress.models.registry import layout_from_config
+
+    mixers = layout_from_config(tiny.config("mamba2").to_dict())
+    plan = resolve([Rule("all", None, tuple(Role), 4, 16)], mixers)
+    kept = {name: spec.dense_rows for name, spec in plan.items()}
+    assert sum(kept.values()) == 2 * 8
+    weights = {name: prod(shape) for name, _, shape, _ in mixers.quantizable()}
+    dense = sum(rows * 32 for rows in kept.values())
+    inside = sum(sizes.block_parameters(block) for block in mixers.blocks)
+    coded = sum(weights.values()) - dense
+    expected = (4 * coded + 16 * dense + 16 * (inside - coded - dense)) / inside
+    assert sizes.average_bits(mixers, plan, 2).codes == pytest.approx(expected)
