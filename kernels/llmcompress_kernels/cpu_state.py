@@ -1,12 +1,14 @@
 """The C++ kernels of ``csrc/cpu/state``, one function an operator; arguments as in :mod:`llmcompress_kernels.state`.
 
-They need AVX-512, N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous memory; all else runs
-by the definition.
+They need AVX-512 or AVX2, N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous memory; all
+else runs by the definition. The same sources are compiled for the one or the other (``wide.h``); codes are the same.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import struct
 import sys
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, select
+from llmcompress_kernels import build, cpu, select
 from llmcompress_kernels.reference import state as definition
 from llmcompress_kernels.reference.state import SEGMENT
 
@@ -25,16 +27,40 @@ CONV_WIDTH = 4
 MAX_WINDOW = 64
 # what a kernel returns where a window is filled as none can be
 COUNT_IS_WRONG = 2
-build.register(
-    build.Family(FAMILY, ("cpu/state/*.cpp",), ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h"))
-)
+
+
+def instructions() -> str | None:
+    """What the kernels are compiled for on this machine, ``avx512`` or ``avx2``; None where they cannot be.
+
+    The environment may ask for less than the processor has (:data:`cpu.ISA_VARIABLE`).
+    """
+    # AVX512 or AVX2, with more behind it in some versions
+    have = torch.backends.cpu.get_cpu_capability().split("_")[0].lower()
+    wanted = os.environ.get(cpu.ISA_VARIABLE) or have
+    if have == "avx512" and wanted in ("avx512", "avx2"):
+        return wanted
+    return "avx2" if have == wanted == "avx2" else None
+
+
+def family(name: str, isa: str | None) -> build.Family:
+    """The library of an instruction set.
+
+    Args:
+        name: Of the family.
+        isa: See :func:`instructions`.
+    """
+    flags = ("-mavx2", "-mfma", "-mf16c", "-DLLMCOMPRESS_AVX2") if isa == "avx2" else ()
+    headers = ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h")
+    foreign = platform.machine() not in ("x86_64", "AMD64")
+    return build.Family(name, ("cpu/state/*.cpp",), headers, flags=flags, optional=foreign)
+
+
+build.register(family(FAMILY, instructions()))
 
 
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None; starts no build."""
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return "needs AVX-512"
-    return build.unavailable(FAMILY)
+    return "needs AVX-512 or AVX2" if instructions() is None else build.unavailable(FAMILY)
 
 
 _library: ctypes.CDLL | None = None

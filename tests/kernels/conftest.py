@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmcompress_kernels import ops
+from llmcompress_kernels import build, cpu, cpu_state, ops
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +63,18 @@ def packed() -> Callable[..., ops.Stack]:
         return ops.Stack(ops.pack(codes, bits).to(device), scale.to(device), zeros, None, bits, group)
 
     return make
+
+
+@pytest.fixture(params=("avx512", "avx2"))
+def state_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of states, compiled for an instruction set that this machine has; its name."""
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    if cpu_state.instructions() != request.param:
+        pytest.skip(f"no {request.param} here")
+    monkeypatch.setitem(build.FAMILIES, cpu_state.FAMILY, cpu_state.family(cpu_state.FAMILY, request.param))
+    for name, value in (("_library", None), ("_tried", False), ("_functions", {})):
+        monkeypatch.setattr(cpu_state, name, value)
+    monkeypatch.setattr(build, "_LOADED", {k: v for k, v in build._LOADED.items() if k != cpu_state.FAMILY})
+    if cpu_state.unavailable() is not None or cpu_state._kernels() is None:
+        pytest.skip(f"no native state kernels: {cpu_state.unavailable()}")
+    return str(request.param)

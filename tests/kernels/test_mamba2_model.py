@@ -17,7 +17,10 @@ from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.spec import QuantSpec
 
-pytestmark = pytest.mark.skipif(mamba2.unavailable() is not None, reason=f"no kernels: {mamba2.unavailable()}")
+pytestmark = [
+    pytest.mark.skipif(mamba2.unavailable() is not None, reason=f"no kernels: {mamba2.unavailable()}"),
+    pytest.mark.usefixtures("state_kernels"),
+]
 
 HIDDEN, HEADS, VOCABULARY, LAYERS, EPSILON = 48, 4, 75, 2, 1e-5
 OPERATORS = torch.ops.llmcompress

@@ -120,11 +120,6 @@ def test_a_mixer_within_a_window(window: int) -> None:
         assert torch.equal(kept[1], kept_too[1])
 
 
-def needs_kernels() -> None:
-    if cpu_state.unavailable() is not None or cpu_state._kernels() is None:
-        pytest.skip(f"no native state kernels: {cpu_state.unavailable()}")
-
-
 class Case:
     """A sequence of tokens that is hard on arithmetic which is not the definition's.
 
@@ -196,8 +191,8 @@ KINDS = (
 
 @pytest.mark.parametrize("window", [*range(1, 9), 16, 17])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("state_kernels")
 def test_codes_are_the_definitions_to_the_last_bit(kind: str, window: int) -> None:
-    needs_kernels()
     size = ((64, 128), (16, 64), (32, 256))[(window + KINDS.index(kind)) % 3]
     for fixed, dither in ((False, True), (True, False), (False, False), (True, True)):
         case = Case(kind, window, size)
@@ -218,8 +213,9 @@ def test_codes_are_the_definitions_to_the_last_bit(kind: str, window: int) -> No
 
 
 @pytest.mark.parametrize("window", [1, 4, 8, 16])
-def test_few_numbers_are_computed_again(window: int) -> None:
-    needs_kernels()
+def test_few_numbers_are_computed_again(window: int, state_kernels: str) -> None:
+    if state_kernels != "avx512":
+        pytest.skip("only AVX-512 has kernels that compute again")
     size, sequences, turns = (64, 128), 4, 8
     held = state.dsq_pack(
         torch.randn(sequences, HEADS, *size, generator=torch.Generator().manual_seed(5)), None, 4, dither=True
@@ -245,8 +241,8 @@ def test_few_numbers_are_computed_again(window: int) -> None:
     assert heads == 0
 
 
+@pytest.mark.usefixtures("state_kernels")
 def test_a_count_beyond_the_window_is_refused() -> None:
-    needs_kernels()
     held = state.dsq_pack(torch.randn(2, HEADS, 16, 32), None, 4)
     recent, count = empty_window(2, 3, 16, 32)
     token = [t[:, 0] for t in text(2, 1, 16, 32)]
@@ -259,9 +255,9 @@ def test_a_count_beyond_the_window_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [(16, 32), (16, 64), (64, 128)])
 @pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.usefixtures("state_kernels")
 def test_what_is_not_a_number_stays_so(window: int, size: tuple[int, int]) -> None:
     """In the sequence and the head that have met it; a state that comes out finite would hide what went wrong."""
-    needs_kernels()
     for bits, fixed, dither, where in itertools.product((4, 8), (False, True), (False, True), range(3)):
         case = Case("random", where, size)
         scale = case.scale.mean(0).sqrt().half() if fixed else None
@@ -280,8 +276,8 @@ def test_what_is_not_a_number_stays_so(window: int, size: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.usefixtures("state_kernels")
 def test_prompts_and_scans_keep_what_is_not_a_number(fixed: bool) -> None:
-    needs_kernels()
     case = Case("random", 1, (16, 64))
     scale = case.scale.mean(0).sqrt().half() if fixed else None
     drive, decay, b, c = text(2, 5, 16, 64)

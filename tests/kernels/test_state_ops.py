@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmcompress_kernels import cpu_state, select, state
+from llmcompress_kernels import select, state
 from llmcompress_kernels.reference import state as definition
 
 from llmcompress.algorithms import decoupled_scales as dsq
@@ -32,21 +32,16 @@ def token(sequences: int, heads: int, groups: int, channels: int, states: int) -
     return drive, 0.7 + 0.3 * decay.sigmoid(), b, c
 
 
-def needs_kernels() -> None:
-    if cpu_state.unavailable() is not None or cpu_state._kernels() is None:
-        pytest.skip(f"no native state kernels: {cpu_state.unavailable()}")
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("codec", "rounding"),
     [("dsq", "rtn"), ("dsq_refit", "rtn"), ("dsq_static_p", "rtn"), ("dsq", "dither"), ("dsq_static_p", "dither")],
 )
 @pytest.mark.parametrize(("channels", "states"), SHAPES)
+@pytest.mark.usefixtures("state_kernels")
 def test_packed_update_gives_the_definitions_codes(
     bits: int, codec: str, rounding: str, channels: int, states: int
 ) -> None:
-    needs_kernels()
     spec, fixed = dsq.StateSpec(bits=bits, codec=codec, rounding=rounding), codec == "dsq_static_p"
     how = (bits, codec == "dsq_refit", rounding == "dither")
     for spread, factor in EXTREMES:
@@ -68,10 +63,10 @@ def test_packed_update_gives_the_definitions_codes(
 
 @pytest.mark.parametrize("rounding", ["rtn", "dither"])
 @pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.usefixtures("state_kernels")
 def test_numbers_at_the_middle_between_codes(rounding: str, fixed: bool) -> None:
     """Enough of them that scales and codes come up which an approximation cannot decide; inputs that cancel the state,
     heads that forget everything or are far smaller than what comes in."""
-    needs_kernels()
     generator = torch.Generator().manual_seed(5)
     start = torch.randn(8, 8, 64, 128, generator=generator)
     start[1] = start[1].mul(2).round() / 2
@@ -112,8 +107,8 @@ def test_definition_equals_the_codec_of_the_library() -> None:
 
 
 @pytest.mark.parametrize(("channels", "states"), SHAPES)
+@pytest.mark.usefixtures("state_kernels")
 def test_float_update(channels: int, states: int) -> None:
-    needs_kernels()
     held = torch.randn(3, 4, channels, states)
     other = held.clone()
     inputs = token(3, 4, 2, channels, states)
@@ -140,8 +135,8 @@ def sequence(channels: int, states: int, tokens: int = 41, leaf: bool = False) -
         ((4, 6, 8, 16), 1, 2, "dither"),
     ],
 )
+@pytest.mark.usefixtures("state_kernels")
 def test_scan_and_its_gradients(bits: tuple[int, ...], first: int, window: int, kind: str) -> None:
-    needs_kernels()
     scale = (torch.rand(4, 16) + 0.1).half() if kind == "fixed" else None
     how = (kind == "refit", kind == "dither")
     start = random_state(2, 4, 16, 32, 0.5, 1.0)
@@ -191,8 +186,8 @@ def test_operator_checks() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize(("channels", "states", "groups"), [(16, 32, 2), (64, 128, 1)])
+@pytest.mark.usefixtures("state_kernels")
 def test_decode_step_of_a_mixer(bits: int, channels: int, states: int, groups: int) -> None:
-    needs_kernels()
     sequences, heads = 3, 4
     inner, width = heads * channels, heads * channels + 2 * groups * states
     start = random_state(sequences, heads, channels, states, 0.5, 1.0)
@@ -218,8 +213,8 @@ def test_decode_step_of_a_mixer(bits: int, channels: int, states: int, groups: i
 
 @pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize(("channels", "states", "groups"), [(16, 32, 2), (32, 64, 2), (64, 128, 1)])
+@pytest.mark.usefixtures("state_kernels")
 def test_prompt_through_a_mixer(channels: int, states: int, groups: int, history: bool) -> None:
-    needs_kernels()
     sequences, heads, tokens = 2, 4, 300
     inner, width = heads * channels, heads * channels + 2 * groups * states
     generator = torch.Generator().manual_seed(3)
@@ -253,8 +248,8 @@ def test_prompt_through_a_mixer(channels: int, states: int, groups: int, history
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.usefixtures("state_kernels")
 def test_pack_gives_the_definitions_codes(bits: int, fixed: bool) -> None:
-    needs_kernels()
     for channels, states in SHAPES:
         for spread, factor in EXTREMES:
             held = random_state(2, 4, channels, states, spread, factor)

@@ -5,8 +5,9 @@
 #include "elementwise.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+STATE_TARGET
 
+namespace state {
 extern "C" {
 
 int llmc_dsq_update(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const float*, const float*, const float*, const float*,
@@ -26,7 +27,6 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
     const uint16_t* fixed, float* floats, float* recent, int32_t* count, float* scratch, float* out, int64_t window,
     int64_t sequences, int64_t heads, int64_t groups, int64_t channels, int64_t states, int64_t bits, int64_t epsilon_bits,
     int64_t refit, int64_t dither) {
-  using namespace state;
   const int64_t inner = heads * channels, both = groups * states, width = inner + 2 * both, row = inner + width + heads;
   if (inner % 16 != 0 || both % 16 != 0 || (inner / groups) % 16 != 0) return 1;
   float epsilon;
@@ -82,5 +82,6 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
 }
 
 }  // extern "C"
+}  // namespace state
 
 #pragma GCC pop_options

@@ -46,9 +46,6 @@
 #include "tile.h"
 #include "window.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
-
 namespace state {
 
 // What is computed again by the definition; counted where somebody wants to know, from one thread.
@@ -57,6 +54,22 @@ inline int64_t* counted = nullptr;  // [kAgain]
 STATE_INLINE void count_again(Again which, int64_t many) {
   if (counted != nullptr) counted[which] += many;
 }
+
+}  // namespace state
+
+#ifdef LLMCOMPRESS_AVX2
+namespace state {
+constexpr int kFastWindow = 0;
+template <int J, Mode mode, bool Windowed>
+bool update_nibbles(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const Window&, const float*, const float*, float*, float*, int) {
+  return false;
+}
+}  // namespace state
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
+
+namespace state {
 
 // Eight vectors in pairs come from 64 bytes of codes: lane i, byte j is byte 16 j + i. The permutation and its inverse.
 STATE_INLINE __m512i to_lanes() {
@@ -585,3 +598,4 @@ bool update_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const ui
 }  // namespace state
 
 #pragma GCC pop_options
+#endif

@@ -44,6 +44,6 @@ Kernel for_bits(int bits, Mode mode, int64_t states, Of of) {
 }
 
 // Whether nibbles.h has a kernel.
-constexpr bool in_nibbles(int bits, int j, Mode mode) { return bits == 4 && j >= 2 && mode != kRefitted; }
+constexpr bool in_nibbles(int bits, int j, Mode mode) { return kAvx512 && bits == 4 && j >= 2 && mode != kRefitted; }
 
 }  // namespace state

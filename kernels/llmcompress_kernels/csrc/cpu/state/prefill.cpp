@@ -4,7 +4,7 @@
 #include "prompt.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+STATE_TARGET
 
 namespace state {
 namespace {

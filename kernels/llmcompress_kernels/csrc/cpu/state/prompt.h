@@ -19,7 +19,7 @@
 #include "elementwise.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+STATE_TARGET
 
 namespace state {
 namespace {

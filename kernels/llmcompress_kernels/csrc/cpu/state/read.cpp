@@ -14,7 +14,9 @@
 #include "window.h"
 
 #pragma GCC push_options
+#ifndef LLMCOMPRESS_AVX2
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,bmi2")
+#endif
 
 namespace state {
 namespace {
@@ -87,6 +89,7 @@ void read_head(const uint8_t* codes, const uint16_t* channel, const uint16_t* sc
   read_floats<Bits, J>(codes, channel, by, window, dots, y, p);
 }
 
+#ifndef LLMCOMPRESS_AVX2
 // step C of 128 states as whole numbers up to 2^22: their bytes, for the low nibbles of 64 bytes of codes and for the high ones.
 struct Planes {
   __m512i low[3], high[3];  // lowest byte first
@@ -159,15 +162,18 @@ void read_bytes(const uint8_t* codes, const uint16_t* channel, const uint16_t* s
     finish(out, channel, unit, window, factor, base, y);
   }
 }
+#endif
 
 }  // namespace
 
 Read head_read(int bits, int64_t states) {
-  static const bool planes = llmcompress::has_avx512();
   const auto bytes = []<int J>() -> Read {
+#ifndef LLMCOMPRESS_AVX2
+    static const bool planes = llmcompress::has_avx512();
     if constexpr (J % 4 == 0) {
       if (planes) return read_bytes<J>;
     }
+#endif
     return read_head<4, J>;
   };
   if (bits == 4) return for_states<Read>(states, bytes);

@@ -7,14 +7,14 @@
 // only where that provably rounds to the same code or scale; near a rounding boundary the division itself is done.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "wide.h"
+
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+STATE_TARGET
 
 namespace state {
 
@@ -25,8 +25,6 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the ne
 constexpr int kRows = 16;
 constexpr int kMaxStates = 256;
 constexpr int kMaxChannels = 256;
-
-#define STATE_INLINE static inline __attribute__((always_inline))
 
 STATE_INLINE __m512 half_to_float(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

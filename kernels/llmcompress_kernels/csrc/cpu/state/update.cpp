@@ -8,7 +8,7 @@
 #include "tile_update.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+STATE_TARGET
 
 namespace state {
 namespace {
@@ -170,11 +170,6 @@ __attribute__((visibility("default"))) int llmc_state_update(float* states_io, c
 // Counts from now on in `counts` [4] what 4-bit kernels find unsure and compute again: square roots, state scales, codes, and
 // heads whose codes all are or that tile.h does; null ends it. Right for one thread only.
 __attribute__((visibility("default"))) void llmc_state_count(int64_t* counts) { state::counted = counts; }
-
-// 1 when this processor has what the kernels need.
-__attribute__((visibility("default"))) int llmc_state_supported() {
-  return llmcompress::has_avx512_core();
-}
 
 }  // extern "C"
 
