@@ -30,6 +30,7 @@ OPTIONAL = {
     "gguf": ("export to GGUF", "pip install 'llmcompress[export]'"),
     "math-verify": ("answers in LaTeX", "pip install 'llmcompress[math]'"),
     "trl": ("s2r_init and s2r_rl with engine: trl", "pip install 'llmcompress[trl]'"),
+    "vllm": ("s2r_init and s2r_rl with sampler.engine: vllm", "pip install 'llmcompress[vllm]'"),
     "llama-cpp-python": ("read exported GGUF files back with llama.cpp", "pip install llama-cpp-python"),
     "tensorboard": ("run --track tensorboard", "pip install 'llmcompress[track]'"),
     "trackio": ("run --track trackio", "pip install 'llmcompress[track]'"),

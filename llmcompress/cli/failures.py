@@ -14,6 +14,7 @@ EXTRAS = {
     "gguf": "pip install 'llmcompress[export]'",
     "llama_cpp": "pip install llama-cpp-python",
     "trl": "pip install 'llmcompress[trl]'",
+    "vllm": "pip install 'llmcompress[vllm]'",
     "tensorboard": "pip install 'llmcompress[track]'",
     "trackio": "pip install 'llmcompress[track]'",
     "wandb": "pip install 'llmcompress[track]'",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.data.problems.config import Task
-from llmcompress.errors import RecipeError
+from llmcompress.errors import RecipeError, UsageError
 from llmcompress.models.paths import ADAPTER
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
     from llmcompress.training.policy import Policy
+    from llmcompress.training.vllm_writer import VllmWriter
 
 MODEL, CHECKPOINT = "model", "progress.safetensors"
 
@@ -46,6 +47,17 @@ class SamplingConfig(_Section):
         from llmcompress.evaluation.sampling import Sampling
 
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.batch)
+
+
+class SamplerConfig(_Section):
+    """Who writes the responses that a policy learns from. Behaviour is always measured with our own decoder."""
+
+    engine: Literal["own", "vllm"] = "own"
+    """``vllm`` (extra ``vllm``, a GPU, one process, no packed weights) gets the policy's weights anew before each round
+    of sampling; log-probabilities for training stay our own. Written against vLLM 0.11 and 0.33, never run."""
+
+    memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the GPU's memory that vLLM takes while it writes; it gives it back for training."""
 
 
 class AdapterConfig(_Section):
@@ -92,6 +104,12 @@ class S2RConfig(StageConfig):
 
 class TrainingConfig(S2RConfig):
     """What the training stages share."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are sampled."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    """Who samples them."""
 
     adapter: AdapterConfig | None = None
     """Train adapters instead of all weights. Needed after a quantizing stage: codes cannot be trained. On a dense
@@ -167,6 +185,34 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
         f"stages.{ctx.stage}: the model is quantized, and codes cannot be trained",
         f"set stages.{ctx.stage}.adapter, or put this stage before the quantizing one",
     )
+
+
+def open_sampler(
+    config: TrainingConfig, policy: Policy, reader: Reader, state: RunState, ctx: RunContext
+) -> VllmWriter | None:
+    """Who writes the policy's responses, None for our own decoder.
+
+    Raises:
+        RecipeError: vLLM is to read packed weights.
+        UsageError: There are several processes.
+    """
+    if config.sampler.engine == "own":
+        return None
+    from llmcompress.training.vllm_writer import VllmWriter
+
+    assert state.model is not None
+    where = f"stages.{ctx.stage}.sampler.engine: vllm"
+    if state.packed is not None or state.adapter is not None or state.policies:
+        raise RecipeError(
+            f"{where} reads no packed weights", f"set stages.{ctx.stage}.sampler.engine=own, or train before quantizing"
+        )
+    if ctx.world.size > 1:
+        raise UsageError(f"{where} writes for one process: go on without --nproc, or with sampler.engine: own")
+    longest = max((len(reader.prompt(p.question)) for p in reader.problems.problems("train")), default=0)
+    return VllmWriter(
+        policy, state.model, ctx.stage_dir / "vllm", ctx.dtype, longest + config.sampling.max_new_tokens,
+        config.sampler.memory, ctx.seed,
+    )  # fmt: skip
 
 
 def keep_policy(config: TrainingConfig, policy: Policy, state: RunState, ctx: RunContext) -> None:

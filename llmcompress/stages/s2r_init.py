@@ -16,7 +16,7 @@ from llmcompress.data.trajectories import KeepProbabilities
 from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
-from llmcompress.stages.s2r_training import TrainingStage, from_trl, noting_trl, refuse_for_trl
+from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
 
 if TYPE_CHECKING:
     from llmcompress.data.problems.base import Problem
@@ -141,7 +141,7 @@ class S2RInit(TrainingStage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; the reference's weights stay in memory beside the model's."""
         found = estimate_training(self.config, inputs, self.config.max_length, self.config.batch)
-        return noting_trl(found, self.config.engine)
+        return noted(found, self.config.engine, self.config.sampler)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Measure, build the rows, train on them; samples and checkpoint of an interrupted run are used again.
@@ -177,8 +177,8 @@ class S2RInit(TrainingStage):
         problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
         sampling = config.sampling.settings()
         note_idle(len(problems) * config.samples, sampling, ctx)
-        with policy.reference() as model:
-            responses = sample_all(model, reader, problems, config.samples, sampling, ctx)
+        with policy.responding(start=True) as write:
+            responses = sample_all(write, reader, problems, config.samples, sampling, ctx)
         found = self._built(problems, responses, reader, ctx) if ctx.world.rank == 0 else ([], [])
         told = ctx.world.tell([[asdict(row) for row in part] for part in found] if ctx.world.size > 1 else None)
         rows, pairs = found if told is None else ([Trajectory(**row) for row in part] for part in told)

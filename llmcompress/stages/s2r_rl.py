@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
-from llmcompress.stages.s2r_training import TrainingStage, from_trl, noting_trl, refuse_for_trl
+from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
 
 if TYPE_CHECKING:
     from llmcompress.algorithms.rl_objectives import GroupBaseline
@@ -272,7 +272,8 @@ class S2RRl(TrainingStage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
         c = self.config
-        return noting_trl(estimate_training(c, inputs, c.max_length, c.micro_batch, mean=c.average > 0), c.engine)
+        found = estimate_training(c, inputs, c.max_length, c.micro_batch, mean=c.average > 0)
+        return noted(found, c.engine, c.sampler)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Check the verifier, then train from the checkpoint that exists.
@@ -362,8 +363,8 @@ class S2RRl(TrainingStage):
         screen = self.config.screen
         if screen is None:
             return problems
-        with policy.reference() as model:
-            found = sample_all(model, reader, problems, screen.samples, self.config.sampling.settings(), ctx)
+        with policy.responding(start=True) as write:
+            found = sample_all(write, reader, problems, screen.samples, self.config.sampling.settings(), ctx)
 
         def solved(place: int) -> int:
             return sum(reader.judge(problems[place], ids).final for ids in found[place])
@@ -389,8 +390,8 @@ class S2RRl(TrainingStage):
 
         c, settings = self.config, self._settings(ctx)
         problems = choose(reader.problems.problems("train"), c.problems, ctx.seed)
-        with policy.reference() as model:
-            responses = sample_all(model, reader, problems, c.samples, c.sampling.settings(), ctx)
+        with policy.responding(start=True) as write:
+            responses = sample_all(write, reader, problems, c.samples, c.sampling.settings(), ctx)
         prompts = [reader.prompt(problem.question) for problem in problems]
         pool = filter_pool(
             reader, problems, prompts, responses, self._offline_settings(), c.truncation_reward, ctx.world

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmcompress.quant.store import write_durably
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     from llmcompress.evaluation.sampling import Sampling
     from llmcompress.evaluation.self_correction import Reader
     from llmcompress.stages.state import RunContext
+    from llmcompress.training.policy import Write
 
 # prompts in one file
 CHUNK = 256
 
 
 def sample_all(
-    model: Any, reader: Reader, problems: Sequence[Problem], samples: int, sampling: Sampling, ctx: RunContext
+    write: Write, reader: Reader, problems: Sequence[Problem], samples: int, sampling: Sampling, ctx: RunContext
 ) -> list[list[list[int]]]:
     """``samples`` responses to every problem, as token ids; chunks that exist are read back. All processes of the run
     sample together; the first one keeps the chunks.
 
     Args:
-        model: In evaluation mode.
+        write: What writes; :meth:`~llmcompress.training.policy.Policy.responding` of a policy, or
+            :func:`~llmcompress.evaluation.sampling.sample` with a model.
         reader: Prompts.
         problems: Which.
         samples: For each.
         sampling: How.
         ctx: The run; files go to ``samples/`` in the stage's folder.
     """
-    from llmcompress.evaluation.sampling import sample
-
     first = ctx.world.rank == 0
     folder = ctx.stage_dir / "samples"
     if first:
@@ -47,7 +47,7 @@ def sample_all(
             part = problems[number * CHUNK : (number + 1) * CHUNK]
             once = [reader.prompt(problem.question) for problem in part]
             prompts = [prompt for prompt in once for _ in range(samples)]
-            ids = sample(model, prompts, sampling, reader.end, reader.pad, ctx.seed * 8191 + number, ctx.world)
+            ids = write(prompts, sampling, reader.end, reader.pad, ctx.seed * 8191 + number, ctx.world)
             known = [ids[begin : begin + samples] for begin in range(0, len(ids), samples)]
             if first:
                 write_durably(path, json.dumps(known, separators=(",", ":")).encode())

@@ -59,11 +59,13 @@ class S2RTraces(Stage):
             InputError: The kept responses do not fill the windows.
         """
         import random
+        from functools import partial
 
         import torch
 
         from llmcompress.data.calibration import CalibrationSet
         from llmcompress.errors import InputError
+        from llmcompress.evaluation.sampling import sample
         from llmcompress.evaluation.self_correction import choose, verdicts
         from llmcompress.stages import s2r_config as shared
         from llmcompress.stages.s2r_sampling import sample_all
@@ -72,7 +74,7 @@ class S2RTraces(Stage):
         reader = shared.reader_of(config, state, config.task.build())
         problems = choose(reader.problems.problems("train"), config.problems, ctx.seed)
         model = shared.open_model(state, ctx)
-        found = sample_all(model, reader, problems, config.responses, config.sampling.settings(), ctx)
+        found = sample_all(partial(sample, model), reader, problems, config.responses, config.sampling.settings(), ctx)
         flat = [(problem, ids) for problem, responses in zip(problems, found) for ids in responses]
         known = verdicts(ctx.world, reader, [problem for problem, _ in flat], [ids for _, ids in flat])
         texts = []

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.stages.base import Estimate, Kind, Stage
-from llmcompress.stages.s2r_config import TrainingConfig
+from llmcompress.stages.s2r_config import SamplerConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.self_correction import Reader
@@ -34,11 +34,16 @@ def refuse_for_trl(unable: Mapping[str, bool]) -> None:
         raise ValueError(f"engine: trl cannot express {'; '.join(refused)}; engine: own can")
 
 
-def noting_trl(found: Estimate, engine: str) -> Estimate:
-    """The estimate with a note where trl is asked for and missing."""
-    if engine != "trl" or find_spec("trl") is not None:
-        return found
-    return replace(found, notes=(*found.notes, "engine: trl is not installed: pip install 'llmcompress[trl]'"))
+def noted(found: Estimate, engine: str, sampler: SamplerConfig) -> Estimate:
+    """The estimate with notes on the packages that the recipe asks for: missing ones, and memory that vLLM takes."""
+    notes = []
+    if engine == "trl" and find_spec("trl") is None:
+        notes.append("engine: trl is not installed: pip install 'llmcompress[trl]'")
+    if sampler.engine == "vllm":
+        notes.append(f"while responses are sampled, vLLM takes {sampler.memory:.0%} of the GPU beside the policy")
+        if find_spec("vllm") is None:
+            notes.append("sampler.engine: vllm is not installed: pip install 'llmcompress[vllm]'")
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def from_trl(stage: str, module: str, name: str) -> Any:
@@ -94,7 +99,12 @@ class TrainingStage(Stage):
         reader = shared.reader_of(self.config, state, self.config.task.build())
         if not ctx.world.tell(shared.is_done(ctx)):
             policy = shared.open_policy(self.config, state, ctx)
-            curve = self.learn(policy, reader, ctx)
+            policy.sampler = shared.open_sampler(self.config, policy, reader, state, ctx)
+            try:
+                curve = self.learn(policy, reader, ctx)
+            finally:
+                if policy.sampler is not None:
+                    policy.sampler.close()
             if ctx.world.rank == 0:
                 (ctx.stage_dir / "curve.json").write_text(json.dumps(curve))
                 shared.keep_policy(self.config, policy, state, ctx)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.distributed.world import ALONE, World
+from llmcompress.evaluation.sampling import sample
 from llmcompress.nn import lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llmcompress.training.vllm_writer import VllmWriter
+
+# prompts, how, end token, padding, seed, processes → responses; see llmcompress.evaluation.sampling.sample
+Write = Callable[..., list[list[int]]]
 
 
 class Policy:
@@ -30,6 +37,9 @@ class Policy:
         compute: Type of matrix products where it is not the parameters': weights that are trained stay in float32,
             because updates of a fine-tuning are smaller than the steps of a 16-bit type.
         world: The processes that train together; each holds the whole model.
+
+    Attributes:
+        sampler: Who writes its responses instead of our own decoder.
     """
 
     def __init__(
@@ -40,6 +50,7 @@ class Policy:
         world: World = ALONE,
     ) -> None:
         self.world = world
+        self.sampler: VllmWriter | None = None
         self.model = model.eval()
         self.compute = compute
         self.adapted = trainable is not None
@@ -82,6 +93,20 @@ class Policy:
             for own, copied in zip(self.model.parameters(), self._writer.parameters(), strict=True):
                 copied.copy_(own)
             yield self._writer
+
+    @contextmanager
+    def responding(self, start: bool = False) -> Iterator[Write]:
+        """What writes responses of the policy.
+
+        Args:
+            start: Of the policy as it was when training began, and still is: nothing is trained yet.
+        """
+        if self.sampler is not None:
+            with self.sampler.awake() as write:
+                yield write
+            return
+        with self.reference() if start else self.writer() as model:
+            yield partial(sample, model)
 
     @contextmanager
     def reference(self) -> Iterator[Any]:

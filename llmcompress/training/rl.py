@@ -28,7 +28,8 @@ from llmcompress.algorithms.self_verify import (
     repeats,
 )
 from llmcompress.data.problems.base import Problem
-from llmcompress.evaluation.sampling import Sampling, sample
+from llmcompress.errors import EnvironmentProblem
+from llmcompress.evaluation.sampling import Sampling
 from llmcompress.evaluation.self_correction import Reader, verdicts
 from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.parallel import deal
@@ -93,6 +94,7 @@ class Rollout:
         advantages: Of each unit, before KL.
         repeated: Of each action, whether it is a retry with an answer that was given before.
         weight: 0 takes it out of the loss.
+        told: Log-probability of each token as another engine that wrote it says, for comparison alone.
     """
 
     problem: int
@@ -105,6 +107,7 @@ class Rollout:
     advantages: list[float]
     repeated: list[bool]
     weight: float = 1.0
+    told: Tensor | None = None
 
 
 Keys = Callable[[Rollout], list[Hashable]]
@@ -116,14 +119,18 @@ def collect(
     """Sample and judge responses, ``samples`` for each problem, in the problems' order."""
     once = [reader.prompt(problems[i].question) for i in indices]
     prompts = [prompt for prompt in once for _ in range(settings.samples)]
-    with policy.writer() as model:
-        ids = sample(model, prompts, settings.sampling, reader.end, reader.pad, seed, policy.world)
+    with policy.responding() as write:
+        ids = write(prompts, settings.sampling, reader.end, reader.pad, seed, policy.world)
     places = [index for index in indices for _ in range(settings.samples)]
     known = verdicts(policy.world, reader, [problems[index] for index in places], ids)
-    return [
+    found = [
         judged(reader, problems[index], index, prompt, new, settings.truncation_reward, right)
         for index, prompt, new, right in zip(places, prompts, ids, known)
     ]
+    if policy.sampler is not None:
+        for rollout, told in zip(found, policy.sampler.told, strict=True):
+            rollout.told = told
+    return found
 
 
 def judged(
@@ -248,11 +255,20 @@ def token_units(rollout: Rollout, level: Level, train_end: bool) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Rollouts as tensors on the CPU: what the updates need."""
+    """Rollouts as tensors on the CPU: what the updates need.
+
+    Attributes:
+        rollouts: Responses.
+        old: Log-probabilities of their tokens under the policy that is trained, as it sampled.
+        reference: The same under the reference.
+        gap: Mean distance of ``old`` from what another engine that wrote the responses says, in nats a token; None
+            where there is none.
+    """
 
     rollouts: Sequence[Rollout]
     old: list[Tensor]
     reference: list[Tensor]
+    gap: float | None = None
 
 
 def taught(rollouts: Sequence[Rollout], settings: RlSettings) -> list[int]:
@@ -276,6 +292,9 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
         rollouts: Responses.
         settings: Temperature, batch.
         same: The policy still is the reference (offline): one pass is enough.
+
+    Raises:
+        EnvironmentProblem: Another engine wrote the responses, and not with this policy's weights.
     """
     old: list[Tensor] = []
     reference: list[Tensor] = []
@@ -303,7 +322,38 @@ def score(policy: Policy, reader: Reader, rollouts: Sequence[Rollout], settings:
     for values, computed in zip(found, (old, reference)):
         for place, row in zip(wanted, dealt.exchange(computed, sizes)):
             values[place] = row
-    return Scored(rollouts, *found)
+    old, reference = found
+    return Scored(rollouts, old, reference, sampler_gap(rollouts, old, wanted, settings.clip))
+
+
+def sampler_gap(
+    rollouts: Sequence[Rollout], own: Sequence[Tensor], places: Sequence[int], limit: float
+) -> float | None:
+    """How far the log-probabilities that another engine tells are from our own, in nats a token.
+
+    Kernels and 16-bit types make hundredths of a nat. More than ε, the distance at which the surrogate takes a policy
+    for another one, is no rounding: other weights, another temperature, or weights that were lost on the way.
+
+    Args:
+        rollouts: Responses.
+        own: Our log-probabilities of their tokens.
+        places: Which were computed.
+        limit: ε.
+
+    Raises:
+        EnvironmentProblem: The mean is above ``limit``.
+    """
+    apart = [(told - own[place]).abs() for place in places if (told := rollouts[place].told) is not None]
+    if not apart:
+        return None
+    gap = float(torch.cat(apart).mean())
+    # written so that NaN is refused too
+    if not gap <= limit:
+        raise EnvironmentProblem(
+            f"the sampler does not write with the policy's weights: it is off by {gap:.3g} nats a token",
+            "sampler.engine: own",
+        )
+    return gap
 
 
 def unit_advantages(scored: Scored, index: int, settings: RlSettings) -> list[float]:
@@ -390,6 +440,7 @@ def curve_record(
         "repeated": sum(map(sum, (r.repeated for r in rollouts))) / len(rollouts),
         "agreeing": sum(r.weight == 0 for r in rollouts) / len(rollouts),
         **{key: sum(f[key] for f in figures) / len(figures) for key in figures[0]},
+        **({} if scored.gap is None else {"sampler_gap": scored.gap}),
     }
 
 

@@ -468,7 +468,7 @@ def test_doctor_says_why_a_faster_kernel_is_not_there(
     assert line.split(None, 2) == ["gemm", "reference", "cpu: no C++ compiler"]
 
 
-@pytest.mark.parametrize(("package", "extra"), [("math-verify", "math"), ("trl", "trl")])
+@pytest.mark.parametrize(("package", "extra"), [("math-verify", "math"), ("trl", "trl"), ("vllm", "vllm")])
 def test_doctor_says_how_to_get_an_optional_package(
     package: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
