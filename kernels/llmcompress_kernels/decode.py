@@ -46,7 +46,8 @@ build.register(
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "attention_norm_bias", "mlp_norm_bias")),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, ctypes.c_int32) for name in ("whole_norms", "reserved")),
@@ -56,7 +57,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("final_norm", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias", "cosine", "sine")),
         ("embedding", MatrixStruct),
         ("head", MatrixStruct),
         ("screen", MatrixStruct),
@@ -64,9 +65,8 @@ class _Model(ctypes.Structure):
         ("member_embeddings", ctypes.POINTER(MatrixStruct)),
         ("member_heads", ctypes.POINTER(MatrixStruct)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("top_k", "renormalize", "members")),
-        ("epsilon", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("top_k", "routing", "members")),
+        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "jitter")),
     )
 
 
@@ -101,6 +101,8 @@ class _Prompt(ctypes.Structure):
     )
 
 
+# of Routing in decode.h, whose first two are renormalize's
+_SPARSEMIXER = 2
 # members of a family that a node can tell apart
 MAX_MEMBERS = 64
 # bytes of an activation as a fixed-point number with an exponent a group: as exact as float32 sums, more exact than
@@ -146,7 +148,8 @@ class Layer:
     """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
 
     Attributes:
-        attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``.
+        attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm.
+        attention_norm_bias, mlp_norm_bias: Likewise, or None.
         query, key, value, output: Projections of attention.
         gate, up, down: Projections of the gated MLP, or of the stacked experts.
         router: float32 ``[E, H]``, None for a dense layer.
@@ -172,6 +175,8 @@ class Layer:
     shared_router: Matrix | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    attention_norm_bias: Tensor | None = None
+    mlp_norm_bias: Tensor | None = None
     whole_norms: bool = False
 
     def matrices(self) -> dict[str, Matrix]:
@@ -187,9 +192,9 @@ class Layer:
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
     def _struct(self) -> _Layer:
-        norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
+        norms = (self.attention_norm, self.mlp_norm, self.attention_norm_bias, self.mlp_norm_bias)
         return _Layer(
-            *(None if n is None else n.data_ptr() for n in norms),
+            *(None if n is None else n.data_ptr() for n in (*norms, self.query_norm, self.key_norm)),
             **{name: weight.struct() for name, weight in self.matrices().items()}, whole_norms=int(self.whole_norms),
         )  # fmt: skip
 
@@ -200,13 +205,14 @@ class Decoder:
 
     Attributes:
         layers: In order.
-        final_norm: float32 ``[H]``.
+        final_norm, final_norm_bias: float32 ``[H]``, as norms of layers.
         cosine, sine: Rotary tables float32 ``[positions, D / 2]``.
         embedding, head: ``[V, H]``.
         heads, key_value_heads, head_dim: Of attention.
         epsilon: Of every norm.
         attention_scale: Factor of the scores, usually ``D ** -0.5``.
         top_k, renormalize: Of the routers; 0 and False without experts.
+        jitter: Routers weigh experts as sparsemixer does (Phi-MoE), with this noise level; None: by softmax.
         screen: The head rounded to 8 bits, by which greedy steps find the few rows worth computing, or None.
         screen_error: float32 ``[V]``, bound of ``|head x - screen x| / |x|`` for every row.
         member_embeddings: Of a family, one for each member; norms then have a row for each, ``[M, H]``.
@@ -226,6 +232,8 @@ class Decoder:
     attention_scale: float
     top_k: int = 0
     renormalize: bool = False
+    jitter: float | None = None
+    final_norm_bias: Tensor | None = None
     screen: Matrix | None = None
     screen_error: Tensor | None = None
     member_embeddings: Sequence[Matrix] = ()
@@ -239,14 +247,15 @@ class Decoder:
         )
         # C++ reads these at every step
         self._kept = (embeddings, heads)
+        given = (self.final_norm, self.final_norm_bias, self.cosine, self.sine)
         model = _Model(
-            structs, self.final_norm.data_ptr(), self.cosine.data_ptr(), self.sine.data_ptr(),
+            structs, *(None if t is None else t.data_ptr() for t in given),
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim, self.top_k,
-            int(self.renormalize), len(self.member_heads), self.epsilon,
-            self.attention_scale,
+            int(self.renormalize) if self.jitter is None else _SPARSEMIXER, len(self.member_heads), self.epsilon,
+            self.attention_scale, self.jitter or 0.0,
         )  # fmt: skip
         lib = library()
         self._handle = lib.llmcompress_decode_create(ctypes.byref(model))

@@ -56,11 +56,12 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         tied = last.weight.data_ptr() == words.weight.data_ptr()
         heads.append(embeddings[-1] if tied else matrix.dense(last.weight.detach(), last.bias))
         if head_bits is not None:
-            heads[-1] = rounded_matrix(last.weight.detach(), head_bits)
+            heads[-1] = replace(rounded_matrix(last.weight.detach(), head_bits), bias=heads[-1].bias)
     layers = [_layer(model, block, members) for block in layout.blocks]
     return native.Decoder(
         layers=layers,
         final_norm=_norm(base.norm),
+        final_norm_bias=_norm(base.norm, "bias"),
         cosine=torch.empty(0),
         sine=torch.empty(0),
         embedding=embeddings[0],
@@ -72,6 +73,7 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         attention_scale=first.scaling,
         top_k=bank.top_k if bank else 0,
         renormalize=bool(bank and bank.router.renormalizes),
+        jitter=config.router_jitter_noise if bank and bank.router.kind == "sparsemixer" else None,
         member_embeddings=embeddings if members else (),
         member_heads=heads if members else (),
     )
@@ -82,18 +84,19 @@ def parts(module: Any) -> list[Any]:
     return list(module.parts) if isinstance(module, PerMember) else [module]
 
 
-def _norm(module: Any) -> Tensor:
-    """Weights float32 ``[H]``, or ``[M, H]`` of a family."""
-    rows = [part.weight.detach().float() for part in parts(module)]
+def _norm(module: Any, name: str = "weight") -> Any:
+    """Weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none."""
+    rows = [getattr(part, name, None) for part in parts(module)]
+    if module is None or rows[0] is None:
+        return None
+    rows = [row.detach().float() for row in rows]
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 
 def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
     layer: Any = model.get_submodule(block.name)
     attention, mlp = layer.self_attn, layer.mlp
-    query_norm, key_norm = (
-        None if norm is None else _norm(norm) for norm in (getattr(attention, f"{n}_norm", None) for n in "qk")
-    )
+    query_norm, key_norm = (_norm(getattr(attention, f"{name}_norm", None)) for name in "qk")
     beside: dict[str, matrix.Matrix] = {}
     if block.bank is None:
         gate, up, down, router = (
@@ -108,6 +111,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     return native.Layer(
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
+        attention_norm_bias=_norm(layer.input_layernorm, "bias"),
+        mlp_norm_bias=_norm(layer.post_attention_layernorm, "bias"),
         query=linear_matrix(attention.q_proj, members),
         key=linear_matrix(attention.k_proj, members),
         value=linear_matrix(attention.v_proj, members),

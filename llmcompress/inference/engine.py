@@ -29,7 +29,7 @@ from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
 # rotary tables that do not depend on the length of the sequence
 ROTARY = ("default", "linear", "llama3", "yarn")
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
@@ -93,8 +93,13 @@ def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
 
 def _decline_config(config: Any) -> str | None:
     rotary = config.rope_parameters or {}
-    if rotary.get("rope_type", "default") not in ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"rotary embedding {rotary.get('rope_type')!r} depends on the length or turns a part of the head"
+    kind = rotary.get("rope_type", "default")
+    # with the length transformers' Phi-MoE changes no more than the factor of its tables
+    fixed = config.model_type == "phimoe" and rotary.get("short_mscale") == rotary.get("long_mscale")
+    if not (kind in ROTARY or (kind == "longrope" and fixed)) or rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"rotary embedding {kind!r} depends on the length or turns a part of the head"
+    if config.model_type == "phimoe" and config.num_experts_per_tok != 2:
+        return f"sparsemixer chooses 2 experts, not {config.num_experts_per_tok}"
     if getattr(config, "clip_qkv", None) is not None:
         return f"queries, keys and values are clipped at {config.clip_qkv} (clip_qkv)"
     return None

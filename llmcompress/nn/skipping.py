@@ -244,7 +244,10 @@ class SkippingController:
         def reroute(block: int, logits: Tensor, weights: Tensor, index: Tensor) -> None:
             layer = self._of_block[block]
             layer.shape = (1, length)
-            _, shares, chosen = self._rewrite(layer, logits, weights, index.long())
+            # in the order of the modules' routers, which decides among equal weights (sparsemixer's are often 1)
+            chosen = index.long()
+            order = logits.gather(-1, chosen).argsort(dim=-1, descending=True, stable=True)
+            _, shares, chosen = self._rewrite(layer, logits, weights.gather(-1, order), chosen.gather(-1, order))
             experts, order = chosen.sort(dim=-1)
             index.copy_(experts)
             weights.copy_(shares.gather(-1, order))

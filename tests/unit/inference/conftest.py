@@ -32,6 +32,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 112, "num_hidden_layers": 4, "decoder_sparse_step": 2,
         "mlp_only_layers": [1], "head_dim": None,
     },
+    # LayerNorm, biases everywhere, sparsemixer
+    "phimoe": {
+        "num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True,
+        "router_jitter_noise": 0.1,
+    },
     # queries and keys normed over all heads
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
 }  # fmt: skip

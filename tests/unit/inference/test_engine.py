@@ -20,8 +20,12 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 
 # logits are of size 4; float32 sums in another order differ by a few units of the last place
 EXACT = 3e-5
+LONG_ROTARY = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [2.0, 3.0, 4.0, 5.0], "short_mscale": 1.2, "long_mscale": 1.2,
+}  # fmt: skip
 # families whose routers decide
-EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
 
 
 @torch.inference_mode()
@@ -48,7 +52,7 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "olmoe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "olmoe", "qwen2_moe", "phimoe"])
 def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits: int, symmetric: bool) -> None:
     model, tokens = decoders.packed(family, bits, symmetric=symmetric), ids[:24]
     expected = reference(model, tokens)
@@ -136,7 +140,7 @@ def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> No
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
-        for family in ("qwen3", "mixtral", "olmoe", "qwen2_moe"):
+        for family in ("qwen3", "mixtral", "olmoe", "qwen2_moe", "phimoe"):
             model, tokens = decoders.packed(family, 3), ids[:40]
             assert worst(Engine(model, positions=48, threads=2), tokens, reference(model, tokens), 34) < EXACT
     finally:
@@ -191,11 +195,39 @@ def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: 
     assert "do not begin at a word" in str(decline(decoders.packed("llama", 3, group_size=8)))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "dynamic" in str(decline(decoders.dense("llama", rope_parameters=dynamic)))
+    longer = {**LONG_ROTARY, "long_mscale": 1.3}
+    assert "longrope" in str(decline(decoders.dense("phimoe", rope_parameters=longer)))
+    assert "sparsemixer" in str(decline(decoders.dense("phimoe", num_experts_per_tok=3)))
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "reference")
     model = decoders.dense("llama")
     assert "LLMCOMPRESS_KERNELS" in str(decline(model))
     with pytest.raises(InputError, match="native engine cannot run"):
         Engine(model)
+
+
+def test_longrope_of_one_factor(decoders: Any, ids: torch.Tensor) -> None:
+    # transformers' Phi-MoE takes the short factors at any length, and scales tables by what does not change here
+    model, tokens = decoders.packed("phimoe", 4, rope_parameters=LONG_ROTARY), ids[:40]
+    assert worst(Engine(model, positions=48), tokens, reference(model, tokens), 9) < EXACT
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.3, 1.0])
+def test_sparsemixer(decoders: Any, ids: torch.Tensor, jitter: float) -> None:
+    # from hardly any other expert near the chosen one to all of them
+    model, tokens = decoders.dense("phimoe", router_jitter_noise=jitter, num_local_experts=16), ids[:16]
+    expected = reference(model, tokens)
+    assert worst(Engine(model, positions=16), tokens, expected, 5) < EXACT
+    other = decoders.dense("phimoe", router_jitter_noise=jitter / 4, num_local_experts=16)
+    assert (reference(other, tokens) - expected).abs().max() > 100 * EXACT
+
+
+def test_a_rounded_head_keeps_its_bias(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.dense("phimoe"), ids[:10]
+    with torch.no_grad():
+        model.lm_head.bias.mul_(50)
+    expected = reference(model, tokens)
+    assert EXACT < worst(Engine(model, positions=16, head_bits=8), tokens, expected, 5) < 0.1
+    assert int(Engine(model, screen=True).greedy(tokens[:1])[0]) == int(expected[0].argmax())
 
 
 def test_sliding_window_is_noticed(decoders: Any) -> None:

@@ -30,10 +30,16 @@ struct Matrix {
     int32_t reserved;
 };
 
-// In a family of models norms have one row for each member.
+// How a token's k experts and their weights follow from the router's logits: by softmax over all or over the chosen ones, or as
+// Phi-MoE's sparsemixer does (routing.h).
+enum Routing : int32_t { SOFTMAX = 0, SOFTMAX_OF_CHOSEN = 1, SPARSEMIXER = 2 };
+
+// In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
     const float* attention_norm;  // [H]
     const float* mlp_norm;        // [H]
+    const float* attention_norm_bias;  // [H] or null
+    const float* mlp_norm_bias;        // [H] or null
     const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
     const float* key_norm;        // likewise
     Matrix query, key, value, output;
@@ -48,6 +54,7 @@ struct Layer {
 struct Model {
     const Layer* layers;
     const float* final_norm;  // [H]
+    const float* final_norm_bias;  // [H] or null
     const float* cosine;      // [positions, D / 2]
     const float* sine;        // [positions, D / 2]
     Matrix embedding;         // [V, H], dense
@@ -57,8 +64,9 @@ struct Model {
     const Matrix* member_embeddings;  // of a family, or null
     const Matrix* member_heads;
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
-    int32_t top_k, renormalize, members;
+    int32_t top_k, routing, members;
     float epsilon, attention_scale;
+    float jitter;  // of SPARSEMIXER
 };
 
 // keys [layer, slot, kv head, P / LANES, Dp, LANES] and values [layer, slot, kv head, P, Dp]: the scores of sixteen

@@ -25,10 +25,28 @@ inline float inverse_size(const float* x, int n, float epsilon) {
     return 1.f / std::sqrt((sum(squares) + rest) / float(n) + epsilon);
 }
 
-// RMSNorm of n numbers.
-inline void norm(const float* x, const float* weight, int n, float epsilon, float* out) {
-    const float factor = inverse_size(x, n, epsilon);
-    for (int i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+// RMSNorm of n numbers, or with a bias LayerNorm.
+inline void norm(const float* x, const float* weight, const float* bias, int n, float epsilon, float* out) {
+    if (bias == nullptr) {
+        const float factor = inverse_size(x, n, epsilon);
+        for (int i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+        return;
+    }
+    F16 total{};
+    float rest = 0;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) total += load_float(x + i);
+    for (; i < n; ++i) rest += x[i];
+    const float mean = (sum(total) + rest) / float(n);
+    for (i = 0; i < n; ++i) out[i] = x[i] - mean;
+    const float factor = inverse_size(out, n, epsilon);
+    for (i = 0; i < n; ++i) out[i] = weight[i] * (out[i] * factor) + bias[i];
+}
+
+// Of a row of hidden states, with the weights of `member` in a family.
+inline void norm(const Model& m, const float* x, const float* weight, const float* bias, int64_t member, float* out) {
+    const int64_t at = member * m.hidden;
+    norm(x, weight + at, bias == nullptr ? nullptr : bias + at, m.hidden, m.epsilon, out);
 }
 
 inline float sigmoid(float x) { return 1.f / (std::exp(-x) + 1.f); }

@@ -110,7 +110,7 @@ class PromptWorker {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 room_.normed.data(), QKV, [&](int64_t t) {
                     if (index > 0) add_delta(t);
-                    norm_hidden(t, o.l.attention_norm);
+                    norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
                 });
         attention(o.l, index);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
@@ -119,7 +119,7 @@ class PromptWorker {
     void gated_mlp(const LayerOperands& o) {
         project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, room_.normed.data(), GATE_UP, [&](int64_t t) {
             add_delta(t);
-            norm_hidden(t, o.l.mlp_norm);
+            norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
         });
         open_gates(o.gate.m.rows, o.down);
     }
@@ -136,8 +136,8 @@ class PromptWorker {
         for (int i = 0; i < m_.hidden; ++i) to[i] += from[i];
     }
 
-    void norm_hidden(int64_t t, const float* weight) {
-        norm(hidden(t), weight + int64_t(p_.member) * m_.hidden, m_.hidden, m_.epsilon, normed(t));
+    void norm_hidden(int64_t t, const float* weight, const float* bias) {
+        norm(m_, hidden(t), weight, bias, p_.member, normed(t));
     }
 
     // As each(), for `together` blocks of rows of every product, and that `times` over: work(time, product, begin, end).
@@ -275,7 +275,7 @@ class PromptWorker {
         each(blocks(), [&](int64_t b) {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 add_delta(t);
-                norm_hidden(t, o.l.mlp_norm);
+                norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
             }
             Input in(scratch_, p_.planes);
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
@@ -285,7 +285,7 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 int* const chosen = r.chosen.data() + (first_ + t) * k;
                 float* const weights = r.weights.data() + (first_ + t) * k;
-                choose(scores + t * count, int(count), int(k), m_.renormalize != 0, chosen, weights);
+                choose(m_, scores + t * count, int(count), chosen, weights);
                 order(int(k), chosen, weights);
             }
         });
@@ -302,7 +302,7 @@ class PromptWorker {
         };
         each(1 + blocks(), [&](int64_t b) {
             if (b == 0) return r.sort(first_ * k, count_ * k, k, most());
-            for (int64_t t = begin(b - 1); t < end(b - 1); ++t) norm_hidden(t, o.l.mlp_norm);
+            for (int64_t t = begin(b - 1); t < end(b - 1); ++t) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
         });
         took(ROUTER);
         if (o.shared_gate.present()) {

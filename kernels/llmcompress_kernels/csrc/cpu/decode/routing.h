@@ -7,7 +7,7 @@ namespace LLMCOMPRESS_ISA {
 
 // The k largest of n logits, the earlier expert first among equals, and their shares by softmax over all logits, or over the
 // chosen ones with `renormalize`.
-inline void choose(const float* logits, int n, int k, bool renormalize, int* chosen, float* weights) {
+inline void softmax_experts(const float* logits, int n, int k, bool renormalize, int* chosen, float* weights) {
     const float top = *std::max_element(logits, logits + n);
     float total = 0, kept = 0;
     for (int i = 0; i < n; ++i) total += std::exp(logits[i] - top);
@@ -22,6 +22,32 @@ inline void choose(const float* logits, int n, int k, bool renormalize, int* cho
         kept += weights[j];
     }
     for (int j = 0; renormalize && j < k; ++j) weights[j] /= kept;
+}
+
+// Sparsemixer outside of training (arXiv 2409.12136): the expert with the largest logit, then that with the largest of the others.
+// Each weighs what a softmax gives it among the experts not taken before it whose logits are near its own: not further below than
+// 2 jitter, relative to the larger of their size and its own.
+inline void sparsemixer_experts(const float* logits, int n, int k, float jitter, int* chosen, float* weights) {
+    const auto taken = [&](int i, int j) { return std::find(chosen, chosen + j, i) != chosen + j; };
+    for (int j = 0; j < k; ++j) {
+        int best = -1;
+        for (int i = 0; i < n; ++i)
+            if (!taken(i, j) && (best < 0 || logits[i] > logits[best])) best = i;
+        const float top = logits[best];
+        float total = 0;
+        for (int i = 0; i < n; ++i) {
+            const float below = (top - logits[i]) / std::max(std::abs(logits[i]), top);
+            // 0 / 0 is near
+            if (!taken(i, j) && !(below > 2 * jitter)) total += std::exp(logits[i] - top);
+        }
+        chosen[j] = best;
+        weights[j] = 1 / total;
+    }
+}
+
+inline void choose(const Model& m, const float* logits, int n, int* chosen, float* weights) {
+    if (m.routing == SPARSEMIXER) sparsemixer_experts(logits, n, m.top_k, m.jitter, chosen, weights);
+    else softmax_experts(logits, n, m.top_k, m.routing == SOFTMAX_OF_CHOSEN, chosen, weights);
 }
 
 // Put k chosen experts into ascending order, their weights with them.

@@ -63,10 +63,9 @@ class Worker {
         }
     }
 
-    void norm_all(const float* weight) {
+    void norm_all(const float* weight, const float* bias) {
         for (int b = 0; b < s_.batch; ++b)
-            norm(own_.hidden.data() + b * m_.hidden, weight + member(b) * m_.hidden, m_.hidden, m_.epsilon,
-                 own_.normed.data() + b * m_.hidden);
+            norm(m_, own_.hidden.data() + b * m_.hidden, weight, bias, member(b), own_.normed.data() + b * m_.hidden);
         in_.set(own_.normed.data(), m_.hidden, s_.batch);
         took(NORM);
     }
@@ -76,7 +75,7 @@ class Worker {
     }
 
     void attention(const LayerOperands& o, int layer) {
-        norm_all(o.l.attention_norm);
+        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
         const Operand* parts[3] = {&o.query, &o.key, &o.value};
         float* outs[3] = {sh_.query.data(), sh_.key.data(), sh_.value.data()};
         const Range mine = share(o.query.blocks() + o.key.blocks() + o.value.blocks());
@@ -160,7 +159,7 @@ class Worker {
 
     void gated_mlp(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows;
-        norm_all(o.l.mlp_norm);
+        norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         gate_up(o.gate, o.up, 0, share(o.gate.blocks()), sh_.inner.data(), width);
         took(GATE_UP);
         wait();
@@ -174,7 +173,7 @@ class Worker {
 
     void experts(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows, count = o.router.m.rows;
-        norm_all(o.l.mlp_norm);
+        norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         const Range routers = share(o.router.blocks());
         multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
         took(ROUTER);
@@ -182,7 +181,7 @@ class Worker {
         wait();
         // every thread finds the same
         for (int b = 0; b < s_.batch; ++b)
-            choose(sh_.scores.data() + b * count, int(count), m_.top_k, m_.renormalize != 0, own_.chosen.data() + b * m_.top_k,
+            choose(m_, sh_.scores.data() + b * count, int(count), own_.chosen.data() + b * m_.top_k,
                    own_.routed.data() + b * m_.top_k);
         took(ROUTER);
         const Range inner = share(o.gate.blocks());
@@ -256,7 +255,7 @@ class Worker {
     }
 
     void head() {
-        norm_all(m_.final_norm);
+        norm_all(m_.final_norm, m_.final_norm_bias);
         if (s_.logits == nullptr) return screened_head();
         const Range rows = share(e_.head.blocks());
         if (e_.heads.empty()) multiply(e_.head, in_, 0, rows.first, rows.last, s_.logits, m_.head.rows);
