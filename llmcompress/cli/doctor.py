@@ -163,11 +163,13 @@ def kernels() -> Any:
             return {"explanation": "plain PyTorch definitions only"}
         return {"problem": f"{type(error).__name__}: {error}"}
     try:
+        from llmcompress.inference.coverage import FAMILIES, STATES
         from llmcompress.pipeline.device import describe_gpus
 
         tables = importlib.import_module("llmcompress_kernels.tables")
         launches = tables.describe(gpu["name"] for gpu in describe_gpus())
-        return {"explanation": plain(select.explain()), "gpu": plain(select.explain("cuda")), "tables": launches}
+        told = {"explanation": plain(select.explain()), "gpu": plain(select.explain("cuda")), "tables": launches}
+        return {**told, "decode_families": [*FAMILIES, *STATES]}
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 
@@ -207,6 +209,9 @@ def _show_kernels(told: dict[str, Any], gpus: bool, screen: Console) -> None:
             chosen = {row["op"]: row["implementation"] for row in rows if row["used"]}
             cells = [(op, name, _passed_over(rows, op, device)) for op, name in chosen.items()]
             screen.print(table((f"kernels, {device}", "implementation", "not available here"), cells))
+    if "decode_families" in told:
+        families = ", ".join(told["decode_families"])
+        screen.print(f"the native decode steps cover {families}", markup=False, highlight=False)
     launches = told.get("tables")
     if gpus and isinstance(launches, list) and launches:
         shown = ([row.get(column) for column in launches[0]] for row in launches)

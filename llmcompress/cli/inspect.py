@@ -14,6 +14,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import read_object
 from llmcompress.errors import InputError
+from llmcompress.inference.coverage import decline_config
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
 
@@ -54,6 +55,8 @@ class Inspection:
     Attributes:
         path, kind, family: Folder; ``checkpoint``, ``llmcompress artifact`` or another quantization method; model type.
         supported: Whether llmcompress can compress it; ``reason`` says why not.
+        modules_because: Why tokens on a CPU go through transformers' modules; None where the native engines cover the
+            model, or it cannot be compressed.
         blocks, experts, top_k, hidden, vocab: Sizes, None where unknown.
         context: Longest input in tokens.
         parameters: Logical values, packed or not.
@@ -72,6 +75,7 @@ class Inspection:
     family: str
     supported: bool
     reason: str | None
+    modules_because: str | None
     blocks: int | None
     experts: int | None
     top_k: int | None
@@ -124,6 +128,7 @@ def look(path: Path) -> Inspection:
     config = read_object(path / "config.json")
     headers = weight_headers(path)
     layout, reason = _layout(config)
+    modules_because = None if layout is None else decline_config(config)
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
     specs = _specs(quantization) if method == "llmcompress" else {}
@@ -139,6 +144,7 @@ def look(path: Path) -> Inspection:
         family=str(config.get("model_type", "unknown")),
         supported=layout is not None and not (method and method != "llmcompress"),
         reason=reason,
+        modules_because=modules_because,
         blocks=len(layout.blocks) if layout else text.get("num_hidden_layers"),
         experts=bank.num_experts if bank else None,
         top_k=bank.top_k if bank else None,
@@ -293,6 +299,10 @@ def _show(found: Inspection, screen: Console) -> None:
     facts.append(f"{found.parameters / 1e6:.2f} M parameters in {bytes_text(found.bytes)}, {found.bits:.2f} bits each")
     if not found.supported:
         facts.append(f"cannot be compressed: {found.reason or 'it is quantized already'}")
+    elif found.modules_because is None:
+        facts.append("decodes natively on CPUs")
+    else:
+        facts.append(f"decodes through transformers' modules: {found.modules_because}")
     if found.policies:
         facts.append(f"policies: {', '.join(found.policies)}")
     if not found.tokenizer:

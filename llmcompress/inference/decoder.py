@@ -86,10 +86,10 @@ def parts(module: Any) -> list[Any]:
 
 def _norm(module: Any, name: str = "weight") -> Any:
     """Weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none."""
-    rows = [getattr(part, name, None) for part in parts(module)]
-    if module is None or rows[0] is None:
+    given = [getattr(part, name, None) for part in parts(module)]
+    rows = [row.detach().float() for row in given if row is not None]
+    if not rows:
         return None
-    rows = [row.detach().float() for row in rows]
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 

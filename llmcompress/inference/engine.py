@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
+from llmcompress.inference.coverage import FAMILIES, decline_config, decline_family
 from llmcompress.inference.decoder import decoder_of, members_of, screened
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
@@ -29,9 +30,6 @@ from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
-# rotary tables that do not depend on the length of the sequence
-ROTARY = ("default", "linear", "llama3", "yarn")
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
 SHORT_PROMPT = 32
 
@@ -43,7 +41,7 @@ def decline(model: PreTrainedModel) -> str | None:
         model: A causal language model, dense or packed.
     """
     config: Any = model.config.get_text_config()
-    reason = decline_anywhere(model, config, FAMILIES) or _decline_config(config) or _decline_modules(model)
+    reason = decline_anywhere(model, config, FAMILIES) or decline_config(config.to_dict()) or _decline_modules(model)
     return reason or native.unavailable()
 
 
@@ -54,11 +52,7 @@ def decline_anywhere(model: PreTrainedModel, config: Any, families: Sequence[str
         return f"{VARIABLE}={wanted}"
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}; the native step runs on the CPU"
-    if config.model_type not in families:
-        return f"the family {config.model_type} is not among {', '.join(families)}"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"the activation is {config.hidden_act}, not silu"
-    return None
+    return decline_family(config.model_type, config.hidden_act, families)
 
 
 def refuse(reason: str | None) -> None:
@@ -89,20 +83,6 @@ def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
     if int8_activations:
         return native.INT8_PLANES
     return native.FLOAT32_PLANES if model.dtype == torch.float32 else native.FLOAT16_PLANES
-
-
-def _decline_config(config: Any) -> str | None:
-    rotary = config.rope_parameters or {}
-    kind = rotary.get("rope_type", "default")
-    # with the length transformers' Phi-MoE changes no more than the factor of its tables
-    fixed = config.model_type == "phimoe" and rotary.get("short_mscale") == rotary.get("long_mscale")
-    if not (kind in ROTARY or (kind == "longrope" and fixed)) or rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"rotary embedding {kind!r} depends on the length or turns a part of the head"
-    if config.model_type == "phimoe" and config.num_experts_per_tok != 2:
-        return f"sparsemixer chooses 2 experts, not {config.num_experts_per_tok}"
-    if getattr(config, "clip_qkv", None) is not None:
-        return f"queries, keys and values are clipped at {config.clip_qkv} (clip_qkv)"
-    return None
 
 
 def _decline_modules(model: PreTrainedModel) -> str | None:

@@ -209,7 +209,9 @@ def test_inspect_model_and_artifact(
     assert [group["how"] for group in experts] == ["4-bit, group 16, symmetric"]
     assert experts[0]["blocks"] == [0, 1]
     assert invoke(["inspect", str(tiny_folder)]) == 0
-    assert "family mixtral" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "family mixtral" in said
+    assert "decodes natively on CPUs" in said
     assert invoke(["inspect", "no/where"]) == 4
 
 

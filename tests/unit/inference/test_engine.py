@@ -11,7 +11,8 @@ from llmcompress_kernels import decode as native
 from llmcompress_kernels.reference.group_gemm import deinterleave
 
 from llmcompress.errors import InputError
-from llmcompress.inference.engine import FAMILIES, SHORT_PROMPT, Engine, decline, window
+from llmcompress.inference.coverage import FAMILIES
+from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline, window
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach

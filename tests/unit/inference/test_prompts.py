@@ -9,7 +9,8 @@ import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
 
-from llmcompress.inference.engine import FAMILIES, Engine
+from llmcompress.inference.coverage import FAMILIES
+from llmcompress.inference.engine import Engine
 from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
