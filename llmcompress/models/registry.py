@@ -8,7 +8,18 @@ from functools import cache
 from typing import Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.families import deepseek, dense, glm_moe, gpt_oss, mamba, mixtral, qwen_moe, zamba
+from llmcompress.models.families import (
+    deepseek,
+    dense,
+    glm_moe,
+    gpt_oss,
+    hybrids,
+    mamba,
+    mixtral,
+    nemotron,
+    qwen_moe,
+    zamba,
+)
 from llmcompress.models.families.parts import Family
 from llmcompress.models.layout import ModelLayout
 
@@ -19,7 +30,7 @@ _STATE_SPACE_KEYS = ("state_size", "ssm_state_size", "mamba_d_state", "d_state",
 
 @cache
 def _table() -> dict[str, Family]:
-    modules = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, mamba, zamba, dense)
+    modules = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, mamba, hybrids, nemotron, zamba, dense)
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 
 

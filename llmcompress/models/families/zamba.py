@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.mamba import headed_scan, mamba2
+from llmcompress.models.families.mixers import headed_scan, mamba2
 from llmcompress.models.families.parts import Family, Part, biases, norm
 from llmcompress.models.layout import LinearGroup, LinearView, Loan, Role, Sublayer, TensorView
 
