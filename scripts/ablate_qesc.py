@@ -50,7 +50,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        from llmcompress.data.sources import JsonlSource, read
+        from llmcompress.data.documents import read
+        from llmcompress.data.sources import JsonlSource
         from llmcompress.evaluation.perplexity import perplexity, tokenize
         from llmcompress.models.handle import ModelHandle
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.data.sources import SourceConfig, SyntheticSource, Template, describe, read
+from llmcompress.data.documents import read
+from llmcompress.data.sources import SourceConfig, SyntheticSource, Template, describe
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:

@@ -159,7 +159,7 @@ class _Measurement:
 
     def _text(self, name: str, text: str) -> Text:
         """A text in a member's tokens."""
-        from llmcompress.data.sources import read
+        from llmcompress.data.documents import read
 
         if (name, text) not in self._texts:
             settings: PerplexityConfig = self.config.text_of(text)

@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llmcompress.data.calibration import CalibrationSet, build, overlap
-from llmcompress.data.sources import describe, read
+from llmcompress.data.documents import read
+from llmcompress.data.sources import describe
 from llmcompress.errors import InputError
 from llmcompress.evaluation import harness
 from llmcompress.evaluation import recall as remembering

@@ -58,7 +58,7 @@ class FileProblems:
         return found
 
     def _read(self, path: str) -> list[Problem]:
-        from llmcompress.data.sources import read_objects
+        from llmcompress.data.documents import read_objects
 
         return [self._problem(row, where) for where, row in read_objects(path)]
 

@@ -17,27 +17,19 @@ from llmcompress.models.families.mixers import (
 from llmcompress.models.families.parts import Family, Part, attention, expert_bank, gated_mlp, mixture, norm, scaled
 from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer
 
-_HYBRID_KEYS = ("mamba_n_groups", "mamba_d_conv")
-
-
-def _head_dim(facts: Facts, inner: float) -> int:
-    heads = facts.size("mamba_n_heads")
-    return (
-        whole_channels(inner / heads, "channels per mamba head")
-        if facts.get("mamba_d_head") == "auto"
-        else facts.size("mamba_d_head")
-    )
+_HYBRID_KEYS = ("mamba_n_heads", "mamba_d_state", "mamba_n_groups", "mamba_d_conv")
 
 
 def _hybrid_mamba(
     facts: Facts, layer: str, inner: float, out_bias: str = "mamba_proj_bias", gated: bool = True
 ) -> Part:
     """The Mamba-2 mixer of Bamba, Falcon-H1 and Granite 4, whose configs share their words."""
-    groups, width = (facts.size(key) for key in _HYBRID_KEYS)
-    channels = _head_dim(facts, inner)
-    scan = headed_scan(
-        f"{layer}.mamba", facts.size("mamba_n_heads"), channels, facts.size("mamba_d_state"), groups, width
-    )
+    heads, states, groups, width = (facts.size(key) for key in _HYBRID_KEYS)
+    if facts.get("mamba_d_head") == "auto":
+        channels = whole_channels(inner / heads, "channels per mamba head")
+    else:
+        channels = facts.size("mamba_d_head")
+    scan = headed_scan(f"{layer}.mamba", heads, channels, states, groups, width)
     in_bias, conv_bias = facts.flag("mamba_proj_bias"), facts.flag("mamba_conv_bias")
     return mamba2(facts, scan, f"{layer}.input_layernorm", in_bias, facts.flag(out_bias), conv_bias, gated)
 
@@ -57,7 +49,7 @@ def _falcon_h1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
     scan = _hybrid_mamba(facts, layer, inner, "projectors_bias", facts.flag("mamba_rms_norm"))
     beside = attention(facts, layer, bias, bias)
-    scaled = replace(scan.sublayer, output_scale=facts.number("ssm_out_multiplier"))
+    mixer = replace(scan.sublayer, output_scale=facts.number("ssm_out_multiplier"))
     parallel = replace(
         beside.sublayer,
         parallel=True,
@@ -65,7 +57,7 @@ def _falcon_h1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
         output_scale=facts.number("attention_out_multiplier"),
     )
     mlp = gated_mlp(facts, layer, facts.flag("mlp_bias"), "pre_ff_layernorm", name="feed_forward")
-    return Part(scaled, scan.kept), Part(parallel, beside.kept), mlp
+    return Part(mixer, scan.kept), Part(parallel, beside.kept), mlp
 
 
 def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
