@@ -20,6 +20,7 @@ from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
 from llmcompress.models.memory_limits import total_ram
 from llmcompress.models.paths import no_model_folder
 from llmcompress.models.tensor_file import Entry, TensorFile, all_finite
+from llmcompress.quant.tensor_writer import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +134,8 @@ class Checkpoint:
         floats = [code for code, _ in sizes.most_common() if code in _FLOATS]
         if not floats:
             raise InputError(f"{self.path}: no 16- or 32-bit weights; is it quantized already?")
-        return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[floats[0]]
+        found: torch.dtype = getattr(torch, DTYPES[floats[0]][0])
+        return found
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type in which :meth:`tensor` gives a run-time tensor.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, first_line
+from llmcompress.models import sizes
 from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
 from llmcompress.models.layout import ModelLayout, TensorView
 from llmcompress.models.paths import resolve_path
@@ -87,7 +87,7 @@ class ModelHandle:
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied head counts once."""
-        return sum(math.prod(view.shape) for view in self.layout.tensors())
+        return sizes.parameters(self.layout)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.

@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
+from llmcompress.quant.tensor_writer import DTYPES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
-    "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
-}  # fmt: skip
 _MAX_HEADER = 100_000_000
 # bytes that are read at once; what the kernel holds of a file that it need not keep
 _PIECE = 16 << 20
@@ -82,7 +78,7 @@ class TensorFile:
         """Data type of a tensor."""
         import torch
 
-        found: torch.dtype = getattr(torch, _DTYPES[self.entries[name].code][0])
+        found: torch.dtype = getattr(torch, DTYPES[self.entries[name].code][0])
         return found
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
@@ -143,9 +139,9 @@ class TensorFile:
             begin, end = (int(n) for n in value["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"the header entry of {name} is malformed") from error
-        if code not in _DTYPES:
+        if code not in DTYPES:
             raise InputError(f"{self.path}: {name} has data type {code}, which is not supported")
-        expected = math.prod(shape) * _DTYPES[code][1]
+        expected = math.prod(shape) * DTYPES[code][1]
         if begin < 0 or end - begin != expected:
             raise self._damaged(f"{name} of shape {list(shape)} cannot span {end - begin} bytes")
         if base + end > size:

@@ -14,12 +14,14 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# name in torch → code in the file, in the order in which the format's own library puts them, the last first
-_CODES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "int16": "I16",
-    "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "float64": "F64", "int64": "I64",
+# code in the file → name in torch and bytes, in the order in which the format's own library puts them, the last first
+DTYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "I16": ("int16", 2), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4), "F32": ("float32", 4), "F64": ("float64", 8), "I64": ("int64", 8),
 }  # fmt: skip
-_RANK = {code: rank for rank, code in enumerate(_CODES.values())}
+_CODES = {name: code for code, (name, _) in DTYPES.items()}
+_RANK = {code: rank for rank, code in enumerate(DTYPES)}
 # the system call's buffers are one copy more; a piece bounds it
 _PIECE = 64 << 20
 

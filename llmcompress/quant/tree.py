@@ -141,11 +141,6 @@ class Tree:
         """Positions, parents before children."""
         return iter(range(len(self.nodes)))
 
-    def span(self, position: int) -> tuple[int, int]:
-        """Range of a node's models in :attr:`leaves`."""
-        places = [self.leaves.index(member) for member in self.nodes[position]]
-        return min(places), max(places) + 1
-
     def without(self, member: str) -> Tree:
         """The tree without one model; nodes keep their names, and one that is left with a single child stays.
 

@@ -9,12 +9,11 @@ from llmcompress.quant.tree import Tree, by_level, drawn, effective_bits, node_i
 PAIRS = [(frozenset("a"), frozenset("b")), (frozenset("c"), frozenset("d")), (frozenset("ab"), frozenset("cd"))]
 
 
-def test_paths_and_spans() -> None:
+def test_nodes_and_paths() -> None:
     tree = Tree.of(list("dbca"), PAIRS)
     assert tree.leaves == ("a", "b", "c", "d")
     assert tree.ids == ("root", "a+b", "a", "b", "c+d", "c", "d")
     assert [tree.ids[p] for p in tree.path("d")] == ["root", "c+d", "d"]
-    assert tree.span(tree.ids.index("c+d")) == (2, 4)
     assert Tree.from_dict(tree.to_dict()) == tree
 
 
@@ -81,7 +80,6 @@ def test_models_come_and_go_and_nodes_keep_their_names() -> None:
     assert [wider.ids[p] for p in wider.path("e")] == ["root", "a+b", "e"]
     assert [wider.ids[p] for p in wider.path("d")] == ["root", "c+d", "d"]
     assert [wider.ids[p] for p in wider.path("f")] == ["root", "f"]
-    assert wider.span(wider.ids.index("a+b")) == (0, 2)
     with pytest.raises(ValueError, match="cannot be put below"):
         wider.with_leaf("g", "e")
     with pytest.raises(ValueError, match="last model"):
