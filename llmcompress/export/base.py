@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
-
-Policies = Mapping[str, Mapping[str, Any]]
 
 SHARD_BYTES = 2_000_000_000
 TOKENIZER_FILES = (

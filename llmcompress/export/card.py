@@ -10,6 +10,7 @@ from llmcompress.quant.store import write_durably
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.stages.state import Metric, RunContext, RunState
 
@@ -71,7 +72,7 @@ def card_text(
     facts: Mapping[str, Any],
     plan: QuantPlan,
     metrics: Iterable[Metric],
-    policies: Mapping[str, Mapping[str, Any]],
+    policies: Policies,
 ) -> str:
     """Compose the card.
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import ExportError
 from llmcompress.export.base import (
     Exporter,
-    Policies,
     block_tensors,
     decoded,
     dense_config,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+    from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan, QuantSpec
     from llmcompress.quant.store import PackedStore
 

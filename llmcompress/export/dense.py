@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.export.base import (
     BlockTensors,
     Exporter,
-    Policies,
     block_tensors,
     decoded,
     dense_config,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import ExportError
 from llmcompress.export.base import (
     Exporter,
-    Policies,
     atomic_folder,
     block_tensors,
     expert_rows,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
 

@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError
-from llmcompress.export.base import SHARD_BYTES, Exporter, Policies, dense_config, write_model_folder
+from llmcompress.export.base import SHARD_BYTES, Exporter, dense_config, write_model_folder
 from llmcompress.models import sizes
 from llmcompress.models.quantization_config import to_json
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import ModelLayout
+    from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
 

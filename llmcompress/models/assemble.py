@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from llmcompress.models.quantization_config import Policies
+
 POLICIES = ("pesf", "state_cache", "activations", "embeddings")
 
 
 def compressed_model(
     handle: ModelHandle,
     store: PackedStore,
-    policies: Mapping[str, Mapping[str, Any]],
+    policies: Policies,
     dtype: torch.dtype | None = None,
     adapter: Path | None = None,
 ) -> PreTrainedModel:
@@ -74,9 +76,7 @@ def compressed_model(
     return model.eval()
 
 
-def outside_tensors(
-    handle: ModelHandle, policies: Mapping[str, Mapping[str, Any]] | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def outside_tensors(handle: ModelHandle, policies: Policies | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield embedding, final norm and untied head, by run-time name, as in the checkpoint or packed by policy."""
     policy = (policies or {}).get("embeddings")
     for view in handle.layout.outside:
@@ -158,7 +158,7 @@ def apply_loan(model: PreTrainedModel, layout: ModelLayout, block: Block, store:
     apply_patch(model, layout, BlockPatch(packed, {}))
 
 
-def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapping[str, Mapping[str, Any]]) -> None:
+def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Policies) -> None:
     """Make run-time policies active on a packed model.
 
     Raises:
@@ -183,7 +183,7 @@ def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mappi
         mixers.attach(model, layout, policies["state_cache"])
 
 
-def prepare_policies(model: PreTrainedModel, layout: ModelLayout, policies: Mapping[str, Mapping[str, Any]]) -> None:
+def prepare_policies(model: PreTrainedModel, layout: ModelLayout, policies: Policies) -> None:
     """Make room for tensors that policies need, before weights are read."""
     if "state_cache" in policies:
         from llmcompress.nn.mixers import register_scales

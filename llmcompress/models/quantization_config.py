@@ -15,6 +15,7 @@ from llmcompress.quant.spec import QuantPlan, QuantSpec
 METHOD = "llmcompress"
 VERSION = 1
 
+# run-time policies by name (``pesf``, ``state_cache`` …) → their settings, as saved
 Policies = Mapping[str, Mapping[str, Any]]
 
 
