@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
 
+# lines that load a folder of weights, for model cards
+FROM_PRETRAINED = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
 SHARD_BYTES = 2_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -43,6 +49,8 @@ class Exporter(ABC):
     """
 
     name: str
+    loading = ""
+    """How an artifact is loaded: a fenced block for its model card, ``PATH`` is its folder. Empty to say nothing."""
 
     @abstractmethod
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:

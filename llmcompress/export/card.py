@@ -10,6 +10,7 @@ from llmcompress.quant.store import write_durably
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llmcompress.export.base import Exporter
     from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.stages.state import Metric, RunContext, RunState
@@ -25,50 +26,24 @@ DEVIATIONS = {
     ),
 }
 
-SNIPPETS = {
-    "native": """```python
-import llmcompress.hf  # registers the format with transformers; without it the weights would not be read
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```""",
-    "compressed-tensors": """```python
-# pip install "compressed-tensors>=0.15"; serving runtimes that read compressed-tensors keep it packed
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```""",
-    "gguf": """```bash
-llama-cli -m PATH/model.gguf -p "Once upon a time"
-```""",
-    "dense": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```""",
-}
-
-
-def write_card(out: Path, format_name: str, state: RunState, ctx: RunContext, facts: Mapping[str, Any]) -> None:
+def write_card(out: Path, exporter: Exporter, state: RunState, ctx: RunContext, facts: Mapping[str, Any]) -> None:
     """Write ``README.md`` into an artifact; the same run always gives the same bytes.
 
     Args:
         out: The artifact's folder.
-        format_name: Name of the exporter.
+        exporter: Of the format.
         state: Metrics and policies so far, and the packed weights.
         ctx: The export stage's context.
         facts: From :func:`~llmcompress.export.provenance.provenance`.
     """
     plan = state.packed.plan() if state.packed is not None else {}
-    text = card_text(format_name, facts, plan, state.metrics, state.policies)
+    text = card_text(exporter, facts, plan, state.metrics, state.policies)
     write_durably(out / "README.md", text.encode("utf-8"))
 
 
 def card_text(
-    format_name: str,
+    exporter: Exporter,
     facts: Mapping[str, Any],
     plan: QuantPlan,
     metrics: Iterable[Metric],
@@ -77,7 +52,7 @@ def card_text(
     """Compose the card.
 
     Args:
-        format_name: Name of the exporter.
+        exporter: Of the format.
         facts: Provenance.
         plan: How each weight is quantized.
         metrics: What was measured before the export.
@@ -87,20 +62,20 @@ def card_text(
 
     recipe, source = facts["recipe"], facts["source"]
     name = str(recipe.get("name") or source["name"])
-    front = {"base_model": source["name"], "library_name": "transformers", "tags": ["llmcompress", format_name]}
+    front = {"base_model": source["name"], "library_name": "transformers", "tags": ["llmcompress", exporter.name]}
     if source.get("license"):
         front["license"] = source["license"]
     licence = source.get("license") or "not stated in the source's model card; the source's terms apply"
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=True, allow_unicode=True) + "---",
         f"# {name}",
-        f"`{source['name']}` compressed with llmcompress {facts['versions']['llmcompress']}, format `{format_name}`.",
-        "## Loading\n\n" + SNIPPETS[format_name],
+        f"`{source['name']}` compressed with llmcompress {facts['versions']['llmcompress']}, format `{exporter.name}`.",
+        *(["## Loading\n\n" + exporter.loading] if exporter.loading else []),
         "## Weights\n\n" + weights_table(plan),
         "## Results\n\n" + results_table(metrics),
     ]
     if policies:
-        carried = "Active after loading." if format_name == "native" else "Not carried by this format."
+        carried = "Not carried by this format." if exporter.losses(policies) else "Active after loading."
         lines = "\n".join(f"- `{key}`: {_inline(value)}" for key, value in sorted(policies.items()))
         parts.append(f"## Run-time policies\n\n{carried}\n\n{lines}")
     types = {str(stage.get("type")) for stage in dict(recipe.get("stages") or {}).values()}

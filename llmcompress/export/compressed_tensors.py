@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError
 from llmcompress.export.base import (
+    FROM_PRETRAINED,
     Exporter,
     block_tensors,
     decoded,
@@ -76,6 +77,11 @@ class CompressedTensorsExporter(Exporter):
     """Checkpoints that transformers, vLLM and SGLang read without this project."""
 
     name = "compressed-tensors"
+    loading = (
+        "```python\n"
+        '# pip install "compressed-tensors>=0.15"; serving runtimes that read compressed-tensors keep it packed\n'
+        + FROM_PRETRAINED
+    )
 
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Weights the format or its readers cannot hold, one line per kind of problem."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.export.base import (
+    FROM_PRETRAINED,
     BlockTensors,
     Exporter,
     block_tensors,
@@ -42,6 +43,7 @@ class DenseExporter(Exporter):
     """
 
     name = "dense"
+    loading = "```python\n" + FROM_PRETRAINED
 
     def __init__(self, dtype: str = "auto") -> None:
         self._dtype = dtype

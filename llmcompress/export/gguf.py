@@ -79,6 +79,9 @@ class GGUFExporter(Exporter):
     """One file for llama.cpp and everything built on it."""
 
     name = "gguf"
+    loading = """```bash
+llama-cli -m PATH/model.gguf -p "Once upon a time"
+```"""
 
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Families and weights that GGML types do not represent exactly."""

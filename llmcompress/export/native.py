@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import ExportError
-from llmcompress.export.base import SHARD_BYTES, Exporter, dense_config, write_model_folder
+from llmcompress.export.base import FROM_PRETRAINED, SHARD_BYTES, Exporter, dense_config, write_model_folder
 from llmcompress.models import sizes
 from llmcompress.models.quantization_config import to_json
 
@@ -31,6 +31,11 @@ class NativeExporter(Exporter):
     """Our own format: every spec, mixed bits and run-time policies; read with ``import llmcompress.hf``."""
 
     name = "native"
+    loading = (
+        "```python\n"
+        "import llmcompress.hf  # registers the format with transformers; without it the weights would not be read\n"
+        + FROM_PRETRAINED
+    )
 
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Never refuses: the format is made for whatever the pipeline produces."""

@@ -122,7 +122,7 @@ class Export(Stage):
             exporter.read_back(out, state.model, state.packed)
             if state.adapter is not None:
                 _put_adapter(state.adapter, out)
-            write_card(out, exporter.name, state, ctx, facts)
+            write_card(out, exporter, state, ctx, facts)
             size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
             ctx.emit("metric", name=f"export.{exporter.name}.bytes", value=size)
             ctx.emit("note", text=f"{exporter.name}: {out} ({size / 1e6:.1f} MB, read back equal)")

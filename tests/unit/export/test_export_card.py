@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from llmcompress.export.card import card_text, results_table, weights_table
+from llmcompress.export.native import NativeExporter
 from llmcompress.export.provenance import front_matter
+from llmcompress.export.registry import exporter
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.state import Metric
 
@@ -21,7 +23,7 @@ FACTS: dict[str, Any] = {
 def test_card_holds_all_sections_and_valid_front_matter() -> None:
     plan = {"a": QuantSpec(3, 128, False), "b": QuantSpec(4, -1, True)}
     metrics = [Metric("wiki", "perplexity", 5.0, 5.5), Metric("fidelity", "kl", None, 0.01)]
-    text = card_text("native", FACTS, plan, metrics, {"pesf": {"alpha": 0.3, "scope": "batch"}})
+    text = card_text(exporter("native"), FACTS, plan, metrics, {"pesf": {"alpha": 0.3, "scope": "batch"}})
     front = front_matter(text)
     assert front["license"] == "apache-2.0"
     assert front["base_model"] == "org/model"
@@ -46,9 +48,18 @@ def test_card_holds_all_sections_and_valid_front_matter() -> None:
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gguf", "dense"])
 def test_other_formats_say_that_policies_are_lost(name: str) -> None:
-    text = card_text(name, FACTS, {}, [], {"pesf": {"alpha": 0.3}})
+    text = card_text(exporter(name), FACTS, {}, [], {"pesf": {"alpha": 0.3}})
     assert "Not carried by this format" in text
     assert "import llmcompress.hf" not in text
+
+
+def test_a_format_that_does_not_say_how_it_is_loaded_has_a_card() -> None:
+    class Mine(NativeExporter):
+        name, loading = "mine", ""
+
+    text = card_text(Mine(), FACTS, {}, [], {})
+    assert "format `mine`" in text
+    assert "## Loading" not in text
 
 
 def test_timings_stay_out_of_the_table() -> None:
