@@ -59,12 +59,35 @@ def cluster_cost(gram: Tensor, members: Sequence[int]) -> float:
     return float(part.diagonal().sum() - part.sum() / len(members))
 
 
-def merge_cost(gram: Tensor, first: Sequence[int], second: Sequence[int]) -> float:
-    """``J(A ∪ B) - J(A) - J(B)``, Ward's ``|A||B|/(|A|+|B|) · ‖μ_A - μ_B‖²``."""
-    a, b = list(first), list(second)
-    within_a, within_b = gram[a][:, a].mean(), gram[b][:, b].mean()
-    distance = float(within_a + within_b - 2 * gram[a][:, b].mean())
-    return len(a) * len(b) / (len(a) + len(b)) * max(distance, 0.0)
+def merge_cost(gram: Tensor, first: Sequence[int], second: Sequence[int], importance: Tensor | None = None) -> float:
+    """``J(A ∪ B) - J(A) - J(B)``, Ward's ``|A||B|/(|A|+|B|) · ‖μ_A - μ_B‖²``; members weigh as ``importance`` says.
+
+    Args:
+        gram: ``[M, M]`` from :func:`centred_gram`.
+        first: Members of one cluster.
+        second: Those of the other.
+        importance: fp64 ``[M]`` weights ω, 1 each when None; ``Σ ω`` stands for ``|A|``, and μ is the weighted mean.
+    """
+    omega = _ones(gram) if importance is None else importance
+    a, b = float(omega[list(first)].sum()), float(omega[list(second)].sum())
+    return a * b / (a + b) * max(_distance(gram, _share(omega, first), _share(omega, second)), 0.0)
+
+
+def _ones(gram: Tensor) -> Tensor:
+    return torch.ones(len(gram), dtype=gram.dtype)
+
+
+def _share(omega: Tensor, members: Sequence[int]) -> Tensor:
+    """Coefficients ``[M]`` of the members' weighted mean."""
+    share = torch.zeros_like(omega)
+    share[list(members)] = omega[list(members)] / omega[list(members)].sum()
+    return share
+
+
+def _distance(gram: Tensor, first: Tensor, second: Tensor) -> float:
+    """``‖μ_A - μ_B‖²`` of two means, given by their coefficients ``[M]``."""
+    apart = first - second
+    return float(apart @ gram @ apart)
 
 
 def generalised_merge_cost(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
@@ -107,7 +130,13 @@ def hessian_mean(weights: Tensor, hessians: Tensor, importance: Tensor, damp: fl
     return mean + torch.linalg.solve(regular, apart.T).T, total
 
 
-def aggregate(names: Sequence[str], gram: Tensor, linkage: Linkage = "ward", deltas: Tensor | None = None) -> Tree:
+def aggregate(
+    names: Sequence[str],
+    gram: Tensor,
+    linkage: Linkage = "ward",
+    deltas: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Tree:
     """Merge the closest two clusters until one is left.
 
     Args:
@@ -115,12 +144,13 @@ def aggregate(names: Sequence[str], gram: Tensor, linkage: Linkage = "ward", del
         gram: ``[M, M]`` from :func:`centred_gram`, summed over the matrices that share the tree.
         linkage: ``ward``; ``average``: mean distance between models; ``cosine``: mean cosine distance of ``deltas``.
         deltas: ``[M, M]`` inner products of the models' differences to their base, for ``cosine``.
+        importance: fp64 ``[M]`` weights of the models for ``ward``, 1 each when None.
 
     Raises:
         ValueError: ``cosine`` without ``deltas``.
     """
     order = sorted(range(len(names)), key=lambda i: names[i])
-    cost = _cost_function(gram, linkage, deltas)
+    cost = _cost_function(gram, linkage, deltas, importance)
     clusters: list[tuple[int, ...]] = [(i,) for i in order]
     merges: list[tuple[Members, Members]] = []
     while len(clusters) > 1:
@@ -135,10 +165,10 @@ def aggregate(names: Sequence[str], gram: Tensor, linkage: Linkage = "ward", del
 
 
 def _cost_function(
-    gram: Tensor, linkage: Linkage, deltas: Tensor | None
+    gram: Tensor, linkage: Linkage, deltas: Tensor | None, importance: Tensor | None
 ) -> Callable[[Sequence[int], Sequence[int]], float]:
     if linkage == "ward":
-        return lambda a, b: merge_cost(gram, a, b)
+        return lambda a, b: merge_cost(gram, a, b, importance)
     if linkage == "average":
         diagonal = gram.diagonal()
         distance = diagonal[:, None] + diagonal[None, :] - 2 * gram
@@ -150,7 +180,9 @@ def _cost_function(
     return lambda a, b: float(distance[list(a)][:, list(b)].mean())
 
 
-def increments(tree: Tree, names: Sequence[str], gram: Tensor, energy: float) -> dict[str, float]:
+def increments(
+    tree: Tree, names: Sequence[str], gram: Tensor, energy: float, importance: Tensor | None = None
+) -> dict[str, float]:
     """Energy that appears at each node: ``‖μ_v - μ_parent‖²``, at the root ``‖μ‖²``; node id → value.
 
     Args:
@@ -158,15 +190,17 @@ def increments(tree: Tree, names: Sequence[str], gram: Tensor, energy: float) ->
         names: Order of ``gram``.
         gram: ``[M, M]`` of one matrix.
         energy: Its mean energy, as from :func:`centred_gram`.
+        importance: fp64 ``[M]`` weights ω of the models' means, as nodes are built with; 1 each when None. The root's
+            is that of the plain mean, from which a weighted one hardly differs beside its size.
     """
     place = {name: i for i, name in enumerate(names)}
+    omega = _ones(gram) if importance is None else importance
+    shares = [_share(omega, [place[name] for name in node]) for node in tree.nodes]
     found = {}
-    for position, (node, parent) in enumerate(zip(tree.nodes, tree.parents)):
-        mine = [place[name] for name in sorted(node)]
+    for position, parent in enumerate(tree.parents):
         if parent is None:
-            found[tree.ids[position]] = max(0.0, energy - float(gram.diagonal().mean()))
-            continue
-        above = [place[name] for name in sorted(tree.nodes[parent])]
-        value = gram[mine][:, mine].mean() + gram[above][:, above].mean() - 2 * gram[mine][:, above].mean()
-        found[tree.ids[position]] = max(0.0, float(value))
+            value = energy - float(gram.diagonal().mean())
+        else:
+            value = _distance(gram, shares[position], shares[parent])
+        found[tree.ids[position]] = max(0.0, value)
     return found

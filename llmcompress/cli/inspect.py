@@ -131,7 +131,7 @@ def look(path: Path) -> Inspection:
     modules_because = None if layout is None else decline_config(config)
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
-    specs = _specs(quantization) if method == "llmcompress" else {}
+    specs = _specs(quantization, layout) if method == "llmcompress" else {}
     groups = _groups(headers, layout, specs)
     total, values = sum(g.bytes for g in groups), sum(g.values for g in groups)
     inner = config.get("text_config")
@@ -192,10 +192,19 @@ def _layout(config: dict[str, Any]) -> tuple[ModelLayout | None, str | None]:
         return None, error.message
 
 
-def _specs(quantization: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Plan name → spec of a native artifact."""
+def _specs(quantization: dict[str, Any], layout: ModelLayout | None) -> dict[str, dict[str, Any]]:
+    """Plan name → spec of a native artifact; embedding and head too, where a policy keeps them in low bits."""
     specs = quantization.get("specs", [])
-    return {name: specs[index] for name, index in quantization.get("modules", {}).items()}
+    found = {name: specs[index] for name, index in quantization.get("modules", {}).items()}
+    policy = quantization.get("policies", {}).get("embeddings")
+    if policy is not None and layout is not None:
+        found |= {stem: {**policy, "symmetric": True} for stem in _outside(layout)}
+    return found
+
+
+def _outside(layout: ModelLayout) -> dict[str, tuple[int, ...]]:
+    """Modules outside the blocks → shape of their weight."""
+    return {view.name.removesuffix(".weight"): tuple(view.shape) for view in layout.outside}
 
 
 def _groups(
@@ -203,6 +212,7 @@ def _groups(
 ) -> list[ModuleGroup]:
     """Gather tensors by role and storage; packed parts count with their weight."""
     known = {name: (role.value, shape, block) for name, role, shape, block in layout.quantizable()} if layout else {}
+    known |= {stem: ("other", shape, -1) for stem, shape in (_outside(layout) if layout else {}).items()}
     disk = _disk_roles(layout) if layout else {}
     gathered: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     blocks: dict[tuple[str, str], set[int]] = defaultdict(set)

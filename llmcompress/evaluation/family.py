@@ -70,7 +70,7 @@ class _Measurement:
         self._method("dense", lambda name: {})
         self._method("rqt", self._tree_weights)
         methods = {"rqt": self._summary("rqt", state.plan.linear_bits())}
-        baselines = Baselines(state, self.ctx, self.config.baseline_group_size)
+        baselines = Baselines(state, self.ctx, self.config.baseline_group_size, self.config.baseline_sweeps)
         for method in self.config.baselines:
             self._method(method, partial(baselines.weights, method))
             bits = self.ledger.get(f"{method}/bits", partial(baselines.bits, method))

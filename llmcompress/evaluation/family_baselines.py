@@ -1,7 +1,7 @@
 """Other ways to store several fine-tunes, in the same harness: same models, same texts, same rounded embeddings.
 
 * ``gptq-2``, ``gptq-3``, ``gptq-4``: each member on its own, with this project's GPTQ (asymmetric, the family's group
-  size or one of their own), calibrated like the tree's leaves on the member's own windows.
+  size or one of their own, as many sweeps as asked for), calibrated like the tree's leaves on the member's own windows.
 * ``bitdelta`` (Liu et al., NeurIPS 2024): 16-bit base, one sign per weight and one scale per matrix, the mean of
   ``|Δ|``; without its distillation of the scales. ``bitdelta-4``: the same on a 4-bit GPTQ base.
 * ``low_rank``: 16-bit base and a truncated SVD of each difference in fp16, as large as one bit per weight.
@@ -44,17 +44,18 @@ class Baselines:
         state: The family, with the windows its members were calibrated on.
         ctx: The run.
         group_size: Columns per scale of GPTQ; the family's when None.
+        sweeps: Rounds of coordinate descent after GPTQ.
     """
 
-    def __init__(self, state: FamilyState, ctx: RunContext, group_size: int | None = None) -> None:
-        self.state, self.ctx = state, ctx
+    def __init__(self, state: FamilyState, ctx: RunContext, group_size: int | None = None, sweeps: int = 0) -> None:
+        self.state, self.ctx, self.sweeps = state, ctx, sweeps
         self.group_size = group_size or state.plan.group_size
         self._base: dict[str, Tensor] = {}
 
     def weights(self, method: str, name: str) -> Mapping[str, Tensor]:
         """Linear weights of one member by one method; weight name → ``[N, K]`` fp32."""
         if method.startswith("gptq-"):
-            return independent(self.state, self.ctx, name, int(method[-1]), self.group_size)
+            return independent(self.state, self.ctx, name, int(method[-1]), self.group_size, self.sweeps)
         family, found = self.state.family, {}
         for linear in self.state.plan.linears:
             base, own = self._weight(family.base, linear), self._weight(family.members[name], linear)
@@ -96,7 +97,7 @@ class Baselines:
         """The base's weight by 4-bit GPTQ on the first member's windows; all of them are made at once."""
         if not self._base:
             first = next(iter(self.state.family.members))
-            self._base = dict(independent(self.state, self.ctx, first, 4, self.group_size, base=True))
+            self._base = dict(independent(self.state, self.ctx, first, 4, self.group_size, self.sweeps, base=True))
         return self._base[linear]
 
 
@@ -136,9 +137,9 @@ def two_levels(deltas: Tensor, base_bits: int, offset_bits: int) -> Tensor:
 class _Independent(DenseVisitor):
     """Visitor that quantizes one member on its own."""
 
-    def __init__(self, stream: MemberStream, handle: Any, spec: QuantSpec) -> None:
+    def __init__(self, stream: MemberStream, handle: Any, spec: QuantSpec, sweeps: int) -> None:
         self.stream, self.handle, self.spec = stream, handle, spec
-        self.options = GptqOptions(act_order="groups", refit=True)
+        self.options = GptqOptions(act_order="groups", refit=True, sweeps=sweeps)
         self.found: dict[str, Tensor] = {}
 
     def linears(self, group: LinearGroup, gram: Gram | None) -> None:
@@ -154,7 +155,7 @@ class _Independent(DenseVisitor):
 
 
 def independent(
-    state: FamilyState, ctx: RunContext, name: str, bits: int, group_size: int, base: bool = False
+    state: FamilyState, ctx: RunContext, name: str, bits: int, group_size: int, sweeps: int = 0, base: bool = False
 ) -> Mapping[str, Tensor]:
     """One member (or the base) by this project's GPTQ alone, block after block on its own activations."""
     tokens = state.calibration[name].tokens
@@ -163,7 +164,7 @@ def independent(
     found: dict[str, Tensor] = {}
     for block in state.family.layout.blocks:
         stream.load(block)
-        visitor = _Independent(stream, stream.handle, QuantSpec(bits, group_size))
+        visitor = _Independent(stream, stream.handle, QuantSpec(bits, group_size), sweeps)
         stream.walker.forward(block, stream.hidden, visitor)
         stream.free(block)
         found |= visitor.found

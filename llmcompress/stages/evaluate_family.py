@@ -41,6 +41,10 @@ class EvaluateFamilyConfig(StageConfig):
     """Columns that share a scale where a baseline uses GPTQ; the family's by default. Trees do well with wide groups,
     GPTQ on its own often with narrower ones."""
 
+    baseline_sweeps: Annotated[int, Field(ge=0, le=64)] = 0
+    """Rounds of coordinate descent after a baseline's GPTQ, as the tree's leaves have by default (``rqt.sweeps``); 0 is
+    GPTQ as published."""
+
     cross: bool = True
     """Measure every member on every text: is each still the best on its own?"""
 

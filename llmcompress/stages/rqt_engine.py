@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.data.calibration import CalibrationSet
@@ -134,4 +135,7 @@ def planned(config: RqtConfig, family: ModelFamily, survey: Survey, felt: Felt, 
     plan = FamilyPlan.from_dict(read_json(path), str(path))
     bits = f"{plan.linear_bits():.3f} bits per weight and member"
     ctx.emit("note", text=f"{len(plan.order)} members in {len(plan.trees)} tree(s), {bits}")
+    counts = Counter(len(plan.path(linear, member)) for linear in plan.linears for member in plan.order)
+    parts = ", ".join(f"{count} of {nodes}" for nodes, count in sorted(counts.items()))
+    ctx.emit("note", text=f"a member's weight is the sum of so many nodes: {parts} (two: root and leaf alone)")
     return plan

@@ -46,8 +46,11 @@ def make_plan(
         for key in dict.fromkeys(keys.values())
     }
     main = trees["model"] if "model" in trees else _tree(config, survey, list(shapes))
+    omega = weights_of(config, survey)
     energies = {
-        name: increments(trees[keys[name]], names, _matrix(survey.matrices[name].gram), survey.matrices[name].energy)
+        name: increments(
+            trees[keys[name]], names, _matrix(survey.matrices[name].gram), survey.matrices[name].energy, omega
+        )
         for name in shapes
     }
     if config.bits.mode == "preset":
@@ -83,7 +86,14 @@ def _tree(config: RqtConfig, survey: Survey, linears: list[str]) -> Tree:
         if facts.energy > 0:
             gram += _matrix(facts.gram) / facts.energy
             deltas += _matrix(facts.deltas) / facts.energy
-    return aggregate(survey.members, gram, config.tree.linkage, deltas)
+    return aggregate(survey.members, gram, config.tree.linkage, deltas, weights_of(config, survey))
+
+
+def weights_of(config: RqtConfig, survey: Survey) -> Tensor:
+    """The recipe's weights of the members, fp64 in the survey's order."""
+    import torch
+
+    return torch.tensor([config.members[name].weight for name in survey.members], dtype=torch.float64)
 
 
 def _matrix(rows: list[list[float]]) -> Tensor:

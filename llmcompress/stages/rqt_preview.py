@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.algorithms.half_grid import distortion
 from llmcompress.algorithms.tree_allocation import Problem
 from llmcompress.algorithms.tree_topology import increments
-from llmcompress.stages.rqt_plan import make_plan
+from llmcompress.stages.rqt_plan import make_plan, weights_of
 from llmcompress.stages.rqt_survey import MatrixFacts, Survey, matrix_facts
 
 if TYPE_CHECKING:
@@ -91,11 +91,12 @@ def _row(config: RqtConfig, survey: Survey, plan: FamilyPlan, budget: float) -> 
     apart = dict.fromkeys(survey.members, 0.0)
     widths = {0, *(width for chosen in plan.bits.values() for width in chosen.values())}
     phi = {width: distortion(width, config.group_size) for width in widths}
+    omega = weights_of(config, survey)
     for name, (rows, columns) in plan.shapes.items():
         tree, facts = plan.tree(name), survey.matrices[name]
         if facts.energy <= 0:
             continue
-        found = increments(tree, survey.members, torch.tensor(facts.gram, dtype=torch.float64), facts.energy)
+        found = increments(tree, survey.members, torch.tensor(facts.gram, dtype=torch.float64), facts.energy, omega)
         energy = [found[node] / facts.energy for node in tree.ids]
         chosen = tuple(plan.bits[name].get(node, 0) for node in tree.ids)
         for index, member in enumerate(survey.members):

@@ -95,6 +95,34 @@ def test_reading_back_finds_a_changed_code(folder: Path, tmp_path: Path) -> None
         read_back(out, state)
 
 
+def test_baselines_may_have_the_sweeps_of_the_tree(folder: Path, tiny: Any, tmp_path: Path) -> None:
+    """Independent GPTQ with sweeps makes less error in the outputs of the first linears, which read the same inputs."""
+    from llmcompress.data.calibration import CalibrationSet
+    from llmcompress.evaluation.family_baselines import Baselines
+    from llmcompress.models.family import ModelFamily
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.quant.family import FamilyPlan
+    from llmcompress.quant.store import PackedStore
+    from llmcompress.stages.state import FamilyState
+
+    stage = folder / "run/stages/rqt"
+    family = ModelFamily.open(ModelHandle.open(folder / "base"), {name: str(folder / name) for name in MEMBERS})
+    plan = FamilyPlan.from_dict(json.loads((stage / "plan.json").read_text()), "plan.json")
+    calibration = {name: CalibrationSet.load(stage / "calibration" / f"{name}.safetensors") for name in MEMBERS}
+    state = FamilyState(family, plan, PackedStore(stage / "blocks"), "int8", calibration)
+    model = family.members["ant"].dense_model(torch.float32)
+    first = "model.layers.0.self_attn.q_proj"
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.model.embed_tokens(calibration["ant"].tokens)).flatten(0, 1)
+        weight = model.get_parameter(f"{first}.weight")
+        errors = [
+            float(((weight - Baselines(state, tiny.context(tmp_path), 16, sweeps).weights("gptq-2", "ant")[first])
+                   @ x.T).square().sum())
+            for sweeps in (0, 4)
+        ]  # fmt: skip
+    assert errors[1] < 0.99 * errors[0]
+
+
 def test_mixed_batch_equals_each_member_alone(folder: Path) -> None:
     import llmcompress.hf
 

@@ -70,6 +70,7 @@ def test_one_recipe(family: str, tiny: Any, tiny_tokenizer: Any, tmp_path: Path,
     layout = layout_from_config(json.loads((artifact / "config.json").read_text()))
     assert len(found["heads"]) == sum(block.scan is not None for block in layout.blocks)
     assert {"state_cache", "activations"} <= set(found["policies"])
+    assert found["parameters"] == look(source).parameters
 
     model, tokenizer = hf.load(artifact)
     assert tokenizer is not None

@@ -67,6 +67,23 @@ def test_merge_cost_is_ward_with_one_moment() -> None:
     assert energy == pytest.approx(float(direct), rel=1e-10)
 
 
+def test_members_weigh_in_the_tree_as_they_do_in_its_nodes() -> None:
+    """With weights, Ward's cost is the exact one of the weighted problem, and energies are those of its means."""
+    weights, shared = family(4, 6, 8, 2), moments(1, 8, 3)
+    omega, first, second = torch.tensor([3.0, 0.5, 1.0, 2.0], dtype=torch.float64), [0, 2], [1, 3]
+    gram, energy = centred_gram(weights, shared[0])
+    sides = [hessian_mean(weights[own], shared.expand(2, -1, -1), omega[own]) for own in (first, second)]
+    exact = float(generalised_merge_cost(sides[0], sides[1]))
+    assert merge_cost(gram, first, second, omega) == pytest.approx(exact, rel=1e-9)
+    assert merge_cost(gram, first, second) != pytest.approx(exact, rel=1e-2)
+    tree = Tree.of(list("abcd"), [(frozenset("a"), frozenset("c")), (frozenset("b"), frozenset("d")),
+                                  (frozenset("ac"), frozenset("bd"))])  # fmt: skip
+    found = increments(tree, list("abcd"), gram, energy, omega)
+    whole, own = hessian_mean(weights, shared.expand(4, -1, -1), omega)[0], sides[0][0]
+    for node, apart in (("a", weights[0] - own), (tree.ids[tree.nodes.index(frozenset("ac"))], own - whole)):
+        assert found[node] == pytest.approx(float(((apart @ shared[0]) * apart).sum()), rel=1e-9)
+
+
 def test_quantizing_a_node_for_all_models_is_one_weighted_problem() -> None:
     weights, hessians = family(4, 6, 8, 4), moments(4, 8, 5)
     omega = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64)
