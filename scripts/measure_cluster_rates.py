@@ -46,6 +46,7 @@ from llmcompress.algorithms.router_calibration import SolverOptions, calibrate_r
 from llmcompress.algorithms.routing import RouterRule
 from llmcompress.distributed.balance import shares
 from llmcompress.distributed.world import World
+from llmcompress.durable import write_durably
 from llmcompress.models import sizes
 from llmcompress.models.capture import Routing
 from llmcompress.models.handle import ModelHandle
@@ -68,7 +69,7 @@ from llmcompress.pipeline.work import (
 )
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
-from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
+from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.recipe.load import load_recipe
 from llmcompress.stages.block_solver import cpu
 

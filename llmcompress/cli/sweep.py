@@ -153,8 +153,8 @@ def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, n
         metric: Quality to compare by.
         name: Name of the recipe.
     """
+    from llmcompress.durable import write_durably
     from llmcompress.pipeline.sweep import pareto
-    from llmcompress.quant.store import write_durably
     from llmcompress.report.sweep import build_sweep_page
 
     rising = metric is not None and metric.rsplit(".", 1)[-1] in _RISING

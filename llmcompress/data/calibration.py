@@ -48,7 +48,7 @@ class CalibrationSet:
         """Write tokens and provenance as safetensors; equal sets give equal bytes."""
         from safetensors.torch import save
 
-        from llmcompress.quant.store import write_durably
+        from llmcompress.durable import write_durably
 
         # one metadata key: the order of several is not fixed by safetensors
         record = json.dumps({"provenance": self.provenance, "hash": self.hash}, sort_keys=True)

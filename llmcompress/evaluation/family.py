@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.batching import family_batch
 from llmcompress.evaluation.family_baselines import Baselines
 from llmcompress.evaluation.perplexity import Text, perplexity, tokenize
 from llmcompress.quant.codecs import codec, delta_tree
 from llmcompress.quant.family import entry
-from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.config import PerplexityConfig

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmcompress.quant.store import write_durably
+from llmcompress.durable import write_durably
 
 
 def part_name(key: str) -> str:

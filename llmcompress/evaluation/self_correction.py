@@ -311,7 +311,7 @@ def write_episodes(path: Path, problems: Sequence[Problem], measured: Measured, 
     """Keep every verdict and some texts (right at once, corrected, broken, failed) for the report and for paired
     tests.
     """
-    from llmcompress.quant.store import write_durably
+    from llmcompress.durable import write_durably
 
     kinds: dict[str, list[dict[str, Any]]] = {"right": [], "corrected": [], "broken": [], "failed": []}
     for problem, episode, text in zip(problems, measured.episodes, measured.texts):

@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError, ResourceError
 from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
-from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.quant.store import write_durably
+from llmcompress.durable import write_durably
 
 if TYPE_CHECKING:
     from pathlib import Path

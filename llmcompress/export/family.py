@@ -227,7 +227,7 @@ def stored_bits(plan: FamilyPlan, folder: Path) -> float:
 
 def write_card(out: Path, plan: FamilyPlan, name: str) -> None:
     """Write ``README.md`` into an artifact; depends on the plan alone."""
-    from llmcompress.quant.store import write_durably
+    from llmcompress.durable import write_durably
     from llmcompress.quant.tree import drawn
 
     main = plan.trees.get("model") or next(iter(plan.trees.values()))

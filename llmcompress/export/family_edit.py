@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
+from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError, InputError, UsageError
 from llmcompress.export.base import ShardWriter, atomic_folder, write_json
 from llmcompress.export.family import member_tensors, save_tensors, write_member
@@ -29,7 +30,6 @@ from llmcompress.models.visitor import DenseVisitor
 from llmcompress.models.vocabulary import VocabularyDifference, vocabulary_difference
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.family import FamilyPlan
-from llmcompress.quant.store import write_durably
 from llmcompress.quant.tree import Tree
 
 if TYPE_CHECKING:

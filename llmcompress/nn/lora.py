@@ -160,7 +160,7 @@ def save(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import save as to_bytes
 
-    from llmcompress.quant.store import write_durably
+    from llmcompress.durable import write_durably
 
     found = adapters(model)
     tensors = {}

@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import EnvironmentProblem, InputError, UsageError
-from llmcompress.quant.store import write_durably
 
 STATE_VERSION = 1
 _OURS = ("recipe.yaml", "recipe.lock.json", "run.json", "events.jsonl", "log.txt", "report.html", ".lock")

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import InputError, Interrupted, UsageError
 from llmcompress.pipeline.run_dir import RunDir, RunLock
-from llmcompress.quant.store import write_durably
 
 FORMAT = 1
 MANIFEST = "sweep.json"

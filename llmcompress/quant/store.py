@@ -7,13 +7,12 @@ so whatever is there after a kill can be trusted and resume starts at the first 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from llmcompress.durable import durably, write_durably
 from llmcompress.errors import InputError
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantPlan, QuantSpec
@@ -35,28 +34,6 @@ class BlockPatch:
     packed: Mapping[str, PackedWeight]
     replaced: Mapping[str, Tensor]
     record: dict[str, Any] = field(default_factory=dict)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` either does not exist or is complete, even after a power cut."""
-    with durably(path) as handle:
-        handle.write(data)
-
-
-@contextmanager
-def durably(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears as ``path``, complete, when the ``with`` block ends without an error."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as handle:
-        yield handle
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class PackedStore:

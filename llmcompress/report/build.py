@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import write_durably
 from llmcompress.evaluation.significance import within_noise
-from llmcompress.quant.store import write_durably
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
 from llmcompress.report.family import family_section
 from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent

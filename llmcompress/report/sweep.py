@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcompress.quant.store import write_durably
+from llmcompress.durable import write_durably
 from llmcompress.report.build import bytes_text, metric_text, seconds_text, templates
 from llmcompress.report.plots import Point, scatter
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmcompress.distributed.balance import shares
 from llmcompress.distributed.world import World
+from llmcompress.durable import write_durably
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models import sizes
 from llmcompress.models.memory_limits import DEFAULT, Limits, rounds
 from llmcompress.quant.spec import QuantPlan
-from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
+from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.stages.base import PlanInputs
 from llmcompress.stages.blockwise_estimate import limits_for
 from llmcompress.stages.schemes import RuleConfig, plain_rules

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import RecipeError
 from llmcompress.models import sizes
 from llmcompress.quant.states import BITS, DITHERED, CompressedCodec, Rounding
-from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import GateFailed, RecipeError
 from llmcompress.evaluation.config import (
     FidelityConfig,
@@ -28,7 +29,7 @@ from llmcompress.evaluation.working_set import (
     streamed_sides,
     streamed_tokens,
 )
-from llmcompress.quant.store import PackedStore, write_durably
+from llmcompress.quant.store import PackedStore
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.metrics import read_metrics
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import GateFailed
 from llmcompress.evaluation.batching import FAMILY_CUDA_BYTES
 from llmcompress.evaluation.config import PerplexityConfig
-from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.metrics import read_metrics, write_metrics
 from llmcompress.stages.state import Metric

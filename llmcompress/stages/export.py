@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError
 from llmcompress.export.registry import formats
 from llmcompress.models.paths import ADAPTER
-from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:

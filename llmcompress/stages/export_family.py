@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError
-from llmcompress.quant.store import write_durably
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import write_durably
 from llmcompress.errors import InputError
-from llmcompress.quant.store import write_durably
 from llmcompress.stages.state import Metric
 
 FILE = "metrics.json"

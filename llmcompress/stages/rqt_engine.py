@@ -7,11 +7,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.data.calibration import CalibrationSet
+from llmcompress.durable import write_durably
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.family import ModelFamily, unsupported
 from llmcompress.models.vocabulary import vocabulary_difference
 from llmcompress.quant.family import FamilyPlan
-from llmcompress.quant.store import PackedStore, write_durably
+from llmcompress.quant.store import PackedStore
 from llmcompress.stages.rqt_build import FamilyBuilder
 from llmcompress.stages.rqt_importance import Felt, felt_by_loss
 from llmcompress.stages.rqt_plan import make_plan

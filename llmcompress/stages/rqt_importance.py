@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from llmcompress.quant.store import write_durably
+from llmcompress.durable import write_durably
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.durable import write_durably
 from llmcompress.models.member_stream import MemberStream
-from llmcompress.quant.store import write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor

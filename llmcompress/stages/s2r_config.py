@@ -271,10 +271,10 @@ def measure_behaviour(
     """
     import json
 
+    from llmcompress.durable import write_durably
     from llmcompress.evaluation.measure import NATIVE, written_by
     from llmcompress.evaluation.sampling import Sampling
     from llmcompress.evaluation.self_correction import measure, write_episodes
-    from llmcompress.quant.store import write_durably
 
     first = ctx.world.rank == 0
     path = ctx.stage_dir / f"behaviour_{name}.json"

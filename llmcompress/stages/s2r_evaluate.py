@@ -77,8 +77,8 @@ class S2REvaluate(Stage):
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Measure what is not measured yet; all processes of the run share the work."""
+        from llmcompress.durable import write_durably
         from llmcompress.evaluation.self_correction import majority
-        from llmcompress.quant.store import write_durably
         from llmcompress.stages import s2r_config as shared
 
         assert state.model is not None

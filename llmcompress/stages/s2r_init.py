@@ -236,7 +236,7 @@ class S2RInit(TrainingStage):
 
     def _keep_rows(self, rows: list[Trajectory], counts: dict[str, Any], ctx: RunContext) -> None:
         """Leave the training set and what it consists of in the stage's folder."""
-        from llmcompress.quant.store import write_durably
+        from llmcompress.durable import write_durably
 
         if ctx.world.rank > 0:
             return

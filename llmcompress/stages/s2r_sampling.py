@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.quant.store import write_durably
+from llmcompress.durable import write_durably
 
 if TYPE_CHECKING:
     from llmcompress.data.problems.base import Problem

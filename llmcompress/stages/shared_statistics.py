@@ -97,8 +97,8 @@ def gather(
         InputError: Activations contain NaN or infinity.
     """
     from llmcompress.algorithms.hessian import Gram
+    from llmcompress.durable import durably
     from llmcompress.models.capture import recorded_inputs
-    from llmcompress.quant.store import durably
     from llmcompress.quant.tensor_writer import write_tensors
 
     groups = shared_groups(handle.layout, plan)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.algorithms.bit_allocation import allocate
+from llmcompress.durable import write_durably
 from llmcompress.errors import RecipeError
-from llmcompress.quant.store import BlockPatch, PackedStore, write_durably
+from llmcompress.quant.store import BlockPatch, PackedStore
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from llmcompress.distributed.world import ALONE, World
+from llmcompress.durable import write_durably
 from llmcompress.errors import InputError
-from llmcompress.quant.store import write_durably
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -1,0 +1,31 @@
+"""Files that are either absent or complete, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` either does not exist or is complete, even after a power cut."""
+    with durably(path) as handle:
+        handle.write(data)
+
+
+@contextmanager
+def durably(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears as ``path``, complete, when the ``with`` block ends without an error."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as handle:
+        yield handle
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
