@@ -219,7 +219,7 @@ class Writer:
         self._opened: OpenedModel = open_model(path, dtype, device, member=member)
         self._sampling = sampling
         name: Any = speed.engine
-        self._generator = Generator(self._opened.model, name, **speed.options)
+        self._generator = Generator(self._opened.model, name, conversation=sampling.talk, **speed.options)
         if self._generator.reason is not None and speed.engine == "auto":
             out.note(f"transformers' own loop decodes: {self._generator.reason}")
 

@@ -44,6 +44,16 @@ def serve(
     rows: Annotated[int, _bound("max-sequences", "Sequences that decode together.")] = _LIMITS.rows,
     queue: Annotated[int, _bound("max-waiting", "Sequences that wait; beyond: 429.")] = _LIMITS.queue,
     cache_tokens: Annotated[int, _bound("cache-tokens", "Tokens of all that decode.")] = _LIMITS.cache_tokens,
+    prompt_chunk: Annotated[
+        int, _bound("prompt-chunk", "Prompt tokens that running answers wait for at a time.")
+    ] = _LIMITS.prompt_chunk,
+    prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-caching/--no-prefix-caching",
+            help="Keep what answers leave, for prompts that begin alike.",
+        ),
+    ] = _LIMITS.prefix_caching,
     prompt_tokens: Annotated[int, _bound("max-prompt-tokens", "Of one prompt.")] = _LIMITS.prompt_tokens,
     new_tokens: Annotated[int, _bound("max-new-tokens", "Of one answer.")] = _LIMITS.new_tokens,
     body_bytes: Annotated[int, _bound("max-body-bytes", "Of one request.")] = _LIMITS.body_bytes,
@@ -57,7 +67,10 @@ def serve(
 
     /v1/completions and /v1/chat/completions with streaming, /v1/models, /healthz, /metrics. Requests for all members
     of a family decode in one batch. A request that names no temperature or top_p gets those of the model's
-    generation_config.json, else 1 as at OpenAI. The API key is read from the environment variable LLMCOMPRESS_API_KEY.
+    generation_config.json, else 1 as at OpenAI. The native engine reads long prompts in parts, between the steps of
+    running answers, and a prompt that begins like another one goes on from there. Whoever has the key may notice that
+    by the time it takes: those who must not know of each other need servers of their own. The API key is read from the
+    environment variable LLMCOMPRESS_API_KEY.
     SIGTERM ends it when running answers are complete.
     """
     if engine not in ("auto", "transformers"):
@@ -67,8 +80,9 @@ def serve(
     api_key = os.environ.get(KEY) or None
     check_access(host, api_key)
     limits = Limits(
-        rows=rows, queue=queue, cache_tokens=cache_tokens, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        body_bytes=body_bytes, connections=connections, write_seconds=write_seconds, drain_seconds=drain_seconds,
+        rows=rows, queue=queue, cache_tokens=cache_tokens, prompt_chunk=prompt_chunk, prefix_caching=prefix_caching,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, body_bytes=body_bytes, connections=connections,
+        write_seconds=write_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     # before the model is loaded, which takes longer
     with bind(host, port) as bound:

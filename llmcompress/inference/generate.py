@@ -17,6 +17,7 @@ from llmcompress_kernels.build import BuildError
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.inference.caches import shared_prefix
 from llmcompress.inference.engine import window
 from llmcompress.inference.native import NativeEngine, decline, open_engine
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 EngineName = Literal["auto", "native", "transformers"]
 # candidates that a nucleus is sought among before everything is sorted
 NUCLEUS = 1024
+# positions by which the cache of a conversation grows
+TURNS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,13 @@ class Continuation:
         tokens: New token ids; the stop token, if one was met, is the last.
         prompt_seconds: Time to read all prompts of the batch; 0 where transformers does not tell.
         seconds: Time of the whole batch.
+        reused: First tokens of the prompt that the engine held already.
     """
 
     tokens: list[int]
     prompt_seconds: float
     seconds: float
+    reused: int = 0
 
 
 class Generator:
@@ -138,6 +143,8 @@ class Generator:
         engine: ``auto`` takes the native one where it can run; ``native`` insists on it.
         options: Of the engine (:func:`~llmcompress.inference.native.open_engine`): ``cache_dtype``,
             ``int8_activations``, ``head_bits``, ``threads``.
+        conversation: Whether a prompt is likely to begin with the last one and its continuation, which the native
+            engine then keeps, where it can. Logits may differ by rounding from those of the whole prompt.
 
     Raises:
         InputError: ``native`` is asked for and declined.
@@ -147,8 +154,13 @@ class Generator:
         reason: Why it is not the native one, None if it is.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: EngineName = "auto", **options: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, engine: EngineName = "auto", conversation: bool = False, **options: Any
+    ) -> None:
         self.model = model
+        self._conversation = conversation
+        # tokens in the engine's first slot
+        self._held: list[int] = []
         self._native: NativeEngine | None = None
         self.reason = "asked for" if engine == "transformers" else decline(model)
         if self.reason is None:
@@ -206,11 +218,20 @@ class Generator:
         streamer: Any,
     ) -> list[Continuation]:
         began = time.perf_counter()
-        engine.reserve(max(map(len, prompts)) + how.max_new_tokens, len(prompts))
+        room = max(map(len, prompts)) + how.max_new_tokens
+        engine.reserve(-(-room // TURNS) * TURNS if self._conversation else room, len(prompts))
         draws = torch.Generator().manual_seed(how.seed)
         if streamer is not None:
             streamer.put(torch.tensor([list(prompts[0])]))
-        first = torch.stack([engine.prompt(slot, prompt) for slot, prompt in enumerate(prompts)])
+        reused = [0] * len(prompts)
+        if self._conversation and engine.keeps_prefixes:
+            reused[0] = shared_prefix(self._held, list(prompts[0]))
+        # an error or an interrupt may leave anything
+        self._held = []
+        first = torch.stack([
+            engine.prompt(slot, prompt[start:], start=start)
+            for slot, (prompt, start) in enumerate(zip(prompts, reused))
+        ])  # fmt: skip
         prompt_seconds = time.perf_counter() - began
         written: list[list[int]] = [[] for _ in prompts]
         open_slots = list(range(len(prompts)))
@@ -232,7 +253,9 @@ class Generator:
         if streamer is not None:
             streamer.end()
         seconds = time.perf_counter() - began
-        return [Continuation(found, prompt_seconds, seconds) for found in written]
+        # the last token has been chosen, and not been read
+        self._held = [*prompts[0], *written[0][:-1]]
+        return [Continuation(found, prompt_seconds, seconds, start) for found, start in zip(written, reused)]
 
     @torch.inference_mode()
     def _by_transformers(

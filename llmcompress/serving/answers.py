@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmcompress.serving.text import REPLACEMENT
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -97,7 +99,9 @@ class ChatShape:
 
         def entry(token: int, value: float) -> dict[str, Any]:
             text = _text(words, token)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            # part of a character: its bytes are not those of what stands for it
+            known = REPLACEMENT not in text
+            return {"token": text, "logprob": value, "bytes": list(text.encode()) if known else None}
 
         return {
             "content": [
@@ -175,6 +179,12 @@ class Answers:
             choices.append({**choice, "index": index, "logprobs": logprobs, "finish_reason": self._reasons[index]})
         return {**self._head, "object": self._shape.whole, "choices": choices, "usage": self._usage()}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt, new = sum(map(len, self._prompts)), sum(self._tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        # a prompt counts once, however many answers it has, and so does what the first of them found
+        each = len(self.jobs) // len(self._prompts)
+        held = sum(job.reused for job in self.jobs[::each])
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": held},
+        }  # fmt: skip

@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -95,10 +96,11 @@ class Service:
         """Continue a conversation."""
         ask = parse(ChatAsk, await _json(request))
         model = self.model(ask.model)
-        prompt = await run_in_threadpool(_render, model, [message.plain() for message in ask.messages])
+        messages = [message.plain() for message in ask.messages]
+        prompt = await run_in_threadpool(_render, model, messages, ask.chat_template_kwargs or {})
         self.check_prompt(model, prompt, "messages")
         room = min(self.scheduler.room(model.name), model.context or 1 << 40) - len(prompt)
-        wanted = ask.wanted or max(1, min(self.limits.default_new_tokens, room))
+        wanted = ask.wanted or max(1, min(self.limits.default_new_tokens, self.limits.new_tokens, room))
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
         return await self.answer(request, ask, model, [prompt], wanted, logprobs, ChatShape())
 
@@ -167,16 +169,18 @@ class Service:
         self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], usage: bool
     ) -> AsyncIterator[bytes]:
         """Server-sent events; a reader that goes away frees its places."""
+        # a stream that counts has the field in every chunk
+        no_usage = {"usage": None} if usage else {}
         try:
             for opening in answers.openings():
-                yield _event(opening)
+                yield _event({**opening, **no_usage})
             left = len(answers.jobs)
             while left:
                 index, piece = await pieces.get()
                 if piece.error is not None:
                     yield _event(_failure(piece.error).body())
                     return
-                yield _event(answers.chunk(index, piece))
+                yield _event({**answers.chunk(index, piece), **no_usage})
                 left -= piece.reason is not None
             if usage:
                 yield _event(answers.usage_chunk())
@@ -242,14 +246,14 @@ def _failure(error: str) -> ApiError:
     return ApiError(503 if draining else 500, text, "internal_error", kind="server_error")
 
 
-def _render(model: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+def _render(model: ServedModel, messages: list[dict[str, str]], variables: dict[str, Any]) -> list[int]:
     words: Any = model.tokenizer
     if not getattr(words, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "no_chat_template", "model")
     from jinja2.exceptions import TemplateError
 
     try:
-        text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
     return list(words(text, add_special_tokens=False)["input_ids"])
@@ -289,4 +293,5 @@ async def _gone(_: Request, __: Exception) -> Response:
 
 def _sampling(ask: Ask, model: ServedModel, wanted: int, seed: int) -> Sampling:
     """How tokens are chosen: as the request says, else as the model's makers recommend, else as at OpenAI."""
-    return model.sampling.sampling(wanted, ask.temperature, ask.top_p, seed)
+    how = model.sampling.sampling(wanted, ask.temperature, ask.top_p, seed)
+    return how if ask.top_k is None else replace(how, top_k=max(0, ask.top_k))

@@ -13,9 +13,13 @@ class Limits:
         rows: Sequences that decode together.
         queue: Sequences that wait for a place; the next one gets status 429.
         cache_tokens: Prompt and new tokens of all sequences that decode, which bounds the key-value cache.
+        prompt_chunk: Tokens of prompts that are read between two steps, where they can be read in parts: the larger,
+            the longer running answers pause for a prompt, and the sooner it is read.
+        prefix_caching: Whether a prompt begins with what other sequences hold or have left of the same tokens. Whoever
+            has the key can then tell by the time whether somebody has asked a prompt: all are one tenant.
         prompt_tokens: Of one prompt.
         new_tokens: Of one answer.
-        default_new_tokens: Of a chat answer whose request names no number.
+        default_new_tokens: Of a chat answer whose request names no number, where there is so much room.
         choices: Answers of one request: prompts times ``n``.
         body_bytes: Of one request.
         stop_strings: Of one request.
@@ -27,9 +31,11 @@ class Limits:
     rows: int = 64
     queue: int = 256
     cache_tokens: int = 65536
+    prompt_chunk: int = 256
+    prefix_caching: bool = True
     prompt_tokens: int = 8192
     new_tokens: int = 4096
-    default_new_tokens: int = 256
+    default_new_tokens: int = 2048
     choices: int = 16
     body_bytes: int = 1 << 20
     stop_strings: int = 4

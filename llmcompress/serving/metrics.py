@@ -18,7 +18,8 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry, "namespace": "llmcompress"}
         self._requests = Counter("requests", "Requests by endpoint and status", ("endpoint", "status"), **own)
         self._seconds = Histogram("request_seconds", "Whole requests", ("endpoint",), buckets=_SECONDS, **own)
-        self._prompt = Counter("prompt_tokens", "Tokens of prompts read", ("model",), **own)
+        self._prompt = Counter("prompt_tokens", "Tokens of prompts", ("model",), **own)
+        self._reused = Counter("reused_prompt_tokens", "Those that were held already", ("model",), **own)
         self._written = Counter("generated_tokens", "Tokens written", ("model",), **own)
         self._errors = Counter("failed_sequences", "Answers that ended with an error", ("model",), **own)
         self._first = Histogram("first_token_seconds", "From arrival to the first token", buckets=_SECONDS, **own)
@@ -34,9 +35,10 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def first_token(self, model: str, prompt: int, seconds: float) -> None:
-        """A prompt has been read."""
+    def first_token(self, model: str, prompt: int, reused: int, seconds: float) -> None:
+        """A prompt has been read, but for those of its tokens that were held already."""
         self._prompt.labels(model).inc(prompt)
+        self._reused.labels(model).inc(reused)
         self._first.observe(seconds)
 
     def token(self, model: str) -> None:

@@ -185,8 +185,8 @@ class MixedRows:
             cache.layers[index].number = index
         return cache
 
-    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
-        """See :meth:`~llmcompress.serving.rows.Rows.join`."""
+    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None) -> Tensor:
+        """See :meth:`~llmcompress.serving.rows.Rows.join`; prompts are read whole."""
         sequence = _Sequence(member, total)
         cache = self._fresh_cache()
         (logits,) = self._forward([list(prompt)], [sequence], cache)
@@ -204,6 +204,10 @@ class MixedRows:
                 _put_together(mine, other, index)
         self._order = place
         return logits
+
+    def reused(self, key: int) -> int:
+        """None."""
+        return 0
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
         """See :meth:`~llmcompress.serving.rows.Rows.step`; every sequence must be named."""

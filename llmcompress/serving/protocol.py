@@ -13,6 +13,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 MAX_STOP = 4
 # OpenAI's bound of `top_logprobs`; the older endpoint has 5
 MAX_TOP = 20
+# arguments of transformers' apply_chat_template that are not variables of the template
+RESERVED = frozenset({
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
+})  # fmt: skip
 
 
 class ApiError(Exception):
@@ -60,17 +66,25 @@ class Ask(BaseModel):
     model: str
     # where a request is silent, the model's generation_config.json decides, else 1 as at OpenAI
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     n: int = Field(default=1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Stop = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    # beyond OpenAI, as vLLM and llama.cpp have it: 0 and -1 are all tokens
+    top_k: int | None = Field(default=None, ge=-1)
+    # what a client says about itself
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # accepted where they change nothing
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @model_validator(mode="after")
     def _stops(self) -> Ask:
@@ -118,19 +132,41 @@ class TextPart(BaseModel):
     text: str
 
 
+def _joined(value: Any) -> Any:
+    """Parts of text as one text."""
+    if value is None:
+        raise ValueError("a message needs content; calls of tools are not supported")
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"parts of type {kind!r} are not supported, only 'text'")
+    return "".join(TextPart.model_validate(part).text for part in value)
+
+
+Content = Annotated[str, BeforeValidator(_joined)]
+# absent, or as good as that
+Nothing = Annotated[list[Any] | None, Field(max_length=0)]
+
+
 class Message(BaseModel):
     """A turn of a conversation."""
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
     name: str | None = None
+    # of an answer that a client passes back as it was
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
 
     def plain(self) -> dict[str, str]:
         """For a chat template."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class TextFormat(BaseModel):
@@ -149,11 +185,23 @@ class ChatAsk(Ask):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP)
     response_format: TextFormat | None = None
+    # beyond OpenAI, as vLLM and llama.cpp have it: variables of the chat template
+    chat_template_kwargs: dict[str, bool | int | str] | None = None
+    # accepted where they change nothing
+    tools: Nothing = None
+    functions: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatAsk:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
+        reserved = sorted(RESERVED & set(self.chat_template_kwargs or ()))
+        if reserved:
+            raise ValueError(f"chat_template_kwargs: {', '.join(reserved)} cannot be set")
         return self
 
     @property
@@ -179,4 +227,8 @@ def parse(kind: type[T], data: Any) -> T:
         if first["type"] == "extra_forbidden" and len(where) == 1:
             raise ApiError(400, f"unrecognized request argument supplied: {field}", param=field) from error
         text = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "literal_error":
+            text = f"{first['input']!r:.80} is not supported, only {first['ctx']['expected']}"
+        elif first["type"] == "too_long" and first["ctx"]["max_length"] == 0:
+            text = "not supported"
         raise ApiError(400, f"{'.'.join(where)}: {text}" if where else text, param=field) from error

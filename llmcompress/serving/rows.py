@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.inference.caches import arguments
+from llmcompress.serving.slots import Slot, Slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,18 +41,25 @@ class Rows(Protocol):
     longest: int
     limit: int
 
-    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
-        """Start a sequence.
+    def join(
+        self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None
+    ) -> Tensor | None:
+        """Start a sequence, or go on with the prompt of the one that was started last.
 
         Args:
-            key: Its name; unused so far.
+            key: Its name; unused so far, or that of the prompt that goes on, the rest being as it was.
             prompt: Token ids, at least one.
             member: Of a family.
             total: Tokens that it will reach at most, at most ``longest``.
+            most: Tokens to read now, more or less, where a prompt can be read in parts; all of it by default.
 
         Returns:
-            Logits float32 ``[V]`` after the prompt.
+            Logits float32 ``[V]`` after the prompt, None while there is more of it.
         """
+        ...
+
+    def reused(self, key: int) -> int:
+        """First tokens of a sequence's prompt that need not be read, because they were held already."""
         ...
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
@@ -133,42 +141,69 @@ class NativeRows:
         engine: With ``limit`` slots.
         limit: Sequences at once.
         longest: Tokens of one.
+        prefixes: Whether prompts begin with what other sequences hold or have left, where the engine can do that.
     """
 
     kind = "native"
 
-    def __init__(self, engine: NativeEngine, limit: int, longest: int) -> None:
+    def __init__(self, engine: NativeEngine, limit: int, longest: int, prefixes: bool = True) -> None:
         self._engine, self.limit, self.longest = engine, limit, longest
-        self._slots: dict[int, int] = {}
-        self._free = list(range(limit))[::-1]
+        self._slots = Slots(limit, prefixes and engine.keeps_prefixes)
+        self._taken: dict[int, Slot] = {}
+        self._reused: dict[int, int] = {}
 
-    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
+    def join(
+        self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None
+    ) -> Tensor | None:
         """See :meth:`Rows.join`."""
-        slot = self._free.pop()
-        self._slots[key] = slot
-        return self._engine.prompt(slot, prompt, member)
+        if key not in self._taken:
+            self._begin(key, prompt, member)
+        slot, piece = self._taken[key], self._engine.piece
+        start = len(slot.tokens)
+        size = len(prompt) if most is None or piece is None else max(piece, most // piece * piece)
+        part = list(prompt[start : start + size])
+        last = start + len(part) == len(prompt)
+        logits = self._engine.prompt(slot.number, part, member, start, last)
+        slot.tokens += part
+        return logits if last else None
+
+    def _begin(self, key: int, prompt: Sequence[int], member: str | None) -> None:
+        slot, source, count = self._slots.take(prompt, member)
+        self._taken[key], self._reused[key] = slot, count
+        if source is not None and source is not slot:
+            self._engine.copy(source.number, slot.number, count)
+            slot.tokens = list(prompt[:count])
+
+    def reused(self, key: int) -> int:
+        """See :meth:`Rows.reused`."""
+        return self._reused[key]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
         """See :meth:`Rows.step`."""
         found: dict[int, Tensor] = {}
         # the tokens of one member side by side
-        keys = sorted(tokens, key=lambda key: (self._engine.owner(self._slots[key]), key))
+        keys = sorted(tokens, key=lambda key: (self._engine.owner(self._taken[key].number), key))
         most = self._engine.max_batch
         for first in range(0, len(keys), most):
             part = keys[first : first + most]
-            logits = self._engine.step(torch.tensor([tokens[k] for k in part]), [self._slots[k] for k in part])
+            slots = [self._taken[key] for key in part]
+            given = [tokens[key] for key in part]
+            logits = self._engine.step(torch.tensor(given), [slot.number for slot in slots])
             found.update(zip(part, logits.clone()))
+            for slot, token in zip(slots, given):
+                slot.tokens.append(token)
         return found
 
     def leave(self, key: int) -> None:
         """See :meth:`Rows.leave`."""
-        slot = self._slots.pop(key, None)
+        self._reused.pop(key, None)
+        slot = self._taken.pop(key, None)
         if slot is not None:
-            self._free.append(slot)
+            self._slots.give_back(slot)
 
     def held_bytes(self) -> int:
-        """Bytes of the positions in use, or of the states."""
-        return self._engine.held_bytes(list(self._slots.values()))
+        """Bytes of the positions in use, or of the states; what sequences have left is nobody's."""
+        return self._engine.held_bytes([slot.number for slot in self._taken.values()])
 
     def full_bytes(self, tokens: int) -> int:
         """See :meth:`Rows.full_bytes`; everything is reserved from the start."""
@@ -210,8 +245,8 @@ class SeparateRows:
         logits: Tensor = out.logits[0, -1].float().cpu()
         return logits
 
-    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
-        """See :meth:`Rows.join`."""
+    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None) -> Tensor:
+        """See :meth:`Rows.join`; prompts are read whole."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
@@ -219,6 +254,10 @@ class SeparateRows:
         self._decisions.keep(key)
         self._held[key] = (cache, member, len(prompt))
         return logits
+
+    def reused(self, key: int) -> int:
+        """None: caches of transformers cannot be cut short in general."""
+        return 0
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
         """See :meth:`Rows.step`."""

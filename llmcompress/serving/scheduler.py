@@ -1,4 +1,4 @@
-"""One thread that decodes: sequences join and leave between steps, whoever's they are.
+"""One thread that decodes: sequences join and leave between steps, whoever's they are; long prompts are read in parts.
 
 The thread owns all models and caches. Requests come in over :meth:`Scheduler.submit`, what they cause goes out through
 each job's ``sink``, called on that thread: it must not block. A sequence is admitted only when its prompt and its
@@ -101,6 +101,8 @@ class Job:
     sink: Callable[[Piece], None]
     logprobs: int | None = None
     cancelled: bool = False
+    # first tokens of the prompt that were held already
+    reused: int = 0
     written: int = 0
     last: int = -1
     submitted: float = field(default_factory=time.monotonic)
@@ -121,16 +123,23 @@ class Group:
         rows: The batch.
         member_of: Model name → member of a family, None for a single model.
         running: Sequence number → job.
+        reading: Number and job of the prompt that is being read.
     """
 
     rows: Rows
     member_of: Mapping[str, str | None]
     running: dict[int, Job] = field(default_factory=dict)
+    reading: tuple[int, Job] | None = None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that have a place."""
+        return [*self.running.values(), *([] if self.reading is None else [self.reading[1]])]
 
     @property
     def reserved(self) -> int:
         """Tokens that its sequences may reach together."""
-        return sum(job.total for job in self.running.values())
+        return sum(job.total for job in self.jobs)
 
 
 class Scheduler:
@@ -198,26 +207,25 @@ class Scheduler:
             self._draining = self._stopped = True
             self._lock.notify()
         self._thread.join()
-        self._fail([*self._waiting, *(job for group in self._groups for job in group.running.values())], STOPPED)
+        self._fail([*self._waiting, *(job for group in self._groups for job in group.jobs)], STOPPED)
         self._waiting.clear()
 
     def _run(self) -> None:
         while True:
             with self._lock:
-                while not self._stopped and not self._waiting and not any(g.running for g in self._groups):
+                while not self._stopped and not self._waiting and not any(g.jobs for g in self._groups):
                     self._observe()
                     self._lock.wait()
                 if self._stopped:
                     return
             self._drop_cancelled()
             for group in self._groups:
-                # one prompt between two steps: those who decode wait for no more than that
-                self._admit(group, most=1 if group.running else self._limits.rows)
+                self._read(group)
                 self._step(group)
             self._observe()
 
     def _observe(self) -> None:
-        running = sum(len(group.running) for group in self._groups)
+        running = sum(len(group.jobs) for group in self._groups)
         held = sum(group.rows.held_bytes() for group in self._groups)
         self._metrics.state(len(self._waiting), running, sum(g.reserved for g in self._groups), held)
 
@@ -228,6 +236,9 @@ class Scheduler:
         for group in self._groups:
             for key in [key for key, job in group.running.items() if job.cancelled]:
                 self._leave(group, key)
+            if group.reading is not None and group.reading[1].cancelled:
+                group.rows.leave(group.reading[0])
+                group.reading = None
 
     def _leave(self, group: Group, key: int) -> None:
         group.rows.leave(key)
@@ -237,24 +248,37 @@ class Scheduler:
         reserved = sum(g.reserved for g in self._groups)
         return len(group.running) < group.rows.limit and reserved + job.total <= self._limits.cache_tokens
 
-    def _admit(self, group: Group, most: int) -> None:
+    def _admit(self, group: Group) -> bool:
         """First come, first served: within a group nobody overtakes one that waits for room."""
-        for _ in range(most):
-            with self._lock:
-                job = next((j for j in self._waiting if self._group_of[j.model] is group and not j.cancelled), None)
-                if job is None or not self._fits(group, job):
-                    return
-                self._waiting.remove(job)
-            key, self._next = self._next, self._next + 1
+        with self._lock:
+            job = next((j for j in self._waiting if self._group_of[j.model] is group and not j.cancelled), None)
+            if job is None or not self._fits(group, job):
+                return False
+            self._waiting.remove(job)
+        group.reading = (self._next, job)
+        self._next += 1
+        return True
+
+    def _read(self, group: Group) -> None:
+        """One chunk of prompts, in one or several: those who decode wait for no more than that between two steps."""
+        chunk = left = self._limits.prompt_chunk
+        # a small rest would cost as much as a whole step
+        while 4 * left >= chunk and (group.reading is not None or self._admit(group)):
+            assert group.reading is not None
+            key, job = group.reading
             try:
-                logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total)
+                logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total, left)
             except Exception:
                 _LOG.exception("a prompt of %d tokens for %s failed", len(job.prompt), job.model)
+                group.reading = None
                 group.rows.leave(key)
                 self._fail([job], FAILED)
                 continue
-            group.running[key] = job
-            self._metrics.first_token(job.model, len(job.prompt), time.monotonic() - job.submitted)
+            if logits is None:
+                return
+            job.reused, group.reading, group.running[key] = group.rows.reused(key), None, job
+            left -= max(1, len(job.prompt) - job.reused)
+            self._metrics.first_token(job.model, len(job.prompt), job.reused, time.monotonic() - job.submitted)
             self._take(group, {key: logits})
 
     def _step(self, group: Group) -> None:

@@ -33,7 +33,7 @@ LIMITS = Limits(
 )  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if brief is defined and brief %}briefly {% endif %}assistant:"
 )
 
 
@@ -176,6 +176,9 @@ def test_a_chat_streams_role_content_reason_and_usage(server: Running, reference
         )
     )  # fmt: skip
     assert chunks[0].choices[0].delta.role == "assistant"
+    # present in every chunk, null but for the last
+    assert all("usage" in chunk.model_fields_set for chunk in chunks)
+    assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
@@ -221,6 +224,60 @@ def test_prompts_may_be_tokens_and_several(server: Running, reference: Any) -> N
     assert answer.usage.prompt_tokens == 5
 
 
+def test_what_clients_write_in_other_words_is_the_same(server: Running) -> None:
+    ask = server.client().chat.completions.create
+    messages: list[Any] = [{"role": "system", "content": "Be"}, {"role": "user", "content": "The cat"}]
+    plain = ask(model="tiny", messages=messages, max_tokens=8, temperature=0)
+    parts = [{"type": "text", "text": "The "}, {"type": "text", "text": "cat"}]
+    other = ask(
+        model="tiny", messages=[{**messages[0], "role": "developer"}, {"role": "user", "content": parts}],
+        max_completion_tokens=8, temperature=2, tools=[], tool_choice="none", metadata={"a": "b"}, store=False,
+        response_format={"type": "text"}, extra_body={"top_k": 1},
+    )  # fmt: skip
+    assert other.choices == plain.choices
+    # nothing is said of a length: as far as there is room
+    whole = ask(model="tiny", messages=messages, temperature=0)
+    assert whole.usage.completion_tokens == LIMITS.new_tokens or whole.choices[0].finish_reason == "stop"
+    brief = ask(
+        model="tiny", messages=messages, max_tokens=8, extra_body={"chat_template_kwargs": {"brief": True}},
+    )  # fmt: skip
+    assert brief.usage.prompt_tokens > plain.usage.prompt_tokens
+
+
+def test_bytes_of_tokens_are_theirs_or_none(server: Running) -> None:
+    messages: list[Any] = [{"role": "user", "content": "The cat"}]
+    answer = server.client().chat.completions.create(
+        model="tiny", messages=messages, max_tokens=40, temperature=0, logprobs=True
+    )
+    found = answer.choices[0].logprobs.content
+    assert {entry.bytes is None for entry in found} == {True, False}
+    for entry in found:
+        assert (entry.bytes is None) == ("\ufffd" in entry.token)
+        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+
+
+def test_a_prompt_that_begins_like_another_is_read_from_there(server: Running, reference: Any) -> None:
+    native = server.server.scheduler._groups[0].rows.kind == "native"
+    messages = [{"role": "user", "content": "The cat sat"}]
+    ask = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    first = server.client().chat.completions.create(messages=messages, **ask)
+    before = server.metric("reused_prompt_tokens_total")
+    # as the client gives it, whatever fields it has
+    messages += [first.choices[0].message, {"role": "user", "content": "And"}]
+    second = server.client().chat.completions.create(messages=messages, **ask)
+    text = f"user: {messages[0]['content']}\nassistant: {first.choices[0].message.content}\nuser: And\nassistant:"
+    assert second.choices[0].message.content == reference(text, 6)
+    held = second.usage.prompt_tokens_details.cached_tokens
+    assert held < second.usage.prompt_tokens
+    assert (held >= first.usage.prompt_tokens - 1) if native else held == 0
+    assert server.metric("reused_prompt_tokens_total") - before == held
+    # answers of one prompt read it once
+    several = server.client().chat.completions.create(messages=messages, n=3, **ask)
+    assert {choice.message.content for choice in several.choices} == {second.choices[0].message.content}
+    assert several.usage.prompt_tokens == second.usage.prompt_tokens
+    assert several.usage.prompt_tokens_details.cached_tokens == (second.usage.prompt_tokens - 1 if native else 0)
+
+
 GOOD = {"model": "tiny", "prompt": "The", "max_tokens": 2}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 BAD = [
@@ -240,7 +297,22 @@ BAD = [
     ("/v1/completions", {**GOOD, "presence_penalty": 1.0}, 400, "presence_penalty"),
     ("/v1/completions", {**GOOD, "stream_options": {"include_usage": True}}, 400, "only with stream"),
     ("/v1/completions", {**GOOD, "user": "u" * 5000}, 413, "4096 bytes"),
-    ("/v1/chat/completions", {**CHAT, "tools": []}, 400, "tools"),
+    ("/v1/completions", {**GOOD, "echo": True}, 400, "echo: True is not supported, only False"),
+    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools: not supported"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "response_format": {"type": "json_object"}},
+        400,
+        "response_format.type: 'json_object' is not supported, only 'text'",
+    ),
+    ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"tokenize": True}}, 400, "tokenize cannot be set"),
+    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "assistant", "content": None}]}, 400, "needs content"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "parts of type 'image_url' are not supported",
+    ),
     ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "messages"),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
     (

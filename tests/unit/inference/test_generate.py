@@ -95,6 +95,37 @@ def test_streamer_sees_prompt_and_tokens_in_order(decoders: Any) -> None:
         Generator(model).generate([[5], [6]], Sampling(4), streamer=seen)
 
 
+@needs_native
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_conversation_reads_what_is_new(decoders: Any, packed: bool) -> None:
+    model = decoders.packed("llama", 4) if packed else decoders.dense("llama")
+    talk, fresh = Generator(model, conversation=True), Generator(model)
+    prompt = list(range(3, 43))
+    for turn in range(3):
+        (found,), (alone,) = talk.generate([prompt], Sampling(9)), fresh.generate([prompt], Sampling(9))
+        assert found.tokens == alone.tokens
+        # all of the last turn but its last token, which nothing was computed for
+        assert (found.reused, alone.reused) == (0 if turn == 0 else len(prompt) - 5, 0)
+        prompt = [*prompt, *found.tokens, 4, 5, 6, 7]
+    # another conversation begins, and one that ends within the last prompt
+    assert talk.generate([[9, *prompt]], Sampling(2))[0].reused == 0
+    assert talk.generate([[9, *prompt[:30]]], Sampling(2))[0].reused == 30
+    with pytest.raises(ZeroDivisionError):
+        talk.generate([[9, *prompt]], Sampling(4), streamer=Broken())
+    assert talk.generate([[9, *prompt]], Sampling(2))[0].reused == 0
+
+
+class Broken:
+    """A streamer that fails when the first token comes."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen += 1
+        _ = 1 / (2 - self.seen)
+
+
 def test_falls_back_with_a_reason(decoders: Any) -> None:
     model = decoders.dense("llama", hidden_act="gelu")
     generator = Generator(model)

@@ -144,3 +144,85 @@ def test_native_rows_are_each_alone() -> None:
     asked = prompts((3, 9, 40, 6, 4, 5, 7, 8, 2, 3), 72)
     rows = NativeRows(Engine(model, slots=10, positions=64), 10, 64)
     assert decode(rows, asked, 12) == [alone(model, prompt, 12) for prompt in asked]
+
+
+def native_rows(model: Any, places: int, prefixes: bool = True) -> NativeRows:
+    from llmcompress.inference.native import decline, open_engine
+
+    if (reason := decline(model)) is not None:
+        pytest.skip(reason)
+    return NativeRows(open_engine(model, places, 200), places, 200, prefixes)
+
+
+def read(rows: Any, key: int, prompt: list[int], chunk: int) -> tuple[torch.Tensor, int]:
+    """Logits after a prompt that is read in parts, and their number."""
+    for count in range(1, 100):
+        logits = rows.join(key, prompt, None, len(prompt) + 8, chunk)
+        if logits is not None:
+            return logits, count
+    raise AssertionError("never ended")
+
+
+def test_prompts_are_read_in_parts_beside_the_steps_of_others() -> None:
+    model = dense("llama")
+    rows = native_rows(model, 4)
+    other, prompt = prompts((5, 100), 72)
+    written = [int(rows.join(0, other, None, 40).argmax())]
+    first = None
+    while first is None:
+        first = rows.join(1, prompt, None, 120, 30)
+        written.append(int(rows.step({0: written[-1]})[0].argmax()))
+    assert len(written) == 5
+    assert rows.reused(1) == 0
+    found = [int(first.argmax())]
+    for _ in range(5):
+        logits = rows.step({0: written[-1], 1: found[-1]})
+        written.append(int(logits[0].argmax()))
+        found.append(int(logits[1].argmax()))
+    assert written == alone(model, other, 10)
+    assert found == alone(model, prompt, 6)
+
+
+@pytest.mark.parametrize("prefixes", [True, False])
+def test_a_second_turn_reads_what_is_new(prefixes: bool) -> None:
+    model = dense("llama")
+    rows = native_rows(model, 3, prefixes)
+    (prompt,) = prompts((60,), 72)
+    tokens = [int(read(rows, 0, prompt, 16)[0].argmax())]
+    for _ in range(6):
+        tokens.append(int(rows.step({0: tokens[-1]})[0].argmax()))
+    rows.leave(0)
+    assert rows.held_bytes() == 0
+    again = [*prompt, *tokens[:-1], 5, 6, 7]
+    logits, parts = read(rows, 1, again, 16)
+    assert rows.reused(1) == (66 if prefixes else 0)
+    assert parts == (1 if prefixes else 5)
+    assert int(logits.argmax()) == alone(model, again, 1)[0]
+    # another one beside it, which begins alike
+    other = [*prompt[:50], 8, 9]
+    logits, _ = read(rows, 2, other, 16)
+    assert rows.reused(2) == (50 if prefixes else 0)
+    assert int(logits.argmax()) == alone(model, other, 1)[0]
+    assert int(rows.step({1: 5, 2: 6})[1].argmax()) == alone(model, [*again, 5], 1)[0]
+
+
+def test_states_are_read_in_parts_and_never_reused(tiny: Any) -> None:
+    model = tiny.model("mamba2", num_heads=4, head_dim=16, state_size=32)
+    rows = native_rows(model, 2)
+    (prompt,) = prompts((150,))
+    for key in range(2):
+        logits, parts = read(rows, key, prompt, 70)
+        assert (rows.reused(key), parts) == (0, 3)
+        assert int(logits.argmax()) == alone(model, prompt, 1)[0]
+
+
+def test_a_policy_that_counts_over_the_prompt_keeps_it_whole(tiny: Any) -> None:
+    model = tiny.model("mixtral")
+    skipping.attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9, "min_len": 8})
+    rows = native_rows(model, 2)
+    (prompt,) = prompts((60,))
+    expected = alone(model, prompt, 1)
+    for key in range(2):
+        logits, parts = read(rows, key, prompt, 16)
+        assert (rows.reused(key), parts) == (0, 1)
+        assert [int(logits.argmax())] == expected

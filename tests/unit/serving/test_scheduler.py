@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from llmcompress.serving.text import TextStream
 
 class Paper:
     """Writes the token after the last one, up to 200; token 9 breaks it, 10 is followed by no number, a gate may hold
-    its steps.
+    its steps. Prompts are read in parts; what is read and written is in the record.
     """
 
     kind, longest, limit = "paper", 50, 3
@@ -28,6 +28,9 @@ class Paper:
     def __init__(self) -> None:
         self.held: dict[int, int] = {}
         self.most = 0
+        self.at: dict[int, int] = {}
+        self.record: list[tuple[int, ...]] = []
+        self.watch: Callable[[tuple[int, ...]], None] = lambda part: None
         self.gate = threading.Event()
         self.gate.set()
 
@@ -38,19 +41,32 @@ class Paper:
             return torch.full((200,), torch.nan)
         return torch.nn.functional.one_hot(torch.tensor((token + 1) % 200), 200).float()
 
-    def join(self, key: int, prompt: Sequence[int], member: str | None, total: int) -> Tensor:
-        logits = self._logits(prompt[-1])
+    def join(
+        self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None
+    ) -> Tensor | None:
+        start = self.at.setdefault(key, 0)
+        self.at[key] = min(len(prompt), start + (most or len(prompt)))
+        self.record.append(tuple(prompt[start : self.at[key]]))
+        self.watch(self.record[-1])
+        logits = self._logits(self.record[-1][-1])
+        if self.at[key] < len(prompt):
+            return None
         self.held[key] = total
         self.most = max(self.most, len(self.held))
         return logits
 
+    def reused(self, key: int) -> int:
+        return 0
+
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
         self.gate.wait(10)
+        self.record.append(())
         assert set(tokens) == set(self.held)
         return {key: self._logits(token) for key, token in tokens.items()}
 
     def leave(self, key: int) -> None:
         self.held.pop(key, None)
+        self.at.pop(key, None)
 
     def held_bytes(self) -> int:
         return len(self.held)
@@ -62,10 +78,25 @@ class Bench:
         self.scheduler = Scheduler([Group(self.rows, {"m": None})], Limits(**limits), Metrics())
         self.pieces: dict[int, list[Piece]] = {}
 
-    def job(self, start: int, count: int = 5, stop: tuple[int, ...] = ()) -> Job:
+    def job(self, start: int, count: int = 5, stop: tuple[int, ...] = (), prompt: Sequence[int] = ()) -> Job:
         number = len(self.pieces)
         self.pieces[number] = []
-        return Job("m", [start], Sampling(count), stop, TextStream(self.words), self.pieces[number].append, logprobs=0)
+        return Job(
+            "m",
+            list(prompt or [start]),
+            Sampling(count),
+            stop,
+            TextStream(self.words),
+            self.pieces[number].append,
+            logprobs=0,
+        )
+
+    def held_up(self, count: int) -> None:
+        """One answer of so many tokens begins, and its steps wait at the gate."""
+        self.rows.gate.clear()
+        self.scheduler.submit([self.job(20, count=count)])
+        while not self.pieces[0]:
+            time.sleep(0.01)
 
     def ended(self, number: int) -> Piece:
         for _ in range(500):
@@ -111,10 +142,7 @@ def test_answers_wait_for_room_in_the_cache(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", [{"queue": 2}], indirect=True)
 def test_a_full_queue_takes_all_of_a_request_or_nothing(bench: Bench) -> None:
-    bench.rows.gate.clear()
-    bench.scheduler.submit([bench.job(20, count=8)])
-    while not bench.pieces[0]:
-        time.sleep(0.01)
+    bench.held_up(8)
     with pytest.raises(Busy, match="too many"):
         bench.scheduler.submit([bench.job(30 + i) for i in range(3)])
     bench.scheduler.submit([bench.job(40), bench.job(50)])
@@ -151,6 +179,37 @@ def test_a_sequence_of_which_no_token_can_be_drawn_ends_alone(bench: Bench) -> N
     assert bench.ended(1).reason == "length"
     assert bench.tokens(1) == list(range(21, 29))
     assert bench.scheduler.alive and not bench.rows.held
+
+
+@pytest.mark.parametrize("bench", [{"prompt_chunk": 8}], indirect=True)
+def test_long_prompts_are_read_between_the_steps_of_others(bench: Bench) -> None:
+    bench.held_up(10)
+    # the last two are short and go together
+    long = list(range(30, 50))
+    bench.scheduler.submit([bench.job(0, prompt=long, count=4), bench.job(60, count=4), bench.job(70, count=2)])
+    bench.rows.gate.set()
+    assert [bench.ended(i).reason for i in range(4)] == ["length"] * 4
+    record = bench.rows.record
+    assert record[: 1 + record.index((60,))] == [
+        (20,), (), tuple(long[:8]), (), tuple(long[8:16]), (), tuple(long[16:]), (), (60,),
+    ]  # fmt: skip
+    assert bench.tokens(1) == [50, 51, 52, 53]
+    assert bench.tokens(0) == list(range(21, 31))
+
+
+@pytest.mark.parametrize("bench", [{"prompt_chunk": 8}], indirect=True)
+def test_a_prompt_that_fails_or_is_cancelled_half_way_leaves(bench: Bench) -> None:
+    bench.held_up(30)
+    broken, given_up = bench.job(0, prompt=[*range(100, 115), 9, 11]), bench.job(0, prompt=range(30, 49))
+    bench.scheduler.submit([broken, given_up, bench.job(60, count=2)])
+    bench.rows.watch = lambda part: bench.scheduler.cancel([given_up] if part[0] == 30 else [])
+    bench.rows.gate.set()
+    assert bench.ended(1).error == FAILED
+    assert bench.ended(3).reason == bench.ended(0).reason == "length"
+    bench.scheduler.stop()
+    assert bench.pieces[2] == []
+    assert [part for part in bench.rows.record if 30 in part or 38 in part] == [tuple(range(30, 38))]
+    assert bench.rows.held == bench.rows.at == {}
 
 
 def test_draining_takes_nothing_new_and_stopping_ends_the_rest(tiny_tokenizer: Any) -> None:
