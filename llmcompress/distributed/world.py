@@ -187,23 +187,20 @@ class World:
                 total = part.clone() if total is None else total.add_(part.to(total.device))
         return total
 
-    def gather_rows(self, rows: Tensor, owner: int = 0) -> Tensor | None:
-        """Rows ``[n, K]`` of all ranks one after another, on one rank; None elsewhere."""
+    def gather_rows(self, rows: Tensor) -> Tensor | None:
+        """Rows ``[n, K]`` of all ranks one after another, on the first; None elsewhere."""
         if self.size == 1:
             return rows
         import torch
 
-        if self.rank != owner:
-            self._send(rows.cpu().contiguous(), owner)
+        if self.rank != 0:
+            self._send(rows.cpu().contiguous(), 0)
             return None
-        found = []
-        for source in range(self.size):
-            if source == owner:
-                found.append(rows)
-            else:
-                part = torch.empty(self._receive_shape(source), dtype=rows.dtype)
-                self._receive(part, source)
-                found.append(part.to(rows.device))
+        found = [rows]
+        for source in range(1, self.size):
+            part = torch.empty(self._receive_shape(source), dtype=rows.dtype)
+            self._receive(part, source)
+            found.append(part.to(rows.device))
         return torch.cat(found)
 
     def _broadcast(self, tensor: Tensor, source: int) -> Tensor:

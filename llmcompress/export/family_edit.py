@@ -103,9 +103,7 @@ def sweep(artifact: FamilyArtifact) -> int:
     return freed
 
 
-def add_member(
-    artifact: FamilyArtifact, member: str, source: str, bits: int, tokens: Tensor | None = None, seed: int = 0
-) -> Added:
+def add_member(artifact: FamilyArtifact, member: str, source: str, bits: int, tokens: Tensor | None = None) -> Added:
     """Add a fine-tune: its leaf below the closest node, and its folder. Of existing files only ``family.json`` changes.
 
     Args:
@@ -114,7 +112,6 @@ def add_member(
         source: Its model folder.
         bits: Bits of its leaf, 1 to 6.
         tokens: ``[S, L]`` calibration windows for GPTQ; without them the leaf is rounded to nearest.
-        seed: Of the walk.
 
     Raises:
         UsageError: The name is taken or unusable.
@@ -129,7 +126,7 @@ def add_member(
     sweep(artifact)
     below = {key: _closest(artifact, handle, key) for key in artifact.plan.trees}
     solver = _NewLeaf(artifact, handle, below, bits)
-    solver.run(tokens, seed)
+    solver.run(tokens)
     plan = artifact.plan
     trees = {key: tree.with_leaf(member, below[key]) for key, tree in plan.trees.items()}
     wider = {name: {**plan.bits[name], member: bits} for name in plan.linears}
@@ -229,10 +226,10 @@ class _NewLeaf(DenseVisitor):
         self.errors: list[float] = []
         self.kept: list[tuple[float, float, float, float]] = []
 
-    def run(self, tokens: Tensor | None, seed: int) -> None:
+    def run(self, tokens: Tensor | None) -> None:
         """Quantize all blocks."""
         if tokens is not None:
-            self.stream = MemberStream(self.handle, tokens, "cpu", "float32", seed)
+            self.stream = MemberStream(self.handle, tokens, "cpu", "float32", seed=0)
         for block in self.handle.layout.blocks:
             if self.stream is None:
                 for sublayer in block.sublayers:

@@ -280,10 +280,8 @@ def drawn(tree: Tree, label: Mapping[str, str] | None = None) -> list[str]:
     return lines
 
 
-def effective_bits(
-    tree: Tree, bits: Mapping[str, int], columns: int, group_size: int, rows: int = 0, extra_bytes: float = 0.0
-) -> float:
-    """Stored bits per weight and model of one matrix: codes, scales and anything else.
+def effective_bits(tree: Tree, bits: Mapping[str, int], columns: int, group_size: int) -> float:
+    """Stored bits per weight and model of one matrix: codes and scales.
 
     ``(1/M) Σ_v (b_v + 16·G/K)`` over nodes with bits, the formula of ``Σ_v (b_v + 16/g) / M`` where g divides K.
 
@@ -292,11 +290,9 @@ def effective_bits(
         bits: Node id → code bits; nodes that are absent or 0 store nothing.
         columns: K.
         group_size: g.
-        rows: N, needed with ``extra_bytes``.
-        extra_bytes: Further bytes per stored node.
     """
     groups = -(-columns // min(group_size, columns))
-    beside = 16 * groups / columns + (8 * extra_bytes / (rows * columns) if rows else 0.0)
+    beside = 16 * groups / columns
     total = sum(b + beside for name in tree.ids if (b := bits.get(name, 0)) > 0)
     return total / len(tree.leaves)
 

@@ -104,15 +104,17 @@ class Facts:
             raise InputError(f"config.json: {key} lists {len(kinds)} layers, fewer than num_hidden_layers")
         return kinds[index]
 
-    def activation(self, key: str = "hidden_act") -> str:
+    def activation(self) -> str:
         """The gate's activation.
 
         Raises:
             InputError: It is not one that the expert kernels implement.
         """
-        value = self.get(key)
+        value = self.get("hidden_act")
         if value not in ACTIVATIONS:
-            raise InputError(f"config.json: {key} {value!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}")
+            raise InputError(
+                f"config.json: hidden_act {value!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}"
+            )
         return str(value)
 
     @property

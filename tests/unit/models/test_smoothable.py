@@ -7,8 +7,6 @@ import pytest
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.smoothable import smoothable
 
-GRANITE = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
-
 
 def found(model_type: str, **config: Any) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Key → number of linears that read it and what makes it, in the second block."""
