@@ -26,10 +26,11 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError, first_line
+from llmcompress.models.alignment import align
 from llmcompress.models.assemble import attach_policies, prepare_policies
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family_artifact import FamilyArtifact, is_family
-from llmcompress.models.handle import align, load_tokenizer, transformers_config
+from llmcompress.models.handle import load_tokenizer, transformers_config
 from llmcompress.models.paths import ADAPTER, model_folder
 from llmcompress.models.quantization_config import METHOD, VERSION, from_json
 from llmcompress.models.registry import layout_from_config

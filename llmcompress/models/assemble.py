@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.models.alignment import align
 from llmcompress.models.capture import write_expert_weight
-from llmcompress.models.handle import ModelHandle, align, assign, fill_constants, generation_settings, meta_model
+from llmcompress.models.handle import ModelHandle, assign, fill_constants, generation_settings, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.models.shared import share_modules

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.models.alignment import align
 from llmcompress.models.family_artifact import FamilyArtifact
 from llmcompress.models.handle import (
-    align,
     assign,
     fill_constants,
     generation_settings,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Gram
 from llmcompress.errors import InputError
+from llmcompress.models.alignment import aligned
 from llmcompress.models.capture import identity, recorded_inputs, replaced_forward
 from llmcompress.models.memory_limits import rounds
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import LinearGroup
     from llmcompress.models.visitor import Visitor
     from llmcompress.models.walker import Walker
-
-CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +203,6 @@ def check_finite(gram: Gram, name: str) -> None:
             f"{name}: its calibration inputs contain NaN or infinity",
             "check the model's weights, or use run.compute_dtype=float32",
         )
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy of it: the last bits of a product may depend on how its inputs are aligned."""
-    return x if x.is_cuda or x.data_ptr() % CACHE_LINE == 0 else x.clone()
 
 
 def names_of(group: LinearGroup) -> list[str]:

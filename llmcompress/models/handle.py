@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-CACHE_LINE = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -304,24 +303,3 @@ def _release(module: nn.Module, key: str) -> None:
     tensor = getattr(module, key)
     if tensor is not None:
         _put(module, key, torch.empty_like(tensor, device="meta"))
-
-
-def align(model: nn.Module) -> None:
-    """Move CPU tensors that do not start on a cache line, as those mapped from a file rarely do.
-
-    Matrix libraries choose code paths by alignment and round differently: without this the same
-    weights give slightly different logits depending on where in a file they lie. Shared tensors
-    stay shared.
-    """
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            # a tied parameter is one object with several owners; changing its data keeps it so
-            if _is_misaligned(parameter):
-                parameter.data = parameter.detach().clone()
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if _is_misaligned(buffer):
-                _put(module, name, buffer.detach().clone())
-
-
-def _is_misaligned(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE != 0

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Gram
+from llmcompress.models.alignment import CACHE_LINE, aligned
 from llmcompress.models.capture import Routing, constant, down, first_output, gated, replaced_forward
-from llmcompress.models.group_steps import CACHE_LINE, GroupSteps, Moments, aligned
+from llmcompress.models.group_steps import GroupSteps, Moments
 from llmcompress.models.memory_limits import FORCED_TOKENS
 
 if TYPE_CHECKING:
