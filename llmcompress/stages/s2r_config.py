@@ -122,6 +122,10 @@ class TrainingConfig(S2RConfig):
     """Tokens computed at once, padding included, beside the limit of ``micro_batch``; for rows of very different
     length on a GPU."""
 
+    recompute: bool = False
+    """Compute the blocks' inside again in the backward pass instead of keeping it; for long responses of large models.
+    The result is the same."""
+
     measure: MeasureConfig | None = MeasureConfig()
     """Held-out behaviour after the stage; null for none."""
 
@@ -170,17 +174,17 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
 
     assert state.model is not None
     if state.adapter is None and state.packed is None and config.adapter is None:
-        model = state.model.dense_model(torch.float32)
-        return Policy(model.to(ctx.device), compute=getattr(torch, ctx.dtype), world=ctx.world)  # type: ignore[arg-type]
+        whole: Any = state.model.dense_model(torch.float32).to(ctx.device)  # type: ignore[arg-type]
+        return Policy(whole, compute=getattr(torch, ctx.dtype), world=ctx.world, recompute=config.recompute)
     model = open_model(state, ctx)
     if state.adapter is not None:
         wrapped = lora.adapters(model)
         moving = {f"{n}.{k}": getattr(m, k) for n, m in wrapped.items() for k in ("lora_A", "lora_B")}
-        return Policy(model, moving, world=ctx.world)
+        return Policy(model, moving, world=ctx.world, recompute=config.recompute)
     if config.adapter is not None:
         names = adapter_names(state.model.layout, config.adapter.targets)
         moving = lora.attach(model, names, config.adapter.rank, config.adapter.alpha, ctx.seed)
-        return Policy(model, moving, world=ctx.world)
+        return Policy(model, moving, world=ctx.world, recompute=config.recompute)
     raise RecipeError(
         f"stages.{ctx.stage}: the model is quantized, and codes cannot be trained",
         f"set stages.{ctx.stage}.adapter, or put this stage before the quantizing one",
@@ -332,8 +336,9 @@ def estimate_training(
     weights = frozen + moving * (20 if mean else 16)
     rows = min(rows, config.micro_batch)
     # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
-    # logits thrice
-    hidden = layout.hidden * 34 * len(layout.blocks) + 3 * layout.vocab
+    # logits thrice. Computed again, a layer keeps its input, and one at a time has the rest.
+    kept = len(layout.blocks) + 34 if config.recompute else 34 * len(layout.blocks)
+    hidden = layout.hidden * kept + 3 * layout.vocab
     tokens = max(length, min(rows * length, config.micro_tokens or rows * length))
     activations = tokens * hidden * inputs.compute_bytes
     peak = weights + activations

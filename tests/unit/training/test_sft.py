@@ -5,6 +5,7 @@ weighs what it is told to.
 import pytest
 import torch
 
+from llmcompress.errors import UsageError
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length
 from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss
@@ -72,3 +73,51 @@ def test_a_verdict_counts_as_many_targets_as_its_weight_says(policy):
     # what is told of a step stays comparable
     assert float(again["cross_entropy"]) == pytest.approx(every, rel=1e-6)
     assert COUNTS.verdict == len(ROWS) and 0 < verdicts < every
+
+
+def test_blocks_computed_again_keep_less_and_give_the_same_gradients(policy):
+    """KL and anchor pass through the reference as well, which is left as it is."""
+    from llmcompress.training.policy import recompute_blocks
+
+    def kept_and_gradient():
+        sizes = []
+
+        def keep(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = sft_loss(policy, ROWS, PAD, settings(0.3, 0.7), COUNTS)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in policy.trainable.items()}
+        policy.model.zero_grad()
+        return sum(sizes), found
+
+    whole, expected = kept_and_gradient()
+    recompute_blocks(policy.model)
+    less, found = kept_and_gradient()
+    assert less < 0.6 * whole
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)
+    with policy.reference() as reference:
+        assert not any("forward" in module.__dict__ for module in reference.modules())
+    with pytest.raises(UsageError, match="recompute: Linear has no blocks"):
+        recompute_blocks(torch.nn.Linear(2, 2))
+
+
+def test_recompute_is_asked_for_in_the_recipe_and_planned(tiny, tmp_path):
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.stages.base import PlanInputs
+    from llmcompress.stages.s2r_config import open_policy
+    from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+    from llmcompress.stages.state import RunState
+
+    state = RunState(model=ModelHandle.open("asset:reference_reasoner"))
+    inputs, peaks = PlanInputs(state.model.layout, 4, 4, 0, 0, {}, "cpu"), []
+    for recompute in (False, True):
+        config = S2RInitConfig(type="s2r_init", task={"kind": "countdown"}, recompute=recompute)
+        blocks = open_policy(config, state, tiny.context(tmp_path, "s")).model.model.layers
+        assert all(("forward" in block.__dict__) == recompute for block in blocks)
+        peaks.append(S2RInit("s", config).estimate(inputs).ram)
+    assert peaks[1] < peaks[0]
