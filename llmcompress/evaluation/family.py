@@ -18,7 +18,8 @@ from llmcompress.durable import write_durably
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.batching import family_batch
 from llmcompress.evaluation.family_baselines import Baselines
-from llmcompress.evaluation.perplexity import Text, perplexity, tokenize
+from llmcompress.evaluation.fidelity import fidelity
+from llmcompress.evaluation.perplexity import Text, perplexity, tokenize, window_parts
 from llmcompress.quant.codecs import codec, delta_tree
 from llmcompress.quant.family import entry
 
@@ -46,8 +47,9 @@ def measure_family(config: Any, state: FamilyState, ctx: RunContext) -> dict[str
     """Measure everything the stage asks for.
 
     Returns:
-        ``members`` (per member dense and compressed), ``methods`` (per method its bits and mean relative increase),
-        ``cross`` (member → text → perplexity, dense and compressed).
+        ``members`` (per member dense and compressed), ``methods`` (per method its bits, mean relative increase and,
+        where asked for, mean divergence ``kl`` in nats a token), ``cross`` (member → text → perplexity, dense and
+        compressed).
     """
     unknown = sorted(set(config.texts) - set(state.plan.order))
     if unknown:
@@ -102,7 +104,10 @@ class _Measurement:
             name: self._own(method, name)["perplexity"] / self._own("dense", name)["perplexity"] - 1
             for name in self.names
         }
-        return {"bits": bits, "relative": relative, "mean_relative": sum(relative.values()) / len(relative)}
+        found = {"bits": bits, "relative": relative, "mean_relative": sum(relative.values()) / len(relative)}
+        if self.config.divergence:
+            found["kl"] = sum(self.ledger.rows[f"{method}/{name}/kl"] for name in self.names) / len(self.names)
+        return found
 
     def _own(self, method: str, name: str) -> Any:
         return self.ledger.rows[f"{method}/{name}/{name}"]
@@ -112,11 +117,14 @@ class _Measurement:
         for name in self.names:
             texts = self.names if cross else [name]
             missing = [text for text in texts if f"{method}/{name}/{text}" not in self.ledger.rows]
-            if not missing:
+            apart = self.config.divergence and method != "dense" and f"{method}/{name}/kl" not in self.ledger.rows
+            if not missing and not apart:
                 continue
             model = self._model(name, weights(name), quantized=method != "dense")
             for text in missing:
                 self.ledger.get(f"{method}/{name}/{text}", partial(self._perplexity, model, name, text))
+            if apart:
+                self.ledger.get(f"{method}/{name}/kl", partial(self._divergence, model, name))
             self.ctx.emit("note", text=f"{method}: {name} {self._own(method, name)['perplexity']:.3f}")
 
     def _model(self, name: str, weights: Mapping[str, Tensor], quantized: bool) -> Any:
@@ -156,6 +164,13 @@ class _Measurement:
             batch=family_batch(settings.length, self.state.family.layout.vocab, self.ctx.device),
         )  # fmt: skip
         return {"perplexity": result.perplexity, "stderr": result.stderr, "tokens": result.tokens, "nll": result.nll}
+
+    def _divergence(self, model: Any, name: str) -> float:
+        """Mean KL of a member's predictions from its dense original's, on the full windows of its own text."""
+        settings: PerplexityConfig = self.config.text_of(name)
+        windows = window_parts(self._text(name, name), settings.length)[0]
+        batch = family_batch(2 * settings.length, self.state.family.layout.vocab, self.ctx.device)
+        return fidelity(self._model(name, {}, quantized=False), model, windows, batch).kl
 
     def _text(self, name: str, text: str) -> Text:
         """A text in a member's tokens."""

@@ -45,6 +45,11 @@ class EvaluateFamilyConfig(StageConfig):
     """Rounds of coordinate descent after a baseline's GPTQ, as the tree's leaves have by default (``rqt.sweeps``); 0 is
     GPTQ as published."""
 
+    divergence: bool = False
+    """Measure too how far predictions moved: the mean Kullback-Leibler divergence from the dense member's, in nats a
+    token, on its own text, for the tree and for each baseline. Perplexity alone can fall where a difference that was
+    learnt too well shrinks. Takes a second model in memory."""
+
     cross: bool = True
     """Measure every member on every text: is each still the best on its own?"""
 
@@ -78,7 +83,8 @@ class EvaluateFamily(Stage):
         on_gpu = inputs.device == "cuda"
         # in compute type and in fp32
         logits = FAMILY_CUDA_BYTES * (1 + inputs.compute_bytes / 4) if on_gpu else 4 * layout.vocab * 4096
-        peak = int((linears + outside) * inputs.compute_bytes + logits)
+        models = 2 if self.config.divergence else 1
+        peak = int(models * ((linears + outside) * inputs.compute_bytes + logits))
         return Estimate(ram=0 if on_gpu else peak, vram=peak if on_gpu else 0)
 
     def check(self, layout: ModelLayout) -> list[str]:
@@ -123,4 +129,6 @@ def family_metrics(rows: dict[str, Any]) -> list[Metric]:
         Metric(name, "perplexity", each["dense"], each["compressed"], each["stderr"], each["tokens"], False)
         for name, each in sorted(rows["members"].items())
     ]
-    return [*found, Metric("family", "mean_relative_increase", None, rows["methods"]["rqt"]["mean_relative"])]
+    tree = rows["methods"]["rqt"]
+    found.append(Metric("family", "mean_relative_increase", None, tree["mean_relative"]))
+    return [*found, Metric("family", "kl", None, tree["kl"])] if "kl" in tree else found

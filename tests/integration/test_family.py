@@ -337,6 +337,7 @@ def test_members_are_folders_and_one_text_may_serve_all(folder: Path, tmp_path: 
         "stages.rqt.calibration.length=16", "stages.rqt.group_size=16", "stages.rqt.bits.budget=3.5",
         f"stages.evaluate_family.general.source={text}", "stages.evaluate_family.general.length=16",
         "stages.evaluate_family.general.max_tokens=48", "--quiet",
+        "stages.evaluate_family.divergence=true", "stages.evaluate_family.baselines=[gptq-4]",
     ]  # fmt: skip
     assert invoke(words) == ExitCode.OK
     rows = json.loads((tmp_path / "run/stages/evaluate_family/family.json").read_text())
@@ -344,6 +345,23 @@ def test_members_are_folders_and_one_text_may_serve_all(folder: Path, tmp_path: 
     # the member that has a text of its own here and in the other run, measured on the same tokens
     other = json.loads((folder / "run/stages/evaluate_family/family.json").read_text())
     assert rows["members"]["ant"]["dense"] == pytest.approx(other["members"]["ant"]["dense"])
+    figures = json.loads((tmp_path / "run/stages/evaluate_family/figures.json").read_text())
+    assert {row["kl"] > 0 for row in rows["methods"].values()} == {True}
+    both = [figures[f"rqt/{name}/kl"] for name in ("ant", "bee")]
+    assert rows["methods"]["rqt"]["kl"] == pytest.approx(sum(both) / 2)
+    assert both[0] == pytest.approx(divergence(folder / "ant", tmp_path / "run/artifact", "ant", text), rel=1e-3)
+
+
+def divergence(dense: Path, artifact: Path, member: str, text: Path) -> float:
+    """KL of a member's predictions from its original's on three windows of 16 tokens, nats a token."""
+    import llmcompress.hf
+
+    original, tokenizer = llmcompress.hf.load(dense, dtype="float32")
+    found, _ = llmcompress.hf.load(artifact, dtype="float32", member=member)
+    ids = torch.tensor(tokenizer(text.read_text())["input_ids"][:48]).view(3, 16)
+    with torch.no_grad():
+        before, after = (model(ids).logits.log_softmax(-1) for model in (original, found))
+    return float((before.exp() * (before - after)).sum(-1).mean())
 
 
 def test_eval_takes_a_member_and_inspect_draws_the_tree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
