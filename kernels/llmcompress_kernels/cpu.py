@@ -18,7 +18,7 @@ from llmcompress_kernels.reference.group_gemm import LANES
 FAMILY = "gemm"
 ISA_VARIABLE = "LLMCOMPRESS_CPU_ISA"
 # from fastest to slowest
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512", "avxvnni", "avx2", "neon", "portable")
 # columns that the inner loop takes at once; a group has to begin at such a step
 STEP_COLUMNS = {2: 16, 3: 32, 4: 8, 8: 4}
 

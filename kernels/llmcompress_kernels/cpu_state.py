@@ -36,7 +36,7 @@ def instructions() -> str | None:
     """
     # AVX512 or AVX2, with more behind it in some versions
     have = torch.backends.cpu.get_cpu_capability().split("_")[0].lower()
-    wanted = os.environ.get(cpu.ISA_VARIABLE) or have
+    wanted = (os.environ.get(cpu.ISA_VARIABLE) or have).replace("avxvnni", "avx2")
     if have == "avx512" and wanted in ("avx512", "avx2"):
         return wanted
     return "avx2" if have == wanted == "avx2" else None

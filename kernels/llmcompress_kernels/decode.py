@@ -35,6 +35,7 @@ build.register(
             *tree.SOURCES,
             "cpu/gemm/variants.cpp",
             "cpu/gemm/avx*.cpp",
+            "cpu/gemm/neon.cpp",
             "cpu/gemm/portable.cpp",
         ),
         headers=("cpu/include/**/*", "cpu/decode/*.h", "cpu/tree/*.inc"),

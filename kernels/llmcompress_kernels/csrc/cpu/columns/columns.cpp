@@ -20,7 +20,7 @@ bool wanted(const char* name) {
 Tile best() {
 #ifdef __x86_64__
     if (has_avx512_core() && wanted("avx512")) return tile_avx512;
-    if (has_avx2() && wanted("avx2")) return tile_avx2;
+    if (has_avx2() && (wanted("avx2") || wanted("avxvnni"))) return tile_avx2;
 #endif
     return tile_portable;
 }

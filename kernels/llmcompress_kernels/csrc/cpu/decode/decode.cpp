@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "llmcompress/barrier.h"
+#include "llmcompress/isa.h"
 #include "engine.h"
 #include "prompt_room.h"
 #include "workers.h"
@@ -16,7 +17,7 @@ namespace {
 const Workers& workers() {
 #ifdef __x86_64__
     if (std::strcmp(variant().name, "avx512") == 0) return avx512_workers;
-    if (std::strcmp(variant().name, "avx2") == 0) return avx2_workers;
+    if (is_avx2(variant().name)) return avx2_workers;
 #endif
     return portable_workers;
 }

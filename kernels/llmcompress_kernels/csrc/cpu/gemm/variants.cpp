@@ -8,7 +8,13 @@ namespace {
 const Candidate<Variant> candidates[] = {
 #ifdef __x86_64__
     {&avx512_variant, has_avx512},
+#ifdef LLMCOMPRESS_AVXVNNI
+    {&avxvnni_variant, has_avxvnni},
+#endif
     {&avx2_variant, has_avx2},
+#endif
+#ifdef __aarch64__
+    {&neon_variant, has_neon},
 #endif
     {&portable_variant, always},
 };

@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#endif
+
 namespace llmcompress {
 
 #ifdef __x86_64__
@@ -16,12 +20,30 @@ inline bool has_avx512_core() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+// older compilers do not know it
+#if !defined(__clang__) && __GNUC__ >= 11 || defined(__clang__) && __clang_major__ >= 12
+#define LLMCOMPRESS_AVXVNNI
+inline bool has_avxvnni() {
+#ifdef LLMCOMPRESS_EVEX
+    return has_avx512_core() && __builtin_cpu_supports("avx512vnni");
+#else
+    return has_avx2() && __builtin_cpu_supports("avxvnni");
+#endif
+}
+#endif
 inline bool has_avx512() {
     return has_avx512_core() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512vbmi2");
 }
 #endif
+#ifdef __aarch64__
+// dot products of bytes
+inline bool has_neon() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#endif
 inline bool always() { return true; }
+
+// For code that multiplies no bytes, AVX-VNNI is AVX2.
+inline bool is_avx2(const char* name) { return std::strcmp(name, "avx2") == 0 || std::strcmp(name, "avxvnni") == 0; }
 
 template <class V>
 struct Candidate {
@@ -37,13 +59,15 @@ public:
 
     // By name, or null for the best; false where the processor cannot run it.
     bool select(const char* name) {
+        bool known = false;
         for (const Candidate<V>& c : candidates_) {
             if (name && *name && std::strcmp(name, c.variant->name) != 0) continue;
+            known = true;
             if (!c.runs()) continue;
             chosen_ = c.variant;
             return true;
         }
-        return false;
+        return !known && std::strcmp(name, "avxvnni") == 0 && select("avx2");
     }
 
     const V& get() {

@@ -1,4 +1,5 @@
-// Sixteen lanes in two AVX2 registers; needs AVX2, FMA and F16C (Haswell and later, Zen and later).
+// Sixteen lanes in two AVX2 registers; needs AVX2, FMA and F16C (Haswell and later, Zen and later). Where DOT_BYTES is
+// defined, it is one instruction for what takes three or eight otherwise.
 #pragma once
 
 constexpr int MOST = 4;  // tokens that share one unpacking of the weight: what the registers hold
@@ -54,6 +55,10 @@ template <int FIRST>
 inline Ints spread3(Ints x) {
     return {spread3_half(_mm256_srli_epi32(x.a, FIRST)), spread3_half(_mm256_srli_epi32(x.b, FIRST))};
 }
+#ifdef DOT_BYTES
+inline __m256i dot_half(__m256i sum, __m256i codes, __m256i x) { return DOT_BYTES(sum, codes, x); }
+inline __m256i dot_half_wide(__m256i sum, __m256i codes, __m256i x) { return DOT_BYTES(sum, codes, x); }
+#else
 inline __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
     // up to four bits a code, two products stay far below the 16-bit saturation of maddubs
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
@@ -66,6 +71,7 @@ inline __m256i dot_half_wide(__m256i sum, __m256i codes, __m256i x) {
     const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(16));
     return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
 }
+#endif
 template <int BITS>
 inline Ints dot(Ints sum, Ints codes, const int8_t* x) {
     int32_t quad;

@@ -188,6 +188,8 @@ struct Variant {
 
 extern const Variant portable_variant;
 extern const Variant avx2_variant;
+extern const Variant avxvnni_variant;  // avx2 and more
+extern const Variant neon_variant;
 extern const Variant avx512_variant;
 
 const Variant& variant();            // the one in use

@@ -1,0 +1,31 @@
+// The kernels for AVX2 with byte products in one instruction: AVX-VNNI, which Intel's processors without AVX-512 have.
+//
+// Processors with AVX-512 VNNI have the same instruction in another encoding. LLMCOMPRESS_EVEX takes that one, so that what is
+// built here can be checked on them: LLMCOMPRESS_CXXFLAGS=-DLLMCOMPRESS_EVEX LLMCOMPRESS_CPU_ISA=avxvnni.
+#include "llmcompress/isa.h"
+#include "llmcompress/lowbit.h"
+#include "llmcompress/types.h"
+
+#ifdef LLMCOMPRESS_AVXVNNI
+#include <immintrin.h>
+
+#include <cmath>
+
+#pragma GCC push_options
+#ifdef LLMCOMPRESS_EVEX
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")
+#define DOT_BYTES _mm256_dpbusd_epi32
+#else
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#define DOT_BYTES _mm256_dpbusd_avx_epi32
+#endif
+namespace llmcompress {
+namespace avxvnni {
+#include "llmcompress/lanes_avx2.h"
+#include "llmcompress/lowbit.inc"
+}  // namespace avxvnni
+const Variant avxvnni_variant = {"avxvnni", avxvnni::MOST, avxvnni::STREAMS, avxvnni::quantize, avxvnni::rows,
+    avxvnni::dense_rows, avxvnni::gate, avxvnni::to_fp32, avxvnni::from_fp32};
+}  // namespace llmcompress
+#pragma GCC pop_options
+#endif

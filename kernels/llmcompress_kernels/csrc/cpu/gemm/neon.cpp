@@ -1,0 +1,21 @@
+// The kernels for Arm processors with dot products of bytes. Headers come before the pragma, see avx2.cpp.
+#include "llmcompress/lowbit.h"
+#include "llmcompress/types.h"
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+
+#include <cmath>
+
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+namespace llmcompress {
+namespace neon {
+#include "llmcompress/lanes_neon.h"
+#include "llmcompress/lowbit.inc"
+}  // namespace neon
+const Variant neon_variant = {"neon", neon::MOST, neon::STREAMS, neon::quantize, neon::rows, neon::dense_rows, neon::gate,
+    neon::to_fp32, neon::from_fp32};
+}  // namespace llmcompress
+#pragma GCC pop_options
+#endif
