@@ -113,7 +113,10 @@ class ChatShape:
 
 
 def _text(words: PreTrainedTokenizerBase, token: int) -> str:
-    return str(words.decode([token], clean_up_tokenization_spaces=False))
+    text = str(words.decode([token], clean_up_tokenization_spaces=False))
+    # decoders of SentencePiece leave out the space before the first word
+    spaced = str(words.convert_ids_to_tokens(token)).startswith("\u2581") and not text.startswith(" ")
+    return f" {text}" if spaced else text
 
 
 class Answers:
