@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import importlib.util
 import logging
 import math
@@ -18,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
@@ -53,6 +54,8 @@ class Score:
         higher_is_better: Direction.
         rows: Per-row values when the figure is their mean, for paired comparison. For a perplexity, which is not,
             its linearisation ``value · nll``: differences of those have the right spread. Empty otherwise.
+        asked: SHA-256 of what the rows ask, in their order: two models were asked the same where this is equal. Empty
+            where it is not known.
     """
 
     task: str
@@ -62,6 +65,7 @@ class Score:
     n: int
     higher_is_better: bool | None
     rows: tuple[float, ...] = ()
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,10 +463,17 @@ def normalise(name: str, tasks: Mapping[str, Any], results: Mapping[str, Any]) -
             metric, separator, filter_name = key.partition(",")
             if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            rows = [s[metric] for s in samples if s.get("filter", "none") == filter_name and metric in s]
+            own = [s for s in samples if s.get("filter", "none") == filter_name and metric in s]
+            rows, asked = [s[metric] for s in own], _digest([s.get("doc_hash") for s in own])
             full = metric if filter_name == "none" else f"{metric}.{filter_name}"
-            scores.append(_score(label, full, float(value), rows, len(samples), _direction(metric, directions)))
+            score = _score(label, full, float(value), rows, len(samples), _direction(metric, directions))
+            scores.append(replace(score, asked=asked))
     return _pooled(name, scores) + scores if len(tasks) > 1 else scores
+
+
+def _digest(parts: Sequence[str | None]) -> str:
+    """One hash of several; empty where one is missing."""
+    return hashlib.sha256("\n".join(filter(None, parts)).encode()).hexdigest() if parts and all(parts) else ""
 
 
 def _score(task: str, metric: str, value: float, rows: list[Any], fallback: int, higher: bool | None) -> Score:
@@ -499,7 +510,8 @@ def _pooled(name: str, scores: Sequence[Score]) -> list[Score]:
         if all(part.rows and math.isclose(math.fsum(part.rows) / len(part.rows), part.value) for part in parts):
             rows = [row for part in parts for row in part.rows]
             mean = math.fsum(rows) / len(rows)
-            pooled.append(Score(name, metric, mean, _stderr(rows), len(rows), parts[0].higher_is_better, tuple(rows)))
+            direction, asked = parts[0].higher_is_better, _digest([part.asked for part in parts])
+            pooled.append(Score(name, metric, mean, _stderr(rows), len(rows), direction, tuple(rows), asked))
     return pooled
 
 

@@ -62,7 +62,7 @@ def recorded(stage_dir: Path) -> dict[str, Recorded]:
             part = _read(path)
             for entry in part if isinstance(part, list) else ():
                 if isinstance(entry, dict) and entry.get("rows"):
-                    sample = f"{entry['task']} {entry['n']}"
+                    sample = f"{entry['task']} {entry['n']} {entry.get('asked', '')}"
                     fresh[f"{entry['task']}.{entry['metric']}"] = Recorded(sample, tuple(entry["rows"]))
         for name, source in texts.items():
             part = _read(stage_dir / "parts" / part_name(f"{side}.perplexity.{name}"))

@@ -49,6 +49,9 @@ def test_limit_and_repeatability(model, tiny_tokenizer):
     (spec,) = harness.specify([TaskConfig(task="eval_smoke", limit=3)])
     first, again = (harness.evaluate(model, tiny_tokenizer, spec) for _ in range(2))
     assert first == again and first[0].n == 3
+    # what was asked is known, and it is not what more rows ask
+    (whole,) = harness.specify(["eval_smoke"])
+    assert first[0].asked and first[0].asked != harness.evaluate(model, tiny_tokenizer, whole)[0].asked
 
 
 def test_local_folder_with_subjects_and_fewshot(model, tiny_tokenizer, tmp_path):

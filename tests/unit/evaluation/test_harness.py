@@ -102,6 +102,19 @@ def test_subjects_are_pooled_by_rows():
     assert found[0].value == pytest.approx(2 / 5) and found[0].n == 5
 
 
+def test_a_figure_knows_what_its_rows_ask():
+    def asked(*docs, hashes=True):
+        rows = [{"filter": "none", "acc": 1, **({"doc_hash": doc} if hashes else {})} for doc in docs]
+        raw = results({"a": {"acc,none": 1.0}, "b": {"acc,none": 1.0}}, {"a": rows, "b": rows[:1]})
+        return [score.asked for score in harness.normalise("all", {"a": FakeTask(), "b": FakeTask()}, raw)]
+
+    pooled, one, two = asked("x", "y")
+    assert len({pooled, one, two}) == 3 and asked("x", "y") == [pooled, one, two]
+    # other rows, and the same ones in another order
+    assert not {pooled, one} & {*asked("x", "z"), *asked("y", "x")}
+    assert asked("x", "y", hashes=False) == ["", "", ""]
+
+
 def test_paired_stderr_is_that_of_the_differences():
     assert harness.paired_stderr((1, 0, 1), (1, 0, 1)) == 0
     assert harness.paired_stderr((1, 0, 1, 0), (0, 0, 1, 1)) == pytest.approx(math.sqrt((2 / 3) / 4))

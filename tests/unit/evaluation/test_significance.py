@@ -36,14 +36,14 @@ def test_what_both_models_find_hard_drops_out_and_one_pair_in_twenty_is_wrong() 
 
 def _stage(
     folder: Path, side: str = "compressed", sha: str = "1", nll: tuple[float, ...] = (1.0, 2.0, 4.0),
-    name: str = "held", path: str = "here/held.jsonl",
+    name: str = "held", path: str = "here/held.jsonl", asked: str = "a",
 ) -> Path:  # fmt: skip
     ledger = Ledger(folder / "parts")
     source = {"kind": "jsonl", "path": path, "files": [{"name": "held.jsonl", "sha256": sha}]}
     (folder / "texts.json").write_text(json.dumps({name: source}))
     part: dict[str, Any] = {"perplexity": 2.0, "tokens": 9, "windows": 3, "text_bytes": 40, "window_nll": nll}
     ledger.put(f"{side}.perplexity.{name}", part)
-    ledger.put(f"{side}.task.t", [{"task": "t", "metric": "acc", "n": 3, "rows": [1, 0, 1]}])
+    ledger.put(f"{side}.task.t", [{"task": "t", "metric": "acc", "n": 3, "rows": [1, 0, 1], "asked": asked}])
     return folder
 
 
@@ -56,6 +56,12 @@ def test_only_the_same_rows_of_the_same_text_pair_up(tmp_path: Path) -> None:
     other = recorded(_stage(tmp_path / "c", sha="2"))
     assert difference_stderr(one["held.perplexity"], other["held.perplexity"]) is None
     assert difference_stderr(one["held.perplexity"], None) is None
+
+
+def test_as_many_rows_of_another_file_do_not_pair_up(tmp_path: Path) -> None:
+    one, two = recorded(_stage(tmp_path / "a")), recorded(_stage(tmp_path / "b", asked="b"))
+    assert len(one["t.acc"].rows) == len(two["t.acc"].rows)
+    assert difference_stderr(one["t.acc"], two["t.acc"]) is None
 
 
 def test_the_compressed_side_counts_and_damage_is_no_error(tmp_path: Path) -> None:
