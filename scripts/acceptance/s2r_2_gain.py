@@ -108,10 +108,11 @@ def net(run: dict[str, Any]) -> float:
 def main() -> None:
     with runs_folder() as folder:
         runs = all_seeds(folder)
-    claims = {}
+    claims, tests = {}, []
     for above, below in (("sft", "base"), ("sft", "solutions"), ("orl", "sft"), ("prl", "sft")):
         every, p = better(runs, above, below)
-        claims[f"{above} over {below} (p {p:.2g})"] = every and p < 0.05
+        tests.append(f"{above} over {below} {p:.2g}")
+        claims[f"{above} over {below}"] = every and p < 0.05
     gains = [[net(run[name]) for run in runs] for name in ("sft", "orl", "prl")]
     claims["correction gains more than it breaks"] = min(min(row) for row in gains) > 0
     claims["ORL or PRL corrects more than SFT"] = max(map(statistics.mean, gains[1:])) > statistics.mean(gains[0])
@@ -125,7 +126,8 @@ def main() -> None:
     verdict(
         not broken,
         f"accuracy in %: {table}; VA {figures}; net correction in points "
-        f"{', '.join(f'{100 * statistics.mean(row):.1f}' for row in gains)}; {len(SEEDS)} seeds; "
+        f"{', '.join(f'{100 * statistics.mean(row):.1f}' for row in gains)}; p by problem {', '.join(tests)}; "
+        f"{len(SEEDS)} seeds; "
         f"does not hold: {'; '.join(broken) or 'nothing'}{KEPT}",
     )
 
