@@ -25,7 +25,7 @@ from llmcompress_kernels.reference.group_gemm import LANES
 FAMILY = "decode"
 MAX_BATCH = 8
 MAX_HEAD_DIM = 1024
-PHASES = ("norm", "qkv", "attention", "output", "router", "gate_up", "down", "head", "wait")
+PHASES = ("norm", "qkv", "attention", "output", "mixer", "router", "gate_up", "down", "head", "wait")
 
 build.register(
     build.Family(
@@ -51,7 +51,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "reserved")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "reserved")),
     )
 
 
@@ -66,9 +66,14 @@ class _Model(ctypes.Structure):
         ("member_embeddings", ctypes.POINTER(MatrixStruct)),
         ("member_heads", ctypes.POINTER(MatrixStruct)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("top_k", "routing", "members")),
+        *((name, ctypes.c_int32) for name in ("turned", "top_k", "routing", "members")),
         *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "jitter")),
+        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
     )
+
+
+class _BoundMixers(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("run", "engine", "states"))
 
 
 class _Cache(ctypes.Structure):
@@ -82,7 +87,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("tokens", "positions", "slots", "members", "logits", "best", "seconds", "hidden")
+            for name in ("tokens", "positions", "slots", "members", "logits", "best", "seconds", "mixers", "hidden")
         ),
         *((name, ctypes.c_int32) for name in ("batch", "planes", "threads", "first_layer", "last_layer", "reserved")),
     )
@@ -96,7 +101,7 @@ _REROUTE = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void
 
 class _Prompt(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds", "reroute")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds", "reroute", "mixers")),
         *((name, ctypes.c_int64) for name in ("count", "start")),
         *((name, ctypes.c_int32) for name in ("slot", "member", "planes", "threads")),
     )
@@ -129,7 +134,7 @@ def library() -> ctypes.CDLL:
     """
     lib = build.load(FAMILY)
     if not hasattr(lib, "llmcompress_decode_ready"):
-        for which, structure in enumerate((MatrixStruct, _Layer, _Model, _Cache, _Step, _Prompt)):
+        for which, structure in enumerate((MatrixStruct, _Layer, _Model, _Cache, _Step, _Prompt, _BoundMixers)):
             assert lib.llmcompress_decode_size(which) == ctypes.sizeof(structure), structure
         lib.llmcompress_decode_create.restype = ctypes.c_void_p
         lib.llmcompress_decode_destroy.argtypes = (ctypes.c_void_p,)
@@ -151,7 +156,8 @@ class Layer:
     Attributes:
         attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm.
         attention_norm_bias, mlp_norm_bias: Likewise, or None.
-        query, key, value, output: Projections of attention.
+        query, key, value, output: Projections of attention. They and the norm are None where a mixer takes its place
+            (:class:`Mixers`).
         gate, up, down: Projections of the gated MLP, or of the stacked experts.
         router: float32 ``[E, H]``, None for a dense layer.
         shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
@@ -160,12 +166,12 @@ class Layer:
         whole_norms: They are ``[heads D]``, of all heads together.
     """
 
-    attention_norm: Tensor
+    attention_norm: Tensor | None
     mlp_norm: Tensor
-    query: Matrix
-    key: Matrix
-    value: Matrix
-    output: Matrix
+    query: Matrix | None
+    key: Matrix | None
+    value: Matrix | None
+    output: Matrix | None
     gate: Matrix
     up: Matrix
     down: Matrix
@@ -186,17 +192,23 @@ class Layer:
         return {name: weight for name in names if (weight := getattr(self, name)) is not None}
 
     @property
+    def mixes(self) -> bool:
+        """Whether a mixer stands in the place of attention."""
+        return self.query is None
+
+    @property
     def takes_prompts(self) -> bool:
         """Whether :func:`prompt` computes it."""
         alike = self.router is None or (self.gate.bits, self.gate.group_size) == (self.up.bits, self.up.group_size)
         packed = {name: weight for name, weight in self.matrices().items() if not name.endswith("router")}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
-    def _struct(self) -> _Layer:
+    def _struct(self, place: int) -> _Layer:
         norms = (self.attention_norm, self.mlp_norm, self.attention_norm_bias, self.mlp_norm_bias)
         return _Layer(
             *(None if n is None else n.data_ptr() for n in (*norms, self.query_norm, self.key_norm)),
-            **{name: weight.struct() for name, weight in self.matrices().items()}, whole_norms=int(self.whole_norms),
+            **{name: weight.struct() for name, weight in self.matrices().items()},
+            whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place,
         )  # fmt: skip
 
 
@@ -207,7 +219,8 @@ class Decoder:
     Attributes:
         layers: In order.
         final_norm, final_norm_bias: float32 ``[H]``, as norms of layers.
-        cosine, sine: Rotary tables float32 ``[positions, D / 2]``.
+        cosine, sine: Rotary tables float32 ``[positions, R / 2]``; the first R columns of a head are turned, usually
+            all, maybe none.
         embedding, head: ``[V, H]``.
         heads, key_value_heads, head_dim: Of attention.
         epsilon: Of every norm.
@@ -218,6 +231,8 @@ class Decoder:
         screen_error: float32 ``[V]``, bound of ``|head x - screen x| / |x|`` for every row.
         member_embeddings: Of a family, one for each member; norms then have a row for each, ``[M, H]``.
         member_heads: The same of heads.
+        embedding_scale: Factor of embeddings.
+        residual_scale: Factor of all that layers add to the hidden states.
     """
 
     layers: Sequence[Layer]
@@ -239,9 +254,12 @@ class Decoder:
     screen_error: Tensor | None = None
     member_embeddings: Sequence[Matrix] = ()
     member_heads: Sequence[Matrix] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
+        places = [sum(other.mixes == layer.mixes for other in self.layers[:i]) for i, layer in enumerate(self.layers)]
+        structs = (_Layer * len(self.layers))(*map(Layer._struct, self.layers, places))
         embeddings, heads = (
             (MatrixStruct * len(side))(*(matrix.struct() for matrix in side)) if side else None
             for side in (self.member_embeddings, self.member_heads)
@@ -254,9 +272,10 @@ class Decoder:
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
-            len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim, self.top_k,
-            int(self.renormalize) if self.jitter is None else _SPARSEMIXER, len(self.member_heads), self.epsilon,
-            self.attention_scale, self.jitter or 0.0,
+            len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
+            2 * self.cosine.shape[-1], self.top_k,
+            int(self.renormalize) if self.jitter is None else _SPARSEMIXER, len(self.member_heads),
+            self.epsilon, self.attention_scale, self.jitter or 0.0, self.embedding_scale, self.residual_scale,
         )  # fmt: skip
         lib = library()
         self._handle = lib.llmcompress_decode_create(ctypes.byref(model))
@@ -273,12 +292,17 @@ class Decoder:
         return self.head.rows
 
     @property
+    def mixes(self) -> bool:
+        """Whether there are layers with mixers, which steps and prompts have to be given."""
+        return any(layer.mixes for layer in self.layers)
+
+    @property
     def takes_prompts(self) -> bool:
         """Whether :func:`prompt` computes it: layers packed in whole blocks of rows, but for routers."""
         return all(layer.takes_prompts for layer in self.layers)
 
     def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
-        """The same weights with other rotary tables, float32 ``[positions, D / 2]``."""
+        """The same weights with other rotary tables, float32 ``[positions, R / 2]``."""
         return replace(self, cosine=cosine, sine=sine)
 
     def step_bytes(self, batch: int = 1) -> int:
@@ -292,10 +316,26 @@ class Decoder:
         return total
 
 
+class Mixers:
+    """Layers that keep a recurrent state in the place of keys and values, as another library computes them.
+
+    Args:
+        run: Address of its functions (``Mixers`` of ``csrc/cpu/decode/decode.h``).
+        engine: Its handle of the layers.
+        states: Address of what it keeps of the sequences.
+        owners: Whose memory all this is; kept alive.
+    """
+
+    def __init__(self, run: int, engine: int, states: int, owners: Sequence[Any]) -> None:
+        self._struct = _BoundMixers(run, engine, states)
+        self._owners = owners
+
+
 class Cache:
     """Keys and values of several sequences, float32 or bfloat16, in the step's own order.
 
-    Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation.
+    Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation, for the
+    L layers with attention.
 
     Args:
         decoder: Whose sizes to use.
@@ -308,16 +348,21 @@ class Cache:
         self.positions = -(-positions // LANES) * LANES
         self.head_dim = decoder.head_dim
         padded = -(-decoder.head_dim // LANES) * LANES
-        lead = (len(decoder.layers), slots, decoder.key_value_heads)
+        lead = (sum(not layer.mixes for layer in decoder.layers), slots, decoder.key_value_heads)
         self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
         self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
         self._struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values of all slots."""
+        return self.keys.nbytes + self.values.nbytes
 
     def fill(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store what another implementation computed.
 
         Args:
-            layer: Which layer.
+            layer: Which of the layers with attention.
             slot: Which sequence.
             start: Position of the first token.
             keys: ``[heads, tokens, D]``, rotated.
@@ -328,7 +373,8 @@ class Cache:
         # [heads, P, D] seen through the blocked order
         seen = self.keys[layer, slot].transpose(-1, -2)
         first, last = start // LANES, -(-(start + count) // LANES)
-        patch = seen[:, first:last].flatten(1, 2)
+        # a copy: a single block would be flattened in place
+        patch = seen[:, first:last].flatten(1, 2).clone()
         patch[:, start - first * LANES : start - first * LANES + count, : self.head_dim] = keys.to(patch.dtype)
         seen[:, first:last] = patch.unflatten(1, (last - first, LANES))
 
@@ -358,8 +404,9 @@ def step(
     hidden: Tensor | None = None,
     seconds: Tensor | None = None,
     members: Tensor | None = None,
+    mixers: Mixers | None = None,
 ) -> None:
-    """Compute B tokens: one of each of B sequences, or several of one.
+    """Compute B tokens: one of each of B sequences, or several of one where all layers have attention.
 
     Args:
         decoder: The weights.
@@ -375,6 +422,7 @@ def step(
         hidden: float32 ``[B, H]``.
         seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
         members: Of a family, int32 ``[B]``, whose tokens they are; equal ones must be neighbours.
+        mixers: Of a decoder that has some; their states are replaced.
 
     Raises:
         ValueError: A size is out of range.
@@ -391,13 +439,17 @@ def step(
         raise ValueError("members belong to the steps of a family, and to all of them")
     if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
         raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
+    _check_mixers(decoder, mixers)
+    if mixers is not None and len(set(slots.tolist())) < batch:
+        raise ValueError(f"a recurrent state takes one token a step: sequences {slots.tolist()} repeat")
     limit = min(cache.positions, decoder.cosine.shape[0])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
     _check_numbers(decoder, tokens, planes)
-    given = (tokens, positions, slots, members, logits, best, seconds, hidden)
+    given = (tokens, positions, slots, members, logits, best, seconds)
     call = _Step(
-        *(None if t is None else t.data_ptr() for t in given),
+        *(None if t is None else t.data_ptr() for t in given), _address(mixers),
+        None if hidden is None else hidden.data_ptr(),
         batch, planes, threads or torch.get_num_threads(), first, last, 0,
     )  # fmt: skip
     library().llmcompress_decode_step(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
@@ -414,6 +466,7 @@ def prompt(
     seconds: Tensor | None = None,
     member: int = 0,
     reroute: Reroute | None = None,
+    mixers: Mixers | None = None,
 ) -> Tensor:
     """Compute any number of tokens of one sequence at once, all layers but no head.
 
@@ -428,6 +481,7 @@ def prompt(
         seconds: As in :func:`step`; rounding and waiting are counted where they happen.
         member: Of a family, whose tokens they are.
         reroute: Called once for every layer with experts, between their choice and their work.
+        mixers: As in :func:`step`; the prompt is a whole one then, so ``start`` is 0.
 
     Returns:
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
@@ -443,12 +497,16 @@ def prompt(
         raise ValueError(f"{count} tokens from {start} on in slot {slot} do not fit a cache of {limit} positions")
     if not 0 <= member < max(1, len(decoder.member_heads)):
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
+    _check_mixers(decoder, mixers)
+    if mixers is not None and start != 0:
+        raise ValueError(f"a prompt of recurrent states begins at 0, not {start}")
     _check_numbers(decoder, tokens, planes)
     hidden, raised = torch.empty(1, decoder.hidden), list[BaseException]()
     callback = _REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
     call = _Prompt(
         *(None if t is None else t.data_ptr() for t in (tokens, hidden, seconds)),
-        ctypes.cast(callback, ctypes.c_void_p), count, start, slot, member, planes, threads or torch.get_num_threads(),
+        ctypes.cast(callback, ctypes.c_void_p), _address(mixers),
+        count, start, slot, member, planes, threads or torch.get_num_threads(),
     )  # fmt: skip
     library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
     if raised:
@@ -475,6 +533,15 @@ def _callback(decoder: Decoder, count: int, reroute: Reroute, raised: list[BaseE
             raised.append(error)
 
     return _REROUTE(call)
+
+
+def _address(mixers: Mixers | None) -> int | None:
+    return None if mixers is None else ctypes.addressof(mixers._struct)
+
+
+def _check_mixers(decoder: Decoder, mixers: Mixers | None) -> None:
+    if decoder.mixes != (mixers is not None):
+        raise ValueError("mixers belong to decoders whose layers have some, and to all of these")
 
 
 def _check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:

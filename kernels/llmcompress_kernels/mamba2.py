@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, cpu, cpu_state, pages, select
+from llmcompress_kernels.decode import Mixers
 from llmcompress_kernels.matrix import Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -104,6 +105,7 @@ def library() -> ctypes.CDLL:
         for name in ("llmc_mamba2_step", "llmc_mamba2_prompt"):
             getattr(lib, name).argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
             getattr(lib, name).restype = None
+        lib.llmc_mamba2_mixers.restype = ctypes.c_void_p
         lib.llmcompress_mamba2_ready = True  # type: ignore[attr-defined]
     return lib
 
@@ -167,8 +169,9 @@ class Model:
     Attributes:
         layers: In order.
         final_norm: float32 ``[D]``.
-        embedding, head: ``[V, D]``, packed ones with rows up to a multiple of 16.
-        vocabulary: V.
+        embedding, head: ``[V, D]``, packed ones with rows up to a multiple of 16; None where the layers stand among
+            others (:func:`mixers`).
+        vocabulary: V, 0 without them.
         heads, channels, states, groups: H, P, N, G. N is of :data:`STATES`, P a multiple of 16 up to 256; D and I / G
             are multiples of 16.
         bits: Of the states' codes, 4 or 8; 0 keeps states in float32.
@@ -183,8 +186,8 @@ class Model:
 
     layers: Sequence[Layer]
     final_norm: Tensor
-    embedding: Matrix
-    head: Matrix
+    embedding: Matrix | None
+    head: Matrix | None
     vocabulary: int
     heads: int
     channels: int
@@ -205,7 +208,8 @@ class Model:
         structs = (_Layer * len(self.layers))(*(layer._struct() for layer in self.layers))
         sizes = (self.heads, self.channels, self.states, self.groups, self.bits, int(self.refit), self.head_planes)
         model = _Model(
-            structs, self.final_norm.data_ptr(), self.embedding.struct(), self.head.struct(), self.vocabulary,
+            structs, self.final_norm.data_ptr(),
+            *(MatrixStruct() if end is None else end.struct() for end in (self.embedding, self.head)), self.vocabulary,
             len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, int(self.dither),
             self.window,
         )  # fmt: skip
@@ -226,7 +230,7 @@ class Model:
 
     def step_bytes(self) -> int:
         """Weight bytes that a step reads."""
-        return self.head.nbytes + sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.head is None else self.head.nbytes)
 
     def logits(self, rows: int) -> Tensor:
         """Room for the logits of a call, float32 ``[rows, V up to 16]``."""
@@ -274,10 +278,29 @@ class States:
     def _held(self) -> tuple[Tensor | None, ...]:
         return (self.codes, self.channel, self.scale, self.floats, self.conv, self.recent, self.count)
 
+    def take(self, others: States) -> None:
+        """Copy the first sequences from others of the same model."""
+        for mine, theirs in zip(self._held(), others._held()):
+            if mine is not None and theirs is not None:
+                # all but the counts have a row for each layer
+                part = mine if mine.ndim == 1 else mine.transpose(0, 1)
+                part[: others.slots] = theirs if theirs.ndim == 1 else theirs.transpose(0, 1)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all sequences."""
         return sum(t.nbytes for t in self._held() if t is not None)
+
+
+def mixers(model: Model, states: States) -> Mixers:
+    """Layers of a model that stand among others, with their states, for :func:`llmcompress_kernels.decode.step`.
+
+    Args:
+        model: Without embedding and head; a step or prompt of one decoder at a time.
+        states: With a slot for every sequence of that decoder's cache.
+    """
+    run = library().llmc_mamba2_mixers()
+    return Mixers(run, model._handle, ctypes.addressof(states._struct), (model, states))
 
 
 def step(

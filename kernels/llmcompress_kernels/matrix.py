@@ -28,7 +28,7 @@ class MatrixStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "expert_rows")),
-        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "reserved")),
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "input_bytes")),
     )
 
 
@@ -48,6 +48,7 @@ class Matrix:
         group_size: Columns per scale.
         planes: Nodes of a residual tree instead of all that.
         nodes: The same for C++.
+        input_bytes: Of each input where it is packed, 0 for what the step says. Mixers have a number of their own.
     """
 
     data: Tensor
@@ -60,6 +61,7 @@ class Matrix:
     group_size: int = 0
     planes: Sequence[tree.Plane] = ()
     nodes: Any = None
+    input_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +87,7 @@ class Matrix:
         return MatrixStruct(
             *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias)),
             self.rows, self.columns, apart if self.experts > 1 else 0,
-            _PACKED if self.bits else KINDS[self.data.dtype], self.bits, self.group_size, 0,
+            _PACKED if self.bits else KINDS[self.data.dtype], self.bits, self.group_size, self.input_bytes,
         )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# with keys and values (engine.py), and with states of fixed size (recurrent.py)
+# with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
 STATES = ("mamba2",)
+HYBRIDS = ("bamba", "granitemoehybrid")
 # rotary tables that do not depend on the length of the sequence
 ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -22,7 +23,7 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
         config: ``config.json`` of a text model.
     """
     family = str(config.get("model_type"))
-    reason = decline_family(family, config.get("hidden_act", "silu"), (*FAMILIES, *STATES))
+    reason = decline_family(family, config.get("hidden_act", "silu"), (*FAMILIES, *STATES, *HYBRIDS))
     if reason is not None or family in STATES:
         return reason
     return _decline_rotary(config) or _decline_attention(family, config)
@@ -51,6 +52,7 @@ def _decline_rotary(config: Mapping[str, Any]) -> str | None:
     fixed = config.get("model_type") == "phimoe" and rotary.get("short_mscale") == rotary.get("long_mscale")
     if not (kind in ROTARY or (kind == "longrope" and fixed)):
         return f"rotary embedding {kind!r} depends on the length"
-    if rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if part != 1.0 and config.get("model_type") not in HYBRIDS:
         return "a part of each head is not turned by its position (partial_rotary_factor)"
     return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.models.layout import Block, ExpertBank
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.embedding import PackedRows, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import PerMember, TreeLinear
@@ -52,11 +53,9 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     output: Any = model.get_output_embeddings()
     embeddings, heads = [], []
     for words, last in zip(parts(base.embed_tokens), parts(output)):
-        embeddings.append(matrix.dense(words.weight.detach()))
-        tied = last.weight.data_ptr() == words.weight.data_ptr()
-        heads.append(embeddings[-1] if tied else matrix.dense(last.weight.detach(), last.bias))
-        if head_bits is not None:
-            heads[-1] = replace(rounded_matrix(last.weight.detach(), head_bits), bias=heads[-1].bias)
+        embedding, head = ends_of(words, last, head_bits)
+        embeddings.append(embedding)
+        heads.append(head)
     layers = [_layer(model, block, members) for block in layout.blocks]
     return native.Decoder(
         layers=layers,
@@ -77,6 +76,33 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         member_embeddings=embeddings if members else (),
         member_heads=heads if members else (),
     )
+
+
+def ends_of(words: Any, last: Any, head_bits: int | None = None) -> tuple[matrix.Matrix, matrix.Matrix]:
+    """Embedding and head of a model, dense or packed; one matrix where they share their weights.
+
+    Args:
+        words: Module of the embedding.
+        last: That of the head.
+        head_bits: Of a dense head, see :class:`Engine`.
+    """
+    packed = isinstance(words, PackedRows)
+    embedding = _rows(words) if packed else matrix.dense(words.weight.detach())
+    if isinstance(last, PackedRows):
+        return embedding, _rows(last)
+    if isinstance(last, TiedHead):
+        return embedding, embedding
+    if head_bits is not None:
+        bias = None if last.bias is None else last.bias.detach().float().contiguous()
+        return embedding, replace(rounded_matrix(last.weight.detach(), head_bits), bias=bias)
+    tied = not packed and last.bias is None and last.weight.data_ptr() == words.weight.data_ptr()
+    return embedding, embedding if tied else matrix.dense(last.weight.detach(), last.bias)
+
+
+def _rows(module: PackedRows) -> matrix.Matrix:
+    """A packed embedding or head without the rows that fill its last block."""
+    module.prepare()
+    return replace(packed_matrix(module, slice(None), getattr(module, "bias", None)), rows=module.rows)
 
 
 def parts(module: Any) -> list[Any]:
@@ -104,7 +130,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
             None,
         )
     else:
-        gate, up, down = _experts(model.get_submodule(block.bank.module), block.bank)
+        gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
         weight: Any = model.get_submodule(block.bank.router.module).weight
         router = matrix.dense(weight.detach())
         beside = _beside(model, block, members)
@@ -177,7 +203,8 @@ def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) 
     assert words is not None
     assert scale is not None
     sizes = (side.spec.bits, side.columns_per_group, side.shape[-1])
-    return matrix.packed(words, scale, zero, *sizes, bias, interleaved)
+    found = matrix.packed(words, scale, zero, *sizes, bias, interleaved)
+    return replace(found, input_bytes=native.INT8_PLANES) if getattr(side, "int8_activations", False) else found
 
 
 def _span(rows: slice, count: int) -> tuple[int, int]:
@@ -185,7 +212,7 @@ def _span(rows: slice, count: int) -> tuple[int, int]:
     return first, last - first
 
 
-def _experts(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
+def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
     """Gate, up and down of a bank; the first I rows of the stacked projection are the gate."""
     found = []
     size = bank.intermediate

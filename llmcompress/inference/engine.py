@@ -23,6 +23,7 @@ from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import FAMILIES, decline_config, decline_family
 from llmcompress.inference.decoder import decoder_of, members_of, screened
+from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
@@ -65,11 +66,6 @@ def refuse(reason: str | None) -> None:
         raise InputError(f"the native engine cannot run this model: {reason}", "use engine=transformers")
 
 
-def rounds_activations(model: PreTrainedModel) -> bool:
-    """Whether a model itself rounds the inputs of its packed linears to 8 bits, 64 columns a scale."""
-    return any(module.int8_activations for module in model.modules() if isinstance(module, PackedLinear))
-
-
 def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
     """Bytes of an activation where the native engines multiply packed weights.
 
@@ -100,7 +96,7 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
             reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
             if reason is not None or module._buffers.get("weight_dense") is not None:
                 return f"{name}: {reason or 'a part of its rows is dense'}"
-    reason = _decline_ends(model) or _decline_rounding(model)
+    reason = decline_ends(model)
     if reason is not None:
         return reason
     policy = getattr(model, "llmcompress_skipping", None)
@@ -109,21 +105,13 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _decline_ends(model: PreTrainedModel) -> str | None:
+def decline_ends(model: PreTrainedModel) -> str | None:
+    """Why a model's embedding and head are not those of an engine: they do more than look up and multiply."""
+    known = (nn.Embedding, nn.Linear, PerMember, PackedEmbedding, PackedHead, TiedHead)
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if not isinstance(end, nn.Embedding | nn.Linear | PerMember):
+        if type(end) not in known:
             return f"embedding or head is a {type(end).__name__}"
     return None
-
-
-def _decline_rounding(model: PreTrainedModel) -> str | None:
-    """A step has one width for the inputs of all packed weights."""
-    if not rounds_activations(model):
-        return None
-    packed = [module for module in model.modules() if isinstance(module, PackedTensors)]
-    if all(getattr(module, "int8_activations", False) for module in packed):
-        return None
-    return "activations of some of its packed weights are rounded to 8 bits, and of others not"
 
 
 def _decline_tree(module: TreeLinear) -> str | None:
@@ -151,8 +139,9 @@ class Engine:
         slots: Sequences in the cache; a step takes up to 8 of them.
         positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
-        int8_activations: Round the inputs of packed weights to 8 bits, 64 columns a scale: faster, not exact. Otherwise
-            they are taken as exactly as the model's own type holds them (:func:`planes_of`), or as the model rounds.
+        int8_activations: Round the inputs of all packed weights to 8 bits, 64 columns a scale: faster, not exact.
+            Otherwise only those that the model itself rounds; others are taken as exactly as the model's own type holds
+            them (:func:`planes_of`).
         head_bits: 8 quantizes the output head to 8 bits by rounding to nearest, groups of 64: not exact either.
         threads: torch's by default.
         screen: Keep an 8-bit copy of a dense head, by which :meth:`greedy` finds the few rows that may hold the largest
@@ -164,6 +153,13 @@ class Engine:
     """
 
     max_batch = native.MAX_BATCH
+    # prompts of so many tokens may go by steps, and at once from so many on
+    most_by_steps = SHORT_PROMPT
+    least_at_once = native.MAX_BATCH + 1
+    # why some prompts must stay whole
+    whole = "an expert-skipping policy counts over the whole prompt"
+    # of layers with recurrent states
+    mixers: native.Mixers | None = None
 
     def __init__(
         self,
@@ -176,14 +172,14 @@ class Engine:
         threads: int | None = None,
         screen: bool | None = None,
     ) -> None:
-        refuse(decline(model))
+        refuse(self._declines(model))
         self.model = model
-        self.planes = planes_of(model, int8_activations or rounds_activations(model))
         self.threads = threads
+        self.planes = planes_of(model, int8_activations)
         self.members = members_of(model)
         self.cache_dtype = cache_dtype or (torch.float32 if model.dtype == torch.float32 else torch.bfloat16)
         with torch.inference_mode():
-            self.decoder = decoder_of(model, head_bits)
+            self.decoder = self._weights(int8_activations, head_bits)
             large = 4 * self.decoder.head.nbytes > self.decoder.step_bytes()
             if not self.members and not self.decoder.head.bits and (large if screen is None else screen):
                 self.decoder = screened(self.decoder)
@@ -193,6 +189,12 @@ class Engine:
         self._owners: list[int] = []
         self.cache: native.Cache
         self.reserve(positions, slots)
+
+    _declines = staticmethod(decline)
+
+    def _weights(self, int8_activations: bool, head_bits: int | None) -> native.Decoder:
+        """The model's weights, without rotary tables."""
+        return decoder_of(self.model, head_bits)
 
     @property
     def vocabulary(self) -> int:
@@ -224,13 +226,15 @@ class Engine:
             grown.copy(slot, slot, tokens, self.cache)
         more = [0] * (count - self.slots)
         self.slots, self.lengths, self._owners, self.cache = count, self.lengths + more, self._owners + more, grown
+        self.decoder = self.decoder.with_rotary(*self._rotary(self.cache.positions))
+
+    def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Tables float32 ``[positions, R / 2]`` of the R columns of a head that are turned."""
         rotary: Any = self.model.base_model.rotary_emb
-        ids = torch.arange(self.cache.positions).unsqueeze(0)
         with torch.inference_mode():
-            cosine, sine = rotary(torch.empty(0, dtype=torch.float32), ids)
-        half = self.decoder.head_dim // 2
-        tables = (cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
-        self.decoder = self.decoder.with_rotary(*tables)
+            tables = rotary(torch.empty(0, dtype=torch.float32), torch.arange(positions).unsqueeze(0))
+        cosine, sine = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
+        return cosine, sine
 
     @property
     def piece(self) -> int | None:
@@ -277,7 +281,7 @@ class Engine:
         """
         self._check(slot, len(tokens), start)
         if (start or not last) and self.piece is None:
-            raise InputError("an expert-skipping policy counts over the whole prompt", "give it at once")
+            raise InputError(self.whole, "give it at once")
         if self.members:
             assert member is not None
             self._owners[slot] = self.members.index(member)
@@ -286,10 +290,10 @@ class Engine:
             policy.prompt(len(tokens))  # counted, no more
             policy = None
         # one way for all pieces, so that where they end changes no bit
-        if self.decoder.takes_prompts and (len(tokens) > native.MAX_BATCH or start or not last):
+        if self.decoder.takes_prompts and (len(tokens) >= self.least_at_once or start or not last):
             reroute = None if policy is None else policy.prompt(len(tokens))
             return self._prompt_at_once(slot, tokens, reroute, start, last)
-        by_steps = policy is None and len(tokens) <= SHORT_PROMPT
+        by_steps = policy is None and len(tokens) <= self.most_by_steps
         way = self._prompt_by_steps if by_steps else self._prompt_by_modules
         logits = way(slot, tokens, start)
         return logits if last else logits[:0]
@@ -337,7 +341,7 @@ class Engine:
         ids = torch.tensor(list(tokens))
         hidden = native.prompt(
             self.decoder, self.cache, ids, slot, start, self.planes, self.threads, member=self._owners[slot],
-            reroute=reroute,
+            reroute=reroute, mixers=self.mixers,
         )  # fmt: skip
         self.lengths[slot] = start + len(tokens)
         if not last:
@@ -346,6 +350,7 @@ class Engine:
         native.step(
             self.decoder, self.cache, ids[-1:], at, torch.tensor([slot], dtype=torch.int32), self._logits,
             planes=self.planes, threads=self.threads, layers=layers, hidden=hidden, members=self._members([slot]),
+            mixers=self.mixers,
         )  # fmt: skip
         return self._logits[0].clone()
 
@@ -383,7 +388,7 @@ class Engine:
         logits = self._logits if self.decoder.screen is None else None
         native.step(
             self.decoder, self.cache, tokens, positions, torch.tensor(which, dtype=torch.int32), logits, best,
-            self.planes, self.threads, members=self._members(which),
+            self.planes, self.threads, members=self._members(which), mixers=self.mixers,
         )  # fmt: skip
         for slot in which:
             self.lengths[slot] += 1
@@ -392,7 +397,7 @@ class Engine:
     def _call(self, tokens: Tensor, positions: Tensor, slots: Tensor, best: Tensor | None = None) -> Tensor:
         native.step(
             self.decoder, self.cache, tokens, positions, slots, self._logits, best, self.planes,
-            self.threads, members=self._members(slots.tolist()),
+            self.threads, members=self._members(slots.tolist()), mixers=self.mixers,
         )  # fmt: skip
         return self._logits[: tokens.shape[0]]
 
@@ -402,19 +407,21 @@ class Engine:
 
     def held_bytes(self, slots: Sequence[int]) -> int:
         """Bytes of the positions that these sequences use."""
-        each = self.reserved_bytes // (self.cache.keys.shape[1] * self.cache.positions)
+        each = self.cache.nbytes // (self.cache.keys.shape[1] * self.cache.positions)
         return each * sum(self.lengths[slot] for slot in slots)
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of keys and values of all slots, used or not."""
-        return self.cache.keys.nbytes + self.cache.values.nbytes
+        return self.cache.nbytes
 
     def _members(self, slots: Sequence[int]) -> Tensor | None:
         return torch.tensor([self._owners[slot] for slot in slots], dtype=torch.int32) if self.members else None
 
     def profile(self, tokens: Tensor, repeats: int = 16) -> dict[str, float]:
         """Seconds per step by phase, of the first thread, over ``repeats`` steps that leave the sequences as they were.
+
+        Recurrent states go on.
 
         Args:
             tokens: int64 ``[B]``.
@@ -428,7 +435,7 @@ class Engine:
             native.step(
                 self.decoder, self.cache, tokens, positions, torch.arange(count, dtype=torch.int32), logits,
                 torch.empty(count, dtype=torch.int64), self.planes, self.threads, seconds=seconds,
-                members=self._members(range(count)),
+                members=self._members(range(count)), mixers=self.mixers,
             )  # fmt: skip
         return dict(zip(native.PHASES, (seconds / repeats).tolist()))
 

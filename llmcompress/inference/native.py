@@ -1,11 +1,12 @@
-"""Which native engine runs a model: that of attention or that of recurrent states."""
+"""Which native engine runs a model: that of attention, that of recurrent states, or that of both."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.inference import engine, recurrent
+from llmcompress.inference import engine, hybrid, recurrent
+from llmcompress.inference.coverage import HYBRIDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,13 +15,19 @@ NativeEngine = engine.Engine | recurrent.RecurrentEngine
 
 
 def recurrent_model(model: PreTrainedModel) -> bool:
-    """Whether a model's family keeps states instead of keys and values."""
+    """Whether a model's family keeps states only, and no keys and values."""
     return model.config.model_type in recurrent.FAMILIES
 
 
 def decline(model: PreTrainedModel) -> str | None:
     """Why no native engine can run a model, None if one can."""
-    return recurrent.decline(model) if recurrent_model(model) else engine.decline(model)
+    if recurrent_model(model):
+        return recurrent.decline(model)
+    return hybrid.decline(model) if _hybrid(model) else engine.decline(model)
+
+
+def _hybrid(model: PreTrainedModel) -> bool:
+    return model.config.model_type in HYBRIDS
 
 
 def open_engine(model: PreTrainedModel, slots: int = 1, positions: int = 256, **options: Any) -> NativeEngine:
@@ -36,7 +43,8 @@ def open_engine(model: PreTrainedModel, slots: int = 1, positions: int = 256, **
         InputError: The model is declined, or an option is about keys and values that it does not have.
     """
     if not recurrent_model(model):
-        return engine.Engine(model, slots, positions, **options)
+        kind = hybrid.HybridEngine if _hybrid(model) else engine.Engine
+        return kind(model, slots, positions, **options)
     wrong = sorted({"cache_dtype", "screen"} & {key for key, value in options.items() if value is not None})
     if wrong:
         family = model.config.model_type

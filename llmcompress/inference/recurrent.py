@@ -22,9 +22,9 @@ from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.inference.decoder import linear_matrix, packed_matrix, rounded_matrix
-from llmcompress.inference.engine import decline_anywhere, planes_of, refuse
-from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
+from llmcompress.inference.decoder import ends_of, linear_matrix, packed_matrix
+from llmcompress.inference.engine import decline_anywhere, decline_ends, planes_of, refuse
+from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.packed import PackedTensors
@@ -32,6 +32,7 @@ from llmcompress.nn.packed import PackedTensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmcompress.models.layout import ModelLayout, ScanView
     from llmcompress.nn.states import StateQuantizer
 
 FAMILIES = ("mamba2",)
@@ -44,23 +45,32 @@ def decline(model: PreTrainedModel) -> str | None:
         model: A causal language model, dense or packed.
     """
     config = model.config
-    reason = decline_anywhere(model, config, FAMILIES) or _decline_config(config)
-    reason = reason or _decline_states(model) or _decline_modules(model)
+    reason = decline_anywhere(model, config, FAMILIES)
+    if reason is None:
+        layout = layout_from_config(config.to_dict())
+        reason = decline_scan(_views(layout)[0], layout.hidden)
+    reason = reason or decline_states(model) or _decline_modules(model)
     return reason or native.unavailable()
 
 
-def _decline_config(config: Any) -> str | None:
-    inner = config.num_heads * config.head_dim
-    if config.conv_kernel != CONV_WIDTH:
-        return f"a convolution of {config.conv_kernel} tokens, not {CONV_WIDTH}"
-    if config.state_size not in native.STATES or config.head_dim % LANES != 0 or config.head_dim > 256:
-        return f"no kernel for states of {config.head_dim} channels by {config.state_size}"
-    if config.hidden_size % LANES != 0 or inner % (config.n_groups * LANES) != 0:
-        return f"hidden size {config.hidden_size} or groups of {inner} / {config.n_groups} channels do not fill vectors"
+def _views(layout: ModelLayout) -> list[ScanView]:
+    return [block.scan for block in layout.blocks if block.scan is not None]
+
+
+def decline_scan(view: ScanView, hidden: int) -> str | None:
+    """Why there are no kernels for a Mamba-2 mixer of this size between hidden states of this width."""
+    inner = view.heads * view.channels
+    if view.conv_width != CONV_WIDTH:
+        return f"a convolution of {view.conv_width} tokens, not {CONV_WIDTH}"
+    if view.states not in native.STATES or view.channels % LANES != 0 or view.channels > 256:
+        return f"no kernel for states of {view.channels} channels by {view.states}"
+    if hidden % LANES != 0 or inner % (view.groups * LANES) != 0:
+        return f"hidden size {hidden} or groups of {inner} / {view.groups} channels do not fill vectors"
     return None
 
 
-def _decline_states(model: PreTrainedModel) -> str | None:
+def decline_states(model: PreTrainedModel) -> str | None:
+    """Why a model's states, as they are stored, cannot be those of an engine."""
     runtime = runtime_of(model)
     if runtime is None:
         return None
@@ -90,11 +100,7 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
             reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
             if reason is not None or spec.dense_rows not in (0, heads if name.endswith("in_proj") else 0):
                 return f"{name}: {reason or f'{spec.dense_rows} of its rows are dense'}"
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    for end in ends:
-        if type(end) not in (nn.Embedding, nn.Linear, PackedEmbedding, PackedHead, TiedHead):
-            return f"embedding or head is a {type(end).__name__}"
-    return None
+    return decline_ends(model)
 
 
 class RecurrentEngine:
@@ -279,28 +285,54 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
         int8_activations: See :class:`RecurrentEngine`.
         head_bits: As there.
     """
-    config: Any = model.config
     base: Any = model.base_model
+    embedding, head = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
+    return mixers_of(
+        model,
+        _views(layout_from_config(model.config.to_dict()))[0],
+        [(block.norm, block.mixer) for block in base.layers],
+        int8_activations,
+        final_norm=_float(base.norm_f.weight),
+        embedding=embedding,
+        head=head,
+        vocabulary=int(model.config.vocab_size),
+    )
+
+
+def mixers_of(
+    model: PreTrainedModel, view: ScanView, parts: Sequence[tuple[Any, Any]], int8_activations: bool,
+    final_norm: Tensor, embedding: Matrix | None = None, head: Matrix | None = None, vocabulary: int = 0,
+) -> native.Model:  # fmt: skip
+    """Mamba-2 mixers as the native step reads them; packed weights are shared with the modules.
+
+    Args:
+        model: Whose mixers they are.
+        view: Their sizes, the same of all.
+        parts: Norm and mixer of each layer.
+        int8_activations: See :class:`RecurrentEngine`.
+        final_norm: Of the model, float32 ``[D]``.
+        embedding: None where the mixers stand among other layers.
+        head: Likewise.
+        vocabulary: V, 0 without them.
+    """
     runtime = runtime_of(model)
     quantizers = {q.layer: q for q in runtime.quantizers.values()} if runtime is not None else {}
     exact = planes_of(model, int8_activations=False)
-    layers = [_layer(block, quantizers.get(i), exact, int8_activations) for i, block in enumerate(base.layers)]
-    words: Any = model.get_input_embeddings()
-    embedding = _rows(words)
-    first, mixer = quantizers.get(0), base.layers[0].mixer
+    norm, mixer = parts[0]
+    first = quantizers.get(mixer.layer_idx)
     return native.Model(
-        layers=layers,
-        final_norm=_float(base.norm_f.weight),
+        layers=[_layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations) for n, m in parts],
+        final_norm=final_norm,
         embedding=embedding,
-        head=_head(model, words, embedding, head_bits),
-        vocabulary=int(config.vocab_size),
-        heads=config.num_heads,
-        channels=config.head_dim,
-        states=config.state_size,
-        groups=config.n_groups,
+        head=head,
+        vocabulary=vocabulary,
+        heads=view.heads,
+        channels=view.channels,
+        states=view.states,
+        groups=view.groups,
         bits=0 if first is None else first.spec.bits,
         refit=first is not None and first.spec.refit,
-        epsilon=base.layers[0].norm.variance_epsilon,
+        epsilon=norm.variance_epsilon,
         gate_epsilon=mixer.norm.variance_epsilon,
         limits=tuple(mixer.time_step_limit),
         head_planes=exact,
@@ -314,12 +346,11 @@ def _float(tensor: Any) -> Tensor:
     return found
 
 
-def _layer(block: Any, quantizer: StateQuantizer | None, exact: int, int8: bool) -> native.Layer:
-    mixer = block.mixer
+def _layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool) -> native.Layer:
     in_proj, times = _in_proj(mixer.in_proj, mixer.num_heads)
     out: Any = mixer.out_proj
     return native.Layer(
-        norm=_float(block.norm.weight),
+        norm=_float(norm.weight),
         in_proj=in_proj,
         dt_proj=times,
         out_proj=linear_matrix(out),
@@ -348,24 +379,3 @@ def _in_proj(module: Any, heads: int) -> tuple[Matrix, Matrix | None]:
     bias = module.bias
     parts = (None, None) if bias is None else (bias[:-heads], bias[-heads:])
     return packed_matrix(module, slice(None), parts[0]), dense(times.detach(), parts[1])
-
-
-def _rows(module: Any) -> Matrix:
-    """An embedding, dense or packed."""
-    if not isinstance(module, PackedTensors):
-        return dense(module.weight.detach())
-    module.prepare()
-    return packed_matrix(module, slice(None))
-
-
-def _head(model: PreTrainedModel, words: Any, embedding: Matrix, bits: int | None) -> Matrix:
-    last: Any = model.get_output_embeddings()
-    if isinstance(last, TiedHead):
-        return embedding
-    if isinstance(last, PackedHead):
-        last.prepare()
-        return packed_matrix(last, slice(None), last.bias)
-    if bits is not None:
-        return rounded_matrix(last.weight.detach(), bits)
-    tied = not isinstance(words, PackedTensors) and last.weight.data_ptr() == words.weight.data_ptr()
-    return embedding if tied and last.bias is None else dense(last.weight.detach(), last.bias)

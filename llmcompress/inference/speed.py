@@ -22,6 +22,7 @@ from llmcompress_kernels.build import BuildError
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
 from llmcompress.inference import llamacpp_worker
+from llmcompress.inference.caches import arguments
 from llmcompress.inference.native import NativeEngine
 from llmcompress.models.layout import Role
 from llmcompress.models.registry import layout_from_config
@@ -90,21 +91,30 @@ def transformers(model: Any) -> Candidate:
         vocabulary = int(model.config.get_text_config().vocab_size)
         ids = _ids(vocabulary, case.context).expand(case.batch, -1).to(model.device)
 
+        positions = torch.arange(case.context, device=model.device).expand(case.batch, -1)
+
         @torch.inference_mode()
-        def prefill() -> Any:
-            return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        def prefill(**cache: Any) -> Any:
+            return model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
 
         held: list[Any] = []
 
         @torch.inference_mode()
         def decode() -> None:
             if not held:
-                held.append(prefill().past_key_values)
+                from transformers import DynamicCache
+
+                held.append(DynamicCache(config=model.config))
+                prefill(**arguments(model, held[0], positions))
             word = ids[:, -1:]
-            for _ in range(case.steps):
-                out = model(input_ids=word, past_key_values=held[0], use_cache=True)
+            for step in range(case.steps):
+                at = positions[:, -1:] + 1 + step
+                out = model(input_ids=word, use_cache=True, **arguments(model, held[0], at))
                 word = out.logits[:, -1:].argmax(-1)
-            held[0].crop(-case.steps)
+            # a state stands where it is: that costs the next sample as much
+            for layer in held[0].layers:
+                if not hasattr(layer, "recurrent_states"):
+                    layer.crop(-case.steps)
 
         return prefill if case.phase == "prefill" else decode
 

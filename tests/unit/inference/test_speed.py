@@ -40,7 +40,22 @@ def test_a_sample_leaves_the_context_as_it_was(decoders: Any) -> None:
     sample = speed.transformers(model)(CASES[1])
     sample()
     sample()
-    assert seen == [9, 10, 11, 9, 10, 11]
+    assert seen == [0, 9, 10, 11, 9, 10, 11]
+
+
+@pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid", "falcon_h1"])
+def test_states_go_on_and_keys_are_taken_back(family: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    made: list[Any] = []
+    plain = transformers.DynamicCache
+    monkeypatch.setattr(transformers, "DynamicCache", lambda **kw: made.append(plain(**kw)) or made[-1])
+    sample = speed.transformers(tiny.model(family))(CASES[1])
+    for _ in range(2):
+        sample()
+    (cache,) = made
+    kept = [layer for layer in cache.layers if not hasattr(layer, "recurrent_states")]
+    assert [layer.get_seq_length() for layer in kept] == [9] * (1 if family == "granitemoehybrid" else 0)
 
 
 def test_dense_twin_has_the_shape_and_no_packed_weight(decoders: Any) -> None:

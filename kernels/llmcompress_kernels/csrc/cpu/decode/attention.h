@@ -175,14 +175,16 @@ inline void combine(const float* parts, int64_t stride, int chunks, int dim, flo
     }
 }
 
-// Rotate halves, as llama does: (a, b) -> (a cos - b sin, b cos + a sin); cosine and sine [dim / 2].
-inline void rotate(const float* from, const float* cosine, const float* sine, int dim, float scale, float* to) {
-    const int half = dim / 2;
+// Rotate halves of the first `turned` columns, as llama does with all: (a, b) -> (a cos - b sin, b cos + a sin); cosine and
+// sine [turned / 2].
+inline void rotate(const float* from, const float* cosine, const float* sine, int dim, int turned, float scale, float* to) {
+    const int half = turned / 2;
     for (int i = 0; i < half; ++i) {
         const float a = from[i], b = from[half + i];
         to[i] = (a * cosine[i] - b * sine[i]) * scale;
         to[half + i] = (b * cosine[i] + a * sine[i]) * scale;
     }
+    for (int i = turned; i < dim; ++i) to[i] = from[i] * scale;
 }
 
 // Queries or keys of one token as their projection left them.
@@ -217,7 +219,8 @@ inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position,
         for (int i = 0; i < dim; ++i) normed[i] = weight[i] * (row[i] * factor);
         row = normed;
     }
-    rotate(row, m.cosine + position * (dim / 2), m.sine + position * (dim / 2), dim, scale, to);
+    const int64_t at = position * (m.turned / 2);
+    rotate(row, m.cosine + at, m.sine + at, dim, m.turned, scale, to);
 }
 
 // Where a head of a sequence begins in the cache.

@@ -50,13 +50,16 @@ EXPORT void llmcompress_decode_destroy(void* engine) { delete static_cast<Engine
 
 // Sizes of the structures by which Python checks that it declares the same.
 EXPORT int llmcompress_decode_size(int which) {
-    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Cache), sizeof(Step), sizeof(Prompt)};
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer),  sizeof(Model),      sizeof(Cache),
+                            sizeof(Step),   sizeof(Prompt), sizeof(BoundMixers)};
     return int(sizes[which]);
 }
 
 EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step* step) {
     Engine& engine = *static_cast<Engine*>(handle);
     engine.prepare(*step, *cache);
+    const BoundMixers* mixers = step->mixers;
+    if (mixers != nullptr) mixers->run->prepare(mixers->engine, step->batch, 0, step->threads);
     const auto run = workers().step;
     in_parallel(step->threads, [&](Barrier& barrier, int thread) { run(engine, *cache, *step, barrier, thread); });
 }
@@ -64,7 +67,10 @@ EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step
 EXPORT void llmcompress_decode_prompt(void* handle, const Cache* cache, const Prompt* prompt) {
     Engine& engine = *static_cast<Engine*>(handle);
     PromptRoom room(engine, *prompt);
+    const BoundMixers* mixers = prompt->mixers;
+    if (mixers != nullptr) mixers->run->prepare(mixers->engine, prompt->count, 1, prompt->threads);
     const auto run = workers().prompt;
     in_parallel(prompt->threads,
                 [&](Barrier& barrier, int thread) { run(engine, *cache, *prompt, room, barrier, thread); });
+    if (mixers != nullptr) mixers->run->finish(mixers->engine);
 }

@@ -1,11 +1,13 @@
 // Native decode step: what Python and C++ agree on. Plain C structs, mirrored in llmcompress_kernels/decode.py.
 //
 // Legend: B tokens of one step (at most MAX_BATCH), H hidden, D head dimension, Dp = D rounded up to LANES,
-// P positions a cache holds (a multiple of LANES), E experts, k experts per token, V vocabulary.
+// P positions a cache holds (a multiple of LANES), E experts, k experts per token, V vocabulary. Layers of a cache are those
+// with attention.
 #pragma once
 
 #include <cstdint>
 
+#include "llmcompress/barrier.h"
 #include "llmcompress/lowbit.h"
 
 namespace llmcompress::decode {
@@ -27,7 +29,36 @@ struct Matrix {
     int64_t rows, columns, expert_rows;
     int32_t kind;
     int32_t bits, group;
-    int32_t reserved;
+    int32_t input_bytes;  // of a PACKED one, 0 for what the call says
+};
+
+// What layers compute that keep recurrent states, in the library that knows these: every thread of a step or prompt enters
+// with all others and leaves with them. `layer` counts such layers alone; norms are theirs, residual connections are not.
+struct Mixers {
+    struct Rows {
+        const float* hidden;   // [B, H], the same for every thread
+        const int32_t* slots;  // [B], the sequence of each, all different
+        float* delta;          // [B, H], written
+        int64_t batch;
+    };
+    struct Prompt {
+        const float* hidden;  // [T, H]
+        float* delta;         // [T, H], written
+        int64_t count;        // T
+        int32_t slot;         // of which sequence these are the first tokens
+    };
+    // room for both; called by one thread before the others start, and `finish` after them
+    void (*prepare)(void* engine, int64_t tokens, int32_t is_prompt, int32_t threads);
+    void (*step)(void* engine, const void* states, int32_t layer, const Rows& rows, Barrier& barrier, int thread);
+    void (*prompt)(void* engine, const void* states, int32_t layer, const Prompt& all, Barrier& barrier, int thread);
+    void (*finish)(void* engine);
+};
+
+// Those of a model, and what they keep of its sequences.
+struct BoundMixers {
+    const Mixers* run;
+    void* engine;
+    const void* states;
 };
 
 // How a token's k experts and their weights follow from the router's logits: by softmax over all or over the chosen ones, or as
@@ -48,6 +79,8 @@ struct Layer {
     Matrix shared_gate, shared_up, shared_down;  // a gated MLP beside the experts, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
+    int32_t mixes;          // whether a mixer stands in the place of attention, whose norm and projections are not there then
+    int32_t place;          // number among the layers with attention, or among those with mixers
     int32_t reserved;
 };
 
@@ -55,18 +88,20 @@ struct Model {
     const Layer* layers;
     const float* final_norm;  // [H]
     const float* final_norm_bias;  // [H] or null
-    const float* cosine;      // [positions, D / 2]
-    const float* sine;        // [positions, D / 2]
-    Matrix embedding;         // [V, H], dense
+    const float* cosine;      // [positions, turned / 2]
+    const float* sine;        // [positions, turned / 2]
+    Matrix embedding;         // [V, H], no TREE
     Matrix head;              // [V, H]
     Matrix screen;            // the head rounded to 8 bits, to find which rows can hold the largest logit, or ABSENT
     const float* screen_error;  // [V], bound of |head x - screen x| / |x|
     const Matrix* member_embeddings;  // of a family, or null
     const Matrix* member_heads;
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
+    int32_t turned;  // columns of a head that are turned by position, even: the first ones
     int32_t top_k, routing, members;
     float epsilon, attention_scale;
     float jitter;  // of SPARSEMIXER
+    float embedding_scale, residual_scale;  // of embeddings, and of all that is added to the hidden states
 };
 
 // keys [layer, slot, kv head, P / LANES, Dp, LANES] and values [layer, slot, kv head, P, Dp]: the scores of sixteen
@@ -87,6 +122,7 @@ struct Step {
     float* logits;             // [B, V], or null where only the best is wanted and a screen is there
     int64_t* best;             // [B], index of the largest logit, or null
     double* seconds;           // [PHASES], time of thread 0 by phase, added to, or null
+    const BoundMixers* mixers; // null where all layers have attention; tokens are then of different sequences
     float* hidden;             // [B, H]: input where first_layer > 0, output where last_layer < layer_count
     int32_t batch, planes, threads;
     int32_t first_layer, last_layer;  // half-open; a whole step is [0, layer_count)
@@ -103,11 +139,12 @@ struct Prompt {
     float* hidden;          // [H], written: the last token's after all layers
     double* seconds;        // [PHASES], as of a step, waiting for others left in what they do
     Reroute reroute;        // or null
+    const BoundMixers* mixers;  // as of a step
     int64_t count;          // T
     int64_t start;          // position of the first; the cache holds what comes before
     int32_t slot, member, planes, threads;
 };
 
-enum Phase : int { NORM, QKV, ATTENTION, OUTPUT, ROUTER, GATE_UP, DOWN, HEAD, WAIT, PHASES };
+enum Phase : int { NORM, QKV, ATTENTION, OUTPUT, MIXER, ROUTER, GATE_UP, DOWN, HEAD, WAIT, PHASES };
 
 }  // namespace llmcompress::decode

@@ -5,11 +5,16 @@
 
 namespace LLMCOMPRESS_ISA {
 
-// A row of a dense embedding of `size` columns.
-inline void embedding_row(const Matrix& from, int64_t token, int64_t size, float* to) {
+// A row of an embedding of `size` columns.
+inline void embedding_row(const Matrix& from, int64_t token, int64_t size, float scale, float* to) {
+    if (from.kind == PACKED) {
+        packed_row(static_cast<const uint32_t*>(from.data), from.scale, from.zero, from.bits, from.group, size, token, to);
+        for (int64_t i = 0; i < size; ++i) to[i] *= scale;
+        return;
+    }
     for (int64_t i = token * size; i < (token + 1) * size; ++i)
-        *to++ = from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[i]
-                                        : widen(static_cast<const uint16_t*>(from.data)[i]);
+        *to++ = scale * (from.kind == DENSE_FP32 ? static_cast<const float*>(from.data)[i]
+                                                 : widen(static_cast<const uint16_t*>(from.data)[i]));
 }
 
 // One by the root mean square of n numbers.

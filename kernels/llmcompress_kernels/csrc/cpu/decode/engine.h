@@ -22,6 +22,8 @@ struct Operand {
     const std::vector<Chunk>*wide = nullptr, *narrow = nullptr;  // chunks of several planes and of one
     TreeShape tree{};  // of a TREE
 
+    // bytes of an input, where the call says `otherwise`
+    int planes(int otherwise) const { return m.input_bytes > 0 ? m.input_bytes : otherwise; }
     const std::vector<Chunk>& chunks(int planes) const { return planes == 1 ? *narrow : *wide; }
     const TreeNode* nodes() const { return static_cast<const TreeNode*>(m.data); }
     bool present() const { return m.kind != ABSENT; }

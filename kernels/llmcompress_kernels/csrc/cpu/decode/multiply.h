@@ -20,9 +20,9 @@ class Input {
     int planes() const { return planes_; }
     const float* row(int t) const { return rows_ + (index_ ? index_[t] : t) * stride_; }
 
-    const Activations& fixed_point(const Weight& w, const std::vector<Chunk>& parts) {
-        if (bits_ != w.bits || group_ != w.group) {
-            fixed_ = place_activations(w, tokens_, planes_, memory_.data());
+    const Activations& fixed_point(const Weight& w, const std::vector<Chunk>& parts, int planes) {
+        if (bits_ != w.bits || group_ != w.group || fixed_.planes != planes) {
+            fixed_ = place_activations(w, tokens_, planes, memory_.data());
             for (int64_t i = 0; i < fixed_.blocks(); ++i)
                 variant().quantize(w, parts.data(), int64_t(parts.size()), rows_, FP32, stride_, index_, fixed_, i);
             bits_ = w.bits, group_ = w.group;
@@ -102,8 +102,9 @@ void dense_blocks(const T* w, const Matrix& m, const Input& in, int64_t first, i
 inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t first, int64_t last, float* out,
                           int64_t stride) {
     const Weight w = o.weight(expert);
-    const std::vector<Chunk>& parts = o.chunks(in.planes());
-    const Activations& a = in.fixed_point(w, parts);
+    const int planes = o.planes(in.planes());
+    const std::vector<Chunk>& parts = o.chunks(planes);
+    const Activations& a = in.fixed_point(w, parts, planes);
     const int64_t count = int64_t(parts.size()), whole = o.m.rows / LANES;
     const auto rows = variant().rows;
     if (first < std::min(last, whole)) rows(w, parts.data(), count, a, first, std::min(last, whole), out, FP32, stride);

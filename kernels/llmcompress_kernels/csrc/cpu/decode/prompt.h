@@ -40,14 +40,15 @@ class PromptWorker {
         pieces([&] {
             each(blocks(), [&](int64_t b) {
                 for (int64_t t = begin(b); t < end(b); ++t)
-                    embedding_row(words, p_.tokens[first_ + t], m_.hidden, hidden(t));
+                    embedding_row(words, p_.tokens[first_ + t], m_.hidden, m_.embedding_scale, hidden(t));
             });
         });
         took(NORM);
         for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
         if (thread_ != 0) return;
         const int64_t last = (p_.count - 1) * m_.hidden;
-        for (int i = 0; i < m_.hidden; ++i) p_.hidden[i] = room_.hidden[size_t(last + i)] + room_.delta[size_t(last + i)];
+        for (int i = 0; i < m_.hidden; ++i)
+            p_.hidden[i] = room_.hidden[size_t(last + i)] + m_.residual_scale * room_.delta[size_t(last + i)];
     }
 
   private:
@@ -91,8 +92,9 @@ class PromptWorker {
     float* normed(int64_t t) { return room_.normed.data() + t * m_.hidden; }
 
     void layer(const LayerOperands& o, int index) {
+        if (o.l.mixes != 0) mixer(o.l.place, index);
         pieces([&] {
-            mix(o, index);
+            if (o.l.mixes == 0) mix(o, index);
             if (o.router.present()) choose_experts(o);
             else gated_mlp(o);
         });
@@ -106,13 +108,25 @@ class PromptWorker {
         pieces([&] { experts(o); });
     }
 
+    // All tokens at once: a state passes through them.
+    void mixer(int32_t layer, int index) {
+        pieces([&] {
+            each(blocks(), [&](int64_t b) {
+                for (int64_t t = begin(b); index > 0 && t < end(b); ++t) add_delta(t);
+            });
+        });
+        const BoundMixers& x = *p_.mixers;
+        x.run->prompt(x.engine, x.states, layer, {room_.hidden.data(), room_.delta.data(), p_.count, p_.slot}, barrier_, thread_);
+        took(MIXER);
+    }
+
     void mix(const LayerOperands& o, int index) {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 room_.normed.data(), QKV, [&](int64_t t) {
                     if (index > 0) add_delta(t);
                     norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
                 });
-        attention(o.l, index);
+        attention(o.l, o.l.place);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
@@ -133,7 +147,7 @@ class PromptWorker {
     void add_delta(int64_t t) {
         const float* from = delta(t);
         float* to = hidden(t);
-        for (int i = 0; i < m_.hidden; ++i) to[i] += from[i];
+        for (int i = 0; i < m_.hidden; ++i) to[i] += m_.residual_scale * from[i];
     }
 
     void norm_hidden(int64_t t, const float* weight, const float* bias) {
@@ -158,7 +172,7 @@ class PromptWorker {
     template <class F>
     void project(std::initializer_list<Product> products, const float* from, Phase phase, F&& make) {
         const auto alike = [](const Operand& a, const Operand& b) {
-            return a.m.kind == b.m.kind && a.wide == b.wide && a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
+            return a.m.kind == b.m.kind && a.wide == b.wide && a.m.input_bytes == b.m.input_bytes && a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
         };
         for (const Product* i = products.begin(); i != products.end();) {
             const Product* j = i;
@@ -175,8 +189,9 @@ class PromptWorker {
     template <class F>
     void by_groups(const Product* first, const Product* last, const float* from, Phase phase, F&& made) {
         const Weight& w = first->o->first;
-        const std::vector<Chunk>& parts = first->o->chunks(p_.planes);
-        const Activations a = place_activations(w, count_, p_.planes, room_.activations.data());
+        const int planes = first->o->planes(p_.planes);
+        const std::vector<Chunk>& parts = first->o->chunks(planes);
+        const Activations a = place_activations(w, count_, planes, room_.activations.data());
         each(a.blocks(), [&](int64_t b) {
             made(b);
             variant().quantize(w, parts.data(), int64_t(parts.size()), from, FP32, w.columns, nullptr, a, b);
@@ -248,8 +263,9 @@ class PromptWorker {
     Activations expert_inputs(const Operand& o, int64_t expert) {
         const Routed& r = room_.routed;
         const int64_t before = r.first[size_t(expert)], own = r.first[size_t(expert) + 1] - before;
-        const size_t at = activation_bytes(o.first, before + expert * MAX_BATCH, p_.planes) + size_t(expert) * EXPERT_LINES;
-        return place_activations(o.first, own, p_.planes, room_.activations.data() + at);
+        const int planes = o.planes(p_.planes);
+        const size_t at = activation_bytes(o.first, before + expert * MAX_BATCH, planes) + size_t(expert) * EXPERT_LINES;
+        return place_activations(o.first, own, planes, room_.activations.data() + at);
     }
 
     // Rows of every expert that has tokens; out is [slots, rows].
@@ -296,7 +312,7 @@ class PromptWorker {
         Routed& r = room_.routed;
         const int64_t width = o.gate.m.rows, k = m_.top_k;
         const auto round = [&](const Operand& w, const Routed::Block& b, const float* from, const int64_t* index) {
-            const std::vector<Chunk>& parts = w.chunks(p_.planes);
+            const std::vector<Chunk>& parts = w.chunks(w.planes(p_.planes));
             variant().quantize(w.weight(b.expert), parts.data(), int64_t(parts.size()), from, FP32, w.m.columns, index,
                                expert_inputs(w, b.expert), b.block);
         };

@@ -80,10 +80,11 @@ struct PromptRoom {
         size_t most = 0;
         const auto room_for = [&](const Operand& o, int64_t count) {
             most = std::max(most, o.m.kind == TREE ? tree_activation_bytes(o.tree, count, std::max(2, p.planes))
-                                                   : activation_bytes(o.first, count, p.planes));
+                                                   : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.key, &l.value, &l.output}) room_for(*o, tokens);
+            for (const Operand* o : {&l.query, &l.key, &l.value, &l.output})
+                if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.up, &l.down}) room_for(*o, tokens);
             for (const Operand* o : {&l.shared_gate, &l.shared_up, &l.shared_down})
                 if (o->present()) room_for(*o, tokens);

@@ -11,6 +11,7 @@
 #include "decode.h"
 #include "engine.h"
 #include "llmcompress/barrier.h"
+#include "llmcompress/packed_row.h"
 #include "llmcompress/types.h"
 #include "prompt_room.h"
 #include "workers.h"

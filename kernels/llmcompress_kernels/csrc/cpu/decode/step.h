@@ -26,7 +26,8 @@ class Worker {
         else std::copy_n(s_.hidden, s_.batch * m_.hidden, own_.hidden.begin());
         for (int i = s_.first_layer; i < s_.last_layer; ++i) {
             const LayerOperands& o = e_.layers[size_t(i)];
-            attention(o, i);
+            if (o.l.mixes != 0) mix(o.l.place);
+            else attention(o, o.l.place);
             if (o.router.present()) experts(o);
             else gated_mlp(o);
         }
@@ -59,7 +60,7 @@ class Worker {
     void embed() {
         for (int b = 0; b < s_.batch; ++b) {
             const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[member(b)];
-            embedding_row(from, s_.tokens[b], m_.hidden, own_.hidden.data() + b * m_.hidden);
+            embedding_row(from, s_.tokens[b], m_.hidden, m_.embedding_scale, own_.hidden.data() + b * m_.hidden);
         }
     }
 
@@ -71,7 +72,15 @@ class Worker {
     }
 
     void add_delta() {
-        for (int64_t i = 0; i < s_.batch * int64_t(m_.hidden); ++i) own_.hidden[size_t(i)] += sh_.delta[size_t(i)];
+        for (int64_t i = 0; i < s_.batch * int64_t(m_.hidden); ++i)
+            own_.hidden[size_t(i)] += m_.residual_scale * sh_.delta[size_t(i)];
+    }
+
+    void mix(int32_t layer) {
+        const BoundMixers& x = *s_.mixers;
+        x.run->step(x.engine, x.states, layer, {own_.hidden.data(), s_.slots, sh_.delta.data(), s_.batch}, barrier_, thread_);
+        took(MIXER);
+        add_delta();
     }
 
     void attention(const LayerOperands& o, int layer) {

@@ -210,8 +210,12 @@ class Worker {
 
 void run_step(Engine& engine, const MixerStates& states, const MixerStep& step, Barrier& barrier, int thread);
 void run_prompt(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& barrier, int thread);
-// Room for both; called by one thread before.
-void prepare_step(Engine& engine, const MixerStep& step);
-void prepare_prompt(Engine& engine, const MixerPrompt& prompt);
+// One layer among others that are not of this engine; `layer` counts its own, in the order in which a step runs them.
+void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixers::Rows& rows, Barrier& barrier, int thread);
+void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixers::Prompt& prompt, Barrier& barrier, int thread);
+// Room for steps of `batch` sequences and for parts of prompts of up to `tokens`; called by one thread before. `first`: the
+// part is the first of its prompt.
+void prepare_step(Engine& engine, int64_t batch, int64_t threads);
+void prepare_prompt(Engine& engine, int64_t tokens, bool first, int64_t threads);
 
 }  // namespace state

@@ -1,5 +1,6 @@
 // Entry points of the native Mamba-2 model, and what steps and prompts do alike.
 #include "engine.h"
+#include "llmcompress/packed_row.h"
 #include "rounding.h"
 
 #include <omp.h>
@@ -68,32 +69,7 @@ void Worker::embed(int64_t token, float* to) const {
     for (int64_t i = 0; i < columns; ++i) to[i] = llmcompress::bf16_to_float(row[i]);
     return;
   }
-  // column by column as lowbit.h lays them out: words, scales and zero points of sixteen rows side by side
-  const int bits = from.bits;
-  const int64_t words = (columns * bits + 31) / 32, groups = (columns + from.group - 1) / from.group;
-  const int64_t block = token / LANES, lane = token % LANES;
-  const uint32_t* word = static_cast<const uint32_t*>(from.data) + block * words * LANES + lane;
-  const uint16_t* scale = from.scale + block * groups * LANES + lane;
-  const uint32_t* zero = from.zero == nullptr ? nullptr : from.zero + block * ((groups * bits + 31) / 32) * LANES + lane;
-  const auto code = [bits](const uint32_t* stream, int64_t index) {
-    const int64_t bit = index * bits, at = (bit >> 5) * LANES;
-    const int shift = static_cast<int>(bit & 31);
-    uint64_t both = stream[at];
-    if (shift + bits > 32) both |= static_cast<uint64_t>(stream[at + LANES]) << 32;
-    return static_cast<float>((both >> shift) & ((1u << bits) - 1));
-  };
-  for (int64_t g = 0, i = 0; g < groups; ++g) {
-    const float step = llmcompress::half_to_float(scale[g * LANES]);
-    const float middle = zero == nullptr ? static_cast<float>(1 << (bits - 1)) : code(zero, g);
-    const int64_t end = std::min(columns, i + from.group);
-    if (bits == 8 && i % 4 == 0) {
-      for (; i + 4 <= end; i += 4) {
-        const uint32_t four = word[i / 4 * LANES];
-        for (int k = 0; k < 4; ++k) to[i + k] = (static_cast<float>(static_cast<int32_t>(four >> 8 * k & 255)) - middle) * step;
-      }
-    }
-    for (; i < end; ++i) to[i] = (code(word, i) - middle) * step;
-  }
+  llmcompress::packed_row(static_cast<const uint32_t*>(from.data), from.scale, from.zero, from.bits, from.group, columns, token, to);
 }
 
 void Worker::norm(const float* x, const float* weight, float* to) const {
@@ -136,9 +112,17 @@ void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, i
 
 namespace {
 
+void have_threads(Engine& engine, int threads) {
+  if (engine.threads.size() < static_cast<size_t>(threads)) engine.threads.resize(static_cast<size_t>(threads));
+}
+
+void drop_tiles(Engine& engine) {
+  if (engine.m.layer_count * engine.state_size() > kKept) engine.tiles.drop();
+}
+
 template <class Call>
 void in_parallel(Engine& engine, int threads, Call call) {
-  if (engine.threads.size() < static_cast<size_t>(threads)) engine.threads.resize(static_cast<size_t>(threads));
+  have_threads(engine, threads);
   Barrier barrier;
   barrier.expect(1);
   if (threads == 1) return call(barrier, 0);
@@ -173,16 +157,37 @@ EXPORT int llmc_mamba2_size(int which) {
 EXPORT void llmc_mamba2_step(void* handle, const state::MixerStates* states, const state::MixerStep* step) {
   using namespace state;
   Engine& engine = *static_cast<Engine*>(handle);
-  prepare_step(engine, *step);
+  prepare_step(engine, step->batch, step->threads);
   in_parallel(engine, step->threads, [&](Barrier& barrier, int thread) { run_step(engine, *states, *step, barrier, thread); });
 }
 
 EXPORT void llmc_mamba2_prompt(void* handle, const state::MixerStates* states, const state::MixerPrompt* prompt) {
   using namespace state;
   Engine& engine = *static_cast<Engine*>(handle);
-  prepare_prompt(engine, *prompt);
+  prepare_prompt(engine, prompt->count, prompt->first != 0, prompt->threads);
   in_parallel(engine, prompt->threads, [&](Barrier& barrier, int thread) { run_prompt(engine, *states, *prompt, barrier, thread); });
-  if (prompt->last != 0 && engine.m.layer_count * engine.state_size() > kKept) engine.tiles.drop();
+  if (prompt->last != 0) drop_tiles(engine);
+}
+
+// Layers of the model among others that the decode step computes (decode.h).
+EXPORT const llmcompress::decode::Mixers* llmc_mamba2_mixers() {
+  using namespace state;
+  static const Mixers mixers = {
+      [](void* handle, int64_t tokens, int32_t is_prompt, int32_t threads) {
+        Engine& engine = *static_cast<Engine*>(handle);
+        have_threads(engine, threads);
+        if (is_prompt != 0) prepare_prompt(engine, tokens, true, threads);
+        else prepare_step(engine, tokens, threads);
+      },
+      [](void* handle, const void* states, int32_t layer, const Mixers::Rows& rows, Barrier& barrier, int thread) {
+        run_layer(*static_cast<Engine*>(handle), *static_cast<const MixerStates*>(states), layer, rows, barrier, thread);
+      },
+      [](void* handle, const void* states, int32_t layer, const Mixers::Prompt& prompt, Barrier& barrier, int thread) {
+        run_layer(*static_cast<Engine*>(handle), *static_cast<const MixerStates*>(states), layer, prompt, barrier, thread);
+      },
+      [](void* handle) { drop_tiles(*static_cast<Engine*>(handle)); },
+  };
+  return &mixers;
 }
 
 #pragma GCC pop_options

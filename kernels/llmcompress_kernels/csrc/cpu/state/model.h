@@ -11,6 +11,7 @@
 namespace state {
 
 using llmcompress::decode::Matrix;
+using llmcompress::decode::Mixers;
 
 struct MixerLayer {
   const float* norm;       // [D]

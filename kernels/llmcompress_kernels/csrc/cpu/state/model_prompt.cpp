@@ -84,17 +84,18 @@ class PromptWorker : public Worker {
       : PromptWorker(engine, states, prompt, all, thread, teams, all.threads() / teams) {}
 
   void run() {
-    if (thread_ == 0) team_.barrier.expect(int(members_));
-    all_.wait();
-    const int64_t blocks = stretches(p_.count), rounds = (blocks + 2 * teams_ - 1) / (2 * teams_);
-    for (int64_t round = 0; round < rounds; ++round) {
-      const int64_t at = round * teams_ + member_of_;
-      const Range mine = part_of(blocks, at, rounds * teams_);  // one or two
-      segment(at, mine.first * kStretch, std::min(p_.count, mine.last * kStretch));
-    }
-    all_.wait();
-    took(kWait);
-    finish();
+    each_segment([&](int64_t at, int64_t from, int64_t to) { segment(at, from, to); });
+    finish(0, m_.layer_count);
+    if (p_.last != 0) head();
+  }
+
+  // One layer, whose hidden states [T, D] and what it adds to them lie elsewhere.
+  void run_layer(int i, const float* hidden, float* delta) {
+    each_segment([&](int64_t at, int64_t from, int64_t to) {
+      hidden_ = hidden + from * m_.hidden, out_ = delta + from * m_.hidden;
+      layer(i, at, to - from);
+    });
+    finish(i, i + 1);
   }
 
  private:
@@ -106,10 +107,24 @@ class PromptWorker : public Worker {
                thread == 0 ? prompt.seconds : nullptr),
         held_(states), p_(prompt), all_(all), everyone_(thread), teams_(teams), members_(members), member_of_(thread / members),
         team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), both_(engine.both()),
-        lanes_(engine.lanes), unit_(unit_channels(engine)), units_(inner_ / unit_),
-        hidden_(team_.hidden.get(segment_tokens(p_.count) * m_.hidden)) {}
+        lanes_(engine.lanes), unit_(unit_channels(engine)), units_(inner_ / unit_) {}
 
   // Counters of a layer: its units, and the inputs of B's and C's convolution, which every thread of a team leaves for itself.
+  // work(at, from, to) for those segments that are this team's; returns when all teams are done.
+  template <class Work>
+  void each_segment(Work work) {
+    if (thread_ == 0) team_.barrier.expect(int(members_));
+    all_.wait();
+    const int64_t blocks = stretches(p_.count), rounds = (blocks + 2 * teams_ - 1) / (2 * teams_);
+    for (int64_t round = 0; round < rounds; ++round) {
+      const int64_t at = round * teams_ + member_of_;
+      const Range mine = part_of(blocks, at, rounds * teams_);  // one or two
+      work(at, mine.first * kStretch, std::min(p_.count, mine.last * kStretch));
+    }
+    all_.wait();
+    took(kWait);
+  }
+
   std::atomic<int>& left(int layer, int64_t unit) const { return e_.left[size_t(layer * (units_ + 1) + unit)]; }
   void await(const std::atomic<int>& left, int64_t count, MixerPhase before) {
     took(before);
@@ -126,7 +141,9 @@ class PromptWorker : public Worker {
   // Tokens [from, to), the `at`-th segment, through all layers.
   void segment(int64_t at, int64_t from, int64_t to) {
     const Range mine = share(to - from);
-    for (int64_t t = mine.first; t < mine.last; ++t) embed(p_.tokens[from + t], hidden_ + t * m_.hidden);
+    float* const hidden = team_.hidden.get(segment_tokens(p_.count) * m_.hidden);
+    hidden_ = out_ = hidden;
+    for (int64_t t = mine.first; t < mine.last; ++t) embed(p_.tokens[from + t], hidden + t * m_.hidden);
     wait(kInput);
     for (int i = 0; i < m_.layer_count; ++i) layer(i, at, to - from);
   }
@@ -315,26 +332,26 @@ class PromptWorker : public Worker {
       product(o, a, first, last, count, delta, kNarrow);
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t r = first; r < last; r += 16) {
-          float* const to = hidden_ + t * rows + r;
-          _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(delta + t * kNarrow + r - first)));
+          const __m512 more = _mm512_loadu_ps(delta + t * kNarrow + r - first);
+          const __m512 before = out_ == hidden_ ? _mm512_loadu_ps(hidden_ + t * rows + r) : _mm512_setzero_ps();
+          _mm512_storeu_ps(out_ + t * rows + r, _mm512_add_ps(before, more));
         }
       }
     }
   }
 
-  // What all threads do when every segment is through.
-  void finish() {
-    const Range layers = part_of(m_.layer_count, everyone_, all_.threads());
-    for (int64_t i = layers.first; i < layers.last; ++i) {
+  // What all threads do when every segment is through layers [first, last).
+  void finish(int first, int last) {
+    const Range layers = part_of(last - first, everyone_, all_.threads());
+    for (int64_t i = first + layers.first; i < first + layers.last; ++i) {
       float* conv = held_.conv + (i * held_.slots + p_.slot) * width_ * kTaps;
       for (int64_t at = 0; at < width_ * kTaps; ++at) conv[at] = old(int(i))[at % kTaps * width_ + at / kTaps];
     }
     if (p_.last == 0) return;
     if (everyone_ == 0 && held_.count != nullptr) held_.count[p_.slot] = 0;
-    const Range tasks = part_of(m_.layer_count * m_.heads, everyone_, all_.threads());
-    for (int64_t task = tasks.first; task < tasks.last; ++task) store(int(task / m_.heads), task % m_.heads);
+    const Range tasks = part_of((last - first) * m_.heads, everyone_, all_.threads());
+    for (int64_t task = tasks.first; task < tasks.last; ++task) store(first + int(task / m_.heads), task % m_.heads);
     took(kState);
-    head();
   }
 
   // The last state of a head, from pieces of `lanes` channels side by side to rows.
@@ -380,18 +397,19 @@ class PromptWorker : public Worker {
   const int64_t everyone_, teams_, members_, member_of_;
   Team& team_;
   const int64_t inner_, width_, both_, lanes_, unit_, units_;
-  float* hidden_;
+  const float* hidden_ = nullptr;  // rows [T, D] of the segment
+  float* out_ = nullptr;           // the same, to which layers add, or others, where a layer puts what it would add
 };
 
 }  // namespace
 
-void prepare_prompt(Engine& e, const MixerPrompt& p) {
-  const int64_t most = segment_tokens(p.count), teams = team_count(p.threads, p.count);
+void prepare_prompt(Engine& e, int64_t tokens, bool first, int64_t threads) {
+  const int64_t most = segment_tokens(tokens), teams = team_count(threads, tokens);
   // pieces of the state lie in this order until the last part
-  if (p.first != 0) e.lanes = walked_lanes(e.m.channels, e.m.heads, p.threads / teams);
+  if (first) e.lanes = walked_lanes(e.m.channels, e.m.heads, threads / teams);
   e.left = std::vector<std::atomic<int>>(size_t(e.m.layer_count * (e.inner() / unit_channels(e) + 1)));
   // threads find these large enough
-  const int64_t bound = std::min(int64_t(p.threads), stretches(p.count));
+  const int64_t bound = std::min(threads, stretches(tokens));
   while (int64_t(e.teams.size()) < bound) e.teams.emplace_back();
   for (int64_t i = 0; i < bound; ++i) {
     Team& t = e.teams[size_t(i)];
@@ -402,12 +420,18 @@ void prepare_prompt(Engine& e, const MixerPrompt& p) {
   e.tiles.get(e.m.layer_count * e.state_size());
   const int64_t inputs = e.m.layer_count * kTaps * e.width();
   float* old = e.old.get(inputs);
-  if (p.first != 0) std::fill(old, old + inputs, 0.0f);
+  if (first) std::fill(old, old + inputs, 0.0f);
 }
 
 void run_prompt(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& barrier, int thread) {
   // the runtime may have given fewer threads than asked for
   PromptWorker(engine, states, prompt, barrier, thread, team_count(barrier.threads(), prompt.count)).run();
+}
+
+void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixers::Prompt& all, Barrier& barrier, int thread) {
+  const MixerPrompt prompt{nullptr, nullptr, nullptr, all.count, all.slot, 1, 1, barrier.threads()};
+  PromptWorker(engine, states, prompt, barrier, thread, team_count(barrier.threads(), all.count))
+      .run_layer(layer, all.hidden, all.delta);
 }
 
 }  // namespace state

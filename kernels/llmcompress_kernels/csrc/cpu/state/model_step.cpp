@@ -40,8 +40,35 @@ class StepWorker : public Worker {
     }
   }
 
+  // One layer, whose hidden states [B, D] and what it adds to them lie elsewhere.
+  void run_layer(int i, const float* hidden, float* delta) {
+    const LayerOperands& o = e_.layers[size_t(i)];
+    const Activations a = e_.place(o.in, batch_, activations_);
+    const Range blocks = share((batch_ + most_ - 1) / most_);
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
+      for (int64_t b = block * most_; b < std::min(batch_, (block + 1) * most_); ++b) {
+        norm(hidden + b * m_.hidden, o.l.norm, normed_ + b * m_.hidden);
+      }
+      e_.quantize(o.in, normed_, a, block);
+    }
+    wait(kInput);
+    mixer(o, i, a, delta, m_.hidden);
+    wait(kOutProj);
+    if (i == m_.layer_count - 1) move_windows();
+  }
+
  private:
   void layer(const LayerOperands& o, int index, const Activations& a) {
+    const int64_t stride = e_.hidden_row();
+    const Range rows = mixer(o, index, a, delta_, stride);
+    for (int64_t b = 0; b < batch_; ++b) {
+      for (int64_t r = rows.first; r < rows.last; ++r) hidden_[b * m_.hidden + r] += delta_[b * stride + r];
+    }
+    wait(kOutProj);
+  }
+
+  // out [B, stride] from rounded inputs; returns which of its columns this thread wrote.
+  Range mixer(const LayerOperands& o, int index, const Activations& a, float* out, int64_t stride) {
     const Range rows = share(o.in.blocks());
     e_.multiply(o.in, a, normed_, batch_, rows.first, rows.last, own_.row.get(m_.hidden), projected_, row_);
     if (o.dt.present()) {
@@ -67,12 +94,8 @@ class StepWorker : public Worker {
       wait(kGate);
     }
     const Range outputs = share(o.out.blocks());
-    const int64_t stride = e_.hidden_row(), first = outputs.first * LANES, end = std::min(outputs.last * LANES, o.out.m.rows);
-    e_.multiply(o.out, inputs, y_, batch_, outputs.first, outputs.last, own_.row.get(inner_), delta_, stride);
-    for (int64_t b = 0; b < batch_; ++b) {
-      for (int64_t r = first; r < end; ++r) hidden_[b * m_.hidden + r] += delta_[b * stride + r];
-    }
-    wait(kOutProj);
+    e_.multiply(o.out, inputs, y_, batch_, outputs.first, outputs.last, own_.row.get(inner_), out, stride);
+    return {outputs.first * LANES, std::min(outputs.last * LANES, o.out.m.rows)};
   }
 
   // Convolution, silu and time steps; `conv` [S, C, 4].
@@ -160,11 +183,15 @@ class StepWorker : public Worker {
     }
   }
 
-  void head(const Activations& a) {
-    // no thread asks any more where windows stand
+  // Once no thread asks any more where windows stand.
+  void move_windows() {
     for (int64_t b = 0; thread_ == 0 && held_.count != nullptr && b < batch_; ++b) {
       held_.count[s_.slots[b]] = rounds(b) ? 0 : held_.count[s_.slots[b]] + 1;
     }
+  }
+
+  void head(const Activations& a) {
+    move_windows();
     const int64_t stride = e_.head_row();
     const Range rows = share(e_.head.blocks());
     e_.multiply(e_.head, a, normed_, batch_, rows.first, rows.last, own_.row.get(m_.hidden), s_.logits, stride);
@@ -197,17 +224,22 @@ class StepWorker : public Worker {
 
 }  // namespace
 
-void prepare_step(Engine& e, const MixerStep& s) {
+void prepare_step(Engine& e, int64_t batch, int64_t threads) {
   // threads find these large enough
-  e.hidden.get(s.batch * e.m.hidden), e.normed.get(s.batch * e.m.hidden), e.projected.get(s.batch * e.row());
-  e.mixed.get(s.batch * e.width()), e.steps.get(s.batch * e.m.heads), e.decay.get(s.batch * e.m.heads);
-  e.y.get(s.batch * e.inner()), e.delta.get(s.batch * e.hidden_row());
-  e.activations.get(int64_t(e.activation_bytes(s.batch)));
-  e.best.resize(std::max(e.best.size(), size_t(s.batch * s.threads)));
+  e.hidden.get(batch * e.m.hidden), e.normed.get(batch * e.m.hidden), e.projected.get(batch * e.row());
+  e.mixed.get(batch * e.width()), e.steps.get(batch * e.m.heads), e.decay.get(batch * e.m.heads);
+  e.y.get(batch * e.inner()), e.delta.get(batch * e.hidden_row());
+  e.activations.get(int64_t(e.activation_bytes(batch)));
+  e.best.resize(std::max(e.best.size(), size_t(batch * threads)));
 }
 
 void run_step(Engine& engine, const MixerStates& states, const MixerStep& step, Barrier& barrier, int thread) {
   StepWorker(engine, states, step, barrier, thread).run();
+}
+
+void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixers::Rows& rows, Barrier& barrier, int thread) {
+  const MixerStep step{nullptr, rows.slots, nullptr, nullptr, nullptr, rows.batch, barrier.threads(), 0};
+  StepWorker(engine, states, step, barrier, thread).run_layer(layer, rows.hidden, rows.delta);
 }
 
 }  // namespace state

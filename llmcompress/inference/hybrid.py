@@ -1,0 +1,282 @@
+"""The native engine of hybrids: attention, Mamba-2 and experts, one call a token and one a prompt.
+
+Layers with attention keep keys and values, layers with a Mamba-2 mixer a state of fixed size, in low-bit codes where
+the model's states are quantized. The decode step computes everything but the mixers; these are layers of the recurrent
+engine, which every thread of the step enters in its turn. transformers' modules on our operators give the same codes
+and tokens (``tests/unit/inference/test_hybrid.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from llmcompress_kernels import cpu, mamba2, matrix
+from llmcompress_kernels import decode as native
+from llmcompress_kernels.reference.group_gemm import LANES
+from torch import Tensor, nn
+
+from llmcompress.errors import InputError
+from llmcompress.inference import recurrent
+from llmcompress.inference.caches import arguments
+from llmcompress.inference.coverage import HYBRIDS, decline_config
+from llmcompress.inference.decoder import ends_of, experts_of, linear_matrix, packed_matrix
+from llmcompress.inference.engine import Engine, decline_anywhere, decline_ends
+from llmcompress.models.layout import Block, ModelLayout, Sublayer
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.linear import PackedLinear
+from llmcompress.nn.packed import PackedTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decline(model: PreTrainedModel) -> str | None:
+    """Why the engine cannot run a model, None if it can.
+
+    Args:
+        model: A causal language model, dense or packed.
+    """
+    config: Any = model.config
+    reason = decline_anywhere(model, config, HYBRIDS) or decline_config(config.to_dict())
+    if reason is not None:
+        return reason
+    layout = layout_from_config(config.to_dict())
+    reason = _decline_layout(layout) or recurrent.decline_states(model) or _decline_modules(model, layout)
+    return reason or native.unavailable() or mamba2.unavailable()
+
+
+def _decline_layout(layout: ModelLayout) -> str | None:
+    if not any(block.scan is None for block in layout.blocks):
+        return "none of its layers has attention"
+    views = {block.scan.module: block.scan for block in layout.blocks if block.scan is not None}
+    for name, view in views.items():
+        reason = recurrent.decline_scan(view, layout.hidden)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _decline_modules(model: PreTrainedModel, layout: ModelLayout) -> str | None:
+    heads = {f"{b.scan.module}.in_proj": b.scan.heads for b in layout.blocks if b.scan is not None}
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"{name or 'the model'} is offloaded by accelerate"
+        if name.endswith(("_proj", "_linear")):
+            if not isinstance(module, nn.Linear | PackedLinear | PackedTensors):
+                return f"{name} is a {type(module).__name__}"
+            if module._forward_pre_hooks or module._forward_hooks:
+                return f"{name} has hooks (activations rounded per token, or somebody who looks on)"
+        if isinstance(module, PackedTensors):
+            spec = module.spec
+            reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
+            if reason is not None or spec.dense_rows not in (0, heads.get(name, 0)):
+                return f"{name}: {reason or f'{spec.dense_rows} of its rows are dense'}"
+    reason = decline_ends(model)
+    if reason is not None:
+        return reason
+    policy = getattr(model, "llmcompress_skipping", None)
+    if policy is not None and policy.policy.decode != "off":
+        return f"the expert-skipping policy acts while decoding (decode: {policy.policy.decode})"
+    return None
+
+
+class HybridEngine(Engine):
+    """A hybrid ready to decode natively; arguments and attributes are those of :class:`Engine`.
+
+    Attributes:
+        mixer_weights: Of the layers with a mixer, None where all have attention.
+        states: What these keep of the sequences, None likewise.
+    """
+
+    # a prompt is scanned in float, so it cannot go by steps, which round states
+    most_by_steps = 0
+    least_at_once = 1
+    whole = "a hybrid reads its prompts whole"
+    piece = None
+
+    mixer_weights: mamba2.Model | None = None
+    states: mamba2.States | None = None
+
+    _declines = staticmethod(decline)
+
+    def _weights(self, int8_activations: bool, head_bits: int | None) -> native.Decoder:
+        model = self.model
+        layout = layout_from_config(model.config.to_dict())
+        self.mixer_weights = _mixers(model, layout, int8_activations)
+        return decoder_of(model, layout, head_bits)
+
+    def reserve(self, positions: int, slots: int = 1) -> None:
+        """Make room; what sequences hold stays. Arguments and errors as of :meth:`Engine.reserve`."""
+        super().reserve(positions, slots)
+        held, weights = self.states, self.mixer_weights
+        if weights is None or (held is not None and held.slots >= self.slots):
+            return
+        self.states = mamba2.States(weights, self.slots)
+        if held is not None:
+            self.states.take(held)
+        self.mixers = mamba2.mixers(weights, self.states)
+
+    def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        if getattr(self.model.base_model, "rotary_emb", None) is not None:
+            return super()._rotary(positions)
+        # no positions at all: nothing of a head is turned
+        return torch.empty(positions, 0), torch.empty(positions, 0)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Never possible: a state cannot be cut short."""
+        raise InputError("a state cannot be cut short", "read the whole prompt")
+
+    def _prompt_by_modules(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
+        assert start == 0
+        from transformers import DynamicCache
+
+        held: Any = DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            out: Any = self.model(
+                input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
+                **arguments(self.model, held, torch.arange(len(tokens))[None]),
+            )  # fmt: skip
+            kinds: dict[bool, list[Any]] = {True: [], False: []}
+            for layer, kept in zip(self.decoder.layers, held.layers):
+                kinds[layer.mixes].append(kept)
+            for index, kept in enumerate(kinds[False]):
+                self.cache.fill(index, slot, 0, kept.keys[0], kept.values[0])
+            for index, kept in enumerate(kinds[True]):
+                self._adopt(index, slot, kept)
+        self.lengths[slot] = len(tokens)
+        return out.logits[0, -1].float()
+
+    def _adopt(self, index: int, slot: int, kept: Any) -> None:
+        """Store what transformers' cache keeps of a layer with a mixer after a prompt."""
+        states, state = self.states, kept.recurrent_states[0]
+        assert states is not None
+        states.conv[index, slot] = kept.conv_states[0][0]
+        if states.floats is not None:
+            states.floats[index, slot] = state[0]
+            return
+        assert states.codes is not None
+        assert states.scale is not None
+        states.codes[index, slot], states.scale[index, slot] = state.codes[0][0], state.state[0]
+        if states.channel is not None:
+            states.channel[index, slot] = state.channel[0]
+        if states.count is not None:
+            states.count[slot] = 0
+
+    def held_bytes(self, slots: Sequence[int]) -> int:
+        """Bytes of the positions that these sequences use, and of their states."""
+        states = 0 if self.states is None else self.states.nbytes // self.slots * len(slots)
+        return super().held_bytes(slots) + states
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of keys, values and states of all slots, used or not."""
+        return super().reserved_bytes + (0 if self.states is None else self.states.nbytes)
+
+    @property
+    def step_bytes(self) -> int:
+        """Weight bytes that a step of all slots reads at most."""
+        return super().step_bytes + (0 if self.mixer_weights is None else self.mixer_weights.step_bytes())
+
+
+def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | None = None) -> native.Decoder:
+    """A hybrid's weights in the decode step's layout, but those of its mixers.
+
+    Args:
+        model: A model that is not declined.
+        layout: Its layout.
+        head_bits: See :class:`~llmcompress.inference.engine.Engine`.
+
+    Returns:
+        The decoder, without rotary tables. Logits are divided by the model's constant in the last norm.
+    """
+    config: Any = model.config
+    embedding, head = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
+    attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
+    first: Any = model.get_submodule(attention.module)
+    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
+    base: Any = model.base_model
+    final = base.norm if hasattr(base, "norm") else base.final_layernorm
+    heads = int(config.num_attention_heads)
+    return native.Decoder(
+        layers=[_layer(model, block) for block in layout.blocks],
+        final_norm=_float(final.weight) / getattr(config, "logits_scaling", 1.0),
+        cosine=torch.empty(0, 0),
+        sine=torch.empty(0, 0),
+        embedding=embedding,
+        head=head,
+        heads=heads,
+        key_value_heads=heads // first.num_key_value_groups,
+        head_dim=first.head_dim,
+        epsilon=config.rms_norm_eps,
+        attention_scale=first.scaling,
+        top_k=bank.top_k if bank else 0,
+        renormalize=bool(bank and bank.router.renormalizes),
+        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
+        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+    )
+
+
+def _float(tensor: Any) -> Tensor:
+    found: Tensor = tensor.detach().float().contiguous()
+    return found
+
+
+def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
+    first, *rest = block.sublayers
+    attention: Any = model.get_submodule(first.module) if first.kind == "attention" else None
+    norm: Any = model.get_submodule(str(first.pre_norm))
+    mlp = next(sub for sub in rest if sub.kind == "mlp")
+    after: Any = model.get_submodule(str(mlp.pre_norm))
+    gated = _gated_mlp(model, mlp)
+    router, experts = None, None
+    if block.bank is not None:
+        weight: Any = model.get_submodule(block.bank.router.module).weight
+        router, experts = matrix.dense(weight.detach()), experts_of(model.get_submodule(block.bank.module), block.bank)
+    # without experts the MLP beside them is the layer's own
+    gate, up, down = experts or gated
+    beside = gated if experts else (None, None, None)
+    query, key, value, output = (
+        None if attention is None else linear_matrix(getattr(attention, f"{name}_proj")) for name in "qkvo"
+    )
+    return native.Layer(
+        attention_norm=None if attention is None else _float(norm.weight),
+        mlp_norm=_float(after.weight),
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        gate=gate,
+        up=up,
+        down=down,
+        router=router,
+        shared_gate=beside[0],
+        shared_up=beside[1],
+        shared_down=beside[2],
+    )
+
+
+def _gated_mlp(model: PreTrainedModel, mlp: Sublayer) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
+    """Gate, up and down; where the first two are one linear the gate has its first rows."""
+    module: Any = model.get_submodule(mlp.module)
+    if hasattr(module, "gate_proj"):
+        gate, up, down = (linear_matrix(getattr(module, f"{name}_proj")) for name in ("gate", "up", "down"))
+        return gate, up, down
+    both, size = module.input_linear, mlp.groups[-1].linears[0].in_features
+    halves = (slice(None, size), slice(size, None))
+    if isinstance(both, PackedLinear):
+        both.prepare()
+        gate, up = (packed_matrix(both, rows) for rows in halves)
+    else:
+        gate, up = (matrix.dense(both.weight.detach()[rows]) for rows in halves)
+    return gate, up, linear_matrix(module.output_linear)
+
+
+def _mixers(model: PreTrainedModel, layout: ModelLayout, int8_activations: bool) -> mamba2.Model | None:
+    views = [(block.sublayers[0].pre_norm, block.scan) for block in layout.blocks if block.scan is not None]
+    if not views:
+        return None
+    parts = [(model.get_submodule(str(norm)), model.get_submodule(view.module)) for norm, view in views]
+    last: Any = model.get_submodule(str(views[0][0]))
+    return recurrent.mixers_of(model, views[0][1], parts, int8_activations, final_norm=_float(last.weight))

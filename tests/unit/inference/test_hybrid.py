@@ -1,0 +1,292 @@
+"""The native engine of hybrids against transformers' modules, which run on the same operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmcompress_kernels import decode, mamba2
+from transformers import DynamicCache
+
+from llmcompress.errors import InputError
+from llmcompress.inference.generate import Generator, Sampling
+from llmcompress.inference.hybrid import HybridEngine
+from llmcompress.inference.native import decline, open_engine
+from llmcompress.models.assemble import compressed_model
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.mixers import attach
+from llmcompress.serving.rows import NativeRows
+from llmcompress.stages.activations import Activations, ActivationsConfig
+from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
+from llmcompress.stages.rtn import Rtn, RtnConfig
+
+_REASON = decode.unavailable() or mamba2.unavailable()
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"no native kernels: {_REASON}")
+
+_MIXERS: dict[str, Any] = {
+    "vocab_size": 70, "hidden_size": 48, "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 32,
+    "mamba_n_groups": 2, "mamba_expand": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 80,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+GRANITE: dict[str, Any] = {
+    **_MIXERS, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 6,
+    "num_experts_per_tok": 3, "shared_intermediate_size": 48, "residual_multiplier": 0.6, "embedding_multiplier": 3.0,
+    "logits_scaling": 6.0, "attention_multiplier": 0.4, "position_embedding_type": "rope",
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granitemoehybrid", GRANITE),
+    # as Granite 4 is: no positions; and its small ones: one MLP and no experts
+    "nope": ("granitemoehybrid", {**GRANITE, "position_embedding_type": None, "tie_word_embeddings": True}),
+    "dense": ("granitemoehybrid", {**GRANITE, "num_local_experts": 0, "mamba_n_groups": 1}),
+    "attention": ("granitemoehybrid", {**GRANITE, "layer_types": ["full_attention"] * 3}),
+    "bamba": ("bamba", {**_MIXERS, "attn_layer_indices": [1], "mamba_proj_bias": True, "num_key_value_heads": 3}),
+}
+IDS = torch.randint(3, 70, (330,), generator=torch.Generator().manual_seed(5))
+# logits are of size 1; float32 sums in another order differ by a few units of the last place
+EXACT = 3e-5
+
+
+def packed(
+    tiny: Any, folder: Path, name: str, states: dict[str, Any] | None = None, bits: int = 8, int8: bool = False,
+    embeddings: int = 0,
+) -> Any:  # fmt: skip
+    """Experts, attention and mixers rounded to nearest, states in low bits, as the stages make it."""
+    family, sizes = MODELS[name]
+    state = tiny.state(folder / "model", family, **sizes)
+    rules = {"all": {"match": ".", "bits": bits, "group_size": 16, "symmetric": True}}
+    Rtn("weights", RtnConfig.model_validate({"rules": rules})).run(state, tiny.context(folder))
+    if int8:
+        Activations("activations", ActivationsConfig(granularity="chunk")).run(state, tiny.context(folder))
+    if embeddings:
+        Embeddings("embeddings", EmbeddingsConfig(bits=embeddings)).run(state, tiny.context(folder))
+    if states is not None:
+        state.policies["state_cache"] = states
+    return compressed_model(state.model, state.packed, state.policies, torch.float32).eval()
+
+
+@torch.inference_mode()
+def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Tensor, Any]:
+    """Logits ``[T, V]`` from the prompt's last token on, and the cache."""
+    cache, rows, start = DynamicCache(config=model.config), [], 0
+    for end in range(prompt, len(tokens) + 1):
+        # without positions Bamba takes every token for the first
+        given = {"input_ids": tokens[None, start:end], "position_ids": torch.arange(start, end)[None]}
+        rows.append(model(**given, past_key_values=cache, use_cache=True).logits[0, -1])
+        start = end
+    return torch.stack(rows), cache
+
+
+def natively(engine: HybridEngine, tokens: torch.Tensor, prompt: int, slot: int = 0) -> torch.Tensor:
+    rows = [engine.prompt(slot, tokens[:prompt].tolist())]
+    rows += [engine.step(tokens[i : i + 1], [slot])[0].clone() for i in range(prompt, len(tokens))]
+    return torch.stack(rows)
+
+
+def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
+    """Convolutions, float states and keys of the engine are those of transformers' cache."""
+    mixers, attention = 0, 0
+    for layer, mixes in zip(cache.layers, (layer.mixes for layer in engine.decoder.layers)):
+        if mixes:
+            assert engine.states is not None
+            torch.testing.assert_close(engine.states.conv[mixers, slot], layer.conv_states[0][0], rtol=1e-4, atol=2e-5)
+            if engine.states.floats is not None:
+                held = engine.states.floats[mixers, slot]
+                torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=2e-5)
+            mixers += 1
+        else:
+            count, width = layer.values.shape[-2:]
+            held = engine.cache.values[attention, slot, :, :count, :width]
+            torch.testing.assert_close(held, layer.values[0], rtol=1e-4, atol=2e-5)
+            attention += 1
+
+
+@pytest.mark.parametrize("prompt", [1, 3, 300])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dense_model_with_float_states_agrees(name: str, prompt: int, tiny: Any) -> None:
+    family, sizes = MODELS[name]
+    model, tokens = tiny.model(family, **sizes), IDS[: prompt + 5]
+    expected, cache = by_modules(model, tokens, prompt)
+    engine = open_engine(model, slots=2, positions=320)
+    assert isinstance(engine, HybridEngine)
+    assert float((natively(engine, tokens, prompt, 1) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    held_alike(engine, cache, 1)
+    assert engine.lengths == [0, len(tokens)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("prompt", [1, 40, 325])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_model_takes_prompts_at_once(name: str, prompt: int, threads: int, tiny: Any, tmp_path: Path) -> None:
+    model, tokens = packed(tiny, tmp_path, name, bits=4), IDS[: prompt + 4]
+    expected, cache = by_modules(model, tokens, prompt)
+    engine = HybridEngine(model, slots=2, positions=336, threads=threads)
+    assert engine.decoder.takes_prompts
+    assert float((natively(engine, tokens, prompt, 1) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    held_alike(engine, cache, 1)
+
+
+STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("dsq_refit", "rtn", 3)]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(("codec", "rounding", "window"), STORED)
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.inference_mode()
+def test_packed_states_have_the_same_codes(
+    bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path
+) -> None:
+    """Step by step from the same states: float32 sums in another order may move a number across a rounding boundary."""
+    policy = {"bits": bits, "codec": codec, "rounding": rounding, "window": window}
+    model, tokens = packed(tiny, tmp_path, "granite", policy), IDS[:60]
+    engine, cache, differ = HybridEngine(model), DynamicCache(config=model.config), []
+    mine = engine.states
+    assert mine is not None
+    if not at_once:
+        engine.least_at_once = 1000
+    for at in range(39, len(tokens)):
+        given = tokens[: at + 1] if at == 39 else tokens[at : at + 1]
+        expected = model(given[None], past_key_values=cache, use_cache=True).logits[0, -1]
+        found = engine.prompt(0, given.tolist()) if at == 39 else engine.step(given, [0])[0]
+        assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
+        assert int(found.argmax()) == int(expected.argmax())
+        for index, layer in enumerate(cache.layers[i] for i in (0, 2)):
+            held = layer.recurrent_states[0]
+            differ.append(float((mine.codes[index, 0] != held.codes[0][0]).float().mean()))
+            torch.testing.assert_close(mine.channel[index, 0], held.channel[0], rtol=2e-3, atol=0)
+            mine.codes[index, 0], mine.channel[index, 0] = held.codes[0][0], held.channel[0]
+            mine.scale[index, 0], mine.conv[index, 0] = held.state[0], layer.conv_states[0][0]
+            if window > 1:
+                filled = int(held.count[0])
+                assert filled == (at - 39) % window == int(mine.count[0])
+                mine.recent[index, 0, :filled] = held.recent[0, :filled]
+    assert sum(differ) / len(differ) < 0.01
+
+
+@pytest.mark.parametrize("name", ["granite", "nope", "bamba"])
+@pytest.mark.parametrize("window", [1, 4])
+def test_generation_takes_it_and_writes_the_same(window: int, name: str, tiny: Any, tmp_path: Path) -> None:
+    model = packed(tiny, tmp_path, name, {"bits": 4, "codec": "dsq", "window": window})
+    prompts = [IDS[:9].tolist(), IDS[9:14].tolist(), IDS[20:61].tolist()]
+    own, theirs = Generator(model), Generator(model, "transformers")
+    assert (own.engine, own.reason) == ("native", None)
+    how = Sampling(16)
+    expected = [one.tokens for one in theirs.generate(prompts, how)]
+    assert [one.tokens for one in own.generate(prompts, how)] == expected
+    # alone, and sampled twice
+    assert own.generate(prompts[2:], how)[0].tokens == expected[2]
+    sampled = [own.generate(prompts, Sampling(8, temperature=1.0, top_p=0.9, seed=3)) for _ in range(2)]
+    assert [one.tokens for one in sampled[0]] == [one.tokens for one in sampled[1]]
+
+
+def test_serving_takes_it(tiny: Any, tmp_path: Path) -> None:
+    """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
+    model = packed(tiny, tmp_path, "granite", {"bits": 4, "codec": "dsq", "rounding": "dither", "window": 4})
+    engine = HybridEngine(model, slots=2, positions=64)
+    rows, texts = NativeRows(engine, 2, 64), {7: IDS[:24], 8: IDS[30:48], 9: IDS[50:66]}
+    prompts, starts, stops = {7: 12, 8: 3, 9: 5}, {7: 0, 8: 2, 9: 5}, {7: 12, 8: 5, 9: 12}
+    found: dict[int, list[torch.Tensor]] = {key: [] for key in texts}
+    for turn in range(12):
+        for key in (key for key, stop in stops.items() if stop == turn):
+            rows.leave(key)
+        for key in (key for key, start in starts.items() if start == turn):
+            found[key].append(rows.join(key, texts[key][: prompts[key]].tolist(), None, 30).clone())
+        alive = [key for key in texts if starts[key] <= turn < stops[key]]
+        taken = {key: int(texts[key][prompts[key] + turn - starts[key]]) for key in alive}
+        for key, logits in rows.step(taken).items():
+            found[key].append(logits)
+    for key, logits in found.items():
+        fresh = HybridEngine(model, positions=64)
+        alone = natively(fresh, texts[key][: prompts[key] + len(logits) - 1], prompts[key])
+        assert torch.equal(torch.stack(logits), alone)
+
+
+def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path) -> None:
+    model = packed(tiny, tmp_path, "granite", {"bits": 4, "codec": "dsq"})
+    engine = HybridEngine(model, slots=2, positions=32)
+    engine.prompt(0, [3, 4, 5])
+    assert engine.states is not None
+    one = engine.cache.keys.nbytes // (2 * 32)
+    assert engine.held_bytes([0]) == 3 * 2 * one + engine.states.nbytes // 2
+    assert engine.reserved_bytes == 2 * engine.cache.keys.nbytes + engine.states.nbytes
+    before = engine.states
+    engine.reserve(20, 2)
+    assert engine.states is before
+    rows = natively(engine, IDS[:14], 9, 1)[:-1]
+    engine.reserve(70, 3)
+    assert engine.states.slots == engine.slots == 3
+    assert engine.lengths == [3, 14, 0]
+    # what was held goes on
+    alone = natively(HybridEngine(model), IDS[:16], 9)
+    assert torch.equal(rows, alone[: len(rows)])
+    assert torch.equal(torch.stack([engine.step(IDS[at : at + 1], [1])[0].clone() for at in (14, 15)]), alone[-2:])
+    with pytest.raises(InputError, match="whole"):
+        engine.prompt(0, [3, 4], last=False)
+    with pytest.raises(InputError, match="cut short"):
+        engine.copy(1, 0, 2)
+    assert not engine.keeps_prefixes
+    assert set(engine.profile(torch.tensor([3, 4]))) == set(decode.PHASES)
+    with pytest.raises(InputError, match="sequence"):
+        engine.prompt(3, [3])
+    with pytest.raises(ValueError, match="repeat"):
+        engine.step(torch.tensor([3, 4]), [1, 1])
+
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
+    ("granitemoehybrid", {"mamba_d_conv": 3}, None, "convolution"),
+    ("granitemoehybrid", {"mamba_d_state": 16}, None, "16 channels by 16"),
+    ("granitemoehybrid", {"hidden_act": "gelu"}, None, "gelu"),
+    ("granitemoehybrid", {"layer_types": ["linear_attention"] * 3}, None, "none of its layers has attention"),
+    ("granitemoehybrid", {}, {"bits": 4, "codec": "per_channel"}, "per_channel"),
+    ("granitemoehybrid", {}, {"bits": 4, "codec": "dsq", "window": 65}, "window of 65 tokens"),
+    ("granitemoehybrid", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None, "rota"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "policy", "reason"), REFUSED)
+def test_what_it_cannot_run_it_declines(
+    family: str, changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any
+) -> None:
+    model = tiny.model(family, **{**GRANITE, **changes})
+    if policy is not None:
+        attach(model, layout_from_config(model.config.to_dict()), policy)
+    assert reason in str(decline(model))
+    assert Generator(model).engine == "transformers"
+    with pytest.raises(InputError, match="cannot run"):
+        Generator(model, "native")
+
+
+def test_hooks_are_declined(tiny: Any) -> None:
+    model = tiny.model("granitemoehybrid", **GRANITE)
+    assert decline(model) is None
+    model.model.layers[0].shared_mlp.input_linear.register_forward_pre_hook(lambda module, inputs: None)
+    assert "hooks" in str(decline(model))
+
+
+@pytest.mark.parametrize("name", ["granite", "dense", "bamba"])
+def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path) -> None:
+    """Routed experts keep float inputs, all others are rounded."""
+    model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
+    engine, tokens = HybridEngine(model, positions=64), IDS[:30]
+    (layer,) = (layer for layer in engine.decoder.layers if not layer.mixes)
+    assert layer.query is not None
+    assert layer.query.input_bytes == decode.INT8_PLANES
+    assert layer.gate.input_bytes == (0 if layer.router else decode.INT8_PLANES)
+    expected, _ = by_modules(model, tokens, 24)
+    effect = (by_modules(exact, tokens, 24)[0] - expected).abs().mean()
+    # a sum in another order moves an input across a rounding boundary now and then, and its step with it
+    assert float((natively(engine, tokens, 24) - expected).abs().mean()) < 0.5 * float(effect)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["granite", "nope"])
+def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: Path) -> None:
+    """70 rows do not fill the last block; one model has a head of its own."""
+    model = packed(tiny, tmp_path, name, embeddings=bits)
+    engine, tokens = HybridEngine(model, slots=2, positions=64), IDS[:30]
+    assert engine.vocabulary == 70
+    assert engine.decoder.head.bits == engine.decoder.embedding.bits == bits
+    expected, _ = by_modules(model, tokens, 24)
+    assert float((natively(engine, tokens, 24) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    assert int(engine.greedy(tokens[:2])[0]) < 70
