@@ -83,26 +83,43 @@ def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
 
 def _decline_modules(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} is offloaded by accelerate"
-        if name.endswith("_proj") and not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
-            return f"{name} is a {type(module).__name__}"
-        if name.endswith("_proj") and (module._forward_pre_hooks or module._forward_hooks):
-            return f"{name} has hooks (activations rounded per token, or somebody who looks on)"
-        if isinstance(module, TreeLinear) and (reason := _decline_tree(module)) is not None:
-            return f"{name}: {reason}"
-        if isinstance(module, PackedTensors):
-            spec = module.spec
-            reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
-            if reason is not None or module._buffers.get("weight_dense") is not None:
-                return f"{name}: {reason or 'a part of its rows is dense'}"
-    reason = decline_ends(model)
-    if reason is not None:
-        return reason
+        reason = decline_module(name, module)
+        if isinstance(module, TreeLinear) and reason is None:
+            reason = _decline_tree(module)
+        if reason is not None:
+            return f"{name or 'the model'}{reason}"
+    return decline_rest(model)
+
+
+def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | None:
+    """Why a step cannot stand for a module, as what follows its name; None if it can.
+
+    Args:
+        name: Projections end in ``_proj`` or ``_linear``.
+        module: Any module of the model.
+        dense_rows: Rows of a packed projection that may be dense.
+    """
+    if hasattr(module, "_hf_hook"):
+        return " is offloaded by accelerate"
+    if name.endswith(("_proj", "_linear")):
+        if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
+            return f" is a {type(module).__name__}"
+        if module._forward_pre_hooks or module._forward_hooks:
+            return " has hooks (activations rounded per token, or somebody who looks on)"
+    if isinstance(module, PackedTensors):
+        spec = module.spec
+        reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
+        if reason is not None or spec.dense_rows not in (0, dense_rows):
+            return f": {reason or f'{spec.dense_rows} of its rows are dense'}"
+    return None
+
+
+def decline_rest(model: PreTrainedModel) -> str | None:
+    """Why a model's embedding, head or expert-skipping policy are not those of a step."""
     policy = getattr(model, "llmcompress_skipping", None)
     if policy is not None and policy.policy.decode != "off":
         return f"the expert-skipping policy acts while decoding (decode: {policy.policy.decode})"
-    return None
+    return decline_ends(model)
 
 
 def decline_ends(model: PreTrainedModel) -> str | None:
@@ -116,9 +133,9 @@ def decline_ends(model: PreTrainedModel) -> str | None:
 
 def _decline_tree(module: TreeLinear) -> str | None:
     if not module.prepare():
-        return "the kernels of residual trees do not run here"
+        return ": the kernels of residual trees do not run here"
     if module.out_features % LANES != 0:
-        return f"{module.out_features} rows are no multiple of {LANES}"
+        return f": {module.out_features} rows are no multiple of {LANES}"
     return None
 
 

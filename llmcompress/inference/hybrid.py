@@ -12,21 +12,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llmcompress_kernels import cpu, mamba2, matrix
 from llmcompress_kernels import decode as native
-from llmcompress_kernels.reference.group_gemm import LANES
-from torch import Tensor, nn
+from llmcompress_kernels import mamba2, matrix
+from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.inference import recurrent
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
 from llmcompress.inference.decoder import ends_of, experts_of, linear_matrix, packed_matrix
-from llmcompress.inference.engine import Engine, decline_anywhere, decline_ends
+from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
 from llmcompress.models.layout import Block, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.linear import PackedLinear
-from llmcompress.nn.packed import PackedTensors
+from llmcompress.nn.tree_linear import TreeLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,25 +60,10 @@ def _decline_layout(layout: ModelLayout) -> str | None:
 def _decline_modules(model: PreTrainedModel, layout: ModelLayout) -> str | None:
     heads = {f"{b.scan.module}.in_proj": b.scan.heads for b in layout.blocks if b.scan is not None}
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} is offloaded by accelerate"
-        if name.endswith(("_proj", "_linear")):
-            if not isinstance(module, nn.Linear | PackedLinear | PackedTensors):
-                return f"{name} is a {type(module).__name__}"
-            if module._forward_pre_hooks or module._forward_hooks:
-                return f"{name} has hooks (activations rounded per token, or somebody who looks on)"
-        if isinstance(module, PackedTensors):
-            spec = module.spec
-            reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
-            if reason is not None or spec.dense_rows not in (0, heads.get(name, 0)):
-                return f"{name}: {reason or f'{spec.dense_rows} of its rows are dense'}"
-    reason = decline_ends(model)
-    if reason is not None:
-        return reason
-    policy = getattr(model, "llmcompress_skipping", None)
-    if policy is not None and policy.policy.decode != "off":
-        return f"the expert-skipping policy acts while decoding (decode: {policy.policy.decode})"
-    return None
+        reason = decline_module(name, module, heads.get(name, 0))
+        if reason is not None or isinstance(module, TreeLinear):
+            return f"{name or 'the model'}{reason or ' is a TreeLinear'}"
+    return decline_rest(model)
 
 
 class HybridEngine(Engine):
@@ -229,31 +213,17 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
     norm: Any = model.get_submodule(str(first.pre_norm))
     mlp = next(sub for sub in rest if sub.kind == "mlp")
     after: Any = model.get_submodule(str(mlp.pre_norm))
-    gated = _gated_mlp(model, mlp)
-    router, experts = None, None
+    weights: dict[str, Any] = dict(zip(("gate", "up", "down"), _gated_mlp(model, mlp)))
     if block.bank is not None:
-        weight: Any = model.get_submodule(block.bank.router.module).weight
-        router, experts = matrix.dense(weight.detach()), experts_of(model.get_submodule(block.bank.module), block.bank)
-    # without experts the MLP beside them is the layer's own
-    gate, up, down = experts or gated
-    beside = gated if experts else (None, None, None)
-    query, key, value, output = (
-        None if attention is None else linear_matrix(getattr(attention, f"{name}_proj")) for name in "qkvo"
-    )
+        router: Any = model.get_submodule(block.bank.router.module)
+        # without experts the MLP beside them is the layer's own
+        beside = {f"shared_{name}": weight for name, weight in weights.items()}
+        experts = experts_of(model.get_submodule(block.bank.module), block.bank)
+        weights = {**beside, **dict(zip(weights, experts)), "router": matrix.dense(router.weight.detach())}
+    for name in ("query", "key", "value", "output"):
+        weights[name] = None if attention is None else linear_matrix(getattr(attention, f"{name[0]}_proj"))
     return native.Layer(
-        attention_norm=None if attention is None else _float(norm.weight),
-        mlp_norm=_float(after.weight),
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        gate=gate,
-        up=up,
-        down=down,
-        router=router,
-        shared_gate=beside[0],
-        shared_up=beside[1],
-        shared_down=beside[2],
+        attention_norm=None if attention is None else _float(norm.weight), mlp_norm=_float(after.weight), **weights
     )
 
 

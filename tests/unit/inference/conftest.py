@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from llmcompress.errors import InputError
+from llmcompress.inference.generate import Generator, Sampling
+from llmcompress.inference.native import decline
 from llmcompress.inference.speed import rounded
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.mixers import attach
 from llmcompress.quant.spec import QuantSpec
+from llmcompress.serving.rows import NativeRows
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -81,3 +88,99 @@ def decoders() -> type[Decoders]:
 def ids() -> torch.Tensor:
     """Random tokens ``[300]`` that are not special."""
     return torch.randint(3, 72, (300,), generator=torch.Generator().manual_seed(5))
+
+
+class Sequences:
+    """What every engine with recurrent states has to do with sequences."""
+
+    @staticmethod
+    def written_alike(model: Any, ids: torch.Tensor) -> None:
+        """Generation takes the native engine, and writes what transformers' modules write."""
+        prompts = [ids[:9].tolist(), ids[9:14].tolist(), ids[20:61].tolist()]
+        own, theirs = Generator(model), Generator(model, "transformers")
+        assert (own.engine, own.reason) == ("native", None)
+        how = Sampling(16)
+        expected = [one.tokens for one in theirs.generate(prompts, how)]
+        assert [one.tokens for one in own.generate(prompts, how)] == expected
+        # alone, and sampled twice
+        assert own.generate(prompts[2:], how)[0].tokens == expected[2]
+        sampled = [own.generate(prompts, Sampling(8, temperature=1.0, top_p=0.9, seed=3)) for _ in range(2)]
+        assert [one.tokens for one in sampled[0]] == [one.tokens for one in sampled[1]]
+
+    @staticmethod
+    def served_alike(engine: Any, fresh: Callable[[], Any], ids: torch.Tensor, held: Callable[[int], int]) -> None:
+        """Sequences join and leave at any place of the others' windows, and get places that others left in the middle.
+
+        Args:
+            engine: With two slots.
+            fresh: Makes an engine for one sequence.
+            ids: Tokens.
+            held: Bytes at least of so many sequences.
+        """
+        rows, texts = NativeRows(engine, 2, 1000), {7: ids[:24], 8: ids[30:48], 9: ids[50:66]}
+        prompts, starts, stops = {7: 12, 8: 3, 9: 5}, {7: 0, 8: 2, 9: 5}, {7: 12, 8: 5, 9: 12}
+        found: dict[int, list[torch.Tensor]] = {key: [] for key in texts}
+        for turn in range(12):
+            for key in (key for key, stop in stops.items() if stop == turn):
+                rows.leave(key)
+            for key in (key for key, start in starts.items() if start == turn):
+                found[key].append(rows.join(key, texts[key][: prompts[key]].tolist(), None, 30).clone())
+            alive = [key for key in texts if starts[key] <= turn < stops[key]]
+            assert rows.held_bytes() >= held(len(alive))
+            taken = {key: int(texts[key][prompts[key] + turn - starts[key]]) for key in alive}
+            for key, logits in rows.step(taken).items():
+                found[key].append(logits)
+        for key, logits in found.items():
+            alone = Sequences.natively(fresh(), texts[key][: prompts[key] + len(logits) - 1], prompts[key])
+            assert torch.equal(torch.stack(logits), alone)
+
+    @staticmethod
+    def natively(engine: Any, tokens: torch.Tensor, prompt: int, slot: int = 0) -> torch.Tensor:
+        """Logits ``[T, V]`` from the prompt's last token on."""
+        rows = [engine.prompt(slot, tokens[:prompt].tolist())]
+        rows += [engine.step(tokens[i : i + 1], [slot])[0].clone() for i in range(prompt, len(tokens))]
+        return torch.stack(rows)
+
+    @staticmethod
+    def differing(states: Any, layers: Any, window: int, since: int) -> list[float]:
+        """Share of codes of the first sequence that differ from those of transformers' cache, which it takes over.
+
+        Args:
+            states: Of the engine.
+            layers: Of the cache, those with a state.
+            window: Tokens between two roundings.
+            since: Tokens since the prompt.
+        """
+        differ = []
+        for index, layer in enumerate(layers):
+            held = layer.recurrent_states[0]
+            differ.append(float((states.codes[index, 0] != held.codes[0][0]).float().mean()))
+            torch.testing.assert_close(states.channel[index, 0], held.channel[0], rtol=2e-3, atol=0)
+            states.codes[index, 0], states.channel[index, 0] = held.codes[0][0], held.channel[0]
+            states.scale[index, 0], states.conv[index, 0] = held.state[0], layer.conv_states[0][0]
+            if window > 1:
+                filled = int(held.count[0])
+                assert filled == since % window == int(states.count[0])
+                states.recent[index, 0, :filled] = held.recent[0, :filled]
+        return differ
+
+    @staticmethod
+    def refused(model: Any, policy: dict[str, Any] | None, reason: str) -> None:
+        """With states stored like this no engine takes the model; generation goes on without."""
+        if policy is not None:
+            attach(model, layout_from_config(model.config.to_dict()), policy)
+        assert reason in str(decline(model))
+        assert Generator(model).engine == "transformers"
+        with pytest.raises(InputError, match="cannot run"):
+            Generator(model, "native")
+
+    @staticmethod
+    def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+        """The largest difference of logits by the largest logit."""
+        return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="session")
+def sequences() -> type[Sequences]:
+    """What every engine with recurrent states has to do."""
+    return Sequences

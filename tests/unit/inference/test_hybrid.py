@@ -11,13 +11,9 @@ from llmcompress_kernels import decode, mamba2
 from transformers import DynamicCache
 
 from llmcompress.errors import InputError
-from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.inference.hybrid import HybridEngine
 from llmcompress.inference.native import decline, open_engine
 from llmcompress.models.assemble import compressed_model
-from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.mixers import attach
-from llmcompress.serving.rows import NativeRows
 from llmcompress.stages.activations import Activations, ActivationsConfig
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 from llmcompress.stages.rtn import Rtn, RtnConfig
@@ -78,12 +74,6 @@ def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Ten
     return torch.stack(rows), cache
 
 
-def natively(engine: HybridEngine, tokens: torch.Tensor, prompt: int, slot: int = 0) -> torch.Tensor:
-    rows = [engine.prompt(slot, tokens[:prompt].tolist())]
-    rows += [engine.step(tokens[i : i + 1], [slot])[0].clone() for i in range(prompt, len(tokens))]
-    return torch.stack(rows)
-
-
 def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
     """Convolutions, float states and keys of the engine are those of transformers' cache."""
     mixers, attention = 0, 0
@@ -104,13 +94,13 @@ def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
 
 @pytest.mark.parametrize("prompt", [1, 3, 300])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_dense_model_with_float_states_agrees(name: str, prompt: int, tiny: Any) -> None:
+def test_a_dense_model_with_float_states_agrees(name: str, prompt: int, tiny: Any, sequences: Any) -> None:
     family, sizes = MODELS[name]
     model, tokens = tiny.model(family, **sizes), IDS[: prompt + 5]
     expected, cache = by_modules(model, tokens, prompt)
     engine = open_engine(model, slots=2, positions=320)
     assert isinstance(engine, HybridEngine)
-    assert float((natively(engine, tokens, prompt, 1) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < EXACT
     held_alike(engine, cache, 1)
     assert engine.lengths == [0, len(tokens)]
 
@@ -118,12 +108,14 @@ def test_a_dense_model_with_float_states_agrees(name: str, prompt: int, tiny: An
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("prompt", [1, 40, 325])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_packed_model_takes_prompts_at_once(name: str, prompt: int, threads: int, tiny: Any, tmp_path: Path) -> None:
+def test_a_packed_model_takes_prompts_at_once(
+    name: str, prompt: int, threads: int, tiny: Any, tmp_path: Path, sequences: Any
+) -> None:
     model, tokens = packed(tiny, tmp_path, name, bits=4), IDS[: prompt + 4]
     expected, cache = by_modules(model, tokens, prompt)
     engine = HybridEngine(model, slots=2, positions=336, threads=threads)
     assert engine.decoder.takes_prompts
-    assert float((natively(engine, tokens, prompt, 1) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < EXACT
     held_alike(engine, cache, 1)
 
 
@@ -135,14 +127,12 @@ STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("ds
 @pytest.mark.parametrize("bits", [4, 8])
 @torch.inference_mode()
 def test_packed_states_have_the_same_codes(
-    bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path
+    bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path, sequences: Any
 ) -> None:
     """Step by step from the same states: float32 sums in another order may move a number across a rounding boundary."""
     policy = {"bits": bits, "codec": codec, "rounding": rounding, "window": window}
     model, tokens = packed(tiny, tmp_path, "granite", policy), IDS[:60]
     engine, cache, differ = HybridEngine(model), DynamicCache(config=model.config), []
-    mine = engine.states
-    assert mine is not None
     if not at_once:
         engine.least_at_once = 1000
     for at in range(39, len(tokens)):
@@ -151,58 +141,29 @@ def test_packed_states_have_the_same_codes(
         found = engine.prompt(0, given.tolist()) if at == 39 else engine.step(given, [0])[0]
         assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
         assert int(found.argmax()) == int(expected.argmax())
-        for index, layer in enumerate(cache.layers[i] for i in (0, 2)):
-            held = layer.recurrent_states[0]
-            differ.append(float((mine.codes[index, 0] != held.codes[0][0]).float().mean()))
-            torch.testing.assert_close(mine.channel[index, 0], held.channel[0], rtol=2e-3, atol=0)
-            mine.codes[index, 0], mine.channel[index, 0] = held.codes[0][0], held.channel[0]
-            mine.scale[index, 0], mine.conv[index, 0] = held.state[0], layer.conv_states[0][0]
-            if window > 1:
-                filled = int(held.count[0])
-                assert filled == (at - 39) % window == int(mine.count[0])
-                mine.recent[index, 0, :filled] = held.recent[0, :filled]
+        differ += sequences.differing(engine.states, [cache.layers[0], cache.layers[2]], window, at - 39)
     assert sum(differ) / len(differ) < 0.01
 
 
 @pytest.mark.parametrize("name", ["granite", "nope", "bamba"])
 @pytest.mark.parametrize("window", [1, 4])
-def test_generation_takes_it_and_writes_the_same(window: int, name: str, tiny: Any, tmp_path: Path) -> None:
+def test_generation_takes_it_and_writes_the_same(
+    window: int, name: str, tiny: Any, tmp_path: Path, sequences: Any
+) -> None:
     model = packed(tiny, tmp_path, name, {"bits": 4, "codec": "dsq", "window": window})
-    prompts = [IDS[:9].tolist(), IDS[9:14].tolist(), IDS[20:61].tolist()]
-    own, theirs = Generator(model), Generator(model, "transformers")
-    assert (own.engine, own.reason) == ("native", None)
-    how = Sampling(16)
-    expected = [one.tokens for one in theirs.generate(prompts, how)]
-    assert [one.tokens for one in own.generate(prompts, how)] == expected
-    # alone, and sampled twice
-    assert own.generate(prompts[2:], how)[0].tokens == expected[2]
-    sampled = [own.generate(prompts, Sampling(8, temperature=1.0, top_p=0.9, seed=3)) for _ in range(2)]
-    assert [one.tokens for one in sampled[0]] == [one.tokens for one in sampled[1]]
+    sequences.written_alike(model, IDS)
 
 
-def test_serving_takes_it(tiny: Any, tmp_path: Path) -> None:
+def test_serving_takes_it(tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
     model = packed(tiny, tmp_path, "granite", {"bits": 4, "codec": "dsq", "rounding": "dither", "window": 4})
     engine = HybridEngine(model, slots=2, positions=64)
-    rows, texts = NativeRows(engine, 2, 64), {7: IDS[:24], 8: IDS[30:48], 9: IDS[50:66]}
-    prompts, starts, stops = {7: 12, 8: 3, 9: 5}, {7: 0, 8: 2, 9: 5}, {7: 12, 8: 5, 9: 12}
-    found: dict[int, list[torch.Tensor]] = {key: [] for key in texts}
-    for turn in range(12):
-        for key in (key for key, stop in stops.items() if stop == turn):
-            rows.leave(key)
-        for key in (key for key, start in starts.items() if start == turn):
-            found[key].append(rows.join(key, texts[key][: prompts[key]].tolist(), None, 30).clone())
-        alive = [key for key in texts if starts[key] <= turn < stops[key]]
-        taken = {key: int(texts[key][prompts[key] + turn - starts[key]]) for key in alive}
-        for key, logits in rows.step(taken).items():
-            found[key].append(logits)
-    for key, logits in found.items():
-        fresh = HybridEngine(model, positions=64)
-        alone = natively(fresh, texts[key][: prompts[key] + len(logits) - 1], prompts[key])
-        assert torch.equal(torch.stack(logits), alone)
+    sequences.served_alike(
+        engine, lambda: HybridEngine(model, positions=64), IDS, lambda count: engine.states.nbytes * count // 2
+    )
 
 
-def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path) -> None:
+def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path, sequences: Any) -> None:
     model = packed(tiny, tmp_path, "granite", {"bits": 4, "codec": "dsq"})
     engine = HybridEngine(model, slots=2, positions=32)
     engine.prompt(0, [3, 4, 5])
@@ -213,12 +174,12 @@ def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path) -> None:
     before = engine.states
     engine.reserve(20, 2)
     assert engine.states is before
-    rows = natively(engine, IDS[:14], 9, 1)[:-1]
+    rows = sequences.natively(engine, IDS[:14], 9, 1)[:-1]
     engine.reserve(70, 3)
     assert engine.states.slots == engine.slots == 3
     assert engine.lengths == [3, 14, 0]
     # what was held goes on
-    alone = natively(HybridEngine(model), IDS[:16], 9)
+    alone = sequences.natively(HybridEngine(model), IDS[:16], 9)
     assert torch.equal(rows, alone[: len(rows)])
     assert torch.equal(torch.stack([engine.step(IDS[at : at + 1], [1])[0].clone() for at in (14, 15)]), alone[-2:])
     with pytest.raises(InputError, match="whole"):
@@ -246,15 +207,10 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
 
 @pytest.mark.parametrize(("family", "changes", "policy", "reason"), REFUSED)
 def test_what_it_cannot_run_it_declines(
-    family: str, changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any
+    family: str, changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any, sequences: Any
 ) -> None:
     model = tiny.model(family, **{**GRANITE, **changes})
-    if policy is not None:
-        attach(model, layout_from_config(model.config.to_dict()), policy)
-    assert reason in str(decline(model))
-    assert Generator(model).engine == "transformers"
-    with pytest.raises(InputError, match="cannot run"):
-        Generator(model, "native")
+    sequences.refused(model, policy, reason)
 
 
 def test_hooks_are_declined(tiny: Any) -> None:
@@ -265,7 +221,7 @@ def test_hooks_are_declined(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["granite", "dense", "bamba"])
-def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path) -> None:
+def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Routed experts keep float inputs, all others are rounded."""
     model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
     engine, tokens = HybridEngine(model, positions=64), IDS[:30]
@@ -276,17 +232,17 @@ def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, 
     expected, _ = by_modules(model, tokens, 24)
     effect = (by_modules(exact, tokens, 24)[0] - expected).abs().mean()
     # a sum in another order moves an input across a rounding boundary now and then, and its step with it
-    assert float((natively(engine, tokens, 24) - expected).abs().mean()) < 0.5 * float(effect)
+    assert float((sequences.natively(engine, tokens, 24) - expected).abs().mean()) < 0.5 * float(effect)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["granite", "nope"])
-def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: Path) -> None:
+def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """70 rows do not fill the last block; one model has a head of its own."""
     model = packed(tiny, tmp_path, name, embeddings=bits)
     engine, tokens = HybridEngine(model, slots=2, positions=64), IDS[:30]
     assert engine.vocabulary == 70
     assert engine.decoder.head.bits == engine.decoder.embedding.bits == bits
     expected, _ = by_modules(model, tokens, 24)
-    assert float((natively(engine, tokens, 24) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    assert sequences.off(sequences.natively(engine, tokens, 24), expected) < EXACT
     assert int(engine.greedy(tokens[:2])[0]) < 70

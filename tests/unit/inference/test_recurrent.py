@@ -11,13 +11,9 @@ from llmcompress_kernels import mamba2 as native
 from transformers import DynamicCache
 
 from llmcompress.errors import InputError
-from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.inference.native import decline, open_engine
 from llmcompress.inference.recurrent import RecurrentEngine
 from llmcompress.models.assemble import compressed_model
-from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.mixers import attach
-from llmcompress.serving.rows import NativeRows
 from llmcompress.stages.activations import Activations, ActivationsConfig
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 from llmcompress.stages.rtn import Rtn, RtnConfig
@@ -56,20 +52,16 @@ def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Ten
     return torch.stack(rows), cache
 
 
-def natively(engine: RecurrentEngine, tokens: torch.Tensor, prompt: int, slot: int = 0) -> torch.Tensor:
-    rows = [engine.prompt(slot, tokens[:prompt].tolist())]
-    rows += [engine.step(tokens[i : i + 1], [slot])[0].clone() for i in range(prompt, len(tokens))]
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize("prompt", [1, 3, 300])
 @pytest.mark.parametrize("changes", [{}, {"n_groups": 1, "use_bias": True, "tie_word_embeddings": False}])
-def test_a_dense_model_with_float_states_agrees(changes: dict[str, Any], prompt: int, tiny: Any) -> None:
+def test_a_dense_model_with_float_states_agrees(
+    changes: dict[str, Any], prompt: int, tiny: Any, sequences: Any
+) -> None:
     model, tokens = tiny.model("mamba2", **{**SIZES, **changes}), IDS[: prompt + 4]
     expected, cache = by_modules(model, tokens, prompt)
     engine = open_engine(model, slots=2)
     assert isinstance(engine, RecurrentEngine)
-    assert float((natively(engine, tokens, prompt, 1) - expected).abs().max()) < EXACT * float(expected.abs().max())
+    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < EXACT
     for layer, held in zip(cache.layers, engine.states.floats[:, 1]):
         torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=5e-6)
     assert engine.lengths == [0, len(tokens)]
@@ -88,7 +80,7 @@ STORED = [
 @pytest.mark.parametrize("bits", [4, 8])
 @torch.inference_mode()
 def test_a_packed_model_gives_the_same_codes(
-    bits: int, codec: str, rounding: str, window: int, tiny: Any, tmp_path: Path
+    bits: int, codec: str, rounding: str, window: int, tiny: Any, tmp_path: Path, sequences: Any
 ) -> None:
     """Step by step from the same states: a float32 sum in another order may move an int8 input, and with it a scale,
     across a rounding boundary; a dither, which the scale's last bit gives, then parts the two for good."""
@@ -102,55 +94,22 @@ def test_a_packed_model_gives_the_same_codes(
         found = engine.prompt(0, given.tolist()) if at == 39 else engine.step(given, [0])[0]
         assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
         assert int(found.argmax()) == int(expected.argmax())
-        for index, layer in enumerate(cache.layers):
-            held, mine = layer.recurrent_states[0], engine.states
-            differ.append(float((mine.codes[index, 0] != held.codes[0][0]).float().mean()))
-            torch.testing.assert_close(mine.channel[index, 0], held.channel[0], rtol=2e-3, atol=0)
-            mine.codes[index, 0], mine.channel[index, 0] = held.codes[0][0], held.channel[0]
-            mine.scale[index, 0], mine.conv[index, 0] = held.state[0], layer.conv_states[0][0]
-            if window > 1:
-                filled = int(held.count[0])
-                assert filled == (at - 39) % window == int(mine.count[0])
-                mine.recent[index, 0, :filled] = held.recent[0, :filled]
+        differ += sequences.differing(engine.states, cache.layers, window, at - 39)
     assert sum(differ) / len(differ) < 0.01
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_generation_takes_it_and_writes_the_same(window: int, tiny: Any, tmp_path: Path) -> None:
+def test_generation_takes_it_and_writes_the_same(window: int, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     model = packed(tiny, tmp_path, {"bits": 4, "codec": "dsq", "window": window})
-    prompts = [IDS[:9].tolist(), IDS[9:14].tolist(), IDS[20:61].tolist()]
-    own, theirs = Generator(model), Generator(model, "transformers")
-    assert (own.engine, own.reason) == ("native", None)
-    how = Sampling(16)
-    expected = [one.tokens for one in theirs.generate(prompts, how)]
-    assert [one.tokens for one in own.generate(prompts, how)] == expected
-    # alone, and sampled twice
-    assert own.generate(prompts[2:], how)[0].tokens == expected[2]
-    sampled = [own.generate(prompts, Sampling(8, temperature=1.0, top_p=0.9, seed=3)) for _ in range(2)]
-    assert [one.tokens for one in sampled[0]] == [one.tokens for one in sampled[1]]
+    sequences.written_alike(model, IDS)
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_serving_takes_it(window: int, tiny: Any, tmp_path: Path) -> None:
+def test_serving_takes_it(window: int, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
     model = packed(tiny, tmp_path, {"bits": 4, "codec": "dsq", "rounding": "dither", "window": window})
     engine = RecurrentEngine(model, slots=2)
-    rows, texts = NativeRows(engine, 2, 1000), {7: IDS[:24], 8: IDS[30:48], 9: IDS[50:66]}
-    prompts, starts, stops = {7: 12, 8: 3, 9: 5}, {7: 0, 8: 2, 9: 5}, {7: 12, 8: 5, 9: 12}
-    found: dict[int, list[torch.Tensor]] = {key: [] for key in texts}
-    for turn in range(12):
-        for key in (key for key, stop in stops.items() if stop == turn):
-            rows.leave(key)
-        for key in (key for key, start in starts.items() if start == turn):
-            found[key].append(rows.join(key, texts[key][: prompts[key]].tolist(), None, 30).clone())
-        alive = [key for key in texts if starts[key] <= turn < stops[key]]
-        assert rows.held_bytes() * 2 == engine.states.nbytes * len(alive)
-        taken = {key: int(texts[key][prompts[key] + turn - starts[key]]) for key in alive}
-        for key, logits in rows.step(taken).items():
-            found[key].append(logits)
-    for key, logits in found.items():
-        alone = natively(RecurrentEngine(model), texts[key][: prompts[key] + len(logits) - 1], prompts[key])
-        assert torch.equal(torch.stack(logits), alone)
+    sequences.served_alike(engine, lambda: RecurrentEngine(model), IDS, lambda count: engine.states.nbytes * count // 2)
 
 
 def test_more_sequences_need_more_room(tiny: Any) -> None:
@@ -182,15 +141,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
 
 @pytest.mark.parametrize(("changes", "policy", "reason"), REFUSED)
 def test_what_it_cannot_run_it_declines(
-    changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any
+    changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any, sequences: Any
 ) -> None:
     model = tiny.model("mamba2", **{**SIZES, **changes})
-    if policy is not None:
-        attach(model, layout_from_config(model.config.to_dict()), policy)
-    assert reason in str(decline(model))
-    assert Generator(model).engine == "transformers"
-    with pytest.raises(InputError, match="cannot run"):
-        Generator(model, "native")
+    sequences.refused(model, policy, reason)
 
 
 def test_hooks_and_other_families_are_declined(tiny: Any) -> None:
