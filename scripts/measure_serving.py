@@ -10,7 +10,7 @@
 The model has SmolLM2-135M's shape, random weights and `--bits` bits, unless `--model` names one: speed does not depend
 on what weights hold. Nothing of HTTP or tokenizers is in the figures.
 
-    python scripts/measure_serving.py [--model FOLDER] [--prompt 2000] [--streams 4] [--chunks 0 512 256 128 64]
+    python scripts/measure_serving.py [--model FOLDER] [--prompt 2000] [--streams 4] [--chunks 0 256 128 64]
 """
 
 from __future__ import annotations
@@ -156,13 +156,12 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 512, 256, 128, 64])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 256, 128, 64])
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     bench = Bench(model_of(given.model, given.bits), given.prompt, given.streams)
-    print(
-        f"{hardware()}, {torch.get_num_threads()} threads; {given.streams} answers, a prompt of {given.prompt} tokens"
-    )
+    threads = torch.get_num_threads()
+    print(f"{hardware()['cpu']}, threads: {threads}; {given.streams} answers, a prompt of {given.prompt} tokens")
     for chunk in given.chunks:
         found = [bench.beside(chunk) for _ in range(given.repeats)]
         usual, longest, first = (1e3 * statistics.median(column) for column in zip(*found))

@@ -31,7 +31,7 @@ class Limits:
     rows: int = 64
     queue: int = 256
     cache_tokens: int = 65536
-    prompt_chunk: int = 256
+    prompt_chunk: int = 128
     prefix_caching: bool = True
     prompt_tokens: int = 8192
     new_tokens: int = 4096
