@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llmcompress.report.data import ReportData
     from llmcompress.stages.evaluate import EvaluateConfig
 
-_PLACES = {"dense": "A", "compressed": "B"}
 HELD_OUT = "asset:text/heldout.jsonl.gz"
 
 TextOption = Annotated[
@@ -334,10 +333,10 @@ def _measure_one(
     prepared = _prepare(config, opened, out)
     open_tasks(prepared, ledger, ["compressed"])
 
-    def tell(text: str) -> None:  # there is one model, compressed or not
-        out.note(text.removeprefix("compressed: "))
-
-    measure_side("compressed", opened.model, opened.tokenizer, config, prepared, ledger, tell)  # type: ignore[arg-type]
+    # there is one model, compressed or not
+    measure_side(
+        "compressed", opened.model, opened.tokenizer, config, prepared, ledger, out.note, label=""  # type: ignore[arg-type]
+    )  # fmt: skip
     return pair_scores(None, side_scores("compressed", config, prepared, ledger))
 
 
@@ -364,12 +363,9 @@ def _measure_two(
     prepared = _prepare(config, one, out)
     open_tasks(prepared, ledger, ["dense", "compressed"])
 
-    def tell(text: str) -> None:  # neither is dense or compressed by its place
-        side, _, rest = text.partition(": ")
-        out.note(f"{_PLACES.get(side, side)}: {rest}")
-
-    measure_side("dense", one.model, one.tokenizer, config, prepared, ledger, tell)  # type: ignore[arg-type]
-    measure_side("compressed", two.model, one.tokenizer, config, prepared, ledger, tell)  # type: ignore[arg-type]
+    # neither is dense or compressed by its place
+    for side, opened, label in (("dense", one, "A"), ("compressed", two, "B")):
+        measure_side(side, opened.model, one.tokenizer, config, prepared, ledger, out.note, label)  # type: ignore[arg-type]
     pair = measure_pair(one.model, two.model, config, prepared, ledger, out.note)
     right = [*side_scores("compressed", config, prepared, ledger), *fidelity_scores(pair)]
     return pair_scores(side_scores("dense", config, prepared, ledger), right)

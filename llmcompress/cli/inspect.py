@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
+from llmcompress.cli.look_ahead import read_object
 from llmcompress.cli.output import Output, bytes_text, table
-from llmcompress.cli.run import read_object
 from llmcompress.errors import InputError
 from llmcompress.inference.coverage import decline_config
 from llmcompress.models.paths import model_folder

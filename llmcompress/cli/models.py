@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.cli.run import read_object
+from llmcompress.cli.look_ahead import read_object
 from llmcompress.errors import InputError, UsageError
 from llmcompress.models.paths import model_folder
 

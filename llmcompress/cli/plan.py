@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
+from llmcompress.cli.look_ahead import read_object, require_files
 from llmcompress.cli.output import Output, bytes_text, table
-from llmcompress.cli.run import OverridesArgument, RecipeArgument, read_object
+from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ ConfigOption = Annotated[
     typer.Option("--config", metavar="FILE", help="config.json of the model, if the model itself is not here."),
 ]
 
+_ELSEWHERE = "; for a run on another machine: --config config.json"
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -36,7 +39,11 @@ def register(app: typer.Typer) -> None:
 def validate(
     out: Output, recipe: RecipeArgument, overrides: OverridesArgument = None, config: ConfigOption = None
 ) -> None:
-    """Check a recipe: grammar, order of stages and, where the model is at hand, every rule and export."""
+    """Check a recipe: grammar, order of stages, files it names and, for its model, every rule and export.
+
+    Exit code 4 says that it is valid, but names files which are not here; with --config they may be elsewhere.
+    """
+    from llmcompress.models.checkpoint import read_config
     from llmcompress.models.paths import resolve_path
     from llmcompress.pipeline.estimate import plan as predict
     from llmcompress.recipe.load import load_recipe
@@ -60,11 +67,14 @@ def validate(
     if loaded.missing:
         lines.append(f"still to be given: {', '.join(loaded.missing)}")
     elif facts is None:
-        path = loaded.recipe.model.path
-        why = "holds no config.json" if resolve_path(path).is_dir() else "is not here"
-        lines.append(f"the model {path} {why}, so rules were not matched against it")
-    lines += [f"not here: {line}" for path, line in absent.items() if facts is not None or path != "model.path"]
+        lines.append("rules were not matched against the model, which is not here")
+    lines += [f"not here: {line}" for line in absent.values() if config is not None]
     out.result(data, "\n".join(lines))
+    if config is None:
+        # the run would refuse as well
+        require_files(loaded, _ELSEWHERE)
+        if facts is None and "model.path" not in loaded.missing:
+            read_config(resolve_path(loaded.recipe.model.path))
 
 
 def model_config(loaded: LoadedRecipe, config: Path | None = None) -> dict[str, Any] | None:
@@ -105,7 +115,10 @@ def plan(
     ] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of one process for an hour.")] = None,
 ) -> None:
-    """Predict memory, disk, size and bits from config.json alone; exit 5 or 7 if a budget or an export will fail."""
+    """Predict memory, disk, size and bits from config.json alone; exit 5 or 7 if a budget or an export will fail.
+
+    Exit code 4 says that the recipe names files which are not here; with --config they may be elsewhere.
+    """
     from llmcompress.pipeline.estimate import plan as predict
     from llmcompress.recipe.load import load_recipe
 
@@ -128,6 +141,8 @@ def plan(
         out.result(data, lambda screen: _show_cluster(predicted, measured, rows, price, screen))
     predicted.require_budget()
     predicted.require_exports()
+    if config is None:
+        require_files(loaded, _ELSEWHERE)
 
 
 def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:

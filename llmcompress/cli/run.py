@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_override, complete_recipe
 from llmcompress.cli.launch import EndpointOption, IdOption, NodesOption, Processes, ProcessesOption, launch
+from llmcompress.cli.look_ahead import look_ahead
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.distributed.world import is_follower
 from llmcompress.errors import GateFailed, InputError, UsageError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from llmcompress.pipeline.runner import Job, Outcome, RunOptions
     from llmcompress.pipeline.sinks import Sink
-    from llmcompress.recipe.load import LoadedRecipe
     from llmcompress.stages.state import Metric
 
 RecipeArgument = Annotated[
@@ -43,6 +43,10 @@ OnlyOption = Annotated[
 RedoOption = Annotated[
     str | None, typer.Option("--redo", metavar="STAGE", help="Do this stage and all after it again.")
 ]
+PreflightOption = Annotated[
+    bool,
+    typer.Option("--preflight/--no-preflight", help="Refuse to begin with too little memory or disk, or data missing."),
+]
 TrackOption = Annotated[
     list[str] | None, typer.Option("--track", metavar="NAME", help="Also log to tensorboard, trackio or wandb.")
 ]
@@ -62,6 +66,7 @@ def run(
     only: OnlyOption = None,
     redo: RedoOption = None,
     track: TrackOption = None,
+    preflight: PreflightOption = True,
     force: Annotated[bool, typer.Option("--force", help="Delete what an earlier run left in the folder.")] = False,
     nproc: ProcessesOption = None,
     nnodes: NodesOption = 1,
@@ -72,9 +77,9 @@ def run(
     from llmcompress.pipeline.runner import RunOptions
 
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    job = load_job(recipe, overrides or [], out=None if is_follower() else out)
+    job = load_job(recipe, overrides or [], out=None if is_follower() else out, preflight=preflight)
     if processes is not None:
-        words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track)]
+        words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track, preflight)]
         launch(out, processes, [*words, *(["--force"] if force else [])], Path(job.recipe["run"]["dir"]))
         return
     execute(out, job, RunOptions(until, only, redo, force, _trackers(track, job)))
@@ -88,6 +93,7 @@ def resume(
     only: OnlyOption = None,
     redo: RedoOption = None,
     track: TrackOption = None,
+    preflight: PreflightOption = True,
     nproc: ProcessesOption = None,
     nnodes: NodesOption = 1,
     rdzv_endpoint: EndpointOption = None,
@@ -102,22 +108,25 @@ def resume(
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
     job = load_job(
         str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
-        out=None if is_follower() else out,
+        out=None if is_follower() else out, preflight=preflight,
     )  # fmt: skip
     if processes is not None:
-        words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track)]
+        words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track, preflight)]
         launch(out, processes, words, run_dir)
         return
     again = "add --redo STAGE to do that stage and all after it again"
     execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)), again)
 
 
-def _words(out: Output, until: str | None, only: str | None, redo: str | None, track: list[str] | None) -> list[str]:
+def _words(
+    out: Output, until: str | None, only: str | None, redo: str | None, track: list[str] | None, preflight: bool
+) -> list[str]:
     """Options of this command as words, for the processes that are to run it."""
     found = [word for name, value in (("until", until), ("only", only), ("redo", redo)) if value
              for word in (f"--{name}", value)]  # fmt: skip
     found += [word for name in track or [] for word in ("--track", name)]
-    modes = (("--json", out.json_mode), ("--quiet", out.quiet), ("--debug", out.debug))
+    modes = (("--json", out.json_mode), ("--quiet", out.quiet), ("--debug", out.debug),
+             ("--no-preflight", not preflight))  # fmt: skip
     return [*found, *(word for word, given in modes if given)]
 
 
@@ -126,7 +135,13 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def load_job(reference: str, overrides: list[str], source: Path | None = None, out: Output | None = None) -> Job:
+def load_job(
+    reference: str,
+    overrides: list[str],
+    source: Path | None = None,
+    out: Output | None = None,
+    preflight: bool = True,
+) -> Job:
     """Validate a recipe, match it against its model, hold it against its budgets, and build its stages.
 
     Args:
@@ -134,10 +149,11 @@ def load_job(reference: str, overrides: list[str], source: Path | None = None, o
         overrides: ``key=value`` words.
         source: The file to keep as ``recipe.yaml``, if it is not the recipe itself.
         out: Where remarks go; None checks neither the model nor budgets.
+        preflight: Whether this machine's memory, disk and network are asked too.
 
     Raises:
         RecipeError: The recipe is not valid, or does not suit the model.
-        ResourceError: It does not fit the budgets it declares.
+        ResourceError: It does not fit the budgets it declares, or this machine.
     """
     from llmcompress.pipeline.runner import Job
     from llmcompress.recipe.load import load_recipe
@@ -145,85 +161,12 @@ def load_job(reference: str, overrides: list[str], source: Path | None = None, o
 
     loaded = load_recipe(reference, overrides)
     if out is not None:
-        _look_ahead(loaded, out)
+        look_ahead(loaded, out, on_machine=preflight)
         if source is None:
             for line in changes_since(loaded):
                 out.warning(f"since this lock was written: {line}")
     text = source.read_text(encoding="utf-8") if source is not None and source.is_file() else loaded.text
     return Job(loaded.data, loaded.stages(), text, lambda: make_lock(loaded))
-
-
-def _look_ahead(loaded: LoadedRecipe, out: Output) -> None:
-    """Refuse before any work what the files that are named and the model's headers already show to be impossible.
-
-    A text that only the last stage reads would otherwise be missed after hours, and a folder that holds no model would
-    leave a run folder behind.
-    """
-    from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
-    from llmcompress.models.paths import no_model_folder, resolve_path
-    from llmcompress.models.registry import layout_from_config
-    from llmcompress.pipeline.estimate import plan
-
-    folder = resolve_path(loaded.recipe.model.path)
-    if not folder.is_dir():
-        error = no_model_folder(loaded.recipe.model.path)
-        hint = f"{error.hint}{_needs(loaded, 'model.path')}"
-        # a model may move, as long as it stays the same
-        raise InputError(error.message, hint if loaded.lock is None else f"{hint}; if it has moved: model.path=FOLDER")
-    if absent := loaded.absent():
-        needs = _needs(loaded, next(iter(absent)))
-        raise InputError("\n".join(absent.values()), f"correct the path, or put the file there{needs}")
-    config = read_config(folder)
-    refuse_quantized(folder, config)
-    Checkpoint(folder, layout_from_config(config)).verify()
-    predicted = plan(loaded, config)
-    predicted.require_budget()
-    predicted.require_exports()
-    require_sources(loaded, folder)
-    for note in predicted.notes:
-        out.warning(note)
-
-
-def _needs(loaded: LoadedRecipe, path: str) -> str:
-    """What a shipped recipe says it needs, where it was the recipe itself that named the path."""
-    from llmcompress.recipe.catalog import list_recipes
-
-    if loaded.place(path).startswith("override"):
-        return ""
-    found = next((info.needs for info in list_recipes() if info.path.resolve() == loaded.path.resolve()), "")
-    return f"; this recipe needs {found}" if found else ""
-
-
-def require_sources(loaded: LoadedRecipe, folder: Path) -> None:
-    """Ask export stages whether they can translate what lies beside the weights.
-
-    Raises:
-        ExportError: They cannot; with every reason.
-    """
-    from llmcompress.models.paths import resolve_path
-    from llmcompress.stages.export import Export
-
-    tokenizer = loaded.recipe.model.tokenizer
-    for stage in loaded.stages():
-        if isinstance(stage, Export):
-            stage.require_source(
-                folder, read_object(folder / "config.json"), resolve_path(tokenizer) if tokenizer else None
-            )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: It is not one.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})", "fetch the file again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: not a JSON object", "fetch the file again")
-    return data
 
 
 def execute(out: Output, job: Job, options: RunOptions, again: str = "add --force to run it anew") -> None:

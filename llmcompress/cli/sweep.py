@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,9 +59,6 @@ def sweep(
     given = {*axes, *(word.partition("=")[0].removeprefix("+") for word in fixed)}
     if "run.dir" in given:
         raise UsageError("run.dir: every run of a sweep has a folder of its own", "give the sweep's folder with --dir")
-    if jobs > 1 and "run.threads" not in given:
-        # runs that share the processors must not each take all of them
-        fixed.append(f"run.threads={max(1, (os.cpu_count() or 1) // jobs)}")
     first = combinations(axes, Path())[0]
     job = _job(recipe, fixed, first)
     if metric is not None:

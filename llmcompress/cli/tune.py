@@ -92,7 +92,7 @@ def shapes_of(model: str) -> tuple[list[tuple[int, int]], list[tuple[int, int, i
     Raises:
         InputError: There is no configuration to read, or the family is unknown.
     """
-    from llmcompress.cli.run import read_object
+    from llmcompress.cli.look_ahead import read_object
     from llmcompress.models.paths import model_folder
     from llmcompress.models.registry import layout_from_config
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 from llmcompress.errors import first_line
@@ -35,6 +36,35 @@ def hub_silence() -> str | None:
     except (OSError, ValueError) as error:
         return f"{hub.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
     return None
+
+
+def out_of_reach(names: Iterable[str], off: bool = False) -> dict[str, str]:
+    """Data sets that cannot be had: nothing of them is in a cache, and the hub does not answer.
+
+    Args:
+        names: As ``ORG/NAME``.
+        off: Whether the network must not be asked.
+
+    Returns:
+        Name → why. What is in a cache may still be the wrong split; only loading it tells.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
+
+    wanted = dict.fromkeys(names)
+    caches = {
+        name: [
+            Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"),
+            Path(hub.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}",
+        ]
+        for name in wanted
+    }
+    absent = [name for name in wanted if not Path(name).exists() and not any(map(Path.exists, caches[name]))]
+    if not absent:
+        return {}
+    with offline(off):
+        silence = hub_silence()
+    return {} if silence is None else dict.fromkeys(absent, f"it is not in the cache of datasets, and {silence}")
 
 
 def why_not_loaded(error: Exception, silence: str | None) -> str:

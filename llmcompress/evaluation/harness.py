@@ -26,7 +26,7 @@ from unittest import mock
 
 import yaml
 
-from llmcompress.data.hub import hub_silence, offline, why_not_loaded
+from llmcompress.data.hub import hub_silence, offline, out_of_reach, why_not_loaded
 from llmcompress.errors import EnvironmentProblem, InputError, RecipeError
 from llmcompress.evaluation.batching import task_batch
 from llmcompress.evaluation.config import TaskConfig
@@ -137,6 +137,23 @@ def specify(
                     item["num_fewshot"] = config.num_fewshot
         found.append(TaskSpec(config.task, tuple(configs), rows, local, config.num_fewshot, config.overrides))
     return found
+
+
+def unreachable(specs: Sequence[TaskSpec], off: bool = False) -> list[str]:
+    """Tasks whose data is certainly not to be had, a line each: not in a cache, and the hub does not answer.
+
+    Args:
+        specs: The tasks; of one that is known by name alone the data set is not known, and nothing is said.
+        off: Whether the network must not be asked.
+    """
+    data = {
+        str(config["dataset_path"]): spec.name
+        for spec in specs
+        if not spec.local
+        for config in spec.configs
+        if isinstance(config, dict) and config.get("dataset_path")
+    }
+    return [f"task {data[name]}: data set {name}: {why}" for name, why in out_of_reach(data, off).items()]
 
 
 def _base_folder() -> Path:

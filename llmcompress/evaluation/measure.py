@@ -220,6 +220,7 @@ def measure_side(
     prepared: Prepared,
     ledger: Ledger,
     tell: Tell,
+    label: str | None = None,
 ) -> None:
     """Measure everything that one model alone contributes; parts in the ledger are skipped.
 
@@ -231,7 +232,9 @@ def measure_side(
         prepared: Texts and tasks.
         ledger: Receives each part as it is finished.
         tell: Receives a line per part.
+        label: What those lines call the model, by default its side; nothing where it is empty.
     """
+    head = f"{side if label is None else label}: " if label != "" else ""
     batch = config.batch if isinstance(config.batch, int) else None
     for name, section in config.perplexity.items():
         key = f"{side}.perplexity.{name}"
@@ -242,12 +245,12 @@ def measure_side(
             controller.reset()
         result = perplexity(
             model, prepared.texts[name], section.length, section.stride, keep_tail=section.tail == "keep", batch=batch,
-            progress=Pace(f"{side}: {name}", tell),
+            progress=Pace(f"{head}{name}", tell),
         )  # fmt: skip
         # what an expert-skipping policy did on this very text
         skipping = {} if controller is None else {"skipping": controller.statistics()}
         ledger.put(key, asdict(result) | skipping)
-        tell(f"{side}: {name} perplexity {result.perplexity:.4f} on {result.tokens} tokens")
+        tell(f"{head}{name} perplexity {result.perplexity:.4f} on {result.tokens} tokens")
     if side == "without_policies":
         return
     from llmcompress.inference.greedy import GreedyWriter
@@ -259,25 +262,25 @@ def measure_side(
             continue
         scores = harness.evaluate(
             model, tokenizer, spec, batch=batch, state_mode=config.state_mode, writer=writer,
-            on_written=partial(_keep_written, side, spec.name, ledger, tell),
+            on_written=partial(_keep_written, side, head, spec.name, ledger, tell),
         )  # fmt: skip
         ledger.put(key, [asdict(score) for score in scores])
-        tell(f"{side}: {spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))
+        tell(f"{head}{spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))
     if config.recall is not None and not ledger.has(f"{side}.recall"):
         assert prepared.filler is not None
         parts = remembering.recall(model, tokenizer, prepared.filler, config.recall)
         ledger.put(f"{side}.recall", parts)
-        tell(f"{side}: recall " + ", ".join(f"{part['accuracy']:.2f} at {part['distance']}" for part in parts))
+        tell(f"{head}recall " + ", ".join(f"{part['accuracy']:.2f} at {part['distance']}" for part in parts))
     if config.generation is not None and not ledger.has(f"{side}.generation"):
         texts = generate(model, tokenizer, config.generation, writer)
         greedy = config.generation.temperature == 0
-        _keep_written(side, SAMPLES, ledger, tell, {(writer.reason or NATIVE) if greedy else "texts are sampled"})
+        _keep_written(side, head, SAMPLES, ledger, tell, {(writer.reason or NATIVE) if greedy else "texts are sampled"})
         ledger.put(f"{side}.generation", texts)
 
 
-def _keep_written(side: Side, part: str, ledger: Ledger, tell: Tell, by: set[str]) -> None:
+def _keep_written(side: Side, head: str, part: str, ledger: Ledger, tell: Tell, by: set[str]) -> None:
     ledger.put(f"{side}.written.{part}", sorted(by))
-    tell(f"{side}: {part} written by " + written_by(sorted(by)))
+    tell(f"{head}{part} written by " + written_by(sorted(by)))
 
 
 def written_by(by: Sequence[str]) -> str:

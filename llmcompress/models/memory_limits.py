@@ -43,6 +43,21 @@ def total_ram() -> int:
     return total
 
 
+def available_ram() -> int:
+    """Memory that can be had now without swapping, in bytes: of the machine, and of the control group."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(facts.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
+
+
 def resident_bytes(tokens: int, hidden: int, widest: int, item: int) -> int:
     """Bytes on a GPU of one member's hidden states and kept inputs; 0 where they are too large and stay on the CPU.
 

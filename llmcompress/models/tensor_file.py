@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,12 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.once = path, False
-        self.entries = self._read_header()
+        try:
+            facts = path.stat()
+        except OSError as error:
+            raise _unread(path, error) from error
+        # a run looks at its model's headers before it begins, and opens the model then
+        self.entries = _header(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
     @property
     def nbytes(self) -> int:
@@ -104,46 +110,58 @@ class TensorFile:
                 while done < entry.nbytes:
                     count = handle.readinto(target[done : done + _PIECE])
                     if not count:
-                        raise self._damaged(f"ends inside {name}")
+                        raise _damaged(self.path, f"ends inside {name}")
                     done += count
                     if self.once and _FORGET is not None:
                         _FORGET(handle.fileno(), entry.start + done - count, count, os.POSIX_FADV_DONTNEED)
         return result
 
-    def _damaged(self, problem: str) -> InputError:
-        return InputError(f"{self.path}: damaged: {problem}", "download or copy the file again")
 
-    def _read_header(self) -> dict[str, Entry]:
-        try:
-            size = self.path.stat().st_size
-            with self.path.open("rb") as handle:
-                prefix = handle.read(8)
-                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-                if not 0 < length <= min(_MAX_HEADER, size - 8):
-                    raise self._damaged("the header is not that of a safetensors file, or the file is cut short")
-                raw = handle.read(length)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot read: {error.strerror or error}") from error
-        try:
-            header = json.loads(raw)
-        except ValueError as error:
-            raise self._damaged("the header is not JSON") from error
-        if not isinstance(header, dict):
-            raise self._damaged("the header is not an object")
-        header.pop("__metadata__", None)
-        return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
+@lru_cache(maxsize=1024)
+def _header(path: Path, size: int, modified: int, inode: int) -> dict[str, Entry]:
+    """Entries of a file by name; what is remembered holds as long as its size, time and number are these.
 
-    def _entry(self, name: str, value: Any, base: int, size: int) -> Entry:
-        try:
-            code, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
-            begin, end = (int(n) for n in value["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(f"the header entry of {name} is malformed") from error
-        if code not in DTYPES:
-            raise InputError(f"{self.path}: {name} has data type {code}, which is not supported")
-        expected = math.prod(shape) * DTYPES[code][1]
-        if begin < 0 or end - begin != expected:
-            raise self._damaged(f"{name} of shape {list(shape)} cannot span {end - begin} bytes")
-        if base + end > size:
-            raise self._damaged(f"cut short: {name} needs {base + end} bytes, the file has {size}")
-        return Entry(code, shape, base + begin, expected)
+    Raises:
+        InputError: It cannot be read, is cut short, or is not a safetensors file.
+    """
+    try:
+        with path.open("rb") as handle:
+            prefix = handle.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise _damaged(path, "the header is not that of a safetensors file, or the file is cut short")
+            raw = handle.read(length)
+    except OSError as error:
+        raise _unread(path, error) from error
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise _damaged(path, "the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "the header is not an object")
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
+
+
+def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
+    try:
+        code, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
+        begin, end = (int(n) for n in value["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"the header entry of {name} is malformed") from error
+    if code not in DTYPES:
+        raise InputError(f"{path}: {name} has data type {code}, which is not supported")
+    expected = math.prod(shape) * DTYPES[code][1]
+    if begin < 0 or end - begin != expected:
+        raise _damaged(path, f"{name} of shape {list(shape)} cannot span {end - begin} bytes")
+    if base + end > size:
+        raise _damaged(path, f"cut short: {name} needs {base + end} bytes, the file has {size}")
+    return Entry(code, shape, base + begin, expected)
+
+
+def _damaged(path: Path, problem: str) -> InputError:
+    return InputError(f"{path}: damaged: {problem}", "download or copy the file again")
+
+
+def _unread(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot read: {error.strerror or error}")

@@ -142,6 +142,10 @@ class Plan:
         found["notes"] = list(self.notes)
         return found
 
+    def worst(self, resource: str) -> str:
+        """Name of the stage that needs most of ``ram``, ``vram`` or ``disk``."""
+        return max(self.stages, key=lambda stage: getattr(stage, resource)).name
+
     def require_exports(self) -> None:
         """Refuse a recipe whose exports cannot hold what its quantizing stages make.
 
@@ -166,12 +170,14 @@ class Plan:
             return
         lines = []
         for budget in over:
-            worst = max(self.stages, key=lambda s: getattr(s, budget.resource.rsplit(".", 1)[-1]), default=None)
-            where = "" if worst is None or budget.resource == "host.disk" else f" in stage {worst.name}"
+            disk = budget.resource == "host.disk"
+            where = "" if disk else f" in stage {self.worst(budget.resource.rpartition('.')[2])}"
             lines.append(
                 f"{budget.resource}: {size_text(budget.needed)} needed{where}, {size_text(budget.limit)} allowed"
             )
-        hints = [f"{number}. {text}" for number, text in enumerate(self.suggest(over[0].resource), 1)]
+        first = over[0]
+        changes = [*self.suggest(first.resource), *_otherwise(first.resource, first.needed)][:3]
+        hints = [f"{number}. {text}" for number, text in enumerate(changes, 1)]
         raise ResourceError("\n".join(lines), "\n".join(hints))
 
 
@@ -324,33 +330,45 @@ def _machine_notes(recipe: Recipe, ram: int, disk: int) -> Iterator[str]:
 
     if recipe.host.ram is None and ram > (present := total_ram()):
         yield f"this machine has {size_text(present)} of memory, {size_text(ram)} are needed"
-    folder = Path(recipe.run.dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(Path(recipe.run.dir))
     if recipe.host.disk is None and disk > (free := shutil.disk_usage(folder).free):
         yield f"{folder} has {size_text(free)} free, {size_text(disk)} are needed"
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _suggestions(
     recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str, resource: str
 ) -> list[str]:
-    """Three changes that save ``resource``, the most effective first, each with its predicted need."""
+    """Up to three changes that save ``resource``, the most effective first, each with its predicted need."""
     attribute = resource.rsplit(".", 1)[-1]
     now = getattr(_plan(recipe, config, layout, device), attribute)
     found: list[tuple[int, str]] = []
     for text, changed in _candidates(recipe):
         where = device if changed.run.device == recipe.run.device else changed.run.device
-        need = getattr(_plan(changed, config, layout, where), attribute)
-        if need < 0.99 * now:
+        predicted = _plan(changed, config, layout, where)
+        need = getattr(predicted, attribute)
+        # a budget that is proposed has to hold
+        holds = changed.host.ram in (recipe.host.ram, None) or predicted.ram <= changed.host.ram
+        if need < 0.99 * now and holds:
             found.append((need, f"{text} ({size_text(need)})"))
-    lines = [text for _, text in sorted(found)[:3]]
-    machine = "a GPU with" if resource == "device.vram" else "a disk with" if attribute == "disk" else "a machine with"
-    fallbacks = [
-        f"{resource}={_round_up(now)} on {machine} {size_text(now)} or more",
-        "run.dir=FOLDER on another disk" if attribute == "disk" else "quantize a smaller model of the family",
+    return [text for _, text in sorted(found)[:3]]
+
+
+def _otherwise(resource: str, need: int) -> list[str]:
+    """What is left where a budget is too small and changes of the recipe do not help."""
+    machine = {"device.vram": "a GPU", "host.disk": "a disk"}.get(resource, "a machine")
+    return [
+        f"{resource}={_round_up(need)} on {machine} with {size_text(need)} or more",
+        "run.dir=FOLDER on another disk" if resource == "host.disk" else "quantize a smaller model of the family",
         "llmcompress plan RECIPE shows which stage needs how much",
     ]
-    return (lines + fallbacks)[:3]
 
 
 def _round_up(size: int) -> str:
@@ -359,7 +377,12 @@ def _round_up(size: int) -> str:
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Overrides that may save memory or disk, with the recipe each would make."""
+    from llmcompress.models.memory_limits import total_ram
+
     changes: list[tuple[str, Any]] = []
+    if recipe.host.ram is None:
+        # with a budget, stages hold less at a time and keep the rest in files
+        changes.append(("host.ram", f"{max(1, int(0.9 * total_ram() / 1e9))}GB"))
     if recipe.run.compute_dtype != "bfloat16":
         changes.append(("run.compute_dtype", "bfloat16"))
     if recipe.run.device != "cpu":

@@ -239,7 +239,7 @@ class Sweep:
             # a group of its own: Ctrl-C reaches the sweep, which asks its runs to stop after their block
             child = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                env={**os.environ, "COLUMNS": "200"},
+                env={**os.environ, **self._threads(), "COLUMNS": "200"},
             )  # fmt: skip
             self._children.add(child)
         _, said = child.communicate()
@@ -248,6 +248,16 @@ class Sweep:
         done = _SAID.get(child.returncode, f"ended with exit code {child.returncode}")
         self.tell(f"{run.name}: {done}")
         return child.returncode, said.strip()
+
+    def _threads(self) -> dict[str, str]:
+        """Share of the processors for a run that begins now; a setting of the recipe, and of a resumed run, goes first.
+
+        In the environment and not among the overrides, because the number of runs at a time is no part of a sweep.
+        """
+        if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {"OMP_NUM_THREADS": str(max(1, usable // self.jobs))}
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

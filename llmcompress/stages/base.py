@@ -108,6 +108,13 @@ class Stage(ABC):
         """Return problems that can be seen from the model's layout alone (rules that match nothing …)."""
         return []
 
+    def lacks(self) -> list[str]:
+        """Return what the stage will need and this machine does not have (data, packages); asked before a run begins.
+
+        In seconds, and only what is certain: what is returned ends the run.
+        """
+        return []
+
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Predict memory, disk and output of this stage."""
         return Estimate()

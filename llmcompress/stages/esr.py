@@ -90,15 +90,14 @@ class Esr(Stage):
         from llmcompress.stages.reconstruction import Reconstructor
 
         assert state.model is not None
-        if state.calibration is None:
-            raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
-        if state.calibration.tokens.shape[0] < 2:
+        calibration = state.calibrated(ctx.stage)
+        if calibration.tokens.shape[0] < 2:
             raise RecipeError(f"stages.{ctx.stage}: needs two or more calibration samples: one is held out")
         policy = state.policies.get("state_cache")
         if policy is None:
             raise RecipeError(f"stages.{ctx.stage}: no stage before it quantizes states", "put a dsq stage before it")
         store = PackedStore(ctx.stage_dir / "blocks", state.packed)
-        Reconstructor(self.config, state.model, state.calibration, policy, store, ctx).run()
+        Reconstructor(self.config, state.model, calibration, policy, store, ctx).run()
         state.packed = store
 
     def restore(self, state: RunState, ctx: RunContext) -> None:

@@ -29,6 +29,7 @@ from llmcompress.evaluation.working_set import (
     streamed_sides,
     streamed_tokens,
 )
+from llmcompress.models.paths import resolve_path
 from llmcompress.quant.store import PackedStore
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.metrics import read_metrics
@@ -141,6 +142,21 @@ class Evaluate(Stage):
         if config.expert_shift and not any(block.bank for block in layout.blocks):
             problems.append(f"expert_shift: {layout.model_type} has no experts")
         return [f"stages.{self.name}.{problem}" for problem in problems]
+
+    def lacks(self) -> list[str]:
+        """Tasks whose data is nowhere.
+
+        Raises:
+            InputError: A local data file is missing.
+            RecipeError: A task has no such subject.
+        """
+        if not self.config.tasks:
+            return []
+        from llmcompress.evaluation.harness import specify, unreachable
+
+        folder = resolve_path(self.config.tasks_dir) if self.config.tasks_dir else None
+        found = unreachable(specify(self.config.tasks, folder, self.config.limit), self.config.offline)
+        return [f"stages.{self.name}: {line}" for line in found]
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Both models together where they are compared token by token, otherwise the larger one; plus logits."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmcompress.errors import RecipeError
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -98,12 +97,11 @@ class RouterCalibration(Stage):
         from llmcompress.stages.blockwise import BlockwiseQuantizer
 
         assert state.model is not None
-        if state.calibration is None:
-            raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
+        calibration = state.calibrated(ctx.stage)
         store = PackedStore(ctx.stage_dir / "blocks", state.packed)
         hook = router_hook(self.config, state, ctx)
         method = Method(None, "minmax", RarePolicy())
-        BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=state.calibration, hook=hook).run()
+        BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=calibration, hook=hook).run()
         state.packed = store
 
     def restore(self, state: RunState, ctx: RunContext) -> None:

@@ -59,17 +59,15 @@ class Smooth(Stage):
         """Measure the blocks that are not measured yet.
 
         Raises:
-            RecipeError: There is nothing to smooth, no calibration data, or weights are quantized already.
+            RecipeError: There is nothing to smooth, or no calibration data.
             InputError: Activations contain NaN or infinity.
         """
         assert state.model is not None
         problems = self.check(state.model.layout)
         if problems:
             raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
-        if state.packed is not None or state.adapter is not None:
-            raise RecipeError(f"stages.{ctx.stage}: the model is quantized already", "put this stage before those")
-        if state.calibration is None:
-            raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
+        assert state.packed is None and state.adapter is None, "the chain refuses this stage behind those"
+        state.calibrated(ctx.stage)
         store = self._store(ctx)
         self._measure(state, store, ctx)
         records = [row for _, patch in store.blocks() for row in patch.record["spread"].values()]

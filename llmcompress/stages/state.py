@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.distributed.world import ALONE, World
+from llmcompress.errors import RecipeError
 from llmcompress.events import Emit, Event
 
 if TYPE_CHECKING:
@@ -78,6 +79,19 @@ class RunState:
     metrics: list[Metric] = field(default_factory=list)
     artifacts: dict[str, Path] = field(default_factory=dict)
     family: FamilyState | None = None
+
+    def calibrated(self, stage: str) -> CalibrationSet:
+        """The calibration set; a recipe's chain is checked before, a stage that is called by itself is not.
+
+        Args:
+            stage: Name of the stage that needs it.
+
+        Raises:
+            RecipeError: There is none.
+        """
+        if self.calibration is None:
+            raise RecipeError(f"stages.{stage}: needs calibration data", "put a calibrate stage before it")
+        return self.calibration
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.algorithms.bit_allocation import allocate
 from llmcompress.durable import write_durably
-from llmcompress.errors import RecipeError
 from llmcompress.quant.store import BlockPatch, PackedStore
 
 if TYPE_CHECKING:
@@ -44,15 +43,14 @@ def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
     from llmcompress.models.walker import Walker
 
     assert state.model is not None
-    if state.calibration is None:
-        raise RecipeError(f"stages.{ctx.stage}: needs calibration data", "put a calibrate stage before it")
+    calibration = state.calibrated(ctx.stage)
     handle, store = state.model, PackedStore(ctx.stage_dir / "blocks", state.packed)
     blocks = handle.layout.blocks
     finished = store.finished()
     todo = set(range(len(blocks))) - finished
     if not todo:
         return
-    tokens = state.calibration.tokens[: config.samples, : config.tokens]
+    tokens = calibration.tokens[: config.samples, : config.tokens]
     model = handle.skeleton(getattr(torch, ctx.dtype))
     walker = Walker(model, tokens, ctx.device, ctx.seed)
     hidden = walker.embed([block.name for block in blocks])

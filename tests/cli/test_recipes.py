@@ -54,7 +54,7 @@ def test_copy_gives_a_recipe_that_validates_anywhere(
     assert "--force" in capsys.readouterr().err
     assert invoke(["recipes", "cp", "smoke/gptq_tiny", "mine.yaml"]) == 0
     capsys.readouterr()
-    found = told(capsys, "validate", "mine.yaml", f"model.path={tmp_path}/absent")
+    found = told(capsys, "validate", "mine.yaml")
     # a run folder of its own, and the header's command runs this file
     assert found["valid"] and found["name"] == "mine"
     lines = (tmp_path / "mine.yaml").read_text().splitlines()
@@ -83,13 +83,44 @@ def test_validate_reports_what_is_still_missing(capsys: pytest.CaptureFixture[st
     assert found["absent"] == []
 
 
-def test_validate_tells_a_folder_without_a_model_from_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_validate_refuses_what_run_would_and_tells_a_folder_without_a_model_from_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"version: 1\nname: r\nmodel: {{path: {tmp_path}}}\nstages:\n  load: {{type: load}}\n")
-    assert invoke(["validate", str(recipe)]) == 0
-    assert f"the model {tmp_path} holds no config.json" in capsys.readouterr().out
-    assert invoke(["validate", str(recipe), f"model.path={tmp_path}/gone"]) == 0
-    assert "gone is not here" in capsys.readouterr().out
+    for command in ("validate", "run"):
+        assert invoke([command, str(recipe)]) == 4
+        assert f"{tmp_path / 'config.json'}: missing" in capsys.readouterr().err
+        assert invoke([command, str(recipe), f"model.path={tmp_path}/gone"]) == 4
+        assert "gone: no such model folder" in capsys.readouterr().err
+    # nothing is wrong with the recipe itself, which is said too
+    assert invoke(["validate", str(recipe), f"model.path={tmp_path}/gone"]) == 4
+    assert "r: valid (load)" in capsys.readouterr().out
+
+
+def test_absent_texts_and_tasks_end_validate_and_plan_unless_the_run_will_be_elsewhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes(CONFIG.read_bytes())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"version: 1\nname: r\nmodel: {{path: {model}}}\nstages:\n  load: {{type: load}}\n"
+        "  calibrate: {type: calibrate, source: gone.txt}\n"
+        "  evaluate: {type: evaluate, tasks: [arc_easy], tasks_dir: nowhere}\n"
+    )
+    for command in ("validate", "plan"):
+        assert invoke([command, str(recipe)]) == 4
+        said = capsys.readouterr()
+        assert f"{recipe}:6: stages.calibrate.source.path: no such file or folder: gone.txt" in said.err
+        assert f"{recipe}:7: stages.evaluate.tasks_dir: no such file or folder: nowhere" in said.err
+        assert "--config" in said.err
+        assert said.out  # what is known all the same
+        assert invoke([command, str(recipe), "--config", str(CONFIG)]) == 0
+        capsys.readouterr()
+    found = told(capsys, "validate", str(recipe), "--config", str(CONFIG))
+    assert found["valid"] and len(found["absent"]) == 2
 
 
 def test_validate_gives_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

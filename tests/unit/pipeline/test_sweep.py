@@ -47,12 +47,13 @@ def test_the_front_is_what_no_other_beats(rising: bool) -> None:
 
 
 SCRIPT = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[3:] if "=" in word)
 folder = pathlib.Path(json.loads(words["run.dir"]))
 folder.mkdir(parents=True, exist_ok=True)
 with (folder / "began").open("a") as handle:
     handle.write("x")
+(folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", ""))
 if words["n"] == "2" and not (folder / "second").exists():
     (folder / "second").touch()
     print("error: the first time fails", file=sys.stderr)
@@ -121,6 +122,16 @@ def test_values_may_be_added_and_other_settings_are_refused(fake: Path) -> None:
     assert [result.run.name for result in wider] == ["n=1", "n=3"]
     with pytest.raises(UsageError, match="holds a sweep with other settings"):
         Sweep("recipe", ["run.seed=1"], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
+
+
+def test_a_sweep_goes_on_with_more_runs_at_a_time(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for jobs, numbers in ((1, ["1"]), (4, ["1", "3"])):
+        results = Sweep("recipe", [], combinations({"n": numbers}, fake), fake, jobs, lambda _: None).execute()
+        assert [result.status for result in results] == ["finished"] * len(numbers)
+    # one at a time has all processors; of four at a time each has its share
+    assert [(fake / f"n={n}" / "threads").read_text() for n in (1, 3)] == ["", "2"]
 
 
 def test_a_stop_ends_the_children(fake: Path) -> None:

@@ -1,0 +1,116 @@
+"""What is known of a run before any work: files it names, the model's headers, budgets, exports, this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.cli.output import Output
+from llmcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from llmcompress.recipe.load import LoadedRecipe
+
+
+def look_ahead(loaded: LoadedRecipe, out: Output, on_machine: bool = True) -> None:
+    """Refuse before any work what is already seen to be impossible.
+
+    A text that only the last stage reads would otherwise be missed after hours, and a folder that holds no model would
+    leave a run folder behind.
+
+    Args:
+        loaded: The recipe.
+        out: Where remarks go.
+        on_machine: Whether memory, disk and network of this machine are asked too.
+
+    Raises:
+        InputError: Files are missing or damaged, or the model is not one that can be compressed.
+        RecipeError: Rules do not suit the model.
+        ResourceError: It does not fit its budgets, or this machine.
+        ExportError: A format would refuse.
+    """
+    from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
+    from llmcompress.models.paths import resolve_path
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.pipeline.estimate import plan
+    from llmcompress.pipeline.preflight import preflight
+
+    require_files(loaded)
+    folder = resolve_path(loaded.recipe.model.path)
+    config = read_config(folder)
+    refuse_quantized(folder, config)
+    Checkpoint(folder, layout_from_config(config)).verify()
+    predicted = plan(loaded, config)
+    predicted.require_budget()
+    predicted.require_exports()
+    require_sources(loaded, folder)
+    for note in preflight(loaded, predicted) if on_machine else predicted.notes:
+        out.warning(note)
+
+
+def require_files(loaded: LoadedRecipe, otherwise: str = "") -> None:
+    """Refuse a recipe that names files or folders which are not here; what is still ``???`` is not asked for.
+
+    Args:
+        loaded: The recipe.
+        otherwise: Another way out, for the next step.
+
+    Raises:
+        InputError: With a line for each.
+    """
+    from llmcompress.models.paths import no_model_folder, resolve_path
+
+    model, absent = loaded.recipe.model.path, loaded.absent()
+    if "model.path" not in loaded.missing and not resolve_path(model).is_dir():
+        error = no_model_folder(model)
+        absent.pop("model.path", None)
+        hint = f"{error.hint}{_needs(loaded, 'model.path')}"
+        # a model may move, as long as it stays the same
+        hint = hint if loaded.lock is None else f"{hint}; if it has moved: model.path=FOLDER"
+        raise InputError("\n".join([error.message, *absent.values()]), hint + otherwise)
+    if absent:
+        needs = _needs(loaded, next(iter(absent)))
+        raise InputError("\n".join(absent.values()), f"correct the path, or put the file there{needs}{otherwise}")
+
+
+def _needs(loaded: LoadedRecipe, path: str) -> str:
+    """What a shipped recipe says it needs, where it was the recipe itself that named the path."""
+    from llmcompress.recipe.catalog import list_recipes
+
+    if loaded.place(path).startswith("override"):
+        return ""
+    found = next((info.needs for info in list_recipes() if info.path.resolve() == loaded.path.resolve()), "")
+    return f"; this recipe needs {found}" if found else ""
+
+
+def require_sources(loaded: LoadedRecipe, folder: Path) -> None:
+    """Ask export stages whether they can translate what lies beside the weights.
+
+    Raises:
+        ExportError: They cannot; with every reason.
+    """
+    from llmcompress.models.paths import resolve_path
+    from llmcompress.stages.export import Export
+
+    tokenizer = loaded.recipe.model.tokenizer
+    for stage in loaded.stages():
+        if isinstance(stage, Export):
+            stage.require_source(
+                folder, read_object(folder / "config.json"), resolve_path(tokenizer) if tokenizer else None
+            )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: It is not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})", "fetch the file again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a JSON object", "fetch the file again")
+    return data

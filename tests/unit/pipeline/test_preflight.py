@@ -1,0 +1,161 @@
+"""What a machine lacks is known before a run begins; the machine is replaced by numbers here."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmcompress.data import hub
+from llmcompress.errors import InputError, ResourceError
+from llmcompress.models import memory_limits
+from llmcompress.pipeline import preflight as module
+from llmcompress.pipeline.estimate import Plan, plan
+from llmcompress.pipeline.preflight import hub_sources, preflight
+from llmcompress.recipe.load import LoadedRecipe, load_recipe
+
+GB = 10**9
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> tuple[LoadedRecipe, Plan]:
+    """The quickstart with its run folder in ``tmp_path``, and what is predicted for it."""
+    from llmcompress.models.checkpoint import read_config
+    from llmcompress.models.paths import resolve_path
+
+    loaded = load_recipe("quickstart", [f"run.dir={tmp_path / 'run'}", "run.device=cpu"])
+    return loaded, plan(loaded, read_config(resolve_path(loaded.recipe.model.path)))
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, ram: int = 64 * GB, free: int = 64 * GB, disk: int = 64 * GB) -> None:
+    monkeypatch.setattr(memory_limits, "total_ram", lambda: ram)
+    monkeypatch.setattr(memory_limits, "available_ram", lambda: free)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+
+
+def test_a_machine_that_suffices_is_passed_over_in_silence(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch)
+    assert preflight(*known) == []
+
+
+def test_a_disk_too_small_is_refused_and_what_is_written_already_counts(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded, predicted = known
+    machine(monkeypatch, disk=predicted.disk - 1)
+    with pytest.raises(ResourceError, match=r"free on this disk, .* are still to be written") as caught:
+        preflight(loaded, predicted)
+    assert "--no-preflight" in str(caught.value.hint) and "run.dir=FOLDER" in str(caught.value.hint)
+    # a run that was interrupted behind its first block needs less than a new one
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    (tmp_path / "run" / "stages" / "block").write_bytes(b"x")
+    assert preflight(loaded, predicted) == []
+
+
+def test_an_export_to_another_disk_needs_its_room_there(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded = load_recipe("quickstart", [*known[0].overrides, f"stages.export.dir={tmp_path / 'far' / 'artifact'}"])
+    (tmp_path / "far").mkdir()
+    export = next(stage for stage in known[1].stages if stage.type == "export")
+    real = Path.stat
+    monkeypatch.setattr(
+        Path, "stat",
+        lambda path, **how: SimpleNamespace(st_dev=7) if path.name == "far" else real(path, **how),
+    )  # fmt: skip
+    machine(monkeypatch)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=export.disk - 1 if path.name == "far" else 64 * GB)
+    )
+    with pytest.raises(ResourceError, match="far: "):
+        preflight(loaded, known[1])
+
+
+def test_memory_too_small_is_refused_and_memory_in_use_is_named(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, predicted = known
+    machine(monkeypatch, free=predicted.ram - 1)
+    (remark,) = preflight(loaded, predicted)
+    assert "of memory are free" in remark and predicted.worst("ram") in remark
+    machine(monkeypatch, ram=predicted.ram - 1)
+    with pytest.raises(ResourceError, match=r"of memory are needed in stage .*, this machine has") as caught:
+        preflight(loaded, predicted)
+    assert "--no-preflight" in str(caught.value.hint)
+
+
+def test_a_budget_that_makes_it_fit_is_proposed_and_one_that_does_not_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    config = json.loads((Path(__file__).parents[2] / "data/hub_configs/mixtral_8x7b.json").read_text())
+    loaded = load_recipe("eac_moe_mixtral", ["run.device=cpu", "stages.evaluate~"], allow_missing=True)
+    for ram, proposed in ((20 * GB, "host.ram=18GB ("), (2 * GB, None)):
+        monkeypatch.setattr(memory_limits, "total_ram", lambda ram=ram: ram)
+        predicted = plan(loaded, config)
+        assert predicted.ram > ram
+        found = [line for line in predicted.suggest("host.ram") if line.startswith("host.ram=")]
+        assert len(found) == (proposed is not None)
+        assert all(line.startswith(str(proposed)) for line in found)
+
+
+@pytest.mark.parametrize(("free", "total", "outcome"), [(90, 90, "fits"), (10, 90, "remark"), (10, 20, "error")])
+def test_a_gpu_is_asked_for_its_memory(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch, free: int, total: int, outcome: str
+) -> None:
+    import torch
+
+    predicted = dataclasses.replace(
+        known[1],
+        device="cuda",
+        vram=50 * GB,
+        stages=tuple(dataclasses.replace(s, vram=50 * GB) for s in known[1].stages),
+    )
+    machine(monkeypatch)
+    monkeypatch.setattr(module, "resolve_device", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, total * GB))
+    if outcome == "error":
+        with pytest.raises(ResourceError, match=r"50.0 GB of GPU memory are needed .* the GPU has 20.0 GB"):
+            preflight(known[0], predicted)
+    else:
+        assert len(preflight(known[0], predicted)) == (outcome == "remark")
+
+
+def test_data_of_the_hub_is_missed_at_once_where_nobody_can_fetch_it(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+    import huggingface_hub.constants as constants
+
+    machine(monkeypatch)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = [
+        "stages.evaluate.perplexity.heldout.source={kind: hub, id: nobody/nothing}", "stages.evaluate.tasks=[arc_easy]",
+    ]  # fmt: skip
+    loaded = load_recipe("quickstart", [*known[0].overrides, *words])
+    monkeypatch.setattr(hub, "hub_silence", lambda: "the line is cut")
+    with pytest.raises(InputError) as caught:
+        preflight(loaded, known[1])
+    assert caught.value.message.splitlines() == [
+        "stages.evaluate.perplexity.heldout.source: hub nobody/nothing: it is not in the cache of datasets, and the line is cut",  # noqa: E501
+        "stages.evaluate: task arc_easy: data set allenai/ai2_arc: it is not in the cache of datasets, and the line is cut",  # noqa: E501
+    ]
+    # in a cache, or with a hub that answers, it may be had
+    (tmp_path / "cache" / "nobody___nothing").mkdir(parents=True)
+    (tmp_path / "hub" / "datasets--allenai--ai2_arc").mkdir(parents=True)
+    assert preflight(loaded, known[1]) == []
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(hub, "hub_silence", lambda: None)
+    assert preflight(loaded, known[1]) == []
+
+
+def test_every_place_that_names_the_hub_is_found() -> None:
+    data: Any = {"a": {"source": [{"kind": "hub", "id": "x/y"}, {"kind": "text", "path": "z"}]}, "b": {"kind": "hub"}}
+    assert dict(hub_sources(data, "stages")) == {"stages.a.source.0": "x/y"}
