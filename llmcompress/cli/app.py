@@ -38,7 +38,7 @@ from llmcompress.cli import command as commands
 from llmcompress.cli.failures import translate
 from llmcompress.cli.help import tidy
 from llmcompress.cli.launch import AlreadyTold
-from llmcompress.cli.output import Output
+from llmcompress.cli.output import Output, drop_output
 from llmcompress.distributed.world import LAUNCHED, PeerLost
 from llmcompress.errors import ExitCode, Interrupted, LLMCompressError
 
@@ -152,8 +152,8 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # the reader has gone (`llmcompress schema | head`): nothing left to say, also not at interpreter exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader has gone (`llmcompress schema | head`): nothing left to say
+        drop_output()
         return ExitCode.OK
     except Exception as error:  # the one place where a bug becomes a message
         return _foreign(error)

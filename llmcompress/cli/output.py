@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,16 @@ class Output:
             show: Prints it for people, or the text itself.
         """
         self._answered = True
-        if self.json_mode:
-            self.write(_as_json(data))
-        elif isinstance(show, str):
-            self.write(show)
-        else:
-            show(console(sys.stdout))
+        try:
+            if self.json_mode:
+                self.write(_as_json(data))
+            elif isinstance(show, str):
+                self.write(show)
+            else:
+                show(console(sys.stdout))
+        except BrokenPipeError:
+            # `… | head -1`; the exit code may still say something, such as that a gate failed
+            drop_output()
 
     def write(self, text: str) -> None:
         """Print text to stdout as it is, without wrapping or markup."""
@@ -64,7 +69,8 @@ class Output:
 
     def warning(self, text: str) -> None:
         """Warn, on stderr, also with ``--quiet``."""
-        console(sys.stderr).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        with suppress(BrokenPipeError):
+            console(sys.stderr).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def error(self, message: str, hint: str | None, code: ExitCode, **extra: Any) -> None:
         """Print an error with its next step; with ``--json`` also as an object on stdout.
@@ -92,6 +98,11 @@ class Output:
         return [PlainSink(sys.stderr)]
 
 
+def drop_output() -> None:
+    """Send what is still written to stdout nowhere, also at interpreter exit: its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def interactive(stream: Any) -> bool:
     """Whether a person is watching ``stream``: a terminal that can move its cursor, and not a CI job."""
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
@@ -101,7 +112,11 @@ def console(stream: Any) -> Console:
     """A rich console on ``stream``; rich itself honours ``NO_COLOR`` and leaves pipes uncoloured."""
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else _pipe_width())
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process with exit code 1
+            raise BrokenPipeError
+
+    return Piped(file=stream, width=None if stream.isatty() else _pipe_width())
 
 
 def _pipe_width() -> int:
@@ -116,8 +131,9 @@ def _pipe_width() -> int:
 
 
 def _stderr(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # nobody reads along any more, which is no reason to stop
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def _as_json(data: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.look_ahead import read_object, require_files
+from llmcompress.cli.look_ahead import read_object, require_files, require_sources
 from llmcompress.cli.output import Output, bytes_text, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import InputError, UsageError
@@ -43,8 +43,6 @@ def validate(
 
     Exit code 4 says that it is valid, but names files which are not here; with --config they may be elsewhere.
     """
-    from llmcompress.models.checkpoint import read_config
-    from llmcompress.models.paths import resolve_path
     from llmcompress.pipeline.estimate import plan as predict
     from llmcompress.recipe.load import load_recipe
 
@@ -71,10 +69,7 @@ def validate(
     lines += [f"not here: {line}" for line in absent.values() if config is not None]
     out.result(data, "\n".join(lines))
     if config is None:
-        # the run would refuse as well
-        require_files(loaded, _ELSEWHERE)
-        if facts is None and "model.path" not in loaded.missing:
-            read_config(resolve_path(loaded.recipe.model.path))
+        _require_here(loaded)
 
 
 def model_config(loaded: LoadedRecipe, config: Path | None = None) -> dict[str, Any] | None:
@@ -142,7 +137,24 @@ def plan(
     predicted.require_budget()
     predicted.require_exports()
     if config is None:
-        require_files(loaded, _ELSEWHERE)
+        _require_here(loaded)
+
+
+def _require_here(loaded: LoadedRecipe) -> None:
+    """Refuse what ``run`` would: files that are not here, a folder without a model, a tokenizer no format can hold.
+
+    Raises:
+        InputError: Files are missing.
+        ExportError: A format cannot translate what lies beside the weights.
+    """
+    from llmcompress.models.checkpoint import read_config
+    from llmcompress.models.paths import resolve_path
+
+    require_files(loaded, _ELSEWHERE)
+    if "model.path" not in loaded.missing:
+        folder = resolve_path(loaded.recipe.model.path)
+        read_config(folder)
+        require_sources(loaded, folder)
 
 
 def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:

@@ -117,7 +117,8 @@ class PlainSink:
         self._line(f"  {event.stage}: block {index + 1}/{total}{took}{eta}")
 
     def _line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `run … 2>&1 | head`: nobody reads along, and the run goes on
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
     path = find_recipe(source)
     reader = _Reader(SourceMap(path))
     data = reader.compose(path)
-    raise_problems(reader.problems, reader.sources, _HINT) if reader.broken else None
+    raise_problems(reader.problems, reader.sources, _next(source)) if reader.broken else None
     lock = reader.lock
     problems = list(reader.problems)
     problems += _apply_overrides(data, overrides, reader.sources)
@@ -150,7 +151,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
         known -= {tuple(p.split(".")) for p in missing}
     problems += [problem for problem in found if problem.path not in known]
     problems += check_chain(resolved)
-    raise_problems(problems, reader.sources, f"{_HINT} {source}")
+    raise_problems(problems, reader.sources, _next(source))
     assert recipe is not None
     return LoadedRecipe(
         path=path,
@@ -165,6 +166,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
         lock=lock,
         sources=reader.sources,
     )
+
+
+def _next(source: str | Path) -> str:
+    return f"{_HINT} {shlex.quote(str(source))}"
 
 
 def check_chain(data: dict[Any, Any]) -> list[Problem]:

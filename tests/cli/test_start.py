@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,33 @@ def test_an_output_that_is_not_utf8_loses_signs_and_no_run() -> None:
     assert done.returncode == 0 and b"load ? calibrate" in done.stdout
     done = told("validate", "läuft", "--json")
     assert done.returncode == 3 and "läuft" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_a_reader_that_has_gone_changes_no_exit_code(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nname: r\nmodel: {path: nowhere/at/all}\nstages: {load: {type: load}}\n")
+    for words, code in ((["recipes", "ls"], 0), (["validate", "gptq"], 0), (["validate", str(recipe)], 4)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "llmcompress", *words], stdout=writer, stderr=subprocess.PIPE, timeout=60
+        )
+        os.close(writer)
+        assert done.returncode == code, words
+        assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
+
+
+def test_a_run_outlives_those_who_read_its_progress() -> None:
+    import io
+
+    from llmcompress.events import Event
+    from llmcompress.pipeline.sinks import PlainSink
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    PlainSink(Closed())(Event("note", "quantize", {"text": "still at work"}))
 
 
 def _children() -> float:

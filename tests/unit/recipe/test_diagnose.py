@@ -28,6 +28,8 @@ stages: {quantize: {rules: {experts: {bits: 5}}}}
     stages.quantize.rules.experts.bits: expected 2, 3, 4 or 8, not 5
 stages: {quantize: {rules: {experts: {bits: {first_half: 3}}}}}
     stages.quantize.rules.experts.bits.second_half: required key is missing
+stages: {quantize: {rules: {experts: {role: linears}}}}
+    stages.quantize.rules.experts.role: expected attention, mlp, experts, shared_experts, ssm or a list, not 'linears'
 stages: {quantize: {rules: {experts: {group_size: 0}}}}
     stages.quantize.rules.experts.group_size: group_size must be positive, or -1 for one group per row
 stages: {quantize: {rules: {experts: {match: '('}}}}
