@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import TracebackType
 from typing import Any
 
 from llmcompress.errors import EnvironmentProblem
@@ -43,7 +44,50 @@ def discover(group: str) -> dict[str, Any]:
 def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        package = point.dist.name if point.dist is not None else point.value
-        message = f"plug-in {point.name!r} of {package} cannot be loaded: {error}"
+    except Exception as error:  # somebody else's module may raise anything
+        package = _package(point)
+        said = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        message = f"plug-in {point.name!r} of {package} cannot be loaded: {said}"
         raise EnvironmentProblem(message, f"update or remove it: pip uninstall {package}") from error
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value
+
+
+def installed() -> list[dict[str, str | None]]:
+    """Every plug-in for ``doctor``: what it adds, its name, the package and its version, and why it does not load."""
+    found: list[dict[str, str | None]] = []
+    for group in GROUPS:
+        for point in sorted(entry_points(group=group), key=lambda point: point.name):
+            problem = None
+            try:
+                _load(point)
+            except EnvironmentProblem as error:
+                problem = error.message
+            version = point.dist.version if point.dist is not None else None
+            kind = group.rpartition(".")[2]
+            found.append(
+                {"kind": kind, "name": point.name, "package": _package(point), "version": version, "problem": problem}
+            )
+    return found
+
+
+def culprit(trace: TracebackType | None) -> str | None:
+    """The package of the plug-in in whose code an error arose; None where it was ours or another library's.
+
+    Args:
+        trace: Of the error. The innermost frame that is a plug-in's or ours decides.
+    """
+    owners = {
+        point.module.partition(".")[0]: _package(point) for group in GROUPS for point in entry_points(group=group)
+    }
+    found = None
+    while owners and trace is not None:
+        top = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if top in owners:
+            found = owners[top]
+        elif top == "llmcompress":
+            found = None
+        trace = trace.tb_next
+    return found

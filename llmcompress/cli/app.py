@@ -41,6 +41,7 @@ from llmcompress.cli.launch import AlreadyTold
 from llmcompress.cli.output import Output, drop_output
 from llmcompress.distributed.world import LAUNCHED, PeerLost
 from llmcompress.errors import ExitCode, Interrupted, LLMCompressError
+from llmcompress.plugins import culprit
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -213,8 +214,10 @@ def _foreign(error: Exception) -> int:
     if out.debug:
         traceback.print_exception(error)
     saved = _save_traceback(error, out.run_dir, always=True)
-    text = f"unexpected {type(error).__name__}: {error}"
-    hint = f"the traceback is in {saved}; please report it" if saved else "run again with --debug"
+    package = culprit(error.__traceback__)
+    text = f"unexpected {type(error).__name__}{f' in the plug-in {package}' if package else ''}: {error}"
+    whom = f" to the authors of {package}" if package else ""
+    hint = f"the traceback is in {saved}; please report it{whom}" if saved else "run again with --debug"
     out.error(text, hint, ExitCode.UNEXPECTED, log=saved)
     return ExitCode.UNEXPECTED
 

@@ -16,6 +16,7 @@ import typer
 from llmcompress import __version__
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output, bytes_text, plain, table
+from llmcompress.plugins import installed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +55,7 @@ def version(out: Output) -> None:
 
 
 def doctor(out: Output) -> None:
-    """Report versions, processor, memory, compiler, GPU, kernels and optional packages."""
+    """Report versions, processor, memory, compiler, GPU, kernels, optional packages and plug-ins."""
     found = examine()
     out.result(found, lambda screen: _show(found, screen))
 
@@ -78,7 +79,9 @@ def examine() -> dict[str, Any]:
         "compiler": compiler(),
         "torch": torch_facts(),
         "kernels": kernels(),
+        "plugins": installed(),
     }
+    problems += [str(plugin["problem"]) for plugin in found["plugins"] if plugin["problem"]]
     if found["compiler"] is None:
         found["compiler_note"] = "no C++ compiler: everything works, with slower kernels (apt install g++)"
     found["problems"] = problems
@@ -194,6 +197,10 @@ def _show(found: dict[str, Any], screen: Console) -> None:
     screen.print(table(("package", "version"), ((n, v or "missing") for n, v in found["packages"].items())))
     extras = [(n, o["version"] or f"not installed: {o['install']}", o["for"]) for n, o in found["optional"].items()]
     screen.print(table(("optional", "version", "for"), extras))
+    if found["plugins"]:
+        columns = ("plug-in", "adds", "package", "version")
+        cells = [(p["name"], p["kind"], p["package"], p["version"]) for p in found["plugins"]]
+        screen.print(table(columns, cells))
     _show_kernels(found["kernels"], bool(torch_part.get("gpus")), screen)
     for problem in found["problems"]:
         screen.print(f"problem: {problem}", markup=False)

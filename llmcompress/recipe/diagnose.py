@@ -260,7 +260,8 @@ def _hint(
     """What to write instead of a single value that stands for a list or a section, or of a misspelt word."""
     value, wanted = errors[0].get("input"), {_EXPECTED.get(error["type"]) for error in errors}
     # a word that is no choice by itself is none in a list either
-    if isinstance(value, str) and "a list" in wanted and not any(e["type"] == "literal_error" for e in errors):
+    of_words = any(error["type"] in ("literal_error", "enum") for error in errors)
+    if isinstance(value, str) and "a list" in wanted and not of_words:
         return f" (write [{value}])"
     sections = schema_nodes(data, path, schema) if "a mapping" in wanted and not isinstance(value, list) else ()
     if len(sections) == 1 and (keys := sections[0].get("properties")):

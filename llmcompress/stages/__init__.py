@@ -73,8 +73,10 @@ def check_stage(name: str, stage: object) -> type[Stage]:
         raise EnvironmentProblem(
             f"{origin} is not a Stage class", "its author should derive it from llmcompress.stages.base.Stage"
         )
-    field = stage.Config.model_fields["type"]
-    if name not in get_args(field.annotation):
+    if missing := sorted(getattr(stage, "__abstractmethods__", ())):
+        raise EnvironmentProblem(f"{origin} has no {' and no '.join(missing)}", "its author should write them")
+    field = getattr(getattr(stage, "Config", None), "model_fields", {}).get("type")
+    if field is None or name not in get_args(field.annotation):
         raise EnvironmentProblem(
             f"{origin}: its Config does not declare type: Literal[{name!r}]", "its author should correct the annotation"
         )
