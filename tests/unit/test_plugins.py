@@ -139,7 +139,7 @@ def test_a_stage_of_another_package_runs_is_in_doctor_and_answers_for_its_errors
     assert "to the authors of mine" in found["error"]["next"]
     code, found = told("run", "r.yaml", "stages.mine.fails=false", "--no-preflight")
     assert (code, found["status"]) == (0, "finished")
-    code, found = told("validate", "r.yaml", "stages.mine.fials=false")
+    code, found = told("validate", "r.yaml", "stages.mine.other=false")
     assert code == 3
 
 
