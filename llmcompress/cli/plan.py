@@ -125,10 +125,6 @@ def plan(
     data = predicted.to_dict()
     if cluster is None:
         out.result(data, lambda screen: _show(predicted, screen))
-        from llmcompress.pipeline.cluster import countable
-
-        if predicted.device == "cpu" and any(map(countable, loaded.stages())):
-            out.note("next: add --cluster 1 for the time that the quantizing stages take")
     else:
         measured, rows = cluster_rows(loaded, facts, predicted.device, cluster, rates)
         found = {name: [row.to_dict() for row in own] for name, own in rows.items()}
@@ -138,6 +134,10 @@ def plan(
     predicted.require_exports()
     if config is None:
         _require_here(loaded)
+    from llmcompress.pipeline.cluster import countable
+
+    if cluster is None and predicted.device == "cpu" and any(map(countable, loaded.stages())):
+        out.note("next: add --cluster 1 for the time that the quantizing stages take")
 
 
 def _require_here(loaded: LoadedRecipe) -> None:

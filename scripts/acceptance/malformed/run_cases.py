@@ -70,16 +70,31 @@ def _no_such_device(bench: Bench) -> Run:
     return Run(["run", bench.recipe({"run": {"dir": "/proc/llmcompress/run"}})])
 
 
-def _full_disk(size: str) -> Callable[[Bench], Run]:
-    """A disk that fills up on the way; without the right to mount one, a limit on the size of files."""
+def _full_disk(size: str, *words: str) -> Callable[[Bench], Run]:
+    """A disk that fills up on the way; without the right to mount one, a limit on the size of files.
+
+    Args:
+        size: Of the disk.
+        words: ``--no-preflight``, or the run would not begin.
+    """
 
     def build(bench: Bench) -> Run:
         recipe = bench.recipe()
         if _mounted(bench, f"size={size}"):
             # judge what is there before it is unmounted: inspect runs first, cleanup last
-            return bench.run(recipe, cleanup=partial(_unmount, bench))
+            return bench.run(recipe, *words, cleanup=partial(_unmount, bench))
         bench.run_dir.rmdir()
-        return bench.run(recipe, before=partial(_limit_files, 20_000))
+        return bench.run(recipe, *words, before=partial(_limit_files, 20_000))
+
+    return build
+
+
+def _absent_text(command: str) -> Callable[[Bench], Run]:
+    """A command that does not run the recipe, which would fail for want of a text."""
+
+    def build(bench: Bench) -> Run:
+        source = {"kind": "jsonl", "path": "gone.jsonl"}
+        return Run([command, bench.recipe({"stages": {"calibrate": {"source": source}}})])
 
     return build
 
@@ -108,7 +123,7 @@ def _little_memory(bench: Bench) -> Run:
     """An address space too small for the activations; the process itself fits."""
     calibrate = {"source": {"kind": "synthetic", "path": ...}, "samples": 200_000, "length": 128}
     recipe = bench.recipe({"stages": {"calibrate": calibrate, "quantize": {"diagnose_experts": False}}})
-    return bench.run(recipe, before=_limit_memory)
+    return bench.run(recipe, "--no-preflight", before=_limit_memory)
 
 
 def _limit_memory() -> None:
@@ -295,9 +310,12 @@ LIMITS = [
     _run("disk budget too small", RESOURCES, r"host\.disk: .*needed.*allowed", _budget(host={"disk": "1kB"}), stage="load"),
     _run("no machine has this memory", RESOURCES, r"memory", _no_memory, stage="calibrate"),
     _run("memory ends in the middle", RESOURCES, r"memory", _little_memory, stage="quantize"),
-    _run("disk full at the start", RESOURCES, r"no space left|disk is full", _full_disk("16k"), stage="export"),
-    _run("disk full while quantizing", RESOURCES, r"no space left|disk is full", _full_disk("72k"), stage="export"),
-    _run("disk full while exporting", RESOURCES, r"no space left|disk is full", _full_disk("190k"), stage="export"),
+    _run("disk full at the start", RESOURCES, r"no space left|disk is full", _full_disk("16k", "--no-preflight"), stage="export"),
+    _run("disk full while quantizing", RESOURCES, r"no space left|disk is full", _full_disk("72k", "--no-preflight"), stage="export"),
+    _run("disk full while exporting", RESOURCES, r"no space left|disk is full", _full_disk("190k", "--no-preflight"), stage="export"),
+    _run("disk too small, seen before the run", RESOURCES, r"are still to be written|too large", _full_disk("72k"), stage="load"),
+    _run("validate, a text that is not there", ENVIRONMENT, r"calibrate\.source\.path: no such file", _absent_text("validate")),
+    _run("plan, a text that is not there", ENVIRONMENT, r"calibrate\.source\.path: no such file", _absent_text("plan")),
     _run("file size limit while quantizing", RESOURCES, r"(file too large|no space left|size limit)", _file_limit(6_000), stage="quantize"),
     _run("file size limit while exporting", RESOURCES, r"(file too large|no space left|size limit)", _file_limit(90_000), stage="export"),
 ]  # fmt: skip
