@@ -272,8 +272,10 @@ class Engine:
             target: What it held is replaced.
             count: How many.
         """
-        self._check(source, count, 0)
+        self._check(source, 1, 0)
         self._check(target, 1, 0)
+        if not 0 < count <= self.lengths[source]:
+            raise InputError(f"sequence {source} holds {self.lengths[source]} tokens, not {count}")
         self.cache.copy(source, target, count)
         self.lengths[target], self._owners[target] = count, self._owners[source]
 
@@ -301,7 +303,10 @@ class Engine:
             raise InputError(self.whole, "give it at once")
         if self.members:
             assert member is not None
-            self._owners[slot] = self.members.index(member)
+            owner = self.members.index(member)
+            if start and owner != self._owners[slot]:
+                raise InputError(f"sequence {slot} belongs to {self.members[self._owners[slot]]}, not to {member}")
+            self._owners[slot] = owner
         policy = getattr(self.model, "llmcompress_skipping", None)
         if policy is not None and not policy.acts_on(len(tokens)):
             policy.prompt(len(tokens))  # counted, no more

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.errors import InputError
 from llmcompress.inference.engine import Engine, decline
 from llmcompress.inference.random_family import RandomFamily
 from llmcompress.quant.tree import Tree
@@ -95,6 +96,27 @@ def test_prompts_at_once_are_those_of_steps(model_type: str, widths: dict[int, i
         engine._owners = [member, member]
         assert torch.equal(engine._prompt_at_once(0, tokens), engine._prompt_by_steps(1, tokens))
         assert torch.equal(engine.cache.keys[:, 0], engine.cache.keys[:, 1])
+
+
+def test_parts_of_prompts_are_the_whole_and_stay_with_their_member() -> None:
+    family = random_family("qwen3")
+    if (reason := decline(family.model)) is not None:
+        pytest.skip(reason)
+    engine = Engine(family.model, slots=3, positions=112, threads=1)
+    tokens = torch.randint(3, 72, (100,), generator=torch.Generator().manual_seed(2)).tolist()
+    whole = engine.prompt(0, tokens, "cat")
+    for start, end in ((0, 37), (37, 99), (99, 100)):
+        found = engine.prompt(1, tokens[start:end], "cat", start=start, last=end == 100)
+    assert torch.equal(found, whole)
+    engine.copy(0, 2, 64)
+    assert torch.equal(engine.prompt(2, tokens[64:], "cat", start=64), whole)
+    with pytest.raises(InputError, match="belongs to cat, not to dog"):
+        engine.prompt(2, tokens[64:], "dog", start=64)
+    rows = NativeRows(engine, 3, 112)
+    rows.join(0, tokens, "ant", 110)
+    for key, member, held in ((1, "bee", 0), (2, "ant", 99)):
+        rows.join(key, tokens, member, 110)
+        assert rows.reused(key) == held
 
 
 def _decode(rows: Rows, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:

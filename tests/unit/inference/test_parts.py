@@ -100,6 +100,8 @@ def test_what_cannot_go_on_is_said_so(decoders: Any, ids: torch.Tensor) -> None:
         engine.prompt(0, tokens, start=9)
     with pytest.raises(InputError, match="sequence 2 of 2"):
         engine.copy(0, 2, 4)
+    with pytest.raises(InputError, match="holds 9 tokens, not 10"):
+        engine.copy(0, 1, 10)
     skipping.attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9, "min_len": 8})
     assert (engine.piece, engine.keeps_prefixes) == (None, False)
     for start, last in ((9, True), (0, False)):
