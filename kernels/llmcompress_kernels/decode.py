@@ -51,7 +51,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "reserved")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "unturned")),
     )
 
 
@@ -164,6 +164,7 @@ class Layer:
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
         query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``.
         whole_norms: They are ``[heads D]``, of all heads together.
+        unturned: Its queries and keys are not turned to their positions (SmolLM3's every fourth layer).
     """
 
     attention_norm: Tensor | None
@@ -185,6 +186,7 @@ class Layer:
     attention_norm_bias: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
     whole_norms: bool = False
+    unturned: bool = False
 
     def matrices(self) -> dict[str, Matrix]:
         """Its weights by name."""
@@ -208,7 +210,7 @@ class Layer:
         return _Layer(
             *(None if n is None else n.data_ptr() for n in (*norms, self.query_norm, self.key_norm)),
             **{name: weight.struct() for name, weight in self.matrices().items()},
-            whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place,
+            whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place, unturned=int(self.unturned),
         )  # fmt: skip
 
 

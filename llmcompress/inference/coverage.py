@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
+    "qwen2_moe", "phimoe",
+)  # fmt: skip
 STATES = ("mamba2",)
 HYBRIDS = ("bamba", "granitemoehybrid")
 # rotary tables that do not depend on the length of the sequence

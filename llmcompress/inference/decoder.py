@@ -59,7 +59,8 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     layers = [_layer(model, block, members) for block in layout.blocks]
     return native.Decoder(
         layers=layers,
-        final_norm=_norm(base.norm),
+        # what divides the logits divides what the head reads
+        final_norm=_norm(base.norm) / getattr(config, "logits_scaling", 1.0),
         final_norm_bias=_norm(base.norm, "bias"),
         cosine=torch.empty(0),
         sine=torch.empty(0),
@@ -75,6 +76,8 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         jitter=config.router_jitter_noise if bank and bank.router.kind == "sparsemixer" else None,
         member_embeddings=embeddings if members else (),
         member_heads=heads if members else (),
+        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
+        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
     )
 
 
@@ -150,6 +153,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         query_norm=query_norm,
         key_norm=key_norm,
         **beside,
+        unturned=not getattr(attention, "use_rope", True),
         whole_norms=query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     )
 

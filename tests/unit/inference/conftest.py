@@ -28,6 +28,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"head_dim": None},
     "qwen3": {"head_dim": 24, "num_key_value_heads": 1},
     "mistral": {"num_key_value_heads": 6, "sliding_window": None},
+    # a layer whose queries and keys are not turned
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "granite": {
+        "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.5,
+        "head_dim": None,
+    },
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": False,

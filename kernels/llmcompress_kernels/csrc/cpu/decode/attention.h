@@ -193,12 +193,14 @@ struct Heads {
     const float* norms;  // [D] of each head alone, [count, D] of all together, or null
     int64_t count;
     bool together;
+    int turned;  // columns that their position turns
 };
 
 // In a family with the norms of `member`.
 inline Heads heads_of(const Model& m, const Layer& l, const float* rows, const float* norms, int64_t count, int64_t member) {
     const bool together = l.whole_norms != 0;
-    return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, together};
+    return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, together,
+            l.unturned != 0 ? 0 : m.turned};
 }
 inline Heads query_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
     return heads_of(m, l, rows, l.query_norm, m.heads, member);
@@ -220,7 +222,7 @@ inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position,
         row = normed;
     }
     const int64_t at = position * (m.turned / 2);
-    rotate(row, m.cosine + at, m.sine + at, dim, m.turned, scale, to);
+    rotate(row, m.cosine + at, m.sine + at, dim, h.turned, scale, to);
 }
 
 // Where a head of a sequence begins in the cache.

@@ -81,7 +81,7 @@ struct Layer {
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
     int32_t mixes;          // whether a mixer stands in the place of attention, whose norm and projections are not there then
     int32_t place;          // number among the layers with attention, or among those with mixers
-    int32_t reserved;
+    int32_t unturned;       // whether its queries and keys are left as they are, not turned to their positions
 };
 
 struct Model {
