@@ -154,6 +154,7 @@ def pretended_gpu() -> Iterator[None]:
             mock.patch("torch.cuda.is_available", lambda: True),
             mock.patch("torch.cuda._lazy_init", lambda: None),
             mock.patch("torch.cuda.manual_seed_all", lambda _: None),
+            mock.patch("torch.cuda.mem_get_info", lambda: (1 << 36, 1 << 36)),
             Operators(),
             Methods(),
         ):

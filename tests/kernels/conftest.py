@@ -70,7 +70,7 @@ def state_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """The kernels of states, compiled for an instruction set that this machine has; its name."""
     monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
     if cpu_state.instructions() != request.param:
-        pytest.skip(f"no {request.param} here")
+        pytest.skip(f"this CPU has no {request.param}")
     monkeypatch.setitem(build.FAMILIES, cpu_state.FAMILY, cpu_state.family(cpu_state.FAMILY, request.param))
     for name, value in (("_library", None), ("_tried", False), ("_functions", {})):
         monkeypatch.setattr(cpu_state, name, value)

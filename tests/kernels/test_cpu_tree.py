@@ -17,7 +17,7 @@ if (reason := tree.unavailable()) is not None:
 @pytest.fixture(params=cpu.ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if not tree.set_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
+        pytest.skip(f"this CPU has no {request.param}")
     yield request.param
     tree.set_isa(None)
 

@@ -212,10 +212,11 @@ def test_codes_are_the_definitions_to_the_last_bit(kind: str, window: int) -> No
             assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * most + 1e-35)
 
 
+# the others have no kernels that compute again
+@pytest.mark.parametrize("state_kernels", ["avx512"], indirect=True)
 @pytest.mark.parametrize("window", [1, 4, 8, 16])
-def test_few_numbers_are_computed_again(window: int, state_kernels: str) -> None:
-    if state_kernels != "avx512":
-        pytest.skip("only AVX-512 has kernels that compute again")
+@pytest.mark.usefixtures("state_kernels")
+def test_few_numbers_are_computed_again(window: int) -> None:
     size, sequences, turns = (64, 128), 4, 8
     held = state.dsq_pack(
         torch.randn(sequences, HEADS, *size, generator=torch.Generator().manual_seed(5)), None, 4, dither=True
