@@ -90,9 +90,10 @@ def _short_disks(loaded: LoadedRecipe, predicted: Plan) -> Iterator[str]:
     for device, (folder, needed) in needs.items():
         # what an interrupted run has written already counts as written
         rest = needed - (held if existing(run).stat().st_dev == device else 0)
-        free = shutil.disk_usage(folder).free
-        if rest > free:
-            yield f"{folder}: {size_text(free)} free on this disk, {size_text(rest)} are still to be written"
+        usage = shutil.disk_usage(folder)
+        # a file system such as /proc has no room at all: what writes there says what is wrong with it
+        if rest > usage.free and usage.total > 0:
+            yield f"{folder}: {size_text(usage.free)} free on this disk, {size_text(rest)} are still to be written"
 
 
 def _held(run: Path) -> int:

@@ -30,13 +30,13 @@ def _source(
     return build
 
 
-def _replaced(source: dict[str, Any], environment: dict[str, str] | None = None) -> Callable[[Bench], Run]:
+def _replaced(source: dict[str, Any], *words: str, environment: dict[str, str] | None = None) -> Callable[[Bench], Run]:
     """Calibrate on another source altogether."""
 
     def build(bench: Bench) -> Run:
         changes = {"stages": {"calibrate": {"source": {"path": ..., "kind": ...}}}}
         recipe = bench.recipe(changes | {"stages": {"calibrate": {"source": {"path": ..., **source}}}})
-        return bench.run(recipe, environment=environment or {})
+        return bench.run(recipe, *words, environment=environment or {})
 
     return build
 
@@ -189,8 +189,9 @@ TEXTS = [
     _tokens("chat rows without a chat template", ENVIRONMENT, r"no chat template", _source(b'{"prompt": "a", "response": "b"}\n', template="auto")),
     _tokens("Parquet that is not Parquet", ENVIRONMENT, r"cannot be read as Parquet", _source(b"PAR1 and then nothing", "parquet", "text.parquet")),
     _tokens("Parquet without the column", ENVIRONMENT, r"field 'text' is missing", _wrong_column),
-    _tokens("hub data set without a network", ENVIRONMENT, r"hub no-one/no-data .*cannot be loaded", _replaced({"kind": "hub", "id": "no-one/no-data"})),
-    _tokens("hub streaming without a limit", ENVIRONMENT, r"streaming needs rows", _replaced({"kind": "hub", "id": "no-one/no-data", "streaming": True})),
+    _tokens("hub data set without a network", ENVIRONMENT, r"hub no-one/no-data: it is not in the cache of datasets", _replaced({"kind": "hub", "id": "no-one/no-data"})),
+    _tokens("hub data set without a network, met in the run", ENVIRONMENT, r"hub no-one/no-data .*cannot be loaded", _replaced({"kind": "hub", "id": "no-one/no-data"}, "--no-preflight")),
+    _tokens("hub streaming without a limit", ENVIRONMENT, r"streaming needs rows", _replaced({"kind": "hub", "id": "no-one/no-data", "streaming": True}, "--no-preflight")),
 ]  # fmt: skip
 
 MEASURES = [

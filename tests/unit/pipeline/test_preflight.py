@@ -35,7 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, ram: int = 64 * GB, free: int = 64 
     monkeypatch.setattr(memory_limits, "total_ram", lambda: ram)
     monkeypatch.setattr(memory_limits, "available_ram", lambda: free)
     monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk, total=64 * GB))
 
 
 def test_a_machine_that_suffices_is_passed_over_in_silence(
@@ -72,10 +72,19 @@ def test_an_export_to_another_disk_needs_its_room_there(
     )  # fmt: skip
     machine(monkeypatch)
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: SimpleNamespace(free=export.disk - 1 if path.name == "far" else 64 * GB)
-    )
+        shutil, "disk_usage",
+        lambda path: SimpleNamespace(free=export.disk - 1 if path.name == "far" else 64 * GB, total=64 * GB),
+    )  # fmt: skip
     with pytest.raises(ResourceError, match="far: "):
         preflight(loaded, known[1])
+
+
+def test_a_file_system_without_room_is_left_to_what_writes_there(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))
+    assert preflight(*known) == []
 
 
 def test_memory_too_small_is_refused_and_memory_in_use_is_named(
