@@ -42,20 +42,15 @@ def instructions() -> str | None:
     return "avx2" if have == wanted == "avx2" else None
 
 
-def family(name: str, isa: str | None) -> build.Family:
-    """The library of an instruction set.
-
-    Args:
-        name: Of the family.
-        isa: See :func:`instructions`.
-    """
+def family(isa: str | None) -> build.Family:
+    """The library of an instruction set, see :func:`instructions`."""
     flags = ("-mavx2", "-mfma", "-mf16c", "-DLLMCOMPRESS_AVX2") if isa == "avx2" else ()
     headers = ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h")
     foreign = platform.machine() not in ("x86_64", "AMD64")
-    return build.Family(name, ("cpu/state/*.cpp",), headers, flags=flags, optional=foreign)
+    return build.Family(FAMILY, ("cpu/state/*.cpp",), headers, flags=flags, optional=foreign)
 
 
-build.register(family(FAMILY, instructions()))
+build.register(family(instructions()))
 
 
 def unavailable() -> str | None:

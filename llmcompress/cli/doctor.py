@@ -110,8 +110,9 @@ def cpu() -> dict[str, Any]:
                     break
     except OSError:
         pass
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": name, "cores": usable, "flags": [flag for flag in CPU_FLAGS if flag in flags]}
+    from llmcompress.pipeline.device import usable_cores
+
+    return {"name": name, "cores": usable_cores(), "flags": [flag for flag in CPU_FLAGS if flag in flags]}
 
 
 def memory() -> dict[str, Any]:

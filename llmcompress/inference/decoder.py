@@ -48,8 +48,6 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     config: Any = model.config.get_text_config()
     layout = layout_from_config(model.config.to_dict())
     base: Any = model.base_model
-    first: Any = base.layers[0].self_attn
-    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
     output: Any = model.get_output_embeddings()
     embeddings, heads = [], []
     for words, last in zip(parts(base.embed_tokens), parts(output)):
@@ -57,27 +55,53 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         embeddings.append(embedding)
         heads.append(head)
     layers = [_layer(model, block, members) for block in layout.blocks]
+    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
+    return assembled(config, layers, base.norm, base.layers[0].self_attn, embeddings, heads, bank, bool(members))
+
+
+def assembled(
+    config: Any,
+    layers: Sequence[native.Layer],
+    final: nn.Module,
+    attention: Any,
+    embeddings: Sequence[matrix.Matrix],
+    heads: Sequence[matrix.Matrix],
+    bank: ExpertBank | None,
+    family: bool = False,
+) -> native.Decoder:
+    """A decoder of its parts, with the sizes and constants of its model.
+
+    Args:
+        config: Of the model.
+        layers: In order.
+        final: The norm before the head.
+        attention: The module of any layer that has one.
+        embeddings: Of the model, or of each member of a family.
+        heads: Likewise.
+        bank: Any layer's experts, None without.
+        family: Whether it is one.
+    """
     return native.Decoder(
         layers=layers,
         # what divides the logits divides what the head reads
-        final_norm=_norm(base.norm) / getattr(config, "logits_scaling", 1.0),
-        final_norm_bias=_norm(base.norm, "bias"),
-        cosine=torch.empty(0),
-        sine=torch.empty(0),
+        final_norm=norm_of(final) / getattr(config, "logits_scaling", 1.0),
+        final_norm_bias=norm_of(final, "bias"),
+        cosine=torch.empty(0, 0),
+        sine=torch.empty(0, 0),
         embedding=embeddings[0],
         head=heads[0],
         heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_dim=first.head_dim,
+        key_value_heads=config.num_attention_heads // attention.num_key_value_groups,
+        head_dim=attention.head_dim,
         epsilon=config.rms_norm_eps,
-        attention_scale=first.scaling,
+        attention_scale=attention.scaling,
         top_k=bank.top_k if bank else 0,
         renormalize=bool(bank and bank.router.renormalizes),
         jitter=config.router_jitter_noise if bank and bank.router.kind == "sparsemixer" else None,
-        member_embeddings=embeddings if members else (),
-        member_heads=heads if members else (),
         embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        member_embeddings=embeddings if family else (),
+        member_heads=heads if family else (),
     )
 
 
@@ -113,8 +137,8 @@ def parts(module: Any) -> list[Any]:
     return list(module.parts) if isinstance(module, PerMember) else [module]
 
 
-def _norm(module: Any, name: str = "weight") -> Any:
-    """Weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none."""
+def norm_of(module: Any, name: str = "weight") -> Any:
+    """A norm's weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none."""
     given = [getattr(part, name, None) for part in parts(module)]
     rows = [row.detach().float() for row in given if row is not None]
     if not rows:
@@ -125,7 +149,7 @@ def _norm(module: Any, name: str = "weight") -> Any:
 def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
     layer: Any = model.get_submodule(block.name)
     attention, mlp = layer.self_attn, layer.mlp
-    query_norm, key_norm = (_norm(getattr(attention, f"{name}_norm", None)) for name in "qk")
+    query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None)) for name in "qk")
     beside: dict[str, matrix.Matrix] = {}
     if block.bank is None:
         gate, up, down, router = (
@@ -138,10 +162,10 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         router = matrix.dense(weight.detach())
         beside = _beside(model, block, members)
     return native.Layer(
-        attention_norm=_norm(layer.input_layernorm),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        attention_norm_bias=_norm(layer.input_layernorm, "bias"),
-        mlp_norm_bias=_norm(layer.post_attention_layernorm, "bias"),
+        attention_norm=norm_of(layer.input_layernorm),
+        mlp_norm=norm_of(layer.post_attention_layernorm),
+        attention_norm_bias=norm_of(layer.input_layernorm, "bias"),
+        mlp_norm_bias=norm_of(layer.post_attention_layernorm, "bias"),
         query=linear_matrix(attention.q_proj, members),
         key=linear_matrix(attention.k_proj, members),
         value=linear_matrix(attention.v_proj, members),

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
 SHORT_PROMPT = 32
+# why a step cannot stand for a module, as what follows its name
+HOOKED = " has hooks (activations rounded per token, or somebody who looks on)"
 
 
 def decline(model: PreTrainedModel) -> str | None:
@@ -105,7 +107,7 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
         if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
             return f" is a {type(module).__name__}"
         if module._forward_pre_hooks or module._forward_hooks:
-            return " has hooks (activations rounded per token, or somebody who looks on)"
+            return HOOKED
     if isinstance(module, PackedTensors):
         spec = module.spec
         reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
@@ -308,16 +310,16 @@ class Engine:
                 raise InputError(f"sequence {slot} belongs to {self.members[self._owners[slot]]}, not to {member}")
             self._owners[slot] = owner
         policy = getattr(self.model, "llmcompress_skipping", None)
-        if policy is not None and not policy.acts_on(len(tokens)):
-            policy.prompt(len(tokens))  # counted, no more
-            policy = None
         # one way for all pieces, so that where they end changes no bit
         if self.decoder.takes_prompts and (len(tokens) >= self.least_at_once or start or not last):
             reroute = None if policy is None else policy.prompt(len(tokens))
             return self._prompt_at_once(slot, tokens, reroute, start, last)
-        by_steps = policy is None and len(tokens) <= self.most_by_steps
-        way = self._prompt_by_steps if by_steps else self._prompt_by_modules
-        logits = way(slot, tokens, start)
+        if len(tokens) <= self.most_by_steps and (policy is None or not policy.acts_on(len(tokens))):
+            if policy is not None:
+                policy.enter(len(tokens))
+            logits = self._prompt_by_steps(slot, tokens, start)
+        else:
+            logits = self._prompt_by_modules(slot, tokens, start)
         return logits if last else logits[:0]
 
     def _check(self, slot: int, count: int, start: int) -> None:

@@ -20,7 +20,7 @@ from llmcompress.errors import InputError
 from llmcompress.inference import recurrent
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
-from llmcompress.inference.decoder import ends_of, experts_of, linear_matrix, packed_matrix
+from llmcompress.inference.decoder import assembled, ends_of, experts_of, linear_matrix, norm_of, packed_matrix
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
 from llmcompress.models.layout import Block, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
@@ -178,33 +178,11 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     config: Any = model.config
     embedding, head = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
-    first: Any = model.get_submodule(attention.module)
     bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
     base: Any = model.base_model
     final = base.norm if hasattr(base, "norm") else base.final_layernorm
-    heads = int(config.num_attention_heads)
-    return native.Decoder(
-        layers=[_layer(model, block) for block in layout.blocks],
-        final_norm=_float(final.weight) / getattr(config, "logits_scaling", 1.0),
-        cosine=torch.empty(0, 0),
-        sine=torch.empty(0, 0),
-        embedding=embedding,
-        head=head,
-        heads=heads,
-        key_value_heads=heads // first.num_key_value_groups,
-        head_dim=first.head_dim,
-        epsilon=config.rms_norm_eps,
-        attention_scale=first.scaling,
-        top_k=bank.top_k if bank else 0,
-        renormalize=bool(bank and bank.router.renormalizes),
-        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
-        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
-    )
-
-
-def _float(tensor: Any) -> Tensor:
-    found: Tensor = tensor.detach().float().contiguous()
-    return found
+    layers = [_layer(model, block) for block in layout.blocks]
+    return assembled(config, layers, final, model.get_submodule(attention.module), [embedding], [head], bank)
 
 
 def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
@@ -222,9 +200,7 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
         weights = {**beside, **dict(zip(weights, experts)), "router": matrix.dense(router.weight.detach())}
     for name in ("query", "key", "value", "output"):
         weights[name] = None if attention is None else linear_matrix(getattr(attention, f"{name[0]}_proj"))
-    return native.Layer(
-        attention_norm=None if attention is None else _float(norm.weight), mlp_norm=_float(after.weight), **weights
-    )
+    return native.Layer(attention_norm=None if attention is None else norm_of(norm), mlp_norm=norm_of(after), **weights)
 
 
 def _gated_mlp(model: PreTrainedModel, mlp: Sublayer) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
@@ -249,4 +225,4 @@ def _mixers(model: PreTrainedModel, layout: ModelLayout, int8_activations: bool)
         return None
     parts = [(model.get_submodule(str(norm)), model.get_submodule(view.module)) for norm, view in views]
     last: Any = model.get_submodule(str(views[0][0]))
-    return recurrent.mixers_of(model, views[0][1], parts, int8_activations, final_norm=_float(last.weight))
+    return recurrent.mixers_of(model, views[0][1], parts, int8_activations, final_norm=norm_of(last))

@@ -13,21 +13,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llmcompress_kernels import cpu
 from llmcompress_kernels import mamba2 as native
 from llmcompress_kernels.cpu_state import CONV_WIDTH, MAX_WINDOW
 from llmcompress_kernels.decode import INT8_PLANES
 from llmcompress_kernels.matrix import Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.inference.decoder import ends_of, linear_matrix, packed_matrix
-from llmcompress.inference.engine import decline_anywhere, decline_ends, planes_of, refuse
+from llmcompress.inference.decoder import ends_of, linear_matrix, norm_of, packed_matrix
+from llmcompress.inference.engine import HOOKED, decline_anywhere, decline_ends, decline_module, planes_of, refuse
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixers import runtime_of
-from llmcompress.nn.packed import PackedTensors
+from llmcompress.nn.tree_linear import TreeLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,17 +88,12 @@ def decline_states(model: PreTrainedModel) -> str | None:
 def _decline_modules(model: PreTrainedModel) -> str | None:
     heads = model.config.num_heads
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} is offloaded by accelerate"
-        if module._forward_pre_hooks or module._forward_hooks:
-            return f"{name or 'the model'} has hooks (activations rounded per token, or somebody who looks on)"
-        if name.endswith("_proj") and not isinstance(module, nn.Linear | PackedLinear):
-            return f"{name} is a {type(module).__name__}"
-        if isinstance(module, PackedTensors):
-            spec = module.spec
-            reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
-            if reason is not None or spec.dense_rows not in (0, heads if name.endswith("in_proj") else 0):
-                return f"{name}: {reason or f'{spec.dense_rows} of its rows are dense'}"
+        reason = decline_module(name, module, heads if name.endswith("in_proj") else 0)
+        # of modules that are no projections too: between them is what the step computes by itself
+        if reason is None and (module._forward_pre_hooks or module._forward_hooks):
+            reason = HOOKED
+        if reason is not None or isinstance(module, TreeLinear):
+            return f"{name or 'the model'}{reason or ' is a TreeLinear'}"
     return decline_ends(model)
 
 
@@ -292,7 +286,7 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
         _views(layout_from_config(model.config.to_dict()))[0],
         [(block.norm, block.mixer) for block in base.layers],
         int8_activations,
-        final_norm=_float(base.norm_f.weight),
+        final_norm=norm_of(base.norm_f),
         embedding=embedding,
         head=head,
         vocabulary=int(model.config.vocab_size),
@@ -350,7 +344,7 @@ def _layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, 
     in_proj, times = _in_proj(mixer.in_proj, mixer.num_heads)
     out: Any = mixer.out_proj
     return native.Layer(
-        norm=_float(norm.weight),
+        norm=norm_of(norm),
         in_proj=in_proj,
         dt_proj=times,
         out_proj=linear_matrix(out),
@@ -359,7 +353,7 @@ def _layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, 
         dt_bias=_float(mixer.dt_bias),
         a=-_float(mixer.A_log).exp(),
         d=_float(mixer.D),
-        gain=_float(mixer.norm.weight),
+        gain=norm_of(mixer.norm),
         fixed=None if quantizer is None else quantizer.static,
         in_planes=_planes(mixer.in_proj, exact, int8),
         out_planes=_planes(out, exact, int8),

@@ -163,20 +163,19 @@ class SkippingController:
         self._mask: Tensor | None = None
         self._lengths: Tensor | None = None
         self._phase = "prefill"
-        self._layers: list[_LayerState] = []
-        self._of_block: dict[int, _LayerState] = {}
+        # by number of the block
+        self._layers: dict[int, _LayerState] = {}
         self._handles: list[Any] = [model.base_model.register_forward_pre_hook(self._enter_model, with_kwargs=True)]
         for number, block in enumerate(layout.blocks):
             for sublayer in block.sublayers:
                 if sublayer.experts is not None:
-                    self._of_block[number] = self._hook_layer(sublayer.module, sublayer.experts)
+                    self._layers[number] = self._hook_layer(sublayer.module, sublayer.experts)
         self._implementation = model.config._experts_implementation
         self._use_sentinel_experts()
 
     def _hook_layer(self, block: str, bank: ExpertBank) -> _LayerState:
         router = self._model.get_submodule(bank.router.module)
         layer = _LayerState(bank, RouterRule.of(router, bank.router, bank.top_k))
-        self._layers.append(layer)
 
         def enter(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -192,7 +191,7 @@ class SkippingController:
     def _use_sentinel_experts(self) -> None:
         """Switch dense transformers experts to the function that knows the sentinel."""
         register_experts_function()
-        for layer in self._layers:
+        for layer in self._layers.values():
             experts = self._model.get_submodule(layer.bank.module)
             if hasattr(experts, "is_transposed"):
                 experts.llmcompress_previous = self._implementation
@@ -207,28 +206,28 @@ class SkippingController:
         if tokens is None:
             tokens = args[0]
         batch, length = tokens.shape[:2]
-        self._enter(length)
+        self.enter(length)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         usable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= length
         self._mask = mask[:, -length:].bool() if usable and isinstance(mask, Tensor) else None
         if self._mask is None and self._lengths is not None and len(self._lengths) == batch:
             self._mask = torch.arange(length) < self._lengths[:, None]
 
-    def _enter(self, length: int) -> None:
-        """Note and count what kind of pass begins, over so many positions."""
+    def enter(self, length: int) -> None:
+        """Note and count what kind of pass begins, over so many positions; the model's modules do it themselves."""
         self._phase = "prefill" if length > 1 else "decode"
         if self._phase == "decode":
             self.calls["decode"] += 1
-        elif self.policy.method == "pesf" and length < self._min_len():
+        elif self.policy.method == "pesf" and not self.acts_on(length):
             self.calls["short"] += 1
         else:
             self.calls["prefill"] += 1
 
     def acts_on(self, length: int) -> bool:
         """Whether the policy looks at a prompt of so many tokens at all."""
-        return length >= max(2, self._min_len() if self.policy.method == "pesf" else self._min_len_fixed())
+        return length >= max(2, self._min_len())
 
-    def prompt(self, length: int) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+    def prompt(self, length: int) -> Callable[[int, Tensor, Tensor, Tensor], None] | None:
         """The policy for one prompt that does not go through the model's modules.
 
         Args:
@@ -236,13 +235,16 @@ class SkippingController:
 
         Returns:
             A function of the block's number, router logits ``[T, E]``, weights ``[T, k]`` and experts int32 ``[T, k]``,
-            that changes the last two in place: experts ascending, ``E`` in empty slots. Statistics count the prompt.
+            that changes the last two in place: experts ascending, ``E`` in empty slots. None where the policy does not
+            look at the prompt. Statistics count it in any case.
         """
         self._mask = None
-        self._enter(length)
+        self.enter(length)
+        if not self.acts_on(length):
+            return None
 
         def reroute(block: int, logits: Tensor, weights: Tensor, index: Tensor) -> None:
-            layer = self._of_block[block]
+            layer = self._layers[block]
             layer.shape = (1, length)
             # in the order of the modules' routers, which decides among equal weights (sparsemixer's are often 1)
             chosen = index.long()
@@ -273,7 +275,10 @@ class SkippingController:
         """Shortest prompt the policy looks at."""
         if isinstance(self.policy.min_len, int):
             return self.policy.min_len
-        return min(shortest_useful(self.policy.alpha, s.bank.top_k, s.bank.num_experts) for s in self._layers) + 1
+        if self.policy.method == "top_k_minus_one":
+            return 2
+        banks = [layer.bank for layer in self._layers.values()]
+        return min(shortest_useful(self.policy.alpha, bank.top_k, bank.num_experts) for bank in banks) + 1
 
     def _rewrite(self, layer: _LayerState, logits: Tensor, weights: Tensor, index: Tensor) -> Any:
         began = time.perf_counter()
@@ -292,7 +297,7 @@ class SkippingController:
         if self._mask is not None and self._mask.shape == (batch, length):
             valid = self._mask.reshape(-1).to(index.device)
         if policy.method == "top_k_minus_one":
-            if length < self._min_len_fixed() and self._phase == "prefill":
+            if self._phase == "prefill" and not self.acts_on(length):
                 return None
             drop = drop_weakest(weights, index, bank.num_experts, options)
             self._count(layer, index, drop, valid)
@@ -303,9 +308,6 @@ class SkippingController:
         drop = skip_experts(logits, weights, index, banned, layer.rule, options)
         self._count(layer, index, drop, valid)
         return drop
-
-    def _min_len_fixed(self) -> int:
-        return self.policy.min_len if isinstance(self.policy.min_len, int) else 2
 
     def _banned(self, layer: _LayerState, index: Tensor, valid: Tensor) -> Tensor | None:
         """Experts skipped for each token, bool ``[T, E]``, or None where nothing can be."""
@@ -322,7 +324,7 @@ class SkippingController:
             # sequences whose prompts came at different times have decisions of their own in any scope
             return sticky[group] if sticky.shape[0] == groups else sticky.repeat_interleave(length, 0)
         layer.sticky = None
-        if length < self._min_len():
+        if not self.acts_on(length):
             return None
         counts = expert_counts(index, valid, group, groups, bank.num_experts)
         lengths = torch.zeros(groups, dtype=torch.int64, device=index.device).scatter_add_(0, group, valid.long())
@@ -338,7 +340,7 @@ class SkippingController:
 
     def decisions(self) -> list[Tensor | None]:
         """What the last prompt's decision bans for the tokens after it, bool ``[1 or S, E]`` a layer."""
-        return [layer.sticky for layer in self._layers]
+        return [layer.sticky for layer in self._layers.values()]
 
     def recall(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
         """Set what the next step goes by, where sequences were prompted one by one.
@@ -346,7 +348,7 @@ class SkippingController:
         Args:
             rows: What :meth:`decisions` gave after the prompt of each sequence, in the order of the batch.
         """
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self._layers.values()):
             found = [row[number] for row in rows]
             known = next((one for one in found if one is not None), None)
             nothing = None if known is None else torch.zeros_like(known)
@@ -380,7 +382,7 @@ class SkippingController:
         call; ``experts_skipped`` those of them that did not. ``seconds`` is the time spent deciding,
         not the time saved, which only a benchmark can tell.
         """
-        counted = [self._totals(layer) for layer in self._layers]
+        counted = [self._totals(layer) for layer in self._layers.values()]
         total = {name: sum(values[name] for values in counted) for name in COUNTERS}
         return {
             "policy": {name: getattr(self.policy, name) for name in SkippingPolicy.__dataclass_fields__},
@@ -389,14 +391,14 @@ class SkippingController:
             "total": total,
             "expert_skip_rate": total["experts_skipped"] / max(1, total["experts_used"]),
             "slot_drop_rate": total["slots_dropped"] / max(1, total["slots"]),
-            "layers": [{"module": s.bank.module, **values} for s, values in zip(self._layers, counted)],
+            "layers": [{"module": s.bank.module, **values} for s, values in zip(self._layers.values(), counted)],
         }
 
     def reset(self) -> None:
         """Set all counters to zero and forget sticky decisions."""
         self.seconds = 0.0
         self.calls = dict.fromkeys(self.calls, 0)
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.counters.clear()
             layer.sticky = None
 
@@ -409,7 +411,7 @@ class SkippingController:
             self._model.set_experts_implementation(self._implementation or "eager")
             # None is a legal value in transformers but not for its setter
             self._model.config._experts_implementation = self._implementation
-        for layer in self._layers:
+        for layer in self._layers.values():
             experts = self._model.get_submodule(layer.bank.module)
             if hasattr(experts, "llmcompress_previous"):
                 del experts.llmcompress_previous

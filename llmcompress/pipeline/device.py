@@ -32,6 +32,11 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def baseline_ram(device: str) -> int:
     """Bytes of a process that has loaded its libraries and no model."""
     return BASELINE_RAM_CUDA if device == "cuda" else BASELINE_RAM

@@ -24,6 +24,7 @@ from typing import Any
 
 from llmcompress.durable import write_durably
 from llmcompress.errors import InputError, Interrupted, UsageError
+from llmcompress.pipeline.device import usable_cores
 from llmcompress.pipeline.run_dir import RunDir, RunLock
 
 FORMAT = 1
@@ -256,8 +257,7 @@ class Sweep:
         """
         if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return {"OMP_NUM_THREADS": str(max(1, usable // self.jobs))}
+        return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -71,7 +71,7 @@ def state_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
     if cpu_state.instructions() != request.param:
         pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setitem(build.FAMILIES, cpu_state.FAMILY, cpu_state.family(cpu_state.FAMILY, request.param))
+    monkeypatch.setitem(build.FAMILIES, cpu_state.FAMILY, cpu_state.family(request.param))
     for name, value in (("_library", None), ("_tried", False), ("_functions", {})):
         monkeypatch.setattr(cpu_state, name, value)
     monkeypatch.setattr(build, "_LOADED", {k: v for k, v in build._LOADED.items() if k != cpu_state.FAMILY})

@@ -132,6 +132,11 @@ def test_prompts_that_a_policy_leaves_alone(decoders: Any, ids: torch.Tensor) ->
     assert torch.equal(engine.prompt(0, ids[:5].tolist()), engine.prompt(0, ids[:5].tolist()))
     assert controller.statistics()["calls"] == {"prefill": 0, "short": 3, "decode": 0}
     assert controller.statistics()["total"]["tokens"] == 0
+    # through the modules, which count by themselves
+    dense = decoders.dense("mixtral")
+    controller = attach(dense, layout_from_config(dense.config.to_dict()), {"alpha": 0.9, "min_len": 41})
+    Engine(dense, positions=48).prompt(0, ids[:40].tolist())
+    assert controller.statistics()["calls"] == {"prefill": 0, "short": 1, "decode": 0}
 
 
 def test_what_rerouting_raises(decoders: Any, ids: torch.Tensor) -> None:

@@ -89,7 +89,7 @@ class PromptWorker {
     int64_t position(int64_t t) const { return p_.start + first_ + t; }
     float* hidden(int64_t t) { return room_.hidden.data() + (first_ + t) * m_.hidden; }
     float* delta(int64_t t) { return room_.delta.data() + (first_ + t) * m_.hidden; }
-    float* normed(int64_t t) { return room_.normed.data() + t * m_.hidden; }
+    float* normed(int64_t t) { return room_.normed.data() + (first_ + t) * m_.hidden; }
 
     void layer(const LayerOperands& o, int index) {
         if (o.l.mixes != 0) mixer(o.l.place, index);
@@ -122,7 +122,7 @@ class PromptWorker {
 
     void mix(const LayerOperands& o, int index) {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
-                room_.normed.data(), QKV, [&](int64_t t) {
+                normed(0), QKV, [&](int64_t t) {
                     if (index > 0) add_delta(t);
                     norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
                 });
@@ -131,7 +131,7 @@ class PromptWorker {
     }
 
     void gated_mlp(const LayerOperands& o) {
-        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, room_.normed.data(), GATE_UP, [&](int64_t t) {
+        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, [&](int64_t t) {
             add_delta(t);
             norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
         });
@@ -172,7 +172,8 @@ class PromptWorker {
     template <class F>
     void project(std::initializer_list<Product> products, const float* from, Phase phase, F&& make) {
         const auto alike = [](const Operand& a, const Operand& b) {
-            return a.m.kind == b.m.kind && a.wide == b.wide && a.m.input_bytes == b.m.input_bytes && a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
+            return a.m.kind == b.m.kind && a.wide == b.wide && a.m.input_bytes == b.m.input_bytes &&
+                   a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
         };
         for (const Product* i = products.begin(); i != products.end();) {
             const Product* j = i;
@@ -316,19 +317,16 @@ class PromptWorker {
             variant().quantize(w.weight(b.expert), parts.data(), int64_t(parts.size()), from, FP32, w.m.columns, index,
                                expert_inputs(w, b.expert), b.block);
         };
-        each(1 + blocks(), [&](int64_t b) {
-            if (b == 0) return r.sort(first_ * k, count_ * k, k, most());
-            for (int64_t t = begin(b - 1); t < end(b - 1); ++t) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
-        });
+        each(1, [&](int64_t) { r.sort(first_ * k, count_ * k, k, most()); });
         took(ROUTER);
         if (o.shared_gate.present()) {
             const auto nothing = [](int64_t) {};
-            project({{&o.shared_gate, room_.gate.data()}, {&o.shared_up, room_.up.data()}}, room_.normed.data(), GATE_UP, nothing);
+            project({{&o.shared_gate, room_.gate.data()}, {&o.shared_up, room_.up.data()}}, normed(0), GATE_UP, nothing);
             open_gates(o.shared_gate.m.rows, o.shared_down);
         }
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
-            round(o.gate, b, room_.normed.data(), r.tokens.data() + r.first[size_t(b.expert)]);
+            round(o.gate, b, normed(0), r.tokens.data() + r.first[size_t(b.expert)]);
         });
         took(NORM);
         expert_rows({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}});

@@ -62,8 +62,8 @@ struct Routed {
 };
 
 struct PromptRoom {
-    std::vector<float> hidden, delta;                                // [T, H], the second to be added to the first
-    std::vector<float> normed, query, key, value, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> hidden, delta, normed;               // [T, H], the second to be added to the first
+    std::vector<float> query, key, value, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<char> activations;
     Routed routed;
     std::atomic<int64_t> next[2] = {0, 0};  // task to take, of this kind and of the next
@@ -71,8 +71,7 @@ struct PromptRoom {
     PromptRoom(const Engine& e, const Prompt& p) {
         const Model& m = e.m;
         const int64_t tokens = std::min(p.count, piece_of(e)), slots = tokens * std::max(1, m.top_k);
-        for (auto* rows : {&hidden, &delta}) rows->resize(size_t(p.count * m.hidden));
-        normed.resize(size_t(tokens * m.hidden));
+        for (auto* rows : {&hidden, &delta, &normed}) rows->resize(size_t(p.count * m.hidden));
         for (auto* rows : {&query, &mixed}) rows->resize(size_t(tokens * m.heads * m.head_dim));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * m.head_dim));
         for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));

@@ -5,6 +5,16 @@
 
 namespace LLMCOMPRESS_ISA {
 
+// The largest of n logits, the earliest among equals, without the first j that are chosen already.
+inline int best_left(const float* logits, int n, const int* chosen, int j) {
+    int best = -1;
+    for (int i = 0; i < n; ++i) {
+        const bool taken = std::find(chosen, chosen + j, i) != chosen + j;
+        if (!taken && (best < 0 || logits[i] > logits[best])) best = i;
+    }
+    return best;
+}
+
 // The k largest of n logits, the earlier expert first among equals, and their shares by softmax over all logits, or over the
 // chosen ones with `renormalize`.
 inline void softmax_experts(const float* logits, int n, int k, bool renormalize, int* chosen, float* weights) {
@@ -12,13 +22,8 @@ inline void softmax_experts(const float* logits, int n, int k, bool renormalize,
     float total = 0, kept = 0;
     for (int i = 0; i < n; ++i) total += std::exp(logits[i] - top);
     for (int j = 0; j < k; ++j) {
-        int best = -1;
-        for (int i = 0; i < n; ++i) {
-            const bool taken = std::find(chosen, chosen + j, i) != chosen + j;
-            if (!taken && (best < 0 || logits[i] > logits[best])) best = i;
-        }
-        chosen[j] = best;
-        weights[j] = std::exp(logits[best] - top) / total;
+        chosen[j] = best_left(logits, n, chosen, j);
+        weights[j] = std::exp(logits[chosen[j]] - top) / total;
         kept += weights[j];
     }
     for (int j = 0; renormalize && j < k; ++j) weights[j] /= kept;
@@ -28,19 +33,16 @@ inline void softmax_experts(const float* logits, int n, int k, bool renormalize,
 // Each weighs what a softmax gives it among the experts not taken before it whose logits are near its own: not further below than
 // 2 jitter, relative to the larger of their size and its own.
 inline void sparsemixer_experts(const float* logits, int n, int k, float jitter, int* chosen, float* weights) {
-    const auto taken = [&](int i, int j) { return std::find(chosen, chosen + j, i) != chosen + j; };
     for (int j = 0; j < k; ++j) {
-        int best = -1;
-        for (int i = 0; i < n; ++i)
-            if (!taken(i, j) && (best < 0 || logits[i] > logits[best])) best = i;
-        const float top = logits[best];
+        chosen[j] = best_left(logits, n, chosen, j);
+        const float top = logits[chosen[j]];
         float total = 0;
         for (int i = 0; i < n; ++i) {
             const float below = (top - logits[i]) / std::max(std::abs(logits[i]), top);
+            const bool taken = std::find(chosen, chosen + j, i) != chosen + j;
             // 0 / 0 is near
-            if (!taken(i, j) && !(below > 2 * jitter)) total += std::exp(logits[i] - top);
+            if (!taken && !(below > 2 * jitter)) total += std::exp(logits[i] - top);
         }
-        chosen[j] = best;
         weights[j] = 1 / total;
     }
 }

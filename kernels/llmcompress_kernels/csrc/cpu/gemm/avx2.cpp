@@ -15,8 +15,7 @@ namespace avx2 {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avx2
-const Variant avx2_variant = {"avx2", avx2::MOST, avx2::STREAMS, avx2::quantize, avx2::rows, avx2::dense_rows, avx2::gate,
-    avx2::to_fp32, avx2::from_fp32};
+const Variant avx2_variant = avx2::variant_called("avx2");
 }  // namespace llmcompress
 #pragma GCC pop_options
 #endif

@@ -16,8 +16,7 @@ namespace avx512 {
 #define LLMCOMPRESS_WIDE_QUANTIZE 64  // columns that quantize_avx512.h takes at once
 #include "llmcompress/lowbit.inc"
 }  // namespace avx512
-const Variant avx512_variant = {"avx512", avx512::MOST, avx512::STREAMS, avx512::quantize, avx512::rows, avx512::dense_rows, avx512::gate,
-    avx512::to_fp32, avx512::from_fp32};
+const Variant avx512_variant = avx512::variant_called("avx512");
 }  // namespace llmcompress
 #pragma GCC pop_options
 #endif

@@ -24,8 +24,7 @@ namespace avxvnni {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avxvnni
-const Variant avxvnni_variant = {"avxvnni", avxvnni::MOST, avxvnni::STREAMS, avxvnni::quantize, avxvnni::rows,
-    avxvnni::dense_rows, avxvnni::gate, avxvnni::to_fp32, avxvnni::from_fp32};
+const Variant avxvnni_variant = avxvnni::variant_called("avxvnni");
 }  // namespace llmcompress
 #pragma GCC pop_options
 #endif

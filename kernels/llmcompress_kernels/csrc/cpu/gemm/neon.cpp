@@ -14,8 +14,7 @@ namespace neon {
 #include "llmcompress/lanes_neon.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace neon
-const Variant neon_variant = {"neon", neon::MOST, neon::STREAMS, neon::quantize, neon::rows, neon::dense_rows, neon::gate,
-    neon::to_fp32, neon::from_fp32};
+const Variant neon_variant = neon::variant_called("neon");
 }  // namespace llmcompress
 #pragma GCC pop_options
 #endif

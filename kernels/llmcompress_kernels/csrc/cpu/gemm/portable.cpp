@@ -9,6 +9,5 @@ namespace portable {
 #include "llmcompress/lanes_portable.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace portable
-const Variant portable_variant = {"portable", portable::MOST, portable::STREAMS, portable::quantize, portable::rows, portable::dense_rows, portable::gate,
-    portable::to_fp32, portable::from_fp32};
+const Variant portable_variant = portable::variant_called("portable");
 }  // namespace llmcompress

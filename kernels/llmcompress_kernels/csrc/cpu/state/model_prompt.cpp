@@ -109,7 +109,6 @@ class PromptWorker : public Worker {
         team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), both_(engine.both()),
         lanes_(engine.lanes), unit_(unit_channels(engine)), units_(inner_ / unit_) {}
 
-  // Counters of a layer: its units, and the inputs of B's and C's convolution, which every thread of a team leaves for itself.
   // work(at, from, to) for those segments that are this team's; returns when all teams are done.
   template <class Work>
   void each_segment(Work work) {
@@ -125,6 +124,7 @@ class PromptWorker : public Worker {
     took(kWait);
   }
 
+  // Counters of a layer: its units, and the inputs of B's and C's convolution, which every thread of a team leaves for itself.
   std::atomic<int>& left(int layer, int64_t unit) const { return e_.left[size_t(layer * (units_ + 1) + unit)]; }
   void await(const std::atomic<int>& left, int64_t count, MixerPhase before) {
     took(before);
