@@ -103,7 +103,7 @@ class _Prompt(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds", "reroute", "mixers")),
         *((name, ctypes.c_int64) for name in ("count", "start")),
-        *((name, ctypes.c_int32) for name in ("slot", "member", "planes", "threads")),
+        *((name, ctypes.c_int32) for name in ("slot", "member", "planes", "threads", "last", "reserved")),
     )
 
 
@@ -469,6 +469,7 @@ def prompt(
     member: int = 0,
     reroute: Reroute | None = None,
     mixers: Mixers | None = None,
+    last: bool = True,
 ) -> Tensor:
     """Compute any number of tokens of one sequence at once, all layers but no head.
 
@@ -483,7 +484,9 @@ def prompt(
         seconds: As in :func:`step`; rounding and waiting are counted where they happen.
         member: Of a family, whose tokens they are.
         reroute: Called once for every layer with experts, between their choice and their work.
-        mixers: As in :func:`step`; the prompt is a whole one then, so ``start`` is 0.
+        mixers: As in :func:`step`; between the parts of one prompt they take steps, but no other prompt. Parts that are
+            multiples of :data:`llmcompress_kernels.mamba2.CUT` tokens change no bit.
+        last: Whether the prompt ends here; only mixers ask.
 
     Returns:
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
@@ -500,15 +503,13 @@ def prompt(
     if not 0 <= member < max(1, len(decoder.member_heads)):
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
     _check_mixers(decoder, mixers)
-    if mixers is not None and start != 0:
-        raise ValueError(f"a prompt of recurrent states begins at 0, not {start}")
     _check_numbers(decoder, tokens, planes)
     hidden, raised = torch.empty(1, decoder.hidden), list[BaseException]()
     callback = _REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
     call = _Prompt(
         *(None if t is None else t.data_ptr() for t in (tokens, hidden, seconds)),
         ctypes.cast(callback, ctypes.c_void_p), _address(mixers),
-        count, start, slot, member, planes, threads or torch.get_num_threads(),
+        count, start, slot, member, planes, threads or torch.get_num_threads(), int(last), 0,
     )  # fmt: skip
     library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
     if raised:

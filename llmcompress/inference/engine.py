@@ -365,7 +365,7 @@ class Engine:
         ids = torch.tensor(list(tokens))
         hidden = native.prompt(
             self.decoder, self.cache, ids, slot, start, self.planes, self.threads, member=self._owners[slot],
-            reroute=reroute, mixers=self.mixers,
+            reroute=reroute, mixers=self.mixers, last=last,
         )  # fmt: skip
         self.lengths[slot] = start + len(tokens)
         if not last:

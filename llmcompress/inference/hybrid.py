@@ -77,11 +77,13 @@ class HybridEngine(Engine):
     # a prompt is scanned in float, so it cannot go by steps, which round states
     most_by_steps = 0
     least_at_once = 1
-    whole = "a hybrid reads its prompts whole"
-    piece = None
+    whole = "it counts over the whole prompt, or transformers' modules read it: its weights are not packed"
+    keeps_prefixes = False
 
     mixer_weights: mamba2.Model | None = None
     states: mamba2.States | None = None
+    # the slot of a prompt that goes on, and its tokens so far
+    _reading: tuple[int, int] | None = None
 
     _declines = staticmethod(decline)
 
@@ -101,6 +103,27 @@ class HybridEngine(Engine):
         if held is not None:
             self.states.take(held)
         self.mixers = mamba2.mixers(weights, self.states)
+
+    @property
+    def piece(self) -> int | None:
+        """See :attr:`Engine.piece`; parts are such that no bit changes."""
+        return mamba2.CUT if self.decoder.takes_prompts and super().piece is not None else None
+
+    def prompt(
+        self, slot: int, tokens: Sequence[int], member: str | None = None, start: int = 0, last: bool = True
+    ) -> Tensor:
+        """Start a sequence, or go on with the prompt of the one that was started last; see :meth:`Engine.prompt`.
+
+        Raises:
+            InputError: As there, or not the prompt that is being read.
+        """
+        if start and self._reading != (slot, start):
+            raise InputError(f"sequence {slot} cannot go on from token {start}: its state is not at hand")
+        self._reading = None
+        logits = super().prompt(slot, tokens, member, start, last)
+        if not last:
+            self._reading = (slot, self.lengths[slot])
+        return logits
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         if getattr(self.model.base_model, "rotary_emb", None) is not None:

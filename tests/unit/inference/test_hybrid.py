@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,18 @@ def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path, sequences: Any) ->
     alone = sequences.natively(HybridEngine(model), IDS[:16], 9)
     assert torch.equal(rows, alone[: len(rows)])
     assert torch.equal(torch.stack([engine.step(IDS[at : at + 1], [1])[0].clone() for at in (14, 15)]), alone[-2:])
-    with pytest.raises(InputError, match="whole"):
-        engine.prompt(0, [3, 4], last=False)
+    with pytest.raises(InputError, match="not at hand"):
+        engine.prompt(1, [3, 4], start=9)
     with pytest.raises(InputError, match="cut short"):
         engine.copy(1, 0, 2)
     assert not engine.keeps_prefixes
     assert set(engine.profile(torch.tensor([3, 4]))) == set(decode.PHASES)
     with pytest.raises(InputError, match="sequence"):
         engine.prompt(3, [3])
+    dense = HybridEngine(tiny.model(*MODELS["granite"][:1], **GRANITE))
+    assert dense.piece is None
+    with pytest.raises(InputError, match="not packed"):
+        dense.prompt(0, [3, 4], last=False)
     with pytest.raises(ValueError, match="repeat"):
         engine.step(torch.tensor([3, 4]), [1, 1])
 
@@ -246,3 +251,33 @@ def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: 
     expected, _ = by_modules(model, tokens, 24)
     assert sequences.off(sequences.natively(engine, tokens, 24), expected) < EXACT
     assert int(engine.greedy(tokens[:2])[0]) < 70
+
+
+@pytest.mark.parametrize("cuts", [(0, 64, 300), (0, 128, 192, 300), (0, 256, 300)])
+@pytest.mark.parametrize(("name", "threads", "window"), [("granite", 1, 1), ("granite", 3, 4), ("bamba", 2, 1)])
+def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
+    name: str, threads: int, window: int, cuts: tuple[int, ...], tiny: Any, tmp_path: Path
+) -> None:
+    model = packed(tiny, tmp_path, name, {"bits": 4, "codec": "dsq", "window": window})
+    engine, tokens = HybridEngine(model, slots=3, positions=304, threads=threads), IDS[:300].tolist()
+    assert engine.piece == mamba2.CUT
+    whole = engine.prompt(0, tokens)
+    engine.prompt(2, tokens[:50])
+    alone = engine.step(torch.tensor([9]), [2]).clone()
+    engine.prompt(2, tokens[:50])
+    found = torch.empty(0)
+    for start, end in pairwise(cuts):
+        found = engine.prompt(1, tokens[start:end], start=start, last=end == cuts[-1])
+        if end == cuts[1]:
+            # somebody else's step in between
+            assert torch.equal(engine.step(torch.tensor([9]), [2]), alone)
+    assert torch.equal(found, whole)
+    assert engine.states is not None
+    for held in (engine.states.codes, engine.states.scale, engine.states.conv, engine.cache.values):
+        assert held is not None
+        assert torch.equal(held[:, 0], held[:, 1])
+    assert torch.equal(*engine.step(torch.tensor([9, 9]), [0, 1]).clone())
+    engine.prompt(1, tokens[:64], last=False)
+    engine.prompt(0, tokens[:9])
+    with pytest.raises(InputError, match="its state is not at hand"):
+        engine.prompt(1, tokens[64:], start=64)

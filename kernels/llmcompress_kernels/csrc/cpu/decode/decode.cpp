@@ -59,7 +59,7 @@ EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step
     Engine& engine = *static_cast<Engine*>(handle);
     engine.prepare(*step, *cache);
     const BoundMixers* mixers = step->mixers;
-    if (mixers != nullptr) mixers->run->prepare(mixers->engine, step->batch, 0, step->threads);
+    if (mixers != nullptr) mixers->run->prepare(mixers->engine, step->batch, Mixers::STEP, step->threads);
     const auto run = workers().step;
     in_parallel(step->threads, [&](Barrier& barrier, int thread) { run(engine, *cache, *step, barrier, thread); });
 }
@@ -68,9 +68,12 @@ EXPORT void llmcompress_decode_prompt(void* handle, const Cache* cache, const Pr
     Engine& engine = *static_cast<Engine*>(handle);
     PromptRoom room(engine, *prompt);
     const BoundMixers* mixers = prompt->mixers;
-    if (mixers != nullptr) mixers->run->prepare(mixers->engine, prompt->count, 1, prompt->threads);
+    if (mixers != nullptr) {
+        const Mixers::Call what = prompt->start == 0 ? Mixers::PROMPT : Mixers::MORE;
+        mixers->run->prepare(mixers->engine, prompt->count, what, prompt->threads);
+    }
     const auto run = workers().prompt;
     in_parallel(prompt->threads,
                 [&](Barrier& barrier, int thread) { run(engine, *cache, *prompt, room, barrier, thread); });
-    if (mixers != nullptr) mixers->run->finish(mixers->engine);
+    if (mixers != nullptr && prompt->last != 0) mixers->run->finish(mixers->engine);
 }

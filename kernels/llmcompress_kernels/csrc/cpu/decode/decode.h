@@ -45,10 +45,12 @@ struct Mixers {
         const float* hidden;  // [T, H]
         float* delta;         // [T, H], written
         int64_t count;        // T
-        int32_t slot;         // of which sequence these are the first tokens
+        int32_t slot;         // of which sequence
+        int32_t first, last;  // whether they begin its prompt, and end it: between parts no other prompt is read
     };
-    // room for both; called by one thread before the others start, and `finish` after them
-    void (*prepare)(void* engine, int64_t tokens, int32_t is_prompt, int32_t threads);
+    enum Call : int32_t { STEP, PROMPT, MORE };  // MORE of a prompt
+    // room for each; called by one thread before the others start, and `finish` after the last part of a prompt
+    void (*prepare)(void* engine, int64_t tokens, Call what, int32_t threads);
     void (*step)(void* engine, const void* states, int32_t layer, const Rows& rows, Barrier& barrier, int thread);
     void (*prompt)(void* engine, const void* states, int32_t layer, const Prompt& all, Barrier& barrier, int thread);
     void (*finish)(void* engine);
@@ -143,6 +145,7 @@ struct Prompt {
     int64_t count;          // T
     int64_t start;          // position of the first; the cache holds what comes before
     int32_t slot, member, planes, threads;
+    int32_t last, reserved;  // whether the prompt ends here
 };
 
 enum Phase : int { NORM, QKV, ATTENTION, OUTPUT, MIXER, ROUTER, GATE_UP, DOWN, HEAD, WAIT, PHASES };

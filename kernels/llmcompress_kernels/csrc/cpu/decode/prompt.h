@@ -116,7 +116,8 @@ class PromptWorker {
             });
         });
         const BoundMixers& x = *p_.mixers;
-        x.run->prompt(x.engine, x.states, layer, {room_.hidden.data(), room_.delta.data(), p_.count, p_.slot}, barrier_, thread_);
+        const Mixers::Prompt all{room_.hidden.data(), room_.delta.data(), p_.count, p_.slot, p_.start == 0, p_.last};
+        x.run->prompt(x.engine, x.states, layer, all, barrier_, thread_);
         took(MIXER);
     }
 

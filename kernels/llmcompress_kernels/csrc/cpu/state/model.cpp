@@ -173,11 +173,11 @@ EXPORT void llmc_mamba2_prompt(void* handle, const state::MixerStates* states, c
 EXPORT const llmcompress::decode::Mixers* llmc_mamba2_mixers() {
   using namespace state;
   static const Mixers mixers = {
-      [](void* handle, int64_t tokens, int32_t is_prompt, int32_t threads) {
+      [](void* handle, int64_t tokens, Mixers::Call what, int32_t threads) {
         Engine& engine = *static_cast<Engine*>(handle);
         have_threads(engine, threads);
-        if (is_prompt != 0) prepare_prompt(engine, tokens, true, threads);
-        else prepare_step(engine, tokens, threads);
+        if (what == Mixers::STEP) prepare_step(engine, tokens, threads);
+        else prepare_prompt(engine, tokens, what == Mixers::PROMPT, threads);
       },
       [](void* handle, const void* states, int32_t layer, const Mixers::Rows& rows, Barrier& barrier, int thread) {
         run_layer(*static_cast<Engine*>(handle), *static_cast<const MixerStates*>(states), layer, rows, barrier, thread);

@@ -429,7 +429,7 @@ void run_prompt(Engine& engine, const MixerStates& states, const MixerPrompt& pr
 }
 
 void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixers::Prompt& all, Barrier& barrier, int thread) {
-  const MixerPrompt prompt{nullptr, nullptr, nullptr, all.count, all.slot, 1, 1, barrier.threads()};
+  const MixerPrompt prompt{nullptr, nullptr, nullptr, all.count, all.slot, all.first, all.last, barrier.threads()};
   PromptWorker(engine, states, prompt, barrier, thread, team_count(barrier.threads(), all.count))
       .run_layer(layer, all.hidden, all.delta);
 }
