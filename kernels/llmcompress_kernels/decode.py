@@ -48,17 +48,18 @@ build.register(
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "attention_norm_bias", "mlp_norm_bias")),
-        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("attention_after", "mlp_after", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "unturned")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "turned", "window")),
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias")),
         ("embedding", MatrixStruct),
         ("head", MatrixStruct),
         ("screen", MatrixStruct),
@@ -66,7 +67,7 @@ class _Model(ctypes.Structure):
         ("member_embeddings", ctypes.POINTER(MatrixStruct)),
         ("member_heads", ctypes.POINTER(MatrixStruct)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("turned", "top_k", "routing", "members")),
+        *((name, ctypes.c_int32) for name in ("top_k", "routing", "members")),
         *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "jitter")),
         *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
     )
@@ -154,7 +155,7 @@ class Layer:
     """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
 
     Attributes:
-        attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm.
+        attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm; None for no norm.
         attention_norm_bias, mlp_norm_bias: Likewise, or None.
         query, key, value, output: Projections of attention. They and the norm are None where a mixer takes its place
             (:class:`Mixers`).
@@ -164,11 +165,14 @@ class Layer:
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
         query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``.
         whole_norms: They are ``[heads D]``, of all heads together.
-        unturned: Its queries and keys are not turned to their positions (SmolLM3's every fourth layer).
+        attention_after, mlp_after: RMSNorm weights ``[H]`` of what attention and MLP add to the hidden states, or None.
+        window: Positions that a token sees, itself the last of them; 0 for all.
+        rotary: Which of the decoder's rotary tables turns queries and keys to their positions; None leaves them as they
+            are (SmolLM3's every fourth layer).
     """
 
     attention_norm: Tensor | None
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     query: Matrix | None
     key: Matrix | None
     value: Matrix | None
@@ -185,8 +189,11 @@ class Layer:
     key_norm: Tensor | None = None
     attention_norm_bias: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
+    attention_after: Tensor | None = None
+    mlp_after: Tensor | None = None
     whole_norms: bool = False
-    unturned: bool = False
+    window: int = 0
+    rotary: int | None = 0
 
     def matrices(self) -> dict[str, Matrix]:
         """Its weights by name."""
@@ -205,12 +212,16 @@ class Layer:
         packed = {name: weight for name, weight in self.matrices().items() if not name.endswith("router")}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
-    def _struct(self, place: int) -> _Layer:
-        norms = (self.attention_norm, self.mlp_norm, self.attention_norm_bias, self.mlp_norm_bias)
+    def _struct(self, place: int, cosine: Tensor, sine: Tensor) -> _Layer:
+        norms = [field[0] for field in _Layer._fields_ if "norm" in field[0] or "after" in field[0]]
+        given = {name: getattr(self, name) for name in norms if name != "whole_norms"}
+        if self.rotary is not None:
+            given |= {"cosine": cosine[self.rotary], "sine": sine[self.rotary]}
         return _Layer(
-            *(None if n is None else n.data_ptr() for n in (*norms, self.query_norm, self.key_norm)),
+            **{name: t.data_ptr() for name, t in given.items() if t is not None},
             **{name: weight.struct() for name, weight in self.matrices().items()},
-            whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place, unturned=int(self.unturned),
+            whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place,
+            turned=0 if self.rotary is None else 2 * cosine.shape[-1], window=self.window,
         )  # fmt: skip
 
 
@@ -221,8 +232,8 @@ class Decoder:
     Attributes:
         layers: In order.
         final_norm, final_norm_bias: float32 ``[H]``, as norms of layers.
-        cosine, sine: Rotary tables float32 ``[positions, R / 2]``; the first R columns of a head are turned, usually
-            all, maybe none.
+        cosine, sine: Rotary tables float32 ``[tables, positions, R / 2]``; the first R columns of a head are turned,
+            usually all, maybe none.
         embedding, head: ``[V, H]``.
         heads, key_value_heads, head_dim: Of attention.
         epsilon: Of every norm.
@@ -261,21 +272,23 @@ class Decoder:
 
     def __post_init__(self) -> None:
         places = [sum(other.mixes == layer.mixes for other in self.layers[:i]) for i, layer in enumerate(self.layers)]
-        structs = (_Layer * len(self.layers))(*map(Layer._struct, self.layers, places))
+        structs = (_Layer * len(self.layers))(
+            *(layer._struct(place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
+        )
         embeddings, heads = (
             (MatrixStruct * len(side))(*(matrix.struct() for matrix in side)) if side else None
             for side in (self.member_embeddings, self.member_heads)
         )
         # C++ reads these at every step
         self._kept = (embeddings, heads)
-        given = (self.final_norm, self.final_norm_bias, self.cosine, self.sine)
+        given = (self.final_norm, self.final_norm_bias)
         model = _Model(
             structs, *(None if t is None else t.data_ptr() for t in given),
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
-            2 * self.cosine.shape[-1], self.top_k,
+            self.top_k,
             int(self.renormalize) if self.jitter is None else _SPARSEMIXER, len(self.member_heads),
             self.epsilon, self.attention_scale, self.jitter or 0.0, self.embedding_scale, self.residual_scale,
         )  # fmt: skip
@@ -304,7 +317,7 @@ class Decoder:
         return all(layer.takes_prompts for layer in self.layers)
 
     def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
-        """The same weights with other rotary tables, float32 ``[positions, R / 2]``."""
+        """The same weights with other rotary tables, float32 ``[tables, positions, R / 2]``."""
         return replace(self, cosine=cosine, sine=sine)
 
     def step_bytes(self, batch: int = 1) -> int:
@@ -444,7 +457,7 @@ def step(
     _check_mixers(decoder, mixers)
     if mixers is not None and len(set(slots.tolist())) < batch:
         raise ValueError(f"a recurrent state takes one token a step: sequences {slots.tolist()} repeat")
-    limit = min(cache.positions, decoder.cosine.shape[0])
+    limit = min(cache.positions, decoder.cosine.shape[1])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
     _check_numbers(decoder, tokens, planes)
@@ -495,7 +508,7 @@ def prompt(
         ValueError: A size is out of range.
         Exception: What ``reroute`` raised, after all layers; the positions in the cache are useless then.
     """
-    count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[0])
+    count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[1])
     if not decoder.takes_prompts:
         raise ValueError("prompts need packed weights in every layer")
     if count < 1 or start < 0 or start + count > limit or not 0 <= slot < cache.keys.shape[1]:

@@ -11,11 +11,11 @@ from typing import Any
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
-    "qwen2_moe", "phimoe",
+    "qwen2_moe", "phimoe", "olmo2", "olmo3",
 )  # fmt: skip
 STATES = ("mamba2",)
 HYBRIDS = ("bamba", "granitemoehybrid")
-# rotary tables that do not depend on the length of the sequence
+# rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
 ROTARY = ("default", "linear", "llama3", "yarn")
 
 
@@ -42,20 +42,53 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
 def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     if family == "phimoe" and config.get("num_experts_per_tok", 2) != 2:
         return f"sparsemixer chooses 2 experts, not {config['num_experts_per_tok']}"
+    if config.get("use_bidirectional_attention"):
+        return "tokens attend to later ones (use_bidirectional_attention)"
     if config.get("clip_qkv") is not None:
         return f"queries, keys and values are clipped at {config['clip_qkv']} (clip_qkv)"
     return None
 
 
+def reach(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a sequence may have in a native engine, None for any number.
+
+    A longer sequence takes another of longrope's tables for all its tokens.
+
+    Args:
+        config: Of a loaded text model.
+    """
+    limits = [
+        int(rotary.get("original_max_position_embeddings", config.get("original_max_position_embeddings")))
+        for rotary in _rotary(config)
+        if _kind(rotary) == "longrope" and not _fixed(config, rotary)
+    ]
+    return min(limits, default=None)
+
+
+def _rotary(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a config says about rotary embeddings, of each kind of layers where these differ."""
+    # files of transformers 4 have the second name
+    given: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return [part for part in given.values() if isinstance(part, Mapping)] or [given]
+
+
+def _kind(rotary: Mapping[str, Any]) -> str:
+    # older files say "type", and "su" of longrope
+    kind = str(rotary.get("rope_type", rotary.get("type", "default")))
+    return "longrope" if kind == "su" else kind
+
+
+def _fixed(config: Mapping[str, Any], rotary: Mapping[str, Any]) -> bool:
+    """Whether longrope does not depend on the length: transformers' Phi-MoE changes no more than a factor with it."""
+    return config.get("model_type") == "phimoe" and rotary.get("short_mscale") == rotary.get("long_mscale")
+
+
 def _decline_rotary(config: Mapping[str, Any]) -> str | None:
-    # files of transformers 4 have the second name, older ones "type"
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    # with the length transformers' Phi-MoE changes no more than the factor of its tables
-    fixed = config.get("model_type") == "phimoe" and rotary.get("short_mscale") == rotary.get("long_mscale")
-    if not (kind in ROTARY or (kind == "longrope" and fixed)):
-        return f"rotary embedding {kind!r} depends on the length"
-    part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if part != 1.0 and config.get("model_type") not in HYBRIDS:
-        return "a part of each head is not turned by its position (partial_rotary_factor)"
+    for rotary in _rotary(config):
+        kind = _kind(rotary)
+        if not (kind in ROTARY or kind == "longrope"):
+            return f"rotary embedding {kind!r} depends on the length"
+        part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+        if part != 1.0 and config.get("model_type") not in HYBRIDS:
+            return "a part of each head is not turned by its position (partial_rotary_factor)"
     return None

@@ -81,13 +81,14 @@ def assembled(
         bank: Any layer's experts, None without.
         family: Whether it is one.
     """
+    tables = 1 + max(layer.rotary or 0 for layer in layers)
     return native.Decoder(
         layers=layers,
         # what divides the logits divides what the head reads
         final_norm=norm_of(final) / getattr(config, "logits_scaling", 1.0),
         final_norm_bias=norm_of(final, "bias"),
-        cosine=torch.empty(0, 0),
-        sine=torch.empty(0, 0),
+        cosine=torch.empty(tables, 0, 0),
+        sine=torch.empty(tables, 0, 0),
         embedding=embeddings[0],
         head=heads[0],
         heads=config.num_attention_heads,
@@ -146,9 +147,37 @@ def norm_of(module: Any, name: str = "weight") -> Any:
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 
+def rotary_kinds(model: Any) -> Sequence[str | None]:
+    """Kinds of layers that have rotary tables of their own, in the order of the tables; None alone stands for all."""
+    kinds: Sequence[str] | None = getattr(model.base_model.rotary_emb, "layer_types", None)
+    return kinds or (None,)
+
+
+def window_of(config: Any, layer: int) -> int:
+    """Positions that a token of a layer sees, itself the last of them; 0 for all.
+
+    Args:
+        config: Of a text model. Families whose configs do not know windows ignore the key.
+        layer: Which one.
+    """
+    known = hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)
+    kinds = getattr(config, "layer_types", None)
+    if not known or (kinds is not None and kinds[layer] != "sliding_attention"):
+        return 0
+    return int(config.sliding_window or 0)
+
+
+def _norm(model: Any, name: str | None, part: str = "weight") -> Tensor | None:
+    """As :func:`norm_of`, of the norm with a name; None without one."""
+    return None if name is None else norm_of(model.get_submodule(name), part)
+
+
 def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
-    layer: Any = model.get_submodule(block.name)
-    attention, mlp = layer.self_attn, layer.mlp
+    first, second = block.sublayers
+    attention, mlp = model.get_submodule(first.module), model.get_submodule(second.module)
+    config: Any = model.config.get_text_config()
+    kinds = rotary_kinds(model)
+    rotary = 0 if len(kinds) == 1 else kinds.index(config.layer_types[block.index])
     query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None)) for name in "qk")
     beside: dict[str, matrix.Matrix] = {}
     if block.bank is None:
@@ -162,10 +191,12 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         router = matrix.dense(weight.detach())
         beside = _beside(model, block, members)
     return native.Layer(
-        attention_norm=norm_of(layer.input_layernorm),
-        mlp_norm=norm_of(layer.post_attention_layernorm),
-        attention_norm_bias=norm_of(layer.input_layernorm, "bias"),
-        mlp_norm_bias=norm_of(layer.post_attention_layernorm, "bias"),
+        attention_norm=_norm(model, first.pre_norm),
+        mlp_norm=_norm(model, second.pre_norm),
+        attention_norm_bias=_norm(model, first.pre_norm, "bias"),
+        mlp_norm_bias=_norm(model, second.pre_norm, "bias"),
+        attention_after=_norm(model, first.post_norm),
+        mlp_after=_norm(model, second.post_norm),
         query=linear_matrix(attention.q_proj, members),
         key=linear_matrix(attention.k_proj, members),
         value=linear_matrix(attention.v_proj, members),
@@ -177,7 +208,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         query_norm=query_norm,
         key_norm=key_norm,
         **beside,
-        unturned=not getattr(attention, "use_rope", True),
+        window=window_of(config, block.index),
+        rotary=rotary if getattr(attention, "use_rope", True) else None,
         whole_norms=query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     )
 

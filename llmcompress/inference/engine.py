@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
-from llmcompress.inference.coverage import FAMILIES, decline_config, decline_family
-from llmcompress.inference.decoder import decoder_of, members_of, screened
+from llmcompress.inference.coverage import FAMILIES, decline_config, decline_family, reach
+from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, screened
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
@@ -141,13 +141,10 @@ def _decline_tree(module: TreeLinear) -> str | None:
     return None
 
 
-def window(model: PreTrainedModel) -> int | None:
-    """Tokens after which attention forgets, None if it never does."""
+def longest(model: PreTrainedModel) -> int | None:
+    """Tokens that a sequence may have in the engine, None for any number (:func:`~.coverage.reach`)."""
     config: Any = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    size = getattr(config, "sliding_window", None)
-    sliding = not kinds or "sliding_attention" in kinds
-    return int(size) if size and sliding and getattr(config, "use_sliding_window", True) else None
+    return reach(config.to_dict())
 
 
 class Engine:
@@ -156,7 +153,8 @@ class Engine:
     Args:
         model: A causal language model for which :func:`decline` returns None.
         slots: Sequences in the cache; a step takes up to 8 of them.
-        positions: Tokens that a sequence may reach; the cache grows when :meth:`reserve` asks for more.
+        positions: Tokens that a sequence may reach, at most :func:`longest`; the cache grows when :meth:`reserve` asks
+            for more.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16``; float32 for a float32 model by default, else bfloat16.
         int8_activations: Round the inputs of all packed weights to 8 bits, 64 columns a scale: faster, not exact.
             Otherwise only those that the model itself rounds; others are taken as exactly as the model's own type holds
@@ -194,6 +192,7 @@ class Engine:
         refuse(self._declines(model))
         self.model = model
         self.threads = threads
+        self.longest = longest(model)
         self.planes = planes_of(model, int8_activations)
         self.members = members_of(model)
         self.cache_dtype = cache_dtype or (torch.float32 if model.dtype == torch.float32 else torch.bfloat16)
@@ -207,7 +206,7 @@ class Engine:
         self.lengths: list[int] = []
         self._owners: list[int] = []
         self.cache: native.Cache
-        self.reserve(positions, slots)
+        self.reserve(positions if self.longest is None else min(positions, self.longest), slots)
 
     _declines = staticmethod(decline)
 
@@ -233,10 +232,15 @@ class Engine:
             slots: Sequences.
 
         Raises:
-            InputError: No sequences.
+            InputError: No sequences, or some longer than :func:`longest` allows.
         """
         if slots < 1:
             raise InputError(f"{slots} sequences: the native engine takes one or more")
+        if self.longest is not None and positions > self.longest:
+            raise InputError(
+                f"the native engine takes sequences of this model up to {self.longest} tokens, not {positions}",
+                "use engine=transformers",
+            )
         if slots <= self.slots and positions <= self.cache.positions:
             return
         room, count = max(positions, self.cache.positions if self.slots else 0), max(slots, self.slots)
@@ -248,12 +252,16 @@ class Engine:
         self.decoder = self.decoder.with_rotary(*self._rotary(self.cache.positions))
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Tables float32 ``[positions, R / 2]`` of the R columns of a head that are turned."""
+        """Tables float32 ``[kinds, positions, R / 2]`` of the R columns of a head that are turned."""
         rotary: Any = self.model.base_model.rotary_emb
+        # the cache is rounded up
+        count = positions if self.longest is None else min(positions, self.longest)
+        given = (torch.empty(0, dtype=torch.float32), torch.arange(count).unsqueeze(0))
         with torch.inference_mode():
-            tables = rotary(torch.empty(0, dtype=torch.float32), torch.arange(positions).unsqueeze(0))
-        cosine, sine = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
-        return cosine, sine
+            tables = [rotary(*given, *(() if kind is None else (kind,))) for kind in rotary_kinds(self.model)]
+        cosine, sine = (torch.cat(parts) for parts in zip(*tables))
+        turned = cosine.shape[-1] // 2
+        return cosine[..., :turned].contiguous(), sine[..., :turned].contiguous()
 
     @property
     def piece(self) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import shared_prefix
-from llmcompress.inference.engine import window
+from llmcompress.inference.engine import longest
 from llmcompress.inference.native import NativeEngine, decline, open_engine
 
 if TYPE_CHECKING:
@@ -198,9 +198,9 @@ class Generator:
             raise InputError("a prompt has no tokens", "give a prompt with text")
         if streamer is not None and len(prompts) > 1:
             raise InputError(f"{len(prompts)} prompts cannot be streamed at once")
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
-        forgets = window(self.model)
-        if self._native is None or (forgets is not None and longest > forgets):
+        most = longest(self.model)
+        too_long = most is not None and max(map(len, prompts)) + sampling.max_new_tokens > most
+        if self._native is None or too_long:
             return [self._by_transformers(prompt, sampling, stop, streamer) for prompt in prompts]
         results: list[Continuation] = []
         most = self._native.max_batch
@@ -218,8 +218,9 @@ class Generator:
         streamer: Any,
     ) -> list[Continuation]:
         began = time.perf_counter()
-        room = max(map(len, prompts)) + how.max_new_tokens
-        engine.reserve(-(-room // TURNS) * TURNS if self._conversation else room, len(prompts))
+        room, most = max(map(len, prompts)) + how.max_new_tokens, longest(self.model)
+        turns = -(-room // TURNS) * TURNS if self._conversation else room
+        engine.reserve(turns if most is None else min(turns, most), len(prompts))
         draws = torch.Generator().manual_seed(how.seed)
         if streamer is not None:
             streamer.put(torch.tensor([list(prompts[0])]))

@@ -14,7 +14,7 @@ import torch
 from llmcompress_kernels.build import BuildError
 
 from llmcompress.inference.decoder import members_of
-from llmcompress.inference.engine import window
+from llmcompress.inference.engine import longest
 from llmcompress.inference.generate import without_own_settings
 from llmcompress.inference.native import NativeEngine, decline, open_engine, recurrent_model
 
@@ -58,7 +58,7 @@ class GreedyWriter:
 
     def ready(self, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Collection[int]) -> bool:
         """Whether :meth:`write` will write natively; the first call tries the engine out on these prompts."""
-        positions = max(map(len, prompts), default=0) + new_tokens
+        positions = max(map(len, prompts), default=0) + max(new_tokens, TRIAL_TOKENS)
         if self.reason is None:
             self.reason = _too_long(self.model, positions)
         if self.reason is None and self._engine is None and prompts:
@@ -116,9 +116,9 @@ class GreedyWriter:
 
 
 def _too_long(model: PreTrainedModel, positions: int) -> str | None:
-    forgets = window(model)
-    if forgets is not None and positions > forgets:
-        return f"{positions} tokens exceed the attention window of {forgets}"
+    most = longest(model)
+    if most is not None and positions > most:
+        return f"{positions} tokens exceed the {most} whose rotary tables the engine has"
     return None
 
 

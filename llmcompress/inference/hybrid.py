@@ -129,7 +129,7 @@ class HybridEngine(Engine):
         if getattr(self.model.base_model, "rotary_emb", None) is not None:
             return super()._rotary(positions)
         # no positions at all: nothing of a head is turned
-        return torch.empty(positions, 0), torch.empty(positions, 0)
+        return torch.empty(1, positions, 0), torch.empty(1, positions, 0)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Never possible: a state cannot be cut short."""

@@ -175,13 +175,13 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
     from llmcompress_kernels.build import BuildError
     from llmcompress_kernels.decode import MAX_BATCH
 
-    from llmcompress.inference.engine import window
+    from llmcompress.inference.engine import longest as longest_of
     from llmcompress.inference.native import decline, open_engine, recurrent_model
 
     reason = decline(model)
-    forgets = window(model)
-    if reason is None and forgets is not None and forgets < longest:
-        reason = f"attention forgets after {forgets} tokens"
+    most = longest_of(model)
+    if reason is None and most is not None and most < longest:
+        reason = f"rotary tables change after {most} tokens"
     if reason is not None:
         return None, reason
     # every place of a cache has room for the longest sequence: as many as the limit allows, at least one step's; states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -53,6 +53,17 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     # queries and keys normed over all heads
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
+    # norms after each sublayer and none before; queries and keys normed over all heads
+    "olmo2": {},
+    # and layers that see a window, with rotary tables of their own
+    "olmo3": {
+        "num_hidden_layers": 3, "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    },
 }  # fmt: skip
 
 
@@ -60,6 +71,12 @@ class Decoders:
     """Makes models; ``Decoders.packed`` rounds every quantizable weight to nearest."""
 
     families = tuple(_FAMILIES)
+    # for heads of eight columns; tables change with the length where the last two differ
+    longrope: ClassVar[dict[str, Any]] = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "short_mscale": 1.2, "long_mscale": 1.2,
+    }  # fmt: skip
 
     @staticmethod
     def dense(family: str, **changes: Any) -> Any:

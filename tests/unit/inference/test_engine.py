@@ -12,7 +12,8 @@ from llmcompress_kernels.reference.group_gemm import deinterleave
 
 from llmcompress.errors import InputError
 from llmcompress.inference.coverage import FAMILIES
-from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline, window
+from llmcompress.inference.engine import SHORT_PROMPT, Engine, decline
+from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
@@ -21,10 +22,6 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 
 # logits are of size 4; float32 sums in another order differ by a few units of the last place
 EXACT = 3e-5
-LONG_ROTARY = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
-    "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [2.0, 3.0, 4.0, 5.0], "short_mscale": 1.2, "long_mscale": 1.2,
-}  # fmt: skip
 # families whose routers decide
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
 
@@ -53,7 +50,7 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "olmoe", "qwen2_moe", "phimoe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "olmoe", "qwen2_moe", "phimoe", "olmo3"])
 def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits: int, symmetric: bool) -> None:
     model, tokens = decoders.packed(family, bits, symmetric=symmetric), ids[:24]
     expected = reference(model, tokens)
@@ -149,7 +146,7 @@ def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> No
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
-        for family in ("qwen3", "mixtral", "olmoe", "qwen2_moe", "phimoe"):
+        for family in ("qwen3", "mixtral", "olmoe", "qwen2_moe", "phimoe", "olmo3"):
             model, tokens = decoders.packed(family, 3), ids[:40]
             assert worst(Engine(model, positions=48, threads=2), tokens, reference(model, tokens), 34) < EXACT
     finally:
@@ -204,8 +201,6 @@ def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: 
     assert "do not begin at a word" in str(decline(decoders.packed("llama", 3, group_size=8)))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "dynamic" in str(decline(decoders.dense("llama", rope_parameters=dynamic)))
-    longer = {**LONG_ROTARY, "long_mscale": 1.3}
-    assert "longrope" in str(decline(decoders.dense("phimoe", rope_parameters=longer)))
     assert "sparsemixer" in str(decline(decoders.dense("phimoe", num_experts_per_tok=3)))
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "reference")
     model = decoders.dense("llama")
@@ -216,8 +211,24 @@ def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: 
 
 def test_longrope_of_one_factor(decoders: Any, ids: torch.Tensor) -> None:
     # transformers' Phi-MoE takes the short factors at any length, and scales tables by what does not change here
-    model, tokens = decoders.packed("phimoe", 4, rope_parameters=LONG_ROTARY), ids[:40]
+    model, tokens = decoders.packed("phimoe", 4, rope_parameters=decoders.longrope), ids[:40]
     assert worst(Engine(model, positions=48), tokens, reference(model, tokens), 9) < EXACT
+
+
+def test_longrope_up_to_where_its_tables_change(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("phimoe", 4, rope_parameters={**decoders.longrope, "long_mscale": 1.3})
+    engine = Engine(model)
+    assert engine.longest == 16
+    assert worst(engine, ids[:16], reference(model, ids[:16]), 9) < EXACT
+    with pytest.raises(InputError, match="up to 16 tokens, not 17"):
+        engine.reserve(17)
+    with pytest.raises(InputError, match="exceed"):
+        engine.prompt(0, ids[:17].tolist())
+    # what is longer goes through the modules
+    writers, how = [Generator(model, engine) for engine in ("auto", "transformers")], Sampling(6)
+    for count in (9, 10, 11):
+        own, theirs = (writer.generate([ids[:count].tolist()], how)[0].tokens for writer in writers)
+        assert own == theirs
 
 
 @pytest.mark.parametrize("jitter", [0.01, 0.3, 1.0])
@@ -239,9 +250,41 @@ def test_a_rounded_head_keeps_its_bias(decoders: Any, ids: torch.Tensor) -> None
     assert int(Engine(model, screen=True).greedy(tokens[:1])[0]) == int(expected[0].argmax())
 
 
-def test_sliding_window_is_noticed(decoders: Any) -> None:
-    assert window(decoders.dense("mistral")) is None
-    assert window(decoders.dense("mistral", sliding_window=64)) == 64
+# sliding windows of all layers, of some, and of a size that is a whole number of vectors
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 20},
+    "mixtral": {"sliding_window": 16},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 0},
+    "olmo3": {},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_layers_that_see_a_window(decoders: Any, ids: torch.Tensor, family: str, packed: bool, threads: int) -> None:
+    changes = WINDOWS[family]
+    model = decoders.packed(family, 4, **changes) if packed else decoders.dense(family, **changes)
+    expected = reference(model, ids[:220])
+    wide = {**changes, "sliding_window": 400}
+    other = decoders.packed(family, 4, **wide) if packed else decoders.dense(family, **wide)
+    assert (reference(other, ids[:220]) - expected).abs().max() > 100 * EXACT
+    engine = Engine(model, positions=224, threads=threads)
+    for prompt in (3, 60, 200):
+        assert worst(engine, ids[:220], expected, prompt) < EXACT
+
+
+def test_windows_in_one_step(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("olmo3", 4)
+    lengths = (3, 40, 17, 8, 25)
+    engine = Engine(model, slots=5, positions=64, threads=2)
+    for slot, length in enumerate(lengths):
+        engine.prompt(slot, ids[slot : slot + length].tolist())
+    for more in range(3):
+        found = engine.step(torch.stack([ids[slot + length + more] for slot, length in enumerate(lengths)]))
+        for slot, length in enumerate(lengths):
+            assert (found[slot] - reference(model, ids[slot : slot + length + more + 1])[-1]).abs().max() < EXACT
 
 
 def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:

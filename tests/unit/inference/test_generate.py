@@ -139,7 +139,7 @@ def test_falls_back_with_a_reason(decoders: Any) -> None:
 
 
 @needs_native
-def test_short_sliding_windows_go_to_transformers(decoders: Any) -> None:
+def test_sequences_longer_than_a_window(decoders: Any) -> None:
     model = decoders.dense("mistral", sliding_window=16)
     both = [Generator(model, name).generate([[5, 6]], Sampling(30))[0].tokens for name in ("auto", "transformers")]
     assert both[0] == both[1]

@@ -85,10 +85,11 @@ def test_logits_closer_than_rounding_may_go_either_way(decoders, prompts):
 
 
 def test_reasons_of_what_is_declined(decoders, prompts, monkeypatch):
-    writer = GreedyWriter(decoders.dense("mistral", sliding_window=30))
+    longrope = {**decoders.longrope, "original_max_position_embeddings": 30, "long_mscale": 1.3}
+    writer = GreedyWriter(decoders.dense("phimoe", rope_parameters=longrope))
     assert writer.write(prompts[:2], NEW, {2}) is not None
     assert writer.write(prompts, NEW, {2}) is None
-    assert writer.reason == f"{40 + NEW} tokens exceed the attention window of 30"
+    assert writer.reason == f"{40 + NEW} tokens exceed the 30 whose rotary tables the engine has"
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "reference")
     writer = GreedyWriter(decoders.dense("llama"))
     assert writer.write(prompts, NEW, {2}) is None

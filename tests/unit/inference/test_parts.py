@@ -37,7 +37,7 @@ def in_parts(engine: Any, slot: int, tokens: list[int], cuts: tuple[int, ...]) -
 @needs_native
 @pytest.mark.parametrize("cuts", PARTS)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo3"])
 def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
     decoders: Any, ids: torch.Tensor, family: str, threads: int, cuts: tuple[int, ...]
 ) -> None:
@@ -51,7 +51,7 @@ def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
 
 @needs_native
 @pytest.mark.parametrize("cuts", PARTS)
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo3"])
 def test_parts_of_a_dense_prompt_give_its_logits(
     decoders: Any, ids: torch.Tensor, family: str, cuts: tuple[int, ...]
 ) -> None:
@@ -65,8 +65,9 @@ def test_parts_of_a_dense_prompt_give_its_logits(
 
 @needs_native
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_sequence_begins_with_anothers_tokens(decoders: Any, ids: torch.Tensor, packed: bool) -> None:
-    model = decoders.packed("llama", 4) if packed else decoders.dense("llama")
+@pytest.mark.parametrize("family", ["llama", "olmo3"])
+def test_a_sequence_begins_with_anothers_tokens(decoders: Any, ids: torch.Tensor, family: str, packed: bool) -> None:
+    model = decoders.packed(family, 4) if packed else decoders.dense(family)
     engine, tokens = Engine(model, slots=3, positions=96), ids[:80].tolist()
     engine.prompt(0, [*tokens[:50], 7, 8, 9])
     engine.step(torch.tensor([11]), [0])

@@ -76,12 +76,12 @@ inline void value_pair(const uint16_t* values, const float* weights, int64_t str
 }
 
 // Positions [first, last) for G query heads; with LATER those of G tokens in a row, of which each but the last sees one
-// position less than the next. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
+// position less than the next, and none more than `window`. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
 template <class T, int G, int LATER = 0>
 void attend(const T* keys, const T* values, const float* queries, int dim, int64_t first, int64_t last, float* weights,
-            int64_t stride, float* out) {
+            int64_t stride, float* out, int64_t window = INT64_MAX) {
     const int width = padded_dim(dim), part = PART_HEAD + width;
-    const int64_t begin = first / LANES * LANES;
+    const int64_t begin = first / LANES * LANES, since = LATER ? std::max(first, last - window) : first;
     const int count = (int)(last - first), skip = (int)(first - begin);
     const F16 lowest = spread(LOWEST);
     F16 peak[G];
@@ -89,10 +89,12 @@ void attend(const T* keys, const T* values, const float* queries, int dim, int64
     for (int64_t p = begin; p < last; p += LANES) {
         F16 scores[G];
         score_block<T, G>(keys + p * width, queries, dim, width, scores);
-        if (p < first || p + LANES > last - (G - 1) * LATER)
-            for (int g = 0; g < G; ++g)
+        if (p < since || p + LANES > last - (G - 1) * LATER)
+            for (int g = 0; g < G; ++g) {
+                const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - window) : first;
                 for (int i = 0; i < LANES; ++i)
-                    if (p + i < first || p + i >= last - (G - 1 - g) * LATER) scores[g][i] = LOWEST;
+                    if (p + i < start || p + i >= end) scores[g][i] = LOWEST;
+            }
         for (int g = 0; g < G; ++g) {
             peak[g] = maximum(peak[g], scores[g]);
             store(weights + g * stride + (p - begin), scores[g]);
@@ -193,14 +195,14 @@ struct Heads {
     const float* norms;  // [D] of each head alone, [count, D] of all together, or null
     int64_t count;
     bool together;
-    int turned;  // columns that their position turns
+    const Layer& layer;
 };
 
 // In a family with the norms of `member`.
 inline Heads heads_of(const Model& m, const Layer& l, const float* rows, const float* norms, int64_t count, int64_t member) {
     const bool together = l.whole_norms != 0;
     return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, together,
-            l.unturned != 0 ? 0 : m.turned};
+            l};
 }
 inline Heads query_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
     return heads_of(m, l, rows, l.query_norm, m.heads, member);
@@ -221,8 +223,14 @@ inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position,
         for (int i = 0; i < dim; ++i) normed[i] = weight[i] * (row[i] * factor);
         row = normed;
     }
-    const int64_t at = position * (m.turned / 2);
-    rotate(row, m.cosine + at, m.sine + at, dim, h.turned, scale, to);
+    const Layer& l = h.layer;
+    const int64_t at = position * (l.turned / 2);
+    rotate(row, l.cosine + at, l.sine + at, dim, l.turned, scale, to);
+}
+
+// The first position that the last of so many tokens sees.
+inline int64_t seen_from(const Layer& l, int64_t tokens) {
+    return l.window > 0 ? std::max<int64_t>(0, tokens - l.window) : 0;
 }
 
 // Where a head of a sequence begins in the cache.

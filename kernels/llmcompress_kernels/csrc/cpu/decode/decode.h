@@ -69,12 +69,16 @@ enum Routing : int32_t { SOFTMAX = 0, SOFTMAX_OF_CHOSEN = 1, SPARSEMIXER = 2 };
 
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
-    const float* attention_norm;  // [H]
-    const float* mlp_norm;        // [H]
+    const float* attention_norm;  // [H] or null
+    const float* mlp_norm;        // [H] or null
     const float* attention_norm_bias;  // [H] or null
     const float* mlp_norm_bias;        // [H] or null
+    const float* attention_after;  // [H], RMSNorm of what attention adds to the hidden states, or null
+    const float* mlp_after;        // likewise of the MLP
     const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
     const float* key_norm;        // likewise
+    const float* cosine;          // [positions, turned / 2]
+    const float* sine;            // likewise
     Matrix query, key, value, output;
     Matrix gate, up, down;  // the gated MLP, or the experts where `router` is present
     Matrix router;          // [E, H], dense, or ABSENT
@@ -83,15 +87,14 @@ struct Layer {
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
     int32_t mixes;          // whether a mixer stands in the place of attention, whose norm and projections are not there then
     int32_t place;          // number among the layers with attention, or among those with mixers
-    int32_t unturned;       // whether its queries and keys are left as they are, not turned to their positions
+    int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
+    int32_t window;         // positions that a token sees, itself the last of them; 0 for all
 };
 
 struct Model {
     const Layer* layers;
     const float* final_norm;  // [H]
     const float* final_norm_bias;  // [H] or null
-    const float* cosine;      // [positions, turned / 2]
-    const float* sine;        // [positions, turned / 2]
     Matrix embedding;         // [V, H], no TREE
     Matrix head;              // [V, H]
     Matrix screen;            // the head rounded to 8 bits, to find which rows can hold the largest logit, or ABSENT
@@ -99,7 +102,6 @@ struct Model {
     const Matrix* member_embeddings;  // of a family, or null
     const Matrix* member_heads;
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
-    int32_t turned;  // columns of a head that are turned by position, even: the first ones
     int32_t top_k, routing, members;
     float epsilon, attention_scale;
     float jitter;  // of SPARSEMIXER

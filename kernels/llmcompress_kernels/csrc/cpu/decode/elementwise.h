@@ -48,10 +48,20 @@ inline void norm(const float* x, const float* weight, const float* bias, int n, 
     for (i = 0; i < n; ++i) out[i] = weight[i] * (out[i] * factor) + bias[i];
 }
 
-// Of a row of hidden states, with the weights of `member` in a family.
+// Of a row of hidden states, with the weights of `member` in a family; without weights the row itself.
 inline void norm(const Model& m, const float* x, const float* weight, const float* bias, int64_t member, float* out) {
     const int64_t at = member * m.hidden;
+    if (weight == nullptr) {
+        std::copy_n(x, m.hidden, out);
+        return;
+    }
     norm(x, weight + at, bias == nullptr ? nullptr : bias + at, m.hidden, m.epsilon, out);
+}
+
+// Add what a sublayer says to a row of hidden states, normed before where `after` has weights; `delta` may be changed.
+inline void add_to(const Model& m, float* delta, const float* after, int64_t member, float* hidden) {
+    if (after != nullptr) norm(m, delta, after, nullptr, member, delta);
+    for (int i = 0; i < m.hidden; ++i) hidden[i] += m.residual_scale * delta[i];
 }
 
 inline float sigmoid(float x) { return 1.f / (std::exp(-x) + 1.f); }

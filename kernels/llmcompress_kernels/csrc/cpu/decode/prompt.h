@@ -46,9 +46,9 @@ class PromptWorker {
         took(NORM);
         for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
         if (thread_ != 0) return;
-        const int64_t last = (p_.count - 1) * m_.hidden;
-        for (int i = 0; i < m_.hidden; ++i)
-            p_.hidden[i] = room_.hidden[size_t(last + i)] + m_.residual_scale * room_.delta[size_t(last + i)];
+        first_ = 0;
+        add_delta(p_.count - 1, after_layer(m_.layer_count - 1));
+        std::copy_n(hidden(p_.count - 1), m_.hidden, p_.hidden);
     }
 
   private:
@@ -112,7 +112,7 @@ class PromptWorker {
     void mixer(int32_t layer, int index) {
         pieces([&] {
             each(blocks(), [&](int64_t b) {
-                for (int64_t t = begin(b); index > 0 && t < end(b); ++t) add_delta(t);
+                for (int64_t t = begin(b); index > 0 && t < end(b); ++t) add_delta(t, after_layer(index - 1));
             });
         });
         const BoundMixers& x = *p_.mixers;
@@ -124,7 +124,7 @@ class PromptWorker {
     void mix(const LayerOperands& o, int index) {
         project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
                 normed(0), QKV, [&](int64_t t) {
-                    if (index > 0) add_delta(t);
+                    if (index > 0) add_delta(t, after_layer(index - 1));
                     norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
                 });
         attention(o.l, o.l.place);
@@ -133,7 +133,7 @@ class PromptWorker {
 
     void gated_mlp(const LayerOperands& o) {
         project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, [&](int64_t t) {
-            add_delta(t);
+            add_delta(t, o.l.attention_after);
             norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
         });
         open_gates(o.gate.m.rows, o.down);
@@ -145,11 +145,9 @@ class PromptWorker {
                 [&](int64_t t) { open_gate(room_.gate.data() + t * width, room_.up.data() + t * width, width); });
     }
 
-    void add_delta(int64_t t) {
-        const float* from = delta(t);
-        float* to = hidden(t);
-        for (int i = 0; i < m_.hidden; ++i) to[i] += m_.residual_scale * from[i];
-    }
+    const float* after_layer(int index) const { return e_.layers[size_t(index)].l.mlp_after; }
+
+    void add_delta(int64_t t, const float* after) { add_to(m_, delta(t), after, p_.member, hidden(t)); }
 
     void norm_hidden(int64_t t, const float* weight, const float* bias) {
         norm(m_, hidden(t), weight, bias, p_.member, normed(t));
@@ -292,7 +290,7 @@ class PromptWorker {
         const int64_t count = o.router.m.rows, k = m_.top_k;
         each(blocks(), [&](int64_t b) {
             for (int64_t t = begin(b); t < end(b); ++t) {
-                add_delta(t);
+                add_delta(t, o.l.attention_after);
                 norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
             }
             Input in(scratch_, p_.planes);
@@ -408,7 +406,8 @@ class PromptWorker {
         for (int g = 0; g < G; ++g)
             turn(m_, query_heads(m_, l, room_.query.data() + (t + g) * m_.heads * dim, p_.member), head, position(t) + g,
                  m_.attention_scale, queries_.data() + g * width);
-        attend<T, G, 1>(keys, values, queries_.data(), dim, 0, seen, weights_.data(), padded(seen) + 2 * LANES, parts_.data());
+        attend<T, G, 1>(keys, values, queries_.data(), dim, seen_from(l, seen - G + 1), seen, weights_.data(),
+                        padded(seen) + 2 * LANES, parts_.data(), l.window > 0 ? l.window : INT64_MAX);
         for (int g = 0; g < G; ++g)
             combine(parts_.data() + g * part, 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);
     }

@@ -71,9 +71,13 @@ class Worker {
         took(NORM);
     }
 
-    void add_delta() {
-        for (int64_t i = 0; i < s_.batch * int64_t(m_.hidden); ++i)
-            own_.hidden[size_t(i)] += m_.residual_scale * sh_.delta[size_t(i)];
+    // What a sublayer says, which other threads read too, through a norm where there are weights for it.
+    void add_delta(const float* after = nullptr) {
+        for (int b = 0; b < s_.batch; ++b) {
+            float* delta = sh_.delta.data() + b * int64_t(m_.hidden);
+            if (after != nullptr) delta = std::copy_n(delta, m_.hidden, own_.normed.data()) - m_.hidden;
+            add_to(m_, delta, after, member(b), own_.hidden.data() + b * int64_t(m_.hidden));
+        }
     }
 
     void mix(int32_t layer) {
@@ -121,7 +125,7 @@ class Worker {
         multiply(o.output, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
         took(OUTPUT);
         wait();
-        add_delta();
+        add_delta(o.l.attention_after);
     }
 
     void append(const Layer& l, int layer, int b, int head) {
@@ -137,9 +141,9 @@ class Worker {
         const int dim = m_.head_dim, width = padded_dim(dim), group = m_.heads / m_.key_value_heads;
         const int64_t base = head_base(m_, c_, layer, s_.slots[b], head), length = s_.positions[b] + 1;
         // chunks begin at whole vectors of positions
-        const int64_t vectors = row_blocks(length);
-        const int64_t first = vectors * chunk / sh_.chunks * LANES;
-        const int64_t last = std::min(length, vectors * (chunk + 1) / sh_.chunks * LANES);
+        const int64_t from = seen_from(l, length), begin = from / LANES, vectors = row_blocks(length) - begin;
+        const int64_t first = std::max(from, (begin + vectors * chunk / sh_.chunks) * LANES);
+        const int64_t last = std::min(length, (begin + vectors * (chunk + 1) / sh_.chunks) * LANES);
         const int part = PART_HEAD + width;
         float* out = sh_.parts.data() + ((int64_t(b) * sh_.chunks + chunk) * m_.heads + int64_t(head) * group) * part;
         if (first >= last) {
@@ -177,7 +181,7 @@ class Worker {
         multiply(o.down, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
         took(DOWN);
         wait();
-        add_delta();
+        add_delta(o.l.mlp_after);
     }
 
     void experts(const LayerOperands& o) {
@@ -221,7 +225,7 @@ class Worker {
         });
         took(DOWN);
         wait();
-        add_delta();
+        add_delta(o.l.mlp_after);
     }
 
     // What the MLP beside the experts has before its last projection, and its share.
