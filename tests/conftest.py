@@ -35,6 +35,21 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "deepseek_v3": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
                     "routed_scaling_factor": 2.5},
+    "glm4_moe_lite": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "head_dim": None},
+    "qwen3_next": {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+                   "num_experts": 8, "num_experts_per_tok": 3, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                   "layer_types": ["linear_attention", "full_attention"]},
+    "minimax_m2": {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "rotary_dim": 4},
+    "ernie4_5_moe": {"intermediate_size": 48, "moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3,
+                     "moe_num_shared_experts": 1},
+    "hunyuan_v1_moe": {"intermediate_size": 16, "num_experts": 8, "moe_topk": 3},
+    "granitemoeshared": {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 3,
+                         "shared_intermediate_size": 24, "residual_multiplier": 0.6, "head_dim": None},
+    "lfm2_moe": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3,
+                 "num_dense_layers": 1, "routed_scaling_factor": 1.5, "head_dim": None,
+                 "layer_types": ["conv", "full_attention"]},
+    "flex_olmo": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": None},
     "gpt_oss": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 16,
                 "layer_types": ["full_attention", "full_attention"]},
 }  # fmt: skip
@@ -99,9 +114,9 @@ class TinyModels:
                     parameter.normal_(0, 0.3 if "embed" in name else gain * parameter.shape[-1] ** -0.5)
                 elif "norm" not in name:
                     parameter.normal_(0, 0.1)
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.normal_(0, 0.1)
+            for name, tensor in model.state_dict().items():
+                if name.endswith(("e_score_correction_bias", "expert_bias")):
+                    tensor.normal_(0, 0.1)
         return model
 
     @classmethod

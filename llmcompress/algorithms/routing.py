@@ -27,10 +27,11 @@ class RouterRule:
             or ``sparsemixer`` (Phi-MoE).
         renormalizes: Whether the chosen weights are divided by their sum.
         scale: Constant that multiplies the weights.
-        correction: float ``[N]`` added to the sigmoid scores for the choice only.
+        correction: float ``[N]`` added to sigmoid or softmax for the choice only.
         groups: Number of expert groups; 1 means no group limit.
         top_groups: Groups a token may choose from.
         jitter: Phi-MoE's jitter, which sets how far its sparse softmax reaches.
+        floor: Added to the sum by which weights are divided.
     """
 
     top_k: int
@@ -41,16 +42,18 @@ class RouterRule:
     groups: int = 1
     top_groups: int = 1
     jitter: float = PHI_JITTER
+    floor: float = 1e-20
 
     @classmethod
-    def of(cls, router: Any, view: Any, top_k: int) -> RouterRule:
+    def of(cls, router: Any, view: Any, top_k: int, correction: Tensor | None = None) -> RouterRule:
         """Read the rule of a transformers router module.
 
         Args:
-            router: The module; ``num_group``, ``topk_group``, ``topk_method``,
-                ``e_score_correction_bias`` and ``router_jitter_noise`` are used where they exist.
-            view: The layout's ``RouterView`` (``kind``, ``renormalizes``, ``scale``).
+            router: The module; ``num_group``, ``topk_group``, ``topk_method`` and ``router_jitter_noise`` are used
+                where they exist.
+            view: The layout's ``RouterView`` (``kind``, ``renormalizes``, ``scale``, ``floor``).
             top_k: Experts per token.
+            correction: float ``[N]``, see above.
         """
         sigmoid = view.kind == "sigmoid_group_topk"
         grouped = sigmoid or getattr(router, "topk_method", "greedy") == "group_limited_greedy"
@@ -60,10 +63,11 @@ class RouterRule:
             kind=view.kind,
             renormalizes=view.renormalizes,
             scale=float(view.scale),
-            correction=getattr(router, "e_score_correction_bias", None) if sigmoid else None,
+            correction=correction,
             groups=groups,
             top_groups=int(getattr(router, "topk_group", 1) or 1) if groups > 1 else 1,
             jitter=float(getattr(router, "router_jitter_noise", PHI_JITTER)),
+            floor=float(view.floor),
         )
 
     @property
@@ -73,9 +77,12 @@ class RouterRule:
 
     def scores(self, logits: Tensor) -> Tensor:
         """What experts are ranked by, float32 ``[T, N]``; no group limit."""
-        if self.kind != "sigmoid_group_topk":
+        if self.kind == "sigmoid_group_topk":
+            scores = logits.float().sigmoid()
+        elif self.correction is None:
             return logits.float()
-        scores = logits.float().sigmoid()
+        else:
+            scores = logits.float().softmax(-1)
         return scores if self.correction is None else scores + self.correction.float()
 
     def select(self, logits: Tensor, banned: Tensor | None = None) -> Tensor:
@@ -88,9 +95,10 @@ class RouterRule:
         Returns:
             int64 ``[T, k]``, best first.
         """
-        scores = self.scores(logits)
-        if banned is not None:
-            scores = scores.masked_fill(banned, -math.inf)
+        if banned is None:
+            scores = self.scores(logits)
+        else:
+            scores = self.scores(logits.float().masked_fill(banned, -math.inf)).masked_fill(banned, -math.inf)
         if self.groups > 1:
             by_group = scores.unflatten(-1, (self.groups, -1))
             sigmoid = self.kind == "sigmoid_group_topk"
@@ -119,7 +127,7 @@ class RouterRule:
         dense = logits.sigmoid() if self.kind == "sigmoid_group_topk" else logits.softmax(-1)
         weights = dense.gather(-1, index)
         if self.renormalizes:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+            weights = weights / (weights.sum(-1, keepdim=True) + self.floor)
         return weights * self.scale
 
     def _sparsemixer(self, logits: Tensor, index: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.expert_shift import ShiftTally, tokens_per_expert
 from llmcompress.algorithms.router_calibration import RouterUpdate
-from llmcompress.algorithms.routing import RouterRule
 from llmcompress.evaluation.batching import automatic_batch
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+from llmcompress.models.router import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,19 +88,19 @@ class ShiftRecorder:
     def __init__(self) -> None:
         self._reference: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def observe(self, block: Block, router: nn.Module, x: Tensor) -> None:
+    def observe(self, block: Block, router: Router, x: Tensor) -> None:
         """Remember what the full-precision stream's router chose on ``x [T, H]``."""
         logits, _, chosen = router(x)
         self._reference[block.index] = (logits.float(), chosen)
 
-    def calibrate(self, block: Block, router: nn.Module, x_hat: Tensor) -> RouterUpdate:
+    def calibrate(self, block: Block, router: Router, x_hat: Tensor) -> RouterUpdate:
         """Compare with the choice on the quantized stream's ``x_hat [T, H]``; the router stays."""
         assert block.bank is not None
         logits, reference = self._reference.pop(block.index)
         logits_hat, _, chosen = router(x_hat)
         k = block.bank.top_k
         tally = ShiftTally(k, cover=(min(block.bank.num_experts, 2 * k),))
-        scores = RouterRule.of(router, block.bank.router, k).scores(logits_hat)
+        scores = router.rule(k).scores(logits_hat)
         tally.add(reference, chosen, logits, logits_hat.float(), scores)
         return RouterUpdate(record={"before": tally.rates()})
 
@@ -129,7 +129,7 @@ def measure_shift(
     """
     banks = moe_blocks(layout)
     tallies = {k.index: ShiftTally(b.top_k, cover=(min(b.num_experts, 2 * b.top_k),)) for k, b in banks}
-    rules = {k.index: RouterRule.of(compressed.get_submodule(b.router.module), b.router, b.top_k) for k, b in banks}
+    rules = {k.index: Router(compressed, b.router).rule(b.top_k) for k, b in banks}
     loads = {k.index: (_zeros(b), _zeros(b)) for k, b in banks}
     for ids in tokens.split(batch or _batch(dense, tokens)):
         with recorded(dense, banks) as reference:

@@ -245,7 +245,7 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
             targets.setdefault(scheme, []).append(pattern)
     for block in layout.blocks:
         if block.bank is not None:
-            ignore.append(layout.disk.name(block.bank.router.module + ".weight").removesuffix(".weight"))
+            ignore.append(layout.disk.name(block.bank.router.weight).removesuffix(".weight"))
     groups = {
         f"group_{index}": {
             "targets": patterns,

@@ -285,8 +285,7 @@ def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, to
         raise InputError(f"{name}: the installed transformers has no such tensor in {type(model).__name__}") from error
     if place.shape != tensor.shape:
         raise InputError(f"{name}: shape {list(tensor.shape)} where {list(place.shape)} is needed")
-    parts = name.split(".")
-    dtype = next((kept for part, kept in (dtype_plan or {}).items() if part in parts), place.dtype)
+    dtype = next((kept for part, kept in (dtype_plan or {}).items() if f".{part}." in f".{name}."), place.dtype)
     _put(owner, key, tensor.to(dtype))
 
 

@@ -15,7 +15,10 @@ from typing import Literal
 
 
 class Role(StrEnum):
-    """What a weight does in its block; recipes may select by role."""
+    """What a weight does in its block; recipes may select by role.
+
+    ``ssm`` are mixers of tokens that are not attention: state spaces, gated delta rules and short convolutions.
+    """
 
     ATTENTION = "attention"
     MLP = "mlp"
@@ -72,13 +75,17 @@ class RouterView:
     """The router of an expert bank.
 
     Attributes:
-        module: Run-time module name; its parameter ``weight`` is ``[E, H]``.
+        module: Run-time module name.
         kind: How logits become weights. ``softmax_topk``: softmax over all, then top-k.
             ``sigmoid_group_topk``: DeepSeek-V3. ``topk_softmax``: softmax over the chosen k
             (gpt_oss). ``sparsemixer``: Phi-MoE.
         renormalizes: Whether the weights of the chosen experts are divided by their sum.
         bias: Whether the router has a trained bias.
         scale: Constant that multiplies the final weights.
+        correction: Run-time name of a tensor of E values that is added to softmax or sigmoid for the choice of experts
+            and not for their weights, None without one. Where it lies outside ``module`` it is an argument of that.
+        matrix: Name in ``module`` of the weight ``[E, H]``.
+        floor: Added to the sum by which weights are divided.
     """
 
     module: str
@@ -86,6 +93,19 @@ class RouterView:
     renormalizes: bool
     bias: bool = False
     scale: float = 1.0
+    correction: str | None = None
+    matrix: str = "weight"
+    floor: float = 1e-20
+
+    @property
+    def weight(self) -> str:
+        """Run-time name of the weight ``[E, H]``."""
+        return f"{self.module}.{self.matrix}"
+
+    @property
+    def handed(self) -> bool:
+        """Whether the module gets the correction as a second argument."""
+        return self.correction is not None and not self.correction.startswith(f"{self.module}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +243,7 @@ class Sublayer:
         groups: Quantizable linears in calibration order; for ``moe`` those of the shared experts. Without a group
             ``last`` the module's output projection belongs to an earlier block, see :class:`Loan`.
         experts: The expert bank of a ``moe`` sublayer.
-        scan: The scan of an ``ssm`` sublayer.
+        scan: The scan of an ``ssm`` sublayer, None where its mixer is no state space (gated delta rule, convolution).
         parallel: Reads the hidden states that the sublayer before it read, not the ones it wrote.
         input_scale: Constant that multiplies the normed input.
         output_scale: Constant that multiplies the output before the residual add.

@@ -19,6 +19,7 @@ from llmcompress.models.alignment import CACHE_LINE, aligned
 from llmcompress.models.capture import Routing, constant, down, first_output, gated, replaced_forward
 from llmcompress.models.group_steps import GroupSteps, Moments
 from llmcompress.models.memory_limits import FORCED_TOKENS
+from llmcompress.models.router import Router
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import Block, ExpertBank, Sublayer
@@ -47,7 +48,7 @@ class MoeStep:
         self.hidden = hidden
         self.module = walker.model.get_submodule(sublayer.module)
         self.experts = walker.model.get_submodule(self.bank.module)
-        self.router = walker.model.get_submodule(self.bank.router.module)
+        self.router = Router(walker.model, self.bank.router)
         # all tokens' inputs in one tensor, because experts pick rows from all batches
         self.x = self._inputs(source)
         # what the experts read, which is narrower in some families
@@ -75,7 +76,7 @@ class MoeStep:
         for rows, said in zip(self.walker.batches, self._router_said):
             span = self._span(rows)
             with ExitStack() as stack:
-                stack.enter_context(replaced_forward(self.router, partial(constant, said)))
+                stack.enter_context(replaced_forward(self.router.module, partial(constant, said)))
                 stack.enter_context(replaced_forward(self.experts, partial(constant, mixed[span])))
                 for module, outputs in shared:
                     stack.enter_context(replaced_forward(module, partial(_rows_like, outputs[span])))
@@ -130,7 +131,7 @@ class MoeStep:
         for rows in self.walker.batches:
             said = self.router(self.x[self._span(rows)])
             self._router_said.append(said)
-            _, weights, index = said[:3]
+            _, weights, index = said
             routed[self.walker.shard_of(rows)].append((index, weights))
             self.walker.cache.drop(self.x)
         found = []

@@ -5,19 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.families import (
     deepseek,
     dense,
+    ernie,
     glm_moe,
     gpt_oss,
+    granite_moe,
+    hunyuan,
     hybrids,
+    lfm2,
     mamba,
+    minimax,
     mixtral,
     nemotron,
     qwen_moe,
+    qwen_next,
     zamba,
 )
 from llmcompress.models.families.parts import Family
@@ -30,7 +39,8 @@ _STATE_SPACE_KEYS = ("state_size", "ssm_state_size", "mamba_d_state", "d_state",
 
 @cache
 def _table() -> dict[str, Family]:
-    modules = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, mamba, hybrids, nemotron, zamba, dense)
+    experts = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, minimax, ernie, hunyuan, granite_moe)
+    modules = (*experts, qwen_next, lfm2, mamba, hybrids, nemotron, zamba, dense)
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 
 
@@ -49,7 +59,8 @@ def layout_from_config(config: Mapping[str, Any]) -> ModelLayout:
         Blocks, linears, expert banks and dense tensors under transformers' run-time names.
 
     Raises:
-        InputError: The model type is not supported, or a value of the config is wrong.
+        InputError: The model type is not supported, here or by the installed transformers, or a value of the config is
+            wrong.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -59,7 +70,26 @@ def layout_from_config(config: Mapping[str, Any]) -> ModelLayout:
         family = _from_plugins(model_type)
     if family is None:
         raise _refusal(model_type, config)
+    _require_model(family)
     return family.layout(config)
+
+
+def _require_model(family: Family) -> None:
+    """Refuse a family whose model the installed transformers does not have; found out without importing it."""
+    folder = _models_folder()
+    if folder is not None and not (folder / (family.package or family.model_type)).is_dir():
+        raise InputError(
+            f"model type {family.model_type!r} is not in the installed transformers {version('transformers')}",
+            "upgrade it: pip install -U transformers",
+        )
+
+
+@cache
+def _models_folder() -> Path | None:
+    """Where transformers keeps its models, None where it is not installed as files."""
+    spec = find_spec("transformers")
+    folders = [Path(place) / "models" for place in (spec.submodule_search_locations or ())] if spec is not None else []
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _from_plugins(model_type: str) -> Family | None:

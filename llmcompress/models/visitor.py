@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from llmcompress.models.capture import Routing
     from llmcompress.models.layout import ExpertBank, LinearGroup, Sublayer
+    from llmcompress.models.router import Router
 
 
 class Visitor(Protocol):
@@ -27,7 +28,7 @@ class Visitor(Protocol):
     def linears(self, group: LinearGroup, gram: Any) -> None:
         """A group of linears is about to be used; ``gram`` is None unless wanted, ``Moments`` of a sharded walk."""
 
-    def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
+    def router(self, bank: ExpertBank, router: Router, x: Tensor) -> None:
         """A router is about to be used on ``x [T, H]``."""
 
     def routed(self, bank: ExpertBank, counts: list[int]) -> None:

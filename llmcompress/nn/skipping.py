@@ -33,6 +33,7 @@ from llmcompress.algorithms.expert_skipping import (
 from llmcompress.algorithms.routing import RouterRule
 from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout
+from llmcompress.models.router import Router
 
 IMPLEMENTATION = "llmcompress"
 COUNTERS = ("slots", "slots_dropped", "experts_used", "experts_skipped", "tokens", "tokens_without_expert")
@@ -174,8 +175,8 @@ class SkippingController:
         self._use_sentinel_experts()
 
     def _hook_layer(self, block: str, bank: ExpertBank) -> _LayerState:
-        router = self._model.get_submodule(bank.router.module)
-        layer = _LayerState(bank, RouterRule.of(router, bank.router, bank.top_k))
+        router = Router(self._model, bank.router)
+        layer = _LayerState(bank, router.rule(bank.top_k))
 
         def enter(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -185,7 +186,7 @@ class SkippingController:
             return self._rewrite(layer, *output)
 
         self._handles.append(self._model.get_submodule(block).register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(router.register_forward_hook(rewrite))
+        self._handles.append(router.module.register_forward_hook(rewrite))
         return layer
 
     def _use_sentinel_experts(self) -> None:

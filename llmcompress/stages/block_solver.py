@@ -13,13 +13,14 @@ from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantPlan, QuantSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from llmcompress.algorithms.gptq import GptqOptions
     from llmcompress.algorithms.hessian import Gram
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ExpertBank, LinearGroup
+    from llmcompress.models.router import Router
     from llmcompress.models.stream_pairs import StreamPairs
     from llmcompress.stages.blockwise import RouterHook
     from llmcompress.stages.shared_statistics import SharedMoments
@@ -121,7 +122,7 @@ class BlockSolver:
         """Second moments are needed for weights that GPTQ will quantize."""
         return self.options is not None and any(name in self.plan and not self._is_shared(name) for name in names)
 
-    def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
+    def router(self, bank: ExpertBank, router: Router, x: Tensor) -> None:
         """Let the hook calibrate the router, then make it what the artifact will hold."""
         if self.hook is None:
             return

@@ -26,13 +26,14 @@ from llmcompress.stages.schemes import RuleConfig, plain_rules
 from llmcompress.stages.shared_statistics import SharedMoments, gather, shared_moments
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from llmcompress.algorithms.router_calibration import RouterUpdate
     from llmcompress.data.calibration import CalibrationSet
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.router import Router
     from llmcompress.models.stream_pairs import StreamRecorder
     from llmcompress.models.walker import Walker
     from llmcompress.stages.block_solver import Method
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 class RouterHook(Protocol):
     """Sees the router's input in both streams, block by block, and may replace the router."""
 
-    def observe(self, block: Block, router: nn.Module, x: Tensor) -> None:
+    def observe(self, block: Block, router: Router, x: Tensor) -> None:
         """Full-precision stream: the original router and its input ``[T, H]``."""
 
-    def calibrate(self, block: Block, router: nn.Module, x_hat: Tensor) -> RouterUpdate:
+    def calibrate(self, block: Block, router: Router, x_hat: Tensor) -> RouterUpdate:
         """Quantized stream: its input ``[T, H]``; attention is quantized, the routed experts are not yet."""
 
 
@@ -305,7 +306,7 @@ class _Observer:
     def linears(self, group: Any, gram: Any) -> None:
         """Nothing to do."""
 
-    def router(self, bank: Any, router: nn.Module, x: Tensor) -> None:
+    def router(self, bank: Any, router: Router, x: Tensor) -> None:
         """Pass the router's input on."""
         if self.hook is not None:
             everything = self.world.gather_rows(x)

@@ -22,10 +22,11 @@ from llmcompress.quant.packed import PackedWeight
 from llmcompress.stages.block_solver import BlockSolver, check_finite, cpu, joined, ratio
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from llmcompress.models.group_steps import Moments
     from llmcompress.models.layout import ExpertBank, LinearGroup
+    from llmcompress.models.router import Router
     from llmcompress.quant.spec import QuantSpec
 
 
@@ -52,7 +53,7 @@ class PooledSolver(BlockSolver):
         self._above: dict[str, float] = {}
         self._below: dict[str, float] = {}
 
-    def router(self, bank: ExpertBank, router: nn.Module, x: Tensor) -> None:
+    def router(self, bank: ExpertBank, router: Router, x: Tensor) -> None:
         """Let the hook see all tokens, on rank 0, and tell everyone what it made of the router."""
         if self.hook is None:
             return

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from llmcompress.algorithms.router_calibration import RouterUpdate, SolverOptions
     from llmcompress.models.layout import Block, ModelLayout
+    from llmcompress.models.router import Router
     from llmcompress.stages.state import RunContext, RunState
 
 # K of the paper's Table 10; Mixtral is not in the table, its 8 experts are all in the loss
@@ -171,32 +172,24 @@ class RouterCalibrator:
         self.held = [int((i + 1) * holdout) > int(i * holdout) for i in range(samples)]
         self._targets: dict[int, Tensor] = {}
 
-    def observe(self, block: Block, router: nn.Module, x: Tensor) -> None:
+    def observe(self, block: Block, router: Router, x: Tensor) -> None:
         """Keep the original router's logits on the full-precision stream's ``x [T, H]``."""
         self._targets[block.index] = router(x)[0].float()
 
-    def calibrate(self, block: Block, router: nn.Module, x_hat: Tensor) -> RouterUpdate:
+    def calibrate(self, block: Block, router: Router, x_hat: Tensor) -> RouterUpdate:
         """Fit the router to those logits on the quantized stream's ``x_hat [T, H]``."""
         import torch
 
         from llmcompress.algorithms.router_calibration import RouterUpdate, calibrate_router
-        from llmcompress.algorithms.routing import RouterRule
 
         assert block.bank is not None
-        view = block.bank.router
-        parameters = dict(router.named_parameters())
-        stored = {
-            name: parameters[name].detach().to(self.dtype_of(f"{view.module}.{name}"))
-            for name in ("weight", "bias")
-            if name in parameters
-        }
-        weight, bias = stored["weight"], stored.get("bias")
+        stored = {name: value.detach().to(self.dtype_of(name)) for name, value in router.parameters().items()}
+        names = [*stored]
+        weight, bias = stored[names[0]], stored[names[1]] if len(names) > 1 else None
         held = torch.tensor(self.held, device=x_hat.device).repeat_interleave(self.length)
-        rule = RouterRule.of(router, view, block.bank.top_k)
+        rule = router.rule(block.bank.top_k)
         fit = calibrate_router(self._targets.pop(block.index), x_hat, weight, bias, rule, self.options, held)
         replaced = {}
         if fit.kept:
-            replaced[f"{view.module}.weight"] = fit.weight
-            if fit.bias is not None:
-                replaced[f"{view.module}.bias"] = fit.bias
+            replaced = {name: value for name, value in zip(names, (fit.weight, fit.bias)) if value is not None}
         return RouterUpdate(replaced, fit.record)

@@ -8,7 +8,7 @@ import torch
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
 
-RENORMALIZED = {"mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"}
+NOT_RENORMALIZED = {"phimoe", "qwen2_moe", "olmoe", "deepseek_v2", "flex_olmo"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_rule_and_renormalisation_of_every_family(tiny, moe_family, alpha):
     kept = ~pruned[index]
     alive = kept.any(-1)
     assert (new_weights[~kept] == 0).all()
-    if moe_family in RENORMALIZED:
+    if moe_family not in NOT_RENORMALIZED:
         assert torch.allclose(new_weights[alive].sum(-1), weights[alive].sum(-1), atol=1e-5)
         ratio = weights.masked_fill(~kept, 0) / weights.masked_fill(~kept, 0).sum(-1, keepdim=True).clamp_min(1e-20)
         assert torch.allclose(new_weights[alive], (ratio * weights.sum(-1, keepdim=True))[alive], atol=1e-5)

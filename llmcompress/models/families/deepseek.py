@@ -13,10 +13,11 @@ from llmcompress.models.families.parts import (
     mixture,
     norm,
 )
+from llmcompress.models.families.prediction import further_layers
 from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
 
 
-def _latent_attention(facts: Facts, layer: str) -> Part:
+def latent_attention(facts: Facts, layer: str) -> Part:
     """Multi-head latent attention: q (or q_a → q_b), kv_a → kv_b, o.
 
     q_a and kv_a read the normed input; q_b and kv_b read the normed latents inside the module,
@@ -51,13 +52,18 @@ def sigmoid_router(facts: Facts, layer: str) -> tuple[RouterView, TensorView]:
     module = f"{layer}.mlp.gate"
     scale, renormalizes = facts.number("routed_scaling_factor"), facts.flag("norm_topk_prob")
     correction = TensorView(f"{module}.e_score_correction_bias", (facts.size("n_routed_experts"),))
-    return RouterView(module, "sigmoid_group_topk", renormalizes, scale=scale), correction
+    return RouterView(module, "sigmoid_group_topk", renormalizes, scale=scale, correction=correction.name), correction
 
 
 def feed_forward(facts: Facts, index: int, layer: str, router: RouterView, *extra: TensorView) -> Part:
     """A dense MLP in the first layers, then routed experts beside shared ones."""
     if index < facts.size("first_k_dense_replace", at_least=0):
         return gated_mlp(facts, layer, facts.flag("mlp_bias"))
+    return with_shared(facts, layer, router, *extra)
+
+
+def with_shared(facts: Facts, layer: str, router: RouterView, *extra: TensorView) -> Part:
+    """Routed experts beside shared ones."""
     bank = expert_bank(facts, layer, "n_routed_experts", "moe_intermediate_size", router)
     size = facts.size("moe_intermediate_size") * facts.size("n_shared_experts")
     module = f"{layer}.mlp.shared_experts"
@@ -69,20 +75,11 @@ def _deepseek_v2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     # transformers 5 ignores norm_topk_prob here and always multiplies by the scale
     scale = facts.number("routed_scaling_factor")
     router = RouterView(f"{layer}.mlp.gate", "softmax_topk", renormalizes=False, scale=scale)
-    return _latent_attention(facts, layer), feed_forward(facts, index, layer, router)
+    return latent_attention(facts, layer), feed_forward(facts, index, layer, router)
 
 
 def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    return _latent_attention(facts, layer), feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
-
-
-def prediction_layers(facts: Facts) -> tuple[str, ...]:
-    """Patterns of layers behind the last one, which predict further tokens (layer 61 of DeepSeek-V3) and are not part
-    of the causal model.
-    """
-    key, first = "num_nextn_predict_layers", facts.size("num_hidden_layers")
-    count = 0 if facts.get(key) is None else facts.size(key, at_least=0)
-    return tuple(rf"model\.layers\.{index}\." for index in range(first, first + count))
+    return latent_attention(facts, layer), feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
 
 
 _SHARED = {
@@ -115,6 +112,6 @@ FAMILIES = (
         },
         aliases={"n_routed_experts": "num_local_experts"},
         disk=PER_EXPERT,
-        ignored=prediction_layers,
+        ignored=further_layers("num_nextn_predict_layers"),
     ),
 )  # fmt: skip

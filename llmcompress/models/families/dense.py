@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, gated_mlp, scaled
+from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, gated_mlp, scaled
 
 
 def _llama(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -48,7 +48,7 @@ def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _phi3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    return attention(facts, layer, fused=True), gated_mlp(facts, layer, fused=True)
+    return attention(facts, layer, form="fused"), gated_mlp(facts, layer, fused=True)
 
 
 def _glm4(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -63,7 +63,7 @@ def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     """Norms after each sublayer and none before."""
     bias, after = facts.flag("attention_bias"), f"{layer}.post_attention_layernorm"
     return (
-        attention(facts, layer, bias, bias, qk_norm="full", post_norm=after, names=("self_attn", None)),
+        attention(facts, layer, bias, bias, qk_norm="full", post_norm=after, names=AttentionNames(pre_norm=None)),
         gated_mlp(facts, layer, pre_norm=None, post_norm=f"{layer}.post_feedforward_layernorm"),
     )
 
@@ -120,5 +120,5 @@ FAMILIES = (
     Family("olmo3", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("gemma", _llama, _GEMMA, norm_adds_one=True),
     Family("gemma2", _gemma2, _GEMMA2, norm_adds_one=True),
-    Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}, norm_adds_one=True),
+    Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}, norm_adds_one=True, package="gemma3"),
 )  # fmt: skip

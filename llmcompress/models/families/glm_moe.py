@@ -1,16 +1,42 @@
-"""GLM-4.5, 4.6 and 4.7: grouped-query attention beside DeepSeek-V3's mixture of experts."""
+"""GLM-4.5 to 4.7 and dots.llm1: grouped-query attention beside DeepSeek-V3's experts; GLM-4.7-Flash has its attention
+too.
+"""
 
 from __future__ import annotations
 
-from llmcompress.models.families.deepseek import PER_EXPERT, feed_forward, prediction_layers, sigmoid_router
+from llmcompress.errors import InputError
+from llmcompress.models.families.deepseek import (
+    PER_EXPERT,
+    feed_forward,
+    latent_attention,
+    sigmoid_router,
+    with_shared,
+)
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention
+from llmcompress.models.families.parts import Family, Part, attention, gated_mlp
+from llmcompress.models.families.prediction import further_layers
 
 
 def _glm4_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias, normed = facts.flag("attention_bias"), facts.flag("use_qk_norm")
     head = attention(facts, layer, qkv_bias=bias, qk_norm="head" if normed else "none")
     return head, feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
+
+
+def _dots1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    head = attention(facts, layer, bias, bias, qk_norm="head")
+    return head, feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
+
+
+def _glm4_moe_lite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    # transformers 5 reads no first_k_dense_replace here; without the list the first layer is dense
+    kind = facts.layer_kind("mlp_layer_types", index, "sparse" if index else "dense")
+    if kind not in ("sparse", "dense"):
+        raise InputError(f"config.json: mlp_layer_types[{index}] {kind!r} is not known here", "known: sparse, dense")
+    moe = kind == "sparse"
+    after = with_shared(facts, layer, *sigmoid_router(facts, layer)) if moe else gated_mlp(facts, layer)
+    return latent_attention(facts, layer), after
 
 
 FAMILIES = (
@@ -27,6 +53,33 @@ FAMILIES = (
         },
         aliases={"n_routed_experts": "num_local_experts", "num_nextn_predict_layers": "num_mtp_layers"},
         disk=PER_EXPERT,
-        ignored=prediction_layers,
+        ignored=further_layers("num_nextn_predict_layers"),
+    ),
+    Family(
+        "dots1",
+        _dots1,
+        {
+            "vocab_size": 152064, "hidden_size": 4608, "intermediate_size": 10944, "num_hidden_layers": 62,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "tie_word_embeddings": False,
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "first_k_dense_replace": 0,
+            "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+        },
+        aliases={"n_routed_experts": "num_local_experts"},
+        disk=PER_EXPERT,
+    ),
+    Family(
+        "glm4_moe_lite",
+        _glm4_moe_lite,
+        {
+            "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240, "num_hidden_layers": 47,
+            "num_attention_heads": 20, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "moe_intermediate_size": 1536, "n_shared_experts": 1, "n_routed_experts": 64,
+            "num_experts_per_tok": 4, "routed_scaling_factor": 1.8, "norm_topk_prob": True, "kv_lora_rank": 512,
+            "q_lora_rank": 768, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256,
+            "mlp_layer_types": None, "num_nextn_predict_layers": 1,
+        },
+        aliases={"n_routed_experts": "num_local_experts"},
+        disk=PER_EXPERT,
+        ignored=further_layers("num_nextn_predict_layers"),
     ),
 )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
+from llmcompress.models.families.granite_moe import GRANITE_DISK, granite_experts
 from llmcompress.models.families.mixers import (
     headed_scan,
     mamba1,
@@ -15,7 +16,7 @@ from llmcompress.models.families.mixers import (
     whole_channels,
 )
 from llmcompress.models.families.parts import Family, Part, attention, expert_bank, gated_mlp, mixture, norm, scaled
-from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer
+from llmcompress.models.layout import DiskNames, RouterView
 
 _HYBRID_KEYS = ("mamba_n_heads", "mamba_d_state", "mamba_n_groups", "mamba_d_conv")
 
@@ -70,21 +71,8 @@ def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
         first = attention(facts, layer, bias, bias)
     else:
         raise InputError(f"config.json: layer_types[{index}] {kind!r} is not supported in granitemoehybrid")
-    module = f"{layer}.shared_mlp"
-    size = facts.size("shared_intermediate_size")
-    groups = (
-        LinearGroup((LinearView(f"{module}.input_linear", 2 * size, facts.hidden, Role.MLP),), "first", module),
-        LinearGroup((LinearView(f"{module}.output_linear", facts.hidden, size, Role.MLP),), "last", module),
-    )
-    after = f"{layer}.post_attention_layernorm"
-    parts = [first, Part(Sublayer("mlp", module, after, None, groups), ())]
-    if facts.size("num_local_experts", at_least=0):
-        router = RouterView(f"{layer}.block_sparse_moe.router", "topk_softmax", renormalizes=True)
-        name = "block_sparse_moe"
-        bank = expert_bank(facts, layer, "num_local_experts", "intermediate_size", router, name=name)
-        moe = mixture(layer, bank, name=name)
-        parts.append(Part(replace(moe.sublayer, parallel=True), moe.kept))
-    return scaled(parts, facts.number("residual_multiplier"))
+    facts.size("shared_intermediate_size")  # unlike Granite 3's, these layers always have a shared MLP
+    return scaled([first, *granite_experts(facts, layer)], facts.number("residual_multiplier"))
 
 
 def _jamba(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -117,13 +105,6 @@ _HYBRID = {
     "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": True,
     "mamba_proj_bias": False,
 }  # fmt: skip
-_GRANITE_DISK = DiskNames(
-    renames=(
-        (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
-        (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
-        (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
-    )
-)
 
 
 FAMILIES = (
@@ -146,7 +127,7 @@ FAMILIES = (
             "residual_multiplier": 1.0, "layer_types": None,
         },
         aliases={"layer_types": "layers_block_type"},
-        disk=_GRANITE_DISK,
+        disk=GRANITE_DISK,
     ),
     Family(
         "jamba",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.mixers import plain_mixer
-from llmcompress.models.families.parts import Family, Part, attention, biases, expert_bank, mixture
+from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, biases, expert_bank, mixture
 from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
 
 _KEYS = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
@@ -43,7 +43,8 @@ def _nemotron_experts(facts: Facts, layer: str) -> Part:
         )
     module, hidden, bias = f"{layer}.mixer", facts.hidden, facts.flag("mlp_bias")
     latent, entry = facts.optional_size("moe_latent_size"), None
-    extra = [TensorView(f"{module}.gate.e_score_correction_bias", (facts.size("n_routed_experts"),))]
+    correction = TensorView(f"{module}.gate.e_score_correction_bias", (facts.size("n_routed_experts"),))
+    extra = [correction]
     if latent is not None:
         # every routed token passes both, for less than a hundredth of a layer's weights
         entry = LinearView(f"{module}.fc1_latent_proj", latent, hidden, Role.MLP, bias)
@@ -55,6 +56,7 @@ def _nemotron_experts(facts: Facts, layer: str) -> Part:
         "sigmoid_group_topk",
         facts.flag("norm_topk_prob"),
         scale=facts.number("routed_scaling_factor"),
+        correction=correction.name,
     )
     bank = expert_bank(
         facts, layer, "n_routed_experts", "moe_intermediate_size", router,
@@ -71,7 +73,7 @@ def _nemotron_h(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     if kind == "linear_attention":
         part = plain_mixer(facts, layer, _KEYS)
     elif kind == "full_attention":
-        part = attention(facts, layer, names=("mixer", "norm"))
+        part = attention(facts, layer, names=AttentionNames("mixer", "norm"))
     elif kind == "mlp":
         groups = _ungated_groups(facts, module, facts.size("intermediate_size"), Role.MLP)
         part = Part(Sublayer("mlp", module, pre_norm, None, groups), biases(groups))

@@ -50,6 +50,7 @@ class Family:
         final_norm: Name of the last norm in the body.
         depth: Number of decoder layers; from ``num_hidden_layers`` when None.
         ignored: See :class:`~llmcompress.models.layout.ModelLayout`; or a function of the facts.
+        package: Folder of the model in transformers, None for that of its model type.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Family:
     final_norm: str = "norm"
     depth: Callable[[Facts], int] | None = None
     loan: Callable[[Facts, int], Loan | None] | None = None
+    package: str | None = None
 
     def layout(self, config: Mapping[str, Any]) -> ModelLayout:
         """Compute the layout of a model of this family.
@@ -113,6 +115,26 @@ def biases(groups: tuple[LinearGroup, ...]) -> tuple[TensorView, ...]:
     return tuple(TensorView(f"{linear.name}.bias", (linear.out_features,)) for linear in linears)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionNames:
+    """What a family calls the parts of grouped-query attention.
+
+    Attributes:
+        module: The module, in the decoder layer.
+        pre_norm: The norm before it, in the layer; None for no norm.
+        query_norm, key_norm, output: Norms and output projection, in the module.
+    """
+
+    module: str = "self_attn"
+    pre_norm: str | None = "input_layernorm"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    output: str = "o_proj"
+
+
+USUAL = AttentionNames()
+
+
 def attention(
     facts: Facts,
     layer: str,
@@ -120,8 +142,8 @@ def attention(
     out_bias: bool = False,
     qk_norm: Literal["none", "head", "full"] = "none",
     post_norm: str | None = None,
-    names: tuple[str, str | None] = ("self_attn", "input_layernorm"),
-    fused: bool = False,
+    names: AttentionNames = USUAL,
+    form: Literal["apart", "fused", "gated"] = "apart",
 ) -> Part:
     """Grouped-query attention.
 
@@ -132,19 +154,22 @@ def attention(
         out_bias: Whether o has one.
         qk_norm: Norms on queries and keys: per head, over all heads, or none.
         post_norm: Norm on the output before the residual add.
-        names: Of the module and of the norm before it, in the layer; None for no norm.
-        fused: Whether ``qkv_proj`` holds q, k and v.
+        names: Of its parts.
+        form: ``fused``: ``qkv_proj`` holds q, k and v. ``gated``: ``q_proj`` has as many rows again, a gate on each
+            head's output.
     """
-    module, query, value = f"{layer}.{names[0]}", facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    rows = {"qkv_proj": query + 2 * value} if fused else {"q_proj": query, "k_proj": value, "v_proj": value}
+    module, query, value = f"{layer}.{names.module}", facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    rows = {"q_proj": 2 * query if form == "gated" else query, "k_proj": value, "v_proj": value}
+    if form == "fused":
+        rows = {"qkv_proj": query + 2 * value}
     first = [LinearView(f"{module}.{n}", size, facts.hidden, Role.ATTENTION, qkv_bias) for n, size in rows.items()]
-    last = LinearView(f"{module}.o_proj", facts.hidden, query, Role.ATTENTION, out_bias)
+    last = LinearView(f"{module}.{names.output}", facts.hidden, query, Role.ATTENTION, out_bias)
     groups = (LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module))
     kept = list(biases(groups))
     if qk_norm != "none":
         widths = (facts.head_dim, facts.head_dim) if qk_norm == "head" else (query, value)
-        kept += norm(f"{module}.q_norm", widths[0]) + norm(f"{module}.k_norm", widths[1])
-    pre_norm = None if names[1] is None else f"{layer}.{names[1]}"
+        kept += norm(f"{module}.{names.query_norm}", widths[0]) + norm(f"{module}.{names.key_norm}", widths[1])
+    pre_norm = None if names.pre_norm is None else f"{layer}.{names.pre_norm}"
     return Part(Sublayer("attention", module, pre_norm, post_norm, groups), tuple(kept))
 
 
@@ -185,7 +210,8 @@ def mixture(
     shared: tuple[LinearGroup, ...] = (),
     extra: tuple[TensorView, ...] = (),
     name: str = "mlp",
-    pre_norm: str = "post_attention_layernorm",
+    pre_norm: str | None = "post_attention_layernorm",
+    post_norm: str | None = None,
 ) -> Part:
     """A mixture-of-experts sublayer.
 
@@ -195,17 +221,19 @@ def mixture(
         shared: Linears of the shared experts.
         extra: Further dense tensors of the module, beside router and biases.
         name: Name of the module in the layer.
-        pre_norm: Name of the norm before it.
+        pre_norm: Name of the norm before it, None without one.
+        post_norm: Name of the norm on its output, None without one.
     """
     router = bank.router
-    kept = [TensorView(f"{router.module}.weight", (bank.num_experts, bank.width))]
+    kept = [TensorView(router.weight, (bank.num_experts, bank.width))]
     if router.bias:
         kept.append(TensorView(f"{router.module}.bias", (bank.num_experts,)))
     if bank.bias:
         kept.append(TensorView(f"{bank.gate_up}_bias", (bank.num_experts, bank.first_rows)))
         kept.append(TensorView(f"{bank.down}_bias", (bank.num_experts, bank.hidden)))
     kept += [*extra, *biases(shared)]
-    sublayer = Sublayer("moe", f"{layer}.{name}", f"{layer}.{pre_norm}", None, shared, bank)
+    before, after = (None if word is None else f"{layer}.{word}" for word in (pre_norm, post_norm))
+    sublayer = Sublayer("moe", f"{layer}.{name}", before, after, shared, bank)
     return Part(sublayer, tuple(kept))
 
 
@@ -214,12 +242,22 @@ def expert_bank(
 ) -> ExpertBank:
     """Read an expert bank's sizes from the config.
 
+    Args:
+        facts: The config.
+        layer: Run-time name of the decoder layer.
+        experts_key: Key of the number of experts.
+        intermediate_key: Key of their intermediate size.
+        router: Their router.
+        options: Further fields of :class:`~llmcompress.models.layout.ExpertBank`; ``name`` of the module that holds
+            the experts; ``top_k`` where it is not ``num_experts_per_tok``.
+
     Raises:
         InputError: More experts are chosen per token than there are.
     """
     if "activation" not in options:
         options["activation"] = facts.activation()
-    experts, chosen = facts.size(experts_key), facts.size("num_experts_per_tok")
+    experts = facts.size(experts_key)
+    chosen = options.pop("top_k") if "top_k" in options else facts.size("num_experts_per_tok")
     if chosen > experts:
         raise InputError(
             f"config.json: num_experts_per_tok {chosen} exceeds the {experts} experts of {experts_key}",

@@ -1,47 +1,71 @@
-"""Qwen2-MoE, Qwen3-MoE and OLMoE: softmax routing, renormalised where the config says so."""
+"""Qwen2-MoE, Qwen3-MoE, OLMoE and FlexOlmo: softmax routing, renormalised where the config says so."""
 
 from __future__ import annotations
 
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, expert_bank, gated_groups, gated_mlp, mixture
+from llmcompress.models.families.parts import (
+    AttentionNames,
+    Family,
+    Part,
+    attention,
+    expert_bank,
+    gated_groups,
+    gated_mlp,
+    mixture,
+)
 from llmcompress.models.layout import DiskNames, Role, RouterView, TensorView
 
 
-def _router(facts: Facts, layer: str) -> RouterView:
+def softmax_router(facts: Facts, layer: str) -> RouterView:
+    """Softmax over all experts, then the best of them."""
     return RouterView(f"{layer}.mlp.gate", "softmax_topk", renormalizes=facts.flag("norm_topk_prob"))
 
 
-def _is_sparse(facts: Facts, index: int) -> bool:
+def is_sparse(facts: Facts, index: int) -> bool:
+    """Whether a layer has experts, by Qwen's three keys."""
     step = facts.size("decoder_sparse_step")
     has_experts = facts.size("num_experts", at_least=0) > 0
     return index not in facts.indices("mlp_only_layers") and has_experts and (index + 1) % step == 0
 
 
-def _qwen2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    head = attention(facts, layer, qkv_bias=facts.flag("qkv_bias"))
-    if not _is_sparse(facts, index):
-        return head, gated_mlp(facts, layer)
-    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", _router(facts, layer))
+def shared_expert_mixture(facts: Facts, layer: str, router: RouterView) -> Part:
+    """Experts beside a shared one that a gate scales."""
+    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", router)
     shared_size = facts.size("shared_expert_intermediate_size")
     shared = gated_groups(f"{layer}.mlp.shared_expert", facts.hidden, shared_size, Role.SHARED_EXPERTS)
     # one row that scales the whole shared expert: far too sensitive to quantize
     gate = TensorView(f"{layer}.mlp.shared_expert_gate.weight", (1, facts.hidden))
-    return head, mixture(layer, bank, shared, (gate,))
+    return mixture(layer, bank, shared, (gate,))
+
+
+def _qwen2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    head = attention(facts, layer, qkv_bias=facts.flag("qkv_bias"))
+    if not is_sparse(facts, index):
+        return head, gated_mlp(facts, layer)
+    return head, shared_expert_mixture(facts, layer, softmax_router(facts, layer))
 
 
 def _qwen3_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
     head = attention(facts, layer, bias, bias, qk_norm="head")
-    if not _is_sparse(facts, index):
+    if not is_sparse(facts, index):
         return head, gated_mlp(facts, layer)
-    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", _router(facts, layer))
+    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", softmax_router(facts, layer))
     return head, mixture(layer, bank)
 
 
 def _olmoe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
-    bank = expert_bank(facts, layer, "num_experts", "intermediate_size", _router(facts, layer))
+    bank = expert_bank(facts, layer, "num_experts", "intermediate_size", softmax_router(facts, layer))
     return attention(facts, layer, bias, bias, qk_norm="full"), mixture(layer, bank)
+
+
+def _flex_olmo(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """OLMoE with norms after each sublayer and none before, as in OLMo 2."""
+    bias, after = facts.flag("attention_bias"), f"{layer}.post_attention_layernorm"
+    bank = expert_bank(facts, layer, "num_experts", "intermediate_size", softmax_router(facts, layer))
+    head = attention(facts, layer, bias, bias, qk_norm="full", post_norm=after, names=AttentionNames(pre_norm=None))
+    return head, mixture(layer, bank, pre_norm=None, post_norm="post_feedforward_layernorm")
 
 
 _SHARED = {
@@ -78,6 +102,17 @@ FAMILIES = (
         {
             **_SHARED, "vocab_size": 50304, "intermediate_size": 2048, "num_hidden_layers": 16,
             "num_attention_heads": 16, "num_key_value_heads": None, "num_experts_per_tok": 8, "num_experts": 64,
+            "attention_bias": False,
+        },
+        aliases={"num_experts": "num_local_experts"},
+        disk=_DISK,
+    ),
+    Family(
+        "flex_olmo",
+        _flex_olmo,
+        {
+            **_SHARED, "vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": None, "num_experts_per_tok": 5, "num_experts": 7,
             "attention_bias": False,
         },
         aliases={"num_experts": "num_local_experts"},

@@ -9,14 +9,15 @@ import torch
 
 from llmcompress.algorithms.routing import RouterRule
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.router import Router
 
 
 def first_router(tiny, family, **changes):
     model = tiny.model(family, **changes)
     layout = layout_from_config(model.config.to_dict())
     bank = next(block.bank for block in layout.blocks if block.bank is not None)
-    router = model.get_submodule(bank.router.module)
-    return router, RouterRule.of(router, bank.router, bank.top_k)
+    router = Router(model, bank.router)
+    return router, router.rule(bank.top_k)
 
 
 def sorted_by_expert(index, weights):
@@ -45,8 +46,22 @@ def test_group_limited_deepseek_v2(tiny):
 
 
 def test_only_conserving_families_say_so(tiny):
-    conserving = {family for family in tiny.families if first_router(tiny, family)[1].conserves}
-    assert conserving == {"mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"}
+    others = {family for family in tiny.families if not first_router(tiny, family)[1].conserves}
+    assert others == {"phimoe", "qwen2_moe", "olmoe", "deepseek_v2", "flex_olmo"}
+
+
+def test_a_correction_decides_the_choice_and_not_the_weights():
+    logits = torch.tensor([[1.0, 0.9, 0.2, 0.0]])
+    for kind, floor in (("softmax_topk", 1e-20), ("sigmoid_group_topk", 1e-6)):
+        plain = RouterRule(2, kind=kind, renormalizes=True, floor=floor)
+        moved = RouterRule(2, kind=kind, renormalizes=True, floor=floor, correction=torch.tensor([0.0, -1.0, 0.0, 1.0]))
+        assert plain.select(logits).tolist() == [[0, 1]]
+        assert moved.select(logits).tolist() == [[3, 0]]
+        dense = logits.softmax(-1) if kind == "softmax_topk" else logits.sigmoid()
+        share = dense[0, 3] / (dense[0, 3] + dense[0, 0] + floor)
+        assert torch.equal(moved.weigh(logits, torch.tensor([[3, 0]]))[0, 0], share)
+        banned = torch.tensor([[False, False, False, True]])
+        assert moved.select(logits, banned).tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("kind", ["softmax_topk", "topk_softmax", "sparsemixer", "sigmoid_group_topk"])

@@ -21,7 +21,7 @@ def pair(tiny, family, noise=0.3):
     layout = layout_from_config(dense.config.to_dict())
     with torch.no_grad():
         for _, bank in moe_blocks(layout):
-            for name in (bank.gate_up, bank.down, f"{bank.router.module}.weight"):
+            for name in (bank.gate_up, bank.down, bank.router.weight):
                 weight = other.get_parameter(name)
                 weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
     return dense, other, layout
@@ -77,7 +77,7 @@ def test_forcing_removes_a_pure_router_disturbance(tiny, tokens):
     layout = layout_from_config(dense.config.to_dict())
     with torch.no_grad():
         for _, bank in moe_blocks(layout):
-            other.get_parameter(f"{bank.router.module}.weight").neg_()
+            other.get_parameter(bank.router.weight).neg_()
     cost = routing_cost(dense, other, layout, tokens)
     assert cost.compressed_unshifted == pytest.approx(cost.dense, rel=1e-5)
     assert cost.dense_shifted == pytest.approx(cost.compressed, rel=1e-5)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from llmcompress.models import registry
 from llmcompress.models.families.dense import FAMILIES
 from llmcompress.models.layout import Role
 from llmcompress.models.registry import families, layout_from_config
+
+DOTS1 = {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2}
 
 
 def test_importing_and_using_it_needs_no_torch() -> None:
@@ -94,9 +97,58 @@ def test_roles() -> None:
 
 def test_routers_and_gates_are_never_quantized() -> None:
     for model_type in families():
-        given = {"num_experts_per_tok": 2} if model_type == "deepseek_v2" else {}
+        given = {"deepseek_v2": {"num_experts_per_tok": 2}, "dots1": DOTS1}.get(model_type, {})
         names = [name for name, *_ in layout_from_config({"model_type": model_type, **given}).quantizable()]
-        assert not [n for n in names if n.endswith((".gate", ".router", "shared_expert_gate", "lm_head", "norm"))]
+        kept = (".gate", ".wg", ".router", "shared_expert_gate", "lm_head", "norm", "conv1d", ".conv.conv")
+        assert not [n for n in names if n.endswith((*kept, "in_proj_ba", "in_proj_a", "in_proj_b"))]
+
+
+def test_a_family_that_the_installed_transformers_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mixtral").mkdir()
+    monkeypatch.setattr(registry, "_models_folder", lambda: tmp_path)
+    assert layout_from_config({"model_type": "mixtral"}).model_type == "mixtral"
+    with pytest.raises(InputError, match=r"'qwen3_next' is not in the installed transformers \d") as caught:
+        layout_from_config({"model_type": "qwen3_next"})
+    assert "pip install -U transformers" in str(caught.value.hint)
+
+
+def test_every_family_names_its_folder_in_transformers() -> None:
+    folder = registry._models_folder()
+    assert folder is not None
+    for name, family in registry._table().items():
+        assert (folder / (family.package or name)).is_dir(), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "kinds"),
+    [
+        ("qwen3_next", "layer_types", ["full_attention", "mamba2"]),
+        ("lfm2", "layer_types", ["conv", "mamba2"]),
+        ("glm4_moe_lite", "mlp_layer_types", ["sparse", "mamba2"]),
+    ],
+)
+def test_unknown_kinds_of_layers_are_named(model_type: str, key: str, kinds: list[str]) -> None:
+    with pytest.raises(InputError, match=rf"{key}\[1\] 'mamba2' is not known"):
+        layout_from_config({"model_type": model_type, "num_hidden_layers": 2, key: kinds})
+
+
+def test_experts_per_token_by_layer() -> None:
+    config = {"model_type": "hunyuan_v1_moe", "num_hidden_layers": 2, "num_experts": 4}
+    layout = layout_from_config({**config, "moe_topk": [1, 3]})
+    assert [block.bank.top_k for block in layout.blocks if block.bank is not None] == [1, 3]
+    with pytest.raises(InputError, match="moe_topk has no number of experts for layer 1"):
+        layout_from_config({**config, "moe_topk": [1]})
+
+
+def test_where_layers_of_a_delta_rule_and_of_experts_stand() -> None:
+    layout = layout_from_config({"model_type": "qwen3_next", "num_hidden_layers": 8, "full_attention_interval": 3})
+    assert [b.sublayers[0].kind for b in layout.blocks] == ["ssm", "ssm", "attention"] * 2 + ["ssm", "ssm"]
+    ernie = layout_from_config(
+        {"model_type": "ernie4_5_moe", "num_hidden_layers": 6, "moe_layer_interval": 2, "moe_layer_start_index": 2}
+    )
+    assert [b.index for b in ernie.blocks if b.bank is not None] == [3, 5]
 
 
 def test_a_plug_in_may_add_a_family(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,8 +244,8 @@ class Doubling:
     def calibrate(self, block: Any, router: Any, x_hat: torch.Tensor) -> RouterUpdate:
         self.calls.append(("calibrate", block.index))
         self.inputs[f"quantized{block.index}"] = x_hat.clone()
-        name = f"{block.bank.router.module}.weight"
-        return RouterUpdate({name: router.weight.detach() * 2}, {"kept": True})
+        ((name, weight),) = router.parameters().items()
+        return RouterUpdate({name: weight.detach() * 2}, {"kept": True})
 
 
 def test_router_hook_without_any_quantization(tiny: Any, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_overlay_replaces_routers_only(tiny, tmp_path, moe_family):
         bank = state.model.layout.blocks[index].bank
         names = set()
         if bank is not None:
-            names = {f"{bank.router.module}.weight"} | ({f"{bank.router.module}.bias"} if bank.router.bias else set())
+            names = {bank.router.weight} | ({f"{bank.router.module}.bias"} if bank.router.bias else set())
         assert set(patch.replaced) == names and not before.replaced
         assert set(patch.packed) == set(before.packed)
         assert patch.record.get("errors") == before.record.get("errors")

@@ -1,0 +1,54 @@
+"""Granite 3 with experts, alone or beside a shared MLP; Granite 4 takes its experts from here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmcompress.models.families.facts import Facts
+from llmcompress.models.families.parts import Family, Part, attention, expert_bank, mixture, scaled
+from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer
+
+
+def granite_experts(facts: Facts, layer: str) -> list[Part]:
+    """A shared MLP and experts side by side; one of the two where the other's size is 0."""
+    parts, size = [], facts.size("shared_intermediate_size", at_least=0)
+    if size:
+        module = f"{layer}.shared_mlp"
+        groups = (
+            LinearGroup((LinearView(f"{module}.input_linear", 2 * size, facts.hidden, Role.MLP),), "first", module),
+            LinearGroup((LinearView(f"{module}.output_linear", facts.hidden, size, Role.MLP),), "last", module),
+        )
+        parts.append(Part(Sublayer("mlp", module, f"{layer}.post_attention_layernorm", None, groups), ()))
+    if facts.size("num_local_experts", at_least=0):
+        router = RouterView(f"{layer}.block_sparse_moe.router", "topk_softmax", renormalizes=True)
+        name = "block_sparse_moe"
+        bank = expert_bank(facts, layer, "num_local_experts", "intermediate_size", router, name=name)
+        moe = mixture(layer, bank, name=name)
+        parts.append(Part(replace(moe.sublayer, parallel=bool(size)), moe.kept))
+    return parts
+
+
+def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    parts = [attention(facts, layer, bias, bias), *granite_experts(facts, layer)]
+    return scaled(parts, facts.number("residual_multiplier"))
+
+
+_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False,
+    "hidden_act": "silu", "attention_bias": False, "residual_multiplier": 1.0, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "shared_intermediate_size": 0,
+}  # fmt: skip
+GRANITE_DISK = DiskNames(
+    renames=(
+        (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
+        (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+        (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
+    )
+)
+
+FAMILIES = (
+    Family("granitemoe", _granite, _DEFAULTS, disk=GRANITE_DISK),
+    Family("granitemoeshared", _granite, _DEFAULTS, disk=GRANITE_DISK),
+)
