@@ -19,6 +19,16 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select, tree
+from llmcompress_kernels.decode_structs import (
+    REROUTE,
+    STRUCTS,
+    BoundMixersStruct,
+    CacheStruct,
+    LayerStruct,
+    ModelStruct,
+    PromptStruct,
+    StepStruct,
+)
 from llmcompress_kernels.matrix import KINDS, Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -45,68 +55,9 @@ build.register(
 )
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "attention_norm_bias", "mlp_norm_bias")),
-        *((name, ctypes.c_void_p) for name in ("attention_after", "mlp_after", "query_norm", "key_norm")),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
-        *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
-        *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "turned", "window")),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias")),
-        ("embedding", MatrixStruct),
-        ("head", MatrixStruct),
-        ("screen", MatrixStruct),
-        ("screen_error", ctypes.c_void_p),
-        ("member_embeddings", ctypes.POINTER(MatrixStruct)),
-        ("member_heads", ctypes.POINTER(MatrixStruct)),
-        *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("top_k", "routing", "members")),
-        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "jitter")),
-        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
-    )
-
-
-class _BoundMixers(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("run", "engine", "states"))
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = (
-        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("kind", ctypes.c_int32), ("slots", ctypes.c_int32),
-        ("positions", ctypes.c_int64),
-    )  # fmt: skip
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("tokens", "positions", "slots", "members", "logits", "best", "seconds", "mixers", "hidden")
-        ),
-        *((name, ctypes.c_int32) for name in ("batch", "planes", "threads", "first_layer", "last_layer", "reserved")),
-    )
-
-
 # decides on a layer's choice of experts: number of the layer, router logits float32 [T, E], weights float32 [T, k] and
 # experts int32 [T, k], ascending; the last two are changed in place, where E empties a slot
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
-_REROUTE = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-
-
-class _Prompt(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "hidden", "seconds", "reroute", "mixers")),
-        *((name, ctypes.c_int64) for name in ("count", "start")),
-        *((name, ctypes.c_int32) for name in ("slot", "member", "planes", "threads", "last", "reserved")),
-    )
-
 
 # of Routing in decode.h, whose first two are renormalize's
 _SPARSEMIXER = 2
@@ -135,7 +86,7 @@ def library() -> ctypes.CDLL:
     """
     lib = build.load(FAMILY)
     if not hasattr(lib, "llmcompress_decode_ready"):
-        for which, structure in enumerate((MatrixStruct, _Layer, _Model, _Cache, _Step, _Prompt, _BoundMixers)):
+        for which, structure in enumerate(STRUCTS):
             assert lib.llmcompress_decode_size(which) == ctypes.sizeof(structure), structure
         lib.llmcompress_decode_create.restype = ctypes.c_void_p
         lib.llmcompress_decode_destroy.argtypes = (ctypes.c_void_p,)
@@ -197,7 +148,7 @@ class Layer:
 
     def matrices(self) -> dict[str, Matrix]:
         """Its weights by name."""
-        names = [field[0] for field in _Layer._fields_ if field[1] is MatrixStruct]
+        names = [field[0] for field in LayerStruct._fields_ if field[1] is MatrixStruct]
         return {name: weight for name in names if (weight := getattr(self, name)) is not None}
 
     @property
@@ -212,12 +163,12 @@ class Layer:
         packed = {name: weight for name, weight in self.matrices().items() if not name.endswith("router")}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
-    def _struct(self, place: int, cosine: Tensor, sine: Tensor) -> _Layer:
-        norms = [field[0] for field in _Layer._fields_ if "norm" in field[0] or "after" in field[0]]
+    def _struct(self, place: int, cosine: Tensor, sine: Tensor) -> LayerStruct:
+        norms = [field[0] for field in LayerStruct._fields_ if "norm" in field[0] or "after" in field[0]]
         given = {name: getattr(self, name) for name in norms if name != "whole_norms"}
         if self.rotary is not None:
             given |= {"cosine": cosine[self.rotary], "sine": sine[self.rotary]}
-        return _Layer(
+        return LayerStruct(
             **{name: t.data_ptr() for name, t in given.items() if t is not None},
             **{name: weight.struct() for name, weight in self.matrices().items()},
             whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place,
@@ -272,7 +223,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         places = [sum(other.mixes == layer.mixes for other in self.layers[:i]) for i, layer in enumerate(self.layers)]
-        structs = (_Layer * len(self.layers))(
+        structs = (LayerStruct * len(self.layers))(
             *(layer._struct(place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
         )
         embeddings, heads = (
@@ -282,7 +233,7 @@ class Decoder:
         # C++ reads these at every step
         self._kept = (embeddings, heads)
         given = (self.final_norm, self.final_norm_bias)
-        model = _Model(
+        model = ModelStruct(
             structs, *(None if t is None else t.data_ptr() for t in given),
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
@@ -342,7 +293,7 @@ class Mixers:
     """
 
     def __init__(self, run: int, engine: int, states: int, owners: Sequence[Any]) -> None:
-        self._struct = _BoundMixers(run, engine, states)
+        self._struct = BoundMixersStruct(run, engine, states)
         self._owners = owners
 
 
@@ -366,7 +317,7 @@ class Cache:
         lead = (sum(not layer.mixes for layer in decoder.layers), slots, decoder.key_value_heads)
         self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
         self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
-        self._struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions)
+        self._struct = CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions)
 
     @property
     def nbytes(self) -> int:
@@ -462,7 +413,7 @@ def step(
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
     _check_numbers(decoder, tokens, planes)
     given = (tokens, positions, slots, members, logits, best, seconds)
-    call = _Step(
+    call = StepStruct(
         *(None if t is None else t.data_ptr() for t in given), _address(mixers),
         None if hidden is None else hidden.data_ptr(),
         batch, planes, threads or torch.get_num_threads(), first, last, 0,
@@ -518,8 +469,8 @@ def prompt(
     _check_mixers(decoder, mixers)
     _check_numbers(decoder, tokens, planes)
     hidden, raised = torch.empty(1, decoder.hidden), list[BaseException]()
-    callback = _REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
-    call = _Prompt(
+    callback = REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
+    call = PromptStruct(
         *(None if t is None else t.data_ptr() for t in (tokens, hidden, seconds)),
         ctypes.cast(callback, ctypes.c_void_p), _address(mixers),
         count, start, slot, member, planes, threads or torch.get_num_threads(), int(last), 0,
@@ -548,7 +499,7 @@ def _callback(decoder: Decoder, count: int, reroute: Reroute, raised: list[BaseE
         except BaseException as error:  # raised again by the caller
             raised.append(error)
 
-    return _REROUTE(call)
+    return REROUTE(call)
 
 
 def _address(mixers: Mixers | None) -> int | None:
