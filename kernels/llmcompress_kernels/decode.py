@@ -59,8 +59,8 @@ build.register(
 # experts int32 [T, k], ascending; the last two are changed in place, where E empties a slot
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
-# of Routing in decode.h, whose first two are renormalize's
-_SPARSEMIXER = 2
+# of Routing in decode.h
+_ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
 MAX_MEMBERS = 64
 # bytes of an activation as a fixed-point number with an exponent a group: as exact as float32 sums, more exact than
@@ -102,6 +102,31 @@ def set_isa(name: str | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How a token's experts and their weights follow from the router's logits.
+
+    Attributes:
+        top_k: Experts of a token; 0 without experts.
+        kind: ``softmax`` over all logits, ``sigmoid`` of each (DeepSeek-V3), or ``sparsemixer`` (Phi-MoE).
+        renormalizes: Weights are divided by their sum.
+        scale: Factor of the weights.
+        groups: The experts are so many groups of equal size, side by side.
+        top_groups: Of them a token chooses from the best.
+        voters: A group is ranked by its best expert (1), or by the sum of its best two (2).
+        jitter: Noise level of sparsemixer.
+    """
+
+    top_k: int = 0
+    kind: str = "softmax"
+    renormalizes: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    voters: int = 1
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
 
@@ -112,6 +137,7 @@ class Layer:
             (:class:`Mixers`).
         gate, up, down: Projections of the gated MLP, or of the stacked experts.
         router: float32 ``[E, H]``, None for a dense layer.
+        router_correction: float32 ``[E]``, added to the sigmoids of a router for the choice alone, or None.
         shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
         query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``.
@@ -138,6 +164,7 @@ class Layer:
     shared_router: Matrix | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    router_correction: Tensor | None = None
     attention_norm_bias: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
     attention_after: Tensor | None = None
@@ -164,8 +191,8 @@ class Layer:
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
     def _struct(self, place: int, cosine: Tensor, sine: Tensor) -> LayerStruct:
-        norms = [field[0] for field in LayerStruct._fields_ if "norm" in field[0] or "after" in field[0]]
-        given = {name: getattr(self, name) for name in norms if name != "whole_norms"}
+        pointers = [field[0] for field in LayerStruct._fields_ if field[1] is ctypes.c_void_p]
+        given = {name: getattr(self, name) for name in pointers if name not in ("cosine", "sine")}
         if self.rotary is not None:
             given |= {"cosine": cosine[self.rotary], "sine": sine[self.rotary]}
         return LayerStruct(
@@ -189,8 +216,7 @@ class Decoder:
         heads, key_value_heads, head_dim: Of attention.
         epsilon: Of every norm.
         attention_scale: Factor of the scores, usually ``D ** -0.5``.
-        top_k, renormalize: Of the routers; 0 and False without experts.
-        jitter: Routers weigh experts as sparsemixer does (Phi-MoE), with this noise level; None: by softmax.
+        routing: Of the routers.
         screen: The head rounded to 8 bits, by which greedy steps find the few rows worth computing, or None.
         screen_error: float32 ``[V]``, bound of ``|head x - screen x| / |x|`` for every row.
         member_embeddings: Of a family, one for each member; norms then have a row for each, ``[M, H]``.
@@ -210,9 +236,7 @@ class Decoder:
     head_dim: int
     epsilon: float
     attention_scale: float
-    top_k: int = 0
-    renormalize: bool = False
-    jitter: float | None = None
+    routing: Routing = Routing()
     final_norm_bias: Tensor | None = None
     screen: Matrix | None = None
     screen_error: Tensor | None = None
@@ -233,15 +257,17 @@ class Decoder:
         # C++ reads these at every step
         self._kept = (embeddings, heads)
         given = (self.final_norm, self.final_norm_bias)
+        routing = self.routing
         model = ModelStruct(
             structs, *(None if t is None else t.data_ptr() for t in given),
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
-            self.top_k,
-            int(self.renormalize) if self.jitter is None else _SPARSEMIXER, len(self.member_heads),
-            self.epsilon, self.attention_scale, self.jitter or 0.0, self.embedding_scale, self.residual_scale,
+            routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
+            int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
+            self.epsilon, self.attention_scale, routing.scale, routing.jitter,
+            self.embedding_scale, self.residual_scale,
         )  # fmt: skip
         lib = library()
         self._handle = lib.llmcompress_decode_create(ctypes.byref(model))
@@ -277,7 +303,7 @@ class Decoder:
         for layer in self.layers:
             for name, weight in layer.matrices().items():
                 routed = layer.router is not None and name in ("gate", "up", "down")
-                share = min(1.0, batch * self.top_k / weight.experts) if routed else 1.0
+                share = min(1.0, batch * self.routing.top_k / weight.experts) if routed else 1.0
                 total += int(weight.nbytes * share)
         return total
 
@@ -494,7 +520,7 @@ def _callback(decoder: Decoder, count: int, reroute: Reroute, raised: list[BaseE
             if not raised:
                 router = decoder.layers[layer].router
                 assert router is not None
-                k = decoder.top_k
+                k = decoder.routing.top_k
                 reroute(layer, rows(scores, router.rows), rows(weights, k), rows(chosen, k, ctypes.c_int32))
         except BaseException as error:  # raised again by the caller
             raised.append(error)

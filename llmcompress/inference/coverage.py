@@ -11,10 +11,12 @@ from typing import Any
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
-    "qwen2_moe", "phimoe", "olmo2", "olmo3",
+    "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe",
 )  # fmt: skip
 STATES = ("mamba2",)
 HYBRIDS = ("bamba", "granitemoehybrid")
+# families of which a head may be turned in part
+PARTIAL = (*HYBRIDS, "glm4_moe")
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
 ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -89,6 +91,6 @@ def _decline_rotary(config: Mapping[str, Any]) -> str | None:
         if not (kind in ROTARY or kind == "longrope"):
             return f"rotary embedding {kind!r} depends on the length"
         part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        if part != 1.0 and config.get("model_type") not in HYBRIDS:
+        if part != 1.0 and config.get("model_type") not in PARTIAL:
             return "a part of each head is not turned by its position (partial_rotary_factor)"
     return None

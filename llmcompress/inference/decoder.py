@@ -13,7 +13,8 @@ from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
-from llmcompress.models.layout import Block, ExpertBank
+from llmcompress.algorithms.routing import RouterRule
+from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.embedding import PackedRows, TiedHead
 from llmcompress.nn.linear import PackedLinear
@@ -26,6 +27,15 @@ from llmcompress.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# the layout's names of what routers do, and the step's
+_ROUTERS = {
+    # softmax over the chosen ones divides their weights by their sum
+    "topk_softmax": "softmax",
+    "softmax_topk": "softmax",
+    "sigmoid_group_topk": "sigmoid",
+    "sparsemixer": "sparsemixer",
+}
 
 
 def members_of(model: PreTrainedModel) -> list[str]:
@@ -55,8 +65,27 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         embeddings.append(embedding)
         heads.append(head)
     layers = [_layer(model, block, members) for block in layout.blocks]
+    routing = routing_of(model, layout)
+    return assembled(config, layers, base.norm, base.layers[0].self_attn, embeddings, heads, routing, bool(members))
+
+
+def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
+    """How the routers of a model decide, the same in all layers."""
     bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
-    return assembled(config, layers, base.norm, base.layers[0].self_attn, embeddings, heads, bank, bool(members))
+    if bank is None:
+        return native.Routing()
+    rule = RouterRule.of(model.get_submodule(bank.router.module), bank.router, bank.top_k)
+    kind = _ROUTERS[rule.kind]
+    return native.Routing(
+        top_k=rule.top_k,
+        kind=kind,
+        renormalizes=rule.conserves,
+        scale=rule.scale,
+        groups=rule.groups,
+        top_groups=rule.top_groups,
+        voters=2 if kind == "sigmoid" else 1,
+        jitter=rule.jitter,
+    )
 
 
 def assembled(
@@ -66,7 +95,7 @@ def assembled(
     attention: Any,
     embeddings: Sequence[matrix.Matrix],
     heads: Sequence[matrix.Matrix],
-    bank: ExpertBank | None,
+    routing: native.Routing,
     family: bool = False,
 ) -> native.Decoder:
     """A decoder of its parts, with the sizes and constants of its model.
@@ -78,7 +107,7 @@ def assembled(
         attention: The module of any layer that has one.
         embeddings: Of the model, or of each member of a family.
         heads: Likewise.
-        bank: Any layer's experts, None without.
+        routing: Of its routers.
         family: Whether it is one.
     """
     tables = 1 + max(layer.rotary or 0 for layer in layers)
@@ -96,9 +125,7 @@ def assembled(
         head_dim=attention.head_dim,
         epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
-        top_k=bank.top_k if bank else 0,
-        renormalize=bool(bank and bank.router.renormalizes),
-        jitter=config.router_jitter_noise if bank and bank.router.kind == "sparsemixer" else None,
+        routing=routing,
         embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
         member_embeddings=embeddings if family else (),
@@ -180,6 +207,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     rotary = 0 if len(kinds) == 1 else kinds.index(config.layer_types[block.index])
     query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None)) for name in "qk")
     beside: dict[str, matrix.Matrix] = {}
+    correction: Tensor | None = None
     if block.bank is None:
         gate, up, down, router = (
             *(linear_matrix(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")),
@@ -187,8 +215,9 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         )
     else:
         gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
-        weight: Any = model.get_submodule(block.bank.router.module).weight
-        router = matrix.dense(weight.detach())
+        decides: Any = model.get_submodule(block.bank.router.module)
+        router = matrix.dense(decides.weight.detach())
+        correction = getattr(decides, "e_score_correction_bias", None)
         beside = _beside(model, block, members)
     return native.Layer(
         attention_norm=_norm(model, first.pre_norm),
@@ -207,6 +236,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         router=router,
         query_norm=query_norm,
         key_norm=key_norm,
+        router_correction=None if correction is None else correction.detach().float().contiguous(),
         **beside,
         window=window_of(config, block.index),
         rotary=rotary if getattr(attention, "use_rope", True) else None,

@@ -20,7 +20,15 @@ from llmcompress.errors import InputError
 from llmcompress.inference import recurrent
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
-from llmcompress.inference.decoder import assembled, ends_of, experts_of, linear_matrix, norm_of, packed_matrix
+from llmcompress.inference.decoder import (
+    assembled,
+    ends_of,
+    experts_of,
+    linear_matrix,
+    norm_of,
+    packed_matrix,
+    routing_of,
+)
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
 from llmcompress.models.layout import Block, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
@@ -201,11 +209,11 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     config: Any = model.config
     embedding, head = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
-    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
     base: Any = model.base_model
     final = base.norm if hasattr(base, "norm") else base.final_layernorm
     layers = [_layer(model, block) for block in layout.blocks]
-    return assembled(config, layers, final, model.get_submodule(attention.module), [embedding], [head], bank)
+    routing = routing_of(model, layout)
+    return assembled(config, layers, final, model.get_submodule(attention.module), [embedding], [head], routing)
 
 
 def _layer(model: PreTrainedModel, block: Block) -> native.Layer:

@@ -64,6 +64,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
         },
     },
+    # half of a head turned; sigmoids with a correction, groups of experts, a dense layer first
+    "glm4_moe": {
+        "head_dim": 16, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48, "n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3,
+        "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }  # fmt: skip
 
 
@@ -94,6 +101,9 @@ class Decoders:
                     parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
                 else:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0, 0.3)
         return model
 
     @classmethod

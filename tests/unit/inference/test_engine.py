@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 # logits are of size 4; float32 sums in another order differ by a few units of the last place
 EXACT = 3e-5
 # families whose routers decide
-EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe")
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe")
 
 
 @torch.inference_mode()
@@ -50,7 +50,7 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "olmoe", "qwen2_moe", "phimoe", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo3", *EXPERTS])
 def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits: int, symmetric: bool) -> None:
     model, tokens = decoders.packed(family, bits, symmetric=symmetric), ids[:24]
     expected = reference(model, tokens)
@@ -146,7 +146,7 @@ def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> No
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
-        for family in ("qwen3", "mixtral", "olmoe", "qwen2_moe", "phimoe", "olmo3"):
+        for family in ("qwen3", "olmo3", *EXPERTS):
             model, tokens = decoders.packed(family, 3), ids[:40]
             assert worst(Engine(model, positions=48, threads=2), tokens, reference(model, tokens), 34) < EXACT
     finally:
@@ -239,6 +239,29 @@ def test_sparsemixer(decoders: Any, ids: torch.Tensor, jitter: float) -> None:
     assert worst(Engine(model, positions=16), tokens, expected, 5) < EXACT
     other = decoders.dense("phimoe", router_jitter_noise=jitter / 4, num_local_experts=16)
     assert (reference(other, tokens) - expected).abs().max() > 100 * EXACT
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_topk_prob": False},
+        {"n_group": 1, "topk_group": 1},
+        {"n_group": 2, "topk_group": 1, "n_routed_experts": 32, "num_experts_per_tok": 8},
+        {"n_group": 8, "topk_group": 7, "n_routed_experts": 64, "num_experts_per_tok": 6},
+    ],
+)
+def test_sigmoids_with_groups(decoders: Any, ids: torch.Tensor, changes: dict[str, Any]) -> None:
+    model, tokens = decoders.dense("glm4_moe", **changes), ids[:40]
+    expected = reference(model, tokens)
+    assert worst(Engine(model, positions=48), tokens, expected, 8) < EXACT
+    for change in ({"routed_scaling_factor": 1.0}, {"norm_topk_prob": not changes.get("norm_topk_prob", True)}):
+        other = decoders.dense("glm4_moe", **{**changes, **change})
+        assert (reference(other, tokens) - expected).abs().max() > 100 * EXACT
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.zero_()
+    assert (reference(model, tokens) - expected).abs().max() > 100 * EXACT
+    assert worst(Engine(model, positions=48), tokens, reference(model, tokens), 8) < EXACT
 
 
 def test_a_rounded_head_keeps_its_bias(decoders: Any, ids: torch.Tensor) -> None:

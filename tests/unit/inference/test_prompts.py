@@ -103,7 +103,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe"])
 def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
     # more than a piece, so that experts are counted over several
     tokens = torch.randint(3, 72, (600,), generator=torch.Generator().manual_seed(3))

@@ -63,9 +63,8 @@ struct BoundMixers {
     const void* states;
 };
 
-// How a token's k experts and their weights follow from the router's logits: by softmax over all or over the chosen ones, or as
-// Phi-MoE's sparsemixer does (routing.h).
-enum Routing : int32_t { SOFTMAX = 0, SOFTMAX_OF_CHOSEN = 1, SPARSEMIXER = 2 };
+// How a token's k experts and their weights follow from the router's logits (routing.h).
+enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
@@ -77,6 +76,7 @@ struct Layer {
     const float* mlp_after;        // likewise of the MLP
     const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
     const float* key_norm;        // likewise
+    const float* router_correction;  // [E], added to sigmoids for the choice alone, or null
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
     Matrix query, key, value, output;
@@ -103,7 +103,11 @@ struct Model {
     const Matrix* member_heads;
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
     int32_t top_k, routing, members;
+    int32_t renormalizes;  // whether weights of experts are divided by their sum
+    int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them
+    int32_t voters;  // 1: groups are ranked by their best expert, 2: by the sum of the best two
     float epsilon, attention_scale;
+    float routed_scale;  // of the weights of experts
     float jitter;  // of SPARSEMIXER
     float embedding_scale, residual_scale;  // of embeddings, and of all that is added to the hidden states
 };

@@ -45,7 +45,7 @@ struct LayerOperands {
 
 // What one thread works in. Vectors only grow.
 struct Buffers {
-    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed;
+    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed, ranked;
     std::vector<int64_t> rows;
     std::vector<int> chosen;
     std::vector<char> activations;
@@ -109,6 +109,7 @@ class Engine {
             grow(own.queries, group * size_t(padded(m.head_dim)));
             grow(own.weights, std::min<size_t>(4, group) * size_t(c.positions + LANES));
             grow(own.routed, b * size_t(std::max(1, m.top_k)));
+            grow(own.ranked, 2 * size_t(experts));
             grow(own.chosen, b * size_t(std::max(1, m.top_k)));
             grow(own.rows, b);
             grow(own.activations, activation_size_);

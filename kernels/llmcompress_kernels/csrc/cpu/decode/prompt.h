@@ -33,6 +33,7 @@ class PromptWorker {
         queries_.resize(QUERIES * width);
         weights_.resize(QUERIES * (positions + 2 * LANES));
         parts_.resize(QUERIES * (PART_HEAD + width));
+        ranked_.resize(2 * size_t(e_.experts));
     }
 
     void run() {
@@ -301,7 +302,7 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 int* const chosen = r.chosen.data() + (first_ + t) * k;
                 float* const weights = r.weights.data() + (first_ + t) * k;
-                choose(m_, scores + t * count, int(count), chosen, weights);
+                choose(m_, o.l, scores + t * count, int(count), ranked_.data(), chosen, weights);
                 order(int(k), chosen, weights);
             }
         });
@@ -422,7 +423,7 @@ class PromptWorker {
     int kind_ = 0;
     int64_t first_ = 0, count_ = 0;  // tokens of this piece
     Clock clock_;
-    std::vector<float> queries_, weights_, parts_;
+    std::vector<float> queries_, weights_, parts_, ranked_;
     std::vector<char> scratch_;
 };
 

@@ -1,11 +1,15 @@
 // Which experts a token takes.
 #pragma once
 
+#include "elementwise.h"
 #include "vec.h"
 
 namespace LLMCOMPRESS_ISA {
 
-// The largest of n logits, the earliest among equals, without the first j that are chosen already.
+// of an expert that a token may not take
+constexpr float LOWEST_SCORE = -3.0e38f;
+
+// The largest of n numbers, the earliest among equals, without the first j that are chosen already.
 inline int best_left(const float* logits, int n, const int* chosen, int j) {
     int best = -1;
     for (int i = 0; i < n; ++i) {
@@ -15,18 +19,51 @@ inline int best_left(const float* logits, int n, const int* chosen, int j) {
     return best;
 }
 
-// The k largest of n logits, the earlier expert first among equals, and their shares by softmax over all logits, or over the
-// chosen ones with `renormalize`.
-inline void softmax_experts(const float* logits, int n, int k, bool renormalize, int* chosen, float* weights) {
+// What a group of n experts is ranked by: the largest of their scores, or the sum of the two largest.
+inline float group_score(const float* scores, int n, int voters) {
+    float best = scores[0], second = LOWEST_SCORE;
+    for (int i = 1; i < n; ++i) {
+        second = std::max(second, std::min(best, scores[i]));
+        best = std::max(best, scores[i]);
+    }
+    return voters > 1 ? best + second : best;
+}
+
+// Leave only the experts of the best groups a chance, the earlier group among equals; `groups` is scratch, one number for each.
+inline void keep_groups(const Model& m, float* scores, int n, float* groups) {
+    const int size = n / m.groups;
+    for (int g = 0; g < m.groups; ++g) groups[g] = group_score(scores + g * size, size, m.voters);
+    for (int g = 0; g < m.groups; ++g) {
+        int before = 0;
+        for (int other = 0; other < m.groups; ++other)
+            before += groups[other] > groups[g] || (groups[other] == groups[g] && other < g);
+        if (before >= m.top_groups) std::fill_n(scores + g * size, size, LOWEST_SCORE);
+    }
+}
+
+// The k experts of the largest scores, the earlier one first among equals, and their weights. Scores are logits, whose shares
+// by softmax over all are the weights, or sigmoids with a correction, which weights are without.
+inline void best_experts(const Model& m, const float* correction, const float* logits, int n, float* scratch, int* chosen,
+                         float* weights) {
+    const float* scores = logits;
+    if (m.routing == SIGMOID || m.groups > 1) {
+        for (int i = 0; i < n; ++i)
+            scratch[i] = m.routing == SIGMOID ? sigmoid(logits[i]) + (correction ? correction[i] : 0.f) : logits[i];
+        if (m.groups > 1) keep_groups(m, scratch, n, scratch + n);
+        scores = scratch;
+    }
     const float top = *std::max_element(logits, logits + n);
     float total = 0, kept = 0;
-    for (int i = 0; i < n; ++i) total += std::exp(logits[i] - top);
-    for (int j = 0; j < k; ++j) {
-        chosen[j] = best_left(logits, n, chosen, j);
-        weights[j] = std::exp(logits[chosen[j]] - top) / total;
+    for (int i = 0; m.routing == SOFTMAX && i < n; ++i) total += std::exp(logits[i] - top);
+    for (int j = 0; j < m.top_k; ++j) {
+        chosen[j] = best_left(scores, n, chosen, j);
+        const float logit = logits[chosen[j]];
+        weights[j] = m.routing == SIGMOID ? sigmoid(logit) : std::exp(logit - top) / total;
         kept += weights[j];
     }
-    for (int j = 0; renormalize && j < k; ++j) weights[j] /= kept;
+    // sigmoids may all be 0
+    for (int j = 0; m.renormalizes != 0 && j < m.top_k; ++j) weights[j] /= kept + 1e-20f;
+    for (int j = 0; j < m.top_k; ++j) weights[j] *= m.routed_scale;
 }
 
 // Sparsemixer outside of training (arXiv 2409.12136): the expert with the largest logit, then that with the largest of the others.
@@ -47,9 +84,10 @@ inline void sparsemixer_experts(const float* logits, int n, int k, float jitter,
     }
 }
 
-inline void choose(const Model& m, const float* logits, int n, int* chosen, float* weights) {
+// `scratch` has room for two numbers for each expert.
+inline void choose(const Model& m, const Layer& l, const float* logits, int n, float* scratch, int* chosen, float* weights) {
     if (m.routing == SPARSEMIXER) sparsemixer_experts(logits, n, m.top_k, m.jitter, chosen, weights);
-    else softmax_experts(logits, n, m.top_k, m.routing == SOFTMAX_OF_CHOSEN, chosen, weights);
+    else best_experts(m, l.router_correction, logits, n, scratch, chosen, weights);
 }
 
 // Put k chosen experts into ascending order, their weights with them.

@@ -194,8 +194,8 @@ class Worker {
         wait();
         // every thread finds the same
         for (int b = 0; b < s_.batch; ++b)
-            choose(m_, sh_.scores.data() + b * count, int(count), own_.chosen.data() + b * m_.top_k,
-                   own_.routed.data() + b * m_.top_k);
+            choose(m_, o.l, sh_.scores.data() + b * count, int(count), own_.ranked.data(),
+                   own_.chosen.data() + b * m_.top_k, own_.routed.data() + b * m_.top_k);
         took(ROUTER);
         const Range inner = share(o.gate.blocks());
         for_each_expert(count, [&](int expert, const int* slots, int taken) {
