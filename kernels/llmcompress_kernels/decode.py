@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select, tree
+from llmcompress_kernels.decode_cache import Cache
 from llmcompress_kernels.decode_structs import (
     REROUTE,
     STRUCTS,
     BoundMixersStruct,
-    CacheStruct,
     LayerStruct,
     ModelStruct,
     PromptStruct,
     StepStruct,
 )
-from llmcompress_kernels.matrix import KINDS, Matrix, MatrixStruct
+from llmcompress_kernels.matrix import Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
 FAMILY = "decode"
@@ -127,6 +127,25 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Latents:
+    """Attention whose heads make keys and values of the same few numbers of a token (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+        size: C, latents of a token.
+        width: C + R, what a token leaves in the cache.
+        value_dim: V, columns of a head's result.
+        epsilon: Of the norms of latents and of what queries are made of.
+        neighbours: Pairs that are turned stand side by side.
+    """
+
+    size: int
+    width: int
+    value_dim: int
+    epsilon: float
+    neighbours: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
 
@@ -140,7 +159,12 @@ class Layer:
         router_correction: float32 ``[E]``, added to the sigmoids of a router for the choice alone, or None.
         shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
-        query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``.
+        query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``. With latents the
+            second are the latents', ``[C]``.
+        query_down: With latents (:class:`Latents`), what ``query`` reads in the place of hidden states, or None.
+        query_down_norm: RMSNorm weights of what it makes.
+        absorb: Dense ``[heads, C, D - R]``: each head's keys, by which its queries meet latents; None without.
+        expand: ``[heads, V, C]``: each head's values from its sum of latents; None without.
         whole_norms: They are ``[heads D]``, of all heads together.
         attention_after, mlp_after: RMSNorm weights ``[H]`` of what attention and MLP add to the hidden states, or None.
         window: Positions that a token sees, itself the last of them; 0 for all.
@@ -158,12 +182,16 @@ class Layer:
     up: Matrix
     down: Matrix
     router: Matrix | None = None
+    query_down: Matrix | None = None
+    absorb: Matrix | None = None
+    expand: Matrix | None = None
     shared_gate: Matrix | None = None
     shared_up: Matrix | None = None
     shared_down: Matrix | None = None
     shared_router: Matrix | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    query_down_norm: Tensor | None = None
     router_correction: Tensor | None = None
     attention_norm_bias: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
@@ -187,7 +215,8 @@ class Layer:
     def takes_prompts(self) -> bool:
         """Whether :func:`prompt` computes it."""
         alike = self.router is None or (self.gate.bits, self.gate.group_size) == (self.up.bits, self.up.group_size)
-        packed = {name: weight for name, weight in self.matrices().items() if not name.endswith("router")}
+        small = ("router", "shared_router", "absorb", "expand")
+        packed = {name: weight for name, weight in self.matrices().items() if name not in small}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
     def _struct(self, place: int, cosine: Tensor, sine: Tensor) -> LayerStruct:
@@ -211,9 +240,10 @@ class Decoder:
         layers: In order.
         final_norm, final_norm_bias: float32 ``[H]``, as norms of layers.
         cosine, sine: Rotary tables float32 ``[tables, positions, R / 2]``; the first R columns of a head are turned,
-            usually all, maybe none.
+            usually all, maybe none; with latents the last ones.
         embedding, head: ``[V, H]``.
-        heads, key_value_heads, head_dim: Of attention.
+        heads, key_value_heads, head_dim: Of attention; with latents D is that of queries, and all heads share one key.
+        latents: What keys and values are made of; None where each head has its own.
         epsilon: Of every norm.
         attention_scale: Factor of the scores, usually ``D ** -0.5``.
         routing: Of the routers.
@@ -237,6 +267,7 @@ class Decoder:
     epsilon: float
     attention_scale: float
     routing: Routing = Routing()
+    latents: Latents | None = None
     final_norm_bias: Tensor | None = None
     screen: Matrix | None = None
     screen_error: Tensor | None = None
@@ -257,13 +288,14 @@ class Decoder:
         # C++ reads these at every step
         self._kept = (embeddings, heads)
         given = (self.final_norm, self.final_norm_bias)
-        routing = self.routing
+        routing, latents = self.routing, self.latents or Latents(0, 0, self.head_dim, 0.0, False)
         model = ModelStruct(
             structs, *(None if t is None else t.data_ptr() for t in given),
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
+            int(latents.neighbours), latents.size, latents.width, latents.value_dim, latents.epsilon,
             routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
             int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
             self.epsilon, self.attention_scale, routing.scale, routing.jitter,
@@ -321,65 +353,6 @@ class Mixers:
     def __init__(self, run: int, engine: int, states: int, owners: Sequence[Any]) -> None:
         self._struct = BoundMixersStruct(run, engine, states)
         self._owners = owners
-
-
-class Cache:
-    """Keys and values of several sequences, float32 or bfloat16, in the step's own order.
-
-    Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation, for the
-    L layers with attention.
-
-    Args:
-        decoder: Whose sizes to use.
-        slots: Sequences.
-        positions: Tokens per sequence; rounded up to a multiple of 16.
-        dtype: ``torch.float32`` or ``torch.bfloat16``.
-    """
-
-    def __init__(self, decoder: Decoder, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> None:
-        self.positions = -(-positions // LANES) * LANES
-        self.head_dim = decoder.head_dim
-        padded = -(-decoder.head_dim // LANES) * LANES
-        lead = (sum(not layer.mixes for layer in decoder.layers), slots, decoder.key_value_heads)
-        self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
-        self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
-        self._struct = CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values of all slots."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def fill(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store what another implementation computed.
-
-        Args:
-            layer: Which of the layers with attention.
-            slot: Which sequence.
-            start: Position of the first token.
-            keys: ``[heads, tokens, D]``, rotated.
-            values: ``[heads, tokens, D]``.
-        """
-        count = keys.shape[1]
-        self.values[layer, slot, :, start : start + count, : self.head_dim] = values
-        # [heads, P, D] seen through the blocked order
-        seen = self.keys[layer, slot].transpose(-1, -2)
-        first, last = start // LANES, -(-(start + count) // LANES)
-        # a copy: a single block would be flattened in place
-        patch = seen[:, first:last].flatten(1, 2).clone()
-        patch[:, start - first * LANES : start - first * LANES + count, : self.head_dim] = keys.to(patch.dtype)
-        seen[:, first:last] = patch.unflatten(1, (last - first, LANES))
-
-    def read(self, layer: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a sequence's first ``count`` positions, each ``[heads, count, D]``; see :meth:`fill`."""
-        keys = self.keys[layer, slot].transpose(-1, -2)[:, : -(-count // LANES)].flatten(1, 2)
-        return keys[:, :count, : self.head_dim], self.values[layer, slot, :, :count, : self.head_dim]
-
-    def copy(self, source: int, target: int, count: int, other: Cache | None = None) -> None:
-        """Give a sequence the first ``count`` positions of another one, in this cache or in a smaller one."""
-        held, blocks = other or self, -(-count // LANES)
-        self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
-        self.values[:, target, :, :count] = held.values[:, source, :, :count]
 
 
 def step(

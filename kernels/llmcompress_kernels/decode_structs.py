@@ -12,12 +12,10 @@ class LayerStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "attention_norm_bias", "mlp_norm_bias")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("attention_after", "mlp_after", "query_norm", "key_norm", "router_correction")
-        ),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
-        *((name, MatrixStruct) for name in ("query", "key", "value", "output", "gate", "up", "down", "router")),
+        *((name, ctypes.c_void_p) for name in ("attention_after", "mlp_after", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "cosine", "sine")),
+        *((name, MatrixStruct) for name in ("query", "key", "value", "output", "query_down", "absorb", "expand")),
+        *((name, MatrixStruct) for name in ("gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "turned", "window")),
     )
@@ -36,6 +34,8 @@ class ModelStruct(ctypes.Structure):
         ("member_embeddings", ctypes.POINTER(MatrixStruct)),
         ("member_heads", ctypes.POINTER(MatrixStruct)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("neighbours", "latents", "latent_width", "value_dim")),
+        ("latent_epsilon", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("top_k", "routing", "members")),
         *((name, ctypes.c_int32) for name in ("renormalizes", "groups", "top_groups", "voters")),
         *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "routed_scale", "jitter")),

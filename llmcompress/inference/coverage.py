@@ -11,7 +11,7 @@ from typing import Any
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
-    "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe",
+    "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3",
 )  # fmt: skip
 STATES = ("mamba2",)
 HYBRIDS = ("bamba", "granitemoehybrid")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.algorithms.routing import RouterRule
+from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.embedding import PackedRows, TiedHead
@@ -110,6 +111,8 @@ def assembled(
         routing: Of its routers.
         family: Whether it is one.
     """
+    latents = latents_of(config, attention) if is_latent(attention) else None
+    groups = config.num_attention_heads if latents else attention.num_key_value_groups
     tables = 1 + max(layer.rotary or 0 for layer in layers)
     return native.Decoder(
         layers=layers,
@@ -121,8 +124,9 @@ def assembled(
         embedding=embeddings[0],
         head=heads[0],
         heads=config.num_attention_heads,
-        key_value_heads=config.num_attention_heads // attention.num_key_value_groups,
-        head_dim=attention.head_dim,
+        key_value_heads=config.num_attention_heads // groups,
+        head_dim=attention.qk_head_dim if latents else attention.head_dim,
+        latents=latents,
         epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
         routing=routing,
@@ -205,8 +209,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     config: Any = model.config.get_text_config()
     kinds = rotary_kinds(model)
     rotary = 0 if len(kinds) == 1 else kinds.index(config.layer_types[block.index])
-    query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None)) for name in "qk")
-    beside: dict[str, matrix.Matrix] = {}
+    beside: dict[str, Any] = {}
     correction: Tensor | None = None
     if block.bank is None:
         gate, up, down, router = (
@@ -226,22 +229,46 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         mlp_norm_bias=_norm(model, second.pre_norm, "bias"),
         attention_after=_norm(model, first.post_norm),
         mlp_after=_norm(model, second.post_norm),
-        query=linear_matrix(attention.q_proj, members),
-        key=linear_matrix(attention.k_proj, members),
-        value=linear_matrix(attention.v_proj, members),
-        output=linear_matrix(attention.o_proj, members),
+        **_projections(attention, members),
         gate=gate,
         up=up,
         down=down,
         router=router,
-        query_norm=query_norm,
-        key_norm=key_norm,
         router_correction=None if correction is None else correction.detach().float().contiguous(),
         **beside,
         window=window_of(config, block.index),
         rotary=rotary if getattr(attention, "use_rope", True) else None,
-        whole_norms=query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     )
+
+
+def _projections(attention: Any, members: Sequence[str]) -> dict[str, Any]:
+    """What attention reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    output = linear_matrix(attention.o_proj, members)
+    if is_latent(attention):
+        return {**_latent_projections(attention), "output": output}
+    query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None)) for name in "qk")
+    return {
+        **{name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in ("query", "key", "value")},
+        "output": output,
+        "query_norm": query_norm,
+        "key_norm": key_norm,
+        "whole_norms": query_norm is not None and query_norm.shape[-1] != attention.head_dim,
+    }
+
+
+def _latent_projections(attention: Any) -> dict[str, Any]:
+    low = attention.q_lora_rank is not None
+    absorb, expand = keys_and_values(attention)
+    return {
+        "query": linear_matrix(attention.q_b_proj if low else attention.q_proj),
+        "query_down": linear_matrix(attention.q_a_proj) if low else None,
+        "query_down_norm": norm_of(attention.q_a_layernorm) if low else None,
+        "key": linear_matrix(attention.kv_a_proj_with_mqa),
+        "key_norm": norm_of(attention.kv_a_layernorm),
+        "value": None,
+        "absorb": absorb,
+        "expand": expand,
+    }
 
 
 def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matrix.Matrix]:

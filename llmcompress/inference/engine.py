@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
+from llmcompress_kernels.decode_cache import Cache, cache_for
 from llmcompress_kernels.reference.group_gemm import LANES
 from llmcompress_kernels.select import VARIABLE
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import FAMILIES, decline_config, decline_family, reach
 from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, screened
+from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
@@ -103,7 +105,7 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
     """
     if hasattr(module, "_hf_hook"):
         return " is offloaded by accelerate"
-    if name.endswith(("_proj", "_linear")):
+    if name.endswith(("_proj", "_linear", "_proj_with_mqa")):
         if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
             return f" is a {type(module).__name__}"
         if module._forward_pre_hooks or module._forward_hooks:
@@ -113,7 +115,7 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
         reason = cpu.declines(spec.bits, module.columns_per_group, LANES, module.shape[-1])
         if reason is not None or spec.dense_rows not in (0, dense_rows):
             return f": {reason or f'{spec.dense_rows} of its rows are dense'}"
-    return None
+    return decline_latent(name, module)
 
 
 def decline_rest(model: PreTrainedModel) -> str | None:
@@ -205,7 +207,7 @@ class Engine:
         self.slots = 0
         self.lengths: list[int] = []
         self._owners: list[int] = []
-        self.cache: native.Cache
+        self.cache: Cache
         self.reserve(positions if self.longest is None else min(positions, self.longest), slots)
 
     _declines = staticmethod(decline)
@@ -244,7 +246,7 @@ class Engine:
         if slots <= self.slots and positions <= self.cache.positions:
             return
         room, count = max(positions, self.cache.positions if self.slots else 0), max(slots, self.slots)
-        grown = native.Cache(self.decoder, count, room, self.cache_dtype)
+        grown = cache_for(self.decoder, count, room, self.cache_dtype)
         for slot, tokens in enumerate(self.lengths):
             grown.copy(slot, slot, tokens, self.cache)
         more = [0] * (count - self.slots)
@@ -259,9 +261,17 @@ class Engine:
         given = (torch.empty(0, dtype=torch.float32), torch.arange(count).unsqueeze(0))
         with torch.inference_mode():
             tables = [rotary(*given, *(() if kind is None else (kind,))) for kind in rotary_kinds(self.model)]
+        if isinstance(tables[0], Tensor):
+            # DeepSeek-V2's, complex
+            return tables[0].real.contiguous(), tables[0].imag.contiguous()
         cosine, sine = (torch.cat(parts) for parts in zip(*tables))
         turned = cosine.shape[-1] // 2
         return cosine[..., :turned].contiguous(), sine[..., :turned].contiguous()
+
+    @property
+    def _pairs_stay(self) -> bool:
+        """Whether transformers leaves pairs that it has turned side by side in its cache (DeepSeek-V2)."""
+        return self.decoder.latents is not None and not hasattr(self.model.config, "rope_interleave")
 
     @property
     def piece(self) -> int | None:
@@ -349,13 +359,16 @@ class Engine:
         with torch.inference_mode():
             for index in range(len(self.decoder.layers) if start else 0):
                 keys, values = (part.to(self.model.dtype) for part in self.cache.read(index, slot, start))
+                if self._pairs_stay:
+                    values = side_by_side(values)
                 held.update(keys[None], values[None], index)
             out: Any = self.model(
                 input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
                 **arguments(self.model, held, torch.arange(start, end)[None]),
             )  # fmt: skip
             for index, layer in enumerate(held.layers):
-                self.cache.fill(index, slot, start, layer.keys[0, :, start:], layer.values[0, :, start:])
+                keys, values = layer.keys[0, :, start:], layer.values[0, :, start:]
+                self.cache.fill(index, slot, start, keys, halves(values) if self._pairs_stay else values)
         self.lengths[slot] = end
         return out.logits[0, -1].float()
 

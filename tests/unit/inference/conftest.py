@@ -22,6 +22,11 @@ _SIZES: dict[str, Any] = {
     "head_dim": 8, "max_position_embeddings": 512, "tie_word_embeddings": False, "intermediate_size": 80,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+_LATENT: dict[str, Any] = {
+    "head_dim": None, "num_key_value_heads": 6, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 48, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3,
+}  # fmt: skip
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     # biases, grouped heads of a size that is no multiple of a vector
@@ -71,6 +76,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
+    # latents; pairs turned side by side, queries made of few numbers, softmax within groups
+    "deepseek_v2": {
+        **_LATENT, "q_lora_rank": 48, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 3.0,
+    },
+    "deepseek_v3": {**_LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1, "rope_interleave": True},
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def in_parts(engine: Any, slot: int, tokens: list[int], cuts: tuple[int, ...]) -
 @needs_native
 @pytest.mark.parametrize("cuts", PARTS)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo3"])
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo3", "deepseek_v2"])
 def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
     decoders: Any, ids: torch.Tensor, family: str, threads: int, cuts: tuple[int, ...]
 ) -> None:
@@ -51,7 +51,7 @@ def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
 
 @needs_native
 @pytest.mark.parametrize("cuts", PARTS)
-@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo3", "deepseek_v2", "deepseek_v3"])
 def test_parts_of_a_dense_prompt_give_its_logits(
     decoders: Any, ids: torch.Tensor, family: str, cuts: tuple[int, ...]
 ) -> None:
@@ -65,7 +65,7 @@ def test_parts_of_a_dense_prompt_give_its_logits(
 
 @needs_native
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("family", ["llama", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "olmo3", "deepseek_v2"])
 def test_a_sequence_begins_with_anothers_tokens(decoders: Any, ids: torch.Tensor, family: str, packed: bool) -> None:
     model = decoders.packed(family, 4) if packed else decoders.dense(family)
     engine, tokens = Engine(model, slots=3, positions=96), ids[:80].tolist()
@@ -82,8 +82,10 @@ def test_a_sequence_begins_with_anothers_tokens(decoders: Any, ids: torch.Tensor
 
 
 @needs_native
-def test_sequences_outlive_growth(decoders: Any, ids: torch.Tensor) -> None:
-    engine, tokens = Engine(decoders.packed("qwen3", 4, head_dim=32), positions=48), ids[:60].tolist()
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_sequences_outlive_growth(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    model = decoders.packed(family, 4, **({"head_dim": 32} if family == "qwen3" else {}))
+    engine, tokens = Engine(model, positions=48), ids[:60].tolist()
     engine.prompt(0, tokens[:40])
     engine.reserve(200, 3)
     assert engine.lengths == [40, 0, 0]

@@ -44,7 +44,7 @@ def test_the_numbers_of_steps(decoders: Any, ids: torch.Tensor, family: str, bit
 
 @pytest.mark.parametrize("planes", [native.INT8_PLANES, native.FLOAT16_PLANES, native.FLOAT32_PLANES])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "deepseek_v2"])
 def test_threads_do_not_matter(decoders: Any, ids: torch.Tensor, threads: int, planes: int, family: str) -> None:
     model = decoders.packed(family, 4)
     found = []
@@ -60,9 +60,9 @@ def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> No
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
-        model = decoders.packed("qwen3", 3, **QWEN3)
-        at_once, by_steps = both(Engine(model, slots=2, positions=48, threads=1), ids[:45])
-        assert torch.equal(at_once, by_steps)
+        for model in (decoders.packed("qwen3", 3, **QWEN3), decoders.packed("deepseek_v2", 3)):
+            at_once, by_steps = both(Engine(model, slots=2, positions=48, threads=1), ids[:45])
+            assert torch.equal(at_once, by_steps)
     finally:
         native.set_isa(None)
 
@@ -103,7 +103,9 @@ POLICIES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
+)
 def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
     # more than a piece, so that experts are counted over several
     tokens = torch.randint(3, 72, (600,), generator=torch.Generator().manual_seed(3))

@@ -183,11 +183,12 @@ def test_prompts_are_read_in_parts_beside_the_steps_of_others() -> None:
     assert found == alone(model, prompt, 6)
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize("prefixes", [True, False])
-def test_a_second_turn_reads_what_is_new(prefixes: bool) -> None:
-    model = dense("llama")
+def test_a_second_turn_reads_what_is_new(family: str, prefixes: bool, tiny: Any) -> None:
+    model = dense(family) if family == "llama" else tiny.model(family)
     rows = native_rows(model, 3, prefixes)
-    (prompt,) = prompts((60,), 72)
+    (prompt,) = prompts((60,), 64)
     tokens = [int(read(rows, 0, prompt, 16)[0].argmax())]
     for _ in range(6):
         tokens.append(int(rows.step({0: tokens[-1]})[0].argmax()))

@@ -12,13 +12,11 @@
 
 namespace LLMCOMPRESS_ISA {
 
-// What a chunk leaves for one query head: maximum, sum of exponentials, then Dp values.
+// What a chunk leaves for one query head (Widths::part): maximum, sum of exponentials, then padded values.
 constexpr int PART_HEAD = LANES;
 
 // stands for minus infinity: its exponential is 0, and it has a difference to itself
 constexpr float LOWEST = -3.0e38f;
-
-inline int padded_dim(int head_dim) { return int(padded(head_dim)); }
 
 // scores [G] of sixteen positions; keys [Dp, LANES], queries [heads, Dp]
 template <class T, int G>
@@ -37,6 +35,25 @@ inline void score_block(const T* keys, const float* queries, int dim, int width,
         for (int g = 0; g < G; ++g) acc[g][0] += a * queries[g * width + d];
     }
     for (int g = 0; g < G; ++g) scores[g] = acc[g][0] + acc[g][1];
+}
+
+// As score_block() where a key is a row: keys [LANES, width], queries [heads, width], padded with zeros.
+template <class T, int G>
+inline void score_rows(const T* keys, const float* queries, int width, F16* scores) {
+    constexpr int TILE = LLMCOMPRESS_LEVEL >= 4 && G <= 4 ? 4 : 2;  // sums stay in registers
+    for (int p = 0; p < LANES; p += TILE) {
+        F16 acc[G][TILE] = {};
+        for (int d = 0; d < width; d += LANES) {
+            F16 k[TILE];
+            for (int i = 0; i < TILE; ++i) k[i] = load_float(keys + (p + i) * width + d);
+            for (int g = 0; g < G; ++g) {
+                const F16 q = load_float(queries + g * width + d);
+                for (int i = 0; i < TILE; ++i) acc[g][i] += k[i] * q;
+            }
+        }
+        for (int g = 0; g < G; ++g)
+            for (int i = 0; i < TILE; ++i) scores[g][p + i] = sum(acc[g][i]);
+    }
 }
 
 // values [positions, width]; adds weights [G][stride] times values to out [G][part stride], TILE vectors wide
@@ -78,9 +95,9 @@ inline void value_pair(const uint16_t* values, const float* weights, int64_t str
 // Positions [first, last) for G query heads; with LATER those of G tokens in a row, of which each but the last sees one
 // position less than the next, and none more than `window`. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
 template <class T, int G, int LATER = 0>
-void attend(const T* keys, const T* values, const float* queries, int dim, int64_t first, int64_t last, float* weights,
+void attend(const T* keys, const T* values, const float* queries, const Widths& w, int64_t first, int64_t last, float* weights,
             int64_t stride, float* out, int64_t window = INT64_MAX) {
-    const int width = padded_dim(dim), part = PART_HEAD + width;
+    const int row = w.row(), width = w.part() - PART_HEAD, apart = w.apart(), part = w.part();
     const int64_t begin = first / LANES * LANES, since = LATER ? std::max(first, last - window) : first;
     const int count = (int)(last - first), skip = (int)(first - begin);
     const F16 lowest = spread(LOWEST);
@@ -88,7 +105,8 @@ void attend(const T* keys, const T* values, const float* queries, int dim, int64
     for (int g = 0; g < G; ++g) peak[g] = lowest;
     for (int64_t p = begin; p < last; p += LANES) {
         F16 scores[G];
-        score_block<T, G>(keys + p * width, queries, dim, width, scores);
+        if (w.latent) score_rows<T, G>(keys + p * row, queries, row, scores);
+        else score_block<T, G>(keys + p * row, queries, w.key, row, scores);
         if (p < since || p + LANES > last - (G - 1) * LATER)
             for (int g = 0; g < G; ++g) {
                 const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - window) : first;
@@ -101,47 +119,47 @@ void attend(const T* keys, const T* values, const float* queries, int dim, int64
         }
     }
     for (int g = 0; g < G; ++g) {
-        float* w = weights + g * stride;
+        float* shares = weights + g * stride;
         const float top = largest(peak[g]);
         F16 total{};
         // masked scores underflow to 0
         for (int64_t p = begin; p < last; p += LANES) {
-            const F16 e = exponential(load_float(w + (p - begin)) - top);
+            const F16 e = exponential(load_float(shares + (p - begin)) - top);
             total += e;
-            store(w + (p - begin), e);
+            store(shares + (p - begin), e);
         }
         out[g * part] = top;
         out[g * part + 1] = sum(total);
     }
-    const T* rows = values + first * width;
+    const T* rows = values + first * apart;
     float* to = out + PART_HEAD;
     int d = 0;
     if constexpr (sizeof(T) == 2) {
         for (; d + 2 * LANES <= width; d += 2 * LANES)
-            value_pair<G>(rows + d, weights + skip, stride, count, width, to + d, part);
+            value_pair<G>(rows + d, weights + skip, stride, count, apart, to + d, part);
     } else {
         constexpr int TILE = G > 4 ? 2 : 4;  // sums stay in registers
         for (; d + TILE * LANES <= width; d += TILE * LANES)
-            value_tile<T, G, TILE>(rows + d, weights + skip, stride, count, width, to + d, part);
+            value_tile<T, G, TILE>(rows + d, weights + skip, stride, count, apart, to + d, part);
     }
-    for (; d < width; d += 16) value_tile<T, G, 1>(rows + d, weights + skip, stride, count, width, to + d, part);
+    for (; d < width; d += 16) value_tile<T, G, 1>(rows + d, weights + skip, stride, count, apart, to + d, part);
 }
 
 template <class T>
-void attend_heads(int heads, const T* keys, const T* values, const float* queries, int dim, int64_t first, int64_t last,
+void attend_heads(int heads, const T* keys, const T* values, const float* queries, const Widths& w, int64_t first, int64_t last,
                   float* weights, int64_t stride, float* out) {
-    const int width = padded_dim(dim), part = PART_HEAD + width;
-    for (; heads >= 4; heads -= 4, queries += 4 * width, out += 4 * part)
-        attend<T, 4>(keys, values, queries, dim, first, last, weights, stride, out);
-    if (heads == 3) attend<T, 3>(keys, values, queries, dim, first, last, weights, stride, out);
-    if (heads == 2) attend<T, 2>(keys, values, queries, dim, first, last, weights, stride, out);
-    if (heads == 1) attend<T, 1>(keys, values, queries, dim, first, last, weights, stride, out);
+    constexpr int MOST = TOGETHER_HEADS;
+    for (; heads >= MOST; heads -= MOST, queries += MOST * w.row(), out += MOST * w.part())
+        attend<T, MOST>(keys, values, queries, w, first, last, weights, stride, out);
+    if (heads == 3) attend<T, 3>(keys, values, queries, w, first, last, weights, stride, out);
+    if (heads == 2) attend<T, 2>(keys, values, queries, w, first, last, weights, stride, out);
+    if (heads == 1) attend<T, 1>(keys, values, queries, w, first, last, weights, stride, out);
 }
 
 // Keys and values of one position, whose head begins at `base` in the cache.
 template <class T>
 inline void put(T* keys, T* values, int64_t position, int dim, const float* k, const float* v) {
-    const int width = padded_dim(dim);
+    const int width = int(padded(dim));
     T* column = keys + position / LANES * LANES * width + position % LANES;
     T* row = values + position * width;
     for (int d = 0; d < dim; ++d) {
@@ -168,7 +186,7 @@ inline void combine(const float* parts, int64_t stride, int chunks, int dim, flo
         total += factors[c] * parts[c * stride + 1];
     }
     const float inverse = 1.f / total;
-    const int width = padded_dim(dim);
+    const int width = int(padded(dim));
     for (int d = 0; d < width; d += LANES) {
         F16 acc{};
         for (int c = 0; c < chunks; ++c) acc += load_float(parts + c * stride + PART_HEAD + d) * (factors[c] * inverse);
@@ -187,6 +205,16 @@ inline void rotate(const float* from, const float* cosine, const float* sine, in
         to[half + i] = (b * cosine[i] + a * sine[i]) * scale;
     }
     for (int i = turned; i < dim; ++i) to[i] = from[i] * scale;
+}
+
+// Likewise pairs that stand side by side, as DeepSeek does; turned ones are half of the columns apart, which changes no score.
+inline void rotate_pairs(const float* from, const float* cosine, const float* sine, int turned, float scale, float* to) {
+    const int half = turned / 2;
+    for (int i = 0; i < half; ++i) {
+        const float a = from[2 * i], b = from[2 * i + 1];
+        to[i] = (a * cosine[i] - b * sine[i]) * scale;
+        to[half + i] = (b * cosine[i] + a * sine[i]) * scale;
+    }
 }
 
 // Queries or keys of one token as their projection left them.
@@ -235,7 +263,7 @@ inline int64_t seen_from(const Layer& l, int64_t tokens) {
 
 // Where a head of a sequence begins in the cache.
 inline int64_t head_base(const Model& m, const Cache& c, int64_t layer, int64_t slot, int64_t head) {
-    return ((layer * c.slots + slot) * m.key_value_heads + head) * c.positions * padded_dim(m.head_dim);
+    return ((layer * c.slots + slot) * m.key_value_heads + head) * c.positions * widths(m).row();
 }
 
 }  // namespace LLMCOMPRESS_ISA

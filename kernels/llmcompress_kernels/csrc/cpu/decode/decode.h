@@ -13,7 +13,7 @@
 namespace llmcompress::decode {
 
 constexpr int MAX_BATCH = 8;  // tokens that one pass over the weights serves
-constexpr int MAX_HEAD_DIM = 1024;
+constexpr int MAX_HEAD_DIM = 1024;  // of a head in the cache
 constexpr int MAX_CHUNKS = 64;  // of the positions of one sequence
 
 // How a matrix is stored: packed ones as lowbit.h says, rows padded to a multiple of LANES; dense ones row by row.
@@ -66,6 +66,10 @@ struct BoundMixers {
 // How a token's k experts and their weights follow from the router's logits (routing.h).
 enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 
+// Latent attention (DeepSeek-V2, arXiv 2405.04434): a token keeps C latents and R turned numbers, its key and, the first C of
+// them, its value for all heads alike. A head's own keys and values are products with the latents; that of its keys is taken
+// with the query instead (`absorb`), that of its values with the weighted sum of latents (`expand`).
+//
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
     const float* attention_norm;  // [H] or null
@@ -75,11 +79,15 @@ struct Layer {
     const float* attention_after;  // [H], RMSNorm of what attention adds to the hidden states, or null
     const float* mlp_after;        // likewise of the MLP
     const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
-    const float* key_norm;        // likewise
+    const float* key_norm;        // likewise, or [C] of latents
+    const float* query_down_norm; // of what `query` reads
     const float* router_correction;  // [E], added to sigmoids for the choice alone, or null
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
-    Matrix query, key, value, output;
+    Matrix query, key, value, output;  // with latents `key` makes them [C + R, H], and there is no `value`
+    Matrix query_down;    // what `query` reads in the place of hidden states, after a norm, or ABSENT
+    Matrix absorb;        // [C, D - R] of each head, dense, or ABSENT
+    Matrix expand;        // [V, C] of each head
     Matrix gate, up, down;  // the gated MLP, or the experts where `router` is present
     Matrix router;          // [E, H], dense, or ABSENT
     Matrix shared_gate, shared_up, shared_down;  // a gated MLP beside the experts, or ABSENT
@@ -102,6 +110,10 @@ struct Model {
     const Matrix* member_embeddings;  // of a family, or null
     const Matrix* member_heads;
     int32_t layer_count, hidden, heads, key_value_heads, head_dim;
+    int32_t neighbours;  // whether pairs that are turned stand side by side, not half of those columns apart
+    int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
+    int32_t value_dim;  // columns of a head's result
+    float latent_epsilon;  // of the norms of latents and of what `query` reads
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum
     int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them
@@ -113,7 +125,8 @@ struct Model {
 };
 
 // keys [layer, slot, kv head, P / LANES, Dp, LANES] and values [layer, slot, kv head, P, Dp]: the scores of sixteen
-// positions are one vector, and neither product needs a horizontal sum.
+// positions are one vector, and neither product needs a horizontal sum. Latents are stored once, as keys [layer, slot, P, Dp]
+// with D = C + R.
 struct Cache {
     void* keys;
     void* values;

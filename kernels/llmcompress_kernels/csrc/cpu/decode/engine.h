@@ -15,6 +15,27 @@ namespace llmcompress::decode {
 inline int64_t row_blocks(int64_t rows) { return (rows + LANES - 1) / LANES; }
 inline int64_t padded(int64_t n) { return row_blocks(n) * LANES; }
 
+// What a head leaves in the cache, and attention of it.
+struct Widths {
+    int key, value;  // columns of a key and of a value
+    bool latent;     // whether keys are rows, and values the first columns of these
+
+    int row() const { return int(padded(key)); }  // of a key in the cache, and of a query
+    int apart() const { return int(padded(latent ? key : value)); }  // from a value to the next
+    int part() const { return LANES + int(padded(value)); }  // of what a chunk leaves for one query head
+};
+
+inline Widths widths(const Model& m) {
+    if (m.latents > 0) return {m.latent_width, m.latents, true};
+    return {m.head_dim, m.head_dim, false};
+}
+
+// Query heads that attend together share keys, and are so many tasks of a token.
+constexpr int TOGETHER_HEADS = 4;
+inline int tasks_of(const Model& m) {
+    return m.latents > 0 ? (m.heads + TOGETHER_HEADS - 1) / TOGETHER_HEADS : m.key_value_heads;
+}
+
 // A matrix with what its kernel wants to know.
 struct Operand {
     Matrix m{};
@@ -40,12 +61,13 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, gate, up, down, router;
+    Operand query_down, absorb, expand;
     Operand shared_gate, shared_up, shared_down, shared_router;
 };
 
 // What one thread works in. Vectors only grow.
 struct Buffers {
-    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed, ranked;
+    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed, ranked, low;
     std::vector<int64_t> rows;
     std::vector<int> chosen;
     std::vector<char> activations;
@@ -53,7 +75,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, parts, inner, shared, delta, scores, shares, rough, bounds;
+    std::vector<float> query, key, value, low, absorbed, parts, inner, shared, delta, scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };
@@ -69,27 +91,32 @@ class Engine {
             const Layer& l = m.layers[i];
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
                               operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
+                              operand(l.query_down), operand(l.absorb), operand(l.expand),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
             shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
+            rank = std::max(rank, l.query_down.rows);
         }
     }
 
     // Room for a step; chunks of positions so that no thread idles for long. A chunk below 64 positions is not worth
     // its merging.
     void prepare(const Step& s, const Cache& c) {
-        const size_t b = size_t(s.batch), dim = size_t(m.head_dim), wide = size_t(padded(intermediate));
+        const Widths w = widths(m);
+        const size_t b = size_t(s.batch), heads = size_t(m.heads), wide = size_t(padded(intermediate));
         const size_t group = size_t(m.heads / m.key_value_heads);
         int64_t longest = 0;
         for (int i = 0; i < s.batch; ++i) longest = std::max(longest, s.positions[i] + 1);
-        const int tasks = s.batch * m.key_value_heads;
+        const int tasks = s.batch * tasks_of(m);
         const int wanted = tasks % s.threads == 0 ? 1 : (2 * s.threads + tasks - 1) / tasks + 1;
         shared.chunks = int(std::max<int64_t>(1, std::min<int64_t>({wanted, MAX_CHUNKS, longest / 64})));
         grow(shared.query, b * size_t(padded(m.heads * m.head_dim)));
-        grow(shared.key, b * size_t(padded(m.key_value_heads * m.head_dim)));
-        grow(shared.value, b * size_t(padded(m.key_value_heads * m.head_dim)));
-        grow(shared.parts, b * size_t(m.heads * shared.chunks) * (LANES + size_t(padded(m.head_dim))));
+        grow(shared.key, b * size_t(padded(m.key_value_heads * w.key)));
+        grow(shared.value, b * size_t(padded(w.latent ? m.heads * m.value_dim : m.key_value_heads * w.value)));
+        grow(shared.low, b * size_t(padded(rank)));
+        if (w.latent) grow(shared.absorbed, b * heads * size_t(w.row()));
+        grow(shared.parts, b * heads * size_t(shared.chunks * w.part()));
         grow(shared.delta, b * size_t(padded(m.hidden)));
         grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
         grow(shared.shared, b * size_t(padded(shared_intermediate)));
@@ -103,11 +130,11 @@ class Engine {
             Buffers& own = *threads[size_t(t)];
             grow(own.hidden, b * size_t(m.hidden));
             grow(own.normed, b * size_t(m.hidden));
-            grow(own.mixed, b * size_t(m.heads) * dim);
+            grow(own.mixed, b * (w.latent ? size_t(w.value) : heads * size_t(w.value)));
             grow(own.product, b * size_t(padded(std::max<int64_t>({intermediate, shared_intermediate, m.hidden}))));
             grow(own.gated, b * wide);
-            grow(own.queries, group * size_t(padded(m.head_dim)));
-            grow(own.weights, std::min<size_t>(4, group) * size_t(c.positions + LANES));
+            grow(own.queries, group * size_t(w.row()));
+            grow(own.weights, std::min<size_t>(TOGETHER_HEADS, group) * size_t(c.positions + LANES));
             grow(own.routed, b * size_t(std::max(1, m.top_k)));
             grow(own.ranked, 2 * size_t(experts));
             grow(own.chosen, b * size_t(std::max(1, m.top_k)));
@@ -116,13 +143,16 @@ class Engine {
         }
     }
 
+    // bytes of the rounded inputs of up to MAX_BATCH tokens, of any matrix
+    size_t activation_size() const { return activation_size_; }
+
     Model m;
     Operand head, screen;
     std::vector<Operand> heads;  // of the members of a family
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
-    int64_t intermediate = 0, shared_intermediate = 0, experts = 0;
+    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0;
 
   private:
     template <class T>

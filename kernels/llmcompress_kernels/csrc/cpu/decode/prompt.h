@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "latent.h"
 #include "multiply.h"
 #include "routing.h"
 
@@ -29,10 +30,12 @@ class PromptWorker {
     PromptWorker(Engine& engine, const Cache& cache, const Prompt& prompt, PromptRoom& room, Barrier& barrier, int thread)
         : e_(engine), m_(engine.m), c_(cache), p_(prompt), room_(room), barrier_(barrier), thread_(thread),
           clock_(thread == 0 ? prompt.seconds : nullptr) {
-        const size_t width = size_t(padded_dim(m_.head_dim)), positions = size_t(padded(p_.start + p_.count));
-        queries_.resize(QUERIES * width);
-        weights_.resize(QUERIES * (positions + 2 * LANES));
-        parts_.resize(QUERIES * (PART_HEAD + width));
+        const Widths w = widths(m_);
+        queries_.resize(size_t(QUERIES * w.row()));
+        weights_.resize(size_t(QUERIES * (padded(p_.start + p_.count) + 2 * LANES)));
+        parts_.resize(size_t(QUERIES * w.part()));
+        sums_.resize(size_t(QUERIES * m_.latents));
+        scratch_.resize(e_.activation_size());
         ranked_.resize(2 * size_t(e_.experts));
     }
 
@@ -123,12 +126,19 @@ class PromptWorker {
     }
 
     void mix(const LayerOperands& o, int index) {
-        project({{&o.query, room_.query.data()}, {&o.key, room_.key.data()}, {&o.value, room_.value.data()}},
-                normed(0), QKV, [&](int64_t t) {
-                    if (index > 0) add_delta(t, after_layer(index - 1));
-                    norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
-                });
-        attention(o.l, o.l.place);
+        const auto make = [&](int64_t t) {
+            if (index > 0) add_delta(t, after_layer(index - 1));
+            norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
+        };
+        const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
+        if (o.query_down.present()) {
+            project({{&o.query_down, room_.low.data()}, key}, normed(0), QKV, make);
+            const int64_t rank = o.query_down.m.rows;
+            project({query}, room_.low.data(), QKV, [&](int64_t t) { norm_low(m_, o, room_.low.data() + t * rank); });
+        } else if (o.absorb.present()) project({query, key}, normed(0), QKV, make);
+        else project({query, key, {&o.value, room_.value.data()}}, normed(0), QKV, make);
+        if (o.absorb.present()) latent_attention(o, o.l.place);
+        else attention(o.l, o.l.place);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
@@ -377,14 +387,58 @@ class PromptWorker {
                 }
             }
         });
-        // head by head, whose keys and values stay in the cores' caches; the last tokens have the most to see, so they begin
+        each_part(heads, [&](int64_t head, int64_t first, int64_t end) {
+            if (c_.kind == DENSE_FP32) attend_tokens<float>(l, layer, head, first, end);
+            else attend_tokens<uint16_t>(l, layer, head, first, end);
+        });
+    }
+
+    // Head by head, whose keys and values stay in the cores' caches; the last tokens have the most to see, so they begin.
+    template <class F>
+    void each_part(int64_t heads, F&& work) {
         const int64_t parts = (count_ + ATTENDING - 1) / ATTENDING;
         each(heads * parts, [&](int64_t i) {
-            const int64_t first = (parts - 1 - i % parts) * ATTENDING, end = std::min(count_, first + ATTENDING);
-            if (c_.kind == DENSE_FP32) attend_tokens<float>(l, layer, i / parts, first, end);
-            else attend_tokens<uint16_t>(l, layer, i / parts, first, end);
+            const int64_t first = (parts - 1 - i % parts) * ATTENDING;
+            work(i / parts, first, std::min(count_, first + ATTENDING));
         });
         took(ATTENTION);
+    }
+
+    void latent_attention(const LayerOperands& o, int layer) {
+        each(blocks(), [&](int64_t b) {
+            for (int64_t t = begin(b); t < end(b); ++t)
+                put_latent(m_, o.l, c_, layer, p_.slot, position(t), room_.key.data() + t * o.key.m.rows);
+        });
+        each_part(m_.heads, [&](int64_t head, int64_t first, int64_t end) {
+            for (int64_t t = first; t < end; t += QUERIES) {
+                const int tokens = int(std::min(QUERIES, end - t));
+                if (c_.kind == DENSE_FP32) attend_latents<float>(o, layer, head, t, tokens);
+                else attend_latents<uint16_t>(o, layer, head, t, tokens);
+            }
+        });
+    }
+
+    // Up to QUERIES tokens from t on, one head.
+    template <class T>
+    void attend_latents(const LayerOperands& o, int layer, int64_t head, int64_t t, int tokens) {
+        const Widths w = widths(m_);
+        Input in(scratch_, p_.planes);
+        absorb(m_, o, in, room_.query.data() + t * m_.heads * m_.head_dim, tokens, head,
+               [&](int i) { return position(t + i); }, queries_.data(), w.row());
+        const T* keys = static_cast<const T*>(c_.keys) + head_base(m_, c_, layer, p_.slot, 0);
+        if (tokens == QUERIES) attend_row<T, QUERIES>(keys, t, 0);
+        else for (int i = 0; i < tokens; ++i) attend_row<T, 1>(keys, t, i);
+        for (int i = 0; i < tokens; ++i) combine(parts_.data() + i * w.part(), 0, 1, w.value, sums_.data() + i * w.value);
+        expand(m_, o, in, sums_.data(), tokens, head, room_.mixed.data() + t * m_.heads * m_.value_dim);
+    }
+
+    // Row i of the queries from token t on, and G - 1 further ones.
+    template <class T, int G>
+    void attend_row(const T* keys, int64_t t, int i) {
+        const Widths w = widths(m_);
+        const int64_t seen = position(t + i) + G;
+        attend<T, G, 1>(keys, keys, queries_.data() + i * w.row(), w, 0, seen, weights_.data(), padded(seen) + 2 * LANES,
+                        parts_.data() + i * w.part());
     }
 
     // Tokens [first, last) of the query heads that share a key-value head.
@@ -402,15 +456,16 @@ class PromptWorker {
 
     template <class T, int G>
     void attend_at(const Layer& l, int64_t head, int64_t t, const T* keys, const T* values) {
-        const int dim = m_.head_dim, width = padded_dim(dim), part = PART_HEAD + width;
+        const int dim = m_.head_dim;
+        const Widths w = widths(m_);
         const int64_t at = t * m_.heads + head, seen = position(t) + G;
         for (int g = 0; g < G; ++g)
             turn(m_, query_heads(m_, l, room_.query.data() + (t + g) * m_.heads * dim, p_.member), head, position(t) + g,
-                 m_.attention_scale, queries_.data() + g * width);
-        attend<T, G, 1>(keys, values, queries_.data(), dim, seen_from(l, seen - G + 1), seen, weights_.data(),
+                 m_.attention_scale, queries_.data() + g * w.row());
+        attend<T, G, 1>(keys, values, queries_.data(), w, seen_from(l, seen - G + 1), seen, weights_.data(),
                         padded(seen) + 2 * LANES, parts_.data(), l.window > 0 ? l.window : INT64_MAX);
         for (int g = 0; g < G; ++g)
-            combine(parts_.data() + g * part, 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);
+            combine(parts_.data() + g * w.part(), 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);
     }
 
     Engine& e_;
@@ -423,7 +478,7 @@ class PromptWorker {
     int kind_ = 0;
     int64_t first_ = 0, count_ = 0;  // tokens of this piece
     Clock clock_;
-    std::vector<float> queries_, weights_, parts_, ranked_;
+    std::vector<float> queries_, weights_, parts_, ranked_, sums_;
     std::vector<char> scratch_;
 };
 

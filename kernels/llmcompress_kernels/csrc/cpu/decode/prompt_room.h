@@ -63,7 +63,7 @@ struct Routed {
 
 struct PromptRoom {
     std::vector<float> hidden, delta, normed;               // [T, H], the second to be added to the first
-    std::vector<float> query, key, value, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> query, key, value, low, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<char> activations;
     Routed routed;
     std::atomic<int64_t> next[2] = {0, 0};  // task to take, of this kind and of the next
@@ -72,8 +72,10 @@ struct PromptRoom {
         const Model& m = e.m;
         const int64_t tokens = std::min(p.count, piece_of(e)), slots = tokens * std::max(1, m.top_k);
         for (auto* rows : {&hidden, &delta, &normed}) rows->resize(size_t(p.count * m.hidden));
-        for (auto* rows : {&query, &mixed}) rows->resize(size_t(tokens * m.heads * m.head_dim));
-        for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * m.head_dim));
+        query.resize(size_t(tokens * m.heads * m.head_dim));
+        mixed.resize(size_t(tokens * m.heads * m.value_dim));
+        low.resize(size_t(tokens * e.rank));
+        for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * widths(m).key));
         for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
         if (e.experts > 0) routed.make_room(p.count, tokens, e.experts, m.top_k, m.hidden);
         size_t most = 0;
@@ -82,7 +84,7 @@ struct PromptRoom {
                                                    : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.key, &l.value, &l.output})
+            for (const Operand* o : {&l.query, &l.query_down, &l.key, &l.value, &l.output})
                 if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.up, &l.down}) room_for(*o, tokens);
             for (const Operand* o : {&l.shared_gate, &l.shared_up, &l.shared_down})

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "engine.h"
+#include "latent.h"
 #include "multiply.h"
 #include "routing.h"
 
@@ -27,6 +28,7 @@ class Worker {
         for (int i = s_.first_layer; i < s_.last_layer; ++i) {
             const LayerOperands& o = e_.layers[size_t(i)];
             if (o.l.mixes != 0) mix(o.l.place);
+            else if (o.absorb.present()) latent_attention(o, o.l.place);
             else attention(o, o.l.place);
             if (o.router.present()) experts(o);
             else gated_mlp(o);
@@ -89,18 +91,7 @@ class Worker {
 
     void attention(const LayerOperands& o, int layer) {
         norm_all(o.l.attention_norm, o.l.attention_norm_bias);
-        const Operand* parts[3] = {&o.query, &o.key, &o.value};
-        float* outs[3] = {sh_.query.data(), sh_.key.data(), sh_.value.data()};
-        const Range mine = share(o.query.blocks() + o.key.blocks() + o.value.blocks());
-        int64_t start = 0;
-        for (int i = 0; i < 3; ++i) {
-            const int64_t blocks = parts[i]->blocks();
-            multiply(*parts[i], in_, 0, std::max<int64_t>(0, mine.first - start), std::min(blocks, mine.last - start),
-                     outs[i], parts[i]->m.rows);
-            start += blocks;
-        }
-        took(QKV);
-        wait();
+        project({{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}, {&o.value, sh_.value.data()}});
         // all new keys and values come first: tokens of a step may belong to one sequence (a short prompt)
         const Range pairs = share(s_.batch * m_.key_value_heads);
         for (int64_t i = pairs.first; i < pairs.last; ++i)
@@ -114,12 +105,96 @@ class Worker {
         }
         took(ATTENTION);
         wait();
-        const int part = PART_HEAD + padded_dim(m_.head_dim), width = m_.heads * m_.head_dim;
+        const Widths w = widths(m_);
+        const int width = m_.heads * w.value;
         for (int b = 0; b < s_.batch; ++b)
-            for (int h = 0; h < m_.heads; ++h)
-                combine(sh_.parts.data() + (int64_t(b) * sh_.chunks * m_.heads + h) * part, int64_t(m_.heads) * part,
-                        sh_.chunks, m_.head_dim, own_.mixed.data() + b * width + h * m_.head_dim);
-        in_.set(own_.mixed.data(), width, s_.batch);
+            for (int h = 0; h < m_.heads; ++h) merge(b, h, w, own_.mixed.data() + int64_t(b) * width + h * w.value);
+        finish_attention(o, own_.mixed.data(), width);
+    }
+
+    struct Product {
+        const Operand* o;
+        float* out;  // [B, rows]
+    };
+
+    // Products of the same inputs.
+    void project(std::initializer_list<Product> products) {
+        int64_t all = 0, start = 0;
+        for (const Product& p : products) all += p.o->blocks();
+        const Range mine = share(all);
+        for (const Product& p : products) {
+            const int64_t blocks = p.o->blocks();
+            multiply(*p.o, in_, 0, std::max<int64_t>(0, mine.first - start), std::min(blocks, mine.last - start), p.out,
+                     p.o->m.rows);
+            start += blocks;
+        }
+        took(QKV);
+        wait();
+    }
+
+    void latent_attention(const LayerOperands& o, int layer) {
+        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
+        const bool low = o.query_down.present();
+        project({low ? Product{&o.query_down, sh_.low.data()} : Product{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}});
+        const Range tokens = share(s_.batch);
+        for (int64_t b = tokens.first; b < tokens.last; ++b)
+            put_latent(m_, o.l, c_, layer, s_.slots[b], s_.positions[b], sh_.key.data() + b * o.key.m.rows);
+        if (low) low_queries(o);
+        const Widths w = widths(m_);
+        const Range heads = share(m_.heads);
+        for (int64_t h = heads.first; h < heads.last; ++h)
+            absorb(m_, o, in_, sh_.query.data(), s_.batch, h, [&](int b) { return s_.positions[b]; },
+                   sh_.absorbed.data() + h * w.row(), int64_t(m_.heads) * w.row());
+        took(QKV);
+        wait();
+        const int groups = tasks_of(m_);
+        const Range tasks = share(int64_t(s_.batch) * groups * sh_.chunks);
+        for (int64_t task = tasks.first; task < tasks.last; ++task) {
+            const int at = int(task / sh_.chunks), chunk = int(task % sh_.chunks);
+            if (c_.kind == DENSE_FP32) attend_latents<float>(o.l, layer, at / groups, at % groups, chunk);
+            else attend_latents<uint16_t>(o.l, layer, at / groups, at % groups, chunk);
+        }
+        took(ATTENTION);
+        wait();
+        for (int64_t h = heads.first; h < heads.last; ++h) {
+            for (int b = 0; b < s_.batch; ++b) merge(b, int(h), w, own_.mixed.data() + int64_t(b) * w.value);
+            expand(m_, o, in_, own_.mixed.data(), s_.batch, h, sh_.value.data());
+        }
+        took(ATTENTION);
+        wait();
+        finish_attention(o, sh_.value.data(), m_.heads * m_.value_dim);
+    }
+
+    // Every thread norms all of what its rows of queries read.
+    void low_queries(const LayerOperands& o) {
+        const int64_t rank = o.query_down.m.rows;
+        own_.low.resize(size_t(s_.batch * rank));
+        std::copy_n(sh_.low.data(), s_.batch * rank, own_.low.data());
+        for (int b = 0; b < s_.batch; ++b) norm_low(m_, o, own_.low.data() + b * rank);
+        in_.set(own_.low.data(), rank, s_.batch);
+        project({{&o.query, sh_.query.data()}});
+    }
+
+    template <class T>
+    void attend_latents(const Layer& l, int layer, int b, int group, int chunk) {
+        const Widths w = widths(m_);
+        const int head = group * TOGETHER_HEADS, count = std::min(TOGETHER_HEADS, m_.heads - head);
+        const float* queries = sh_.absorbed.data() + (int64_t(b) * m_.heads + head) * w.row();
+        attend_span<T>(l, layer, b, 0, chunk, count, queries, part_of(b, chunk, head));
+    }
+
+    // Where a chunk of token b leaves what it finds for a head.
+    float* part_of(int b, int chunk, int64_t head) {
+        return sh_.parts.data() + ((int64_t(b) * sh_.chunks + chunk) * m_.heads + head) * widths(m_).part();
+    }
+
+    // All that the chunks of token b have found for a head.
+    void merge(int b, int head, const Widths& w, float* out) {
+        combine(part_of(b, 0, head), int64_t(m_.heads) * w.part(), sh_.chunks, w.value, out);
+    }
+
+    void finish_attention(const LayerOperands& o, const float* mixed, int width) {
+        in_.set(mixed, width, s_.batch);
         took(ATTENTION);
         const Range rows = share(o.output.blocks());
         multiply(o.output, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
@@ -138,26 +213,33 @@ class Worker {
 
     template <class T>
     void attend_chunk(const Layer& l, int layer, int b, int head, int chunk) {
-        const int dim = m_.head_dim, width = padded_dim(dim), group = m_.heads / m_.key_value_heads;
+        const int group = m_.heads / m_.key_value_heads;
+        const Heads queries = query_heads(m_, l, sh_.query.data() + int64_t(b) * m_.heads * m_.head_dim, member(b));
+        for (int g = 0; g < group; ++g)
+            turn(m_, queries, int64_t(head) * group + g, s_.positions[b], m_.attention_scale,
+                 own_.queries.data() + g * widths(m_).row());
+        attend_span<T>(l, layer, b, head, chunk, group, own_.queries.data(), part_of(b, chunk, int64_t(head) * group));
+    }
+
+    // A chunk of the positions that token b sees, for `group` query heads of a key-value head.
+    template <class T>
+    void attend_span(const Layer& l, int layer, int b, int head, int chunk, int group, const float* queries, float* out) {
+        const Widths w = widths(m_);
         const int64_t base = head_base(m_, c_, layer, s_.slots[b], head), length = s_.positions[b] + 1;
         // chunks begin at whole vectors of positions
         const int64_t from = seen_from(l, length), begin = from / LANES, vectors = row_blocks(length) - begin;
         const int64_t first = std::max(from, (begin + vectors * chunk / sh_.chunks) * LANES);
         const int64_t last = std::min(length, (begin + vectors * (chunk + 1) / sh_.chunks) * LANES);
-        const int part = PART_HEAD + width;
-        float* out = sh_.parts.data() + ((int64_t(b) * sh_.chunks + chunk) * m_.heads + int64_t(head) * group) * part;
         if (first >= last) {
             for (int g = 0; g < group; ++g) {
-                std::fill_n(out + g * part, part, 0.f);
-                out[g * part] = LOWEST;
+                std::fill_n(out + g * w.part(), w.part(), 0.f);
+                out[g * w.part()] = LOWEST;
             }
             return;
         }
-        const Heads queries = query_heads(m_, l, sh_.query.data() + int64_t(b) * m_.heads * dim, member(b));
-        for (int g = 0; g < group; ++g)
-            turn(m_, queries, int64_t(head) * group + g, s_.positions[b], m_.attention_scale, own_.queries.data() + g * width);
-        attend_heads<T>(group, static_cast<const T*>(c_.keys) + base, static_cast<const T*>(c_.values) + base,
-                        own_.queries.data(), dim, first, last, own_.weights.data(), c_.positions + LANES, out);
+        const T* keys = static_cast<const T*>(c_.keys) + base;
+        const T* values = w.latent ? keys : static_cast<const T*>(c_.values) + base;
+        attend_heads<T>(group, keys, values, queries, w, first, last, own_.weights.data(), c_.positions + LANES, out);
     }
 
     // silu(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once.

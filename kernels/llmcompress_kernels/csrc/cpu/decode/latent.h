@@ -1,0 +1,59 @@
+// Latent attention: what a token leaves in the cache, and how a head's query and result meet the latents (decode.h).
+#pragma once
+
+#include "attention.h"
+#include "multiply.h"
+
+namespace LLMCOMPRESS_ISA {
+
+// The last R columns of a query or of a row of latents, turned to their position.
+inline void turn_last(const Model& m, const Layer& l, const float* from, int64_t position, float scale, float* to) {
+    const int64_t at = position * (l.turned / 2);
+    if (m.neighbours != 0) rotate_pairs(from, l.cosine + at, l.sine + at, l.turned, scale, to);
+    else rotate(from, l.cosine + at, l.sine + at, l.turned, l.turned, scale, to);
+}
+
+// A token's latents and turned numbers, from what their projection left in `row`, into the cache.
+template <class T>
+inline void put_latent(const float* row, int width, T* to) {
+    for (int d = 0; d < width; ++d) store_one(to + d, row[d]);
+}
+inline void put_latent(const Model& m, const Layer& l, const Cache& c, int64_t layer, int64_t slot, int64_t position,
+                       const float* row) {
+    float kept[MAX_HEAD_DIM];
+    const Widths w = widths(m);
+    norm(row, l.key_norm, nullptr, m.latents, m.latent_epsilon, kept);
+    turn_last(m, l, row + m.latents, position, 1.f, kept + m.latents);
+    const int64_t at = head_base(m, c, layer, slot, 0) + position * w.row();
+    if (c.kind == DENSE_FP32) put_latent(kept, w.key, static_cast<float*>(c.keys) + at);
+    else put_latent(kept, w.key, static_cast<uint16_t*>(c.keys) + at);
+}
+
+// Queries of a head as latents see them, of the tokens whose projections begin at `rows`: out[t * stride], padded with zeros as
+// it was. `position(t)` is where token t stands.
+template <class F>
+inline void absorb(const Model& m, const LayerOperands& o, Input& in, const float* rows, int tokens, int64_t head, F&& position,
+                   float* out, int64_t stride) {
+    const int64_t apart = int64_t(m.heads) * m.head_dim;
+    const float* first = rows + head * m.head_dim;
+    in.set(first, apart, tokens);
+    multiply(o.absorb, in, head, 0, o.absorb.blocks(), out, stride);
+    for (int t = 0; t < tokens; ++t) {
+        scale_all(out + t * stride, m.latents, m.attention_scale);
+        turn_last(m, o.l, first + t * apart + m.head_dim - o.l.turned, position(t), m.attention_scale,
+                  out + t * stride + m.latents);
+    }
+}
+
+// A head's results [tokens, heads, value_dim] from its weighted sums of latents [tokens, C].
+inline void expand(const Model& m, const LayerOperands& o, Input& in, const float* sums, int tokens, int64_t head, float* out) {
+    in.set(sums, m.latents, tokens);
+    multiply(o.expand, in, head, 0, o.expand.blocks(), out + head * m.value_dim, int64_t(m.heads) * m.value_dim);
+}
+
+// Norm of what queries are made of, in its place.
+inline void norm_low(const Model& m, const LayerOperands& o, float* row) {
+    norm(row, o.l.query_down_norm, nullptr, int(o.query_down.m.rows), m.latent_epsilon, row);
+}
+
+}  // namespace LLMCOMPRESS_ISA
