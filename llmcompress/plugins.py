@@ -55,6 +55,12 @@ def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
+def packages() -> dict[str, str]:
+    """Packages that bring plug-ins and their versions, without loading any."""
+    points = (point for group in GROUPS for point in entry_points(group=group))
+    return {point.dist.name: point.dist.version for point in points if point.dist is not None}
+
+
 def installed() -> list[dict[str, str | None]]:
     """Every plug-in for ``doctor``: what it adds, its name, the package and its version, and why it does not load."""
     found: list[dict[str, str | None]] = []

@@ -23,14 +23,14 @@ PACKAGE = ROOT / "llmcompress"
 LAYERS = {
     "cli": 0, "pipeline": 1, "recipe": 2, "stages": 3, "report": 4, "training": 4, "export": 4, "evaluation": 4,
     "serving": 4, "data": 5, "hf": 5, "inference": 5, "models": 6, "nn": 6, "plugins": 6, "algorithms": 7, "quant": 7,
-    "distributed": 8, "events": 8, "durable": 9, "errors": 9, "__init__": 9,
+    "distributed": 8, "events": 8, "durable": 9, "errors": 9, "units": 9, "__init__": 9,
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers"}
 TORCH_FREE = (
     "cli/", "recipe/", "stages/", "pipeline/", "models/layout.py", "models/families/", "models/registry.py",
     "models/sizes.py", "models/paths.py", "quant/spec.py", "quant/rules.py", "quant/packed.py", "quant/states.py",
     "quant/store.py",
-    "serving/limits.py", "distributed/", "durable.py", "errors.py", "events.py",
+    "serving/limits.py", "distributed/", "durable.py", "errors.py", "events.py", "units.py",
 )  # fmt: skip
 BANNED = {"utils", "helpers", "common", "misc"}
 

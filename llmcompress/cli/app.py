@@ -39,7 +39,7 @@ from llmcompress.cli.failures import translate
 from llmcompress.cli.help import tidy
 from llmcompress.cli.launch import AlreadyTold
 from llmcompress.cli.output import Output, drop_output
-from llmcompress.distributed.world import LAUNCHED, PeerLost
+from llmcompress.distributed.world import LAUNCHED, LOST, PeerLost
 from llmcompress.errors import ExitCode, Interrupted, LLMCompressError
 from llmcompress.plugins import culprit
 
@@ -135,6 +135,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program name; ``sys.argv`` by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _survive_closed_streams()
     _survive_narrow_encodings()
     for key, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -164,6 +165,21 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else ExitCode.OK
 
 
+def _survive_closed_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr (``>&-``, some daemons) empty ones.
+
+    Python has None for them, and the next file that is opened would get the number of the missing one.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def _survive_narrow_encodings() -> None:
     """Let a terminal or pipe that is not UTF-8 show ``?`` where it has no sign for ``→``, instead of ending a run."""
     for stream in (sys.stdout, sys.stderr):
@@ -187,8 +203,9 @@ def _expected(error: LLMCompressError) -> int:
     _save_traceback(error, out.run_dir, always=False)
     if isinstance(error, AlreadyTold):
         return error.exit_code
-    if isinstance(error, PeerLost) or (LAUNCHED in os.environ and isinstance(error, Interrupted)):
-        return error.exit_code  # one process of several: the one that started them tells what has happened
+    if LAUNCHED in os.environ and isinstance(error, PeerLost | Interrupted):
+        # one process of several: the one that started them tells what has happened
+        return LOST if isinstance(error, PeerLost) else error.exit_code
     out.error(error.message, error.hint or _NEXT_STEPS.get(error.exit_code), error.exit_code)
     return error.exit_code
 

@@ -15,8 +15,9 @@ import typer
 
 from llmcompress import __version__
 from llmcompress.cli.command import command
-from llmcompress.cli.output import Output, bytes_text, plain, table
+from llmcompress.cli.output import Output, plain, table
 from llmcompress.plugins import installed
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console

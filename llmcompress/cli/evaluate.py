@@ -11,10 +11,11 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_recipe
 from llmcompress.cli.inspect import look
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import difference_text, figure
 from llmcompress.errors import GateFailed, RecipeError, UsageError
 from llmcompress.models.paths import model_folder, resolve_path
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ RecipeOption = Annotated[
         autocompletion=complete_recipe,
     ),
 ]  # fmt: skip
-MemberOption = Annotated[str | None, typer.Option("--member", help="Which model of a family.")]
+MemberOption = Annotated[str | None, typer.Option("--member", help="Which member of a family of fine-tunes.")]
 IncreaseOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -85,7 +86,9 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
-    config = _from_recipe(recipe) if recipe else settings(text, length, max_tokens, task, tasks_dir, limit, field)
+    config = _from_recipe(recipe) if recipe else settings(
+        text, length=length, field=field, max_tokens=max_tokens, task=task, tasks_dir=tasks_dir, limit=limit
+    )  # fmt: skip
     model_folder(path)
     rows = _measure_one(out, path, config, dtype, device, member)
     data = {"path": path, "metrics": [_compact(row, "value") for row in rows]}
@@ -121,7 +124,10 @@ def compare(
     if all(runs):
         _compare_runs(out, Path(first), Path(second), limits)
         return
-    config = settings(text, length, max_tokens, task, tasks_dir, limit, field, fidelity=True)
+    config = settings(
+        text, length=length, field=field, max_tokens=max_tokens, task=task, tasks_dir=tasks_dir, limit=limit,
+        fidelity=True,
+    )  # fmt: skip
     _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
     judged = _judged(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
@@ -248,15 +254,16 @@ def _require(judged: list[dict[str, Any]]) -> None:
 
 def settings(
     text: list[str] | None,
+    *,
     length: int,
-    max_tokens: int | None,
-    task: list[str] | None,
-    tasks_dir: str | None,
-    limit: int | None,
-    field: str = "text",
+    field: str,
+    max_tokens: int | None = None,
+    task: list[str] | None = None,
+    tasks_dir: str | None = None,
+    limit: int | None = None,
     fidelity: bool = False,
 ) -> EvaluateConfig:
-    """An evaluate section from command-line options."""
+    """An evaluate section from command-line options; the shipped held-out text where neither text nor task is named."""
     from llmcompress.stages.evaluate import EvaluateConfig
 
     files = text or ([] if task else [HELD_OUT])

@@ -53,7 +53,7 @@ def experts(
     from llmcompress.evaluation.measure import prepare
     from llmcompress.models.registry import layout_from_config
 
-    config = settings(text or SHIPPED, length, None, None, None, None, field)
+    config = settings(text or SHIPPED, length=length, field=field)
     model_folder(path)
     out.note(f"loading {path}")
     opened = open_model(path, dtype, device)

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.output import Output, bytes_text
+from llmcompress.cli.output import Output
 from llmcompress.cli.run import load_job, quoted
 from llmcompress.errors import ExportError, InputError, UsageError
+from llmcompress.units import bytes_text
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +29,9 @@ def export(
         str | None,
         typer.Option("--out", help="Folder of the native artifact; other formats go to <out>-<format>."),
     ] = None,
-    member: Annotated[str | None, typer.Option("--member", help="Which model of a family; needs --out.")] = None,
+    member: Annotated[
+        str | None, typer.Option("--member", help="Which member of a family of fine-tunes; needs --out.")
+    ] = None,
 ) -> None:
     """Write the compressed model of a run in other formats, each read back and compared."""
     from llmcompress.export.registry import formats as known

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import UsageError
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console

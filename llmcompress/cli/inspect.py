@@ -12,11 +12,12 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.look_ahead import read_object
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.output import Output, table
 from llmcompress.errors import InputError
 from llmcompress.inference.coverage import decline_config
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -301,7 +302,7 @@ def spec_text(spec: dict[str, Any]) -> str:
 
 def _show(found: Inspection, screen: Console) -> None:
     screen.print(f"[bold]{found.path}[/]", highlight=False)
-    facts = [f"{found.kind}, family {found.family}"]
+    facts = [f"{found.kind}, model type {found.family}"]
     if found.blocks:
         facts.append(f"{found.blocks} blocks, hidden {found.hidden}, vocabulary {found.vocab}")
     if found.experts:

@@ -8,14 +8,14 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.distributed.world import LAUNCHED
+from llmcompress.distributed.world import LAUNCHED, LOST
 from llmcompress.errors import EnvironmentProblem, ExitCode, Interrupted, LLMCompressError, UsageError
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Pat
 
 
 def _threads(nproc: int) -> str:
-    return str(max(1, (os.cpu_count() or 1) // nproc))
+    from llmcompress.pipeline.device import usable_cores
+
+    return str(max(1, usable_cores() // nproc))
 
 
 def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressError:
@@ -138,9 +140,15 @@ def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressErr
     def order(item: tuple[int, Any]) -> tuple[int, float]:
         rank, failure = item
         code = int(failure.exitcode)
-        # what was killed from outside, then what has something to say; the rest lost its peers or was stopped by us
-        first = 0 if code < 0 and code != -signal.SIGTERM else 1 if said[rank] or (rank == 0 and code > 0) else 2
-        return first, float(failure.timestamp)
+        # what was killed from outside, then what has something to say, then what died without a word; the rest lost its
+        # peers or was stopped by us
+        if code < 0 and code != -signal.SIGTERM:
+            place = 0
+        elif said[rank] or (rank == 0 and code not in (LOST, -signal.SIGTERM)):
+            place = 1
+        else:
+            place = 2 if code not in (LOST, -signal.SIGTERM) else 3
+        return place, float(failure.timestamp)
 
     rank, failure = min(failures.items(), key=order)
     code = int(failure.exitcode)
@@ -149,18 +157,28 @@ def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressErr
         hint = f"{again}; a process killed by SIGKILL has often run out of memory" if name == "SIGKILL" else again
         text = f"process {rank} of {size} was killed ({name})"
         return EnvironmentProblem(f"{text}; the others were stopped, finished blocks are kept", hint)
+    if code == LOST:
+        return EnvironmentProblem(f"process {rank} of {size} lost the others; finished blocks are kept", again)
     text = f"process {rank} of {size} failed{f': {said[rank]}' if said[rank] else f' with exit code {code}'}"
-    # a first process that has merely lost another, which died without a word, is silent too
-    mute = any(int(f.exitcode) > 0 and not said[r] for r, f in failures.items() if r != rank)
-    error = (AlreadyTold if rank == 0 and not mute else LLMCompressError)(text, again)
+    kept = _traceback(logs, failures[rank].local_rank)
+    error = (AlreadyTold if rank == 0 else LLMCompressError)(text, f"{again}; {kept}" if kept else again)
     error.exit_code = ExitCode(code) if code in {int(known) for known in ExitCode} else ExitCode.UNEXPECTED
     return error
 
 
 def _said(logs: Path, local_rank: int) -> str:
     """The error message that a process other than the first has left."""
+    return next(
+        (line.removeprefix("error:").strip() for line in _lines(logs, local_rank) if line.startswith("error:")), ""
+    )
+
+
+def _traceback(logs: Path, local_rank: int) -> str:
+    """Where such a process has written what went wrong, in its own words; empty where it met nothing unexpected."""
+    lines = (line.removeprefix("next:").strip() for line in _lines(logs, local_rank) if line.startswith("next:"))
+    return next((line for line in lines if line.startswith("the traceback is in")), "")
+
+
+def _lines(logs: Path, local_rank: int) -> Iterator[str]:
     for path in logs.rglob(f"{local_rank}/stderr.log"):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("error:"):
-                return line.removeprefix("error:").strip()
-    return ""
+        yield from path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -10,10 +10,11 @@ from llmcompress.cli.output import Output
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:
+    from llmcompress.pipeline.preflight import Extent
     from llmcompress.recipe.load import LoadedRecipe
 
 
-def look_ahead(loaded: LoadedRecipe, out: Output, on_machine: bool = True) -> None:
+def look_ahead(loaded: LoadedRecipe, out: Output, extent: Extent | None) -> None:
     """Refuse before any work what is already seen to be impossible.
 
     A text that only the last stage reads would otherwise be missed after hours, and a folder that holds no model would
@@ -22,7 +23,7 @@ def look_ahead(loaded: LoadedRecipe, out: Output, on_machine: bool = True) -> No
     Args:
         loaded: The recipe.
         out: Where remarks go.
-        on_machine: Whether memory, disk and network of this machine are asked too.
+        extent: What of it will run, for which memory, disk and network of this machine are asked; None asks nothing.
 
     Raises:
         InputError: Files are missing or damaged, or the model is not one that can be compressed.
@@ -45,7 +46,7 @@ def look_ahead(loaded: LoadedRecipe, out: Output, on_machine: bool = True) -> No
     predicted.require_budget()
     predicted.require_exports()
     require_sources(loaded, folder)
-    for note in preflight(loaded, predicted) if on_machine else predicted.notes:
+    for note in preflight(loaded, predicted, config, extent) if extent is not None else ():
         out.warning(note)
 
 

@@ -10,9 +10,10 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.look_ahead import read_object, require_files, require_sources
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import InputError, UsageError
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,6 +116,7 @@ def plan(
     Exit code 4 says that the recipe names files which are not here; with --config they may be elsewhere.
     """
     from llmcompress.pipeline.estimate import plan as predict
+    from llmcompress.pipeline.preflight import shortfalls
     from llmcompress.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], allow_missing=True)
@@ -122,14 +124,15 @@ def plan(
     if facts is None:
         raise _no_config(loaded, recipe)
     predicted = predict(loaded, facts, device)
-    data = predicted.to_dict()
+    short = shortfalls(loaded, predicted)
+    data = {**predicted.to_dict(), "notes": short}
     if cluster is None:
-        out.result(data, lambda screen: _show(predicted, screen))
+        out.result(data, lambda screen: _show(predicted, short, screen))
     else:
         measured, rows = cluster_rows(loaded, facts, predicted.device, cluster, rates)
         found = {name: [row.to_dict() for row in own] for name, own in rows.items()}
         data["cluster"] = {"rates": asdict(measured), "stages": found}
-        out.result(data, lambda screen: _show_cluster(predicted, measured, rows, price, screen))
+        out.result(data, lambda screen: _show_cluster(predicted, short, measured, rows, price, screen))
     predicted.require_budget()
     predicted.require_exports()
     if config is None:
@@ -216,9 +219,10 @@ _PARTS = ("read", "forward", "hessian", "solve", "exchange")
 
 
 def _show_cluster(
-    predicted: Plan, rates: Rates, stages: dict[str, list[ClusterRow]], price: float | None, screen: Console
-) -> None:
-    _show(predicted, screen)
+    predicted: Plan, short: list[str], rates: Rates, stages: dict[str, list[ClusterRow]], price: float | None,
+    screen: Console,
+) -> None:  # fmt: skip
+    _show(predicted, short, screen)
     for name, rows in stages.items():
         found: dict[str, list[str]] = {
             "time": [_rounded(row.seconds) for row in rows],
@@ -252,7 +256,7 @@ def _rounded(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _show(found: Plan, screen: Console) -> None:
+def _show(found: Plan, short: list[str], screen: Console) -> None:
     cuda = found.device == "cuda"
     screen.print(
         f"[bold]{found.recipe}[/] on {found.model_type}: {found.parameters / 1e6:,.1f} M parameters, {found.device}, "
@@ -291,6 +295,6 @@ def _show(found: Plan, screen: Console) -> None:
         for b in found.budgets
     ]
     lines += [f"{s.name}: {note}" for s in found.stages for note in s.notes]
-    lines += [f"warning: {note}" for note in found.notes]
+    lines += [f"warning: {note}" for note in short]
     for line in lines:
         screen.print(line, markup=False, highlight=False, soft_wrap=True)

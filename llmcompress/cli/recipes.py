@@ -23,6 +23,10 @@ NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="Name as `recipes ls` shows it.", autocompletion=complete_recipe)
 ]
 
+FullOption = Annotated[
+    bool, typer.Option("--full", help="With everything that it takes from the recipes it extends, without comments.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -77,10 +81,10 @@ def list_recipes(
     out.result({"recipes": found}, show)
 
 
-def show_recipe(out: Output, name: NameArgument) -> None:
+def show_recipe(out: Output, name: NameArgument, full: FullOption = False) -> None:
     """Print a shipped recipe."""
     path = find(name)
-    text = path.read_text(encoding="utf-8")
+    text = whole(path) if full else path.read_text(encoding="utf-8")
     out.result({"name": name, "path": str(path), "text": text}, text)
 
 
@@ -88,6 +92,7 @@ def copy_recipe(
     out: Output,
     name: NameArgument,
     target: Annotated[Path, typer.Argument(metavar="[TARGET]", help="File or folder to write.")] = Path(),
+    full: FullOption = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Copy a shipped recipe, to change it."""
@@ -97,10 +102,26 @@ def copy_recipe(
         raise UsageError(f"{path}: exists already", "give another name, or --force")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder", f"mkdir -p {path.parent}")
-    text = source.read_text(encoding="utf-8")
+    text = whole(source) if full else source.read_text(encoding="utf-8")
     path.write_text(_moved(text, source, path), encoding="utf-8")
     out.result({"name": name, "path": str(path)}, f"{path}")
     out.note(f"next: llmcompress validate {path}")
+
+
+def whole(path: Path) -> str:
+    """A recipe that extends no other: its first lines, then everything that it and what it extends say."""
+    import yaml
+
+    from llmcompress.recipe.load import load_recipe
+
+    loaded = load_recipe(path, allow_missing=True)
+    head = [line for line in loaded.text.splitlines() if line.startswith("#")][:_HEAD_LINES]
+    plain = {key: value for key, value in loaded.composed.items() if key != "vars"}
+    return "\n".join([*head, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)])
+
+
+# schema, what it is, how to run it, what it needs
+_HEAD_LINES = 4
 
 
 def _moved(text: str, source: Path, path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,13 +14,15 @@ from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_override, complete_recipe
 from llmcompress.cli.launch import EndpointOption, IdOption, NodesOption, Processes, ProcessesOption, launch
 from llmcompress.cli.look_ahead import look_ahead
-from llmcompress.cli.output import Output, bytes_text, table
-from llmcompress.distributed.world import is_follower
+from llmcompress.cli.output import Output, table
+from llmcompress.distributed.world import LAUNCHED, is_follower
 from llmcompress.errors import GateFailed, InputError, UsageError
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmcompress.pipeline.preflight import Extent
     from llmcompress.pipeline.runner import Job, Outcome, RunOptions
     from llmcompress.pipeline.sinks import Sink
     from llmcompress.stages.state import Metric
@@ -74,10 +77,12 @@ def run(
     rdzv_id: IdOption = None,
 ) -> None:
     """Run a recipe; continue where an interrupted run of it stopped."""
+    from llmcompress.pipeline.preflight import Extent
     from llmcompress.pipeline.runner import RunOptions
 
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    job = load_job(recipe, overrides or [], out=None if is_follower() else out, preflight=preflight)
+    extent = Extent(until, only, _processes_here(processes)) if preflight else None
+    job = load_job(recipe, overrides or [], out=None if _checked_already() else out, extent=extent)
     if processes is not None:
         words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track, preflight)]
         launch(out, processes, [*words, *(["--force"] if force else [])], Path(job.recipe["run"]["dir"]))
@@ -100,15 +105,17 @@ def resume(
     rdzv_id: IdOption = None,
 ) -> None:
     """Continue a run from its folder."""
+    from llmcompress.pipeline.preflight import Extent
     from llmcompress.pipeline.runner import RunOptions
 
     lock = run_dir / "recipe.lock.json"
     if not lock.is_file():
         raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
+    extent = Extent(until, only, _processes_here(processes)) if preflight else None
     job = load_job(
         str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
-        out=None if is_follower() else out, preflight=preflight,
+        out=None if _checked_already() else out, extent=extent,
     )  # fmt: skip
     if processes is not None:
         words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track, preflight)]
@@ -116,6 +123,19 @@ def resume(
         return
     again = "add --redo STAGE to do that stage and all after it again"
     execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)), again)
+
+
+def _processes_here(started: Processes | None) -> int:
+    """Processes on this machine: those that this command starts, or those beside it that torchrun has started."""
+    if started is not None:
+        return started.nproc
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(count) if count.isdigit() and int(count) > 0 else 1
+
+
+def _checked_already() -> bool:
+    """Whether another process has looked at recipe and machine: the one that launched this one, or the first of all."""
+    return LAUNCHED in os.environ or is_follower()
 
 
 def _words(
@@ -140,7 +160,7 @@ def load_job(
     overrides: list[str],
     source: Path | None = None,
     out: Output | None = None,
-    preflight: bool = True,
+    extent: Extent | None = None,
 ) -> Job:
     """Validate a recipe, match it against its model, hold it against its budgets, and build its stages.
 
@@ -149,7 +169,7 @@ def load_job(
         overrides: ``key=value`` words.
         source: The file to keep as ``recipe.yaml``, if it is not the recipe itself.
         out: Where remarks go; None checks neither the model nor budgets.
-        preflight: Whether this machine's memory, disk and network are asked too.
+        extent: What will run, for which this machine's memory, disk and network are asked too; None asks nothing.
 
     Raises:
         RecipeError: The recipe is not valid, or does not suit the model.
@@ -161,7 +181,7 @@ def load_job(
 
     loaded = load_recipe(reference, overrides)
     if out is not None:
-        look_ahead(loaded, out, on_machine=preflight)
+        look_ahead(loaded, out, extent)
         if source is None:
             for line in changes_since(loaded):
                 out.warning(f"since this lock was written: {line}")
@@ -286,6 +306,10 @@ def show_outcome(outcome: Outcome, screen: Console, again: str) -> None:
     if outcome.metrics:
         screen.print(metrics_table(list(outcome.metrics)))
     for name, path in outcome.artifacts.items():
+        if not path.exists():
+            stage = next((record.name for record in outcome.stages if name in record.artifacts), "STAGE")
+            screen.print(f"{name}: {path} is gone; --redo {stage} writes it again", highlight=False, soft_wrap=True)
+            continue
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         screen.print(f"{name}: {path} ({bytes_text(size)})", highlight=False, soft_wrap=True)
     if outcome.status == "stopped":

@@ -10,9 +10,10 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
-from llmcompress.cli.output import Output, bytes_text
+from llmcompress.cli.output import Output
 from llmcompress.errors import InputError, UsageError
 from llmcompress.serving.limits import Limits
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from llmcompress.serving.served import Batch, Served

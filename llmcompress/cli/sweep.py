@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -12,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.output import Output, bytes_text, table
+from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import RecipeArgument, figure, load_job, quoted
 from llmcompress.errors import ExitCode, GateFailed, LLMCompressError, UsageError
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,7 +144,7 @@ def _quality(results: Sequence[RunResult], asked: str | None) -> str | None:
 
 
 def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, name: str) -> dict[str, Any]:
-    """Write ``results.json`` and ``sweep.html``; return what the former holds.
+    """Write ``results.json``, ``results.csv`` and ``sweep.html``; return what the first holds.
 
     Args:
         results: All runs.
@@ -161,15 +164,34 @@ def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, n
     rows = [
         {
             "name": r.run.name, "values": r.run.values, "status": r.status, "bytes": r.bytes, "metrics": r.metrics,
-            "dense": r.dense, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes, "error": r.error,
-            "pareto": r.run.name in front, "run_dir": str(r.run.folder),
+            "dense": r.dense, "stderr": r.stderr, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes,
+            "error": r.error, "pareto": r.run.name in front, "run_dir": str(r.run.folder),
         }
         for r in results
     ]  # fmt: skip
     data = {"recipe": name, "metric": metric, "higher_is_better": rising, "runs": rows}
     write_durably(root / "results.json", json.dumps(data, indent=1).encode())
+    write_durably(root / "results.csv", csv_text(data).encode())
     page = build_sweep_page(data, root)
-    return {**data, "page": str(page), "table": str(root / "results.json")}
+    return {**data, "page": str(page), "table": str(root / "results.json"), "csv": str(root / "results.csv")}
+
+
+def csv_text(data: dict[str, Any]) -> str:
+    """The runs as CSV, a row each: settings, size, then value, dense value and standard error of every metric."""
+    rows = data["runs"]
+    settings = list(dict.fromkeys(key for row in rows for key in row["values"]))
+    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    parts = [(name, part) for name in metrics for part in ("metrics", "dense", "stderr")
+             if any(name in row[part] for row in rows)]  # fmt: skip
+    facts = ("name", "status", "bytes", "seconds", "peak_rss_bytes", "pareto")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    ends = {"metrics": "", "dense": ".dense", "stderr": ".stderr"}
+    table.writerow([*facts, *settings, *(f"{name}{ends[part]}" for name, part in parts)])
+    for row in rows:
+        values = [row[part].get(name) for name, part in parts]
+        table.writerow([*(row[key] for key in facts), *(row["values"].get(key) for key in settings), *values])
+    return text.getvalue()
 
 
 def _show(data: dict[str, Any], screen: Console) -> None:
@@ -190,3 +212,4 @@ def _show(data: dict[str, Any], screen: Console) -> None:
     if metric:
         screen.print(", ".join([f"{quality}: {metric}", *dense]), highlight=False, soft_wrap=True)
     screen.print(f"plot: {data['page']}", highlight=False, soft_wrap=True)
+    screen.print(f"all figures: {data['csv']}", highlight=False, soft_wrap=True)

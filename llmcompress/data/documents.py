@@ -129,6 +129,11 @@ def _file_rows(
     source: TextSource | JsonlSource | ParquetSource, files: Iterable[Path]
 ) -> Iterator[tuple[str, str | dict[str, Any]]]:
     for file in files:
+        named = kind_of(file.name)
+        if named is not None and named != source.kind and "parquet" in (named, source.kind):
+            raise InputError(
+                f"{file}: its name says {named}, and kind is {source.kind}", f"set the source's kind: {named}"
+            )
         if isinstance(source, TextSource):
             whole = _decode(file)
             parts = whole.split(source.split_on) if source.split_on else [whole]
@@ -318,7 +323,8 @@ def _row_text(
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        fields = f"set field: to one of {', '.join(sorted(row)) or 'the fields of a row'}"
+        fields = f"set the source's field to one of {', '.join(sorted(row)) or 'the fields of a row'}"
+        fields += "; in a recipe: source: {path: FILE, field: NAME}"
         chat = _messages(row) is not None
         raise InputError(
             f"{where}: field {name!r} is {'missing' if value is None else 'not text'}"

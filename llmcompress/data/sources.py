@@ -139,14 +139,19 @@ def kind_of(path: str) -> str | None:
 
 
 def _section(value: Any) -> Any:
-    return named_source(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return named_source(value)
+    if isinstance(value, dict) and "kind" not in value and isinstance(path := value.get("path"), str):
+        return {**value, "kind": kind} if (kind := kind_of(path)) else value
+    return value
 
 
 _Section = Annotated[
     TextSource | JsonlSource | ParquetSource | HubSource | InlineSource | SyntheticSource, Field(discriminator="kind")
 ]
 SourceConfig = Annotated[_Section, BeforeValidator(_section, json_schema_input_type=_Section | str)]
-"""Any source, told apart by ``kind``; a file's name alone stands for a section where its ending says the kind."""
+"""Any source, told apart by ``kind``. Where the ending of a file's name says the kind, it may be left out, and the name
+alone stands for a section."""
 
 
 def describe(source: SourceConfig) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # set by the launcher for the processes it starts
 LAUNCHED = "LLMCOMPRESS_LAUNCHED"
+# exit code of a launched process that has lost another and leaves the word to the launcher, which never passes it on
+LOST = 41
 # shards of the calibration set that are summed in order when results must not depend on the number of processes
 FIXED_SHARDS = 8
 # a rank may wait for hours while another evaluates; one that has died is noticed at once all the same

@@ -9,8 +9,14 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import ExportError
-from llmcompress.export.base import FROM_PRETRAINED, SHARD_BYTES, Exporter, dense_config, write_model_folder
+from llmcompress.export.base import (
+    FROM_PRETRAINED,
+    SHARD_BYTES,
+    Exporter,
+    dense_config,
+    require_equal,
+    write_model_folder,
+)
 from llmcompress.models import sizes
 from llmcompress.models.quantization_config import to_json
 
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
     from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
+
+_QUANTIZED = "from what was quantized"
 
 
 class NativeExporter(Exporter):
@@ -65,20 +73,17 @@ class NativeExporter(Exporter):
         write_native(handle, store, policies, out, provenance)
 
     def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
-        """Compare every packed and replaced tensor in the files with the store's, byte for byte."""
-        import torch
-
+        """Compare every packed tensor in the files with the store's, byte for byte, and every replaced one by value."""
         from llmcompress.export.readers import SafetensorsFolder
 
         with SafetensorsFolder(out) as files:
             for _, patch in store.blocks():
-                expected = dict(patch.replaced)
                 for name, packed in patch.packed.items():
-                    expected.update({f"{name}.{key}": tensor for key, tensor in packed.tensors.items()})
-                for name, tensor in expected.items():
-                    found = files.tensor(name)
-                    if found.shape != tensor.shape or not torch.equal(found.to(tensor.dtype), tensor):
-                        raise ExportError(f"{out}: {name} reads back different from what was quantized")
+                    for key, tensor in packed.tensors.items():
+                        require_equal(out, f"{name}.{key}", files.tensor(f"{name}.{key}"), tensor, _QUANTIZED)
+                for name, tensor in patch.replaced.items():
+                    # the files hold it in the checkpoint's data type
+                    require_equal(out, name, files.tensor(name).to(tensor.dtype), tensor, _QUANTIZED)
 
 
 def write_native(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmcompress.errors import ResourceError
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +103,7 @@ class ActivationCache:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise ResourceError(
-                f"{self._folder}: no room for {size / 1e9:.1f} GB of activations", "raise host.ram, or free some space"
+                f"{self._folder}: no room for {bytes_text(size)} of activations", "raise host.ram, or free some space"
             ) from error
         finally:
             os.close(number)

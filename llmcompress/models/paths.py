@@ -17,6 +17,10 @@ ASSET = "asset:"
 ADAPTER = "adapter"
 # keys of recipe sections whose value names a file or a folder that a run reads
 PATH_KEYS = frozenset({"path", "test_path", "tasks_dir", "tokenizer"})
+# what is read of a model folder; it also holds things that no run reads
+MODEL_FILES = (
+    "*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "chat_templates/*.jinja",
+)  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -73,7 +73,7 @@ class TensorFile:
         except OSError as error:
             raise _unread(path, error) from error
         # a run looks at its model's headers before it begins, and opens the model then
-        self.entries = _header(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        self.entries = _entries(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
     @property
     def nbytes(self) -> int:
@@ -117,30 +117,54 @@ class TensorFile:
         return result
 
 
-@lru_cache(maxsize=1024)
-def _header(path: Path, size: int, modified: int, inode: int) -> dict[str, Entry]:
-    """Entries of a file by name; what is remembered holds as long as its size, time and number are these.
+def header_bytes(path: Path) -> bytes:
+    """The header of a safetensors file as it stands there: JSON in UTF-8.
 
     Raises:
         InputError: It cannot be read, is cut short, or is not a safetensors file.
     """
     try:
         with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
             prefix = handle.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 0 < length <= min(_MAX_HEADER, size - 8):
                 raise _damaged(path, "the header is not that of a safetensors file, or the file is cut short")
-            raw = handle.read(length)
+            return handle.read(length)
     except OSError as error:
         raise _unread(path, error) from error
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensor name → type code, shape and offsets; ``__metadata__`` where it has any.
+
+    Raises:
+        InputError: It cannot be read, is cut short, or is not a safetensors file.
+    """
+    return _parsed(path, header_bytes(path))
+
+
+def _parsed(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
     except ValueError as error:
         raise _damaged(path, "the header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not an object")
+    return header
+
+
+@lru_cache(maxsize=1024)
+def _entries(path: Path, size: int, modified: int, inode: int) -> dict[str, Entry]:
+    """Entries of a file by name; what is remembered holds as long as its size, time and number are these.
+
+    Raises:
+        InputError: It cannot be read, is cut short, or is not a safetensors file.
+    """
+    raw = header_bytes(path)
+    header = _parsed(path, raw)
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
+    return {name: _entry(path, name, value, 8 + len(raw), size) for name, value in header.items()}
 
 
 def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:

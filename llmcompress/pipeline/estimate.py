@@ -6,8 +6,7 @@ libraries are added, and the totals are held against the recipe's budgets.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -26,6 +25,7 @@ from llmcompress.recipe.load import LoadedRecipe
 from llmcompress.recipe.schema import Recipe, recipe_model
 from llmcompress.stages.base import Kind, PlanInputs, Stage
 from llmcompress.stages.schemes import plain_rules
+from llmcompress.units import bytes_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,6 @@ class Plan:
         disk: Everything the run writes.
         flops: Sum over the stages.
         stages, rules, budgets: Details.
-        notes: Remarks on the whole.
         suggest: Finds changes that save a resource; see :meth:`require_budget`.
     """
 
@@ -128,7 +127,6 @@ class Plan:
     stages: tuple[StagePlan, ...]
     rules: tuple[RulePlan, ...]
     budgets: tuple[Budget, ...]
-    notes: tuple[str, ...] = ()
     suggest: Callable[[str], list[str]] = field(default=lambda resource: [], compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +137,6 @@ class Plan:
         ]
         found["rules"] = [asdict(rule) for rule in self.rules]
         found["budgets"] = [{**asdict(budget), "fits": budget.fits} for budget in self.budgets]
-        found["notes"] = list(self.notes)
         return found
 
     def worst(self, resource: str) -> str:
@@ -173,7 +170,7 @@ class Plan:
             disk = budget.resource == "host.disk"
             where = "" if disk else f" in stage {self.worst(budget.resource.rpartition('.')[2])}"
             lines.append(
-                f"{budget.resource}: {size_text(budget.needed)} needed{where}, {size_text(budget.limit)} allowed"
+                f"{budget.resource}: {bytes_text(budget.needed)} needed{where}, {bytes_text(budget.limit)} allowed"
             )
         first = over[0]
         changes = [*self.suggest(first.resource), *_otherwise(first.resource, first.needed)][:3]
@@ -205,14 +202,6 @@ def assumed_device(recipe: Recipe) -> str:
     if recipe.run.device != "auto":
         return recipe.run.device
     return "cuda" if recipe.device.vram is not None or Path("/dev/nvidia0").exists() else "cpu"
-
-
-def size_text(size: float) -> str:
-    """Bytes for people: ``3.2 GB``, decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.{2 if size < 10 * factor else 1}f} {unit}"
-    return f"{size:.0f} B"
 
 
 def plan_inputs_of(
@@ -274,8 +263,41 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         stages=tuple(stages),
         rules=tuple(rules),
         budgets=tuple(Budget(name, limit, need) for name, (limit, need) in needs.items() if limit is not None),
-        notes=tuple(_machine_notes(recipe, ram, disk)),
     )
+
+
+def on_machine(
+    predicted: Plan, recipe: LoadedRecipe, config: Mapping[str, Any], names: Collection[str], processes: int
+) -> Plan:
+    """What some stages of a plan take from a machine on which several processes run.
+
+    Args:
+        predicted: The plan of the whole recipe on one process.
+        recipe: The loaded recipe.
+        config: The model's ``config.json``.
+        names: The stages that will run.
+        processes: On the machine, each with its share of the calibration windows.
+
+    Returns:
+        The plan with these stages alone, where ``ram`` is the memory of all processes together. ``vram`` stays that of
+        one, since each has a device of its own.
+    """
+    layout = layout_from_config(config)
+    found = []
+    for (stage, inputs), row in zip(plan_inputs_of(recipe.recipe, config, layout, predicted.device), predicted.stages):
+        if stage.name in names:
+            found.append(replace(row, ram=_together(stage, inputs, row.ram, processes)))
+    ram, vram = max((s.ram for s in found), default=0), max((s.vram for s in found), default=0)
+    return replace(predicted, stages=tuple(found), ram=ram, vram=vram, disk=sum(s.disk for s in found))
+
+
+def _together(stage: Stage, inputs: PlanInputs, alone: int, processes: int) -> int:
+    """Memory of all processes while one stage runs; those that do not take part in it wait."""
+    waiting = baseline_ram(inputs.device)
+    if processes == 1 or not stage.distributed:
+        return alone + (processes - 1) * waiting
+    share = replace(inputs, samples=-(-inputs.samples // processes))
+    return processes * (waiting + stage.estimate(share).ram)
 
 
 def _stage_plan(stage: Stage, inputs: PlanInputs) -> StagePlan:
@@ -324,25 +346,6 @@ def _rule_plans(stage: Stage, inputs: PlanInputs) -> Iterator[RulePlan]:
         yield RulePlan(stage.name, rule.name, len(names), total, bits, names[0])
 
 
-def _machine_notes(recipe: Recipe, ram: int, disk: int) -> Iterator[str]:
-    """Warnings about this machine, where the recipe declares no budget."""
-    from llmcompress.models.memory_limits import total_ram
-
-    if recipe.host.ram is None and ram > (present := total_ram()):
-        yield f"this machine has {size_text(present)} of memory, {size_text(ram)} are needed"
-    folder = existing(Path(recipe.run.dir))
-    if recipe.host.disk is None and disk > (free := shutil.disk_usage(folder).free):
-        yield f"{folder} has {size_text(free)} free, {size_text(disk)} are needed"
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def _suggestions(
     recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device: str, resource: str
 ) -> list[str]:
@@ -357,7 +360,7 @@ def _suggestions(
         # a budget that is proposed has to hold
         holds = changed.host.ram in (recipe.host.ram, None) or predicted.ram <= changed.host.ram
         if need < 0.99 * now and holds:
-            found.append((need, f"{text} ({size_text(need)})"))
+            found.append((need, f"{text} ({bytes_text(need)})"))
     return [text for _, text in sorted(found)[:3]]
 
 
@@ -365,7 +368,7 @@ def _otherwise(resource: str, need: int) -> list[str]:
     """What is left where a budget is too small and changes of the recipe do not help."""
     machine = {"device.vram": "a GPU", "host.disk": "a disk"}.get(resource, "a machine")
     return [
-        f"{resource}={_round_up(need)} on {machine} with {size_text(need)} or more",
+        f"{resource}={_round_up(need)} on {machine} with {bytes_text(need)} or more",
         "run.dir=FOLDER on another disk" if resource == "host.disk" else "quantize a smaller model of the family",
         "llmcompress plan RECIPE shows which stage needs how much",
     ]

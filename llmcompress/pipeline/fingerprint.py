@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcompress.models.paths import PATH_KEYS, matches
+from llmcompress.errors import InputError
+from llmcompress.models.paths import MODEL_FILES, PATH_KEYS, matches
+from llmcompress.models.tensor_file import TensorFile
 
-# model folders also hold things that no run reads
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-WHOLE_FILE_LIMIT = 64 << 20
+# as in the lock, which hashes them anyway
+WHOLE_FILE_LIMIT = 1 << 30
 SAMPLE = 1 << 20
 SAMPLES = 16
+# of each tensor of a larger checkpoint
+TENSOR_SAMPLE = 4 << 10
 
 
 def digest(data: Any) -> str:
@@ -28,10 +31,11 @@ def digest(data: Any) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """SHA-256 of a file; of its size and 16 evenly spread mebibytes when it is larger than 64 MiB.
+    """SHA-256 of a file; of a part of it when it is larger than 1 GiB.
 
-    Reading 90 GB before every run would cost more than it protects; a checkpoint that was
-    replaced differs in practice in its header or in any of the sampled places.
+    Reading 90 GB before every run would cost more than it protects. Of a larger file size and 16 evenly spread
+    mebibytes count, and the middle of each tensor where it is a checkpoint: one that was trained on, or of which a
+    single tensor was replaced, differs there.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -39,11 +43,26 @@ def file_identity(path: Path) -> str:
         if size <= WHOLE_FILE_LIMIT:
             while chunk := handle.read(SAMPLE):
                 found.update(chunk)
-        else:
-            for index in range(SAMPLES):
-                handle.seek((size - SAMPLE) * index // (SAMPLES - 1))
-                found.update(handle.read(SAMPLE))
+            return found.hexdigest()
+        for index in range(SAMPLES):
+            handle.seek((size - SAMPLE) * index // (SAMPLES - 1))
+            found.update(handle.read(SAMPLE))
+        for start in _tensor_middles(path):
+            handle.seek(start)
+            found.update(handle.read(TENSOR_SAMPLE))
     return found.hexdigest()
+
+
+def _tensor_middles(path: Path) -> Iterator[int]:
+    """Where the middle of each tensor of a safetensors file begins, in the order of the file."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        entries = TensorFile(path).entries.values()
+    except InputError:
+        return  # damaged: said when the model is opened
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        yield entry.start + max(0, entry.nbytes - TENSOR_SAMPLE) // 2
 
 
 def path_identity(path: Path) -> str:

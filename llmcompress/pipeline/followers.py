@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.distributed.world import World
+from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import GateFailed
 from llmcompress.events import Event
 from llmcompress.models.heap import keep_freed_memory
@@ -53,7 +53,7 @@ def follow(stages: Sequence[Stage], recipe: dict[str, Any], world: World) -> Non
     by_name = {stage.name: stage for stage in stages}
     while (said := world.tell()) != END:
         stage = by_name[said["stage"]]
-        ctx = _context(stage.name, begun, recipe, world)
+        ctx = _context(stage.name, begun, recipe, world if stage.distributed else ALONE)
         devices.seed_everything(ctx.seed)
         if said["do"] == "run":
             stage.run(state, ctx)

@@ -5,13 +5,15 @@ Budgets of the recipe are held against the prediction by :meth:`Plan.require_bud
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, ResourceError
 from llmcompress.pipeline.device import resolve_device
-from llmcompress.pipeline.estimate import existing, size_text
+from llmcompress.pipeline.estimate import on_machine
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from llmcompress.pipeline.estimate import Plan
@@ -20,12 +22,38 @@ if TYPE_CHECKING:
 ANYWAY = "--no-preflight begins all the same"
 
 
-def preflight(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much of a recipe a command will run here.
+
+    Attributes:
+        until: Last stage, None for all.
+        only: The one stage, None for all.
+        processes: On this machine.
+    """
+
+    until: str | None = None
+    only: str | None = None
+    processes: int = 1
+
+    def names(self, loaded: LoadedRecipe) -> list[str]:
+        """The stages that will run, in order; all of them where ``until`` or ``only`` names none."""
+        every = list(loaded.recipe.stages)
+        if self.only in every:
+            return [str(self.only)]
+        return every[: every.index(self.until) + 1] if self.until in every else every
+
+
+def preflight(
+    loaded: LoadedRecipe, predicted: Plan, config: Mapping[str, Any], extent: Extent | None = None
+) -> list[str]:
     """Hold a prediction against this machine, and look for data that no cache holds and no network brings.
 
     Args:
         loaded: The recipe, whose named files are there.
-        predicted: What it needs.
+        predicted: What all of it needs on one process.
+        config: The model's ``config.json``.
+        extent: What of it will run, in how many processes; by default all, in one.
 
     Returns:
         Remarks: memory that is there, but in use now.
@@ -34,27 +62,48 @@ def preflight(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
         ResourceError: Disk or memory do not suffice for what is predicted, which is good to a tenth or so.
         InputError: Data cannot be had.
     """
-    require_data(loaded)
-    short = list(_short_disks(loaded, predicted))
-    if short:
+    extent = extent or Extent()
+    names = extent.names(loaded)
+    require_data(loaded, names)
+    here = on_machine(predicted, loaded, config, names, extent.processes)
+    if disks := _short_disks(loaded, here):
         raise ResourceError(
-            "\n".join(short), _ways(predicted, "host.disk", "free some space, or run.dir=FOLDER on another disk")
+            "\n".join(disks), _ways(here, "host.disk", "free some space, or run.dir=FOLDER on another disk")
         )
-    return [*_memory(loaded, predicted), *_gpu_memory(loaded, predicted)]
+    if memory := _short_memory(loaded, here):
+        fewer = ["--nproc with fewer processes"] if extent.processes > 1 else []
+        raise ResourceError(memory, _ways(here, "host.ram", *fewer, "a machine with more memory"))
+    return [*_memory_in_use(here), *_gpu_memory(loaded, here)]
 
 
-def require_data(loaded: LoadedRecipe) -> None:
-    """Refuse a recipe that names data of the hub which is in no cache while the hub is silent.
+def shortfalls(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
+    """What of a prediction this machine has not: lines for ``plan``, which refuses nothing. Torch-free.
+
+    Args:
+        loaded: The recipe.
+        predicted: What it needs on one process.
+    """
+    memory = _short_memory(loaded, predicted)
+    return [*([memory] if memory else []), *_short_disks(loaded, predicted)]
+
+
+def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:
+    """Refuse stages that name data of the hub which is in no cache while the hub is silent.
+
+    Args:
+        loaded: The recipe.
+        names: The stages.
 
     Raises:
         InputError: With a line for each.
     """
     from llmcompress.data.hub import out_of_reach
 
-    named = dict(hub_sources(loaded.data.get("stages", {}), "stages"))
+    sections = {name: section for name, section in loaded.data.get("stages", {}).items() if name in names}
+    named = dict(hub_sources(sections, "stages"))
     lost = out_of_reach(named.values()) if named else {}
     lines = [f"{path}: hub {name}: {lost[name]}" for path, name in named.items() if name in lost]
-    lines += [line for stage in loaded.stages() for line in stage.lacks()]
+    lines += [line for stage in loaded.stages() if stage.name in names for line in stage.lacks()]
     if lines:
         raise InputError(
             "\n".join(lines),
@@ -74,26 +123,36 @@ def hub_sources(data: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from hub_sources(value, f"{path}.{index}")
 
 
-def _short_disks(loaded: LoadedRecipe, predicted: Plan) -> Iterator[str]:
-    """File systems with less room than the stages will still write there."""
+def _short_disks(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
+    """A line for file systems with less room than the stages will still write there."""
     import shutil
 
     run = Path(loaded.recipe.run.dir)
     needs: dict[int, tuple[Path, int]] = {}
-    for stage, section in zip(predicted.stages, loaded.recipe.stages.values()):
-        target = getattr(section, "dir", None) if stage.type == "export" else None
-        folder = existing(Path(target) if target else run)
+    for stage in predicted.stages:
+        target = getattr(loaded.recipe.stages[stage.name], "dir", None) if stage.type == "export" else None
+        folder = _existing(Path(target) if target else run)
         device = folder.stat().st_dev
         first, bytes_there = needs.get(device, (folder, 0))
         needs[device] = (first, bytes_there + stage.disk)
-    held = _held(run)
+    held, lines = _held(run), []
     for device, (folder, needed) in needs.items():
         # what an interrupted run has written already counts as written
-        rest = needed - (held if existing(run).stat().st_dev == device else 0)
+        rest = needed - (held if _existing(run).stat().st_dev == device else 0)
         usage = shutil.disk_usage(folder)
         # a file system such as /proc has no room at all: what writes there says what is wrong with it
         if rest > usage.free and usage.total > 0:
-            yield f"{folder}: {size_text(usage.free)} free on this disk, {size_text(rest)} are still to be written"
+            room = bytes_text(usage.free)
+            lines.append(f"{folder}: {room} free on this disk, {bytes_text(rest)} are still to be written")
+    return lines
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _held(run: Path) -> int:
@@ -104,21 +163,27 @@ def _held(run: Path) -> int:
     return found
 
 
-def _memory(loaded: LoadedRecipe, predicted: Plan) -> Iterator[str]:
+def _short_memory(loaded: LoadedRecipe, predicted: Plan) -> str:
+    """A line where the machine has less memory than is needed; with a budget the recipe itself says what it takes."""
     import psutil
 
-    from llmcompress.models.memory_limits import available_ram, total_ram
+    from llmcompress.models.memory_limits import total_ram
 
     there = total_ram() + psutil.swap_memory().total
-    if predicted.ram > there and loaded.recipe.host.ram is None:
-        raise ResourceError(
-            f"{size_text(predicted.ram)} of memory are needed in stage {predicted.worst('ram')}, "
-            f"this machine has {size_text(there)}",
-            _ways(predicted, "host.ram", "a machine with more memory"),
-        )
+    if predicted.ram <= there or loaded.recipe.host.ram is not None:
+        return ""
+    return (
+        f"{bytes_text(predicted.ram)} of memory are needed in stage {predicted.worst('ram')}, "
+        f"this machine has {bytes_text(there)}"
+    )
+
+
+def _memory_in_use(predicted: Plan) -> Iterator[str]:
+    from llmcompress.models.memory_limits import available_ram
+
     if predicted.ram > (free := available_ram()):
         yield (
-            f"{size_text(free)} of memory are free, {size_text(predicted.ram)} are needed in stage "
+            f"{bytes_text(free)} of memory are free, {bytes_text(predicted.ram)} are needed in stage "
             f"{predicted.worst('ram')}: close other programs, or set host.ram"
         )
 
@@ -131,15 +196,15 @@ def _gpu_memory(loaded: LoadedRecipe, predicted: Plan) -> Iterator[str]:
     free, total = torch.cuda.mem_get_info()
     if predicted.vram > total:
         raise ResourceError(
-            f"{size_text(predicted.vram)} of GPU memory are needed in stage {predicted.worst('vram')}, "
-            f"the GPU has {size_text(total)}",
+            f"{bytes_text(predicted.vram)} of GPU memory are needed in stage {predicted.worst('vram')}, "
+            f"the GPU has {bytes_text(total)}",
             _ways(predicted, "device.vram", "a larger GPU"),
         )
     if predicted.vram > free:
-        yield f"{size_text(free)} of the GPU's memory are free, {size_text(predicted.vram)} are needed"
+        yield f"{bytes_text(free)} of the GPU's memory are free, {bytes_text(predicted.vram)} are needed"
 
 
-def _ways(predicted: Plan, resource: str, last: str) -> str:
+def _ways(predicted: Plan, resource: str, *others: str) -> str:
     """Next steps where a resource is short, a line each."""
-    lines = [*predicted.suggest(resource), last, ANYWAY]
+    lines = [*predicted.suggest(resource), *others, ANYWAY]
     return "\n".join(f"{number}. {text}" for number, text in enumerate(lines, 1))

@@ -28,12 +28,12 @@ from llmcompress.pipeline.fingerprint import difference, digest, with_contents
 from llmcompress.pipeline.followers import END, policy
 from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
 from llmcompress.pipeline.sinks import Fanout, JsonlSink, Sink
+from llmcompress.recipe.lock import versions as installed_versions
 from llmcompress.stages.base import Kind, Stage
 from llmcompress.stages.state import Metric, RunContext, RunState
 
 # a changed stage of these kinds is done again without asking: nothing costly is thrown away
 CHEAP_KINDS = frozenset({Kind.METRICS, Kind.ARTIFACT, Kind.POLICY})
-PACKAGES = ("llmcompress", "torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +401,7 @@ class Runner:
         threads = devices.set_threads(record.threads or None)
         devices.make_deterministic()
         keep_freed_memory(sparing=devices.ram_budget(self.job.recipe) is not None)
-        versions = package_versions()
+        versions = installed_versions()
         changed = [f"{n} {v} → {versions[n]}" for n, v in record.versions.items() if versions.get(n) != v]
         if changed:
             self._send("warning", text=f"versions have changed since this run began: {', '.join(changed)}")
@@ -444,7 +444,7 @@ class Runner:
         ram = devices.ram_above_baseline(devices.ram_budget(self.job.recipe), record.device)
         return RunContext(
             self.dir.root, stage.name, folder, seed, record.device, record.dtype, self.job.recipe, self._emit, ram,
-            self.world,
+            self.world if stage.distributed else ALONE,
         )  # fmt: skip
 
     def _restore(self, stage: Stage, ctx: RunContext) -> None:
@@ -493,7 +493,14 @@ class Runner:
         peak, seconds = max(r.peak_rss_bytes for r in records), round(sum(r.seconds for r in records), 3)
         record = replace(record, peak_rss_bytes=peak, seconds=seconds)
         self.dir.write_run(record)
-        build_report(self.dir.root)
+        try:
+            build_report(self.dir.root)
+        except Exception:  # the page is made of what is kept: no fault of it may undo a run
+            logging.getLogger(__name__).exception("the report cannot be written")
+            again = f"llmcompress report {self.dir.root}"
+            self._send(
+                "warning", text=f"the report could not be written ({self.dir.log} has why); to try again: {again}"
+            )
         self.dir.write_run(replace(record, status="finished" if complete else "running"))
         status: Literal["finished", "stopped"] = "finished" if complete else "stopped"
         artifacts = dict(self.state.artifacts)
@@ -501,19 +508,6 @@ class Runner:
 
     def _send(self, kind: Any, stage: str = "", **data: Any) -> None:
         self._emit(Event(kind, stage, data))
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that compute something."""
-    from importlib import metadata
-
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager

@@ -67,6 +67,7 @@ class RunResult:
         error: The last lines it said, when it failed.
         metrics: ``task.metric`` → value of the compressed model.
         dense: ``task.metric`` → value of the dense model, where it has one.
+        stderr: ``task.metric`` → standard error of the difference to the dense model, else of the value, where known.
         bytes: Size of the artifact's weights, or of the packed blocks where nothing was exported.
         seconds: Wall time of its stages over all attempts.
         peak_rss_bytes: Largest of its stages.
@@ -78,6 +79,7 @@ class RunResult:
     error: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
+    stderr: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     seconds: float = 0.0
     peak_rss_bytes: int = 0
@@ -295,6 +297,7 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
     records = [known for name in names if (known := folder.read_stage(name)) is not None]
     metrics: dict[str, float] = {}
     dense: dict[str, float] = {}
+    stderr: dict[str, float] = {}
     # what a run refused to go on with was measured by another recipe
     stale = run.finished and code not in _FINISHED
     for path in () if stale else (folder.stage_dir(name) / "metrics.json" for name in names):
@@ -304,6 +307,9 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
                 metrics[name] = float(row["compressed"])
             if row.get("dense") is not None:
                 dense[name] = float(row["dense"])
+            spread = row.get("difference_stderr", row.get("stderr"))
+            if spread is not None:
+                stderr[name] = float(spread)
     status = "failed"
     if run.finished and not stale:
         status = "gate failed" if any(record.gate_failure for record in records) else "finished"
@@ -314,6 +320,7 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
         error="" if status != "failed" else (said or f"exit code {code}"),
         metrics=metrics,
         dense=dense,
+        stderr=stderr,
         bytes=None if stale else _weight_bytes(run.folder),
         seconds=round(sum(record.seconds for record in records), 3),
         peak_rss_bytes=max((record.peak_rss_bytes for record in records), default=0),

@@ -214,7 +214,9 @@ def check_chain(data: dict[Any, Any]) -> list[Problem]:
         if Kind.POLICY in stage.produces and len(chain) > 1 and not _used_later(chain[index + 1 :]):
             problems.append(
                 Problem(
-                    ("stages", name), "comes after every evaluate and export stage, so nothing would use its policy"
+                    ("stages", name),
+                    "comes after every evaluate and export stage, so nothing would use its policy: put it in front of "
+                    "them; in a recipe that extends another, write `evaluate: {}` behind it",
                 )
             )
     return problems

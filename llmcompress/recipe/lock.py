@@ -11,25 +11,26 @@ import hashlib
 import json
 import os
 import platform
-import struct
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llmcompress import plugins
 from llmcompress.errors import InputError
-from llmcompress.models.paths import matches, named_paths, resolve_path
+from llmcompress.models.paths import MODEL_FILES, matches, named_paths, resolve_path
+from llmcompress.models.tensor_file import header_bytes
 from llmcompress.recipe.load import LoadedRecipe
 
 FORMAT = 1
 PACKAGES = (
     "llmcompress", "torch", "transformers", "numpy", "safetensors", "tokenizers", "datasets", "lm_eval",
-    "pydantic", "omegaconf", "compressed-tensors", "gguf",
+    "pydantic", "omegaconf", "compressed-tensors", "gguf", "trl", "vllm",
 )  # fmt: skip
 # larger safetensors files are identified by their header: names, types, shapes and offsets of all tensors
 WHOLE_FILE_LIMIT = 1 << 30
-MODEL_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 _CHUNK = 1 << 20
 
 
@@ -124,7 +125,9 @@ def file_record(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file; of the header only for safetensors files over 1 GiB, and then called so."""
     size = file.stat().st_size
     if size > WHOLE_FILE_LIMIT and file.suffix == ".safetensors":
-        return {"bytes": size, "safetensors_header_sha256": _header_hash(file)}
+        # a damaged one is reported when the model is opened
+        with suppress(InputError):
+            return {"bytes": size, "safetensors_header_sha256": hashlib.sha256(header_bytes(file)).hexdigest()}
     found = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(_CHUNK):
@@ -133,14 +136,14 @@ def file_record(file: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that matter, without importing them."""
+    """Versions of Python, of the packages that matter and of those that bring plug-ins, without importing them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return found | plugins.packages()
 
 
 def git_state() -> dict[str, Any] | None:
@@ -174,16 +177,9 @@ def _files(text: str) -> Iterator[tuple[str, Path]]:
         if path.is_file():
             yield path.name, path
         elif path == resolve_path(text):
-            patterns = MODEL_PATTERNS if (path / "config.json").exists() else ("**/*",)
+            patterns = MODEL_FILES if (path / "config.json").exists() else ("**/*",)
             for file in sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()}):
                 yield file.relative_to(path).as_posix(), file
-
-
-def _header_hash(file: Path) -> str:
-    with file.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        # a header is limited to 100 MB by the format; a damaged one is reported when the model is opened
-        return hashlib.sha256(handle.read(min(length, 100_000_000))).hexdigest()
 
 
 def _name(file: Path) -> str:

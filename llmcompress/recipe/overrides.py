@@ -88,6 +88,7 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
     """
     *parents, last = override.path
     node: Any = data
+    holder: tuple[Any, Any] | None = None
     for depth, key in enumerate(parents):
         here = override.path[:depth]
         child = _child(node, key)
@@ -96,7 +97,13 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
             if not (isinstance(node, dict) and creates):
                 raise ValueError(_unknown(node, key, here, allowed, data))
             child = node[_as_key(node, key)] = {}
+        holder = (node, key)
         node = child
+    if isinstance(node, str) and holder is not None and {"path", last} <= set(allowed(data, tuple(parents)) or ()):
+        # the name of a file stands for a section with this path
+        above, key = holder
+        node = {"path": node}
+        above[int(key) if isinstance(above, list) else _as_key(above, key)] = node
     if not isinstance(node, dict | list):
         raise ValueError(f"{'.'.join(parents)} is a single value, it has no keys")
     present = _child(node, last) is not _ABSENT

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcompress import units
 from llmcompress.durable import write_durably
 from llmcompress.evaluation.significance import within_noise
 from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
@@ -106,12 +107,8 @@ def page_context(data: ReportData) -> Json:
 
 
 def bytes_text(value: float) -> str:
-    """Size in decimal units, as disks and papers count."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            scaled = value / limit
-            return f"{scaled:.1f}\u00a0{unit}" if scaled >= 10 else f"{scaled:.2f}\u00a0{unit}"
-    return f"{value:.0f}\u00a0B"
+    """Size in decimal units, as disks and papers count; a line does not break before the unit."""
+    return units.bytes_text(value).replace(" ", "\u00a0")
 
 
 def seconds_text(value: float) -> str:

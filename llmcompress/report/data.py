@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmcompress.errors import InputError
+from llmcompress.models.tensor_file import header_of
+from llmcompress.quant.tensor_writer import DTYPES
 from llmcompress.report.self_correction import collect_self_correction
 
 Json = dict[str, Any]
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
@@ -396,12 +398,8 @@ def _warnings(events: list[Json]) -> list[str]:
 def safetensors_header(path: Path) -> Json:
     """Header of a safetensors file, empty when it is damaged; the tensor data is not touched."""
     try:
-        with path.open("rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            if not 0 < size < 1 << 28:
-                return {}
-            return _mapping(json.loads(handle.read(size)))
-    except (OSError, ValueError):
+        return header_of(path)
+    except InputError:
         return {}
 
 
@@ -466,7 +464,7 @@ def _tensors(headers: Iterator[Json]) -> Iterator[tuple[str, int, int, str]]:
             if name != "__metadata__" and isinstance(shape, list):
                 count = math.prod(int(size) for size in shape)
                 dtype = str(_mapping(entry).get("dtype"))
-                yield name, count * DTYPE_BYTES.get(dtype, 4), count, dtype
+                yield name, count * DTYPES[dtype][1] if dtype in DTYPES else 0, count, dtype
 
 
 def _add_up(headers: Iterator[Json], bits: dict[str, int]) -> SizeParts | None:

@@ -51,9 +51,12 @@ def _section(run_dir: Path, folder: Path, plan: FamilyPlan) -> Json:
             }
         )  # fmt: skip
     methods = [
-        {"name": METHOD_NAMES.get(name, name), "bits": f"{row['bits']:.2f}", "loss": _percent(row["mean_relative"])}
+        {
+            "name": METHOD_NAMES.get(name, name), "bits": f"{row['bits']:.2f}", "loss": _percent(row["mean_relative"]),
+            "kl": _number(row["kl"], 4) if "kl" in row else "",
+        }
         for name, row in sorted(measured.get("methods", {}).items(), key=lambda item: item[1]["bits"])
-    ]
+    ]  # fmt: skip
     return {
         "tree": "\n".join(drawn(main, label)),
         "trees": len(plan.trees),

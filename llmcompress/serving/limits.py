@@ -22,7 +22,6 @@ class Limits:
         default_new_tokens: Of a chat answer whose request names no number, where there is so much room.
         choices: Answers of one request: prompts times ``n``.
         body_bytes: Of one request.
-        stop_strings: Of one request.
         connections: Open at once; the next one gets status 503.
         write_seconds: How long a reader may take no bytes before its connection is closed.
         drain_seconds: How long running answers may take after SIGTERM.
@@ -38,7 +37,6 @@ class Limits:
     default_new_tokens: int = 2048
     choices: int = 16
     body_bytes: int = 1 << 20
-    stop_strings: int = 4
     connections: int = 512
     write_seconds: float = 60.0
     drain_seconds: float = 30.0

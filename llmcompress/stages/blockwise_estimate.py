@@ -22,6 +22,7 @@ from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
 from llmcompress.stages.schemes import plain_rules
 from llmcompress.stages.shared_statistics import shared_groups
+from llmcompress.units import bytes_text
 
 BATCH_TOKENS = 512
 CUDA_BATCH_TOKENS = 4096
@@ -129,7 +130,7 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
         flops += _shared_flops(job, inputs)
     wanted = _activations(job, inputs)
     spilled = 0 if limits.activations is None else max(0, wanted - limits.activations)
-    notes = (f"{spilled / 1e9:.1f} GB of activations lie in files while it runs",) if spilled else ()
+    notes = (f"{bytes_text(spilled)} of activations lie in files while it runs",) if spilled else ()
     return Estimate(
         ram=ram,
         vram=vram,

@@ -18,6 +18,7 @@ from llmcompress.errors import ExportError
 from llmcompress.export.registry import formats
 from llmcompress.models.paths import ADAPTER
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,7 +126,7 @@ class Export(Stage):
             write_card(out, exporter, state, ctx, facts)
             size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
             ctx.emit("metric", name=f"export.{exporter.name}.bytes", value=size)
-            ctx.emit("note", text=f"{exporter.name}: {out} ({size / 1e6:.1f} MB, read back equal)")
+            ctx.emit("note", text=f"{exporter.name}: {out} ({bytes_text(size)}, read back equal)")
             state.artifacts[exporter.name] = out
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
@@ -137,7 +138,9 @@ class Export(Stage):
         for exporter in self._exporters():
             out = self._target(exporter.name, ctx)
             if not out.is_dir():
-                raise ExportError(f"{out}: the artifact of a finished stage is gone", "start the run in a new folder")
+                raise ExportError(
+                    f"{out}: the artifact of a finished stage is gone", f"--redo {ctx.stage} writes it again"
+                )
             state.artifacts[exporter.name] = out
 
     def _exporters(self) -> list[Exporter]:

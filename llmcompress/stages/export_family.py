@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from llmcompress.stages.state import FamilyState, RunContext, RunState
@@ -64,7 +65,7 @@ class ExportFamily(Stage):
         ctx.emit("metric", name="export_family.bytes", value=sum(sizes.values()))
         ctx.emit(
             "note",
-            text=f"{out} ({sum(sizes.values()) / 1e6:.1f} MB, {facts['linear_bits']:.3f} bits per weight and member in "
+            text=f"{out} ({bytes_text(sum(sizes.values()))}, {facts['linear_bits']:.3f} bits per weight and member in "
             "the trees, read back equal)",
         )
         state.artifacts["native"] = out
@@ -77,7 +78,7 @@ class ExportFamily(Stage):
         """
         out = self._target(ctx)
         if not out.is_dir():
-            raise ExportError(f"{out}: the artifact of a finished stage is gone", "start the run in a new folder")
+            raise ExportError(f"{out}: the artifact of a finished stage is gone", f"--redo {ctx.stage} writes it again")
         state.artifacts["native"] = out
 
     def _target(self, ctx: RunContext) -> Path:

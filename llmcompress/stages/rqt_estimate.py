@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmcompress.models.memory_limits import GRADIENT_TOKENS, gradient_bytes, resident_bytes
 from llmcompress.quant.tree import Tree, by_level, effective_bits
 from llmcompress.stages.base import Estimate, PlanInputs
+from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import Block
@@ -47,7 +48,7 @@ def estimate_rqt(config: RqtConfig, inputs: PlanInputs) -> Estimate:
     dense = members * (weights + outside) * inputs.weight_bytes
     note = (
         f"{members} members, about {bits:.2f} stored bits per weight and member in the trees, "
-        f"{(stored + private) / 1e6:.0f} MB in all against {dense / 1e6:.0f} MB dense"
+        f"{bytes_text(stored + private)} in all against {bytes_text(dense)} dense"
     )
     ram, vram = 2 * outside * inputs.compute_bytes + streams + peak, 0
     if inputs.device == "cuda":

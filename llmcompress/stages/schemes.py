@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from llmcompress.models.layout import Role
 from llmcompress.quant.rules import AutoBits, BitPlan, HalfBits, LayerBits, Rule
@@ -57,7 +57,19 @@ def _bit_plan_kind(value: Any) -> str:
         return "width"
     if keys & {"auto", "choices"}:
         return "auto"
-    return "layers" if keys & {"default", "layers"} else "halves"
+    # numbers were meant as layers
+    return "layers" if keys & {"default", "layers"} or all(isinstance(key, int) for key in keys) else "halves"
+
+
+def _whole(value: Any) -> Any:
+    """Widths as they are; half a bit is a plan, and this says which.
+
+    Raises:
+        ValueError: The value is a fraction.
+    """
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value:g} bits are an average: {{auto: {value:g}}} spends them where errors fall most")
+    return value
 
 
 BitsField = Annotated[
@@ -66,6 +78,7 @@ BitsField = Annotated[
     | Annotated[LayerBitsConfig, Tag("layers")]
     | Annotated[AutoBitsConfig, Tag("auto")],
     Discriminator(_bit_plan_kind),
+    BeforeValidator(_whole),
 ]
 
 

@@ -68,6 +68,24 @@ def test_copy_gives_a_recipe_that_validates_anywhere(
     assert invoke(["recipes", "cp", "quickstart", "no/where/x.yaml"]) == 4
 
 
+def test_full_copies_stand_alone_and_say_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.recipe.load import load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("smoke/gptq_tiny", "eac_moe_mixtral", "q_mamba_bamba"):
+        assert invoke(["recipes", "cp", name, "mine.yaml", "--full", "--force"]) == 0
+        copied, shipped = load_recipe("mine.yaml", allow_missing=True), load_recipe(name, allow_missing=True)
+        assert len(copied.files) == 1 < len(shipped.files)
+        assert copied.recipe.name == "mine" and copied.data["stages"] == shipped.data["stages"]
+        assert list(copied.data["stages"]) == list(shipped.data["stages"])
+        assert copied.missing == shipped.missing and copied.text.startswith("# yaml-language-server: ")
+    capsys.readouterr()
+    assert invoke(["recipes", "show", "smoke/gptq_tiny", "--full"]) == 0
+    assert "samples: 8" in capsys.readouterr().out
+
+
 def test_schema_is_a_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, "schema")
     assert found["$schema"].startswith("https://json-schema.org/")

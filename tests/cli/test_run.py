@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -210,7 +211,7 @@ def test_inspect_model_and_artifact(
     assert experts[0]["blocks"] == [0, 1]
     assert invoke(["inspect", str(tiny_folder)]) == 0
     said = capsys.readouterr().out
-    assert "family mixtral" in said
+    assert "model type mixtral" in said
     assert "decodes natively on CPUs" in said
     assert invoke(["inspect", "no/where"]) == 4
 
@@ -513,3 +514,21 @@ def test_bench_tune_takes_shapes_and_needs_a_gpu(tiny_folder: Path, capsys: pyte
     if not torch.cuda.is_available():
         assert invoke(["bench", "tune", str(tiny_folder)]) == 4
         assert "launches can only be timed on a GPU" in capsys.readouterr().err
+
+
+def test_an_artifact_that_was_moved_away_is_not_said_to_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmcompress.cli.output import console
+    from llmcompress.cli.run import show_outcome
+    from llmcompress.pipeline.run_dir import StageRecord
+    from llmcompress.pipeline.runner import Outcome
+
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "x").write_bytes(b"12")
+    places = {"native": tmp_path / "artifact", "gguf": tmp_path / "artifact-gguf"}
+    record = StageRecord("write", "export", "finished", "", {}, ["artifact"], artifacts=dict.fromkeys(places, ""))
+    show_outcome(Outcome(tmp_path, "nothing to do", (record,), (), places), console(sys.stdout), "again")
+    said = capsys.readouterr().out
+    assert f"native: {places['native']} (2 B)" in said
+    assert f"gguf: {places['gguf']} is gone; --redo write writes it again" in said

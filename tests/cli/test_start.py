@@ -15,7 +15,7 @@ import typer
 
 from llmcompress import __version__
 from llmcompress.cli.app import invoke
-from llmcompress.cli.output import bytes_text
+from llmcompress.units import bytes_text
 
 LIGHT = ("--help", "version", "recipes ls", "schema", "validate eac_moe_mixtral", "recipes show quickstart")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers", "numpy")
@@ -154,9 +154,30 @@ def test_the_module_runs_like_the_script() -> None:
     assert done.stderr == ""
 
 
+def test_a_process_without_standard_streams_keeps_its_exit_code(tmp_path: Path) -> None:
+    """Started with ``<&- >&-``, as daemons do; what is opened next must not become stdout."""
+    recipe = "import sys; from llmcompress.cli.app import main; main(sys.argv[1:])"
+    for closed in (">&-", "<&- >&-", "<&- >&- 2>&-"):
+        for words, code in (("version", 0), ("recipes show nothing", 2), ("validate quickstart", 0)):
+            line = f'exec "$0" -c "$1" {words} {closed}'
+            done = subprocess.run(["bash", "-c", line, sys.executable, recipe], capture_output=True, check=False)
+            assert done.returncode == code, (closed, words, done.stderr)
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(999, "999 B"), (999.9, "1 kB"), (999.4e6, "999 MB"), (999.7e6, "1 GB"), (16e12, "16 TB"), (1.5e15, "1500 TB")],
-)
-def test_sizes_never_round_into_an_exponent(count: float, text: str) -> None:
+    [
+        (None, "–"),
+        (12, "12 B"),
+        (3_400, "3.4 kB"),
+        (93.4e9, "93.4 GB"),
+        (999, "999 B"),
+        (999.9, "1 kB"),
+        (999.4e6, "999 MB"),
+        (999.7e6, "1 GB"),
+        (16e12, "16 TB"),
+        (1.5e15, "1500 TB"),
+    ],
+)  # fmt: skip
+def test_sizes_never_round_into_an_exponent(count: float | None, text: str) -> None:
     assert bytes_text(count) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Any:
         def execute(self: Sweep) -> list[RunResult]:
             self.folder.mkdir(parents=True, exist_ok=True)
             return [
-                RunResult(run, status, code, said, {"held.perplexity": 2.0 + n}, {}, 1000 - n)
+                RunResult(run, status, code, said, {"held.perplexity": 2.0 + n}, bytes=1000 - n)
                 for n, (run, (status, code, said)) in enumerate(zip(self.runs, outcomes, strict=True))
             ]
 
@@ -60,6 +61,27 @@ def test_the_exit_code_is_that_of_what_failed(
     # what failed is not the best of anything
     assert all(row["pareto"] for row in found["runs"] if row["status"] == "finished")
     assert not any(row["pareto"] for row in found["runs"] if row["status"] == "failed")
+
+
+def test_every_figure_is_in_a_csv(ended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(self: Sweep) -> list[RunResult]:
+        self.folder.mkdir(parents=True)
+        one, two = self.runs
+        figures = {"held.perplexity": 21.5, "task,with.acc": 0.5}
+        return [
+            RunResult(one, "finished", 0, "", figures, {"held.perplexity": 20.0}, {"held.perplexity": 0.25}, 1000, 1.5),
+            RunResult(two, "failed", 5, "error: too large"),
+        ]
+
+    monkeypatch.setattr(Sweep, "execute", execute)
+    assert invoke([*WORDS, str(tmp_path / "s")]) == 5
+    rows = list(csv.DictReader((tmp_path / "s/results.csv").read_text().splitlines()))
+    assert rows[0] == {
+        "name": "seed=1", "status": "finished", "bytes": "1000", "seconds": "1.5", "peak_rss_bytes": "0",
+        "pareto": "True", "run.seed": "1", "held.perplexity": "21.5", "held.perplexity.dense": "20.0",
+        "held.perplexity.stderr": "0.25", "task,with.acc": "0.5",
+    }  # fmt: skip
+    assert (rows[1]["status"], rows[1]["run.seed"], rows[1]["held.perplexity"]) == ("failed", "2", "")
 
 
 def test_what_cannot_be_is_refused_before_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

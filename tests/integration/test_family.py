@@ -349,6 +349,8 @@ def test_members_are_folders_and_one_text_may_serve_all(folder: Path, tmp_path: 
     assert {row["kl"] > 0 for row in rows["methods"].values()} == {True}
     both = [figures[f"rqt/{name}/kl"] for name in ("ant", "bee")]
     assert rows["methods"]["rqt"]["kl"] == pytest.approx(sum(both) / 2)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "KL divergence, nats a token" in page and f">{rows['methods']['rqt']['kl']:.4f}<" in page
     assert both[0] == pytest.approx(divergence(folder / "ant", tmp_path / "run/artifact", "ant", text), rel=1e-3)
 
 

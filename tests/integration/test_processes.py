@@ -25,6 +25,7 @@ stages:
   load: {{type: load}}
   calibrate: {{type: calibrate, source: {{kind: inline, texts: {texts}}}, samples: 8, length: 16}}
   quantize: {{type: qesc, targets: full_precision, rules: {{all: {{match: proj, bits: 3, group_size: 16}}}}}}
+  routers: {{type: router_calibration}}
   export: {{type: export, formats: [native]}}
 """)
     return path
@@ -35,7 +36,8 @@ def command(*words: str | Path) -> list[str]:
 
 
 def blocks(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.glob("stages/quantize/blocks/*.safetensors"))}
+    """Blocks of all stages: one that processes share, and one that the first does alone while the others wait."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("stages/*/blocks/*.safetensors"))}
 
 
 @pytest.mark.slow

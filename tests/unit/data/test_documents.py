@@ -80,6 +80,11 @@ def test_parquet_column(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match="Parquet"):
         read(source(kind="parquet", path=str(tmp_path / "bad.parquet")))
+    # a kind that was inherited with another path
+    for kind in ("jsonl", "text"):
+        with pytest.raises(InputError, match=f"its name says parquet, and kind is {kind}") as caught:
+            read(source(kind=kind, path=str(tmp_path / "a.parquet")))
+        assert caught.value.hint == "set the source's kind: parquet"
 
 
 def test_inline_and_synthetic():
@@ -183,7 +188,7 @@ def test_bad_rows_are_named_by_line(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"body": "x"}\n{"text": 3}\n')
     with pytest.raises(InputError, match="field 'text' is missing") as caught:
         read(source(kind="jsonl", path=str(tmp_path / "c.jsonl")))
-    assert "body" in str(caught.value.hint)
+    assert str(caught.value.hint).startswith("set the source's field to one of body;")
 
 
 def test_unsupported_compression_is_refused(tmp_path):

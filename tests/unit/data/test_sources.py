@@ -20,6 +20,12 @@ def test_a_file_name_alone_says_its_kind(name, kind):
     assert ADAPTER.validate_python(name) == source(kind=kind, path=name)
 
 
+def test_the_kind_may_be_left_out_where_the_name_says_it():
+    assert source(path="a.parquet", field="body") == source(kind="parquet", path="a.parquet", field="body")
+    with pytest.raises(ValidationError, match="kind"):
+        source(path="data.zip", field="body")
+
+
 def test_a_file_name_that_says_nothing_is_refused():
     with pytest.raises(ValidationError, match="give kind and path"):
         ADAPTER.validate_python("data.zip")

@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmcompress.pipeline import fingerprint
 from llmcompress.pipeline.fingerprint import difference, digest, file_identity, path_identity, with_contents
+from llmcompress.quant.tensor_writer import write_tensors
 
 
 def test_digest_sees_values_and_order() -> None:
@@ -29,6 +31,24 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert file_identity(file) != before
     file.write_bytes(bytes((1 << 18) + 1))
     assert file_identity(file) != before
+
+
+def test_one_tensor_of_a_large_checkpoint_that_differs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "WHOLE_FILE_LIMIT", 1 << 10)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 16)
+    monkeypatch.setattr(fingerprint, "TENSOR_SAMPLE", 64)
+    file = tmp_path / "model.safetensors"
+
+    def identity(changed: int | None) -> str:
+        tensors = {f"w{n}": torch.full((64, 16), float(n == changed)) for n in range(40)}
+        with file.open("wb") as handle:
+            write_tensors(handle, tensors)
+        return file_identity(file)
+
+    assert len({identity(changed) for changed in (None, *range(40))}) == 41
+    # one that is no checkpoint is sampled all the same
+    file.write_bytes(bytes(1 << 12))
+    assert file_identity(file)
 
 
 def test_paths_count_by_content_not_by_name(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from llmcompress.data import hub
 from llmcompress.errors import InputError, ResourceError
 from llmcompress.models import memory_limits
 from llmcompress.pipeline import preflight as module
-from llmcompress.pipeline.estimate import Plan, plan
-from llmcompress.pipeline.preflight import hub_sources, preflight
+from llmcompress.pipeline.device import baseline_ram
+from llmcompress.pipeline.estimate import Plan, on_machine, plan
+from llmcompress.pipeline.preflight import Extent, hub_sources, shortfalls
 from llmcompress.recipe.load import LoadedRecipe, load_recipe
 
 GB = 10**9
@@ -24,11 +25,19 @@ GB = 10**9
 @pytest.fixture
 def known(tmp_path: Path) -> tuple[LoadedRecipe, Plan]:
     """The quickstart with its run folder in ``tmp_path``, and what is predicted for it."""
+    loaded = load_recipe("quickstart", [f"run.dir={tmp_path / 'run'}", "run.device=cpu"])
+    return loaded, plan(loaded, config_of(loaded))
+
+
+def config_of(loaded: LoadedRecipe) -> dict[str, Any]:
     from llmcompress.models.checkpoint import read_config
     from llmcompress.models.paths import resolve_path
 
-    loaded = load_recipe("quickstart", [f"run.dir={tmp_path / 'run'}", "run.device=cpu"])
-    return loaded, plan(loaded, read_config(resolve_path(loaded.recipe.model.path)))
+    return read_config(resolve_path(loaded.recipe.model.path))
+
+
+def preflight(loaded: LoadedRecipe, predicted: Plan, extent: Extent | None = None) -> list[str]:
+    return module.preflight(loaded, predicted, config_of(loaded), extent)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, ram: int = 64 * GB, free: int = 64 * GB, disk: int = 64 * GB) -> None:
@@ -100,6 +109,47 @@ def test_memory_too_small_is_refused_and_memory_in_use_is_named(
     assert "--no-preflight" in str(caught.value.hint)
 
 
+def test_only_stages_that_will_run_need_room(known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, predicted = known
+    ram, worst = {stage.name: stage.ram for stage in predicted.stages}, predicted.worst("ram")
+    first = next(iter(ram))
+    assert worst != first
+    machine(monkeypatch, ram=ram[first], free=ram[first])
+    assert preflight(loaded, predicted, Extent(until=first)) == []
+    with pytest.raises(ResourceError, match=f"in stage {worst}"):
+        preflight(loaded, predicted, Extent(only=worst))
+    # `plan` says the same of the whole, and refuses nothing
+    (line,) = shortfalls(loaded, predicted)
+    assert f"in stage {worst}, this machine has" in line
+    written = {stage.name: stage.disk for stage in predicted.stages}
+    machine(monkeypatch, disk=written["quantize"] - 1)
+    assert preflight(loaded, predicted, Extent(only="prune")) == []
+    with pytest.raises(ResourceError, match="still to be written"):
+        preflight(loaded, predicted, Extent(only="quantize"))
+
+
+def test_processes_on_one_machine_need_the_memory_of_all_of_them(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, predicted = known
+    config = config_of(loaded)
+    together = {n: on_machine(predicted, loaded, config, ["quantize", "evaluate"], n) for n in (1, 2, 4)}
+    for stage in range(2):
+        alone, two, four = (together[n].stages[stage].ram for n in (1, 2, 4))
+        assert alone == next(s.ram for s in predicted.stages if s.name == together[1].stages[stage].name)
+        assert alone < two < four
+    # those that wait hold their libraries and nothing else
+    waiting = together[2].stages[1].ram - together[1].stages[1].ram
+    assert waiting == baseline_ram("cpu")
+    # each of those that share a stage takes fewer windows
+    assert together[2].stages[0].ram < 2 * together[1].stages[0].ram
+    machine(monkeypatch, ram=together[2].ram, free=together[2].ram)
+    assert preflight(loaded, predicted, Extent(processes=2)) == []
+    with pytest.raises(ResourceError) as caught:
+        preflight(loaded, predicted, Extent(processes=4))
+    assert "--nproc with fewer processes" in str(caught.value.hint)
+
+
 def test_a_budget_that_makes_it_fit_is_proposed_and_one_that_does_not_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
@@ -130,7 +180,7 @@ def test_a_gpu_is_asked_for_its_memory(
     monkeypatch.setattr(module, "resolve_device", lambda _: "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, total * GB))
     if outcome == "error":
-        with pytest.raises(ResourceError, match=r"50.0 GB of GPU memory are needed .* the GPU has 20.0 GB"):
+        with pytest.raises(ResourceError, match=r"50 GB of GPU memory are needed .* the GPU has 20 GB"):
             preflight(known[0], predicted)
     else:
         assert len(preflight(known[0], predicted)) == (outcome == "remark")
@@ -161,6 +211,11 @@ def test_data_of_the_hub_is_missed_at_once_where_nobody_can_fetch_it(
     (tmp_path / "hub" / "datasets--allenai--ai2_arc").mkdir(parents=True)
     assert preflight(loaded, known[1]) == []
     shutil.rmtree(tmp_path / "cache")
+    # stages that will not run are asked for nothing
+    assert preflight(loaded, known[1], Extent(until="quantize")) == []
+    assert preflight(loaded, known[1], Extent(only="export")) == []
+    with pytest.raises(InputError, match="nobody/nothing"):
+        preflight(loaded, known[1], Extent(only="evaluate"))
     monkeypatch.setattr(hub, "hub_silence", lambda: None)
     assert preflight(loaded, known[1]) == []
 

@@ -9,9 +9,12 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from llmcompress import plugins
+from llmcompress.distributed.world import World
 from llmcompress.errors import EnvironmentProblem, GateFailed, InputError, Interrupted, RecipeError, UsageError
 from llmcompress.events import Event
 from llmcompress.pipeline.device import stage_seed
+from llmcompress.pipeline.followers import follow
 from llmcompress.pipeline.run_dir import RunDir
 from llmcompress.pipeline.runner import Job, Outcome, Runner, RunOptions
 from llmcompress.stages.base import Kind, Stage, StageConfig
@@ -410,3 +413,85 @@ def test_displays_see_every_event(tmp_path: Path) -> None:
     execute(job(tmp_path), [Sink()])
     assert seen[0] == "run_start"
     assert seen[-2:] == ["run_end", "closed"]
+
+
+class Collector:
+    """A sink that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+class Told(World):
+    """Two ranks of which the second is a list of what it was told."""
+
+    def tell(self, message: Any = None, source: int = 0) -> Any:
+        heard.append(message)
+        return message
+
+
+heard: list[Any] = []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_only_stages_that_processes_share_see_the_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """One that asked the others for anything would hear them wait for another message."""
+    heard.clear()
+    sizes = []
+    monkeypatch.setattr(Fake, "distributed", shared)
+    Fake.behaviour["quantize"] = lambda stage, run, ctx: sizes.append(ctx.world.size)
+    Runner(job(tmp_path), RunOptions(), world=Told(size=2)).execute()
+    assert sizes == [2 if shared else 1]
+    doing = [message["do"] for message in heard if message and message.get("stage") == "quantize"]
+    assert doing == ["run" if shared else "restore"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_follower_restores_alone_what_the_first_did_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    said = [
+        {"do": "begin", "dir": str(tmp_path), "device": "cpu", "dtype": "float32", "threads": 1, "seed": 0},
+        {"do": "restore", "stage": "quantize"}, {"do": "end"},
+    ]  # fmt: skip
+    sizes = []
+    monkeypatch.setattr(World, "tell", lambda self: said.pop(0))
+    monkeypatch.setattr(Fake, "distributed", shared)
+    monkeypatch.setattr(Fake, "restore", lambda stage, state, ctx: sizes.append(ctx.world.size))
+    made = job(tmp_path)
+    follow(made.stages, made.recipe, World(rank=1, size=2))
+    assert sizes == [2 if shared else 1]
+
+
+def test_a_report_that_cannot_be_written_undoes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Path) -> Path:
+        raise KeyError("a figure nobody has")
+
+    monkeypatch.setattr("llmcompress.report.build.build_report", broken)
+    seen = Collector()
+    outcome = execute(job(tmp_path), [seen])
+    assert (outcome.status, outcome.report) == ("finished", None)
+    (said,) = [event.data["text"] for event in seen.events if event.kind == "warning"]
+    assert f"llmcompress report {tmp_path / 'run'}" in said
+    assert "a figure nobody has" in (tmp_path / "run" / "log.txt").read_text()
+    assert execute(job(tmp_path)).status == "nothing to do"
+
+
+def test_a_plug_in_of_another_version_is_named_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Fake.behaviour["evaluate"] = lambda *_: (_ for _ in ()).throw(InputError("not yet"))
+    monkeypatch.setattr(plugins, "packages", lambda: {"my-stages": "1.0"})
+    with pytest.raises(InputError):
+        execute(job(tmp_path))
+    Fake.behaviour.clear()
+    monkeypatch.setattr(plugins, "packages", lambda: {"my-stages": "2.0"})
+    seen = Collector()
+    execute(job(tmp_path), [seen])
+    assert any("my-stages 1.0 → 2.0" in e.data["text"] for e in seen.events if e.kind == "warning")

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from llmcompress.recipe.overrides import apply_override, parse_override, parse_overrides
 
-KNOWN = {(): ["run", "stages"], ("run",): ["dir", "seed"], ("stages", "q"): ["damp", "rules"]}
+KNOWN = {
+    (): ["run", "stages"], ("run",): ["dir", "seed"], ("stages", "q"): ["damp", "rules"],
+    ("stages", "q", "source"): ["path", "field"], ("stages", "q", "type"): ["field"],
+}  # fmt: skip
 
 
 def allowed(data, path):
@@ -44,6 +47,15 @@ def test_overrides_change_the_recipe(text, path, value):
     for key in path:
         node = node[key]
     assert node == value
+
+
+def test_a_file_that_stands_for_a_section_takes_keys():
+    data = recipe()
+    data["stages"]["q"]["source"] = "a.jsonl"
+    assert apply(data, "stages.q.source.field=body")["stages"]["q"]["source"] == {"path": "a.jsonl", "field": "body"}
+    # other text stays what it is
+    with pytest.raises(ValueError, match=r"stages\.q\.type is a single value"):
+        apply(data, "stages.q.type.field=body")
 
 
 def test_delete_removes_the_key():

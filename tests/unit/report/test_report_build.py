@@ -162,7 +162,7 @@ def test_a_difference_within_noise_is_called_so_and_has_no_direction() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert bytes_text(18_970_000_000) == "19.0\u00a0GB"
+    assert bytes_text(18_970_000_000) == "19\u00a0GB"
     assert bytes_text(950) == "950\u00a0B"
     assert [seconds_text(v) for v in (0.0123, 12.34, 75, 3700)] == ["12 ms", "12.3 s", "1 min 15 s", "1 h 01 min"]
     assert metric_text("perplexity", 24.1184) == "24.118"

@@ -49,6 +49,8 @@ def test_roles_and_names() -> None:
         ({"bits": 4, "role": "heads"}, "attention"),
         ({"bits": {"auto": 5}, "role": "mlp"}, "cannot be made of choices"),
         ({"bits": {"first_half": 3}, "role": "mlp"}, "second_half"),
+        ({"bits": {0: 3, 1: 2}, "role": "mlp"}, r"layers\n +Field required"),
+        ({"bits": 2.5, "role": "mlp"}, r"\{auto: 2.5\} spends them"),
         ({"bits": {"default": 2, "layers": {"-1": 4}}, "role": "mlp"}, "greater than or equal to 0"),
         ({"bits": 4, "role": "mlp", "bit": 3}, "Extra inputs"),
     ],
