@@ -48,7 +48,8 @@ TESTS = {
         "tests/integration/test_family_native.py",
         "-k",
         "packed_models_agree and (3 or 8) or fill_a_vector or chunks or different_lengths or every_instruction_set "
-        "or screened_head or rounded_head or dense_families_agree and (qwen2 or qwen3_moe or olmoe) or bfloat16_model "
+        "or screened_head or rounded_head or bfloat16_model "
+        "or dense_families_agree and (qwen2 or qwen3_moe or olmo or glm4 or gemma2) or window "
         "or numbers_of_steps and 8-75 or experts_skipped or parts_of_a_packed_prompt or anothers_tokens or sparsemixer "
         "or threads_do_not_matter or in_parts or widths_that_differ or at_once_are_those or every_form or groups",
     ],

@@ -56,6 +56,13 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
 
 _SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8,
          "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": None}  # fmt: skip
+DENSE_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "intermediate_size": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4,
+    },
+}
 SSM_FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},
@@ -93,7 +100,7 @@ class TinyModels:
         """The family's transformers config."""
         from transformers import AutoConfig
 
-        values = {**_BASE, **{**MOE_FAMILIES, **SSM_FAMILIES}[model_type], **changes}
+        values = {**_BASE, **{**MOE_FAMILIES, **SSM_FAMILIES, **DENSE_FAMILIES}[model_type], **changes}
         if model_type == "deepseek_v2" or model_type == "deepseek_v3":
             values.pop("head_dim", None)
         return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})

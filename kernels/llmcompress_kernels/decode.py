@@ -59,6 +59,8 @@ build.register(
 # experts int32 [T, k], ascending; the last two are changed in place, where E empties a slot
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
+# of Activation in lowbit.h
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
 # of Routing in decode.h
 _ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
@@ -147,7 +149,7 @@ class Latents:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(silu(gate) * up)`` or routed experts.
+    """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(activation(gate) * up)`` or routed experts.
 
     Attributes:
         attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm; None for no norm.
@@ -243,6 +245,7 @@ class Decoder:
             usually all, maybe none; with latents the last ones.
         embedding, head: ``[V, H]``.
         heads, key_value_heads, head_dim: Of attention; with latents D is that of queries, and all heads share one key.
+        neighbours: Columns of a head are turned in pairs that stand side by side, not ``R / 2`` apart.
         latents: What keys and values are made of; None where each head has its own.
         epsilon: Of every norm.
         attention_scale: Factor of the scores, usually ``D ** -0.5``.
@@ -253,6 +256,8 @@ class Decoder:
         member_heads: The same of heads.
         embedding_scale: Factor of embeddings.
         residual_scale: Factor of all that layers add to the hidden states.
+        activation: Of the gates of MLPs, one of :data:`ACTIVATIONS`.
+        attention_cap, logit_cap: Scores and logits x become ``cap tanh(x / cap)``; 0 for no cap.
     """
 
     layers: Sequence[Layer]
@@ -275,6 +280,10 @@ class Decoder:
     member_heads: Sequence[Matrix] = ()
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    neighbours: bool = False
+    activation: str = "silu"
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
         places = [sum(other.mixes == layer.mixes for other in self.layers[:i]) for i, layer in enumerate(self.layers)]
@@ -295,10 +304,10 @@ class Decoder:
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
-            int(latents.neighbours), latents.size, latents.width, latents.value_dim, latents.epsilon,
-            routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
+            int(self.neighbours or latents.neighbours), latents.size, latents.width, latents.value_dim, latents.epsilon,
+            ACTIVATIONS[self.activation], routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
             int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
-            self.epsilon, self.attention_scale, routing.scale, routing.jitter,
+            self.epsilon, self.attention_scale, routing.scale, routing.jitter, self.attention_cap, self.logit_cap,
             self.embedding_scale, self.residual_scale,
         )  # fmt: skip
         lib = library()

@@ -36,10 +36,10 @@ class ModelStruct(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("neighbours", "latents", "latent_width", "value_dim")),
         ("latent_epsilon", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("top_k", "routing", "members")),
+        *((name, ctypes.c_int32) for name in ("activation", "top_k", "routing", "members")),
         *((name, ctypes.c_int32) for name in ("renormalizes", "groups", "top_groups", "voters")),
         *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "routed_scale", "jitter")),
-        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
+        *((name, ctypes.c_float) for name in ("attention_cap", "logit_cap", "embedding_scale", "residual_scale")),
     )
 
 

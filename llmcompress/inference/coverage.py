@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+STATES = ("mamba2",)
+HYBRIDS = ("bamba", "granitemoehybrid")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
-    "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3",
+    "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3", "phi3", "glm", "glm4", "gemma",
+    "gemma2", "gemma3_text",
 )  # fmt: skip
-STATES = ("mamba2",)
-HYBRIDS = ("bamba", "granitemoehybrid")
-# families of which a head may be turned in part
-PARTIAL = (*HYBRIDS, "glm4_moe")
+# families whose heads may be turned in part, and those that turn columns side by side
+PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4")
+NEIGHBOURS = ("glm", "glm4")
+# what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_GEMMA = ("gemma", "gemma2", "gemma3_text")
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
 ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -28,17 +33,28 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
         config: ``config.json`` of a text model.
     """
     family = str(config.get("model_type"))
-    reason = decline_family(family, config.get("hidden_act", "silu"), (*FAMILIES, *STATES, *HYBRIDS))
+    reason = decline_family(family, activation_of(config), (*FAMILIES, *STATES, *HYBRIDS))
     if reason is not None or family in STATES:
         return reason
     return _decline_rotary(config) or _decline_attention(family, config)
+
+
+def activation_of(config: Mapping[str, Any]) -> str:
+    """The activation of a text model's gated MLPs, as its config calls it."""
+    if config.get("model_type") not in _GEMMA:
+        return str(config.get("hidden_act", "silu"))
+    key = "hidden_act" if config["model_type"] == "gemma" else "hidden_activation"
+    given = str(config.get(key) or "gelu_pytorch_tanh")
+    # the first Gemma's files say gelu and mean this; transformers reads them so
+    return "gelu_pytorch_tanh" if key == "hidden_act" and given == "gelu" else given
 
 
 def decline_family(family: str, activation: str, families: Sequence[str]) -> str | None:
     """Whether a model is of one of some families, with the activation that the engines compute."""
     if family not in families:
         return f"the family {family} is not among {', '.join(families)}"
-    return None if activation in ("silu", "swish") else f"the activation is {activation}, not silu"
+    known = [name for name in ACTIVATIONS if ACTIVATIONS[name] == "silu" or family not in (*STATES, *HYBRIDS)]
+    return None if activation in known else f"the activation {activation} is not among {', '.join(known)}"
 
 
 def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:

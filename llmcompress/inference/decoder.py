@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.algorithms.routing import RouterRule
+from llmcompress.inference.coverage import ACTIVATIONS, NEIGHBOURS, activation_of
 from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.embedding import PackedRows, TiedHead
+from llmcompress.nn.embedding import PackedEmbedding, PackedRows, TiedHead, factor_of
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import PerMember, TreeLinear
@@ -37,6 +39,9 @@ _ROUTERS = {
     "sigmoid_group_topk": "sigmoid",
     "sparsemixer": "sparsemixer",
 }
+
+
+_ALL = slice(None)
 
 
 def members_of(model: PreTrainedModel) -> list[str]:
@@ -60,14 +65,22 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     layout = layout_from_config(model.config.to_dict())
     base: Any = model.base_model
     output: Any = model.get_output_embeddings()
-    embeddings, heads = [], []
-    for words, last in zip(parts(base.embed_tokens), parts(output)):
-        embedding, head = ends_of(words, last, head_bits)
-        embeddings.append(embedding)
-        heads.append(head)
-    layers = [_layer(model, block, members) for block in layout.blocks]
+    ends = [ends_of(words, last, head_bits) for words, last in zip(parts(base.embed_tokens), parts(output))]
+    layers = [_layer(model, block, members, layout.norm_adds_one) for block in layout.blocks]
+    scale = _embedding_scale(parts(base.embed_tokens)[0], config)
     routing = routing_of(model, layout)
-    return assembled(config, layers, base.norm, base.layers[0].self_attn, embeddings, heads, routing, bool(members))
+    last = norm_of(base.norm, adds_one=layout.norm_adds_one), norm_of(base.norm, "bias")
+    return assembled(config, layers, last, base.layers[0].self_attn, ends, routing, bool(members), scale)
+
+
+def _embedding_scale(words: Any, config: Any) -> float:
+    """Factor of embeddings; Gemma's is rounded to the type of its weights."""
+    if isinstance(words, PackedEmbedding):
+        own = words.factor
+    else:
+        factor = factor_of(words)
+        own = 1.0 if factor is None else float(torch.tensor(factor, dtype=words.weight.dtype))
+    return own * float(getattr(config, "embedding_multiplier", 1.0))
 
 
 def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
@@ -92,24 +105,24 @@ def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
 def assembled(
     config: Any,
     layers: Sequence[native.Layer],
-    final: nn.Module,
+    final: tuple[Tensor, Tensor | None],
     attention: Any,
-    embeddings: Sequence[matrix.Matrix],
-    heads: Sequence[matrix.Matrix],
+    ends: Sequence[tuple[matrix.Matrix, matrix.Matrix]],
     routing: native.Routing,
     family: bool = False,
+    embedding_scale: float = 1.0,
 ) -> native.Decoder:
     """A decoder of its parts, with the sizes and constants of its model.
 
     Args:
         config: Of the model.
         layers: In order.
-        final: The norm before the head.
+        final: Weights and biases of the norm before the head.
         attention: The module of any layer that has one.
-        embeddings: Of the model, or of each member of a family.
-        heads: Likewise.
+        ends: Embedding and head of the model, or of each member of a family.
         routing: Of its routers.
         family: Whether it is one.
+        embedding_scale: Factor of embeddings.
     """
     latents = latents_of(config, attention) if is_latent(attention) else None
     groups = config.num_attention_heads if latents else attention.num_key_value_groups
@@ -117,12 +130,12 @@ def assembled(
     return native.Decoder(
         layers=layers,
         # what divides the logits divides what the head reads
-        final_norm=norm_of(final) / getattr(config, "logits_scaling", 1.0),
-        final_norm_bias=norm_of(final, "bias"),
+        final_norm=final[0] / getattr(config, "logits_scaling", 1.0),
+        final_norm_bias=final[1],
         cosine=torch.empty(tables, 0, 0),
         sine=torch.empty(tables, 0, 0),
-        embedding=embeddings[0],
-        head=heads[0],
+        embedding=ends[0][0],
+        head=ends[0][1],
         heads=config.num_attention_heads,
         key_value_heads=config.num_attention_heads // groups,
         head_dim=attention.qk_head_dim if latents else attention.head_dim,
@@ -130,10 +143,14 @@ def assembled(
         epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
         routing=routing,
-        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
+        embedding_scale=embedding_scale,
+        activation=ACTIVATIONS[activation_of(config.to_dict())],
+        attention_cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
-        member_embeddings=embeddings if family else (),
-        member_heads=heads if family else (),
+        neighbours=config.model_type in NEIGHBOURS,
+        member_embeddings=[embedding for embedding, _ in ends] if family else (),
+        member_heads=[head for _, head in ends] if family else (),
     )
 
 
@@ -169,10 +186,16 @@ def parts(module: Any) -> list[Any]:
     return list(module.parts) if isinstance(module, PerMember) else [module]
 
 
-def norm_of(module: Any, name: str = "weight") -> Any:
-    """A norm's weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none."""
+def norm_of(module: Any, name: str = "weight", adds_one: bool = False) -> Any:
+    """A norm's weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none.
+
+    Args:
+        module: The norm.
+        name: Which of its tensors.
+        adds_one: It multiplies by one more than it holds.
+    """
     given = [getattr(part, name, None) for part in parts(module)]
-    rows = [row.detach().float() for row in given if row is not None]
+    rows = [row.detach().float() + float(adds_one) for row in given if row is not None]
     if not rows:
         return None
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
@@ -198,12 +221,22 @@ def window_of(config: Any, layer: int) -> int:
     return int(config.sliding_window or 0)
 
 
-def _norm(model: Any, name: str | None, part: str = "weight") -> Tensor | None:
-    """As :func:`norm_of`, of the norm with a name; None without one."""
-    return None if name is None else norm_of(model.get_submodule(name), part)
+def _norms(model: Any, block: Block, adds_one: bool) -> dict[str, Any]:
+    """Norms before and after the sublayers of a layer, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    found: dict[str, Any] = {"attention_norm": None, "mlp_norm": None}
+    for name, sublayer in zip(("attention", "mlp"), block.sublayers):
+        if sublayer.pre_norm is not None:
+            before = model.get_submodule(sublayer.pre_norm)
+            found[f"{name}_norm"], found[f"{name}_norm_bias"] = (
+                norm_of(before, adds_one=adds_one),
+                norm_of(before, "bias"),
+            )
+        if sublayer.post_norm is not None:
+            found[f"{name}_after"] = norm_of(model.get_submodule(sublayer.post_norm), adds_one=adds_one)
+    return found
 
 
-def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Layer:
+def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool = False) -> native.Layer:
     first, second = block.sublayers
     attention, mlp = model.get_submodule(first.module), model.get_submodule(second.module)
     config: Any = model.config.get_text_config()
@@ -213,7 +246,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     correction: Tensor | None = None
     if block.bank is None:
         gate, up, down, router = (
-            *(linear_matrix(getattr(mlp, f"{n}_proj"), members) for n in ("gate", "up", "down")),
+            *gate_and_up(mlp, members),
+            linear_matrix(mlp.down_proj, members),
             None,
         )
     else:
@@ -223,13 +257,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
         correction = getattr(decides, "e_score_correction_bias", None)
         beside = _beside(model, block, members)
     return native.Layer(
-        attention_norm=_norm(model, first.pre_norm),
-        mlp_norm=_norm(model, second.pre_norm),
-        attention_norm_bias=_norm(model, first.pre_norm, "bias"),
-        mlp_norm_bias=_norm(model, second.pre_norm, "bias"),
-        attention_after=_norm(model, first.post_norm),
-        mlp_after=_norm(model, second.post_norm),
-        **_projections(attention, members),
+        **_norms(model, block, adds_one),
+        **_projections(attention, config, members, adds_one),
         gate=gate,
         up=up,
         down=down,
@@ -241,19 +270,29 @@ def _layer(model: Any, block: Block, members: Sequence[str] = ()) -> native.Laye
     )
 
 
-def _projections(attention: Any, members: Sequence[str]) -> dict[str, Any]:
+def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: bool) -> dict[str, Any]:
     """What attention reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
     output = linear_matrix(attention.o_proj, members)
     if is_latent(attention):
         return {**_latent_projections(attention), "output": output}
-    query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None)) for name in "qk")
+    query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None), adds_one=adds_one) for name in "qk")
     return {
-        **{name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in ("query", "key", "value")},
+        **_heads(attention, config, members),
         "output": output,
         "query_norm": query_norm,
         "key_norm": key_norm,
         "whole_norms": query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     }
+
+
+def _heads(attention: Any, config: Any, members: Sequence[str]) -> dict[str, matrix.Matrix]:
+    """Queries, keys and values from one linear or three."""
+    names = ("query", "key", "value")
+    if not hasattr(attention, "qkv_proj"):
+        return {name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in names}
+    counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    sizes = [count * attention.head_dim for count in counts]
+    return dict(zip(names, linear_parts(attention.qkv_proj, sizes, members)))
 
 
 def _latent_projections(attention: Any) -> dict[str, Any]:
@@ -271,6 +310,13 @@ def _latent_projections(attention: Any) -> dict[str, Any]:
     }
 
 
+def gate_and_up(mlp: Any, members: Sequence[str] = ()) -> list[matrix.Matrix]:
+    """Of a gated MLP, from one linear, where the gate comes first, or two."""
+    if not hasattr(mlp, "gate_up_proj"):
+        return [linear_matrix(getattr(mlp, f"{name}_proj"), members) for name in ("gate", "up")]
+    return linear_parts(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2, members)
+
+
 def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matrix.Matrix]:
     """The shared expert of a layer with experts, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
     mixture = next(sublayer for sublayer in block.sublayers if sublayer.experts is not None)
@@ -284,26 +330,35 @@ def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matri
     return found
 
 
-def linear_matrix(module: nn.Module, members: Sequence[str] = ()) -> matrix.Matrix:
-    """A linear as a step reads it: dense, packed, or a tree's nodes for these members."""
+def linear_matrix(module: nn.Module, members: Sequence[str] = (), rows: slice = _ALL) -> matrix.Matrix:
+    """A linear, or some of its rows, as a step reads it: dense, packed, or a tree's nodes for these members."""
     if isinstance(module, TreeLinear):
-        return _tree(module, members)
-    bias: Any = module.bias
+        return _tree(module, members, rows)
+    bias: Any = None if module.bias is None else module.bias[rows]  # type: ignore[index]
     if not isinstance(module, PackedLinear):
         weight: Any = module.weight
-        return matrix.dense(weight.detach(), bias)
+        return matrix.dense(weight.detach()[rows], bias)
     module.prepare()
-    return packed_matrix(module, slice(None), bias)
+    return packed_matrix(module, rows, bias)
 
 
-def _tree(module: TreeLinear, members: Sequence[str]) -> matrix.Matrix:
+def linear_parts(module: nn.Module, sizes: Sequence[int], members: Sequence[str] = ()) -> list[matrix.Matrix]:
+    """A linear of several whose rows follow each other, so many of each."""
+    ends = list(accumulate(sizes))
+    return [linear_matrix(module, members, slice(end - size, end)) for size, end in zip(sizes, ends)]
+
+
+def _tree(module: TreeLinear, members: Sequence[str], rows: slice) -> matrix.Matrix:
     """Nodes with a bit for each member; without a family those on one model's path."""
     module.prepare()
+    first, count = _span(rows, module.out_features)
+    assert first % LANES == 0
+    blocks = slice(first // LANES, (first + count) // LANES)
+    planes = [replace(p, words=p.words[blocks], scale=p.scale[blocks]) for p in module.planes]
     names = list(members) or [next(iter(sorted(frozenset.intersection(*module.members))))]
-    below = [sum(1 << i for i, name in enumerate(names) if name in module.members[p.node]) for p in module.planes]
-    bias = torch.stack([module.biases[name].float() for name in names]) if module.biases else None
-    size = module.group_size
-    return matrix.of_tree(module.planes, below, module.out_features, module.in_features, size, bias)
+    below = [sum(1 << i for i, name in enumerate(names) if name in module.members[p.node]) for p in planes]
+    bias = torch.stack([module.biases[name].float()[rows] for name in names]) if module.biases else None
+    return matrix.of_tree(planes, below, count, module.in_features, module.group_size, bias)
 
 
 def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> matrix.Matrix:

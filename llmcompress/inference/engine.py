@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
-from llmcompress.inference.coverage import FAMILIES, decline_config, decline_family, reach
+from llmcompress.inference.coverage import FAMILIES, activation_of, decline_config, decline_family, reach
 from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, screened
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
-from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead
+from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
@@ -57,7 +57,7 @@ def decline_anywhere(model: PreTrainedModel, config: Any, families: Sequence[str
         return f"{VARIABLE}={wanted}"
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}; the native step runs on the CPU"
-    return decline_family(config.model_type, config.hidden_act, families)
+    return decline_family(config.model_type, activation_of(config.to_dict()), families)
 
 
 def refuse(reason: str | None) -> None:
@@ -89,7 +89,7 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         reason = decline_module(name, module)
         if isinstance(module, TreeLinear) and reason is None:
-            reason = _decline_tree(module)
+            reason = _decline_tree(name, module, model.config.get_text_config())
         if reason is not None:
             return f"{name or 'the model'}{reason}"
     return decline_rest(model)
@@ -130,16 +130,23 @@ def decline_ends(model: PreTrainedModel) -> str | None:
     """Why a model's embedding and head are not those of an engine: they do more than look up and multiply."""
     known = (nn.Embedding, nn.Linear, PerMember, PackedEmbedding, PackedHead, TiedHead)
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if type(end) not in known:
+        if type(end) not in known and factor_of(end) is None:
             return f"embedding or head is a {type(end).__name__}"
     return None
 
 
-def _decline_tree(module: TreeLinear) -> str | None:
+def _decline_tree(name: str, module: TreeLinear, config: Any) -> str | None:
     if not module.prepare():
         return ": the kernels of residual trees do not run here"
-    if module.out_features % LANES != 0:
-        return f": {module.out_features} rows are no multiple of {LANES}"
+    rows = [module.out_features]
+    # several in one are cut at whole blocks of rows
+    if name.endswith("qkv_proj"):
+        rows.append(config.num_key_value_heads * (module.in_features // config.num_attention_heads))
+    if name.endswith("gate_up_proj"):
+        rows.append(module.out_features // 2)
+    for count in rows:
+        if count % LANES != 0:
+            return f": {count} rows are no multiple of {LANES}"
     return None
 
 

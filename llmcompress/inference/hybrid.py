@@ -207,13 +207,14 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
         The decoder, without rotary tables. Logits are divided by the model's constant in the last norm.
     """
     config: Any = model.config
-    embedding, head = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
+    ends = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     base: Any = model.base_model
     final = base.norm if hasattr(base, "norm") else base.final_layernorm
     layers = [_layer(model, block) for block in layout.blocks]
-    routing = routing_of(model, layout)
-    return assembled(config, layers, final, model.get_submodule(attention.module), [embedding], [head], routing)
+    last, scale = (norm_of(final), norm_of(final, "bias")), float(getattr(config, "embedding_multiplier", 1.0))
+    module, routing = model.get_submodule(attention.module), routing_of(model, layout)
+    return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)
 
 
 def _layer(model: PreTrainedModel, block: Block) -> native.Layer:

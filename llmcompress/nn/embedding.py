@@ -108,11 +108,24 @@ class PackedRows(PackedTensors):
 
 
 class PackedEmbedding(PackedRows):
-    """In the place of an ``nn.Embedding``."""
+    """In the place of an ``nn.Embedding``, or of Gemma's, which multiplies what it looks up.
+
+    Args:
+        rows, columns, spec, dtype, device: See :class:`PackedRows`.
+        factor: Of all rows, rounded to ``dtype``.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, spec: QuantSpec, dtype: torch.dtype, device: torch.device | str | None = None,
+        factor: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(rows, columns, spec, dtype, device)
+        # models are put together under a context that makes tensors without storage
+        self.factor = float(torch.tensor(factor, dtype=dtype, device="cpu"))
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` to ``[..., D]``."""
-        return self.look_up(ids)
+        return self.look_up(ids) * self.factor
 
 
 class PackedHead(PackedRows):
@@ -144,10 +157,16 @@ class TiedHead(nn.Module):
         return self._embedding[0].project(x)
 
 
+def factor_of(embedding: Any) -> float | None:
+    """Factor of an embedding of Gemma's kind, None for any other."""
+    factor = getattr(embedding, "scalar_embed_scale", None)
+    return None if factor is None else float(factor)
+
+
 def declined(model: PreTrainedModel) -> str | None:
     """Why a model's embedding cannot be packed, None if it can."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding:
+    if type(embedding) is not nn.Embedding and factor_of(embedding) is None:
         return f"{type(embedding).__name__} does more than look rows up"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
@@ -165,7 +184,10 @@ def make_room(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, 
         raise InputError(f"quantization_config.policies.embeddings: {reason}", "export without the embeddings stage")
     names, dtype = matrices(layout), model.dtype
     old: Any = model.get_input_embeddings()
-    embedding = PackedEmbedding(layout.vocab, layout.hidden, spec, dtype, old.weight.device)
+    factor = factor_of(old)
+    embedding = PackedEmbedding(
+        layout.vocab, layout.hidden, spec, dtype, old.weight.device, 1.0 if factor is None else factor
+    )
     _replace(model, names[0], embedding)
     if len(names) == 1:
         model.set_output_embeddings(TiedHead(embedding))

@@ -21,6 +21,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     # norms of heads
     "qwen3": {"head_dim": 16, "num_key_value_heads": 1},
+    # several matrices in one
+    "phi3": {},
+    # norms before and after that multiply by one more than they hold, windows, embeddings with a factor
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
 }
 
 

@@ -59,6 +59,10 @@ def _glm4(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     )
 
 
+def _glm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return attention(facts, layer, qkv_bias=facts.flag("attention_bias")), gated_mlp(facts, layer, fused=True)
+
+
 def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     """Norms after each sublayer and none before."""
     bias, after = facts.flag("attention_bias"), f"{layer}.post_attention_layernorm"
@@ -74,6 +78,15 @@ _SEVEN_B = {
     "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
 _QWEN = {**_SEVEN_B, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
+_GLM = {
+    **_SEVEN_B,
+    "vocab_size": 151552,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "attention_bias": True,
+}
 _GEMMA2 = {
     "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True,
@@ -108,14 +121,8 @@ FAMILIES = (
         },
     ),
     Family("phi3", _phi3, {**_SEVEN_B, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192}),
-    Family(
-        "glm4",
-        _glm4,
-        {
-            **_SEVEN_B, "vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40,
-            "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
-        },
-    ),
+    Family("glm", _glm, _GLM),
+    Family("glm4", _glm4, _GLM),
     Family("olmo2", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("olmo3", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("gemma", _llama, _GEMMA, norm_adds_one=True),

@@ -82,6 +82,27 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 3.0,
     },
     "deepseek_v3": {**_LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1, "rope_interleave": True},
+    # queries, keys and values in one linear, gate and up in one; heads turned in part
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
+    # columns side by side turned, biases; norms before sublayers, or before and after
+    "glm": {},
+    "glm4": {},
+    # embeddings with a factor, norms that multiply by one more than they hold, GELU
+    "gemma": {"tie_word_embeddings": True},
+    # norms before and after, caps of scores and logits, windows
+    "gemma2": {
+        "num_hidden_layers": 3, "sliding_window": 12, "tie_word_embeddings": True, "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
+    },
+    # queries and keys normed, rotary tables by kind of layer
+    "gemma3_text": {
+        "num_hidden_layers": 3, "sliding_window": 12, "tie_word_embeddings": True, "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    },
 }  # fmt: skip
 
 

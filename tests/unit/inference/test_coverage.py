@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmcompress.inference import recurrent
-from llmcompress.inference.coverage import FAMILIES, STATES, decline_config
+from llmcompress.inference.coverage import FAMILIES, STATES, decline_config, reach
 
 
 def test_states_are_those_of_their_engine() -> None:
@@ -28,12 +28,28 @@ def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> N
         ({"model_type": "gpt_oss"}, "gpt_oss"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "gelu"),
         ({"model_type": "mamba2", "hidden_act": "gelu"}, "gelu"),
+        ({"model_type": "bamba", "hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
+        ({"model_type": "llama", "hidden_act": "gelu_pytorch_tanh"}, None),
+        # as transformers reads these files: the first Gemma's, and those that say nothing
+        ({"model_type": "gemma", "hidden_act": "gelu"}, None),
+        ({"model_type": "gemma2"}, None),
+        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "gelu"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": None},
+            },
+            "dynamic",
+        ),
         # of transformers 4, of older ones, of 5
         ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+        ({"model_type": "llama", "rope_scaling": {"type": "su", "factor": 2.0}}, None),
         ({"model_type": "qwen2", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, None),
         ({"model_type": "olmoe", "clip_qkv": None}, None),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
     ],
@@ -41,3 +57,14 @@ def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> N
 def test_what_a_config_tells(config: dict[str, Any], reason: str | None) -> None:
     told = decline_config(config)
     assert told is None if reason is None else reason in str(told)
+
+
+def test_how_far_a_sequence_reaches() -> None:
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096, "short_mscale": 1.2}
+    assert reach({"model_type": "llama"}) is None
+    assert reach({"model_type": "phi3", "rope_parameters": longrope}) == 4096
+    assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.3}}) == 4096
+    assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.2}}) is None
+    # beside the tables in older files
+    older = {"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 2048}
+    assert reach({"model_type": "phi3", **older}) == 2048

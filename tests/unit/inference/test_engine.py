@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 EXACT = 3e-5
 # families whose routers decide
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3")
+PACKED = ("llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", *EXPERTS)
 
 
 @torch.inference_mode()
@@ -50,7 +51,7 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo3", *EXPERTS])
+@pytest.mark.parametrize("family", PACKED)
 def test_packed_models_agree(decoders: Any, ids: torch.Tensor, family: str, bits: int, symmetric: bool) -> None:
     model, tokens = decoders.packed(family, bits, symmetric=symmetric), ids[:24]
     expected = reference(model, tokens)
@@ -91,7 +92,7 @@ def test_activations_are_rounded_as_the_model_rounds_them(
 
 
 @pytest.mark.parametrize("policy", [{"bits": 4, "group_size": 16}, {"bits": 8, "group_size": -1}])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_packed_embeddings_and_heads(decoders: Any, ids: torch.Tensor, family: str, policy: dict[str, int]) -> None:
     """Tied, or a head of its own; 72 rows do not fill the last block."""
     model, tokens = decoders.packed(family, 4), ids[:24]
@@ -127,7 +128,7 @@ def test_long_contexts_are_cut_into_chunks(decoders: Any, ids: torch.Tensor, fam
     assert EXACT < worst(halves, ids, expected, 290) < 0.1
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "olmo3", "gemma2"])
 def test_sequences_of_different_lengths_in_one_step(decoders: Any, ids: torch.Tensor, family: str) -> None:
     model = decoders.packed(family, 3)
     lengths = (3, 40, 17, 8, 25)
@@ -149,7 +150,7 @@ def test_every_instruction_set(decoders: Any, ids: torch.Tensor, isa: str) -> No
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
-        for family in ("qwen3", "olmo3", *EXPERTS):
+        for family in ("qwen3", "olmo3", "glm4", "gemma2", *EXPERTS):
             model, tokens = decoders.packed(family, 3), ids[:40]
             assert worst(Engine(model, positions=48, threads=2), tokens, reference(model, tokens), 34) < EXACT
     finally:
@@ -174,8 +175,9 @@ def test_rounded_head_is_close_and_asked_for(decoders: Any, ids: torch.Tensor) -
     assert EXACT < worst(Engine(model, positions=16, head_bits=8), tokens, expected, 6) < 0.1
 
 
-def test_bfloat16_model(decoders: Any, ids: torch.Tensor) -> None:
-    model = decoders.packed("llama", 4).to(torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text"])
+def test_bfloat16_model(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    model = decoders.packed(family, 4).to(torch.bfloat16)
     tokens = ids[:44]
     engine = Engine(model, positions=48)
     assert engine.cache_dtype == torch.bfloat16
@@ -218,8 +220,13 @@ def test_longrope_of_one_factor(decoders: Any, ids: torch.Tensor) -> None:
     assert worst(Engine(model, positions=48), tokens, reference(model, tokens), 9) < EXACT
 
 
-def test_longrope_up_to_where_its_tables_change(decoders: Any, ids: torch.Tensor) -> None:
-    model = decoders.packed("phimoe", 4, rope_parameters={**decoders.longrope, "long_mscale": 1.3})
+@pytest.mark.parametrize("family", ["phimoe", "phi3"])
+def test_longrope_up_to_where_its_tables_change(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    rotary, changes = {**decoders.longrope, "long_mscale": 1.3}, {}
+    if family == "phi3":
+        rotary |= {"partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.3], "long_factor": [2.0, 3.0, 4.0]}
+        changes = {"original_max_position_embeddings": 16}
+    model = decoders.packed(family, 4, rope_parameters=rotary, **changes)
     engine = Engine(model)
     assert engine.longest == 16
     assert worst(engine, ids[:16], reference(model, ids[:16]), 9) < EXACT
@@ -283,6 +290,9 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 0},
     "olmo3": {},
+    "phi3": {"sliding_window": 20},
+    "gemma2": {},
+    "gemma3_text": {},
 }
 
 
@@ -299,18 +309,6 @@ def test_layers_that_see_a_window(decoders: Any, ids: torch.Tensor, family: str,
     engine = Engine(model, positions=224, threads=threads)
     for prompt in (3, 60, 200):
         assert worst(engine, ids[:220], expected, prompt) < EXACT
-
-
-def test_windows_in_one_step(decoders: Any, ids: torch.Tensor) -> None:
-    model = decoders.packed("olmo3", 4)
-    lengths = (3, 40, 17, 8, 25)
-    engine = Engine(model, slots=5, positions=64, threads=2)
-    for slot, length in enumerate(lengths):
-        engine.prompt(slot, ids[slot : slot + length].tolist())
-    for more in range(3):
-        found = engine.step(torch.stack([ids[slot + length + more] for slot, length in enumerate(lengths)]))
-        for slot, length in enumerate(lengths):
-            assert (found[slot] - reference(model, ids[slot : slot + length + more + 1])[-1]).abs().max() < EXACT
 
 
 def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:
@@ -330,8 +328,11 @@ def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"vocab_size": 203, "tie_word_embeddings": False}])
-def test_screened_head_chooses_what_the_whole_head_chooses(decoders: Any, ids: torch.Tensor, changes: Any) -> None:
-    model = decoders.packed("llama", 4, **changes)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_screened_head_chooses_what_the_whole_head_chooses(
+    decoders: Any, ids: torch.Tensor, family: str, changes: Any
+) -> None:
+    model = decoders.packed(family, 4, **changes)
     screened, whole = Engine(model, 3, 64, screen=True, threads=2), Engine(model, 3, 64, screen=False, threads=2)
     assert screened.decoder.screen is not None
     assert whole.decoder.screen is None

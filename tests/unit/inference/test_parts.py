@@ -37,7 +37,7 @@ def in_parts(engine: Any, slot: int, tokens: list[int], cuts: tuple[int, ...]) -
 @needs_native
 @pytest.mark.parametrize("cuts", PARTS)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo3", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo3", "phi3", "gemma2", "deepseek_v2"])
 def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
     decoders: Any, ids: torch.Tensor, family: str, threads: int, cuts: tuple[int, ...]
 ) -> None:
@@ -51,7 +51,7 @@ def test_parts_of_a_packed_prompt_are_the_whole_bit_by_bit(
 
 @needs_native
 @pytest.mark.parametrize("cuts", PARTS)
-@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo3", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo3", "glm4", "gemma2", "deepseek_v2", "deepseek_v3"])
 def test_parts_of_a_dense_prompt_give_its_logits(
     decoders: Any, ids: torch.Tensor, family: str, cuts: tuple[int, ...]
 ) -> None:

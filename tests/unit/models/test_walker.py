@@ -29,6 +29,7 @@ DENSE = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     "phi3": {"sliding_window": 8},
+    "glm": {},
     "glm4": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},

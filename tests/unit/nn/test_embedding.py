@@ -40,7 +40,9 @@ def test_looks_up_and_multiplies_with_the_decoded_rows(spec: QuantSpec, rows: in
     assert torch.equal(module(ids), decoded[ids])
 
 
-@pytest.mark.parametrize(("family", "changes"), [("mamba2", {"tie_word_embeddings": True}), ("jamba", {})])
+@pytest.mark.parametrize(("family", "changes"), [
+    ("mamba2", {"tie_word_embeddings": True}), ("jamba", {}), ("gemma3_text", {"tie_word_embeddings": True}),
+])  # fmt: skip
 def test_a_saved_model_gives_the_same_logits(family: str, changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     state = tiny.state(tmp_path / "model", family, vocab_size=70, **changes)
     Embeddings("embeddings", EmbeddingsConfig(bits=8)).run(state, tiny.context(tmp_path))
@@ -78,10 +80,9 @@ def test_an_embedding_that_does_more_and_an_unknown_policy_are_refused(tiny: Any
             compressed_model(state.model, store, {"embeddings": policy}, torch.float32)
     import transformers
 
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, layer_types=["full_attention"],
-    )  # fmt: skip
+    config = transformers.BioGptConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
     state.model.hf_config = lambda: config
     with pytest.raises(RecipeError, match="look rows up"):
         Embeddings("embeddings", EmbeddingsConfig()).run(state, tiny.context(tmp_path))

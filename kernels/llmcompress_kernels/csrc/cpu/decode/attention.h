@@ -92,13 +92,19 @@ inline void value_pair(const uint16_t* values, const float* weights, int64_t str
     }
 }
 
+// What limits attention, beside what comes later.
+struct Limits {
+    int64_t window = INT64_MAX;  // positions that a token sees, itself the last of them
+    float cap = 0;               // of scores, 0 for none
+};
+
 // Positions [first, last) for G query heads; with LATER those of G tokens in a row, of which each but the last sees one
-// position less than the next, and none more than `window`. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
+// position less than the next, and none more than a window. `weights` is scratch [G, stride >= last - first + 32]; `out` takes G parts.
 template <class T, int G, int LATER = 0>
 void attend(const T* keys, const T* values, const float* queries, const Widths& w, int64_t first, int64_t last, float* weights,
-            int64_t stride, float* out, int64_t window = INT64_MAX) {
+            int64_t stride, const Limits& limits, float* out) {
     const int row = w.row(), width = w.part() - PART_HEAD, apart = w.apart(), part = w.part();
-    const int64_t begin = first / LANES * LANES, since = LATER ? std::max(first, last - window) : first;
+    const int64_t begin = first / LANES * LANES, since = LATER ? std::max(first, last - limits.window) : first;
     const int count = (int)(last - first), skip = (int)(first - begin);
     const F16 lowest = spread(LOWEST);
     F16 peak[G];
@@ -107,9 +113,10 @@ void attend(const T* keys, const T* values, const float* queries, const Widths& 
         F16 scores[G];
         if (w.latent) score_rows<T, G>(keys + p * row, queries, row, scores);
         else score_block<T, G>(keys + p * row, queries, w.key, row, scores);
+        for (int g = 0; limits.cap > 0 && g < G; ++g) scores[g] = capped(scores[g], limits.cap);
         if (p < since || p + LANES > last - (G - 1) * LATER)
             for (int g = 0; g < G; ++g) {
-                const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - window) : first;
+                const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - limits.window) : first;
                 for (int i = 0; i < LANES; ++i)
                     if (p + i < start || p + i >= end) scores[g][i] = LOWEST;
             }
@@ -147,13 +154,13 @@ void attend(const T* keys, const T* values, const float* queries, const Widths& 
 
 template <class T>
 void attend_heads(int heads, const T* keys, const T* values, const float* queries, const Widths& w, int64_t first, int64_t last,
-                  float* weights, int64_t stride, float* out) {
+                  float* weights, int64_t stride, const Limits& limits, float* out) {
     constexpr int MOST = TOGETHER_HEADS;
     for (; heads >= MOST; heads -= MOST, queries += MOST * w.row(), out += MOST * w.part())
-        attend<T, MOST>(keys, values, queries, w, first, last, weights, stride, out);
-    if (heads == 3) attend<T, 3>(keys, values, queries, w, first, last, weights, stride, out);
-    if (heads == 2) attend<T, 2>(keys, values, queries, w, first, last, weights, stride, out);
-    if (heads == 1) attend<T, 1>(keys, values, queries, w, first, last, weights, stride, out);
+        attend<T, MOST>(keys, values, queries, w, first, last, weights, stride, limits, out);
+    if (heads == 3) attend<T, 3>(keys, values, queries, w, first, last, weights, stride, limits, out);
+    if (heads == 2) attend<T, 2>(keys, values, queries, w, first, last, weights, stride, limits, out);
+    if (heads == 1) attend<T, 1>(keys, values, queries, w, first, last, weights, stride, limits, out);
 }
 
 // Keys and values of one position, whose head begins at `base` in the cache.
@@ -195,11 +202,18 @@ inline void combine(const float* parts, int64_t stride, int chunks, int dim, flo
     }
 }
 
-// Rotate halves of the first `turned` columns, as llama does with all: (a, b) -> (a cos - b sin, b cos + a sin); cosine and
-// sine [turned / 2].
-inline void rotate(const float* from, const float* cosine, const float* sine, int dim, int turned, float scale, float* to) {
+// Rotate pairs of the first `turned` columns: (a, b) -> (a cos - b sin, b cos + a sin); cosine and sine [turned / 2]. They are
+// half of those columns apart, as in llama, or `neighbours`, as in GLM. One body for steps and prompts: inlined, the compiler
+// fuses other products with the sums in one than in the other.
+__attribute__((noinline, noclone)) inline void rotate(const float* from, const float* cosine, const float* sine, int dim,
+                                                      int turned, bool neighbours, float scale, float* to) {
     const int half = turned / 2;
-    for (int i = 0; i < half; ++i) {
+    for (int i = 0; neighbours && i < half; ++i) {
+        const float a = from[2 * i], b = from[2 * i + 1];
+        to[2 * i] = (a * cosine[i] - b * sine[i]) * scale;
+        to[2 * i + 1] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+    for (int i = 0; !neighbours && i < half; ++i) {
         const float a = from[i], b = from[half + i];
         to[i] = (a * cosine[i] - b * sine[i]) * scale;
         to[half + i] = (b * cosine[i] + a * sine[i]) * scale;
@@ -253,7 +267,11 @@ inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position,
     }
     const Layer& l = h.layer;
     const int64_t at = position * (l.turned / 2);
-    rotate(row, l.cosine + at, l.sine + at, dim, l.turned, scale, to);
+    rotate(row, l.cosine + at, l.sine + at, dim, l.turned, m.neighbours != 0, scale, to);
+}
+
+inline Limits limits_of(const Model& m, const Layer& l) {
+    return {l.window > 0 ? int64_t(l.window) : INT64_MAX, m.attention_cap};
 }
 
 // The first position that the last of so many tokens sees.

@@ -114,6 +114,7 @@ struct Model {
     int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
     int32_t value_dim;  // columns of a head's result
     float latent_epsilon;  // of the norms of latents and of what `query` reads
+    int32_t activation;  // of the gates of MLPs: SILU or GELU_TANH
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum
     int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them
@@ -121,6 +122,7 @@ struct Model {
     float epsilon, attention_scale;
     float routed_scale;  // of the weights of experts
     float jitter;  // of SPARSEMIXER
+    float attention_cap, logit_cap;  // x becomes cap tanh(x / cap); 0 for no cap
     float embedding_scale, residual_scale;  // of embeddings, and of all that is added to the hidden states
 };
 

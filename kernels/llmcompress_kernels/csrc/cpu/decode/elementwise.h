@@ -70,14 +70,32 @@ inline void scale_all(float* x, int64_t count, float by) {
     for (int64_t i = 0; i < count; ++i) x[i] *= by;
 }
 
-// gate = silu(gate) * up
-inline void open_gate(float* gate, const float* up, int64_t count) {
+// What an MLP does with sixteen values of its gate. (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+inline F16 activated(F16 v, int32_t activation) {
+    // 2 sqrt(2 / pi) (v + 0.044715 v^3)
+    const F16 u = activation == GELU_TANH ? v * (v * v * 0.0713548162726f + 1.59576912160573f) : v;
+    return v / (exponential(-u) + 1.f);
+}
+
+// gate = activation(gate) * up
+inline void open_gate(const Model& m, float* gate, const float* up, int64_t count) {
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        const F16 v = load_float(gate + i);
-        store(gate + i, v / (exponential(-v) + 1.f) * load_float(up + i));
-    }
-    for (; i < count; ++i) gate[i] = gate[i] / (exponential(spread(-gate[i]))[0] + 1.f) * up[i];
+    for (; i + 16 <= count; i += 16) store(gate + i, activated(load_float(gate + i), m.activation) * load_float(up + i));
+    for (; i < count; ++i) gate[i] = activated(spread(gate[i]), m.activation)[0] * up[i];
+}
+
+// cap tanh(x / cap) to about 1e-6 of itself
+inline F16 capped(F16 x, float cap) {
+    const F16 y = x * (1.f / cap), square = y * y;
+    const F16 far = 1.f - 2.f / (exponential(y + y) + 1.f);
+    const F16 near = y * (((square * (-17.f / 315) + 2.f / 15) * square - 1.f / 3) * square + 1.f);
+    return cap * (square < 0.01f ? near : far);
+}
+
+inline void cap_all(float* x, int64_t count, float cap) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store(x + i, capped(load_float(x + i), cap));
+    for (; i < count; ++i) x[i] = capped(spread(x[i]), cap)[0];
 }
 
 }  // namespace LLMCOMPRESS_ISA

@@ -10,7 +10,7 @@ namespace LLMCOMPRESS_ISA {
 inline void turn_last(const Model& m, const Layer& l, const float* from, int64_t position, float scale, float* to) {
     const int64_t at = position * (l.turned / 2);
     if (m.neighbours != 0) rotate_pairs(from, l.cosine + at, l.sine + at, l.turned, scale, to);
-    else rotate(from, l.cosine + at, l.sine + at, l.turned, l.turned, scale, to);
+    else rotate(from, l.cosine + at, l.sine + at, l.turned, l.turned, false, scale, to);
 }
 
 // A token's latents and turned numbers, from what their projection left in `row`, into the cache.

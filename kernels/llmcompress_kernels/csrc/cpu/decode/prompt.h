@@ -150,10 +150,10 @@ class PromptWorker {
         open_gates(o.gate.m.rows, o.down);
     }
 
-    // silu(gate) * up of a gated MLP through its last projection.
+    // activation(gate) * up of a gated MLP through its last projection.
     void open_gates(int64_t width, const Operand& down) {
         project({{&down, delta(0)}}, room_.gate.data(), DOWN,
-                [&](int64_t t) { open_gate(room_.gate.data() + t * width, room_.up.data() + t * width, width); });
+                [&](int64_t t) { open_gate(m_, room_.gate.data() + t * width, room_.up.data() + t * width, width); });
     }
 
     const float* after_layer(int index) const { return e_.layers[size_t(index)].l.mlp_after; }
@@ -345,7 +345,7 @@ class PromptWorker {
             const Routed::Block& b = r.blocks[size_t(i)];
             const int64_t slot = r.first[size_t(b.expert)], from = slot + begin(b.block);
             const int64_t size = std::min(r.first[size_t(b.expert) + 1] - from, most()) * width;
-            open_gate(room_.gate.data() + from * width, room_.up.data() + from * width, size);
+            open_gate(m_, room_.gate.data() + from * width, room_.up.data() + from * width, size);
             round(o.down, b, room_.gate.data() + slot * width, nullptr);
         });
         took(NORM);
@@ -438,7 +438,7 @@ class PromptWorker {
         const Widths w = widths(m_);
         const int64_t seen = position(t + i) + G;
         attend<T, G, 1>(keys, keys, queries_.data() + i * w.row(), w, 0, seen, weights_.data(), padded(seen) + 2 * LANES,
-                        parts_.data() + i * w.part());
+                        {}, parts_.data() + i * w.part());
     }
 
     // Tokens [first, last) of the query heads that share a key-value head.
@@ -463,7 +463,7 @@ class PromptWorker {
             turn(m_, query_heads(m_, l, room_.query.data() + (t + g) * m_.heads * dim, p_.member), head, position(t) + g,
                  m_.attention_scale, queries_.data() + g * w.row());
         attend<T, G, 1>(keys, values, queries_.data(), w, seen_from(l, seen - G + 1), seen, weights_.data(),
-                        padded(seen) + 2 * LANES, parts_.data(), l.window > 0 ? l.window : INT64_MAX);
+                        padded(seen) + 2 * LANES, limits_of(m_, l), parts_.data());
         for (int g = 0; g < G; ++g)
             combine(parts_.data() + g * w.part(), 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);
     }

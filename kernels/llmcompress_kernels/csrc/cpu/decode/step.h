@@ -239,17 +239,18 @@ class Worker {
         }
         const T* keys = static_cast<const T*>(c_.keys) + base;
         const T* values = w.latent ? keys : static_cast<const T*>(c_.values) + base;
-        attend_heads<T>(group, keys, values, queries, w, first, last, own_.weights.data(), c_.positions + LANES, out);
+        attend_heads<T>(group, keys, values, queries, w, first, last, own_.weights.data(), c_.positions + LANES,
+                        limits_of(m_, l), out);
     }
 
-    // silu(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once.
+    // activation(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once.
     void gate_up(const Operand& gate, const Operand& up_rows, int64_t expert, Range blocks, float* out, int64_t stride) {
         const int64_t width = gate.m.rows, row = blocks.begin(), count = blocks.end(width) - row;
         if (count <= 0) return;
         float* up = own_.product.data();
         multiply(gate, in_, expert, blocks.first, blocks.last, out, stride);
         multiply(up_rows, in_, expert, blocks.first, blocks.last, up, width);
-        for (int t = 0; t < in_.tokens(); ++t) open_gate(out + t * stride + row, up + t * width + row, count);
+        for (int t = 0; t < in_.tokens(); ++t) open_gate(m_, out + t * stride + row, up + t * width + row, count);
     }
 
     void gated_mlp(const LayerOperands& o) {
@@ -355,6 +356,8 @@ class Worker {
         const Range rows = share(e_.head.blocks());
         if (e_.heads.empty()) multiply(e_.head, in_, 0, rows.first, rows.last, s_.logits, m_.head.rows);
         else member_heads(rows);
+        const int64_t first = rows.begin(), count = rows.end(m_.head.rows) - first;
+        for (int b = 0; b < s_.batch && m_.logit_cap > 0; ++b) cap_all(s_.logits + b * m_.head.rows + first, count, m_.logit_cap);
         took(HEAD);
         if (s_.best != nullptr) largest_logit(rows.begin(), rows.end(m_.head.rows));
     }

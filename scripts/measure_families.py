@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""How fast dense families decode natively and through transformers' modules, with random weights and few layers.
+
+    python scripts/measure_families.py --families gemma2 phi3 --layers 4 [--bits 4] [--out FILE]
+
+Sizes are transformers' defaults of a family, those of a released model (Gemma-2-2B, Phi-3-mini, …). Weights are random
+and rounded to nearest: speed does not depend on them. Three ways alternate sample by sample: the native engine,
+transformers' modules on the same packed weights, and transformers on bf16 ones. Embedding and head have their full
+size, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompress_kernels import bench
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from llmcompress.inference import speed
+from llmcompress.inference.engine import Engine
+from llmcompress.quant.spec import QuantSpec
+
+
+def random_model(family: str, layers: int) -> Any:
+    """A bf16 model of a family's default sizes."""
+    config = AutoConfig.for_model(family, num_hidden_layers=layers)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    model.tie_weights()
+    return model.eval()
+
+
+def measure(family: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Rows of one family, and what a step of the native engine reads."""
+    packed = speed.rounded(random_model(family, options.layers), QuantSpec(options.bits, 64))
+    engine = Engine(packed)
+    candidates = {
+        "native": speed.native(engine),
+        "modules": speed.transformers(packed),
+        "bf16": speed.transformers(random_model(family, options.layers)),
+    }
+    cases = [speed.Case("decode", 16, 1, 8), speed.Case("decode", 512, 1, 8), speed.Case("prefill", 512)]
+    rows = []
+    for case in cases:
+        rows += speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
+        for row in rows[-len(candidates) :]:
+            rate = row["tokens_per_second"]
+            print(f"{family:<12} {row['case']:<24} {row['candidate']:<8} {rate:>8.1f} tokens/s", flush=True)
+    return {"rows": rows, "step_bytes": engine.decoder.step_bytes(), "head_bytes": engine.decoder.head.nbytes}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", nargs="+", default=["gemma2"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds per case")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = {family: measure(family, options) for family in options.families}
+    told = {
+        "environment": bench.environment(options.threads), "transformers": version("transformers"),
+        "layers": options.layers, "bits": options.bits, "families": found,
+    }  # fmt: skip
+    if options.out is not None:
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
