@@ -29,6 +29,7 @@ from llmcompress_kernels.decode_structs import (
     PromptStruct,
     StepStruct,
 )
+from llmcompress_kernels.decode_windows import Windows
 from llmcompress_kernels.matrix import Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -286,7 +287,8 @@ class Decoder:
     logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        places = [sum(other.mixes == layer.mixes for other in self.layers[:i]) for i, layer in enumerate(self.layers)]
+        kinds = [(layer.mixes, layer.window > 0) for layer in self.layers]
+        places = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
         structs = (LayerStruct * len(self.layers))(
             *(layer._struct(place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
         )
@@ -420,6 +422,9 @@ def step(
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
     _check_numbers(decoder, tokens, planes)
+    if cache.near is not None:
+        for slot, position in zip(slots.tolist(), positions.tolist()):
+            _check_windows(cache.near, slot, position, 1)
     given = (tokens, positions, slots, members, logits, best, seconds)
     call = StepStruct(
         *(None if t is None else t.data_ptr() for t in given), _address(mixers),
@@ -476,6 +481,8 @@ def prompt(
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
     _check_mixers(decoder, mixers)
     _check_numbers(decoder, tokens, planes)
+    if cache.near is not None:
+        _check_windows(cache.near, slot, start, count)
     hidden, raised = torch.empty(1, decoder.hidden), list[BaseException]()
     callback = REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
     call = PromptStruct(
@@ -517,6 +524,12 @@ def _address(mixers: Mixers | None) -> int | None:
 def _check_mixers(decoder: Decoder, mixers: Mixers | None) -> None:
     if decoder.mixes != (mixers is not None):
         raise ValueError("mixers belong to decoders whose layers have some, and to all of these")
+
+
+def _check_windows(near: Windows, slot: int, start: int, count: int) -> None:
+    begin = int(near.begins[slot])
+    if start + count - begin > near.positions or not near.holds(slot, start):
+        raise ValueError(f"{count} tokens from {start} on do not fit the rows from {begin} on of layers with windows")
 
 
 def _check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmcompress_kernels.decode_structs import CacheStruct
+from llmcompress_kernels.decode_windows import Windows, put_columns
 from llmcompress_kernels.matrix import KINDS
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -19,7 +21,7 @@ class Cache:
     """Keys and values of several sequences, float32 or bfloat16, in the step's own order.
 
     Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation, for the
-    L layers with attention.
+    L layers that attend to all positions; ``near`` has those of layers with windows, None without such layers.
 
     Args:
         decoder: Whose sizes to use.
@@ -33,9 +35,22 @@ class Cache:
 
     def __init__(self, decoder: Decoder, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> None:
         self.positions = -(-positions // LANES) * LANES
-        lead = (sum(not layer.mixes for layer in decoder.layers), slots, decoder.key_value_heads)
-        self._make(decoder, lead, dtype)
-        self._struct = CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions)
+        windows = [layer.window for layer in decoder.layers if not layer.mixes]
+        seen = [window > 0 for window in windows]
+        # which of the two has a layer, and as the how manyth
+        self._places = [(near, seen[:index].count(near)) for index, near in enumerate(seen)]
+        lead = (slots, decoder.key_value_heads)
+        self._make(decoder, (seen.count(False), *lead), dtype)
+        self.near: Windows | None = None
+        if any(seen):
+            # policies that skip experts count over whole prompts
+            whole = any(layer.router is not None for layer in decoder.layers)
+            sizes = decoder.head_dim, max(windows), self.positions
+            self.near = Windows((seen.count(True), *lead), *sizes, whole, dtype)
+        self._struct = CacheStruct(
+            self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions,
+            windows=None if self.near is None else ctypes.addressof(self.near.struct),
+        )  # fmt: skip
 
     def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
         self.head_dim = decoder.head_dim
@@ -46,7 +61,20 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values of all slots."""
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + self.values.nbytes + (0 if self.near is None else self.near.nbytes)
+
+    def held_bytes(self, tokens: int) -> int:
+        """Bytes of a sequence's positions in use."""
+        near = 0 if self.near is None else self.near.nbytes
+        slots = self.keys.shape[1]
+        found = (self.nbytes - near) // (slots * self.positions) * tokens
+        if self.near is not None:
+            found += near // (slots * self.near.positions) * min(tokens, self.near.positions)
+        return found
+
+    def sees_window(self, layer: int) -> bool:
+        """Whether tokens of a layer, counted among those with attention, see a window."""
+        return self._places[layer][0]
 
     def fill(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store what another implementation computed.
@@ -58,26 +86,28 @@ class Cache:
             keys: ``[heads, tokens, D]``, rotated.
             values: ``[heads, tokens, D]``.
         """
-        count = keys.shape[1]
-        self.values[layer, slot, :, start : start + count, : self.head_dim] = values
-        # [heads, P, D] seen through the blocked order
-        seen = self.keys[layer, slot].transpose(-1, -2)
-        first, last = start // LANES, -(-(start + count) // LANES)
-        # a copy: a single block would be flattened in place
-        patch = seen[:, first:last].flatten(1, 2).clone()
-        patch[:, start - first * LANES : start - first * LANES + count, : self.head_dim] = keys.to(patch.dtype)
-        seen[:, first:last] = patch.unflatten(1, (last - first, LANES))
+        near, place = self._places[layer]
+        if near and self.near is not None:
+            self.near.fill(place, slot, start, keys, values)
+            return
+        self.values[place, slot, :, start : start + keys.shape[1], : self.head_dim] = values
+        put_columns(self.keys[place, slot], start, keys, self.head_dim)
 
     def read(self, layer: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's first ``count`` positions, each ``[heads, count, D]``; see :meth:`fill`."""
-        keys = self.keys[layer, slot].transpose(-1, -2)[:, : -(-count // LANES)].flatten(1, 2)
-        return keys[:, :count, : self.head_dim], self.values[layer, slot, :, :count, : self.head_dim]
+        near, place = self._places[layer]
+        if near and self.near is not None:
+            return self.near.read(place, slot, count)
+        keys = self.keys[place, slot].transpose(-1, -2)[:, : -(-count // LANES)].flatten(1, 2)
+        return keys[:, :count, : self.head_dim], self.values[place, slot, :, :count, : self.head_dim]
 
     def copy(self, source: int, target: int, count: int, other: Cache | None = None) -> None:
         """Give a sequence the first ``count`` positions of another one, in this cache or in a smaller one."""
         held, blocks = other or self, -(-count // LANES)
         self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
         self.values[:, target, :, :count] = held.values[:, source, :, :count]
+        if self.near is not None and held.near is not None:
+            self.near.copy(source, target, count, held.near)
 
 
 class LatentCache(Cache):

@@ -54,7 +54,7 @@ class CacheStruct(ctypes.Structure):
 
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("kind", ctypes.c_int32), ("slots", ctypes.c_int32),
-        ("positions", ctypes.c_int64),
+        ("positions", ctypes.c_int64), ("begins", ctypes.c_void_p), ("windows", ctypes.c_void_p),
     )  # fmt: skip
 
 

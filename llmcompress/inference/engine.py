@@ -291,6 +291,10 @@ class Engine:
         """Whether a sequence may go on from any of its earlier tokens, or begin with another one's."""
         return self.piece is not None
 
+    def reusable(self, slot: int, count: int) -> bool:
+        """Whether a sequence still has what a token after its first ``count`` sees: layers with windows forget."""
+        return self.keeps_prefixes and (self.cache.near is None or self.cache.near.holds(slot, count))
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Let a sequence begin with the first tokens of another; :meth:`prompt` goes on from there.
 
@@ -303,6 +307,7 @@ class Engine:
         self._check(target, 1, 0)
         if not 0 < count <= self.lengths[source]:
             raise InputError(f"sequence {source} holds {self.lengths[source]} tokens, not {count}")
+        self._check_window(source, count)
         self.cache.copy(source, target, count)
         self.lengths[target], self._owners[target] = count, self._owners[source]
 
@@ -352,8 +357,13 @@ class Engine:
             raise InputError(f"sequence {slot} of {self.slots} with {count} tokens")
         if not 0 <= start <= self.lengths[slot]:
             raise InputError(f"sequence {slot} holds {self.lengths[slot]} tokens and cannot go on from {start}")
+        self._check_window(slot, start)
         if start + count > self.cache.positions:
             raise InputError(f"{start + count} tokens exceed the cache's {self.cache.positions}", "reserve more")
+
+    def _check_window(self, slot: int, count: int) -> None:
+        if count and self.cache.near is not None and not self.cache.near.holds(slot, count):
+            raise InputError(f"sequence {slot} has forgotten what comes before token {count}", "read the whole prompt")
 
     def _prompt_by_modules(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
         """The forward of transformers' modules, on what the cache holds and back into it."""
@@ -373,9 +383,12 @@ class Engine:
                 input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
                 **arguments(self.model, held, torch.arange(start, end)[None]),
             )  # fmt: skip
+            near = self.cache.near
+            since = start if near is None else near.settle(slot, start, end)
             for index, layer in enumerate(held.layers):
-                keys, values = layer.keys[0, :, start:], layer.values[0, :, start:]
-                self.cache.fill(index, slot, start, keys, halves(values) if self._pairs_stay else values)
+                first = since if self.cache.sees_window(index) else start
+                keys, values = layer.keys[0, :, first:], layer.values[0, :, first:]
+                self.cache.fill(index, slot, first, keys, halves(values) if self._pairs_stay else values)
         self.lengths[slot] = end
         return out.logits[0, -1].float()
 
@@ -383,6 +396,7 @@ class Engine:
         for first in range(0, len(tokens), native.MAX_BATCH):
             part = torch.tensor(tokens[first : first + native.MAX_BATCH])
             positions = torch.arange(start + first, start + first + len(part))
+            self._advance(slot, start + first, len(part))
             self._call(part, positions, torch.full((len(part),), slot, dtype=torch.int32))
         self.lengths[slot] = start + len(tokens)
         return self._logits[(len(tokens) - 1) % native.MAX_BATCH].clone()
@@ -391,10 +405,15 @@ class Engine:
         self, slot: int, tokens: Sequence[int], reroute: native.Reroute | None = None, start: int = 0, last: bool = True
     ) -> Tensor:
         ids = torch.tensor(list(tokens))
-        hidden = native.prompt(
-            self.decoder, self.cache, ids, slot, start, self.planes, self.threads, member=self._owners[slot],
-            reroute=reroute, mixers=self.mixers, last=last,
-        )  # fmt: skip
+        # layers with windows have no room for all tokens at once
+        most = len(tokens) if self.cache.near is None else self.cache.near.most or len(tokens)
+        for first in range(0, len(tokens), most):
+            part = ids[first : first + most]
+            self._advance(slot, start + first, len(part))
+            hidden = native.prompt(
+                self.decoder, self.cache, part, slot, start + first, self.planes, self.threads,
+                member=self._owners[slot], reroute=reroute, mixers=self.mixers, last=last,
+            )  # fmt: skip
         self.lengths[slot] = start + len(tokens)
         if not last:
             return self._logits[0, :0]
@@ -418,7 +437,7 @@ class Engine:
             Logits float32 ``[B, V]``; overwritten by the next call.
         """
         which = range(self.slots) if slots is None else slots
-        positions = torch.tensor([self.lengths[slot] for slot in which])
+        positions = self._next(which)
         logits = self._call(tokens, positions, torch.tensor(list(which), dtype=torch.int32), best)
         for slot in which:
             self.lengths[slot] += 1
@@ -435,7 +454,7 @@ class Engine:
             int64 ``[B]``, the index of the largest logit.
         """
         which = list(range(self.slots) if slots is None else slots)
-        positions = torch.tensor([self.lengths[slot] for slot in which])
+        positions = self._next(which)
         best = torch.empty(len(which), dtype=torch.int64)
         logits = self._logits if self.decoder.screen is None else None
         native.step(
@@ -453,14 +472,23 @@ class Engine:
         )  # fmt: skip
         return self._logits[: tokens.shape[0]]
 
+    def _next(self, slots: Sequence[int]) -> Tensor:
+        """Positions int64 ``[B]`` of the next token of some sequences, for which there is room then."""
+        for slot in slots if self.cache.near is not None else ():
+            self._advance(slot, self.lengths[slot], 1)
+        return torch.tensor([self.lengths[slot] for slot in slots])
+
+    def _advance(self, slot: int, start: int, count: int) -> None:
+        if self.cache.near is not None:
+            self.cache.near.advance(slot, start, count)
+
     def owner(self, slot: int) -> int:
         """Place of a sequence's member in the family, 0 without one."""
         return self._owners[slot]
 
     def held_bytes(self, slots: Sequence[int]) -> int:
         """Bytes of the positions that these sequences use."""
-        each = self.cache.nbytes // (self.cache.keys.shape[1] * self.cache.positions)
-        return each * sum(self.lengths[slot] for slot in slots)
+        return sum(self.cache.held_bytes(self.lengths[slot]) for slot in slots)
 
     @property
     def reserved_bytes(self) -> int:
@@ -480,7 +508,7 @@ class Engine:
             repeats: Steps.
         """
         count = tokens.shape[0]
-        positions = torch.tensor(self.lengths[:count])
+        positions = self._next(range(count))
         seconds = torch.zeros(len(native.PHASES), dtype=torch.float64)
         for _ in range(repeats):
             logits = self._logits if self.decoder.screen is None else None

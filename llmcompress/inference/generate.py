@@ -226,7 +226,8 @@ class Generator:
             streamer.put(torch.tensor([list(prompts[0])]))
         reused = [0] * len(prompts)
         if self._conversation and engine.keeps_prefixes:
-            reused[0] = shared_prefix(self._held, list(prompts[0]))
+            known = shared_prefix(self._held, list(prompts[0]))
+            reused[0] = known if engine.reusable(0, known) else 0
         # an error or an interrupt may leave anything
         self._held = []
         first = torch.stack([

@@ -204,6 +204,10 @@ class RecurrentEngine:
         self._reading = (slot, self.lengths[slot])
         return logits[0, :0]
 
+    def reusable(self, slot: int, count: int) -> bool:
+        """Never: :attr:`keeps_prefixes`."""
+        return False
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Never possible: :attr:`keeps_prefixes`."""
         raise InputError("a state cannot be cut short", "read the whole prompt")

@@ -148,7 +148,7 @@ class NativeRows:
 
     def __init__(self, engine: NativeEngine, limit: int, longest: int, prefixes: bool = True) -> None:
         self._engine, self.limit, self.longest = engine, limit, longest
-        self._slots = Slots(limit, prefixes and engine.keeps_prefixes)
+        self._slots = Slots(limit, prefixes and engine.keeps_prefixes, engine.reusable)
         self._taken: dict[int, Slot] = {}
         self._reused: dict[int, int] = {}
 

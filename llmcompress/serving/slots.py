@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmcompress.inference.caches import shared_prefix
@@ -29,9 +29,13 @@ class Slots:
     Args:
         count: Places.
         keep: Whether what sequences leave may be used again.
+        usable: Whether one may go on from so many first tokens of a place, which may have forgotten what came before.
     """
 
-    def __init__(self, count: int, keep: bool) -> None:
+    def __init__(
+        self, count: int, keep: bool, usable: Callable[[int, int], bool] = lambda number, tokens: True
+    ) -> None:
+        self._usable = usable
         self._all = [Slot(number) for number in range(count)]
         self._keep = keep
         # the next one to be taken is the last: those that nothing was ever in, then what was left longest ago
@@ -54,7 +58,7 @@ class Slots:
             # from the back: of equally long prefixes a free place's, and there the one whose turn comes first
             for slot in [*self._free[::-1], *(slot for slot in self._all if slot not in self._free)]:
                 found = shared_prefix(slot.tokens, wanted) if slot.member == member else 0
-                if found > count:
+                if found > count and self._usable(slot.number, found):
                     source, count = slot, found
         others = [slot for slot in self._free if slot is not source]
         # what is mostly something else is left as it is where it can be, and copied from

@@ -283,34 +283,6 @@ def test_a_rounded_head_keeps_its_bias(decoders: Any, ids: torch.Tensor) -> None
     assert int(Engine(model, screen=True).greedy(tokens[:1])[0]) == int(expected[0].argmax())
 
 
-# sliding windows of all layers, of some, and of a size that is a whole number of vectors
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 20},
-    "mixtral": {"sliding_window": 16},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 0},
-    "olmo3": {},
-    "phi3": {"sliding_window": 20},
-    "gemma2": {},
-    "gemma3_text": {},
-}
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("family", WINDOWS)
-def test_layers_that_see_a_window(decoders: Any, ids: torch.Tensor, family: str, packed: bool, threads: int) -> None:
-    changes = WINDOWS[family]
-    model = decoders.packed(family, 4, **changes) if packed else decoders.dense(family, **changes)
-    expected = reference(model, ids[:220])
-    wide = {**changes, "sliding_window": 400}
-    other = decoders.packed(family, 4, **wide) if packed else decoders.dense(family, **wide)
-    assert (reference(other, ids[:220]) - expected).abs().max() > 100 * EXACT
-    engine = Engine(model, positions=224, threads=threads)
-    for prompt in (3, 60, 200):
-        assert worst(engine, ids[:220], expected, prompt) < EXACT
-
-
 def test_sizes_are_checked(decoders: Any, ids: torch.Tensor) -> None:
     model = decoders.dense("llama")
     engine = Engine(model, positions=20)

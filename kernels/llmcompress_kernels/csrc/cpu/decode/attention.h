@@ -279,9 +279,13 @@ inline int64_t seen_from(const Layer& l, int64_t tokens) {
     return l.window > 0 ? std::max<int64_t>(0, tokens - l.window) : 0;
 }
 
-// Where a head of a sequence begins in the cache.
+// What keeps the keys and values of a layer.
+inline const Cache& cache_of(const Cache& c, const Layer& l) { return l.window > 0 && c.windows != nullptr ? *c.windows : c; }
+
+// Where position 0 of a head of a sequence is in the cache, or would be.
 inline int64_t head_base(const Model& m, const Cache& c, int64_t layer, int64_t slot, int64_t head) {
-    return ((layer * c.slots + slot) * m.key_value_heads + head) * c.positions * widths(m).row();
+    const int64_t rows = ((layer * c.slots + slot) * m.key_value_heads + head) * c.positions;
+    return (rows - (c.begins == nullptr ? 0 : c.begins[slot])) * widths(m).row();
 }
 
 }  // namespace LLMCOMPRESS_ISA

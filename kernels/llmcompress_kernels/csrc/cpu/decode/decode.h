@@ -94,7 +94,7 @@ struct Layer {
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
     int32_t mixes;          // whether a mixer stands in the place of attention, whose norm and projections are not there then
-    int32_t place;          // number among the layers with attention, or among those with mixers
+    int32_t place;          // number among the layers with mixers, those with windows, or all others
     int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
     int32_t window;         // positions that a token sees, itself the last of them; 0 for all
 };
@@ -135,6 +135,8 @@ struct Cache {
     int32_t kind;  // DENSE_FP32 or DENSE_BF16
     int32_t slots;
     int64_t positions;  // P
+    const int64_t* begins;  // [slots], the position that is in a sequence's first row, a multiple of LANES; null: 0
+    const Cache* windows;   // of layers with windows, or null: this one
 };
 
 struct Step {

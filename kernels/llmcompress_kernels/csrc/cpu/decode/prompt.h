@@ -375,6 +375,7 @@ class PromptWorker {
 
     void attention(const Layer& l, int layer) {
         const int64_t heads = m_.key_value_heads, dim = m_.head_dim;
+        const Cache& c = cache_of(c_, l);
         each(blocks(), [&](int64_t b) {
             float turned[MAX_HEAD_DIM];
             for (int64_t t = begin(b); t < end(b); ++t) {
@@ -382,7 +383,7 @@ class PromptWorker {
                 const Heads keys = key_heads(m_, l, room_.key.data() + row, p_.member);
                 for (int64_t head = 0; head < heads; ++head) {
                     turn(m_, keys, head, position(t), 1.f, turned);
-                    put(c_, head_base(m_, c_, layer, p_.slot, head), position(t), int(dim), turned,
+                    put(c, head_base(m_, c, layer, p_.slot, head), position(t), int(dim), turned,
                         room_.value.data() + row + head * dim);
                 }
             }
@@ -444,9 +445,10 @@ class PromptWorker {
     // Tokens [first, last) of the query heads that share a key-value head.
     template <class T>
     void attend_tokens(const Layer& l, int layer, int64_t head, int64_t first, int64_t last) {
-        const int64_t group = m_.heads / m_.key_value_heads, base = head_base(m_, c_, layer, p_.slot, head);
-        const T* keys = static_cast<const T*>(c_.keys) + base;
-        const T* values = static_cast<const T*>(c_.values) + base;
+        const Cache& c = cache_of(c_, l);
+        const int64_t group = m_.heads / m_.key_value_heads, base = head_base(m_, c, layer, p_.slot, head);
+        const T* keys = static_cast<const T*>(c.keys) + base;
+        const T* values = static_cast<const T*>(c.values) + base;
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
             int64_t t = first;
             for (; t + QUERIES <= last; t += QUERIES) attend_at<T, QUERIES>(l, h, t, keys, values);

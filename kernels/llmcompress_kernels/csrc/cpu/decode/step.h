@@ -208,7 +208,8 @@ class Worker {
         const int64_t row = int64_t(b) * m_.key_value_heads * dim, at = row + int64_t(head) * dim;
         float turned[MAX_HEAD_DIM];
         turn(m_, key_heads(m_, l, sh_.key.data() + row, member(b)), head, s_.positions[b], 1.f, turned);
-        put(c_, head_base(m_, c_, layer, s_.slots[b], head), s_.positions[b], dim, turned, sh_.value.data() + at);
+        const Cache& c = cache_of(c_, l);
+        put(c, head_base(m_, c, layer, s_.slots[b], head), s_.positions[b], dim, turned, sh_.value.data() + at);
     }
 
     template <class T>
@@ -225,7 +226,8 @@ class Worker {
     template <class T>
     void attend_span(const Layer& l, int layer, int b, int head, int chunk, int group, const float* queries, float* out) {
         const Widths w = widths(m_);
-        const int64_t base = head_base(m_, c_, layer, s_.slots[b], head), length = s_.positions[b] + 1;
+        const Cache& c = cache_of(c_, l);
+        const int64_t base = head_base(m_, c, layer, s_.slots[b], head), length = s_.positions[b] + 1;
         // chunks begin at whole vectors of positions
         const int64_t from = seen_from(l, length), begin = from / LANES, vectors = row_blocks(length) - begin;
         const int64_t first = std::max(from, (begin + vectors * chunk / sh_.chunks) * LANES);
@@ -237,8 +239,8 @@ class Worker {
             }
             return;
         }
-        const T* keys = static_cast<const T*>(c_.keys) + base;
-        const T* values = w.latent ? keys : static_cast<const T*>(c_.values) + base;
+        const T* keys = static_cast<const T*>(c.keys) + base;
+        const T* values = w.latent ? keys : static_cast<const T*>(c.values) + base;
         attend_heads<T>(group, keys, values, queries, w, first, last, own_.weights.data(), c_.positions + LANES,
                         limits_of(m_, l), out);
     }
