@@ -157,7 +157,8 @@ class Layer:
         attention_norm_bias, mlp_norm_bias: Likewise, or None.
         query, key, value, output: Projections of attention. They and the norm are None where a mixer takes its place
             (:class:`Mixers`).
-        gate, up, down: Projections of the gated MLP, or of the stacked experts.
+        gate, up, down: Projections of the gated MLP, or of the stacked experts. An MLP without a gate has its first
+            projection there, and None for the other.
         router: float32 ``[E, H]``, None for a dense layer.
         router_correction: float32 ``[E]``, added to the sigmoids of a router for the choice alone, or None.
         shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
@@ -182,7 +183,7 @@ class Layer:
     value: Matrix | None
     output: Matrix | None
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down: Matrix
     router: Matrix | None = None
     query_down: Matrix | None = None
@@ -217,7 +218,8 @@ class Layer:
     @property
     def takes_prompts(self) -> bool:
         """Whether :func:`prompt` computes it."""
-        alike = self.router is None or (self.gate.bits, self.gate.group_size) == (self.up.bits, self.up.group_size)
+        shapes = {(side.bits, side.group_size) for side in (self.gate, self.up) if side is not None}
+        alike = self.router is None or len(shapes) == 1
         small = ("router", "shared_router", "absorb", "expand")
         packed = {name: weight for name, weight in self.matrices().items() if name not in small}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())

@@ -14,10 +14,10 @@ HYBRIDS = ("bamba", "granitemoehybrid")
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
     "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3", "phi3", "glm", "glm4", "gemma",
-    "gemma2", "gemma3_text",
+    "gemma2", "gemma3_text", "stablelm", "starcoder2",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
-PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4")
+PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm")
 NEIGHBOURS = ("glm", "glm4")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -60,6 +60,9 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
 def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     if family == "phimoe" and config.get("num_experts_per_tok", 2) != 2:
         return f"sparsemixer chooses 2 experts, not {config['num_experts_per_tok']}"
+    for key in ("use_parallel_residual", "qk_layernorm"):
+        if family == "stablelm" and config.get(key):
+            return f"{key} is set"
     if config.get("use_bidirectional_attention"):
         return "tokens attend to later ones (use_bidirectional_attention)"
     if config.get("clip_qkv") is not None:

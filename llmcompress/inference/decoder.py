@@ -42,6 +42,8 @@ _ROUTERS = {
 
 
 _ALL = slice(None)
+# what configs call what norms add to the mean of squares
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
 
 
 def members_of(model: PreTrainedModel) -> list[str]:
@@ -140,7 +142,7 @@ def assembled(
         key_value_heads=config.num_attention_heads // groups,
         head_dim=attention.qk_head_dim if latents else attention.head_dim,
         latents=latents,
-        epsilon=config.rms_norm_eps,
+        epsilon=next(float(getattr(config, key)) for key in EPSILONS if hasattr(config, key)),
         attention_scale=attention.scaling,
         routing=routing,
         embedding_scale=embedding_scale,
@@ -245,11 +247,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     beside: dict[str, Any] = {}
     correction: Tensor | None = None
     if block.bank is None:
-        gate, up, down, router = (
-            *gate_and_up(mlp, members),
-            linear_matrix(mlp.down_proj, members),
-            None,
-        )
+        gate, up, down = mlp_parts(mlp, members)
+        router = None
     else:
         gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
         decides: Any = model.get_submodule(block.bank.router.module)
@@ -310,11 +309,15 @@ def _latent_projections(attention: Any) -> dict[str, Any]:
     }
 
 
-def gate_and_up(mlp: Any, members: Sequence[str] = ()) -> list[matrix.Matrix]:
-    """Of a gated MLP, from one linear, where the gate comes first, or two."""
-    if not hasattr(mlp, "gate_up_proj"):
-        return [linear_matrix(getattr(mlp, f"{name}_proj"), members) for name in ("gate", "up")]
-    return linear_parts(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2, members)
+def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, matrix.Matrix | None, matrix.Matrix]:
+    """Gate, up and down of an MLP: the first two from one linear, where the gate comes first, or two, or no gate."""
+    if hasattr(mlp, "c_fc"):
+        return linear_matrix(mlp.c_fc, members), None, linear_matrix(mlp.c_proj, members)
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = linear_parts(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2, members)
+    else:
+        gate, up = (linear_matrix(getattr(mlp, f"{name}_proj"), members) for name in ("gate", "up"))
+    return gate, up, linear_matrix(mlp.down_proj, members)
 
 
 def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matrix.Matrix]:

@@ -83,6 +83,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss-biases": ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
     "phi3": ("phi3", {"sliding_window": 16}),
     "glm": ("glm", {}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", {"tie_word_embeddings": True, "sliding_window": 16}),
     "glm4": ("glm4", {}),
     "olmo2": ("olmo2", {"attention_bias": True}),
     "olmo3": ("olmo3", {"sliding_window": 16}),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, gated_mlp, scaled
+from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, biases, gated_mlp, scaled
+from llmcompress.models.layout import LinearGroup, LinearView, Role, Sublayer
 
 
 def _llama(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -61,6 +63,23 @@ def _glm4(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 def _glm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return attention(facts, layer, qkv_bias=facts.flag("attention_bias")), gated_mlp(facts, layer, fused=True)
+
+
+def _stablelm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    for key in ("use_parallel_residual", "qk_layernorm"):
+        if facts.flag(key):
+            raise InputError(f"config.json: {key} is not supported in stablelm", "supported: false")
+    return attention(facts, layer, qkv_bias=facts.flag("use_qkv_bias")), gated_mlp(facts, layer)
+
+
+def _starcoder2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """An MLP without a gate."""
+    bias, module, size = facts.flag("use_bias"), f"{layer}.mlp", facts.size("intermediate_size")
+    first = LinearView(f"{module}.c_fc", size, facts.hidden, Role.MLP, bias)
+    last = LinearView(f"{module}.c_proj", facts.hidden, size, Role.MLP, bias)
+    groups = LinearGroup((first,), "first", module), LinearGroup((last,), "last", module)
+    mlp = Sublayer("mlp", module, f"{layer}.post_attention_layernorm", None, groups)
+    return attention(facts, layer, bias, bias), Part(mlp, biases(groups))
 
 
 def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -125,6 +144,24 @@ FAMILIES = (
     Family("glm4", _glm4, _GLM),
     Family("olmo2", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("olmo3", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
+    Family(
+        "stablelm",
+        _stablelm,
+        {
+            **_SEVEN_B, "vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 6912, "num_key_value_heads": 32,
+            "use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
+        },
+        norm_bias=True,
+    ),
+    Family(
+        "starcoder2",
+        _starcoder2,
+        {
+            **_SEVEN_B, "vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30,
+            "num_attention_heads": 24, "num_key_value_heads": 2, "tie_word_embeddings": True, "use_bias": True,
+        },
+        norm_bias=True,
+    ),
     Family("gemma", _llama, _GEMMA, norm_adds_one=True),
     Family("gemma2", _gemma2, _GEMMA2, norm_adds_one=True),
     Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}, norm_adds_one=True, package="gemma3"),

@@ -87,6 +87,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     # columns side by side turned, biases; norms before sublayers, or before and after
     "glm": {},
     "glm4": {},
+    # LayerNorm with biases; a head turned in part
+    "stablelm": {"use_qkv_bias": True},
+    # and an MLP without a gate, GELU, windows
+    "starcoder2": {"sliding_window": 24},
     # embeddings with a factor, norms that multiply by one more than they hold, GELU
     "gemma": {"tie_word_embeddings": True},
     # norms before and after, caps of scores and logits, windows

@@ -50,6 +50,7 @@ def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> N
         ({"model_type": "llama", "rope_scaling": {"type": "su", "factor": 2.0}}, None),
         ({"model_type": "qwen2", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.75}, None),
+        ({"model_type": "stablelm", "use_parallel_residual": True}, "use_parallel_residual"),
         ({"model_type": "olmoe", "clip_qkv": None}, None),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
     ],

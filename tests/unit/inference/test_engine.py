@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 EXACT = 3e-5
 # families whose routers decide
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3")
-PACKED = ("llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", *EXPERTS)
+PACKED = ("llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", *EXPERTS)
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 0, "head_dim": 32},
     "olmo3": {},
     "phi3": {"sliding_window": 20},
+    "starcoder2": {},
     "gemma2": {},
     "gemma3_text": {},
 }

@@ -157,3 +157,9 @@ def test_a_plug_in_may_add_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmcompress.plugins.discover", lambda group: {"llamoid": "not a family"})
     with pytest.raises(InputError, match="llamoid"):
         registry.layout_from_config({"model_type": "llamoid"})
+
+
+@pytest.mark.parametrize("key", ["use_parallel_residual", "qk_layernorm"])
+def test_a_stablelm_of_another_kind_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match=f"{key} is not supported"):
+        layout_from_config({"model_type": "stablelm", key: True})

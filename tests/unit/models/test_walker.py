@@ -30,6 +30,8 @@ DENSE = {
     "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     "phi3": {"sliding_window": 8},
     "glm": {},
+    "stablelm": {},
+    "starcoder2": {},
     "glm4": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},

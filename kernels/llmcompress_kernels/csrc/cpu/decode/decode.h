@@ -88,7 +88,7 @@ struct Layer {
     Matrix query_down;    // what `query` reads in the place of hidden states, after a norm, or ABSENT
     Matrix absorb;        // [C, D - R] of each head, dense, or ABSENT
     Matrix expand;        // [V, C] of each head
-    Matrix gate, up, down;  // the gated MLP, or the experts where `router` is present
+    Matrix gate, up, down;  // the MLP, whose `up` may be ABSENT, or the experts where `router` is present
     Matrix router;          // [E, H], dense, or ABSENT
     Matrix shared_gate, shared_up, shared_down;  // a gated MLP beside the experts, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it

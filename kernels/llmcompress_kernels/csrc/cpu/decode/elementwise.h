@@ -77,9 +77,14 @@ inline F16 activated(F16 v, int32_t activation) {
     return v / (exponential(-u) + 1.f);
 }
 
-// gate = activation(gate) * up
+// gate = activation(gate) * up, or the first alone where `up` is null
 inline void open_gate(const Model& m, float* gate, const float* up, int64_t count) {
     int64_t i = 0;
+    if (up == nullptr) {
+        for (; i + 16 <= count; i += 16) store(gate + i, activated(load_float(gate + i), m.activation));
+        for (; i < count; ++i) gate[i] = activated(spread(gate[i]), m.activation)[0];
+        return;
+    }
     for (; i + 16 <= count; i += 16) store(gate + i, activated(load_float(gate + i), m.activation) * load_float(up + i));
     for (; i < count; ++i) gate[i] = activated(spread(gate[i]), m.activation)[0] * up[i];
 }

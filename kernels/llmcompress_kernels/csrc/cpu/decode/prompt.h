@@ -143,17 +143,20 @@ class PromptWorker {
     }
 
     void gated_mlp(const LayerOperands& o) {
-        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, [&](int64_t t) {
+        const auto make = [&](int64_t t) {
             add_delta(t, o.l.attention_after);
             norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
-        });
-        open_gates(o.gate.m.rows, o.down);
+        };
+        if (o.up.present()) project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, make);
+        else project({{&o.gate, room_.gate.data()}}, normed(0), GATE_UP, make);
+        open_gates(o.gate.m.rows, o.down, o.up.present());
     }
 
-    // activation(gate) * up of a gated MLP through its last projection.
-    void open_gates(int64_t width, const Operand& down) {
-        project({{&down, delta(0)}}, room_.gate.data(), DOWN,
-                [&](int64_t t) { open_gate(m_, room_.gate.data() + t * width, room_.up.data() + t * width, width); });
+    // activation(gate) * up of an MLP, or the first alone, through its last projection.
+    void open_gates(int64_t width, const Operand& down, bool gated = true) {
+        project({{&down, delta(0)}}, room_.gate.data(), DOWN, [&](int64_t t) {
+            open_gate(m_, room_.gate.data() + t * width, gated ? room_.up.data() + t * width : nullptr, width);
+        });
     }
 
     const float* after_layer(int index) const { return e_.layers[size_t(index)].l.mlp_after; }

@@ -86,7 +86,8 @@ struct PromptRoom {
         for (const LayerOperands& l : e.layers) {
             for (const Operand* o : {&l.query, &l.query_down, &l.key, &l.value, &l.output})
                 if (o->present()) room_for(*o, tokens);
-            for (const Operand* o : {&l.gate, &l.up, &l.down}) room_for(*o, tokens);
+            for (const Operand* o : {&l.gate, &l.up, &l.down})
+                if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.shared_gate, &l.shared_up, &l.shared_down})
                 if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.down})

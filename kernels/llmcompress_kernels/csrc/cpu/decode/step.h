@@ -249,10 +249,11 @@ class Worker {
     void gate_up(const Operand& gate, const Operand& up_rows, int64_t expert, Range blocks, float* out, int64_t stride) {
         const int64_t width = gate.m.rows, row = blocks.begin(), count = blocks.end(width) - row;
         if (count <= 0) return;
-        float* up = own_.product.data();
+        float* up = up_rows.present() ? own_.product.data() : nullptr;
         multiply(gate, in_, expert, blocks.first, blocks.last, out, stride);
-        multiply(up_rows, in_, expert, blocks.first, blocks.last, up, width);
-        for (int t = 0; t < in_.tokens(); ++t) open_gate(m_, out + t * stride + row, up + t * width + row, count);
+        if (up != nullptr) multiply(up_rows, in_, expert, blocks.first, blocks.last, up, width);
+        for (int t = 0; t < in_.tokens(); ++t)
+            open_gate(m_, out + t * stride + row, up == nullptr ? up : up + t * width + row, count);
     }
 
     void gated_mlp(const LayerOperands& o) {
