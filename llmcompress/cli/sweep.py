@@ -164,7 +164,8 @@ def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, n
     rows = [
         {
             "name": r.run.name, "values": r.run.values, "status": r.status, "bytes": r.bytes, "metrics": r.metrics,
-            "dense": r.dense, "stderr": r.stderr, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes,
+            "dense": r.dense, "stderr": r.stderr, "difference_stderr": r.difference_stderr,
+            "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes,
             "error": r.error, "pareto": r.run.name in front, "run_dir": str(r.run.folder),
         }
         for r in results
@@ -177,17 +178,17 @@ def write_tables(results: Sequence[RunResult], root: Path, metric: str | None, n
 
 
 def csv_text(data: dict[str, Any]) -> str:
-    """The runs as CSV, a row each: settings, size, then value, dense value and standard error of every metric."""
+    """The runs as CSV, a row each: settings, size; of every metric its value, the dense one, standard errors."""
     rows = data["runs"]
     settings = list(dict.fromkeys(key for row in rows for key in row["values"]))
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    parts = [(name, part) for name in metrics for part in ("metrics", "dense", "stderr")
+    parts = [(name, part) for name in metrics for part in ("metrics", "dense", "stderr", "difference_stderr")
              if any(name in row[part] for row in rows)]  # fmt: skip
     facts = ("name", "status", "bytes", "seconds", "peak_rss_bytes", "pareto")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    ends = {"metrics": "", "dense": ".dense", "stderr": ".stderr"}
-    table.writerow([*facts, *settings, *(f"{name}{ends[part]}" for name, part in parts)])
+    heads = [name if part == "metrics" else f"{name}.{part}" for name, part in parts]
+    table.writerow([*facts, *settings, *heads])
     for row in rows:
         values = [row[part].get(name) for name, part in parts]
         table.writerow([*(row[key] for key in facts), *(row["values"].get(key) for key in settings), *values])

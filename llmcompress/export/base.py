@@ -92,8 +92,14 @@ class Exporter(ABC):
         """Write the artifact so that ``out`` exists only when complete."""
 
     @abstractmethod
-    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
         """Read ``out`` with a reader that is not this writer and compare every value.
+
+        Args:
+            out: The artifact.
+            handle: The source.
+            store: What the quantizing stages made of it.
+            policies: Run-time policies by name, as they were given to :meth:`write`.
 
         Raises:
             ExportError: A value differs or is missing; nothing should then use the artifact.

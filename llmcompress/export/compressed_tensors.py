@@ -138,7 +138,7 @@ class CompressedTensorsExporter(Exporter):
         config = {**dense_config(handle), "quantization_config": quantization}
         write_model_folder(out, handle, tensors(), config, provenance)
 
-    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
         """Decode every weight with the compressed-tensors library and compare in fp32, bit for bit."""
         import json
 

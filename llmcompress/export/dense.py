@@ -70,7 +70,7 @@ class DenseExporter(Exporter):
 
         write_model_folder(out, handle, tensors(), dense_config(handle, dtype), provenance)
 
-    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
         """Open the folder as a fresh checkpoint of the same family and compare by run-time name.
 
         The reader is the one that loads source models, so it gathers the experts itself.

@@ -61,6 +61,8 @@ OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+# the policy under which embedding and head are rounded
+EMBEDDINGS = "embeddings"
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
 # llama.cpp hard-codes whether the weights of the chosen experts are divided by their sum
 RENORMALIZES = {"mixtral": True, "qwen2_moe": False, "qwen3_moe": True}
@@ -85,7 +87,11 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
 
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Families and weights that GGML types do not represent exactly."""
-        return [*_family_problems(layout), *_weight_problems(layout, plan)]
+        return [*_family_problems(layout), *_weight_problems(layout, plan), *_embedding_problems(layout, policies)]
+
+    def losses(self, policies: Policies) -> list[str]:
+        """Policies other than that of embeddings, whose codes are GGML blocks."""
+        return super().losses({name: policy for name, policy in policies.items() if name != EMBEDDINGS})
 
     def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
         """Q4_1 rounds."""
@@ -128,7 +134,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
         with atomic_folder(out) as part:
             writer = gguf.GGUFWriter(part / FILE, ARCHITECTURES[layout.model_type])
             _write_facts(writer, handle, plan, str(provenance.get("recipe", {}).get("name") or handle.path.name))
-            for entry in _entries(handle, store):
+            for entry in _entries(handle, store, policies):
                 shape, dtype, size = _stored(entry)
                 kind = gguf.GGMLQuantizationType[entry.kind]
                 writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=kind)
@@ -136,12 +142,12 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             # a second pass over the blocks keeps only one of them in memory
-            for entry in _entries(handle, store):
+            for entry in _entries(handle, store, policies):
                 writer.write_tensor_data(_data(entry))
             writer.close()
             write_provenance(part, provenance)
 
-    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
         """Decode every tensor with the gguf package's reader and compare in fp32.
 
         Symmetric weights must equal our decoded ones exactly; asymmetric ones must equal what the
@@ -155,7 +161,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
 
         reader = gguf.GGUFReader(out / FILE)
         found = {tensor.name: tensor for tensor in reader.tensors}
-        for entry in _entries(handle, store):
+        for entry in _entries(handle, store, policies or {}):
             tensor = found.pop(entry.name, None)
             if tensor is None:
                 raise ExportError(f"{out}: {entry.name} is missing from what was written")
@@ -188,12 +194,18 @@ def _rounding(packed: PackedWeight) -> Tensor | float:
     return bound[..., torch.arange(packed.shape[-1]) // packed.spec.group(packed.shape[-1])]
 
 
-def _entries(handle: ModelHandle, store: PackedStore) -> Iterator[Entry]:
+def _entries(handle: ModelHandle, store: PackedStore, policies: Policies) -> Iterator[Entry]:
     """Every tensor of the file, in order."""
+    from llmcompress.nn.embedding import matrices, pack_rows, spec_of
+
     layout = handle.layout
+    policy = policies.get(EMBEDDINGS)
+    packed = [] if policy is None else [f"{module}.weight" for module in matrices(layout)]
     for view in layout.outside:
         tensor = handle.checkpoint.tensor(view.name)
-        yield Entry(OUTSIDE[view.name], tensor, _dense_kind(OUTSIDE[view.name], tensor))
+        # llama.cpp looks rows up and multiplies by them in one form
+        rounded = policy is not None and view.name in packed
+        yield _entry(OUTSIDE[view.name], pack_rows(tensor, spec_of(policy or {}), lanes=1) if rounded else tensor)
     for block in layout.blocks:
         yield from _block_entries(handle, store, block)
 
@@ -355,6 +367,16 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
     strange += [view.name for view in layout.outside if view.name not in OUTSIDE]
     if strange:
         yield f"{some(strange)}: llama.cpp has no such tensor in this family"
+
+
+def _embedding_problems(layout: ModelLayout, policies: Policies) -> Iterator[str]:
+    """An embedding whose groups are no whole blocks."""
+    from llmcompress.nn.embedding import spec_of
+
+    policy = policies.get(EMBEDDINGS)
+    if policy is not None and not fits_blocks(spec := spec_of(policy), layout.hidden):
+        size = spec.group(layout.hidden)
+        yield f"embeddings in groups of {size} columns: GGML blocks have 32, set group_size to a multiple of that or -1"
 
 
 def _weight_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:

@@ -72,7 +72,7 @@ class NativeExporter(Exporter):
         """Write block by block, see :func:`write_native`."""
         write_native(handle, store, policies, out, provenance)
 
-    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore) -> None:
+    def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
         """Compare every packed tensor in the files with the store's, byte for byte, and every replaced one by value."""
         from llmcompress.export.readers import SafetensorsFolder
 

@@ -57,9 +57,9 @@ def matrices(layout: ModelLayout) -> list[str]:
     return [view.name.removesuffix(".weight") for view in layout.outside if tuple(view.shape) == shape]
 
 
-def pack_rows(weight: Tensor, spec: QuantSpec) -> PackedWeight:
-    """Round ``[V, D]`` to nearest and pack it as ``[V', D]``; added rows are zeros."""
-    padded = torch.nn.functional.pad(weight.to(torch.float32), (0, 0, 0, -weight.shape[0] % LANES))
+def pack_rows(weight: Tensor, spec: QuantSpec, lanes: int = LANES) -> PackedWeight:
+    """Round ``[V, D]`` to nearest and pack it as ``[V', D]``; added rows are zeros, with one lane there are none."""
+    padded = torch.nn.functional.pad(weight.to(torch.float32), (0, 0, 0, -weight.shape[0] % lanes))
     scale, zero = find_grid(padded, spec, "minmax")
     return encode(round_codes(padded, scale, zero, spec), scale, zero, spec)
 

@@ -67,7 +67,8 @@ class RunResult:
         error: The last lines it said, when it failed.
         metrics: ``task.metric`` → value of the compressed model.
         dense: ``task.metric`` → value of the dense model, where it has one.
-        stderr: ``task.metric`` → standard error of the difference to the dense model, else of the value, where known.
+        stderr, difference_stderr: ``task.metric`` → standard error of the value, and of its difference to the dense
+            model's, where known.
         bytes: Size of the artifact's weights, or of the packed blocks where nothing was exported.
         seconds: Wall time of its stages over all attempts.
         peak_rss_bytes: Largest of its stages.
@@ -80,6 +81,7 @@ class RunResult:
     metrics: dict[str, float] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)
+    difference_stderr: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     seconds: float = 0.0
     peak_rss_bytes: int = 0
@@ -295,21 +297,18 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
     # in the order of the recipe: what the last stage has measured is said of the finished model
     names = begun if record is None else [name for name in record.stages if name in begun]
     records = [known for name in names if (known := folder.read_stage(name)) is not None]
-    metrics: dict[str, float] = {}
-    dense: dict[str, float] = {}
-    stderr: dict[str, float] = {}
+    # columns of a metric: in what is kept → here
+    found: dict[str, dict[str, float]] = {"compressed": {}, "dense": {}, "stderr": {}, "difference_stderr": {}}
     # what a run refused to go on with was measured by another recipe
     stale = run.finished and code not in _FINISHED
     for path in () if stale else (folder.stage_dir(name) / "metrics.json" for name in names):
         for row in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
             name = f"{row['task']}.{row['metric']}"
-            if row.get("compressed") is not None:
-                metrics[name] = float(row["compressed"])
-            if row.get("dense") is not None:
-                dense[name] = float(row["dense"])
-            spread = row.get("difference_stderr", row.get("stderr"))
-            if spread is not None:
-                stderr[name] = float(spread)
+            for column, values in found.items():
+                if "stderr" in column:
+                    values.pop(name, None)  # of a stage before, whose value no longer counts
+                if row.get(column) is not None:
+                    values[name] = float(row[column])
     status = "failed"
     if run.finished and not stale:
         status = "gate failed" if any(record.gate_failure for record in records) else "finished"
@@ -318,9 +317,10 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
         status=status,
         code=code,
         error="" if status != "failed" else (said or f"exit code {code}"),
-        metrics=metrics,
-        dense=dense,
-        stderr=stderr,
+        metrics=found["compressed"],
+        dense=found["dense"],
+        stderr=found["stderr"],
+        difference_stderr=found["difference_stderr"],
         bytes=None if stale else _weight_bytes(run.folder),
         seconds=round(sum(record.seconds for record in records), 3),
         peak_rss_bytes=max((record.peak_rss_bytes for record in records), default=0),

@@ -120,7 +120,7 @@ class Export(Stage):
                 ctx.emit("note", text=f"{exporter.name}: {remark}")
             out = self._target(exporter.name, ctx)
             self._write_once(exporter, state, out, facts, ctx)
-            exporter.read_back(out, state.model, state.packed)
+            exporter.read_back(out, state.model, state.packed, state.policies)
             if state.adapter is not None:
                 _put_adapter(state.adapter, out)
             write_card(out, exporter, state, ctx, facts)

@@ -69,7 +69,18 @@ def test_every_figure_is_in_a_csv(ended: Any, tmp_path: Path, monkeypatch: pytes
         one, two = self.runs
         figures = {"held.perplexity": 21.5, "task,with.acc": 0.5}
         return [
-            RunResult(one, "finished", 0, "", figures, {"held.perplexity": 20.0}, {"held.perplexity": 0.25}, 1000, 1.5),
+            RunResult(
+                one,
+                "finished",
+                0,
+                "",
+                figures,
+                {"held.perplexity": 20.0},
+                {"task,with.acc": 0.125},
+                {"held.perplexity": 0.25},
+                1000,
+                1.5,
+            ),
             RunResult(two, "failed", 5, "error: too large"),
         ]
 
@@ -79,7 +90,7 @@ def test_every_figure_is_in_a_csv(ended: Any, tmp_path: Path, monkeypatch: pytes
     assert rows[0] == {
         "name": "seed=1", "status": "finished", "bytes": "1000", "seconds": "1.5", "peak_rss_bytes": "0",
         "pareto": "True", "run.seed": "1", "held.perplexity": "21.5", "held.perplexity.dense": "20.0",
-        "held.perplexity.stderr": "0.25", "task,with.acc": "0.5",
+        "held.perplexity.difference_stderr": "0.25", "task,with.acc": "0.5", "task,with.acc.stderr": "0.125",
     }  # fmt: skip
     assert (rows[1]["status"], rows[1]["run.seed"], rows[1]["held.perplexity"]) == ("failed", "2", "")
 

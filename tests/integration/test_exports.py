@@ -16,6 +16,7 @@ from llmcompress.events import Event
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
 from llmcompress.export.dense import DenseExporter
 from llmcompress.export.gguf import GGUFExporter
+from llmcompress.models.assemble import compressed_model
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.orientation import canonical, family_orientation
 from llmcompress.quant.codecs.int_group import decode, encode
@@ -198,6 +199,41 @@ def test_gguf_reads_back_equal(tmp_path: Path, config: dict[str, Any], spec: Qua
     assert exporter.source_refusals(handle.path, handle.config) == []
     exporter.write(handle, store, {}, out, {"recipe": {"name": "tiny"}})
     exporter.read_back(out, handle, store)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "kind"), [({"bits": 8, "group_size": -1}, "Q8_0"), ({"bits": 4, "group_size": 32}, "Q4_0")]
+)
+def test_gguf_carries_an_embedding_in_low_bits(tmp_path: Path, policy: dict[str, int], kind: str, tied: bool) -> None:
+    """Its logits are those of the compressed model that an evaluation has measured."""
+    from gguf import GGUFReader
+
+    # a vocabulary that is no multiple of the lanes of our own packed form
+    handle = make_model(tmp_path / "source", {**LLAMA, "vocab_size": 330, "tie_word_embeddings": tied})
+    make_tokenizer(tmp_path / "source", 330)
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
+    exporter, out, policies = GGUFExporter(), tmp_path / "out", {"embeddings": policy}
+    assert exporter.refusals(handle.layout, store.plan(), policies) == []
+    assert exporter.losses(policies) == [] and exporter.losses({**policies, "pesf": {}})
+    exporter.write(handle, store, policies, out, {"recipe": {"name": "tiny"}})
+    exporter.read_back(out, handle, store, policies)
+    with pytest.raises(ExportError, match="reads back different"):
+        exporter.read_back(out, handle, store)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == kind and kinds.get("output.weight", kind) == kind
+    assert ("output.weight" in kinds) != tied
+    model = AutoModelForCausalLM.from_pretrained(
+        out, gguf_file="model.gguf", config=handle.hf_config(), dtype=torch.float32
+    )
+    ours = compressed_model(handle, store, policies)
+    torch.testing.assert_close(logits(model), logits(ours), rtol=1e-4, atol=1e-5)
+
+
+def test_gguf_refuses_an_embedding_whose_groups_are_no_blocks(tmp_path: Path) -> None:
+    handle = make_model(tmp_path / "source", LLAMA)
+    (problem,) = GGUFExporter().refusals(handle.layout, {}, {"embeddings": {"bits": 8, "group_size": 16}})
+    assert "groups of 16 columns" in problem
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN_MOE, QWEN3_MOE], ids=lambda c: c["model_type"])

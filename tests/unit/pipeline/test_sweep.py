@@ -168,7 +168,10 @@ def test_of_several_evaluations_the_last_in_the_recipe_counts(tmp_path: Path) ->
     folder.create()
     for name, value in (("rounded", 9.0), ("after", 4.0)):
         folder.stage_dir(name).mkdir()
-        rows = [{"task": "heldout", "metric": "perplexity", "dense": 3.0, "compressed": value}]
+        rows = [{"task": "heldout", "metric": "perplexity", "dense": 3.0, "compressed": value, "stderr": value / 4}]
+        rows[0]["difference_stderr"] = 0.5 if name == "rounded" else None
         (folder.stage_dir(name) / "metrics.json").write_text(json.dumps(rows))
     folder.write_run(RunRecord("r", "finished", "cpu", "float32", 1, {}, ["rounded", "after"]))
-    assert result_of(SweepRun("r", {}, folder.root)).metrics == {"heldout.perplexity": 4.0}
+    found = result_of(SweepRun("r", {}, folder.root))
+    assert (found.metrics, found.stderr) == ({"heldout.perplexity": 4.0}, {"heldout.perplexity": 1.0})
+    assert found.difference_stderr == {}
