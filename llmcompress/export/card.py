@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.durable import write_durably
@@ -75,9 +75,7 @@ def card_text(
         "## Results\n\n" + results_table(metrics),
     ]
     if policies:
-        carried = "Not carried by this format." if exporter.losses(policies) else "Active after loading."
-        lines = "\n".join(f"- `{key}`: {_inline(value)}" for key, value in sorted(policies.items()))
-        parts.append(f"## Run-time policies\n\n{carried}\n\n{lines}")
+        parts.append("## Run-time policies\n\n" + "\n\n".join(_policy_lists(exporter, policies)))
     types = {str(stage.get("type")) for stage in dict(recipe.get("stages") or {}).values()}
     deviations = [text for kind, text in sorted(DEVIATIONS.items()) if kind in types]
     if deviations:
@@ -88,6 +86,15 @@ def card_text(
         f"## Licence\n\n{licence}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _policy_lists(exporter: Exporter, policies: Policies) -> Iterator[str]:
+    """The policies that act after loading, then those that the format lacks."""
+    lost = {key for key, value in policies.items() if exporter.losses({key: value})}
+    for heading, keys in (("Active after loading.", policies.keys() - lost), ("Not carried by this format.", lost)):
+        if keys:
+            yield heading
+            yield "\n".join(f"- `{key}`: {_inline(policies[key])}" for key in sorted(keys))
 
 
 def weights_table(plan: QuantPlan) -> str:

@@ -53,6 +53,15 @@ def test_other_formats_say_that_policies_are_lost(name: str) -> None:
     assert "import llmcompress.hf" not in text
 
 
+def test_what_a_format_carries_and_what_it_lacks_stand_apart() -> None:
+    text = card_text(exporter("gguf"), FACTS, {}, [], {"pesf": {"alpha": 0.3}, "embeddings": {"bits": 8}})
+    carried, lost = text.split("Active after loading.")[1].split("Not carried by this format.")
+    assert "`embeddings`" in carried and "`pesf`" not in carried
+    assert "`pesf`" in lost and "`embeddings`" not in lost.split("##")[0]
+    native = card_text(exporter("native"), FACTS, {}, [], {"pesf": {"alpha": 0.3}})
+    assert "Active after loading." in native and "Not carried" not in native
+
+
 def test_a_format_that_does_not_say_how_it_is_loaded_has_a_card() -> None:
     class Mine(NativeExporter):
         name, loading = "mine", ""
