@@ -353,7 +353,7 @@ def _write_tokenizer(writer: Any, handle: ModelHandle) -> None:
 
 def _family_problems(layout: ModelLayout) -> Iterator[str]:
     if layout.model_type not in ARCHITECTURES:
-        yield f"{layout.model_type} is not among the families written here ({', '.join(ARCHITECTURES)})"
+        yield f"{layout.model_type} is not among the model types written here ({', '.join(ARCHITECTURES)})"
         return
     banks = [block.bank for block in layout.blocks]
     if any(banks) and not all(banks):

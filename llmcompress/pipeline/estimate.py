@@ -369,7 +369,7 @@ def _otherwise(resource: str, need: int) -> list[str]:
     machine = {"device.vram": "a GPU", "host.disk": "a disk"}.get(resource, "a machine")
     return [
         f"{resource}={_round_up(need)} on {machine} with {bytes_text(need)} or more",
-        "run.dir=FOLDER on another disk" if resource == "host.disk" else "quantize a smaller model of the family",
+        "run.dir=FOLDER on another disk" if resource == "host.disk" else "quantize a smaller model",
         "llmcompress plan RECIPE shows which stage needs how much",
     ]
 

@@ -47,7 +47,7 @@ def test_groups_must_be_made_of_whole_blocks(group: int) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "gemma", "head_dim": 16}, "gemma is not among the families"),
+        ({"model_type": "gemma", "head_dim": 16}, "gemma is not among the model types"),
         ({"model_type": "qwen2_moe", "num_experts": 4, "norm_topk_prob": True}, "does not divide"),
         ({"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": False, "head_dim": 16}, "divides"),
         (
