@@ -81,7 +81,7 @@ def run(
     from llmcompress.pipeline.runner import RunOptions
 
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    extent = Extent(until, only, _processes_here(processes)) if preflight else None
+    extent = Extent(until, only, redo, force, _processes_here(processes)) if preflight else None
     job = load_job(recipe, overrides or [], out=None if _checked_already() else out, extent=extent)
     if processes is not None:
         words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track, preflight)]
@@ -112,7 +112,7 @@ def resume(
     if not lock.is_file():
         raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    extent = Extent(until, only, _processes_here(processes)) if preflight else None
+    extent = Extent(until, only, redo, processes=_processes_here(processes)) if preflight else None
     job = load_job(
         str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
         out=None if _checked_already() else out, extent=extent,

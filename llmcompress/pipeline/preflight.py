@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import InputError, ResourceError
 from llmcompress.pipeline.device import resolve_device
 from llmcompress.pipeline.estimate import on_machine
+from llmcompress.pipeline.fingerprint import with_contents
+from llmcompress.pipeline.run_dir import RunDir
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -29,19 +31,35 @@ class Extent:
     Attributes:
         until: Last stage, None for all.
         only: The one stage, None for all.
+        redo: The first stage that is done again although it is finished, None for none.
+        force: Whether all are.
         processes: On this machine.
     """
 
     until: str | None = None
     only: str | None = None
+    redo: str | None = None
+    force: bool = False
     processes: int = 1
 
     def names(self, loaded: LoadedRecipe) -> list[str]:
-        """The stages that will run, in order; all of them where ``until`` or ``only`` names none."""
+        """The stages in question, in order, finished or not; all of them where ``until`` or ``only`` names none."""
         every = list(loaded.recipe.stages)
         if self.only in every:
             return [str(self.only)]
         return every[: every.index(self.until) + 1] if self.until in every else every
+
+    def pending(self, loaded: LoadedRecipe) -> list[str]:
+        """Those of them that will run: without what an earlier command has finished by the same settings."""
+        names, kept = self.names(loaded), []
+        folder = RunDir(Path(loaded.recipe.run.dir))
+        for stage in () if self.force else loaded.stages():
+            record = folder.read_stage(stage.name)
+            inputs = with_contents(stage.config.model_dump(mode="json"))
+            if stage.name == self.redo or record is None or not record.finished() or record.inputs != inputs:
+                break
+            kept.append(stage.name)
+        return [name for name in names if name not in kept]
 
 
 def preflight(
@@ -63,13 +81,14 @@ def preflight(
         InputError: Data cannot be had.
     """
     extent = extent or Extent()
-    names = extent.names(loaded)
-    require_data(loaded, names)
-    here = on_machine(predicted, loaded, config, names, extent.processes)
-    if disks := _short_disks(loaded, here):
+    names, pending = extent.names(loaded), extent.pending(loaded)
+    require_data(loaded, pending)
+    # what finished stages have written is looked for in the folder
+    if disks := _short_disks(loaded, on_machine(predicted, loaded, config, names, extent.processes)):
         raise ResourceError(
-            "\n".join(disks), _ways(here, "host.disk", "free some space, or run.dir=FOLDER on another disk")
+            "\n".join(disks), _ways(predicted, "host.disk", "free some space, or run.dir=FOLDER on another disk")
         )
+    here = on_machine(predicted, loaded, config, pending, extent.processes)
     if memory := _short_memory(loaded, here):
         fewer = ["--nproc with fewer processes"] if extent.processes > 1 else []
         raise ResourceError(memory, _ways(here, "host.ram", *fewer, "a machine with more memory"))

@@ -16,7 +16,9 @@ from llmcompress.models import memory_limits
 from llmcompress.pipeline import preflight as module
 from llmcompress.pipeline.device import baseline_ram
 from llmcompress.pipeline.estimate import Plan, on_machine, plan
+from llmcompress.pipeline.fingerprint import with_contents
 from llmcompress.pipeline.preflight import Extent, hub_sources, shortfalls
+from llmcompress.pipeline.run_dir import RunDir, StageRecord
 from llmcompress.recipe.load import LoadedRecipe, load_recipe
 
 GB = 10**9
@@ -126,6 +128,32 @@ def test_only_stages_that_will_run_need_room(known: tuple[LoadedRecipe, Plan], m
     assert preflight(loaded, predicted, Extent(only="prune")) == []
     with pytest.raises(ResourceError, match="still to be written"):
         preflight(loaded, predicted, Extent(only="quantize"))
+
+
+def test_what_is_finished_is_not_asked_for_again(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text read where there is a network, then a resume where there is none."""
+    machine(monkeypatch)
+    monkeypatch.setattr(hub, "out_of_reach", lambda names: dict.fromkeys(names, "the line is cut"))
+    words = [*known[0].overrides, "stages.calibrate.source={kind: hub, id: nobody/nothing}"]
+    loaded = load_recipe("quickstart", words)
+    with pytest.raises(InputError, match="nobody/nothing"):
+        preflight(loaded, known[1])
+    folder = RunDir(Path(loaded.recipe.run.dir))
+    for stage in loaded.stages()[:2]:
+        inputs = with_contents(stage.config.model_dump(mode="json"))
+        folder.write_stage(StageRecord(stage.name, stage.config.type, "finished", "", inputs, []))
+    assert Extent().pending(loaded) == ["quantize", "prune", "evaluate", "export"]
+    assert Extent(until="quantize").pending(loaded) == ["quantize"]
+    assert preflight(loaded, known[1]) == []
+    for extent in (Extent(redo="calibrate"), Extent(force=True)):
+        with pytest.raises(InputError, match="nobody/nothing"):
+            preflight(loaded, known[1], extent)
+    # other settings are another stage
+    changed = load_recipe("quickstart", [*words, "stages.calibrate.samples=64"])
+    with pytest.raises(InputError, match="nobody/nothing"):
+        preflight(changed, known[1])
 
 
 def test_processes_on_one_machine_need_the_memory_of_all_of_them(
