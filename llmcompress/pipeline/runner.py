@@ -290,7 +290,9 @@ class Runner:
             Whether everything recorded still holds.
         """
         stale = next((n for n in self._names if not self._holds(n, prints[n][0])), None)
-        gone = sorted(p.name for p in (self.dir.root / "stages").iterdir() if p.name not in self._names)
+        # files that a desktop or a network file system leaves there are no stages
+        folders = (path.name for path in (self.dir.root / "stages").iterdir() if path.is_dir())
+        gone = sorted(name for name in folders if name not in self._names)
         first = end = len(self._names) if stale is None else self._names.index(stale)
         if self.options.redo is not None:
             end = self._names.index(self.options.redo)

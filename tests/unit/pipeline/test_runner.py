@@ -495,3 +495,10 @@ def test_a_plug_in_of_another_version_is_named_on_resume(tmp_path: Path, monkeyp
     seen = Collector()
     execute(job(tmp_path), [seen])
     assert any("my-stages 1.0 → 2.0" in e.data["text"] for e in seen.events if e.kind == "warning")
+
+
+def test_a_stray_file_among_the_stages_is_left_alone(tmp_path: Path) -> None:
+    execute(job(tmp_path))
+    (tmp_path / "run" / "stages" / ".DS_Store").write_text("")
+    assert execute(job(tmp_path)).status == "nothing to do"
+    assert execute(job(tmp_path), redo="evaluate").status == "finished"
