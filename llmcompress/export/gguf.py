@@ -371,10 +371,12 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
 
 def _embedding_problems(layout: ModelLayout, policies: Policies) -> Iterator[str]:
     """An embedding whose groups are no whole blocks."""
+    policy = policies.get(EMBEDDINGS)
+    if policy is None:
+        return
     from llmcompress.nn.embedding import spec_of
 
-    policy = policies.get(EMBEDDINGS)
-    if policy is not None and not fits_blocks(spec := spec_of(policy), layout.hidden):
+    if not fits_blocks(spec := spec_of(policy), layout.hidden):
         size = spec.group(layout.hidden)
         yield f"embeddings in groups of {size} columns: GGML blocks have 32, set group_size to a multiple of that or -1"
 
