@@ -99,7 +99,6 @@ def drop_slots(weights: Tensor, index: Tensor, drop: Tensor, num_experts: int, o
         # summed to; for models that normalise their top k this is their own normalisation
         before, after = weights.float().sum(-1, keepdim=True), kept.float().sum(-1, keepdim=True)
         kept = (kept * (before / after.clamp_min(1e-20))).to(weights.dtype)
-        kept = kept.masked_fill(drop, 0)
     return Drop(kept, index.masked_fill(drop, num_experts), drop)
 
 

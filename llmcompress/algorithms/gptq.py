@@ -38,8 +38,9 @@ from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
 # raised where the same weights and Hessians come to give other codes: a run that is resumed knows by it that its blocks
-# do not all come from one solver. 2: the C++ loop works with the Hessian's root and fits the scales
-REVISION = 2
+# do not all come from one solver. 2: the C++ loop works with the Hessian's root and fits the scales. 3: weights whose
+# Hessian cannot be used keep what rounding gave them
+REVISION = 3
 # fp32 weights that are solved at once on a CPU: enough experts to make the steps of the column loop worth their
 # call, few enough to stay in the caches and in memory that the allocator keeps
 SOLVE_BYTES = 4 << 20
@@ -160,16 +161,21 @@ def _measured(
 ) -> Solution:
     """The solution that codes, scale, zero and values stand for, scales fitted where asked; values are overwritten."""
     codes, scale, zero, quantized = found
+    # what was rounded for want of a Hessian stays so: fitted to the few tokens there are, it would forget all others
+    solved = torch.tensor([used > 0 for used in damp], device=hessian.device)[:, None, None]
+    trusted = hessian if all(damp) else torch.where(solved, hessian, 0.0)
     for _ in range(options.sweeps):
         if options.refit:
-            scale = refit_scales(w, codes, scale, zero, hessian, spec, options.damp)
-        codes = sweep(w, hessian, codes, scale, zero, spec, options.damp)
+            scale = refit_scales(w, codes, scale, zero, trusted, spec, options.damp)
+        codes = sweep(w, trusted, codes, scale, zero, spec, options.damp)
     if options.sweeps:
         quantized = dequantize(codes, scale, zero, spec)
     energy = output_energy(w, hessian)
     delta = torch.sub(w, quantized, out=quantized)
-    if options.refit:
-        scale, error = _refit(delta, codes, scale, zero, hessian, spec, options.damp)
+    if options.refit and any(damp):
+        rounded = None if all(damp) else output_energy(delta, hessian)
+        scale, error = _refit(delta, codes, scale, zero, trusted, spec, options.damp)
+        error = error if rounded is None else torch.where(solved[:, 0], error, rounded)
     else:
         error = output_energy(delta, hessian)
     del delta, quantized

@@ -43,7 +43,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     count = rewards.shape[-1]
     if count < 2:
         raise ValueError("leave-one-out needs at least two samples of each prompt")
-    return (rewards - rewards.mean(-1, keepdim=True)) * (count / (count - 1))
+    # exactly 0 where samples agree, as their distance from a mean need not be
+    apart = rewards - rewards[:, :1]
+    return (apart - apart.mean(-1, keepdim=True)) * (count / (count - 1))
 
 
 def contexts(rewards: Sequence[int]) -> list[Context]:
@@ -148,8 +150,7 @@ def returns(rewards: Sequence[float], discount: float) -> list[float]:
     """Discounted reward-to-go of each action; ``discount`` 0 is the paper's myopic credit: the action's own reward.
 
     With a discount the baseline has to be that of the return: single rewards that are each normalised and then summed
-        give a
-    biased gradient when the policy decides when to stop.
+    give a biased gradient when the policy decides when to stop.
     """
     found, following = [], 0.0
     for reward in reversed(rewards):

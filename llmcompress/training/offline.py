@@ -142,8 +142,8 @@ def _until(reader: Reader, rollout: Rollout, count: int) -> list[int]:
 def pool_advantages(pool: Pool, settings: RlSettings, offline: OfflineSettings, baseline: rl.GroupBaseline) -> None:
     """Baselines within bins of problem accuracy, by position or by reward context.
 
-    At outcome level the group is the bin alone: the paper's text applies the accuracy baseline there too, the
-        authors' code does not.
+    At outcome level the group is the bin alone: the paper's text applies the accuracy baseline there too, the authors'
+    code does not.
     """
     place = {id(rollout): bin_ for rollout, bin_ in zip(pool.rollouts, pool.bins)}
 

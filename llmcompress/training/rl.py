@@ -1,8 +1,8 @@
 """The reinforcement loop of S2R: one code path for outcome and process level, online and offline.
 
 A step is: responses → actions and rewards → advantages (baseline and KL) → clipped updates. Online samples the
-    responses from the
-policy at that step; offline draws them from a pool sampled once from the reference, which is then also ``π_old``.
+responses from the policy at that step; offline draws them from a pool sampled once from the reference, which is then
+also ``π_old``.
 """
 
 from __future__ import annotations

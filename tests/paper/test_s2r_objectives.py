@@ -44,6 +44,12 @@ def test_rloo_by_brute_force():
     torch.testing.assert_close(leave_one_out(rewards), slow)
 
 
+@pytest.mark.parametrize("reward", [0.9, -1.05, 0.7])
+def test_rloo_of_samples_that_agree_is_nothing(reward):
+    for samples in range(2, 9):
+        assert torch.equal(leave_one_out(torch.full((1, samples), reward)), torch.zeros(1, samples))
+
+
 def test_rloo_refuses_one_sample():
     with pytest.raises(ValueError, match="two samples"):
         leave_one_out(torch.ones(3, 1))

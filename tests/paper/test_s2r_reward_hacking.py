@@ -5,6 +5,8 @@ Each case is judged with the shipped reasoner's tokenizer, as in training, and h
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -115,6 +117,11 @@ def test_trying_a_rejected_answer_again_costs_the_penalty_at_both_levels(reader)
     assert (again.advantages, other.advantages) == ([-0.25], [0.25])
     outcome_advantages([again, other], 2, skip_agreeing=True)
     assert (again.advantages, again.weight) == ([0.0], 0.0)
+    # samples that lose the same part of their reward agree, whatever the mean of such numbers is rounded to
+    for samples in range(2, 9):
+        group = [replace(other) for _ in range(samples)]
+        outcome_advantages(group, samples, skip_agreeing=True, repeat_penalty=0.1)
+        assert all((each.advantages, each.weight) == ([0.0], 0.0) for each in group)
 
 
 def test_length_weights_make_an_action_count_the_same_in_short_and_long_responses(reader):

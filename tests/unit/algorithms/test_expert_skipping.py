@@ -55,6 +55,15 @@ def test_padding_is_not_counted(routing):
     assert torch.equal(counts, expert_counts(index[:L], valid[:L], group[:L], 1, N))
 
 
+def test_empty_slots_are_no_experts():
+    """Neither the mark of an empty slot nor a negative index may count for a neighbouring sequence."""
+    index = torch.tensor([[N, 1], [-1, 2], [N, N]])
+    counts = expert_counts(index, torch.ones(3, dtype=torch.bool), torch.arange(3), 3, N)
+    expected = torch.zeros(3, N, dtype=torch.int64)
+    expected[0, 1] = expected[1, 2] = 1
+    assert torch.equal(counts, expected)
+
+
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("k,n", [(2, 8), (6, 64), (4, 60), (8, 128)])
 def test_shortest_useful_is_exact(alpha, k, n):

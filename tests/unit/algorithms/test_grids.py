@@ -62,6 +62,23 @@ def test_search_never_loses_and_wins_at_low_bits(bits: int, symmetric: bool) -> 
         assert searched < 0.97 * plain
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+@pytest.mark.parametrize("tails", [0.0, -0.3])
+def test_search_finds_what_trying_every_range_finds(bits: int, symmetric: bool, tails: float) -> None:
+    torch.manual_seed(0)
+    spec = QuantSpec(bits, 32, symmetric)
+    w = torch.randn(64, 32) * torch.rand(64, 32).pow(tails)
+    found = (rounded(w, spec, "mse") - w).square().sum(-1)
+    best = torch.full_like(found, torch.inf)
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    for fraction in torch.linspace(0.3, 1.0, 281):
+        # the extremes of a row of two give its grid by the definition
+        grid = find_grid(fraction * torch.cat((low, high), -1), QuantSpec(bits, 2, symmetric), "minmax")
+        error = (dequantize(round_codes(w, *grid, spec), *grid, spec) - w).square().sum(-1)
+        best = torch.minimum(best, error)
+    assert found.sum() <= 1.003 * best.sum()
+
+
 def test_search_heeds_column_weights() -> None:
     torch.manual_seed(0)
     spec = QuantSpec(2, 32)
@@ -76,6 +93,7 @@ def test_extreme_groups(bits: int, symmetric: bool, search: str) -> None:
     spec = QuantSpec(bits, 8, symmetric)
     zeros = torch.zeros(1, 8)
     assert torch.equal(rounded(zeros, spec, search), zeros)
+    assert float(find_grid(zeros, spec, search)[0]) == 1.0  # type: ignore[arg-type]
     assert bool(torch.isfinite(rounded(torch.full((1, 8), 1e30), spec, search)).all())
     tiny = rounded(torch.full((1, 8), 1e-9), spec, search)
     assert bool((tiny.abs() <= 1e-6).all())

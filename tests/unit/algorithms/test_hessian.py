@@ -97,13 +97,35 @@ def test_failed_factorization_raises_damping() -> None:
     assert damp[0] == pytest.approx(10 * -lowest / mean / 3)
 
 
+def test_one_token_is_a_mean_too() -> None:
+    x = torch.randn(1, 6)
+    gram = Gram(1, 6)
+    gram.add(x)
+    torch.testing.assert_close(gram.hessian()[0], 2 * x.T @ x)
+
+
 def test_blend() -> None:
-    own = torch.rand(3, 4, 4)
+    own = torch.rand(5, 4, 4)
     shared = torch.rand(4, 4)
-    mixed = blend_rare(own.clone(), torch.tensor([0, 25, 300]), shared, 100)
-    torch.testing.assert_close(mixed[1], own[1] + 0.75 * shared)
-    assert torch.equal(mixed[0], own[0])
-    assert torch.equal(mixed[2], own[2])
+    mixed = blend_rare(own.clone(), torch.tensor([0, 1, 25, 100, 300]), shared, 100)
+    torch.testing.assert_close(mixed[1:3], own[1:3] + torch.tensor([0.99, 0.75])[:, None, None] * shared)
+    for alone in (0, 3, 4):
+        assert torch.equal(mixed[alone], own[alone])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_factor_knows_no_unit(size: float) -> None:
+    """Inputs of any magnitude are damped alike, and a dead input gets the mean energy."""
+    x = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 2] = 0
+    curvature = size * x.T @ x
+    factor, damp = inverse_factor(curvature.float()[None], 0.01)
+    assert damp == [0.01]
+    mean = curvature.diagonal().mean()
+    damped = curvature + 0.01 * mean * torch.eye(6, dtype=torch.float64)
+    damped[2, 2] += mean
+    textbook = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor[0].double(), textbook, rtol=1e-4, atol=1e-6 / size**0.5)
 
 
 @pytest.mark.parametrize("width", [1, 128, 129, 300])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from llmcompress.algorithms.reference_targets import fit_to_reference
@@ -63,7 +64,14 @@ def test_equal_streams_and_unseen_experts_keep_their_weight():
     assert torch.equal(fit_to_reference(weight, hessian, cross, 0.1), weight)
 
 
-def test_singular_statistics_are_damped():
+@pytest.mark.parametrize(("size", "ridge"), [(1.0, 0.05), (1.0, 1e-8), (1e6, 1e-8)])
+def test_inputs_that_tell_little_are_damped(size, ridge):
+    """The second and third are singular in float32, and are solved in float64."""
     weight = torch.randn(1, N, K, generator=torch.Generator().manual_seed(1))
-    ones = torch.ones(1, K, K) * 1e6
-    assert torch.isfinite(fit_to_reference(weight, ones, ones * 0.01, 1e-8)).all()
+    hessian = torch.ones(1, K, K) * size
+    cross = 0.01 * size * torch.randn(1, K, 1, generator=torch.Generator().manual_seed(2)).expand(1, K, K).contiguous()
+    fitted = fit_to_reference(weight, hessian, cross, ridge)
+    system = hessian.double() + ridge * size * torch.eye(K, dtype=torch.float64)
+    expected = weight + (weight @ cross).double() @ system.inverse()
+    assert fitted.dtype == torch.float32
+    assert torch.allclose(fitted.double(), expected, rtol=1e-3, atol=1e-4)
