@@ -188,9 +188,7 @@ def value_rates(device: str) -> dict[str, float]:
         place.copy_(w)
 
     def mirrored() -> None:
-        gram = Gram(0, 0, device)
-        gram.total, gram.tokens = w, torch.ones(8, dtype=torch.int64)
-        gram.take_hessian()
+        Gram.of(w, torch.ones(len(w), dtype=torch.int64)).take_hessian()
 
     rows, experts = 8192, 16
     x, logits = torch.randn(rows, 8, generator=generator), torch.randn(rows, experts, generator=generator)

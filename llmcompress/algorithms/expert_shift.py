@@ -27,21 +27,6 @@ def kept_slots(reference: Tensor, chosen: Tensor) -> Tensor:
     return (reference.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum(-1)
 
 
-def change_rates(reference: Tensor, chosen: Tensor) -> dict[str, float]:
-    """The paper's three change rates and the mean overlap.
-
-    With ``d`` changed experts of a token: ``cr_any`` is the share of tokens with d ≥ 1, ``cr_half``
-    with d ≥ k/2, ``cr_all`` with d = k; ``overlap`` is the mean of 1 − d/k.
-
-    Args:
-        reference: int64 ``[T, k]`` experts of the full-precision model.
-        chosen: int64 ``[T, k]`` experts of the compressed model.
-    """
-    tally = ShiftTally(top_k=reference.shape[-1])
-    tally.add(reference, chosen)
-    return tally.rates()
-
-
 def shifted(reference: Tensor, chosen: Tensor) -> Tensor:
     """Bool ``[T, k]``: which reference experts were not chosen again."""
     return ~(reference.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1)
@@ -63,33 +48,6 @@ def rank_counts(scores: Tensor, reference: Tensor, chosen: Tensor) -> Tensor:
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
     return torch.bincount(rank.gather(-1, reference)[lost], minlength=scores.shape[-1])
-
-
-def rank_cover(scores: Tensor, reference: Tensor, chosen: Tensor, k: int) -> float:
-    """Share of lost experts that still rank among the compressed model's best ``k`` (Figure 4, blue).
-
-    1.0 when nothing was lost. Arguments as in :func:`rank_counts`.
-    """
-    counts = rank_counts(scores, reference, chosen)
-    total = int(counts.sum())
-    return float(counts[:k].sum()) / total if total else 1.0
-
-
-def loss_share(logits: Tensor, logits_hat: Tensor, k: int) -> float:
-    """Share of the all-expert squared logit error that falls on the full-precision top ``k`` (Figure 4, orange).
-
-    Args:
-        logits: float ``[T, N]`` of the full-precision model.
-        logits_hat: float ``[T, N]`` of the compressed model.
-        k: Experts per token that count.
-
-    Returns:
-        A share; 0.0 when the logits are equal.
-    """
-    error = (logits.double() - logits_hat.double()).square()
-    total = float(error.sum())
-    top = logits.topk(k, dim=-1).indices
-    return float(error.gather(-1, top).sum()) / total if total else 0.0
 
 
 def kl_topk(logits: Tensor, logits_hat: Tensor, k: int) -> Tensor:
@@ -129,6 +87,11 @@ def tokens_per_expert(chosen: Tensor, num_experts: int) -> Tensor:
 @dataclass
 class ShiftTally:
     """Streaming sums of one layer's shift metrics.
+
+    With ``d`` changed experts of a token, ``cr_any`` is the share of tokens with d ≥ 1, ``cr_half`` with d ≥ k/2,
+    ``cr_all`` with d = k; ``overlap`` is the mean of 1 − d/k. ``rank_cover_K`` is the share of lost experts that still
+    rank among the compressed model's best K (Figure 4, blue), 1 where none was lost; ``loss_share_K`` the share of the
+    squared error of all logits that falls on the full-precision top K (Figure 4, orange), 0 where there is no error.
 
     Attributes:
         top_k: Experts per token.

@@ -29,18 +29,35 @@ CHOLESKY_BLOCK = 64
 class Gram:
     """Running sum of ``x xᵀ`` in fp32, one matrix per expert, upper triangle only until read.
 
+    Tokens may have weights w. A mean is then one of weights too, ``2/Σw Σ w x xᵀ``, so that matrices of weighted and of
+    plain tokens are of one size and can be blended.
+
     Args:
         experts: Number of matrices E.
         width: K.
         device: Where to accumulate.
         fast: Multiply bf16 inputs in bf16 on the CPU, about twice as fast; accurate enough when many batches of
             similar tokens are added (see ``_add_tile``), not for a few.
+
+    Attributes:
+        total: ``[E, K, K]`` fp32 sums.
+        tokens: int64 ``[E]``, how many were added.
+        mass: fp64 ``[E]``, the sum of their weights.
     """
 
     def __init__(self, experts: int, width: int, device: torch.device | str = "cpu", fast: bool = False) -> None:
         self.fast = fast
         self.total = torch.zeros((experts, width, width), dtype=torch.float32, device=device)
         self.tokens = torch.zeros(experts, dtype=torch.int64)
+        self.mass = torch.zeros(experts, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, total: Tensor, tokens: Tensor, mass: Tensor | None = None) -> Gram:
+        """Sums made elsewhere: ``[E, K, K]``, ``[E]`` and ``[E]``, where tokens have weights."""
+        found = cls(0, 0, total.device)
+        found.total, found.tokens = total, tokens
+        found.mass = (tokens if mass is None else mass).to("cpu", torch.float64)
+        return found
 
     def add(self, x: Tensor, expert: int = 0, weight: Tensor | None = None) -> None:
         """Add tokens of one expert.
@@ -56,8 +73,11 @@ class Gram:
             return
         before = int(self.tokens[expert])
         self.tokens[expert] += x.shape[0]
-        if weight is not None:
-            x = x * weight.to(torch.float32).sqrt().to(x.dtype).unsqueeze(-1)
+        if weight is None:
+            self.mass[expert] += x.shape[0]
+        else:
+            self.mass[expert] += float(weight.double().sum())
+            x = x.to(torch.float32) * weight.to(torch.float32).sqrt().unsqueeze(-1)
         if not (x.dtype == torch.bfloat16 and (x.is_cuda or (self.fast and before >= x.shape[0]))):
             x = x.to(torch.float32)
         total = self.total[expert]
@@ -86,7 +106,7 @@ class Gram:
             total += predicted
 
     def hessian(self, experts: slice = slice(None)) -> Tensor:
-        """``2/n Σ x xᵀ`` of the chosen experts, ``[e, K, K]`` fp32, symmetric; zeros where no token was seen."""
+        """``2/Σw Σ w x xᵀ`` of the chosen experts, ``[e, K, K]`` fp32, symmetric; zeros where no token was seen."""
         return self._mirrored(self.total[experts].clone(), experts)
 
     def take_hessian(self) -> Tensor:
@@ -106,8 +126,12 @@ class Gram:
             corner.triu_()
             corner += corner.triu(1).transpose(-1, -2)
             full[:, stop:, start:stop] = full[:, start:stop, stop:].transpose(-1, -2)
-        count = self.tokens[experts].clamp(min=1).to(device=full.device, dtype=torch.float32)
-        return full.mul_((2.0 / count)[:, None, None])
+        return full.mul_(self.share(experts).to(full.device)[:, None, None])
+
+    def share(self, experts: slice = slice(None)) -> Tensor:
+        """What sums over the tokens of the chosen experts are multiplied by, ``2/Σw``; fp32 ``[e]``, 2 for no token."""
+        mass = self.mass[experts].to(torch.float32)
+        return 2.0 / torch.where(mass > 0, mass, 1.0)
 
 
 def _tile(width: int) -> int:

@@ -452,8 +452,3 @@ def _cosine(step: int, steps: int) -> float:
     import math
 
     return math.cos(math.pi * min(1.0, step / max(1, steps)))
-
-
-def half_life(a: Tensor) -> Tensor:
-    """Half-life in tokens of each head, ``ln 2 / -E[ln a]``: ``a [S, T, H]`` to ``[H]``."""
-    return 0.6931471805599453 / (-a.clamp(min=1e-30).log().mean((0, 1))).clamp(min=1e-12)

@@ -53,12 +53,6 @@ def inner_products(first: Tensor, second: Tensor) -> Tensor:
     return torch.einsum("ink,jnk->ij", first, second)
 
 
-def cluster_cost(gram: Tensor, members: Sequence[int]) -> float:
-    """``J(C) = Σ_i G_ii - (1/|C|) Σ_ij G_ij``: error of the models in C around their mean."""
-    part = gram[list(members)][:, list(members)]
-    return float(part.diagonal().sum() - part.sum() / len(members))
-
-
 def merge_cost(gram: Tensor, first: Sequence[int], second: Sequence[int], importance: Tensor | None = None) -> float:
     """``J(A ∪ B) - J(A) - J(B)``, Ward's ``|A||B|/(|A|+|B|) · ‖μ_A - μ_B‖²``; members weigh as ``importance`` says.
 
@@ -88,23 +82,6 @@ def _distance(gram: Tensor, first: Tensor, second: Tensor) -> float:
     """``‖μ_A - μ_B‖²`` of two means, given by their coefficients ``[M]``."""
     apart = first - second
     return float(apart @ gram @ apart)
-
-
-def generalised_merge_cost(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Exact increase of the error when two clusters with their own second moments share one weight.
-
-    ``tr((A_A - A_B) (P_A⁻¹ + P_B⁻¹)⁻¹ (A_A - A_B)ᵀ)``. The tree is built with one shared moment (then it is
-    :func:`merge_cost`); this form says what that leaves out.
-
-    Args:
-        first: ``(A_A [N, K], P_A [K, K])`` as from :func:`hessian_mean`.
-        second: The other cluster.
-    """
-    (mean_a, sum_a), (mean_b, sum_b) = first, second
-    apart = mean_a - mean_b
-    # (P_A⁻¹ + P_B⁻¹)⁻¹ = P_A (P_A + P_B)⁻¹ P_B
-    middle = sum_a @ torch.linalg.solve(sum_a + sum_b, sum_b)
-    return ((apart @ middle) * apart).sum()
 
 
 def hessian_mean(weights: Tensor, hessians: Tensor, importance: Tensor, damp: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -217,7 +217,7 @@ class BlockSolver:
                 cross[gram.tokens < self.rare.needed(cross.shape[-1])] = 0
                 weights = self._fitted(weights, gram.hessian(), cross, gram)
             hessian, usable = self._expert_hessians(name, experts, gram, shared)
-            counts = gram.tokens.to(torch.float32)
+            counts = gram.mass.to(torch.float32)
         codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable, self._place(name))
         if gram is None and not bool(below.isfinite().all()):
             check_finite(weights, name)
@@ -258,8 +258,7 @@ class BlockSolver:
 
         assert gram is not None
         assert self.target_ridge is not None
-        share = 2.0 / gram.tokens.clamp(min=1).to(cross)
-        inputs, drift = (cross * share[:, None, None]).tensor_split([cross.shape[-1]], -2)
+        inputs, drift = (cross * gram.share().to(cross)[:, None, None]).tensor_split([cross.shape[-1]], -2)
         return fit_to_reference(weights, hessian, inputs, self.target_ridge, drift if drift.shape[-2] else None)
 
     def _solve(

@@ -129,7 +129,7 @@ class PooledSolver(BlockSolver):
             expert = experts.start + item
             packed, above, below = self._one(bank, name, expert, spec, hessians.get(item), usable[item])
             own.update({f"{expert}|{key}": tensor for key, tensor in packed.tensors.items()})
-            weight = 1.0 if tokens is None else float(tokens[item])
+            weight = float(hessians[item][0].mass) if item in hessians else 1.0
             figures[str(expert)] = [above * weight, below * weight]
         self._collect(bank, name, experts, spec, owners, own, figures)
 
@@ -151,6 +151,8 @@ class PooledSolver(BlockSolver):
         owners: list[int], tokens: list[int] | None,
     ) -> dict[int, tuple[Gram, Tensor | None, Tensor | None]]:  # fmt: skip
         """Bring the sums of each expert to its owner: moments, cross moments, and the layer's Hessian for rare ones."""
+        import torch
+
         if gram is None or tokens is None:
             return {}
         found: dict[int, tuple[Gram, Tensor | None, Tensor | None]] = {}
@@ -162,13 +164,15 @@ class PooledSolver(BlockSolver):
         def bring(owner: int, items: list[int]) -> None:
             for item in items:
                 total = self.world.sum_in_order([g.total[item : item + 1] for g in gram.shards], owner)
-                cross, layer = None, None
+                cross, layer, mass = None, None, None
+                if self.affinity:
+                    mass = self.world.sum_in_order([g.mass[item : item + 1].float() for g in gram.shards], owner)
                 if cross_parts is not None:
                     cross = self.world.sum_in_order([part[item : item + 1] for part in cross_parts], owner)
                 if 0 < tokens[item] < needed and self.rare.blend:
                     layer = self._summed(shared(experts.start + item), owner)
                 if total is not None:
-                    whole = _gram(total, [tokens[item]])
+                    whole = Gram.of(total, torch.tensor([tokens[item]]), mass)
                     if cross is not None and tokens[item] < needed:
                         cross.zero_()
                     found[item] = (whole, cross, None if layer is None else layer.hessian()[0])
@@ -237,14 +241,8 @@ class PooledSolver(BlockSolver):
 
     def _summed(self, moments: Moments, owner: int) -> Gram | None:
         """The moments of a single matrix over all shards, on the owner."""
+        import torch
+
         counts = self.world.add_counts([sum(int(g.tokens[0]) for g in moments.shards)])
         total = self.world.sum_in_order([gram.total for gram in moments.shards], owner)
-        return None if total is None else _gram(total, counts)
-
-
-def _gram(total: Tensor, tokens: list[int]) -> Gram:
-    import torch
-
-    found = Gram(0, 0, total.device)
-    found.total, found.tokens = total, torch.tensor(tokens, dtype=torch.int64)
-    return found
+        return None if total is None else Gram.of(total, torch.tensor(counts))

@@ -61,11 +61,9 @@ class SharedMoments:
 
         from llmcompress.algorithms.hessian import Gram
 
-        found = Gram(0, 0)
         with safe_open(self.path, framework="pt") as handle:
-            found.total = handle.get_tensor(f"{self.first[name]}.total").to(device)
-            found.tokens = handle.get_tensor(f"{self.first[name]}.tokens")
-        return found
+            total, tokens = (handle.get_tensor(f"{self.first[name]}.{part}") for part in ("total", "tokens"))
+        return Gram.of(total.to(device), tokens)
 
 
 def shared_moments(layout: ModelLayout, plan: Mapping[str, QuantSpec], folder: Path) -> SharedMoments | None:

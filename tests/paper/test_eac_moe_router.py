@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.algorithms.expert_shift import change_rates
+from llmcompress.algorithms.expert_shift import ShiftTally
 from llmcompress.algorithms.router_calibration import SolverOptions, calibrate_router, solve_ridge, top_mask, topk_mse
 from llmcompress.algorithms.routing import RouterRule
 
@@ -69,7 +69,8 @@ def test_a_linear_disturbance_is_undone_on_unseen_tokens(model, k):
     rule = RouterRule(2)
     fit = calibrate_router(fitted @ w0.T, fitted @ mix, w0, None, rule, SolverOptions(k=k, ridge=1e-4))
     reference = rule.select(unseen @ w0.T)
-    before = change_rates(reference, rule.select(unseen @ mix @ w0.T))
-    after = change_rates(reference, rule.select(unseen @ mix @ fit.weight.T))
-    assert before["cr_any"] > 0.3
-    assert after["overlap"] > 0.95
+    before, after = ShiftTally(2), ShiftTally(2)
+    before.add(reference, rule.select(unseen @ mix @ w0.T))
+    after.add(reference, rule.select(unseen @ mix @ fit.weight.T))
+    assert before.rates()["cr_any"] > 0.3
+    assert after.rates()["overlap"] > 0.95

@@ -9,10 +9,7 @@ import torch
 
 from llmcompress.algorithms.expert_shift import (
     ShiftTally,
-    change_rates,
     kl_topk,
-    loss_share,
-    rank_cover,
     tokens_per_expert,
 )
 
@@ -27,10 +24,16 @@ def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, noisy, logits.topk(K).indices, noisy.topk(K).indices
 
 
+def rates_of(reference, chosen, logits=None, noisy=None, k=K):
+    tally = ShiftTally(reference.shape[-1], cover=(k,))
+    tally.add(reference, chosen, logits, noisy)
+    return tally.rates()
+
+
 def test_change_rates_match_sets(routed):
     _, _, reference, chosen = routed
     distances = [K - len(set(a) & set(b)) for a, b in zip(reference.tolist(), chosen.tolist())]
-    rates = change_rates(reference, chosen)
+    rates = rates_of(reference, chosen)
     assert rates["cr_any"] == pytest.approx(sum(d >= 1 for d in distances) / T)
     assert rates["cr_half"] == pytest.approx(sum(d >= K / 2 for d in distances) / T)
     assert rates["cr_all"] == pytest.approx(sum(d == K for d in distances) / T)
@@ -40,14 +43,14 @@ def test_change_rates_match_sets(routed):
 
 def test_equal_choices_in_another_order_are_no_change(routed):
     _, _, reference, _ = routed
-    rates = change_rates(reference, reference.flip(-1))
+    rates = rates_of(reference, reference.flip(-1))
     assert rates == {"cr_any": 0.0, "cr_half": 0.0, "cr_all": 0.0, "overlap": 1.0}
 
 
 def test_odd_k_counts_half_from_two_of_three():
     reference = torch.tensor([[0, 1, 2], [0, 1, 2]])
     chosen = torch.tensor([[0, 1, 3], [0, 4, 3]])
-    assert change_rates(reference, chosen)["cr_half"] == 0.5
+    assert rates_of(reference, chosen)["cr_half"] == 0.5
 
 
 @pytest.mark.parametrize("k", [4, 6, 8, 12])
@@ -59,25 +62,25 @@ def test_rank_cover_matches_brute_force(routed, k):
         for expert in set(reference[token].tolist()) - set(chosen[token].tolist()):
             total += 1
             covered += order.index(expert) < k
-    assert rank_cover(noisy, reference, chosen, k) == pytest.approx(covered / total)
+    assert rates_of(*routed[2:], *routed[:2], k)[f"rank_cover_{k}"] == pytest.approx(covered / total)
 
 
 def test_rank_cover_without_a_loss_is_one(routed):
     logits, _, reference, _ = routed
-    assert rank_cover(logits, reference, reference, 4) == 1.0
+    assert rates_of(reference, reference, logits, logits, 4)["rank_cover_4"] == 1.0
 
 
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_loss_share_matches_brute_force(routed, k):
-    logits, noisy, _, _ = routed
+    logits, noisy, reference, chosen = routed
     inside = everything = 0.0
     for token in range(T):
         top = sorted(range(N), key=lambda e: -float(logits[token, e]))[:k]
         errors = [(float(logits[token, e]) - float(noisy[token, e])) ** 2 for e in range(N)]
         inside += sum(errors[e] for e in top)
         everything += sum(errors)
-    assert loss_share(logits, noisy, k) == pytest.approx(inside / everything)
-    assert loss_share(logits, logits, k) == 0.0
+    assert rates_of(reference, chosen, logits, noisy, k)[f"loss_share_{k}"] == pytest.approx(inside / everything)
+    assert rates_of(reference, chosen, logits, logits, k)[f"loss_share_{k}"] == 0.0
 
 
 def test_kl_topk_matches_definition_and_ignores_a_common_shift(routed):
@@ -100,7 +103,5 @@ def test_tally_over_batches_equals_one_batch(routed):
     for rows in torch.arange(T).split(33):
         parts.add(reference[rows], chosen[rows], logits[rows], noisy[rows])
     assert parts.rates() == pytest.approx(whole.rates())
-    assert whole.rates()["rank_cover_6"] == pytest.approx(rank_cover(noisy, reference, chosen, 6))
-    assert whole.rates()["loss_share_6"] == pytest.approx(loss_share(logits, noisy, 6))
     assert whole.rates()["kl_topk"] == pytest.approx(float(kl_topk(logits, noisy, K).mean()), rel=1e-5)
     assert ShiftTally(K).rates() == {}

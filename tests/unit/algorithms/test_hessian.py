@@ -29,9 +29,25 @@ def test_gram_equals_the_definition(width: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_gram_weights_tokens() -> None:
     x, weight = torch.randn(40, 8), torch.rand(40)
-    gram = Gram(1, 8)
-    gram.add(x, weight=weight)
-    torch.testing.assert_close(gram.hessian()[0], 2 * (x * weight[:, None]).T @ x / 40, rtol=1e-4, atol=1e-5)
+    gram = Gram(2, 8)
+    for part in (slice(0, 25), slice(25, 40)):
+        gram.add(x[part], weight=weight[part])
+    expected = 2 * (x * weight[:, None]).T @ x / weight.sum()
+    torch.testing.assert_close(gram.hessian()[0], expected, rtol=1e-4, atol=1e-5)
+    assert gram.tokens.tolist() == [40, 0]
+    torch.testing.assert_close(gram.mass, torch.tensor([weight.double().sum(), 0.0], dtype=torch.float64))
+    again = Gram.of(gram.total, gram.tokens, gram.mass)
+    assert torch.equal(again.hessian(), gram.hessian())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_all_alike_change_nothing(dtype: torch.dtype) -> None:
+    """Or the layer's plain mean, blended in for rare experts, would count more than its share."""
+    x = torch.randn(3, 8).to(dtype)
+    plain, weighted = Gram(1, 8), Gram(1, 8)
+    plain.add(x)
+    weighted.add(x, weight=torch.full((3,), 0.07))
+    torch.testing.assert_close(weighted.hessian(), plain.hessian(), rtol=1e-5, atol=1e-6)
 
 
 def test_gram_of_bf16_keeps_small_eigenvalues_beside_a_large_mean() -> None:

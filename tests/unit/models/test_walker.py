@@ -74,10 +74,8 @@ class Spy:
         self.order.append(name)
         self.shared[name] = shared(experts.start)
         for expert in range(experts.start, experts.stop):
-            part = Gram(1, 1)
-            part.total = gram.total[expert - experts.start][None]
-            part.tokens = gram.tokens[expert - experts.start][None]
-            self.grams[f"{name}.{expert}"] = part
+            own = slice(expert - experts.start, expert - experts.start + 1)
+            self.grams[f"{name}.{expert}"] = Gram.of(gram.total[own], gram.tokens[own])
         if self.change is not None:
             owner = self.model.get_submodule(bank.module)
             write_expert_weight(owner, bank, name, experts, self.change(expert_weight(owner, bank, name, experts)))
