@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llmcompress.algorithms.rl_objectives import GroupBaseline
 from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.evaluation.self_correction import Reader
@@ -115,6 +117,64 @@ def test_actions_get_the_outcome_less_what_was_to_be_expected_before_them():
     rl.action_advantages(mixed, 2, skip_agreeing=True)
     assert [rollout.advantages[0] for rollout in mixed] == [2, -2]
     assert [rollout.weight for rollout in mixed] == [1.0, 1.0]
+
+
+PLAIN = {
+    "discount": 0.0, "truncation_reward": -1, "flip_bonus": 1.0, "verify_correct_bonus": 1.0, "repeat_penalty": 0.0,
+    "weigh_by_length": False, "level": "process",
+}  # fmt: skip
+
+
+def test_process_advantages_by_hand():
+    """Groups by reward context over all problems; what was cut off is punished and belongs to no group."""
+
+    def responses():
+        found = [
+            worth(0, [1, 1], 1), worth(0, [-1, 1, 1, 1], 1), worth(1, [-1, -1], -1),
+            worth(2, [-1, 1, -1, -1], -1, [False, False, True, False]),
+        ]  # fmt: skip
+        for place, rollout in enumerate(found):
+            rollout.response = SimpleNamespace(ended=place != 2)
+        return found
+
+    def advantages(**changes):
+        rollouts, settings = responses(), SimpleNamespace(**{**PLAIN, "discount": 0.5, **changes})
+        rl.process_advantages(rollouts, GroupBaseline(min_group=1), rl.context_keys, settings)
+        return [rollout.advantages for rollout in rollouts]
+
+    # returns 1.5 1 | -0.125 1.75 1.5 1 | -1.5 (-1) | -0.875 0.25 -1.5 -1
+    # means of (): -0.25, of (-1,): 1, of (-1, 1): 0
+    plain = [[1.75, 0], [0.125, 0.75, 1.5, 0], [-1.25, -1], [-0.625, -0.75, -1.5, 0]]
+    assert advantages() == plain
+    bonus = advantages(flip_bonus=2.0, verify_correct_bonus=3.0, repeat_penalty=0.25)
+    assert bonus == [plain[0], [0.125, 0.75, 3.0, 0], plain[2], [-0.625, -0.75, -1.75, 0]]
+    # a cut off action that is no penalty is a member like others: the mean of (-1,) is then 1/3
+    counted = advantages(truncation_reward=None)
+    assert counted[2] == pytest.approx([-1.25, -4 / 3])
+    assert counted[1] == pytest.approx([0.125, 1.75 - 1 / 3, 1.5, 0])
+    myopic = advantages(discount=0.0, truncation_reward=None)
+    assert myopic[0] == pytest.approx([1.5, 0])
+    assert myopic[2] == pytest.approx([-0.5, -4 / 3])
+
+
+@pytest.mark.parametrize(
+    ("level", "grouping", "expected"),
+    [
+        ("process", "position", [[4 / 3, 2 / 3], [-2 / 3, 2 / 3], [-2 / 3, -4 / 3], [0, 0]]),
+        ("process", "context", [[4 / 3, 0], [-2 / 3, 1], [-2 / 3, -1], [0, 0]]),
+        ("outcome", "position", [[2 / 3], [2 / 3], [-4 / 3], [0]]),
+    ],
+)
+def test_offline_baselines_are_those_of_problems_as_hard(level, grouping, expected):
+    rollouts = [worth(0, [1, 1], 1), worth(0, [-1, 1], 1), worth(1, [-1, -1], -1), worth(2, [1, -1], -1)]
+    for rollout in rollouts:
+        rollout.response, rollout.episode = SimpleNamespace(ended=True), SimpleNamespace(right=(True,))
+    pool = offline.Pool(rollouts, [3, 3, 3, 5], {})
+    settings = SimpleNamespace(**{**PLAIN, "level": level})
+    offline.pool_advantages(pool, settings, SimpleNamespace(grouping=grouping), GroupBaseline(min_group=1))
+    for rollout, values in zip(rollouts, expected):
+        assert rollout.advantages == pytest.approx(values)
+        assert rollout.weight == 1.0
 
 
 def test_actions_that_are_credited_are_units_of_their_own(scene):
