@@ -101,6 +101,15 @@ class Cache:
         keys = self.keys[place, slot].transpose(-1, -2)[:, : -(-count // LANES)].flatten(1, 2)
         return keys[:, :count, : self.head_dim], self.values[place, slot, :, :count, : self.head_dim]
 
+    def part(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """Copies of a sequence's first ``count`` positions, a multiple of 16, in the cache's own order."""
+        return self.keys[:, slot, :, : count // LANES].clone(), self.values[:, slot, :, :count].clone()
+
+    def put(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Give a sequence the first positions of :meth:`part`, of this cache or of another one of the same decoder."""
+        self.keys[:, slot, :, : keys.shape[2]] = keys
+        self.values[:, slot, :, : values.shape[2]] = values
+
     def copy(self, source: int, target: int, count: int, other: Cache | None = None) -> None:
         """Give a sequence the first ``count`` positions of another one, in this cache or in a smaller one."""
         held, blocks = other or self, -(-count // LANES)

@@ -1,11 +1,14 @@
-"""A whole Mamba-2 model natively: one call a token for many sequences, one a prompt.
+"""A whole Mamba-2 or Mamba-1 model natively: one call a token for many sequences, one a prompt.
 
 The typed side of ``csrc/cpu/state/model*.cpp``. It knows tensors and sizes; ``llmcompress/inference/recurrent.py``
-fills it from a model. A step is bit for bit the chain of the operators ``group_gemm`` and ``mamba2_decode``, which have
-their definitions (``tests/kernels/test_mamba2_model.py``).
+fills it from a model. A step of Mamba-2 is bit for bit the chain of the operators ``group_gemm`` and ``mamba2_decode``,
+which have their definitions (``tests/kernels/test_mamba2_model.py``); what Mamba-1 has of its own is in
+:mod:`~llmcompress_kernels.mamba1`.
 
 Legend: B sequences of a step, L layers, D hidden, H heads, P channels of a head, I = H P, G groups, N states,
-C = I + 2 G N channels of the convolution, V vocabulary, S slots, R tokens of a replay window.
+C = I + 2 G N channels of the convolution, V vocabulary, S slots, W tokens of a replay window. In Mamba-1 every channel
+has time steps and decays of its own: R is the width of their bottleneck, C = I, G = 1, and heads only cut channels for
+their scales.
 """
 
 from __future__ import annotations
@@ -37,9 +40,9 @@ STATES = (32, 64, 128, 256)
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("norm", ctypes.c_void_p),
-        *((name, MatrixStruct) for name in ("in_proj", "dt_proj", "out_proj")),
+        *((name, MatrixStruct) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
         *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "dt_bias", "a", "d", "gain", "fixed")),
-        *((name, ctypes.c_int32) for name in ("in_planes", "out_planes")),
+        *((name, ctypes.c_int32) for name in ("in_planes", "x_planes", "out_planes", "reserved")),
     )
 
 
@@ -53,7 +56,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "channels", "states", "groups")),
         *((name, ctypes.c_int32) for name in ("bits", "refit", "head_planes")),
         *((name, ctypes.c_float) for name in ("epsilon", "gate_epsilon", "low", "high")),
-        *((name, ctypes.c_int32) for name in ("dither", "window")),
+        *((name, ctypes.c_int32) for name in ("dither", "window", "rank")),
     )
 
 
@@ -105,6 +108,8 @@ def library() -> ctypes.CDLL:
         for name in ("llmc_mamba2_step", "llmc_mamba2_prompt"):
             getattr(lib, name).argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
             getattr(lib, name).restype = None
+        lib.llmc_mamba2_carry.argtypes = (*[ctypes.c_void_p] * 4, ctypes.c_int32)
+        lib.llmc_mamba2_carry.restype = None
         lib.llmc_mamba2_mixers.restype = ctypes.c_void_p
         lib.llmcompress_mamba2_ready = True  # type: ignore[attr-defined]
     return lib
@@ -123,15 +128,19 @@ class Layer:
 
     Attributes:
         norm: float32 ``[D]``.
-        in_proj: ``[I + C, D]``, or with the time steps' H rows after them where ``dt_proj`` is None.
-        dt_proj: Dense ``[H, D]``: rows of in_proj that read unrounded inputs.
+        in_proj: ``[I + C, D]``, or with the time steps' H rows after them where ``dt_proj`` is None; of Mamba-1
+            ``[2 I, D]``, the gate last.
+        dt_proj: Dense ``[H, D]``: rows of in_proj that read unrounded inputs. Of Mamba-1 ``[I, R]``, without bias.
         out_proj: ``[D, I]``.
         conv_weight: float32 ``[C, 4]``.
         conv_bias: float32 ``[C]`` or None.
-        dt_bias, a, d: float32 ``[H]``; ``a`` is negative.
-        gain: float32 ``[I]``, weight of the gated norm.
+        dt_bias, a, d: float32 ``[H]``, of Mamba-1 ``[I]`` and ``a [I, N]``; ``a`` is negative.
+        gain: float32 ``[I]``, weight of the gated norm; of Mamba-1 ``[R + 2 N]``, those of the norms of dt, B and C, or
+            None.
         fixed: fp16 ``[H, P]`` calibrated channel scale of the states, or None.
         in_planes, out_planes: Bytes of an activation: 3 as exact as float32, 1 rounds to int8.
+        x_proj: ``[R + 2 N, I]`` of Mamba-1: inputs of the time steps, B and C.
+        x_planes: As the others.
     """
 
     norm: Tensor
@@ -143,23 +152,25 @@ class Layer:
     dt_bias: Tensor
     a: Tensor
     d: Tensor
-    gain: Tensor
+    gain: Tensor | None
     fixed: Tensor | None = None
     in_planes: int = 3
     out_planes: int = 3
+    x_proj: Matrix | None = None
+    x_planes: int = 3
 
     def _struct(self) -> _Layer:
         rows = (self.conv_weight, self.conv_bias, self.dt_bias, self.a, self.d, self.gain, self.fixed)
-        times = MatrixStruct() if self.dt_proj is None else self.dt_proj.struct()
+        inner = (MatrixStruct() if m is None else m.struct() for m in (self.x_proj, self.dt_proj))
         return _Layer(
-            self.norm.data_ptr(), self.in_proj.struct(), times, self.out_proj.struct(),
-            *(None if t is None else t.data_ptr() for t in rows), self.in_planes, self.out_planes,
+            self.norm.data_ptr(), self.in_proj.struct(), *inner, self.out_proj.struct(),
+            *(None if t is None else t.data_ptr() for t in rows), self.in_planes, self.x_planes, self.out_planes, 0,
         )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
         """Bytes of its projections."""
-        return sum(m.nbytes for m in (self.in_proj, self.dt_proj, self.out_proj) if m is not None)
+        return sum(m.nbytes for m in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj) if m is not None)
 
 
 @dataclass(eq=False)
@@ -173,15 +184,17 @@ class Model:
             others (:func:`mixers`).
         vocabulary: V, 0 without them.
         heads, channels, states, groups: H, P, N, G. N is of :data:`STATES`, P a multiple of 16 up to 256; D and I / G
-            are multiples of 16.
+            are multiples of 16. In Mamba-1 N is :data:`~llmcompress_kernels.mamba1.STATES` and P at most 64.
         bits: Of the states' codes, 4 or 8; 0 keeps states in float32.
         refit: Whether channel scales are fitted to the codes.
         dither: Whether a dither is added before states are rounded.
         head_planes: As in a layer.
-        epsilon, gate_epsilon: Of the norms and the gated norms.
+        epsilon, gate_epsilon: Of the norms and the gated norms; in Mamba-1 the latter is that of the norms of dt, B and
+            C, negative where there are none.
         limits: Smallest and largest time step of a prompt; steps have none, as in transformers.
-        window: R, tokens between two roundings of a state (``dsq_replay_update``), from the end of a prompt, which is
+        window: W, tokens between two roundings of a state (``dsq_replay_update``), from the end of a prompt, which is
             rounded; 1 to :data:`~llmcompress_kernels.cpu_state.MAX_WINDOW`, of no effect on float states.
+        rank: R of Mamba-1, 0 in Mamba-2.
     """
 
     layers: Sequence[Layer]
@@ -201,6 +214,7 @@ class Model:
     head_planes: int = 3
     dither: bool = False
     window: int = 1
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= cpu_state.MAX_WINDOW:
@@ -211,7 +225,7 @@ class Model:
             structs, self.final_norm.data_ptr(),
             *(MatrixStruct() if end is None else end.struct() for end in (self.embedding, self.head)), self.vocabulary,
             len(self.layers), self.hidden, *sizes, self.epsilon, self.gate_epsilon, *self.limits, int(self.dither),
-            self.window,
+            self.window, self.rank,
         )  # fmt: skip
         self._kept = structs
         lib = library()
@@ -226,7 +240,12 @@ class Model:
     @property
     def width(self) -> int:
         """C."""
-        return self.heads * self.channels + 2 * self.groups * self.states
+        return self.heads * self.channels + (0 if self.rank else 2 * self.groups * self.states)
+
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of :class:`Carried`."""
+        return len(self.layers) * (self.heads * self.channels * self.states + cpu_state.CONV_WIDTH * self.width) * 4
 
     def step_bytes(self) -> int:
         """Weight bytes that a step reads."""
@@ -248,10 +267,11 @@ class States:
         codes: uint8 ``[L, S, H, P, N bits / 8]``, or None with float states.
         channel: fp16 ``[L, S, H, P]``, None where it is calibrated.
         scale: fp16 ``[L, S, H, N]``.
-        floats: float32 ``[L, S, H, P, N]`` where there are no codes.
+        floats: float32 ``[L, S, H, P, N]`` where there are no codes; of Mamba-1 ``[L, S, I / 16, N, 16]``.
         conv: float32 ``[L, S, C, 4]``, the last inputs of the convolution.
-        recent: float32 ``[L, S, R - 1, I + H + G N]``, the tokens since each state was rounded, as
-            ``dsq_replay_update`` keeps them; None with R = 1 or float states.
+        recent: float32 ``[L, S, W - 1, I + H + G N]``, the tokens since each state was rounded, as
+            ``dsq_replay_update`` keeps them, of Mamba-1 ``[L, S, W - 1, 2 I + N]`` with dt in the place of decays; None
+            with W = 1 or float states.
         count: int32 ``[S]``, how many rows of it are filled, the same in all layers; None likewise.
     """
 
@@ -265,11 +285,12 @@ class States:
             if model.layers[0].fixed is None:
                 self.channel = torch.zeros((*lead, heads, channels), dtype=torch.float16)
         else:
-            self.floats = pages.zeros((*lead, heads, channels, states), torch.float32)
+            shape = (heads * channels // LANES, states, LANES) if model.rank else (heads, channels, states)
+            self.floats = pages.zeros((*lead, *shape), torch.float32)
         self.conv = torch.zeros(*lead, model.width, cpu_state.CONV_WIDTH)
         self.recent = self.count = None
         if model.bits and model.window > 1:
-            row = heads * channels + heads + model.groups * states
+            row = heads * channels * (2 if model.rank else 1) + model.groups * states + (0 if model.rank else heads)
             self.recent = torch.zeros(*lead, model.window - 1, row)
             self.count = torch.zeros(slots, dtype=torch.int32)
         self._struct = _States(*(None if t is None else t.data_ptr() for t in self._held()), slots)
@@ -290,6 +311,48 @@ class States:
     def nbytes(self) -> int:
         """Bytes of all sequences."""
         return sum(t.nbytes for t in self._held() if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a prompt has left after some of its tokens, a multiple of :data:`CUT`: all that its next part goes on from.
+
+    Attributes:
+        states: float32 ``[L, I N]`` in the order in which the kernels walk them; not rounded.
+        inputs: float32 ``[L, 4, C]``, the last inputs of the convolutions.
+        lanes: Channels side by side in ``states``.
+    """
+
+    states: Tensor
+    inputs: Tensor
+    lanes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.states.nbytes + self.inputs.nbytes
+
+
+def carried(model: Model) -> Carried:
+    """A copy of what the prompt that is being read has left; only between its parts."""
+    size = len(model.layers), model.heads * model.channels * model.states
+    states, inputs, lanes = torch.empty(size), torch.empty(size[0], cpu_state.CONV_WIDTH, model.width), ctypes.c_int64()
+    _carry(model, states, inputs, lanes, 0)
+    return Carried(states, inputs, lanes.value)
+
+
+def carry(model: Model, held: Carried) -> None:
+    """Let the next part of a prompt go on from here.
+
+    Args:
+        model: Whose it was.
+        held: Of :func:`carried`, whichever prompts have been read since.
+    """
+    _carry(model, held.states, held.inputs, ctypes.c_int64(held.lanes), 1)
+
+
+def _carry(model: Model, states: Tensor, inputs: Tensor, lanes: ctypes.c_int64, back: int) -> None:
+    library().llmc_mamba2_carry(model._handle, states.data_ptr(), inputs.data_ptr(), ctypes.addressof(lanes), back)
 
 
 def mixers(model: Model, states: States) -> Mixers:

@@ -1,18 +1,28 @@
-"""What earlier tokens leave in caches: how much of a prompt is there already, and how transformers' modules take it."""
+"""What earlier tokens leave in caches: how much of a prompt is there already, and how transformers' modules take it.
+
+A state stands at one length only. So that a prompt may begin with what another one left, engines with states give
+:class:`Snapshot` objects between its parts, and :class:`Snapshots` keeps some of them.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from llmcompress_kernels.mamba2 import Carried
     from transformers import PreTrainedModel
 
 # a prefix of fewer tokens costs as much to copy and to look after as to compute
 LEAST_PREFIX = 16
+# prompts that are remembered, to see where new ones part from them: a few bytes a token
+REMEMBERED = 64
 
 
 def shared_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
@@ -36,6 +46,147 @@ def shared_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
         else:
             most = half - 1
     return least
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a model with states keeps of the first tokens of a prompt, from which another prompt may go on.
+
+    States are those in float that the prompt itself goes on from, whatever a sequence stores: no bit changes.
+
+    Attributes:
+        count: Tokens.
+        carried: States and inputs of convolutions; None without mixers.
+        keys, values: Of the layers with attention, if there are any.
+    """
+
+    count: int
+    carried: Carried | None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        kept = (self.carried, self.keys, self.values)
+        return sum(part.nbytes for part in kept if part is not None)
+
+
+class Snapshots:
+    """Snapshots of prompts, those used last; not thread-safe.
+
+    One is worth taking at the end of a prompt, where the next turn of a conversation goes on, and where a prompt parts
+    from an earlier one, which is where what many have in common ends.
+
+    Args:
+        most_bytes: Of all together.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        # from the one used longest ago to the one used last
+        self._held: list[tuple[list[int], Snapshot]] = []
+        self._prompts: deque[list[int]] = deque(maxlen=REMEMBERED)
+
+    def find(self, prompt: Sequence[int]) -> Snapshot | None:
+        """The longest that is a prefix of a prompt, but not all of it: the logits after its last token are wanted."""
+        wanted, best = list(prompt), None
+        for entry in self._held:
+            tokens, found = entry
+            longer = best is None or found.count > best[1].count
+            if longer and found.count < len(wanted) and wanted[: found.count] == tokens:
+                best = entry
+        if best is None:
+            return None
+        self._held.remove(best)
+        self._held.append(best)
+        return best[1]
+
+    def cuts(self, prompt: Sequence[int], start: int, piece: int) -> list[int]:
+        """After which of its tokens a prompt's snapshots are worth taking, ascending; remembers the prompt.
+
+        Args:
+            prompt: Token ids.
+            start: Tokens that are held already.
+            piece: Prompts may be cut at multiples of it.
+        """
+        wanted = list(prompt)
+        common = max((shared_prefix(held, wanted) for held in self._prompts), default=0)
+        if wanted not in self._prompts:
+            self._prompts.append(wanted)
+        places = {count // piece * piece for count in (common, len(wanted) - 1)}
+        return sorted(count for count in places if count > start)
+
+    def keep(self, tokens: Sequence[int], snapshot: Snapshot) -> None:
+        """Keep a snapshot of these tokens; those used longest ago make room. One that is too large is not kept."""
+        if snapshot.nbytes > self._most:
+            return
+        self._held.append((list(tokens), snapshot))
+        while self.nbytes > self._most:
+            del self._held[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(snapshot.nbytes for _, snapshot in self._held)
+
+
+class PromptReader:
+    """Reads prompts into an engine in parts, beginning with what is kept of earlier ones.
+
+    Args:
+        engine: Native.
+        snapshots: Where an engine with states keeps them; None without.
+    """
+
+    def __init__(self, engine: Any, snapshots: Snapshots | None) -> None:
+        self._engine = engine
+        self._snapshots = snapshots if engine.keeps_snapshots else None
+        self._cuts: list[int] = []
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> int:
+        """Take over what is kept of a prompt's first tokens; returns their number.
+
+        Args:
+            slot: Which sequence of the engine.
+            prompt: Token ids. Until it has been read no other one may begin.
+        """
+        if self._snapshots is None:
+            return 0
+        found = self._snapshots.find(prompt)
+        if found is not None:
+            self._engine.resume(slot, found)
+        start = 0 if found is None else found.count
+        self._cuts = self._snapshots.cuts(prompt, start, self._engine.piece)
+        return start
+
+    def read(
+        self, slot: int, prompt: Sequence[int], start: int, end: int | None = None, member: str | None = None
+    ) -> Tensor:
+        """Tokens of a prompt.
+
+        Args:
+            slot: As in :meth:`begin`.
+            prompt: The whole.
+            start: Its first tokens that have been read.
+            end: Up to where to read: all by default, else a place where the engine may be cut.
+            member: Of a family.
+
+        Returns:
+            Logits float32 ``[V]`` at the end of the prompt, else ``[0]``.
+        """
+        stop = len(prompt) if end is None else min(end, len(prompt))
+        for cut in [cut for cut in self._cuts if start < cut < stop or cut == stop < len(prompt)]:
+            self._engine.prompt(slot, prompt[start:cut], member, start, last=False)
+            assert self._snapshots is not None
+            self._snapshots.keep(prompt[:cut], self._engine.snapshot(slot))
+            start = cut
+        if start == stop:
+            return torch.empty(0)
+        logits: Tensor = self._engine.prompt(slot, prompt[start:stop], member, start, last=stop == len(prompt))
+        if stop == len(prompt):
+            self._cuts = []
+        return logits
 
 
 def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str, Any]:

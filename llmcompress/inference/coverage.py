@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-STATES = ("mamba2",)
-HYBRIDS = ("bamba", "granitemoehybrid")
+STATES = ("mamba2", "mamba", "falcon_mamba")
+HYBRIDS = ("bamba", "granitemoehybrid", "jamba")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",

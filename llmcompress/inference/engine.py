@@ -186,6 +186,8 @@ class Engine:
     whole = "an expert-skipping policy counts over the whole prompt"
     # of layers with recurrent states
     mixers: native.Mixers | None = None
+    # whether a prompt may go on from a snapshot of an engine with states
+    keeps_snapshots = False
 
     def __init__(
         self,
@@ -294,6 +296,10 @@ class Engine:
     def reusable(self, slot: int, count: int) -> bool:
         """Whether a sequence still has what a token after its first ``count`` sees: layers with windows forget."""
         return self.keeps_prefixes and (self.cache.near is None or self.cache.near.holds(slot, count))
+
+    def snapshot_bytes(self, tokens: int) -> int:
+        """Bytes of a snapshot of so many tokens: none, see :attr:`keeps_snapshots`."""
+        return 0
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Let a sequence begin with the first tokens of another; :meth:`prompt` goes on from there.

@@ -17,7 +17,7 @@ from llmcompress_kernels.build import BuildError
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.inference.caches import shared_prefix
+from llmcompress.inference.caches import PromptReader, Snapshots, shared_prefix
 from llmcompress.inference.engine import longest
 from llmcompress.inference.native import NativeEngine, decline, open_engine
 
@@ -29,6 +29,8 @@ EngineName = Literal["auto", "native", "transformers"]
 NUCLEUS = 1024
 # positions by which the cache of a conversation grows
 TURNS = 1024
+# of a conversation with a model of states: what its next turn goes on from
+SNAPSHOT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ class Generator:
         # tokens in the engine's first slot
         self._held: list[int] = []
         self._native: NativeEngine | None = None
+        self._snapshots = Snapshots(SNAPSHOT_BYTES) if conversation else None
         self.reason = "asked for" if engine == "transformers" else decline(model)
         if self.reason is None:
             try:
@@ -230,8 +233,10 @@ class Generator:
             reused[0] = known if engine.reusable(0, known) else 0
         # an error or an interrupt may leave anything
         self._held = []
+        reader = PromptReader(engine, self._snapshots)
+        reused[0] = reused[0] or reader.begin(0, prompts[0])
         first = torch.stack([
-            engine.prompt(slot, prompt[start:], start=start)
+            reader.read(slot, prompt, start)
             for slot, (prompt, start) in enumerate(zip(prompts, reused))
         ])  # fmt: skip
         prompt_seconds = time.perf_counter() - began

@@ -1,7 +1,7 @@
-"""The native engine of hybrids: attention, Mamba-2 and experts, one call a token and one a prompt.
+"""The native engine of hybrids: attention, Mamba-2 or Mamba-1, and experts, one call a token and one a prompt.
 
-Layers with attention keep keys and values, layers with a Mamba-2 mixer a state of fixed size, in low-bit codes where
-the model's states are quantized. The decode step computes everything but the mixers; these are layers of the recurrent
+Layers with attention keep keys and values, layers with a mixer a state of fixed size, in low-bit codes where the
+model's states are quantized. The decode step computes everything but the mixers; these are layers of the recurrent
 engine, which every thread of the step enters in its turn. transformers' modules on our operators give the same codes
 and tokens (``tests/unit/inference/test_hybrid.py``).
 """
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompress_kernels import decode as native
-from llmcompress_kernels import mamba2, matrix
+from llmcompress_kernels import mamba1, mamba2, matrix
 from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.inference import recurrent
-from llmcompress.inference.caches import arguments
+from llmcompress.inference.caches import Snapshot, arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
 from llmcompress.inference.decoder import (
     assembled,
@@ -50,16 +50,20 @@ def decline(model: PreTrainedModel) -> str | None:
     if reason is not None:
         return reason
     layout = layout_from_config(config.to_dict())
-    reason = _decline_layout(layout) or recurrent.decline_states(model) or _decline_modules(model, layout)
+    reason = (
+        _decline_layout(layout, getattr(config, "mamba_dt_rank", 0))
+        or recurrent.decline_states(model)
+        or _decline_modules(model, layout)
+    )
     return reason or native.unavailable() or mamba2.unavailable()
 
 
-def _decline_layout(layout: ModelLayout) -> str | None:
+def _decline_layout(layout: ModelLayout, rank: Any) -> str | None:
     if not any(block.scan is None for block in layout.blocks):
         return "none of its layers has attention"
     views = {block.scan.module: block.scan for block in layout.blocks if block.scan is not None}
     for name, view in views.items():
-        reason = recurrent.decline_scan(view, layout.hidden)
+        reason = recurrent.decline_scan(view, layout.hidden, rank)
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -133,6 +137,39 @@ class HybridEngine(Engine):
             self._reading = (slot, self.lengths[slot])
         return logits
 
+    @property
+    def keeps_snapshots(self) -> bool:  # type: ignore[override]
+        """Whether prompts are read in parts, between which :meth:`snapshot` tells what they left."""
+        return self.piece is not None
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """See :meth:`RecurrentEngine.snapshot`, keys and values included."""
+        if self._reading is None or self._reading[0] != slot:
+            raise InputError(f"sequence {slot} is not being read", "take a snapshot between parts of its prompt")
+        count = self.lengths[slot]
+        kept = None if self.mixer_weights is None else mamba2.carried(self.mixer_weights)
+        return Snapshot(count, kept, *self.cache.part(slot, count))
+
+    def resume(self, slot: int, snapshot: Snapshot) -> None:
+        """See :meth:`RecurrentEngine.resume`.
+
+        Raises:
+            InputError: There is no room.
+        """
+        self._check(slot, snapshot.count, 0)
+        if self.mixer_weights is not None and snapshot.carried is not None:
+            mamba2.carry(self.mixer_weights, snapshot.carried)
+        assert snapshot.keys is not None
+        assert snapshot.values is not None
+        self.cache.put(slot, snapshot.keys, snapshot.values)
+        self.lengths[slot], self._reading = snapshot.count, (slot, snapshot.count)
+
+    def snapshot_bytes(self, tokens: int) -> int:
+        """Bytes of a snapshot of so many tokens."""
+        weights, held = self.mixer_weights, self.cache.keys.nbytes + self.cache.values.nbytes
+        each = held // (self.cache.keys.shape[1] * self.cache.positions) * tokens
+        return each + (0 if weights is None else weights.carried_bytes)
+
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         if getattr(self.model.base_model, "rotary_emb", None) is not None:
             return super()._rotary(positions)
@@ -169,7 +206,8 @@ class HybridEngine(Engine):
         assert states is not None
         states.conv[index, slot] = kept.conv_states[0][0]
         if states.floats is not None:
-            states.floats[index, slot] = state[0]
+            assert self.mixer_weights is not None
+            states.floats[index, slot] = mamba1.blocked(state[0]) if self.mixer_weights.rank else state[0]
             return
         assert states.codes is not None
         assert states.scale is not None
@@ -221,15 +259,15 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
     first, *rest = block.sublayers
     attention: Any = model.get_submodule(first.module) if first.kind == "attention" else None
     norm: Any = model.get_submodule(str(first.pre_norm))
-    mlp = next(sub for sub in rest if sub.kind == "mlp")
-    after: Any = model.get_submodule(str(mlp.pre_norm))
-    weights: dict[str, Any] = dict(zip(("gate", "up", "down"), _gated_mlp(model, mlp)))
+    after: Any = model.get_submodule(str(rest[0].pre_norm))
+    names, mlp = ("gate", "up", "down"), next((sub for sub in rest if sub.kind == "mlp"), None)
+    weights: dict[str, Any] = {} if mlp is None else dict(zip(names, _gated_mlp(model, mlp)))
     if block.bank is not None:
         router: Any = model.get_submodule(block.bank.router.module)
         # without experts the MLP beside them is the layer's own
         beside = {f"shared_{name}": weight for name, weight in weights.items()}
         experts = experts_of(model.get_submodule(block.bank.module), block.bank)
-        weights = {**beside, **dict(zip(weights, experts)), "router": matrix.dense(router.weight.detach())}
+        weights = {**beside, **dict(zip(names, experts)), "router": matrix.dense(router.weight.detach())}
     for name in ("query", "key", "value", "output"):
         weights[name] = None if attention is None else linear_matrix(getattr(attention, f"{name[0]}_proj"))
     return native.Layer(attention_norm=None if attention is None else norm_of(norm), mlp_norm=norm_of(after), **weights)

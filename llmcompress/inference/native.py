@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.inference import engine, hybrid, recurrent
-from llmcompress.inference.coverage import HYBRIDS
+from llmcompress.inference.coverage import HYBRIDS, STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ NativeEngine = engine.Engine | recurrent.RecurrentEngine
 
 def recurrent_model(model: PreTrainedModel) -> bool:
     """Whether a model's family keeps states only, and no keys and values."""
-    return model.config.model_type in recurrent.FAMILIES
+    return model.config.model_type in STATES
 
 
 def decline(model: PreTrainedModel) -> str | None:

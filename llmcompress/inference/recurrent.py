@@ -1,4 +1,4 @@
-"""The native engine of Mamba-2: a token of many sequences, or a prompt, is one call.
+"""The native engine of Mamba-2, Mamba and Falcon Mamba: a token of many sequences, or a prompt, is one call.
 
 The same interface as :class:`~llmcompress.inference.engine.Engine`, but a sequence holds a state of fixed size instead
 of keys and values: low-bit codes where the model's states are quantized, floats where they are not. transformers'
@@ -8,19 +8,23 @@ most of the time of a small model.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from llmcompress_kernels import mamba1
 from llmcompress_kernels import mamba2 as native
 from llmcompress_kernels.cpu_state import CONV_WIDTH, MAX_WINDOW
 from llmcompress_kernels.decode import INT8_PLANES
 from llmcompress_kernels.matrix import Matrix, dense
 from llmcompress_kernels.reference.group_gemm import LANES
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.inference.caches import Snapshot
+from llmcompress.inference.coverage import STATES
 from llmcompress.inference.decoder import ends_of, linear_matrix, norm_of, packed_matrix
 from llmcompress.inference.engine import HOOKED, decline_anywhere, decline_ends, decline_module, planes_of, refuse
 from llmcompress.models.registry import layout_from_config
@@ -34,8 +38,6 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout, ScanView
     from llmcompress.nn.states import StateQuantizer
 
-FAMILIES = ("mamba2",)
-
 
 def decline(model: PreTrainedModel) -> str | None:
     """Why the engine cannot run a model, None if it can.
@@ -44,10 +46,11 @@ def decline(model: PreTrainedModel) -> str | None:
         model: A causal language model, dense or packed.
     """
     config = model.config
-    reason = decline_anywhere(model, config, FAMILIES)
+    reason = decline_anywhere(model, config, STATES)
     if reason is None:
         layout = layout_from_config(config.to_dict())
-        reason = decline_scan(_views(layout)[0], layout.hidden)
+        view = _views(layout)[0]
+        reason = decline_scan(view, layout.hidden, getattr(config, "time_step_rank", 0))
     reason = reason or decline_states(model) or _decline_modules(model)
     return reason or native.unavailable()
 
@@ -56,13 +59,25 @@ def _views(layout: ModelLayout) -> list[ScanView]:
     return [block.scan for block in layout.blocks if block.scan is not None]
 
 
-def decline_scan(view: ScanView, hidden: int) -> str | None:
-    """Why there are no kernels for a Mamba-2 mixer of this size between hidden states of this width."""
+def decline_scan(view: ScanView, hidden: int, rank: Any = 0) -> str | None:
+    """Why there are no kernels for a mixer of this size between hidden states of this width.
+
+    Args:
+        view: Its sizes.
+        hidden: D.
+        rank: Of Mamba-1's time steps.
+    """
     inner = view.heads * view.channels
     if view.conv_width != CONV_WIDTH:
         return f"a convolution of {view.conv_width} tokens, not {CONV_WIDTH}"
-    if view.states not in native.STATES or view.channels % LANES != 0 or view.channels > 256:
+    if view.kind == "mamba1":
+        known = view.states == mamba1.STATES and view.channels <= mamba1.MOST_CHANNELS
+    else:
+        known = view.states in native.STATES and view.channels <= 256
+    if not known or view.channels % LANES != 0:
         return f"no kernel for states of {view.channels} channels by {view.states}"
+    if view.kind == "mamba1" and int(rank) % LANES != 0:
+        return f"time steps of rank {rank} do not fill vectors"
     if hidden % LANES != 0 or inner % (view.groups * LANES) != 0:
         return f"hidden size {hidden} or groups of {inner} / {view.groups} channels do not fill vectors"
     return None
@@ -77,7 +92,9 @@ def decline_states(model: PreTrainedModel) -> str | None:
         return "states are being evaluated"
     for name, quantizer in runtime.quantizers.items():
         spec = quantizer.spec
-        if not (quantizer.has_kernel and quantizer.one_width):
+        # has_kernel speaks of the operators, which are those of Mamba-2
+        known = quantizer.has_kernel if quantizer.scan.kind == "mamba2" else spec.has_kernel
+        if not (known and quantizer.one_width):
             return f"{name}: no kernel for states of codec {spec.codec} as it is set, or of several widths"
         if quantizer.window > MAX_WINDOW:
             return f"{name}: a replay window of {quantizer.window} tokens, more than {MAX_WINDOW}"
@@ -86,7 +103,7 @@ def decline_states(model: PreTrainedModel) -> str | None:
 
 
 def _decline_modules(model: PreTrainedModel) -> str | None:
-    heads = model.config.num_heads
+    heads = getattr(model.config, "num_heads", 0)
     for name, module in model.named_modules():
         reason = decline_module(name, module, heads if name.endswith("in_proj") else 0)
         # of modules that are no projections too: between them is what the step computes by itself
@@ -98,7 +115,7 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
 
 
 class RecurrentEngine:
-    """A Mamba-2 model ready to decode natively.
+    """A model of states ready to decode natively.
 
     Args:
         model: A causal language model for which :func:`decline` returns None.
@@ -118,9 +135,11 @@ class RecurrentEngine:
     """
 
     max_batch = native.MAX_BATCH
-    # see Engine. A state stands at one length only, and going on from a rounded one is not what a prompt is defined as
+    # see Engine. A state stands at one length only, and going on from a rounded one is not what a prompt is defined as:
+    # prompts go on from snapshots, which hold states in float
     piece = native.CUT
     keeps_prefixes = False
+    keeps_snapshots = True
 
     def __init__(
         self,
@@ -207,6 +226,35 @@ class RecurrentEngine:
     def reusable(self, slot: int, count: int) -> bool:
         """Never: :attr:`keeps_prefixes`."""
         return False
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """What a prompt has left that is being read, between two of its parts.
+
+        Args:
+            slot: Which sequence's.
+
+        Raises:
+            InputError: It is not being read.
+        """
+        if self._reading is None or self._reading[0] != slot:
+            raise InputError(f"sequence {slot} is not being read", "take a snapshot between parts of its prompt")
+        return Snapshot(self.lengths[slot], native.carried(self.weights))
+
+    def resume(self, slot: int, snapshot: Snapshot) -> None:
+        """Let a sequence begin with the tokens of a snapshot; :meth:`prompt` goes on from there.
+
+        Args:
+            slot: What it held is replaced once its prompt ends.
+            snapshot: Of this engine.
+        """
+        assert snapshot.carried is not None
+        native.carry(self.weights, snapshot.carried)
+        self.lengths[slot] = snapshot.count
+        self._reading = (slot, snapshot.count)
+
+    def snapshot_bytes(self, tokens: int) -> int:
+        """Bytes of a snapshot, however many tokens it is of."""
+        return self.weights.carried_bytes
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Never possible: :attr:`keeps_prefixes`."""
@@ -301,7 +349,7 @@ def mixers_of(
     model: PreTrainedModel, view: ScanView, parts: Sequence[tuple[Any, Any]], int8_activations: bool,
     final_norm: Tensor, embedding: Matrix | None = None, head: Matrix | None = None, vocabulary: int = 0,
 ) -> native.Model:  # fmt: skip
-    """Mamba-2 mixers as the native step reads them; packed weights are shared with the modules.
+    """Mixers as the native step reads them; packed weights are shared with the modules.
 
     Args:
         model: Whose mixers they are.
@@ -318,8 +366,10 @@ def mixers_of(
     exact = planes_of(model, int8_activations=False)
     norm, mixer = parts[0]
     first = quantizers.get(mixer.layer_idx)
+    per_channel = view.kind == "mamba1"
+    layer = _channel_layer if per_channel else _layer
     return native.Model(
-        layers=[_layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations) for n, m in parts],
+        layers=[layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations) for n, m in parts],
         final_norm=final_norm,
         embedding=embedding,
         head=head,
@@ -331,12 +381,27 @@ def mixers_of(
         bits=0 if first is None else first.spec.bits,
         refit=first is not None and first.spec.refit,
         epsilon=norm.variance_epsilon,
-        gate_epsilon=mixer.norm.variance_epsilon,
-        limits=tuple(mixer.time_step_limit),
+        gate_epsilon=_inner_epsilon(mixer) if per_channel else mixer.norm.variance_epsilon,
+        limits=(0.0, math.inf) if per_channel else tuple(mixer.time_step_limit),
         head_planes=exact,
         dither=first is not None and first.spec.dither,
         window=1 if first is None else first.window,
+        rank=mixer.time_step_rank if per_channel else 0,
     )
+
+
+def _inner_epsilon(mixer: Any) -> float:
+    """Of the norms of dt, B and C, which Falcon Mamba and Jamba have; negative where there are none."""
+    norm = getattr(mixer, "b_layernorm", None)
+    return -1.0 if norm is None else float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+
+
+def _inner_gain(mixer: Any) -> Tensor | None:
+    """Their weights, None where they have none: Falcon Mamba's are ones of any size that nothing reads."""
+    weights = [getattr(mixer, f"{name}_layernorm", None) for name in ("dt", "b", "c")]
+    if not all(isinstance(getattr(norm, "weight", None), nn.Parameter) for norm in weights):
+        return None
+    return torch.cat([norm_of(norm) for norm in weights])
 
 
 def _float(tensor: Any) -> Tensor:
@@ -361,6 +426,28 @@ def _layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, 
         fixed=None if quantizer is None else quantizer.static,
         in_planes=_planes(mixer.in_proj, exact, int8),
         out_planes=_planes(out, exact, int8),
+    )
+
+
+def _channel_layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool) -> native.Layer:
+    """The same of a Mamba-1 mixer."""
+    times = mixer.dt_proj
+    return native.Layer(
+        norm=norm_of(norm),
+        in_proj=linear_matrix(mixer.in_proj),
+        x_proj=linear_matrix(mixer.x_proj),
+        dt_proj=dense(times.weight.detach()),
+        out_proj=linear_matrix(mixer.out_proj),
+        conv_weight=_float(mixer.conv1d.weight[:, 0]),
+        conv_bias=None if mixer.conv1d.bias is None else _float(mixer.conv1d.bias),
+        dt_bias=_float(times.bias),
+        a=-_float(mixer.A_log).exp(),
+        d=_float(mixer.D),
+        gain=_inner_gain(mixer),
+        fixed=None if quantizer is None else quantizer.static,
+        in_planes=_planes(mixer.in_proj, exact, int8),
+        x_planes=_planes(mixer.x_proj, exact, int8),
+        out_planes=_planes(mixer.out_proj, exact, int8),
     )
 
 

@@ -17,6 +17,7 @@ class Limits:
             the longer running answers pause for a prompt, and the sooner it is read.
         prefix_caching: Whether a prompt begins with what other sequences hold or have left of the same tokens. Whoever
             has the key can then tell by the time whether somebody has asked a prompt: all are one tenant.
+        snapshot_bytes: Of what models with states keep of prompts for that, for all sequences together.
         prompt_tokens: Of one prompt.
         new_tokens: Of one answer.
         default_new_tokens: Of a chat answer whose request names no number, where there is so much room.
@@ -32,6 +33,7 @@ class Limits:
     cache_tokens: int = 65536
     prompt_chunk: int = 128
     prefix_caching: bool = True
+    snapshot_bytes: int = 1 << 30
     prompt_tokens: int = 8192
     new_tokens: int = 4096
     default_new_tokens: int = 2048

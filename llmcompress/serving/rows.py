@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.inference.caches import arguments
+from llmcompress.inference.caches import PromptReader, Snapshots, arguments
 from llmcompress.serving.slots import Slot, Slots
 
 if TYPE_CHECKING:
@@ -142,13 +142,21 @@ class NativeRows:
         limit: Sequences at once.
         longest: Tokens of one.
         prefixes: Whether prompts begin with what other sequences hold or have left, where the engine can do that.
+        snapshots: Bytes of snapshots that an engine with states may keep for that, at most.
     """
 
     kind = "native"
 
-    def __init__(self, engine: NativeEngine, limit: int, longest: int, prefixes: bool = True) -> None:
+    def __init__(
+        self, engine: NativeEngine, limit: int, longest: int, prefixes: bool = True, snapshots: int = 1 << 30
+    ) -> None:
         self._engine, self.limit, self.longest = engine, limit, longest
         self._slots = Slots(limit, prefixes and engine.keeps_prefixes, engine.reusable)
+        self._snapshots = 0
+        if prefixes and engine.keeps_snapshots:
+            # one for each sequence that runs and one for its next turn
+            self._snapshots = min(snapshots, 2 * limit * engine.snapshot_bytes(longest))
+        self._reader = PromptReader(engine, Snapshots(self._snapshots) if self._snapshots else None)
         self._taken: dict[int, Slot] = {}
         self._reused: dict[int, int] = {}
 
@@ -161,11 +169,10 @@ class NativeRows:
         slot, piece = self._taken[key], self._engine.piece
         start = len(slot.tokens)
         size = len(prompt) if most is None or piece is None else max(piece, most // piece * piece)
-        part = list(prompt[start : start + size])
-        last = start + len(part) == len(prompt)
-        logits = self._engine.prompt(slot.number, part, member, start, last)
-        slot.tokens += part
-        return logits if last else None
+        end = min(len(prompt), start + size)
+        logits = self._reader.read(slot.number, prompt, start, end, member)
+        slot.tokens += prompt[start:end]
+        return logits if end == len(prompt) else None
 
     def _begin(self, key: int, prompt: Sequence[int], member: str | None) -> None:
         slot, source, count = self._slots.take(prompt, member)
@@ -173,6 +180,9 @@ class NativeRows:
         if source is not None and source is not slot:
             self._engine.copy(source.number, slot.number, count)
             slot.tokens = list(prompt[:count])
+        resumed = self._reader.begin(slot.number, prompt)
+        if resumed:
+            self._reused[key], slot.tokens = resumed, list(prompt[:resumed])
 
     def reused(self, key: int) -> int:
         """See :meth:`Rows.reused`."""
@@ -206,8 +216,8 @@ class NativeRows:
         return self._engine.held_bytes([slot.number for slot in self._taken.values()])
 
     def full_bytes(self, tokens: int) -> int:
-        """See :meth:`Rows.full_bytes`; everything is reserved from the start."""
-        return self._engine.reserved_bytes
+        """See :meth:`Rows.full_bytes`; all but snapshots is reserved from the start."""
+        return self._engine.reserved_bytes + self._snapshots
 
 
 class SeparateRows:

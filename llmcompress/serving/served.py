@@ -194,7 +194,7 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
         engine = open_engine(model, places, longest)
     except BuildError as error:
         return None, str(error).splitlines()[0]
-    return NativeRows(engine, places, longest, limits.prefix_caching), ""
+    return NativeRows(engine, places, longest, limits.prefix_caching, limits.snapshot_bytes), ""
 
 
 def _modules(

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,43 @@ def test_a_prompt_that_begins_like_another_is_read_from_there(server: Running, r
     assert {choice.message.content for choice in several.choices} == {second.choices[0].message.content}
     assert several.usage.prompt_tokens == second.usage.prompt_tokens
     assert several.usage.prompt_tokens_details.cached_tokens == (second.usage.prompt_tokens - 1 if native else 0)
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba2"])
+def test_a_turn_goes_on_from_a_state(family: str, tiny: Any, tiny_tokenizer: Any) -> None:
+    from llmcompress.inference.native import decline
+    from llmcompress.models.registry import layout_from_config
+    from llmcompress.nn.mixers import attach
+    from llmcompress.serving.served import serve_model
+
+    sizes = {"state_size": 16, "time_step_rank": 16} if family == "falcon_mamba" else {"state_size": 32}
+    model = tiny.model(family, vocab_size=len(tiny_tokenizer), max_position_embeddings=1024, **sizes)
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq"})
+    if (reason := decline(model)) is not None:
+        pytest.skip(reason)
+    limits = replace(LIMITS, prompt_tokens=600, cache_tokens=2000, body_bytes=1 << 16)
+    tiny_tokenizer.chat_template = TEMPLATE
+    answers = []
+    for prefixes in (True, False):
+        bounds = replace(limits, prefix_caching=prefixes)
+        served = serve_model(model, tiny_tokenizer, "tiny", bounds)
+        assert served.batches[0].kind == "native"
+        running, messages, reused = Running(served, bounds), [], []
+        try:
+            for question in ("The cat sat on the mat and " * 12, "And then? " * 9, "Why?"):
+                messages.append({"role": "user", "content": question})
+                ask = {"model": "tiny", "max_tokens": 12, "temperature": 0, "messages": messages}
+                answer = running.client().chat.completions.create(**ask)
+                messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+                reused.append(answer.usage.prompt_tokens_details.cached_tokens)
+                assert answer.usage.prompt_tokens > 64
+            assert running.metric("reused_prompt_tokens_total") == sum(reused)
+        finally:
+            running.stop()
+        assert reused[0] == 0
+        assert all(count > 0 and count % 64 == 0 for count in reused[1:]) if prefixes else sum(reused) == 0
+        answers.append(messages)
+    assert answers[0] == answers[1]
 
 
 GOOD = {"model": "tiny", "prompt": "The", "max_tokens": 2}

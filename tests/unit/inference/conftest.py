@@ -224,8 +224,11 @@ class Sequences:
         differ = []
         for index, layer in enumerate(layers):
             held = layer.recurrent_states[0]
-            differ.append(float((states.codes[index, 0] != held.codes[0][0]).float().mean()))
-            torch.testing.assert_close(states.channel[index, 0], held.channel[0], rtol=2e-3, atol=0)
+            same = states.codes[index, 0] == held.codes[0][0]
+            differ.append(1 - float(same.float().mean()))
+            # a scale that is fitted to its codes moves with one of them, the more the fewer they are
+            alike = same.all(-1)
+            torch.testing.assert_close(states.channel[index, 0][alike], held.channel[0][alike], rtol=2e-3, atol=0)
             states.codes[index, 0], states.channel[index, 0] = held.codes[0][0], held.channel[0]
             states.scale[index, 0], states.conv[index, 0] = held.state[0], layer.conv_states[0][0]
             if window > 1:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from llmcompress_kernels import decode as native
+from llmcompress_kernels import mamba2
 
 from llmcompress.errors import InputError
 from llmcompress.inference.generate import Generator, Sampling, choose
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.mixers import attach
 
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no native kernels")
 PROMPTS = ([5, 6, 7], list(range(3, 60)), [9])
@@ -113,6 +116,23 @@ def test_a_conversation_reads_what_is_new(decoders: Any, packed: bool) -> None:
     with pytest.raises(ZeroDivisionError):
         talk.generate([[9, *prompt]], Sampling(4), streamer=Broken())
     assert talk.generate([[9, *prompt]], Sampling(2))[0].reused == 0
+
+
+@pytest.mark.skipif(mamba2.unavailable() is not None, reason=f"no native kernels: {mamba2.unavailable()}")
+def test_a_conversation_of_states_goes_on_from_a_snapshot(tiny: Any) -> None:
+    model = tiny.model("falcon_mamba", state_size=16, time_step_rank=16)
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq"})
+    talk, fresh = Generator(model, conversation=True), Generator(model)
+    prompt, reused = list(range(3, 63)) * 2, []
+    for _ in range(3):
+        (found,), (alone,) = talk.generate([prompt], Sampling(9)), fresh.generate([prompt], Sampling(9))
+        assert found.tokens == alone.tokens
+        reused.append(found.reused)
+        prompt = [*prompt, *found.tokens, *range(4, 64)]
+    assert reused == [0, 64, 128]
+    with pytest.raises(ZeroDivisionError):
+        talk.generate([prompt], Sampling(4), streamer=Broken())
+    assert talk.generate([prompt], Sampling(9))[0].tokens == fresh.generate([prompt], Sampling(9))[0].tokens
 
 
 class Broken:

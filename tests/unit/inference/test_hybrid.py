@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmcompress_kernels import decode, mamba2
+from llmcompress_kernels import decode, mamba1, mamba2
 from transformers import DynamicCache
 
 from llmcompress.errors import InputError
@@ -32,6 +32,12 @@ GRANITE: dict[str, Any] = {
     "num_experts_per_tok": 3, "shared_intermediate_size": 48, "residual_multiplier": 0.6, "embedding_multiplier": 3.0,
     "logits_scaling": 6.0, "attention_multiplier": 0.4, "position_embedding_type": "rope",
 }  # fmt: skip
+JAMBA: dict[str, Any] = {
+    "vocab_size": 70, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 16, "mamba_d_state": 16, "mamba_dt_rank": 16, "mamba_expand": 2,
+    "attn_layer_period": 4, "attn_layer_offset": 1, "num_experts": 6, "num_experts_per_tok": 2,
+    "max_position_embeddings": 512, "use_associative_scan": False,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granitemoehybrid", GRANITE),
     # as Granite 4 is: no positions; and its small ones: one MLP and no experts
@@ -39,6 +45,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("granitemoehybrid", {**GRANITE, "num_local_experts": 0, "mamba_n_groups": 1}),
     "attention": ("granitemoehybrid", {**GRANITE, "layer_types": ["full_attention"] * 3}),
     "bamba": ("bamba", {**_MIXERS, "attn_layer_indices": [1], "mamba_proj_bias": True, "num_key_value_heads": 3}),
+    # Mamba-1, no positions; experts in every second layer, or one MLP as in Jamba's small ones
+    "jamba": ("jamba", JAMBA),
+    "thin": ("jamba", {**JAMBA, "num_experts": 1, "tie_word_embeddings": True, "mamba_proj_bias": True}),
 }
 IDS = torch.randint(3, 70, (330,), generator=torch.Generator().manual_seed(5))
 # logits are of size 1; float32 sums in another order differ by a few units of the last place
@@ -84,6 +93,8 @@ def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
             torch.testing.assert_close(engine.states.conv[mixers, slot], layer.conv_states[0][0], rtol=1e-4, atol=2e-5)
             if engine.states.floats is not None:
                 held = engine.states.floats[mixers, slot]
+                if engine.mixer_weights is not None and engine.mixer_weights.rank:
+                    held = mamba1.unblocked(held)
                 torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=2e-5)
             mixers += 1
         else:
@@ -125,15 +136,17 @@ STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("ds
 
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize(("codec", "rounding", "window"), STORED)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4)])
 @torch.inference_mode()
 def test_packed_states_have_the_same_codes(
-    bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path, sequences: Any
-) -> None:
+    name: str, bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path,
+    sequences: Any,
+) -> None:  # fmt: skip
     """Step by step from the same states: float32 sums in another order may move a number across a rounding boundary."""
     policy = {"bits": bits, "codec": codec, "rounding": rounding, "window": window}
-    model, tokens = packed(tiny, tmp_path, "granite", policy), IDS[:60]
+    model, tokens = packed(tiny, tmp_path, name, policy), IDS[:60]
     engine, cache, differ = HybridEngine(model), DynamicCache(config=model.config), []
+    mixers = [layer for layer, found in zip(cache.layers, engine.decoder.layers) if found.mixes]
     if not at_once:
         engine.least_at_once = 1000
     for at in range(39, len(tokens)):
@@ -142,11 +155,11 @@ def test_packed_states_have_the_same_codes(
         found = engine.prompt(0, given.tolist()) if at == 39 else engine.step(given, [0])[0]
         assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
         assert int(found.argmax()) == int(expected.argmax())
-        differ += sequences.differing(engine.states, [cache.layers[0], cache.layers[2]], window, at - 39)
+        differ += sequences.differing(engine.states, mixers, window, at - 39)
     assert sum(differ) / len(differ) < 0.01
 
 
-@pytest.mark.parametrize("name", ["granite", "nope", "bamba"])
+@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_generation_takes_it_and_writes_the_same(
     window: int, name: str, tiny: Any, tmp_path: Path, sequences: Any
@@ -206,6 +219,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
     ("granitemoehybrid", {"layer_types": ["linear_attention"] * 3}, None, "none of its layers has attention"),
     ("granitemoehybrid", {}, {"bits": 4, "codec": "per_channel"}, "per_channel"),
     ("granitemoehybrid", {}, {"bits": 4, "codec": "dsq", "window": 65}, "window of 65 tokens"),
+    ("jamba", {"mamba_dt_rank": 3}, None, "rank 3"),
     ("granitemoehybrid", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None, "rota"),
 ]  # fmt: skip
 
@@ -214,7 +228,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
 def test_what_it_cannot_run_it_declines(
     family: str, changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any, sequences: Any
 ) -> None:
-    model = tiny.model(family, **{**GRANITE, **changes})
+    model = tiny.model(family, **{**(JAMBA if family == "jamba" else GRANITE), **changes})
     sequences.refused(model, policy, reason)
 
 
@@ -225,7 +239,7 @@ def test_hooks_are_declined(tiny: Any) -> None:
     assert "hooks" in str(decline(model))
 
 
-@pytest.mark.parametrize("name", ["granite", "dense", "bamba"])
+@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin"])
 def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Routed experts keep float inputs, all others are rounded."""
     model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
@@ -254,7 +268,9 @@ def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("cuts", [(0, 64, 300), (0, 128, 192, 300), (0, 256, 300)])
-@pytest.mark.parametrize(("name", "threads", "window"), [("granite", 1, 1), ("granite", 3, 4), ("bamba", 2, 1)])
+@pytest.mark.parametrize(
+    ("name", "threads", "window"), [("granite", 1, 1), ("granite", 3, 4), ("bamba", 2, 1), ("jamba", 2, 1)]
+)
 def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
     name: str, threads: int, window: int, cuts: tuple[int, ...], tiny: Any, tmp_path: Path
 ) -> None:

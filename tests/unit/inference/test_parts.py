@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from llmcompress_kernels import decode as native
 from llmcompress_kernels import mamba2
 
 from llmcompress.errors import InputError
-from llmcompress.inference.caches import LEAST_PREFIX, shared_prefix
+from llmcompress.inference.caches import LEAST_PREFIX, Snapshot, Snapshots, shared_prefix
 from llmcompress.inference.engine import Engine
 from llmcompress.inference.recurrent import RecurrentEngine
 from llmcompress.models.registry import layout_from_config
@@ -112,19 +111,24 @@ def test_what_cannot_go_on_is_said_so(decoders: Any, ids: torch.Tensor) -> None:
             engine.prompt(0, tokens[:20], start=start, last=last)
 
 
+_MAMBA2 = {"num_heads": 6, "head_dim": 16, "state_size": 32}
+_MAMBA1 = {"state_size": 16, "time_step_rank": 16}
+
+
 @needs_states
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("family", "bits"), [("mamba2", None), ("mamba2", 4), ("mamba", None), ("falcon_mamba", 4)])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("cuts", [(0, 64, 300), (0, 128, 192, 300), (0, 256, 300)])
 @torch.inference_mode()
 def test_parts_of_a_state_space_prompt_are_the_whole_bit_by_bit(
-    bits: int | None, cuts: tuple[int, ...], tiny: Any, tmp_path: Path
+    family: str, bits: int | None, threads: int, cuts: tuple[int, ...], tiny: Any
 ) -> None:
-    sizes = {"hidden_size": 48, "num_heads": 6, "head_dim": 16, "expand": 2, "state_size": 32, "vocab_size": 70}
-    model = tiny.model("mamba2", **sizes, conv_kernel=4, num_hidden_layers=2)
+    sizes = {"hidden_size": 48, "expand": 2, "vocab_size": 70, **(_MAMBA2 if family == "mamba2" else _MAMBA1)}
+    model = tiny.model(family, **sizes, conv_kernel=4, num_hidden_layers=2)
     if bits is not None:
         attach(model, layout_from_config(model.config.to_dict()), {"bits": bits, "codec": "dsq"})
     tokens = torch.randint(3, 70, (300,), generator=torch.Generator().manual_seed(5)).tolist()
-    engine = RecurrentEngine(model, slots=3)
+    engine = RecurrentEngine(model, slots=3, threads=threads)
     whole, other = engine.prompt(0, tokens), engine.prompt(2, tokens[:50])
     alone = engine.step(torch.tensor([9]), [2]).clone()
     engine.prompt(2, tokens[:50])
@@ -144,6 +148,67 @@ def test_parts_of_a_state_space_prompt_are_the_whole_bit_by_bit(
         engine.prompt(1, tokens[64:], start=64)
     with pytest.raises(InputError, match="cut short"):
         engine.copy(0, 1, 5)
+
+
+@needs_states
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("family", ["mamba2", "falcon_mamba"])
+@torch.inference_mode()
+def test_a_snapshot_outlives_other_prompts(family: str, threads: int, tiny: Any) -> None:
+    """Three threads share the channels of a short part otherwise than those of a long one."""
+    heads = {"hidden_size": 96, "num_heads": 3, "head_dim": 64, "state_size": 32, "n_groups": 1}
+    sizes = heads if family == "mamba2" else {"hidden_size": 96, **_MAMBA1}
+    model = tiny.model(family, **sizes, expand=2, vocab_size=70, conv_kernel=4, num_hidden_layers=2)
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq", "window": 2})
+    tokens = torch.randint(3, 70, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+    engine = RecurrentEngine(model, slots=3, threads=threads)
+    whole = engine.prompt(0, tokens)
+    with pytest.raises(InputError, match="is not being read"):
+        engine.snapshot(0)
+    engine.prompt(1, tokens[:64], last=False)
+    with pytest.raises(InputError, match="is not being read"):
+        engine.snapshot(2)
+    kept = engine.snapshot(1)
+    assert (kept.count, kept.nbytes) == (64, engine.snapshot_bytes(64))
+    engine.prompt(1, tokens[64:100], start=64)
+    engine.prompt(2, tokens[::-1])
+    engine.step(torch.tensor([5]), [2])
+    engine.resume(1, kept)
+    assert torch.equal(engine.prompt(1, tokens[64:], start=64), whole)
+    for held in (engine.states.codes, engine.states.scale, engine.states.conv):
+        assert held is not None
+        assert torch.equal(held[:, 0], held[:, 1])
+    assert engine.lengths[:2] == [300, 300]
+
+
+def test_snapshots_are_taken_where_prompts_end_and_part() -> None:
+    def snapshot(count: int, floats: int) -> Snapshot:
+        return Snapshot(count, None, torch.zeros(floats))
+
+    held, first = Snapshots(1000), list(range(200))
+    assert held.cuts(first, 0, 64) == [192]
+    assert held.find(first) is None
+    held.keep(first[:192], snapshot(192, 192))
+    assert held.find(first) is not None
+    # the logits after the last token are wanted
+    assert held.find(first[:192]) is None
+    assert held.cuts(first, 192, 64) == []
+    other = [*range(150), *range(500, 560)]
+    assert held.find(other) is None
+    assert held.cuts(other, 0, 64) == [128, 192]
+    held.keep(other[:128], snapshot(128, 50))
+    found = held.find([*range(140), 7])
+    assert found is not None
+    assert found.count == 128
+    # 192 + 50 floats are within 1000 bytes; the one used longest ago makes room for the next
+    assert held.nbytes == 968
+    held.keep(other[:64], snapshot(64, 10))
+    found = held.find(first)
+    assert found is not None
+    assert found.count == 128
+    assert held.nbytes == 240
+    held.keep(first[:192], snapshot(192, 300))
+    assert held.nbytes == 240
 
 
 @pytest.mark.parametrize("common", [0, 3, LEAST_PREFIX, LEAST_PREFIX + 1, 47, 63, 64, 80])

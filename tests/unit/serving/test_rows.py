@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import skipping
 from llmcompress.nn.mixers import attach
+from llmcompress.quant.spec import QuantSpec
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, SeparateRows
 
@@ -207,14 +209,80 @@ def test_a_second_turn_reads_what_is_new(family: str, prefixes: bool, tiny: Any)
     assert int(rows.step({1: 5, 2: 6})[1].argmax()) == alone(model, [*again, 5], 1)[0]
 
 
-def test_states_are_read_in_parts_and_never_reused(tiny: Any) -> None:
-    model = tiny.model("mamba2", num_heads=4, head_dim=16, state_size=32)
-    rows = native_rows(model, 2)
-    (prompt,) = prompts((150,))
-    for key in range(2):
-        logits, parts = read(rows, key, prompt, 70)
-        assert (rows.reused(key), parts) == (0, 3)
-        assert int(logits.argmax()) == alone(model, prompt, 1)[0]
+def state_model(tiny: Any, family: str) -> Any:
+    """With states at 4 bits; of the hybrid weights are packed too, so that prompts come in parts."""
+    sizes: dict[str, Any] = {"mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 32}}.get(family, {})
+    if family == "falcon_mamba":
+        sizes = {"state_size": 16, "time_step_rank": 16}
+    if family == "bamba":
+        sizes = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 32, "mamba_n_groups": 2, "hidden_size": 48}
+        sizes |= {"attn_layer_indices": [1], "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    model = tiny.model(family, **sizes)
+    if family == "bamba":
+        model = rounded(model, QuantSpec(8, 16, symmetric=True))
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq"})
+    return model
+
+
+@pytest.mark.parametrize("family", ["mamba2", "falcon_mamba", "bamba"])
+def test_states_go_on_from_snapshots_bit_by_bit(family: str, tiny: Any) -> None:
+    model = state_model(tiny, family)
+    rows, whole = native_rows(model, 3), native_rows(model, 1, False)
+
+    def answer(key: int, prompt: list[int], chunk: int) -> tuple[list[torch.Tensor], int]:
+        logits, parts = read(rows, key, prompt, chunk)
+        found = [logits]
+        for token in (5, 6):
+            found.append(rows.step({key: token})[key])
+        return found, parts
+
+    def fresh(prompt: list[int]) -> list[torch.Tensor]:
+        logits, _ = read(whole, 0, prompt, 1000)
+        found = [logits, *(whole.step({0: token})[0] for token in (5, 6))]
+        whole.leave(0)
+        return found
+
+    first, other = prompts((150, 40))
+    found, parts = answer(0, first, 70)
+    assert (rows.reused(0), parts) == (0, 3)
+    # the next turn: the prompt, its answer, a question
+    second = [*first, 5, 6, *other]
+    found, parts = answer(1, second, 70)
+    assert (rows.reused(1), parts) == (128, 1)
+    for logits, expected in zip(found, fresh(second)):
+        assert torch.equal(logits, expected)
+    # where two prompts part, somebody may begin
+    third, fourth = [*first[:100], *other], [*first[:90], *other[::-1], *other]
+    found, _ = answer(2, third, 1000)
+    assert rows.reused(2) == 0
+    rows.leave(0)
+    found, _ = answer(3, fourth, 70)
+    assert rows.reused(3) == 64
+    for logits, expected in zip(found, fresh(fourth)):
+        assert torch.equal(logits, expected)
+    # and those who were there before have lost nothing
+    assert int(rows.step({1: 7})[1].argmax()) == int(alone(model, [*second, 5, 6, 7], 1)[0])
+
+
+def test_snapshots_keep_to_their_bytes(tiny: Any) -> None:
+    model = state_model(tiny, "falcon_mamba")
+    engine = native_rows(model, 2)._engine
+    one = engine.snapshot_bytes(200)
+    many = prompts((150, 140, 130, 120))
+    for most, kept in ((0, 0), (one - 1, 0), (one, 1), (1 << 30, 4)):
+        rows = NativeRows(engine, 2, 200, True, most)
+        assert rows.full_bytes(1) == engine.reserved_bytes + min(most, 4 * one)
+        for key, prompt in enumerate(many):
+            read(rows, key, prompt, 64)
+            rows.leave(key)
+        # the one used last is kept longest
+        reused = []
+        for key, prompt in enumerate(many[::-1]):
+            read(rows, key, [*prompt, 3, 4], 64)
+            reused.append(rows.reused(key))
+            rows.leave(key)
+        assert sum(count > 0 for count in reused) == kept
+        assert kept == 0 or reused[0] == 64
 
 
 def test_a_policy_that_counts_over_the_prompt_keeps_it_whole(tiny: Any) -> None:

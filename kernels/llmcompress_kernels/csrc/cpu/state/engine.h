@@ -1,4 +1,4 @@
-// A Mamba-2 model made ready: kernels chosen, chunk lists of packed matrices, buffers. And what a step and a prompt share.
+// A model of mixers made ready: kernels chosen, chunk lists of packed matrices, buffers. And what a step and a prompt share.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <deque>
 #include <vector>
 
+#include "channels.h"
 #include "heads.h"
 #include "llmcompress/barrier.h"
 #include "llmcompress/lowbit.h"
@@ -51,8 +52,9 @@ struct Operand {
 
 struct LayerOperands {
   MixerLayer l;
-  Operand in, dt, out;
-  std::vector<float> taps;  // weights of the convolution [4, C]
+  Operand in, x, dt, out;
+  std::vector<float> taps;   // weights of the convolution [4, C]
+  std::vector<float> rates;  // of Mamba-1: a / ln 2, [I / 16, N, 16]
 };
 
 // Memory of cache lines that only grows.
@@ -79,7 +81,8 @@ struct ThreadBuffers {
 struct Team {
   Barrier barrier;
   Lines<float> hidden, normed, mixed, bc, steps, decay;
-  Lines<char> activations;
+  Lines<char> activations, more;  // `more` of Mamba-1, whose first inputs are needed to the end
+  Lines<float> rows;              // likewise where they are dense
 };
 
 struct Engine {
@@ -87,19 +90,27 @@ struct Engine {
     layers.reserve(static_cast<size_t>(m.layer_count));
     for (int i = 0; i < m.layer_count; ++i) {
       const MixerLayer& l = m.layers[i];
-      layers.push_back({l, Operand(l.in_proj, l.in_planes), Operand(l.dt_proj, 0), Operand(l.out_proj, l.out_planes), {}});
-      for (Operand* o : {&layers.back().in, &layers.back().out}) o->even = o->eights() && kernels.token_block == 8;
+      layers.push_back({l, Operand(l.in_proj, l.in_planes), Operand(l.x_proj, l.x_planes), Operand(l.dt_proj, 0),
+                        Operand(l.out_proj, l.out_planes), {}, {}});
+      for (Operand* o : {&layers.back().in, &layers.back().x, &layers.back().out}) o->even = o->eights() && kernels.token_block == 8;
       layers.back().taps.resize(static_cast<size_t>(4 * width()));
       for (int64_t at = 0; at < 4 * width(); ++at) {
         layers.back().taps[static_cast<size_t>(at % 4 * width() + at / 4)] = l.conv_weight[at];
       }
+      if (per_channel()) layers.back().rates = rates_of(l.a, inner(), m.states);
     }
   }
 
   int64_t inner() const { return int64_t(m.heads) * m.channels; }
   int64_t both() const { return int64_t(m.groups) * m.states; }
-  int64_t width() const { return inner() + 2 * both(); }
-  int64_t row() const { return (inner() + width() + m.heads + LANES - 1) / LANES * LANES; }  // of what in_proj yields
+  // Whether every channel has time steps and decays of its own, as in Mamba-1.
+  bool per_channel() const { return m.rank > 0; }
+  int64_t width() const { return inner() + (per_channel() ? 0 : 2 * both()); }
+  // of what in_proj yields
+  int64_t row() const { return (inner() + width() + (per_channel() ? 0 : m.heads) + LANES - 1) / LANES * LANES; }
+  // of what x_proj yields: the inputs of time steps, B and C
+  int64_t x_row() const { return (m.rank + 2 * m.states + LANES - 1) / LANES * LANES; }
+  int64_t step_row() const { return per_channel() ? inner() + x_row() : m.heads; }
   int64_t hidden_row() const { return (m.hidden + LANES - 1) / LANES * LANES; }
   int64_t head_row() const { return (m.vocabulary + LANES - 1) / LANES * LANES; }
   int64_t state_size() const { return inner() * m.states; }
@@ -109,14 +120,14 @@ struct Engine {
   // Bytes of the largest fixed-point input of `tokens` rows.
   size_t activation_bytes(int64_t tokens) const {
     size_t most = head.bytes(tokens);
-    for (const LayerOperands& o : layers) most = std::max({most, o.in.bytes(tokens), o.out.bytes(tokens)});
+    for (const LayerOperands& o : layers) most = std::max({most, o.in.bytes(tokens), o.x.bytes(tokens), o.out.bytes(tokens)});
     return most;
   }
   // Of the widest input of a dense projection, 0 where all are packed.
   int64_t dense_columns() const {
     int64_t most = 0;
     for (const LayerOperands& layer : layers) {
-      for (const Operand* o : {&layer.in, &layer.out}) most = std::max<int64_t>(most, o->packed() ? 0 : o->m.columns);
+      for (const Operand* o : {&layer.in, &layer.x, &layer.out}) most = std::max<int64_t>(most, o->packed() ? 0 : o->m.columns);
     }
     return most;
   }

@@ -169,6 +169,20 @@ EXPORT void llmc_mamba2_prompt(void* handle, const state::MixerStates* states, c
   if (prompt->last != 0) drop_tiles(engine);
 }
 
+// What the prompt that is being read has left so far: states [L, I N] in pieces of `lanes` channels, and the last inputs of
+// convolutions [L, 4, C]. Copied from the engine, or with `back` into it, so that a prompt goes on from there.
+EXPORT void llmc_mamba2_carry(void* handle, float* states, float* inputs, int64_t* lanes, int32_t back) {
+  using namespace state;
+  Engine& engine = *static_cast<Engine*>(handle);
+  const int64_t count = engine.m.layer_count * engine.state_size(), taps = engine.m.layer_count * 4 * engine.width();
+  const auto move = [&](float* outside, float* own, int64_t floats) {
+    std::memcpy(back != 0 ? own : outside, back != 0 ? outside : own, size_t(floats) * sizeof(float));
+  };
+  move(states, engine.tiles.get(count), count);
+  move(inputs, engine.old.get(taps), taps);
+  (back != 0 ? engine.lanes : *lanes) = back != 0 ? *lanes : engine.lanes;
+}
+
 // Layers of the model among others that the decode step computes (decode.h).
 EXPORT const llmcompress::decode::Mixers* llmc_mamba2_mixers() {
   using namespace state;

@@ -57,22 +57,28 @@ STATE_INLINE void join_pairs(const float* in, float* out, int n) {
   }
 }
 
-// Sums of 16 vectors; any order of additions.
-STATE_INLINE __m512 sum_rows(const float (*rows)[16]) {
+// What an operation makes of each of 16 vectors, in any order.
+template <class Fold>
+STATE_INLINE __m512 fold_rows(const float (*rows)[16], Fold fold) {
   __m512 four[4];
   for (int q = 0; q < 4; ++q) {
     __m512 two[2];
     for (int h = 0; h < 2; ++h) {
       const __m512 a = _mm512_load_ps(rows[4 * q + 2 * h]), b = _mm512_load_ps(rows[4 * q + 2 * h + 1]);
-      two[h] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+      two[h] = fold(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
     const __m512d x = _mm512_castps_pd(two[0]), y = _mm512_castps_pd(two[1]);
-    four[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    four[q] = fold(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
-  // each vector: four 128-bit lanes of partial sums of rows 4q .. 4q+3
-  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  // each vector: four 128-bit lanes of partial results of rows 4q .. 4q+3
+  const __m512 ab = fold(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const __m512 cd = fold(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  return fold(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+
+// Sums of 16 vectors; any order of additions.
+STATE_INLINE __m512 sum_rows(const float (*rows)[16]) {
+  return fold_rows(rows, [&](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_add_ps(a, b); });
 }
 
 // Sums of 16 rows given as (even, odd) vectors, the second half added to the first until one value is left:
