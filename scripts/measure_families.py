@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """How fast dense families decode natively and through transformers' modules, with random weights and few layers.
 
-    python scripts/measure_families.py --families gemma2 phi3 --layers 4 [--bits 4] [--out FILE]
+    python scripts/measure_families.py --families gemma2 phi3 --layers 4 [--bits 4] [--case "prefill 512"] [--out FILE]
 
 Sizes are transformers' defaults of a family, those of a released model (Gemma-2-2B, Phi-3-mini, …). Weights are random
 and rounded to nearest: speed does not depend on them. Three ways alternate sample by sample: the native engine,
 transformers' modules on the same packed weights, and transformers on bf16 ones. Embedding and head have their full
-size, whatever the number of layers.
+size, whatever the number of layers. Cases measured before stay in the file.
 """
 
 from __future__ import annotations
@@ -26,36 +26,31 @@ from llmcompress.inference import speed
 from llmcompress.inference.engine import Engine
 from llmcompress.quant.spec import QuantSpec
 
+CASES = (speed.Case("decode", 16, 1, 4), speed.Case("decode", 512, 1, 4), speed.Case("prefill", 512))
+
 
 def random_model(family: str, layers: int) -> Any:
-    """A bf16 model of a family's default sizes."""
+    """A bf16 model of a family's default sizes; a million numbers are drawn and used again and again."""
     config = AutoConfig.for_model(family, num_hidden_layers=layers)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.02).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
+            for part in parameter.view(-1).split(len(drawn)):
+                part.copy_(drawn[: len(part)])
     model.tie_weights()
     return model.eval()
 
 
-def measure(family: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Rows of one family, and what a step of the native engine reads."""
+def candidates_of(family: str, options: argparse.Namespace) -> dict[str, speed.Candidate]:
+    """The three ways to run a family."""
     packed = speed.rounded(random_model(family, options.layers), QuantSpec(options.bits, 64))
-    engine = Engine(packed)
-    candidates = {
-        "native": speed.native(engine),
+    return {
+        "native": speed.native(Engine(packed)),
         "modules": speed.transformers(packed),
         "bf16": speed.transformers(random_model(family, options.layers)),
     }
-    cases = [speed.Case("decode", 16, 1, 8), speed.Case("decode", 512, 1, 8), speed.Case("prefill", 512)]
-    rows = []
-    for case in cases:
-        rows += speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
-        for row in rows[-len(candidates) :]:
-            rate = row["tokens_per_second"]
-            print(f"{family:<12} {row['case']:<24} {row['candidate']:<8} {rate:>8.1f} tokens/s", flush=True)
-    return {"rows": rows, "step_bytes": engine.decoder.step_bytes(), "head_bytes": engine.decoder.head.nbytes}
 
 
 def main() -> int:
@@ -63,19 +58,32 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=["gemma2"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--case", action="append", help="only this one; may be repeated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per case")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = {family: measure(family, options) for family in options.families}
-    told = {
+    told: dict[str, Any] = {
         "environment": bench.environment(options.threads), "transformers": version("transformers"),
-        "layers": options.layers, "bits": options.bits, "families": found,
+        "layers": options.layers, "bits": options.bits, "families": {},
     }  # fmt: skip
-    if options.out is not None:
-        options.out.write_text(json.dumps(told, indent=1) + "\n")
+    if options.out is not None and options.out.is_file():
+        told["families"] = json.loads(options.out.read_text())["families"]
+    for family in options.families:
+        candidates = candidates_of(family, options)
+        for case in CASES:
+            if options.case and case.name not in options.case:
+                continue
+            found = speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
+            for row in found:
+                rate = row["tokens_per_second"]
+                print(f"{family:<12} {row['case']:<24} {row['candidate']:<8} {rate:>8.1f} tokens/s", flush=True)
+            kept = [row for row in told["families"].get(family, []) if row["case"] != case.name]
+            told["families"][family] = kept + found
+            if options.out is not None:
+                options.out.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 
 

@@ -113,7 +113,12 @@ void attend(const T* keys, const T* values, const float* queries, const Widths& 
         F16 scores[G];
         if (w.latent) score_rows<T, G>(keys + p * row, queries, row, scores);
         else score_block<T, G>(keys + p * row, queries, w.key, row, scores);
-        for (int g = 0; limits.cap > 0 && g < G; ++g) scores[g] = capped(scores[g], limits.cap);
+        if (limits.cap > 0) {
+            float raw[G * LANES];
+            for (int g = 0; g < G; ++g) store(raw + g * LANES, scores[g]);
+            cap_all(raw, G * LANES, limits.cap);
+            for (int g = 0; g < G; ++g) scores[g] = load_float(raw + g * LANES);
+        }
         if (p < since || p + LANES > last - (G - 1) * LATER)
             for (int g = 0; g < G; ++g) {
                 const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - limits.window) : first;

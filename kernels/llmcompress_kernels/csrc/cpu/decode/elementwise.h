@@ -97,7 +97,8 @@ inline F16 capped(F16 x, float cap) {
     return cap * (square < 0.01f ? near : far);
 }
 
-inline void cap_all(float* x, int64_t count, float cap) {
+// One body: attention is compiled for many numbers of heads, few models cap its scores.
+__attribute__((noinline)) inline void cap_all(float* x, int64_t count, float cap) {
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) store(x + i, capped(load_float(x + i), cap));
     for (; i < count; ++i) x[i] = capped(spread(x[i]), cap)[0];
