@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast a model with latent attention decodes natively, and by transformers' modules with the same packed weights.
 
-DeepSeek-V2-Lite's own sizes, cut to a few layers, with random weights rounded to nearest. Engines take turns
+DeepSeek-V2-Lite's own sizes, cut to a few layers, with random codes. Engines take turns
 (`bench model`'s protocol). Beside the speeds: bytes that a token leaves in the cache of the whole model, and what it
 would leave with every head's keys and values in the place of latents.
 
@@ -21,15 +21,19 @@ import torch
 from llmcompress.cli.bench import machine
 from llmcompress.inference import speed
 from llmcompress.inference.native import open_engine
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.packed import PackedTensors
+from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.spec import QuantSpec
 
 CONFIG = Path(__file__).resolve().parent.parent / "tests/data/hub_configs/deepseek_v2_lite.json"
-CONTEXTS, BATCHES, PROMPT, STEPS = (16, 512, 4096), (1, 8), 512, 8
-BUDGET = 30.0
+# tokens before, sequences
+DECODE = ((16, 1), (512, 1), (2048, 1), (16, 8))
+PROMPT, STEPS, BUDGET = 512, 8, 8.0
 
 
 def random_model(layers: int, bits: int) -> Any:
-    """DeepSeek-V2-Lite in bfloat16, fewer layers, random weights of ``bits`` bits in groups of 64."""
+    """DeepSeek-V2-Lite in bfloat16, fewer layers, random weights, those of ``bits`` bits in groups of 64."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -38,13 +42,19 @@ def random_model(layers: int, bits: int) -> Any:
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     torch.manual_seed(0)
+    layout, spec = layout_from_config(model.config.to_dict()), QuantSpec(bits, 64, symmetric=True)
+    swap_modules(model, layout, {name: spec for name, *_ in layout.quantizable()}, model.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
             else:
                 parameter.fill_(1.0)
-    return speed.rounded(model.eval(), QuantSpec(bits, 64, symmetric=False))
+        for module in (module for module in model.modules() if isinstance(module, PackedTensors)):
+            # any word holds valid codes; their spread is about that of a trained weight
+            module.weight_packed.random_(-(2**31), 2**31 - 1)
+            module.weight_scale.fill_(3.5 * module.shape[-1] ** -0.5 / (1 << bits))
+    return model.eval()
 
 
 def cache_bytes(config: Any, layers: int, size: int = 2) -> dict[str, int]:
@@ -56,28 +66,39 @@ def cache_bytes(config: Any, layers: int, size: int = 2) -> dict[str, int]:
     }
 
 
+def profile(engine: Any, context: int) -> dict[str, float]:
+    """Seconds of a token by phase of the native step."""
+    engine.lengths = [context] * engine.slots
+    found: dict[str, float] = engine.profile(torch.tensor([7]))
+    return found
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="of 27; the first is dense")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--contexts", type=int, nargs="*", default=list(CONTEXTS))
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args()
     model = random_model(options.layers, options.bits)
     engine = open_engine(model)
     candidates = {"native": speed.native(engine), "transformers' modules": speed.transformers(model)}
     cases = [speed.Case("prefill", PROMPT)]
-    cases += [speed.Case("decode", context, batch, STEPS) for batch in BATCHES for context in options.contexts]
+    cases += [speed.Case("decode", context, batch, STEPS) for context, batch in DECODE]
     with torch.inference_mode():
         rows = speed.measure(candidates, cases, options.repeats, BUDGET, torch.get_num_threads())
     for row in rows:
         print(f"{row['case']:28} {row['candidate']:24} {row['tokens_per_second']:9.1f} tokens/s")
+    phases = {context: profile(engine, context) for context, batch in DECODE if batch == 1}
+    for context, parts in phases.items():
+        told = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in parts.items() if seconds > 0)
+        print(f"native, one token after {context}, ms: {told}")
     kept = cache_bytes(model.config, 27)
     print(", ".join(f"{name}: {count} bytes a token" for name, count in kept.items()))
     if options.json is not None:
-        found = {"machine": machine(), "layers": options.layers, "bits": options.bits, "cache": kept, "rows": rows}
+        found = {"machine": machine(), "layers": options.layers, "bits": options.bits, "cache": kept}
+        found |= {"rows": rows, "phases": phases}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
