@@ -243,9 +243,11 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
             ignore.append(pattern)
         else:
             targets.setdefault(scheme, []).append(pattern)
+    # runtimes want every linear to match a target or to be ignored, and a matrix that is kept belongs to one: routers,
+    # gates of shared experts, step sizes and decays of delta rules
     for block in layout.blocks:
-        if block.bank is not None:
-            ignore.append(layout.disk.name(block.bank.router.weight).removesuffix(".weight"))
+        matrices = [view.name for view in block.kept if len(view.shape) == 2 and view.name.endswith(".weight")]
+        ignore += [layout.disk.name(name).removesuffix(".weight") for name in matrices]
     groups = {
         f"group_{index}": {
             "targets": patterns,

@@ -60,7 +60,7 @@ def quantize(
         weights = {linear.name: handle.checkpoint.tensor(f"{linear.name}.weight") for linear in block.linears()}
         if bank is not None:
             weights |= {n: canonical(bank, n, handle.checkpoint.tensor(n)) for n in (bank.gate_up, bank.down)}
-            name = f"{bank.router.module}.weight"
+            name = bank.router.weight
             replaced[name] = handle.checkpoint.tensor(name) + 0.01
         for name, weight in weights.items():
             if only in name:
@@ -126,6 +126,41 @@ def test_compressed_tensors_loads_in_plain_transformers(
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
     torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=0, atol=0)
+
+
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
+NEWER = {
+    "qwen3_next": {**ROUTED, **DELTA, "head_dim": 16, "shared_expert_intermediate_size": 64},
+    "qwen3_5_moe_text": {**ROUTED, **DELTA, "head_dim": 16, "shared_expert_intermediate_size": 64},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    "glm4_moe_lite": LATENT,
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {**ROUTED, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_compressed_tensors_of_newer_families_load_in_plain_transformers(tmp_path: Path, family: str) -> None:
+    handle = make_model(tmp_path / "source", {**LLAMA, **NEWER[family], "model_type": family})
+    store = quantize(handle, tmp_path / "blocks", QuantSpec(4, 32, symmetric=True))
+    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
+    assert exporter.refusals(handle.layout, store.plan(), {}) == []
+    exporter.write(handle, store, {}, out, {"recipe": "test"})
+    exporter.read_back(out, handle, store)
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
+    torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=0, atol=1e-5)
 
 
 def test_compressed_tensors_with_experts_only(tmp_path: Path) -> None:

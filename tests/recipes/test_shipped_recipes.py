@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.models.registry import layout_from_config
+from llmcompress.models.sizes import parameters
 from llmcompress.pipeline.estimate import plan
 from llmcompress.recipe.catalog import ROOT, list_recipes
 from llmcompress.recipe.documents import parse_document
@@ -23,6 +25,12 @@ HUB = {
     "eac_moe_qwen15": "qwen15_moe_a27b",
     "eac_moe_deepseek_v2_lite": "deepseek_v2_lite",
     "eac_moe_olmoe": "olmoe_1b_7b",
+    "eac_moe_qwen3_30b": "qwen3_30b_a3b",
+    "eac_moe_qwen3_next": "qwen3_next_80b_a3b",
+    "eac_moe_minimax_m2": "minimax_m2",
+    "eac_moe_ernie45": "ernie45_21b_a3b",
+    "eac_moe_glm47_flash": "glm47_flash",
+    "eac_moe_lfm2": "lfm2_8b_a1b",
     "gptq": "smollm2_135m",
     "gptq_smollm2": "smollm2_135m",
     "gptq_w8a8": "smollm2_135m",
@@ -182,6 +190,19 @@ def test_hub_recipes_plan_without_weights_or_network(name):
     share = 0.75 if name.startswith("q_mamba") else 0.35
     assert found.output_bytes < share * found.dense_bytes or HUB[name] == "smollm2_135m"  # half of it is the vocabulary
     assert all(rule.weights for rule in found.rules)
+
+
+# billions of parameters as the models' cards tell them; MiniMax-M2's and Qwen3-Next's are rounded there
+PUBLISHED = [
+    ("qwen3_30b_a3b", 30.5, 0.05), ("qwen3_next_80b_a3b", 80, 0.5), ("minimax_m2", 230, 1.5),
+    ("ernie45_21b_a3b", 21.8, 0.1), ("lfm2_8b_a1b", 8.3, 0.05), ("glm47_flash", 30, 0.5), ("mixtral_8x7b", 46.7, 0.05), ("deepseek_v3", 671, 0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "billions", "within"), PUBLISHED)
+def test_layouts_have_as_many_parameters_as_the_released_models(name, billions, within):
+    layout = layout_from_config(json.loads((CONFIGS / f"{name}.json").read_text()))
+    assert parameters(layout) / 1e9 == pytest.approx(billions, abs=within)
 
 
 @pytest.mark.parametrize(("name", "config"), SIZES)

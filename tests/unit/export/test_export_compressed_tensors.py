@@ -103,6 +103,19 @@ def test_every_module_matches_exactly_one_target_or_is_ignored() -> None:
         assert ignored == (name.endswith(("gate", "o_proj"))), name
 
 
+def test_linears_that_are_kept_are_ignored() -> None:
+    """vLLM refuses a file that neither quantizes nor ignores a linear it knows."""
+    layout = layout_from_config(
+        {**SIZES, "model_type": "qwen3_next", "num_experts": 4, "layer_types": ["linear_attention", "full_attention"]}
+    )
+    ignored = quantization_config(layout, plan(layout))["ignore"]
+    assert ignored == [
+        *(f"model.layers.0.{name}" for name in ("linear_attn.in_proj_ba", "mlp.gate", "mlp.shared_expert_gate")),
+        *(f"model.layers.1.{name}" for name in ("mlp.gate", "mlp.shared_expert_gate")),
+        "lm_head",
+    ]
+
+
 def test_disagreeing_layers_are_named_one_by_one() -> None:
     mixed = {n: replace(s, bits=8) if ".1.self_attn" in n else s for n, s in plan(MIXTRAL).items()}
     config = quantization_config(MIXTRAL, mixed)
