@@ -139,6 +139,14 @@ VARIANTS |= {
             "mlp_layer_types": ["sparse", "sparse", "dense"],
         },
     ),
+    "solar_open": ("solar_open", {**EXPERTS, "routed_scaling_factor": 1.5, "attention_bias": True}),
+    "exaone_moe": (
+        "exaone_moe",
+        {
+            "moe_intermediate_size": 20, "num_experts": 6, "num_shared_experts": 2, "num_experts_per_tok": 3,
+            "n_group": 2, "topk_group": 1, "sliding_window": 16,
+        },
+    ),
     "dots1": ("dots1", {**EXPERTS, "routed_scaling_factor": 2.5, "norm_topk_prob": True}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 5, "moe_topk": 2, "intermediate_size": 20}),
     "hunyuan_v1_moe-by-layer": (
@@ -253,10 +261,12 @@ DISK_NAMES = {
             "glm4_moe_lite",
             "dots1",
             "flex_olmo",
+            "solar_open",
             "qwen3_next",
             "qwen3_5_moe_text",
         )
     },
+    "exaone_moe": [*SPLIT, "mlp.gate.weight", "mlp.e_score_correction_bias"],
     "ernie4_5_moe": [*SPLIT, "mlp.gate.weight", "mlp.moe_statics.e_score_correction_bias"],
     "hunyuan_v1_moe": [*SPLIT, "mlp.gate.wg.weight"],
     "lfm2_moe": [*(f"feed_forward.experts.1.{n}.weight" for n in ("w1", "w2", "w3")), "feed_forward.gate.weight"],

@@ -1,5 +1,5 @@
-"""GLM-4.5 to 4.7 and dots.llm1: grouped-query attention beside DeepSeek-V3's experts; GLM-4.7-Flash has its attention
-too.
+"""GLM-4.5 to 4.7, dots.llm1, Solar Open and K-EXAONE: grouped-query attention beside DeepSeek-V3's experts;
+GLM-4.7-Flash has its attention too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from llmcompress.models.families.deepseek import (
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import Family, Part, attention, gated_mlp
 from llmcompress.models.families.prediction import further_layers
+from llmcompress.models.layout import DiskNames
 
 
 def _glm4_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -29,14 +30,27 @@ def _dots1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return head, feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
 
 
-def _glm4_moe_lite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    # transformers 5 reads no first_k_dense_replace here; without the list the first layer is dense
-    kind = facts.layer_kind("mlp_layer_types", index, "sparse" if index else "dense")
+def _by_kind(facts: Facts, index: int, layer: str, default: str) -> Part:
+    """Experts or a dense MLP, as a list says."""
+    kind = facts.layer_kind("mlp_layer_types", index, default)
     if kind not in ("sparse", "dense"):
         raise InputError(f"config.json: mlp_layer_types[{index}] {kind!r} is not known here", "known: sparse, dense")
-    moe = kind == "sparse"
-    after = with_shared(facts, layer, *sigmoid_router(facts, layer)) if moe else gated_mlp(facts, layer)
-    return latent_attention(facts, layer), after
+    return with_shared(facts, layer, *sigmoid_router(facts, layer)) if kind == "sparse" else gated_mlp(facts, layer)
+
+
+def _glm4_moe_lite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    # transformers 5 reads no first_k_dense_replace here; without the list the first layer is dense
+    return latent_attention(facts, layer), _by_kind(facts, index, layer, "sparse" if index else "dense")
+
+
+def _solar_open(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    head = attention(facts, layer, qkv_bias=facts.flag("attention_bias"))
+    return head, with_shared(facts, layer, *sigmoid_router(facts, layer))
+
+
+def _exaone_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    dense = index < facts.size("first_k_dense_replace", at_least=0)
+    return attention(facts, layer, qk_norm="head"), _by_kind(facts, index, layer, "dense" if dense else "sparse")
 
 
 FAMILIES = (
@@ -66,6 +80,35 @@ FAMILIES = (
         },
         aliases={"n_routed_experts": "num_local_experts"},
         disk=PER_EXPERT,
+    ),
+    Family(
+        "solar_open",
+        _solar_open,
+        {
+            "vocab_size": 196608, "hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "hidden_act": "silu",
+            "attention_bias": False, "mlp_bias": False, "n_routed_experts": 128, "n_shared_experts": 1,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 1280, "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True,
+        },
+        aliases={"n_routed_experts": "num_local_experts"},
+        disk=PER_EXPERT,
+    ),
+    Family(
+        "exaone_moe",
+        _exaone_moe,
+        {
+            "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "tie_word_embeddings": False,
+            "hidden_act": "silu", "mlp_bias": False, "first_k_dense_replace": 1, "mlp_layer_types": None,
+            "n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+            "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        },
+        aliases={"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"},
+        disk=DiskNames(
+            ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),), PER_EXPERT.experts
+        ),
+        ignored=(r"mtp",),
     ),
     Family(
         "glm4_moe_lite",
