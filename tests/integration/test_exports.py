@@ -111,6 +111,18 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
+def check_compressed_tensors(handle: ModelHandle, store: PackedStore, out: Path, atol: float = 0) -> None:
+    """Export, read back, and load in transformers alone: the same logits as of the decoded weights."""
+    exporter = CompressedTensorsExporter()
+    assert exporter.refusals(handle.layout, store.plan(), {}) == []
+    exporter.write(handle, store, {}, out, {"recipe": "test"})
+    exporter.read_back(out, handle, store)
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
+    torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN_MOE], ids=lambda c: c["model_type"])
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, -1)])
 def test_compressed_tensors_loads_in_plain_transformers(
@@ -118,14 +130,7 @@ def test_compressed_tensors_loads_in_plain_transformers(
 ) -> None:
     handle = make_model(tmp_path / "source", config)
     store = quantize(handle, tmp_path / "blocks", QuantSpec(bits, group, symmetric=True))
-    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
-    assert exporter.refusals(handle.layout, store.plan(), {}) == []
-    exporter.write(handle, store, {}, out, {"recipe": "test"})
-    exporter.read_back(out, handle, store)
-    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"], info["missing_keys"]
-    assert not info["unexpected_keys"], info["unexpected_keys"]
-    torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=0, atol=0)
+    check_compressed_tensors(handle, store, tmp_path / "out")
 
 
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -143,7 +148,7 @@ NEWER = {
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
     "glm4_moe_lite": LATENT,
-    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "lfm2_moe": {**ROUTED, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
 }
@@ -153,14 +158,8 @@ NEWER = {
 def test_compressed_tensors_of_newer_families_load_in_plain_transformers(tmp_path: Path, family: str) -> None:
     handle = make_model(tmp_path / "source", {**LLAMA, **NEWER[family], "model_type": family})
     store = quantize(handle, tmp_path / "blocks", QuantSpec(4, 32, symmetric=True))
-    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
-    assert exporter.refusals(handle.layout, store.plan(), {}) == []
-    exporter.write(handle, store, {}, out, {"recipe": "test"})
-    exporter.read_back(out, handle, store)
-    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"], info["missing_keys"]
-    assert not info["unexpected_keys"], info["unexpected_keys"]
-    torch.testing.assert_close(logits(model), logits(decoded_model(handle, store)), rtol=0, atol=1e-5)
+    # a mapped file puts dense weights anywhere, and last bits of products may depend on that
+    check_compressed_tensors(handle, store, tmp_path / "out", atol=1e-5)
 
 
 def test_compressed_tensors_with_experts_only(tmp_path: Path) -> None:
