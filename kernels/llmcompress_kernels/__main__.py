@@ -12,24 +12,35 @@ def main() -> int:
     """Entry point; the exit code is 1 if a family does not build or a case is too far off."""
     parser = argparse.ArgumentParser(prog="python -m llmcompress_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("build", help="compile every family of native kernels")
+    options = commands.add_parser("build", help="compile every family of native kernels that this machine uses")
+    options.add_argument("--every-isa", action="store_true", help="and those of other processors of its kind")
     options = commands.add_parser("check", help="run random cases on every instruction set of this CPU")
     options.add_argument("--cases", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    return build_all() if chosen.command == "build" else check_all(chosen.cases, chosen.seed)
+    return build_all(chosen.every_isa) if chosen.command == "build" else check_all(chosen.cases, chosen.seed)
 
 
-def build_all() -> int:
-    """Build every family and print where it is."""
-    code = 0
-    for name, family in sorted(build.FAMILIES.items()):
-        try:
-            print(f"{name}: {build.build(family)}")  # noqa: T201
-        except build.BuildError as error:
-            print(f"{name}: {'not built: ' if family.optional else ''}{error}")  # noqa: T201
+def build_all(every_isa: bool) -> int:
+    """Build the families that this machine uses and print where they are; on request those of all instruction sets."""
+    names = sorted(name for name, family in build.FAMILIES.items() if every_isa or _needed(family))
+    failed, code = build.prepare(names), 0
+    for name in names:
+        family = build.FAMILIES[name]
+        if name in failed:
+            print(f"{name}: {'not built: ' if family.optional else ''}{failed[name]}")  # noqa: T201
             code = code if family.optional else 1
+        else:
+            print(f"{name}: {build.finished(family)}")  # noqa: T201
     return code
+
+
+def _needed(family: build.Family) -> bool:
+    """Where nothing can be compiled every family may say why."""
+    try:
+        return cpu.needed(family)
+    except build.BuildError:
+        return True
 
 
 def check_all(cases: int, seed: int) -> int:

@@ -26,8 +26,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,8 @@ class Family:
         libraries: Extra linker arguments.
         toolchain: What compiles it.
         optional: Most machines cannot build it and miss nothing: `make kernels` passes over it with the reason.
+        isa: The instruction set that it is compiled for, "" where that is chosen within or does not matter.
+        silent: Building it takes no time worth telling.
     """
 
     name: str
@@ -134,6 +137,8 @@ class Family:
     libraries: tuple[str, ...] = ()
     toolchain: Toolchain = field(default=cpp)
     optional: bool = False
+    isa: str = ""
+    silent: bool = False
 
     def files(self) -> list[Path]:
         """Source files to compile, sorted."""
@@ -185,6 +190,24 @@ def load(name: str) -> ctypes.CDLL:
     return library
 
 
+def prepare(names: Iterable[str]) -> dict[str, str]:
+    """Build several families at the same time.
+
+    Returns:
+        Why some cannot be had, by name; :func:`load` says it again.
+    """
+    names = list(names)
+    missing = [name for name in names if name not in _LOADED and name not in _FAILED]
+    with ThreadPoolExecutor(max(1, len(missing))) as pool:
+        building = [(name, pool.submit(build, FAMILIES[name])) for name in missing]
+        for name, done in building:
+            try:
+                done.result()
+            except BuildError as error:
+                _FAILED[name] = str(error)
+    return {name: _FAILED[name] for name in names if name in _FAILED}
+
+
 def unavailable(name: str) -> str | None:
     """Why a family cannot be had, or None. Starts no build: a family that was not tried is judged by its compiler."""
     if name in _LOADED:
@@ -229,10 +252,11 @@ def build(family: Family) -> Path:
             if path.is_file():  # another process was faster
                 return path
             _remove_leftovers(folder, path.stem)
+            say = _silence if family.silent else _say
             began = time.perf_counter()
-            _say(f"compiling the {family.name} kernels with {Path(compiler).name} (once) ...")
+            say(f"compiling the {family.name} kernels with {Path(compiler).name} (once) ...")
             _compile(family, path)
-            _say(f"compiled in {time.perf_counter() - began:.1f} s, kept in {folder}")
+            say(f"compiled the {family.name} kernels in {time.perf_counter() - began:.1f} s, kept in {folder}")
     except OSError as error:
         raise BuildError(
             f"cannot write {folder} ({error.strerror}): set {CACHE_VARIABLE} to a writable folder"
@@ -269,9 +293,15 @@ def _run(command: list[str], family: Family) -> None:
         BuildError: It failed.
     """
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, stdin=subprocess.DEVNULL
-        )
+        with _COMPILERS:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=COMPILE_SECONDS,
+                stdin=subprocess.DEVNULL,
+            )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} did not finish the {family.name} kernels in {COMPILE_SECONDS:.0f} s") from error
     if done.returncode == 0:
@@ -395,14 +425,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# one to a core, of all the families that are being built
+_COMPILERS = threading.BoundedSemaphore(max(1, _cores()))
+
+
 def _say(text: str) -> None:
     sys.stderr.write(f"llmcompress: {text}\n")
     sys.stderr.flush()
 
 
-register(
-    Family(
-        "gemm", ("cpu/gemm/*.cpp",), ("cpu/include/**/*", "cpu/gemm/*.h"), torch=True, flags=("-DNDEBUG",),
-        libraries=("-lc10",),
-    )
-)  # fmt: skip
+def _silence(text: str) -> None:
+    """In the place of :func:`_say`."""

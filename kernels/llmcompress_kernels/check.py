@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, cpu, ops
+from llmcompress_kernels import cpu, ops
 from llmcompress_kernels.ops import Stack
 from llmcompress_kernels.reference.group_gemm import decode, interleave
 from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS, DENSE_BITS, first_rows
@@ -201,7 +201,7 @@ def nan_filled() -> Iterator[None]:
     if not cpu.ready():
         yield
         return
-    library = build.load(cpu.FAMILY)
+    library = cpu.library()
     library.llmcompress_fill_with_nan(1)
     try:
         yield

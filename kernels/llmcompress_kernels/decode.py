@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, cpu, select, tree
+from llmcompress_kernels import build, cpu, select
 from llmcompress_kernels.decode_cache import Cache
 from llmcompress_kernels.decode_structs import (
     REROUTE,
@@ -38,22 +38,22 @@ MAX_BATCH = 8
 MAX_HEAD_DIM = 1024
 PHASES = ("norm", "qkv", "attention", "output", "mixer", "router", "gate_up", "down", "head", "wait")
 
-build.register(
-    build.Family(
-        FAMILY,
-        (
-            "cpu/decode/*.cpp",
-            *tree.SOURCES,
-            "cpu/gemm/variants.cpp",
-            "cpu/gemm/avx*.cpp",
-            "cpu/gemm/neon.cpp",
-            "cpu/gemm/portable.cpp",
-        ),
-        headers=("cpu/include/**/*", "cpu/decode/*.h", "cpu/tree/*.inc"),
-        # sums may be fused with products: the step has no twin that it must equal bit by bit
-        flags=("-ffp-contract=fast", "-Wno-psabi"),
+for _isa in cpu.float_isas():
+    build.register(
+        build.Family(
+            cpu.variant(FAMILY, _isa),
+            (
+                "cpu/decode/decode*.cpp",
+                f"cpu/decode/*_{_isa}.cpp",
+                f"cpu/tree/tree_{_isa}.cpp",
+                "cpu/gemm/variants.cpp",
+            ),
+            headers=("cpu/include/**/*", "cpu/decode/*.h", "cpu/tree/*.inc"),
+            # sums may be fused with products: the step has no twin that it must equal bit by bit
+            flags=("-ffp-contract=fast", "-Wno-psabi"),
+            isa=_isa,
+        )
     )
-)
 
 
 # decides on a layer's choice of experts: number of the layer, router logits float32 [T, E], weights float32 [T, k] and
@@ -81,13 +81,24 @@ select.register(select.Implementation("decode_step", "cpu", ("cpu",), unavailabl
 select.register(select.Implementation("decode_step", "reference", ("any",)))
 
 
+# the instruction set in use, None before it is known
+_in_use: str | None = None
+
+
 def library() -> ctypes.CDLL:
-    """The compiled family.
+    """The compiled family, of the instruction set in use.
 
     Raises:
         BuildError: It cannot be had here; the text says why.
     """
-    lib = build.load(FAMILY)
+    global _in_use  # noqa: PLW0603 - one choice per process
+    if _in_use is None:
+        _in_use = cpu.wanted()
+        build.prepare((cpu.variant(FAMILY, _in_use), cpu.products_family(_in_use)))
+    lib = build.load(cpu.variant(FAMILY, _in_use))
+    if getattr(lib, "llmcompress_products_of", None) != _in_use:
+        cpu.hand_products(lib, _in_use)
+        lib.llmcompress_products_of = _in_use  # type: ignore[attr-defined]
     if not hasattr(lib, "llmcompress_decode_ready"):
         for which, structure in enumerate(STRUCTS):
             assert lib.llmcompress_decode_size(which) == ctypes.sizeof(structure), structure
@@ -101,7 +112,11 @@ def library() -> ctypes.CDLL:
 
 def set_isa(name: str | None) -> bool:
     """Switch the instruction set, one of :data:`cpu.ISAS`, None for the best; False where the CPU cannot run it."""
-    return bool(library().llmcompress_select_isa(None if name is None else name.encode()))
+    global _in_use  # noqa: PLW0603 - one choice per process
+    if name is not None and not cpu.runs(name):
+        return False
+    _in_use = name or cpu.fastest()
+    return True
 
 
 @dataclass(frozen=True, slots=True)

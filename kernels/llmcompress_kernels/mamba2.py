@@ -115,13 +115,6 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def _products() -> int:
-    """Address of the products of the instruction set in use."""
-    lib = build.load(cpu.FAMILY)
-    lib.llmcompress_variant.restype = ctypes.c_void_p
-    return int(lib.llmcompress_variant())
-
-
 @dataclass(frozen=True, slots=True)
 class Layer:
     """``h += out_proj(mixer(in_proj(norm(h))))``.
@@ -229,7 +222,7 @@ class Model:
         )  # fmt: skip
         self._kept = structs
         lib = library()
-        self._handle = lib.llmc_mamba2_create(ctypes.byref(model), _products())
+        self._handle = lib.llmc_mamba2_create(ctypes.byref(model), cpu.products(cpu.isa()))
         weakref.finalize(self, lib.llmc_mamba2_destroy, self._handle)
 
     @property

@@ -50,7 +50,7 @@ def _library() -> ctypes.PyDLL | None:
     library.llmcompress_call_product.argtypes = [
         *(ctypes.py_object,) * 3, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.py_object
     ]  # fmt: skip
-    library.llmcompress_call_start(ctypes.cast(build.load(cpu.FAMILY).llmcompress_linear, ctypes.c_void_p), Tensor)
+    library.llmcompress_call_start(ctypes.cast(cpu.library().llmcompress_linear, ctypes.c_void_p), Tensor)
     return library
 
 

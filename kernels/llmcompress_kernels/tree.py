@@ -22,16 +22,15 @@ FAMILY = "tree"
 UNIT = 32
 # stored width → widths of its planes, low bits first
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
-# inside another family that has the low-bit products and follows their choice of an instruction set
-SOURCES = ("cpu/tree/tree_*.cpp", "cpu/tree/variants.cpp")
-
-build.register(
-    build.Family(
-        FAMILY,
-        ("cpu/tree/tree_*.cpp", "cpu/tree/select.cpp", "cpu/tree/product.cpp"),
-        headers=("cpu/include/**/*", "cpu/tree/*.inc"),
+for _isa in cpu.float_isas():
+    build.register(
+        build.Family(
+            cpu.variant(FAMILY, _isa),
+            ("cpu/tree/product.cpp", f"cpu/tree/tree_{_isa}.cpp"),
+            headers=("cpu/include/**/*", "cpu/tree/*.inc"),
+            isa=_isa,
+        )
     )
-)
 
 
 class Node(ctypes.Structure):
@@ -85,8 +84,14 @@ def ready() -> bool:
     return True
 
 
+# the instruction set in use, None before it is known
+_in_use: str | None = None
+
+
 def _library() -> ctypes.CDLL:
-    library = build.load(FAMILY)
+    global _in_use  # noqa: PLW0603 - one choice per process
+    _in_use = _in_use or cpu.wanted()
+    library = build.load(cpu.variant(FAMILY, _in_use))
     if not hasattr(library, "llmcompress_checked"):
         assert library.llmcompress_tree_node_size() == ctypes.sizeof(Node)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -102,7 +107,11 @@ def _library() -> ctypes.CDLL:
 
 def set_isa(name: str | None) -> bool:
     """Switch the instruction set, one of :data:`cpu.ISAS`, None for the best; False where the CPU cannot run it."""
-    return bool(_library().llmcompress_select_isa(None if name is None else name.encode()))
+    global _in_use  # noqa: PLW0603 - one choice per process
+    if name is not None and not cpu.runs(name):
+        return False
+    _in_use = name or cpu.fastest()
+    return True
 
 
 def planes(

@@ -6,10 +6,16 @@
 #include <random>
 #include <vector>
 
+#include "llmcompress/isa.h"
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
 
 using namespace llmcompress;
+
+// the products of cpu/products, under names that go together
+extern "C" {
+extern const Variant neon_products, portable_products;
+}
 
 namespace {
 
@@ -98,10 +104,8 @@ void rest(const Variant& neon, const Variant& portable) {
 }  // namespace
 
 int main() {
-    if (!select_variant("neon")) return std::puts("this processor has no dot products of bytes"), 2;
-    const Variant& neon = variant();
-    select_variant("portable");
-    const Variant& portable = variant();
+    if (!has_neon()) return std::puts("this processor has no dot products of bytes"), 2;
+    const Variant &neon = neon_products, &portable = portable_products;
     for (int bits : {2, 3, 4, 8}) products(neon, portable, bits);
     rest(neon, portable);
     std::printf("%d cases, %d off, at most %g\n", cases, off, worst);

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from llmcompress_kernels import build, cpu
+from llmcompress_kernels import cpu
 
 COLD_BYTES = 256 << 20
 MOST_COPIES = 128
@@ -137,7 +137,7 @@ def bandwidth_probes(threads: int) -> dict[str, Callable[[], Any]]:
     Raises:
         BuildError: The native kernels are not available.
     """
-    read = build.load(cpu.FAMILY).llmcompress_read
+    read = cpu.library().llmcompress_read
     read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     read.restype = ctypes.c_uint64
     memory = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
@@ -162,7 +162,7 @@ def byte_product_rate(threads: int, rounds: int = 7, budget: float = 5.0) -> flo
     Raises:
         BuildError: The native kernels are not available.
     """
-    run = build.load(cpu.FAMILY).llmcompress_byte_products
+    run = cpu.library().llmcompress_byte_products
     run.argtypes, run.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_int64
     turns = 200_000
     counted = int(run(threads, turns))

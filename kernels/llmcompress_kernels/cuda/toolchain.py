@@ -50,9 +50,10 @@ class Nvcc:
 
     def compile(self, source: Path, target: Path, family: build.Family) -> list[str]:
         """See :class:`llmcompress_kernels.build.Toolchain`."""
+        compiler = self.find()  # says why not where there is no GPU to ask
         major, minor = torch.cuda.get_device_capability()
         flags = [*FLAGS, f"-arch=sm_{major}{minor}", "-Xcompiler=-fPIC,-fvisibility=hidden", *family.flags]
-        return [self.find(), *flags, "-c", str(source), "-o", str(target)]
+        return [compiler, *flags, "-c", str(source), "-o", str(target)]
 
     def link(self, objects: list[Path], target: Path, family: build.Family) -> list[str]:
         """See :class:`llmcompress_kernels.build.Toolchain`."""

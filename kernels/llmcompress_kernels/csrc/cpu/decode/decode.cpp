@@ -1,10 +1,7 @@
 // C interface of the decode step and of prompts.
 #include <omp.h>
 
-#include <cstring>
-
 #include "llmcompress/barrier.h"
-#include "llmcompress/isa.h"
 #include "engine.h"
 #include "prompt_room.h"
 #include "workers.h"
@@ -12,15 +9,6 @@
 namespace llmcompress::decode {
 
 namespace {
-
-// the instruction set of the packed products
-const Workers& workers() {
-#ifdef __x86_64__
-    if (std::strcmp(variant().name, "avx512") == 0) return avx512_workers;
-    if (is_avx2(variant().name)) return avx2_workers;
-#endif
-    return portable_workers;
-}
 
 template <class F>
 void in_parallel(int threads, F&& work) {
@@ -60,7 +48,7 @@ EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step
     engine.prepare(*step, *cache);
     const BoundMixers* mixers = step->mixers;
     if (mixers != nullptr) mixers->run->prepare(mixers->engine, step->batch, Mixers::STEP, step->threads);
-    const auto run = workers().step;
+    const auto run = workers.step;
     in_parallel(step->threads, [&](Barrier& barrier, int thread) { run(engine, *cache, *step, barrier, thread); });
 }
 
@@ -72,7 +60,7 @@ EXPORT void llmcompress_decode_prompt(void* handle, const Cache* cache, const Pr
         const Mixers::Call what = prompt->start == 0 ? Mixers::PROMPT : Mixers::MORE;
         mixers->run->prepare(mixers->engine, prompt->count, what, prompt->threads);
     }
-    const auto run = workers().prompt;
+    const auto run = workers.prompt;
     in_parallel(prompt->threads,
                 [&](Barrier& barrier, int thread) { run(engine, *cache, *prompt, room, barrier, thread); });
     if (mixers != nullptr && prompt->last != 0) mixers->run->finish(mixers->engine);

@@ -37,7 +37,7 @@ class Input {
     const TreeActivations& natural(const TreeShape& s) {
         if (bits_ != TREE_BITS || group_ != s.units || columns_ != s.columns || one_bit_ < s.one_bit) {
             tree_ = place_tree_activations(s, tokens_, planes_ < 2 ? 2 : planes_, memory_.data());
-            for (int t = 0; t < tokens_; ++t) tree_variant().quantize(s, row(t), tree_, t);
+            for (int t = 0; t < tokens_; ++t) tree_variant.quantize(s, row(t), tree_, t);
             bits_ = TREE_BITS, group_ = s.units, columns_ = s.columns, one_bit_ = s.one_bit;
         }
         return tree_;
@@ -123,7 +123,7 @@ inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t f
 // The sum of the nodes above each token's member; their tokens are neighbours.
 inline void tree_blocks(const Operand& o, Input& in, int64_t first, int64_t last, float* out, int64_t stride) {
     const TreeActivations& a = in.natural(o.tree);
-    const TreeVariant& v = tree_variant();
+    const TreeVariant& v = tree_variant;
     const int64_t row = first * LANES, size = (last - first) * LANES;
     for (int t = 0; t < in.tokens(); ++t) std::fill_n(out + t * stride + row, size, 0.f);
     for (int n = 0; n < o.m.bits; ++n) {

@@ -222,7 +222,7 @@ class PromptWorker {
         const TreeActivations a = place_tree_activations(shape, count_, std::max(2, p_.planes), room_.activations.data());
         each(blocks(), [&](int64_t b) {
             made(b);
-            for (int64_t t = begin(b); t < end(b); ++t) tree_variant().quantize(shape, from + t * shape.columns, a, t);
+            for (int64_t t = begin(b); t < end(b); ++t) tree_variant.quantize(shape, from + t * shape.columns, a, t);
         });
         took(NORM);
         each_rows(first, last, TREE_BLOCKS, 1,
@@ -235,7 +235,7 @@ class PromptWorker {
         for (int64_t t = 0; t < count_; ++t) std::fill_n(p.out + t * rows + row, size, 0.f);
         for (int n = 0; n < p.o->m.bits; ++n) {
             const TreeNode& node = p.o->nodes()[n];
-            if (node.members >> p_.member & 1) tree_variant().add(node, p.o->tree, a, 0, count_, first, last, p.out, rows);
+            if (node.members >> p_.member & 1) tree_variant.add(node, p.o->tree, a, 0, count_, first, last, p.out, rows);
         }
         add_bias(p, p_.member, p.out, count_, first, last);
     }

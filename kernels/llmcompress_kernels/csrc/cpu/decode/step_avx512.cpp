@@ -1,7 +1,6 @@
 // The decode step and prompts for AVX-512.
 #include "standard.h"
 
-#ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define LLMCOMPRESS_ISA decode_avx512
@@ -11,7 +10,7 @@
 #pragma GCC pop_options
 
 namespace llmcompress::decode {
-const Workers avx512_workers = {
+const Workers workers = {
     [](Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread) {
         decode_avx512::Worker(engine, cache, step, barrier, thread).run();
     },
@@ -20,4 +19,3 @@ const Workers avx512_workers = {
     },
 };
 }  // namespace llmcompress::decode
-#endif

@@ -7,7 +7,7 @@
 #include "step.h"
 
 namespace llmcompress::decode {
-const Workers portable_workers = {
+const Workers workers = {
     [](Engine& engine, const Cache& cache, const Step& step, Barrier& barrier, int thread) {
         decode_portable::Worker(engine, cache, step, barrier, thread).run();
     },

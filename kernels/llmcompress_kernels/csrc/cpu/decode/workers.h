@@ -1,4 +1,4 @@
-// What one thread does of a step or a prompt, by instruction set.
+// What one thread does of a step or a prompt.
 #pragma once
 
 #include "engine.h"
@@ -11,9 +11,6 @@ struct Workers {
     void (*step)(Engine&, const Cache&, const Step&, Barrier&, int thread);
     void (*prompt)(Engine&, const Cache&, const Prompt&, PromptRoom&, Barrier&, int thread);
 };
-extern const Workers portable_workers;
-#ifdef __x86_64__
-extern const Workers avx2_workers, avx512_workers;
-#endif
+extern const Workers workers;  // of the instruction set that this library is compiled for
 
 }  // namespace llmcompress::decode

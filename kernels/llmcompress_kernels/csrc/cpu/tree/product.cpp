@@ -36,7 +36,7 @@ extern "C" __attribute__((visibility("default"))) void llmcompress_tree_product(
     tree_chunks(columns, group, parts.data());
     const TreeShape shape = tree_shape(columns, group, int64_t(parts.size()), parts.data(), nodes, count);
     const int64_t blocks = (rows + LANES - 1) / LANES, stride = blocks * LANES;
-    const TreeVariant& v = tree_variant();
+    const TreeVariant& v = tree_variant;
     for (int64_t first = 0; first < tokens; first += TREE_PASS) {
         const int64_t now = std::min(TREE_PASS, tokens - first);
         const TreeActivations a =

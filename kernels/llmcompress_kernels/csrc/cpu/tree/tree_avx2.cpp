@@ -1,8 +1,7 @@
-// Nodes of a residual tree for AVX2. Headers come before the pragma, see cpu/gemm/avx2.cpp.
+// Nodes of a residual tree for AVX2. Headers come before the pragma, see cpu/products/avx2.cpp.
 #include "llmcompress/tree.h"
 #include "llmcompress/types.h"
 
-#ifdef __x86_64__
 #include <immintrin.h>
 
 #pragma GCC push_options
@@ -12,7 +11,6 @@ namespace tree_avx2 {
 #include "llmcompress/lanes_avx2.h"
 #include "rows.inc"
 }  // namespace tree_avx2
-const TreeVariant avx2_tree = {"avx2", tree_avx2::quantize_token, tree_avx2::add_node};
+const TreeVariant tree_variant = {"avx2", tree_avx2::quantize_token, tree_avx2::add_node};
 }  // namespace llmcompress
 #pragma GCC pop_options
-#endif

@@ -1,8 +1,7 @@
-// Nodes of a residual tree for AVX-512 with VNNI. Headers come before the pragma, see cpu/gemm/avx512.cpp.
+// Nodes of a residual tree for AVX-512 with VNNI. Headers come before the pragma, see cpu/products/avx512.cpp.
 #include "llmcompress/tree.h"
 #include "llmcompress/types.h"
 
-#ifdef __x86_64__
 #include <immintrin.h>
 
 #pragma GCC push_options
@@ -14,7 +13,6 @@ namespace tree_avx512 {
 #include "rows.inc"
 #undef LLMCOMPRESS_TABLES
 }  // namespace tree_avx512
-const TreeVariant avx512_tree = {"avx512", tree_avx512::quantize_token, tree_avx512::add_node};
+const TreeVariant tree_variant = {"avx512", tree_avx512::quantize_token, tree_avx512::add_node};
 }  // namespace llmcompress
 #pragma GCC pop_options
-#endif

@@ -1,11 +1,11 @@
-// Which instruction sets this processor has, and how one of several variants of the same code is chosen by them.
+// Which instruction sets this processor has.
 #pragma once
 
-#include <cstddef>
-#include <cstdlib>
-#include <cstring>
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 
-#ifdef __aarch64__
+#include <cstddef>
+#elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
 
@@ -38,47 +38,26 @@ inline bool has_avx512() {
 #endif
 #ifdef __aarch64__
 // dot products of bytes
-inline bool has_neon() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+inline bool has_neon() {
+#ifdef __APPLE__
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+}
 #endif
 inline bool always() { return true; }
 
-// For code that multiplies no bytes, AVX-VNNI is AVX2.
-inline bool is_avx2(const char* name) { return std::strcmp(name, "avx2") == 0 || std::strcmp(name, "avxvnni") == 0; }
-
-template <class V>
-struct Candidate {
-    const V* variant;
-    bool (*runs)();
-};
-
-// Variants with a `name`, best first; the last one runs everywhere.
-template <class V, size_t N>
-class Choice {
-public:
-    explicit constexpr Choice(const Candidate<V> (&candidates)[N]) : candidates_(candidates) {}
-
-    // By name, or null for the best; false where the processor cannot run it.
-    bool select(const char* name) {
-        bool known = false;
-        for (const Candidate<V>& c : candidates_) {
-            if (name && *name && std::strcmp(name, c.variant->name) != 0) continue;
-            known = true;
-            if (!c.runs()) continue;
-            chosen_ = c.variant;
-            return true;
-        }
-        return !known && std::strcmp(name, "avxvnni") == 0 && select("avx2");
-    }
-
-    const V& get() {
-        // an unknown or impossible wish falls back to the best; the Python side has refused it before
-        if (!chosen_ && !select(std::getenv("LLMCOMPRESS_CPU_ISA"))) select(nullptr);
-        return *chosen_;
-    }
-
-private:
-    const Candidate<V> (&candidates_)[N];
-    const V* chosen_ = nullptr;
-};
+// Whose cores multiply in two of four vector units (lowbit.h).
+inline bool is_amd() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return false;
+#endif
+}
 
 }  // namespace llmcompress

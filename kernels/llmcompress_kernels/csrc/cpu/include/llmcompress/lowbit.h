@@ -17,6 +17,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "llmcompress/isa.h"
+
 namespace llmcompress {
 
 constexpr int LANES = 16;
@@ -96,7 +98,7 @@ constexpr int64_t FEW_BLOCKS = 2;
 // AMD's cores multiply in two of four vector units, so that unpacking 2, 4 and 8 bits takes nothing from two planes' products:
 // there up to as many blocks as an expert's go without panels. Three bits are unpacked in the units that multiply.
 constexpr int64_t BLOCKS_BESIDE = 8;
-extern const bool unpacks_beside;
+inline const bool unpacks_beside = is_amd();
 
 // Quantized activations of `tokens` rows. Bytes lie as [token block][quad][plane][token][4], a quad being four
 // columns in the order in which the weight's words yield them.
@@ -164,7 +166,7 @@ inline Activations place_activations(const Weight& w, int64_t tokens, int planes
     return a;
 }
 
-// Instruction sets. A variant is chosen once, from CPU flags or LLMCOMPRESS_CPU_ISA.
+// Products of one instruction set; a library each (cpu/products), of which cpu.py chooses one.
 struct Variant {
     const char* name;
     int token_block;  // 4 or 8
@@ -186,16 +188,14 @@ struct Variant {
     void (*convert_back)(const float* x, int64_t count, Type type, void* out);                // from fp32
 };
 
-extern const Variant portable_variant;
-extern const Variant avx2_variant;
-extern const Variant avxvnni_variant;  // avx2 and more
-extern const Variant neon_variant;
-extern const Variant avx512_variant;
+// What such a library exports.
+extern "C" {
+extern const __attribute__((visibility("default"))) Variant llmcompress_products;
+}
 
-const Variant& variant();            // the one in use
+const Variant& variant();  // the one in use
 inline Activations place_activations(const Weight& w, int64_t tokens, int planes, void* memory) {
     return place_activations(w, tokens, planes, memory, variant().token_block);
 }
-bool select_variant(const char* name);  // by name, or null for the best; false where the CPU cannot run it
 
 }  // namespace llmcompress

@@ -112,10 +112,6 @@ struct TreeVariant {
                 int64_t last, float* out, int64_t stride);
 };
 
-extern const TreeVariant portable_tree;
-extern const TreeVariant avx2_tree;
-extern const TreeVariant avx512_tree;
-
-const TreeVariant& tree_variant();  // of the instruction set that lowbit.h has chosen
+extern const TreeVariant tree_variant;  // of the instruction set that this library is compiled for
 
 }  // namespace llmcompress

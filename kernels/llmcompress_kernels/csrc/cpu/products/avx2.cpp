@@ -3,7 +3,6 @@
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
 
-#ifdef __x86_64__
 #include <immintrin.h>
 
 #include <cmath>
@@ -15,7 +14,6 @@ namespace avx2 {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avx2
-const Variant avx2_variant = avx2::variant_called("avx2");
+const Variant llmcompress_products = avx2::variant_called("avx2");
 }  // namespace llmcompress
 #pragma GCC pop_options
-#endif

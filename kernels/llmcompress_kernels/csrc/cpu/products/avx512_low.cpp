@@ -1,9 +1,7 @@
-// The kernels for AVX-512 with VNNI. Headers come before the pragma, so that no function that other files
-// share is compiled with instructions that the processor may lack.
+// 2 and 3 bits of avx512.cpp.
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
 
-#ifdef __x86_64__
 #include <immintrin.h>
 
 #include <cmath>
@@ -14,9 +12,9 @@ namespace llmcompress {
 namespace avx512 {
 #include "llmcompress/lanes_avx512.h"
 #define LLMCOMPRESS_WIDE_QUANTIZE 64  // columns that quantize_avx512.h takes at once
-#include "llmcompress/lowbit.inc"
+#include "llmcompress/rows.inc"
+template void by_planes<2>(const Weight&, const Chunk*, int64_t, const Activations&, int64_t, int64_t, void*, Type, int64_t);
+template void by_planes<3>(const Weight&, const Chunk*, int64_t, const Activations&, int64_t, int64_t, void*, Type, int64_t);
 }  // namespace avx512
-const Variant avx512_variant = avx512::variant_called("avx512");
 }  // namespace llmcompress
 #pragma GCC pop_options
-#endif

@@ -2,11 +2,9 @@
 //
 // Processors with AVX-512 VNNI have the same instruction in another encoding. LLMCOMPRESS_EVEX takes that one, so that what is
 // built here can be checked on them: LLMCOMPRESS_CXXFLAGS=-DLLMCOMPRESS_EVEX LLMCOMPRESS_CPU_ISA=avxvnni.
-#include "llmcompress/isa.h"
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
 
-#ifdef LLMCOMPRESS_AVXVNNI
 #include <immintrin.h>
 
 #include <cmath>
@@ -24,7 +22,6 @@ namespace avxvnni {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avxvnni
-const Variant avxvnni_variant = avxvnni::variant_called("avxvnni");
+const Variant llmcompress_products = avxvnni::variant_called("avxvnni");
 }  // namespace llmcompress
 #pragma GCC pop_options
-#endif

@@ -2,7 +2,6 @@
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
 
-#ifdef __aarch64__
 #include <arm_neon.h>
 
 #include <cmath>
@@ -14,7 +13,6 @@ namespace neon {
 #include "llmcompress/lanes_neon.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace neon
-const Variant neon_variant = neon::variant_called("neon");
+const Variant llmcompress_products = neon::variant_called("neon");
 }  // namespace llmcompress
 #pragma GCC pop_options
-#endif
