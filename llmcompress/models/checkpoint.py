@@ -233,6 +233,7 @@ class Checkpoint:
         if bank is None or disk.experts is None:
             return []
         folders = [bank.module.replace(*disk.experts, 1), bank.module]
+        folders += [folder.replace(*older, 1) for older in disk.older for folder in folders if older[0] in folder]
         parts = [getattr(disk, key) for key in bank.parts(name)]
         for folder in folders:
             names = [f"{folder}.{expert}.{part}" for expert in range(bank.num_experts) for part in parts]

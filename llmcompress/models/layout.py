@@ -342,7 +342,8 @@ class DiskNames:
         experts: Run-time expert module part and its disk counterpart
             (``(".mlp.experts", ".block_sparse_moe.experts")``), or None when fused on disk.
         gate, up, down: Per-expert tensor names after ``experts.<e>.`` (``w1.weight`` …).
-        older: As ``renames``, for names that only older checkpoints have: they are read and never written.
+        older: As ``renames``, for names that only some checkpoints have, older ones or those of a model with several
+            modalities: they are read and never written.
     """
 
     renames: tuple[tuple[str, str], ...] = ()

@@ -36,6 +36,9 @@ from llmcompress.models.layout import ModelLayout
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 _STATE_SPACE_KEYS = ("state_size", "ssm_state_size", "mamba_d_state", "d_state", "conv_kernel")
 
+# of these transformers' AutoModelForCausalLM reads the text part alone
+_TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
+
 
 @cache
 def _table() -> dict[str, Family]:
@@ -103,10 +106,12 @@ def _refusal(model_type: str, config: Mapping[str, Any]) -> InputError:
     supported = f"supported: {', '.join(families())}"
     text = config.get("text_config")
     if isinstance(text, Mapping):
-        inner = text.get("model_type")
+        step = f"save its text part ({text.get('model_type')!r}) as a model of its own first"
+        if model_type in _TEXT_ALONE:
+            step += ": AutoModelForCausalLM.from_pretrained(PATH, dtype='auto').save_pretrained(NEW)"
         return InputError(
             f"model type {model_type!r} has several modalities; only plain text models are supported",
-            f"save its text part ({inner!r}) as a model of its own first; {supported}",
+            f"{step}; {supported}",
         )
     if any(key in config for key in _EXPERT_KEYS):
         kind = "is a mixture of experts whose expert layout is not known here; quantizing it would skip its experts"

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.errors import InputError
 from llmcompress.export.dense import DenseExporter
 from llmcompress.export.native import write_native
 from llmcompress.models.alignment import align
@@ -446,6 +447,27 @@ def test_packed_experts_agree_with_dense_experts_of_the_same_values(variant: str
                     decoded = codec("int_group").decode(patch.packed[name])
                     model.get_parameter(name).copy_(family_orientation(bank, name, decoded))
     torch.testing.assert_close(logits(compressed_model(handle, store, {})), logits(model), atol=1e-5, rtol=1e-4)
+
+
+def test_the_text_part_of_a_multimodal_model_is_saved_as_its_refusal_says(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    model_type, changes = VARIANTS["qwen3_5_moe_text"]
+    text = {k: v for k, v in {**BASE, **changes}.items() if v is not None}
+    # the frequencies of three axes of positions share the turned quarter of a head
+    text |= {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=eyes, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    whole = Qwen3_5MoeForConditionalGeneration(config).float().eval().requires_grad_(False)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(InputError, match="several modalities") as caught:
+        ModelHandle.open(tmp_path / "whole")
+    assert "AutoModelForCausalLM.from_pretrained(PATH, dtype='auto').save_pretrained(NEW)" in str(caught.value.hint)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto").save_pretrained(tmp_path / "text")
+    handle = ModelHandle.open(tmp_path / "text")
+    assert handle.layout.model_type == model_type
+    torch.testing.assert_close(logits(handle.dense_model()), logits(whole), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,6 +8,8 @@ not the gated norm inside a delta rule.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import Family, Part, attention, gated_mlp, norm
@@ -80,6 +82,8 @@ _EXPERTS = {
     "num_experts": 512,
 }  # fmt: skip
 _DISK = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
+# transformers saves the text part of a model that also sees under the names of the whole
+_WHOLE = (("model.", "model.language_model."),)
 # layers that predict further tokens, and what sees pictures
 _MTP, _EYES = r"^mtp", r"^model\.visual\."
 
@@ -101,7 +105,7 @@ FAMILIES = (
         {
             **_EXPERTS, "vocab_size": 248320, "num_hidden_layers": 40, "num_experts_per_tok": 8, "num_experts": 256,
         },
-        disk=_DISK,
+        disk=replace(_DISK, older=_WHOLE),
         norm_adds_one=True,
         ignored=(_MTP, _EYES),
         package="qwen3_5_moe",
@@ -113,6 +117,7 @@ FAMILIES = (
             **_SHARED, "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
             "num_key_value_heads": 4,
         },
+        disk=DiskNames(older=_WHOLE),
         norm_adds_one=True,
         ignored=(_MTP, _EYES),
         package="qwen3_5",
