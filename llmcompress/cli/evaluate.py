@@ -94,7 +94,7 @@ def evaluate(
     data = {"path": path, "metrics": [_compact(row, "value") for row in rows]}
     cells = [(f"{r['task']}.{r['metric']}", figure(r["compressed"]), figure(r["stderr"]), r["n"]) for r in rows]
     columns = ("metric", "value", "± stderr", "n")
-    out.result(data, lambda screen: screen.print(table(columns, cells, right="value|± stderr|n")))
+    out.result(data, lambda screen: screen.print(table(columns, cells, right="value|± stderr|n", named=True)))
 
 
 def compare(
@@ -150,7 +150,7 @@ def compare(
             error = row.get("difference_stderr")
             shown = None if change is None else difference_text(change, error, name, row["dense"])
             cells.append((name, figure(row["dense"]), figure(row["compressed"]), shown))
-        screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
+        screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A", named=True))
         _show_limits(judged, screen)
 
     out.result(data, show)
@@ -415,7 +415,7 @@ def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfi
 
     def show(screen: Console) -> None:
         cells = [(row["name"], *_compared(row)) for row in rows]
-        screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A"))
+        screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A", named=True))
         screen.print("recipes:", highlight=False)
         for line in changes or ["the same"]:
             screen.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)

@@ -157,7 +157,13 @@ def plain(data: Any) -> Any:
     return str(data)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, right: str = "") -> Any:
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    title: str | None = None,
+    right: str = "",
+    named: bool = False,
+) -> Any:
     """A rich table without heavy borders.
 
     Args:
@@ -165,14 +171,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
         rows: Cells; None is shown as a dash.
         title: Title above.
         right: Names of right-aligned columns, separated by ``|``.
+        named: Whether the first column holds names, which are not broken over lines; others give way.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     made = Table(*(), title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in columns:
-        made.add_column(name, justify="right" if right and name in right.split("|") else "left", overflow="fold")
+    for place, name in enumerate(columns):
+        justify: Any = "right" if right and name in right.split("|") else "left"
+        made.add_column(name, justify=justify, overflow="fold", no_wrap=named and place == 0)
     for row in rows:
         made.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
     return made

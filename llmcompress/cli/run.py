@@ -296,7 +296,7 @@ def metrics_table(metrics: list[Metric]) -> object:
             shown = difference_text(change, metric.difference_stderr, metric.name, metric.dense)
         rows.append((metric.name, figure(metric.dense), figure(metric.compressed), shown))
     columns = ("metric", "dense", "compressed", "difference")
-    return table(columns, rows, right="dense|compressed|difference")
+    return table(columns, rows, right="dense|compressed|difference", named=True)
 
 
 def show_outcome(outcome: Outcome, screen: Console, again: str) -> None:

@@ -532,3 +532,19 @@ def test_an_artifact_that_was_moved_away_is_not_said_to_be_there(
     said = capsys.readouterr().out
     assert f"native: {places['native']} (2 B)" in said
     assert f"gguf: {places['gguf']} is gone; --redo write writes it again" in said
+
+
+def test_names_of_metrics_are_not_broken_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.cli.output import console
+    from llmcompress.cli.run import metrics_table
+    from llmcompress.stages.state import Metric
+
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "heldout.perplexity_without_policies"
+    task, _, metric = name.partition(".")
+    console(sys.stdout).print(metrics_table([Metric(task, metric, 20.879, 23.156, difference_stderr=0.27)]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{name} ") for line in lines) and max(map(len, lines)) <= 80
+    assert any("+2.277 ± 0.27" in line for line in lines)
