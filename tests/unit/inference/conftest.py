@@ -81,6 +81,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         **_LATENT, "q_lora_rank": 48, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
         "routed_scaling_factor": 3.0,
     },
+    "glm4_moe_lite": {
+        **{key: value for key, value in _LATENT.items() if key != "first_k_dense_replace"}, "q_lora_rank": 48,
+        "n_group": 4, "topk_group": 3, "routed_scaling_factor": 1.8,
+    },
+    "dots1": {
+        "head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_group": 1,
+        "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    },
     "deepseek_v3": {**_LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1, "rope_interleave": True},
     # queries, keys and values in one linear, gate and up in one; heads turned in part
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
