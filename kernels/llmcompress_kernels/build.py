@@ -46,6 +46,7 @@ FLAGS_VARIABLE = "LLMCOMPRESS_CXXFLAGS"  # appended to every command, for saniti
 LOCK_SECONDS = 300.0
 COMPILE_SECONDS = 600.0
 SHOWN_LINES = 12
+APPLE = sys.platform == "darwin"
 
 
 class BuildError(RuntimeError):
@@ -87,7 +88,7 @@ class Cpp:
                 return path
         if asked:
             raise BuildError(f"CXX={asked} is not an executable")
-        raise BuildError("no C++ compiler (install g++, or set CXX)")
+        raise BuildError(f"no C++ compiler ({'xcode-select --install' if APPLE else 'install g++'}, or set CXX)")
 
     def version(self) -> str:
         """See :class:`Toolchain`."""
@@ -96,13 +97,22 @@ class Cpp:
     def compile(self, source: Path, target: Path, family: Family) -> list[str]:
         """See :class:`Toolchain`."""
         includes = [f"-I{SOURCES / 'cpu' / 'include'}"]
-        if family.torch:
+        # Apple's clang has no omp.h; torch brings its own
+        if family.torch or APPLE:
             includes += [f"-isystem{path}" for path in torch_includes()]
         flags = [*self.flags, *family.flags, *extra_flags()]
+        if APPLE:
+            # Apple's driver knows no OpenMP, its compiler does
+            at = flags.index("-fopenmp")
+            flags[at:at] = ["-Xclang"]
         return [self.find(), *flags, *includes, "-c", str(source), "-o", str(target)]
 
     def link(self, objects: list[Path], target: Path, family: Family) -> list[str]:
         """See :class:`Toolchain`."""
+        if APPLE:
+            # what is undefined, torch and its OpenMP runtime have when this is loaded: one runtime in the process
+            shared = ("-shared", "-undefined", "dynamic_lookup")
+            return [self.find(), *shared, *extra_flags(), *map(str, objects), "-o", str(target)]
         # libgomp is named by its plain soname, which is the one that torch has loaded: one runtime in the process
         torch = [f"-L{torch_folder() / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"] if family.torch else []
         command = [self.find(), "-shared", "-fopenmp", *extra_flags(), *map(str, objects), "-o", str(target)]
@@ -380,7 +390,7 @@ def _tool_hash(family: Family) -> str:
     """
     tool, place = family.toolchain, Path("-")
     commands = [*tool.compile(place, place, family), *tool.link([], place, family)]
-    folders = {str(SOURCES): "csrc", **({str(torch_folder()): "torch"} if family.torch else {})}
+    folders = {str(SOURCES): "csrc", **({str(torch_folder()): "torch"} if family.torch or APPLE else {})}
     for folder, name in folders.items():
         commands = [word.replace(folder, name) for word in commands]
     text = json.dumps([tool.version(), platform.machine(), commands, _torch_build() if family.torch else None])

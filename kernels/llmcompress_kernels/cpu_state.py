@@ -1,14 +1,14 @@
 """The C++ kernels of ``csrc/cpu/state``, one function an operator; arguments as in :mod:`llmcompress_kernels.state`.
 
-They need AVX-512 or AVX2, N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous memory; all
-else runs by the definition. The same sources are compiled for the one or the other (``wide.h``); codes are the same.
+They need AVX-512, AVX2 or Arm, N of 32, 64, 128 or 256 and P a multiple of 16 up to 256, fp32 and contiguous memory;
+all else runs by the definition. The same sources are compiled for one of them (``wide.h``, ``narrow.h``); codes are the
+same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 import sys
 from typing import Any
@@ -30,24 +30,34 @@ COUNT_IS_WRONG = 2
 
 
 def instructions() -> str | None:
-    """What the kernels are compiled for on this machine, ``avx512`` or ``avx2``; None where they cannot be.
+    """What the kernels are compiled for on this machine; None where the definitions run.
 
-    The environment may ask for less than the processor has (:data:`cpu.ISA_VARIABLE`).
+    ``avx512``, ``avx2`` or ``portable``, which is for Arm. x86 takes it where it is asked for: without AVX2 a fused
+    product, which codes depend on, is a call of the C library. The environment may ask for less than the processor has
+    (:data:`cpu.ISA_VARIABLE`).
     """
+    asked = os.environ.get(cpu.ISA_VARIABLE)
+    if cpu.architecture() == "aarch64" or (cpu.architecture() == "x86_64" and asked == "portable"):
+        return "portable"
     # AVX512 or AVX2, with more behind it in some versions
     have = torch.backends.cpu.get_cpu_capability().split("_")[0].lower()
-    wanted = (os.environ.get(cpu.ISA_VARIABLE) or have).replace("avxvnni", "avx2")
+    wanted = (asked or have).replace("avxvnni", "avx2")
     if have == "avx512" and wanted in ("avx512", "avx2"):
         return wanted
     return "avx2" if have == wanted == "avx2" else None
 
 
+_FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-DLLMCOMPRESS_AVX2"),
+    "portable": ("-DLLMCOMPRESS_AVX2", "-DLLMCOMPRESS_NARROW", "-Wno-psabi"),
+}
+
+
 def family(isa: str | None) -> build.Family:
     """The library of an instruction set, see :func:`instructions`."""
-    flags = ("-mavx2", "-mfma", "-mf16c", "-DLLMCOMPRESS_AVX2") if isa == "avx2" else ()
+    flags = _FLAGS.get(isa or "", ())
     headers = ("cpu/state/*.h", "cpu/decode/decode.h", "cpu/include/llmcompress/*.h")
-    foreign = platform.machine() not in ("x86_64", "AMD64")
-    return build.Family(FAMILY, ("cpu/state/*.cpp",), headers, flags=flags, optional=foreign)
+    return build.Family(FAMILY, ("cpu/state/*.cpp",), headers, flags=flags, optional=isa is None)
 
 
 build.register(family(instructions()))
@@ -55,7 +65,7 @@ build.register(family(instructions()))
 
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None; starts no build."""
-    return "needs AVX-512 or AVX2" if instructions() is None else build.unavailable(FAMILY)
+    return "needs AVX-512, AVX2 or Arm" if instructions() is None else build.unavailable(FAMILY)
 
 
 _library: ctypes.CDLL | None = None

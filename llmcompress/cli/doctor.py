@@ -99,21 +99,20 @@ def package_version(name: str) -> str | None:
 
 def cpu() -> dict[str, Any]:
     """Processor name, cores this process may use, and the instruction sets that matter."""
-    name, flags = platform.processor(), set()
+    flags: set[str] = set()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as handle:  # noqa: PTH123 - a virtual file
             for line in handle:
                 key, _, value = line.partition(":")
-                if key.strip() == "model name":
-                    name = value.strip()
-                elif key.strip() in ("flags", "Features"):
+                if key.strip() in ("flags", "Features"):
                     flags = set(value.split())
                     break
     except OSError:
         pass
     from llmcompress.pipeline.device import usable_cores
+    from llmcompress.recipe.lock import processor
 
-    return {"name": name, "cores": usable_cores(), "flags": [flag for flag in CPU_FLAGS if flag in flags]}
+    return {"name": processor(), "cores": usable_cores(), "flags": [flag for flag in CPU_FLAGS if flag in flags]}
 
 
 def memory() -> dict[str, Any]:

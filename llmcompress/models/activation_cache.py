@@ -96,8 +96,7 @@ class ActivationCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         number, name = tempfile.mkstemp(prefix="activations-", dir=self._folder)
         try:
-            # a mapped file that cannot grow would kill the process later
-            os.posix_fallocate(number, 0, size)
+            _reserve(number, size)
             made = torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -121,6 +120,22 @@ class ActivationCache:
     def _forget(self, address: int, size: int) -> None:
         self._mapped.pop(address, None)
         self._in_files -= size
+
+
+def _reserve(number: int, size: int) -> None:
+    """Give an open file so many bytes of disk: a mapped file that cannot grow would kill the process later.
+
+    Raises:
+        OSError: There is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(number, 0, size)
+        return
+    # macOS reserves nothing, but can say what there is
+    disk = os.fstatvfs(number)
+    if disk.f_bavail * disk.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(number, size)
 
 
 def _unmap_pages(address: int, size: int) -> None:

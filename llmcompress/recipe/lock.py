@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -32,6 +33,7 @@ PACKAGES = (
 # larger safetensors files are identified by their header: names, types, shapes and offsets of all tensors
 WHOLE_FILE_LIMIT = 1 << 30
 _CHUNK = 1 << 20
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def make_lock(loaded: LoadedRecipe) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def hardware() -> dict[str, Any]:
     import psutil
 
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "ram_bytes": int(psutil.virtual_memory().total),
         "system": f"{platform.system()} {platform.machine()}",
@@ -198,12 +200,17 @@ def _git(root: Path, *args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+    elif found := shutil.which("sysctl", path="/usr/sbin:/sbin"):
+        # macOS; platform.processor() says "arm" there
+        done = subprocess.run([found, "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
     return platform.processor() or platform.machine()
 
 

@@ -65,7 +65,7 @@ def packed() -> Callable[..., ops.Stack]:
     return make
 
 
-@pytest.fixture(params=("avx512", "avx2"))
+@pytest.fixture(params=("avx512", "avx2", "portable"))
 def state_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernels of states, compiled for an instruction set that this machine has; its name."""
     monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)

@@ -143,6 +143,41 @@ def test_unwritable_cache_is_a_reason(family: build.Family, monkeypatch: pytest.
         build.load("tiny")
 
 
+def test_on_macos_openmp_is_torchs(family: build.Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "APPLE", True)
+    compile_one = build.cpp.compile(Path("a.cpp"), Path("a.o"), family)
+    at = compile_one.index("-fopenmp")
+    assert compile_one[at - 1] == "-Xclang"
+    assert f"-isystem{build.torch_folder() / 'include'}" in compile_one
+    link = build.cpp.link([Path("a.o")], Path("a.so"), build.Family("t", ("t.cpp",), torch=True, libraries=("-lc10",)))
+    assert "dynamic_lookup" in link
+    # nothing that would bring a second runtime, or that Apple's linker does not know
+    assert not [word for word in link if "openmp" in word or word.startswith(("-l", "-L", "-Wl"))]
+    key = build._tool_hash(family)
+    monkeypatch.setattr(build, "torch_folder", lambda: tmp_path / "site-packages" / "torch")
+    assert build._tool_hash(family) == key
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "xcode-select --install" in str(build.unavailable("tiny"))
+
+
+def test_several_families_are_built_at_the_same_time(family: build.Family, tmp_path: Path) -> None:
+    (tmp_path / "csrc" / "broken.cpp").write_text("int answer() { return nonsense; }\n")
+    build.register(build.Family("broken", ("broken.cpp",)))
+    failed = build.prepare(("tiny", "broken"))
+    assert list(failed) == ["broken"] and "nonsense" in failed["broken"]
+    calls = compilations(tmp_path)
+    assert build.load("tiny").answer() == 42
+    with pytest.raises(build.BuildError, match="nonsense"):
+        build.load("broken")
+    assert compilations(tmp_path) == calls
+
+
+def test_a_silent_family_says_nothing(family: build.Family, capfd: pytest.CaptureFixture[str]) -> None:
+    build.build(build.Family("tiny", ("tiny.cpp",), silent=True))
+    assert capfd.readouterr().err == ""
+
+
 def test_two_processes_build_once(family: build.Family, tmp_path: Path) -> None:
     both = [start(tmp_path, COMPILER_SLEEP="1") for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]

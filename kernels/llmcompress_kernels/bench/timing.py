@@ -194,5 +194,6 @@ def environment(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "real_time": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
+        # macOS does not say
+        "real_time": hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
     }

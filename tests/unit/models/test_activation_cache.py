@@ -73,3 +73,15 @@ def test_a_full_disk_is_said_before_anything_is_mapped(tmp_path: Path, monkeypat
     with pytest.raises(ResourceError, match=r"no room for .* of activations"):
         ActivationCache(0, tmp_path).empty((MIB,), torch.uint8)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_disk_cannot_be_reserved_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    cache = ActivationCache(0, tmp_path)
+    held = cache.empty((1000,), torch.float32)
+    held.fill_(3.0)
+    assert cache.spilled == 4000
+    assert float(held.sum()) == 3000.0
+    room = os.statvfs(tmp_path)
+    with pytest.raises(ResourceError, match="no room"):
+        cache.empty((room.f_bavail * room.f_frsize,), torch.float32)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import struct
 
 import pytest
@@ -110,3 +111,17 @@ def test_damaged_locks_are_refused(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(RecipeError, match=words):
         load_recipe(path)
+
+
+def test_macos_tells_its_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(locks, "CPUINFO", tmp_path / "cpuinfo")
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text("#!/bin/sh\ntest \"$*\" = '-n machdep.cpu.brand_string' && echo 'Apple M3'\n")
+    sysctl.chmod(0o755)
+    monkeypatch.setattr(locks.shutil, "which", lambda *_, **__: str(sysctl))
+    assert locks.processor() == "Apple M3"
+    # a system that knows no such name, and one without the program
+    sysctl.write_text("#!/bin/sh\nexit 1\n")
+    assert locks.processor() == (platform.processor() or platform.machine())
+    monkeypatch.setattr(locks.shutil, "which", lambda *_, **__: None)
+    assert locks.processor() == (platform.processor() or platform.machine())

@@ -12,7 +12,7 @@
 namespace llmcompress::columns {
 namespace {
 
-bool wanted(const char* name) {
+[[maybe_unused]] bool wanted(const char* name) {
     const char* only = std::getenv("LLMCOMPRESS_CPU_ISA");
     return only == nullptr || *only == '\0' || std::strcmp(only, name) == 0;
 }

@@ -1,15 +1,20 @@
-// Vectors of sixteen floats on any x86 processor with AVX2.
+// Vectors of sixteen floats without AVX-512.
 //
-// The kernels of this folder are written in AVX-512 intrinsics. They become two libraries (cpu_state.py): one for AVX-512,
-// and one where LLMCOMPRESS_AVX2 is defined and the names below hide the real ones within namespace `state`, each doing the
-// same to two registers of eight. Same operations in the same order, so both give the same codes.
+// The kernels of this folder are written in AVX-512 intrinsics. They become one of three libraries (cpu_state.py): for
+// AVX-512; where LLMCOMPRESS_AVX2 is defined the names below hide the real ones within namespace `state`, each doing the
+// same to two registers of eight; where LLMCOMPRESS_NARROW is defined too, registers of eight are narrow.h's, on any
+// processor. Same operations in the same order, so all give the same codes.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstdint>
 
 #define STATE_INLINE static inline __attribute__((always_inline))
+
+#ifdef LLMCOMPRESS_NARROW
+#include "narrow.h"
+#else
+#include <immintrin.h>
+#endif
 
 #ifndef LLMCOMPRESS_AVX2
 #define STATE_TARGET _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2\")")

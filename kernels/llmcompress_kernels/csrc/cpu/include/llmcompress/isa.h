@@ -35,6 +35,8 @@ inline bool has_avx512() {
     return has_avx512_core() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512vbmi2");
 }
+#else
+inline bool has_avx512() { return false; }
 #endif
 #ifdef __aarch64__
 // dot products of bytes
