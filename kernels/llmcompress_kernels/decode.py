@@ -61,7 +61,7 @@ for _isa in cpu.float_isas():
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
 # of Activation in lowbit.h
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 2, "gpt_oss": 3}
 # of Routing in decode.h
 _ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
@@ -184,6 +184,7 @@ class Layer:
         query_down_norm: RMSNorm weights of what it makes.
         absorb: Dense ``[heads, C, D - R]``: each head's keys, by which its queries meet latents; None without.
         expand: ``[heads, V, C]``: each head's values from its sum of latents; None without.
+        sinks: float32 ``[heads]``, scores of a position without a value that every token sees (gpt_oss), or None.
         whole_norms: They are ``[heads D]``, of all heads together.
         attention_after, mlp_after: RMSNorm weights ``[H]`` of what attention and MLP add to the hidden states, or None.
         window: Positions that a token sees, itself the last of them; 0 for all.
@@ -211,6 +212,7 @@ class Layer:
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     query_down_norm: Tensor | None = None
+    sinks: Tensor | None = None
     router_correction: Tensor | None = None
     attention_norm_bias: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
@@ -275,6 +277,7 @@ class Decoder:
         embedding_scale: Factor of embeddings.
         residual_scale: Factor of all that layers add to the hidden states.
         activation: Of the gates of MLPs, one of :data:`ACTIVATIONS`.
+        gate_slope, gate_limit: Of gpt_oss's: gates are cut at the limit, what they open at both sides.
         attention_cap, logit_cap: Scores and logits x become ``cap tanh(x / cap)``; 0 for no cap.
     """
 
@@ -291,6 +294,8 @@ class Decoder:
     attention_scale: float
     routing: Routing = Routing()
     latents: Latents | None = None
+    gate_slope: float = 0.0
+    gate_limit: float = 0.0
     final_norm_bias: Tensor | None = None
     screen: Matrix | None = None
     screen_error: Tensor | None = None
@@ -327,7 +332,7 @@ class Decoder:
             ACTIVATIONS[self.activation], routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
             int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
             self.epsilon, self.attention_scale, routing.scale, routing.jitter, self.attention_cap, self.logit_cap,
-            self.embedding_scale, self.residual_scale,
+            self.gate_slope, self.gate_limit, self.embedding_scale, self.residual_scale,
         )  # fmt: skip
         lib = library()
         self._handle = lib.llmcompress_decode_create(ctypes.byref(model))

@@ -13,7 +13,7 @@ class LayerStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "attention_norm_bias", "mlp_norm_bias")),
         *((name, ctypes.c_void_p) for name in ("attention_after", "mlp_after", "query_norm", "key_norm")),
-        *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "sinks", "cosine", "sine")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "query_down", "absorb", "expand")),
         *((name, MatrixStruct) for name in ("gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
@@ -39,7 +39,8 @@ class ModelStruct(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("activation", "top_k", "routing", "members")),
         *((name, ctypes.c_int32) for name in ("renormalizes", "groups", "top_groups", "voters")),
         *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "routed_scale", "jitter")),
-        *((name, ctypes.c_float) for name in ("attention_cap", "logit_cap", "embedding_scale", "residual_scale")),
+        *((name, ctypes.c_float) for name in ("attention_cap", "logit_cap", "gate_slope", "gate_limit")),
+        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
     )
 
 

@@ -14,7 +14,7 @@ HYBRIDS = ("bamba", "granitemoehybrid", "jamba")
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
     "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3", "phi3", "glm", "glm4", "gemma",
-    "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1",
+    "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1", "gpt_oss",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm")

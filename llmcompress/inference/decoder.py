@@ -20,6 +20,7 @@ from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, TiedHead, factor_of
+from llmcompress.nn.experts import PackedExperts
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import PerMember, TreeLinear
@@ -72,7 +73,12 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     scale = _embedding_scale(parts(base.embed_tokens)[0], config)
     routing = routing_of(model, layout)
     last = norm_of(base.norm, adds_one=layout.norm_adds_one), norm_of(base.norm, "bias")
-    return assembled(config, layers, last, base.layers[0].self_attn, ends, routing, bool(members), scale)
+    decoder = assembled(config, layers, last, base.layers[0].self_attn, ends, routing, bool(members), scale)
+    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
+    if bank is None or bank.activation != "gpt_oss":
+        return decoder
+    experts: Any = model.get_submodule(bank.module)
+    return replace(decoder, activation="gpt_oss", gate_slope=experts.alpha, gate_limit=experts.limit)
 
 
 def _embedding_scale(words: Any, config: Any) -> float:
@@ -252,7 +258,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     else:
         gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
         decides: Any = model.get_submodule(block.bank.router.module)
-        router = matrix.dense(decides.weight.detach())
+        router = matrix.dense(decides.weight.detach(), getattr(decides, "bias", None))
         correction = getattr(decides, "e_score_correction_bias", None)
         beside = _beside(model, block, members)
     return native.Layer(
@@ -280,6 +286,7 @@ def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: 
         "output": output,
         "query_norm": query_norm,
         "key_norm": key_norm,
+        "sinks": norm_of(attention, "sinks"),
         "whole_norms": query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     }
 
@@ -388,17 +395,28 @@ def _span(rows: slice, count: int) -> tuple[int, int]:
 
 
 def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
-    """Gate, up and down of a bank; the first I rows of the stacked projection are the gate."""
+    """Gate, up and down of a bank; the first I rows of the stacked projection are the gate.
+
+    Dense ones that the family stores otherwise (transposed, or a row of the gate beside one of up) are copied.
+    """
     found = []
     size = bank.intermediate
-    for key, rows in (
-        ("gate_up_proj", slice(None, size)),
-        ("gate_up_proj", slice(size, None)),
-        ("down_proj", slice(None)),
+    halves = (slice(None, size), slice(size, None))
+    lines = (slice(0, None, 2), slice(1, None, 2)) if bank.interleaved else halves
+    for key, rows, stored in (
+        ("gate_up_proj", halves[0], lines[0]),
+        ("gate_up_proj", halves[1], lines[1]),
+        ("down_proj", slice(None), slice(None)),
     ):
-        side = getattr(experts, key)
-        dense = not isinstance(side, PackedTensors)
-        found.append(matrix.dense(side.detach()[:, rows]) if dense else packed_matrix(side, rows))
+        side, bias = getattr(experts, key), getattr(experts, f"{key}_bias", None)
+        bias = None if bias is None else bias.detach()[:, stored]
+        if isinstance(side, PackedTensors):
+            found.append(packed_matrix(side, rows, bias))
+        elif isinstance(experts, PackedExperts):
+            found.append(matrix.dense(side.detach()[:, rows], bias))
+        else:
+            weight = side.detach().mT if bank.transposed else side.detach()
+            found.append(matrix.dense(weight[:, stored], bias))
     return found[0], found[1], found[2]
 
 

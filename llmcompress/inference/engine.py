@@ -274,7 +274,9 @@ class Engine:
             # DeepSeek-V2's, complex
             return tables[0].real.contiguous(), tables[0].imag.contiguous()
         cosine, sine = (torch.cat(parts) for parts in zip(*tables))
-        turned = cosine.shape[-1] // 2
+        # gpt_oss says each number once
+        once = cosine.shape[-1] == getattr(rotary, "inv_freq", cosine[..., :0]).shape[-1]
+        turned = cosine.shape[-1] // (1 if once else 2)
         return cosine[..., :turned].contiguous(), sine[..., :turned].contiguous()
 
     @property

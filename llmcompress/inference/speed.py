@@ -25,6 +25,7 @@ from llmcompress.inference import llamacpp_worker
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.native import NativeEngine
 from llmcompress.models.layout import Role
+from llmcompress.models.orientation import canonical
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.codecs import codec
@@ -239,19 +240,24 @@ def rounded(model: Any, spec: QuantSpec, experts: QuantSpec | None = None) -> An
     """
     layout = layout_from_config(model.config.to_dict())
     parameters = dict(model.named_parameters())
+    banks = {name: b.bank for b in layout.blocks if b.bank is not None for name in (b.bank.gate_up, b.bank.down)}
     packed: dict[str, PackedWeight] = {}
     for name, role, *_ in layout.quantizable():
         values = parameters[name if name in parameters else f"{name}.weight"].detach().float()
+        if name in banks:
+            values = canonical(banks[name], name, values)
         own = experts if experts is not None and role is Role.EXPERTS else spec
         scale, zero = find_grid(values, own, "minmax")
         packed[name] = codec(own.codec).encode(round_codes(values, scale, zero, own), scale, zero, own)
-    biases = {name: bias for name in packed if (bias := parameters.get(f"{name}.bias")) is not None}
+    # of linears, and in the family's own order of experts
+    owners = {f"{name}.bias": name for name in packed} | {f"{name}_bias": name.rpartition(".")[0] for name in banks}
+    biases = {name: parameters[name] for name in owners if parameters.get(name) is not None}
     swap_modules(model, layout, {name: weight.spec for name, weight in packed.items()}, model.dtype)
     for name, weight in packed.items():
         for key, tensor in weight.tensors.items():
             setattr(model.get_submodule(name), key, tensor)
     for name, bias in biases.items():
-        model.get_submodule(name).bias = bias
+        setattr(model.get_submodule(owners[name]), name.rpartition(".")[2], bias)
     return model.eval()
 
 

@@ -85,6 +85,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         **{key: value for key, value in _LATENT.items() if key != "first_k_dense_replace"}, "q_lora_rank": 48,
         "n_group": 4, "topk_group": 3, "routed_scaling_factor": 1.8,
     },
+    # sinks, windows, biases everywhere, experts transposed with gates between what they open
+    "gpt_oss": {
+        "num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "intermediate_size": 48,
+        "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.7,
+    },
     "dots1": {
         "head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_group": 1,
         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,

@@ -21,7 +21,7 @@ def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> N
         ({"model_type": "falcon_mamba"}, None),
         ({"model_type": "bamba", "partial_rotary_factor": 0.5}, None),
         ({"model_type": "granitemoehybrid", "rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
-        ({"model_type": "gpt_oss"}, "gpt_oss"),
+        ({"model_type": "zamba2"}, "zamba2"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "gelu"),
         ({"model_type": "mamba2", "hidden_act": "gelu"}, "gelu"),
         ({"model_type": "bamba", "hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),

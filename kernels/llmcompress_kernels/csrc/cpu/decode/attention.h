@@ -187,10 +187,12 @@ inline void put(const Cache& c, int64_t base, int64_t position, int dim, const f
         put(static_cast<uint16_t*>(c.keys) + base, static_cast<uint16_t*>(c.values) + base, position, dim, k, v);
 }
 
-// Merge the parts of one head, `chunks` of them `stride` floats apart, into out [dim].
-inline void combine(const float* parts, int64_t stride, int chunks, int dim, float* out) {
-    float top = parts[0], total = 0;
-    for (int c = 1; c < chunks; ++c) top = std::max(top, parts[c * stride]);
+// Merge the parts of one head, `chunks` of them `stride` floats apart, into out [dim]. A sink takes its share of the weights as
+// a position with that score would, and adds no value.
+inline void combine(const float* parts, int64_t stride, int chunks, int dim, const float* sink, float* out) {
+    float top = sink == nullptr ? LOWEST : *sink, total = 0;
+    for (int c = 0; c < chunks; ++c) top = std::max(top, parts[c * stride]);
+    if (sink != nullptr) total = exponential(spread(*sink - top))[0];
     float factors[MAX_CHUNKS];
     for (int c = 0; c < chunks; ++c) {
         const F16 e = exponential(spread(parts[c * stride] - top));
@@ -283,6 +285,8 @@ inline Limits limits_of(const Model& m, const Layer& l) {
 inline int64_t seen_from(const Layer& l, int64_t tokens) {
     return l.window > 0 ? std::max<int64_t>(0, tokens - l.window) : 0;
 }
+
+inline const float* sink_of(const Layer& l, int64_t head) { return l.sinks == nullptr ? nullptr : l.sinks + head; }
 
 // What keeps the keys and values of a layer.
 inline const Cache& cache_of(const Cache& c, const Layer& l) { return l.window > 0 && c.windows != nullptr ? *c.windows : c; }

@@ -82,6 +82,7 @@ struct Layer {
     const float* key_norm;        // likewise, or [C] of latents
     const float* query_down_norm; // of what `query` reads
     const float* router_correction;  // [E], added to sigmoids for the choice alone, or null
+    const float* sinks;           // [heads], scores of a position without a value (attention.h), or null
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
     Matrix query, key, value, output;  // with latents `key` makes them [C + R, H], and there is no `value`
@@ -114,7 +115,7 @@ struct Model {
     int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
     int32_t value_dim;  // columns of a head's result
     float latent_epsilon;  // of the norms of latents and of what `query` reads
-    int32_t activation;  // of the gates of MLPs: SILU or GELU_TANH
+    int32_t activation;  // of the gates of MLPs (lowbit.h): SILU, GELU_TANH, or GPT_OSS with a slope and a limit
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum
     int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them
@@ -123,6 +124,7 @@ struct Model {
     float routed_scale;  // of the weights of experts
     float jitter;  // of SPARSEMIXER
     float attention_cap, logit_cap;  // x becomes cap tanh(x / cap); 0 for no cap
+    float gate_slope, gate_limit;
     float embedding_scale, residual_scale;  // of embeddings, and of all that is added to the hidden states
 };
 

@@ -77,6 +77,15 @@ inline F16 activated(F16 v, int32_t activation) {
     return v / (exponential(-u) + 1.f);
 }
 
+// activation(gate) * up of sixteen values. gpt-oss cuts both sides first, and adds one to the second.
+inline F16 opened(const Model& m, F16 gate, F16 up) {
+    if (m.activation != GPT_OSS) return activated(gate, m.activation) * up;
+    const F16 most = spread(m.gate_limit);
+    gate = gate < most ? gate : most;
+    up = maximum(up < most ? up : most, -most);
+    return gate / (exponential(gate * -m.gate_slope) + 1.f) * (up + 1.f);
+}
+
 // gate = activation(gate) * up, or the first alone where `up` is null
 inline void open_gate(const Model& m, float* gate, const float* up, int64_t count) {
     int64_t i = 0;
@@ -85,8 +94,8 @@ inline void open_gate(const Model& m, float* gate, const float* up, int64_t coun
         for (; i < count; ++i) gate[i] = activated(spread(gate[i]), m.activation)[0];
         return;
     }
-    for (; i + 16 <= count; i += 16) store(gate + i, activated(load_float(gate + i), m.activation) * load_float(up + i));
-    for (; i < count; ++i) gate[i] = activated(spread(gate[i]), m.activation)[0] * up[i];
+    for (; i + 16 <= count; i += 16) store(gate + i, opened(m, load_float(gate + i), load_float(up + i)));
+    for (; i < count; ++i) gate[i] = opened(m, spread(gate[i]), spread(up[i]))[0];
 }
 
 // cap tanh(x / cap) to about 1e-6 of itself

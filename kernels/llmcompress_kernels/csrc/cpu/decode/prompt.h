@@ -432,7 +432,7 @@ class PromptWorker {
         const T* keys = static_cast<const T*>(c_.keys) + head_base(m_, c_, layer, p_.slot, 0);
         if (tokens == QUERIES) attend_row<T, QUERIES>(keys, t, 0);
         else for (int i = 0; i < tokens; ++i) attend_row<T, 1>(keys, t, i);
-        for (int i = 0; i < tokens; ++i) combine(parts_.data() + i * w.part(), 0, 1, w.value, sums_.data() + i * w.value);
+        for (int i = 0; i < tokens; ++i) combine(parts_.data() + i * w.part(), 0, 1, w.value, nullptr, sums_.data() + i * w.value);
         expand(m_, o, in, sums_.data(), tokens, head, room_.mixed.data() + t * m_.heads * m_.value_dim);
     }
 
@@ -470,7 +470,7 @@ class PromptWorker {
         attend<T, G, 1>(keys, values, queries_.data(), w, seen_from(l, seen - G + 1), seen, weights_.data(),
                         padded(seen) + 2 * LANES, limits_of(m_, l), parts_.data());
         for (int g = 0; g < G; ++g)
-            combine(parts_.data() + g * w.part(), 0, 1, dim, room_.mixed.data() + (at + g * m_.heads) * dim);
+            combine(parts_.data() + g * w.part(), 0, 1, dim, sink_of(l, head), room_.mixed.data() + (at + g * m_.heads) * dim);
     }
 
     Engine& e_;

@@ -108,7 +108,7 @@ class Worker {
         const Widths w = widths(m_);
         const int width = m_.heads * w.value;
         for (int b = 0; b < s_.batch; ++b)
-            for (int h = 0; h < m_.heads; ++h) merge(b, h, w, own_.mixed.data() + int64_t(b) * width + h * w.value);
+            for (int h = 0; h < m_.heads; ++h) merge(o.l, b, h, w, own_.mixed.data() + int64_t(b) * width + h * w.value);
         finish_attention(o, own_.mixed.data(), width);
     }
 
@@ -157,7 +157,7 @@ class Worker {
         took(ATTENTION);
         wait();
         for (int64_t h = heads.first; h < heads.last; ++h) {
-            for (int b = 0; b < s_.batch; ++b) merge(b, int(h), w, own_.mixed.data() + int64_t(b) * w.value);
+            for (int b = 0; b < s_.batch; ++b) merge(o.l, b, int(h), w, own_.mixed.data() + int64_t(b) * w.value);
             expand(m_, o, in_, own_.mixed.data(), s_.batch, h, sh_.value.data());
         }
         took(ATTENTION);
@@ -189,8 +189,8 @@ class Worker {
     }
 
     // All that the chunks of token b have found for a head.
-    void merge(int b, int head, const Widths& w, float* out) {
-        combine(part_of(b, 0, head), int64_t(m_.heads) * w.part(), sh_.chunks, w.value, out);
+    void merge(const Layer& l, int b, int head, const Widths& w, float* out) {
+        combine(part_of(b, 0, head), int64_t(m_.heads) * w.part(), sh_.chunks, w.value, sink_of(l, head), out);
     }
 
     void finish_attention(const LayerOperands& o, const float* mixed, int width) {
