@@ -31,7 +31,7 @@ TESTS = {
         "-k",
         "prepared and not bad_input or many_tokens",
     ],
-    "state": [f"tests/kernels/test_{name}.py" for name in ("state_ops", "replay_ops", "mamba2_model")],
+    "state": [f"tests/kernels/test_{name}.py" for name in ("state_ops", "replay_ops", "mamba1", "mamba2_model")],
     "tree": ["tests/kernels/test_cpu_tree.py"],
     # mixers within the decode step: floats and codes, prompts at once and in steps, threads
     "hybrid": [
@@ -56,6 +56,25 @@ TESTS = {
 }
 FAMILIES = ("gemm", *TESTS)
 
+# Which libraries a family has, of the instruction sets that this processor runs. It loads one, so it runs without
+# sanitizers; and all are built before their run time is preloaded, under which compilers take long.
+NAMES = """
+import sys
+import llmcompress_kernels
+from llmcompress_kernels import build, cpu
+
+for name, family in build.FAMILIES.items():
+    if name.removesuffix(f"_{family.isa}") in sys.argv[1:] and (not family.isa or cpu.runs(family.isa)):
+        print(name)
+"""
+BUILD = """
+import sys
+import llmcompress_kernels
+from llmcompress_kernels import build
+
+sys.exit("\\n".join(build.prepare(sys.argv[1:]).values()) or None)
+"""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,19 +85,15 @@ def main() -> int:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     found = {}
     with tempfile.TemporaryDirectory(prefix="llmcompress-asan-") as cache:
-        environment = {
-            **os.environ,
-            "LLMCOMPRESS_CACHE": cache,
-            "LLMCOMPRESS_CXXFLAGS": FLAGS,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
-            ),
-        }
-        build = "import sys, llmcompress_kernels\nfrom llmcompress_kernels import build\n"
-        build += "for name in sys.argv[1:]: build.build(build.FAMILIES[name])"
+        path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
+        plain = {**os.environ, "PYTHONPATH": path}
+        environment = {**plain, "LLMCOMPRESS_CACHE": cache, "LLMCOMPRESS_CXXFLAGS": FLAGS}
         # the decode step's tests compare with the products as well
-        built = {"gemm", *options.only} - {"hybrid"} | ({"decode", "state"} if "hybrid" in options.only else set())
-        subprocess.run([sys.executable, "-c", build, *sorted(built)], env=environment, check=True)
+        built = {"processor", "products", "gemm", *options.only} - {"hybrid"}
+        built |= {"decode", "state"} if "hybrid" in options.only else set()
+        command = [sys.executable, "-c", NAMES, *sorted(built)]
+        names = subprocess.run(command, env=plain, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+        subprocess.run([sys.executable, "-c", BUILD, *names], env=environment, check=True)
         environment |= {
             "LD_PRELOAD": runtime.stdout.strip(),
             # torch's own allocations stay under the sanitizer's eye, so a read past a tensor's end is seen
