@@ -141,7 +141,8 @@ def _decline_tree(name: str, module: TreeLinear, config: Any) -> str | None:
     rows = [module.out_features]
     # several in one are cut at whole blocks of rows
     if name.endswith("qkv_proj"):
-        rows.append(config.num_key_value_heads * (module.in_features // config.num_attention_heads))
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        rows.append(config.num_key_value_heads * (module.out_features // heads))
     if name.endswith("gate_up_proj"):
         rows.append(module.out_features // 2)
     for count in rows:

@@ -213,7 +213,8 @@ def plan_inputs_of(
     compute = compute_dtype(recipe, device)
     exact = sizes.held_exactly(dtype, compute)
     inputs = PlanInputs(
-        layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device, free, exact
+        layout, sizes.DTYPE_BYTES[dtype], sizes.DTYPE_BYTES[compute], 0, 0, {}, device, free, exact,
+        config.get("max_position_embeddings"),
     )  # fmt: skip
     for stage in recipe.build_stages():
         yield stage, inputs

@@ -52,6 +52,7 @@ class PlanInputs:
         device: ``cpu`` or ``cuda``.
         ram: Memory a stage may use above the empty interpreter, None for as much as it likes.
         exact: Whether what is computed in holds the checkpoint's weights exactly; otherwise quantizers read them again.
+        positions: Tokens that the model's sequences may have, None where the config does not say.
     """
 
     layout: ModelLayout
@@ -63,6 +64,7 @@ class PlanInputs:
     device: str
     ram: int | None = None
     exact: bool = True
+    positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

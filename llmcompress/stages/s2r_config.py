@@ -316,7 +316,7 @@ def estimate_training(
     Args:
         config: The stage.
         inputs: The model and what is known of it.
-        length: Longest row in tokens.
+        length: Longest row in tokens; none is longer than the model's sequences may be.
         rows: Rows at once.
         mean: Whether a mean of the weights is kept beside them.
     """
@@ -339,6 +339,7 @@ def estimate_training(
     # logits thrice. Computed again, a layer keeps its input, and one at a time has the rest.
     kept = len(layout.blocks) + 34 if config.recompute else 34 * len(layout.blocks)
     hidden = layout.hidden * kept + 3 * layout.vocab
+    length = min(length, inputs.positions or length)
     tokens = max(length, min(rows * length, config.micro_tokens or rows * length))
     activations = tokens * hidden * inputs.compute_bytes
     peak = weights + activations

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from llmcompress.training.policy import Policy
     from llmcompress.training.rl import RlSettings
 
+# more than the longest prompt of a problem, for plans
+PROMPT_TOKENS = 2048
+
 
 class BaselineConfig(_Section):
     """Baseline of the process level and of offline training. Online outcome level always uses RLOO."""
@@ -272,7 +275,8 @@ class S2RRl(TrainingStage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
         c = self.config
-        found = estimate_training(c, inputs, c.max_length, c.micro_batch, mean=c.average > 0)
+        length = min(c.max_length, PROMPT_TOKENS + c.sampling.max_new_tokens)
+        found = estimate_training(c, inputs, length, c.micro_batch, mean=c.average > 0)
         return noted(found, c.engine, c.sampler)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:

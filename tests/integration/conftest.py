@@ -94,6 +94,7 @@ def _kill_one_of_two(command: Sequence[str], ready: Callable[[], object]) -> str
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not ready():
         time.sleep(0.02)
+    assert process.returncode is None, process.communicate()
     ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
     assert len(ranks) == 2
     os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)

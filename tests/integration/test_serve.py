@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -292,11 +293,12 @@ def test_a_turn_goes_on_from_a_state(family: str, tiny: Any, tiny_tokenizer: Any
     if (reason := decline(model)) is not None:
         pytest.skip(reason)
     limits = replace(LIMITS, prompt_tokens=600, cache_tokens=2000, body_bytes=1 << 16)
-    tiny_tokenizer.chat_template = TEMPLATE
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
     answers = []
     for prefixes in (True, False):
         bounds = replace(limits, prefix_caching=prefixes)
-        served = serve_model(model, tiny_tokenizer, "tiny", bounds)
+        served = serve_model(model, tokenizer, "tiny", bounds)
         assert served.batches[0].kind == "native"
         running, messages, reused = Running(served, bounds), [], []
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -248,3 +249,18 @@ def test_responses_with_too_many_actions_are_dropped(pooled):
     assert keep(confirmed + 2 * more, after_confirmed="keep").counts == {"responses with too many actions": 1}
     assert not keep(confirmed + more, after_confirmed="drop").rollouts
     assert keep(confirmed, after_confirmed="drop").rollouts
+
+
+def test_a_plan_takes_no_row_to_be_longer_than_it_can_get():
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.stages.base import PlanInputs
+    from llmcompress.stages.s2r_rl import PROMPT_TOKENS
+
+    layout = ModelHandle.open("asset:reference_reasoner").layout
+
+    def memory(positions: int | None = None, **config: Any) -> int:
+        stage = S2RRl("r", S2RRlConfig(type="s2r_rl", task=TASK, level="outcome", **config))
+        return stage.estimate(PlanInputs(layout, 4, 4, 0, 0, {}, "cpu", positions=positions)).ram
+
+    assert memory(512) == memory(max_length=512) < memory()
+    assert memory(sampling={"max_new_tokens": 52}) == memory(max_length=PROMPT_TOKENS + 52)
