@@ -122,9 +122,8 @@ def needed(family: build.Family) -> bool:
     """
     if not family.isa:
         return True
-    if family.name.startswith(PRODUCTS):
-        return family.isa == wanted()
-    return family.isa == _SAME_FLOATS.get(wanted(), wanted())
+    isa = wanted()
+    return family.isa == (isa if family.name.startswith(PRODUCTS) else _SAME_FLOATS.get(isa, isa))
 
 
 def unavailable(family: str = FAMILY) -> str | None:

@@ -13,6 +13,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -353,7 +354,7 @@ class Decoder:
         """Whether there are layers with mixers, which steps and prompts have to be given."""
         return any(layer.mixes for layer in self.layers)
 
-    @property
+    @cached_property
     def takes_prompts(self) -> bool:
         """Whether :func:`prompt` computes it: layers packed in whole blocks of rows, but for routers."""
         return all(layer.takes_prompts for layer in self.layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels.decode_structs import CacheStruct
-from llmcompress_kernels.decode_windows import Windows, put_columns
+from llmcompress_kernels.decode_windows import Windows, get_columns, make_rows, put_columns
 from llmcompress_kernels.matrix import KINDS
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -54,9 +54,7 @@ class Cache:
 
     def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
         self.head_dim = decoder.head_dim
-        padded = -(-decoder.head_dim // LANES) * LANES
-        self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
-        self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
+        self.keys, self.values = make_rows(lead, self.positions, decoder.head_dim, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +69,20 @@ class Cache:
         if self.near is not None:
             found += near // (slots * self.near.positions) * min(tokens, self.near.positions)
         return found
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of one sequence that may be computed in one call; None for any number."""
+        return None if self.near is None else self.near.most
+
+    def holds(self, slot: int, count: int) -> bool:
+        """Whether all is there that a token after the first ``count`` of a sequence sees; windows forget."""
+        return self.near is None or self.near.holds(slot, count)
+
+    def advance(self, slot: int, start: int, count: int) -> None:
+        """As :meth:`~llmcompress_kernels.decode_windows.Windows.advance`; without windows there is room."""
+        if self.near is not None:
+            self.near.advance(slot, start, count)
 
     def sees_window(self, layer: int) -> bool:
         """Whether tokens of a layer, counted among those with attention, see a window."""
@@ -98,8 +110,8 @@ class Cache:
         near, place = self._places[layer]
         if near and self.near is not None:
             return self.near.read(place, slot, count)
-        keys = self.keys[place, slot].transpose(-1, -2)[:, : -(-count // LANES)].flatten(1, 2)
-        return keys[:, :count, : self.head_dim], self.values[place, slot, :, :count, : self.head_dim]
+        keys = get_columns(self.keys[place, slot], count, self.head_dim)
+        return keys, self.values[place, slot, :, :count, : self.head_dim]
 
     def part(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """Copies of a sequence's first ``count`` positions, a multiple of 16, in the cache's own order."""

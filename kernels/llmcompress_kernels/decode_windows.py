@@ -45,9 +45,7 @@ class Windows:
         self.window, self.head_dim = window, head_dim
         self.positions = positions if whole else min(positions, least)
         self.most = None if self.positions == positions else PIECE
-        padded = LANES * _blocks(head_dim)
-        self.keys = torch.zeros((*lead, self.positions // LANES, padded, LANES), dtype=dtype)
-        self.values = torch.zeros((*lead, self.positions, padded), dtype=dtype)
+        self.keys, self.values = make_rows(lead, self.positions, head_dim, dtype)
         self.begins = torch.zeros(lead[1], dtype=torch.int64)
         self.struct = CacheStruct(
             self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], lead[1], self.positions,
@@ -119,10 +117,10 @@ class Windows:
     def read(self, layer: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """As :meth:`~llmcompress_kernels.decode_cache.Cache.read`; what is there no more is zero."""
         begin = int(self.begins[slot])
-        keys = self.keys[layer, slot].transpose(-1, -2)[:, : _blocks(count - begin)].flatten(1, 2)
-        found = keys[:, : count - begin, : self.head_dim], self.values[layer, slot, :, : count - begin, : self.head_dim]
-        keys, values = (torch.nn.functional.pad(part, (0, 0, begin, 0)) for part in found)
-        return keys, values
+        keys = get_columns(self.keys[layer, slot], count - begin, self.head_dim)
+        values = self.values[layer, slot, :, : count - begin, : self.head_dim]
+        pad = torch.nn.functional.pad
+        return pad(keys, (0, 0, begin, 0)), pad(values, (0, 0, begin, 0))
 
     def copy(self, source: int, target: int, count: int, held: Windows) -> None:
         """Give a sequence the rows of another one's first ``count`` positions, here or where there is less room."""
@@ -132,6 +130,25 @@ class Windows:
         self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
         self.values[:, target, :, :rows] = held.values[:, source, :, :rows]
         self.begins[target] = begin
+
+
+def make_rows(lead: tuple[int, ...], positions: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys ``[*lead, P / 16, Dp, 16]`` and values ``[*lead, P, Dp]`` of nothing yet.
+
+    Args:
+        lead: L, slots, heads.
+        positions: P, a multiple of 16.
+        head_dim: D.
+        dtype: ``torch.float32`` or ``torch.bfloat16``.
+    """
+    padded = LANES * _blocks(head_dim)
+    keys = torch.zeros((*lead, positions // LANES, padded, LANES), dtype=dtype)
+    return keys, torch.zeros((*lead, positions, padded), dtype=dtype)
+
+
+def get_columns(keys: Tensor, count: int, head_dim: int) -> Tensor:
+    """Keys ``[heads, count, D]`` of the first rows of what :func:`put_columns` stored ``[heads, P / 16, Dp, 16]``."""
+    return keys.transpose(-1, -2)[:, : _blocks(count)].flatten(1, 2)[:, :count, :head_dim]
 
 
 def put_columns(keys: Tensor, start: int, rows: Tensor, head_dim: int) -> None:

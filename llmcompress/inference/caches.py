@@ -176,7 +176,7 @@ class PromptReader:
             Logits float32 ``[V]`` at the end of the prompt, else ``[0]``.
         """
         stop = len(prompt) if end is None else min(end, len(prompt))
-        for cut in [cut for cut in self._cuts if start < cut < stop or cut == stop < len(prompt)]:
+        for cut in [cut for cut in self._cuts if start < cut <= stop]:
             self._engine.prompt(slot, prompt[start:cut], member, start, last=False)
             assert self._snapshots is not None
             self._snapshots.keep(prompt[:cut], self._engine.snapshot(slot))

@@ -14,11 +14,11 @@ from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
-from llmcompress.algorithms.routing import RouterRule
 from llmcompress.inference.coverage import ACTIVATIONS, NEIGHBOURS, activation_of
 from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.router import Router
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, TiedHead, factor_of
 from llmcompress.nn.experts import PackedExperts
 from llmcompress.nn.linear import PackedLinear
@@ -74,7 +74,7 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     routing = routing_of(model, layout)
     last = norm_of(base.norm, adds_one=layout.norm_adds_one), norm_of(base.norm, "bias")
     decoder = assembled(config, layers, last, base.layers[0].self_attn, ends, routing, bool(members), scale)
-    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
+    bank = next(iter(layout.banks.values()), None)
     if bank is None or bank.activation != "gpt_oss":
         return decoder
     experts: Any = model.get_submodule(bank.module)
@@ -93,10 +93,10 @@ def _embedding_scale(words: Any, config: Any) -> float:
 
 def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
     """How the routers of a model decide, the same in all layers."""
-    bank = next((block.bank for block in layout.blocks if block.bank is not None), None)
+    bank = next(iter(layout.banks.values()), None)
     if bank is None:
         return native.Routing()
-    rule = RouterRule.of(model.get_submodule(bank.router.module), bank.router, bank.top_k)
+    rule = Router(model, bank.router).rule(bank.top_k)
     kind = _ROUTERS[rule.kind]
     return native.Routing(
         top_k=rule.top_k,
@@ -235,10 +235,8 @@ def _norms(model: Any, block: Block, adds_one: bool) -> dict[str, Any]:
     for name, sublayer in zip(("attention", "mlp"), block.sublayers):
         if sublayer.pre_norm is not None:
             before = model.get_submodule(sublayer.pre_norm)
-            found[f"{name}_norm"], found[f"{name}_norm_bias"] = (
-                norm_of(before, adds_one=adds_one),
-                norm_of(before, "bias"),
-            )
+            found[f"{name}_norm"] = norm_of(before, adds_one=adds_one)
+            found[f"{name}_norm_bias"] = norm_of(before, "bias")
         if sublayer.post_norm is not None:
             found[f"{name}_after"] = norm_of(model.get_submodule(sublayer.post_norm), adds_one=adds_one)
     return found
@@ -257,9 +255,10 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         router = None
     else:
         gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
-        decides: Any = model.get_submodule(block.bank.router.module)
-        router = matrix.dense(decides.weight.detach(), getattr(decides, "bias", None))
-        correction = getattr(decides, "e_score_correction_bias", None)
+        decides = Router(model, block.bank.router)
+        weight: Any = decides.module.weight
+        router = matrix.dense(weight.detach(), getattr(decides.module, "bias", None))
+        correction = decides.rule(block.bank.top_k).correction
         beside = _beside(model, block, members)
     return native.Layer(
         **_norms(model, block, adds_one),
@@ -320,11 +319,15 @@ def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, mat
     """Gate, up and down of an MLP: the first two from one linear, where the gate comes first, or two, or no gate."""
     if hasattr(mlp, "c_fc"):
         return linear_matrix(mlp.c_fc, members), None, linear_matrix(mlp.c_proj, members)
-    if hasattr(mlp, "gate_up_proj"):
-        gate, up = linear_parts(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2, members)
+    if hasattr(mlp, "input_linear"):
+        both, down = mlp.input_linear, mlp.output_linear
+    elif hasattr(mlp, "gate_up_proj"):
+        both, down = mlp.gate_up_proj, mlp.down_proj
     else:
-        gate, up = (linear_matrix(getattr(mlp, f"{name}_proj"), members) for name in ("gate", "up"))
-    return gate, up, linear_matrix(mlp.down_proj, members)
+        gate, up, down = (linear_matrix(getattr(mlp, f"{name}_proj"), members) for name in ("gate", "up", "down"))
+        return gate, up, down
+    gate, up = linear_parts(both, [both.out_features // 2] * 2, members)
+    return gate, up, linear_matrix(down, members)
 
 
 def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matrix.Matrix]:

@@ -298,7 +298,7 @@ class Engine:
 
     def reusable(self, slot: int, count: int) -> bool:
         """Whether a sequence still has what a token after its first ``count`` sees: layers with windows forget."""
-        return self.keeps_prefixes and (self.cache.near is None or self.cache.near.holds(slot, count))
+        return self.keeps_prefixes and self.cache.holds(slot, count)
 
     def snapshot_bytes(self, tokens: int) -> int:
         """Bytes of a snapshot of so many tokens: none, see :attr:`keeps_snapshots`."""
@@ -371,7 +371,7 @@ class Engine:
             raise InputError(f"{start + count} tokens exceed the cache's {self.cache.positions}", "reserve more")
 
     def _check_window(self, slot: int, count: int) -> None:
-        if count and self.cache.near is not None and not self.cache.near.holds(slot, count):
+        if count and not self.cache.holds(slot, count):
             raise InputError(f"sequence {slot} has forgotten what comes before token {count}", "read the whole prompt")
 
     def _prompt_by_modules(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
@@ -405,7 +405,7 @@ class Engine:
         for first in range(0, len(tokens), native.MAX_BATCH):
             part = torch.tensor(tokens[first : first + native.MAX_BATCH])
             positions = torch.arange(start + first, start + first + len(part))
-            self._advance(slot, start + first, len(part))
+            self.cache.advance(slot, start + first, len(part))
             self._call(part, positions, torch.full((len(part),), slot, dtype=torch.int32))
         self.lengths[slot] = start + len(tokens)
         return self._logits[(len(tokens) - 1) % native.MAX_BATCH].clone()
@@ -415,10 +415,10 @@ class Engine:
     ) -> Tensor:
         ids = torch.tensor(list(tokens))
         # layers with windows have no room for all tokens at once
-        most = len(tokens) if self.cache.near is None else self.cache.near.most or len(tokens)
+        most = self.cache.most or len(tokens)
         for first in range(0, len(tokens), most):
             part = ids[first : first + most]
-            self._advance(slot, start + first, len(part))
+            self.cache.advance(slot, start + first, len(part))
             hidden = native.prompt(
                 self.decoder, self.cache, part, slot, start + first, self.planes, self.threads,
                 member=self._owners[slot], reroute=reroute, mixers=self.mixers, last=last,
@@ -483,13 +483,9 @@ class Engine:
 
     def _next(self, slots: Sequence[int]) -> Tensor:
         """Positions int64 ``[B]`` of the next token of some sequences, for which there is room then."""
-        for slot in slots if self.cache.near is not None else ():
-            self._advance(slot, self.lengths[slot], 1)
+        for slot in slots:
+            self.cache.advance(slot, self.lengths[slot], 1)
         return torch.tensor([self.lengths[slot] for slot in slots])
-
-    def _advance(self, slot: int, start: int, count: int) -> None:
-        if self.cache.near is not None:
-            self.cache.near.advance(slot, start, count)
 
     def owner(self, slot: int) -> int:
         """Place of a sequence's member in the family, 0 without one."""

@@ -165,6 +165,7 @@ class Generator:
         self._held: list[int] = []
         self._native: NativeEngine | None = None
         self._snapshots = Snapshots(SNAPSHOT_BYTES) if conversation else None
+        self._longest = longest(model)
         self.reason = "asked for" if engine == "transformers" else decline(model)
         if self.reason is None:
             try:
@@ -201,9 +202,8 @@ class Generator:
             raise InputError("a prompt has no tokens", "give a prompt with text")
         if streamer is not None and len(prompts) > 1:
             raise InputError(f"{len(prompts)} prompts cannot be streamed at once")
-        most = longest(self.model)
-        too_long = most is not None and max(map(len, prompts)) + sampling.max_new_tokens > most
-        if self._native is None or too_long:
+        room = max(map(len, prompts)) + sampling.max_new_tokens
+        if self._native is None or (self._longest is not None and room > self._longest):
             return [self._by_transformers(prompt, sampling, stop, streamer) for prompt in prompts]
         results: list[Continuation] = []
         most = self._native.max_batch
@@ -221,9 +221,9 @@ class Generator:
         streamer: Any,
     ) -> list[Continuation]:
         began = time.perf_counter()
-        room, most = max(map(len, prompts)) + how.max_new_tokens, longest(self.model)
-        turns = -(-room // TURNS) * TURNS if self._conversation else room
-        engine.reserve(turns if most is None else min(turns, most), len(prompts))
+        room = max(map(len, prompts)) + how.max_new_tokens
+        room = -(-room // TURNS) * TURNS if self._conversation else room
+        engine.reserve(room if self._longest is None else min(room, self._longest), len(prompts))
         draws = torch.Generator().manual_seed(how.seed)
         if streamer is not None:
             streamer.put(torch.tensor([list(prompts[0])]))

@@ -25,14 +25,13 @@ from llmcompress.inference.decoder import (
     ends_of,
     experts_of,
     linear_matrix,
+    mlp_parts,
     norm_of,
-    packed_matrix,
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
-from llmcompress.models.layout import Block, ModelLayout, Sublayer
+from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.tree_linear import TreeLinear
 
 if TYPE_CHECKING:
@@ -166,9 +165,8 @@ class HybridEngine(Engine):
 
     def snapshot_bytes(self, tokens: int) -> int:
         """Bytes of a snapshot of so many tokens."""
-        weights, held = self.mixer_weights, self.cache.keys.nbytes + self.cache.values.nbytes
-        each = held // (self.cache.keys.shape[1] * self.cache.positions) * tokens
-        return each + (0 if weights is None else weights.carried_bytes)
+        weights = self.mixer_weights
+        return self.cache.held_bytes(tokens) + (0 if weights is None else weights.carried_bytes)
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         if getattr(self.model.base_model, "rotary_emb", None) is not None:
@@ -261,7 +259,7 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
     norm: Any = model.get_submodule(str(first.pre_norm))
     after: Any = model.get_submodule(str(rest[0].pre_norm))
     names, mlp = ("gate", "up", "down"), next((sub for sub in rest if sub.kind == "mlp"), None)
-    weights: dict[str, Any] = {} if mlp is None else dict(zip(names, _gated_mlp(model, mlp)))
+    weights: dict[str, Any] = {} if mlp is None else dict(zip(names, mlp_parts(model.get_submodule(mlp.module))))
     if block.bank is not None:
         router: Any = model.get_submodule(block.bank.router.module)
         # without experts the MLP beside them is the layer's own
@@ -271,22 +269,6 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
     for name in ("query", "key", "value", "output"):
         weights[name] = None if attention is None else linear_matrix(getattr(attention, f"{name[0]}_proj"))
     return native.Layer(attention_norm=None if attention is None else norm_of(norm), mlp_norm=norm_of(after), **weights)
-
-
-def _gated_mlp(model: PreTrainedModel, mlp: Sublayer) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
-    """Gate, up and down; where the first two are one linear the gate has its first rows."""
-    module: Any = model.get_submodule(mlp.module)
-    if hasattr(module, "gate_proj"):
-        gate, up, down = (linear_matrix(getattr(module, f"{name}_proj")) for name in ("gate", "up", "down"))
-        return gate, up, down
-    both, size = module.input_linear, mlp.groups[-1].linears[0].in_features
-    halves = (slice(None, size), slice(size, None))
-    if isinstance(both, PackedLinear):
-        both.prepare()
-        gate, up = (packed_matrix(both, rows) for rows in halves)
-    else:
-        gate, up = (matrix.dense(both.weight.detach()[rows]) for rows in halves)
-    return gate, up, linear_matrix(module.output_linear)
 
 
 def _mixers(model: PreTrainedModel, layout: ModelLayout, int8_activations: bool) -> mamba2.Model | None:

@@ -367,9 +367,8 @@ def mixers_of(
     norm, mixer = parts[0]
     first = quantizers.get(mixer.layer_idx)
     per_channel = view.kind == "mamba1"
-    layer = _channel_layer if per_channel else _layer
     return native.Model(
-        layers=[layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations) for n, m in parts],
+        layers=[_layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations, per_channel) for n, m in parts],
         final_norm=final_norm,
         embedding=embedding,
         head=head,
@@ -409,46 +408,41 @@ def _float(tensor: Any) -> Tensor:
     return found
 
 
-def _layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool) -> native.Layer:
-    in_proj, times = _in_proj(mixer.in_proj, mixer.num_heads)
-    out: Any = mixer.out_proj
+def _layer(
+    norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool, per_channel: bool
+) -> native.Layer:
+    own = _per_channel(mixer, exact, int8) if per_channel else _per_head(mixer)
     return native.Layer(
+        **own,
         norm=norm_of(norm),
-        in_proj=in_proj,
-        dt_proj=times,
-        out_proj=linear_matrix(out),
-        conv_weight=_float(mixer.conv1d.weight[:, 0]),
-        conv_bias=None if mixer.conv1d.bias is None else _float(mixer.conv1d.bias),
-        dt_bias=_float(mixer.dt_bias),
-        a=-_float(mixer.A_log).exp(),
-        d=_float(mixer.D),
-        gain=norm_of(mixer.norm),
-        fixed=None if quantizer is None else quantizer.static,
-        in_planes=_planes(mixer.in_proj, exact, int8),
-        out_planes=_planes(out, exact, int8),
-    )
-
-
-def _channel_layer(norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool) -> native.Layer:
-    """The same of a Mamba-1 mixer."""
-    times = mixer.dt_proj
-    return native.Layer(
-        norm=norm_of(norm),
-        in_proj=linear_matrix(mixer.in_proj),
-        x_proj=linear_matrix(mixer.x_proj),
-        dt_proj=dense(times.weight.detach()),
         out_proj=linear_matrix(mixer.out_proj),
         conv_weight=_float(mixer.conv1d.weight[:, 0]),
         conv_bias=None if mixer.conv1d.bias is None else _float(mixer.conv1d.bias),
-        dt_bias=_float(times.bias),
         a=-_float(mixer.A_log).exp(),
         d=_float(mixer.D),
-        gain=_inner_gain(mixer),
         fixed=None if quantizer is None else quantizer.static,
         in_planes=_planes(mixer.in_proj, exact, int8),
-        x_planes=_planes(mixer.x_proj, exact, int8),
         out_planes=_planes(mixer.out_proj, exact, int8),
     )
+
+
+def _per_head(mixer: Any) -> dict[str, Any]:
+    """What only a Mamba-2 mixer has, by the names of :class:`~llmcompress_kernels.mamba2.Layer`."""
+    in_proj, times = _in_proj(mixer.in_proj, mixer.num_heads)
+    return {"in_proj": in_proj, "dt_proj": times, "dt_bias": _float(mixer.dt_bias), "gain": norm_of(mixer.norm)}
+
+
+def _per_channel(mixer: Any, exact: int, int8: bool) -> dict[str, Any]:
+    """The same of a Mamba-1 mixer."""
+    times = mixer.dt_proj
+    return {
+        "in_proj": linear_matrix(mixer.in_proj),
+        "x_proj": linear_matrix(mixer.x_proj),
+        "x_planes": _planes(mixer.x_proj, exact, int8),
+        "dt_proj": dense(times.weight.detach()),
+        "dt_bias": _float(times.bias),
+        "gain": _inner_gain(mixer),
+    }
 
 
 def _planes(module: Any, exact: int, int8: bool) -> int:

@@ -240,8 +240,8 @@ def rounded(model: Any, spec: QuantSpec, experts: QuantSpec | None = None) -> An
     """
     layout = layout_from_config(model.config.to_dict())
     parameters = dict(model.named_parameters())
-    banks = {name: b.bank for b in layout.blocks if b.bank is not None for name in (b.bank.gate_up, b.bank.down)}
     packed: dict[str, PackedWeight] = {}
+    banks = layout.banks
     for name, role, *_ in layout.quantizable():
         values = parameters[name if name in parameters else f"{name}.weight"].detach().float()
         if name in banks:

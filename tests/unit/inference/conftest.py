@@ -268,5 +268,5 @@ class Sequences:
 
 @pytest.fixture(scope="session")
 def sequences() -> type[Sequences]:
-    """What every engine with recurrent states has to do."""
+    """What every engine with recurrent states has to do, and how any engine is asked."""
     return Sequences

@@ -30,13 +30,6 @@ def reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens.unsqueeze(0)).logits[0]
 
 
-def worst(engine: Engine, tokens: torch.Tensor, expected: torch.Tensor, prompt: int) -> float:
-    """Largest difference of logits after the prompt and after every further token."""
-    found = [engine.prompt(0, tokens[:prompt].tolist())]
-    found += [engine.step(tokens[i : i + 1])[0].clone() for i in range(prompt, len(tokens))]
-    return float((torch.stack(found) - expected[prompt - 1 :]).abs().max())
-
-
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -49,13 +42,16 @@ def worst(engine: Engine, tokens: torch.Tensor, expected: torch.Tensor, prompt: 
         ("deepseek_v3", {**NARROW, "num_attention_heads": 5, "num_key_value_heads": 5}),
     ],
 )
-def test_every_form(decoders: Any, ids: torch.Tensor, family: str, changes: dict[str, Any], packed: bool) -> None:
+def test_every_form(
+    decoders: Any, sequences: Any, ids: torch.Tensor, family: str, changes: dict[str, Any], packed: bool
+) -> None:
     model = decoders.packed(family, 4, group_size=16, **changes) if packed else decoders.dense(family, **changes)
     assert decline(model) is None
     # by steps, and by transformers' modules or at once
     for prompt in (3, 40):
         tokens = ids[: prompt + 8]
-        assert worst(Engine(model, positions=64, threads=2), tokens, reference(model, tokens), prompt) < EXACT
+        found = sequences.natively(Engine(model, positions=64, threads=2), tokens, prompt)
+        assert (found - reference(model, tokens)[prompt - 1 :]).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])

@@ -51,18 +51,11 @@ def reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens.unsqueeze(0)).logits[0]
 
 
-def natively(engine: Engine, tokens: torch.Tensor, prompt: int, slot: int = 0) -> torch.Tensor:
-    """Logits after the prompt and after every further token."""
-    found = [engine.prompt(slot, tokens[:prompt].tolist())]
-    found += [engine.step(tokens[at : at + 1], [slot])[0].clone() for at in range(prompt, len(tokens))]
-    return torch.stack(found)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", WINDOWS)
 def test_layers_that_see_a_window(
-    decoders: Any, ids: torch.Tensor, short: None, family: str, packed: bool, threads: int
+    decoders: Any, sequences: Any, ids: torch.Tensor, short: None, family: str, packed: bool, threads: int
 ) -> None:
     model, tokens = model_of(decoders, family, packed), ids[:220]
     expected = reference(model, tokens)
@@ -73,24 +66,24 @@ def test_layers_that_see_a_window(
     assert (engine.cache.near.positions < 224) == (family in SHORT)
     # one after the other in the same slot: by steps, then at once and in parts, or through the modules
     for prompt in (3, 60, 200):
-        found = natively(engine, tokens, prompt)
+        found = sequences.natively(engine, tokens, prompt)
         assert (found - expected[prompt - 1 :]).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("family", SHORT)
-def test_moved_rows_change_no_bit(decoders: Any, ids: torch.Tensor, short: None, family: str) -> None:
+def test_moved_rows_change_no_bit(decoders: Any, sequences: Any, ids: torch.Tensor, short: None, family: str) -> None:
     model, tokens = model_of(decoders, family, packed=True), ids[:250]
     engine = Engine(model, slots=3, positions=256, threads=1)
     near = engine.cache.near
     assert near is not None
-    found = natively(engine, tokens, 100, slot=1)
+    found = sequences.natively(engine, tokens, 100, slot=1)
     assert near.begins.tolist()[::2] == [0, 0]
     assert near.begins[1] > 0
     decode_windows.PIECE = 512
     whole = Engine(model, slots=3, positions=256, threads=1)
     assert whole.cache.near is not None
     assert (whole.cache.near.positions, whole.cache.near.most) == (256, None)
-    assert torch.equal(found, natively(whole, tokens, 100, slot=1))
+    assert torch.equal(found, sequences.natively(whole, tokens, 100, slot=1))
     assert near.nbytes < whole.cache.near.nbytes / 2
     assert engine.reserved_bytes < whole.reserved_bytes
     assert engine.held_bytes([1]) < whole.held_bytes([1])
