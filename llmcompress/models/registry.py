@@ -69,11 +69,13 @@ def layout_from_config(config: Mapping[str, Any]) -> ModelLayout:
     if not isinstance(model_type, str):
         raise InputError("config.json: model_type is missing", "point model.path at a transformers model folder")
     family = _table().get(model_type)
-    if family is None:
+    if family is not None:
+        _require_model(family)
+    else:
+        # whose model its package may bring itself
         family = _from_plugins(model_type)
     if family is None:
         raise _refusal(model_type, config)
-    _require_model(family)
     return family.layout(config)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,11 @@ def test_where_layers_of_a_delta_rule_and_of_experts_stand() -> None:
 def test_a_plug_in_may_add_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmcompress.plugins.discover", lambda group: {"llamoid": FAMILIES[0]})
     assert len(layout_from_config({"model_type": "llamoid", "num_hidden_layers": 3}).blocks) == 3
+    # its package may bring the model as well, of which transformers then has no folder
+    monkeypatch.setattr(
+        "llmcompress.plugins.discover", lambda group: {"llamoid": replace(FAMILIES[0], model_type="llamoid")}
+    )
+    assert layout_from_config({"model_type": "llamoid"}).model_type == "llamoid"
     monkeypatch.setattr("llmcompress.plugins.discover", lambda group: {"llamoid": "not a family"})
     with pytest.raises(InputError, match="llamoid"):
         registry.layout_from_config({"model_type": "llamoid"})
