@@ -82,8 +82,8 @@ class RouterView:
         renormalizes: Whether the weights of the chosen experts are divided by their sum.
         bias: Whether the router has a trained bias.
         scale: Constant that multiplies the final weights.
-        correction: Run-time name of a tensor of E values that is added to softmax or sigmoid for the choice of experts
-            and not for their weights, None without one. Where it lies outside ``module`` it is an argument of that.
+        correction: Tensor of E values that is added to softmax or sigmoid for the choice of experts and not for their
+            weights, None without one. Where it lies outside ``module`` it is an argument of that.
         matrix: Name in ``module`` of the weight ``[E, H]``.
         floor: Added to the sum by which weights are divided.
     """
@@ -93,7 +93,7 @@ class RouterView:
     renormalizes: bool
     bias: bool = False
     scale: float = 1.0
-    correction: str | None = None
+    correction: TensorView | None = None
     matrix: str = "weight"
     floor: float = 1e-20
 
@@ -105,7 +105,7 @@ class RouterView:
     @property
     def handed(self) -> bool:
         """Whether the module gets the correction as a second argument."""
-        return self.correction is not None and not self.correction.startswith(f"{self.module}.")
+        return self.correction is not None and not self.correction.name.startswith(f"{self.module}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class Router:
         self.view, self.module = view, model.get_submodule(view.module)
         self.correction: Tensor | None = None
         if view.correction is not None:
-            owner, _, name = view.correction.rpartition(".")
+            owner, _, name = view.correction.name.rpartition(".")
             self.correction = getattr(model.get_submodule(owner), name)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
+    PER_EXPERT,
     Family,
     Part,
     biases,
@@ -14,7 +15,7 @@ from llmcompress.models.families.parts import (
     norm,
 )
 from llmcompress.models.families.prediction import further_layers
-from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
+from llmcompress.models.layout import LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
 
 
 def latent_attention(facts: Facts, layer: str) -> Part:
@@ -47,28 +48,28 @@ def latent_attention(facts: Facts, layer: str) -> Part:
     return Part(sublayer, (*kept, *biases(tuple(groups))))
 
 
-def sigmoid_router(facts: Facts, layer: str) -> tuple[RouterView, TensorView]:
-    """The router of DeepSeek-V3, which GLM-4.5 took over, and the correction of its choice."""
+def sigmoid_router(facts: Facts, layer: str) -> RouterView:
+    """The router of DeepSeek-V3, which GLM-4.5 took over."""
     module = f"{layer}.mlp.gate"
     scale, renormalizes = facts.number("routed_scaling_factor"), facts.flag("norm_topk_prob")
     correction = TensorView(f"{module}.e_score_correction_bias", (facts.size("n_routed_experts"),))
-    return RouterView(module, "sigmoid_group_topk", renormalizes, scale=scale, correction=correction.name), correction
+    return RouterView(module, "sigmoid_group_topk", renormalizes, scale=scale, correction=correction)
 
 
-def feed_forward(facts: Facts, index: int, layer: str, router: RouterView, *extra: TensorView) -> Part:
+def feed_forward(facts: Facts, index: int, layer: str, router: RouterView) -> Part:
     """A dense MLP in the first layers, then routed experts beside shared ones."""
     if index < facts.size("first_k_dense_replace", at_least=0):
         return gated_mlp(facts, layer, facts.flag("mlp_bias"))
-    return with_shared(facts, layer, router, *extra)
+    return with_shared(facts, layer, router)
 
 
-def with_shared(facts: Facts, layer: str, router: RouterView, *extra: TensorView) -> Part:
+def with_shared(facts: Facts, layer: str, router: RouterView) -> Part:
     """Routed experts beside shared ones."""
     bank = expert_bank(facts, layer, "n_routed_experts", "moe_intermediate_size", router)
     size = facts.size("moe_intermediate_size") * facts.size("n_shared_experts")
     module = f"{layer}.mlp.shared_experts"
     shared = gated_groups(module, facts.hidden, size, Role.SHARED_EXPERTS, facts.flag("mlp_bias"))
-    return mixture(layer, bank, shared, extra)
+    return mixture(layer, bank, shared)
 
 
 def _deepseek_v2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -79,14 +80,13 @@ def _deepseek_v2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    return latent_attention(facts, layer), feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
+    return latent_attention(facts, layer), feed_forward(facts, index, layer, sigmoid_router(facts, layer))
 
 
 _SHARED = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
-PER_EXPERT = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
 
 FAMILIES = (
     Family(

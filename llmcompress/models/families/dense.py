@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, biases, gated_mlp, scaled
-from llmcompress.models.layout import LinearGroup, LinearView, Role, Sublayer
+from llmcompress.models.families.parts import (
+    AttentionNames,
+    Family,
+    Part,
+    attention,
+    biases,
+    first_and_last,
+    gated_mlp,
+    scaled,
+)
+from llmcompress.models.layout import LinearView, Role, Sublayer
 
 
 def _llama(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -77,7 +86,7 @@ def _starcoder2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias, module, size = facts.flag("use_bias"), f"{layer}.mlp", facts.size("intermediate_size")
     first = LinearView(f"{module}.c_fc", size, facts.hidden, Role.MLP, bias)
     last = LinearView(f"{module}.c_proj", facts.hidden, size, Role.MLP, bias)
-    groups = LinearGroup((first,), "first", module), LinearGroup((last,), "last", module)
+    groups = first_and_last(module, (first,), last)
     mlp = Sublayer("mlp", module, f"{layer}.post_attention_layernorm", None, groups)
     return attention(facts, layer, bias, bias), Part(mlp, biases(groups))
 

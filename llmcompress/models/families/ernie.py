@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, expert_bank, gated_groups, gated_mlp, mixture
-from llmcompress.models.layout import DiskNames, Role, RouterView, TensorView
+from llmcompress.models.families.parts import (
+    PER_EXPERT,
+    Family,
+    Part,
+    attention,
+    expert_bank,
+    gated_groups,
+    gated_mlp,
+    mixture,
+)
+from llmcompress.models.layout import Role, RouterView, TensorView
 
 
 def _is_sparse(facts: Facts, index: int) -> bool:
@@ -22,11 +33,11 @@ def _ernie(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     module = f"{layer}.mlp.gate"
     # one set of experts; the checkpoint has an axis for several
     correction = TensorView(f"{module}.moe_statics.e_score_correction_bias", (1, facts.size("moe_num_experts")))
-    router = RouterView(module, "softmax_topk", renormalizes=True, correction=correction.name)
+    router = RouterView(module, "softmax_topk", renormalizes=True, correction=correction)
     bank = expert_bank(facts, layer, "moe_num_experts", "moe_intermediate_size", router)
     size = facts.size("moe_intermediate_size") * facts.size("moe_num_shared_experts", at_least=0)
     shared = gated_groups(f"{layer}.mlp.shared_experts", facts.hidden, size, Role.SHARED_EXPERTS, bias) if size else ()
-    return head, mixture(layer, bank, shared, (correction,))
+    return head, mixture(layer, bank, shared)
 
 
 def _dense(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -49,9 +60,7 @@ FAMILIES = (
             "moe_layer_end_index": -1, "moe_layer_interval": 1,
         },
         aliases={"moe_num_experts": "num_experts", "num_experts_per_tok": "moe_k"},
-        disk=DiskNames(
-            ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),), experts=(".mlp.experts", ".mlp.experts")
-        ),
+        disk=replace(PER_EXPERT, renames=((".mlp.gate.moe_statics.", ".mlp.moe_statics."),)),
         head_bias="use_bias",
         ignored=(r"mtp",),
     ),

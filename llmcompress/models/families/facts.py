@@ -91,18 +91,21 @@ class Facts:
             raise InputError(f"config.json: {key} must be a list of layer types, not {value!r}")
         return [str(_OLD_KINDS.get(item, item)) for item in value]
 
-    def layer_kind(self, key: str, index: int, default: str) -> str:
-        """Type of one layer; ``default`` when the config lists none.
+    def layer_kind(self, key: str, index: int, known: tuple[str, ...], default: str) -> str:
+        """Type of one layer, one of ``known``; ``default`` when the config lists none.
 
         Raises:
-            InputError: The list is shorter than the model.
+            InputError: The list is shorter than the model, or names another type for this layer.
         """
         if self.get(key) is None:
             return default
         kinds = self.layer_kinds(key)
         if index >= len(kinds):
             raise InputError(f"config.json: {key} lists {len(kinds)} layers, fewer than num_hidden_layers")
-        return kinds[index]
+        kind = kinds[index]
+        if kind not in known:
+            raise InputError(f"config.json: {key}[{index}] {kind!r} is not known here", f"known: {', '.join(known)}")
+        return kind
 
     def activation(self) -> str:
         """The gate's activation.

@@ -4,38 +4,30 @@ GLM-4.7-Flash has its attention too.
 
 from __future__ import annotations
 
-from llmcompress.errors import InputError
-from llmcompress.models.families.deepseek import (
-    PER_EXPERT,
-    feed_forward,
-    latent_attention,
-    sigmoid_router,
-    with_shared,
-)
+from dataclasses import replace
+
+from llmcompress.models.families.deepseek import feed_forward, latent_attention, sigmoid_router, with_shared
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, gated_mlp
+from llmcompress.models.families.parts import PER_EXPERT, Family, Part, attention, gated_mlp
 from llmcompress.models.families.prediction import further_layers
-from llmcompress.models.layout import DiskNames
 
 
 def _glm4_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias, normed = facts.flag("attention_bias"), facts.flag("use_qk_norm")
     head = attention(facts, layer, qkv_bias=bias, qk_norm="head" if normed else "none")
-    return head, feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
+    return head, feed_forward(facts, index, layer, sigmoid_router(facts, layer))
 
 
 def _dots1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
     head = attention(facts, layer, bias, bias, qk_norm="head")
-    return head, feed_forward(facts, index, layer, *sigmoid_router(facts, layer))
+    return head, feed_forward(facts, index, layer, sigmoid_router(facts, layer))
 
 
 def _by_kind(facts: Facts, index: int, layer: str, default: str) -> Part:
     """Experts or a dense MLP, as a list says."""
-    kind = facts.layer_kind("mlp_layer_types", index, default)
-    if kind not in ("sparse", "dense"):
-        raise InputError(f"config.json: mlp_layer_types[{index}] {kind!r} is not known here", "known: sparse, dense")
-    return with_shared(facts, layer, *sigmoid_router(facts, layer)) if kind == "sparse" else gated_mlp(facts, layer)
+    kind = facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), default)
+    return with_shared(facts, layer, sigmoid_router(facts, layer)) if kind == "sparse" else gated_mlp(facts, layer)
 
 
 def _glm4_moe_lite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -45,7 +37,7 @@ def _glm4_moe_lite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 def _solar_open(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     head = attention(facts, layer, qkv_bias=facts.flag("attention_bias"))
-    return head, with_shared(facts, layer, *sigmoid_router(facts, layer))
+    return head, with_shared(facts, layer, sigmoid_router(facts, layer))
 
 
 def _exaone_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -53,14 +45,15 @@ def _exaone_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return attention(facts, layer, qk_norm="head"), _by_kind(facts, index, layer, "dense" if dense else "sparse")
 
 
+_SHARED = {"tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
 FAMILIES = (
     Family(
         "glm4_moe",
         _glm4_moe,
         {
-            "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46,
-            "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": None, "tie_word_embeddings": False,
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_qk_norm": False,
+            **_SHARED, "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46,
+            "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": None, "use_qk_norm": False,
             "first_k_dense_replace": 1, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
             "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
             "num_nextn_predict_layers": 1,
@@ -73,9 +66,8 @@ FAMILIES = (
         "dots1",
         _dots1,
         {
-            "vocab_size": 152064, "hidden_size": 4608, "intermediate_size": 10944, "num_hidden_layers": 62,
-            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "tie_word_embeddings": False,
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "first_k_dense_replace": 0,
+            **_SHARED, "vocab_size": 152064, "hidden_size": 4608, "intermediate_size": 10944, "num_hidden_layers": 62,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "first_k_dense_replace": 0,
             "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
         },
         aliases={"n_routed_experts": "num_local_experts"},
@@ -85,9 +77,8 @@ FAMILIES = (
         "solar_open",
         _solar_open,
         {
-            "vocab_size": 196608, "hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 64,
-            "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False, "n_routed_experts": 128, "n_shared_experts": 1,
+            **_SHARED, "vocab_size": 196608, "hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128, "n_shared_experts": 1,
             "num_experts_per_tok": 8, "moe_intermediate_size": 1280, "routed_scaling_factor": 1.0,
             "norm_topk_prob": True,
         },
@@ -98,25 +89,21 @@ FAMILIES = (
         "exaone_moe",
         _exaone_moe,
         {
-            "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "tie_word_embeddings": False,
-            "hidden_act": "silu", "mlp_bias": False, "first_k_dense_replace": 1, "mlp_layer_types": None,
-            "n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
-            "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+            **_SHARED, "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "first_k_dense_replace": 1,
+            "mlp_layer_types": None, "n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1024, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
         },
         aliases={"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"},
-        disk=DiskNames(
-            ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),), PER_EXPERT.experts
-        ),
+        disk=replace(PER_EXPERT, renames=((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),)),
         ignored=(r"mtp",),
     ),
     Family(
         "glm4_moe_lite",
         _glm4_moe_lite,
         {
-            "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240, "num_hidden_layers": 47,
-            "num_attention_heads": 20, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "moe_intermediate_size": 1536, "n_shared_experts": 1, "n_routed_experts": 64,
+            **_SHARED, "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240, "num_hidden_layers": 47,
+            "num_attention_heads": 20, "moe_intermediate_size": 1536, "n_shared_experts": 1, "n_routed_experts": 64,
             "num_experts_per_tok": 4, "routed_scaling_factor": 1.8, "norm_topk_prob": True, "kv_lora_rank": 512,
             "q_lora_rank": 768, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256,
             "mlp_layer_types": None, "num_nextn_predict_layers": 1,

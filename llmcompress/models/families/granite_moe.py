@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, expert_bank, mixture, scaled
-from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer
+from llmcompress.models.families.parts import Family, Part, attention, expert_bank, first_and_last, mixture, scaled
+from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer
 
 
 def granite_experts(facts: Facts, layer: str) -> list[Part]:
@@ -14,10 +14,9 @@ def granite_experts(facts: Facts, layer: str) -> list[Part]:
     parts, size = [], facts.size("shared_intermediate_size", at_least=0)
     if size:
         module = f"{layer}.shared_mlp"
-        groups = (
-            LinearGroup((LinearView(f"{module}.input_linear", 2 * size, facts.hidden, Role.MLP),), "first", module),
-            LinearGroup((LinearView(f"{module}.output_linear", facts.hidden, size, Role.MLP),), "last", module),
-        )
+        first = LinearView(f"{module}.input_linear", 2 * size, facts.hidden, Role.MLP)
+        last = LinearView(f"{module}.output_linear", facts.hidden, size, Role.MLP)
+        groups = first_and_last(module, (first,), last)
         parts.append(Part(Sublayer("mlp", module, f"{layer}.post_attention_layernorm", None, groups), ()))
     if facts.size("num_local_experts", at_least=0):
         router = RouterView(f"{layer}.block_sparse_moe.router", "topk_softmax", renormalizes=True)

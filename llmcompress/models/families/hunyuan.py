@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
+    PER_EXPERT,
     AttentionNames,
     Family,
     Part,
@@ -14,7 +15,7 @@ from llmcompress.models.families.parts import (
     gated_mlp,
     mixture,
 )
-from llmcompress.models.layout import DiskNames, Role, RouterView
+from llmcompress.models.layout import Role, RouterView
 
 _NAMES = AttentionNames(query_norm="query_layernorm", key_norm="key_layernorm")
 
@@ -58,7 +59,7 @@ FAMILIES = (
         _moe,
         {**_DEFAULTS, "num_experts": 1, "num_experts_per_tok": 1},
         aliases={"num_experts": "num_local_experts", "num_experts_per_tok": "moe_topk"},
-        disk=DiskNames(experts=(".mlp.experts", ".mlp.experts")),
+        disk=PER_EXPERT,
     ),
     Family("hunyuan_v1_dense", _dense, _DEFAULTS),
 )

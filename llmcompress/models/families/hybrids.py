@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.granite_moe import GRANITE_DISK, granite_experts
 from llmcompress.models.families.mixers import (
@@ -64,13 +63,11 @@ def _falcon_h1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     """Granite 4: Mamba-2 or attention, then experts and a shared MLP side by side."""
     bias = facts.flag("attention_bias")
-    kind = facts.layer_kind("layer_types", index, "linear_attention")
-    if kind == "linear_attention":
+    known = ("linear_attention", "full_attention")
+    if facts.layer_kind("layer_types", index, known, "linear_attention") == "linear_attention":
         first = _hybrid_mamba(facts, layer, facts.number("mamba_expand") * facts.hidden)
-    elif kind == "full_attention":
-        first = attention(facts, layer, bias, bias)
     else:
-        raise InputError(f"config.json: layer_types[{index}] {kind!r} is not supported in granitemoehybrid")
+        first = attention(facts, layer, bias, bias)
     facts.size("shared_intermediate_size")  # unlike Granite 3's, these layers always have a shared MLP
     return scaled([first, *granite_experts(facts, layer)], facts.number("residual_multiplier"))
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from math import ceil
 
-from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, biases, expert_bank, mixture
-from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
+from llmcompress.models.families.parts import (
+    AttentionNames,
+    Family,
+    Part,
+    attention,
+    biases,
+    expert_bank,
+    first_and_last,
+    mixture,
+)
+from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer, TensorView
 
 _NORM = "operator_norm"
 _NAMES = AttentionNames("self_attn", _NORM, "q_layernorm", "k_layernorm", "out_proj")
@@ -21,18 +29,15 @@ def _convolution(facts: Facts, layer: str) -> Part:
     module, hidden, bias = f"{layer}.conv", facts.hidden, facts.flag("conv_bias")
     first = LinearView(f"{module}.in_proj", 3 * hidden, hidden, Role.SSM, bias)
     last = LinearView(f"{module}.out_proj", hidden, hidden, Role.SSM, bias)
-    groups = (LinearGroup((first,), "first", module), LinearGroup((last,), "last", module))
+    groups = first_and_last(module, (first,), last)
     kept = [TensorView(f"{module}.conv.weight", (hidden, 1, facts.size("conv_L_cache")))]
     kept += [TensorView(f"{module}.conv.bias", (hidden,))] if bias else []
     return Part(Sublayer("ssm", module, f"{layer}.{_NORM}", None, groups), (*kept, *biases(groups)))
 
 
 def _mixer(facts: Facts, index: int, layer: str, kind: str) -> Part:
-    kind = facts.layer_kind("layer_types", index, kind)
-    if kind == "conv":
+    if facts.layer_kind("layer_types", index, ("conv", "full_attention"), kind) == "conv":
         return _convolution(facts, layer)
-    if kind != "full_attention":
-        raise InputError(f"config.json: layer_types[{index}] {kind!r} is not known here", "known: conv, full_attention")
     return attention(facts, layer, qk_norm="head", names=_NAMES)
 
 
@@ -40,8 +45,7 @@ def _mlp(facts: Facts, layer: str, size: int) -> Part:
     module, hidden = f"{layer}.feed_forward", facts.hidden
     first = [LinearView(f"{module}.{name}", size, hidden, Role.MLP) for name in ("w1", "w3")]
     last = LinearView(f"{module}.w2", hidden, size, Role.MLP)
-    groups = (LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module))
-    return Part(Sublayer("mlp", module, f"{layer}.ffn_norm", None, groups), ())
+    return Part(Sublayer("mlp", module, f"{layer}.ffn_norm", None, first_and_last(module, first, last)), ())
 
 
 def _lfm2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -67,14 +71,11 @@ def _lfm2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
         "sigmoid_group_topk",
         facts.flag("norm_topk_prob"),
         scale=facts.number("routed_scaling_factor"),
-        correction=None if correction is None else correction.name,
+        correction=correction,
         floor=1e-6,
     )
-    bank = expert_bank(
-        facts, layer, "num_experts", "moe_intermediate_size", router, name=name, activation="silu"
-    )  # fmt: skip
-    extra = () if correction is None else (correction,)
-    return first, mixture(layer, bank, extra=extra, name=name, pre_norm="ffn_norm")
+    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", router, name, activation="silu")
+    return first, mixture(layer, bank, name=name, pre_norm="ffn_norm")
 
 
 _SHARED = {

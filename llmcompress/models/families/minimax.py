@@ -10,9 +10,9 @@ from llmcompress.models.layout import DiskNames, RouterView, TensorView
 
 def _minimax_m2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     correction = TensorView(f"{layer}.mlp.e_score_correction_bias", (facts.size("num_local_experts"),))
-    router = RouterView(f"{layer}.mlp.gate", "sigmoid_group_topk", renormalizes=True, correction=correction.name)
+    router = RouterView(f"{layer}.mlp.gate", "sigmoid_group_topk", renormalizes=True, correction=correction)
     bank = expert_bank(facts, layer, "num_local_experts", "intermediate_size", router)
-    return attention(facts, layer, qk_norm="full"), mixture(layer, bank, extra=(correction,))
+    return attention(facts, layer, qk_norm="full"), mixture(layer, bank)
 
 
 FAMILIES = (

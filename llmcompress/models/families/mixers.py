@@ -11,7 +11,7 @@ from math import ceil, gcd
 
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Part, biases, norm
+from llmcompress.models.families.parts import Part, biases, first_and_last, norm
 from llmcompress.models.layout import LinearGroup, LinearView, Role, ScanView, Sublayer, TensorView
 
 # channels of a virtual head of Mamba-1, where the number of channels allows
@@ -89,7 +89,7 @@ def mamba2(
     rows = inner + scan.conv_channels + heads
     first = LinearView(f"{module}.in_proj", rows, facts.hidden, Role.SSM, in_bias, kept_rows=heads)
     last = LinearView(f"{module}.out_proj", facts.hidden, inner, Role.SSM, out_bias)
-    linears = (LinearGroup((first,), "first", module), LinearGroup((last,), "last", module))
+    linears = first_and_last(module, (first,), last)
     kept = [TensorView(f"{module}.{name}", (heads,)) for name in ("dt_bias", "A_log", "D")]
     kept += _conv(scan, conv_bias) + (norm(f"{module}.norm", inner) if gated_norm else [])
     return Part(Sublayer("ssm", module, pre_norm, None, linears, scan=scan), (*kept, *biases(linears)))

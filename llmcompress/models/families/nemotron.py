@@ -5,7 +5,16 @@ from __future__ import annotations
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.mixers import plain_mixer
-from llmcompress.models.families.parts import AttentionNames, Family, Part, attention, biases, expert_bank, mixture
+from llmcompress.models.families.parts import (
+    AttentionNames,
+    Family,
+    Part,
+    attention,
+    biases,
+    expert_bank,
+    first_and_last,
+    mixture,
+)
 from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
 
 _KEYS = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
@@ -29,7 +38,7 @@ def _ungated_groups(facts: Facts, module: str, size: int, role: Role) -> tuple[L
     bias = facts.flag("mlp_bias")
     up = LinearView(f"{module}.up_proj", size, facts.hidden, role, bias)
     down = LinearView(f"{module}.down_proj", facts.hidden, size, role, bias)
-    return LinearGroup((up,), "first", module), LinearGroup((down,), "last", module)
+    return first_and_last(module, (up,), down)
 
 
 def _nemotron_experts(facts: Facts, layer: str) -> Part:
@@ -44,7 +53,7 @@ def _nemotron_experts(facts: Facts, layer: str) -> Part:
     module, hidden, bias = f"{layer}.mixer", facts.hidden, facts.flag("mlp_bias")
     latent, entry = facts.optional_size("moe_latent_size"), None
     correction = TensorView(f"{module}.gate.e_score_correction_bias", (facts.size("n_routed_experts"),))
-    extra = [correction]
+    extra: list[TensorView] = []
     if latent is not None:
         # every routed token passes both, for less than a hundredth of a layer's weights
         entry = LinearView(f"{module}.fc1_latent_proj", latent, hidden, Role.MLP, bias)
@@ -56,7 +65,7 @@ def _nemotron_experts(facts: Facts, layer: str) -> Part:
         "sigmoid_group_topk",
         facts.flag("norm_topk_prob"),
         scale=facts.number("routed_scaling_factor"),
-        correction=correction.name,
+        correction=correction,
     )
     bank = expert_bank(
         facts, layer, "n_routed_experts", "moe_intermediate_size", router,

@@ -22,6 +22,9 @@ from llmcompress.models.layout import (
     TensorView,
 )
 
+# experts that are stored one by one under the name of their module
+PER_EXPERT = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -115,6 +118,11 @@ def biases(groups: tuple[LinearGroup, ...]) -> tuple[TensorView, ...]:
     return tuple(TensorView(f"{linear.name}.bias", (linear.out_features,)) for linear in linears)
 
 
+def first_and_last(module: str, first: Iterable[LinearView], last: LinearView) -> tuple[LinearGroup, LinearGroup]:
+    """Groups of a module that projects its input, by one linear or several, and its output."""
+    return LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionNames:
     """What a family calls the parts of grouped-query attention.
@@ -164,7 +172,7 @@ def attention(
         rows = {"qkv_proj": query + 2 * value}
     first = [LinearView(f"{module}.{n}", size, facts.hidden, Role.ATTENTION, qkv_bias) for n, size in rows.items()]
     last = LinearView(f"{module}.{names.output}", facts.hidden, query, Role.ATTENTION, out_bias)
-    groups = (LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module))
+    groups = first_and_last(module, first, last)
     kept = list(biases(groups))
     if qk_norm != "none":
         widths = (facts.head_dim, facts.head_dim) if qk_norm == "head" else (query, value)
@@ -178,9 +186,8 @@ def gated_groups(
 ) -> tuple[LinearGroup, ...]:
     """Groups of a gated MLP: gate and up, or ``gate_up_proj`` that holds both, then down."""
     rows = {"gate_up_proj": 2 * intermediate} if fused else {"gate_proj": intermediate, "up_proj": intermediate}
-    first = tuple(LinearView(f"{module}.{name}", size, hidden, role, bias) for name, size in rows.items())
-    down = LinearView(f"{module}.down_proj", hidden, intermediate, role, bias)
-    return (LinearGroup(first, "first", module), LinearGroup((down,), "last", module))
+    first = [LinearView(f"{module}.{name}", size, hidden, role, bias) for name, size in rows.items()]
+    return first_and_last(module, first, LinearView(f"{module}.down_proj", hidden, intermediate, role, bias))
 
 
 def gated_mlp(
@@ -219,7 +226,7 @@ def mixture(
         layer: Run-time name of the decoder layer.
         bank: Its experts.
         shared: Linears of the shared experts.
-        extra: Further dense tensors of the module, beside router and biases.
+        extra: Further dense tensors of the module, beside router, its correction and biases.
         name: Name of the module in the layer.
         pre_norm: Name of the norm before it, None without one.
         post_norm: Name of the norm on its output, None without one.
@@ -231,6 +238,7 @@ def mixture(
     if bank.bias:
         kept.append(TensorView(f"{bank.gate_up}_bias", (bank.num_experts, bank.first_rows)))
         kept.append(TensorView(f"{bank.down}_bias", (bank.num_experts, bank.hidden)))
+    kept += [] if router.correction is None else [router.correction]
     kept += [*extra, *biases(shared)]
     before, after = (None if word is None else f"{layer}.{word}" for word in (pre_norm, post_norm))
     sublayer = Sublayer("moe", f"{layer}.{name}", before, after, shared, bank)
@@ -238,7 +246,14 @@ def mixture(
 
 
 def expert_bank(
-    facts: Facts, layer: str, experts_key: str, intermediate_key: str, router: RouterView, **options: Any
+    facts: Facts,
+    layer: str,
+    experts_key: str,
+    intermediate_key: str,
+    router: RouterView,
+    name: str = "mlp",
+    top_k: int | None = None,
+    **options: Any,
 ) -> ExpertBank:
     """Read an expert bank's sizes from the config.
 
@@ -248,8 +263,9 @@ def expert_bank(
         experts_key: Key of the number of experts.
         intermediate_key: Key of their intermediate size.
         router: Their router.
-        options: Further fields of :class:`~llmcompress.models.layout.ExpertBank`; ``name`` of the module that holds
-            the experts; ``top_k`` where it is not ``num_experts_per_tok``.
+        name: Of the module in the layer that holds the experts.
+        top_k: Experts per token, None for ``num_experts_per_tok``.
+        options: Further fields of :class:`~llmcompress.models.layout.ExpertBank`.
 
     Raises:
         InputError: More experts are chosen per token than there are.
@@ -257,7 +273,7 @@ def expert_bank(
     if "activation" not in options:
         options["activation"] = facts.activation()
     experts = facts.size(experts_key)
-    chosen = options.pop("top_k") if "top_k" in options else facts.size("num_experts_per_tok")
+    chosen = facts.size("num_experts_per_tok") if top_k is None else top_k
     if chosen > experts:
         raise InputError(
             f"config.json: num_experts_per_tok {chosen} exceeds the {experts} experts of {experts_key}",
@@ -265,7 +281,7 @@ def expert_bank(
         )
     entry = options.get("entry")
     return ExpertBank(
-        module=f"{layer}.{options.pop('name', 'mlp')}.experts",
+        module=f"{layer}.{name}.experts",
         num_experts=experts,
         top_k=chosen,
         hidden=facts.hidden if entry is None else entry.out_features,

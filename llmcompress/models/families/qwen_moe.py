@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
+    PER_EXPERT,
     AttentionNames,
     Family,
     Part,
@@ -13,7 +14,7 @@ from llmcompress.models.families.parts import (
     gated_mlp,
     mixture,
 )
-from llmcompress.models.layout import DiskNames, Role, RouterView, TensorView
+from llmcompress.models.layout import Role, RouterView, TensorView
 
 
 def softmax_router(facts: Facts, layer: str) -> RouterView:
@@ -73,7 +74,6 @@ _SHARED = {
     "tie_word_embeddings": False, "hidden_act": "silu", "norm_topk_prob": False, "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }  # fmt: skip
-_DISK = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
 
 FAMILIES = (
     Family(
@@ -84,7 +84,7 @@ FAMILIES = (
             "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4,
             "num_experts": 60, "qkv_bias": True,
         },
-        disk=_DISK,
+        disk=PER_EXPERT,
     ),
     Family(
         "qwen3_moe",
@@ -94,7 +94,7 @@ FAMILIES = (
             "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128, "attention_bias": False,
         },
         aliases={"num_experts": "num_local_experts"},
-        disk=_DISK,
+        disk=PER_EXPERT,
     ),
     Family(
         "olmoe",
@@ -105,7 +105,7 @@ FAMILIES = (
             "attention_bias": False,
         },
         aliases={"num_experts": "num_local_experts"},
-        disk=_DISK,
+        disk=PER_EXPERT,
     ),
     Family(
         "flex_olmo",
@@ -116,6 +116,6 @@ FAMILIES = (
             "attention_bias": False,
         },
         aliases={"num_experts": "num_local_experts"},
-        disk=_DISK,
+        disk=PER_EXPERT,
     ),
 )  # fmt: skip

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, gated_mlp, norm
+from llmcompress.models.families.parts import PER_EXPERT, Family, Part, attention, first_and_last, gated_mlp, norm
 from llmcompress.models.families.qwen_moe import is_sparse, shared_expert_mixture, softmax_router
-from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
+from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer, TensorView
 
 _KINDS = ("linear_attention", "full_attention")
 
@@ -38,7 +37,7 @@ def gated_delta(facts: Facts, layer: str, apart: bool) -> Part:
     kept = [TensorView(f"{module}.{name}", (heads,)) for name in ("dt_bias", "A_log")]
     kept.append(TensorView(f"{module}.conv1d.weight", (mixed, 1, facts.size("linear_conv_kernel_dim"))))
     kept += [TensorView(f"{module}.in_proj_{name}.weight", (size, hidden)) for name, size in small.items()]
-    groups = (LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module))
+    groups = first_and_last(module, first, last)
     sublayer = Sublayer("ssm", module, f"{layer}.input_layernorm", None, groups)
     return Part(sublayer, (*kept, *norm(f"{module}.norm", head)))
 
@@ -46,10 +45,7 @@ def gated_delta(facts: Facts, layer: str, apart: bool) -> Part:
 def _mixer(facts: Facts, index: int, layer: str, apart: bool) -> Part:
     """The delta rule or attention, by the list of layer types or every so many layers."""
     every = facts.size("full_attention_interval")
-    kind = facts.layer_kind("layer_types", index, _KINDS[(index + 1) % every == 0])
-    if kind not in _KINDS:
-        raise InputError(f"config.json: layer_types[{index}] {kind!r} is not known here", f"known: {', '.join(_KINDS)}")
-    if kind == "linear_attention":
+    if facts.layer_kind("layer_types", index, _KINDS, _KINDS[(index + 1) % every == 0]) == "linear_attention":
         return gated_delta(facts, layer, apart)
     bias = facts.flag("attention_bias")
     return attention(facts, layer, bias, bias, qk_norm="head", form="gated")
@@ -81,7 +77,6 @@ _EXPERTS = {
     **_SHARED, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "num_experts_per_tok": 10,
     "num_experts": 512,
 }  # fmt: skip
-_DISK = DiskNames(experts=(".mlp.experts", ".mlp.experts"))
 # transformers saves the text part of a model that also sees under the names of the whole
 _WHOLE = (("model.", "model.language_model."),)
 # layers that predict further tokens, and what sees pictures
@@ -95,7 +90,7 @@ FAMILIES = (
             **_EXPERTS, "intermediate_size": 5632, "decoder_sparse_step": 1, "norm_topk_prob": True,
             "mlp_only_layers": None,
         },
-        disk=_DISK,
+        disk=PER_EXPERT,
         norm_adds_one=True,
         ignored=(_MTP,),
     ),
@@ -105,7 +100,7 @@ FAMILIES = (
         {
             **_EXPERTS, "vocab_size": 248320, "num_hidden_layers": 40, "num_experts_per_tok": 8, "num_experts": 256,
         },
-        disk=replace(_DISK, older=_WHOLE),
+        disk=replace(PER_EXPERT, older=_WHOLE),
         norm_adds_one=True,
         ignored=(_MTP, _EYES),
         package="qwen3_5_moe",
