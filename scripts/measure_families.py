@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from llmcompress_kernels import bench
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig
 
 from llmcompress.inference import speed
 from llmcompress.inference.engine import Engine
@@ -29,27 +28,14 @@ from llmcompress.quant.spec import QuantSpec
 CASES = (speed.Case("decode", 16, 1, 4), speed.Case("decode", 512, 1, 4), speed.Case("prefill", 512))
 
 
-def random_model(family: str, layers: int) -> Any:
-    """A bf16 model of a family's default sizes; a million numbers are drawn and used again and again."""
-    config = AutoConfig.for_model(family, num_hidden_layers=layers)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.02).to(torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            for part in parameter.view(-1).split(len(drawn)):
-                part.copy_(drawn[: len(part)])
-    model.tie_weights()
-    return model.eval()
-
-
 def candidates_of(family: str, options: argparse.Namespace) -> dict[str, speed.Candidate]:
     """The three ways to run a family."""
-    packed = speed.rounded(random_model(family, options.layers), QuantSpec(options.bits, 64))
+    config = AutoConfig.for_model(family, num_hidden_layers=options.layers)
+    packed = speed.rounded(speed.random_model(config), QuantSpec(options.bits, 64))
     return {
         "native": speed.native(Engine(packed)),
         "modules": speed.transformers(packed),
-        "bf16": speed.transformers(random_model(family, options.layers)),
+        "bf16": speed.transformers(speed.dense_twin(packed)),
     }
 
 

@@ -22,7 +22,7 @@ _BASE: dict[str, Any] = {
 _LATENT = {
     "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "num_key_value_heads": 4, "first_k_dense_replace": 1, "intermediate_size": 48, "moe_intermediate_size": 16,
-    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3,
+    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "head_dim": None,
 }  # fmt: skip
 MOE_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
@@ -35,7 +35,7 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "deepseek_v3": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
                     "routed_scaling_factor": 2.5},
-    "glm4_moe_lite": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "head_dim": None},
+    "glm4_moe_lite": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2},
     "qwen3_next": {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
                    "num_experts": 8, "num_experts_per_tok": 3, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
                    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -101,8 +101,6 @@ class TinyModels:
         from transformers import AutoConfig
 
         values = {**_BASE, **{**MOE_FAMILIES, **SSM_FAMILIES, **DENSE_FAMILIES}[model_type], **changes}
-        if model_type == "deepseek_v2" or model_type == "deepseek_v3":
-            values.pop("head_dim", None)
         return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})
 
     @classmethod

@@ -196,19 +196,24 @@ def quantize_gguf(source: Path, target: Path, kind: str) -> None:
 
 def dense_twin(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A dense model of the same shape with random weights, for speed only."""
+    kept = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    return random_model(type(model.config).from_dict(kept), dtype)
+
+
+def random_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A dense model of a config's sizes for speed only: a million random numbers, used again and again."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = type(model.config).from_dict(
-        {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    )
     with no_init_weights():
-        twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.02).to(dtype)
     with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.normal_(0, 0.02)
-    twin.tie_weights()
-    return twin.eval()
+        for parameter in model.parameters():
+            for part in parameter.view(-1).split(len(drawn)):
+                part.copy_(drawn[: len(part)])
+    model.tie_weights()
+    return model.eval()
 
 
 def dense_experts() -> Any:
