@@ -83,7 +83,7 @@ class RouterRule:
             return logits.float()
         else:
             scores = logits.float().softmax(-1)
-        return scores if self.correction is None else scores + self.correction.float()
+        return scores if self.correction is None else scores + self.correction.to(scores)
 
     def select(self, logits: Tensor, banned: Tensor | None = None) -> Tensor:
         """The experts this router chooses, group limit included.

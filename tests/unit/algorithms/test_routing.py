@@ -64,6 +64,14 @@ def test_a_correction_decides_the_choice_and_not_the_weights():
         assert moved.select(logits, banned).tolist() == [[0, 2]]
 
 
+@pytest.mark.parametrize("kind", ["softmax_topk", "sigmoid_group_topk"])
+def test_a_model_that_moves_after_its_rule_was_read_takes_the_correction_along(kind):
+    """Skipping is attached where a model is assembled, on the CPU, and an evaluation moves it to the GPU."""
+    rule = RouterRule(2, kind=kind, correction=torch.zeros(4))
+    logits, banned = torch.zeros(3, 4, device="meta"), torch.zeros(3, 4, dtype=torch.bool, device="meta")
+    assert rule.select(logits, banned).device.type == "meta"
+
+
 @pytest.mark.parametrize("kind", ["softmax_topk", "topk_softmax", "sparsemixer", "sigmoid_group_topk"])
 def test_banned_experts_are_never_chosen_nor_weighed(kind):
     rule = RouterRule(2, kind=kind, renormalizes=kind == "sigmoid_group_topk")
