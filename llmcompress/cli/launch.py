@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,20 +135,16 @@ def _threads(nproc: int) -> str:
 
 def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressError:
     """One error for everything that the death of one process has led to."""
-    said = {rank: _said(logs, failure.local_rank) for rank, failure in failures.items()}
+    said = {rank: _said(logs, failure.local_rank, "error:") for rank, failure in failures.items()}
 
     def order(item: tuple[int, Any]) -> tuple[int, float]:
         rank, failure = item
         code = int(failure.exitcode)
-        # what was killed from outside, then what has something to say, then what died without a word; the rest lost its
-        # peers or was stopped by us
-        if code < 0 and code != -signal.SIGTERM:
-            place = 0
-        elif said[rank] or (rank == 0 and code not in (LOST, -signal.SIGTERM)):
-            place = 1
-        else:
-            place = 2 if code not in (LOST, -signal.SIGTERM) else 3
-        return place, float(failure.timestamp)
+        # it lost its peers, or was stopped by us
+        drawn_in = code in (LOST, -signal.SIGTERM)
+        killed, told = code < 0 and not drawn_in, bool(said[rank]) or (rank == 0 and not drawn_in)
+        # what was killed from outside, then what has something to say, then what died without a word, then the rest
+        return [killed, told, not drawn_in, True].index(True), float(failure.timestamp)
 
     rank, failure = min(failures.items(), key=order)
     code = int(failure.exitcode)
@@ -160,25 +156,16 @@ def _failure(failures: Any, logs: Path, size: int, again: str) -> LLMCompressErr
     if code == LOST:
         return EnvironmentProblem(f"process {rank} of {size} lost the others; finished blocks are kept", again)
     text = f"process {rank} of {size} failed{f': {said[rank]}' if said[rank] else f' with exit code {code}'}"
-    kept = _traceback(logs, failures[rank].local_rank)
+    kept = _said(logs, failure.local_rank, "next: the traceback is in")
     error = (AlreadyTold if rank == 0 else LLMCompressError)(text, f"{again}; {kept}" if kept else again)
     error.exit_code = ExitCode(code) if code in {int(known) for known in ExitCode} else ExitCode.UNEXPECTED
     return error
 
 
-def _said(logs: Path, local_rank: int) -> str:
-    """The error message that a process other than the first has left."""
-    return next(
-        (line.removeprefix("error:").strip() for line in _lines(logs, local_rank) if line.startswith("error:")), ""
-    )
-
-
-def _traceback(logs: Path, local_rank: int) -> str:
-    """Where such a process has written what went wrong, in its own words; empty where it met nothing unexpected."""
-    lines = (line.removeprefix("next:").strip() for line in _lines(logs, local_rank) if line.startswith("next:"))
-    return next((line for line in lines if line.startswith("the traceback is in")), "")
-
-
-def _lines(logs: Path, local_rank: int) -> Iterator[str]:
+def _said(logs: Path, local_rank: int, beginning: str) -> str:
+    """The first line that begins so, without its label, of what a process other than the first has left; else empty."""
     for path in logs.rglob(f"{local_rank}/stderr.log"):
-        yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(beginning):
+                return line.partition(":")[2].strip()
+    return ""

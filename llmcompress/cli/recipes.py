@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,19 +110,15 @@ def copy_recipe(
 
 
 def whole(path: Path) -> str:
-    """A recipe that extends no other: its first lines, then everything that it and what it extends say."""
+    """A recipe that extends no other: its header, then everything that it and what it extends say."""
     import yaml
 
     from llmcompress.recipe.load import load_recipe
 
     loaded = load_recipe(path, allow_missing=True)
-    head = [line for line in loaded.text.splitlines() if line.startswith("#")][:_HEAD_LINES]
+    head = takewhile(lambda line: line.startswith("#"), loaded.text.splitlines())
     plain = {key: value for key, value in loaded.composed.items() if key != "vars"}
     return "\n".join([*head, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)])
-
-
-# schema, what it is, how to run it, what it needs
-_HEAD_LINES = 4
 
 
 def _moved(text: str, source: Path, path: Path) -> str:

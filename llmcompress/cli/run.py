@@ -15,7 +15,7 @@ from llmcompress.cli.completion import complete_override, complete_recipe
 from llmcompress.cli.launch import EndpointOption, IdOption, NodesOption, Processes, ProcessesOption, launch
 from llmcompress.cli.look_ahead import look_ahead
 from llmcompress.cli.output import Output, table
-from llmcompress.distributed.world import LAUNCHED, is_follower
+from llmcompress.distributed.world import LAUNCHED
 from llmcompress.errors import GateFailed, InputError, UsageError
 from llmcompress.units import bytes_text
 
@@ -82,7 +82,7 @@ def run(
 
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
     extent = Extent(until, only, redo, force, _processes_here(processes)) if preflight else None
-    job = load_job(recipe, overrides or [], out=None if _checked_already() else out, extent=extent)
+    job = load_job(recipe, overrides or [], out=_first_look(out), extent=extent)
     if processes is not None:
         words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track, preflight)]
         launch(out, processes, [*words, *(["--force"] if force else [])], Path(job.recipe["run"]["dir"]))
@@ -115,7 +115,7 @@ def resume(
     extent = Extent(until, only, redo, processes=_processes_here(processes)) if preflight else None
     job = load_job(
         str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
-        out=None if _checked_already() else out, extent=extent,
+        out=_first_look(out), extent=extent,
     )  # fmt: skip
     if processes is not None:
         words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track, preflight)]
@@ -126,16 +126,13 @@ def resume(
 
 
 def _processes_here(started: Processes | None) -> int:
-    """Processes on this machine: those that this command starts, or those beside it that torchrun has started."""
-    if started is not None:
-        return started.nproc
-    count = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(count) if count.isdigit() and int(count) > 0 else 1
+    """Processes that this command starts on this machine."""
+    return 1 if started is None else started.nproc
 
 
-def _checked_already() -> bool:
-    """Whether another process has looked at recipe and machine: the one that launched this one, or the first of all."""
-    return LAUNCHED in os.environ or is_follower()
+def _first_look(out: Output) -> Output | None:
+    """Where remarks on recipe and machine go; None in a launched process, whose launcher has looked at both."""
+    return None if LAUNCHED in os.environ else out
 
 
 def _words(

@@ -269,11 +269,6 @@ def joined(deterministic: bool) -> World:
     return World(dist.get_rank(), dist.get_world_size(), deterministic)
 
 
-def is_follower() -> bool:
-    """Whether this process is one of several and not the first; asks the environment alone."""
-    return LAUNCHED in os.environ and os.environ.get("RANK", "0") != "0"
-
-
 @contextmanager
 def _peers() -> Iterator[None]:
     """Turn what torch says of a lost connection into :class:`PeerLost`."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
     from llmcompress.models.quantization_config import Policies
-    from llmcompress.quant.spec import QuantPlan
+    from llmcompress.quant.spec import QuantPlan, QuantSpec
     from llmcompress.quant.store import PackedStore
 
 FILE = "model.gguf"
@@ -196,16 +196,15 @@ def _rounding(packed: PackedWeight) -> Tensor | float:
 
 def _entries(handle: ModelHandle, store: PackedStore, policies: Policies) -> Iterator[Entry]:
     """Every tensor of the file, in order."""
-    from llmcompress.nn.embedding import matrices, pack_rows, spec_of
+    from llmcompress.nn.embedding import matrices, pack_rows
 
-    layout = handle.layout
-    policy = policies.get(EMBEDDINGS)
-    packed = [] if policy is None else [f"{module}.weight" for module in matrices(layout)]
+    layout, spec = handle.layout, _embedding_spec(policies)
+    rounded = [f"{module}.weight" for module in matrices(layout)]
     for view in layout.outside:
         tensor = handle.checkpoint.tensor(view.name)
         # llama.cpp looks rows up and multiplies by them in one form
-        rounded = policy is not None and view.name in packed
-        yield _entry(OUTSIDE[view.name], pack_rows(tensor, spec_of(policy or {}), lanes=1) if rounded else tensor)
+        value = pack_rows(tensor, spec, lanes=1) if spec is not None and view.name in rounded else tensor
+        yield _entry(OUTSIDE[view.name], value)
     for block in layout.blocks:
         yield from _block_entries(handle, store, block)
 
@@ -369,14 +368,19 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
         yield f"{some(strange)}: llama.cpp has no such tensor in this family"
 
 
-def _embedding_problems(layout: ModelLayout, policies: Policies) -> Iterator[str]:
-    """An embedding whose groups are no whole blocks."""
-    policy = policies.get(EMBEDDINGS)
-    if policy is None:
-        return
+def _embedding_spec(policies: Policies) -> QuantSpec | None:
+    """How embedding and head are rounded, None where they are not."""
+    if EMBEDDINGS not in policies:
+        return None
     from llmcompress.nn.embedding import spec_of
 
-    if not fits_blocks(spec := spec_of(policy), layout.hidden):
+    return spec_of(policies[EMBEDDINGS])
+
+
+def _embedding_problems(layout: ModelLayout, policies: Policies) -> Iterator[str]:
+    """An embedding whose groups are no whole blocks."""
+    spec = _embedding_spec(policies)
+    if spec is not None and not fits_blocks(spec, layout.hidden):
         size = spec.group(layout.hidden)
         yield f"embeddings in groups of {size} columns: GGML blocks have 32, set group_size to a multiple of that or -1"
 

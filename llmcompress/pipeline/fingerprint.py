@@ -11,14 +11,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.paths import MODEL_FILES, PATH_KEYS, matches
 from llmcompress.models.tensor_file import TensorFile
+from llmcompress.recipe.lock import WHOLE_FILE_LIMIT
 
-# as in the lock, which hashes them anyway
-WHOLE_FILE_LIMIT = 1 << 30
+if TYPE_CHECKING:
+    from llmcompress.stages.base import Stage
+
 SAMPLE = 1 << 20
 SAMPLES = 16
 # of each tensor of a larger checkpoint
@@ -31,7 +33,7 @@ def digest(data: Any) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """SHA-256 of a file; of a part of it when it is larger than 1 GiB.
+    """SHA-256 of a file; of a part of it when it is larger than 1 GiB. Smaller ones the lock hashes whole anyway.
 
     Reading 90 GB before every run would cost more than it protects. Of a larger file size and 16 evenly spread
     mebibytes count, and the middle of each tensor where it is a checkpoint: one that was trained on, or of which a
@@ -92,6 +94,12 @@ def with_contents(section: Any, key: str = "") -> Any:
         if found:
             return {"contents": digest([path_identity(path) for path in found])}
     return section
+
+
+def inputs_of(stage: Stage) -> dict[str, Any]:
+    """What the fingerprint of a stage counts of the stage itself: its config, with the contents of files it names."""
+    found: dict[str, Any] = with_contents(stage.config.model_dump(mode="json"))
+    return found
 
 
 def difference(before: Any, after: Any, prefix: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import InputError, ResourceError
 from llmcompress.pipeline.device import resolve_device
 from llmcompress.pipeline.estimate import on_machine
-from llmcompress.pipeline.fingerprint import with_contents
+from llmcompress.pipeline.fingerprint import inputs_of
 from llmcompress.pipeline.run_dir import RunDir
 from llmcompress.units import bytes_text
 
@@ -55,8 +55,10 @@ class Extent:
         folder = RunDir(Path(loaded.recipe.run.dir))
         for stage in () if self.force else loaded.stages():
             record = folder.read_stage(stage.name)
-            inputs = with_contents(stage.config.model_dump(mode="json"))
-            if stage.name == self.redo or record is None or not record.finished() or record.inputs != inputs:
+            if stage.name == self.redo or record is None or not record.finished():
+                break
+            # files that it names are read for this
+            if record.inputs != inputs_of(stage):
                 break
             kept.append(stage.name)
         return [name for name in names if name not in kept]
@@ -81,10 +83,10 @@ def preflight(
         InputError: Data cannot be had.
     """
     extent = extent or Extent()
-    names, pending = extent.names(loaded), extent.pending(loaded)
+    pending = extent.pending(loaded)
     require_data(loaded, pending)
     # what finished stages have written is looked for in the folder
-    if disks := _short_disks(loaded, on_machine(predicted, loaded, config, names, extent.processes)):
+    if disks := _short_disks(loaded, predicted, extent.names(loaded)):
         raise ResourceError(
             "\n".join(disks), _ways(predicted, "host.disk", "free some space, or run.dir=FOLDER on another disk")
         )
@@ -103,7 +105,7 @@ def shortfalls(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
         predicted: What it needs on one process.
     """
     memory = _short_memory(loaded, predicted)
-    return [*([memory] if memory else []), *_short_disks(loaded, predicted)]
+    return [*([memory] if memory else []), *_short_disks(loaded, predicted, list(loaded.recipe.stages))]
 
 
 def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:
@@ -142,13 +144,13 @@ def hub_sources(data: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from hub_sources(value, f"{path}.{index}")
 
 
-def _short_disks(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
-    """A line for file systems with less room than the stages will still write there."""
+def _short_disks(loaded: LoadedRecipe, predicted: Plan, names: Collection[str]) -> list[str]:
+    """A line for file systems with less room than the named stages will still write there."""
     import shutil
 
     run = Path(loaded.recipe.run.dir)
     needs: dict[int, tuple[Path, int]] = {}
-    for stage in predicted.stages:
+    for stage in (stage for stage in predicted.stages if stage.name in names):
         target = getattr(loaded.recipe.stages[stage.name], "dir", None) if stage.type == "export" else None
         folder = _existing(Path(target) if target else run)
         device = folder.stat().st_dev

@@ -24,7 +24,7 @@ from llmcompress.evaluation.gates import failed as failed_gates
 from llmcompress.events import Event
 from llmcompress.models.heap import give_back_memory, keep_freed_memory
 from llmcompress.pipeline import device as devices
-from llmcompress.pipeline.fingerprint import difference, digest, with_contents
+from llmcompress.pipeline.fingerprint import difference, digest, inputs_of, with_contents
 from llmcompress.pipeline.followers import END, policy
 from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
 from llmcompress.pipeline.sinks import Fanout, JsonlSink, Sink
@@ -277,7 +277,7 @@ class Runner:
         found: dict[str, tuple[str, dict[str, Any]]] = {}
         upstream = digest(root)
         for stage in self.job.stages:
-            inputs = with_contents(stage.config.model_dump(mode="json"))
+            inputs = inputs_of(stage)
             counted = {key: value for key, value in inputs.items() if key not in stage.judging}
             upstream = digest({"inputs": counted, "name": stage.name, "upstream": upstream})
             found[stage.name] = (upstream, inputs)

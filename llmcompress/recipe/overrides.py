@@ -88,7 +88,6 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
     """
     *parents, last = override.path
     node: Any = data
-    holder: tuple[Any, Any] | None = None
     for depth, key in enumerate(parents):
         here = override.path[:depth]
         child = _child(node, key)
@@ -97,13 +96,11 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
             if not (isinstance(node, dict) and creates):
                 raise ValueError(_unknown(node, key, here, allowed, data))
             child = node[_as_key(node, key)] = {}
-        holder = (node, key)
+        elif isinstance(child, str) and {"path", override.path[depth + 1]} <= set(allowed(data, (*here, key)) or ()):
+            # the name of a file stands for a section with this path
+            child = {"path": child}
+            node[int(key) if isinstance(node, list) else _as_key(node, key)] = child
         node = child
-    if isinstance(node, str) and holder is not None and {"path", last} <= set(allowed(data, tuple(parents)) or ()):
-        # the name of a file stands for a section with this path
-        above, key = holder
-        node = {"path": node}
-        above[int(key) if isinstance(above, list) else _as_key(above, key)] = node
     if not isinstance(node, dict | list):
         raise ValueError(f"{'.'.join(parents)} is a single value, it has no keys")
     present = _child(node, last) is not _ABSENT

@@ -84,6 +84,9 @@ def test_full_copies_stand_alone_and_say_the_same(
     capsys.readouterr()
     assert invoke(["recipes", "show", "smoke/gptq_tiny", "--full"]) == 0
     assert "samples: 8" in capsys.readouterr().out
+    # a header may say more than what a recipe is, how to run it and what it needs
+    assert invoke(["recipes", "show", "q_mamba_tiny", "--full"]) == 0
+    assert "# needs: 2 CPU cores" in capsys.readouterr().out
 
 
 def test_schema_is_a_json_schema(capsys: pytest.CaptureFixture[str]) -> None:

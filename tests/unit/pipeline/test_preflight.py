@@ -16,7 +16,7 @@ from llmcompress.models import memory_limits
 from llmcompress.pipeline import preflight as module
 from llmcompress.pipeline.device import baseline_ram
 from llmcompress.pipeline.estimate import Plan, on_machine, plan
-from llmcompress.pipeline.fingerprint import with_contents
+from llmcompress.pipeline.fingerprint import inputs_of
 from llmcompress.pipeline.preflight import Extent, hub_sources, shortfalls
 from llmcompress.pipeline.run_dir import RunDir, StageRecord
 from llmcompress.recipe.load import LoadedRecipe, load_recipe
@@ -140,10 +140,13 @@ def test_what_is_finished_is_not_asked_for_again(
     loaded = load_recipe("quickstart", words)
     with pytest.raises(InputError, match="nobody/nothing"):
         preflight(loaded, known[1])
+    with monkeypatch.context() as untouched:
+        # where nothing has begun no text is read
+        untouched.setattr(module, "inputs_of", lambda _: pytest.fail("a text was read"))
+        assert Extent().pending(loaded) == list(loaded.recipe.stages)
     folder = RunDir(Path(loaded.recipe.run.dir))
     for stage in loaded.stages()[:2]:
-        inputs = with_contents(stage.config.model_dump(mode="json"))
-        folder.write_stage(StageRecord(stage.name, stage.config.type, "finished", "", inputs, []))
+        folder.write_stage(StageRecord(stage.name, stage.config.type, "finished", "", inputs_of(stage), []))
     assert Extent().pending(loaded) == ["quantize", "prune", "evaluate", "export"]
     assert Extent(until="quantize").pending(loaded) == ["quantize"]
     assert preflight(loaded, known[1]) == []
