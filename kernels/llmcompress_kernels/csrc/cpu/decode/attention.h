@@ -15,9 +15,6 @@ namespace LLMCOMPRESS_ISA {
 // What a chunk leaves for one query head (Widths::part): maximum, sum of exponentials, then padded values.
 constexpr int PART_HEAD = LANES;
 
-// stands for minus infinity: its exponential is 0, and it has a difference to itself
-constexpr float LOWEST = -3.0e38f;
-
 // scores [G] of sixteen positions; keys [Dp, LANES], queries [heads, Dp]
 template <class T, int G>
 inline void score_block(const T* keys, const float* queries, int dim, int width, F16* scores) {
@@ -229,7 +226,8 @@ __attribute__((noinline, noclone)) inline void rotate(const float* from, const f
 }
 
 // Likewise pairs that stand side by side, as DeepSeek does; turned ones are half of the columns apart, which changes no score.
-inline void rotate_pairs(const float* from, const float* cosine, const float* sine, int turned, float scale, float* to) {
+__attribute__((noinline, noclone)) inline void rotate_pairs(const float* from, const float* cosine, const float* sine, int turned,
+                                                            float scale, float* to) {
     const int half = turned / 2;
     for (int i = 0; i < half; ++i) {
         const float a = from[2 * i], b = from[2 * i + 1];

@@ -133,6 +133,7 @@ class Engine {
             grow(own.mixed, b * (w.latent ? size_t(w.value) : heads * size_t(w.value)));
             grow(own.product, b * size_t(padded(std::max<int64_t>({intermediate, shared_intermediate, m.hidden}))));
             grow(own.gated, b * wide);
+            grow(own.low, b * size_t(rank));
             grow(own.queries, group * size_t(w.row()));
             grow(own.weights, std::min<size_t>(TOGETHER_HEADS, group) * size_t(c.positions + LANES));
             grow(own.routed, b * size_t(std::max(1, m.top_k)));

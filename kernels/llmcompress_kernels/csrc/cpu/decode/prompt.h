@@ -131,24 +131,21 @@ class PromptWorker {
             norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
         };
         const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
-        if (o.query_down.present()) {
-            project({{&o.query_down, room_.low.data()}, key}, normed(0), QKV, make);
-            const int64_t rank = o.query_down.m.rows;
-            project({query}, room_.low.data(), QKV, [&](int64_t t) { norm_low(m_, o, room_.low.data() + t * rank); });
-        } else if (o.absorb.present()) project({query, key}, normed(0), QKV, make);
-        else project({query, key, {&o.value, room_.value.data()}}, normed(0), QKV, make);
+        const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
+        const bool is_low = o.query_down.present();
+        project({is_low ? low : query, key, value}, normed(0), QKV, make);
+        if (is_low)
+            project({query}, low.out, QKV, [&](int64_t t) { norm_low(m_, o, low.out + t * o.query_down.m.rows); });
         if (o.absorb.present()) latent_attention(o, o.l.place);
         else attention(o.l, o.l.place);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
     void gated_mlp(const LayerOperands& o) {
-        const auto make = [&](int64_t t) {
+        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, [&](int64_t t) {
             add_delta(t, o.l.attention_after);
             norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
-        };
-        if (o.up.present()) project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, make);
-        else project({{&o.gate, room_.gate.data()}}, normed(0), GATE_UP, make);
+        });
         open_gates(o.gate.m.rows, o.down, o.up.present());
     }
 
@@ -181,7 +178,7 @@ class PromptWorker {
         });
     }
 
-    // Products of all tokens, whose inputs are rows of `from` once make(token) has run.
+    // Products of all tokens, whose inputs are rows of `from` once make(token) has run; all but the first may be ABSENT.
     template <class F>
     void project(std::initializer_list<Product> products, const float* from, Phase phase, F&& make) {
         const auto alike = [](const Operand& a, const Operand& b) {
@@ -190,7 +187,7 @@ class PromptWorker {
         };
         for (const Product* i = products.begin(); i != products.end();) {
             const Product* j = i;
-            while (j != products.end() && alike(*i->o, *j->o)) ++j;
+            while (j != products.end() && (!j->o->present() || alike(*i->o, *j->o))) ++j;
             const auto made = [&](int64_t b) {
                 for (int64_t t = begin(b); i == products.begin() && t < end(b); ++t) make(t);
             };

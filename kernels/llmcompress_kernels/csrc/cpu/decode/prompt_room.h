@@ -84,11 +84,8 @@ struct PromptRoom {
                                                    : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.query_down, &l.key, &l.value, &l.output})
-                if (o->present()) room_for(*o, tokens);
-            for (const Operand* o : {&l.gate, &l.up, &l.down})
-                if (o->present()) room_for(*o, tokens);
-            for (const Operand* o : {&l.shared_gate, &l.shared_up, &l.shared_down})
+            for (const Operand* o : {&l.query, &l.query_down, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down,
+                                     &l.shared_gate, &l.shared_up, &l.shared_down})
                 if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.down})
                 if (l.router.present()) room_for(*o, slots + e.experts * MAX_BATCH);

@@ -6,9 +6,6 @@
 
 namespace LLMCOMPRESS_ISA {
 
-// of an expert that a token may not take
-constexpr float LOWEST_SCORE = -3.0e38f;
-
 // The largest of n numbers, the earliest among equals, without the first j that are chosen already.
 inline int best_left(const float* logits, int n, const int* chosen, int j) {
     int best = -1;
@@ -21,7 +18,7 @@ inline int best_left(const float* logits, int n, const int* chosen, int j) {
 
 // What a group of n experts is ranked by: the largest of their scores, or the sum of the two largest.
 inline float group_score(const float* scores, int n, int voters) {
-    float best = scores[0], second = LOWEST_SCORE;
+    float best = scores[0], second = LOWEST;
     for (int i = 1; i < n; ++i) {
         second = std::max(second, std::min(best, scores[i]));
         best = std::max(best, scores[i]);
@@ -37,7 +34,7 @@ inline void keep_groups(const Model& m, float* scores, int n, float* groups) {
         int before = 0;
         for (int other = 0; other < m.groups; ++other)
             before += groups[other] > groups[g] || (groups[other] == groups[g] && other < g);
-        if (before >= m.top_groups) std::fill_n(scores + g * size, size, LOWEST_SCORE);
+        if (before >= m.top_groups) std::fill_n(scores + g * size, size, LOWEST);
     }
 }
 

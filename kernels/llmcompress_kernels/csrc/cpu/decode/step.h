@@ -168,7 +168,6 @@ class Worker {
     // Every thread norms all of what its rows of queries read.
     void low_queries(const LayerOperands& o) {
         const int64_t rank = o.query_down.m.rows;
-        own_.low.resize(size_t(s_.batch * rank));
         std::copy_n(sh_.low.data(), s_.batch * rank, own_.low.data());
         for (int b = 0; b < s_.batch; ++b) norm_low(m_, o, own_.low.data() + b * rank);
         in_.set(own_.low.data(), rank, s_.batch);

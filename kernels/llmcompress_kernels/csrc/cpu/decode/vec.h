@@ -26,6 +26,9 @@ typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
 
+// stands for minus infinity: its exponential is 0, and it has a difference to itself
+constexpr float LOWEST = -3.0e38f;
+
 template <class V>
 inline V load(const void* p) {
     V v;

@@ -14,6 +14,6 @@ namespace avx2 {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avx2
-const Variant llmcompress_products = avx2::variant_called("avx2");
+const Variant llmcompress_products = avx2::products;
 }  // namespace llmcompress
 #pragma GCC pop_options

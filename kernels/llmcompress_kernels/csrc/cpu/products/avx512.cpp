@@ -17,6 +17,6 @@ namespace avx512 {
 #define LLMCOMPRESS_BESIDE
 #include "llmcompress/lowbit.inc"
 }  // namespace avx512
-const Variant llmcompress_products = avx512::variant_called("avx512");
+const Variant llmcompress_products = avx512::products;
 }  // namespace llmcompress
 #pragma GCC pop_options

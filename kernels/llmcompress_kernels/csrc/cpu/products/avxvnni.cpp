@@ -22,6 +22,6 @@ namespace avxvnni {
 #include "llmcompress/lanes_avx2.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace avxvnni
-const Variant llmcompress_products = avxvnni::variant_called("avxvnni");
+const Variant llmcompress_products = avxvnni::products;
 }  // namespace llmcompress
 #pragma GCC pop_options

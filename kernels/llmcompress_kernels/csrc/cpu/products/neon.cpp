@@ -13,6 +13,6 @@ namespace neon {
 #include "llmcompress/lanes_neon.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace neon
-const Variant llmcompress_products = neon::variant_called("neon");
+const Variant llmcompress_products = neon::products;
 }  // namespace llmcompress
 #pragma GCC pop_options

@@ -9,5 +9,5 @@ namespace portable {
 #include "llmcompress/lanes_portable.h"
 #include "llmcompress/lowbit.inc"
 }  // namespace portable
-const Variant llmcompress_products = portable::variant_called("portable");
+const Variant llmcompress_products = portable::products;
 }  // namespace llmcompress

@@ -15,8 +15,7 @@ namespace {
 
 class ChannelPrompt : public SegmentWorker {
  public:
-  ChannelPrompt(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams)
-      : SegmentWorker(engine, states, prompt, all, thread, teams, all.threads() / teams) {}
+  using SegmentWorker::SegmentWorker;
 
  private:
   // Channels of a unit lie side by side, token by token: [units][T][unit].
@@ -102,10 +101,10 @@ class ChannelPrompt : public SegmentWorker {
   }
 
   void store(int layer, int64_t head) override {
-    const LayerOperands& o = e_.layers[size_t(layer)];
+    const ChannelHeads how = channel_heads(e_, e_.layers[size_t(layer)].l);
     const float* tile = tiles(layer) + head * m_.channels * kChannelStates;
-    const ChannelKept kept = channel_kept(e_, held_, o.l, layer, p_.slot, head);
-    if (m_.bits != 0) channel_heads(e_, o.l).pack(tile, kept);
+    const ChannelKept kept = how.kept(held_, layer, p_.slot, head);
+    if (m_.bits != 0) how.pack(tile, kept);
     else std::memcpy(kept.floats, tile, size_t(m_.channels) * kChannelStates * 4);
   }
 };

@@ -53,7 +53,7 @@ class ChannelStep : public StepWorker {
         float *dt = steps_ + b * inner_ + from, *y = y_ + b * inner_ + from;
         const float *x = mixed_ + b * inner_ + from, *selected = bc + b * 2 * kChannelStates;
         positive_steps(dt, o.l.dt_bias + from, channels);
-        const ChannelKept kept = channel_kept(e_, held_, o.l, index, s_.slots[b], head);
+        const ChannelKept kept = how.kept(held_, index, s_.slots[b], head);
         how.token(head, kept, o.rates.data() + from * kChannelStates, dt, x, selected, selected + kChannelStates, y);
         for (int64_t i = 0; i < channels; i += 16) {
           const __m512 through = _mm512_fmadd_ps(_mm512_loadu_ps(o.l.d + from + i), _mm512_loadu_ps(x + i), _mm512_loadu_ps(y + i));

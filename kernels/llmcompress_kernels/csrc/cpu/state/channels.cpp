@@ -252,6 +252,17 @@ std::vector<float> rates_of(const float* a, int64_t channels, int64_t states) {
   return rates;
 }
 
+ChannelKept ChannelHeads::kept(const MixerStates& held, int64_t layer, int64_t slot, int64_t head) const {
+  const int64_t place = layer * held.slots + slot, from = place * inner + head * channels;
+  return {held.codes == nullptr ? nullptr : held.codes + from * kN * bits / 8,
+          held.channel == nullptr ? nullptr : held.channel + from,
+          held.scale == nullptr ? nullptr : held.scale + from / channels * kN,
+          fixed == nullptr ? nullptr : fixed + head * channels,
+          held.floats == nullptr ? nullptr : held.floats + from * kN,
+          held.recent == nullptr ? nullptr : held.recent + place * (window - 1) * row(),
+          held.recent == nullptr ? 0 : held.count[slot]};
+}
+
 void ChannelHeads::pack(const float* tile, const ChannelKept& kept) const {
   bits == 4 ? pack_head<4>(*this, tile, kept) : pack_head<8>(*this, tile, kept);
 }
@@ -294,19 +305,14 @@ __attribute__((visibility("default"))) int llmc_mamba1_update(
   for (int64_t s = 0; recent != nullptr && s < sequences; ++s) {
     if (count[s] < 0 || count[s] >= window) return 2;
   }
-  const ChannelHeads run{mode_of(fixed, refit, dither), codes == nullptr ? 0 : int(bits), window, inner, channels};
+  const ChannelHeads run{mode_of(fixed, refit, dither), codes == nullptr ? 0 : int(bits), window, inner, channels, fixed};
+  const MixerStates held{codes, channel, scale, floats, nullptr, recent, count, sequences};
   const std::vector<float> rates = rates_of(a, inner, states);
   const int64_t heads = inner / channels;
   for (int64_t s = 0; s < sequences; ++s) {
     for (int64_t head = 0; head < heads; ++head) {
-      const int64_t at = s * heads + head, from = at * channels;
-      const ChannelKept kept{codes == nullptr ? nullptr : codes + from * states * bits / 8,
-                             channel == nullptr ? nullptr : channel + from, codes == nullptr ? nullptr : scale + at * states,
-                             fixed == nullptr ? nullptr : fixed + head * channels,
-                             floats == nullptr ? nullptr : floats + from * states,
-                             recent == nullptr ? nullptr : recent + s * (window - 1) * run.row(),
-                             recent == nullptr ? 0 : count[s]};
-      run.token(head, kept, rates.data() + head * channels * states, dt + from, x + from, b + s * states, c + s * states, y + from);
+      const int64_t from = s * inner + head * channels;
+      run.token(head, run.kept(held, 0, s, head), rates.data() + head * channels * states, dt + from, x + from, b + s * states, c + s * states, y + from);
     }
     if (recent != nullptr) count[s] = count[s] == window - 1 ? 0 : count[s] + 1;
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "model.h"
 #include "tile.h"
 
 namespace state {
@@ -29,13 +30,15 @@ struct ChannelKept {
   int64_t count;          // rows of it that are filled
 };
 
-// How states of a model are kept.
+// How states of a layer are kept.
 struct ChannelHeads {
   Mode mode;
   int bits;         // 0 for floats
   int64_t window, inner, channels;
+  const uint16_t* fixed;  // fp16 [I], or null
 
   int64_t row() const { return 2 * inner + kChannelStates; }
+  ChannelKept kept(const MixerStates& held, int64_t layer, int64_t slot, int64_t head) const;
   // One token of a head; rates [P / 16, N, 16], dt and x [P], b and c [N], y [P] is read from the fresh state. Of a window that
   // goes on its row is written, B by the first head; `count` is left to the caller.
   void token(int64_t head, const ChannelKept& kept, const float* rates, const float* dt, const float* x, const float* b,

@@ -71,6 +71,21 @@ STATE_INLINE __m512 softplus16(__m512 z) {
   return _mm512_fmadd_ps(p, s, _mm512_max_ps(z, _mm512_setzero_ps()));
 }
 
+// x / sqrt(mean x^2 + epsilon), times `gain` where there is one; `count` is a multiple of sixteen.
+STATE_INLINE void rms_norm(const float* x, int64_t count, float epsilon, const float* gain, float* to) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_add_ps(squares, _mm512_mul_ps(v, v));
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(count);
+  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
+    _mm512_storeu_ps(to + i, gain == nullptr ? value : _mm512_mul_ps(value, _mm512_loadu_ps(gain + i)));
+  }
+}
+
 // Gate and norm of one token: `y` [I] becomes y silu(gate), each of `groups` parts normed by itself, times gain, in `out`.
 STATE_INLINE void gated_norm(float* y, const float* gate, const float* gain, float* out, int64_t inner, int64_t groups,
                              float epsilon) {

@@ -1,4 +1,5 @@
 // Entry points of the native Mamba-2 model, and what steps and prompts do alike.
+#include "elementwise.h"
 #include "engine.h"
 #include "llmcompress/packed_row.h"
 #include "rounding.h"
@@ -73,16 +74,7 @@ void Worker::embed(int64_t token, float* to) const {
 }
 
 void Worker::norm(const float* x, const float* weight, float* to) const {
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < m_.hidden; i += 16) {
-    const __m512 v = _mm512_loadu_ps(x + i);
-    squares = _mm512_add_ps(squares, _mm512_mul_ps(v, v));
-  }
-  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(m_.hidden);
-  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + m_.epsilon));
-  for (int64_t i = 0; i < m_.hidden; i += 16) {
-    _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(weight + i), _mm512_mul_ps(_mm512_loadu_ps(x + i), factor)));
-  }
+  rms_norm(x, m_.hidden, m_.epsilon, weight, to);
 }
 
 void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, int64_t first, int64_t last, float* out,

@@ -14,10 +14,11 @@ STATE_TARGET
 namespace state {
 namespace {
 
+constexpr int64_t kEight = 8;  // tokens that are rounded together
+
 class HeadPrompt : public SegmentWorker {
  public:
-  HeadPrompt(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams)
-      : SegmentWorker(engine, states, prompt, all, thread, teams, all.threads() / teams) {}
+  using SegmentWorker::SegmentWorker;
 
  private:
   void layer(int index, int64_t at, int64_t count) override {
@@ -191,17 +192,14 @@ void prepare_prompt(Engine& e, int64_t tokens, bool first, int64_t threads) {
 }
 
 void run_prompt(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& barrier, int thread) {
-  // the runtime may have given fewer threads than asked for
-  const int64_t teams = team_count(barrier.threads(), prompt.count);
-  if (engine.per_channel()) ChannelPrompt(engine, states, prompt, barrier, thread, teams).run();
-  else HeadPrompt(engine, states, prompt, barrier, thread, teams).run();
+  if (engine.per_channel()) ChannelPrompt(engine, states, prompt, barrier, thread).run();
+  else HeadPrompt(engine, states, prompt, barrier, thread).run();
 }
 
 void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixers::Prompt& all, Barrier& barrier, int thread) {
   const MixerPrompt prompt{nullptr, nullptr, nullptr, all.count, all.slot, all.first, all.last, barrier.threads()};
-  const int64_t teams = team_count(barrier.threads(), all.count);
-  if (engine.per_channel()) ChannelPrompt(engine, states, prompt, barrier, thread, teams).run_layer(layer, all.hidden, all.delta);
-  else HeadPrompt(engine, states, prompt, barrier, thread, teams).run_layer(layer, all.hidden, all.delta);
+  if (engine.per_channel()) ChannelPrompt(engine, states, prompt, barrier, thread).run_layer(layer, all.hidden, all.delta);
+  else HeadPrompt(engine, states, prompt, barrier, thread).run_layer(layer, all.hidden, all.delta);
 }
 
 }  // namespace state

@@ -19,7 +19,6 @@ namespace state {
 namespace {
 
 constexpr int64_t kTaps = 4, kBefore = kTaps - 1;
-constexpr int64_t kEight = 8;        // tokens that are rounded together
 constexpr int64_t kNarrow = 2 * LANES;  // rows of a product that are multiplied together
 
 int64_t segment_tokens(int64_t count) { return std::min(count, kSegment); }
@@ -84,6 +83,10 @@ void open_gate(const float* y, const float* gate, int64_t count, float* to) {
 
 class SegmentWorker : public Worker {
  public:
+  // The runtime may have given fewer threads than asked for.
+  SegmentWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread)
+      : SegmentWorker(engine, states, prompt, all, thread, team_count(all.threads(), prompt.count)) {}
+
   virtual ~SegmentWorker() = default;
 
   void run() {
@@ -103,14 +106,6 @@ class SegmentWorker : public Worker {
 
  protected:
   static_assert(kSegment == 2 * kStretch);
-
-  SegmentWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams,
-               int64_t members)
-      : Worker(engine, engine.threads[size_t(thread)], engine.teams[size_t(thread / members)].barrier, int(thread % members),
-               thread == 0 ? prompt.seconds : nullptr),
-        held_(states), p_(prompt), all_(all), everyone_(thread), teams_(teams), members_(members), member_of_(thread / members),
-        team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), both_(engine.both()),
-        lanes_(engine.lanes), unit_(unit_channels(engine)), units_(inner_ / unit_) {}
 
   // What the `at`-th segment's hidden states become by a layer.
   virtual void layer(int index, int64_t at, int64_t count) = 0;
@@ -278,6 +273,17 @@ class SegmentWorker : public Worker {
   const int64_t inner_, width_, both_, lanes_, unit_, units_;
   const float* hidden_ = nullptr;  // rows [T, D] of the segment
   float* out_ = nullptr;           // the same, to which layers add, or others, where a layer puts what it would add
+
+ private:
+  SegmentWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams)
+      : SegmentWorker(engine, states, prompt, all, thread, teams, all.threads() / teams) {}
+  SegmentWorker(Engine& engine, const MixerStates& states, const MixerPrompt& prompt, Barrier& all, int thread, int64_t teams,
+                int64_t members)
+      : Worker(engine, engine.threads[size_t(thread)], engine.teams[size_t(thread / members)].barrier, int(thread % members),
+               thread == 0 ? prompt.seconds : nullptr),
+        held_(states), p_(prompt), all_(all), everyone_(thread), teams_(teams), members_(members), member_of_(thread / members),
+        team_(engine.teams[size_t(member_of_)]), inner_(engine.inner()), width_(engine.width()), both_(engine.both()),
+        lanes_(engine.lanes), unit_(unit_channels(engine)), units_(inner_ / unit_) {}
 };
 
 }  // namespace

@@ -11,6 +11,6 @@ namespace tree_avx2 {
 #include "llmcompress/lanes_avx2.h"
 #include "rows.inc"
 }  // namespace tree_avx2
-const TreeVariant tree_variant = {"avx2", tree_avx2::quantize_token, tree_avx2::add_node};
+const TreeVariant tree_variant = {tree_avx2::quantize_token, tree_avx2::add_node};
 }  // namespace llmcompress
 #pragma GCC pop_options

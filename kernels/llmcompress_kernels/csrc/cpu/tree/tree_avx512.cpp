@@ -13,6 +13,6 @@ namespace tree_avx512 {
 #include "rows.inc"
 #undef LLMCOMPRESS_TABLES
 }  // namespace tree_avx512
-const TreeVariant tree_variant = {"avx512", tree_avx512::quantize_token, tree_avx512::add_node};
+const TreeVariant tree_variant = {tree_avx512::quantize_token, tree_avx512::add_node};
 }  // namespace llmcompress
 #pragma GCC pop_options

@@ -9,5 +9,5 @@ namespace tree_portable {
 #include "llmcompress/lanes_portable.h"
 #include "rows.inc"
 }  // namespace tree_portable
-const TreeVariant tree_variant = {"portable", tree_portable::quantize_token, tree_portable::add_node};
+const TreeVariant tree_variant = {tree_portable::quantize_token, tree_portable::add_node};
 }  // namespace llmcompress

@@ -168,7 +168,6 @@ inline Activations place_activations(const Weight& w, int64_t tokens, int planes
 
 // Products of one instruction set; a library each (cpu/products), of which cpu.py chooses one.
 struct Variant {
-    const char* name;
     int token_block;  // 4 or 8
     int streams;      // ranges of rows that one token reads at once, of equal length
     // Quantize token block `block`; `x` holds rows of `type`, row t of the call at x + index[t] * stride elements

@@ -104,7 +104,6 @@ inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens
 }
 
 struct TreeVariant {
-    const char* name;
     // Round token `token` of a row of fp32.
     void (*quantize)(const TreeShape& s, const float* x, const TreeActivations& a, int64_t token);
     // Row blocks [first, last) of one node for tokens [low, high), added to out[t * stride + row].
