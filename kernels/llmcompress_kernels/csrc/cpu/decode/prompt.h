@@ -93,7 +93,8 @@ class PromptWorker {
     int64_t position(int64_t t) const { return p_.start + first_ + t; }
     float* hidden(int64_t t) { return room_.hidden.data() + (first_ + t) * m_.hidden; }
     float* delta(int64_t t) { return room_.delta.data() + (first_ + t) * m_.hidden; }
-    float* normed(int64_t t) { return room_.normed.data() + (first_ + t) * m_.hidden; }
+    // experts read them once all pieces are routed
+    float* normed(int64_t t) { return room_.normed.data() + ((e_.experts > 0 ? first_ : 0) + t) * m_.hidden; }
 
     void layer(const LayerOperands& o, int index) {
         if (o.l.mixes != 0) mixer(o.l.place, index);

@@ -62,7 +62,8 @@ struct Routed {
 };
 
 struct PromptRoom {
-    std::vector<float> hidden, delta, normed;               // [T, H], the second to be added to the first
+    std::vector<float> hidden, delta;                           // [T, H], the second to be added to the first
+    std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
     std::vector<float> query, key, value, low, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<char> activations;
     Routed routed;
@@ -71,7 +72,8 @@ struct PromptRoom {
     PromptRoom(const Engine& e, const Prompt& p) {
         const Model& m = e.m;
         const int64_t tokens = std::min(p.count, piece_of(e)), slots = tokens * std::max(1, m.top_k);
-        for (auto* rows : {&hidden, &delta, &normed}) rows->resize(size_t(p.count * m.hidden));
+        for (auto* rows : {&hidden, &delta}) rows->resize(size_t(p.count * m.hidden));
+        normed.resize(size_t((e.experts > 0 ? p.count : tokens) * m.hidden));
         query.resize(size_t(tokens * m.heads * m.head_dim));
         mixed.resize(size_t(tokens * m.heads * m.value_dim));
         low.resize(size_t(tokens * e.rank));
