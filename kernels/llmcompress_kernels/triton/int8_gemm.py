@@ -112,7 +112,8 @@ def int8_gemm_kernel(
         if TURN:
             w = w ^ -128
         if PER_TOKEN:
-            acc = tl.dot(w, tl.trans(a), acc)
+            # Triton 3.6 takes fp32 for the type of the sums unless it is named
+            acc = tl.dot(w, tl.trans(a), acc, out_dtype=tl.int32)
         else:
             factor = tl.load(scales + place)  # fp32
             found = tl.dot(w, tl.trans(a))
