@@ -361,3 +361,19 @@ def test_int8_activations(packed, bits: int, tokens: int) -> None:
         operands = (w.weight, w.scale, w.zero, bits, group, columns, True)
         expected = dense_definition.group_gemm(x.float(), *operands)
         assert relative(ops.group_gemm(x, *operands), expected.double()) < TOLERANCE[torch.bfloat16], (rows, columns)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 33, 1024])
+def test_int8_activations_with_one_scale_a_token(packed, bits: int, tokens: int) -> None:
+    from llmcompress_kernels.triton import int8_gemm
+
+    torch.manual_seed(tokens)
+    for rows, columns in ((1024, 2048), (333, 1000)):
+        w = packed((rows, columns), bits, 1 << 20, True, "cuda")
+        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        scale = x.float().abs().amax(-1, keepdim=True) / 127
+        weight = dense_definition.decode(w.weight, w.scale, None, bits, 1 << 20, columns)
+        expected = ((x.float() / scale).round() * scale).double() @ weight.double().T
+        found = int8_gemm.token_gemm(x, w.weight, w.scale, bits, columns)
+        assert relative(found, expected) < TOLERANCE[torch.bfloat16], (rows, columns)
