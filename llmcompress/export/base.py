@@ -75,14 +75,25 @@ class Exporter(ABC):
         return []
 
     @abstractmethod
-    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
-        """Predict the size of the artifact; ``weight_bytes`` is that of one dense parameter."""
+    def output_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
+        """Predict the size of the artifact.
 
-    def working_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+        Args:
+            layout: The model's layout.
+            plan: How each weight is quantized.
+            weight_bytes: Bytes of a parameter that stays dense.
+            policies: Run-time policies by name; those that change sizes are enough.
+        """
+
+    def working_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
         """Predict the memory needed while writing: one block decoded, beside one shard on its way out."""
         largest = max((sizes.block_parameters(block) for block in layout.blocks), default=0)
         outside = max((prod(view.shape) for view in layout.outside), default=0)
-        shard = min(SHARD_BYTES, self.output_bytes(layout, plan, weight_bytes))
+        shard = min(SHARD_BYTES, self.output_bytes(layout, plan, weight_bytes, policies))
         return 4 * max(largest, outside) + shard
 
     @abstractmethod

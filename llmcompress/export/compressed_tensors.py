@@ -110,7 +110,9 @@ class CompressedTensorsExporter(Exporter):
             return ["reading back needs the compressed-tensors package: pip install 'llmcompress[export]'"]
         return []
 
-    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+    def output_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
         """Packed codes, scales (fp32 for experts) and shapes, and the dense rest."""
         total = sizes.dense_parameters(layout, plan) * weight_bytes
         for name, _, shape, _ in layout.quantizable():

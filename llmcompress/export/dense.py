@@ -52,7 +52,9 @@ class DenseExporter(Exporter):
         """Never refuses."""
         return []
 
-    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+    def output_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
         """As many values as the original."""
         return sizes.parameters(layout) * sizes.DTYPE_BYTES.get(self._dtype, weight_bytes)
 

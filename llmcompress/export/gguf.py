@@ -28,6 +28,7 @@ from llmcompress.export.base import (
 from llmcompress.export.gguf_blocks import BLOCK, TYPE_BYTES, block_type, blocks_value, fits_blocks, to_blocks
 from llmcompress.export.gguf_tokenizer import read_tokenizer, tokenizer_problems
 from llmcompress.models import sizes
+from llmcompress.quant import vocabulary
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -61,9 +62,8 @@ OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-# the policy under which embedding and head are rounded
-EMBEDDINGS = "embeddings"
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
+DENSE_TYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16"}
 # llama.cpp hard-codes whether the weights of the chosen experts are divided by their sum
 RENORMALIZES = {"mixtral": True, "qwen2_moe": False, "qwen3_moe": True}
 
@@ -91,7 +91,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
 
     def losses(self, policies: Policies) -> list[str]:
         """Policies other than that of embeddings, whose codes are GGML blocks."""
-        return super().losses({name: policy for name, policy in policies.items() if name != EMBEDDINGS})
+        return super().losses({name: policy for name, policy in policies.items() if name != vocabulary.EMBEDDINGS})
 
     def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
         """Q4_1 rounds."""
@@ -115,13 +115,19 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
             problems.append(f"activation {act!r}: llama.cpp computes silu for this family")
         return problems
 
-    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+    def output_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
         """Blocks and the dense rest; the tokenizer's few megabytes are not counted."""
         total = sizes.dense_parameters(layout, plan) * weight_bytes
         for name, _, shape, _ in layout.quantizable():
             kind = block_type(plan[name]) if name in plan else None
             if kind is not None:
                 total += prod(shape) // BLOCK * TYPE_BYTES[kind]
+        spec = _embedding_spec(policies or {})
+        if spec is not None:
+            weights = vocabulary.parameters(layout)
+            total += weights // BLOCK * TYPE_BYTES[str(block_type(spec))] - weights * weight_bytes
         return total
 
     def write(
@@ -134,7 +140,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
         with atomic_folder(out) as part:
             writer = gguf.GGUFWriter(part / FILE, ARCHITECTURES[layout.model_type])
             _write_facts(writer, handle, plan, str(provenance.get("recipe", {}).get("name") or handle.path.name))
-            for entry in _entries(handle, store, policies):
+            for entry in _entries(handle, store, policies, values=False):
                 shape, dtype, size = _stored(entry)
                 kind = gguf.GGMLQuantizationType[entry.kind]
                 writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=kind)
@@ -194,17 +200,20 @@ def _rounding(packed: PackedWeight) -> Tensor | float:
     return bound[..., torch.arange(packed.shape[-1]) // packed.spec.group(packed.shape[-1])]
 
 
-def _entries(handle: ModelHandle, store: PackedStore, policies: Policies) -> Iterator[Entry]:
-    """Every tensor of the file, in order."""
-    from llmcompress.nn.embedding import matrices, pack_rows
-
+def _entries(handle: ModelHandle, store: PackedStore, policies: Policies, values: bool = True) -> Iterator[Entry]:
+    """Every tensor of the file, in order; without ``values`` an embedding that is rounded has its shape alone."""
     layout, spec = handle.layout, _embedding_spec(policies)
-    rounded = [f"{module}.weight" for module in matrices(layout)]
+    rounded = [f"{module}.weight" for module in vocabulary.matrices(layout)]
     for view in layout.outside:
-        tensor = handle.checkpoint.tensor(view.name)
-        # llama.cpp looks rows up and multiplies by them in one form
-        value = pack_rows(tensor, spec, lanes=1) if spec is not None and view.name in rounded else tensor
-        yield _entry(OUTSIDE[view.name], value)
+        if spec is None or view.name not in rounded:
+            yield _entry(OUTSIDE[view.name], handle.checkpoint.tensor(view.name))
+        elif values:
+            from llmcompress.nn.embedding import pack_rows
+
+            # llama.cpp looks rows up and multiplies by them in one form
+            yield _entry(OUTSIDE[view.name], pack_rows(handle.checkpoint.tensor(view.name), spec, lanes=1))
+        else:
+            yield _entry(OUTSIDE[view.name], PackedWeight(tuple(view.shape), spec, {}))
     for block in layout.blocks:
         yield from _block_entries(handle, store, block)
 
@@ -238,7 +247,7 @@ def _dense_kind(name: str, tensor: Tensor) -> str:
     """GGML keeps vectors and routers in fp32; matrices stay in the checkpoint's type."""
     if tensor.ndim == 1 or "ffn_gate_inp" in name:
         return "F32"
-    return {"torch.bfloat16": "BF16", "torch.float16": "F16"}.get(str(tensor.dtype), "F32")
+    return DENSE_TYPES.get(str(tensor.dtype), "F32")
 
 
 def _stored(entry: Entry) -> tuple[tuple[int, ...], Any, int]:
@@ -327,7 +336,8 @@ def _write_facts(writer: Any, handle: ModelHandle, plan: QuantPlan, name: str) -
         if shared:
             writer.add_expert_shared_feed_forward_length(int(shared))
     kinds = Counter(block_type(spec) for spec in plan.values())
-    writer.add_file_type(FILE_TYPES[str(kinds.most_common(1)[0][0])] if kinds else FILE_TYPES["F16"])
+    dense = DENSE_TYPES.get(str(handle.checkpoint.dtype), "F32")
+    writer.add_file_type(FILE_TYPES[str(kinds.most_common(1)[0][0]) if kinds else dense])
     writer.add_quantization_version(2)
     _write_tokenizer(writer, handle)
 
@@ -370,11 +380,7 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
 
 def _embedding_spec(policies: Policies) -> QuantSpec | None:
     """How embedding and head are rounded, None where they are not."""
-    if EMBEDDINGS not in policies:
-        return None
-    from llmcompress.nn.embedding import spec_of
-
-    return spec_of(policies[EMBEDDINGS])
+    return vocabulary.spec_of(policies[vocabulary.EMBEDDINGS]) if vocabulary.EMBEDDINGS in policies else None
 
 
 def _embedding_problems(layout: ModelLayout, policies: Policies) -> Iterator[str]:

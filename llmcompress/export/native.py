@@ -53,17 +53,21 @@ class NativeExporter(Exporter):
         """Loses nothing."""
         return []
 
-    def output_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+    def output_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
         """Packed tensors as they are in memory, and the dense rest."""
-        return sizes.model_bytes(layout, plan, weight_bytes)
+        return sizes.model_bytes(layout, plan, weight_bytes, policies)
 
-    def working_bytes(self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int) -> int:
+    def working_bytes(
+        self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
+    ) -> int:
         """One block as it is packed, the largest tensor that stays dense, and a shard on its way out."""
         blocks = max((sizes.packed_block_bytes(block, plan) for block in layout.blocks), default=0)
         views = [*layout.outside, *(view for block in layout.blocks for view in block.tensors())]
         quantized = {f"{name}.weight" for name in plan} | set(plan)
         dense = max((prod(view.shape) for view in views if view.name not in quantized), default=0)
-        output = self.output_bytes(layout, plan, weight_bytes)
+        output = self.output_bytes(layout, plan, weight_bytes, policies)
         return blocks + dense * weight_bytes + min(SHARD_BYTES, output)
 
     def write(

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from llmcompress.models.layout import Block, LinearGroup, ModelLayout
+from llmcompress.quant import vocabulary
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.spec import QuantSpec
 
@@ -20,6 +22,8 @@ HESSIAN_BYTES = 4  # fp32
 _HELD_BY = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32"), "float16": ("float16", "float32")}
 
 Plan = Mapping[str, QuantSpec]
+# run-time policies by name; of these that of the embeddings alone changes sizes
+Policies = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +126,30 @@ def dense_parameters(layout: ModelLayout, plan: Plan) -> int:
     return parameters(layout) - quantized_parameters(layout, plan)
 
 
-def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int) -> int:
+def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int, policies: Policies | None = None) -> int:
     """Bytes of the weights after compression; with an empty plan, of the dense model.
 
     Args:
         layout: The model.
         plan: What is quantized and how.
         weight_bytes: Bytes of a parameter that stays dense.
+        policies: By name; ``embeddings`` packs embedding and head.
     """
-    return dense_parameters(layout, plan) * weight_bytes + packed_bytes(layout, plan)
+    total = dense_parameters(layout, plan) * weight_bytes + packed_bytes(layout, plan)
+    rounded = (policies or {}).get(vocabulary.EMBEDDINGS)
+    if rounded is not None:
+        total += vocabulary.packed_bytes(layout, rounded) - vocabulary.parameters(layout) * weight_bytes
+    return total
 
 
-def average_bits(layout: ModelLayout, plan: Plan, weight_bytes: int) -> AverageBits:
+def average_bits(layout: ModelLayout, plan: Plan, weight_bytes: int, policies: Policies | None = None) -> AverageBits:
     """Average bits by the papers' convention and all-in.
 
     Args:
         layout: The model.
         plan: What is quantized and how.
         weight_bytes: Bytes of a parameter that stays dense.
+        policies: See :func:`model_bytes`.
     """
     inside = sum(block_parameters(block) for block in layout.blocks)
     chosen = [(prod(shape), shape[-1], plan[name]) for name, _, shape, _ in layout.quantizable() if name in plan]
@@ -150,7 +160,7 @@ def average_bits(layout: ModelLayout, plan: Plan, weight_bytes: int) -> AverageB
         codes += (number - spec.dense_rows * columns) * spec.bits + spec.dense_rows * columns * 16
     return AverageBits(
         codes=codes / max(inside, 1),
-        stored=8 * model_bytes(layout, plan, weight_bytes) / max(parameters(layout), 1),
+        stored=8 * model_bytes(layout, plan, weight_bytes, policies) / max(parameters(layout), 1),
         weights=8 * packed_bytes(layout, plan) / quantized if quantized else 0.0,
     )
 

@@ -19,42 +19,15 @@ from torch import Tensor, nn
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
 from llmcompress.nn.packed import PackedTensors
-from llmcompress.quant.codecs import codec
 from llmcompress.quant.codecs.int_group import encode
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantSpec
+from llmcompress.quant.vocabulary import matrices, spec_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmcompress.models.layout import ModelLayout
-
-HEAD = "lm_head"
-
-
-def spec_of(policy: Mapping[str, Any]) -> QuantSpec:
-    """The spec of a saved policy.
-
-    Raises:
-        InputError: It holds words or values that this version does not know.
-    """
-    bits, size = policy.get("bits"), policy.get("group_size")
-    if (
-        set(policy) != {"bits", "group_size"}
-        or bits not in (4, 8)
-        or not isinstance(size, int)
-        or not (size == -1 or size > 0)
-    ):
-        raise InputError(
-            "quantization_config.policies.embeddings: not understood", "upgrade llmcompress, or export the model again"
-        )
-    return QuantSpec(bits, size, symmetric=True)
-
-
-def matrices(layout: ModelLayout) -> list[str]:
-    """Run-time module names of the embedding and, where it is not tied, of the head."""
-    shape = (layout.vocab, layout.hidden)
-    return [view.name.removesuffix(".weight") for view in layout.outside if tuple(view.shape) == shape]
 
 
 def pack_rows(weight: Tensor, spec: QuantSpec, lanes: int = LANES) -> PackedWeight:
@@ -213,13 +186,6 @@ def packed_tensors(
     packed = pack_rows(tensor, spec_of(policy))
     for key, value in sorted(packed.tensors.items()):
         yield f"{module}.{key}", value
-
-
-def bytes_of(layout: ModelLayout, policy: Mapping[str, Any]) -> int:
-    """Bytes of packed embedding and head, without tensors."""
-    spec = spec_of(policy)
-    shape = (layout.vocab + -layout.vocab % LANES, layout.hidden)
-    return len(matrices(layout)) * int(codec(spec.codec).nbytes(shape, spec))
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -235,7 +235,7 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         stages.append(_stage_plan(stage, inputs))
         rules += _rule_plans(stage, inputs)
     inputs = after(stage, inputs)
-    bits = sizes.average_bits(layout, inputs.specs, inputs.weight_bytes)
+    bits = sizes.average_bits(layout, inputs.specs, inputs.weight_bytes, inputs.policies)
     unmatched = sum(prod(shape) for name, _, shape, _ in layout.quantizable() if name not in inputs.specs)
     ram, vram = max(s.ram for s in stages), max(s.vram for s in stages)
     disk = sum(s.disk for s in stages)
@@ -253,7 +253,7 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         parameters=sizes.parameters(layout),
         unmatched=unmatched,
         dense_bytes=sizes.model_bytes(layout, {}, inputs.weight_bytes),
-        output_bytes=sizes.model_bytes(layout, inputs.specs, inputs.weight_bytes),
+        output_bytes=sizes.model_bytes(layout, inputs.specs, inputs.weight_bytes, inputs.policies),
         bits_codes=bits.codes,
         bits_weights=bits.weights,
         bits_stored=bits.stored,
@@ -318,7 +318,7 @@ def _stage_plan(stage: Stage, inputs: PlanInputs) -> StagePlan:
 
 
 def after(stage: Stage, inputs: PlanInputs) -> PlanInputs:
-    """What later stages find: calibration windows and specs of the weights."""
+    """What later stages find: calibration windows, specs of the weights, policies that change sizes."""
     if Kind.CALIBRATION in stage.produces:
         samples, length = getattr(stage.config, "samples", 0), getattr(stage.config, "length", 0)
         inputs = replace(inputs, samples=samples, length=length)
@@ -328,6 +328,8 @@ def after(stage: Stage, inputs: PlanInputs) -> PlanInputs:
         if not specs and rules:
             specs = dict(resolve(plain_rules(rules), inputs.layout))
         inputs = replace(inputs, specs={**inputs.specs, **specs})
+    if Kind.POLICY in stage.produces:
+        inputs = replace(inputs, policies={**inputs.policies, **stage.estimate(inputs).policies})
     return inputs
 
 

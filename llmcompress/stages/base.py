@@ -53,6 +53,7 @@ class PlanInputs:
         ram: Memory a stage may use above the empty interpreter, None for as much as it likes.
         exact: Whether what is computed in holds the checkpoint's weights exactly; otherwise quantizers read them again.
         positions: Tokens that the model's sequences may have, None where the config does not say.
+        policies: Run-time policies that change sizes, by name, accumulated by the stages before.
     """
 
     layout: ModelLayout
@@ -65,13 +66,15 @@ class PlanInputs:
     ram: int | None = None
     exact: bool = True
     positions: int | None = None
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Predicted needs of a stage, in bytes; ``ram`` is the peak above the empty interpreter.
 
-    ``refusals`` are reasons for which an export stage will not write a format.
+    ``refusals`` are reasons for which an export stage will not write a format, ``policies`` those that the stage adds
+    and that change sizes.
     """
 
     ram: int = 0
@@ -82,6 +85,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     specs: dict[str, Any] = field(default_factory=dict)
     refusals: tuple[str, ...] = ()
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Stage(ABC):

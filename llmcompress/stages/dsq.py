@@ -167,13 +167,7 @@ class Dsq(Stage):
         assert state.model is not None
         assert state.packed is not None
         item = state.model.checkpoint.dtype.itemsize
-        weights = sizes.model_bytes(state.model.layout, state.packed.plan(), item)
-        embeddings = state.policies.get("embeddings")
-        if embeddings is not None:
-            from llmcompress.nn.embedding import bytes_of, matrices
-
-            layout = state.model.layout
-            weights += bytes_of(layout, embeddings) - item * len(matrices(layout)) * layout.vocab * layout.hidden
+        weights = sizes.model_bytes(state.model.layout, state.packed.plan(), item, state.policies)
         policy = dict(state.policies["state_cache"])
         heads = policy.pop("measured")
         rows = [asdict(row) for row in memory_table(state.model.layout, weights, policy, item)]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from llmcompress.errors import RecipeError
-from llmcompress.stages.base import Kind, Stage, StageConfig
+from llmcompress.quant.vocabulary import EMBEDDINGS
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
     from llmcompress.stages.state import RunContext, RunState
@@ -42,6 +43,14 @@ class Embeddings(Stage):
     produces = frozenset({Kind.POLICY})
     config: EmbeddingsConfig
 
+    def policy(self) -> dict[str, Any]:
+        """The policy as it is saved."""
+        return {"bits": self.config.bits, "group_size": self.config.group_size}
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Nothing by itself; exports get smaller."""
+        return Estimate(policies={EMBEDDINGS: self.policy()})
+
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Store the policy.
 
@@ -59,5 +68,4 @@ class Embeddings(Stage):
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Put the policy into the run state."""
-        policy: dict[str, Any] = {"bits": self.config.bits, "group_size": self.config.group_size}
-        state.policies["embeddings"] = policy
+        state.policies[EMBEDDINGS] = self.policy()

@@ -77,14 +77,14 @@ class Export(Stage):
         plan, notes, total, largest = dict(inputs.specs), [], 0, 0
         refused: list[str] = []
         for exporter in self._exporters():
-            reasons = exporter.refusals(inputs.layout, plan, {})
+            reasons = exporter.refusals(inputs.layout, plan, inputs.policies)
             notes += [f"{exporter.name} would be refused: {reason}" for reason in reasons]
             refused += [f"export {exporter.name}: {reason}" for reason in reasons]
             if not reasons:
                 notes += [f"{exporter.name}: {remark}" for remark in exporter.remarks(inputs.layout, plan)]
-                size = exporter.output_bytes(inputs.layout, plan, inputs.weight_bytes)
-                total += size
-                largest = max(largest, exporter.working_bytes(inputs.layout, plan, inputs.weight_bytes))
+                facts = (inputs.layout, plan, inputs.weight_bytes, inputs.policies)
+                total += exporter.output_bytes(*facts)
+                largest = max(largest, exporter.working_bytes(*facts))
         return Estimate(ram=largest, disk=total, output=total, notes=tuple(notes), refusals=tuple(refused))
 
     def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:

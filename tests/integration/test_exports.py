@@ -254,7 +254,9 @@ def test_gguf_carries_an_embedding_in_low_bits(tmp_path: Path, policy: dict[str,
     exporter.read_back(out, handle, store, policies)
     with pytest.raises(ExportError, match="reads back different"):
         exporter.read_back(out, handle, store)
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "model.gguf").tensors}
+    tensors = GGUFReader(out / "model.gguf").tensors
+    assert sum(tensor.n_bytes for tensor in tensors) == exporter.output_bytes(handle.layout, store.plan(), 4, policies)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
     assert kinds["token_embd.weight"] == kind and kinds.get("output.weight", kind) == kind
     assert ("output.weight" in kinds) != tied
     model = AutoModelForCausalLM.from_pretrained(
@@ -262,6 +264,17 @@ def test_gguf_carries_an_embedding_in_low_bits(tmp_path: Path, policy: dict[str,
     )
     ours = compressed_model(handle, store, policies)
     torch.testing.assert_close(logits(model), logits(ours), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 32)], ids=str)
+def test_gguf_says_what_a_dense_file_holds(tmp_path: Path, dtype: torch.dtype, number: int) -> None:
+    from gguf import GGUFReader
+
+    handle = make_model(tmp_path / "source", {**LLAMA, "vocab_size": 320}, dtype)
+    make_tokenizer(tmp_path / "source")
+    GGUFExporter().write(handle, PackedStore(tmp_path / "blocks"), {}, tmp_path / "out", {})
+    field = GGUFReader(tmp_path / "out/model.gguf").fields["general.file_type"]
+    assert int(field.parts[field.data[0]][0]) == number
 
 
 def test_gguf_refuses_an_embedding_whose_groups_are_no_blocks(tmp_path: Path) -> None:

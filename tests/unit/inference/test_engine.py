@@ -17,6 +17,7 @@ from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
+from llmcompress.quant.vocabulary import spec_of
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
@@ -101,7 +102,7 @@ def test_packed_embeddings_and_heads(decoders: Any, ids: torch.Tensor, family: s
     embedding.make_room(model, layout, policy)
     for module, weight in ((model.get_input_embeddings(), words), (model.get_output_embeddings(), head)):
         if isinstance(module, embedding.PackedRows):
-            module.load_state_dict(embedding.pack_rows(weight, embedding.spec_of(policy)).tensors)
+            module.load_state_dict(embedding.pack_rows(weight, spec_of(policy)).tensors)
     assert decline(model) is None
     engine = Engine(model, positions=32)
     assert engine.vocabulary == 72

@@ -12,10 +12,11 @@ from llmcompress import hf
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.native import write_native
 from llmcompress.models.assemble import compressed_model
-from llmcompress.nn.embedding import PackedEmbedding, PackedRows, bytes_of, matrices, pack_rows, spec_of
+from llmcompress.nn.embedding import PackedEmbedding, PackedRows, pack_rows
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.quant.store import PackedStore
+from llmcompress.quant.vocabulary import matrices, packed_bytes, spec_of
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 
 IDS = torch.tensor([[5, 9, 1, 33, 60, 2, 17, 8]])
@@ -64,7 +65,7 @@ def test_a_saved_model_gives_the_same_logits(family: str, changes: dict[str, Any
         assert torch.equal(loaded.requires_grad_(False)(IDS, use_cache=False).logits, found)
     rows = [module for module in loaded.modules() if isinstance(module, PackedRows)]
     assert len(rows) == len(matrices(layout)) == (1 if changes else 2)
-    assert sum(module.nbytes for module in rows) == bytes_of(layout, state.policies["embeddings"])
+    assert sum(module.nbytes for module in rows) == packed_bytes(layout, state.policies["embeddings"])
     # what was loaded can be saved and loaded again
     loaded.save_pretrained(tmp_path / "again")
     again, _ = hf.load(tmp_path / "again", dtype=torch.float32)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_plan_prices_what_can_be_written_and_says_what_cannot() -> None:
     assert any("gguf would be refused" in note for note in bad.notes)
     assert good.refusals == ()
     assert "3-bit symmetric weights have no GGML type" in bad.refusals[0]
+
+
+def test_plan_counts_packed_embeddings_where_a_format_has_them() -> None:
+    every = replace(inputs(QuantSpec(4, 32, True)), policies={"embeddings": {"bits": 8, "group_size": 32}})
+    rows, codes = 2 * 96, 2 * 96 * 64
+    for name in ("native", "gguf"):
+        plain = stage(formats=[name]).estimate(inputs(QuantSpec(4, 32, True)))
+        # two groups of a row, with a scale of two bytes each, in either format
+        assert stage(formats=[name]).estimate(every).output == plain.output - 2 * codes + codes + rows * 2 * 2
+    assert stage(formats=["dense"]).estimate(every) == stage(formats=["dense"]).estimate(inputs(QuantSpec(4, 32, True)))
+    short = replace(every, policies={"embeddings": {"bits": 8, "group_size": 16}})
+    assert "embeddings in groups of 16 columns" in stage(formats=["gguf"]).estimate(short).refusals[0]
 
 
 def test_the_source_is_judged_before_any_work(tmp_path: Path) -> None:
