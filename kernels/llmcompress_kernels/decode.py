@@ -133,6 +133,7 @@ class Routing:
         top_groups: Of them a token chooses from the best.
         voters: A group is ranked by its best expert (1), or by the sum of its best two (2).
         jitter: Noise level of sparsemixer.
+        floor: Added to the sum that weights are divided by.
     """
 
     top_k: int = 0
@@ -143,6 +144,7 @@ class Routing:
     top_groups: int = 1
     voters: int = 1
     jitter: float = 0.0
+    floor: float = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ class Layer:
         gate, up, down: Projections of the gated MLP, or of the stacked experts. An MLP without a gate has its first
             projection there, and None for the other.
         router: float32 ``[E, H]``, None for a dense layer.
-        router_correction: float32 ``[E]``, added to the sigmoids of a router for the choice alone, or None.
+        router_correction: float32 ``[E]``, added to a router's sigmoids or softmax for the choice alone, or None.
         shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
         query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``. With latents the
@@ -332,8 +334,9 @@ class Decoder:
             int(self.neighbours or latents.neighbours), latents.size, latents.width, latents.value_dim, latents.epsilon,
             ACTIVATIONS[self.activation], routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
             int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
-            self.epsilon, self.attention_scale, routing.scale, routing.jitter, self.attention_cap, self.logit_cap,
-            self.gate_slope, self.gate_limit, self.embedding_scale, self.residual_scale,
+            self.epsilon, self.attention_scale, routing.scale, routing.floor, routing.jitter,
+            self.attention_cap, self.logit_cap, self.gate_slope, self.gate_limit,
+            self.embedding_scale, self.residual_scale,
         )  # fmt: skip
         lib = library()
         self._handle = lib.llmcompress_decode_create(ctypes.byref(model))

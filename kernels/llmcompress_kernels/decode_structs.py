@@ -38,7 +38,7 @@ class ModelStruct(ctypes.Structure):
         ("latent_epsilon", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("activation", "top_k", "routing", "members")),
         *((name, ctypes.c_int32) for name in ("renormalizes", "groups", "top_groups", "voters")),
-        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "routed_scale", "jitter")),
+        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale", "routed_scale", "routed_floor", "jitter")),
         *((name, ctypes.c_float) for name in ("attention_cap", "logit_cap", "gate_slope", "gate_limit")),
         *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
     )

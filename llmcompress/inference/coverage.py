@@ -14,11 +14,12 @@ HYBRIDS = ("bamba", "granitemoehybrid", "jamba")
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
     "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3", "phi3", "glm", "glm4", "gemma",
-    "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1", "gpt_oss",
+    "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1", "gpt_oss", "minimax_m2",
+    "ernie4_5", "ernie4_5_moe",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
-PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm")
-NEIGHBOURS = ("glm", "glm4")
+PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2")
+NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _GEMMA = ("gemma", "gemma2", "gemma3_text")

@@ -107,6 +107,7 @@ def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
         top_groups=rule.top_groups,
         voters=2 if kind == "sigmoid" else 1,
         jitter=rule.jitter,
+        floor=rule.floor,
     )
 
 

@@ -94,6 +94,17 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_group": 1,
         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
     },
+    # half of a head turned, queries and keys normed over all heads; sigmoids with a correction
+    "minimax_m2": {
+        "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    # columns side by side turned; softmax with a correction of the choice, the first layer dense
+    "ernie4_5": {"use_bias": True},
+    "ernie4_5_moe": {
+        "num_hidden_layers": 3, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 48,
+        "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+    },
     "deepseek_v3": {**_LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1, "rope_interleave": True},
     # queries, keys and values in one linear, gate and up in one; heads turned in part
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},

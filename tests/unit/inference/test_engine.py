@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 # logits are of size 4; float32 sums in another order differ by a few units of the last place
 EXACT = 3e-5
 # families whose routers decide
-EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+EXPERTS = (
+    "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
+    "minimax_m2", "ernie4_5_moe",
+)  # fmt: skip
 PACKED = ("llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", *EXPERTS)
 
 
@@ -274,6 +278,38 @@ def test_sigmoids_with_groups(decoders: Any, ids: torch.Tensor, changes: dict[st
         layer.mlp.gate.e_score_correction_bias.zero_()
     assert (reference(model, tokens) - expected).abs().max() > 100 * EXACT
     assert worst(Engine(model, positions=48), tokens, reference(model, tokens), 8) < EXACT
+
+
+def test_softmax_with_a_correction(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.dense("ernie4_5_moe"), ids[:40]
+    expected = reference(model, tokens)
+    assert worst(Engine(model, positions=48), tokens, expected, 8) < EXACT
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.moe_statics.e_score_correction_bias.data.zero_()
+    assert (reference(model, tokens) - expected).abs().max() > 100 * EXACT
+    assert worst(Engine(model, positions=48), tokens, reference(model, tokens), 8) < EXACT
+
+
+def test_the_sum_of_weights_has_a_floor(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.dense("minimax_m2"), ids[:4]
+    for layer in model.model.layers:
+        layer.mlp.experts.gate_up_proj.data.mul_(3.0)
+    found = []
+    for floor in (1e-20, 0.5):
+        engine = Engine(model, positions=16)
+        engine.decoder = replace(engine.decoder, routing=replace(engine.decoder.routing, floor=floor))
+        found.append(engine.prompt(0, tokens.tolist()))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(_with_floor)
+    assert (found[0] - found[1]).abs().max() > 100 * EXACT
+    assert (found[1] - reference(model, tokens)[-1]).abs().max() < EXACT
+
+
+def _with_floor(router: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> Any:
+    logits, _, chosen = output
+    weights = logits.float().sigmoid().gather(1, chosen)
+    return logits, weights / (weights.sum(-1, keepdim=True) + 0.5), chosen
 
 
 @pytest.mark.parametrize("packed", [True, False])

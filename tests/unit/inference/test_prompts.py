@@ -105,7 +105,18 @@ POLICIES: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     "family",
-    ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"],
+    [
+        "mixtral",
+        "qwen3_moe",
+        "olmoe",
+        "qwen2_moe",
+        "phimoe",
+        "glm4_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "gpt_oss",
+        "ernie4_5_moe",
+    ],
 )
 def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
     # more than a piece, so that experts are counted over several

@@ -81,7 +81,7 @@ struct Layer {
     const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
     const float* key_norm;        // likewise, or [C] of latents
     const float* query_down_norm; // of what `query` reads
-    const float* router_correction;  // [E], added to sigmoids for the choice alone, or null
+    const float* router_correction;  // [E], added to weights for the choice alone, or null
     const float* sinks;           // [heads], scores of a position without a value (attention.h), or null
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
@@ -122,6 +122,7 @@ struct Model {
     int32_t voters;  // 1: groups are ranked by their best expert, 2: by the sum of the best two
     float epsilon, attention_scale;
     float routed_scale;  // of the weights of experts
+    float routed_floor;  // added to the sum that they are divided by
     float jitter;  // of SPARSEMIXER
     float attention_cap, logit_cap;  // x becomes cap tanh(x / cap); 0 for no cap
     float gate_slope, gate_limit;

@@ -38,28 +38,29 @@ inline void keep_groups(const Model& m, float* scores, int n, float* groups) {
     }
 }
 
-// The k experts of the largest scores, the earlier one first among equals, and their weights. Scores are logits, whose shares
-// by softmax over all are the weights, or sigmoids with a correction, which weights are without.
+// The k experts of the largest scores, the earlier one first among equals, and their weights: shares by softmax over all, or
+// sigmoids. Scores are these with a correction, or logits where nothing corrects shares.
 inline void best_experts(const Model& m, const float* correction, const float* logits, int n, float* scratch, int* chosen,
                          float* weights) {
-    const float* scores = logits;
-    if (m.routing == SIGMOID || m.groups > 1) {
-        for (int i = 0; i < n; ++i)
-            scratch[i] = m.routing == SIGMOID ? sigmoid(logits[i]) + (correction ? correction[i] : 0.f) : logits[i];
-        if (m.groups > 1) keep_groups(m, scratch, n, scratch + n);
-        scores = scratch;
-    }
     const float top = *std::max_element(logits, logits + n);
     float total = 0, kept = 0;
     for (int i = 0; m.routing == SOFTMAX && i < n; ++i) total += std::exp(logits[i] - top);
+    const auto weight = [&](float logit) { return m.routing == SIGMOID ? sigmoid(logit) : std::exp(logit - top) / total; };
+    const float* scores = logits;
+    if (m.routing == SIGMOID || correction != nullptr || m.groups > 1) {
+        const bool corrected = m.routing == SIGMOID || correction != nullptr;
+        for (int i = 0; i < n; ++i)
+            scratch[i] = corrected ? weight(logits[i]) + (correction ? correction[i] : 0.f) : logits[i];
+        if (m.groups > 1) keep_groups(m, scratch, n, scratch + n);
+        scores = scratch;
+    }
     for (int j = 0; j < m.top_k; ++j) {
         chosen[j] = best_left(scores, n, chosen, j);
-        const float logit = logits[chosen[j]];
-        weights[j] = m.routing == SIGMOID ? sigmoid(logit) : std::exp(logit - top) / total;
+        weights[j] = weight(logits[chosen[j]]);
         kept += weights[j];
     }
-    // sigmoids may all be 0
-    for (int j = 0; m.renormalizes != 0 && j < m.top_k; ++j) weights[j] /= kept + 1e-20f;
+    // all may be 0
+    for (int j = 0; m.renormalizes != 0 && j < m.top_k; ++j) weights[j] /= kept + m.routed_floor;
     for (int j = 0; j < m.top_k; ++j) weights[j] *= m.routed_scale;
 }
 
