@@ -35,7 +35,8 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]…",
-        help="Overrides: stages.quantize.rules.experts.bits=3 changes, +key=value adds, key~ removes.",
+        help="Overrides: stages.quantize.rules.experts.bits=3 changes, +key=value adds (+key@NAME=value: in front of "
+        "NAME), key~ removes.",
         autocompletion=complete_override,
     ),
 ]

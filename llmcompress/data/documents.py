@@ -317,11 +317,12 @@ def _row_text(
 ) -> str:
     """Text of one row: through the chat template where asked for and possible, otherwise the field ``name``."""
     messages = _messages(row) if template == "auto" else None
-    if messages is not None:
-        return _rendered(messages, where, tokenizer)
     value: Any = row
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    # a base model has no template, and many sets of chats hold the text too
+    if messages is not None and (_has_template(tokenizer) or not isinstance(value, str)):
+        return _rendered(messages, where, tokenizer)
     if not isinstance(value, str):
         fields = f"set the source's field to one of {', '.join(sorted(row)) or 'the fields of a row'}"
         fields += "; in a recipe: source: {path: FILE, field: NAME}"
@@ -334,15 +335,21 @@ def _row_text(
     return value
 
 
+def _has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def _rendered(messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Chat messages through the tokenizer's template.
 
     Raises:
         InputError: There is no template, or it refuses the messages.
     """
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    if tokenizer is None or not _has_template(tokenizer):
         raise InputError(
-            f"{where}: a chat row, but the tokenizer has no chat template", "set template: none and name a field"
+            f"{where}: a chat row, but the tokenizer has no chat template",
+            "put the chat_template.jinja that the model is to be used with beside its tokenizer, or write the chats "
+            "out as text in a field of the rows",
         )
     from jinja2 import TemplateError
 

@@ -29,8 +29,8 @@ class PerplexityConfig(_Section):
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Use only the first tokens of the text."""
 
-    template: Template = "none"
-    """``auto`` renders chat rows through the tokenizer's chat template."""
+    template: Template = "auto"
+    """``auto`` renders chat rows through the tokenizer's chat template; ``none`` takes the source's field."""
 
     separator: str = "\n\n"
     """Put between rows; the WikiText-2 protocol uses two newlines."""
@@ -59,8 +59,8 @@ class FidelityConfig(_Section):
     samples: Annotated[int, Field(ge=1)] = 16
     """Number of windows."""
 
-    template: Template = "none"
-    """``auto`` renders chat rows through the tokenizer's chat template."""
+    template: Template = "auto"
+    """``auto`` renders chat rows through the tokenizer's chat template; ``none`` takes the source's field."""
 
     allow_fewer: bool = False
     """Go on with the windows there are when the text is too short for ``samples``."""

@@ -319,7 +319,7 @@ class Runner:
         self, names: Sequence[str], gone: Sequence[str],
         prints: Mapping[str, tuple[str, dict[str, Any]]], root: dict[str, Any],
     ) -> None:  # fmt: skip
-        lost: list[str] = []
+        lost: dict[str, str] = {}
         changes: list[str] = []
         for name in [*names, *gone]:
             record = self.dir.read_stage(name)
@@ -329,8 +329,11 @@ class Runner:
                 changes.append(f"stages.{name}: removed or renamed")
             else:
                 changes += difference(record.inputs, prints[name][1], f"stages.{name}")
-            if record.finished() and not {Kind(k) for k in record.produces} <= CHEAP_KINDS:
-                lost.append(name)
+            blocks = len(list((self.dir.stage_dir(name) / "blocks").glob("*.safetensors")))
+            if blocks and not record.finished():
+                lost[name] = f"{name}: {blocks} block{'s' * (blocks > 1)}"
+            elif record.finished() and not {Kind(k) for k in record.produces} <= CHEAP_KINDS:
+                lost[name] = name
         if not lost:
             return
         before = self.dir.read_run()
@@ -340,7 +343,7 @@ class Runner:
         again = next((f"--redo {n} to do it again, " for n in lost if n in self._names), "")
         raise RecipeError(
             f"{self.dir.root}: this run was made with another recipe, and going on would throw away "
-            f"finished work ({', '.join(lost)}):\n  {listing}",
+            f"finished work ({', '.join(lost.values())}):\n  {listing}",
             f"set run.dir to a new folder, {again}or --force to start anew",
         )
 

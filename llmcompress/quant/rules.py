@@ -223,7 +223,10 @@ def _why_unused(rule: Rule, rules: Sequence[Rule], weights: Sequence[tuple[str, 
     mine = [name for name, role in weights if rule.matches(name, role)]
     if mine:
         earlier = next(r.name for r in rules if any(r.matches(n, role) for n, role in weights if n == mine[0]))
-        return f"rules.{rule.name}: every weight it matches is already decided by rule {earlier!r}: move it further up"
+        return (
+            f"rules.{rule.name}: every weight it matches is already decided by rule {earlier!r}: move it further up "
+            f"(on the command line: +stages.STAGE.rules.{rule.name}@{earlier}=…)"
+        )
     if rule.match is None:
         present = sorted({role.value for _, role in weights})
         wanted = ", ".join(role.value for role in rule.roles)

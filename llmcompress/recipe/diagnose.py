@@ -62,9 +62,23 @@ def show_path(file: Path) -> str:
         return str(file)
 
 
+# words of llm-compressor, GPTQModel and lm-eval, and the keys that do the same here
+_ELSEWHERE = {
+    "actorder": "act_order", "bits_per_weight": "bits", "dampening_frac": "damp", "damp_percent": "damp",
+    "dataset": "source", "desc_act": "act_order", "max_seq_length": "length", "max_seq_len": "length",
+    "nsamples": "samples", "num_bits": "bits", "num_calibration_samples": "samples", "percdamp": "damp",
+    "seqlen": "length", "sequence_length": "length", "sym": "symmetric", "wbits": "bits", "ignore": "rules",
+    "dynamic": "rules", "config_groups": "rules",
+}  # fmt: skip
+_KEPT = "rules, the first with keep: true for what stays dense"
+
+
 def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
     """`` (did you mean …?)``, or the list of candidates when there are few, or nothing."""
     names = [str(name) for name in candidates]
+    renamed = _ELSEWHERE.get(word.lower())
+    if renamed in names:
+        return f" (did you mean {_KEPT if word.lower() in ('ignore', 'dynamic') else renamed}?)"
     lowered = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), lowered, 1, cutoff)
     if near:

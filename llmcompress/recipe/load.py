@@ -123,7 +123,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
 
     Args:
         source: A file, the name of a shipped recipe, a run folder or a ``recipe.lock.json``.
-        overrides: ``key=value``, ``+key=value``, ``key~``.
+        overrides: ``key=value``, ``+key=value``, ``+key@NAME=value``, ``key~``.
         allow_missing: Accept ``???`` where text is expected, so that a recipe can be checked before its model
             is at hand; the paths are in ``missing``.
 
@@ -216,7 +216,8 @@ def check_chain(data: dict[Any, Any]) -> list[Problem]:
                 Problem(
                     ("stages", name),
                     "comes after every evaluate and export stage, so nothing would use its policy: put it in front of "
-                    "them; in a recipe that extends another, write `evaluate: {}` behind it",
+                    "them, on the command line by +stages.NAME@evaluate=…, in a recipe that extends another by "
+                    "`evaluate: {}` behind it",
                 )
             )
     return problems

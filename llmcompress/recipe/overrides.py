@@ -1,5 +1,8 @@
 """Command-line overrides: ``key=value`` changes, ``+key=value`` adds, ``key~`` deletes.
 
+Order matters among stages and rules: ``+key=value`` adds behind its neighbours, ``+key@NAME=value`` in front of the one
+that is called NAME.
+
 Keys are dotted paths (``stages.quantize.rules.experts.bits``). Values are YAML 1.2 core scalars, or lists and
 mappings in brackets. A key must exist in the recipe or be known to the schema, so that a typo is an error.
 """
@@ -28,12 +31,14 @@ class Override:
         action: What to do.
         path: Keys from the top.
         value: New value; None for ``delete``.
+        before: Neighbour in front of which ``add`` puts the key; None for the end.
     """
 
     number: int
     action: Literal["set", "add", "delete"]
     path: KeyPath
     value: Any = None
+    before: str | None = None
 
 
 def parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
@@ -55,10 +60,10 @@ def parse_override(text: str, number: int = 1) -> Override:
     """Parse one override.
 
     Raises:
-        ValueError: It is not ``key=value``, ``+key=value`` or ``key~``.
+        ValueError: It is not ``key=value``, ``+key=value``, ``+key@NAME=value`` or ``key~``.
     """
     key, equals, value = text.partition("=")
-    key = key.strip()
+    key, placed, before = key.strip().partition("@")
     if text.strip() == "=":
         raise ValueError("write key=value without spaces")
     if not equals:
@@ -67,11 +72,13 @@ def parse_override(text: str, number: int = 1) -> Override:
         return Override(number, "delete", _path(key[:-1]))
     action: Literal["set", "add"] = "add" if key.startswith("+") else "set"
     path = _path(key.removeprefix("+"))
+    if placed and (action == "set" or not _KEY.fullmatch(before) or "." in before):
+        raise ValueError("@ is for what is added, in front of a neighbour: +stages.NAME@evaluate=value")
     try:
         parsed = parse_value(value)
     except ValueError as error:
         raise ValueError(f"the value is not valid YAML ({error}); put text with special signs in quotes") from error
-    return Override(number, action, path, parsed)
+    return Override(number, action, path, parsed, before if placed else None)
 
 
 def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKeys) -> None:
@@ -84,7 +91,7 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
             name may be given there (stages, rules) or nothing is known.
 
     Raises:
-        ValueError: The key does not exist, or with ``+`` exists already.
+        ValueError: The key does not exist, or with ``+`` exists already; or the neighbour does not exist.
     """
     *parents, last = override.path
     node: Any = data
@@ -110,14 +117,29 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
     if not present and not may_create:
         raise ValueError(_unknown(node, last, tuple(parents), allowed, data))
     if isinstance(node, list):
+        if override.before is not None:
+            raise ValueError("@ is for stages, rules and other sections, not for lists")
         _change_item(node, last, override)
     elif override.action == "delete":
         del node[_as_key(node, last)]
     else:
         node[_as_key(node, last)] = override.value
+        if override.before is not None:
+            _move(node, _as_key(node, last), override.before)
 
 
 _ABSENT = object()
+
+
+def _move(node: dict[Any, Any], key: Any, before: str) -> None:
+    """Put the last key of ``node`` in front of another."""
+    follower = _as_key(node, before)
+    if follower not in node or follower == key:
+        del node[key]
+        raise ValueError(f"no {before!r} to put it in front of (here: {', '.join(str(name) for name in node)})")
+    names = list(node)
+    for name in names[names.index(follower) : -1]:
+        node[name] = node.pop(name)
 
 
 def _change_item(node: list[Any], last: str, override: Override) -> None:

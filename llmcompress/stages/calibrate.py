@@ -28,9 +28,9 @@ class CalibrateConfig(StageConfig):
     length: Annotated[int, Field(ge=2)] = 2048
     """Tokens in a window."""
 
-    template: Template = "none"
+    template: Template = "auto"
     """``auto`` renders chat rows (``messages``, ShareGPT, ``prompt`` and ``response``, Alpaca) through the tokenizer's
-    chat template."""
+    chat template; ``none`` takes the source's field of every row."""
 
     allow_fewer: bool = False
     """Go on with the windows there are when the text is too short for ``samples``."""

@@ -56,7 +56,7 @@ class CalibrationConfig(_Part):
     general_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of windows from ``general``, where a member has text of its own."""
 
-    template: Template = "none"
+    template: Template = "auto"
     """``auto`` renders chat rows through the member's chat template."""
 
     allow_fewer: bool = False

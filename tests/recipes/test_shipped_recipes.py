@@ -244,3 +244,11 @@ def test_siblings_differ_from_the_quickstart_in_the_method_alone():
         for stage in ("calibrate", "evaluate"):
             assert other[stage] == base[stage]
         assert other["quantize"]["rules"] == base["quantize"]["rules"]
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen15_moe_a27b", "smollm2_135m"])
+def test_gptq_quantizes_everything_of_dense_models_and_mixtures_for_other_readers_too(name):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    found = plan(load_recipe("gptq", allow_missing=True), config, "cpu")
+    assert found.unmatched == 0
+    assert [stage.refusals for stage in found.stages if stage.refusals] == []

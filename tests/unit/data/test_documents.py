@@ -98,11 +98,17 @@ def test_chat_rows_go_through_the_template(tmp_path, tiny_tokenizer):
     rows = [{"prompt": "hi", "response": "ho"}, {"messages": [{"role": "user", "content": "q"}]}]
     path = write_rows(tmp_path / "a.jsonl", rows)
     assert read(source(kind="jsonl", path=path), tokenizer, "auto").texts == ("[user]hi[assistant]ho", "[user]q")
-    with pytest.raises(InputError, match="chat template"):
+    with pytest.raises(InputError, match="chat template") as refused:
         read(source(kind="jsonl", path=path), tiny_tokenizer, "auto")
+    assert "chat_template.jinja" in refused.value.hint
     with pytest.raises(InputError, match="but the row is a chat") as refused:
         read(source(kind="jsonl", path=path), tokenizer, "none")
     assert "template: auto" in refused.value.hint
+
+
+def test_without_a_template_a_chat_that_has_its_text_too_is_read_as_text(tmp_path, tiny_tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "add", "output": "3", "text": "add: 3"}])
+    assert read(source(kind="jsonl", path=path), tiny_tokenizer, "auto").texts == ("add: 3",)
 
 
 QUESTION = [{"role": "user", "content": "why"}]

@@ -233,6 +233,25 @@ def test_partial_work_of_a_changed_stage_is_not_continued(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "stages" / "quantize" / "partial").exists()
 
 
+def test_finished_blocks_of_a_stopped_stage_are_not_thrown_away_unasked(tmp_path: Path) -> None:
+    def stop(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        (ctx.stage_dir / "blocks").mkdir(exist_ok=True)
+        (ctx.stage_dir / "blocks" / "00000.safetensors").write_bytes(b"hours of work")
+        raise Interrupted("stopped")
+
+    Fake.behaviour["quantize"] = stop
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path))
+    changed = {"load": {}, "quantize": {"value": 2}, "evaluate": {}}
+    with pytest.raises(RecipeError, match=r"finished work \(quantize: 1 block\)") as caught:
+        execute(job(tmp_path, changed))
+    assert "--redo quantize" in str(caught.value.hint)
+    assert (tmp_path / "run" / "stages" / "quantize" / "blocks" / "00000.safetensors").exists()
+    del Fake.behaviour["quantize"]
+    assert execute(job(tmp_path, changed), redo="quantize").status == "finished"
+    assert not (tmp_path / "run" / "stages" / "quantize" / "blocks").exists()
+
+
 def test_changed_contents_of_a_file_count_as_a_changed_recipe(tmp_path: Path) -> None:
     text = tmp_path / "calibration.txt"
     text.write_text("one")

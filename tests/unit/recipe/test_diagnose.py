@@ -12,6 +12,12 @@ from llmcompress.recipe.schema import strict_schema
 MISTAKES = r"""
 stages: {quantize: {dmp: 0.1}}
     stages.quantize.dmp: unknown key (did you mean damp?)
+stages: {quantize: {ignore: [lm_head]}}
+    stages.quantize.ignore: unknown key (did you mean rules, the first with keep: true for what stays dense?)
+stages: {quantize: {desc_act: true}}
+    stages.quantize.desc_act: unknown key (did you mean act_order?)
+stages: {calibrate: {num_calibration_samples: 512}}
+    stages.calibrate.num_calibration_samples: unknown key (did you mean samples?)
 stages: {quantize: {type: gptqq}}
     stages.quantize.type: unknown type 'gptqq' (did you mean gptq?)
 stages: {quantize: {group_sise: 64}}

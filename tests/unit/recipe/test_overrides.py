@@ -58,6 +58,15 @@ def test_a_file_that_stands_for_a_section_takes_keys():
         apply(data, "stages.q.type.field=body")
 
 
+def test_what_is_added_stands_in_front_of_the_named_neighbour():
+    data = {"stages": {"load": {}, "evaluate": {}, "export": {}}}
+    assert list(apply(data, "+stages.embeddings@evaluate={type: embeddings}")["stages"]) == [
+        "load", "embeddings", "evaluate", "export",
+    ]  # fmt: skip
+    assert next(iter(apply(data, "+stages.first@load={}")["stages"])) == "first"
+    assert list(apply(data, "+stages.last={}")["stages"])[-1] == "last"
+
+
 def test_delete_removes_the_key():
     assert "bits" not in apply(recipe(), "stages.q.bits~")["stages"]["q"]
 
@@ -75,6 +84,8 @@ def test_delete_removes_the_key():
         ("stages.damp=1", r"did you mean stages\.q\.damp\?"),  # known there, not set yet
         ("stages.layers=1", r"did you mean stages\.q\.bits\.layers\?"),
         ("run.seed.deep.er=1", "no key 'deep'"),
+        ("+stages.new@p={}", r"no 'p' to put it in front of \(here: .*q"),
+        ("+stages.q.formats.2@0=c", "not for lists"),
     ],
 )
 def test_wrong_keys_are_refused_with_advice(text, words):
@@ -84,7 +95,9 @@ def test_wrong_keys_are_refused_with_advice(text, words):
     assert data == recipe()
 
 
-@pytest.mark.parametrize("text", ["", "run.seed", "=1", "a..b=1", "+a", "a b=1", "a=[1", "++a=1"])
+@pytest.mark.parametrize(
+    "text", ["", "run.seed", "=1", "a..b=1", "+a", "a b=1", "a=[1", "++a=1", "a@b=1", "+a@=1", "a@b~"]
+)
 def test_malformed_overrides_are_collected_with_their_number(text):
     parsed, problems = parse_overrides(["run.seed=1", text])
     assert len(parsed) == 1 and len(problems) == 1
