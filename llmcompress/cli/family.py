@@ -162,7 +162,8 @@ def add(
     out: Output,
     path: FamilyArgument,
     member: Annotated[str, typer.Option("--member", help="Name of the new member.")],
-    model: Annotated[str, typer.Option("--model", help="Its model folder, of the family's architecture.")],
+    model: Annotated[str, typer.Option("--model", help="Its folder: a model, or a LoRA adapter (PEFT).")],
+    base: Annotated[str | None, typer.Option("--base", help="Folder of the base that an adapter belongs to.")] = None,
     bits: Annotated[int, typer.Option("--bits", min=1, max=6, help="Bits of its leaf.")] = 2,
     calibration: Annotated[
         str | None,
@@ -178,19 +179,25 @@ def add(
 ) -> None:
     """Add a fine-tune: its leaf under the closest node. No other member changes."""
     from llmcompress.export.family_edit import add_member
+    from llmcompress.models.family import open_member
     from llmcompress.models.family_artifact import FamilyArtifact
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.lora_checkpoint import is_adapter
+    from llmcompress.models.paths import resolve_path
 
     artifact = FamilyArtifact(family_folder(path))
+    if base is None and is_adapter(resolve_path(model)):
+        raise UsageError(
+            f"{model}: an adapter; a family does not keep its base", "name the base's folder: --base FOLDER"
+        )
+    handle = open_member(model, None if base is None else ModelHandle.open(base))
     tokens = None
     if calibration is not None:
         from llmcompress.data.calibration import build
-        from llmcompress.models.handle import load_tokenizer
-        from llmcompress.models.paths import resolve_path
 
         source = calibration_source(calibration)
-        words = load_tokenizer(resolve_path(model))
-        tokens = build(source, words, samples, length, 0, template="auto", allow_fewer=True).tokens
-    found = add_member(artifact, member, model, bits, tokens)
+        tokens = build(source, handle.tokenizer(), samples, length, 0, template="auto", allow_fewer=True).tokens
+    found = add_member(artifact, member, handle, bits, tokens)
     if found.vocabulary is not None:
         out.warning(
             f"{member}: its tokenizer is not that of {artifact.members[0]}: {found.vocabulary}; it keeps its own"

@@ -103,13 +103,15 @@ def sweep(artifact: FamilyArtifact) -> int:
     return freed
 
 
-def add_member(artifact: FamilyArtifact, member: str, source: str, bits: int, tokens: Tensor | None = None) -> Added:
+def add_member(
+    artifact: FamilyArtifact, member: str, source: str | ModelHandle, bits: int, tokens: Tensor | None = None
+) -> Added:
     """Add a fine-tune: its leaf below the closest node, and its folder. Of existing files only ``family.json`` changes.
 
     Args:
         artifact: The family.
         member: Name of the new member.
-        source: Its model folder.
+        source: Its model folder, or the model opened.
         bits: Bits of its leaf, 1 to 6.
         tokens: ``[S, L]`` calibration windows for GPTQ; without them the leaf is rounded to nearest.
 
@@ -119,10 +121,11 @@ def add_member(artifact: FamilyArtifact, member: str, source: str, bits: int, to
     """
     if member in artifact.members or not NAME.match(member) or member in artifact.plan.members_of:
         raise UsageError(f"{member!r} cannot be the name of a new member", f"taken: {', '.join(artifact.members)}")
-    handle = ModelHandle.open(source)
+    handle = source if isinstance(source, ModelHandle) else ModelHandle.open(source)
     problems = mismatches(artifact.layout(artifact.members[0]), handle.layout)
     if problems:
-        raise InputError("\n".join(f"{source}: {p}" for p in problems), "a family needs models of one architecture")
+        lines = "\n".join(f"{handle.path}: {problem}" for problem in problems)
+        raise InputError(lines, "a family needs models of one architecture")
     sweep(artifact)
     below = {key: _closest(artifact, handle, key) for key in artifact.plan.trees}
     solver = _NewLeaf(artifact, handle, below, bits)

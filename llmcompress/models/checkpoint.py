@@ -11,12 +11,13 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
+from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
 from llmcompress.models.memory_limits import total_ram
 from llmcompress.models.paths import no_model_folder
 from llmcompress.models.tensor_file import Entry, TensorFile, all_finite
@@ -46,6 +47,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if is_adapter(folder):
+            raise not_a_model(folder) from error
         raise InputError(f"{path}: missing", "point model.path at a transformers model folder") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}", "download the file again") from error
@@ -90,6 +93,7 @@ class Checkpoint:
         self._where = {name: file for file in self._files for name in file.entries}
         self._banks = layout.banks
         self._scales: Mapping[str, Sequence[tuple[int, Tensor]]] = {}
+        self._edits: Mapping[str, Callable[[Tensor], Tensor]] = {}
 
     def rescaled(self, scales: Mapping[str, Sequence[tuple[int, Tensor]]]) -> Checkpoint:
         """The same weights, some of them multiplied as they are read.
@@ -102,6 +106,17 @@ class Checkpoint:
         found._scales = {
             name: [*self._scales.get(name, ()), *scales.get(name, ())] for name in {**self._scales, **scales}
         }
+        return found
+
+    def edited(self, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Checkpoint:
+        """The same weights, some of them changed as they are read.
+
+        Args:
+            edits: Run-time name of a tensor that the files hold whole → its new value of the same shape and type from
+                the one in the file.
+        """
+        found = copy.copy(self)
+        found._edits = {**self._edits, **edits}
         return found
 
     def files(self) -> list[Path]:
@@ -163,7 +178,8 @@ class Checkpoint:
         """
         disk = self._disk_name(name)
         if disk is not None:
-            return self._scaled(name, self._where[disk].read(disk))
+            stored = self._where[disk].read(disk)
+            return self._scaled(name, self._edits[name](stored) if name in self._edits else stored)
         pieces = self._pieces(name)
         if not pieces or any(piece not in self._where for piece in pieces):
             raise self._lacks(name)

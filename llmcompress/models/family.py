@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from llmcompress.errors import InputError
 from llmcompress.models.handle import ModelHandle
+from llmcompress.models.lora_checkpoint import is_adapter
+from llmcompress.models.paths import resolve_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +39,7 @@ class ModelFamily:
 
         Args:
             base: The base, already open.
-            paths: Name → folder.
+            paths: Name → folder of a model, or of a LoRA adapter of the base in PEFT's format.
             dtype: As for :meth:`ModelHandle.open`.
 
         Raises:
@@ -46,13 +48,13 @@ class ModelFamily:
         members, problems = {}, []
         for name, path in paths.items():
             try:
-                members[name] = ModelHandle.open(path, dtype)
+                members[name] = open_member(path, base, dtype)
                 problems += [f"{name} ({path}): {p}" for p in mismatches(base.layout, members[name].layout)]
             except InputError as error:
                 problems += [f"{name}: {line}" for line in error.message.splitlines()]
         if problems:
             raise InputError(
-                "\n".join(problems), "a family needs full checkpoints of one architecture; merge adapters first"
+                "\n".join(problems), "a family needs models of one architecture, or LoRA adapters of its base"
             )
         return cls(base, members)
 
@@ -66,6 +68,16 @@ class ModelFamily:
         import torch
 
         return {name: h.checkpoint.tensor(f"{linear}.weight").to(torch.float32) for name, h in self.members.items()}
+
+
+def open_member(path: str, base: ModelHandle | None, dtype: str = "auto") -> ModelHandle:
+    """Open a fine-tune: a model of its own, or a LoRA adapter over ``base``.
+
+    Raises:
+        InputError: It is missing, damaged or belongs to another base; or it is an adapter, and there is no base.
+    """
+    folder = resolve_path(path)
+    return base.adapted(folder) if base is not None and is_adapter(folder) else ModelHandle.open(path, dtype)
 
 
 def mismatches(base: ModelLayout, other: ModelLayout) -> list[str]:

@@ -13,6 +13,7 @@ from llmcompress.errors import InputError, first_line
 from llmcompress.models import sizes
 from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
 from llmcompress.models.layout import ModelLayout, TensorView
+from llmcompress.models.lora_checkpoint import read_adapter
 from llmcompress.models.paths import resolve_path
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
@@ -81,6 +82,21 @@ class ModelHandle:
         """The same model with weights multiplied as they are read; see :meth:`Checkpoint.rescaled`."""
         found = copy.copy(self)
         found.checkpoint = self.checkpoint.rescaled(scales)
+        return found
+
+    def adapted(self, folder: Path) -> ModelHandle:
+        """This model with a LoRA adapter in PEFT's format added to its weights as they are read.
+
+        Args:
+            folder: The adapter's; its tokenizer is taken where it has one.
+
+        Raises:
+            InputError: The adapter cannot be read, or belongs to another model.
+        """
+        found = copy.copy(self)
+        found.checkpoint = self.checkpoint.edited(read_adapter(folder, self.layout))
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            found.tokenizer_path = folder
         return found
 
     @property

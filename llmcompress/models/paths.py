@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
+from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
 
 ASSET = "asset:"
 # folder inside an artifact that holds low-rank adapters, in PEFT's format
@@ -148,6 +149,8 @@ def model_folder(text: str) -> Path:
     if not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
         path = path / "artifact"
     if not (path / "config.json").is_file():
+        if is_adapter(path):
+            raise not_a_model(path)
         hint = f"finish the run first: llmcompress resume {text}" if (path / "run.json").exists() else None
         if hint is None and (ggufs := sorted(path.glob("*.gguf"))):
             hint = f"{ggufs[0].name} is for llama.cpp and the like; give the folder it was exported from"

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.models.lora_checkpoint import CONFIG, PREFIX, WEIGHTS
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.quant.codecs import codec
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -165,8 +163,8 @@ def save(model: nn.Module, folder: Path) -> None:
     found = adapters(model)
     tensors = {}
     for name, module in sorted(found.items()):
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
     first = next(iter(found.values()))
     rank = first.lora_A.shape[0]
     config = {
@@ -197,12 +195,12 @@ def load(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot read the adapter: {error}", "export or train it again") from error
     suffix = ".lora_A.weight"
-    names = sorted(name.removeprefix(_PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    names = sorted(name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix))
     try:
         found = attach(model, names, rank, alpha, 0)
         for name in names:
             for key in ("lora_A", "lora_B"):
-                found[f"{name}.{key}"].data.copy_(tensors[f"{_PREFIX}{name}.{key}.weight"])
+                found[f"{name}.{key}"].data.copy_(tensors[f"{PREFIX}{name}.{key}.weight"])
     except (AttributeError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: the adapter does not fit this model: {error}") from error
     return found

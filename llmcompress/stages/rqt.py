@@ -24,7 +24,8 @@ class MemberConfig(_Part):
     """One fine-tune."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Folder with config.json and safetensors, of the base's architecture; ``asset:NAME`` is shipped."""
+    """Folder with config.json and safetensors, of the base's architecture, or of a LoRA adapter of the base in PEFT's
+    format; ``asset:NAME`` is shipped."""
 
     calibration: SourceConfig | None = None
     """Text of what this model was tuned for; without it only ``general`` text is used."""

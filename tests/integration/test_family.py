@@ -325,6 +325,35 @@ def test_adding_takes_any_text_and_tells_of_another_vocabulary(
     assert not (tmp_path / "mean").exists()
 
 
+def test_an_adapter_is_added_with_its_base(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.nn import lora
+
+    copy, adapter = tmp_path / "family", tmp_path / "adapter"
+    shutil.copytree(folder / "run/artifact", copy)
+    adapter.mkdir()
+    base = ModelHandle.open(folder / "base")
+    model, linears = base.dense_model(torch.float32), FamilyArtifact(copy).plan.linears
+    for name, place in lora.attach(model, linears, 2, 4.0, seed=1).items():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(place, std=0.1)
+    lora.save(model, adapter)
+    words = ["family", "add", str(copy), "--member", "dog", "--model", str(adapter), "--bits", "4"]
+    code, text = said(words, capsys, stderr=True)
+    assert code == ExitCode.USAGE and "--base FOLDER" in text
+    code, text = said([*words, "--base", str(folder / "base")], capsys, stderr=True)
+    assert code == ExitCode.OK, text
+    grown, merged = FamilyArtifact(copy), base.adapted(adapter)
+    for linear in linears:
+        weight = merged.checkpoint.tensor(f"{linear}.weight").float()
+        lost = float((weight - grown.weight(linear, "dog")).square().sum())
+        unlike = float((weight - base.checkpoint.tensor(f"{linear}.weight").float()).square().sum())
+        assert lost < 0.5 * unlike
+    assert said(["generate", str(copy), "--member", "dog", "--prompt", "The cat", "-n", "2"], capsys)[0] == ExitCode.OK
+
+
 def test_members_are_folders_and_one_text_may_serve_all(folder: Path, tmp_path: Path) -> None:
     """The recipe for families of one's own: no text per member is at hand, and folders are all that is named."""
     text = tmp_path / "text.txt"
