@@ -11,7 +11,7 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_recipe
 from llmcompress.cli.inspect import look
-from llmcompress.cli.output import Output, table
+from llmcompress.cli.output import Output, table, writable, write_csv
 from llmcompress.cli.run import difference_text, figure
 from llmcompress.errors import GateFailed, RecipeError, UsageError
 from llmcompress.models.paths import model_folder, resolve_path
@@ -38,7 +38,14 @@ LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens in a 
 TokensOption = Annotated[
     int | None, typer.Option("--max-tokens", min=2, help="Use only the first tokens of each text.")
 ]
-TaskOption = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="lm-eval task; may be repeated.")]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="lm-eval task, or the YAML file of your own; may be repeated."),
+]
+FewshotOption = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default what each task says.")
+]
+CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write all figures as CSV.")]
 TasksDirOption = Annotated[str | None, typer.Option("--tasks-dir", help="Folder with local task data.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first rows of each task.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of dense weights: auto, float32, bfloat16, float16.")]
@@ -80,18 +87,27 @@ def evaluate(
     task: TaskOption = None,
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
+    num_fewshot: FewshotOption = None,
     recipe: RecipeOption = None,
     member: MemberOption = None,
+    csv: CsvOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
-    config = _from_recipe(recipe) if recipe else settings(
-        text, length=length, field=field, max_tokens=max_tokens, task=task, tasks_dir=tasks_dir, limit=limit
-    )  # fmt: skip
+    chosen: dict[str, Any] = {
+        "text": text, "max_tokens": max_tokens, "task": task, "tasks_dir": tasks_dir, "limit": limit,
+        "num_fewshot": num_fewshot,
+    }  # fmt: skip
+    config = _from_recipe(recipe, chosen) if recipe else settings(length=length, field=field, **chosen)
+    if csv is not None:
+        writable(csv)
     model_folder(path)
     rows = _measure_one(out, path, config, dtype, device, member)
-    data = {"path": path, "metrics": [_compact(row, "value") for row in rows]}
+    figures = [_compact(row, "value") for row in rows]
+    data = {"path": path, "metrics": figures}
+    if csv is not None:
+        write_csv(csv, figures)
     cells = [(f"{r['task']}.{r['metric']}", figure(r["compressed"]), figure(r["stderr"]), r["n"]) for r in rows]
     columns = ("metric", "value", "± stderr", "n")
     out.result(data, lambda screen: screen.print(table(columns, cells, right="value|± stderr|n", named=True)))
@@ -108,8 +124,10 @@ def compare(
     task: TaskOption = None,
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
+    num_fewshot: FewshotOption = None,
     max_rel_increase: IncreaseOption = None,
     max_abs_drop: DropOption = None,
+    csv: CsvOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -119,25 +137,30 @@ def compare(
     """
     from llmcompress.pipeline.run_dir import RunDir
 
+    if csv is not None:
+        writable(csv)
     limits = [*_limits("max_rel_increase", max_rel_increase), *_limits("max_abs_drop", max_abs_drop)]
     runs = [RunDir(Path(name)).is_run() for name in (first, second)]
     if all(runs):
-        _compare_runs(out, Path(first), Path(second), limits)
+        _compare_runs(out, Path(first), Path(second), limits, csv)
         return
     config = settings(
         text, length=length, field=field, max_tokens=max_tokens, task=task, tasks_dir=tasks_dir, limit=limit,
-        fidelity=True,
+        num_fewshot=num_fewshot, fidelity=True,
     )  # fmt: skip
     _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
     judged = _judged(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
     sizes = [look(model_folder(name)) for name in (first, second)]
+    figures = [_compact(row, "pair") for row in rows]
     data = {
         "a": {"path": first, "bytes": sizes[0].bytes, "bits": sizes[0].bits},
         "b": {"path": second, "bytes": sizes[1].bytes, "bits": sizes[1].bits},
-        "metrics": [_compact(row, "pair") for row in rows],
+        "metrics": figures,
         "limits": judged,
     }
+    if csv is not None:
+        write_csv(csv, figures)
 
     def show(screen: Console) -> None:
         cells: list[tuple[Any, ...]] = [
@@ -261,6 +284,7 @@ def settings(
     task: list[str] | None = None,
     tasks_dir: str | None = None,
     limit: int | None = None,
+    num_fewshot: int | None = None,
     fidelity: bool = False,
 ) -> EvaluateConfig:
     """An evaluate section from command-line options; the shipped held-out text where neither text nor task is named."""
@@ -272,11 +296,17 @@ def settings(
     }
     perplexity = {name: {**section, "max_tokens": max_tokens} for name, section in texts.items()}
     section: dict[str, Any] = {
-        "type": "evaluate", "perplexity": perplexity, "tasks": task or [], "tasks_dir": tasks_dir, "limit": limit,
+        "type": "evaluate", "perplexity": perplexity, "tasks_dir": tasks_dir, "limit": limit,
+        "tasks": [{**_task(name), "num_fewshot": num_fewshot} for name in task or []],
     }  # fmt: skip
     if fidelity and files:
         section["fidelity"] = {**texts[_name(files[0], files)], "samples": 16, "allow_fewer": True}
     return EvaluateConfig.model_validate(section)
+
+
+def _task(name: str) -> dict[str, Any]:
+    """Section of a task: its name, or that of the file that defines it."""
+    return {"task": Path(name).stem, "path": name} if name.endswith((".yaml", ".yml")) else {"task": name}
 
 
 def source(file: str, field: str = "text") -> dict[str, Any]:
@@ -305,10 +335,12 @@ def _name(file: str, files: list[str]) -> str:
     return stem if len(same) == 1 else f"{stem}_{files.index(file) + 1}"
 
 
-def _from_recipe(name: str) -> EvaluateConfig:
+def _from_recipe(name: str, chosen: Mapping[str, Any]) -> EvaluateConfig:
     from llmcompress.recipe.load import load_recipe
     from llmcompress.stages.evaluate import EvaluateConfig
 
+    if more := [f"--{key.replace('_', '-')}" for key, value in chosen.items() if value is not None]:
+        raise UsageError(f"--recipe says what is measured, so {', '.join(more)} would change nothing", "leave one out")
     recipe = load_recipe(name, allow_missing=True).recipe
     for config in recipe.stages.values():
         if isinstance(config, EvaluateConfig):
@@ -392,7 +424,7 @@ def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfig]) -> None:
+def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfig], csv: Path | None) -> None:
     from llmcompress.evaluation.significance import difference_stderr, stages_of, within_noise
     from llmcompress.pipeline.fingerprint import difference
     from llmcompress.report.data import collect
@@ -422,6 +454,8 @@ def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfi
         _show_limits(judged, screen)
 
     data = {"a": str(first), "b": str(second), "figures": rows, "recipe_changes": changes, "limits": judged}
+    if csv is not None:
+        write_csv(csv, rows)
     out.result(data, show)
     _require(judged)
 

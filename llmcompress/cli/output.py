@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -11,6 +13,9 @@ from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmcompress.durable import write_durably
+from llmcompress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,6 +160,27 @@ def plain(data: Any) -> Any:
     if isinstance(data, str | int | float | bool) or data is None:
         return data
     return str(data)
+
+
+def writable(path: Path) -> Path:
+    """A file that a command is to write at its end, refused at its beginning where it cannot be.
+
+    Raises:
+        UsageError: Its folder does not exist, or the path is a folder itself.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UsageError(f"{path}: {what}", "name a file in a folder that exists")
+    return path
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of equal keys as a table with a header; None becomes an empty cell."""
+    text = io.StringIO()
+    made = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    made.writeheader()
+    made.writerows(rows)
+    write_durably(path, text.getvalue().encode())
 
 
 def table(

@@ -73,7 +73,10 @@ class TaskConfig(_Section):
     """One lm-evaluation-harness task with its own settings."""
 
     task: str
-    """Name: one of the local tasks (``llmcompress/data/tasks``) or any task lm-eval knows."""
+    """Name: one of the local tasks (``llmcompress/data/tasks``) or any task lm-eval knows; with ``path`` any name."""
+
+    path: str | None = None
+    """A task of your own: lm-eval's YAML. Files that its ``data_files`` name may lie beside it."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows; overrides the stage's ``limit``."""
@@ -86,6 +89,12 @@ class TaskConfig(_Section):
 
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Any field of an lm-eval task configuration, set as given."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> TaskConfig:
+        if self.path is not None and self.subjects is not None:
+            raise ValueError("subjects are for mmlu from a local folder, not for a task with a path")
+        return self
 
 
 class RecallConfig(_Section):

@@ -27,7 +27,7 @@ from unittest import mock
 import yaml
 
 from llmcompress.data.hub import hub_silence, offline, out_of_reach, why_not_loaded
-from llmcompress.errors import EnvironmentProblem, InputError, RecipeError
+from llmcompress.errors import EnvironmentProblem, InputError, RecipeError, first_line
 from llmcompress.evaluation.batching import task_batch
 from llmcompress.evaluation.config import TaskConfig
 
@@ -106,7 +106,7 @@ def specify(
         limit: Default row limit.
 
     Raises:
-        InputError: A local data file is missing.
+        InputError: A local data file is missing, or a task's own file.
         RecipeError: ``subjects`` is given for a task without subjects.
     """
     known = catalogue()
@@ -114,9 +114,11 @@ def specify(
     for entry in tasks:
         config = TaskConfig(task=entry) if isinstance(entry, str) else entry
         rows = config.limit if config.limit is not None else limit
-        if config.task == "eval_smoke":
-            configs: list[dict[str, Any] | str] = [_smoke()]
-            local = True
+        if config.path is not None:
+            own, local = _own(config.task, Path(config.path))
+            configs: list[dict[str, Any] | str] = [own]
+        elif config.task == "eval_smoke":
+            configs, local = [_smoke()], True
         elif config.task in known and (tasks_dir is not None or config.subjects):
             configs = list(_catalogued(config, known[config.task], tasks_dir))
             local = tasks_dir is not None
@@ -173,6 +175,33 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise EnvironmentProblem(f"lm-eval lacks {path.name}", "pip install -U lm-eval")
     return dict(load_yaml(path))
+
+
+def _own(name: str, path: Path) -> tuple[dict[str, Any], bool]:
+    """A task of the user's, and whether all its rows lie on this machine.
+
+    Raises:
+        InputError: The file is missing, or is no task of lm-eval.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"task {name}: {path}: no such file", "name a task of lm-eval, or a .yaml file that defines one"
+        )
+    try:
+        config = _load(path)
+    except EnvironmentProblem:
+        raise
+    except Exception as error:  # its !function entries are the user's code
+        raise InputError(f"task {name}: {path}: {first_line(error)}", "lm-eval must be able to read it") from error
+    if not isinstance(config.get("dataset_path"), str) or not config.get("output_type"):
+        raise InputError(f"task {name}: {path}: has no dataset_path or no output_type", "write it as a task of lm-eval")
+    settings = dict(config.get("dataset_kwargs") or {})
+    files = settings.get("data_files")
+    local = isinstance(files, dict) and all(isinstance(file, str) and "://" not in file for file in files.values())
+    if isinstance(files, dict) and local:
+        places = {split: (path.parent / file).resolve() for split, file in files.items()}
+        settings["data_files"] = {split: str(p if p.exists() else files[split]) for split, p in places.items()}
+    return {**config, "task": name, **({"dataset_kwargs": settings} if settings else {})}, local
 
 
 def _smoke() -> dict[str, Any]:

@@ -288,6 +288,46 @@ def test_eval_and_compare(
     assert invoke(["eval", "no/where", *options]) == 4
 
 
+OWN_TASK = """
+task: another name
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl, train: rows.jsonl}}
+output_type: multiple_choice
+test_split: test
+training_split: train
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_task_of_ones_own_with_examples_ends_in_a_table(
+    finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import csv
+
+    rows = [{"question": f"{n} and", "choices": [f" {n}", " x"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(OWN_TASK)
+    words = ["--task", str(tmp_path / "mine.yaml"), "--num-fewshot", "1", "--csv", str(tmp_path / "out.csv")]
+    told(capsys, "eval", str(finished[1]), *words, "--limit", "3")
+    (row,) = csv.DictReader((tmp_path / "out.csv").open())
+    assert (row["name"], row["n"]) == ("mine.acc", "3") and 0 <= float(row["value"]) <= 1
+    told(capsys, "compare", str(tiny_folder), str(finished[1]), *words)
+    (row,) = csv.DictReader((tmp_path / "out.csv").open())
+    assert row["n"] == "4" and float(row["difference"]) == float(row["b"]) - float(row["a"])
+    told(capsys, "compare", str(finished[1]), str(finished[1]), "--csv", str(tmp_path / "runs.csv"))
+    figures = {row["name"]: row for row in csv.DictReader((tmp_path / "runs.csv").open())}
+    assert figures["text.perplexity"]["a"] == figures["text.perplexity"]["b"] != ""
+    # what cannot be written or would change nothing is refused before anything is loaded
+    capsys.readouterr()
+    assert invoke(["eval", str(finished[1]), "--csv", str(tmp_path / "no" / "out.csv")]) == 2
+    assert invoke(["eval", str(finished[1]), "--recipe", str(finished[0]), "--limit", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no folder" in said and "--limit would change nothing" in said and "loading" not in said
+
+
 def test_compare_runs_shows_what_differs(
     finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,3 +135,33 @@ def test_smoke_rows_are_well_formed():
     rows = [json.loads(line) for line in (harness.TASKS / "eval_smoke.jsonl").read_text().splitlines()]
     assert all(0 <= row["answer"] < len(row["choices"]) for row in rows)
     assert len({row["answer"] for row in rows}) == 3, "an answer position alone must not solve the task"
+
+
+OWN = {"dataset_path": "json", "output_type": "multiple_choice"}
+
+
+def test_a_task_of_ones_own_finds_its_rows_beside_its_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    path = tmp_path / "t.yaml"
+    path.write_text(json.dumps({**OWN, "task": "x", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}}))
+    (spec,) = harness.specify([TaskConfig(task="mine", path=str(path), num_fewshot=2)])
+    assert spec.local and spec.name == "mine"
+    config = spec.configs[0]
+    assert config["task"] == "mine" and config["num_fewshot"] == 2
+    assert config["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "rows.jsonl")}
+    # rows of the hub, and lists of files, are lm-eval's business
+    for files in ({"test": "https://x.y/rows.jsonl"}, {"test": ["rows.jsonl"]}, None):
+        path.write_text(json.dumps({**OWN, "dataset_kwargs": {"data_files": files}}))
+        (spec,) = harness.specify([TaskConfig(task="mine", path=str(path))])
+        assert not spec.local and spec.configs[0]["dataset_kwargs"] == {"data_files": files}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "t.yaml"), ("task: x", "no dataset_path or no output_type"), (None, "no such file")]
+)
+def test_a_file_that_is_no_task_is_named(tmp_path, text, words):
+    path = tmp_path / "t.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        harness.specify([TaskConfig(task="mine", path=str(path))])
