@@ -55,6 +55,9 @@ def serve(
             help="Keep what answers leave, for prompts that begin alike.",
         ),
     ] = _LIMITS.prefix_caching,
+    snapshot_bytes: Annotated[
+        int, _bound("snapshot-bytes", "Of what models with states keep of prompts.")
+    ] = _LIMITS.snapshot_bytes,
     prompt_tokens: Annotated[int, _bound("max-prompt-tokens", "Of one prompt.")] = _LIMITS.prompt_tokens,
     new_tokens: Annotated[int, _bound("max-new-tokens", "Of one answer.")] = _LIMITS.new_tokens,
     body_bytes: Annotated[int, _bound("max-body-bytes", "Of one request.")] = _LIMITS.body_bytes,
@@ -66,7 +69,7 @@ def serve(
 ) -> None:
     """Serve a family, or any other artifact, to OpenAI clients.
 
-    /v1/completions and /v1/chat/completions with streaming, /v1/models, /healthz, /metrics. Requests for all members
+    /v1/completions and /v1/chat/completions with streaming, /v1/models, /health, /metrics. Requests for all members
     of a family decode in one batch. A request that names no temperature or top_p gets those of the model's
     generation_config.json, else 1 as at OpenAI. The native engine reads long prompts in parts, between the steps of
     running answers, and a prompt that begins like another one goes on from there. Whoever has the key may notice that
@@ -82,8 +85,8 @@ def serve(
     check_access(host, api_key)
     limits = Limits(
         rows=rows, queue=queue, cache_tokens=cache_tokens, prompt_chunk=prompt_chunk, prefix_caching=prefix_caching,
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, body_bytes=body_bytes, connections=connections,
-        write_seconds=write_seconds, drain_seconds=drain_seconds,
+        snapshot_bytes=snapshot_bytes, prompt_tokens=prompt_tokens, new_tokens=new_tokens, body_bytes=body_bytes,
+        connections=connections, write_seconds=write_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     # before the model is loaded, which takes longer
     with bind(host, port) as bound:

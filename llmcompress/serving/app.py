@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from llmcompress.inference.generate import Sampling
 from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
-from llmcompress.serving.guard import Guard
+from llmcompress.serving.guard import HEALTH, Guard
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, parse
@@ -217,10 +217,10 @@ def application(service: Service, api_key: str | None) -> ASGIApp:
 
     Args:
         service: What they do.
-        api_key: Asked of every request but ``/healthz``; None for no key.
+        api_key: Asked of every request but those after its health; None for no key.
     """
     routes = [
-        Route("/healthz", service.health, methods=["GET"]),
+        *(Route(path, service.health, methods=["GET"]) for path in HEALTH),
         Route("/metrics", service.measures, methods=["GET"]),
         Route("/v1/models", service.list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # how many times the limit is read of a body before its sender is cut off
 PATIENCE = 8
-ENDPOINTS = ("/healthz", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+# the second name is that of other servers
+HEALTH = ("/healthz", "/health")
+ENDPOINTS = (*HEALTH, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
 class TooLarge(ApiError):
@@ -33,7 +35,7 @@ class Guard:
         app: Inside.
         limits: ``body_bytes`` and ``write_seconds``.
         metrics: Counts requests.
-        api_key: Needed everywhere but at ``/healthz``; None for no key.
+        api_key: Needed everywhere but at :data:`HEALTH`; None for no key.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None) -> None:
@@ -81,7 +83,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"] != "/healthz":
+        if self._key is not None and scope["path"] not in HEALTH:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
                 text = "incorrect API key" if given else "no API key: send Authorization: Bearer KEY"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from llmcompress.cli.app import app, invoke
 from llmcompress.recipe.catalog import list_recipes, shipped_path
@@ -20,10 +21,25 @@ def documented() -> list[str]:
     found = [info.command for info in list_recipes(fragments=False)]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     found += re.findall(r"^\t@?\$\(BIN\)/(llmcompress [^\n|>]*)", makefile, re.MULTILINE)
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")):
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *(ROOT / "kernels").glob("**/*.md")):
         text = page.read_text(encoding="utf-8")
         found += re.findall(r"^(?:    |\$ )?(llmcompress [a-z][^\n|>]*)$", text, re.MULTILINE)
+        # two words are the name of a command
+        spans = [span.split() for span in re.findall(r"`(llmcompress [a-z][^`…]*)`", text)]
+        found += [" ".join(words) for words in spans if len(words) > 2]
+    found += beside()
     return sorted({line.split(" #")[0].split(";")[0].strip() for line in found if line.startswith("llmcompress ")})
+
+
+def beside() -> list[str]:
+    """Commands of files for schedulers and service managers."""
+    folder = ROOT / "docs" / "cluster"
+    job = list(yaml.safe_load_all((folder / "kubernetes-job.yaml").read_text(encoding="utf-8")))[-1]
+    found = [shlex.join(pod["command"]) for pod in job["spec"]["template"]["spec"]["containers"]]
+    for name in ("slurm.sbatch", "llmcompress.service"):
+        text = (folder / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"\b(llmcompress (?:run|serve) .*)$", text, re.MULTILINE)
+    return found
 
 
 COMMANDS = documented()
@@ -36,18 +52,21 @@ def parse(words: list[str]) -> dict[str, Any]:
         name = words.pop(0)
         assert name in command.commands, f"no command {name}"
         command = command.commands[name]
-    return dict(command.make_context(command.name, words).params)
+    asks = "--help" in words
+    words = [word for word in words if word != "--help"]
+    return dict(command.make_context(command.name, words, resilient_parsing=asks).params)
 
 
 def test_something_is_documented() -> None:
     assert len(COMMANDS) > 10
+    # a schedule's, a job's and a service's are among them
+    assert all(any(part in line for line in COMMANDS) for part in ("$MODEL", "--rdzv-id mixtral", "--host 0.0.0.0"))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_documented_command_lines_parse(line: str) -> None:
-    words = shlex.split(line.replace("$(REPRO_MODEL)", "/models/x"))
-    if "--help" in words:
-        words.remove("--help")
+    line = re.sub(r"\$SLURM_NNODES", "2", line.replace("$(REPRO_MODEL)", "/models/x"))
+    words = shlex.split(line)
     parameters = parse(words[1:])
     recipe = parameters.get("recipe")
     # placeholders are written in capitals

@@ -378,9 +378,33 @@ def test_bad_requests_get_their_status_and_openais_shape(
 
 def test_the_key_is_asked_for(server: Running) -> None:
     assert server.raw("/v1/models", key=None)[0] == server.raw("/metrics", key=None)[0] == 401
-    assert server.raw("/healthz", key=None)[0] == 200
+    assert server.raw("/healthz", key=None)[0] == server.raw("/health", key=None)[0] == 200
     with pytest.raises(openai.AuthenticationError, match="incorrect API key"):
         server.client("another-key").models.list()
+
+
+def test_bounds_of_the_command_line_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmcompress.cli import serve
+    from llmcompress.cli.app import invoke
+    from llmcompress.errors import InputError
+
+    seen = []
+
+    def opened(path: str, name: str | None, dtype: str, device: str, limits: Limits, native: bool) -> Any:
+        seen.append(limits)
+        raise InputError("seen", "nothing to do")
+
+    monkeypatch.setattr(serve, "open_served", opened)
+    options = {
+        "max_sequences": "rows", "max_waiting": "queue", "max_prompt_tokens": "prompt_tokens",
+        "max_new_tokens": "new_tokens", "max_body_bytes": "body_bytes", "max_connections": "connections",
+    }  # fmt: skip
+    options |= {
+        name: name for name in ("cache_tokens", "prompt_chunk", "snapshot_bytes", "write_seconds", "drain_seconds")
+    }
+    words = [word for n, key in enumerate(options, 2) for word in (f"--{key.replace('_', '-')}", str(n))]
+    assert invoke(["serve", "model", "--port", "0", *words]) == 4
+    assert [getattr(seen[0], name) for name in options.values()] == list(range(2, 2 + len(options)))
 
 
 def test_a_body_without_a_length_is_counted(server: Running) -> None:
