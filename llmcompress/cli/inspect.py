@@ -14,7 +14,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.look_ahead import read_object
 from llmcompress.cli.output import Output, table
 from llmcompress.errors import InputError
-from llmcompress.inference.coverage import decline_config
+from llmcompress.inference.coverage import decline_config, reach
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
 from llmcompress.units import bytes_text
@@ -58,6 +58,7 @@ class Inspection:
         supported: Whether llmcompress can compress it; ``reason`` says why not.
         modules_because: Why tokens on a CPU go through transformers' modules; None where the native engines cover the
             model, or it cannot be compressed.
+        native_tokens: Longest sequence that they take, None for any.
         blocks, experts, top_k, hidden, vocab: Sizes, None where unknown.
         context: Longest input in tokens.
         parameters: Logical values, packed or not.
@@ -77,6 +78,7 @@ class Inspection:
     supported: bool
     reason: str | None
     modules_because: str | None
+    native_tokens: int | None
     blocks: int | None
     experts: int | None
     top_k: int | None
@@ -146,6 +148,7 @@ def look(path: Path) -> Inspection:
         supported=layout is not None and not (method and method != "llmcompress"),
         reason=reason,
         modules_because=modules_because,
+        native_tokens=reach(config) if layout is not None and modules_because is None else None,
         blocks=len(layout.blocks) if layout else text.get("num_hidden_layers"),
         experts=bank.num_experts if bank else None,
         top_k=bank.top_k if bank else None,
@@ -311,7 +314,9 @@ def _show(found: Inspection, screen: Console) -> None:
     if not found.supported:
         facts.append(f"cannot be compressed: {found.reason or 'it is quantized already'}")
     elif found.modules_because is None:
-        facts.append("decodes natively on CPUs")
+        bound = found.native_tokens
+        up_to = f" in sequences of up to {bound} tokens, longer ones through transformers' modules" if bound else ""
+        facts.append(f"decodes natively on CPUs{up_to}")
     else:
         facts.append(f"decodes through transformers' modules: {found.modules_because}")
     if found.policies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,17 +79,16 @@ def run(
     rdzv_id: IdOption = None,
 ) -> None:
     """Run a recipe; continue where an interrupted run of it stopped."""
-    from llmcompress.pipeline.preflight import Extent
     from llmcompress.pipeline.runner import RunOptions
 
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    extent = Extent(until, only, redo, force, _processes_here(processes)) if preflight else None
-    job = load_job(recipe, overrides or [], out=_first_look(out), extent=extent)
+    options = RunOptions(until, only, redo, force, _processes_here(processes))
+    job = load_job(recipe, overrides or [], out=_first_look(out), extent=options if preflight else None)
     if processes is not None:
         words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track, preflight)]
         launch(out, processes, [*words, *(["--force"] if force else [])], Path(job.recipe["run"]["dir"]))
         return
-    execute(out, job, RunOptions(until, only, redo, force, _trackers(track, job)))
+    execute(out, job, replace(options, trackers=_trackers(track, job)))
 
 
 def resume(
@@ -106,24 +106,23 @@ def resume(
     rdzv_id: IdOption = None,
 ) -> None:
     """Continue a run from its folder."""
-    from llmcompress.pipeline.preflight import Extent
     from llmcompress.pipeline.runner import RunOptions
 
     lock = run_dir / "recipe.lock.json"
     if not lock.is_file():
         raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
     processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    extent = Extent(until, only, redo, processes=_processes_here(processes)) if preflight else None
+    options = RunOptions(until, only, redo, processes=_processes_here(processes))
     job = load_job(
         str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
-        out=_first_look(out), extent=extent,
+        out=_first_look(out), extent=options if preflight else None,
     )  # fmt: skip
     if processes is not None:
         words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track, preflight)]
         launch(out, processes, words, run_dir)
         return
     again = "add --redo STAGE to do that stage and all after it again"
-    execute(out, job, RunOptions(until, only, redo, False, _trackers(track, job)), again)
+    execute(out, job, replace(options, trackers=_trackers(track, job)), again)
 
 
 def _processes_here(started: Processes | None) -> int:

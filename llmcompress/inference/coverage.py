@@ -79,12 +79,15 @@ def reach(config: Mapping[str, Any]) -> int | None:
     Args:
         config: Of a loaded text model.
     """
+    # transformers takes the whole length where the first one is not told
+    keys = ("original_max_position_embeddings", "max_position_embeddings")
+    told = next((int(config[key]) for key in keys if config.get(key)), None)
     limits = [
-        int(rotary.get("original_max_position_embeddings", config.get("original_max_position_embeddings")))
+        rotary.get(keys[0], told)
         for rotary in _rotary(config)
         if _kind(rotary) == "longrope" and not _fixed(config, rotary)
     ]
-    return min(limits, default=None)
+    return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def _rotary(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -30,9 +30,9 @@ class Extent:
 
     Attributes:
         until: Last stage, None for all.
-        only: The one stage, None for all.
+        only: The one stage, before which all must be finished; None for all.
         redo: The first stage that is done again although it is finished, None for none.
-        force: Whether all are.
+        force: Whether all are, and what the folder holds of an earlier run is deleted.
         processes: On this machine.
     """
 

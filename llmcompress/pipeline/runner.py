@@ -26,6 +26,7 @@ from llmcompress.models.heap import give_back_memory, keep_freed_memory
 from llmcompress.pipeline import device as devices
 from llmcompress.pipeline.fingerprint import difference, digest, inputs_of, with_contents
 from llmcompress.pipeline.followers import END, policy
+from llmcompress.pipeline.preflight import Extent
 from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
 from llmcompress.pipeline.sinks import Fanout, JsonlSink, Sink
 from llmcompress.recipe.lock import versions as installed_versions
@@ -54,21 +55,13 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How far to go and what to do with a folder that holds a run already.
+class RunOptions(Extent):
+    """How far to go, and who looks on.
 
     Attributes:
-        until: Last stage to run.
-        only: The one stage to run; all before it must be finished.
-        redo: Do this stage and all after it again.
-        force: Delete what the folder holds of an earlier run.
         trackers: Builds further sinks once the folder exists.
     """
 
-    until: str | None = None
-    only: str | None = None
-    redo: str | None = None
-    force: bool = False
     trackers: Callable[[Path], list[Sink]] | None = None
 
 

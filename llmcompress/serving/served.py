@@ -96,7 +96,7 @@ def serve_model(
         native: Whether the native engine may run it.
     """
     served = _served(model, tokenizer, name, model.generation_config)
-    longest = min(served.context or limits.cache_tokens, limits.cache_tokens)
+    longest = _longest(served, limits)
     rows, reason = _batches(model, limits, longest, native)
     return Served({name: served}, [Group(rows, {name: None})], [_described(rows, (name,), limits, reason)])
 
@@ -134,11 +134,16 @@ def serve_family(
         for member in members:
             folder = artifact.member_folder(member)
             models[member] = _served(model, load_tokenizer(folder), member, generation_settings(folder))
-        longest = min(models[members[0]].context or limits.cache_tokens, limits.cache_tokens)
+        longest = _longest(models[members[0]], limits)
         rows, reason = _batches(model, limits, longest, native, family.batch, members)
         groups.append(Group(rows, {member: member for member in members}))
         batches.append(_described(rows, tuple(members), limits, reason))
     return Served(models, groups, batches)
+
+
+def _longest(model: ServedModel, limits: Limits) -> int:
+    """Tokens that a sequence may come to: what the model, the cache and the bounds of requests leave room for."""
+    return min(model.context or limits.cache_tokens, limits.cache_tokens, limits.prompt_tokens + limits.new_tokens)
 
 
 def _served(
@@ -181,7 +186,10 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
     reason = decline(model)
     most = longest_of(model)
     if reason is None and most is not None and most < longest:
-        reason = f"rotary tables change after {most} tokens"
+        reason = (
+            f"rotary tables change after {most} tokens, and a sequence may have {longest} (bound it by "
+            "--max-prompt-tokens and --max-new-tokens)"
+        )
     if reason is not None:
         return None, reason
     # every place of a cache has room for the longest sequence: as many as the limit allows, at least one step's; states

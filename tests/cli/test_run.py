@@ -216,6 +216,21 @@ def test_inspect_model_and_artifact(
     assert invoke(["inspect", "no/where"]) == 4
 
 
+def test_inspect_says_how_long_native_sequences_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, original_max_position_embeddings=24, pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors},
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    assert told(capsys, "inspect", str(tmp_path))["native_tokens"] == 24
+    assert invoke(["inspect", str(tmp_path)]) == 0
+    assert "natively on CPUs in sequences of up to 24 tokens" in capsys.readouterr().out
+
+
 def test_experts_of_model_and_artifact(
     finished: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,3 +65,4 @@ def test_how_far_a_sequence_reaches() -> None:
     # beside the tables in older files
     older = {"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 2048}
     assert reach({"model_type": "phi3", **older}) == 2048
+    assert reach({"model_type": "phi3", "rope_scaling": {"type": "su"}, "max_position_embeddings": 64}) == 64

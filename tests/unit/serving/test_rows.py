@@ -295,3 +295,30 @@ def test_a_policy_that_counts_over_the_prompt_keeps_it_whole(tiny: Any) -> None:
         logits, parts = read(rows, key, prompt, 16)
         assert (rows.reused(key), parts) == (0, 1)
         assert [int(logits.argmax())] == expected
+
+
+def test_bounds_of_requests_let_a_model_with_two_rotary_tables_decode_natively(tiny_tokenizer: Any) -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    from llmcompress.serving.limits import Limits
+    from llmcompress.serving.served import serve_model
+
+    torch.manual_seed(0)
+    rotary = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 24,
+    }  # fmt: skip
+    config = Phi3Config(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, original_max_position_embeddings=24, rope_parameters=rotary,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    kinds = []
+    for new_tokens in (8, 9):
+        limits = Limits(rows=2, prompt_tokens=16, new_tokens=new_tokens)
+        (batch,) = serve_model(model, tiny_tokenizer, "phi", limits).batches
+        kinds.append(batch.kind)
+        assert batch.tokens == 16 + new_tokens
+    assert kinds[0] == "native" != kinds[1]
+    assert "--max-new-tokens" in batch.reason
