@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -102,4 +104,14 @@ def test_files_round_trip_and_damage_is_named(tmp_path):
         lora.load(nn.Linear(2, 2), tmp_path)
     (tmp_path / lora.WEIGHTS).write_bytes(b"x" * 40)
     with pytest.raises(InputError, match="cannot read the adapter"):
+        lora.load(Two(), tmp_path)
+
+
+def test_a_config_of_another_rank_is_refused(tmp_path):
+    model = Two()
+    lora.attach(model, ["first"], 1, 4.0, seed=1)
+    lora.save(model, tmp_path)
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    (tmp_path / lora.CONFIG).write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(InputError, match=r"does not fit this model: first.lora_A is \[1, 16\], not \[4, 16\]"):
         lora.load(Two(), tmp_path)
