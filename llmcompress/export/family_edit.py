@@ -20,7 +20,7 @@ from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_n
 from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError, InputError, UsageError
 from llmcompress.export.base import ShardWriter, atomic_folder, write_json
-from llmcompress.export.family import member_tensors, save_tensors, write_member
+from llmcompress.export.family import member_tensors, save_tensors, whole_tensors, write_member
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family import NAME, mismatches
 from llmcompress.models.family_artifact import FAMILY, SHARED, FamilyArtifact, node_file
@@ -309,7 +309,8 @@ def _already_shared(artifact: FamilyArtifact, handle: ModelHandle) -> set[str]:
         return set()
     file = TensorFile(path)
     mine = member_tensors(handle, artifact.outside)
-    return {name for name, tensor in mine.items() if name in file.entries and torch.equal(file.read(name), tensor)}
+    equal = {name for name, tensor in mine.items() if name in file.entries and torch.equal(file.read(name), tensor)}
+    return whole_tensors(equal, mine, artifact.outside)
 
 
 def _save(artifact: FamilyArtifact, plan: FamilyPlan, facts: Mapping[str, Any]) -> None:
