@@ -97,7 +97,7 @@ def test_a_model_whose_output_is_not_finite_has_no_scores(tiny, tiny_tokenizer):
 
     from llmcompress.evaluation.recurrent_tasks import RecurrentLM
 
-    model = tiny.model("llama", vocab_size=len(tiny_tokenizer))
+    model = tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
     model.get_output_embeddings().weight.data[3] = float("nan")
     adapter = RecurrentLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, device="cpu", max_length=128)
     with pytest.raises(InputError, match="not finite"):
