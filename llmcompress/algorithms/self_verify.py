@@ -220,13 +220,14 @@ def judge(response: Response, right: Sequence[bool], tokens: int) -> Episode:
     return Episode(tuple(right), verdicts, response.ended, response.well_formed, tokens)
 
 
-def sft_mask(response: Response, markers: bool = True) -> list[bool]:
+def sft_mask(response: Response, markers: bool = True, right: bool = True) -> list[bool]:
     """δ of Eq. 1: which tokens of a right trajectory are trained.
 
     Every verification, the last attempt and the end token are; earlier attempts are context, never targets.
 
     Args:
-        response: A trajectory whose last attempt is right.
+        response: A trajectory.
+        right: Whether its last attempt is; a wrong one is no target.
         markers: Also train the marker that opens an attempt that is not trained itself: it is the transition after
             "incorrect". (The authors' loss does not, their row-splitting tool does.)
 
@@ -237,7 +238,7 @@ def sft_mask(response: Response, markers: bool = True) -> list[bool]:
     mask = []
     for action in response.actions:
         length = action.stop - action.start
-        if action.kind is ActionKind.VERIFY or action is attempts[-1]:
+        if action.kind is ActionKind.VERIFY or (right and action is attempts[-1]):
             mask += [True] * length
         else:
             head = action.marker if markers else 0

@@ -47,8 +47,8 @@ class Trajectory:
         question: Its text.
         response: The response without the end token.
         trials: Attempts in it.
-        kind: ``trajectory`` (ends right), ``pair`` (one attempt, its verification and what follows at once) or
-            ``solution``.
+        kind: ``trajectory`` (ends right), ``pair`` (one attempt, its verification and what follows at once),
+            ``given up`` (every attempt wrong) or ``solution``.
         ends: Whether the end token follows.
     """
 
@@ -155,6 +155,33 @@ class Builder:
         text = response([(sample.text, check) for sample, check in trials])
         return Trajectory(problem.key, problem.question, text, len(trials), "trajectory")
 
+    def single(self, problem: Problem, samples: Sequence[Sample]) -> Trajectory | None:
+        """A right attempt, accepted at once, of a problem whose trajectory begins with a wrong one; None elsewhere.
+
+        Trajectories train attempts that follow others. What holds for the first one is trained with this row: the same
+        right sample that the control trains.
+        """
+        right = [pair for pair in self.usable(problem, samples) if pair[0].right]
+        if not right or all(sample.right for sample in samples):
+            return None
+        rng = random.Random(f"{self.seed}:single:{problem.key}")
+        sample, check = rng.choice(right)
+        return Trajectory(problem.key, problem.question, response([(sample.text, check)]), 1, "trajectory")
+
+    def given_up(self, problem: Problem, samples: Sequence[Sample], trials: int) -> Trajectory | None:
+        """``trials`` wrong attempts, all rejected, and the end: a search has a last trial. None where no sample is
+        wrong.
+
+        Where there are fewer different wrong answers some come twice, as they do in responses.
+        """
+        wrong = [pair for pair in self.usable(problem, samples) if not pair[0].right]
+        if not wrong:
+            return None
+        rng = random.Random(f"{self.seed}:given up:{problem.key}")
+        chosen = rng.sample(wrong, min(trials, len(wrong))) + rng.choices(wrong, k=max(0, trials - len(wrong)))
+        text = response([(sample.text, check) for sample, check in chosen])
+        return Trajectory(problem.key, problem.question, text, trials, "given up")
+
     def pairs(self, problem: Problem, samples: Sequence[Sample]) -> list[Trajectory]:
         """Every different attempt with its verification: warm-up rows for verification alone.
 
@@ -175,6 +202,11 @@ class Builder:
             return None
         rng = random.Random(f"{self.seed}:solution:{problem.key}")
         return Trajectory(problem.key, problem.question, rng.choice(right).text, 1, "solution")
+
+
+def some(rows: Sequence[Trajectory], count: int, seed: int) -> list[Trajectory]:
+    """``count`` of the rows by seed, or all of them where there are fewer."""
+    return random.Random(f"{seed}:some").sample(list(rows), min(count, len(rows)))
 
 
 def balanced_pairs(pairs: Sequence[Trajectory], count: int, seed: int) -> list[Trajectory]:

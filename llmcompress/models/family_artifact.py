@@ -145,8 +145,7 @@ class FamilyArtifact:
 
     def nodes(self, linear: str, members: frozenset[str] | None = None) -> dict[str, PackedWeight]:
         """Stored nodes of a weight, parents first; only those above any of ``members`` when given."""
-        below = self.plan.members_of(linear)
-        wanted = [name for name in self.plan.stored(linear) if members is None or members & below[name]]
+        wanted = [name for name in self.plan.stored(linear) if members is None or members & self.plan.members_of[name]]
         return {name: self.node(name, linear) for name in wanted}
 
     def weight(self, linear: str, member: str) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from llmcompress.data.trajectories import KeepProbabilities
 from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
-from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
+from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
 from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
 
 if TYPE_CHECKING:
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from llmcompress.evaluation.self_correction import Reader
     from llmcompress.stages.state import RunContext
     from llmcompress.training.policy import Policy
+
+
+class GiveUpConfig(_Section):
+    """Rows of wrong attempts alone, all rejected, after which the response ends; none of them is a target. Ours: a
+    search has a last trial, and a right answer that was rejected again and again still is the answer then.
+    """
+
+    after: Annotated[int, Field(ge=2)] = 4
+    """Trials in such a row."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Their share of trajectories and these rows together."""
 
 
 class S2RInitConfig(TrainingConfig):
@@ -54,6 +66,20 @@ class S2RInitConfig(TrainingConfig):
     """``solutions`` trains on right samples alone: the paper's control. ``program`` samples nothing and trains on
     solutions that the task's program writes to problems set aside for it: what a model needs that has never seen the
     task or its format, before anything can be sampled from it."""
+
+    single_trials: bool = False
+    """Beside each trajectory that begins with wrong attempts, a row with the right one alone and its verification. In
+    the paper a right first attempt is trained where every sample was right; small models have few such problems, and
+    their first attempts stay behind those of the control."""
+
+    give_up: GiveUpConfig | None = None
+    """Rows that end after a number of trials; null as in the paper: a search that finds nothing is cut off by the
+    tokens."""
+
+    read_back: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """``data: program``: share of rows that put the answer of a given attempt, right or not, back into the problem,
+    without a verdict: the arithmetic that verifications consist of, which a model has to know before it can learn from
+    them what is right. Word problems alone."""
 
     pair_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of (attempt, verification) pairs among the rows, as a warm-up of verification; 0 in the paper. Small
@@ -129,6 +155,8 @@ class S2RInitConfig(TrainingConfig):
     def _written(self) -> Self:
         if self.data == "program" and self.task.kind == "file":
             raise ValueError("data: no program writes solutions to problems from a file; use trajectories or solutions")
+        if self.read_back > 0 and (self.data != "program" or self.task.kind != "word_problems"):
+            raise ValueError("read_back: for data: program with word problems")
         return self
 
 
@@ -193,7 +221,7 @@ class S2RInit(TrainingStage):
         self, problems: list[Problem], responses: list[list[list[int]]], reader: Reader, ctx: RunContext
     ) -> tuple[list[Trajectory], list[Trajectory]]:
         """Rows and pairs out of the model's own samples; no rows where no problem was solved."""
-        from llmcompress.data.trajectories import Builder, Sample, balanced_pairs, first_attempt, trial_counts
+        from llmcompress.data.trajectories import Builder, Sample, balanced_pairs, first_attempt, some, trial_counts
         from llmcompress.data.verifiers import build_verifier
 
         config = self.config
@@ -203,6 +231,7 @@ class S2RInit(TrainingStage):
         )  # fmt: skip
         main: list[Trajectory] = []
         pairs: list[Trajectory] = []
+        given_up: list[Trajectory | None] = []
         for problem, ids in zip(problems, responses):
             texts = [first_attempt(reader.text(i)) for i in ids]
             samples = [Sample(text, _right(reader, problem, text)) for text in texts]
@@ -211,10 +240,17 @@ class S2RInit(TrainingStage):
                 main += [row] if row is not None else []
             else:
                 main += builder.trajectories(problem, samples, config.trajectories)
+                single = builder.single(problem, samples) if config.single_trials else None
+                main += [single] if single is not None else []
+                if config.give_up is not None:
+                    given_up.append(builder.given_up(problem, samples, config.give_up.after))
             if config.data == "trajectories" and (config.pair_share > 0 or config.pair_epochs > 0):
                 pairs += builder.pairs(problem, samples)
         if not main:
             return [], []
+        if config.give_up is not None:
+            share = config.give_up.share
+            main += some([row for row in given_up if row is not None], round(len(main) * share / (1 - share)), ctx.seed)
         pairs = balanced_pairs(pairs, len(pairs), ctx.seed)
         wanted = round(len(main) * config.pair_share / (1 - config.pair_share))
         rows = main + pairs[:wanted]
@@ -224,15 +260,26 @@ class S2RInit(TrainingStage):
         return rows, pairs
 
     def _written_rows(self, reader: Reader, ctx: RunContext) -> list[Trajectory]:
-        """Solutions by the task's program, to the problems of the split that nothing else uses."""
+        """Solutions by the task's program and answers put back, of problems that nothing else uses."""
         import random
 
+        from llmcompress.data.problems.base import ReadBack
         from llmcompress.data.trajectories import Trajectory
         from llmcompress.evaluation.self_correction import choose
 
         problems = choose(reader.problems.problems("pretrain"), self.config.problems, ctx.seed)
         rng = random.Random(f"{ctx.seed}:written")
-        return [Trajectory(p.key, p.question, reader.problems.solution(p, rng), 1, "solution") for p in problems]
+        rows = []
+        for problem in problems:
+            # no number is drawn where none is asked for
+            if self.config.read_back > 0 and rng.random() < self.config.read_back:
+                attempt, steps = cast(ReadBack, reader.problems).read_back(problem, rng)
+                rows.append(Trajectory(problem.key, f"{problem.question}\n{attempt}", steps, 1, "solution"))
+            else:
+                rows.append(
+                    Trajectory(problem.key, problem.question, reader.problems.solution(problem, rng), 1, "solution")
+                )
+        return rows
 
     def _keep_rows(self, rows: list[Trajectory], counts: dict[str, Any], ctx: RunContext) -> None:
         """Leave the training set and what it consists of in the stage's folder."""

@@ -87,7 +87,7 @@ def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_marker
     elif trajectory.kind == "solution":
         mask = [True] * len(ids)
     else:
-        mask = sft_mask(response, train_markers)
+        mask = sft_mask(response, train_markers, right=trajectory.kind != "given up")
     verdict = [target and says for target, says in zip(mask, verdict_tokens(pieces, response))]
     return SftRow(tuple(prompt), tuple(ids), tuple(mask), tuple(first), tuple(verdict))
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmcompress.data.problems.config import CountdownTask
+from llmcompress.data.problems.config import CountdownTask, WordTask
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.handle import ModelHandle
 from llmcompress.stages.rtn import Rtn, RtnConfig
 from llmcompress.stages.s2r_evaluate import S2REvaluate, S2REvaluateConfig
-from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+from llmcompress.stages.s2r_init import GiveUpConfig, S2RInit, S2RInitConfig
 from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
 from llmcompress.stages.s2r_traces import S2RTraces, S2RTracesConfig
 from llmcompress.stages.state import RunState
@@ -159,6 +159,43 @@ def test_written_solutions_need_no_samples(tiny, tmp_path):
     assert [path.name for path in context.stage_dir.glob("*progress*")] == []
     with pytest.raises(ValueError, match="no program writes"):
         S2RInitConfig(type="s2r_init", data="program", task={"kind": "file", "path": "x.jsonl"})
+
+
+def test_answers_put_back_are_a_share_of_the_written_rows(tiny, tmp_path):
+    words = WordTask(kind="word_problems", count=400, brief=True)
+    config = INIT.model_copy(
+        update={"data": "program", "task": words, "read_back": 0.5, "problems": 60, "measure": None}
+    )
+    context = tiny.context(tmp_path, "s")
+    S2RInit("s", config).run(state(), context)
+    rows = [json.loads(line) for line in (context.stage_dir / "trajectories.jsonl").read_text().splitlines()]
+    # what is put back stands in the prompt behind the problem, and is no target
+    back = [row for row in rows if "\\boxed{" in row["question"]]
+    assert 15 < len(back) < 45 and len(rows) == 60
+    assert all("\\boxed{" not in row["response"] for row in back)
+    assert all(row["response"].endswith("}") for row in rows if row not in back)
+    with pytest.raises(ValueError, match="read_back"):
+        S2RInitConfig(type="s2r_init", data="program", read_back=0.5, task=TASK)
+    with pytest.raises(ValueError, match="read_back"):
+        S2RInitConfig(type="s2r_init", read_back=0.5, task=words)
+
+
+def test_single_trials_and_searches_that_are_given_up_stand_beside_trajectories(tiny, tmp_path):
+    plain, more = (tiny.context(tmp_path / name, "s") for name in ("plain", "more"))
+    given = INIT.model_copy(update={"pair_epochs": 0, "pair_share": 0.0, "measure": None, "checkpoint_every": None})
+    S2RInit("s", given).run(state(), plain)
+    asked = given.model_copy(update={"single_trials": True, "give_up": GiveUpConfig(after=3, share=0.25)})
+    S2RInit("s", asked).run(state(), more)
+    few, many = (
+        [json.loads(line) for line in (c.stage_dir / "trajectories.jsonl").read_text().splitlines()]
+        for c in (plain, more)
+    )
+    by_problem = {row["problem"]: row for row in few}
+    added = [row for row in many if row not in few]
+    singles = [row for row in added if row["kind"] == "trajectory"]
+    given_up = [row for row in added if row["kind"] == "given up"]
+    assert singles and all(row["trials"] == 1 < by_problem[row["problem"]]["trials"] for row in singles)
+    assert len(given_up) == round((len(few) + len(singles)) / 3) and all(row["trials"] == 3 for row in given_up)
 
 
 def test_a_recipe_trains_with_the_loop_of_trl(tmp_path, capsys):

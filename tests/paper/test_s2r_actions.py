@@ -50,6 +50,13 @@ def test_mask_of_figure_2():
     assert sft_mask(response, markers=True) == with_markers
 
 
+def test_no_attempt_of_a_search_that_is_given_up_is_trained():
+    response = cut(THREE, ended=True)
+    mask = sft_mask(response, markers=False, right=False)
+    per_action = [0, 1, 0, 1, 0, 1]
+    assert mask == [bool(m) for m, a in zip(per_action, response.actions) for _ in range(a.stop - a.start)]
+
+
 def test_a_single_trial_is_trained_whole():
     assert sft_mask(cut(["a", CHECK, CORRECT], ended=True)) == [True] * 4
 

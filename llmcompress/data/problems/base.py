@@ -61,6 +61,13 @@ class ProblemSet(Protocol):
         """
 
 
+class ReadBack(ProblemSet, Protocol):
+    """A family whose program also writes the arithmetic of verifications by itself."""
+
+    def read_back(self, problem: Problem, rng: random.Random) -> tuple[str, str]:
+        """An attempt, right or wrong, and the steps that test its answer, without a verdict."""
+
+
 def split_of(key: str) -> Split:
     """Split of a problem, from the SHA-256 of its key alone."""
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64

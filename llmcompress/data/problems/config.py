@@ -85,7 +85,8 @@ class WordTask(_Task):
     """How many times as large the numbers are; each problem takes one of these. Larger ones are harder to solve."""
 
     brief: bool = False
-    """Solutions and verifications in formulas alone; verifications multiply digit by digit, attempts do not."""
+    """Solutions and verifications in formulas alone; verifications work in columns, a digit at a time, attempts do
+    not."""
 
     def build(self) -> ProblemSet:
         """The problems."""

@@ -3,7 +3,8 @@ substitution.
 
 The templates are our own. Numbers are chosen so that every quantity on the way is a whole number above zero. How hard
 they are is a matter of ``sizes``: an attempt divides or multiplies a long number in one step, while the brief
-verification multiplies digit by digit, so that it is the easier of the two however long the numbers are.
+verification works in columns (:mod:`~llmcompress.data.problems.columns`), so that it is the easier of the two however
+long the numbers are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cached_property
 
 from llmcompress.data.problems.arithmetic import whole_number
 from llmcompress.data.problems.base import BOX, SHARES, Problem, Split, split_of
+from llmcompress.data.problems.columns import column_product, column_sum
 
 NAMES = (
     "Ana",
@@ -87,21 +89,6 @@ def _twice(r: random.Random, size: int) -> Values:
     return {"more": more, "total": 2 * small + more}
 
 
-def product(a: int, b: int) -> str:
-    """``a · b`` by the digits of ``b`` with running sums: ``7*40=280, 7*5=35, 315``; at once where ``b`` has one digit,
-    is negative or has more than eight.
-    """
-    if not 10 <= b < 10**8:
-        return f"{a}*{b}={a * b}"
-    parts = [int(digit) * 10**place for place, digit in zip(range(len(str(b)) - 1, -1, -1), str(b)) if digit != "0"]
-    told: list[str] = []
-    total = 0
-    for part in parts:
-        total += a * part
-        told += [f"{a}*{part}={a * part}"] + ([str(total)] if told else [])
-    return ", ".join(told)
-
-
 TEMPLATES = (
     Template(
         "change", _shopping, "{who} buys {n} {things} at {price} dollars each and pays with {paid} dollars. How many "
@@ -113,8 +100,7 @@ TEMPLATES = (
         f"{v['n'] * v['price']} + {x} = {v['n'] * v['price'] + x}. The payment was {v['paid']}.",
         lambda v: f"{v['n']}*{v['price']}={v['n'] * v['price']}; {v['paid']}-{v['n'] * v['price']}="
         f"{v['paid'] - v['n'] * v['price']}.",
-        lambda v, x: f"{product(v['n'], v['price'])}; {v['n'] * v['price']}+{x}={v['n'] * v['price'] + x}; paid "
-        f"{v['paid']}.",
+        lambda v, x: f"{column_product(v['n'], v['price'])}; {column_sum(v['n'] * v['price'], x)}; paid {v['paid']}.",
     ),
     Template(
         "share", _sharing, "{who} has {total} {things}, keeps {rest} of them and shares the others equally among "
@@ -126,8 +112,7 @@ TEMPLATES = (
         f"{v['rest']} = {v['friends'] * x + v['rest']}. At the start there were {v['total']}.",
         lambda v: f"{v['total']}-{v['rest']}={v['total'] - v['rest']}; {v['total'] - v['rest']}/{v['friends']}="
         f"{(v['total'] - v['rest']) // v['friends']}.",
-        lambda v, x: f"{product(v['friends'], x)}; {v['friends'] * x}+{v['rest']}={v['friends'] * x + v['rest']}; had "
-        f"{v['total']}.",
+        lambda v, x: f"{column_product(v['friends'], x)}; {column_sum(v['friends'] * x, v['rest'])}; had {v['total']}.",
     ),
     Template(
         "saving", _saving, "{who} has {start} dollars and saves {weekly} dollars every week. After how many weeks does "
@@ -139,8 +124,7 @@ TEMPLATES = (
         f"= {v['start'] + x * v['weekly']}. The goal is {v['goal']}.",
         lambda v: f"{v['goal']}-{v['start']}={v['goal'] - v['start']}; {v['goal'] - v['start']}/{v['weekly']}="
         f"{(v['goal'] - v['start']) // v['weekly']}.",
-        lambda v, x: f"{product(v['weekly'], x)}; {v['start']}+{x * v['weekly']}={v['start'] + x * v['weekly']}; goal "
-        f"{v['goal']}.",
+        lambda v, x: f"{column_product(v['weekly'], x)}; {column_sum(v['weekly'] * x, v['start'])}; goal {v['goal']}.",
     ),
     Template(
         "sum", _twice, "{who} and {other} have {total} {things} together, and {who} has {more} more than {other}. How "
@@ -152,8 +136,7 @@ TEMPLATES = (
         f"{2 * x + v['more']}. It should be {v['total']}.",
         lambda v: f"{v['total']}-{v['more']}={v['total'] - v['more']}; {v['total'] - v['more']}/2="
         f"{(v['total'] - v['more']) // 2}.",
-        lambda v, x: f"{x}+{v['more']}={x + v['more']}; {x}+{x + v['more']}={2 * x + v['more']}; together "
-        f"{v['total']}.",
+        lambda v, x: f"{column_sum(x, v['more'])}; {column_sum(x + v['more'], x)}; together {v['total']}.",
     ),
 )  # fmt: skip
 _BY_NAME = {template.name: template for template in TEMPLATES}
@@ -167,7 +150,7 @@ class WordProblems:
         count: Problems of all splits together.
         seed: Of the problems themselves.
         sizes: How many times as large the numbers are; each problem takes one of these.
-        brief: Write solutions and verifications in formulas alone, verifications with products digit by digit.
+        brief: Write solutions and verifications in formulas alone, verifications in columns.
     """
 
     count: int = 4000
@@ -215,6 +198,17 @@ class WordProblems:
         steps = (template.brief_solution if self.brief else template.solution)(problem.data["values"])
         return f"{steps} {BOX}{problem.answer}}}"
 
+    def read_back(self, problem: Problem, rng: random.Random) -> tuple[str, str]:
+        """An attempt, right or with a slip in its last step as often, and what putting its answer back gives: no
+        verdict.
+        """
+        answer = int(problem.answer)
+        given = answer if rng.random() < 0.5 else _slip(answer, rng)
+        text = self.solution(problem, rng)
+        # the answer stands at the end of the last step and in the box behind it
+        steps = text.rsplit(problem.answer, 2)[0]
+        return f"{steps}{given}. {BOX}{given}}}", self.check_steps(problem, str(given))
+
     def check_steps(self, problem: Problem, answer: str) -> str:
         """Put the answer back into the story."""
         value = _value(answer)
@@ -222,6 +216,15 @@ class WordProblems:
             return "This is not a whole number."
         template = _BY_NAME[problem.data["template"]]
         return (template.brief_check if self.brief else template.check)(problem.data["values"], value)
+
+
+def _slip(value: int, rng: random.Random) -> int:
+    """Another whole number that is not negative: a digit too large or too small at some place, or a near number."""
+    while True:
+        place = 10 ** rng.randrange(len(str(value)))
+        found = value + rng.choice((-1, 1)) * (place if rng.random() < 0.7 else rng.randint(2, 30))
+        if found >= 0:
+            return found
 
 
 def _value(answer: str) -> int | None:

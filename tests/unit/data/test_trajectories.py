@@ -13,6 +13,7 @@ from llmcompress.data.trajectories import (
     balanced_pairs,
     first_attempt,
     level,
+    some,
     trial_counts,
 )
 from llmcompress.data.verifiers import Program
@@ -123,3 +124,31 @@ def test_the_control_is_a_right_solution_alone():
     row = builder().solution(PROBLEM, samples("2+3+4", "(2+3)*4"))
     assert (row.response, row.kind) == ("\\boxed{(2+3)*4}", "solution")
     assert builder().solution(PROBLEM, samples("2+3+4")) is None
+
+
+def test_a_hard_problem_gives_its_right_attempt_as_the_first_one_too():
+    row = builder().single(PROBLEM, samples("2*3*4", "2+3+4", "(2+3)*4"))
+    assert row.trials == 1 and row.ends and row.kind == "trajectory"
+    response = cut([row.response], ended=True)
+    assert boxed(response.actions[0].text) == "(2+3)*4" and verdict_of(response.actions[1].text) is True
+    # its trajectory is such a row already, or there is no right attempt
+    assert builder().single(PROBLEM, samples("(2+3)*4", "4*(2+3)")) is None
+    assert builder().single(PROBLEM, samples("2*3*4", "2+3+4")) is None
+
+
+def test_a_search_is_given_up_after_so_many_rejected_trials():
+    row = builder().given_up(PROBLEM, samples("2*3*4", "2+3+4", "(2+3)*4"), 4)
+    response = cut([row.response], ended=True)
+    attempts = [boxed(a.text) for a in response.actions[::2]]
+    assert len(attempts) == row.trials == 4 and row.ends and response.well_formed
+    # both wrong answers are there, the right one is not
+    assert set(attempts) == {"2*3*4", "2+3+4"}
+    assert [verdict_of(a.text) for a in response.actions[1::2]] == [False] * 4
+    assert builder().given_up(PROBLEM, samples("(2+3)*4"), 4) is None
+
+
+def test_some_rows_are_chosen_by_seed():
+    rows = [builder().trajectory(PROBLEM, samples("(2+3)*4"))] * 3
+    assert len(some(rows, 2, 0)) == 2 and len(some(rows, 9, 0)) == 3
+    marked = list(range(50))
+    assert some(marked, 10, 0) == some(marked, 10, 0) != some(marked, 10, 1)

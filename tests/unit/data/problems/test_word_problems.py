@@ -3,32 +3,24 @@ import re
 
 import pytest
 
-from llmcompress.data.problems.word_problems import TEMPLATES, WordProblems, product
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "text"),
-    [
-        (7, 8, "7*8=56"),
-        (7, 45, "7*40=280, 7*5=35, 315"),
-        (3, 1207, "3*1000=3000, 3*200=600, 3600, 3*7=21, 3621"),
-        (6, 40, "6*40=240"),
-        (6, -12, "6*-12=-72"),
-        (2, 10**9, "2*1000000000=2000000000"),
-    ],
-)
-def test_products_are_told_digit_by_digit(a, b, text):
-    assert product(a, b) == text
+from llmcompress.algorithms.self_verify import verdict_of
+from llmcompress.data.problems.base import boxed
+from llmcompress.data.problems.word_problems import TEMPLATES, WordProblems
 
 
 def equations(text):
-    return re.findall(r"(-?\d+)([*/+-])(-?\d+)=(-?\d+)", text)
+    """Left sides as sums of products (and one difference or quotient) with their values."""
+    return re.findall(r"(-?\d+(?:[*/+-]-?\d+)*)=(-?\d+)", text)
+
+
+def value(left):
+    # digits and operators alone: what the pattern lets through
+    return eval(left.replace("/", "//"))
 
 
 @pytest.mark.parametrize("size", [1, 10, 300])
 def test_every_brief_equation_is_true_and_checks_tell_right_from_wrong(size):
     problems = WordProblems(300, sizes=(size,), brief=True)
-    apply = {"*": int.__mul__, "+": int.__add__, "-": int.__sub__, "/": int.__floordiv__}
     seen = set()
     for problem in problems.problems("train"):
         seen.add(problem.data["template"])
@@ -37,11 +29,26 @@ def test_every_brief_equation_is_true_and_checks_tell_right_from_wrong(size):
             text = problems.check_steps(problem, str(answer))
             told = text if answer != right else f"{text} {problems.solution(problem, random.Random(0))}"
             assert equations(told)
-            assert all(apply[op](int(a), int(b)) == int(c) for a, op, b, c in equations(told)), told
+            assert all(value(left) == int(found) for left, found in equations(told)), told
             # the last value of the steps is the one that must agree with the story, and does so for the answer alone
             reached, wanted = re.search(r"(-?\d+); \w+ (\d+)\.$", text).groups()
             assert (reached == wanted) == (answer == right), text
     assert seen == {template.name for template in TEMPLATES}
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_answers_are_put_back_right_and_wrong_and_without_a_verdict(brief):
+    problems, rng = WordProblems(600, sizes=(1, 20), brief=brief), random.Random(0)
+    right = 0
+    for problem in problems.problems("pretrain"):
+        attempt, steps = problems.read_back(problem, rng)
+        given = boxed(attempt)
+        assert int(given) >= 0 and steps == problems.check_steps(problem, given)
+        # the steps before the box reach what is in the box
+        assert attempt.endswith(f"{given}. \\boxed{{{given}}}") and verdict_of(steps) is None
+        right += problems.check(problem, given)
+        assert problems.check(problem, given) == (attempt == problems.solution(problem, rng))
+    assert 0.4 < right / len(problems.problems("pretrain")) < 0.6
 
 
 def test_sizes_change_the_numbers_and_nothing_else():
