@@ -38,6 +38,9 @@ def hub_silence() -> str | None:
     return None
 
 
+NOT_HERE = "it is not in the cache of datasets, and "
+
+
 def out_of_reach(names: Iterable[str], off: bool = False) -> dict[str, str]:
     """Data sets that cannot be had: nothing of them is in a cache, and the hub does not answer.
 
@@ -64,7 +67,7 @@ def out_of_reach(names: Iterable[str], off: bool = False) -> dict[str, str]:
         return {}
     with offline(off):
         silence = hub_silence()
-    return {} if silence is None else dict.fromkeys(absent, f"it is not in the cache of datasets, and {silence}")
+    return {} if silence is None else dict.fromkeys(absent, f"{NOT_HERE}{silence}")
 
 
 def why_not_loaded(error: Exception, silence: str | None) -> str:
@@ -77,7 +80,7 @@ def why_not_loaded(error: Exception, silence: str | None) -> str:
     first = first_line(error)
     # other errors, such as an unknown split, say more than that nobody was asked
     if silence is not None and ("offline" in first.lower() or "hub" in first.lower()):
-        return f"it is not in the cache of datasets, and {silence}"
+        return f"{NOT_HERE}{silence}"
     return first
 
 

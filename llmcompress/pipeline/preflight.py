@@ -118,18 +118,28 @@ def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:
     Raises:
         InputError: With a line for each.
     """
-    from llmcompress.data.hub import out_of_reach
+    from llmcompress.data.hub import NOT_HERE, out_of_reach
 
     sections = {name: section for name, section in loaded.data.get("stages", {}).items() if name in names}
     named = dict(hub_sources(sections, "stages"))
     lost = out_of_reach(named.values()) if named else {}
-    lines = [f"{path}: hub {name}: {lost[name]}" for path, name in named.items() if name in lost]
+    lines = [
+        f"{', '.join(path for path, other in named.items() if other == name)}: hub {name}: {why}"
+        for name, why in lost.items()
+    ]
     lines += [line for stage in loaded.stages() if stage.name in names for line in stage.lacks()]
-    if lines:
-        raise InputError(
-            "\n".join(lines),
-            "fetch it on a machine with a network, or name local files (kind: jsonl; tasks_dir for tasks); " + ANYWAY,
-        )
+    if not lines:
+        return
+    # the reason is the same for all, and said once
+    parts = [line.partition(f": {NOT_HERE}") for line in lines]
+    silences = dict.fromkeys(silence for _, _, silence in parts if silence)
+    told = [what for what, _, _ in parts] + [f"not in the cache of datasets, and {silence}" for silence in silences]
+    own = [f"{path}=FILE" for path, name in named.items() if name in lost]
+    asking = dict.fromkeys(what.partition(": task ")[0] for what in told if ": task " in what)
+    own += [f"{stage}.tasks_dir=FOLDER (or tasks=[])" for stage in asking]
+    raise InputError(
+        "\n".join(told), f"fetch it on a machine with a network, or name files of your own: {' '.join(own)}; {ANYWAY}"
+    )
 
 
 def hub_sources(data: Any, path: str) -> Iterator[tuple[str, str]]:

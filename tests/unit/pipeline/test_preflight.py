@@ -228,15 +228,19 @@ def test_data_of_the_hub_is_missed_at_once_where_nobody_can_fetch_it(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     words = [
         "stages.evaluate.perplexity.heldout.source={kind: hub, id: nobody/nothing}", "stages.evaluate.tasks=[arc_easy]",
+        "stages.evaluate.fidelity.source={kind: hub, id: nobody/nothing}",
     ]  # fmt: skip
     loaded = load_recipe("quickstart", [*known[0].overrides, *words])
     monkeypatch.setattr(hub, "hub_silence", lambda: "the line is cut")
     with pytest.raises(InputError) as caught:
         preflight(loaded, known[1])
     assert caught.value.message.splitlines() == [
-        "stages.evaluate.perplexity.heldout.source: hub nobody/nothing: it is not in the cache of datasets, and the line is cut",  # noqa: E501
-        "stages.evaluate: task arc_easy: data set allenai/ai2_arc: it is not in the cache of datasets, and the line is cut",  # noqa: E501
+        "stages.evaluate.perplexity.heldout.source, stages.evaluate.fidelity.source: hub nobody/nothing",
+        "stages.evaluate: task arc_easy: data set allenai/ai2_arc",
+        "not in the cache of datasets, and the line is cut",
     ]
+    for override in ("stages.evaluate.fidelity.source=FILE", "stages.evaluate.tasks_dir=FOLDER"):
+        assert override in str(caught.value.hint)
     # in a cache, or with a hub that answers, it may be had
     (tmp_path / "cache" / "nobody___nothing").mkdir(parents=True)
     (tmp_path / "hub" / "datasets--allenai--ai2_arc").mkdir(parents=True)
