@@ -4,7 +4,8 @@ A package adds a model family by an entry point in the group ``llmcompress.famil
 is the model type and whose value is a :class:`~llmcompress.models.families.parts.Family`, and a stage
 by one in the group ``llmcompress.stages`` whose name is the stage's ``type`` and whose value is its class. An export
 format is one in the group ``llmcompress.exporters`` whose name is the format's and whose value is its
-:class:`~llmcompress.export.base.Exporter` class.
+:class:`~llmcompress.export.base.Exporter` class, a checker of answers one in the group ``llmcompress.checkers`` whose
+value is a function (:class:`~llmcompress.data.problems.files.Checker`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from llmcompress.errors import EnvironmentProblem
 
-GROUPS = ("llmcompress.families", "llmcompress.stages", "llmcompress.exporters")
+CHECKERS = "llmcompress.checkers"
+GROUPS = ("llmcompress.families", "llmcompress.stages", "llmcompress.exporters", CHECKERS)
 
 
 @cache

@@ -113,11 +113,26 @@ class FileTask(_Task):
     math: bool = False
     """Compare answers with math-verify (extra ``math``)."""
 
-    def build(self) -> ProblemSet:
-        """The problems."""
-        from llmcompress.data.problems.files import FileProblems
+    checker: str | None = None
+    """Compare answers with a function of your own: the name of an entry point in the group ``llmcompress.checkers`` of
+    an installed package. It gets question, gold answer and answer, and says whether the latter is right."""
 
-        return FileProblems(self.path, self.test_path, self.form, self.math)
+    @model_validator(mode="after")
+    def _one_way(self) -> FileTask:
+        if self.checker is not None and self.math:
+            raise ValueError("checker and math are two ways to compare: give one")
+        return self
+
+    def build(self) -> ProblemSet:
+        """The problems.
+
+        Raises:
+            EnvironmentProblem: No installed package has the checker, or it cannot be loaded.
+        """
+        from llmcompress.data.problems.files import FileProblems, checker
+
+        own = None if self.checker is None else checker(self.checker)
+        return FileProblems(self.path, self.test_path, self.form, self.math, own)
 
 
 Task = Annotated[CountdownTask | ArithmeticTask | WordTask | FileTask, Field(discriminator="kind")]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -14,11 +14,37 @@ from typing import Any, Literal
 
 from llmcompress.data.problems.base import Problem, Split, boxed, split_of
 from llmcompress.data.problems.mathematics import math_equal
-from llmcompress.errors import InputError
+from llmcompress.errors import EnvironmentProblem, InputError
 
 # characters of an answer that is worth comparing
 LONGEST = 400
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?")
+
+
+Checker = Callable[[str, str, str], bool]
+"""Question, gold answer and the content of a box → whether that is a right answer. Called for every answer that is not
+the gold one to the letter, also for nonsense."""
+
+
+def checker(name: str) -> Checker:
+    """The checker that an installed package brings.
+
+    Raises:
+        EnvironmentProblem: There is none of that name, or it cannot be loaded or called.
+    """
+    from llmcompress.plugins import CHECKERS, discover, names
+
+    if name not in names(CHECKERS):
+        known = ", ".join(names(CHECKERS)) or "none is installed"
+        raise EnvironmentProblem(
+            f"no checker {name!r} ({known})",
+            f'a package brings one by [project.entry-points."{CHECKERS}"] in its pyproject.toml',
+        )
+    found = discover(CHECKERS)[name]
+    if not callable(found):
+        raise EnvironmentProblem(f"checker {name!r} is a {type(found).__name__}, not a function", "correct its package")
+    own: Checker = found
+    return own
 
 
 @dataclass(frozen=True)
@@ -33,12 +59,14 @@ class FileProblems:
         form: ``gsm8k`` takes the text behind ``####`` as the answer, ``math`` the field ``answer`` or the last box of
             ``solution``.
         math: Compare with math-verify (fractions, sets, units in LaTeX); otherwise as exact numbers or equal text.
+        own: Compare with this function instead.
     """
 
     path: str
     test_path: str | None = None
     form: Literal["gsm8k", "math"] = "gsm8k"
     math: bool = False
+    own: Checker | None = None
 
     @cached_property
     def _splits(self) -> dict[Split, list[Problem]]:
@@ -81,9 +109,19 @@ class FileProblems:
         """Whether the content of a box equals the gold answer.
 
         Raises:
-            EnvironmentProblem: ``math`` is set and math-verify is missing.
+            EnvironmentProblem: ``math`` is set and math-verify is missing, or the checker of a package fails.
         """
-        return answer is not None and len(answer) <= LONGEST and self.same(problem, problem.answer, answer)
+        if answer is None or len(answer) > LONGEST:
+            return False
+        if self.own is None or same_text(problem.answer, answer):
+            return self.same(problem, problem.answer, answer)
+        try:
+            return bool(self.own(problem.question, problem.answer, answer))
+        except Exception as error:  # somebody else's function may raise anything
+            raise EnvironmentProblem(
+                f"the checker fails on the answer {answer!r}: {type(error).__name__}: {error}",
+                "let it return False for what it cannot read",
+            ) from error
 
     def same(self, problem: Problem, first: str, second: str) -> bool:
         """Whether two answers are equal as numbers or text, or by math-verify where ``math`` is set and neither is

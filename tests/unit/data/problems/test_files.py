@@ -115,3 +115,50 @@ def test_equal_values_are_one_answer_whatever_is_right():
     problem, task = Problem("q", "q", "7"), FileProblems("unread.jsonl")
     assert task.same(problem, "1/2", "0.5") and task.same(problem, "1,000", "1000.0")
     assert not task.same(problem, "\\frac{1}{2}", "0.5"), "that takes math-verify"
+
+
+def by_length(question: str, gold: str, answer: str) -> bool:
+    return bool(question) and len(answer) == len(gold)
+
+
+def test_a_checker_of_another_package_judges_what_is_not_the_gold_answer(tmp_path, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from pydantic import ValidationError
+
+    from llmcompress import plugins
+    from llmcompress.data.problems.config import FileTask
+
+    points = {
+        "by_length": EntryPoint("by_length", f"{__name__}:by_length", plugins.CHECKERS),
+        "text": EntryPoint("text", f"{__name__}:__doc__", plugins.CHECKERS),
+    }
+    monkeypatch.setattr(plugins, "entry_points", lambda group: list(points.values()) * (group == plugins.CHECKERS))
+    plugins.names.cache_clear()
+    plugins.discover.cache_clear()
+    path = write(tmp_path / "own.jsonl", [{"question": "q", "answer": "abc"}])
+    try:
+        task = FileTask(kind="file", path=path, form="math", checker="by_length").build()
+        (problem,) = [p for split in ("train", "validation", "test") for p in task.problems(split)]
+        assert [task.check(problem, answer) for answer in ("abc", "xyz", "xy", None, "x" * 500)] == [
+            True, True, False, False, False,
+        ]  # fmt: skip
+        assert not task.same(problem, "xyz", "uvw")
+        with pytest.raises(EnvironmentProblem, match=r"no checker 'mine' \(by_length, text\)"):
+            FileTask(kind="file", path=path, checker="mine").build()
+        with pytest.raises(EnvironmentProblem, match="not a function"):
+            FileTask(kind="file", path=path, checker="text").build()
+        with pytest.raises(ValidationError, match="give one"):
+            FileTask(kind="file", path=path, checker="by_length", math=True)
+    finally:
+        plugins.names.cache_clear()
+        plugins.discover.cache_clear()
+
+
+def test_a_checker_that_fails_is_named_with_the_answer(tmp_path):
+    def broken(question, gold, answer):
+        return int(answer) == 3
+
+    task = FileProblems(write(tmp_path / "own.jsonl", [{"question": "q", "answer": "abc"}]), form="math", own=broken)
+    with pytest.raises(EnvironmentProblem, match=r"fails on the answer 'nonsense': ValueError"):
+        task.check(Problem("q", "q", "abc"), "nonsense")
