@@ -17,6 +17,7 @@ from llmcompress.errors import InputError
 from llmcompress.inference.coverage import decline_config, reach
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
+from llmcompress.quant.states import StateSpec
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -131,7 +132,6 @@ def look(path: Path) -> Inspection:
     config = read_object(path / "config.json")
     headers = weight_headers(path)
     layout, reason = _layout(config)
-    modules_because = None if layout is None else decline_config(config)
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
     specs = _specs(quantization, layout) if method == "llmcompress" else {}
@@ -141,6 +141,7 @@ def look(path: Path) -> Inspection:
     text = inner if isinstance(inner, dict) else config
     bank = next((b.bank for b in layout.blocks if b.bank is not None), None) if layout else None
     policies = quantization.get("policies", {}) if method == "llmcompress" else {}
+    modules_because = None if layout is None else decline_config(config) or _states_because(policies)
     return Inspection(
         path=str(path),
         kind={"": "checkpoint", "llmcompress": "llmcompress artifact"}.get(method, f"{method} checkpoint"),
@@ -268,6 +269,17 @@ def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) 
     if layout is None or all(block.scan is None for block in layout.blocks):
         return ()
     return tuple(memory_table(layout, weights, policies.get("state_cache")))
+
+
+def _states_because(policies: dict[str, Any]) -> str | None:
+    """Why states as a policy stores them are not those of a native engine."""
+    policy = policies.get("state_cache") or {}
+    names = ("bits", "codec", "alpha", "sqrt_axis", "rounding")
+    spec = StateSpec(**{name: policy[name] for name in names if name in policy})
+    if policy and spec.active and not spec.has_kernel:
+        return f"no kernel for states of codec {spec.codec} as it is set"
+    mixed = next((name for name, bits in (policy.get("head_bits") or {}).items() if len(set(bits)) > 1), None)
+    return None if mixed is None else f"{mixed}: heads with states of several widths"
 
 
 def _disk_roles(layout: ModelLayout) -> dict[str, tuple[str, int]]:
