@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 POSITION_BIN = 64
+_NOT_FINITE = ("the model's output is not finite (NaN or infinity) on this text", "check its weights and dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,16 @@ def windows(total: int, length: int, stride: int | None = None, keep_tail: bool 
     return planned
 
 
+def refuse_nan(logits: Tensor) -> None:
+    """Refuse logits with a NaN: comparisons with it are false, so that answers chosen by them would look like errors.
+
+    Raises:
+        InputError: There is one.
+    """
+    if bool(logits.isnan().any()):
+        raise InputError(*_NOT_FINITE)
+
+
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target in fp32.
 
@@ -254,9 +265,7 @@ def scored(
     seconds = time.perf_counter() - started
     total, tokens = math.fsum(sums), sum(counts)
     if not math.isfinite(total):
-        raise InputError(
-            "the model's output is not finite (NaN or infinity) on this text", "check its weights and dtype"
-        )
+        raise InputError(*_NOT_FINITE)
     text_bytes, exact = _scored_bytes(text, planned)
     value = math.exp(min(total / tokens, 700.0))
     return PerplexityResult(

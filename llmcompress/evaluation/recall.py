@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.evaluation.harness import Score
+from llmcompress.evaluation.perplexity import refuse_nan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,6 +103,9 @@ def recall(
 
     Returns:
         Per distance: ``distance``, ``accuracy``, ``stderr``, ``n``, and ``rows`` (1 where remembered).
+
+    Raises:
+        InputError: The model's output has a NaN.
     """
     found = []
     for distance in config.distances:
@@ -110,6 +114,7 @@ def recall(
         for start in range(0, len(ids), batch):
             part = ids[start : start + batch].to(model.device)
             last = model(input_ids=part, use_cache=False).logits[:, -1].float()
+            refuse_nan(last)
             scores = last.gather(-1, candidates[start : start + batch].to(last.device))
             # a tie is not a memory
             rows += (scores[:, 0] > scores[:, 1:].amax(-1)).float().tolist()

@@ -16,6 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from llmcompress.evaluation.perplexity import refuse_nan
 from llmcompress.inference.greedy import GreedyWriter, end_tokens, unusual_settings
 from llmcompress.nn.mixers import recurrent_evaluation
 
@@ -71,6 +72,7 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
             ends = self._skipping.padded(torch.tensor([length for length, _ in rows]))
         with ends, recurrent_evaluation(self.model, prompt):
             logits: Tensor = super()._model_call(inps, *args, **kwargs)
+        refuse_nan(logits)
         return logits
 
     def _request(self, row: list[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.durable import write_durably
+from llmcompress.quant.embeddings import EMBEDDINGS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +72,7 @@ def card_text(
         f"# {name}",
         f"`{source['name']}` compressed with llmcompress {facts['versions']['llmcompress']}, format `{exporter.name}`.",
         *(["## Loading\n\n" + exporter.loading] if exporter.loading else []),
-        "## Weights\n\n" + weights_table(plan),
+        "## Weights\n\n" + weights_table(plan, _carried(exporter, policies).get(EMBEDDINGS)),
         "## Results\n\n" + results_table(metrics),
     ]
     if policies:
@@ -90,17 +91,30 @@ def card_text(
 
 def _policy_lists(exporter: Exporter, policies: Policies) -> Iterator[str]:
     """The policies that act after loading, then those that the format lacks."""
-    lost = {key for key, value in policies.items() if exporter.losses({key: value})}
+    lost = policies.keys() - _carried(exporter, policies)
     for heading, keys in (("Active after loading.", policies.keys() - lost), ("Not carried by this format.", lost)):
         if keys:
             yield heading
             yield "\n".join(f"- `{key}`: {_inline(policies[key])}" for key in sorted(keys))
 
 
-def weights_table(plan: QuantPlan) -> str:
-    """How many weights have which scheme."""
+def _carried(exporter: Exporter, policies: Policies) -> dict[str, Mapping[str, Any]]:
+    """The policies that the format does not lose."""
+    return {key: value for key, value in policies.items() if not exporter.losses({key: value})}
+
+
+def weights_table(plan: QuantPlan, rounded: Mapping[str, Any] | None = None) -> str:
+    """How many weights have which scheme.
+
+    Args:
+        plan: How each weight is quantized.
+        rounded: The policy by which embedding and head are stored; None where they are dense.
+    """
+    rest = "everything else is stored dense."
+    if rounded is not None:
+        rest = f"embedding and head have {rounded['bits']} bits, everything else is stored dense."
     if not plan:
-        return "All weights are dense."
+        return "All weights are dense." if rounded is None else rest.capitalize()
     counts: dict[tuple[int, int, bool], int] = {}
     for spec in plan.values():
         key = (spec.bits, spec.group_size, spec.symmetric)
@@ -109,7 +123,7 @@ def weights_table(plan: QuantPlan) -> str:
     for (bits, group, symmetric), count in sorted(counts.items()):
         size = "row" if group == -1 else str(group)
         lines.append(f"| {count} | {bits} | {size} | {'symmetric' if symmetric else 'asymmetric'} |")
-    return "\n".join(lines) + "\n\nA stack of experts counts as one tensor; everything else is stored dense."
+    return "\n".join(lines) + "\n\nA stack of experts counts as one tensor; " + rest
 
 
 def results_table(metrics: Iterable[Metric]) -> str:

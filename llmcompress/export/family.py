@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,12 +148,25 @@ def _common(state: FamilyState, specs: Mapping[str, QuantSpec]) -> dict[str, Ten
     for handle in handles[1:]:
         mine = member_tensors(handle, specs)
         common = {n: t for n, t in common.items() if n in mine and torch.equal(t, mine[n])}
-    # codes and scales of one tensor lie in one file: fine-tunes may differ in codes alone
+    whole = whole_tensors(set(common), mine, specs)
+    return {name: tensor for name, tensor in common.items() if name in whole}
+
+
+def whole_tensors(equal: set[str], names: Iterable[str], specs: Mapping[str, QuantSpec]) -> set[str]:
+    """What of ``equal`` may lie in the common file: codes and scales of one tensor are read from one file, and
+    fine-tunes may differ in codes alone, or in scales.
+
+    Args:
+        equal: Names whose values are the same.
+        names: All of a member.
+        specs: Tensors that are packed.
+    """
+    torn: set[str] = set()
     for stem in [name.removesuffix(".weight") for name in specs]:
-        parts = {name for name in mine if name.rpartition(".")[0] == stem}
-        if not parts <= set(common):
-            common = {name: tensor for name, tensor in common.items() if name not in parts}
-    return common
+        parts = {name for name in names if name.rpartition(".")[0] == stem}
+        if not parts <= equal:
+            torn |= parts
+    return equal - torn
 
 
 def read_back(out: Path, state: FamilyState) -> None:

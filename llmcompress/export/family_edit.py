@@ -20,7 +20,7 @@ from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_n
 from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError, InputError, UsageError
 from llmcompress.export.base import ShardWriter, atomic_folder, write_json
-from llmcompress.export.family import member_tensors, save_tensors, write_member
+from llmcompress.export.family import member_tensors, save_tensors, whole_tensors, write_member
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family import NAME, mismatches
 from llmcompress.models.family_artifact import FAMILY, SHARED, FamilyArtifact, node_file
@@ -119,7 +119,7 @@ def add_member(
         UsageError: The name is taken or unusable.
         InputError: The model is missing, damaged or of another architecture.
     """
-    if member in artifact.members or not NAME.match(member) or member in artifact.plan.members_of:
+    if member in artifact.members or not NAME.match(member) or member in _node_ids(artifact):
         raise UsageError(f"{member!r} cannot be the name of a new member", f"taken: {', '.join(artifact.members)}")
     handle = source if isinstance(source, ModelHandle) else ModelHandle.open(source)
     problems = mismatches(artifact.layout(artifact.members[0]), handle.layout)
@@ -272,12 +272,16 @@ class _NewLeaf(DenseVisitor):
 def _above(artifact: FamilyArtifact, linear: str, node: str) -> Tensor:
     """Sum of a node and those above it, ``[N, K]`` fp32; zeros where none of them stores this weight."""
     plan = artifact.plan
-    members = plan.members_of[node]
-    nodes = [n for n in plan.stored(linear) if members <= plan.members_of[n] and not plan.tree(linear).is_leaf(
+    below = plan.members_of(linear)
+    nodes = [n for n in plan.stored(linear) if below[node] <= below[n] and not plan.tree(linear).is_leaf(
         plan.tree(linear).ids.index(n))]  # fmt: skip
     return (
         delta_tree.reconstruct([artifact.node(n, linear) for n in nodes]) if nodes else torch.zeros(plan.shapes[linear])
     )
+
+
+def _node_ids(artifact: FamilyArtifact) -> set[str]:
+    return {name for tree in artifact.plan.trees.values() for name in tree.ids}
 
 
 def _closest(artifact: FamilyArtifact, handle: ModelHandle, key: str) -> str:
@@ -305,7 +309,8 @@ def _already_shared(artifact: FamilyArtifact, handle: ModelHandle) -> set[str]:
         return set()
     file = TensorFile(path)
     mine = member_tensors(handle, artifact.outside)
-    return {name for name, tensor in mine.items() if name in file.entries and torch.equal(file.read(name), tensor)}
+    equal = {name for name, tensor in mine.items() if name in file.entries and torch.equal(file.read(name), tensor)}
+    return whole_tensors(equal, mine, artifact.outside)
 
 
 def _save(artifact: FamilyArtifact, plan: FamilyPlan, facts: Mapping[str, Any]) -> None:

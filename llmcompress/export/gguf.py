@@ -28,7 +28,7 @@ from llmcompress.export.base import (
 from llmcompress.export.gguf_blocks import BLOCK, TYPE_BYTES, block_type, blocks_value, fits_blocks, to_blocks
 from llmcompress.export.gguf_tokenizer import read_tokenizer, tokenizer_problems
 from llmcompress.models import sizes
-from llmcompress.quant import vocabulary
+from llmcompress.quant import embeddings
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
 
     def losses(self, policies: Policies) -> list[str]:
         """Policies other than that of embeddings, whose codes are GGML blocks."""
-        return super().losses({name: policy for name, policy in policies.items() if name != vocabulary.EMBEDDINGS})
+        return super().losses({name: policy for name, policy in policies.items() if name != embeddings.EMBEDDINGS})
 
     def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
         """Q4_1 rounds."""
@@ -126,7 +126,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
                 total += prod(shape) // BLOCK * TYPE_BYTES[kind]
         spec = _embedding_spec(policies or {})
         if spec is not None:
-            weights = vocabulary.parameters(layout)
+            weights = embeddings.parameters(layout)
             total += weights // BLOCK * TYPE_BYTES[str(block_type(spec))] - weights * weight_bytes
         return total
 
@@ -203,7 +203,7 @@ def _rounding(packed: PackedWeight) -> Tensor | float:
 def _entries(handle: ModelHandle, store: PackedStore, policies: Policies, values: bool = True) -> Iterator[Entry]:
     """Every tensor of the file, in order; without ``values`` an embedding that is rounded has its shape alone."""
     layout, spec = handle.layout, _embedding_spec(policies)
-    rounded = [f"{module}.weight" for module in vocabulary.matrices(layout)]
+    rounded = [f"{module}.weight" for module in embeddings.matrices(layout)]
     for view in layout.outside:
         if spec is None or view.name not in rounded:
             yield _entry(OUTSIDE[view.name], handle.checkpoint.tensor(view.name))
@@ -380,7 +380,7 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
 
 def _embedding_spec(policies: Policies) -> QuantSpec | None:
     """How embedding and head are rounded, None where they are not."""
-    return vocabulary.spec_of(policies[vocabulary.EMBEDDINGS]) if vocabulary.EMBEDDINGS in policies else None
+    return embeddings.spec_of(policies[embeddings.EMBEDDINGS]) if embeddings.EMBEDDINGS in policies else None
 
 
 def _embedding_problems(layout: ModelLayout, policies: Policies) -> Iterator[str]:

@@ -145,7 +145,8 @@ class FamilyArtifact:
 
     def nodes(self, linear: str, members: frozenset[str] | None = None) -> dict[str, PackedWeight]:
         """Stored nodes of a weight, parents first; only those above any of ``members`` when given."""
-        wanted = [name for name in self.plan.stored(linear) if members is None or members & self.plan.members_of[name]]
+        below = self.plan.members_of(linear)
+        wanted = [name for name in self.plan.stored(linear) if members is None or members & below[name]]
         return {name: self.node(name, linear) for name in wanted}
 
     def weight(self, linear: str, member: str) -> Tensor:

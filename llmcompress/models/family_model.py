@@ -54,7 +54,7 @@ def load_members(
     for linear in artifact.plan.linears:
         biases = {m: b for m, s in shells.items() if (b := getattr(s.get_submodule(linear), "bias", None)) is not None}
         nodes = artifact.nodes(linear, frozenset(ordered))
-        replace_module(model, linear, TreeLinear(nodes, artifact.plan.members_of, batch, biases))
+        replace_module(model, linear, TreeLinear(nodes, artifact.plan.members_of(linear), batch, biases))
     if len(ordered) > 1:
         for name in private_modules(model):
             replace_module(model, name, PerMember({m: s.get_submodule(name) for m, s in shells.items()}, batch))

@@ -21,6 +21,7 @@ PATH_KEYS = frozenset({"path", "test_path", "tasks_dir", "tokenizer"})
 # what is read of a model folder; it also holds things that no run reads
 MODEL_FILES = (
     "*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "chat_templates/*.jinja",
+    f"{ADAPTER}/*.json", f"{ADAPTER}/*.safetensors",
 )  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -134,6 +135,12 @@ def no_model_folder(text: str) -> InputError:
     return InputError(f"{text}: no such model folder", hint)
 
 
+def or_artifact(path: Path) -> Path:
+    """The artifact of a run folder; any other folder as it is."""
+    found = path / "artifact"
+    return found if not (path / "config.json").exists() and (found / "config.json").exists() else path
+
+
 def model_folder(text: str) -> Path:
     """Folder of a model: the one named, or the artifact of the run it names.
 
@@ -146,8 +153,7 @@ def model_folder(text: str) -> Path:
     path = resolve_path(text)
     if not path.is_dir():
         raise no_model_folder(text)
-    if not (path / "config.json").exists() and (path / "artifact" / "config.json").exists():
-        path = path / "artifact"
+    path = or_artifact(path)
     if not (path / "config.json").is_file():
         if is_adapter(path):
             raise not_a_model(path)

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from llmcompress.models.layout import Block, LinearGroup, ModelLayout
-from llmcompress.quant import vocabulary
+from llmcompress.quant import embeddings
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.spec import QuantSpec
 
@@ -136,9 +136,9 @@ def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int, policies: Po
         policies: By name; ``embeddings`` packs embedding and head.
     """
     total = dense_parameters(layout, plan) * weight_bytes + packed_bytes(layout, plan)
-    rounded = (policies or {}).get(vocabulary.EMBEDDINGS)
+    rounded = (policies or {}).get(embeddings.EMBEDDINGS)
     if rounded is not None:
-        total += vocabulary.packed_bytes(layout, rounded) - vocabulary.parameters(layout) * weight_bytes
+        total += embeddings.packed_bytes(layout, rounded) - embeddings.parameters(layout) * weight_bytes
     return total
 
 

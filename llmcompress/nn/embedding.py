@@ -20,9 +20,9 @@ from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.quant.codecs.int_group import encode
+from llmcompress.quant.embeddings import matrices, spec_of
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantSpec
-from llmcompress.quant.vocabulary import matrices, spec_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -200,7 +200,11 @@ def load(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
         found = attach(model, names, rank, alpha, 0)
         for name in names:
             for key in ("lora_A", "lora_B"):
-                found[f"{name}.{key}"].data.copy_(tensors[f"{PREFIX}{name}.{key}.weight"])
+                own, stored = found[f"{name}.{key}"], tensors[f"{PREFIX}{name}.{key}.weight"]
+                # copying alone would spread a factor of rank 1 over all ranks
+                if own.shape != stored.shape:
+                    raise RuntimeError(f"{name}.{key} is {list(stored.shape)}, not {list(own.shape)}")
+                own.data.copy_(stored)
     except (AttributeError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: the adapter does not fit this model: {error}") from error
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.paths import MODEL_FILES, PATH_KEYS, matches
+from llmcompress.models.paths import MODEL_FILES, PATH_KEYS, matches, or_artifact
 from llmcompress.models.tensor_file import TensorFile
 from llmcompress.recipe.lock import WHOLE_FILE_LIMIT
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 1 << 20
 SAMPLES = 16
+# what a folder of tasks may hold: rows in every form that evaluation/harness.py reads, and tasks of one's own
+DATA_FILES = ("**/*.yaml", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.xz", "**/*.parquet")
 # of each tensor of a larger checkpoint
 TENSOR_SAMPLE = 4 << 10
 
@@ -68,11 +70,15 @@ def _tensor_middles(path: Path) -> Iterator[int]:
 
 
 def path_identity(path: Path) -> str:
-    """Identity of a file, or of the model, tokenizer and task files of a folder by relative name."""
+    """Identity of a file, or of the model, tokenizer and task files of a folder by relative name.
+
+    A run folder stands for its artifact.
+    """
     if path.is_file():
         return file_identity(path)
+    path = or_artifact(path)
     files = {p for pattern in MODEL_FILES for p in path.glob(pattern)}
-    files |= {p for pattern in ("**/*.yaml", "**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet") for p in path.glob(pattern)}
+    files |= {p for pattern in DATA_FILES for p in path.glob(pattern)}
     return digest({p.relative_to(path).as_posix(): file_identity(p) for p in sorted(files) if p.is_file()})
 
 

@@ -19,6 +19,8 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -265,10 +267,24 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         """Take the lock."""
-        if not self._try():
+        if self._try():
+            self._sign()
+        else:
+            self._take_over()
+        return self
+
+    def _take_over(self) -> None:
+        """Replace the file of a holder that is dead.
+
+        Of several processes that find it dead one does it: a later one would remove the new file of the first.
+        """
+        with _alone(self._path.parent) as alone:
+            if alone and self._try():
+                self._sign()
+                return
             holder = self._holder()
-            if holder is None or _alive(holder):
-                who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+            if not alone or holder is None or _alive(holder):
+                who = f"process {holder['pid']} on {holder['host']}" if alone and holder else "another process"
                 raise EnvironmentProblem(
                     f"{self._path.parent}: {who} is running in this folder",
                     "wait for it, stop it, or set run.dir to another folder",
@@ -277,13 +293,16 @@ class RunLock:
             self._path.unlink(missing_ok=True)
             if not self._try():
                 raise EnvironmentProblem(f"{self._path}: cannot be locked", "try again")
+            self._sign()
+
+    def _sign(self) -> None:
+        """Say in the file who holds it."""
         assert self._handle is not None
         self._handle.seek(0)
         self._handle.truncate()
         me = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
         self._handle.write(json.dumps(me))
         self._handle.flush()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -320,6 +339,21 @@ class RunLock:
         except (OSError, ValueError):
             return None
         return data if isinstance(data, dict) and {"pid", "host"} <= data.keys() else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process is inside such a block for this folder; True where folders cannot be locked."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            yield error.errno != errno.EWOULDBLOCK
+            return
+        yield True
+    finally:
+        os.close(handle)
 
 
 def _start_time(pid: int) -> float | None:

@@ -331,9 +331,11 @@ def _weight_bytes(folder: Path) -> int | None:
     # a format beside the native one, where that is all a run exports; both hold embeddings too, blocks do not
     kinds = ("artifact/*.safetensors", "artifact-*/*.gguf", "artifact-*/*.safetensors", "stages/*/blocks/*.safetensors")
     for pattern in kinds:
-        found = [path.stat().st_size for path in folder.glob(pattern)]
-        if found:
-            return sum(found)
+        # each format has a folder of its own, while blocks of one stage lie above those of another
+        parents = sorted({path.parent for path in folder.glob(pattern)})
+        counted = parents if pattern.startswith("stages") else parents[:1]
+        if counted:
+            return sum(path.stat().st_size for parent in counted for path in parent.glob(pattern.rpartition("/")[2]))
     return None
 
 

@@ -45,9 +45,14 @@ class FamilyPlan:
         return self.trees[self.tree_of[linear]]
 
     @cached_property
-    def members_of(self) -> dict[str, frozenset[str]]:
-        """Node id → models below it, over all trees."""
-        return {name: node for tree in self.trees.values() for name, node in zip(tree.ids, tree.nodes)}
+    def _below(self) -> dict[str, dict[str, frozenset[str]]]:
+        return {key: dict(zip(tree.ids, tree.nodes)) for key, tree in self.trees.items()}
+
+    def members_of(self, linear: str) -> Mapping[str, frozenset[str]]:
+        """Node id → models below it, in a weight's tree: a model that was added hangs on other nodes in other trees,
+        and nodes keep their names.
+        """
+        return self._below[self.tree_of[linear]]
 
     def stored(self, linear: str) -> list[str]:
         """Nodes that store something of a weight, parents before children."""
@@ -62,12 +67,17 @@ class FamilyPlan:
         """
         if member not in self.order:
             raise InputError(f"no member {member!r} in this family", f"choose one of {', '.join(self.order)}")
-        return [name for name in self.stored(linear) if member in self.members_of[name]]
+        below = self.members_of(linear)
+        return [name for name in self.stored(linear) if member in below[name]]
 
     def node_names(self) -> list[str]:
         """Every node that stores something of any weight, large sets of models first."""
-        found = dict.fromkeys(name for linear in self.linears for name in self.stored(linear))
-        return sorted(found, key=lambda name: (-len(self.members_of[name]), name))
+        found: dict[str, int] = {}
+        for linear in self.linears:
+            below = self.members_of(linear)
+            for name in self.stored(linear):
+                found[name] = max(found.get(name, 0), len(below[name]))
+        return sorted(found, key=lambda name: (-found[name], name))
 
     def node_bytes(self, node: str) -> int:
         """Bytes of one node's tensors over all weights."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from llmcompress.errors import RecipeError
-from llmcompress.quant.vocabulary import EMBEDDINGS
+from llmcompress.quant.embeddings import EMBEDDINGS
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class Trainer:
         """One step with the gradients at hand; returns their norm before the limit and clears them.
 
         All processes call this together; the gradients are those of the first.
+
+        Raises:
+            InputError: They are not finite; values and moments are as they were.
         """
         norm = self._step() if self.world.rank == 0 else 0.0
         self.step += 1
@@ -103,6 +107,11 @@ class Trainer:
         values = list(self.parameters.values())
         limit = self.max_norm if self.max_norm is not None else float("inf")
         norm = float(nn.utils.clip_grad_norm_(values, limit))
+        if not math.isfinite(norm):
+            raise InputError(
+                f"step {self.step + 1} of the training: the gradients are not finite (NaN or infinity)",
+                "set a lower lr, or run.compute_dtype=float32",
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self.optimizer.step()

@@ -92,6 +92,18 @@ def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
     assert answers(GreedyWriter(model), do_sample=True, temperature=1.0)[1] == {"answers are sampled"}
 
 
+def test_a_model_whose_output_is_not_finite_has_no_scores(tiny, tiny_tokenizer):
+    from lm_eval.api.instance import Instance
+
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+
+    model = tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
+    model.get_output_embeddings().weight.data[3] = float("nan")
+    adapter = RecurrentLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, device="cpu", max_length=128)
+    with pytest.raises(InputError, match="not finite"):
+        adapter.loglikelihood([Instance("loglikelihood", {}, ("the warm", " sea"), 0)], disable_tqdm=True)
+
+
 def test_skipped_experts_do_not_depend_on_the_batch(tiny, tiny_tokenizer):
     from lm_eval.api.instance import Instance
 

@@ -57,6 +57,15 @@ def test_a_model_that_looks_back_remembers_and_others_do_not(tokenizer: Any) -> 
     assert scores(parts)[0].rows == (1.0,) * 6
 
 
+def test_nan_is_refused_and_no_lack_of_memory(tokenizer: Any) -> None:
+    class Broken(Oracle):
+        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=torch.full((*input_ids.shape, 5000), float("nan")))
+
+    with pytest.raises(InputError, match="not finite"):
+        recall(Broken(40), tokenizer, TEXT, config())  # type: ignore[arg-type]
+
+
 def test_equal_settings_ask_equal_questions(tokenizer: Any) -> None:
     first, again = prompts(tokenizer, TEXT, 60, config()), prompts(tokenizer, TEXT, 60, config())
     assert torch.equal(first[0], again[0])

@@ -83,5 +83,13 @@ def test_tables_count_schemes() -> None:
     assert "| 1 | 4 | row | symmetric |" in table
 
 
+@pytest.mark.parametrize(("name", "carries"), [("native", True), ("gguf", True), ("dense", False)])
+def test_embeddings_in_low_bits_are_not_called_dense(name: str, carries: bool) -> None:
+    for plan in ({}, {"a": QuantSpec(4, -1, True)}):
+        text = card_text(exporter(name), FACTS, plan, [], {"embeddings": {"bits": 8, "group_size": -1}})
+        weights = text.split("## Weights")[1].split("##")[0]
+        assert ("mbedding and head have 8 bits, everything else is stored dense." in weights) == carries
+
+
 def test_text_cannot_break_the_table() -> None:
     assert "a\\|b" in results_table([Metric("a|b", "acc", 0.5, 0.5)])

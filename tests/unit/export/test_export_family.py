@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llmcompress.export import family as export
+from llmcompress.export import family_edit
 from llmcompress.quant.spec import QuantSpec
 
 EMBEDDING = "model.embed_tokens"
@@ -39,3 +41,17 @@ def test_scales_stay_with_codes_that_differ(monkeypatch: pytest.MonkeyPatch) -> 
     # the largest entry of each row may be the same although the rows are not
     assert common(monkeypatch, member(1, 1, 1), member(2, 1, 1)) == {"model.norm.weight"}
     assert common(monkeypatch, member(1, 1, 1), member(1, 1, 1), member(1, 2, 1)) == {"model.norm.weight"}
+
+
+@pytest.mark.parametrize("changed", [member(2, 1, 1), member(1, 2, 1)], ids=["codes", "scales"])
+def test_a_new_member_keeps_codes_and_scales_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, torch.Tensor]
+) -> None:
+    """Codes from the common file would be read with its scales, whatever the member's own are."""
+    export.save_tensors(member(1, 1, 1), tmp_path / family_edit.SHARED)
+    monkeypatch.setattr(family_edit, "member_tensors", lambda handle, specs: dict(handle))
+    artifact: Any = SimpleNamespace(folder=tmp_path, outside=SPECS)
+    handle: Any = changed
+    assert family_edit._already_shared(artifact, handle) == {"model.norm.weight"}
+    handle = member(1, 1, 1)
+    assert family_edit._already_shared(artifact, handle) == set(handle)

@@ -18,7 +18,7 @@ from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
-from llmcompress.quant.vocabulary import spec_of
+from llmcompress.quant.embeddings import spec_of
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 

@@ -14,9 +14,9 @@ from llmcompress.export.native import write_native
 from llmcompress.models.assemble import compressed_model
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, pack_rows
 from llmcompress.quant.codecs import codec
+from llmcompress.quant.embeddings import matrices, packed_bytes, spec_of
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.quant.store import PackedStore
-from llmcompress.quant.vocabulary import matrices, packed_bytes, spec_of
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 
 IDS = torch.tensor([[5, 9, 1, 33, 60, 2, 17, 8]])

@@ -50,6 +50,19 @@ def test_against_dense_experts(gate_up: QuantSpec | None, down: QuantSpec | None
     torch.testing.assert_close(module(x, index, weights), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_weight_that_is_replaced_after_the_first_call_is_used() -> None:
+    module, twin = PackedExperts(BANK, SPEC, SPEC), PackedExperts(BANK, SPEC, SPEC)
+    fill(module, BANK)
+    x, index, weights = torch.randn(3, 16), torch.randint(0, 4, (3, 2)), torch.rand(3, 2)
+    before = module(x, index, weights)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state["down_proj.weight_scale"] *= 2
+    module.down_proj.load_state_dict({n.rpartition(".")[2]: t for n, t in state.items() if n.startswith("down")})
+    twin.load_state_dict(state)
+    assert torch.equal(module(x, index, weights), twin(x, index, weights))
+    assert not torch.equal(module(x, index, weights), before)
+
+
 def test_interleaved_biases_keep_the_order_of_the_family() -> None:
     plain = replace(BANK, bias=True)
     module, twin = PackedExperts(replace(plain, interleaved=True), SPEC, SPEC), PackedExperts(plain, SPEC, SPEC)
@@ -68,3 +81,4 @@ def test_state_dict_names() -> None:
         "down_proj", "gate_up_proj_bias", "down_proj_bias",
     }  # fmt: skip
     assert "experts=4" in repr(module)
+    assert not any(parameter.requires_grad for parameter in module.parameters())

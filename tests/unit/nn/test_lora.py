@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,21 @@ def test_files_round_trip_and_damage_is_named(tmp_path):
     (tmp_path / lora.WEIGHTS).write_bytes(b"x" * 40)
     with pytest.raises(InputError, match="cannot read the adapter"):
         lora.load(Two(), tmp_path)
+
+
+def test_a_config_of_another_rank_is_refused(tmp_path):
+    model = Two()
+    lora.attach(model, ["first"], 1, 4.0, seed=1)
+    lora.save(model, tmp_path)
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    (tmp_path / lora.CONFIG).write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(InputError, match=r"does not fit this model: first.lora_A is \[1, 16\], not \[4, 16\]"):
+        lora.load(Two(), tmp_path)
+
+
+def test_start_values_are_spread_evenly_within_the_bound_of_the_width():
+    """As PEFT starts A (kaiming_uniform_ with a = √5); far from it, a learning rate means something else."""
+    model = nn.Sequential(nn.Linear(64, 8))
+    values = lora.attach(model, ["0"], 32, 4.0, seed=1)["0.lora_A"].detach() * 64**0.5
+    assert 0.99 < float(values.max()) <= 1 and -1 <= float(values.min()) < -0.99
+    assert abs(float(values.mean())) < 0.05 and abs(float(values.square().mean()) - 1 / 3) < 0.02

@@ -45,4 +45,5 @@ def test_other_codecs_are_refused() -> None:
 
 
 def test_printing() -> None:
-    assert "bits=3" in repr(PackedTensors((6, 32), QuantSpec(3, 16)))
+    assert repr(PackedTensors((6, 32), QuantSpec(3, 16))).endswith("bits=3, group_size=16, asymmetric)")
+    assert repr(PackedTensors((6, 32), QuantSpec(4, -1, True))).endswith("bits=4, group_size=-1, symmetric)")

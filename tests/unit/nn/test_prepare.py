@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from llmcompress_kernels import cpu
@@ -15,7 +17,9 @@ def test_reports_what_is_interleaved_and_why_the_rest_is_not() -> None:
     layers = [PackedLinear(64, rows, QuantSpec(bits, 16)) for rows, bits in ((32, 4), (24, 4), (32, 3), (48, 2))]
     model = nn.Sequential(*layers, nn.Linear(4, 4))
     before = sum(tensor.nbytes for tensor in model.buffers())
+    began = time.perf_counter()
     found = prepare(model)
+    assert found.seconds < time.perf_counter() - began
     assert (found.weights, found.interleaved) == (4, 2)
     assert found.bytes == sum(tensor.nbytes for layer in (layers[0], layers[3]) for tensor in layer.buffers())
     assert sum(found.declined.values()) == 2

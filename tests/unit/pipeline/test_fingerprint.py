@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmcompress.evaluation.harness import _SUFFIXES
 from llmcompress.pipeline import fingerprint
 from llmcompress.pipeline.fingerprint import difference, digest, file_identity, path_identity, with_contents
 from llmcompress.quant.tensor_writer import write_tensors
@@ -81,6 +82,39 @@ def test_model_folder_ignores_what_no_run_reads(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("hello")
     assert path_identity(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert path_identity(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "chat_templates/default.jinja"])
+def test_what_lies_in_folders_of_a_model_counts(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text("old")
+    before = path_identity(tmp_path)
+    (tmp_path / name).write_text("new")
+    assert path_identity(tmp_path) != before
+
+
+def test_a_run_folder_stands_for_its_artifact(tmp_path: Path) -> None:
+    for name in ("artifact", "stages/quantize/blocks"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "artifact/config.json").write_text("{}")
+    (tmp_path / "artifact/model.safetensors").write_bytes(b"weights")
+    before = path_identity(tmp_path)
+    assert before == path_identity(tmp_path / "artifact")
+    # a report or a resume writes here, and no model is another for it
+    (tmp_path / "events.jsonl").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
+    assert path_identity(tmp_path) == before
+    (tmp_path / "artifact/model.safetensors").write_bytes(b"WEIGHTS")
+    assert path_identity(tmp_path) != before
+
+
+@pytest.mark.parametrize("suffix", _SUFFIXES)
+def test_rows_of_tasks_count_in_every_form_that_is_read(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"test{suffix}").write_bytes(b"old")
+    before = path_identity(tmp_path)
+    (tmp_path / f"test{suffix}").write_bytes(b"new")
     assert path_identity(tmp_path) != before
 
 

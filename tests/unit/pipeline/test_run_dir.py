@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -7,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmcompress.errors import EnvironmentProblem, InputError, UsageError
+from llmcompress.pipeline import run_dir
 from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
 
 
@@ -136,6 +139,24 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
                 assert holder["pid"] == os.getpid()
         finally:
             os.kill(orphan, 9)
+
+
+def test_of_two_that_find_the_holder_dead_one_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would remove the file that the first has just made, and both would write to the folder."""
+    orphan = (tmp_path / ".lock").open("w")
+    orphan.write(json.dumps({"pid": 1 << 22, "host": socket.gethostname()}))
+    orphan.flush()
+    fcntl.flock(orphan, fcntl.LOCK_EX)
+
+    def meanwhile(holder: dict[str, Any]) -> bool:
+        with pytest.raises(EnvironmentProblem, match="another process"), RunLock(tmp_path):
+            pass
+        return False
+
+    monkeypatch.setattr(run_dir, "_alive", meanwhile)
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    orphan.close()
 
 
 def test_lock_file_without_a_lock_is_taken_over_even_if_its_pid_lives(tmp_path: Path) -> None:

@@ -163,6 +163,18 @@ def test_results_are_read_from_the_folder(tmp_path: Path) -> None:
     assert (found.metrics, found.dense) == ({"heldout.perplexity": 4.0}, {"heldout.perplexity": 3.0})
 
 
+def test_the_size_is_that_of_one_format(tmp_path: Path) -> None:
+    sizes = {"artifact-compressed-tensors/a.safetensors": 10, "artifact-compressed-tensors/b.safetensors": 5,
+             "artifact-dense/model.safetensors": 100, "stages/quantize/blocks/00000.safetensors": 7}  # fmt: skip
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert result_of(SweepRun("r", {}, tmp_path)).bytes == 15
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/model.safetensors").write_bytes(bytes(8))
+    assert result_of(SweepRun("r", {}, tmp_path)).bytes == 8
+
+
 def test_of_several_evaluations_the_last_in_the_recipe_counts(tmp_path: Path) -> None:
     folder = RunDir(tmp_path / "r")
     folder.create()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llmcompress.quant.vocabulary import spec_of
+from llmcompress.quant.embeddings import spec_of
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 
 

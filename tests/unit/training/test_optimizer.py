@@ -98,3 +98,13 @@ def test_nothing_to_restore_and_damage(tmp_path):
     path.write_bytes(b"1234")
     with pytest.raises(InputError, match="cannot continue"):
         make().restore(path)
+
+
+def test_gradients_that_are_not_finite_end_the_training_before_they_reach_a_value():
+    trainer = make()
+    step(trainer, 0)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    (trainer.parameters["w"] * float("nan")).sum().backward()
+    with pytest.raises(InputError, match="step 2 of the training"):
+        trainer.update()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.parameters.items())
