@@ -1,4 +1,8 @@
-"""llmcompress: compress large language models from YAML recipes."""
+"""llmcompress: compress large language models from YAML recipes.
+
+Where to begin reading: ``quickstart.yaml`` in ``recipes/``, then the stages that it names in :mod:`llmcompress.stages`,
+then the mathematics that they call in :mod:`llmcompress.algorithms`. ARCHITECTURE.md is the map.
+"""
 
 from __future__ import annotations
 

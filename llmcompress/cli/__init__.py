@@ -1,1 +1,5 @@
-"""The command line: argument parsing and printing only."""
+"""The command line: parsing arguments and printing, a file for a command or two.
+
+``app.py`` lists the commands; each imports what it needs when it runs, so that ``--help`` never waits for torch. Only
+``output.py`` prints.
+"""

@@ -1,1 +1,6 @@
-"""Specs, rules, bit packing and storage of quantized weights."""
+"""What a quantized weight is, and how it is stored.
+
+``rules.py`` decides which weight gets how many bits, ``spec.py`` describes it, ``packed.py`` holds it in memory,
+``bitpack.py`` packs its codes, ``store.py`` keeps finished blocks on disk. ``tree.py`` and ``family.py`` are the plan
+of a family, ``states.py`` describes recurrent states. How codes are chosen is in :mod:`llmcompress.algorithms`.
+"""

@@ -12,7 +12,9 @@ import typer
 import yaml
 
 from llmcompress.cli.app import app, invoke
+from llmcompress.errors import LLMCompressError
 from llmcompress.recipe.catalog import list_recipes, shipped_path
+from llmcompress.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +95,34 @@ def test_settings_of_documented_runs_are_accepted(line: str) -> None:
 
 def test_enough_runs_are_planned() -> None:
     assert len([line for line in planned() if "gptq" in line]) > 1 and len(planned()) > 4
+
+
+def settings() -> list[tuple[str, str]]:
+    """Page and text of the overrides that stand in sentences."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
+    span = re.compile(r"`('?\+?(?:stages|vars|run|host)\.[^`\s]*[=~][^`…]*)`")
+    found = [(page.name, text) for page in pages for text in span.findall(page.read_text(encoding="utf-8"))]
+    return sorted(set(found))
+
+
+# a setting belongs to the kind of recipe that its sentence speaks of
+KINDS = ("gptq", "quickstart", "q_mamba_tiny", "rqt", "s2r_tiny", "s2r_qwen2_7b")
+
+
+@pytest.mark.parametrize(("page", "text"), settings())
+def test_settings_in_sentences_are_accepted(page: str, text: str) -> None:
+    words = shlex.split(re.sub(r"\bFILE\b", "FILE.txt", text))
+    refusals = []
+    for name in KINDS:
+        try:
+            load_recipe(name, words, allow_missing=True)
+        except LLMCompressError as error:
+            refusals.append(error.message)
+    assert len(refusals) < len(KINDS), refusals
+
+
+def test_enough_settings_are_tried() -> None:
+    assert len(settings()) > 6
 
 
 def test_a_wrong_option_would_be_noticed() -> None:

@@ -1,1 +1,1 @@
-"""One table per model family."""
+"""One small table per model family: what its layers consist of, in the parts of ``parts.py``."""

@@ -70,3 +70,21 @@ def test_pages_that_sources_name_exist() -> None:
                 named = PAGE.findall(path.read_text(encoding="utf-8"))
                 absent |= {f"{path.relative_to(ROOT)}: {name}" for name in named if not (ROOT / name).exists()}
     assert not absent
+
+
+def absent_files(package: Path, text: str) -> list[str]:
+    """Files and folders that the head of a package names and that are not in it."""
+    named = re.findall(r"``([\w*/]+(?:\.py|/))``", text)
+    return [name for name in named if not (list(package.glob(name)) or (ROOT / name).exists())]
+
+
+@pytest.mark.parametrize(
+    "package", sorted((ROOT / "llmcompress").rglob("__init__.py")), ids=lambda path: path.parent.name
+)
+def test_heads_of_packages_name_files_that_are_there(package: Path) -> None:
+    assert not absent_files(package.parent, package.read_text(encoding="utf-8"))
+
+
+def test_a_file_that_is_gone_would_be_noticed() -> None:
+    text = "``rules.py``, ``codecs/``, ``tests/paper/`` and ``gone.py``, ``tr*.py``, ``no*.py``"
+    assert absent_files(ROOT / "llmcompress" / "quant", text) == ["gone.py", "no*.py"]
