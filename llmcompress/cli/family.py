@@ -149,6 +149,8 @@ def inspect(out: Output, path: FamilyArgument) -> None:
         f"{len(plan.order)} members, {plan.linear_bits():.3f} bits per weight and member in the trees "
         f"({stored_bits(plan, artifact.folder):.3f} with file headers), {bytes_text(sum(sizes.values()))} in all",
         f"one more member takes about {bytes_text(round(one_more))}",
+        "read alone: bits of all nodes on its path; error: squared, of its weights as its calibration text feels them, "
+        "as a share of their size; kept: size of its difference to the base along itself",
     ]
     data = {
         "path": str(artifact.folder), "tree": main.to_dict(), "members": rows, "bytes": sizes,

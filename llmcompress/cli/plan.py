@@ -161,6 +161,7 @@ def _require_here(loaded: LoadedRecipe) -> None:
 
 
 def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:
+    from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
     from llmcompress.models.paths import no_model_folder, resolve_path
 
     hint = f"llmcompress plan {recipe} model.path=FOLDER, or --config config.json"
@@ -168,6 +169,8 @@ def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:
     if "model.path" not in loaded.missing and not resolve_path(where).is_dir():
         error = no_model_folder(where)
         return InputError(error.message, f"{error.hint}; its config.json alone is enough: --config FILE")
+    if "model.path" not in loaded.missing and is_adapter(resolve_path(where)):
+        return not_a_model(resolve_path(where))
     where = "model.path" if "model.path" in loaded.missing else where
     return InputError(f"{where}: the model's config.json is needed to predict anything", hint)
 

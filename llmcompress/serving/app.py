@@ -61,8 +61,9 @@ class Service:
         return self.models[name]
 
     def describe(self, name: str) -> dict[str, Any]:
-        """OpenAI's model object."""
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "llmcompress"}
+        """OpenAI's model object; beyond it the length that a sequence may have, under vLLM's name for it."""
+        own = {"owned_by": "llmcompress", "max_model_len": self.scheduler.room(name)}
+        return {"id": name, "object": "model", "created": self.created, **own}
 
     async def health(self, _: Request) -> Response:
         """200 while requests are taken, else 503."""

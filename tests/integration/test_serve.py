@@ -134,7 +134,8 @@ def reference(folder: Path) -> Any:
 
 def test_models_are_listed(server: Running) -> None:
     assert [model.id for model in server.client().models.list()] == ["tiny"]
-    assert server.client().models.retrieve("tiny").owned_by == "llmcompress"
+    told = server.client().models.retrieve("tiny")
+    assert told.owned_by == "llmcompress" and told.max_model_len == server.server.scheduler.room("tiny")
     with pytest.raises(openai.NotFoundError, match="served are tiny"):
         server.client().models.retrieve("other")
 

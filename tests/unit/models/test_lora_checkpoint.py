@@ -127,7 +127,9 @@ def test_an_adapter_of_another_base_is_refused_with_all_that_does_not_fit(base: 
         ModelHandle.open(base).adapted(change(adapter, alone))
 
 
-def test_an_adapter_is_a_member_and_no_model(base: Path, adapter: Path) -> None:
+def test_an_adapter_is_a_member_and_no_model(base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmcompress.cli.app import invoke
+
     assert is_adapter(adapter) and not is_adapter(base)
     plain = ModelHandle.open(base)
     family = ModelFamily.open(plain, {"tuned": str(adapter)})
@@ -137,6 +139,9 @@ def test_an_adapter_is_a_member_and_no_model(base: Path, adapter: Path) -> None:
     with pytest.raises(InputError, match="an adapter") as refused:
         ModelHandle.open(adapter)
     assert "merge_and_unload" in str(refused.value.hint)
+    for words in (["plan", "gptq", f"model.path={adapter}"], ["inspect", str(adapter)]):
+        assert invoke(words) == 4
+        assert "an adapter (adapter_config.json), not a model" in capsys.readouterr().err
     (adapter / WEIGHTS).unlink()
     with pytest.raises(InputError, match=r"tuned: .*no adapter_model\.safetensors"):
         ModelFamily.open(plain, {"tuned": str(adapter)})
