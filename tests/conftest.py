@@ -57,6 +57,12 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
 _SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8,
          "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": None}  # fmt: skip
 DENSE_FAMILIES: dict[str, dict[str, Any]] = {
+    "lfm2": {
+        "intermediate_size": 48,
+        "block_auto_adjust_ff_dim": False,
+        "head_dim": None,
+        "layer_types": ["conv", "full_attention"],
+    },
     "gemma3_text": {
         "intermediate_size": 48,
         "layer_types": ["sliding_attention", "full_attention"],

@@ -173,8 +173,12 @@ class Layer:
     Attributes:
         attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm; None for no norm.
         attention_norm_bias, mlp_norm_bias: Likewise, or None.
-        query, key, value, output: Projections of attention. They and the norm are None where a mixer takes its place
-            (:class:`Mixers`).
+        query, key, value, output: Projections of attention, None where something else takes its place.
+        mixes: Whether that is a mixer (:class:`Mixers`), whose norm and projections are not here.
+        conv_in: ``[3 H, H]`` of a short gated convolution in the place of attention: first gate, second gate, input;
+            ``output`` is its last projection. None elsewhere.
+        conv_weight: float32 ``[L, H]``, its taps, the newest token's last.
+        conv_bias: float32 ``[H]`` or None.
         gate, up, down: Projections of the gated MLP, or of the stacked experts. An MLP without a gate has its first
             projection there, and None for the other.
         router: float32 ``[E, H]``, None for a dense layer.
@@ -208,6 +212,7 @@ class Layer:
     query_down: Matrix | None = None
     absorb: Matrix | None = None
     expand: Matrix | None = None
+    conv_in: Matrix | None = None
     shared_gate: Matrix | None = None
     shared_up: Matrix | None = None
     shared_down: Matrix | None = None
@@ -216,11 +221,14 @@ class Layer:
     key_norm: Tensor | None = None
     query_down_norm: Tensor | None = None
     sinks: Tensor | None = None
+    conv_weight: Tensor | None = None
+    conv_bias: Tensor | None = None
     router_correction: Tensor | None = None
     attention_norm_bias: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
     attention_after: Tensor | None = None
     mlp_after: Tensor | None = None
+    mixes: bool = False
     whole_norms: bool = False
     window: int = 0
     rotary: int | None = 0
@@ -231,9 +239,14 @@ class Layer:
         return {name: weight for name in names if (weight := getattr(self, name)) is not None}
 
     @property
-    def mixes(self) -> bool:
-        """Whether a mixer stands in the place of attention."""
-        return self.query is None
+    def attends(self) -> bool:
+        """Whether it has attention, and so keys and values."""
+        return self.query is not None
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it has a short convolution."""
+        return self.conv_in is not None
 
     @property
     def takes_prompts(self) -> bool:
@@ -312,7 +325,7 @@ class Decoder:
     logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        kinds = [(layer.mixes, layer.window > 0) for layer in self.layers]
+        kinds = [(layer.mixes, layer.convolves, layer.window > 0) for layer in self.layers]
         places = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
         structs = (LayerStruct * len(self.layers))(
             *(layer._struct(place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
@@ -331,9 +344,9 @@ class Decoder:
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
             len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
-            int(self.neighbours or latents.neighbours), latents.size, latents.width, latents.value_dim, latents.epsilon,
-            ACTIVATIONS[self.activation], routing.top_k, _ROUTING[routing.kind], len(self.member_heads),
-            int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
+            int(self.neighbours or latents.neighbours), latents.size, latents.width, latents.value_dim, self.taps,
+            latents.epsilon, ACTIVATIONS[self.activation], routing.top_k, _ROUTING[routing.kind],
+            len(self.member_heads), int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
             self.epsilon, self.attention_scale, routing.scale, routing.floor, routing.jitter,
             self.attention_cap, self.logit_cap, self.gate_slope, self.gate_limit,
             self.embedding_scale, self.residual_scale,
@@ -351,6 +364,11 @@ class Decoder:
     def vocabulary(self) -> int:
         """V."""
         return self.head.rows
+
+    @property
+    def taps(self) -> int:
+        """L of the short convolutions, 0 where there are none."""
+        return next((layer.conv_weight.shape[0] for layer in self.layers if layer.conv_weight is not None), 0)
 
     @property
     def mixes(self) -> bool:
@@ -408,7 +426,7 @@ def step(
     members: Tensor | None = None,
     mixers: Mixers | None = None,
 ) -> None:
-    """Compute B tokens: one of each of B sequences, or several of one where all layers have attention.
+    """Compute B tokens: one of each of B sequences, or several of one where all layers have attention alone.
 
     Args:
         decoder: The weights.
@@ -442,7 +460,7 @@ def step(
     if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
         raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
     _check_mixers(decoder, mixers)
-    if mixers is not None and len(set(slots.tolist())) < batch:
+    if (mixers is not None or decoder.taps > 0) and len(set(slots.tolist())) < batch:
         raise ValueError(f"a recurrent state takes one token a step: sequences {slots.tolist()} repeat")
     limit = min(cache.positions, decoder.cosine.shape[1])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:

@@ -1,4 +1,4 @@
-"""What the decode step keeps of its sequences: keys and values, or the latents that both are made of."""
+"""What the decode step keeps of its sequences: keys and values, the latents that both are made of, last inputs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Cache:
 
     Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation, for the
     L layers that attend to all positions; ``near`` has those of layers with windows, None without such layers.
+    ``inputs`` float32 ``[layers, slots, taps - 1, H]`` are the last ones of short convolutions, the newest last; a
+    sequence has those of the length at which it stands.
 
     Args:
         decoder: Whose sizes to use.
@@ -35,12 +37,14 @@ class Cache:
 
     def __init__(self, decoder: Decoder, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> None:
         self.positions = -(-positions // LANES) * LANES
-        windows = [layer.window for layer in decoder.layers if not layer.mixes]
+        windows = [layer.window for layer in decoder.layers if layer.attends]
         seen = [window > 0 for window in windows]
         # which of the two has a layer, and as the how manyth
         self._places = [(near, seen[:index].count(near)) for index, near in enumerate(seen)]
         lead = (slots, decoder.key_value_heads)
         self._make(decoder, (seen.count(False), *lead), dtype)
+        convolutions = sum(layer.convolves for layer in decoder.layers)
+        self.inputs = torch.zeros(convolutions, slots, max(0, decoder.taps - 1), decoder.hidden)
         self.near: Windows | None = None
         if any(seen):
             # policies that skip experts count over whole prompts
@@ -49,7 +53,7 @@ class Cache:
             self.near = Windows((seen.count(True), *lead), *sizes, whole, dtype)
         self._struct = CacheStruct(
             self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions,
-            windows=None if self.near is None else ctypes.addressof(self.near.struct),
+            windows=None if self.near is None else ctypes.addressof(self.near.struct), inputs=self.inputs.data_ptr(),
         )  # fmt: skip
 
     def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -58,14 +62,15 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values of all slots."""
-        return self.keys.nbytes + self.values.nbytes + (0 if self.near is None else self.near.nbytes)
+        """Bytes of all slots."""
+        near = 0 if self.near is None else self.near.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.inputs.nbytes + near
 
     def held_bytes(self, tokens: int) -> int:
-        """Bytes of a sequence's positions in use."""
+        """Bytes of a sequence's positions in use, and of the last inputs of its convolutions."""
         near = 0 if self.near is None else self.near.nbytes
-        slots = self.keys.shape[1]
-        found = (self.nbytes - near) // (slots * self.positions) * tokens
+        slots, inputs = self.keys.shape[1], self.inputs.nbytes
+        found = (self.nbytes - near - inputs) // (slots * self.positions) * tokens + inputs // slots
         if self.near is not None:
             found += near // (slots * self.near.positions) * min(tokens, self.near.positions)
         return found
@@ -127,6 +132,7 @@ class Cache:
         held, blocks = other or self, -(-count // LANES)
         self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
         self.values[:, target, :, :count] = held.values[:, source, :, :count]
+        self.inputs[:, target] = held.inputs[:, source]
         if self.near is not None and held.near is not None:
             self.near.copy(source, target, count, held.near)
 

@@ -13,9 +13,10 @@ class LayerStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "attention_norm_bias", "mlp_norm_bias")),
         *((name, ctypes.c_void_p) for name in ("attention_after", "mlp_after", "query_norm", "key_norm")),
-        *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "sinks", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "cosine", "sine")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "query_down", "absorb", "expand")),
-        *((name, MatrixStruct) for name in ("gate", "up", "down", "router")),
+        *((name, MatrixStruct) for name in ("conv_in", "gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "turned", "window")),
     )
@@ -34,7 +35,7 @@ class ModelStruct(ctypes.Structure):
         ("member_embeddings", ctypes.POINTER(MatrixStruct)),
         ("member_heads", ctypes.POINTER(MatrixStruct)),
         *((name, ctypes.c_int32) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("neighbours", "latents", "latent_width", "value_dim")),
+        *((name, ctypes.c_int32) for name in ("neighbours", "latents", "latent_width", "value_dim", "taps")),
         ("latent_epsilon", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("activation", "top_k", "routing", "members")),
         *((name, ctypes.c_int32) for name in ("renormalizes", "groups", "top_groups", "voters")),
@@ -55,7 +56,7 @@ class CacheStruct(ctypes.Structure):
 
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("kind", ctypes.c_int32), ("slots", ctypes.c_int32),
-        ("positions", ctypes.c_int64), ("begins", ctypes.c_void_p), ("windows", ctypes.c_void_p),
+        ("positions", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("begins", "windows", "inputs")),
     )  # fmt: skip
 
 

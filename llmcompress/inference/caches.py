@@ -58,17 +58,19 @@ class Snapshot:
         count: Tokens.
         carried: States and inputs of convolutions; None without mixers.
         keys, values: Of the layers with attention, if there are any.
+        inputs: The last ones of short convolutions, likewise.
     """
 
     count: int
     carried: Carried | None
     keys: Tensor | None = None
     values: Tensor | None = None
+    inputs: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of it."""
-        kept = (self.carried, self.keys, self.values)
+        kept = (self.carried, self.keys, self.values, self.inputs)
         return sum(part.nbytes for part in kept if part is not None)
 
 

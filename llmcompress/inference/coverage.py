@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STATES = ("mamba2", "mamba", "falcon_mamba")
-HYBRIDS = ("bamba", "granitemoehybrid", "jamba")
+HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",

@@ -44,7 +44,7 @@ _ROUTERS = {
 
 _ALL = slice(None)
 # what configs call what norms add to the mean of squares
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
 
 
 def members_of(model: PreTrainedModel) -> list[str]:
@@ -210,9 +210,15 @@ def norm_of(module: Any, name: str = "weight", adds_one: bool = False) -> Any:
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 
+def rotary_of(model: Any) -> Any:
+    """The module that makes a model's rotary tables; None where it knows no positions."""
+    base = model.base_model
+    return getattr(base, "rotary_emb", getattr(base, "pos_emb", None))
+
+
 def rotary_kinds(model: Any) -> Sequence[str | None]:
     """Kinds of layers that have rotary tables of their own, in the order of the tables; None alone stands for all."""
-    kinds: Sequence[str] | None = getattr(model.base_model.rotary_emb, "layer_types", None)
+    kinds: Sequence[str] | None = getattr(rotary_of(model), "layer_types", None)
     return kinds or (None,)
 
 
@@ -325,7 +331,8 @@ def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, mat
     elif hasattr(mlp, "gate_up_proj"):
         both, down = mlp.gate_up_proj, mlp.down_proj
     else:
-        gate, up, down = (linear_matrix(getattr(mlp, f"{name}_proj"), members) for name in ("gate", "up", "down"))
+        names = ("w1", "w3", "w2") if hasattr(mlp, "w1") else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (linear_matrix(getattr(mlp, name), members) for name in names)
         return gate, up, down
     gate, up = linear_parts(both, [both.out_features // 2] * 2, members)
     return gate, up, linear_matrix(down, members)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import FAMILIES, activation_of, decline_config, decline_family, reach
-from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, screened
+from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, rotary_of, screened
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
 from llmcompress.nn.linear import PackedLinear
@@ -105,7 +105,7 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
     """
     if hasattr(module, "_hf_hook"):
         return " is offloaded by accelerate"
-    if name.endswith(("_proj", "_linear", "_proj_with_mqa", ".c_fc")):
+    if name.endswith(("_proj", "_linear", "_proj_with_mqa", ".c_fc", ".w1", ".w2", ".w3")):
         if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
             return f" is a {type(module).__name__}"
         if module._forward_pre_hooks or module._forward_hooks:
@@ -265,7 +265,7 @@ class Engine:
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """Tables float32 ``[kinds, positions, R / 2]`` of the R columns of a head that are turned."""
-        rotary: Any = self.model.base_model.rotary_emb
+        rotary = rotary_of(self.model)
         # the cache is rounded up
         count = positions if self.longest is None else min(positions, self.longest)
         given = (torch.empty(0, dtype=torch.float32), torch.arange(count).unsqueeze(0))

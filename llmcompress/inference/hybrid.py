@@ -1,9 +1,9 @@
-"""The native engine of hybrids: attention, Mamba-2 or Mamba-1, and experts, one call a token and one a prompt.
+"""The native engine of hybrids: attention, Mamba-2, Mamba-1 or convolutions, and experts, one call a token or a prompt.
 
 Layers with attention keep keys and values, layers with a mixer a state of fixed size, in low-bit codes where the
-model's states are quantized. The decode step computes everything but the mixers; these are layers of the recurrent
-engine, which every thread of the step enters in its turn. transformers' modules on our operators give the same codes
-and tokens (``tests/unit/inference/test_hybrid.py``).
+model's states are quantized, short convolutions their last inputs. The decode step computes everything but the mixers;
+these are layers of the recurrent engine, which every thread of the step enters in its turn. transformers' modules on
+our operators give the same codes and tokens (``tests/unit/inference/test_hybrid.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import decode as native
 from llmcompress_kernels import mamba1, mamba2, matrix
+from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor
 
 from llmcompress.errors import InputError
@@ -27,15 +28,21 @@ from llmcompress.inference.decoder import (
     linear_matrix,
     mlp_parts,
     norm_of,
+    rotary_of,
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
-from llmcompress.models.layout import Block, ModelLayout
+from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.router import Router
 from llmcompress.nn.tree_linear import TreeLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# what families call the norm before the head
+FINAL_NORMS = ("norm", "final_layernorm", "embedding_norm")
 
 
 def decline(model: PreTrainedModel) -> str | None:
@@ -54,12 +61,16 @@ def decline(model: PreTrainedModel) -> str | None:
         or recurrent.decline_states(model)
         or _decline_modules(model, layout)
     )
-    return reason or native.unavailable() or mamba2.unavailable()
+    scans = any(block.scan is not None for block in layout.blocks)
+    return reason or native.unavailable() or (mamba2.unavailable() if scans else None)
 
 
 def _decline_layout(layout: ModelLayout, rank: Any) -> str | None:
-    if not any(block.scan is None for block in layout.blocks):
+    kinds = [(sublayer.kind, sublayer.scan) for block in layout.blocks for sublayer in block.sublayers]
+    if not any(kind == "attention" for kind, _ in kinds):
         return "none of its layers has attention"
+    if ("ssm", None) in kinds and layout.hidden % LANES != 0:
+        return f"a convolution of {layout.hidden} channels, which do not fill vectors"
     views = {block.scan.module: block.scan for block in layout.blocks if block.scan is not None}
     for name, view in views.items():
         reason = recurrent.decline_scan(view, layout.hidden, rank)
@@ -147,7 +158,7 @@ class HybridEngine(Engine):
             raise InputError(f"sequence {slot} is not being read", "take a snapshot between parts of its prompt")
         count = self.lengths[slot]
         kept = None if self.mixer_weights is None else mamba2.carried(self.mixer_weights)
-        return Snapshot(count, kept, *self.cache.part(slot, count))
+        return Snapshot(count, kept, *self.cache.part(slot, count), self.cache.inputs[:, slot].clone())
 
     def resume(self, slot: int, snapshot: Snapshot) -> None:
         """See :meth:`RecurrentEngine.resume`.
@@ -160,7 +171,9 @@ class HybridEngine(Engine):
             mamba2.carry(self.mixer_weights, snapshot.carried)
         assert snapshot.keys is not None
         assert snapshot.values is not None
+        assert snapshot.inputs is not None
         self.cache.put(slot, snapshot.keys, snapshot.values)
+        self.cache.inputs[:, slot] = snapshot.inputs
         self.lengths[slot], self._reading = snapshot.count, (slot, snapshot.count)
 
     def snapshot_bytes(self, tokens: int) -> int:
@@ -169,7 +182,7 @@ class HybridEngine(Engine):
         return self.cache.held_bytes(tokens) + (0 if weights is None else weights.carried_bytes)
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        if getattr(self.model.base_model, "rotary_emb", None) is not None:
+        if rotary_of(self.model) is not None:
             return super()._rotary(positions)
         # no positions at all: nothing of a head is turned
         return torch.empty(1, positions, 0), torch.empty(1, positions, 0)
@@ -188,13 +201,14 @@ class HybridEngine(Engine):
                 input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
                 **arguments(self.model, held, torch.arange(len(tokens))[None]),
             )  # fmt: skip
-            kinds: dict[bool, list[Any]] = {True: [], False: []}
-            for layer, kept in zip(self.decoder.layers, held.layers):
-                kinds[layer.mixes].append(kept)
-            for index, kept in enumerate(kinds[False]):
+            both = list(zip(self.decoder.layers, held.layers))
+            for index, kept in enumerate(kept for layer, kept in both if layer.attends):
                 self.cache.fill(index, slot, 0, kept.keys[0], kept.values[0])
-            for index, kept in enumerate(kinds[True]):
+            for index, kept in enumerate(kept for layer, kept in both if layer.mixes):
                 self._adopt(index, slot, kept)
+            for index, kept in enumerate(kept for layer, kept in both if layer.convolves):
+                # it keeps one that no token needs any more
+                self.cache.inputs[index, slot] = kept.conv_states[0][0, :, 1:].mT
         self.lengths[slot] = len(tokens)
         return out.logits[0, -1].float()
 
@@ -246,7 +260,7 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     ends = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     base: Any = model.base_model
-    final = base.norm if hasattr(base, "norm") else base.final_layernorm
+    final = next(getattr(base, name) for name in FINAL_NORMS if hasattr(base, name))
     layers = [_layer(model, block) for block in layout.blocks]
     last, scale = (norm_of(final), norm_of(final, "bias")), float(getattr(config, "embedding_multiplier", 1.0))
     module, routing = model.get_submodule(attention.module), routing_of(model, layout)
@@ -254,21 +268,53 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
 
 
 def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
-    first, *rest = block.sublayers
-    attention: Any = model.get_submodule(first.module) if first.kind == "attention" else None
-    norm: Any = model.get_submodule(str(first.pre_norm))
-    after: Any = model.get_submodule(str(rest[0].pre_norm))
-    names, mlp = ("gate", "up", "down"), next((sub for sub in rest if sub.kind == "mlp"), None)
-    weights: dict[str, Any] = {} if mlp is None else dict(zip(names, mlp_parts(model.get_submodule(mlp.module))))
-    if block.bank is not None:
-        router: Any = model.get_submodule(block.bank.router.module)
-        # without experts the MLP beside them is the layer's own
-        beside = {f"shared_{name}": weight for name, weight in weights.items()}
-        experts = experts_of(model.get_submodule(block.bank.module), block.bank)
-        weights = {**beside, **dict(zip(names, experts)), "router": matrix.dense(router.weight.detach())}
-    for name in ("query", "key", "value", "output"):
-        weights[name] = None if attention is None else linear_matrix(getattr(attention, f"{name[0]}_proj"))
-    return native.Layer(attention_norm=None if attention is None else norm_of(norm), mlp_norm=norm_of(after), **weights)
+    given: dict[str, Any] = dict.fromkeys(("attention_norm", "mlp_norm", "query", "key", "value", "output"))
+    for sublayer in block.sublayers:
+        module: Any = model.get_submodule(sublayer.module)
+        norm: Any = model.get_submodule(str(sublayer.pre_norm))
+        if sublayer.kind == "attention":
+            given |= {"attention_norm": norm_of(norm), **_attention(module)}
+        elif sublayer.scan is not None:
+            given["mixes"] = True
+        elif sublayer.kind == "ssm":
+            given |= {"attention_norm": norm_of(norm), **_convolution(module)}
+        elif sublayer.experts is not None:
+            given |= {"mlp_norm": norm_of(norm), **_experts(model, sublayer.experts)}
+        else:
+            # without experts the MLP beside them is the layer's own
+            beside = "" if block.bank is None else "shared_"
+            parts = zip(("gate", "up", "down"), mlp_parts(module))
+            given |= {"mlp_norm": norm_of(norm), **{f"{beside}{name}": weight for name, weight in parts}}
+    return native.Layer(**given)
+
+
+def _attention(module: Any) -> dict[str, Any]:
+    """What attention has, by the names of :class:`~llmcompress_kernels.decode.Layer`; likewise the functions below."""
+    last = module.o_proj if hasattr(module, "o_proj") else module.out_proj
+    projections = {name: linear_matrix(getattr(module, f"{name[0]}_proj")) for name in ("query", "key", "value")}
+    norms = {f"{name}_norm": norm_of(getattr(module, f"{name[0]}_layernorm", None)) for name in ("query", "key")}
+    return {**projections, **norms, "output": linear_matrix(last)}
+
+
+def _convolution(module: Any) -> dict[str, Any]:
+    taps, bias = module.conv.weight.detach()[:, 0], module.conv.bias
+    return {
+        "conv_in": linear_matrix(module.in_proj),
+        "conv_weight": taps.float().mT.contiguous(),
+        "conv_bias": None if bias is None else bias.detach().float().contiguous(),
+        "output": linear_matrix(module.out_proj),
+    }
+
+
+def _experts(model: PreTrainedModel, bank: ExpertBank) -> dict[str, Any]:
+    decides = Router(model, bank.router)
+    weight: Any = decides.module.weight
+    correction = decides.rule(bank.top_k).correction
+    return {
+        **dict(zip(("gate", "up", "down"), experts_of(model.get_submodule(bank.module), bank))),
+        "router": matrix.dense(weight.detach()),
+        "router_correction": None if correction is None else correction.detach().float().contiguous(),
+    }
 
 
 def _mixers(model: PreTrainedModel, layout: ModelLayout, int8_activations: bool) -> mamba2.Model | None:

@@ -15,6 +15,8 @@ from llmcompress.errors import InputError
 from llmcompress.inference.hybrid import HybridEngine
 from llmcompress.inference.native import decline, open_engine
 from llmcompress.models.assemble import compressed_model
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.skipping import attach
 from llmcompress.stages.activations import Activations, ActivationsConfig
 from llmcompress.stages.embeddings import Embeddings, EmbeddingsConfig
 from llmcompress.stages.rtn import Rtn, RtnConfig
@@ -38,6 +40,15 @@ JAMBA: dict[str, Any] = {
     "attn_layer_period": 4, "attn_layer_offset": 1, "num_experts": 6, "num_experts_per_tok": 2,
     "max_position_embeddings": 512, "use_associative_scan": False,
 }  # fmt: skip
+LFM2: dict[str, Any] = {
+    "vocab_size": 70, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "max_position_embeddings": 512,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    **LFM2, "moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3, "num_dense_layers": 1,
+    "routed_scaling_factor": 1.3,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granitemoehybrid", GRANITE),
     # as Granite 4 is: no positions; and its small ones: one MLP and no experts
@@ -47,6 +58,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("bamba", {**_MIXERS, "attn_layer_indices": [1], "mamba_proj_bias": True, "num_key_value_heads": 3}),
     # Mamba-1, no positions; experts in every second layer, or one MLP as in Jamba's small ones
     "jamba": ("jamba", JAMBA),
+    # short convolutions; dense, with biases and more taps, or with experts after the first layer
+    "lfm2": ("lfm2", LFM2),
+    "taps": ("lfm2", {**LFM2, "conv_bias": True, "conv_L_cache": 5, "tie_word_embeddings": False}),
+    "lfm2_moe": ("lfm2_moe", EXPERTS),
     "thin": ("jamba", {**JAMBA, "num_experts": 1, "tie_word_embeddings": True, "mamba_proj_bias": True}),
 }
 IDS = torch.randint(3, 70, (330,), generator=torch.Generator().manual_seed(5))
@@ -72,6 +87,11 @@ def packed(
     return compressed_model(state.model, state.packed, state.policies, torch.float32).eval()
 
 
+def states_of(name: str, **changes: Any) -> dict[str, Any] | None:
+    """States in 4 bits, as a policy says it; None for models that keep none."""
+    return None if "lfm2" in MODELS[name][0] else {"bits": 4, "codec": "dsq", **changes}
+
+
 @torch.inference_mode()
 def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Tensor, Any]:
     """Logits ``[T, V]`` from the prompt's last token on, and the cache."""
@@ -86,9 +106,13 @@ def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Ten
 
 def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
     """Convolutions, float states and keys of the engine are those of transformers' cache."""
-    mixers, attention = 0, 0
-    for layer, mixes in zip(cache.layers, (layer.mixes for layer in engine.decoder.layers)):
-        if mixes:
+    mixers, attention, convolutions = 0, 0, 0
+    for layer, own in zip(cache.layers, engine.decoder.layers):
+        if own.convolves:
+            held = engine.cache.inputs[convolutions, slot]
+            torch.testing.assert_close(held, layer.conv_states[0][0, :, 1:].mT, rtol=1e-4, atol=2e-5)
+            convolutions += 1
+        if own.mixes:
             assert engine.states is not None
             torch.testing.assert_close(engine.states.conv[mixers, slot], layer.conv_states[0][0], rtol=1e-4, atol=2e-5)
             if engine.states.floats is not None:
@@ -97,7 +121,7 @@ def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
                     held = mamba1.unblocked(held)
                 torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=2e-5)
             mixers += 1
-        else:
+        if own.attends:
             count, width = layer.values.shape[-2:]
             held = engine.cache.values[attention, slot, :, :count, :width]
             torch.testing.assert_close(held, layer.values[0], rtol=1e-4, atol=2e-5)
@@ -159,22 +183,23 @@ def test_packed_states_have_the_same_codes(
     assert sum(differ) / len(differ) < 0.01
 
 
-@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba"])
+@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_generation_takes_it_and_writes_the_same(
     window: int, name: str, tiny: Any, tmp_path: Path, sequences: Any
 ) -> None:
-    model = packed(tiny, tmp_path, name, {"bits": 4, "codec": "dsq", "window": window})
+    model = packed(tiny, tmp_path, name, states_of(name, window=window))
     sequences.written_alike(model, IDS)
 
 
-def test_serving_takes_it(tiny: Any, tmp_path: Path, sequences: Any) -> None:
+@pytest.mark.parametrize("name", ["granite", "lfm2_moe"])
+def test_serving_takes_it(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
-    model = packed(tiny, tmp_path, "granite", {"bits": 4, "codec": "dsq", "rounding": "dither", "window": 4})
+    model = packed(tiny, tmp_path, name, states_of(name, rounding="dither", window=4))
     engine = HybridEngine(model, slots=2, positions=64)
-    sequences.served_alike(
-        engine, lambda: HybridEngine(model, positions=64), IDS, lambda count: engine.states.nbytes * count // 2
-    )
+    kept = engine.cache.inputs.nbytes + (0 if engine.states is None else engine.states.nbytes)
+    assert kept > 0
+    sequences.served_alike(engine, lambda: HybridEngine(model, positions=64), IDS, lambda count: kept * count // 2)
 
 
 def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path, sequences: Any) -> None:
@@ -239,15 +264,15 @@ def test_hooks_are_declined(tiny: Any) -> None:
     assert "hooks" in str(decline(model))
 
 
-@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin"])
+@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe"])
 def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Routed experts keep float inputs, all others are rounded."""
     model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
     engine, tokens = HybridEngine(model, positions=64), IDS[:30]
-    (layer,) = (layer for layer in engine.decoder.layers if not layer.mixes)
-    assert layer.query is not None
-    assert layer.query.input_bytes == decode.INT8_PLANES
-    assert layer.gate.input_bytes == (0 if layer.router else decode.INT8_PLANES)
+    for layer in engine.decoder.layers:
+        for weight in (layer.query, layer.conv_in):
+            assert weight is None or weight.input_bytes == decode.INT8_PLANES
+        assert layer.gate.input_bytes == (0 if layer.router else decode.INT8_PLANES)
     expected, _ = by_modules(model, tokens, 24)
     effect = (by_modules(exact, tokens, 24)[0] - expected).abs().mean()
     # a sum in another order moves an input across a rounding boundary now and then, and its step with it
@@ -267,14 +292,24 @@ def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: 
     assert int(engine.greedy(tokens[:2])[0]) < 70
 
 
+def alike(engine: HybridEngine) -> None:
+    """Two sequences of the same prompt keep the same, bit by bit."""
+    states = engine.states
+    mixed = () if states is None else (states.codes, states.scale, states.conv)
+    for held in (*mixed, engine.cache.values, engine.cache.inputs):
+        assert held is not None
+        assert torch.equal(held[:, 0], held[:, 1])
+
+
 @pytest.mark.parametrize("cuts", [(0, 64, 300), (0, 128, 192, 300), (0, 256, 300)])
 @pytest.mark.parametrize(
-    ("name", "threads", "window"), [("granite", 1, 1), ("granite", 3, 4), ("bamba", 2, 1), ("jamba", 2, 1)]
+    ("name", "threads", "window"),
+    [("granite", 1, 1), ("granite", 3, 4), ("bamba", 2, 1), ("jamba", 2, 1), ("taps", 2, 1), ("lfm2_moe", 1, 1)],
 )
 def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
     name: str, threads: int, window: int, cuts: tuple[int, ...], tiny: Any, tmp_path: Path
 ) -> None:
-    model = packed(tiny, tmp_path, name, {"bits": 4, "codec": "dsq", "window": window})
+    model = packed(tiny, tmp_path, name, states_of(name, window=window))
     engine, tokens = HybridEngine(model, slots=3, positions=304, threads=threads), IDS[:300].tolist()
     assert engine.piece == mamba2.CUT
     whole = engine.prompt(0, tokens)
@@ -288,12 +323,43 @@ def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
             # somebody else's step in between
             assert torch.equal(engine.step(torch.tensor([9]), [2]), alone)
     assert torch.equal(found, whole)
-    assert engine.states is not None
-    for held in (engine.states.codes, engine.states.scale, engine.states.conv, engine.cache.values):
-        assert held is not None
-        assert torch.equal(held[:, 0], held[:, 1])
+    alike(engine)
     assert torch.equal(*engine.step(torch.tensor([9, 9]), [0, 1]).clone())
     engine.prompt(1, tokens[:64], last=False)
     engine.prompt(0, tokens[:9])
     with pytest.raises(InputError, match="its state is not at hand"):
         engine.prompt(1, tokens[64:], start=64)
+
+
+@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe"])
+def test_a_snapshot_outlives_other_prompts(name: str, tiny: Any, tmp_path: Path) -> None:
+    model, tokens = packed(tiny, tmp_path, name, states_of(name), bits=4), IDS[:200].tolist()
+    engine = HybridEngine(model, slots=3, positions=208, threads=2)
+    whole = engine.prompt(0, tokens)
+    engine.prompt(1, tokens[:128], last=False)
+    kept = engine.snapshot(1)
+    assert (kept.count, kept.nbytes) == (128, engine.snapshot_bytes(128))
+    engine.prompt(1, tokens[128:150], start=128)
+    engine.prompt(2, tokens[::-1])
+    engine.step(torch.tensor([5, 6]), [2, 1])
+    engine.resume(1, kept)
+    assert torch.equal(engine.prompt(1, tokens[128:], start=128), whole)
+    alike(engine)
+
+
+@pytest.mark.parametrize("policy", [{"alpha": 0.9}, {"alpha": 1.0, "fallback": "reroute"}])
+@pytest.mark.parametrize("name", ["granite", "jamba", "lfm2_moe"])
+@torch.inference_mode()
+def test_experts_are_skipped_as_in_modules(name: str, policy: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    model, tokens = packed(tiny, tmp_path, name, bits=4), IDS[:300]
+    untouched = model(tokens[None], use_cache=False).logits[0, -1]
+    controller = attach(model, layout_from_config(model.config.to_dict()), policy)
+    expected = model(tokens[None], use_cache=False).logits[0, -1]
+    told = controller.statistics()
+    controller.reset()
+    found = HybridEngine(model, positions=304, threads=2).prompt(0, tokens.tolist())
+    mine = controller.statistics()
+    assert mine["total"]["slots_dropped"] + mine["total"]["slots"] > 0
+    assert {**mine, "seconds": 0} == {**told, "seconds": 0}
+    assert (found - expected).abs().max() < EXACT * expected.abs().max()
+    assert (found - untouched).abs().max() > 1e-3

@@ -70,6 +70,9 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 // them, its value for all heads alike. A head's own keys and values are products with the latents; that of its keys is taken
 // with the query instead (`absorb`), that of its values with the weighted sum of latents (`expand`).
 //
+// A short gated convolution (LFM2, arXiv 2511.23404): `conv_in` makes two gates and an input of each of H channels; the first gate
+// times the input goes through L taps of its channel, the result times the second gate through `output`.
+//
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
     const float* attention_norm;  // [H] or null
@@ -83,19 +86,22 @@ struct Layer {
     const float* query_down_norm; // of what `query` reads
     const float* router_correction;  // [E], added to weights for the choice alone, or null
     const float* sinks;           // [heads], scores of a position without a value (attention.h), or null
+    const float* conv_weight;     // [L, H], taps of a short convolution, the newest token's last
+    const float* conv_bias;       // [H] or null
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
     Matrix query, key, value, output;  // with latents `key` makes them [C + R, H], and there is no `value`
     Matrix query_down;    // what `query` reads in the place of hidden states, after a norm, or ABSENT
     Matrix absorb;        // [C, D - R] of each head, dense, or ABSENT
     Matrix expand;        // [V, C] of each head
+    Matrix conv_in;       // [3 H, H]: first gate, second gate, input of a short convolution in the place of attention, or ABSENT
     Matrix gate, up, down;  // the MLP, whose `up` may be ABSENT, or the experts where `router` is present
     Matrix router;          // [E, H], dense, or ABSENT
     Matrix shared_gate, shared_up, shared_down;  // a gated MLP beside the experts, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
     int32_t mixes;          // whether a mixer stands in the place of attention, whose norm and projections are not there then
-    int32_t place;          // number among the layers with mixers, those with windows, or all others
+    int32_t place;          // number among the layers with mixers, those with short convolutions, those with windows, or all others
     int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
     int32_t window;         // positions that a token sees, itself the last of them; 0 for all
 };
@@ -114,6 +120,7 @@ struct Model {
     int32_t neighbours;  // whether pairs that are turned stand side by side, not half of those columns apart
     int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
     int32_t value_dim;  // columns of a head's result
+    int32_t taps;       // L of short convolutions, 0 where there are none
     float latent_epsilon;  // of the norms of latents and of what `query` reads
     int32_t activation;  // of the gates of MLPs (lowbit.h): SILU, GELU_TANH, or GPT_OSS with a slope and a limit
     int32_t top_k, routing, members;
@@ -140,6 +147,7 @@ struct Cache {
     int64_t positions;  // P
     const int64_t* begins;  // [slots], the position that is in a sequence's first row, a multiple of LANES; null: 0
     const Cache* windows;   // of layers with windows, or null: this one
+    float* inputs;          // of short convolutions, the last ones [layer, slot, L - 1, H], the newest last; or null
 };
 
 struct Step {

@@ -61,7 +61,7 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, gate, up, down, router;
-    Operand query_down, absorb, expand;
+    Operand query_down, absorb, expand, conv_in;
     Operand shared_gate, shared_up, shared_down, shared_router;
 };
 
@@ -75,7 +75,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, low, absorbed, parts, inner, shared, delta, scores, shares, rough, bounds;
+    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, delta, scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };
@@ -91,12 +91,13 @@ class Engine {
             const Layer& l = m.layers[i];
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
                               operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
-                              operand(l.query_down), operand(l.absorb), operand(l.expand),
+                              operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
             shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
             rank = std::max(rank, l.query_down.rows);
+            conv_rows = std::max(conv_rows, l.conv_in.rows);
         }
     }
 
@@ -111,10 +112,11 @@ class Engine {
         const int tasks = s.batch * tasks_of(m);
         const int wanted = tasks % s.threads == 0 ? 1 : (2 * s.threads + tasks - 1) / tasks + 1;
         shared.chunks = int(std::max<int64_t>(1, std::min<int64_t>({wanted, MAX_CHUNKS, longest / 64})));
-        grow(shared.query, b * size_t(padded(m.heads * m.head_dim)));
+        grow(shared.query, b * size_t(padded(std::max(m.heads * m.head_dim, conv_rows > 0 ? m.hidden : 0))));
         grow(shared.key, b * size_t(padded(m.key_value_heads * w.key)));
         grow(shared.value, b * size_t(padded(w.latent ? m.heads * m.value_dim : m.key_value_heads * w.value)));
         grow(shared.low, b * size_t(padded(rank)));
+        grow(shared.convolved, b * size_t(padded(conv_rows)));
         if (w.latent) grow(shared.absorbed, b * heads * size_t(w.row()));
         grow(shared.parts, b * heads * size_t(shared.chunks * w.part()));
         grow(shared.delta, b * size_t(padded(m.hidden)));
@@ -153,7 +155,7 @@ class Engine {
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
-    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0;
+    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, conv_rows = 0;
 
   private:
     template <class T>

@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "attention.h"
+#include "convolution.h"
 #include "elementwise.h"
 #include "latent.h"
 #include "multiply.h"
@@ -24,6 +25,7 @@ constexpr int64_t TOGETHER = 2;  // blocks of rows that the kernels work on toge
 constexpr int64_t TREE_BLOCKS = 4;  // likewise of a tree's one-bit nodes
 constexpr int64_t QUERIES = 8;   // tokens that attend together
 constexpr int64_t ATTENDING = 16;  // tokens to a task
+constexpr int64_t CHANNELS = 64;   // of a convolution, to a task
 
 class PromptWorker {
   public:
@@ -131,6 +133,11 @@ class PromptWorker {
             if (index > 0) add_delta(t, after_layer(index - 1));
             norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
         };
+        if (o.conv_in.present()) {
+            project({{&o.conv_in, room_.convolved.data()}}, normed(0), QKV, make);
+            convolution(o, o.l.place);
+            return project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
+        }
         const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
         const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
         const bool is_low = o.query_down.present();
@@ -372,6 +379,20 @@ class PromptWorker {
             const float* from = r.products.data() + place * m_.hidden;
             for (int c = 0; c < m_.hidden; ++c) to[c] += weight * from[c];
         }
+    }
+
+    // A task takes some channels through all tokens of the piece.
+    void convolution(const LayerOperands& o, int layer) {
+        float* const inputs = last_inputs(m_, c_, layer, p_.slot);
+        each((m_.hidden + CHANNELS - 1) / CHANNELS, [&](int64_t i) {
+            const int64_t first = i * CHANNELS, last = std::min<int64_t>(m_.hidden, first + CHANNELS);
+            for (int k = 0; position(0) == 0 && k + 1 < m_.taps; ++k)
+                std::fill(inputs + k * m_.hidden + first, inputs + k * m_.hidden + last, 0.f);
+            for (int64_t t = 0; t < count_; ++t)
+                convolve(m_, o.l, room_.convolved.data() + t * o.conv_in.m.rows, first, last, inputs,
+                         room_.mixed.data() + t * m_.hidden);
+        });
+        took(MIXER);
     }
 
     void attention(const Layer& l, int layer) {

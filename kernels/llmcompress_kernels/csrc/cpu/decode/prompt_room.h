@@ -64,7 +64,7 @@ struct Routed {
 struct PromptRoom {
     std::vector<float> hidden, delta;                           // [T, H], the second to be added to the first
     std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
-    std::vector<float> query, key, value, low, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> query, key, value, low, convolved, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<char> activations;
     Routed routed;
     std::atomic<int64_t> next[2] = {0, 0};  // task to take, of this kind and of the next
@@ -75,7 +75,8 @@ struct PromptRoom {
         for (auto* rows : {&hidden, &delta}) rows->resize(size_t(p.count * m.hidden));
         normed.resize(size_t((e.experts > 0 ? p.count : tokens) * m.hidden));
         query.resize(size_t(tokens * m.heads * m.head_dim));
-        mixed.resize(size_t(tokens * m.heads * m.value_dim));
+        convolved.resize(size_t(tokens * e.conv_rows));
+        mixed.resize(size_t(tokens * std::max(m.heads * m.value_dim, e.conv_rows > 0 ? m.hidden : 0)));
         low.resize(size_t(tokens * e.rank));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * widths(m).key));
         for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
@@ -86,7 +87,7 @@ struct PromptRoom {
                                                    : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.query_down, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down,
+            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down,
                                      &l.shared_gate, &l.shared_up, &l.shared_down})
                 if (o->present()) room_for(*o, tokens);
             for (const Operand* o : {&l.gate, &l.down})

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention.h"
+#include "convolution.h"
 #include "elementwise.h"
 #include "engine.h"
 #include "latent.h"
@@ -28,6 +29,7 @@ class Worker {
         for (int i = s_.first_layer; i < s_.last_layer; ++i) {
             const LayerOperands& o = e_.layers[size_t(i)];
             if (o.l.mixes != 0) mix(o.l.place);
+            else if (o.conv_in.present()) convolution(o, o.l.place);
             else if (o.absorb.present()) latent_attention(o, o.l.place);
             else attention(o, o.l.place);
             if (o.router.present()) experts(o);
@@ -87,6 +89,18 @@ class Worker {
         x.run->step(x.engine, x.states, layer, {own_.hidden.data(), s_.slots, sh_.delta.data(), s_.batch}, barrier_, thread_);
         took(MIXER);
         add_delta();
+    }
+
+    void convolution(const LayerOperands& o, int layer) {
+        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
+        project({{&o.conv_in, sh_.convolved.data()}});
+        const Range mine = share(m_.hidden / LANES);
+        for (int b = 0; b < s_.batch; ++b)
+            convolve(m_, o.l, sh_.convolved.data() + b * o.conv_in.m.rows, mine.first * LANES, mine.last * LANES,
+                     last_inputs(m_, c_, layer, s_.slots[b]), sh_.query.data() + b * int64_t(m_.hidden));
+        took(MIXER);
+        wait();
+        finish_attention(o, sh_.query.data(), m_.hidden);
     }
 
     void attention(const LayerOperands& o, int layer) {
