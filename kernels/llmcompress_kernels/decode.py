@@ -62,7 +62,7 @@ for _isa in cpu.float_isas():
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
 # of Activation in lowbit.h
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 2, "gpt_oss": 3}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4}
 # of Routing in decode.h
 _ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
@@ -170,20 +170,23 @@ class Latents:
 class Layer:
     """One decoder layer: ``h += o(attention(norm(h)))``, then ``h += down(activation(gate) * up)`` or routed experts.
 
+    Either half may be missing.
+
     Attributes:
         attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm; None for no norm.
         attention_norm_bias, mlp_norm_bias: Likewise, or None.
-        query, key, value, output: Projections of attention, None where something else takes its place.
-        mixes: Whether that is a mixer (:class:`Mixers`), whose norm and projections are not here.
+        query, key, value, output: Projections of attention, None without.
+        mixes: Whether it has a mixer (:class:`Mixers`), whose norm and projections are not here. Beside attention both
+            read the same hidden states.
         conv_in: ``[3 H, H]`` of a short gated convolution in the place of attention: first gate, second gate, input;
             ``output`` is its last projection. None elsewhere.
         conv_weight: float32 ``[L, H]``, its taps, the newest token's last.
         conv_bias: float32 ``[H]`` or None.
-        gate, up, down: Projections of the gated MLP, or of the stacked experts. An MLP without a gate has its first
-            projection there, and None for the other.
+        gate, up, down: Projections of the gated MLP, or of the stacked experts; None without. An MLP or experts without
+            a gate have their first projection there, and None for the other.
         router: float32 ``[E, H]``, None for a dense layer.
         router_correction: float32 ``[E]``, added to a router's sigmoids or softmax for the choice alone, or None.
-        shared_gate, shared_up, shared_down: Projections of a gated MLP beside the experts, or None.
+        shared_gate, shared_up, shared_down: Projections of an MLP beside the experts, likewise, or None.
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
         query_norm, key_norm: RMSNorm weights ``[D]`` of each head, or None; in a family ``[M, D]``. With latents the
             second are the latents', ``[C]``.
@@ -205,9 +208,9 @@ class Layer:
     key: Matrix | None
     value: Matrix | None
     output: Matrix | None
-    gate: Matrix
+    gate: Matrix | None
     up: Matrix | None
-    down: Matrix
+    down: Matrix | None
     router: Matrix | None = None
     query_down: Matrix | None = None
     absorb: Matrix | None = None
@@ -257,7 +260,12 @@ class Layer:
         packed = {name: weight for name, weight in self.matrices().items() if name not in small}
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
 
-    def _struct(self, place: int, cosine: Tensor, sine: Tensor) -> LayerStruct:
+    @property
+    def kept_as(self) -> tuple[bool, bool] | None:
+        """Whether inputs of a convolution are kept of its tokens, and keys of a window; None for neither, nor keys."""
+        return (self.convolves, self.window > 0) if self.convolves or self.attends else None
+
+    def _struct(self, mixer: int, place: int, cosine: Tensor, sine: Tensor) -> LayerStruct:
         pointers = [field[0] for field in LayerStruct._fields_ if field[1] is ctypes.c_void_p]
         given = {name: getattr(self, name) for name in pointers if name not in ("cosine", "sine")}
         if self.rotary is not None:
@@ -265,7 +273,7 @@ class Layer:
         return LayerStruct(
             **{name: t.data_ptr() for name, t in given.items() if t is not None},
             **{name: weight.struct() for name, weight in self.matrices().items()},
-            whole_norms=int(self.whole_norms), mixes=int(self.mixes), place=place,
+            whole_norms=int(self.whole_norms), mixes=int(self.mixes), mixer=mixer, place=place,
             turned=0 if self.rotary is None else 2 * cosine.shape[-1], window=self.window,
         )  # fmt: skip
 
@@ -325,10 +333,10 @@ class Decoder:
     logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        kinds = [(layer.mixes, layer.convolves, layer.window > 0) for layer in self.layers]
-        places = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+        kinds, mixes = [layer.kept_as for layer in self.layers], [layer.mixes for layer in self.layers]
+        places = [(mixes[:index].count(True), kinds[:index].count(kind)) for index, kind in enumerate(kinds)]
         structs = (LayerStruct * len(self.layers))(
-            *(layer._struct(place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
+            *(layer._struct(*place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
         )
         embeddings, heads = (
             (MatrixStruct * len(side))(*(matrix.struct() for matrix in side)) if side else None

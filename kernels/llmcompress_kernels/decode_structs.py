@@ -18,7 +18,7 @@ class LayerStruct(ctypes.Structure):
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "query_down", "absorb", "expand")),
         *((name, MatrixStruct) for name in ("conv_in", "gate", "up", "down", "router")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "place", "turned", "window")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "mixer", "place", "turned", "window")),
     )
 
 

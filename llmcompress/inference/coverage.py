@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STATES = ("mamba2", "mamba", "falcon_mamba")
-HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe")
+HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
@@ -21,7 +21,9 @@ FAMILIES = (
 PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2")
 NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu2": "relu2",
+}  # fmt: skip
 _GEMMA = ("gemma", "gemma2", "gemma3_text")
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
 ROTARY = ("default", "linear", "llama3", "yarn")
@@ -41,7 +43,9 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
 
 
 def activation_of(config: Mapping[str, Any]) -> str:
-    """The activation of a text model's gated MLPs, as its config calls it."""
+    """The activation of a text model's MLPs, as its config calls it."""
+    if config.get("model_type") == "nemotron_h":
+        return str(config.get("mlp_hidden_act", "relu2"))
     if config.get("model_type") not in _GEMMA:
         return str(config.get("hidden_act", "silu"))
     key = "hidden_act" if config["model_type"] == "gemma" else "hidden_activation"
@@ -54,7 +58,9 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
     """Whether a model is of one of some families, with the activation that the engines compute."""
     if family not in families:
         return f"the family {family} is not among {', '.join(families)}"
-    known = [name for name in ACTIVATIONS if ACTIVATIONS[name] == "silu" or family not in (*STATES, *HYBRIDS)]
+    # where MLPs do as the mixers do
+    shared = family in (*STATES, *HYBRIDS) and family != "nemotron_h"
+    known = [name for name in ACTIVATIONS if ACTIVATIONS[name] == "silu" or not shared]
     return None if activation in known else f"the activation {activation} is not among {', '.join(known)}"
 
 
@@ -64,6 +70,8 @@ def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     for key in ("use_parallel_residual", "qk_layernorm"):
         if family == "stablelm" and config.get(key):
             return f"{key} is set"
+    if config.get("mamba_hidden_act", "silu") != "silu":
+        return f"the activation {config['mamba_hidden_act']} of its mixers (mamba_hidden_act) is not silu"
     if config.get("use_bidirectional_attention"):
         return "tokens attend to later ones (use_bidirectional_attention)"
     if config.get("clip_qkv") is not None:

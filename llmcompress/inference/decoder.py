@@ -44,7 +44,7 @@ _ROUTERS = {
 
 _ALL = slice(None)
 # what configs call what norms add to the mean of squares
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
 
 
 def members_of(model: PreTrainedModel) -> list[str]:
@@ -326,6 +326,8 @@ def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, mat
     """Gate, up and down of an MLP: the first two from one linear, where the gate comes first, or two, or no gate."""
     if hasattr(mlp, "c_fc"):
         return linear_matrix(mlp.c_fc, members), None, linear_matrix(mlp.c_proj, members)
+    if not any(hasattr(mlp, name) for name in ("gate_proj", "gate_up_proj", "input_linear", "w1")):
+        return linear_matrix(mlp.up_proj, members), None, linear_matrix(mlp.down_proj, members)
     if hasattr(mlp, "input_linear"):
         both, down = mlp.input_linear, mlp.output_linear
     elif hasattr(mlp, "gate_up_proj"):
@@ -405,8 +407,10 @@ def _span(rows: slice, count: int) -> tuple[int, int]:
     return first, last - first
 
 
-def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix, matrix.Matrix]:
-    """Gate, up and down of a bank; the first I rows of the stacked projection are the gate.
+def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix | None, matrix.Matrix]:
+    """Gate, up and down of a bank, or without a gate the first, None and down.
+
+    The first I rows of a stacked projection are the gate.
 
     Dense ones that the family stores otherwise (transposed, or a row of the gate beside one of up) are copied.
     """
@@ -414,11 +418,8 @@ def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Ma
     size = bank.intermediate
     halves = (slice(None, size), slice(size, None))
     lines = (slice(0, None, 2), slice(1, None, 2)) if bank.interleaved else halves
-    for key, rows, stored in (
-        ("gate_up_proj", halves[0], lines[0]),
-        ("gate_up_proj", halves[1], lines[1]),
-        ("down_proj", slice(None), slice(None)),
-    ):
+    first = zip(("gate_up_proj",) * 2, halves, lines) if bank.gated else [("up_proj", _ALL, _ALL)]
+    for key, rows, stored in (*first, ("down_proj", _ALL, _ALL)):
         side, bias = getattr(experts, key), getattr(experts, f"{key}_bias", None)
         bias = None if bias is None else bias.detach()[:, stored]
         if isinstance(side, PackedTensors):
@@ -428,7 +429,7 @@ def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Ma
         else:
             weight = side.detach().mT if bank.transposed else side.detach()
             found.append(matrix.dense(weight[:, stored], bias))
-    return found[0], found[1], found[2]
+    return found[0], found[1] if bank.gated else None, found[-1]
 
 
 def rounded_matrix(weight: Tensor, bits: int) -> matrix.Matrix:

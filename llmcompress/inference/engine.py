@@ -106,7 +106,8 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
     if hasattr(module, "_hf_hook"):
         return " is offloaded by accelerate"
     if name.endswith(("_proj", "_linear", "_proj_with_mqa", ".c_fc", ".w1", ".w2", ".w3")):
-        if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear):
+        # Nemotron-H has a projection that does nothing
+        if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear | nn.Identity):
             return f" is a {type(module).__name__}"
         if module._forward_pre_hooks or module._forward_hooks:
             return HOOKED

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 # what families call the norm before the head
-FINAL_NORMS = ("norm", "final_layernorm", "embedding_norm")
+FINAL_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f")
 
 
 def decline(model: PreTrainedModel) -> str | None:
@@ -71,6 +71,8 @@ def _decline_layout(layout: ModelLayout, rank: Any) -> str | None:
         return "none of its layers has attention"
     if ("ssm", None) in kinds and layout.hidden % LANES != 0:
         return f"a convolution of {layout.hidden} channels, which do not fill vectors"
+    if any(bank.entry is not None for bank in layout.banks.values()):
+        return "its experts work on a narrower projection of their input"
     views = {block.scan.module: block.scan for block in layout.blocks if block.scan is not None}
     for name, view in views.items():
         reason = recurrent.decline_scan(view, layout.hidden, rank)
@@ -267,8 +269,12 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)
 
 
+# fields that a layer may lack and that have no defaults
+_HALVES = ("attention_norm", "mlp_norm", "query", "key", "value", "output", "gate", "up", "down")
+
+
 def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
-    given: dict[str, Any] = dict.fromkeys(("attention_norm", "mlp_norm", "query", "key", "value", "output"))
+    given: dict[str, Any] = dict.fromkeys(_HALVES)
     for sublayer in block.sublayers:
         module: Any = model.get_submodule(sublayer.module)
         norm: Any = model.get_submodule(str(sublayer.pre_norm))
@@ -280,11 +286,11 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
             given |= {"attention_norm": norm_of(norm), **_convolution(module)}
         elif sublayer.experts is not None:
             given |= {"mlp_norm": norm_of(norm), **_experts(model, sublayer.experts)}
+            if sublayer.groups:
+                given |= _mlp(model.get_submodule(sublayer.groups[0].module), "shared_")
         else:
             # without experts the MLP beside them is the layer's own
-            beside = "" if block.bank is None else "shared_"
-            parts = zip(("gate", "up", "down"), mlp_parts(module))
-            given |= {"mlp_norm": norm_of(norm), **{f"{beside}{name}": weight for name, weight in parts}}
+            given |= {"mlp_norm": norm_of(norm), **_mlp(module, "" if block.bank is None else "shared_")}
     return native.Layer(**given)
 
 
@@ -306,6 +312,10 @@ def _convolution(module: Any) -> dict[str, Any]:
     }
 
 
+def _mlp(module: Any, prefix: str) -> dict[str, Any]:
+    return {f"{prefix}{name}": weight for name, weight in zip(("gate", "up", "down"), mlp_parts(module))}
+
+
 def _experts(model: PreTrainedModel, bank: ExpertBank) -> dict[str, Any]:
     decides = Router(model, bank.router)
     weight: Any = decides.module.weight
@@ -318,7 +328,8 @@ def _experts(model: PreTrainedModel, bank: ExpertBank) -> dict[str, Any]:
 
 
 def _mixers(model: PreTrainedModel, layout: ModelLayout, int8_activations: bool) -> mamba2.Model | None:
-    views = [(block.sublayers[0].pre_norm, block.scan) for block in layout.blocks if block.scan is not None]
+    sublayers = [sublayer for block in layout.blocks for sublayer in block.sublayers]
+    views = [(sublayer.pre_norm, sublayer.scan) for sublayer in sublayers if sublayer.scan is not None]
     if not views:
         return None
     parts = [(model.get_submodule(str(norm)), model.get_submodule(view.module)) for norm, view in views]

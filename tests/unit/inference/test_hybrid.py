@@ -49,6 +49,13 @@ EXPERTS: dict[str, Any] = {
     **LFM2, "moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3, "num_dense_layers": 1,
     "routed_scaling_factor": 1.3,
 }  # fmt: skip
+_MIX = "linear_attention"
+NEMOTRON: dict[str, Any] = {
+    "vocab_size": 70, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1,
+    "head_dim": 16, "mamba_num_heads": 6, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 32,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48, "moe_latent_size": None,
+    "max_position_embeddings": 512,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granitemoehybrid", GRANITE),
     # as Granite 4 is: no positions; and its small ones: one MLP and no experts
@@ -62,6 +69,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", LFM2),
     "taps": ("lfm2", {**LFM2, "conv_bias": True, "conv_L_cache": 5, "tie_word_embeddings": False}),
     "lfm2_moe": ("lfm2_moe", EXPERTS),
+    # one sublayer a layer, MLPs and experts without gates; mixers first and last, or neither
+    "nemotron": (
+        "nemotron_h",
+        {**NEMOTRON, "layers_block_type": [_MIX, "mlp", _MIX, "full_attention", "moe", _MIX], "mlp_bias": True},
+    ),
+    "nano": ("nemotron_h", {**NEMOTRON, "layers_block_type": ["moe", "full_attention", _MIX, _MIX, "moe", "mlp"]}),
     "thin": ("jamba", {**JAMBA, "num_experts": 1, "tie_word_embeddings": True, "mamba_proj_bias": True}),
 }
 IDS = torch.randint(3, 70, (330,), generator=torch.Generator().manual_seed(5))
@@ -160,7 +173,7 @@ STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("ds
 
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize(("codec", "rounding", "window"), STORED)
-@pytest.mark.parametrize(("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4)])
+@pytest.mark.parametrize(("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4), ("nemotron", 4)])
 @torch.inference_mode()
 def test_packed_states_have_the_same_codes(
     name: str, bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path,
@@ -183,7 +196,7 @@ def test_packed_states_have_the_same_codes(
     assert sum(differ) / len(differ) < 0.01
 
 
-@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe", "nano"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_generation_takes_it_and_writes_the_same(
     window: int, name: str, tiny: Any, tmp_path: Path, sequences: Any
@@ -192,7 +205,7 @@ def test_generation_takes_it_and_writes_the_same(
     sequences.written_alike(model, IDS)
 
 
-@pytest.mark.parametrize("name", ["granite", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["granite", "lfm2_moe", "nano"])
 def test_serving_takes_it(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
     model = packed(tiny, tmp_path, name, states_of(name, rounding="dither", window=4))
@@ -245,6 +258,9 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
     ("granitemoehybrid", {}, {"bits": 4, "codec": "per_channel"}, "per_channel"),
     ("granitemoehybrid", {}, {"bits": 4, "codec": "dsq", "window": 65}, "window of 65 tokens"),
     ("jamba", {"mamba_dt_rank": 3}, None, "rank 3"),
+    ("lfm2", {"hidden_size": 40, "num_attention_heads": 5}, None, "40 channels"),
+    ("nemotron_h", {"moe_latent_size": 16}, None, "narrower projection"),
+    ("nemotron_h", {"mamba_hidden_act": "gelu"}, None, "mamba_hidden_act"),
     ("granitemoehybrid", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None, "rota"),
 ]  # fmt: skip
 
@@ -253,7 +269,8 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
 def test_what_it_cannot_run_it_declines(
     family: str, changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any, sequences: Any
 ) -> None:
-    model = tiny.model(family, **{**(JAMBA if family == "jamba" else GRANITE), **changes})
+    sizes = {"granitemoehybrid": GRANITE, "jamba": JAMBA, "lfm2": LFM2, "nemotron_h": MODELS["nano"][1]}[family]
+    model = tiny.model(family, **{**sizes, **changes})
     sequences.refused(model, policy, reason)
 
 
@@ -264,7 +281,7 @@ def test_hooks_are_declined(tiny: Any) -> None:
     assert "hooks" in str(decline(model))
 
 
-@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe", "nemotron"])
 def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Routed experts keep float inputs, all others are rounded."""
     model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
@@ -272,7 +289,7 @@ def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, 
     for layer in engine.decoder.layers:
         for weight in (layer.query, layer.conv_in):
             assert weight is None or weight.input_bytes == decode.INT8_PLANES
-        assert layer.gate.input_bytes == (0 if layer.router else decode.INT8_PLANES)
+        assert layer.gate is None or layer.gate.input_bytes == (0 if layer.router else decode.INT8_PLANES)
     expected, _ = by_modules(model, tokens, 24)
     effect = (by_modules(exact, tokens, 24)[0] - expected).abs().mean()
     # a sum in another order moves an input across a rounding boundary now and then, and its step with it
@@ -304,7 +321,15 @@ def alike(engine: HybridEngine) -> None:
 @pytest.mark.parametrize("cuts", [(0, 64, 300), (0, 128, 192, 300), (0, 256, 300)])
 @pytest.mark.parametrize(
     ("name", "threads", "window"),
-    [("granite", 1, 1), ("granite", 3, 4), ("bamba", 2, 1), ("jamba", 2, 1), ("taps", 2, 1), ("lfm2_moe", 1, 1)],
+    [
+        ("granite", 1, 1),
+        ("granite", 3, 4),
+        ("bamba", 2, 1),
+        ("jamba", 2, 1),
+        ("taps", 2, 1),
+        ("lfm2_moe", 1, 1),
+        ("nemotron", 2, 4),
+    ],
 )
 def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
     name: str, threads: int, window: int, cuts: tuple[int, ...], tiny: Any, tmp_path: Path
@@ -331,7 +356,7 @@ def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
         engine.prompt(1, tokens[64:], start=64)
 
 
-@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe", "nano"])
 def test_a_snapshot_outlives_other_prompts(name: str, tiny: Any, tmp_path: Path) -> None:
     model, tokens = packed(tiny, tmp_path, name, states_of(name), bits=4), IDS[:200].tolist()
     engine = HybridEngine(model, slots=3, positions=208, threads=2)
@@ -348,7 +373,7 @@ def test_a_snapshot_outlives_other_prompts(name: str, tiny: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("policy", [{"alpha": 0.9}, {"alpha": 1.0, "fallback": "reroute"}])
-@pytest.mark.parametrize("name", ["granite", "jamba", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["granite", "jamba", "lfm2_moe", "nano"])
 @torch.inference_mode()
 def test_experts_are_skipped_as_in_modules(name: str, policy: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     model, tokens = packed(tiny, tmp_path, name, bits=4), IDS[:300]

@@ -73,6 +73,9 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 // A short gated convolution (LFM2, arXiv 2511.23404): `conv_in` makes two gates and an input of each of H channels; the first gate
 // times the input goes through L taps of its channel, the result times the second gate through `output`.
 //
+// A layer is a half before the MLP and an MLP or experts; one of both may be missing (Nemotron-H). A mixer and attention may stand
+// side by side (Falcon-H1): both read the hidden states before the layer.
+//
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
     const float* attention_norm;  // [H] or null
@@ -95,13 +98,14 @@ struct Layer {
     Matrix absorb;        // [C, D - R] of each head, dense, or ABSENT
     Matrix expand;        // [V, C] of each head
     Matrix conv_in;       // [3 H, H]: first gate, second gate, input of a short convolution in the place of attention, or ABSENT
-    Matrix gate, up, down;  // the MLP, whose `up` may be ABSENT, or the experts where `router` is present
+    Matrix gate, up, down;  // the MLP or, where `router` is present, the experts; without a gate the first has the place of `gate`
     Matrix router;          // [E, H], dense, or ABSENT
-    Matrix shared_gate, shared_up, shared_down;  // a gated MLP beside the experts, or ABSENT
+    Matrix shared_gate, shared_up, shared_down;  // an MLP beside the experts, likewise, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
-    int32_t mixes;          // whether a mixer stands in the place of attention, whose norm and projections are not there then
-    int32_t place;          // number among the layers with mixers, those with short convolutions, those with windows, or all others
+    int32_t mixes;          // whether it has a mixer, which has its norm and projections elsewhere
+    int32_t mixer;          // its number among the layers with mixers
+    int32_t place;          // number among the layers with short convolutions, those with windows, or all others with attention
     int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
     int32_t window;         // positions that a token sees, itself the last of them; 0 for all
 };
@@ -122,7 +126,7 @@ struct Model {
     int32_t value_dim;  // columns of a head's result
     int32_t taps;       // L of short convolutions, 0 where there are none
     float latent_epsilon;  // of the norms of latents and of what `query` reads
-    int32_t activation;  // of the gates of MLPs (lowbit.h): SILU, GELU_TANH, or GPT_OSS with a slope and a limit
+    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU_TANH, RELU2, or GPT_OSS with a slope and a limit
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum
     int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them

@@ -72,6 +72,10 @@ inline void scale_all(float* x, int64_t count, float by) {
 
 // What an MLP does with sixteen values of its gate. (1 + tanh(u)) / 2 is the sigmoid of 2 u.
 inline F16 activated(F16 v, int32_t activation) {
+    if (activation == RELU2) {
+        const F16 positive = maximum(v, F16{});
+        return positive * positive;
+    }
     // 2 sqrt(2 / pi) (v + 0.044715 v^3)
     const F16 u = activation == GELU_TANH ? v * (v * v * 0.0713548162726f + 1.59576912160573f) : v;
     return v / (exponential(-u) + 1.f);

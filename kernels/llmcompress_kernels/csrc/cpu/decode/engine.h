@@ -63,6 +63,13 @@ struct LayerOperands {
     Operand query, key, value, output, gate, up, down, router;
     Operand query_down, absorb, expand, conv_in;
     Operand shared_gate, shared_up, shared_down, shared_router;
+
+    bool attends() const { return query.present(); }
+    bool has_mlp() const { return gate.present(); }
+    // whether something comes before an MLP
+    bool begins() const { return attends() || conv_in.present() || l.mixes != 0; }
+    // of what its last half adds to the hidden states
+    const float* after() const { return has_mlp() ? l.mlp_after : l.attention_after; }
 };
 
 // What one thread works in. Vectors only grow.

@@ -53,7 +53,7 @@ class PromptWorker {
         for (int i = 0; i < m_.layer_count; ++i) layer(e_.layers[size_t(i)], i);
         if (thread_ != 0) return;
         first_ = 0;
-        add_delta(p_.count - 1, after_layer(m_.layer_count - 1));
+        add_before(p_.count - 1, m_.layer_count);
         std::copy_n(hidden(p_.count - 1), m_.hidden, p_.hidden);
     }
 
@@ -99,11 +99,12 @@ class PromptWorker {
     float* normed(int64_t t) { return room_.normed.data() + ((e_.experts > 0 ? first_ : 0) + t) * m_.hidden; }
 
     void layer(const LayerOperands& o, int index) {
-        if (o.l.mixes != 0) mixer(o.l.place, index);
+        if (o.l.mixes != 0) mixer(o.l.mixer, index);
         pieces([&] {
-            if (o.l.mixes == 0) mix(o, index);
-            if (o.router.present()) choose_experts(o);
-            else gated_mlp(o);
+            if (o.conv_in.present()) convolution(o, index);
+            else if (o.attends()) attention(o, index);
+            if (o.router.present()) choose_experts(o, index);
+            else if (o.has_mlp()) gated_mlp(o, index);
         });
         if (!o.router.present()) return;
         if (p_.reroute != nullptr) {
@@ -119,7 +120,7 @@ class PromptWorker {
     void mixer(int32_t layer, int index) {
         pieces([&] {
             each(blocks(), [&](int64_t b) {
-                for (int64_t t = begin(b); index > 0 && t < end(b); ++t) add_delta(t, after_layer(index - 1));
+                for (int64_t t = begin(b); t < end(b); ++t) add_before(t, index);
             });
         });
         const BoundMixers& x = *p_.mixers;
@@ -128,44 +129,54 @@ class PromptWorker {
         took(MIXER);
     }
 
-    void mix(const LayerOperands& o, int index) {
-        const auto make = [&](int64_t t) {
-            if (index > 0) add_delta(t, after_layer(index - 1));
-            norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
-        };
-        if (o.conv_in.present()) {
-            project({{&o.conv_in, room_.convolved.data()}}, normed(0), QKV, make);
-            convolution(o, o.l.place);
-            return project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
-        }
-        const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
-        const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
-        const bool is_low = o.query_down.present();
-        project({is_low ? low : query, key, value}, normed(0), QKV, make);
-        if (is_low)
-            project({query}, low.out, QKV, [&](int64_t t) { norm_low(m_, o, low.out + t * o.query_down.m.rows); });
-        if (o.absorb.present()) latent_attention(o, o.l.place);
-        else attention(o.l, o.l.place);
+    // Norm of a half's hidden states, of which a mixer beside it has read the same.
+    void make_first(const LayerOperands& o, int index, int64_t t) {
+        if (o.l.mixes == 0) add_before(t, index);
+        norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
+        if (o.l.mixes != 0) add_delta(t, nullptr);
+    }
+
+    void convolution(const LayerOperands& o, int index) {
+        project({{&o.conv_in, room_.convolved.data()}}, normed(0), QKV, [&](int64_t t) { make_first(o, index, t); });
+        convolve_all(o, o.l.place);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
-    void gated_mlp(const LayerOperands& o) {
-        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP, [&](int64_t t) {
-            add_delta(t, o.l.attention_after);
-            norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
-        });
+    void attention(const LayerOperands& o, int index) {
+        const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
+        const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
+        const bool is_low = o.query_down.present();
+        project({is_low ? low : query, key, value}, normed(0), QKV, [&](int64_t t) { make_first(o, index, t); });
+        if (is_low)
+            project({query}, low.out, QKV, [&](int64_t t) { norm_low(m_, o, low.out + t * o.query_down.m.rows); });
+        if (o.absorb.present()) latent_attention(o, o.l.place);
+        else head_attention(o.l, o.l.place);
+        project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
+    }
+
+    void gated_mlp(const LayerOperands& o, int index) {
+        project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP,
+                [&](int64_t t) { make_second(o, index, t); });
         open_gates(o.gate.m.rows, o.down, o.up.present());
     }
 
     // activation(gate) * up of an MLP, or the first alone, through its last projection.
-    void open_gates(int64_t width, const Operand& down, bool gated = true) {
+    void open_gates(int64_t width, const Operand& down, bool gated) {
         project({{&down, delta(0)}}, room_.gate.data(), DOWN, [&](int64_t t) {
             open_gate(m_, room_.gate.data() + t * width, gated ? room_.up.data() + t * width : nullptr, width);
         });
     }
 
-    const float* after_layer(int index) const { return e_.layers[size_t(index)].l.mlp_after; }
+    void make_second(const LayerOperands& o, int index, int64_t t) {
+        if (o.begins()) add_delta(t, o.l.attention_after);
+        else add_before(t, index);
+        norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
+    }
 
+    // What the layer before this one has said.
+    void add_before(int64_t t, int index) {
+        if (index > 0) add_delta(t, e_.layers[size_t(index - 1)].after());
+    }
     void add_delta(int64_t t, const float* after) { add_to(m_, delta(t), after, p_.member, hidden(t)); }
 
     void norm_hidden(int64_t t, const float* weight, const float* bias) {
@@ -304,14 +315,11 @@ class PromptWorker {
                   });
     }
 
-    void choose_experts(const LayerOperands& o) {
+    void choose_experts(const LayerOperands& o, int index) {
         Routed& r = room_.routed;
         const int64_t count = o.router.m.rows, k = m_.top_k;
         each(blocks(), [&](int64_t b) {
-            for (int64_t t = begin(b); t < end(b); ++t) {
-                add_delta(t, o.l.attention_after);
-                norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
-            }
+            for (int64_t t = begin(b); t < end(b); ++t) make_second(o, index, t);
             Input in(scratch_, p_.planes);
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
             float* const scores = r.scores.data() + first_ * count;
@@ -340,7 +348,7 @@ class PromptWorker {
         if (o.shared_gate.present()) {
             const auto nothing = [](int64_t) {};
             project({{&o.shared_gate, room_.gate.data()}, {&o.shared_up, room_.up.data()}}, normed(0), GATE_UP, nothing);
-            open_gates(o.shared_gate.m.rows, o.shared_down);
+            open_gates(o.shared_gate.m.rows, o.shared_down, o.shared_up.present());
         }
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
@@ -353,7 +361,7 @@ class PromptWorker {
             const Routed::Block& b = r.blocks[size_t(i)];
             const int64_t slot = r.first[size_t(b.expert)], from = slot + begin(b.block);
             const int64_t size = std::min(r.first[size_t(b.expert) + 1] - from, most()) * width;
-            open_gate(m_, room_.gate.data() + from * width, room_.up.data() + from * width, size);
+            open_gate(m_, room_.gate.data() + from * width, o.up.present() ? room_.up.data() + from * width : nullptr, size);
             round(o.down, b, room_.gate.data() + slot * width, nullptr);
         });
         took(NORM);
@@ -382,7 +390,7 @@ class PromptWorker {
     }
 
     // A task takes some channels through all tokens of the piece.
-    void convolution(const LayerOperands& o, int layer) {
+    void convolve_all(const LayerOperands& o, int layer) {
         float* const inputs = last_inputs(m_, c_, layer, p_.slot);
         each((m_.hidden + CHANNELS - 1) / CHANNELS, [&](int64_t i) {
             const int64_t first = i * CHANNELS, last = std::min<int64_t>(m_.hidden, first + CHANNELS);
@@ -395,7 +403,7 @@ class PromptWorker {
         took(MIXER);
     }
 
-    void attention(const Layer& l, int layer) {
+    void head_attention(const Layer& l, int layer) {
         const int64_t heads = m_.key_value_heads, dim = m_.head_dim;
         const Cache& c = cache_of(c_, l);
         each(blocks(), [&](int64_t b) {

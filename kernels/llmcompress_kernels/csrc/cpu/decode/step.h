@@ -28,12 +28,14 @@ class Worker {
         else std::copy_n(s_.hidden, s_.batch * m_.hidden, own_.hidden.begin());
         for (int i = s_.first_layer; i < s_.last_layer; ++i) {
             const LayerOperands& o = e_.layers[size_t(i)];
-            if (o.l.mixes != 0) mix(o.l.place);
-            else if (o.conv_in.present()) convolution(o, o.l.place);
+            // before a mixer adds that stands beside attention
+            if (o.attends()) norm_all(o.l.attention_norm, o.l.attention_norm_bias);
+            if (o.l.mixes != 0) mix(o.l.mixer);
+            if (o.conv_in.present()) convolution(o, o.l.place);
             else if (o.absorb.present()) latent_attention(o, o.l.place);
-            else attention(o, o.l.place);
+            else if (o.attends()) attention(o, o.l.place);
             if (o.router.present()) experts(o);
-            else gated_mlp(o);
+            else if (o.has_mlp()) gated_mlp(o);
         }
         if (s_.last_layer == m_.layer_count) head();
         else if (thread_ == 0) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, s_.hidden);
@@ -104,7 +106,6 @@ class Worker {
     }
 
     void attention(const LayerOperands& o, int layer) {
-        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
         project({{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}, {&o.value, sh_.value.data()}});
         // all new keys and values come first: tokens of a step may belong to one sequence (a short prompt)
         const Range pairs = share(s_.batch * m_.key_value_heads);
@@ -147,7 +148,6 @@ class Worker {
     }
 
     void latent_attention(const LayerOperands& o, int layer) {
-        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
         const bool low = o.query_down.present();
         project({low ? Product{&o.query_down, sh_.low.data()} : Product{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}});
         const Range tokens = share(s_.batch);
