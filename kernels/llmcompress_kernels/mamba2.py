@@ -128,8 +128,8 @@ class Layer:
         conv_weight: float32 ``[C, 4]``.
         conv_bias: float32 ``[C]`` or None.
         dt_bias, a, d: float32 ``[H]``, of Mamba-1 ``[I]`` and ``a [I, N]``; ``a`` is negative.
-        gain: float32 ``[I]``, weight of the gated norm; of Mamba-1 ``[R + 2 N]``, those of the norms of dt, B and C, or
-            None.
+        gain: float32 ``[I]``, weight of the gated norm, None for a gate without a norm; of Mamba-1 ``[R + 2 N]``, those
+            of the norms of dt, B and C, or None.
         fixed: fp16 ``[H, P]`` calibrated channel scale of the states, or None.
         in_planes, out_planes: Bytes of an activation: 3 as exact as float32, 1 rounds to int8.
         x_proj: ``[R + 2 N, I]`` of Mamba-1: inputs of the time steps, B and C.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class MatrixStruct(ctypes.Structure):
     """``Matrix`` of C++."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias", "factors")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "expert_rows")),
         *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "input_bytes")),
     )
@@ -44,6 +44,7 @@ class Matrix:
         scale: Interleaved fp16 scales of a packed weight.
         zero: Interleaved packed zero points, or None.
         bias: float32 ``[(E,) N]`` or None.
+        factors: float32 ``[N]`` of results with their biases, or None for ones.
         bits: Code width, 0 for a dense tensor.
         group_size: Columns per scale.
         planes: Nodes of a residual tree instead of all that.
@@ -57,6 +58,7 @@ class Matrix:
     scale: Tensor | None = None
     zero: Tensor | None = None
     bias: Tensor | None = None
+    factors: Tensor | None = None
     bits: int = 0
     group_size: int = 0
     planes: Sequence[tree.Plane] = ()
@@ -80,15 +82,27 @@ class Matrix:
         """The same for C++, which points into the tensors."""
         if self.planes:
             return MatrixStruct(
-                ctypes.addressof(self.nodes), None, None, None if self.bias is None else self.bias.data_ptr(),
+                ctypes.addressof(self.nodes), None, None,
+                *(None if t is None else t.data_ptr() for t in (self.bias, self.factors)),
                 self.rows, self.columns, 0, _TREE, len(self.planes), self.group_size, 0,
             )  # fmt: skip
         apart = self.data.stride(0) // self.data.shape[-2] if self.bits else self.data.stride(0) // self.columns
         return MatrixStruct(
-            *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias)),
+            *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias, self.factors)),
             self.rows, self.columns, apart if self.experts > 1 else 0,
             _PACKED if self.bits else KINDS[self.data.dtype], self.bits, self.group_size, self.input_bytes,
         )  # fmt: skip
+
+
+def times(given: Matrix, factors: Tensor | float) -> Matrix:
+    """The same weight with factors of its results.
+
+    Args:
+        given: Without factors.
+        factors: One for each row, or one for all.
+    """
+    rows = torch.as_tensor(factors, dtype=torch.float32).expand(given.rows).contiguous()
+    return given if bool((rows == 1).all()) else replace(given, factors=rows)
 
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Matrix:
@@ -127,7 +141,7 @@ def packed(
     rows = words.shape[-3] * LANES if interleaved else words.shape[-2]
     tensors = [None if t is None else t if interleaved else _interleave(t) for t in (words, scale, zero)]
     held: Any = tensors
-    return Matrix(held[0], rows, columns, held[1], held[2], _float(bias), bits, group_size)
+    return Matrix(held[0], rows, columns, held[1], held[2], _float(bias), bits=bits, group_size=group_size)
 
 
 def of_tree(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STATES = ("mamba2", "mamba", "falcon_mamba")
-HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h")
+HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
@@ -70,6 +70,8 @@ def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     for key in ("use_parallel_residual", "qk_layernorm"):
         if family == "stablelm" and config.get(key):
             return f"{key} is set"
+    if config.get("mamba_rms_norm") and config.get("mamba_norm_before_gate", True):
+        return "its mixers norm before their gates (mamba_norm_before_gate)"
     if config.get("mamba_hidden_act", "silu") != "silu":
         return f"the activation {config['mamba_hidden_act']} of its mixers (mamba_hidden_act) is not silu"
     if config.get("use_bidirectional_attention"):

@@ -256,7 +256,7 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
         head_bits: See :class:`~llmcompress.inference.engine.Engine`.
 
     Returns:
-        The decoder, without rotary tables. Logits are divided by the model's constant in the last norm.
+        The decoder, without rotary tables. The model's factor of its logits is in the last norm.
     """
     config: Any = model.config
     ends = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
@@ -264,7 +264,8 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     base: Any = model.base_model
     final = next(getattr(base, name) for name in FINAL_NORMS if hasattr(base, name))
     layers = [_layer(model, block) for block in layout.blocks]
-    last, scale = (norm_of(final), norm_of(final, "bias")), float(getattr(config, "embedding_multiplier", 1.0))
+    factor, scale = (float(getattr(config, f"{end}_multiplier", 1.0)) for end in ("lm_head", "embedding"))
+    last = norm_of(final) * factor, norm_of(final, "bias")
     module, routing = model.get_submodule(attention.module), routing_of(model, layout)
     return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)
 
@@ -279,7 +280,8 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
         module: Any = model.get_submodule(sublayer.module)
         norm: Any = model.get_submodule(str(sublayer.pre_norm))
         if sublayer.kind == "attention":
-            given |= {"attention_norm": norm_of(norm), **_attention(module)}
+            factor = float(getattr(model.config, "attention_in_multiplier", 1.0))
+            given |= {"attention_norm": norm_of(norm) * factor, **_attention(model, module)}
         elif sublayer.scan is not None:
             given["mixes"] = True
         elif sublayer.kind == "ssm":
@@ -294,12 +296,14 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
     return native.Layer(**given)
 
 
-def _attention(module: Any) -> dict[str, Any]:
+def _attention(model: PreTrainedModel, module: Any) -> dict[str, Any]:
     """What attention has, by the names of :class:`~llmcompress_kernels.decode.Layer`; likewise the functions below."""
     last = module.o_proj if hasattr(module, "o_proj") else module.out_proj
     projections = {name: linear_matrix(getattr(module, f"{name[0]}_proj")) for name in ("query", "key", "value")}
     norms = {f"{name}_norm": norm_of(getattr(module, f"{name[0]}_layernorm", None)) for name in ("query", "key")}
-    return {**projections, **norms, "output": linear_matrix(last)}
+    projections["key"] = matrix.times(projections["key"], getattr(module, "key_multiplier", 1.0))
+    factor = getattr(model.config, "attention_out_multiplier", 1.0)
+    return {**projections, **norms, "output": matrix.times(linear_matrix(last), factor)}
 
 
 def _convolution(module: Any) -> dict[str, Any]:
@@ -313,7 +317,10 @@ def _convolution(module: Any) -> dict[str, Any]:
 
 
 def _mlp(module: Any, prefix: str) -> dict[str, Any]:
-    return {f"{prefix}{name}": weight for name, weight in zip(("gate", "up", "down"), mlp_parts(module))}
+    gate, up, down = mlp_parts(module)
+    gate = matrix.times(gate, getattr(module, "gate_multiplier", 1.0))
+    down = matrix.times(down, getattr(module, "down_multiplier", 1.0))
+    return {f"{prefix}gate": gate, f"{prefix}up": up, f"{prefix}down": down}
 
 
 def _experts(model: PreTrainedModel, bank: ExpertBank) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from llmcompress_kernels import mamba1
 from llmcompress_kernels import mamba2 as native
 from llmcompress_kernels.cpu_state import CONV_WIDTH, MAX_WINDOW
 from llmcompress_kernels.decode import INT8_PLANES
-from llmcompress_kernels.matrix import Matrix, dense
+from llmcompress_kernels.matrix import Matrix, dense, times
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
@@ -345,6 +346,27 @@ def weights_of(model: PreTrainedModel, int8_activations: bool = False, head_bits
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Constants by which a family multiplies around its mixers (Falcon-H1).
+
+    Attributes:
+        inputs: Of what they read.
+        projected: float32 ``[I + C + H]``, of what in_proj makes; None for ones.
+        outputs: Of what they say.
+    """
+
+    inputs: float = 1.0
+    projected: Tensor | None = None
+    outputs: float = 1.0
+
+
+def factors_of(model: PreTrainedModel, mixer: Any) -> Factors:
+    """Those of a mixer."""
+    outputs = float(getattr(model.config, "ssm_out_multiplier", 1.0))
+    return Factors(float(getattr(mixer, "ssm_in_multiplier", 1.0)), getattr(mixer, "mup_vector", None), outputs)
+
+
 def mixers_of(
     model: PreTrainedModel, view: ScanView, parts: Sequence[tuple[Any, Any]], int8_activations: bool,
     final_norm: Tensor, embedding: Matrix | None = None, head: Matrix | None = None, vocabulary: int = 0,
@@ -368,7 +390,10 @@ def mixers_of(
     first = quantizers.get(mixer.layer_idx)
     per_channel = view.kind == "mamba1"
     return native.Model(
-        layers=[_layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations, per_channel) for n, m in parts],
+        layers=[
+            _layer(n, m, quantizers.get(m.layer_idx), exact, int8_activations, per_channel, factors_of(model, m))
+            for n, m in parts
+        ],
         final_norm=final_norm,
         embedding=embedding,
         head=head,
@@ -380,7 +405,7 @@ def mixers_of(
         bits=0 if first is None else first.spec.bits,
         refit=first is not None and first.spec.refit,
         epsilon=norm.variance_epsilon,
-        gate_epsilon=_inner_epsilon(mixer) if per_channel else mixer.norm.variance_epsilon,
+        gate_epsilon=_inner_epsilon(mixer) if per_channel else getattr(mixer.norm, "variance_epsilon", 0.0),
         limits=(0.0, math.inf) if per_channel else tuple(mixer.time_step_limit),
         head_planes=exact,
         dither=first is not None and first.spec.dither,
@@ -409,13 +434,13 @@ def _float(tensor: Any) -> Tensor:
 
 
 def _layer(
-    norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool, per_channel: bool
+    norm: Any, mixer: Any, quantizer: StateQuantizer | None, exact: int, int8: bool, per_channel: bool, factors: Factors
 ) -> native.Layer:
-    own = _per_channel(mixer, exact, int8) if per_channel else _per_head(mixer)
+    own = _per_channel(mixer, exact, int8) if per_channel else _per_head(mixer, factors)
     return native.Layer(
         **own,
-        norm=norm_of(norm),
-        out_proj=linear_matrix(mixer.out_proj),
+        norm=norm_of(norm) * factors.inputs,
+        out_proj=times(linear_matrix(mixer.out_proj), factors.outputs),
         conv_weight=_float(mixer.conv1d.weight[:, 0]),
         conv_bias=None if mixer.conv1d.bias is None else _float(mixer.conv1d.bias),
         a=-_float(mixer.A_log).exp(),
@@ -426,21 +451,25 @@ def _layer(
     )
 
 
-def _per_head(mixer: Any) -> dict[str, Any]:
+def _per_head(mixer: Any, factors: Factors) -> dict[str, Any]:
     """What only a Mamba-2 mixer has, by the names of :class:`~llmcompress_kernels.mamba2.Layer`."""
-    in_proj, times = _in_proj(mixer.in_proj, mixer.num_heads)
-    return {"in_proj": in_proj, "dt_proj": times, "dt_bias": _float(mixer.dt_bias), "gain": norm_of(mixer.norm)}
+    in_proj, steps = _in_proj(mixer.in_proj, mixer.num_heads)
+    if factors.projected is not None:
+        rows = factors.projected.detach().float().flatten()
+        steps = None if steps is None else times(steps, rows[-mixer.num_heads :])
+        in_proj = times(in_proj, rows[: in_proj.rows])
+    return {"in_proj": in_proj, "dt_proj": steps, "dt_bias": _float(mixer.dt_bias), "gain": norm_of(mixer.norm)}
 
 
 def _per_channel(mixer: Any, exact: int, int8: bool) -> dict[str, Any]:
     """The same of a Mamba-1 mixer."""
-    times = mixer.dt_proj
+    steps = mixer.dt_proj
     return {
         "in_proj": linear_matrix(mixer.in_proj),
         "x_proj": linear_matrix(mixer.x_proj),
         "x_planes": _planes(mixer.x_proj, exact, int8),
-        "dt_proj": dense(times.weight.detach()),
-        "dt_bias": _float(times.bias),
+        "dt_proj": dense(steps.weight.detach()),
+        "dt_bias": _float(steps.bias),
         "gain": _inner_gain(mixer),
     }
 
@@ -451,10 +480,10 @@ def _planes(module: Any, exact: int, int8: bool) -> int:
 
 def _in_proj(module: Any, heads: int) -> tuple[Matrix, Matrix | None]:
     """The projection, and its rows of time steps by themselves where they stay dense beside packed ones."""
-    times = module._buffers.get("weight_dense") if isinstance(module, PackedLinear) else None
-    if times is None:
+    steps = module._buffers.get("weight_dense") if isinstance(module, PackedLinear) else None
+    if steps is None:
         return linear_matrix(module), None
     module.prepare()
     bias = module.bias
     parts = (None, None) if bias is None else (bias[:-heads], bias[-heads:])
-    return packed_matrix(module, slice(None), parts[0]), dense(times.detach(), parts[1])
+    return packed_matrix(module, slice(None), parts[0]), dense(steps.detach(), parts[1])

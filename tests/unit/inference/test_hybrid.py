@@ -56,6 +56,12 @@ NEMOTRON: dict[str, Any] = {
     "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48, "moe_latent_size": None,
     "max_position_embeddings": 512,
 }  # fmt: skip
+FALCON: dict[str, Any] = {
+    **_MIXERS, "mamba_d_ssm": 96, "mamba_rms_norm": False, "num_hidden_layers": 3, "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.7, "attention_in_multiplier": 0.8, "attention_out_multiplier": 0.9, "key_multiplier": 0.6,
+    "mlp_multipliers": [0.9, 1.1], "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7], "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granitemoehybrid", GRANITE),
     # as Granite 4 is: no positions; and its small ones: one MLP and no experts
@@ -75,6 +81,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**NEMOTRON, "layers_block_type": [_MIX, "mlp", _MIX, "full_attention", "moe", _MIX], "mlp_bias": True},
     ),
     "nano": ("nemotron_h", {**NEMOTRON, "layers_block_type": ["moe", "full_attention", _MIX, _MIX, "moe", "mlp"]}),
+    # attention and a mixer side by side, factors everywhere; a gate alone, or a norm by groups after it, with biases
+    "falcon": ("falcon_h1", FALCON),
+    "normed": (
+        "falcon_h1",
+        {
+            **FALCON,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "mamba_proj_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "projectors_bias": True,
+        },
+    ),
     "thin": ("jamba", {**JAMBA, "num_experts": 1, "tie_word_embeddings": True, "mamba_proj_bias": True}),
 }
 IDS = torch.randint(3, 70, (330,), generator=torch.Generator().manual_seed(5))
@@ -173,7 +193,9 @@ STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("ds
 
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize(("codec", "rounding", "window"), STORED)
-@pytest.mark.parametrize(("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4), ("nemotron", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4), ("nemotron", 4), ("normed", 4)]
+)
 @torch.inference_mode()
 def test_packed_states_have_the_same_codes(
     name: str, bits: int, codec: str, rounding: str, window: int, at_once: bool, tiny: Any, tmp_path: Path,
@@ -196,7 +218,7 @@ def test_packed_states_have_the_same_codes(
     assert sum(differ) / len(differ) < 0.01
 
 
-@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe", "nano"])
+@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe", "nano", "falcon"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_generation_takes_it_and_writes_the_same(
     window: int, name: str, tiny: Any, tmp_path: Path, sequences: Any
@@ -205,7 +227,7 @@ def test_generation_takes_it_and_writes_the_same(
     sequences.written_alike(model, IDS)
 
 
-@pytest.mark.parametrize("name", ["granite", "lfm2_moe", "nano"])
+@pytest.mark.parametrize("name", ["granite", "lfm2_moe", "nano", "falcon"])
 def test_serving_takes_it(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
     model = packed(tiny, tmp_path, name, states_of(name, rounding="dither", window=4))
@@ -259,6 +281,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
     ("granitemoehybrid", {}, {"bits": 4, "codec": "dsq", "window": 65}, "window of 65 tokens"),
     ("jamba", {"mamba_dt_rank": 3}, None, "rank 3"),
     ("lfm2", {"hidden_size": 40, "num_attention_heads": 5}, None, "40 channels"),
+    ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True}, None, "norm before their gates"),
     ("nemotron_h", {"moe_latent_size": 16}, None, "narrower projection"),
     ("nemotron_h", {"mamba_hidden_act": "gelu"}, None, "mamba_hidden_act"),
     ("granitemoehybrid", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None, "rota"),
@@ -269,7 +292,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
 def test_what_it_cannot_run_it_declines(
     family: str, changes: dict[str, Any], policy: dict[str, Any] | None, reason: str, tiny: Any, sequences: Any
 ) -> None:
-    sizes = {"granitemoehybrid": GRANITE, "jamba": JAMBA, "lfm2": LFM2, "nemotron_h": MODELS["nano"][1]}[family]
+    sizes = {"jamba": JAMBA, "lfm2": LFM2, "nemotron_h": MODELS["nano"][1], "falcon_h1": FALCON}.get(family, GRANITE)
     model = tiny.model(family, **{**sizes, **changes})
     sequences.refused(model, policy, reason)
 
@@ -281,7 +304,7 @@ def test_hooks_are_declined(tiny: Any) -> None:
     assert "hooks" in str(decline(model))
 
 
-@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe", "nemotron"])
+@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe", "nemotron", "falcon"])
 def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Routed experts keep float inputs, all others are rounded."""
     model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
@@ -329,6 +352,7 @@ def alike(engine: HybridEngine) -> None:
         ("taps", 2, 1),
         ("lfm2_moe", 1, 1),
         ("nemotron", 2, 4),
+        ("normed", 2, 1),
     ],
 )
 def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
@@ -356,7 +380,7 @@ def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
         engine.prompt(1, tokens[64:], start=64)
 
 
-@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe", "nano"])
+@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe", "nano", "falcon"])
 def test_a_snapshot_outlives_other_prompts(name: str, tiny: Any, tmp_path: Path) -> None:
     model, tokens = packed(tiny, tmp_path, name, states_of(name), bits=4), IDS[:200].tolist()
     engine = HybridEngine(model, slots=3, positions=208, threads=2)

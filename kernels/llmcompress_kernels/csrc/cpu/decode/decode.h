@@ -20,12 +20,13 @@ constexpr int MAX_CHUNKS = 64;  // of the positions of one sequence
 // A TREE is the sum of nodes (tree.h), each for the members below it; `data` points to `bits` of them.
 enum Kind : int32_t { ABSENT = 0, DENSE_FP32 = 1, DENSE_BF16 = 2, PACKED = 3, TREE = 4 };
 
-// y = W x + bias with W [rows, columns], or one for each expert, `expert_rows` rows apart.
+// y = factors (W x + bias) with W [rows, columns], or one for each expert, `expert_rows` rows apart.
 struct Matrix {
     const void* data;
     const uint16_t* scale;  // PACKED
     const uint32_t* zero;   // PACKED, or null
     const float* bias;      // [experts, rows], of a tree [members, rows], or null
+    const float* factors;   // [rows], or null for ones
     int64_t rows, columns, expert_rows;
     int32_t kind;
     int32_t bits, group;

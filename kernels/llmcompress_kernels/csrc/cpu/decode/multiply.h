@@ -138,7 +138,14 @@ inline void tree_blocks(const Operand& o, Input& in, int64_t first, int64_t last
     }
 }
 
-// Row blocks [first, last) of W x + bias for every token of `in`: out[t * stride + row].
+// What a product's rows [first, last) still lack: the bias of an expert or a member, and factors.
+inline void finish(const Matrix& m, int64_t whose, int64_t first, int64_t last, float* out) {
+    const float* bias = m.bias + whose * m.rows;
+    for (int64_t row = first; m.bias != nullptr && row < last; ++row) out[row] += bias[row];
+    for (int64_t row = first; m.factors != nullptr && row < last; ++row) out[row] *= m.factors[row];
+}
+
+// Row blocks [first, last) of factors (W x + bias) for every token of `in`: out[t * stride + row].
 inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first, int64_t last, float* out, int64_t stride) {
     if (first >= last) return;
     const Matrix& m = o.m;
@@ -149,11 +156,8 @@ inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first,
         dense_blocks(static_cast<const uint16_t*>(m.data) + begin, m, in, first, last, out, stride);
     else if (m.kind == TREE) tree_blocks(o, in, first, last, out, stride);
     else packed_blocks(o, expert, in, first, last, out, stride);
-    if (m.bias == nullptr) return;
-    for (int t = 0; t < in.tokens(); ++t) {
-        const float* bias = m.bias + (m.kind == TREE ? in.member(t) : expert) * m.rows;
-        for (int64_t row = first * LANES; row < std::min(last * LANES, m.rows); ++row) out[t * stride + row] += bias[row];
-    }
+    for (int t = 0; t < in.tokens(); ++t)
+        finish(m, m.kind == TREE ? in.member(t) : expert, first * LANES, std::min(last * LANES, m.rows), out + t * stride);
 }
 
 }  // namespace LLMCOMPRESS_ISA

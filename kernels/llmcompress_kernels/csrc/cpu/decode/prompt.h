@@ -253,16 +253,13 @@ class PromptWorker {
             const TreeNode& node = p.o->nodes()[n];
             if (node.members >> p_.member & 1) tree_variant.add(node, p.o->tree, a, 0, count_, first, last, p.out, rows);
         }
-        add_bias(p, p_.member, p.out, count_, first, last);
+        finish_rows(p, p_.member, p.out, count_, first, last);
     }
 
-    // To some blocks of rows of `out` [tokens, rows]; biases are those of an expert or a member.
-    static void add_bias(const Product& p, int64_t whose, float* out, int64_t tokens, int64_t first, int64_t last) {
-        if (p.o->m.bias == nullptr) return;
-        const int64_t rows = p.o->m.rows;
-        const float* bias = p.o->m.bias + whose * rows;
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t row = first * LANES; row < last * LANES; ++row) out[t * rows + row] += bias[row];
+    // Some blocks of rows of `out` [tokens, rows]; biases are those of an expert or a member.
+    static void finish_rows(const Product& p, int64_t whose, float* out, int64_t tokens, int64_t first, int64_t last) {
+        const Matrix& m = p.o->m;
+        for (int64_t t = 0; t < tokens; ++t) finish(m, whose, first * LANES, last * LANES, out + t * m.rows);
     }
 
     void multiply_rows(const Product* first, const Product* last, const Activations& a) {
@@ -286,7 +283,7 @@ class PromptWorker {
         a.tokens = std::min(to * places, count_) - from * places;
         float* const out = p.out + from * places * rows;
         variant().rows(o.first, parts.data(), count, a, begin, end, out, FP32, rows);
-        add_bias(p, 0, out, a.tokens, begin, end);
+        finish_rows(p, 0, out, a.tokens, begin, end);
     }
 
     // An expert's tokens rounded, behind those of the experts before it, each of which fills whole blocks and lines.
@@ -311,7 +308,7 @@ class PromptWorker {
                       const int64_t count = int64_t(parts.size());
                       float* const out = p.out + slot * rows;
                       variant().rows(p.o->weight(expert), parts.data(), count, a, begin, end, out, FP32, rows);
-                      add_bias(p, expert, out, a.tokens, begin, end);
+                      finish_rows(p, expert, out, a.tokens, begin, end);
                   });
     }
 

@@ -86,7 +86,8 @@ STATE_INLINE void rms_norm(const float* x, int64_t count, float epsilon, const f
   }
 }
 
-// Gate and norm of one token: `y` [I] becomes y silu(gate), each of `groups` parts normed by itself, times gain, in `out`.
+// Gate and norm of one token: `y` [I] becomes y silu(gate), each of `groups` parts normed by itself, times gain, in `out`; without
+// gain nothing is normed, and `out` is `y`.
 STATE_INLINE void gated_norm(float* y, const float* gate, const float* gain, float* out, int64_t inner, int64_t groups,
                              float epsilon) {
   const int64_t part = inner / groups;
@@ -108,6 +109,7 @@ STATE_INLINE void gated_norm(float* y, const float* gate, const float* gain, flo
       energy = _mm512_fmadd_ps(value, value, energy);
       _mm512_storeu_ps(y + i, value);
     }
+    if (gain == nullptr) continue;
     const float by = 1.0f / std::sqrt(_mm512_reduce_add_ps(energy) / static_cast<float>(part) + epsilon);
     for (i = g * part; i < (g + 1) * part; i += 16) {
       const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(y + i), _mm512_set1_ps(by));

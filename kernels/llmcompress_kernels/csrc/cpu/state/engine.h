@@ -151,9 +151,9 @@ struct Engine {
       kernels.dense_rows(o.m.data, wide ? llmcompress::FP32 : llmcompress::BF16, o.m.columns, x, tokens, first * LANES, end, row,
                          out, stride);
     }
-    if (o.m.bias == nullptr) return;
     for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t r = first * LANES; r < end; ++r) out[t * stride + r] += o.m.bias[r];
+      for (int64_t r = first * LANES; o.m.bias != nullptr && r < end; ++r) out[t * stride + r] += o.m.bias[r];
+      for (int64_t r = first * LANES; o.m.factors != nullptr && r < end; ++r) out[t * stride + r] *= o.m.factors[r];
     }
   }
 

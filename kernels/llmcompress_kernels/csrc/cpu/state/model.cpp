@@ -88,6 +88,7 @@ void Worker::time_rows(const Operand& dt, const float* normed, int64_t tokens, i
       for (int64_t t = 0; t < tokens; ++t) {
         dots<rows>(load, normed + t * columns, columns, from, to, out + t * stride);
         for (int64_t h = from; dt.m.bias != nullptr && h < to; ++h) out[t * stride + h] += dt.m.bias[h];
+        for (int64_t h = from; dt.m.factors != nullptr && h < to; ++h) out[t * stride + h] *= dt.m.factors[h];
       }
     }
   };

@@ -127,6 +127,12 @@ class HeadPrompt : public SegmentWorker {
     };
     for (int64_t from = 0; from < inner_; from += part) {
       __m512 energy[Tokens];
+      if (m.gain == nullptr) {
+        for (int64_t i = from; i < from + part; i += 16) {
+          for (int64_t t = 0; t < Tokens; ++t) _mm512_storeu_ps(rows + t * inner_ + i, value(i, t));
+        }
+        continue;
+      }
       for (int64_t t = 0; t < Tokens; ++t) energy[t] = _mm512_setzero_ps();
       for (int64_t i = from; i < from + part; i += 16) {
         for (int64_t t = 0; t < Tokens; ++t) energy[t] = _mm512_fmadd_ps(value(i, t), value(i, t), energy[t]);
