@@ -62,7 +62,7 @@ for _isa in cpu.float_isas():
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
 # of Activation in lowbit.h
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4}
 # of Routing in decode.h
 _ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
@@ -176,6 +176,10 @@ class Layer:
         attention_norm, mlp_norm: RMSNorm weights float32 ``[H]``, or with biases those of LayerNorm; None for no norm.
         attention_norm_bias, mlp_norm_bias: Likewise, or None.
         query, key, value, output: Projections of attention, None without.
+        aside: ``[H, H]`` of a layer that lays aside what it says: attention, whose norm has ``2 H`` weights, reads
+            hidden states and embedding side by side, the MLP what attention says, and this what the MLP says. None
+            elsewhere.
+        reads_aside: Whether the mixer reads what the layer before laid aside, added to the hidden states.
         mixes: Whether it has a mixer (:class:`Mixers`), whose norm and projections are not here. Beside attention both
             read the same hidden states.
         conv_in: ``[3 H, H]`` of a short gated convolution in the place of attention: first gate, second gate, input;
@@ -216,6 +220,7 @@ class Layer:
     absorb: Matrix | None = None
     expand: Matrix | None = None
     conv_in: Matrix | None = None
+    aside: Matrix | None = None
     shared_gate: Matrix | None = None
     shared_up: Matrix | None = None
     shared_down: Matrix | None = None
@@ -232,6 +237,7 @@ class Layer:
     attention_after: Tensor | None = None
     mlp_after: Tensor | None = None
     mixes: bool = False
+    reads_aside: bool = False
     whole_norms: bool = False
     window: int = 0
     rotary: int | None = 0
@@ -257,8 +263,9 @@ class Layer:
         shapes = {(side.bits, side.group_size) for side in (self.gate, self.up) if side is not None}
         alike = self.router is None or len(shapes) == 1
         small = ("router", "shared_router", "absorb", "expand")
-        packed = {name: weight for name, weight in self.matrices().items() if name not in small}
-        return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed.values())
+        packed = [weight for name, weight in self.matrices().items() if name not in small]
+        packed += [part for weight in packed if weight.adapter is not None for part in weight.adapter.matrices]
+        return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed)
 
     @property
     def kept_as(self) -> tuple[bool, bool] | None:
@@ -274,7 +281,8 @@ class Layer:
             **{name: t.data_ptr() for name, t in given.items() if t is not None},
             **{name: weight.struct() for name, weight in self.matrices().items()},
             whole_norms=int(self.whole_norms), mixes=int(self.mixes), mixer=mixer, place=place,
-            turned=0 if self.rotary is None else 2 * cosine.shape[-1], window=self.window,
+            reads_aside=int(self.reads_aside), window=self.window,
+            turned=0 if self.rotary is None else 2 * cosine.shape[-1],
         )  # fmt: skip
 
 

@@ -26,10 +26,24 @@ class MatrixStruct(ctypes.Structure):
     """``Matrix`` of C++."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias", "factors")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "bias", "factors", "adapter")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "expert_rows")),
         *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "input_bytes")),
     )
+
+
+class Adapter:
+    """Two matrices U ``[r, K]`` and V ``[N, r]`` by which a weight is more than it is: ``V (U x)`` is added.
+
+    Args:
+        low: U.
+        high: V.
+    """
+
+    def __init__(self, low: Matrix, high: Matrix) -> None:
+        self.matrices = (low, high)
+        # C++ reads these at every step
+        self.structs = (MatrixStruct * 2)(low.struct(), high.struct())
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,7 @@ class Matrix:
         zero: Interleaved packed zero points, or None.
         bias: float32 ``[(E,) N]`` or None.
         factors: float32 ``[N]`` of results with their biases, or None for ones.
+        adapter: What is added to these results, or None.
         bits: Code width, 0 for a dense tensor.
         group_size: Columns per scale.
         planes: Nodes of a residual tree instead of all that.
@@ -59,6 +74,7 @@ class Matrix:
     zero: Tensor | None = None
     bias: Tensor | None = None
     factors: Tensor | None = None
+    adapter: Adapter | None = None
     bits: int = 0
     group_size: int = 0
     planes: Sequence[tree.Plane] = ()
@@ -67,31 +83,42 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points, or of the dense tensor."""
+        """Bytes of codes, scales and zero points, or of the dense tensor, and of the adapter."""
         if self.planes:
             held = {t.data_ptr(): t.nbytes for part in self.planes for t in (part.words, part.scale)}
             return sum(held.values())
-        return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
+        own = sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
+        return own + (0 if self.adapter is None else sum(part.nbytes for part in self.adapter.matrices))
 
     @property
     def experts(self) -> int:
         """E, 1 without that dimension."""
         return self.data.shape[0] if self.data.ndim == (4 if self.bits else 3) else 1
 
+    @property
+    def _adapter(self) -> int | None:
+        return None if self.adapter is None else ctypes.addressof(self.adapter.structs)
+
     def struct(self) -> MatrixStruct:
         """The same for C++, which points into the tensors."""
         if self.planes:
             return MatrixStruct(
                 ctypes.addressof(self.nodes), None, None,
-                *(None if t is None else t.data_ptr() for t in (self.bias, self.factors)),
+                *(None if t is None else t.data_ptr() for t in (self.bias, self.factors)), self._adapter,
                 self.rows, self.columns, 0, _TREE, len(self.planes), self.group_size, 0,
             )  # fmt: skip
         apart = self.data.stride(0) // self.data.shape[-2] if self.bits else self.data.stride(0) // self.columns
         return MatrixStruct(
             *(None if t is None else t.data_ptr() for t in (self.data, self.scale, self.zero, self.bias, self.factors)),
+            self._adapter,
             self.rows, self.columns, apart if self.experts > 1 else 0,
             _PACKED if self.bits else KINDS[self.data.dtype], self.bits, self.group_size, self.input_bytes,
         )  # fmt: skip
+
+
+def adapted(given: Matrix, low: Matrix, high: Matrix) -> Matrix:
+    """The same weight with an adapter; see :class:`Adapter`."""
+    return replace(given, adapter=Adapter(low, high))
 
 
 def times(given: Matrix, factors: Tensor | float) -> Matrix:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STATES = ("mamba2", "mamba", "falcon_mamba")
-HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1")
+HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1", "zamba2")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
@@ -22,7 +22,8 @@ PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2"
 NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu2": "relu2",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }  # fmt: skip
 _GEMMA = ("gemma", "gemma2", "gemma3_text")
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
@@ -59,7 +60,7 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
     if family not in families:
         return f"the family {family} is not among {', '.join(families)}"
     # where MLPs do as the mixers do
-    shared = family in (*STATES, *HYBRIDS) and family != "nemotron_h"
+    shared = family in (*STATES, *HYBRIDS) and family not in ("nemotron_h", "zamba2")
     known = [name for name in ACTIVATIONS if ACTIVATIONS[name] == "silu" or not shared]
     return None if activation in known else f"the activation {activation} is not among {', '.join(known)}"
 

@@ -8,7 +8,7 @@ our operators give the same codes and tokens (``tests/unit/inference/test_hybrid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,13 +26,14 @@ from llmcompress.inference.decoder import (
     ends_of,
     experts_of,
     linear_matrix,
+    linear_parts,
     mlp_parts,
     norm_of,
     rotary_of,
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
-from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+from llmcompress.models.layout import Block, ExpertBank, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router
 from llmcompress.nn.tree_linear import TreeLinear
@@ -96,6 +97,7 @@ class HybridEngine(Engine):
     Attributes:
         mixer_weights: Of the layers with a mixer, None where all have attention.
         states: What these keep of the sequences, None likewise.
+        blocks: The model's layer that each of the decoder's belongs to.
     """
 
     # a prompt is scanned in float, so it cannot go by steps, which round states
@@ -115,6 +117,7 @@ class HybridEngine(Engine):
         model = self.model
         layout = layout_from_config(model.config.to_dict())
         self.mixer_weights = _mixers(model, layout, int8_activations)
+        self.blocks = [block.index for block in layout.blocks for _ in _parts(block)]
         return decoder_of(model, layout, head_bits)
 
     def reserve(self, positions: int, slots: int = 1) -> None:
@@ -203,7 +206,7 @@ class HybridEngine(Engine):
                 input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
                 **arguments(self.model, held, torch.arange(len(tokens))[None]),
             )  # fmt: skip
-            both = list(zip(self.decoder.layers, held.layers))
+            both = [(layer, held.layers[block]) for layer, block in zip(self.decoder.layers, self.blocks)]
             for index, kept in enumerate(kept for layer, kept in both if layer.attends):
                 self.cache.fill(index, slot, 0, kept.keys[0], kept.values[0])
             for index, kept in enumerate(kept for layer, kept in both if layer.mixes):
@@ -263,27 +266,38 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     base: Any = model.base_model
     final = next(getattr(base, name) for name in FINAL_NORMS if hasattr(base, name))
-    layers = [_layer(model, block) for block in layout.blocks]
+    layers = [_layer(model, block, part) for block in layout.blocks for part in _parts(block)]
     factor, scale = (float(getattr(config, f"{end}_multiplier", 1.0)) for end in ("lm_head", "embedding"))
     last = norm_of(final) * factor, norm_of(final, "bias")
     module, routing = model.get_submodule(attention.module), routing_of(model, layout)
     return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)
 
 
+NOTHING: Mapping[str, tuple[Any, Any]] = {}
 # fields that a layer may lack and that have no defaults
 _HALVES = ("attention_norm", "mlp_norm", "query", "key", "value", "output", "gate", "up", "down")
 
 
-def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
+def _parts(block: Block) -> list[list[Sublayer]]:
+    """Sublayers of a block by the layers that a decoder has for it: those that lay aside what they say are one."""
+    laid = [sublayer for sublayer in block.sublayers if sublayer.writes == "aside"]
+    rest = [sublayer for sublayer in block.sublayers if sublayer.writes != "aside"]
+    return [part for part in (laid, rest) if part]
+
+
+def _layer(model: PreTrainedModel, block: Block, sublayers: Sequence[Sublayer]) -> native.Layer:
     given: dict[str, Any] = dict.fromkeys(_HALVES)
-    for sublayer in block.sublayers:
+    for sublayer in sublayers:
         module: Any = model.get_submodule(sublayer.module)
-        norm: Any = model.get_submodule(str(sublayer.pre_norm))
+        norm: Any = None if sublayer.pre_norm is None else model.get_submodule(sublayer.pre_norm)
         if sublayer.kind == "attention":
             factor = float(getattr(model.config, "attention_in_multiplier", 1.0))
-            given |= {"attention_norm": norm_of(norm) * factor, **_attention(model, module)}
+            own = _attention(model, module, _adapters(model, sublayer))
+            given |= {"attention_norm": norm_of(norm) * factor, **own}
         elif sublayer.scan is not None:
-            given["mixes"] = True
+            given |= {"mixes": True, "reads_aside": sublayer.reads == "hidden+aside"}
+        elif sublayer.writes == "aside" and norm is None:
+            given["aside"] = linear_matrix(module)
         elif sublayer.kind == "ssm":
             given |= {"attention_norm": norm_of(norm), **_convolution(module)}
         elif sublayer.experts is not None:
@@ -292,15 +306,32 @@ def _layer(model: PreTrainedModel, block: Block) -> native.Layer:
                 given |= _mlp(model.get_submodule(sublayer.groups[0].module), "shared_")
         else:
             # without experts the MLP beside them is the layer's own
-            given |= {"mlp_norm": norm_of(norm), **_mlp(module, "" if block.bank is None else "shared_")}
+            prefix = "" if block.bank is None else "shared_"
+            given |= {"mlp_norm": norm_of(norm), **_mlp(module, prefix, _adapters(model, sublayer))}
     return native.Layer(**given)
 
 
-def _attention(model: PreTrainedModel, module: Any) -> dict[str, Any]:
+def _adapters(model: PreTrainedModel, sublayer: Sublayer) -> dict[str, tuple[Any, Any]]:
+    """Both linears of the adapters that a block uses of a shared module, by the names of their lists (Zamba2)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for view in (view for group in sublayer.groups for view in group.linears):
+        stem, _, _ = view.name.rpartition(".")
+        name = stem.rpartition("_adapter_list.")[0].rpartition(".")[2]
+        if name:
+            first, second = (model.get_submodule(f"{stem}.{place}") for place in range(2))
+            found[name] = first, second
+    return found
+
+
+def _attention(model: PreTrainedModel, module: Any, adapters: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
     """What attention has, by the names of :class:`~llmcompress_kernels.decode.Layer`; likewise the functions below."""
     last = module.o_proj if hasattr(module, "o_proj") else module.out_proj
     projections = {name: linear_matrix(getattr(module, f"{name[0]}_proj")) for name in ("query", "key", "value")}
     norms = {f"{name}_norm": norm_of(getattr(module, f"{name[0]}_layernorm", None)) for name in ("query", "key")}
+    for name, plain in projections.items():
+        if f"linear_{name[0]}" in adapters:
+            low, high = (linear_matrix(part) for part in adapters[f"linear_{name[0]}"])
+            projections[name] = matrix.adapted(plain, low, high)
     projections["key"] = matrix.times(projections["key"], getattr(module, "key_multiplier", 1.0))
     factor = getattr(model.config, "attention_out_multiplier", 1.0)
     return {**projections, **norms, "output": matrix.times(linear_matrix(last), factor)}
@@ -316,8 +347,13 @@ def _convolution(module: Any) -> dict[str, Any]:
     }
 
 
-def _mlp(module: Any, prefix: str) -> dict[str, Any]:
+def _mlp(module: Any, prefix: str, adapters: Mapping[str, tuple[Any, Any]] = NOTHING) -> dict[str, Any]:
     gate, up, down = mlp_parts(module)
+    if "gate_up_proj" in adapters:
+        assert up is not None
+        low, high = adapters["gate_up_proj"]
+        of_gate, of_up = linear_parts(high, [gate.rows, up.rows])
+        gate, up = (matrix.adapted(side, linear_matrix(low), own) for side, own in ((gate, of_gate), (up, of_up)))
     gate = matrix.times(gate, getattr(module, "gate_multiplier", 1.0))
     down = matrix.times(down, getattr(module, "down_multiplier", 1.0))
     return {f"{prefix}gate": gate, f"{prefix}up": up, f"{prefix}down": down}

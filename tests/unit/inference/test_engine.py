@@ -54,6 +54,12 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
     assert worst(Engine(model, positions=64), tokens, reference(model, tokens), prompt) < EXACT
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2"])
+def test_activations_of_gates(decoders: Any, ids: torch.Tensor, activation: str) -> None:
+    model, tokens = decoders.packed("llama", 4, hidden_act=activation), ids[:24]
+    assert worst(Engine(model, positions=32), tokens, reference(model, tokens), 12) < EXACT
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("family", PACKED)
@@ -206,7 +212,7 @@ def test_skipping_policy_acts_on_the_prompt(decoders: Any, ids: torch.Tensor) ->
 
 
 def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
-    assert "gelu" in str(decline(decoders.dense("llama", hidden_act="gelu")))
+    assert "relu" in str(decline(decoders.dense("llama", hidden_act="relu")))
     assert "clip_qkv" in str(decline(decoders.dense("olmoe", clip_qkv=2.0)))
     assert "zamba2" in str(decline(tiny.model("zamba2")))
     assert "do not begin at a word" in str(decline(decoders.packed("llama", 3, group_size=8)))

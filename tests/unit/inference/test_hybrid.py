@@ -62,6 +62,12 @@ FALCON: dict[str, Any] = {
     "mlp_multipliers": [0.9, 1.1], "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7], "lm_head_multiplier": 0.5,
     "embedding_multiplier": 2.0,
 }  # fmt: skip
+ZAMBA: dict[str, Any] = {
+    "vocab_size": 70, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 3, "n_mamba_heads": 6,
+    "mamba_ngroups": 2, "mamba_d_state": 32, "num_key_value_heads": None, "num_mem_blocks": 2, "adapter_rank": 16,
+    "max_position_embeddings": 512, "hidden_act": "gelu", "use_shared_attention_adapter": True, "num_hidden_layers": 5,
+    "layers_block_type": [_MIX, "hybrid", "hybrid", _MIX, "hybrid"],
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granitemoehybrid", GRANITE),
     # as Granite 4 is: no positions; and its small ones: one MLP and no experts
@@ -93,6 +99,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
             "mlp_bias": True,
             "projectors_bias": True,
+        },
+    ),
+    # shared transformers that lay aside what they say, with adapters; without those of attention, with biases
+    "zamba": ("zamba2", ZAMBA),
+    "shared": (
+        "zamba2",
+        {
+            **ZAMBA,
+            "use_shared_attention_adapter": False,
+            "use_mem_rope": False,
+            "num_mem_blocks": 1,
+            "add_bias_linear": True,
         },
     ),
     "thin": ("jamba", {**JAMBA, "num_experts": 1, "tie_word_embeddings": True, "mamba_proj_bias": True}),
@@ -140,7 +158,7 @@ def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Ten
 def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
     """Convolutions, float states and keys of the engine are those of transformers' cache."""
     mixers, attention, convolutions = 0, 0, 0
-    for layer, own in zip(cache.layers, engine.decoder.layers):
+    for layer, own in zip((cache.layers[block] for block in engine.blocks), engine.decoder.layers):
         if own.convolves:
             held = engine.cache.inputs[convolutions, slot]
             torch.testing.assert_close(held, layer.conv_states[0][0, :, 1:].mT, rtol=1e-4, atol=2e-5)
@@ -194,7 +212,7 @@ STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("ds
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize(("codec", "rounding", "window"), STORED)
 @pytest.mark.parametrize(
-    ("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4), ("nemotron", 4), ("normed", 4)]
+    ("name", "bits"), [("granite", 4), ("granite", 8), ("jamba", 4), ("nemotron", 4), ("normed", 4), ("shared", 4)]
 )
 @torch.inference_mode()
 def test_packed_states_have_the_same_codes(
@@ -205,7 +223,7 @@ def test_packed_states_have_the_same_codes(
     policy = {"bits": bits, "codec": codec, "rounding": rounding, "window": window}
     model, tokens = packed(tiny, tmp_path, name, policy), IDS[:60]
     engine, cache, differ = HybridEngine(model), DynamicCache(config=model.config), []
-    mixers = [layer for layer, found in zip(cache.layers, engine.decoder.layers) if found.mixes]
+    mixers = [cache.layers[block] for block, own in zip(engine.blocks, engine.decoder.layers) if own.mixes]
     if not at_once:
         engine.least_at_once = 1000
     for at in range(39, len(tokens)):
@@ -218,7 +236,7 @@ def test_packed_states_have_the_same_codes(
     assert sum(differ) / len(differ) < 0.01
 
 
-@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe", "nano", "falcon"])
+@pytest.mark.parametrize("name", ["granite", "nope", "bamba", "jamba", "lfm2", "lfm2_moe", "nano", "falcon", "zamba"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_generation_takes_it_and_writes_the_same(
     window: int, name: str, tiny: Any, tmp_path: Path, sequences: Any
@@ -227,7 +245,7 @@ def test_generation_takes_it_and_writes_the_same(
     sequences.written_alike(model, IDS)
 
 
-@pytest.mark.parametrize("name", ["granite", "lfm2_moe", "nano", "falcon"])
+@pytest.mark.parametrize("name", ["granite", "lfm2_moe", "nano", "falcon", "zamba"])
 def test_serving_takes_it(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Sequences join and leave at any place of the others' windows, and get places that others left in the middle."""
     model = packed(tiny, tmp_path, name, states_of(name, rounding="dither", window=4))
@@ -353,6 +371,7 @@ def alike(engine: HybridEngine) -> None:
         ("lfm2_moe", 1, 1),
         ("nemotron", 2, 4),
         ("normed", 2, 1),
+        ("zamba", 2, 1),
     ],
 )
 def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
@@ -380,7 +399,7 @@ def test_parts_of_a_prompt_are_the_whole_bit_by_bit(
         engine.prompt(1, tokens[64:], start=64)
 
 
-@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe", "nano", "falcon"])
+@pytest.mark.parametrize("name", ["granite", "taps", "lfm2_moe", "nano", "falcon", "zamba"])
 def test_a_snapshot_outlives_other_prompts(name: str, tiny: Any, tmp_path: Path) -> None:
     model, tokens = packed(tiny, tmp_path, name, states_of(name), bits=4), IDS[:200].tolist()
     engine = HybridEngine(model, slots=3, positions=208, threads=2)

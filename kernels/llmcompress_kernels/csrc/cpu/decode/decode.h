@@ -20,13 +20,15 @@ constexpr int MAX_CHUNKS = 64;  // of the positions of one sequence
 // A TREE is the sum of nodes (tree.h), each for the members below it; `data` points to `bits` of them.
 enum Kind : int32_t { ABSENT = 0, DENSE_FP32 = 1, DENSE_BF16 = 2, PACKED = 3, TREE = 4 };
 
-// y = factors (W x + bias) with W [rows, columns], or one for each expert, `expert_rows` rows apart.
+// y = factors (W x + bias) with W [rows, columns], or one for each expert, `expert_rows` rows apart. With an adapter of rank r, two
+// matrices U [r, columns] and V [rows, r], V (U x) is added in the end.
 struct Matrix {
     const void* data;
     const uint16_t* scale;  // PACKED
     const uint32_t* zero;   // PACKED, or null
     const float* bias;      // [experts, rows], of a tree [members, rows], or null
     const float* factors;   // [rows], or null for ones
+    const Matrix* adapter;  // [2], or null
     int64_t rows, columns, expert_rows;
     int32_t kind;
     int32_t bits, group;
@@ -75,11 +77,13 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 // times the input goes through L taps of its channel, the result times the second gate through `output`.
 //
 // A layer is a half before the MLP and an MLP or experts; one of both may be missing (Nemotron-H). A mixer and attention may stand
-// side by side (Falcon-H1): both read the hidden states before the layer.
+// side by side (Falcon-H1): both read the hidden states before the layer. A layer may lay aside what it says (Zamba2, arXiv
+// 2411.15242): attention reads hidden states and embedding side by side, the MLP what attention says, `aside` what the MLP says,
+// and the next layer's mixer the hidden states plus that; nothing of it is added to them.
 //
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
-    const float* attention_norm;  // [H] or null
+    const float* attention_norm;  // [H], [2 H] of a layer that lays aside, or null
     const float* mlp_norm;        // [H] or null
     const float* attention_norm_bias;  // [H] or null
     const float* mlp_norm_bias;        // [H] or null
@@ -100,12 +104,14 @@ struct Layer {
     Matrix expand;        // [V, C] of each head
     Matrix conv_in;       // [3 H, H]: first gate, second gate, input of a short convolution in the place of attention, or ABSENT
     Matrix gate, up, down;  // the MLP or, where `router` is present, the experts; without a gate the first has the place of `gate`
+    Matrix aside;           // [H, H] of a layer that lays aside, or ABSENT
     Matrix router;          // [E, H], dense, or ABSENT
     Matrix shared_gate, shared_up, shared_down;  // an MLP beside the experts, likewise, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
     int32_t mixes;          // whether it has a mixer, which has its norm and projections elsewhere
     int32_t mixer;          // its number among the layers with mixers
+    int32_t reads_aside;    // whether it reads what the layer before laid aside, too
     int32_t place;          // number among the layers with short convolutions, those with windows, or all others with attention
     int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
     int32_t window;         // positions that a token sees, itself the last of them; 0 for all
@@ -127,7 +133,7 @@ struct Model {
     int32_t value_dim;  // columns of a head's result
     int32_t taps;       // L of short convolutions, 0 where there are none
     float latent_epsilon;  // of the norms of latents and of what `query` reads
-    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU_TANH, RELU2, or GPT_OSS with a slope and a limit
+    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU, GELU_TANH, RELU2, or GPT_OSS with a slope and a limit
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum
     int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them

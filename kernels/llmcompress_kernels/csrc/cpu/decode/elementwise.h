@@ -70,8 +70,21 @@ inline void scale_all(float* x, int64_t count, float by) {
     for (int64_t i = 0; i < count; ++i) x[i] *= by;
 }
 
+// erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26)
+inline F16 erf_of(F16 x) {
+    const F16 size = maximum(x, -x), t = 1.f / (size * 0.3275911f + 1.f);
+    F16 p = spread(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const F16 far = 1.f - p * t * exponential(-size * size);
+    return x < F16{} ? -far : far;
+}
+
 // What an MLP does with sixteen values of its gate. (1 + tanh(u)) / 2 is the sigmoid of 2 u.
 inline F16 activated(F16 v, int32_t activation) {
+    if (activation == GELU) return v * 0.5f * (erf_of(v * 0.70710678118654752f) + 1.f);
     if (activation == RELU2) {
         const F16 positive = maximum(v, F16{});
         return positive * positive;

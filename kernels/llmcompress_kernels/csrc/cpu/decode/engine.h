@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -41,6 +42,7 @@ struct Operand {
     Matrix m{};
     Weight first{};  // of the first expert
     const std::vector<Chunk>*wide = nullptr, *narrow = nullptr;  // chunks of several planes and of one
+    const Operand *low = nullptr, *high = nullptr;  // its adapter
     TreeShape tree{};  // of a TREE
 
     // bytes of an input, where the call says `otherwise`
@@ -61,7 +63,7 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, gate, up, down, router;
-    Operand query_down, absorb, expand, conv_in;
+    Operand query_down, absorb, expand, conv_in, aside;
     Operand shared_gate, shared_up, shared_down, shared_router;
 
     bool attends() const { return query.present(); }
@@ -74,6 +76,7 @@ struct LayerOperands {
 
 // What one thread works in. Vectors only grow.
 struct Buffers {
+    std::vector<float> words, aside, both;  // where layers lay aside: embeddings, what lies there, two of these rows together
     std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed, ranked, low;
     std::vector<int64_t> rows;
     std::vector<int> chosen;
@@ -82,7 +85,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, delta, scores, shares, rough, bounds;
+    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, delta, aside, scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };
@@ -98,13 +101,14 @@ class Engine {
             const Layer& l = m.layers[i];
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
                               operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
-                              operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in),
+                              operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in), operand(l.aside),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
             shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
             rank = std::max(rank, l.query_down.rows);
             conv_rows = std::max(conv_rows, l.conv_in.rows);
+            lays_aside = lays_aside || l.aside.kind != ABSENT;
         }
     }
 
@@ -127,6 +131,7 @@ class Engine {
         if (w.latent) grow(shared.absorbed, b * heads * size_t(w.row()));
         grow(shared.parts, b * heads * size_t(shared.chunks * w.part()));
         grow(shared.delta, b * size_t(padded(m.hidden)));
+        grow(shared.aside, lays_aside ? b * size_t(padded(m.hidden)) : 0);
         grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
         grow(shared.shared, b * size_t(padded(shared_intermediate)));
         grow(shared.shares, b);
@@ -138,7 +143,9 @@ class Engine {
         for (int t = 0; t < s.threads; ++t) {
             Buffers& own = *threads[size_t(t)];
             grow(own.hidden, b * size_t(m.hidden));
-            grow(own.normed, b * size_t(m.hidden));
+            grow(own.normed, b * size_t(lays_aside ? 2 * m.hidden : m.hidden));
+            for (auto* rows : {&own.words, &own.aside}) grow(*rows, lays_aside ? b * size_t(m.hidden) : 0);
+            grow(own.both, lays_aside ? 2 * b * size_t(m.hidden) : 0);
             grow(own.mixed, b * (w.latent ? size_t(w.value) : heads * size_t(w.value)));
             grow(own.product, b * size_t(padded(std::max<int64_t>({intermediate, shared_intermediate, m.hidden}))));
             grow(own.gated, b * wide);
@@ -163,6 +170,8 @@ class Engine {
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
     int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, conv_rows = 0;
+    int64_t low_rows = 0, high_rows = 0;  // of adapters
+    bool lays_aside = false;
 
   private:
     template <class T>
@@ -173,6 +182,10 @@ class Engine {
     Operand operand(const Matrix& m) {
         Operand o;
         o.m = m;
+        if (m.adapter != nullptr) {
+            o.low = &adapters_.emplace_back(operand(m.adapter[0])), o.high = &adapters_.emplace_back(operand(m.adapter[1]));
+            low_rows = std::max(low_rows, padded(m.adapter[0].rows)), high_rows = std::max(high_rows, padded(m.adapter[1].rows));
+        }
         if (m.kind == TREE) {
             const auto& parts = tree_plan(m.columns, m.group);
             o.tree = tree_shape(m.columns, m.group, int64_t(parts.size()), parts.data(), o.nodes(), m.bits);
@@ -203,6 +216,7 @@ class Engine {
         return parts;
     }
 
+    std::deque<Operand> adapters_;
     std::map<std::pair<int64_t, int64_t>, std::vector<TreeChunk>> tree_plans_;
     std::map<std::tuple<int32_t, int32_t, int64_t, int>, std::vector<Chunk>> plans_;
     size_t activation_size_ = 0;

@@ -30,6 +30,21 @@ class Input {
         return fixed_;
     }
 
+    // Room for what an adapter makes of these.
+    struct Adapter {
+        std::vector<float> low, high;
+        std::vector<char> memory;
+        std::unique_ptr<Input> input;
+    };
+    Adapter& adapter(const Operand& o) {
+        if (below_.input == nullptr) below_.input = std::make_unique<Input>(below_.memory, planes_);
+        const auto grow = [](auto& v, size_t size) { if (v.size() < size) v.resize(size); };
+        grow(below_.low, size_t(MAX_BATCH * padded(o.low->m.rows)));
+        grow(below_.high, size_t(MAX_BATCH * padded(o.high->m.rows)));
+        if (o.high->m.kind == PACKED) grow(below_.memory, activation_bytes(o.high->first, MAX_BATCH, 3));
+        return below_;
+    }
+
     // Whose tokens these are, for trees; null without a family.
     void of_members(const int32_t* members) { members_ = members; }
     int32_t member(int t) const { return members_ == nullptr ? 0 : members_[index_ ? index_[t] : t]; }
@@ -56,6 +71,7 @@ class Input {
     int tokens_ = 0;
     const int64_t* index_ = nullptr;
     Activations fixed_{};
+    Adapter below_;
     int bits_ = 0;
     int64_t group_ = 0;
 };
@@ -145,6 +161,20 @@ inline void finish(const Matrix& m, int64_t whose, int64_t first, int64_t last, 
     for (int64_t row = first; m.factors != nullptr && row < last; ++row) out[row] *= m.factors[row];
 }
 
+inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first, int64_t last, float* out, int64_t stride);
+
+// What an adapter adds to row blocks [first, last). Every thread makes all of the few numbers between its two matrices: that costs
+// less than to wait for others.
+inline void adapt(const Operand& o, Input& in, int64_t first, int64_t last, float* out, int64_t stride) {
+    Input::Adapter& a = in.adapter(o);
+    const int64_t low = o.low->m.rows, rows = o.high->m.rows;
+    multiply(*o.low, in, 0, 0, o.low->blocks(), a.low.data(), low);
+    a.input->set(a.low.data(), low, in.tokens());
+    multiply(*o.high, *a.input, 0, first, last, a.high.data(), rows);
+    for (int t = 0; t < in.tokens(); ++t)
+        for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) out[t * stride + row] += a.high[size_t(t * rows + row)];
+}
+
 // Row blocks [first, last) of factors (W x + bias) for every token of `in`: out[t * stride + row].
 inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first, int64_t last, float* out, int64_t stride) {
     if (first >= last) return;
@@ -158,6 +188,7 @@ inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first,
     else packed_blocks(o, expert, in, first, last, out, stride);
     for (int t = 0; t < in.tokens(); ++t)
         finish(m, m.kind == TREE ? in.member(t) : expert, first * LANES, std::min(last * LANES, m.rows), out + t * stride);
+    if (o.low != nullptr) adapt(o, in, first, last, out, stride);
 }
 
 }  // namespace LLMCOMPRESS_ISA

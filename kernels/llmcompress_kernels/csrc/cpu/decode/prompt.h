@@ -45,8 +45,10 @@ class PromptWorker {
         const Matrix& words = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[p_.member];
         pieces([&] {
             each(blocks(), [&](int64_t b) {
-                for (int64_t t = begin(b); t < end(b); ++t)
+                for (int64_t t = begin(b); t < end(b); ++t) {
                     embedding_row(words, p_.tokens[first_ + t], m_.hidden, m_.embedding_scale, hidden(t));
+                    if (e_.lays_aside) std::copy_n(hidden(t), m_.hidden, row_of(room_.words, t));
+                }
             });
         });
         took(NORM);
@@ -95,16 +97,18 @@ class PromptWorker {
     int64_t position(int64_t t) const { return p_.start + first_ + t; }
     float* hidden(int64_t t) { return room_.hidden.data() + (first_ + t) * m_.hidden; }
     float* delta(int64_t t) { return room_.delta.data() + (first_ + t) * m_.hidden; }
+    float* row_of(std::vector<float>& rows, int64_t t) { return rows.data() + (first_ + t) * m_.hidden; }
     // experts read them once all pieces are routed
     float* normed(int64_t t) { return room_.normed.data() + ((e_.experts > 0 ? first_ : 0) + t) * m_.hidden; }
 
     void layer(const LayerOperands& o, int index) {
-        if (o.l.mixes != 0) mixer(o.l.mixer, index);
+        if (o.l.mixes != 0) mixer(o.l, index);
         pieces([&] {
             if (o.conv_in.present()) convolution(o, index);
             else if (o.attends()) attention(o, index);
             if (o.router.present()) choose_experts(o, index);
             else if (o.has_mlp()) gated_mlp(o, index);
+            if (o.aside.present()) project({{&o.aside, row_of(room_.aside, 0)}}, delta(0), OUTPUT, [](int64_t) {});
         });
         if (!o.router.present()) return;
         if (p_.reroute != nullptr) {
@@ -117,23 +121,37 @@ class PromptWorker {
     }
 
     // All tokens at once: a state passes through them.
-    void mixer(int32_t layer, int index) {
+    void mixer(const Layer& l, int index) {
+        const bool more = l.reads_aside != 0;
         pieces([&] {
             each(blocks(), [&](int64_t b) {
-                for (int64_t t = begin(b); t < end(b); ++t) add_before(t, index);
+                for (int64_t t = begin(b); t < end(b); ++t) {
+                    add_before(t, index);
+                    for (int i = 0; more && i < m_.hidden; ++i) row_of(room_.aside, t)[i] += hidden(t)[i];
+                }
             });
         });
         const BoundMixers& x = *p_.mixers;
-        const Mixers::Prompt all{room_.hidden.data(), room_.delta.data(), p_.count, p_.slot, p_.start == 0, p_.last};
-        x.run->prompt(x.engine, x.states, layer, all, barrier_, thread_);
+        const float* from = more ? room_.aside.data() : room_.hidden.data();
+        const Mixers::Prompt all{from, room_.delta.data(), p_.count, p_.slot, p_.start == 0, p_.last};
+        x.run->prompt(x.engine, x.states, l.mixer, all, barrier_, thread_);
         took(MIXER);
     }
 
     // Norm of a half's hidden states, of which a mixer beside it has read the same.
     void make_first(const LayerOperands& o, int index, int64_t t) {
         if (o.l.mixes == 0) add_before(t, index);
+        if (o.aside.present()) return norm_both(o.l, t);
         norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
         if (o.l.mixes != 0) add_delta(t, nullptr);
+    }
+
+    // Hidden states and embedding side by side, in place.
+    void norm_both(const Layer& l, int64_t t) {
+        const int64_t wide = 2 * int64_t(m_.hidden);
+        float* const both = room_.both.data() + t * wide;
+        std::copy_n(row_of(room_.words, t), m_.hidden, std::copy_n(hidden(t), m_.hidden, both));
+        norm(both, l.attention_norm, nullptr, int(wide), m_.epsilon, both);
     }
 
     void convolution(const LayerOperands& o, int index) {
@@ -146,7 +164,8 @@ class PromptWorker {
         const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
         const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
         const bool is_low = o.query_down.present();
-        project({is_low ? low : query, key, value}, normed(0), QKV, [&](int64_t t) { make_first(o, index, t); });
+        const float* from = o.aside.present() ? room_.both.data() : normed(0);
+        project({is_low ? low : query, key, value}, from, QKV, [&](int64_t t) { make_first(o, index, t); });
         if (is_low)
             project({query}, low.out, QKV, [&](int64_t t) { norm_low(m_, o, low.out + t * o.query_down.m.rows); });
         if (o.absorb.present()) latent_attention(o, o.l.place);
@@ -168,6 +187,7 @@ class PromptWorker {
     }
 
     void make_second(const LayerOperands& o, int index, int64_t t) {
+        if (o.aside.present()) return norm(m_, delta(t), o.l.mlp_norm, nullptr, 0, normed(t));
         if (o.begins()) add_delta(t, o.l.attention_after);
         else add_before(t, index);
         norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
@@ -175,7 +195,9 @@ class PromptWorker {
 
     // What the layer before this one has said.
     void add_before(int64_t t, int index) {
-        if (index > 0) add_delta(t, e_.layers[size_t(index - 1)].after());
+        if (index == 0) return;
+        const LayerOperands& before = e_.layers[size_t(index - 1)];
+        if (!before.aside.present()) add_delta(t, before.after());
     }
     void add_delta(int64_t t, const float* after) { add_to(m_, delta(t), after, p_.member, hidden(t)); }
 
@@ -212,8 +234,22 @@ class PromptWorker {
             };
             if (i->o->m.kind == TREE) by_tree(i, j, from, phase, made);
             else by_groups(i, j, from, phase, made);
-            i = j;
+            for (; i != j; ++i)
+                if (i->o->low != nullptr) adapt(*i, from, phase);
         }
+    }
+
+    // Add what a product's adapter makes of the same inputs.
+    void adapt(const Product& p, const float* from, Phase phase) {
+        const auto nothing = [](int64_t) {};
+        const Product low{p.o->low, room_.ranks.data()}, high{p.o->high, room_.adapted.data()};
+        by_groups(&low, &low + 1, from, phase, nothing);
+        by_groups(&high, &high + 1, low.out, phase, nothing);
+        const int64_t rows = p.o->m.rows;
+        each(blocks(), [&](int64_t b) {
+            for (int64_t i = begin(b) * rows; i < end(b) * rows; ++i) p.out[i] += high.out[i];
+        });
+        took(phase);
     }
 
     template <class F>

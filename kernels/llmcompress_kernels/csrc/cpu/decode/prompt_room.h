@@ -65,6 +65,8 @@ struct PromptRoom {
     std::vector<float> hidden, delta;                           // [T, H], the second to be added to the first
     std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
     std::vector<float> query, key, value, low, convolved, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> words, aside, both;  // [T, H], [T, H] and [tokens, 2 H] where layers lay aside (decode.h)
+    std::vector<float> ranks, adapted;      // [tokens, rows] of the two matrices of an adapter
     std::vector<char> activations;
     Routed routed;
     std::atomic<int64_t> next[2] = {0, 0};  // task to take, of this kind and of the next
@@ -78,6 +80,11 @@ struct PromptRoom {
         convolved.resize(size_t(tokens * e.conv_rows));
         mixed.resize(size_t(tokens * std::max(m.heads * m.value_dim, e.conv_rows > 0 ? m.hidden : 0)));
         low.resize(size_t(tokens * e.rank));
+        if (e.lays_aside) {
+            for (auto* rows : {&words, &aside}) rows->resize(size_t(p.count * m.hidden));
+            both.resize(size_t(2 * tokens * m.hidden));
+        }
+        ranks.resize(size_t(tokens * e.low_rows)), adapted.resize(size_t(tokens * e.high_rows));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * widths(m).key));
         for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
         if (e.experts > 0) routed.make_room(p.count, tokens, e.experts, m.top_k, m.hidden);
@@ -88,8 +95,9 @@ struct PromptRoom {
         };
         for (const LayerOperands& l : e.layers) {
             for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down,
-                                     &l.shared_gate, &l.shared_up, &l.shared_down})
-                if (o->present()) room_for(*o, tokens);
+                                     &l.aside, &l.shared_gate, &l.shared_up, &l.shared_down})
+                for (const Operand* part : {o, o->low, o->high})
+                    if (part != nullptr && part->present()) room_for(*part, tokens);
             for (const Operand* o : {&l.gate, &l.down})
                 if (l.router.present()) room_for(*o, slots + e.experts * MAX_BATCH);
         }

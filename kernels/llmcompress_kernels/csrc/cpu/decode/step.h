@@ -28,14 +28,21 @@ class Worker {
         else std::copy_n(s_.hidden, s_.batch * m_.hidden, own_.hidden.begin());
         for (int i = s_.first_layer; i < s_.last_layer; ++i) {
             const LayerOperands& o = e_.layers[size_t(i)];
+            if (o.aside.present()) {
+                lay_aside(o);
+                continue;
+            }
             // before a mixer adds that stands beside attention
             if (o.attends()) norm_all(o.l.attention_norm, o.l.attention_norm_bias);
-            if (o.l.mixes != 0) mix(o.l.mixer);
+            if (o.l.mixes != 0) mix(o.l);
             if (o.conv_in.present()) convolution(o, o.l.place);
             else if (o.absorb.present()) latent_attention(o, o.l.place);
             else if (o.attends()) attention(o, o.l.place);
             if (o.router.present()) experts(o);
-            else if (o.has_mlp()) gated_mlp(o);
+            else if (o.has_mlp()) {
+                norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
+                gated_mlp(o);
+            }
         }
         if (s_.last_layer == m_.layer_count) head();
         else if (thread_ == 0) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, s_.hidden);
@@ -68,6 +75,7 @@ class Worker {
             const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[member(b)];
             embedding_row(from, s_.tokens[b], m_.hidden, m_.embedding_scale, own_.hidden.data() + b * m_.hidden);
         }
+        if (e_.lays_aside) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, own_.words.begin());
     }
 
     void norm_all(const float* weight, const float* bias) {
@@ -86,11 +94,45 @@ class Worker {
         }
     }
 
-    void mix(int32_t layer) {
+    void mix(const Layer& l) {
         const BoundMixers& x = *s_.mixers;
-        x.run->step(x.engine, x.states, layer, {own_.hidden.data(), s_.slots, sh_.delta.data(), s_.batch}, barrier_, thread_);
+        const float* from = own_.hidden.data();
+        for (int64_t i = 0; l.reads_aside != 0 && i < s_.batch * m_.hidden; ++i) own_.both[size_t(i)] = from[i] + own_.aside[size_t(i)];
+        if (l.reads_aside != 0) from = own_.both.data();
+        x.run->step(x.engine, x.states, l.mixer, {from, s_.slots, sh_.delta.data(), s_.batch}, barrier_, thread_);
         took(MIXER);
         add_delta();
+    }
+
+    // A layer whose halves read each other and not what was before (decode.h).
+    void lay_aside(const LayerOperands& o) {
+        const int64_t hidden = m_.hidden;
+        for (int b = 0; b < s_.batch; ++b) {
+            float* both = own_.both.data() + 2 * b * hidden;
+            std::copy_n(own_.hidden.data() + b * hidden, hidden, both);
+            std::copy_n(own_.words.data() + b * hidden, hidden, both + hidden);
+            norm(both, o.l.attention_norm, nullptr, int(2 * hidden), m_.epsilon, own_.normed.data() + 2 * b * hidden);
+        }
+        in_.set(own_.normed.data(), 2 * hidden, s_.batch);
+        took(NORM);
+        attention(o, o.l.place);
+        for (int b = 0; b < s_.batch; ++b)
+            norm(m_, own_.aside.data() + b * hidden, o.l.mlp_norm, nullptr, 0, own_.normed.data() + b * hidden);
+        in_.set(own_.normed.data(), hidden, s_.batch);
+        took(NORM);
+        gated_mlp(o);
+        in_.set(own_.aside.data(), hidden, s_.batch);
+        const Range rows = share(o.aside.blocks());
+        multiply(o.aside, in_, 0, rows.first, rows.last, sh_.aside.data(), hidden);
+        took(OUTPUT);
+        wait();
+        std::copy_n(sh_.aside.begin(), s_.batch * hidden, own_.aside.begin());
+    }
+
+    // What a half says: added to the hidden states, or laid aside.
+    void take_delta(const LayerOperands& o, const float* after) {
+        if (o.aside.present()) std::copy_n(sh_.delta.begin(), s_.batch * m_.hidden, own_.aside.begin());
+        else add_delta(after);
     }
 
     void convolution(const LayerOperands& o, int layer) {
@@ -213,7 +255,7 @@ class Worker {
         multiply(o.output, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
         took(OUTPUT);
         wait();
-        add_delta(o.l.attention_after);
+        take_delta(o, o.l.attention_after);
     }
 
     void append(const Layer& l, int layer, int b, int head) {
@@ -271,7 +313,6 @@ class Worker {
 
     void gated_mlp(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows;
-        norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         gate_up(o.gate, o.up, 0, share(o.gate.blocks()), sh_.inner.data(), width);
         took(GATE_UP);
         wait();
@@ -280,7 +321,7 @@ class Worker {
         multiply(o.down, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
         took(DOWN);
         wait();
-        add_delta(o.l.mlp_after);
+        take_delta(o, o.l.mlp_after);
     }
 
     void experts(const LayerOperands& o) {
