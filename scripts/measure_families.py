@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How fast dense families decode natively and through transformers' modules, with random weights and few layers.
+"""How fast families decode natively and through transformers' modules, with random weights and few layers.
 
     python scripts/measure_families.py --families gemma2 phi3 --layers 4 [--bits 4] [--case "prefill 512"] [--out FILE]
+    python scripts/measure_families.py --families tests/data/hub_configs/nemotron3_nano_30b.json --set KEY=JSON
 
-Sizes are transformers' defaults of a family, those of a released model (Gemma-2-2B, Phi-3-mini, …). Weights are random
-and rounded to nearest: speed does not depend on them. Three ways alternate sample by sample: the native engine,
-transformers' modules on the same packed weights, and transformers on bf16 ones. Embedding and head have their full
-size, whatever the number of layers. Cases measured before stay in the file.
+Sizes are transformers' defaults of a family, those of a released model (Gemma-2-2B, Phi-3-mini, …), or those of a
+``config.json``. Weights are random: speed does not depend on them. Three ways alternate sample by sample: the native
+engine, transformers' modules on the same packed weights, and transformers on bf16 ones. Embedding and head have their
+full size, whatever the number of layers. Cases measured before stay in the file.
 """
 
 from __future__ import annotations
@@ -22,18 +23,36 @@ from llmcompress_kernels import bench
 from transformers import AutoConfig
 
 from llmcompress.inference import speed
-from llmcompress.inference.engine import Engine
+from llmcompress.inference.native import open_engine
 from llmcompress.quant.spec import QuantSpec
 
 CASES = (speed.Case("decode", 16, 1, 4), speed.Case("decode", 512, 1, 4), speed.Case("prefill", 512))
 
 
+def config_of(family: str, options: argparse.Namespace) -> Any:
+    """Sizes of a family or a file, with fewer layers."""
+    path, values = Path(family), {}
+    if path.suffix == ".json":
+        values = json.loads(path.read_text(encoding="utf-8"))
+        family = values.pop("model_type")
+    values |= {"num_hidden_layers": options.layers}
+    for key in ("layer_types", "layers_block_type"):
+        if key in values:
+            values[key] = values[key][: options.layers]
+    return AutoConfig.for_model(family, **{**values, **dict(options.set or ())})
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """``key=JSON`` of the command line."""
+    key, _, value = text.partition("=")
+    return key, json.loads(value)
+
+
 def candidates_of(family: str, options: argparse.Namespace) -> dict[str, speed.Candidate]:
     """The three ways to run a family."""
-    config = AutoConfig.for_model(family, num_hidden_layers=options.layers)
-    packed = speed.rounded(speed.random_model(config), QuantSpec(options.bits, 64))
+    packed = speed.random_packed(config_of(family, options), QuantSpec(options.bits, 64))
     return {
-        "native": speed.native(Engine(packed)),
+        "native": speed.native(open_engine(packed)),
         "modules": speed.transformers(packed),
         "bf16": speed.transformers(speed.dense_twin(packed)),
     }
@@ -43,6 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=["gemma2"])
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--set", action="append", type=assignment, metavar="KEY=JSON", help="of the config")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--case", action="append", help="only this one; may be repeated")
     parser.add_argument("--rounds", type=int, default=5)
@@ -57,8 +77,9 @@ def main() -> int:
     }  # fmt: skip
     if options.out is not None and options.out.is_file():
         told["families"] = json.loads(options.out.read_text())["families"]
-    for family in options.families:
-        candidates = candidates_of(family, options)
+    for given in options.families:
+        family = Path(given).stem
+        candidates = candidates_of(given, options)
         for case in CASES:
             if options.case and case.name not in options.case:
                 continue

@@ -21,9 +21,6 @@ import torch
 from llmcompress.cli.bench import machine
 from llmcompress.inference import speed
 from llmcompress.inference.native import open_engine
-from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.packed import PackedTensors
-from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.spec import QuantSpec
 
 CONFIG = Path(__file__).resolve().parent.parent / "tests/data/hub_configs/deepseek_v2_lite.json"
@@ -34,27 +31,11 @@ PROMPT, STEPS, BUDGET = 512, 8, 8.0
 
 def random_model(layers: int, bits: int) -> Any:
     """DeepSeek-V2-Lite in bfloat16, fewer layers, random weights, those of ``bits`` bits in groups of 64."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoConfig
 
     values = json.loads(CONFIG.read_text(encoding="utf-8"))
     config = AutoConfig.for_model(values.pop("model_type"), **{**values, "num_hidden_layers": layers})
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    torch.manual_seed(0)
-    layout, spec = layout_from_config(model.config.to_dict()), QuantSpec(bits, 64, symmetric=True)
-    swap_modules(model, layout, {name: spec for name, *_ in layout.quantizable()}, model.dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-            else:
-                parameter.fill_(1.0)
-        for module in (module for module in model.modules() if isinstance(module, PackedTensors)):
-            # any word holds valid codes; their spread is about that of a trained weight
-            module.weight_packed.random_(-(2**31), 2**31 - 1)
-            module.weight_scale.fill_(3.5 * module.shape[-1] ** -0.5 / (1 << bits))
-    return model.eval()
+    return speed.random_packed(config, QuantSpec(bits, 64, symmetric=True))
 
 
 def cache_bytes(config: Any, layers: int, size: int = 2) -> dict[str, int]:

@@ -27,8 +27,10 @@ from llmcompress.inference.native import NativeEngine
 from llmcompress.models.layout import Role
 from llmcompress.models.orientation import canonical
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.codecs import codec
+from llmcompress.quant.codecs.int_group import SCALE
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantSpec
 
@@ -213,6 +215,24 @@ def random_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
             for part in parameter.view(-1).split(len(drawn)):
                 part.copy_(drawn[: len(part)])
     model.tie_weights()
+    return model.eval()
+
+
+def random_packed(config: Any, spec: QuantSpec, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A packed model of a config's sizes for speed only: random codes, spread about as those of trained weights."""
+    model = random_model(config, dtype)
+    layout = layout_from_config(model.config.to_dict())
+    swap_modules(model, layout, {name: spec for name, *_ in layout.quantizable()}, model.dtype)
+    with torch.no_grad():
+        for module in (module for module in model.modules() if isinstance(module, PackedTensors)):
+            for name, tensor in module._buffers.items():
+                # any word holds valid codes or zero points
+                if tensor is not None and tensor.dtype == torch.int32:
+                    tensor.random_(-(2**31), 2**31 - 1)
+                elif tensor is not None and name == SCALE:
+                    tensor.fill_(3.5 * module.shape[-1] ** -0.5 / (1 << spec.bits))
+                elif tensor is not None:
+                    tensor.fill_(module.shape[-1] ** -0.5)
     return model.eval()
 
 
