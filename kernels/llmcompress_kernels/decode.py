@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select
 from llmcompress_kernels.decode_cache import Cache
+from llmcompress_kernels.decode_checks import check_mixers, check_numbers, check_slots, check_windows
 from llmcompress_kernels.decode_structs import (
     REROUTE,
     STRUCTS,
@@ -30,7 +31,6 @@ from llmcompress_kernels.decode_structs import (
     PromptStruct,
     StepStruct,
 )
-from llmcompress_kernels.decode_windows import Windows
 from llmcompress_kernels.matrix import Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -189,6 +189,7 @@ class Layer:
         gate, up, down: Projections of the gated MLP, or of the stacked experts; None without. An MLP or experts without
             a gate have their first projection there, and None for the other.
         router: float32 ``[E, H]``, None for a dense layer.
+        entry, exit: Dense ``[W, H]`` and ``[H, W]`` of experts that read and write W numbers, or None.
         router_correction: float32 ``[E]``, added to a router's sigmoids or softmax for the choice alone, or None.
         shared_gate, shared_up, shared_down: Projections of an MLP beside the experts, likewise, or None.
         shared_router: Row ``[1, H]`` that gives that MLP its share by a sigmoid; None gives it all.
@@ -216,6 +217,8 @@ class Layer:
     up: Matrix | None
     down: Matrix | None
     router: Matrix | None = None
+    entry: Matrix | None = None
+    exit: Matrix | None = None
     query_down: Matrix | None = None
     absorb: Matrix | None = None
     expand: Matrix | None = None
@@ -262,7 +265,7 @@ class Layer:
         """Whether :func:`prompt` computes it."""
         shapes = {(side.bits, side.group_size) for side in (self.gate, self.up) if side is not None}
         alike = self.router is None or len(shapes) == 1
-        small = ("router", "shared_router", "absorb", "expand")
+        small = ("router", "shared_router", "absorb", "expand", "entry", "exit")
         packed = [weight for name, weight in self.matrices().items() if name not in small]
         packed += [part for weight in packed if weight.adapter is not None for part in weight.adapter.matrices]
         return alike and all((weight.bits or weight.planes) and weight.rows % LANES == 0 for weight in packed)
@@ -475,16 +478,15 @@ def step(
         raise ValueError("members belong to the steps of a family, and to all of them")
     if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
         raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
-    _check_mixers(decoder, mixers)
-    if (mixers is not None or decoder.taps > 0) and len(set(slots.tolist())) < batch:
-        raise ValueError(f"a recurrent state takes one token a step: sequences {slots.tolist()} repeat")
+    check_mixers(decoder, mixers)
+    check_slots(decoder, slots)
     limit = min(cache.positions, decoder.cosine.shape[1])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
-    _check_numbers(decoder, tokens, planes)
+    check_numbers(decoder, tokens, planes)
     if cache.near is not None:
         for slot, position in zip(slots.tolist(), positions.tolist()):
-            _check_windows(cache.near, slot, position, 1)
+            check_windows(cache.near, slot, position, 1)
     given = (tokens, positions, slots, members, logits, best, seconds)
     call = StepStruct(
         *(None if t is None else t.data_ptr() for t in given), _address(mixers),
@@ -539,10 +541,10 @@ def prompt(
         raise ValueError(f"{count} tokens from {start} on in slot {slot} do not fit a cache of {limit} positions")
     if not 0 <= member < max(1, len(decoder.member_heads)):
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
-    _check_mixers(decoder, mixers)
-    _check_numbers(decoder, tokens, planes)
+    check_mixers(decoder, mixers)
+    check_numbers(decoder, tokens, planes)
     if cache.near is not None:
-        _check_windows(cache.near, slot, start, count)
+        check_windows(cache.near, slot, start, count)
     hidden, raised = torch.empty(1, decoder.hidden), list[BaseException]()
     callback = REROUTE() if reroute is None else _callback(decoder, count, reroute, raised)
     call = PromptStruct(
@@ -579,21 +581,3 @@ def _callback(decoder: Decoder, count: int, reroute: Reroute, raised: list[BaseE
 
 def _address(mixers: Mixers | None) -> int | None:
     return None if mixers is None else ctypes.addressof(mixers._struct)
-
-
-def _check_mixers(decoder: Decoder, mixers: Mixers | None) -> None:
-    if decoder.mixes != (mixers is not None):
-        raise ValueError("mixers belong to decoders whose layers have some, and to all of these")
-
-
-def _check_windows(near: Windows, slot: int, start: int, count: int) -> None:
-    begin = int(near.begins[slot])
-    if start + count - begin > near.positions or not near.holds(slot, start):
-        raise ValueError(f"{count} tokens from {start} on do not fit the rows from {begin} on of layers with windows")
-
-
-def _check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:
-    if planes not in (INT8_PLANES, FLOAT16_PLANES, FLOAT32_PLANES):
-        raise ValueError(f"an activation takes 1, 2 or 3 bytes, not {planes}")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= decoder.embedding.rows:
-        raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{decoder.embedding.rows - 1}")

@@ -16,7 +16,7 @@ class LayerStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "sinks")),
         *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "cosine", "sine")),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "query_down", "absorb", "expand")),
-        *((name, MatrixStruct) for name in ("conv_in", "gate", "up", "down", "aside", "router")),
+        *((name, MatrixStruct) for name in ("conv_in", "gate", "up", "down", "aside", "router", "entry", "exit")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "mixer", "reads_aside")),
         *((name, ctypes.c_int32) for name in ("place", "turned", "window")),

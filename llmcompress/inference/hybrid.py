@@ -72,8 +72,6 @@ def _decline_layout(layout: ModelLayout, rank: Any) -> str | None:
         return "none of its layers has attention"
     if ("ssm", None) in kinds and layout.hidden % LANES != 0:
         return f"a convolution of {layout.hidden} channels, which do not fill vectors"
-    if any(bank.entry is not None for bank in layout.banks.values()):
-        return "its experts work on a narrower projection of their input"
     views = {block.scan.module: block.scan for block in layout.blocks if block.scan is not None}
     for name, view in views.items():
         reason = recurrent.decline_scan(view, layout.hidden, rank)
@@ -304,6 +302,9 @@ def _layer(model: PreTrainedModel, block: Block, sublayers: Sequence[Sublayer]) 
             given |= {"mlp_norm": norm_of(norm), **_experts(model, sublayer.experts)}
             if sublayer.groups:
                 given |= _mlp(model.get_submodule(sublayer.groups[0].module), "shared_")
+            if sublayer.experts.entry is not None:
+                both = module.fc1_latent_proj, module.fc2_latent_proj
+                given |= zip(("entry", "exit"), map(linear_matrix, both))
         else:
             # without experts the MLP beside them is the layer's own
             prefix = "" if block.bank is None else "shared_"

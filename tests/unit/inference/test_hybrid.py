@@ -87,6 +87,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**NEMOTRON, "layers_block_type": [_MIX, "mlp", _MIX, "full_attention", "moe", _MIX], "mlp_bias": True},
     ),
     "nano": ("nemotron_h", {**NEMOTRON, "layers_block_type": ["moe", "full_attention", _MIX, _MIX, "moe", "mlp"]}),
+    # experts on a narrower projection, with biases
+    "super": (
+        "nemotron_h",
+        {
+            **NEMOTRON,
+            "layers_block_type": [_MIX, "moe", "full_attention", "moe"],
+            "moe_latent_size": 32,
+            "mlp_bias": True,
+        },
+    ),
     # attention and a mixer side by side, factors everywhere; a gate alone, or a norm by groups after it, with biases
     "falcon": ("falcon_h1", FALCON),
     "normed": (
@@ -300,7 +310,6 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
     ("jamba", {"mamba_dt_rank": 3}, None, "rank 3"),
     ("lfm2", {"hidden_size": 40, "num_attention_heads": 5}, None, "40 channels"),
     ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True}, None, "norm before their gates"),
-    ("nemotron_h", {"moe_latent_size": 16}, None, "narrower projection"),
     ("nemotron_h", {"mamba_hidden_act": "gelu"}, None, "mamba_hidden_act"),
     ("granitemoehybrid", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None, "rota"),
 ]  # fmt: skip
@@ -416,7 +425,7 @@ def test_a_snapshot_outlives_other_prompts(name: str, tiny: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("policy", [{"alpha": 0.9}, {"alpha": 1.0, "fallback": "reroute"}])
-@pytest.mark.parametrize("name", ["granite", "jamba", "lfm2_moe", "nano"])
+@pytest.mark.parametrize("name", ["granite", "jamba", "lfm2_moe", "nano", "super"])
 @torch.inference_mode()
 def test_experts_are_skipped_as_in_modules(name: str, policy: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     model, tokens = packed(tiny, tmp_path, name, bits=4), IDS[:300]

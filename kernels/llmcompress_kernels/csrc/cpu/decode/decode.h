@@ -106,6 +106,7 @@ struct Layer {
     Matrix gate, up, down;  // the MLP or, where `router` is present, the experts; without a gate the first has the place of `gate`
     Matrix aside;           // [H, H] of a layer that lays aside, or ABSENT
     Matrix router;          // [E, H], dense, or ABSENT
+    Matrix entry, exit;     // [W, H] and [H, W] of experts that read and write W numbers, dense, or ABSENT
     Matrix shared_gate, shared_up, shared_down;  // an MLP beside the experts, likewise, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone

@@ -63,7 +63,7 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, gate, up, down, router;
-    Operand query_down, absorb, expand, conv_in, aside;
+    Operand query_down, absorb, expand, conv_in, aside, entry, exit;
     Operand shared_gate, shared_up, shared_down, shared_router;
 
     bool attends() const { return query.present(); }
@@ -85,7 +85,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, delta, aside, scores, shares, rough, bounds;
+    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, narrow, sums, delta, aside, scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };
@@ -102,12 +102,14 @@ class Engine {
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
                               operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
                               operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in), operand(l.aside),
+                              operand(l.entry), operand(l.exit),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
             shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
             rank = std::max(rank, l.query_down.rows);
             conv_rows = std::max(conv_rows, l.conv_in.rows);
+            entry_rows = std::max(entry_rows, l.entry.rows);
             lays_aside = lays_aside || l.aside.kind != ABSENT;
         }
     }
@@ -135,6 +137,7 @@ class Engine {
         grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
         grow(shared.shared, b * size_t(padded(shared_intermediate)));
         grow(shared.shares, b);
+        for (auto* rows : {&shared.narrow, &shared.sums}) grow(*rows, b * size_t(padded(entry_rows)));
         grow(shared.scores, b * size_t(padded(experts)));
         grow(shared.best, b * size_t(s.threads));
         grow(shared.bounds, b * size_t(s.threads));
@@ -169,7 +172,7 @@ class Engine {
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
-    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, conv_rows = 0;
+    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, conv_rows = 0, entry_rows = 0;
     int64_t low_rows = 0, high_rows = 0;  // of adapters
     bool lays_aside = false;
 

@@ -358,6 +358,7 @@ class PromptWorker {
             float* const scores = r.scores.data() + first_ * count;
             multiply(o.router, in, 0, 0, o.router.blocks(), scores + begin(b) * count, count);
             if (o.shared_router.present()) multiply(o.shared_router, in, 0, 0, 1, r.shares.data() + first_ + begin(b), 1);
+            if (o.entry.present()) multiply(o.entry, in, 0, 0, o.entry.blocks(), narrow(o, begin(b)), o.entry.m.rows);
             for (int64_t t = begin(b); t < end(b); ++t) {
                 int* const chosen = r.chosen.data() + (first_ + t) * k;
                 float* const weights = r.weights.data() + (first_ + t) * k;
@@ -367,6 +368,9 @@ class PromptWorker {
         });
         took(ROUTER);
     }
+
+    // What experts read that read no hidden states, and in the end what they say.
+    float* narrow(const LayerOperands& o, int64_t t) { return room_.narrow.data() + (first_ + t) * o.entry.m.rows; }
 
     void experts(const LayerOperands& o) {
         Routed& r = room_.routed;
@@ -385,7 +389,7 @@ class PromptWorker {
         }
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
-            round(o.gate, b, normed(0), r.tokens.data() + r.first[size_t(b.expert)]);
+            round(o.gate, b, o.entry.present() ? narrow(o, 0) : normed(0), r.tokens.data() + r.first[size_t(b.expert)]);
         });
         took(NORM);
         expert_rows({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}});
@@ -403,22 +407,39 @@ class PromptWorker {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 if (!o.shared_down.present()) std::fill_n(delta(t), m_.hidden, 0.f);
                 else if (o.shared_router.present()) scale_all(delta(t), m_.hidden, sigmoid(r.shares[size_t(first_ + t)]));
-                add_slots(t);
+                if (!o.entry.present()) add_slots(t, delta(t), m_.hidden);
             }
+            if (o.entry.present()) widen(o, b);
         });
         took(DOWN);
     }
 
-    // Add what a token's experts say, in ascending order, as the definition does.
-    void add_slots(int64_t t) {
+    // From the width of experts back to that of hidden states, for a block of tokens.
+    void widen(const LayerOperands& o, int64_t b) {
+        const int64_t width = o.entry.m.rows;
+        for (int64_t t = begin(b); t < end(b); ++t) {
+            std::fill_n(narrow(o, t), width, 0.f);
+            add_slots(t, narrow(o, t), width);
+        }
+        Input in(scratch_, p_.planes);
+        in.set(narrow(o, begin(b)), width, int(end(b) - begin(b)));
+        widened_.resize(size_t(most() * m_.hidden));
+        multiply(o.exit, in, 0, 0, o.exit.blocks(), widened_.data(), m_.hidden);
+        for (int64_t t = begin(b); t < end(b); ++t) {
+            const float* from = widened_.data() + (t - begin(b)) * m_.hidden;
+            for (int i = 0; i < m_.hidden; ++i) delta(t)[i] += from[i];
+        }
+    }
+
+    // Add what a token's experts say, in ascending order, as the definition does, to some numbers.
+    void add_slots(int64_t t, float* to, int64_t width) {
         const Routed& r = room_.routed;
-        float* to = delta(t);
         for (int64_t i = t * m_.top_k; i < (t + 1) * m_.top_k; ++i) {
             const int64_t place = r.places[size_t(i)];
             if (place < 0) continue;
             const float weight = r.weights[size_t(first_ * m_.top_k + i)];
-            const float* from = r.products.data() + place * m_.hidden;
-            for (int c = 0; c < m_.hidden; ++c) to[c] += weight * from[c];
+            const float* from = r.products.data() + place * width;
+            for (int64_t c = 0; c < width; ++c) to[c] += weight * from[c];
         }
     }
 
@@ -543,7 +564,7 @@ class PromptWorker {
     int kind_ = 0;
     int64_t first_ = 0, count_ = 0;  // tokens of this piece
     Clock clock_;
-    std::vector<float> queries_, weights_, parts_, ranked_, sums_;
+    std::vector<float> queries_, weights_, parts_, ranked_, sums_, widened_;
     std::vector<char> scratch_;
 };
 

@@ -66,6 +66,7 @@ struct PromptRoom {
     std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
     std::vector<float> query, key, value, low, convolved, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<float> words, aside, both;  // [T, H], [T, H] and [tokens, 2 H] where layers lay aside (decode.h)
+    std::vector<float> narrow;              // [T, W] of experts that read and write W numbers
     std::vector<float> ranks, adapted;      // [tokens, rows] of the two matrices of an adapter
     std::vector<char> activations;
     Routed routed;
@@ -84,6 +85,7 @@ struct PromptRoom {
             for (auto* rows : {&words, &aside}) rows->resize(size_t(p.count * m.hidden));
             both.resize(size_t(2 * tokens * m.hidden));
         }
+        narrow.resize(size_t(p.count * e.entry_rows));
         ranks.resize(size_t(tokens * e.low_rows)), adapted.resize(size_t(tokens * e.high_rows));
         for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * widths(m).key));
         for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));

@@ -325,10 +325,13 @@ class Worker {
     }
 
     void experts(const LayerOperands& o) {
-        const int64_t width = o.gate.m.rows, count = o.router.m.rows;
+        const int64_t width = o.gate.m.rows, count = o.router.m.rows, wide = o.down.m.rows;
+        const bool narrow = o.entry.present();
         norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         const Range routers = share(o.router.blocks());
         multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
+        const Range entries = share(o.entry.blocks());
+        multiply(o.entry, in_, 0, entries.first, entries.last, sh_.narrow.data(), o.entry.m.rows);
         took(ROUTER);
         shared_inner(o);
         wait();
@@ -341,7 +344,7 @@ class Worker {
         for_each_expert(count, [&](int expert, const int* slots, int taken) {
             // slots of one expert are the rows of one small product
             for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i] / m_.top_k;
-            in_.set(own_.normed.data(), m_.hidden, taken, own_.rows.data());
+            in_.set(narrow ? sh_.narrow.data() : own_.normed.data(), o.gate.m.columns, taken, own_.rows.data());
             gate_up(o.gate, o.up, expert, inner, own_.gated.data(), width);
             const int64_t row = inner.begin(), size = inner.end(width) - row;
             for (int i = 0; i < taken && size > 0; ++i)
@@ -350,22 +353,40 @@ class Worker {
         took(GATE_UP);
         wait();
         const Range outer = share(o.down.blocks());
-        const int64_t row = outer.begin(), size = outer.end(m_.hidden) - row;
-        begin_delta(o, outer, row, size);
+        const int64_t row = outer.begin(), size = outer.end(wide) - row;
+        float* const sums = narrow ? sh_.sums.data() : sh_.delta.data();
+        for (int b = 0; narrow && b < s_.batch && size > 0; ++b) std::fill_n(sums + b * wide + row, size, 0.f);
+        if (!narrow) begin_delta(o, outer, row, size);
         for_each_expert(count, [&](int expert, const int* slots, int taken) {
             for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i];
             in_.set(sh_.inner.data(), width, taken, own_.rows.data());
-            multiply(o.down, in_, expert, outer.first, outer.last, own_.product.data(), m_.hidden);
+            multiply(o.down, in_, expert, outer.first, outer.last, own_.product.data(), wide);
             for (int i = 0; i < taken; ++i) {
                 const float weight = own_.routed[size_t(slots[i])];
-                float* to = sh_.delta.data() + slots[i] / m_.top_k * int64_t(m_.hidden) + row;
-                const float* from = own_.product.data() + i * int64_t(m_.hidden) + row;
+                float* to = sums + slots[i] / m_.top_k * wide + row;
+                const float* from = own_.product.data() + i * wide + row;
                 for (int64_t c = 0; c < size; ++c) to[c] += weight * from[c];
             }
         });
         took(DOWN);
         wait();
+        if (narrow) widen(o);
         add_delta(o.l.mlp_after);
+    }
+
+    // From the width of experts back to that of hidden states.
+    void widen(const LayerOperands& o) {
+        const Range rows = share(o.exit.blocks());
+        const int64_t row = rows.begin(), size = rows.end(m_.hidden) - row;
+        begin_delta(o, rows, row, size);
+        in_.set(sh_.sums.data(), o.exit.m.columns, s_.batch);
+        multiply(o.exit, in_, 0, rows.first, rows.last, own_.product.data(), m_.hidden);
+        for (int b = 0; b < s_.batch; ++b) {
+            const int64_t at = b * int64_t(m_.hidden) + row;
+            for (int64_t i = 0; i < size; ++i) sh_.delta[size_t(at + i)] += own_.product[size_t(at + i)];
+        }
+        took(DOWN);
+        wait();
     }
 
     // What the MLP beside the experts has before its last projection, and its share.
