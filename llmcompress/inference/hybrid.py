@@ -271,7 +271,7 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)
 
 
-NOTHING: Mapping[str, tuple[Any, Any]] = {}
+_NO_ADAPTERS: Mapping[str, tuple[Any, Any]] = {}
 # fields that a layer may lack and that have no defaults
 _HALVES = ("attention_norm", "mlp_norm", "query", "key", "value", "output", "gate", "up", "down")
 
@@ -348,7 +348,7 @@ def _convolution(module: Any) -> dict[str, Any]:
     }
 
 
-def _mlp(module: Any, prefix: str, adapters: Mapping[str, tuple[Any, Any]] = NOTHING) -> dict[str, Any]:
+def _mlp(module: Any, prefix: str, adapters: Mapping[str, tuple[Any, Any]] = _NO_ADAPTERS) -> dict[str, Any]:
     gate, up, down = mlp_parts(module)
     if "gate_up_proj" in adapters:
         assert up is not None

@@ -130,6 +130,16 @@ IDS = torch.randint(3, 70, (330,), generator=torch.Generator().manual_seed(5))
 EXACT = 3e-5
 
 
+def slack(name: str) -> float:
+    """How much further off a model may be: transformers without residual connections inside amplify what differs."""
+    return 8.0 if MODELS[name][0] == "zamba2" else 1.0
+
+
+def exact(name: str) -> float:
+    """How far logits may be off."""
+    return EXACT * slack(name)
+
+
 def packed(
     tiny: Any, folder: Path, name: str, states: dict[str, Any] | None = None, bits: int = 8, int8: bool = False,
     embeddings: int = 0,
@@ -165,27 +175,32 @@ def by_modules(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Ten
     return torch.stack(rows), cache
 
 
-def held_alike(engine: HybridEngine, cache: Any, slot: int) -> None:
+def held_alike(engine: HybridEngine, cache: Any, slot: int, name: str) -> None:
     """Convolutions, float states and keys of the engine are those of transformers' cache."""
+
+    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+        allowed = 2e-5 * slack(name) * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=allowed)
+
     mixers, attention, convolutions = 0, 0, 0
     for layer, own in zip((cache.layers[block] for block in engine.blocks), engine.decoder.layers):
         if own.convolves:
             held = engine.cache.inputs[convolutions, slot]
-            torch.testing.assert_close(held, layer.conv_states[0][0, :, 1:].mT, rtol=1e-4, atol=2e-5)
+            close(held, layer.conv_states[0][0, :, 1:].mT)
             convolutions += 1
         if own.mixes:
             assert engine.states is not None
-            torch.testing.assert_close(engine.states.conv[mixers, slot], layer.conv_states[0][0], rtol=1e-4, atol=2e-5)
+            close(engine.states.conv[mixers, slot], layer.conv_states[0][0])
             if engine.states.floats is not None:
                 held = engine.states.floats[mixers, slot]
                 if engine.mixer_weights is not None and engine.mixer_weights.rank:
                     held = mamba1.unblocked(held)
-                torch.testing.assert_close(held, layer.recurrent_states[0][0], rtol=1e-4, atol=2e-5)
+                close(held, layer.recurrent_states[0][0])
             mixers += 1
         if own.attends:
             count, width = layer.values.shape[-2:]
             held = engine.cache.values[attention, slot, :, :count, :width]
-            torch.testing.assert_close(held, layer.values[0], rtol=1e-4, atol=2e-5)
+            close(held, layer.values[0])
             attention += 1
 
 
@@ -197,13 +212,12 @@ def test_a_dense_model_with_float_states_agrees(name: str, prompt: int, tiny: An
     expected, cache = by_modules(model, tokens, prompt)
     engine = open_engine(model, slots=2, positions=320)
     assert isinstance(engine, HybridEngine)
-    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < EXACT
-    held_alike(engine, cache, 1)
+    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < exact(name)
+    held_alike(engine, cache, 1, name)
     assert engine.lengths == [0, len(tokens)]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("prompt", [1, 40, 325])
+@pytest.mark.parametrize(("prompt", "threads"), [(1, 3), (40, 2), (325, 1), (325, 3)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_model_takes_prompts_at_once(
     name: str, prompt: int, threads: int, tiny: Any, tmp_path: Path, sequences: Any
@@ -212,8 +226,18 @@ def test_a_packed_model_takes_prompts_at_once(
     expected, cache = by_modules(model, tokens, prompt)
     engine = HybridEngine(model, slots=2, positions=336, threads=threads)
     assert engine.decoder.takes_prompts
-    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < EXACT
-    held_alike(engine, cache, 1)
+    assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < exact(name)
+    held_alike(engine, cache, 1, name)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("name", ["taps", "super", "normed", "zamba"])
+def test_other_widths(name: str, bits: int, tiny: Any, tmp_path: Path, sequences: Any) -> None:
+    model, tokens = packed(tiny, tmp_path, name, bits=bits), IDS[:40]
+    expected, cache = by_modules(model, tokens, 30)
+    engine = HybridEngine(model, slots=2, positions=48)
+    assert sequences.off(sequences.natively(engine, tokens, 30, 1), expected) < exact(name)
+    held_alike(engine, cache, 1, name)
 
 
 STORED = [("dsq", "rtn", 1), ("dsq_refit", "rtn", 1), ("dsq", "dither", 4), ("dsq_refit", "rtn", 3)]
@@ -331,7 +355,9 @@ def test_hooks_are_declined(tiny: Any) -> None:
     assert "hooks" in str(decline(model))
 
 
-@pytest.mark.parametrize("name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe", "nemotron", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["granite", "dense", "bamba", "thin", "lfm2", "lfm2_moe", "nemotron", "falcon", "zamba"]
+)
 def test_activations_are_rounded_as_the_model_rounds_them(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
     """Routed experts keep float inputs, all others are rounded."""
     model, exact = packed(tiny, tmp_path, name, int8=True), packed(tiny, tmp_path, name)
@@ -355,7 +381,7 @@ def test_packed_embeddings_and_heads(name: str, bits: int, tiny: Any, tmp_path: 
     assert engine.vocabulary == 70
     assert engine.decoder.head.bits == engine.decoder.embedding.bits == bits
     expected, _ = by_modules(model, tokens, 24)
-    assert sequences.off(sequences.natively(engine, tokens, 24), expected) < EXACT
+    assert sequences.off(sequences.natively(engine, tokens, 24), expected) < exact(name)
     assert int(engine.greedy(tokens[:2])[0]) < 70
 
 
@@ -438,5 +464,5 @@ def test_experts_are_skipped_as_in_modules(name: str, policy: dict[str, Any], ti
     mine = controller.statistics()
     assert mine["total"]["slots_dropped"] + mine["total"]["slots"] > 0
     assert {**mine, "seconds": 0} == {**told, "seconds": 0}
-    assert (found - expected).abs().max() < EXACT * expected.abs().max()
+    assert (found - expected).abs().max() < exact(name) * expected.abs().max()
     assert (found - untouched).abs().max() > 1e-3

@@ -85,7 +85,8 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, narrow, sums, delta, aside, scores, shares, rough, bounds;
+    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, narrow, sums, delta, aside;
+    std::vector<float> scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
 };

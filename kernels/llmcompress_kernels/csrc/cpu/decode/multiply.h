@@ -171,8 +171,10 @@ inline void adapt(const Operand& o, Input& in, int64_t first, int64_t last, floa
     multiply(*o.low, in, 0, 0, o.low->blocks(), a.low.data(), low);
     a.input->set(a.low.data(), low, in.tokens());
     multiply(*o.high, *a.input, 0, first, last, a.high.data(), rows);
-    for (int t = 0; t < in.tokens(); ++t)
-        for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) out[t * stride + row] += a.high[size_t(t * rows + row)];
+    for (int t = 0; t < in.tokens(); ++t) {
+        const float* from = a.high.data() + t * rows;
+        for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) out[t * stride + row] += from[row];
+    }
 }
 
 // Row blocks [first, last) of factors (W x + bias) for every token of `in`: out[t * stride + row].

@@ -97,8 +97,11 @@ class Worker {
     void mix(const Layer& l) {
         const BoundMixers& x = *s_.mixers;
         const float* from = own_.hidden.data();
-        for (int64_t i = 0; l.reads_aside != 0 && i < s_.batch * m_.hidden; ++i) own_.both[size_t(i)] = from[i] + own_.aside[size_t(i)];
-        if (l.reads_aside != 0) from = own_.both.data();
+        if (l.reads_aside != 0) {
+            float* const both = own_.both.data();
+            for (int64_t i = 0; i < s_.batch * m_.hidden; ++i) both[i] = from[i] + own_.aside[size_t(i)];
+            from = both;
+        }
         x.run->step(x.engine, x.states, l.mixer, {from, s_.slots, sh_.delta.data(), s_.batch}, barrier_, thread_);
         took(MIXER);
         add_delta();

@@ -24,7 +24,8 @@ struct MixerLayer {
   const float* conv_weight;  // [C, 4]
   const float* conv_bias;    // [C] or null
   const float *dt_bias, *a, *d;  // [H], of Mamba-1 [I], a [I, N]; a is negative
-  const float* gain;       // [I], the gated norm's weight, null for a gate without a norm; of Mamba-1 [R + 2 N], those of the norms of dt, B and C, or null
+  const float* gain;       // [I], the gated norm's weight, null for a gate without a norm; of Mamba-1 [R + 2 N], those of the
+                           // norms of dt, B and C, or null
   const uint16_t* fixed;   // fp16 [H, P] calibrated channel scale, or null
   int32_t in_planes, x_planes, out_planes, reserved;  // bytes of fixed-point activations (lowbit.h)
 };
