@@ -1,10 +1,12 @@
-"""The ``compressed-tensors`` format: symmetric 4- and 8-bit weights, ``pack-quantized``.
+"""The ``compressed-tensors`` format: symmetric 4- and 8-bit weights, ``pack-quantized``; with activations rounded per
+token ``int-quantized``, the W8A8 of serving runtimes.
 
 Our packed layout is byte-identical to ``pack-quantized``, so nothing is re-packed: experts are cut
 apart (rows are packed independently) and tensors renamed. Scales of experts are widened to fp32,
 without changing them, because transformers decodes experts in the type of the scale and fp16 would
 round the product. A fused layer of a serving runtime (q/k/v, gate/up, all experts) has one scheme,
-so mixes inside one are refused instead of failing there.
+so mixes inside one are refused instead of failing there. Of W8A8 codes are stored as int8, and runtimes round
+activations as they come; a scale for 64 columns of a token is ours alone.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from llmcompress.export.base import (
     write_model_folder,
 )
 from llmcompress.models import sizes
+from llmcompress.quant.codecs.int_group import unpack_parts
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import packed_words
 
@@ -50,6 +53,7 @@ FORMAT_VERSION = "0.15.0"
 # families whose mixers transformers 5.23 initialises by the name of a weight, also when it comes packed
 INITIALISED = ("mamba", "falcon_mamba", "mamba2")
 _THROUGH = "through compressed-tensors"
+ACTIVATIONS, INT_QUANTIZED = "activations", "int-quantized"
 EXPERT_TARGET = r"re:.*\.experts\.\d+\..*"
 
 
@@ -86,6 +90,7 @@ class CompressedTensorsExporter(Exporter):
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Weights the format or its readers cannot hold, one line per kind of problem."""
         problems = [*_spec_problems(layout, plan), *_fusion_problems(layout, plan), *_expert_problems(layout, plan)]
+        problems += _activation_problems(layout, plan, policies)
         if layout.model_type in INITIALISED and any(name.endswith(".mixer.out_proj") for name in plan):
             problems.append(
                 f"transformers cannot load a packed out_proj of {layout.model_type}: it initialises that weight. "
@@ -94,6 +99,11 @@ class CompressedTensorsExporter(Exporter):
         if any(block.loan is not None for block in layout.blocks):
             problems.append(f"{layout.model_type} runs a module in several blocks; readers cannot tie packed weights")
         return problems
+
+    def losses(self, policies: Policies) -> list[str]:
+        """Run-time policies but activations that the format holds."""
+        left = {name: policy for name, policy in policies.items() if not (name == ACTIVATIONS and per_token(policies))}
+        return super().losses(left)
 
     def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
         """How transformers treats such checkpoints."""
@@ -128,15 +138,16 @@ class CompressedTensorsExporter(Exporter):
         self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
     ) -> None:
         """Write shards block by block, config with config_groups, tokenizer and provenance."""
+        whole = per_token(policies)
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
                 yield handle.layout.disk.name(name), tensor
             for block in handle.layout.blocks:
                 for name, value in hub_weights(handle, store, block):
-                    yield from _stored(name, value)
+                    yield from _stored(name, value, whole)
 
-        quantization = quantization_config(handle.layout, store.plan())
+        quantization = quantization_config(handle.layout, store.plan(), policies)
         config = {**dense_config(handle), "quantization_config": quantization}
         write_model_folder(out, handle, tensors(), config, provenance)
 
@@ -153,12 +164,15 @@ class CompressedTensorsExporter(Exporter):
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         groups = QuantizationConfig.model_validate(config).config_groups
         compressor = BaseCompressor.get_value_from_registry(config["format"])
+        whole = config["format"] == INT_QUANTIZED
+        if whole != per_token(policies or {}):
+            raise ExportError(f"{out}: format {config['format']} does not say how activations are rounded")
         by_scheme = {(g.weights.num_bits, g.weights.group_size or 0): g for g in groups.values()}
         with SafetensorsFolder(out) as files:
             left = files.names()
             for block in handle.layout.blocks:
                 for name, value in hub_weights(handle, store, block):
-                    parts = {full: files.tensor(full) for full, _ in _stored(name, value)}
+                    parts = {full: files.tensor(full) for full, _ in _stored(name, value, whole)}
                     left -= set(parts)
                     if not isinstance(value, PackedWeight):
                         require_equal(out, name, parts[name], value, _THROUGH)
@@ -215,19 +229,30 @@ def _wide_scale(packed: PackedWeight) -> PackedWeight:
     return PackedWeight(packed.shape, packed.spec, tensors)
 
 
-def _stored(name: str, value: Tensor | PackedWeight) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the file holds for one weight."""
+def _stored(name: str, value: Tensor | PackedWeight, whole: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the file holds for one weight; ``whole`` stores codes as int8, around zero."""
     import torch
 
     if not isinstance(value, PackedWeight):
         yield name, value
+        return
+    if whole:
+        codes, scale, _ = unpack_parts(value)
+        yield f"{name}.weight", (codes.to(torch.int16) - value.spec.midpoint).to(torch.int8)
+        yield f"{name}.weight_scale", scale
         return
     yield f"{name}.weight_packed", value.tensors["weight_packed"]
     yield f"{name}.weight_scale", value.tensors["weight_scale"]
     yield f"{name}.weight_shape", torch.tensor(value.shape, dtype=torch.int64)
 
 
-def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
+def per_token(policies: Policies) -> bool:
+    """Whether inputs of linears are rounded with one scale per token."""
+    policy = policies.get(ACTIVATIONS)
+    return policy is not None and policy.get("granularity", "token") == "token"
+
+
+def quantization_config(layout: ModelLayout, plan: QuantPlan, policies: Policies | None = None) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
     The group that covers the experts comes first and is named by a pattern with ``experts`` in it,
@@ -250,18 +275,20 @@ def quantization_config(layout: ModelLayout, plan: QuantPlan) -> dict[str, Any]:
     for block in layout.blocks:
         matrices = [view.name for view in block.kept if len(view.shape) == 2 and view.name.endswith(".weight")]
         ignore += [layout.disk.name(name).removesuffix(".weight") for name in matrices]
+    whole = per_token(policies or {})
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True} if whole else None
     groups = {
         f"group_{index}": {
             "targets": patterns,
             "weights": scheme.to_config(),
-            "input_activations": None,
+            "input_activations": inputs,
             "output_activations": None,
         }
         for index, (scheme, patterns) in enumerate(targets.items())
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": INT_QUANTIZED if whole else "pack-quantized",
         "quantization_status": "compressed",
         "version": FORMAT_VERSION,
         "config_groups": groups,
@@ -319,6 +346,21 @@ def _spec_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:
         )
     if ragged:
         yield f"{some(ragged)}: the row length is not a multiple of the group size, which readers do not accept"
+
+
+def _activation_problems(layout: ModelLayout, plan: QuantPlan, policies: Policies) -> Iterator[str]:
+    """Why rounded activations are not those of W8A8: a group of this format has inputs and weights."""
+    if not per_token(policies):
+        return
+    roles = policies[ACTIVATIONS]["roles"]
+    rounded = {linear.name for block in layout.blocks for linear in block.linears() if linear.role.value in roles}
+    widths = {name: shape[-1] for name, _, shape, _ in layout.quantizable()}
+    other = [name for name, spec in plan.items() if scheme_of(spec, widths[name]) != Scheme(8, 0)]
+    if wrong := [*other, *sorted((rounded ^ set(plan)) - set(other))]:
+        yield (
+            f"{some(wrong)}: activations are rounded per token, which this format holds in linears with 8-bit weights "
+            "and one scale a row. Give the same linears bits: 8 and group_size: -1, or take the stage activations out"
+        )
 
 
 def _fusion_problems(layout: ModelLayout, plan: QuantPlan) -> Iterator[str]:

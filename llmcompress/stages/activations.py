@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmcompress.models.layout import Role
-from llmcompress.stages.base import Kind, Stage, StageConfig
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
@@ -23,7 +23,8 @@ class ActivationsConfig(StageConfig):
     bits: Literal[8] = 8
     """Width of the codes; scales are taken from each token as it comes (dynamic), so nothing is calibrated."""
     granularity: Literal["token", "chunk"] = "token"
-    """What shares a scale: a whole token, or 64 of its columns (a finer grid, and what the CPU kernels compute in)."""
+    """What shares a scale: a whole token, which compressed-tensors holds too, or 64 of its columns (a finer grid, and
+    what the CPU kernels compute in)."""
     roles: Annotated[tuple[_ROLES, ...], Field(min_length=1)] = ("attention", "mlp", "shared_experts", "ssm")
     """Linears whose inputs are rounded. Routed experts keep float inputs: they are gathered inside fused functions."""
 
@@ -47,6 +48,17 @@ class Activations(Stage):
         present = {role for _, role, _, _ in layout.quantizable()}
         return [role for role in self.config.roles if Role(role) in present]
 
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """Nothing but the policy, for exports that carry it."""
+        return Estimate(policies={"activations": self.policy(inputs.layout)})
+
+    def policy(self, layout: ModelLayout) -> dict[str, Any]:
+        """What artifacts hold."""
+        policy: dict[str, Any] = {"bits": self.config.bits, "roles": self._roles(layout)}
+        if self.config.granularity != "token":
+            policy["granularity"] = self.config.granularity
+        return policy
+
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Store the policy; nothing is measured or calibrated."""
         self.restore(state, ctx)
@@ -54,7 +66,4 @@ class Activations(Stage):
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Put the policy into the run state."""
         assert state.model is not None
-        policy: dict[str, Any] = {"bits": self.config.bits, "roles": self._roles(state.model.layout)}
-        if self.config.granularity != "token":
-            policy["granularity"] = self.config.granularity
-        state.policies["activations"] = policy
+        state.policies["activations"] = self.policy(state.model.layout)

@@ -162,6 +162,38 @@ def test_compressed_tensors_of_newer_families_load_in_plain_transformers(tmp_pat
     check_compressed_tensors(handle, store, tmp_path / "out", atol=1e-5)
 
 
+def test_w8a8_rounds_activations_in_plain_transformers_too(tmp_path: Path) -> None:
+    """Codes and scales are ours; inputs are rounded by the reader, with its scale of 127.5 steps where ours has 127."""
+    handle = make_model(tmp_path / "source", LLAMA)
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC8)
+    exporter, out = CompressedTensorsExporter(), tmp_path / "out"
+    policies = {"activations": {"bits": 8, "roles": ["attention", "mlp"]}}
+    assert exporter.refusals(handle.layout, store.plan(), policies) == exporter.losses(policies) == []
+    exporter.write(handle, store, policies, out, {})
+    exporter.read_back(out, handle, store, policies)
+    with pytest.raises(ExportError, match="does not say how activations are rounded"):
+        exporter.read_back(out, handle, store)
+    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+
+    def rounded(steps: float) -> torch.Tensor:
+        model = decoded_model(handle, store)
+
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            scale = inputs[0].abs().amax(-1, keepdim=True) / steps
+            return ((inputs[0] / scale).round().clamp(-128, 127) * scale, *inputs[1:])
+
+        for block in handle.layout.blocks:
+            for linear in block.linears():
+                model.get_submodule(linear.name).register_forward_pre_hook(hook)
+        return logits(model)
+
+    weights_alone = logits(decoded_model(handle, store))
+    torch.testing.assert_close(found, rounded(127.5), rtol=0, atol=float((found - weights_alone).abs().max()) / 5)
+    assert not torch.allclose(found, weights_alone, atol=1e-4)
+    ours = compressed_model(handle, store, policies, dtype=torch.float32)
+    torch.testing.assert_close(logits(ours), rounded(127.0), rtol=0, atol=1e-4)
+
+
 def test_compressed_tensors_with_experts_only(tmp_path: Path) -> None:
     handle = make_model(tmp_path / "source", QWEN_MOE)
     store = quantize(handle, tmp_path / "blocks", QuantSpec(4, 32, symmetric=True), "mlp.experts")

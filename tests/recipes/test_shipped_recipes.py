@@ -252,3 +252,11 @@ def test_gptq_quantizes_everything_of_dense_models_and_mixtures_for_other_reader
     found = plan(load_recipe("gptq", allow_missing=True), config, "cpu")
     assert found.unmatched == 0
     assert [stage.refusals for stage in found.stages if stage.refusals] == []
+
+
+def test_plans_know_whether_rounded_activations_can_be_exported():
+    config = json.loads((CONFIGS / "smollm2_135m.json").read_text())
+    words = ["stages.activations.granularity=token", "stages.export.formats=[native,compressed-tensors]"]
+    for more, refused in ([], False), (["stages.quantize.rules.linears.bits=4"], True):
+        found = plan(load_recipe("gptq_w8a8", [*words, *more], allow_missing=True), config, "cpu")
+        assert any("rounded per token" in line for stage in found.stages for line in stage.refusals) == refused

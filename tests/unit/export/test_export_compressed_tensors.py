@@ -84,6 +84,30 @@ def test_losses_and_remarks() -> None:
     assert len(EXPORTER.remarks(MIXTRAL, plan(MIXTRAL, experts=None))) == 1
 
 
+W8, TOKEN = QuantSpec(8, -1, True), {"activations": {"bits": 8, "roles": ["attention", "mlp"]}}
+
+
+def test_activations_per_token_are_held_with_8_bit_weights_of_the_same_linears() -> None:
+    llama = layout_from_config({**SIZES, "model_type": "llama"})
+    assert EXPORTER.refusals(llama, plan(llama, W8), TOKEN) == EXPORTER.losses(TOKEN) == []
+    chunk = {"activations": {**TOKEN["activations"], "granularity": "chunk"}}
+    assert EXPORTER.refusals(llama, plan(llama), chunk) == []
+    assert "activations policy acts at run time" in EXPORTER.losses(chunk)[0]
+    for quant_plan in (plan(llama), plan(llama, W8, down_proj=None), plan(llama, W8, down_proj=QuantSpec(8, 32, True))):
+        (reason,) = EXPORTER.refusals(llama, quant_plan, TOKEN)
+        assert "group_size: -1" in reason
+    # rounded are the inputs of attention alone; and routed experts keep theirs
+    assert len(EXPORTER.refusals(llama, plan(llama, W8), {"activations": {"bits": 8, "roles": ["attention"]}})) == 1
+    assert "experts" in EXPORTER.refusals(MIXTRAL, plan(MIXTRAL, W8), TOKEN)[0]
+    config = quantization_config(llama, plan(llama, W8), TOKEN)
+    assert config["format"] == "int-quantized"
+    (group,) = config["config_groups"].values()
+    assert group["input_activations"] == {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+    assert quantization_config(llama, plan(llama, W8), chunk)["format"] == "pack-quantized"
+
+
 def test_every_module_matches_exactly_one_target_or_is_ignored() -> None:
     config = quantization_config(MIXTRAL, plan(MIXTRAL, QuantSpec(8, -1, True), experts=GOOD, o_proj=None))
     groups = [group["targets"] for group in config["config_groups"].values()]
