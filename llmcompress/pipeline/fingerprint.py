@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from llmcompress.errors import InputError
 from llmcompress.models.paths import MODEL_FILES, PATH_KEYS, matches, or_artifact
 from llmcompress.models.tensor_file import TensorFile
@@ -72,14 +74,35 @@ def _tensor_middles(path: Path) -> Iterator[int]:
 def path_identity(path: Path) -> str:
     """Identity of a file, or of the model, tokenizer and task files of a folder by relative name.
 
-    A run folder stands for its artifact.
+    A run folder stands for its artifact, and a task of one's own for its rows as well.
     """
     if path.is_file():
-        return file_identity(path)
+        named = _named_by_task(path)
+        return digest([file_identity(file) for file in (path, *named)]) if named else file_identity(path)
     path = or_artifact(path)
     files = {p for pattern in MODEL_FILES for p in path.glob(pattern)}
     files |= {p for pattern in DATA_FILES for p in path.glob(pattern)}
     return digest({p.relative_to(path).as_posix(): file_identity(p) for p in sorted(files) if p.is_file()})
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads tasks of lm-eval, whose functions are code that nothing here may run."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _named_by_task(path: Path) -> list[Path]:
+    """Files of rows, and a file that is included, which a task in lm-eval's YAML names and which are there."""
+    if path.suffix not in (".yaml", ".yml"):
+        return []
+    try:
+        task = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
+        rows = (task.get("dataset_kwargs") or {}).get("data_files") or {}
+        names = [*(rows.values() if isinstance(rows, Mapping) else ()), task.get("include")]
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []  # whoever reads the task says what is wrong with it
+    return sorted({file for name in names if isinstance(name, str) and (file := path.parent / name).is_file()})
 
 
 def with_contents(section: Any, key: str = "") -> Any:

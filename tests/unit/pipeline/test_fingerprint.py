@@ -118,6 +118,22 @@ def test_rows_of_tasks_count_in_every_form_that_is_read(tmp_path: Path, suffix: 
     assert path_identity(tmp_path) != before
 
 
+@pytest.mark.parametrize("changed", ["mine.yaml", "rows.jsonl", "base.yaml"])
+def test_a_task_of_ones_own_counts_with_its_rows(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "include: base.yaml\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: rows.jsonl, dev: not_here.jsonl}}\n"
+        "process_results: !function code.process\n"
+    )
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "base.yaml").write_text("output_type: generate_until\n")
+    section = {"task": "mine", "path": str(tmp_path / "mine.yaml")}
+    before = with_contents(section)
+    with (tmp_path / changed).open("a") as handle:
+        handle.write("\n")
+    assert with_contents(section) != before
+
+
 def test_difference_names_every_change() -> None:
     before = {"bits": 3, "rules": {"a": {"bits": 4}}, "source": {"path": {"contents": "x"}}}
     after = {"bits": 2, "rules": {"b": {"bits": 4}}, "source": {"path": {"contents": "y"}}}
