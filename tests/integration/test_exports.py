@@ -298,6 +298,18 @@ def test_gguf_carries_an_embedding_in_low_bits(tmp_path: Path, policy: dict[str,
     torch.testing.assert_close(logits(model), logits(ours), rtol=1e-4, atol=1e-5)
 
 
+def test_gguf_says_how_positions_are_scaled(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    scaled = {"rope_type": "linear", "factor": 2.5, "rope_theta": 5000.0}
+    handle = make_model(tmp_path / "source", {**LLAMA, "vocab_size": 320, "rope_parameters": scaled})
+    make_tokenizer(tmp_path / "source")
+    GGUFExporter().write(handle, PackedStore(tmp_path / "blocks"), {}, tmp_path / "out", {})
+    fields = GGUFReader(tmp_path / "out/model.gguf").fields
+    found = {key: fields[f"llama.rope.{key}"].contents() for key in ("scaling.type", "scaling.factor", "freq_base")}
+    assert found == {"scaling.type": "linear", "scaling.factor": 2.5, "freq_base": 5000.0}
+
+
 @pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 32)], ids=str)
 def test_gguf_says_what_a_dense_file_holds(tmp_path: Path, dtype: torch.dtype, number: int) -> None:
     from gguf import GGUFReader

@@ -43,6 +43,12 @@ def test_batching_changes_nothing(models, tokens):
     assert one.kl == pytest.approx(all_.kl, rel=1e-5) and one.top1 == all_.top1
 
 
+def test_two_windows_have_an_error_and_one_has_none(models, tokens):
+    each = [fidelity(*models, tokens[i : i + 1]).kl for i in range(2)]
+    assert fidelity(*models, tokens[:2]).kl_stderr == pytest.approx(abs(each[0] - each[1]) / 2, rel=1e-5)
+    assert fidelity(*models, tokens[:1]).kl_stderr is None
+
+
 def test_progress_hears_of_every_batch(models, tokens):
     heard = []
     fidelity(*models, tokens, batch=2, progress=lambda done, total: heard.append((done, total)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmcompress.errors import InputError
+from llmcompress.evaluation import perplexity as measured
 from llmcompress.evaluation.perplexity import Text, perplexity, token_nll, tokenize, windows
 
 
@@ -118,6 +119,24 @@ def test_stderr_matches_the_spread_of_windows(model):
     assert result.stderr == pytest.approx(result.perplexity * spread, rel=1e-4)
     assert result.window_nll == pytest.approx(means)
     assert perplexity(model, text, 64).stderr is None
+
+
+@torch.inference_mode()
+def test_means_by_position_are_those_of_bins_of_the_window(model, monkeypatch):
+    monkeypatch.setattr(measured, "POSITION_BIN", 5)
+    tokens = torch.randint(3, 64, (3 * 16 + 7,), generator=torch.Generator().manual_seed(1))
+    sums, counts = [0.0] * 4, [0] * 4
+    for begin in range(0, len(tokens), 16):
+        ids = tokens[begin : begin + 16]
+        nll = token_nll(model(input_ids=ids[None]).logits[0, :-1], ids[1:])
+        for position, value in enumerate(nll.tolist(), 1):
+            sums[position // 5] += value
+            counts[position // 5] += 1
+    assert counts == [16, 17, 15, 3]
+    found = perplexity(model, Text(tokens, None, len(tokens)), 16, keep_tail=True)
+    assert found.position_nll == pytest.approx([total / count for total, count in zip(sums, counts)], rel=1e-5)
+    # the last bin has no token of so short a text
+    assert len(perplexity(model, Text(tokens[:15], None, 15), 16).position_nll) == 3
 
 
 def test_nan_and_short_text_are_refused(tiny, tiny_tokenizer):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,30 @@ def test_groups_must_be_made_of_whole_blocks(group: int) -> None:
 def test_families_llama_cpp_computes_differently(config: dict[str, Any], words: str) -> None:
     (reason,) = GGUFExporter().refusals(layout_from_config({**SIZES, **config}), {}, {})
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, None),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
+        ({"sliding_window": 32, "max_position_embeddings": 64}, "window of 32 tokens"),
+        ({"sliding_window": 32}, "window of 32 tokens"),
+        ({"sliding_window": 64, "max_position_embeddings": 64}, None),
+        ({"sliding_window": 32, "max_position_embeddings": 64, "use_sliding_window": False}, None),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    ],
+)
+def test_settings_of_the_source_that_llama_cpp_would_not_follow(
+    config: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    no_tokenizer, *rest = GGUFExporter().source_refusals(tmp_path, config)
+    assert "no tokenizer.json" in no_tokenizer
+    assert len(rest) == (words is not None) and all(str(words) in problem for problem in rest)
 
 
 def test_row_order_of_rotary_heads() -> None:
