@@ -57,6 +57,18 @@ def test_a_model_that_looks_back_remembers_and_others_do_not(tokenizer: Any) -> 
     assert scores(parts)[0].rows == (1.0,) * 6
 
 
+def test_the_error_is_that_of_a_share(tokenizer: Any) -> None:
+    class Every(Oracle):
+        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            found = super().__call__(input_ids, use_cache)
+            found.logits[::3] = 0.0
+            return found
+
+    (part, _) = recall(Every(40), tokenizer, TEXT, config(), batch=6)  # type: ignore[arg-type]
+    assert part["rows"] == [0.0, 1.0, 1.0] * 2
+    assert part["stderr"] == pytest.approx(torch.tensor(part["rows"]).std().item() / 6**0.5)
+
+
 def test_nan_is_refused_and_no_lack_of_memory(tokenizer: Any) -> None:
     class Broken(Oracle):
         def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
