@@ -118,7 +118,8 @@ def test_a_figure_knows_what_its_rows_ask():
 def test_paired_stderr_is_that_of_the_differences():
     assert harness.paired_stderr((1, 0, 1), (1, 0, 1)) == 0
     assert harness.paired_stderr((1, 0, 1, 0), (0, 0, 1, 1)) == pytest.approx(math.sqrt((2 / 3) / 4))
-    assert harness.paired_stderr((1, 0), (1,)) is None
+    assert harness.paired_stderr((1, 0), (0, 0)) == pytest.approx(0.5)
+    assert harness.paired_stderr((1, 0), (1,)) is harness.paired_stderr((1,), (0,)) is None
 
 
 def test_offline_restores_the_switches():

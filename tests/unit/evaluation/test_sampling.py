@@ -18,7 +18,14 @@ def model():
         vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, max_position_embeddings=128, pad_token_id=PAD, eos_token_id=END, bos_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        # so that a token attends to few others, and where they stand decides what is written
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 30
+        elif "proj" in name:
+            weight.data *= 4
+    return model
 
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4], [12, 3, 3, 3], [5, 6]]
