@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from llmcompress.evaluation.expert_shift import measure_shift, moe_blocks, routing_cost, shift_report
+from llmcompress.evaluation.expert_shift import RoutingCost, measure_shift, moe_blocks, routing_cost, shift_report
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
 
@@ -68,6 +68,11 @@ def test_routing_cost_columns(tiny, moe_family, tokens):
     assert cost.dense_shifted != pytest.approx(cost.dense, rel=1e-4)
     # a few tokens change little: the columns must differ by more than rounding
     assert cost.compressed_unshifted != pytest.approx(cost.compressed, rel=1e-5)
+
+
+def test_costs_are_relative_to_the_dense_model():
+    found = RoutingCost(10.0, 12.0, 11.0, 15.0, 3).to_dict()
+    assert [found[key] for key in ("shift_alone", "weights_alone", "both")] == pytest.approx([0.2, 0.1, 0.5])
 
 
 def test_forcing_removes_a_pure_router_disturbance(tiny, tokens):

@@ -71,6 +71,25 @@ def test_finished_parts_are_not_measured_again(tiny, tiny_tokenizer):
     assert all(ledger.has(key) for key in measure.side_keys(settings, prepared, "dense"))
 
 
+def test_every_part_of_a_side_has_a_key():
+    """A part without one would be left out of a resumed run that has all others."""
+    settings = config(
+        perplexity={"a": {"source": SOURCE}}, tasks=["eval_smoke"], recall={"source": SOURCE},
+        generation={"prompts": ["The"]},
+    )  # fmt: skip
+    prepared = measure.Prepared({}, None, measure.harness.specify(settings.tasks))
+    parts = {"perplexity.a", "task.eval_smoke", "recall", "generation"}
+    assert set(measure.side_keys(settings, prepared, "compressed")) == {f"compressed.{part}" for part in parts}
+    # policies are taken off for perplexity alone
+    assert measure.side_keys(settings, prepared, "without_policies") == ["without_policies.perplexity.a"]
+
+
+def test_who_wrote_answers_in_words():
+    assert measure.written_by(["native"]) == "the native engine"
+    assert measure.written_by(["texts are sampled"]) == "transformers: texts are sampled"
+    assert measure.written_by(["native", "a mask is set"]) == "both engines: a mask is set"
+
+
 def test_pairing_gives_difference_and_paired_error():
     dense = [Score("t", "acc", 0.5, 0.2, 4, True, (1, 0, 1, 0)), Score("t", "only", 1.0, None, 4, None)]
     compressed = [Score("t", "acc", 0.25, 0.1, 4, True, (1, 0, 0, 0))]
