@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 from fnmatch import fnmatch
@@ -88,3 +90,11 @@ def test_heads_of_packages_name_files_that_are_there(package: Path) -> None:
 def test_a_file_that_is_gone_would_be_noticed() -> None:
     text = "``rules.py``, ``codecs/``, ``tests/paper/`` and ``gone.py``, ``tr*.py``, ``no*.py``"
     assert absent_files(ROOT / "llmcompress" / "quant", text) == ["gone.py", "no*.py"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_of_pages_can_be_read(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmcompress"):
+                assert all(hasattr(importlib.import_module(str(node.module)), alias.name) for alias in node.names)
