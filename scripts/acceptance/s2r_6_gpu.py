@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """S2R 6: SmolLM2-135M on templated word problems on one GPU, with the table of line 2, within a number of seconds.
 
-    python scripts/acceptance/s2r_6_gpu.py --model FOLDER [--budget 280] [--seed 0] [--scale short] [--device cpu]
+    python scripts/acceptance/s2r_6_gpu.py --model FOLDER [--budget 470] [--seed 0] [--scale short] [--device cpu]
 
 FOLDER is what scripts/smollm2_to_hf.py writes. The chain: the model is shown task and format (``warm``), the size of
 the numbers is chosen by validation problems so that it solves about half at its first attempt, then SFT on trajectories
 beside SFT on right solutions alone, then ORL beside PRL, each a process of its own. What is measured goes into
 benchmarks/s2r_gpu.json (with OUT set: $OUT/s2r.json) whenever a phase ends, so that a run that is cut off leaves it.
-``--scale`` is for rehearsals: ``tiny`` runs every phase on the shipped reasoner with next to no data. Without
---model the stored file is judged.
+``--scale`` is for rehearsals, before a GPU is spent: ``tiny`` with ``--device cpu`` runs every phase on the shipped
+reasoner with next to no data, in a few minutes. Without --model the stored file is judged.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from harness import ROOT, verdict
 
 STORED = ROOT / "benchmarks" / "s2r_gpu.json"
 COLUMNS = (
-    "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_precision", "incorrect_to_correct",
-    "correct_to_incorrect", "trials", "tokens", "ended",
+    "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_recall", "correct_precision",
+    "incorrect_to_correct", "correct_to_incorrect", "trials", "tokens", "ended",
 )  # fmt: skip
-HEADS = ("acc", "first", "VA", "ER", "CP", "ICR", "CIR", "trials", "tokens", "ended")
+# RR: right attempts that are recognised, as ER of wrong ones
+HEADS = ("acc", "first", "VA", "ER", "RR", "CP", "ICR", "CIR", "trials", "tokens", "ended")
 POLICIES = ("base", "solutions", "sft", "orl", "prl")
 # sizes of the numbers to choose from, and the share of first attempts that should be right
 SIZES, AIM = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.5
