@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from llmcompress_kernels.cuda import state as kernels
 from llmcompress_kernels.reference import state as definition
 
 HEADS, GROUPS, P = 4, 2, 64
+# a candidate that computes in units of the old step
+UNITS = 3
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,16 @@ def test_codes_and_scales_are_the_definitions(emulation, bits: int, states: int,
             compare(emulation, held, fixed, inputs(2, states), bits, variant, True)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("variant", kernels.CANDIDATES)
+def test_candidates_give_the_same_codes(emulation, variant: int, calibrated: bool) -> None:
+    """Those in units of the old step too: all that is not sure there is computed by the definition."""
+    emulation.llmcompress_state_emulation(variant % 2, variant)
+    held, fixed = start(variant, 2, 128, 4, calibrated)
+    for dither in (False, True, False):
+        compare(emulation, held, fixed, inputs(2, 128), 4, variant, dither)
+
+
 @pytest.mark.parametrize("dither", [False, True])
 @pytest.mark.parametrize("scale", [1e-9, 1e9, 1e30])
 def test_scales_at_the_ends_of_fp16(emulation, scale: float, dither: bool) -> None:
@@ -102,7 +115,9 @@ def test_scales_at_the_ends_of_fp16(emulation, scale: float, dither: bool) -> No
     drive = drive * scale
     b[..., ::7] *= 1e-6
     b[..., ::11] *= 1e6
-    compare(emulation, held, fixed, (drive, decay, b, c), 4, dither=dither)
+    for variant in (None, UNITS):
+        again = [None if t is None else t.clone() for t in held]
+        compare(emulation, again, fixed, (drive, decay, b, c), 4, variant, dither)
 
 
 def test_ties_are_divided(emulation) -> None:
@@ -113,11 +128,11 @@ def test_ties_are_divided(emulation) -> None:
     drive, decay = torch.ones(1, HEADS, P), torch.ones(1, HEADS)
     b = torch.ones(1, GROUPS, 128)
     # a scale of 1 has a dither of 3/32 of a step, which moves the middles there
-    for dither in (False, True):
+    for dither, variant in itertools.product((False, True), (kernels.LARGE, UNITS)):
         middle = definition.dither_of(torch.ones(1, dtype=torch.float16)).item() if dither else 0.0
         drive[..., 1:] = ((torch.randint(-14, 15, (1, HEADS, P - 1)) * 0.5 - middle) / 7).clamp(-1, 1)
         held = [codes.clone(), None, torch.ones(1, HEADS, 128, dtype=torch.float16)]
-        compare(emulation, held, fixed, (drive, decay, b, b), 4, dither=dither)
+        compare(emulation, held, fixed, (drive, decay, b, b), 4, variant, dither)
 
 
 def test_a_dither_takes_no_code_beyond_the_largest(emulation) -> None:
@@ -164,8 +179,8 @@ def within_a_window(library, held, fixed, given, dither: bool, variant: int, rea
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize(("bits", "states"), [(4, 128), (8, 64)])
-def test_what_is_not_a_number_stays_so(emulation, bits: int, states: int, calibrated: bool) -> None:
+@pytest.mark.parametrize(("bits", "states", "variant"), [(4, 128, None), (8, 64, None), (4, 128, UNITS)])
+def test_what_is_not_a_number_stays_so(emulation, bits: int, states: int, variant: int, calibrated: bool) -> None:
     emulation.llmcompress_state_emulation(0, 5)
     held, fixed = start(5, 2, states, bits, calibrated)
     expected = [None if t is None else t.clone() for t in held]
@@ -173,7 +188,7 @@ def test_what_is_not_a_number_stays_so(emulation, bits: int, states: int, calibr
         given = inputs(2, states)
         if t == 0:
             given[0][0, 1, 3] = torch.nan
-        found = kernels.dsq_state_update(*held, fixed, *given, bits, library=emulation)
+        found = kernels.dsq_state_update(*held, fixed, *given, bits, library=emulation, variant=variant)
         wanted = definition.dsq_state_update(*expected, fixed, *given, bits)
         assert torch.equal(found.isnan(), wanted.isnan())
         assert torch.equal(held[2].isnan(), expected[2].isnan())
@@ -199,6 +214,28 @@ def test_windows(windows, states: int, window: int, dither: bool, late: bool, ca
             windows, part, fixed, [x[first:] for x in inputs(sequences, states)], dither, 1 + t % 2, 4 + 4 * first
         )
     assert len(set(held[4].tolist())) > 1 or window == 2
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "readers", "window", "decayed"),
+    [(3, 45, 4, 0.9), (4, 44, 16, 0.9), (5, 45, 2, 1e-25), (4, 45, 3, 1e-25), (6, 8, 4, 0.9), (3, 4, 3, 3e6)],
+)
+def test_candidates_of_windows(
+    windows, variant: int, readers: int, window: int, decayed: float, calibrated: bool
+) -> None:
+    """Decays that nothing can be divided by, and some that grow, which is left to the definition."""
+    windows.llmcompress_replay_emulation(window % 2, variant)
+    packed, fixed = start(window, 2, 128, 4, calibrated)
+    width = HEADS * P + HEADS + GROUPS * 128
+    held = [*packed, torch.full((2, window - 1, width), torch.nan), torch.tensor([0, window - 1], dtype=torch.int32)]
+    held[3][1] = torch.randn(window - 1, width)
+    held[3][1, :, HEADS * P : HEADS * P + HEADS] = decayed
+    for t in range(window):
+        drive, decay, b, c = inputs(2, 128)
+        if t > 0:
+            decay[:, 0] = decayed
+        within_a_window(windows, held, fixed, (drive, decay, b, c), t % 2 == 0, variant, readers)
 
 
 def test_a_window_of_many_tokens_and_sequences(windows) -> None:
@@ -237,11 +274,11 @@ def test_windows_at_the_ends_of_fp16(windows, scale: float, reader: float) -> No
     packed, _ = start(3, 1, 128, 4, False, scale)
     width = HEADS * P + HEADS + GROUPS * 128
     held = [*packed, torch.full((1, 2, width), torch.nan), torch.zeros(1, dtype=torch.int32)]
-    for _ in range(4):
+    for t in range(8):
         drive, decay, b, c = inputs(1, 128)
         b[..., ::7] *= 1e-6
         b[..., ::11] *= 1e6
-        within_a_window(windows, held, None, (drive * scale, decay, b, c * reader), True, 1)
+        within_a_window(windows, held, None, (drive * scale, decay, b, c * reader), True, 1 + 2 * (t % 2))
 
 
 def test_what_the_kernel_declines() -> None:
@@ -333,9 +370,9 @@ def test_windows_compile_without_spills(tmp_path) -> None:
     with ThreadPoolExecutor(2) as pool:
         parts = pool.map(lambda arch: machine_code.instances("state/replay.cu", arch, tmp_path), (80, 90))
         found = [one for part in parts for one in part]
-    readers = [one for one in found if len(one.numbers) == 3]
+    readers = [one for one in found if len(one.numbers) == 4]
     assert {(one.arch, *one.numbers) for one in readers} == {
-        (arch, states, warps, blocks)
+        (arch, states, warps, blocks, 0)
         for arch in (80, 90)
         for states in (64, 128)
         for warps, blocks in zip(kernels.READERS, (5, 2))
@@ -348,9 +385,9 @@ def test_windows_compile_without_spills(tmp_path) -> None:
         # two codes take one; the rest of a head is counted with its loops unrolled
         assert counts["LOP3"] <= each // 2 + 40, one.numbers
         assert counts.total() <= 1050, one.numbers
-    rounders = [one for one in found if len(one.numbers) > 3]
+    rounders = [one for one in found if len(one.numbers) > 4]
     assert {(one.arch, *one.numbers) for one in rounders} == {
-        (arch, 4, states, 4, lanes, fixed, 4, dither, 1)
+        (arch, 4, states, 4, lanes, fixed, 4, dither, 1, 0)
         for arch in (80, 90)
         for states in (64, 128)
         for lanes in (4, 8)
@@ -365,3 +402,38 @@ def test_windows_compile_without_spills(tmp_path) -> None:
         replays = [loop for loop in one.loops() if loop["FMUL"] == 2 * 8 * rows and loop["FADD"] == 8 * rows]
         assert len(replays) == one.numbers[1] // 8 // lanes, one.numbers
         assert all(loop.total() <= 3.6 * 8 * rows for loop in replays), one.numbers
+
+
+@pytest.mark.slow
+def test_candidates_compile(tmp_path) -> None:
+    """Those that no library has by default: in units of the old step, a token taken in is a product a state."""
+    if aot.missing() is not None:
+        pytest.skip(aot.missing())
+    folder = build.SOURCES / "cuda"
+    source = tmp_path / "candidates.cu"
+    shape = "StateShape<4, 128, 4, {}, false, {}, true, true, true>"
+    source.write_text(
+        f'#include "{folder}/common/device.cuh"\n#include "{folder}/state/kernel.cuh"\n'
+        f'#include "{folder}/state/read.cuh"\nnamespace llmcompress::gpu {{\n'
+        + "".join(
+            f"template __global__ void update_kernel<{shape.format(*own)}>(const __grid_constant__ ReplayCall);\n"
+            for own in ((8, 4), (4, 4), (4, 6))
+        )
+        + "template __global__ void read_kernel<ReadShape<128, 4, 5, true>>(const __grid_constant__ ReplayCall);\n}\n"
+    )
+    found = machine_code.instances(str(source), 90, tmp_path)
+    assert len(found) == 4
+    for one in found:
+        if len(one.numbers) == 4:
+            assert 5 * 128 * -(-one.registers // 8) * 8 <= 65536
+            assert one.spills == 0
+            continue
+        rows, lanes, blocks = one.numbers[2], one.numbers[3], one.numbers[5]
+        threads = P * lanes // rows
+        each = P * 128 // threads
+        # registers are given to schedulers, of which a multiprocessor has four
+        assert -(-threads * blocks // 128) * 32 * -(-one.registers // 8) * 8 <= 16384, one.numbers
+        # the form with more blocks keeps what is rarely needed in memory
+        assert one.spills <= (0 if blocks == 4 else 2 * 4 * 64), one.numbers
+        (taken,) = [loop for loop in one.loops() if loop["FFMA"] == each]
+        assert taken.total() <= 1.45 * each, one.numbers

@@ -19,13 +19,18 @@ CHANNELS, STATES, BITS = 64, (64, 128), (4, 8)
 # of launch.h: rows and lanes that share a row, 2 x 4, 4 x 8 and 4 x 4. The last does the least per state, the second
 # has the most threads.
 SMALL, LARGE = 1, 2
+# only in libraries compiled for benches (LLMCOMPRESS_TUNE), 4 bits and N = 128: by the arithmetic of nibbles.cuh the
+# same two, and LARGE with six blocks a multiprocessor; then LARGE with six blocks by that of update.cuh
+CANDIDATES = (3, 4, 5, 6)
 # heads from which on the GPU is full either way
 FULL = 4096
 
 # of windows; MOST_ROWS of window.cuh
 REPLAY_BITS, MOST_ROWS, MOST_SEQUENCES = 4, 15, 65535
-# warps of a block that reads; which is faster nobody has measured yet
+# warps of a block that reads: 4 take 188 us where 8 take 201 (512 sequences in windows of 4 on an H200)
 READERS = (4, 8)
+# likewise of benches: 4 warps that ask for everything early, as four or five blocks
+EARLY_READERS = (44, 45)
 
 libraries.register(FAMILY, "state/update.cu")
 libraries.register(REPLAY, "state/replay.cu")
@@ -39,7 +44,10 @@ class Call(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("codes", "channel", "scale", "fixed", "drive", "decay", "b", "c", "out")
         ),
-        *((name, ctypes.c_int) for name in ("units", "heads", "share", "bits", "states", "blocks", "dither")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("units", "heads", "share", "bits", "states", "blocks", "dither", "overlap")
+        ),
     )
 
 
@@ -98,10 +106,12 @@ def dsq_state_update(
     library: Any = None,
     variant: int | None = None,
     family: str = FAMILY,
+    overlap: bool = False,
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_state_update`, which :func:`verify` has accepted.
 
-    ``library`` is the emulation of the tests, on CPU tensors; ``variant`` and ``family`` are for benches.
+    ``library`` is the emulation of the tests, on CPU tensors; ``variant`` and ``family`` are for benches, and so is
+    ``overlap``: whether the launch may begin while the one in front still runs (compute capability 9.0).
 
     Raises:
         BuildError: The kernels cannot be built.
@@ -109,20 +119,20 @@ def dsq_state_update(
     """
     drive, decay, b, c = (libraries.placed(t) for t in (drive, decay, b, c))
     out = torch.empty_like(drive)
-    call = _call(codes, channel, scale, fixed, drive, decay, b, c, out, bits, dither)
+    call = _call(codes, channel, scale, fixed, drive, decay, b, c, out, bits, dither, overlap)
     chosen = (_variant(drive) if variant is None else variant,)
     libraries.launch(family, "llmcompress_state", "llmcompress_state_update", call, chosen, drive, library)
     return out
 
 
 def _call(*given: Any) -> Call:
-    """Tensors from ``codes`` to ``out``, bits, dither."""
-    *tensors, bits, dither = given
+    """Tensors from ``codes`` to ``out``, bits, dither, overlap."""
+    *tensors, bits, dither, overlap = given
     scale, drive, b = tensors[2], tensors[4], tensors[6]
     sequences, heads, _ = drive.shape
     return Call(
         *(libraries.address(t) for t in tensors),
-        sequences * heads, heads, heads // b.shape[1], bits, scale.shape[-1], 0, int(dither),
+        sequences * heads, heads, heads // b.shape[1], bits, scale.shape[-1], 0, int(dither), int(overlap),
     )  # fmt: skip
 
 
@@ -176,11 +186,14 @@ def dsq_replay_update(
     library: Any = None,
     variant: int | None = None,
     readers: int = READERS[0],
+    family: str = REPLAY,
+    overlap: bool = False,
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_replay_update`, which :func:`verify_replay` has accepted.
 
     Two launches: one for the sequences that are rounded, by ``variant``, and one for the others, by blocks of so many
-    ``readers``. ``library`` as in :func:`dsq_state_update`.
+    ``readers``. ``library``, ``family`` and ``overlap`` as in :func:`dsq_state_update`; with the latter the second
+    launch runs beside the first.
 
     Raises:
         BuildError: The kernels cannot be built.
@@ -190,10 +203,10 @@ def dsq_replay_update(
     out, sequences = torch.empty_like(drive), drive.shape[0]
     arrived = libraries.arrivals(sequences, drive.device)
     call = ReplayCall(
-        _call(codes, channel, scale, fixed, drive, decay, b, c, out, bits, dither),
+        _call(codes, channel, scale, fixed, drive, decay, b, c, out, bits, dither, overlap),
         *(t.data_ptr() for t in (recent, count, arrived)),
         recent.shape[1], sequences, b.shape[1], recent.shape[2],
     )  # fmt: skip
     chosen = (_variant(drive) if variant is None else variant, readers)
-    libraries.launch(REPLAY, "llmcompress_replay", "llmcompress_replay_update", call, chosen, drive, library)
+    libraries.launch(family, "llmcompress_replay", "llmcompress_replay_update", call, chosen, drive, library)
     return out

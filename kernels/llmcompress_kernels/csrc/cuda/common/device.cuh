@@ -93,6 +93,13 @@ __device__ __forceinline__ float about_inverse(float v) {
     return out;
 }
 
+// The root of v that is not negative, likewise.
+__device__ __forceinline__ float about_root(float v) {
+    float out;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+
 __device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ float float_of(uint32_t v) { return __uint_as_float(v); }
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }

@@ -230,7 +230,9 @@ inline float less_of(float a, float b) { return std::fmin(a, b); }
 inline float more_or_nan(float a, float b) { return a != a || b != b ? NAN : more_of(a, b); }
 inline float less_or_nan(float a, float b) { return a != a || b != b ? NAN : less_of(a, b); }
 inline float most_of_three(float a, float b, float c) { return more_or_nan(a, more_or_nan(b, c)); }
-inline float about_inverse(float v) { return std::nextafter(1.0f / v, machine.order() % 2 ? INFINITY : 0.0f); }
+inline float about(float v) { return std::nextafter(v, machine.order() % 2 ? INFINITY : 0.0f); }
+inline float about_inverse(float v) { return about(1.0f / v); }
+inline float about_root(float v) { return v == 0 ? 0 : about(std::sqrt(v)); }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
     const uint64_t both = uint64_t(b) << 32 | a;

@@ -19,6 +19,7 @@ struct StateCall {
     int units, heads, share; // S H; H; H / G
     int bits, states, blocks; // N; blocks to launch
     int dither;               // whether the bits of a state scale are added before rounding
+    int overlap;              // whether the launch may begin while the one in front still runs; compute capability 9.0 and more
 };
 
 // The same within replay windows, whose rows are `drive | decay | b` of all heads and groups of a token.

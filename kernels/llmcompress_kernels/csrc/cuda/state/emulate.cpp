@@ -3,7 +3,7 @@
 #define LLMCOMPRESS_TUNE
 #include "../common/emulate.h"
 
-#include "update.cuh"
+#include "kernel.cuh"
 
 #include "launch.h"
 

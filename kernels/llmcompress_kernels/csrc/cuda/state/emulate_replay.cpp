@@ -1,7 +1,8 @@
 // The kernels of replay windows on the host: for tests, as emulate.cpp.
+#define LLMCOMPRESS_TUNE
 #include "../common/emulate.h"
 
-#include "update.cuh"
+#include "kernel.cuh"
 
 #include "read.cuh"
 

@@ -16,8 +16,11 @@
 
 namespace llmcompress::gpu {
 
-template <int N_, int WARPS_, int BLOCKS_> struct ReadShape {
+// EARLY: scales and decays are asked for with the codes, and the block says at once that it has read the count; else each is
+// waited for where it is needed, one after the other, and the block counts itself once its results are written.
+template <int N_, int WARPS_, int BLOCKS_, bool EARLY_ = false> struct ReadShape {
     static constexpr int P = 64, N = N_, WARPS = WARPS_, THREADS = 32 * WARPS, BLOCKS = BLOCKS_; // of a multiprocessor
+    static constexpr bool EARLY = EARLY_;
     static constexpr int WORDS = N / 32, ROW = N / 2;     // words of a row that a lane has; bytes of a row
     static constexpr int FACTORS = 16 * WORDS + 16;       // bytes of a lane's factors, shifted by four banks
     static constexpr int TOKENS = MOST_ROWS + 1;
@@ -42,6 +45,8 @@ template <class S> struct Reader {
     Codes<S::WORDS> codes[8]; // rows 16 t + 2 g and the next one, t = 0 .. 3
     float c[4];               // of columns n, n + 1, n + 4, n + 5
     int n;
+    uint32_t pairs[2], channels; // state scales of these columns, channel scales of two rows
+    float faded;                 // decay of a token
 
     __device__ Reader(const ReplayCall& given, unsigned char* memory) : call(given), block(memory) {
         const int thread = int(threadIdx.x), part = int(blockIdx.x);
@@ -88,9 +93,26 @@ template <class S> struct Reader {
                 to += step * S::P, from_row += step * call.width;
             }
             if (lane < LANES) copy_async(x(filled) + piece, call.drive + int64_t(unit) * S::P + piece);
+            if constexpr (S::EARLY) ask_scales(), ask_decay();
         }
         commit();
         four(c, call.c + int64_t(shared) * S::N + n);
+    }
+
+    // Rows whose results this lane writes: this one and the next.
+    __device__ __forceinline__ int row() const { return 16 * q + 2 * g; }
+
+    __device__ __forceinline__ void ask_scales() {
+        const auto* scale = reinterpret_cast<const uint32_t*>(call.scale + int64_t(unit) * S::N + n);
+        pairs[0] = scale[0], pairs[1] = scale[2];
+        const uint16_t* channel = call.fixed ? call.fixed + head * S::P : call.channel + int64_t(unit) * S::P;
+        channels = *reinterpret_cast<const uint32_t*>(channel + row());
+    }
+
+    __device__ __forceinline__ void ask_decay() {
+        const int token = lane % S::TOKENS;
+        faded = 1;
+        if (token <= filled) faded = token < filled ? rows[token * call.width + at.decay] : call.decay[unit];
     }
 
     // B·C of every token, which the warps share out.
@@ -115,8 +137,7 @@ template <class S> struct Reader {
     // What tokens are multiplied by; returns what the stored state is: all decays.
     __device__ __forceinline__ float decays() const {
         const int token = lane % S::TOKENS;
-        float all = 1, behind = 1;
-        if (token <= filled) all = token < filled ? rows[token * call.width + at.decay] : call.decay[unit];
+        float all = faded, behind = 1;
 #pragma unroll
         for (int bit = 1; bit < S::TOKENS; bit *= 2) {
             const float other = swap(all, bit);
@@ -129,8 +150,6 @@ template <class S> struct Reader {
 
     // step C in fp16 parts for the lanes; `offset` is what codes without a sign add to a row, and the unit is returned.
     __device__ __forceinline__ float split(float& offset) const {
-        const auto* scale = reinterpret_cast<const uint32_t*>(call.scale + int64_t(unit) * S::N + n);
-        const uint32_t pairs[2] = {scale[0], scale[2]};
         float w[4], sum = 0;
         uint32_t most = 0;
 #pragma unroll
@@ -193,17 +212,20 @@ template <class S> struct Reader {
         const RecentRow to = RecentRow::of<S::P, S::N>(call, anew(head), group);
         float* row = recent_rows(call, anew(sequence)) + filled * call.width;
         *reinterpret_cast<Two*>(row + to.x + 16 * q + 2 * g) = own_x;
-        if (lane == 0) row[to.decay] = call.decay[unit];
+        if constexpr (S::EARLY) {
+            if (lane == filled) row[to.decay] = faded;
+        } else {
+            if (lane == 0) row[to.decay] = call.decay[unit];
+        }
         if (place > 0) return;
 #pragma unroll
         for (int i = 0; i < S::N; i += 32) row[to.b + i + lane] = call.b[int64_t(shared) * S::N + i + lane];
     }
 
     __device__ __forceinline__ void read_out() {
-        const int r = 16 * q + 2 * g;
-        const uint16_t* scale = (call.fixed ? call.fixed + head * S::P : call.channel + int64_t(unit) * S::P) + r;
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(scale);
-        const float channel[2] = {widen<false>(uint16_t(pair)), widen<false>(uint16_t(pair >> 16))};
+        const int r = row();
+        if constexpr (!S::EARLY) ask_scales(), ask_decay();
+        const float channel[2] = {widen<false>(uint16_t(channels)), widen<false>(uint16_t(channels >> 16))};
         const float all = decays();
         float offset;
         const float unit_of_sums = split(offset);
@@ -231,10 +253,19 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) read
         reader.multiply_groups();
     }
     sync(); // all of the block know how full the window is, and the products of groups are there
+    const bool counts = threadIdx.x == 0;
+    int before = 0;
+    // nothing but counts is read by other blocks than write it, so that no result has to wait for the others'
+    if (S::EARLY && counts) before = count_up(call.arrived + reader.sequence);
     if (reads && reader.has_head()) reader.read_out();
-    if (threadIdx.x != 0) return;
-    fence();
-    if (count_up(call.arrived + reader.sequence) < int(gridDim.x) - 1) return;
+    if (!counts) return;
+    if constexpr (!S::EARLY) {
+        fence();
+        before = count_up(call.arrived + reader.sequence);
+    }
+    if (before < int(gridDim.x) - 1) return;
+    // the rounding launch in front has to have read the count; nothing else of what it writes is of this launch's sequences
+    previous_launch();
     call.arrived[reader.sequence] = 0;
     call.count[reader.sequence] = reads ? reader.filled + 1 : 0;
 }

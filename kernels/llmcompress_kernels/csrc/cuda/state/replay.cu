@@ -1,7 +1,7 @@
 // The kernels of update.cuh and read.cuh for replay windows on a GPU.
 #include "../common/device.cuh"
 
-#include "update.cuh"
+#include "kernel.cuh"
 
 #include "read.cuh"
 

@@ -1,7 +1,7 @@
 // The kernel of update.cuh for a GPU.
 #include "../common/device.cuh"
 
-#include "update.cuh"
+#include "kernel.cuh"
 
 #include "launch.h"
 

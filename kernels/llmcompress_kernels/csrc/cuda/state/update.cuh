@@ -31,6 +31,13 @@
 
 namespace llmcompress::gpu {
 
+constexpr int TOKENS = MOST_ROWS + 1; // of a window
+// Blocks of candidates that leave lanes fewer registers, which makes no difference on the host.
+#ifdef __CUDACC__
+constexpr int MANY = 6;
+#else
+constexpr int MANY = 4;
+#endif
 constexpr float SMALLEST = 0x1p-24f, LARGEST = 65504.0f, NORMAL = 0x1p-14f;
 // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even, which then is the low bits of the sum
 constexpr float MAGIC = 12582912.0f;
@@ -42,9 +49,11 @@ constexpr float LESS_OF_PRODUCT = 1.0f - 8 * 0x1p-24f, MORE_OF_PRODUCT = 1.0f + 
 // Bounds of u / step / (u (1 / channel) (1 / per_state)): six roundings of 2^-24, and one of the bound itself.
 constexpr float LESS = 1.0f - 7 * 0x1p-24f, MORE = 1.0f + 8 * 0x1p-24f;
 
-template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITHER_ = false, bool KEPT_ = false> struct StateShape {
+// UNITS: by the arithmetic of nibbles.cuh.
+template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITHER_ = false, bool KEPT_ = false, bool UNITS_ = false>
+struct StateShape {
     static constexpr int BITS = BITS_, P = 64, N = N_, R = R_, L = L_, BLOCKS = BLOCKS_;
-    static constexpr bool FIXED = FIXED_, DITHER = DITHER_, KEPT = KEPT_;
+    static constexpr bool FIXED = FIXED_, DITHER = DITHER_, KEPT = KEPT_, UNITS = UNITS_;
     using Call = std::conditional_t<KEPT, ReplayCall, StateCall>;
     static constexpr float QMAX = float((1 << (BITS - 1)) - 1);
     static constexpr int GROUPS = 32 / L, ROWS = GROUPS * R; // of a warp
@@ -59,7 +68,16 @@ template <int BITS_, int N_, int R_, int L_, bool FIXED_, int BLOCKS_, bool DITH
     static constexpr int PER_STATE = 2 * STAGE, WIDE = PER_STATE + 2 * 4 * N, NEW = WIDE + 4 * P, BOUNDS = NEW + 4 * N;
     static constexpr int ADDED = BOUNDS + (BITS == 4 ? 4 : 8) * N; // before rounding, with a dither
     static constexpr int MOST = ADDED + (DITHER ? 4 * N : 0), COLUMNS = N + 4; // a warp's largest, a row per lane group, shifted by 4 banks
-    static constexpr int ALL = MOST + WARPS * GROUPS * COLUMNS * 4, BYTES = ALL + WARPS * N * 4;
+    static constexpr int ALL = MOST + WARPS * GROUPS * COLUMNS * 4;
+    // of nibbles.cuh: by column, by row, and bounds by token and warp
+    static constexpr int READ = ALL + WARPS * N * 4, SIZES = READ + 4 * N, RATE = SIZES + 4 * N, SUMS = RATE + 4 * P;
+    static constexpr int REACH = SUMS + 4 * TOKENS, WORST = REACH + 16 * (TOKENS + 1), BYTES = UNITS ? WORST + 16 : READ;
+    // behind the rows of a window: a token's inputs by row and by column
+    static constexpr int INPUTS = UNITS ? 4 * (P + N) : 0;
+    static __host__ __device__ constexpr int bytes(int rows) { return BYTES + 2 * rows * KeptRow<P, N>::BYTES + (rows + 1) * INPUTS; }
+    // place of a column among what lanes read eight of: first the fours that begin runs, so that no two share a bank
+    static __host__ __device__ constexpr int place_of(int n) { return UNITS ? n / 4 % 2 * (N / 2) + n / 8 * 4 + n % 4 : n; }
+    static_assert(WARPS <= 4 || !UNITS, "");
     static_assert(W >= 1 && (W & (W - 1)) == 0 && CHUNK % 16 == 0 && P % ROWS == 0, "");
 };
 
@@ -206,6 +224,7 @@ template <class S> struct Head {
         const int turned = S::BITS == 8 ? int(raw ^ 128) - 128 : int((raw >> 4 * (n % 2) & 15) ^ 8) - 8;
         float u = old(float(turned), widen<false>(staged<uint16_t>(S::CHANNEL)[r]), at<float>(S::PER_STATE)[stage * S::N + n]);
         if constexpr (S::KEPT) {
+#pragma unroll 1
             for (int i = 0; i < call.rows; ++i) {
                 const KeptRow<S::P, S::N> row{kept(stage, i)};
                 u = fresh(u, row.x()[r], row.b()[n], row.decay());
@@ -219,7 +238,7 @@ template <class S> struct Head {
         float value;
         if constexpr (S::DITHER) {
             const float part = multiply(again(r, n), divide(1.0f, at<float>(S::WIDE)[r]));
-            const float added = at<float>(S::ADDED)[n];
+            const float added = at<float>(S::ADDED)[S::place_of(n)];
             value = fused(part, divide(1.0f, at<float>(S::NEW)[n]), S::BITS == 4 ? add(added, -HALVES) : added);
         } else {
             value = divide(again(r, n), multiply(at<float>(S::WIDE)[r], at<float>(S::NEW)[n]));
@@ -373,6 +392,21 @@ template <class S> struct Tile {
             return add(fold<J, COUNT / 2, 2 * STEP>(i, k), fold<J + STEP, COUNT / 2, 2 * STEP>(i, k));
     }
 
+    // Largest of a run's columns over the lane's rows; with MULTIPLY once these are multiplied by what belongs to them.
+    template <bool MULTIPLY>
+    static __device__ __forceinline__ void most_of_run(float (&u)[S::R][S::W][8], const float (&by)[S::R], int j, Four (&most)[2]) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            float found = 0;
+#pragma unroll
+            for (int i = 0; i < S::R; ++i) {
+                if constexpr (MULTIPLY) u[i][j][k] = multiply(u[i][j][k], by[i]);
+                found = i == 0 ? size_of(u[i][j][k]) : more_or_nan(found, size_of(u[i][j][k]));
+            }
+            most[k / 4].at[k % 4] = found;
+        }
+    }
+
     // Divide by the channel scale; largest of each column over the warp's rows.
     __device__ __forceinline__ void divide_rows(const Head<S>& head, const float (&inverses)[S::R]) {
         float* mine = head.template at<float>(S::MOST) + head.warp * S::GROUPS * S::COLUMNS;
@@ -380,19 +414,15 @@ template <class S> struct Tile {
         for (int j = 0; j < S::W; ++j) {
             in_order();
             Four most[2];
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                float found = 0;
-#pragma unroll
-                for (int i = 0; i < S::R; ++i) {
-                    u[i][j][k] = multiply(u[i][j][k], inverses[i]);
-                    found = i == 0 ? size_of(u[i][j][k]) : more_or_nan(found, size_of(u[i][j][k]));
-                }
-                most[k / 4].at[k % 4] = found;
-            }
+            most_of_run<true>(u, inverses, j, most);
             auto* to = reinterpret_cast<Four*>(mine + head.g * S::COLUMNS + 8 * (head.l + S::L * j));
             to[0] = most[0], to[1] = most[1];
         }
+        most_of_warp(head, mine);
+    }
+
+    // The largest of what the warp's groups of lanes have found for each column.
+    static __device__ __forceinline__ void most_of_warp(const Head<S>& head, const float* mine) {
         sync_warp();
 #pragma unroll
         for (int n = 0; n < S::N; n += 128) {
@@ -416,6 +446,11 @@ template <class S> struct Tile {
         uint32_t low[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) low[k] = bits_of(fused(u[k], times[k], S::DITHER ? halves[k] : HALVES));
+        return packed(low, middle);
+    }
+
+    // Codes from 16 bits up, and the smallest of what is below them.
+    static __device__ __forceinline__ uint32_t packed(const uint32_t (&low)[8], uint32_t& middle) {
 #pragma unroll
         for (int k = 0; k < 8; k += 2) middle = less_halves(middle, permute(low[k], low[k + 1], 0x5410));
         const uint32_t even = permute(permute(low[0], low[2], 0x0062), permute(low[4], low[6], 0x0062), 0x5410);
@@ -472,7 +507,11 @@ template <class S> struct Tile {
         }
         // the smallest distance of a half; 0 and 1 are within what the product and the quotient may differ by
         if constexpr (S::BITS == 4) differ = (middle & 0xFFFFu) < 2 || middle >> 16 < 2;
-        const bool unsure = careful || differ != 0;
+        keep(head, found, careful || differ != 0);
+    }
+
+    // Codes of this lane, by division if `unsure`, into the place of the old ones.
+    static __device__ __forceinline__ void keep(const Head<S>& head, const uint32_t (&found)[S::W][S::R][S::RUN / 4], bool unsure) {
         uint32_t lanes = ballot(unsure);
         if (!unsure) {
 #pragma unroll
@@ -488,6 +527,11 @@ template <class S> struct Tile {
         }
 #pragma unroll 1
         for (; lanes != 0; lanes &= lanes - 1) divide_lane(head, first_of(lanes));
+        copy_out(head);
+    }
+
+    // The warp's codes to where they stay.
+    static __device__ __forceinline__ void copy_out(const Head<S>& head) {
         sync_warp();
         constexpr int STEP = 16 * 32;
         static_assert(STEP / S::ROW % (S::LINE * S::W) == 0, "pieces of a lane lie at one place of their rows");
@@ -544,63 +588,6 @@ template <class S> __device__ __forceinline__ bool columns(const Head<S>& head) 
         if constexpr (S::DITHER) head.template at<float>(S::ADDED)[n] = S::BITS == 4 ? add(dither_of(scale), HALVES) : dither_of(scale);
     }
     return careful;
-}
-
-// Grid: as many blocks as run at once, at most one per head of a sequence.
-template <class S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) update_kernel(const __grid_constant__ typename S::Call call) {
-    constexpr int EACH = (S::N + S::THREADS - 1) / S::THREADS;
-    Head<S> head(call, shared_memory());
-    uint16_t scale[EACH] = {};
-    const auto take = [&](int unit) {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (i * S::THREADS + head.thread < S::N) scale[i] = call.scale[int64_t(unit) * S::N + i * S::THREADS + head.thread];
-    };
-    const auto give = [&](int stage) {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (i * S::THREADS + head.thread < S::N)
-                head.template at<float>(S::PER_STATE)[stage * S::N + i * S::THREADS + head.thread] = per_state<S>(widen<false>(scale[i]));
-    };
-    std::conditional_t<S::KEPT, DueUnit, Unit> next(call, head.unit);
-    if constexpr (S::KEPT) {
-        if (next.at >= call.units) return;
-        head.unit = next.at;
-    }
-    head.fetch(0, next);
-    commit();
-    take(next.at);
-    head.decay = read(call.decay + next.at);
-    give(0);
-    const int steps = int(gridDim.x), heads = steps % call.heads, sequences = steps / call.heads;
-    while (true) {
-        next.advance(call, steps, heads, sequences);
-        wait<0>();
-        sync(); // this head is there, and nobody needs the last one any more
-        float next_decay = 0;
-        head.find_place();
-        if (next.at < call.units) {
-            head.fetch(head.stage ^ 1, next);
-            take(next.at);
-            next_decay = read(call.decay + next.at);
-        }
-        commit();
-        head.find_place();
-        Tile<S> tile;
-        float inverses[S::R];
-        tile.fill(head);
-        tile.rows(head, inverses);
-        tile.divide_rows(head, inverses);
-        sync();
-        head.find_place();
-        const bool careful = sync_or(columns(head));
-        head.find_place();
-        tile.round(head, careful);
-        if (next.at >= call.units) return;
-        head.find_place();
-        head.stage ^= 1, head.unit = next.at, head.decay = next_decay;
-        give(head.stage);
-    }
 }
 
 } // namespace llmcompress::gpu

@@ -27,6 +27,14 @@ struct Due {
     }
 };
 
+// Whether one of the sequences that this thread looks at is due; the threads of a block look at all.
+__device__ __forceinline__ bool any_due(const ReplayCall& call, int thread, int threads) {
+    bool found = false;
+#pragma unroll 8
+    for (int sequence = thread; sequence < call.sequences; sequence += threads) found |= call.count[sequence] >= call.rows;
+    return found;
+}
+
 // Where the drives, decay and b of a head are in a row of a window in global memory.
 struct RecentRow {
     int x, decay, b;
@@ -48,20 +56,27 @@ template <int P, int N> struct KeptRow {
     __device__ __forceinline__ float decay() const { return x()[P + N]; }
 };
 
-// Start copying the rows of a unit's window.
+// Start copying the rows of a unit's window, a row by a warp.
 template <int P, int N, int THREADS, class U>
 __device__ __forceinline__ void fetch_kept(const ReplayCall& call, const U& unit, unsigned char* to, int thread) {
-    constexpr int PIECES = (P + N) / 4;
+    constexpr int PIECES = (P + N) / 4, WARPS = THREADS / 32;
     const RecentRow place = RecentRow::of<P, N>(call, unit.head, unit.shared - unit.sequence * call.groups);
     const float* from = recent_rows(call, unit.sequence);
-#pragma unroll 1
-    for (int i = thread; i < call.rows * PIECES; i += THREADS) {
-        const int row = i / PIECES, piece = i % PIECES;
-        const int column = piece < P / 4 ? place.x + 4 * piece : place.b + 4 * piece - P;
-        copy_async(to + row * KeptRow<P, N>::BYTES + 16 * piece, from + row * call.width + column);
-    }
+    const int lane = thread % 32, first = thread / 32;
     if (thread < call.rows)
         copy_word_async(to + thread * KeptRow<P, N>::BYTES + 4 * (P + N), from + thread * call.width + place.decay);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece += 32) {
+        if (piece + lane >= PIECES) break;
+        const int column = piece + lane < P / 4 ? place.x + 4 * (piece + lane) : place.b + 4 * (piece + lane) - P;
+        const float* source = from + first * call.width + column;
+        unsigned char* target = to + first * KeptRow<P, N>::BYTES + 16 * (piece + lane);
+#pragma unroll 1
+        for (int row = first; row < call.rows; row += WARPS) {
+            copy_async(target, source);
+            source += WARPS * call.width, target += WARPS * KeptRow<P, N>::BYTES;
+        }
+    }
 }
 
 } // namespace llmcompress::gpu
