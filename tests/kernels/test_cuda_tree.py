@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,35 @@ def test_what_the_kernel_declines() -> None:
     assert "float32" in reason(x.float())
     assert "17 tokens" in reason(x.expand(17, -1))
     assert "even number" in reason(torch.zeros(1, 384, dtype=torch.bfloat16))
+
+
+def test_few_strips_take_fewer_warps() -> None:
+    """What was the faster on 132 multiprocessors."""
+    assert kernels.launch_of(4096, 32, 132) == kernels.SMALL
+    for rows, groups in ((11008, 32), (4096, 86)):
+        assert kernels.launch_of(rows, groups, 132) == kernels.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "bits", "spans", "processors"),
+    [
+        (4, 300, 1280, [4, 1, 1, 2], [[0, 4], [0, 1], [1, 3], [2, 4]], 6),
+        (8, 33, 2048, [1, 1, 1, 4], [[0, 8], [6, 8], [7, 8], [0, 8]], 3),
+        (5, 100, 3072, [4, 1, 1], [[0, 5], [0, 1], [1, 2]], 9),
+    ],
+)
+def test_parts_that_are_added_as_they_come(emulation, tokens, rows, columns, bits, spans, processors) -> None:
+    """Equal bytes whichever warp is the last, and those of the other form."""
+    packed, scale = nodes(rows, columns, bits)
+    x = torch.randn(tokens, columns).to(torch.bfloat16)
+    operands = (packed, scale, torch.tensor(spans), bits, [1.0, 0.5, 0.25, 0.125][: len(bits)])
+    config = dataclasses.replace(kernels.SMALL, spread=True)
+    found = []
+    for seed in range(3):
+        emulation.llmcompress_tree_emulation(seed % 2, seed)
+        found.append(run(emulation, x, *operands, processors, config))
+    emulation.llmcompress_tree_emulation(1, 0)
+    assert all(torch.equal(one, run(emulation, x, *operands, processors, kernels.SMALL)) for one in found)
 
 
 def test_blocks_share_out_the_work_evenly() -> None:

@@ -73,6 +73,7 @@ class Config:
         stages: Of a warp's ring.
         blocks: That a multiprocessor is to hold.
         overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
+        spread: Add up a strip's parts as soon as they are there; only in libraries compiled for benches.
     """
 
     tiles: int = 2
@@ -80,11 +81,15 @@ class Config:
     stages: int = 2
     blocks: int = 1
     overlap: bool = True
+    spread: bool = False
 
 
 DEFAULT = Config()
-# where shared memory does not hold the default
+# where shared memory does not hold the default, and where a block has few strips of rows for its warps: 4096 x 4096
+# leaves it four, which take 8 warps 12.6 us with eight models and 10.1 with four, 12 warps 13.1 and 10.9; with ten and
+# eleven strips (11008 x 4096, 4096 x 11008) 12 warps are 9 to 10 % faster (H200, kernels/bench/gpu_candidates.py)
 SMALL = Config(warps=8)
+FEW_STRIPS = 6
 
 
 def verify(
@@ -145,6 +150,12 @@ def shares(config: Config, rows: int, groups: int, processors: int) -> tuple[int
     return slabs, min(strips, max(1, processors * config.blocks // slabs)), strips
 
 
+def launch_of(rows: int, groups: int, processors: int) -> Config:
+    """The launch for a tree of N ``rows`` and G ``groups``, where shared memory holds it."""
+    _, blocks, strips = shares(DEFAULT, rows, groups, processors)
+    return SMALL if strips < FEW_STRIPS * blocks else DEFAULT
+
+
 def delta_decode(
     x: Tensor,
     packed: Sequence[Tensor],
@@ -155,13 +166,13 @@ def delta_decode(
     group_size: int,
     library: Any = None,
     processors: int | None = None,
-    config: Config = DEFAULT,
+    config: Config | None = None,
     family: str = FAMILY,
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.ops.delta_decode`, which :func:`verify` has accepted; sums in fp32.
 
     ``library`` is the emulation of the tests, on CPU tensors; ``processors`` decides how often the columns are split,
-    None asks the GPU; ``config`` and ``family`` are the bench's.
+    None asks the GPU; ``config`` and ``family`` are the bench's, None for what :func:`launch_of` chooses.
 
     Raises:
         BuildError: The kernels cannot be built.
@@ -176,6 +187,8 @@ def delta_decode(
     needed = forms([bits[v] for v in used], [ranges[v] for v in used])
     device = torch.cuda.get_device_properties(x.device) if processors is None else None
     arch = 90 if device is None or device.major >= 9 else 80
+    groups, several = columns // GROUP, device.multi_processor_count if device else processors or 1
+    config = config or launch_of(rows, groups, several)
     if shared(config, tokens, needed) > MOST_SHARED[arch] and config != SMALL:
         config = SMALL
     if tokens > TILE and shared(config, tokens, needed) > MOST_SHARED[arch]:
@@ -185,19 +198,19 @@ def delta_decode(
         return torch.cat([low, delta_decode(x[TILE:], packed, scale, spans.clamp(min=TILE) - TILE, *rest)])
     x = libraries.placed(x)
     out = x.new_empty((tokens, rows))
-    groups, early = columns // GROUP, config.overlap and device is not None and arch == 90
-    slabs, blocks, strips = shares(config, rows, groups, device.multi_processor_count if device else processors or 1)
+    early = config.overlap and device is not None and arch == 90
+    slabs, blocks, strips = shares(config, rows, groups, several)
     steps = [sum(-(-g * bits[v] // SLAB) for v in used) for g in (SLAB, groups - (slabs - 1) * SLAB)]
     # sums of every strip over each slab, and of warps that begin within one
     sums = config.tiles * TILE_ROWS * -(-tokens // TILE) * TILE
     parts = x.new_empty((slabs * (strips + blocks * config.warps), sums), dtype=torch.float32)
-    arrived = libraries.arrivals(blocks, x.device)
+    arrived = libraries.arrivals(strips if config.spread else blocks, x.device)
     call = Call(
         *(libraries.address(t) for t in (x, out, parts, arrived)),
         tokens, rows, columns, groups, len(used), needed, slabs, blocks, strips, *steps, int(early),
     )  # fmt: skip
     for place, v in enumerate(used):
         call.node[place] = Node(packed[v].data_ptr(), scale[v].data_ptr(), multiplier[v], bits[v], *ranges[v])
-    arguments = (int(x.dtype == torch.bfloat16), config.tiles, config.warps, config.stages)
+    arguments = (int(x.dtype == torch.bfloat16), config.tiles, config.warps, config.stages, int(config.spread))
     libraries.launch(family, "llmcompress_tree", "llmcompress_tree", call, arguments, x, library)
     return out

@@ -27,7 +27,7 @@ struct TreeCall {
     const void* x; // [T, K]
     void* out;     // [T, N]
     float* parts;  // [strips, slabs, sums of a strip], then [slabs, blocks, warps, sums of a strip]
-    int* arrived;  // one counter per block of a slab, zero before and after
+    int* arrived;  // one counter per block of a slab, or one per strip where these are spread, zero before and after
     int tokens, rows, columns, groups;
     int nodes, forms;          // forms: sum of BITS of nodes that multiply, and of COUNTS
     int slabs, blocks, strips; // slabs of columns, blocks of each, strips of rows

@@ -1,4 +1,6 @@
 // The kernel of tree.cuh on the host: for tests of its indices, barriers and arithmetic, thousands of times slower.
+// With one of the instances that only benches have and whose parts are spread.
+#define LLMCOMPRESS_SPREAD
 #include "emulate.h"
 
 #include "tree.cuh"

@@ -10,8 +10,10 @@ constexpr int GROUP = 128, SLAB = 8, STEP_BYTES = 128, TILE = 8;
 // Of one token's activations of a group as bits: 16 of each of 128, then what a count is multiplied by and what is added.
 constexpr int RECORD = 256 + 32;
 
-template <bool BF16_, int NT_, int MT_, int WARPS_, int STAGES_, int HELD_> struct TreeShape {
-    static constexpr bool BF16 = BF16_;
+// SPREAD: the warp that brings the last part of a strip adds them up, while others still multiply; else the last block adds those
+// of all its strips.
+template <bool BF16_, int NT_, int MT_, int WARPS_, int STAGES_, int HELD_, bool SPREAD_ = false> struct TreeShape {
+    static constexpr bool BF16 = BF16_, SPREAD = SPREAD_;
     static constexpr int NT = NT_, MT = MT_, WARPS = WARPS_, STAGES = STAGES_, HELD = HELD_, THREADS = 32 * WARPS, ROWS = 16 * MT;
     static constexpr int MANTISSA = BF16 ? 7 : 10, BIAS = BF16 ? 127 : 15;
     static constexpr int CODES = ROWS * STEP_BYTES, SCALES = ROWS * 2 * SLAB;

@@ -75,6 +75,19 @@ template <class S> __device__ __forceinline__ Four gathered(const TreeCall& call
     return sum;
 }
 
+// Write the results of piece `i` of the block's strips: of 16 rows and 8 tokens.
+template <class S> __device__ __forceinline__ void result(const TreeCall& call, const Schedule& schedule, int i, int lane) {
+    constexpr int PIECES = S::MT * S::NT;
+    const int strip = i / PIECES, m = i % PIECES / S::NT, n = i % S::NT;
+    const Four sum = gathered<S>(call, schedule, strip, i % PIECES * 128 + 4 * lane);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const int row = (schedule.first + strip) * S::ROWS + 16 * m + lane / 4 + k / 2 * 8, token = n * TILE + 2 * (lane % 4) + k % 2;
+        if (row < call.rows && token < call.tokens)
+            static_cast<uint16_t*>(call.out)[int64_t(token) * call.rows + row] = narrow<S::BF16>(sum.at[k]);
+    }
+}
+
 // The last block of all slabs to come adds the parts of its strips.
 template <class S> __device__ __forceinline__ void finish(const TreeCall& call) {
     fence();
@@ -87,19 +100,28 @@ template <class S> __device__ __forceinline__ void finish(const TreeCall& call) 
     }
     if (!sync_or(last)) return;
     fence();
-    constexpr int PIECES = S::MT * S::NT;
     const Schedule schedule(call, int(blockIdx.x), 0, S::WARPS);
 #pragma unroll 1
-    for (int i = warp; i < schedule.count * PIECES; i += S::WARPS) {
-        const int strip = i / PIECES, m = i % PIECES / S::NT, n = i % S::NT;
-        const Four sum = gathered<S>(call, schedule, strip, i % PIECES * 128 + 4 * lane);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const int row = (schedule.first + strip) * S::ROWS + 16 * m + lane / 4 + k / 2 * 8, token = n * TILE + 2 * (lane % 4) + k % 2;
-            if (row < call.rows && token < call.tokens)
-                static_cast<uint16_t*>(call.out)[int64_t(token) * call.rows + row] = narrow<S::BF16>(sum.at[k]);
-        }
+    for (int i = warp; i < schedule.count * S::MT * S::NT; i += S::WARPS) result<S>(call, schedule, i, lane);
+}
+
+// The warp whose part of a strip is the last of all slabs' adds them: the same parts in the same order.
+template <class S> __device__ __forceinline__ void finish_strip(const TreeCall& call, int strip) {
+    const int lane = thread_again() % 32;
+    const Schedule schedule(call, int(blockIdx.x), 0, S::WARPS), last(call, int(blockIdx.x), call.slabs - 1, S::WARPS);
+    const int own = strip - schedule.first, end = schedule.end_within(own);
+    const int parts = (call.slabs - 1) * (1 + end - schedule.first_within(own)) + 1 + end - last.first_within(own);
+    fence();
+    sync_warp();
+    bool all = false;
+    if (lane == 0) {
+        all = count_up(call.arrived + strip) == parts - 1;
+        if (all) call.arrived[strip] = 0; // ready for the next launch
     }
+    if (!any_of_warp(all)) return;
+    fence();
+#pragma unroll 1
+    for (int i = 0; i < S::MT * S::NT; ++i) result<S>(call, schedule, own * S::MT * S::NT + i, lane);
 }
 
 // Blocks that registers have to leave room for. An A100 needs more of them, and its launches do not overlap.
@@ -131,7 +153,10 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, HELD<S>) tree_k
     sync();
     Sums<S> sums(activations, base);
     int stage = 0, place = 0;
-    if (steps == 0 && !begun) give<S>(call, sums, now.strip, false);
+    if (steps == 0 && !begun) {
+        give<S>(call, sums, now.strip, false);
+        if constexpr (S::SPREAD) finish_strip<S>(call, now.strip);
+    }
 #pragma unroll 1
     while (steps > 0) {
 #pragma unroll
@@ -152,9 +177,10 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, HELD<S>) tree_k
             place = place == S::STAGES - 1 ? 0 : place + 1;
         }
         give<S>(call, sums, now.strip, begun);
+        if constexpr (S::SPREAD) finish_strip<S>(call, now.strip);
         now.node = 0, ++now.strip, begun = true;
     }
-    finish<S>(call);
+    if constexpr (!S::SPREAD) finish<S>(call);
 }
 
 } // namespace llmcompress::gpu
