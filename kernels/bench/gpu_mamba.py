@@ -18,13 +18,18 @@ from gpu_matrix import nbytes, packed
 from gpu_state import HEADS, WINDOWS, N, P, empty_window, traffic
 from gpu_timing import replay
 from llmcompress_kernels import ops, state
+from llmcompress_kernels.cuda import state as cuda_state
 from llmcompress_kernels.triton import int8_gemm, mixer
 
 LAYERS, HIDDEN, VOCABULARY, WIDTH = 64, 2560, 50288, 4
 INNER = HEADS * P
 CHANNELS = INNER + 2 * N
 ROWS = INNER + CHANNELS + HEADS
+# rows and columns of a layer's projections
+SHAPES = ((ROWS, HIDDEN), (HIDDEN, INNER))
 SAMPLES = 12
+# whether steps whose launches overlap are timed as well: candidates, on compute capability 9.0 only
+EARLY = False
 # runs of a forward that no graph can hold
 RUNS = 5
 
@@ -62,15 +67,16 @@ class Model:
         self.windows = []  # before there is room for the next
         self.windows = [empty_window(len(self.x), tokens) for _ in range(LAYERS)]
 
-    def step(self, narrow_weights: bool, narrow_states: bool, window: bool = False) -> torch.Tensor:
-        """Logits of one token of every sequence."""
+    def step(
+        self, narrow_weights: bool, narrow_states: bool, window: bool = False, early: bool = False
+    ) -> torch.Tensor:
+        """Logits of one token of every sequence; ``early``: launches of mixers overlap those in front of them."""
         residual = self.x
         for layer in range(LAYERS):
             x = torch.nn.functional.rms_norm(residual, (HIDDEN,), self.norm, 1e-5)
             projected = self._project(layer, 0, x, narrow_weights)
-            mixed = mixer.mamba2_decode(
-                projected, self.conv[layer], self.weights, 1, N, 1e-5, self._update(layer, narrow_states, window)
-            )
+            update = self._update(layer, narrow_states, window, early)
+            mixed = mixer.mamba2_decode(projected, self.conv[layer], self.weights, 1, N, 1e-5, update, early)
             residual = residual + self._project(layer, 1, mixed, narrow_weights)
         return torch.nn.functional.linear(torch.nn.functional.rms_norm(residual, (HIDDEN,), self.norm, 1e-5), self.head)
 
@@ -81,13 +87,18 @@ class Model:
         assert w.scale is not None
         return ops.group_gemm(x, w.weight, w.scale, w.zero, w.bits, w.group_size, x.shape[-1])
 
-    def _update(self, layer: int, narrow: bool, window: bool) -> Callable[..., torch.Tensor]:
+    def _update(self, layer: int, narrow: bool, window: bool, early: bool = False) -> Callable[..., torch.Tensor]:
         if not narrow:
             return lambda *step: mixer.state_update(self.floats[layer], *step)
         codes, channel, scale = self.codes[layer]
         if window:
             held = (codes, channel, scale, None, *self.windows[layer])
+            if early:
+                return lambda *step: cuda_state.dsq_replay_update(*held, *step, 4, dither=True, overlap=True)
             return lambda *step: state.dsq_replay_update(*held, *step, 4, dither=True)
+        if early:
+            held = (codes, channel, scale, None)
+            return lambda *step: cuda_state.dsq_state_update(*held, *step, 4, dither=True, overlap=True)
         return lambda *step: state.dsq_state_update(codes, channel, scale, None, *step, 4, dither=True)
 
 
@@ -96,10 +107,16 @@ def step(batch: int, rate: float) -> dict[str, Any]:
     with torch.inference_mode():
         model = Model(batch)
         kinds = {"w16s16": (False, False), "w4s16": (True, False), "w16s4": (False, True), "w4s4": (True, True)}
-        times = replay({name: [lambda k=kind: model.step(*k)] for name, kind in kinds.items()}, SAMPLES)
+        calls = {name: [lambda k=kind: model.step(*k)] for name, kind in kinds.items()}
+        if EARLY:
+            calls["w4s4_early"] = [lambda: model.step(True, True, early=True)]
+        times = replay(calls, SAMPLES)
         for tokens in WINDOWS:
             model.keep(tokens)
-            times |= replay({f"w4s4_w{tokens}": [lambda: model.step(True, True, True)] * tokens}, SAMPLES)
+            calls = {f"w4s4_w{tokens}": [lambda: model.step(True, True, True)] * tokens}
+            if tokens == WINDOWS[0] and EARLY:
+                calls[f"w4s4_w{tokens}_early"] = [lambda: model.step(True, True, True, True)] * tokens
+            times |= replay(calls, SAMPLES)
         floors = {tokens: model.bytes(tokens) / rate * 1e6 for tokens in (1, *WINDOWS)}
     found: dict[str, Any] = {"op": "mamba2-2.7b step", "batch": batch, "floor_us": round(floors[1], 1)}
     found |= {f"{name}_us": round(each.median, 1) for name, each in times.items()}
@@ -109,6 +126,34 @@ def step(batch: int, rate: float) -> dict[str, Any]:
         found[f"floor_share{end}"] = round(floor / took, 3)
         found[f"over_w16s16{end}"] = round(times["w16s16"].median / took, 3)
     return found
+
+
+def parts(batch: int, rate: float) -> dict[str, Any]:
+    """Microseconds a layer of what a step is made of, each alone in a graph of all layers."""
+    del rate  # no floor: these say where time goes, and what they leave of a step is between them
+    with torch.inference_mode():
+        model = Model(batch)
+        projected = torch.randn(batch, ROWS, device="cuda", dtype=torch.bfloat16)
+        mixed, y = model.x.new_zeros(batch, INNER), torch.zeros(batch, HEADS, P, device="cuda")
+        drive, decay = torch.randn_like(y), torch.rand(batch, HEADS, device="cuda")
+        b, c = torch.randn(batch, 1, N, device="cuda"), torch.randn(batch, 1, N, device="cuda")
+
+        def around(layer: int) -> torch.Tensor:
+            return mixer.mamba2_decode(projected, model.conv[layer], model.weights, 1, N, 1e-5, lambda *_: y)
+
+        calls: dict[str, Callable[[int], object]] = {
+            "norm": lambda _: torch.nn.functional.rms_norm(model.x, (HIDDEN,), model.norm, 1e-5),
+            "add": lambda _: model.x + model.x,
+            "around the state": around,
+        }
+        for kind, narrow in (("w16", False), ("w4", True)):
+            calls[f"in {kind}"] = lambda layer, n=narrow: model._project(layer, 0, model.x, n)
+            calls[f"out {kind}"] = lambda layer, n=narrow: model._project(layer, 1, mixed, n)
+        for kind, narrow in (("s16", False), ("s4", True)):
+            calls[f"state {kind}"] = lambda layer, n=narrow: model._update(layer, n, False)(drive, decay, b, c)
+        times = replay({name: [lambda f=call: [f(i) for i in range(LAYERS)]] for name, call in calls.items()}, SAMPLES)
+    found = {name: round(each.median / LAYERS, 2) for name, each in times.items()}
+    return {"op": "mamba2-2.7b parts of a step", "batch": batch, "us_a_layer": found}
 
 
 class Prompt:

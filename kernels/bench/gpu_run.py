@@ -108,6 +108,7 @@ def plan() -> list[tuple[str, Any]]:
     for batch in BATCHES:
         found.append((f"state batch {batch}", lambda r, n=batch: [gpu_state.update(n, r)]))
         found.append((f"mamba batch {batch}", lambda r, n=batch: [gpu_mamba.step(n, r)]))
+        found.append((f"mamba parts batch {batch}", lambda r, n=batch: [gpu_mamba.parts(n, r)]))
     found.append((f"mamba prompt {PREFILL} tokens", lambda r: [gpu_mamba.prompt(PREFILL, r)]))
     for rows, columns in gpu_tree.SHAPES:
         for models in gpu_tree.ACTIVE:
@@ -146,6 +147,7 @@ def main() -> int:
     parser.add_argument("--match", default="", help="regular expression that names have to match")
     parser.add_argument("--alone", action="store_true", help="measure no peers")
     parser.add_argument("--skip", default="", help="peers that are left out, separated by commas")
+    parser.add_argument("--early", action="store_true", help="steps of Mamba-2 whose launches overlap as well")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     work = chosen(options)
@@ -153,10 +155,12 @@ def main() -> int:
         print("\n".join(name for name, _ in work))
         print(json.dumps(versions()))
         return 0
+    import gpu_mamba
     import gpu_matrix
     import torch
     from gpu_timing import copy_rate, read_rate
 
+    gpu_mamba.EARLY = options.early
     gpu_matrix.PEERS, gpu_matrix.SKIPPED = not options.alone, set(options.skip.split(","))
     if not torch.cuda.is_available():
         print("no GPU: nothing can be measured")

@@ -6,6 +6,7 @@ Tolerances are relative Frobenius errors: one rounding of the result for fp16 an
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,28 @@ def test_sums_over_splits_are_reproducible(packed) -> None:
     operands = (x, weight.weight, weight.scale, weight.zero, 4, 64, 256)
     first = group_gemm.group_gemm(*operands, config=tuning.Config(16, 16, 32, splits=5, stages=1))
     assert torch.equal(first, group_gemm.group_gemm(*operands, config=tuning.Config(16, 16, 32, splits=5, stages=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parts_are_added_in_one_launch(packed, dtype) -> None:
+    weight = packed((48, 256), 4, 64, False)
+    x = torch.randn(40, 256).to(dtype)
+    operands = (x, weight.weight, weight.scale, weight.zero, 4, 64, 256)
+    config = tuning.Config(64, 16, 32, splits=5, stages=1)
+    expected = dense_definition.group_gemm(x.double(), *operands[1:])
+    found = group_gemm.group_gemm(*operands, config=replace(config, joined=True))
+    assert found.dtype == dtype
+    assert relative(found, expected) < 1e-3
+    assert torch.equal(found, group_gemm.group_gemm(*operands, config=replace(config, joined=True)))
+
+
+def test_few_parts_take_fewer_bytes_than_codes() -> None:
+    for tokens, rows, columns, bits in itertools.product((17, 64, 128, 200), (2560, 10576), (2560, 5120), (3, 4)):
+        config = tuning.few_parts(tokens, rows, columns, bits, 132)
+        assert config.splits == 1 or config.splits * tokens * 8 <= columns * bits / 8 / 2
+        assert config.splits * config.columns <= columns
+    # a weight of few rows is split all the same, where that is cheap
+    assert tuning.few_parts(32, 2560, 5120, 4, 132).splits > 1
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def variants(arch: int) -> Iterator[Variant]:
     yield from _routed(many)
     yield from _widened()
     yield from _states()
-    yield from _mixers()
+    yield from _mixers(arch)
     yield from _prompts()
     yield from _bytes()
     yield from _trees()
@@ -94,8 +94,10 @@ SIZES = {"words": "i32", "groups": "i32", "zero_words": "i32"}
 
 
 def _dense(many: int) -> Iterator[Variant]:
-    from llmcompress_kernels.triton.group_gemm import group_gemm_kernel
+    from llmcompress_kernels.triton.group_gemm import ADDED, add_parts_kernel, group_gemm_kernel
 
+    types = {"parts": "*fp32", "out": "*bf16", "count": "i32", "size": "i32"}
+    yield Variant("add_parts/bf16", add_parts_kernel, types, {"BLOCK": ADDED}, matrix=False)
     for bits in (2, 3, 4, 8):
         for kind, tokens, columns, warps in (("fp16", 16, 128, 4), ("bf16", 16, 128, 4), ("bf16", many, 64, 8)):
             types = {"x": POINTERS[kind], **WEIGHT, "out": "*fp32", "tokens": "i32", "rows": "i32", "columns": "i32"}
@@ -181,18 +183,20 @@ def _states() -> Iterator[Variant]:
         yield Variant(kernel.__name__, kernel, pointers, constants, 8, matrix=False, fused=False)
 
 
-def _mixers() -> Iterator[Variant]:
+def _mixers(arch: int) -> Iterator[Variant]:
     from llmcompress_kernels.triton import mixer
 
     for kind in ("bf16", "fp32"):
         pointers = dict.fromkeys(("projected", "conv", "conv_weight", "conv_bias", "dt_bias", "d", "gain"), f"*{kind}")
         pointers |= dict.fromkeys(("a", "x", "y", "drive", "decay", "b", "c"), "*fp32")
         sizes = dict.fromkeys(("row", "inner", "both", "heads", "width"), "i32")
-        constants = {"CHANNELS": 64, "WIDTH": 4, "HAS_BIAS": True, "BLOCK": mixer.BLOCK}
+        # where launches may overlap, the form of benches that begins early
+        early = kind == "bf16" and arch >= 90
+        constants = {"CHANNELS": 64, "WIDTH": 4, "HAS_BIAS": True, "BLOCK": mixer.BLOCK, "EARLY": early}
         types = {**pointers, **sizes}
         yield Variant(f"mixer_inputs/{kind}", mixer.mixer_inputs_kernel, types, constants, matrix=False)
         types = {**pointers, **sizes, "out": f"*{kind}", "epsilon": "fp32"}
-        constants = {"CHANNELS": 64, "SKIP": True, "BLOCK": 8192}
+        constants = {"CHANNELS": 64, "SKIP": True, "BLOCK": 8192, "EARLY": early}
         yield Variant(f"mixer_output/{kind}", mixer.mixer_output_kernel, types, constants, 16, matrix=False)
     constants = {"HEADS": 80, "SHARE": 80, "P": 64, "N": 128, "ROWS": mixer.ROWS}
     for kind in ("fp32", "fp16"):

@@ -20,6 +20,8 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 BITS = (2, 3, 4, 8)
 # above this many tokens pair order is made once by a copy instead of by every program
 REORDERED_ONCE = 32
+# results per program where parts are added
+ADDED = 1024
 # from this many tokens per program on, scaling the weights is cheaper than scaling sums
 SCALED_FROM = 64
 
@@ -71,6 +73,17 @@ def group_gemm_kernel(
         )  # fmt: skip
     target = out + (split * tokens + m)[None, :] * rows + n[:, None]
     tl.store(target, acc.to(out.dtype.element_ty), mask=(m < tokens)[None, :] & (n < rows)[:, None])
+
+
+@triton.jit
+def add_parts_kernel(parts, out, count, size, BLOCK: tl.constexpr):
+    """Program (tile of results): sum of ``count`` parts of ``size`` fp32 numbers each, the first one first."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
+    for part in range(1, count):
+        total += tl.load(parts + part * size.to(tl.int64) + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 def verify(x: Tensor, bits: int) -> str | None:
@@ -195,5 +208,9 @@ def group_gemm(
         TYPES[store_type(x.dtype)], plan.pair_type, plan.reorder, plan.scaled,
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
+    if splits > 1 and chosen.joined:
+        whole = torch.empty((tokens, rows), dtype=store_type(x.dtype), device=x.device)
+        add_parts_kernel[(-(-whole.numel() // ADDED),)](out, whole, splits, whole.numel(), ADDED)
+        return whole.to(x.dtype).view(*x.shape[:-1], rows)
     summed = out[0] if splits == 1 else out.sum(0)
     return summed.to(x.dtype).view(*x.shape[:-1], rows)

@@ -53,8 +53,12 @@ def mixer_inputs_kernel(
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (tile of the convolution's channels, sequence); a row of ``projected`` is gate, channels, time steps."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     s = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = inner + 2 * both
@@ -115,8 +119,12 @@ def mixer_output_kernel(
     CHANNELS: tl.constexpr,
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, group): ``RMSNorm((y + d x) silu(gate)) gain`` over ``width`` channels; ``d x`` with ``SKIP``."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     s = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < width
@@ -199,6 +207,7 @@ def mamba2_decode(
     states: int,
     epsilon: float,
     update: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    early: bool = False,
 ) -> Tensor:
     """One token of a mixer; arguments as in :func:`llmcompress_kernels.state.mamba2_decode`.
 
@@ -211,6 +220,7 @@ def mamba2_decode(
         epsilon: There.
         update: drive ``[S, H, P]``, decay ``[S, H]``, B and C ``[S, G, N]``, all fp32, to what is read out; it
             replaces the state.
+        early: Start both launches while the one in front still runs (compute capability 9.0); for benches.
 
     Returns:
         ``[S, I]`` in the type of ``projected``.
@@ -221,18 +231,19 @@ def mamba2_decode(
     if sequences == 0:
         return out
     channels, row = inner // heads, projected.stride(0)
+    launch = {"launch_pdl": True} if early else {}
     fresh = lambda *shape: torch.empty(shape, dtype=torch.float32, device=projected.device)  # noqa: E731
     x, drive = fresh(sequences, heads, channels), fresh(sequences, heads, channels)
     decay, b, c = fresh(sequences, heads), fresh(sequences, groups, states), fresh(sequences, groups, states)
     mixer_inputs_kernel[(-(-(inner + 2 * both) // BLOCK), sequences)](
         projected, conv, conv_weight, conv_weight if conv_bias is None else conv_bias, dt_bias, a,
         x, drive, decay, b, c, row, inner, both, heads,
-        channels, conv.shape[-1], conv_bias is not None, BLOCK, num_warps=WARPS,
+        channels, conv.shape[-1], conv_bias is not None, BLOCK, early, num_warps=WARPS, **launch,
     )  # fmt: skip
     y = update(drive, decay, b, c)
     width = inner // groups
     mixer_output_kernel[(sequences, groups)](
-        y, x, projected, d, gain, out, row, inner, width, epsilon, channels, True, power_of_two(width),
-        num_warps=min(16, power_of_two(max(1, width // 512))),
+        y, x, projected, d, gain, out, row, inner, width, epsilon, channels, True, power_of_two(width), early,
+        num_warps=min(16, power_of_two(max(1, width // 512))), **launch,
     )  # fmt: skip
     return out

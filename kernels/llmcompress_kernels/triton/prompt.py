@@ -301,7 +301,7 @@ def mamba2_prefill(
     size = inner // groups
     mixer_output_kernel[(sequences * tokens, groups)](
         y, y, projected, d, gain, out, projected.stride(1), inner, size, epsilon, channels, False, power_of_two(size),
-        num_warps=min(16, power_of_two(max(1, size // 512))),
+        False, num_warps=min(16, power_of_two(max(1, size // 512))),
     )  # fmt: skip
     return out
 

@@ -31,6 +31,7 @@ class Config:
         splits: Parts the columns are divided into over programs.
         warps: Warps per program.
         stages: Depth of the software pipeline.
+        joined: What splits leave is added and rounded in one launch of the package, not two of PyTorch's.
     """
 
     tokens: int
@@ -39,6 +40,7 @@ class Config:
     splits: int = 1
     warps: int = 4
     stages: int = 3
+    joined: bool = False
 
 
 # small enough for the interpreter, which spends milliseconds per program and step; ragged against most shapes
@@ -81,6 +83,29 @@ def default(tokens: int, rows: int, columns: int, processors: int, wide: bool = 
     programs = -(-rows // 128) * -(-tokens // tile)
     splits = min(8, max(1, processors // programs), max(1, columns // 1024))
     return Config(tile, 128, 64, splits, warps=8, stages=3)
+
+
+def few_parts(tokens: int, rows: int, columns: int, bits: int, processors: int) -> Config:
+    """A configuration for 17 to 255 tokens that ``kernels/bench/gpu_candidates.py`` holds against :func:`default`'s.
+
+    Every split writes and reads 8 bytes a token and row, where a row's codes have ``columns bits / 8``. With 64 tokens
+    and 2560 columns of 4 bits one split is 512 bytes beside 1280, and :func:`default` makes eight. Here tiles get lower
+    until every multiprocessor has one, and parts take at most half as many bytes as codes.
+
+    Args:
+        tokens: T.
+        rows: N.
+        columns: K.
+        bits: Code width.
+        processors: Multiprocessors of the GPU.
+    """
+    tile = min(128, max(16, power_of_two(tokens)))
+    heights = (128, 64, 32)
+    height = next((h for h in heights if -(-rows // h) * -(-tokens // tile) >= processors), heights[-1])
+    programs = -(-rows // height) * -(-tokens // tile)
+    splits = min(2 * processors // programs, columns * bits // (128 * tokens), columns // 512)
+    wide = tile * height >= 128 * 64
+    return Config(tile, height, 64 if wide else 128, max(1, splits), 8 if wide else 4, joined=True)
 
 
 def candidates(tokens: int) -> Iterable[Config]:
