@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmcompress_kernels.decode_delta import zero_states
 from llmcompress_kernels.decode_structs import CacheStruct
 from llmcompress_kernels.decode_windows import Windows, get_columns, make_rows, put_columns
 from llmcompress_kernels.matrix import KINDS
@@ -22,7 +23,8 @@ class Cache:
 
     Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation, for the
     L layers that attend to all positions; ``near`` has those of layers with windows, None without such layers.
-    ``inputs`` float32 ``[layers, slots, taps - 1, H]`` are the last ones of short convolutions, the newest last; a
+    ``inputs`` float32 ``[layers, slots, taps - 1, H]`` are the last ones of convolutions, the newest last, C instead of
+    H before a delta rule; ``states`` float32 ``[layers, slots, heads, V / 16, K, 16]`` are those of delta rules. A
     sequence has those of the length at which it stands.
 
     Args:
@@ -43,8 +45,11 @@ class Cache:
         self._places = [(near, seen[:index].count(near)) for index, near in enumerate(seen)]
         lead = (slots, decoder.key_value_heads)
         self._make(decoder, (seen.count(False), *lead), dtype)
-        convolutions = sum(layer.convolves for layer in decoder.layers)
-        self.inputs = torch.zeros(convolutions, slots, max(0, decoder.taps - 1), decoder.hidden)
+        taps = [layer.conv_weight for layer in decoder.layers if layer.conv_weight is not None]
+        channels = taps[0].shape[1] if taps else 0
+        self.inputs = torch.zeros(len(taps), slots, max(0, decoder.taps - 1), channels)
+        rules = [layer.delta for layer in decoder.layers if layer.delta is not None]
+        self.states = zero_states(rules[0].sizes if rules else None, len(rules), slots)
         self.near: Windows | None = None
         if any(seen):
             # policies that skip experts count over whole prompts
@@ -54,6 +59,7 @@ class Cache:
         self._struct = CacheStruct(
             self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions,
             windows=None if self.near is None else ctypes.addressof(self.near.struct), inputs=self.inputs.data_ptr(),
+            states=self.states.data_ptr(),
         )  # fmt: skip
 
     def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -64,13 +70,18 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         near = 0 if self.near is None else self.near.nbytes
-        return self.keys.nbytes + self.values.nbytes + self.inputs.nbytes + near
+        return self.keys.nbytes + self.values.nbytes + self.fixed_bytes + near
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of what does not grow with the sequences: last inputs of convolutions, states."""
+        return self.inputs.nbytes + self.states.nbytes
 
     def held_bytes(self, tokens: int) -> int:
-        """Bytes of a sequence's positions in use, and of the last inputs of its convolutions."""
+        """Bytes of a sequence's positions in use, of the last inputs of its convolutions and of its states."""
         near = 0 if self.near is None else self.near.nbytes
-        slots, inputs = self.keys.shape[1], self.inputs.nbytes
-        found = (self.nbytes - near - inputs) // (slots * self.positions) * tokens + inputs // slots
+        slots, fixed = self.keys.shape[1], self.fixed_bytes
+        found = (self.nbytes - near - fixed) // (slots * self.positions) * tokens + fixed // slots
         if self.near is not None:
             found += near // (slots * self.near.positions) * min(tokens, self.near.positions)
         return found
@@ -132,7 +143,7 @@ class Cache:
         held, blocks = other or self, -(-count // LANES)
         self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
         self.values[:, target, :, :count] = held.values[:, source, :, :count]
-        self.inputs[:, target] = held.inputs[:, source]
+        self.inputs[:, target], self.states[:, target] = held.inputs[:, source], held.states[:, source]
         if self.near is not None and held.near is not None:
             self.near.copy(source, target, count, held.near)
 

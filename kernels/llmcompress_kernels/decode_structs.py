@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+from llmcompress_kernels.decode_delta import DeltaStruct
 from llmcompress_kernels.matrix import MatrixStruct
 
 
@@ -15,10 +16,12 @@ class LayerStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("attention_after", "mlp_after", "query_norm", "key_norm")),
         *((name, ctypes.c_void_p) for name in ("query_down_norm", "router_correction", "sinks")),
         *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "cosine", "sine")),
+        ("delta", ctypes.POINTER(DeltaStruct)),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "query_down", "absorb", "expand")),
-        *((name, MatrixStruct) for name in ("conv_in", "gate", "up", "down", "aside", "router", "entry", "exit")),
+        *((name, MatrixStruct) for name in ("conv_in", "conv_gates", "steps", "gate", "up", "down", "aside", "router")),
+        *((name, MatrixStruct) for name in ("entry", "exit")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "mixes", "mixer", "reads_aside")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "gates", "mixes", "mixer", "reads_aside")),
         *((name, ctypes.c_int32) for name in ("place", "turned", "window")),
     )
 
@@ -57,7 +60,7 @@ class CacheStruct(ctypes.Structure):
 
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("kind", ctypes.c_int32), ("slots", ctypes.c_int32),
-        ("positions", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("begins", "windows", "inputs")),
+        ("positions", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("begins", "windows", "inputs", "states")),
     )  # fmt: skip
 
 

@@ -167,13 +167,13 @@ def kernels() -> Any:
             return {"explanation": "plain PyTorch definitions only"}
         return {"problem": f"{type(error).__name__}: {error}"}
     try:
-        from llmcompress.inference.coverage import FAMILIES, HYBRIDS, STATES
+        from llmcompress.inference.coverage import DELTAS, FAMILIES, HYBRIDS, STATES
         from llmcompress.pipeline.device import describe_gpus
 
         tables = importlib.import_module("llmcompress_kernels.tables")
         launches = tables.describe(gpu["name"] for gpu in describe_gpus())
         told = {"explanation": plain(select.explain()), "gpu": plain(select.explain("cuda")), "tables": launches}
-        return {**told, "decode_families": [*FAMILIES, *STATES, *HYBRIDS]}
+        return {**told, "decode_families": [*FAMILIES, *STATES, *HYBRIDS, *DELTAS]}
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 

@@ -58,7 +58,8 @@ class Snapshot:
         count: Tokens.
         carried: States and inputs of convolutions; None without mixers.
         keys, values: Of the layers with attention, if there are any.
-        inputs: The last ones of short convolutions, likewise.
+        inputs: The last ones of convolutions, likewise.
+        states: Of delta rules, likewise.
     """
 
     count: int
@@ -66,11 +67,12 @@ class Snapshot:
     keys: Tensor | None = None
     values: Tensor | None = None
     inputs: Tensor | None = None
+    states: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of it."""
-        kept = (self.carried, self.keys, self.values, self.inputs)
+        kept = (self.carried, self.keys, self.values, self.inputs, self.states)
         return sum(part.nbytes for part in kept if part is not None)
 
 

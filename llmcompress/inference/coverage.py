@@ -10,6 +10,8 @@ from typing import Any
 
 STATES = ("mamba2", "mamba", "falcon_mamba")
 HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1", "zamba2")
+# with the gated delta rule in some layers (delta.py)
+DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
@@ -18,7 +20,7 @@ FAMILIES = (
     "ernie4_5", "ernie4_5_moe",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
-PARTIAL = (*HYBRIDS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2")
+PARTIAL = (*HYBRIDS, *DELTAS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2")
 NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {
@@ -37,7 +39,7 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
         config: ``config.json`` of a text model.
     """
     family = str(config.get("model_type"))
-    reason = decline_family(family, activation_of(config), (*FAMILIES, *STATES, *HYBRIDS))
+    reason = decline_family(family, activation_of(config), (*FAMILIES, *STATES, *HYBRIDS, *DELTAS))
     if reason is not None or family in STATES:
         return reason
     return _decline_rotary(config) or _decline_attention(family, config)
@@ -60,7 +62,7 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
     if family not in families:
         return f"the family {family} is not among {', '.join(families)}"
     # where MLPs do as the mixers do
-    shared = family in (*STATES, *HYBRIDS) and family not in ("nemotron_h", "zamba2")
+    shared = family in (*STATES, *HYBRIDS, *DELTAS) and family not in ("nemotron_h", "zamba2")
     known = [name for name in ACTIVATIONS if ACTIVATIONS[name] == "silu" or not shared]
     return None if activation in known else f"the activation {activation} is not among {', '.join(known)}"
 

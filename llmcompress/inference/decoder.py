@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import decode as native
 from llmcompress_kernels import matrix
+from llmcompress_kernels.decode_delta import Delta, DeltaSizes
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
@@ -73,7 +74,8 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     scale = _embedding_scale(parts(base.embed_tokens)[0], config)
     routing = routing_of(model, layout)
     last = norm_of(base.norm, adds_one=layout.norm_adds_one), norm_of(base.norm, "bias")
-    decoder = assembled(config, layers, last, base.layers[0].self_attn, ends, routing, bool(members), scale)
+    attention = next(s.module for block in layout.blocks for s in block.sublayers if s.kind == "attention")
+    decoder = assembled(config, layers, last, model.get_submodule(attention), ends, routing, bool(members), scale)
     bank = next(iter(layout.banks.values()), None)
     if bank is None or bank.activation != "gpt_oss":
         return decoder
@@ -269,7 +271,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         beside = _beside(model, block, members)
     return native.Layer(
         **_norms(model, block, adds_one),
-        **_projections(attention, config, members, adds_one),
+        **(_delta_rule(attention) if first.kind == "ssm" else _projections(attention, config, members, adds_one)),
         gate=gate,
         up=up,
         down=down,
@@ -287,13 +289,45 @@ def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: 
     if is_latent(attention):
         return {**_latent_projections(attention), "output": output}
     query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None), adds_one=adds_one) for name in "qk")
+    heads = _heads(attention, config, members)
     return {
-        **_heads(attention, config, members),
+        **heads,
         "output": output,
         "query_norm": query_norm,
         "key_norm": key_norm,
         "sinks": norm_of(attention, "sinks"),
+        "gates": heads["query"].rows == 2 * config.num_attention_heads * attention.head_dim,
         "whole_norms": query_norm is not None and query_norm.shape[-1] != attention.head_dim,
+    }
+
+
+def delta_sizes(module: Any) -> DeltaSizes:
+    """Sizes of a delta rule.
+
+    Args:
+        module: A mixer of Qwen3-Next or Qwen3.5.
+    """
+    return DeltaSizes(module.num_v_heads, module.num_k_heads, module.head_k_dim, module.head_v_dim)
+
+
+def _delta_rule(module: Any) -> dict[str, Any]:
+    """What a delta rule reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    grouped, sizes = hasattr(module, "in_proj_qkvz"), delta_sizes(module)
+    if grouped:
+        # those of a key head's value heads side by side
+        both = module.in_proj_ba.weight.detach().unflatten(0, (sizes.key_heads, 2, -1))
+        steps = both.transpose(0, 1).reshape(2 * sizes.heads, -1)
+    else:
+        steps = torch.cat([module.in_proj_b.weight.detach(), module.in_proj_a.weight.detach()])
+    decay = -module.A_log.detach().float().exp()
+    return {
+        **dict.fromkeys(("query", "key", "value")),
+        "conv_in": linear_matrix(module.in_proj_qkvz if grouped else module.in_proj_qkv),
+        "conv_gates": None if grouped else linear_matrix(module.in_proj_z),
+        "conv_weight": module.conv1d.weight.detach()[:, 0].float().mT.contiguous(),
+        "steps": matrix.dense(steps),
+        "output": linear_matrix(module.out_proj),
+        "delta": Delta(sizes, norm_of(module, "dt_bias"), decay, norm_of(module.norm), grouped),
     }
 
 

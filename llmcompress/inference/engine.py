@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
 SHORT_PROMPT = 32
 # why a step cannot stand for a module, as what follows its name
+# first projections of delta rules
+IN_PROJ = tuple(f".in_proj_{name}" for name in ("qkvz", "qkv", "z", "ba", "b", "a"))
 HOOKED = " has hooks (activations rounded per token, or somebody who looks on)"
 
 
@@ -105,7 +107,7 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
     """
     if hasattr(module, "_hf_hook"):
         return " is offloaded by accelerate"
-    if name.endswith(("_proj", "_linear", "_proj_with_mqa", ".c_fc", ".w1", ".w2", ".w3")):
+    if name.endswith(("_proj", "_linear", "_proj_with_mqa", ".c_fc", ".w1", ".w2", ".w3", *IN_PROJ)):
         # Nemotron-H has a projection that does nothing
         if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear | nn.Identity):
             return f" is a {type(module).__name__}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import decode as native
 from llmcompress_kernels import mamba1, mamba2, matrix
+from llmcompress_kernels.decode_delta import blocked
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor
 
@@ -161,7 +162,8 @@ class HybridEngine(Engine):
             raise InputError(f"sequence {slot} is not being read", "take a snapshot between parts of its prompt")
         count = self.lengths[slot]
         kept = None if self.mixer_weights is None else mamba2.carried(self.mixer_weights)
-        return Snapshot(count, kept, *self.cache.part(slot, count), self.cache.inputs[:, slot].clone())
+        fixed = (part[:, slot].clone() for part in (self.cache.inputs, self.cache.states))
+        return Snapshot(count, kept, *self.cache.part(slot, count), *fixed)
 
     def resume(self, slot: int, snapshot: Snapshot) -> None:
         """See :meth:`RecurrentEngine.resume`.
@@ -175,8 +177,9 @@ class HybridEngine(Engine):
         assert snapshot.keys is not None
         assert snapshot.values is not None
         assert snapshot.inputs is not None
+        assert snapshot.states is not None
         self.cache.put(slot, snapshot.keys, snapshot.values)
-        self.cache.inputs[:, slot] = snapshot.inputs
+        self.cache.inputs[:, slot], self.cache.states[:, slot] = snapshot.inputs, snapshot.states
         self.lengths[slot], self._reading = snapshot.count, (slot, snapshot.count)
 
     def snapshot_bytes(self, tokens: int) -> int:
@@ -209,9 +212,11 @@ class HybridEngine(Engine):
                 self.cache.fill(index, slot, 0, kept.keys[0], kept.values[0])
             for index, kept in enumerate(kept for layer, kept in both if layer.mixes):
                 self._adopt(index, slot, kept)
-            for index, kept in enumerate(kept for layer, kept in both if layer.convolves):
+            for index, (layer, kept) in enumerate((layer, kept) for layer, kept in both if layer.convolves):
                 # it keeps one that no token needs any more
                 self.cache.inputs[index, slot] = kept.conv_states[0][0, :, 1:].mT
+                if layer.delta is not None:
+                    self.cache.states[index, slot] = blocked(kept.recurrent_states[0][0])
         self.lengths[slot] = len(tokens)
         return out.logits[0, -1].float()
 

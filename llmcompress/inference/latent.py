@@ -59,9 +59,10 @@ def latents_of(config: Any, attention: Any) -> native.Latents:
 
 
 def keys_and_values(attention: Any) -> tuple[matrix.Matrix, matrix.Matrix]:
-    """Keys ``[heads, C, D - R]`` and values ``[heads, V, C]`` of ``kv_b_proj``.
+    """Keys ``[heads, D - R, C]`` and values ``[heads, V, C]`` of ``kv_b_proj``.
 
-    Keys are multiplied across their rows, for which they are a dense copy: float32, or bfloat16 of a bfloat16 model.
+    Keys are multiplied across their rows, for which packed ones are a dense copy: float32, or bfloat16 of a bfloat16
+    model.
     Packed values are shared where heads are whole blocks of rows.
 
     Args:
@@ -71,7 +72,7 @@ def keys_and_values(attention: Any) -> tuple[matrix.Matrix, matrix.Matrix]:
     packed = isinstance(module, PackedLinear)
     weight = _values_of(module, attention.kv_a_layernorm.weight.dtype) if packed else module.weight.detach()
     rows = weight.unflatten(0, (-1, nope + attention.v_head_dim))
-    absorb = matrix.dense(rows[:, :nope].transpose(1, 2).contiguous())
+    absorb = matrix.dense(rows[:, :nope])
     if not packed:
         return absorb, matrix.dense(rows[:, nope:])
     if nope % LANES == 0 and attention.v_head_dim % LANES == 0 and module.prepare():

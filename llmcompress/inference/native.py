@@ -1,12 +1,12 @@
-"""Which native engine runs a model: that of attention, that of recurrent states, or that of both."""
+"""Which native engine runs a model: that of attention, of recurrent states, of both, or of delta rules."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.inference import engine, hybrid, recurrent
-from llmcompress.inference.coverage import HYBRIDS, STATES
+from llmcompress.inference import delta, engine, hybrid, recurrent
+from llmcompress.inference.coverage import DELTAS, HYBRIDS, STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +23,16 @@ def decline(model: PreTrainedModel) -> str | None:
     """Why no native engine can run a model, None if one can."""
     if recurrent_model(model):
         return recurrent.decline(model)
-    return hybrid.decline(model) if _hybrid(model) else engine.decline(model)
+    family = model.config.model_type
+    if family in DELTAS:
+        return delta.decline(model)
+    return hybrid.decline(model) if family in HYBRIDS else engine.decline(model)
 
 
-def _hybrid(model: PreTrainedModel) -> bool:
-    return model.config.model_type in HYBRIDS
+def _kind(family: str) -> type[engine.Engine]:
+    if family in DELTAS:
+        return delta.DeltaEngine
+    return hybrid.HybridEngine if family in HYBRIDS else engine.Engine
 
 
 def open_engine(model: PreTrainedModel, slots: int = 1, positions: int = 256, **options: Any) -> NativeEngine:
@@ -43,8 +48,7 @@ def open_engine(model: PreTrainedModel, slots: int = 1, positions: int = 256, **
         InputError: The model is declined, or an option is about keys and values that it does not have.
     """
     if not recurrent_model(model):
-        kind = hybrid.HybridEngine if _hybrid(model) else engine.Engine
-        return kind(model, slots, positions, **options)
+        return _kind(model.config.model_type)(model, slots, positions, **options)
     wrong = sorted({"cache_dtype", "screen"} & {key for key, value in options.items() if value is not None})
     if wrong:
         family = model.config.model_type

@@ -37,7 +37,11 @@ inline void score_block(const T* keys, const float* queries, int dim, int width,
 // As score_block() where a key is a row: keys [LANES, width], queries [heads, width], padded with zeros.
 template <class T, int G>
 inline void score_rows(const T* keys, const float* queries, int width, F16* scores) {
-    constexpr int TILE = LLMCOMPRESS_LEVEL >= 4 && G <= 4 ? 4 : 2;  // sums stay in registers
+    if constexpr (LLMCOMPRESS_LEVEL >= 4 && G > 4) {
+        score_rows<T, 4>(keys, queries, width, scores);
+        return score_rows<T, G - 4>(keys, queries + 4 * width, width, scores + 4);
+    }
+    constexpr int TILE = LLMCOMPRESS_LEVEL >= 4 ? 4 : 2;  // sums stay in registers, and few loads make many of them
     for (int p = 0; p < LANES; p += TILE) {
         F16 acc[G][TILE] = {};
         for (int d = 0; d < width; d += LANES) {
@@ -53,11 +57,18 @@ inline void score_rows(const T* keys, const float* queries, int width, F16* scor
     }
 }
 
-// values [positions, width]; adds weights [G][stride] times values to out [G][part stride], TILE vectors wide
+// Which part of the positions a sum is about, so that it goes on where the one before has left it.
+struct Part {
+    bool first, last;
+};
+
+// values [positions, width]; out [G][part stride] becomes weights [G][stride] times values, TILE vectors wide
 template <class T, int G, int TILE>
-inline void value_tile(const T* values, const float* weights, int64_t stride, int count, int width, float* out,
-                       int out_stride) {
+inline void value_tile(const T* values, const float* weights, int64_t stride, int count, int width, float* out, int out_stride,
+                       Part which) {
     F16 acc[G][TILE] = {};
+    for (int g = 0; g < G && !which.first; ++g)
+        for (int i = 0; i < TILE; ++i) acc[g][i] = load_float(out + g * out_stride + i * LANES);
     for (int p = 0; p < count; ++p) {
         F16 v[TILE];
         for (int i = 0; i < TILE; ++i) v[i] = load_float(values + (int64_t)p * width + i * LANES);
@@ -71,8 +82,10 @@ inline void value_tile(const T* values, const float* weights, int64_t stride, in
 // As value_tile() for 32 columns of bf16: even and odd ones are widened apart, one operation instead of two for sixteen.
 template <int G>
 inline void value_pair(const uint16_t* values, const float* weights, int64_t stride, int count, int width, float* out,
-                       int out_stride) {
+                       int out_stride, Part which) {
     F16 acc[G][2] = {};
+    for (int g = 0; g < G && !which.first; ++g)
+        for (int i = 0; i < 2; ++i) acc[g][i] = load_float(out + g * out_stride + i * LANES);
     for (int p = 0; p < count; ++p) {
         const U16 both = load<U16>(values + (int64_t)p * width);
         const F16 even = (F16)(both << 16), odd = (F16)(both & 0xffff0000u);
@@ -84,9 +97,32 @@ inline void value_pair(const uint16_t* values, const float* weights, int64_t str
     for (int g = 0; g < G; ++g) {
         const F16 a = acc[g][0], b = acc[g][1];
         float* to = out + g * out_stride;
+        if (!which.last) {
+            store(to, a), store(to + LANES, b);
+            continue;
+        }
         store(to, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
         store(to + LANES, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
     }
+}
+
+// Rows of latents that all their columns are read from together: few enough for a core's first-level cache.
+constexpr int LATENT_ROWS = 16;
+
+// All columns of value_tile(), as many at once as registers hold sums of.
+template <class T, int G>
+inline void weigh(const T* values, const float* weights, int64_t stride, int count, int apart, int width, float* out, int part,
+                  Part which) {
+    int d = 0;
+    if constexpr (sizeof(T) == 2) {
+        for (; d + 2 * LANES <= width; d += 2 * LANES)
+            value_pair<G>(values + d, weights, stride, count, apart, out + d, part, which);
+    } else {
+        constexpr int TILE = G > 4 ? 2 : 4;
+        for (; d + TILE * LANES <= width; d += TILE * LANES)
+            value_tile<T, G, TILE>(values + d, weights, stride, count, apart, out + d, part, which);
+    }
+    for (; d < width; d += LANES) value_tile<T, G, 1>(values + d, weights, stride, count, apart, out + d, part, which);
 }
 
 // What limits attention, beside what comes later.
@@ -140,18 +176,10 @@ void attend(const T* keys, const T* values, const float* queries, const Widths& 
         out[g * part] = top;
         out[g * part + 1] = sum(total);
     }
-    const T* rows = values + first * apart;
-    float* to = out + PART_HEAD;
-    int d = 0;
-    if constexpr (sizeof(T) == 2) {
-        for (; d + 2 * LANES <= width; d += 2 * LANES)
-            value_pair<G>(rows + d, weights + skip, stride, count, apart, to + d, part);
-    } else {
-        constexpr int TILE = G > 4 ? 2 : 4;  // sums stay in registers
-        for (; d + TILE * LANES <= width; d += TILE * LANES)
-            value_tile<T, G, TILE>(rows + d, weights + skip, stride, count, apart, to + d, part);
-    }
-    for (; d < width; d += 16) value_tile<T, G, 1>(rows + d, weights + skip, stride, count, apart, to + d, part);
+    const int most = w.latent ? LATENT_ROWS : count;
+    for (int from = 0; from < count; from += most)
+        weigh<T, G>(values + (first + from) * apart, weights + skip + from, stride, std::min(most, count - from), apart, width,
+                    out + PART_HEAD, part, {from == 0, from + most >= count});
 }
 
 template <class T>
@@ -238,9 +266,9 @@ __attribute__((noinline, noclone)) inline void rotate_pairs(const float* from, c
 
 // Queries or keys of one token as their projection left them.
 struct Heads {
-    const float* rows;   // [count, D]
+    const float* rows;   // [count, D], `apart` from each to the next
     const float* norms;  // [D] of each head alone, [count, D] of all together, or null
-    int64_t count;
+    int64_t count, apart;
     bool together;
     const Layer& layer;
 };
@@ -248,11 +276,13 @@ struct Heads {
 // In a family with the norms of `member`.
 inline Heads heads_of(const Model& m, const Layer& l, const float* rows, const float* norms, int64_t count, int64_t member) {
     const bool together = l.whole_norms != 0;
-    return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, together,
+    return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, m.head_dim, together,
             l};
 }
 inline Heads query_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
-    return heads_of(m, l, rows, l.query_norm, m.heads, member);
+    Heads h = heads_of(m, l, rows, l.query_norm, m.heads, member);
+    if (l.gates != 0) h.apart *= 2;
+    return h;
 }
 inline Heads key_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
     return heads_of(m, l, rows, l.key_norm, m.key_value_heads, member);
@@ -262,7 +292,7 @@ inline Heads key_heads(const Model& m, const Layer& l, const float* rows, int64_
 // every head: that is little beside the projection, and needs no barrier.
 inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position, float scale, float* to) {
     const int dim = m.head_dim;
-    const float* row = h.rows + head * dim;
+    const float* row = h.rows + head * h.apart;
     float normed[MAX_HEAD_DIM];
     if (h.norms != nullptr) {
         const float* weight = h.norms + (h.together ? head * dim : 0);
@@ -273,6 +303,16 @@ inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position,
     const Layer& l = h.layer;
     const int64_t at = position * (l.turned / 2);
     rotate(row, l.cosine + at, l.sine + at, dim, l.turned, m.neighbours != 0, scale, to);
+}
+
+// A head's result times sigmoids of its gates, in a layer that has some; `rows` are all queries of the token.
+inline void close_gates(const Model& m, const Layer& l, const float* rows, int64_t head, float* mixed) {
+    if (l.gates == 0) return;
+    const int dim = m.head_dim;
+    const float* gate = rows + (2 * head + 1) * dim;
+    int i = 0;
+    for (; i + LANES <= dim; i += LANES) store(mixed + i, load_float(mixed + i) / (exponential(-load_float(gate + i)) + 1.f));
+    for (; i < dim; ++i) mixed[i] *= sigmoid(gate[i]);
 }
 
 inline Limits limits_of(const Model& m, const Layer& l) {

@@ -1,6 +1,8 @@
 // C interface of the decode step and of prompts.
 #include <omp.h>
 
+#include <memory>
+
 #include "llmcompress/barrier.h"
 #include "engine.h"
 #include "prompt_room.h"
@@ -9,6 +11,12 @@
 namespace llmcompress::decode {
 
 namespace {
+
+// What Python holds of a decoder.
+struct Handle {
+    Engine engine;
+    std::unique_ptr<PromptRoom> room;
+};
 
 template <class F>
 void in_parallel(int threads, F&& work) {
@@ -32,9 +40,9 @@ using namespace llmcompress::decode;
 using llmcompress::Barrier;
 
 // The caller keeps everything alive that `model` points to.
-EXPORT void* llmcompress_decode_create(const Model* model) { return new Engine(*model); }
+EXPORT void* llmcompress_decode_create(const Model* model) { return new Handle{Engine(*model), nullptr}; }
 
-EXPORT void llmcompress_decode_destroy(void* engine) { delete static_cast<Engine*>(engine); }
+EXPORT void llmcompress_decode_destroy(void* handle) { delete static_cast<Handle*>(handle); }
 
 // Sizes of the structures by which Python checks that it declares the same.
 EXPORT int llmcompress_decode_size(int which) {
@@ -44,7 +52,7 @@ EXPORT int llmcompress_decode_size(int which) {
 }
 
 EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step* step) {
-    Engine& engine = *static_cast<Engine*>(handle);
+    Engine& engine = static_cast<Handle*>(handle)->engine;
     engine.prepare(*step, *cache);
     const BoundMixers* mixers = step->mixers;
     if (mixers != nullptr) mixers->run->prepare(mixers->engine, step->batch, Mixers::STEP, step->threads);
@@ -53,15 +61,19 @@ EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step
 }
 
 EXPORT void llmcompress_decode_prompt(void* handle, const Cache* cache, const Prompt* prompt) {
-    Engine& engine = *static_cast<Engine*>(handle);
-    PromptRoom room(engine, *prompt);
+    auto& [engine, held] = *static_cast<Handle*>(handle);
+    if (held == nullptr) held = std::make_unique<PromptRoom>();
+    PromptRoom& room = *held;
+    room.prepare(engine, *prompt);
     const BoundMixers* mixers = prompt->mixers;
     if (mixers != nullptr) {
         const Mixers::Call what = prompt->start == 0 ? Mixers::PROMPT : Mixers::MORE;
         mixers->run->prepare(mixers->engine, prompt->count, what, prompt->threads);
     }
     const auto run = workers.prompt;
-    in_parallel(prompt->threads,
-                [&](Barrier& barrier, int thread) { run(engine, *cache, *prompt, room, barrier, thread); });
+    in_parallel(prompt->threads, [&, &engine = engine](Barrier& barrier, int thread) {
+        run(engine, *cache, *prompt, room, barrier, thread);
+    });
+    if (prompt->count >= SPARED) held.reset();
     if (mixers != nullptr && prompt->last != 0) mixers->run->finish(mixers->engine);
 }

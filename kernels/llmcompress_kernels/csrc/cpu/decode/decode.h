@@ -15,6 +15,8 @@ namespace llmcompress::decode {
 constexpr int MAX_BATCH = 8;  // tokens that one pass over the weights serves
 constexpr int MAX_HEAD_DIM = 1024;  // of a head in the cache
 constexpr int MAX_CHUNKS = 64;  // of the positions of one sequence
+constexpr int MAX_TAPS = 8;  // of the convolution of a delta rule
+constexpr int64_t DELTA_TOKENS = 64;  // of a prompt, whose queries, keys and values a delta rule has at hand
 
 // How a matrix is stored: packed ones as lowbit.h says, rows padded to a multiple of LANES; dense ones row by row.
 // A TREE is the sum of nodes (tree.h), each for the members below it; `data` points to `bits` of them.
@@ -66,6 +68,22 @@ struct BoundMixers {
     const void* states;
 };
 
+// What a layer with the gated delta rule has (arXiv 2412.06464) beside its projections: heads with V columns each, K columns to
+// each of the queries and keys that neighbouring ones share, and a state [K, V] for each.
+struct Delta {
+    const float* dt_bias;  // [heads]
+    const float* decay;    // [heads], negative
+    const float* gain;     // [V], the gated norm's weight
+    int32_t heads, key_heads, key_dim, value_dim;
+    int32_t grouped;  // whether the projection has a key head's query, key, values and gates side by side, not all queries first
+    int32_t reserved;
+
+    int64_t values() const { return int64_t(heads) * value_dim; }
+    int64_t channels() const { return 2 * int64_t(key_heads) * key_dim + values(); }  // C of the convolution
+    // floats that a thread needs for DELTA_TOKENS tokens of a key head (delta.h)
+    int64_t room() const { return DELTA_TOKENS * (2 * int64_t(key_dim) + int64_t(heads / key_heads) * value_dim + 3); }
+};
+
 // How a token's k experts and their weights follow from the router's logits (routing.h).
 enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 
@@ -75,6 +93,9 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 //
 // A short gated convolution (LFM2, arXiv 2511.23404): `conv_in` makes two gates and an input of each of H channels; the first gate
 // times the input goes through L taps of its channel, the result times the second gate through `output`.
+//
+// A layer with a delta rule has a convolution, too: `conv_in` makes queries, keys and values, `conv_gates` gates unless they are
+// among these, `steps` step sizes of all heads and then their decays; `output` reads the result.
 //
 // A layer is a half before the MLP and an MLP or experts; one of both may be missing (Nemotron-H). A mixer and attention may stand
 // side by side (Falcon-H1): both read the hidden states before the layer. A layer may lay aside what it says (Zamba2, arXiv
@@ -94,15 +115,17 @@ struct Layer {
     const float* query_down_norm; // of what `query` reads
     const float* router_correction;  // [E], added to weights for the choice alone, or null
     const float* sinks;           // [heads], scores of a position without a value (attention.h), or null
-    const float* conv_weight;     // [L, H], taps of a short convolution, the newest token's last
+    const float* conv_weight;     // [L, H] or [L, C], taps of a convolution, the newest token's last
     const float* conv_bias;       // [H] or null
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
+    const Delta* delta;           // null without a delta rule
     Matrix query, key, value, output;  // with latents `key` makes them [C + R, H], and there is no `value`
     Matrix query_down;    // what `query` reads in the place of hidden states, after a norm, or ABSENT
-    Matrix absorb;        // [C, D - R] of each head, dense, or ABSENT
+    Matrix absorb;        // [D - R, C] of each head, dense, read across, or ABSENT
     Matrix expand;        // [V, C] of each head
     Matrix conv_in;       // [3 H, H]: first gate, second gate, input of a short convolution in the place of attention, or ABSENT
+    Matrix conv_gates, steps;  // of a delta rule: [heads V, H], [2 heads, H] dense; or ABSENT
     Matrix gate, up, down;  // the MLP or, where `router` is present, the experts; without a gate the first has the place of `gate`
     Matrix aside;           // [H, H] of a layer that lays aside, or ABSENT
     Matrix router;          // [E, H], dense, or ABSENT
@@ -110,10 +133,11 @@ struct Layer {
     Matrix shared_gate, shared_up, shared_down;  // an MLP beside the experts, likewise, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
+    int32_t gates;          // whether each head's queries are followed by as many gates of its result
     int32_t mixes;          // whether it has a mixer, which has its norm and projections elsewhere
     int32_t mixer;          // its number among the layers with mixers
     int32_t reads_aside;    // whether it reads what the layer before laid aside, too
-    int32_t place;          // number among the layers with short convolutions, those with windows, or all others with attention
+    int32_t place;          // number among the layers with convolutions, those with windows, or all others with attention
     int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
     int32_t window;         // positions that a token sees, itself the last of them; 0 for all
 };
@@ -132,7 +156,7 @@ struct Model {
     int32_t neighbours;  // whether pairs that are turned stand side by side, not half of those columns apart
     int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
     int32_t value_dim;  // columns of a head's result
-    int32_t taps;       // L of short convolutions, 0 where there are none
+    int32_t taps;       // L of convolutions, 0 where there are none
     float latent_epsilon;  // of the norms of latents and of what `query` reads
     int32_t activation;  // of MLPs (lowbit.h): SILU, GELU, GELU_TANH, RELU2, or GPT_OSS with a slope and a limit
     int32_t top_k, routing, members;
@@ -159,7 +183,8 @@ struct Cache {
     int64_t positions;  // P
     const int64_t* begins;  // [slots], the position that is in a sequence's first row, a multiple of LANES; null: 0
     const Cache* windows;   // of layers with windows, or null: this one
-    float* inputs;          // of short convolutions, the last ones [layer, slot, L - 1, H], the newest last; or null
+    float* inputs;          // of convolutions, the last ones [layer, slot, L - 1, H or C], the newest last; or null
+    float* states;          // of delta rules: [layer, slot, heads, V / LANES, K, LANES], or null
 };
 
 struct Step {

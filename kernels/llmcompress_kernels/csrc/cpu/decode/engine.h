@@ -63,7 +63,7 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, gate, up, down, router;
-    Operand query_down, absorb, expand, conv_in, aside, entry, exit;
+    Operand query_down, absorb, expand, conv_in, aside, entry, exit, conv_gates, steps;
     Operand shared_gate, shared_up, shared_down, shared_router;
 
     bool attends() const { return query.present(); }
@@ -77,7 +77,7 @@ struct LayerOperands {
 // What one thread works in. Vectors only grow.
 struct Buffers {
     std::vector<float> words, aside, both;  // where layers lay aside: embeddings, what lies there, two of these rows together
-    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed, ranked, low;
+    std::vector<float> hidden, normed, mixed, product, gated, queries, weights, routed, ranked, low, delta;
     std::vector<int64_t> rows;
     std::vector<int> chosen;
     std::vector<char> activations;
@@ -85,7 +85,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, low, convolved, absorbed, parts, inner, shared, narrow, sums, delta, aside;
+    std::vector<float> query, key, value, low, convolved, gates, steps, absorbed, parts, inner, shared, narrow, sums, delta, aside;
     std::vector<float> scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
@@ -103,15 +103,20 @@ class Engine {
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
                               operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
                               operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in), operand(l.aside),
-                              operand(l.entry), operand(l.exit),
+                              operand(l.entry), operand(l.exit), operand(l.conv_gates), operand(l.steps),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
             shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
             rank = std::max(rank, l.query_down.rows);
-            conv_rows = std::max(conv_rows, l.conv_in.rows);
             entry_rows = std::max(entry_rows, l.entry.rows);
             lays_aside = lays_aside || l.aside.kind != ABSENT;
+            conv_rows = std::max(conv_rows, l.conv_in.rows);
+            query_rows = std::max(query_rows, l.query.rows);
+            if (l.conv_in.kind != ABSENT) conv_out = std::max<int64_t>(conv_out, l.delta == nullptr ? m.hidden : l.delta->values());
+            if (l.delta == nullptr) continue;
+            gate_rows = std::max(gate_rows, l.conv_gates.rows), step_rows = std::max(step_rows, l.steps.rows);
+            delta_room = std::max(delta_room, l.delta->room());
         }
     }
 
@@ -126,11 +131,13 @@ class Engine {
         const int tasks = s.batch * tasks_of(m);
         const int wanted = tasks % s.threads == 0 ? 1 : (2 * s.threads + tasks - 1) / tasks + 1;
         shared.chunks = int(std::max<int64_t>(1, std::min<int64_t>({wanted, MAX_CHUNKS, longest / 64})));
-        grow(shared.query, b * size_t(padded(std::max(m.heads * m.head_dim, conv_rows > 0 ? m.hidden : 0))));
+        grow(shared.query, b * size_t(padded(std::max(query_rows, conv_out))));
         grow(shared.key, b * size_t(padded(m.key_value_heads * w.key)));
         grow(shared.value, b * size_t(padded(w.latent ? m.heads * m.value_dim : m.key_value_heads * w.value)));
         grow(shared.low, b * size_t(padded(rank)));
         grow(shared.convolved, b * size_t(padded(conv_rows)));
+        grow(shared.gates, b * size_t(padded(gate_rows)));
+        grow(shared.steps, b * size_t(padded(step_rows)));
         if (w.latent) grow(shared.absorbed, b * heads * size_t(w.row()));
         grow(shared.parts, b * heads * size_t(shared.chunks * w.part()));
         grow(shared.delta, b * size_t(padded(m.hidden)));
@@ -154,6 +161,7 @@ class Engine {
             grow(own.product, b * size_t(padded(std::max<int64_t>({intermediate, shared_intermediate, m.hidden}))));
             grow(own.gated, b * wide);
             grow(own.low, b * size_t(rank));
+            grow(own.delta, size_t(delta_room));
             grow(own.queries, group * size_t(w.row()));
             grow(own.weights, std::min<size_t>(TOGETHER_HEADS, group) * size_t(c.positions + LANES));
             grow(own.routed, b * size_t(std::max(1, m.top_k)));
@@ -173,7 +181,9 @@ class Engine {
     std::vector<LayerOperands> layers;
     Shared shared;
     std::vector<std::unique_ptr<Buffers>> threads;
-    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, conv_rows = 0, entry_rows = 0;
+    int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, query_rows = 0, entry_rows = 0;
+    int64_t conv_rows = 0, conv_out = 0, gate_rows = 0, step_rows = 0;  // of convolutions and delta rules
+    int64_t delta_room = 0;  // floats that a delta rule needs
     int64_t low_rows = 0, high_rows = 0;  // of adapters
     bool lays_aside = false;
 

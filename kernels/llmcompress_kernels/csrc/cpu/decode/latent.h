@@ -29,15 +29,67 @@ inline void put_latent(const Model& m, const Layer& l, const Cache& c, int64_t l
     else put_latent(kept, w.key, static_cast<uint16_t*>(c.keys) + at);
 }
 
+// n numbers of a row, fewer than fill a vector, with zeros behind them.
+template <class T>
+inline F16 load_part(const T* from, int n) {
+    T whole[LANES] = {};
+    std::copy_n(from, n, whole);
+    return load_float(whole);
+}
+
+// Columns [c, c + 16 VECTORS) of x W for TOKENS rows x [D] that are `apart`, W [D, C]: out[t * stride + c]. The sums of a token
+// are the same whatever others are at hand.
+template <class T, int TOKENS, int VECTORS>
+inline void across_tile(const T* w, int64_t columns, const float* x, int64_t apart, int depth, int64_t c, float* out,
+                        int64_t stride) {
+    const int left = int(std::min<int64_t>(columns - c, VECTORS * LANES));
+    F16 acc[TOKENS][VECTORS] = {};
+    for (int d = 0; d < depth; ++d) {
+        const T* row = w + d * columns + c;
+        for (int v = 0; v < VECTORS; ++v) {
+            const F16 value = left == VECTORS * LANES ? load_float(row + v * LANES) : load_part(row, left);
+            for (int t = 0; t < TOKENS; ++t) acc[t][v] += value * x[t * apart + d];
+        }
+    }
+    for (int t = 0; t < TOKENS; ++t)
+        for (int v = 0; v < VECTORS; ++v) {
+            float* to = out + t * stride + c + v * LANES;
+            if (left == VECTORS * LANES) store(to, acc[t][v]);
+            else for (int i = 0; i < left; ++i) to[i] = acc[t][v][i];
+        }
+}
+
+template <class T, int TOKENS>
+inline void across_tokens(const T* w, const Matrix& m, const float* x, int64_t apart, float* out, int64_t stride) {
+    constexpr int VECTORS = LLMCOMPRESS_LEVEL >= 4 ? 2 : 1;  // sums stay in registers
+    int64_t c = 0;
+    for (; c + VECTORS * LANES <= m.columns; c += VECTORS * LANES)
+        across_tile<T, TOKENS, VECTORS>(w, m.columns, x, apart, int(m.rows), c, out, stride);
+    for (; c < m.columns; c += LANES) across_tile<T, TOKENS, 1>(w, m.columns, x, apart, int(m.rows), c, out, stride);
+}
+
+// Rows of x [tokens, D] times a dense W [D, C] of a head, across the rows of W: nothing is summed over lanes.
+template <class T>
+void across(const T* w, const Matrix& m, const float* x, int64_t apart, int tokens, float* out, int64_t stride) {
+    constexpr int MOST = LLMCOMPRESS_LEVEL >= 4 ? 8 : 4;
+    int t = 0;
+    for (; t + MOST <= tokens; t += MOST) across_tokens<T, MOST>(w, m, x + t * apart, apart, out + t * stride, stride);
+    for (; t < tokens; ++t) across_tokens<T, 1>(w, m, x + t * apart, apart, out + t * stride, stride);
+}
+inline void across(const Operand& o, int64_t head, const float* x, int64_t apart, int tokens, float* out, int64_t stride) {
+    const int64_t begin = head * o.m.expert_rows * o.m.columns;
+    if (o.m.kind == DENSE_FP32) across(static_cast<const float*>(o.m.data) + begin, o.m, x, apart, tokens, out, stride);
+    else across(static_cast<const uint16_t*>(o.m.data) + begin, o.m, x, apart, tokens, out, stride);
+}
+
 // Queries of a head as latents see them, of the tokens whose projections begin at `rows`: out[t * stride], padded with zeros as
 // it was. `position(t)` is where token t stands.
 template <class F>
-inline void absorb(const Model& m, const LayerOperands& o, Input& in, const float* rows, int tokens, int64_t head, F&& position,
+inline void absorb(const Model& m, const LayerOperands& o, const float* rows, int tokens, int64_t head, F&& position,
                    float* out, int64_t stride) {
     const int64_t apart = int64_t(m.heads) * m.head_dim;
     const float* first = rows + head * m.head_dim;
-    in.set(first, apart, tokens);
-    multiply(o.absorb, in, head, 0, o.absorb.blocks(), out, stride);
+    across(o.absorb, head, first, apart, tokens, out, stride);
     for (int t = 0; t < tokens; ++t) {
         scale_all(out + t * stride, m.latents, m.attention_scale);
         turn_last(m, o.l, first + t * apart + m.head_dim - o.l.turned, position(t), m.attention_scale,

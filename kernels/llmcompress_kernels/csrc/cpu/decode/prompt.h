@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "convolution.h"
+#include "delta.h"
 #include "elementwise.h"
 #include "latent.h"
 #include "multiply.h"
@@ -39,6 +40,7 @@ class PromptWorker {
         sums_.resize(size_t(QUERIES * m_.latents));
         scratch_.resize(e_.activation_size());
         ranked_.resize(2 * size_t(e_.experts));
+        delta_.resize(size_t(e_.delta_room));
     }
 
     void run() {
@@ -104,7 +106,8 @@ class PromptWorker {
     void layer(const LayerOperands& o, int index) {
         if (o.l.mixes != 0) mixer(o.l, index);
         pieces([&] {
-            if (o.conv_in.present()) convolution(o, index);
+            if (o.l.delta != nullptr) delta_rule(o, index);
+            else if (o.conv_in.present()) convolution(o, index);
             else if (o.attends()) attention(o, index);
             if (o.router.present()) choose_experts(o, index);
             else if (o.has_mlp()) gated_mlp(o, index);
@@ -160,6 +163,22 @@ class PromptWorker {
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
+    void delta_rule(const LayerOperands& o, int index) {
+        const Delta& d = *o.l.delta;
+        project({{&o.conv_in, room_.convolved.data()}, {&o.conv_gates, room_.gates.data()}}, normed(0), QKV,
+                [&](int64_t t) { make_first(o, index, t); });
+        each(blocks(), [&](int64_t b) {
+            Input in(scratch_, p_.planes);
+            in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
+            multiply(o.steps, in, 0, 0, o.steps.blocks(), room_.steps.data() + begin(b) * o.steps.m.rows, o.steps.m.rows);
+        });
+        const DeltaRows rows{room_.convolved.data(), room_.gates.data(), room_.steps.data(), room_.mixed.data(),
+                             o.conv_in.m.rows, count_};
+        each(d.key_heads, [&](int64_t head) { pass_group(m_, c_, o.l, p_.slot, position(0), head, rows, delta_.data()); });
+        took(MIXER);
+        project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
+    }
+
     void attention(const LayerOperands& o, int index) {
         const Product query = {&o.query, room_.query.data()}, key = {&o.key, room_.key.data()};
         const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
@@ -169,7 +188,7 @@ class PromptWorker {
         if (is_low)
             project({query}, low.out, QKV, [&](int64_t t) { norm_low(m_, o, low.out + t * o.query_down.m.rows); });
         if (o.absorb.present()) latent_attention(o, o.l.place);
-        else head_attention(o.l, o.l.place);
+        else head_attention(o, o.l.place);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }
 
@@ -457,7 +476,8 @@ class PromptWorker {
         took(MIXER);
     }
 
-    void head_attention(const Layer& l, int layer) {
+    void head_attention(const LayerOperands& o, int layer) {
+        const Layer& l = o.l;
         const int64_t heads = m_.key_value_heads, dim = m_.head_dim;
         const Cache& c = cache_of(c_, l);
         each(blocks(), [&](int64_t b) {
@@ -473,8 +493,8 @@ class PromptWorker {
             }
         });
         each_part(heads, [&](int64_t head, int64_t first, int64_t end) {
-            if (c_.kind == DENSE_FP32) attend_tokens<float>(l, layer, head, first, end);
-            else attend_tokens<uint16_t>(l, layer, head, first, end);
+            if (c_.kind == DENSE_FP32) attend_tokens<float>(o, layer, head, first, end);
+            else attend_tokens<uint16_t>(o, layer, head, first, end);
         });
     }
 
@@ -508,7 +528,7 @@ class PromptWorker {
     void attend_latents(const LayerOperands& o, int layer, int64_t head, int64_t t, int tokens) {
         const Widths w = widths(m_);
         Input in(scratch_, p_.planes);
-        absorb(m_, o, in, room_.query.data() + t * m_.heads * m_.head_dim, tokens, head,
+        absorb(m_, o, room_.query.data() + t * m_.heads * m_.head_dim, tokens, head,
                [&](int i) { return position(t + i); }, queries_.data(), w.row());
         const T* keys = static_cast<const T*>(c_.keys) + head_base(m_, c_, layer, p_.slot, 0);
         if (tokens == QUERIES) attend_row<T, QUERIES>(keys, t, 0);
@@ -528,30 +548,35 @@ class PromptWorker {
 
     // Tokens [first, last) of the query heads that share a key-value head.
     template <class T>
-    void attend_tokens(const Layer& l, int layer, int64_t head, int64_t first, int64_t last) {
-        const Cache& c = cache_of(c_, l);
+    void attend_tokens(const LayerOperands& o, int layer, int64_t head, int64_t first, int64_t last) {
+        const Cache& c = cache_of(c_, o.l);
         const int64_t group = m_.heads / m_.key_value_heads, base = head_base(m_, c, layer, p_.slot, head);
         const T* keys = static_cast<const T*>(c.keys) + base;
         const T* values = static_cast<const T*>(c.values) + base;
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
             int64_t t = first;
-            for (; t + QUERIES <= last; t += QUERIES) attend_at<T, QUERIES>(l, h, t, keys, values);
-            for (; t < last; ++t) attend_at<T, 1>(l, h, t, keys, values);
+            for (; t + QUERIES <= last; t += QUERIES) attend_at<T, QUERIES>(o, h, t, keys, values);
+            for (; t < last; ++t) attend_at<T, 1>(o, h, t, keys, values);
         }
     }
 
     template <class T, int G>
-    void attend_at(const Layer& l, int64_t head, int64_t t, const T* keys, const T* values) {
+    void attend_at(const LayerOperands& o, int64_t head, int64_t t, const T* keys, const T* values) {
+        const Layer& l = o.l;
         const int dim = m_.head_dim;
+        const auto row = [&](int g) { return room_.query.data() + (t + g) * o.query.m.rows; };
         const Widths w = widths(m_);
         const int64_t at = t * m_.heads + head, seen = position(t) + G;
         for (int g = 0; g < G; ++g)
-            turn(m_, query_heads(m_, l, room_.query.data() + (t + g) * m_.heads * dim, p_.member), head, position(t) + g,
+            turn(m_, query_heads(m_, l, row(g), p_.member), head, position(t) + g,
                  m_.attention_scale, queries_.data() + g * w.row());
         attend<T, G, 1>(keys, values, queries_.data(), w, seen_from(l, seen - G + 1), seen, weights_.data(),
                         padded(seen) + 2 * LANES, limits_of(m_, l), parts_.data());
-        for (int g = 0; g < G; ++g)
-            combine(parts_.data() + g * w.part(), 0, 1, dim, sink_of(l, head), room_.mixed.data() + (at + g * m_.heads) * dim);
+        for (int g = 0; g < G; ++g) {
+            float* out = room_.mixed.data() + (at + g * m_.heads) * dim;
+            combine(parts_.data() + g * w.part(), 0, 1, dim, sink_of(l, head), out);
+            close_gates(m_, l, row(g), head, out);
+        }
     }
 
     Engine& e_;
@@ -564,7 +589,7 @@ class PromptWorker {
     int kind_ = 0;
     int64_t first_ = 0, count_ = 0;  // tokens of this piece
     Clock clock_;
-    std::vector<float> queries_, weights_, parts_, ranked_, sums_, widened_;
+    std::vector<float> queries_, weights_, parts_, ranked_, sums_, widened_, delta_;
     std::vector<char> scratch_;
 };
 

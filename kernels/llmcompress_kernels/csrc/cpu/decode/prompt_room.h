@@ -16,6 +16,14 @@ constexpr size_t EXPERT_LINES = 4 * 64;
 // A family's tables take more (tree.h).
 inline int64_t piece_of(const Engine& e) { return e.m.members > 0 ? TREE_PASS : PIECE; }
 
+// The first prompt after which nothing is kept for the next one: new memory costs a page fault for every 4 KiB of it.
+constexpr int64_t SPARED = 4 * PIECE + 1;
+
+template <class T>
+inline void grow(std::vector<T>& v, size_t size) {
+    if (v.size() < size) v.resize(size);
+}
+
 // Slots of a routed layer, k to a token, and those of a piece by experts. A slot with the expert E is empty.
 struct Routed {
     std::vector<float> scores;            // [T, E]
@@ -33,9 +41,9 @@ struct Routed {
 
     void make_room(int64_t all, int64_t count, int64_t experts, int64_t k, int64_t hidden) {
         const size_t slots = size_t(count * k);
-        scores.resize(size_t(all * experts)), weights.resize(size_t(all * k)), chosen.resize(size_t(all * k));
-        shares.resize(size_t(all));
-        places.resize(slots), tokens.resize(slots), first.resize(size_t(experts) + 1), products.resize(slots * size_t(hidden));
+        grow(scores, size_t(all * experts)), grow(weights, size_t(all * k)), grow(chosen, size_t(all * k));
+        grow(shares, size_t(all));
+        grow(places, slots), grow(tokens, slots), grow(first, size_t(experts) + 1), grow(products, slots * size_t(hidden));
     }
 
     // `slots` of them, those of a piece, from slot `begin` on
@@ -64,7 +72,7 @@ struct Routed {
 struct PromptRoom {
     std::vector<float> hidden, delta;                           // [T, H], the second to be added to the first
     std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
-    std::vector<float> query, key, value, low, convolved, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> query, key, value, low, convolved, gates, steps, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<float> words, aside, both;  // [T, H], [T, H] and [tokens, 2 H] where layers lay aside (decode.h)
     std::vector<float> narrow;              // [T, W] of experts that read and write W numbers
     std::vector<float> ranks, adapted;      // [tokens, rows] of the two matrices of an adapter
@@ -72,23 +80,26 @@ struct PromptRoom {
     Routed routed;
     std::atomic<int64_t> next[2] = {0, 0};  // task to take, of this kind and of the next
 
-    PromptRoom(const Engine& e, const Prompt& p) {
+    // For a prompt; vectors only grow.
+    void prepare(const Engine& e, const Prompt& p) {
+        for (auto& task : next) task.store(0, std::memory_order_relaxed);
         const Model& m = e.m;
         const int64_t tokens = std::min(p.count, piece_of(e)), slots = tokens * std::max(1, m.top_k);
-        for (auto* rows : {&hidden, &delta}) rows->resize(size_t(p.count * m.hidden));
-        normed.resize(size_t((e.experts > 0 ? p.count : tokens) * m.hidden));
-        query.resize(size_t(tokens * m.heads * m.head_dim));
-        convolved.resize(size_t(tokens * e.conv_rows));
-        mixed.resize(size_t(tokens * std::max(m.heads * m.value_dim, e.conv_rows > 0 ? m.hidden : 0)));
-        low.resize(size_t(tokens * e.rank));
+        for (auto* rows : {&hidden, &delta}) grow(*rows, size_t(p.count * m.hidden));
+        grow(normed, size_t((e.experts > 0 ? p.count : tokens) * m.hidden));
+        grow(query, size_t(tokens * e.query_rows));
+        grow(convolved, size_t(tokens * e.conv_rows)), grow(gates, size_t(tokens * e.gate_rows));
+        grow(steps, size_t(tokens * e.step_rows));
+        grow(mixed, size_t(tokens * std::max<int64_t>(m.heads * m.value_dim, e.conv_out)));
+        grow(low, size_t(tokens * e.rank));
         if (e.lays_aside) {
-            for (auto* rows : {&words, &aside}) rows->resize(size_t(p.count * m.hidden));
-            both.resize(size_t(2 * tokens * m.hidden));
+            for (auto* rows : {&words, &aside}) grow(*rows, size_t(p.count * m.hidden));
+            grow(both, size_t(2 * tokens * m.hidden));
         }
-        narrow.resize(size_t(p.count * e.entry_rows));
-        ranks.resize(size_t(tokens * e.low_rows)), adapted.resize(size_t(tokens * e.high_rows));
-        for (auto* rows : {&key, &value}) rows->resize(size_t(tokens * m.key_value_heads * widths(m).key));
-        for (auto* rows : {&gate, &up}) rows->resize(size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
+        grow(narrow, size_t(p.count * e.entry_rows));
+        grow(ranks, size_t(tokens * e.low_rows)), grow(adapted, size_t(tokens * e.high_rows));
+        for (auto* rows : {&key, &value}) grow(*rows, size_t(tokens * m.key_value_heads * widths(m).key));
+        for (auto* rows : {&gate, &up}) grow(*rows, size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
         if (e.experts > 0) routed.make_room(p.count, tokens, e.experts, m.top_k, m.hidden);
         size_t most = 0;
         const auto room_for = [&](const Operand& o, int64_t count) {
@@ -96,15 +107,15 @@ struct PromptRoom {
                                                    : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down,
-                                     &l.aside, &l.shared_gate, &l.shared_up, &l.shared_down})
+            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.conv_gates, &l.key, &l.value, &l.output,
+                                     &l.gate, &l.up, &l.down, &l.aside, &l.shared_gate, &l.shared_up, &l.shared_down})
                 for (const Operand* part : {o, o->low, o->high})
                     if (part != nullptr && part->present()) room_for(*part, tokens);
             for (const Operand* o : {&l.gate, &l.down})
                 if (l.router.present()) room_for(*o, slots + e.experts * MAX_BATCH);
         }
         // the last expert's lines come on top
-        activations.resize(most + size_t(e.experts + 1) * EXPERT_LINES);
+        grow(activations, most + size_t(e.experts + 1) * EXPERT_LINES);
     }
 };
 

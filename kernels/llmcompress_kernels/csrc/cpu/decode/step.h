@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "convolution.h"
+#include "delta.h"
 #include "elementwise.h"
 #include "engine.h"
 #include "latent.h"
@@ -35,7 +36,8 @@ class Worker {
             // before a mixer adds that stands beside attention
             if (o.attends()) norm_all(o.l.attention_norm, o.l.attention_norm_bias);
             if (o.l.mixes != 0) mix(o.l);
-            if (o.conv_in.present()) convolution(o, o.l.place);
+            if (o.l.delta != nullptr) delta_rule(o);
+            else if (o.conv_in.present()) convolution(o, o.l.place);
             else if (o.absorb.present()) latent_attention(o, o.l.place);
             else if (o.attends()) attention(o, o.l.place);
             if (o.router.present()) experts(o);
@@ -150,6 +152,22 @@ class Worker {
         finish_attention(o, sh_.query.data(), m_.hidden);
     }
 
+    void delta_rule(const LayerOperands& o) {
+        const Delta& d = *o.l.delta;
+        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
+        project({{&o.conv_in, sh_.convolved.data()}, {&o.conv_gates, sh_.gates.data()}, {&o.steps, sh_.steps.data()}});
+        const Range tasks = share(int64_t(s_.batch) * d.key_heads);
+        for (int64_t task = tasks.first; task < tasks.last; ++task) {
+            const int64_t b = task / d.key_heads;
+            const DeltaRows rows{sh_.convolved.data() + b * o.conv_in.m.rows, sh_.gates.data() + b * d.values(),
+                                 sh_.steps.data() + b * o.steps.m.rows, sh_.query.data() + b * d.values(), o.conv_in.m.rows, 1};
+            pass_group(m_, c_, o.l, s_.slots[b], s_.positions[b], task % d.key_heads, rows, own_.delta.data());
+        }
+        took(MIXER);
+        wait();
+        finish_attention(o, sh_.query.data(), int(d.values()));
+    }
+
     void attention(const LayerOperands& o, int layer) {
         project({{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}, {&o.value, sh_.value.data()}});
         // all new keys and values come first: tokens of a step may belong to one sequence (a short prompt)
@@ -160,15 +178,19 @@ class Worker {
         const Range tasks = share(int64_t(s_.batch) * m_.key_value_heads * sh_.chunks);
         for (int64_t task = tasks.first; task < tasks.last; ++task) {
             const int pair = int(task / sh_.chunks), chunk = int(task % sh_.chunks);
-            if (c_.kind == DENSE_FP32) attend_chunk<float>(o.l, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
-            else attend_chunk<uint16_t>(o.l, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
+            if (c_.kind == DENSE_FP32) attend_chunk<float>(o, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
+            else attend_chunk<uint16_t>(o, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
         }
         took(ATTENTION);
         wait();
         const Widths w = widths(m_);
         const int width = m_.heads * w.value;
         for (int b = 0; b < s_.batch; ++b)
-            for (int h = 0; h < m_.heads; ++h) merge(o.l, b, h, w, own_.mixed.data() + int64_t(b) * width + h * w.value);
+            for (int h = 0; h < m_.heads; ++h) {
+                float* out = own_.mixed.data() + int64_t(b) * width + h * w.value;
+                merge(o.l, b, h, w, out);
+                close_gates(m_, o.l, sh_.query.data() + b * o.query.m.rows, h, out);
+            }
         finish_attention(o, own_.mixed.data(), width);
     }
 
@@ -202,7 +224,7 @@ class Worker {
         const Widths w = widths(m_);
         const Range heads = share(m_.heads);
         for (int64_t h = heads.first; h < heads.last; ++h)
-            absorb(m_, o, in_, sh_.query.data(), s_.batch, h, [&](int b) { return s_.positions[b]; },
+            absorb(m_, o, sh_.query.data(), s_.batch, h, [&](int b) { return s_.positions[b]; },
                    sh_.absorbed.data() + h * w.row(), int64_t(m_.heads) * w.row());
         took(QKV);
         wait();
@@ -271,9 +293,10 @@ class Worker {
     }
 
     template <class T>
-    void attend_chunk(const Layer& l, int layer, int b, int head, int chunk) {
+    void attend_chunk(const LayerOperands& o, int layer, int b, int head, int chunk) {
+        const Layer& l = o.l;
         const int group = m_.heads / m_.key_value_heads;
-        const Heads queries = query_heads(m_, l, sh_.query.data() + int64_t(b) * m_.heads * m_.head_dim, member(b));
+        const Heads queries = query_heads(m_, l, sh_.query.data() + b * o.query.m.rows, member(b));
         for (int g = 0; g < group; ++g)
             turn(m_, queries, int64_t(head) * group + g, s_.positions[b], m_.attention_scale,
                  own_.queries.data() + g * widths(m_).row());

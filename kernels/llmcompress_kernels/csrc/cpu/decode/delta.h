@@ -1,0 +1,212 @@
+// Layers with the gated delta rule (arXiv 2412.06464) as Qwen3-Next has them, between their two projections: short
+// convolutions, unit queries and keys, a state that decays and takes what it says wrongly of a value, a gated norm.
+//
+// A state passes through tokens one by one, for steps and prompts alike. Sixteen or 32 of its columns do so at a time, which stay
+// in a core's first-level cache: forms that take many tokens at once (triangular systems between products) multiply more.
+#pragma once
+
+#include "elementwise.h"
+#include "engine.h"
+#include "vec.h"
+
+namespace LLMCOMPRESS_ISA {
+
+// Columns of a state that pass through tokens together, in vectors.
+constexpr int STATE_TILE = LLMCOMPRESS_LEVEL >= 4 ? 2 : 1;
+
+// What a layer's projections have made of some tokens of a sequence, and where the results go.
+struct DeltaRows {
+    const float* mixed;  // of each `mixed_apart`: queries, keys and values, and gates where they are not apart
+    const float* gates;  // [tokens, H V]
+    const float* steps;  // [tokens, 2 H]: of step sizes, then of decays
+    float* out;          // [tokens, H V]
+    int64_t mixed_apart, tokens;
+};
+
+// Where what belongs to a key head begins in a token's projections, and its channels among those of the convolution.
+struct DeltaPlaces {
+    int64_t query, key, value, gate;
+    int64_t query_channel, key_channel, value_channel;
+};
+
+inline DeltaPlaces places_of(const Delta& d, int64_t head) {
+    const int64_t keys = d.key_dim, values = int64_t(d.heads / d.key_heads) * d.value_dim, all = d.key_heads * keys;
+    DeltaPlaces p{0, 0, 0, 0, head * keys, all + head * keys, 2 * all + head * values};
+    if (d.grouped != 0) {
+        p.query = head * 2 * (keys + values);
+        p.key = p.query + keys, p.value = p.key + keys, p.gate = p.value + values;
+        return p;
+    }
+    p.query = p.query_channel, p.key = p.key_channel, p.value = p.value_channel, p.gate = head * values;
+    return p;
+}
+
+// A convolution of every channel over the last tokens.
+struct Taps {
+    const float* weight;  // [taps, C]
+    int64_t channels;     // C
+    int taps;
+};
+
+// silu of the convolution of tokens from `first` on, in `width` channels: out [tokens, width]. Inputs before the first token are
+// in `kept` [taps - 1, C], all from channel `channel` on; `rows` are those of all tokens, from that channel on.
+inline void convolve_channels(const Taps& c, const float* rows, int64_t apart, const float* kept, int64_t channel, int width,
+                              int64_t first, int64_t tokens, float* out) {
+    const int64_t channels = c.channels;
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float* from[MAX_TAPS];
+        for (int i = 0; i < c.taps; ++i) {
+            const int64_t at = first + t + i - (c.taps - 1);
+            from[i] = at >= 0 ? rows + at * apart : kept + (at + c.taps - 1) * channels + channel;
+        }
+        const float* const weight = c.weight + channel;
+        int j = 0;
+        for (; j + LANES <= width; j += LANES) {
+            F16 total{};
+            for (int i = 0; i < c.taps; ++i) total += load_float(from[i] + j) * load_float(weight + i * channels + j);
+            store(out + t * width + j, activated(total, SILU));
+        }
+        for (; j < width; ++j) {
+            float total = 0;
+            for (int i = 0; i < c.taps; ++i) total += from[i][j] * weight[i * channels + j];
+            out[t * width + j] = activated(spread(total), SILU)[0];
+        }
+    }
+}
+
+// Keep the last inputs of `width` channels for the tokens to come.
+inline void keep_inputs(const Taps& c, const float* rows, int64_t apart, int64_t tokens, int64_t channel, int width, float* kept) {
+    for (int i = 0; i + 1 < c.taps; ++i) {
+        const int64_t at = tokens + i - (c.taps - 1);
+        const float* from = at >= 0 ? rows + at * apart : kept + (at + c.taps - 1) * c.channels + channel;
+        std::copy_n(from, width, kept + i * c.channels + channel);
+    }
+}
+
+// x of length `by`
+inline void to_length(float* x, int n, float by) {
+    scale_all(x, n, inverse_size(x, n, 1e-6f / float(n)) * by / std::sqrt(float(n)));
+}
+
+inline float dot(const float* a, const float* b, int n) {
+    F16 total{};
+    float rest = 0;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) total += load_float(a + i) * load_float(b + i);
+    for (; i < n; ++i) rest += a[i] * b[i];
+    return sum(total) + rest;
+}
+
+// What queries, keys and values of some tokens a state meets. All value heads of a group share the first two.
+struct DeltaTokens {
+    const float *query, *key;  // [tokens, K]
+    const float* overlap;      // [tokens], of the two
+    const float *decay, *step; // [tokens] of a value head
+    int64_t tokens;
+};
+
+// TILE * 16 columns of a state [V / 16, K, 16] through all tokens: S = g S + k d with d = step (v - g k S); out = q S.
+template <int TILE>
+inline void pass_columns(const DeltaTokens& x, int keys, float* state, const float* value, int64_t value_apart, float* out,
+                         int64_t out_apart) {
+    for (int64_t t = 0; t < x.tokens; ++t) {
+        const float *q = x.query + t * keys, *k = x.key + t * keys;
+        // two rows at a time: sums that wait for each other would be too few
+        F16 told[2][TILE] = {}, read[2][TILE] = {};
+        const auto meet = [&](int i, int r) {
+            for (int c = 0; c < TILE; ++c) {
+                const F16 s = load_float(state + (int64_t(c) * keys + i) * LANES);
+                told[r][c] += s * k[i];
+                read[r][c] += s * q[i];
+            }
+        };
+        for (int i = 0; i + 2 <= keys; i += 2) meet(i, 0), meet(i + 1, 1);
+        if (keys % 2 != 0) meet(keys - 1, 0);
+        const float g = x.decay[t];
+        F16 change[TILE];
+        for (int c = 0; c < TILE; ++c) {
+            change[c] = (load_float(value + t * value_apart + c * LANES) - (told[0][c] + told[1][c]) * g) * x.step[t];
+            store(out + t * out_apart + c * LANES, (read[0][c] + read[1][c]) * g + change[c] * x.overlap[t]);
+        }
+        for (int i = 0; i < keys; ++i)
+            for (int c = 0; c < TILE; ++c) {
+                float* s = state + (int64_t(c) * keys + i) * LANES;
+                store(s, load_float(s) * g + change[c] * k[i]);
+            }
+    }
+}
+
+// Tokens of a sequence through the value heads of one key head. `states` [H, V / 16, K, 16] and `kept` [taps - 1, C] are the
+// sequence's, replaced; with `begins` they count as zero. One body for steps and prompts, whose bits are the same.
+__attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const Taps& taps, const DeltaRows& r, int64_t head,
+                                                          bool begins, float epsilon, float* states, float* kept, float* room) {
+    const int keys = d.key_dim, values = d.value_dim, group = d.heads / d.key_heads, wide = group * values;
+    const DeltaPlaces p = places_of(d, head);
+    const struct {
+        int64_t place, channel;
+        int width;
+        float* to;
+    } parts[] = {{p.query, p.query_channel, keys, room},
+                 {p.key, p.key_channel, keys, room + DELTA_TOKENS * keys},
+                 {p.value, p.value_channel, wide, room + 2 * DELTA_TOKENS * keys}};
+    float* const numbers = room + DELTA_TOKENS * (2 * keys + wide);
+    float *overlap = numbers, *decay = numbers + DELTA_TOKENS, *step = numbers + 2 * DELTA_TOKENS;
+    const int64_t size = int64_t(values) * keys;
+    float* const own = states + head * group * size;
+    if (begins) {
+        std::fill_n(own, group * size, 0.f);
+        for (const auto& part : parts)
+            for (int i = 0; i + 1 < taps.taps; ++i) std::fill_n(kept + i * taps.channels + part.channel, part.width, 0.f);
+    }
+    const int64_t all = d.values();
+    for (int64_t first = 0; first < r.tokens; first += DELTA_TOKENS) {
+        const int64_t tokens = std::min(DELTA_TOKENS, r.tokens - first);
+        for (const auto& part : parts)
+            convolve_channels(taps, r.mixed + part.place, r.mixed_apart, kept, part.channel, part.width, first, tokens, part.to);
+        for (int64_t t = 0; t < tokens; ++t) {
+            float *q = parts[0].to + t * keys, *k = parts[1].to + t * keys;
+            to_length(q, keys, 1.f / std::sqrt(float(keys)));
+            to_length(k, keys, 1.f);
+            overlap[t] = dot(q, k, keys);
+        }
+        for (int h = 0; h < group; ++h) {
+            const int64_t which = head * group + h;
+            for (int64_t t = 0; t < tokens; ++t) {
+                const float* given = r.steps + (first + t) * 2 * d.heads;
+                const float x = given[d.heads + which] + d.dt_bias[which];
+                decay[t] = std::exp(d.decay[which] * (x > 20.f ? x : std::log1p(std::exp(x))));
+                step[t] = sigmoid(given[which]);
+            }
+            const DeltaTokens meet{parts[0].to, parts[1].to, overlap, decay, step, tokens};
+            float* const state = own + h * size;
+            const float* const value = parts[2].to + h * values;
+            float* const out = r.out + first * all + which * values;
+            int c = 0;
+            for (; c + STATE_TILE * LANES <= values; c += STATE_TILE * LANES)
+                pass_columns<STATE_TILE>(meet, keys, state + int64_t(c) * keys, value + c, wide, out + c, all);
+            for (; c < values; c += LANES) pass_columns<1>(meet, keys, state + int64_t(c) * keys, value + c, wide, out + c, all);
+            for (int64_t t = 0; t < tokens; ++t) {
+                float* to = out + t * all;
+                const int64_t at = (first + t) * (d.grouped != 0 ? r.mixed_apart : all) + p.gate + h * values;
+                const float* gate = (d.grouped != 0 ? r.mixed : r.gates) + at;
+                const float factor = inverse_size(to, values, epsilon);
+                for (int i = 0; i < values; i += LANES)
+                    store(to + i, load_float(d.gain + i) * (load_float(to + i) * factor) * activated(load_float(gate + i), SILU));
+            }
+        }
+    }
+    for (const auto& part : parts)
+        keep_inputs(taps, r.mixed + part.place, r.mixed_apart, r.tokens, part.channel, part.width, kept);
+}
+
+// Tokens of a sequence of a cache, from position `start` on.
+inline void pass_group(const Model& m, const Cache& c, const Layer& l, int64_t slot, int64_t start, int64_t head,
+                       const DeltaRows& r, float* room) {
+    const Delta& d = *l.delta;
+    const int64_t place = l.place * int64_t(c.slots) + slot;
+    const Taps taps{l.conv_weight, d.channels(), m.taps};
+    pass_group(d, taps, r, head, start == 0, m.epsilon, c.states + place * d.values() * d.key_dim,
+               c.inputs + place * (taps.taps - 1) * taps.channels, room);
+}
+
+}  // namespace LLMCOMPRESS_ISA

@@ -1,0 +1,90 @@
+"""The gated delta rule (Yang et al., arXiv 2412.06464) as Qwen3-Next has it: the definition.
+
+A head's state ``S [K, V]`` maps keys to values. A token lets it decay, compares what it says of the token's key with
+the token's value, and moves it by a share of the difference.
+
+Legend: T tokens, H value heads, G key heads, K and V columns of a key and of a value, C = 2 G K + H V channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, step: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens one after the other through the states of their heads.
+
+    Args:
+        query: float32 ``[T, H, K]``.
+        key: Likewise.
+        value: float32 ``[T, H, V]``.
+        decay: float32 ``[T, H]``, factor of the state before a token, within 0 and 1.
+        step: float32 ``[T, H]``, share of the difference that the state takes, within 0 and 1.
+        state: float32 ``[H, K, V]`` before the first token.
+
+    Returns:
+        Results ``[T, H, V]`` and the state after the last token.
+    """
+    told = []
+    for q, k, v, g, b in zip(query, key, value, decay, step):
+        state = state * g[:, None, None]
+        change = b[:, None] * (v - torch.einsum("hkv,hk->hv", state, k))
+        state = state + k[:, :, None] * change[:, None, :]
+        told.append(torch.einsum("hkv,hk->hv", state, q))
+    return torch.stack(told), state
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length one, but for a small constant."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def gated_delta_mix(
+    mixed: Tensor,
+    gates: Tensor,
+    steps: Tensor,
+    conv_weight: Tensor,
+    dt_bias: Tensor,
+    decay: Tensor,
+    gain: Tensor,
+    epsilon: float,
+    key_heads: int,
+    inputs: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer with the rule between its projections.
+
+    Args:
+        mixed: float32 ``[T, C]``, all queries, all keys, all values.
+        gates: float32 ``[T, H V]``.
+        steps: float32 ``[T, 2 H]``, of step sizes and then of decays.
+        conv_weight: float32 ``[taps, C]``.
+        dt_bias: float32 ``[H]``; a state decays by ``exp(decay softplus(. + dt_bias))``.
+        decay: Likewise.
+        gain: float32 ``[V]``, weight of the norm.
+        epsilon: Of the norm.
+        key_heads: G.
+        inputs: float32 ``[taps - 1, C]``, of the convolution before the first token.
+        state: float32 ``[H, K, V]``.
+
+    Returns:
+        Results ``[T, H V]``, the last inputs and the state after the last token.
+    """
+    count, (heads, keys, values) = len(mixed), state.shape
+    seen = torch.cat([inputs, mixed])
+    taps = len(conv_weight)
+    x = silu(sum((conv_weight[i] * seen[i : i + count] for i in range(taps)), torch.zeros_like(mixed)))
+    query, key, value = x.split([key_heads * keys, key_heads * keys, heads * values], dim=-1)
+    both = (unit(part.unflatten(-1, (key_heads, keys))) for part in (query, key))
+    query, key = (part.repeat_interleave(heads // key_heads, dim=1) for part in both)
+    sizes, times = steps.split(heads, dim=-1)
+    told, state = gated_delta_rule(
+        query * keys**-0.5, key, value.unflatten(-1, (heads, values)), (decay * softplus(times + dt_bias)).exp(),
+        sizes.sigmoid(), state,
+    )  # fmt: skip
+    normed = gain * (told * torch.rsqrt(told.square().mean(-1, keepdim=True) + epsilon))
+    return (normed * silu(gates.unflatten(-1, (heads, values)))).flatten(1), seen[count:], state

@@ -1,0 +1,61 @@
+"""The native engine of models with the gated delta rule (Qwen3-Next, Qwen3.5): one call a token and one a prompt.
+
+Layers with attention keep keys and values, the others a state of fixed size in float32, which the cache of the decode
+step has beside them. A prompt's tokens pass through the states one by one, as those of steps do: the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmcompress_kernels import decode as native
+
+from llmcompress.inference.coverage import DELTAS, decline_config
+from llmcompress.inference.decoder import decoder_of, delta_sizes
+from llmcompress.inference.engine import decline_anywhere, decline_module, decline_rest
+from llmcompress.inference.hybrid import HybridEngine
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.tree_linear import TreeLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decline(model: PreTrainedModel) -> str | None:
+    """Why the engine cannot run a model, None if it can.
+
+    Args:
+        model: A causal language model, dense or packed.
+    """
+    config: Any = model.config.get_text_config()
+    reason = decline_anywhere(model, config, DELTAS) or decline_config(config.to_dict()) or _decline_layers(model)
+    if reason is not None:
+        return reason
+    for name, module in model.named_modules():
+        reason = decline_module(name, module)
+        if reason is not None or isinstance(module, TreeLinear):
+            return f"{name or 'the model'}{reason or ' is a TreeLinear'}"
+    return decline_rest(model) or native.unavailable()
+
+
+def _decline_layers(model: PreTrainedModel) -> str | None:
+    sublayers = [block.sublayers[0] for block in layout_from_config(model.config.to_dict()).blocks]
+    if not any(sublayer.kind == "attention" for sublayer in sublayers):
+        return "none of its layers has attention"
+    for sublayer in sublayers:
+        if sublayer.kind == "ssm":
+            module: Any = model.get_submodule(sublayer.module)
+            reason = delta_sizes(module).decline(module.conv_kernel_size)
+            if reason is not None:
+                return f"{sublayer.module}: {reason}"
+    return None
+
+
+class DeltaEngine(HybridEngine):
+    """A model with the gated delta rule ready to decode natively; arguments and attributes are those of `Engine`."""
+
+    _declines = staticmethod(decline)
+
+    def _weights(self, int8_activations: bool, head_bits: int | None) -> native.Decoder:
+        self.blocks = list(range(self.model.config.num_hidden_layers))
+        return decoder_of(self.model, head_bits)

@@ -1,0 +1,127 @@
+"""The gated delta rule: its definition, transformers' code, and the decode step's layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from llmcompress_kernels import cpu, matrix
+from llmcompress_kernels import decode as native
+from llmcompress_kernels.decode_cache import Cache
+from llmcompress_kernels.decode_delta import Delta, DeltaSizes, blocked
+from llmcompress_kernels.reference.delta import gated_delta_mix, gated_delta_rule
+
+HIDDEN, TOKENS = 32, 9
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers of size one."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_definition_is_transformers_rule(known: bool) -> None:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+    heads, keys, values = 3, 8, 16
+    query, key, value = (random(TOKENS, heads, size, seed=i) for i, size in enumerate((keys, keys, values)))
+    key = key / key.norm(dim=-1, keepdim=True)
+    decay, step = random(TOKENS, heads, seed=3).sigmoid(), random(TOKENS, heads, seed=4).sigmoid()
+    state = random(heads, keys, values, seed=5) if known else torch.zeros(heads, keys, values)
+    found, last = gated_delta_rule(query * keys**-0.5, key, value, decay, step, state)
+    told, after = torch_recurrent_gated_delta_rule(
+        *(part.unsqueeze(0) for part in (query, key, value, decay.log(), step)),
+        initial_state=state.unsqueeze(0) if known else None, output_final_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(found, told[0])
+    torch.testing.assert_close(last, after[0])
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A layer's weights, which the definition and the step read."""
+
+    sizes: DeltaSizes
+    taps: int
+    grouped: bool
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        """Projections of queries, keys and values ``[C, H]``, gates ``[H V, H]`` and step sizes ``[2 H, H]``."""
+        values = self.sizes.heads * self.sizes.value_dim
+        counts = {"mixed": self.sizes.channels, "gates": values, "steps": 2 * self.sizes.heads}
+        return {name: random(count, HIDDEN, seed=count) * HIDDEN**-0.5 for name, count in counts.items()}
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first two as a model stores them: key head by key head in one, or apart."""
+        rows, sizes = self.rows(), self.sizes
+        if not self.grouped:
+            return rows["mixed"], rows["gates"]
+        keys = sizes.key_heads * sizes.key_dim
+        parts = (*rows["mixed"].split([keys, keys, sizes.heads * sizes.value_dim]), rows["gates"])
+        return torch.cat([part.unflatten(0, (sizes.key_heads, -1)) for part in parts], 1).flatten(0, 1), None
+
+
+def small() -> dict[str, torch.Tensor]:
+    """What does not depend on the number of heads: norms, embedding, head."""
+    return {"norm": 1 + 0.1 * random(HIDDEN, seed=20), "words": random(50, HIDDEN, seed=21)}
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "keys", "values", "taps", "grouped"),
+    [(4, 2, 16, 32, 4, True), (4, 4, 12, 16, 4, False), (6, 2, 7, 48, 2, True), (2, 1, 33, 64, 8, False)],
+)
+def test_a_layer_of_the_step(
+    isa: str, heads: int, key_heads: int, keys: int, values: int, taps: int, grouped: bool
+) -> None:
+    if not native.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    mixer = Mixer(DeltaSizes(heads, key_heads, keys, values), taps, grouped)
+    given, rows, inner = small(), mixer.rows(), heads * values
+    weight, decay = random(taps, mixer.sizes.channels, seed=22), -random(heads, seed=23).exp()
+    dt_bias, gain = random(heads, seed=24), random(values, seed=25)
+    output = random(HIDDEN, inner, seed=26) * inner**-0.5
+    stored, gates = mixer.stored()
+    layer = native.Layer(
+        given["norm"], None, None, None, None, matrix.dense(output), None, None, None, conv_in=matrix.dense(stored),
+        conv_gates=None if gates is None else matrix.dense(gates), steps=matrix.dense(rows["steps"]),
+        conv_weight=weight, delta=Delta(mixer.sizes, dt_bias, decay, gain, grouped), rotary=None,
+    )  # fmt: skip
+    ends = matrix.dense(given["words"])
+    decoder = native.Decoder(
+        [layer], given["norm"], torch.empty(1, 16, 0), torch.empty(1, 16, 0), ends, ends, 1, 1, 16, 1e-6, 1.0
+    )
+    try:
+        cache = Cache(decoder, 2, 16)
+        ids, found = torch.arange(TOKENS), []
+        for position in range(TOKENS):
+            logits = torch.empty(1, 50)
+            slot = torch.tensor([1], dtype=torch.int32)
+            native.step(decoder, cache, ids[position : position + 1], torch.tensor([position]), slot, logits, threads=1)
+            found.append(logits[0])
+    finally:
+        native.set_isa(None)
+    hidden = given["words"][ids]
+    normed = torch.nn.functional.rms_norm(hidden, (HIDDEN,), given["norm"], 1e-6)
+    mixed, inputs, state = gated_delta_mix(
+        *(normed @ rows[name].T for name in ("mixed", "gates", "steps")), weight, dt_bias, decay, gain, 1e-6, key_heads,
+        torch.zeros(taps - 1, mixer.sizes.channels), torch.zeros(heads, keys, values),
+    )  # fmt: skip
+    last = torch.nn.functional.rms_norm(hidden + mixed @ output.T, (HIDDEN,), given["norm"], 1e-6)
+    expected = last @ given["words"].T
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.inputs[0, 1], inputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.states[0, 1], blocked(state), rtol=1e-4, atol=1e-5)
+    # nothing of the other sequence
+    assert not cache.states[0, 0].any()
+
+
+def test_wrong_sizes_are_named() -> None:
+    sizes = DeltaSizes(4, 2, 8, 16)
+    assert sizes.decline(4) is None
+    assert "20 columns are no multiple of 16" in str(DeltaSizes(4, 2, 8, 20).decline(4))
+    assert "5 value heads do not share 2 key heads" in str(DeltaSizes(5, 2, 8, 16).decline(4))
+    assert "over 1 tokens" in str(sizes.decline(1))
+    with pytest.raises(ValueError, match=r"float32 \(4,\)"):
+        Delta(sizes, torch.zeros(3), -torch.ones(4), torch.ones(16), False)

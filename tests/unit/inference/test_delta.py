@@ -1,0 +1,210 @@
+"""The native engine of models with the gated delta rule against transformers' modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from llmcompress_kernels import cpu
+from llmcompress_kernels import decode as native
+
+from llmcompress.errors import InputError
+from llmcompress.inference.coverage import DELTAS, decline_config
+from llmcompress.inference.delta import DeltaEngine
+from llmcompress.inference.native import decline, open_engine
+from llmcompress.inference.speed import rounded
+from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.skipping import attach
+from llmcompress.quant.spec import QuantSpec
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
+
+# logits are of size 4. Norms of small keys and results amplify what sums in another order change: transformers' own two
+# forms of the rule, by chunks and by tokens, are as far apart
+EXACT = 3e-4
+SIZES: dict[str, Any] = {
+    "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1,
+    "head_dim": 32, "max_position_embeddings": 512, "intermediate_size": 80, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 48, "num_experts": 6,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}  # fmt: skip
+
+
+def dense(family: str, **changes: Any) -> Any:
+    """A float32 model with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes})).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                # states that remember some tokens
+                parameter.uniform_(-3.0, -0.5)
+            elif parameter.ndim > 1:
+                parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def packed(family: str, bits: int = 4, **changes: Any) -> Any:
+    """The same model with packed weights."""
+    return rounded(dense(family, **changes), QuantSpec(bits, 32, symmetric=False))
+
+
+@torch.inference_mode()
+def reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits ``[T, V]`` by transformers."""
+    return model(tokens.unsqueeze(0)).logits[0]
+
+
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 8])
+@pytest.mark.parametrize("family", DELTAS)
+def test_prompts_and_steps(sequences: Any, ids: torch.Tensor, family: str, bits: int | None) -> None:
+    model = dense(family) if bits is None else packed(family, bits)
+    assert decline(model) is None
+    expected = reference(model, ids[:150])
+    # chunks of its own prompt begin and end elsewhere
+    for prompt in (1, 70, 140):
+        engine = open_engine(model, positions=160)
+        assert isinstance(engine, DeltaEngine)
+        assert engine.decoder.takes_prompts == (bits is not None)
+        found = sequences.natively(engine, ids[:150], prompt)
+        assert (found - expected[prompt - 1 :]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        # one value head to a key head; short convolutions; keys of one vector
+        ("qwen3_next", {"linear_num_key_heads": 4, "linear_conv_kernel_dim": 2, "linear_key_head_dim": 16}),
+        ("qwen3_next", {"decoder_sparse_step": 2, "norm_topk_prob": False, "attention_bias": True}),
+        ("qwen3_5_text", {"linear_num_key_heads": 1, "linear_conv_kernel_dim": 8, "tie_word_embeddings": True}),
+    ],
+)
+def test_other_forms(sequences: Any, ids: torch.Tensor, family: str, changes: dict[str, Any]) -> None:
+    model = packed(family, **changes)
+    found = sequences.natively(open_engine(model, positions=112), ids[:100], 90)
+    assert (found - reference(model, ids[:100])[89:]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_a_prompt_leaves_the_bits_of_steps(ids: torch.Tensor, family: str, isa: str) -> None:
+    if not native.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    try:
+        # more positions than 64 are shared out by chunks in a step with several threads
+        engine = open_engine(packed(family), slots=2, positions=144, threads=1)
+        told = engine.prompt(0, ids[:130].tolist())
+        engine.prompt(1, ids[:1].tolist())
+        for position in range(1, 130):
+            stepped = engine.step(ids[position : position + 1], [1])[0]
+        assert torch.equal(told, stepped)
+        for part in (engine.cache.states, engine.cache.inputs, engine.cache.keys, engine.cache.values):
+            assert torch.equal(part[:, 0], part[:, 1])
+        assert engine.cache.states.abs().max() > 0.1
+    finally:
+        native.set_isa(None)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_matter(ids: torch.Tensor, threads: int) -> None:
+    model, found = packed("qwen3_next"), []
+    for count in (1, threads):
+        engine = open_engine(model, slots=3, positions=112, threads=count)
+        rows = [engine.prompt(slot, ids[slot : 90 + slot].tolist()) for slot in range(3)]
+        found.append([*rows, *engine.step(ids[100:103]), engine.cache.states])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=EXACT)
+    assert torch.equal(found[0][0], found[1][0])
+
+
+def test_a_prompt_in_parts_and_from_a_snapshot(ids: torch.Tensor) -> None:
+    model = packed("qwen3_5_moe_text")
+    engine = open_engine(model, slots=2, positions=160)
+    assert engine.keeps_snapshots
+    piece = engine.piece
+    assert piece is not None
+    whole = engine.prompt(0, ids[:150].tolist()).clone()
+    assert engine.prompt(1, ids[:piece].tolist(), last=False).numel() == 0
+    snapshot = engine.snapshot(1)
+    assert snapshot.nbytes == engine.snapshot_bytes(piece)
+    assert torch.equal(engine.prompt(1, ids[piece:150].tolist(), start=piece), whole)
+    assert torch.equal(engine.cache.states[:, 0], engine.cache.states[:, 1])
+    # another prompt in between, and in the place of the first
+    engine.prompt(1, ids[7:60].tolist())
+    engine.resume(0, snapshot)
+    assert torch.equal(engine.prompt(0, ids[piece:150].tolist(), start=piece), whole)
+    with pytest.raises(InputError, match="its state is not at hand"):
+        engine.prompt(0, ids[piece:150].tolist(), start=piece)
+    with pytest.raises(InputError, match="cut short"):
+        engine.copy(0, 1, 20)
+
+
+@pytest.mark.parametrize("family", DELTAS)
+def test_written_and_served_alike(sequences: Any, ids: torch.Tensor, family: str) -> None:
+    model = packed(family)
+    sequences.written_alike(model, ids)
+    engine = open_engine(model, slots=2, positions=64, threads=1)
+    state = 4 * (3 * 4 * 12 * 48)
+    sequences.served_alike(
+        engine, lambda: open_engine(model, positions=64, threads=1), ids, lambda count: count * state
+    )
+
+
+def test_room_grows_and_states_stay(ids: torch.Tensor) -> None:
+    model = packed("qwen3_next")
+    small, large = open_engine(model, positions=48), open_engine(model, slots=3, positions=96)
+    for engine in (small, large):
+        engine.prompt(0, ids[:40].tolist())
+    small.reserve(96, 3)
+    for position in range(40, 50):
+        token = ids[position : position + 1]
+        assert torch.equal(small.step(token, [0]), large.step(token, [0]))
+
+
+def test_experts_are_skipped_as_in_modules(ids: torch.Tensor) -> None:
+    model, tokens = packed("qwen3_next"), ids[:200]
+    with torch.inference_mode():
+        untouched = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]
+        controller = attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9})
+        expected = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]
+        found = open_engine(model, positions=208).prompt(0, tokens.tolist())
+    assert controller.statistics()["total"]["slots_dropped"] > 0
+    assert (found - expected).abs().max() < EXACT
+    assert (found - untouched).abs().max() > 1e-3
+
+
+def test_sixteen_bit_models_lose_less_than_by_modules(ids: torch.Tensor) -> None:
+    model, tokens = packed("qwen3_5_text").to(torch.bfloat16), ids[:40]
+    modules = reference(model, tokens).float()
+    engine = open_engine(model, positions=48)
+    natively = torch.stack([engine.prompt(0, tokens[: count + 1].tolist()) for count in range(40)])
+    exact = reference(model.float(), tokens)
+    assert EXACT < (natively - exact).norm() < 0.6 * (modules - exact).norm()
+
+
+def test_what_is_declined() -> None:
+    for family in DELTAS:
+        assert decline_config({"model_type": family}) is None
+        assert "gelu" in str(decline_config({"model_type": family, "hidden_act": "gelu"}))
+    assert "40 columns are no multiple of 16" in str(decline(dense("qwen3_next", linear_value_head_dim=40)))
+    assert "over 9 tokens" in str(decline(dense("qwen3_5_text", linear_conv_kernel_dim=9)))
+    assert "none of its layers has attention" in str(decline(dense("qwen3_next", num_hidden_layers=2)))
+    model = dense("qwen3_next")
+    model.model.layers[0].linear_attn.in_proj_ba.register_forward_pre_hook(lambda module, inputs: None)
+    assert "in_proj_ba has hooks" in str(decline(model))
+
+
+def test_a_step_takes_one_token_of_a_sequence(ids: torch.Tensor) -> None:
+    engine = open_engine(packed("qwen3_next"), positions=32)
+    with pytest.raises(ValueError, match="one token a step"):
+        native.step(
+            engine.decoder, engine.cache, ids[:2], torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int32),
+            engine._logits, planes=engine.planes,
+        )  # fmt: skip
