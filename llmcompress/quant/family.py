@@ -119,8 +119,9 @@ class FamilyPlan:
         trees = dict(self.trees)
         for member in members:
             trees = {key: tree.without(member) for key, tree in trees.items()}
-        kept = {name for tree in trees.values() for name in tree.ids}
-        bits = {name: {node: b for node, b in chosen.items() if node in kept} for name, chosen in self.bits.items()}
+        # a node may be gone from one tree and stay in another
+        kept = {name: set(trees[key].ids) for name, key in self.tree_of.items()}
+        bits = {n: {node: b for node, b in chosen.items() if node in kept[n]} for n, chosen in self.bits.items()}
         return replace(self, order=tuple(n for n in self.order if n not in members), trees=trees, bits=bits)
 
     def to_dict(self) -> dict[str, Any]:

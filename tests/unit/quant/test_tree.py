@@ -99,3 +99,6 @@ def test_a_new_model_has_a_path_of_its_own_in_every_tree() -> None:
         )  # fmt: skip
         assert (plan.path("one", "d"), plan.path("two", "d")) == (["root", "a+b", "d"], ["root", "d"])
         assert plan.node_names()[:2] == ["root", "a+b"]
+        left = plan.without("ab")
+        assert (left.path("one", "d"), left.path("two", "d")) == (["root", "a+b", "d"], ["root", "d"])
+        assert list(left.problems()) == []
