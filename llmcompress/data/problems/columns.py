@@ -18,16 +18,15 @@ def column_sum(a: int, b: int) -> str:
     """``a + b`` from the right, carries last, then the sum: ``227+136: 7+6=13, 2+3+1=6, 2+1=3, 363``.
 
     The numbers stand in front because they come from far apart: a model finds a digit in the number it has just copied
-    sooner than in the story. Columns that hold one digit and no carry are not told: ``2381+4: 1+4=5, 2385``. At once
-    where both are digits or one is negative.
+    sooner than in the story. Every column is told, ``95+204: 5+4=9, 9+0=9, 0+2=2, 299``: a digit that is not is
+    forgotten in the sum. At once where both are digits or one is negative.
     """
     if min(a, b) < 0 or max(a, b) < 10:
         return f"{a}+{b}={a + b}"
     told, carry = [], 0
-    for one, two in zip_longest(_from_the_right(a), _from_the_right(b)):
-        terms = [digit for digit in (one, two) if digit is not None] + [carry] * (carry > 0)
-        if len(terms) > 1:
-            told.append(f"{'+'.join(map(str, terms))}={sum(terms)}")
+    for digits in zip_longest(_from_the_right(a), _from_the_right(b), fillvalue=0):
+        terms = [*digits, *([carry] if carry else [])]
+        told.append(f"{'+'.join(map(str, terms))}={sum(terms)}")
         carry = sum(terms) // 10
     return f"{a}+{b}: {', '.join(told)}, {a + b}"
 
