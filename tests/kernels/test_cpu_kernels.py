@@ -136,14 +136,20 @@ def test_int8_agrees_with_its_definition(isa: str) -> None:
     assert 1e-3 < float((rounded - x).norm() / x.norm()) < 8e-3
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group"),
+    [(2, False, 96), (3, False, 96), (4, True, 96), (8, False, 96), (8, True, 96), (8, False, 1100), (8, True, 1100)],
+)
 @pytest.mark.parametrize("int8", [False, True])
-def test_many_tokens_give_the_bits_of_one(isa: str, bits: int, symmetric: bool, int8: bool) -> None:
-    """Up to 16 tokens run in blocks of 1 to 8, more in panels of 512 columns, 128 tokens and two blocks of rows."""
-    side = check.interleaved(check.random_stack((48, 1100), bits, 96, symmetric, torch.Generator().manual_seed(bits)))
-    operands = (side.weight, side.scale, side.zero, bits, 96, 1100, int8)
-    # results in float32 are written in the loop, others after it
-    dtype = torch.float32 if int8 and bits != 4 else torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_many_tokens_give_the_bits_of_one(
+    isa: str, bits: int, symmetric: bool, group: int, int8: bool, dtype: torch.dtype
+) -> None:
+    """Up to 16 tokens run in blocks of 1 to 8, more in panels of 384 columns, 128 tokens and two blocks of rows."""
+    stack = check.random_stack((48, 1100), bits, group, symmetric, torch.Generator().manual_seed(bits))
+    side = check.interleaved(stack)
+    # int8 rows of 8 bits and one scale have it multiplied in at the end; float32 leaves the loop, others follow it
+    operands = (side.weight, side.scale, side.zero, bits, group, 1100, int8)
     x = torch.randn(139, 1100, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1] = 0
     x[5, 3] = float("nan")

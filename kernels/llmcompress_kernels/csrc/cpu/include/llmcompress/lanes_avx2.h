@@ -38,22 +38,15 @@ inline Ints keep(Ints x, uint32_t mask) {
 inline Ints either(Ints x, Ints y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 template <int N>
-inline Ints funnel(Ints x, Ints y) {
-    return {_mm256_or_si256(_mm256_srli_epi32(x.a, N), _mm256_slli_epi32(y.a, 32 - N)),
-            _mm256_or_si256(_mm256_srli_epi32(x.b, N), _mm256_slli_epi32(y.b, 32 - N))};
+inline Ints rotate_right(Ints x) {
+    return {_mm256_or_si256(_mm256_srli_epi32(x.a, N), _mm256_slli_epi32(x.a, 32 - N)),
+            _mm256_or_si256(_mm256_srli_epi32(x.b, N), _mm256_slli_epi32(x.b, 32 - N))};
 }
-inline __m256i spread3_half(__m256i w) {
-    // two codes to each half word, then one to each byte
-    const __m256i low = _mm256_and_si256(w, _mm256_set1_epi32(0x3f));
-    const __m256i high = _mm256_and_si256(_mm256_slli_epi32(w, 10), _mm256_set1_epi32(0x3f0000));
-    const __m256i pairs = _mm256_or_si256(low, high);
-    const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi32(0x00070007));
-    const __m256i odd = _mm256_and_si256(_mm256_slli_epi32(pairs, 5), _mm256_set1_epi32(0x07000700));
-    return _mm256_or_si256(even, odd);
-}
-template <int FIRST>
-inline Ints spread3(Ints x) {
-    return {spread3_half(_mm256_srli_epi32(x.a, FIRST)), spread3_half(_mm256_srli_epi32(x.b, FIRST))};
+// bytes of `x` where the mask has ones, of `y` elsewhere
+template <uint32_t MASK>
+inline Ints merge_bytes(Ints x, Ints y) {
+    const __m256i mask = _mm256_set1_epi32(int(MASK));
+    return {_mm256_blendv_epi8(y.a, x.a, mask), _mm256_blendv_epi8(y.b, x.b, mask)};
 }
 #ifdef DOT_BYTES
 inline __m256i dot_half(__m256i sum, __m256i codes, __m256i x) { return DOT_BYTES(sum, codes, x); }

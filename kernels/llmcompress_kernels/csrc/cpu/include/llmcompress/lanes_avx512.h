@@ -21,17 +21,15 @@ inline Ints keep(Ints a, uint32_t mask) { return _mm512_and_si512(a, _mm512_set1
 inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 template <int N>
-inline Ints funnel(Ints a, Ints b) {
-    return _mm512_shrdi_epi32(a, b, N);
+inline Ints rotate_right(Ints a) {
+    return _mm512_ror_epi32(a, N);
 }
-template <int FIRST>
-inline Ints spread3(Ints a) {
-    // byte j of a 64-bit pair of rows takes eight bits from a bit offset of its own
-    constexpr uint64_t offsets = uint64_t(FIRST) | uint64_t(FIRST + 3) << 8 | uint64_t(FIRST + 6) << 16 |
-                                 uint64_t(FIRST + 9) << 24 | uint64_t(FIRST + 32) << 32 | uint64_t(FIRST + 35) << 40 |
-                                 uint64_t(FIRST + 38) << 48 | uint64_t(FIRST + 41) << 56;
-    const Ints bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(int64_t(offsets)), a);
-    return _mm512_and_si512(bytes, _mm512_set1_epi32(0x07070707));
+// bytes of `a` where the mask has ones, of `b` elsewhere
+template <uint32_t MASK>
+inline Ints merge_bytes(Ints a, Ints b) {
+    // on Zen 4 a blend leaves the units that multiply alone, ternary logic does not
+    constexpr uint64_t bytes = (MASK & 1) | (MASK >> 7 & 2) | (MASK >> 14 & 4) | (MASK >> 21 & 8);
+    return _mm512_mask_blend_epi8(bytes * 0x1111111111111111, b, a);
 }
 template <int BITS>
 inline Ints dot(Ints sum, Ints codes, const int8_t* x) {

@@ -59,15 +59,14 @@ inline Ints add(Ints x, Ints y) {
     return x;
 }
 template <int N>
-inline Ints funnel(Ints x, Ints y) {
-    return either(shift_right(x, N), shift_left(y, 32 - N));
+inline Ints rotate_right(Ints x) {
+    return either(shift_right(x, N), shift_left(x, 32 - N));
 }
-template <int FIRST>
-inline Ints spread3(Ints x) {
-    const Ints w = shift_right(x, FIRST);
-    // two codes to each half word, then one to each byte
-    const Ints pairs = either(keep(w, 0x3f), keep(shift_left(w, 10), 0x3f0000));
-    return either(keep(pairs, 0x00070007), keep(shift_left(pairs, 5), 0x07000700));
+// bytes of `x` where the mask has ones, of `y` elsewhere
+template <uint32_t MASK>
+inline Ints merge_bytes(Ints x, Ints y) {
+    EACH x.v[i] = vbslq_s32(vdupq_n_u32(MASK), x.v[i], y.v[i]);
+    return x;
 }
 inline int32x4_t dot_part(int32x4_t sum, int32x4_t codes, int8x16_t x) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(codes), x);

@@ -49,19 +49,15 @@ inline Ints add(Ints a, Ints b) {
     EACH a.v[i] = int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]));
     return a;
 }
-// Bits [N, N + 32) of the 64-bit number with low word a and high word b.
 template <int N>
-inline Ints funnel(Ints a, Ints b) {
-    EACH a.v[i] = int32_t((uint32_t(a.v[i]) >> N) | (uint32_t(b.v[i]) << (32 - N)));
+inline Ints rotate_right(Ints a) {
+    EACH a.v[i] = int32_t((uint32_t(a.v[i]) >> N) | (uint32_t(a.v[i]) << (32 - N)));
     return a;
 }
-// Four 3-bit codes that begin at bit FIRST, one to a byte.
-template <int FIRST>
-inline Ints spread3(Ints a) {
-    EACH {
-        const uint32_t w = uint32_t(a.v[i]) >> FIRST;
-        a.v[i] = int32_t((w & 7) | (w << 5 & 0x700) | (w << 10 & 0x70000) | (w << 15 & 0x7000000));
-    }
+// Bytes of `a` where the mask has ones, of `b` elsewhere.
+template <uint32_t MASK>
+inline Ints merge_bytes(Ints a, Ints b) {
+    EACH a.v[i] = int32_t((uint32_t(a.v[i]) & MASK) | (uint32_t(b.v[i]) & ~MASK));
     return a;
 }
 // sum += four unsigned codes times four signed activations, the same ones in every lane.

@@ -96,9 +96,13 @@ constexpr int FETCH_AHEAD = 32;
 constexpr int64_t FEW_BLOCKS = 2;
 
 // AMD's cores multiply in two of four vector units, so that unpacking 2, 4 and 8 bits takes nothing from two planes' products:
-// there up to as many blocks as an expert's go without panels. Three bits are unpacked in the units that multiply.
-constexpr int64_t BLOCKS_BESIDE = 8;
+// there up to as many blocks as an expert's go without panels. Some operations on 3 bits do take from them.
+constexpr int64_t blocks_beside(int bits) { return bits == 3 ? 4 : 8; }
 inline const bool unpacks_beside = is_amd();
+
+// Whether steps, one to a row, come after all chunks are added: int8 products with 8-bit rows of one scale then take one
+// multiplication to a chunk instead of two.
+inline bool steps_last(const Weight& w, int planes) { return planes == 1 && w.bits == 8 && w.groups() == 1; }
 
 // Quantized activations of `tokens` rows. Bytes lie as [token block][quad][plane][token][4], a quad being four
 // columns in the order in which the weight's words yield them.

@@ -1,11 +1,11 @@
-// Products of many tokens; part of lowbit.inc. Two blocks of rows are unpacked once, 512 columns at a time, into a panel
+// Products of many tokens; part of lowbit.inc. Two blocks of rows are unpacked once, 384 columns at a time, into a panel
 // that stays in the first-level cache while all tokens pass over it: in block_rows every eight tokens unpack the weight
 // again, an eighth of all vector operations. Gives the results of block_rows bit for bit.
 //
 // With one plane the panel holds code minus zero point, a signed byte (of 8-bit codes on symmetric grids only), and activations
-// come as unsigned bytes, 128 too large (Activations::biased). What that adds to a chunk's sum, 128 times the sum of its codes, does not depend on the token:
-// sums begin at its negative, and the zero points cost nothing per token. Of the operations that are left for 64 columns
-// of 32 rows and 8 tokens, 256 of 304 are products.
+// come as unsigned bytes, 128 too large (Activations::biased). What that adds to a chunk's sum, 128 times the sum of its
+// codes, does not depend on the token: sums begin at its negative, and the zero points cost nothing per token. Of the
+// operations that are left for 64 columns of 32 rows and 8 tokens, 256 of 304 are products; of 288 where steps come last.
 #pragma once
 
 constexpr int PANEL_ROWS = 2;           // blocks of rows
@@ -58,24 +58,25 @@ const uint32_t* fill_panel(const Weight& w, const Chunk* parts, int64_t from, in
         const Ints bytes = _mm512_mullo_epi32(_mm512_cvtps_epi32(zero), _mm512_set1_epi32(0x01010101));
         Ints begin[2] = {zero_ints(), zero_ints()};  // two sums: one would wait for itself
         for (int s = 0; s < parts[c].steps; ++s, quad += QUADS) {
-            Ints quads[QUADS];
-            if (BITS == 3 && end - p < WORDS * LANES) {
+            const uint32_t* line = p;
+            uint32_t rest[WORDS * LANES];
+            p += WORDS * LANES;
+            if (BITS == 3 && end < p) {
                 // the row ends inside the step: the words beyond it are not ours
-                uint32_t rest[WORDS * LANES] = {};
-                std::memcpy(rest, p, size_t(end - p) * 4);
-                unpack_step<BITS>(rest, quads);
+                std::memset(rest, 0, sizeof rest);
+                std::memcpy(rest, line, size_t(end - line) * 4);
+                line = rest;
                 p = end;
-            } else {
-                unpack_step<BITS>(p, quads);
-                p += WORDS * LANES;
             }
+            const Step<BITS> codes(line);
             UNROLL
             for (int q = 0; q < QUADS; ++q) {
+                Ints held = codes.quad(q);
                 if constexpr (SIGNED) {
-                    quads[q] = _mm512_sub_epi8(quads[q], bytes);
-                    begin[q % 2] = multiply_bytes<true>(begin[q % 2], quads[q], _mm512_set1_epi8(char(0x80)));
+                    held = _mm512_sub_epi8(held, bytes);
+                    begin[q % 2] = multiply_bytes<true>(begin[q % 2], held, _mm512_set1_epi8(char(0x80)));
                 }
-                _mm512_store_si512(panel.codes[r][quad + q], quads[q]);
+                _mm512_store_si512(panel.codes[r][quad + q], held);
             }
         }
         if constexpr (SIGNED)
@@ -103,14 +104,20 @@ struct Results {
     Results from(int t) const { return {begin, to == nullptr ? nullptr : to + t * stride, stride, tokens - t}; }
 };
 
-// Chunks [from, to) for TOKENS of a block of PLACES tokens: adds to their totals. What `next` needs is fetched on the way: all
-// blocks together do not fit the first-level cache and pass through it for every panel.
-template <int PLANES, bool SIGNED, int ROWS, int TOKENS, int PLACES>
+// Chunks [from, to) for TOKENS of a block of PLACES tokens: adds to their totals, without steps if they come LAST. What
+// `next` needs is fetched on the way: all blocks together do not fit the first-level cache and pass through it for every
+// panel.
+template <int PLANES, bool SIGNED, bool LAST, int ROWS, int TOKENS, int PLACES>
 void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, const Tokens& tokens, const Tokens& next,
                   const Panel& panel, float (*totals)[PANEL_ROWS][LANES], const Results& results) {
     const int8_t *x = tokens.x, *ahead = next.x;
     const int8_t* codes = panel.codes[0][0];
     constexpr int NEXT_ROW = PANEL_QUADS * 64;
+    // in registers as long as the panel lasts: a store takes as long as a product
+    Floats total[TOKENS][ROWS];
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t)
+        for (int r = 0; r < ROWS; ++r) total[t][r] = results.begin ? zero_floats() : load_floats(totals[t][r]);
     for (int64_t c = from; c < to; ++c) {
         Ints sums[ROWS][TOKENS][PLANES];
         UNROLL
@@ -139,33 +146,36 @@ void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, co
         const float* const scales = tokens.scale + c * PLACES;
         const float* const offsets = tokens.sum + c * PLACES;
         prefetch(next.scale + c * PLACES);
-        const auto add_chunk = [&]<bool BEGIN, bool END>() {
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+            const Floats steps = load_floats(panel.steps[c - from][r]), zeros = load_floats(panel.zeros[c - from][r]);
             UNROLL
-            for (int r = 0; r < ROWS; ++r) {
-                const Floats steps = load_floats(panel.steps[c - from][r]), zeros = load_floats(panel.zeros[c - from][r]);
-                UNROLL
-                for (int t = 0; t < TOKENS; ++t) {
-                    Floats total = BEGIN ? zero_floats() : load_floats(totals[t][r]), value;
-                    if constexpr (PLANES == 2) value = to_floats(add(shift_left(sums[r][t][0], 8), sums[r][t][1]));
-                    else value = to_floats(sums[r][t][0]);
-                    if constexpr (PLANES == 1 && !SIGNED) value = multiply_subtract(zeros, spread(offsets[t]), value);
-                    total = multiply_add(value, multiply(steps, spread(scales[t])), total);
-                    if constexpr (PLANES == 2) total = multiply_subtract(zeros, spread(offsets[t]), total);
-                    if (!END) store_floats(totals[t][r], total);
-                    else if (t < results.tokens) store_floats(results.to + t * results.stride + r * LANES, total);
-                }
+            for (int t = 0; t < TOKENS; ++t) {
+                Floats value;
+                if constexpr (PLANES == 2) value = to_floats(add(shift_left(sums[r][t][0], 8), sums[r][t][1]));
+                else value = to_floats(sums[r][t][0]);
+                if constexpr (PLANES == 1 && !SIGNED) value = multiply_subtract(zeros, spread(offsets[t]), value);
+                const Floats by = LAST ? spread(scales[t]) : multiply(steps, spread(scales[t]));
+                total[t][r] = multiply_add(value, by, total[t][r]);
+                if constexpr (PLANES == 2) total[t][r] = multiply_subtract(zeros, spread(offsets[t]), total[t][r]);
             }
-        };
-        const bool begin = results.begin && c == from, end = results.to != nullptr && c + 1 == to;
-        if (begin) end ? add_chunk.template operator()<true, true>() : add_chunk.template operator()<true, false>();
-        else end ? add_chunk.template operator()<false, true>() : add_chunk.template operator()<false, false>();
-        // totals are read again: kept in registers too, they would push sums out of them
-        asm volatile("" ::: "memory");
+        }
     }
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t)
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+            if (results.to == nullptr) {
+                store_floats(totals[t][r], total[t][r]);
+            } else if (t < results.tokens) {
+                if constexpr (LAST) total[t][r] = multiply(total[t][r], load_floats(panel.steps[0][r]));
+                store_floats(results.to + t * results.stride + r * LANES, total[t][r]);
+            }
+        }
 }
 
 // Row blocks [block, block + ROWS) for all tokens.
-template <int BITS, int PLANES, bool SIGNED, int ROWS>
+template <int BITS, int PLANES, bool SIGNED, bool LAST, int ROWS>
 void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t block, void* out, Type type,
                 int64_t stride) {
     constexpr int PER_STEP = step_columns(BITS) / 4;
@@ -204,7 +214,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                 float* const lines = written ? static_cast<float*>(out) + (first + i * MOST) * stride + block * LANES : nullptr;
                 const Results results{from == 0, lines, stride, now - i * MOST};
                 const auto run = [&]<int TOKENS, int PLACES>(int t) {
-                    panel_tokens<PLANES, SIGNED, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, tokens.from(t), next.from(t), panel,
+                    panel_tokens<PLANES, SIGNED, LAST, ROWS, TOKENS, PLACES>(parts, from, to, PER_STEP, tokens.from(t), next.from(t), panel,
                                                                        totals + t, results.from(t));
                 };
                 // tokens that the last block lacks are left out: experts of a dozen tokens have many such
@@ -213,10 +223,7 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
                 else if (real == 2) run.template operator()<2, 4>(0);
                 else if (real == 3) run.template operator()<3, 4>(0);
                 else if (places == 4) run.template operator()<4, 4>(0);
-                else if constexpr (PLANES == 1) {
-                    if (real <= 6) run.template operator()<6, MOST>(0);
-                    else run.template operator()<MOST, MOST>(0);
-                } else {
+                else {
                     run.template operator()<4, MOST>(0);
                     if (real == 5) run.template operator()<1, MOST>(4);
                     else if (real == 6) run.template operator()<2, MOST>(4);
@@ -227,8 +234,10 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
             done += held;
         }
         for (int64_t t = 0; t < now && type != FP32; ++t)
-            for (int r = 0; r < ROWS; ++r)
-                store_outputs(load_floats(panel.totals[t][r]), out, (first + t) * stride + (block + r) * LANES, type);
+            for (int r = 0; r < ROWS; ++r) {
+                const Floats total = with_steps(w, PLANES, block + r, load_floats(panel.totals[t][r]));
+                store_outputs(total, out, (first + t) * stride + (block + r) * LANES, type);
+            }
     }
 }
 
@@ -236,13 +245,20 @@ void panel_rows(const Weight& w, const Chunk* parts, int64_t count, const Activa
 template <int BITS, int PLANES>
 void many_tokens(const Weight& w, const Chunk* parts, int64_t count, const Activations& a, int64_t first, int64_t last, void* out,
                  Type type, int64_t stride) {
-    const auto all = [&]<bool SIGNED>() {
+    const auto all = [&]<bool SIGNED, bool LAST>() {
         int64_t block = first;
-        for (; block + 2 <= last; block += 2) panel_rows<BITS, PLANES, SIGNED, 2>(w, parts, count, a, block, out, type, stride);
-        if (block < last) panel_rows<BITS, PLANES, SIGNED, 1>(w, parts, count, a, block, out, type, stride);
+        for (; block + 2 <= last; block += 2)
+            panel_rows<BITS, PLANES, SIGNED, LAST, 2>(w, parts, count, a, block, out, type, stride);
+        if (block < last) panel_rows<BITS, PLANES, SIGNED, LAST, 1>(w, parts, count, a, block, out, type, stride);
+    };
+    const auto run = [&]<bool SIGNED>() {
+        if constexpr (PLANES == 1 && BITS == 8) {
+            if (steps_last(w, PLANES)) return all.template operator()<SIGNED, true>();
+        }
+        all.template operator()<SIGNED, false>();
     };
     if constexpr (PLANES == 1) {
-        if (BITS < 8 || a.biased) return all.template operator()<true>();
+        if (BITS < 8 || a.biased) return run.template operator()<true>();
     }
-    if constexpr (PLANES > 1 || BITS == 8) all.template operator()<false>();
+    if constexpr (PLANES > 1 || BITS == 8) run.template operator()<false>();
 }

@@ -25,21 +25,24 @@ inline Ints low_bytes(const Ints (&q)[4]) {
 }
 
 // Takes low_bytes() of 64 columns to the order in which a weight of some bits yields them.
+template <int BITS>
 struct Order {
     alignas(64) uint8_t from[64];
 
-    explicit constexpr Order(int bits) : from{} {
+    constexpr Order() : from{} {
         for (int place = 0; place < 64; ++place) {
-            const int i = place % 16;
-            const int column = bits == 2 ? i % 4 * 4 + i / 4 : bits == 4 ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i;
-            from[place] = uint8_t(4 * column + place / 16);
+            const int i = place % step_columns(BITS), column = place - i + Step<BITS>::column(i / 4, i % 4);
+            from[place] = uint8_t(column % 16 * 4 + column / 16);
         }
     }
 };
 
 inline Ints column_order(int bits) {
-    static constexpr Order two(2), four(4), natural(8);
-    return _mm512_load_si512((bits == 2 ? two : bits == 4 ? four : natural).from);
+    static constexpr Order<2> two;
+    static constexpr Order<3> three;
+    static constexpr Order<4> four;
+    static constexpr Order<8> eight;
+    return _mm512_load_si512(bits == 2 ? two.from : bits == 3 ? three.from : bits == 4 ? four.from : eight.from);
 }
 
 // A chunk of `width` columns, a multiple of 64: its bytes in the weight's order, one array to a plane, scale and sum.
