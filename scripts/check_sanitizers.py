@@ -33,11 +33,14 @@ TESTS = {
     ],
     "state": [f"tests/kernels/test_{name}.py" for name in ("state_ops", "replay_ops", "mamba1", "mamba2_model")],
     "tree": ["tests/kernels/test_cpu_tree.py"],
-    # mixers within the decode step: floats and codes, prompts at once and in steps, threads
+    # mixers, convolutions and delta rules in the decode step: floats and codes, prompts at once and in steps, threads
     "hybrid": [
         "tests/unit/inference/test_hybrid.py",
+        "tests/unit/inference/test_delta.py",
+        "tests/kernels/test_gated_delta.py",
         "-k",
-        "float_states_agrees or at_once and (40 or 325) or same_codes and 4-True or embeddings",
+        "float_states_agrees or at_once and (40 or 325) or same_codes and 4-True or embeddings or other_widths "
+        "or leaves_the_bits or threads_do_not_matter or from_a_snapshot or layer_of_the_step",
     ],
     # a dense and a packed model of each kind, every instruction set, threads, chunks, rounded heads, prompts at once
     "decode": [
