@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -37,13 +38,7 @@ def responses(found: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def value(left: str) -> int:
     """Of sums of products."""
-    total = 0
-    for term in left.split("+"):
-        product = 1
-        for factor in term.split("*"):
-            product *= int(factor)
-        total += product
-    return total
+    return sum(math.prod(map(int, term.split("*"))) for term in left.split("+"))
 
 
 def first_false_step(steps: str) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import random
 import re
 import time
@@ -20,8 +19,7 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from train_reasoner import build_model, build_optimizers
+from train_reasoner import batch, build_model, build_optimizers, build_tokenizer, learn
 from training.allocator import keep_arenas
 
 from llmcompress.data.problems import word_problems
@@ -33,8 +31,9 @@ STORIES = {
     "change": "c{n},{price},{paid}", "share": "h{total},{rest},{friends}", "saving": "s{start},{weekly},{goal}",
     "sum": "t{total},{more}",
 }  # fmt: skip
-SPECIAL = ("<unk>", "<pad>", "</s>")
-END, PAD, ROWS, HELD_OUT = 2, 1, 64, 200
+# whole words of the solutions are tokens
+WORDS = (" paid", " had", " goal", " together")
+ROWS, HELD_OUT = 64, 200
 
 
 def sum_at_once(a: int, b: int) -> str:
@@ -58,22 +57,6 @@ def product_by_digits(a: int, b: int) -> str:
 FORMS = {"columns": {}, "at once": {"column_sum": sum_at_once, "column_product": product_by_digits}}
 
 
-def build_tokenizer():
-    """A token for every digit, word and mark."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127)), " paid", " had", " goal", " together"]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_tokens([AddedToken(BOX, normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
 def texts(task: WordProblems, problems, rng: random.Random, count: int):
     """(prompt, target) of solutions, then of as many answers put back."""
     for number in range(count):
@@ -85,24 +68,14 @@ def texts(task: WordProblems, problems, rng: random.Random, count: int):
             yield f"{problem.question}\n{attempt}\n", steps
 
 
-def batch(tokenizer, rows):
-    """Ids and labels ``[rows, longest]``; -100 on prompts and padding."""
-    parts = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in row) for row in rows]
-    length = max(len(prompt) + len(target) + 1 for prompt, target in parts)
-    ids, labels = torch.full((len(parts), length), PAD), torch.full((len(parts), length), -100)
-    for row, (prompt, target) in enumerate(parts):
-        whole = torch.tensor([*prompt, *target, END])
-        ids[row, : len(whole)] = whole
-        labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
-    return ids, labels
-
-
 def held_out(model, tokenizer, task: WordProblems) -> tuple[float, float]:
     """Shares of right first attempts and of verifications without a mistake."""
     problems = task.problems("validation")[:HELD_OUT]
     rows = list(texts(task, problems, random.Random(1), 2 * HELD_OUT))
     prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt, _ in rows]
-    found = sample(model.eval(), prompts, Sampling(128, batch=HELD_OUT), END, PAD, 0)
+    found = sample(
+        model.eval(), prompts, Sampling(128, batch=HELD_OUT), tokenizer.eos_token_id, tokenizer.pad_token_id, 0
+    )
     told = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
     first = sum(boxed(text) == boxed(row[1]) for text, row in zip(told[:HELD_OUT], rows))
     exact = sum(text == row[1] for text, row in zip(told[HELD_OUT:], rows[HELD_OUT:]))
@@ -112,28 +85,17 @@ def held_out(model, tokenizer, task: WordProblems) -> tuple[float, float]:
 
 def train(form: str, seconds: float, sizes: tuple[int, ...], seed: int) -> None:
     """Train for so many CPU seconds and print what came of it."""
-    task, tokenizer = WordProblems(60000, sizes=sizes, brief=True), build_tokenizer()
+    task, tokenizer = WordProblems(60000, sizes=sizes, brief=True), build_tokenizer(WORDS, " ?[A-Za-z]+", (BOX,))
     problems = task.problems("pretrain")
     model = build_model(len(tokenizer), 96, 4, seed).train()
     optimizers = build_optimizers(model, 4e-3)
     step, tokens, begun = 0, 0, time.process_time()
     while (spent := (time.process_time() - begun) / seconds) < 1:
-        for optimizer, peak in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * spent))
         rows = list(texts(task, problems, random.Random(f"{seed}:{step}"), ROWS))
         # solutions are half as long
         parts = [batch(tokenizer, rows[: ROWS // 2]), batch(tokenizer, rows[ROWS // 2 :])]
-        targets = sum(int((labels != -100).sum()) for _, labels in parts)
-        for ids, labels in parts:
-            logits = model(ids, use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            (loss / targets).backward()
-            tokens += ids.numel()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        learn(model, optimizers, parts, step, 1 - spent)
+        tokens += sum(ids.numel() for ids, _ in parts)
         step += 1
     first, exact = held_out(model, tokenizer, task)
     print(

@@ -34,19 +34,19 @@ TASK = Countdown(high=15, limit=60, compact=True)
 SPECIAL = ("<unk>", "<pad>", "</s>")
 # one token each, so that actions are cut at ids
 WHOLE = (CHECK, RETRY, CORRECT, INCORRECT, BOX)
+NUMBERS = tuple(f"{n:02d}" for n in range(100))
 
 
-def build_tokenizer():
-    """One token for every number below 100, every printable character, and each marker."""
+def build_tokenizer(pieces=NUMBERS, pattern=r"\d{2}", whole=WHOLE):
+    """One token for every printable character, each of ``pieces``, which ``pattern`` cuts out, and each marker."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [*SPECIAL, "\n", *(chr(c) for c in range(32, 127))]
-    pieces += [f"{n:0{width}d}" for width in (2,) for n in range(100)]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{2}|[\s\S]"), "isolated")
+    known = [*SPECIAL, "\n", *(chr(c) for c in range(32, 127)), *pieces]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{pattern}|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in WHOLE])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
         clean_up_tokenization_spaces=False
@@ -97,21 +97,25 @@ def read_back(rng: random.Random, problems: list) -> tuple[str, str]:
 MIX = {solved: 0.45, evaluated: 0.3, read_back: 0.25}
 
 
+def batch(tokenizer, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels ``[pairs, longest]`` int64 of prompts and answers; -100 on prompts and padding."""
+    prompts = tokenizer([a for a, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([b for _, b in pairs], add_special_tokens=False)["input_ids"]
+    length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers))
+    ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+    labels = torch.full((len(pairs), length), -100)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        whole = [*p, *a, tokenizer.eos_token_id]
+        ids[row, : len(whole)] = torch.tensor(whole)
+        labels[row, len(p) : len(whole)] = torch.tensor(whole[len(p) :])
+    return ids, labels
+
+
 def batches(tokenizer, problems: list, rows: int, seed: int, step: int):
-    """Input ids and labels ``[rows, longest]`` of each kind of text in one step; -100 on prompts and padding."""
+    """A :func:`batch` of each kind of text in one step."""
     rng = random.Random(f"{seed}:{step}")
     for kind, share in MIX.items():
-        pairs = [kind(rng, problems) for _ in range(round(rows * share))]
-        prompts = tokenizer([a for a, _ in pairs], add_special_tokens=False)["input_ids"]
-        answers = tokenizer([b for _, b in pairs], add_special_tokens=False)["input_ids"]
-        length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers))
-        ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
-        labels = torch.full((len(pairs), length), -100)
-        for row, (p, a) in enumerate(zip(prompts, answers)):
-            whole = [*p, *a, tokenizer.eos_token_id]
-            ids[row, : len(whole)] = torch.tensor(whole)
-            labels[row, len(p) : len(whole)] = torch.tensor(whole[len(p) :])
-        yield ids, labels
+        yield batch(tokenizer, [kind(rng, problems) for _ in range(round(rows * share))])
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -124,6 +128,25 @@ def build_optimizers(model, lr: float):
     muon = torch.optim.Muon(inner, lr=4 * lr, weight_decay=0.01, adjust_lr_fn="original")
     adam = torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     return {"muon": (muon, 4 * lr), "adam": (adam, lr)}
+
+
+def learn(model, optimizers, parts, step: int, left: float) -> list[float]:
+    """One step on several batches, its rate after a warm-up and with this share ``left``; mean loss of each batch."""
+    for optimizer, peak in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 100) * (0.5 - 0.5 * math.cos(math.pi * left))
+    counts = [int((labels != -100).sum()) for _, labels in parts]
+    losses = []
+    for (ids, labels), count in zip(parts, counts):
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        (loss / sum(counts)).backward()
+        losses.append(loss.item() / count)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer, _ in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
 
 
 def restore(optimizers, model, saved: dict, step: int) -> None:
@@ -171,22 +194,8 @@ def train(args: argparse.Namespace) -> None:
     )
     began = time.process_time()
     for step in range(start, args.steps):
-        warm, left = (step + 1) / 100, (args.steps - step) / args.steps
-        for optimizer, peak in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, warm) * (0.5 - 0.5 * math.cos(math.pi * left))
         parts = list(batches(tokenizer, pretrain, args.rows, args.seed, step))
-        targets = sum(int((labels != -100).sum()) for _, labels in parts)
-        losses = []
-        for ids, labels in parts:
-            logits = model(ids, use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            (loss / targets).backward()
-            losses.append(loss.item() / int((labels != -100).sum()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        losses = learn(model, optimizers, parts, step, (args.steps - step) / args.steps)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             right = accuracy(model, tokenizer, validation)
             named = {kind.__name__: round(loss, 4) for kind, loss in zip(MIX, losses)}

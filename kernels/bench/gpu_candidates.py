@@ -40,13 +40,14 @@ from llmcompress_kernels.triton.state import dsq_pack  # noqa: E402
 
 VARIANTS = (0, cuda_state.SMALL, cuda_state.LARGE)
 WINDOW_VARIANTS = (cuda_state.SMALL, cuda_state.LARGE, *cuda_state.CANDIDATES)
+BLOCKS_4, BLOCKS_5 = cuda_state.EARLY_READERS
 # rounding and reading are launches of their own: each kind of one with some of the other
 WINDOWED = (
-    *product(WINDOW_VARIANTS, (4, 45)),
-    *product((cuda_state.LARGE, 4), (8, 44)),
+    *product(WINDOW_VARIANTS, (4, BLOCKS_5)),
+    *product((cuda_state.LARGE, 4), (8, BLOCKS_4)),
 )
 # those that are also launched while the one in front still runs
-EARLY = ((cuda_state.LARGE, 4), (4, 45))
+EARLY = ((cuda_state.LARGE, 4), (4, BLOCKS_5))
 CONFIGS = tuple(
     cuda_tree.Config(*shape)
     for shape in (
@@ -236,6 +237,13 @@ def trees(tried: Any, rate: float) -> None:
         torch.cuda.empty_cache()
 
 
+def products(tried: Any) -> None:
+    """Check and time launches of 4-bit products in the shapes of Mamba2-2.7B."""
+    for tokens, (rows, columns) in product((64, 128, 32), gpu_mamba.SHAPES):
+        tried("product", time_products, tokens, rows, columns)
+        torch.cuda.empty_cache()
+
+
 def launches(tokens: int, rows: int, columns: int) -> dict[str, tuning.Config]:
     """Of a 4-bit product: the default, the same with parts added in one launch, few parts and some beside them."""
     count = torch.cuda.get_device_properties(0).multi_processor_count
@@ -259,7 +267,7 @@ def time_products(tokens: int, rows: int, columns: int) -> dict[str, Any]:
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
     held = [gpu_matrix.packed(rows, columns, bits=4) for _ in range(rotations(rows * columns // 2, 24))]
     wide = [torch.randn(rows, columns, dtype=x.dtype, device="cuda") for _ in range(8)]
-    chosen, expected = launches(tokens, rows, columns), None
+    chosen = launches(tokens, rows, columns)
 
     def product_of(config: tuning.Config, w: Any) -> torch.Tensor:
         return group_gemm.group_gemm(x, w.weight, w.scale, w.zero, 4, w.group_size, columns, config=config)
@@ -323,9 +331,8 @@ def main() -> int:
         states(tried, rate)
     if "trees" in parts:
         trees(tried, rate)
-    for tokens, (rows, columns) in product((64, 128, 32), gpu_mamba.SHAPES) if "products" in parts else ():
-        tried("product", time_products, tokens, rows, columns)
-        torch.cuda.empty_cache()
+    if "products" in parts:
+        products(tried)
     note(what="end", seconds=round(time.perf_counter() - began, 1))
     return 1 if failed else 0
 

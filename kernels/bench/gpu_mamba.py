@@ -91,15 +91,12 @@ class Model:
         if not narrow:
             return lambda *step: mixer.state_update(self.floats[layer], *step)
         codes, channel, scale = self.codes[layer]
+        kernels: Any = cuda_state if early else state
+        how = {"dither": True, **({"overlap": True} if early else {})}
         if window:
             held = (codes, channel, scale, None, *self.windows[layer])
-            if early:
-                return lambda *step: cuda_state.dsq_replay_update(*held, *step, 4, dither=True, overlap=True)
-            return lambda *step: state.dsq_replay_update(*held, *step, 4, dither=True)
-        if early:
-            held = (codes, channel, scale, None)
-            return lambda *step: cuda_state.dsq_state_update(*held, *step, 4, dither=True, overlap=True)
-        return lambda *step: state.dsq_state_update(codes, channel, scale, None, *step, 4, dither=True)
+            return lambda *step: kernels.dsq_replay_update(*held, *step, 4, **how)
+        return lambda *step: kernels.dsq_state_update(codes, channel, scale, None, *step, 4, **how)
 
 
 def step(batch: int, rate: float) -> dict[str, Any]:

@@ -209,8 +209,8 @@ def group_gemm(
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     if splits > 1 and chosen.joined:
-        whole = torch.empty((tokens, rows), dtype=store_type(x.dtype), device=x.device)
-        add_parts_kernel[(-(-whole.numel() // ADDED),)](out, whole, splits, whole.numel(), ADDED)
-        return whole.to(x.dtype).view(*x.shape[:-1], rows)
-    summed = out[0] if splits == 1 else out.sum(0)
+        summed = out.new_empty((tokens, rows), dtype=store_type(x.dtype))
+        add_parts_kernel[(-(-summed.numel() // ADDED),)](out, summed, splits, summed.numel(), ADDED)
+    else:
+        summed = out[0] if splits == 1 else out.sum(0)
     return summed.to(x.dtype).view(*x.shape[:-1], rows)
