@@ -221,15 +221,15 @@ def judge(response: Response, right: Sequence[bool], tokens: int) -> Episode:
 
 
 def sft_mask(response: Response, markers: bool = True, right: bool = True) -> list[bool]:
-    """δ of Eq. 1: which tokens of a right trajectory are trained.
+    """δ of Eq. 1: which tokens of a trajectory are trained.
 
     Every verification, the last attempt and the end token are; earlier attempts are context, never targets.
 
     Args:
         response: A trajectory.
-        right: Whether its last attempt is; a wrong one is no target.
         markers: Also train the marker that opens an attempt that is not trained itself: it is the transition after
             "incorrect". (The authors' loss does not, their row-splitting tool does.)
+        right: Whether the last attempt is; a wrong one is no target.
 
     Returns:
         One flag per token.

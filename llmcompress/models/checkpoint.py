@@ -112,8 +112,7 @@ class Checkpoint:
         """The same weights, some of them changed as they are read.
 
         Args:
-            edits: Run-time name of a tensor that the files hold whole → its new value of the same shape and type from
-                the one in the file.
+            edits: Run-time name of a tensor → its new value of the same shape and type from the one in the files.
         """
         found = copy.copy(self)
         found._edits = {**self._edits, **edits}
@@ -179,13 +178,16 @@ class Checkpoint:
         disk = self._disk_name(name)
         if disk is not None:
             stored = self._where[disk].read(disk)
-            return self._scaled(name, self._edits[name](stored) if name in self._edits else stored)
-        pieces = self._pieces(name)
-        if not pieces or any(piece not in self._where for piece in pieces):
-            raise self._lacks(name)
-        return self._stack(self._banks[name], name, pieces)
+        else:
+            pieces = self._pieces(name)
+            if not pieces or any(piece not in self._where for piece in pieces):
+                raise self._lacks(name)
+            stored = self._stack(self._banks[name], name, pieces)
+        return self._changed(name, stored)
 
-    def _scaled(self, name: str, tensor: Tensor) -> Tensor:
+    def _changed(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self._edits:
+            tensor = self._edits[name](tensor)
         for axis, factor in self._scales.get(name, ()):
             shape = [-1 if i == axis else 1 for i in range(tensor.ndim)]
             tensor = tensor * factor.to(tensor.dtype).view(shape)

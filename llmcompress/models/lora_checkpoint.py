@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # starts that change the base as well, so that the adapter alone does not say what the model is
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 _MERGE = (
@@ -91,10 +91,10 @@ def read_adapter(folder: Path, layout: ModelLayout) -> dict[str, Callable[[Tenso
     problems = []
     for key, value in sorted(tensors.items()):
         name = key.removeprefix(PREFIX)
-        if key.endswith(_UP) and key.removesuffix(_UP) + _DOWN in tensors:
+        if key.endswith(UP) and key.removesuffix(UP) + DOWN in tensors:
             continue
-        if key.endswith(_DOWN) and (high := tensors.get(key.removesuffix(_DOWN) + _UP)) is not None:
-            name = name.removesuffix(_DOWN) + ".weight"
+        if key.endswith(DOWN) and (high := tensors.get(key.removesuffix(DOWN) + UP)) is not None:
+            name = name.removesuffix(DOWN) + ".weight"
             shape: tuple[int, ...] = (high.shape[0], value.shape[1])
             found[name] = Addition(value, high, _scale(config, name.removesuffix(".weight"), value.shape[0]))
             fits = high.shape[1] == value.shape[0]

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmcompress.models.layout import Block, LinearGroup, ModelLayout
 from llmcompress.quant import embeddings
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from llmcompress.models.quantization_config import Policies
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HESSIAN_BYTES = 4  # fp32
@@ -22,8 +25,6 @@ HESSIAN_BYTES = 4  # fp32
 _HELD_BY = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32"), "float16": ("float16", "float32")}
 
 Plan = Mapping[str, QuantSpec]
-# run-time policies by name; of these that of the embeddings alone changes sizes
-Policies = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def model_bytes(layout: ModelLayout, plan: Plan, weight_bytes: int, policies: Po
         layout: The model.
         plan: What is quantized and how.
         weight_bytes: Bytes of a parameter that stays dense.
-        policies: By name; ``embeddings`` packs embedding and head.
+        policies: Run-time policies by name; of these ``embeddings`` alone changes sizes.
     """
     total = dense_parameters(layout, plan) * weight_bytes + packed_bytes(layout, plan)
     rounded = (policies or {}).get(embeddings.EMBEDDINGS)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.models.lora_checkpoint import CONFIG, PREFIX, WEIGHTS
+from llmcompress.models.lora_checkpoint import CONFIG, DOWN, PREFIX, UP, WEIGHTS
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.quant.codecs import codec
 
@@ -163,8 +163,8 @@ def save(model: nn.Module, folder: Path) -> None:
     found = adapters(model)
     tensors = {}
     for name, module in sorted(found.items()):
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}{DOWN}"] = module.lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}{UP}"] = module.lora_B.detach().cpu().contiguous()
     first = next(iter(found.values()))
     rank = first.lora_A.shape[0]
     config = {
@@ -194,8 +194,7 @@ def load(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot read the adapter: {error}", "export or train it again") from error
-    suffix = ".lora_A.weight"
-    names = sorted(name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    names = sorted(name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN))
     try:
         found = attach(model, names, rank, alpha, 0)
         for name in names:

@@ -267,9 +267,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         """Take the lock."""
-        if self._try():
-            self._sign()
-        else:
+        if not self._try():
             self._take_over()
         return self
 
@@ -280,7 +278,6 @@ class RunLock:
         """
         with _alone(self._path.parent) as alone:
             if alone and self._try():
-                self._sign()
                 return
             holder = self._holder()
             if not alone or holder is None or _alive(holder):
@@ -293,16 +290,6 @@ class RunLock:
             self._path.unlink(missing_ok=True)
             if not self._try():
                 raise EnvironmentProblem(f"{self._path}: cannot be locked", "try again")
-            self._sign()
-
-    def _sign(self) -> None:
-        """Say in the file who holds it."""
-        assert self._handle is not None
-        self._handle.seek(0)
-        self._handle.truncate()
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
-        self._handle.write(json.dumps(me))
-        self._handle.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -314,6 +301,7 @@ class RunLock:
             self._handle = None
 
     def _try(self) -> bool:
+        """Lock the file, if nobody holds it, and say in it who does."""
         handle = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -330,6 +318,11 @@ class RunLock:
         if not same:
             handle.close()
             return self._try()
+        handle.seek(0)
+        handle.truncate()
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
+        handle.write(json.dumps(me))
+        handle.flush()
         self._handle = handle
         return True
 

@@ -29,6 +29,7 @@ from llmcompress.pipeline.followers import END, policy
 from llmcompress.pipeline.preflight import Extent
 from llmcompress.pipeline.run_dir import RunDir, RunLock, RunRecord, StageRecord
 from llmcompress.pipeline.sinks import Fanout, JsonlSink, Sink
+from llmcompress.quant.store import PackedStore
 from llmcompress.recipe.lock import versions as installed_versions
 from llmcompress.stages.base import Kind, Stage
 from llmcompress.stages.state import Metric, RunContext, RunState
@@ -322,7 +323,7 @@ class Runner:
                 changes.append(f"stages.{name}: removed or renamed")
             else:
                 changes += difference(record.inputs, prints[name][1], f"stages.{name}")
-            blocks = len(list((self.dir.stage_dir(name) / "blocks").glob("*.safetensors")))
+            blocks = len(PackedStore(self.dir.stage_dir(name) / "blocks").finished())
             if blocks and not record.finished():
                 lost[name] = f"{name}: {blocks} block{'s' * (blocks > 1)}"
             elif record.finished() and not {Kind(k) for k in record.produces} <= CHEAP_KINDS:

@@ -331,11 +331,12 @@ def _weight_bytes(folder: Path) -> int | None:
     # a format beside the native one, where that is all a run exports; both hold embeddings too, blocks do not
     kinds = ("artifact/*.safetensors", "artifact-*/*.gguf", "artifact-*/*.safetensors", "stages/*/blocks/*.safetensors")
     for pattern in kinds:
+        found = sorted(folder.glob(pattern))
         # each format has a folder of its own, while blocks of one stage lie above those of another
-        parents = sorted({path.parent for path in folder.glob(pattern)})
-        counted = parents if pattern.startswith("stages") else parents[:1]
-        if counted:
-            return sum(path.stat().st_size for parent in counted for path in parent.glob(pattern.rpartition("/")[2]))
+        if not pattern.startswith("stages"):
+            found = [path for path in found if path.parent == found[0].parent]
+        if found:
+            return sum(path.stat().st_size for path in found)
     return None
 
 

@@ -96,6 +96,23 @@ def test_weights_saved_whole_replace_the_bases(base: Path, adapter: Path) -> Non
     assert found.dtype == torch.float32 and torch.equal(found, head.half().float())
 
 
+def test_experts_saved_whole_replace_the_bases_whose_file_holds_them_one_by_one(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    plain = ModelHandle.open(tmp_path / "base")
+    name = next(name for name in plain.layout.banks if name.endswith("down_proj"))
+    assert name not in load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    experts = torch.randn(plain.checkpoint.tensor(name).shape)
+    save_file({f"base_model.model.{name}": experts}, tmp_path / WEIGHTS)
+    assert torch.equal(plain.adapted(tmp_path).checkpoint.tensor(name), experts)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
