@@ -93,16 +93,34 @@ _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def _named_by_task(path: Path) -> list[Path]:
-    """Files of rows, and a file that is included, which a task in lm-eval's YAML names and which are there."""
+    """Files of rows, and files that are included, which a task in lm-eval's YAML names and which are there."""
+    found: set[Path] = set()
+    left = [path]
+    while left:
+        task = left.pop()
+        rows, included = _names_in_task(task)
+        # as evaluation/harness.py finds rows: beside the task that was asked for, or from where the program runs
+        places = [beside if (beside := path.parent / name).exists() else Path(name) for name in rows]
+        places += [task.parent / name for name in included]
+        new = {place.resolve() for place in places if place.is_file()} - found
+        found |= new
+        left += new
+    return sorted(found)
+
+
+def _names_in_task(path: Path) -> tuple[list[str], list[str]]:
+    """Names of rows, and of tasks that are included, in one file."""
     if path.suffix not in (".yaml", ".yml"):
-        return []
+        return [], []
     try:
         task = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
         rows = (task.get("dataset_kwargs") or {}).get("data_files") or {}
-        names = [*(rows.values() if isinstance(rows, Mapping) else ()), task.get("include")]
+        included = task.get("include")
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return []  # whoever reads the task says what is wrong with it
-    return sorted({file for name in names if isinstance(name, str) and (file := path.parent / name).is_file()})
+        return [], []  # whoever reads the task says what is wrong with it
+    names = list(rows.values()) if isinstance(rows, Mapping) else []
+    includes = included if isinstance(included, list) else [included]
+    return [n for n in names if isinstance(n, str)], [n for n in includes if isinstance(n, str)]
 
 
 def with_contents(section: Any, key: str = "") -> Any:

@@ -134,6 +134,27 @@ def test_a_task_of_ones_own_counts_with_its_rows(tmp_path: Path, changed: str) -
     assert with_contents(section) != before
 
 
+@pytest.mark.parametrize("changed", ["deep/base.yaml", "deep/own.yaml", "rows.jsonl", "elsewhere/dev.jsonl"])
+def test_a_task_stands_for_what_it_includes_names_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    for folder in ("deep", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "mine.yaml").write_text("include: [deep/base.yaml]\n")
+    (tmp_path / "deep" / "base.yaml").write_text("include: own.yaml\noutput_type: generate_until\n")
+    (tmp_path / "deep" / "own.yaml").write_text(
+        "include: ../mine.yaml\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl, dev: dev.jsonl}}\n"
+    )
+    for name in ("rows.jsonl", "elsewhere/dev.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    section = {"task": "mine", "path": str(tmp_path / "mine.yaml")}
+    before = with_contents(section)
+    with (tmp_path / changed).open("a") as handle:
+        handle.write("\n")
+    assert with_contents(section) != before
+
+
 def test_difference_names_every_change() -> None:
     before = {"bits": 3, "rules": {"a": {"bits": 4}}, "source": {"path": {"contents": "x"}}}
     after = {"bits": 2, "rules": {"b": {"bits": 4}}, "source": {"path": {"contents": "y"}}}
