@@ -17,7 +17,7 @@ from llmcompress.errors import InputError
 from llmcompress.inference.coverage import decline_config, reach
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
-from llmcompress.quant.states import StateSpec
+from llmcompress.quant.states import DECODED_BITS, StateSpec
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -272,14 +272,18 @@ def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) 
 
 
 def _states_because(policies: dict[str, Any]) -> str | None:
-    """Why states as a policy stores them are not those of a native engine."""
-    policy = policies.get("state_cache") or {}
-    names = ("bits", "codec", "alpha", "sqrt_axis", "rounding")
-    spec = StateSpec(**{name: policy[name] for name in names if name in policy})
-    if policy and spec.active and not spec.has_kernel:
+    """Why states as a policy stores them are not those of a native engine: what ``decline_states`` of
+    ``inference/recurrent.py`` says of the loaded model, but for sizes and windows.
+    """
+    policy = policies.get("state_cache")
+    if not policy:
+        return None
+    if policy.get("head_bits"):
+        return f"{next(iter(policy['head_bits']))}: its heads have widths of their own, as states of several widths do"
+    spec = StateSpec.of(policy)
+    if not spec.has_kernel:
         return f"no kernel for states of codec {spec.codec} as it is set"
-    mixed = next((name for name, bits in (policy.get("head_bits") or {}).items() if len(set(bits)) > 1), None)
-    return None if mixed is None else f"{mixed}: heads with states of several widths"
+    return None if spec.bits in DECODED_BITS else f"no kernel for states of {spec.bits} bits"
 
 
 def _disk_roles(layout: ModelLayout) -> dict[str, tuple[str, int]]:

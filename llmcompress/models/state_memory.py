@@ -10,7 +10,6 @@ from llmcompress.models.layout import ModelLayout
 from llmcompress.quant.states import StateSpec, state_bytes, window_bytes
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_WORDS = ("bits", "codec", "alpha", "sqrt_axis", "rounding", "seed", "refits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ def sequence_bytes(layout: ModelLayout, policy: Mapping[str, Any] | None, item: 
         policy: ``quantization_config.policies.state_cache``, None for float states.
         item: Bytes of a value in the model's type.
     """
-    spec = None if policy is None else StateSpec(**{word: policy[word] for word in _WORDS if word in policy})
+    spec = None if policy is None else StateSpec.of(policy)
     widths: Mapping[str, list[int]] = (policy or {}).get("head_bits") or {}
     window = int((policy or {}).get("window", 1))
     states = convolution = floats = 0

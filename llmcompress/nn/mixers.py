@@ -183,7 +183,7 @@ def spec_of(policy: Mapping[str, Any]) -> StateSpec:
             f"quantization_config.policies.state_cache: not understood: {', '.join(wrong)}",
             "the model was saved by a newer version (upgrade llmcompress) or was damaged (export it again)",
         )
-    return StateSpec(**{word: policy[word] for word in _WORDS if word in policy and word != "window"})
+    return StateSpec.of(policy)
 
 
 def _heads(policy: Mapping[str, Any], found: list[tuple[str, ScanView]]) -> Mapping[str, list[int]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from llmcompress.algorithms import decoupled_scales as scales
 from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
 from llmcompress.algorithms.selective_scan import driven, read
+from llmcompress.quant.states import DECODED_BITS
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -99,7 +100,7 @@ class StateQuantizer:
     @property
     def one_width(self) -> bool:
         """Whether all heads have one width that the decoding kernels know."""
-        return self.head_bits is None and self.spec.bits in (4, 8)
+        return self.head_bits is None and self.spec.bits in DECODED_BITS
 
     def widths(self) -> list[tuple[int, Tensor | None]]:
         """Code widths in use and the heads that use each; None for all heads."""

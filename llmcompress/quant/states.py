@@ -6,8 +6,9 @@ Legend: P channels of a head, N states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
 
 CompressedCodec = Literal[
     "dsq",
@@ -24,6 +25,8 @@ CompressedCodec = Literal[
 Codec = Literal[CompressedCodec, "none"]
 CODECS: tuple[str, ...] = get_args(Codec)
 BITS = (4, 6, 8)
+# widths that the kernels of decoding know, one for all heads
+DECODED_BITS = (4, 8)
 Rounding = Literal["rtn", "stochastic", "dither"]
 # codecs whose state scale is fresh at every token, and stored
 DITHERED = ("dsq", "dsq_static_p")
@@ -63,6 +66,11 @@ class StateSpec:
         assert self.codec in CODECS, self.codec
         assert self.bits in (*BITS, 16), self.bits
         assert self.rounding != "dither" or self.codec in DITHERED, self.codec
+
+    @classmethod
+    def of(cls, policy: Mapping[str, Any]) -> Self:
+        """The codec part of a saved policy, whose other words are left out."""
+        return cls(**{part.name: policy[part.name] for part in fields(cls) if part.name in policy})
 
     @property
     def active(self) -> bool:

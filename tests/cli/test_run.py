@@ -236,24 +236,35 @@ def test_inspect_says_how_long_native_sequences_are(tmp_path: Path, capsys: pyte
     [
         ({}, None),
         ({"head_bits": {"backbone.layers.0.mixer": [4, 4, 6, 4, 6, 6]}}, "several widths"),
-        ({"head_bits": {"backbone.layers.0.mixer": [6] * 6}}, None),
+        ({"head_bits": {"backbone.layers.0.mixer": [6] * 6}}, "several widths"),
+        ({"bits": 6}, "6 bits"),
+        ({"bits": 8}, None),
         ({"codec": "dsq_als"}, "codec dsq_als"),
-        ({"codec": "none"}, None),
+        ({"codec": "none"}, "codec none"),
     ],
 )
 def test_inspect_says_when_states_are_not_those_of_the_native_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: dict[str, Any], reason: str | None
 ) -> None:
+    from llmcompress.hf import load
+    from llmcompress.inference.native import decline
     from llmcompress.models.paths import assets_folder
 
     source = assets_folder() / "reference_mamba2"
     config = json.loads((source / "config.json").read_text())
     states = {"bits": 4, "codec": "dsq", "alpha": 0.5, "rounding": "rtn", **policy}
-    quantization = {"quant_method": "llmcompress", "version": 1, "modules": {}, "policies": {"state_cache": states}}
+    quantization = {
+        "quant_method": "llmcompress",
+        "version": 1,
+        "specs": {},
+        "modules": {},
+        "policies": {"state_cache": states},
+    }
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     (tmp_path / "model.safetensors").symlink_to((source / "model.safetensors").resolve())
     found = told(capsys, "inspect", str(tmp_path))["modules_because"]
     assert found is None if reason is None else reason in found
+    assert (decline(load(tmp_path)[0]) is None) == (reason is None)
 
 
 def test_experts_of_model_and_artifact(
