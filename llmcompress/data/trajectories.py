@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -100,9 +101,19 @@ class Builder:
     def __init__(self, problems: ProblemSet, verifier: Verifier, keep: KeepProbabilities, seed: int) -> None:
         self.problems, self.verifier, self.keep, self.seed = problems, verifier, keep, seed
         self.counts: Counter[str] = Counter()
+        self._judged: tuple[Any, list[tuple[Sample, str]]] = (None, [])
 
     def usable(self, problem: Problem, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
-        """One sample for each different answer, with a true verification; samples without an answer are left out."""
+        """One sample for each different answer, with a true verification; samples without an answer are left out.
+
+        Judged and counted once for all rows that are made of a problem, one kind after the other.
+        """
+        asked = (problem.key, tuple(samples))
+        if self._judged[0] != asked:
+            self._judged = (asked, self._judge(problem, samples))
+        return self._judged[1]
+
+    def _judge(self, problem: Problem, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
         found: dict[str, tuple[Sample, str]] = {}
         for sample in samples:
             answer = sample.answer

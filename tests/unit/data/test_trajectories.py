@@ -87,6 +87,10 @@ def test_false_verdicts_are_dropped():
     assert made.trajectory(PROBLEM, samples("(2+3)*4", "2+3+4")) is None
     assert made.counts["verifications dropped"] == 1
     assert [row.ends for row in made.pairs(PROBLEM, samples("(2+3)*4", "2+3+4"))] == [False]
+    # other kinds of rows of the same samples do not count it again, other samples do
+    assert made.counts["verifications dropped"] == 1
+    assert made.single(PROBLEM, samples("(2+3)*4")) is None
+    assert made.counts["verifications dropped"] == 2
 
 
 def test_probabilities_of_zero_and_one_decide():
