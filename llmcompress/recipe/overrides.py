@@ -123,23 +123,21 @@ def apply_override(data: dict[Any, Any], override: Override, allowed: AllowedKey
     elif override.action == "delete":
         del node[_as_key(node, last)]
     else:
+        behind = [] if override.before is None else _from(node, override.before)
         node[_as_key(node, last)] = override.value
-        if override.before is not None:
-            _move(node, _as_key(node, last), override.before)
+        for name in behind:
+            node[name] = node.pop(name)
 
 
 _ABSENT = object()
 
 
-def _move(node: dict[Any, Any], key: Any, before: str) -> None:
-    """Put the last key of ``node`` in front of another."""
-    follower = _as_key(node, before)
-    if follower not in node or follower == key:
-        del node[key]
-        raise ValueError(f"no {before!r} to put it in front of (here: {', '.join(str(name) for name in node)})")
+def _from(node: dict[Any, Any], before: str) -> list[Any]:
+    """The keys that come behind what is put in front of ``before``."""
     names = list(node)
-    for name in names[names.index(follower) : -1]:
-        node[name] = node.pop(name)
+    if _as_key(node, before) not in names:
+        raise ValueError(f"no {before!r} to put it in front of (here: {', '.join(map(str, names))})")
+    return names[names.index(_as_key(node, before)) :]
 
 
 def _change_item(node: list[Any], last: str, override: Override) -> None:
