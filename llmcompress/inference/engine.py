@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 # other prompts of up to this many tokens cost less in steps of eight than one pass through transformers' modules
 SHORT_PROMPT = 32
-# why a step cannot stand for a module, as what follows its name
 # first projections of delta rules
 IN_PROJ = tuple(f".in_proj_{name}" for name in ("qkvz", "qkv", "z", "ba", "b", "a"))
+# why a step cannot stand for a module, as what follows its name
 HOOKED = " has hooks (activations rounded per token, or somebody who looks on)"
 
 

@@ -357,9 +357,10 @@ def _mlp(module: Any, prefix: str, adapters: Mapping[str, tuple[Any, Any]] = _NO
     gate, up, down = mlp_parts(module)
     if "gate_up_proj" in adapters:
         assert up is not None
-        low, high = adapters["gate_up_proj"]
-        of_gate, of_up = linear_parts(high, [gate.rows, up.rows])
-        gate, up = (matrix.adapted(side, linear_matrix(low), own) for side, own in ((gate, of_gate), (up, of_up)))
+        first, second = adapters["gate_up_proj"]
+        # one matrix for both, which the engine multiplies once
+        low, of_gate, of_up = linear_matrix(first), *linear_parts(second, [gate.rows, up.rows])
+        gate, up = (matrix.adapted(side, low, own) for side, own in ((gate, of_gate), (up, of_up)))
     gate = matrix.times(gate, getattr(module, "gate_multiplier", 1.0))
     down = matrix.times(down, getattr(module, "down_multiplier", 1.0))
     return {f"{prefix}gate": gate, f"{prefix}up": up, f"{prefix}down": down}

@@ -289,6 +289,17 @@ def test_serving_takes_it(name: str, tiny: Any, tmp_path: Path, sequences: Any) 
     sequences.served_alike(engine, lambda: HybridEngine(model, positions=64), IDS, lambda count: kept * count // 2)
 
 
+def test_gate_and_up_share_the_first_matrix_of_their_adapter(tiny: Any, tmp_path: Path) -> None:
+    engine = HybridEngine(packed(tiny, tmp_path, "zamba", None), positions=32)
+    shared = [layer for layer in engine.decoder.layers if layer.aside is not None]
+    assert shared
+    for layer in shared:
+        pairs = [side.adapter.matrices for side in (layer.gate, layer.up) if side is not None and side.adapter]
+        (of_gate, gate), (of_up, up) = pairs
+        assert of_gate is of_up
+        assert gate.data.data_ptr() != up.data.data_ptr()
+
+
 def test_what_is_held_and_reserved(tiny: Any, tmp_path: Path, sequences: Any) -> None:
     model = packed(tiny, tmp_path, "granite", {"bits": 4, "codec": "dsq"})
     engine = HybridEngine(model, slots=2, positions=32)

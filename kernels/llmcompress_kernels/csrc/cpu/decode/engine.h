@@ -74,6 +74,11 @@ struct LayerOperands {
     const float* after() const { return has_mlp() ? l.mlp_after : l.attention_after; }
 };
 
+template <class T>
+inline void grow(std::vector<T>& v, size_t size) {
+    if (v.size() < size) v.resize(size);
+}
+
 // What one thread works in. Vectors only grow.
 struct Buffers {
     std::vector<float> words, aside, both;  // where layers lay aside: embeddings, what lies there, two of these rows together
@@ -188,11 +193,6 @@ class Engine {
     bool lays_aside = false;
 
   private:
-    template <class T>
-    static void grow(std::vector<T>& v, size_t size) {
-        if (v.size() < size) v.resize(size);
-    }
-
     Operand operand(const Matrix& m) {
         Operand o;
         o.m = m;

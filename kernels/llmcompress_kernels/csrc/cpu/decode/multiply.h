@@ -14,7 +14,7 @@ class Input {
 
     // Token t is row index[t] (t itself where index is null) of `rows`, `stride` floats apart.
     void set(const float* rows, int64_t stride, int tokens, const int64_t* index = nullptr) {
-        rows_ = rows, stride_ = stride, tokens_ = tokens, index_ = index, bits_ = 0;
+        rows_ = rows, stride_ = stride, tokens_ = tokens, index_ = index, bits_ = 0, below_.made = nullptr;
     }
     int tokens() const { return tokens_; }
     int planes() const { return planes_; }
@@ -35,10 +35,10 @@ class Input {
         std::vector<float> low, high;
         std::vector<char> memory;
         std::unique_ptr<Input> input;
+        const void* made = nullptr;  // data of the U that made `low`, which products may share
     };
     Adapter& adapter(const Operand& o) {
         if (below_.input == nullptr) below_.input = std::make_unique<Input>(below_.memory, planes_);
-        const auto grow = [](auto& v, size_t size) { if (v.size() < size) v.resize(size); };
         grow(below_.low, size_t(MAX_BATCH * padded(o.low->m.rows)));
         grow(below_.high, size_t(MAX_BATCH * padded(o.high->m.rows)));
         if (o.high->m.kind == PACKED) grow(below_.memory, activation_bytes(o.high->first, MAX_BATCH, 3));
@@ -168,8 +168,11 @@ inline void multiply(const Operand& o, Input& in, int64_t expert, int64_t first,
 inline void adapt(const Operand& o, Input& in, int64_t first, int64_t last, float* out, int64_t stride) {
     Input::Adapter& a = in.adapter(o);
     const int64_t low = o.low->m.rows, rows = o.high->m.rows;
-    multiply(*o.low, in, 0, 0, o.low->blocks(), a.low.data(), low);
-    a.input->set(a.low.data(), low, in.tokens());
+    if (a.made != o.low->m.data) {
+        multiply(*o.low, in, 0, 0, o.low->blocks(), a.low.data(), low);
+        a.input->set(a.low.data(), low, in.tokens());
+        a.made = o.low->m.data;
+    }
     multiply(*o.high, *a.input, 0, first, last, a.high.data(), rows);
     for (int t = 0; t < in.tokens(); ++t) {
         const float* from = a.high.data() + t * rows;

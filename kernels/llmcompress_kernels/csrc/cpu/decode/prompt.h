@@ -245,6 +245,7 @@ class PromptWorker {
             return a.m.kind == b.m.kind && a.wide == b.wide && a.m.input_bytes == b.m.input_bytes &&
                    a.tree.parts == b.tree.parts && a.tree.one_bit == b.tree.one_bit;
         };
+        const void* made_low = nullptr;
         for (const Product* i = products.begin(); i != products.end();) {
             const Product* j = i;
             while (j != products.end() && (!j->o->present() || alike(*i->o, *j->o))) ++j;
@@ -254,15 +255,16 @@ class PromptWorker {
             if (i->o->m.kind == TREE) by_tree(i, j, from, phase, made);
             else by_groups(i, j, from, phase, made);
             for (; i != j; ++i)
-                if (i->o->low != nullptr) adapt(*i, from, phase);
+                if (i->o->low != nullptr) adapt(*i, from, phase, made_low);
         }
     }
 
-    // Add what a product's adapter makes of the same inputs.
-    void adapt(const Product& p, const float* from, Phase phase) {
+    // Add what a product's adapter makes of the same inputs; `made` is the data of the U that did so last.
+    void adapt(const Product& p, const float* from, Phase phase, const void*& made) {
         const auto nothing = [](int64_t) {};
         const Product low{p.o->low, room_.ranks.data()}, high{p.o->high, room_.adapted.data()};
-        by_groups(&low, &low + 1, from, phase, nothing);
+        if (made != low.o->m.data) by_groups(&low, &low + 1, from, phase, nothing);
+        made = low.o->m.data;
         by_groups(&high, &high + 1, low.out, phase, nothing);
         const int64_t rows = p.o->m.rows;
         each(blocks(), [&](int64_t b) {

@@ -19,11 +19,6 @@ inline int64_t piece_of(const Engine& e) { return e.m.members > 0 ? TREE_PASS : 
 // The first prompt after which nothing is kept for the next one: new memory costs a page fault for every 4 KiB of it.
 constexpr int64_t SPARED = 4 * PIECE + 1;
 
-template <class T>
-inline void grow(std::vector<T>& v, size_t size) {
-    if (v.size() < size) v.resize(size);
-}
-
 // Slots of a routed layer, k to a token, and those of a piece by experts. A slot with the expert E is empty.
 struct Routed {
     std::vector<float> scores;            // [T, E]
