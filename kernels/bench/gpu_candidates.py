@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).resolve().parent)]
 
 import gpu_mamba  # noqa: E402
 import gpu_matrix  # noqa: E402
+import gpu_run  # noqa: E402
 import gpu_state  # noqa: E402
 import gpu_tree  # noqa: E402
 import torch  # noqa: E402
@@ -40,6 +41,7 @@ from llmcompress_kernels.triton.state import dsq_pack  # noqa: E402
 
 VARIANTS = (0, cuda_state.SMALL, cuda_state.LARGE)
 WINDOW_VARIANTS = (cuda_state.SMALL, cuda_state.LARGE, *cuda_state.CANDIDATES)
+PARTS = ("states", "trees", "products")
 BLOCKS_4, BLOCKS_5 = cuda_state.EARLY_READERS
 # rounding and reading are launches of their own: each kind of one with some of the other
 WINDOWED = (
@@ -305,9 +307,9 @@ def main() -> int:
     """Check, then time; exit code 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description="Candidates of kernels and launches beside the defaults.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="states,trees,products", help="parts, separated by commas")
+    parser.add_argument("--only", type=gpu_run.parts_of(PARTS), default=PARTS, help="parts, separated by commas")
     options = parser.parse_args()
-    parts = options.only.split(",")
+    parts = options.only
     began, lines, failed = time.perf_counter(), [], 0
 
     def note(**line: Any) -> None:

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,25 @@ def plan() -> list[tuple[str, Any]]:
     return found
 
 
+def parts_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A type of arguments: some of the parts, separated by commas. A wrong word would measure nothing."""
+
+    def parts(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        if unknown := sorted(set(found) - set(known)):
+            raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(known)}")
+        return found
+
+    return parts
+
+
 def chosen(options: argparse.Namespace) -> list[tuple[str, Any]]:
     """What the options leave of :func:`plan`; what peers have to compile for comes last, where time may end."""
-    parts = options.only.split(",") if options.only else PARTS
 
     def part(item: tuple[str, Any]) -> str:
         return re.split(r"[ -]", item[0])[0]
 
-    work = [item for item in plan() if part(item) in parts and re.search(options.match, item[0])]
+    work = [item for item in plan() if part(item) in options.only and re.search(options.match, item[0])]
     return sorted(work, key=lambda item: ORDER.index(part(item)))
 
 
@@ -143,7 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="GPU benches of the kernels.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--seconds", type=float, default=330.0, help="start no measurement after this time")
-    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--only", type=parts_of(ORDER), default=PARTS, help="parts, separated by commas")
     parser.add_argument("--match", default="", help="regular expression that names have to match")
     parser.add_argument("--alone", action="store_true", help="measure no peers")
     parser.add_argument("--skip", default="", help="peers that are left out, separated by commas")
