@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.durable import write_durably
-from llmcompress.errors import ExportError, ResourceError
+from llmcompress.errors import ExportError, LLMCompressError, ResourceError
 from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
 
@@ -37,8 +37,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 SHARD_BYTES = 2_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# beside them: SentencePiece models and rank files of any name, and templates for other uses than chats
+TOKENIZER_PATTERNS = ("*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 
 
 class Exporter(ABC):
@@ -148,6 +150,33 @@ def decoded(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     from llmcompress.quant.codecs import codec
 
     return codec(packed.spec.codec).decode(packed, dtype)
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a tensor to another floating type; integers stay as they are.
+
+    Args:
+        name: For the error.
+        tensor: Finite values of any shape.
+        dtype: Wanted floating type.
+
+    Raises:
+        ExportError: A value is beyond ``dtype``: fp16 ends at 65504 and would make it infinite.
+    """
+    import torch
+
+    from llmcompress.models.tensor_file import all_finite
+
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not all_finite(found) and all_finite(tensor):
+        kind, largest = str(dtype).removeprefix("torch."), float(tensor.abs().max())
+        raise ExportError(
+            f"{name}: holds {largest:.6g}, and {kind} ends at {torch.finfo(dtype).max:.6g}",
+            "write bfloat16 or float32: dense_dtype of the stage, or the type of the model",
+        )
+    return found
 
 
 BlockTensors = dict[str, "Tensor | PackedWeight"]
@@ -275,6 +304,10 @@ def atomic_folder(out: Path) -> Iterator[Path]:
                 _sync(path)
         part.rename(out)
         _sync(out.parent)
+    except LLMCompressError:
+        # what was refused half-way is no use, and may be large
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         # the safetensors writer reports errors of the system as text, without their number
@@ -306,9 +339,14 @@ def copy_side_files(handle: ModelHandle, out: Path) -> None:
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     folder = tokenizer_folder(source, handle.tokenizer_path)
-    for name in TOKENIZER_FILES:
-        if folder is not None and (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    if folder is None:
+        return
+    named = [folder / name for name in TOKENIZER_FILES]
+    for path in {*named, *(path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern))}:
+        if path.is_file():
+            target = out / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def tokenizer_folder(source: Path, tokenizer: Path | None = None) -> Path | None:

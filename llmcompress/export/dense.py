@@ -9,6 +9,7 @@ from llmcompress.export.base import (
     BlockTensors,
     Exporter,
     block_tensors,
+    cast,
     decoded,
     dense_config,
     outside_tensors,
@@ -66,7 +67,7 @@ class DenseExporter(Exporter):
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
-                yield layout.disk.name(name), _cast(tensor, dtype)
+                yield layout.disk.name(name), cast(name, tensor, dtype)
             for block in layout.blocks:
                 yield from hub_dense(layout, block, block_tensors(handle, store, block), dtype)
 
@@ -86,14 +87,14 @@ class DenseExporter(Exporter):
         written = Checkpoint(out, handle.layout)
         written.verify()
         for name, tensor in outside_tensors(handle):
-            require_equal(out, name, written.tensor(name), _cast(tensor, dtype), _THAN)
+            require_equal(out, name, written.tensor(name), cast(name, tensor, dtype), _THAN)
         for block in handle.layout.blocks:
             bank = block.bank
             for name, value in block_tensors(handle, store, block).items():
-                expected = decoded(value, torch.float32).to(dtype) if isinstance(value, PackedWeight) else value
+                expected = decoded(value, torch.float32) if isinstance(value, PackedWeight) else value
                 if bank is not None and name in bank.names:
                     expected = family_orientation(bank, name, expected)
-                require_equal(out, name, written.tensor(name), _cast(expected, dtype), _THAN)
+                require_equal(out, name, written.tensor(name), cast(name, expected, dtype), _THAN)
 
     def _torch_dtype(self, handle: ModelHandle) -> torch.dtype:
         import torch
@@ -111,12 +112,17 @@ def hub_dense(
         block: The block the tensors belong to.
         tensors: From :func:`~llmcompress.export.base.block_tensors`.
         dtype: Wanted floating-point type.
+
+    Raises:
+        ExportError: A value is beyond ``dtype``.
     """
+    import torch
+
     from llmcompress.models.orientation import family_orientation
 
     bank = block.bank
     for name, value in tensors.items():
-        tensor = decoded(value, dtype) if isinstance(value, PackedWeight) else _cast(value, dtype)
+        tensor = cast(name, decoded(value, torch.float32) if isinstance(value, PackedWeight) else value, dtype)
         if bank is None or name not in bank.names:
             yield layout.disk.name(name), tensor
         elif layout.disk.experts is None:
@@ -126,7 +132,3 @@ def hub_dense(
                 names = layout.disk.expert(bank, name, expert)
                 for key, rows in bank.parts(name).items():
                     yield names[key], tensor[expert, rows]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

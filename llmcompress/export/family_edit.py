@@ -19,7 +19,7 @@ import torch
 from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
 from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError, InputError, UsageError
-from llmcompress.export.base import ShardWriter, atomic_folder, write_json
+from llmcompress.export.base import ShardWriter, atomic_folder, cast, write_json
 from llmcompress.export.family import member_tensors, save_tensors, whole_tensors, write_member
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family import NAME, mismatches
@@ -182,7 +182,8 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
         The shares as they were used.
 
     Raises:
-        ExportError: ``out`` exists, or the members' embeddings differ in shape or are of other tokens.
+        ExportError: ``out`` exists, the members' embeddings differ in shape or are of other tokens, or a value is
+            beyond the family's type.
     """
     names = [artifact.require(name) for name in shares]
     total = sum(shares.values())
@@ -205,10 +206,10 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
             if any(each[key].shape != tensor.shape for each in private):
                 raise ExportError(f"{key}: members differ in shape", "merge members of one vocabulary")
             mixed = sum((each[key].float() * weights[name] for each, name in zip(private, names)), torch.zeros(()))
-            shards.add(key, (tensor if len(names) == 1 else mixed.to(tensor.dtype)))
+            shards.add(key, (tensor if len(names) == 1 else cast(key, mixed, tensor.dtype)))
         for linear in artifact.plan.linears:
             found = sum((artifact.weight(linear, n) * weights[n] for n in names), torch.zeros(()))
-            shards.add(f"{linear}.weight", found.to(dtype))
+            shards.add(f"{linear}.weight", cast(f"{linear}.weight", found, dtype))
         shards.close()
         config = {k: v for k, v in read_config(first).items() if k != "quantization_config"}
         write_json(part / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})

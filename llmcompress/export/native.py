@@ -6,15 +6,18 @@ block from the source and the store, never from a whole model; equal inputs give
 
 from __future__ import annotations
 
+import json
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.errors import ExportError
 from llmcompress.export.base import (
     FROM_PRETRAINED,
     SHARD_BYTES,
     Exporter,
     dense_config,
     require_equal,
+    some,
     write_model_folder,
 )
 from llmcompress.models import sizes
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from llmcompress.quant.spec import QuantPlan
     from llmcompress.quant.store import PackedStore
 
-_QUANTIZED = "from what was quantized"
+_QUANTIZED, _SOURCE = "from what was quantized", "from the source"
 
 
 class NativeExporter(Exporter):
@@ -77,17 +80,35 @@ class NativeExporter(Exporter):
         write_native(handle, store, policies, out, provenance)
 
     def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
-        """Compare every packed tensor in the files with the store's, byte for byte, and every replaced one by value."""
-        from llmcompress.export.readers import SafetensorsFolder
+        """Compare every tensor in the files, and the config's plan and policies, with the model that was measured.
 
+        What the files hold is what :func:`~llmcompress.models.assemble.compressed_model` puts in memory: packed tensors
+        byte for byte, those that a stage replaced by value, and the dense rest as in the source.
+
+        Raises:
+            ExportError: Something differs, is missing, or is not part of the model.
+        """
+        from llmcompress.export.readers import SafetensorsFolder
+        from llmcompress.models.assemble import block_tensors, outside_tensors
+
+        policies = policies or {}
+        saved = json.loads((out / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        if saved != json.loads(json.dumps(to_json(store.plan(), policies))):
+            raise ExportError(f"{out}: config.json reads back another plan or other policies")
         with SafetensorsFolder(out) as files:
-            for _, patch in store.blocks():
-                for name, packed in patch.packed.items():
-                    for key, tensor in packed.tensors.items():
-                        require_equal(out, f"{name}.{key}", files.tensor(f"{name}.{key}"), tensor, _QUANTIZED)
-                for name, tensor in patch.replaced.items():
+            left = files.names()
+            for name, tensor in outside_tensors(handle, policies):
+                require_equal(out, name, files.tensor(name), tensor, _SOURCE)
+                left.discard(name)
+            for block in handle.layout.blocks:
+                for name, tensor in block_tensors(handle, store, block):
+                    require_equal(out, name, files.tensor(name), tensor, _QUANTIZED)
+                    left.discard(name)
+                for name, tensor in store.read_block(block.index).replaced.items():
                     # the files hold it in the checkpoint's data type
                     require_equal(out, name, files.tensor(name).to(tensor.dtype), tensor, _QUANTIZED)
+        if left:
+            raise ExportError(f"{out}: unexpected tensors: {some(sorted(left))}")
 
 
 def write_native(

@@ -21,7 +21,7 @@ PATH_KEYS = frozenset({"path", "test_path", "tasks_dir", "tokenizer"})
 # what is read of a model folder; it also holds things that no run reads
 MODEL_FILES = (
     "*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "chat_templates/*.jinja",
-    f"{ADAPTER}/*.json", f"{ADAPTER}/*.safetensors",
+    "additional_chat_templates/*.jinja", f"{ADAPTER}/*.json", f"{ADAPTER}/*.safetensors",
 )  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

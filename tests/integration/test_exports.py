@@ -247,6 +247,23 @@ def test_dense_loads_in_plain_transformers(tmp_path: Path, config: dict[str, Any
     assert torch.equal(logits(model), logits(decoded_model(handle, store)))
 
 
+def test_dense_refuses_what_its_type_cannot_hold(tmp_path: Path) -> None:
+    """Weights of bf16 models may lie beyond fp16; so may the decoded value of one just below its end."""
+    handle = make_model(tmp_path / "source", LLAMA, torch.bfloat16)
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
+    exporter = DenseExporter("float16")
+    exporter.write(handle, store, {}, tmp_path / "small", {})
+    exporter.read_back(tmp_path / "small", handle, store)
+    name = "model.layers.1.mlp.down_proj.weight"
+    patch = store.read_block(1)
+    patch.packed[name.removesuffix(".weight")].tensors["weight_scale"].fill_(60000)
+    store.write_block(1, patch)
+    with pytest.raises(ExportError, match=rf"{name}: holds 480000, and float16 ends at 65504"):
+        exporter.write(handle, store, {}, tmp_path / "out", {})
+    assert not list(tmp_path.glob("out*"))
+    DenseExporter("bfloat16").write(handle, store, {}, tmp_path / "out", {})
+
+
 QWEN3_MOE = {
     **LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "head_dim": 16, "norm_topk_prob": True,

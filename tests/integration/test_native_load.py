@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from llmcompress import hf
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import ExportError, InputError
-from llmcompress.export.native import write_native
+from llmcompress.export.native import NativeExporter, write_native
 from llmcompress.models.assemble import compressed_model
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.orientation import canonical
@@ -165,6 +165,57 @@ def test_save_pretrained_of_a_loaded_model_loads_again(made, tmp_path: Path) -> 
     model, _ = hf.load(made[2])
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(hf.load(tmp_path / "saved")[0]), logits(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale", "model.layers.1.mlp.experts.down_proj.weight_packed",
+        "model.layers.1.mlp.gate.weight",
+    ],
+)  # fmt: skip
+def test_read_back_notices_one_changed_bit_anywhere(made, copy: Path, name: str) -> None:
+    handle, store, artifact = made
+    NativeExporter().read_back(artifact, handle, store)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name].view(torch.uint8).view(-1)[-1] ^= 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=rf"{name} reads back different"):
+        NativeExporter().read_back(copy, handle, store)
+
+
+def test_read_back_wants_every_tensor_and_no_other_and_the_same_plan(made, copy: Path) -> None:
+    handle, store, _ = made
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(1)}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"unexpected tensors: model\.extra"):
+        NativeExporter().read_back(copy, handle, store)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"model\.norm\.weight is missing"):
+        NativeExporter().read_back(copy, handle, store)
+    save_file({**tensors, "model.norm.weight": norm}, copy / "model.safetensors", metadata={"format": "pt"})
+    NativeExporter().read_back(copy, handle, store)
+    with pytest.raises(ExportError, match="other policies"):
+        NativeExporter().read_back(copy, handle, store, {"pesf": {"alpha": 0.9}})
+    edit_config(copy, modules={})
+    with pytest.raises(ExportError, match="another plan"):
+        NativeExporter().read_back(copy, handle, store)
+
+
+@pytest.mark.parametrize("policy", [{"bits": 8, "group_size": -1}, {"bits": 4, "group_size": 16}])
+def test_read_back_compares_an_embedding_in_low_bits(made, tmp_path: Path, policy: dict[str, int]) -> None:
+    handle, store, _ = made
+    exporter, policies = NativeExporter(), {"embeddings": policy}
+    exporter.write(handle, store, policies, tmp_path / "artifact", {})
+    exporter.read_back(tmp_path / "artifact", handle, store, policies)
+    file = tmp_path / "artifact" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight_packed"][0, 0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"embed_tokens\.weight_packed reads back different"):
+        exporter.read_back(tmp_path / "artifact", handle, store, policies)
 
 
 def test_nothing_is_overwritten(made) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from llmcompress.errors import ExportError, ResourceError
 from llmcompress.export.base import (
     ShardWriter,
     atomic_folder,
+    cast,
+    copy_side_files,
     expert_rows,
     expert_slice,
     some,
@@ -89,6 +92,35 @@ def test_system_errors_get_their_exit_code(tmp_path: Path, number: int, kind: ty
     with pytest.raises(kind), atomic_folder(tmp_path / "out"):
         raise OSError(number, "no")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_beyond_fp16_are_an_error_and_not_infinite(dtype: torch.dtype) -> None:
+    fits = torch.tensor([65504.0, -3.0]).to(dtype)
+    if dtype is torch.float32:
+        assert cast("w", fits, torch.float16).tolist() == [65504.0, -3.0]
+    with pytest.raises(ExportError, match=r"w: holds 131072, and float16 ends at 65504") as caught:
+        cast("w", torch.tensor([1.0, -131072.0], dtype=dtype), torch.float16)
+    assert "bfloat16" in str(caught.value.hint)
+    # infinities of the source are the source's; wider types and integers take everything
+    assert cast("w", torch.tensor([float("inf")], dtype=dtype), torch.float16).isinf().all()
+    assert cast("w", torch.tensor([131072.0], dtype=dtype), torch.bfloat16).item() == 131072.0
+    assert cast("w", torch.tensor([131072]), torch.float16).dtype == torch.int64
+
+
+def test_everything_a_tokenizer_needs_comes_along(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    wanted = [
+        "tokenizer_config.json", "vocab.txt", "tokenizer.model", "spiece.model", "qwen.tiktoken", "chat_template.jinja",
+        "generation_config.json", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    for name in [*wanted, "notes.txt", "model.safetensors", "config.json"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    out.mkdir()
+    copy_side_files(SimpleNamespace(path=source, tokenizer_path=None), out)  # type: ignore[arg-type]
+    found = {p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.is_file()}
+    assert found == {name: name for name in wanted}
 
 
 def test_lists_of_names_are_short() -> None:
