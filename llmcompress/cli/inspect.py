@@ -266,7 +266,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) -> tuple[BatchMemory, ...]:
-    if layout is None or all(block.scan is None for block in layout.blocks):
+    if layout is None:
         return ()
     return tuple(memory_table(layout, weights, policies.get("state_cache")))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from llmcompress.units import bytes_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmcompress.models.state_memory import BatchMemory
     from llmcompress.pipeline.cluster import ClusterRow
     from llmcompress.pipeline.estimate import Plan
     from llmcompress.pipeline.rates import Rates
@@ -259,6 +261,18 @@ def _rounded(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
+def _states(rows: Sequence[BatchMemory]) -> list[str]:
+    """What sequences keep besides keys and values, and from which batch size on that is more than the weights."""
+    if not rows:
+        return []
+    one = rows[0]
+    kept, floats = bytes_text(one.states), bytes_text(one.float_states)
+    text = f"recurrent states of a sequence: {kept}" + ("" if kept == floats else f" (in fp32 {floats})")
+    more = next((row.batch for row in rows if row.states + row.convolution > row.weights), None)
+    beside = "" if more is None else f"; at batch {more} states take more than the weights"
+    return [f"{text}, and {bytes_text(one.convolution)} of convolutions{beside}"]
+
+
 def _show(found: Plan, short: list[str], screen: Console) -> None:
     cuda = found.device == "cuda"
     screen.print(
@@ -293,6 +307,7 @@ def _show(found: Plan, short: list[str], screen: Console) -> None:
     ]  # fmt: skip
     if found.unmatched and found.rules:
         lines.append(f"{found.unmatched / 1e6:,.1f} M values that could be quantized match no rule and stay dense")
+    lines += _states(found.memory)
     lines += [
         f"{b.resource}: {bytes_text(b.needed)} of {bytes_text(b.limit)}" + ("" if b.fits else " — does not fit")
         for b in found.budgets

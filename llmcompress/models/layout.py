@@ -194,22 +194,23 @@ class ExpertBank:
 class ScanView:
     """Selective scan of an ``ssm`` sublayer: ``h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t``, ``y_t = h_t C_t + D x_t``.
 
+    A gated delta rule is one too: B is a key, C a query, and ``dt x`` what the state says wrongly of a value.
     The state of one sequence is ``[heads, channels, states]``.
 
     Attributes:
         module: Run-time name of the mixer.
-        kind: ``mamba2``: one decay per head; ``mamba1``: one per channel and state.
+        kind: ``mamba2``: one decay per head; ``mamba1``: one per channel and state; ``delta``: a gated delta rule.
         heads: H. For ``mamba1`` these are virtual: groups of ``channels`` neighbouring channels, so that scales
             cost less than a bit per value.
-        channels: P, values of ``x`` per head.
-        states: N.
-        groups: Sets of B and C that the heads share; 1 for ``mamba1``.
+        channels: P, values of ``x`` per head; columns of a value.
+        states: N; columns of a key.
+        groups: Sets of B and C that the heads share, key heads; 1 for ``mamba1``.
         conv_channels: Channels of the causal convolution before the scan.
         conv_width: Its kernel size, which is also how many inputs its state holds.
     """
 
     module: str
-    kind: Literal["mamba1", "mamba2"]
+    kind: Literal["mamba1", "mamba2", "delta"]
     heads: int
     channels: int
     states: int
@@ -243,7 +244,7 @@ class Sublayer:
         groups: Quantizable linears in calibration order; for ``moe`` those of the shared experts. Without a group
             ``last`` the module's output projection belongs to an earlier block, see :class:`Loan`.
         experts: The expert bank of a ``moe`` sublayer.
-        scan: The scan of an ``ssm`` sublayer, None where its mixer is no state space (gated delta rule, convolution).
+        scan: The scan of an ``ssm`` sublayer, None where its mixer keeps no state (a convolution).
         parallel: Reads the hidden states that the sublayer before it read, not the ones it wrote.
         input_scale: Constant that multiplies the normed input.
         output_scale: Constant that multiplies the output before the residual add.

@@ -58,8 +58,9 @@ def _inside(sublayer: Sublayer, kept: set[str]) -> Iterator[Smoothable]:
     """The inputs that a module makes for its own output projection."""
     last = next((group for group in sublayer.groups if group.position == "last"), None)
     if sublayer.kind == "ssm":
-        norm = f"{sublayer.module}.norm"
-        if last is not None and f"{norm}.weight" in kept and sublayer.scan is not None:
+        norm, scan = f"{sublayer.module}.norm", sublayer.scan
+        # that of a delta rule has one weight for all heads
+        if last is not None and f"{norm}.weight" in kept and scan is not None and scan.kind != "delta":
             yield _of([last], _tensors(norm, kept))
         return
     for group in sublayer.groups:

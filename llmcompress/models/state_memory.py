@@ -1,4 +1,4 @@
-"""What serving a state-space model takes, by batch size: weights, states, convolution states. Torch-free."""
+"""What serving a model with recurrent states takes, by batch size: weights, states, convolution states. Torch-free."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sequence_bytes(layout: ModelLayout, policy: Mapping[str, Any] | None, item: 
             continue
         for bits in widths.get(view.module, [spec.bits] * view.heads):
             states += state_bytes(spec, view.channels, view.states, bits)
-        steps = view.heads * (1 if view.kind == "mamba2" else view.channels)
+        steps = view.heads * (view.channels if view.kind == "mamba1" else 1)
         states += window_bytes(spec, window, view.heads * view.channels + steps + view.groups * view.states)
     return states, convolution, floats
 
@@ -67,7 +67,7 @@ def sequence_bytes(layout: ModelLayout, policy: Mapping[str, Any] | None, item: 
 def memory_table(
     layout: ModelLayout, weights: int, policy: Mapping[str, Any] | None, item: int = 2
 ) -> list[BatchMemory]:
-    """Memory for batch sizes from 1 to 512.
+    """Memory for batch sizes from 1 to 512; nothing for models without states.
 
     Args:
         layout: The model.
@@ -76,4 +76,6 @@ def memory_table(
         item: Bytes of a value in the model's type.
     """
     states, convolution, floats = sequence_bytes(layout, policy, item)
+    if not floats:
+        return []
     return [BatchMemory(n, weights, n * states, n * convolution, n * floats) for n in BATCHES]

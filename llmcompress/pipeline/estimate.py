@@ -19,6 +19,7 @@ from llmcompress.errors import ExportError, ResourceError
 from llmcompress.models import sizes
 from llmcompress.models.layout import ModelLayout
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.state_memory import BatchMemory, memory_table
 from llmcompress.pipeline.device import BASELINE_VRAM, baseline_ram, ram_above_baseline
 from llmcompress.quant.rules import deciding_rules, resolve
 from llmcompress.recipe.load import LoadedRecipe
@@ -105,6 +106,7 @@ class Plan:
         disk: Everything the run writes.
         flops: Sum over the stages.
         stages, rules, budgets: Details.
+        memory: Of models with recurrent states: bytes of weights and states by batch size, once the run is over.
         suggest: Finds changes that save a resource; see :meth:`require_budget`.
     """
 
@@ -127,6 +129,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     rules: tuple[RulePlan, ...]
     budgets: tuple[Budget, ...]
+    memory: tuple[BatchMemory, ...] = ()
     suggest: Callable[[str], list[str]] = field(default=lambda resource: [], compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +140,7 @@ class Plan:
         ]
         found["rules"] = [asdict(rule) for rule in self.rules]
         found["budgets"] = [{**asdict(budget), "fits": budget.fits} for budget in self.budgets]
+        found["memory"] = [{**asdict(row), "total": row.total} for row in self.memory]
         return found
 
     def worst(self, resource: str) -> str:
@@ -244,6 +248,7 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         "host.disk": (recipe.host.disk, disk),
         "device.vram": (recipe.device.vram, vram),
     }
+    output = sizes.model_bytes(layout, inputs.specs, inputs.weight_bytes, inputs.policies)
     return Plan(
         recipe=recipe.name,
         model_type=layout.model_type,
@@ -253,7 +258,7 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         parameters=sizes.parameters(layout),
         unmatched=unmatched,
         dense_bytes=sizes.model_bytes(layout, {}, inputs.weight_bytes),
-        output_bytes=sizes.model_bytes(layout, inputs.specs, inputs.weight_bytes, inputs.policies),
+        output_bytes=output,
         bits_codes=bits.codes,
         bits_weights=bits.weights,
         bits_stored=bits.stored,
@@ -264,6 +269,7 @@ def _plan(recipe: Recipe, config: Mapping[str, Any], layout: ModelLayout, device
         stages=tuple(stages),
         rules=tuple(rules),
         budgets=tuple(Budget(name, limit, need) for name, (limit, need) in needs.items() if limit is not None),
+        memory=tuple(memory_table(layout, output, inputs.policies.get("state_cache"), inputs.weight_bytes)),
     )
 
 

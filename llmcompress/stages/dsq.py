@@ -86,7 +86,7 @@ class Dsq(Stage):
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Refuse models without recurrent states."""
-        if all(block.scan is None for block in layout.blocks):
+        if all(block.scan is None or block.scan.kind == "delta" for block in layout.blocks):
             return [f"stages.{self.name}: {layout.model_type} has no state-space layers: remove this stage"]
         return []
 
@@ -122,7 +122,8 @@ class Dsq(Stage):
         flops += 20.0 * runs * samples * tokens * sum(view.values for view in scans)
         on_gpu = inputs.device == "cuda"
         ram = mapped + held + (0 if on_gpu else work)
-        return Estimate(ram=ram, vram=work + held if on_gpu else 0, disk=0, flops=flops)
+        policies = {"state_cache": self.policy(None)}
+        return Estimate(ram=ram, vram=work + held if on_gpu else 0, disk=0, flops=flops, policies=policies)
 
     def _tokens(self, length: int) -> int:
         return min(self.config.tokens, length) if length else self.config.tokens

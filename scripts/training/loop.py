@@ -111,7 +111,7 @@ class Run:
         self.heldout = self.tokenizer.encode(text)
         torch.manual_seed(args.seed)
         self.model = BUILDERS[args.model](args.vocab_size).train()
-        if args.model != "moe":
+        if args.model in ("mamba2", "hybrid"):
             from training.scan import use_fast_mixers
 
             use_fast_mixers(self.model)

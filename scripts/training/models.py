@@ -1,4 +1,4 @@
-"""The reference models: a Mixtral-style MoE, a Mamba-2, and a hybrid of attention, Mamba-2 and experts."""
+"""The reference models: a Mixtral-style MoE, a Mamba-2, a hybrid of attention, Mamba-2 and experts, a Qwen3.5."""
 
 from __future__ import annotations
 
@@ -87,7 +87,33 @@ def build_hybrid(vocab_size: int) -> Any:
     return model
 
 
-BUILDERS = {"moe": build_moe, "mamba2": build_mamba2, "hybrid": build_hybrid}
+def build_delta(vocab_size: int) -> Any:
+    """Qwen3.5: 2.6 M parameters; the gated delta rule in three layers, gated attention in the fourth."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_hidden_layers=4,
+        intermediate_size=448,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        tie_word_embeddings=True,
+        **SPECIAL,
+    )
+    model = Qwen3_5ForCausalLM(config)
+    spread_half_lives(model)
+    return model
+
+
+BUILDERS = {"moe": build_moe, "mamba2": build_mamba2, "hybrid": build_hybrid, "delta": build_delta}
 
 
 def spread_half_lives(model: Any, shortest: float = 2.0, longest: float = 1500.0) -> None:
@@ -100,7 +126,7 @@ def spread_half_lives(model: Any, shortest: float = 2.0, longest: float = 1500.0
 
     mixers = [m for m in model.modules() if hasattr(m, "A_log") and hasattr(m, "dt_bias")]
     for index, mixer in enumerate(mixers):
-        heads = mixer.num_heads
+        heads = mixer.A_log.numel()
         # layers are offset against each other, so that the model as a whole covers the range evenly
         position = (torch.arange(heads) + (index + 0.5) / len(mixers)) / heads
         rate = math.log(2) / (shortest * (longest / shortest) ** position)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import PER_EXPERT, Family, Part, attention, first_and_last, gated_mlp, norm
 from llmcompress.models.families.qwen_moe import is_sparse, shared_expert_mixture, softmax_router
-from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer, TensorView
+from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, ScanView, Sublayer, TensorView
 
 _KINDS = ("linear_attention", "full_attention")
 
@@ -27,18 +27,21 @@ def gated_delta(facts: Facts, layer: str, apart: bool) -> Part:
         apart: Whether the gate z, the step sizes b and the decays a have projections of their own.
     """
     module, heads, hidden = f"{layer}.linear_attn", facts.size("linear_num_value_heads"), facts.hidden
-    key = facts.size("linear_num_key_heads") * facts.size("linear_key_head_dim")
+    key_heads, key_head, taps = (
+        facts.size(f"linear_{name}") for name in ("num_key_heads", "key_head_dim", "conv_kernel_dim")
+    )
     head = facts.size("linear_value_head_dim")
-    value, mixed = heads * head, 2 * key + heads * head
+    value, mixed = heads * head, 2 * key_heads * key_head + heads * head
     rows = {"qkv": mixed, "z": value} if apart else {"qkvz": mixed + value}
     small = {"b": heads, "a": heads} if apart else {"ba": 2 * heads}
     first = [LinearView(f"{module}.in_proj_{name}", size, hidden, Role.SSM) for name, size in rows.items()]
     last = LinearView(f"{module}.out_proj", hidden, value, Role.SSM)
     kept = [TensorView(f"{module}.{name}", (heads,)) for name in ("dt_bias", "A_log")]
-    kept.append(TensorView(f"{module}.conv1d.weight", (mixed, 1, facts.size("linear_conv_kernel_dim"))))
+    kept.append(TensorView(f"{module}.conv1d.weight", (mixed, 1, taps)))
     kept += [TensorView(f"{module}.in_proj_{name}.weight", (size, hidden)) for name, size in small.items()]
     groups = first_and_last(module, first, last)
-    sublayer = Sublayer("ssm", module, f"{layer}.input_layernorm", None, groups)
+    scan = ScanView(module, "delta", heads, head, key_head, key_heads, mixed, taps)
+    sublayer = Sublayer("ssm", module, f"{layer}.input_layernorm", None, groups, scan=scan)
     return Part(sublayer, (*kept, *norm(f"{module}.norm", head)))
 
 

@@ -34,3 +34,21 @@ def test_four_bit_states_cost_4_375_bits() -> None:
     rows = memory_table(layout, 1000, {"bits": 4, "codec": "dsq"})
     assert [row.batch for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     assert rows[3].states == 8 * states
+
+
+def test_gated_delta_rules_keep_a_state_for_every_value_head() -> None:
+    layout = layout_from_config(json.loads((CONFIGS / "qwen3_next_80b_a3b.json").read_text()))
+    states, convolution, floats = sequence_bytes(layout, None, 2)
+    # 36 of 48 layers with 32 heads of 128 by 128, and 4 inputs of 2 x 16 x 128 + 32 x 128 channels each
+    assert floats == states == 36 * 32 * 128 * 128 * 4
+    assert convolution == 36 * (2 * 16 * 128 + 32 * 128) * 4 * 2
+    # a scale for each column of a key and of a value
+    assert sequence_bytes(layout, {"bits": 4, "codec": "dsq"}, 2)[0] * 8 / (floats / 4) == 4 + 16 * 256 / 128**2
+    row = 32 * 128 + 32 + 16 * 128
+    replayed = sequence_bytes(layout, {"bits": 4, "codec": "dsq", "window": 4}, 2)[0]
+    assert replayed - sequence_bytes(layout, {"bits": 4, "codec": "dsq"}, 2)[0] == 36 * (3 * row * 4 + 4)
+
+
+def test_models_without_states_have_no_table() -> None:
+    layout = layout_from_config(json.loads((CONFIGS / "qwen3_30b_a3b.json").read_text()))
+    assert memory_table(layout, 1000, None) == []

@@ -97,6 +97,16 @@ def test_a_plan_is_plain_data():
     assert found["budgets"] == [{"resource": "host.ram", "limit": 64 * 10**9, "needed": found["ram"], "fits": True}]
 
 
+def test_states_of_the_compressed_model_are_counted_by_batch_size():
+    plain = planned("eac_moe_qwen3_next", "qwen3_next_80b_a3b")
+    assert plain.memory[0].states == plain.memory[0].float_states == 36 * 32 * 128 * 128 * 4
+    assert {row.weights for row in plain.memory} == {plain.output_bytes}
+    low = planned("q_mamba_mamba2", "mamba2_2b7").to_dict()["memory"]
+    assert all(row["states"] * 6 < row["float_states"] for row in low)
+    assert low[3]["total"] == low[3]["weights"] + 8 * (low[0]["states"] + low[0]["convolution"])
+    assert planned("eac_moe_olmoe", "olmoe_1b_7b").memory == ()
+
+
 @pytest.mark.parametrize(
     ("override", "resource"),
     [("+host.ram=1GB", "host.ram"), ("+host.disk=1MB", "host.disk"), ("+device.vram=1GB", "device.vram")],
