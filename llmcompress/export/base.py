@@ -399,9 +399,12 @@ def write_model_folder(
 
 
 def dense_config(handle: ModelHandle, dtype: torch.dtype | str | None = None) -> dict[str, Any]:
-    """The source's config without any quantization, announcing ``dtype``, the checkpoint's by default."""
-    config = {key: value for key, value in handle.config.items() if key not in ("quantization_config", "torch_dtype")}
-    config.pop("_name_or_path", None)
+    """The source's config without any quantization, announcing ``dtype``, the checkpoint's by default.
+
+    The code that ``auto_map`` names is not copied: readers have the family of their own, as this project does.
+    """
+    left = ("quantization_config", "torch_dtype", "_name_or_path", "auto_map")
+    config = {key: value for key, value in handle.config.items() if key not in left}
     return {**config, "dtype": str(dtype or handle.checkpoint.dtype).removeprefix("torch.")}
 
 

@@ -64,6 +64,8 @@ OUTSIDE = {
 }
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
 DENSE_TYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16"}
+# windows of configs that name none; those of Qwen's are off unless the config says otherwise
+WINDOWS = {"mistral": 4096}
 # llama.cpp hard-codes whether the weights of the chosen experts are divided by their sum
 RENORMALIZES = {"mixtral": True, "qwen2_moe": False, "qwen3_moe": True}
 
@@ -102,12 +104,13 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
     def source_refusals(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> list[str]:
         """Tokenizers, rotary scalings and attention windows that this exporter does not translate."""
         problems = [] if find_spec("gguf") else ["writing needs the gguf package: pip install 'llmcompress[export]'"]
-        problems += tokenizer_problems(tokenizer_folder(folder, tokenizer))
+        problems += tokenizer_problems(tokenizer_folder(folder, tokenizer), config.get("vocab_size"))
         scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "linear"):
             problems.append(f"rotary scaling {kind!r} is not translated")
-        window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+        window = config.get("sliding_window", WINDOWS.get(str(config.get("model_type"))))
+        context = config.get("max_position_embeddings")
         if window and config.get("use_sliding_window", True) and (context is None or window < context):
             problems.append(f"attention over a window of {window} tokens: llama.cpp attends to all for this family")
         act = config.get("hidden_act", "silu")
@@ -371,6 +374,12 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
     if any(bank is not None and bank.router.renormalizes != wanted for bank in banks):
         rule = "divides" if wanted else "does not divide"
         yield f"llama.cpp {rule} the chosen experts' weights by their sum for {layout.model_type}; this model differs"
+    if layout.tied and layout.model_type == "qwen2_moe":
+        yield "llama.cpp wants an output head of its own in this family; this model's is its embedding"
+    if ARCHITECTURES[layout.model_type] != "llama":
+        linears = [linear.name for block in layout.blocks for linear in block.linears() if linear.bias]
+        if odd := [name for name in linears if not name.endswith((".q_proj", ".k_proj", ".v_proj"))]:
+            yield f"{some(odd)}: llama.cpp has no bias for it in this family"
     known = re.compile(r"(^|\.)(" + "|".join(re.escape(name) for name in NAMES) + r")\.(weight|bias)$")
     strange = [view.name for block in layout.blocks for view in block.kept if not known.search(view.name)]
     strange += [view.name for view in layout.outside if view.name not in OUTSIDE]

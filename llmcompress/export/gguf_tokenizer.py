@@ -22,6 +22,8 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
 _QWEN2 = _WORDS + r"\p{N}" + _REST
 _SPLITS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
+# under some names words that are tokens are taken whole (``ignore_merges``), under others merges alone make them
+_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,13 @@ class TokenizerFacts:
     chat_template: str | None
 
 
-def tokenizer_problems(folder: Path | None) -> list[str]:
-    """Why the tokenizer in ``folder`` cannot be written; empty when it can."""
+def tokenizer_problems(folder: Path | None, vocab: int | None = None) -> list[str]:
+    """Why the tokenizer in ``folder`` cannot be written; empty when it can.
+
+    Args:
+        folder: Holds ``tokenizer.json``; None where the model has no tokenizer.
+        vocab: Rows of the embedding, None to leave ids unchecked.
+    """
     if folder is None or not (folder / "tokenizer.json").is_file():
         return ["the model has no tokenizer.json, and a GGUF file without tokenizer is of no use"]
     try:
@@ -60,15 +67,38 @@ def tokenizer_problems(folder: Path | None) -> list[str]:
             "the tokenizer is not byte-level BPE (SentencePiece tokenizers are not written here); "
             "export the dense format and run llama.cpp's own converter on it"
         ]
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return ["the tokenizer marks where words go on or end, which llama.cpp's byte-level BPE does not"]
     if data.get("normalizer") not in (None, {"type": "NFC"}):
         return ["the tokenizer normalises text in a way that llama.cpp does not"]
-    if pre_tokenization(data.get("pre_tokenizer") or {}) is None:
+    if pre_tokenization(data.get("pre_tokenizer") or {}, bool(model.get("ignore_merges"))) is None:
         return ["llama.cpp has no name for the tokenizer's pre-tokenization rules that this exporter knows"]
+    last = max(_tokens(data), default=-1)
+    if vocab is not None and last >= vocab:
+        return [f"the tokenizer has token {last}, but the embedding only {vocab} rows"]
     return []
 
 
-def pre_tokenization(rules: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for pre-tokenizer ``rules`` of a ``tokenizer.json``, None when there is none."""
+def _tokens(data: Mapping[str, Any]) -> dict[int, str]:
+    """Id → token of a ``tokenizer.json``; an added token takes the place of one of the vocabulary."""
+    found = {index: token for token, index in data["model"].get("vocab", {}).items()}
+    return found | {entry["id"]: entry["content"] for entry in data.get("added_tokens") or []}
+
+
+def pre_tokenization(rules: Mapping[str, Any], whole_words: bool = False) -> str | None:
+    """llama.cpp's name for a tokenizer's rules, None when there is none.
+
+    Args:
+        rules: ``pre_tokenizer`` of a ``tokenizer.json``.
+        whole_words: Its ``ignore_merges``: a word that is a token becomes that one, whatever merges would make of it.
+    """
+    name = _split_name(rules)
+    if name in _WHOLE_WORDS:
+        return name if whole_words else _WHOLE_WORDS[name]
+    return None if whole_words else name
+
+
+def _split_name(rules: Mapping[str, Any]) -> str | None:
     steps = list(rules.get("pretokenizers") or [rules])
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     others = [step for step in steps if step.get("type") != "ByteLevel"]
@@ -94,17 +124,14 @@ def read_tokenizer(folder: Path, vocab: int, config: Mapping[str, Any]) -> Token
         config: The model's config, used where the tokenizer does not name its special tokens.
 
     Raises:
-        ExportError: See :func:`tokenizer_problems`; or an id lies outside the embedding.
+        ExportError: See :func:`tokenizer_problems`.
     """
-    problems = tokenizer_problems(folder)
+    problems = tokenizer_problems(folder, vocab)
     if problems:
         raise ExportError("\n".join(problems))
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = {entry["id"]: entry for entry in data.get("added_tokens") or []}
-    by_id = {index: token for token, index in data["model"]["vocab"].items()}
-    by_id |= {index: entry["content"] for index, entry in added.items()}
-    if by_id and max(by_id) >= vocab:
-        raise ExportError(f"the tokenizer has token {max(by_id)}, but the embedding only {vocab} rows")
+    by_id = _tokens(data)
     tokens, types = [], []
     for index in range(vocab):
         tokens.append(by_id.get(index, f"[PAD{index}]"))
@@ -117,7 +144,7 @@ def read_tokenizer(folder: Path, vocab: int, config: Mapping[str, Any]) -> Token
     special = _special_ids(settings, {token: index for index, token in by_id.items()}, config)
     first, last = _template_ends(data.get("post_processor") or {})
     return TokenizerFacts(
-        pre=str(pre_tokenization(data["pre_tokenizer"])),
+        pre=str(pre_tokenization(data["pre_tokenizer"], bool(data["model"].get("ignore_merges")))),
         tokens=tokens,
         types=types,
         merges=merges,

@@ -16,6 +16,7 @@ from llmcompress.events import Event
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
 from llmcompress.export.dense import DenseExporter
 from llmcompress.export.gguf import GGUFExporter
+from llmcompress.export.gguf_tokenizer import _LLAMA3, _QWEN2
 from llmcompress.models.assemble import compressed_model
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.orientation import canonical, family_orientation
@@ -374,6 +375,42 @@ def test_gguf_runs_in_llama_cpp(tmp_path: Path) -> None:
         wanted = decoded_model(handle, store)(input_ids=torch.tensor([ids])).logits[0]
     # llama.cpp rounds activations to 8 bits for these products
     assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > 0.995
+
+
+@pytest.mark.parametrize("rules", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx"])
+def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, rules: str) -> None:
+    """Also of a word that is a token which no merges make: Llama 3 takes it whole, others do not."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from tokenizers import Tokenizer
+
+    handle = make_model(tmp_path / "source", {**LLAMA, "vocab_size": 400})
+    make_tokenizer(tmp_path / "source")
+    file = tmp_path / "source" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"]["vocab"]["Ġcats"] = 350
+    data["model"]["ignore_merges"] = rules == "llama-bpe"
+    step = {**data["pre_tokenizer"], "use_regex": rules in ("gpt-2", "smollm")}
+    pattern = {"qwen2": _QWEN2, "llama-bpe": _LLAMA3, "dbrx": _LLAMA3}.get(rules)
+    before: list[dict[str, Any]] = []
+    if pattern is not None:
+        before = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
+    elif rules == "smollm":
+        before = [{"type": "Digits", "individual_digits": True}]
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*before, step]} if before else step
+    file.write_text(json.dumps(data))
+    exporter, out = GGUFExporter(), tmp_path / "out"
+    assert exporter.source_refusals(handle.path, handle.config) == []
+    exporter.write(handle, PackedStore(tmp_path / "blocks"), {}, out, {})
+    llama = llama_cpp.Llama(str(out / "model.gguf"), vocab_only=True, verbose=False)
+    ours = Tokenizer.from_file(str(file))
+    for text in (
+        "the cat's hat, the cats sat",
+        "In 2024 there were 31337 rats!\n\n  don't  ",
+        "über Größe 東京 <|end|> x",
+    ):
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ours.encode(text).ids, text
+    whole = ours.encode(" cats").ids == [350]
+    assert whole == (rules == "llama-bpe")
 
 
 def context(run_dir: Path, recipe: dict[str, Any], events: list[Event]) -> RunContext:

@@ -58,6 +58,8 @@ def test_groups_must_be_made_of_whole_blocks(group: int) -> None:
             },
             "experts in every layer",
         ),
+        ({"model_type": "qwen2_moe", "num_experts": 4, "tie_word_embeddings": True}, "an output head of its own"),
+        ({"model_type": "qwen3", "head_dim": 16, "attention_bias": True}, "o_proj: llama.cpp has no bias for it"),
     ],
 )  # fmt: skip
 def test_families_llama_cpp_computes_differently(config: dict[str, Any], words: str) -> None:
@@ -77,6 +79,11 @@ def test_families_llama_cpp_computes_differently(config: dict[str, Any], words: 
         ({"sliding_window": 32}, "window of 32 tokens"),
         ({"sliding_window": 64, "max_position_embeddings": 64}, None),
         ({"sliding_window": 32, "max_position_embeddings": 64, "use_sliding_window": False}, None),
+        # what transformers takes where the config does not say
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, "window of 4096 tokens"),
+        ({"model_type": "mistral", "max_position_embeddings": 4096}, None),
+        ({"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": None}, None),
+        ({"model_type": "mixtral", "max_position_embeddings": 32768}, None),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
     ],
 )
@@ -87,6 +94,13 @@ def test_settings_of_the_source_that_llama_cpp_would_not_follow(
     no_tokenizer, *rest = GGUFExporter().source_refusals(tmp_path, config)
     assert "no tokenizer.json" in no_tokenizer
     assert len(rest) == (words is not None) and all(str(words) in problem for problem in rest)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama", "mlp_bias": True}, {"model_type": "qwen2"}])
+def test_biases_that_llama_cpp_has(config: dict[str, Any]) -> None:
+    layout = layout_from_config({**SIZES, "attention_bias": True, **config})
+    assert any(linear.bias for block in layout.blocks for linear in block.linears())
+    assert GGUFExporter().refusals(layout, {}, {}) == []
 
 
 def test_row_order_of_rotary_heads() -> None:

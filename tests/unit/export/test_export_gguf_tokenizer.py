@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from llmcompress.errors import ExportError
+from llmcompress.export.gguf import GGUFExporter
 from llmcompress.export.gguf_tokenizer import _LLAMA3, _QWEN2, CONTROL, NORMAL, UNUSED, pre_tokenization, read_tokenizer
 
+MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
@@ -22,7 +24,7 @@ def split(pattern: str) -> dict[str, Any]:
     [
         (BYTE_LEVEL, "gpt-2"),
         ({**BYTE_LEVEL, "add_prefix_space": True}, None),
-        (split(_LLAMA3), "llama-bpe"),
+        (split(_LLAMA3), "dbrx"),
         (split(_QWEN2), "qwen2"),
         (split(r"\s+"), None),
         (
@@ -37,10 +39,14 @@ def test_pre_tokenization_is_known_by_its_rules(rules: dict[str, Any], name: str
     assert pre_tokenization(rules) == name
 
 
+@pytest.mark.parametrize(("rules", "name"), [(split(_LLAMA3), "llama-bpe"), (split(_QWEN2), None), (BYTE_LEVEL, None)])
+def test_words_that_are_tokens_are_taken_whole_under_other_names(rules: dict[str, Any], name: str | None) -> None:
+    assert pre_tokenization(rules, whole_words=True) == name
+
+
 def write_tokenizer(folder: Path, **changes: Any) -> None:
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     data = {
-        "model": model,
+        "model": MODEL,
         "pre_tokenizer": BYTE_LEVEL,
         "added_tokens": [{"id": 3, "content": "<s>", "special": True}],
         "post_processor": {
@@ -68,6 +74,9 @@ def test_vocabulary_types_and_special_tokens(tmp_path: Path) -> None:
     [
         ({"model": {"type": "Unigram", "vocab": []}}, "not byte-level BPE"),
         ({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}}}, "not byte-level BPE"),
+        ({"model": {**MODEL, "end_of_word_suffix": "</w>"}}, "where words go on or end"),
+        ({"model": {**MODEL, "continuing_subword_prefix": "##"}}, "where words go on or end"),
+        ({"model": {**MODEL, "ignore_merges": True}}, "pre-tokenization"),
         ({"normalizer": {"type": "Lowercase"}}, "normalises"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenization"),
     ],
@@ -80,8 +89,13 @@ def test_other_tokenizers_are_refused(tmp_path: Path, changes: dict[str, Any], w
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    with pytest.raises(ExportError, match="only 3 rows"):
+    with pytest.raises(ExportError, match="has token 3, but the embedding only 3 rows"):
         read_tokenizer(tmp_path, 3, {})
+    # known from the config, before any work
+    pytest.importorskip("gguf")
+    assert GGUFExporter().source_refusals(tmp_path, {"vocab_size": 4}) == []
+    (problem,) = GGUFExporter().source_refusals(tmp_path, {"vocab_size": 3})
+    assert "only 3 rows" in problem
 
 
 @pytest.mark.parametrize(
