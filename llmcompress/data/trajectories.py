@@ -49,7 +49,7 @@ class Trajectory:
         response: The response without the end token.
         trials: Attempts in it.
         kind: ``trajectory`` (ends right), ``pair`` (one attempt, its verification and what follows at once),
-            ``given up`` (every attempt wrong) or ``solution``.
+            ``verification`` (that of a given attempt alone), ``given up`` (every attempt wrong) or ``solution``.
         ends: Whether the end token follows.
     """
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llmcompress.algorithms.rl_objectives import full_kl, token_logp
 from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask, verdict_tokens
-from llmcompress.data.trajectories import Trajectory
+from llmcompress.data.actions import RETRY
+from llmcompress.data.trajectories import Trajectory, first_attempt
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Trainer, due
 from llmcompress.training.parallel import deal
@@ -63,6 +64,25 @@ class SftSettings:
     verdict_weight: float = 1.0
 
 
+def _response_ids(trajectory: Trajectory, reader: Reader) -> list[int]:
+    """Token ids of a response without its end token.
+
+    Where an attempt would follow, the text is tokenized as in front of one: the last line feeds of a text are one token
+    to SmolLM2's tokenizer and others, in front of a digit they are two.
+    """
+    text = trajectory.response
+    ids = list(reader.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if trajectory.ends or not text.endswith(RETRY):
+        return ids
+    longer = list(reader.tokenizer(text + first_attempt(text), add_special_tokens=False)["input_ids"])
+    length = 0
+    for count, piece in enumerate(reader.pieces(longer), 1):
+        length += len(piece)
+        if length >= len(text):
+            return longer[:count] if length == len(text) else ids
+    return ids
+
+
 def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_markers: bool = True) -> SftRow | None:
     """Tokenize a training text and set its mask; None when it is longer than ``max_length`` tokens.
 
@@ -70,7 +90,7 @@ def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_marker
     produces.
     """
     prompt = reader.prompt(trajectory.question)
-    ids = list(reader.tokenizer(trajectory.response, add_special_tokens=False)["input_ids"])
+    ids = _response_ids(trajectory, reader)
     pieces = reader.pieces(ids)
     response = cut(pieces, trajectory.ends)
     ids += [reader.end] * trajectory.ends
@@ -84,6 +104,11 @@ def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_marker
         for action in response.actions[1:]:
             end = action.stop if action.kind is ActionKind.VERIFY else action.start + action.marker
             mask[action.start : end] = [True] * (end - action.start)
+    elif trajectory.kind == "verification":
+        # when to verify is not for this row to teach, nor what follows
+        mask = [False] * len(ids)
+        for action in response.actions[1:]:
+            mask[action.start + action.marker : action.stop] = [True] * (action.stop - action.start - action.marker)
     elif trajectory.kind == "solution":
         mask = [True] * len(ids)
     else:

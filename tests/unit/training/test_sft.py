@@ -1,14 +1,19 @@
-"""Parts of a batch add up to the batch, the anchor alone computes no more of the reference than it reads, and a verdict
-weighs what it is told to.
+"""Parts of a batch add up to the batch, the anchor alone computes no more of the reference than it reads, a verdict
+weighs what it is told to, and rows have the tokens and targets that responses have.
 """
 
 import pytest
 import torch
 
+from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY, response
+from llmcompress.data.problems.base import BOX
+from llmcompress.data.problems.word_problems import WordProblems
+from llmcompress.data.trajectories import Trajectory
 from llmcompress.errors import UsageError
+from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length
-from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss
+from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss, to_row
 
 PAD = 0
 
@@ -121,3 +126,48 @@ def test_recompute_is_asked_for_in_the_recipe_and_planned(tiny, tmp_path):
         assert all(("forward" in block.__dict__) == recompute for block in blocks)
         peaks.append(S2RInit("s", config).estimate(inputs).ram)
     assert peaks[1] < peaks[0]
+
+
+@pytest.fixture(scope="module")
+def byte_reader():
+    """Reads bytes, and two line feeds that no text follows as one token, as SmolLM2's and GPT-2's tokenizers do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: place for place, piece in enumerate([*alphabet, "ĊĊ", "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return Reader(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>"), WordProblems(brief=True))
+
+
+def told(row, reader):
+    """(Given, trained) text of a row's response."""
+    pieces = reader.pieces(row.response)
+    return tuple(
+        "".join(p for p, t in zip(pieces, row.trained, strict=True) if t is trained) for trained in (False, True)
+    )
+
+
+def test_the_marker_behind_a_rejected_attempt_has_the_tokens_it_has_in_front_of_the_next(byte_reader):
+    wrong, right = (f"2+2={n}. {BOX}{n}}}" for n in (5, 4))
+    checks = f"2+2=4. {INCORRECT}", f"2+2=4. {CORRECT}"
+    whole = Trajectory("", "2+2?", response([(wrong, checks[0]), (right, checks[1])]), 2, "trajectory")
+    pair = Trajectory("", "2+2?", f"{wrong}{CHECK}{checks[0]}{RETRY}", 1, "pair", ends=False)
+    alone = byte_reader.tokenizer(pair.response, add_special_tokens=False)["input_ids"]
+    row, longer = (to_row(text, byte_reader, 1000) for text in (pair, whole))
+    assert row.response == longer.response[: len(row.response)] != tuple(alone)
+    assert byte_reader.text(row.response) == pair.response
+    # what ends is tokenized as it is
+    ended = Trajectory("", "2+2?", f"{right}{CHECK}{checks[1]}", 1, "pair")
+    assert to_row(ended, byte_reader, 1000).response[-1] == byte_reader.end
+
+
+def test_a_verification_alone_teaches_neither_when_to_verify_nor_what_follows(byte_reader):
+    text = f"2+2=5. {BOX}5}}{CHECK}2+2=4. {INCORRECT}"
+    row = to_row(Trajectory("", "2+2?", text, 1, "verification", ends=False), byte_reader, 1000)
+    assert told(row, byte_reader) == (f"2+2=5. {BOX}5}}{CHECK}", f"2+2=4. {INCORRECT}")
+    assert byte_reader.end not in row.response
+    said = [piece for piece, says in zip(byte_reader.pieces(row.response), row.verdict, strict=True) if says]
+    assert "".join(said) == "incorrect"
