@@ -91,6 +91,9 @@ SSM_FAMILIES: dict[str, dict[str, Any]] = {
                "use_shared_attention_adapter": True, "use_mem_rope": True, "tie_word_embeddings": True,
                "num_hidden_layers": 4,
                "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "qwen3_5_text": {"intermediate_size": 48, "num_hidden_layers": 3, "linear_num_value_heads": 4,
+                     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+                     "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "jamba": {"intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 4, "mamba_d_state": 8,
               "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
 }  # fmt: skip

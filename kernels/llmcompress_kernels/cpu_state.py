@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select
+from llmcompress_kernels.reference import delta_state as delta_definition
 from llmcompress_kernels.reference import state as definition
 from llmcompress_kernels.reference.state import SEGMENT
 
@@ -167,6 +168,23 @@ def dsq_replay_update(*arguments: Any) -> Tensor:
     out = torch.empty_like(drive)
     sizes = (recent.shape[1] + 1, sequences, heads, b.shape[1], channels, states)
     _call("llmc_dsq_replay_update", *held, *numbers, out, *sizes, bits, int(refit), int(dither))
+    return out
+
+
+def dsq_delta_update(*arguments: Any) -> Tensor:
+    """One token of a gated delta rule with packed states."""
+    held, numbers, how = arguments[:6], [t.contiguous() for t in arguments[6:11]], arguments[11:]
+    recent, count, value, key = held[4], held[5], numbers[0], numbers[3]
+    # the dispatcher leaves out arguments that have their defaults
+    bits, refit, dither = how + (False, False)[len(how) - 1 :]
+    sequences, heads, channels = value.shape
+    states = key.shape[-1]
+    fits = bits in (4, 8) and (recent is None or _window_fits(recent, count)) and _runs(channels, states, *held)
+    if not fits or not _all_float(*numbers):
+        return delta_definition.dsq_delta_update(*arguments)
+    out, window = torch.empty_like(value), 1 if recent is None else recent.shape[1] + 1
+    sizes = (window, sequences, heads, key.shape[1], channels, states)
+    _call("llmc_dsq_delta_update", *held, *numbers, out, *sizes, bits, int(refit), int(dither))
     return out
 
 

@@ -40,6 +40,20 @@ class ScanInputs:
     b: Tensor
     c: Tensor
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Sequences and tokens of each."""
+        return self.x.shape[0], self.x.shape[1]
+
+    @property
+    def log_decay(self) -> Tensor:
+        """``dt A``, fp64 ``[S, T, H]``: the mean over channels and states where they differ."""
+        return (self.dt.double() * self.a.double().mean(-1)).mean(-1)
+
+    def run(self, state: Tensor | None, store: Store | None) -> tuple[Tensor, Tensor]:
+        """The sequence token by token: see :func:`scan`."""
+        return scan(self, state, store)
+
     def at(self, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(x [S, H, P], dt [S, H, ·], b [S, G, N], c [S, G, N])`` of one token."""
         return self.x[:, t], self.dt[:, t], self.b[:, t], self.c[:, t]

@@ -1,4 +1,4 @@
-"""What a quantized state costs, head by head, measured on real scan inputs.
+"""What a quantized state costs, head by head, measured on real inputs.
 
 The error of a state is read by all later tokens, so it is measured where it is read: on the scan's outputs, with the
 recurrence run token by token in float and with each width. Spending an average width by these errors
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize, static_channel_scale, static_state_scale
-from llmcompress.algorithms.selective_scan import ScanInputs, half_life, scan
+from llmcompress.algorithms.gated_delta import DeltaInputs
+from llmcompress.algorithms.selective_scan import ScanInputs, half_life
+
+Inputs = ScanInputs | DeltaInputs
 
 
 @dataclass
@@ -46,9 +49,9 @@ class HeadStatistics:
         self.log_decay = torch.zeros(self.heads, dtype=torch.float64)
         self.energy = torch.zeros(self.heads, dtype=torch.float64)
 
-    def add_float(self, inputs: ScanInputs) -> Tensor:
+    def add_float(self, inputs: Inputs) -> Tensor:
         """Run the float recurrence, add to everything but the errors; returns its outputs ``[S, T, H, P]``."""
-        sequences, tokens = inputs.x.shape[:2]
+        sequences, tokens = inputs.tokens
         mean_abs, largest = [], None
 
         def watch(fresh: Tensor, _t: int) -> Tensor:
@@ -59,10 +62,9 @@ class HeadStatistics:
             largest = top if largest is None else torch.maximum(largest, top)
             return fresh
 
-        outputs, _ = scan(inputs, None, watch)
+        outputs, _ = inputs.run(None, watch)
         assert largest is not None
-        log_decay = (inputs.dt.double() * inputs.a.double().mean(-1)).mean(-1)
-        self.log_decay += log_decay.sum((0, 1)).cpu()
+        self.log_decay += inputs.log_decay.sum((0, 1)).cpu()
         self.energy += outputs.double().square().sum((0, 1, 3)).cpu()
         self.tokens += sequences * tokens
         summed = torch.stack(mean_abs).sum(0) * sequences
@@ -72,7 +74,7 @@ class HeadStatistics:
         return outputs
 
     def add_error(
-        self, label: str, inputs: ScanInputs, exact: Tensor, spec: StateSpec, static: Tensor | None, window: int = 1
+        self, label: str, inputs: Inputs, exact: Tensor, spec: StateSpec, static: Tensor | None, window: int = 1
     ) -> None:
         """Run the recurrence with a state that is rounded every ``window`` tokens, add its error under ``label``."""
         outputs = _quantized_outputs(inputs, spec, static, window)
@@ -99,10 +101,10 @@ class HeadStatistics:
         return {label: (error / energy).sqrt().tolist() for label, error in self.errors.items()}
 
 
-def _quantized_outputs(inputs: ScanInputs, spec: StateSpec, static: Tensor | None, window: int) -> Tensor:
+def _quantized_outputs(inputs: Inputs, spec: StateSpec, static: Tensor | None, window: int) -> Tensor:
     """``[S, T, H, P]``, the state rounded every ``window`` tokens, by the operator where it knows codec and kind."""
-    if not spec.has_kernel or inputs.a.shape[1:] != (1, 1):
-        return scan(inputs, None, lambda fresh, t: fresh if t % window else fake_quantize(fresh, spec, static))[0]
+    if not isinstance(inputs, ScanInputs) or not spec.has_kernel or inputs.a.shape[1:] != (1, 1):
+        return inputs.run(None, lambda fresh, t: fresh if t % window else fake_quantize(fresh, spec, static))[0]
     from llmcompress_kernels.state import selective_scan_q
 
     sequences, _, heads, channels = inputs.x.shape

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress_kernels import decode as native
 
-from llmcompress.inference.coverage import DELTAS, decline_config
+from llmcompress.inference.coverage import DELTAS, LOW_BITS, decline_config
 from llmcompress.inference.decoder import decoder_of, delta_sizes
 from llmcompress.inference.engine import decline_anywhere, decline_module, decline_rest
 from llmcompress.inference.hybrid import HybridEngine
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.tree_linear import TreeLinear
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def decline(model: PreTrainedModel) -> str | None:
 
 
 def _decline_layers(model: PreTrainedModel) -> str | None:
+    if runtime_of(model) is not None:
+        return LOW_BITS
     sublayers = [block.sublayers[0] for block in layout_from_config(model.config.to_dict()).blocks]
     if not any(sublayer.kind == "attention" for sublayer in sublayers):
         return "none of its layers has attention"

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from llmcompress.algorithms.decoupled_scales import BITS, CODECS, StateSpec
+from llmcompress.algorithms.gated_delta import DeltaInputs
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
+from llmcompress.nn import delta_rule
 from llmcompress.nn.decode_step import DecodeStep
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
 from llmcompress.quant.states import DITHERED, Rounding
@@ -39,6 +41,7 @@ RUNTIME = "_llmcompress_states"
 FUNCTIONS = {
     "mamba2": ("mamba2_chunk_scan", "mamba2_selective_state_update"),
     "mamba1": ("mamba_selective_scan", "mamba_selective_state_update"),
+    "delta": delta_rule.FUNCTIONS,
 }
 
 
@@ -62,7 +65,7 @@ class StateRuntime:
         self.recurrent = False
         self.prompt: int | Tensor = 1
         self.resting = False
-        self.inspect: Callable[[int, ScanInputs], None] | None = None
+        self.inspect: Callable[[int, ScanInputs | DeltaInputs], None] | None = None
         self.observe: Callable[[int, Tensor, int], None] | None = None
         self.quantizers: dict[str, StateQuantizer] = {}
 
@@ -151,7 +154,7 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
         layer = int(mixer.layer_idx)  # type: ignore[arg-type]
         quantizer = StateQuantizer(spec, view, layer, static, bits, int(policy.get("window", 1)))
         runtime.quantizers[name] = quantizer
-        _Mixer(mixer, quantizer, runtime).install()
+        Mixer(mixer, quantizer, runtime).install()
     setattr(model, RUNTIME, runtime)
     return runtime
 
@@ -205,7 +208,7 @@ def _heads(policy: Mapping[str, Any], found: list[tuple[str, ScanView]]) -> Mapp
 
 def attach_mixer(mixer: nn.Module, view: ScanView, runtime: StateRuntime) -> None:
     """Attach one mixer with float states, to look into its scan."""
-    _Mixer(mixer, StateQuantizer(StateSpec(16, "none"), view, int(mixer.layer_idx)), runtime).install()  # type: ignore[arg-type]
+    Mixer(mixer, StateQuantizer(StateSpec(16, "none"), view, int(mixer.layer_idx)), runtime).install()  # type: ignore[arg-type]
 
 
 def detach(model: PreTrainedModel, layout: ModelLayout) -> None:
@@ -216,7 +219,7 @@ def detach(model: PreTrainedModel, layout: ModelLayout) -> None:
         delattr(model, RUNTIME)
 
 
-class _Mixer:
+class Mixer:
     """One mixer's two functions and the forward that uses them."""
 
     def __init__(self, mixer: nn.Module, quantizer: StateQuantizer, runtime: StateRuntime) -> None:
@@ -237,11 +240,11 @@ class _Mixer:
                 "install the version named in pyproject.toml",
             )
         self.whole = original.__globals__[names[0]]
-        ours = (self.chunk_scan, self.head_update) if self.view.kind == "mamba2" else (self.scan1, self.update1)
+        ours = self._functions()
         scope = {**original.__globals__, **dict(zip(names, ours))}
         forward = FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
         forward.__kwdefaults__ = original.__kwdefaults__
-        quantized, one = self, DecodeStep(self.mixer)
+        quantized, one = self, None if self.view.kind == "delta" else DecodeStep(self.mixer)
 
         def wrapped(mixer: nn.Module, hidden_states: Tensor, cache: Any = None, *args: Any, **kw: Any) -> Tensor:
             cache = kw.pop("cache_params", cache)  # its name in transformers before 5.24
@@ -249,17 +252,25 @@ class _Mixer:
                 plain: Tensor = type(mixer).forward(mixer, hidden_states, cache, *args, **kw)  # type: ignore[operator]
                 return plain
             quantized.begin(cache, hidden_states.shape[1])
-            if one.fits(hidden_states, cache, quantized.held, (*args, kw.get("attention_mask"))):
-                assert quantized.held is not None
-                return one(hidden_states, cache, quantized.held)
-            rest = (*args, kw.get("attention_mask"), quantized.runtime.inspect, quantized.runtime.observe)
-            if not quantized.simulates and one.fits_prompt(hidden_states, cache, quantized.quantizer, rest):
-                return one.prompt(hidden_states, cache, quantized.held, quantized.view)
+            if one is not None:
+                if one.fits(hidden_states, cache, quantized.held, (*args, kw.get("attention_mask"))):
+                    assert quantized.held is not None
+                    return one(hidden_states, cache, quantized.held)
+                rest = (*args, kw.get("attention_mask"), quantized.runtime.inspect, quantized.runtime.observe)
+                if not quantized.simulates and one.fits_prompt(hidden_states, cache, quantized.quantizer, rest):
+                    return one.prompt(hidden_states, cache, quantized.held, quantized.view)
             result: Tensor = forward(mixer, hidden_states, cache, *args, **kw)
             quantized.held = None
             return result
 
         self.mixer.forward = MethodType(wrapped, self.mixer)
+
+    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What takes the place of the two, over a sequence and for a token."""
+        if self.view.kind == "delta":
+            rule = delta_rule.DeltaRule(self, self.whole)
+            return rule.over_sequence, rule.one_token
+        return (self.chunk_scan, self.head_update) if self.view.kind == "mamba2" else (self.scan1, self.update1)
 
     def begin(self, cache: Any, tokens: int) -> None:
         """Adopt the cache's layer, remember the state that this pass starts from."""

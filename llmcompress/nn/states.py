@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompress_kernels import state as kernels
+from llmcompress_kernels.delta_state import dsq_delta_update
 from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
 from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
+from llmcompress.algorithms.gated_delta import difference
 from llmcompress.algorithms.selective_scan import driven, read
 from llmcompress.quant.states import DECODED_BITS
 
@@ -86,15 +88,18 @@ class StateQuantizer:
 
     @property
     def row(self) -> tuple[int, int, int]:
-        """Values that a window keeps of a token: ``dt x``; decay, for Mamba-1 (whose decay is larger) dt; B."""
+        """Values that a window keeps of a token: ``dt x``; decay, for Mamba-1 (whose decay is larger) dt; B.
+
+        Of a delta rule they are its change, its decay and its key.
+        """
         scan = self.scan
         inner = scan.heads * scan.channels
-        return inner, scan.heads if scan.kind == "mamba2" else inner, scan.groups * scan.states
+        return inner, inner if scan.kind == "mamba1" else scan.heads, scan.groups * scan.states
 
     @property
     def has_kernel(self) -> bool:
         """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
-        fits = self.scan.kind == "mamba2" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
+        fits = self.scan.kind != "mamba1" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
         return fits and self.spec.has_kernel
 
     @property
@@ -194,7 +199,7 @@ class PackedState:
         for k in range(int(filled.max()) if len(filled) else 0):
             drive, rate, b = self.recent[:, k].split(self.quantizer.row, 1)
             drive, b = drive.view(-1, scan.heads, scan.channels), b.view(-1, scan.groups, scan.states)
-            if scan.kind == "mamba2":
+            if scan.kind != "mamba1":
                 decay = rate[..., None, None]
             else:
                 assert a is not None, "a window of Mamba-1 is replayed with the layer's rates"
@@ -234,6 +239,33 @@ class PackedState:
             rate = decay if self.quantizer.scan.kind == "mamba2" else dt
             self.take(fresh, torch.cat((drive.flatten(1), rate.flatten(1), b.flatten(1)), 1))
         return fresh
+
+    def decode_delta(self, value: Tensor, decay: Tensor, step: Tensor, key: Tensor, query: Tensor) -> Tensor:
+        """Take one token of a gated delta rule in and read its output.
+
+        Args:
+            value: fp32 ``[S, H, P]``.
+            decay: fp32 ``[S, H]``.
+            step: fp32 ``[S, H]``.
+            key: fp32 ``[S, G, N]`` of length one.
+            query: fp32 ``[S, G, N]`` of length one, scaled.
+
+        Returns:
+            fp32 ``[S, H, P]``.
+        """
+        quantizer = self.quantizer
+        if self.packed and quantizer.has_kernel and quantizer.one_width:
+            assert self.state is not None
+            self.tokens += 1
+            held = (self.codes[0], self.channel, self.state, quantizer.static, self.recent, self.count)
+            how = (quantizer.spec.bits, quantizer.spec.refit, quantizer.spec.dither)
+            return dsq_delta_update(*held, value, decay, step, key, query, *how)
+        state = self.load()
+        change = difference(state, value, decay, step, key)
+        fresh = driven(state, change, decay[..., None, None], key)
+        row = None if self.recent is None else torch.cat((change.flatten(1), decay, key.flatten(1)), 1)
+        self.take(fresh, row)
+        return read(fresh, query)
 
     def take(self, fresh: Tensor, row: Tensor | None = None) -> None:
         """Keep the fresh state of one more token: sequences at the end of their windows are rounded.
@@ -352,14 +384,22 @@ class PackedStateLayer:
     is_conv_states_initialized: dict[int, bool]
     is_recurrent_states_initialized: dict[int, bool]
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Any:
-        """Keep the final state of a prefill; ``[S, H, P, N]``, or ``[S, D, N]`` from Mamba-1."""
+    def update_recurrent_state(self, recurrent_states: Any, state_idx: int = 0, **_: Any) -> Any:
+        """Keep a prefill's last state: ``[S, H, P, N]``, of Mamba-1 ``[S, D, N]``, of a delta rule ``[S, H, N, P]``.
+
+        What is kept packed already is given back by the mixers of a delta rule after every token.
+        """
+        if isinstance(recurrent_states, PackedState):
+            return recurrent_states
         held = self.recurrent_states[state_idx]
         if held is None:
             held = self.recurrent_states[state_idx] = PackedState(self.quantizer, self.packed)
             self.is_recurrent_states_initialized[state_idx] = True
         scan = self.quantizer.scan
-        fresh = recurrent_states.float().view(-1, scan.heads, scan.channels, scan.states)
+        fresh = recurrent_states.float()
+        if scan.kind == "delta":
+            fresh = fresh.mT.contiguous()
+        fresh = fresh.view(-1, scan.heads, scan.channels, scan.states)
         held.store(fresh, self.incoming)
         return held
 

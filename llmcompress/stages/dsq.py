@@ -86,7 +86,7 @@ class Dsq(Stage):
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Refuse models without recurrent states."""
-        if all(block.scan is None or block.scan.kind == "delta" for block in layout.blocks):
+        if all(block.scan is None for block in layout.blocks):
             return [f"stages.{self.name}: {layout.model_type} has no state-space layers: remove this stage"]
         return []
 

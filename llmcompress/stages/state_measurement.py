@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmcompress.algorithms.decoupled_scales import StateSpec
-    from llmcompress.algorithms.selective_scan import ScanInputs
-    from llmcompress.algorithms.state_statistics import HeadStatistics
+    from llmcompress.algorithms.state_statistics import HeadStatistics, Inputs
     from llmcompress.models.layout import Block
     from llmcompress.stages.dsq import DsqConfig
     from llmcompress.stages.state import RunContext, RunState
@@ -84,7 +83,7 @@ def _forward(config: DsqConfig, walker: Any, block: Block, hidden: Tensor, measu
 
     runtime, statistics = StateRuntime(), HeadStatistics(block.scan.heads)
     mixer = walker.model.get_submodule(block.scan.module)
-    batches: list[ScanInputs] = []
+    batches: list[Inputs] = []
     runtime.inspect = lambda _layer, inputs: batches.append(inputs)
     # every token counts as prompt, so time steps are limited as in a prefill
     runtime.prompt = walker.tokens.shape[1]

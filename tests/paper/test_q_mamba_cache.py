@@ -87,6 +87,34 @@ def test_beams_of_packed_and_float_states_are_the_same_to_the_last_bit(decoded_i
     assert all(torch.equal(one, two) for one, two in zip(packed.scores, fake.scores))
 
 
+@pytest.mark.parametrize("policy", ["dsq", "dither", "window and dither"])
+def test_states_of_a_delta_rule_packed_and_in_float_say_the_same(policy: str, tiny: Any) -> None:
+    """Of a size with kernels, which ask codes and not values what they say of a key: other sums, the same state."""
+    sizes = {"linear_key_head_dim": 32, "linear_value_head_dim": 16}
+    model, runtime = quantized(tiny, "qwen3_5_text", POLICIES[policy], **sizes)
+    with torch.no_grad():
+        text = model.generate(PROMPT, max_new_tokens=24, do_sample=False)
+
+        def scores() -> tuple[torch.Tensor, Any]:
+            out = model(text[:, :9], use_cache=True)
+            rows = []
+            for at in range(9, text.shape[1]):
+                out = model(text[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+                rows.append(out.logits)
+            return torch.cat(rows, 1), out.past_key_values
+
+        packed, cache = scores()
+        assert cache.layers[0].recurrent_states[0].codes
+        runtime.packed = False
+        fake, cache = scores()
+        assert not cache.layers[0].recurrent_states[0].codes
+        runtime.resting = True
+        plain, _ = scores()
+    # a scale that differs in its last bit gives its column another dither, for a whole window
+    bound = 0.2 if "dither" in policy else 0.05
+    assert float((packed - fake).norm()) < bound * float((fake - plain).norm())
+
+
 def test_a_state_follows_its_beam(decoded_in_one_call: Any) -> None:
     """The score of each text is its likelihood when it is read without any search, 12 rows as in the search."""
     model, _ = decoded_in_one_call

@@ -57,9 +57,13 @@ def hooked_decode(model: Any, layout: Any, spec: StateSpec) -> tuple[torch.Tenso
 
         def hook(module: Any, _args: Any, _kwargs: Any, _output: Any, view: Any = view) -> None:
             state = cache.layers[module.layer_idx].recurrent_states[0]
-            shape = (-1, view.heads, view.channels, view.states)
-            trace.append(state.float().view(shape).clone())
-            state.copy_(fake_quantize(state.float().view(shape), spec).view_as(state))
+            # a delta rule has columns of keys before those of values
+            across = view.kind == "delta"
+            fresh = state.float().view(-1, view.heads, *state.shape[2:]).mT if across else state.float()
+            fresh = fresh.reshape(-1, view.heads, view.channels, view.states)
+            trace.append(fresh.clone())
+            stored = fake_quantize(fresh, spec)
+            state.copy_((stored.mT if across else stored).reshape(state.shape))
 
         handles.append(model.get_submodule(view.module).register_forward_hook(hook, with_kwargs=True))
     word = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"

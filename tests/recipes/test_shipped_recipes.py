@@ -43,6 +43,7 @@ HUB = {
     "q_mamba_granite4": "granite4_h_tiny",
     "q_mamba_nemotron3": "nemotron3_nano_30b",
     "q_mamba_zamba2": "zamba2_7b",
+    "q_mamba_qwen3_next": "qwen3_next_80b_a3b",
 }
 # further sizes of the same recipes
 SIZES = [

@@ -73,7 +73,7 @@ def test_half_lives_are_those_of_the_weights(tiny: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(found), 0.6931472 / rate.detach(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mamba2", "mamba", "granitemoehybrid"])
+@pytest.mark.parametrize("family", ["mamba2", "mamba", "granitemoehybrid", "qwen3_5_text"])
 @pytest.mark.parametrize("codec", ["dsq", "dsq_static_p", "dsq_t"])
 def test_artifact_loads_with_states_and_activations_on(family: str, codec: str, tiny: Any, tmp_path: Path) -> None:
     from llmcompress import hf
