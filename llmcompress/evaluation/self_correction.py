@@ -7,12 +7,13 @@ import json
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.algorithms.self_verify import ActionKind, Episode, Response, behaviour, cut, judge
+from llmcompress.algorithms.self_verify import ActionKind, Episode, Response, behaviour, cut, judge, verdict_of
+from llmcompress.data.actions import CHECK, CORRECT, INCORRECT
 from llmcompress.data.problems.base import Problem, ProblemSet, boxed
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.errors import InputError
@@ -92,6 +93,18 @@ class Reader:
         whole = list(self.tokenizer(text)["input_ids"])
         places = (n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids)
         return [*whole[: next(places, 0)], *ids]
+
+    def tokens(self, text: str, following: str = "") -> list[int]:
+        """Token ids of a text as it is tokenized in front of another one: the last line feeds of a text are one token
+        to SmolLM2's tokenizer and others, in front of a digit they are two. Where no token ends between the two, those
+        of the text alone.
+        """
+        alone = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not following:
+            return alone
+        whole = list(self.tokenizer(text + following, add_special_tokens=False)["input_ids"])
+        ends = list(itertools.accumulate(map(len, self.pieces(whole))))
+        return whole[: ends.index(len(text)) + 1] if len(text) in ends else alone
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each token, so that the pieces together are the decoded text.
@@ -205,6 +218,33 @@ def measure(
     episodes = [reader.judge(problem, ids, right) for problem, ids, right in zip(problems, responses, known)]
     texts = [reader.text(ids) for ids in responses]
     return Measured(episodes, texts, why_batched(model, sampling) or writer.reason)
+
+
+def verify_given(
+    model: PreTrainedModel, reader: Reader, problems: Sequence[Problem], attempts: Sequence[str], sampling: Sampling
+) -> list[bool | None]:
+    """What a model says of attempts that are given to it, greedily: the verdict of the verification that it writes
+    behind each, None where it gives none. A model that never verifies by itself is asked as well.
+
+    Args:
+        model: In evaluation mode.
+        reader: Prompts.
+        problems: What each attempt answers.
+        attempts: Texts.
+        sampling: Of the verifications.
+    """
+    prompts = [
+        [*reader.prompt(problem.question), *reader.tokens(attempt + CHECK, attempt)]
+        for problem, attempt in zip(problems, attempts, strict=True)
+    ]
+    found = sample(model, prompts, replace(sampling, temperature=0.0), reader.end, reader.pad, 0)
+    return [_first_verdict(reader.text(ids)) for ids in found]
+
+
+def _first_verdict(text: str) -> bool | None:
+    """That of the first sentence that gives one: a model that was not taught what follows may write anything then."""
+    places = {text.find(told): told for told in (CORRECT, INCORRECT) if told in text}
+    return verdict_of(places[min(places)] if places else text)
 
 
 def majority(

@@ -77,9 +77,10 @@ class S2RInitConfig(TrainingConfig):
     tokens."""
 
     read_back: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """``data: program``: share of rows that put the answer of a given attempt, right or not, back into the problem,
-    without a verdict: the arithmetic that verifications consist of, which a model has to know before it can learn from
-    them what is right. Word problems alone."""
+    """``data: program``: share of rows that verify a given attempt, right or not. Neither the attempt nor the marker
+    behind it is a target, nor is what would follow the verdict: the model learns how to verify, and goes on answering
+    with one attempt. A large model can tell whether an answer fits its problem before it is taught S2R; a small one
+    cannot. Word problems alone."""
 
     pair_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of (attempt, verification) pairs among the rows, as a warm-up of verification; 0 in the paper. Small
@@ -260,21 +261,24 @@ class S2RInit(TrainingStage):
         return rows, pairs
 
     def _written_rows(self, reader: Reader, ctx: RunContext) -> list[Trajectory]:
-        """Solutions by the task's program and answers put back, of problems that nothing else uses."""
+        """Solutions and verifications by the task's program, of problems that nothing else uses."""
         import random
 
-        from llmcompress.data.problems.base import ReadBack
+        from llmcompress.data.actions import CHECK
+        from llmcompress.data.problems.base import ReadBack, boxed
         from llmcompress.data.trajectories import Trajectory
+        from llmcompress.data.verifiers import Program
         from llmcompress.evaluation.self_correction import choose
 
         problems = choose(reader.problems.problems("pretrain"), self.config.problems, ctx.seed)
-        rng = random.Random(f"{ctx.seed}:written")
+        rng, verifier = random.Random(f"{ctx.seed}:written"), Program(reader.problems)
         rows = []
         for problem in problems:
             # no number is drawn where none is asked for
             if self.config.read_back > 0 and rng.random() < self.config.read_back:
-                attempt, steps = cast(ReadBack, reader.problems).read_back(problem, rng)
-                rows.append(Trajectory(problem.key, f"{problem.question}\n{attempt}", steps, 1, "solution"))
+                attempt, _ = cast(ReadBack, reader.problems).read_back(problem, rng)
+                text = f"{attempt}{CHECK}{verifier.write(problem, boxed(attempt) or '')}"
+                rows.append(Trajectory(problem.key, problem.question, text, 1, "verification", ends=False))
             else:
                 rows.append(
                     Trajectory(problem.key, problem.question, reader.problems.solution(problem, rng), 1, "solution")

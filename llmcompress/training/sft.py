@@ -64,25 +64,6 @@ class SftSettings:
     verdict_weight: float = 1.0
 
 
-def _response_ids(trajectory: Trajectory, reader: Reader) -> list[int]:
-    """Token ids of a response without its end token.
-
-    Where an attempt would follow, the text is tokenized as in front of one: the last line feeds of a text are one token
-    to SmolLM2's tokenizer and others, in front of a digit they are two.
-    """
-    text = trajectory.response
-    ids = list(reader.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if trajectory.ends or not text.endswith(RETRY):
-        return ids
-    longer = list(reader.tokenizer(text + first_attempt(text), add_special_tokens=False)["input_ids"])
-    length = 0
-    for count, piece in enumerate(reader.pieces(longer), 1):
-        length += len(piece)
-        if length >= len(text):
-            return longer[:count] if length == len(text) else ids
-    return ids
-
-
 def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_markers: bool = True) -> SftRow | None:
     """Tokenize a training text and set its mask; None when it is longer than ``max_length`` tokens.
 
@@ -90,7 +71,9 @@ def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_marker
     produces.
     """
     prompt = reader.prompt(trajectory.question)
-    ids = _response_ids(trajectory, reader)
+    text = trajectory.response
+    # where a retry is to follow, the marker has the tokens that it has in front of an attempt
+    ids = reader.tokens(text, first_attempt(text) if text.endswith(RETRY) and not trajectory.ends else "")
     pieces = reader.pieces(ids)
     response = cut(pieces, trajectory.ends)
     ids += [reader.end] * trajectory.ends

@@ -43,6 +43,8 @@ POLICIES = ("base", "solutions", "sft", "orl", "prl")
 SIZES, AIM = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.5
 # validation problems of each size
 EACH = 170
+# tokens of the longest verification of numbers of the largest size
+VERIFICATION = 128
 # seconds that a process of reinforcement needs beside its training: start, model, verdicts before, figures after
 AROUND = 50.0
 # for rehearsals: next to no data on the shipped reasoner, and a little on the real model
@@ -248,14 +250,14 @@ def preload() -> None:
 def choose_size(chain: Chain, model: Path) -> int:
     """The size of numbers at which the warmed-up model's first attempts are right about half the time.
 
-    Decided by validation problems, greedily, in one batch.
+    Decided by validation problems, greedily, in one batch. How many of those attempts it recognises is kept beside it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmcompress.data.problems.word_problems import WordProblems
     from llmcompress.evaluation.sampling import Sampling, sample
-    from llmcompress.evaluation.self_correction import Reader, choose
+    from llmcompress.evaluation.self_correction import Reader, choose, verify_given
 
     dtype = torch.bfloat16 if chain.device == "cuda" else torch.float32
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(chain.device).eval()
@@ -274,11 +276,26 @@ def choose_size(chain: Chain, model: Path) -> int:
     shares = {size: sum(flags) / len(flags) for size, flags in right.items()}
     chain.found["ladder"] = {"shares": shares, "seconds_to_decode": round(seconds, 2)}
     chain.tell(f"first attempts by size: {shares}, decoded in {seconds:.1f} s")
+    chosen = min(SIZES, key=lambda size: (abs(shares[size] - AIM), size))
+    # what a verifier is worth that has only been taught to verify: where it is weak, trajectories come too early
+    asked = [(problem, reader.text(ids)) for (size, problem), ids in zip(rows, found) if size == chosen]
+    said = verify_given(policy, readers[chosen], *zip(*asked), Sampling(VERIFICATION, batch=2048))
+    chain.found["ladder"]["recognised"] = recognised(right[chosen], said)
+    chain.tell(f"attempts of size {chosen} recognised by the warmed-up model: {chain.found['ladder']['recognised']}")
     del policy
     gc.collect()
     if chain.device == "cuda":
         torch.cuda.empty_cache()
-    return min(SIZES, key=lambda size: (abs(shares[size] - AIM), size))
+    return chosen
+
+
+def recognised(right: list[bool], said: list[bool | None]) -> dict[str, float | None]:
+    """Shares of right attempts that are accepted and of wrong ones that are rejected."""
+    shares: dict[str, float | None] = {}
+    for name, truth in (("right", True), ("wrong", False)):
+        verdicts = [verdict for is_right, verdict in zip(right, said) if is_right is truth]
+        shares[name] = sum(verdict is truth for verdict in verdicts) / len(verdicts) if verdicts else None
+    return shares
 
 
 def run(chain: Chain) -> None:

@@ -4,12 +4,14 @@ refused."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmcompress.data.actions import CHECK, RETRY
 from llmcompress.data.problems.config import CountdownTask, WordTask
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.handle import ModelHandle
@@ -169,10 +171,11 @@ def test_answers_put_back_are_a_share_of_the_written_rows(tiny, tmp_path):
     context = tiny.context(tmp_path, "s")
     S2RInit("s", config).run(state(), context)
     rows = [json.loads(line) for line in (context.stage_dir / "trajectories.jsonl").read_text().splitlines()]
-    # what is put back stands in the prompt behind the problem, and is no target
-    back = [row for row in rows if "\\boxed{" in row["question"]]
+    back = [row for row in rows if row["kind"] == "verification"]
     assert 15 < len(back) < 45 and len(rows) == 60
-    assert all("\\boxed{" not in row["response"] for row in back)
+    said = Counter(row["response"].rsplit(" ", 1)[1] for row in back)
+    assert min(said["correct."], said["incorrect."]) > 3 and said.total() == len(back)
+    assert all(row["response"].count(CHECK) == 1 and RETRY not in row["response"] for row in back)
     assert all(row["response"].endswith("}") for row in rows if row not in back)
     with pytest.raises(ValueError, match="read_back"):
         S2RInitConfig(type="s2r_init", data="program", read_back=0.5, task=TASK)

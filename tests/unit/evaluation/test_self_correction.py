@@ -13,7 +13,7 @@ from llmcompress.data.problems.countdown import Countdown
 from llmcompress.errors import InputError
 from llmcompress.evaluation import self_correction
 from llmcompress.evaluation.sampling import Sampling
-from llmcompress.evaluation.self_correction import Reader, choose, majority, paired_test
+from llmcompress.evaluation.self_correction import Reader, choose, majority, paired_test, verify_given
 from llmcompress.models.paths import resolve_path
 
 TASK = Countdown()
@@ -152,3 +152,30 @@ def test_the_vote_pays_for_attempts_alone(reader, monkeypatch):
     monkeypatch.setattr(self_correction, "sample", sampled)
     found = majority(None, reader, [PROBLEM], Sampling(99, 0.7), budget=sum(cost[:3]) + 1)
     assert found == {"accuracy": 1, "best_of": 1, "samples": 4, "tokens": sum(cost)}
+
+
+def test_given_attempts_are_verified_where_responses_verify_theirs(reader, monkeypatch):
+    attempts = ["\\boxed{2+3*4}", "\\boxed{(2+3)*4}", "\\boxed{2*3*4}", "\\boxed{2*(3+4)}"]
+    written = [
+        f"14. {INCORRECT}",
+        f"20. {CORRECT}{RETRY}\\boxed{{2}}{CHECK}{INCORRECT}",
+        "24",
+        f"14, no: {INCORRECT} x",
+    ]
+    shown = []
+
+    def sample(model, prompts, settings, end, pad, seed):
+        shown.extend(prompts)
+        assert settings == Sampling(30, temperature=0.0)
+        return [reader.tokenizer(text, add_special_tokens=False)["input_ids"] for text in written]
+
+    monkeypatch.setattr(self_correction, "sample", sample)
+    said = verify_given(None, reader, [PROBLEM] * 4, attempts, Sampling(30, temperature=0.7))
+    # a verification without a verdict has none, and what follows a verdict is not asked
+    assert said == [False, True, None, False]
+    for attempt, ids in zip(attempts, shown, strict=True):
+        whole = reader.tokenizer(f"{attempt}{CHECK}{attempt}", add_special_tokens=False)["input_ids"]
+        begun = reader.prompt("q")
+        assert ids[: len(begun)] == begun
+        assert whole[: len(ids) - len(begun)] == ids[len(begun) :], "other tokens than a response has there"
+        assert reader.read(ids[len(begun) :]).actions[-1].text == ""
