@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmcompress.algorithms.grids import find_grid, round_codes
-from llmcompress.errors import ExportError, ResourceError
+from llmcompress.errors import ExportError, InputError, ResourceError
 from llmcompress.events import Event
+from llmcompress.export import registry
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
 from llmcompress.export.dense import DenseExporter
 from llmcompress.export.gguf import GGUFExporter
@@ -118,6 +121,8 @@ def check_compressed_tensors(handle: ModelHandle, store: PackedStore, out: Path,
     assert exporter.refusals(handle.layout, store.plan(), {}) == []
     exporter.write(handle, store, {}, out, {"recipe": "test"})
     exporter.read_back(out, handle, store)
+    sizes = [t.nbytes for file in out.glob("*.safetensors") for t in load_file(file).values()]
+    assert sum(sizes) == exporter.output_bytes(handle.layout, store.plan(), 4)
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
@@ -233,6 +238,28 @@ def test_read_back_notices_one_changed_byte(tmp_path: Path) -> None:
             exporter.read_back(out, handle, store)
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors", "dense"])
+def test_read_back_compares_every_tensor_and_wants_no_other(tmp_path: Path, name: str) -> None:
+    handle = make_model(tmp_path / "source", {**MIXTRAL, "num_hidden_layers": 1})
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
+    exporter, out = registry.exporter(name), tmp_path / "out"
+    exporter.write(handle, store, {}, out, {})
+    exporter.read_back(out, handle, store)
+    tensors = load_file(out / "model.safetensors")
+
+    def differs(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, out / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((ExportError, InputError)):
+            exporter.read_back(out, handle, store)
+
+    for key, tensor in tensors.items():
+        other = tensor.clone()
+        other.view(torch.uint8).view(-1)[-1] ^= 1
+        differs({**tensors, key: other})
+        differs({k: t for k, t in tensors.items() if k != key})
+    differs({**tensors, "model.layers.0.other.weight": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN_MOE], ids=lambda c: c["model_type"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dense_loads_in_plain_transformers(tmp_path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -283,6 +310,32 @@ def test_gguf_reads_back_equal(tmp_path: Path, config: dict[str, Any], spec: Qua
     assert exporter.source_refusals(handle.path, handle.config) == []
     exporter.write(handle, store, {}, out, {"recipe": {"name": "tiny"}})
     exporter.read_back(out, handle, store)
+
+
+def test_gguf_read_back_compares_every_tensor_and_wants_no_other(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    handle = make_model(tmp_path / "source", {**LLAMA, "vocab_size": 320, "num_hidden_layers": 1}, torch.bfloat16)
+    make_tokenizer(tmp_path / "source")
+    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4, "self_attn")
+    exporter, out = GGUFExporter(), tmp_path / "out"
+    exporter.write(handle, store, {}, out, {})
+    file = out / "model.gguf"
+    data, tensors = file.read_bytes(), GGUFReader(file).tensors
+    for tensor in tensors:
+        changed = bytearray(data)
+        changed[tensor.data_offset + tensor.n_bytes - 1] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ExportError, match=rf"{tensor.name} reads back different"):
+            exporter.read_back(out, handle, store)
+    # one name for another of the same length
+    file.write_bytes(data.replace(b"output_norm.weight", b"output_nurm.weight"))
+    with pytest.raises(ExportError, match=r"output_norm\.weight is missing"):
+        exporter.read_back(out, handle, store)
+    file.write_bytes(data)
+    handle.layout = dataclasses.replace(handle.layout, outside=handle.layout.outside[:-1])
+    with pytest.raises(ExportError, match=r"unexpected tensors: output\.weight"):
+        exporter.read_back(out, handle, store)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -54,6 +54,12 @@ def test_one_block_by_hand() -> None:
     assert data[0].tolist() == [0x00, 0x38, *(i * 17 for i in range(16))]
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(3, 32, True), QuantSpec(4, 24, True), QuantSpec(3, 24, True)], ids=str)
+def test_widths_and_groups_without_blocks_are_an_error(spec: QuantSpec) -> None:
+    with pytest.raises(ExportError, match="with 96 columns has no exact GGML type"):
+        to_blocks(packed((2, 96), spec))
+
+
 def test_an_offset_beyond_fp16_is_an_error() -> None:
     spec = QuantSpec(4, 32)
     weight = encode(torch.zeros(1, 32, dtype=torch.uint8), torch.tensor([[60000.0]]), torch.tensor([[15]]), spec)

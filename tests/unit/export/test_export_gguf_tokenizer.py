@@ -24,6 +24,11 @@ def split(pattern: str) -> dict[str, Any]:
     [
         (BYTE_LEVEL, "gpt-2"),
         ({**BYTE_LEVEL, "add_prefix_space": True}, None),
+        # without the word the step splits by its own rules
+        ({"type": "ByteLevel", "add_prefix_space": False}, "gpt-2"),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, None),
+        ({"type": "Sequence", "pretokenizers": [split(_QWEN2)["pretokenizers"][0], BYTE_LEVEL]}, None),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}, None),
         (split(_LLAMA3), "dbrx"),
         (split(_QWEN2), "qwen2"),
         (split(r"\s+"), None),
