@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llmcompress.errors import ExportError, ResourceError
+from llmcompress.export import base
 from llmcompress.export.base import (
     ShardWriter,
     atomic_folder,
@@ -18,7 +20,9 @@ from llmcompress.export.base import (
     expert_slice,
     some,
 )
+from llmcompress.export.dense import DenseExporter
 from llmcompress.export.readers import SafetensorsFolder
+from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.codecs.int_group import decode, encode
 from llmcompress.quant.spec import QuantSpec
 
@@ -85,6 +89,31 @@ def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ExportError, match="already exists"), atomic_folder(out):
         pass
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    out = tmp_path / "out"
+    monkeypatch.setattr(base, "_sync", lambda path: synced.append((path.name, out.exists())))
+    with atomic_folder(out) as part:
+        for name in ("a", "b/c"):
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_text("x")
+    assert synced == [("a", False), ("c", False), (tmp_path.name, True)]
+
+
+def test_memory_of_an_export_counts_one_shard_at_most() -> None:
+    layout = layout_from_config(
+        {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
+    )  # fmt: skip
+    largest = 4 * max(sum(math.prod(v.shape) for v in block.tensors()) for block in layout.blocks)
+    exporter = DenseExporter()
+    assert exporter.working_bytes(layout, {}, 2) == largest + exporter.output_bytes(layout, {}, 2)
+    # a parameter of so many bytes stands for a model of many shards
+    assert exporter.working_bytes(layout, {}, base.SHARD_BYTES) == largest + base.SHARD_BYTES
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, ResourceError), (errno.EACCES, ExportError)])

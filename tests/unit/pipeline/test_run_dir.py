@@ -163,4 +163,36 @@ def test_lock_file_without_a_lock_is_taken_over_even_if_its_pid_lives(tmp_path: 
     stale = {"pid": os.getpid(), "host": socket.gethostname(), "started": 1.0}
     (tmp_path / ".lock").write_text(json.dumps(stale))
     with RunLock(tmp_path):
-        pass
+        # what it said before is gone: two objects in one file would name nobody
+        assert json.loads((tmp_path / ".lock").read_text())["started"] > 1.0
+
+
+def test_a_holder_is_known_by_host_and_start_time_too(tmp_path: Path) -> None:
+    """A pid alone is somebody else's after a restart, and says nothing of another machine of the same network disk."""
+    begun = run_dir._start_time(os.getpid())
+    assert begun is not None
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "started": begun}
+    assert (
+        run_dir._alive(me) and run_dir._alive({**me, "started": None}) and run_dir._alive({**me, "started": begun + 1})
+    )
+    for other in (begun - 60, begun + 60):
+        assert not run_dir._alive({**me, "started": other})
+    assert not run_dir._alive({**me, "pid": 1 << 22})
+    assert run_dir._alive({**me, "pid": 1 << 22, "host": "another-machine"})
+
+
+def test_artifacts_in_the_run_folder_move_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, outside = RunDir(tmp_path / "run"), tmp_path / "published"
+    folder.create()
+    (tmp_path / "run" / "artifact").mkdir()
+    outside.mkdir()
+    assert folder.kept_path(tmp_path / "run" / "artifact") == "artifact"
+    assert folder.kept_path(outside) == str(outside)
+    folder.root.rename(tmp_path / "moved")
+    moved = RunDir(tmp_path / "moved")
+    assert moved.recorded_path("artifact") == tmp_path / "moved" / "artifact"
+    assert moved.recorded_path(str(outside)) == outside
+    # what is gone is named in the run folder; records of earlier versions name it from where the command ran
+    assert moved.recorded_path("gone") == tmp_path / "moved" / "gone"
+    monkeypatch.chdir(tmp_path)
+    assert moved.recorded_path("moved/artifact") == Path("moved/artifact")
