@@ -149,17 +149,20 @@ def _require_here(loaded: LoadedRecipe) -> None:
     """Refuse what ``run`` would: files that are not here, a folder without a model, a tokenizer no format can hold.
 
     Raises:
-        InputError: Files are missing.
+        InputError: Files are missing, or a member of a family is damaged.
+        EnvironmentProblem: What compares answers is not installed.
         ExportError: A format cannot translate what lies beside the weights.
     """
     from llmcompress.models.checkpoint import read_config
     from llmcompress.models.paths import resolve_path
+    from llmcompress.pipeline.preflight import require_companions
 
     require_files(loaded, _ELSEWHERE)
     if "model.path" not in loaded.missing:
         folder = resolve_path(loaded.recipe.model.path)
         read_config(folder)
         require_sources(loaded, folder)
+        require_companions(loaded, list(loaded.recipe.stages))
 
 
 def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:

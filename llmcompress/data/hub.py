@@ -6,6 +6,7 @@ where there is no network.
 
 from __future__ import annotations
 
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,15 @@ from llmcompress.errors import first_line
 PATIENCE = 5.0
 """Seconds that the hub has for its first answer."""
 
+RECENT = 60.0
+"""Seconds for which an answer, or none, holds: a recipe may name ten texts and tasks, and each asks."""
+
+# address → when it was asked, and what came of it
+_ASKED: dict[str, tuple[float, str | None]] = {}
+
 
 def hub_silence() -> str | None:
-    """Why the hub does not answer, None where it does or where it shall not be asked.
+    """Why the hub does not answer, None where it does; not asked again for :data:`RECENT` seconds.
 
     An answer of any kind counts. Proxies of the environment are used, as the hub's own client does.
     """
@@ -29,12 +36,20 @@ def hub_silence() -> str | None:
 
     if hub.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
         return "the network is switched off (offline: true or HF_HUB_OFFLINE)"
+    when, silence = _ASKED.get(hub.ENDPOINT, (None, None))
+    if when is None or time.monotonic() - when > RECENT:
+        silence = _ask(hub.ENDPOINT)
+        _ASKED[hub.ENDPOINT] = time.monotonic(), silence
+    return silence
+
+
+def _ask(address: str) -> str | None:
     try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
     except urllib.error.HTTPError:
         return None
     except (OSError, ValueError) as error:
-        return f"{hub.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
+        return f"{address} does not answer ({getattr(error, 'reason', error)})"
     return None
 
 

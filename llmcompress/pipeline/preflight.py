@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, ResourceError
+from llmcompress.models.paths import matches
 from llmcompress.pipeline.device import resolve_device
 from llmcompress.pipeline.estimate import on_machine
 from llmcompress.pipeline.fingerprint import inputs_of
@@ -49,6 +50,11 @@ class Extent:
             return [str(self.only)]
         return every[: every.index(self.until) + 1] if self.until in every else every
 
+    def reached(self, loaded: LoadedRecipe) -> list[str]:
+        """Those of them and all before, which are read again where they are finished."""
+        every = list(loaded.recipe.stages)
+        return every[: every.index(self.names(loaded)[-1]) + 1]
+
     def pending(self, loaded: LoadedRecipe) -> list[str]:
         """Those of them that will run: without what an earlier command has finished by the same settings."""
         names, kept = self.names(loaded), []
@@ -80,10 +86,12 @@ def preflight(
 
     Raises:
         ResourceError: Disk or memory do not suffice for what is predicted, which is good to a tenth or so.
-        InputError: Data cannot be had.
+        InputError: Data cannot be had, or a member of a family is damaged.
+        EnvironmentProblem: A package that compares answers is missing.
     """
     extent = extent or Extent()
     pending = extent.pending(loaded)
+    require_companions(loaded, extent.reached(loaded))
     require_data(loaded, pending)
     # what finished stages have written is looked for in the folder
     if disks := _short_disks(loaded, predicted, extent.names(loaded)):
@@ -106,6 +114,44 @@ def shortfalls(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
     """
     memory = _short_memory(loaded, predicted)
     return [*([memory] if memory else []), *_short_disks(loaded, predicted, list(loaded.recipe.stages))]
+
+
+def require_companions(loaded: LoadedRecipe, names: Collection[str]) -> None:
+    """Open, by their headers, the models that stages name beside the recipe's, and look for what compares answers.
+
+    Otherwise a damaged member is found when its family is begun, and a missing checker after hours of training.
+
+    Args:
+        loaded: The recipe, whose named files are there.
+        names: The stages. What is not here is left out, and what lies in the run folder: a stage may write it first.
+
+    Raises:
+        InputError: A member is damaged, or of another architecture than the base; all of them at once.
+        EnvironmentProblem: A task's checker, or math-verify, is not installed.
+    """
+    own = Path(loaded.recipe.run.dir).resolve()
+    for stage in (stage for stage in loaded.stages() if stage.name in names):
+        task = getattr(stage.config, "task", None)
+        if name := getattr(task, "checker", None):
+            from llmcompress.data.problems.files import checker
+
+            checker(name)
+        if getattr(task, "math", False):
+            from llmcompress.data.problems.mathematics import require_math
+
+            require_math()
+        members = getattr(stage.config, "members", None) or {}
+        paths = {
+            name: member.path
+            for name, member in members.items()
+            if matches(member.path) and not Path(member.path).resolve().is_relative_to(own)
+        }
+        if paths:
+            from llmcompress.models.family import ModelFamily
+            from llmcompress.models.handle import ModelHandle
+
+            model = loaded.recipe.model
+            ModelFamily.open(ModelHandle.open(model.path, model.dtype), paths, model.dtype)
 
 
 def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:

@@ -81,8 +81,17 @@ def math_equal(gold: str, answer: str) -> bool:
     Raises:
         EnvironmentProblem: The package is not installed or does not start.
     """
+    require_math()
+    return _COMPARER.equal(gold, answer)
+
+
+def require_math() -> None:
+    """Look for math-verify, without starting it.
+
+    Raises:
+        EnvironmentProblem: The package is not installed.
+    """
     if find_spec("math_verify") is None:
         raise EnvironmentProblem(
             "task.math: the package math-verify is not installed", "pip install 'llmcompress[math]', or set math: false"
         )
-    return _COMPARER.equal(gold, answer)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from llmcompress.data import hub
-from llmcompress.errors import InputError, ResourceError
+from llmcompress.errors import EnvironmentProblem, InputError, ResourceError
 from llmcompress.models import memory_limits
 from llmcompress.pipeline import preflight as module
 from llmcompress.pipeline.device import baseline_ram
 from llmcompress.pipeline.estimate import Plan, on_machine, plan
 from llmcompress.pipeline.fingerprint import inputs_of
-from llmcompress.pipeline.preflight import Extent, hub_sources, shortfalls
+from llmcompress.pipeline.preflight import Extent, hub_sources, require_companions, shortfalls
 from llmcompress.pipeline.run_dir import RunDir, StageRecord
 from llmcompress.recipe.load import LoadedRecipe, load_recipe
 
@@ -258,3 +258,73 @@ def test_data_of_the_hub_is_missed_at_once_where_nobody_can_fetch_it(
 def test_every_place_that_names_the_hub_is_found() -> None:
     data: Any = {"a": {"source": [{"kind": "hub", "id": "x/y"}, {"kind": "text", "path": "z"}]}, "b": {"kind": "hub"}}
     assert dict(hub_sources(data, "stages")) == {"stages.a.source.0": "x/y"}
+
+
+FAMILY = """
+version: 1
+name: family
+model: {{path: {folder}/base}}
+run: {{dir: {folder}/run, device: cpu}}
+stages:
+  load: {{type: load}}
+  rqt:
+    type: rqt
+    members: {{ant: {folder}/ant, bee: {folder}/bee, cat: {folder}/run/cat}}
+    calibration: {{samples: 2, length: 16, general: {{kind: inline, texts: [some text]}}}}
+    group_size: 16
+  export_family: {{type: export_family}}
+"""
+
+
+def test_a_damaged_member_of_a_family_is_missed_before_any_work(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(name: str, width: int = 48) -> Path:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        return tmp_path / name / "model.safetensors"
+
+    save("base")
+    bee = [save(name) for name in ("ant", "bee")][1]
+    (tmp_path / "recipe.yaml").write_text(FAMILY.format(folder=tmp_path))
+    loaded = load_recipe(tmp_path / "recipe.yaml")
+    # the member in the run folder is not there yet
+    require_companions(loaded, ["load", "rqt"])
+    save("ant", 64)
+    bee.write_bytes(bee.read_bytes()[:-8])
+    with pytest.raises(InputError) as caught:
+        preflight(loaded, plan(loaded, config_of(loaded)))
+    assert "ant (" in caught.value.message and "has shape (64, 32)" in caught.value.message
+    assert "bee: " in caught.value.message and str(bee) in caught.value.message
+    # stages that are not reached are asked for nothing, those that are finished read their members again
+    require_companions(loaded, Extent(until="load").reached(loaded))
+    assert Extent(only="export_family").reached(loaded) == ["load", "rqt", "export_family"]
+    shutil.rmtree(tmp_path / "ant")
+    with pytest.raises(InputError, match="bee: "):
+        require_companions(loaded, ["rqt"])
+
+
+@pytest.mark.parametrize(
+    ("task", "said"), [({"checker": "nobody"}, "no checker 'nobody'"), ({"math": True}, "math-verify is not installed")]
+)
+def test_what_compares_answers_is_missed_before_any_work(
+    task: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmcompress.data.problems import mathematics
+    from llmcompress.data.problems.config import FileTask
+
+    monkeypatch.setattr(mathematics, "find_spec", lambda _: None)
+
+    def loaded(**words: Any) -> Any:
+        config = SimpleNamespace(task=FileTask(kind="file", path="problems.jsonl", **words))
+        run = SimpleNamespace(dir=str(tmp_path))
+        return SimpleNamespace(
+            recipe=SimpleNamespace(run=run), stages=lambda: [SimpleNamespace(name="warm_up", config=config)]
+        )
+
+    require_companions(loaded(), ["warm_up"])
+    require_companions(loaded(**task), ["load"])
+    with pytest.raises(EnvironmentProblem, match=said):
+        require_companions(loaded(**task), ["warm_up"])
