@@ -8,6 +8,7 @@ a bit.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
 from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError, InputError, UsageError
-from llmcompress.export.base import ShardWriter, atomic_folder, cast, write_json
+from llmcompress.export.base import ShardWriter, atomic_folder, cast, some, write_json
 from llmcompress.export.family import member_tensors, save_tensors, whole_tensors, write_member
 from llmcompress.models.checkpoint import read_config
 from llmcompress.models.family import NAME, mismatches
@@ -182,14 +183,11 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
         The shares as they were used.
 
     Raises:
-        ExportError: ``out`` exists, the members' embeddings differ in shape or are of other tokens, or a value is
-            beyond the family's type.
+        ExportError: ``out`` exists, a share is no number of 0 or more, the members' embeddings differ in shape or are
+            of other tokens, only some have a head of their own, or a value is beyond the family's type.
     """
     names = [artifact.require(name) for name in shares]
-    total = sum(shares.values())
-    if not names or total <= 0:
-        raise ExportError("nothing to merge: shares must be positive", "name members, such as --member a --member b")
-    weights = {name: share / total for name, share in shares.items()}
+    weights = _scaled(shares)
     dtype = artifact.dtype
     first = artifact.member_folder(names[0])
     for name in names[1:]:
@@ -202,9 +200,8 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
     with atomic_folder(out) as part:
         shards = ShardWriter(part)
         private = [dict(artifact.private(name)) for name in names]
+        _require_alike(names, private)
         for key, tensor in private[0].items():
-            if any(each[key].shape != tensor.shape for each in private):
-                raise ExportError(f"{key}: members differ in shape", "merge members of one vocabulary")
             mixed = sum((each[key].float() * weights[name] for each, name in zip(private, names)), torch.zeros(()))
             shards.add(key, (tensor if len(names) == 1 else cast(key, mixed, tensor.dtype)))
         for linear in artifact.plan.linears:
@@ -217,6 +214,30 @@ def merge_members(artifact: FamilyArtifact, shares: Mapping[str, float], out: Pa
             if file.is_file() and file.name != "config.json" and file.suffix != ".safetensors":
                 shutil.copyfile(file, part / file.name)
     return weights
+
+
+def _scaled(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares that sum to 1."""
+    for name, share in shares.items():
+        if not 0 <= share < math.inf:
+            raise ExportError(f"{name}: a share of {share:g}: shares are 0 or more", "for example --member a=0.7")
+    total = sum(shares.values())
+    if total <= 0:
+        raise ExportError("nothing to merge: shares must be positive", "name members, such as --member a --member b")
+    return {name: share / total for name, share in shares.items()}
+
+
+def _require_alike(names: Sequence[str], private: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse members of which only some have a head of their own, or embeddings of different shapes."""
+    first = private[0]
+    for name, each in zip(names, private):
+        if odd := sorted(each.keys() ^ first.keys()):
+            raise ExportError(
+                f"{some(odd)}: only one of {names[0]} and {name} has it", "merge members of one structure"
+            )
+        for key, tensor in each.items():
+            if tensor.shape != first[key].shape:
+                raise ExportError(f"{key}: members differ in shape", "merge members of one vocabulary")
 
 
 class _NewLeaf(DenseVisitor):

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.errors import ExportError
 from llmcompress.export import family as export
 from llmcompress.export import family_edit
+from llmcompress.export.family_edit import merge_members
 from llmcompress.quant.spec import QuantSpec
 
 EMBEDDING = "model.embed_tokens"
@@ -55,3 +57,30 @@ def test_a_new_member_keeps_codes_and_scales_together(
     assert family_edit._already_shared(artifact, handle) == {"model.norm.weight"}
     handle = member(1, 1, 1)
     assert family_edit._already_shared(artifact, handle) == set(handle)
+
+
+def fake_family(**private: dict[str, torch.Tensor]) -> Any:
+    """As much of a family as merging its tensors outside the trees takes."""
+    return SimpleNamespace(
+        require=lambda name: name, private=lambda name: private[name].items(), dtype=torch.float32,
+        member_folder=Path, plan=SimpleNamespace(linears=()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.5])
+def test_shares_of_a_merge_are_numbers_of_0_or_more(share: float, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="bee: a share of"):
+        merge_members(fake_family(ant={}, bee={}), {"ant": 1.0, "bee": share}, tmp_path / "out")
+    with pytest.raises(ExportError, match="nothing to merge"):
+        merge_members(fake_family(ant={}), {"ant": 0.0}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", ["ant", "bee"])
+def test_a_head_that_only_one_member_has_is_not_dropped(first: str, tmp_path: Path) -> None:
+    norm, head = torch.ones(4), torch.ones(2, 4)
+    family = fake_family(ant={"norm": norm}, bee={"norm": norm, "lm_head.weight": head})
+    shares = {first: 1.0, **{name: 1.0 for name in ("ant", "bee") if name != first}}
+    with pytest.raises(ExportError, match=r"lm_head\.weight: only one of"):
+        merge_members(family, shares, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
