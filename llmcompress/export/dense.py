@@ -20,7 +20,7 @@ from llmcompress.models import sizes
 from llmcompress.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -40,7 +40,8 @@ class DenseExporter(Exporter):
     """Writes an ordinary Hugging Face folder; the weights cost as much as the original's.
 
     Args:
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source checkpoint's.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what each tensor has in the source: biases of
+            routers and decays of states often stay in fp32 beside bf16 weights.
     """
 
     name = "dense"
@@ -63,15 +64,16 @@ class DenseExporter(Exporter):
         self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]
     ) -> None:
         """Write shards block by block, config, tokenizer and provenance."""
-        layout, dtype = handle.layout, self._torch_dtype(handle)
+        layout, dtype_of = handle.layout, self._dtype_of(handle)
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in outside_tensors(handle):
-                yield layout.disk.name(name), cast(name, tensor, dtype)
+                yield layout.disk.name(name), cast(name, tensor, dtype_of(name))
             for block in layout.blocks:
-                yield from hub_dense(layout, block, block_tensors(handle, store, block), dtype)
+                yield from hub_dense(layout, block, block_tensors(handle, store, block), dtype_of)
 
-        write_model_folder(out, handle, tensors(), dense_config(handle, dtype), provenance)
+        config = dense_config(handle, None if self._dtype == "auto" else self._dtype)
+        write_model_folder(out, handle, tensors(), config, provenance)
 
     def read_back(self, out: Path, handle: ModelHandle, store: PackedStore, policies: Policies | None = None) -> None:
         """Open the folder as a fresh checkpoint of the same family and compare by run-time name.
@@ -83,27 +85,31 @@ class DenseExporter(Exporter):
         from llmcompress.models.checkpoint import Checkpoint
         from llmcompress.models.orientation import family_orientation
 
-        dtype = self._torch_dtype(handle)
+        dtype_of = self._dtype_of(handle)
         written = Checkpoint(out, handle.layout)
         written.verify()
         for name, tensor in outside_tensors(handle):
-            require_equal(out, name, written.tensor(name), cast(name, tensor, dtype), _THAN)
+            require_equal(out, name, written.tensor(name), cast(name, tensor, dtype_of(name)), _THAN)
         for block in handle.layout.blocks:
             bank = block.bank
             for name, value in block_tensors(handle, store, block).items():
                 expected = decoded(value, torch.float32) if isinstance(value, PackedWeight) else value
                 if bank is not None and name in bank.names:
                     expected = family_orientation(bank, name, expected)
-                require_equal(out, name, written.tensor(name), cast(name, expected, dtype), _THAN)
+                require_equal(out, name, written.tensor(name), cast(name, expected, dtype_of(name)), _THAN)
 
-    def _torch_dtype(self, handle: ModelHandle) -> torch.dtype:
+    def _dtype_of(self, handle: ModelHandle) -> Callable[[str], torch.dtype]:
+        """Type of each tensor, by run-time name."""
         import torch
 
-        return handle.checkpoint.dtype if self._dtype == "auto" else getattr(torch, self._dtype)
+        if self._dtype == "auto":
+            return handle.checkpoint.dtype_of
+        wanted: torch.dtype = getattr(torch, self._dtype)
+        return lambda _: wanted
 
 
 def hub_dense(
-    layout: ModelLayout, block: Block, tensors: BlockTensors, dtype: torch.dtype
+    layout: ModelLayout, block: Block, tensors: BlockTensors, dtype_of: Callable[[str], torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a block's tensors decoded, in the shape and under the names hub checkpoints use.
 
@@ -111,10 +117,10 @@ def hub_dense(
         layout: The model's layout.
         block: The block the tensors belong to.
         tensors: From :func:`~llmcompress.export.base.block_tensors`.
-        dtype: Wanted floating-point type.
+        dtype_of: Wanted floating-point type of a tensor, by run-time name.
 
     Raises:
-        ExportError: A value is beyond ``dtype``.
+        ExportError: A value is beyond that type.
     """
     import torch
 
@@ -122,7 +128,7 @@ def hub_dense(
 
     bank = block.bank
     for name, value in tensors.items():
-        tensor = cast(name, decoded(value, torch.float32) if isinstance(value, PackedWeight) else value, dtype)
+        tensor = cast(name, decoded(value, torch.float32) if isinstance(value, PackedWeight) else value, dtype_of(name))
         if bank is None or name not in bank.names:
             yield layout.disk.name(name), tensor
         elif layout.disk.experts is None:

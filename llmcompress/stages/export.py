@@ -48,7 +48,7 @@ class ExportConfig(StageConfig):
     the run directory."""
 
     dense_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the ``dense`` format; ``auto`` is the source checkpoint's."""
+    """Data type of the ``dense`` format; ``auto`` is the source's, tensor by tensor."""
 
 
 class Export(Stage):
