@@ -2,7 +2,8 @@
 
 Symmetric 4-bit weights become Q4_0, symmetric 8-bit ones Q8_0, asymmetric 4-bit ones Q4_1 (whose
 fp16 offset rounds ``scale·zero``). Families: llama, mistral, mixtral, qwen2, qwen3, qwen2_moe,
-qwen3_moe. Everything else is refused with its reason.
+qwen3_moe; positions as they are, scaled linearly, or (llama, mistral, mixtral) as in Llama 3.
+Everything else is refused with its reason.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
         problems += tokenizer_problems(tokenizer_folder(folder, tokenizer), config.get("vocab_size"))
         scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "linear"):
+        llama = ARCHITECTURES.get(str(config.get("model_type"))) == "llama"
+        if kind not in ("default", "linear") and not (kind == "llama3" and llama):
             problems.append(f"rotary scaling {kind!r} is not translated")
         window = config.get("sliding_window", WINDOWS.get(str(config.get("model_type"))))
         context = config.get("max_position_embeddings")
@@ -206,6 +208,8 @@ def _rounding(packed: PackedWeight) -> Tensor | float:
 def _entries(handle: ModelHandle, store: PackedStore, policies: Policies, values: bool = True) -> Iterator[Entry]:
     """Every tensor of the file, in order; without ``values`` an embedding that is rounded has its shape alone."""
     layout, spec = handle.layout, _embedding_spec(policies)
+    if _rope(handle).get("rope_type") == "llama3":
+        yield Entry("rope_freqs.weight", rope_factors(handle), "F32")
     rounded = [f"{module}.weight" for module in embeddings.matrices(layout)]
     for view in layout.outside:
         if spec is None or view.name not in rounded:
@@ -305,6 +309,19 @@ def _rotate_rows(value: Tensor | PackedWeight, heads: int) -> Tensor | PackedWei
 
 def _rope(handle: ModelHandle) -> dict[str, Any]:
     return dict(getattr(handle.hf_config(), "rope_parameters", None) or {})
+
+
+def rope_factors(handle: ModelHandle) -> Tensor:
+    """By what llama.cpp divides each frequency of the rotary embedding, ``[head_dim / 2]`` fp32, for Llama 3's scaling.
+
+    From the frequencies that the model itself has in transformers, so that no formula is written twice.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](handle.hf_config(), torch.device("cpu"))
+    exponents = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    return 1.0 / (float(_rope(handle)["rope_theta"]) ** exponents) / scaled
 
 
 def _write_facts(writer: Any, handle: ModelHandle, plan: QuantPlan, name: str) -> None:

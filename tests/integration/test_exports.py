@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -275,23 +276,6 @@ def test_dense_loads_in_plain_transformers(tmp_path: Path, config: dict[str, Any
     assert torch.equal(logits(model), logits(decoded_model(handle, store)))
 
 
-def test_dense_refuses_what_its_type_cannot_hold(tmp_path: Path) -> None:
-    """Weights of bf16 models may lie beyond fp16; so may the decoded value of one just below its end."""
-    handle = make_model(tmp_path / "source", LLAMA, torch.bfloat16)
-    store = quantize(handle, tmp_path / "blocks", SYMMETRIC4)
-    exporter = DenseExporter("float16")
-    exporter.write(handle, store, {}, tmp_path / "small", {})
-    exporter.read_back(tmp_path / "small", handle, store)
-    name = "model.layers.1.mlp.down_proj.weight"
-    patch = store.read_block(1)
-    patch.packed[name.removesuffix(".weight")].tensors["weight_scale"].fill_(60000)
-    store.write_block(1, patch)
-    with pytest.raises(ExportError, match=rf"{name}: holds 480000, and float16 ends at 65504"):
-        exporter.write(handle, store, {}, tmp_path / "out", {})
-    assert not list(tmp_path.glob("out*"))
-    DenseExporter("bfloat16").write(handle, store, {}, tmp_path / "out", {})
-
-
 QWEN3_MOE = {
     **LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "head_dim": 16, "norm_topk_prob": True,
@@ -430,6 +414,57 @@ def test_gguf_runs_in_llama_cpp(tmp_path: Path) -> None:
     assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > 0.995
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def write_llama3(folder: Path) -> tuple[ModelHandle, dict[str, Any]]:
+    """A dense model with Llama 3's scaling as ``out/model.gguf``, and its config."""
+    config = {**LLAMA, "vocab_size": 320, "head_dim": 32, "rope_parameters": LLAMA3}
+    handle = make_model(folder / "source", config)
+    make_tokenizer(folder / "source")
+    exporter, store = GGUFExporter(), PackedStore(folder / "blocks")
+    assert exporter.source_refusals(handle.path, handle.config) == []
+    exporter.write(handle, store, {}, folder / "out", {})
+    exporter.read_back(folder / "out", handle, store)
+    return handle, config
+
+
+def test_gguf_divides_frequencies_as_llama_3_does(tmp_path: Path) -> None:
+    """The expected factors are written out: high frequencies stay, low ones slow down, between them a blend."""
+    from gguf import GGUFReader
+
+    write_llama3(tmp_path)
+    found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out/model.gguf").tensors}["rope_freqs.weight"]
+    assert found.tensor_type.name == "F32"
+    turns = [32 / (2 * math.pi * 500.0 ** (index / 16)) for index in range(16)]
+    blends = [min(1.0, max(0.0, (turn - 1.0) / 3.0)) for turn in turns]
+    expected = [1 / (blend + (1 - blend) / 8.0) for blend in blends]
+    assert min(expected) == 1 and max(expected) == 8 and len(set(expected)) > 3
+    torch.testing.assert_close(torch.from_numpy(found.data.copy()), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_llama_cpp_turns_positions_as_llama_3_does(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    handle, config = write_llama3(tmp_path)
+    ids = [(7 * i * i + 3) % 310 for i in range(60)]
+    llama = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    llama.eval(ids)
+    got = torch.tensor(llama.scores[: len(ids)])
+
+    def similar(model: torch.nn.Module) -> float:
+        with torch.inference_mode():
+            wanted = model(input_ids=torch.tensor([ids])).logits[0]
+        return float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min())
+
+    scaled = similar(handle.dense_model())
+    # the same weights without the scaling
+    plain = make_model(tmp_path / "plain", {**config, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    assert scaled > 0.9999 > similar(plain.dense_model())
+
+
 @pytest.mark.parametrize("rules", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx"])
 def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, rules: str) -> None:
     """Also of a word that is a token which no merges make: Llama 3 takes it whole, others do not."""
@@ -443,13 +478,11 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, rules: str) -> None:
     data["model"]["vocab"]["Ġcats"] = 350
     data["model"]["ignore_merges"] = rules == "llama-bpe"
     step = {**data["pre_tokenizer"], "use_regex": rules in ("gpt-2", "smollm")}
-    pattern = {"qwen2": _QWEN2, "llama-bpe": _LLAMA3, "dbrx": _LLAMA3}.get(rules)
-    before: list[dict[str, Any]] = []
-    if pattern is not None:
-        before = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
-    elif rules == "smollm":
-        before = [{"type": "Digits", "individual_digits": True}]
-    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*before, step]} if before else step
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    before = {
+        "qwen2": [{**split, "pattern": {"Regex": _QWEN2}}], "smollm": [{"type": "Digits", "individual_digits": True}],
+    }.get(rules, [] if rules == "gpt-2" else [{**split, "pattern": {"Regex": _LLAMA3}}])  # fmt: skip
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*before, step]}
     file.write_text(json.dumps(data))
     exporter, out = GGUFExporter(), tmp_path / "out"
     assert exporter.source_refusals(handle.path, handle.config) == []

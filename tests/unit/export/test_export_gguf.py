@@ -74,6 +74,8 @@ def test_families_llama_cpp_computes_differently(config: dict[str, Any], words: 
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, None),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn'"),
+        ({"model_type": "mixtral", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
+        ({"model_type": "qwen2", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary scaling 'llama3'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
         ({"sliding_window": 32, "max_position_embeddings": 64}, "window of 32 tokens"),
         ({"sliding_window": 32}, "window of 32 tokens"),
