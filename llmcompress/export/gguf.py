@@ -393,6 +393,10 @@ def _family_problems(layout: ModelLayout) -> Iterator[str]:
         yield f"llama.cpp {rule} the chosen experts' weights by their sum for {layout.model_type}; this model differs"
     if layout.tied and layout.model_type == "qwen2_moe":
         yield "llama.cpp wants an output head of its own in this family; this model's is its embedding"
+    if ARCHITECTURES[layout.model_type] in ("qwen2", "qwen2moe"):
+        queries = [linear for block in layout.blocks for linear in block.linears() if linear.name.endswith(".q_proj")]
+        if any(linear.out_features != layout.hidden for linear in queries):
+            yield "llama.cpp wants heads that are together as wide as the model in this family"
     if ARCHITECTURES[layout.model_type] != "llama":
         linears = [linear.name for block in layout.blocks for linear in block.linears() if linear.bias]
         if odd := [name for name in linears if not name.endswith((".q_proj", ".k_proj", ".v_proj"))]:

@@ -59,6 +59,7 @@ def test_groups_must_be_made_of_whole_blocks(group: int) -> None:
             "experts in every layer",
         ),
         ({"model_type": "qwen2_moe", "num_experts": 4, "tie_word_embeddings": True}, "an output head of its own"),
+        ({"model_type": "qwen2", "head_dim": 32}, "as wide as the model"),
         ({"model_type": "qwen3", "head_dim": 16, "attention_bias": True}, "o_proj: llama.cpp has no bias for it"),
     ],
 )  # fmt: skip
