@@ -65,13 +65,15 @@ class NativeExporter(Exporter):
     def working_bytes(
         self, layout: ModelLayout, plan: QuantPlan, weight_bytes: int, policies: Policies | None = None
     ) -> int:
-        """One block as it is packed, the largest tensor that stays dense, and a shard on its way out."""
+        """One block as it is packed, the largest tensor that stays dense, and a shard on its way out, or that tensor
+        once more as it is read back.
+        """
         blocks = max((sizes.packed_block_bytes(block, plan) for block in layout.blocks), default=0)
         views = [*layout.outside, *(view for block in layout.blocks for view in block.tensors())]
         quantized = {f"{name}.weight" for name in plan} | set(plan)
-        dense = max((prod(view.shape) for view in views if view.name not in quantized), default=0)
+        dense = weight_bytes * max((prod(view.shape) for view in views if view.name not in quantized), default=0)
         output = self.output_bytes(layout, plan, weight_bytes, policies)
-        return blocks + dense * weight_bytes + min(SHARD_BYTES, output)
+        return blocks + dense + max(dense, min(SHARD_BYTES, output))
 
     def write(
         self, handle: ModelHandle, store: PackedStore, policies: Policies, out: Path, provenance: dict[str, Any]

@@ -21,8 +21,10 @@ from llmcompress.export.base import (
     some,
 )
 from llmcompress.export.dense import DenseExporter
+from llmcompress.export.native import NativeExporter
 from llmcompress.export.readers import SafetensorsFolder
 from llmcompress.models.registry import layout_from_config
+from llmcompress.models.sizes import packed_block_bytes
 from llmcompress.quant.codecs.int_group import decode, encode
 from llmcompress.quant.spec import QuantSpec
 
@@ -114,6 +116,13 @@ def test_memory_of_an_export_counts_one_shard_at_most() -> None:
     assert exporter.working_bytes(layout, {}, 2) == largest + exporter.output_bytes(layout, {}, 2)
     # a parameter of so many bytes stands for a model of many shards
     assert exporter.working_bytes(layout, {}, base.SHARD_BYTES) == largest + base.SHARD_BYTES
+    # the native format holds one tensor that stays dense, and reads it back beside the source's where it is larger
+    plan = {name: QuantSpec(4, 32, True) for name, *_ in layout.quantizable()}
+    blocks, embedding = max(packed_block_bytes(block, plan) for block in layout.blocks), 96 * 64
+    native, size = NativeExporter(), 2 * base.SHARD_BYTES
+    output = native.output_bytes(layout, plan, 2)
+    assert native.working_bytes(layout, plan, 2) == blocks + 2 * embedding + output
+    assert native.working_bytes(layout, plan, size) == blocks + 2 * size * embedding
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, ResourceError), (errno.EACCES, ExportError)])
