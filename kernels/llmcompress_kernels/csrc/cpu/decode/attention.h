@@ -34,26 +34,65 @@ inline void score_block(const T* keys, const float* queries, int dim, int width,
     for (int g = 0; g < G; ++g) scores[g] = acc[g][0] + acc[g][1];
 }
 
+// Of every 32 columns of a query the even ones first, as score_rows() reads it beside rows of bf16: these are widened apart, one
+// operation instead of two for sixteen.
+inline void part_columns(float* query, int width) {
+    for (int d = 0; d + 2 * LANES <= width; d += 2 * LANES) {
+        const F16 a = load_float(query + d), b = load_float(query + d + LANES);
+        store(query + d, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+        store(query + d + LANES, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+    }
+}
+
+// Scores of G queries (at most four) and N rows, lane by lane: acc[g][i] is to be summed up.
+template <class T, int G, int N>
+inline void score_tile(const T* keys, const float* queries, int width, F16 (*acc)[N]) {
+    int d = 0;
+    for (; sizeof(T) == 2 && d + 2 * LANES <= width; d += 2 * LANES) {
+        F16 even[N], odd[N];
+        for (int i = 0; i < N; ++i) {
+            const U16 both = load<U16>(keys + i * width + d);
+            even[i] = (F16)(both << 16), odd[i] = (F16)(both & 0xffff0000u);
+        }
+        for (int g = 0; g < G; ++g) {
+            const F16 q = load_float(queries + g * width + d), r = load_float(queries + g * width + d + LANES);
+            for (int i = 0; i < N; ++i) acc[g][i] += even[i] * q;
+            for (int i = 0; i < N; ++i) acc[g][i] += odd[i] * r;
+        }
+    }
+    for (; d < width; d += LANES) {
+        F16 k[N];
+        for (int i = 0; i < N; ++i) k[i] = load_float(keys + i * width + d);
+        for (int g = 0; g < G; ++g) {
+            const F16 q = load_float(queries + g * width + d);
+            for (int i = 0; i < N; ++i) acc[g][i] += k[i] * q;
+        }
+    }
+}
+
 // As score_block() where a key is a row: keys [LANES, width], queries [heads, width], padded with zeros.
 template <class T, int G>
 inline void score_rows(const T* keys, const float* queries, int width, F16* scores) {
     if constexpr (LLMCOMPRESS_LEVEL >= 4 && G > 4) {
         score_rows<T, 4>(keys, queries, width, scores);
         return score_rows<T, G - 4>(keys, queries + 4 * width, width, scores + 4);
-    }
-    constexpr int TILE = LLMCOMPRESS_LEVEL >= 4 ? 4 : 2;  // sums stay in registers, and few loads make many of them
-    for (int p = 0; p < LANES; p += TILE) {
-        F16 acc[G][TILE] = {};
-        for (int d = 0; d < width; d += LANES) {
-            F16 k[TILE];
-            for (int i = 0; i < TILE; ++i) k[i] = load_float(keys + (p + i) * width + d);
-            for (int g = 0; g < G; ++g) {
-                const F16 q = load_float(queries + g * width + d);
-                for (int i = 0; i < TILE; ++i) acc[g][i] += k[i] * q;
-            }
+    } else if constexpr (LLMCOMPRESS_LEVEL >= 4) {
+        // sums stay in registers, and few loads make many of them
+        F16 four[LANES / 4];
+        for (int p = 0; p < LANES; p += 4) {
+            F16 acc[4][4] = {};
+            score_tile<T, G, 4>(keys + p * width, queries, width, acc);
+            four[p / 4] = sums(acc);
         }
-        for (int g = 0; g < G; ++g)
-            for (int i = 0; i < TILE; ++i) scores[g][p + i] = sum(acc[g][i]);
+        fours_of_rows(four);
+        for (int g = 0; g < G; ++g) scores[g] = four[g];
+    } else {
+        for (int p = 0; p < LANES; p += 2) {
+            F16 acc[G][2] = {};
+            score_tile<T, G, 2>(keys + p * width, queries, width, acc);
+            for (int g = 0; g < G; ++g)
+                for (int i = 0; i < 2; ++i) scores[g][p + i] = sum(acc[g][i]);
+        }
     }
 }
 

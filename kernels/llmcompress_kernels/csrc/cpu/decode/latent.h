@@ -82,18 +82,21 @@ inline void across(const Operand& o, int64_t head, const float* x, int64_t apart
     else across(static_cast<const uint16_t*>(o.m.data) + begin, o.m, x, apart, tokens, out, stride);
 }
 
-// Queries of a head as latents see them, of the tokens whose projections begin at `rows`: out[t * stride], padded with zeros as
-// it was. `position(t)` is where token t stands.
+// Queries of a head as the latents of a cache see them, of the tokens whose projections begin at `rows`: out[t * stride], padded
+// with zeros. `position(t)` is where token t stands.
 template <class F>
-inline void absorb(const Model& m, const LayerOperands& o, const float* rows, int tokens, int64_t head, F&& position,
-                   float* out, int64_t stride) {
+inline void absorb(const Model& m, const LayerOperands& o, const Cache& c, const float* rows, int tokens, int64_t head,
+                   F&& position, float* out, int64_t stride) {
     const int64_t apart = int64_t(m.heads) * m.head_dim;
     const float* first = rows + head * m.head_dim;
     across(o.absorb, head, first, apart, tokens, out, stride);
+    const Widths w = widths(m);
     for (int t = 0; t < tokens; ++t) {
         scale_all(out + t * stride, m.latents, m.attention_scale);
         turn_last(m, o.l, first + t * apart + m.head_dim - o.l.turned, position(t), m.attention_scale,
                   out + t * stride + m.latents);
+        std::fill(out + t * stride + w.key, out + t * stride + w.row(), 0.f);
+        if (c.kind == DENSE_BF16) part_columns(out + t * stride, w.row());
     }
 }
 

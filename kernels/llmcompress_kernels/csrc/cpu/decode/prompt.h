@@ -530,7 +530,7 @@ class PromptWorker {
     void attend_latents(const LayerOperands& o, int layer, int64_t head, int64_t t, int tokens) {
         const Widths w = widths(m_);
         Input in(scratch_, p_.planes);
-        absorb(m_, o, room_.query.data() + t * m_.heads * m_.head_dim, tokens, head,
+        absorb(m_, o, c_, room_.query.data() + t * m_.heads * m_.head_dim, tokens, head,
                [&](int i) { return position(t + i); }, queries_.data(), w.row());
         const T* keys = static_cast<const T*>(c_.keys) + head_base(m_, c_, layer, p_.slot, 0);
         if (tokens == QUERIES) attend_row<T, QUERIES>(keys, t, 0);

@@ -224,7 +224,7 @@ class Worker {
         const Widths w = widths(m_);
         const Range heads = share(m_.heads);
         for (int64_t h = heads.first; h < heads.last; ++h)
-            absorb(m_, o, sh_.query.data(), s_.batch, h, [&](int b) { return s_.positions[b]; },
+            absorb(m_, o, c_, sh_.query.data(), s_.batch, h, [&](int b) { return s_.positions[b]; },
                    sh_.absorbed.data() + h * w.row(), int64_t(m_.heads) * w.row());
         took(QKV);
         wait();
