@@ -105,6 +105,8 @@ class Layer:
         expand: ``[heads, V, C]``: each head's values from its sum of latents; None without.
         sinks: float32 ``[heads]``, scores of a position without a value that every token sees (gpt_oss), or None.
         whole_norms: They are ``[heads D]``, of all heads together.
+        norms_last: Heads are turned first and normed then, each alone (Hunyuan).
+        parallel: The MLP, without experts, reads the hidden states before attention adds to them (Cohere, Phi).
         attention_after, mlp_after: RMSNorm weights ``[H]`` of what attention and MLP add to the hidden states, or None.
         window: Positions that a token sees, itself the last of them; 0 for all.
         rotary: Which of the decoder's rotary tables turns queries and keys to their positions; None leaves them as they
@@ -149,6 +151,8 @@ class Layer:
     mixes: bool = False
     reads_aside: bool = False
     whole_norms: bool = False
+    norms_last: bool = False
+    parallel: bool = False
     gates: bool = False
     window: int = 0
     rotary: int | None = 0
@@ -192,7 +196,8 @@ class Layer:
             **{name: t.data_ptr() for name, t in given.items() if t is not None},
             **{name: weight.struct() for name, weight in self.matrices().items()},
             delta=None if self.delta is None else ctypes.pointer(self.delta.struct),
-            whole_norms=int(self.whole_norms), gates=int(self.gates), mixes=int(self.mixes), mixer=mixer, place=place,
+            whole_norms=int(self.whole_norms), norms_last=int(self.norms_last), parallel=int(self.parallel),
+            gates=int(self.gates), mixes=int(self.mixes), mixer=mixer, place=place,
             reads_aside=int(self.reads_aside), window=self.window,
             turned=0 if self.rotary is None else 2 * cosine.shape[-1],
         )  # fmt: skip

@@ -21,7 +21,8 @@ class LayerStruct(ctypes.Structure):
         *((name, MatrixStruct) for name in ("conv_in", "conv_gates", "steps", "gate", "up", "down", "aside", "router")),
         *((name, MatrixStruct) for name in ("entry", "exit")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
-        *((name, ctypes.c_int32) for name in ("whole_norms", "gates", "mixes", "mixer", "reads_aside")),
+        *((name, ctypes.c_int32) for name in ("whole_norms", "norms_last", "parallel", "gates")),
+        *((name, ctypes.c_int32) for name in ("mixes", "mixer", "reads_aside")),
         *((name, ctypes.c_int32) for name in ("place", "turned", "window")),
     )
 

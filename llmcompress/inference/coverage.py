@@ -18,11 +18,21 @@ FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
     "qwen2_moe", "phimoe", "olmo2", "olmo3", "glm4_moe", "deepseek_v2", "deepseek_v3", "phi3", "glm", "glm4", "gemma",
     "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1", "gpt_oss", "minimax_m2",
-    "ernie4_5", "ernie4_5_moe",
+    "ernie4_5", "ernie4_5_moe", "ministral", "ministral3", "arcee", "nemotron", "cohere", "cohere2", "phi", "exaone4",
+    "exaone_moe", "solar_open", "flex_olmo", "hunyuan_v1_dense", "hunyuan_v1_moe", "granitemoe", "granitemoeshared",
+    "helium", "cwm", "gpt_neox",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
-PARTIAL = (*HYBRIDS, *DELTAS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2")
-NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe")
+PARTIAL = (
+    *HYBRIDS, *DELTAS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2", "nemotron", "phi", "solar_open",
+    "gpt_neox",
+)  # fmt: skip
+_COHERE = ("cohere", "cohere2")
+NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", *_COHERE)
+# families whose rotary tables say the number of a pair twice, side by side; whose norms have no biases and yet take the
+# mean away; whose layers that see all positions turn nothing; that norm heads once they are turned
+TWICE, CENTRED, TURNED_IN_WINDOWS = _COHERE, _COHERE, ("cohere2", "exaone4", "exaone_moe")
+NORMS_LAST = ("hunyuan_v1_dense", "hunyuan_v1_moe")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -71,9 +81,11 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
 def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     if family == "phimoe" and config.get("num_experts_per_tok", 2) != 2:
         return f"sparsemixer chooses 2 experts, not {config['num_experts_per_tok']}"
-    for key in ("use_parallel_residual", "qk_layernorm"):
-        if family == "stablelm" and config.get(key):
+    for key in ("use_parallel_residual", "qk_layernorm", "use_qk_norm"):
+        if family in ("stablelm", "phi", "cohere") and config.get(key):
             return f"{key} is set"
+    if family == "hunyuan_v1_moe" and len(set(_experts_chosen(config))) > 1:
+        return "layers choose different numbers of experts (moe_topk)"
     if config.get("mamba_rms_norm") and config.get("mamba_norm_before_gate", True):
         return "its mixers norm before their gates (mamba_norm_before_gate)"
     if config.get("mamba_hidden_act", "silu") != "silu":
@@ -85,10 +97,16 @@ def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _experts_chosen(config: Mapping[str, Any]) -> list[Any]:
+    chosen = config.get("moe_topk", 1)
+    return chosen if isinstance(chosen, list) else [chosen]
+
+
 def reach(config: Mapping[str, Any]) -> int | None:
     """Tokens that a sequence may have in a native engine, None for any number.
 
-    A longer sequence takes another of longrope's tables for all its tokens.
+    A longer sequence takes another of longrope's tables for all its tokens, or a factor of its later queries
+    (Ministral 3).
 
     Args:
         config: Of a loaded text model.
@@ -99,7 +117,7 @@ def reach(config: Mapping[str, Any]) -> int | None:
     limits = [
         rotary.get(keys[0], told)
         for rotary in _rotary(config)
-        if _kind(rotary) == "longrope" and not _fixed(config, rotary)
+        if (_kind(rotary) == "longrope" and not _fixed(config, rotary)) or rotary.get("llama_4_scaling_beta")
     ]
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
@@ -125,7 +143,9 @@ def _fixed(config: Mapping[str, Any], rotary: Mapping[str, Any]) -> bool:
 def _decline_rotary(config: Mapping[str, Any]) -> str | None:
     for rotary in _rotary(config):
         kind = _kind(rotary)
-        if not (kind in ROTARY or kind == "longrope"):
+        # Hunyuan's alpha fixes what the name says is not
+        fixed = kind == "dynamic" and config.get("model_type") in NORMS_LAST and bool(rotary.get("alpha"))
+        if not (kind in ROTARY or kind == "longrope" or fixed):
             return f"rotary embedding {kind!r} depends on the length"
         part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
         if part != 1.0 and config.get("model_type") not in PARTIAL:

@@ -15,7 +15,14 @@ from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
-from llmcompress.inference.coverage import ACTIVATIONS, NEIGHBOURS, activation_of
+from llmcompress.inference.coverage import (
+    ACTIVATIONS,
+    CENTRED,
+    NEIGHBOURS,
+    NORMS_LAST,
+    TURNED_IN_WINDOWS,
+    activation_of,
+)
 from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
@@ -44,6 +51,8 @@ _ROUTERS = {
 
 
 _ALL = slice(None)
+# what families call the norm before the head
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f")
 # what configs call what norms add to the mean of squares
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
 
@@ -68,12 +77,15 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     config: Any = model.config.get_text_config()
     layout = layout_from_config(model.config.to_dict())
     base: Any = model.base_model
+    words: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
-    ends = [ends_of(words, last, head_bits) for words, last in zip(parts(base.embed_tokens), parts(output))]
+    ends = [ends_of(*both, head_bits) for both in zip(parts(words), parts(output))]
     layers = [_layer(model, block, members, layout.norm_adds_one) for block in layout.blocks]
-    scale = _embedding_scale(parts(base.embed_tokens)[0], config)
+    scale = _embedding_scale(parts(words)[0], config)
     routing = routing_of(model, layout)
-    last = norm_of(base.norm, adds_one=layout.norm_adds_one), norm_of(base.norm, "bias")
+    final = next(getattr(base, name) for name in FINAL_NORMS if hasattr(base, name))
+    factor = float(getattr(config, "logit_scale", None) or 1.0)
+    last = norm_of(final, adds_one=layout.norm_adds_one) * factor, _norm_bias(final, config)
     attention = next(s.module for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     decoder = assembled(config, layers, last, model.get_submodule(attention), ends, routing, bool(members), scale)
     bank = next(iter(layout.banks.values()), None)
@@ -136,7 +148,7 @@ def assembled(
         embedding_scale: Factor of embeddings.
     """
     latents = latents_of(config, attention) if is_latent(attention) else None
-    groups = config.num_attention_heads if latents else attention.num_key_value_groups
+    groups = config.num_attention_heads if latents else getattr(attention, "num_key_value_groups", 1)
     tables = 1 + max(layer.rotary or 0 for layer in layers)
     return native.Decoder(
         layers=layers,
@@ -149,7 +161,7 @@ def assembled(
         head=ends[0][1],
         heads=config.num_attention_heads,
         key_value_heads=config.num_attention_heads // groups,
-        head_dim=attention.qk_head_dim if latents else attention.head_dim,
+        head_dim=attention.qk_head_dim if latents else _head_dim(attention),
         latents=latents,
         epsilon=next(float(getattr(config, key)) for key in EPSILONS if hasattr(config, key)),
         attention_scale=attention.scaling,
@@ -212,6 +224,13 @@ def norm_of(module: Any, name: str = "weight", adds_one: bool = False) -> Any:
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 
+def _norm_bias(module: Any, config: Any) -> Any:
+    """Biases of a LayerNorm, zeros where its family has none; None for RMSNorm."""
+    if config.model_type in CENTRED:
+        return torch.zeros_like(norm_of(module))
+    return norm_of(module, "bias")
+
+
 def rotary_of(model: Any) -> Any:
     """The module that makes a model's rotary tables; None where it knows no positions."""
     base = model.base_model
@@ -245,15 +264,15 @@ def _norms(model: Any, block: Block, adds_one: bool) -> dict[str, Any]:
         if sublayer.pre_norm is not None:
             before = model.get_submodule(sublayer.pre_norm)
             found[f"{name}_norm"] = norm_of(before, adds_one=adds_one)
-            found[f"{name}_norm_bias"] = norm_of(before, "bias")
+            found[f"{name}_norm_bias"] = _norm_bias(before, model.config.get_text_config())
         if sublayer.post_norm is not None:
             found[f"{name}_after"] = norm_of(model.get_submodule(sublayer.post_norm), adds_one=adds_one)
     return found
 
 
 def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool = False) -> native.Layer:
-    first, second = block.sublayers
-    attention, mlp = model.get_submodule(first.module), model.get_submodule(second.module)
+    first, *beneath = block.sublayers
+    attention, mlp = model.get_submodule(first.module), model.get_submodule(beneath[-1].module)
     config: Any = model.config.get_text_config()
     kinds = rotary_kinds(model)
     rotary = 0 if len(kinds) == 1 else kinds.index(config.layer_types[block.index])
@@ -265,10 +284,11 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     else:
         gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
         decides = Router(model, block.bank.router)
-        weight: Any = decides.module.weight
+        weight: Any = decides.module.get_parameter(block.bank.router.matrix)
         router = matrix.dense(weight.detach(), getattr(decides.module, "bias", None))
         correction = decides.rule(block.bank.top_k).correction
         beside = _beside(model, block, members)
+    window = window_of(config, block.index)
     return native.Layer(
         **_norms(model, block, adds_one),
         **(_delta_rule(attention) if first.kind == "ssm" else _projections(attention, config, members, adds_one)),
@@ -278,17 +298,28 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         router=router,
         router_correction=None if correction is None else correction.detach().float().contiguous(),
         **beside,
-        window=window_of(config, block.index),
-        rotary=rotary if getattr(attention, "use_rope", True) else None,
+        window=window,
+        rotary=rotary if _turns(attention, config, window) else None,
+        parallel=block.bank is None and beneath[0].parallel,
     )
+
+
+def _turns(attention: Any, config: Any, window: int) -> bool:
+    """Whether a layer turns queries and keys to their positions."""
+    if config.model_type not in TURNED_IN_WINDOWS:
+        return bool(getattr(attention, "use_rope", True))
+    # EXAONE without windows turns them in every layer
+    return window > 0 or (config.model_type != "cohere2" and config.sliding_window is None)
 
 
 def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: bool) -> dict[str, Any]:
     """What attention reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
-    output = linear_matrix(attention.o_proj, members)
+    output = linear_matrix(attention.o_proj if hasattr(attention, "o_proj") else attention.dense, members)
     if is_latent(attention):
         return {**_latent_projections(attention), "output": output}
-    query_norm, key_norm = (norm_of(getattr(attention, f"{name}_norm", None), adds_one=adds_one) for name in "qk")
+    last = config.model_type in NORMS_LAST
+    names = ("query_layernorm", "key_layernorm") if last else ("q_norm", "k_norm")
+    query_norm, key_norm = (norm_of(getattr(attention, name, None), adds_one=adds_one) for name in names)
     heads = _heads(attention, config, members)
     return {
         **heads,
@@ -296,7 +327,8 @@ def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: 
         "query_norm": query_norm,
         "key_norm": key_norm,
         "sinks": norm_of(attention, "sinks"),
-        "gates": heads["query"].rows == 2 * config.num_attention_heads * attention.head_dim,
+        "gates": heads["query"].rows == 2 * config.num_attention_heads * _head_dim(attention),
+        "norms_last": last,
         "whole_norms": query_norm is not None and query_norm.shape[-1] != attention.head_dim,
     }
 
@@ -331,9 +363,17 @@ def _delta_rule(module: Any) -> dict[str, Any]:
     }
 
 
+def _head_dim(attention: Any) -> int:
+    return int(attention.head_dim if hasattr(attention, "head_dim") else attention.head_size)
+
+
 def _heads(attention: Any, config: Any, members: Sequence[str]) -> dict[str, matrix.Matrix]:
-    """Queries, keys and values from one linear or three."""
+    """Queries, keys and values from one linear or three; of GPT-NeoX's, which has each head's side by side, copies."""
     names = ("query", "key", "value")
+    if hasattr(attention, "query_key_value"):
+        both: Any = attention.query_key_value
+        rows = torch.arange(both.out_features).view(config.num_attention_heads, 3, -1)
+        return {name: linear_matrix(both, members, rows[:, i].flatten()) for i, name in enumerate(names)}
     if not hasattr(attention, "qkv_proj"):
         return {name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in names}
     counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
@@ -358,8 +398,9 @@ def _latent_projections(attention: Any) -> dict[str, Any]:
 
 def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, matrix.Matrix | None, matrix.Matrix]:
     """Gate, up and down of an MLP: the first two from one linear, where the gate comes first, or two, or no gate."""
-    if hasattr(mlp, "c_fc"):
-        return linear_matrix(mlp.c_fc, members), None, linear_matrix(mlp.c_proj, members)
+    for first, last in (("c_fc", "c_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h")):
+        if hasattr(mlp, first):
+            return linear_matrix(getattr(mlp, first), members), None, linear_matrix(getattr(mlp, last), members)
     if not any(hasattr(mlp, name) for name in ("gate_proj", "gate_up_proj", "input_linear", "w1")):
         return linear_matrix(mlp.up_proj, members), None, linear_matrix(mlp.down_proj, members)
     if hasattr(mlp, "input_linear"):
@@ -377,6 +418,10 @@ def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, mat
 def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matrix.Matrix]:
     """The shared expert of a layer with experts, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
     mixture = next(sublayer for sublayer in block.sublayers if sublayer.experts is not None)
+    beside = next((sublayer for sublayer in block.sublayers if sublayer.kind == "mlp"), None)
+    if beside is not None:
+        three = mlp_parts(model.get_submodule(beside.module), members)
+        return {f"shared_{name}": part for name, part in zip(("gate", "up", "down"), three) if part is not None}
     found = {}
     for view in (view for group in mixture.groups for view in group.linears):
         part = view.name.rpartition(".")[2].removesuffix("_proj")
@@ -387,9 +432,10 @@ def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matri
     return found
 
 
-def linear_matrix(module: nn.Module, members: Sequence[str] = (), rows: slice = _ALL) -> matrix.Matrix:
+def linear_matrix(module: nn.Module, members: Sequence[str] = (), rows: slice | Tensor = _ALL) -> matrix.Matrix:
     """A linear, or some of its rows, as a step reads it: dense, packed, or a tree's nodes for these members."""
     if isinstance(module, TreeLinear):
+        assert isinstance(rows, slice)
         return _tree(module, members, rows)
     bias: Any = None if module.bias is None else module.bias[rows]  # type: ignore[index]
     if not isinstance(module, PackedLinear):
@@ -418,9 +464,12 @@ def _tree(module: TreeLinear, members: Sequence[str], rows: slice) -> matrix.Mat
     return matrix.of_tree(planes, below, count, module.in_features, module.group_size, bias)
 
 
-def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) -> matrix.Matrix:
-    """Some rows of a packed weight, shared where they are interleaved already and copied elsewhere."""
+def packed_matrix(side: PackedTensors, rows: slice | Tensor, bias: Tensor | None = None) -> matrix.Matrix:
+    """Some rows of a packed weight, shared where they follow each other interleaved already, and copied elsewhere."""
     tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
+    if isinstance(rows, Tensor):
+        stored = side.packed_weight().tensors
+        return _packed(side, [None if t is None else t.index_select(-2, rows) for t in map(stored.get, tensors)], bias)
     interleaved = side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop))
     if interleaved:
         rows = slice(*(None if end is None else end // LANES for end in (rows.start, rows.stop)))
@@ -428,6 +477,12 @@ def packed_matrix(side: PackedTensors, rows: slice, bias: Tensor | None = None) 
     else:
         stored = side.packed_weight().tensors
         parts = [None if t is None else t.narrow(-2, *_span(rows, t.shape[-2])) for t in map(stored.get, tensors)]
+    return _packed(side, parts, bias, interleaved)
+
+
+def _packed(
+    side: PackedTensors, parts: Sequence[Tensor | None], bias: Tensor | None, interleaved: bool = False
+) -> matrix.Matrix:
     words, scale, zero = parts
     assert words is not None
     assert scale is not None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
-from llmcompress.inference.coverage import FAMILIES, activation_of, decline_config, decline_family, reach
+from llmcompress.inference.coverage import FAMILIES, TWICE, activation_of, decline_config, decline_family, reach
 from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, rotary_of, screened
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 SHORT_PROMPT = 32
 # first projections of delta rules
 IN_PROJ = tuple(f".in_proj_{name}" for name in ("qkvz", "qkv", "z", "ba", "b", "a"))
+PROJECTIONS = (
+    "_proj", "_linear", "_proj_with_mqa", ".c_fc", ".fc1", ".fc2", ".dense", ".query_key_value", "_h_to_4h", "_4h_to_h",
+    ".w1", ".w2", ".w3",
+)  # fmt: skip
 # why a step cannot stand for a module, as what follows its name
 HOOKED = " has hooks (activations rounded per token, or somebody who looks on)"
 
@@ -101,13 +105,13 @@ def decline_module(name: str, module: nn.Module, dense_rows: int = 0) -> str | N
     """Why a step cannot stand for a module, as what follows its name; None if it can.
 
     Args:
-        name: Projections end in ``_proj`` or ``_linear``.
+        name: Those of projections end in one of :data:`PROJECTIONS` and :data:`IN_PROJ`.
         module: Any module of the model.
         dense_rows: Rows of a packed projection that may be dense.
     """
     if hasattr(module, "_hf_hook"):
         return " is offloaded by accelerate"
-    if name.endswith(("_proj", "_linear", "_proj_with_mqa", ".c_fc", ".w1", ".w2", ".w3", *IN_PROJ)):
+    if name.endswith((*PROJECTIONS, *IN_PROJ)):
         # Nemotron-H has a projection that does nothing
         if not isinstance(module, nn.Linear | PackedLinear | PackedTensors | TreeLinear | nn.Identity):
             return f" is a {type(module).__name__}"
@@ -141,6 +145,8 @@ def decline_ends(model: PreTrainedModel) -> str | None:
 def _decline_tree(name: str, module: TreeLinear, config: Any) -> str | None:
     if not module.prepare():
         return ": the kernels of residual trees do not run here"
+    if name.endswith(".query_key_value"):
+        return ", whose heads are not cut apart"
     rows = [module.out_features]
     # several in one are cut at whole blocks of rows
     if name.endswith("qkv_proj"):
@@ -280,6 +286,8 @@ class Engine:
         cosine, sine = (torch.cat(parts) for parts in zip(*tables))
         # gpt_oss says each number once
         once = cosine.shape[-1] == getattr(rotary, "inv_freq", cosine[..., :0]).shape[-1]
+        if self.model.config.model_type in TWICE:
+            return cosine[..., ::2].contiguous(), sine[..., ::2].contiguous()
         turned = cosine.shape[-1] // (1 if once else 2)
         return cosine[..., :turned].contiguous(), sine[..., :turned].contiguous()
 

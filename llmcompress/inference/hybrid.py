@@ -23,6 +23,7 @@ from llmcompress.inference import recurrent
 from llmcompress.inference.caches import Snapshot, arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
 from llmcompress.inference.decoder import (
+    FINAL_NORMS,
     assembled,
     ends_of,
     experts_of,
@@ -41,10 +42,6 @@ from llmcompress.nn.tree_linear import TreeLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# what families call the norm before the head
-FINAL_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f")
 
 
 def decline(model: PreTrainedModel) -> str | None:

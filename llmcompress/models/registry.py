@@ -25,6 +25,7 @@ from llmcompress.models.families import (
     minimax,
     mixtral,
     nemotron,
+    parallel,
     qwen_moe,
     qwen_next,
     zamba,
@@ -43,7 +44,7 @@ _TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
 @cache
 def _table() -> dict[str, Family]:
     experts = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, minimax, ernie, hunyuan, granite_moe)
-    modules = (*experts, qwen_next, lfm2, mamba, hybrids, nemotron, zamba, dense)
+    modules = (*experts, qwen_next, lfm2, mamba, hybrids, nemotron, zamba, parallel, dense)
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 
 

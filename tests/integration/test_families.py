@@ -87,6 +87,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "starcoder2": ("starcoder2", {"tie_word_embeddings": True, "sliding_window": 16}),
     "glm4": ("glm4", {}),
+    "ministral": ("ministral", {"sliding_window": 16}),
+    "ministral3": ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}),
+    "helium": ("helium", {"attention_bias": True}),
+    "cwm": ("cwm", {"sliding_window": 16, "rope_parameters": SCALED}),
+    "arcee": ("arcee", {"mlp_bias": True, "attention_bias": True}),
+    "nemotron": ("nemotron", {"attention_bias": True}),
+    "cohere": ("cohere", {"tie_word_embeddings": True, "head_dim": None}),
+    "cohere2": ("cohere2", {"sliding_window": 16, "attention_bias": True, "head_dim": None}),
+    "phi": ("phi", {"head_dim": None}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "head_dim": None}),
+    "gpt_neox-one-by-one": (
+        "gpt_neox",
+        {
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "exaone4": ("exaone4", {"sliding_window": 16}),
     "olmo2": ("olmo2", {"attention_bias": True}),
     "olmo3": ("olmo3", {"sliding_window": 16}),
     "glm4_moe": ("glm4_moe", {**EXPERTS, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
@@ -486,8 +507,8 @@ def test_smoothed_weights_compute_the_same_bits(variant: str, tmp_path: Path) ->
             scales.setdefault(name, []).append((0, 1 / factor))
         for linear in found.linears:
             scales.setdefault(f"{linear.name}.weight", []).append((1, factor))
-    # FlexOlmo has no norm before a sublayer, and no linear that reads what another makes
-    if variant == "flex_olmo":
+    # FlexOlmo has no norm before a sublayer, Nemotron's add one, and no linear reads what another makes
+    if variant in ("flex_olmo", "nemotron"):
         assert not scales
         return
     # Gemma's norms add one to their weight, an MLP without a gate is not linear; all else has something to smooth

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
@@ -9,17 +11,19 @@ from llmcompress.models.families.parts import (
     Family,
     Part,
     attention,
-    biases,
-    first_and_last,
     gated_mlp,
+    plain_mlp,
     scaled,
 )
-from llmcompress.models.layout import LinearView, Role, Sublayer
 
 
 def _llama(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
     return attention(facts, layer, bias, bias), gated_mlp(facts, layer, facts.flag("mlp_bias"))
+
+
+def _helium(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return attention(facts, layer, facts.flag("attention_bias")), gated_mlp(facts, layer, facts.flag("mlp_bias"))
 
 
 def _qwen2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -82,22 +86,31 @@ def _stablelm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _starcoder2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    """An MLP without a gate."""
-    bias, module, size = facts.flag("use_bias"), f"{layer}.mlp", facts.size("intermediate_size")
-    first = LinearView(f"{module}.c_fc", size, facts.hidden, Role.MLP, bias)
-    last = LinearView(f"{module}.c_proj", facts.hidden, size, Role.MLP, bias)
-    groups = first_and_last(module, (first,), last)
-    mlp = Sublayer("mlp", module, f"{layer}.post_attention_layernorm", None, groups)
-    return attention(facts, layer, bias, bias), Part(mlp, biases(groups))
+    bias = facts.flag("use_bias")
+    return attention(facts, layer, bias, bias), plain_mlp(facts, layer, ("c_fc", "c_proj"), bias)
 
 
-def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+def _without_gates(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """Arcee and Nemotron-4: Llama with MLPs without gates."""
+    bias = facts.flag("attention_bias")
+    return attention(facts, layer, bias, bias), plain_mlp(facts, layer, bias=facts.flag("mlp_bias"))
+
+
+def _norms_after(facts: Facts, layer: str, qk_norm: Literal["head", "full"]) -> tuple[Part, ...]:
     """Norms after each sublayer and none before."""
     bias, after = facts.flag("attention_bias"), f"{layer}.post_attention_layernorm"
     return (
-        attention(facts, layer, bias, bias, qk_norm="full", post_norm=after, names=AttentionNames(pre_norm=None)),
+        attention(facts, layer, bias, bias, qk_norm=qk_norm, post_norm=after, names=AttentionNames(pre_norm=None)),
         gated_mlp(facts, layer, pre_norm=None, post_norm=f"{layer}.post_feedforward_layernorm"),
     )
+
+
+def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return _norms_after(facts, layer, "full")
+
+
+def _exaone4(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return _norms_after(facts, layer, "head")
 
 
 _SEVEN_B = {
@@ -128,6 +141,40 @@ _GEMMA = {
 FAMILIES = (
     Family("llama", _llama, _SEVEN_B),
     Family("mistral", _llama, {**_SEVEN_B, "intermediate_size": 14336, "num_key_value_heads": 8}),
+    Family("ministral", _llama, {**_SEVEN_B, "intermediate_size": 14336, "num_key_value_heads": 8}),
+    Family(
+        "ministral3",
+        _llama,
+        {
+            **_SEVEN_B, "vocab_size": 131072, "intermediate_size": 14336, "num_hidden_layers": 34,
+            "num_key_value_heads": 8, "head_dim": 128,
+        },
+    ),
+    Family(
+        "helium",
+        _helium,
+        {
+            **_SEVEN_B, "vocab_size": 48000, "hidden_size": 2560, "intermediate_size": 7040, "num_hidden_layers": 24,
+            "num_attention_heads": 20, "num_key_value_heads": 20, "head_dim": 128,
+        },
+    ),
+    Family(
+        "cwm",
+        _llama,
+        {
+            **_SEVEN_B, "vocab_size": 128256, "hidden_size": 6144, "intermediate_size": 21504, "num_hidden_layers": 64,
+            "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128,
+        },
+    ),
+    Family("arcee", _without_gates, {**_SEVEN_B, "hidden_size": 2560, "intermediate_size": 18432}),
+    Family(
+        "nemotron",
+        _without_gates,
+        {**_SEVEN_B, "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 48},
+        norm_bias=True,
+        norm_adds_one=True,
+    ),
+    Family("exaone4", _exaone4, {**_SEVEN_B, "vocab_size": 102400, "intermediate_size": 16384}),
     Family("qwen2", _qwen2, _QWEN),
     Family("qwen3", _qwen3, {**_QWEN, "head_dim": 128}),
     Family(

@@ -206,6 +206,27 @@ def gated_mlp(
     return Part(Sublayer("mlp", module, before, post_norm, groups), biases(groups))
 
 
+def plain_mlp(
+    facts: Facts,
+    layer: str,
+    names: tuple[str, str] = ("up_proj", "down_proj"),
+    bias: bool = False,
+    pre_norm: str = "post_attention_layernorm",
+) -> Part:
+    """An MLP without a gate, whose two linears have these names; ``pre_norm`` is a name in the layer."""
+    module, size = f"{layer}.mlp", facts.size("intermediate_size")
+    first = LinearView(f"{module}.{names[0]}", size, facts.hidden, Role.MLP, bias)
+    last = LinearView(f"{module}.{names[1]}", facts.hidden, size, Role.MLP, bias)
+    groups = first_and_last(module, (first,), last)
+    return Part(Sublayer("mlp", module, f"{layer}.{pre_norm}", None, groups), biases(groups))
+
+
+def beside(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """The same, each after the first one reading the hidden states that the first one read (Cohere, Phi)."""
+    first, *rest = parts
+    return first, *(Part(replace(part.sublayer, parallel=True), part.kept) for part in rest)
+
+
 def scaled(parts: Iterable[Part], scale: float) -> tuple[Part, ...]:
     """The same, each output multiplied before it is added to the hidden states (Granite)."""
     return tuple(Part(replace(part.sublayer, output_scale=scale), part.kept) for part in parts)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from llmcompress.errors import InputError
 from llmcompress.inference.generate import Generator, Sampling
@@ -115,6 +118,66 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"use_qkv_bias": True},
     # and an MLP without a gate, GELU, windows
     "starcoder2": {"sliding_window": 24},
+    # layers that see a window; and tables by yarn
+    "ministral": {"num_hidden_layers": 3, "sliding_window": 12,
+                  "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 400,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "cwm": {
+        "num_hidden_layers": 3, "sliding_window": 12, "num_key_value_heads": 6, "rope_parameters": None,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    # columns side by side turned
+    "helium": {"attention_bias": True, "mlp_bias": True},
+    # MLPs without gates, by squared relu; LayerNorm that multiplies by one more than it holds, half of a head turned
+    "arcee": {"mlp_bias": True},
+    "nemotron": {"head_dim": 16, "attention_bias": True},
+    # the MLP reads what attention reads; LayerNorm without biases, columns side by side turned, a factor of logits
+    "cohere": {"tie_word_embeddings": True, "logit_scale": 0.3, "head_dim": None},
+    # and layers that see all and turn nothing
+    "cohere2": {
+        "num_hidden_layers": 3, "sliding_window": 12, "logit_scale": 2.0, "attention_bias": True, "head_dim": None,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    # likewise with biases, GELU, half of a head turned
+    "phi": {"head_dim": None, "num_attention_heads": 3, "num_key_value_heads": 1},
+    # queries, keys and values of a head side by side in one linear; two norms, or one after the other
+    "gpt_neox": {"head_dim": None, "num_attention_heads": 3, "num_key_value_heads": None},
+    # norms after sublayers, queries and keys normed head by head, layers that see all and turn nothing
+    "exaone4": {
+        "num_hidden_layers": 3, "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "exaone_moe": {
+        "num_hidden_layers": 3, "sliding_window": 12, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "solar_open": {
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5,
+    },
+    # OLMoE with norms after sublayers
+    "flex_olmo": {"num_experts": 6, "num_experts_per_tok": 3},
+    # queries and keys turned and then normed; with experts an MLP beside them
+    "hunyuan_v1_dense": {
+        "head_dim": 24,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+    },
+    "hunyuan_v1_moe": {"num_experts": 6, "moe_topk": 3, "intermediate_size": 48},
+    # Granite's factors; experts alone, or beside an MLP
+    "granitemoe": {
+        "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.5,
+        "num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": None,
+    },
+    "granitemoeshared": {
+        "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.5,
+        "num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 112, "head_dim": None,
+    },
     # embeddings with a factor, norms that multiply by one more than they hold, GELU
     "gemma": {"tie_word_embeddings": True},
     # norms before and after, caps of scores and logits, windows
@@ -182,6 +245,37 @@ def decoders() -> type[Decoders]:
 def ids() -> torch.Tensor:
     """Random tokens ``[300]`` that are not special."""
     return torch.randint(3, 72, (300,), generator=torch.Generator().manual_seed(5))
+
+
+class _Wide(TorchFunctionMode):
+    """Where modules ask for float32 they get float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        own = torch.Tensor.double if func is torch.Tensor.float else func
+        return own(*tree_map(wide, args), **tree_map(wide, kwargs or {}))
+
+
+@torch.inference_mode()
+def _in_double(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits float64 ``[T, V]`` by transformers' modules in float64, with the rotary tables of the float32 model."""
+    wide = copy.deepcopy(model).double()
+    # sums of a grouped product are of 32 bits at most
+    wide.config._experts_implementation = "eager"
+    positions, own = torch.arange(len(tokens))[None], getattr(model.base_model, "rotary_emb", None)
+    if own is not None:
+        tables = tuple(table.double() for table in own(torch.empty(0), positions))
+        wide.base_model.rotary_emb.forward = lambda *given, **named: tables
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Wide():
+            found: torch.Tensor = wide(input_ids=tokens[None], position_ids=positions, use_cache=False).logits[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float64
+    return found
 
 
 class Sequences:
@@ -270,6 +364,16 @@ class Sequences:
         assert Generator(model).engine == "transformers"
         with pytest.raises(InputError, match="cannot run"):
             Generator(model, "native")
+
+    @staticmethod
+    def as_exact_as_modules(engine: Any, tokens: torch.Tensor, prompt: int) -> None:
+        """Beside float64 the engine errs no more than the modules do, but for what two orders of sums differ by."""
+        exact = _in_double(engine.model, tokens)[prompt - 1 :]
+        with torch.inference_mode():
+            modules = engine.model(tokens[None], use_cache=False).logits[0, prompt - 1 :]
+        theirs = Sequences.off(modules.double(), exact)
+        natively = Sequences.natively(engine, tokens, prompt)
+        assert Sequences.off(natively.double(), exact) < 2 * theirs + 5e-6
 
     @staticmethod
     def off(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -27,7 +27,17 @@ def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> N
         ({"model_type": "falcon_h1"}, None),
         ({"model_type": "falcon_h1", "mamba_rms_norm": True}, "mamba_norm_before_gate"),
         ({"model_type": "lfm2_moe"}, None),
-        ({"model_type": "hunyuan_v1_moe"}, "hunyuan_v1_moe"),
+        ({"model_type": "gptj"}, "gptj"),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.25, "hidden_act": "gelu"}, None),
+        ({"model_type": "gpt_neox", "hidden_act": "gelu_fast"}, "gelu_fast"),
+        ({"model_type": "hunyuan_v1_moe"}, None),
+        ({"model_type": "hunyuan_v1_moe", "moe_topk": [2, 2]}, None),
+        ({"model_type": "hunyuan_v1_moe", "moe_topk": [2, 3]}, "moe_topk"),
+        ({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, None),
+        ({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm"),
+        ({"model_type": "phi", "qk_layernorm": True}, "qk_layernorm"),
+        ({"model_type": "phi", "partial_rotary_factor": 0.4}, None),
         ({"model_type": "llama", "hidden_act": "relu"}, "relu"),
         ({"model_type": "llama", "hidden_act": "gelu"}, None),
         ({"model_type": "mamba2", "hidden_act": "gelu"}, "gelu"),
@@ -69,6 +79,8 @@ def test_how_far_a_sequence_reaches() -> None:
     assert reach({"model_type": "phi3", "rope_parameters": longrope}) == 4096
     assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.3}}) == 4096
     assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.2}}) is None
+    sharpened = {"rope_type": "yarn", "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
+    assert reach({"model_type": "ministral3", "rope_parameters": sharpened}) == 16384
     # beside the tables in older files
     older = {"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 2048}
     assert reach({"model_type": "phi3", **older}) == 2048

@@ -27,9 +27,12 @@ EXACT = 3e-5
 # families whose routers decide
 EXPERTS = (
     "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
-    "minimax_m2", "ernie4_5_moe",
+    "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared",
 )  # fmt: skip
-PACKED = ("llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", *EXPERTS)
+PACKED = (
+    "llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", "nemotron", "cohere2",
+    "phi", "exaone4", *EXPERTS,
+)  # fmt: skip
 
 
 @torch.inference_mode()

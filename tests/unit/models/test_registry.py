@@ -165,7 +165,13 @@ def test_a_plug_in_may_add_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.layout_from_config({"model_type": "llamoid"})
 
 
-@pytest.mark.parametrize("key", ["use_parallel_residual", "qk_layernorm"])
-def test_a_stablelm_of_another_kind_is_refused(key: str) -> None:
-    with pytest.raises(InputError, match=f"{key} is not supported"):
-        layout_from_config({"model_type": "stablelm", key: True})
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("stablelm", "use_parallel_residual"), ("stablelm", "qk_layernorm"), ("phi", "qk_layernorm"),
+        ("cohere", "use_qk_norm"),
+    ],
+)  # fmt: skip
+def test_a_model_of_another_kind_is_refused(family: str, key: str) -> None:
+    with pytest.raises(InputError, match=f"{key} is not supported in {family}"):
+        layout_from_config({"model_type": family, key: True})

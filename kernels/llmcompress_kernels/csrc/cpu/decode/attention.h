@@ -327,21 +327,29 @@ inline Heads key_heads(const Model& m, const Layer& l, const float* rows, int64_
     return heads_of(m, l, rows, l.key_norm, m.key_value_heads, member);
 }
 
+// One head turned and then normed (Hunyuan); one body as rotate().
+__attribute__((noinline, noclone)) inline void norm_turned(const float* weight, int dim, float epsilon, float scale, float* head) {
+    const float factor = inverse_size(head, dim, epsilon) * scale;
+    for (int i = 0; i < dim; ++i) head[i] = weight[i] * (head[i] * factor);
+}
+
 // One of them, normed where the model does so, and turned to its position. What all together are divided by is found again for
 // every head: that is little beside the projection, and needs no barrier.
 inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position, float scale, float* to) {
     const int dim = m.head_dim;
     const float* row = h.rows + head * h.apart;
     float normed[MAX_HEAD_DIM];
-    if (h.norms != nullptr) {
+    const Layer& l = h.layer;
+    const bool last = l.norms_last != 0;
+    if (h.norms != nullptr && !last) {
         const float* weight = h.norms + (h.together ? head * dim : 0);
         const float factor = h.together ? inverse_size(h.rows, int(h.count * dim), m.epsilon) : inverse_size(row, dim, m.epsilon);
         for (int i = 0; i < dim; ++i) normed[i] = weight[i] * (row[i] * factor);
         row = normed;
     }
-    const Layer& l = h.layer;
     const int64_t at = position * (l.turned / 2);
-    rotate(row, l.cosine + at, l.sine + at, dim, l.turned, m.neighbours != 0, scale, to);
+    rotate(row, l.cosine + at, l.sine + at, dim, l.turned, m.neighbours != 0, last ? 1.f : scale, to);
+    if (last) norm_turned(h.norms, dim, m.epsilon, scale, to);
 }
 
 // A head's result times sigmoids of its gates, in a layer that has some; `rows` are all queries of the token.

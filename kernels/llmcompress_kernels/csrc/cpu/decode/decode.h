@@ -100,7 +100,8 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 // A layer is a half before the MLP and an MLP or experts; one of both may be missing (Nemotron-H). A mixer and attention may stand
 // side by side (Falcon-H1): both read the hidden states before the layer. A layer may lay aside what it says (Zamba2, arXiv
 // 2411.15242): attention reads hidden states and embedding side by side, the MLP what attention says, `aside` what the MLP says,
-// and the next layer's mixer the hidden states plus that; nothing of it is added to them.
+// and the next layer's mixer the hidden states plus that; nothing of it is added to them. The MLP of a `parallel` layer reads the
+// hidden states that attention read (Cohere, Phi).
 //
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
 struct Layer {
@@ -133,6 +134,8 @@ struct Layer {
     Matrix shared_gate, shared_up, shared_down;  // an MLP beside the experts, likewise, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
+    int32_t norms_last;     // whether queries and keys are turned first and normed then, each head alone
+    int32_t parallel;       // whether the MLP reads the hidden states before attention adds to them
     int32_t gates;          // whether each head's queries are followed by as many gates of its result
     int32_t mixes;          // whether it has a mixer, which has its norm and projections elsewhere
     int32_t mixer;          // its number among the layers with mixers

@@ -207,9 +207,10 @@ class PromptWorker {
 
     void make_second(const LayerOperands& o, int index, int64_t t) {
         if (o.aside.present()) return norm(m_, delta(t), o.l.mlp_norm, nullptr, 0, normed(t));
+        if (o.l.parallel != 0) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
         if (o.begins()) add_delta(t, o.l.attention_after);
         else add_before(t, index);
-        norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
+        if (o.l.parallel == 0) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
     }
 
     // What the layer before this one has said.

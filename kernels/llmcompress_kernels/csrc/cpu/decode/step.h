@@ -42,7 +42,8 @@ class Worker {
             else if (o.attends()) attention(o, o.l.place);
             if (o.router.present()) experts(o);
             else if (o.has_mlp()) {
-                norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
+                // of a parallel layer before attention adds
+                if (o.l.parallel == 0) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
                 gated_mlp(o);
             }
         }
@@ -280,6 +281,7 @@ class Worker {
         multiply(o.output, in_, 0, rows.first, rows.last, sh_.delta.data(), m_.hidden);
         took(OUTPUT);
         wait();
+        if (o.l.parallel != 0) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         take_delta(o, o.l.attention_after);
     }
 

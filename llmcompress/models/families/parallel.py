@@ -1,0 +1,79 @@
+"""Families whose MLP reads the hidden states that attention reads: Cohere's Command models, early Phis, GPT-NeoX."""
+
+from __future__ import annotations
+
+from llmcompress.errors import InputError
+from llmcompress.models.families.facts import Facts
+from llmcompress.models.families.parts import (
+    AttentionNames,
+    Family,
+    Part,
+    attention,
+    beside,
+    biases,
+    first_and_last,
+    gated_mlp,
+    plain_mlp,
+)
+from llmcompress.models.layout import DiskNames, LinearView, Role, Sublayer
+
+
+def _cohere(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    _refuse(facts, "cohere", "use_qk_norm")
+    bias = facts.flag("attention_bias")
+    return beside((attention(facts, layer, bias, bias), gated_mlp(facts, layer, pre_norm="input_layernorm")))
+
+
+def _phi(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    _refuse(facts, "phi", "qk_layernorm")
+    head = attention(facts, layer, True, True, names=AttentionNames(output="dense"))
+    return beside((head, plain_mlp(facts, layer, ("fc1", "fc2"), True, "input_layernorm")))
+
+
+def _gpt_neox(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """Queries, keys and values of each head side by side in one linear; two norms, or one sublayer after the other."""
+    module, bias, size = f"{layer}.attention", facts.flag("attention_bias"), facts.hidden
+    first = LinearView(f"{module}.query_key_value", 3 * size, size, Role.ATTENTION, bias)
+    groups = first_and_last(module, (first,), LinearView(f"{module}.dense", size, size, Role.ATTENTION, bias))
+    head = Part(Sublayer("attention", module, f"{layer}.input_layernorm", None, groups), biases(groups))
+    parts = head, plain_mlp(facts, layer, ("dense_h_to_4h", "dense_4h_to_h"), True)
+    return beside(parts) if facts.flag("use_parallel_residual") else parts
+
+
+def _refuse(facts: Facts, family: str, key: str) -> None:
+    """Norms of queries and keys that are no RMSNorm."""
+    if facts.flag(key):
+        raise InputError(f"config.json: {key} is not supported in {family}", "supported: false")
+
+
+_COMMAND = {
+    "vocab_size": 256000, "hidden_size": 8192, "intermediate_size": 22528, "num_hidden_layers": 40,
+    "num_attention_heads": 64, "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True,
+    "attention_bias": False, "use_qk_norm": False,
+}  # fmt: skip
+_PHI = {
+    "vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False,
+    "qk_layernorm": False, "lm_head_bias": True,
+}  # fmt: skip
+_NEOX = {
+    "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
+    "num_attention_heads": 64, "tie_word_embeddings": False, "attention_bias": True, "use_parallel_residual": True,
+}  # fmt: skip
+
+FAMILIES = (
+    Family("cohere", _cohere, _COMMAND),
+    Family("cohere2", _cohere, _COMMAND),
+    Family("phi", _phi, _PHI, norm_bias=True, head_bias="lm_head_bias", final_norm="final_layernorm"),
+    Family(
+        "gpt_neox",
+        _gpt_neox,
+        _NEOX,
+        disk=DiskNames(renames=(("lm_head.", "embed_out."),)),
+        norm_bias=True,
+        ignored=(r"\.attention\.(masked_)?bias$", r"\.attention\.rotary_emb\.inv_freq$"),
+        body="gpt_neox",
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+    ),
+)
