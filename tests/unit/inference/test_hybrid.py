@@ -131,8 +131,12 @@ EXACT = 3e-5
 
 
 def slack(name: str) -> float:
-    """How much further off a model may be: transformers without residual connections inside amplify what differs."""
-    return 8.0 if MODELS[name][0] == "zamba2" else 1.0
+    """How much further off a model may be.
+
+    Transformers without residual connections inside amplify what differs: both sides are as far from float64, up to
+    9e-5 of the largest logit (:func:`test_errors_are_those_of_modules`), and up to 3e-5 from each other.
+    """
+    return 2.0 if MODELS[name][0] == "zamba2" else 1.0
 
 
 def exact(name: str) -> float:
@@ -179,7 +183,8 @@ def held_alike(engine: HybridEngine, cache: Any, slot: int, name: str) -> None:
     """Convolutions, float states and keys of the engine are those of transformers' cache."""
 
     def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-        allowed = 2e-5 * slack(name) * max(1.0, float(expected.abs().max()))
+        # inside of shared transformers a few numbers differ by more than logits do
+        allowed = 2e-5 * (6 if slack(name) > 1 else 1) * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=allowed)
 
     mixers, attention, convolutions = 0, 0, 0
@@ -228,6 +233,12 @@ def test_a_packed_model_takes_prompts_at_once(
     assert engine.decoder.takes_prompts
     assert sequences.off(sequences.natively(engine, tokens, prompt, 1), expected) < exact(name)
     held_alike(engine, cache, 1, name)
+
+
+@pytest.mark.parametrize("name", ["granite", "jamba", "lfm2_moe", "nemotron", "falcon", "zamba", "shared"])
+def test_errors_are_those_of_modules(name: str, tiny: Any, tmp_path: Path, sequences: Any) -> None:
+    model = packed(tiny, tmp_path, name, bits=4)
+    sequences.as_exact_as_modules(HybridEngine(model, positions=64), IDS[:45], 40)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
