@@ -4,8 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "channels.h"
@@ -57,19 +60,27 @@ struct LayerOperands {
   std::vector<float> rates;  // of Mamba-1: a / ln 2, [I / 16, N, 16]
 };
 
-// Memory of cache lines that only grows.
+// Memory of cache lines that only grows; what it holds is undefined after that.
 template <class T>
 class Lines {
  public:
   T* get(int64_t count) {
-    if (count > static_cast<int64_t>(held_.size()) - 64) held_.resize(static_cast<size_t>(count) + 64);
-    const auto at = reinterpret_cast<uintptr_t>(held_.data());
-    return reinterpret_cast<T*>((at + 63) / 64 * 64);
+    if (count > count_) {
+      held_.reset();  // first, so that both are never there
+      held_.reset(static_cast<T*>(std::aligned_alloc(64, (size_t(count + 64) * sizeof(T) + 63) / 64 * 64)));
+      if (held_ == nullptr) throw std::bad_alloc();
+      count_ = count;
+    }
+    return held_.get();
   }
-  void drop() { held_ = {}; }
+  void drop() { held_.reset(), count_ = 0; }
 
  private:
-  std::vector<T> held_;
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> held_;
+  int64_t count_ = -1;
 };
 
 struct ThreadBuffers {

@@ -154,14 +154,20 @@ class HeadPrompt : public SegmentWorker {
     const MixerLayer& l = e_.layers[size_t(layer)].l;
     const int64_t channels = m_.channels, states = m_.states, at = (int64_t(layer) * held_.slots + p_.slot) * m_.heads + head;
     const Pack pack = m_.bits == 0 ? nullptr : head_pack(e_.mode(l), m_.bits, states);
-    float* tile = own_.tile.get(channels * states);
-    alignas(64) float natural[kMaxStates];
-    for (int64_t r = 0; r < channels; ++r) {
+    float* const tile = own_.tile.get(channels * states);
+    float* const to = pack == nullptr ? held_.floats + at * channels * states : tile;
+    // sixteen states at a time: of floats those that follow, of a packed tile the even or the odd ones of 32
+    const int64_t step = pack == nullptr ? 1 : 2;
+    for (int64_t r = 0; r < channels; r += LANES) {
       const int64_t i = head * channels + r;
-      const float* piece = tiles(layer) + i / lanes_ * lanes_ * states + i % lanes_;
-      float* to = pack == nullptr ? held_.floats + (at * channels + r) * states : natural;
-      for (int64_t n = 0; n < states; ++n) to[n] = piece[n * lanes_];
-      if (pack != nullptr) split_pairs(natural, tile + r * states, int(states));
+      const float* const piece = tiles(layer) + i / lanes_ * lanes_ * states + i % lanes_;
+      for (int64_t n = 0; n < states; n += LANES) {
+        const int64_t first = pack == nullptr ? n : n / 32 * 32 + n % 32 / LANES;
+        __m512 rows[LANES];
+        for (int64_t k = 0; k < LANES; ++k) rows[k] = _mm512_loadu_ps(piece + (first + k * step) * lanes_);
+        turn_rows(rows);
+        for (int64_t k = 0; k < LANES; ++k) _mm512_storeu_ps(to + (r + k) * states + n, rows[k]);
+      }
     }
     if (pack == nullptr) return;
     pack(tile, held_.codes + at * channels * states * m_.bits / 8,

@@ -66,67 +66,12 @@ bool update_nibbles(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const Windo
 }
 }  // namespace state
 #else
+#include "nibble_lanes.h"
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
 
 namespace state {
-
-// Eight vectors in pairs come from 64 bytes of codes: lane i, byte j is byte 16 j + i. The permutation and its inverse.
-STATE_INLINE __m512i to_lanes() {
-  alignas(64) static constexpr uint8_t index[64] = {
-      0, 16, 32, 48, 1, 17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21, 37, 53, 6,  22, 38, 54, 7,  23, 39, 55,
-      8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63};
-  return _mm512_load_si512(index);
-}
-
-STATE_INLINE __m512i to_bytes() {
-  alignas(64) static constexpr uint8_t index[64] = {
-      0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 1, 5, 9,  13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61,
-      2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63};
-  return _mm512_load_si512(index);
-}
-
-// Code K of every lane as a float. The upper half of a float's bits tells a code, so codes 4 to 7, which lie in the upper
-// half of their lane, are looked up there, by five bits of which the highest does not count.
-template <int K>
-STATE_INLINE __m512 code_of(__m512i raw) {
-  const __m512i at = K % 4 == 0 ? raw : _mm512_srli_epi32(raw, 4 * (K % 4));
-  if constexpr (K < 4) {
-    return _mm512_permutexvar_ps(at, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
-  } else {
-    alignas(64) static constexpr uint16_t halves[32] = {
-        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
-    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, at, _mm512_load_si512(halves)));
-  }
-}
-
-// 1 / v of normal numbers, within 1.1 2^-24.
-STATE_INLINE __m512 reciprocal(__m512 v) {
-  const __m512 found = _mm512_rcp14_ps(v);
-  return _mm512_fmadd_ps(found, _mm512_fnmadd_ps(v, found, _mm512_set1_ps(1.0f)), found);
-}
-
-// fp16 numbers over 7, rounded as the quotient is.
-STATE_INLINE __m512 over_seven(__m512 v) {
-  const __m512 part = _mm512_set1_ps(1.0f / 7.0f), found = _mm512_mul_ps(v, part);
-  return _mm512_fmadd_ps(_mm512_fnmadd_ps(found, _mm512_set1_ps(7.0f), v), part, found);
-}
-
-STATE_INLINE __m512 size_of(__m512 v) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff))); }
-
-// The sum of one row, in the order of folded_sum_rows.
-STATE_INLINE float folded_sum(__m512 even, __m512 odd) {
-  __m512 both[2] = {even, odd};
-  float sum[2];
-  for (int h = 0; h < 2; ++h) {
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(both[h]), _mm512_extractf32x8_ps(both[h], 1));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    sum[h] = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
-  return sum[0] + sum[1];
-}
 
 constexpr float kUnit = 5.9604644775390625e-08f;   // 2^-24, by which one rounding may be off
 constexpr float kQuotient = 6.4f;                  // roundings of u / channel, ours and the definition's
@@ -252,28 +197,32 @@ struct Nibbles {
     return _mm512_load_ps(found);
   }
 
-  // The largest |u| / channel of some columns. Rows that may hold it are those that come near to what was found.
-  __attribute__((noinline)) __m512 exact_most(int v, __m512 most, __m512 near, __mmask16 columns, int p) const {
-    count_again(kScales, __builtin_popcount(columns));
-    __m512 found = _mm512_setzero_ps();
-    for (int first = 0; first < p; first += 8) {
-      __m512 some = _mm512_setzero_ps();
-      for (int r = first; r < first + 8; ++r) some = _mm512_range_ps(some, _mm512_load_ps(tile + r * n + 16 * v), 0x0b);
-      if (_mm512_mask_cmp_ps_mask(columns, some, near, _CMP_NLT_UQ) == 0) continue;
-      for (int r = first; r < first + 8; ++r) {
-        const __m512 size = size_of(_mm512_load_ps(tile + r * n + 16 * v));
-        if (_mm512_mask_cmp_ps_mask(columns, size, near, _CMP_NLT_UQ) == 0) continue;
-        found = _mm512_max_ps(found, size_of(_mm512_div_ps(exact(r, v), _mm512_set1_ps(channel[r]))));
+  // Fresh state of row r, place i in pairs.
+  inline __attribute__((always_inline)) float exact_one(int r, int i, int old) const {
+    float u = static_cast<float>(old) * (before[r] * step[i]);
+    for (int k = 0; k < tokens(); ++k) u = window.decay[k] * u + window.drive[k][r] * b[k * n + i];
+    return u;
+  }
+
+  // The largest |u| / channel of the column at place i in pairs. Rows that may hold it are those that are not below `near`.
+  float exact_most(int i, float near, int p) const {
+    count_again(kScales, 1);
+    float found = 0.0f;
+    for (int base = 0; base < p; base += kRows) {
+      uint32_t rows = 0;
+      for (int r = 0; r < kRows; ++r) rows |= static_cast<uint32_t>(!(std::fabs(tile[(base + r) * n + i]) < near)) << r;
+      for (; __builtin_expect(rows != 0, 0); rows &= rows - 1) {
+        const int r = base + __builtin_ctz(rows), at = r * vectors + i / 16;
+        const float part = std::fabs(exact_one(r, i, nibble(codes + 64 * (at / 8), at % 8, i % 16)) / channel[r]);
+        found = found > part ? found : part;
       }
     }
-    return _mm512_mask_mov_ps(most, columns, found);
+    return found;
   }
 
   // One code; `i` is its place in pairs.
   inline __attribute__((always_inline)) int exact_code(int r, int i, int old) const {
-    float u = static_cast<float>(old) * (before[r] * step[i]);
-    for (int k = 0; k < tokens(); ++k) u = window.decay[k] * u + window.drive[k][r] * b[k * n + i];
-    const float size = scale[i] / qmax;
+    const float u = exact_one(r, i, old), size = scale[i] / qmax;
     float value = u / (channel[r] * size);
     if constexpr (dithered(mode)) value = __builtin_fmaf(u * (1.0f / channel[r]), 1.0f / size, dither[i]);
     value = value < -qmax ? -qmax : value > qmax ? qmax : value;
@@ -466,48 +415,68 @@ struct Nibbles {
 
   // State scales; whether codes are to be found by the definition.
   inline __attribute__((always_inline)) bool columns(int p, uint16_t* out) {
-    alignas(64) float natural[n];
-    const __m512 zero = _mm512_setzero_ps();
-    __m512 farthest[most_tokens], worst = zero;
+    alignas(64) float natural[n], apart[n], found[n], near[n];
+    alignas(64) uint16_t half[n];
+    uint64_t unsure[(n + 63) / 64] = {};
+    __m512 farthest[most_tokens];
     for (int k = 0; k < tokens(); ++k) {
       // roundings of an input, fewer for later tokens
       const float count = Windowed ? 4.0f * static_cast<float>(tokens() - k) + 5.5f : of_input();
       farthest[k] = _mm512_set1_ps(count * _mm512_reduce_max_ps(reach[k]));
     }
     const __m512 of_codes = _mm512_set1_ps(8.0f * of_state() * _mm512_reduce_max_ps(kept));
-    __mmask16 careful = 0;
     for (int v = 0; v < vectors; ++v) {
-      __m512 unit = _mm512_load_ps(step + 16 * v);
-      if constexpr (Calibrated) unit = _mm512_mul_ps(unit, _mm512_set1_ps(faded[tokens() - 1]));
-      const __m512 most = largest[v];
+      const __m512 most = largest[v], unit = unit_of(v);
       // how far u / channel may be from the definition's in any row, in 2^-24
-      __m512 apart = Windowed ? of_codes : _mm512_mul_ps(most, _mm512_set1_ps(of_state()));
-      for (int k = 0; k < tokens(); ++k) apart = _mm512_fmadd_ps(farthest[k], size_of(_mm512_load_ps(fresh[k] + 16 * v)), apart);
-      const __m512 off = _mm512_mul_ps(_mm512_fmadd_ps(most, _mm512_set1_ps(kQuotient), apart), _mm512_set1_ps(kUnit));
+      __m512 distance = Windowed ? of_codes : _mm512_mul_ps(most, _mm512_set1_ps(of_state()));
+      for (int k = 0; k < tokens(); ++k) {
+        distance = _mm512_fmadd_ps(farthest[k], size_of(_mm512_load_ps(fresh[k] + 16 * v)), distance);
+      }
+      const __m512 off = _mm512_mul_ps(_mm512_fmadd_ps(most, _mm512_set1_ps(kQuotient), distance), _mm512_set1_ps(kUnit));
       const __m256i low = to_half(clamp_scale(_mm512_mul_ps(_mm512_sub_ps(most, off), unit)));
       const __m256i high = to_half(clamp_scale(_mm512_mul_ps(_mm512_add_ps(most, off), unit)));
-      const __mmask16 unsure = _mm256_cmpneq_epi16_mask(low, high);
-      __m512 found = _mm512_mul_ps(most, unit);
-      __m256i half = low;
-      if (__builtin_expect(unsure != 0, 0)) {
-        found = exact_most(v, found, _mm512_fnmadd_ps(off, _mm512_set1_ps(2.1f), most), unsure, p);
-        half = to_half(clamp_scale(found));
+      unsure[v / 4] |= static_cast<uint64_t>(_mm256_cmpneq_epi16_mask(low, high)) << v % 4 * 16;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(half + 16 * v), low);
+      _mm512_store_ps(found + 16 * v, _mm512_mul_ps(most, unit));
+      _mm512_store_ps(near + 16 * v, _mm512_fnmadd_ps(off, _mm512_set1_ps(2.1f), most));
+      _mm512_store_ps(apart + 16 * v, distance);
+    }
+    // in a loop of its own: what follows does not wait for a branch that goes wrong
+    for (int word = 0; word < (n + 63) / 64; ++word) {
+      for (uint64_t left = unsure[word]; __builtin_expect(left != 0, 0); left &= left - 1) {
+        const int i = 64 * word + __builtin_ctzll(left);
+        found[i] = exact_most(i, near[i], p);
+        const __m128 scale_of = _mm_min_ss(_mm_max_ss(_mm_set_ss(found[i]), _mm_set_ss(kSmallest)), _mm_set_ss(kLargest));
+        const __m128i rounded = _mm_cvtps_ph(scale_of, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        half[i] = static_cast<uint16_t>(_mm_extract_epi16(rounded, 0));
       }
-      const __m512 value = _mm512_cvtph_ps(half);
-      const __m512 by = _mm512_mul_ps(unit, _mm512_mul_ps(_mm512_set1_ps(qmax), reciprocal(value)));
+    }
+    __m512 worst = _mm512_setzero_ps();
+    __mmask16 careful = 0;
+    for (int v = 0; v < vectors; ++v) {
+      const __m512 most = _mm512_load_ps(found + 16 * v), zero = _mm512_setzero_ps();
+      const __m256i scales = _mm256_load_si256(reinterpret_cast<const __m256i*>(half + 16 * v));
+      const __m512 value = _mm512_cvtph_ps(scales);
+      const __m512 by = _mm512_mul_ps(unit_of(v), _mm512_mul_ps(_mm512_set1_ps(qmax), reciprocal(value)));
       // beyond fp16's normal numbers a scale may be far below the maximum that it stands for
-      careful |= _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(found, zero, _CMP_NEQ_UQ), found, _mm512_set1_ps(kNormal), _CMP_NGE_UQ);
-      careful |= _mm512_cmp_ps_mask(found, _mm512_set1_ps(kLargest), _CMP_NLT_UQ);
-      worst = _mm512_max_ps(_mm512_mul_ps(apart, by), worst);
+      careful |= _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(most, zero, _CMP_NEQ_UQ), most, _mm512_set1_ps(kNormal), _CMP_NGE_UQ);
+      careful |= _mm512_cmp_ps_mask(most, _mm512_set1_ps(kLargest), _CMP_NLT_UQ);
+      worst = _mm512_max_ps(_mm512_mul_ps(_mm512_load_ps(apart + 16 * v), by), worst);
       _mm512_store_ps(scale + 16 * v, value);
       _mm512_store_ps(times + 16 * v, by);
-      if constexpr (dithered(mode)) _mm512_store_ps(dither + 16 * v, dither_of(half));
+      if constexpr (dithered(mode)) _mm512_store_ps(dither + 16 * v, dither_of(scales));
     }
     join_pairs(scale, natural, n);
     for (int i = 0; i < n; i += 16) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_half(_mm512_load_ps(natural + i)));
     }
     return careful != 0 || !ignore_digits(_mm512_reduce_max_ps(worst));
+  }
+
+  // What a column's |w|, or |u| / channel, is multiplied by to be a state scale.
+  inline __attribute__((always_inline)) __m512 unit_of(int v) const {
+    const __m512 unit = _mm512_load_ps(step + 16 * v);
+    return Calibrated ? _mm512_mul_ps(unit, _mm512_set1_ps(faded[tokens() - 1])) : unit;
   }
 
   // How many digits are ignored when values of codes are up to `worst` 2^-24 from the definition's before they are multiplied

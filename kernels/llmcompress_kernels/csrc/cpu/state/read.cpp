@@ -5,9 +5,8 @@
 // with E and E_k the products of all decays and of those after token k, so that codes are multiplied by what is common to a
 // column, B_k C is the same for all heads of a group, and no state is written. In floats that takes four operations per vector of
 // sixteen states: two to look a code up, a fused product, and 0.4 to turn sixteen rows. Bytes take two: 128 codes lie in 64
-// bytes, and step C in three planes of signed bytes, 23 bits of the largest of a head, which is far below half a step of a code.
+// bytes, and step C in three planes of signed bytes, 21 bits of the largest of a head, which is far below half a step of a code.
 #include <bit>
-#include <cmath>
 
 #include "llmcompress/isa.h"
 #include "pick.h"
@@ -15,7 +14,7 @@
 
 #pragma GCC push_options
 #ifndef LLMCOMPRESS_AVX2
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,fma,f16c,bmi2")
 #endif
 
 namespace state {
@@ -47,10 +46,10 @@ STATE_INLINE void fetch(const uint8_t* row, int bytes) {
   for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(row + line), _MM_HINT_T0);
 }
 
-// Sixteen rows from their sums of lanes.
-STATE_INLINE void finish(const float (*sums)[16], const uint16_t* channel, float unit, const Window& window, const float* factor,
-                         int base, float* y) {
-  __m512 read = _mm512_mul_ps(sum_rows(sums), _mm512_mul_ps(half_to_float(channel + base), _mm512_set1_ps(unit)));
+// Sixteen rows from their sums.
+STATE_INLINE void finish(__m512 sums, const uint16_t* channel, float unit, const Window& window, const float* factor, int base,
+                         float* y) {
+  __m512 read = _mm512_mul_ps(sums, _mm512_mul_ps(half_to_float(channel + base), _mm512_set1_ps(unit)));
   for (int k = 0; k < window.tokens; ++k) {
     read = _mm512_fmadd_ps(_mm512_set1_ps(factor[k]), _mm512_loadu_ps(window.drive[k] + base), read);
   }
@@ -77,7 +76,7 @@ STATE_INLINE void read_floats(const uint8_t* codes, const uint16_t* channel, con
       }
       _mm512_store_ps(out[i], _mm512_add_ps(sum[0], sum[1]));
     }
-    finish(out, channel, kept, window, factor, base, y);
+    finish(sum_rows(out), channel, kept, window, factor, base, y);
   }
 }
 
@@ -90,46 +89,55 @@ void read_head(const uint8_t* codes, const uint16_t* channel, const uint16_t* sc
 }
 
 #ifndef LLMCOMPRESS_AVX2
-// step C of 128 states as whole numbers up to 2^22: their bytes, for the low nibbles of 64 bytes of codes and for the high ones.
+// step C of 128 states as whole numbers: their bytes, for the low nibbles of 64 bytes of codes and for the high ones.
 struct Planes {
   __m512i low[3], high[3];  // lowest byte first
-  __m512i bias;             // what codes that are all 0 give, since nibbles are counted from -8
 
   inline __attribute__((always_inline)) void set(const float* by, __m512 over) {
+    // 128 is added to each signed byte, so that none borrows from the next, and taken off by turning its highest bit
+    const __m512i half = _mm512_set1_epi32(0x808080), two = _mm512_set4_epi32(0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400);
+    // every fourth byte of two vectors
+    const __m512i fourth = _mm512_mask_or_epi32(two, 0xf0, two, _mm512_set1_epi8(64));
     for (int h = 0; h < 2; ++h) {
       __m512i* to = h == 0 ? low : high;
+      __m512i digits[4];
       for (int j = 0; j < 4; ++j) {
-        __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(by + 32 * j + 16 * h), over));
-        for (int k = 0; k < 3; ++k) {
-          const __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(number));
-          const __m512i old = j == 0 ? _mm512_setzero_si512() : to[k];
-          // four lanes of 32 bits, j-th quarter
-          to[k] = _mm512_mask_shuffle_i32x4(old, static_cast<__mmask16>(0xf << 4 * j), bytes, bytes, 0);
-          number = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
-        }
+        const __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(by + 32 * j + 16 * h), over));
+        digits[j] = _mm512_xor_si512(_mm512_add_epi32(number, half), half);
+      }
+      for (int k = 0; k < 3; ++k) {
+        const __m512i at = _mm512_or_si512(fourth, _mm512_set1_epi8(static_cast<char>(k)));
+        to[k] = _mm512_shuffle_i64x2(_mm512_permutex2var_epi8(digits[0], at, digits[1]),
+                                     _mm512_permutex2var_epi8(digits[2], at, digits[3]), 0x44);
       }
     }
-    bias = _mm512_setzero_si512();
-    bias = dot(_mm512_set1_epi8(8), _mm512_set1_epi8(8));
   }
 
-  // Sums by lane for nibbles counted from -8; less the bias.
+  // Sums by lane for nibbles that are counted from -8.
   inline __attribute__((always_inline)) __m512i dot(__m512i of_low, __m512i of_high) const {
     __m512i sum = _mm512_setzero_si512();
     for (int k = 2; k >= 0; --k) {
       if (k < 2) sum = _mm512_slli_epi32(sum, 8);
       sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, of_low, low[k]), of_high, high[k]);
     }
-    return _mm512_sub_epi32(sum, bias);
+    return sum;
+  }
+
+  // What codes that are all 0 give.
+  inline __attribute__((always_inline)) int bias() const {
+    return _mm512_reduce_add_epi32(dot(_mm512_set1_epi8(8), _mm512_set1_epi8(8)));
   }
 
   inline __attribute__((always_inline)) __m512i row(const uint8_t* codes) const {
-    // codes ^ 8; not by ternary logic, which on Zen 4 runs in the units that multiply
-    const __m512i from = _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(char(0x88)));
-    const __m512i four = _mm512_set1_epi8(15);
-    return dot(_mm512_and_si512(from, four), _mm512_and_si512(_mm512_srli_epi16(from, 4), four));
+    const __m512i from = _mm512_loadu_si512(codes), eight = _mm512_set1_epi8(8), four = _mm512_set1_epi8(15);
+    // (code ^ 8) & 15
+    return dot(_mm512_ternarylogic_epi32(from, eight, four, 0x28),
+               _mm512_ternarylogic_epi32(_mm512_srli_epi16(from, 4), eight, four, 0x28));
   }
 };
+
+// A power of two of normal numbers.
+STATE_INLINE float power(int exponent) { return std::bit_cast<float>((exponent + 127) << 23); }
 
 template <int J>
 void read_bytes(const uint8_t* codes, const uint16_t* channel, const uint16_t* scale, const Window& window, const float* dots,
@@ -142,24 +150,33 @@ void read_bytes(const uint8_t* codes, const uint16_t* channel, const uint16_t* s
   __m512i most = _mm512_setzero_si512();
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int i = 0; i < 32 * J; i += 16) most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_load_si512(by + i), magnitude));
-  const float largest = std::bit_cast<float>(_mm512_reduce_max_epu32(most));
+  const uint32_t bits = _mm512_reduce_max_epu32(most);
+  const float largest = std::bit_cast<float>(bits);
   if (!(largest >= 1e-25f && largest <= 1e25f)) return read_floats<4, J>(codes, channel, by, window, dots, y, p);
-  // the power of two above it
-  const int above = std::ilogb(largest) + 1;
+  // the power of two above it, which becomes 2^21: sums of 128 codes of a row, up to 7, are below 2^31
+  constexpr int digits = 21;
+  const int above = static_cast<int>(bits >> 23) - 126;
   Planes planes[parts];
-  for (int part = 0; part < parts; ++part) planes[part].set(by + 128 * part, _mm512_set1_ps(std::ldexp(1.0f, 22 - above)));
+  __m512i bias[parts];
+  for (int part = 0; part < parts; ++part) planes[part].set(by + 128 * part, _mm512_set1_ps(power(digits - above)));
+  for (int part = 0; part < parts; ++part) bias[part] = _mm512_set1_epi32(planes[part].bias());
   float factor[kMaxWindow];
-  const float unit = factors(window, dots, factor) * std::ldexp(1.0f, above - 22);
-  alignas(64) float out[kRows][16];
+  const float unit = factors(window, dots, factor) * power(above - digits);
+  alignas(64) float out[parts][kRows][16];
   for (int base = 0; base < p; base += kRows) {
     for (int i = 0; i < kRows; ++i) {
       const uint8_t* row = codes + (base + i) * row_bytes;
-      __m512i sum = planes[0].row(row);
-      if constexpr (parts > 1) sum = _mm512_add_epi32(sum, planes[1].row(row + 64));
-      _mm512_store_ps(out[i], _mm512_cvtepi32_ps(sum));
+      for (int part = 0; part < parts; ++part) {
+        _mm512_store_ps(out[part][i], _mm512_castsi512_ps(planes[part].row(row + 64 * part)));
+      }
       fetch(row + p * row_bytes, row_bytes);
     }
-    finish(out, channel, unit, window, factor, base, y);
+    // whole numbers to the end: one conversion for sixteen rows, and additions that any unit does
+    __m512 sums = _mm512_setzero_ps();
+    for (int part = 0; part < parts; ++part) {
+      sums = _mm512_add_ps(sums, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum_integer_rows(out[part]), bias[part])));
+    }
+    finish(sums, channel, unit, window, factor, base, y);
   }
 }
 #endif

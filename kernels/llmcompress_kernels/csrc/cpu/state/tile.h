@@ -76,9 +76,41 @@ STATE_INLINE __m512 fold_rows(const float (*rows)[16], Fold fold) {
   return fold(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
 }
 
+// Sixteen vectors turned: lane i of vector j becomes lane j of vector i.
+STATE_INLINE void turn_rows(__m512* rows) {
+  __m512 two[16], four[16];
+  for (int i = 0; i < 16; i += 2) {
+    two[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    two[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(two[i + h]), high = _mm512_castps_pd(two[i + 2 + h]);
+      four[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // 128-bit lane q of four[4 p + k]: vectors 4 p to 4 p + 3 of lane 4 q + k
+  for (int k = 0; k < 4; ++k) {
+    const __m512 a = _mm512_shuffle_f32x4(four[k], four[4 + k], 0x44), b = _mm512_shuffle_f32x4(four[8 + k], four[12 + k], 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(four[k], four[4 + k], 0xee), d = _mm512_shuffle_f32x4(four[8 + k], four[12 + k], 0xee);
+    rows[k] = _mm512_shuffle_f32x4(a, b, 0x88);
+    rows[4 + k] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    rows[8 + k] = _mm512_shuffle_f32x4(c, d, 0x88);
+    rows[12 + k] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+}
+
 // Sums of 16 vectors; any order of additions.
 STATE_INLINE __m512 sum_rows(const float (*rows)[16]) {
   return fold_rows(rows, [&](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_add_ps(a, b); });
+}
+
+// The same of whole numbers, whose bits the vectors hold.
+STATE_INLINE __m512i sum_integer_rows(const float (*rows)[16]) {
+  return _mm512_castps_si512(fold_rows(rows, [&](__m512 a, __m512 b) __attribute__((always_inline)) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }));
 }
 
 // Sums of 16 rows given as (even, odd) vectors, the second half added to the first until one value is left:
