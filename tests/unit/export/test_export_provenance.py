@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmcompress.export.provenance import portable, portable_recipe, source_license
+from llmcompress.export.provenance import _scalars, portable, portable_recipe, source_license
 
 
 def test_licence_comes_from_the_source_card(tmp_path: Path) -> None:
@@ -36,6 +36,13 @@ def test_recipes_lose_what_belongs_to_one_machine() -> None:
         },
     }
     assert recipe["run"]["dir"] == "runs/x"
+    # nothing is left of a section that holds nothing else
+    assert portable_recipe({"run": {"dir": "runs/x"}, "host": {"ram": 1}, "stages": {}}) == {}
+
+
+def test_records_keep_scalars_alone_and_nothing_that_differs_between_runs() -> None:
+    record = {"samples": 8, "path": "/home/me/books.txt", "seconds": 1.5, "hash": "ab", "cached": True, "rows": [1, 2]}
+    assert _scalars(record) == {"path": "books.txt", "samples": 8}
 
 
 def test_hub_names_and_assets_stay_whole() -> None:
