@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ SAMPLE = 1 << 20
 SAMPLES = 16
 # what a folder of tasks may hold: rows in every form that evaluation/harness.py reads, and tasks of one's own
 DATA_FILES = ("**/*.yaml", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.xz", "**/*.parquet")
+# from this size a hash is kept: reading so much takes longer than the step of a file system's clock, so that a file
+# that is written again cannot look the same
+REMEMBERED = 32 << 20
 # of each tensor of a larger checkpoint
 TENSOR_SAMPLE = 4 << 10
 
@@ -41,8 +45,21 @@ def file_identity(path: Path) -> str:
 
     Reading 90 GB before every run would cost more than it protects. Of a larger file size and 16 evenly spread
     mebibytes count, and the middle of each tensor where it is a checkpoint: one that was trained on, or of which a
-    single tensor was replaced, differs there.
+    single tensor was replaced, differs there. A large file is read once by a process, as long as it stays as it is.
     """
+    facts = path.stat()
+    if facts.st_size < REMEMBERED:
+        return _hashed(path)
+    return _known(path.absolute(), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _known(path: Path, *_state: int) -> str:
+    """Hash of a file in one state: a run asks before it begins, when it begins and when it ends."""
+    return _hashed(path)
+
+
+def _hashed(path: Path) -> str:
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
     with path.open("rb") as handle:

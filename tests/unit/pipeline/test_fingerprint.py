@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,29 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert file_identity(file) != before
     file.write_bytes(bytes((1 << 18) + 1))
     assert file_identity(file) != before
+
+
+def test_a_large_file_is_read_once_as_long_as_it_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "REMEMBERED", 100)
+    read, hashed = [], fingerprint._hashed
+    monkeypatch.setattr(fingerprint, "_hashed", lambda path: read.append(path.name) or hashed(path))
+    large, small = tmp_path / "large.txt", tmp_path / "small.txt"
+    large.write_bytes(bytes(100))
+    small.write_bytes(bytes(99))
+    first = [file_identity(large), file_identity(small), file_identity(large), file_identity(small)]
+    assert first[:2] == first[2:] and read == ["large.txt", "small.txt", "small.txt"]
+    # other content of the same size; its time is set back, which leaves a trace in the other time
+    times = large.stat()
+    time.sleep(0.02)
+    large.write_bytes(b"1" * 100)
+    os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file_identity(large) != first[0]
+    # another file in its place
+    large.rename(tmp_path / "old.txt")
+    large.write_bytes(bytes(100))
+    assert file_identity(large) == first[0]
 
 
 def test_one_tensor_of_a_large_checkpoint_that_differs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
