@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(STAMP)
-	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton openai trl
+	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton openai trl peft
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything a user needs
