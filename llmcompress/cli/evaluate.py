@@ -45,6 +45,22 @@ TaskOption = Annotated[
 FewshotOption = Annotated[
     int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default what each task says.")
 ]
+SeedOption = Annotated[
+    int | None, typer.Option("--fewshot-seed", help="Chooses examples that a task draws.  [default: lm-eval's, 1234]")
+]
+TemplateOption = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Ask tasks as a user of a chat, by the model's template.")
+]
+TurnsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+        help="Examples as turns of the chat; the default with --apply-chat-template.",
+    ),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system-instruction", metavar="TEXT", help="Put before every question of a task.")
+]
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write all figures as CSV.")]
 TasksDirOption = Annotated[str | None, typer.Option("--tasks-dir", help="Folder with local task data.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first rows of each task.")]
@@ -88,6 +104,10 @@ def evaluate(
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
+    fewshot_seed: SeedOption = None,
+    apply_chat_template: TemplateOption = False,
+    fewshot_as_multiturn: TurnsOption = None,
+    system_instruction: SystemOption = None,
     recipe: RecipeOption = None,
     member: MemberOption = None,
     csv: CsvOption = None,
@@ -97,7 +117,7 @@ def evaluate(
     """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
     chosen: dict[str, Any] = {
         "text": text, "max_tokens": max_tokens, "task": task, "tasks_dir": tasks_dir, "limit": limit,
-        "num_fewshot": num_fewshot,
+        **_asking(num_fewshot, fewshot_seed, apply_chat_template, fewshot_as_multiturn, system_instruction),
     }  # fmt: skip
     config = _from_recipe(recipe, chosen) if recipe else settings(length=length, field=field, **chosen)
     if csv is not None:
@@ -125,6 +145,10 @@ def compare(
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
+    fewshot_seed: SeedOption = None,
+    apply_chat_template: TemplateOption = False,
+    fewshot_as_multiturn: TurnsOption = None,
+    system_instruction: SystemOption = None,
     max_rel_increase: IncreaseOption = None,
     max_abs_drop: DropOption = None,
     csv: CsvOption = None,
@@ -146,7 +170,8 @@ def compare(
         return
     config = settings(
         text, length=length, field=field, max_tokens=max_tokens, task=task, tasks_dir=tasks_dir, limit=limit,
-        num_fewshot=num_fewshot, fidelity=True,
+        fidelity=True,
+        **_asking(num_fewshot, fewshot_seed, apply_chat_template, fewshot_as_multiturn, system_instruction),
     )  # fmt: skip
     _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
@@ -284,8 +309,8 @@ def settings(
     task: list[str] | None = None,
     tasks_dir: str | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
     fidelity: bool = False,
+    **asking: Any,
 ) -> EvaluateConfig:
     """An evaluate section from command-line options; the shipped held-out text where neither text nor task is named."""
     from llmcompress.stages.evaluate import EvaluateConfig
@@ -297,11 +322,31 @@ def settings(
     perplexity = {name: {**section, "max_tokens": max_tokens} for name, section in texts.items()}
     section: dict[str, Any] = {
         "type": "evaluate", "perplexity": perplexity, "tasks_dir": tasks_dir, "limit": limit,
-        "tasks": [{**_task(name), "num_fewshot": num_fewshot} for name in task or []],
+        "tasks": [{**_task(name), **_given(asking)} for name in task or []],
     }  # fmt: skip
     if fidelity and files:
         section["fidelity"] = {**texts[_name(files[0], files)], "samples": 16, "allow_fewer": True}
     return EvaluateConfig.model_validate(section)
+
+
+def _asking(
+    num_fewshot: int | None, fewshot_seed: int | None, template: bool, turns: bool | None, system: str | None
+) -> dict[str, Any]:
+    """Fields of a task from options; None where an option was not given.
+
+    Raises:
+        UsageError: Turns without a chat.
+    """
+    if turns and not template:
+        raise UsageError("--fewshot-as-multiturn: only with --apply-chat-template")
+    return {
+        "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "apply_chat_template": template or None,
+        "fewshot_as_multiturn": turns, "system_instruction": system,
+    }  # fmt: skip
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _task(name: str) -> dict[str, Any]:

@@ -84,6 +84,18 @@ class TaskConfig(_Section):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples in the prompt; by default what the task says."""
 
+    fewshot_seed: int = 1234
+    """Chooses the examples where the task draws them; the default is lm-eval's."""
+
+    apply_chat_template: bool = False
+    """Ask as a user of a chat, by the tokenizer's template: what lm-eval's option of this name does."""
+
+    fewshot_as_multiturn: bool | None = None
+    """Examples as turns of the chat; by default with ``apply_chat_template``, as in lm-eval."""
+
+    system_instruction: str | None = None
+    """Put before everything; as a system's message with ``apply_chat_template``."""
+
     subjects: tuple[str, ...] | None = None
     """Subjects, for ``mmlu`` from a local folder; all when absent."""
 
@@ -94,6 +106,8 @@ class TaskConfig(_Section):
     def _whole(self) -> TaskConfig:
         if self.path is not None and self.subjects is not None:
             raise ValueError("subjects are for mmlu from a local folder, not for a task with a path")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("fewshot_as_multiturn needs apply_chat_template: true")
         return self
 
 

@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
@@ -77,16 +77,14 @@ class TaskSpec:
         configs: lm-eval task configurations or names, more than one for subjects.
         limit: Use only the first rows of each.
         local: Whether all data lies on this machine.
-        num_fewshot: Examples in the prompt, None for the task's own choice.
-        overrides: Fields to set on tasks that come by name.
+        settings: What the recipe says of it.
     """
 
     name: str
     configs: tuple[dict[str, Any] | str, ...]
     limit: int | None
     local: bool
-    num_fewshot: int | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    settings: TaskConfig
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
@@ -137,7 +135,7 @@ def specify(
                 item.update(config.overrides)
                 if config.num_fewshot is not None:
                     item["num_fewshot"] = config.num_fewshot
-        found.append(TaskSpec(config.task, tuple(configs), rows, local, config.num_fewshot, config.overrides))
+        found.append(TaskSpec(config.task, tuple(configs), rows, local, config))
     return found
 
 
@@ -299,13 +297,13 @@ def _built(spec: TaskSpec) -> dict[str, Any]:
                 raise InputError(what, _local_hint(spec.name)) from error
             raise
     for task in loaded["tasks"].values():
-        for key, value in spec.overrides.items() if by_name else ():
+        for key, value in spec.settings.overrides.items() if by_name else ():
             task.set_config(key=key, value=value)
-        if spec.num_fewshot is not None:
-            task.set_config(key="num_fewshot", value=spec.num_fewshot)
+        if spec.settings.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=spec.settings.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SEED)
+        task.set_fewshot_seed(seed=spec.settings.fewshot_seed)
     return loaded
 
 
@@ -453,6 +451,9 @@ def evaluate(
     Returns:
         All figures of the task, in the task's order. A task of several subjects also gets pooled figures under its
         own name, first.
+
+    Raises:
+        InputError: The data cannot be had, or chats are asked of a model without a chat template.
     """
     import numpy as np
     import torch
@@ -460,6 +461,12 @@ def evaluate(
 
     from llmcompress.evaluation.recurrent_tasks import RecurrentLM
 
+    settings = spec.settings
+    if settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"task {spec.name}: apply_chat_template, and the tokenizer has no chat template",
+            "leave it out, or put the chat_template.jinja that the model is to be used with beside its tokenizer",
+        )
     loaded = _built(spec)  # rows have been tried where a command opens its tasks
     with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         random.seed(_SEED)
@@ -474,7 +481,12 @@ def evaluate(
             device=str(model.device),
             max_length=max_length or _context(model),
         )
-        results = run(lm=adapter, task_dict=loaded, limit=spec.limit, bootstrap_iters=0, log_samples=True)
+        turns = settings.fewshot_as_multiturn
+        results = run(
+            lm=adapter, task_dict=loaded, limit=spec.limit, bootstrap_iters=0, log_samples=True,
+            system_instruction=settings.system_instruction, apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template if turns is None else turns,
+        )  # fmt: skip
     if on_written is not None and adapter.wrote:
         on_written(adapter.wrote)
     if results is None:

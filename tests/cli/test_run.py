@@ -362,6 +362,7 @@ def test_a_task_of_ones_own_with_examples_ends_in_a_table(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text(OWN_TASK)
     words = ["--task", str(tmp_path / "mine.yaml"), "--num-fewshot", "1", "--csv", str(tmp_path / "out.csv")]
+    words += ["--fewshot-seed", "7", "--system-instruction", "Be brief."]
     told(capsys, "eval", str(finished[1]), *words, "--limit", "3")
     (row,) = csv.DictReader((tmp_path / "out.csv").open())
     assert (row["name"], row["n"]) == ("mine.acc", "3") and 0 <= float(row["value"]) <= 1
@@ -375,7 +376,9 @@ def test_a_task_of_ones_own_with_examples_ends_in_a_table(
     capsys.readouterr()
     assert invoke(["eval", str(finished[1]), "--csv", str(tmp_path / "no" / "out.csv")]) == 2
     assert invoke(["eval", str(finished[1]), "--recipe", str(finished[0]), "--limit", "3"]) == 2
+    assert invoke(["eval", str(finished[1]), *words, "--fewshot-as-multiturn"]) == 2
     said = capsys.readouterr().err
+    assert "only with --apply-chat-template" in said
     assert "there is no folder" in said and "--limit would change nothing" in said and "loading" not in said
 
 

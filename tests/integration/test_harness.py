@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
 import json
 import threading
@@ -68,6 +69,67 @@ def test_local_folder_with_subjects_and_fewshot(model, tiny_tokenizer, tmp_path)
     with harness.offline(True):
         scores = harness.evaluate(model, tiny_tokenizer, spec)
     assert [(s.task, s.n) for s in scores] == [("mmlu", 8), ("mmlu_astronomy", 4), ("mmlu_anatomy", 4)]
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_path, monkeypatch):
+    """One example and a system's message, as turns and as one message; what each request begins with."""
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+
+    rows = [
+        {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i, "subject": "anatomy"}
+        for i in range(4)
+    ]
+    (tmp_path / "mmlu").mkdir()
+    for split in ("dev", "test"):
+        (tmp_path / "mmlu" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words, asked = copy.deepcopy(tiny_tokenizer), []
+    original = RecurrentLM.loglikelihood
+
+    def noted(self, requests, *args, **kwargs):
+        asked.extend(request.args[0] for request in requests)
+        return original(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(RecurrentLM, "loglikelihood", noted)
+
+    def contexts(**settings):
+        asked.clear()
+        task = TaskConfig(task="mmlu", subjects=("anatomy",), num_fewshot=1, system_instruction="Be brief.", **settings)
+        with harness.offline(True):
+            harness.evaluate(model, words, harness.specify([task], tmp_path, limit=1)[0])
+        return set(asked)
+
+    (plain,) = contexts()
+    assert plain.startswith("Be brief.") and "<user>" not in plain
+    with pytest.raises(InputError, match="no chat template"):
+        contexts(apply_chat_template=True)
+    words.chat_template = CHAT
+    (turns,) = contexts(apply_chat_template=True)
+    assert turns.startswith("<system> Be brief.") and turns.endswith("<assistant> ")
+    assert [turns.count(f"<{role}>") for role in ("system", "user", "assistant")] == [1, 2, 2]
+    (whole,) = contexts(apply_chat_template=True, fewshot_as_multiturn=False)
+    assert [whole.count(f"<{role}>") for role in ("system", "user", "assistant")] == [1, 1, 1]
+    assert whole.count("What is") == turns.count("What is") == 2
+
+
+def test_the_seed_chooses_examples(model, tiny_tokenizer, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}. #### {i}"} for i in range(40)]
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def examples(**settings):
+        task = TaskConfig(task="gsm8k", num_fewshot=2, overrides={"fewshot_config": {"sampler": "default"}}, **settings)
+        built = harness.build(harness.specify([task], tmp_path)[0])["tasks"]
+        return next(iter(built.values())).fewshot_context(rows[0], 2)
+
+    assert examples() == examples() == examples(fewshot_seed=1234)
+    assert examples() != examples(fewshot_seed=1)
 
 
 def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):

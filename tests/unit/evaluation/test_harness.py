@@ -166,3 +166,8 @@ def test_a_file_that_is_no_task_is_named(tmp_path, text, words):
         path.write_text(text)
     with pytest.raises(InputError, match=words):
         harness.specify([TaskConfig(task="mine", path=str(path))])
+
+
+def test_turns_need_a_chat():
+    with pytest.raises(ValueError, match="needs apply_chat_template"):
+        TaskConfig(task="gsm8k", fewshot_as_multiturn=True)
