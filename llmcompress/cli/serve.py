@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
+from llmcompress.cli.evaluate import DeviceOption, DtypeOption
 from llmcompress.cli.output import Output
 from llmcompress.errors import InputError, UsageError
 from llmcompress.serving.limits import Limits
@@ -33,15 +33,18 @@ def _bound(name: str, text: str) -> object:
 
 def serve(
     out: Output,
-    path: ModelArgument,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Artifacts, model or run folders.")],
     host: Annotated[str, typer.Option("--host", help="Address; others than loopback need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option("--name", help="Name of a single model; its folder's by default.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the one model; its folder's by default.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     engine: Annotated[
         str, typer.Option("--engine", metavar="NAME", help="auto, or transformers to keep the native engine out.")
     ] = "auto",
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line on stderr for each request: time, path, status, seconds.")
+    ] = False,
     rows: Annotated[int, _bound("max-sequences", "Sequences that decode together.")] = _LIMITS.rows,
     queue: Annotated[int, _bound("max-waiting", "Sequences that wait; beyond: 429.")] = _LIMITS.queue,
     cache_tokens: Annotated[int, _bound("cache-tokens", "Tokens of all that decode.")] = _LIMITS.cache_tokens,
@@ -67,18 +70,21 @@ def serve(
         float, _bound("drain-seconds", "Answers may run on after SIGTERM.")
     ] = _LIMITS.drain_seconds,
 ) -> None:
-    """Serve a family, or any other artifact, to OpenAI clients.
+    """Serve families and other artifacts to OpenAI clients.
 
     /v1/completions and /v1/chat/completions with streaming, /v1/models, /health, /metrics. Requests for all members
-    of a family decode in one batch. A request that names no temperature or top_p gets those of the model's
-    generation_config.json, else 1 as at OpenAI. The native engine reads long prompts in parts, between the steps of
-    running answers, and a prompt that begins like another one goes on from there. Whoever has the key may notice that
-    by the time it takes: those who must not know of each other need servers of their own. The API key is read from the
-    environment variable LLMCOMPRESS_API_KEY.
+    of a family decode in one batch, other models each in its own. A request that names no temperature or top_p gets
+    those of the model's generation_config.json, else 1 as at OpenAI. The native engine reads long prompts in parts,
+    between the steps of running answers, and a prompt that begins like another one goes on from there. Whoever has the
+    key may notice that by the time it takes: those who must not know of each other need servers of their own. The API
+    key is read from the environment variable LLMCOMPRESS_API_KEY.
     SIGTERM ends it when running answers are complete.
     """
     if engine not in ("auto", "transformers"):
         raise UsageError(f"--engine {engine}: unknown", "choose auto or transformers")
+    if name is not None and len(paths) > 1:
+        raise UsageError("--name: for one model only", "leave it out; the folders' names tell several apart")
+    from llmcompress.serving.served import together
     from llmcompress.serving.server import Server, bind, check_access
 
     api_key = os.environ.get(KEY) or None
@@ -91,13 +97,13 @@ def serve(
     # before the model is loaded, which takes longer
     with bind(host, port) as bound:
         place = f"http://{host if ':' not in host else f'[{host}]'}:{bound.getsockname()[1]}"
-        out.note(f"loading {path}")
-        served = open_served(path, name, dtype, device, limits, native=engine == "auto")
+        out.note(f"loading {', '.join(paths)}")
+        served = together([open_served(path, name, dtype, device, limits, native=engine == "auto") for path in paths])
         for batch in served.batches:
             out.note(_described(batch))
-        server = Server(served, limits, api_key)
+        server = Server(served, limits, api_key, access_log)
         data = {
-            "path": path, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None,
+            "paths": paths, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None,
             "batches": served.batches,
         }  # fmt: skip
         out.result(data, f"{place}/v1 serves {', '.join(served.models)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from llmcompress.serving.limits import Limits
     from llmcompress.serving.metrics import Metrics
 
+# says nothing unless a server is asked to
+ACCESS = logging.getLogger("llmcompress.access")
+ACCESS.setLevel(logging.WARNING)
 # how many times the limit is read of a body before its sender is cut off
 PATIENCE = 8
 # the second name is that of other servers
@@ -70,7 +74,10 @@ class Guard:
         finally:
             path = scope["path"]
             known = path if path in ENDPOINTS else "/v1/models" if path.startswith("/v1/models/") else "other"
-            self._metrics.request(known, status, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._metrics.request(known, status, seconds)
+            # paths that are not ours may hold anything, line ends too
+            ACCESS.info("%s %s %d %.3f s", scope["method"], known, status, seconds)
 
     async def _discard(self, receive: Receive) -> None:
         """Read some of a body that nobody wants: a connection closed on unread bytes may lose the answer."""

@@ -141,6 +141,23 @@ def serve_family(
     return Served(models, groups, batches)
 
 
+def together(parts: Sequence[Served]) -> Served:
+    """Several in one process; tokens and sequences that wait are counted for all.
+
+    Raises:
+        InputError: Two models have one name.
+    """
+    names = [name for part in parts for name in part.models]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"two models are named {', '.join(repeated)}", "serve folders of different names")
+    return Served(
+        {name: model for part in parts for name, model in part.models.items()},
+        [group for part in parts for group in part.groups],
+        [batch for part in parts for batch in part.batches],
+    )
+
+
 def _longest(model: ServedModel, limits: Limits) -> int:
     """Tokens that a sequence may come to: what the model, the cache and the bounds of requests leave room for."""
     return min(model.context or limits.cache_tokens, limits.cache_tokens, limits.prompt_tokens + limits.new_tokens)

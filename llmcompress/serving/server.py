@@ -14,6 +14,7 @@ import uvicorn
 
 from llmcompress.errors import InputError, UsageError
 from llmcompress.serving.app import Service, application
+from llmcompress.serving.guard import ACCESS
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.scheduler import Scheduler
@@ -77,9 +78,11 @@ class Server:
         served: Models and their batches.
         limits: Bounds.
         api_key: Asked of every request, None for no key.
+        access_log: Whether each request gets a line on stderr.
     """
 
-    def __init__(self, served: Served, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, served: Served, limits: Limits, api_key: str | None, access_log: bool = False) -> None:
+        self._access_log = access_log
         self.metrics = Metrics()
         self.scheduler = Scheduler(served.groups, limits, self.metrics)
         service = Service(served.models, self.scheduler, limits, self.metrics)
@@ -93,6 +96,8 @@ class Server:
     def run(self, bound: socket.socket) -> None:
         """Serve until :meth:`shut` or a signal; returns when running answers have ended or their time is over."""
         _log_failures()
+        if self._access_log:
+            _log_requests()
         # uvicorn raises the signal again when it is done, which would end the process before we have cleaned up
         before = _quiet_signals()
         try:
@@ -131,6 +136,14 @@ def _log_failures() -> None:
         logger.setLevel(logging.ERROR)
         if not logger.handlers:
             logger.addHandler(logging.StreamHandler())
+
+
+def _log_requests() -> None:
+    ACCESS.setLevel(logging.INFO)
+    if not ACCESS.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        ACCESS.addHandler(handler)
 
 
 def _quiet_signals() -> dict[int, Any]:

@@ -336,6 +336,8 @@ BAD = [
     ("/v1/completions", {**GOOD, "stop": list("abcde")}, 400, "at most 4"),
     ("/v1/completions", {**GOOD, "frobnicate": 1}, 400, "unrecognized request argument supplied: frobnicate"),
     ("/v1/completions", {**GOOD, "presence_penalty": 1.0}, 400, "presence_penalty"),
+    ("/v1/completions", {**GOOD, "logit_bias": {"5": -100}}, 400, "logit_bias: not supported"),
+    ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of: 2 is not supported, only 1"),
     ("/v1/completions", {**GOOD, "stream_options": {"include_usage": True}}, 400, "only with stream"),
     ("/v1/completions", {**GOOD, "user": "u" * 5000}, 413, "4096 bytes"),
     ("/v1/completions", {**GOOD, "echo": True}, 400, "echo: True is not supported, only False"),
@@ -487,6 +489,54 @@ def test_sigterm_finishes_what_runs(folder: Path) -> None:
             client.models.list()
 
 
+def test_several_models_share_a_server(
+    folder: Path, reference: Any, tiny: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what is logged of requests."""
+    import logging
+
+    from llmcompress.errors import InputError
+    from llmcompress.hf import load
+    from llmcompress.serving.served import serve_model, together
+
+    model, tokenizer = load(folder)
+    assert tokenizer is not None
+    other = tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
+    parts = [
+        serve_model(model, tokenizer, "tiny", LIMITS),
+        serve_model(other, tiny_tokenizer, "mixture", LIMITS, native=False),
+    ]
+    with pytest.raises(InputError, match="two models are named tiny"):
+        together([*parts, serve_model(model, tokenizer, "tiny", LIMITS)])
+    running = Running(together(parts))
+    try:
+        client = running.client()
+        assert [entry.id for entry in client.models.list()] == ["tiny", "mixture"]
+        texts: dict[str, str] = {}
+
+        def ask(name: str) -> None:
+            answer = client.completions.create(model=name, prompt="The cat", max_tokens=12, temperature=0)
+            texts[name] = answer.choices[0].text
+
+        with caplog.at_level(logging.INFO, "llmcompress.access"):
+            threads = [threading.Thread(target=ask, args=(name,)) for name in ("tiny", "mixture")]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            running.raw("/no%0Asuch")
+            for _ in range(200):
+                lines = [record.getMessage() for record in caplog.records if record.name == "llmcompress.access"]
+                if len(lines) == 3:
+                    break
+                time.sleep(0.02)
+        assert texts["tiny"] == reference("The cat", 12) != texts["mixture"]
+        said = sorted(line.rsplit(" ", 2)[0] for line in lines)
+        assert said == ["GET other 404", *["POST /v1/completions 200"] * 2]
+    finally:
+        running.stop()
+
+
 def test_members_have_settings_of_their_own(family_run: Path, tmp_path: Path) -> None:
     import torch
 
@@ -519,6 +569,7 @@ def test_members_have_settings_of_their_own(family_run: Path, tmp_path: Path) ->
         (["--host", "0.0.0.0"], {"LLMCOMPRESS_API_KEY": "short"}, "at least 8"),
         (["--host", "999.1.1.1"], {"LLMCOMPRESS_API_KEY": KEY}, "999.1.1.1:8000"),
         (["--engine", "warp"], {}, "--engine warp"),
+        (["another", "--name", "both"], {}, "--name: for one model only"),
     ],
 )
 def test_wrong_calls_end_with_one_line(
