@@ -69,13 +69,14 @@ def test_errors_are_those_of_what_is_stored(folder: Path) -> None:
                 assert (weight - rebuilt).square().sum() < without.square().sum()
 
 
-def test_reading_back_finds_a_changed_code(folder: Path, tmp_path: Path) -> None:
+def test_reading_back_finds_a_changed_byte(folder: Path, tmp_path: Path) -> None:
     import shutil
 
     from llmcompress.errors import ExportError
     from llmcompress.export.family import read_back
     from llmcompress.models.family import ModelFamily
     from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.tensor_file import TensorFile
     from llmcompress.quant.family import FamilyPlan
     from llmcompress.quant.store import PackedStore
     from llmcompress.stages.state import FamilyState
@@ -93,6 +94,19 @@ def test_reading_back_finds_a_changed_code(folder: Path, tmp_path: Path) -> None
     node.write_bytes(bytes(content))
     with pytest.raises(ExportError, match="of bee reads back differently"):
         read_back(out, state)
+    shutil.copyfile(folder / "run/artifact/nodes/bee.safetensors", node)
+    # the last byte of every tensor outside the trees, and of some of every node
+    for file in sorted(out.rglob("*.safetensors")):
+        whole = file.read_bytes()
+        entries = sorted(TensorFile(file).entries.values(), key=lambda entry: entry.start)
+        for entry in entries[:: 9 if file.parent.name == "nodes" else 1]:
+            changed = bytearray(whole)
+            changed[entry.start + entry.nbytes - 1] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(ExportError, match="reads back differently"):
+                read_back(out, state)
+        file.write_bytes(whole)
+    read_back(out, state)
 
 
 def test_baselines_may_have_the_sweeps_of_the_tree(folder: Path, tiny: Any, tmp_path: Path) -> None:
