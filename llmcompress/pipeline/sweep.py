@@ -218,7 +218,7 @@ class Sweep:
     def _claim(self) -> None:
         """Write the manifest, or see that the one there is of the same sweep."""
         path = self.folder / MANIFEST
-        runs = {run.name: run.values for run in self.runs}
+        runs: dict[str, dict[str, str]] = {}
         manifest: dict[str, Any] = {"format": FORMAT, "recipe": self.recipe, "fixed": self.fixed, "runs": runs}
         if path.exists():
             try:
@@ -228,8 +228,13 @@ class Sweep:
             if {k: before.get(k) for k in ("recipe", "fixed")} != {"recipe": self.recipe, "fixed": self.fixed}:
                 raise UsageError(f"{self.folder}: holds a sweep with other settings", "choose another --dir")
             # more values may be added to a sweep; none may be lost from its table
-            manifest["runs"] = {**before.get("runs", {}), **runs}
-            self.runs = [SweepRun(n, v, self.folder / n) for n, v in manifest["runs"].items()]
+            runs.update(before.get("runs", {}))
+        for run in self.runs:
+            # a run is known by what it sets: beside values that read alike in a folder's name it is called otherwise
+            if run.values not in runs.values():
+                names = itertools.chain([run.name], (f"{n:03d},{run.name}" for n in itertools.count()))
+                runs[next(name for name in names if name not in runs)] = run.values
+        self.runs = [SweepRun(name, values, self.folder / name) for name, values in runs.items()]
         write_durably(path, json.dumps(manifest, indent=1).encode())
 
     def _one(self, run: SweepRun) -> tuple[int, str]:

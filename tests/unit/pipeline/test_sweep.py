@@ -39,6 +39,22 @@ def test_every_combination_has_a_name_of_its_own(tmp_path: Path) -> None:
     assert all(run.folder.parent == tmp_path for run in odd)
 
 
+def test_a_run_keeps_its_folder_when_values_that_read_alike_are_added(tmp_path: Path) -> None:
+    def claimed(*values: str) -> dict[str, str]:
+        sweep = Sweep("recipe", [], combinations({"a": list(values)}, tmp_path), tmp_path, 1, lambda _: None)
+        sweep._claim()
+        assert all(run.folder == tmp_path / run.name for run in sweep.runs)
+        assert json.loads((tmp_path / "sweep.json").read_text())["runs"] == {r.name: r.values for r in sweep.runs}
+        return {run.values["a"]: run.name for run in sweep.runs}
+
+    assert claimed("x/y") == {"x/y": "a=x_y"}
+    # alone, it would have the same name
+    assert claimed("x:y") == {"x/y": "a=x_y", "x:y": "000,a=x_y"}
+    three = claimed("x:y", "x/y", "x y")
+    assert three == {"x/y": "a=x_y", "x:y": "000,a=x_y", "x y": "002,a=x_y"}
+    assert claimed("x/y", "z") == {**three, "z": "a=z"}
+
+
 @pytest.mark.parametrize("rising", [False, True])
 def test_the_front_is_what_no_other_beats(rising: bool) -> None:
     sign = -1 if rising else 1
