@@ -13,6 +13,7 @@ constexpr int64_t UNIT_TOKENS = 64;         // slots of one expert that are work
 constexpr int64_t PASS_SLOTS = 2048;        // slots in flight, which bounds the intermediate memory
 constexpr int64_t TASKS = 4;                // tasks to a thread, if they can be large enough
 constexpr int64_t LEAST_BLOCKS = 4, MOST_BLOCKS = 128;  // of 16 rows in a task
+constexpr int64_t GATED_BLOCKS = 32;        // of gate and as many of up, for many tokens: half of a second-level cache
 constexpr int64_t PIECE = 256;              // columns of a token that are summed up together
 constexpr size_t KEPT_BYTES = size_t(8) << 20;
 
@@ -87,38 +88,79 @@ void quantize(const Side& side, const Plan& plan, const Unit& u, const void* x, 
                            index ? index + u.first : nullptr, u.activations, b);
 }
 
-// One projection for all units, inside a parallel region: out[slot, row] in fp32, bias included. Packed sides read the
-// quantized inputs of the units, or `shared` where they all have the same one; dense ones read `x` as quantize() does.
-void project(const Side& side, const Plan& plan, const std::vector<Unit>& units, const Activations* shared, const void* x,
-             Type type, const int64_t* index, float* out) {
+// Inputs of a projection: packed sides read the quantized ones of the units, or `shared` where they all have the same one;
+// dense sides read `x` as quantize() does.
+struct Inputs {
+    const Activations* shared;
+    const void* x;
+    Type type;
+    const int64_t* index;
+};
+
+// Rows [first, first + count) of one expert for the slots of a unit: to[slot * stride + row] in fp32, bias included.
+void project_rows(const Side& side, const Plan& plan, const Unit& u, const Inputs& in, int64_t first, int64_t count, float* to,
+                  int64_t stride) {
     const Variant& v = variant();
-    const int64_t rows = side.packed.rows, columns = side.packed.columns, blocks = blocks_of(rows);
-    const int64_t count = int64_t(units.size());
-    // long tasks read long streams; there are enough of them to keep the threads equally busy
-    const int64_t each = std::clamp(count * blocks / (TASKS * omp_get_num_threads()), LEAST_BLOCKS, MOST_BLOCKS);
-    const int64_t tasks = (blocks + each - 1) / each;
+    const int64_t rows = side.packed.rows, columns = side.packed.columns;
+    if (side.dense) {
+        static thread_local Scratch scratch;
+        float* values = static_cast<float*>(scratch.get(size_t((u.count + 1) * columns) * 4));
+        for (int64_t t = 0; t < u.count; ++t)
+            v.convert(in.x, (in.index ? in.index[u.first + t] : u.first + t) * columns, columns, in.type, values + t * columns);
+        const size_t size = side.dense_type == FP32 ? 4 : 2;
+        v.dense_rows(static_cast<const char*>(side.dense) + size_t((u.expert * rows + first) * columns) * size, side.dense_type,
+                     columns, values, u.count, 0, count, values + u.count * columns, to, stride);
+    } else {
+        const Activations& a = in.shared ? *in.shared : u.activations;
+        operand_rows(side.part(u.expert, first, count), plan, a, 0, blocks_of(count), to, FP32, stride);
+    }
+    for (int64_t row = 0; side.bias && row < count; ++row) {
+        float bias;
+        v.convert(side.bias, u.expert * rows + first + row, 1, side.bias_type, &bias);
+        for (int64_t t = 0; t < u.count; ++t) to[t * stride + row] += bias;
+    }
+}
+
+// Blocks of rows in a task: long tasks read long streams; there are enough of them to keep the threads equally busy.
+int64_t task_blocks(int64_t units, int64_t blocks, int64_t most) {
+    return std::clamp(units * blocks / (TASKS * omp_get_num_threads()), LEAST_BLOCKS, most);
+}
+
+// One projection for all units, inside a parallel region: out[slot, row] in fp32.
+void project(const Side& side, const Plan& plan, const std::vector<Unit>& units, const Inputs& in, float* out) {
+    const int64_t rows = side.packed.rows, count = int64_t(units.size());
+    const int64_t each = task_blocks(count, blocks_of(rows), MOST_BLOCKS) * LANES, tasks = (rows + each - 1) / each;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < count * tasks; ++task) {
         const Unit& u = units[size_t(task / tasks)];
-        const int64_t first = task % tasks * each, last = std::min(first + each, blocks);
-        float* to = out + u.first * rows;
-        if (side.dense) {
-            static thread_local Scratch scratch;
-            float* values = static_cast<float*>(scratch.get(size_t((u.count + 1) * columns) * 4));
-            for (int64_t t = 0; t < u.count; ++t)
-                v.convert(x, (index ? index[u.first + t] : u.first + t) * columns, columns, type, values + t * columns);
-            const size_t size = side.dense_type == FP32 ? 4 : 2;
-            v.dense_rows(static_cast<const char*>(side.dense) + size_t(u.expert * rows * columns) * size, side.dense_type, columns,
-                         values, u.count, first * LANES, std::min(last * LANES, rows), values + u.count * columns, to, rows);
+        const int64_t first = task % tasks * each;
+        project_rows(side, plan, u, in, first, std::min(each, rows - first), out + u.first * rows + first, rows);
+    }
+}
+
+// The first projection and its activation: out[slot, column]. A task makes the same columns of gate and up, which are used
+// while they lie in this core's caches.
+void project_gated(const Side& side, const Plan& plan, const std::vector<Unit>& units, const Inputs& in, int64_t inner,
+                   Activation activation, float alpha, float limit, float* out) {
+    static thread_local Scratch scratch;
+    const int64_t count = int64_t(units.size()), sides = first_rows(activation, inner) / inner;
+    const int64_t most = in.shared ? MOST_BLOCKS : GATED_BLOCKS;
+    // gate and up begin at whole blocks only where the width is made of them
+    const int64_t each = inner % LANES ? inner : task_blocks(count, blocks_of(inner), most) * LANES;
+    const int64_t tasks = (inner + each - 1) / each;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < count * tasks; ++task) {
+        const Unit& u = units[size_t(task / tasks)];
+        const int64_t first = task % tasks * each, width = std::min(each, inner - first), stride = sides * width;
+        float* hidden = static_cast<float*>(scratch.get(size_t(u.count * stride) * 4));
+        if (width == inner) {
+            project_rows(side, plan, u, in, 0, stride, hidden, stride);
         } else {
-            operand_rows(side.expert(u.expert), plan, shared ? *shared : u.activations, first, last, to, FP32, rows);
+            for (int64_t s = 0; s < sides; ++s)
+                project_rows(side, plan, u, in, s * inner + first, width, hidden + s * width, stride);
         }
-        if (!side.bias) continue;
-        for (int64_t row = first * LANES; row < std::min(last * LANES, rows); ++row) {
-            float bias;
-            v.convert(side.bias, u.expert * rows + row, 1, side.bias_type, &bias);
-            for (int64_t t = 0; t < u.count; ++t) to[t * rows + row] += bias;
-        }
+        for (int64_t t = 0; t < u.count; ++t)
+            variant().gate(hidden + t * stride, width, activation, alpha, limit, out + (u.first + t) * inner + first);
     }
 }
 
@@ -144,7 +186,7 @@ void combine(const Pass& pass, const float* slots, int64_t width, int64_t first,
 
 void experts(const Side& gate_up, const Side& down, const Routing& routing, const void* x, Type type, int planes,
              Activation activation, float alpha, float limit, void* out) {
-    static thread_local Scratch first_scratch, second_scratch, hidden_scratch, inner_scratch, slot_scratch;
+    static thread_local Scratch first_scratch, second_scratch, inner_scratch, slot_scratch;
     const int64_t inner = down.packed.columns, width = down.packed.rows, rows = first_rows(activation, inner);
     const Plan first_plan(gate_up.packed, planes), second_plan(down.packed, planes);
     const int64_t step = std::max<int64_t>(1, PASS_SLOTS / std::max<int64_t>(1, routing.slots));
@@ -156,7 +198,6 @@ void experts(const Side& gate_up, const Side& down, const Routing& routing, cons
         std::vector<Unit> again = pass.units;
         if (!gate_up.dense && !alone) place_units(pass.units, gate_up, planes, first_scratch);
         if (!down.dense) place_units(again, down, planes, second_scratch);
-        float* hidden = static_cast<float*>(hidden_scratch.get(size_t(live * rows) * 4 + 64));
         float* gated = static_cast<float*>(inner_scratch.get(size_t(live * inner) * 4 + 64));
         float* slots = static_cast<float*>(slot_scratch.get(size_t(live * width) * 4 + 64));
         const int threads = threads_for((rows + inner) * width * live);
@@ -174,19 +215,17 @@ void experts(const Side& gate_up, const Side& down, const Routing& routing, cons
                 for (int64_t i = 0; i < count; ++i)
                     quantize(gate_up, first_plan, pass.units[size_t(i)], x, type, pass.token.data());
             }
-            project(gate_up, first_plan, pass.units, alone ? &own : nullptr, x, type, pass.token.data(), hidden);
+            const Inputs inputs{alone ? &own : nullptr, x, type, pass.token.data()};
+            project_gated(gate_up, first_plan, pass.units, inputs, inner, activation, alpha, limit, gated);
+            if (!down.dense) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < count; ++i) {
-                const Unit& u = again[size_t(i)];
-                for (int64_t s = u.first; s < u.first + u.count; ++s)
-                    variant().gate(hidden + s * rows, inner, activation, alpha, limit, gated + s * inner);
-                if (!down.dense) quantize(down, second_plan, u, gated, FP32, nullptr);
+                for (int64_t i = 0; i < count; ++i) quantize(down, second_plan, again[size_t(i)], gated, FP32, nullptr);
             }
-            project(down, second_plan, again, nullptr, gated, FP32, nullptr, slots);
+            project(down, second_plan, again, {nullptr, gated, FP32, nullptr}, slots);
             combine(pass, slots, width, begin, type, out);
         }
     }
-    for (Scratch* s : {&first_scratch, &second_scratch, &hidden_scratch, &inner_scratch, &slot_scratch}) s->trim(KEPT_BYTES);
+    for (Scratch* s : {&first_scratch, &second_scratch, &inner_scratch, &slot_scratch}) s->trim(KEPT_BYTES);
 }
 
 }  // namespace llmcompress

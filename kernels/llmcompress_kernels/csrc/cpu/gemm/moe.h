@@ -15,13 +15,9 @@ struct Side {
     const void* bias;    // [experts, rows] or null
     Type bias_type;
 
-    Operand expert(int64_t e) const {
-        const Weight w = packed.weight();
-        Operand one = packed;
-        one.packed += e * w.rows * w.words();
-        one.scale += e * w.rows * w.groups();
-        if (one.zero) one.zero += e * w.rows * w.zero_words();
-        return one;
+    // Rows [first, first + count) of an expert.
+    Operand part(int64_t expert, int64_t first, int64_t count) const {
+        return packed.part(expert * packed.rows + first, count);
     }
 };
 

@@ -86,6 +86,9 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
 inline Floats multiply_subtract(Floats x, Floats y, Floats z) {
     return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
 }
+// `a` times a power of two as kept_scale() keeps it
+inline Floats scaled(Floats a, float kept) { return multiply(a, spread(kept)); }
+inline float kept_scale(float power) { return power; }
 inline Floats load_halves(const uint16_t* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};

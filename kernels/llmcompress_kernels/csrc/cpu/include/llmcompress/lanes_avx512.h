@@ -51,6 +51,9 @@ inline Floats spread(float a) { return _mm512_set1_ps(a); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+// `a` times a power of two as kept_scale() keeps it, by its exponent: on Zen 4 this leaves the units that multiply alone
+inline Floats scaled(Floats a, float kept) { return _mm512_scalef_ps(a, spread(kept)); }
+inline float kept_scale(float power) { return power != power ? power : float(int(bits_of(power) >> 23) - 127); }
 inline Floats load_halves(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

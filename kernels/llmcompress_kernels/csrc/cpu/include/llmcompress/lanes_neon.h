@@ -109,6 +109,9 @@ inline Floats multiply_subtract(Floats x, Floats y, Floats z) {
     EACH z.v[i] = vfmsq_f32(z.v[i], x.v[i], y.v[i]);
     return z;
 }
+// `a` times a power of two as kept_scale() keeps it
+inline Floats scaled(Floats a, float kept) { return multiply(a, spread(kept)); }
+inline float kept_scale(float power) { return power; }
 inline Floats load_halves(const uint16_t* p) {
     Floats r;
     EACH r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));

@@ -96,6 +96,9 @@ inline Floats multiply_subtract(Floats a, Floats b, Floats c) {
     EACH c.v[i] -= a.v[i] * b.v[i];
     return c;
 }
+// `a` times a power of two as kept_scale() keeps it
+inline Floats scaled(Floats a, float kept) { return multiply(a, spread(kept)); }
+inline float kept_scale(float power) { return power; }
 inline Floats load_halves(const uint16_t* p) {
     Floats r;
     EACH r.v[i] = half_to_float(p[i]);

@@ -108,7 +108,7 @@ inline bool steps_last(const Weight& w, int planes) { return planes == 1 && w.bi
 // columns in the order in which the weight's words yield them.
 struct Activations {
     int8_t* bytes;
-    float* scale;  // [token block][chunk][token]: value = scale * fixed-point number
+    float* scale;  // [token block][chunk][token]: value = scale * fixed-point number; of several planes as kept_scale() has it
     float* sum;    // same shape: sum of the numbers, times the scale with several planes
     int64_t tokens;
     int planes;

@@ -50,7 +50,7 @@ template <int PLANES>
 inline void quantize_wide(const void* x, int64_t at, Type type, int width, Ints order, int8_t (*bytes)[MAX_CHUNK],
                           float& scale, float& sum) {
     const Fixed fixed = fixed_point<PLANES>(largest_size(x, at, type, width));
-    scale = fixed.scale;
+    scale = PLANES == 1 ? fixed.scale : kept_scale(fixed.scale);
     if (!fixed.finite) {
         for (int p = 0; p < PLANES; ++p) std::memset(bytes[p], 0, MAX_CHUNK);
         sum = PLANES == 1 ? 0.0f : fixed.scale;
@@ -75,7 +75,7 @@ inline void quantize_wide(const void* x, int64_t at, Type type, int width, Ints 
         }
     }
     const float all = float(_mm512_reduce_add_epi32(total));
-    sum = PLANES == 1 ? all : scale * all;
+    sum = PLANES == 1 ? all : fixed.scale * all;
 }
 
 // Two planes of one token: their quads side by side.
