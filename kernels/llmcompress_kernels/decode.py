@@ -356,7 +356,7 @@ def prompt(
         reroute: Called once for every layer with experts, between their choice and their work.
         mixers: As in :func:`step`; between the parts of one prompt they take steps, but no other prompt. Parts that are
             multiples of :data:`llmcompress_kernels.mamba2.CUT` tokens change no bit.
-        last: Whether the prompt ends here; only mixers ask.
+        last: Whether the prompt ends here; only mixers and low-bit states ask.
 
     Returns:
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.

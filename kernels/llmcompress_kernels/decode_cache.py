@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels.decode_delta import zero_states
+from llmcompress_kernels.decode_low_states import LowStates
 from llmcompress_kernels.decode_structs import CacheStruct
 from llmcompress_kernels.decode_windows import Windows, get_columns, make_rows, put_columns
 from llmcompress_kernels.matrix import KINDS
@@ -25,7 +26,8 @@ class Cache:
     L layers that attend to all positions; ``near`` has those of layers with windows, None without such layers.
     ``inputs`` float32 ``[layers, slots, taps - 1, H]`` are the last ones of convolutions, the newest last, C instead of
     H before a delta rule; ``states`` float32 ``[layers, slots, heads, V / 16, K, 16]`` are those of delta rules. A
-    sequence has those of the length at which it stands.
+    sequence has those of the length at which it stands. Where delta rules have a codec ``low`` keeps these, and
+    ``states`` has one slot, for the sequence whose prompt is being read.
 
     Args:
         decoder: Whose sizes to use.
@@ -49,7 +51,9 @@ class Cache:
         channels = taps[0].shape[1] if taps else 0
         self.inputs = torch.zeros(len(taps), slots, max(0, decoder.taps - 1), channels)
         rules = [layer.delta for layer in decoder.layers if layer.delta is not None]
-        self.states = zero_states(rules[0].sizes if rules else None, len(rules), slots)
+        low = bool(rules) and rules[0].codec is not None
+        self.low = LowStates(rules, slots) if low else None
+        self.states = zero_states(rules[0].sizes if rules else None, len(rules), 1 if low else slots)
         self.near: Windows | None = None
         if any(seen):
             # policies that skip experts count over whole prompts
@@ -59,7 +63,7 @@ class Cache:
         self._struct = CacheStruct(
             self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions,
             windows=None if self.near is None else ctypes.addressof(self.near.struct), inputs=self.inputs.data_ptr(),
-            states=self.states.data_ptr(),
+            states=self.states.data_ptr(), low=None if self.low is None else ctypes.addressof(self.low.bound),
         )  # fmt: skip
 
     def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -70,18 +74,28 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         near = 0 if self.near is None else self.near.nbytes
-        return self.keys.nbytes + self.values.nbytes + self.fixed_bytes + near
+        return self.keys.nbytes + self.values.nbytes + self.fixed_bytes + self.reading_bytes + near
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes of what does not grow with the sequences: last inputs of convolutions, states."""
-        return self.inputs.nbytes + self.states.nbytes
+        return self.inputs.nbytes + (self.states.nbytes if self.low is None else self.low.nbytes)
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes of the float states of the one prompt that is being read, where states are kept in low bits."""
+        return 0 if self.low is None else self.states.nbytes
+
+    def reading(self, slot: int) -> Tensor:
+        """States of delta rules of a sequence whose prompt goes on, float32 ``[layers, heads, V / 16, K, 16]``."""
+        return self.states[:, 0 if self.low is not None else slot]
 
     def held_bytes(self, tokens: int) -> int:
         """Bytes of a sequence's positions in use, of the last inputs of its convolutions and of its states."""
         near = 0 if self.near is None else self.near.nbytes
         slots, fixed = self.keys.shape[1], self.fixed_bytes
-        found = (self.nbytes - near - fixed) // (slots * self.positions) * tokens + fixed // slots
+        growing = self.nbytes - near - fixed - self.reading_bytes
+        found = growing // (slots * self.positions) * tokens + fixed // slots
         if self.near is not None:
             found += near // (slots * self.near.positions) * min(tokens, self.near.positions)
         return found
@@ -143,7 +157,10 @@ class Cache:
         held, blocks = other or self, -(-count // LANES)
         self.keys[:, target, :, :blocks] = held.keys[:, source, :, :blocks]
         self.values[:, target, :, :count] = held.values[:, source, :, :count]
-        self.inputs[:, target], self.states[:, target] = held.inputs[:, source], held.states[:, source]
+        self.inputs[:, target] = held.inputs[:, source]
+        self.reading(target).copy_(held.reading(source))
+        if self.low is not None and held.low is not None:
+            self.low.copy(source, target, held.low)
         if self.near is not None and held.near is not None:
             self.near.copy(source, target, count, held.near)
 

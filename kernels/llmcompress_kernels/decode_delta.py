@@ -17,6 +17,8 @@ from llmcompress_kernels.reference.group_gemm import LANES
 
 # as in decode.h
 MAX_TAPS = 8
+# value heads of a key head with states in low bits: DELTA_TOKENS there
+MOST_SHARED = 64
 
 
 class DeltaStruct(ctypes.Structure):
@@ -49,13 +51,37 @@ class DeltaSizes:
         """C, of the convolution: queries, keys and values of all heads."""
         return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
 
-    def decline(self, taps: int) -> str | None:
-        """Why the step does not take such a rule after a convolution over so many tokens, None if it does."""
+    def decline(self, taps: int, low: bool = False) -> str | None:
+        """Why the step does not take such a rule, None if it does.
+
+        Args:
+            taps: Tokens of the convolution before it.
+            low: Whether states are kept in low bits.
+        """
         if self.value_dim % LANES != 0:
             return f"value heads of {self.value_dim} columns are no multiple of {LANES}"
         if self.heads % self.key_heads != 0:
             return f"{self.heads} value heads do not share {self.key_heads} key heads evenly"
+        if low and self.heads > MOST_SHARED * self.key_heads:
+            return f"{self.heads // self.key_heads} value heads share a key head, more than {MOST_SHARED}"
         return None if 2 <= taps <= MAX_TAPS else f"a convolution over {taps} tokens is not among 2 to {MAX_TAPS}"
+
+
+@dataclass(frozen=True, slots=True)
+class StateCodec:
+    """How states are kept between tokens of steps, instead of in float: by DSQ, as ``dsq_delta_update`` does.
+
+    Attributes:
+        bits: 4 or 8.
+        window: Tokens between two roundings.
+        refit: As in :func:`llmcompress_kernels.state.dsq_state_update`.
+        dither: As there.
+    """
+
+    bits: int
+    window: int = 1
+    refit: bool = False
+    dither: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +95,8 @@ class Delta:
         gain: float32 ``[V]``, weight of the gated norm.
         grouped: Whether the projection has a key head's query, key, values and gates side by side (Qwen3-Next), instead
             of all queries, all keys and all values, with gates apart.
+        codec: How its states are kept, the same in all layers; None for float32.
+        fixed: fp16 ``[heads, V]`` calibrated channel scale of the codec, or None.
     """
 
     sizes: DeltaSizes
@@ -76,6 +104,8 @@ class Delta:
     decay: Tensor
     gain: Tensor
     grouped: bool
+    codec: StateCodec | None = None
+    fixed: Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = ((self.sizes.heads,), (self.sizes.heads,), (self.sizes.value_dim,))

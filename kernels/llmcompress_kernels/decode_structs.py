@@ -56,12 +56,19 @@ class BoundMixersStruct(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("run", "engine", "states"))
 
 
+class BoundLowStatesStruct(ctypes.Structure):
+    """``BoundLowStates`` of C++."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("run", "held"))
+
+
 class CacheStruct(ctypes.Structure):
     """``Cache`` of C++."""
 
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("kind", ctypes.c_int32), ("slots", ctypes.c_int32),
-        ("positions", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("begins", "windows", "inputs", "states")),
+        ("positions", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("begins", "windows", "inputs", "states", "low")),
     )  # fmt: skip
 
 
@@ -90,4 +97,7 @@ class PromptStruct(ctypes.Structure):
 # what decides on a layer's choice of experts
 REROUTE = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 # in the order of llmcompress_decode_size
-STRUCTS = (MatrixStruct, LayerStruct, ModelStruct, CacheStruct, StepStruct, PromptStruct, BoundMixersStruct)
+STRUCTS = (
+    MatrixStruct, LayerStruct, ModelStruct, CacheStruct, StepStruct, PromptStruct, BoundMixersStruct,
+    BoundLowStatesStruct,
+)  # fmt: skip

@@ -14,7 +14,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.look_ahead import read_object
 from llmcompress.cli.output import Output, table
 from llmcompress.errors import InputError
-from llmcompress.inference.coverage import DELTAS, LOW_BITS, decline_config, reach
+from llmcompress.inference.coverage import decline_config, reach
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
 from llmcompress.quant.states import DECODED_BITS, StateSpec
@@ -141,7 +141,7 @@ def look(path: Path) -> Inspection:
     text = inner if isinstance(inner, dict) else config
     bank = next((b.bank for b in layout.blocks if b.bank is not None), None) if layout else None
     policies = quantization.get("policies", {}) if method == "llmcompress" else {}
-    modules_because = None if layout is None else decline_config(config) or _states_because(policies, config)
+    modules_because = None if layout is None else decline_config(config) or _states_because(policies)
     return Inspection(
         path=str(path),
         kind={"": "checkpoint", "llmcompress": "llmcompress artifact"}.get(method, f"{method} checkpoint"),
@@ -271,15 +271,13 @@ def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) 
     return tuple(memory_table(layout, weights, policies.get("state_cache")))
 
 
-def _states_because(policies: dict[str, Any], config: dict[str, Any]) -> str | None:
+def _states_because(policies: dict[str, Any]) -> str | None:
     """Why states as a policy stores them are not those of a native engine: what ``decline_states`` of
     ``inference/recurrent.py`` says of the loaded model, but for sizes and windows.
     """
     policy = policies.get("state_cache")
     if not policy:
         return None
-    if config.get("model_type") in DELTAS:
-        return LOW_BITS
     if policy.get("head_bits"):
         return f"{next(iter(policy['head_bits']))}: its heads have widths of their own, as states of several widths do"
     spec = StateSpec.of(policy)

@@ -12,7 +12,6 @@ STATES = ("mamba2", "mamba", "falcon_mamba")
 HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1", "zamba2")
 # with the gated delta rule in some layers (delta.py)
 DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-LOW_BITS = "its delta rules keep states in low bits, which transformers' modules decode on our operator"
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import decode as native
 from llmcompress_kernels import matrix
-from llmcompress_kernels.decode_delta import Delta, DeltaSizes
+from llmcompress_kernels.decode_delta import Delta, DeltaSizes, StateCodec
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from llmcompress.models.router import Router
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, TiedHead, factor_of
 from llmcompress.nn.experts import PackedExperts
 from llmcompress.nn.linear import PackedLinear
+from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import PerMember, TreeLinear
 from llmcompress.quant.codecs import codec
@@ -291,7 +292,11 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     window = window_of(config, block.index)
     return native.Layer(
         **_norms(model, block, adds_one),
-        **(_delta_rule(attention) if first.kind == "ssm" else _projections(attention, config, members, adds_one)),
+        **(
+            _delta_rule(model, first.module)
+            if first.kind == "ssm"
+            else _projections(attention, config, members, adds_one)
+        ),
         gate=gate,
         up=up,
         down=down,
@@ -342,8 +347,9 @@ def delta_sizes(module: Any) -> DeltaSizes:
     return DeltaSizes(module.num_v_heads, module.num_k_heads, module.head_k_dim, module.head_v_dim)
 
 
-def _delta_rule(module: Any) -> dict[str, Any]:
+def _delta_rule(model: Any, name: str) -> dict[str, Any]:
     """What a delta rule reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    module = model.get_submodule(name)
     grouped, sizes = hasattr(module, "in_proj_qkvz"), delta_sizes(module)
     if grouped:
         # those of a key head's value heads side by side
@@ -359,12 +365,25 @@ def _delta_rule(module: Any) -> dict[str, Any]:
         "conv_weight": module.conv1d.weight.detach()[:, 0].float().mT.contiguous(),
         "steps": matrix.dense(steps),
         "output": linear_matrix(module.out_proj),
-        "delta": Delta(sizes, norm_of(module, "dt_bias"), decay, norm_of(module.norm), grouped),
+        "delta": Delta(
+            sizes, norm_of(module, "dt_bias"), decay, norm_of(module.norm), grouped, *_state_codec(model, name)
+        ),
     }
 
 
 def _head_dim(attention: Any) -> int:
     return int(attention.head_dim if hasattr(attention, "head_dim") else attention.head_size)
+
+
+def _state_codec(model: Any, name: str) -> tuple[StateCodec | None, Tensor | None]:
+    """How a delta rule's states are kept, and their calibrated scale."""
+    runtime = runtime_of(model)
+    if runtime is None:
+        return None, None
+    quantizer = runtime.quantizers[name]
+    spec, static = quantizer.spec, quantizer.static
+    codec = StateCodec(spec.bits, quantizer.window, spec.refit, spec.dither)
+    return codec, None if static is None else static.detach().contiguous()
 
 
 def _heads(attention: Any, config: Any, members: Sequence[str]) -> dict[str, matrix.Matrix]:

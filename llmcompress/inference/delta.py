@@ -1,7 +1,8 @@
 """The native engine of models with the gated delta rule (Qwen3-Next, Qwen3.5): one call a token and one a prompt.
 
-Layers with attention keep keys and values, the others a state of fixed size in float32, which the cache of the decode
-step has beside them. A prompt's tokens pass through the states one by one, as those of steps do: the same bits.
+Layers with attention keep keys and values, the others a state of fixed size, which the cache of the decode step has
+beside them: in float32, or in the low bits of stage ``dsq``. A prompt's tokens pass through float states one by one, as
+those of steps do: the same bits. Low-bit states are rounded at its end, and from there on by the steps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress_kernels import decode as native
 
-from llmcompress.inference.coverage import DELTAS, LOW_BITS, decline_config
+from llmcompress.inference import recurrent
+from llmcompress.inference.coverage import DELTAS, decline_config
 from llmcompress.inference.decoder import decoder_of, delta_sizes
 from llmcompress.inference.engine import decline_anywhere, decline_module, decline_rest
 from llmcompress.inference.hybrid import HybridEngine
@@ -29,7 +31,8 @@ def decline(model: PreTrainedModel) -> str | None:
         model: A causal language model, dense or packed.
     """
     config: Any = model.config.get_text_config()
-    reason = decline_anywhere(model, config, DELTAS) or decline_config(config.to_dict()) or _decline_layers(model)
+    reason = decline_anywhere(model, config, DELTAS) or decline_config(config.to_dict())
+    reason = reason or recurrent.decline_states(model) or _decline_layers(model)
     if reason is not None:
         return reason
     for name, module in model.named_modules():
@@ -40,15 +43,14 @@ def decline(model: PreTrainedModel) -> str | None:
 
 
 def _decline_layers(model: PreTrainedModel) -> str | None:
-    if runtime_of(model) is not None:
-        return LOW_BITS
+    low = runtime_of(model) is not None
     sublayers = [block.sublayers[0] for block in layout_from_config(model.config.to_dict()).blocks]
     if not any(sublayer.kind == "attention" for sublayer in sublayers):
         return "none of its layers has attention"
     for sublayer in sublayers:
         if sublayer.kind == "ssm":
             module: Any = model.get_submodule(sublayer.module)
-            reason = delta_sizes(module).decline(module.conv_kernel_size)
+            reason = delta_sizes(module).decline(module.conv_kernel_size, low)
             if reason is not None:
                 return f"{sublayer.module}: {reason}"
     return None

@@ -159,7 +159,7 @@ class HybridEngine(Engine):
             raise InputError(f"sequence {slot} is not being read", "take a snapshot between parts of its prompt")
         count = self.lengths[slot]
         kept = None if self.mixer_weights is None else mamba2.carried(self.mixer_weights)
-        fixed = (part[:, slot].clone() for part in (self.cache.inputs, self.cache.states))
+        fixed = (part.clone() for part in (self.cache.inputs[:, slot], self.cache.reading(slot)))
         return Snapshot(count, kept, *self.cache.part(slot, count), *fixed)
 
     def resume(self, slot: int, snapshot: Snapshot) -> None:
@@ -176,13 +176,16 @@ class HybridEngine(Engine):
         assert snapshot.inputs is not None
         assert snapshot.states is not None
         self.cache.put(slot, snapshot.keys, snapshot.values)
-        self.cache.inputs[:, slot], self.cache.states[:, slot] = snapshot.inputs, snapshot.states
+        self.cache.inputs[:, slot] = snapshot.inputs
+        self.cache.reading(slot).copy_(snapshot.states)
         self.lengths[slot], self._reading = snapshot.count, (slot, snapshot.count)
 
     def snapshot_bytes(self, tokens: int) -> int:
         """Bytes of a snapshot of so many tokens."""
         weights = self.mixer_weights
-        return self.cache.held_bytes(tokens) + (0 if weights is None else weights.carried_bytes)
+        cache = self.cache
+        low = 0 if cache.low is None else cache.reading_bytes - cache.low.nbytes // self.slots
+        return cache.held_bytes(tokens) + low + (0 if weights is None else weights.carried_bytes)
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         if rotary_of(self.model) is not None:
@@ -213,9 +216,17 @@ class HybridEngine(Engine):
                 # it keeps one that no token needs any more
                 self.cache.inputs[index, slot] = kept.conv_states[0][0, :, 1:].mT
                 if layer.delta is not None:
-                    self.cache.states[index, slot] = blocked(kept.recurrent_states[0][0])
+                    self._adopt_rule(index, slot, kept.recurrent_states[0])
         self.lengths[slot] = len(tokens)
         return out.logits[0, -1].float()
+
+    def _adopt_rule(self, index: int, slot: int, state: Any) -> None:
+        """Likewise of a layer with a delta rule: a tensor, or a packed state."""
+        if self.cache.low is None:
+            self.cache.states[index, slot] = blocked(state[0])
+            return
+        channel = None if state.channel is None else state.channel[0]
+        self.cache.low.fill(index, slot, state.codes[0][0], channel, state.state[0])
 
     def _adopt(self, index: int, slot: int, kept: Any) -> None:
         """Store what transformers' cache keeps of a layer with a mixer after a prompt."""

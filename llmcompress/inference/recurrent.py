@@ -93,8 +93,8 @@ def decline_states(model: PreTrainedModel) -> str | None:
         return "states are being evaluated"
     for name, quantizer in runtime.quantizers.items():
         spec = quantizer.spec
-        # has_kernel speaks of the operators, which are those of Mamba-2
-        known = quantizer.has_kernel if quantizer.scan.kind == "mamba2" else spec.has_kernel
+        # has_kernel speaks of the operators, which Mamba-1 has none of
+        known = spec.has_kernel if quantizer.scan.kind == "mamba1" else quantizer.has_kernel
         if not (known and quantizer.one_width):
             return f"{name}: no kernel for states of codec {spec.codec} as it is set, or of several widths"
         if quantizer.window > MAX_WINDOW:

@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
     ("name", "option"),
     [
         ("train_reference", "--out"), ("train_family", "--out"), ("make_family_texts", "--out"),
-        ("measure_retries", "--split"), ("measure_columns", "--seconds"),
+        ("measure_retries", "--split"), ("measure_columns", "--seconds"), ("measure_delta_states", "--windows"),
     ],
 )  # fmt: skip
 def test_a_script_tells_its_options(name: str, option: str) -> None:

@@ -15,7 +15,6 @@ from llmcompress.inference.delta import DeltaEngine
 from llmcompress.inference.native import decline, open_engine
 from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.mixers import attach as attach_states
 from llmcompress.nn.skipping import attach
 from llmcompress.quant.spec import QuantSpec
 
@@ -200,9 +199,6 @@ def test_what_is_declined() -> None:
         assert "gelu" in str(decline_config({"model_type": family, "hidden_act": "gelu"}))
     assert "40 columns are no multiple of 16" in str(decline(dense("qwen3_next", linear_value_head_dim=40)))
     assert "over 9 tokens" in str(decline(dense("qwen3_5_text", linear_conv_kernel_dim=9)))
-    low = dense("qwen3_next")
-    attach_states(low, layout_from_config(low.config.to_dict()), {"bits": 4, "codec": "dsq"})
-    assert "states in low bits" in str(decline(low))
     assert "none of its layers has attention" in str(decline(dense("qwen3_next", num_hidden_layers=2)))
     model = dense("qwen3_next")
     model.model.layers[0].linear_attn.in_proj_ba.register_forward_pre_hook(lambda module, inputs: None)

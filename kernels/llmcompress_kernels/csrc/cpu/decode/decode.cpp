@@ -47,7 +47,7 @@ EXPORT void llmcompress_decode_destroy(void* handle) { delete static_cast<Handle
 // Sizes of the structures by which Python checks that it declares the same.
 EXPORT int llmcompress_decode_size(int which) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Layer),  sizeof(Model),      sizeof(Cache),
-                            sizeof(Step),   sizeof(Prompt), sizeof(BoundMixers)};
+                            sizeof(Step),   sizeof(Prompt), sizeof(BoundMixers), sizeof(BoundLowStates)};
     return int(sizes[which]);
 }
 
@@ -58,6 +58,10 @@ EXPORT void llmcompress_decode_step(void* handle, const Cache* cache, const Step
     if (mixers != nullptr) mixers->run->prepare(mixers->engine, step->batch, Mixers::STEP, step->threads);
     const auto run = workers.step;
     in_parallel(step->threads, [&](Barrier& barrier, int thread) { run(engine, *cache, *step, barrier, thread); });
+    const BoundLowStates* low = cache->low;
+    // a step without layers says what a prompt ends with
+    const bool ends = step->first_layer < step->last_layer && step->last_layer == engine.m.layer_count;
+    if (low != nullptr && ends) low->run->advance(low->held, step->slots, step->batch);
 }
 
 EXPORT void llmcompress_decode_prompt(void* handle, const Cache* cache, const Prompt* prompt) {

@@ -84,6 +84,25 @@ struct Delta {
     int64_t room() const { return DELTA_TOKENS * (2 * int64_t(key_dim) + int64_t(heads / key_heads) * value_dim + 3); }
 };
 
+// What keeps states of delta rules in low bits, in the library that knows these: a token goes to the value heads of a key head.
+struct LowStates {
+    struct Token {
+        const float *value, *key, *query;  // [heads / key_heads, V], [K], [K]: unit key, scaled query
+        const float *decay, *step;         // [heads / key_heads]
+    };
+    // `layer` counts layers with delta rules; out [heads / key_heads, V]
+    void (*step)(const void* held, int32_t layer, int32_t slot, int32_t key_head, const Token& token, float* out);
+    // float states after a prompt, [heads / key_heads, V / LANES, K, LANES], are rounded
+    void (*round)(const void* held, int32_t layer, int32_t slot, int32_t key_head, const float* states);
+    // every layer has taken in a token of each of these sequences
+    void (*advance)(const void* held, const int32_t* slots, int64_t count);
+};
+
+struct BoundLowStates {
+    const LowStates* run;
+    const void* held;
+};
+
 // How a token's k experts and their weights follow from the router's logits (routing.h).
 enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 
@@ -188,6 +207,7 @@ struct Cache {
     const Cache* windows;   // of layers with windows, or null: this one
     float* inputs;          // of convolutions, the last ones [layer, slot, L - 1, H or C], the newest last; or null
     float* states;          // of delta rules: [layer, slot, heads, V / LANES, K, LANES], or null
+    const BoundLowStates* low;  // keeps them instead, or null; `states` are then those of the sequence whose prompt is read
 };
 
 struct Step {

@@ -136,10 +136,36 @@ inline void pass_columns(const DeltaTokens& x, int keys, float* state, const flo
     }
 }
 
-// Tokens of a sequence through the value heads of one key head. `states` [H, V / 16, K, 16] and `kept` [taps - 1, C] are the
-// sequence's, replaced; with `begins` they count as zero. One body for steps and prompts, whose bits are the same.
+// Decay and step size of a token, whose row of those of all heads is `given`, for a value head.
+inline void rates(const Delta& d, const float* given, int64_t which, float& decay, float& step) {
+    const float x = given[d.heads + which] + d.dt_bias[which];
+    decay = std::exp(d.decay[which] * (x > 20.f ? x : std::log1p(std::exp(x))));
+    step = sigmoid(given[which]);
+}
+
+// Results of a value head after its norm, times their gates; `gate` as far from token to token as `apart` says.
+inline void open_gates(const Delta& d, float epsilon, const float* gate, int64_t apart, int64_t tokens, float* out) {
+    const int values = d.value_dim;
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* to = out + t * d.values();
+        const float factor = inverse_size(to, values, epsilon);
+        for (int i = 0; i < values; i += LANES)
+            store(to + i, load_float(d.gain + i) * (load_float(to + i) * factor) * activated(load_float(gate + t * apart + i), SILU));
+    }
+}
+
+// Where the states of a key head's value heads are: `floats` [heads / key_heads, V / 16, K, 16], or for a single token `low`.
+struct GroupStates {
+    float* floats;
+    const BoundLowStates* low;
+    int32_t layer, slot;
+};
+
+// Tokens of a sequence through the value heads of one key head. Their states and `kept` [taps - 1, C] are the sequence's,
+// replaced; with `begins` they count as zero. One body for steps and prompts, whose bits are the same.
 __attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const Taps& taps, const DeltaRows& r, int64_t head,
-                                                          bool begins, float epsilon, float* states, float* kept, float* room) {
+                                                          bool begins, float epsilon, const GroupStates& states, float* kept,
+                                                          float* room) {
     const int keys = d.key_dim, values = d.value_dim, group = d.heads / d.key_heads, wide = group * values;
     const DeltaPlaces p = places_of(d, head);
     const struct {
@@ -152,9 +178,8 @@ __attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const 
     float* const numbers = room + DELTA_TOKENS * (2 * keys + wide);
     float *overlap = numbers, *decay = numbers + DELTA_TOKENS, *step = numbers + 2 * DELTA_TOKENS;
     const int64_t size = int64_t(values) * keys;
-    float* const own = states + head * group * size;
     if (begins) {
-        std::fill_n(own, group * size, 0.f);
+        std::fill_n(states.floats, group * size, 0.f);
         for (const auto& part : parts)
             for (int i = 0; i + 1 < taps.taps; ++i) std::fill_n(kept + i * taps.channels + part.channel, part.width, 0.f);
     }
@@ -169,44 +194,48 @@ __attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const 
             to_length(k, keys, 1.f);
             overlap[t] = dot(q, k, keys);
         }
+        const bool grouped = d.grouped != 0;
+        const int64_t apart = grouped ? r.mixed_apart : all;
+        const float* const gates = (grouped ? r.mixed : r.gates) + first * apart + p.gate;
+        if (states.low != nullptr) {
+            // a single token: decays and step sizes of its value heads
+            for (int h = 0; h < group; ++h) rates(d, r.steps, head * group + h, decay[h], step[h]);
+            float* const out = r.out + head * group * values;
+            states.low->run->step(states.low->held, states.layer, states.slot, int32_t(head),
+                                  {parts[2].to, parts[1].to, parts[0].to, decay, step}, out);
+            for (int h = 0; h < group; ++h) open_gates(d, epsilon, gates + h * values, apart, 1, out + h * values);
+            continue;
+        }
         for (int h = 0; h < group; ++h) {
             const int64_t which = head * group + h;
-            for (int64_t t = 0; t < tokens; ++t) {
-                const float* given = r.steps + (first + t) * 2 * d.heads;
-                const float x = given[d.heads + which] + d.dt_bias[which];
-                decay[t] = std::exp(d.decay[which] * (x > 20.f ? x : std::log1p(std::exp(x))));
-                step[t] = sigmoid(given[which]);
-            }
+            for (int64_t t = 0; t < tokens; ++t) rates(d, r.steps + (first + t) * 2 * d.heads, which, decay[t], step[t]);
             const DeltaTokens meet{parts[0].to, parts[1].to, overlap, decay, step, tokens};
-            float* const state = own + h * size;
+            float* const state = states.floats + h * size;
             const float* const value = parts[2].to + h * values;
             float* const out = r.out + first * all + which * values;
             int c = 0;
             for (; c + STATE_TILE * LANES <= values; c += STATE_TILE * LANES)
                 pass_columns<STATE_TILE>(meet, keys, state + int64_t(c) * keys, value + c, wide, out + c, all);
             for (; c < values; c += LANES) pass_columns<1>(meet, keys, state + int64_t(c) * keys, value + c, wide, out + c, all);
-            for (int64_t t = 0; t < tokens; ++t) {
-                float* to = out + t * all;
-                const int64_t at = (first + t) * (d.grouped != 0 ? r.mixed_apart : all) + p.gate + h * values;
-                const float* gate = (d.grouped != 0 ? r.mixed : r.gates) + at;
-                const float factor = inverse_size(to, values, epsilon);
-                for (int i = 0; i < values; i += LANES)
-                    store(to + i, load_float(d.gain + i) * (load_float(to + i) * factor) * activated(load_float(gate + i), SILU));
-            }
+            open_gates(d, epsilon, gates + h * values, apart, tokens, out);
         }
     }
     for (const auto& part : parts)
         keep_inputs(taps, r.mixed + part.place, r.mixed_apart, r.tokens, part.channel, part.width, kept);
 }
 
-// Tokens of a sequence of a cache, from position `start` on.
+// Tokens of a sequence of a cache, from position `start` on: a step's, those of a prompt, or its last ones.
+enum Tokens { OF_STEP, OF_PROMPT, LAST_OF_PROMPT };
+
 inline void pass_group(const Model& m, const Cache& c, const Layer& l, int64_t slot, int64_t start, int64_t head,
-                       const DeltaRows& r, float* room) {
+                       const DeltaRows& r, Tokens what, float* room) {
     const Delta& d = *l.delta;
-    const int64_t place = l.place * int64_t(c.slots) + slot;
+    const int64_t place = l.place * int64_t(c.slots) + slot, size = int64_t(d.heads / d.key_heads) * d.value_dim * d.key_dim;
     const Taps taps{l.conv_weight, d.channels(), m.taps};
-    pass_group(d, taps, r, head, start == 0, m.epsilon, c.states + place * d.values() * d.key_dim,
-               c.inputs + place * (taps.taps - 1) * taps.channels, room);
+    float* const floats = c.states + ((c.low == nullptr ? place : l.place) * d.key_heads + head) * size;
+    const GroupStates states{floats, what == OF_STEP ? c.low : nullptr, l.place, int32_t(slot)};
+    pass_group(d, taps, r, head, start == 0, m.epsilon, states, c.inputs + place * (taps.taps - 1) * taps.channels, room);
+    if (c.low != nullptr && what == LAST_OF_PROMPT) c.low->run->round(c.low->held, l.place, int32_t(slot), int32_t(head), floats);
 }
 
 }  // namespace LLMCOMPRESS_ISA

@@ -174,7 +174,8 @@ class PromptWorker {
         });
         const DeltaRows rows{room_.convolved.data(), room_.gates.data(), room_.steps.data(), room_.mixed.data(),
                              o.conv_in.m.rows, count_};
-        each(d.key_heads, [&](int64_t head) { pass_group(m_, c_, o.l, p_.slot, position(0), head, rows, delta_.data()); });
+        const Tokens what = p_.last != 0 && first_ + count_ == p_.count ? LAST_OF_PROMPT : OF_PROMPT;
+        each(d.key_heads, [&](int64_t head) { pass_group(m_, c_, o.l, p_.slot, position(0), head, rows, what, delta_.data()); });
         took(MIXER);
         project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
     }

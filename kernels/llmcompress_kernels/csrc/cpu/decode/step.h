@@ -162,7 +162,7 @@ class Worker {
             const int64_t b = task / d.key_heads;
             const DeltaRows rows{sh_.convolved.data() + b * o.conv_in.m.rows, sh_.gates.data() + b * d.values(),
                                  sh_.steps.data() + b * o.steps.m.rows, sh_.query.data() + b * d.values(), o.conv_in.m.rows, 1};
-            pass_group(m_, c_, o.l, s_.slots[b], s_.positions[b], task % d.key_heads, rows, own_.delta.data());
+            pass_group(m_, c_, o.l, s_.slots[b], s_.positions[b], task % d.key_heads, rows, OF_STEP, own_.delta.data());
         }
         took(MIXER);
         wait();

@@ -12,9 +12,9 @@ namespace state {
 using Tell = void (*)(const uint8_t* codes, const uint16_t* channel, const uint16_t* scale, const float* key, float* told,
                       int channels);
 
-// What a token brings to a head: value [P], key and query [N] of its group in natural order.
+// What a token brings to a head beside key and query: value [P].
 struct DeltaToken {
-  const float *value, *key, *query;
+  const float* value;
   float decay, step;
 };
 
@@ -24,21 +24,21 @@ class DeltaHeads {
   DeltaHeads(Mode mode, int bits, int64_t window, int64_t heads, int64_t groups, int64_t channels, int64_t states);
   bool runs() const { return tell_ != nullptr && (window_ > 1 ? windows_.runs() : update_ != nullptr); }
   int64_t row() const { return windows_.row(); }
-  // One token of a head: y [P]; tile [P, N] is scratch. Keys and queries of heads that follow each other may be the same
-  // memory only where they are the same.
+  // One token of a head: y [P]; tile [P, N] is scratch. Heads of a group that follow each other share what `share` was told.
   void token(int64_t head, const Kept& kept, const DeltaToken& token, float* y, float* tile);
+  // Another group, sequence or token begins.
+  void share(int64_t head, const Kept& kept, const float* key, const float* query);
 
  private:
-  void share_group(int64_t head, const Kept& kept, const DeltaToken& token);
-
   Head update_;
   Tell tell_;
   WindowHeads windows_;
   const int64_t window_, heads_, groups_, channels_, states_;
-  const float* last_ = nullptr;  // key of the group that the following is of
   std::vector<float> memory_;
-  float *key_, *query_;    // in pairs, [N]
-  float dots_[kMaxWindow]; // of each kept token's key with this one
+  // [N], the last one key and query in pairs. Windows know a group by where its key is, so keys lie in two places in turns
+  float *keys_[2], *query_, *pairs_;
+  int turn_ = 0;
+  float dots_[kMaxWindow];  // of each kept token's key with this one
 };
 
 }  // namespace state
