@@ -33,7 +33,7 @@ def _bound(name: str, text: str) -> object:
 
 def serve(
     out: Output,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Artifacts, model or run folders.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Artifacts, model or run folders.")],
     host: Annotated[str, typer.Option("--host", help="Address; others than loopback need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option("--name", help="Name of the one model; its folder's by default.")] = None,

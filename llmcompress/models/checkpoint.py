@@ -19,7 +19,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
 from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
 from llmcompress.models.memory_limits import total_ram
-from llmcompress.models.paths import no_model_folder
+from llmcompress.models.paths import checkpoint_hint, no_model_folder
 from llmcompress.models.tensor_file import Entry, TensorFile, all_finite
 from llmcompress.quant.tensor_writer import DTYPES
 
@@ -49,7 +49,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         if is_adapter(folder):
             raise not_a_model(folder) from error
-        raise InputError(f"{path}: missing", "point model.path at a transformers model folder") from error
+        hint = checkpoint_hint(folder) or "point model.path at a transformers model folder"
+        raise InputError(f"{path}: missing", hint) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}", "download the file again") from error
     if not isinstance(config, dict):

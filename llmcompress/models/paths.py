@@ -141,6 +141,13 @@ def or_artifact(path: Path) -> Path:
     return found if not (path / "config.json").exists() and (found / "config.json").exists() else path
 
 
+def checkpoint_hint(folder: Path) -> str | None:
+    """What to name instead of a trainer's folder that holds nothing but checkpoints; None for other folders."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    last = max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return None if last is None else f"name one of the checkpoints in it, such as {last}"
+
+
 def model_folder(text: str) -> Path:
     """Folder of a model: the one named, or the artifact of the run it names.
 
@@ -160,5 +167,6 @@ def model_folder(text: str) -> Path:
         hint = f"finish the run first: llmcompress resume {text}" if (path / "run.json").exists() else None
         if hint is None and (ggufs := sorted(path.glob("*.gguf"))):
             hint = f"{ggufs[0].name} is for llama.cpp and the like; give the folder it was exported from"
+        hint = hint or checkpoint_hint(path)
         raise InputError(f"{text}: no config.json there", hint or "give a folder in the Hugging Face layout")
     return path

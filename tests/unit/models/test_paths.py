@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmcompress.errors import InputError
+from llmcompress.models.checkpoint import read_config
 from llmcompress.models.paths import (
     assets_folder,
     cached_snapshot,
@@ -81,3 +82,12 @@ def test_a_path_that_is_no_model_folder_gets_the_step_that_helps(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert "hf download" not in str(no_model_folder("runs/gone").hint)
+
+
+def test_checkpoints_of_a_trainer_are_named(tmp_path: Path) -> None:
+    for number in ("90", "500", "best"):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    for read in (lambda: model_folder(str(tmp_path)), lambda: read_config(tmp_path)):
+        with pytest.raises(InputError) as refused:
+            read()
+        assert refused.value.hint == f"name one of the checkpoints in it, such as {tmp_path / 'checkpoint-500'}"
