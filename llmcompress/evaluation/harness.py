@@ -139,6 +139,20 @@ def specify(
     return found
 
 
+def require_templates(specs: Sequence[TaskSpec], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse chats without a template.
+
+    Raises:
+        InputError: A task is to be asked through a chat template, and the tokenizer has none.
+    """
+    asked = [spec.name for spec in specs if spec.settings.apply_chat_template]
+    if asked and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"task {asked[0]}: apply_chat_template, and the tokenizer has no chat template",
+            "leave it out, or put the chat_template.jinja that the model is to be used with beside its tokenizer",
+        )
+
+
 def unreachable(specs: Sequence[TaskSpec], off: bool = False) -> list[str]:
     """Tasks whose data is certainly not to be had, a line each: not in a cache, and the hub does not answer.
 
@@ -462,11 +476,7 @@ def evaluate(
     from llmcompress.evaluation.recurrent_tasks import RecurrentLM
 
     settings = spec.settings
-    if settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"task {spec.name}: apply_chat_template, and the tokenizer has no chat template",
-            "leave it out, or put the chat_template.jinja that the model is to be used with beside its tokenizer",
-        )
+    require_templates([spec], tokenizer)
     loaded = _built(spec)  # rows have been tried where a command opens its tasks
     with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         random.seed(_SEED)

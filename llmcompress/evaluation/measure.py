@@ -159,6 +159,7 @@ def prepare(
             _check_overlap(describe(section_f.source), windows.tokens, calibration, config.overlap, warn)
     folder = resolve_path(config.tasks_dir, None) if config.tasks_dir else None
     tasks = harness.specify(config.tasks, folder, config.limit)
+    harness.require_templates(tasks, tokenizer)
     filler = None
     if config.recall is not None:
         assert tokenizer is not None

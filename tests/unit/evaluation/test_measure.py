@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from llmcompress.data.calibration import build
@@ -125,3 +127,12 @@ def test_skipping_summary_adds_up_texts_and_keeps_figures_apart():
     assert whole["per_layer"] == [{"module": "m.0", "slots": 400, "slots_dropped": 40, "experts_used": 16,
                                    "experts_skipped": 6, "tokens": 20, "tokens_without_expert": 2}]  # fmt: skip
     assert measure.skipping_summary(settings, Ledger()) is None
+
+
+def test_chats_need_a_template_before_anything_is_measured(tiny_tokenizer):
+    task = {"task": "eval_smoke", "apply_chat_template": True}
+    with pytest.raises(InputError, match="task eval_smoke: apply_chat_template"):
+        measure.prepare(config(tasks=[task]), tiny_tokenizer, None, None, print)
+    words = copy.deepcopy(tiny_tokenizer)
+    words.chat_template = "{{ messages }}"
+    assert measure.prepare(config(tasks=[task]), words, None, None, print).tasks
