@@ -98,6 +98,9 @@ class Dsq(Stage):
         first = any(block.scan is not None and block.scan.kind == "mamba1" for block in layout.blocks)
         if first and self.config.bits == 4:
             found.append("4-bit states of Mamba-1: its states are small and decay unevenly; 8 bits are recommended")
+        rule = any(block.scan is not None and block.scan.kind == "delta" for block in layout.blocks)
+        if rule and self.config.rounding == "dither":
+            found.append("a dither made gated delta rules of a small trained model worse: rounding rtn is recommended")
         policy, window = self.policy(None), self.config.replay_window
         whole, states = (sequence_bytes(layout, {**policy, "window": r}, 4)[0] for r in (window, 1))
         if whole > 1.5 * states:

@@ -156,6 +156,12 @@ def test_four_bits_on_mamba_1_are_warned_of(tiny: Any) -> None:
     assert stage(bits=8).warnings(layout) == []
 
 
+def test_a_dither_on_delta_rules_is_warned_of(tiny: Any) -> None:
+    rules, mamba = (layout_from_config(tiny.config(name).to_dict()) for name in ("qwen3_5_text", "mamba2"))
+    assert "rtn is recommended" in stage(rounding="dither").warnings(rules)[0]
+    assert stage().warnings(rules) == stage(rounding="dither").warnings(mamba) == []
+
+
 def test_windows_that_take_more_than_they_are_worth_are_warned_of(tiny: Any) -> None:
     layout = layout_from_config(tiny.config("mamba").to_dict())
     assert "replay_window of 4 takes" in stage(bits=8, replay_window=4).warnings(layout)[0]
