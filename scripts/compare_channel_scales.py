@@ -54,12 +54,12 @@ def held(bits: int, every: int, rounding: str) -> Callable[[StateQuantizer, Tens
 
 
 def predictions(model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Mean negative log likelihood of each window, and log probabilities in half precision, batch by batch."""
+    """Negative log likelihoods ``[windows, T - 1]``, and log probabilities in half precision, batch by batch."""
     losses, kept = [], []
     with torch.inference_mode(), recurrent_evaluation(model):
         for rows in ids.split(BATCH):
             logs = model(rows, use_cache=False).logits.float()[:, :-1].log_softmax(-1)
-            losses.append(-logs.gather(-1, rows[:, 1:, None])[..., 0].mean(1))
+            losses.append(-logs.gather(-1, rows[:, 1:, None])[..., 0])
             kept.append(logs.half())
     return torch.cat(losses).double(), kept
 
@@ -88,7 +88,8 @@ def main() -> None:
     quality.LENGTH = args.length
     with tempfile.TemporaryDirectory(prefix="llmcompress-channels-") as work:
         study = Study(ASSETS / args.asset, Path(work), args.windows, 32)
-        base, exact = predictions(study.assembled("float", None, None, False), study.heldout)
+        losses, exact = predictions(study.assembled("float", None, None, False), study.heldout)
+        base = losses.mean(1)
         print(f"{args.asset}, {len(base)} windows of {args.length}: float {math.exp(base.mean()):.3f}", flush=True)
         for bits in args.bits:
             measured: dict[str, tuple[Tensor, Tensor]] = {}
@@ -104,9 +105,10 @@ def main() -> None:
                     StateQuantizer.fake = held(bits, int(name), args.rounding)  # type: ignore[method-assign]
                 try:
                     model = study.assembled(f"{bits} {name}", {"bits": bits, **policy}, None, False)
-                    loss, found = predictions(model, study.heldout)
+                    losses, found = predictions(model, study.heldout)
                 finally:
                     StateQuantizer.fake = before  # type: ignore[method-assign]
+                loss = losses.mean(1)
                 measured[str(name)] = loss, divergence(exact, found)
                 first, own = measured["dsq"], measured[str(name)]
                 ratio = own[1] / first[1].mean() - first[1] / first[1].mean()

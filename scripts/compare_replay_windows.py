@@ -29,14 +29,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent / "acceptance"))
 
 import q_mamba_2_quality as quality
-from compare_channel_scales import BATCH, divergence, spread
+from compare_channel_scales import divergence, predictions, spread
 from q_mamba_2_quality import ASSETS, EDGE, Study
 
 from llmcompress.evaluation.config import RecallConfig
 from llmcompress.evaluation.recall import recall
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.state_memory import sequence_bytes
-from llmcompress.nn.mixers import recurrent_evaluation
 from llmcompress.recipe.lock import hardware
 
 ROUNDINGS = {"dither": [4, 8], "rtn": [4]}
@@ -57,16 +56,11 @@ class Found:
 
 def through(model: Any, study: Study, asked: RecallConfig | None) -> Found:
     """Everything that is measured of one model, states rounded as in decoding."""
-    losses, kept, text = [], [], ""
-    with torch.inference_mode(), recurrent_evaluation(model):
-        for rows in study.heldout.split(BATCH):
-            logs = model(rows, use_cache=False).logits.float()[:, :-1].log_softmax(-1)
-            losses.append(-logs.gather(-1, rows[:, 1:, None])[..., 0])
-            kept.append(logs.half())
+    (losses, kept), text = predictions(model, study.heldout), ""
     if asked is not None:
         found = recall(model, study.tokenizer, study.heldout.flatten(), asked)
         text = ", ".join(f"{100 * one['accuracy']:.0f} at {one['distance']}" for one in found)
-    return Found(torch.cat(losses).double(), kept, text)
+    return Found(losses, kept, text)
 
 
 def row(name: str, one: Found, exact: Found, first: Found, kept: tuple[int, int]) -> str:

@@ -33,14 +33,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "acceptance"))
 
-from compare_channel_scales import BATCH, divergence, spread
+from compare_channel_scales import divergence, predictions, spread
 from q_mamba_2_quality import EDGE, LENGTH, texts, windows
 
 from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize
 from llmcompress.algorithms.gated_delta import DeltaInputs
 from llmcompress.algorithms.selective_scan import ScanInputs, half_life
 from llmcompress.models.registry import layout_from_config
-from llmcompress.nn.mixers import attach, detach, recurrent_evaluation
+from llmcompress.nn.mixers import attach, detach
 from llmcompress.recipe.lock import hardware
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -59,25 +59,14 @@ POSITIONS = (16, 64, 256, 1024)
 LIVES = (10.0, 100.0, math.inf)
 
 
-def losses(model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Negative log likelihoods ``[windows, T - 1]``, and log probabilities batch by batch."""
-    found, kept = [], []
-    with torch.inference_mode(), recurrent_evaluation(model):
-        for rows in ids.split(BATCH):
-            logs = model(rows, use_cache=False).logits.float()[:, :-1].log_softmax(-1)
-            found.append(-logs.gather(-1, rows[:, 1:, None])[..., 0])
-            kept.append(logs.half())
-    return torch.cat(found).double(), kept
-
-
 def perplexities(model: Any, layout: Any, ids: Tensor) -> None:
     """The first table."""
     attach(model, layout, FLOAT)
-    exact, logs = losses(model, ids)
+    exact, logs = predictions(model, ids)
     print(f"fp32 {math.exp(exact.mean()):.3f}", flush=True)
     for name, policy in POLICIES.items():
         attach(model, layout, {"codec": "dsq", **policy})
-        one, other = losses(model, ids)
+        one, other = predictions(model, ids)
         places = slice(None), slice(EDGE), slice(-EDGE, None)
         parts = [spread((one - exact)[:, which].mean(1), 100) for which in places]
         apart = divergence(logs, other)
@@ -101,10 +90,10 @@ def inputs_of(model: Any, layout: Any, ids: Tensor) -> list[DeltaInputs]:
 
 def without_erasing(given: DeltaInputs) -> ScanInputs:
     """The recurrence ``u = a h + (β v) ⊗ k`` of the same inputs: Mamba-2's, with log a in the place of ``dt A``."""
-    dt = -given.decay.log().unsqueeze(-1)
+    dt = (-given.decay.log()).clamp(min=1e-12).unsqueeze(-1)
     # ScanInputs multiplies by dt
-    x = given.value * given.step.unsqueeze(-1) / dt.clamp(min=1e-12)
-    return ScanInputs(x, dt.clamp(min=1e-12), -torch.ones(given.decay.shape[-1], 1, 1), given.key, given.query)
+    x = given.value * given.step.unsqueeze(-1) / dt
+    return ScanInputs(x, dt, -torch.ones(given.decay.shape[-1], 1, 1), given.key, given.query)
 
 
 def errors_by_position(layers: list[DeltaInputs]) -> None:

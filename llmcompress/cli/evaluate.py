@@ -322,7 +322,7 @@ def settings(
     perplexity = {name: {**section, "max_tokens": max_tokens} for name, section in texts.items()}
     section: dict[str, Any] = {
         "type": "evaluate", "perplexity": perplexity, "tasks_dir": tasks_dir, "limit": limit,
-        "tasks": [{**_task(name), **_given(asking)} for name in task or []],
+        "tasks": [{**_task(name), **asking} for name in task or []],
     }  # fmt: skip
     if fidelity and files:
         section["fidelity"] = {**texts[_name(files[0], files)], "samples": 16, "allow_fewer": True}
@@ -332,21 +332,18 @@ def settings(
 def _asking(
     num_fewshot: int | None, fewshot_seed: int | None, template: bool, turns: bool | None, system: str | None
 ) -> dict[str, Any]:
-    """Fields of a task from options; None where an option was not given.
+    """Fields of a task from the options that were given.
 
     Raises:
         UsageError: Turns without a chat.
     """
     if turns and not template:
         raise UsageError("--fewshot-as-multiturn: only with --apply-chat-template")
-    return {
+    fields = {
         "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "apply_chat_template": template or None,
         "fewshot_as_multiturn": turns, "system_instruction": system,
     }  # fmt: skip
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _task(name: str) -> dict[str, Any]:
@@ -470,7 +467,7 @@ def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:
 
 
 def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfig], csv: Path | None) -> None:
-    from llmcompress.evaluation.significance import difference_stderr, stages_of, within_noise
+    from llmcompress.evaluation.significance import asked_otherwise, difference_stderr, stages_of, within_noise
     from llmcompress.pipeline.fingerprint import difference
     from llmcompress.report.data import collect
 
@@ -487,18 +484,25 @@ def _compare_runs(out: Output, first: Path, second: Path, limits: list[GateConfi
             {"name": name, "a": a, "b": b, "difference": change, "difference_stderr": error,
              "within_noise": within_noise(change, error)}
         )  # fmt: skip
+    unpaired = [name for name in names if asked_otherwise(kept[0].get(name), kept[1].get(name))]
     changes = [line for line in difference(one.recipe, two.recipe, "") if not line.startswith("run.dir: ")]
     judged = _judged(limits, {name: (left.get(name), right.get(name)) for name in names if "." in name})
 
     def show(screen: Console) -> None:
         cells = [(row["name"], *_compared(row)) for row in rows]
         screen.print(table(("", "A", "B", "B − A"), cells, right="A|B|B − A", named=True))
+        if unpaired:
+            text = f"without ±, for texts, rows or prompts of A and B differ: {', '.join(unpaired)}"
+            screen.print(text, markup=False, highlight=False, soft_wrap=True)
         screen.print("recipes:", highlight=False)
         for line in changes or ["the same"]:
             screen.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         _show_limits(judged, screen)
 
-    data = {"a": str(first), "b": str(second), "figures": rows, "recipe_changes": changes, "limits": judged}
+    data = {
+        "a": str(first), "b": str(second), "figures": rows, "asked_otherwise": unpaired, "recipe_changes": changes,
+        "limits": judged,
+    }  # fmt: skip
     if csv is not None:
         write_csv(csv, rows)
     out.result(data, show)

@@ -54,8 +54,8 @@ class Score:
         higher_is_better: Direction.
         rows: Per-row values when the figure is their mean, for paired comparison. For a perplexity, which is not,
             its linearisation ``value · nll``: differences of those have the right spread. Empty otherwise.
-        asked: SHA-256 of what the rows ask, in their order: two models were asked the same where this is equal. Empty
-            where it is not known.
+        asked: SHA-256 of the rows and of the prompts they became, in their order: two models were asked the same where
+            this is equal. Empty where it is not known.
     """
 
     task: str
@@ -532,7 +532,9 @@ def normalise(name: str, tasks: Mapping[str, Any], results: Mapping[str, Any]) -
             if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             own = [s for s in samples if s.get("filter", "none") == filter_name and metric in s]
-            rows, asked = [s[metric] for s in own], _digest([s.get("doc_hash") for s in own])
+            rows = [s[metric] for s in own]
+            # the same row is another question behind other examples, or in a chat
+            asked = _digest([s.get(key) for s in own for key in ("doc_hash", "prompt_hash")])
             full = metric if filter_name == "none" else f"{metric}.{filter_name}"
             score = _score(label, full, float(value), rows, len(samples), _direction(metric, directions))
             scores.append(replace(score, asked=asked))

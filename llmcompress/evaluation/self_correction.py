@@ -96,7 +96,7 @@ class Reader:
 
     def tokens(self, text: str, following: str = "") -> list[int]:
         """Token ids of a text as it is tokenized in front of another one: the last line feeds of a text are one token
-        to SmolLM2's tokenizer and others, in front of a digit they are two. Where no token ends between the two, those
+        to SmolLM2's tokenizer and others, in front of a letter they are two. Where no token ends between the two, those
         of the text alone.
         """
         alone = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

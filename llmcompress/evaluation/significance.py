@@ -93,10 +93,15 @@ def _read(path: Path) -> Any:
 
 
 def difference_stderr(first: Recorded | None, second: Recorded | None) -> float | None:
-    """Standard error of the difference of two runs' figures; None where they were not measured on the same rows."""
-    if first is None or second is None or first.sample != second.sample:
+    """Standard error of the difference of two runs' figures; None where they were not asked the same."""
+    if first is None or second is None or asked_otherwise(first, second):
         return None
     return paired_stderr(first.rows, second.rows)
+
+
+def asked_otherwise(first: Recorded | None, second: Recorded | None) -> bool:
+    """Whether two runs' figures, both kept row by row, are of other texts or rows, or of the same in other prompts."""
+    return first is not None and second is not None and first.sample != second.sample
 
 
 def stages_of(run_dir: Path, names: Sequence[str]) -> dict[str, Recorded]:

@@ -95,9 +95,11 @@ class Server:
 
     def run(self, bound: socket.socket) -> None:
         """Serve until :meth:`shut` or a signal; returns when running answers have ended or their time is over."""
-        _log_failures()
+        # tracebacks of what fails inside; clients get a status only
+        for name in ("uvicorn.error", "llmcompress.serving"):
+            _to_stderr(logging.getLogger(name), logging.ERROR)
         if self._access_log:
-            _log_requests()
+            _to_stderr(ACCESS, logging.INFO, "%(asctime)s %(message)s")
         # uvicorn raises the signal again when it is done, which would end the process before we have cleaned up
         before = _quiet_signals()
         try:
@@ -129,21 +131,13 @@ class _Draining(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _log_failures() -> None:
-    """Tracebacks of what fails inside go to stderr; clients get a status only."""
-    for name in ("uvicorn.error", "llmcompress.serving"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.ERROR)
-        if not logger.handlers:
-            logger.addHandler(logging.StreamHandler())
-
-
-def _log_requests() -> None:
-    ACCESS.setLevel(logging.INFO)
-    if not ACCESS.handlers:
+def _to_stderr(logger: logging.Logger, level: int, form: str = "%(message)s") -> None:
+    """Have a logger write to stderr from a level on, unless somebody has seen to where it writes."""
+    logger.setLevel(level)
+    if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        ACCESS.addHandler(handler)
+        handler.setFormatter(logging.Formatter(form))
+        logger.addHandler(handler)
 
 
 def _quiet_signals() -> dict[int, Any]:

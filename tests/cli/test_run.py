@@ -398,7 +398,7 @@ def test_compare_runs_shows_what_differs(
     changes = [b["perplexity"] * y - a["perplexity"] * x for x, y in zip(a["window_nll"], b["window_nll"], strict=True)]
     expected = statistics.stdev(changes) / len(changes) ** 0.5
     assert figures["text.perplexity"]["difference_stderr"] == pytest.approx(expected)
-    assert figures["bytes"]["difference_stderr"] is None
+    assert figures["bytes"]["difference_stderr"] is None and found["asked_otherwise"] == []
     assert "stages.quantize.rules.experts.bits: 4 → 2" in found["recipe_changes"]
     # random weights may as well gain by fewer bits
     low, high = sorted((a["perplexity"], b["perplexity"]))
@@ -419,6 +419,14 @@ def test_compare_runs_shows_what_differs(
     assert "bits.code_average" in shown
     sizes = next(line for line in shown.splitlines() if line.startswith("bytes"))
     assert sizes.rstrip().endswith(f"{figures['bytes']['b'] / figures['bytes']['a']:.3f} ×")
+    # of another text there is no error, and it is said why
+    texts = other / "stages" / "evaluate" / "texts.json"
+    texts.write_text(texts.read_text().replace('"sha256": "', '"sha256": "0'))
+    found = told(capsys, "compare", str(finished[1]), str(other))
+    assert found["asked_otherwise"] == ["text.perplexity"]
+    assert {row["name"]: row for row in found["figures"]}["text.perplexity"]["difference_stderr"] is None
+    assert invoke(["compare", str(finished[1]), str(other)]) == 0
+    assert "without ±, for texts, rows or prompts of A and B differ: text.perplexity" in capsys.readouterr().out
 
 
 def test_generate_and_chat(

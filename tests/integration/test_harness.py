@@ -88,7 +88,7 @@ def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_pa
     (tmp_path / "mmlu").mkdir()
     for split in ("dev", "test"):
         (tmp_path / "mmlu" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words, asked = copy.deepcopy(tiny_tokenizer), []
+    words, asked, digests = copy.deepcopy(tiny_tokenizer), [], set()
     original = RecurrentLM.loglikelihood
 
     def noted(self, requests, *args, **kwargs):
@@ -101,7 +101,8 @@ def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_pa
         asked.clear()
         task = TaskConfig(task="mmlu", subjects=("anatomy",), num_fewshot=1, system_instruction="Be brief.", **settings)
         with harness.offline(True):
-            harness.evaluate(model, words, harness.specify([task], tmp_path, limit=1)[0])
+            scores = harness.evaluate(model, words, harness.specify([task], tmp_path, limit=1)[0])
+        digests.add(scores[0].asked)
         return set(asked)
 
     (plain,) = contexts()
@@ -115,6 +116,8 @@ def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_pa
     (whole,) = contexts(apply_chat_template=True, fewshot_as_multiturn=False)
     assert [whole.count(f"<{role}>") for role in ("system", "user", "assistant")] == [1, 1, 1]
     assert whole.count("What is") == turns.count("What is") == 2
+    # the row is the same; runs that were asked it in other words do not pair up
+    assert len(digests) == 3 and all(digests)
 
 
 def test_the_seed_chooses_examples(model, tiny_tokenizer, tmp_path):

@@ -103,8 +103,9 @@ def test_subjects_are_pooled_by_rows():
 
 
 def test_a_figure_knows_what_its_rows_ask():
-    def asked(*docs, hashes=True):
-        rows = [{"filter": "none", "acc": 1, **({"doc_hash": doc} if hashes else {})} for doc in docs]
+    def asked(*docs, hashes=True, prompt="p"):
+        known = [{"doc_hash": doc, "prompt_hash": f"{prompt}{doc}"} if hashes else {} for doc in docs]
+        rows = [{"filter": "none", "acc": 1, **one} for one in known]
         raw = results({"a": {"acc,none": 1.0}, "b": {"acc,none": 1.0}}, {"a": rows, "b": rows[:1]})
         return [score.asked for score in harness.normalise("all", {"a": FakeTask(), "b": FakeTask()}, raw)]
 
@@ -112,6 +113,8 @@ def test_a_figure_knows_what_its_rows_ask():
     assert len({pooled, one, two}) == 3 and asked("x", "y") == [pooled, one, two]
     # other rows, and the same ones in another order
     assert not {pooled, one} & {*asked("x", "z"), *asked("y", "x")}
+    # the same rows behind other examples or in a chat
+    assert not {pooled, one, two} & {*asked("x", "y", prompt="q")}
     assert asked("x", "y", hashes=False) == ["", "", ""]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmcompress.evaluation.ledger import Ledger
-from llmcompress.evaluation.significance import difference_stderr, recorded, stages_of, within_noise
+from llmcompress.evaluation.significance import asked_otherwise, difference_stderr, recorded, stages_of, within_noise
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,9 @@ def test_as_many_rows_of_another_file_do_not_pair_up(tmp_path: Path) -> None:
     one, two = recorded(_stage(tmp_path / "a")), recorded(_stage(tmp_path / "b", asked="b"))
     assert len(one["t.acc"].rows) == len(two["t.acc"].rows)
     assert difference_stderr(one["t.acc"], two["t.acc"]) is None
+    # which is said of figures that both have row by row
+    assert asked_otherwise(one["t.acc"], two["t.acc"]) and not asked_otherwise(one["t.acc"], None)
+    assert not asked_otherwise(one["held.perplexity"], two["held.perplexity"])
 
 
 def test_the_compressed_side_counts_and_damage_is_no_error(tmp_path: Path) -> None:
