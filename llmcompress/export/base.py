@@ -369,6 +369,16 @@ def require_equal(out: Path, name: str, found: Tensor, expected: Tensor, what: s
         raise ExportError(f"{out}: {name} reads back different {what}")
 
 
+def require_no_other(out: Path, left: Iterable[str]) -> None:
+    """Refuse tensors that were not asked for when everything else was read back.
+
+    Raises:
+        ExportError: There are some; the first is named.
+    """
+    if names := sorted(left):
+        raise ExportError(f"{out}: unexpected tensors: {some(names)}")
+
+
 def write_model_folder(
     out: Path,
     handle: ModelHandle,

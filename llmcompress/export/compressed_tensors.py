@@ -28,6 +28,7 @@ from llmcompress.export.base import (
     expert_slice,
     outside_tensors,
     require_equal,
+    require_no_other,
     some,
     write_model_folder,
 )
@@ -190,8 +191,7 @@ class CompressedTensorsExporter(Exporter):
                 full = handle.layout.disk.name(name)
                 require_equal(out, full, files.tensor(full), tensor, _THROUGH)
                 left.discard(full)
-        if left:
-            raise ExportError(f"{out}: unexpected tensors: {', '.join(sorted(left)[:5])}")
+        require_no_other(out, left)
 
 
 def hub_weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterator[tuple[str, Tensor | PackedWeight]]:

@@ -22,6 +22,7 @@ from llmcompress.export.base import (
     atomic_folder,
     block_tensors,
     expert_rows,
+    require_no_other,
     some,
     tokenizer_folder,
     write_provenance,
@@ -185,8 +186,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
                 same = same and bool(((got - ours).abs() <= _rounding(entry.value)).all())
             if not same:
                 raise ExportError(f"{out}: {entry.name} reads back different through the gguf package")
-        if found:
-            raise ExportError(f"{out}: unexpected tensors: {', '.join(sorted(found)[:5])}")
+        require_no_other(out, found)
 
 
 def _rounding(packed: PackedWeight) -> Tensor | float:

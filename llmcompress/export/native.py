@@ -17,7 +17,7 @@ from llmcompress.export.base import (
     Exporter,
     dense_config,
     require_equal,
-    some,
+    require_no_other,
     write_model_folder,
 )
 from llmcompress.models import sizes
@@ -109,8 +109,7 @@ class NativeExporter(Exporter):
                 for name, tensor in store.read_block(block.index).replaced.items():
                     # the files hold it in the checkpoint's data type
                     require_equal(out, name, files.tensor(name).to(tensor.dtype), tensor, _QUANTIZED)
-        if left:
-            raise ExportError(f"{out}: unexpected tensors: {some(sorted(left))}")
+        require_no_other(out, left)
 
 
 def write_native(
