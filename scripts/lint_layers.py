@@ -28,8 +28,8 @@ LAYERS = {
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers"}
 TORCH_FREE = (
     "cli/", "recipe/", "stages/", "pipeline/", "models/layout.py", "models/families/", "models/registry.py",
-    "models/sizes.py", "models/paths.py", "quant/spec.py", "quant/rules.py", "quant/packed.py", "quant/states.py",
-    "quant/store.py", "quant/embeddings.py",
+    "models/sizes.py", "models/paths.py", "models/tokenizer_files.py", "quant/spec.py", "quant/rules.py",
+    "quant/packed.py", "quant/states.py", "quant/store.py", "quant/embeddings.py",
     "serving/limits.py", "distributed/", "durable.py", "errors.py", "events.py", "units.py",
 )  # fmt: skip
 BANNED = {"utils", "helpers", "common", "misc"}

@@ -10,6 +10,8 @@ from llmcompress.cli.output import Output
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from llmcompress.pipeline.preflight import Extent
     from llmcompress.recipe.load import LoadedRecipe
 
@@ -26,7 +28,8 @@ def look_ahead(loaded: LoadedRecipe, out: Output, extent: Extent | None) -> None
         extent: What of it will run, for which memory, disk and network of this machine are asked; None asks nothing.
 
     Raises:
-        InputError: Files are missing or damaged, or the model is not one that can be compressed.
+        InputError: Files are missing or damaged, the model is not one that can be compressed, or it has no chat
+            template and a stage asks through one.
         RecipeError: Rules do not suit the model.
         ResourceError: It does not fit its budgets, or this machine.
         ExportError: A format would refuse.
@@ -45,7 +48,7 @@ def look_ahead(loaded: LoadedRecipe, out: Output, extent: Extent | None) -> None
     predicted = plan(loaded, config)
     predicted.require_budget()
     predicted.require_exports()
-    require_sources(loaded, folder)
+    require_sources(loaded, folder, config)
     for note in preflight(loaded, predicted, config, extent) if extent is not None else ():
         out.warning(note)
 
@@ -85,21 +88,24 @@ def _needs(loaded: LoadedRecipe, path: str) -> str:
     return f"; this recipe needs {found}" if found else ""
 
 
-def require_sources(loaded: LoadedRecipe, folder: Path) -> None:
-    """Ask export stages whether they can translate what lies beside the weights.
+def require_sources(loaded: LoadedRecipe, folder: Path, config: Mapping[str, Any]) -> None:
+    """Ask stages whether they can use what lies beside the weights.
+
+    Args:
+        loaded: The recipe.
+        folder: Its model.
+        config: The model's ``config.json``.
 
     Raises:
-        ExportError: They cannot; with every reason.
+        ExportError: A format cannot translate it; with every reason.
+        InputError: The tokenizer has no chat template, and a stage asks through one.
     """
     from llmcompress.models.paths import resolve_path
-    from llmcompress.stages.export import Export
 
-    tokenizer = loaded.recipe.model.tokenizer
+    named = loaded.recipe.model.tokenizer
+    tokenizer = resolve_path(named) if named else None
     for stage in loaded.stages():
-        if isinstance(stage, Export):
-            stage.require_source(
-                folder, read_object(folder / "config.json"), resolve_path(tokenizer) if tokenizer else None
-            )
+        stage.require_source(folder, config, tokenizer)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -146,10 +146,11 @@ def plan(
 
 
 def _require_here(loaded: LoadedRecipe) -> None:
-    """Refuse what ``run`` would: files that are not here, a folder without a model, a tokenizer no format can hold.
+    """Refuse what ``run`` would: files that are not here, a folder without a model, a tokenizer no format can hold
+    or without the chat template that an evaluation asks through.
 
     Raises:
-        InputError: Files are missing, or a member of a family is damaged.
+        InputError: Files or the chat template are missing, or a member of a family is damaged.
         EnvironmentProblem: What compares answers is not installed.
         ExportError: A format cannot translate what lies beside the weights.
     """
@@ -160,8 +161,7 @@ def _require_here(loaded: LoadedRecipe) -> None:
     require_files(loaded, _ELSEWHERE)
     if "model.path" not in loaded.missing:
         folder = resolve_path(loaded.recipe.model.path)
-        read_config(folder)
-        require_sources(loaded, folder)
+        require_sources(loaded, folder, read_config(folder))
         require_companions(loaded, list(loaded.recipe.stages))
 
 

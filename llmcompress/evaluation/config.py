@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmcompress.data.sources import SourceConfig, Template
+from llmcompress.errors import InputError
 
 
 class _Section(BaseModel):
@@ -147,6 +149,29 @@ class GenerationConfig(_Section):
 
     chat: bool = False
     """Put prompts through the chat template as a user's message."""
+
+
+def require_chat_template(
+    tasks: Iterable[str | TaskConfig], generation: GenerationConfig | None, template: object
+) -> None:
+    """Refuse chats without a template.
+
+    Args:
+        tasks: Tasks of lm-eval.
+        generation: Prompts.
+        template: Of the tokenizer; None or empty where it has none.
+
+    Raises:
+        InputError: One of them is to be asked through a chat template.
+    """
+    chats = [task.task for task in tasks if isinstance(task, TaskConfig) and task.apply_chat_template]
+    asked = [f"task {name}: apply_chat_template" for name in chats]
+    asked += ["generation.chat is set"] if generation is not None and generation.chat else []
+    if asked and not template:
+        raise InputError(
+            f"{asked[0]}, and the tokenizer has no chat template",
+            "leave it out, or put the chat_template.jinja that the model is to be used with beside its tokenizer",
+        )
 
 
 Overlap = Literal["refuse", "warn", "ignore"]

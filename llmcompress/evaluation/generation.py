@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcompress.errors import InputError
-from llmcompress.evaluation.config import GenerationConfig
+from llmcompress.evaluation.config import GenerationConfig, require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ def generate(
         pad_token_id=pad,
         eos_token_id=sorted(ends) or None,
     )
+    require_chat_template((), config, getattr(tokenizer, "chat_template", None))
     prompts = [_prompt_ids(tokenizer, prompt, config.chat) for prompt in config.prompts]
     if config.temperature == 0 and writer is not None:
         written = writer.write(prompts, config.max_new_tokens, ends)
@@ -67,8 +68,6 @@ def generate(
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError("generation.chat is set, but the tokenizer has no chat template", "set chat: false")
         prompt = str(
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

@@ -29,7 +29,7 @@ import yaml
 from llmcompress.data.hub import hub_silence, offline, out_of_reach, why_not_loaded
 from llmcompress.errors import EnvironmentProblem, InputError, RecipeError, first_line
 from llmcompress.evaluation.batching import task_batch
-from llmcompress.evaluation.config import TaskConfig
+from llmcompress.evaluation.config import TaskConfig, require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,20 +137,6 @@ def specify(
                     item["num_fewshot"] = config.num_fewshot
         found.append(TaskSpec(config.task, tuple(configs), rows, local, config))
     return found
-
-
-def require_templates(specs: Sequence[TaskSpec], tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuse chats without a template.
-
-    Raises:
-        InputError: A task is to be asked through a chat template, and the tokenizer has none.
-    """
-    asked = [spec.name for spec in specs if spec.settings.apply_chat_template]
-    if asked and not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"task {asked[0]}: apply_chat_template, and the tokenizer has no chat template",
-            "leave it out, or put the chat_template.jinja that the model is to be used with beside its tokenizer",
-        )
 
 
 def unreachable(specs: Sequence[TaskSpec], off: bool = False) -> list[str]:
@@ -476,7 +462,7 @@ def evaluate(
     from llmcompress.evaluation.recurrent_tasks import RecurrentLM
 
     settings = spec.settings
-    require_templates([spec], tokenizer)
+    require_chat_template([settings], None, getattr(tokenizer, "chat_template", None))
     loaded = _built(spec)  # rows have been tried where a command opens its tasks
     with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         random.seed(_SEED)

@@ -24,6 +24,7 @@ from llmcompress.evaluation.config import (
     PerplexityConfig,
     RecallConfig,
     TaskConfig,
+    require_chat_template,
 )
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
@@ -138,6 +139,7 @@ def prepare(
     needs = bool(config.perplexity or config.fidelity or config.tasks or config.generation or config.recall)
     if needs and tokenizer is None:
         raise InputError("the model has no tokenizer, so it cannot be evaluated on text", "set model.tokenizer")
+    require_chat_template(config.tasks, config.generation, getattr(tokenizer, "chat_template", None))
     texts, provenance = {}, {}
     for name, section in config.perplexity.items():
         _check_length(f"perplexity.{name}", section.length, context)
@@ -159,7 +161,6 @@ def prepare(
             _check_overlap(describe(section_f.source), windows.tokens, calibration, config.overlap, warn)
     folder = resolve_path(config.tasks_dir, None) if config.tasks_dir else None
     tasks = harness.specify(config.tasks, folder, config.limit)
-    harness.require_templates(tasks, tokenizer)
     filler = None
     if config.recall is not None:
         assert tokenizer is not None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import ExportError
+from llmcompress.models.tokenizer_files import chat_template, tokenizer_settings
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -140,7 +141,7 @@ def read_tokenizer(folder: Path, vocab: int, config: Mapping[str, Any]) -> Token
         else:
             types.append(NORMAL if index in by_id else UNUSED)
     merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in data["model"]["merges"]]
-    settings = _settings(folder)
+    settings = tokenizer_settings(folder)
     special = _special_ids(settings, {token: index for index, token in by_id.items()}, config)
     first, last = _template_ends(data.get("post_processor") or {})
     return TokenizerFacts(
@@ -151,17 +152,8 @@ def read_tokenizer(folder: Path, vocab: int, config: Mapping[str, Any]) -> Token
         special=special,
         add_bos=first is not None and first == _content(settings.get("bos_token")),
         add_eos=last is not None and last == _content(settings.get("eos_token")),
-        chat_template=_chat_template(folder, settings),
+        chat_template=chat_template(folder),
     )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _content(value: Any) -> str | None:
@@ -195,15 +187,3 @@ def _template_ends(processor: Mapping[str, Any]) -> tuple[str | None, str | None
             first = names[0] if kinds[0] == "SpecialToken" else None
             return first, names[-1] if kinds[-1] == "SpecialToken" else None
     return None, None
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        # several by name: chats take the default one
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
@@ -120,6 +123,21 @@ class Stage(ABC):
         In seconds, and only what is certain: what is returned ends the run.
         """
         return []
+
+    def require_source(  # noqa: B027 - most stages take every source
+        self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None
+    ) -> None:
+        """Refuse a source model for what lies beside its weights; asked before a run begins, needs no torch.
+
+        Args:
+            folder: The source model.
+            config: Its ``config.json``.
+            tokenizer: Folder of the tokenizer, if it is another one.
+
+        Raises:
+            ExportError: A format cannot translate its config or tokenizer.
+            InputError: It lacks what the stage needs.
+        """
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Predict memory, disk and output of this stage."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,7 @@ from llmcompress.evaluation.config import (
     PerplexityConfig,
     RecallConfig,
     TaskConfig,
+    require_chat_template,
 )
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
 from llmcompress.evaluation.working_set import (
@@ -30,11 +31,14 @@ from llmcompress.evaluation.working_set import (
     streamed_tokens,
 )
 from llmcompress.models.paths import resolve_path
+from llmcompress.models.tokenizer_files import chat_template
 from llmcompress.quant.store import PackedStore
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.metrics import read_metrics
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -157,6 +161,19 @@ class Evaluate(Stage):
         folder = resolve_path(self.config.tasks_dir) if self.config.tasks_dir else None
         found = unreachable(specify(self.config.tasks, folder, self.config.limit), self.config.offline)
         return [f"stages.{self.name}: {line}" for line in found]
+
+    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+        """Refuse chats where the tokenizer has no template, which would end the run after everything was quantized.
+
+        Args:
+            folder: The source model.
+            config: Its ``config.json``.
+            tokenizer: Folder of the tokenizer, if it is another one.
+
+        Raises:
+            InputError: A task or the prompts are to be asked through a chat template that is not there.
+        """
+        require_chat_template(self.config.tasks, self.config.generation, chat_template(tokenizer or folder))
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Both models together where they are compared token by token, otherwise the larger one; plus logits."""

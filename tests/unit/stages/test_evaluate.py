@@ -6,11 +6,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from llmcompress.cli.look_ahead import require_sources
 from llmcompress.errors import GateFailed, InputError, RecipeError
 from llmcompress.evaluation import gates, measure
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.store import BlockPatch, PackedStore
+from llmcompress.recipe.load import load_recipe
 from llmcompress.stages.base import PlanInputs
 from llmcompress.stages.evaluate import Evaluate, EvaluateConfig
 from llmcompress.stages.state import RunContext, RunState
@@ -236,3 +238,28 @@ def test_expert_shift_of_a_dense_model_is_a_problem():
     }  # fmt: skip
     (problem,) = stage(perplexity=FULL["perplexity"], expert_shift=True).check(layout_from_config(dense))
     assert "has no experts" in problem
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tasks": [{"task": "eval_smoke", "apply_chat_template": True}]}, "task eval_smoke: apply_chat_template"),
+        ({"generation": {"prompts": ["The cat"], "chat": True}}, "generation.chat is set"),
+    ],
+)
+def test_chats_without_a_template_are_refused_before_any_work(fields, words, tmp_path):
+    """By the files of the model, or of the tokenizer where it is another folder."""
+    model, words_of = tmp_path / "model", tmp_path / "words"
+    model.mkdir()
+    words_of.mkdir()
+    (model / "tokenizer_config.json").write_text("{}")
+    section = {"load": {"type": "load"}, "evaluate": {"type": "evaluate", **fields}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"version": 1, "name": "x", "model": {"path": str(model)}, "stages": section}))
+    loaded = load_recipe(recipe)
+    with pytest.raises(InputError, match=f"{words}.*no chat template"):
+        require_sources(loaded, model, {})
+    (words_of / "chat_template.jinja").write_text("{{ messages }}")
+    require_sources(load_recipe(recipe, [f"model.tokenizer={words_of}"]), model, {})
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    require_sources(loaded, model, {})
