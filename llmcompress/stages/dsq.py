@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.durable import write_durably
 from llmcompress.errors import RecipeError
+from llmcompress.evaluation.working_set import streamed_bytes
 from llmcompress.models import sizes
 from llmcompress.quant.states import BITS, DITHERED, CompressedCodec, Rounding
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -116,15 +117,13 @@ class Dsq(Stage):
         stream = sizes.stream_bytes(layout, samples, tokens, item)
         scans = [block.scan for block in layout.blocks if block.scan is not None]
         work = max((_scan_bytes(view, samples, tokens) for view in scans), default=0)
-        held = (sizes.outside_parameters(layout) + sizes.largest_block(layout)) * item + stream
-        # pages of the checkpoint that were read count as resident while the file is mapped; measured, not evicted
-        mapped = sizes.parameters(layout) * inputs.weight_bytes
+        held = streamed_bytes(layout, inputs.weight_bytes, item) + stream
         runs = len(BITS) + 2
         flops = sizes.forward_flops(layout, samples * tokens, tokens)
         # about twenty operations per value of the state, token and width
         flops += 20.0 * runs * samples * tokens * sum(view.values for view in scans)
         on_gpu = inputs.device == "cuda"
-        ram = mapped + held + (0 if on_gpu else work)
+        ram = held + (0 if on_gpu else work)
         policies = {"state_cache": self.policy(None)}
         return Estimate(ram=ram, vram=work + held if on_gpu else 0, disk=0, flops=flops, policies=policies)
 

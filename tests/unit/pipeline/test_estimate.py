@@ -107,6 +107,14 @@ def test_states_of_the_compressed_model_are_counted_by_batch_size():
     assert planned("eac_moe_olmoe", "olmoe_1b_7b").memory == ()
 
 
+def test_states_are_measured_block_by_block():
+    """A checkpoint is read tensor by tensor; of 159 GB one block and its largest weight, decoded, are in memory."""
+    found = planned("q_mamba_qwen3_next", "qwen3_next_80b_a3b", device="cuda")
+    states = next(stage for stage in found.stages if stage.name == "states")
+    block, decoded = 512 * 3 * 512 * 2048 * 2, 512 * 2 * 512 * 2048 * 4
+    assert block + decoded < states.ram - device.baseline_ram("cuda") < 1.3 * (block + decoded)
+
+
 @pytest.mark.parametrize(
     ("override", "resource"),
     [("+host.ram=1GB", "host.ram"), ("+host.disk=1MB", "host.disk"), ("+device.vram=1GB", "device.vram")],
