@@ -53,7 +53,7 @@ _ROUTERS = {
 
 _ALL = slice(None)
 # what families call the norm before the head
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f")
 # what configs call what norms add to the mean of squares
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
 
@@ -77,14 +77,13 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     members = members_of(model)
     config: Any = model.config.get_text_config()
     layout = layout_from_config(model.config.to_dict())
-    base: Any = model.base_model
     words: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
     ends = [ends_of(*both, head_bits) for both in zip(parts(words), parts(output))]
     layers = [_layer(model, block, members, layout.norm_adds_one) for block in layout.blocks]
     scale = _embedding_scale(parts(words)[0], config)
     routing = routing_of(model, layout)
-    final = next(getattr(base, name) for name in FINAL_NORMS if hasattr(base, name))
+    final = final_norm_of(model)
     factor = float(getattr(config, "logit_scale", None) or 1.0)
     last = norm_of(final, adds_one=layout.norm_adds_one) * factor, _norm_bias(final, config)
     attention = next(s.module for block in layout.blocks for s in block.sublayers if s.kind == "attention")
@@ -225,6 +224,12 @@ def norm_of(module: Any, name: str = "weight", adds_one: bool = False) -> Any:
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 
+def final_norm_of(model: Any) -> Any:
+    """The module of the norm before a model's head."""
+    base = model.base_model
+    return next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
+
+
 def _norm_bias(module: Any, config: Any) -> Any:
     """Biases of a LayerNorm, zeros where its family has none; None for RMSNorm."""
     if config.model_type in CENTRED:
@@ -305,7 +310,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         **beside,
         window=window,
         rotary=rotary if _turns(attention, config, window) else None,
-        parallel=block.bank is None and beneath[0].parallel,
+        parallel=beneath[0].parallel,
     )
 
 
@@ -486,22 +491,12 @@ def _tree(module: TreeLinear, members: Sequence[str], rows: slice) -> matrix.Mat
 def packed_matrix(side: PackedTensors, rows: slice | Tensor, bias: Tensor | None = None) -> matrix.Matrix:
     """Some rows of a packed weight, shared where they follow each other interleaved already, and copied elsewhere."""
     tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
-    if isinstance(rows, Tensor):
-        stored = side.packed_weight().tensors
-        return _packed(side, [None if t is None else t.index_select(-2, rows) for t in map(stored.get, tensors)], bias)
-    interleaved = side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop))
-    if interleaved:
-        rows = slice(*(None if end is None else end // LANES for end in (rows.start, rows.stop)))
-        parts = [None if t is None else t.narrow(-3, *_span(rows, t.shape[-3])) for t in tensors.values()]
+    if isinstance(rows, slice) and side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop)):
+        blocks = slice(*(None if end is None else end // LANES for end in (rows.start, rows.stop)))
+        interleaved, parts = True, [None if t is None else t[..., blocks, :, :] for t in tensors.values()]
     else:
         stored = side.packed_weight().tensors
-        parts = [None if t is None else t.narrow(-2, *_span(rows, t.shape[-2])) for t in map(stored.get, tensors)]
-    return _packed(side, parts, bias, interleaved)
-
-
-def _packed(
-    side: PackedTensors, parts: Sequence[Tensor | None], bias: Tensor | None, interleaved: bool = False
-) -> matrix.Matrix:
+        interleaved, parts = False, [None if t is None else t[..., rows, :] for t in map(stored.get, tensors)]
     words, scale, zero = parts
     assert words is not None
     assert scale is not None

@@ -23,10 +23,10 @@ from llmcompress.inference import recurrent
 from llmcompress.inference.caches import Snapshot, arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
 from llmcompress.inference.decoder import (
-    FINAL_NORMS,
     assembled,
     ends_of,
     experts_of,
+    final_norm_of,
     linear_matrix,
     linear_parts,
     mlp_parts,
@@ -275,8 +275,7 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     config: Any = model.config
     ends = ends_of(model.get_input_embeddings(), model.get_output_embeddings(), head_bits)
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
-    base: Any = model.base_model
-    final = next(getattr(base, name) for name in FINAL_NORMS if hasattr(base, name))
+    final = final_norm_of(model)
     layers = [_layer(model, block, part) for block in layout.blocks for part in _parts(block)]
     factor, scale = (float(getattr(config, f"{end}_multiplier", 1.0)) for end in ("lm_head", "embedding"))
     last = norm_of(final) * factor, norm_of(final, "bias")

@@ -22,7 +22,7 @@ from llmcompress.models.lora_edits import (
     Addition,
     Edit,
     InTurn,
-    PartAddition,
+    PartAdditions,
     Replacement,
     RowReplacement,
     StackedAddition,
@@ -180,12 +180,14 @@ class _Reading:
     def _edit(self, key: str, name: str, shape: tuple[int, ...], edit: Edit) -> None:
         if name not in self.shapes:
             self.problems.append(f"{key}: the base has no such weight")
-        elif shape != self.shapes[name]:
-            self.problems.append(
-                f"{key}: for a weight of shape {list(shape)}, the base's has {list(self.shapes[name])}"
-            )
-        else:
+        elif self._fits(key, shape, self.shapes[name]):
             self.edits[name].append(edit)
+
+    def _fits(self, key: str, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+        """Whether a weight has the shape of the base's; a problem where not."""
+        if shape != own:
+            self.problems.append(f"{key}: for a weight of shape {list(shape)}, the base's has {list(own)}")
+        return shape == own
 
     def _matrix(self, key: str, module: str, name: str, low: Tensor, high: Tensor, magnitude: Tensor | None) -> None:
         addition = self._addition(key, module, low, high, magnitude)
@@ -203,15 +205,16 @@ class _Reading:
     ) -> None:
         stack, expert, rows = place
         _, height, width = self.shapes[stack]
-        shape = (len(range(*rows.indices(height))), width)
+        own = (len(range(*rows.indices(height))), width)
         addition = self._addition(key, module, low, high, magnitude)
-        if addition is None:
+        if addition is None or not self._fits(key, (high.shape[0], low.shape[1]), own):
             return
-        if (high.shape[0], low.shape[1]) != shape:
-            found = [high.shape[0], low.shape[1]]
-            self.problems.append(f"{key}: for a weight of shape {found}, the base's has {list(shape)}")
-        else:
-            self.edits[stack].append(PartAddition(expert, rows, addition))
+        edits = self.edits[stack]
+        last = edits[-1] if edits else None
+        if not isinstance(last, PartAdditions):
+            last = PartAdditions()
+            edits.append(last)
+        last.parts.append((expert, rows, addition))
 
     def _stack(self, key: str, stacks: list[str], low: Tensor, high: Tensor) -> None:
         """Stacked experts: shapes tell which of them an adapter is for, as the files do not."""

@@ -6,7 +6,7 @@ All compute in fp32 and round once, to the type of the base's weight, as ``merge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -78,23 +78,20 @@ class StackedAddition:
 
 
 @dataclass(frozen=True)
-class PartAddition:
-    """What an adapter adds to one projection of one expert, from models that held experts one by one.
+class PartAdditions:
+    """What an adapter adds to projections of single experts, from models that held experts one by one.
 
     Attributes:
-        expert: Its number.
-        rows: Of the expert's matrix.
-        addition: What is added there.
+        parts: An expert's number, the rows of its matrix and what is added there; the stack is copied once for all.
     """
 
-    expert: int
-    rows: slice
-    addition: Addition
+    parts: list[tuple[int, slice, Addition]] = field(default_factory=list)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """``[E, N, K]`` → the same."""
         found = weight.clone()
-        found[self.expert, self.rows] = self.addition(weight[self.expert, self.rows])
+        for expert, rows, addition in self.parts:
+            found[expert, rows] = addition(found[expert, rows])
         return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
     AttentionNames,
@@ -79,9 +78,7 @@ def _glm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _stablelm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    for key in ("use_parallel_residual", "qk_layernorm"):
-        if facts.flag(key):
-            raise InputError(f"config.json: {key} is not supported in stablelm", "supported: false")
+    facts.refuse("stablelm", "use_parallel_residual", "qk_layernorm")
     return attention(facts, layer, qkv_bias=facts.flag("use_qkv_bias")), gated_mlp(facts, layer)
 
 

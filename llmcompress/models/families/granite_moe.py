@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, expert_bank, first_and_last, mixture, scaled
+from llmcompress.models.families.parts import (
+    Family,
+    Part,
+    attention,
+    beside,
+    expert_bank,
+    first_and_last,
+    mixture,
+    scaled,
+)
 from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer
 
 
-def granite_experts(facts: Facts, layer: str) -> list[Part]:
+def granite_experts(facts: Facts, layer: str) -> tuple[Part, ...]:
     """A shared MLP and experts side by side; one of the two where the other's size is 0."""
     parts, size = [], facts.size("shared_intermediate_size", at_least=0)
     if size:
@@ -22,9 +29,8 @@ def granite_experts(facts: Facts, layer: str) -> list[Part]:
         router = RouterView(f"{layer}.block_sparse_moe.router", "topk_softmax", renormalizes=True)
         name = "block_sparse_moe"
         bank = expert_bank(facts, layer, "num_local_experts", "intermediate_size", router, name=name)
-        moe = mixture(layer, bank, name=name)
-        parts.append(Part(replace(moe.sublayer, parallel=bool(size)), moe.kept))
-    return parts
+        parts.append(mixture(layer, bank, name=name))
+    return beside(parts)
 
 
 def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:

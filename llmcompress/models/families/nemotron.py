@@ -12,10 +12,10 @@ from llmcompress.models.families.parts import (
     attention,
     biases,
     expert_bank,
-    first_and_last,
     mixture,
+    plain_groups,
 )
-from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
+from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer, TensorView
 
 _KEYS = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
 
@@ -31,14 +31,6 @@ def _nemotron_kinds(facts: Facts) -> list[str]:
             raise InputError(f"config.json: hybrid_override_pattern has unknown letters {''.join(unknown)!r}")
         return [letters[letter] for letter in pattern]
     return ["linear_attention", "moe", "full_attention", "mlp"]
-
-
-def _ungated_groups(facts: Facts, module: str, size: int, role: Role) -> tuple[LinearGroup, ...]:
-    """Up and down of an MLP without a gate."""
-    bias = facts.flag("mlp_bias")
-    up = LinearView(f"{module}.up_proj", size, facts.hidden, role, bias)
-    down = LinearView(f"{module}.down_proj", facts.hidden, size, role, bias)
-    return first_and_last(module, (up,), down)
 
 
 def _nemotron_experts(facts: Facts, layer: str) -> Part:
@@ -72,7 +64,7 @@ def _nemotron_experts(facts: Facts, layer: str) -> Part:
         name="mixer", activation="relu2", gated=False, entry=entry,
     )  # fmt: skip
     size = facts.size("moe_shared_expert_intermediate_size")
-    shared = _ungated_groups(facts, f"{module}.shared_experts", size, Role.SHARED_EXPERTS)
+    shared = plain_groups(f"{module}.shared_experts", hidden, size, Role.SHARED_EXPERTS, bias)
     return mixture(layer, bank, shared, tuple(extra), name="mixer", pre_norm="norm")
 
 
@@ -84,7 +76,8 @@ def _nemotron_h(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     elif kind == "full_attention":
         part = attention(facts, layer, names=AttentionNames("mixer", "norm"))
     elif kind == "mlp":
-        groups = _ungated_groups(facts, module, facts.size("intermediate_size"), Role.MLP)
+        size, bias = facts.size("intermediate_size"), facts.flag("mlp_bias")
+        groups = plain_groups(module, facts.hidden, size, Role.MLP, bias)
         part = Part(Sublayer("mlp", module, pre_norm, None, groups), biases(groups))
     elif kind == "moe":
         part = _nemotron_experts(facts, layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
     AttentionNames,
@@ -19,13 +18,13 @@ from llmcompress.models.layout import DiskNames, LinearView, Role, Sublayer
 
 
 def _cohere(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    _refuse(facts, "cohere", "use_qk_norm")
+    facts.refuse("cohere", "use_qk_norm")  # no RMSNorm, as in phi
     bias = facts.flag("attention_bias")
     return beside((attention(facts, layer, bias, bias), gated_mlp(facts, layer, pre_norm="input_layernorm")))
 
 
 def _phi(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    _refuse(facts, "phi", "qk_layernorm")
+    facts.refuse("phi", "qk_layernorm")
     head = attention(facts, layer, True, True, names=AttentionNames(output="dense"))
     return beside((head, plain_mlp(facts, layer, ("fc1", "fc2"), True, "input_layernorm")))
 
@@ -38,12 +37,6 @@ def _gpt_neox(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     head = Part(Sublayer("attention", module, f"{layer}.input_layernorm", None, groups), biases(groups))
     parts = head, plain_mlp(facts, layer, ("dense_h_to_4h", "dense_4h_to_h"), True)
     return beside(parts) if facts.flag("use_parallel_residual") else parts
-
-
-def _refuse(facts: Facts, family: str, key: str) -> None:
-    """Norms of queries and keys that are no RMSNorm."""
-    if facts.flag(key):
-        raise InputError(f"config.json: {key} is not supported in {family}", "supported: false")
 
 
 _COMMAND = {

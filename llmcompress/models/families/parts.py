@@ -206,6 +206,19 @@ def gated_mlp(
     return Part(Sublayer("mlp", module, before, post_norm, groups), biases(groups))
 
 
+def plain_groups(
+    module: str,
+    hidden: int,
+    intermediate: int,
+    role: Role,
+    bias: bool = False,
+    names: tuple[str, str] = ("up_proj", "down_proj"),
+) -> tuple[LinearGroup, ...]:
+    """Groups of an MLP without a gate, whose two linears have these names."""
+    first = LinearView(f"{module}.{names[0]}", intermediate, hidden, role, bias)
+    return first_and_last(module, (first,), LinearView(f"{module}.{names[1]}", hidden, intermediate, role, bias))
+
+
 def plain_mlp(
     facts: Facts,
     layer: str,
@@ -214,17 +227,14 @@ def plain_mlp(
     pre_norm: str = "post_attention_layernorm",
 ) -> Part:
     """An MLP without a gate, whose two linears have these names; ``pre_norm`` is a name in the layer."""
-    module, size = f"{layer}.mlp", facts.size("intermediate_size")
-    first = LinearView(f"{module}.{names[0]}", size, facts.hidden, Role.MLP, bias)
-    last = LinearView(f"{module}.{names[1]}", facts.hidden, size, Role.MLP, bias)
-    groups = first_and_last(module, (first,), last)
+    module = f"{layer}.mlp"
+    groups = plain_groups(module, facts.hidden, facts.size("intermediate_size"), Role.MLP, bias, names)
     return Part(Sublayer("mlp", module, f"{layer}.{pre_norm}", None, groups), biases(groups))
 
 
 def beside(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """The same, each after the first one reading the hidden states that the first one read (Cohere, Phi)."""
-    first, *rest = parts
-    return first, *(Part(replace(part.sublayer, parallel=True), part.kept) for part in rest)
+    """The same, each after the first one reading the hidden states that the first one read (Cohere, Granite)."""
+    return tuple(Part(replace(part.sublayer, parallel=place > 0), part.kept) for place, part in enumerate(parts))
 
 
 def scaled(parts: Iterable[Part], scale: float) -> tuple[Part, ...]:

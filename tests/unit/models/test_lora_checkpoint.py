@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from llmcompress.errors import InputError
 from llmcompress.models.family import ModelFamily
 from llmcompress.models.handle import ModelHandle
-from llmcompress.models.lora_checkpoint import CONFIG, WEIGHTS, is_adapter
+from llmcompress.models.lora_checkpoint import CONFIG, WEIGHTS, is_adapter, read_adapter
+from llmcompress.models.lora_edits import PartAdditions
 from llmcompress.nn import lora
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -177,6 +178,26 @@ def test_adapters_of_single_experts_and_of_older_names_find_their_place(tmp_path
         expected = plain.checkpoint.tensor(f"model.layers.0.{ours}").clone()
         expected[place] += delta(theirs)
         torch.testing.assert_close(adapted.checkpoint.tensor(f"model.layers.0.{ours}"), expected)
+
+
+def test_adapters_of_many_experts_copy_their_stack_once(tmp_path: Path) -> None:
+    plain = mixture(tmp_path)
+    places = [(expert, part) for expert in range(2) for part in ("w1", "w3")]
+    tensors: dict[str, torch.Tensor] = {}
+    for size, (expert, part) in enumerate(places, 1):
+        both = pair(24, 16, f"model.layers.0.mlp.experts.{expert}.{part}")
+        tensors |= {name: size * value for name, value in both.items()}
+    folder, stack = write(tmp_path / "adapter", tensors), "model.layers.0.mlp.experts.gate_up_proj"
+    edit = read_adapter(folder, plain.layout)[stack]
+    assert isinstance(edit, PartAdditions)
+    assert [(expert, rows) for expert, rows, _ in edit.parts] == [
+        (expert, slice(0, 24) if part == "w1" else slice(24, 48)) for expert, part in places
+    ]
+    weight = plain.checkpoint.tensor(stack)
+    before, found = weight.clone(), edit(weight)
+    assert torch.equal(weight, before)
+    for (expert, rows, _), low, high in zip(edit.parts, *(list(tensors.values())[i::2] for i in (0, 1))):
+        torch.testing.assert_close(found[expert, rows], before[expert, rows] + 2 * high @ low)
 
 
 def test_an_embedding_is_adapted_on_top_of_what_was_saved_of_it(base: Path, tmp_path: Path) -> None:
