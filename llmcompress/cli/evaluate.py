@@ -165,14 +165,15 @@ def compare(
         writable(csv)
     limits = [*_limits("max_rel_increase", max_rel_increase), *_limits("max_abs_drop", max_abs_drop)]
     runs = [RunDir(Path(name)).is_run() for name in (first, second)]
+    chosen: dict[str, Any] = {
+        "text": text, "max_tokens": max_tokens, "task": task, "tasks_dir": tasks_dir, "limit": limit,
+        **_asking(num_fewshot, fewshot_seed, apply_chat_template, fewshot_as_multiturn, system_instruction),
+    }  # fmt: skip
     if all(runs):
+        _refuse_idle("two runs are compared by what they recorded", chosen)
         _compare_runs(out, Path(first), Path(second), limits, csv)
         return
-    config = settings(
-        text, length=length, field=field, max_tokens=max_tokens, task=task, tasks_dir=tasks_dir, limit=limit,
-        fidelity=True,
-        **_asking(num_fewshot, fewshot_seed, apply_chat_template, fewshot_as_multiturn, system_instruction),
-    )  # fmt: skip
+    config = settings(length=length, field=field, fidelity=True, **chosen)
     _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
     judged = _judged(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
@@ -312,9 +313,15 @@ def settings(
     fidelity: bool = False,
     **asking: Any,
 ) -> EvaluateConfig:
-    """An evaluate section from command-line options; the shipped held-out text where neither text nor task is named."""
+    """An evaluate section from command-line options; the shipped held-out text where neither text nor task is named.
+
+    Raises:
+        UsageError: Options of a task without one.
+    """
     from llmcompress.stages.evaluate import EvaluateConfig
 
+    if not task:
+        _refuse_idle("no --task is named", {"tasks_dir": tasks_dir, "limit": limit, **asking})
     files = text or ([] if task else [HELD_OUT])
     texts = {
         _name(file, files): {"source": source(file, field), "template": "auto", "length": length} for file in files
@@ -377,12 +384,21 @@ def _name(file: str, files: list[str]) -> str:
     return stem if len(same) == 1 else f"{stem}_{files.index(file) + 1}"
 
 
+def _refuse_idle(reason: str, chosen: Mapping[str, Any]) -> None:
+    """Refuse options that would be read and forgotten.
+
+    Raises:
+        UsageError: One of ``chosen`` is given.
+    """
+    if more := [f"--{key.replace('_', '-')}" for key, value in chosen.items() if value is not None]:
+        raise UsageError(f"{reason}, so {', '.join(more)} would change nothing", "leave one out")
+
+
 def _from_recipe(name: str, chosen: Mapping[str, Any]) -> EvaluateConfig:
     from llmcompress.recipe.load import load_recipe
     from llmcompress.stages.evaluate import EvaluateConfig
 
-    if more := [f"--{key.replace('_', '-')}" for key, value in chosen.items() if value is not None]:
-        raise UsageError(f"--recipe says what is measured, so {', '.join(more)} would change nothing", "leave one out")
+    _refuse_idle("--recipe says what is measured", chosen)
     recipe = load_recipe(name, allow_missing=True).recipe
     for config in recipe.stages.values():
         if isinstance(config, EvaluateConfig):

@@ -377,9 +377,14 @@ def test_a_task_of_ones_own_with_examples_ends_in_a_table(
     assert invoke(["eval", str(finished[1]), "--csv", str(tmp_path / "no" / "out.csv")]) == 2
     assert invoke(["eval", str(finished[1]), "--recipe", str(finished[0]), "--limit", "3"]) == 2
     assert invoke(["eval", str(finished[1]), *words, "--fewshot-as-multiturn"]) == 2
+    assert invoke(["eval", str(finished[1]), "--num-fewshot", "0"]) == 2
+    assert invoke(["compare", str(tiny_folder), str(finished[1]), "--tasks-dir", str(tmp_path)]) == 2
+    assert invoke(["compare", str(finished[1]), str(finished[1]), *words]) == 2
     said = capsys.readouterr().err
     assert "only with --apply-chat-template" in said
     assert "there is no folder" in said and "--limit would change nothing" in said and "loading" not in said
+    assert "no --task is named, so --num-fewshot would" in said and "so --tasks-dir would" in said
+    assert "by what they recorded, so --task, --num-fewshot, --fewshot-seed, --system-instruction would" in said
 
 
 def test_compare_runs_shows_what_differs(
