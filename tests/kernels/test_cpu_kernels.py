@@ -210,6 +210,20 @@ def test_extreme_sizes_keep_their_accuracy(isa: str, size: float) -> None:
     assert float((found.double() / size - plain.double()).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("exponent", [-80, 123])
+@pytest.mark.parametrize(
+    ("bits", "tokens", "dtype"), [(4, 3, torch.float32), (8, 8, torch.bfloat16), (3, 40, torch.bfloat16)]
+)
+def test_a_power_of_two_changes_no_digit(isa: str, bits: int, tokens: int, dtype: torch.dtype, exponent: int) -> None:
+    """Sums of codes times inputs may be larger than any float32, while what comes out is not."""
+    side = check.random_stack((32, 64), bits, 32, True, torch.Generator().manual_seed(0))
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain = ops.group_gemm(x, side.weight, side.scale / 64, None, bits, 32, 64)
+    found = ops.group_gemm(x * 2.0**exponent, side.weight, side.scale / 64, None, bits, 32, 64)
+    assert torch.equal(found, plain * 2.0**exponent)
+    assert found.isfinite().all()
+
+
 def test_what_the_kernels_decline_runs_by_the_definition() -> None:
     side = check.random_stack((16, 48), 3, 16, False, torch.Generator().manual_seed(0))  # groups inside a word
     x = torch.randn(3, 48)

@@ -156,7 +156,7 @@ void panel_tokens(const Chunk* parts, int64_t from, int64_t to, int per_step, co
                 else value = to_floats(sums[r][t][0]);
                 if constexpr (PLANES == 1 && !SIGNED) value = multiply_subtract(zeros, spread(offsets[t]), value);
                 if constexpr (PLANES == 2) {
-                    total[t][r] = multiply_add(scaled(value, scales[t]), steps, total[t][r]);
+                    total[t][r] = multiply_add(value, scaled(steps, scales[t]), total[t][r]);
                     total[t][r] = multiply_subtract(zeros, spread(offsets[t]), total[t][r]);
                 } else {
                     const Floats by = LAST ? spread(scales[t]) : multiply(steps, spread(scales[t]));
