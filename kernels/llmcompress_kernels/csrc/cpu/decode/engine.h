@@ -51,13 +51,7 @@ struct Operand {
     const TreeNode* nodes() const { return static_cast<const TreeNode*>(m.data); }
     bool present() const { return m.kind != ABSENT; }
     int64_t blocks() const { return row_blocks(m.rows); }
-    Weight weight(int64_t expert) const {
-        Weight w = first;
-        w.packed += expert * m.expert_rows * w.words();
-        w.scale += expert * m.expert_rows * w.groups();
-        if (w.zero) w.zero += expert * m.expert_rows * w.zero_words();
-        return w;
-    }
+    Weight weight(int64_t expert) const { return first.from(expert * m.expert_rows); }
 };
 
 struct LayerOperands {

@@ -127,11 +127,7 @@ inline void packed_blocks(const Operand& o, int64_t expert, Input& in, int64_t f
     if (last <= whole) return;
     // the last block has rows that do not exist
     float full[MAX_BATCH * LANES];
-    Weight tail = w;
-    tail.packed += whole * LANES * w.words();
-    tail.scale += whole * LANES * w.groups();
-    if (tail.zero) tail.zero += whole * LANES * w.zero_words();
-    rows(tail, parts.data(), count, a, 0, 1, full, FP32, LANES);
+    rows(w.from(whole * LANES), parts.data(), count, a, 0, 1, full, FP32, LANES);
     for (int t = 0; t < in.tokens(); ++t)
         std::memcpy(out + t * stride + whole * LANES, full + t * LANES, size_t(o.m.rows - whole * LANES) * 4);
 }

@@ -19,13 +19,8 @@ struct Operand {
     Weight weight() const { return {packed, scale, zero, rows, columns, group, bits}; }
     // Rows [first, first + count), of which the first is a multiple of 16.
     Operand part(int64_t first, int64_t count) const {
-        const Weight w = weight();
-        Operand one = *this;
-        one.packed += first * w.words();
-        one.scale += first * w.groups();
-        if (one.zero) one.zero += first * w.zero_words();
-        one.rows = count;
-        return one;
+        const Weight w = weight().from(first);
+        return {w.packed, w.scale, w.zero, count, columns, group, bits, interleaved};
     }
 };
 

@@ -5,8 +5,7 @@
 
 #include <omp.h>
 
-#include <cstdlib>
-
+#include "memory.h"
 #include "pick.h"
 
 #pragma GCC push_options
@@ -83,24 +82,20 @@ void add_window(const Kept& kept, int64_t row, int64_t head, int64_t heads, int6
 DeltaHeads::DeltaHeads(Mode mode, int bits, int64_t window, int64_t heads, int64_t groups, int64_t channels, int64_t states)
     : update_(head_update(mode, bits, states)), tell_(head_tell(bits, states)),
       windows_(mode, bits, window, heads, groups, channels, states), window_(window), heads_(heads), groups_(groups),
-      channels_(channels), states_(states), memory_(static_cast<size_t>(5 * states + 16)) {
+      channels_(channels), states_(states), memory_(static_cast<size_t>(2 * states + 16)) {
   const auto at = reinterpret_cast<uintptr_t>(memory_.data());
-  keys_[0] = reinterpret_cast<float*>((at + 63) / 64 * 64);
-  keys_[1] = keys_[0] + states;
-  query_ = keys_[1] + states;
-  pairs_ = query_ + states;
+  pairs_ = reinterpret_cast<float*>((at + 63) / 64 * 64);
 }
 
 void DeltaHeads::share(int64_t head, const Kept& kept, const float* key, const float* query) {
-  turn_ = 1 - turn_;
-  const auto bytes = sizeof(float) * static_cast<size_t>(states_);
-  std::memcpy(keys_[turn_], key, bytes);
-  std::memcpy(query_, query, bytes);
+  key_ = key;
+  query_ = query;
   if (window_ == 1) {
     split_pairs(key, pairs_, static_cast<int>(states_));
     split_pairs(query, pairs_ + states_, static_cast<int>(states_));
     return;
   }
+  windows_.share();
   const float* old = kept.recent + heads_ * channels_ + heads_ + head / (heads_ / groups_) * states_;
   for (int64_t j = 0; j < kept.count; ++j) dots_[j] = folded_dot(old + j * row(), key, states_);
 }
@@ -108,8 +103,7 @@ void DeltaHeads::share(int64_t head, const Kept& kept, const float* key, const f
 void DeltaHeads::token(int64_t head, const Kept& kept, const DeltaToken& token, float* y, float* tile) {
   alignas(64) float change[kMaxChannels];
   const int channels = static_cast<int>(channels_);
-  const float* key = keys_[turn_];
-  tell_(kept.codes, kept.fixed == nullptr ? kept.channel : kept.fixed, kept.scale, key, change, channels);
+  tell_(kept.codes, kept.fixed == nullptr ? kept.channel : kept.fixed, kept.scale, key_, change, channels);
   if (window_ > 1) add_window(kept, row(), head, heads_, channels_, dots_, change);
   const __m512 decay = _mm512_set1_ps(token.decay), step = _mm512_set1_ps(token.step);
   for (int i = 0; i < channels; i += 16) {
@@ -117,7 +111,7 @@ void DeltaHeads::token(int64_t head, const Kept& kept, const DeltaToken& token, 
     _mm512_store_ps(change + i, _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(token.value + i), known), step));
   }
   if (window_ > 1) {
-    windows_.token(head, kept, token.decay, change, key, query_, y, tile);
+    windows_.token(head, kept, token.decay, change, key_, query_, y, tile);
   } else {
     update_(kept.codes, kept.channel, kept.scale, kept.fixed, token.decay, change, pairs_, pairs_ + states_, y, tile, channels);
   }
@@ -148,7 +142,7 @@ __attribute__((visibility("default"))) int llmc_dsq_delta_update(
 #pragma omp parallel if (sequences * heads > 8)
   {
     DeltaHeads run(mode, width, window, heads, groups, channels, states);
-    float* tile = static_cast<float*>(__builtin_assume_aligned(std::aligned_alloc(64, channels * states * 4), 64));
+    const Floats tile = floats(channels * states);
     const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
     const int64_t last = first_task(part + 1, parts, sequences, heads, rounds);
     int64_t shared = -1;
@@ -159,9 +153,8 @@ __attribute__((visibility("default"))) int llmc_dsq_delta_update(
                       window > 1 ? recent + s * (window - 1) * run.row() : nullptr, held(s)};
       if (group != shared) run.share(head, kept, key + group, query + group);
       shared = group;
-      run.token(head, kept, {value + i * channels, decay[i], step[i]}, y + i * channels, tile);
+      run.token(head, kept, {value + i * channels, decay[i], step[i]}, y + i * channels, tile.get());
     }
-    std::free(tile);
   }
   for (int64_t s = 0; window > 1 && s < sequences; ++s) count[s] = rounds(s) ? 0 : count[s] + 1;
   return 0;

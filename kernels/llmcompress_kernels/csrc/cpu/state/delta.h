@@ -26,7 +26,7 @@ class DeltaHeads {
   int64_t row() const { return windows_.row(); }
   // One token of a head: y [P]; tile [P, N] is scratch. Heads of a group that follow each other share what `share` was told.
   void token(int64_t head, const Kept& kept, const DeltaToken& token, float* y, float* tile);
-  // Another group, sequence or token begins.
+  // Another group, sequence or token begins; key and query [N] stay where they are until the next one does.
   void share(int64_t head, const Kept& kept, const float* key, const float* query);
 
  private:
@@ -35,9 +35,8 @@ class DeltaHeads {
   WindowHeads windows_;
   const int64_t window_, heads_, groups_, channels_, states_;
   std::vector<float> memory_;
-  // [N], the last one key and query in pairs. Windows know a group by where its key is, so keys lie in two places in turns
-  float *keys_[2], *query_, *pairs_;
-  int turn_ = 0;
+  const float *key_ = nullptr, *query_ = nullptr;
+  float* pairs_;            // [2, N], both in pairs
   float dots_[kMaxWindow];  // of each kept token's key with this one
 };
 

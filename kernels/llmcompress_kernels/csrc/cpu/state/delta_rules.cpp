@@ -1,9 +1,7 @@
 // Low-bit states of all delta rules of a model, for the decode step (decode.h), which does everything else.
-#include <cstdlib>
-#include <memory>
-
 #include "../decode/decode.h"
 #include "delta.h"
+#include "memory.h"
 
 #pragma GCC push_options
 STATE_TARGET
@@ -37,20 +35,16 @@ struct Held {
   }
 };
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
 // What a thread works with, made anew where sizes change.
 struct Worker {
   Held of{};
   std::unique_ptr<DeltaHeads> heads;
-  std::unique_ptr<float, Free> tile;
+  Floats tile;
 
   void suit(const Held& h) {
     if (heads != nullptr && of.like(h)) return;
     heads = std::make_unique<DeltaHeads>(h.mode(), static_cast<int>(h.bits), h.window, h.heads, h.groups, h.channels, h.states);
-    tile.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(h.channels * h.states * 4))));
+    tile = floats(h.channels * h.states);
     of = h;
   }
 };
@@ -73,13 +67,10 @@ void round_group(const void* held, int32_t layer, int32_t slot, int32_t group, c
   const Held& h = *static_cast<const Held*>(held);
   worker.suit(h);
   const Pack pack = head_pack(h.mode(), static_cast<int>(h.bits), h.states);
-  alignas(64) float natural[kMaxStates];
   float* const tile = worker.tile.get();
   for (int64_t i = 0; i < h.share(); ++i) {
-    for (int64_t p = 0; p < h.channels; ++p) {
-      const float* from = states + (i * h.channels + p / 16 * 16) * h.states + p % 16;
-      for (int64_t n = 0; n < h.states; ++n) natural[n] = from[n * 16];
-      split_pairs(natural, tile + p * h.states, static_cast<int>(h.states));
+    for (int64_t p = 0; p < h.channels; p += 16) {
+      turn_channels(states + (i * h.channels + p) * h.states, 16, h.states, true, tile + p * h.states);
     }
     const Kept kept = h.head(layer, slot, group * h.share() + i, worker.heads->row());
     pack(tile, kept.codes, kept.channel, kept.scale, kept.fixed, static_cast<int>(h.channels));

@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -16,6 +14,7 @@
 #include "llmcompress/barrier.h"
 #include "llmcompress/lowbit.h"
 #include "llmcompress/types.h"
+#include "memory.h"
 #include "model.h"
 
 namespace state {
@@ -76,9 +75,6 @@ class Lines {
   void drop() { held_.reset(), count_ = 0; }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
   std::unique_ptr<T, Free> held_;
   int64_t count_ = -1;
 };

@@ -156,18 +156,10 @@ class HeadPrompt : public SegmentWorker {
     const Pack pack = m_.bits == 0 ? nullptr : head_pack(e_.mode(l), m_.bits, states);
     float* const tile = own_.tile.get(channels * states);
     float* const to = pack == nullptr ? held_.floats + at * channels * states : tile;
-    // sixteen states at a time: of floats those that follow, of a packed tile the even or the odd ones of 32
-    const int64_t step = pack == nullptr ? 1 : 2;
     for (int64_t r = 0; r < channels; r += LANES) {
       const int64_t i = head * channels + r;
       const float* const piece = tiles(layer) + i / lanes_ * lanes_ * states + i % lanes_;
-      for (int64_t n = 0; n < states; n += LANES) {
-        const int64_t first = pack == nullptr ? n : n / 32 * 32 + n % 32 / LANES;
-        __m512 rows[LANES];
-        for (int64_t k = 0; k < LANES; ++k) rows[k] = _mm512_loadu_ps(piece + (first + k * step) * lanes_);
-        turn_rows(rows);
-        for (int64_t k = 0; k < LANES; ++k) _mm512_storeu_ps(to + (r + k) * states + n, rows[k]);
-      }
+      turn_channels(piece, lanes_, states, pack != nullptr, to + r * states);
     }
     if (pack == nullptr) return;
     pack(tile, held_.codes + at * channels * states * m_.bits / 8,

@@ -446,9 +446,7 @@ struct Nibbles {
       for (uint64_t left = unsure[word]; __builtin_expect(left != 0, 0); left &= left - 1) {
         const int i = 64 * word + __builtin_ctzll(left);
         found[i] = exact_most(i, near[i], p);
-        const __m128 scale_of = _mm_min_ss(_mm_max_ss(_mm_set_ss(found[i]), _mm_set_ss(kSmallest)), _mm_set_ss(kLargest));
-        const __m128i rounded = _mm_cvtps_ph(scale_of, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        half[i] = static_cast<uint16_t>(_mm_extract_epi16(rounded, 0));
+        half[i] = static_cast<uint16_t>(_mm256_extract_epi16(to_half(clamp_scale(_mm512_set1_ps(found[i]))), 0));
       }
     }
     __m512 worst = _mm512_setzero_ps();

@@ -13,10 +13,8 @@
 // B and C lie as [N / 8][tokens][8 + 8]: one cache line per token and step of the inner loop.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-
 #include "elementwise.h"
+#include "memory.h"
 
 #pragma GCC push_options
 STATE_TARGET
@@ -28,13 +26,6 @@ constexpr int64_t kSegment = 128;  // tokens of one pass through the steps; thei
 constexpr int64_t kStretch = 64;   // tokens of the inner loop, at most; it ends at a multiple of it, wherever segments end
 constexpr int kBlock = 8;          // states whose B and C lie side by side
 constexpr float kFloor = 9.31322574615478515625e-10f;  // 2^-30
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats floats(int64_t count) { return Floats(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64))); }
 
 struct Mixer {
   const float *weight, *bias;  // convolution: [4][C], [C] or null

@@ -101,6 +101,20 @@ STATE_INLINE void turn_rows(__m512* rows) {
   }
 }
 
+// Sixteen channels of a float state, of which from[n * lanes] has those of state n, become rows to [16, N]; in pairs if
+// these are to be packed.
+STATE_INLINE void turn_channels(const float* from, int64_t lanes, int64_t states, bool pairs, float* to) {
+  // sixteen states at a time: those that follow, or of pairs the even or the odd ones of 32
+  const int64_t step = pairs ? 2 : 1;
+  for (int64_t n = 0; n < states; n += 16) {
+    const int64_t first = pairs ? n / 32 * 32 + n % 32 / 16 : n;
+    __m512 rows[16];
+    for (int64_t k = 0; k < 16; ++k) rows[k] = _mm512_loadu_ps(from + (first + k * step) * lanes);
+    turn_rows(rows);
+    for (int64_t k = 0; k < 16; ++k) _mm512_storeu_ps(to + k * states + n, rows[k]);
+  }
+}
+
 // Sums of 16 vectors; any order of additions.
 STATE_INLINE __m512 sum_rows(const float (*rows)[16]) {
   return fold_rows(rows, [&](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_add_ps(a, b); });

@@ -46,8 +46,11 @@ class WindowHeads {
   // Floats that are kept of a token.
   int64_t row() const { return heads_ * channels_ + heads_ + groups_ * states_; }
   // One token of a head: x [P] is dt x, b and c [N] of its group in natural order, y [P], tile [P, N] is scratch. The row is
-  // written, by the first head of a group its B; `count` is left to the caller, for it is the same for all heads.
+  // written, by the first head of a group its B; `count` is left to the caller, for it is the same for all heads. Heads of a
+  // group that follow each other are known by where b is.
   void token(int64_t head, const Kept& kept, float decay, const float* x, const float* b, const float* c, float* y, float* tile);
+  // Another group, sequence or token begins, whose b may be in the place of the last one's.
+  void share() { last_ = nullptr; }
 
  private:
   void share_group(int64_t head, const Kept& kept, const float* b, const float* c);

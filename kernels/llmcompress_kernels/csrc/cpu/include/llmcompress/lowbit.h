@@ -40,6 +40,14 @@ struct Weight {
     int64_t groups() const { return (columns + group - 1) / group; }
     int64_t zero_words() const { return (groups() * bits + 31) / 32; }
     int64_t blocks() const { return rows / LANES; }
+    // With the streams of rows from `first` on, a multiple of 16; as many rows are said to follow as before.
+    Weight from(int64_t first) const {
+        Weight w = *this;
+        w.packed += first * words();
+        w.scale += first * groups();
+        if (w.zero) w.zero += first * zero_words();
+        return w;
+    }
 };
 
 // Columns that one step of the inner loop takes, and the words that hold them.
