@@ -77,6 +77,16 @@ from llmcompress_kernels import build
 
 sys.exit("\\n".join(build.prepare(sys.argv[1:]).values()) or None)
 """
+# The library of states is one for each instruction set; the tests load them all, one after another.
+STATES = """
+import os
+from llmcompress_kernels import build, cpu, cpu_state
+
+for isa in ("avx512", "avx2", "portable"):
+    os.environ[cpu.ISA_VARIABLE] = isa
+    if cpu_state.instructions() == isa:
+        build.build(cpu_state.family(isa))
+"""
 
 
 def main() -> int:
@@ -97,6 +107,8 @@ def main() -> int:
         command = [sys.executable, "-c", NAMES, *sorted(built)]
         names = subprocess.run(command, env=plain, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
         subprocess.run([sys.executable, "-c", BUILD, *names], env=environment, check=True)
+        if "state" in options.only:
+            subprocess.run([sys.executable, "-c", STATES], env=environment, check=True)
         environment |= {
             "LD_PRELOAD": runtime.stdout.strip(),
             # torch's own allocations stay under the sanitizer's eye, so a read past a tensor's end is seen
