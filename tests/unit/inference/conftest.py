@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from llmcompress.errors import InputError
+from llmcompress.inference.coverage import DELTAS
 from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.inference.native import decline
 from llmcompress.inference.speed import rounded
@@ -29,6 +30,15 @@ _LATENT: dict[str, Any] = {
     "head_dim": None, "num_key_value_heads": 6, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
     "v_head_dim": 48, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3,
+}  # fmt: skip
+# gated delta rules in three of four layers
+_RULES: dict[str, Any] = {
+    "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1,
+    "head_dim": 32, "max_position_embeddings": 512, "intermediate_size": 80, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 48, "num_experts": 6,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }  # fmt: skip
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
@@ -214,13 +224,16 @@ class Decoders:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        sizes = {**_SIZES, **_FAMILIES[family], **changes}
+        sizes = {**_SIZES, **(_RULES if family in DELTAS else _FAMILIES[family]), **changes}
         if sizes["head_dim"] is None:
             del sizes["head_dim"]
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).float().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:
+                if name.endswith("A_log"):
+                    # states that remember some tokens
+                    parameter.uniform_(-3.0, -0.5)
+                elif parameter.ndim > 1:
                     parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
                 else:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -230,7 +243,7 @@ class Decoders:
         return model
 
     @classmethod
-    def packed(cls, family: str, bits: int, group_size: int = 32, symmetric: bool = False, **changes: Any) -> Any:
+    def packed(cls, family: str, bits: int = 4, group_size: int = 32, symmetric: bool = False, **changes: Any) -> Any:
         """The same model with packed weights."""
         return rounded(cls.dense(family, **changes), QuantSpec(bits, group_size, symmetric))
 

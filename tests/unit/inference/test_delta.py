@@ -13,46 +13,13 @@ from llmcompress.errors import InputError
 from llmcompress.inference.coverage import DELTAS, decline_config
 from llmcompress.inference.delta import DeltaEngine
 from llmcompress.inference.native import decline, open_engine
-from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.skipping import attach
-from llmcompress.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
 # of the largest logit; float32 sums in another order differ by a few units of the last place
 EXACT = 3e-5
-SIZES: dict[str, Any] = {
-    "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1,
-    "head_dim": 32, "max_position_embeddings": 512, "intermediate_size": 80, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 48, "num_experts": 6,
-    "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-}  # fmt: skip
-
-
-def dense(family: str, **changes: Any) -> Any:
-    """A float32 model with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes})).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                # states that remember some tokens
-                parameter.uniform_(-3.0, -0.5)
-            elif parameter.ndim > 1:
-                parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def packed(family: str, bits: int = 4, **changes: Any) -> Any:
-    """The same model with packed weights."""
-    return rounded(dense(family, **changes), QuantSpec(bits, 32, symmetric=False))
 
 
 @torch.inference_mode()
@@ -63,8 +30,8 @@ def reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [None, 2, 3, 4, 8])
 @pytest.mark.parametrize("family", DELTAS)
-def test_prompts_and_steps(sequences: Any, ids: torch.Tensor, family: str, bits: int | None) -> None:
-    model = dense(family) if bits is None else packed(family, bits)
+def test_prompts_and_steps(decoders: Any, sequences: Any, ids: torch.Tensor, family: str, bits: int | None) -> None:
+    model = decoders.dense(family) if bits is None else decoders.packed(family, bits)
     assert decline(model) is None
     expected = reference(model, ids[:150])
     # chunks of its own prompt begin and end elsewhere
@@ -85,25 +52,25 @@ def test_prompts_and_steps(sequences: Any, ids: torch.Tensor, family: str, bits:
         ("qwen3_5_text", {"linear_num_key_heads": 1, "linear_conv_kernel_dim": 8, "tie_word_embeddings": True}),
     ],
 )
-def test_other_forms(sequences: Any, ids: torch.Tensor, family: str, changes: dict[str, Any]) -> None:
-    model = packed(family, **changes)
+def test_other_forms(decoders: Any, sequences: Any, ids: torch.Tensor, family: str, changes: dict[str, Any]) -> None:
+    model = decoders.packed(family, **changes)
     found = sequences.natively(open_engine(model, positions=112), ids[:100], 90)
     assert sequences.off(found, reference(model, ids[:100])[89:]) < EXACT
 
 
 @pytest.mark.parametrize("family", DELTAS)
-def test_errors_are_those_of_modules(sequences: Any, ids: torch.Tensor, family: str) -> None:
-    sequences.as_exact_as_modules(open_engine(packed(family), positions=80), ids[:75], 70)
+def test_errors_are_those_of_modules(decoders: Any, sequences: Any, ids: torch.Tensor, family: str) -> None:
+    sequences.as_exact_as_modules(open_engine(decoders.packed(family), positions=80), ids[:75], 70)
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
-def test_a_prompt_leaves_the_bits_of_steps(ids: torch.Tensor, family: str, isa: str) -> None:
+def test_a_prompt_leaves_the_bits_of_steps(decoders: Any, ids: torch.Tensor, family: str, isa: str) -> None:
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     try:
         # more positions than 64 are shared out by chunks in a step with several threads
-        engine = open_engine(packed(family), slots=2, positions=144, threads=1)
+        engine = open_engine(decoders.packed(family), slots=2, positions=144, threads=1)
         told = engine.prompt(0, ids[:130].tolist())
         engine.prompt(1, ids[:1].tolist())
         for position in range(1, 130):
@@ -117,8 +84,8 @@ def test_a_prompt_leaves_the_bits_of_steps(ids: torch.Tensor, family: str, isa: 
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_do_not_matter(sequences: Any, ids: torch.Tensor, threads: int) -> None:
-    model, found = packed("qwen3_next"), []
+def test_threads_do_not_matter(decoders: Any, sequences: Any, ids: torch.Tensor, threads: int) -> None:
+    model, found = decoders.packed("qwen3_next"), []
     for count in (1, threads):
         engine = open_engine(model, slots=3, positions=112, threads=count)
         rows = [engine.prompt(slot, ids[slot : 90 + slot].tolist()) for slot in range(3)]
@@ -128,8 +95,8 @@ def test_threads_do_not_matter(sequences: Any, ids: torch.Tensor, threads: int) 
     assert torch.equal(found[0][0], found[1][0])
 
 
-def test_a_prompt_in_parts_and_from_a_snapshot(ids: torch.Tensor) -> None:
-    model = packed("qwen3_5_moe_text")
+def test_a_prompt_in_parts_and_from_a_snapshot(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("qwen3_5_moe_text")
     engine = open_engine(model, slots=2, positions=160)
     assert engine.keeps_snapshots
     piece = engine.piece
@@ -151,8 +118,8 @@ def test_a_prompt_in_parts_and_from_a_snapshot(ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", DELTAS)
-def test_written_and_served_alike(sequences: Any, ids: torch.Tensor, family: str) -> None:
-    model = packed(family)
+def test_written_and_served_alike(decoders: Any, sequences: Any, ids: torch.Tensor, family: str) -> None:
+    model = decoders.packed(family)
     sequences.written_alike(model, ids)
     engine = open_engine(model, slots=2, positions=64, threads=1)
     state = 4 * (3 * 4 * 12 * 48)
@@ -161,8 +128,8 @@ def test_written_and_served_alike(sequences: Any, ids: torch.Tensor, family: str
     )
 
 
-def test_room_grows_and_states_stay(ids: torch.Tensor) -> None:
-    model = packed("qwen3_next")
+def test_room_grows_and_states_stay(decoders: Any, ids: torch.Tensor) -> None:
+    model = decoders.packed("qwen3_next")
     small, large = open_engine(model, positions=48), open_engine(model, slots=3, positions=96)
     for engine in (small, large):
         engine.prompt(0, ids[:40].tolist())
@@ -172,8 +139,8 @@ def test_room_grows_and_states_stay(ids: torch.Tensor) -> None:
         assert torch.equal(small.step(token, [0]), large.step(token, [0]))
 
 
-def test_experts_are_skipped_as_in_modules(sequences: Any, ids: torch.Tensor) -> None:
-    model, tokens = packed("qwen3_next"), ids[:200]
+def test_experts_are_skipped_as_in_modules(decoders: Any, sequences: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.packed("qwen3_next"), ids[:200]
     with torch.inference_mode():
         untouched = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]
         controller = attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9})
@@ -184,8 +151,8 @@ def test_experts_are_skipped_as_in_modules(sequences: Any, ids: torch.Tensor) ->
     assert (found - untouched).abs().max() > 1e-3
 
 
-def test_sixteen_bit_models_lose_less_than_by_modules(ids: torch.Tensor) -> None:
-    model, tokens = packed("qwen3_5_text").to(torch.bfloat16), ids[:40]
+def test_sixteen_bit_models_lose_less_than_by_modules(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.packed("qwen3_5_text").to(torch.bfloat16), ids[:40]
     modules = reference(model, tokens).float()
     engine = open_engine(model, positions=48)
     natively = torch.stack([engine.prompt(0, tokens[: count + 1].tolist()) for count in range(40)])
@@ -193,20 +160,20 @@ def test_sixteen_bit_models_lose_less_than_by_modules(ids: torch.Tensor) -> None
     assert EXACT < (natively - exact).norm() < 0.6 * (modules - exact).norm()
 
 
-def test_what_is_declined() -> None:
+def test_what_is_declined(decoders: Any) -> None:
     for family in DELTAS:
         assert decline_config({"model_type": family}) is None
         assert "gelu" in str(decline_config({"model_type": family, "hidden_act": "gelu"}))
-    assert "40 columns are no multiple of 16" in str(decline(dense("qwen3_next", linear_value_head_dim=40)))
-    assert "over 9 tokens" in str(decline(dense("qwen3_5_text", linear_conv_kernel_dim=9)))
-    assert "none of its layers has attention" in str(decline(dense("qwen3_next", num_hidden_layers=2)))
-    model = dense("qwen3_next")
+    assert "40 columns are no multiple of 16" in str(decline(decoders.dense("qwen3_next", linear_value_head_dim=40)))
+    assert "over 9 tokens" in str(decline(decoders.dense("qwen3_5_text", linear_conv_kernel_dim=9)))
+    assert "none of its layers has attention" in str(decline(decoders.dense("qwen3_next", num_hidden_layers=2)))
+    model = decoders.dense("qwen3_next")
     model.model.layers[0].linear_attn.in_proj_ba.register_forward_pre_hook(lambda module, inputs: None)
     assert "in_proj_ba has hooks" in str(decline(model))
 
 
-def test_a_step_takes_one_token_of_a_sequence(ids: torch.Tensor) -> None:
-    engine = open_engine(packed("qwen3_next"), positions=32)
+def test_a_step_takes_one_token_of_a_sequence(decoders: Any, ids: torch.Tensor) -> None:
+    engine = open_engine(decoders.packed("qwen3_next"), positions=32)
     with pytest.raises(ValueError, match="one token a step"):
         native.step(
             engine.decoder, engine.cache, ids[:2], torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int32),

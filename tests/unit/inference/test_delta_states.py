@@ -21,15 +21,8 @@ from llmcompress.quant.spec import QuantSpec
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None or cpu_state.unavailable() is not None, reason="no native kernels"
 )
-# three of four layers have rules, of sizes that have kernels
-SIZES: dict[str, Any] = {
-    "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1,
-    "head_dim": 32, "max_position_embeddings": 512, "intermediate_size": 80, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 32, "num_experts": 6,
-    "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-}  # fmt: skip
+# sizes that have kernels
+SIZES = {"linear_key_head_dim": 64, "linear_value_head_dim": 32}
 DITHERED = {"bits": 4, "codec": "dsq", "rounding": "dither", "window": 4}
 POLICIES: list[dict[str, Any]] = [
     {"bits": 4, "codec": "dsq"}, {"bits": 8, "codec": "dsq"}, DITHERED, {"bits": 4, "codec": "dsq_refit", "window": 3},
@@ -37,21 +30,10 @@ POLICIES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def low(family: str, policy: dict[str, Any], dense: bool = False, **changes: Any) -> Any:
+def low(decoders: Any, family: str, policy: dict[str, Any], dense: bool = False, **changes: Any) -> Any:
     """A model with random weights, packed unless ``dense``, and states in low bits."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes})).float().eval()
+    model = decoders.dense(family, **{**SIZES, **changes})
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                # states that remember some tokens
-                parameter.uniform_(-3.0, -0.5)
-            elif parameter.ndim > 1:
-                parameter.normal_(0, 0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
         if not dense:
             model = rounded(model, QuantSpec(8, 32, symmetric=False))
         layout = layout_from_config(model.config.to_dict())
@@ -72,8 +54,10 @@ def rules(cache: Any) -> list[Any]:
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: "-".join(str(v) for v in p.values()))
 @pytest.mark.parametrize("family", DELTAS)
 @torch.inference_mode()
-def test_codes_are_those_of_modules(ids: torch.Tensor, family: str, policy: dict[str, Any], dense: bool) -> None:
-    model = low(family, policy, dense)
+def test_codes_are_those_of_modules(
+    decoders: Any, ids: torch.Tensor, family: str, policy: dict[str, Any], dense: bool
+) -> None:
+    model = low(decoders, family, policy, dense)
     assert decline(model) is None
     engine = open_engine(model, slots=2, positions=96)
     assert engine.decoder.takes_prompts == (not dense)
@@ -103,8 +87,10 @@ def test_codes_are_those_of_modules(ids: torch.Tensor, family: str, policy: dict
 
 
 @pytest.mark.parametrize("policy", [POLICIES[0], DITHERED], ids=["every", "window"])
-def test_parts_snapshots_threads_and_slots_change_no_bit(ids: torch.Tensor, policy: dict[str, Any]) -> None:
-    model, tokens = low("qwen3_next", policy), ids[:150].tolist()
+def test_parts_snapshots_threads_and_slots_change_no_bit(
+    decoders: Any, ids: torch.Tensor, policy: dict[str, Any]
+) -> None:
+    model, tokens = low(decoders, "qwen3_next", policy), ids[:150].tolist()
 
     def steps(engine: Any, slot: int) -> list[torch.Tensor]:
         return [engine.step(ids[at : at + 1], [slot])[0].clone() for at in range(150, 157)]
@@ -134,9 +120,9 @@ def test_parts_snapshots_threads_and_slots_change_no_bit(ids: torch.Tensor, poli
     assert torch.equal(small.step(ids[151:152], [0])[0], wanted[2])
 
 
-def test_threads_share_heads_out(ids: torch.Tensor) -> None:
+def test_threads_share_heads_out(decoders: Any, ids: torch.Tensor) -> None:
     """Codes move where sums of other layers do; after a prompt, whose bits no thread changes, none does."""
-    one, three = (open_engine(low("qwen3_next", DITHERED), positions=64, threads=count) for count in (1, 3))
+    one, three = (open_engine(low(decoders, "qwen3_next", DITHERED), positions=64, threads=count) for count in (1, 3))
     for engine in (one, three):
         engine.prompt(0, ids[:50].tolist())
     assert torch.equal(one.cache.low.codes, three.cache.low.codes)
@@ -148,8 +134,8 @@ def test_threads_share_heads_out(ids: torch.Tensor) -> None:
     assert same > 0.97
 
 
-def test_sequences_stand_at_different_places_of_their_windows(ids: torch.Tensor) -> None:
-    model = low("qwen3_5_text", DITHERED)
+def test_sequences_stand_at_different_places_of_their_windows(decoders: Any, ids: torch.Tensor) -> None:
+    model = low(decoders, "qwen3_5_text", DITHERED)
     together, alone = (open_engine(model, slots=2, positions=96, threads=1) for _ in range(2))
     for engine in (together, alone):
         engine.prompt(0, ids[:20].tolist())
@@ -164,8 +150,8 @@ def test_sequences_stand_at_different_places_of_their_windows(ids: torch.Tensor)
 
 
 @pytest.mark.parametrize("policy", [POLICIES[0], DITHERED], ids=["every", "window"])
-def test_a_sequence_takes_the_bytes_of_the_tables(policy: dict[str, Any]) -> None:
-    model = low("qwen3_5_moe_text", policy)
+def test_a_sequence_takes_the_bytes_of_the_tables(decoders: Any, policy: dict[str, Any]) -> None:
+    model = low(decoders, "qwen3_5_moe_text", policy)
     engine = open_engine(model, slots=3, positions=32)
     expected, _, floats = sequence_bytes(layout_from_config(model.config.to_dict()), policy, 4)
     # the number of a window's tokens is the same in all layers
@@ -175,12 +161,12 @@ def test_a_sequence_takes_the_bytes_of_the_tables(policy: dict[str, Any]) -> Non
     assert engine.cache.held_bytes(0) == expected - shared + engine.cache.inputs.nbytes // 3
 
 
-def test_what_is_declined() -> None:
+def test_what_is_declined(decoders: Any) -> None:
     for changes, policy in (
         ({"linear_key_head_dim": 48}, DITHERED), ({}, {"bits": 6, "codec": "dsq"}),
         ({}, {"bits": 4, "codec": "group32"}), ({}, {"bits": 4, "codec": "dsq", "rounding": "stochastic"}),
     ):  # fmt: skip
-        assert "no kernel for states" in str(decline(low("qwen3_next", policy, True, **changes)))
+        assert "no kernel for states" in str(decline(low(decoders, "qwen3_next", policy, True, **changes)))
     assert "128 value heads share a key head" in str(
-        decline(low("qwen3_5_text", DITHERED, True, linear_num_key_heads=1, linear_num_value_heads=128))
+        decline(low(decoders, "qwen3_5_text", DITHERED, True, linear_num_key_heads=1, linear_num_value_heads=128))
     )
