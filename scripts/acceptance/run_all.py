@@ -33,9 +33,12 @@ def commit() -> str:
 
 
 def cpu() -> str:
-    """Processor name and core count."""
-    names = [x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    return f"{names[0] if names else platform.processor()} x {len(names)}"
+    """Processor name, core count and vectors: two generations of processors may have one name on virtual machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    flags = next((x.split() for x in lines if x.startswith("flags")), [])
+    vectors = next((f", {flag}" for flag in ("avx512_vnni", "avx_vnni", "avx2") if flag in flags), "")
+    return f"{names[0] if names else platform.processor()} x {len(names)}{vectors}"
 
 
 def record(name: str, entry: dict[str, Any]) -> None:
