@@ -144,7 +144,8 @@ def ranks(folder: Path, size: int) -> None:
         )
         for rank in range(size)
     ]
-    assert [process.wait(120) for process in running] == [0] * size
+    # a cold cache compiles kernels first: minutes on a machine that does other things
+    assert [process.wait(900) for process in running] == [0] * size
 
 
 @pytest.mark.slow
