@@ -86,6 +86,7 @@ class RouterView:
             weights, None without one. Where it lies outside ``module`` it is an argument of that.
         matrix: Name in ``module`` of the weight ``[E, H]``.
         floor: Added to the sum by which weights are divided.
+        sequences: The module takes ``[S, L, H]`` alone (AFMoE).
     """
 
     module: str
@@ -96,6 +97,7 @@ class RouterView:
     correction: TensorView | None = None
     matrix: str = "weight"
     floor: float = 1e-20
+    sequences: bool = False
 
     @property
     def weight(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.families import (
+    afmoe,
     deepseek,
     dense,
     ernie,
@@ -22,6 +23,7 @@ from llmcompress.models.families import (
     hybrids,
     lfm2,
     mamba,
+    mimo,
     minimax,
     mixtral,
     nemotron,
@@ -43,7 +45,7 @@ _TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
 
 @cache
 def _table() -> dict[str, Family]:
-    experts = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, minimax, ernie, hunyuan, granite_moe)
+    experts = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, minimax, ernie, hunyuan, granite_moe, afmoe, mimo)
     modules = (*experts, qwen_next, lfm2, mamba, hybrids, nemotron, zamba, parallel, dense)
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 

@@ -32,6 +32,7 @@ class Router:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[T, E]``, weights ``[T, k]`` and experts int64 ``[T, k]`` of ``x [T, H]``."""
+        x = x.unsqueeze(0) if self.view.sequences else x
         said: Any = self.module(x, self.correction) if self.view.handed else self.module(x)
         logits, weights, index = said[:3]
         return logits, weights, index

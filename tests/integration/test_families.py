@@ -189,6 +189,87 @@ VARIANTS |= {
     ),
     "flex_olmo": ("flex_olmo", {"num_experts": 5, "num_experts_per_tok": 2, "head_dim": None}),
 }  # fmt: skip
+NEAR = ["sliding_attention", "full_attention", "sliding_attention"]
+VARIANTS |= {
+    "afmoe": (
+        "afmoe",
+        {**MOE, "num_shared_experts": 2, "route_scale": 1.7, "mup_enabled": True, "sliding_window": 4},
+    ),
+    "afmoe-biases": (
+        "afmoe",
+        {**MOE, "num_shared_experts": 1, "num_dense_layers": 0, "attention_bias": True, "layer_types": NEAR},
+    ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        {
+            "moe_intermediate_size": 20, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1,
+            "v_head_dim": 6, "sliding_window": 4, "num_key_value_heads": 1, "routed_scaling_factor": 1.5,
+        },
+    ),
+    "mimo_v2_flash-kinds": (
+        "mimo_v2_flash",
+        {
+            "moe_intermediate_size": 20, "n_routed_experts": 6, "num_experts_per_tok": 3, "v_head_dim": 12,
+            "layer_types": NEAR, "mlp_layer_types": ["sparse", "dense", "sparse"], "attention_bias": True,
+            "norm_topk_prob": False,
+        },
+    ),
+    "hy_v3": ("hy_v3", {**MOE, "num_shared_experts": 2, "router_scaling_factor": 2.5}),
+    "hy_v3-kinds": (
+        "hy_v3",
+        {
+            **MOE, "mlp_layer_types": ["sparse", "dense", "sparse"], "mlp_bias": True, "attention_bias": True,
+            "enable_moe_fp32_combine": False,
+        },
+    ),
+    "laguna": (
+        "laguna",
+        {
+            **MOE, "shared_expert_intermediate_size": 24, "num_attention_heads_per_layer": [4, 2, 6],
+            "moe_routed_scaling_factor": 2.5, "layer_types": NEAR, "sliding_window": 4,
+        },
+    ),
+    "laguna-gates": (
+        "laguna",
+        {
+            **MOE, "shared_expert_intermediate_size": 24, "gating": "per-element", "attention_bias": True,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+        },
+    ),
+    "mellum": ("mellum", {**MOE, "layer_types": NEAR, "sliding_window": 4}),
+    "mellum-kinds": (
+        "mellum", {**MOE, "mlp_layer_types": ["sparse", "dense", "sparse"], "attention_bias": True, "num_mtp_layers": 1}
+    ),
+    "cohere2_moe": ("cohere2_moe", {**MOE, "tie_word_embeddings": True, "sliding_window": 4, "logit_scale": 0.3}),
+    "cohere2_moe-shared": (
+        "cohere2_moe",
+        {
+            **MOE, "num_shared_experts": 2, "expert_selection_fn": "sigmoid", "first_k_dense_replace": 1,
+            "prefix_dense_intermediate_size": 80, "attention_bias": True, "rms_norm_eps": 1e-5,
+        },
+    ),
+    "cohere2_moe-sum": (
+        "cohere2_moe",
+        {
+            **MOE, "num_shared_experts": 1, "expert_selection_fn": "sigmoid", "norm_topk_prob": False,
+            "shared_expert_combination_strategy": "sum",
+        },
+    ),
+    "granite_swa": (
+        "granite_swa",
+        {
+            "residual_multiplier": 0.3, "attention_multiplier": 0.2, "sliding_window": 4, "head_dim": None,
+            "layer_rope_theta": [10000.0, 0, 500.0], "tie_word_embeddings": True,
+        },
+    ),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        {
+            **LOCAL, "residual_multiplier": 0.3, "sliding_window": 4, "head_dim": None, "shared_intermediate_size": 24,
+            "layer_rope_theta": [10000.0, 0, 500.0],
+        },
+    ),
+}  # fmt: skip
 SCAN2 = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_chunk_size": 4,
     "head_dim": None,
@@ -286,8 +367,14 @@ DISK_NAMES = {
             "solar_open",
             "qwen3_next",
             "qwen3_5_moe_text",
+            "mimo_v2_flash",
+            "mellum",
+            "cohere2_moe",
         )
     },
+    "afmoe": [*SPLIT, "mlp.router.gate.weight", "mlp.expert_bias"],
+    "hy_v3": [*SPLIT, "mlp.router.gate.weight", "mlp.expert_bias", "mlp.shared_mlp.up_proj.weight"],
+    "laguna": [*SPLIT, "mlp.gate.weight", "mlp.experts.e_score_correction_bias", "mlp.shared_expert.up_proj.weight"],
     "exaone_moe": [*SPLIT, "mlp.gate.weight", "mlp.e_score_correction_bias"],
     "ernie4_5_moe": [*SPLIT, "mlp.gate.weight", "mlp.moe_statics.e_score_correction_bias"],
     "hunyuan_v1_moe": [*SPLIT, "mlp.gate.wg.weight"],
@@ -296,6 +383,7 @@ DISK_NAMES = {
         name: [f"block_sparse_moe.{n}.weight" for n in ("input_linear", "output_linear", "router.layer")]
         for name in ("granitemoe", "granitemoeshared")
     },
+    "granitemoe_swa": [f"block_sparse_moe.{n}" for n in ("experts.gate_up_proj", "experts.down_proj", "router.weight")],
     "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight", "mlp.router.bias"],
     "jamba": [*(name.replace("mlp.", "feed_forward.") for name in SPLIT), "feed_forward.router.weight"],
     "nemotron_h": [*(f"mixer.experts.1.{n}_proj.weight" for n in ("up", "down")), "mixer.gate.weight"],
@@ -507,8 +595,9 @@ def test_smoothed_weights_compute_the_same_bits(variant: str, tmp_path: Path) ->
             scales.setdefault(name, []).append((0, 1 / factor))
         for linear in found.linears:
             scales.setdefault(f"{linear.name}.weight", []).append((1, factor))
-    # FlexOlmo has no norm before a sublayer, Nemotron's add one, and no linear reads what another makes
-    if variant in ("flex_olmo", "nemotron"):
+    # FlexOlmo has no norm before a sublayer, Nemotron's add one, a router reads all of Cohere's, and no linear reads
+    # what another makes
+    if variant in ("flex_olmo", "nemotron", "cohere2_moe"):
         assert not scales
         return
     # Gemma's norms add one to their weight, an MLP without a gate is not linear; all else has something to smooth

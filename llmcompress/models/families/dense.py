@@ -13,6 +13,7 @@ from llmcompress.models.families.parts import (
     gated_mlp,
     plain_mlp,
     scaled,
+    with_sinks,
 )
 
 
@@ -59,6 +60,15 @@ def _seed_oss(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return scaled(_llama(facts, index, layer), facts.number("residual_multiplier"))
+
+
+def _granite_swa(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    parts = (
+        with_sinks(attention(facts, layer, bias, bias), facts.heads),
+        gated_mlp(facts, layer, facts.flag("mlp_bias")),
+    )
+    return scaled(parts, facts.number("residual_multiplier"))
 
 
 def _phi3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -183,6 +193,15 @@ FAMILIES = (
         },
     ),
     Family("granite", _granite, {**_SEVEN_B, "residual_multiplier": 1.0}),
+    Family(
+        "granite_swa",
+        _granite_swa,
+        {
+            **_SEVEN_B, "vocab_size": 100352, "hidden_size": 2560, "intermediate_size": 8192, "num_hidden_layers": 24,
+            "num_attention_heads": 20, "num_key_value_heads": 4, "tie_word_embeddings": True,
+            "residual_multiplier": 1.0,
+        },
+    ),
     Family(
         "seed_oss",
         _seed_oss,

@@ -28,6 +28,10 @@ class Facts:
         self._defaults = defaults
         self._aliases = aliases or {}
 
+    def having(self, **values: Any) -> Facts:
+        """The same with other values, for layers that differ from the rest."""
+        return Facts({**self._config, **values}, self._defaults, self._aliases)
+
     def get(self, key: str) -> Any:
         """Value of ``key``: from the file, under an alias, or the family's default."""
         if key in self._config:
@@ -79,6 +83,22 @@ class Facts:
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
             raise InputError(f"config.json: {key} must be a list of layer indices, not {value!r}")
         return frozenset(value)
+
+    def layer_size(self, key: str, index: int) -> int:
+        """A whole number of one layer, where the file may give one for all or a list of them.
+
+        Raises:
+            InputError: It is neither, or the list is too short.
+        """
+        found = self.get(key)
+        if not isinstance(found, list):
+            return self.size(key)
+        value = found[index] if index < len(found) else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            alias = self._aliases.get(key)
+            named = alias if key not in self._config and alias in self._config else key
+            raise InputError(f"config.json: {named} has no number for layer {index}, but {value!r}")
+        return value
 
     def layer_kinds(self, key: str) -> list[str]:
         """A list of layer types, older words replaced by those of transformers 5.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, attention, expert_bank, mixture
-from llmcompress.models.layout import RouterView, TensorView
+from llmcompress.models.families.parts import Family, Part, attention, expert_bank, mixture, with_sinks
+from llmcompress.models.layout import RouterView
 
 
 def _gpt_oss(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -23,8 +21,7 @@ def _gpt_oss(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
         activation="gpt_oss",
     )
     bias = facts.flag("attention_bias")
-    head, sinks = attention(facts, layer, bias, bias), TensorView(f"{layer}.self_attn.sinks", (facts.heads,))
-    return replace(head, kept=(*head.kept, sinks)), mixture(layer, bank)
+    return with_sinks(attention(facts, layer, bias, bias), facts.heads), mixture(layer, bank)
 
 
 FAMILIES = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
     Family,
@@ -12,6 +14,7 @@ from llmcompress.models.families.parts import (
     first_and_last,
     mixture,
     scaled,
+    with_sinks,
 )
 from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer
 
@@ -33,9 +36,10 @@ def granite_experts(facts: Facts, layer: str) -> tuple[Part, ...]:
     return beside(parts)
 
 
-def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+def _granite(facts: Facts, index: int, layer: str, sinks: bool = False) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
-    parts = [attention(facts, layer, bias, bias), *granite_experts(facts, layer)]
+    head = attention(facts, layer, bias, bias)
+    parts = [with_sinks(head, facts.heads) if sinks else head, *granite_experts(facts, layer)]
     return scaled(parts, facts.number("residual_multiplier"))
 
 
@@ -56,4 +60,6 @@ GRANITE_DISK = DiskNames(
 FAMILIES = (
     Family("granitemoe", _granite, _DEFAULTS, disk=GRANITE_DISK),
     Family("granitemoeshared", _granite, _DEFAULTS, disk=GRANITE_DISK),
+    # transformers knows no older names of these
+    Family("granitemoe_swa", partial(_granite, sinks=True), _DEFAULTS),
 )

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
+    PER_EXPERT,
     AttentionNames,
     Family,
     Part,
     attention,
     beside,
     biases,
+    expert_bank,
     first_and_last,
+    gated_groups,
     gated_mlp,
+    mixture,
     plain_mlp,
 )
-from llmcompress.models.layout import DiskNames, LinearView, Role, Sublayer
+from llmcompress.models.layout import DiskNames, LinearView, Role, RouterView, Sublayer
 
 
 def _cohere(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     facts.refuse("cohere", "use_qk_norm")  # no RMSNorm, as in phi
     bias = facts.flag("attention_bias")
     return beside((attention(facts, layer, bias, bias), gated_mlp(facts, layer, pre_norm="input_layernorm")))
+
+
+def _cohere2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias, before = facts.flag("attention_bias"), "input_layernorm"
+    head, dense = attention(facts, layer, bias, bias), index < facts.size("first_k_dense_replace", at_least=0)
+    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "dense" if dense else "sparse") == "dense":
+        wide = facts.optional_size("prefix_dense_intermediate_size") or facts.size("intermediate_size")
+        return beside((head, gated_mlp(facts.having(intermediate_size=wide), layer, pre_norm=before)))
+    chosen = {"softmax": "topk_softmax", "sigmoid": "sigmoid_group_topk"}
+    kind: Any = chosen.get(facts.get("expert_selection_fn"))
+    if kind is None:
+        found = facts.get("expert_selection_fn")
+        raise InputError(f"config.json: expert_selection_fn {found!r} is not known here", f"known: {', '.join(chosen)}")
+    renormalizes = kind == "topk_softmax" or facts.flag("norm_topk_prob")
+    router = RouterView(f"{layer}.mlp.gate", kind, renormalizes)
+    bank = expert_bank(facts, layer, "num_experts", "intermediate_size", router)
+    size = facts.size("intermediate_size") * facts.size("num_shared_experts", at_least=0)
+    shared = gated_groups(f"{layer}.mlp.shared_experts", facts.hidden, size, Role.SHARED_EXPERTS) if size else ()
+    return beside((head, mixture(layer, bank, shared, pre_norm=before)))
 
 
 def _phi(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -57,6 +83,24 @@ _NEOX = {
 FAMILIES = (
     Family("cohere", _cohere, _COMMAND),
     Family("cohere2", _cohere, _COMMAND),
+    Family(
+        "cohere2_moe",
+        _cohere2_moe,
+        {
+            **_COMMAND,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 0,
+            "expert_selection_fn": "softmax",
+            "norm_topk_prob": True,
+            "mlp_layer_types": None,
+            "first_k_dense_replace": 0,
+            "prefix_dense_intermediate_size": None,
+        },
+        disk=PER_EXPERT,
+    ),
     Family("phi", _phi, _PHI, norm_bias=True, head_bias="lm_head_bias", final_norm="final_layernorm"),
     Family(
         "gpt_neox",

@@ -181,6 +181,19 @@ def attention(
     return Part(Sublayer("attention", module, pre_norm, post_norm, groups), tuple(kept))
 
 
+def with_gate(head: Part, name: str, rows: int) -> Part:
+    """Attention with one more linear that reads its input, without a bias: gates on what the heads write."""
+    first, *rest = head.sublayer.groups
+    gate = LinearView(f"{head.sublayer.module}.{name}", rows, first.linears[0].in_features, Role.ATTENTION)
+    groups = (replace(first, linears=(*first.linears, gate)), *rest)
+    return Part(replace(head.sublayer, groups=groups), head.kept)
+
+
+def with_sinks(head: Part, heads: int) -> Part:
+    """Attention whose heads have a number each that takes part in their softmax."""
+    return Part(head.sublayer, (*head.kept, TensorView(f"{head.sublayer.module}.sinks", (heads,))))
+
+
 def gated_groups(
     module: str, hidden: int, intermediate: int, role: Role, bias: bool = False, fused: bool = False
 ) -> tuple[LinearGroup, ...]:

@@ -1,4 +1,4 @@
-"""Qwen2-MoE, Qwen3-MoE, OLMoE and FlexOlmo: softmax routing, renormalised where the config says so."""
+"""Qwen2-MoE, Qwen3-MoE, Mellum, OLMoE and FlexOlmo: softmax routing, renormalised where the config says so."""
 
 from __future__ import annotations
 
@@ -55,6 +55,16 @@ def _qwen3_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return head, mixture(layer, bank)
 
 
+def _mellum(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """Qwen3-MoE with a list of which layers have experts."""
+    bias = facts.flag("attention_bias")
+    head = attention(facts, layer, bias, bias, qk_norm="head")
+    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "sparse") == "dense":
+        return head, gated_mlp(facts, layer)
+    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", softmax_router(facts, layer))
+    return head, mixture(layer, bank)
+
+
 def _olmoe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias = facts.flag("attention_bias")
     bank = expert_bank(facts, layer, "num_experts", "intermediate_size", softmax_router(facts, layer))
@@ -95,6 +105,19 @@ FAMILIES = (
         },
         aliases={"num_experts": "num_local_experts"},
         disk=PER_EXPERT,
+    ),
+    Family(
+        "mellum",
+        _mellum,
+        {
+            **_SHARED, "vocab_size": 98304, "hidden_size": 2304, "intermediate_size": 7168, "num_hidden_layers": 28,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 896,
+            "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": True, "mlp_layer_types": None,
+            "attention_bias": False,
+        },
+        aliases={"num_experts": "num_local_experts"},
+        disk=PER_EXPERT,
+        ignored=(r"^mtp\.",),
     ),
     Family(
         "olmoe",

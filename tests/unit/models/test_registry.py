@@ -139,7 +139,7 @@ def test_experts_per_token_by_layer() -> None:
     config = {"model_type": "hunyuan_v1_moe", "num_hidden_layers": 2, "num_experts": 4}
     layout = layout_from_config({**config, "moe_topk": [1, 3]})
     assert [block.bank.top_k for block in layout.blocks if block.bank is not None] == [1, 3]
-    with pytest.raises(InputError, match="moe_topk has no number of experts for layer 1"):
+    with pytest.raises(InputError, match="moe_topk has no number for layer 1"):
         layout_from_config({**config, "moe_topk": [1]})
 
 
