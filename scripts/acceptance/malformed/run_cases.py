@@ -306,7 +306,7 @@ FOLDERS = [
 ]  # fmt: skip
 
 LIMITS = [
-    _run("memory budget too small", RESOURCES, r"host\.ram: .*needed.*100\.0 MB allowed", _budget(host={"ram": "100MB"}), stage="load"),
+    _run("memory budget too small", RESOURCES, r"host\.ram: .*needed.*100 MB allowed", _budget(host={"ram": "100MB"}), stage="load"),
     _run("disk budget too small", RESOURCES, r"host\.disk: .*needed.*allowed", _budget(host={"disk": "1kB"}), stage="load"),
     _run("no machine has this memory", RESOURCES, r"memory", _no_memory, stage="calibrate"),
     _run("memory ends in the middle", RESOURCES, r"memory", _little_memory, stage="quantize"),
