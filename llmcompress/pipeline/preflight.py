@@ -16,6 +16,7 @@ from llmcompress.pipeline.device import resolve_device
 from llmcompress.pipeline.estimate import on_machine
 from llmcompress.pipeline.fingerprint import inputs_of
 from llmcompress.pipeline.run_dir import RunDir
+from llmcompress.stages.base import Kind
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def preflight(
     require_companions(loaded, extent.reached(loaded))
     require_data(loaded, pending)
     # what finished stages have written is looked for in the folder
-    if disks := _short_disks(loaded, predicted, extent.names(loaded)):
+    if disks := _short_disks(loaded, predicted, extent.names(loaded), extent.force):
         raise ResourceError(
             "\n".join(disks), _ways(predicted, "host.disk", "free some space, or run.dir=FOLDER on another disk")
         )
@@ -200,28 +201,42 @@ def hub_sources(data: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from hub_sources(value, f"{path}.{index}")
 
 
-def _short_disks(loaded: LoadedRecipe, predicted: Plan, names: Collection[str]) -> list[str]:
-    """A line for file systems with less room than the named stages will still write there."""
+def _short_disks(loaded: LoadedRecipe, predicted: Plan, names: Collection[str], emptied: bool = False) -> list[str]:
+    """A line for file systems with less room than the named stages will still write there; ``emptied`` is what
+    ``--force`` does to the run folder before.
+    """
     import shutil
 
     run = Path(loaded.recipe.run.dir)
+    exporting = {stage.name for stage in loaded.stages() if Kind.ARTIFACT in stage.produces}
     needs: dict[int, tuple[Path, int]] = {}
     for stage in (stage for stage in predicted.stages if stage.name in names):
-        target = getattr(loaded.recipe.stages[stage.name], "dir", None) if stage.type == "export" else None
-        folder = _existing(Path(target) if target else run)
+        exports = stage.name in exporting
+        out = Path(getattr(loaded.recipe.stages[stage.name], "dir", None) or run / "artifact")
+        # what an interrupted run has written already counts as written, of these stages alone: beside what another
+        # one has written there is no room
+        written = 0 if emptied else _held(run / "stages" / stage.name, *(_with_formats(out) if exports else ()))
+        folder = _existing(out if exports else run)
         device = folder.stat().st_dev
         first, bytes_there = needs.get(device, (folder, 0))
-        needs[device] = (first, bytes_there + stage.disk)
-    held, lines = _held(run), []
+        needs[device] = (first, bytes_there + max(0, stage.disk - written))
+    lines, home = [], _existing(run).stat().st_dev
     for device, (folder, needed) in needs.items():
-        # what an interrupted run has written already counts as written
-        rest = needed - (held if _existing(run).stat().st_dev == device else 0)
+        rest = needed - (_held(run) if emptied and device == home else 0)
         usage = shutil.disk_usage(folder)
         # a file system such as /proc has no room at all: what writes there says what is wrong with it
         if rest > usage.free and usage.total > 0:
             room = bytes_text(usage.free)
             lines.append(f"{folder}: {room} free on this disk, {bytes_text(rest)} are still to be written")
     return lines
+
+
+def _with_formats(artifact: Path) -> list[Path]:
+    """The folder of an artifact, those of other formats beside it, and what is left of unfinished ones."""
+    if not artifact.parent.is_dir():
+        return []
+    begins = (f"{artifact.name}-", f"{artifact.name}.")
+    return [path for path in artifact.parent.iterdir() if f"{path.name}.".startswith(begins)]
 
 
 def _existing(folder: Path) -> Path:
@@ -232,9 +247,9 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _held(run: Path) -> int:
+def _held(*folders: Path) -> int:
     found = 0
-    for path in run.rglob("*"):
+    for path in (path for folder in folders for path in folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             found += path.stat().st_size
     return found

@@ -20,6 +20,7 @@ from llmcompress.pipeline.fingerprint import inputs_of
 from llmcompress.pipeline.preflight import Extent, hub_sources, require_companions, shortfalls
 from llmcompress.pipeline.run_dir import RunDir, StageRecord
 from llmcompress.recipe.load import LoadedRecipe, load_recipe
+from llmcompress.units import bytes_text
 
 GB = 10**9
 
@@ -65,9 +66,45 @@ def test_a_disk_too_small_is_refused_and_what_is_written_already_counts(
         preflight(loaded, predicted)
     assert "--no-preflight" in str(caught.value.hint) and "run.dir=FOLDER" in str(caught.value.hint)
     # a run that was interrupted behind its first block needs less than a new one
-    (tmp_path / "run" / "stages").mkdir(parents=True)
-    (tmp_path / "run" / "stages" / "block").write_bytes(b"x")
+    (tmp_path / "run" / "stages" / "quantize").mkdir(parents=True)
+    (tmp_path / "run" / "stages" / "quantize" / "block").write_bytes(b"x")
     assert preflight(loaded, predicted) == []
+
+
+@pytest.mark.parametrize("stage", ["quantize", "export"])
+def test_what_other_stages_have_written_is_no_room_for_this_one(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    loaded, predicted = known
+    needed = next(row.disk for row in predicted.stages if row.name == stage)
+    own, other = tmp_path / "run" / "stages" / stage, tmp_path / "run" / "stages" / "load"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+    (other / "large").write_bytes(bytes(needed))
+    machine(monkeypatch, disk=needed - 1)
+    with pytest.raises(ResourceError, match=f"{bytes_text(needed)} are still to be written"):
+        preflight(loaded, predicted, Extent(only=stage))
+    # all of it goes before anything is written
+    assert preflight(loaded, predicted, Extent(only=stage, force=True)) == []
+    own = tmp_path / "run" / "artifact-gguf" if stage == "export" else own
+    own.mkdir(exist_ok=True)
+    (own / "part").write_bytes(b"x")
+    assert preflight(loaded, predicted, Extent(only=stage)) == []
+
+
+def test_an_export_that_is_there_already_needs_no_more_room_on_its_disk(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded = load_recipe("quickstart", [*known[0].overrides, f"stages.export.dir={tmp_path / 'far' / 'out'}"])
+    needed = next(row.disk for row in known[1].stages if row.name == "export")
+    for name in ("out", "outside"):
+        (tmp_path / "far" / name).mkdir(parents=True)
+    machine(monkeypatch, disk=needed - 1)
+    (tmp_path / "far" / "outside" / "other").write_bytes(bytes(needed))
+    with pytest.raises(ResourceError, match="far"):
+        preflight(loaded, known[1], Extent(only="export"))
+    (tmp_path / "far" / "out" / "model").write_bytes(b"x")
+    assert preflight(loaded, known[1], Extent(only="export")) == []
 
 
 def test_an_export_to_another_disk_needs_its_room_there(
@@ -79,7 +116,9 @@ def test_an_export_to_another_disk_needs_its_room_there(
     real = Path.stat
     monkeypatch.setattr(
         Path, "stat",
-        lambda path, **how: SimpleNamespace(st_dev=7) if path.name == "far" else real(path, **how),
+        lambda path, **how: (
+            SimpleNamespace(st_dev=7, st_mode=real(path).st_mode) if path.name == "far" else real(path, **how)
+        ),
     )  # fmt: skip
     machine(monkeypatch)
     monkeypatch.setattr(
