@@ -32,9 +32,11 @@ def test_windows_are_cut_from_documents_joined_by_eos(tiny_tokenizer):
 
 
 def test_all_windows_taken_means_each_once(tiny_tokenizer):
-    ids = stream(tiny_tokenizer, TEXTS)
+    # more documents than are tokenized at a time
+    texts = [f"{number} {TEXTS[0]}" for number in range(600)]
+    ids = stream(tiny_tokenizer, texts)
     count = len(ids) // 16
-    found = build(inline(), tiny_tokenizer, samples=count, length=16, seed=3)
+    found = build(inline(texts), tiny_tokenizer, samples=count, length=16, seed=3)
     expected = sorted(tuple(ids[i * 16 : i * 16 + 16]) for i in range(count))
     assert sorted(tuple(row.tolist()) for row in found.tokens) == expected
 
@@ -44,6 +46,25 @@ def test_seed_decides_and_repeats(tiny_tokenizer):
     other = build(inline(), tiny_tokenizer, 8, 16, seed=2)
     assert first.hash == again.hash and torch.equal(first.tokens, again.tokens)
     assert first.hash != other.hash
+
+
+def test_windows_come_from_all_of_the_text(tiny_tokenizer):
+    ids = stream(tiny_tokenizer, TEXTS)
+    second = {tuple(ids[i : i + 16]) for i in range(len(ids) // 2, len(ids) - 15) if i % 16 == 0}
+    chosen = {tuple(r.tolist()) for seed in range(5) for r in build(inline(), tiny_tokenizer, 4, 16, seed).tokens}
+    assert chosen & second and chosen - second
+
+
+def test_the_largest_token_of_a_model_is_one_that_it_knows(tiny_tokenizer):
+    largest = max(stream(tiny_tokenizer, TEXTS))
+    assert len(build(inline(), tiny_tokenizer, 1, 8, seed=0, vocabulary=largest + 1).tokens) == 1
+    with pytest.raises(InputError, match=f"gives token {largest}, but"):
+        build(inline(), tiny_tokenizer, 1, 8, seed=0, vocabulary=largest)
+
+
+def test_sets_of_equal_tokens_in_other_windows_differ():
+    tokens = torch.arange(16)
+    assert CalibrationSet.of(tokens.view(2, 8), {}).hash != CalibrationSet.of(tokens.view(4, 4), {}).hash
 
 
 def test_too_short_text_gives_the_numbers(tiny_tokenizer):
@@ -72,6 +93,8 @@ def test_synthetic_is_seeded_and_in_range():
     assert torch.equal(first.tokens, again.tokens)
     assert int(first.tokens.min()) >= 0 and int(first.tokens.max()) < 11
     assert not torch.equal(first.tokens, build(source, None, 4, 8, seed=6, vocabulary=11).tokens)
+    other = build(SyntheticSource(kind="synthetic", seed=1), None, 4, 8, seed=5, vocabulary=11)
+    assert not torch.equal(first.tokens, other.tokens) and other.provenance["seed"] == 6
     with pytest.raises(InputError, match="vocabulary"):
         build(source, None, 4, 8, seed=5)
 

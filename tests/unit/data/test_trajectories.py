@@ -72,6 +72,21 @@ def test_equal_wrong_answers_count_once_and_missing_ones_not_at_all():
     assert row.trials == 2
 
 
+def test_difficulty_is_that_of_all_samples_equal_ones_included():
+    row = builder().trajectory(PROBLEM, samples("2*3*4", "2+3+4", *["(2+3)*4"] * 8))
+    assert row.trials == 2
+
+
+def test_a_problem_without_a_different_wrong_answer_is_kept_like_the_easiest():
+    unreadable = [*samples("(2+3)*4"), *[Sample("no idea", False)] * 4]
+    for share, kept in ((0, False), (1, True)):
+        keep = KeepProbabilities(all_right=share, fewer_trials=1 - share)
+        assert (builder(keep).trajectory(PROBLEM, unreadable) is not None) == kept
+        # one wrong answer of the three that are wanted is a shorter trajectory
+        keep = KeepProbabilities(all_right=1 - share, fewer_trials=share)
+        assert (builder(keep).trajectory(PROBLEM, [*unreadable, *samples("2+3+4")]) is not None) == kept
+
+
 def test_a_problem_without_a_right_sample_is_left_out():
     made = builder()
     assert made.trajectory(PROBLEM, samples("2*3*4", "2+3+4")) is None
@@ -117,6 +132,8 @@ def test_pairs_end_with_the_transition_and_are_balanced():
     chosen = balanced_pairs([*pairs, *pairs[1:3]], 4, seed=1)
     assert sum(p.ends for p in chosen) == 2
     assert trial_counts(chosen) == {}
+    # an odd number is filled up
+    assert [len(balanced_pairs(pairs, count, seed=1)) for count in (1, 3, 9)] == [1, 3, 4]
 
 
 def test_only_the_first_attempt_of_a_sample_is_used():

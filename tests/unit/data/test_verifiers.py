@@ -25,7 +25,8 @@ def server():
         troubles: ClassVar[list[int | str]] = []
 
         def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({**body, "path": self.path, "key": self.headers["Authorization"]})
             trouble = Handler.troubles.pop(0) if Handler.troubles else None
             if isinstance(trouble, int):
                 self.send_error(trouble)
@@ -73,6 +74,16 @@ def test_each_answer_is_asked_once_even_after_a_restart(server, tmp_path):
     prompt = asked[0]["messages"][0]["content"]
     assert "What is 2 + 2?" in prompt
     assert "Proposed answer: 4" in prompt
+
+
+def test_the_endpoint_is_asked_as_the_recipe_says(server, tmp_path, monkeypatch):
+    url, asked, _ = server
+    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    verifier(f"{url}/", tmp_path / "a.jsonl", key_variable="MY_KEY", temperature=0.7, max_tokens=99).write(PROBLEM, "4")
+    verifier(url, tmp_path / "b.jsonl").write(PROBLEM, "4")
+    assert [(a["path"], a["key"]) for a in asked] == [("/v1/chat/completions", k) for k in ("Bearer secret", None)]
+    assert [(a["model"], a["temperature"], a["max_tokens"]) for a in asked] == [("m", 0.7, 99), ("m", 0.1, 512)]
 
 
 @pytest.mark.parametrize(
