@@ -136,6 +136,60 @@ def test_resume_restores_what_is_finished(tmp_path: Path) -> None:
     assert state(tmp_path, "quantize")["attempts"] == 2
 
 
+def test_every_stage_begins_with_its_own_seed_whatever_was_drawn_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    drawn: dict[str, list[float]] = {}
+
+    def draw(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        drawn.setdefault(stage.name, []).append(float(torch.rand(1)))
+
+    Fake.behaviour.update(load=draw, quantize=draw, evaluate=draw)
+    monkeypatch.setattr(Fake, "restore", draw)
+    execute(job(tmp_path), until="quantize")
+    # others draw in between, as they do in a process that goes on with a run
+    torch.manual_seed(99)
+    execute(job(tmp_path))
+    assert drawn["load"][0] == drawn["load"][1] and drawn["quantize"][0] == drawn["quantize"][1]
+    execute(job(tmp_path / "alone", {"load": {}, "evaluate": {}}))
+    assert drawn["evaluate"][0] == drawn["evaluate"][1]
+    assert len({values[0] for values in drawn.values()}) == 3
+
+
+def test_time_and_peaks_are_kept_over_all_attempts(tmp_path: Path) -> None:
+    def fail(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        raise InputError("not yet")
+
+    Fake.behaviour["quantize"] = fail
+    with pytest.raises(InputError):
+        execute(job(tmp_path))
+    del Fake.behaviour["quantize"]
+    first = {**state(tmp_path, "quantize"), "seconds": 1000.0, "peak_rss_bytes": 1 << 50}
+    (tmp_path / "run" / "stages" / "quantize" / "state.json").write_text(json.dumps(first))
+    execute(job(tmp_path))
+    found = state(tmp_path, "quantize")
+    assert found["seconds"] >= 1000 and found["peak_rss_bytes"] == 1 << 50
+    run = RunDir(tmp_path / "run").read_run()
+    assert run is not None and run.peak_rss_bytes == 1 << 50
+    assert run.seconds == pytest.approx(sum(state(tmp_path, n)["seconds"] for n in ("load", "quantize", "evaluate")))
+
+
+def test_runs_that_are_to_be_deterministic_compute_with_one_thread_unless_told_otherwise(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((None, 1), (2, 2)):
+            folder = tmp_path / str(threads)
+            execute(job(folder, {"load": {}}, threads=threads, deterministic=True))
+            run = RunDir(folder / "run").read_run()
+            assert run is not None and run.threads == expected == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_until_and_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not finished"):
         execute(job(tmp_path), only="evaluate")
@@ -308,6 +362,32 @@ def test_sigterm_waits_for_the_block(tmp_path: Path) -> None:
     assert last["data"]["status"] == "interrupted"
 
 
+def test_a_second_sigterm_does_not_wait_for_the_block(tmp_path: Path) -> None:
+    def stubborn(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        ctx.emit("block_start", index=0, total=1)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the block went on")
+
+    Fake.behaviour["quantize"] = stubborn
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path))
+
+
+def test_sigterm_between_two_stages_with_blocks_stops_at_once(tmp_path: Path) -> None:
+    def broken_off(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        # a block that never says that it ended: the stage has
+        ctx.emit("block_start", index=0, total=1)
+
+    def stop(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the stage went on")
+
+    Fake.behaviour.update(load=broken_off, quantize=stop)
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path))
+
+
 def test_sigterm_outside_a_block_and_ctrl_c_stop_at_once(tmp_path: Path) -> None:
     def swallow(stage: Fake, run: RunState, ctx: RunContext) -> None:
         try:
@@ -398,6 +478,12 @@ def test_restored_state_for_a_step_outside_the_recipe(tmp_path: Path) -> None:
     assert Fake.diary == ["restore load", "restore quantize"]
     # and the run goes on undisturbed
     assert execute(job(tmp_path)).status == "finished"
+    # an artifact that has gone is no obstacle to another one
+    execute(job(tmp_path, {"load": {}, "quantize": {"value": 3}, "evaluate": {}, "export": {}}))
+    Fake.diary.clear()
+    exporting = job(tmp_path, {"load": {}, "quantize": {"value": 3}, "evaluate": {}, "export": {}})
+    with Runner(exporting, RunOptions()).restored("again"):
+        assert Fake.diary == ["restore load", "restore quantize", "restore evaluate"]
 
 
 def test_warnings_and_logs_end_up_in_the_log(tmp_path: Path) -> None:
@@ -488,6 +574,47 @@ def test_a_follower_restores_alone_what_the_first_did_alone(
     made = job(tmp_path)
     follow(made.stages, made.recipe, World(rank=1, size=2))
     assert sizes == [2 if shared else 1]
+
+
+def test_a_follower_computes_as_the_first_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed, type or folder would make other weights of its share."""
+    import torch
+
+    said: list[Any] = [
+        {"do": "begin", "dir": str(tmp_path), "device": "cpu", "dtype": "bfloat16", "threads": 2, "seed": 7},
+        {"do": "restore", "stage": "load"}, {"do": "run", "stage": "quantize"}, {"do": "end"},
+    ]  # fmt: skip
+    seen = {}
+
+    def look(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        seen[stage.name] = (ctx.seed, torch.initial_seed(), ctx.dtype, ctx.stage_dir, torch.get_num_threads())
+
+    def look_and_fail(stage: Fake, run: RunState, ctx: RunContext) -> None:
+        look(stage, run, ctx)
+        raise GateFailed("said by the first already")
+
+    monkeypatch.setattr(World, "tell", lambda self: said.pop(0))
+    monkeypatch.setattr(Fake, "distributed", True)
+    monkeypatch.setattr(Fake, "restore", look_and_fail)
+    Fake.behaviour["quantize"] = look
+    made, before = job(tmp_path), torch.get_num_threads()
+    (tmp_path / "stages" / "quantize").mkdir(parents=True)
+    try:
+        follow(made.stages, made.recipe, World(rank=1, size=2))
+    finally:
+        torch.set_num_threads(before)
+    for name in ("load", "quantize"):
+        seed = stage_seed(7, name)
+        assert seen[name] == (seed, seed, "bfloat16", tmp_path / "stages" / name, 2)
+    assert not said and Fake.diary == ["run quantize"]
+
+
+def test_followers_find_the_folder_from_wherever_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard.clear()
+    monkeypatch.chdir(tmp_path)
+    made = job(Path("here"))
+    Runner(made, RunOptions(), world=Told(size=2)).execute()
+    assert heard[0]["do"] == "begin" and heard[0]["dir"] == str(tmp_path / "here" / "run")
 
 
 def test_a_report_that_cannot_be_written_undoes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ class Paper:
         self.watch: Callable[[tuple[int, ...]], None] = lambda part: None
         self.gate = threading.Event()
         self.gate.set()
+        # tokens of every prompt that are held already
+        self.known = 0
 
     def _logits(self, token: int) -> Tensor:
         if token == 9:
@@ -44,7 +46,7 @@ class Paper:
     def join(
         self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None
     ) -> Tensor | None:
-        start = self.at.setdefault(key, 0)
+        start = self.at.setdefault(key, self.known)
         self.at[key] = min(len(prompt), start + (most or len(prompt)))
         self.record.append(tuple(prompt[start : self.at[key]]))
         self.watch(self.record[-1])
@@ -56,7 +58,7 @@ class Paper:
         return logits
 
     def reused(self, key: int) -> int:
-        return 0
+        return self.known
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
         self.gate.wait(10)
@@ -210,6 +212,107 @@ def test_a_prompt_that_fails_or_is_cancelled_half_way_leaves(bench: Bench) -> No
     assert bench.pieces[2] == []
     assert [part for part in bench.rows.record if 30 in part or 38 in part] == [tuple(range(30, 38))]
     assert bench.rows.held == bench.rows.at == {}
+
+
+@pytest.mark.parametrize("bench", [{"prompt_chunk": 8}], indirect=True)
+def test_tokens_that_are_held_already_take_nothing_of_a_chunk(bench: Bench) -> None:
+    bench.rows.known = 18
+    bench.rows.watch = lambda part: bench.rows.gate.clear()
+    # the first sequence is held up in its first step, so that both others wait together
+    bench.scheduler.submit([bench.job(0, prompt=range(20, 40), count=3)])
+    while not bench.pieces[0]:
+        time.sleep(0.01)
+    bench.rows.watch = lambda part: None
+    bench.scheduler.submit([bench.job(0, prompt=range(n, n + 20), count=2) for n in (50, 80)])
+    bench.rows.gate.set()
+    assert [bench.ended(i).reason for i in range(3)] == ["length"] * 3
+    assert bench.rows.record[:4] == [(38, 39), (), (68, 69), (98, 99)]
+
+
+@pytest.mark.parametrize("bench", [{"cache_tokens": 14}], indirect=True)
+def test_what_fits_exactly_runs_together(bench: Bench) -> None:
+    assert bench.scheduler.room("m") == 14
+    bench.scheduler.submit([bench.job(20 + 10 * i, count=6) for i in range(4)])
+    assert [bench.ended(i).reason for i in range(4)] == ["length"] * 4
+    assert bench.rows.most == 2
+
+
+def test_models_of_several_batches_share_the_cache_and_overtake_one_another(tiny_tokenizer: Any) -> None:
+    bench = Bench(tiny_tokenizer, cache_tokens=60)
+    bench.scheduler.stop()
+    other = Paper()
+    groups = [Group(bench.rows, {"m": None}), Group(other, {"ant": "ant", "bee": "bee"})]
+    bench.scheduler = Scheduler(groups, Limits(cache_tokens=60), Metrics())
+    assert bench.scheduler.room("ant") == 50
+    bench.held_up(40)
+    later, small = bench.job(30, count=25), bench.job(60, count=3)
+    later.model, small.model = "ant", "m"
+    bench.scheduler.submit([later, small])
+    bench.rows.gate.set()
+    assert [bench.ended(i).reason for i in range(3)] == ["length"] * 3
+    # there was no room for 26 tokens beside 41, in whichever batch, and for 4 there was
+    assert bench.rows.most == 2 and other.most == 1
+    assert bench.tokens(1) == list(range(31, 56)) and bench.tokens(2) == [61, 62, 63]
+    bench.scheduler.stop()
+
+
+def test_tokens_are_drawn_one_after_the_other_from_the_seed(bench: Bench) -> None:
+    bench.rows._logits = lambda token: torch.zeros(200)  # type: ignore[method-assign]
+    jobs = [bench.job(20, count=20) for _ in range(3)]
+    for job, seed in zip(jobs, (1, 1, 2)):
+        job.how = Sampling(20, temperature=1.0, seed=seed)
+    bench.scheduler.submit(jobs)
+    assert [bench.ended(i).reason for i in range(3)] == ["length"] * 3
+    first, again, other = (bench.tokens(i) for i in range(3))
+    assert first == again != other and len(set(first)) > 10
+
+
+def test_probabilities_are_those_of_the_model_before_temperature(bench: Bench) -> None:
+    logits = torch.linspace(-3, 3, 200)
+    bench.rows._logits = lambda token: logits  # type: ignore[method-assign]
+    job = bench.job(20, count=2)
+    job.how, job.logprobs = Sampling(2, temperature=0.5), 3
+    bench.scheduler.submit([job])
+    bench.ended(0)
+    logs = logits.log_softmax(-1)
+    for choice in [choice for piece in bench.pieces[0] for choice in piece.choices]:
+        assert choice.logprob == pytest.approx(float(logs[choice.token]))
+        assert choice.top == tuple((token, pytest.approx(float(logs[token]))) for token in (199, 198, 197))
+
+
+def test_text_that_waits_for_a_stop_string_comes_with_the_end(bench: Bench, tiny_tokenizer: Any) -> None:
+    whole = tiny_tokenizer.decode(range(61, 66))
+    plain, held, ends = (bench.job(60) for _ in range(3))
+    held.stream = TextStream(tiny_tokenizer, [whole[-2:] + "!"])
+    # it ends with the very last token
+    ends.stream = TextStream(tiny_tokenizer, [whole[-2:]])
+    bench.scheduler.submit([plain, held, ends])
+    assert [bench.ended(i).reason for i in range(3)] == ["length", "length", "stop"]
+    texts = ["".join(piece.text for piece in bench.pieces[i]) for i in range(3)]
+    assert texts == [whole, whole, whole[: whole.index(whole[-2:])]]
+
+
+def test_an_answer_whose_reader_is_gone_leaves(bench: Bench) -> None:
+    def gone(piece: Piece) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    lost, other = bench.job(20, count=40), bench.job(30, count=40)
+    lost.sink = gone
+    bench.rows.gate.clear()
+    bench.scheduler.submit([lost, other])
+    bench.rows.gate.set()
+    assert bench.ended(1).reason == "length"
+    assert lost.written < 40 and not bench.rows.held
+
+
+def test_stopping_tells_those_that_wait_too(bench: Bench) -> None:
+    bench.held_up(8)
+    bench.scheduler.submit([bench.job(30 + 10 * i) for i in range(4)])
+    threading.Timer(0.1, bench.rows.gate.set).start()
+    bench.scheduler.stop()
+    assert [bench.ended(i).error for i in range(1, 5)] == [STOPPED] * 4
+    with pytest.raises(Busy, match="shutting down"):
+        bench.scheduler.submit([bench.job(90)])
 
 
 def test_draining_takes_nothing_new_and_stopping_ends_the_rest(tiny_tokenizer: Any) -> None:
