@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -60,6 +62,18 @@ def test_the_largest_token_of_a_model_is_one_that_it_knows(tiny_tokenizer):
     assert len(build(inline(), tiny_tokenizer, 1, 8, seed=0, vocabulary=largest + 1).tokens) == 1
     with pytest.raises(InputError, match=f"gives token {largest}, but"):
         build(inline(), tiny_tokenizer, 1, 8, seed=0, vocabulary=largest)
+
+
+def test_tokens_that_a_tokenizer_sets_around_a_text_are_left_out(tiny_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    framing = copy.deepcopy(tiny_tokenizer)
+    begin = framing.convert_ids_to_tokens(5)
+    framing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {begin}", special_tokens=[(begin, 5)]
+    )
+    assert framing("cat")["input_ids"] == [5, *tiny_tokenizer("cat")["input_ids"], 5]
+    assert build(inline(), framing, 4, 16, seed=0).hash == build(inline(), tiny_tokenizer, 4, 16, seed=0).hash
 
 
 def test_sets_of_equal_tokens_in_other_windows_differ():
@@ -149,3 +163,6 @@ def test_no_overlap_and_full_overlap():
     assert overlap(calibration, other) == 0
     assert overlap(calibration, calibration) == 1
     assert overlap(calibration, other[:, :20]) == 0
+    # a single span is enough
+    assert overlap(calibration[:, :32], calibration[:, 32:]) == 0
+    assert overlap(calibration[:, :32], calibration[:1, :32]) == 1
