@@ -166,6 +166,9 @@ def test_a_search_is_given_up_after_so_many_rejected_trials():
     assert set(attempts) == {"2*3*4", "2+3+4"}
     assert [verdict_of(a.text) for a in response.actions[1::2]] == [False] * 4
     assert builder().given_up(PROBLEM, samples("(2+3)*4"), 4) is None
+    # none comes twice where there are enough
+    row = builder().given_up(PROBLEM, samples("2*3*4", "2+3+4", "2*3+4", "2+3*4", "3+2*4"), 5)
+    assert len({boxed(a.text) for a in cut([row.response], ended=True).actions[::2]}) == 5
 
 
 def test_some_rows_are_chosen_by_seed():

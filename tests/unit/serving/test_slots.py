@@ -35,6 +35,32 @@ def test_what_is_mostly_something_else_is_copied_from() -> None:
     assert len(other.tokens) == len(SYSTEM) + 100
 
 
+def test_what_is_mostly_the_same_is_gone_on_with_though_it_goes_on_otherwise() -> None:
+    slots = Slots(3, keep=True)
+    other = fill(slots, [*SYSTEM, *range(500, 510)])
+    slots.give_back(other)
+    slot, source, count = slots.take([*SYSTEM, 1, 2], None)
+    assert slot is source is other and count == len(SYSTEM)
+
+
+def test_of_equal_prefixes_the_place_that_was_left_longest_ago_is_taken() -> None:
+    slots = Slots(4, keep=True)
+    held = [fill(slots, [*SYSTEM, number]) for number in (1, 2, 3)]
+    for slot in (held[1], held[0]):
+        slots.give_back(slot)
+    # not the third, which is in use
+    assert slots.take([*SYSTEM, 9], None)[:2] == (held[1], held[1])
+
+
+def test_a_place_that_has_forgotten_the_beginning_is_not_gone_on_from() -> None:
+    asked: list[tuple[int, int]] = []
+    slots = Slots(2, keep=True, usable=lambda number, tokens: bool(asked.append((number, tokens))))
+    held = fill(slots, SYSTEM)
+    slots.give_back(held)
+    assert slots.take([*SYSTEM, 1], None)[1:] == (None, 0)
+    assert asked == [(held.number, len(SYSTEM))]
+
+
 def test_a_sequence_that_runs_is_copied_from_and_never_taken() -> None:
     slots = Slots(2, keep=True)
     runs = fill(slots, [*SYSTEM, 1])
