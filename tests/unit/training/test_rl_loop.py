@@ -141,6 +141,16 @@ def test_weights_by_length_are_one_on_average_and_keep_what_is_left_out():
     assert [row.weight for row in rows] == pytest.approx([4 / 3, 2 / 3])
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_samples_that_agree_are_left_out_only_where_that_is_asked_for(skip):
+    for give in (rl.outcome_advantages, rl.action_advantages):
+        rows = [rollout([2], []) for _ in range(4)]
+        rows[3].outcome = -1
+        give(rows, 2, skip_agreeing=skip)
+        assert [row.weight for row in rows] == [float(not skip)] * 2 + [1.0] * 2
+        assert [row.advantages[0] for row in rows] == [0, 0, 2, -2]
+
+
 @pytest.mark.parametrize(("count", "wanted"), [(5, 2), (6, 3), (4, 4)])
 def test_every_epoch_takes_each_problem_once_in_an_order_of_its_own(count, wanted):
     found = [place for step in range(2 * count) for place in rl.prompts_of_step(count, wanted, step, seed=1)]
