@@ -207,10 +207,27 @@ class Scheduler:
             self._draining = self._stopped = True
             self._lock.notify()
         self._thread.join()
-        self._fail([*self._waiting, *(job for group in self._groups for job in group.jobs)], STOPPED)
-        self._waiting.clear()
+        self._end(STOPPED)
 
     def _run(self) -> None:
+        try:
+            self._decode()
+        except Exception:
+            # a fault of ours: the server says that it is down, and nobody waits for ever
+            _LOG.exception("nothing is decoded any more")
+            with self._lock:
+                self._draining = True
+            self._end(FAILED)
+
+    def _end(self, error: str) -> None:
+        """End all answers with an error."""
+        jobs = [*self._waiting, *(job for group in self._groups for job in group.jobs)]
+        self._waiting.clear()
+        for group in self._groups:
+            group.reading, group.running = None, {}
+        self._fail(jobs, error)
+
+    def _decode(self) -> None:
         while True:
             with self._lock:
                 while not self._stopped and not self._waiting and not any(g.jobs for g in self._groups):
@@ -241,23 +258,32 @@ class Scheduler:
                 group.reading = None
 
     def _leave(self, group: Group, key: int) -> None:
-        group.rows.leave(key)
         del group.running[key]
-
-    def _fits(self, group: Group, job: Job) -> bool:
-        reserved = sum(g.reserved for g in self._groups)
-        return len(group.running) < group.rows.limit and reserved + job.total <= self._limits.cache_tokens
+        group.rows.leave(key)
 
     def _admit(self, group: Group) -> bool:
-        """First come, first served: within a group nobody overtakes one that waits for room."""
+        """First come, first served: nobody overtakes one that waits for room in the cache, of whichever model, nor one
+        of its own batch that waits for a place there.
+        """
+        room = self._limits.cache_tokens - sum(g.reserved for g in self._groups)
         with self._lock:
-            job = next((j for j in self._waiting if self._group_of[j.model] is group and not j.cancelled), None)
-            if job is None or not self._fits(group, job):
+            job = next((j for j in self._waiting if not j.cancelled and self._in_front(group, j, room)), None)
+            if job is None or self._group_of[job.model] is not group or job.total > room:
+                return False
+            if len(group.running) >= group.rows.limit:
                 return False
             self._waiting.remove(job)
         group.reading = (self._next, job)
         self._next += 1
         return True
+
+    def _in_front(self, group: Group, job: Job, room: int) -> bool:
+        """Whether nobody behind a waiting job may enter a batch before it: it is of that batch, or of another one that
+        has a place and only lacks room.
+        """
+        other = self._group_of[job.model]
+        free = other.reading is None and len(other.running) < other.rows.limit
+        return other is group or (free and job.total > room)
 
     def _read(self, group: Group) -> None:
         """One chunk of prompts, in one or several: those who decode wait for no more than that between two steps."""

@@ -142,6 +142,25 @@ def test_answers_wait_for_room_in_the_cache(bench: Bench) -> None:
     assert bench.rows.most == 1
 
 
+def test_nobody_overtakes_one_that_waits_for_room_in_the_cache(tiny_tokenizer: Any) -> None:
+    bench, other = Bench(tiny_tokenizer, cache_tokens=50), Paper()
+    bench.scheduler.stop()
+    groups = [Group(bench.rows, {"m": None}), Group(other, {"n": None})]
+    bench.scheduler = Scheduler(groups, Limits(cache_tokens=50), Metrics())
+    begun: list[str] = []
+    bench.rows.watch = lambda part: begun.append("m")
+    other.watch = lambda part: begun.append("n")
+    bench.held_up(20)
+    large = bench.job(30, count=40)
+    large.model = "n"
+    # each of the small ones would fit beside what runs
+    bench.scheduler.submit([large, *(bench.job(40 + i, count=20) for i in range(3))])
+    bench.rows.gate.set()
+    assert [bench.ended(i).reason for i in range(5)] == ["length"] * 5
+    assert begun == ["m", "n", "m", "m", "m"]
+    bench.scheduler.stop()
+
+
 @pytest.mark.parametrize("bench", [{"queue": 2}], indirect=True)
 def test_a_full_queue_takes_all_of_a_request_or_nothing(bench: Bench) -> None:
     bench.held_up(8)
@@ -181,6 +200,24 @@ def test_a_sequence_of_which_no_token_can_be_drawn_ends_alone(bench: Bench) -> N
     assert bench.ended(1).reason == "length"
     assert bench.tokens(1) == list(range(21, 29))
     assert bench.scheduler.alive and not bench.rows.held
+
+
+def test_when_decoding_ends_by_a_fault_nobody_waits_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(key: int) -> None:
+        raise KeyError(key)
+
+    bench.held_up(3)
+    bench.scheduler.submit([bench.job(30 + i, count=9) for i in range(5)])
+    monkeypatch.setattr(bench.rows, "leave", broken)
+    bench.rows.gate.set()
+    # the first has ended, and its place cannot be given back
+    assert bench.ended(0).reason == "length"
+    assert [bench.ended(i).error for i in range(1, 6)] == [FAILED] * 5
+    with pytest.raises(Busy, match="shutting down"):
+        bench.scheduler.submit([bench.job(30)])
+    bench.scheduler.stop()
+    assert not bench.scheduler.alive
+    assert sum(piece.error is not None for piece in bench.pieces[1]) == 1
 
 
 @pytest.mark.parametrize("bench", [{"prompt_chunk": 8}], indirect=True)
@@ -237,7 +274,7 @@ def test_what_fits_exactly_runs_together(bench: Bench) -> None:
     assert bench.rows.most == 2
 
 
-def test_models_of_several_batches_share_the_cache_and_overtake_one_another(tiny_tokenizer: Any) -> None:
+def test_models_of_several_batches_share_the_cache(tiny_tokenizer: Any) -> None:
     bench = Bench(tiny_tokenizer, cache_tokens=60)
     bench.scheduler.stop()
     other = Paper()
@@ -250,8 +287,8 @@ def test_models_of_several_batches_share_the_cache_and_overtake_one_another(tiny
     bench.scheduler.submit([later, small])
     bench.rows.gate.set()
     assert [bench.ended(i).reason for i in range(3)] == ["length"] * 3
-    # there was no room for 26 tokens beside 41, in whichever batch, and for 4 there was
-    assert bench.rows.most == 2 and other.most == 1
+    # there was no room for 26 tokens beside 41, in whichever batch, and those of 4 waited their turn
+    assert bench.rows.most == other.most == 1
     assert bench.tokens(1) == list(range(31, 56)) and bench.tokens(2) == [61, 62, 63]
     bench.scheduler.stop()
 
