@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select
 from llmcompress_kernels.decode_cache import Cache
-from llmcompress_kernels.decode_checks import check_mixers, check_numbers, check_slots, check_windows
+from llmcompress_kernels.decode_checks import check_mixers, check_numbers, check_slots, check_tensors, check_windows
 from llmcompress_kernels.decode_layer import NO_ROUTING, Latents, Layer, Routing
 from llmcompress_kernels.decode_structs import (
     REROUTE,
@@ -295,7 +295,7 @@ def step(
         mixers: Of a decoder that has some; their states are replaced.
 
     Raises:
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or a tensor is not of the type and shape named here.
     """
     batch, count = tokens.shape[0], len(decoder.layers)
     first, last = layers or (0, count)
@@ -310,7 +310,12 @@ def step(
     if members is not None and not 0 <= int(members.min()) <= int(members.max()) < len(decoder.member_heads):
         raise ValueError(f"members {members.tolist()} are not all within 0..{len(decoder.member_heads) - 1}")
     check_mixers(decoder, mixers)
-    check_slots(decoder, slots)
+    check_tensors(
+        batch, tokens=(tokens, torch.int64, None), positions=(positions, torch.int64, None),
+        slots=(slots, torch.int32, None), members=(members, torch.int32, None), best=(best, torch.int64, None),
+        logits=(logits, torch.float32, decoder.vocabulary), hidden=(hidden, torch.float32, decoder.hidden),
+    )  # fmt: skip
+    check_slots(decoder, slots, cache.keys.shape[1])
     limit = min(cache.positions, decoder.cosine.shape[1])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
@@ -362,7 +367,7 @@ def prompt(
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
 
     Raises:
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or the tokens are no int64.
         Exception: What ``reroute`` raised, after all layers; the positions in the cache are useless then.
     """
     count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[1])
@@ -373,6 +378,7 @@ def prompt(
     if not 0 <= member < max(1, len(decoder.member_heads)):
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
     check_mixers(decoder, mixers)
+    check_tensors(count, tokens=(tokens, torch.int64, None))
     check_numbers(decoder, tokens, planes)
     if cache.near is not None:
         check_windows(cache.near, slot, start, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -21,13 +22,20 @@ def check_mixers(decoder: Decoder, mixers: Mixers | None) -> None:
         raise ValueError("mixers belong to decoders whose layers have some, and to all of these")
 
 
-def check_slots(decoder: Decoder, slots: Tensor) -> None:
+def check_slots(decoder: Decoder, slots: Tensor, count: int) -> None:
     """Whether the tokens of a step are of sequences int32 ``[B]`` that may take them.
 
+    Args:
+        decoder: Whose step it is.
+        slots: The sequences.
+        count: Sequences that the cache has room for.
+
     Raises:
-        ValueError: One takes several, and keeps something that stands at one token only.
+        ValueError: There is no such sequence, or one takes several tokens and keeps something that stands at one only.
     """
     chosen = slots.tolist()
+    if min(chosen) < 0 or max(chosen) >= count:
+        raise ValueError(f"sequences {chosen} are not all within 0..{count - 1}")
     if (decoder.mixes or decoder.taps > 0) and len(set(chosen)) < len(chosen):
         raise ValueError(f"a recurrent state takes one token a step: sequences {chosen} repeat")
 
@@ -41,6 +49,26 @@ def check_windows(near: Windows, slot: int, start: int, count: int) -> None:
     begin = int(near.begins[slot])
     if start + count - begin > near.positions or not near.holds(slot, start):
         raise ValueError(f"{count} tokens from {start} on do not fit the rows from {begin} on of layers with windows")
+
+
+def check_tensors(count: int, **given: tuple[Tensor | None, torch.dtype, int | None]) -> None:
+    """Whether tensors that C++ takes by their addresses hold what it reads or writes there.
+
+    Args:
+        count: Rows of each, at least.
+        **given: By name, each with its type and columns, None for one number a row; no tensor is fine.
+
+    Raises:
+        ValueError: One has another type or width, is not contiguous, or has too few rows.
+    """
+    for name, (tensor, dtype, columns) in given.items():
+        if tensor is None:
+            continue
+        width = () if columns is None else (columns,)
+        fits = tensor.shape[1:] == width and tensor.shape[0] >= count
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not fits:
+            found = f"{list(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{name}: {found}, expected {[count, *width]} or more rows, contiguous, of {dtype}")
 
 
 def check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, routed_shapes, select
+from llmcompress_kernels import build, operand_shapes, select
 from llmcompress_kernels.cuda import library as libraries
 from llmcompress_kernels.cuda import skinny
 from llmcompress_kernels.cuda import state as cuda_state
@@ -77,6 +77,8 @@ def group_gemm(
 ) -> Tensor:
     """CUDA implementation of the operator; ``rest`` is ``int8``, whether activations are rounded."""
     arguments = (x, packed, scale, zero, bits, group_size, in_features)
+    # here and not in front of the operator, so that a compiled graph's calls are checked as well
+    operand_shapes.check_linear(*arguments)
     small = wanted("cuda") and packed.dim() == 2 and not any(rest)
     if small and skinny.verify(x, packed, scale, zero, bits, group_size) is None and family_ready(skinny.FAMILY):
         return skinny.group_gemm(*arguments)
@@ -103,9 +105,8 @@ _GATE_UP, _GATE_UP_BITS, _DOWN_BITS, _ACTIVATION, _COUNT = 3, 7, 13, 16, 19
 def moe_group_gemm(*arguments: Any) -> Tensor:
     """CUDA implementation of the operator; arguments as in its schema."""
     x, own, rest = arguments[0], arguments[:_COUNT], arguments[_COUNT:]
-    # here and not in front of the operator, so that a compiled graph's calls are checked as well
     rows = reference_moe_group_gemm.first_rows(own[15], own[_ACTIVATION])
-    routed_shapes.check(x, own[1], own[2], own[3:9], own[9:15], rows, own[15])
+    operand_shapes.check_routed(x, own[1], own[2], own[3:9], own[9:15], rows, own[15])
     if wanted("cuda") and own[_GATE_UP].dim() == 3 and not any(rest):
         index, weights, intermediate, activation, alpha, limit = *own[1:3], *own[15:]
         sides = (skinny.Side(*own[3:9]), skinny.Side(*own[9:15]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import cpu, routed_shapes, schemas
+from llmcompress_kernels import cpu, operand_shapes, schemas
 from llmcompress_kernels.reference.moe_group_gemm import ACTIVATIONS
 
 
@@ -31,7 +31,7 @@ class Stack:
     bits: int = schemas.DENSE_BITS
     group_size: int = 1
 
-    def operand(self) -> routed_shapes.Operand:
+    def operand(self) -> operand_shapes.Operand:
         """The six in the order of the schema."""
         return self.weight, self.scale, self.zero, self.bias, self.bits, self.group_size
 

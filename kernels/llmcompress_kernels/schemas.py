@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import routed_shapes
+from llmcompress_kernels import operand_shapes
 from llmcompress_kernels.reference import bitpack, delta_decode, group_gemm, moe_group_gemm
 from llmcompress_kernels.select import Implementation, register
 
@@ -81,12 +81,18 @@ def _group_gemm_fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _moe_group_gemm(*arguments: Any) -> Tensor:
+def _group_gemm(*arguments: Any) -> Tensor:
     """The definition, asked last: kernels hand on what they decline, so what does not fit is refused here for all."""
+    operand_shapes.check_linear(*arguments[:7])
+    return group_gemm.group_gemm(*arguments)
+
+
+def _moe_group_gemm(*arguments: Any) -> Tensor:
+    """Likewise."""
     x, index, weights = arguments[:3]
     intermediate, activation = arguments[15:17]
     rows = moe_group_gemm.first_rows(intermediate, activation)
-    routed_shapes.check(x, index, weights, arguments[3:9], arguments[9:15], rows, intermediate)
+    operand_shapes.check_routed(x, index, weights, arguments[3:9], arguments[9:15], rows, intermediate)
     return moe_group_gemm.moe_group_gemm(*arguments)
 
 
@@ -101,7 +107,7 @@ def _delta_decode_fake(x: Tensor, packed: list[Tensor], *_: object) -> Tensor:
 _DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "pack": (bitpack.pack, _pack_fake),
     "unpack": (bitpack.unpack, _unpack_fake),
-    "group_gemm": (group_gemm.group_gemm, _group_gemm_fake),
+    "group_gemm": (_group_gemm, _group_gemm_fake),
     "moe_group_gemm": (_moe_group_gemm, _moe_group_gemm_fake),
     "delta_decode": (delta_decode.delta_decode, _delta_decode_fake),
 }

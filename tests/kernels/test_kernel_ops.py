@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmcompress_kernels import ops, select
+from llmcompress_kernels import gpu, ops, select
 from llmcompress_kernels.reference.group_gemm import interleave
 
 from llmcompress.quant import bitpack
@@ -86,6 +86,37 @@ def test_group_gemm(bits: int, symmetric: bool, columns: int) -> None:
     arguments = (x, stack.weight, stack.scale, stack.zero, bits, 16, columns)
     torch.testing.assert_close(torch.ops.llmcompress.group_gemm_definition(*arguments), x @ dense.T)
     assert distance(ops.group_gemm(*arguments), x @ dense.T) < 5e-6
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("op", ["group_gemm", "group_gemm_definition", "gpu"])
+def test_operands_of_a_linear_that_do_not_fit_are_refused(op: str, interleaved: bool) -> None:
+    stack, _ = quantized((32, 128), 4, 32, symmetric=False)
+    parts = {"packed": stack.weight, "scale": stack.scale, "zero": stack.zero}
+    parts = {name: interleave(part) if interleaved else part for name, part in parts.items()}
+    call = gpu.group_gemm if op == "gpu" else getattr(torch.ops.llmcompress, op)
+    # loads the kernels, which take the definition's place
+    ops.group_gemm(torch.randn(1, 128), stack.weight, stack.scale, stack.zero, 4, 32, 128)
+
+    def product(columns: int = 128, group: int = 32, **other: torch.Tensor) -> torch.Tensor:
+        return call(torch.ones(2, columns), *{**parts, **other}.values(), 4, group, 128, False)
+
+    assert product().shape == (2, 32)
+    half = {name: part[: len(part) // 2] for name, part in parts.items()}
+    narrow = {name: part.narrow(1, 0, part.shape[1] - 1).contiguous() for name, part in parts.items()}
+    for name in parts:
+        with pytest.raises(ValueError, match=f"group_gemm: {name} has shape"):
+            product(**{name: narrow[name]})
+    for name in ("scale", "zero"):
+        with pytest.raises(ValueError, match=f"group_gemm: {name} has shape"):
+            product(**{name: half[name]})
+    for group in (16, 64):
+        with pytest.raises(ValueError, match="group_gemm: scale has shape"):
+            product(group=group)
+    with pytest.raises(ValueError, match="0 columns per group"):
+        product(group=0)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 96\], expected \[..., 128\]"):
+        product(columns=96)
 
 
 def test_group_gemm_keeps_the_type_of_its_input() -> None:
@@ -199,8 +230,6 @@ def side(shape: tuple[int, ...], bits: int, group: int) -> ops.Stack:
 @pytest.mark.parametrize("what", WRONG)
 def test_moe_refuses_operands_that_do_not_fit(what: str) -> None:
     """On a GPU they would be read past their ends, so its front refuses them too, before it asks for a device."""
-    from llmcompress_kernels import gpu
-
     x, index = torch.randn(5, 32), torch.randint(0, 4, (5, 2))
     operands: dict[str, Any] = {"x": x, "index": index, "weights": torch.rand(5, 2), "intermediate": 16}
     operands |= {"gate_up": side((3, 32, 32), 4, 16), "down": side((3, 32, 16), 4, 16)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,11 +164,16 @@ def test_moe(packed, up_bits, down_bits, dtype, sizes, activation, bias) -> None
     assert relative(found, expected) < 3 * TOLERANCE[dtype]
 
 
-def test_moe_skips_experts_without_tokens_and_tokens_without_experts(packed) -> None:
+def test_moe_skips_experts_without_tokens_and_tokens_without_experts(packed, monkeypatch) -> None:
     up, down = packed((4, 32, 32), 4, 32, True), packed((4, 32, 16), 3, 16, True)
     poisoned = up.scale.clone()
     poisoned[1:] = float("nan")
-    index = torch.tensor([[0, 4], [4, 0], [4, 4]])
+
+    def poisoned_memory(shape: tuple[int, ...], **how: Any) -> torch.Tensor:
+        return torch.full(shape, float("nan") if how["dtype"].is_floating_point else -1, **how)
+
+    monkeypatch.setattr(torch, "empty", poisoned_memory)
+    index = torch.tensor([[0, 4], [4, 0], [4, -1]])
     sides = (up.weight, poisoned, None, None, 4, 32, down.weight, down.scale, None, None, 3, 16)
     x = torch.randn(3, 32)
     found = moe_group_gemm.moe_group_gemm(x, index, torch.rand(3, 2), *sides, 16, "silu", 1.0, 1.0)

@@ -190,7 +190,9 @@ def combine_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in range(0, SLOTS):
         slot = token * SLOTS + j
-        width = tl.where(tl.load(index + slot) < EXPERTS, hidden, 0)  # int
+        expert = tl.load(index + slot)  # int
+        # what a slot of no expert would add was never written
+        width = tl.where((expert >= 0) & (expert < EXPERTS), hidden, 0)
         share = tl.load(weights + slot).to(tl.float32)
         for split in range(0, SPLITS):
             row = parts + (split * count + slot) * hidden

@@ -189,3 +189,34 @@ def test_what_it_does_not_take(decoders: Any, ids: torch.Tensor) -> None:
         native.prompt(engine.decoder, engine.cache, torch.tensor([10**6]), 0)
     with pytest.raises(ValueError, match="1, 2 or 3 bytes"):
         native.prompt(engine.decoder, engine.cache, ids[:4], 0, planes=4)
+    with pytest.raises(ValueError, match=r"tokens: .*int32, expected"):
+        native.prompt(engine.decoder, engine.cache, ids[:4].int(), 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"slots": torch.tensor([2, 0], dtype=torch.int32)}, r"sequences \[2, 0\] are not all within 0..1"),
+        ({"slots": torch.tensor([-1, 0], dtype=torch.int32)}, "are not all within"),
+        ({"slots": torch.tensor([0, 1])}, "slots: .*expected .*int32"),
+        ({"slots": torch.tensor([0], dtype=torch.int32)}, "slots: .*or more rows"),
+        ({"tokens": torch.tensor([3, 4], dtype=torch.int32)}, "tokens: .*int64"),
+        ({"tokens": torch.tensor([3, 9, 4, 9])[::2]}, "tokens: .*contiguous"),
+        ({"positions": torch.tensor([0])}, "positions: "),
+        ({"logits": torch.empty(1, 320)}, "logits: "),
+        ({"logits": torch.empty(2, 100)}, "logits: .*expected"),
+        ({"best": torch.empty(2, dtype=torch.int32)}, "best: "),
+    ],
+)
+def test_what_a_step_would_read_or_write_beyond_its_tensors_is_refused(
+    decoders: Any, wrong: dict[str, torch.Tensor], words: str
+) -> None:
+    engine = Engine(decoders.packed("llama", 4), slots=2, positions=48)
+    given = {
+        "tokens": torch.tensor([3, 4]), "positions": torch.tensor([0, 0]),
+        "slots": torch.tensor([0, 1], dtype=torch.int32), "logits": torch.empty(2, engine.decoder.vocabulary),
+        "best": torch.empty(2, dtype=torch.int64),
+    }  # fmt: skip
+    native.step(engine.decoder, engine.cache, **given)
+    with pytest.raises(ValueError, match=words):
+        native.step(engine.decoder, engine.cache, **{**given, **wrong})

@@ -57,15 +57,25 @@ Tensor definition(const char* name, Tensor (*)(Args...), std::type_identity_t<Ar
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Tensor(Args...)>().call(args...);
 }
 
+// Whether `x` holds `width` values for each of `rows` rows, row by row or 16 rows interleaved.
+bool holds(const Tensor& x, int64_t rows, int64_t width, bool interleaved) {
+    const auto sizes = x.sizes();
+    return interleaved ? sizes.equals({rows / lc::LANES, width, int64_t(lc::LANES)}) : sizes.equals({rows, width});
+}
+
 Tensor group_gemm(const Tensor& x, const Tensor& packed, const Tensor& scale, const MaybeTensor& zero, int64_t bits,
                   int64_t group, int64_t columns, bool int8) {
     const auto type = type_of(x);
     const bool interleaved = packed.dim() == 3;
-    const int64_t rows = interleaved ? packed.size(0) * lc::LANES : packed.size(0);
-    const int64_t words = (columns * bits + 31) / 32;
+    const int64_t rows = packed.dim() == 0 ? 0 : interleaved ? packed.size(0) * lc::LANES : packed.size(0);
+    // what does not fit is left to the definition, which says why
+    const auto fits = [&](const Tensor& part, int64_t numbers) { return holds(part, rows, numbers, interleaved); };
+    const auto words = [bits](int64_t codes) { return (codes * bits + 31) / 32; };
+    const int64_t groups = group < 1 ? 0 : (columns + group - 1) / group;
     const bool runs = type && plain(packed, ScalarType::Int) && plain(scale, ScalarType::Half) &&
-                      plain(zero, ScalarType::Int) && !lc::declined(int(bits), group, columns) && x.dim() > 0 &&
-                      x.size(-1) == columns && packed.size(1) == words && scale.dim() == packed.dim();
+                      plain(zero, ScalarType::Int) && groups > 0 && !lc::declined(int(bits), group, columns) &&
+                      x.dim() > 0 && x.size(-1) == columns && fits(packed, words(columns)) && fits(scale, groups) &&
+                      (!zero || fits(*zero, words(groups)));
     if (!runs)
         return definition("llmcompress::group_gemm_definition", &group_gemm, x, packed, scale, zero, bits, group, columns, int8);
     const Tensor input = in_order(x);

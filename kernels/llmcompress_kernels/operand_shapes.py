@@ -1,4 +1,5 @@
-"""Whether the operands of ``moe_group_gemm`` fit each other: asked before any kernel runs, which would read past them.
+"""Whether the operands of ``group_gemm`` and ``moe_group_gemm`` fit each other: asked before any kernel runs, which
+would read past them.
 
 The C++ kernels compare shapes themselves, since this takes a fifth of a product of one token behind cold caches; what
 does not fit they hand to the definition, which asks here.
@@ -19,10 +20,40 @@ from llmcompress_kernels.reference.moe_group_gemm import DENSE_BITS
 Operand = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
-def check(
+def check_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int
+) -> None:
+    """Compare shapes of ``group_gemm``.
+
+    Args:
+        x: ``[..., K]``.
+        packed: ``[N, words(K, bits)]``, or interleaved like the next two.
+        scale: ``[N, G]``.
+        zero: ``[N, words(G, bits)]`` or None.
+        bits: Code width.
+        group_size: Columns per scale.
+        columns: K.
+
+    Raises:
+        ValueError: They do not fit; the message names the operand, what it has and what it should have.
+    """
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"group_gemm: x has shape {list(x.shape)}, expected [..., {columns}]")
+    if packed.dim() not in (2, 3):
+        raise ValueError(f"group_gemm: packed has shape {list(packed.shape)}, expected two dimensions, or three")
+    if group_size < 1:
+        raise ValueError(f"group_gemm: {group_size} columns per group")
+    for part, tensor, width in _widths("packed", packed, scale, zero, bits, group_size, columns):
+        # the three come in one order: row by row, or 16 rows interleaved
+        shape = (packed.shape[0], width, LANES)[: packed.dim()]
+        _expect(f"group_gemm: {part}", tensor, shape)
+
+
+def check_routed(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Operand, down: Operand, rows: int, intermediate: int
 ) -> None:
-    """Compare shapes; on the CPU also the range of ``index``, which a GPU would have to be waited for.
+    """Compare shapes of ``moe_group_gemm``; on the CPU also the range of ``index``, which a GPU would have to be waited
+    for.
 
     Args:
         x: ``[T, H]``.
@@ -46,8 +77,8 @@ def check(
     if weights.shape != index.shape:
         raise ValueError(f"moe_group_gemm: weights have shape {list(weights.shape)}, expected {list(index.shape)}")
     experts, hidden = gate_up[0].shape[0], x.shape[1]
-    _check_side("gate_up", gate_up, experts, rows, hidden)
-    _check_side("down", down, experts, hidden, intermediate)
+    _check_side("moe_group_gemm: gate_up", gate_up, experts, rows, hidden)
+    _check_side("moe_group_gemm: down", down, experts, hidden, intermediate)
     if index.device.type == "cpu" and index.numel():
         least, most = (int(bound) for bound in index.aminmax())
         if least < 0 or most > experts:
@@ -65,20 +96,25 @@ def _check_side(name: str, side: Operand, experts: int, rows: int, columns: int)
         _expect(f"{name}.weight", weight, (experts, rows, columns))
         return
     if scale is None:
-        raise ValueError(f"moe_group_gemm: {name} has {bits} bits but no scale")
+        raise ValueError(f"{name} has {bits} bits but no scale")
     if group < 1:
-        raise ValueError(f"moe_group_gemm: {name} has {group} columns per group")
-    groups = -(-columns // group)
-    operands = [("weight", weight, words(columns, bits)), ("scale", scale, groups)]
-    if zero is not None:
-        operands.append(("zero", zero, words(groups, bits)))
-    for part, tensor, width in operands:
-        # the three come in one order: row by row, or 16 rows interleaved
-        interleaved = weight.dim() == 4 and rows % LANES == 0
+        raise ValueError(f"{name} has {group} columns per group")
+    # the three come in one order: row by row, or 16 rows interleaved
+    interleaved = weight.dim() == 4 and rows % LANES == 0
+    for part, tensor, width in _widths("weight", weight, scale, zero, bits, group, columns):
         shape = (experts, rows // LANES, width, LANES) if interleaved else (experts, rows, width)
         _expect(f"{name}.{part}", tensor, shape)
 
 
+def _widths(
+    name: str, weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int
+) -> list[tuple[str, Tensor, int]]:
+    """Tensors of a packed weight, the first of this name, and what a row of each has."""
+    groups = -(-columns // group)
+    found = [(name, weight, words(columns, bits)), ("scale", scale, groups)]
+    return found if zero is None else [*found, ("zero", zero, words(groups, bits))]
+
+
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"moe_group_gemm: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
