@@ -31,6 +31,17 @@ ChatTopPOption = Annotated[
     float | None,
     typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus. As the model's generation_config.json says, or 0.95."),
 ]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Only so many of the likeliest tokens; 0 for all.")]
+MinPOption = Annotated[
+    float, typer.Option("--min-p", min=0.0, max=1.0, help="Only tokens so many times as likely as the likeliest.")
+]
+ChatTopKOption = Annotated[
+    int | None, typer.Option("--top-k", min=0, help="0 for all. As the model's generation_config.json says, or 0.")
+]
+ChatMinPOption = Annotated[
+    float | None,
+    typer.Option("--min-p", min=0.0, max=1.0, help="As the model's generation_config.json says, or 0."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")
@@ -62,6 +73,8 @@ def generate(
     max_new_tokens: NewTokensOption = 64,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     member: MemberOption = None,
@@ -76,7 +89,7 @@ def generate(
         if sys.stdin.isatty():
             raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
         prompt = sys.stdin.read().rstrip("\n")
-    how = Sampling(max_new_tokens, temperature, top_p, seed)
+    how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p)
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
     text, data = writer.write(words, stream=not out.json_mode, special=not as_chat)
@@ -91,6 +104,8 @@ def chat(
     max_new_tokens: NewTokensOption = 256,
     temperature: ChatTemperatureOption = None,
     top_p: ChatTopPOption = None,
+    top_k: ChatTopKOption = None,
+    min_p: ChatMinPOption = None,
     seed: SeedOption = 0,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     member: MemberOption = None,
@@ -104,7 +119,7 @@ def chat(
 
     A model without a chat template continues the text of the conversation instead.
     """
-    how = Sampling(max_new_tokens, temperature, top_p, seed, talk=True)
+    how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, talk=True)
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -149,16 +164,20 @@ class Sampling:
         temperature: 0 is greedy. None is what the model's makers recommend, else :data:`TALK`; so is that of top_p.
         top_p: Nucleus.
         seed: Of sampling.
+        top_k, min_p: Further limits; None is what the makers recommend, else none.
         talk: Whether what the makers recommend counts at all.
     """
 
     def __init__(
-        self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int, talk: bool = False
-    ) -> None:
+        self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int,
+        top_k: int | None = None, min_p: float | None = None, talk: bool = False,
+    ) -> None:  # fmt: skip
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
         self.seed = seed
+        self.top_k = top_k
+        self.min_p = min_p
         self.talk = talk
 
     def of(self, model: PreTrainedModel) -> How:
@@ -166,7 +185,8 @@ class Sampling:
         from llmcompress.inference.generate import Recommended, recommended
 
         made = recommended(model.generation_config) if self.talk else Recommended()
-        return made.sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed, TALK)
+        asked = Recommended(self.temperature, self.top_p, self.top_k, self.min_p)
+        return made.sampling(self.max_new_tokens, self.seed, asked, TALK)
 
 
 class Speed:

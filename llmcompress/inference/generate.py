@@ -43,6 +43,7 @@ class Sampling:
         top_p: Nucleus: the smallest set of most likely tokens with at least this probability.
         top_k: Only the most likely ones; 0 for all.
         seed: Of the draws.
+        min_p: Only those that are at least so many times as likely as the likeliest one, up to 1; 0 for all.
     """
 
     max_new_tokens: int
@@ -50,40 +51,42 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """What a checkpoint's ``generation_config.json`` says of sampling; None where it says nothing.
+    """What a checkpoint's ``generation_config.json``, or a request, says of sampling; None where it says nothing.
 
     Attributes:
-        temperature, top_p, top_k: As in :class:`Sampling`. A file that does not ask for sampling recommends nothing.
+        temperature, top_p, top_k, min_p: As in :class:`Sampling`. A file that does not ask for sampling recommends
+            nothing.
     """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
 
     def sampling(
-        self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int,
-        otherwise: tuple[float, float] = (1.0, 1.0),
-    ) -> Sampling:  # fmt: skip
+        self, max_new_tokens: int, seed: int, asked: Recommended, otherwise: tuple[float, float] = (1.0, 1.0)
+    ) -> Sampling:
         """How tokens are chosen for a request: as it says, else as the makers recommend, else as ``otherwise`` says.
-
-        ``top_k`` is the makers' always: neither requests nor chats have a word for it.
 
         Args:
             max_new_tokens: Longest continuation.
-            temperature: What the request says, None where it says nothing.
-            top_p: The same.
             seed: Of the draws.
+            asked: What the request says.
             otherwise: Temperature and top_p where neither does.
         """
-        warm = self.temperature if temperature is None else temperature
-        nucleus = self.top_p if top_p is None else top_p
+
+        def first(*values: float | None) -> float:
+            return next((value for value in values if value is not None), 0.0)
+
         return Sampling(
-            max_new_tokens, otherwise[0] if warm is None else warm, otherwise[1] if nucleus is None else nucleus,
-            self.top_k or 0, seed,
+            max_new_tokens, first(asked.temperature, self.temperature, otherwise[0]),
+            first(asked.top_p, self.top_p, otherwise[1]), int(first(asked.top_k, self.top_k)), seed,
+            first(asked.min_p, self.min_p),
         )  # fmt: skip
 
 
@@ -102,7 +105,9 @@ def recommended(settings: GenerationConfig | None) -> Recommended:
         return value if isinstance(value, int | float) and value > 0 else None
 
     top_k = positive("top_k")
-    return Recommended(positive("temperature"), positive("top_p"), None if top_k is None else int(top_k))
+    return Recommended(
+        positive("temperature"), positive("top_p"), None if top_k is None else int(top_k), positive("min_p")
+    )
 
 
 @contextmanager
@@ -277,6 +282,7 @@ class Generator:
             max_new_tokens=how.max_new_tokens, do_sample=sampled, repetition_penalty=1.0,
             pad_token_id=ends[0], eos_token_id=ends,
             **({"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p} if sampled else {}),
+            **({"min_p": how.min_p} if sampled and how.min_p > 0 else {}),
         )  # fmt: skip
         device = self.model.device
         ids = torch.tensor([list(prompt)], device=device)
@@ -296,7 +302,7 @@ def choose(logits: Tensor, how: Sampling, draws: torch.Generator) -> Tensor:
 
     Args:
         logits: float32 ``[B, V]``.
-        how: Temperature first, then top-k, then top-p, as transformers orders them.
+        how: Temperature first, then top-k, then top-p, then min-p, as transformers orders them.
         draws: Random numbers.
 
     Returns:
@@ -306,7 +312,7 @@ def choose(logits: Tensor, how: Sampling, draws: torch.Generator) -> Tensor:
         return logits.argmax(-1)
     # from the largest down, so that the smallest temperatures give no infinity less infinity
     scaled = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, torch.finfo(torch.float32).tiny)
-    if how.top_k == 0 and how.top_p >= 1:
+    if how.top_k == 0 and how.top_p >= 1 and how.min_p == 0:
         return torch.multinomial(scaled.softmax(-1), 1, generator=draws)[:, 0]
     vocabulary = logits.shape[-1]
     count = min(how.top_k or vocabulary, vocabulary)
@@ -316,10 +322,15 @@ def choose(logits: Tensor, how: Sampling, draws: torch.Generator) -> Tensor:
     everything = scaled if how.top_k == 0 else values if tried == count else scaled.topk(count, -1).values
     probabilities = (values - everything.logsumexp(-1, keepdim=True)).exp()
     before = probabilities.cumsum(-1) - probabilities
-    if tried < count and bool((before[:, -1] + probabilities[:, -1] < how.top_p).any()):
+    # whether one that was not tried could be kept
+    short = (before[:, -1] + probabilities[:, -1] < how.top_p) & (
+        probabilities[:, -1] >= how.min_p * probabilities[:, 0]
+    )
+    if tried < count and bool(short.any()):
         values, index = scaled.topk(count, -1)
         probabilities = (values - everything.logsumexp(-1, keepdim=True)).exp()
         before = probabilities.cumsum(-1) - probabilities
-    kept = torch.where(before < how.top_p, probabilities, 0)
+    likely = probabilities >= how.min_p * probabilities[:, :1]
+    kept = torch.where((before < how.top_p) & likely, probabilities, 0)
     kept[:, 0] = probabilities[:, 0]
     return index.gather(-1, torch.multinomial(kept, 1, generator=draws))[:, 0]

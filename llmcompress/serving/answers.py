@@ -72,7 +72,11 @@ class CompletionShape:
         return {
             "tokens": texts,
             "token_logprobs": [choice.logprob for choice in choices],
-            "top_logprobs": [{_text(words, token): value for token, value in choice.top} for choice in choices],
+            # the token itself is among them, if need be as one more
+            "top_logprobs": [
+                {_text(words, token): value for token, value in (*choice.top, (choice.token, choice.logprob))}
+                for choice in choices
+            ],
             "text_offset": offsets,
         }
 

@@ -9,7 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -19,18 +19,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from llmcompress.inference.generate import Sampling
+from llmcompress.inference.generate import Recommended, Sampling
 from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
 from llmcompress.serving.guard import HEALTH, Guard
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, parse
-from llmcompress.serving.scheduler import STOPPED, Busy, Job, Piece, Scheduler
+from llmcompress.serving.scheduler import FAILED, STOPPED, Busy, Job, Piece, Scheduler
 from llmcompress.serving.served import ServedModel
 from llmcompress.serving.text import TextStream
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 _EVENTS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -134,8 +134,10 @@ class Service:
         logprobs: int | None, shape: Shape,
     ) -> Response:  # fmt: skip
         """Queue the jobs of a request and answer, at once or as a stream."""
-        if len(prompts) * ask.n > self.limits.choices:
-            raise ApiError(400, f"n: {len(prompts) * ask.n} answers, at most {self.limits.choices}", param="n")
+        # all wait together before the first is taken
+        most = min(self.limits.choices, self.limits.queue)
+        if len(prompts) * ask.n > most:
+            raise ApiError(400, f"n: {len(prompts) * ask.n} answers, at most {most}", param="n")
         if wanted > self.limits.new_tokens:
             raise ApiError(400, f"max_tokens: {wanted}, at most {self.limits.new_tokens}", param="max_tokens")
         room = min(self.scheduler.room(model.name), model.context or 1 << 40)
@@ -147,13 +149,17 @@ class Service:
             )  # fmt: skip
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
+        ends = frozenset() if ask.ignore_eos else model.stop
         jobs = []
         for index in range(len(prompts) * ask.n):
             how = _sampling(ask, model, wanted, seed + index % ask.n & (1 << 63) - 1)
             stream = TextStream(model.tokenizer, ask.stop or ())
             jobs.append(
-                Job(model.name, prompts[index // ask.n], how, model.stop, stream, _sink(loop, pieces, index), logprobs)
-            )
+                Job(
+                    model.name, prompts[index // ask.n], how, ends.union(ask.stop_token_ids or ()), stream,
+                    _sink(loop, pieces, index), logprobs,
+                )
+            )  # fmt: skip
         try:
             self.scheduler.submit(jobs)
         except Busy as busy:
@@ -163,31 +169,28 @@ class Service:
         answers = Answers(shape, model, f"{shape.prefix}-{uuid.uuid4().hex}", jobs, prompts)
         if ask.stream:
             body = self.stream(answers, pieces, ask.wants_usage)
-            return StreamingResponse(body, media_type="text/event-stream", headers=_EVENTS)
+            return _Events(body, partial(self.scheduler.cancel, jobs))
         return await self.whole(request, answers, pieces)
 
     async def stream(
         self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], usage: bool
     ) -> AsyncIterator[bytes]:
-        """Server-sent events; a reader that goes away frees its places."""
+        """Server-sent events."""
         # a stream that counts has the field in every chunk
         no_usage = {"usage": None} if usage else {}
-        try:
-            for opening in answers.openings():
-                yield _event({**opening, **no_usage})
-            left = len(answers.jobs)
-            while left:
-                index, piece = await pieces.get()
-                if piece.error is not None:
-                    yield _event(_failure(piece.error).body())
-                    return
-                yield _event({**answers.chunk(index, piece), **no_usage})
-                left -= piece.reason is not None
-            if usage:
-                yield _event(answers.usage_chunk())
-            yield b"data: [DONE]\n\n"
-        finally:
-            self.scheduler.cancel(answers.jobs)
+        for opening in answers.openings():
+            yield _event({**opening, **no_usage})
+        left = len(answers.jobs)
+        while left:
+            index, piece = await pieces.get()
+            if piece.error is not None:
+                yield _event(_failure(piece.error).body())
+                return
+            yield _event({**answers.chunk(index, piece), **no_usage})
+            left -= piece.reason is not None
+        if usage:
+            yield _event(answers.usage_chunk())
+        yield b"data: [DONE]\n\n"
 
     async def whole(self, request: Request, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]]) -> Response:
         """One JSON object, unless the reader goes away before."""
@@ -213,6 +216,27 @@ class Service:
             self.scheduler.cancel(answers.jobs)
 
 
+class _Events(StreamingResponse):
+    """A stream that says when it is over, also to a reader who has gone before its first byte: a generator that was
+    never begun has no end to hook on to.
+
+    Args:
+        body: Server-sent events.
+        over: Frees the places of the answers.
+    """
+
+    def __init__(self, body: AsyncIterator[bytes], over: Callable[[], None]) -> None:
+        super().__init__(body, media_type="text/event-stream", headers=_EVENTS)
+        self._over = over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
+
+
 def application(service: Service, api_key: str | None) -> ASGIApp:
     """The routes behind key, body and time limits.
 
@@ -228,7 +252,9 @@ def application(service: Service, api_key: str | None) -> ASGIApp:
         Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
     ]
-    handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone}
+    handlers: dict[Any, Any] = {
+        ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _broken,
+    }  # fmt: skip
     return Guard(Starlette(routes=routes, exception_handlers=handlers), service.limits, service.metrics, api_key)
 
 
@@ -261,8 +287,13 @@ def _render(model: ServedModel, messages: list[dict[str, str]], variables: dict[
 
 
 async def _json(request: Request) -> Any:
+    text = await request.body()
     try:
-        return json.loads(await request.body())
+        found = json.loads(text)
+        if b"\\u" in text:
+            # half a surrogate pair can be escaped, and is no text that a tokenizer takes
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
@@ -288,11 +319,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(error.status_code, text).body(), error.status_code, headers=error.headers)
 
 
+async def _broken(_: Request, __: Exception) -> Response:
+    """For what nobody foresaw; the traceback goes on to the server's log."""
+    return JSONResponse(_failure(FAILED).body(), 500)
+
+
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
 
 
 def _sampling(ask: Ask, model: ServedModel, wanted: int, seed: int) -> Sampling:
     """How tokens are chosen: as the request says, else as the model's makers recommend, else as at OpenAI."""
-    how = model.sampling.sampling(wanted, ask.temperature, ask.top_p, seed)
-    return how if ask.top_k is None else replace(how, top_k=max(0, ask.top_k))
+    top_k = None if ask.top_k is None else max(0, ask.top_k)
+    return model.sampling.sampling(wanted, seed, Recommended(ask.temperature, ask.top_p, top_k, ask.min_p))

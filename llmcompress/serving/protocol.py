@@ -74,6 +74,10 @@ class Ask(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     # beyond OpenAI, as vLLM and llama.cpp have it: 0 and -1 are all tokens
     top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    # beyond OpenAI, as vLLM has it: measurements want answers of one length
+    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = Field(default=None, max_length=64)
     # what a client says about itself
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -82,6 +86,7 @@ class Ask(BaseModel):
     # accepted where they change nothing
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None

@@ -167,11 +167,13 @@ def test_sequences_longer_than_a_window(decoders: Any) -> None:
 
 @pytest.mark.parametrize("how", [
     Sampling(1, 0.7), Sampling(1, 1.3, top_p=0.6), Sampling(1, 1.0, top_k=5), Sampling(1, 1.0, top_p=0.8, top_k=7),
-    Sampling(1, 1.0, top_p=1e-9),
+    Sampling(1, 1.0, top_p=1e-9), Sampling(1, 1.2, min_p=0.2), Sampling(1, 1.0, min_p=1.0),
+    Sampling(1, 1.5, top_p=0.9, top_k=12, min_p=0.1),
 ])  # fmt: skip
 def test_choice_follows_the_filtered_distribution(how: Sampling) -> None:
     """Frequencies against transformers' own warpers."""
     from transformers.generation.logits_process import (
+        MinPLogitsWarper,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
@@ -183,6 +185,8 @@ def test_choice_follows_the_filtered_distribution(how: Sampling) -> None:
         warped = TopKLogitsWarper(how.top_k)(torch.empty(0), warped)
     if how.top_p < 1:
         warped = TopPLogitsWarper(how.top_p)(torch.empty(0), warped)
+    if how.min_p:
+        warped = MinPLogitsWarper(how.min_p)(torch.empty(0), warped)
     expected = warped.softmax(-1)[0]
     draws = choose(logits.expand(20000, -1), how, torch.Generator().manual_seed(0))
     found = torch.bincount(draws, minlength=40) / 20000
@@ -200,5 +204,8 @@ def test_the_smallest_temperatures_are_greedy(temperature: float, top_p: float) 
 
 def test_nucleus_beyond_the_first_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmcompress.inference.generate.NUCLEUS", 4)
-    draws = choose(torch.zeros(5000, 32), Sampling(1, 1.0, top_p=0.95), torch.Generator().manual_seed(0))
+    even = torch.zeros(5000, 32)
+    draws = choose(even, Sampling(1, 1.0, min_p=0.5), torch.Generator().manual_seed(0))
+    assert len(draws.unique()) == 32
+    draws = choose(even, Sampling(1, 1.0, top_p=0.95), torch.Generator().manual_seed(0))
     assert len(draws.unique()) == 31

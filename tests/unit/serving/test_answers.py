@@ -33,6 +33,12 @@ def test_spaces_before_words_belong_to_their_tokens() -> None:
     assert (first["token"], bytes(first["bytes"])) == (" the", b" the")
 
 
+def test_a_token_is_among_the_likely_ones_even_if_it_is_not() -> None:
+    drawn = [TokenChoice(2, -7.0, ((1, -0.1), (0, -2.0))), TokenChoice(3, -3.0, ())]
+    found = CompletionShape().logprobs(sentencepiece(), drawn, 0)["top_logprobs"]
+    assert found == [{" the": -0.1, "[UNK]": -2.0, " cat": -7.0}, {"s": -3.0}]
+
+
 def test_tokens_with_bytes_are_as_they_are(tiny_tokenizer: Any) -> None:
     text = "The cat sat on a café"
     ids = tiny_tokenizer(text)["input_ids"]

@@ -1,0 +1,98 @@
+"""The application without a socket: readers that have gone when an answer begins, what nobody foresaw."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+
+from llmcompress.inference.generate import Recommended
+from llmcompress.serving.app import Service, application
+from llmcompress.serving.limits import Limits
+from llmcompress.serving.metrics import Metrics
+from llmcompress.serving.scheduler import Job
+from llmcompress.serving.served import ServedModel
+
+
+class Waiting:
+    """A scheduler whose answers never begin."""
+
+    draining, alive = False, True
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def room(self, model: str) -> int:
+        return 100
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self.jobs += jobs
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.cancelled = True
+
+
+def ask(
+    words: Any, scheduler: Any, body: dict[str, Any], sent: list[Any], sending: float = 0.0, patience: float = 0.0
+) -> None:
+    """Ask as a reader who takes so many seconds for each message and goes after others."""
+    limits, metrics = Limits(), Metrics()
+    model = ServedModel("m", words, frozenset({2}), None, 300, Recommended())
+    app = application(Service({"m": model}, scheduler, limits, metrics), None)
+    arriving = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> Any:
+        if arriving:
+            return arriving.pop()
+        await asyncio.sleep(patience)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(sending)
+        sent.append(message)
+
+    scope: Any = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+
+
+@pytest.mark.parametrize(("sending", "patience"), [(0.2, 0.02), (0.0, 0.2)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_before_the_first_byte_or_later_frees_all_places(
+    tiny_tokenizer: Any, stream: bool, sending: float, patience: float
+) -> None:
+    scheduler = Waiting()
+    body = {"model": "m", "prompt": "The", "n": 3, "stream": stream, "max_tokens": 40}
+    ask(tiny_tokenizer, scheduler, body, [], sending, patience)
+    assert [job.cancelled for job in scheduler.jobs] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "stop"), [({}, {2}), ({"stop_token_ids": [7]}, {2, 7}), ({"ignore_eos": True}, set()),
+                        ({"ignore_eos": True, "stop_token_ids": [7, 8]}, {7, 8})],
+)  # fmt: skip
+def test_which_tokens_end_an_answer(tiny_tokenizer: Any, asked: dict[str, Any], stop: set[int]) -> None:
+    scheduler = Waiting()
+    ask(tiny_tokenizer, scheduler, {"model": "m", "prompt": "The", **asked}, [])
+    assert scheduler.jobs[0].stop == stop
+
+
+def test_what_nobody_foresaw_is_an_error_in_openais_shape(tiny_tokenizer: Any) -> None:
+    class Broken(Waiting):
+        def submit(self, jobs: Sequence[Job]) -> None:
+            raise ZeroDivisionError("inside")
+
+    sent: list[Any] = []
+    # goes on to the server's log
+    with pytest.raises(ZeroDivisionError):
+        ask(tiny_tokenizer, Broken(), {"model": "m", "prompt": "The"}, sent)
+    assert sent[0]["status"] == 500
+    error = json.loads(sent[1]["body"])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "inside" not in error["message"]
