@@ -237,6 +237,7 @@ def _require_names(limits: list[GateConfig], config: EvaluateConfig) -> None:
     from llmcompress.evaluation.harness import scored_names, specify
 
     exact = [f"{name}.{metric}" for name in config.perplexity for metric in ("perplexity", "bits_per_byte")]
+    exact += ["tasks.mean_acc"] if len(config.tasks) > 1 else []
     gates = {f"{number}": limit for number, limit in enumerate(limits, 1)}
     if not unknown_metrics(gates, exact):
         return
@@ -424,7 +425,7 @@ def _measure_one(
     out: Output, path: str, config: EvaluateConfig, dtype: str, device: str, member: str | None
 ) -> list[dict[str, Any]]:
     from llmcompress.evaluation.ledger import Ledger
-    from llmcompress.evaluation.measure import measure_side, open_tasks, pair_scores, side_scores
+    from llmcompress.evaluation.measure import measure_side, open_tasks, pair_scores, side_scores, task_mean
 
     opened, ledger = _open(path, dtype, device, out, member), Ledger()
     prepared = _prepare(config, opened, out)
@@ -434,7 +435,8 @@ def _measure_one(
     measure_side(
         "compressed", opened.model, opened.tokenizer, config, prepared, ledger, out.note, label=""  # type: ignore[arg-type]
     )  # fmt: skip
-    return pair_scores(None, side_scores("compressed", config, prepared, ledger))
+    rows = pair_scores(None, side_scores("compressed", config, prepared, ledger))
+    return rows + task_mean(rows, config.task_names())
 
 
 def _measure_two(
@@ -449,6 +451,7 @@ def _measure_two(
         open_tasks,
         pair_scores,
         side_scores,
+        task_mean,
     )
 
     for name in (first, second):
@@ -464,8 +467,10 @@ def _measure_two(
     for side, opened, label in (("dense", one, "A"), ("compressed", two, "B")):
         measure_side(side, opened.model, one.tokenizer, config, prepared, ledger, out.note, label)  # type: ignore[arg-type]
     pair = measure_pair(one.model, two.model, config, prepared, ledger, out.note)
-    right = [*side_scores("compressed", config, prepared, ledger), *fidelity_scores(pair)]
-    return pair_scores(side_scores("dense", config, prepared, ledger), right)
+    rows = pair_scores(
+        side_scores("dense", config, prepared, ledger), side_scores("compressed", config, prepared, ledger)
+    )
+    return [*rows, *task_mean(rows, config.task_names()), *pair_scores(None, fidelity_scores(pair))]
 
 
 def _compact(row: dict[str, Any], shape: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Nothing here knows about stages or run folders: :mod:`llmcompress.stages.evaluat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -505,6 +506,41 @@ def pair_scores(dense: Sequence[Score] | None, compressed: Sequence[Score] | Non
             row["difference_stderr"] = harness.paired_stderr(one.rows, two.rows)
         rows.append(row)
     return rows
+
+
+def task_mean(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """The mean accuracy over several tasks, which papers quote: ``tasks.mean_acc``.
+
+    A task counts once, however many rows it has, with ``acc_norm`` where lm-eval gives one and ``acc`` otherwise.
+
+    Args:
+        rows: Of :func:`pair_scores`.
+        tasks: What the recipe calls them.
+
+    Returns:
+        One row of the same form, with ``n`` of all tasks together and standard errors as of independent tasks; none
+        for a single task, or where a task has no accuracy.
+    """
+    known = {(row["task"], row["metric"]): row for row in rows}
+    parts = [known.get((task, "acc_norm")) or known.get((task, "acc")) for task in tasks]
+    found = [part for part in parts if part is not None]
+    if len(found) < max(2, len(parts)):
+        return []
+
+    def mean(key: str) -> float | None:
+        values: list[Any] = [part.get(key) for part in found]
+        return math.fsum(values) / len(values) if None not in values else None
+
+    def spread(key: str) -> float | None:
+        values: list[Any] = [part.get(key) for part in found]
+        return math.hypot(*values) / len(values) if None not in values else None
+
+    row = {"task": "tasks", "metric": "mean_acc", "dense": mean("dense"), "compressed": mean("compressed")}
+    row |= {"stderr": spread("stderr"), "dense_stderr": spread("dense_stderr")}
+    row |= {"n": sum(part["n"] for part in found), "higher_is_better": True}
+    if "difference" in found[0]:
+        row |= {"difference": mean("difference"), "difference_stderr": spread("difference_stderr")}
+    return [row]
 
 
 def without_policy_rows(config: Settings, ledger: Ledger) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ SHARES = ("acc", "top1", "agreement", "overlap", "cr_", "exact_match", "skipped"
 METRIC_NAMES = {
     "acc": "accuracy",
     "acc_norm": "accuracy, length-normalised",
+    "mean_acc": "mean accuracy",
     "kl": "KL divergence from dense",
     "kl_p99": "KL divergence, 99th percentile",
     "top1": "same most likely token",

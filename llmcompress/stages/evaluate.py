@@ -65,7 +65,8 @@ class EvaluateConfig(StageConfig):
     """Compare output distributions token by token; metrics ``fidelity.kl`` and others."""
 
     tasks: tuple[str | TaskConfig, ...] = ()
-    """lm-evaluation-harness tasks, by name or with settings."""
+    """lm-evaluation-harness tasks, by name or with settings. Of several, ``tasks.mean_acc`` is the mean accuracy: of
+    ``acc_norm`` where lm-eval gives one, of ``acc`` otherwise."""
 
     tasks_dir: str | None = None
     """Folder with local task data, laid out as ``<task>/<split>.jsonl.gz``; without it tasks come from the hub."""
@@ -105,9 +106,13 @@ class EvaluateConfig(StageConfig):
     gates: dict[str, GateConfig] = Field(default_factory=dict)
     """Limits on metrics by gate name; a failed gate ends the run with exit code 6 after report and export."""
 
+    def task_names(self) -> list[str]:
+        """What the recipe calls its tasks."""
+        return [task if isinstance(task, str) else task.task for task in self.tasks]
+
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateConfig:
-        names = [task if isinstance(task, str) else task.task for task in self.tasks]
+        names = self.task_names()
         repeated = sorted({name for name in names if names.count(name) > 1} | (set(names) & set(self.perplexity)))
         if repeated:
             raise ValueError(f"names used twice among tasks and perplexity: {', '.join(repeated)}")
@@ -137,7 +142,8 @@ class Evaluate(Stage):
         exact += [f"recall.at_{distance}" for distance in config.recall.distances] if config.recall is not None else []
         exact += _FIDELITY if config.fidelity is not None else ()
         exact += _EXPERTS if config.expert_shift else ()
-        return exact, [task if isinstance(task, str) else task.task for task in config.tasks]
+        exact += ["tasks.mean_acc"] if len(config.tasks) > 1 else []
+        return exact, config.task_names()
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Gates that name nothing measured, and expert figures asked of a model without experts."""
@@ -409,7 +415,8 @@ class _Evaluation:
         config, ledger, prepared = self.config, self.ledger, self.prepared
         dense = measure.side_scores("dense", config, prepared, ledger) if config.dense else None
         compressed = measure.side_scores("compressed", config, prepared, ledger) if self.has_compressed else None
-        rows = measure.pair_scores(dense, compressed) + measure.without_policy_rows(config, ledger)
+        rows = measure.pair_scores(dense, compressed)
+        rows += measure.task_mean(rows, config.task_names()) + measure.without_policy_rows(config, ledger)
         rows += measure.pair_scores(None, measure.fidelity_scores(pair) + measure.shift_scores(shift))
         files: dict[str, Any] = {"texts": prepared.provenance, "positions": measure.position_table(config, ledger)}
         if pair is not None:

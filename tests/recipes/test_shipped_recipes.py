@@ -237,6 +237,19 @@ def test_the_needs_in_the_header_are_what_plan_predicts(name):
             assert float(match[1]) * 1e9 == pytest.approx(getattr(found, resource), rel=0.1), resource
 
 
+def test_make_targets_of_papers_say_what_recipes_need_and_end_with_a_table():
+    text = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    found = re.findall(r"^repro-\S+: .*GPU with ([\d.]+) GB.*writes runs/(\w+)\n(?:\t.*\n)*\t(.*)$", text, re.MULTILINE)
+    assert len(found) == 4
+    for memory, name, command in found:
+        needs = next(info.needs for info in TO_RUN if info.name == name)
+        assert memory == re.search(r"GPU with ([\d.]+) GB", needs)[1], name
+        assert f" run {name} " in command and command.endswith(" $(REPRO_ARGS)")
+        stages = load_recipe(name, allow_missing=True).data["stages"].values()
+        measuring = [s for s in stages if s["type"].startswith("evaluate") or s.get("measure")]
+        assert measuring and not any(s.get("measure", {"split": "test"})["split"] != "test" for s in measuring)
+
+
 def test_siblings_differ_from_the_quickstart_in_the_method_alone():
     base = load_recipe("quickstart").data["stages"]
     for name, kind in (("quickstart_gptq", "gptq"), ("quickstart_rtn", "rtn")):

@@ -103,6 +103,30 @@ def test_pairing_gives_difference_and_paired_error():
     assert alone["dense"] is None and alone["compressed"] == 0.25
 
 
+def test_the_mean_of_tasks_counts_each_task_once_and_pairs_its_error():
+    def side(shift):
+        return [
+            Score("a", "acc", 0.5 + shift, 0.3, 4, True, (1, 0, 1, 0)),
+            Score("b", "acc", 0.9, 0.1, 2, True, (1, 1)),
+            Score("b", "acc_norm", 0.7 - shift, 0.4, 2, True, (1, 0)),
+            Score("c", "exact_match", 0.2, 0.1, 9, True),
+        ]
+
+    rows = measure.pair_scores(side(0.0), side(0.25))
+    assert [row["difference_stderr"] for row in rows[:3]] == [0.0, 0.0, 0.0]
+    rows[0]["difference_stderr"], rows[2]["difference_stderr"] = 0.03, 0.04
+    (mean,) = measure.task_mean(rows, ["a", "b"])
+    assert (mean["task"], mean["metric"], mean["n"], mean["higher_is_better"]) == ("tasks", "mean_acc", 6, True)
+    assert (mean["dense"], mean["compressed"]) == pytest.approx((0.6, 0.6)) and mean["difference"] == pytest.approx(0)
+    assert mean["stderr"] == mean["dense_stderr"] == pytest.approx(0.25)
+    assert mean["difference_stderr"] == pytest.approx(0.025)
+    # one task is no mean, and one without an accuracy is not left out in silence
+    assert measure.task_mean(rows, ["a"]) == measure.task_mean(rows, ["a", "b", "c"]) == []
+    (alone,) = measure.task_mean(measure.pair_scores(None, side(0.0)), ["b", "a"])
+    assert alone["dense"] is None and alone["compressed"] == pytest.approx(0.6) and "difference" not in alone
+    assert config(tasks=["piqa", "boolq"], gates={"g": {"metric": "tasks.mean_acc", "max_abs_drop": 0.01}}).task_names()
+
+
 def skipping(used, skipped, slots, dropped, seconds):
     counters = {
         "slots": slots, "slots_dropped": dropped, "experts_used": used, "experts_skipped": skipped, "tokens": 10,
