@@ -17,6 +17,9 @@ import yaml
 
 KeyPath = tuple[str, ...]
 
+MOST_VALUES = 100_000
+"""Values of a file, each as often as aliases repeat it: ten lines of aliases of aliases would fill any memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -93,14 +96,16 @@ def parse_value(text: str) -> Any:
     """
     if "${" in text and not text.lstrip().startswith(("[", "{", '"', "'")):
         return text
-    if text.lstrip().startswith(("[", "{", '"')):
-        # JSON is YAML, but PyYAML limits the length of keys and reads surrogate pairs differently
-        with suppress(json.JSONDecodeError):
-            return json.loads(text)
     try:
+        if text.lstrip().startswith(("[", "{", '"')):
+            # JSON is YAML, but PyYAML limits the length of keys and reads surrogate pairs differently
+            with suppress(json.JSONDecodeError):
+                return json.loads(text)
         return yaml.load(text, CoreLoader)
     except yaml.YAMLError as error:
         raise ValueError(_first_line(error)) from error
+    except RecursionError as error:
+        raise ValueError("too many brackets within one another") from error
 
 
 def parse_document(file: Path, text: str) -> Document:
@@ -114,8 +119,9 @@ def parse_document(file: Path, text: str) -> Document:
         The document; whatever is wrong is in its ``problems``.
     """
     document = Document(file)
-    loader = CoreLoader(text)
+    loader: CoreLoader | None = None
     try:
+        loader = CoreLoader(text)
         node = loader.get_single_node()
         if node is None:
             document.problems.append(Problem((), "the file is empty", file, 1))
@@ -133,8 +139,13 @@ def parse_document(file: Path, text: str) -> Document:
         document.problems.append(_syntax_problem(file, text, error))
     except json.JSONDecodeError as error:
         document.problems.append(Problem((), f"not valid JSON: {error.msg}", file, error.lineno))
+    except RecursionError:
+        document.problems.append(Problem((), "brackets or indentation within one another, too deep to read", file, 1))
+    except ValueError as error:  # Python's own limit on the digits of a number
+        document.problems.append(Problem((), f"cannot be read: {error}", file, 1))
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return document
 
 
@@ -144,6 +155,12 @@ def _map_lines(node: yaml.Node, path: KeyPath, document: Document, above: list[y
         document.problems.append(
             Problem(path, "an alias that contains itself", document.file, node.start_mark.line + 1)
         )
+        document.buildable = False
+        return
+    if len(document.lines) > MOST_VALUES:
+        if document.buildable:
+            text = f"more than {MOST_VALUES} values: aliases of aliases"
+            document.problems.append(Problem((), text, document.file, node.start_mark.line + 1))
         document.buildable = False
         return
     inside = [*above, node]
@@ -197,6 +214,9 @@ def _first_line(error: yaml.YAMLError) -> str:
 
 
 def _syntax_problem(file: Path, text: str, error: yaml.YAMLError) -> Problem:
+    if isinstance(error, yaml.reader.ReaderError) and isinstance(error.character, int):
+        sign = f"the character U+{error.character:04X}, which YAML does not allow"
+        return Problem((), f"not valid YAML: {sign}", file, text.count("\n", 0, error.position) + 1)
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     message = f"not valid YAML: {_first_line(error)}"
     if mark is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,28 @@ def test_json_is_read_by_the_rules_of_json():
     document = parse_document(Path("recipe.lock.json"), '{"recipe":\n {"a": "\\ud83d\\ude00", "b": 1e5}}')
     assert document.data == {"recipe": {"a": "\U0001f600", "b": 1e5}}
     assert document.lines[("recipe", "a")] == 2
+
+
+_LAUGHS = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("name: x\ndescription: 'a\x07b'\n", 2, r"not valid YAML: the character U\+0007, which YAML does not allow"),
+        ("name: x\n\0", 2, r"U\+0000"),
+        ("vars: " + "{a: " * 3000 + "1" + "}" * 3000, 1, "too deep to read"),
+        ("name: x\nn: " + "9" * 5000, 1, "4300 digits"),
+        ("a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]\n" + _LAUGHS, 1, "more than 100000 values: aliases of aliases"),
+    ],
+    ids=["a bell", "a zero byte", "brackets", "digits", "aliases"],
+)
+def test_what_no_recipe_holds_is_a_problem_with_its_line(text: str, line: int, message: str) -> None:
+    (problem,) = parse_document(Path("r.yaml"), text).problems
+    assert problem.line == line and re.search(message, problem.message)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "x: " + "{a: " * 3000, "9" * 5000, "a\x07"])
+def test_overrides_that_cannot_be_read_are_value_errors(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_value(text)
