@@ -36,6 +36,7 @@ from llmcompress.models.quantization_config import METHOD, VERSION, from_json
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
 from llmcompress.nn import lora
+from llmcompress.nn.mixtures import adapt_mixtures
 from llmcompress.nn.skipping import register_experts_function
 from llmcompress.nn.swap import swap_modules
 
@@ -79,6 +80,7 @@ class LLMCompressQuantizer(HfQuantizer):  # type: ignore[misc]
         plan, policies = from_json(self.quantization_config.to_dict())
         layout = layout_from_config(model.config.to_dict())
         share_modules(model, layout)
+        adapt_mixtures(model, layout)
         swap_modules(model, layout, plan, model.dtype)
         prepare_policies(model, layout, policies)
         return model

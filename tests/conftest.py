@@ -61,6 +61,12 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
                "num_attention_heads_per_layer": [2, 4]},
     "cohere2_moe": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 1,
                     "expert_selection_fn": "sigmoid", "sliding_window": 4, "layer_norm_eps": 1e-5},
+    # two experts a token, so that both ways of weighing them differ
+    "llama4_text": {"intermediate_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 8,
+                    "num_experts_per_tok": 2, "attention_chunk_size": 8, "no_rope_layers": [1, 0]},
+    "gemma4_text": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8, "top_k_experts": 3,
+                    "enable_moe_block": True, "attention_k_eq_v": True, "global_head_dim": 12,
+                    "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 16,
                 "layer_types": ["full_attention", "full_attention"]},
 }  # fmt: skip
@@ -129,6 +135,9 @@ class TinyModels:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from llmcompress.models.registry import layout_from_config
+        from llmcompress.nn.mixtures import adapt_mixtures
+
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(cls.config(model_type, **changes)).float().eval()
         with torch.no_grad():
@@ -142,6 +151,7 @@ class TinyModels:
             for name, tensor in model.state_dict().items():
                 if name.endswith(("e_score_correction_bias", "expert_bias")):
                     tensor.normal_(0, 0.1)
+        adapt_mixtures(model, layout_from_config(model.config.to_dict()))
         return model
 
     @classmethod

@@ -77,7 +77,14 @@ def shortest_useful(alpha: float, top_k: int, num_experts: int) -> int:
     return int(num_experts / (alpha * top_k) + 1e-9)
 
 
-def drop_slots(weights: Tensor, index: Tensor, drop: Tensor, num_experts: int, options: SkipOptions) -> Drop:
+def drop_slots(
+    weights: Tensor,
+    index: Tensor,
+    drop: Tensor,
+    num_experts: int,
+    options: SkipOptions,
+    factors: Tensor | None = None,
+) -> Drop:
     """Empty slots of a routing decision.
 
     Args:
@@ -86,6 +93,7 @@ def drop_slots(weights: Tensor, index: Tensor, drop: Tensor, num_experts: int, o
         drop: bool ``[T, k]``, slots to empty.
         num_experts: N, which is also the index that marks an empty slot.
         options: ``keep_top1`` and ``renormalize`` are used.
+        factors: ``[T, k]`` that multiplied the weights once they summed to one, None without.
 
     Returns:
         New weights (0 in empty slots) and indices (N in empty slots).
@@ -97,7 +105,8 @@ def drop_slots(weights: Tensor, index: Tensor, drop: Tensor, num_experts: int, o
     if options.renormalize:
         # the survivors of a token take over in proportion, so that its weights sum to what they
         # summed to; for models that normalise their top k this is their own normalisation
-        before, after = weights.float().sum(-1, keepdim=True), kept.float().sum(-1, keepdim=True)
+        shares = [part.float() if factors is None else part.float() / factors.float() for part in (weights, kept)]
+        before, after = (part.sum(-1, keepdim=True) for part in shares)
         kept = (kept * (before / after.clamp_min(1e-20))).to(weights.dtype)
     return Drop(kept, index.masked_fill(drop, num_experts), drop)
 
@@ -135,7 +144,7 @@ def skip_experts(
     """
     hit = banned.gather(-1, index)
     if options.fallback == "none":
-        return drop_slots(weights, index, hit, banned.shape[-1], options)
+        return drop_slots(weights, index, hit, banned.shape[-1], options, rule.factors_of(index))
     touched = hit.any(-1, keepdim=True)
     chosen = rule.select(logits, banned)
     # where fewer than k experts are left, the choice contains banned ones: those slots are empty
@@ -148,7 +157,9 @@ def skip_experts(
     )
 
 
-def drop_weakest(weights: Tensor, index: Tensor, num_experts: int, options: SkipOptions) -> Drop:
+def drop_weakest(
+    weights: Tensor, index: Tensor, num_experts: int, options: SkipOptions, factors: Tensor | None = None
+) -> Drop:
     """The fixed baseline: every token loses its weakest expert, whatever the prompt.
 
     Args:
@@ -156,6 +167,7 @@ def drop_weakest(weights: Tensor, index: Tensor, num_experts: int, options: Skip
         index: int64 ``[T, k]``.
         num_experts: N.
         options: ``renormalize`` is used.
+        factors: As in :func:`drop_slots`.
 
     Raises:
         ValueError: k is 1.
@@ -165,4 +177,4 @@ def drop_weakest(weights: Tensor, index: Tensor, num_experts: int, options: Skip
     # the last minimum, so that the choice among equals does not depend on how top-k sorted them
     last = weights.shape[-1] - 1 - weights.flip(-1).argmin(-1, keepdim=True)
     drop = torch.zeros_like(index, dtype=torch.bool).scatter_(-1, last, True)
-    return drop_slots(weights, index, drop, num_experts, options)
+    return drop_slots(weights, index, drop, num_experts, options, factors)

@@ -32,6 +32,7 @@ class RouterRule:
         top_groups: Groups a token may choose from.
         jitter: Phi-MoE's jitter, which sets how far its sparse softmax reaches.
         floor: Added to the sum by which weights are divided.
+        factors: float ``[N]`` that multiply the weights of experts, None without (Gemma 4).
     """
 
     top_k: int
@@ -43,14 +44,15 @@ class RouterRule:
     top_groups: int = 1
     jitter: float = PHI_JITTER
     floor: float = 1e-20
+    factors: Tensor | None = None
 
     @classmethod
     def of(cls, router: Any, view: Any, top_k: int, correction: Tensor | None = None) -> RouterRule:
         """Read the rule of a transformers router module.
 
         Args:
-            router: The module; ``num_group``, ``topk_group``, ``topk_method`` and ``router_jitter_noise`` are used
-                where they exist.
+            router: The module; ``num_group``, ``topk_group``, ``topk_method``, ``router_jitter_noise`` and
+                ``per_expert_scale`` are used where they exist.
             view: The layout's ``RouterView`` (``kind``, ``renormalizes``, ``scale``, ``floor``).
             top_k: Experts per token.
             correction: float ``[N]``, see above.
@@ -68,6 +70,7 @@ class RouterRule:
             top_groups=int(getattr(router, "topk_group", 1) or 1) if groups > 1 else 1,
             jitter=float(getattr(router, "router_jitter_noise", PHI_JITTER)),
             floor=float(view.floor),
+            factors=getattr(router, "per_expert_scale", None),
         )
 
     @property
@@ -77,12 +80,10 @@ class RouterRule:
 
     def scores(self, logits: Tensor) -> Tensor:
         """What experts are ranked by, float32 ``[T, N]``; no group limit."""
-        if self.kind == "sigmoid_group_topk":
-            scores = logits.float().sigmoid()
-        elif self.correction is None:
+        # in the order of the logits, which sigmoids of large ones lose
+        if self.correction is None and (self.kind != "sigmoid_group_topk" or self.groups == 1):
             return logits.float()
-        else:
-            scores = logits.float().softmax(-1)
+        scores = logits.float().sigmoid() if self.kind == "sigmoid_group_topk" else logits.float().softmax(-1)
         return scores if self.correction is None else scores + self.correction.to(scores)
 
     def select(self, logits: Tensor, banned: Tensor | None = None) -> Tensor:
@@ -128,7 +129,12 @@ class RouterRule:
         weights = dense.gather(-1, index)
         if self.renormalizes:
             weights = weights / (weights.sum(-1, keepdim=True) + self.floor)
-        return weights * self.scale
+        factors = self.factors_of(index)
+        return weights * self.scale if factors is None else weights * self.scale * factors
+
+    def factors_of(self, index: Tensor) -> Tensor | None:
+        """Factors ``[T, k]`` of chosen experts, by which their weights are off from shares of one sum; None without."""
+        return None if self.factors is None else self.factors.detach().to(index.device)[index]
 
     def _sparsemixer(self, logits: Tensor, index: Tensor) -> Tensor:
         """Each chosen expert's softmax share among the logits near it, earlier choices left out."""

@@ -17,6 +17,7 @@ from llmcompress.models.lora_checkpoint import read_adapter
 from llmcompress.models.paths import resolve_path
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
+from llmcompress.nn.mixtures import adapt_mixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -128,6 +129,7 @@ class ModelHandle:
         """
         model = meta_model(self.hf_config(), dtype or self.dtype)
         share_modules(model, self.layout)
+        adapt_mixtures(model, self.layout)
         fill_constants(model)
         self.load_tensors(model, (v for v in self.layout.outside if head or not v.name.startswith("lm_head.")))
         model.tie_weights()

@@ -87,6 +87,8 @@ class RouterView:
         matrix: Name in ``module`` of the weight ``[E, H]``.
         floor: Added to the sum by which weights are divided.
         sequences: The module takes ``[S, L, H]`` alone (AFMoE).
+        normed: It has a norm and a factor of its own, and reads the hidden states before the norm of the experts
+            (Gemma 4).
     """
 
     module: str
@@ -98,6 +100,7 @@ class RouterView:
     matrix: str = "weight"
     floor: float = 1e-20
     sequences: bool = False
+    normed: bool = False
 
     @property
     def weight(self) -> str:
@@ -131,6 +134,7 @@ class ExpertBank:
         gated: Whether there is a gate projection.
         entry: Projection from the module's input, which the router reads, to the narrower one of the experts, with
             another back from their sum; both stay dense. None where experts read the module's input.
+        scales_inputs: Routing weights multiply what an expert reads, not what it writes (Llama 4).
     """
 
     module: str
@@ -145,6 +149,7 @@ class ExpertBank:
     activation: str = "silu"
     gated: bool = True
     entry: LinearView | None = None
+    scales_inputs: bool = False
 
     @property
     def gate_up(self) -> str:
@@ -254,6 +259,8 @@ class Sublayer:
             of hidden states and that.
         writes: Whether the output is added to the hidden states or laid aside.
         numbered: The module is told the number of the block that runs it.
+        joins: Norm of the sum of the output and what lies aside, which is then added to the hidden states; None where
+            the output is added alone (Gemma 4, whose routed experts are in no module but the block).
     """
 
     kind: Literal["attention", "mlp", "moe", "ssm"]
@@ -269,6 +276,7 @@ class Sublayer:
     reads: Literal["hidden", "hidden|embedding", "aside", "hidden+aside"] = "hidden"
     writes: Literal["hidden", "aside"] = "hidden"
     numbered: bool = False
+    joins: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +309,7 @@ class Block:
         sublayers: In the order in which they run.
         kept: Every tensor that is never quantized: norms, routers, biases, gates of shared experts.
         loan: A module of another block that this one runs too, None in all families but one.
+        scale: Tensor ``[1]`` that multiplies the hidden states after the last sublayer, None without (Gemma 4).
     """
 
     index: int
@@ -308,6 +317,7 @@ class Block:
     sublayers: tuple[Sublayer, ...]
     kept: tuple[TensorView, ...]
     loan: Loan | None = None
+    scale: str | None = None
 
     def linears(self) -> Iterator[LinearView]:
         """All quantizable linears, in calibration order."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ class MoeStep:
         self.router = Router(walker.model, self.bank.router)
         # all tokens' inputs in one tensor, because experts pick rows from all batches
         self.x = self._inputs(source)
+        # what the router reads, which in one family has no norm yet
+        self.routed_x = source.flatten(0, 1).to(walker.device) if self.bank.router.normed else self.x
         # what the experts read, which is narrower in some families
         self.inner = self._entered()
         self._layer_gram: Any = None
@@ -63,10 +66,10 @@ class MoeStep:
         if self.walker.tap is not None:
             self.walker.tap.moe(self.bank, self.inner)
         if self.visitor is not None:
-            self.visitor.router(self.bank, self.router, self.x)
+            self.visitor.router(self.bank, self.router, self.routed_x)
         routing = self._route()
         if self.walker.tap is not None:
-            self.walker.tap.routed(routing)
+            self.walker.tap.routed(self._written(routing))
         if self.visitor is not None:
             counts = [sum(own) for own in zip(*(shard.counts for shard in routing))]
             self.visitor.routed(self.bank, counts or [0] * self.bank.num_experts)
@@ -74,16 +77,22 @@ class MoeStep:
         if mixed is None:
             return
         for rows, said in zip(self.walker.batches, self._router_said):
-            span = self._span(rows)
-            with ExitStack() as stack:
-                stack.enter_context(replaced_forward(self.router.module, partial(constant, said)))
-                stack.enter_context(replaced_forward(self.experts, partial(constant, mixed[span])))
-                for module, outputs in shared:
-                    stack.enter_context(replaced_forward(module, partial(_rows_like, outputs[span])))
-                shape = (rows.stop - rows.start, *self.hidden.shape[1:])
-                output = first_output(self.module(self.x[span].view(shape)))
-            self.walker.add(self.sublayer, self.hidden, rows, output)
+            output = self._module_output(self._span(rows), said, mixed, shared)
+            self.walker.add(self.sublayer, self.hidden, rows, output.unflatten(0, (rows.stop - rows.start, -1)))
             self.walker.cache.drop(self.x, mixed)
+
+    def _module_output(self, span: slice, said: Any, mixed: Tensor, shared: list[tuple[nn.Module, Tensor]]) -> Tensor:
+        """What the module makes of results that are known, ``[T, H]`` of some tokens."""
+        if self.sublayer.module == self.block.name:
+            # the block itself holds router and experts, and does no more with them
+            return mixed[span]
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forward(self.router.module, partial(constant, said)))
+            stack.enter_context(replaced_forward(self.experts, partial(constant, mixed[span])))
+            for module, outputs in shared:
+                stack.enter_context(replaced_forward(module, partial(_rows_like, outputs[span])))
+            x = self.x[span].unflatten(0, (-1, self.hidden.shape[1]))
+            return first_output(self.module(x)).flatten(0, -2)
 
     def _inputs(self, source: Tensor) -> Tensor:
         walker, x = self.walker, None
@@ -129,7 +138,7 @@ class MoeStep:
         """Where the tokens of each shard go; token numbers count over all shards."""
         routed: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.walker.parts]
         for rows in self.walker.batches:
-            said = self.router(self.x[self._span(rows)])
+            said = self.router(self.routed_x[self._span(rows)])
             self._router_said.append(said)
             _, weights, index = said
             routed[self.walker.shard_of(rows)].append((index, weights))
@@ -146,11 +155,17 @@ class MoeStep:
             for tokens, weights in shard.pieces(expert):
                 yield number, tokens, weights
 
-    def _rows(self, tokens: Tensor) -> Tensor:
-        """Inputs of some tokens, ``[n, H]``, a copy."""
+    def _rows(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Inputs of some tokens that meet an expert with these weights, ``[n, H]``, a copy."""
         found = self.inner.index_select(0, tokens)
         self.walker.cache.drop(self.inner)
-        return found
+        return found.mul_(weights.unsqueeze(-1)) if self.bank.scales_inputs else found
+
+    def _written(self, routing: list[Routing]) -> list[Routing]:
+        """The same with the weights of what experts write."""
+        if not self.bank.scales_inputs:
+            return routing
+        return [replace(shard, weight=torch.ones_like(shard.weight)) for shard in routing]
 
     def _shared_outputs(self, needed: bool) -> list[tuple[nn.Module, Tensor]]:
         """Shared experts, whose groups are staged like those of a dense MLP."""
@@ -210,8 +225,10 @@ class MoeStep:
         for expert in range(experts.start, experts.stop):
             for number, (_, tokens, weights) in enumerate(self._pieces(routing, expert)):
                 inputs = kept.get(expert)
-                z = inputs[number] if inputs else gated(self.experts, self.bank, expert, self._rows(tokens))
-                output = down(self.experts, self.bank, expert, z) * weights.unsqueeze(-1)
+                z = inputs[number] if inputs else gated(self.experts, self.bank, expert, self._rows(tokens, weights))
+                output = down(self.experts, self.bank, expert, z)
+                if not self.bank.scales_inputs:
+                    output *= weights.unsqueeze(-1)
                 # a token meets an expert at most once, so the order of the additions is no matter
                 mixed.index_add_(0, tokens, output.to(mixed.dtype))
                 self.walker.cache.drop(mixed)
@@ -222,12 +239,13 @@ class MoeStep:
     ) -> Gram | Moments:
         """Second moments of what some experts see; inputs of ``down`` are stored in ``keep``."""
         width = self.bank.shape(name)[2]
-        affinity = self.visitor is not None and self.visitor.affinity
+        # inputs that are scaled have their weights in them
+        affinity = self.visitor is not None and self.visitor.affinity and not self.bank.scales_inputs
         tap = self.walker.tapped([name])
         moments = self.walker.new_moments(experts.stop - experts.start, width, fast=False)
         for expert in range(experts.start, experts.stop):
             for shard, tokens, weights in self._pieces(routing, expert):
-                x = self._rows(tokens)
+                x = self._rows(tokens, weights)
                 if name == self.bank.down:
                     x = gated(self.experts, self.bank, expert, x)
                     if keep is not None:
@@ -236,7 +254,9 @@ class MoeStep:
                 moments.shards[shard].add(x, expert - experts.start, used)
                 if tap is not None:
                     tap.shard = shard
-                    tap.experts(self.bank, name, experts, expert, tokens, x, used)
+                    tap.experts(
+                        self.bank, name, experts, expert, tokens, x, weights if self.bank.scales_inputs else used
+                    )
         return moments.checked(name)
 
     def _shared_gate_up(self, _expert: int) -> Any:
@@ -257,8 +277,14 @@ class MoeStep:
         for part, gram in zip(self.walker.parts, moments.shards):
             span = self._span(part)
             own = chosen[(chosen >= span.start) & (chosen < span.stop)].to(self.x.device)
-            gram.add(gated(self.experts, self.bank, expert, self._rows(own)))
+            gram.add(gated(self.experts, self.bank, expert, self._rows(own, self._weights(expert, own))))
         return moments if moments.apart else moments.shards[0].take_hessian()[0]
+
+    def _weights(self, expert: int, tokens: Tensor) -> Tensor:
+        """What an expert's weights would be if it were the only one of these tokens, ``[n]``."""
+        logits = torch.cat([said[0][:, expert] for said in self._router_said])
+        own = logits[tokens].unsqueeze(-1)
+        return self.router.rule(1).weigh(own, torch.zeros_like(own, dtype=torch.int64)).squeeze(-1)
 
     def _chunks(self) -> list[slice]:
         bank = self.bank

@@ -16,12 +16,14 @@ from llmcompress.models.families import (
     deepseek,
     dense,
     ernie,
+    gemma4,
     glm_moe,
     gpt_oss,
     granite_moe,
     hunyuan,
     hybrids,
     lfm2,
+    llama4,
     mamba,
     mimo,
     minimax,
@@ -39,13 +41,32 @@ from llmcompress.models.layout import ModelLayout
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 _STATE_SPACE_KEYS = ("state_size", "ssm_state_size", "mamba_d_state", "d_state", "conv_kernel")
 
-# of these transformers' AutoModelForCausalLM reads the text part alone
-_TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
+# how transformers saves the text part of a model of several modalities
+_AUTO = "AutoModelForCausalLM.from_pretrained(PATH, dtype='auto').save_pretrained(NEW)"
+_TEXT_ALONE = {
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "llama4"), _AUTO),
+    "gemma4": "Gemma4ForCausalLM.from_pretrained(PATH, config=AutoConfig.from_pretrained(PATH).text_config, "
+    "dtype='auto', key_mapping={'model.language_model': 'model'}).save_pretrained(NEW)",
+}
 
 
 @cache
 def _table() -> dict[str, Family]:
-    experts = (mixtral, qwen_moe, deepseek, glm_moe, gpt_oss, minimax, ernie, hunyuan, granite_moe, afmoe, mimo)
+    experts = (
+        mixtral,
+        qwen_moe,
+        deepseek,
+        glm_moe,
+        gpt_oss,
+        minimax,
+        ernie,
+        hunyuan,
+        granite_moe,
+        afmoe,
+        mimo,
+        llama4,
+        gemma4,
+    )
     modules = (*experts, qwen_next, lfm2, mamba, hybrids, nemotron, zamba, parallel, dense)
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 
@@ -113,7 +134,7 @@ def _refusal(model_type: str, config: Mapping[str, Any]) -> InputError:
     if isinstance(text, Mapping):
         step = f"save its text part ({text.get('model_type')!r}) as a model of its own first"
         if model_type in _TEXT_ALONE:
-            step += ": AutoModelForCausalLM.from_pretrained(PATH, dtype='auto').save_pretrained(NEW)"
+            step += f": {_TEXT_ALONE[model_type]}"
         return InputError(
             f"model type {model_type!r} has several modalities; only plain text models are supported",
             f"{step}; {supported}",

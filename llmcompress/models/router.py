@@ -37,6 +37,11 @@ class Router:
         logits, weights, index = said[:3]
         return logits, weights, index
 
+    def entered(self, x: Tensor) -> Tensor:
+        """What the matrix reads, ``[T, H]``, where the module is called with ``x [T, H]``."""
+        found: Tensor = self.module.entered(x) if self.view.normed else x  # type: ignore[operator]
+        return found
+
     def parameters(self) -> dict[str, Tensor]:
         """Weight ``[E, H]`` and bias ``[E]``, if there is one, by run-time name."""
         matrix = self.module.get_parameter(self.view.matrix)

@@ -168,13 +168,16 @@ class StreamPairs:
             expert: Which expert of the bank.
             tokens: int64 ``[n]`` rows of the block's tokens.
             x: ``[n, K]`` the quantized stream's input.
-            weight: ``[n]`` weights of the tokens, or None for 1.
+            weight: ``[n]`` weights of the tokens, or None for 1; those by which ``x`` is scaled where the bank says so.
         """
         if not self.wants([name]):
             return
         every = self.recorded.inputs_of[bank.module]
         reference = every[tokens.to(every.device)].to(x.device)
         self.recorded.cache.drop(every)
+        if bank.scales_inputs and weight is not None:
+            # the scale is the router's, whose error is not these weights' to mend
+            reference, weight = reference * weight.unsqueeze(-1), None
         if name == bank.down:
             module = self.model.get_submodule(bank.module)
             kept = self._original

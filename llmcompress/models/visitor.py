@@ -66,7 +66,10 @@ class Tap(Protocol):
     def experts(
         self, bank: ExpertBank, name: str, experts: slice, expert: int, tokens: Tensor, x: Tensor, weight: Tensor | None
     ) -> None:
-        """Inputs ``x [n, K]`` of one expert's projection for some tokens; ``experts`` is the chunk at work."""
+        """Inputs ``x [n, K]`` of one expert's projection for some tokens; ``experts`` is the chunk at work.
+
+        ``weight [n]`` is what each token counts, or by what ``x`` is scaled where the bank says so.
+        """
 
 
 class DenseVisitor:

@@ -169,6 +169,11 @@ class Walker:
             else:
                 self._plain(block, sublayer, source, hidden, visitor, needed)
         self.tap = self._aside = None
+        if block.scale is not None and advance:
+            factor = self.model.get_buffer(block.scale).to(hidden.device)
+            for rows in self.batches:
+                hidden[rows] *= factor
+                self.cache.drop(hidden)
         # on a GPU at once: every answer from there waits for all work before it
         for rows in [slice(None)] if hidden.is_cuda else self.batches:
             finite = all_finite(hidden[rows])
@@ -241,6 +246,9 @@ class Walker:
             self._aside[rows] = output.to(hidden.device)
             self.cache.drop(self._aside)
             return
+        if sublayer.joins is not None:
+            assert self._aside is not None, "nothing was laid aside"
+            output = self.model.get_submodule(sublayer.joins)(output + self._aside[rows].to(output.device))
         hidden[rows] += output.to(hidden.device)
         self.cache.drop(hidden)
 

@@ -11,6 +11,7 @@ from llmcompress_kernels.ops import Stack
 from torch import Tensor, nn
 
 from llmcompress.models.layout import ExpertBank
+from llmcompress.nn.mixtures import on_scaled_inputs
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.quant.spec import QuantSpec
 
@@ -48,6 +49,7 @@ class PackedExperts(nn.Module):
         self.intermediate_dim = bank.intermediate
         self.activation = bank.activation
         self.interleaved = bank.interleaved
+        self.scales_inputs = bank.scales_inputs
         self.first = bank.gate_up.rpartition(".")[2]
         self.alpha = alpha
         self.limit = limit
@@ -116,6 +118,11 @@ class PackedExperts(nn.Module):
         Returns:
             ``[T, H]``.
         """
+        if self.scales_inputs:
+            return on_scaled_inputs(self._run, hidden_states, top_k_index, top_k_weights)
+        return self._run(hidden_states, top_k_index, top_k_weights)
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         gate_up, down = self._stacks(hidden_states)
         return ops.moe_group_gemm(
             hidden_states,

@@ -34,6 +34,7 @@ from llmcompress.algorithms.routing import RouterRule
 from llmcompress.errors import InputError
 from llmcompress.models.layout import ExpertBank, ModelLayout
 from llmcompress.models.router import Router
+from llmcompress.nn.expert_loop import run_experts
 
 IMPLEMENTATION = "llmcompress"
 COUNTERS = ("slots", "slots_dropped", "experts_used", "experts_skipped", "tokens", "tokens_without_expert")
@@ -99,24 +100,7 @@ def sentinel_experts_forward(
     flags: Any = self
     if not bool((top_k_index >= flags.num_experts).any()):
         return _previous(flags)(flags, hidden_states, top_k_index, top_k_weights)
-    output = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
-        if expert >= flags.num_experts:
-            continue
-        token, slot = torch.where(top_k_index == expert)
-        inner = _project(flags, "gate_up_proj" if flags.has_gate else "up_proj", hidden_states[token], expert)
-        inner = flags._apply_gate(inner) if flags.has_gate else flags.act_fn(inner)
-        result = _project(flags, "down_proj", inner, expert)
-        if flags.has_post_expert_norm:
-            result = flags.post_expert_norm(result)
-        output.index_add_(0, token, (result * top_k_weights[token, slot, None]).to(output.dtype))
-    return output
-
-
-def _project(experts: Any, name: str, x: Tensor, expert: int) -> Tensor:
-    weight = getattr(experts, name)[expert]
-    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    return nn.functional.linear(x, weight.mT if experts.is_transposed else weight, bias)
+    return run_experts(flags, hidden_states, top_k_index, top_k_weights)
 
 
 def _previous(experts: Any) -> Any:
@@ -191,6 +175,9 @@ class SkippingController:
 
     def _use_sentinel_experts(self) -> None:
         """Switch dense transformers experts to the function that knows the sentinel."""
+        # those whose inputs are scaled know it
+        if all(layer.bank.scales_inputs for layer in self._layers.values()):
+            return
         register_experts_function()
         for layer in self._layers.values():
             experts = self._model.get_submodule(layer.bank.module)
@@ -300,7 +287,7 @@ class SkippingController:
         if policy.method == "top_k_minus_one":
             if self._phase == "prefill" and not self.acts_on(length):
                 return None
-            drop = drop_weakest(weights, index, bank.num_experts, options)
+            drop = drop_weakest(weights, index, bank.num_experts, options, layer.rule.factors_of(index))
             self._count(layer, index, drop, valid)
             return drop
         banned = self._banned(layer, index, valid)
@@ -408,7 +395,7 @@ class SkippingController:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._implementation != IMPLEMENTATION:
+        if self._model.config._experts_implementation != self._implementation:
             self._model.set_experts_implementation(self._implementation or "eager")
             # None is a legal value in transformers but not for its setter
             self._model.config._experts_implementation = self._implementation

@@ -188,7 +188,8 @@ class RouterCalibrator:
         weight, bias = stored[names[0]], stored[names[1]] if len(names) > 1 else None
         held = torch.tensor(self.held, device=x_hat.device).repeat_interleave(self.length)
         rule = router.rule(block.bank.top_k)
-        fit = calibrate_router(self._targets.pop(block.index), x_hat, weight, bias, rule, self.options, held)
+        read = router.entered(x_hat)
+        fit = calibrate_router(self._targets.pop(block.index), read, weight, bias, rule, self.options, held)
         replaced = {}
         if fit.kept:
             replaced = {name: value for name, value in zip(names, (fit.weight, fit.bias)) if value is not None}

@@ -158,7 +158,16 @@ NEWER = {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "lfm2_moe": {**ROUTED, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
-}
+    "afmoe": {**ROUTED, "head_dim": 16, "num_shared_experts": 1, "num_dense_layers": 1},
+    "mimo_v2_flash": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "v_head_dim": 24,
+        "num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "hy_v3": {**ROUTED, "head_dim": 16},
+    "laguna": {**ROUTED, "head_dim": 16, "shared_expert_intermediate_size": 64},
+    "mellum": {**ROUTED, "head_dim": 16},
+    "cohere2_moe": {**ROUTED, "head_dim": 16, "intermediate_size": 64, "num_shared_experts": 1},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", NEWER)

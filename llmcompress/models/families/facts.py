@@ -127,17 +127,15 @@ class Facts:
             raise InputError(f"config.json: {key}[{index}] {kind!r} is not known here", f"known: {', '.join(known)}")
         return kind
 
-    def activation(self) -> str:
+    def activation(self, key: str = "hidden_act") -> str:
         """The gate's activation.
 
         Raises:
             InputError: It is not one that the expert kernels implement.
         """
-        value = self.get("hidden_act")
+        value = self.get(key)
         if value not in ACTIVATIONS:
-            raise InputError(
-                f"config.json: hidden_act {value!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}"
-            )
+            raise InputError(f"config.json: {key} {value!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}")
         return str(value)
 
     def refuse(self, family: str, *keys: str) -> None:

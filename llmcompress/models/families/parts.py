@@ -53,6 +53,7 @@ class Family:
         final_norm: Name of the last norm in the body.
         depth: Number of decoder layers; from ``num_hidden_layers`` when None.
         ignored: See :class:`~llmcompress.models.layout.ModelLayout`; or a function of the facts.
+        layer_scale: Name in a layer of the number that multiplies the hidden states after it, None without.
         package: Folder of the model in transformers, None for that of its model type.
     """
 
@@ -71,6 +72,7 @@ class Family:
     depth: Callable[[Facts], int] | None = None
     loan: Callable[[Facts, int], Loan | None] | None = None
     package: str | None = None
+    layer_scale: str | None = None
 
     def layout(self, config: Mapping[str, Any]) -> ModelLayout:
         """Compute the layout of a model of this family.
@@ -86,12 +88,14 @@ class Family:
             parts = self.layer(facts, index, name)
             kept = [view for part in parts for view in part.kept]
             given = {view.name for view in kept}
-            norms = [n for p in parts for n in (p.sublayer.pre_norm, p.sublayer.post_norm) if n is not None]
+            norms = [n for p in parts for n in _norms(p.sublayer) if n is not None]
             # a norm of another width is given by its part, one in another block belongs to that
             missing = [n for n in norms if f"{n}.weight" not in given and n.startswith(f"{name}.")]
             kept = [view for n in dict.fromkeys(missing) for view in norm(n, hidden, self.norm_bias)] + kept
             loan = None if self.loan is None else self.loan(facts, index)
-            blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept), loan))
+            scale = None if self.layer_scale is None else f"{name}.{self.layer_scale}"
+            kept += [] if scale is None else [TensorView(scale, (1,))]
+            blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept), loan, scale))
         outside = [TensorView(f"{self.body}.{self.embedding}.weight", (vocab, hidden))]
         outside += norm(f"{self.body}.{self.final_norm}", hidden, self.norm_bias)
         if not tied:
@@ -102,6 +106,10 @@ class Family:
         return ModelLayout(
             self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, ignored, self.norm_adds_one
         )
+
+
+def _norms(sublayer: Sublayer) -> tuple[str | None, ...]:
+    return sublayer.pre_norm, sublayer.post_norm, sublayer.joins
 
 
 def norm(name: str, size: int, bias: bool = False) -> list[TensorView]:

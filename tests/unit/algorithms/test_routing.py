@@ -47,7 +47,7 @@ def test_group_limited_deepseek_v2(tiny):
 
 def test_only_conserving_families_say_so(tiny):
     others = {family for family in tiny.families if not first_router(tiny, family)[1].conserves}
-    assert others == {"phimoe", "qwen2_moe", "olmoe", "deepseek_v2", "flex_olmo"}
+    assert others == {"phimoe", "qwen2_moe", "olmoe", "deepseek_v2", "flex_olmo", "llama4_text"}
 
 
 def test_a_correction_decides_the_choice_and_not_the_weights():
