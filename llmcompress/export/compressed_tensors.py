@@ -206,7 +206,8 @@ def hub_weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterat
         elif isinstance(value, PackedWeight):
             yield layout.disk.name(name).removesuffix(".weight"), value
         else:
-            yield layout.disk.name(name), value
+            for piece, rows in layout.disk.pieces(name).items():
+                yield piece, value[rows].contiguous() if value.ndim else value
 
 
 def _expert_weights(

@@ -130,7 +130,8 @@ def hub_dense(
     for name, value in tensors.items():
         tensor = cast(name, decoded(value, torch.float32) if isinstance(value, PackedWeight) else value, dtype_of(name))
         if bank is None or name not in bank.names:
-            yield layout.disk.name(name), tensor
+            for piece, own in layout.disk.pieces(name).items():
+                yield piece, tensor[own] if tensor.ndim else tensor
         elif layout.disk.experts is None:
             yield layout.disk.name(name), family_orientation(bank, name, tensor)
         else:

@@ -183,7 +183,7 @@ class Checkpoint:
             pieces = self._pieces(name)
             if not pieces or any(piece not in self._where for piece in pieces):
                 raise self._lacks(name)
-            stored = self._stack(self._banks[name], name, pieces)
+            stored = self._stack(self._banks[name], name, pieces) if name in self._banks else self._joined(pieces)
         return self._changed(name, stored)
 
     def _changed(self, name: str, tensor: Tensor) -> Tensor:
@@ -247,9 +247,12 @@ class Checkpoint:
         return next((candidate for candidate in candidates if candidate in self._where), None)
 
     def _pieces(self, name: str) -> list[str]:
-        """Names of the per-expert tensors that make up a stacked one: gates and ups, or downs."""
+        """Names of the per-expert tensors that make up a stacked one, gates and ups, or downs; or of other pieces."""
         bank, disk = self._banks.get(name), self.layout.disk
-        if bank is None or disk.experts is None:
+        if bank is None:
+            pieces = list(disk.pieces(name))
+            return pieces if len(pieces) > 1 else []
+        if disk.experts is None:
             return []
         folders = [bank.module.replace(*disk.experts, 1), bank.module]
         folders += [folder.replace(*older, 1) for older in disk.older for folder in folders if older[0] in folder]
@@ -259,6 +262,11 @@ class Checkpoint:
             if any(piece in self._where for piece in names):
                 return names
         return [f"{folders[0]}.{expert}.{part}" for expert in range(bank.num_experts) for part in parts]
+
+    def _joined(self, pieces: list[str]) -> Tensor:
+        import torch
+
+        return torch.cat([self._where[piece].read(piece) for piece in pieces])
 
     def _stack(self, bank: ExpertBank, name: str, pieces: list[str]) -> Tensor:
         import torch
@@ -324,6 +332,13 @@ class Checkpoint:
     def _expected_pieces(self, view: TensorView) -> Iterator[tuple[str, tuple[int, ...]]]:
         pieces = self._pieces(view.name)
         if not pieces:
+            return
+        if view.name not in self._banks:
+            told = [rows.stop - rows.start for rows in self.layout.disk.pieces(view.name).values()]
+            found = [self._entry(piece).shape[0] for piece in pieces if piece in self._where]
+            # transformers cuts into equal pieces what the hub has in unequal ones; put together they are the same
+            lengths = found if sum(found) == sum(told) else told
+            yield from ((p, (rows, *view.shape[1:])) for p, rows in zip(pieces, lengths) if p in self._where)
             return
         experts, rows, columns = self._banks[view.name].shape(view.name)
         height = rows * experts // len(pieces)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import Literal
 
 
@@ -206,7 +207,8 @@ class ScanView:
 
     Attributes:
         module: Run-time name of the mixer.
-        kind: ``mamba2``: one decay per head; ``mamba1``: one per channel and state; ``delta``: a gated delta rule.
+        kind: ``mamba2``: one decay per head; ``mamba1``: one per channel and state; ``delta``: a gated delta rule;
+            ``kda``: one with a decay for each column of a key (Kimi Delta Attention).
         heads: H. For ``mamba1`` these are virtual: groups of ``channels`` neighbouring channels, so that scales
             cost less than a bit per value.
         channels: P, values of ``x`` per head; columns of a value.
@@ -217,7 +219,7 @@ class ScanView:
     """
 
     module: str
-    kind: Literal["mamba1", "mamba2", "delta"]
+    kind: Literal["mamba1", "mamba2", "delta", "kda"]
     heads: int
     channels: int
     states: int
@@ -229,6 +231,16 @@ class ScanView:
     def values(self) -> int:
         """Values of one sequence's state."""
         return self.heads * self.channels * self.states
+
+    @property
+    def rule(self) -> bool:
+        """Whether it is a delta rule."""
+        return self.kind in ("delta", "kda")
+
+    @property
+    def rates(self) -> int:
+        """Values that make the decays of one token."""
+        return self.heads * {"mamba1": self.channels, "kda": self.states}.get(self.kind, 1)
 
     @property
     def conv_values(self) -> int:
@@ -261,6 +273,8 @@ class Sublayer:
         numbered: The module is told the number of the block that runs it.
         joins: Norm of the sum of the output and what lies aside, which is then added to the hidden states; None where
             the output is added alone (Gemma 4, whose routed experts are in no module but the block).
+        beside: Linears that read the normed input too and always stay dense.
+        handed: Attention that is told by an earlier layer which positions each token sees, so many; 0 for others.
     """
 
     kind: Literal["attention", "mlp", "moe", "ssm"]
@@ -277,6 +291,8 @@ class Sublayer:
     writes: Literal["hidden", "aside"] = "hidden"
     numbered: bool = False
     joins: str | None = None
+    beside: tuple[LinearView, ...] = ()
+    handed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +373,8 @@ class DiskNames:
         gate, up, down: Per-expert tensor names after ``experts.<e>.`` (``w1.weight`` …).
         older: As ``renames``, for names that only some checkpoints have, older ones or those of a model with several
             modalities: they are read and never written.
+        cut: Run-time ending of dense tensors that are several in the file, one after the other along the first axis,
+            and endings and lengths of those.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -365,6 +383,7 @@ class DiskNames:
     up: str = "up_proj.weight"
     down: str = "down_proj.weight"
     older: tuple[tuple[str, str], ...] = ()
+    cut: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
 
     def name(self, name: str) -> str:
         """What hub checkpoints call a run-time tensor or module that they hold whole."""
@@ -372,6 +391,15 @@ class DiskNames:
             if ours in name:
                 return name.replace(ours, theirs, 1)
         return name
+
+    def pieces(self, name: str) -> dict[str, slice]:
+        """What they call a dense run-time tensor, or the pieces of one that is cut, and which rows each has."""
+        for ours, parts in self.cut:
+            if name.endswith(ours):
+                stem, ends = self.name(name.removesuffix(ours)), list(accumulate(length for _, length in parts))
+                rows = [slice(start, end) for start, end in zip([0, *ends], ends)]
+                return {f"{stem}{part}": own for (part, _), own in zip(parts, rows)}
+        return {self.name(name): slice(None)}
 
     def expert(self, bank: ExpertBank, name: str, expert: int) -> dict[str, str]:
         """What they call the tensors of one expert's projection, by the keys of :meth:`ExpertBank.parts`."""

@@ -22,7 +22,7 @@ class Smoothable:
 
     Attributes:
         key: Name of the first linear that reads them.
-        linears: All that read them; their columns are multiplied.
+        linears: All that read them, those that always stay dense too; their columns are multiplied.
         makers: Tensors whose first axis is these channels and which are divided: a norm's weight and bias, or the
             weight and bias of an up projection.
     """
@@ -51,7 +51,7 @@ def _after_norm(block: Block, norm: str, kept: set[str]) -> Iterator[Smoothable]
     plain = all(s.experts is None and s.reads in ("hidden", "hidden+aside") for s in readers)
     groups = [group for s in readers for group in s.groups if group.position == "first"]
     if plain and groups and f"{norm}.weight" in kept:
-        yield _of(groups, _tensors(norm, kept))
+        yield _of(groups, _tensors(norm, kept), tuple(linear for s in readers for linear in s.beside))
 
 
 def _inside(sublayer: Sublayer, kept: set[str]) -> Iterator[Smoothable]:
@@ -60,7 +60,7 @@ def _inside(sublayer: Sublayer, kept: set[str]) -> Iterator[Smoothable]:
     if sublayer.kind == "ssm":
         norm, scan = f"{sublayer.module}.norm", sublayer.scan
         # that of a delta rule has one weight for all heads
-        if last is not None and f"{norm}.weight" in kept and scan is not None and scan.kind != "delta":
+        if last is not None and f"{norm}.weight" in kept and scan is not None and not scan.rule:
             yield _of([last], _tensors(norm, kept))
         return
     for group in sublayer.groups:
@@ -76,8 +76,8 @@ def _inside(sublayer: Sublayer, kept: set[str]) -> Iterator[Smoothable]:
             yield _of([group], (f"{up}.weight", *((bias,) if bias in kept else ())))
 
 
-def _of(groups: list[LinearGroup], makers: tuple[str, ...]) -> Smoothable:
-    linears = tuple(linear for group in groups for linear in group.linears)
+def _of(groups: list[LinearGroup], makers: tuple[str, ...], beside: tuple[LinearView, ...] = ()) -> Smoothable:
+    linears = (*(linear for group in groups for linear in group.linears), *beside)
     return Smoothable(linears[0].name, linears, makers)
 
 

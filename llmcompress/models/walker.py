@@ -42,6 +42,8 @@ CUDA_BATCH_TOKENS = 4096
 FAST_BATCHES = 8
 # argument of layers that read the embedding beside the hidden states
 EMBEDDING = "original_hidden_states"
+# argument of attention that sees what an earlier layer's indexer chose
+HANDED = "prev_topk_indices"
 
 
 class Walker:
@@ -307,7 +309,8 @@ class Walker:
 
         def call(rows: slice, x: Tensor) -> Tensor:
             if sublayer.kind == "attention":
-                return first_output(module(hidden_states=x, **_of_attention(self.arguments(block, rows))))
+                handed = _everything(sublayer, x) if sublayer.handed else {}
+                return first_output(module(hidden_states=x, **_of_attention(self.arguments(block, rows)), **handed))
             if sublayer.kind == "ssm":
                 # calibration windows have no padding, so the mask is always None
                 return first_output(module(x, cache_params=None, attention_mask=None))
@@ -325,12 +328,28 @@ def _call_arguments(call: dict[str, Any], device: torch.device) -> dict[str, Any
 
 def _of_attention(arguments: dict[str, Any]) -> dict[str, Any]:
     """What an attention module takes of the arguments of its layer."""
-    found = {key: value for key, value in arguments.items() if key not in ("mamba_attention_mask", "causal_mask")}
+    found = {key: value for key, value in arguments.items() if key not in _NOT_ATTENTION}
     # a layer that is called with two masks keeps the name for that of its mixer
     return found | {"attention_mask": arguments["causal_mask"]} if "causal_mask" in arguments else found
 
 
-_CACHE_KEYS = ("past_key_values", "cache", "cache_params", "use_cache")
+def _everything(sublayer: Sublayer, x: Tensor) -> dict[str, Tensor]:
+    """Positions that an earlier layer chooses for each token of ``x [B, L, H]``: all, where there are no more of them.
+
+    Raises:
+        InputError: There are more, and what was chosen is not kept from block to block.
+    """
+    length = x.shape[1]
+    if length > sublayer.handed:
+        raise InputError(
+            f"{sublayer.module}: sequences of {length} tokens, and an earlier layer chooses {sublayer.handed} for it",
+            f"give calibrate and evaluate a length of at most {sublayer.handed}",
+        )
+    return {HANDED: torch.arange(length, dtype=torch.int32, device=x.device).expand(len(x), length, length)}
+
+
+_NOT_ATTENTION = ("mamba_attention_mask", "causal_mask", HANDED)
+_CACHE_KEYS = ("past_key_values", "layer_past", "cache", "cache_params", "use_cache")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -10,11 +10,14 @@ from llmcompress.models.families.parts import (
     Family,
     Part,
     attention,
+    beside,
     gated_mlp,
+    norm,
     plain_mlp,
     scaled,
     with_sinks,
 )
+from llmcompress.models.layout import TensorView
 
 
 def _llama(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -88,8 +91,15 @@ def _glm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _stablelm(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    facts.refuse("stablelm", "use_parallel_residual", "qk_layernorm")
-    return attention(facts, layer, qkv_bias=facts.flag("use_qkv_bias")), gated_mlp(facts, layer)
+    head = attention(facts, layer, qkv_bias=facts.flag("use_qkv_bias"))
+    if facts.flag("qk_layernorm"):
+        # a norm for each head, a module of its own
+        counts = {"q": facts.heads, "k": facts.kv_heads}
+        names = [f"{layer}.self_attn.{w}_layernorm.norms.{i}" for w, count in counts.items() for i in range(count)]
+        head = Part(head.sublayer, (*head.kept, *(view for name in names for view in norm(name, facts.head_dim))))
+    if facts.flag("use_parallel_residual"):
+        return beside((head, gated_mlp(facts, layer, pre_norm="input_layernorm")))
+    return head, gated_mlp(facts, layer)
 
 
 def _starcoder2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -103,7 +113,24 @@ def _without_gates(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return attention(facts, layer, bias, bias), plain_mlp(facts, layer, bias=facts.flag("mlp_bias"))
 
 
-def _norms_after(facts: Facts, layer: str, qk_norm: Literal["head", "full"]) -> tuple[Part, ...]:
+def _apertus(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    head = attention(facts, layer, bias, bias, qk_norm="head", names=AttentionNames(pre_norm="attention_layernorm"))
+    mlp = plain_mlp(facts, layer, pre_norm="feedforward_layernorm")
+    if facts.get("hidden_act") != "xielu":
+        return head, mlp
+    # the activation is trained too (arXiv 2411.13010), and its constants are saved with it
+    shapes: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
+    trained = [TensorView(f"{layer}.mlp.act_fn.{name}", shape) for name, shape in shapes.items()]
+    return head, Part(mlp.sublayer, (*mlp.kept, *trained))
+
+
+def _nanochat(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    return attention(facts, layer, bias, bias), plain_mlp(facts, layer, ("fc1", "fc2"))
+
+
+def norms_after(facts: Facts, layer: str, qk_norm: Literal["head", "full"]) -> tuple[Part, ...]:
     """Norms after each sublayer and none before."""
     bias, after = facts.flag("attention_bias"), f"{layer}.post_attention_layernorm"
     return (
@@ -113,11 +140,11 @@ def _norms_after(facts: Facts, layer: str, qk_norm: Literal["head", "full"]) -> 
 
 
 def _olmo2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    return _norms_after(facts, layer, "full")
+    return norms_after(facts, layer, "full")
 
 
 def _exaone4(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    return _norms_after(facts, layer, "head")
+    return norms_after(facts, layer, "head")
 
 
 _SEVEN_B = {
@@ -180,6 +207,20 @@ FAMILIES = (
         {**_SEVEN_B, "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 48},
         norm_bias=True,
         norm_adds_one=True,
+    ),
+    Family(
+        "apertus",
+        _apertus,
+        {**_SEVEN_B, "vocab_size": 131072, "intermediate_size": 14336, "hidden_act": "xielu"},
+    ),
+    Family(
+        "nanochat",
+        _nanochat,
+        {
+            **_SEVEN_B, "vocab_size": 50304, "hidden_size": 768, "intermediate_size": 8192, "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+        },
+        norm_weights=False,
     ),
     Family("exaone4", _exaone4, {**_SEVEN_B, "vocab_size": 102400, "intermediate_size": 16384}),
     Family("qwen2", _qwen2, _QWEN),

@@ -138,16 +138,6 @@ class Facts:
             raise InputError(f"config.json: {key} {value!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}")
         return str(value)
 
-    def refuse(self, family: str, *keys: str) -> None:
-        """Forms of a family that are not known.
-
-        Raises:
-            InputError: One of these keys is set.
-        """
-        for key in keys:
-            if self.flag(key):
-                raise InputError(f"config.json: {key} is not supported in {family}", "supported: false")
-
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""

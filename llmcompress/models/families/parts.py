@@ -44,12 +44,14 @@ class Family:
         loan: ``(facts, index) -> loan`` of layers that run a module of an earlier one.
         defaults: transformers' default of every key that ``layer`` reads.
         aliases: Other names of keys in the file.
-        disk: Names in hub checkpoints.
+        disk: Names in hub checkpoints; or a function of the facts.
         norm_bias: Whether norms carry a bias (LayerNorm instead of RMSNorm).
         norm_adds_one: See :class:`~llmcompress.models.layout.ModelLayout`.
         head_bias: Key that says whether the head has a bias, or None.
         body: Run-time name of the model without its head.
+        norm_weights: Whether norms have weights at all.
         embedding: Name of the embedding in the body.
+        layers: Name of the list of decoder layers in the body.
         final_norm: Name of the last norm in the body.
         depth: Number of decoder layers; from ``num_hidden_layers`` when None.
         ignored: See :class:`~llmcompress.models.layout.ModelLayout`; or a function of the facts.
@@ -61,13 +63,15 @@ class Family:
     layer: Callable[[Facts, int, str], tuple[Part, ...]]
     defaults: Mapping[str, Any]
     aliases: Mapping[str, str] = field(default_factory=dict)
-    disk: DiskNames = field(default_factory=DiskNames)
+    disk: DiskNames | Callable[[Facts], DiskNames] = field(default_factory=DiskNames)
     norm_bias: bool = False
     norm_adds_one: bool = False
+    norm_weights: bool = True
     head_bias: str | None = None
     ignored: tuple[str, ...] | Callable[[Facts], tuple[str, ...]] = ()
     body: str = "model"
     embedding: str = "embed_tokens"
+    layers: str = "layers"
     final_norm: str = "norm"
     depth: Callable[[Facts], int] | None = None
     loan: Callable[[Facts, int], Loan | None] | None = None
@@ -84,27 +88,30 @@ class Family:
         hidden, vocab, tied = facts.hidden, facts.size("vocab_size"), facts.flag("tie_word_embeddings")
         blocks = []
         for index in range(facts.size("num_hidden_layers") if self.depth is None else self.depth(facts)):
-            name = f"{self.body}.layers.{index}"
+            name = f"{self.body}.{self.layers}.{index}"
             parts = self.layer(facts, index, name)
             kept = [view for part in parts for view in part.kept]
             given = {view.name for view in kept}
             norms = [n for p in parts for n in _norms(p.sublayer) if n is not None]
             # a norm of another width is given by its part, one in another block belongs to that
-            missing = [n for n in norms if f"{n}.weight" not in given and n.startswith(f"{name}.")]
+            missing = [
+                n for n in norms if f"{n}.weight" not in given and n.startswith(f"{name}.") and self.norm_weights
+            ]
             kept = [view for n in dict.fromkeys(missing) for view in norm(n, hidden, self.norm_bias)] + kept
             loan = None if self.loan is None else self.loan(facts, index)
             scale = None if self.layer_scale is None else f"{name}.{self.layer_scale}"
             kept += [] if scale is None else [TensorView(scale, (1,))]
             blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept), loan, scale))
         outside = [TensorView(f"{self.body}.{self.embedding}.weight", (vocab, hidden))]
-        outside += norm(f"{self.body}.{self.final_norm}", hidden, self.norm_bias)
+        outside += norm(f"{self.body}.{self.final_norm}", hidden, self.norm_bias) if self.norm_weights else []
         if not tied:
             outside.append(TensorView("lm_head.weight", (vocab, hidden)))
         if self.head_bias is not None and facts.flag(self.head_bias):
             outside.append(TensorView("lm_head.bias", (vocab,)))
         ignored = self.ignored(facts) if callable(self.ignored) else self.ignored
+        disk = self.disk(facts) if callable(self.disk) else self.disk
         return ModelLayout(
-            self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, self.disk, ignored, self.norm_adds_one
+            self.model_type, tuple(blocks), tuple(outside), tied, hidden, vocab, disk, ignored, self.norm_adds_one
         )
 
 
@@ -156,7 +163,7 @@ def attention(
     layer: str,
     qkv_bias: bool = False,
     out_bias: bool = False,
-    qk_norm: Literal["none", "head", "full"] = "none",
+    qk_norm: Literal["none", "head", "each", "full"] = "none",
     post_norm: str | None = None,
     names: AttentionNames = USUAL,
     form: Literal["apart", "fused", "gated"] = "apart",
@@ -168,7 +175,8 @@ def attention(
         layer: Run-time name of the decoder layer.
         qkv_bias: Whether q, k and v have biases.
         out_bias: Whether o has one.
-        qk_norm: Norms on queries and keys: per head, over all heads, or none.
+        qk_norm: Norms on queries and keys: per head with weights that all heads share or (``each``) of their own, over
+            all heads, or none.
         post_norm: Norm on the output before the residual add.
         names: Of its parts.
         form: ``fused``: ``qkv_proj`` holds q, k and v. ``gated``: ``q_proj`` has as many rows again, a gate on each
@@ -182,7 +190,10 @@ def attention(
     last = LinearView(f"{module}.{names.output}", facts.hidden, query, Role.ATTENTION, out_bias)
     groups = first_and_last(module, first, last)
     kept = list(biases(groups))
-    if qk_norm != "none":
+    if qk_norm == "each":
+        rows = {names.query_norm: facts.heads, names.key_norm: facts.kv_heads}
+        kept += [TensorView(f"{module}.{n}.weight", (count, facts.head_dim)) for n, count in rows.items()]
+    elif qk_norm != "none":
         widths = (facts.head_dim, facts.head_dim) if qk_norm == "head" else (query, value)
         kept += norm(f"{module}.{names.query_norm}", widths[0]) + norm(f"{module}.{names.key_norm}", widths[1])
     pre_norm = None if names.pre_norm is None else f"{layer}.{names.pre_norm}"

@@ -164,15 +164,3 @@ def test_a_plug_in_may_add_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmcompress.plugins.discover", lambda group: {"llamoid": "not a family"})
     with pytest.raises(InputError, match="llamoid"):
         registry.layout_from_config({"model_type": "llamoid"})
-
-
-@pytest.mark.parametrize(
-    ("family", "key"),
-    [
-        ("stablelm", "use_parallel_residual"), ("stablelm", "qk_layernorm"), ("phi", "qk_layernorm"),
-        ("cohere", "use_qk_norm"),
-    ],
-)  # fmt: skip
-def test_a_model_of_another_kind_is_refused(family: str, key: str) -> None:
-    with pytest.raises(InputError, match=f"{key} is not supported in {family}"):
-        layout_from_config({"model_type": family, key: True})
