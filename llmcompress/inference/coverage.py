@@ -19,7 +19,7 @@ FAMILIES = (
     "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1", "gpt_oss", "minimax_m2",
     "ernie4_5", "ernie4_5_moe", "ministral", "ministral3", "arcee", "nemotron", "cohere", "cohere2", "phi", "exaone4",
     "exaone_moe", "solar_open", "flex_olmo", "hunyuan_v1_dense", "hunyuan_v1_moe", "granitemoe", "granitemoeshared",
-    "helium", "cwm", "gpt_neox",
+    "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (
@@ -32,6 +32,8 @@ NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", *_COHERE)
 # mean away; whose layers that see all positions turn nothing; that norm heads once they are turned
 TWICE, CENTRED, TURNED_IN_WINDOWS = _COHERE, _COHERE, ("cohere2", "exaone4", "exaone_moe")
 NORMS_LAST = ("hunyuan_v1_dense", "hunyuan_v1_moe")
+# whose tokens see what an indexer chooses
+INDEXED = ("deepseek_v32", "glm_moe_dsa")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -80,7 +82,7 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
 def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     if family == "phimoe" and config.get("num_experts_per_tok", 2) != 2:
         return f"sparsemixer chooses 2 experts, not {config['num_experts_per_tok']}"
-    for key in ("use_parallel_residual", "qk_layernorm", "use_qk_norm"):
+    for key in ("qk_layernorm", "use_qk_norm"):
         if family in ("stablelm", "phi", "cohere") and config.get(key):
             return f"{key} is set"
     if family == "hunyuan_v1_moe" and len(set(_experts_chosen(config))) > 1:
@@ -104,8 +106,8 @@ def _experts_chosen(config: Mapping[str, Any]) -> list[Any]:
 def reach(config: Mapping[str, Any]) -> int | None:
     """Tokens that a sequence may have in a native engine, None for any number.
 
-    A longer sequence takes another of longrope's tables for all its tokens, or a factor of its later queries
-    (Ministral 3).
+    A longer sequence takes another of longrope's tables for all its tokens, a factor of its later queries
+    (Ministral 3), or lets an indexer choose what they see (DeepSeek-V3.2), which sees everything up to there.
 
     Args:
         config: Of a loaded text model.
@@ -118,6 +120,7 @@ def reach(config: Mapping[str, Any]) -> int | None:
         for rotary in _rotary(config)
         if (_kind(rotary) == "longrope" and not _fixed(config, rotary)) or rotary.get("llama_4_scaling_beta")
     ]
+    limits.append(config.get("index_topk", 2048) if config.get("model_type") in INDEXED else None)
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 

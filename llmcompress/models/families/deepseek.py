@@ -1,7 +1,15 @@
-"""DeepSeek-V2 and V3: latent attention, first layers dense, shared experts beside the routed ones."""
+"""DeepSeek-V2 to V3.2 and GLM-5: latent attention, first layers dense, shared experts beside the routed ones.
+
+In V3.2 and GLM-5 an indexer chooses the positions that a token sees. Rounding it would change a choice that no
+statistic of ours knows, it is a hundredth of the weights, and it stays dense. Some of GLM-5's layers take over the
+choice of the layer before.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
     PER_EXPERT,
@@ -48,6 +56,22 @@ def latent_attention(facts: Facts, layer: str) -> Part:
     return Part(sublayer, (*kept, *biases(tuple(groups))))
 
 
+def sparse_attention(facts: Facts, layer: str, chooses: bool = True) -> Part:
+    """Latent attention to the positions that an indexer chooses, its own or that of an earlier layer."""
+    part, module = latent_attention(facts, layer), f"{layer}.self_attn.indexer"
+    heads, width = facts.size("index_n_heads"), facts.size("index_head_dim")
+    if facts.get("q_lora_rank") is None:
+        raise InputError("config.json: q_lora_rank is null, but an indexer reads the latents of queries")
+    if not chooses:
+        return Part(replace(part.sublayer, handed=facts.size("index_topk")), part.kept)
+    sizes = {"wk": width, "weights_proj": heads}
+    beside = tuple(LinearView(f"{module}.{n}", rows, facts.hidden, Role.ATTENTION) for n, rows in sizes.items())
+    kept = [TensorView(f"{view.name}.weight", (view.out_features, view.in_features)) for view in beside]
+    kept.append(TensorView(f"{module}.wq_b.weight", (heads * width, facts.size("q_lora_rank"))))
+    kept += norm(f"{module}.k_norm", width, bias=True)
+    return Part(replace(part.sublayer, beside=beside), (*part.kept, *kept))
+
+
 def sigmoid_router(facts: Facts, layer: str) -> RouterView:
     """The router of DeepSeek-V3, which GLM-4.5 took over."""
     module = f"{layer}.mlp.gate"
@@ -83,9 +107,45 @@ def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return latent_attention(facts, layer), feed_forward(facts, index, layer, sigmoid_router(facts, layer))
 
 
+def _sparse_layer(facts: Facts, index: int, layer: str, chooses: bool) -> tuple[Part, ...]:
+    head = sparse_attention(facts, layer, chooses)
+    dense = index < facts.size("first_k_dense_replace", at_least=0)
+    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "dense" if dense else "sparse") == "dense":
+        return head, gated_mlp(facts, layer)
+    return head, with_shared(facts, layer, sigmoid_router(facts, layer))
+
+
+def _deepseek_v32(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return _sparse_layer(facts, index, layer, True)
+
+
+def _glm_moe_dsa(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return _sparse_layer(facts, index, layer, _chooses(facts, index))
+
+
+def _chooses(facts: Facts, index: int) -> bool:
+    """Whether a layer of GLM-5 has an indexer: by transformers' list, or by a pattern or a rhythm of the hub's."""
+    if facts.get("indexer_types") is not None:
+        return facts.layer_kind("indexer_types", index, ("full", "shared"), "full") == "full"
+    pattern = facts.get("index_topk_pattern")
+    if pattern is None:
+        every = max(facts.size("index_topk_freq", at_least=0), 1)
+        return max(index - facts.size("index_skip_topk_offset", at_least=0) + 1, 0) % every == 0
+    if not isinstance(pattern, str | list) or index >= len(pattern):
+        raise InputError(f"config.json: index_topk_pattern {pattern!r} says nothing of layer {index}")
+    return pattern[index] in ("F", "full")
+
+
 _SHARED = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+
+_V3 = {
+    **_SHARED, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
 }  # fmt: skip
 
 FAMILIES = (
@@ -104,13 +164,33 @@ FAMILIES = (
     Family(
         "deepseek_v3",
         _deepseek_v3,
-        {
-            **_SHARED, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
-            "num_hidden_layers": 61, "num_attention_heads": 128, "first_k_dense_replace": 3,
-            "n_routed_experts": 256, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 8,
-            "moe_intermediate_size": 2048, "norm_topk_prob": True, "num_nextn_predict_layers": 1,
-        },
+        _V3,
         aliases={"n_routed_experts": "num_local_experts"},
+        disk=PER_EXPERT,
+        ignored=further_layers("num_nextn_predict_layers"),
+    ),
+    Family(
+        "deepseek_v32",
+        _deepseek_v32,
+        {
+            **_V3, "mlp_layer_types": None, "num_nextn_predict_layers": None, "index_n_heads": 64,
+            "index_head_dim": 128, "index_topk": 2048,
+        },
+        aliases={"n_routed_experts": "num_experts"},
+        disk=PER_EXPERT,
+        ignored=further_layers("num_nextn_predict_layers"),
+    ),
+    Family(
+        "glm_moe_dsa",
+        _glm_moe_dsa,
+        {
+            **_V3, "vocab_size": 154880, "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78,
+            "num_attention_heads": 64, "q_lora_rank": 2048, "qk_nope_head_dim": 192, "v_head_dim": 256,
+            "mlp_layer_types": None, "num_nextn_predict_layers": None, "index_n_heads": 32, "index_head_dim": 128,
+            "index_topk": 2048, "indexer_types": None, "index_topk_pattern": None, "index_topk_freq": 1,
+            "index_skip_topk_offset": 2,
+        },
+        aliases={"n_routed_experts": "num_experts"},
         disk=PER_EXPERT,
         ignored=further_layers("num_nextn_predict_layers"),
     ),

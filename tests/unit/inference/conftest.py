@@ -119,6 +119,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
     },
     "deepseek_v3": {**_LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1, "rope_interleave": True},
+    # an indexer in every layer or in some, of more positions than the texts here have
+    "deepseek_v32": {
+        **_LATENT, "q_lora_rank": 48, "n_group": 4, "topk_group": 2, "index_topk": 512, "index_head_dim": 32,
+        "index_n_heads": 2,
+    },
+    "glm_moe_dsa": {
+        **_LATENT, "q_lora_rank": 48, "index_topk": 512, "index_head_dim": 32, "index_n_heads": 2,
+        "indexer_types": ["full", "shared", "shared"],
+    },
     # queries, keys and values in one linear, gate and up in one; heads turned in part
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
     # columns side by side turned, biases; norms before sublayers, or before and after

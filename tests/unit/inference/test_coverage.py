@@ -63,7 +63,8 @@ def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> N
         ({"model_type": "llama", "rope_scaling": {"type": "su", "factor": 2.0}}, None),
         ({"model_type": "qwen2", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.75}, None),
-        ({"model_type": "stablelm", "use_parallel_residual": True}, "use_parallel_residual"),
+        ({"model_type": "stablelm", "use_parallel_residual": True}, None),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
         ({"model_type": "olmoe", "clip_qkv": None}, None),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
     ],
@@ -81,6 +82,8 @@ def test_how_far_a_sequence_reaches() -> None:
     assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.2}}) is None
     sharpened = {"rope_type": "yarn", "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
     assert reach({"model_type": "ministral3", "rope_parameters": sharpened}) == 16384
+    assert reach({"model_type": "glm_moe_dsa"}) == 2048
+    assert reach({"model_type": "deepseek_v32", "index_topk": 512, "rope_parameters": {"rope_type": "yarn"}}) == 512
     # beside the tables in older files
     older = {"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 2048}
     assert reach({"model_type": "phi3", **older}) == 2048

@@ -57,6 +57,12 @@ def test_dense_families_agree(decoders: Any, ids: torch.Tensor, family: str, pro
     assert worst(Engine(model, positions=64), tokens, reference(model, tokens), prompt) < EXACT
 
 
+def test_stablelm_with_sublayers_side_by_side(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.packed("stablelm", 4, use_parallel_residual=True), ids[:24]
+    assert decline(model) is None
+    assert worst(Engine(model, positions=32), tokens, reference(model, tokens), 12) < EXACT
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2"])
 def test_activations_of_gates(decoders: Any, ids: torch.Tensor, activation: str) -> None:
     model, tokens = decoders.packed("llama", 4, hidden_act=activation), ids[:24]

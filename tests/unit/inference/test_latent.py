@@ -40,6 +40,8 @@ def reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": 48}),
         ("deepseek_v3", {"rope_parameters": YARN}),
         ("deepseek_v3", {**NARROW, "num_attention_heads": 5, "num_key_value_heads": 5}),
+        ("deepseek_v32", {"rope_parameters": YARN, "attention_bias": True}),
+        ("glm_moe_dsa", NARROW),
     ],
 )
 def test_every_form(
