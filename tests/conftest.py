@@ -35,6 +35,10 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "deepseek_v3": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
                     "routed_scaling_factor": 2.5},
+    "deepseek_v32": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+                     "index_topk": 6, "index_n_heads": 2, "index_head_dim": 16},
+    "glm_moe_dsa": {**_LATENT, "q_lora_rank": 16, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16,
+                    "indexer_types": ["full", "shared"]},
     "glm4_moe_lite": {**_LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2},
     "qwen3_next": {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
                    "num_experts": 8, "num_experts_per_tok": 3, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
@@ -111,6 +115,14 @@ SSM_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"intermediate_size": 48, "num_hidden_layers": 3, "linear_num_value_heads": 4,
                      "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
                      "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "olmo_hybrid": {"intermediate_size": 48, "num_hidden_layers": 3, "linear_num_value_heads": 4,
+                    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+                    "head_dim": None, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "kimi_linear": {"intermediate_size": 48, "num_hidden_layers": 3, "moe_intermediate_size": 16, "num_experts": 8,
+                    "num_shared_experts": 1, "num_experts_per_token": 3, "num_expert_group": 4, "topk_group": 2,
+                    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                    "num_key_value_heads": 4, "head_dim": None, "linear_num_heads": 4, "linear_head_dim": 16,
+                    "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "jamba": {"intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 4, "mamba_d_state": 8,
               "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
 }  # fmt: skip
@@ -213,7 +225,10 @@ def _threads_are_restored() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests with an argument ``moe_family`` or ``ssm_family`` run once per family."""
     # the hybrid has what no other family has: experts without a gate, which read a projection of the layer's input
-    for name, table in (("moe_family", (*MOE_FAMILIES, "nemotron_h")), ("ssm_family", tuple(SSM_FAMILIES))):
+    for name, table in (
+        ("moe_family", (*MOE_FAMILIES, "nemotron_h", "kimi_linear")),
+        ("ssm_family", tuple(SSM_FAMILIES)),
+    ):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, sorted(table))
 

@@ -9,6 +9,9 @@ Mamba-2's recurrence (:mod:`~llmcompress.algorithms.selective_scan`) with ``dt x
 scale for each column of a value (channel) and for each column of a key (state). Ours: the paper of Q-Mamba knows
 Mamba only. An error of the state is decayed by a and, along keys that come again, erased by (1 - β).
 
+Kimi Delta Attention (Kimi Team, arXiv 2510.26692) has a decay for each column of a key: ``a_t`` is then a vector that
+multiplies the columns of the state, and ``ĥ_{t-1} (a_t k_t)`` is what that says of a key.
+
 Legend: S sequences, T tokens, H heads, G key heads that value heads share, P columns of a value, N columns of a key.
 """
 
@@ -31,7 +34,7 @@ class DeltaInputs:
         query: fp32 ``[S, T, G, N]``, of length one and scaled; value head h reads group ``h // (H / G)``.
         key: fp32 ``[S, T, G, N]``, of length one.
         value: fp32 ``[S, T, H, P]``.
-        decay: fp32 ``[S, T, H]``, a.
+        decay: fp32 ``[S, T, H]``, or ``[S, T, H, N]`` of Kimi Delta Attention, a.
         step: fp32 ``[S, T, H]``, β.
     """
 
@@ -48,8 +51,12 @@ class DeltaInputs:
 
     @property
     def log_decay(self) -> Tensor:
-        """``log a``, fp64 ``[S, T, H]``; a state may forget more than that, where keys come again."""
-        return self.decay.double().log()
+        """``log a``, fp64 ``[S, T, H]``, the mean over a key's columns where they differ.
+
+        A state may forget more than that, where keys come again.
+        """
+        log = self.decay.double().log()
+        return log if log.ndim == 3 else log.mean(-1)
 
     def run(self, state: Tensor | None, store: Store | None) -> tuple[Tensor, Tensor]:
         """The sequence token by token: see :func:`scan`."""
@@ -62,7 +69,7 @@ def difference(state: Tensor, value: Tensor, decay: Tensor, step: Tensor, key: T
     Args:
         state: fp32 ``[S, H, P, N]`` before the token.
         value: fp32 ``[S, H, P]``.
-        decay: fp32 ``[S, H]``.
+        decay: fp32 ``[S, H]`` or ``[S, H, N]``.
         step: fp32 ``[S, H]``.
         key: fp32 ``[S, G, N]``.
 
@@ -70,7 +77,16 @@ def difference(state: Tensor, value: Tensor, decay: Tensor, step: Tensor, key: T
         fp32 ``[S, H, P]``.
     """
     wide = key.repeat_interleave(state.shape[1] // key.shape[1], 1)
-    return (value - decay.unsqueeze(-1) * folded_sum(state * wide.unsqueeze(-2))) * step.unsqueeze(-1)
+    if decay.ndim == 3:
+        told = folded_sum(state * (decay * wide).unsqueeze(-2))
+    else:
+        told = decay.unsqueeze(-1) * folded_sum(state * wide.unsqueeze(-2))
+    return (value - told) * step.unsqueeze(-1)
+
+
+def over_state(decay: Tensor) -> Tensor:
+    """Decays ``[S, H]`` or ``[S, H, N]`` as they multiply a state ``[S, H, P, N]``."""
+    return decay[..., None, None] if decay.ndim == 2 else decay.unsqueeze(-2)
 
 
 def scan(inputs: DeltaInputs, state: Tensor | None, store: Store | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +107,7 @@ def scan(inputs: DeltaInputs, state: Tensor | None, store: Store | None) -> tupl
     for t in range(value.shape[1]):
         decay, key = inputs.decay[:, t], inputs.key[:, t]
         change = difference(state, value[:, t], decay, inputs.step[:, t], key)
-        fresh = driven(state, change, decay[..., None, None], key)
+        fresh = driven(state, change, over_state(decay), key)
         outputs[:, t] = read(fresh, inputs.query[:, t])
         state = fresh if store is None else store(fresh, t)
     return outputs, state

@@ -22,6 +22,7 @@ from llmcompress.models.families import (
     granite_moe,
     hunyuan,
     hybrids,
+    kimi,
     lfm2,
     llama4,
     mamba,
@@ -29,6 +30,7 @@ from llmcompress.models.families import (
     minimax,
     mixtral,
     nemotron,
+    olmo_hybrid,
     parallel,
     qwen_moe,
     qwen_next,
@@ -67,7 +69,7 @@ def _table() -> dict[str, Family]:
         llama4,
         gemma4,
     )
-    modules = (*experts, qwen_next, lfm2, mamba, hybrids, nemotron, zamba, parallel, dense)
+    modules = (*experts, qwen_next, kimi, olmo_hybrid, lfm2, mamba, hybrids, nemotron, zamba, parallel, dense)
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 
 

@@ -59,8 +59,8 @@ def sequence_bytes(layout: ModelLayout, policy: Mapping[str, Any] | None, item: 
             continue
         for bits in widths.get(view.module, [spec.bits] * view.heads):
             states += state_bytes(spec, view.channels, view.states, bits)
-        steps = view.heads * (view.channels if view.kind == "mamba1" else 1)
-        states += window_bytes(spec, window, view.heads * view.channels + steps + view.groups * view.states)
+        row = view.heads * view.channels + view.rates + view.groups * view.states
+        states += window_bytes(spec, window, row)
     return states, convolution, floats
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmcompress.nn.mixers import Mixer
 
 FUNCTIONS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+# those of Kimi Delta Attention, whose decays differ along a key
+KIMI = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 
 
 def gathered(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> DeltaInputs:
@@ -29,7 +31,7 @@ def gathered(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor)
         query: ``[S, T, G, K]``.
         key: Likewise.
         value: ``[S, T, H, V]``.
-        g: ``[S, T, H]``, logarithm of the decay.
+        g: ``[S, T, H]`` or ``[S, T, H, K]``, logarithm of the decay.
         beta: ``[S, T, H]``.
     """
     scaled = unit(query.float()) * query.shape[-1] ** -0.5

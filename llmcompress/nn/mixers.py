@@ -42,6 +42,7 @@ FUNCTIONS = {
     "mamba2": ("mamba2_chunk_scan", "mamba2_selective_state_update"),
     "mamba1": ("mamba_selective_scan", "mamba_selective_state_update"),
     "delta": delta_rule.FUNCTIONS,
+    "kda": delta_rule.KIMI,
 }
 
 
@@ -117,7 +118,7 @@ def register_scales(model: nn.Module, layout: ModelLayout, policy: Mapping[str, 
         return
     for name, view in scans(layout):
         mixer = model.get_submodule(name)
-        device = mixer.get_parameter("A_log").device
+        device = mixer.get_parameter("conv1d.weight").device
         shape = (view.heads, view.channels if axis == "channels" else view.states)
         mixer.register_buffer(SCALE, torch.empty(shape, dtype=torch.float16, device=device))
 
@@ -244,7 +245,7 @@ class Mixer:
         scope = {**original.__globals__, **dict(zip(names, ours))}
         forward = FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
         forward.__kwdefaults__ = original.__kwdefaults__
-        quantized, one = self, None if self.view.kind == "delta" else DecodeStep(self.mixer)
+        quantized, one = self, None if self.view.rule else DecodeStep(self.mixer)
 
         def wrapped(mixer: nn.Module, hidden_states: Tensor, cache: Any = None, *args: Any, **kw: Any) -> Tensor:
             cache = kw.pop("cache_params", cache)  # its name in transformers before 5.24
@@ -267,7 +268,7 @@ class Mixer:
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What takes the place of the two, over a sequence and for a token."""
-        if self.view.kind == "delta":
+        if self.view.rule:
             rule = delta_rule.DeltaRule(self, self.whole)
             return rule.over_sequence, rule.one_token
         return (self.chunk_scan, self.head_update) if self.view.kind == "mamba2" else (self.scan1, self.update1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
 from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
-from llmcompress.algorithms.gated_delta import difference
+from llmcompress.algorithms.gated_delta import difference, over_state
 from llmcompress.algorithms.selective_scan import driven, read
 from llmcompress.quant.states import DECODED_BITS
 
@@ -90,16 +90,20 @@ class StateQuantizer:
     def row(self) -> tuple[int, int, int]:
         """Values that a window keeps of a token: ``dt x``; decay, for Mamba-1 (whose decay is larger) dt; B.
 
-        Of a delta rule they are its change, its decay and its key.
+        Of a delta rule they are its change, its decays and its key.
         """
         scan = self.scan
         inner = scan.heads * scan.channels
-        return inner, inner if scan.kind == "mamba1" else scan.heads, scan.groups * scan.states
+        return inner, scan.rates, scan.groups * scan.states
 
     @property
     def has_kernel(self) -> bool:
         """Whether ``llmcompress_kernels.state`` implements this codec at this size."""
-        fits = self.scan.kind != "mamba1" and self.scan.states in KERNEL_STATES and self.scan.channels % 16 == 0
+        fits = (
+            self.scan.kind not in ("mamba1", "kda")
+            and self.scan.states in KERNEL_STATES
+            and self.scan.channels % 16 == 0
+        )
         return fits and self.spec.has_kernel
 
     @property
@@ -200,7 +204,7 @@ class PackedState:
             drive, rate, b = self.recent[:, k].split(self.quantizer.row, 1)
             drive, b = drive.view(-1, scan.heads, scan.channels), b.view(-1, scan.groups, scan.states)
             if scan.kind != "mamba1":
-                decay = rate[..., None, None]
+                decay = rate.view(-1, scan.heads, 1, scan.rates // scan.heads)
             else:
                 assert a is not None, "a window of Mamba-1 is replayed with the layer's rates"
                 decay = (rate.view(-1, scan.heads, scan.channels, 1) * a).exp()
@@ -245,7 +249,7 @@ class PackedState:
 
         Args:
             value: fp32 ``[S, H, P]``.
-            decay: fp32 ``[S, H]``.
+            decay: fp32 ``[S, H]`` or ``[S, H, N]``.
             step: fp32 ``[S, H]``.
             key: fp32 ``[S, G, N]`` of length one.
             query: fp32 ``[S, G, N]`` of length one, scaled.
@@ -262,8 +266,8 @@ class PackedState:
             return dsq_delta_update(*held, value, decay, step, key, query, *how)
         state = self.load()
         change = difference(state, value, decay, step, key)
-        fresh = driven(state, change, decay[..., None, None], key)
-        row = None if self.recent is None else torch.cat((change.flatten(1), decay, key.flatten(1)), 1)
+        fresh = driven(state, change, over_state(decay), key)
+        row = None if self.recent is None else torch.cat((change.flatten(1), decay.flatten(1), key.flatten(1)), 1)
         self.take(fresh, row)
         return read(fresh, query)
 
@@ -397,7 +401,7 @@ class PackedStateLayer:
             self.is_recurrent_states_initialized[state_idx] = True
         scan = self.quantizer.scan
         fresh = recurrent_states.float()
-        if scan.kind == "delta":
+        if scan.rule:
             fresh = fresh.mT.contiguous()
         fresh = fresh.view(-1, scan.heads, scan.channels, scan.states)
         held.store(fresh, self.incoming)

@@ -99,7 +99,7 @@ class Dsq(Stage):
         first = any(block.scan is not None and block.scan.kind == "mamba1" for block in layout.blocks)
         if first and self.config.bits == 4:
             found.append("4-bit states of Mamba-1: its states are small and decay unevenly; 8 bits are recommended")
-        rule = any(block.scan is not None and block.scan.kind == "delta" for block in layout.blocks)
+        rule = any(block.scan is not None and block.scan.rule for block in layout.blocks)
         if rule and self.config.rounding == "dither":
             found.append("a dither made gated delta rules of a small trained model worse: rounding rtn is recommended")
         policy, window = self.policy(None), self.config.replay_window

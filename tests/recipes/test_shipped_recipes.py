@@ -32,6 +32,7 @@ HUB = {
     "eac_moe_ernie45": "ernie45_21b_a3b",
     "eac_moe_glm47_flash": "glm47_flash",
     "eac_moe_lfm2": "lfm2_8b_a1b",
+    "eac_moe_kimi_linear": "kimi_linear_48b_a3b",
     "gptq": "smollm2_135m",
     "gptq_smollm2": "smollm2_135m",
     "gptq_w8a8": "smollm2_135m",
@@ -194,10 +195,11 @@ def test_hub_recipes_plan_without_weights_or_network(name):
     assert all(rule.weights for rule in found.rules)
 
 
-# billions of parameters as the models' cards tell them; MiniMax-M2's and Qwen3-Next's are rounded
+# billions of parameters as the models' cards tell them; MiniMax-M2's, Qwen3-Next's and Kimi-Linear's are rounded
 # there, Llama 4's counts its eyes
 PUBLISHED = [
     ("qwen3_30b_a3b", 30.5, 0.05), ("qwen3_next_80b_a3b", 80, 0.5), ("minimax_m2", 230, 1.5),
+    ("kimi_linear_48b_a3b", 48, 1.5),
     ("llama4_scout", 109, 1.5), ("ernie45_21b_a3b", 21.8, 0.1), ("lfm2_8b_a1b", 8.3, 0.05), ("glm47_flash", 30, 0.5),
     ("mixtral_8x7b", 46.7, 0.05), ("deepseek_v3", 671, 0.5),
 ]  # fmt: skip

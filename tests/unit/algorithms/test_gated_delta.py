@@ -33,6 +33,23 @@ def test_without_rounding_it_is_the_rule() -> None:
     assert state.shape == start.shape
 
 
+def test_decays_along_a_key_are_those_of_kimi_delta_attention() -> None:
+    from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
+
+    given, start = text(20), torch.randn(2, HEADS, VALUES, KEYS, generator=torch.Generator().manual_seed(1))
+    query, key = (part.repeat_interleave(HEADS // GROUPS, 2) for part in (given.query, given.key))
+    decay = torch.rand(2, 20, HEADS, KEYS, generator=torch.Generator().manual_seed(3))
+    found, last = scan(DeltaInputs(query, key, given.value, decay, given.step), start, None)
+    wanted, after = recurrent_kimi_delta_attention(
+        query * KEYS**0.5, key, given.value, decay.log(), given.step, initial_state=start.mT, output_final_state=True
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last, after.mT, atol=1e-5, rtol=1e-5)
+    same = DeltaInputs(query, key, given.value, given.decay.unsqueeze(-1).expand_as(decay), given.step)
+    torch.testing.assert_close(scan(same, start, None)[0], scan(given, start, None)[0], atol=1e-5, rtol=1e-5)
+    assert same.log_decay.shape == (2, 20, HEADS)
+
+
 def test_a_whole_step_replaces_what_a_state_says_of_a_key() -> None:
     given = text(1, decay=1.0)
     state = torch.randn(2, HEADS, VALUES, KEYS, generator=torch.Generator().manual_seed(2))

@@ -49,6 +49,17 @@ def test_gated_delta_rules_keep_a_state_for_every_value_head() -> None:
     assert replayed - sequence_bytes(layout, {"bits": 4, "codec": "dsq"}, 2)[0] == 36 * (3 * row * 4 + 4)
 
 
+def test_kimi_delta_attention_keeps_a_decay_for_every_column_of_a_key() -> None:
+    layout = layout_from_config(json.loads((CONFIGS / "kimi_linear_48b_a3b.json").read_text()))
+    states, convolution, floats = sequence_bytes(layout, None, 2)
+    # 20 of 27 layers with 32 heads of 128 by 128
+    assert floats == states == 20 * 32 * 128 * 128 * 4
+    assert convolution == 20 * 3 * 32 * 128 * 4 * 2
+    row = 3 * 32 * 128
+    replayed = sequence_bytes(layout, {"bits": 4, "codec": "dsq", "window": 4}, 2)[0]
+    assert replayed - sequence_bytes(layout, {"bits": 4, "codec": "dsq"}, 2)[0] == 20 * (3 * row * 4 + 4)
+
+
 def test_models_without_states_have_no_table() -> None:
     layout = layout_from_config(json.loads((CONFIGS / "qwen3_30b_a3b.json").read_text()))
     assert memory_table(layout, 1000, None) == []

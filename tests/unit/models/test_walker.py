@@ -39,6 +39,8 @@ DENSE = {
     "nemotron": {},
     "cohere2": {"sliding_window": 8, "tie_word_embeddings": False},
     "phi": {},
+    "apertus": {},
+    "nanochat": {},
 }
 MIXED = {"first_k_dense_replace": 1, "moe_intermediate_size": 20, "n_routed_experts": 6, "num_experts_per_tok": 3}
 PLAIN = {**DENSE, "glm4_moe": {**MIXED, "use_qk_norm": True, "routed_scaling_factor": 2.5}}
