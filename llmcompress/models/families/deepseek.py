@@ -1,7 +1,7 @@
 """DeepSeek-V2 to V3.2 and GLM-5: latent attention, first layers dense, shared experts beside the routed ones.
 
 In V3.2 and GLM-5 an indexer chooses the positions that a token sees. Rounding it would change a choice that no
-statistic of ours knows, it is a hundredth of the weights, and it stays dense. Some of GLM-5's layers take over the
+statistic of ours knows, it is a thousandth of the weights, and it stays dense. Some layers of GLM-5 may take over the
 choice of the layer before.
 """
 

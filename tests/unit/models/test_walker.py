@@ -115,7 +115,7 @@ def walk(
         handle.load_block(model, block.index)
         visitors.append(visitor(model) if visitor is not None else None)
         walker.forward(block, hidden, visitors[-1], advance, tap)
-    norm = next(view.name for view in handle.layout.outside if "norm" in view.name)
+    norm = next((view.name for view in handle.layout.outside if "norm" in view.name), "model.norm.weight")
     return model.get_submodule(norm.removesuffix(".weight"))(hidden), model, visitors
 
 
