@@ -118,11 +118,11 @@ SSM_FAMILIES: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {"intermediate_size": 48, "num_hidden_layers": 3, "linear_num_value_heads": 4,
                     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
                     "head_dim": None, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "kimi_linear": {"intermediate_size": 48, "num_hidden_layers": 3, "moe_intermediate_size": 16, "num_experts": 8,
+    "kimi_linear": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8,
                     "num_shared_experts": 1, "num_experts_per_token": 3, "num_expert_group": 4, "topk_group": 2,
                     "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
                     "num_key_value_heads": 4, "head_dim": None, "linear_num_heads": 4, "linear_head_dim": 16,
-                    "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+                    "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 4, "mamba_d_state": 8,
               "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
 }  # fmt: skip

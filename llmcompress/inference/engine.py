@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.inference.caches import arguments
-from llmcompress.inference.coverage import FAMILIES, TWICE, activation_of, decline_config, decline_family, reach
+from llmcompress.inference.coverage import (
+    FAMILIES,
+    INDEXED,
+    TWICE,
+    activation_of,
+    decline_config,
+    decline_family,
+    reach,
+)
 from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, rotary_of, screened
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
@@ -214,6 +222,8 @@ class Engine:
         self.model = model
         self.threads = threads
         self.longest = longest(model)
+        # whose modules want what their indexers keep beside keys and values
+        self._indexed = model.config.get_text_config().model_type in INDEXED
         self.planes = planes_of(model, int8_activations)
         self.members = members_of(model)
         self.cache_dtype = cache_dtype or (torch.float32 if model.dtype == torch.float32 else torch.bfloat16)
@@ -364,7 +374,8 @@ class Engine:
         if self.decoder.takes_prompts and (len(tokens) >= self.least_at_once or start or not last):
             reroute = None if policy is None else policy.prompt(len(tokens))
             return self._prompt_at_once(slot, tokens, reroute, start, last)
-        if len(tokens) <= self.most_by_steps and (policy is None or not policy.acts_on(len(tokens))):
+        by_steps = len(tokens) <= self.most_by_steps or self._indexed
+        if by_steps and (policy is None or not policy.acts_on(len(tokens))):
             if policy is not None:
                 policy.enter(len(tokens))
             logits = self._prompt_by_steps(slot, tokens, start)
@@ -392,7 +403,7 @@ class Engine:
         from transformers import DynamicCache
 
         end = start + len(tokens)
-        held: Any = DynamicCache()
+        held: Any = DynamicCache(config=self.model.config) if self._indexed else DynamicCache()
         with torch.inference_mode():
             for index in range(len(self.decoder.layers) if start else 0):
                 keys, values = (part.to(self.model.dtype) for part in self.cache.read(index, slot, start))

@@ -58,7 +58,7 @@ def hooked_decode(model: Any, layout: Any, spec: StateSpec) -> tuple[torch.Tenso
         def hook(module: Any, _args: Any, _kwargs: Any, _output: Any, view: Any = view) -> None:
             state = cache.layers[module.layer_idx].recurrent_states[0]
             # a delta rule has columns of keys before those of values
-            across = view.kind == "delta"
+            across = view.rule
             fresh = state.float().view(-1, view.heads, *state.shape[2:]).mT if across else state.float()
             fresh = fresh.reshape(-1, view.heads, view.channels, view.states)
             trace.append(fresh.clone())
