@@ -21,7 +21,14 @@ from torch import Tensor
 
 from llmcompress_kernels import build, cpu, select
 from llmcompress_kernels.decode_cache import Cache
-from llmcompress_kernels.decode_checks import check_mixers, check_numbers, check_slots, check_tensors, check_windows
+from llmcompress_kernels.decode_checks import (
+    check_mixers,
+    check_numbers,
+    check_sizes,
+    check_slots,
+    check_tensors,
+    check_windows,
+)
 from llmcompress_kernels.decode_layer import NO_ROUTING, Latents, Layer, Routing
 from llmcompress_kernels.decode_structs import (
     REROUTE,
@@ -36,6 +43,7 @@ from llmcompress_kernels.matrix import Matrix, MatrixStruct
 
 FAMILY = "decode"
 MAX_BATCH = 8
+# as in decode.h
 MAX_HEAD_DIM = 1024
 PHASES = ("norm", "qkv", "attention", "output", "mixer", "router", "gate_up", "down", "head", "wait")
 
@@ -145,6 +153,9 @@ class Decoder:
         activation: Of the gates of MLPs, one of :data:`ACTIVATIONS`.
         gate_slope, gate_limit: Of gpt_oss's: gates are cut at the limit, what they open at both sides.
         attention_cap, logit_cap: Scores and logits x become ``cap tanh(x / cap)``; 0 for no cap.
+
+    Raises:
+        ValueError: More members than :data:`MAX_MEMBERS`, or heads or latents wider than :data:`MAX_HEAD_DIM`.
     """
 
     layers: Sequence[Layer]
@@ -175,6 +186,7 @@ class Decoder:
     logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
+        check_sizes(self, MAX_HEAD_DIM, MAX_MEMBERS)
         kinds, mixes = [layer.kept_as for layer in self.layers], [layer.mixes for layer in self.layers]
         places = [(mixes[:index].count(True), kinds[:index].count(kind)) for index, kind in enumerate(kinds)]
         structs = (LayerStruct * len(self.layers))(

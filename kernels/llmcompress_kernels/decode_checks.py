@@ -12,6 +12,19 @@ if TYPE_CHECKING:
     from llmcompress_kernels.decode_windows import Windows
 
 
+def check_sizes(decoder: Decoder, most_columns: int, most_members: int) -> None:
+    """Whether C++ has room for a head, and a bit for each member of a family.
+
+    Raises:
+        ValueError: It has not.
+    """
+    columns = max(decoder.head_dim, 0 if decoder.latents is None else decoder.latents.width)
+    if columns > most_columns:
+        raise ValueError(f"heads of {columns} columns, more than {most_columns}")
+    if len(decoder.member_heads) > most_members:
+        raise ValueError(f"{len(decoder.member_heads)} members, more than {most_members}")
+
+
 def check_mixers(decoder: Decoder, mixers: Mixers | None) -> None:
     """Whether a decoder has the mixers that it needs, and no others.
 

@@ -40,6 +40,8 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }  # fmt: skip
 _GEMMA = ("gemma", "gemma2", "gemma3_text")
+# columns of a head, or of what stands for all keys and values of a token: MAX_HEAD_DIM of the decode step
+MOST_COLUMNS = 1024
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
 ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -54,7 +56,7 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
     reason = decline_family(family, activation_of(config), (*FAMILIES, *STATES, *HYBRIDS, *DELTAS))
     if reason is not None or family in STATES:
         return reason
-    return _decline_rotary(config) or _decline_attention(family, config)
+    return _decline_rotary(config) or _decline_columns(config) or _decline_attention(family, config)
 
 
 def activation_of(config: Mapping[str, Any]) -> str:
@@ -96,6 +98,16 @@ def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     if config.get("clip_qkv") is not None:
         return f"queries, keys and values are clipped at {config['clip_qkv']} (clip_qkv)"
     return None
+
+
+def _decline_columns(config: Mapping[str, Any]) -> str | None:
+    def size(key: str) -> int:
+        return int(config.get(key) or 0)
+
+    own = size("head_dim") or size("attention_head_dim") or size("hidden_size") // max(1, size("num_attention_heads"))
+    # latents stand for the keys and values of all heads, with the part of keys that is turned
+    columns = max(own, size("kv_lora_rank") + size("qk_rope_head_dim"))
+    return f"heads of {columns} columns, more than {MOST_COLUMNS}" if columns > MOST_COLUMNS else None
 
 
 def _experts_chosen(config: Mapping[str, Any]) -> list[Any]:

@@ -100,6 +100,9 @@ def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
 
 
 def _decline_modules(model: PreTrainedModel) -> str | None:
+    members = len(members_of(model))
+    if members > native.MAX_MEMBERS:
+        return f"a family of {members} members, of which a node of its trees tells {native.MAX_MEMBERS} apart"
     for name, module in model.named_modules():
         reason = decline_module(name, module)
         if isinstance(module, TreeLinear) and reason is None:

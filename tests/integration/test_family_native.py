@@ -128,6 +128,20 @@ def test_parts_of_prompts_are_the_whole_and_stay_with_their_member() -> None:
         assert rows.reused(key) == held
 
 
+def test_more_members_than_a_node_tells_apart_go_through_modules() -> None:
+    names = [f"m{i}" for i in range(65)]
+    models = dict.fromkeys(names, source("llama", 0))
+    # nearly flat: exponents have bounds
+    merges = [(frozenset(names[i : i + 1]), frozenset(names[i + 1 : i + 2])) for i in range(0, 64, 2)]
+    left = [first | second for first, second in merges] + [frozenset(names[64:])]
+    while len(left) > 1:
+        first, second, *left = left
+        merges.append((first, second))
+        left.append(first | second)
+    family = RandomFamily(models, Tree.of(names, merges), {65: 4, 1: 2}, 32)
+    assert "65 members" in (decline(family.model) or "")
+
+
 def _decode(rows: Rows, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:
     written: dict[int, list[int]] = {}
     waiting, alive = list(range(len(asked))), []

@@ -5,18 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from llmcompress_kernels import build
+from llmcompress_kernels.decode import MAX_HEAD_DIM
 
-from llmcompress.inference.coverage import FAMILIES, decline_config, reach
+from llmcompress.inference.coverage import FAMILIES, MOST_COLUMNS, decline_config, reach
 
 
 def test_every_family_has_a_model_in_the_tests_of_the_engine(decoders: Any) -> None:
     assert set(FAMILIES) == set(decoders.families)
 
 
+def test_the_most_columns_of_a_head_are_those_of_the_step() -> None:
+    header = (build.SOURCES / "cpu/decode/decode.h").read_text()
+    assert f"constexpr int MAX_HEAD_DIM = {MAX_HEAD_DIM};" in header
+    assert MOST_COLUMNS == MAX_HEAD_DIM
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         ({"model_type": "llama"}, None),
+        ({"model_type": "llama", "hidden_size": 2048, "num_attention_heads": 2}, None),
+        ({"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 2}, "2048 columns"),
+        ({"model_type": "qwen3", "head_dim": 1040}, "1040 columns"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64}, None),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 1024, "qk_rope_head_dim": 64}, "1088 columns"),
         ({"model_type": "mamba2"}, None),
         ({"model_type": "falcon_mamba"}, None),
         ({"model_type": "bamba", "partial_rotary_factor": 0.5}, None),

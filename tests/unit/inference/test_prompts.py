@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -212,6 +213,9 @@ def test_what_a_step_would_read_or_write_beyond_its_tensors_is_refused(
     decoders: Any, wrong: dict[str, torch.Tensor], words: str
 ) -> None:
     engine = Engine(decoders.packed("llama", 4), slots=2, positions=48)
+    for field, value in (("head_dim", 1040), ("member_heads", [engine.decoder.head] * 65)):
+        with pytest.raises(ValueError, match="more than"):
+            replace(engine.decoder, **{field: value})
     given = {
         "tokens": torch.tensor([3, 4]), "positions": torch.tensor([0, 0]),
         "slots": torch.tensor([0, 1], dtype=torch.int32), "logits": torch.empty(2, engine.decoder.vocabulary),
