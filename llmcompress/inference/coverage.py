@@ -19,7 +19,7 @@ FAMILIES = (
     "gemma2", "gemma3_text", "stablelm", "starcoder2", "glm4_moe_lite", "dots1", "gpt_oss", "minimax_m2",
     "ernie4_5", "ernie4_5_moe", "ministral", "ministral3", "arcee", "nemotron", "cohere", "cohere2", "phi", "exaone4",
     "exaone_moe", "solar_open", "flex_olmo", "hunyuan_v1_dense", "hunyuan_v1_moe", "granitemoe", "granitemoeshared",
-    "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa",
+    "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa", "mellum", "hy_v3", "afmoe",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (

@@ -23,6 +23,7 @@ from llmcompress.inference.coverage import (
     TURNED_IN_WINDOWS,
     activation_of,
 )
+from llmcompress.inference.gates import with_gates
 from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
@@ -102,7 +103,9 @@ def _embedding_scale(words: Any, config: Any) -> float:
     else:
         factor = factor_of(words)
         own = 1.0 if factor is None else float(torch.tensor(factor, dtype=words.weight.dtype))
-    return own * float(getattr(config, "embedding_multiplier", 1.0))
+    # AFMoE takes the root of the width or nothing
+    root = float(config.hidden_size**0.5) if getattr(config, "mup_enabled", False) else 1.0
+    return own * root * float(getattr(config, "embedding_multiplier", 1.0))
 
 
 def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
@@ -316,6 +319,8 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
 
 def _turns(attention: Any, config: Any, window: int) -> bool:
     """Whether a layer turns queries and keys to their positions."""
+    if config.model_type == "afmoe":
+        return bool(attention.is_local_attention)
     if config.model_type not in TURNED_IN_WINDOWS:
         return bool(getattr(attention, "use_rope", True))
     # EXAONE without windows turns them in every layer
@@ -399,7 +404,10 @@ def _heads(attention: Any, config: Any, members: Sequence[str]) -> dict[str, mat
         rows = torch.arange(both.out_features).view(config.num_attention_heads, 3, -1)
         return {name: linear_matrix(both, members, rows[:, i].flatten()) for i, name in enumerate(names)}
     if not hasattr(attention, "qkv_proj"):
-        return {name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in names}
+        found = {name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in names}
+        if hasattr(attention, "gate_proj"):
+            found["query"] = with_gates(attention.q_proj, attention.gate_proj, config.num_attention_heads)
+        return found
     counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
     sizes = [count * attention.head_dim for count in counts]
     return dict(zip(names, linear_parts(attention.qkv_proj, sizes, members)))

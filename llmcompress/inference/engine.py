@@ -32,6 +32,7 @@ from llmcompress.inference.coverage import (
     reach,
 )
 from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, rotary_of, screened
+from llmcompress.inference.gates import decline_gates
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
 from llmcompress.nn.linear import PackedLinear
@@ -105,6 +106,7 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
         return f"a family of {members} members, of which a node of its trees tells {native.MAX_MEMBERS} apart"
     for name, module in model.named_modules():
         reason = decline_module(name, module)
+        reason = reason or decline_gates(module)
         if isinstance(module, TreeLinear) and reason is None:
             reason = _decline_tree(name, module, model.config.get_text_config())
         if reason is not None:

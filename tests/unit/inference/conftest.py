@@ -197,6 +197,27 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.5,
         "num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 112, "head_dim": None,
     },
+    # Qwen3-MoE with windows and rotary tables by kind of layer
+    "mellum": {
+        "num_hidden_layers": 3, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+        "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    },
+    # queries and keys normed head by head; sigmoids with a correction that lies beside the router
+    "hy_v3": {
+        "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+        "router_scaling_factor": 1.7,
+    },
+    # gates on heads by a linear of their own, norms before and after, layers that see all and turn nothing
+    "afmoe": {
+        "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+        "num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True, "sliding_window": 12,
+        "attention_bias": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     # embeddings with a factor, norms that multiply by one more than they hold, GELU
     "gemma": {"tie_word_embeddings": True},
     # norms before and after, caps of scores and logits, windows

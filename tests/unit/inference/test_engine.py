@@ -27,7 +27,7 @@ EXACT = 3e-5
 # families whose routers decide
 EXPERTS = (
     "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
-    "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared",
+    "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "afmoe", "hy_v3",
 )  # fmt: skip
 PACKED = (
     "llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", "nemotron", "cohere2",
