@@ -80,7 +80,6 @@ class LLMCompressQuantizer(HfQuantizer):  # type: ignore[misc]
         plan, policies = from_json(self.quantization_config.to_dict())
         layout = layout_from_config(model.config.to_dict())
         share_modules(model, layout)
-        adapt_mixtures(model, layout)
         swap_modules(model, layout, plan, model.dtype)
         prepare_policies(model, layout, policies)
         return model
@@ -155,7 +154,7 @@ def load(
                 f"{folder}: quantized by {method!r}, not by llmcompress", "load it with transformers directly"
             )
         from_json(quantization)
-    layout_from_config(config)
+    layout = layout_from_config(config)
     transformers_config(folder)
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -175,6 +174,7 @@ def load(
             transformers_logging.enable_progress_bar()
     model, info = loaded
     _refuse_incomplete(folder, info)
+    adapt_mixtures(model, layout)
     align(model)
     if device is not None:
         model = model.to(device)

@@ -16,7 +16,6 @@ from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.models.shared import share_modules
 from llmcompress.nn.mixers import SCALE
-from llmcompress.nn.mixtures import adapt_mixtures
 from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.store import BlockPatch, PackedStore
@@ -54,7 +53,6 @@ def compressed_model(
     """
     model = meta_model(handle.hf_config(), dtype or handle.dtype)
     share_modules(model, handle.layout)
-    adapt_mixtures(model, handle.layout)
     swap_modules(model, handle.layout, store.plan(), model.dtype)
     prepare_policies(model, handle.layout, policies)
     fill_constants(model)

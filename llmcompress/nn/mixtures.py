@@ -48,22 +48,27 @@ def adapt_mixtures(model: Any, layout: ModelLayout) -> None:
     Nothing happens in other models. Harmless when repeated.
 
     Args:
-        model: A transformers causal language model of this layout, before its experts are packed.
+        model: A transformers causal language model of this layout.
         layout: Its layout.
     """
     for sublayer in (sublayer for block in layout.blocks for sublayer in block.sublayers):
         bank = sublayer.experts
         if bank is None:
             continue
-        router = model.get_submodule(bank.router.module)
+        names = sublayer.module, bank.router.module, bank.module
         if bank.scales_inputs:
-            mixture, router.__class__, experts = _llama4()
-            model.get_submodule(sublayer.module).__class__ = mixture
-            model.get_submodule(bank.module).__class__ = experts
+            for name, own in zip(names, _llama4()):
+                _become(model.get_submodule(name), own)
             # transformers names another attribute, which causal models do not have
             model.base_model_prefix = "model"
         elif bank.router.normed:
-            router.__class__ = _gemma4()
+            _become(model.get_submodule(bank.router.module), _gemma4())
+
+
+def _become(module: nn.Module, own: type[nn.Module]) -> None:
+    """Give a module of transformers' class another forward; packed experts stay what they are."""
+    if isinstance(module, own.__bases__[0]):
+        module.__class__ = own
 
 
 @cache

@@ -11,6 +11,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.nn.experts import PackedExperts
 from llmcompress.nn.linear import PackedLinear
+from llmcompress.nn.mixtures import adapt_mixtures
 from llmcompress.quant.spec import QuantPlan
 
 
@@ -32,6 +33,7 @@ def swap_modules(model: nn.Module, layout: ModelLayout, plan: QuantPlan, dtype: 
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"the nearest is {near[0]}" if near else None
         raise InputError(f"{', '.join(unknown[:5])}: no such weight in a {layout.model_type} of this size", hint)
+    adapt_mixtures(model, layout)
     for block in layout.blocks:
         _swap_linears(model, block, plan, dtype)
         bank = block.bank
