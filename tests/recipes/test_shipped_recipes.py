@@ -29,6 +29,7 @@ HUB = {
     "eac_moe_qwen3_next": "qwen3_next_80b_a3b",
     "eac_moe_minimax_m2": "minimax_m2",
     "eac_moe_llama4_scout": "llama4_scout",
+    "eac_moe_gemma4": "gemma4_26b_a4b",
     "eac_moe_ernie45": "ernie45_21b_a3b",
     "eac_moe_glm47_flash": "glm47_flash",
     "eac_moe_lfm2": "lfm2_8b_a1b",
@@ -200,7 +201,8 @@ def test_hub_recipes_plan_without_weights_or_network(name):
 PUBLISHED = [
     ("qwen3_30b_a3b", 30.5, 0.05), ("qwen3_next_80b_a3b", 80, 0.5), ("minimax_m2", 230, 1.5),
     ("kimi_linear_48b_a3b", 48, 1.5),
-    ("llama4_scout", 109, 1.5), ("ernie45_21b_a3b", 21.8, 0.1), ("lfm2_8b_a1b", 8.3, 0.05), ("glm47_flash", 30, 0.5),
+    ("llama4_scout", 109, 1.5), ("gemma4_26b_a4b", 25.2, 0.1),
+    ("ernie45_21b_a3b", 21.8, 0.1), ("lfm2_8b_a1b", 8.3, 0.05), ("glm47_flash", 30, 0.5),
     ("mixtral_8x7b", 46.7, 0.05), ("deepseek_v3", 671, 0.5),
 ]  # fmt: skip
 

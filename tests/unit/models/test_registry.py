@@ -13,6 +13,7 @@ from llmcompress.models.families.dense import FAMILIES
 from llmcompress.models.layout import Role
 from llmcompress.models.registry import families, layout_from_config
 
+GEMMA4 = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
 DOTS1 = {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2}
 
 
@@ -38,6 +39,35 @@ def test_importing_and_using_it_needs_no_torch() -> None:
 def test_unknown_families_are_refused(config: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         layout_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gemma4_text"}, "hidden_size_per_layer_input 256: .* embeddings of each layer"),
+        ({**GEMMA4, "num_kv_shared_layers": 2}, "num_kv_shared_layers 2: .* keys and values of earlier ones"),
+        ({**GEMMA4, "use_bidirectional_attention": "all"}, "only causal models"),
+        ({**GEMMA4, "per_layer_config": {"full_attention": {}}}, "per_layer_config must be a table of layers"),
+        ({"model_type": "laguna", "moe_router_logit_softcapping": 30.0}, "softcapping is not supported"),
+        ({"model_type": "cohere2_moe", "expert_selection_fn": "tanh"}, "'tanh' is not known here"),
+        ({"model_type": "llama4_text", "moe_layers": "all"}, "moe_layers must be a list of layer indices"),
+    ],
+)
+def test_forms_of_a_family_that_are_not_known_are_refused(config: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        layout_from_config(config)
+
+
+def test_heads_of_gemma4_as_released_and_as_transformers_writes_them() -> None:
+    released = {**GEMMA4, "num_hidden_layers": 12, "attention_k_eq_v": True, "num_global_key_value_heads": 2}
+    listed = {"05": {"head_dim": 512, "num_key_value_heads": 2}, "11": {"head_dim": 512, "num_key_value_heads": 2}}
+    layout = layout_from_config(released)
+    assert layout == layout_from_config({**released, "per_layer_config": listed})
+    near, far = (list(layout.blocks[index].linears())[:3] for index in (4, 5))
+    assert [view.out_features for view in near] == [8 * 256, 4 * 256, 4 * 256]
+    # keys are values too
+    assert [view.name.rpartition(".")[2] for view in far] == ["q_proj", "k_proj", "o_proj"]
+    assert [view.out_features for view in far[:2]] == [8 * 512, 2 * 512]
 
 
 def test_a_refusal_lists_what_is_supported_and_the_nearest() -> None:
@@ -98,8 +128,7 @@ def test_roles() -> None:
 
 def test_routers_and_gates_are_never_quantized() -> None:
     for model_type in families():
-        gemma = {"hidden_size_per_layer_input": 0}
-        given = {"deepseek_v2": {"num_experts_per_tok": 2}, "dots1": DOTS1, "gemma4_text": gemma}.get(model_type, {})
+        given = {"deepseek_v2": {"num_experts_per_tok": 2}, "dots1": DOTS1, "gemma4_text": GEMMA4}.get(model_type, {})
         names = [name for name, *_ in layout_from_config({"model_type": model_type, **given}).quantizable()]
         kept = (".gate", ".wg", ".router", "shared_expert_gate", "lm_head", "norm", "conv1d", ".conv.conv")
         assert not [n for n in names if n.endswith((*kept, "in_proj_ba", "in_proj_a", "in_proj_b"))]
