@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from llmcompress.errors import InputError
+
 Template = Literal["none", "auto"]
 """``auto`` renders chat rows through the tokenizer's chat template: ``messages``; ``conversations`` of ``from`` and
 ``value`` (ShareGPT); ``prompt`` with ``response`` or ``completion``; ``instruction``, ``input``, ``output`` (Alpaca).
@@ -152,6 +154,24 @@ _Section = Annotated[
 SourceConfig = Annotated[_Section, BeforeValidator(_section, json_schema_input_type=_Section | str)]
 """Any source, told apart by ``kind``. Where the ending of a file's name says the kind, it may be left out, and the name
 alone stands for a section."""
+
+
+def require_window(where: str, length: int, context: object, who: str = "the model") -> None:
+    """Refuse windows that are longer than a model's sequences may be.
+
+    Args:
+        where: Field of the recipe.
+        length: Tokens in a window.
+        context: ``max_position_embeddings`` of the model's config; what is no number is no limit.
+        who: The model, in the message.
+
+    Raises:
+        InputError: They are.
+    """
+    if isinstance(context, int) and length > context:
+        raise InputError(
+            f"{where} is {length}, but {who} was built for {context} positions", f"set it to {context} or less"
+        )
 
 
 def describe(source: SourceConfig) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmcompress.data.sources import SourceConfig, Template
+from llmcompress.data.sources import SourceConfig, Template, require_window
 from llmcompress.errors import InputError
 
 
@@ -172,6 +172,29 @@ def require_chat_template(
             f"{asked[0]}, and the tokenizer has no chat template",
             "leave it out, or put the chat_template.jinja that the model is to be used with beside its tokenizer",
         )
+
+
+def require_windows(
+    perplexity: Mapping[str, PerplexityConfig], fidelity: FidelityConfig | None, recall: RecallConfig | None,
+    context: object,
+) -> None:  # fmt: skip
+    """Refuse windows that are longer than the model's sequences may be.
+
+    Args:
+        perplexity: Texts by name.
+        fidelity: Windows of the comparison.
+        recall: Facts over distances.
+        context: See :func:`~llmcompress.data.sources.require_window`.
+
+    Raises:
+        InputError: One of them is.
+    """
+    for name, text in perplexity.items():
+        require_window(f"perplexity.{name}.length", text.length, context)
+    if fidelity is not None:
+        require_window("fidelity.length", fidelity.length, context)
+    if recall is not None:
+        require_window("recall.distances", max(recall.distances), context)
 
 
 Overlap = Literal["refuse", "warn", "ignore"]

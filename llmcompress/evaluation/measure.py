@@ -26,6 +26,7 @@ from llmcompress.evaluation.config import (
     RecallConfig,
     TaskConfig,
     require_chat_template,
+    require_windows,
 )
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
@@ -141,9 +142,9 @@ def prepare(
     if needs and tokenizer is None:
         raise InputError("the model has no tokenizer, so it cannot be evaluated on text", "set model.tokenizer")
     require_chat_template(config.tasks, config.generation, getattr(tokenizer, "chat_template", None))
+    require_windows(config.perplexity, config.fidelity, config.recall, context)
     texts, provenance = {}, {}
     for name, section in config.perplexity.items():
-        _check_length(f"perplexity.{name}", section.length, context)
         assert tokenizer is not None
         documents = read(section.source, tokenizer, section.template)
         texts[name] = tokenize(section.separator.join(documents.texts), tokenizer).first(section.max_tokens)
@@ -152,7 +153,6 @@ def prepare(
     windows = None
     if config.fidelity is not None:
         section_f = config.fidelity
-        _check_length("fidelity", section_f.length, context)
         windows = build(
             section_f.source, tokenizer, section_f.samples, section_f.length, section_f.seed,
             template=section_f.template, allow_fewer=section_f.allow_fewer,
@@ -171,14 +171,6 @@ def prepare(
         for distance in config.recall.distances:
             remembering.prompts(tokenizer, filler, distance, config.recall)
     return Prepared(texts, windows, tasks, provenance, filler)
-
-
-def _check_length(where: str, length: int, context: int | None) -> None:
-    if context is not None and length > context:
-        raise InputError(
-            f"{where}.length is {length}, but the model was built for {context} positions",
-            f"set length to {context} or less",
-        )
 
 
 def _check_overlap(name: str, tokens: Tensor, calibration: Tensor | None, mode: Overlap, warn: Tell) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from llmcompress.data.sources import SourceConfig, Template
-from llmcompress.errors import InputError
+from llmcompress.data.sources import SourceConfig, Template, require_window
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -49,6 +51,19 @@ class Calibrate(Stage):
         size = self.config.samples * self.config.length * 8
         return Estimate(ram=size, disk=size)
 
+    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+        """Refuse windows longer than the model's context.
+
+        Args:
+            folder: The source model.
+            config: Its ``config.json``.
+            tokenizer: Folder of the tokenizer, if it is another one.
+
+        Raises:
+            InputError: They are.
+        """
+        require_window(f"stages.{self.name}.length", self.config.length, config.get("max_position_embeddings"))
+
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Read the text, tokenize, choose windows and keep them on disk.
 
@@ -63,7 +78,7 @@ class Calibrate(Stage):
             return
         assert state.model is not None, "the pipeline checks that a load stage comes first"
         config, handle = self.config, state.model
-        self._check_length(handle.config)
+        self.require_source(handle.path, handle.config)
         state.calibration = build(
             config.source,
             None if config.source.kind == "synthetic" else handle.tokenizer(),
@@ -87,11 +102,3 @@ class Calibrate(Stage):
         from llmcompress.data.calibration import CalibrationSet
 
         state.calibration = CalibrationSet.load(ctx.stage_dir / "tokens.safetensors")
-
-    def _check_length(self, model_config: dict[str, object]) -> None:
-        limit = model_config.get("max_position_embeddings")
-        if isinstance(limit, int) and self.config.length > limit:
-            raise InputError(
-                f"calibrate.length is {self.config.length}, but the model was built for {limit} positions",
-                f"set length to {limit} or less",
-            )

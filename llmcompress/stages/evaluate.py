@@ -21,6 +21,7 @@ from llmcompress.evaluation.config import (
     RecallConfig,
     TaskConfig,
     require_chat_template,
+    require_windows,
 )
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
 from llmcompress.evaluation.working_set import (
@@ -169,7 +170,8 @@ class Evaluate(Stage):
         return [f"stages.{self.name}: {line}" for line in found]
 
     def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
-        """Refuse chats where the tokenizer has no template, which would end the run after everything was quantized.
+        """Refuse what would end the run after everything was quantized: windows longer than the model's context, chats
+        where the tokenizer has no template.
 
         Args:
             folder: The source model.
@@ -177,8 +179,11 @@ class Evaluate(Stage):
             tokenizer: Folder of the tokenizer, if it is another one.
 
         Raises:
-            InputError: A task or the prompts are to be asked through a chat template that is not there.
+            InputError: Windows are too long, or a task or the prompts are to be asked through a chat template that is
+                not there.
         """
+        context = config.get("max_position_embeddings")
+        require_windows(self.config.perplexity, self.config.fidelity, self.config.recall, context)
         require_chat_template(self.config.tasks, self.config.generation, chat_template(tokenizer or folder))
 
     def estimate(self, inputs: PlanInputs) -> Estimate:

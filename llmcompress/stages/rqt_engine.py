@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.data.calibration import CalibrationSet
+from llmcompress.data.sources import require_window
 from llmcompress.durable import write_durably
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.family import ModelFamily, unsupported
@@ -103,11 +104,7 @@ def choose_windows(config: RqtConfig, name: str, handle: ModelHandle, ctx: RunCo
 
     wanted, own = config.calibration, config.members[name].calibration
     limit = handle.config.get("max_position_embeddings")
-    if isinstance(limit, int) and wanted.length > limit:
-        raise InputError(
-            f"stages.{ctx.stage}.calibration.length is {wanted.length}, but {name} was built for {limit} positions",
-            f"set length to {limit} or less",
-        )
+    require_window(f"stages.{ctx.stage}.calibration.length", wanted.length, limit, name)
     general = wanted.samples if own is None else round(wanted.samples * wanted.general_fraction)
     general = 0 if wanted.general is None else min(general, wanted.samples)
     parts = [(own, wanted.samples - general), (wanted.general, general)]

@@ -241,6 +241,26 @@ def test_expert_shift_of_a_dense_model_is_a_problem():
 
 
 @pytest.mark.parametrize(
+    ("stage_fields", "words"),
+    [
+        ({"type": "evaluate", "perplexity": {"h": {"source": SOURCE, "length": 129}}}, r"perplexity\.h\.length is 129"),
+        ({"type": "evaluate", "fidelity": {"source": SOURCE, "length": 130}}, r"fidelity\.length is 130"),
+        ({"type": "evaluate", "recall": {"source": SOURCE, "distances": [64, 256]}}, r"recall\.distances is 256"),
+        ({"type": "calibrate", "source": SOURCE, "length": 131}, r"stages\.it\.length is 131"),
+    ],
+)
+def test_windows_beyond_the_context_are_refused_before_any_work(stage_fields, words, tmp_path):
+    section = {"load": {"type": "load"}, "it": stage_fields}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"version": 1, "name": "x", "model": {"path": str(tmp_path)}, "stages": section}))
+    loaded = load_recipe(recipe)
+    with pytest.raises(InputError, match=f"{words}, but the model was built for 128 positions"):
+        require_sources(loaded, tmp_path, {"max_position_embeddings": 128})
+    # a model without positions, such as Mamba, has no limit
+    require_sources(loaded, tmp_path, {})
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"tasks": [{"task": "eval_smoke", "apply_chat_template": True}]}, "task eval_smoke: apply_chat_template"),
