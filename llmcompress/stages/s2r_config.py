@@ -252,6 +252,12 @@ def is_done(ctx: RunContext) -> bool:
     return (ctx.stage_dir / ADAPTER).is_dir() or (ctx.stage_dir / MODEL).is_dir()
 
 
+def drop_checkpoints(ctx: RunContext) -> None:
+    """Remove the progress of a training whose weights are written: values and moments, three times what was trained."""
+    for path in ctx.stage_dir.glob(f"*{CHECKPOINT}"):
+        path.unlink()
+
+
 def reader_of(config: S2RConfig, state: RunState, problems: ProblemSet) -> Reader:
     """Prompts and judgement for this model."""
     from llmcompress.evaluation.self_correction import Reader
@@ -309,7 +315,7 @@ def announce(name: str, figures: dict[str, float | int | None], ctx: RunContext,
 
 
 def estimate_training(
-    config: TrainingConfig, inputs: PlanInputs, length: int, rows: int, mean: bool = False
+    config: TrainingConfig, inputs: PlanInputs, length: int, rows: int, checkpoints: int, mean: bool = False
 ) -> Estimate:
     """Memory of training: weights, gradients, moments, reference, activations of one micro-batch.
 
@@ -318,6 +324,7 @@ def estimate_training(
         inputs: The model and what is known of it.
         length: Longest row in tokens; none is longer than the model's sequences may be.
         rows: Rows at once.
+        checkpoints: How many lie on disk until the weights are written.
         mean: Whether a mean of the weights is kept beside them.
     """
     import math
@@ -343,6 +350,8 @@ def estimate_training(
     tokens = max(length, min(rows * length, config.micro_tokens or rows * length))
     activations = tokens * hidden * inputs.compute_bytes
     peak = weights + activations
-    disk = moving * (16 if mean else 12) + (0 if config.adapter is not None else total * inputs.weight_bytes)
+    disk = checkpoints * moving * (16 if mean else 12) + (
+        0 if config.adapter is not None else total * inputs.weight_bytes
+    )
     on_gpu = inputs.device == "cuda"
     return Estimate(ram=total * inputs.compute_bytes if on_gpu else peak, vram=peak if on_gpu else 0, disk=disk)

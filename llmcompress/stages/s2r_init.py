@@ -169,8 +169,11 @@ class S2RInit(TrainingStage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; the reference's weights stay in memory beside the model's."""
-        found = estimate_training(self.config, inputs, self.config.max_length, self.config.batch)
-        return noted(found, self.config.engine, self.config.sampler)
+        c = self.config
+        # that of the warm-up stays until the main training is over
+        phases = 1 + (c.pair_epochs > 0 and c.data == "trajectories")
+        found = estimate_training(c, inputs, c.max_length, c.batch, 0 if c.checkpoint_every is None else phases)
+        return noted(found, c.engine, c.sampler)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Measure, build the rows, train on them; samples and checkpoint of an interrupted run are used again.

@@ -276,7 +276,8 @@ class S2RRl(TrainingStage):
         """Training dominates; sampling fits beside it because gradients are free then."""
         c = self.config
         length = min(c.max_length, PROMPT_TOKENS + c.sampling.max_new_tokens)
-        found = estimate_training(c, inputs, length, c.micro_batch, mean=c.average > 0)
+        checkpoints = int(c.checkpoint_every is not None)
+        found = estimate_training(c, inputs, length, c.micro_batch, checkpoints, mean=c.average > 0)
         return noted(found, c.engine, c.sampler)
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:

@@ -110,6 +110,8 @@ class TrainingStage(Stage):
                 shared.keep_policy(self.config, policy, state, ctx)
             del policy
             ctx.world.barrier()
+        if ctx.world.rank == 0:
+            shared.drop_checkpoints(ctx)
         shared.adopt(state, ctx)
         self._after(reader, state, ctx)
 

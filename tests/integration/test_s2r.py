@@ -89,6 +89,8 @@ def test_killed_training_ends_in_the_same_weights(tiny, tmp_path, taught, name):
     curves = [json.loads((c.stage_dir / "curve.json").read_text()) for c in (whole, broken)]
     assert curves[0] == curves[1]
     assert after.model.path == broken.stage_dir / "model"
+    # what training went on from is gone with it
+    assert [*whole.stage_dir.glob("*progress*"), *broken.stage_dir.glob("*progress*")] == []
     # training did something, and a restored stage hands on the same model
     original = ModelHandle.open(source).checkpoint.tensor("model.norm.weight")
     assert not torch.equal(original, load_file(files[0])["model.norm.weight"])
@@ -171,6 +173,7 @@ def test_answers_put_back_are_a_share_of_the_written_rows(tiny, tmp_path):
     context = tiny.context(tmp_path, "s")
     S2RInit("s", config).run(state(), context)
     rows = [json.loads(line) for line in (context.stage_dir / "trajectories.jsonl").read_text().splitlines()]
+    assert not list(context.stage_dir.glob("*progress*"))
     back = [row for row in rows if row["kind"] == "verification"]
     assert 15 < len(back) < 45 and len(rows) == 60
     said = Counter(row["response"].rsplit(" ", 1)[1] for row in back)

@@ -128,6 +128,23 @@ def test_recompute_is_asked_for_in_the_recipe_and_planned(tiny, tmp_path):
     assert peaks[1] < peaks[0]
 
 
+def test_plans_count_the_checkpoints_that_lie_beside_each_other():
+    from llmcompress.models.handle import ModelHandle
+    from llmcompress.models.sizes import parameters
+    from llmcompress.stages.base import PlanInputs
+    from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+
+    layout = ModelHandle.open("asset:reference_reasoner").layout
+
+    def disk(**fields):
+        config = S2RInitConfig(type="s2r_init", task={"kind": "countdown"}, **fields)
+        return S2RInit("s", config).estimate(PlanInputs(layout, 4, 4, 0, 0, {}, "cpu")).disk
+
+    weights, checkpoint = 4 * parameters(layout), 12 * parameters(layout)
+    assert disk(checkpoint_every=None) == weights and disk() == weights + checkpoint
+    assert disk(pair_epochs=2) == weights + 2 * checkpoint and disk(pair_epochs=2, data="program") == disk()
+
+
 @pytest.fixture(scope="module")
 def byte_reader():
     """Reads bytes, and two line feeds that no text follows as one token, as SmolLM2's and GPT-2's tokenizers do."""
