@@ -98,6 +98,10 @@ class TaskConfig(_Section):
     system_instruction: str | None = None
     """Put before everything; as a system's message with ``apply_chat_template``."""
 
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of the longest request, with what is written to it. Longer ones lose their beginning, which is told. By
+    default the model's context, at most 4096 beside what is written."""
+
     subjects: tuple[str, ...] | None = None
     """Subjects, for ``mmlu`` from a local folder; all when absent."""
 
@@ -176,14 +180,15 @@ def require_chat_template(
 
 def require_windows(
     perplexity: Mapping[str, PerplexityConfig], fidelity: FidelityConfig | None, recall: RecallConfig | None,
-    context: object,
+    tasks: Iterable[str | TaskConfig], context: object,
 ) -> None:  # fmt: skip
-    """Refuse windows that are longer than the model's sequences may be.
+    """Refuse windows and requests that are longer than the model's sequences may be.
 
     Args:
         perplexity: Texts by name.
         fidelity: Windows of the comparison.
         recall: Facts over distances.
+        tasks: Tasks of lm-eval.
         context: See :func:`~llmcompress.data.sources.require_window`.
 
     Raises:
@@ -195,6 +200,9 @@ def require_windows(
         require_window("fidelity.length", fidelity.length, context)
     if recall is not None:
         require_window("recall.distances", max(recall.distances), context)
+    for task in tasks:
+        if isinstance(task, TaskConfig) and task.max_length is not None:
+            require_window(f"tasks: {task.task}: max_length", task.max_length, context)
 
 
 Overlap = Literal["refuse", "warn", "ignore"]

@@ -431,10 +431,10 @@ def evaluate(
     spec: TaskSpec,
     *,
     batch: int | None = None,
-    max_length: int | None = None,
     state_mode: Literal["per_token", "decode_only"] = "per_token",
     writer: GreedyWriter | None = None,
     on_written: Callable[[set[str]], None] | None = None,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> list[Score]:
     """Score a model on one task.
 
@@ -443,27 +443,29 @@ def evaluate(
         tokenizer: Its tokenizer.
         spec: What :func:`specify` gave.
         batch: Requests per forward pass; automatic when None.
-        max_length: Context limit; the model's own when None.
         state_mode: Where low-bit states are rounded, see :class:`~llmcompress.stages.evaluate.EvaluateConfig`.
         writer: Writes greedy answers natively; without one transformers writes all.
         on_written: Of a task whose answers are written, receives what wrote them: ``native``, or reasons why not.
+        tell: Receives a line where requests were too long.
 
     Returns:
         All figures of the task, in the task's order. A task of several subjects also gets pooled figures under its
         own name, first.
 
     Raises:
-        InputError: The data cannot be had, or chats are asked of a model without a chat template.
+        InputError: The data cannot be had, chats are asked of a model without a chat template, or answers would leave
+            no room for questions.
     """
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate as run
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM, request_limit, require_room, written_tokens
 
     settings = spec.settings
     require_chat_template([settings], None, getattr(tokenizer, "chat_template", None))
     loaded = _built(spec)  # rows have been tried where a command opens its tasks
+    written = written_tokens(loaded["tasks"].values())
     with _quiet(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         random.seed(_SEED)
         np.random.seed(_SEED)
@@ -475,8 +477,9 @@ def evaluate(
             tokenizer=tokenizer,
             batch_size=batch or task_batch(256, int(model.config.get_text_config().vocab_size)),
             device=str(model.device),
-            max_length=max_length or _context(model),
+            max_length=settings.max_length or request_limit(model, written),
         )
+        require_room(spec.name, adapter.max_length, written)
         turns = settings.fewshot_as_multiturn
         results = run(
             lm=adapter, task_dict=loaded, limit=spec.limit, bootstrap_iters=0, log_samples=True,
@@ -485,15 +488,14 @@ def evaluate(
         )  # fmt: skip
     if on_written is not None and adapter.wrote:
         on_written(adapter.wrote)
+    if adapter.cut:
+        limit = f"{adapter.max_length} tokens (max_length)"
+        tell(
+            f"{spec.name}: {adapter.cut} of {adapter.asked} requests lost their beginning: they are longer than {limit}"
+        )
     if results is None:
         raise InputError(f"task {spec.name}: lm-eval returned nothing", "run on a single process")
     return normalise(spec.name, loaded["tasks"], results)
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    """Context of the model where its config says, within what is sensible for tasks."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(int(limit), 4096) if limit else None
 
 
 def normalise(name: str, tasks: Mapping[str, Any], results: Mapping[str, Any]) -> list[Score]:

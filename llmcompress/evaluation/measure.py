@@ -142,7 +142,7 @@ def prepare(
     if needs and tokenizer is None:
         raise InputError("the model has no tokenizer, so it cannot be evaluated on text", "set model.tokenizer")
     require_chat_template(config.tasks, config.generation, getattr(tokenizer, "chat_template", None))
-    require_windows(config.perplexity, config.fidelity, config.recall, context)
+    require_windows(config.perplexity, config.fidelity, config.recall, config.tasks, context)
     texts, provenance = {}, {}
     for name, section in config.perplexity.items():
         assert tokenizer is not None
@@ -258,6 +258,7 @@ def measure_side(
         scores = harness.evaluate(
             model, tokenizer, spec, batch=batch, state_mode=config.state_mode, writer=writer,
             on_written=partial(_keep_written, side, head, spec.name, ledger, tell),
+            tell=lambda text: tell(f"{head}{text}"),
         )  # fmt: skip
         ledger.put(key, [asdict(score) for score in scores])
         tell(f"{head}{spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))

@@ -5,22 +5,28 @@ so accuracy would be that of float states; here requests run through the recurre
 **Expert skipping**: lm-eval fills up the shorter requests of a batch and gives no mask, so padding would count as
 prompt and a request's score would depend on its company; here the policy is told where requests end.
 **Written answers**: greedy ones come from the native engine where it writes what transformers writes.
+**Long requests**: lm-eval cuts their beginning off and says so in a log that nobody sees here; they are counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
+from llmcompress.errors import InputError
 from llmcompress.evaluation.perplexity import refuse_nan
 from llmcompress.inference.greedy import GreedyWriter, end_tokens, unusual_settings
 from llmcompress.nn.mixers import recurrent_evaluation
 
 StateMode = Literal["per_token", "decode_only"]
+# tokens of a question, beside what is written, where the model takes more and nobody says what the task wants
+LONGEST = 4096
 # arguments of a greedy request that say nothing else
 _GREEDY = {"attention_mask", "do_sample", "temperature", "top_p", "top_k", "use_cache"}
 
@@ -35,6 +41,7 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
 
     Attributes:
         wrote: What answers were written with so far: ``native``, and reasons why not.
+        asked, cut: Requests so far, and those of them that lost their beginning.
     """
 
     def __init__(
@@ -44,10 +51,13 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
         self.state_mode = state_mode
         self.writer = writer
         self.wrote: set[str] = set()
+        self.asked = self.cut = 0
         # input row → tokens of its context
         self._prompts: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        self.asked += len(requests)
+        self.cut += sum(len(context) + len(text) > self.max_length + 1 for _, context, text in requests)
         if self.state_mode == "decode_only" or self._skipping is not None:
             for _, context, continuation in requests:
                 row = (context + continuation)[-(self.max_length + 1) :][:-1]
@@ -56,6 +66,18 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         finally:
             self._prompts.clear()
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Tokens and mask of questions to be answered, as lm-eval's, and count those that are cut off."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        self.asked += len(strings)
+        if left_truncate_len:
+            self.cut += int((mask.sum(1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
 
     @property
     def _skipping(self) -> Any:
@@ -116,6 +138,38 @@ class RecurrentLM(HFLM):  # type: ignore[misc]
         for row, ids in zip(rows, written):
             row[: len(ids)] = torch.tensor(ids)
         return torch.cat([context, rows.to(context)], dim=1)
+
+
+def written_tokens(tasks: Iterable[Any]) -> int:
+    """The most that any of lm-eval's tasks has a model write, in tokens; 0 where all are multiple choice."""
+    asked = [dict(task.config.generation_kwargs or {}) for task in tasks if task.OUTPUT_TYPE == "generate_until"]
+    return max((int(normalize_gen_kwargs(each)["max_gen_toks"]) for each in asked), default=0)
+
+
+def request_limit(model: Any, written: int) -> int | None:
+    """Tokens of the longest request, with what is written to it: those of the model's config, within what is sensible
+    for tasks; None where it names none, which leaves the choice to lm-eval.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(int(limit), LONGEST + written) if limit else None
+
+
+def require_room(task: str, longest: int, written: int) -> None:
+    """Refuse answers that leave no room for a question.
+
+    Args:
+        task: Its name.
+        longest: Tokens of a request, with what is written to it.
+        written: The most that is.
+
+    Raises:
+        InputError: They do.
+    """
+    if written >= longest:
+        raise InputError(
+            f"task {task}: answers of up to {written} tokens leave no room for a question in {longest}",
+            "set a smaller max_gen_toks in generation_kwargs of its overrides, or its max_length",
+        )
 
 
 def _not_greedy(settings: dict[str, Any]) -> str | None:

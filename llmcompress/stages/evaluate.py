@@ -182,8 +182,8 @@ class Evaluate(Stage):
             InputError: Windows are too long, or a task or the prompts are to be asked through a chat template that is
                 not there.
         """
-        context = config.get("max_position_embeddings")
-        require_windows(self.config.perplexity, self.config.fidelity, self.config.recall, context)
+        mine, context = self.config, config.get("max_position_embeddings")
+        require_windows(mine.perplexity, mine.fidelity, mine.recall, mine.tasks, context)
         require_chat_template(self.config.tasks, self.config.generation, chat_template(tokenizer or folder))
 
     def estimate(self, inputs: PlanInputs) -> Estimate:

@@ -55,6 +55,48 @@ def test_limit_and_repeatability(model, tiny_tokenizer):
     assert first[0].asked and first[0].asked != harness.evaluate(model, tiny_tokenizer, whole)[0].asked
 
 
+def test_requests_that_lose_their_beginning_are_told(model, tiny_tokenizer):
+    said = []
+    (whole,) = harness.specify(["eval_smoke"])
+    harness.evaluate(model, tiny_tokenizer, whole, tell=said.append)
+    assert said == []
+    lengths = []
+    for row in map(json.loads, (harness.TASKS / "eval_smoke.jsonl").read_text().splitlines()):
+        # lm-eval puts its own blank between question and choice
+        lengths += [len(tiny_tokenizer(f"{row['question']} {choice}")["input_ids"]) for choice in row["choices"]]
+    limit = sorted(lengths)[len(lengths) // 2]
+    (short,) = harness.specify([TaskConfig(task="eval_smoke", max_length=limit)])
+    harness.evaluate(model, tiny_tokenizer, short, tell=said.append)
+    # the last token of a request is only predicted
+    cut = sum(length > limit + 1 for length in lengths)
+    assert 0 < cut < len(lengths) and len(said) == 1
+    assert said[0].startswith(f"eval_smoke: {cut} of {len(lengths)} requests lost their beginning")
+    assert f"longer than {limit} tokens" in said[0]
+
+
+def test_questions_are_cut_to_leave_room_for_answers(tiny_tokenizer, tmp_path, tiny):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"What is {i}? {'The sea. ' * i}", "answer": f"It is {i}. #### {i}"} for i in range(4)]
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
+
+    def asked(tokens, **settings):
+        said = []
+        overrides = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": tokens, "do_sample": False}}
+        task = TaskConfig(task="gsm8k", num_fewshot=0, overrides=overrides, **settings)
+        harness.evaluate(model, tiny_tokenizer, harness.specify([task], tmp_path)[0], tell=said.append)
+        return said
+
+    assert asked(4) == []
+    (line,) = asked(4, max_length=40)
+    cut = sum(len(tiny_tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]) > 36 for row in rows)
+    assert 0 < cut < 4 and line.startswith(f"gsm8k: {cut} of 4 requests lost their beginning")
+    # 128 positions, all of them for the answer
+    with pytest.raises(InputError, match="task gsm8k: answers of up to 128 tokens leave no room for a question in 128"):
+        asked(128)
+
+
 def test_local_folder_with_subjects_and_fewshot(model, tiny_tokenizer, tmp_path):
     rows = [
         {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4, "subject": subject}

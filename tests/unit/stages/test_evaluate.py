@@ -246,6 +246,7 @@ def test_expert_shift_of_a_dense_model_is_a_problem():
         ({"type": "evaluate", "perplexity": {"h": {"source": SOURCE, "length": 129}}}, r"perplexity\.h\.length is 129"),
         ({"type": "evaluate", "fidelity": {"source": SOURCE, "length": 130}}, r"fidelity\.length is 130"),
         ({"type": "evaluate", "recall": {"source": SOURCE, "distances": [64, 256]}}, r"recall\.distances is 256"),
+        ({"type": "evaluate", "tasks": [{"task": "eval_smoke", "max_length": 132}]}, "eval_smoke: max_length is 132"),
         ({"type": "calibrate", "source": SOURCE, "length": 131}, r"stages\.it\.length is 131"),
     ],
 )
