@@ -87,6 +87,21 @@ class TaskSpec:
     settings: TaskConfig
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who hears of a task what its scores do not say.
+
+    Attributes:
+        line: Receives a line where requests were too long.
+        written: Of a task whose answers are written, receives what wrote them: ``native``, or reasons why not.
+        samples: Receives lm-eval's own record of every request, by task.
+    """
+
+    line: Callable[[str], None] = lambda _text: None
+    written: Callable[[set[str]], None] = lambda _by: None
+    samples: Callable[[Mapping[str, Any]], None] = lambda _rows: None
+
+
 def catalogue() -> dict[str, dict[str, Any]]:
     """Tasks that can run from a local folder: name to base file, splits and few-shot split."""
     data: dict[str, dict[str, Any]] = yaml.safe_load((TASKS / "catalogue.yaml").read_text(encoding="utf-8"))
@@ -433,8 +448,7 @@ def evaluate(
     batch: int | None = None,
     state_mode: Literal["per_token", "decode_only"] = "per_token",
     writer: GreedyWriter | None = None,
-    on_written: Callable[[set[str]], None] | None = None,
-    tell: Callable[[str], None] = lambda _text: None,
+    listener: Listener | None = None,
 ) -> list[Score]:
     """Score a model on one task.
 
@@ -445,8 +459,7 @@ def evaluate(
         batch: Requests per forward pass; automatic when None.
         state_mode: Where low-bit states are rounded, see :class:`~llmcompress.stages.evaluate.EvaluateConfig`.
         writer: Writes greedy answers natively; without one transformers writes all.
-        on_written: Of a task whose answers are written, receives what wrote them: ``native``, or reasons why not.
-        tell: Receives a line where requests were too long.
+        listener: Hears what there is to say beside the scores.
 
     Returns:
         All figures of the task, in the task's order. A task of several subjects also gets pooled figures under its
@@ -486,15 +499,16 @@ def evaluate(
             system_instruction=settings.system_instruction, apply_chat_template=settings.apply_chat_template,
             fewshot_as_multiturn=settings.apply_chat_template if turns is None else turns,
         )  # fmt: skip
-    if on_written is not None and adapter.wrote:
-        on_written(adapter.wrote)
-    if adapter.cut:
-        limit = f"{adapter.max_length} tokens (max_length)"
-        tell(
-            f"{spec.name}: {adapter.cut} of {adapter.asked} requests lost their beginning: they are longer than {limit}"
-        )
     if results is None:
         raise InputError(f"task {spec.name}: lm-eval returned nothing", "run on a single process")
+    if listener is not None:
+        if adapter.wrote:
+            listener.written(adapter.wrote)
+        if adapter.cut:
+            limit = f"{adapter.max_length} tokens (max_length)"
+            few = f"{adapter.cut} of {adapter.asked} requests lost their beginning"
+            listener.line(f"{spec.name}: {few}: they are longer than {limit}")
+        listener.samples(results["samples"])
     return normalise(spec.name, loaded["tasks"], results)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,33 @@ class Ledger:
     def has(self, key: str) -> bool:
         """Whether the part is finished."""
         return self.get(key) is not None
+
+    def keep_requests(self, side: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Write what lm-eval asked and what came of it, one request a line, in the form of its ``--log_samples``.
+
+        ``<side>.<task>.jsonl`` in the folder ``requests`` beside the parts; nothing without a folder.
+
+        Args:
+            side: Which model.
+            samples: Of lm-eval's results, by task.
+        """
+        if self._folder is None:
+            return
+        from lm_eval.utils import handle_non_serializable, sanitize_list
+
+        folder = self._folder.parent / "requests"
+        folder.mkdir(exist_ok=True)
+        for task, rows in samples.items():
+            lines = []
+            for row in rows:
+                asked = {
+                    f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(parts)}
+                    for i, parts in enumerate(row["arguments"])
+                }
+                answers = {key: sanitize_list(row[key]) for key in ("resps", "filtered_resps")}
+                kept = {**row, **answers, "arguments": asked, "target": str(row["target"])}
+                lines.append(json.dumps(kept, default=handle_non_serializable, ensure_ascii=False) + "\n")
+            write_durably(folder / f"{part_name(f'{side}.{task}')}l", "".join(lines).encode())
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None

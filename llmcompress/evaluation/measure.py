@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -68,6 +68,10 @@ class Settings(Protocol):
     @property
     def tasks_dir(self) -> str | None:
         """Folder with local task data."""
+
+    @property
+    def log_samples(self) -> bool:
+        """Whether the requests of tasks are kept, where there is a folder for them."""
 
     @property
     def state_mode(self) -> Literal["per_token", "decode_only"]:
@@ -255,10 +259,14 @@ def measure_side(
         key = f"{side}.task.{spec.name}"
         if ledger.has(key):
             continue
+        listener = harness.Listener(
+            lambda text: tell(f"{head}{text}"), partial(_keep_written, side, head, spec.name, ledger, tell)
+        )
+        if config.log_samples:
+            listener = replace(listener, samples=partial(ledger.keep_requests, side))
         scores = harness.evaluate(
             model, tokenizer, spec, batch=batch, state_mode=config.state_mode, writer=writer,
-            on_written=partial(_keep_written, side, head, spec.name, ledger, tell),
-            tell=lambda text: tell(f"{head}{text}"),
+            listener=listener,
         )  # fmt: skip
         ledger.put(key, [asdict(score) for score in scores])
         tell(f"{head}{spec.name} " + ", ".join(f"{s.metric} {s.value:.4f}" for s in scores[:2]))

@@ -75,6 +75,10 @@ class EvaluateConfig(StageConfig):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows of each task."""
 
+    log_samples: bool = False
+    """Keep every request of the tasks and what the models made of it: ``requests/<side>.<task>.jsonl`` in the stage's
+    folder, in the form of lm-eval's option of this name."""
+
     recall: RecallConfig | None = None
     """Facts to be remembered over growing distances; metrics ``recall.at_<distance>``."""
 
@@ -117,6 +121,8 @@ class EvaluateConfig(StageConfig):
         repeated = sorted({name for name in names if names.count(name) > 1} | (set(names) & set(self.perplexity)))
         if repeated:
             raise ValueError(f"names used twice among tasks and perplexity: {', '.join(repeated)}")
+        if self.log_samples and not self.tasks:
+            raise ValueError("log_samples keeps the requests of tasks, and there are none")
         if not self.dense and (self.fidelity is not None or self.expert_shift):
             raise ValueError("fidelity and expert_shift compare with the dense model: dense must be true")
         if self.expert_shift and not self.perplexity and self.fidelity is None:

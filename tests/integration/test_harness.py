@@ -58,7 +58,7 @@ def test_limit_and_repeatability(model, tiny_tokenizer):
 def test_requests_that_lose_their_beginning_are_told(model, tiny_tokenizer):
     said = []
     (whole,) = harness.specify(["eval_smoke"])
-    harness.evaluate(model, tiny_tokenizer, whole, tell=said.append)
+    harness.evaluate(model, tiny_tokenizer, whole, listener=harness.Listener(said.append))
     assert said == []
     lengths = []
     for row in map(json.loads, (harness.TASKS / "eval_smoke.jsonl").read_text().splitlines()):
@@ -66,7 +66,7 @@ def test_requests_that_lose_their_beginning_are_told(model, tiny_tokenizer):
         lengths += [len(tiny_tokenizer(f"{row['question']} {choice}")["input_ids"]) for choice in row["choices"]]
     limit = sorted(lengths)[len(lengths) // 2]
     (short,) = harness.specify([TaskConfig(task="eval_smoke", max_length=limit)])
-    harness.evaluate(model, tiny_tokenizer, short, tell=said.append)
+    harness.evaluate(model, tiny_tokenizer, short, listener=harness.Listener(said.append))
     # the last token of a request is only predicted
     cut = sum(length > limit + 1 for length in lengths)
     assert 0 < cut < len(lengths) and len(said) == 1
@@ -85,7 +85,9 @@ def test_questions_are_cut_to_leave_room_for_answers(tiny_tokenizer, tmp_path, t
         said = []
         overrides = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": tokens, "do_sample": False}}
         task = TaskConfig(task="gsm8k", num_fewshot=0, overrides=overrides, **settings)
-        harness.evaluate(model, tiny_tokenizer, harness.specify([task], tmp_path)[0], tell=said.append)
+        harness.evaluate(
+            model, tiny_tokenizer, harness.specify([task], tmp_path)[0], listener=harness.Listener(said.append)
+        )
         return said
 
     assert asked(4) == []

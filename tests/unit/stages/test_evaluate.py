@@ -75,7 +75,7 @@ def paired_error(ctx):
 
 def test_everything_is_measured_on_both_models(ctx, state):
     ctx, events = ctx
-    stage(**FULL, gates={"kl": {"metric": "fidelity.kl", "max": 100}}).run(state, ctx)
+    stage(**FULL, log_samples=True, gates={"kl": {"metric": "fidelity.kl", "max": 100}}).run(state, ctx)
     found = {m.name: m for m in state.metrics}
     ppl = found["held.perplexity"]
     assert ppl.dense > 1 and ppl.compressed > 1 and ppl.dense != ppl.compressed
@@ -86,6 +86,14 @@ def test_everything_is_measured_on_both_models(ctx, state):
     assert rows["held", "perplexity"]["difference"] == pytest.approx(ppl.compressed - ppl.dense)
     assert rows["eval_smoke", "acc"]["difference_stderr"] is not None
     assert rows["held", "perplexity"]["difference_stderr"] == pytest.approx(paired_error(ctx))
+    for side, value in (("dense", found["eval_smoke.acc"].dense), ("compressed", found["eval_smoke.acc"].compressed)):
+        kept = (ctx.stage_dir / "requests" / f"{side}.eval_smoke.jsonl").read_text().splitlines()
+        asked = [json.loads(line) for line in kept]
+        assert sum(row["acc"] for row in asked) / 3 == pytest.approx(value) and len(asked) == 3
+        assert asked[0]["doc"]["question"] in asked[0]["arguments"]["gen_args_0"]["arg_0"]
+        # a choice has a log-likelihood each, and the answer is the largest
+        chances = [float(choice[0][0]) for choice in asked[0]["resps"]]
+        assert (chances.index(max(chances)) == asked[0]["doc"]["answer"]) == bool(asked[0]["acc"])
     (sample,) = read(ctx, "samples")
     assert sample["prompt"] == "The cat" and sample["dense"] and sample["compressed"]
     decoding = read(ctx, "decoding")
@@ -189,6 +197,8 @@ def test_config_contradictions():
         config(dense=False, fidelity=FULL["fidelity"])
     with pytest.raises(ValidationError, match="dense must be true"):
         config(dense=False, gates={"g": {"metric": "a.b", "max_rel_increase": 1}})
+    with pytest.raises(ValidationError, match="log_samples keeps the requests of tasks"):
+        config(perplexity=FULL["perplexity"], log_samples=True)
     with pytest.raises(ValidationError, match="used twice"):
         config(tasks=["piqa", {"task": "piqa", "limit": 3}])
     with pytest.raises(ValidationError, match="random tokens"):
