@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from llmcompress.algorithms.hessian import Gram
     from llmcompress.models.layout import Block, ExpertBank, LinearGroup
+    from llmcompress.models.memory_limits import Limits
     from llmcompress.quant.rules import AutoUnit, Rule
     from llmcompress.quant.spec import QuantSpec
     from llmcompress.stages.state import RunContext, RunState
@@ -39,10 +40,11 @@ class ErrorMeter:
         """Measure a group's linears."""
         import torch
 
-        for linear in group.linears:
-            if linear.name in self.wanted:
-                weight = self.model.get_parameter(f"{linear.name}.weight").detach()[None].to(torch.float32)
-                self._measure(linear.name, weight, None if gram is None else gram.hessian(), torch.ones(1))
+        names = [linear.name for linear in group.linears if linear.name in self.wanted]
+        hessian = gram.take_hessian() if gram is not None and names else None
+        for name in names:
+            weight = self.model.get_parameter(f"{name}.weight").detach()[None].to(torch.float32)
+            self._measure(name, weight, hessian, torch.ones(1))
 
     def router(self, bank: Any, router: Any, x: Any) -> None:
         """Nothing to do."""
@@ -53,16 +55,24 @@ class ErrorMeter:
     def experts(
         self, bank: ExpertBank, name: str, experts: slice, gram: Gram | None, shared: Callable[[int], Tensor]
     ) -> None:
-        """Measure one projection of some experts; experts count by their tokens."""
+        """Measure one projection of some experts, a few at a time; experts count by their tokens."""
         import torch
 
+        from llmcompress.algorithms.gptq import SOLVE_BYTES
         from llmcompress.models.capture import expert_weight
 
         if name not in self.wanted:
             return
-        weights = expert_weight(self.model.get_submodule(bank.module), bank, name, experts)
-        share = torch.ones(weights.shape[0]) if gram is None else gram.tokens.to(torch.float32)
-        self._measure(name, weights, None if gram is None else gram.hessian(), share)
+        module, (_, rows, columns) = self.model.get_submodule(bank.module), bank.shape(name)
+        hessian = None if gram is None else gram.take_hessian()
+        count = experts.stop - experts.start
+        share = torch.ones(count) if gram is None else gram.tokens.to(torch.float32)
+        step = count if hessian is not None and hessian.is_cuda else max(1, SOLVE_BYTES // (4 * rows * columns))
+        for start in range(0, count, step):
+            turn = slice(start, min(start + step, count))
+            own = slice(experts.start + turn.start, experts.start + turn.stop)
+            weights = expert_weight(module, bank, name, own)
+            self._measure(name, weights, None if hessian is None else hessian[turn], share[turn])
 
     def measure_without_data(self, block: Block) -> None:
         """Measure a block's weights by their own squared error."""
@@ -72,8 +82,7 @@ class ErrorMeter:
         bank = block.bank
         for name in (bank.gate_up, bank.down) if bank is not None else ():
             assert bank is not None
-            for expert in range(bank.num_experts):
-                self.experts(bank, name, slice(expert, expert + 1), None, lambda _: None)  # type: ignore[arg-type,return-value]
+            self.experts(bank, name, slice(0, bank.num_experts), None, lambda _: None)  # type: ignore[arg-type,return-value]
 
     def error(self, names: Sequence[str]) -> list[float]:
         """Relative error of a unit at each candidate width."""
@@ -82,25 +91,22 @@ class ErrorMeter:
         return [value / below if below > 0 else 0.0 for value in sums]
 
     def _measure(self, name: str, weights: Tensor, hessian: Tensor | None, share: Tensor) -> None:
-        from llmcompress.algorithms.gptq import output_error, round_to_nearest
+        """Add the errors and the energy of ``weights [E, N, K]`` fp32, matrix by matrix times ``share [E]``."""
+        from llmcompress.algorithms.gptq import output_energy, round_to_nearest
         from llmcompress.quant.codecs.int_group import dequantize
 
+        def size(values: Tensor) -> float:
+            rows = values.square().sum(-1) if hessian is None else output_energy(values, hessian)
+            return float((rows.sum(-1).cpu() * share).sum())
+
         above = self.above.setdefault(name, [0.0] * len(self.wanted[name]))
-        energy = None
         for position, spec in enumerate(self.wanted[name]):
-            codes, scale, zero = round_to_nearest(weights, spec, "mse")
-            quantized = dequantize(codes, scale, zero, spec)
-            if hessian is None:
-                error, energy = (weights - quantized).square().sum(-1), weights.square().sum(-1)
-            else:
-                error, energy = output_error(weights, quantized, hessian)
-            above[position] += float((error.sum(-1).cpu() * share).sum())
-        assert energy is not None
-        self.below[name] = self.below.get(name, 0.0) + float((energy.sum(-1).cpu() * share).sum())
+            above[position] += size(weights - dequantize(*round_to_nearest(weights, spec, "mse"), spec))
+        self.below[name] = self.below.get(name, 0.0) + size(weights)
 
 
 def choose_widths(
-    units: Mapping[Rule, Sequence[AutoUnit]], state: RunState, ctx: RunContext, second_order: bool
+    units: Mapping[Rule, Sequence[AutoUnit]], state: RunState, ctx: RunContext, second_order: bool, limits: Limits
 ) -> dict[str, int]:
     """Measure all units under auto plans and spend each rule's budget.
 
@@ -109,6 +115,7 @@ def choose_widths(
         state: The model, and calibration data when ``second_order``.
         ctx: The run.
         second_order: Weigh errors by the inputs the full-precision model sees; otherwise plain weight error.
+        limits: Memory that activations and statistics may take, as when the blocks are quantized.
 
     Returns:
         Plan name → width.
@@ -127,17 +134,20 @@ def choose_widths(
         specs = [rule.spec(bits) for bits in rule.bits.choices]
         wanted.update({name: specs for unit in own for name in unit.names})
     ctx.emit("note", text=f"measuring {len(wanted)} weights at every candidate width")
-    model = handle.skeleton(getattr(torch, ctx.dtype))
+    model = handle.skeleton(getattr(torch, ctx.dtype), head=False)
     meter = ErrorMeter(model, wanted)
+    blocks, last = handle.layout.blocks, max((unit.block for own in units.values() for unit in own), default=-1)
     walker, hidden = None, None
     if second_order:
         assert state.calibration is not None
-        walker = Walker(model, state.calibration.tokens, ctx.device, ctx.seed)
-        hidden = walker.embed([block.name for block in handle.layout.blocks])
-    for block in handle.layout.blocks:
+        folder = ctx.stage_dir / "activations"
+        walker = Walker(model, state.calibration.tokens, ctx.device, ctx.seed, limits=limits, folder=folder)
+        hidden = walker.embed([block.name for block in blocks])
+    handle.free_embeddings(model)
+    for block in blocks[: last + 1]:
         handle.load_block(model, block.index, ctx.device)
         if walker is not None and hidden is not None:
-            walker.forward(block, hidden, meter, advance=block.index + 1 < len(handle.layout.blocks))
+            walker.forward(block, hidden, meter, advance=block.index < last)
         else:
             meter.measure_without_data(block)
         handle.free_block(model, block.index)

@@ -343,14 +343,14 @@ def run_blockwise(config: Any, state: RunState, ctx: RunContext, hook: RouterHoo
         state.calibrated(ctx.stage)
     if hook is None and config.diagnose_experts and state.calibration is not None:
         hook = _shift_recorder(state.model.layout)
+    limits = limits_for(config, plan_inputs(state, ctx), hessians=method.options is not None)
     plan: QuantPlan = {}
     if ctx.world.rank == 0:
-        plan = planned(config, state, ctx, method)
+        plan = planned(config, state, ctx, method, limits)
     ctx.world.barrier()
     if ctx.world.rank > 0:
         # widths that had to be measured are in a file by now
-        plan = planned(config, state, ctx, method)
-    limits = limits_for(config, plan_inputs(state, ctx), hessians=method.options is not None)
+        plan = planned(config, state, ctx, method, limits)
     engine = BlockwiseQuantizer(
         state.model, plan, method, store, ctx, calibration=state.calibration, hook=hook, limits=limits
     )
@@ -396,7 +396,7 @@ def method_of(config: Any) -> Method:
     return Method(options, config.grid, policy, ridge, config.targets == "residual_stream")
 
 
-def planned(config: Any, state: RunState, ctx: RunContext, method: Method) -> QuantPlan:
+def planned(config: Any, state: RunState, ctx: RunContext, method: Method, limits: Limits) -> QuantPlan:
     """The stage's plan; ``auto`` widths are measured once and kept in ``bits.json``."""
     from llmcompress.quant.rules import auto_units, resolve
 
@@ -411,7 +411,7 @@ def planned(config: Any, state: RunState, ctx: RunContext, method: Method) -> Qu
         return resolve(rules, layout, json.loads(path.read_text()))
     from llmcompress.stages.bit_measurement import choose_widths
 
-    chosen = choose_widths(units, state, ctx, second_order=method.options is not None)
+    chosen = choose_widths(units, state, ctx, second_order=method.options is not None, limits=limits)
     write_durably(path, json.dumps(chosen, sort_keys=True).encode())
     return resolve(rules, layout, chosen)
 

@@ -95,14 +95,16 @@ class RouterCalibration(Stage):
         """Calibrate block by block into an overlay store."""
         from llmcompress.quant.store import PackedStore
         from llmcompress.stages.block_solver import Method, RarePolicy
-        from llmcompress.stages.blockwise import BlockwiseQuantizer
+        from llmcompress.stages.blockwise import BlockwiseQuantizer, plan_inputs
+        from llmcompress.stages.blockwise_estimate import limits_for
 
         assert state.model is not None
         calibration = state.calibrated(ctx.stage)
         store = PackedStore(ctx.stage_dir / "blocks", state.packed)
         hook = router_hook(self.config, state, ctx)
         method = Method(None, "minmax", RarePolicy())
-        BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=calibration, hook=hook).run()
+        limits = limits_for(self.config, plan_inputs(state, ctx), hessians=False)
+        BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=calibration, hook=hook, limits=limits).run()
         state.packed = store
 
     def restore(self, state: RunState, ctx: RunContext) -> None:

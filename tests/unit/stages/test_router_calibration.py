@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmcompress.errors import RecipeError
+from llmcompress.models.activation_cache import ActivationCache
 from llmcompress.models.assemble import compressed_model
 from llmcompress.stages.router_calibration import RouterCalibration, RouterCalibrationConfig, RouterCalibrator
 from llmcompress.stages.rtn import Rtn, RtnConfig
@@ -85,6 +88,22 @@ def test_resume_and_restore(tiny, tmp_path):
     state.packed = below
     stage.restore(state, tiny.context(tmp_path, "routers"))
     assert state.packed.base is below and state.packed.finished() == {0, 1}
+
+
+def test_a_budget_of_memory_moves_activations_into_files_and_changes_nothing(tiny, tmp_path, monkeypatch):
+    state = quantized(tiny, tmp_path, "mixtral")
+    below = state.packed
+    calibrate(tiny, state, tmp_path, guard=False)
+    expected = [path.read_bytes() for path in sorted(state.packed.root.glob("*.safetensors"))]
+    files, in_file = [], ActivationCache._in_file
+    monkeypatch.setattr(
+        ActivationCache, "_in_file", lambda self, *what: files.append(what) or in_file(self, *what)
+    )  # fmt: skip
+    state.packed = below
+    context = replace(tiny.context(tmp_path, "budget"), ram=1 << 10)
+    RouterCalibration("routers", RouterCalibrationConfig(guard=False)).run(state, context)
+    assert files
+    assert [path.read_bytes() for path in sorted(state.packed.root.glob("*.safetensors"))] == expected
 
 
 def test_needs_calibration_data(tiny, tmp_path):
