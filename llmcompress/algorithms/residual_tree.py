@@ -74,10 +74,9 @@ def quantize_node(
     options: TreeOptions,
     solver: Solver,
     hessian: Tensor | None = None,
-    stretch: float = 1.0,
 ) -> NodeWeight:
     """Quantize one residual; see :func:`quantize_nodes`."""
-    return quantize_nodes([target], bits, options, solver, hessian, stretch)[0]
+    return quantize_nodes([target], bits, options, solver, hessian)[0]
 
 
 def quantize_nodes(

@@ -17,7 +17,7 @@ from typing import Any
 from llmcompress.models import sizes
 from llmcompress.models.layout import Block, ModelLayout, Sublayer
 from llmcompress.models.memory_limits import WINDOW_BYTES, Limits, choose, kept_bytes
-from llmcompress.quant.rules import resolve
+from llmcompress.quant.rules import AutoBits, auto_units, resolve
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import Estimate, PlanInputs
 from llmcompress.stages.schemes import plain_rules
@@ -127,7 +127,7 @@ def estimate_blockwise(config: Any, inputs: PlanInputs, hessians: bool) -> Estim
     flops = max(job.streams, 1) * sizes.forward_flops(layout, job.tokens, inputs.length) if job.tokens else 0.0
     if hessians:
         flops += sizes.hessian_flops(layout, job.plan, job.tokens) + sizes.solve_flops(layout, job.plan)
-        flops += _shared_flops(job, inputs)
+        flops += _shared_flops(job, inputs) + _measuring_flops(config, job, inputs)
     wanted = _activations(job, inputs)
     spilled = 0 if limits.activations is None else max(0, wanted - limits.activations)
     notes = (f"{bytes_text(spilled)} of activations lie in files while it runs",) if spilled else ()
@@ -195,6 +195,23 @@ def _shared_flops(job: Job, inputs: PlanInputs) -> float:
     widths = [group.linears[0].in_features for use in uses for group in groups.get(use, ())]
     sums = sum(2.0 * job.tokens * width**2 for width in widths)
     return sizes.forward_flops(layout, job.tokens, inputs.length) + sums
+
+
+def _measuring_flops(config: Any, job: Job, inputs: PlanInputs) -> float:
+    """Work of measuring widths under ``auto`` plans: a pass through the model, sums, and an energy for each width."""
+    layout, total = inputs.layout, 0.0
+    shapes = {name: shape for name, _, shape, _ in layout.quantizable()}
+    measured: dict[str, QuantSpec] = {}
+    for rule, units in auto_units(plain_rules(getattr(config, "rules", {})), layout).items():
+        assert isinstance(rule.bits, AutoBits)
+        names = [name for unit in units for name in unit.names]
+        measured |= {name: job.plan[name] for name in names}
+        # energies come from half of a matrix, one of the weight itself and one of its error at each width
+        total += sum((1.0 + len(rule.bits.choices)) * prod(shapes[name]) * shapes[name][-1] for name in names)
+    if not measured:
+        return 0.0
+    passes = sizes.forward_flops(layout, job.tokens, inputs.length)
+    return total + passes + sizes.hessian_flops(layout, measured, job.tokens)
 
 
 def _activations(job: Job, inputs: PlanInputs) -> int:

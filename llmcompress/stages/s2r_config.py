@@ -306,12 +306,11 @@ def measure_behaviour(
     return figures
 
 
-def announce(name: str, figures: dict[str, float | int | None], ctx: RunContext, step: int | None = None) -> None:
+def announce(name: str, figures: dict[str, float | int | None], ctx: RunContext) -> None:
     """Send figures as metric events."""
     for key, value in figures.items():
         if value is not None and not key.startswith("n_"):
-            more = {} if step is None else {"step": step}
-            ctx.emit("metric", name=f"{name}.{key}", value=value, **more)
+            ctx.emit("metric", name=f"{name}.{key}", value=value)
 
 
 def estimate_training(

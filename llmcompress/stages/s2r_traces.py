@@ -4,14 +4,18 @@ it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmcompress.data.sources import require_window
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.s2r_config import S2RConfig, SamplingConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -51,6 +55,14 @@ class S2RTraces(Stage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """The windows on disk; sampling needs what measuring needs."""
         return Estimate(disk=self.config.samples * self.config.length * 8)
+
+    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+        """Refuse windows longer than the model's context; arguments as the stage interface has them.
+
+        Raises:
+            InputError: They are.
+        """
+        require_window(f"stages.{self.name}.length", self.config.length, config.get("max_position_embeddings"))
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Sample from the model as the stages before left it; all processes of the run share the work.

@@ -101,7 +101,9 @@ def test_batched_equals_textbook(bits: int, symmetric: bool, columns: int, group
         # a value that falls on a rounding border may go either way and pull its row along
         assert same > (0.995 if bits < 8 else 0.9)
         torch.testing.assert_close(solution.scale[e].float(), scale, rtol=2e-2, atol=1e-3)
-        assert zero is None or solution.zero is not None
+        assert (zero is None) == (solution.zero is None)
+        if zero is not None and solution.zero is not None:
+            assert (solution.zero[e].float() == zero).float().mean() > (0.95 if bits < 8 else 0.8)
 
 
 @pytest.mark.parametrize("grid", ["minmax", "mse"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.models import sizes
 from llmcompress.models.activation_cache import ActivationCache
 from llmcompress.models.capture import expert_weight
 from llmcompress.models.memory_limits import DEFAULT, Limits
@@ -15,7 +16,9 @@ from llmcompress.models.walker import Walker
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.rules import AutoBits, Rule, auto_units
 from llmcompress.quant.spec import QuantSpec
+from llmcompress.stages.base import PlanInputs
 from llmcompress.stages.bit_measurement import ErrorMeter, choose_widths
+from llmcompress.stages.gptq import Gptq, GptqConfig
 
 SPECS = [QuantSpec(bits, 16) for bits in (2, 3, 4)]
 
@@ -105,3 +108,18 @@ def test_blocks_behind_the_last_measured_one_are_not_read(
     monkeypatch.setattr(state.model, "load_block", lambda *what: read.append(what[1]) or load(*what))
     chosen = choose_widths(units, state, tiny.context(tmp_path), second_order=True, limits=DEFAULT)
     assert read == [0, 1] and {name.split(".")[2] for name in chosen} == {"0", "1"}
+
+
+def test_plans_count_the_pass_that_measures(tiny: Any, tmp_path: Any) -> None:
+    layout = tiny.state(tmp_path / "model", "mixtral").model.layout
+
+    def flops(bits: Any) -> float:
+        rules = {"all": {"match": "proj", "bits": bits, "group_size": 16}}
+        config = GptqConfig.model_validate({"rules": rules, "diagnose_experts": False})
+        return Gptq("quantize", config).estimate(PlanInputs(layout, 2, 4, 6, 32, {}, "cpu")).flops
+
+    plan = {name: QuantSpec(3, 16) for name, *_ in layout.quantizable()}
+    passes = sizes.forward_flops(layout, 6 * 32, 32) + sizes.hessian_flops(layout, plan, 6 * 32)
+    # the energy of a weight and of its errors at three widths, each from half of a symmetric matrix
+    energies = sum(4.0 * torch.Size(shape).numel() * shape[-1] for _, _, shape, _ in layout.quantizable())
+    assert flops({"auto": 3}) - flops(3) == pytest.approx(passes + energies)

@@ -258,6 +258,7 @@ def test_expert_shift_of_a_dense_model_is_a_problem():
         ({"type": "evaluate", "recall": {"source": SOURCE, "distances": [64, 256]}}, r"recall\.distances is 256"),
         ({"type": "evaluate", "tasks": [{"task": "eval_smoke", "max_length": 132}]}, "eval_smoke: max_length is 132"),
         ({"type": "calibrate", "source": SOURCE, "length": 131}, r"stages\.it\.length is 131"),
+        ({"type": "s2r_traces", "task": {"kind": "countdown"}, "length": 133}, r"stages\.it\.length is 133"),
     ],
 )
 def test_windows_beyond_the_context_are_refused_before_any_work(stage_fields, words, tmp_path):
