@@ -102,6 +102,10 @@ class TaskConfig(_Section):
     """Tokens of the longest request, with what is written to it. Longer ones lose their beginning, which is told. By
     default the model's context, at most 4096 beside what is written."""
 
+    run_code: bool = False
+    """Whether a task may run what the model writes on this machine, as humaneval and mbpp do; lm-eval asks for
+    ``HF_ALLOW_CODE_EVAL=1`` in the environment too."""
+
     subjects: tuple[str, ...] | None = None
     """Subjects, for ``mmlu`` from a local folder; all when absent."""
 

@@ -280,7 +280,7 @@ def build(spec: TaskSpec) -> dict[str, Any]:
         What ``lm_eval.evaluator.evaluate`` takes: ``tasks``, ``groups``, ``group_map``.
 
     Raises:
-        InputError: The data cannot be loaded, or lm-eval does not know the task or cannot read a row.
+        InputError: The data cannot be loaded, lm-eval does not know the task or cannot read a row, or it runs code.
     """
     loaded = _built(spec)
     if spec.local:
@@ -312,6 +312,9 @@ def _built(spec: TaskSpec) -> dict[str, Any]:
                 raise InputError(what, _local_hint(spec.name)) from error
             raise
     for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) and not spec.settings.run_code:
+            words = "set run_code: true in its entry, and run it where that can do no harm"
+            raise InputError(f"task {spec.name} runs code that the model writes", words)
         for key, value in spec.settings.overrides.items() if by_name else ():
             task.set_config(key=key, value=value)
         if spec.settings.num_fewshot is not None:
@@ -498,6 +501,7 @@ def evaluate(
             lm=adapter, task_dict=loaded, limit=spec.limit, bootstrap_iters=0, log_samples=True,
             system_instruction=settings.system_instruction, apply_chat_template=settings.apply_chat_template,
             fewshot_as_multiturn=settings.apply_chat_template if turns is None else turns,
+            confirm_run_unsafe_code=settings.run_code,
         )  # fmt: skip
     if results is None:
         raise InputError(f"task {spec.name}: lm-eval returned nothing", "run on a single process")

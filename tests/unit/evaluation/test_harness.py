@@ -171,6 +171,22 @@ def test_a_file_that_is_no_task_is_named(tmp_path, text, words):
         harness.specify([TaskConfig(task="mine", path=str(path))])
 
 
+def test_a_task_that_runs_code_is_refused_until_that_is_allowed(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "1", "a": "2"}) + "\n")
+    path = tmp_path / "t.yaml"
+    fields = {
+        "dataset_path": "json", "output_type": "generate_until", "doc_to_text": "q", "doc_to_target": "a",
+        "test_split": "test", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "unsafe_code": True,
+    }  # fmt: skip
+    path.write_text(json.dumps(fields))
+    (spec,) = harness.specify([TaskConfig(task="mine", path=str(path))])
+    with pytest.raises(InputError, match="task mine runs code that the model writes") as caught:
+        harness.build(spec)
+    assert "run_code: true" in caught.value.hint
+    (spec,) = harness.specify([TaskConfig(task="mine", path=str(path), run_code=True)])
+    assert list(harness.build(spec)["tasks"]) == ["mine"]
+
+
 def test_turns_need_a_chat():
     with pytest.raises(ValueError, match="needs apply_chat_template"):
         TaskConfig(task="gsm8k", fewshot_as_multiturn=True)
