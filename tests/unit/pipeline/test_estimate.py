@@ -9,7 +9,7 @@ import pytest
 
 from llmcompress.errors import RecipeError, ResourceError
 from llmcompress.pipeline import device
-from llmcompress.pipeline.estimate import assumed_device, plan
+from llmcompress.pipeline.estimate import Budget, assumed_device, on_machine, plan
 from llmcompress.recipe.load import load_recipe
 from llmcompress.units import bytes_text
 
@@ -66,6 +66,27 @@ def test_rules_say_what_they_matched():
     assert 2.4 < halves.rules[1].bits < 2.6
 
 
+def test_bits_of_a_rule_are_the_mean_over_its_values():
+    found = planned("eac_moe_deepseek_v2_lite", "deepseek_v2_lite", BITS[2.5]).rules[1]
+    # the first layer is dense, and smaller than the 26 others
+    dense, sparse = 3 * 2048 * 10944, 3 * 2048 * 1408 * (64 + 2)
+    values = dense + 26 * sparse
+    assert (found.parameters, found.weights) == (values, 133)
+    assert found.bits == pytest.approx((3 * (dense + 13 * sparse) + 2 * 13 * sparse) / values)
+
+
+def test_weights_of_several_stages_count_together():
+    """Attention rounded by one stage and experts by another are the model of one stage with both rules."""
+    whole = planned("eac_moe_olmoe", "olmoe_1b_7b")
+    rules = load_recipe("eac_moe_olmoe", allow_missing=True).data["stages"]["quantize"]["rules"]
+    attention, experts = rules["attention"], rules["experts"]
+    first = f"+stages.first@quantize={{type: rtn, rules: {{attention: {json.dumps(attention)}}}}}"
+    apart = planned("eac_moe_olmoe", "olmoe_1b_7b", first, "stages.quantize.rules.attention~")
+    assert len(rules) == 2 and experts["bits"] != attention["bits"]
+    assert (apart.output_bytes, apart.unmatched) == (whole.output_bytes, whole.unmatched)
+    assert (apart.bits_codes, apart.bits_stored) == (whole.bits_codes, whole.bits_stored)
+
+
 def test_stages_add_the_interpreter_and_totals_are_the_largest_peak():
     found = planned("gptq_smollm2", "smollm2_135m")
     assert all(stage.ram >= device.BASELINE_RAM for stage in found.stages)
@@ -73,7 +94,8 @@ def test_stages_add_the_interpreter_and_totals_are_the_largest_peak():
     assert found.disk == sum(stage.disk for stage in found.stages)
     assert found.vram == 0
     on_gpu = planned("gptq_smollm2", "smollm2_135m", device="cuda")
-    assert on_gpu.vram >= device.BASELINE_VRAM and on_gpu.compute_dtype == "bfloat16"
+    assert on_gpu.vram == max(stage.vram for stage in on_gpu.stages) and on_gpu.compute_dtype == "bfloat16"
+    assert all(stage.vram >= device.BASELINE_VRAM for stage in on_gpu.stages)
 
 
 def test_more_calibration_data_needs_more_memory_and_work():
@@ -136,6 +158,25 @@ def test_suggestions_are_overrides_that_hold_what_they_promise():
     again = planned("eac_moe_olmoe", "olmoe_1b_7b", override)
     assert again.ram < found.ram
     assert predicted == f"{bytes_text(again.ram)})"
+
+
+def test_the_most_effective_suggestion_comes_first():
+    found = planned("eac_moe_olmoe", "olmoe_1b_7b", "+host.ram=1GB")
+    needs = [planned("eac_moe_olmoe", "olmoe_1b_7b", text.partition(" (")[0]).ram for text in found.suggest("host.ram")]
+    assert len(needs) > 1 and needs == sorted(needs)
+
+
+def test_a_budget_that_is_needed_in_full_fits():
+    assert Budget("host.disk", 5, 5).fits and not Budget("host.disk", 5, 6).fits
+
+
+def test_of_windows_that_do_not_come_out_even_a_process_may_have_one_more():
+    def together(samples):
+        loaded = load_recipe("eac_moe_olmoe", [f"stages.calibrate.samples={samples}"], allow_missing=True)
+        alone = plan(loaded, config("olmoe_1b_7b"), "cpu")
+        return on_machine(alone, loaded, config("olmoe_1b_7b"), ["quantize"], 4).ram
+
+    assert together(60) < together(61) == together(64)
 
 
 def test_what_fits_passes():

@@ -189,12 +189,12 @@ def test_the_curve_holds_means_over_the_responses(monkeypatch):
 @pytest.fixture
 def traced(monkeypatch):
     """The loops with sampling, scoring and updates replaced by what writes down that it was called."""
-    log = SimpleNamespace(seeds=[], asked=[], picked=[], figures=[])
+    log = SimpleNamespace(seeds=[], asked=[], picked=[], figures=[], rows=None)
 
     def collect(policy, reader, problems, indices, settings, seed):
         log.seeds.append(seed)
         log.asked.append(list(indices))
-        return [rollout([2, 3], [1.0]) for _ in range(len(indices) * settings.samples)]
+        return log.rows or [rollout([2, 3], [1.0]) for _ in range(len(indices) * settings.samples)]
 
     def update(policy, reader, scored, picked, settings, trainer):
         log.picked.append(list(picked))
@@ -229,6 +229,15 @@ def test_every_response_of_a_step_is_in_one_update_and_no_two_steps_sample_alike
     steps = [traced.picked[begin] + traced.picked[begin + 1] for begin in range(0, 8, 2)]
     assert all(sorted(step) == list(range(9)) for step in steps)
     assert len({tuple(step) for step in steps}) == 4 and [len(part) for part in traced.picked[:2]] == [5, 4]
+
+
+@pytest.mark.parametrize(("credit", "units"), [("response", 1), ("action", 2)])
+def test_credit_is_given_to_what_the_recipe_names(traced, tmp_path, credit, units):
+    settings = replace(SETTINGS, credit=credit, steps=1)
+    actions = rollout([2, 3], [], first=1)
+    traced.rows = [replace(actions, advantages=[], repeated=[False, False]) for _ in range(4)]
+    online(tmp_path, settings)
+    assert [len(row.advantages) for row in traced.figures[0].rollouts] == [units] * 4
 
 
 def test_training_that_was_stopped_stays_stopped(traced, tmp_path):
