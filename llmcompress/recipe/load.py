@@ -418,8 +418,8 @@ def _resolve(data: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, str], list
     # text that omegaconf cannot even parse would stop it at the first such value
     parsed = {path for path, value in texts.items() if _parses(path, value, problems)}
     usable = _with(data, {path: None for path in texts if path not in parsed})
-    if "run" in usable and isinstance(usable["run"], dict) and "dir" not in usable["run"]:
-        usable["run"]["dir"] = f"runs/{usable.get('name', 'run')}"
+    if isinstance(run := usable.setdefault("run", {}), dict):
+        run.setdefault("dir", f"runs/{usable.get('name', 'run')}")
     values = _resolve_values(OmegaConf.create(usable), parsed, problems)
     resolved = _with(data, {path: values.get(path) for path in texts})
     environment = {}
@@ -453,7 +453,9 @@ def _resolve_values(config: Any, paths: set[KeyPath], problems: list[Problem]) -
         node = config
         try:
             for part in path:
-                node = node[int(part)] if part.isdigit() and part not in node else node[part]
+                # whether a list holds something takes the values of all its items
+                at = OmegaConf.is_list(node) or (part.isdigit() and part not in node)
+                node = node[int(part)] if at else node[part]
             values[path] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
             problems.append(Problem(path, _unresolved(str(error).splitlines()[0], config)))

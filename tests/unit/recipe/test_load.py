@@ -113,6 +113,8 @@ def test_values_from_the_environment_are_known_as_such(write, monkeypatch):
             "child.yaml:2: run.dir: Unsupported interpolation type env (did you mean oc.env?)",
         ),
         ('run: {dir: "${"}', "child.yaml:2: run.dir: cannot parse '${'"),
+        # the item beside it is as it should be
+        ('vars: {a: ["${name}", "${absent}"]}', "child.yaml:2: vars.a.1: Interpolation key 'absent' not found"),
         ('run: {dir: "${oc.env:UNSET_X}"}', "child.yaml:2: run.dir: environment variable UNSET_X is not set"),
         ('vars: {a: "${vars.a}"}', "child.yaml:2: vars.a: Recursive interpolation"),
     ],
@@ -138,6 +140,38 @@ def test_missing_text_may_be_allowed(write, problems):
     assert load_recipe("child.yaml", ["model.path=x"]).missing == ()
     write("worse.yaml", 'extends: child\nrun: {seed: "???"}\n')
     assert problems("worse.yaml", allow_missing=True) == ["worse.yaml:2: run.seed: expected an integer, not '???'"]
+
+
+def test_two_bases_may_stand_on_the_same_one(write):
+    write("left.yaml", "extends: good\nstages: {quantize: {damp: 0.2}}\n")
+    write("right.yaml", "extends: good\nstages: {export: {formats: [native, dense]}}\n")
+    write("child.yaml", "extends: [left, right]\nname: child\n")
+    loaded = load_recipe("child.yaml")
+    assert loaded.recipe.stages["export"].formats == ("native", "dense")
+    # the later base says again what it has from its own
+    assert loaded.recipe.stages["quantize"].type == "gptq" and [f.name for f in loaded.files].count("good.yaml") == 1
+
+
+def test_interpolations_in_lists_and_of_defaults_that_are_not_written(write):
+    write(
+        "child.yaml",
+        """
+        extends: good
+        name: child
+        vars: {words: ["${name}", "${run.dir}/x", {deep: ["${name}"]}]}
+        """,
+    )
+    loaded = load_recipe("child.yaml")
+    assert loaded.recipe.vars["words"] == ["child", "runs/child/x", {"deep": ["child"]}]
+    assert loaded.recipe.run.dir == "runs/child" and "run" not in loaded.composed
+
+
+def test_a_changed_base_leaves_the_place_of_what_it_replaced(write, problems):
+    """A value that is replaced as a whole is blamed where the new one stands, its parts too."""
+    write("child.yaml", "extends: good\nstages:\n  quantize:\n    rules: {experts: {bits: {first_half: 99}}}\n")
+    assert all(line.startswith("child.yaml:4: ") for line in problems("child.yaml"))
+    found = problems("good.yaml", ["stages.quantize.rules.experts={role: experts, bits: 99}"])
+    assert all(line.startswith("override #1: ") for line in found) and found
 
 
 def test_cycles_are_named(write, problems):

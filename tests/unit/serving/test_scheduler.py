@@ -281,6 +281,8 @@ def test_models_of_several_batches_share_the_cache(tiny_tokenizer: Any) -> None:
     groups = [Group(bench.rows, {"m": None}), Group(other, {"ant": "ant", "bee": "bee"})]
     bench.scheduler = Scheduler(groups, Limits(cache_tokens=60), Metrics())
     assert bench.scheduler.room("ant") == 50
+    beside: list[int] = []
+    other.watch = lambda part: beside.append(sum(bench.rows.held.values()))
     bench.held_up(40)
     later, small = bench.job(30, count=25), bench.job(60, count=3)
     later.model, small.model = "ant", "m"
@@ -288,7 +290,7 @@ def test_models_of_several_batches_share_the_cache(tiny_tokenizer: Any) -> None:
     bench.rows.gate.set()
     assert [bench.ended(i).reason for i in range(3)] == ["length"] * 3
     # there was no room for 26 tokens beside 41, in whichever batch, and those of 4 waited their turn
-    assert bench.rows.most == other.most == 1
+    assert beside == [0] and bench.rows.most == other.most == 1
     assert bench.tokens(1) == list(range(31, 56)) and bench.tokens(2) == [61, 62, 63]
     bench.scheduler.stop()
 
@@ -327,6 +329,25 @@ def test_text_that_waits_for_a_stop_string_comes_with_the_end(bench: Bench, tiny
     assert [bench.ended(i).reason for i in range(3)] == ["length", "length", "stop"]
     texts = ["".join(piece.text for piece in bench.pieces[i]) for i in range(3)]
     assert texts == [whole, whole, whole[: whole.index(whole[-2:])]]
+
+
+def test_a_stop_string_in_what_was_held_back_is_the_reason_of_the_end(bench: Bench) -> None:
+    class Held:
+        """A token that holds a stop string and the beginning of a character waits until no more come."""
+
+        stopped = False
+
+        def put(self, token: int) -> str:
+            return ""
+
+        def end(self) -> str:
+            self.stopped = True
+            return "before it"
+
+    job = bench.job(20, count=3)
+    job.stream = Held()  # type: ignore[assignment]
+    bench.scheduler.submit([job])
+    assert (bench.ended(0).reason, bench.ended(0).text) == ("stop", "before it")
 
 
 def test_an_answer_whose_reader_is_gone_leaves(bench: Bench) -> None:
