@@ -183,6 +183,7 @@ def test_runs_that_are_to_be_deterministic_compute_with_one_thread_unless_told_o
     try:
         for threads, expected in ((None, 1), (2, 2)):
             folder = tmp_path / str(threads)
+            torch.set_num_threads(3)
             execute(job(folder, {"load": {}}, threads=threads, deterministic=True))
             run = RunDir(folder / "run").read_run()
             assert run is not None and run.threads == expected == torch.get_num_threads()
