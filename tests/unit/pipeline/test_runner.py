@@ -467,6 +467,20 @@ def test_a_resumed_run_keeps_the_threads_it_began_with(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
+def test_processes_that_share_a_machine_take_no_number_of_threads_from_one_that_had_it_alone(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        execute(job(tmp_path, threads=2), until="load")
+        torch.set_num_threads(3)
+        heard.clear()
+        Runner(job(tmp_path, threads=None), RunOptions(), world=Told(size=2)).execute()
+        assert torch.get_num_threads() == heard[0]["threads"] == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_restored_state_for_a_step_outside_the_recipe(tmp_path: Path) -> None:
     runner = Runner(job(tmp_path), RunOptions())
     (tmp_path / "run").mkdir()
