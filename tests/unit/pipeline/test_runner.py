@@ -288,6 +288,18 @@ def test_partial_work_of_a_changed_stage_is_not_continued(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "stages" / "quantize" / "partial").exists()
 
 
+def test_what_a_discarded_stage_has_left_behind_is_not_continued(tmp_path: Path) -> None:
+    """A kill while its folder is deleted can leave blocks without the record that says of which recipe they are."""
+    execute(job(tmp_path))
+    folder = tmp_path / "run" / "stages" / "quantize"
+    (folder / "partial").write_text("of nobody knows which recipe")
+    (folder / "state.json").unlink()
+    Fake.diary.clear()
+    execute(job(tmp_path, {"load": {}, "quantize": {"value": 2}, "evaluate": {}}))
+    assert Fake.diary == ["restore load", "run quantize", "run evaluate"]
+    assert not (folder / "partial").exists()
+
+
 def test_finished_blocks_of_a_stopped_stage_are_not_thrown_away_unasked(tmp_path: Path) -> None:
     def stop(stage: Fake, run: RunState, ctx: RunContext) -> None:
         (ctx.stage_dir / "blocks").mkdir(exist_ok=True)
