@@ -51,10 +51,9 @@ def test_seed_decides_and_repeats(tiny_tokenizer):
 
 
 def test_windows_come_from_all_of_the_text(tiny_tokenizer):
-    ids = stream(tiny_tokenizer, TEXTS)
-    second = {tuple(ids[i : i + 16]) for i in range(len(ids) // 2, len(ids) - 15) if i % 16 == 0}
-    chosen = {tuple(r.tolist()) for seed in range(5) for r in build(inline(), tiny_tokenizer, 4, 16, seed).tokens}
-    assert chosen & second and chosen - second
+    found = [build(inline(), tiny_tokenizer, 4, 16, seed).tokens for seed in range(10)]
+    # of the first four alone there would be four
+    assert len({tuple(row.tolist()) for tokens in found for row in tokens}) > 10
 
 
 def test_the_largest_token_of_a_model_is_one_that_it_knows(tiny_tokenizer):
