@@ -204,8 +204,8 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
     most = longest_of(model)
     if reason is None and most is not None and most < longest:
         reason = (
-            f"rotary tables change after {most} tokens, and a sequence may have {longest} (bound it by "
-            "--max-prompt-tokens and --max-new-tokens)"
+            f"the native engine takes sequences of this model up to {most} tokens, and one may have {longest} (bound "
+            "it by --max-prompt-tokens and --max-new-tokens)"
         )
     if reason is not None:
         return None, reason

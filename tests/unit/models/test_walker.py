@@ -148,6 +148,13 @@ def test_other_families(model_type: str, tiny: Any, tmp_path: Path) -> None:
     check_family(model_type, tiny, tmp_path)
 
 
+def test_sequences_of_which_an_earlier_layer_chooses_a_part_are_refused(tiny: Any, tmp_path: Path) -> None:
+    tiny.model("glm_moe_dsa", index_topk=TOKENS.shape[1] - 1).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="16 tokens, and an earlier layer chooses 15 for it") as caught:
+        walk(ModelHandle.open(tmp_path / "model"))
+    assert "length of at most 15" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3", "qwen2_moe", "gpt_oss"])
 def test_statistics_are_those_of_the_real_inputs(model_type: str, tiny: Any, tmp_path: Path) -> None:
     handle = saved(tmp_path, tiny, model_type)
