@@ -20,6 +20,7 @@ FAMILIES = (
     "ernie4_5", "ernie4_5_moe", "ministral", "ministral3", "arcee", "nemotron", "cohere", "cohere2", "phi", "exaone4",
     "exaone_moe", "solar_open", "flex_olmo", "hunyuan_v1_dense", "hunyuan_v1_moe", "granitemoe", "granitemoeshared",
     "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa", "mellum", "hy_v3", "afmoe",
+    "granite_swa", "granitemoe_swa",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (
@@ -155,6 +156,9 @@ def _fixed(config: Mapping[str, Any], rotary: Mapping[str, Any]) -> bool:
 
 
 def _decline_rotary(config: Mapping[str, Any]) -> str | None:
+    bases = config.get("layer_rope_theta")
+    if bases and not any(bases):
+        return "no layer turns queries and keys to their positions (layer_rope_theta)"
     for rotary in _rotary(config):
         kind = _kind(rotary)
         # Hunyuan's alpha fixes what the name says is not

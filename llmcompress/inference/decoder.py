@@ -20,11 +20,11 @@ from llmcompress.inference.coverage import (
     CENTRED,
     NEIGHBOURS,
     NORMS_LAST,
-    TURNED_IN_WINDOWS,
     activation_of,
 )
 from llmcompress.inference.gates import with_gates
 from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
+from llmcompress.inference.rotary import table_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router
@@ -240,18 +240,6 @@ def _norm_bias(module: Any, config: Any) -> Any:
     return norm_of(module, "bias")
 
 
-def rotary_of(model: Any) -> Any:
-    """The module that makes a model's rotary tables; None where it knows no positions."""
-    base = model.base_model
-    return getattr(base, "rotary_emb", getattr(base, "pos_emb", None))
-
-
-def rotary_kinds(model: Any) -> Sequence[str | None]:
-    """Kinds of layers that have rotary tables of their own, in the order of the tables; None alone stands for all."""
-    kinds: Sequence[str] | None = getattr(rotary_of(model), "layer_types", None)
-    return kinds or (None,)
-
-
 def window_of(config: Any, layer: int) -> int:
     """Positions that a token of a layer sees, itself the last of them; 0 for all.
 
@@ -283,8 +271,6 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     first, *beneath = block.sublayers
     attention, mlp = model.get_submodule(first.module), model.get_submodule(beneath[-1].module)
     config: Any = model.config.get_text_config()
-    kinds = rotary_kinds(model)
-    rotary = 0 if len(kinds) == 1 else kinds.index(config.layer_types[block.index])
     beside: dict[str, Any] = {}
     correction: Tensor | None = None
     if block.bank is None:
@@ -312,19 +298,9 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         router_correction=None if correction is None else correction.detach().float().contiguous(),
         **beside,
         window=window,
-        rotary=rotary if _turns(attention, config, window) else None,
+        rotary=table_of(model, attention, block.index, window),
         parallel=beneath[0].parallel,
     )
-
-
-def _turns(attention: Any, config: Any, window: int) -> bool:
-    """Whether a layer turns queries and keys to their positions."""
-    if config.model_type == "afmoe":
-        return bool(attention.is_local_attention)
-    if config.model_type not in TURNED_IN_WINDOWS:
-        return bool(getattr(attention, "use_rope", True))
-    # EXAONE without windows turns them in every layer
-    return window > 0 or (config.model_type != "cohere2" and config.sliding_window is None)
 
 
 def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: bool) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from llmcompress.inference.coverage import (
     decline_family,
     reach,
 )
-from llmcompress.inference.decoder import decoder_of, members_of, rotary_kinds, rotary_of, screened
+from llmcompress.inference.decoder import decoder_of, members_of, screened
 from llmcompress.inference.gates import decline_gates
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
+from llmcompress.inference.rotary import rotary_kinds, rotary_of
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.packed import PackedTensors

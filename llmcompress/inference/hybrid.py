@@ -31,10 +31,10 @@ from llmcompress.inference.decoder import (
     linear_parts,
     mlp_parts,
     norm_of,
-    rotary_of,
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
+from llmcompress.inference.rotary import rotary_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router

@@ -197,6 +197,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.5,
         "num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 112, "head_dim": None,
     },
+    # and sinks, windows, tables of several bases, layers that turn nothing
+    "granite_swa": {
+        "num_hidden_layers": 4, "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+        "logits_scaling": 0.5, "head_dim": None, "sliding_window": 12, "layer_rope_theta": [10000.0, 0, 300.0, 10000],
+    },
+    "granitemoe_swa": {
+        "num_hidden_layers": 3, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "num_local_experts": 6,
+        "num_experts_per_tok": 3, "shared_intermediate_size": 112, "head_dim": None, "sliding_window": 12,
+    },
     # Qwen3-MoE with windows and rotary tables by kind of layer
     "mellum": {
         "num_hidden_layers": 3, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,

@@ -18,7 +18,9 @@ from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
+from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.embeddings import spec_of
+from llmcompress.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
@@ -31,7 +33,7 @@ EXPERTS = (
 )  # fmt: skip
 PACKED = (
     "llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", "nemotron", "cohere2",
-    "phi", "exaone4", *EXPERTS,
+    "phi", "exaone4", "granite_swa", *EXPERTS,
 )  # fmt: skip
 
 
@@ -127,6 +129,15 @@ def test_packed_embeddings_and_heads(decoders: Any, ids: torch.Tensor, family: s
     assert engine.vocabulary == 72
     assert worst(engine, tokens, reference(model, tokens), 3) < EXACT
     assert worst(engine, tokens, reference(model, tokens), 9) < EXACT
+
+
+def test_gates_that_are_packed_otherwise_than_their_queries_are_declined(decoders: Any) -> None:
+    model = decoders.dense("afmoe")
+    assert decline(model) is None
+    name = "model.layers.0.self_attn.gate_proj"
+    plan = {name: QuantSpec(4, 32)}
+    swap_modules(model, layout_from_config(model.config.to_dict()), plan)
+    assert "model.layers.0.self_attn: queries and gates are packed differently" in str(decline(model))
 
 
 def test_rows_and_experts_that_do_not_fill_a_vector(decoders: Any, ids: torch.Tensor) -> None:
