@@ -141,6 +141,8 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(key, value)
     # records that no handler takes would reach stderr through logging's last resort
     logging.getLogger().addHandler(logging.NullHandler())
+    # a log that cannot be written is no reason for tracebacks between other lines
+    logging.raiseExceptions = False
     # the command itself replaces this once its options are parsed
     commands.current = Output("--json" in words, "--quiet" in words, "--debug" in words)
     try:

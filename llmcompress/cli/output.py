@@ -61,6 +61,10 @@ class Output:
         except BrokenPipeError:
             # `… | head -1`; the exit code may still say something, such as that a gate failed
             drop_output()
+        except OSError as error:
+            # a full disk behind `>`: it is not the run's folder that wants for room
+            error.filename = error.filename or "standard output"
+            raise
 
     def write(self, text: str) -> None:
         """Print text to stdout as it is, without wrapping or markup."""
@@ -74,7 +78,7 @@ class Output:
 
     def warning(self, text: str) -> None:
         """Warn, on stderr, also with ``--quiet``."""
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             console(sys.stderr).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def error(self, message: str, hint: str | None, code: ExitCode, **extra: Any) -> None:
@@ -83,11 +87,12 @@ class Output:
         Where a result has been printed already (a gate failed after the run), stdout holds that one object only.
         """
         screen = console(sys.stderr)
-        screen.print("error:", style="bold red", end=" ", highlight=False)
-        screen.print(message, markup=False, highlight=False, soft_wrap=True)
-        if hint:
-            screen.print("next:", style="bold", end=" ", highlight=False)
-            screen.print(hint, markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # stdout and the exit code still tell
+            screen.print("error:", style="bold red", end=" ", highlight=False)
+            screen.print(message, markup=False, highlight=False, soft_wrap=True)
+            if hint:
+                screen.print("next:", style="bold", end=" ", highlight=False)
+                screen.print(hint, markup=False, highlight=False, soft_wrap=True)
         if self.json_mode and not self._answered:
             data = {"message": message, "next": hint, "kind": code.name.lower(), "exit_code": int(code), **extra}
             self.write(_as_json({"error": data}))
@@ -136,7 +141,7 @@ def _pipe_width() -> int:
 
 
 def _stderr(text: str) -> None:
-    with suppress(BrokenPipeError):  # nobody reads along any more, which is no reason to stop
+    with suppress(OSError):  # nobody reads along any more, or its log's disk is full: no reason to stop
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 

@@ -117,7 +117,8 @@ class PlainSink:
         self._line(f"  {event.stage}: block {index + 1}/{total}{took}{eta}")
 
     def _line(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `run … 2>&1 | head`: nobody reads along, and the run goes on
+        # `run … 2>&1 | head`, or `2> LOG` on a disk that is full: nobody reads along, and the run goes on
+        with contextlib.suppress(OSError):
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:

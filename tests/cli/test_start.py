@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -95,7 +96,21 @@ def test_a_reader_that_has_gone_changes_no_exit_code(tmp_path: Path) -> None:
         assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
 
 
-def test_a_run_outlives_those_who_read_its_progress() -> None:
+def test_a_full_disk_behind_stderr_changes_no_exit_code_and_one_behind_stdout_is_named(tmp_path: Path) -> None:
+    def told(*words: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([sys.executable, "-m", "llmcompress", *words], timeout=60, check=False, **streams)
+
+    with open("/dev/full", "wb") as full:
+        done = told("validate", "nowhere", "--json", stdout=subprocess.PIPE, stderr=full)
+        assert done.returncode == 3 and "nowhere" in json.loads(done.stdout)["error"]["message"]
+        assert told("validate", "gptq", stdout=subprocess.PIPE, stderr=full).returncode == 0
+        for words in (["recipes", "ls"], ["version", "--json"]):
+            done = told(*words, stdout=full, stderr=subprocess.PIPE)
+            assert done.returncode == 5 and b"standard output: no space left" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_a_run_outlives_those_who_read_its_progress(number: int) -> None:
     import io
 
     from llmcompress.events import Event
@@ -103,7 +118,7 @@ def test_a_run_outlives_those_who_read_its_progress() -> None:
 
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise OSError(number, "nobody reads")
 
     PlainSink(Closed())(Event("note", "quantize", {"text": "still at work"}))
 
