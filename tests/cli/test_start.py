@@ -100,7 +100,7 @@ def test_a_full_disk_behind_stderr_changes_no_exit_code_and_one_behind_stdout_is
     def told(*words: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run([sys.executable, "-m", "llmcompress", *words], timeout=60, check=False, **streams)
 
-    with open("/dev/full", "wb") as full:
+    with Path("/dev/full").open("wb") as full:
         done = told("validate", "nowhere", "--json", stdout=subprocess.PIPE, stderr=full)
         assert done.returncode == 3 and "nowhere" in json.loads(done.stdout)["error"]["message"]
         assert told("validate", "gptq", stdout=subprocess.PIPE, stderr=full).returncode == 0
@@ -167,6 +167,21 @@ def test_the_module_runs_like_the_script() -> None:
     )
     assert json.loads(done.stdout)["version"]
     assert done.stderr == ""
+
+
+def test_ctrl_c_during_the_first_imports_is_no_traceback() -> None:
+    program = (
+        "import runpy, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'llmcompress.cli.app':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "runpy.run_module('llmcompress', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 130 and done.stderr.startswith(b"error: stopped by Ctrl-C\nnext: ")
+    assert b"Traceback" not in done.stderr
 
 
 def test_a_process_without_standard_streams_keeps_its_exit_code(tmp_path: Path) -> None:
