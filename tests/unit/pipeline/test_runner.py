@@ -110,6 +110,8 @@ def test_a_finished_run_is_left_alone_unless_forced(tmp_path: Path) -> None:
     execute(job(tmp_path))
     assert Runner(job(tmp_path), RunOptions()).up_to_date()
     assert not Runner(job(tmp_path, {"load": {}, "quantize": {"value": 4}, "evaluate": {}}), RunOptions()).up_to_date()
+    # the folder holds more than this recipe makes
+    assert not Runner(job(tmp_path, {"load": {}, "quantize": {"value": 3}}), RunOptions()).up_to_date()
     before = (tmp_path / "run" / "run.json").stat().st_mtime_ns
     Fake.diary.clear()
     assert execute(job(tmp_path)).status == "nothing to do"

@@ -1,5 +1,6 @@
 """What a trained model is written as."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -49,3 +50,18 @@ def test_every_tensor_keeps_the_type_it_has_in_the_source(tiny, tmp_path):
     for view in state.model.layout.tensors():
         assert torch.equal(found.tensor(view.name), source.tensor(view.name)), view.name
         assert found.dtype_of(view.name) == source.dtype_of(view.name)
+
+
+def test_a_type_that_the_recipe_names_is_that_of_weights_and_config(tiny, tiny_tokenizer, tmp_path):
+    state = tiny.state(tmp_path / "model", "mixtral", wide="gate.weight")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    config = S2RInitConfig.model_validate({"type": "s2r_init", "task": {"kind": "countdown"}, "save_dtype": "float16"})
+    ctx = tiny.context(tmp_path, "train")
+    shared.keep_policy(config, shared.open_policy(config, state, ctx), state, ctx)
+    source, folder = state.model.checkpoint, ctx.stage_dir / shared.MODEL
+    found = Checkpoint(folder, state.model.layout)
+    for view in state.model.layout.tensors():
+        assert torch.equal(found.tensor(view.name), source.tensor(view.name).half()), view.name
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    # what speaks to the model goes with it
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "model" / "tokenizer.json").read_bytes()
