@@ -481,6 +481,18 @@ def test_a_resumed_run_keeps_the_threads_it_began_with(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_run_that_began_on_the_cpu_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device computes other numbers: it would be another run, which is refused."""
+    from llmcompress.pipeline import device
+
+    monkeypatch.setattr(device, "resolve_device", lambda _: "cpu")
+    execute(job(tmp_path, device="auto"), until="quantize")
+    monkeypatch.setattr(device, "resolve_device", lambda _: "cuda")
+    assert execute(job(tmp_path, device="auto")).status == "finished"
+    run = RunDir(tmp_path / "run").read_run()
+    assert run is not None and run.device == "cpu"
+
+
 def test_processes_that_share_a_machine_take_no_number_of_threads_from_one_that_had_it_alone(tmp_path: Path) -> None:
     import torch
 
