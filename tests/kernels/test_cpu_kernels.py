@@ -101,6 +101,23 @@ def test_integers_are_exact(isa: str, bits: int, dtype: torch.dtype, int8: bool)
 
 
 @pytest.mark.parametrize("bits", check.BITS)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_fit(isa: str, bits: int, int8: bool, sign: int) -> None:
+    """The largest codes times -128 in the low plane, for as long as a chunk can be: 16 bits hold a part of them."""
+    columns, largest = 256, (1 << bits) - 1
+    packed = ops.pack(torch.full((64, columns), largest, dtype=torch.uint8), bits)
+    scale, zero = torch.full((64, 1), 0.125, dtype=torch.float16), ops.pack(torch.zeros(64, 1, dtype=torch.uint8), bits)
+    # 127 steps of the int8 scale; 16000 of 2^14 steps, which are 62.5 times 256
+    value = sign * (127 / 64 if int8 else 16000 / 8192)
+    x = torch.full((13, columns), value, dtype=torch.bfloat16)
+    expected = torch.full((13, 64), value * columns * largest * 0.125).to(torch.bfloat16)
+    for tokens in (1, 2, 5, 13):
+        found = ops.group_gemm(x[:tokens], packed, scale, zero, bits, columns, columns, int8)
+        assert torch.equal(found, expected[:tokens])
+
+
+@pytest.mark.parametrize("bits", check.BITS)
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
 @pytest.mark.parametrize("tokens", [1, 5, 8])
 def test_the_width_of_a_chunk_does_not_change_its_numbers(

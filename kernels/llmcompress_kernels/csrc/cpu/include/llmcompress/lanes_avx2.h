@@ -73,6 +73,50 @@ inline Ints dot(Ints sum, Ints codes, const int8_t* x) {
     if constexpr (BITS == 8) return {dot_half_wide(sum.a, codes.a, all), dot_half_wide(sum.b, codes.b, all)};
     return {dot_half(sum.a, codes.a, all), dot_half(sum.b, codes.b, all)};
 }
+inline void store_words(uint32_t* p, Ints x) {
+    __m256i* q = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, x.a);
+    _mm256_storeu_si256(q + 1, x.b);
+}
+#ifndef DOT_BYTES
+// Two planes are multiplied as numbers of 16 bits: two instructions and additions for 32 products, where planes of bytes take
+// four and two, and half as many sums, which fit the registers. One token, for which widening codes would take as long as its
+// products, has sums of bytes in 16 bits instead (narrow_steps()).
+#define LLMCOMPRESS_PAIRS
+// bytes 0 and 2, then 1 and 3 of every lane, as numbers of 16 bits
+inline Ints even_bytes(Ints x) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    return {_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low)};
+}
+inline Ints odd_bytes(Ints x) { return {_mm256_srli_epi16(x.a, 8), _mm256_srli_epi16(x.b, 8)}; }
+// Added by their intrinsics GCC adds products to each other first, and lacks the registers for that.
+inline __m256i add_words(__m256i sum, __m256i x) {
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
+inline __m256i add_halves(__m256i sum, __m256i x) {
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
+inline __m256i same_quads(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return _mm256_set1_epi32(quad);
+}
+inline Ints dot_pair(Ints sum, Ints codes, const int8_t* x) {
+    const __m256i all = same_quads(x);
+    return {add_words(sum.a, _mm256_madd_epi16(codes.a, all)), add_words(sum.b, _mm256_madd_epi16(codes.b, all))};
+}
+inline Ints dot_narrow(Ints sum, Ints codes, const int8_t* x) {
+    const __m256i all = same_quads(x);
+    return {add_halves(sum.a, _mm256_maddubs_epi16(codes.a, all)), add_halves(sum.b, _mm256_maddubs_epi16(codes.b, all))};
+}
+// Sums of 16 bits, `times` as much, added to those of 32.
+inline Ints add_narrow(Ints sum, Ints narrow, int times) {
+    const __m256i by = _mm256_set1_epi16(int16_t(times));
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(narrow.a, by)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(narrow.b, by))};
+}
+#endif
 template <int BITS>
 inline Ints dot_once(Ints sum, Ints codes, const int8_t* x) {
     return dot<BITS>(sum, codes, x);
