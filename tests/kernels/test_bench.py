@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llmcompress_kernels import cpu
 from llmcompress_kernels.bench import timing
 
 
@@ -53,3 +54,17 @@ def test_rotation_gives_every_call_another_copy() -> None:
     for _ in range(8):
         rotation()
     assert len(seen) == 4
+
+
+@pytest.mark.skipif(not cpu.ready(), reason="no native kernels")
+def test_byte_products_of_all_threads_and_turns_are_counted() -> None:
+    rate = timing.byte_product_rate(1, rounds=1, budget=0.1)
+    if not cpu.runs("avx2"):
+        assert rate is None
+        return
+    assert rate is not None
+    assert rate > 1e9
+    run = cpu.library().llmcompress_byte_products
+    # 16 instructions of 64 products, or 12 of 32, each a multiplication and an addition
+    assert run(1, 1000) in (1000 * 16 * 64 * 2, 1000 * 12 * 32 * 2)
+    assert run(2, 3000) == 6 * run(1, 1000)

@@ -155,7 +155,7 @@ def read_bandwidth(timings: Mapping[str, Timing]) -> float:
 
 
 def byte_product_rate(threads: int, rounds: int = 7, budget: float = 5.0) -> float | None:
-    """Byte multiplications and additions per second from registers, or None where the CPU has no VNNI.
+    """Byte multiplications and additions per second from registers, or None where the CPU has neither VNNI nor AVX2.
 
     What no product of codes with bytes can exceed; products with exact 16-bit activations take two of them each.
 
