@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmcompress.distributed.world import ALONE, World
 from llmcompress.evaluation.static_decoding import decoder_of, supports
+from llmcompress.inference.caches import empty_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,8 +117,6 @@ def sample(
 def _decode(
     model: Any, prompts: list[Sequence[int]], settings: Sampling, end: int, pad: int, generator: torch.Generator
 ) -> list[list[int]]:
-    from transformers import DynamicCache
-
     device, width = model.device, max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -126,7 +125,7 @@ def _decode(
         mask[row, width - len(prompt) :] = 1
     position = (mask.cumsum(1) - 1).clamp_min(0)
     ids, mask, position = ids.to(device), mask.to(device), position.to(device)
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     written = torch.full((len(prompts), settings.max_new_tokens), -1, dtype=torch.int64, device=device)
     rows = torch.arange(len(prompts), device=device)
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=device)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmcompress.errors import InputError
+
 if TYPE_CHECKING:
     from llmcompress_kernels.mamba2 import Carried
     from transformers import PreTrainedModel
@@ -191,6 +193,22 @@ class PromptReader:
         if stop == len(prompt):
             self._cuts = []
         return logits
+
+
+def empty_cache(model: PreTrainedModel) -> Any:
+    """A cache of transformers for a model.
+
+    Raises:
+        InputError: Its family has a cache of its own kind, which is not cut, copied or counted here.
+    """
+    from transformers import DynamicCache
+
+    if model.config.model_type == "minimax":
+        raise InputError(
+            "models of type minimax have a cache of their own, which only transformers' generate knows",
+            "use llmcompress generate",
+        )
+    return DynamicCache(config=model.config)
 
 
 def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str, Any]:

@@ -275,6 +275,8 @@ class Sublayer:
             the output is added alone (Gemma 4, whose routed experts are in no module but the block).
         beside: Linears that read the normed input too and always stay dense.
         handed: Attention that is told by an earlier layer which positions each token sees, so many; 0 for others.
+        keeps: Where the normed input takes the place of the hidden states, what multiplies it before the output is
+            added (MiniMax-01); None where these stay.
     """
 
     kind: Literal["attention", "mlp", "moe", "ssm"]
@@ -293,6 +295,7 @@ class Sublayer:
     joins: str | None = None
     beside: tuple[LinearView, ...] = ()
     handed: int = 0
+    keeps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def smoothable(layout: ModelLayout) -> Iterator[tuple[Block, Smoothable]]:
 def _after_norm(block: Block, norm: str, kept: set[str]) -> Iterator[Smoothable]:
     """The inputs that a norm makes, if linears alone read them."""
     readers = [sublayer for sublayer in block.sublayers if sublayer.pre_norm == norm]
-    plain = all(s.experts is None and s.reads in ("hidden", "hidden+aside") for s in readers)
+    plain = all(s.experts is None and s.keeps is None and s.reads in ("hidden", "hidden+aside") for s in readers)
     groups = [group for s in readers for group in s.groups if group.position == "first"]
     if plain and groups and f"{norm}.weight" in kept:
         yield _of(groups, _tensors(norm, kept), tuple(linear for s in readers for linear in s.beside))

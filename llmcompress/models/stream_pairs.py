@@ -33,7 +33,7 @@ ROWS = 512
 
 def _outputs(sublayer: Sublayer) -> tuple[str, ...]:
     """Plan names of the weights whose outputs are added to the residual stream as they are."""
-    if sublayer.post_norm is not None:
+    if sublayer.post_norm is not None or sublayer.keeps is not None:
         return ()
     if sublayer.experts is not None:
         # the sum of experts that work on a projection is projected back before it is added

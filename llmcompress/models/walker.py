@@ -164,6 +164,8 @@ class Walker:
                 # parallel sublayers after this one read what it reads, and it writes in place
                 source = self.cache.copy(hidden) if following and following[0].parallel else hidden
             needed = advance or any(not later.parallel for later in following)
+            if sublayer.keeps is not None:
+                self._norm(sublayer, hidden)
             if tap is not None:
                 tap.residual(sublayer, hidden)
             if sublayer.kind == "moe":
@@ -219,10 +221,13 @@ class Walker:
         return self._calls[rows.stop - rows.start][block.index]
 
     def normed(self, sublayer: Sublayer, hidden: Tensor, rows: slice | list[int]) -> Tensor:
-        """Input of a sublayer's module for one batch, ``[B, L, K]``."""
+        """Input of a sublayer's module for one batch, ``[B, L, K]``; of one that keeps it, hidden states are normed."""
         read = self._read(sublayer, hidden, rows)
         # what was read changes in place when the output is added, and a tap may keep what it was shown
-        result = read.clone() if sublayer.pre_norm is None else self.model.get_submodule(sublayer.pre_norm)(read)
+        if sublayer.pre_norm is None or sublayer.keeps is not None:
+            result = read.clone()
+        else:
+            result = self.model.get_submodule(sublayer.pre_norm)(read)
         return result if sublayer.input_scale == 1.0 else result * sublayer.input_scale
 
     def _read(self, sublayer: Sublayer, hidden: Tensor, rows: slice | list[int]) -> Tensor:
@@ -251,8 +256,18 @@ class Walker:
         if sublayer.joins is not None:
             assert self._aside is not None, "nothing was laid aside"
             output = self.model.get_submodule(sublayer.joins)(output + self._aside[rows].to(output.device))
+        if sublayer.keeps is not None:
+            hidden[rows] *= sublayer.keeps
         hidden[rows] += output.to(hidden.device)
         self.cache.drop(hidden)
+
+    def _norm(self, sublayer: Sublayer, hidden: Tensor) -> None:
+        """Put the input of a sublayer in the place of the hidden states that it is made of."""
+        assert sublayer.pre_norm is not None
+        module = self.model.get_submodule(sublayer.pre_norm)
+        for rows in self.batches:
+            hidden[rows] = module(hidden[rows].to(self.device)).to(hidden.device)
+            self.cache.drop(hidden)
 
     def tapped(self, names: Sequence[str]) -> Tap | None:
         """The tap, if it wants to see the inputs of these weights."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.inference.caches import PromptReader, Snapshots, arguments
+from llmcompress.inference.caches import PromptReader, Snapshots, arguments, empty_cache
 from llmcompress.serving.slots import Slot, Slots
 
 if TYPE_CHECKING:
@@ -257,9 +257,7 @@ class SeparateRows:
 
     def join(self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None) -> Tensor:
         """See :meth:`Rows.join`; prompts are read whole."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self._model.config)
+        cache = empty_cache(self._model)
         logits = self._forward(list(prompt), member, cache, 0)
         self._decisions.keep(key)
         self._held[key] = (cache, member, len(prompt))

@@ -191,6 +191,13 @@ VARIANTS |= {
             "mlp_layer_types": ["sparse", "dense", "sparse"],
         },
     ),
+    "minimax": (
+        "minimax",
+        {
+            **LOCAL, "intermediate_size": 20, "block_size": 4, "full_attn_alpha_factor": 1.5, "mlp_beta_factor": 0.7,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_attn_beta_factor": 0.8,
+        },
+    ),
     "minimax_m2": ("minimax_m2", {**LOCAL, "intermediate_size": 20, "rotary_dim": 4}),
     "ernie4_5_moe": (
         "ernie4_5_moe",
@@ -434,6 +441,7 @@ DISK_NAMES = {
         "block_sparse_moe.gate.e_score_correction_bias",
         "block_sparse_moe.shared_experts.up_proj.weight",
     ],
+    "minimax": [*W123, "block_sparse_moe.gate.weight"],
     "minimax_m2": [*W123, "block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias"],
     "phimoe": [*W123, "block_sparse_moe.gate.weight"],
     **{
@@ -703,6 +711,14 @@ def test_the_text_part_of_a_multimodal_model_is_saved_as_its_refusal_says(varian
     torch.testing.assert_close(logits(handle.dense_model()), logits(whole), atol=1e-5, rtol=1e-5)
 
 
+def test_models_with_a_cache_of_their_own_are_not_given_another() -> None:
+    from llmcompress.inference.caches import empty_cache
+
+    assert len(empty_cache(tiny_model("olmo_hybrid")).layers) == 3
+    with pytest.raises(InputError, match="minimax have a cache of their own"):
+        empty_cache(tiny_model("minimax"))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_smoothed_weights_compute_the_same_bits(variant: str, tmp_path: Path) -> None:
     """Whatever reads an input beside its linears, or makes it in another way than the layout says, would show here."""
@@ -720,8 +736,8 @@ def test_smoothed_weights_compute_the_same_bits(variant: str, tmp_path: Path) ->
         for linear in found.linears:
             scales.setdefault(f"{linear.name}.weight", []).append((1, factor))
     # FlexOlmo has no norm before a sublayer, Nemotron's add one, nanochat's have no weights, a router reads all of
-    # Cohere's, and no linear reads what another makes
-    if variant in ("flex_olmo", "nemotron", "nanochat", "cohere2_moe"):
+    # Cohere's, MiniMax-01's stay in the stream, and no linear reads what another makes
+    if variant in ("flex_olmo", "nemotron", "nanochat", "cohere2_moe", "minimax"):
         assert not scales
         return
     # Gemma's norms add one to their weight, an MLP without a gate is not linear; all else has something to smooth
