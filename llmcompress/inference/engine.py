@@ -405,7 +405,7 @@ class Engine:
     def _prompt_by_modules(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
         """The forward of transformers' modules, on what the cache holds and back into it."""
         if self.members:
-            _batch_of(self.model).assign([self.members[self._owners[slot]]])
+            batch_of(self.model).assign([self.members[self._owners[slot]]])
         from transformers import DynamicCache
 
         end = start + len(tokens)
@@ -553,6 +553,6 @@ class Engine:
         return dict(zip(native.PHASES, (seconds / repeats).tolist()))
 
 
-def _batch_of(model: PreTrainedModel) -> BatchRows:
+def batch_of(model: PreTrainedModel) -> BatchRows:
     """The object that says whose the rows of a family's modules are."""
     return next(module.batch for module in model.modules() if isinstance(module, TreeLinear))

@@ -74,7 +74,9 @@ class CompletionShape:
             "token_logprobs": [choice.logprob for choice in choices],
             # the token itself is among them, if need be as one more
             "top_logprobs": [
-                {_text(words, token): value for token, value in (*choice.top, (choice.token, choice.logprob))}
+                None
+                if choice.logprob is None
+                else {_text(words, token): value for token, value in (*choice.top, (choice.token, choice.logprob))}
                 for choice in choices
             ],
             "text_offset": offsets,
@@ -101,7 +103,7 @@ class ChatShape:
     def logprobs(self, words: PreTrainedTokenizerBase, choices: Sequence[TokenChoice], offset: int) -> dict[str, Any]:
         """One object for each token."""
 
-        def entry(token: int, value: float) -> dict[str, Any]:
+        def entry(token: int, value: float | None) -> dict[str, Any]:
             text = _text(words, token)
             # part of a character: its bytes are not those of what stands for it
             known = REPLACEMENT not in text

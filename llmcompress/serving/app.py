@@ -32,6 +32,8 @@ from llmcompress.serving.text import TextStream
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+# of all logits of a prompt whose tokens' probabilities are wanted
+ECHO_BYTES = 1 << 30
 _EVENTS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -91,7 +93,16 @@ class Service:
         if not prompts:
             raise ApiError(400, "prompt: give at least one", param="prompt")
         wanted = 16 if ask.max_tokens is None else ask.max_tokens
-        return await self.answer(request, ask, model, prompts, wanted, ask.logprobs, CompletionShape())
+        echoes = None
+        if ask.echo:
+            longest = max(map(len, prompts))
+            most = ECHO_BYTES // (4 * model.vocabulary)
+            if ask.logprobs is not None and longest > most:
+                raise ApiError(400, f"echo: {longest} tokens, with logprobs at most {most} are taken", param="echo")
+            words: Any = model.tokenizer
+            given = zip(ask.prompts(), prompts)
+            echoes = [text if isinstance(text, str) else str(words.decode(tokens)) for text, tokens in given]
+        return await self.answer(request, ask, model, prompts, wanted, ask.logprobs, CompletionShape(), echoes)
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -131,9 +142,9 @@ class Service:
 
     async def answer(
         self, request: Request, ask: Ask, model: ServedModel, prompts: list[list[int]], wanted: int,
-        logprobs: int | None, shape: Shape,
+        logprobs: int | None, shape: Shape, echoes: list[str] | None = None,
     ) -> Response:  # fmt: skip
-        """Queue the jobs of a request and answer, at once or as a stream."""
+        """Queue the jobs of a request and answer, at once or as a stream; ``echoes`` are the prompts' texts."""
         # all wait together before the first is taken
         most = min(self.limits.choices, self.limits.queue)
         if len(prompts) * ask.n > most:
@@ -157,7 +168,7 @@ class Service:
             jobs.append(
                 Job(
                     model.name, prompts[index // ask.n], how, ends.union(ask.stop_token_ids or ()), stream,
-                    _sink(loop, pieces, index), logprobs,
+                    _sink(loop, pieces, index), logprobs, None if echoes is None else echoes[index // ask.n],
                 )
             )  # fmt: skip
         try:

@@ -128,7 +128,7 @@ class MixedRows:
         batch: BatchRows | None = None,
         members: Sequence[str] = (),
     ) -> None:
-        self._model: Any = model
+        self.model: Any = model
         self.limit, self.longest = limit, longest
         self._batch, self._members = batch, list(members)
         self._sequences: dict[int, _Sequence] = {}
@@ -155,28 +155,28 @@ class MixedRows:
         self._active = active
         if self._batch is not None:
             self._batch.assign([sequence.member or "" for sequence in active])
-        device = self._model.device
+        device = self.model.device
         starts = torch.tensor([[sequence.length] for sequence in active], device=device)
         positions = starts + torch.arange(len(ids[0]), device=device)
-        own = self._model.config._attn_implementation
-        self._model.config._attn_implementation = NAME
+        own = self.model.config._attn_implementation
+        self.model.config._attn_implementation = NAME
         _running.append(self)
         try:
             with torch.inference_mode():
-                out = self._model(
+                out = self.model(
                     input_ids=torch.tensor(ids, device=device), use_cache=True, logits_to_keep=1,
-                    **arguments(self._model, cache, positions),
+                    **arguments(self.model, cache, positions),
                 )  # fmt: skip
         finally:
             _running.pop()
-            self._model.config._attn_implementation = own
+            self.model.config._attn_implementation = own
         for sequence in active:
             sequence.length += len(ids[0])
         logits: Tensor = out.logits[:, -1].float().cpu()
         return logits
 
     def _fresh_cache(self) -> Any:
-        cache: Any = DynamicCache(config=self._model.config)
+        cache: Any = DynamicCache(config=self.model.config)
         for index, layer in enumerate(cache.layers):
             if not isinstance(layer, CacheLayerMixin):
                 continue
@@ -199,7 +199,7 @@ class MixedRows:
             self._states = cache
         else:
             joined = [*self._order, key]
-            index = torch.tensor([joined.index(k) for k in place], device=self._model.device)
+            index = torch.tensor([joined.index(k) for k in place], device=self.model.device)
             for mine, other in zip(self._states.layers, cache.layers):
                 _put_together(mine, other, index)
         self._order = place
@@ -232,7 +232,7 @@ class MixedRows:
         kept = [i for i in range(len(self._order) + 1) if i != row]
         assert self._states is not None
         for layer in self._states.layers:
-            _select(layer, torch.tensor(kept, device=self._model.device))
+            _select(layer, torch.tensor(kept, device=self.model.device))
 
     def held_bytes(self) -> int:
         """Bytes of keys, values and states."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.inference.caches import PromptReader, Snapshots, arguments, empty_cache
+from llmcompress.inference.decoder import members_of
+from llmcompress.inference.engine import batch_of
 from llmcompress.serving.slots import Slot, Slots
 
 if TYPE_CHECKING:
@@ -35,11 +37,13 @@ class Rows(Protocol):
         kind: Name of the way, for people.
         longest: Tokens that one sequence may reach.
         limit: Sequences at once.
+        model: Whose modules compute what no engine gives.
     """
 
     kind: str
     longest: int
     limit: int
+    model: Any
 
     def join(
         self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None
@@ -81,6 +85,22 @@ class Rows(Protocol):
             tokens: Of all sequences together.
         """
         ...
+
+
+def prompt_logits(model: Any, prompt: Sequence[int], member: str | None) -> Tensor:
+    """Logits float32 ``[n, V]`` after each of a prompt's n tokens, by transformers' modules at once.
+
+    Args:
+        model: What batches hold of it stays as it is.
+        prompt: Token ids, at least one.
+        member: Of a family.
+    """
+    if members_of(model):
+        batch_of(model).assign([member or ""])
+    with torch.inference_mode():
+        out = model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False)
+    logits: Tensor = out.logits[0].float().cpu()
+    return logits
 
 
 TRIAL = 3
@@ -151,6 +171,7 @@ class NativeRows:
         self, engine: NativeEngine, limit: int, longest: int, prefixes: bool = True, snapshots: int = 1 << 30
     ) -> None:
         self._engine, self.limit, self.longest = engine, limit, longest
+        self.model: Any = engine.model
         self._slots = Slots(limit, prefixes and engine.keeps_prefixes, engine.reusable)
         self._snapshots = 0
         if prefixes and engine.keeps_snapshots:
@@ -236,7 +257,7 @@ class SeparateRows:
         self, model: PreTrainedModel, limit: int, longest: int, batch: BatchRows | None = None,
         members: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self._model: Any = model
+        self.model: Any = model
         self._batch, self.limit, self.longest = batch, limit, longest
         self._member = members[0] if members else None
         self._held: dict[int, tuple[Any, str | None, int]] = {}
@@ -245,19 +266,19 @@ class SeparateRows:
     def _forward(self, ids: list[int], member: str | None, cache: Any, start: int) -> Tensor:
         if self._batch is not None and member is not None:
             self._batch.assign([member])
-        device = self._model.device
+        device = self.model.device
         positions = torch.arange(start, start + len(ids), device=device).unsqueeze(0)
         with torch.inference_mode():
-            out = self._model(
+            out = self.model(
                 input_ids=torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1,
-                **arguments(self._model, cache, positions),
+                **arguments(self.model, cache, positions),
             )  # fmt: skip
         logits: Tensor = out.logits[0, -1].float().cpu()
         return logits
 
     def join(self, key: int, prompt: Sequence[int], member: str | None, total: int, most: int | None = None) -> Tensor:
         """See :meth:`Rows.join`; prompts are read whole."""
-        cache = empty_cache(self._model)
+        cache = empty_cache(self.model)
         logits = self._forward(list(prompt), member, cache, 0)
         self._decisions.keep(key)
         self._held[key] = (cache, member, len(prompt))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmcompress.inference.generate import Sampling, choose
 from llmcompress.serving.metrics import Metrics
+from llmcompress.serving.rows import prompt_logits
 from llmcompress.serving.text import TextStream
 
 if TYPE_CHECKING:
@@ -51,12 +52,12 @@ class TokenChoice:
 
     Attributes:
         token: Its id.
-        logprob: Natural logarithm of its probability, before temperature.
+        logprob: Natural logarithm of its probability, before temperature; None for the first one of a text.
         top: The most likely ids and theirs, in order.
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
@@ -91,6 +92,7 @@ class Job:
         stream: Its text.
         sink: Takes its pieces.
         logprobs: Number of likely tokens to report with each, None for none at all.
+        echo: Text of the prompt where the answer begins with it, with what ``logprobs`` asks for of its tokens too.
     """
 
     model: str
@@ -100,6 +102,7 @@ class Job:
     stream: TextStream
     sink: Callable[[Piece], None]
     logprobs: int | None = None
+    echo: str | None = None
     cancelled: bool = False
     # first tokens of the prompt that were held already
     reused: int = 0
@@ -293,6 +296,8 @@ class Scheduler:
             assert group.reading is not None
             key, job = group.reading
             try:
+                if job.echo is not None:
+                    self._echo(group, job)
                 logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total, left)
             except Exception:
                 _LOG.exception("a prompt of %d tokens for %s failed", len(job.prompt), job.model)
@@ -306,6 +311,16 @@ class Scheduler:
             left -= max(1, len(job.prompt) - job.reused)
             self._metrics.first_token(job.model, len(job.prompt), job.reused, time.monotonic() - job.submitted)
             self._take(group, {key: logits})
+
+    def _echo(self, group: Group, job: Job) -> None:
+        """Begin an answer with its prompt."""
+        text, choices = job.echo or "", list[TokenChoice]()
+        if job.logprobs is not None:
+            logits = prompt_logits(group.rows.model, job.prompt, group.member_of[job.model])
+            choices = [TokenChoice(job.prompt[0], None, ())]
+            choices += [_choice(token, row, job.logprobs) for token, row in zip(job.prompt[1:], logits)]
+        job.echo = None
+        self._send(job, Piece(text, 0, tuple(choices)))
 
     def _step(self, group: Group) -> None:
         if not group.running:

@@ -12,7 +12,7 @@ from llmcompress.inference.engine import Engine, decline
 from llmcompress.inference.random_family import RandomFamily
 from llmcompress.quant.tree import Tree
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
-from llmcompress.serving.rows import NativeRows, Rows, SeparateRows
+from llmcompress.serving.rows import NativeRows, Rows, SeparateRows, prompt_logits
 
 MEMBERS = ("ant", "bee", "cat", "dog")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -126,6 +126,14 @@ def test_parts_of_prompts_are_the_whole_and_stay_with_their_member() -> None:
     for key, member, held in ((1, "bee", 0), (2, "ant", 99)):
         rows.join(key, tokens, member, 110)
         assert rows.reused(key) == held
+
+
+def test_probabilities_of_a_prompt_are_its_members() -> None:
+    family = random_family("llama")
+    tokens = torch.randint(3, 72, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    for member in ("cat", "ant"):
+        expected = family.dense(member)(torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(prompt_logits(family.model, tokens, member), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_more_members_than_a_node_tells_apart_go_through_modules() -> None:

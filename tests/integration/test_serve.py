@@ -220,6 +220,47 @@ def test_probabilities_of_tokens(server: Running) -> None:
     assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in chat.choices[0].logprobs.content)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_may_begin_with_its_prompt(server: Running, reference: Any, stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ["The cat", "A"], "max_tokens": 5, "temperature": 0, "n": 2}
+    found = server.client().completions.create(**asked, echo=True, stream=stream)
+    texts = [choice.text for choice in found.choices] if not stream else ["", "", "", ""]
+    for chunk in found if stream else ():
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [text + reference(text, 5) for text in ("The cat", "The cat", "A", "A")]
+
+
+def test_what_lm_eval_asks_of_prompts(server: Running, folder: Path) -> None:
+    """Its own reading of the answer, against the model's logits."""
+    import torch
+
+    from llmcompress.hf import load
+
+    openai_models = pytest.importorskip("lm_eval.models.openai_completions")
+    model, _ = load(folder)
+    prompts, contexts = [[60, 61, 62, 63, 64], [70, 71, 72]], [2, 1]
+    # the second one goes on as the model would
+    prompts[1].append(int(model(torch.tensor([prompts[1]])).logits[0, -1].argmax()))
+    contexts[1] = 3
+    body = {
+        "model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234,
+        "echo": True,
+    }  # fmt: skip
+    status, answer = server.raw("/v1/completions", json.dumps(body).encode())
+    assert status == 200, answer
+    found = openai_models.LocalCompletionsAPI.parse_logprobs(json.loads(answer), ctxlens=contexts)
+    for prompt, context, (logprob, greedy) in zip(prompts, contexts, found):
+        logs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = [float(logs[at - 1, prompt[at]]) for at in range(context, len(prompt))]
+        assert logprob == pytest.approx(sum(expected), abs=1e-4)
+        assert greedy == all(int(logs[at - 1].argmax()) == prompt[at] for at in range(context, len(prompt)))
+    assert [greedy for _, greedy in found] == [False, True]
+    first = json.loads(answer)["choices"][0]["logprobs"]
+    assert first["token_logprobs"][0] is first["top_logprobs"][0] is None
+    assert len(first["tokens"]) == 6
+    assert first["text_offset"][0] == 0
+
+
 def test_prompts_may_be_tokens_and_several(server: Running, reference: Any) -> None:
     ids = [[60, 61, 62], [70, 71]]
     answer = server.client().completions.create(model="tiny", prompt=ids, max_tokens=3, temperature=0)
@@ -343,7 +384,7 @@ BAD = [
     ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of: 2 is not supported, only 1"),
     ("/v1/completions", {**GOOD, "stream_options": {"include_usage": True}}, 400, "only with stream"),
     ("/v1/completions", {**GOOD, "user": "u" * 5000}, 413, "4096 bytes"),
-    ("/v1/completions", {**GOOD, "echo": True}, 400, "echo: True is not supported, only False"),
+    ("/v1/chat/completions", {**CHAT, "echo": True}, 400, "unrecognized request argument supplied: echo"),
     ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools: not supported"),
     (
         "/v1/chat/completions",
