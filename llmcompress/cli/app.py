@@ -159,6 +159,12 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         # the reader has gone (`llmcompress schema | head`): nothing left to say
         drop_output()
         return ExitCode.OK
+    except SystemExit as stop:
+        # what typer makes of it where a command prints as it goes (`llmcompress generate … | head`)
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        drop_output()
+        return ExitCode.OK
     except Exception as error:  # the one place where a bug becomes a message
         return _foreign(error)
     # Ctrl-C outside a run: typer turns it into this code or into Abort, depending on its version

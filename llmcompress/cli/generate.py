@@ -89,6 +89,7 @@ def generate(
         if sys.stdin.isatty():
             raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
         prompt = sys.stdin.read().rstrip("\n")
+    prompt = _utf8(prompt)
     how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p)
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
@@ -143,6 +144,11 @@ def chat(
         messages = [*asked, {"role": "assistant", "content": answer.strip()}]
     if out.json_mode:
         out.result({"path": path, "messages": messages}, "")
+
+
+def _utf8(text: str) -> str:
+    """Text as typed: where a locale is not UTF-8, Python hides bytes in signs that no tokenizer and no JSON takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _read_line() -> str | None:
@@ -277,9 +283,7 @@ class Writer:
 
         words, how = self._opened.tokenizer, self._sampling
         assert words is not None
-        # where a locale is not UTF-8, Python hides bytes in signs that no tokenizer takes; they are UTF-8 all the same
-        text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        ids = list(words(text, add_special_tokens=special)["input_ids"])
+        ids = list(words(_utf8(prompt), add_special_tokens=special)["input_ids"])
         self._check_room(len(ids))
         (found,) = self._generator.generate(
             [ids],

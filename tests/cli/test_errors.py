@@ -144,3 +144,19 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_nor_while_a_command_prints_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import sys
+
+    dropped: list[bool] = []
+    # typer wraps both streams on the way
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr("llmcompress.cli.app.drop_output", lambda: dropped.append(True))
+    fail_with(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert invoke(["doctor"]) == 0 and dropped
+    fail_with(monkeypatch, SystemExit(7))
+    with pytest.raises(SystemExit):
+        invoke(["doctor"])

@@ -446,8 +446,8 @@ def test_generate_and_chat(
     same = told(capsys, "generate", run, "--prompt", "The cat", "-n", "5", "-t", "0.9", "--seed", "4")
     assert same["text"] == told(capsys, "generate", run, "-p", "The cat", "-n", "5", "-t", "0.9", "--seed", "4")["text"]
     hidden = "Übung".encode().decode("ascii", "surrogateescape")  # what Python makes of it in the locale C
-    texts = [told(capsys, "generate", run, "-p", prompt, "-n", "5")["text"] for prompt in (hidden, "Übung")]
-    assert texts[0] == texts[1]
+    both = [told(capsys, "generate", run, "-p", prompt, "-n", "5") for prompt in (hidden, "Übung")]
+    assert both[0]["text"] == both[1]["text"] and both[0]["prompt"] == both[1]["prompt"] == "Übung"
     assert invoke(["generate", run, "--prompt", "x", "-n", "5000"]) == 4
     assert "--max-new-tokens" in capsys.readouterr().err
     assert invoke(["generate", run, "--prompt", "x", "--chat"]) == 4
