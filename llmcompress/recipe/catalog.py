@@ -13,7 +13,6 @@ from llmcompress.errors import RecipeError
 from llmcompress.recipe.diagnose import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent / "_recipes"
-SUFFIXES = (".yaml", ".yml", ".lock.json")
 _SKIPPED = {"assets"}
 LOCK_NAME = "recipe.lock.json"
 SYSTEMS = {

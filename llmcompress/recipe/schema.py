@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from llmcompress.stages import stage_types
 from llmcompress.stages.base import Stage, StageConfig
 
-RECIPE_VERSION = 1
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
 

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "kernels" / "llmcompress_kernels"
 ARCHITECTURES = (80, 90)
+# bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# bytes of shared memory that one program may use
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "i64": "*i64", "u8": "*u8", "i8": "*i8"}
 
 
