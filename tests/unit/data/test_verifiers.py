@@ -3,13 +3,15 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 from llmcompress.data import verifiers
+from llmcompress.data.actions import CORRECT, INCORRECT
 from llmcompress.data.problems.base import Problem
-from llmcompress.data.verifiers import Endpoint, EndpointVerifier
+from llmcompress.data.verifiers import Endpoint, EndpointVerifier, Program
 from llmcompress.errors import EnvironmentProblem, InputError
 
 PROBLEM = Problem("q", "What is 2 + 2?", "4")
@@ -55,6 +57,25 @@ def server():
 
 def verifier(url, cache, **more):
     return Endpoint(EndpointVerifier(kind="openai", url=url, model="m", **more), cache)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_program_concludes_what_its_own_check_says(compact):
+    """Where that check can err, the verification errs with it, and the caller drops it."""
+
+    class Fallible(SimpleNamespace):
+        def check(self, problem, answer):
+            return True
+
+        def check_steps(self, problem, answer):
+            return f"{answer} was put back."
+
+        def accepts(self, problem, answer):
+            return answer == "5"
+
+    program = Program(Fallible(compact=compact))
+    for answer, said in (("4", INCORRECT), ("5", CORRECT)):
+        assert program.write(PROBLEM, answer) == f"{answer} was put back.{'' if compact else ' '}{said}"
 
 
 def test_each_answer_is_asked_once_even_after_a_restart(server, tmp_path):
@@ -109,7 +130,17 @@ def test_solving_again_is_dropped_unless_allowed(server, tmp_path):
     assert verifier(url, tmp_path / "v.jsonl", confirmative_only=False).write(PROBLEM, "4") is not None
 
 
-def test_a_silent_endpoint_is_an_environment_problem(tmp_path):
+def test_one_process_asks_once_too(server, tmp_path):
+    url, asked, _ = server
+    one = verifier(url, tmp_path / "v.jsonl")
+    for answer in ("4", "5", "4", "5"):
+        assert one.write(PROBLEM, answer) is not None
+    assert len(asked) == 2
+
+
+def test_a_silent_endpoint_is_an_environment_problem(tmp_path, monkeypatch):
+    # nobody listens there, and asking again would only take time
+    monkeypatch.setattr(verifiers, "time", SimpleNamespace(sleep=lambda _: pytest.fail("asked again")))
     with pytest.raises(EnvironmentProblem, match="no usable answer"):
         verifier("http://127.0.0.1:9/v1", tmp_path / "v.jsonl", timeout=2).write(PROBLEM, "4")
     with pytest.raises(InputError, match="not an http address"):

@@ -90,6 +90,10 @@ def test_paths_count_by_content_not_by_name(tmp_path: Path) -> None:
     assert with_contents({"test_path": str(two)}) != {"test_path": str(two)}
     assert with_contents({"path": "not/there"}) == {"path": "not/there"}
     assert with_contents({"note": str(one)}) == {"note": str(one)}
+    # of several files each counts
+    several = with_contents({"path": [str(one), str(two)]})
+    two.write_text("changed")
+    assert with_contents({"path": [str(one), str(two)]}) != several
 
 
 def test_patterns_count_all_files_they_match(tmp_path: Path) -> None:
@@ -97,7 +101,10 @@ def test_patterns_count_all_files_they_match(tmp_path: Path) -> None:
     section = {"path": str(tmp_path / "*.txt")}
     before = with_contents(section)
     (tmp_path / "b.txt").write_text("b")
-    assert with_contents(section) != before
+    both = with_contents(section)
+    assert both != before
+    (tmp_path / "b.txt").write_text("changed")
+    assert with_contents(section) != both
 
 
 def test_model_folder_ignores_what_no_run_reads(tmp_path: Path) -> None:
@@ -118,6 +125,16 @@ def test_what_lies_in_folders_of_a_model_counts(tmp_path: Path, name: str) -> No
     before = path_identity(tmp_path)
     (tmp_path / name).write_text("new")
     assert path_identity(tmp_path) != before
+
+
+def test_files_of_one_name_in_several_folders_all_count(tmp_path: Path) -> None:
+    seen = set()
+    for first, second in (("a", "b"), ("b", "b"), ("a", "a"), ("b", "a")):
+        for folder, text in (("one", first), ("two", second)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "rows.jsonl").write_text(text)
+        seen.add(path_identity(tmp_path))
+    assert len(seen) == 4
 
 
 def test_a_run_folder_stands_for_its_artifact(tmp_path: Path) -> None:

@@ -74,6 +74,32 @@ def test_a_folder_that_cannot_be_written_is_an_environment_problem(
         RunDir(tmp_path / "run").create()
 
 
+def test_a_stage_is_forgotten_before_what_it_made_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a kill in between would leave half a stage that looks finished."""
+    folder = RunDir(tmp_path)
+    folder.create()
+    (tmp_path / "artifact").mkdir()
+    folder.write_stage(record(artifacts={"native": "artifact"}))
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_dir.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.discard_stage("quantize")
+    left = folder.read_stage("quantize")
+    assert left is not None and not left.finished() and left.fingerprint != record().fingerprint
+
+
+def test_clearing_keeps_others_out(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.create()
+    with RunLock(tmp_path):
+        folder.clear()
+        with pytest.raises(EnvironmentProblem, match="running in this folder"), RunLock(tmp_path):
+            pass
+
+
 def test_clear_removes_only_what_a_run_made(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
     folder.create()
@@ -157,6 +183,28 @@ def test_of_two_that_find_the_holder_dead_one_takes_over(tmp_path: Path, monkeyp
     with RunLock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     orphan.close()
+
+
+def test_a_holder_that_has_not_said_its_name_yet_is_a_holder(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(EnvironmentProblem, match="another process is running"), RunLock(tmp_path):
+            pass
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder before removes its file when it ends, possibly between our opening and our locking it."""
+    real, removed = fcntl.flock, []
+
+    def meanwhile(handle: Any, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        real(handle, how)
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", meanwhile)
+    with RunLock(tmp_path), pytest.raises(EnvironmentProblem, match=f"process {os.getpid()}"), RunLock(tmp_path):
+        pass
+    assert removed
 
 
 def test_lock_file_without_a_lock_is_taken_over_even_if_its_pid_lives(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.rl_objectives import GroupBaseline
+from llmcompress.algorithms.rl_objectives import GroupBaseline, accuracy_bin
 from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.evaluation.self_correction import Reader
@@ -236,9 +236,57 @@ def test_what_goes_on_after_a_confirmed_answer_is_cut_off_before_actions_are_cou
     reader, confirmed, more, keep = pooled
     pool = keep(confirmed + 4 * more)
     (rollout,) = pool.rollouts
-    assert reader.text(rollout.ids) == confirmed, "the point of the last sentence went with the marker"
+    assert reader.text(rollout.ids) == confirmed
     assert (rollout.rewards, rollout.episode.well_formed, rollout.ids[-1]) == ([1, 1], True, reader.end)
+    assert (rollout.episode.right, rollout.episode.final, rollout.outcome) == ((True,), True, 1)
     assert pool.counts == {"responses that went on after a right, accepted attempt": 1}
+
+
+def test_a_point_in_one_token_with_the_line_feeds_of_a_marker_is_put_back(pooled):
+    """As in the vocabularies of Llama and Qwen; the reasoner's own has whole sentences, so that it is spelt here."""
+    reader, confirmed, more, _ = pooled
+    problem = reader.problems.problems("train")[0]
+    together = reader.tokenizer.convert_tokens_to_ids(".\n\n")
+
+    def ids(text):
+        return reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    whole = [*ids(confirmed[:-2]), *ids(confirmed[-2]), together, *ids((RETRY + "1").removeprefix("\n\n"))]
+    whole += [*ids(more.removeprefix(f"{RETRY}1")), reader.end]
+    assert reader.text(whole) == confirmed + more
+    limits = offline.OfflineSettings(0.0, 1.0, **LIMITS)
+    pool = offline.filter_pool(reader, [problem], [reader.prompt(problem.question)], [[whole]], limits, -1)
+    (rollout,) = pool.rollouts
+    assert together not in rollout.ids and reader.text(rollout.ids) == confirmed
+    assert (rollout.rewards, rollout.episode.well_formed) == ([1, 1], True)
+
+
+def test_problems_are_kept_by_accuracy_and_wrong_responses_by_number(pooled):
+    reader, confirmed, more, _ = pooled
+    first, second = reader.problems.problems("train")[:2]
+    texts = {"wrong": more.removeprefix(RETRY), "right": confirmed}
+
+    def keep(*kinds, **changes):
+        """Of the first problem these responses, of the second two wrong ones."""
+        ids = {
+            kind: [*reader.tokenizer(text, add_special_tokens=False)["input_ids"], reader.end]
+            for kind, text in texts.items()
+        }
+        limits = offline.OfflineSettings(0.2, 0.8, **{**LIMITS, **changes})
+        prompts = [reader.prompt(problem.question) for problem in (first, second)]
+        responses = [[ids[kind] for kind in kinds], [ids["wrong"]] * 2]
+        return offline.filter_pool(reader, [first, second], prompts, responses, limits, -1)
+
+    pool = keep("wrong", "right", "wrong", "wrong")
+    assert [rollout.episode.final for rollout in pool.rollouts] == [False, True, False, False]
+    assert {rollout.problem for rollout in pool.rollouts} == {0}
+    assert pool.counts == {"problems outside the accuracy range": 1}
+    # at most as many wrong ones as right ones; how hard a problem is, all its responses say
+    fewer = keep("wrong", "right", "wrong", "wrong", balance=True)
+    assert [rollout.episode.final for rollout in fewer.rollouts] == [False, True]
+    assert fewer.counts["responses dropped for balance"] == 2
+    assert set(fewer.bins) == set(pool.bins) == {accuracy_bin(1, 4, 9)}
+    assert not keep("right", "right").rollouts and not keep("wrong", "wrong").rollouts
 
 
 def test_responses_with_too_many_actions_are_dropped(pooled):
