@@ -107,12 +107,11 @@ def fidelity(
     all_kl: list[Tensor] = []
     error = norm = seconds_dense = seconds_compressed = 0.0
     for ids in tokens.split(size):
-        started = time.perf_counter()
-        reference = dense(input_ids=ids.to(dense.device), use_cache=False).logits
-        middle = time.perf_counter()
-        judged = compressed(input_ids=ids.to(compressed.device), use_cache=False).logits.to(reference.device)
-        seconds_dense += middle - started
-        seconds_compressed += time.perf_counter() - middle
+        reference, seconds = _timed(dense, ids)
+        seconds_dense += seconds
+        judged, seconds = _timed(compressed, ids)
+        seconds_compressed += seconds
+        judged = judged.to(reference.device)
         for left, right in zip(reference, judged):
             row = compare_logits(left, right)
             window_kl.append(float(row.kl.double().mean()))
@@ -138,6 +137,15 @@ def fidelity(
         seconds_dense=seconds_dense,
         seconds_compressed=seconds_compressed,
     )
+
+
+def _timed(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, float]:
+    """Logits of windows ``[B, L]``, and the seconds they took."""
+    started = time.perf_counter()
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)  # or the pass after it would seem to take this one's time
+    return logits, time.perf_counter() - started
 
 
 def _stderr(values: list[float]) -> float | None:
