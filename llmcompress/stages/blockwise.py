@@ -26,6 +26,8 @@ from llmcompress.stages.schemes import RuleConfig, plain_rules
 from llmcompress.stages.shared_statistics import SharedMoments, gather, shared_moments
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -171,23 +173,30 @@ class BlockwiseQuantizer:
             if self.world.pooled:
                 # few weights, so one process sums over the windows of all
                 assert self.calibration is not None
-                everything = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed, limits=self.limits)
+                everything = Walker(
+                    model, self.calibration.tokens, self.ctx.device, self.ctx.seed,
+                    limits=self.limits, folder=self._spill,
+                )  # fmt: skip
                 start = everything.embed([block.name for block in self.handle.layout.blocks])
             gather(self.handle, model, self.plan, everything, start, self.shared)
         self.ctx.world.barrier()
+
+    @property
+    def _spill(self) -> Path:
+        """Where activations beyond ``host.ram`` go."""
+        return self.ctx.stage_dir / "activations"
 
     def _walker(self, model: PreTrainedModel, tokens: Tensor) -> Walker:
         """A walker on this rank's windows."""
         from llmcompress.models.walker import Walker
 
-        spill = self.ctx.stage_dir / "activations"
         if not self.world.pooled:
-            return Walker(model, tokens, self.ctx.device, self.ctx.seed, limits=self.limits, folder=spill)
+            return Walker(model, tokens, self.ctx.device, self.ctx.seed, limits=self.limits, folder=self._spill)
         own = [shares(len(tokens), self.world.shards)[shard] for shard in self.world.own_shards()]
         first, stop = own[0].start, own[-1].stop
         walker = Walker(
             model, tokens[first:stop], self.ctx.device, self.ctx.seed,
-            limits=self.limits, folder=spill, shards=[len(shard) for shard in own],
+            limits=self.limits, folder=self._spill, shards=[len(shard) for shard in own],
         )  # fmt: skip
         walker.first_token, walker.all_tokens = first * tokens.shape[1], tokens.numel()
         return walker

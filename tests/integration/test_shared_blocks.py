@@ -158,13 +158,24 @@ def test_a_shared_weight_is_solved_for_all_of_its_uses(tiny: Any, tmp_path: Path
     assert errors["all uses"] < 0.8 * errors["nearest"], errors
 
 
-def test_sums_in_parts_come_to_the_same(tiny: Any, tmp_path: Path) -> None:
-    stores = []
+def test_sums_in_parts_come_to_the_same_and_spill_alike(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, folders = [], []
+
+    class Seen(Walker):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            folders.append(options.get("folder"))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("llmcompress.models.walker.Walker", Seen)
     for name, world in (("whole", World()), ("parts", World(deterministic=True))):
         state = tiny.state(tmp_path / "model", "zamba2", samples=8)
         config = GptqConfig.model_validate({"rules": {"all": {"match": ".", "bits": 4, "group_size": 16}}})
         run_blockwise(config, state, replace(tiny.context(tmp_path / name), world=world))
         stores.append(state.packed)
+    # one for all windows, one for the parts', one for all that the parts' shared weights see
+    assert len(folders) == 3 and None not in folders
     assert stores[0].plan() == stores[1].plan()
     for name, weight in stores[0].read_block(1).packed.items():
         other = stores[1].read_block(1).packed[name]
