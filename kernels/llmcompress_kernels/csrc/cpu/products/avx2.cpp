@@ -12,6 +12,7 @@
 namespace llmcompress {
 namespace avx2 {
 #include "llmcompress/lanes_avx2.h"
+#define LLMCOMPRESS_WIDENED  // of 16 bits, for the widest codes: panel_avx2.h
 #include "llmcompress/lowbit.inc"
 }  // namespace avx2
 const Variant llmcompress_products = avx2::products;
