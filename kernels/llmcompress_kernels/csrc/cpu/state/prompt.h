@@ -54,13 +54,14 @@ int64_t walked_lanes(int64_t channels, int64_t heads, int64_t threads) {
   return channels % 64 == 0 && heads % threads == 0 ? 64 : channels % 32 == 0 ? 32 : 16;
 }
 
-// `Vectors` times sixteen channels of one head through a segment; tile [N][16 Vectors] is the state before and after. Inputs
-// `from` and results `to`, which may be the same, have tokens `stride` floats apart. Sums are taken in one order whatever `Vectors` is. The first pass over a stretch also scales x, the last writes y: alone,
+// `Lanes` channels of one head through a segment; tile [N][Lanes] is the state before and after. Inputs `from` and results `to`,
+// which may be the same, have tokens `stride` floats apart. As many channels pass at a time, with `rank` states each, as registers
+// hold; sums are taken in one order whatever these are. The first pass over a stretch also scales x, the last writes y: alone,
 // either would wait for the second-level cache.
-template <int Vectors>
+template <int Lanes>
 void walk(const Mixer& m, const Segment& s, int64_t head, const float* from, float* to, int64_t stride, float* tile) {
-  constexpr int lanes = 16 * Vectors, rank = Vectors == 4 ? 4 : kBlock;  // states in registers at a time
-  alignas(64) float scaled[kStretch][lanes], read[kStretch][lanes], level[kStretch], rate[kStretch];
+  constexpr int together = kAvx512 ? Lanes : 16, vectors = together / 16, rank = kAvx512 && vectors < 4 ? kBlock : 4;
+  alignas(64) float scaled[kStretch][together], read[kStretch][together], level[kStretch], rate[kStretch];
   const int64_t blocks = m.states / kBlock;
   static_assert(kBlock % rank == 0);
   const float* bc = s.bc + head / (m.heads / m.groups) * blocks * s.tokens * 16;
@@ -75,58 +76,60 @@ void walk(const Mixer& m, const Segment& s, int64_t head, const float* from, flo
     }
     for (int64_t t = 0; t < count; ++t) rate[t] = s.dt[(start + t) * m.heads + head] / level[t];
     const __m512 exit = _mm512_set1_ps(level[count - 1]);
-    const float* const xs = from + start * stride;
-    float* const ys = to + start * stride;
-    const auto pass = [&]<bool Begin, bool End>(int64_t state) __attribute__((always_inline)) {
-      __m512 held[rank][Vectors];
-      float* rows = tile + state * lanes;
-      for (int i = 0; i < rank; ++i) {
-        for (int v = 0; v < Vectors; ++v) held[i][v] = _mm512_mul_ps(entry, _mm512_load_ps(rows + i * lanes + 16 * v));
-      }
-      const float* line = bc + (state / kBlock * s.tokens + start) * 16 + state % kBlock;
-      for (int64_t t = 0; t < count; ++t, line += 16) {
-        __m512 x[Vectors], y[Vectors];
-        for (int v = 0; v < Vectors; ++v) {
-          if constexpr (Begin) {
-            x[v] = _mm512_mul_ps(_mm512_set1_ps(rate[t]), _mm512_loadu_ps(xs + t * stride + 16 * v));
-            _mm512_store_ps(scaled[t] + 16 * v, x[v]);
-          } else {
-            x[v] = _mm512_load_ps(scaled[t] + 16 * v);
+    for (int64_t lane = 0; lane < Lanes; lane += together) {
+      const float* const xs = from + start * stride + lane;
+      float* const ys = to + start * stride + lane;
+      const auto pass = [&]<bool Begin, bool End>(int64_t state) __attribute__((always_inline)) {
+        __m512 held[rank][vectors];
+        float* rows = tile + state * Lanes + lane;
+        for (int i = 0; i < rank; ++i) {
+          for (int v = 0; v < vectors; ++v) held[i][v] = _mm512_mul_ps(entry, _mm512_load_ps(rows + i * Lanes + 16 * v));
+        }
+        const float* line = bc + (state / kBlock * s.tokens + start) * 16 + state % kBlock;
+        for (int64_t t = 0; t < count; ++t, line += 16) {
+          __m512 x[vectors], y[vectors];
+          for (int v = 0; v < vectors; ++v) {
+            if constexpr (Begin) {
+              x[v] = _mm512_mul_ps(_mm512_set1_ps(rate[t]), _mm512_loadu_ps(xs + t * stride + 16 * v));
+              _mm512_store_ps(scaled[t] + 16 * v, x[v]);
+            } else {
+              x[v] = _mm512_load_ps(scaled[t] + 16 * v);
+            }
+            y[v] = Begin ? _mm512_setzero_ps() : _mm512_load_ps(read[t] + 16 * v);
           }
-          y[v] = Begin ? _mm512_setzero_ps() : _mm512_load_ps(read[t] + 16 * v);
+          for (int i = 0; i < rank; ++i) {
+            const __m512 b = _mm512_set1_ps(line[i]), c = _mm512_set1_ps(line[kBlock + i]);
+            for (int v = 0; v < vectors; ++v) {
+              held[i][v] = _mm512_fmadd_ps(x[v], b, held[i][v]);
+              y[v] = _mm512_fmadd_ps(held[i][v], c, y[v]);
+            }
+          }
+          for (int v = 0; v < vectors; ++v) {
+            if constexpr (End) {
+              const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(xs + t * stride + 16 * v));
+              _mm512_storeu_ps(ys + t * stride + 16 * v, _mm512_fmadd_ps(_mm512_set1_ps(level[t]), y[v], straight));
+            } else {
+              _mm512_store_ps(read[t] + 16 * v, y[v]);
+            }
+          }
         }
         for (int i = 0; i < rank; ++i) {
-          const __m512 b = _mm512_set1_ps(line[i]), c = _mm512_set1_ps(line[kBlock + i]);
-          for (int v = 0; v < Vectors; ++v) {
-            held[i][v] = _mm512_fmadd_ps(x[v], b, held[i][v]);
-            y[v] = _mm512_fmadd_ps(held[i][v], c, y[v]);
-          }
+          for (int v = 0; v < vectors; ++v) _mm512_store_ps(rows + i * Lanes + 16 * v, _mm512_mul_ps(exit, held[i][v]));
         }
-        for (int v = 0; v < Vectors; ++v) {
-          if constexpr (End) {
-            const __m512 straight = _mm512_mul_ps(skip, _mm512_loadu_ps(xs + t * stride + 16 * v));
-            _mm512_storeu_ps(ys + t * stride + 16 * v, _mm512_fmadd_ps(_mm512_set1_ps(level[t]), y[v], straight));
-          } else {
-            _mm512_store_ps(read[t] + 16 * v, y[v]);
-          }
-        }
-      }
-      for (int i = 0; i < rank; ++i) {
-        for (int v = 0; v < Vectors; ++v) _mm512_store_ps(rows + i * lanes + 16 * v, _mm512_mul_ps(exit, held[i][v]));
-      }
-    };
-    // N is at least 16
-    pass.template operator()<true, false>(0);
-    for (int64_t state = rank; state < m.states - rank; state += rank) pass.template operator()<false, false>(state);
-    pass.template operator()<false, true>(m.states - rank);
+      };
+      // N is at least 16
+      pass.template operator()<true, false>(0);
+      for (int64_t state = rank; state < m.states - rank; state += rank) pass.template operator()<false, false>(state);
+      pass.template operator()<false, true>(m.states - rank);
+    }
     start += count;
   }
 }
 
 void walk(int64_t lanes, const Mixer& m, const Segment& s, int64_t head, const float* from, float* to, int64_t stride,
           float* tile) {
-  if (lanes == 64) return walk<4>(m, s, head, from, to, stride, tile);
-  lanes == 32 ? walk<2>(m, s, head, from, to, stride, tile) : walk<1>(m, s, head, from, to, stride, tile);
+  if (lanes == 64) return walk<64>(m, s, head, from, to, stride, tile);
+  lanes == 32 ? walk<32>(m, s, head, from, to, stride, tile) : walk<16>(m, s, head, from, to, stride, tile);
 }
 
 }  // namespace

@@ -162,9 +162,14 @@ STATE_INLINE __m512 folded_sum_rows(const float (*even)[16], const float (*odd)[
 template <int Bits>
 STATE_INLINE void decode_pair(const uint8_t* bytes, __m512& even, __m512& odd) {
   if constexpr (Bits == 4) {
+    const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    if constexpr (!kAvx512) {  // two shifts and a conversion are less than what stands for a permutation of sixteen
+      even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 28), 28));
+      odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 24), 28));
+      return;
+    }
     // a permutation looks at the lowest four bits of its index only
     const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     even = _mm512_permutexvar_ps(raw, values);
     odd = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4), values);
   } else {

@@ -251,12 +251,12 @@ STATE_INLINE __m512i _mm512_ternarylogic_epi32(__m512i x, __m512i y, __m512i z, 
   };
   return {half(x.a, y.a, z.a), half(x.b, y.b, z.b)};
 }
-// The larger magnitude without its sign, the number where the other is none; the one form that is used.
+// The larger magnitude without its sign, the number where the other is none; the one form that is used, in which x is the largest
+// magnitude so far.
 STATE_INLINE __m512 _mm512_range_ps(__m512 x, __m512 y, int) {
   const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
-  const __m512 p = _mm512_and_ps(x, magnitude), q = _mm512_and_ps(y, magnitude);
   // max gives its second operand where one is no number; what has been found so far always is one
-  return _mm512_max_ps(q, p);
+  return _mm512_max_ps(_mm512_and_ps(y, magnitude), x);
 }
 STATE_INLINE __m512 _mm512_roundscale_ps(__m512 x, int) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
