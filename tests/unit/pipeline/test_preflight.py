@@ -84,6 +84,11 @@ def test_what_other_stages_have_written_is_no_room_for_this_one(
     machine(monkeypatch, disk=needed - 1)
     with pytest.raises(ResourceError, match=f"{bytes_text(needed)} are still to be written"):
         preflight(loaded, predicted, Extent(only=stage))
+    # nor does one that has written more than was predicted make room for the others
+    machine(monkeypatch, disk=predicted.disk - 1)
+    with pytest.raises(ResourceError, match="are still to be written"):
+        preflight(loaded, predicted)
+    machine(monkeypatch, disk=needed - 1)
     # all of it goes before anything is written
     assert preflight(loaded, predicted, Extent(only=stage, force=True)) == []
     own = tmp_path / "run" / "artifact-gguf" if stage == "export" else own
@@ -127,6 +132,11 @@ def test_an_export_to_another_disk_needs_its_room_there(
     )  # fmt: skip
     with pytest.raises(ResourceError, match="far: "):
         preflight(loaded, known[1])
+    # what is deleted from the run folder makes no room there
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "large").write_bytes(bytes(export.disk))
+    with pytest.raises(ResourceError, match="far: "):
+        preflight(loaded, known[1], Extent(force=True))
 
 
 def test_a_file_system_without_room_is_left_to_what_writes_there(
@@ -148,6 +158,9 @@ def test_memory_too_small_is_refused_and_memory_in_use_is_named(
     with pytest.raises(ResourceError, match=r"of memory are needed in stage .*, this machine has") as caught:
         preflight(loaded, predicted)
     assert "--no-preflight" in str(caught.value.hint)
+    # who sets a budget says himself what may be taken
+    budget = load_recipe("quickstart", [*loaded.overrides, "+host.ram=64GB"])
+    assert all("are needed" in line for line in preflight(budget, plan(budget, config_of(budget))))
 
 
 def test_only_stages_that_will_run_need_room(known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +350,12 @@ def test_a_damaged_member_of_a_family_is_missed_before_any_work(tmp_path: Path) 
         preflight(loaded, plan(loaded, config_of(loaded)))
     assert "ant (" in caught.value.message and "has shape (64, 32)" in caught.value.message
     assert "bee: " in caught.value.message and str(bee) in caught.value.message
+    for stage in loaded.stages()[:2]:
+        folder = RunDir(Path(loaded.recipe.run.dir))
+        folder.write_stage(StageRecord(stage.name, stage.config.type, "finished", "", inputs_of(stage), []))
+    assert Extent().pending(loaded) == ["export_family"]
+    with pytest.raises(InputError, match="bee: "):
+        preflight(loaded, plan(loaded, config_of(loaded)))
     # stages that are not reached are asked for nothing, those that are finished read their members again
     require_companions(loaded, Extent(until="load").reached(loaded))
     assert Extent(only="export_family").reached(loaded) == ["load", "rqt", "export_family"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
@@ -40,8 +40,11 @@ class Policy:
     def reference_logits(self, ids, mask):
         return self.other[ids]
 
+    @contextmanager
     def reference(self):
-        return nullcontext()
+        own, self.table = self.table, self.other
+        yield
+        self.table = own
 
 
 READER = SimpleNamespace(pad=0)
@@ -267,7 +270,7 @@ def test_a_pass_over_the_pool_takes_each_response_once_with_its_own_probabilitie
     policy, settings = Policy(), replace(SETTINGS, prompts=2, samples=2, updates=2)
     rows = [rollout([2, 3][: 1 + place % 2] * (1 + place), [1.0]) for place in range(7)]
     pool = offline.Pool(rows, [0] * 7, {})
-    expected = {id(row): by_hand(policy.table, row.ids, 0.5) for row in rows}
+    expected = {id(row): by_hand(policy.other, row.ids, 0.5) for row in rows}
     offline.train_offline(policy, READER, pool, settings, 2, tmp_path / "progress.safetensors", lambda _: None)
     assert [len(part) for part in traced.picked] == [2, 2, 2, 1] * 2
     passes = [list(chain.from_iterable(traced.picked[begin : begin + 4])) for begin in (0, 4)]
