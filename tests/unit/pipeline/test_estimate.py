@@ -125,6 +125,9 @@ def test_states_of_the_compressed_model_are_counted_by_batch_size():
     assert {row.weights for row in plain.memory} == {plain.output_bytes}
     low = planned("q_mamba_mamba2", "mamba2_2b7").to_dict()["memory"]
     assert all(row["states"] * 6 < row["float_states"] for row in low)
+    # one policy beside the other: embeddings in 8 bits and states in 4
+    dense = planned("q_mamba_mamba2", "mamba2_2b7", "stages.embeddings~").to_dict()["memory"]
+    assert dense[0]["states"] == low[0]["states"] and dense[0]["weights"] > low[0]["weights"]
     assert low[3]["total"] == low[3]["weights"] + 8 * (low[0]["states"] + low[0]["convolution"])
     assert planned("eac_moe_olmoe", "olmoe_1b_7b").memory == ()
 
