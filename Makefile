@@ -103,6 +103,7 @@ repro-rqt: $(STAMP) ## RQT, 2.2 bits: needs REPRO_MODEL=/path of Mistral-7B, REP
 repro-s2r: $(STAMP) ## S2R-ORL, Table 2: needs REPRO_MODEL=/path of Qwen2-7B, REPRO_TASK=TRAIN.jsonl, REPRO_VERIFIER=model, a GPU with 146 GB; writes runs/s2r_qwen2_7b
 	@test -n "$(REPRO_MODEL)" -a -n "$(REPRO_TASK)" -a -n "$(REPRO_VERIFIER)" || \
 		{ echo "set REPRO_MODEL=/path/to/Qwen2-7B-Instruct REPRO_TASK=TRAIN.jsonl REPRO_VERIFIER=NAME, and REPRO_ARGS=vars.task.test_path=TEST.jsonl"; exit 2; }
+	@$(BIN)/python -c "import math_verify" 2>/dev/null || $(PIP) -c constraints.txt -e ".[math]"
 	$(call REPRO,s2r_qwen2_7b,Table 2 of arXiv 2502.12853 if TRAIN.jsonl and the held-out problems are those of MATH: 51.2 before 61.2 after init and 64.8 after reinforce on MATH500)
 	$(BIN)/llmcompress run s2r_qwen2_7b model.path="$(REPRO_MODEL)" vars.task.path="$(REPRO_TASK)" stages.init.verifier.model="$(REPRO_VERIFIER)" $(REPRO_ARGS)
 
