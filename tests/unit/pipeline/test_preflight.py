@@ -221,6 +221,7 @@ def test_processes_on_one_machine_need_the_memory_of_all_of_them(
         alone, two, four = (together[n].stages[stage].ram for n in (1, 2, 4))
         assert alone == next(s.ram for s in predicted.stages if s.name == together[1].stages[stage].name)
         assert alone < two < four
+    assert together[2].disk == sum(s.disk for s in predicted.stages if s.name in ("quantize", "evaluate"))
     # those that wait hold their libraries and nothing else
     waiting = together[2].stages[1].ram - together[1].stages[1].ram
     assert waiting == baseline_ram("cpu")

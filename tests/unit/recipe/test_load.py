@@ -93,7 +93,16 @@ def test_interpolation_and_variables(write):
 
 
 def test_values_from_the_environment_are_known_as_such(write, monkeypatch):
-    write("child.yaml", 'extends: good\nmodel: {path: "${oc.env:WHERE}/m"}\nrun: {dir: "${model.path}-run"}\n')
+    # what stands on a name alone is the same everywhere
+    write(
+        "child.yaml",
+        """
+        extends: good
+        model: {path: "${oc.env:WHERE}/m"}
+        run: {dir: "${model.path}-run"}
+        vars: {other: "${name}"}
+        """,
+    )
     monkeypatch.setenv("WHERE", "/secret")
     loaded = load_recipe("child.yaml")
     assert loaded.recipe.model.path == "/secret/m"

@@ -67,6 +67,11 @@ def test_what_is_added_stands_in_front_of_the_named_neighbour():
     assert list(apply(data, "+stages.last={}")["stages"])[-1] == "last"
 
 
+def test_a_section_that_is_written_empty_takes_keys():
+    data = recipe() | {"run": None}
+    assert apply(data, "run.seed=5")["run"] == {"seed": 5}
+
+
 def test_delete_removes_the_key():
     assert "bits" not in apply(recipe(), "stages.q.bits~")["stages"]["q"]
 
