@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.data.problems.config import Task
-from llmcompress.errors import RecipeError, UsageError
+from llmcompress.errors import InputError, RecipeError, UsageError
 from llmcompress.models.paths import ADAPTER
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 
@@ -259,11 +259,22 @@ def drop_checkpoints(ctx: RunContext) -> None:
 
 
 def reader_of(config: S2RConfig, state: RunState, problems: ProblemSet) -> Reader:
-    """Prompts and judgement for this model."""
+    """Prompts and judgement for this model.
+
+    Raises:
+        InputError: The tokenizer ends or pads with a token that the model does not have.
+    """
     from llmcompress.evaluation.self_correction import Reader
 
     assert state.model is not None
-    return Reader(state.model.tokenizer(), problems, config.chat, config.system)
+    reader, known = Reader(state.model.tokenizer(), problems, config.chat, config.system), state.model.layout.vocab
+    for name, token in (("ends", reader.end), ("pads", reader.pad)):
+        if token >= known:
+            raise InputError(
+                f"the tokenizer {name} texts with token {token}, but the model knows only {known}",
+                "use the tokenizer that belongs to the model (model.tokenizer)",
+            )
+    return reader
 
 
 def held_out(config: MeasureConfig, problems: ProblemSet) -> list[Problem]:
