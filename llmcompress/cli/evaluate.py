@@ -234,7 +234,8 @@ def _require_names(limits: list[GateConfig], config: EvaluateConfig) -> None:
         InputError: A task's data cannot be had.
     """
     from llmcompress.evaluation.gates import unknown_metrics
-    from llmcompress.evaluation.harness import scored_names, specify
+    from llmcompress.evaluation.harness import scored_names
+    from llmcompress.evaluation.task_specs import specify
 
     exact = [f"{name}.{metric}" for name in config.perplexity for metric in ("perplexity", "bits_per_byte")]
     exact += ["tasks.mean_acc"] if len(config.tasks) > 1 else []

@@ -30,12 +30,13 @@ from llmcompress.evaluation.config import (
 )
 from llmcompress.evaluation.fidelity import fidelity
 from llmcompress.evaluation.generation import generate
-from llmcompress.evaluation.harness import Score, TaskSpec
 from llmcompress.evaluation.ledger import Ledger
 from llmcompress.evaluation.pace import Pace
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
+from llmcompress.evaluation.scores import Score, paired_stderr
 from llmcompress.evaluation.significance import window_rows
 from llmcompress.evaluation.streamed import streamed_perplexity
+from llmcompress.evaluation.task_specs import TaskSpec, specify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +166,7 @@ def prepare(
         if section_f.source.kind != "synthetic":
             _check_overlap(describe(section_f.source), windows.tokens, calibration, config.overlap, warn)
     folder = resolve_path(config.tasks_dir, None) if config.tasks_dir else None
-    tasks = harness.specify(config.tasks, folder, config.limit)
+    tasks = specify(config.tasks, folder, config.limit)
     filler = None
     if config.recall is not None:
         assert tokenizer is not None
@@ -504,7 +505,7 @@ def pair_scores(dense: Sequence[Score] | None, compressed: Sequence[Score] | Non
         }
         if one is not None and two is not None:
             row["difference"] = two.value - one.value
-            row["difference_stderr"] = harness.paired_stderr(one.rows, two.rows)
+            row["difference_stderr"] = paired_stderr(one.rows, two.rows)
         rows.append(row)
     return rows
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.evaluation.harness import Score
 from llmcompress.evaluation.perplexity import refuse_nan
+from llmcompress.evaluation.scores import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.evaluation.harness import paired_stderr
 from llmcompress.evaluation.ledger import part_name
+from llmcompress.evaluation.scores import paired_stderr
 
 BOUND = 1.96
 """Standard errors that a difference must exceed: 5 % of pairs that do not differ would."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 1 << 20
 SAMPLES = 16
-# what a folder of tasks may hold: rows in every form that evaluation/harness.py reads, and tasks of one's own
+# what a folder of tasks may hold: rows in every form that evaluation/task_specs.py reads, and tasks of one's own
 DATA_FILES = ("**/*.yaml", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.xz", "**/*.parquet")
 # from this size a hash is kept: reading so much takes longer than the step of a file system's clock, so that a file
 # that is written again cannot look the same
@@ -116,7 +116,7 @@ def _named_by_task(path: Path) -> list[Path]:
     while left:
         task = left.pop()
         rows, included = _names_in_task(task)
-        # as evaluation/harness.py finds rows: beside the task that was asked for, or from where the program runs
+        # as evaluation/task_specs.py finds rows: beside the task that was asked for, or from where the program runs
         places = [beside if (beside := path.parent / name).exists() else Path(name) for name in rows]
         places += [task.parent / name for name in included]
         new = {place.resolve() for place in places if place.is_file()} - found

@@ -169,7 +169,7 @@ class Evaluate(Stage):
         """
         if not self.config.tasks:
             return []
-        from llmcompress.evaluation.harness import specify, unreachable
+        from llmcompress.evaluation.task_specs import specify, unreachable
 
         folder = resolve_path(self.config.tasks_dir) if self.config.tasks_dir else None
         found = unreachable(specify(self.config.tasks, folder, self.config.limit), self.config.offline)

@@ -14,6 +14,7 @@ import torch
 from llmcompress.errors import InputError
 from llmcompress.evaluation import harness
 from llmcompress.evaluation.config import TaskConfig
+from llmcompress.evaluation.task_specs import TASKS, specify
 from llmcompress.inference.greedy import GreedyWriter
 
 
@@ -31,10 +32,10 @@ def log_likelihood(model, tokenizer, context, continuation):
 
 
 def test_eval_smoke_equals_scoring_by_hand(model, tiny_tokenizer, capfd):
-    (spec,) = harness.specify(["eval_smoke"])
+    (spec,) = specify(["eval_smoke"])
     with harness.offline(True):
         scores = {s.metric: s for s in harness.evaluate(model, tiny_tokenizer, spec, batch=3)}
-    rows = [json.loads(line) for line in (harness.TASKS / "eval_smoke.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (TASKS / "eval_smoke.jsonl").read_text().splitlines()]
     expected = []
     for row in rows:
         # lm-eval puts its own blank between question and choice
@@ -47,25 +48,25 @@ def test_eval_smoke_equals_scoring_by_hand(model, tiny_tokenizer, capfd):
 
 
 def test_limit_and_repeatability(model, tiny_tokenizer):
-    (spec,) = harness.specify([TaskConfig(task="eval_smoke", limit=3)])
+    (spec,) = specify([TaskConfig(task="eval_smoke", limit=3)])
     first, again = (harness.evaluate(model, tiny_tokenizer, spec) for _ in range(2))
     assert first == again and first[0].n == 3
     # what was asked is known, and it is not what more rows ask
-    (whole,) = harness.specify(["eval_smoke"])
+    (whole,) = specify(["eval_smoke"])
     assert first[0].asked and first[0].asked != harness.evaluate(model, tiny_tokenizer, whole)[0].asked
 
 
 def test_requests_that_lose_their_beginning_are_told(model, tiny_tokenizer):
     said = []
-    (whole,) = harness.specify(["eval_smoke"])
+    (whole,) = specify(["eval_smoke"])
     harness.evaluate(model, tiny_tokenizer, whole, listener=harness.Listener(said.append))
     assert said == []
     lengths = []
-    for row in map(json.loads, (harness.TASKS / "eval_smoke.jsonl").read_text().splitlines()):
+    for row in map(json.loads, (TASKS / "eval_smoke.jsonl").read_text().splitlines()):
         # lm-eval puts its own blank between question and choice
         lengths += [len(tiny_tokenizer(f"{row['question']} {choice}")["input_ids"]) for choice in row["choices"]]
     limit = sorted(lengths)[len(lengths) // 2]
-    (short,) = harness.specify([TaskConfig(task="eval_smoke", max_length=limit)])
+    (short,) = specify([TaskConfig(task="eval_smoke", max_length=limit)])
     harness.evaluate(model, tiny_tokenizer, short, listener=harness.Listener(said.append))
     # the last token of a request is only predicted
     cut = sum(length > limit + 1 for length in lengths)
@@ -85,9 +86,7 @@ def test_questions_are_cut_to_leave_room_for_answers(tiny_tokenizer, tmp_path, t
         said = []
         overrides = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": tokens, "do_sample": False}}
         task = TaskConfig(task="gsm8k", num_fewshot=0, overrides=overrides, **settings)
-        harness.evaluate(
-            model, tiny_tokenizer, harness.specify([task], tmp_path)[0], listener=harness.Listener(said.append)
-        )
+        harness.evaluate(model, tiny_tokenizer, specify([task], tmp_path)[0], listener=harness.Listener(said.append))
         return said
 
     assert asked(4) == []
@@ -109,7 +108,7 @@ def test_local_folder_with_subjects_and_fewshot(model, tiny_tokenizer, tmp_path)
     for split in ("dev", "test"):
         (tmp_path / "mmlu" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = TaskConfig(task="mmlu", subjects=("astronomy", "anatomy"), num_fewshot=1)
-    (spec,) = harness.specify([task], tmp_path)
+    (spec,) = specify([task], tmp_path)
     with harness.offline(True):
         scores = harness.evaluate(model, tiny_tokenizer, spec)
     assert [(s.task, s.n) for s in scores] == [("mmlu", 8), ("mmlu_astronomy", 4), ("mmlu_anatomy", 4)]
@@ -145,7 +144,7 @@ def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_pa
         asked.clear()
         task = TaskConfig(task="mmlu", subjects=("anatomy",), num_fewshot=1, system_instruction="Be brief.", **settings)
         with harness.offline(True):
-            scores = harness.evaluate(model, words, harness.specify([task], tmp_path, limit=1)[0])
+            scores = harness.evaluate(model, words, specify([task], tmp_path, limit=1)[0])
         digests.add(scores[0].asked)
         return set(asked)
 
@@ -172,7 +171,7 @@ def test_the_seed_chooses_examples(model, tiny_tokenizer, tmp_path):
 
     def examples(**settings):
         task = TaskConfig(task="gsm8k", num_fewshot=2, overrides={"fewshot_config": {"sampler": "default"}}, **settings)
-        built = harness.build(harness.specify([task], tmp_path)[0])["tasks"]
+        built = harness.build(specify([task], tmp_path)[0])["tasks"]
         return next(iter(built.values())).fewshot_context(rows[0], 2)
 
     assert examples() == examples() == examples(fewshot_seed=1234)
@@ -261,7 +260,7 @@ def test_where_states_are_rounded_does_not_depend_on_the_batch(tiny, tiny_tokeni
 
 
 def test_missing_hub_data_is_an_input_error():
-    (spec,) = harness.specify(["piqa"])
+    (spec,) = specify(["piqa"])
     with harness.offline(True), pytest.raises(InputError, match=r"task piqa: .* not in the cache") as caught:
         harness.build(spec)
     assert caught.value.exit_code == 4 and "tasks_dir" in str(caught.value.hint)
@@ -270,7 +269,7 @@ def test_missing_hub_data_is_an_input_error():
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     import huggingface_hub.constants as hub
 
-    (spec,) = harness.specify(["piqa"])
+    (spec,) = specify(["piqa"])
     monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
     started = time.perf_counter()
     with pytest.raises(InputError, match="does not answer") as caught:
@@ -306,7 +305,7 @@ def test_local_rows_that_the_task_cannot_read_are_named(tmp_path, capfd, text, s
     file = tmp_path / "arc_easy" / "test.jsonl"
     file.parent.mkdir()
     file.write_text(text)
-    (spec,) = harness.specify(["arc_easy"], tmp_path)
+    (spec,) = specify(["arc_easy"], tmp_path)
     with pytest.raises(InputError, match=said) as caught:
         harness.build(spec)
     assert str(file) in caught.value.message and capfd.readouterr() == ("", "")
@@ -331,12 +330,12 @@ def test_a_later_row_that_the_task_cannot_read_is_named(tmp_path, capfd, change,
     file = tmp_path / "arc_easy" / "test.jsonl"
     file.parent.mkdir()
     file.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, GOOD, {**GOOD, **change}, GOOD)))
-    (spec,) = harness.specify(["arc_easy"], tmp_path)
+    (spec,) = specify(["arc_easy"], tmp_path)
     with pytest.raises(InputError, match=f"row 3: .*{said}") as caught:
         harness.build(spec)
     assert str(file) in caught.value.message and capfd.readouterr() == ("", "")
     # rows beyond the limit are not asked
-    assert harness.build(harness.specify(["arc_easy"], tmp_path, limit=2)[0])
+    assert harness.build(specify(["arc_easy"], tmp_path, limit=2)[0])
 
 
 def test_a_label_beyond_the_choices_and_a_broken_example_are_named(tmp_path):
@@ -345,11 +344,11 @@ def test_a_label_beyond_the_choices_and_a_broken_example_are_named(tmp_path):
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match="row 3: the answer 2 is none of its 2 choices"):
-        harness.build(harness.specify(["piqa"], tmp_path)[0])
+        harness.build(specify(["piqa"], tmp_path)[0])
     (tmp_path / "gsm8k").mkdir()
     for split, last in (("test", {}), ("train", {"answer": None})):
         lines = [*questions, {**questions[0], **last}]
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     with pytest.raises(InputError, match=r"train\.jsonl: row 3: no 'answer'"):
-        harness.build(harness.specify(["gsm8k"], tmp_path)[0])
-    assert harness.build(harness.specify([TaskConfig(task="gsm8k", num_fewshot=0)], tmp_path)[0])
+        harness.build(specify(["gsm8k"], tmp_path)[0])
+    assert harness.build(specify([TaskConfig(task="gsm8k", num_fewshot=0)], tmp_path)[0])

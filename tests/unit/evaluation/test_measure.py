@@ -8,8 +8,9 @@ from llmcompress.data.calibration import build
 from llmcompress.data.sources import InlineSource
 from llmcompress.errors import InputError
 from llmcompress.evaluation import measure
-from llmcompress.evaluation.harness import Score
 from llmcompress.evaluation.ledger import Ledger
+from llmcompress.evaluation.scores import Score
+from llmcompress.evaluation.task_specs import specify
 from llmcompress.stages.evaluate import EvaluateConfig
 
 TEXTS = tuple(f"The cat number {i} sat on the warm stone and looked at the sea." for i in range(30))
@@ -79,7 +80,7 @@ def test_every_part_of_a_side_has_a_key():
         perplexity={"a": {"source": SOURCE}}, tasks=["eval_smoke"], recall={"source": SOURCE},
         generation={"prompts": ["The"]},
     )  # fmt: skip
-    prepared = measure.Prepared({}, None, measure.harness.specify(settings.tasks))
+    prepared = measure.Prepared({}, None, specify(settings.tasks))
     parts = {"perplexity.a", "task.eval_smoke", "recall", "generation"}
     assert set(measure.side_keys(settings, prepared, "compressed")) == {f"compressed.{part}" for part in parts}
     # policies are taken off for perplexity alone

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmcompress.evaluation.harness import _SUFFIXES
+from llmcompress.evaluation.task_specs import SUFFIXES
 from llmcompress.pipeline import fingerprint
 from llmcompress.pipeline.fingerprint import difference, digest, file_identity, path_identity, with_contents
 from llmcompress.quant.tensor_writer import write_tensors
@@ -152,7 +152,7 @@ def test_a_run_folder_stands_for_its_artifact(tmp_path: Path) -> None:
     assert path_identity(tmp_path) != before
 
 
-@pytest.mark.parametrize("suffix", _SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_rows_of_tasks_count_in_every_form_that_is_read(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"test{suffix}").write_bytes(b"old")
     before = path_identity(tmp_path)
