@@ -46,13 +46,15 @@ class Document:
         data: Plain data; an empty mapping when the file could not be parsed.
         lines: Line of every key and list item.
         problems: Syntax errors, duplicate keys, keys that are not text.
-        buildable: False when an alias contains itself, so that no data can be built.
+        values: How many were seen, each as often as aliases repeat it, merged ones too.
+        buildable: False when an alias contains itself or there are too many values, so that no data can be built.
     """
 
     file: Path
     data: dict[Any, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    values: int = 0
     buildable: bool = True
 
 
@@ -157,7 +159,8 @@ def _map_lines(node: yaml.Node, path: KeyPath, document: Document, above: list[y
         )
         document.buildable = False
         return
-    if len(document.lines) > MOST_VALUES:
+    document.values += 1
+    if document.values > MOST_VALUES:
         if document.buildable:
             text = f"more than {MOST_VALUES} values: aliases of aliases"
             document.problems.append(Problem((), text, document.file, node.start_mark.line + 1))

@@ -97,6 +97,9 @@ def test_json_is_read_by_the_rules_of_json():
 
 
 _LAUGHS = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg"))
+_MERGES = "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n" for before, name in zip("abcdef", "bcdefg")
+)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,9 @@ _LAUGHS = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for be
         ("vars: " + "{a: " * 3000 + "1" + "}" * 3000, 1, "too deep to read"),
         ("name: x\nn: " + "9" * 5000, 1, "4300 digits"),
         ("a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]\n" + _LAUGHS, 1, "more than 100000 values: aliases of aliases"),
+        ("a: &a {x: 1}\n" + _MERGES, 1, "more than 100000 values: aliases of aliases"),
     ],
-    ids=["a bell", "a zero byte", "brackets", "digits", "aliases"],
+    ids=["a bell", "a zero byte", "brackets", "digits", "aliases", "merged aliases"],
 )
 def test_what_no_recipe_holds_is_a_problem_with_its_line(text: str, line: int, message: str) -> None:
     (problem,) = parse_document(Path("r.yaml"), text).problems
