@@ -208,15 +208,14 @@ def _short_disks(loaded: LoadedRecipe, predicted: Plan, names: Collection[str], 
     import shutil
 
     run = Path(loaded.recipe.run.dir)
-    exporting = {stage.name for stage in loaded.stages() if Kind.ARTIFACT in stage.produces}
+    exporting = {stage.name: stage.config for stage in loaded.stages() if Kind.ARTIFACT in stage.produces}
     needs: dict[int, tuple[Path, int]] = {}
     for stage in (stage for stage in predicted.stages if stage.name in names):
-        exports = stage.name in exporting
-        out = Path(getattr(loaded.recipe.stages[stage.name], "dir", None) or run / "artifact")
+        out = _export_folders(exporting[stage.name], run) if stage.name in exporting else []
         # what an interrupted run has written already counts as written, of these stages alone: beside what another
         # one has written there is no room
-        written = 0 if emptied else _held(run / "stages" / stage.name, *(_with_formats(out) if exports else ()))
-        folder = _existing(out if exports else run)
+        written = 0 if emptied else _held(run / "stages" / stage.name, *out)
+        folder = _existing(out[0] if out else run)
         device = folder.stat().st_dev
         first, bytes_there = needs.get(device, (folder, 0))
         needs[device] = (first, bytes_there + max(0, stage.disk - written))
@@ -231,12 +230,11 @@ def _short_disks(loaded: LoadedRecipe, predicted: Plan, names: Collection[str], 
     return lines
 
 
-def _with_formats(artifact: Path) -> list[Path]:
-    """The folder of an artifact, those of other formats beside it, and what is left of unfinished ones."""
-    if not artifact.parent.is_dir():
-        return []
-    begins = (f"{artifact.name}-", f"{artifact.name}.")
-    return [path for path in artifact.parent.iterdir() if f"{path.name}.".startswith(begins)]
+def _export_folders(config: Any, run: Path) -> list[Path]:
+    """Where an export writes: its artifact, other formats beside it, and what is left of unfinished ones."""
+    base = Path(getattr(config, "dir", None) or run / "artifact")
+    folders = [base, *(base.with_name(f"{base.name}-{name}") for name in getattr(config, "formats", ()))]
+    return folders + [folder.with_name(f"{folder.name}.partial") for folder in folders]
 
 
 def _existing(folder: Path) -> Path:

@@ -91,7 +91,7 @@ def test_what_other_stages_have_written_is_no_room_for_this_one(
     machine(monkeypatch, disk=needed - 1)
     # all of it goes before anything is written
     assert preflight(loaded, predicted, Extent(only=stage, force=True)) == []
-    own = tmp_path / "run" / "artifact-gguf" if stage == "export" else own
+    own = tmp_path / "run" / "artifact" if stage == "export" else own
     own.mkdir(exist_ok=True)
     (own / "part").write_bytes(b"x")
     assert preflight(loaded, predicted, Extent(only=stage)) == []
@@ -102,14 +102,23 @@ def test_an_export_that_is_there_already_needs_no_more_room_on_its_disk(
 ) -> None:
     loaded = load_recipe("quickstart", [*known[0].overrides, f"stages.export.dir={tmp_path / 'far' / 'out'}"])
     needed = next(row.disk for row in known[1].stages if row.name == "export")
-    for name in ("out", "outside"):
-        (tmp_path / "far" / name).mkdir(parents=True)
     machine(monkeypatch, disk=needed - 1)
-    (tmp_path / "far" / "outside" / "other").write_bytes(bytes(needed))
+    # neighbours whose names begin alike are not of this export
+    for name in ("out", "outside", "out-of-last-year", "out.old"):
+        (tmp_path / "far" / name).mkdir(parents=True)
+        (tmp_path / "far" / name / "other").write_bytes(b"" if name == "out" else bytes(needed))
     with pytest.raises(ResourceError, match="far"):
         preflight(loaded, known[1], Extent(only="export"))
     (tmp_path / "far" / "out" / "model").write_bytes(b"x")
     assert preflight(loaded, known[1], Extent(only="export")) == []
+    (tmp_path / "far" / "out" / "model").unlink()
+    # half of another format
+    (tmp_path / "far" / "out-dense.partial").mkdir()
+    (tmp_path / "far" / "out-dense.partial" / "model").write_bytes(b"x")
+    with pytest.raises(ResourceError, match="far"):
+        preflight(loaded, known[1], Extent(only="export"))
+    both = load_recipe("quickstart", [*loaded.overrides, "stages.export.formats=[native, dense]"])
+    assert preflight(both, known[1], Extent(only="export")) == []
 
 
 def test_an_export_to_another_disk_needs_its_room_there(
