@@ -23,7 +23,7 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.batching import task_batch
 from llmcompress.evaluation.config import require_chat_template
 from llmcompress.evaluation.scores import Score, normalise
-from llmcompress.evaluation.task_specs import TaskSpec, local_hint
+from llmcompress.evaluation.task_specs import TaskSpec, local_hint, runs_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +88,7 @@ def _built(spec: TaskSpec) -> dict[str, Any]:
             raise
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) and not spec.settings.run_code:
-            words = "set run_code: true in its entry, and run it where that can do no harm"
-            raise InputError(f"task {spec.name} runs code that the model writes", words)
+            raise runs_code(spec.name)
         for key, value in spec.settings.overrides.items() if by_name else ():
             task.set_config(key=key, value=value)
         if spec.settings.num_fewshot is not None:

@@ -111,6 +111,34 @@ def unreachable(specs: Sequence[TaskSpec], off: bool = False) -> list[str]:
     return [f"task {data[name]}: data set {name}: {why}" for name, why in out_of_reach(data, off).items()]
 
 
+def require_code(specs: Sequence[TaskSpec]) -> None:
+    """Refuse tasks that run what the model writes where nobody has allowed it, as far as their files tell.
+
+    Args:
+        specs: The tasks. One that is known by name alone is looked for in the file of this name; where there is none,
+            it is refused when it is built.
+
+    Raises:
+        InputError: One of them does.
+    """
+    for spec in specs:
+        if spec.settings.run_code:
+            continue
+        configs = [one for one in spec.configs if isinstance(one, dict)]
+        named = {f"{one}.yaml" for one in spec.configs if isinstance(one, str)}
+        # the index of all tasks would take a minute
+        files = (path for path in _base_folder().rglob("*.yaml") if path.name in named) if named else ()
+        configs += [_load(path, functions=False) for path in files]
+        if any(config.get("unsafe_code") for config in configs):
+            raise runs_code(spec.name)
+
+
+def runs_code(task: str) -> InputError:
+    """The refusal of a task that runs code."""
+    words = "set run_code: true in its entry, and run it where that can do no harm"
+    return InputError(f"task {task} runs code that the model writes", words)
+
+
 def _base_folder() -> Path:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
@@ -118,7 +146,8 @@ def _base_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "tasks"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, functions: bool = True) -> dict[str, Any]:
+    """A task's file with what it includes; ``functions`` imports those that it names, which may ask the hub."""
     try:
         from lm_eval.tasks._yaml_loader import load_yaml
     except ImportError as error:
@@ -127,7 +156,7 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     if not path.exists():
         raise EnvironmentProblem(f"lm-eval lacks {path.name}", "pip install -U lm-eval")
-    return dict(load_yaml(path))
+    return dict(load_yaml(path, resolve_func=functions))
 
 
 def _own(name: str, path: Path) -> tuple[dict[str, Any], bool]:

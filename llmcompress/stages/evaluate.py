@@ -164,15 +164,17 @@ class Evaluate(Stage):
         """Tasks whose data is nowhere.
 
         Raises:
-            InputError: A local data file is missing.
+            InputError: A local data file is missing, or a task runs code without leave.
             RecipeError: A task has no such subject.
         """
         if not self.config.tasks:
             return []
-        from llmcompress.evaluation.task_specs import specify, unreachable
+        from llmcompress.evaluation.task_specs import require_code, specify, unreachable
 
         folder = resolve_path(self.config.tasks_dir) if self.config.tasks_dir else None
-        found = unreachable(specify(self.config.tasks, folder, self.config.limit), self.config.offline)
+        tasks = specify(self.config.tasks, folder, self.config.limit)
+        require_code(tasks)
+        found = unreachable(tasks, self.config.offline)
         return [f"stages.{self.name}: {line}" for line in found]
 
     def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:

@@ -7,7 +7,8 @@ import pytest
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation import harness
 from llmcompress.evaluation.config import TaskConfig
-from llmcompress.evaluation.task_specs import TASKS, catalogue, specify
+from llmcompress.evaluation.task_specs import TASKS, catalogue, require_code, specify
+from llmcompress.stages.evaluate import Evaluate, EvaluateConfig
 
 
 def test_every_catalogue_entry_has_a_base_in_the_installed_lm_eval(tmp_path):
@@ -112,11 +113,24 @@ def test_a_task_that_runs_code_is_refused_until_that_is_allowed(tmp_path):
     }  # fmt: skip
     path.write_text(json.dumps(fields))
     (spec,) = specify([TaskConfig(task="mine", path=str(path))])
-    with pytest.raises(InputError, match="task mine runs code that the model writes") as caught:
-        harness.build(spec)
-    assert "run_code: true" in caught.value.hint
+    for refuses in (harness.build, lambda spec: require_code([spec])):
+        with pytest.raises(InputError, match="task mine runs code that the model writes") as caught:
+            refuses(spec)
+        assert "run_code: true" in caught.value.hint
     (spec,) = specify([TaskConfig(task="mine", path=str(path), run_code=True)])
+    require_code([spec])
     assert list(harness.build(spec)["tasks"]) == ["mine"]
+
+
+def test_code_is_refused_before_a_run_without_the_index_of_all_tasks(monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
+    stage = Evaluate("evaluate", EvaluateConfig(type="evaluate", tasks=["humaneval"]))
+    with pytest.raises(InputError, match="task humaneval runs code"):
+        stage.lacks()
+    allowed = {"task": "humaneval", "run_code": True}
+    assert Evaluate("evaluate", EvaluateConfig(type="evaluate", tasks=[allowed])).lacks() == []
+    # one without code, and one that nobody knows
+    require_code(specify(["triviaqa", "no_such_task"]))
 
 
 def test_turns_need_a_chat():
