@@ -41,17 +41,22 @@ def peak_bytes(config: EvaluateConfig, layout: ModelLayout, item: int) -> int:
     return max(_parts(config, layout, item), default=0)
 
 
-def streamed_sides(config: EvaluateConfig, sizes_of: Mapping[str, int], work: int, ram: int) -> list[Side]:
+def streamed_sides(
+    config: EvaluateConfig, layout: ModelLayout, sizes_of: Mapping[str, int], work: int, ram: int
+) -> list[Side]:
     """Models that are to be run block by block because they exceed a budget in memory; perplexity alone allows it.
 
     Args:
         config: The stage's config.
+        layout: The model's layout.
         sizes_of: ``dense`` and ``compressed`` → bytes in memory.
         work: Working set beside a model.
         ram: Budget above the empty interpreter.
     """
     together = config.fidelity is not None or config.expert_shift
     if together or config.tasks or config.recall is not None or config.generation is not None or not config.perplexity:
+        return []
+    if layout.longest is not None and max(text.length for text in config.perplexity.values()) > layout.longest:
         return []
     sides: tuple[Side, ...] = ("dense", "compressed") if config.dense else ("compressed",)
     return [side for side in sides if sizes_of[side] + work > SHARE * ram]

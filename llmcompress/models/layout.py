@@ -444,6 +444,14 @@ class ModelLayout:
             yield from block.tensors()
 
     @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequences that can go through it block by block, None for no limit.
+
+        Layers may be told by an earlier one which positions each token sees, which is not kept from block to block.
+        """
+        return min((s.handed for b in self.blocks for s in b.sublayers if s.handed), default=None)
+
+    @property
     def banks(self) -> dict[str, ExpertBank]:
         """Plan name of a stacked expert projection → its bank."""
         return {name: bank for block in self.blocks if (bank := block.bank) is not None for name in bank.names}

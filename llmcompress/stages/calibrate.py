@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -45,6 +46,16 @@ class Calibrate(Stage):
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.CALIBRATION})
     config: CalibrateConfig
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Windows are run block by block."""
+        longest, length = layout.longest, self.config.length
+        if longest is None or length <= longest:
+            return []
+        return [
+            f"stages.{self.name}.length: {length} tokens, but layers are told by earlier ones which {longest} "
+            f"positions a token sees, and that is not kept from block to block: set it to {longest} or less"
+        ]
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Token windows in memory and on disk."""

@@ -213,7 +213,7 @@ class Evaluate(Stage):
         """The estimate under a budget of main memory: models that exceed it go block by block."""
         assert inputs.ram is not None
         work = peak_bytes(self.config, inputs.layout, inputs.compute_bytes)
-        sides = streamed_sides(self.config, {"dense": dense, "compressed": compressed}, work, inputs.ram)
+        sides = streamed_sides(self.config, inputs.layout, {"dense": dense, "compressed": compressed}, work, inputs.ram)
         if not sides:
             return Estimate(ram=peak)
         resident = [compressed] if inputs.specs and "compressed" not in sides else []
@@ -328,7 +328,9 @@ class _Evaluation:
         largest = max((math.prod(shape) for _, _, shape, _ in inputs.layout.quantizable()), default=0)
         compressed += largest * inputs.compute_bytes if plan else 0
         work = peak_bytes(self.config, inputs.layout, inputs.compute_bytes)
-        return streamed_sides(self.config, {"dense": dense, "compressed": compressed}, work, self.ctx.ram)
+        return streamed_sides(
+            self.config, inputs.layout, {"dense": dense, "compressed": compressed}, work, self.ctx.ram
+        )
 
     def _stream(self, side: Side, parts: Sequence[Tensor]) -> StreamedModel:
         """Run one side's model on windows, block by block."""

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from llmcompress.errors import InputError
 from llmcompress.models.handle import ModelHandle
+from llmcompress.models.registry import layout_from_config
 from llmcompress.stages.calibrate import Calibrate, CalibrateConfig
 from llmcompress.stages.state import RunContext, RunState
 
@@ -81,6 +82,15 @@ def test_length_beyond_the_model(ctx, state):
     ctx, _ = ctx
     with pytest.raises(InputError, match="calibrate.length is 4096, but the model was built for 128"):  # noqa: RUF043
         stage(length=4096).run(state, ctx)
+
+
+def test_windows_longer_than_what_an_earlier_layer_chooses_are_refused_from_the_layout(tiny):
+    # every layer of the one has an indexer, the second one of the other takes over the first one's choice
+    apart, handed = (layout_from_config(tiny.config(f).to_dict()) for f in ("deepseek_v32", "glm_moe_dsa"))
+    assert (apart.longest, handed.longest) == (None, 64)
+    assert stage(length=65).check(apart) == stage(length=64).check(handed) == []
+    (problem,) = stage(length=65).check(handed)
+    assert problem.startswith("stages.calibrate.length: 65 tokens")
 
 
 def test_config_rejects_zero_samples():

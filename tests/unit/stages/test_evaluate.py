@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from llmcompress.cli.look_ahead import require_sources
 from llmcompress.errors import GateFailed, InputError, RecipeError
 from llmcompress.evaluation import gates, measure
+from llmcompress.evaluation.working_set import streamed_sides
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.registry import layout_from_config
 from llmcompress.quant.store import BlockPatch, PackedStore
@@ -218,6 +219,15 @@ def test_estimate_counts_both_models_only_when_they_are_compared(tiny):
     together = stage(perplexity=FULL["perplexity"], fidelity=FULL["fidelity"]).estimate(inputs).ram
     nothing = stage(perplexity=FULL["perplexity"]).estimate(PlanInputs(layout, 2, 4, 0, 0, {}, "cpu")).ram
     assert nothing == apart < together
+
+
+def test_models_whose_layers_see_what_earlier_ones_chose_stay_whole_for_longer_windows(tiny):
+    layout = layout_from_config(tiny.config("glm_moe_dsa").to_dict())
+    sides = {}
+    for length in (64, 65):
+        wanted = config(perplexity={"a": {"source": SOURCE, "length": length}})
+        sides[length] = streamed_sides(wanted, layout, {"dense": 100, "compressed": 10}, 0, 20)
+    assert sides == {64: ["dense"], 65: []}
 
 
 def test_expert_shift_is_measured_and_restartable(ctx, state):
