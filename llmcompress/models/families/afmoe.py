@@ -54,8 +54,7 @@ def _laguna(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     own, bias = facts.having(num_attention_heads=heads), facts.flag("attention_bias")
     rows = heads if facts.get("gating") in (True, "per-head") else heads * own.head_dim
     head = with_gate(attention(own, layer, bias, bias, qk_norm="head"), "g_proj", rows)
-    kind = facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "sparse" if index else "dense")
-    if kind == "dense":
+    if facts.dense(index, index == 0):
         return head, gated_mlp(facts, layer)
     module = f"{layer}.mlp.gate"
     correction = TensorView(f"{module}.e_score_correction_bias", (facts.size("num_experts"),))

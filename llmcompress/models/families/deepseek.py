@@ -82,9 +82,16 @@ def sigmoid_router(facts: Facts, layer: str) -> RouterView:
 
 def feed_forward(facts: Facts, index: int, layer: str, router: RouterView) -> Part:
     """A dense MLP in the first layers, then routed experts beside shared ones."""
-    if index < facts.size("first_k_dense_replace", at_least=0):
+    if facts.first_dense(index):
         return gated_mlp(facts, layer, facts.flag("mlp_bias"))
     return with_shared(facts, layer, router)
+
+
+def by_kind(facts: Facts, index: int, layer: str, otherwise: bool) -> Part:
+    """A dense MLP or DeepSeek-V3's experts, as a list says; ``otherwise``, whether dense, without one."""
+    if facts.dense(index, otherwise):
+        return gated_mlp(facts, layer)
+    return with_shared(facts, layer, sigmoid_router(facts, layer))
 
 
 def with_shared(facts: Facts, layer: str, router: RouterView) -> Part:
@@ -109,10 +116,7 @@ def _deepseek_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 def _sparse_layer(facts: Facts, index: int, layer: str, chooses: bool) -> tuple[Part, ...]:
     head = sparse_attention(facts, layer, chooses)
-    dense = index < facts.size("first_k_dense_replace", at_least=0)
-    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "dense" if dense else "sparse") == "dense":
-        return head, gated_mlp(facts, layer)
-    return head, with_shared(facts, layer, sigmoid_router(facts, layer))
+    return head, by_kind(facts, index, layer, facts.first_dense(index))
 
 
 def _deepseek_v32(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:

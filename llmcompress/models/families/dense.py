@@ -66,12 +66,8 @@ def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _granite_swa(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    bias = facts.flag("attention_bias")
-    parts = (
-        with_sinks(attention(facts, layer, bias, bias), facts.heads),
-        gated_mlp(facts, layer, facts.flag("mlp_bias")),
-    )
-    return scaled(parts, facts.number("residual_multiplier"))
+    head, mlp = _granite(facts, index, layer)
+    return with_sinks(head, facts.heads), mlp
 
 
 def _phi3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from llmcompress.errors import InputError
 
-# what the expert kernels and our modules implement, by the names of transformers' ACT2FN
 _OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+# what the expert kernels and our modules implement, by the names of transformers' ACT2FN
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
@@ -126,6 +126,19 @@ class Facts:
         if kind not in known:
             raise InputError(f"config.json: {key}[{index}] {kind!r} is not known here", f"known: {', '.join(known)}")
         return kind
+
+    def first_dense(self, index: int) -> bool:
+        """Whether a layer is one of the first, which are dense, by ``first_k_dense_replace``."""
+        return index < self.size("first_k_dense_replace", at_least=0)
+
+    def dense(self, index: int, otherwise: bool) -> bool:
+        """Whether a layer has a dense MLP and no experts, by ``mlp_layer_types``; ``otherwise`` without that list.
+
+        Raises:
+            InputError: See :meth:`layer_kind`.
+        """
+        default = "dense" if otherwise else "sparse"
+        return self.layer_kind("mlp_layer_types", index, ("sparse", "dense"), default) == "dense"
 
     def activation(self, key: str = "hidden_act") -> str:
         """The gate's activation.

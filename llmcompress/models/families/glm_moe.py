@@ -6,9 +6,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcompress.models.families.deepseek import feed_forward, latent_attention, sigmoid_router, with_shared
+from llmcompress.models.families.deepseek import (
+    by_kind,
+    feed_forward,
+    latent_attention,
+    sigmoid_router,
+    with_shared,
+)
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import PER_EXPERT, Family, Part, attention, gated_mlp
+from llmcompress.models.families.parts import PER_EXPERT, Family, Part, attention
 from llmcompress.models.families.prediction import further_layers
 
 
@@ -24,15 +30,9 @@ def _dots1(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return head, feed_forward(facts, index, layer, sigmoid_router(facts, layer))
 
 
-def _by_kind(facts: Facts, index: int, layer: str, default: str) -> Part:
-    """Experts or a dense MLP, as a list says."""
-    kind = facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), default)
-    return with_shared(facts, layer, sigmoid_router(facts, layer)) if kind == "sparse" else gated_mlp(facts, layer)
-
-
 def _glm4_moe_lite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     # transformers 5 reads no first_k_dense_replace here; without the list the first layer is dense
-    return latent_attention(facts, layer), _by_kind(facts, index, layer, "sparse" if index else "dense")
+    return latent_attention(facts, layer), by_kind(facts, index, layer, index == 0)
 
 
 def _solar_open(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -41,8 +41,7 @@ def _solar_open(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _exaone_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    dense = index < facts.size("first_k_dense_replace", at_least=0)
-    return attention(facts, layer, qk_norm="head"), _by_kind(facts, index, layer, "dense" if dense else "sparse")
+    return attention(facts, layer, qk_norm="head"), by_kind(facts, index, layer, facts.first_dense(index))
 
 
 _SHARED = {"tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

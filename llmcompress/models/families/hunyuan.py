@@ -40,8 +40,7 @@ def _hy_v3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     """Hy3: norms before the rotation, the first layer dense, sigmoids with a correction that lies beside the router."""
     bias = facts.flag("attention_bias")
     head = attention(facts, layer, bias, bias, qk_norm="head")
-    kind = facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "sparse" if index else "dense")
-    if kind == "dense":
+    if facts.dense(index, index == 0):
         return head, gated_mlp(facts, layer, facts.flag("mlp_bias"))
     correction = TensorView(f"{layer}.mlp.e_score_correction_bias", (facts.size("num_experts"),))
     scale = facts.number("router_scaling_factor")

@@ -8,9 +8,9 @@ small; it stays dense, as in Qwen3-Next. Heads are not turned to their positions
 from __future__ import annotations
 
 from llmcompress.errors import InputError
-from llmcompress.models.families.deepseek import latent_attention, sigmoid_router, with_shared
+from llmcompress.models.families.deepseek import by_kind, latent_attention
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, gated_mlp, norm
+from llmcompress.models.families.parts import Family, Part, norm
 from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, ScanView, Sublayer, TensorView
 
 _KINDS = ("linear_attention", "full_attention")
@@ -76,10 +76,7 @@ def _delta_attention(facts: Facts, layer: str) -> Part:
 def _kimi_linear(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     linear = _kind(facts, index) == "linear_attention"
     head = _delta_attention(facts, layer) if linear else latent_attention(facts, layer)
-    dense = index < facts.size("first_k_dense_replace", at_least=0)
-    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "dense" if dense else "sparse") == "dense":
-        return head, gated_mlp(facts, layer)
-    return head, with_shared(facts, layer, sigmoid_router(facts, layer))
+    return head, by_kind(facts, index, layer, facts.first_dense(index))
 
 
 def _disk(facts: Facts) -> DiskNames:

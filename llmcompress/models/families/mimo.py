@@ -36,7 +36,7 @@ def _mimo(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     kind = facts.layer_kind("layer_types", index, ("full_attention", "sliding_attention"), default)
     near = kind == "sliding_attention"
     head = with_sinks(_attention(facts, layer, 2), facts.heads) if near else _attention(facts, layer, 1)
-    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "sparse" if index else "dense") == "dense":
+    if facts.dense(index, index == 0):
         return head, gated_mlp(facts, layer)
     module, scale = f"{layer}.mlp.gate", facts.get("routed_scaling_factor")
     router = RouterView(

@@ -36,8 +36,8 @@ def _cohere(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 def _cohere2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     bias, before = facts.flag("attention_bias"), "input_layernorm"
-    head, dense = attention(facts, layer, bias, bias), index < facts.size("first_k_dense_replace", at_least=0)
-    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "dense" if dense else "sparse") == "dense":
+    head = attention(facts, layer, bias, bias)
+    if facts.dense(index, facts.first_dense(index)):
         wide = facts.optional_size("prefix_dense_intermediate_size") or facts.size("intermediate_size")
         return beside((head, gated_mlp(facts.having(intermediate_size=wide), layer, pre_norm=before)))
     chosen = {"softmax": "topk_softmax", "sigmoid": "sigmoid_group_topk"}

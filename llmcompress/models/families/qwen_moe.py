@@ -46,23 +46,22 @@ def _qwen2_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return head, shared_expert_mixture(facts, layer, softmax_router(facts, layer))
 
 
-def _qwen3_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+def _normed(facts: Facts, layer: str, sparse: bool) -> tuple[Part, ...]:
+    """Queries and keys normed head by head; experts without a shared one, or a dense MLP."""
     bias = facts.flag("attention_bias")
     head = attention(facts, layer, bias, bias, qk_norm="head")
-    if not is_sparse(facts, index):
+    if not sparse:
         return head, gated_mlp(facts, layer)
     bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", softmax_router(facts, layer))
     return head, mixture(layer, bank)
+
+
+def _qwen3_moe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return _normed(facts, layer, is_sparse(facts, index))
 
 
 def _mellum(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    """Qwen3-MoE with a list of which layers have experts."""
-    bias = facts.flag("attention_bias")
-    head = attention(facts, layer, bias, bias, qk_norm="head")
-    if facts.layer_kind("mlp_layer_types", index, ("sparse", "dense"), "sparse") == "dense":
-        return head, gated_mlp(facts, layer)
-    bank = expert_bank(facts, layer, "num_experts", "moe_intermediate_size", softmax_router(facts, layer))
-    return head, mixture(layer, bank)
+    return _normed(facts, layer, not facts.dense(index, False))
 
 
 def _olmoe(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
