@@ -68,6 +68,11 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
                "num_attention_heads_per_layer": [2, 4]},
     "cohere2_moe": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 1,
                     "expert_selection_fn": "sigmoid", "sliding_window": 4, "layer_norm_eps": 1e-5},
+    "mellum": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3,
+               "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "granitemoe_swa": {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 3,
+                       "shared_intermediate_size": 24, "residual_multiplier": 0.6, "head_dim": None,
+                       "sliding_window": 4, "layer_rope_theta": [10000.0, 0]},
     # two experts a token, so that both ways of weighing them differ
     "llama4_text": {"intermediate_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 8,
                     "num_experts_per_tok": 2, "attention_chunk_size": 8, "no_rope_layers": [1, 0]},
