@@ -72,13 +72,7 @@ class CompletionShape:
         return {
             "tokens": texts,
             "token_logprobs": [choice.logprob for choice in choices],
-            # the token itself is among them, if need be as one more
-            "top_logprobs": [
-                None
-                if choice.logprob is None
-                else {_text(words, token): value for token, value in (*choice.top, (choice.token, choice.logprob))}
-                for choice in choices
-            ],
+            "top_logprobs": [_likely(words, choice) for choice in choices],
             "text_offset": offsets,
         }
 
@@ -116,6 +110,17 @@ class ChatShape:
             ],
             "refusal": None,
         }
+
+
+def _likely(words: PreTrainedTokenizerBase, choice: TokenChoice) -> dict[str, float] | None:
+    """The likeliest tokens of a place and the one that stands there, by their texts."""
+    if choice.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, value in (*choice.top, (choice.token, choice.logprob)):
+        # parts of characters have one text, which stands for the likeliest: lm-eval compares with that
+        found.setdefault(_text(words, token), value)
+    return found
 
 
 def _text(words: PreTrainedTokenizerBase, token: int) -> str:

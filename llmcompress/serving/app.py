@@ -101,7 +101,10 @@ class Service:
                 raise ApiError(400, f"echo: {longest} tokens, with logprobs at most {most} are taken", param="echo")
             words: Any = model.tokenizer
             given = zip(ask.prompts(), prompts)
-            echoes = [text if isinstance(text, str) else str(words.decode(tokens)) for text, tokens in given]
+            echoes = [
+                text if isinstance(text, str) else str(words.decode(tokens, clean_up_tokenization_spaces=False))
+                for text, tokens in given
+            ]
         return await self.answer(request, ask, model, prompts, wanted, ask.logprobs, CompletionShape(), echoes)
 
     async def chat(self, request: Request) -> Response:
@@ -298,11 +301,12 @@ def _render(model: ServedModel, messages: list[dict[str, str]], variables: dict[
 
 
 async def _json(request: Request) -> Any:
-    text = await request.body()
+    body = await request.body()
     try:
+        # half a surrogate pair is no text that a tokenizer takes: json lets it pass in bytes, and escaped
+        text = body.decode("utf-8-sig")
         found = json.loads(text)
-        if b"\\u" in text:
-            # half a surrogate pair can be escaped, and is no text that a tokenizer takes
+        if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()
         return found
     except (ValueError, RecursionError) as error:

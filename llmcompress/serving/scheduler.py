@@ -103,6 +103,7 @@ class Job:
     sink: Callable[[Piece], None]
     logprobs: int | None = None
     echo: str | None = None
+    echoed: bool = False
     cancelled: bool = False
     # first tokens of the prompt that were held already
     reused: int = 0
@@ -296,14 +297,15 @@ class Scheduler:
             assert group.reading is not None
             key, job = group.reading
             try:
-                if job.echo is not None:
-                    self._echo(group, job)
+                if job.echo is not None and not job.echoed:
+                    self._echo(group, job, job.echo)
                 logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total, left)
             except Exception:
                 _LOG.exception("a prompt of %d tokens for %s failed", len(job.prompt), job.model)
                 group.reading = None
-                group.rows.leave(key)
+                # told before its place is given back, which may fail too
                 self._fail([job], FAILED)
+                group.rows.leave(key)
                 continue
             if logits is None:
                 return
@@ -312,14 +314,14 @@ class Scheduler:
             self._metrics.first_token(job.model, len(job.prompt), job.reused, time.monotonic() - job.submitted)
             self._take(group, {key: logits})
 
-    def _echo(self, group: Group, job: Job) -> None:
+    def _echo(self, group: Group, job: Job, text: str) -> None:
         """Begin an answer with its prompt."""
-        text, choices = job.echo or "", list[TokenChoice]()
+        choices = list[TokenChoice]()
         if job.logprobs is not None:
             logits = prompt_logits(group.rows.model, job.prompt, group.member_of[job.model])
             choices = [TokenChoice(job.prompt[0], None, ())]
             choices += [_choice(token, row, job.logprobs) for token, row in zip(job.prompt[1:], logits)]
-        job.echo = None
+        job.echoed = True
         self._send(job, Piece(text, 0, tuple(choices)))
 
     def _step(self, group: Group) -> None:
@@ -330,10 +332,10 @@ class Scheduler:
             logits = group.rows.step({key: job.last for key, job in group.running.items()})
         except Exception:
             _LOG.exception("a step of %d sequences failed", len(group.running))
-            failed = dict(group.running)
-            for key in failed:
-                self._leave(group, key)
+            failed, group.running = group.running, {}
             self._fail(list(failed.values()), FAILED)
+            for key in failed:
+                group.rows.leave(key)
             return
         self._metrics.step(len(logits), time.monotonic() - began)
         self._take(group, logits)
@@ -361,7 +363,8 @@ class Scheduler:
         job.last, job.written = token, job.written + 1
         self._metrics.token(job.model)
         ended = token in job.stop
-        if job.logprobs is not None and not ended:
+        # lm-eval takes all but the last token for the prompt, so one that ends the answer is told after a prompt
+        if job.logprobs is not None and (not ended or job.echoed):
             job.waiting.append(_choice(token, logits, job.logprobs))
         text = "" if ended else job.stream.put(token)
         reason: Reason | None = None

@@ -230,8 +230,9 @@ def test_an_answer_may_begin_with_its_prompt(server: Running, reference: Any, st
     assert texts == [text + reference(text, 5) for text in ("The cat", "The cat", "A", "A")]
 
 
-def test_what_lm_eval_asks_of_prompts(server: Running, folder: Path) -> None:
-    """Its own reading of the answer, against the model's logits."""
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_lm_eval_asks_of_prompts(server: Running, folder: Path, ends: bool) -> None:
+    """Its own reading of the answer, against the model's logits, also where the one new token ends it."""
     import torch
 
     from llmcompress.hf import load
@@ -246,8 +247,11 @@ def test_what_lm_eval_asks_of_prompts(server: Running, folder: Path) -> None:
         "model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234,
         "echo": True,
     }  # fmt: skip
+    if ends:
+        body["stop_token_ids"] = [int(model(torch.tensor([prompt])).logits[0, -1].argmax()) for prompt in prompts]
     status, answer = server.raw("/v1/completions", json.dumps(body).encode())
     assert status == 200, answer
+    assert {choice["finish_reason"] for choice in json.loads(answer)["choices"]} == {"stop" if ends else "length"}
     found = openai_models.LocalCompletionsAPI.parse_logprobs(json.loads(answer), ctxlens=contexts)
     for prompt, context, (logprob, greedy) in zip(prompts, contexts, found):
         logs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
@@ -370,6 +374,7 @@ BAD = [
     ("/v1/completions", {**GOOD, "prompt": ""}, 400, "no tokens"),
     ("/v1/completions", {**GOOD, "prompt": []}, 400, "prompt"),
     ("/v1/completions", {**GOOD, "prompt": "\ud83d"}, 400, "surrogates"),
+    ("/v1/completions", b'{"model": "tiny", "prompt": "\xed\xa0\xbd"}', 400, "not valid JSON"),
     ("/v1/completions", {**GOOD, "prompt": [[99999]]}, 400, "token ids are 0 to"),
     ("/v1/completions", {**GOOD, "prompt": "x " * 300}, 400, "at most 64"),
     ("/v1/completions", {**GOOD, "max_tokens": 65}, 400, "at most 64"),

@@ -39,6 +39,18 @@ def test_a_token_is_among_the_likely_ones_even_if_it_is_not() -> None:
     assert found == [{" the": -0.1, "[UNK]": -2.0, " cat": -7.0}, {"s": -3.0}]
 
 
+def test_a_text_of_several_tokens_stands_for_the_likeliest() -> None:
+    class Parts:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return "<0xE2>"
+
+    found = CompletionShape().logprobs(Parts(), [TokenChoice(2, -7.0, ((1, -0.1),))], 0)  # type: ignore[arg-type]
+    assert (found["token_logprobs"], found["top_logprobs"]) == ([-7.0], [{"\ufffd": -0.1}])
+
+
 def test_tokens_with_bytes_are_as_they_are(tiny_tokenizer: Any) -> None:
     text = "The cat sat on a café"
     ids = tiny_tokenizer(text)["input_ids"]

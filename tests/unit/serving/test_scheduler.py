@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.inference.generate import Sampling
+from llmcompress.serving import scheduler
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.scheduler import FAILED, STOPPED, Busy, Group, Job, Piece, Scheduler
@@ -218,6 +219,37 @@ def test_when_decoding_ends_by_a_fault_nobody_waits_for_ever(bench: Bench, monke
     bench.scheduler.stop()
     assert not bench.scheduler.alive
     assert sum(piece.error is not None for piece in bench.pieces[1]) == 1
+
+
+@pytest.mark.parametrize("breaks", ["prompt", "step"])
+def test_those_whose_failure_ends_decoding_are_told_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    def broken(key: int) -> None:
+        raise KeyError(key)
+
+    monkeypatch.setattr(bench.rows, "leave", broken)
+    # the token after 8 breaks a step, 9 a prompt
+    starts = (8, 20) if breaks == "step" else (9,)
+    bench.scheduler.submit([bench.job(start, count=30) for start in starts])
+    assert [bench.ended(i).error for i in range(len(starts))] == [FAILED] * len(starts)
+    bench.scheduler.stop()
+    assert all(sum(piece.error is not None for piece in pieces) == 1 for pieces in bench.pieces.values())
+
+
+def test_a_token_that_ends_an_answer_is_told_after_a_prompt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval takes what stands before the last token for the prompt."""
+    rows = bench.rows
+    rows.model = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        scheduler, "prompt_logits", lambda model, prompt, member: torch.stack([rows._logits(t) for t in prompt])
+    )
+    plain, echoing = (bench.job(0, stop=(34,), prompt=(31, 32, 33)) for _ in range(2))
+    echoing.echo = "text"
+    bench.scheduler.submit([plain, echoing])
+    assert [bench.ended(i).reason for i in range(2)] == ["stop", "stop"]
+    assert (bench.tokens(0), bench.tokens(1)) == ([], [31, 32, 33, 34])
+    assert "".join(piece.text for piece in bench.pieces[1]) == "text"
 
 
 @pytest.mark.parametrize("bench", [{"prompt_chunk": 8}], indirect=True)
