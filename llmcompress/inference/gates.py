@@ -11,6 +11,7 @@ from llmcompress_kernels import matrix
 from torch import Tensor
 
 from llmcompress.nn.linear import PackedLinear
+from llmcompress.nn.tree_linear import TreeLinear
 from llmcompress.quant.codecs.int_group import PACKED, SCALE, ZERO
 
 
@@ -23,6 +24,8 @@ def decline_gates(attention: Any) -> str | None:
     sides = [getattr(attention, name, None) for name in ("q_proj", "gate_proj")]
     if None in sides:
         return None
+    if any(isinstance(side, TreeLinear) for side in sides):
+        return ": queries and gates of residual trees are not put together"
     alike = {type(side) for side in sides}, {getattr(side, "spec", None) for side in sides}
     rounded = {getattr(side, "int8_activations", False) for side in sides}
     return None if all(len(kinds) == 1 for kinds in (*alike, rounded)) else ": queries and gates are packed differently"

@@ -22,7 +22,7 @@ from llmcompress_kernels.build import BuildError
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
 from llmcompress.inference import llamacpp_worker
-from llmcompress.inference.caches import arguments
+from llmcompress.inference.caches import arguments, empty_cache
 from llmcompress.inference.native import NativeEngine
 from llmcompress.models.layout import Role
 from llmcompress.models.orientation import canonical
@@ -105,9 +105,7 @@ def transformers(model: Any) -> Candidate:
         @torch.inference_mode()
         def decode() -> None:
             if not held:
-                from transformers import DynamicCache
-
-                held.append(DynamicCache(config=model.config))
+                held.append(empty_cache(model))
                 prefill(**arguments(model, held[0], positions))
             word = ids[:, -1:]
             for step in range(case.steps):

@@ -150,6 +150,12 @@ def test_more_members_than_a_node_tells_apart_go_through_modules() -> None:
     assert "65 members" in (decline(family.model) or "")
 
 
+def test_gates_by_a_linear_of_their_own_go_through_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = {"num_dense_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+    monkeypatch.setitem(FAMILIES, "afmoe", dense)
+    assert "gates of residual trees" in (decline(random_family("afmoe").model) or "")
+
+
 def _decode(rows: Rows, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:
     written: dict[int, list[int]] = {}
     waiting, alive = list(range(len(asked))), []
