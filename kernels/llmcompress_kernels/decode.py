@@ -327,6 +327,7 @@ def step(
         slots=(slots, torch.int32, None), members=(members, torch.int32, None), best=(best, torch.int64, None),
         logits=(logits, torch.float32, decoder.vocabulary), hidden=(hidden, torch.float32, decoder.hidden),
     )  # fmt: skip
+    check_tensors(len(PHASES), seconds=(seconds, torch.float64, None))
     check_slots(decoder, slots, cache.keys.shape[1])
     limit = min(cache.positions, decoder.cosine.shape[1])
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
@@ -379,7 +380,7 @@ def prompt(
         Hidden states of the last token, float32 ``[1, H]``, from which :func:`step` goes on with no layers left.
 
     Raises:
-        ValueError: A size is out of range, or the tokens are no int64.
+        ValueError: A size is out of range, or a tensor is not of the type and shape named here.
         Exception: What ``reroute`` raised, after all layers; the positions in the cache are useless then.
     """
     count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[1])
@@ -391,6 +392,7 @@ def prompt(
         raise ValueError(f"member {member} is not within 0..{len(decoder.member_heads) - 1}")
     check_mixers(decoder, mixers)
     check_tensors(count, tokens=(tokens, torch.int64, None))
+    check_tensors(len(PHASES), seconds=(seconds, torch.float64, None))
     check_numbers(decoder, tokens, planes)
     if cache.near is not None:
         check_windows(cache.near, slot, start, count)

@@ -72,16 +72,16 @@ def check_tensors(count: int, **given: tuple[Tensor | None, torch.dtype, int | N
         **given: By name, each with its type and columns, None for one number a row; no tensor is fine.
 
     Raises:
-        ValueError: One has another type or width, is not contiguous, or has too few rows.
+        ValueError: One has another type or width, is not contiguous or not on the CPU, or has too few rows.
     """
     for name, (tensor, dtype, columns) in given.items():
         if tensor is None:
             continue
         width = () if columns is None else (columns,)
         fits = tensor.shape[1:] == width and tensor.shape[0] >= count
-        if tensor.dtype != dtype or not tensor.is_contiguous() or not fits:
-            found = f"{list(tensor.shape)} of {tensor.dtype}"
-            raise ValueError(f"{name}: {found}, expected {[count, *width]} or more rows, contiguous, of {dtype}")
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous() or not fits:
+            found = f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: {found}, expected {[count, *width]} or more rows, contiguous, of {dtype} on cpu")
 
 
 def check_numbers(decoder: Decoder, tokens: Tensor, planes: int) -> None:
