@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.data.sources import require_window
 from llmcompress.durable import write_durably
-from llmcompress.errors import RecipeError
 from llmcompress.evaluation.batching import family_batch
 from llmcompress.evaluation.family_baselines import Baselines
 from llmcompress.evaluation.fidelity import fidelity
@@ -51,20 +49,7 @@ def measure_family(config: Any, state: FamilyState, ctx: RunContext) -> dict[str
         ``members`` (per member dense and compressed), ``methods`` (per method its bits, mean relative increase and,
         where asked for, mean divergence ``kl`` in nats a token), ``cross`` (member → text → perplexity, dense and
         compressed).
-
-    Raises:
-        RecipeError: A text is named after no member.
-        InputError: Windows are longer than a member's context.
     """
-    unknown = sorted(set(config.texts) - set(state.plan.order))
-    if unknown:
-        raise RecipeError(
-            f"stages.{ctx.stage}.texts.{unknown[0]}: no such member", f"members: {', '.join(state.plan.order)}"
-        )
-    for name in state.plan.order:
-        text, context = config.text_of(name), state.family.members[name].config.get("max_position_embeddings")
-        if text is not None:
-            require_window(f"stages.{ctx.stage}: the length of {name}'s text", text.length, context, name)
     return _Measurement(config, state, ctx).run()
 
 

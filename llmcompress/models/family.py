@@ -63,6 +63,10 @@ class ModelFamily:
         """Layout of the base; blocks are the same in every member."""
         return self.base.layout
 
+    def contexts(self) -> dict[str, object]:
+        """Name → ``max_position_embeddings`` of a member's config, None where it has none."""
+        return {name: handle.config.get("max_position_embeddings") for name, handle in self.members.items()}
+
     def weights(self, linear: str) -> dict[str, Tensor]:
         """One linear's weight in every member, ``[N, K]`` fp32."""
         import torch

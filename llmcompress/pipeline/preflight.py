@@ -127,10 +127,13 @@ def require_companions(loaded: LoadedRecipe, names: Collection[str]) -> None:
         names: The stages. What is not here is left out, and what lies in the run folder: a stage may write it first.
 
     Raises:
-        InputError: A member is damaged, or of another architecture than the base; all of them at once.
+        InputError: A member is damaged, or of another architecture than the base; all of them at once. Or windows are
+            too long for one.
+        RecipeError: Something is named after no member.
         EnvironmentProblem: A task's checker, or math-verify, is not installed.
     """
     own = Path(loaded.recipe.run.dir).resolve()
+    contexts: dict[str, object] = {}
     for stage in (stage for stage in loaded.stages() if stage.name in names):
         task = getattr(stage.config, "task", None)
         if name := getattr(task, "checker", None):
@@ -142,6 +145,7 @@ def require_companions(loaded: LoadedRecipe, names: Collection[str]) -> None:
 
             require_math()
         members = getattr(stage.config, "members", None) or {}
+        contexts |= dict.fromkeys(members)
         paths = {
             name: member.path
             for name, member in members.items()
@@ -152,7 +156,9 @@ def require_companions(loaded: LoadedRecipe, names: Collection[str]) -> None:
             from llmcompress.models.handle import ModelHandle
 
             model = loaded.recipe.model
-            ModelFamily.open(ModelHandle.open(model.path, model.dtype), paths, model.dtype)
+            family = ModelFamily.open(ModelHandle.open(model.path, model.dtype), paths, model.dtype)
+            contexts |= family.contexts()
+        stage.require_members(contexts)
 
 
 def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:

@@ -139,6 +139,17 @@ class Stage(ABC):
             InputError: It lacks what the stage needs.
         """
 
+    def require_members(self, contexts: Mapping[str, object]) -> None:  # noqa: B027 - few stages work on families
+        """Refuse what does not fit a family's members; asked before a run begins.
+
+        Args:
+            contexts: Of each member of the recipe's families ``max_position_embeddings``; None where none is known.
+
+        Raises:
+            InputError: Windows are too long for a member.
+            RecipeError: Something is named after no member.
+        """
+
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Predict memory, disk and output of this stage."""
         return Estimate()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmcompress.data.sources import require_window
 from llmcompress.durable import write_durably
-from llmcompress.errors import GateFailed
+from llmcompress.errors import GateFailed, RecipeError
 from llmcompress.evaluation.batching import FAMILY_CUDA_BYTES
 from llmcompress.evaluation.config import PerplexityConfig
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -16,6 +17,8 @@ from llmcompress.stages.metrics import read_metrics, write_metrics
 from llmcompress.stages.state import Metric
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
@@ -91,16 +94,27 @@ class EvaluateFamily(Stage):
         """Nothing can be told from the layout."""
         return []
 
+    def require_members(self, contexts: Mapping[str, object]) -> None:
+        """Refuse texts of no member, and windows longer than a member's context; as the stage interface has it."""
+        if unknown := sorted(set(self.config.texts) - set(contexts)):
+            raise RecipeError(
+                f"stages.{self.name}.texts.{unknown[0]}: no such member", f"members: {', '.join(contexts)}"
+            )
+        for member, context in contexts.items():
+            if text := self.config.text_of(member):
+                require_window(f"stages.{self.name}: the length of {member}'s text", text.length, context, member)
+
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Measure whatever is not measured yet.
 
         Raises:
             GateFailed: The gate did not hold; everything is measured and stored by then.
-            RecipeError: A text is named after no member.
+            InputError, RecipeError: See :meth:`require_members`.
         """
         from llmcompress.evaluation.family import measure_family
 
         assert state.family is not None, "the pipeline checks that an rqt stage comes first"
+        self.require_members(state.family.family.contexts())
         rows = measure_family(self.config, state.family, ctx)
         write_durably(ctx.stage_dir / "family.json", json.dumps(rows, indent=1, sort_keys=True).encode())
         metrics = family_metrics(rows)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmcompress.data import hub
-from llmcompress.errors import EnvironmentProblem, InputError, ResourceError
+from llmcompress.errors import EnvironmentProblem, InputError, RecipeError, ResourceError
 from llmcompress.models import memory_limits
 from llmcompress.pipeline import preflight as module
 from llmcompress.pipeline.device import baseline_ram
@@ -338,15 +338,40 @@ stages:
 """
 
 
-def test_a_damaged_member_of_a_family_is_missed_before_any_work(tmp_path: Path) -> None:
+def save_llama(folder: Path, width: int = 48, context: int = 2048) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width,
+        max_position_embeddings=context,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def test_texts_of_no_member_and_windows_too_long_for_one_are_missed_before_any_work(tmp_path: Path) -> None:
+    for name, context in (("base", 2048), ("ant", 2048), ("bee", 32)):
+        save_llama(tmp_path / name, context=context)
+    text = "{source: {kind: inline, texts: [some text]}, length: %d}"
+
+    def require(section: str) -> None:
+        stage = f"  evaluate_family: {{type: evaluate_family, {section}}}\n"
+        (tmp_path / "recipe.yaml").write_text(FAMILY.format(folder=tmp_path) + stage)
+        loaded = load_recipe(tmp_path / "recipe.yaml")
+        require_companions(loaded, loaded.recipe.stages)
+
+    long, short = text % 64, text % 32
+    require(f"general: {short}, texts: {{ant: {long}, cat: {long}}}")
+    with pytest.raises(InputError, match="length of bee's text is 64, but bee was built for 32 positions"):
+        require(f"general: {long}")
+    with pytest.raises(RecipeError, match=r"stages\.evaluate_family\.texts\.cow: no such member") as caught:
+        require(f"texts: {{cow: {short}}}")
+    assert caught.value.hint == "members: ant, bee, cat"
+
+
+def test_a_damaged_member_of_a_family_is_missed_before_any_work(tmp_path: Path) -> None:
     def save(name: str, width: int = 48) -> Path:
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width
-        )
-        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
-        return tmp_path / name / "model.safetensors"
+        return save_llama(tmp_path / name, width)
 
     save("base")
     bee = [save(name) for name in ("ant", "bee")][1]
