@@ -39,6 +39,25 @@ class CalibrateConfig(StageConfig):
     """Go on with the windows there are when the text is too short for ``samples``."""
 
 
+def beyond_choice(where: str, length: int, layout: ModelLayout) -> list[str]:
+    """Why windows that go block by block are too long for layers that take over an earlier one's choice of positions.
+
+    Args:
+        where: Field of the recipe.
+        length: Tokens in a window.
+        layout: The model's.
+
+    Returns:
+        A problem, or nothing.
+    """
+    if layout.longest is None or length <= layout.longest:
+        return []
+    return [
+        f"{where}: {length} tokens, but layers are told by earlier ones which {layout.longest} positions a token sees, "
+        f"and that is not kept from block to block: set it to {layout.longest} or less"
+    ]
+
+
 class Calibrate(Stage):
     """Chooses windows of tokens."""
 
@@ -49,13 +68,7 @@ class Calibrate(Stage):
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Windows are run block by block."""
-        longest, length = layout.longest, self.config.length
-        if longest is None or length <= longest:
-            return []
-        return [
-            f"stages.{self.name}.length: {length} tokens, but layers are told by earlier ones which {longest} "
-            f"positions a token sees, and that is not kept from block to block: set it to {longest} or less"
-        ]
+        return beyond_choice(f"stages.{self.name}.length", self.config.length, layout)
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Token windows in memory and on disk."""

@@ -10,12 +10,14 @@ from pydantic import Field
 
 from llmcompress.data.sources import require_window
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.calibrate import beyond_choice
 from llmcompress.stages.s2r_config import S2RConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -51,6 +53,10 @@ class S2RTraces(Stage):
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.CALIBRATION})
     config: S2RTracesConfig
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Its windows are run block by block, as those of ``calibrate``."""
+        return beyond_choice(f"stages.{self.name}.length", self.config.length, layout)
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """The windows on disk; sampling needs what measuring needs."""

@@ -10,6 +10,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.registry import layout_from_config
 from llmcompress.stages.calibrate import Calibrate, CalibrateConfig
+from llmcompress.stages.s2r_traces import S2RTraces, S2RTracesConfig
 from llmcompress.stages.state import RunContext, RunState
 
 TEXTS = [f"The cat number {i} sat on the warm stone and looked at the sea." for i in range(20)]
@@ -91,6 +92,9 @@ def test_windows_longer_than_what_an_earlier_layer_chooses_are_refused_from_the_
     assert stage(length=65).check(apart) == stage(length=64).check(handed) == []
     (problem,) = stage(length=65).check(handed)
     assert problem.startswith("stages.calibrate.length: 65 tokens")
+    task = {"kind": "countdown"}
+    traces = [S2RTraces("traces", S2RTracesConfig(type="s2r_traces", task=task, length=n)) for n in (64, 65)]
+    assert [len(each.check(handed)) for each in traces] == [0, 1] and traces[1].check(apart) == []
 
 
 def test_config_rejects_zero_samples():
