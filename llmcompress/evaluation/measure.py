@@ -33,7 +33,7 @@ from llmcompress.evaluation.generation import generate
 from llmcompress.evaluation.ledger import Ledger
 from llmcompress.evaluation.pace import Pace
 from llmcompress.evaluation.perplexity import POSITION_BIN, Text, perplexity, tokenize
-from llmcompress.evaluation.scores import Score, paired_stderr
+from llmcompress.evaluation.scores import ACCURACIES, Score, paired_stderr
 from llmcompress.evaluation.significance import window_rows
 from llmcompress.evaluation.streamed import streamed_perplexity
 from llmcompress.evaluation.task_specs import TaskSpec, specify
@@ -524,7 +524,7 @@ def task_mean(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[d
         for a single task, or where a task has no accuracy.
     """
     known = {(row["task"], row["metric"]): row for row in rows}
-    parts = [known.get((task, "acc_norm")) or known.get((task, "acc")) for task in tasks]
+    parts = [next((known[task, name] for name in ACCURACIES if (task, name) in known), None) for task in tasks]
     found = [part for part in parts if part is not None]
     if len(found) < max(2, len(parts)):
         return []

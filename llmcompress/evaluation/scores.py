@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+# the accuracy of a task that a mean over tasks takes, the first that lm-eval gives
+ACCURACIES = ("acc_norm", "acc")
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
 

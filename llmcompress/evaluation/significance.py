@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.evaluation.ledger import part_name
-from llmcompress.evaluation.scores import paired_stderr
+from llmcompress.evaluation.scores import ACCURACIES, paired_stderr
 
 BOUND = 1.96
 """Standard errors that a difference must exceed: 5 % of pairs that do not differ would."""
+_MEANT = tuple(f".{name}" for name in ACCURACIES)
 
 
 def within_noise(difference: float | None, stderr: float | None) -> bool | None:
@@ -38,7 +39,7 @@ class Recorded:
 
     Attributes:
         sample: What the rows are of; figures can be compared row by row where this is equal.
-        rows: One value a row, whose mean differs between models as the figure does.
+        rows: One value a row, whose mean differs between models as the figure does; none for ``tasks.mean_acc``.
     """
 
     sample: str
@@ -64,6 +65,9 @@ def recorded(stage_dir: Path) -> dict[str, Recorded]:
                 if isinstance(entry, dict) and entry.get("rows"):
                     sample = f"{entry['task']} {entry['n']} {entry.get('asked', '')}"
                     fresh[f"{entry['task']}.{entry['metric']}"] = Recorded(sample, tuple(entry["rows"]))
+        # no mean of rows, but whether it is one of the same tasks can be told
+        if len(asked := [one.sample for name, one in fresh.items() if name.endswith(_MEANT)]) > 1:
+            fresh["tasks.mean_acc"] = Recorded("\n".join(asked), ())
         for name, source in texts.items():
             part = _read(stage_dir / "parts" / part_name(f"{side}.perplexity.{name}"))
             if isinstance(part, dict) and part.get("window_nll"):

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from llmcompress.evaluation.ledger import Ledger
-from llmcompress.evaluation.significance import asked_otherwise, difference_stderr, recorded, stages_of, within_noise
+from llmcompress.evaluation.significance import (
+    Recorded,
+    asked_otherwise,
+    difference_stderr,
+    recorded,
+    stages_of,
+    within_noise,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +72,18 @@ def test_as_many_rows_of_another_file_do_not_pair_up(tmp_path: Path) -> None:
     # which is said of figures that both have row by row
     assert asked_otherwise(one["t.acc"], two["t.acc"]) and not asked_otherwise(one["t.acc"], None)
     assert not asked_otherwise(one["held.perplexity"], two["held.perplexity"])
+
+
+def test_means_over_other_tasks_are_told_apart(tmp_path: Path) -> None:
+    def mean(folder: str, asked: dict[str, str]) -> Recorded:
+        for task, sample in asked.items():
+            row = {"task": task, "metric": "acc", "n": 2, "rows": [1, 0], "asked": sample}
+            Ledger(_stage(tmp_path / folder) / "parts").put(f"compressed.task.{task}", [row])
+        return recorded(tmp_path / folder)["tasks.mean_acc"]
+
+    one, same = mean("a", {"b": "x", "c": "y"}), mean("b", {"c": "y", "b": "x"})
+    assert not asked_otherwise(one, same) and difference_stderr(one, same) is None
+    assert asked_otherwise(one, mean("c", {"b": "x"})) and asked_otherwise(one, mean("d", {"b": "x", "c": "z"}))
 
 
 def test_the_compressed_side_counts_and_damage_is_no_error(tmp_path: Path) -> None:
