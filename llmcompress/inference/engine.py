@@ -309,8 +309,8 @@ class Engine:
 
     @property
     def _pairs_stay(self) -> bool:
-        """Whether transformers leaves pairs that it has turned side by side in its cache (DeepSeek-V2)."""
-        return self.decoder.latents is not None and not hasattr(self.model.config, "rope_interleave")
+        """Whether transformers leaves pairs that it has turned side by side in its cache: in DeepSeek-V2 alone."""
+        return bool(self.model.config.get_text_config().model_type == "deepseek_v2")
 
     @property
     def piece(self) -> int | None:

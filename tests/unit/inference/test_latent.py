@@ -12,6 +12,7 @@ from llmcompress.inference.engine import Engine, decline
 from llmcompress.inference.latent import halves, side_by_side
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations
+from llmcompress.nn.skipping import attach
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
@@ -54,6 +55,23 @@ def test_every_form(
         tokens = ids[: prompt + 8]
         found = sequences.natively(Engine(model, positions=64, threads=2), tokens, prompt)
         assert (found - reference(model, tokens)[prompt - 1 :]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"])
+def test_steps_go_on_from_a_prompt_that_modules_read(
+    decoders: Any, sequences: Any, ids: torch.Tensor, family: str
+) -> None:
+    from transformers import DynamicCache
+
+    model, tokens = decoders.dense(family), ids[:26]
+    # acts on prompts only, which modules read then
+    attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9, "min_len": 2})
+    kept = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        parts = [tokens[None, :20], *tokens[20:].split(1)]
+        expected = [model(part.view(1, -1), past_key_values=kept, use_cache=True).logits[0, -1] for part in parts]
+    found = sequences.natively(Engine(model, positions=32), tokens, 20)
+    assert (found - torch.stack(expected)).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
