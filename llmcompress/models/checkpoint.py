@@ -335,7 +335,7 @@ class Checkpoint:
             return
         if view.name not in self._banks:
             told = [rows.stop - rows.start for rows in self.layout.disk.pieces(view.name).values()]
-            found = [self._entry(piece).shape[0] for piece in pieces if piece in self._where]
+            found = [next(iter(self._entry(piece).shape), 0) for piece in pieces if piece in self._where]
             # transformers cuts into equal pieces what the hub has in unequal ones; put together they are the same
             lengths = found if sum(found) == sum(told) else told
             yield from ((p, (rows, *view.shape[1:])) for p, rows in zip(pieces, lengths) if p in self._where)

@@ -172,6 +172,50 @@ def test_wrong_shapes_are_named(folder: Path) -> None:
     assert "w2.weight has shape [8, 11]" in caught.value.message
 
 
+HYBRID: dict[str, Any] = {
+    "model_type": "olmo_hybrid", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "linear_key_head_dim": 2, "linear_value_head_dim": 4, "linear_conv_kernel_dim": 3,
+}  # fmt: skip
+# of queries and keys 4 rows each, of values 8
+CONV = "model.layers.0.linear_attn.{}_conv1d.weight"
+
+
+def cut_model(folder: Path, changes: dict[str, torch.Tensor | None]) -> Checkpoint:
+    """A hybrid whose convolutions are three tensors each in the file, some of them others or missing."""
+    layout = layout_from_config(HYBRID)
+    tensors: dict[str, torch.Tensor | None] = {}
+    for view in layout.tensors():
+        whole = torch.arange(torch.Size(view.shape).numel(), dtype=torch.float32).reshape(view.shape)
+        tensors |= {name: whole[rows].contiguous() for name, rows in layout.disk.pieces(view.name).items()}
+    (folder / "config.json").write_text(json.dumps(HYBRID))
+    held = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(folder)
+
+
+def test_tensors_that_a_file_cuts_apart_are_joined_wherever_it_cuts(tmp_path: Path) -> None:
+    name, whole = "model.layers.0.linear_attn.conv1d.weight", torch.arange(48, dtype=torch.float32).reshape(16, 1, 3)
+    for lengths in ((4, 4, 8), (5, 5, 6)):
+        pieces = dict(zip((CONV.format(word) for word in "qkv"), (part.clone() for part in whole.split(lengths))))
+        checkpoint = cut_model(tmp_path, {**pieces})
+        checkpoint.verify(check_values=True)
+        assert torch.equal(checkpoint.tensor(name), whole)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        ("k", None, r"missing: .*layers\.0\.linear_attn\.k_conv1d"),
+        ("v", torch.ones(9, 1, 3), r"v_conv1d\.weight has shape \[9, 1, 3\], config\.json says \[8, 1, 3\]"),
+        ("q", torch.ones(4, 1, 2), r"q_conv1d\.weight has shape \[4, 1, 2\]"),
+        ("q", torch.tensor(1.0), r"q_conv1d\.weight has shape \[\]"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_named(tmp_path: Path, word: str, value: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cut_model(tmp_path, {CONV.format(word): value}).verify()
+
+
 def test_integer_weights_are_refused(folder: Path) -> None:
     hub = hub_tensors()
     hub["model.norm.weight"] = torch.ones(8, dtype=torch.int8)
