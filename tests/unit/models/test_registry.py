@@ -129,9 +129,13 @@ def test_roles() -> None:
 def test_routers_and_gates_are_never_quantized() -> None:
     for model_type in families():
         given = {"deepseek_v2": {"num_experts_per_tok": 2}, "dots1": DOTS1, "gemma4_text": GEMMA4}.get(model_type, {})
-        names = [name for name, *_ in layout_from_config({"model_type": model_type, **given}).quantizable()]
+        layout = layout_from_config({"model_type": model_type, **given})
+        names = [name for name, *_ in layout.quantizable()]
         kept = (".gate", ".wg", ".router", "shared_expert_gate", "lm_head", "norm", "conv1d", ".conv.conv")
         assert not [n for n in names if n.endswith((*kept, "in_proj_ba", "in_proj_a", "in_proj_b"))]
+        for block in layout.blocks:
+            dense = {f"{view.name}.weight" for sublayer in block.sublayers for view in sublayer.beside}
+            assert dense <= {view.name for view in block.kept} - {f"{name}.weight" for name in names}
 
 
 def test_a_family_that_the_installed_transformers_lacks_is_refused(
