@@ -133,13 +133,18 @@ def solve(
     Returns:
         Codes and grids with the error they make.
     """
-    experts, rows, columns = w.shape
-    step = experts if w.is_cuda else max(1, SOLVE_BYTES // (4 * rows * columns))
-    turns = [slice(start, min(start + step, experts)) for start in range(0, experts, step)]
+    turns = solved_together(w.shape, w.is_cuda)
     if _runs_natively(w, spec, options):
         return _solve_natively(w, hessian, spec, options, usable, turns)
     parts = [_solve_plainly(w[t], hessian[t], spec, options, None if usable is None else usable[t]) for t in turns]
     return parts[0] if len(parts) == 1 else Solution.joined(parts)
+
+
+def solved_together(shape: Sequence[int], on_gpu: bool) -> list[slice]:
+    """Which experts of weights ``[E, N, K]`` are worked on at once: on a CPU as many as :data:`SOLVE_BYTES` hold."""
+    experts, rows, columns = shape
+    step = experts if on_gpu else max(1, SOLVE_BYTES // (4 * rows * columns))
+    return [slice(start, min(start + step, experts)) for start in range(0, experts, step)]
 
 
 def _solve_plainly(

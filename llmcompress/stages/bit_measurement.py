@@ -58,7 +58,7 @@ class ErrorMeter:
         """Measure one projection of some experts, a few at a time; experts count by their tokens."""
         import torch
 
-        from llmcompress.algorithms.gptq import SOLVE_BYTES
+        from llmcompress.algorithms.gptq import solved_together
         from llmcompress.models.capture import expert_weight
 
         if name not in self.wanted:
@@ -67,9 +67,7 @@ class ErrorMeter:
         hessian = None if gram is None else gram.take_hessian()
         count = experts.stop - experts.start
         share = torch.ones(count) if gram is None else gram.tokens.to(torch.float32)
-        step = count if hessian is not None and hessian.is_cuda else max(1, SOLVE_BYTES // (4 * rows * columns))
-        for start in range(0, count, step):
-            turn = slice(start, min(start + step, count))
+        for turn in solved_together((count, rows, columns), hessian is not None and hessian.is_cuda):
             own = slice(experts.start + turn.start, experts.start + turn.stop)
             weights = expert_weight(module, bank, name, own)
             self._measure(name, weights, None if hessian is None else hessian[turn], share[turn])
