@@ -51,6 +51,7 @@ def load_members(
             "activation or normalisation constants)",
             "load one member at a time",
         )
+    _require_alike(artifact, shells)
     for linear in artifact.plan.linears:
         biases = {m: b for m, s in shells.items() if (b := getattr(s.get_submodule(linear), "bias", None)) is not None}
         nodes = artifact.nodes(linear, frozenset(ordered))
@@ -101,13 +102,35 @@ def _numbers(model: PreTrainedModel) -> str:
 
 
 def private_modules(model: nn.Module) -> list[str]:
-    """Modules with weights of their own outside the trees: embedding, norms, head."""
-    found = []
-    for name, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        if own and not isinstance(module, TreeLinear):
-            found.append(name)
-    return found
+    """Modules with weights of their own outside the trees: embedding, norms, head; none that a batch shares."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and not isinstance(module, TreeLinear | nn.Conv1d)
+        and not any(isinstance(part, TreeLinear) for part in module.children())
+    ]
+
+
+def _require_alike(artifact: FamilyArtifact, shells: Mapping[str, nn.Module]) -> None:
+    """Refuse members in one batch who differ in tensors that it shares: those of modules with others in them (sinks,
+    factors of layers), and of convolutions, whose weights mixers read without calling them.
+
+    Raises:
+        InputError: They differ.
+    """
+    first, *others = shells.values()
+    for name, module in first.named_modules():
+        if not isinstance(module, nn.Conv1d) and not any(True for _ in module.children()):
+            continue
+        buffers = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **buffers}.items():
+            theirs = [getattr(other.get_submodule(name), key) for other in others]
+            if tensor is not None and not all(torch.equal(tensor, value) for value in theirs):
+                raise InputError(
+                    f"{artifact.folder}: {', '.join(shells)} differ in {name}.{key}, which a batch must share",
+                    "load one member at a time",
+                )
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
