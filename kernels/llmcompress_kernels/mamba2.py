@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmcompress_kernels import build, cpu, cpu_state, pages, select
 from llmcompress_kernels.decode import Mixers
+from llmcompress_kernels.decode_checks import check_tensors
 from llmcompress_kernels.matrix import Matrix, MatrixStruct
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -376,7 +377,7 @@ def step(
         seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
 
     Raises:
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or a tensor is not of the type and shape named here.
     """
     batch = tokens.shape[0]
     _check_tokens(model, tokens)
@@ -385,6 +386,8 @@ def step(
     chosen = slots.tolist()
     if len(set(chosen)) != batch or min(chosen) < 0 or max(chosen) >= states.slots:
         raise ValueError(f"sequences {chosen} are not {batch} different ones of {states.slots}")
+    _check_room(model, batch, logits, seconds)
+    check_tensors(batch, slots=(slots, torch.int32, None), best=(best, torch.int64, None))
     given: tuple[Any, ...] = (tokens, slots, logits, best, seconds)
     call = _Step(*(None if t is None else t.data_ptr() for t in given), batch, threads or torch.get_num_threads(), 0)
     library().llmc_mamba2_step(model._handle, ctypes.byref(states._struct), ctypes.byref(call))
@@ -411,11 +414,12 @@ def prompt(
         last: Whether they end it; logits are written then.
 
     Raises:
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or a tensor is not of the type and shape named here.
     """
     _check_tokens(model, tokens)
     if not 0 <= slot < states.slots or len(tokens) == 0:
         raise ValueError(f"sequence {slot} of {states.slots} with {len(tokens)} tokens")
+    _check_room(model, 1, logits, seconds)
     run, workers = library().llmc_mamba2_prompt, threads or torch.get_num_threads()
     for start in range(0, len(tokens), MAX_PROMPT):
         part = tokens[start : start + MAX_PROMPT]
@@ -433,3 +437,8 @@ def _check_tokens(model: Model, tokens: Tensor) -> None:
         raise ValueError(f"tokens {tokens.tolist()} are not all within 0..{model.vocabulary - 1}")
     if tokens.dtype != torch.int64 or not tokens.is_contiguous():
         raise ValueError("tokens are int64 and contiguous")
+
+
+def _check_room(model: Model, rows: int, logits: Tensor, seconds: Tensor | None) -> None:
+    check_tensors(rows, logits=(logits, torch.float32, -(-model.vocabulary // LANES) * LANES))
+    check_tensors(len(PHASES), seconds=(seconds, torch.float64, None))

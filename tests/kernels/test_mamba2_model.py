@@ -248,3 +248,22 @@ def test_what_does_not_fit_is_refused() -> None:
         mamba2.prompt(twin.model, states, 2, two, logits)
     with pytest.raises(ValueError, match="room"):
         mamba2.step(twin.model, states, torch.ones(3, dtype=torch.int64), torch.arange(3, dtype=torch.int32), logits)
+
+
+def test_memory_of_another_type_or_size_is_refused() -> None:
+    twin = Twin()
+    states, logits, two = mamba2.States(twin.model, 2), twin.model.logits(2), torch.tensor([1, 2])
+    places, clock = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(len(mamba2.PHASES))
+    for name, given in {
+        "slots": {"slots": places.long()}, "logits": {"logits": logits[:, :-16].contiguous()},
+        "best": {"best": torch.zeros(1, dtype=torch.int64)}, "seconds": {"seconds": clock},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: "):
+            mamba2.step(
+                **({"model": twin.model, "states": states, "tokens": two, "slots": places, "logits": logits} | given)
+            )
+    for name, given in {"logits": {"logits": logits.double()}, "seconds": {"seconds": clock}}.items():
+        with pytest.raises(ValueError, match=f"{name}: "):
+            mamba2.prompt(
+                **({"model": twin.model, "states": states, "slot": 0, "tokens": two, "logits": logits} | given)
+            )
