@@ -407,15 +407,14 @@ def test_what_compares_answers_is_missed_before_any_work(
 ) -> None:
     from llmcompress.data.problems import mathematics
     from llmcompress.data.problems.config import FileTask
+    from llmcompress.stages.s2r_init import S2RInit
 
     monkeypatch.setattr(mathematics, "find_spec", lambda _: None)
 
     def loaded(**words: Any) -> Any:
         config = SimpleNamespace(task=FileTask(kind="file", path="problems.jsonl", **words))
         run = SimpleNamespace(dir=str(tmp_path))
-        return SimpleNamespace(
-            recipe=SimpleNamespace(run=run), stages=lambda: [SimpleNamespace(name="warm_up", config=config)]
-        )
+        return SimpleNamespace(recipe=SimpleNamespace(run=run), stages=lambda: [S2RInit("warm_up", config)])
 
     require_companions(loaded(), ["warm_up"])
     require_companions(loaded(**task), ["load"])
