@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no na
 
 # rows of whole blocks: 24 of the fixture's keys and values are none
 QWEN3 = {"head_dim": 32}
-CHANGES: dict[str, dict[str, Any]] = {"qwen3": QWEN3, "qwen3_moe": {"moe_intermediate_size": 48}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen3": QWEN3, "qwen3_moe": {"moe_intermediate_size": 48}, "mellum": {"moe_intermediate_size": 48},
+}  # fmt: skip
 
 
 def both(engine: Engine, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
