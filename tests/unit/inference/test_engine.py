@@ -24,8 +24,9 @@ from llmcompress.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
-# logits are of size 4; float32 sums in another order differ by a few units of the last place
-EXACT = 3e-5
+# logits are of size 8; float32 sums in another order, also those of another build of C++, differ by some units of the
+# last place
+EXACT = 5e-5
 # families whose routers decide
 EXPERTS = (
     "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
