@@ -21,6 +21,7 @@ from llmcompress.models.families.parts import (
     gated_mlp,
     mixture,
     norm,
+    weights,
 )
 from llmcompress.models.families.prediction import further_layers
 from llmcompress.models.layout import LinearGroup, LinearView, Role, RouterView, Sublayer, TensorView
@@ -66,7 +67,7 @@ def sparse_attention(facts: Facts, layer: str, chooses: bool = True) -> Part:
         return Part(replace(part.sublayer, handed=facts.size("index_topk")), part.kept)
     sizes = {"wk": width, "weights_proj": heads}
     beside = tuple(LinearView(f"{module}.{n}", rows, facts.hidden, Role.ATTENTION) for n, rows in sizes.items())
-    kept = [TensorView(f"{view.name}.weight", (view.out_features, view.in_features)) for view in beside]
+    kept = weights(beside)
     kept.append(TensorView(f"{module}.wq_b.weight", (heads * width, facts.size("q_lora_rank"))))
     kept += norm(f"{module}.k_norm", width, bias=True)
     return Part(replace(part.sublayer, beside=beside), (*part.kept, *kept))

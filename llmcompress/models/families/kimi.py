@@ -10,7 +10,7 @@ from __future__ import annotations
 from llmcompress.errors import InputError
 from llmcompress.models.families.deepseek import by_kind, latent_attention
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, norm
+from llmcompress.models.families.parts import Family, Part, norm, weights
 from llmcompress.models.layout import DiskNames, LinearGroup, LinearView, Role, ScanView, Sublayer, TensorView
 
 _KINDS = ("linear_attention", "full_attention")
@@ -65,7 +65,7 @@ def _delta_attention(facts: Facts, layer: str) -> Part:
         LinearGroup((linear("o_proj", hidden, inner),), "last", module),
     )
     beside = (linear("forget_gate.f_a_proj", head, hidden), linear("b_proj", heads, hidden))
-    kept = [TensorView(f"{view.name}.weight", (view.out_features, view.in_features)) for view in beside]
+    kept = weights(beside)
     kept += [TensorView(f"{gate}.f_b_proj.weight", (inner, head)), TensorView(f"{gate}.dt_bias", (inner,))]
     kept += [TensorView(f"{gate}.A_log", (1, 1, heads, 1)), TensorView(f"{module}.conv1d.weight", (3 * inner, 1, taps))]
     scan = ScanView(module, "kda", heads, head, head, heads, 3 * inner, taps)

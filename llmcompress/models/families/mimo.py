@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from llmcompress.models.families.deepseek import sigmoid_router
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.parts import (
     PER_EXPERT,
@@ -16,7 +17,7 @@ from llmcompress.models.families.parts import (
     mixture,
     with_sinks,
 )
-from llmcompress.models.layout import LinearView, Role, RouterView, Sublayer, TensorView
+from llmcompress.models.layout import LinearView, Role, Sublayer
 
 
 def _attention(facts: Facts, layer: str, times: int) -> Part:
@@ -38,15 +39,9 @@ def _mimo(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     head = with_sinks(_attention(facts, layer, 2), facts.heads) if near else _attention(facts, layer, 1)
     if facts.dense(index, index == 0):
         return head, gated_mlp(facts, layer)
-    module, scale = f"{layer}.mlp.gate", facts.get("routed_scaling_factor")
-    router = RouterView(
-        module,
-        "sigmoid_group_topk",
-        renormalizes=facts.flag("norm_topk_prob"),
-        # released files say null
-        scale=1.0 if scale is None else facts.number("routed_scaling_factor"),
-        correction=TensorView(f"{module}.e_score_correction_bias", (facts.size("n_routed_experts"),)),
-    )
+    # released files say null
+    scaled = facts if facts.get("routed_scaling_factor") is not None else facts.having(routed_scaling_factor=1.0)
+    router = sigmoid_router(scaled, layer)
     return head, mixture(layer, expert_bank(facts, layer, "n_routed_experts", "moe_intermediate_size", router))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from llmcompress.models.families.dense import norms_after
 from llmcompress.models.families.facts import Facts
-from llmcompress.models.families.parts import Family, Part, first_and_last, gated_mlp, norm
+from llmcompress.models.families.parts import Family, Part, first_and_last, gated_mlp, norm, weights
 from llmcompress.models.layout import DiskNames, LinearView, Role, ScanView, Sublayer, TensorView
 
 _KINDS = ("linear_attention", "full_attention")
@@ -39,7 +39,7 @@ def _delta_rule(facts: Facts, layer: str) -> Part:
     last = LinearView(f"{module}.o_proj", hidden, heads * value, Role.SSM)
     groups = first_and_last(module, [linear(name, size) for name, size in rows.items()], last)
     beside = (linear("a", heads), linear("b", heads))
-    kept = [TensorView(f"{view.name}.weight", (heads, hidden)) for view in beside]
+    kept = weights(beside)
     kept += [TensorView(f"{module}.{name}", (heads,)) for name in ("dt_bias", "A_log")]
     kept.append(TensorView(f"{module}.conv1d.weight", (mixed, 1, taps)))
     scan = ScanView(module, "delta", heads, value, key, key_heads, mixed, taps)

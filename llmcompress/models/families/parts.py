@@ -133,6 +133,11 @@ def biases(groups: tuple[LinearGroup, ...]) -> tuple[TensorView, ...]:
     return tuple(TensorView(f"{linear.name}.bias", (linear.out_features,)) for linear in linears)
 
 
+def weights(linears: Iterable[LinearView]) -> list[TensorView]:
+    """Weights of these linears as plain tensors, for what stays dense or is borrowed."""
+    return [TensorView(f"{linear.name}.weight", (linear.out_features, linear.in_features)) for linear in linears]
+
+
 def first_and_last(module: str, first: Iterable[LinearView], last: LinearView) -> tuple[LinearGroup, LinearGroup]:
     """Groups of a module that projects its input, by one linear or several, and its output."""
     return LinearGroup(tuple(first), "first", module), LinearGroup((last,), "last", module)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from llmcompress.errors import InputError
 from llmcompress.models.families.facts import Facts
 from llmcompress.models.families.mixers import headed_scan, mamba2
-from llmcompress.models.families.parts import Family, Part, biases, norm
+from llmcompress.models.families.parts import Family, Part, biases, norm, weights
 from llmcompress.models.layout import LinearGroup, LinearView, Loan, Role, Sublayer, TensorView
 
 # the list of layers that transformers assumes: hybrid where this has an h
@@ -137,11 +137,7 @@ def _loan(facts: Facts, index: int) -> Loan | None:
     tensors: list[TensorView] = []
     for part in (_attention(facts, first), _mlp(facts, first)):
         linears = [view for group in part.sublayer.groups for view in group.linears]
-        tensors += [
-            TensorView(f"{view.name}.weight", (view.out_features, view.in_features))
-            for view in linears
-            if "_adapter_list." not in view.name
-        ]
+        tensors += weights(view for view in linears if "_adapter_list." not in view.name)
         tensors += part.kept
     return Loan(f"model.layers.{index}.shared_transformer", use.shared, use.owner, tuple(tensors))
 
