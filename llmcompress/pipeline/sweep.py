@@ -252,6 +252,8 @@ class Sweep:
                 env={**os.environ, **self._threads(), "COLUMNS": "200"},
             )  # fmt: skip
             self._children.add(child)
+            if self._stopped:  # while it was started: nobody has told it
+                os.killpg(child.pid, signal.SIGTERM)
         _, said = child.communicate()
         with self._guard:
             self._children.discard(child)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,18 +156,40 @@ def test_a_sweep_goes_on_with_more_runs_at_a_time(fake: Path, monkeypatch: pytes
 def test_a_stop_ends_the_children(fake: Path) -> None:
     from llmcompress.errors import Interrupted
 
-    def tell(text: str) -> None:
-        if "n=4: begins" in text:
-            signal.alarm(1)
+    def stop() -> None:
+        while not (fake / "n=4" / "threads").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-    try:
-        with pytest.raises(Interrupted, match="sweep was stopped"):
-            runs = combinations({"n": ["4", "5"]}, fake)
-            Sweep("recipe", ["pause=60"], runs, fake, 1, tell).execute()
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    said: list[str] = []
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Interrupted, match="sweep was stopped"):
+        runs = combinations({"n": ["4", "5"]}, fake)
+        Sweep("recipe", ["pause=300"], runs, fake, 1, said.append).execute()
+    assert said == ["n=4: begins", f"n=4: ended with exit code {-signal.SIGTERM}"]
     assert not (fake / "n=5").exists()
+
+
+def test_a_stop_while_a_run_is_being_started_reaches_it(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmcompress.errors import Interrupted
+
+    start = sweep.subprocess.Popen
+
+    def slow(*words: Any, **options: Any) -> Any:
+        child = start(*words, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not seen:
+            time.sleep(0.01)
+        return child
+
+    seen: list[int] = []
+    said: list[str] = []
+    stop = Sweep._stop
+    monkeypatch.setattr(Sweep, "_stop", lambda self, *told: (stop(self, *told), seen.append(1)))
+    monkeypatch.setattr(sweep.subprocess, "Popen", slow)
+    with pytest.raises(Interrupted, match="sweep was stopped"):
+        Sweep("recipe", ["pause=300"], combinations({"n": ["4"]}, fake), fake, 1, said.append).execute()
+    assert said == ["n=4: begins", f"n=4: ended with exit code {-signal.SIGTERM}"]
 
 
 def test_results_are_read_from_the_folder(tmp_path: Path) -> None:
