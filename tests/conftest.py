@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # before torch is loaded: threads that spin while they wait are slow on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # before triton is: its kernels run on CPU tensors here, and for real in scripts/gpu_check.sh
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# who waits for a library that another process of the tests compiles, with a cold cache on a busy machine, waits for it
+os.environ.setdefault("LLMCOMPRESS_BUILD_TIMEOUT", "3600")
+
+# the same examples every time, however slow the machine: a change is judged by what it does, not by luck
+settings.register_profile(
+    "llmcompress", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("llmcompress")
 
 _BASE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

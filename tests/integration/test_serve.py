@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ pytest.importorskip("prometheus_client")
 from llmcompress.serving.limits import Limits  # noqa: E402
 
 KEY = "a-key-for-tests"
+# seconds for what takes milliseconds on a machine that does nothing else
+PATIENCE = 120.0
 LIMITS = Limits(
     rows=6, queue=8, cache_tokens=768, prompt_tokens=64, new_tokens=64, choices=8, body_bytes=4096, drain_seconds=20.0,
     write_seconds=5.0,
@@ -37,6 +39,19 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if brief is defined and brief %}briefly {% endif %}assistant:"
 )
+
+
+def comes(wanted: Callable[[], object]) -> bool:
+    """Wait until something holds; whether it came to that.
+
+    What a server counts and logs of an answer it may count and log after the client has read it.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not wanted():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 class Running:
@@ -51,18 +66,17 @@ class Running:
         self._thread = threading.Thread(target=self.server.run, args=(self._bound,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self.port}"
-        while not self.server.started:
-            time.sleep(0.01)
+        assert comes(lambda: self.server.started or not self._thread.is_alive()) and self.server.started
 
     def client(self, key: str = KEY) -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
 
     def raw(self, path: str, body: bytes | None = None, key: str | None = KEY) -> tuple[int, Any]:
         request = urllib.request.Request(self.url + path, data=body, method="POST" if body is not None else "GET")
         if key is not None:
             request.add_header("Authorization", f"Bearer {key}")
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -72,15 +86,13 @@ class Running:
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"llmcompress_{name}"))
 
     def idle(self) -> bool:
-        for _ in range(200):
-            if self.metric("running_sequences") == self.metric("waiting_sequences") == 0:
-                return True
-            time.sleep(0.02)
-        return False
+        """Whether it comes to hold nothing; the cache's gauge is set last."""
+        gauges = ("running_sequences", "waiting_sequences", "reserved_tokens", "cache_bytes")
+        return comes(lambda: all(self.metric(name) == 0 for name in gauges))
 
     def stop(self) -> None:
         self.server.shut()
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         self._bound.close()
         assert not self._thread.is_alive()
 
@@ -165,7 +177,6 @@ def test_many_streams_at_once_join_and_leave(server: Running, reference: Any) ->
         thread.join()
     assert got == {prompt: reference(prompt, count) for prompt, count in wanted.items()}
     assert server.idle()
-    assert server.metric("cache_bytes") == 0
 
 
 def test_a_chat_streams_role_content_reason_and_usage(server: Running, reference: Any) -> None:
@@ -469,8 +480,21 @@ def test_a_body_without_a_length_is_counted(server: Running) -> None:
         assert b"413" in sent.recv(4096).split(b"\r\n")[0]
 
 
-def test_a_client_that_vanishes_frees_its_place(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.server.metrics, "step", lambda rows, seconds: time.sleep(0.05))
+@pytest.fixture
+def gate(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Every step of the server's batch waits until this is set."""
+    opened = threading.Event()
+    monkeypatch.setattr(server.server.metrics, "step", lambda rows, seconds: opened.wait(PATIENCE))
+    yield opened
+    opened.set()
+
+
+def test_a_client_that_vanishes_frees_its_place(
+    server: Running, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, left = server.server.scheduler, threading.Event()
+    cancel = scheduler.cancel
+    monkeypatch.setattr(scheduler, "cancel", lambda jobs: (cancel(jobs), left.set()))
     body = json.dumps({**GOOD, "max_tokens": 60, "n": 6, "stream": True}).encode()
     fields = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
     head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
@@ -478,13 +502,17 @@ def test_a_client_that_vanishes_frees_its_place(server: Running, monkeypatch: py
     with socket.create_connection(("127.0.0.1", server.port)) as gone:
         gone.sendall(head.encode() + body)
         gone.recv(1)
+        assert comes(lambda: server.metric("generated_tokens_total") > before)
+    # its first step has not ended when it goes
+    assert left.wait(PATIENCE)
+    gate.set()
     assert server.idle()
     assert server.metric("generated_tokens_total") - before < 6 * 30
     whole = server.raw("/v1/completions", json.dumps(GOOD).encode())
     assert whole[0] == 200
 
 
-def test_a_full_queue_is_said_so(server: Running) -> None:
+def test_a_full_queue_is_said_so(server: Running, gate: threading.Event) -> None:
     statuses: list[int] = []
     together = threading.Barrier(24)
 
@@ -496,6 +524,9 @@ def test_a_full_queue_is_said_so(server: Running) -> None:
     threads = [threading.Thread(target=ask) for _ in range(together.parties)]
     for thread in threads:
         thread.start()
+    # nothing ends before somebody was refused
+    assert comes(lambda: statuses)
+    gate.set()
     for thread in threads:
         thread.join()
     assert set(statuses) <= {200, 429}
@@ -508,7 +539,7 @@ def test_metrics_count(server: Running) -> None:
     before = server.metric("prompt_tokens_total")
     server.client().completions.create(model="tiny", prompt=[60, 61], max_tokens=2)
     assert server.metric("prompt_tokens_total") == before + 2
-    assert server.metric("requests_total") > 0
+    assert comes(lambda: server.metric('requests_total{endpoint="/v1/completions",status="200"}') > 0)
 
 
 def test_sigterm_finishes_what_runs(folder: Path) -> None:
@@ -534,7 +565,7 @@ def test_sigterm_finishes_what_runs(folder: Path) -> None:
         process.send_signal(signal.SIGTERM)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason in ("length", "stop")
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
 
@@ -573,19 +604,17 @@ def test_several_models_share_a_server(
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(60)
+                thread.join(PATIENCE)
             running.raw("/no%0Asuch")
             # a request is logged after its answer is sent: the list of models may come in here too
             wanted = ["GET other 404", *["POST /v1/completions 200"] * 2]
-            said: list[str] = []
-            for _ in range(500):
+
+            def said() -> list[str]:
                 lines = [record.getMessage() for record in caplog.records if record.name == "llmcompress.access"]
-                said = sorted(line.rsplit(" ", 2)[0] for line in lines if "/v1/models" not in line)
-                if said == wanted:
-                    break
-                time.sleep(0.02)
+                return sorted(line.rsplit(" ", 2)[0] for line in lines if "/v1/models" not in line)
+
+            assert comes(lambda: said() == wanted), said()
         assert texts["tiny"] == reference("The cat", 12) != texts["mixture"]
-        assert said == wanted
     finally:
         running.stop()
 

@@ -151,15 +151,15 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
         "import os, time; from pathlib import Path; from llmcompress.pipeline.run_dir import RunLock\n"
         f"with RunLock(Path({str(tmp_path)!r})):\n"
         "    child = os.fork()\n"
-        "    if child == 0:\n        os.close(1); time.sleep(20); os._exit(0)\n"
-        "    print(child, flush=True); time.sleep(20)"
+        "    if child == 0:\n        os.close(1); time.sleep(3600); os._exit(0)\n"
+        "    print(child, flush=True); time.sleep(3600)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         orphan = int(process.stdout.readline())
-        process.kill()
-        process.wait()
         try:
+            process.kill()
+            process.wait()
             with RunLock(tmp_path):
                 holder = json.loads((tmp_path / ".lock").read_text())
                 assert holder["pid"] == os.getpid()

@@ -16,7 +16,7 @@ def slow_pack(codes: list[int], bits: int) -> list[int]:
     return [w - (1 << 32) if w >> 31 else w for w in words]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bits=st.integers(1, 8), count=st.integers(1, 140), rows=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_matches_the_definition_and_round_trips(bits: int, count: int, rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

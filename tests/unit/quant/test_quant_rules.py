@@ -102,7 +102,7 @@ def test_chosen_widths_are_used() -> None:
     assert {name: spec.bits for name, spec in resolve([auto], MIXTRAL, chosen).items()} == chosen
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.sampled_from(["q_proj", r"layers\.[0-2]\.", "experts", "down_proj$", "k|v", "self_attn"]), max_size=4)
 )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcompress.recipe.overrides import apply_override, parse_override, parse_overrides
@@ -109,8 +109,6 @@ def test_malformed_overrides_are_collected_with_their_number(text):
     assert problems[0].message.startswith("override #2: ")
 
 
-# a machine that is busy elsewhere is no reason to fail
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)

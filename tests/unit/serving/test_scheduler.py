@@ -18,6 +18,19 @@ from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.scheduler import FAILED, STOPPED, Busy, Group, Job, Piece, Scheduler
 from llmcompress.serving.text import TextStream
 
+# seconds for what takes milliseconds on a machine that does nothing else
+PATIENCE = 120.0
+
+
+def comes(wanted: Callable[[], object]) -> bool:
+    """Wait until something holds; whether it came to that."""
+    deadline = time.monotonic() + PATIENCE
+    while not wanted():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
 
 class Paper:
     """Writes the token after the last one, up to 200; token 9 breaks it, 10 is followed by no number, a gate may hold
@@ -34,6 +47,8 @@ class Paper:
         self.watch: Callable[[tuple[int, ...]], None] = lambda part: None
         self.gate = threading.Event()
         self.gate.set()
+        # a step has come to the gate
+        self.stands = threading.Event()
         # tokens of every prompt that are held already
         self.known = 0
 
@@ -62,7 +77,8 @@ class Paper:
         return self.known
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
-        self.gate.wait(10)
+        self.stands.set()
+        self.gate.wait(PATIENCE)
         self.record.append(())
         assert set(tokens) == set(self.held)
         return {key: self._logits(token) for key, token in tokens.items()}
@@ -98,16 +114,16 @@ class Bench:
         """One answer of so many tokens begins, and its steps wait at the gate."""
         self.rows.gate.clear()
         self.scheduler.submit([self.job(20, count=count)])
-        while not self.pieces[0]:
-            time.sleep(0.01)
+        assert self.rows.stands.wait(PATIENCE)
 
     def ended(self, number: int) -> Piece:
-        for _ in range(500):
-            last = self.pieces[number][-1:]
-            if last and (last[0].reason is not None or last[0].error is not None):
-                return last[0]
-            time.sleep(0.01)
-        raise AssertionError("never ended")
+        pieces = self.pieces[number]
+        assert comes(lambda: pieces and (pieces[-1].reason is not None or pieces[-1].error is not None))
+        return pieces[-1]
+
+    def empty(self) -> bool:
+        """Whether no sequence keeps its place, which it gives back after its last piece."""
+        return comes(lambda: not self.rows.held)
 
     def tokens(self, number: int) -> list[int]:
         return [choice.token for piece in self.pieces[number] for choice in piece.choices]
@@ -127,7 +143,7 @@ def test_each_gets_its_tokens_and_no_more_than_fit_run(bench: Bench) -> None:
         assert bench.ended(i).reason == "length"
         assert bench.tokens(i) == [21 + 10 * i + k for k in range(3 + i)]
     assert bench.rows.most == 3
-    assert bench.rows.held == {}
+    assert bench.empty()
 
 
 def test_a_stop_token_ends_and_is_not_reported(bench: Bench) -> None:
@@ -180,7 +196,7 @@ def test_one_that_nobody_reads_any_more_leaves(bench: Bench) -> None:
     bench.scheduler.cancel([long])
     bench.rows.gate.set()
     assert bench.ended(1).reason == "length"
-    assert bench.rows.held == {}
+    assert bench.empty()
     assert len(bench.tokens(0)) < 40
 
 
@@ -200,7 +216,7 @@ def test_a_sequence_of_which_no_token_can_be_drawn_ends_alone(bench: Bench) -> N
     assert bench.ended(0).error == FAILED
     assert bench.ended(1).reason == "length"
     assert bench.tokens(1) == list(range(21, 29))
-    assert bench.scheduler.alive and not bench.rows.held
+    assert bench.empty() and bench.scheduler.alive
 
 
 def test_when_decoding_ends_by_a_fault_nobody_waits_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +305,7 @@ def test_tokens_that_are_held_already_take_nothing_of_a_chunk(bench: Bench) -> N
     bench.rows.watch = lambda part: bench.rows.gate.clear()
     # the first sequence is held up in its first step, so that both others wait together
     bench.scheduler.submit([bench.job(0, prompt=range(20, 40), count=3)])
-    while not bench.pieces[0]:
-        time.sleep(0.01)
+    assert bench.rows.stands.wait(PATIENCE)
     bench.rows.watch = lambda part: None
     bench.scheduler.submit([bench.job(0, prompt=range(n, n + 20), count=2) for n in (50, 80)])
     bench.rows.gate.set()
@@ -392,13 +407,13 @@ def test_an_answer_whose_reader_is_gone_leaves(bench: Bench) -> None:
     bench.scheduler.submit([lost, other])
     bench.rows.gate.set()
     assert bench.ended(1).reason == "length"
-    assert lost.written < 40 and not bench.rows.held
+    assert lost.written < 40 and bench.empty()
 
 
 def test_stopping_tells_those_that_wait_too(bench: Bench) -> None:
     bench.held_up(8)
     bench.scheduler.submit([bench.job(30 + 10 * i) for i in range(4)])
-    threading.Timer(0.1, bench.rows.gate.set).start()
+    threading.Thread(target=lambda: comes(lambda: bench.scheduler.draining) and bench.rows.gate.set()).start()
     bench.scheduler.stop()
     assert [bench.ended(i).error for i in range(1, 5)] == [STOPPED] * 4
     with pytest.raises(Busy, match="shutting down"):
