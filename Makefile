@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once) ..."
 	@$(PIP) "$(TORCH)"
-	@$(PIP) -c constraints.txt -e ".[export,serve]"
+	@$(PIP) -c constraints.txt -e ".[export,serve,structured]"
 	@touch $@
 
 $(VENV)/.dev: $(STAMP)

@@ -21,6 +21,7 @@ EXTRAS = {
     "starlette": "pip install 'llmcompress[serve]'",
     "uvicorn": "pip install 'llmcompress[serve]'",
     "prometheus_client": "pip install 'llmcompress[serve]'",
+    "llguidance": "pip install 'llmcompress[structured]'",
     "triton": "pip install 'llmcompress[triton]'",
 }
 LESS_MEMORY = (

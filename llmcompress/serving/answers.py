@@ -174,7 +174,7 @@ class Answers:
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk of a stream that counts."""
-        return {**self._head, "object": self._shape.part, "choices": [], "usage": self._usage()}
+        return {**self._head, "object": self._shape.part, "choices": [], "usage": self.usage()}
 
     def add(self, index: int, piece: Piece) -> None:
         """Keep a piece for :meth:`body`."""
@@ -191,9 +191,10 @@ class Answers:
                 logprobs = self._shape.logprobs(self._model.tokenizer, self._choices[index], 0)
             choice = self._shape.choice(self._texts[index])
             choices.append({**choice, "index": index, "logprobs": logprobs, "finish_reason": self._reasons[index]})
-        return {**self._head, "object": self._shape.whole, "choices": choices, "usage": self._usage()}
+        return {**self._head, "object": self._shape.whole, "choices": choices, "usage": self.usage()}
 
-    def _usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far."""
         prompt, new = sum(map(len, self._prompts)), sum(self._tokens)
         # a prompt counts once, however many answers it has, and so does what the first of them found
         each = len(self.jobs) // len(self._prompts)

@@ -19,14 +19,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from llmcompress.errors import EnvironmentProblem, InputError
 from llmcompress.inference.generate import Recommended, Sampling
+from llmcompress.inference.grammar import GrammarError, Grammars, Walk
+from llmcompress.inference.penalties import Tally
 from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
 from llmcompress.serving.guard import HEALTH, Guard
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
-from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, parse
-from llmcompress.serving.scheduler import FAILED, STOPPED, Busy, Job, Piece, Scheduler
+from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk, parse
+from llmcompress.serving.scheduler import FAILED, STOPPED, UNFOLLOWED, Busy, Job, Piece, Scheduler
 from llmcompress.serving.served import ServedModel
+from llmcompress.serving.structured import Form, form_of
 from llmcompress.serving.text import TextStream
 
 if TYPE_CHECKING:
@@ -50,13 +54,18 @@ class Service:
     def __init__(self, models: dict[str, ServedModel], scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
         self.models, self.scheduler, self.limits, self.metrics = models, scheduler, limits, metrics
         self.created = int(time.time())
+        self.grammars = Grammars()
 
-    def model(self, name: str) -> ServedModel:
-        """The model of a name.
+    def model(self, name: str | None) -> ServedModel:
+        """The model of a name, or the only one.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404, or 400 where there are several.
         """
+        if name is None:
+            if len(self.models) > 1:
+                raise ApiError(400, f"model: name one of {', '.join(self.models)}", param="model")
+            name = next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
             raise ApiError(404, f"the model {name!r} does not exist; served are {known}", "model_not_found", "model")
@@ -119,6 +128,32 @@ class Service:
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
         return await self.answer(request, ask, model, [prompt], wanted, logprobs, ChatShape())
 
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a conversation."""
+        ask = parse(TokenizeAsk, await _json(request))
+        model = self.model(ask.model)
+        words: Any = model.tokenizer
+        if ask.messages is not None:
+            messages, variables = [message.plain() for message in ask.messages], ask.chat_template_kwargs or {}
+            how = {"add_generation_prompt": ask.add_generation_prompt, **variables}
+            found = await run_in_threadpool(_render, model, messages, how, bool(ask.add_special_tokens))
+        else:
+            special = ask.add_special_tokens is not False
+            found = list((await run_in_threadpool(words, ask.prompt, add_special_tokens=special))["input_ids"])
+        texts = words.convert_ids_to_tokens(found) if ask.return_token_strs else None
+        room = self.scheduler.room(model.name)
+        return JSONResponse({"count": len(found), "max_model_len": room, "tokens": found, "token_strs": texts})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of token ids."""
+        ask = parse(DetokenizeAsk, await _json(request))
+        model = self.model(ask.model)
+        words: Any = model.tokenizer
+        if any(token >= model.vocabulary for token in ask.tokens):
+            raise ApiError(400, f"tokens: token ids are 0 to {model.vocabulary - 1}", param="tokens")
+        text = await run_in_threadpool(words.decode, ask.tokens, clean_up_tokenization_spaces=False)
+        return JSONResponse({"prompt": str(text)})
+
     async def tokens(self, model: ServedModel, prompt: str | list[int]) -> list[int]:
         """Token ids of a prompt.
 
@@ -150,8 +185,9 @@ class Service:
         """Queue the jobs of a request and answer, at once or as a stream; ``echoes`` are the prompts' texts."""
         # all wait together before the first is taken
         most = min(self.limits.choices, self.limits.queue)
-        if len(prompts) * ask.n > most:
-            raise ApiError(400, f"n: {len(prompts) * ask.n} answers, at most {most}", param="n")
+        count = len(prompts) * ask.n
+        if count > most:
+            raise ApiError(400, f"n: {count} answers, at most {most}", param="n")
         if wanted > self.limits.new_tokens:
             raise ApiError(400, f"max_tokens: {wanted}, at most {self.limits.new_tokens}", param="max_tokens")
         room = min(self.scheduler.room(model.name), model.context or 1 << 40)
@@ -161,17 +197,22 @@ class Service:
                 400, f"{longest} prompt tokens and {wanted} new ones exceed the {room} that fit",
                 "context_length_exceeded", "max_tokens",
             )  # fmt: skip
+        form, penalties = form_of(ask), ask.penalties()
+        if any(token >= model.vocabulary for token, _ in penalties.bias):
+            raise ApiError(400, f"logit_bias: token ids are 0 to {model.vocabulary - 1}", param="logit_bias")
+        walks = [None] * count if form is None else await run_in_threadpool(self.walks, model, form, count)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
         ends = frozenset() if ask.ignore_eos else model.stop
         jobs = []
-        for index in range(len(prompts) * ask.n):
+        for index, walk in enumerate(walks):
             how = _sampling(ask, model, wanted, seed + index % ask.n & (1 << 63) - 1)
-            stream = TextStream(model.tokenizer, ask.stop or ())
+            stream, prompt = TextStream(model.tokenizer, ask.stop or ()), prompts[index // ask.n]
             jobs.append(
                 Job(
-                    model.name, prompts[index // ask.n], how, ends.union(ask.stop_token_ids or ()), stream,
+                    model.name, prompt, how, ends.union(ask.stop_token_ids or ()), stream,
                     _sink(loop, pieces, index), logprobs, None if echoes is None else echoes[index // ask.n],
+                    walk, None if penalties.idle else Tally(penalties, prompt, model.vocabulary),
                 )
             )  # fmt: skip
         try:
@@ -182,25 +223,46 @@ class Service:
             raise ApiError(429, str(busy), "queue_full", kind="rate_limit_error") from busy
         answers = Answers(shape, model, f"{shape.prefix}-{uuid.uuid4().hex}", jobs, prompts)
         if ask.stream:
-            body = self.stream(answers, pieces, ask.wants_usage)
+            body = self.stream(answers, pieces, ask.wants_usage, ask.counts_always)
             return _Events(body, partial(self.scheduler.cancel, jobs))
         return await self.whole(request, answers, pieces)
 
+    def walks(self, model: ServedModel, form: Form, count: int) -> list[Walk | None]:
+        """The beginning of a format's grammar, so many times.
+
+        Raises:
+            ApiError: 400 for a format that cannot be kept to, 501 without the library.
+        """
+        try:
+            grammar = form.grammar()
+            given = (model.tokenizer, model.vocabulary, model.stop, grammar)
+            return [self.grammars.walk(*given) for _ in range(count)]
+        except GrammarError as error:
+            raise ApiError(400, f"{form.field}: {error}", param=form.field) from error
+        except InputError as error:
+            raise ApiError(400, f"{model.name}: {error}", param=form.field) from error
+        except EnvironmentProblem as error:
+            text = f"{form.field}: {error}; the server's owner can {error.hint}"
+            raise ApiError(501, text, "not_installed", form.field, "server_error") from error
+
     async def stream(
-        self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], usage: bool
+        self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], usage: bool, always: bool
     ) -> AsyncIterator[bytes]:
-        """Server-sent events."""
-        # a stream that counts has the field in every chunk
-        no_usage = {"usage": None} if usage else {}
+        """Server-sent events; ``usage`` in the last one, or ``always``."""
+
+        def counted(chunk: dict[str, Any]) -> bytes:
+            # a stream that counts has the field in every chunk
+            return _event({**chunk, "usage": answers.usage() if always else None} if usage else chunk)
+
         for opening in answers.openings():
-            yield _event({**opening, **no_usage})
+            yield counted(opening)
         left = len(answers.jobs)
         while left:
             index, piece = await pieces.get()
             if piece.error is not None:
                 yield _event(_failure(piece.error).body())
                 return
-            yield _event({**answers.chunk(index, piece), **no_usage})
+            yield counted(answers.chunk(index, piece))
             left -= piece.reason is not None
         if usage:
             yield _event(answers.usage_chunk())
@@ -265,6 +327,8 @@ def application(service: Service, api_key: str | None) -> ASGIApp:
         Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
         Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/tokenize", service.tokenize, methods=["POST"]),
+        Route("/detokenize", service.detokenize, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {
         ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _broken,
@@ -282,22 +346,26 @@ def _sink(
 
 
 def _failure(error: str) -> ApiError:
+    if error == UNFOLLOWED:
+        return ApiError(400, "the answer's format became too complex to keep to", "grammar_too_complex")
     draining = error == STOPPED
     text = "the server is shutting down" if draining else "the server failed to compute this answer"
     return ApiError(503 if draining else 500, text, "internal_error", kind="server_error")
 
 
-def _render(model: ServedModel, messages: list[dict[str, str]], variables: dict[str, Any]) -> list[int]:
+def _render(
+    model: ServedModel, messages: list[dict[str, str]], variables: dict[str, Any], special: bool = False
+) -> list[int]:
     words: Any = model.tokenizer
     if not getattr(words, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "no_chat_template", "model")
     from jinja2.exceptions import TemplateError
 
     try:
-        text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+        text = words.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **variables})
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
-    return list(words(text, add_special_tokens=False)["input_ids"])
+    return list(words(text, add_special_tokens=special)["input_ids"])
 
 
 async def _json(request: Request) -> Any:

@@ -25,7 +25,7 @@ ACCESS.setLevel(logging.WARNING)
 PATIENCE = 8
 # the second name is that of other servers
 HEALTH = ("/healthz", "/health")
-ENDPOINTS = (*HEALTH, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+ENDPOINTS = (*HEALTH, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 
 
 class TooLarge(ApiError):

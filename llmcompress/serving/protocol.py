@@ -8,11 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from llmcompress.inference.penalties import Penalties
+from llmcompress.serving.structured import AnyFormat, Choices, StructuredOutputs, form_of
 
 MAX_STOP = 4
 # OpenAI's bound of `top_logprobs`; the older endpoint has 5
 MAX_TOP = 20
+# of a repetition penalty; beyond it logits lose their meaning
+MAX_REPETITION = 100
 # arguments of transformers' apply_chat_template that are not variables of the template
 RESERVED = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -56,13 +70,28 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+    # beyond OpenAI, as vLLM has it: what was counted so far, in every chunk
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _free(given: dict[str, Any]) -> dict[str, Any]:
+    reserved = sorted(RESERVED & set(given))
+    if reserved:
+        raise ValueError(f"{', '.join(reserved)} cannot be set")
+    return given
+
+
+TemplateVariables = Annotated[dict[str, bool | int | str], AfterValidator(_free)]
 
 
 class Ask(BaseModel):
     """What both endpoints take."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
     model: str
     # where a request is silent, the model's generation_config.json decides, else 1 as at OpenAI
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -83,11 +112,20 @@ class Ask(BaseModel):
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    # beyond OpenAI, as vLLM has it
+    repetition_penalty: float | None = Field(default=None, gt=0, le=MAX_REPETITION)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    response_format: AnyFormat | None = None
+    # beyond OpenAI, as vLLM names it now and did before
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     # accepted where they change nothing
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    repetition_penalty: Literal[1] | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
 
@@ -97,15 +135,28 @@ class Ask(BaseModel):
             raise ValueError(f"stop: at most {MAX_STOP} strings")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream")
+        form_of(self)
         return self
+
+    def penalties(self) -> Penalties:
+        """What changes logits before a token is chosen."""
+        return Penalties(
+            self.presence_penalty or 0.0, self.frequency_penalty or 0.0, self.repetition_penalty or 1.0,
+            tuple(sorted((self.logit_bias or {}).items())),
+        )  # fmt: skip
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def counts_always(self) -> bool:
+        """Whether every chunk of such a stream tells it."""
+        return self.wants_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-T = TypeVar("T", bound=Ask)
+
+T = TypeVar("T", bound=BaseModel)
 
 
 class CompletionAsk(Ask):
@@ -174,13 +225,6 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
-class TextFormat(BaseModel):
-    """The one format that needs nothing."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-
-
 class ChatAsk(Ask):
     """``POST /v1/chat/completions``."""
 
@@ -189,9 +233,8 @@ class ChatAsk(Ask):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP)
-    response_format: TextFormat | None = None
     # beyond OpenAI, as vLLM and llama.cpp have it: variables of the chat template
-    chat_template_kwargs: dict[str, bool | int | str] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     # accepted where they change nothing
     tools: Nothing = None
     functions: Nothing = None
@@ -204,15 +247,40 @@ class ChatAsk(Ask):
     def _top_needs_logprobs(self) -> ChatAsk:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
-        reserved = sorted(RESERVED & set(self.chat_template_kwargs or ()))
-        if reserved:
-            raise ValueError(f"chat_template_kwargs: {', '.join(reserved)} cannot be set")
         return self
 
     @property
     def wanted(self) -> int | None:
         """New tokens asked for."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class TokenizeAsk(BaseModel):
+    """``POST /tokenize``, as vLLM has it: a text or a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+    # may be left out where one model is served
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: TemplateVariables | None = None
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeAsk:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give one of prompt and messages")
+        return self
+
+
+class DetokenizeAsk(BaseModel):
+    """``POST /detokenize``, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str | None = None
+    tokens: list[TokenId]
 
 
 def parse(kind: type[T], data: Any) -> T:

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,17 +20,22 @@ import torch
 from torch import Tensor
 
 from llmcompress.inference.generate import Sampling, choose
+from llmcompress.inference.grammar import GrammarError
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.rows import prompt_logits
 from llmcompress.serving.text import TextStream
 
 if TYPE_CHECKING:
+    from llmcompress.inference.grammar import Walk
+    from llmcompress.inference.penalties import Tally
     from llmcompress.serving.limits import Limits
     from llmcompress.serving.rows import Rows
 
 Reason = Literal["stop", "length"]
 # errors of pieces; what failed inside is in the server's log, not in answers
-FAILED, STOPPED = "failed", "stopped"
+FAILED, STOPPED, UNFOLLOWED = "failed", "stopped", "unfollowed"
+# probabilities of tokens that cannot come are told as this, as at OpenAI and vLLM: JSON has no infinity
+NEVER = -9999.0
 
 _LOG = logging.getLogger("llmcompress.serving")
 
@@ -52,7 +58,8 @@ class TokenChoice:
 
     Attributes:
         token: Its id.
-        logprob: Natural logarithm of its probability, before temperature; None for the first one of a text.
+        logprob: Natural logarithm of its probability, before penalties, biases and temperature but, as at vLLM, among
+            what the answer's grammar allows; None for the first one of a text.
         top: The most likely ids and theirs, in order.
     """
 
@@ -93,6 +100,8 @@ class Job:
         sink: Takes its pieces.
         logprobs: Number of likely tokens to report with each, None for none at all.
         echo: Text of the prompt where the answer begins with it, with what ``logprobs`` asks for of its tokens too.
+        walk: The grammar that it follows.
+        tally: Its penalties.
     """
 
     model: str
@@ -103,6 +112,8 @@ class Job:
     sink: Callable[[Piece], None]
     logprobs: int | None = None
     echo: str | None = None
+    walk: Walk | None = None
+    tally: Tally | None = None
     echoed: bool = False
     cancelled: bool = False
     # first tokens of the prompt that were held already
@@ -117,6 +128,15 @@ class Job:
     def total(self) -> int:
         """Tokens that it reaches at most."""
         return len(self.prompt) + self.how.max_new_tokens
+
+    def took(self, token: int) -> bool:
+        """A token has been chosen; returns whether its grammar has ended."""
+        if self.tally is not None:
+            self.tally.take(token)
+        if self.walk is None:
+            return False
+        self.walk.take(token)
+        return self.walk.ended
 
 
 @dataclass(eq=False)
@@ -342,33 +362,51 @@ class Scheduler:
 
     def _take(self, group: Group, logits: Mapping[int, Tensor]) -> None:
         """Choose a token for each sequence and pass its text on."""
-        plain = [key for key in logits if group.running[key].how.temperature == 0]
-        best: dict[int, int] = {}
-        if plain:
-            best = dict(zip(plain, torch.stack([logits[key] for key in plain]).argmax(-1).tolist()))
+        told: dict[int, Tensor] = {}
+        drawn: dict[int, Tensor] = {}
         for key, row in logits.items():
             job = group.running[key]
-            try:
-                ended = self._deliver(job, best[key] if key in best else _draw(job, row), row)
-            except Exception:
-                # logits that are no numbers, say: the others decode on
-                _LOG.exception("token %d for %s failed", job.written + 1, job.model)
-                self._fail([job], FAILED)
-                ended = True
+            with self._alone(group, key):
+                told[key] = row if job.walk is None else job.walk.restrict(row)
+                drawn[key] = told[key] if job.tally is None else job.tally.apply(told[key])
+        plain = [key for key in drawn if group.running.get(key) is not None and group.running[key].how.temperature == 0]
+        best: dict[int, int] = {}
+        if plain:
+            best = dict(zip(plain, torch.stack([drawn[key] for key in plain]).argmax(-1).tolist()))
+        for key in [key for key in drawn if key in group.running]:
+            job, ended = group.running[key], False
+            with self._alone(group, key):
+                ended = self._deliver(job, best[key] if key in best else _draw(job, drawn[key]), told[key])
             if ended:
                 self._leave(group, key)
+
+    @contextmanager
+    def _alone(self, group: Group, key: int) -> Iterator[None]:
+        """Logits that are no numbers, say, end one sequence: the others decode on."""
+        job = group.running[key]
+        try:
+            yield
+        except Exception as error:
+            unfollowed = isinstance(error, GrammarError)
+            if unfollowed:
+                _LOG.error("token %d for %s: %s", job.written + 1, job.model, error)
+            else:
+                _LOG.exception("token %d for %s failed", job.written + 1, job.model)
+            self._fail([job], UNFOLLOWED if unfollowed else FAILED)
+            self._leave(group, key)
 
     def _deliver(self, job: Job, token: int, logits: Tensor) -> bool:
         """Pass one token on; returns whether it was the last."""
         job.last, job.written = token, job.written + 1
         self._metrics.token(job.model)
         ended = token in job.stop
+        complete = job.took(token) and not ended
         # lm-eval takes all but the last token for the prompt, so one that ends the answer is told after a prompt
         if job.logprobs is not None and (not ended or job.echoed):
             job.waiting.append(_choice(token, logits, job.logprobs))
         text = "" if ended else job.stream.put(token)
         reason: Reason | None = None
-        if ended or job.stream.stopped:
+        if ended or complete or job.stream.stopped:
             reason = "stop"
         elif job.written == job.how.max_new_tokens:
             reason = "length"
@@ -402,7 +440,7 @@ def _draw(job: Job, logits: Tensor) -> int:
 
 
 def _choice(token: int, logits: Tensor, count: int) -> TokenChoice:
-    logs = logits.log_softmax(-1)
+    logs = logits.log_softmax(-1).clamp(min=NEVER)
     top: Any = logs.topk(count) if count else None
     pairs = tuple(zip(top.indices.tolist(), top.values.tolist())) if count else ()
     return TokenChoice(token, float(logs[token]), pairs)

@@ -7,7 +7,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ import torch
 
 from llmcompress.errors import ExitCode
 
+# seconds for what takes milliseconds on a machine that does nothing else
+PATIENCE = 120.0
 MEMBERS = ("ant", "bee", "cat")
 RECIPE = """
 version: 1
@@ -58,6 +63,76 @@ def _tiny_llama(vocabulary: int, spread: float = 1.0) -> Any:
             if parameter.ndim > 1:
                 parameter.normal_(0, spread * parameter.shape[-1] ** -0.5)
     return model
+
+
+class Running:
+    """A server in a thread of this process, on a free port."""
+
+    def __init__(self, served: Any, limits: Any, key: str | None = None) -> None:
+        from llmcompress.serving.server import Server, bind
+
+        self._key = key
+
+        self.server = Server(served, limits, key)
+        self._bound = bind("127.0.0.1", 0)
+        self.port = self._bound.getsockname()[1]
+        self._thread = threading.Thread(target=self.server.run, args=(self._bound,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        assert self.comes(lambda: self.server.started or not self._thread.is_alive()) and self.server.started
+
+    @staticmethod
+    def comes(wanted: Callable[[], object]) -> bool:
+        """Wait until something holds; whether it came to that.
+
+        What a server counts and logs of an answer it may count and log after the client has read it.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not wanted():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def client(self, key: str | None = None) -> Any:
+        """The openai client; without retries, so that a test sees every answer."""
+        import openai
+
+        key = key or self._key or "none"
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+    def raw(self, path: str, body: bytes | None = None, key: str | None = "") -> tuple[int, Any]:
+        """Status and text, or error; the server's own key unless another or none is given."""
+        key = self._key if key == "" else key
+        request = urllib.request.Request(self.url + path, data=body, method="POST" if body is not None else "GET")
+        if key is not None:
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def metric(self, name: str) -> float:
+        _, text = self.raw("/metrics")
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"llmcompress_{name}"))
+
+    def idle(self) -> bool:
+        """Whether it comes to hold nothing; the cache's gauge is set last."""
+        gauges = ("running_sequences", "waiting_sequences", "reserved_tokens", "cache_bytes")
+        return self.comes(lambda: all(self.metric(name) == 0 for name in gauges))
+
+    def stop(self) -> None:
+        self.server.shut()
+        self._thread.join(PATIENCE)
+        self._bound.close()
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def start_server() -> type[Running]:
+    """Starts a server in a thread of this process; its user stops it."""
+    return Running
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,62 +38,6 @@ TEMPLATE = (
 )
 
 
-def comes(wanted: Callable[[], object]) -> bool:
-    """Wait until something holds; whether it came to that.
-
-    What a server counts and logs of an answer it may count and log after the client has read it.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while not wanted():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-class Running:
-    """A server in a thread of this process, on a free port."""
-
-    def __init__(self, served: Any, limits: Limits = LIMITS, key: str | None = KEY) -> None:
-        from llmcompress.serving.server import Server, bind
-
-        self.server = Server(served, limits, key)
-        self._bound = bind("127.0.0.1", 0)
-        self.port = self._bound.getsockname()[1]
-        self._thread = threading.Thread(target=self.server.run, args=(self._bound,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self.port}"
-        assert comes(lambda: self.server.started or not self._thread.is_alive()) and self.server.started
-
-    def client(self, key: str = KEY) -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
-
-    def raw(self, path: str, body: bytes | None = None, key: str | None = KEY) -> tuple[int, Any]:
-        request = urllib.request.Request(self.url + path, data=body, method="POST" if body is not None else "GET")
-        if key is not None:
-            request.add_header("Authorization", f"Bearer {key}")
-        try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    def metric(self, name: str) -> float:
-        _, text = self.raw("/metrics")
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"llmcompress_{name}"))
-
-    def idle(self) -> bool:
-        """Whether it comes to hold nothing; the cache's gauge is set last."""
-        gauges = ("running_sequences", "waiting_sequences", "reserved_tokens", "cache_bytes")
-        return comes(lambda: all(self.metric(name) == 0 for name in gauges))
-
-    def stop(self) -> None:
-        self.server.shut()
-        self._thread.join(PATIENCE)
-        self._bound.close()
-        assert not self._thread.is_alive()
-
-
 def model_folder(root: Path, tokenizer: Any, model: Any) -> Path:
     folder = root / "tiny"
     model.save_pretrained(folder)
@@ -113,14 +54,14 @@ def folder(tiny_tokenizer: Any, tiny_llama: Any, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module", params=["native", "modules"])
-def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+def server(folder: Path, start_server: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     from llmcompress.hf import load
     from llmcompress.serving.served import serve_model
 
     model, tokenizer = load(folder)
     assert tokenizer is not None
     served = serve_model(model, tokenizer, "tiny", LIMITS, native=request.param == "native")
-    running = Running(served)
+    running = start_server(served, LIMITS, KEY)
     yield running
     running.stop()
 
@@ -144,7 +85,7 @@ def reference(folder: Path) -> Any:
     return write
 
 
-def test_models_are_listed(server: Running) -> None:
+def test_models_are_listed(server: Any) -> None:
     assert [model.id for model in server.client().models.list()] == ["tiny"]
     told = server.client().models.retrieve("tiny")
     assert told.owned_by == "llmcompress" and told.max_model_len == server.server.scheduler.room("tiny")
@@ -152,14 +93,14 @@ def test_models_are_listed(server: Running) -> None:
         server.client().models.retrieve("other")
 
 
-def test_a_completion_is_what_the_model_writes(server: Running, reference: Any) -> None:
+def test_a_completion_is_what_the_model_writes(server: Any, reference: Any) -> None:
     answer = server.client().completions.create(model="tiny", prompt="The cat", max_tokens=20, temperature=0)
     assert answer.choices[0].text == reference("The cat", 20)
     assert answer.choices[0].finish_reason in ("length", "stop")
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
 
 
-def test_many_streams_at_once_join_and_leave(server: Running, reference: Any) -> None:
+def test_many_streams_at_once_join_and_leave(server: Any, reference: Any) -> None:
     prompts = [f"{word} and" for word in ("The cat", "Nobody", "She wrote", "When the rain", "a café", "seven", "door")]
     wanted = {prompt: 8 + 5 * index for index, prompt in enumerate(prompts)}
     got: dict[str, str] = {}
@@ -179,7 +120,7 @@ def test_many_streams_at_once_join_and_leave(server: Running, reference: Any) ->
     assert server.idle()
 
 
-def test_a_chat_streams_role_content_reason_and_usage(server: Running, reference: Any) -> None:
+def test_a_chat_streams_role_content_reason_and_usage(server: Any, reference: Any) -> None:
     messages = [{"role": "user", "content": "The cat"}]
     whole = server.client().chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
     assert whole.choices[0].message.content == reference("user: The cat\nassistant:", 12)
@@ -199,7 +140,7 @@ def test_a_chat_streams_role_content_reason_and_usage(server: Running, reference
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_stop_strings_end_an_answer_before_them(server: Running, reference: Any) -> None:
+def test_stop_strings_end_an_answer_before_them(server: Any, reference: Any) -> None:
     whole = reference("The cat", 20)
     stop = whole[4:7]
     answer = server.client().completions.create(model="tiny", prompt="The cat", max_tokens=20, temperature=0, stop=stop)
@@ -208,7 +149,7 @@ def test_stop_strings_end_an_answer_before_them(server: Running, reference: Any)
     assert answer.usage.completion_tokens < 20
 
 
-def test_a_seed_repeats_and_choices_differ(server: Running) -> None:
+def test_a_seed_repeats_and_choices_differ(server: Any) -> None:
     ask = {"model": "tiny", "prompt": "The", "max_tokens": 16, "temperature": 1.5, "top_p": 0.95, "seed": 7, "n": 3}
     first, second = (server.client().completions.create(**ask) for _ in range(2))
     texts = [choice.text for choice in first.choices]
@@ -216,7 +157,7 @@ def test_a_seed_repeats_and_choices_differ(server: Running) -> None:
     assert len(set(texts)) > 1
 
 
-def test_probabilities_of_tokens(server: Running) -> None:
+def test_probabilities_of_tokens(server: Any) -> None:
     answer = server.client().completions.create(model="tiny", prompt="The", max_tokens=4, temperature=0, logprobs=3)
     found = answer.choices[0].logprobs
     assert "".join(found.tokens) == answer.choices[0].text
@@ -232,7 +173,7 @@ def test_probabilities_of_tokens(server: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_may_begin_with_its_prompt(server: Running, reference: Any, stream: bool) -> None:
+def test_an_answer_may_begin_with_its_prompt(server: Any, reference: Any, stream: bool) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": ["The cat", "A"], "max_tokens": 5, "temperature": 0, "n": 2}
     found = server.client().completions.create(**asked, echo=True, stream=stream)
     texts = [choice.text for choice in found.choices] if not stream else ["", "", "", ""]
@@ -242,7 +183,7 @@ def test_an_answer_may_begin_with_its_prompt(server: Running, reference: Any, st
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_what_lm_eval_asks_of_prompts(server: Running, folder: Path, ends: bool) -> None:
+def test_what_lm_eval_asks_of_prompts(server: Any, folder: Path, ends: bool) -> None:
     """Its own reading of the answer, against the model's logits, also where the one new token ends it."""
     import torch
 
@@ -276,14 +217,14 @@ def test_what_lm_eval_asks_of_prompts(server: Running, folder: Path, ends: bool)
     assert first["text_offset"][0] == 0
 
 
-def test_prompts_may_be_tokens_and_several(server: Running, reference: Any) -> None:
+def test_prompts_may_be_tokens_and_several(server: Any, reference: Any) -> None:
     ids = [[60, 61, 62], [70, 71]]
     answer = server.client().completions.create(model="tiny", prompt=ids, max_tokens=3, temperature=0)
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.usage.prompt_tokens == 5
 
 
-def test_what_clients_write_in_other_words_is_the_same(server: Running) -> None:
+def test_what_clients_write_in_other_words_is_the_same(server: Any) -> None:
     ask = server.client().chat.completions.create
     messages: list[Any] = [{"role": "system", "content": "Be"}, {"role": "user", "content": "The cat"}]
     plain = ask(model="tiny", messages=messages, max_tokens=8, temperature=0)
@@ -303,7 +244,7 @@ def test_what_clients_write_in_other_words_is_the_same(server: Running) -> None:
     assert brief.usage.prompt_tokens > plain.usage.prompt_tokens
 
 
-def test_bytes_of_tokens_are_theirs_or_none(server: Running) -> None:
+def test_bytes_of_tokens_are_theirs_or_none(server: Any) -> None:
     messages: list[Any] = [{"role": "user", "content": "The cat"}]
     answer = server.client().chat.completions.create(
         model="tiny", messages=messages, max_tokens=40, temperature=0, logprobs=True
@@ -315,7 +256,7 @@ def test_bytes_of_tokens_are_theirs_or_none(server: Running) -> None:
         assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
 
 
-def test_a_prompt_that_begins_like_another_is_read_from_there(server: Running, reference: Any) -> None:
+def test_a_prompt_that_begins_like_another_is_read_from_there(server: Any, reference: Any) -> None:
     native = server.server.scheduler._groups[0].rows.kind == "native"
     messages = [{"role": "user", "content": "The cat sat"}]
     ask = {"model": "tiny", "max_tokens": 6, "temperature": 0}
@@ -338,7 +279,7 @@ def test_a_prompt_that_begins_like_another_is_read_from_there(server: Running, r
 
 
 @pytest.mark.parametrize("family", ["falcon_mamba", "mamba2"])
-def test_a_turn_goes_on_from_a_state(family: str, tiny: Any, tiny_tokenizer: Any) -> None:
+def test_a_turn_goes_on_from_a_state(family: str, tiny: Any, tiny_tokenizer: Any, start_server: Any) -> None:
     from llmcompress.inference.native import decline
     from llmcompress.models.registry import layout_from_config
     from llmcompress.nn.mixers import attach
@@ -357,7 +298,7 @@ def test_a_turn_goes_on_from_a_state(family: str, tiny: Any, tiny_tokenizer: Any
         bounds = replace(limits, prefix_caching=prefixes)
         served = serve_model(model, tokenizer, "tiny", bounds)
         assert served.batches[0].kind == "native"
-        running, messages, reused = Running(served, bounds), [], []
+        running, messages, reused = start_server(served, bounds, KEY), [], []
         try:
             for question in ("The cat sat on the mat and " * 12, "And then? " * 9, "Why?"):
                 messages.append({"role": "user", "content": question})
@@ -393,21 +334,21 @@ BAD = [
     ("/v1/completions", {**GOOD, "temperature": -1}, 400, "temperature"),
     ("/v1/completions", {**GOOD, "stop": list("abcde")}, 400, "at most 4"),
     ("/v1/completions", {**GOOD, "frobnicate": 1}, 400, "unrecognized request argument supplied: frobnicate"),
-    ("/v1/completions", {**GOOD, "presence_penalty": 1.0}, 400, "presence_penalty"),
-    ("/v1/completions", {**GOOD, "logit_bias": {"5": -100}}, 400, "logit_bias: not supported"),
-    ("/v1/completions", {**GOOD, "repetition_penalty": 1.1}, 400, "repetition_penalty: 1.1 is not supported"),
+    ("/v1/completions", {**GOOD, "presence_penalty": 2.5}, 400, "presence_penalty"),
+    ("/v1/completions", {**GOOD, "logit_bias": {"5000": -100}}, 400, "logit_bias: token ids are 0 to"),
+    ("/v1/completions", {**GOOD, "repetition_penalty": 0}, 400, "repetition_penalty"),
+    ("/v1/completions", b'{"model": "tiny", "prompt": "x", "temperature": NaN}', 400, "temperature"),
+    ("/tokenize", {}, 400, "give one of prompt and messages"),
+    ("/tokenize", {"prompt": "x", "model": "nobody"}, 404, "does not exist"),
+    ("/tokenize", {**CHAT, "chat_template_kwargs": {"tools": 1}}, 400, "tools cannot be set"),
+    ("/detokenize", {"tokens": [99999]}, 400, "token ids are 0 to"),
     ("/v1/completions", {**GOOD, "min_p": 1.5}, 400, "min_p"),
     ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of: 2 is not supported, only 1"),
     ("/v1/completions", {**GOOD, "stream_options": {"include_usage": True}}, 400, "only with stream"),
     ("/v1/completions", {**GOOD, "user": "u" * 5000}, 413, "4096 bytes"),
     ("/v1/chat/completions", {**CHAT, "echo": True}, 400, "unrecognized request argument supplied: echo"),
     ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools: not supported"),
-    (
-        "/v1/chat/completions",
-        {**CHAT, "response_format": {"type": "json_object"}},
-        400,
-        "response_format.type: 'json_object' is not supported, only 'text'",
-    ),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, "'json_object', 'json_schema'"),
     ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"tokenize": True}}, 400, "tokenize cannot be set"),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "assistant", "content": None}]}, 400, "needs content"),
     (
@@ -431,7 +372,7 @@ BAD = [
 
 @pytest.mark.parametrize(("path", "body", "status", "words"), BAD)
 def test_bad_requests_get_their_status_and_openais_shape(
-    server: Running, path: str, body: Any, status: int, words: str
+    server: Any, path: str, body: Any, status: int, words: str
 ) -> None:
     got, answer = server.raw(path, body if isinstance(body, bytes) else json.dumps(body).encode())
     assert got == status, answer
@@ -439,7 +380,7 @@ def test_bad_requests_get_their_status_and_openais_shape(
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
-def test_the_key_is_asked_for(server: Running) -> None:
+def test_the_key_is_asked_for(server: Any) -> None:
     assert server.raw("/v1/models", key=None)[0] == server.raw("/metrics", key=None)[0] == 401
     assert server.raw("/healthz", key=None)[0] == server.raw("/health", key=None)[0] == 200
     with pytest.raises(openai.AuthenticationError, match="incorrect API key"):
@@ -470,7 +411,7 @@ def test_bounds_of_the_command_line_reach_the_server(monkeypatch: pytest.MonkeyP
     assert [getattr(seen[0], name) for name in options.values()] == list(range(2, 2 + len(options)))
 
 
-def test_a_body_without_a_length_is_counted(server: Running) -> None:
+def test_a_body_without_a_length_is_counted(server: Any) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as sent:
         sent.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
@@ -481,7 +422,7 @@ def test_a_body_without_a_length_is_counted(server: Running) -> None:
 
 
 @pytest.fixture
-def gate(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def gate(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Every step of the server's batch waits until this is set."""
     opened = threading.Event()
     monkeypatch.setattr(server.server.metrics, "step", lambda rows, seconds: opened.wait(PATIENCE))
@@ -490,7 +431,7 @@ def gate(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading
 
 
 def test_a_client_that_vanishes_frees_its_place(
-    server: Running, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+    server: Any, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, left = server.server.scheduler, threading.Event()
     cancel = scheduler.cancel
@@ -502,7 +443,7 @@ def test_a_client_that_vanishes_frees_its_place(
     with socket.create_connection(("127.0.0.1", server.port)) as gone:
         gone.sendall(head.encode() + body)
         gone.recv(1)
-        assert comes(lambda: server.metric("generated_tokens_total") > before)
+        assert server.comes(lambda: server.metric("generated_tokens_total") > before)
     # its first step has not ended when it goes
     assert left.wait(PATIENCE)
     gate.set()
@@ -512,7 +453,7 @@ def test_a_client_that_vanishes_frees_its_place(
     assert whole[0] == 200
 
 
-def test_a_full_queue_is_said_so(server: Running, gate: threading.Event) -> None:
+def test_a_full_queue_is_said_so(server: Any, gate: threading.Event) -> None:
     statuses: list[int] = []
     together = threading.Barrier(24)
 
@@ -525,7 +466,7 @@ def test_a_full_queue_is_said_so(server: Running, gate: threading.Event) -> None
     for thread in threads:
         thread.start()
     # nothing ends before somebody was refused
-    assert comes(lambda: statuses)
+    assert server.comes(lambda: statuses)
     gate.set()
     for thread in threads:
         thread.join()
@@ -535,11 +476,11 @@ def test_a_full_queue_is_said_so(server: Running, gate: threading.Event) -> None
     assert server.idle()
 
 
-def test_metrics_count(server: Running) -> None:
+def test_metrics_count(server: Any) -> None:
     before = server.metric("prompt_tokens_total")
     server.client().completions.create(model="tiny", prompt=[60, 61], max_tokens=2)
     assert server.metric("prompt_tokens_total") == before + 2
-    assert comes(lambda: server.metric('requests_total{endpoint="/v1/completions",status="200"}') > 0)
+    assert server.comes(lambda: server.metric('requests_total{endpoint="/v1/completions",status="200"}') > 0)
 
 
 def test_sigterm_finishes_what_runs(folder: Path) -> None:
@@ -571,7 +512,7 @@ def test_sigterm_finishes_what_runs(folder: Path) -> None:
 
 
 def test_several_models_share_a_server(
-    folder: Path, reference: Any, tiny: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+    folder: Path, reference: Any, tiny: Any, tiny_tokenizer: Any, start_server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also what is logged of requests."""
     import logging
@@ -589,7 +530,7 @@ def test_several_models_share_a_server(
     ]
     with pytest.raises(InputError, match="two models are named tiny"):
         together([*parts, serve_model(model, tokenizer, "tiny", LIMITS)])
-    running = Running(together(parts))
+    running = start_server(together(parts), LIMITS, KEY)
     try:
         client = running.client()
         assert [entry.id for entry in client.models.list()] == ["tiny", "mixture"]
@@ -613,7 +554,7 @@ def test_several_models_share_a_server(
                 lines = [record.getMessage() for record in caplog.records if record.name == "llmcompress.access"]
                 return sorted(line.rsplit(" ", 2)[0] for line in lines if "/v1/models" not in line)
 
-            assert comes(lambda: said() == wanted), said()
+            assert running.comes(lambda: said() == wanted), said()
         assert texts["tiny"] == reference("The cat", 12) != texts["mixture"]
     finally:
         running.stop()

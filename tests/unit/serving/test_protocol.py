@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, parse
+from llmcompress.inference.penalties import Penalties
+from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, TokenizeAsk, parse
+from llmcompress.serving.structured import Form, form_of
 
 PLAIN = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -29,8 +32,14 @@ def test_prompts_are_texts_or_tokens_one_or_several() -> None:
         ("top_k", (-1,), (-2,)),
         ("max_tokens", (1,), (0,)),
         ("stop", ("a", "a" * 256, list("abcd")), ("", "a" * 257, list("abcde"), ["a", ""])),
-        ("presence_penalty", (0, None), (0.5,)),
-        ("logit_bias", ({}, None), ({"5": 1},)),
+        ("presence_penalty", (-2, 2, None), (-2.01, 2.01, float("nan"))),
+        ("frequency_penalty", (-2, 2, None), (-2.01, 2.01)),
+        ("repetition_penalty", (0.01, 1, 100), (0, -1, 101, float("inf"))),
+        (
+            "logit_bias",
+            ({}, None, {"5": -100, "6": 100}),
+            ({"5": 101}, {"x": 1}, {"-1": 1}, {"5": None}, {"5": float("nan")}),
+        ),
         ("logprobs", (0, 5), (-1, 6)),
     ],
 )
@@ -41,6 +50,80 @@ def test_bounds_of_fields(field: str, inside: tuple[Any, ...], outside: tuple[An
         with pytest.raises(ApiError) as caught:
             parse(CompletionAsk, {**PLAIN, field: value})
         assert caught.value.status == 400 and field in str(caught.value)
+
+
+def test_penalties_of_a_request() -> None:
+    assert parse(CompletionAsk, {**PLAIN, "presence_penalty": 0, "repetition_penalty": 1}).penalties().idle
+    asked = {
+        "presence_penalty": 1,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"7": 3, "5": -1},
+    }
+    assert parse(CompletionAsk, {**PLAIN, **asked}).penalties() == Penalties(1.0, -0.5, 1.2, ((5, -1.0), (7, 3.0)))
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Form("schema", {"type": "object"}, "response_format")),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, Form("schema", SCHEMA, "response_format")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+             "guided_whitespace_pattern": " ?"},
+            Form("schema", SCHEMA, "response_format", " ?"),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, Form("schema", SCHEMA, "structured_outputs")),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, Form("schema", SCHEMA, "structured_outputs")),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            Form("schema", {"type": "object"}, "structured_outputs", ""),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, Form("regex", "a+", "structured_outputs")),
+        ({"structured_outputs": {"choice": ["a"]}}, Form("choice", ["a"], "structured_outputs")),
+        ({"structured_outputs": {"grammar": "start: A"}}, Form("grammar", "start: A", "structured_outputs")),
+        ({"guided_json": SCHEMA}, Form("schema", SCHEMA, "guided_json")),
+        ({"guided_regex": "a"}, Form("regex", "a", "guided_regex")),
+        ({"guided_choice": ["a", "b"]}, Form("choice", ["a", "b"], "guided_choice")),
+        ({"guided_grammar": "x"}, Form("grammar", "x", "guided_grammar")),
+    ],
+)  # fmt: skip
+def test_formats_in_all_names(asked: dict[str, Any], form: Form | None) -> None:
+    assert form_of(parse(CompletionAsk, {**PLAIN, **asked})) == form_of(parse(ChatAsk, {**CHAT, **asked})) == form
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex and guided_choice: one format at a time"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format and guided_regex"),
+        ({"structured_outputs": {}}, "give one of json"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "give one of json"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
+        ({"guided_json": "{"}, "guided_json: the schema is not valid JSON"),
+        ({"guided_json": "3"}, "guided_json: a schema is a JSON object"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"response_format": {"type": "xml"}}, "'json_schema'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "name: Field required"),
+    ],
+)
+def test_formats_that_are_none(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        parse(ChatAsk, {**CHAT, **asked})
+    assert caught.value.status == 400
+
+
+def test_what_is_counted_is_a_text_or_a_conversation() -> None:
+    for asked in ({"prompt": "x"}, {"messages": CHAT["messages"]}):
+        parse(TokenizeAsk, asked)
+    for wrong in ({}, {"prompt": "x", "messages": CHAT["messages"]}):
+        with pytest.raises(ApiError, match="give one of prompt and messages"):
+            parse(TokenizeAsk, wrong)
 
 
 def test_likely_tokens_are_told_only_with_probabilities() -> None:
@@ -63,3 +146,6 @@ def test_a_stream_tells_its_usage_where_that_is_asked_for() -> None:
 
     assert not asked().wants_usage and not asked(stream_options={"include_obfuscation": False}).wants_usage
     assert asked(stream_options={"include_usage": True}).wants_usage
+    assert not asked(stream_options={"include_usage": True}).counts_always
+    assert not asked(stream_options={"continuous_usage_stats": True}).counts_always
+    assert asked(stream_options={"include_usage": True, "continuous_usage_stats": True}).counts_always

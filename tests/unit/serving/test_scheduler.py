@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from llmcompress.inference.generate import Sampling
+from llmcompress.inference.grammar import GrammarError
+from llmcompress.inference.penalties import Penalties, Tally
 from llmcompress.serving import scheduler
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
-from llmcompress.serving.scheduler import FAILED, STOPPED, Busy, Group, Job, Piece, Scheduler
+from llmcompress.serving.scheduler import FAILED, NEVER, STOPPED, UNFOLLOWED, Busy, Group, Job, Piece, Scheduler
 from llmcompress.serving.text import TextStream
 
 # seconds for what takes milliseconds on a machine that does nothing else
@@ -364,6 +366,56 @@ def test_probabilities_are_those_of_the_model_before_temperature(bench: Bench) -
     for choice in [choice for piece in bench.pieces[0] for choice in piece.choices]:
         assert choice.logprob == pytest.approx(float(logs[choice.token]))
         assert choice.top == tuple((token, pytest.approx(float(logs[token]))) for token in (199, 198, 197))
+
+
+class Leash:
+    """A grammar in which a token is followed by the one two further on, up to an end; one may be lost."""
+
+    def __init__(self, start: int, count: int, lost: int = -1) -> None:
+        self._next, self._left, self._lost, self.ended = start + 2, count, lost, False
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        if self._next == self._lost:
+            raise GrammarError("too complex")
+        row = torch.full_like(logits, -torch.inf)
+        row[self._next] = logits[self._next]
+        return row
+
+    def take(self, token: int) -> None:
+        assert token == self._next
+        self._next, self._left = token + 2, self._left - 1
+        self.ended = self._left == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_leads_one_answer_and_its_end_ends_that(bench: Bench, temperature: float) -> None:
+    led, free, lost = (bench.job(20, count=9) for _ in range(3))
+    led.walk, lost.walk = Leash(20, 4), Leash(20, 9, lost=28)  # type: ignore[assignment]
+    led.logprobs = 2
+    led.how = Sampling(9, temperature=temperature)
+    bench.scheduler.submit([led, free, lost])
+    assert (bench.ended(0).reason, bench.ended(1).reason) == ("stop", "length")
+    assert bench.tokens(0) == [22, 24, 26, 28] and bench.tokens(1) == list(range(21, 30))
+    # told among what the grammar allows; what it does not allow, as a number that JSON has
+    for choice in [choice for piece in bench.pieces[0] for choice in piece.choices]:
+        assert choice.logprob == 0 and [value for _, value in choice.top] == [0, NEVER]
+    assert bench.ended(2).error == UNFOLLOWED and bench.tokens(2) == [22, 24, 26]
+    assert not bench.rows.held and bench.scheduler.alive
+
+
+def test_penalties_change_what_is_chosen_and_not_what_is_told(bench: Bench) -> None:
+    logits = torch.linspace(-3, 3, 200)
+    bench.rows._logits = lambda token: logits  # type: ignore[method-assign]
+    plain, bound, both = (bench.job(20, count=3) for _ in range(3))
+    bound.tally = Tally(Penalties(presence=2.0, bias=((150, 3.0),)), bound.prompt, 200)
+    both.tally, both.walk = Tally(Penalties(bias=((150, 9.0),)), both.prompt, 200), Leash(20, 3)  # type: ignore[assignment]
+    bench.scheduler.submit([plain, bound, both])
+    assert [bench.ended(i).reason for i in range(3)] == ["length", "length", "stop"]
+    assert bench.tokens(0) == [199] * 3
+    # 150 has 1.52 + 3 before it is written, 2 less after; 199 has 3
+    assert bench.tokens(1) == [150, 199, 198] and bench.tokens(2) == [22, 24, 26]
+    told = [choice.logprob for piece in bench.pieces[1] for choice in piece.choices]
+    assert told == pytest.approx([float(logits.log_softmax(-1)[token]) for token in (150, 199, 198)])
 
 
 def test_text_that_waits_for_a_stop_string_comes_with_the_end(bench: Bench, tiny_tokenizer: Any) -> None:

@@ -1,0 +1,196 @@
+"""What an answer may be, token by token: JSON of a schema, a regular expression, one of some texts, a grammar.
+
+The grammars themselves are llguidance's (an optional extra): it compiles one and says, after any
+tokens, which may come next. Here it gets the model's tokenizer, bounds, and a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import EnvironmentProblem, InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTALL = "pip install 'llmcompress[structured]'"
+# white space of JSON: a space, or a line's end and what it is indented by. Without a bound small models write nothing
+# but blanks
+SPACE = r" |\r?\n[ \t]{0,40}"
+# compiled grammars that are kept
+KEPT = 64
+
+
+class GrammarError(InputError):
+    """A grammar cannot be compiled, or not be followed any further."""
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise EnvironmentProblem(f"structured outputs need the llguidance package ({error})", INSTALL) from error
+    return llguidance
+
+
+def of_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str:
+    """The grammar of JSON that a schema describes.
+
+    Args:
+        schema: JSON Schema; true is any JSON.
+        space: Regular expression of the white space between tokens, by default :data:`SPACE`; empty for none.
+    """
+    found: str = _library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_spaced(space))
+    return found
+
+
+def _spaced(space: str | None) -> dict[str, Any]:
+    return {"whitespace_flexible": False} if space == "" else {"whitespace_pattern": space or SPACE}
+
+
+def inline_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str:
+    """:func:`of_schema` as an expression of a Lark grammar."""
+    described: dict[str, Any] = {} if schema is True else {"not": {}} if schema is False else dict(schema)
+    return "%json " + json.dumps({**described, "x-guidance": _spaced(space)})
+
+
+def of_regex(pattern: str) -> str:
+    """The grammar of what a regular expression matches as a whole (syntax of Rust's regex, without look-around)."""
+    found: str = _library().LLMatcher.grammar_from_regex(pattern)
+    return found
+
+
+def of_choice(texts: Sequence[str]) -> str:
+    """The grammar of some texts."""
+    return of_grammar("start: " + " | ".join(json.dumps(text) for text in texts))
+
+
+def of_grammar(text: str) -> str:
+    """A grammar in Lark's notation as llguidance extends it, or in GBNF, llama.cpp's.
+
+    Raises:
+        GrammarError: It is neither.
+    """
+    try:
+        found: str = _library().grammar_from("grammar", text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(str(error)) from error
+    return found
+
+
+class Walk:
+    """Where one answer stands in its grammar. Not thread-safe.
+
+    Args:
+        matcher: llguidance's.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self.ended = False
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """Logits float32 ``[V]`` with minus infinity for all tokens that may not come next; a new tensor.
+
+        Raises:
+            GrammarError: The grammar is too complex here.
+        """
+        # a byte for each token, 0 where it may not come
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        self._check()
+        return logits.masked_fill(allowed[: len(logits)] == 0, -torch.inf)
+
+    def take(self, token: int) -> None:
+        """A token has been chosen; :attr:`ended` tells whether nothing may follow it.
+
+        Raises:
+            GrammarError: It may not come here.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+        self.ended = bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(first_line(ValueError(self._matcher.get_error())))
+
+
+class Grammars:
+    """Compiled grammars of all models of a process, thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # the tokenizer object stays beside what was made of it, so that no other one gets its id
+        self._tokenizers: dict[tuple[int, int, tuple[int, ...]], tuple[Any, str]] = {}
+        self._made: dict[str, Any] = {}
+        self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+
+    def walk(self, words: PreTrainedTokenizerBase, vocabulary: int, ends: Collection[int], grammar: str) -> Walk:
+        """The beginning of a grammar.
+
+        Args:
+            words: Tokenizer of the model.
+            vocabulary: Number of logits.
+            ends: Token ids that end a text; they may come where the grammar may end.
+            grammar: From :func:`of_schema` and the like.
+
+        Raises:
+            GrammarError: It cannot be compiled.
+            InputError: llguidance cannot read the tokenizer.
+            EnvironmentProblem: llguidance is missing.
+        """
+        library = _library()
+        with self._lock:
+            name = self._name(library, words, vocabulary, ends)
+            matcher = self._compiled.get((name, grammar))
+            if matcher is None:
+                # its own words go to stderr otherwise
+                matcher = library.LLMatcher(self._made[name], grammar, log_level=0)
+                if not matcher.is_error():
+                    # what is too complex mostly is so at once
+                    matcher.compute_logit_bias()
+                if matcher.is_error():
+                    raise GrammarError(_plain(matcher.get_error()))
+                self._compiled[name, grammar] = matcher
+                if len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end((name, grammar))
+            return Walk(matcher.deep_copy())
+
+    def _name(self, library: Any, words: Any, vocabulary: int, ends: Collection[int]) -> str:
+        """Name of what llguidance made of a tokenizer; equal tokenizers of several members are made once."""
+        key = (id(words), vocabulary, tuple(sorted(ends)))
+        if key in self._tokenizers:
+            return self._tokenizers[key][1]
+        if not ends:
+            raise GrammarError("the model has no token that ends a text")
+        backend = getattr(words, "backend_tokenizer", None)
+        if backend is None:
+            raise InputError("structured outputs need a fast tokenizer (tokenizer.json), which this model has not")
+        text = f"{backend.to_str()} {key[1:]}"
+        name = hashlib.sha256(text.encode()).hexdigest()
+        if name not in self._made:
+            from llguidance.hf import from_tokenizer
+
+            try:
+                # logits may be more than tokens, or fewer
+                size = max(vocabulary, len(words))
+                self._made[name] = from_tokenizer(words, n_vocab=size, eos_token=list(key[2]))
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"llguidance cannot read the tokenizer: {first_line(error)}") from error
+        self._tokenizers[key] = (words, name)
+        return name
+
+
+def _plain(error: str) -> str:
+    """The first line of what llguidance says of a grammar, with the one that its pointer is under."""
+    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
+    return " ".join(lines[:6])[:400]
