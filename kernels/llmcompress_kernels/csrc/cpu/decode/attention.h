@@ -15,85 +15,115 @@ namespace LLMCOMPRESS_ISA {
 // What a chunk leaves for one query head (Widths::part): maximum, sum of exponentials, then padded values.
 constexpr int PART_HEAD = LANES;
 
-// scores [G] of sixteen positions; keys [Dp, LANES], queries [heads, Dp]
+// Query heads or tokens whose sums fill the registers; more go one group after the other.
+constexpr int MOST_TOGETHER = LLMCOMPRESS_LEVEL >= 4 ? 8 : 4;
+
+// scores [G] of as many positions as a register has floats; keys [Dp, LANES], queries [heads, Dp]
 template <class T, int G>
-inline void score_block(const T* keys, const float* queries, int dim, int width, F16* scores) {
-    F16 acc[G][2] = {};
+inline void score_part(const T* keys, const float* queries, int dim, int width, FN* scores) {
+    FN acc[G][2] = {};
     int d = 0;
     for (; d + 2 <= dim; d += 2) {
-        const F16 a = load_float(keys + d * LANES), b = load_float(keys + (d + 1) * LANES);
-        for (int g = 0; g < G; ++g) {
+        const FN a = load_native(keys + d * LANES), b = load_native(keys + (d + 1) * LANES);
+        LLMCOMPRESS_UNROLL for (int g = 0; g < G; ++g) {
             acc[g][0] += a * queries[g * width + d];
             acc[g][1] += b * queries[g * width + d + 1];
         }
     }
     if (d < dim) {
-        const F16 a = load_float(keys + d * LANES);
+        const FN a = load_native(keys + d * LANES);
         for (int g = 0; g < G; ++g) acc[g][0] += a * queries[g * width + d];
     }
     for (int g = 0; g < G; ++g) scores[g] = acc[g][0] + acc[g][1];
 }
 
-// Of every 32 columns of a query the even ones first, as score_rows() reads it beside rows of bf16: these are widened apart, one
-// operation instead of two for sixteen.
-inline void part_columns(float* query, int width) {
-    for (int d = 0; d + 2 * LANES <= width; d += 2 * LANES) {
-        const F16 a = load_float(query + d), b = load_float(query + d + LANES);
-        store(query + d, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-        store(query + d + LANES, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+// Of sixteen positions.
+template <class T, int G>
+inline void score_block(const T* keys, const float* queries, int dim, int width, F16* scores) {
+    if constexpr (G > MOST_TOGETHER) {
+        score_block<T, MOST_TOGETHER>(keys, queries, dim, width, scores);
+        score_block<T, G - MOST_TOGETHER>(keys, queries + MOST_TOGETHER * width, dim, width, scores + MOST_TOGETHER);
+    } else {
+        FN parts[PARTS][G];
+        for (int i = 0; i < PARTS; ++i) score_part<T, G>(keys + i * NATIVE, queries, dim, width, parts[i]);
+        for (int g = 0; g < G; ++g) scores[g] = joined<>(parts[0] + g, G);
     }
 }
 
-// Scores of G queries (at most four) and N rows, lane by lane: acc[g][i] is to be summed up.
+// Of every 32 columns of a query the even ones first, as score_rows() reads it beside rows of bf16.
+inline void part_columns(float* query, int width) {
+    float odd[LANES];
+    for (int d = 0; d + 2 * LANES <= width; d += 2 * LANES) {
+        float* const to = query + d;
+        for (int i = 0; i < LANES; ++i) to[i] = to[2 * i], odd[i] = to[2 * i + 1];
+        std::copy_n(odd, LANES, to + LANES);
+    }
+}
+
+// Scores of G queries and N rows, lane by lane: acc[g][i] is to be summed up over the lanes of its part and of others.
 template <class T, int G, int N>
-inline void score_tile(const T* keys, const float* queries, int width, F16 (*acc)[N]) {
+inline void score_tile(const T* keys, const float* queries, int width, int part, FN (*acc)[N]) {
     int d = 0;
     for (; sizeof(T) == 2 && d + 2 * LANES <= width; d += 2 * LANES) {
-        F16 even[N], odd[N];
+        FN even[N], odd[N];
         for (int i = 0; i < N; ++i) {
-            const U16 both = load<U16>(keys + i * width + d);
-            even[i] = (F16)(both << 16), odd[i] = (F16)(both & 0xffff0000u);
+            const UN both = load<UN>(keys + i * width + d + 2 * part * NATIVE);
+            even[i] = even_columns(both), odd[i] = odd_columns(both);
         }
         for (int g = 0; g < G; ++g) {
-            const F16 q = load_float(queries + g * width + d), r = load_float(queries + g * width + d + LANES);
+            const float* const from = queries + g * width + d + part * NATIVE;
+            const FN q = load_native(from), r = load_native(from + LANES);
             for (int i = 0; i < N; ++i) acc[g][i] += even[i] * q;
             for (int i = 0; i < N; ++i) acc[g][i] += odd[i] * r;
         }
     }
     for (; d < width; d += LANES) {
-        F16 k[N];
-        for (int i = 0; i < N; ++i) k[i] = load_float(keys + i * width + d);
+        FN k[N];
+        for (int i = 0; i < N; ++i) k[i] = load_native(keys + i * width + d + part * NATIVE);
         for (int g = 0; g < G; ++g) {
-            const F16 q = load_float(queries + g * width + d);
+            const FN q = load_native(queries + g * width + d + part * NATIVE);
             for (int i = 0; i < N; ++i) acc[g][i] += k[i] * q;
         }
     }
 }
 
-// As score_block() where a key is a row: keys [LANES, width], queries [heads, width], padded with zeros.
+// As score_block() where a key is a row: keys [LANES, width], queries [heads, width], padded with zeros. Sums stay in registers,
+// and few loads make many of them.
 template <class T, int G>
 inline void score_rows(const T* keys, const float* queries, int width, F16* scores) {
-    if constexpr (LLMCOMPRESS_LEVEL >= 4 && G > 4) {
+#if LLMCOMPRESS_LEVEL >= 4
+    if constexpr (G > 4) {
         score_rows<T, 4>(keys, queries, width, scores);
         return score_rows<T, G - 4>(keys, queries + 4 * width, width, scores + 4);
-    } else if constexpr (LLMCOMPRESS_LEVEL >= 4) {
-        // sums stay in registers, and few loads make many of them
+    } else {
         F16 four[LANES / 4];
         for (int p = 0; p < LANES; p += 4) {
             F16 acc[4][4] = {};
-            score_tile<T, G, 4>(keys + p * width, queries, width, acc);
+            score_tile<T, G, 4>(keys + p * width, queries, width, 0, acc);
             four[p / 4] = sums(acc);
         }
         fours_of_rows(four);
         for (int g = 0; g < G; ++g) scores[g] = four[g];
-    } else {
-        for (int p = 0; p < LANES; p += 2) {
-            F16 acc[G][2] = {};
-            score_tile<T, G, 2>(keys + p * width, queries, width, acc);
-            for (int g = 0; g < G; ++g)
-                for (int i = 0; i < 2; ++i) scores[g][p + i] = sum(acc[g][i]);
-        }
     }
+#else
+    if constexpr (G > 2) {
+        score_rows<T, 2>(keys, queries, width, scores);
+        score_rows<T, G - 2>(keys, queries + 2 * width, width, scores + 2);
+    } else {
+        float all[G][LANES];
+        for (int p = 0; p < LANES; p += 4) {
+            FN acc[PARTS][G][4] = {};
+            for (int part = 0; part < PARTS; ++part) score_tile<T, G, 4>(keys + p * width, queries, width, part, acc[part]);
+            for (int g = 0; g < G; ++g) {
+                F16 rows[4];
+                for (int i = 0; i < 4; ++i) rows[i] = joined<>(acc[0][g] + i, 4 * G);
+                const F4 four = sums(rows);
+                std::memcpy(all[g] + p, &four, sizeof four);
+            }
+        }
+        for (int g = 0; g < G; ++g) scores[g] = load_float(all[g]);
+    }
+#endif
 }
 
 // Which part of the positions a sum is about, so that it goes on where the one before has left it.
@@ -101,47 +131,42 @@ struct Part {
     bool first, last;
 };
 
-// values [positions, width]; out [G][part stride] becomes weights [G][stride] times values, TILE vectors wide
+// values [positions, width]; out [G][part stride] becomes weights [G][stride] times values, TILE registers wide
 template <class T, int G, int TILE>
 inline void value_tile(const T* values, const float* weights, int64_t stride, int count, int width, float* out, int out_stride,
                        Part which) {
-    F16 acc[G][TILE] = {};
+    FN acc[G][TILE] = {};
     for (int g = 0; g < G && !which.first; ++g)
-        for (int i = 0; i < TILE; ++i) acc[g][i] = load_float(out + g * out_stride + i * LANES);
+        for (int i = 0; i < TILE; ++i) acc[g][i] = load_native(out + g * out_stride + i * NATIVE);
     for (int p = 0; p < count; ++p) {
-        F16 v[TILE];
-        for (int i = 0; i < TILE; ++i) v[i] = load_float(values + (int64_t)p * width + i * LANES);
+        FN v[TILE];
+        for (int i = 0; i < TILE; ++i) v[i] = load_native(values + (int64_t)p * width + i * NATIVE);
         for (int g = 0; g < G; ++g)
             for (int i = 0; i < TILE; ++i) acc[g][i] += v[i] * weights[g * stride + p];
     }
     for (int g = 0; g < G; ++g)
-        for (int i = 0; i < TILE; ++i) store(out + g * out_stride + i * LANES, acc[g][i]);
+        for (int i = 0; i < TILE; ++i) store(out + g * out_stride + i * NATIVE, acc[g][i]);
 }
 
-// As value_tile() for 32 columns of bf16: even and odd ones are widened apart, one operation instead of two for sixteen.
+// As value_tile() for two registers of columns of bf16.
 template <int G>
 inline void value_pair(const uint16_t* values, const float* weights, int64_t stride, int count, int width, float* out,
                        int out_stride, Part which) {
-    F16 acc[G][2] = {};
+    FN acc[G][2] = {};
     for (int g = 0; g < G && !which.first; ++g)
-        for (int i = 0; i < 2; ++i) acc[g][i] = load_float(out + g * out_stride + i * LANES);
+        for (int i = 0; i < 2; ++i) acc[g][i] = load_native(out + g * out_stride + i * NATIVE);
     for (int p = 0; p < count; ++p) {
-        const U16 both = load<U16>(values + (int64_t)p * width);
-        const F16 even = (F16)(both << 16), odd = (F16)(both & 0xffff0000u);
+        const UN both = load<UN>(values + (int64_t)p * width);
+        const FN even = even_columns(both), odd = odd_columns(both);
         for (int g = 0; g < G; ++g) {
             acc[g][0] += even * weights[g * stride + p];
             acc[g][1] += odd * weights[g * stride + p];
         }
     }
     for (int g = 0; g < G; ++g) {
-        const F16 a = acc[g][0], b = acc[g][1];
         float* to = out + g * out_stride;
-        if (!which.last) {
-            store(to, a), store(to + LANES, b);
-            continue;
-        }
-        store(to, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-        store(to + LANES, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+        if (which.last) store_woven(to, acc[g][0], acc[g][1]);
+        else store(to, acc[g][0]), store(to + NATIVE, acc[g][1]);
     }
 }
 
@@ -152,16 +177,22 @@ constexpr int LATENT_ROWS = 16;
 template <class T, int G>
 inline void weigh(const T* values, const float* weights, int64_t stride, int count, int apart, int width, float* out, int part,
                   Part which) {
+    if constexpr (G > MOST_TOGETHER) {
+        constexpr int MOST = MOST_TOGETHER;
+        weigh<T, MOST>(values, weights, stride, count, apart, width, out, part, which);
+        weigh<T, G - MOST>(values, weights + MOST * stride, stride, count, apart, width, out + MOST * part, part, which);
+        return;
+    }
     int d = 0;
     if constexpr (sizeof(T) == 2) {
-        for (; d + 2 * LANES <= width; d += 2 * LANES)
+        for (; d + 2 * NATIVE <= width; d += 2 * NATIVE)
             value_pair<G>(values + d, weights, stride, count, apart, out + d, part, which);
     } else {
-        constexpr int TILE = G > 4 ? 2 : 4;
-        for (; d + TILE * LANES <= width; d += TILE * LANES)
+        constexpr int TILE = G > MOST_TOGETHER / 2 ? 2 : 4;
+        for (; d + TILE * NATIVE <= width; d += TILE * NATIVE)
             value_tile<T, G, TILE>(values + d, weights, stride, count, apart, out + d, part, which);
     }
-    for (; d < width; d += LANES) value_tile<T, G, 1>(values + d, weights, stride, count, apart, out + d, part, which);
+    for (; d < width; d += NATIVE) value_tile<T, G, 1>(values + d, weights, stride, count, apart, out + d, part, which);
 }
 
 // What limits attention, beside what comes later.
@@ -194,8 +225,7 @@ void attend(const T* keys, const T* values, const float* queries, const Widths& 
         if (p < since || p + LANES > last - (G - 1) * LATER)
             for (int g = 0; g < G; ++g) {
                 const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - limits.window) : first;
-                for (int i = 0; i < LANES; ++i)
-                    if (p + i < start || p + i >= end) scores[g][i] = LOWEST;
+                scores[g] = within(scores[g], start - p, end - p);
             }
         for (int g = 0; g < G; ++g) {
             peak[g] = maximum(peak[g], scores[g]);

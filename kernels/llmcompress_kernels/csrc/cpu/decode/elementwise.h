@@ -79,7 +79,7 @@ inline F16 erf_of(F16 x) {
     p = p * t - 0.284496736f;
     p = p * t + 0.254829592f;
     const F16 far = 1.f - p * t * exponential(-size * size);
-    return x < F16{} ? -far : far;
+    return choose(x < F16{}, -far, far);
 }
 
 // What an MLP does with sixteen values of its gate. (1 + tanh(u)) / 2 is the sigmoid of 2 u.
@@ -98,8 +98,8 @@ inline F16 activated(F16 v, int32_t activation) {
 inline F16 opened(const Model& m, F16 gate, F16 up) {
     if (m.activation != GPT_OSS) return activated(gate, m.activation) * up;
     const F16 most = spread(m.gate_limit);
-    gate = gate < most ? gate : most;
-    up = maximum(up < most ? up : most, -most);
+    gate = choose(gate < most, gate, most);
+    up = maximum(choose(up < most, up, most), -most);
     return gate / (exponential(gate * -m.gate_slope) + 1.f) * (up + 1.f);
 }
 
@@ -120,7 +120,7 @@ inline F16 capped(F16 x, float cap) {
     const F16 y = x * (1.f / cap), square = y * y;
     const F16 far = 1.f - 2.f / (exponential(y + y) + 1.f);
     const F16 near = y * (((square * (-17.f / 315) + 2.f / 15) * square - 1.f / 3) * square + 1.f);
-    return cap * (square < 0.01f ? near : far);
+    return cap * choose(square < spread(0.01f), near, far);
 }
 
 // One body: attention is compiled for many numbers of heads, few models cap its scores.

@@ -102,8 +102,16 @@ inline void dense_rows(const T* w, int64_t columns, const Input& in, int token, 
 template <class T, int ROWS>
 void dense_tokens(const T* w, int64_t columns, const Input& in, float* out, int64_t stride) {
     int t = 0;
-    for (; t + 4 <= in.tokens(); t += 4) dense_rows<T, ROWS, 4>(w, columns, in, t, out + t * stride, stride);
-    if (t + 2 <= in.tokens()) dense_rows<T, ROWS, 2>(w, columns, in, t, out + t * stride, stride), t += 2;
+    if constexpr (LLMCOMPRESS_LEVEL >= 4) {
+        for (; t + 4 <= in.tokens(); t += 4) dense_rows<T, ROWS, 4>(w, columns, in, t, out + t * stride, stride);
+        if (t + 2 <= in.tokens()) dense_rows<T, ROWS, 2>(w, columns, in, t, out + t * stride, stride), t += 2;
+    } else {
+        // as many sums as registers hold
+        constexpr int SOME = ROWS > 2 ? 2 : ROWS;
+        for (; t + 2 <= in.tokens(); t += 2)
+            for (int r = 0; r < ROWS; r += SOME)
+                dense_rows<T, SOME, 2>(w + r * columns, columns, in, t, out + t * stride + r, stride);
+    }
     if (t < in.tokens()) dense_rows<T, ROWS, 1>(w, columns, in, t, out + t * stride, stride);
 }
 
