@@ -17,7 +17,6 @@ from torch.nn import functional
 LAYERS, HEADS, KEY_HEADS, HEAD, VOCABULARY = 32, 32, 8, 128, 32000
 LENGTH = 256
 # rows and columns of the linears around attention
-LINEARS = (((HEADS + 2 * KEY_HEADS) * HEAD, HIDDEN), (HIDDEN, HEADS * HEAD))
 
 
 class Layer:

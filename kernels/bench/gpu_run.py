@@ -3,9 +3,8 @@
     python kernels/bench/gpu_run.py --out benchmarks/gpu_<name>.json [--only moe,dense] [--match REGEX] [--dry-run]
 
 Needs torch and triton. humming-kernels and gemlite are measured where they are installed. ``--dry-run`` imports
-everything, lists what would run, and needs no GPU. ``--only`` takes parts: moe, dense, state, tree, mixtral, mamba,
-and tune, which is left out otherwise; ``--match`` takes names. ``--alone`` measures no peers, ``--skip`` leaves out
-some: triton, humming, gemlite.
+everything, lists what would run, and needs no GPU. ``--only`` takes parts: moe, dense, state, tree, mixtral, mamba;
+``--match`` takes names. ``--alone`` measures no peers, ``--skip`` leaves out some: triton, humming, gemlite.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ TOKENS = (1, 4, 8, 16, 32, 64, 256)
 PREFILL = 4096
 BITS = (4, 3, 2)
 BATCHES = (1, 16, 64, 128, 512)
-PARTS = ("moe", "dense", "state", "tree", "mixtral", "mamba")
-ORDER = ("mixtral", "mamba", "state", "tree", "moe", "dense", "tune")
+ORDER = ("mixtral", "mamba", "state", "tree", "moe", "dense")
 
 
 def versions() -> dict[str, Any]:
@@ -94,7 +92,6 @@ def plan() -> list[tuple[str, Any]]:
     import gpu_mixtral
     import gpu_state
     import gpu_tree
-    import gpu_tune
 
     found: list[tuple[str, Any]] = []
     for bits in BITS:
@@ -116,15 +113,6 @@ def plan() -> list[tuple[str, Any]]:
             name = f"tree {rows}x{columns} {models} models"
             found.append((name, lambda r, n=rows, k=columns, m=models: [gpu_tree.tree(n, k, r, m)]))
     found.append(("mixtral-8x7b w3", lambda r: [gpu_mixtral.generate(3, r)]))
-    for bits in BITS:
-        for tokens in (1, 8, 32):
-            for rows, columns in (*gpu_matrix.DENSE, *(gpu_mixtral.LINEARS if tokens == 1 else ())):
-                name = f"tune w{bits} dense {rows}x{columns} {tokens} tokens"
-                found.append((name, lambda r, n=rows, k=columns, b=bits, t=tokens: [gpu_tune.dense(n, k, b, t)]))
-        for tokens in (1, 4, 8, 16, 32):
-            found.append((f"tune w{bits} moe {tokens} tokens", lambda r, b=bits, t=tokens: list(gpu_tune.routed(b, t))))
-        name = f"tune w{bits} widened {PREFILL} tokens"
-        found.append((name, lambda r, b=bits: [gpu_tune.widened(b, PREFILL)]))
     return found
 
 
@@ -155,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="GPU benches of the kernels.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--seconds", type=float, default=330.0, help="start no measurement after this time")
-    parser.add_argument("--only", type=parts_of(ORDER), default=PARTS, help="parts, separated by commas")
+    parser.add_argument("--only", type=parts_of(ORDER), default=ORDER, help="parts, separated by commas")
     parser.add_argument("--match", default="", help="regular expression that names have to match")
     parser.add_argument("--alone", action="store_true", help="measure no peers")
     parser.add_argument("--skip", default="", help="peers that are left out, separated by commas")

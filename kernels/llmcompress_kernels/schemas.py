@@ -67,16 +67,7 @@ def _unpack_fake(packed: Tensor, bits: int, count: int) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], count), dtype=torch.uint8)
 
 
-def _group_gemm_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    int8: bool = False,
-) -> Tensor:
+def _group_gemm_fake(x: Tensor, packed: Tensor, *_rest: Any) -> Tensor:
     rows = packed.shape[0] * (1 if packed.dim() == 2 else group_gemm.LANES)
     return x.new_empty((*x.shape[:-1], rows))
 

@@ -126,7 +126,7 @@ def quantize(
     if spec.codec == "rotate":
         u = rotate(u)
     qmax = qmax_of(spec.bits if head_bits is None else head_bits)
-    channel, state = _scales(u, spec, static, qmax)
+    channel, state = _scales(u, spec, static)
     if spec.codec == "dsq_als":
         channel, state = _refitted(u, channel, state, spec.refits, qmax)
     if spec.rounding == "dither":
@@ -189,9 +189,7 @@ def step_size(channel: Tensor | None, state: Tensor | None, qmax: float | Tensor
     return step if channel is None else channel.to(torch.float32).unsqueeze(-1) * step
 
 
-def _scales(
-    u: Tensor, spec: StateSpec, static: Tensor | None, qmax: float | Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _scales(u: Tensor, spec: StateSpec, static: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Channel and state scales in fp16 before refits."""
     size = u.abs()
     if spec.codec in ("per_head", "rotate"):

@@ -129,7 +129,7 @@ FEW = 4
 
 def lagrangian(problems: Sequence[Problem], choice: Choice, budget: float) -> list[Bits]:
     """The best allocation that is optimal for some price per bit and fits the budget."""
-    low, high = 0.0, _highest_price(problems, choice)
+    low, high = 0.0, _highest_price(problems)
     best = [choice.floor(p) for p in problems]
     free = [best_for_price(p, choice, 0.0) for p in problems]
     if sum(p.spent(b) for p, b in zip(problems, free)) <= budget:
@@ -197,7 +197,7 @@ def _envelope(lines: list[_Line], reach: float) -> list[_Line]:
         at, current = best_at, best_line
 
 
-def _highest_price(problems: Sequence[Problem], choice: Choice) -> float:
+def _highest_price(problems: Sequence[Problem]) -> float:
     """A price at which every node takes its smallest width."""
     worst = 0.0
     for problem in problems:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmcompress.export.base import Exporter
     from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan
-    from llmcompress.stages.state import Metric, RunContext, RunState
+    from llmcompress.stages.state import Metric, RunState
 
 DEVIATIONS = {
     "qesc": (
@@ -28,14 +28,13 @@ DEVIATIONS = {
 }
 
 
-def write_card(out: Path, exporter: Exporter, state: RunState, ctx: RunContext, facts: Mapping[str, Any]) -> None:
+def write_card(out: Path, exporter: Exporter, state: RunState, facts: Mapping[str, Any]) -> None:
     """Write ``README.md`` into an artifact; the same run always gives the same bytes.
 
     Args:
         out: The artifact's folder.
         exporter: Of the format.
         state: Metrics and policies so far, and the packed weights.
-        ctx: The export stage's context.
         facts: From :func:`~llmcompress.export.provenance.provenance`.
     """
     plan = state.packed.plan() if state.packed is not None else {}

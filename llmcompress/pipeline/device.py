@@ -178,10 +178,3 @@ def describe_gpus() -> list[dict[str, object]]:
         capability = f"{properties.major}.{properties.minor}"
         found.append({"name": properties.name, "bytes": properties.total_memory, "capability": capability})
     return found
-
-
-def synchronize() -> None:
-    """Wait for the CUDA device, so that a clock read next to it means something."""
-    import torch
-
-    torch.cuda.synchronize()

@@ -196,13 +196,6 @@ def stand_in_widths(auto: AutoBits, units: Iterable[AutoUnit]) -> dict[str, int]
     return widths
 
 
-def average_bits(plan: QuantPlan, layout: ModelLayout) -> float:
-    """Mean code bits per quantized weight, 0 when nothing is quantized."""
-    sizes = {name: prod(shape) for name, _, shape, _ in layout.quantizable()}
-    total = sum(sizes[name] for name in plan)
-    return sum(spec.bits * sizes[name] for name, spec in plan.items()) / total if total else 0.0
-
-
 def _auto(rule: Rule) -> AutoBits:
     assert isinstance(rule.bits, AutoBits)
     return rule.bits

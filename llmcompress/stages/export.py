@@ -123,7 +123,7 @@ class Export(Stage):
             exporter.read_back(out, state.model, state.packed, state.policies)
             if state.adapter is not None:
                 _put_adapter(state.adapter, out)
-            write_card(out, exporter, state, ctx, facts)
+            write_card(out, exporter, state, facts)
             size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
             ctx.emit("metric", name=f"export.{exporter.name}.bytes", value=size)
             ctx.emit("note", text=f"{exporter.name}: {out} ({bytes_text(size)}, read back equal)")

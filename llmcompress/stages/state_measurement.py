@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llmcompress.stages.state import RunContext, RunState
 
 CHOICES = (4, 6, 8)
-SETTLING = "settings.json"
 
 
 def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:

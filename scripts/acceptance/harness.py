@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -112,8 +111,3 @@ def verdict(holds: bool, figure: str) -> NoReturn:
     """Print the figure as the last line and exit 0 only where the line holds."""
     print(f"{'holds' if holds else 'FALLS SHORT'}: {figure}")
     raise SystemExit(0 if holds else 1)
-
-
-def own_peak_bytes() -> int:
-    """Peak resident bytes of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

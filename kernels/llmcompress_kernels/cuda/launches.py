@@ -2,8 +2,7 @@
 
 A table maps a key (kind of product, bits, tokens, N, K) to a launch. The one of the user's cache
 (:mod:`llmcompress_kernels.tables`), which counts with the kernels that it was measured with, goes before the one that
-comes with this package, ``launches/<gpu>.json``. A call never times anything: ``llmcompress bench tune`` and
-``kernels/bench/gpu_tune.py`` do, when they are asked to.
+comes with this package, ``launches/<gpu>.json``. A call never times anything; ``llmcompress bench tune`` does.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-OPERATORS = "+-*/"
 # longer or deeper texts are no honest answer, and a parser must not be made to overflow its stack
 MAX_LENGTH, MAX_DEPTH = 400, 40
 MAX_DIGITS = 18
