@@ -67,11 +67,10 @@ def specify(
     for entry in tasks:
         config = TaskConfig(task=entry) if isinstance(entry, str) else entry
         rows = config.limit if config.limit is not None else limit
-        if config.path is not None:
-            own, local = _own(config.task, Path(config.path))
+        path = TASKS / "eval_smoke.yaml" if config.task == "eval_smoke" else config.path
+        if path is not None:
+            own, local = _own(config.task, Path(path))
             configs: list[dict[str, Any] | str] = [own]
-        elif config.task == "eval_smoke":
-            configs, local = [_smoke()], True
         elif config.task in known and (tasks_dir is not None or config.subjects):
             configs = list(_catalogued(config, known[config.task], tasks_dir))
             local = tasks_dir is not None
@@ -184,11 +183,6 @@ def _own(name: str, path: Path) -> tuple[dict[str, Any], bool]:
         places = {split: (path.parent / file).resolve() for split, file in files.items()}
         settings["data_files"] = {split: str(p if p.exists() else files[split]) for split, p in places.items()}
     return {**config, "task": name, **({"dataset_kwargs": settings} if settings else {})}, local
-
-
-def _smoke() -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((TASKS / "eval_smoke.yaml").read_text(encoding="utf-8"))
-    return config | {"dataset_kwargs": {"data_files": {"test": str(TASKS / "eval_smoke.jsonl")}}}
 
 
 def _catalogued(config: TaskConfig, entry: dict[str, Any], tasks_dir: Path | None) -> Iterator[dict[str, Any]]:
