@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from llmcompress.errors import RecipeError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -116,6 +118,15 @@ class Stage(ABC):
     def check(self, layout: ModelLayout) -> list[str]:
         """Return problems that can be seen from the model's layout alone (rules that match nothing …)."""
         return []
+
+    def require_model(self, layout: ModelLayout) -> None:
+        """Refuse a model that :meth:`check` finds fault with; a stage may run without a recipe's checks.
+
+        Raises:
+            RecipeError: All that it finds.
+        """
+        if problems := self.check(layout):
+            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
 
     def lacks(self) -> list[str]:
         """Return what the stage will need and this machine does not have (data, packages); asked before a run begins.

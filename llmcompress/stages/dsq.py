@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmcompress.durable import write_durably
-from llmcompress.errors import RecipeError
 from llmcompress.evaluation.working_set import streamed_bytes
 from llmcompress.models import sizes
 from llmcompress.quant.states import BITS, DITHERED, CompressedCodec, Rounding
@@ -135,9 +134,7 @@ class Dsq(Stage):
         from llmcompress.stages.state_measurement import measure_states
 
         assert state.model is not None
-        problems = self.check(state.model.layout)
-        if problems:
-            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
+        self.require_model(state.model.layout)
         for text in self.warnings(state.model.layout):
             ctx.emit("warning", text=text)
         measure_states(self.config, state, ctx)

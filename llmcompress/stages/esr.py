@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, StageConfig
+from llmcompress.stages.quantizer import BlockStage
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
@@ -65,12 +66,11 @@ class EsrConfig(StageConfig):
     """Memory for the states of a block of heads; fewer heads at a time need less."""
 
 
-class Esr(Stage):
+class Esr(BlockStage):
     """Tune block after block against the full-precision model, with states stored as the ``dsq`` stage says."""
 
     Config: ClassVar[type[StageConfig]] = EsrConfig
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION, Kind.POLICY})
-    produces = frozenset({Kind.PACKED})
 
     def check(self, layout: ModelLayout) -> list[str]:
         """A model without Mamba-2 layers."""
@@ -99,9 +99,3 @@ class Esr(Stage):
         store = PackedStore(ctx.stage_dir / "blocks", state.packed)
         Reconstructor(self.config, state.model, calibration, policy, store, ctx).run()
         state.packed = store
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Re-attach the store of finished blocks."""
-        from llmcompress.stages.blockwise import attach_store
-
-        attach_store(state, ctx)

@@ -235,9 +235,7 @@ class Evaluate(Stage):
         from llmcompress.models.heap import whole_models
 
         assert state.model is not None, "the pipeline checks that a load stage comes first"
-        problems = self.check(state.model.layout)
-        if problems:
-            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
+        self.require_model(state.model.layout)
         from llmcompress.data.hub import offline
 
         with offline(self.config.offline), whole_models(sparing=ctx.ram is not None):

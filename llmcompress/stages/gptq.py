@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import StageConfig
+from llmcompress.stages.quantizer import Quantizer
 from llmcompress.stages.schemes import RulesField
-
-if TYPE_CHECKING:
-    from llmcompress.models.layout import ModelLayout
-    from llmcompress.stages.state import RunContext, RunState
 
 
 class RareExperts(BaseModel):
@@ -70,34 +67,7 @@ class GptqConfig(StageConfig):
         return self
 
 
-class Gptq(Stage):
+class Gptq(Quantizer):
     """Quantize block by block, each with the activations the quantized blocks before it produce."""
 
     Config: ClassVar[type[StageConfig]] = GptqConfig
-    distributed = True
-    consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
-    produces = frozenset({Kind.PACKED})
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Rules that match nothing."""
-        from llmcompress.stages.blockwise import check_rules
-
-        return check_rules(self.name, self.config.rules, layout)
-
-    def estimate(self, inputs: PlanInputs) -> Estimate:
-        """One block of weights, its Hessians and the activation streams."""
-        from llmcompress.stages.blockwise_estimate import estimate_blockwise
-
-        return estimate_blockwise(self.config, inputs, hessians=True)
-
-    def run(self, state: RunState, ctx: RunContext) -> None:
-        """Quantize the blocks that are not finished yet."""
-        from llmcompress.stages.blockwise import run_blockwise
-
-        run_blockwise(self.config, state, ctx)
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Re-attach the store of finished blocks."""
-        from llmcompress.stages.blockwise import attach_store
-
-        attach_store(state, ctx)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llmcompress.errors import RecipeError
 from llmcompress.stages.base import Kind, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -91,9 +90,7 @@ class Pesf(Stage):
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Store the policy; nothing is measured or calibrated."""
         assert state.model is not None
-        problems = self.check(state.model.layout)
-        if problems:
-            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
+        self.require_model(state.model.layout)
         for text in self.warnings(state.model.layout):
             ctx.emit("warning", text=text)
         self.restore(state, ctx)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import StageConfig
 from llmcompress.stages.gptq import GptqConfig
+from llmcompress.stages.quantizer import Quantizer
 from llmcompress.stages.router_calibration import RouterFields, check_router, router_hook
 
 if TYPE_CHECKING:
@@ -32,26 +33,14 @@ class QescConfig(GptqConfig):
     """How the routers are calibrated."""
 
 
-class Qesc(Stage):
+class Qesc(Quantizer):
     """Quantize attention, calibrate the router, quantize the experts; block by block."""
 
     Config: ClassVar[type[StageConfig]] = QescConfig
-    distributed = True
-    consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
-    produces = frozenset({Kind.PACKED})
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Rules that match nothing, a model without experts, or a K that does not fit it."""
-        from llmcompress.stages.blockwise import check_rules
-
-        problems = check_rules(self.name, self.config.rules, layout)
-        return problems + check_router(f"stages.{self.name}.router", self.config.router, layout)
-
-    def estimate(self, inputs: PlanInputs) -> Estimate:
-        """One block of weights, its Hessians and two activation streams."""
-        from llmcompress.stages.blockwise_estimate import estimate_blockwise
-
-        return estimate_blockwise(self.config, inputs, hessians=True)
+        return super().check(layout) + check_router(f"stages.{self.name}.router", self.config.router, layout)
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Quantize and calibrate the blocks that are not finished yet."""
@@ -61,9 +50,3 @@ class Qesc(Stage):
         if self.config.router.calibrate and state.calibration is not None:
             hook = router_hook(self.config.router, state, ctx)
         run_blockwise(self.config, state, ctx, hook)
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Re-attach the store of finished blocks."""
-        from llmcompress.stages.blockwise import attach_store
-
-        attach_store(state, ctx)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, StageConfig
+from llmcompress.stages.quantizer import BlockStage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ class RouterCalibrationConfig(RouterFields, StageConfig):
     type: Literal["router_calibration"] = "router_calibration"
 
 
-class RouterCalibration(Stage):
+class RouterCalibration(BlockStage):
     """Calibrate the routers of an already quantized model against the full-precision ones.
 
     Works after any quantizing stage: blocks run with the packed weights, and only routers are written,
@@ -79,7 +80,6 @@ class RouterCalibration(Stage):
 
     Config: ClassVar[type[StageConfig]] = RouterCalibrationConfig
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION, Kind.PACKED})
-    produces = frozenset({Kind.PACKED})
 
     def check(self, layout: ModelLayout) -> list[str]:
         """A model without experts, or a K that does not fit it."""
@@ -106,12 +106,6 @@ class RouterCalibration(Stage):
         limits = limits_for(self.config, plan_inputs(state, ctx), hessians=False)
         BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=calibration, hook=hook, limits=limits).run()
         state.packed = store
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Re-attach the overlay store."""
-        from llmcompress.stages.blockwise import attach_store
-
-        attach_store(state, ctx)
 
 
 def check_router(place: str, fields: RouterFields, layout: ModelLayout) -> list[str]:

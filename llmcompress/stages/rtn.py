@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.base import Kind, StageConfig
+from llmcompress.stages.quantizer import Quantizer
 from llmcompress.stages.schemes import RulesField
-
-if TYPE_CHECKING:
-    from llmcompress.models.layout import ModelLayout
-    from llmcompress.stages.state import RunContext, RunState
 
 
 class RtnConfig(StageConfig):
@@ -24,34 +21,9 @@ class RtnConfig(StageConfig):
     """Measure on MoE models how many tokens change experts (needs a calibrate stage before)."""
 
 
-class Rtn(Stage):
+class Rtn(Quantizer):
     """Quantize block by block, without looking at activations."""
 
     Config: ClassVar[type[StageConfig]] = RtnConfig
-    distributed = True
     consumes = frozenset({Kind.MODEL})
-    produces = frozenset({Kind.PACKED})
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Rules that match nothing."""
-        from llmcompress.stages.blockwise import check_rules
-
-        return check_rules(self.name, self.config.rules, layout)
-
-    def estimate(self, inputs: PlanInputs) -> Estimate:
-        """One block of weights at a time, and activations when experts are diagnosed."""
-        from llmcompress.stages.blockwise_estimate import estimate_blockwise
-
-        return estimate_blockwise(self.config, inputs, hessians=False)
-
-    def run(self, state: RunState, ctx: RunContext) -> None:
-        """Quantize the blocks that are not finished yet."""
-        from llmcompress.stages.blockwise import run_blockwise
-
-        run_blockwise(self.config, state, ctx)
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Re-attach the store of finished blocks."""
-        from llmcompress.stages.blockwise import attach_store
-
-        attach_store(state, ctx)
+    hessians = False

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmcompress.errors import RecipeError
 from llmcompress.models.smoothable import smoothable
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
@@ -63,9 +62,7 @@ class Smooth(Stage):
             InputError: Activations contain NaN or infinity.
         """
         assert state.model is not None
-        problems = self.check(state.model.layout)
-        if problems:
-            raise RecipeError("\n".join(problems), "change the recipe, then: llmcompress validate RECIPE")
+        self.require_model(state.model.layout)
         assert state.packed is None and state.adapter is None, "the chain refuses this stage behind those"
         state.calibrated(ctx.stage)
         store = self._store(ctx)
