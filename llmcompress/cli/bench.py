@@ -57,20 +57,22 @@ def bench_model(
     out: Output,
     path: ModelArgument,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="PATH", help="Another model to time in alternation.")
+        str | None, typer.Option("--against", metavar="PATH", help="Another model, timed in turn with the first.")
     ] = None,
     gguf: Annotated[
         Path | None,
-        typer.Option("--gguf", metavar="FILE", help="llama.cpp beside it; LLMCOMPRESS_PEER_LLAMACPP names its python."),
+        typer.Option("--gguf", metavar="FILE", help="Also time llama.cpp; LLMCOMPRESS_PEER_LLAMACPP names its Python."),
     ] = None,
     context: Annotated[
-        list[int] | None, typer.Option("--context", min=1, help="Tokens before; may be repeated.")
+        list[int] | None, typer.Option("--context", min=1, help="Tokens already in the context; may be repeated.")
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, max=8, help="Sequences; may be repeated.")
+        list[int] | None, typer.Option("--batch", min=1, max=8, help="Sequences in a batch; may be repeated.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens read at once.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens of a sample.")] = 8,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt that is read.")
+    ] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens written in each sample.")] = 8,
     repeats: RepeatsOption = 7,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     int8_activations: Int8Option = False,
@@ -167,14 +169,19 @@ def _show_models(rows: list[dict[str, Any]], screen: Console) -> None:
 def bench_kernels(
     out: Output,
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", metavar="INxOUT", help="Of the layer; may be repeated.")
+        list[str] | None,
+        typer.Option("--shape", metavar="INxOUT", help="Inputs and outputs of a layer; may be repeated."),
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Rows at once; may be repeated.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Tokens multiplied at once; may be repeated.")
+    ] = None,
     bits: Annotated[list[int] | None, typer.Option("--bits", help="Code widths; may be repeated.")] = None,
     group: Annotated[int, typer.Option("--group", min=1, help="Columns per scale.")] = 64,
-    moe: Annotated[bool, typer.Option("--moe", help="Also a block of 60 experts, beside transformers' own.")] = False,
+    moe: Annotated[
+        bool, typer.Option("--moe", help="Also time a block of 60 experts against transformers' own.")
+    ] = False,
     repeats: RepeatsOption = 9,
-    budget: Annotated[float, typer.Option("--budget", help="Seconds per layer and number of tokens.")] = 10.0,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds spent on each layer and number of tokens.")] = 10.0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
 ) -> None:
     """Packed matrix products beside torch's bf16, int4 and int8 on cold weights, one sample of each in turn.

@@ -40,32 +40,37 @@ TokensOption = Annotated[
 ]
 TaskOption = Annotated[
     list[str] | None,
-    typer.Option("--task", metavar="NAME", help="lm-eval task, or the YAML file of your own; may be repeated."),
+    typer.Option(
+        "--task", metavar="NAME", help="Task of lm-eval, or the YAML file of a task of your own; may be repeated."
+    ),
 ]
 FewshotOption = Annotated[
-    int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default what each task says.")
+    int | None,
+    typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default as many as each task says."),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option("--fewshot-seed", help="Chooses examples that a task draws.  [default: lm-eval's, 1234]")
+    int | None,
+    typer.Option("--fewshot-seed", help="Seed by which a task draws its examples.  [default: lm-eval's, 1234]"),
 ]
 TemplateOption = Annotated[
-    bool, typer.Option("--apply-chat-template", help="Ask tasks as a user of a chat, by the model's template.")
+    bool, typer.Option("--apply-chat-template", help="Put each question through the model's chat template.")
 ]
 TurnsOption = Annotated[
     bool | None,
     typer.Option(
         "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
-        help="Examples as turns of the chat; the default with --apply-chat-template.",
+        help="Give examples as turns of the chat; the default with --apply-chat-template.",
     ),
 ]
 SystemOption = Annotated[
-    str | None, typer.Option("--system-instruction", metavar="TEXT", help="Put before every question of a task.")
+    str | None,
+    typer.Option("--system-instruction", metavar="TEXT", help="System message before every question of a task."),
 ]
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write all figures as CSV.")]
 TasksDirOption = Annotated[str | None, typer.Option("--tasks-dir", help="Folder with local task data.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first rows of each task.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of dense weights: auto, float32, bfloat16, float16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Type of dense weights: auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu or cuda.")]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -77,12 +82,18 @@ MemberOption = Annotated[str | None, typer.Option("--member", help="Which member
 IncreaseOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--max-rel-increase", metavar="METRIC=SHARE", help="Exit code 6 if B's is higher than A's by more; 0.01 is 1 %."
+        "--max-rel-increase",
+        metavar="METRIC=SHARE",
+        help="Exit with code 6 if the metric of B is higher than that of A by more; 0.01 is 1 %.",
     ),
 ]
 DropOption = Annotated[
     list[str] | None,
-    typer.Option("--max-abs-drop", metavar="METRIC=AMOUNT", help="Exit code 6 if B's is lower than A's by more."),
+    typer.Option(
+        "--max-abs-drop",
+        metavar="METRIC=AMOUNT",
+        help="Exit with code 6 if the metric of B is lower than that of A by more.",
+    ),
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="PATH", help="Artifact, model folder or run folder.")]
 

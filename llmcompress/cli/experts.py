@@ -24,7 +24,9 @@ TextOption = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="FILE", help="Text (.txt, .jsonl, .parquet); two or more are compared."),
 ]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Windows of each text, evenly spread.")]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", min=1, help="Windows taken from each text, evenly spread over it.")
+]
 
 
 def register(app: typer.Typer) -> None:

@@ -164,15 +164,15 @@ def add(
     out: Output,
     path: FamilyArgument,
     member: Annotated[str, typer.Option("--member", help="Name of the new member.")],
-    model: Annotated[str, typer.Option("--model", help="Its folder: a model, or a LoRA adapter (PEFT).")],
+    model: Annotated[str, typer.Option("--model", help="The new member's folder: a model, or a LoRA adapter (PEFT).")],
     base: Annotated[str | None, typer.Option("--base", help="Folder of the base that an adapter belongs to.")] = None,
-    bits: Annotated[int, typer.Option("--bits", min=1, max=6, help="Bits of its leaf.")] = 2,
+    bits: Annotated[int, typer.Option("--bits", min=1, max=6, help="Bits per weight of what the new member adds.")] = 2,
     calibration: Annotated[
         str | None,
         typer.Option(
             "--calibration",
             metavar="SOURCE",
-            help="A .txt, .jsonl or .parquet file, or a source as recipes have it, '{kind: hub, id: …}'; without, "
+            help="A .txt, .jsonl or .parquet file, or a source as in a recipe, '{kind: hub, id: …}'; without one, "
             "weights are rounded to nearest.",
         ),
     ] = None,
@@ -242,7 +242,9 @@ def calibration_source(text: str) -> SourceConfig:
     return found
 
 
-def remove(out: Output, path: FamilyArgument, member: Annotated[str, typer.Option("--member", help="Which.")]) -> None:
+def remove(
+    out: Output, path: FamilyArgument, member: Annotated[str, typer.Option("--member", help="Name of the member.")]
+) -> None:
     """Remove a member and free its bytes; the others keep every bit."""
     from llmcompress.export.family_edit import remove_member
     from llmcompress.models.family_artifact import FamilyArtifact
@@ -257,8 +259,10 @@ def remove(out: Output, path: FamilyArgument, member: Annotated[str, typer.Optio
 def merge(
     out: Output,
     path: FamilyArgument,
-    member: Annotated[list[str], typer.Option("--member", help="NAME or NAME=SHARE; may be repeated.")],
-    target: Annotated[Path, typer.Option("--out", help="Folder of the dense model.")],
+    member: Annotated[
+        list[str], typer.Option("--member", help="NAME, or NAME=SHARE for another weight in the mean; may be repeated.")
+    ],
+    target: Annotated[Path, typer.Option("--out", help="Folder for the merged dense model.")],
 ) -> None:
     """Write the weighted mean of members as one dense model."""
     from llmcompress.export.family_edit import merge_members

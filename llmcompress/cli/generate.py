@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling, with a temperature.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; takes effect with a temperature.")
+]
 ChatTemperatureOption = Annotated[
     float | None,
     typer.Option(
@@ -29,20 +31,25 @@ ChatTemperatureOption = Annotated[
 ]
 ChatTopPOption = Annotated[
     float | None,
-    typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus. As the model's generation_config.json says, or 0.95."),
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, help="Nucleus sampling. Default: the model's generation_config.json, or 0.95."
+    ),
 ]
-TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Only so many of the likeliest tokens; 0 for all.")]
+TopKOption = Annotated[
+    int, typer.Option("--top-k", min=0, help="Choose among this many of the likeliest tokens; 0 for all.")
+]
 MinPOption = Annotated[
-    float, typer.Option("--min-p", min=0.0, max=1.0, help="Only tokens so many times as likely as the likeliest.")
+    float,
+    typer.Option("--min-p", min=0.0, max=1.0, help="Least probability of a token, as a share of the likeliest one's."),
 ]
 ChatTopKOption = Annotated[
-    int | None, typer.Option("--top-k", min=0, help="0 for all. As the model's generation_config.json says, or 0.")
+    int | None, typer.Option("--top-k", min=0, help="0 for all. Default: the model's generation_config.json, or 0.")
 ]
 ChatMinPOption = Annotated[
     float | None,
-    typer.Option("--min-p", min=0.0, max=1.0, help="As the model's generation_config.json says, or 0."),
+    typer.Option("--min-p", min=0.0, max=1.0, help="Default: the model's generation_config.json, or 0."),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random choice.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")
 ]

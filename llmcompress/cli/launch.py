@@ -28,16 +28,25 @@ ProcessesOption = Annotated[
 ]
 NodesOption = Annotated[
     int,
-    typer.Option("--nnodes", min=1, metavar="N", help="Machines; start the command on each.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--nnodes",
+        min=1,
+        metavar="N",
+        help="Number of machines; start the same command on each.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 EndpointOption = Annotated[
     str | None,
     typer.Option(
-        "--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet: one of them.", rich_help_panel=_PANEL
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="Address at which the machines meet: that of one of them.",
+        rich_help_panel=_PANEL,
     ),
 ]
 IdOption = Annotated[
-    str | None, typer.Option("--rdzv-id", metavar="NAME", help="Name of the meeting, equal everywhere.",
+    str | None, typer.Option("--rdzv-id", metavar="NAME", help="Name of this run, the same on every machine.",
                              rich_help_panel=_PANEL)
 ]  # fmt: skip
 

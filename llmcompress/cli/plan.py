@@ -103,13 +103,14 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
-    device: Annotated[str | None, typer.Option("--device", help="Predict for cpu or cuda.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Device to predict for: cpu or cuda.")] = None,
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="1..64", help="Also predict the time on so many processes (1,2,4 or 1..64)."),
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option("--rates", help="Rates of your machine, from scripts/measure_cluster_rates.py.")
+        Path | None,
+        typer.Option("--rates", help="Rates of your machine, a file that scripts/measure_cluster_rates.py writes."),
     ] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of one process for an hour.")] = None,
 ) -> None:

@@ -25,7 +25,7 @@ NameArgument = Annotated[
 ]
 
 FullOption = Annotated[
-    bool, typer.Option("--full", help="With everything that it takes from the recipes it extends, without comments.")
+    bool, typer.Option("--full", help="Write out what it takes from the recipes that it extends; without comments.")
 ]
 
 

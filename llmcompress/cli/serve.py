@@ -34,9 +34,13 @@ def _bound(name: str, text: str) -> object:
 def serve(
     out: Output,
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Artifacts, model or run folders.")],
-    host: Annotated[str, typer.Option("--host", help="Address; others than loopback need a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the one model; its folder's by default.")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but loopback needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 chooses a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of a single model; by default that of its folder.")
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     engine: Annotated[
@@ -55,7 +59,7 @@ def serve(
         bool,
         typer.Option(
             "--prefix-caching/--no-prefix-caching",
-            help="Keep what answers leave, for prompts that begin alike.",
+            help="Reuse what finished answers leave in the cache for prompts that begin alike.",
         ),
     ] = _LIMITS.prefix_caching,
     snapshot_bytes: Annotated[

@@ -48,7 +48,7 @@ def sweep(
     folder: Annotated[
         Path | None, typer.Option("--dir", help="Folder of the sweep; by default runs/sweep-NAME.")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.")] = 1,
     metric: Annotated[str | None, typer.Option("--metric", help="Quality to plot, such as heldout.perplexity.")] = None,
 ) -> None:
     """Run a recipe with every combination of some settings; continue where an interrupted sweep stopped.

@@ -31,9 +31,12 @@ def bench_tune(
         str | None, typer.Argument(metavar="[MODEL]", help="Take the shapes of this model; a folder or asset:NAME.")
     ] = None,
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", metavar="INxOUT", help="Of a layer; may be repeated.")
+        list[str] | None,
+        typer.Option("--shape", metavar="INxOUT", help="Inputs and outputs of a layer; may be repeated."),
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Rows at once; may be repeated.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Tokens multiplied at once; may be repeated.")
+    ] = None,
     bits: Annotated[list[int] | None, typer.Option("--bits", help="Code widths; may be repeated.")] = None,
     group: Annotated[int, typer.Option("--group", min=1, help="Columns per scale.")] = 128,
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of activations: {' or '.join(DTYPES)}.")] = "bfloat16",
