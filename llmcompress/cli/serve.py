@@ -31,16 +31,25 @@ def _bound(name: str, text: str) -> object:
     return typer.Option(f"--{name}", min=1, help=text, rich_help_panel="Limits")
 
 
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; any but loopback needs a key.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of a single model; by default that of its folder.")
+]
+PrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching",
+        help="Reuse what finished answers leave in the cache for prompts that begin alike.",
+    ),
+]
+
+
 def serve(
     out: Output,
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Artifacts, model or run folders.")],
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; any but loopback needs a key.")
-    ] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 chooses a free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of a single model; by default that of its folder.")
-    ] = None,
+    name: NameOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     engine: Annotated[
@@ -55,23 +64,21 @@ def serve(
     prompt_chunk: Annotated[
         int, _bound("prompt-chunk", "Prompt tokens that running answers wait for at a time.")
     ] = _LIMITS.prompt_chunk,
-    prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            "--prefix-caching/--no-prefix-caching",
-            help="Reuse what finished answers leave in the cache for prompts that begin alike.",
-        ),
-    ] = _LIMITS.prefix_caching,
+    prefix_caching: PrefixOption = _LIMITS.prefix_caching,
     snapshot_bytes: Annotated[
-        int, _bound("snapshot-bytes", "Of what models with states keep of prompts.")
+        int, _bound("snapshot-bytes", "Bytes that models with states keep of prompts.")
     ] = _LIMITS.snapshot_bytes,
-    prompt_tokens: Annotated[int, _bound("max-prompt-tokens", "Of one prompt.")] = _LIMITS.prompt_tokens,
-    new_tokens: Annotated[int, _bound("max-new-tokens", "Of one answer.")] = _LIMITS.new_tokens,
-    body_bytes: Annotated[int, _bound("max-body-bytes", "Of one request.")] = _LIMITS.body_bytes,
-    connections: Annotated[int, _bound("max-connections", "Open at once; beyond: 503.")] = _LIMITS.connections,
-    write_seconds: Annotated[float, _bound("write-seconds", "A reader may take nothing.")] = _LIMITS.write_seconds,
+    prompt_tokens: Annotated[int, _bound("max-prompt-tokens", "Tokens of one prompt.")] = _LIMITS.prompt_tokens,
+    new_tokens: Annotated[int, _bound("max-new-tokens", "Tokens of one answer.")] = _LIMITS.new_tokens,
+    body_bytes: Annotated[int, _bound("max-body-bytes", "Bytes of one request.")] = _LIMITS.body_bytes,
+    connections: Annotated[
+        int, _bound("max-connections", "Connections open at once; beyond: 503.")
+    ] = _LIMITS.connections,
+    write_seconds: Annotated[
+        float, _bound("write-seconds", "Seconds a client may read nothing.")
+    ] = _LIMITS.write_seconds,
     drain_seconds: Annotated[
-        float, _bound("drain-seconds", "Answers may run on after SIGTERM.")
+        float, _bound("drain-seconds", "Seconds answers go on after SIGTERM.")
     ] = _LIMITS.drain_seconds,
 ) -> None:
     """Serve families and other artifacts to OpenAI clients.
