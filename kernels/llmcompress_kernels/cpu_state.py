@@ -11,12 +11,14 @@ import ctypes
 import os
 import struct
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, cpu, select
+from llmcompress_kernels import build, cpu, select, state_shapes
 from llmcompress_kernels.reference import delta_state as delta_definition
 from llmcompress_kernels.reference import state as definition
 from llmcompress_kernels.reference.state import SEGMENT
@@ -99,17 +101,17 @@ def _runs(channels: int, states: int, *tensors: Tensor | None) -> bool:
 _functions: dict[str, Any] = {}
 
 
-def _function(name: str, arguments: tuple[Tensor | int | None, ...]) -> Any:
+def _function(name: str, tensors: int, numbers: int) -> Any:
     assert _library is not None
     found = getattr(_library, name)
-    found.argtypes = [ctypes.c_int64 if isinstance(a, int) else ctypes.c_void_p for a in arguments]
+    found.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * numbers
     _functions[name] = found
     return found
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
-    function = _functions.get(name) or _function(name, arguments)
-    code = function(*[a if a is None or isinstance(a, int) else a.data_ptr() for a in arguments])
+def _call(name: str, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+    function = _functions.get(name) or _function(name, len(tensors), len(numbers))
+    code = function(*[None if t is None else t.data_ptr() for t in tensors], *numbers)
     if code == COUNT_IS_WRONG:
         raise ValueError(f"{name}: a replay window is filled with a negative number of tokens or more than it has rows")
     assert code == 0, f"{name}: no kernel for these sizes"
@@ -117,12 +119,12 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
 
 def state_update(state: Tensor, drive: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """One token with float states."""
-    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
-    sequences, heads, channels, states = state.shape
-    if not _runs(channels, states, state) or not _all_float(state, drive, decay, b, c):
+    sizes = state_shapes.check_float(state, drive, decay, b, c)
+    drive, decay, b, c = drive.contiguous(), decay.contiguous(), b.contiguous(), c.contiguous()
+    if not _runs(*sizes[3:], state) or not _all_float(state, drive, decay, b, c):
         return definition.state_update(state, drive, decay, b, c)
     out = torch.empty_like(drive)
-    _call("llmc_state_update", state, drive, decay, b, c, out, sequences, heads, b.shape[1], channels, states)
+    _call("llmc_state_update", (state, drive, decay, b, c, out), sizes)
     return out
 
 
@@ -140,49 +142,46 @@ def dsq_state_update(
     dither: bool = False,
 ) -> Tensor:
     """One token with packed states."""
-    drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
-    sequences, heads, channels = drive.shape
-    states = scale.shape[-1]
+    sizes = state_shapes.check_packed(codes, channel, scale, fixed, drive, decay, b, c, bits)
+    drive, decay, b, c = drive.contiguous(), decay.contiguous(), b.contiguous(), c.contiguous()
     held = (codes, channel, scale, fixed)
-    if bits not in (4, 8) or not _runs(channels, states, *held) or not _all_float(drive, decay, b, c):
+    if not _runs(*sizes[3:], *held) or not _all_float(drive, decay, b, c):
         return definition.dsq_state_update(codes, channel, scale, fixed, drive, decay, b, c, bits, refit, dither)
     out = torch.empty_like(drive)
-    sizes = (sequences, heads, b.shape[1], channels, states)
-    _call("llmc_dsq_update", *held, drive, decay, b, c, out, *sizes, bits, int(refit), int(dither))
+    _call("llmc_dsq_update", (*held, drive, decay, b, c, out), (*sizes, bits, refit, dither))
     return out
 
 
 def dsq_replay_update(*arguments: Any) -> Tensor:
     """One token with packed states that have replay windows."""
-    held, numbers, how = arguments[:6], [t.contiguous() for t in arguments[6:10]], arguments[10:]
-    recent, count, (drive, _, b, _) = held[4], held[5], numbers
+    held, how = arguments[:6], arguments[10:]
+    codes, channel, scale, fixed, recent, count, drive, decay, b, c = arguments[:10]
     # the dispatcher leaves out arguments that have their defaults
     bits, refit, dither = how + (False, False)[len(how) - 1 :]
-    sequences, heads, channels = drive.shape
-    states = b.shape[-1]
-    fits = bits in (4, 8) and _window_fits(recent, count) and _runs(channels, states, *held)
-    if not fits or not _all_float(*numbers):
+    sizes = state_shapes.check_packed(
+        codes, channel, scale, fixed, drive, decay, b, c, bits, recent, count, "dsq_replay_update"
+    )
+    numbers = drive.contiguous(), decay.contiguous(), b.contiguous(), c.contiguous()
+    if not (_window_fits(recent, count) and _runs(*sizes[3:], *held) and _all_float(*numbers)):
         return definition.dsq_replay_update(*arguments)
-    out = torch.empty_like(drive)
-    sizes = (recent.shape[1] + 1, sequences, heads, b.shape[1], channels, states)
-    _call("llmc_dsq_replay_update", *held, *numbers, out, *sizes, bits, int(refit), int(dither))
+    out, window = torch.empty_like(numbers[0]), recent.shape[1] + 1
+    _call("llmc_dsq_replay_update", (*held, *numbers, out), (window, *sizes, bits, refit, dither))
     return out
 
 
 def dsq_delta_update(*arguments: Any) -> Tensor:
     """One token of a gated delta rule with packed states."""
-    held, numbers, how = arguments[:6], [t.contiguous() for t in arguments[6:11]], arguments[11:]
-    recent, count, value, key = held[4], held[5], numbers[0], numbers[3]
+    held, numbers, how = arguments[:6], arguments[6:11], arguments[11:]
+    recent, count = held[4:]
     # the dispatcher leaves out arguments that have their defaults
     bits, refit, dither = how + (False, False)[len(how) - 1 :]
-    sequences, heads, channels = value.shape
-    states = key.shape[-1]
-    fits = bits in (4, 8) and (recent is None or _window_fits(recent, count)) and _runs(channels, states, *held)
+    sizes = state_shapes.check_delta(*arguments[:12])
+    numbers = tuple(t.contiguous() for t in numbers)
+    fits = (recent is None or _window_fits(recent, count)) and _runs(*sizes[3:], *held)
     if not fits or not _all_float(*numbers):
         return delta_definition.dsq_delta_update(*arguments)
-    out, window = torch.empty_like(value), 1 if recent is None else recent.shape[1] + 1
-    sizes = (window, sequences, heads, key.shape[1], channels, states)
-    _call("llmc_dsq_delta_update", *held, *numbers, out, *sizes, bits, int(refit), int(dither))
+    out, window = torch.empty_like(numbers[0]), 1 if recent is None else recent.shape[1] + 1
+    _call("llmc_dsq_delta_update", (*held, *numbers, out), (window, *sizes, bits, refit, dither))
     return out
 
 
@@ -195,43 +194,49 @@ def mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, groups, states, bits = rest[:14]
     # the dispatcher leaves out arguments that have their defaults
     epsilon, refit, dither, recent, count = rest[14:] + (False, False, None, None)[len(rest) - 15 :]
-    heads, inner = d.shape[0], gain.shape[0]
-    channels, width = inner // heads, inner + 2 * groups * states
     if codes is None or count is None:
         # without both a state is rounded at every token
         recent = count = None
-    held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, recent, count)
+    weights, packed = (conv_weight, conv_bias, dt_bias, a, d, gain), (codes, channel, scale, fixed, floats)
+    check: Callable[..., tuple[int, int, int, int]] = state_shapes.check_mixer
+    sequences, heads, channels, width = check(projected, conv, *weights, *packed, groups, states, bits, recent, count)
+    inner = heads * channels
+    held = (conv, *weights, *packed, recent, count)
     projected = projected.contiguous()
-    sizes = conv.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and (codes is None or bits in (4, 8))
-    numbers = [t for t in (projected, conv, conv_weight, conv_bias, dt_bias, a, d, gain, floats) if t is not None]
+    numbers = (projected, conv, *weights, floats)
+    sizes = conv.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0
     sizes = sizes and (recent is None or _window_fits(recent, count))
     if not sizes or not _runs(channels, states, *held) or not _all_float(*numbers):
         return definition.mamba2_decode(projected, conv, *rest)
-    sequences = projected.shape[0]
     out = projected.new_empty(sequences, inner)
     scratch = projected.new_empty(sequences * (width + heads + 2 * inner))
-    raw = struct.unpack("<i", struct.pack("<f", epsilon))[0]
     window = 1 if recent is None else recent.shape[1] + 1
-    shape = (window, sequences, heads, groups, channels, states, bits, raw, int(refit), int(dither))
-    _call("llmc_mamba2_decode", projected, *held, scratch, out, *shape)
+    shape = (window, sequences, heads, groups, channels, states, bits, _raw(epsilon), refit, dither)
+    _call("llmc_mamba2_decode", (projected, *held, scratch, out), shape)
     return out
+
+
+@cache
+def _raw(number: float) -> int:
+    """The bits of a number in float32."""
+    return int(struct.unpack("<i", struct.pack("<f", number))[0])
 
 
 def mamba2_prefill(projected: Tensor, dt: Tensor, conv: Tensor | None, *rest: Any) -> Tensor:
     """A prompt through a mixer."""
     conv_weight, conv_bias, dt_bias, a, d, gain, state, groups, low, high, epsilon = rest
+    state_shapes.check_prompt(projected, dt, conv, *rest[:8])
     sequences, heads, channels, states = state.shape
     inner, tokens = heads * channels, projected.shape[1]
     projected, dt = _rows(projected), _rows(dt)
     held = (conv, conv_weight, conv_bias, dt_bias, a, d, gain, state)
     fits = conv_weight.shape[-1] == CONV_WIDTH and inner // groups % 16 == 0 and tokens > 0
-    numbers = [t for t in (projected, dt, *held) if t is not None]
-    if not fits or not _runs(channels, states, *held) or not _all_float(*numbers):
+    if not fits or not _runs(channels, states, *held) or not _all_float(projected, dt, *held):
         return definition.mamba2_prefill(projected, dt, conv, *rest)
     out = projected.new_empty(sequences, tokens, inner)
-    shape = (sequences, tokens, heads, groups, channels, states)
     limits = torch.tensor([low, high, epsilon], dtype=torch.float32)
-    _call("llmc_mamba2_prefill", projected, dt, *held, out, *shape, projected.stride(1), dt.stride(1), limits)
+    shape = (sequences, tokens, heads, groups, channels, states, projected.stride(1), dt.stride(1), limits.data_ptr())
+    _call("llmc_mamba2_prefill", (projected, dt, *held, out), shape)
     return out
 
 
@@ -246,13 +251,14 @@ def dsq_pack(
     state: Tensor, fixed: Tensor | None, bits: int, refit: bool = False, dither: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A float state to codes and scales."""
+    state_shapes.check_pack(state, fixed, bits)
     sequences, heads, channels, states = state.shape
     state = state.contiguous()
-    if bits not in (4, 8) or not _runs(channels, states, fixed) or not _all_float(state):
+    if not _runs(channels, states, fixed) or not _all_float(state):
         return definition.dsq_pack(state, fixed, bits, refit, dither)
     codes, channel, scale = empty_pack(state, fixed, bits)
     held = (codes, channel if fixed is None else None, scale, fixed)
-    _call("llmc_dsq_pack", state, *held, sequences, heads, channels, states, bits, int(refit), int(dither))
+    _call("llmc_dsq_pack", (state, *held), (sequences, heads, channels, states, bits, refit, dither))
     return codes, channel, scale
 
 
@@ -281,6 +287,8 @@ def selective_scan_q(
     dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A sequence with its state rounded between tokens; what the adjoint needs with ``keep``."""
+    held = state_shapes.check_scan("selective_scan_q", drive, decay, b, c, bits, fixed)
+    state_shapes.require_shape("selective_scan_q", "state", state, held)
     drive, decay, b, c = (t.contiguous() for t in (drive, decay, b, c))
     sequences, tokens, heads, channels = drive.shape
     states = b.shape[-1]
@@ -290,9 +298,8 @@ def selective_scan_q(
     out, last = torch.empty_like(drive), state.clone(memory_format=torch.contiguous_format)
     kept = drive.new_empty((sequences, heads, -(-tokens // SEGMENT), channels, states) if keep else 0)
     sizes = (sequences, tokens, heads, b.shape[2], channels, states)
-    held = kept if keep else None
-    inputs = (drive, decay, b, c, out, last, widths, fixed, held)
-    _call("llmc_dsq_scan", *inputs, SEGMENT, first, window, *sizes, int(refit), int(dither))
+    inputs = (drive, decay, b, c, out, last, widths, fixed, kept if keep else None)
+    _call("llmc_dsq_scan", inputs, (SEGMENT, first, window, *sizes, refit, dither))
     return out, last, kept
 
 
@@ -311,6 +318,7 @@ def selective_scan_q_backward(
     dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Straight-through gradients of the scan."""
+    state_shapes.check_gradient(grad, drive, decay, b, c, kept, bits, fixed)
     grad, drive, decay, b, c = (t.contiguous() for t in (grad, drive, decay, b, c))
     sequences, tokens, heads, channels = drive.shape
     states, groups = b.shape[-1], b.shape[2]
@@ -324,10 +332,13 @@ def selective_scan_q_backward(
     sizes = (sequences, tokens, heads, groups, channels, states)
     gradients = (d_drive, d_decay, d_b, d_c)
     inputs = (grad, drive, decay, b, c, kept, widths, fixed)
-    _call("llmc_dsq_scan_backward", *inputs, *gradients, SEGMENT, first, window, *sizes, int(refit), int(dither))
+    _call("llmc_dsq_scan_backward", (*inputs, *gradients), (SEGMENT, first, window, *sizes, refit, dither))
     share = (groups, heads // groups)
     return d_drive, d_decay, d_b.unflatten(2, share).sum(3), d_c.unflatten(2, share).sum(3)
 
 
-def _all_float(*tensors: Tensor) -> bool:
-    return {t.dtype for t in tensors} == {torch.float32}
+def _all_float(*tensors: Tensor | None) -> bool:
+    for t in tensors:  # noqa: SIM110 - as in _runs
+        if t is not None and t.dtype is not torch.float32:
+            return False
+    return True

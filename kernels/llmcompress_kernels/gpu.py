@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import build, operand_shapes, select
+from llmcompress_kernels import build, operand_shapes, select, state_shapes
 from llmcompress_kernels.cuda import library as libraries
 from llmcompress_kernels.cuda import skinny
 from llmcompress_kernels.cuda import state as cuda_state
@@ -254,6 +254,7 @@ def delta_decode(
 ) -> Tensor:
     """CUDA implementation of the operator; ``spans`` stays on the CPU."""
     arguments = (x, packed, scale, spans, bits, multiplier, group_size)
+    operand_shapes.check_tree(*arguments)
     accepted = wanted("cuda") and cuda_tree.verify(x, packed, scale, bits, group_size) is None
     if accepted and family_ready(cuda_tree.FAMILY):
         return cuda_tree.delta_decode(*arguments)
@@ -291,8 +292,44 @@ _IN_CUDA: dict[Callable[..., Any], Callable[[], str | None]] = {
     delta_decode: cuda_tree.unavailable,
 }
 
+
+def _scan_fits(*arguments: Any) -> None:
+    held = state_shapes.check_scan("selective_scan_q", *arguments[:4], *arguments[5:7])
+    state_shapes.require_shape("selective_scan_q", "state", arguments[4], held)
+
+
+def _gradient_fits(*arguments: Any) -> None:
+    state_shapes.check_gradient(*arguments[:8])
+
+
+_packed_fits: Callable[..., object] = state_shapes.check_packed
+# what every call of an operator on states is asked first; in the step of a mixer once, for all of it
+_FITS: dict[Callable[..., Any], Callable[..., object]] = {
+    state_update: state_shapes.check_float,
+    dsq_state_update: lambda *given: _packed_fits(*given[:9]),
+    dsq_replay_update: lambda *given: _packed_fits(*given[:4], *given[6:11], *given[4:6], "dsq_replay_update"),
+    mamba2_decode: lambda *given: state_shapes.check_mixer(*given[:16], *given[19:]),
+    mamba2_prefill: lambda *given: state_shapes.check_prompt(*given[:11]),
+    dsq_pack: lambda *given: state_shapes.check_pack(*given[:3]),
+    selective_scan_q: _scan_fits,
+    selective_scan_q_backward: _gradient_fits,
+}
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    fits = _FITS.get(function)
+    if fits is None:
+        return function
+
+    def run(*arguments: Any) -> Any:
+        fits(*arguments)
+        return function(*arguments)
+
+    return run
+
+
 for _function in _FUNCTIONS:
-    _LIBRARY.impl(_function.__name__, _function, "CUDA")
+    _LIBRARY.impl(_function.__name__, _checked(_function), "CUDA")
     if _function in _IN_CUDA:
         select.register(select.Implementation(_function.__name__, "cuda", ("cuda",), _IN_CUDA[_function]))
     select.register(select.Implementation(_function.__name__, "triton", ("cuda",), no_triton))

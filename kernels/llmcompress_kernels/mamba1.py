@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import cpu_state
+from llmcompress_kernels import cpu_state, state_shapes
 from llmcompress_kernels.mamba2 import library
 from llmcompress_kernels.reference.group_gemm import LANES
 
@@ -59,8 +59,9 @@ def update(
         fp32 ``[S, I]``, read from the fresh state before it is rounded.
 
     Raises:
-        ValueError: No kernel for these sizes, or a window that is filled as none can be.
+        ValueError: Operands do not fit, no kernel for these sizes, or a window that is filled as none can be.
     """
+    state_shapes.check_channels(codes, channel, scale, fixed, floats, x, dt, a, b, c, channels, bits, recent, count)
     out, window = torch.empty_like(x), 1 if recent is None else recent.shape[1] + 1
     sizes = (window, *x.shape, channels, a.shape[-1], bits, int(refit), int(dither))
     _call("llmc_mamba1_update", codes, channel, scale, fixed, floats, recent, count, x, dt, a, b, c, out, *sizes)
@@ -83,8 +84,9 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, floa
         ``y + d x``, as ``x``.
 
     Raises:
-        ValueError: No kernel for these sizes.
+        ValueError: Operands do not fit each other, or no kernel for these sizes.
     """
+    state_shapes.check_channel_scan(x, dt, a, b, c, d, floats)
     out = x.clone(memory_format=torch.contiguous_format)
     _call("llmc_mamba1_scan", out, dt, a, torch.cat((b, c), -1), d, floats, *x.shape, a.shape[-1])
     return out

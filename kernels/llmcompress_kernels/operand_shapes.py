@@ -1,5 +1,5 @@
-"""Whether the operands of ``group_gemm`` and ``moe_group_gemm`` fit each other: asked before any kernel runs, which
-would read past them.
+"""Whether the operands of ``group_gemm``, ``moe_group_gemm`` and ``delta_decode`` fit each other: asked before any
+kernel runs, which would read past them.
 
 The C++ kernels compare shapes themselves, since this takes a fifth of a product of one token behind cold caches; what
 does not fit they hand to the definition, which asks here.
@@ -8,6 +8,8 @@ Legend as in :mod:`llmcompress_kernels.schemas`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -86,6 +88,45 @@ def check_routed(
                 f"moe_group_gemm: index holds experts {least} to {most}, expected 0 to {experts - 1}, "
                 f"or {experts} for a slot that is skipped"
             )
+
+
+def check_tree(
+    x: Tensor, packed: Sequence[Tensor], scale: Sequence[Tensor], spans: Tensor, bits: Sequence[int],
+    multiplier: Sequence[float], group_size: int,
+) -> None:  # fmt: skip
+    """Compare shapes of ``delta_decode``.
+
+    Args:
+        x: ``[T, K]``.
+        packed: Per node ``[N, words(K, b)]``.
+        scale: Per node ``[N, G]``.
+        spans: ``[V, 2]``, rows of ``x``.
+        bits: Per node.
+        multiplier: Per node.
+        group_size: Columns per scale.
+
+    Raises:
+        ValueError: They do not fit; the message names the operand, what it has and what it should have.
+    """
+    nodes = len(packed)
+    if not nodes == len(scale) == len(bits) == len(multiplier) or spans.shape != (nodes, 2) or nodes == 0:
+        raise ValueError(
+            f"delta_decode: {nodes} packed weights, {len(scale)} scales, {len(bits)} widths, {len(multiplier)} "
+            f"multipliers and spans {list(spans.shape)}, expected as many of each and spans [nodes, 2]"
+        )
+    if x.dim() != 2 or packed[0].dim() != 2 or group_size < 1:
+        raise ValueError(
+            f"delta_decode: x has shape {list(x.shape)}, packed {list(packed[0].shape)}, expected two dimensions each; "
+            f"{group_size} columns per group, expected one or more"
+        )
+    columns, rows = x.shape[1], packed[0].shape[0]
+    groups = -(-columns // group_size)
+    for node, (weight, steps, width, (low, high)) in enumerate(zip(packed, scale, bits, spans.tolist())):
+        if low < high and (low < 0 or high > x.shape[0]):
+            raise ValueError(f"delta_decode: spans[{node}] are rows {low} to {high} of {x.shape[0]}")
+        if weight.shape != (rows, words(columns, width)) or steps.shape != (rows, groups):
+            _expect(f"delta_decode: packed[{node}]", weight, (rows, words(columns, width)))
+            _expect(f"delta_decode: scale[{node}]", steps, (rows, groups))
 
 
 def _check_side(name: str, side: Operand, experts: int, rows: int, columns: int) -> None:

@@ -145,6 +145,9 @@ def delta_decode(
 
     Returns:
         ``[T, N]`` in the type of ``x``: per row the sum over the nodes whose range holds it.
+
+    Raises:
+        ValueError: Operands do not fit each other.
     """
     out: Tensor = torch.ops.llmcompress.delta_decode(x, packed, scale, spans, bits, multiplier, group_size)
     return out

@@ -87,6 +87,12 @@ def _moe_group_gemm(*arguments: Any) -> Tensor:
     return moe_group_gemm.moe_group_gemm(*arguments)
 
 
+def _delta_decode(*arguments: Any) -> Tensor:
+    """Likewise."""
+    operand_shapes.check_tree(*arguments)
+    return delta_decode.delta_decode(*arguments)
+
+
 def _moe_group_gemm_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -100,7 +106,7 @@ _DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "unpack": (bitpack.unpack, _unpack_fake),
     "group_gemm": (_group_gemm, _group_gemm_fake),
     "moe_group_gemm": (_moe_group_gemm, _moe_group_gemm_fake),
-    "delta_decode": (delta_decode.delta_decode, _delta_decode_fake),
+    "delta_decode": (_delta_decode, _delta_decode_fake),
 }
 
 for _name, (_definition, _fake) in _DEFINITIONS.items():

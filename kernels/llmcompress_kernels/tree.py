@@ -174,6 +174,20 @@ def _interleaved(rows: Tensor) -> Tensor:
     return full.view(-1, LANES, full.shape[1]).transpose(1, 2).contiguous()
 
 
+def _require_fit(parts: Sequence[Plane], spans: Sequence[tuple[int, int]], rows: int, group: int, columns: int) -> None:
+    if len(spans) != len(parts) or columns < 1:
+        raise ValueError(f"delta_decode: {len(spans)} spans for {len(parts)} planes of {columns} columns")
+    lanes, groups = -(-rows // LANES) * LANES, -(-columns // group)
+    units = (groups - 1) * -(-group // UNIT) + -(-(columns - (groups - 1) * group) // UNIT)
+    for part in parts:
+        # counted, since both are contiguous, as planes() makes them: at every product of a token
+        if part.words.numel() != lanes * units * part.bits or part.scale.numel() != lanes * groups:
+            raise ValueError(
+                f"delta_decode: a plane of node {part.node} has words {list(part.words.shape)} and scales "
+                f"{list(part.scale.shape)}, which are not those of {rows} x {columns} in groups of {group}"
+            )
+
+
 def product(
     x: Tensor, parts: Sequence[Plane], spans: Sequence[tuple[int, int]], rows: int, group_size: int,
     threads: int | None = None,
@@ -191,8 +205,12 @@ def product(
     Returns:
         ``[T, N]`` in the type of ``x``. fp32 inputs are rounded to 21 bits below the largest of their chunk, others
         to 14, sums are exact within a chunk.
+
+    Raises:
+        ValueError: The weights are not of ``rows`` times the columns of ``x``, or there are not as many ``spans``.
     """
     tokens, columns = x.shape
+    _require_fit(parts, spans, rows, min(group_size, columns), columns)
     out = torch.empty((tokens, -(-rows // LANES) * LANES), dtype=torch.float32)
     wide = x.to(torch.float32).contiguous()
     nodes = (Node * len(parts))(*(part.struct() for part in parts))

@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused() -> None:
     twin = Twin("dsq", 4, 16, 3)
     given = token(twin, True)
     codes, channel, state = twin.held()
-    with pytest.raises(ValueError, match="no kernel"):
+    with pytest.raises(ValueError, match="heads of 24"):
         mamba1.update(codes, channel, state, None, None, *given, 24, 4)
     with pytest.raises(ValueError, match="replay window"):
         mamba1.update(codes, channel, state, None, None, *given, 16, 4, False, False, twin.recent, twin.count + 3)
