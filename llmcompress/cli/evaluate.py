@@ -246,11 +246,14 @@ def _require_names(limits: list[GateConfig], config: EvaluateConfig) -> None:
     """
     from llmcompress.evaluation.gates import unknown_metrics
     from llmcompress.evaluation.harness import scored_names
+    from llmcompress.evaluation.task_facts import unknown_figures
     from llmcompress.evaluation.task_specs import specify
 
     exact = [f"{name}.{metric}" for name in config.perplexity for metric in ("perplexity", "bits_per_byte")]
     exact += ["tasks.mean_acc"] if len(config.tasks) > 1 else []
     gates = {f"{number}": limit for number, limit in enumerate(limits, 1)}
+    if wrong := unknown_figures(gates, config.tasks):
+        raise _no_such_figure("\n".join(wrong))
     if not unknown_metrics(gates, exact):
         return
     # only lm-eval knows what a group of tasks consists of

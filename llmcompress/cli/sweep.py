@@ -120,6 +120,7 @@ def _require_metric(job: Job, metric: str) -> None:
         UsageError: It is none.
     """
     from llmcompress.evaluation.gates import GateConfig, unknown_metrics
+    from llmcompress.evaluation.task_facts import unknown_figures
     from llmcompress.stages.base import Kind
     from llmcompress.stages.evaluate import Evaluate
 
@@ -129,7 +130,11 @@ def _require_metric(job: Job, metric: str) -> None:
         return  # stages of other kinds name their metrics themselves
     exact = [name for names, _ in known for name in names]
     tasks = [task for _, names in known for task in names]
-    if wrong := unknown_metrics({"metric": GateConfig(metric=metric, max=0)}, exact, tasks):
+    asked = {"metric": GateConfig(metric=metric, max=0)}
+    wrong = unknown_metrics(asked, exact, tasks)
+    # a metric is there where any stage has it
+    lost = [unknown_figures(asked, s.config.tasks) for s in measuring if isinstance(s, Evaluate)]
+    if wrong := wrong or (lost[0] if lost and all(lost) else []):
         raise UsageError(
             wrong[0].replace("gates.metric", "--metric"), "choose one that the recipe's evaluate stage has"
         )

@@ -23,6 +23,7 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.batching import task_batch
 from llmcompress.evaluation.config import require_chat_template
 from llmcompress.evaluation.scores import Score, normalise
+from llmcompress.evaluation.task_facts import require_room
 from llmcompress.evaluation.task_specs import TaskSpec, local_hint, runs_code
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def evaluate(
     import torch
     from lm_eval.evaluator import evaluate as run
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM, request_limit, require_room, written_tokens
+    from llmcompress.evaluation.recurrent_tasks import RecurrentLM, request_limit, written_tokens
 
     settings = spec.settings
     require_chat_template([settings], None, getattr(tokenizer, "chat_template", None))

@@ -19,14 +19,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
-from llmcompress.errors import InputError
 from llmcompress.evaluation.perplexity import refuse_nan
+from llmcompress.evaluation.task_facts import LONGEST
 from llmcompress.inference.greedy import GreedyWriter, end_tokens, unusual_settings
 from llmcompress.nn.mixers import recurrent_evaluation
 
 StateMode = Literal["per_token", "decode_only"]
-# tokens of a question, beside what is written, where the model takes more and nobody says what the task wants
-LONGEST = 4096
 # arguments of a greedy request that say nothing else
 _GREEDY = {"attention_mask", "do_sample", "temperature", "top_p", "top_k", "use_cache"}
 
@@ -152,24 +150,6 @@ def request_limit(model: Any, written: int) -> int | None:
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(int(limit), LONGEST + written) if limit else None
-
-
-def require_room(task: str, longest: int, written: int) -> None:
-    """Refuse answers that leave no room for a question.
-
-    Args:
-        task: Its name.
-        longest: Tokens of a request, with what is written to it.
-        written: The most that is.
-
-    Raises:
-        InputError: They do.
-    """
-    if written >= longest:
-        raise InputError(
-            f"task {task}: answers of up to {written} tokens leave no room for a question in {longest}",
-            "set a smaller max_gen_toks in generation_kwargs of its overrides, or its max_length",
-        )
 
 
 def _not_greedy(settings: dict[str, Any]) -> str | None:

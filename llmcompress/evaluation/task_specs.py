@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from llmcompress.errors import EnvironmentProblem, InputError, RecipeError, firs
 from llmcompress.evaluation.config import TaskConfig
 
 TASKS = Path(__file__).resolve().parent.parent / "data" / "tasks"
+# what the metric code_eval, which lm-eval uses, asks for when it is loaded
+_LEAVE = "HF_ALLOW_CODE_EVAL"
 SUFFIXES = (".jsonl.gz", ".jsonl.xz", ".jsonl")
 
 
@@ -77,7 +80,7 @@ def specify(
         elif config.task in known:
             entry_data = known[config.task]
             # the whole of mmlu is a group that only the harness's index knows
-            configs = [config.task] if "subject" in entry_data else [_load(_base_folder() / entry_data["base"])]
+            configs = [config.task] if "subject" in entry_data else [load_task(base_folder() / entry_data["base"])]
             local = False
         else:
             if config.subjects:
@@ -111,7 +114,8 @@ def unreachable(specs: Sequence[TaskSpec], off: bool = False) -> list[str]:
 
 
 def require_code(specs: Sequence[TaskSpec]) -> None:
-    """Refuse tasks that run what the model writes where nobody has allowed it, as far as their files tell.
+    """Refuse tasks that run what the model writes where nobody has allowed it, here or where lm-eval asks for it, as
+    far as their files tell.
 
     Args:
         specs: The tasks. One that is known by name alone is looked for in the file of this name; where there is none,
@@ -121,15 +125,18 @@ def require_code(specs: Sequence[TaskSpec]) -> None:
         InputError: One of them does.
     """
     for spec in specs:
-        if spec.settings.run_code:
-            continue
         configs = [one for one in spec.configs if isinstance(one, dict)]
         named = {f"{one}.yaml" for one in spec.configs if isinstance(one, str)}
         # the index of all tasks would take a minute
-        files = (path for path in _base_folder().rglob("*.yaml") if path.name in named) if named else ()
-        configs += [_load(path, functions=False) for path in files]
-        if any(config.get("unsafe_code") for config in configs):
+        files = [path for path in base_folder().rglob("*.yaml") if path.name in named] if named else []
+        configs += [load_task(path, functions=False) for path in files]
+        if not any(config.get("unsafe_code") for config in configs):
+            continue
+        if not spec.settings.run_code:
             raise runs_code(spec.name)
+        code = (file.read_text(encoding="utf-8") for path in files for file in path.parent.glob("*.py"))
+        if os.environ.get(_LEAVE) != "1" and any("code_eval" in text for text in code):
+            raise InputError(f"task {spec.name}: lm-eval runs code only with {_LEAVE}=1 in the environment", "set it")
 
 
 def runs_code(task: str) -> InputError:
@@ -138,15 +145,28 @@ def runs_code(task: str) -> InputError:
     return InputError(f"task {task} runs code that the model writes", words)
 
 
-def _base_folder() -> Path:
+def base_folder() -> Path:
+    """lm-eval's folder of tasks.
+
+    Raises:
+        EnvironmentProblem: lm-eval is not installed.
+    """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise EnvironmentProblem("the lm-eval package is missing", "pip install lm-eval")
     return Path(next(iter(spec.submodule_search_locations))) / "tasks"
 
 
-def _load(path: Path, functions: bool = True) -> dict[str, Any]:
-    """A task's file with what it includes; ``functions`` imports those that it names, which may ask the hub."""
+def load_task(path: Path, functions: bool = True) -> dict[str, Any]:
+    """A task's file with what it includes; needs no torch.
+
+    Args:
+        path: The file.
+        functions: Import those that it names, which may ask the hub.
+
+    Raises:
+        EnvironmentProblem: lm-eval is another one, or lacks the file.
+    """
     try:
         from lm_eval.tasks._yaml_loader import load_yaml
     except ImportError as error:
@@ -169,7 +189,7 @@ def _own(name: str, path: Path) -> tuple[dict[str, Any], bool]:
             f"task {name}: {path}: no such file", "name a task of lm-eval, or a .yaml file that defines one"
         )
     try:
-        config = _load(path)
+        config = load_task(path)
     except EnvironmentProblem:
         raise
     except Exception as error:  # its !function entries are the user's code
@@ -191,7 +211,7 @@ def _catalogued(config: TaskConfig, entry: dict[str, Any], tasks_dir: Path | Non
     if "subject" not in entry:
         if config.subjects:
             raise RecipeError(f"tasks: {config.task} has no subjects", "remove subjects")
-        yield _load(_base_folder() / entry["base"]) | source
+        yield load_task(base_folder() / entry["base"]) | source
         return
     pattern = entry["subject"]
     prefix, suffix = pattern.split("{subject}")
@@ -199,14 +219,14 @@ def _catalogued(config: TaskConfig, entry: dict[str, Any], tasks_dir: Path | Non
     for subject in config.subjects or known:
         if subject not in known:
             raise RecipeError(f"tasks: {config.task} has no subject {subject!r}", f"one of {', '.join(known)}")
-        base = _load(_base_folder() / pattern.format(subject=subject)) | source
+        base = load_task(base_folder() / pattern.format(subject=subject)) | source
         if source:
             base["process_docs"] = functools.partial(_only_subject, subject=subject)
         yield base
 
 
 def _subject_files(prefix: str, suffix: str) -> Iterator[Path]:
-    root = _base_folder()
+    root = base_folder()
     return (path.relative_to(root) for path in root.glob(f"{prefix}*{suffix}"))
 
 

@@ -24,6 +24,7 @@ from llmcompress.evaluation.config import (
     require_windows,
 )
 from llmcompress.evaluation.gates import GateConfig, failed, judge, unknown_metrics
+from llmcompress.evaluation.task_facts import require_rooms, unknown_figures
 from llmcompress.evaluation.working_set import (
     ACTIVATION_SHARE,
     peak_bytes,
@@ -155,7 +156,7 @@ class Evaluate(Stage):
     def check(self, layout: ModelLayout) -> list[str]:
         """Gates that name nothing measured, and expert figures asked of a model without experts."""
         config = self.config
-        problems = unknown_metrics(config.gates, *self.measured())
+        problems = unknown_metrics(config.gates, *self.measured()) or unknown_figures(config.gates, config.tasks)
         if config.expert_shift and not any(block.bank for block in layout.blocks):
             problems.append(f"expert_shift: {layout.model_type} has no experts")
         return [f"stages.{self.name}.{problem}" for problem in problems]
@@ -187,11 +188,12 @@ class Evaluate(Stage):
             tokenizer: Folder of the tokenizer, if it is another one.
 
         Raises:
-            InputError: Windows are too long, or a task or the prompts are to be asked through a chat template that is
-                not there.
+            InputError: Windows are too long, a task or the prompts are to be asked through a chat template that is not
+                there, or a task's answers leave no room for its questions.
         """
         mine, context = self.config, config.get("max_position_embeddings")
         require_windows(mine.perplexity, mine.fidelity, mine.recall, mine.tasks, context)
+        require_rooms(mine.tasks, context)
         require_chat_template(self.config.tasks, self.config.generation, chat_template(tokenizer or folder))
 
     def estimate(self, inputs: PlanInputs) -> Estimate:

@@ -127,8 +127,13 @@ def test_code_is_refused_before_a_run_without_the_index_of_all_tasks(monkeypatch
     stage = Evaluate("evaluate", EvaluateConfig(type="evaluate", tasks=["humaneval"]))
     with pytest.raises(InputError, match="task humaneval runs code"):
         stage.lacks()
-    allowed = {"task": "humaneval", "run_code": True}
-    assert Evaluate("evaluate", EvaluateConfig(type="evaluate", tasks=[allowed])).lacks() == []
+    allowed = Evaluate("evaluate", EvaluateConfig(type="evaluate", tasks=[{"task": "humaneval", "run_code": True}]))
+    # what lm-eval judges code with asks again
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(InputError, match="HF_ALLOW_CODE_EVAL=1"):
+        allowed.lacks()
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert allowed.lacks() == []
     # one without code, and one that nobody knows
     require_code(specify(["triviaqa", "no_such_task"]))
 

@@ -191,6 +191,13 @@ def test_unknown_gate_metric_is_found_without_a_model(ctx, state, tiny):
         bad.run(state, ctx[0])
     good = stage(**FULL, gates={"g": {"metric": "eval_smoke.acc_norm", "max_abs_drop": 0.1}})
     assert good.check(layout) == []
+    bad = stage(tasks=["piqa", "gsm8k"], gates={"g": {"metric": "tasks.mean_acc", "max_abs_drop": 0.1}})
+    assert "gsm8k has no acc" in bad.check(layout)[0]
+
+
+def test_answers_without_room_for_a_question_are_refused_before_a_run(tmp_path):
+    with pytest.raises(InputError, match="gsm8k: answers of up to 256 tokens leave no room"):
+        stage(tasks=["gsm8k"]).require_source(tmp_path, {"max_position_embeddings": 256})
 
 
 def test_config_contradictions():
