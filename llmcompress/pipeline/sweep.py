@@ -198,7 +198,7 @@ class Sweep:
         Raises:
             UsageError: The folder holds another sweep.
             EnvironmentProblem: Another process is running it.
-            Interrupted: Ctrl-C or SIGTERM; the same command continues.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP; the same command continues.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder), self._listening():
@@ -272,11 +272,17 @@ class Sweep:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Turn Ctrl-C and SIGTERM into requests to the runs to stop; a second one kills them."""
+        """Turn Ctrl-C, SIGTERM and a terminal that goes into requests to the runs to stop; a second one kills them.
+
+        Runs have sessions of their own: without this they would outlive the terminal, and hold their folders.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # nohup has it ignored
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        before = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             yield
         finally:

@@ -153,13 +153,14 @@ def test_a_sweep_goes_on_with_more_runs_at_a_time(fake: Path, monkeypatch: pytes
     assert [(fake / f"n={n}" / "threads").read_text() for n in (1, 3)] == ["", "2"]
 
 
-def test_a_stop_ends_the_children(fake: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_ends_the_children(fake: Path, number: signal.Signals) -> None:
     from llmcompress.errors import Interrupted
 
     def stop() -> None:
         while not (fake / "n=4" / "threads").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     said: list[str] = []
     threading.Thread(target=stop, daemon=True).start()
@@ -168,6 +169,17 @@ def test_a_stop_ends_the_children(fake: Path) -> None:
         Sweep("recipe", ["pause=300"], runs, fake, 1, said.append).execute()
     assert said == ["n=4: begins", f"n=4: ended with exit code {-signal.SIGTERM}"]
     assert not (fake / "n=5").exists()
+
+
+def test_under_nohup_a_sweep_outlives_its_terminal(fake: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = combinations({"n": ["4"]}, fake)
+        seen: list[object] = []
+        Sweep("recipe", [], run, fake, 1, lambda _: seen.append(signal.getsignal(signal.SIGHUP))).execute()
+        assert set(seen) == {signal.SIG_IGN}
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_stop_while_a_run_is_being_started_reaches_it(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
