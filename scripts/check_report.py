@@ -25,7 +25,7 @@ from typing import Any
 WIDTHS = (390, 1600)
 SCHEMES = {"light": 1, "dark": 0}  # values of Chromium's preferredColorScheme setting
 BINARIES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-TIMEOUT = 120
+TIMEOUT = 600
 MARK = "llmcompress-check"
 
 # runs before the page's own script, so that it also sees early errors
@@ -136,7 +136,8 @@ def find_chromium() -> str | None:
 
 def browse(binary: str, page: Path, width: int, scheme: str, *extra: str) -> subprocess.CompletedProcess[str]:
     """Open ``page`` once, in a throw-away profile."""
-    with tempfile.TemporaryDirectory() as profile:
+    # processes of the browser may write into it for a moment after it has ended
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
             binary, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,20 @@ HEAVY = ("torch", "transformers", "datasets", "lm_eval", "safetensors", "tokeniz
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.parametrize("words", LIGHT)
 def test_light_commands_import_nothing_heavy_and_are_quick(words: str) -> None:
     code = (
-        "import sys; from llmcompress.cli.app import invoke\n"
+        "import sys, time; from llmcompress.cli.app import invoke\n"
         f"code = invoke({words.split()!r})\n"
-        f"print('heavy', [m for m in {HEAVY!r} if m in sys.modules], code, file=sys.stderr)"
+        f"print('heavy', [m for m in {HEAVY!r} if m in sys.modules], code, time.process_time(), file=sys.stderr)"
     )
-    # processor time, because a busy machine must not fail this test; the limit of one second is kept with room
-    before = time.process_time(), _children()
     done = python(code)
-    seconds = _children() - before[1]
-    assert "heavy [] 0" in done.stderr, done.stderr
+    assert "heavy [] 0 " in done.stderr, done.stderr
+    # processor time, because a busy machine must not fail this test; the limit of one second is kept with room
+    seconds = float(done.stderr.split()[-1])
     assert seconds < 3, f"{words} took {seconds:.1f} s of processor time"
 
 
@@ -73,7 +71,7 @@ def test_an_output_that_is_not_utf8_loses_signs_and_no_run() -> None:
 
     def told(*words: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [sys.executable, "-m", "llmcompress", *words], capture_output=True, env=narrow, timeout=60
+            [sys.executable, "-m", "llmcompress", *words], capture_output=True, env=narrow, timeout=600
         )
 
     done = told("validate", "gptq")  # it says load → calibrate
@@ -89,7 +87,7 @@ def test_a_reader_that_has_gone_changes_no_exit_code(tmp_path: Path) -> None:
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run(
-            [sys.executable, "-m", "llmcompress", *words], stdout=writer, stderr=subprocess.PIPE, timeout=60
+            [sys.executable, "-m", "llmcompress", *words], stdout=writer, stderr=subprocess.PIPE, timeout=600
         )
         os.close(writer)
         assert done.returncode == code, words
@@ -98,7 +96,7 @@ def test_a_reader_that_has_gone_changes_no_exit_code(tmp_path: Path) -> None:
 
 def test_a_full_disk_behind_stderr_changes_no_exit_code_and_one_behind_stdout_is_named(tmp_path: Path) -> None:
     def told(*words: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([sys.executable, "-m", "llmcompress", *words], timeout=60, check=False, **streams)
+        return subprocess.run([sys.executable, "-m", "llmcompress", *words], timeout=600, check=False, **streams)
 
     with Path("/dev/full").open("wb") as full:
         done = told("validate", "nowhere", "--json", stdout=subprocess.PIPE, stderr=full)
@@ -121,13 +119,6 @@ def test_a_run_outlives_those_who_read_its_progress(number: int) -> None:
             raise OSError(number, "nobody reads")
 
     PlainSink(Closed())(Event("note", "quantize", {"text": "still at work"}))
-
-
-def _children() -> float:
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def commands(group: Any = None, words: str = "") -> list[tuple[str, bool]]:
@@ -163,7 +154,7 @@ def test_the_module_runs_like_the_script() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     )
     assert json.loads(done.stdout)["version"]
     assert done.stderr == ""
@@ -179,7 +170,7 @@ def test_ctrl_c_during_the_first_imports_is_no_traceback() -> None:
         "sys.meta_path.insert(0, Impatient())\n"
         "runpy.run_module('llmcompress', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=600, check=False)
     assert done.returncode == 130 and done.stderr.startswith(b"error: stopped by Ctrl-C\nnext: ")
     assert b"Traceback" not in done.stderr
 

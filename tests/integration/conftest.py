@@ -4,8 +4,6 @@ is killed."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import threading
 import time
@@ -170,9 +168,10 @@ def _kill_one_of_two(command: Sequence[str], ready: Callable[[], object]) -> str
     while process.poll() is None and not ready():
         time.sleep(0.02)
     assert process.returncode is None, process.communicate()
-    ranks = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
-    assert len(ranks) == 2
-    os.kill(max(ranks, key=lambda child: child.pid).pid, signal.SIGKILL)
+    children = [child for child in psutil.Process(process.pid).children() if "llmcompress" in child.cmdline()]
+    ranks = {child.environ()["RANK"]: child for child in children}
+    assert sorted(ranks) == ["0", "1"]
+    ranks["1"].kill()
     _, said = process.communicate()
     assert process.returncode == 4, said
     errors = [line for line in said.splitlines() if line.startswith("error:")]

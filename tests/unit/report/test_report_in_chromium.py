@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "check_report.py"
 
 
 def check(run_dir: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, str(SCRIPT), str(run_dir)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(run_dir)], capture_output=True, text=True, timeout=1800)
     if done.returncode == 4:
         pytest.skip("Chromium is not installed")
     return done

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -129,13 +131,19 @@ save_file({n: p.detach().clone() for n, p in policy.trainable.items()}, out / f"
 """
 
 
+def free_port() -> int:
+    """One that the kernel gives to nobody who asks for any, from here until the processes have started."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 32000)))
+            return int(free.getsockname()[1])
+
+
 def ranks(folder: Path, size: int) -> None:
     import os
 
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     more = {LAUNCHED: "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     running = [
         subprocess.Popen(
