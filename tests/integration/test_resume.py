@@ -36,7 +36,8 @@ stages:
   export: {{type: export, formats: [native]}}
 """
 
-# One process imports torch and never computes with it; each run is a fork of it, so that a kill costs no second import.
+# One process imports torch, reads the recipe and never computes; each run is a fork of it, so that a kill costs no
+# second import.
 # os.fsync marks every durable write twice: before the file gets its name, and after.
 DRIVER = """
 import json, os, signal, sys
@@ -67,6 +68,8 @@ def child(words, die_at, count_file=None):
         os._exit(int(code))
 
 recipe, folder, spread = sys.argv[1], sys.argv[2], int(sys.argv[3])
+import llmcompress.pipeline.runner, llmcompress.report.build, llmcompress.stages.evaluate  # noqa
+assert invoke(["validate", recipe, "run.seed=0"]) == 0
 results = {"whole": child(["run", recipe], 0, folder + "/count")}
 total = int(open(folder + "/count").read())
 results["total"] = total
@@ -105,7 +108,7 @@ def killed_runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     recipe.write_text(RECIPE.format(model=tiny_folder, folder=folder, texts=texts))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(recipe), str(folder), "6"],
-        capture_output=True, text=True, check=False, timeout=600,
+        capture_output=True, text=True, check=False, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
