@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.ready
+# processes of the tests; a file of tests stays in one
+JOBS   ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast check fix schema kernels bench acceptance report-check family family-smollm2 \
@@ -21,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(STAMP)
-	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell triton openai trl peft
+	@$(PIP) -c constraints.txt pytest hypothesis ruff mypy types-PyYAML types-psutil codespell pytest-xdist triton openai trl peft
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything a user needs
@@ -30,8 +32,8 @@ setup: $(STAMP) ## Create .venv and install everything a user needs
 demo: $(STAMP) ## Compress the shipped MoE model, print the table, write the report
 	@$(BIN)/llmcompress run quickstart run.dir=runs/demo --force
 
-test: $(VENV)/.dev ## Run the whole test suite
-	@$(BIN)/python -m pytest
+test: $(VENV)/.dev ## Run the whole test suite; JOBS=2 in two processes
+	@$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 test-fast: $(VENV)/.dev ## Run the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"
