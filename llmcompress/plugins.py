@@ -85,7 +85,7 @@ def culprit(trace: TracebackType | None) -> str | None:
     """The package of the plug-in in whose code an error arose; None where it was ours or another library's.
 
     Args:
-        trace: Of the error. The innermost frame that is a plug-in's or ours decides.
+        trace: Trace of the error. The innermost frame that is a plug-in's or ours decides.
     """
     owners = {
         point.module.partition(".")[0]: _package(point) for group in GROUPS for point in entry_points(group=group)

@@ -141,16 +141,16 @@ class Decoder:
         heads, key_value_heads, head_dim: Of attention; with latents D is that of queries, and all heads share one key.
         neighbours: Columns of a head are turned in pairs that stand side by side, not ``R / 2`` apart.
         latents: What keys and values are made of; None where each head has its own.
-        epsilon: Of every norm.
+        epsilon: Epsilon of every norm.
         attention_scale: Factor of the scores, usually ``D ** -0.5``.
-        routing: Of the routers.
+        routing: Routing of the routers.
         screen: The head rounded to 8 bits, by which greedy steps find the few rows worth computing, or None.
         screen_error: float32 ``[V]``, bound of ``|head x - screen x| / |x|`` for every row.
-        member_embeddings: Of a family, one for each member; norms then have a row for each, ``[M, H]``.
+        member_embeddings: Embeddings of a family, one for each member; norms then have a row for each, ``[M, H]``.
         member_heads: The same of heads.
         embedding_scale: Factor of embeddings.
         residual_scale: Factor of all that layers add to the hidden states.
-        activation: Of the gates of MLPs, one of :data:`ACTIVATIONS`.
+        activation: Activation of the gates of MLPs, one of :data:`ACTIVATIONS`.
         gate_slope, gate_limit: Of gpt_oss's: gates are cut at the limit, what they open at both sides.
         attention_cap, logit_cap: Scores and logits x become ``cap tanh(x / cap)``; 0 for no cap.
 
@@ -264,7 +264,7 @@ class Mixers:
         run: Address of its functions (``Mixers`` of ``csrc/cpu/decode/decode.h``).
         engine: Its handle of the layers.
         states: Address of what it keeps of the sequences.
-        owners: Whose memory all this is; kept alive.
+        owners: Owners whose memory all this is; kept alive.
     """
 
     def __init__(self, run: int, engine: int, states: int, owners: Sequence[Any]) -> None:
@@ -303,8 +303,8 @@ def step(
         layers: Half-open range of layers, all by default. With a part of them ``hidden`` is input and output.
         hidden: float32 ``[B, H]``.
         seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
-        members: Of a family, int32 ``[B]``, whose tokens they are; equal ones must be neighbours.
-        mixers: Of a decoder that has some; their states are replaced.
+        members: Members of a family, int32 ``[B]``, whose tokens they are; equal ones must be neighbours.
+        mixers: Mixers of a decoder that has some; their states are replaced.
 
     Raises:
         ValueError: A size is out of range, or a tensor is not of the type and shape named here.
@@ -370,7 +370,7 @@ def prompt(
         planes: As in :func:`step`.
         threads: torch's by default.
         seconds: As in :func:`step`; rounding and waiting are counted where they happen.
-        member: Of a family, whose tokens they are.
+        member: Member of a family, whose tokens they are.
         reroute: Called once for every layer with experts, between their choice and their work.
         mixers: As in :func:`step`; between the parts of one prompt they take steps, but no other prompt. Parts that are
             multiples of :data:`llmcompress_kernels.mamba2.CUT` tokens change no bit.

@@ -30,7 +30,7 @@ class Cache:
     ``states`` has one slot, for the sequence whose prompt is being read.
 
     Args:
-        decoder: Whose sizes to use.
+        decoder: Decoder whose sizes to use.
         slots: Sequences.
         positions: Tokens per sequence; rounded up to a multiple of 16.
         dtype: ``torch.float32`` or ``torch.bfloat16``.

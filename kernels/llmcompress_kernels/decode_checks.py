@@ -39,7 +39,7 @@ def check_slots(decoder: Decoder, slots: Tensor, count: int) -> None:
     """Whether the tokens of a step are of sequences int32 ``[B]`` that may take them.
 
     Args:
-        decoder: Whose step it is.
+        decoder: Decoder whose step it is.
         slots: The sequences.
         count: Sequences that the cache has room for.
 

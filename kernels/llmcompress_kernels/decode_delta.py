@@ -35,8 +35,8 @@ class DeltaSizes:
     """Of the delta rules of a model, the same in all layers.
 
     Attributes:
-        heads: Of values; each has a state ``[K, V]``.
-        key_heads: Of queries and keys, each for ``heads / key_heads`` neighbours.
+        heads: Heads of values; each has a state ``[K, V]``.
+        key_heads: Heads of queries and keys, each for ``heads / key_heads`` neighbours.
         key_dim: K.
         value_dim: V, a multiple of 16.
     """
@@ -89,7 +89,7 @@ class Delta:
     """What a layer with the gated delta rule has beside its projections and its convolution.
 
     Attributes:
-        sizes: Of the rule.
+        sizes: Sizes of the rule.
         dt_bias: float32 ``[heads]``.
         decay: float32 ``[heads]``, negative.
         gain: float32 ``[V]``, weight of the gated norm.

@@ -26,7 +26,7 @@ class Routing:
         renormalizes: Weights are divided by their sum.
         scale: Factor of the weights.
         groups: The experts are so many groups of equal size, side by side.
-        top_groups: Of them a token chooses from the best.
+        top_groups: How many of them, the best, a token chooses from.
         voters: A group is ranked by its best expert (1), or by the sum of its best two (2).
         jitter: Noise level of sparsemixer.
         floor: Added to the sum that weights are divided by.
@@ -55,7 +55,7 @@ class Latents:
         size: C, latents of a token.
         width: C + R, what a token leaves in the cache.
         value_dim: V, columns of a head's result.
-        epsilon: Of the norms of latents and of what queries are made of.
+        epsilon: Epsilon of the norms of latents and of what queries are made of.
         neighbours: Pairs that are turned stand side by side.
     """
 

@@ -29,7 +29,7 @@ class LowStates:
     """States of several sequences, P columns of a value by N of a key for each of H heads.
 
     Args:
-        rules: Of the L layers that have one, with a codec.
+        rules: Rules of the L layers that have one, with a codec.
         slots: S, sequences.
 
     Attributes:

@@ -179,7 +179,7 @@ class Model:
         vocabulary: V, 0 without them.
         heads, channels, states, groups: H, P, N, G. N is of :data:`STATES`, P a multiple of 16 up to 256; D and I / G
             are multiples of 16. In Mamba-1 N is :data:`~llmcompress_kernels.mamba1.STATES` and P at most 64.
-        bits: Of the states' codes, 4 or 8; 0 keeps states in float32.
+        bits: Bits of the states' codes, 4 or 8; 0 keeps states in float32.
         refit: Whether channel scales are fitted to the codes.
         dither: Whether a dither is added before states are rounded.
         head_planes: As in a layer.
@@ -254,7 +254,7 @@ class States:
     """The states of several sequences, between two tokens: ``[L, S, ...]``.
 
     Args:
-        model: Whose sizes to use.
+        model: Model whose sizes to use.
         slots: Sequences.
 
     Attributes:
@@ -340,7 +340,7 @@ def carry(model: Model, held: Carried) -> None:
 
     Args:
         model: Whose it was.
-        held: Of :func:`carried`, whichever prompts have been read since.
+        held: From :func:`carried`, whichever prompts have been read since.
     """
     _carry(model, held.states, held.inputs, ctypes.c_int64(held.lanes), 1)
 
@@ -368,7 +368,7 @@ def step(
 
     Args:
         model: The weights.
-        states: Of the sequences.
+        states: States of the sequences.
         tokens: int64 ``[B]``.
         slots: int32 ``[B]``, which sequences, all different.
         logits: float32 ``[B or more, V up to 16]`` of :meth:`Model.logits`, written.
@@ -404,8 +404,8 @@ def prompt(
 
     Args:
         model: The weights.
-        states: Of the sequences.
-        slot: Whose state is replaced.
+        states: States of the sequences.
+        slot: Slot whose state is replaced.
         tokens: int64 ``[T]``, at least one.
         logits: float32 ``[1 or more, V up to 16]``, of which the first row is written: the last token's.
         threads: torch's by default.

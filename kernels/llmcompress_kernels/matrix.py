@@ -179,7 +179,7 @@ def of_tree(
 
     Args:
         planes: Nodes in the order of :mod:`llmcompress_kernels.tree`.
-        members: Of each, a bit for each member below it.
+        members: For each of them a bit per member below it.
         rows: N, a multiple of 16.
         columns: K.
         group_size: Columns per scale.

@@ -63,7 +63,7 @@ def check_routed(
         weights: ``[T, k]``.
         gate_up: ``[E, rows, H]``.
         down: ``[E, H, I]``.
-        rows: Of the first projection: 2I, or I where experts have no gate.
+        rows: Rows of the first projection: 2I, or I where experts have no gate.
         intermediate: I.
 
     Raises:

@@ -103,8 +103,8 @@ def moe_group_gemm(
         down: ``[E, H, I]``.
         intermediate: I.
         activation: ``silu``, ``gelu``, ``gelu_pytorch_tanh``, ``gpt_oss``, or ``relu2``: ``relu(up)^2``, no gate.
-        alpha: Of ``gpt_oss``: ``(up + 1) * gate * sigmoid(alpha * gate)``.
-        limit: Of ``gpt_oss``: ``gate`` is clamped from above and ``up`` from both sides there.
+        alpha: Alpha of ``gpt_oss``: ``(up + 1) * gate * sigmoid(alpha * gate)``.
+        limit: Limit of ``gpt_oss``: ``gate`` is clamped from above and ``up`` from both sides there.
         int8: Round the activations of packed sides to int8, see :func:`group_gemm`.
 
     Returns:

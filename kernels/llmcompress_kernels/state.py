@@ -193,7 +193,7 @@ def mamba2_decode(
         groups: G.
         states: N.
         bits: 4 or 8; ignored with ``floats``.
-        epsilon: Of the norm.
+        epsilon: Epsilon of the norm.
         refit: As in :func:`dsq_state_update`.
         dither: As there.
         recent: Replay window of a packed state as in :func:`dsq_replay_update`, or None to round at every token.
@@ -243,7 +243,7 @@ def mamba2_prefill(
         state: fp32 ``[S, H, P, N]``, replaced by the state after the prompt.
         groups: G.
         limits: Smallest and largest time step.
-        epsilon: Of the norm.
+        epsilon: Epsilon of the norm.
 
     Returns:
         ``[S, T, I]`` in the type of ``projected``, the input of the output projection.

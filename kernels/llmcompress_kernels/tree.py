@@ -49,7 +49,7 @@ class Plane:
     Attributes:
         words: int32 ``[N / 16, units * bits, 16]``.
         scale: fp16 ``[N / 16, G, 16]``; planes of one node share it.
-        multiplier: Of the scales.
+        multiplier: Multiplier of the scales.
         bits: 1, 2 or 4.
         node: Which node of the weight it belongs to.
     """

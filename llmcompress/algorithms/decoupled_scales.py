@@ -113,7 +113,7 @@ def quantize(
 
     Args:
         u: ``[..., P, N]``; computed with in fp32.
-        spec: How.
+        spec: How states are stored.
         static: fp16 calibrated scale, broadcast over leading axes: ``[H, P]`` for ``dsq_static_p``, ``[H, N]`` for
             ``dsq_t``.
         noise: fp32 in ``[0, 1)``, broadcast to ``u``; needed for stochastic rounding.
@@ -372,7 +372,7 @@ def rounding_noise(shape: tuple[int, ...], seed: int, layer: int, step: int) -> 
 
     Args:
         shape: ``(H, P, N)``: sequences of a batch share it, so that batching changes nothing.
-        seed: Of the run.
+        seed: Seed of the run.
         layer: Index of the layer.
         step: Tokens seen so far.
     """

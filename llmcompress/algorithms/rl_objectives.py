@@ -60,8 +60,8 @@ def context_values(prefixes: Sequence[Sequence[Context]], outcomes: Sequence[flo
     responses and the context ``c′`` without the last reward; the empty one leans on 0. Ours.
 
     Args:
-        prefixes: Of each response, the contexts of its actions (:func:`contexts`).
-        outcomes: Of each response.
+        prefixes: Prefixes of each response, the contexts of its actions (:func:`contexts`).
+        outcomes: Outcomes of each response.
     """
     found: dict[Context, tuple[float, int]] = {}
     for passed, outcome in zip(prefixes, outcomes, strict=True):
@@ -163,7 +163,7 @@ def bonus_factors(rewards: Sequence[int], flip: float = 1.0, verify_correct: flo
     """Factors on the advantages of ``s v s v …``. Both are 1 in the paper and 2 in the authors' code.
 
     Args:
-        rewards: Of each action, attempts at even places.
+        rewards: Rewards of each action, attempts at even places.
         flip: For a retry whose correctness differs from that of the attempt before.
         verify_correct: For the verification of a right attempt. Without it, always saying "incorrect" is a good
             policy as long as most attempts are wrong.

@@ -51,7 +51,7 @@ def round_weights(w: Tensor, spec: QuantSpec, grid: Search, dtype: torch.dtype |
         w: ``[..., N, K]``, any floating type; rounded as fp32.
         spec: Bits, group size, symmetry.
         grid: How grids are chosen.
-        dtype: Of the quantized values; None leaves them out.
+        dtype: Type of the quantized values; None leaves them out.
     """
     *leading, columns = w.shape
     rows = w.reshape(-1, columns)

@@ -176,7 +176,7 @@ class Sampling:
         max_new_tokens: Longest continuation.
         temperature: 0 is greedy. None is what the model's makers recommend, else :data:`TALK`; so is that of top_p.
         top_p: Nucleus.
-        seed: Of sampling.
+        seed: Seed of sampling.
         top_k, min_p: Further limits; None is what the makers recommend, else none.
         talk: Whether what the makers recommend counts at all.
     """
@@ -231,7 +231,7 @@ class Writer:
     Args:
         out: Where text and remarks go.
         path, dtype, device, member: As for :func:`llmcompress.cli.models.open_model`.
-        sampling: How.
+        sampling: How to sample.
         speed: By which engine.
     """
 

@@ -47,7 +47,7 @@ def open_model(
 
     Args:
         text: Folder, run folder or ``asset:NAME``.
-        dtype: Of the dense parts; ``auto`` is float32 on the CPU, else the checkpoint's.
+        dtype: Type of the dense parts; ``auto`` is float32 on the CPU, else the checkpoint's.
         device: ``auto``, ``cpu`` or ``cuda``.
         tokenizer: Folder of the tokenizer if it is elsewhere.
         need_tokenizer: Whether a missing tokenizer is an error.

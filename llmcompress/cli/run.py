@@ -190,7 +190,7 @@ def execute(out: Output, job: Job, options: RunOptions, again: str = "add --forc
     """Run a job, print its outcome, and raise for gates that failed.
 
     Args:
-        out: Where.
+        out: Where to print.
         job: What.
         options: How far.
         again: How this command does a finished run once more.
@@ -270,9 +270,9 @@ def difference_text(difference: float, stderr: float | None, name: str = "", bas
     """A difference with its standard error where that is known, and whether it is noise.
 
     Args:
-        difference: Of two figures.
+        difference: Difference of two figures.
         stderr: Its standard error, paired.
-        name: Of the figure; of a perplexity it is the share of ``base`` that is quoted.
+        name: Name of the figure; of a perplexity it is the share of ``base`` that is quoted.
         base: What it differs from.
     """
     from llmcompress.evaluation.significance import within_noise

@@ -25,7 +25,7 @@ def generate(
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         config: Prompts, length and sampling.
-        writer: Of this model; afterwards it tells which engine wrote.
+        writer: Writer of this model; afterwards it tells which engine wrote.
 
     Returns:
         New token ids for each prompt, without the prompt itself.

@@ -55,7 +55,7 @@ class Ledger:
 
         Args:
             side: Which model.
-            samples: Of lm-eval's results, by task.
+            samples: Samples of lm-eval's results, by task.
         """
         if self._folder is None:
             return

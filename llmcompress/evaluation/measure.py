@@ -516,7 +516,7 @@ def task_mean(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[d
     A task counts once, however many rows it has, with ``acc_norm`` where lm-eval gives one and ``acc`` otherwise.
 
     Args:
-        rows: Of :func:`pair_scores`.
+        rows: Rows of :func:`pair_scores`.
         tasks: What the recipe calls them.
 
     Returns:

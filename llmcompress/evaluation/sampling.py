@@ -72,13 +72,13 @@ def sample(
     Args:
         model: A causal language model; left in the mode it is in.
         prompts: Token ids of each.
-        settings: How.
+        settings: How to sample.
         end: Id of the end token.
         pad: Id used for padding; never attended to.
-        seed: Of the choices, which are made on the model's device; equal seeds give equal responses on one machine.
+        seed: Seed of the choices, made on the model's device; equal seeds give equal responses on one machine.
         world: The processes that share the work. A batch is written by one of them, so that the responses do not
             depend on how many there are; fewer batches than processes leave some idle.
-        writer: Of the model: greedy responses come from the native engine where it writes what the modules write.
+        writer: Lets the native engine write greedy responses where it writes what the modules write.
 
     Returns:
         New ids of each prompt; the end token is the last of those that ended.

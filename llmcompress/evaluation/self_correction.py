@@ -168,7 +168,7 @@ def verdicts(
     Args:
         world: The processes.
         reader: Judges.
-        problems: Of each response.
+        problems: Problem of each response.
         responses: Token ids.
     """
     if world.size == 1:
@@ -182,7 +182,7 @@ class Measured:
 
     Attributes:
         episodes: Judged responses.
-        texts: Of the responses.
+        texts: Texts of the responses.
         declined: Why transformers' modules wrote them, None where the native engine did.
     """
 
@@ -204,7 +204,7 @@ def measure(
     Args:
         model: In evaluation mode.
         reader: Prompts and judgement.
-        problems: Which.
+        problems: Which problems.
         sampling: Temperature 0 is the paper's setting.
         seed: For temperatures above 0.
         world: The processes that share the work.
@@ -231,7 +231,7 @@ def verify_given(
         reader: Prompts.
         problems: What each attempt answers.
         attempts: Texts.
-        sampling: Of the verifications.
+        sampling: Sampling of the verifications.
     """
     prompts = [
         [*reader.prompt(problem.question), *reader.tokens(attempt + CHECK, attempt)]
@@ -266,10 +266,10 @@ def majority(
     Args:
         model: In evaluation mode.
         reader: Prompts and judgement.
-        problems: Which.
+        problems: Which problems.
         sampling: With a temperature above 0.
         budget: Tokens per problem that the model under comparison spends.
-        seed: Of the samples.
+        seed: Seed of the samples.
         world: The processes that share the work.
 
     Returns:

@@ -33,7 +33,7 @@ def write_card(out: Path, exporter: Exporter, state: RunState, facts: Mapping[st
 
     Args:
         out: The artifact's folder.
-        exporter: Of the format.
+        exporter: Exporter of the format.
         state: Metrics and policies so far, and the packed weights.
         facts: From :func:`~llmcompress.export.provenance.provenance`.
     """
@@ -52,7 +52,7 @@ def card_text(
     """Compose the card.
 
     Args:
-        exporter: Of the format.
+        exporter: Exporter of the format.
         facts: Provenance.
         plan: How each weight is quantized.
         metrics: What was measured before the export.

@@ -33,7 +33,7 @@ def write_other_member(artifact: FamilyArtifact, member: str, name: str, out: Pa
 
     Args:
         artifact: The family.
-        member: Which.
+        member: Which member.
         name: The format.
         out: Folder to create.
 

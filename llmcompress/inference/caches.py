@@ -61,7 +61,7 @@ class Snapshot:
         carried: States and inputs of convolutions; None without mixers.
         keys, values: Of the layers with attention, if there are any.
         inputs: The last ones of convolutions, likewise.
-        states: Of delta rules, likewise.
+        states: States of delta rules, likewise.
     """
 
     count: int
@@ -85,7 +85,7 @@ class Snapshots:
     from an earlier one, which is where what many have in common ends.
 
     Args:
-        most_bytes: Of all together.
+        most_bytes: Bytes of all together.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -176,7 +176,7 @@ class PromptReader:
             prompt: The whole.
             start: Its first tokens that have been read.
             end: Up to where to read: all by default, else a place where the engine may be cut.
-            member: Of a family.
+            member: Member of a family.
 
         Returns:
             Logits float32 ``[V]`` at the end of the prompt, else ``[0]``.

@@ -123,7 +123,7 @@ def reach(config: Mapping[str, Any]) -> int | None:
     (Ministral 3), or lets an indexer choose what they see (DeepSeek-V3.2), which sees everything up to there.
 
     Args:
-        config: Of a loaded text model.
+        config: Config of a loaded text model.
     """
     # transformers takes the whole length where the first one is not told
     keys = ("original_max_position_embeddings", "max_position_embeddings")

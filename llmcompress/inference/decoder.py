@@ -141,12 +141,12 @@ def assembled(
     """A decoder of its parts, with the sizes and constants of its model.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         layers: In order.
         final: Weights and biases of the norm before the head.
         attention: The module of any layer that has one.
         ends: Embedding and head of the model, or of each member of a family.
-        routing: Of its routers.
+        routing: Routing of its routers.
         family: Whether it is one.
         embedding_scale: Factor of embeddings.
     """
@@ -186,7 +186,7 @@ def ends_of(words: Any, last: Any, head_bits: int | None = None) -> tuple[matrix
     Args:
         words: Module of the embedding.
         last: That of the head.
-        head_bits: Of a dense head, see :class:`Engine`.
+        head_bits: Bits of a dense head, see :class:`Engine`.
     """
     packed = isinstance(words, PackedRows)
     embedding = _rows(words) if packed else matrix.dense(words.weight.detach())
@@ -244,7 +244,7 @@ def window_of(config: Any, layer: int) -> int:
     """Positions that a token of a layer sees, itself the last of them; 0 for all.
 
     Args:
-        config: Of a text model. Families whose configs do not know windows ignore the key.
+        config: Config of a text model. Families whose configs do not know windows ignore the key.
         layer: Which one.
     """
     known = hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)

@@ -93,7 +93,7 @@ def planes_of(model: PreTrainedModel, int8_activations: bool) -> int:
     largest of its group, one in bf16 by 2^-9 of itself: a 16-bit model loses less here than in its own modules.
 
     Args:
-        model: Whose type decides.
+        model: Model whose type decides.
         int8_activations: One byte in any case.
     """
     if int8_activations:

@@ -42,7 +42,7 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: Nucleus: the smallest set of most likely tokens with at least this probability.
         top_k: Only the most likely ones; 0 for all.
-        seed: Of the draws.
+        seed: Seed of the draws.
         min_p: Only those that are at least so many times as likely as the likeliest one, up to 1; 0 for all.
     """
 
@@ -75,7 +75,7 @@ class Recommended:
 
         Args:
             max_new_tokens: Longest continuation.
-            seed: Of the draws.
+            seed: Seed of the draws.
             asked: What the request says.
             otherwise: Temperature and top_p where neither does.
         """
@@ -148,7 +148,7 @@ class Generator:
     Args:
         model: A causal language model in evaluation mode, dense or packed.
         engine: ``auto`` takes the native one where it can run; ``native`` insists on it.
-        options: Of the engine (:func:`~llmcompress.inference.native.open_engine`): ``cache_dtype``,
+        options: Options of the engine (:func:`~llmcompress.inference.native.open_engine`): ``cache_dtype``,
             ``int8_activations``, ``head_bits``, ``threads``.
         conversation: Whether a prompt is likely to begin with the last one and its continuation, which the native
             engine then keeps, where it can. Logits may differ by rounding from those of the whole prompt.
@@ -196,7 +196,7 @@ class Generator:
 
         Args:
             prompts: Token ids, at least one each. They need not be of one length.
-            sampling: How.
+            sampling: How to sample.
             stop: Token ids that end a continuation.
             streamer: A transformers streamer, for a single prompt.
 

@@ -91,7 +91,7 @@ class HybridEngine(Engine):
     """A hybrid ready to decode natively; arguments and attributes are those of :class:`Engine`.
 
     Attributes:
-        mixer_weights: Of the layers with a mixer, None where all have attention.
+        mixer_weights: Weights of the layers with a mixer, None where all have attention.
         states: What these keep of the sequences, None likewise.
         blocks: The model's layer that each of the decoder's belongs to.
     """

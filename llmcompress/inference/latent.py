@@ -29,7 +29,7 @@ def decline_latent(name: str, module: nn.Module) -> str | None:
     """Why the step cannot stand for a projection of latent attention, as what follows its name; None if it can.
 
     Args:
-        name: Of any module.
+        name: Name of any module.
         module: The module.
     """
     if not name.endswith("kv_b_proj"):
@@ -45,7 +45,7 @@ def latents_of(config: Any, attention: Any) -> native.Latents:
     """What heads make their keys and values of.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         attention: The module of any layer.
     """
     return native.Latents(

@@ -22,7 +22,7 @@ class Worker:
 
     Args:
         path: The GGUF file.
-        threads: Of every phase.
+        threads: Threads of every phase.
         positions: Tokens that one sequence may reach.
         sequences: Decoded together, at most.
         plain: See above.

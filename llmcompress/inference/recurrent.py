@@ -66,7 +66,7 @@ def decline_scan(view: ScanView, hidden: int, rank: Any = 0) -> str | None:
     Args:
         view: Its sizes.
         hidden: D.
-        rank: Of Mamba-1's time steps.
+        rank: Rank of Mamba-1's time steps.
     """
     inner = view.heads * view.channels
     if view.conv_width != CONV_WIDTH:
@@ -199,7 +199,7 @@ class RecurrentEngine:
         Args:
             slot: Which one; what it held is replaced.
             tokens: The prompt from ``start`` on, at least one token.
-            member: Of a family; there are none.
+            member: Member of a family; there are none.
             start: Tokens of the prompt so far, a multiple of :attr:`piece`.
             last: Whether the prompt ends here. Until then steps of others are possible, but no other prompt.
 
@@ -246,7 +246,7 @@ class RecurrentEngine:
 
         Args:
             slot: What it held is replaced once its prompt ends.
-            snapshot: Of this engine.
+            snapshot: Snapshot of this engine.
         """
         assert snapshot.carried is not None
         native.carry(self.weights, snapshot.carried)
@@ -374,11 +374,11 @@ def mixers_of(
     """Mixers as the native step reads them; packed weights are shared with the modules.
 
     Args:
-        model: Whose mixers they are.
+        model: Model whose mixers they are.
         view: Their sizes, the same of all.
         parts: Norm and mixer of each layer.
         int8_activations: See :class:`RecurrentEngine`.
-        final_norm: Of the model, float32 ``[D]``.
+        final_norm: Final norm of the model, float32 ``[D]``.
         embedding: None where the mixers stand among other layers.
         head: Likewise.
         vocabulary: V, 0 without them.

@@ -127,7 +127,7 @@ class LlamaCpp:
 
     Args:
         gguf: The model.
-        threads: Of every phase.
+        threads: Threads of every phase.
         positions: Tokens that one sequence may reach.
         sequences: Decoded together, at most.
         plain: Without repacked and AMX weight buffers, which crash on some machines.
@@ -258,8 +258,8 @@ def rounded(model: Any, spec: QuantSpec, experts: QuantSpec | None = None) -> An
 
     Args:
         model: A dense causal language model.
-        spec: Of every linear.
-        experts: Of stacked experts; ``spec`` if None.
+        spec: Spec of every linear.
+        experts: Spec of stacked experts; ``spec`` if None.
     """
     layout = layout_from_config(model.config.to_dict())
     parameters = dict(model.named_parameters())

@@ -133,7 +133,7 @@ def gated(module: nn.Module, bank: ExpertBank, expert: int, x: Tensor, weight: T
     Args:
         module: The stacked experts in the family's orientation.
         bank: Their flags.
-        expert: Which.
+        expert: Which expert.
         x: ``[n, H]``.
         weight: Gate and up projections to use instead of the module's, in the family's orientation.
 

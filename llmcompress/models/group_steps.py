@@ -116,7 +116,7 @@ class GroupSteps:
     def _stored(self, group: LinearGroup) -> torch.dtype:
         """Type to which inputs of the last projection are rounded, kept or not, so that every pass gives the same."""
         dtype = self.walker.model.dtype
-        # of all processes, so that their number decides nothing
+        # over all processes, so that their number does not change the result
         values = (self.walker.all_tokens or self.walker.tokens.numel()) * group.linears[0].in_features
         return torch.bfloat16 if rounds(values, dtype.itemsize) else dtype
 

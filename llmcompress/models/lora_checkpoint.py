@@ -72,7 +72,7 @@ def read_adapter(folder: Path, layout: ModelLayout) -> dict[str, Callable[[Tenso
 
     Args:
         folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
-        layout: Of the base.
+        layout: Layout of the base.
 
     Raises:
         InputError: A file is missing or damaged, the adapter is of a kind that does not say alone what each weight
@@ -110,7 +110,7 @@ class _Reading:
 
     Attributes:
         config: ``adapter_config.json``.
-        layout: Of the base.
+        layout: Layout of the base.
         edits: By run-time name, in the order in which PEFT makes them.
         problems: What does not belong to the base.
     """

@@ -45,7 +45,7 @@ def loss_sensitivity(handle: ModelHandle, tokens: Tensor, device: str, dtype: st
         tokens: ``[S, L]`` int64; see :func:`sampled`.
         device: Where blocks run.
         dtype: Name of the compute type.
-        seed: Of the drawn tokens.
+        seed: Seed of the drawn tokens.
 
     Returns:
         Linear → s, for every linear of the layout's blocks.

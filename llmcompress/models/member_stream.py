@@ -39,7 +39,7 @@ class MemberStream:
         tokens: ``[S, L]``.
         device: Where blocks run.
         dtype: Name of the compute type.
-        seed: Of the walker.
+        seed: Seed of the walker.
     """
 
     def __init__(self, handle: ModelHandle, tokens: Tensor, device: str, dtype: str, seed: int) -> None:

@@ -62,7 +62,7 @@ def resident_bytes(tokens: int, hidden: int, widest: int, item: int) -> int:
     """Bytes on a GPU of one member's hidden states and kept inputs; 0 where they are too large and stay on the CPU.
 
     Args:
-        tokens: Of all windows.
+        tokens: Tokens of all windows.
         hidden: Width of the hidden states.
         widest: Inputs of the widest linear.
         item: Bytes of a value.

@@ -91,7 +91,7 @@ class TensorFile:
         """Read one tensor.
 
         Args:
-            name: Which.
+            name: Which tensor.
             into: Contiguous memory of its shape and type to read it into, new memory without.
 
         Raises:

@@ -147,7 +147,7 @@ class Walker:
         """Run one materialised block on the hidden states, in place.
 
         Args:
-            block: Which.
+            block: Which block.
             hidden: ``[S, L, H]``.
             visitor: Sees the block and may change it; None for a plain forward pass.
             advance: With false the output of the last sublayer is not needed and not computed.
@@ -290,7 +290,7 @@ class Walker:
         """Second moments of a group's inputs, which the tap sees too.
 
         Args:
-            group: Whose inputs.
+            group: The group whose inputs they are.
             inputs: Batches.
             counted: Whether moments are needed; otherwise only the tap sees the inputs.
 

@@ -49,7 +49,7 @@ def attach(model: nn.Module, layout: ModelLayout, policy: Mapping[str, Any]) -> 
     """Round the inputs of the policy's linears from now on.
 
     Args:
-        model: Of this layout.
+        model: Model of this layout.
         layout: Its layout.
         policy: ``bits``, ``roles`` and, unless it is ``token``, ``granularity``.
 

@@ -30,7 +30,7 @@ class DecodeStep:
     """Step and prompt of one mixer.
 
     Args:
-        mixer: Of transformers.
+        mixer: Mixer of transformers.
     """
 
     def __init__(self, mixer: nn.Module) -> None:

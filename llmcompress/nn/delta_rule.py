@@ -42,7 +42,7 @@ class DeltaRule:
     """The two functions of one mixer, with states as its quantizer keeps them.
 
     Args:
-        mixer: Whose they are.
+        mixer: The mixer that has them.
         whole: transformers' function over a sequence.
     """
 
@@ -68,7 +68,7 @@ class DeltaRule:
     def one_token(
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Any = None, **_: Any
     ) -> tuple[Tensor, Any]:
-        """From the packed state, which goes on to be the cache's."""
+        """One token from the packed state, which stays the cache's."""
         inputs = gathered(query, key, value, g, beta)
         numbers = (inputs.value, inputs.decay, inputs.step, inputs.key, inputs.query)
         output = initial_state.decode_delta(*(part[:, 0] for part in numbers))

@@ -80,9 +80,9 @@ def attach(model: nn.Module, names: list[str], rank: int, alpha: float, seed: in
     Args:
         model: Any model.
         names: Full names of dense or packed linears.
-        rank: Of every adapter.
+        rank: Rank of every adapter.
         alpha: Scale of every adapter, times its rank.
-        seed: Of the start values; each adapter's depend on its place in ``names``, not on the others.
+        seed: Seed of the start values; each adapter's depend on its place in ``names``, not on the others.
 
     Returns:
         Parameter name → parameter, ``<linear>.lora_A`` and ``<linear>.lora_B``.

@@ -134,7 +134,7 @@ def attach(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, Any
     """Quantize the states of a model from now on.
 
     Args:
-        model: Of this layout; calibrated scales are in place.
+        model: Model of this layout; calibrated scales are in place.
         layout: Its layout.
         policy: ``bits``, ``codec``, ``alpha``, ``sqrt_axis``, ``rounding``, ``seed``, ``refits``, ``window`` and
             ``head_bits`` (mixer name → widths), as in ``quantization_config``.

@@ -441,7 +441,7 @@ def adopt(cache_layer: Any, quantizer: StateQuantizer, packed: bool, incoming: i
 
     Args:
         cache_layer: A linear-attention layer of a transformers cache, with or without attention beside it.
-        quantizer: How.
+        quantizer: What rounds the states.
         packed: See :class:`PackedState`.
         incoming: Tokens of the forward pass that is about to run.
 

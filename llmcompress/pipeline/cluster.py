@@ -83,7 +83,7 @@ def predict(
         config: The model's ``config.json``.
         device: ``cpu`` or ``cuda``.
         ranks: Numbers of processes.
-        rates: Of one process.
+        rates: Rates of one process.
 
     Raises:
         InputError: The family is not supported, or the rates are those of another device.

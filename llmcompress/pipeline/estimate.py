@@ -106,7 +106,7 @@ class Plan:
         disk: Everything the run writes.
         flops: Sum over the stages.
         stages, rules, budgets: Details.
-        memory: Of models with recurrent states: bytes of weights and states by batch size, once the run is over.
+        memory: Memory of models with recurrent states: bytes of weights and states by batch size, once the run is over.
         suggest: Finds changes that save a resource; see :meth:`require_budget`.
     """
 

@@ -293,7 +293,7 @@ class RunTrackerSink:
 
     Args:
         package: ``trackio`` or ``wandb``.
-        folder: Of the run; wandb keeps its files in there, and only there with ``WANDB_MODE=offline``.
+        folder: Folder of the run; wandb keeps its files in there, and only there with ``WANDB_MODE=offline``.
         project: Project name.
         name: Run name.
         config: The resolved recipe.

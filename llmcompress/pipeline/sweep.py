@@ -61,7 +61,7 @@ class RunResult:
     """What became of a run.
 
     Attributes:
-        run: Which.
+        run: Which run.
         status: ``finished``, ``gate failed`` or ``failed``.
         code: Exit code of its process; 0 where it was finished before.
         error: The last lines it said, when it failed.
@@ -301,7 +301,7 @@ def result_of(run: SweepRun, code: int = 0, said: str = "") -> RunResult:
     """What a run's folder holds.
 
     Args:
-        run: Which.
+        run: Which run.
         code: Exit code of its process.
         said: What it wrote to stderr.
     """

@@ -35,10 +35,10 @@ class Run:
     """How calibration tokens pass through one process.
 
     Attributes:
-        tokens: Of this process.
-        length: Of a window.
-        batches: Of this process, of each sublayer.
-        shards: Of this process, whose statistics are kept apart.
+        tokens: Tokens of this process.
+        length: Length of a window.
+        batches: Batches of this process, of each sublayer.
+        shards: Shards of this process, whose statistics are kept apart.
         heads: Attention heads.
     """
 
@@ -62,7 +62,7 @@ class Passed:
 
     Attributes:
         products: Seconds of products with weights, and of routers' choices.
-        pairs: Of tokens, over all heads.
+        pairs: Pairs of tokens, over all heads.
         values: That enter or leave products.
         batches: That were run.
         pieces: Projections of an expert that were run on some tokens.
@@ -173,14 +173,14 @@ class BlockWork:
     """Seconds of a block's parts on one process.
 
     Args:
-        block: Which.
+        block: Which block.
         job: What the stage does.
         inputs: What it finds.
         limits: Memory it may take.
         run: The tokens of this process.
         ranks: Processes.
-        shards: Of the calibration set, over all of them.
-        rates: Of one of them.
+        shards: Shards of the calibration set, over all of them.
+        rates: Rates of one of them.
     """
 
     def __init__(

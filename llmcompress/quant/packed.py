@@ -49,7 +49,7 @@ class PackedWeight:
         """Check that the tensors are those that a codec wants.
 
         Args:
-            expected: Of the codec's ``tensor_shapes``.
+            expected: The codec's ``tensor_shapes``.
             what: Kind of weight, for the message.
 
         Raises:

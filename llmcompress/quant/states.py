@@ -49,7 +49,7 @@ class StateSpec:
         sqrt_axis: Which axis gets the mean to the power of alpha; the other gets the maximum.
         rounding: ``rtn``, ``stochastic``, or ``dither`` (to nearest after adding what the bits of the state scale
             gives), which needs codec ``dsq`` or ``dsq_static_p``.
-        seed: Of stochastic rounding.
+        seed: Seed of stochastic rounding.
         refits: Alternating least-squares passes of ``dsq_als``.
     """
 
@@ -128,7 +128,7 @@ def state_bytes(spec: StateSpec, channels: int, states: int, bits: int | None = 
     """Bytes of one head's packed state ``[P, N]`` and its scales; fp32 when the spec is inactive.
 
     Args:
-        spec: How.
+        spec: How states are stored.
         channels: P.
         states: N.
         bits: Width of this head instead of ``spec.bits``.

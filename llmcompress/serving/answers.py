@@ -19,7 +19,7 @@ class Shape(Protocol):
     """What the two endpoints do differently.
 
     Attributes:
-        prefix: Of ids.
+        prefix: Prefix of ids.
         whole: ``object`` of a whole answer.
         part: ``object`` of a chunk.
     """
@@ -134,7 +134,7 @@ class Answers:
     """The answers of one request.
 
     Args:
-        shape: Of the endpoint.
+        shape: Shape of the endpoint.
         model: Asked for.
         name: Id of the request.
         jobs: One for each answer.

@@ -17,12 +17,12 @@ class Limits:
             the longer running answers pause for a prompt, and the sooner it is read.
         prefix_caching: Whether a prompt begins with what other sequences hold or have left of the same tokens. Whoever
             has the key can then tell by the time whether somebody has asked a prompt: all are one tenant.
-        snapshot_bytes: Of what models with states keep of prompts for that, for all sequences together.
-        prompt_tokens: Of one prompt.
-        new_tokens: Of one answer.
-        default_new_tokens: Of a chat answer whose request names no number, where there is so much room.
+        snapshot_bytes: Bytes of what models with states keep of prompts for that, for all sequences together.
+        prompt_tokens: Tokens of one prompt.
+        new_tokens: Tokens of one answer.
+        default_new_tokens: Tokens of a chat answer whose request names no number, where there is so much room.
         choices: Answers of one request: prompts times ``n``.
-        body_bytes: Of one request.
+        body_bytes: Bytes of one request.
         connections: Open at once; the next one gets status 503.
         write_seconds: How long a reader may take no bytes before its connection is closed.
         drain_seconds: How long running answers may take after SIGTERM.

@@ -114,8 +114,8 @@ class MixedRows:
     Args:
         model: Its attention follows transformers' attention interface.
         limit, longest: See :class:`~llmcompress.serving.rows.Rows`.
-        batch: Of a family: which member each row belongs to.
-        members: Of a family, in the order in which a batch must hold them.
+        batch: Batch of a family: which member each row belongs to.
+        members: Members of a family, in the order in which a batch must hold them.
     """
 
     kind = "mixed"
@@ -292,7 +292,7 @@ def disagrees(mixed: MixedRows, separate: Any, members: Sequence[str], vocabular
     Args:
         mixed: The batch on trial, empty.
         separate: What it must agree with, empty.
-        members: Of a family, or empty.
+        members: Members of a family, or empty.
         vocabulary: Number of token ids.
 
     Returns:

@@ -37,7 +37,7 @@ class Rows(Protocol):
         kind: Name of the way, for people.
         longest: Tokens that one sequence may reach.
         limit: Sequences at once.
-        model: Whose modules compute what no engine gives.
+        model: Model whose modules compute what no engine gives.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Rows(Protocol):
         Args:
             key: Its name; unused so far, or that of the prompt that goes on, the rest being as it was.
             prompt: Token ids, at least one.
-            member: Of a family.
+            member: Member of a family.
             total: Tokens that it will reach at most, at most ``longest``.
             most: Tokens to read now, more or less, where a prompt can be read in parts; all of it by default.
 
@@ -82,7 +82,7 @@ class Rows(Protocol):
         """Bytes of keys, values and states at most; only an empty batch can tell.
 
         Args:
-            tokens: Of all sequences together.
+            tokens: Tokens of all sequences together.
         """
         ...
 
@@ -93,7 +93,7 @@ def prompt_logits(model: Any, prompt: Sequence[int], member: str | None) -> Tens
     Args:
         model: What batches hold of it stays as it is.
         prompt: Token ids, at least one.
-        member: Of a family.
+        member: Member of a family.
     """
     if members_of(model):
         batch_of(model).assign([member or ""])
@@ -112,8 +112,8 @@ def trial_bytes(rows: Rows, member: str | None, tokens: int) -> int:
 
     Args:
         rows: The batch, empty.
-        member: Of a family.
-        tokens: Of all sequences together.
+        member: Member of a family.
+        tokens: Tokens of all sequences together.
     """
     held = []
     for count in (TRIAL, TRIAL + 1):
@@ -247,8 +247,8 @@ class SeparateRows:
     Args:
         model: Any causal language model.
         limit, longest: See :class:`Rows`.
-        batch: Of a family: which member the rows of the next call belong to.
-        members: Of a family.
+        batch: Batch of a family: which member the rows of the next call belong to.
+        members: Members of a family.
     """
 
     kind = "separate"

@@ -75,7 +75,7 @@ class Piece:
     Attributes:
         text: New text, possibly none.
         tokens: New tokens so far.
-        choices: Of the tokens since the last piece; empty unless asked for.
+        choices: Choices of the tokens since the last piece; empty unless asked for.
         reason: Why it ended, None while it goes on.
         error: What went wrong, ends the answer too.
     """

@@ -53,7 +53,7 @@ class Batch:
         models: Names of its models.
         kind: Which way decodes: ``native``, ``mixed`` or ``separate``.
         sequences: At once; fewer than asked for where long ones fill the cache.
-        tokens: Of one sequence at most.
+        tokens: Tokens of one sequence at most.
         together: Tokens of all sequences at most.
         cache_bytes: Keys, values and states when it is full.
         reason: Why no faster way decodes, empty for the fastest.
@@ -109,8 +109,8 @@ def serve_family(
     Args:
         artifact: The family.
         limits: Bounds.
-        dtype: Of dense tensors and activations.
-        device: Where.
+        dtype: Type of dense tensors and activations.
+        device: Where it runs.
         native: Whether the native engine may run it.
 
     Raises:

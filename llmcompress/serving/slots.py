@@ -14,7 +14,7 @@ class Slot:
 
     Attributes:
         number: Which one.
-        member: Of a family, whose tokens it holds.
+        member: Member of a family, whose tokens it holds.
         tokens: Ids that it holds, those of a sequence that has left included.
     """
 
@@ -46,7 +46,7 @@ class Slots:
 
         Args:
             prompt: Token ids.
-            member: Of a family.
+            member: Member of a family.
 
         Returns:
             The place, empty; the one that holds the longest prefix of the prompt, possibly the same or one that is in

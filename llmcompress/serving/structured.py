@@ -82,9 +82,9 @@ class Form:
     """What an answer must be.
 
     Attributes:
-        kind: Of ``value``.
+        kind: Kind of ``value``.
         value: A schema, a pattern, texts, or a grammar.
-        field: Of the request, for errors.
+        field: Field of the request, for errors.
         space: White space of JSON; see :func:`~llmcompress.inference.grammar.of_schema`.
     """
 

@@ -18,7 +18,7 @@ class TextStream:
     """The text of one answer, token by token.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         stops: Strings that end the answer; they are not part of it.
     """
 

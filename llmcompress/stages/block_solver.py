@@ -80,9 +80,9 @@ class BlockSolver:
     Args:
         handle: The source model, for weights in full precision.
         model: The skeleton whose block is materialised.
-        block: Which.
+        block: Which block.
         plan: Plan name → spec; weights that are absent stay dense.
-        method: How.
+        method: How to quantize.
         hook: Sees, and may change, the router.
         pairs: Inputs paired with the full-precision stream's; then weights are fitted to it first.
         warn: Where warnings go.

@@ -58,7 +58,7 @@ class BlockwiseQuantizer:
     Args:
         handle: The source model.
         plan: Plan name → spec; may be empty when only routers are calibrated.
-        method: How.
+        method: How to quantize.
         store: Where finished blocks go; its ``base`` is what earlier stages made.
         ctx: The run.
         calibration: Needed by GPTQ and by router hooks.

@@ -178,7 +178,7 @@ class LeafSolver(DenseVisitor):
 
     Args:
         builder: For plan, options and family.
-        member: Which.
+        member: Which member.
         shared: Weight → node → shared node.
         stream: The member's activations, None without.
     """

@@ -29,9 +29,9 @@ def sample_all(
         write: What writes; :meth:`~llmcompress.training.policy.Policy.responding` of a policy, or
             :func:`~llmcompress.evaluation.sampling.sample` with a model.
         reader: Prompts.
-        problems: Which.
+        problems: Which problems.
         samples: For each.
-        sampling: How.
+        sampling: How to sample.
         ctx: The run; files go to ``samples/`` in the stage's folder.
     """
     first = ctx.world.rank == 0

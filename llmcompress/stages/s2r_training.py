@@ -52,7 +52,7 @@ def from_trl(stage: str, module: str, name: str) -> Any:
     Args:
         stage: Who asks.
         module: In ``llmcompress.training``.
-        name: Of the function in it.
+        name: Name of the function in it.
 
     Raises:
         EnvironmentProblem: trl is not installed.

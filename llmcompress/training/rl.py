@@ -89,10 +89,10 @@ class Rollout:
         prompt, ids: Tokens.
         response: Its actions.
         episode: Judged.
-        rewards: Of each action.
-        outcome: Of the whole.
-        advantages: Of each unit, before KL.
-        repeated: Of each action, whether it is a retry with an answer that was given before.
+        rewards: Rewards of each action.
+        outcome: Outcome of the whole.
+        advantages: Advantages of each unit, before KL.
+        repeated: Whether each action is a retry with an answer that was given before.
         weight: 0 takes it out of the loss.
         told: Log-probability of each token as another engine that wrote it says, for comparison alone.
     """
@@ -160,7 +160,7 @@ def outcome_advantages(
 
     Args:
         rollouts: In the order of the problems.
-        samples: Of each problem.
+        samples: Samples of each problem.
         skip_agreeing: Give no weight where the advantage is 0.
         repeat_penalty: See :func:`penalised`.
     """
@@ -184,7 +184,7 @@ def action_advantages(
 
     Args:
         rollouts: In the order of the problems.
-        samples: Of each problem.
+        samples: Samples of each problem.
         skip_agreeing: Give no weight to problems whose samples all agree.
         repeat_penalty: Taken off the advantage of a retry with an answer that was given before.
     """

@@ -25,7 +25,7 @@ def save_model(model: PreTrainedModel, source: ModelHandle, out: Path, dtype: st
         model: All of it in memory, of the source's layout.
         source: Where config and tokenizer come from.
         out: Folder to create.
-        dtype: Of the floating tensors; ``auto`` is what each of them has in the source.
+        dtype: Type of the floating tensors; ``auto`` is what each of them has in the source.
     """
     adapters = lora.adapters(model)
     state = {} if adapters else model.state_dict()

@@ -134,7 +134,7 @@ def sft_loss(
             the same KL on the tokens of the first attempt: those are no targets where the attempt is wrong, so that
             nothing else holds the first attempt in place. ``verdict_weight`` is that of a verdict's word in the
             cross-entropy, where other targets have 1. The last two are ours, 0 and 1 in the paper.
-        counts: Of the whole batch.
+        counts: Counts of the whole batch.
 
     Returns:
         The loss, and the sums behind it, on the device.
@@ -177,7 +177,7 @@ def train_sft(
         policy: Trained in place.
         rows: The training set.
         pad: Id for padding.
-        settings: How.
+        settings: How to train.
         checkpoint: File for progress.
         on_step: Called after each step with step, total and figures.
 

@@ -47,13 +47,13 @@ class VllmWriter:
     """vLLM with the weights of a policy.
 
     Args:
-        policy: Whose weights it gets; dense, with or without adapters.
+        policy: Policy whose weights it gets; dense, with or without adapters.
         source: Where its config and tokenizer come from.
         folder: For the weights on their way; removed when done.
         dtype: Name of the type that the weights are handed over and computed in.
         length: Longest prompt and response in tokens.
         memory: Share of the GPU's memory for weights and cache.
-        seed: Of the engine; each response has one of its own.
+        seed: Seed of the engine; each response has one of its own.
 
     Attributes:
         told: Log-probabilities of the tokens of the responses written last, by vLLM.

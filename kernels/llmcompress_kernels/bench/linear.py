@@ -39,10 +39,10 @@ def bench_linear(
         tokens: Rows of the activation.
         bits: Widths of ours; each runs exactly and with int8 activations (``W4``, ``W4 int8``).
         group: Columns per scale, asymmetric.
-        threads: Of PyTorch.
+        threads: Threads of PyTorch.
         rounds: Clean samples wanted.
         budget: Seconds per shape and number of tokens.
-        seed: Of the weights.
+        seed: Seed of the weights.
         cold: Bytes through which each candidate's weights rotate.
 
     Returns:

@@ -58,10 +58,10 @@ def bench_moe(
         tokens: Numbers of tokens.
         bits: Widths of ours.
         group: Columns per scale.
-        threads: Of PyTorch.
+        threads: Threads of PyTorch.
         rounds: Clean samples wanted.
         budget: Seconds per number of tokens.
-        seed: Of weights and routing.
+        seed: Seed of weights and routing.
 
     Returns:
         One dict per candidate: milliseconds, share of the probed bandwidth by the mean bytes of the experts touched,

@@ -34,8 +34,8 @@ class Case:
         rows: N, or the experts' intermediate size.
         columns: K, or the experts' hidden size.
         group: Columns per scale.
-        dtype: Of the activation.
-        experts: Of the bank; 0 for a dense product.
+        dtype: Type of the activation.
+        experts: Experts of the bank; 0 for a dense product.
         slots: Experts of a token.
     """
 
@@ -54,12 +54,12 @@ class Outcome:
     """What came of a case.
 
     Attributes:
-        case: It.
+        case: The case.
         backend: ``cuda`` or ``triton``, empty where nothing was searched.
         part: ``dense``, ``experts``, ``gate_up`` or ``down``.
         chosen: The configuration now in the table.
-        microseconds: Of it.
-        default_microseconds: Of the configuration without a table.
+        microseconds: Its time.
+        default_microseconds: Microseconds of the configuration without a table.
         tried: Candidates that ran and were right.
         passed_over: Candidates that do not fit the GPU or gave another result.
         reason: Why nothing was searched.

@@ -27,7 +27,7 @@ class Launch:
     """How a launch is cut up.
 
     Attributes:
-        warps: Of a block, 1 to 16; each owns 32 rows.
+        warps: Warps of a block, 1 to 16; each owns 32 rows.
         stages: Steps of a warp's pipeline, 2 to 6.
         blocks: That a multiprocessor is meant to hold at once.
         overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).

@@ -51,7 +51,7 @@ def launch(
 
     Args:
         family: Which library to load.
-        prefix: Of its error and device functions, ``<prefix>_error`` and ``<prefix>_device``.
+        prefix: Prefix of its error and device functions, ``<prefix>_error`` and ``<prefix>_device``.
         function: That launches: its arguments are the call, ``arguments`` and the stream.
         call: What the launch is told.
         arguments: Further numbers.

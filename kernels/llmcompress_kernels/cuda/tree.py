@@ -68,9 +68,9 @@ class Config:
     """How a launch is shaped; instances are in ``launch.h``.
 
     Attributes:
-        tiles: Of 16 rows that a warp takes together.
-        warps: Of a block.
-        stages: Of a warp's ring.
+        tiles: Tiles of 16 rows that a warp takes together.
+        warps: Warps of a block.
+        stages: Stages of a warp's ring.
         blocks: That a multiprocessor is to hold.
         overlap: Begin to read weights before the launch in front has ended (compute capability 9.0 and more).
         spread: Add up a strip's parts as soon as they are there; only in libraries compiled for benches.
@@ -118,7 +118,7 @@ def forms(bits: Sequence[int], ranges: Sequence[Sequence[int]]) -> int:
     """Sum of the different widths of nodes that multiply, and of ``COUNTS`` if some count.
 
     Args:
-        bits: Of each node.
+        bits: Bits of each node.
         ranges: Its tokens.
     """
     return sum({COUNTS if b == 1 and high - low <= MOST_COUNTED else b for b, (low, high) in zip(bits, ranges)})

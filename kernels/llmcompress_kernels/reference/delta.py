@@ -66,7 +66,7 @@ def gated_delta_mix(
         dt_bias: float32 ``[H]``; a state decays by ``exp(decay softplus(. + dt_bias))``.
         decay: Likewise.
         gain: float32 ``[V]``, weight of the norm.
-        epsilon: Of the norm.
+        epsilon: Epsilon of the norm.
         key_heads: G.
         inputs: float32 ``[taps - 1, C]``, of the convolution before the first token.
         state: float32 ``[H, K, V]``.

@@ -142,9 +142,9 @@ class Launch:
 
     Attributes:
         tokens: Per program, 16 or more.
-        rows: Of the weight per program.
+        rows: Rows of the weight per program.
         splits: Parts that columns are divided into.
-        warps: Of a program.
+        warps: Warps of a program.
         stages: Depth of the software pipeline.
     """
 

@@ -229,9 +229,9 @@ class Launch:
 
     Attributes:
         tokens: L, of a chunk.
-        channels: Of a head, per program that reads.
+        channels: Channels of a head, per program that reads.
         part: States that it multiplies at a time.
-        warps: Of such a program.
+        warps: Warps of such a program.
         walked: Channels of a head per program that walks.
         walking: Its warps.
     """

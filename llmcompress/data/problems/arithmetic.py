@@ -26,7 +26,7 @@ class Arithmetic:
         count: Problems of all splits together.
         digits: Digits of each operand, at most.
         operators: Which of ``+ - *``.
-        seed: Of the problems themselves; the run's seed does not change them.
+        seed: Seed of the problems themselves; the run's seed does not change them.
         exact: Verify products by division instead of remainders, which leaves no wrong product undetected.
     """
 

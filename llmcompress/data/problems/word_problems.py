@@ -148,7 +148,7 @@ class WordProblems:
 
     Attributes:
         count: Problems of all splits together.
-        seed: Of the problems themselves.
+        seed: Seed of the problems themselves.
         sizes: How many times as large the numbers are; each problem takes one of these.
         brief: Write solutions and verifications in formulas alone, verifications in columns.
     """

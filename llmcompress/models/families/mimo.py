@@ -21,7 +21,7 @@ from llmcompress.models.layout import LinearView, Role, Sublayer
 
 
 def _attention(facts: Facts, layer: str, times: int) -> Part:
-    """Attention with so many times the keys and values that the config names."""
+    """Attention with ``times`` as many heads of keys and values as the config names."""
     module, bias, width = f"{layer}.self_attn", facts.flag("attention_bias"), facts.size("v_head_dim")
     keys = times * facts.kv_heads
     rows = {"q": facts.heads * facts.head_dim, "k": keys * facts.head_dim, "v": keys * width}

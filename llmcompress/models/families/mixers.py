@@ -113,7 +113,7 @@ def plain_mixer(facts: Facts, layer: str, keys: tuple[str, ...]) -> Part:
     Args:
         facts: The config.
         layer: Run-time name of the layer.
-        keys: Of heads, channels per head, states, groups and the convolution's width.
+        keys: Keys of heads, channels per head, states, groups and the convolution's width.
     """
     heads, channels, states, groups, width = (facts.size(key) for key in keys)
     scan = headed_scan(f"{layer}.mixer", heads, channels, states, groups, width)

@@ -183,7 +183,7 @@ def attention(
         qk_norm: Norms on queries and keys: per head with weights that all heads share or (``each``) of their own, over
             all heads, or none.
         post_norm: Norm on the output before the residual add.
-        names: Of its parts.
+        names: Names of its parts.
         form: ``fused``: ``qkv_proj`` holds q, k and v. ``gated``: ``q_proj`` has as many rows again, a gate on each
             head's output.
     """
@@ -331,7 +331,7 @@ def expert_bank(
         experts_key: Key of the number of experts.
         intermediate_key: Key of their intermediate size.
         router: Their router.
-        name: Of the module in the layer that holds the experts.
+        name: Name of the module in the layer that holds the experts.
         top_k: Experts per token, None for ``num_experts_per_tok``.
         options: Further fields of :class:`~llmcompress.models.layout.ExpertBank`.
 

@@ -36,7 +36,7 @@ class _Use:
     """How one hybrid layer uses its shared transformer.
 
     Attributes:
-        number: Of the hybrid layer among hybrid layers.
+        number: Number of the hybrid layer among hybrid layers.
         owner: Index of the layer to which the transformer belongs.
         shared: Run-time name of the transformer.
         first: Whether this is that layer.
