@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, None where it is missing or not (yet) valid."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def write_durably(path: Path, data: bytes) -> None:

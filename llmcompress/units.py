@@ -12,3 +12,8 @@ def bytes_text(count: float | None) -> str:
         if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Key that sorts dotted names as people count: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "llmcompress"
 LAYERS = {
     "cli": 0, "pipeline": 1, "recipe": 2, "stages": 3, "report": 4, "training": 4, "export": 4, "evaluation": 4,
     "serving": 4, "data": 5, "hf": 5, "inference": 5, "models": 6, "nn": 6, "plugins": 6, "algorithms": 7, "quant": 7,
-    "distributed": 8, "events": 8, "durable": 9, "errors": 9, "units": 9, "__init__": 9,
+    "distributed": 8, "events": 8, "durable": 9, "errors": 9, "section": 9, "units": 9, "__init__": 9,
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "safetensors", "tokenizers"}
 TORCH_FREE = (

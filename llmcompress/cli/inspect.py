@@ -18,7 +18,7 @@ from llmcompress.inference.coverage import decline_config, reach
 from llmcompress.models.paths import model_folder
 from llmcompress.models.state_memory import BatchMemory, memory_table
 from llmcompress.quant.states import DECODED_BITS, StateSpec
-from llmcompress.units import bytes_text
+from llmcompress.units import bytes_text, natural_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,8 +67,8 @@ class Inspection:
         bits: Bits per parameter over everything.
         groups: Weights by role and storage.
         policies: Run-time policies saved with the model.
-        heads: Of models with low-bit states: per mixer and head half-life in tokens, width and output error.
-        memory: Of models with states: bytes by batch size.
+        heads: Heads of models with low-bit states: per mixer and head half-life in tokens, width and output error.
+        memory: Memory of models with states: bytes by batch size.
         tokenizer: Whether tokenizer files are there.
         files: Weight files.
     """
@@ -255,14 +255,10 @@ def _heads(policies: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     found = []
     measured = policy.get("measured") or {}
     # JSON is written in the order of names, in which layer 10 comes before layer 2
-    for module, row in sorted(measured.items(), key=lambda item: _natural(item[0])):
+    for module, row in sorted(measured.items(), key=lambda item: natural_order(item[0])):
         bits = (policy.get("head_bits") or {}).get(module, [policy.get("bits")] * len(row["half_lives"]))
         found.append({"mixer": module, **row, "bits": bits})
     return tuple(found)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _memory(layout: ModelLayout | None, weights: int, policies: dict[str, Any]) -> tuple[BatchMemory, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from llmcompress.errors import InputError
+from llmcompress.section import Section
 
 Template = Literal["none", "auto"]
 """``auto`` renders chat rows through the tokenizer's chat template: ``messages``; ``conversations`` of ``from`` and
@@ -18,9 +19,7 @@ Template = Literal["none", "auto"]
 """
 
 
-class _Source(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
+class _Source(Section):
     licence: str | None = None
     """Licence of the text; goes into the report and the model card as given."""
 

@@ -8,20 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmcompress.algorithms.self_verify import verdict_of
 from llmcompress.data.actions import CHECK, RETRY, response
 from llmcompress.data.problems.base import Problem, ProblemSet, boxed
 from llmcompress.data.verifiers import Verifier
+from llmcompress.section import Section
 
 
-class KeepProbabilities(BaseModel):
+class KeepProbabilities(Section):
     """How many trajectories of each difficulty are kept. The paper names only the aim (cover one to four trials); these
     are the figures of the authors' tool, balanced by hand for their models.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     all_right: float = Field(default=0.2394, ge=0, le=1)
     """Every sample is right: one trial."""
@@ -95,7 +94,7 @@ class Builder:
         problems: Checks answers.
         verifier: Writes verifications; one with a false verdict is dropped (the truth filter).
         keep: Probabilities.
-        seed: Of all choices.
+        seed: Seed of all choices.
     """
 
     def __init__(self, problems: ProblemSet, verifier: Verifier, keep: KeepProbabilities, seed: int) -> None:

@@ -20,12 +20,13 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmcompress.algorithms.self_verify import opens_action, verdict_of
 from llmcompress.data.actions import verdict
 from llmcompress.data.problems.base import Problem, ProblemSet
 from llmcompress.errors import EnvironmentProblem, InputError
+from llmcompress.section import Section
 
 _REQUEST = """You are a mathematics teacher. Here is a question and a proposed answer.
 Say whether the answer is right. Do not solve the question step by step from the start: test the given answer in another
@@ -48,18 +49,14 @@ _SOLVES_AGAIN = re.compile(
 )
 
 
-class ProgramVerifier(BaseModel):
+class ProgramVerifier(Section):
     """Exact checks of the shipped tasks, written out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: Literal["program"] = "program"
 
 
-class EndpointVerifier(BaseModel):
+class EndpointVerifier(Section):
     """A language model behind an OpenAI-compatible endpoint, on this machine or elsewhere."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: Literal["openai"]
 

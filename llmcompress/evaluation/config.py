@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from llmcompress.data.sources import SourceConfig, Template, require_window
 from llmcompress.errors import InputError
+from llmcompress.section import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class PerplexityConfig(_Section):
+class PerplexityConfig(Section):
     """Perplexity of one text."""
 
     source: SourceConfig
@@ -49,7 +46,7 @@ class PerplexityConfig(_Section):
         return self
 
 
-class FidelityConfig(_Section):
+class FidelityConfig(Section):
     """How closely the compressed model follows the dense one, token by token."""
 
     source: SourceConfig
@@ -71,7 +68,7 @@ class FidelityConfig(_Section):
     """Chooses the windows. Not tied to the run's seed, so that runs with different seeds see the same text."""
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """One lm-evaluation-harness task with its own settings."""
 
     task: str
@@ -121,7 +118,7 @@ class TaskConfig(_Section):
         return self
 
 
-class RecallConfig(_Section):
+class RecallConfig(Section):
     """Facts to be remembered over growing distances."""
 
     source: SourceConfig
@@ -140,7 +137,7 @@ class RecallConfig(_Section):
     """Chooses names, words and text."""
 
 
-class GenerationConfig(_Section):
+class GenerationConfig(Section):
     """Samples written by both models side by side."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -167,7 +164,7 @@ def require_chat_template(
     Args:
         tasks: Tasks of lm-eval.
         generation: Prompts.
-        template: Of the tokenizer; None or empty where it has none.
+        template: Template of the tokenizer; None or empty where it has none.
 
     Raises:
         InputError: One of them is to be asked through a chat template.

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from llmcompress.errors import RecipeError
+from llmcompress.section import Section
 
 
-class GateConfig(BaseModel):
+class GateConfig(Section):
     """A limit on one metric. Exactly one kind of limit is given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     metric: str
     """``task.metric``, such as ``heldout.perplexity``, ``fidelity.kl`` or ``piqa.acc``."""

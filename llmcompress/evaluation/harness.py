@@ -40,7 +40,7 @@ class Listener:
 
     Attributes:
         line: Receives a line where requests were too long.
-        written: Of a task whose answers are written, receives what wrote them: ``native``, or reasons why not.
+        written: Receives by task what wrote its answers, if it has some: ``native``, or reasons why not.
         samples: Receives lm-eval's own record of every request, by task.
     """
 
@@ -241,7 +241,7 @@ def evaluate(
     import torch
     from lm_eval.evaluator import evaluate as run
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM, request_limit, written_tokens
+    from llmcompress.evaluation.lm_eval_model import LMEvalModel, request_limit, written_tokens
 
     settings = spec.settings
     require_chat_template([settings], None, getattr(tokenizer, "chat_template", None))
@@ -251,7 +251,7 @@ def evaluate(
         random.seed(_SEED)
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
-        adapter = RecurrentLM(
+        adapter = LMEvalModel(
             state_mode=state_mode,
             writer=writer,
             pretrained=model,

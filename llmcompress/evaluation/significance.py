@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import read_json
 from llmcompress.evaluation.ledger import part_name
 from llmcompress.evaluation.scores import ACCURACIES, paired_stderr
 
@@ -25,7 +26,7 @@ def within_noise(difference: float | None, stderr: float | None) -> bool | None:
     """Whether a difference is no larger than ``BOUND`` standard errors; None where no error is known.
 
     Args:
-        difference: Of two figures.
+        difference: Difference of two figures.
         stderr: Its standard error. Zero, for models that agree on every row, makes no difference noise.
     """
     if difference is None or stderr is None:
@@ -56,11 +57,11 @@ def recorded(stage_dir: Path) -> dict[str, Recorded]:
         By ``task.metric``; only what can be read and has rows.
     """
     found: dict[str, Recorded] = {}
-    texts = _read(stage_dir / "texts.json") or {}
+    texts = read_json(stage_dir / "texts.json") or {}
     for side in ("compressed", "dense"):
         fresh: dict[str, Recorded] = {}
         for path in sorted((stage_dir / "parts").glob(f"{side}.*.json")):
-            part = _read(path)
+            part = read_json(path)
             for entry in part if isinstance(part, list) else ():
                 if isinstance(entry, dict) and entry.get("rows"):
                     sample = f"{entry['task']} {entry['n']} {entry.get('asked', '')}"
@@ -69,7 +70,7 @@ def recorded(stage_dir: Path) -> dict[str, Recorded]:
         if len(asked := [one.sample for name, one in fresh.items() if name.endswith(_MEANT)]) > 1:
             fresh["tasks.mean_acc"] = Recorded("\n".join(asked), ())
         for name, source in texts.items():
-            part = _read(stage_dir / "parts" / part_name(f"{side}.perplexity.{name}"))
+            part = read_json(stage_dir / "parts" / part_name(f"{side}.perplexity.{name}"))
             if isinstance(part, dict) and part.get("window_nll"):
                 counts = [part[key] for key in ("tokens", "windows", "text_bytes")]
                 sample = json.dumps([_content(source), *counts], sort_keys=True)
@@ -87,13 +88,6 @@ def _content(source: Mapping[str, Any]) -> dict[str, Any]:
 def window_rows(part: Mapping[str, Any]) -> tuple[float, ...]:
     """Perplexity by window, linearised around the mean, so that two models can be compared window by window."""
     return tuple(part["perplexity"] * nll for nll in part.get("window_nll", ()))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def difference_stderr(first: Recorded | None, second: Recorded | None) -> float | None:

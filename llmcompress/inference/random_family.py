@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.models.family_model import private_modules, replace_module
+from llmcompress.models.family_model import private_modules
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.packed import replace_module
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.codecs.int_group import PACKED, SCALE
@@ -29,7 +30,7 @@ class RandomFamily:
         tree: Over the members.
         widths: Members below a node → bits of its codes, 0 for none.
         group_size: Columns per scale.
-        seed: Of codes and scales.
+        seed: Seed of codes and scales.
 
     Attributes:
         model: Its rows belong to whom ``batch`` says.

@@ -19,6 +19,7 @@ from llmcompress.models.handle import (
     meta_model,
     transformers_config,
 )
+from llmcompress.nn.packed import replace_module
 from llmcompress.nn.tree_linear import BatchRows, PerMember, TreeLinear
 
 if TYPE_CHECKING:
@@ -131,13 +132,6 @@ def _require_alike(artifact: FamilyArtifact, shells: Mapping[str, nn.Module]) ->
                     f"{artifact.folder}: {', '.join(shells)} differ in {name}.{key}, which a batch must share",
                     "load one member at a time",
                 )
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of another."""
-    parent, _, key = name.rpartition(".")
-    new.train(model.training)
-    setattr(model.get_submodule(parent), key, new)
 
 
 class FamilyModel:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
-from llmcompress.nn.packed import PackedTensors
+from llmcompress.nn.packed import PackedTensors, replace_module
 from llmcompress.quant.codecs.int_group import encode
 from llmcompress.quant.embeddings import matrices, spec_of
 from llmcompress.quant.packed import PackedWeight
@@ -85,7 +85,7 @@ class PackedEmbedding(PackedRows):
 
     Args:
         rows, columns, spec, dtype, device: See :class:`PackedRows`.
-        factor: Of all rows, rounded to ``dtype``.
+        factor: Factor of all rows, rounded to ``dtype``.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ def make_room(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, 
     embedding = PackedEmbedding(
         layout.vocab, layout.hidden, spec, dtype, old.weight.device, 1.0 if factor is None else factor
     )
-    _replace(model, names[0], embedding)
+    replace_module(model, names[0], embedding)
     if len(names) == 1:
         model.set_output_embeddings(TiedHead(embedding))
         # nothing is left to be tied
@@ -172,7 +172,7 @@ def make_room(model: PreTrainedModel, layout: ModelLayout, policy: Mapping[str, 
     head = PackedHead(layout.vocab, layout.hidden, spec, dtype, plain.weight.device)
     if plain.bias is not None:
         head.register_parameter("bias", plain.bias)
-    _replace(model, names[1], head)
+    replace_module(model, names[1], head)
 
 
 def packed_tensors(
@@ -186,9 +186,3 @@ def packed_tensors(
     packed = pack_rows(tensor, spec_of(policy))
     for key, value in sorted(packed.tensors.items()):
         yield f"{module}.{key}", value
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    new.train(model.training)
-    setattr(model.get_submodule(parent), key, new)

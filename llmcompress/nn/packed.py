@@ -161,3 +161,10 @@ class PackedTensors(nn.Module):
         spec = self.spec
         kind = "symmetric" if spec.symmetric else "asymmetric"
         return f"shape={list(self.shape)}, bits={spec.bits}, group_size={spec.group_size}, {kind}"
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one that has this name in the model."""
+    parent, _, key = name.rpartition(".")
+    new.train(model.training)
+    setattr(model.get_submodule(parent), key, new)

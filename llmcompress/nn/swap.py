@@ -12,6 +12,7 @@ from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.nn.experts import PackedExperts
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixtures import adapt_mixtures
+from llmcompress.nn.packed import replace_module
 from llmcompress.quant.spec import QuantPlan
 
 
@@ -51,7 +52,7 @@ def _swap_linears(model: nn.Module, block: Block, plan: QuantPlan, dtype: torch.
         weight = old.weight
         assert isinstance(weight, torch.Tensor)
         kept = dtype or weight.dtype
-        _replace(
+        replace_module(
             model,
             view.name,
             PackedLinear(view.in_features, view.out_features, spec, has_bias, kept, weight.device),
@@ -68,10 +69,4 @@ def _swap_experts(model: nn.Module, bank: ExpertBank, plan: QuantPlan, dtype: to
     packed = PackedExperts(
         bank, plan.get(bank.gate_up), plan.get(bank.down), dtype or weight.dtype, weight.device, **constants
     )
-    _replace(model, bank.module, packed)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    new.train(model.training)
-    setattr(model.get_submodule(parent), key, new)
+    replace_module(model, bank.module, packed)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import read_json
 from llmcompress.errors import InputError
 from llmcompress.models.tensor_file import header_of
 from llmcompress.quant.tensor_writer import DTYPES
@@ -148,14 +149,6 @@ class ReportData:
     size: SizeParts | None
     artifacts: list[tuple[str, int]]
     finished: bool
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON, None when the file is missing or not (yet) valid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _text(path: Path) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import read_json
 from llmcompress.errors import InputError
 from llmcompress.quant.family import FamilyPlan
 from llmcompress.quant.tree import drawn
-from llmcompress.report.data import read_json
 
 Json = dict[str, Any]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcompress.durable import read_json
 from llmcompress.report.plots import Series, line_chart
 
 Json = dict[str, Any]
@@ -50,16 +50,18 @@ def collect_self_correction(run_dir: Path, stages: Sequence[str]) -> list[Json]:
     found = []
     for name in stages:
         folder = run_dir / "stages" / name
-        states = {path.stem.removeprefix("behaviour_"): _read(path) for path in sorted(folder.glob("behaviour_*.json"))}
+        states = {
+            path.stem.removeprefix("behaviour_"): read_json(path) for path in sorted(folder.glob("behaviour_*.json"))
+        }
         states = {state: figures for state, figures in states.items() if isinstance(figures, dict)}
-        curve = _read(folder / "curve.json")
+        curve = read_json(folder / "curve.json")
         if states or curve:
-            texts = next((_read(p) for p in (folder / "episodes_after.json", *folder.glob("episodes_*.json"))
+            texts = next((read_json(p) for p in (folder / "episodes_after.json", *folder.glob("episodes_*.json"))
                           if p.exists()), None)  # fmt: skip
             found.append(
                 {
                     "stage": name, "states": states, "curve": curve if isinstance(curve, list) else [],
-                    "texts": (texts or {}).get("texts", []), "majority": _read(folder / "majority.json"),
+                    "texts": (texts or {}).get("texts", []), "majority": read_json(folder / "majority.json"),
                 }
             )  # fmt: skip
     return found
@@ -110,10 +112,3 @@ def _chart(entry: Json) -> Json | None:
     title = f"Sampled responses of stage {entry['stage']} by training step"
     chart = line_chart([int(r["step"]) for r in shown], series, title, axis="step")
     return {"stage": entry["stage"], "chart": chart}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmcompress.units import natural_order
+
 Json = dict[str, Any]
 
 
@@ -20,7 +22,7 @@ def states_section(entry: Mapping[str, Any]) -> Json:
     policy: Mapping[str, Any] = entry.get("policy") or {}
     rows = []
     # JSON is written in the order of names, in which layer 10 comes before layer 2
-    for mixer, measured in sorted((entry.get("heads") or {}).items(), key=lambda item: _natural(item[0])):
+    for mixer, measured in sorted((entry.get("heads") or {}).items(), key=lambda item: natural_order(item[0])):
         lives = [math.inf if life is None else float(life) for life in measured["half_lives"]]
         errors = [float(error) for error in measured["errors"]]
         bits = (policy.get("head_bits") or {}).get(mixer) or [policy.get("bits", 16)] * len(lives)
@@ -47,10 +49,6 @@ def states_section(entry: Mapping[str, Any]) -> Json:
     ]
     width = "4 to 8" if policy.get("head_bits") else str(policy.get("bits", ""))
     return {"codec": str(policy.get("codec", "")), "bits": width, "rows": rows, "memory": memory}
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def life_text(tokens: float) -> str:

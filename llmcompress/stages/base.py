@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from llmcompress.errors import RecipeError
+from llmcompress.section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,10 +35,8 @@ class Kind(StrEnum):
     FAMILY = "family"
 
 
-class StageConfig(BaseModel):
+class StageConfig(Section):
     """Base of every stage's recipe section. ``type`` is the discriminator of the union."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     type: str
 
@@ -154,7 +151,7 @@ class Stage(ABC):
         """Refuse what does not fit a family's members; asked before a run begins.
 
         Args:
-            contexts: Of each member of the recipe's families ``max_position_embeddings``; None where none is known.
+            contexts: ``max_position_embeddings`` of each member of the recipe's families; None where none is known.
 
         Raises:
             InputError: Windows are too long for a member.

@@ -1,15 +1,16 @@
 """Stage ``esr``: ESR-style reconstruction of state-space blocks to the states they will really have (Q-Mamba).
 
-The paper's own procedure was not to be had; this one is the project's (``algorithms/selectivity.py``).
+The paper's own procedure was not to be had; this one is the project's (``algorithms/state_reconstruction.py``).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmcompress.errors import RecipeError
+from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, StageConfig
 from llmcompress.stages.quantizer import BlockStage
 
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 Trained = Literal["selective", "projections"]
 
 
-class LearningRates(BaseModel):
+class LearningRates(Section):
     """Learning rates of AdamW at the start; each falls to a tenth along a cosine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     selective: Annotated[float, Field(gt=0)] = 1e-3
     """Decay, skip, convolution and gated norm."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from llmcompress.section import Section
 from llmcompress.stages.base import StageConfig
 from llmcompress.stages.quantizer import Quantizer
 from llmcompress.stages.schemes import RulesField
 
 
-class RareExperts(BaseModel):
+class RareExperts(Section):
     """What to do with experts that see few calibration tokens. The papers are silent; this is our policy."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     min_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Tokens an expert needs for GPTQ on its own statistics; ``auto`` is ``max(128, in_features / 16)``."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from llmcompress.algorithms.selectivity import Group, Rounder
+    from llmcompress.algorithms.state_reconstruction import Group, Rounder
     from llmcompress.data.calibration import CalibrationSet
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ScanView, Sublayer
@@ -194,7 +194,7 @@ class Reconstructor:
         import torch
 
         from llmcompress.algorithms.decoupled_scales import StateSpec
-        from llmcompress.algorithms.selectivity import Rounder
+        from llmcompress.algorithms.state_reconstruction import Rounder
 
         assert scan is not None
         if policy is None:
@@ -218,7 +218,7 @@ class MixerTrainer:
         mixer: A Mamba-2 mixer in fp32, quantized weights in place.
         sublayer: Its sublayer.
         rounder: How its states are stored.
-        seed: Of the order of sequences.
+        seed: Seed of the order of sequences.
     """
 
     def __init__(self, config: EsrConfig, mixer: nn.Module, sublayer: Sublayer, rounder: Rounder, seed: int) -> None:
@@ -240,7 +240,7 @@ class MixerTrainer:
         """
         import torch
 
-        from llmcompress.algorithms.selectivity import Objective, Schedule, judged, reconstruct, split
+        from llmcompress.algorithms.state_reconstruction import Objective, Schedule, judged, reconstruct, split
 
         config, sublayer = self.config, self.sublayer
         objective = Objective(config.lambda_ssm, config.token_warmup)
@@ -286,7 +286,7 @@ class MixerTrainer:
         return {**result.record(), "after": after}, values
 
     def _groups(self, parameters: Mapping[str, Tensor]) -> list[Group]:
-        from llmcompress.algorithms.selectivity import Group
+        from llmcompress.algorithms.state_reconstruction import Group
 
         rates, train = self.config.lr, self.config.train
         groups = []
@@ -303,7 +303,7 @@ class MixerTrainer:
 @contextmanager
 def scan_of(mixer: nn.Module, rounder: Rounder, config: EsrConfig, seen: list[Tensor] | None = None) -> Iterator[None]:
     """Inside, the mixer scans with states stored by ``rounder``; outputs of the scan are appended to ``seen``."""
-    from llmcompress.algorithms.selectivity import scan
+    from llmcompress.algorithms.state_reconstruction import scan
     from llmcompress.nn.scan_override import scanned_by
 
     engine = "fused" if config.engine == "auto" else config.engine

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, StageConfig
 from llmcompress.stages.quantizer import BlockStage
 
@@ -27,10 +28,8 @@ if TYPE_CHECKING:
 PAPER_K = {"phimoe": 8, "deepseek_v2": 20, "qwen2_moe": 20, "mixtral": 8}
 
 
-class AdamFields(BaseModel):
+class AdamFields(Section):
     """Gradient solver settings; used with ``solver: adam`` only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     lr_rel: Annotated[float, Field(gt=0)] = 0.02
     """Learning rate as a multiple of the router weight's root mean square."""
@@ -40,10 +39,8 @@ class AdamFields(BaseModel):
     """Tokens of one step."""
 
 
-class RouterFields(BaseModel):
+class RouterFields(Section):
     """How a router is calibrated. The paper gives the loss and K; solver and guard are this project's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     loss: Literal["topk_mse"] = "topk_mse"
     """Squared error of the logits of the full-precision router's top K experts (Eq. 5)."""
@@ -65,8 +62,6 @@ class RouterFields(BaseModel):
 
 class RouterCalibrationConfig(RouterFields, StageConfig):
     """Recipe section of the stage."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     type: Literal["router_calibration"] = "router_calibration"
 

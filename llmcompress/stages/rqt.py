@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmcompress.data.sources import SourceConfig, Template
+from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -16,11 +17,7 @@ if TYPE_CHECKING:
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class MemberConfig(_Part):
+class MemberConfig(Section):
     """One fine-tune."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -42,7 +39,7 @@ Member = Annotated[MemberConfig, BeforeValidator(_member, json_schema_input_type
 """A fine-tune; its folder alone stands for a section."""
 
 
-class CalibrationConfig(_Part):
+class CalibrationConfig(Section):
     """Tokens on which each member's activations are measured."""
 
     samples: Annotated[int, Field(ge=1)] = 128
@@ -64,7 +61,7 @@ class CalibrationConfig(_Part):
     """Go on with the windows there are when a text is too short."""
 
 
-class TreeConfig(_Part):
+class TreeConfig(Section):
     """Which models share."""
 
     scope: Literal["model", "layer", "matrix"] = "model"
@@ -77,7 +74,7 @@ class TreeConfig(_Part):
     """Weigh distances by what the inputs look like, or compare weights alone, without a calibration pass."""
 
 
-class BitsConfig(_Part):
+class BitsConfig(Section):
     """How many bits each node gets."""
 
     mode: Literal["auto", "preset"] = "auto"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmcompress.data.problems.config import Task
 from llmcompress.errors import InputError, RecipeError, UsageError
 from llmcompress.models.paths import ADAPTER
+from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 
 if TYPE_CHECKING:
@@ -23,11 +24,7 @@ if TYPE_CHECKING:
 MODEL, CHECKPOINT = "model", "progress.safetensors"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """How responses are sampled."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.7
@@ -49,7 +46,7 @@ class SamplingConfig(_Section):
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.batch)
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """Who writes the responses that a policy learns from. Behaviour is always measured with our own decoder."""
 
     engine: Literal["own", "vllm"] = "own"
@@ -60,7 +57,7 @@ class SamplerConfig(_Section):
     """Share of the GPU's memory that vLLM takes while it writes; it gives it back for training."""
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """Low-rank adapters instead of all weights."""
 
     rank: Annotated[int, Field(ge=1)] = 16
@@ -73,7 +70,7 @@ class AdapterConfig(_Section):
     """Which linears get one. Packed experts and routers get none."""
 
 
-class MeasureConfig(_Section):
+class MeasureConfig(Section):
     """Held-out problems on which a stage measures the behaviour before and after."""
 
     split: Literal["validation", "test"] = "test"

@@ -14,8 +14,9 @@ from pydantic import Field, model_validator
 
 from llmcompress.data.trajectories import KeepProbabilities
 from llmcompress.data.verifiers import EndpointVerifier, ProgramVerifier
+from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
-from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
+from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
 from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from llmcompress.training.policy import Policy
 
 
-class GiveUpConfig(_Section):
+class GiveUpConfig(Section):
     """Rows of wrong attempts alone, all rejected, after which the response ends; none of them is a target. Ours: a
     search has a last trial, and a right answer that was rejected again and again still is the answer then.
     """

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
-from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, _Section, estimate_training
+from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
 from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 2048
 
 
-class BaselineConfig(_Section):
+class BaselineConfig(Section):
     """Baseline of the process level and of offline training. Online outcome level always uses RLOO."""
 
     scope: Literal["batch", "running", "ema"] = "batch"
@@ -42,7 +43,7 @@ class BaselineConfig(_Section):
     """τ of ``τ log mean exp(r/τ)`` instead of the mean; an option of the authors' offline code."""
 
 
-class OfflineConfig(_Section):
+class OfflineConfig(Section):
     """Training on a pool sampled once."""
 
     min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -70,7 +71,7 @@ class OfflineConfig(_Section):
     """Passes over the pool."""
 
 
-class ScreenConfig(_Section):
+class ScreenConfig(Section):
     """Leave out prompts that are too easy or too hard for the starting policy, by sampling before training."""
 
     samples: Annotated[int, Field(ge=2)] = 4
@@ -83,7 +84,7 @@ class ScreenConfig(_Section):
     """Prompts with a higher one too."""
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """Limits that end online training early, measured on the sampled responses of a step."""
 
     ended_below: Annotated[float, Field(ge=0, le=1)] | None = None

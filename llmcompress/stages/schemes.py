@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from llmcompress.models.layout import Role
 from llmcompress.quant.rules import AutoBits, BitPlan, HalfBits, LayerBits, Rule
+from llmcompress.section import Section
 
 Width = Literal[2, 3, 4, 8]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class HalfBitsConfig(_Section):
+class HalfBitsConfig(Section):
     """Two widths: "2.5 bit" of the EAC-MoE paper is ``{first_half: 3, second_half: 2}``."""
 
     first_half: Width
@@ -26,7 +23,7 @@ class HalfBitsConfig(_Section):
     """Bits in the other layers."""
 
 
-class LayerBitsConfig(_Section):
+class LayerBitsConfig(Section):
     """A default width and exceptions by layer."""
 
     default: Width
@@ -35,7 +32,7 @@ class LayerBitsConfig(_Section):
     """Layer index → bits."""
 
 
-class AutoBitsConfig(_Section):
+class AutoBitsConfig(Section):
     """An average-bit budget that is spent where measured error falls most."""
 
     auto: Annotated[float, Field(ge=2, le=8)]
@@ -82,7 +79,7 @@ BitsField = Annotated[
 ]
 
 
-class RuleConfig(_Section):
+class RuleConfig(Section):
     """Which weights, and how they are quantized. The first rule that matches a weight decides about it."""
 
     match: str | None = None

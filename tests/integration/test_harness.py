@@ -123,7 +123,7 @@ CHAT = (
 
 def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_path, monkeypatch):
     """One example and a system's message, as turns and as one message; what each request begins with."""
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.evaluation.lm_eval_model import LMEvalModel
 
     rows = [
         {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i, "subject": "anatomy"}
@@ -133,13 +133,13 @@ def test_tasks_are_asked_through_the_chat_template(model, tiny_tokenizer, tmp_pa
     for split in ("dev", "test"):
         (tmp_path / "mmlu" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words, asked, digests = copy.deepcopy(tiny_tokenizer), [], set()
-    original = RecurrentLM.loglikelihood
+    original = LMEvalModel.loglikelihood
 
     def noted(self, requests, *args, **kwargs):
         asked.extend(request.args[0] for request in requests)
         return original(self, requests, *args, **kwargs)
 
-    monkeypatch.setattr(RecurrentLM, "loglikelihood", noted)
+    monkeypatch.setattr(LMEvalModel, "loglikelihood", noted)
 
     def contexts(**settings):
         asked.clear()
@@ -182,13 +182,13 @@ def test_the_seed_chooses_examples(model, tiny_tokenizer, tmp_path):
 def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
     from lm_eval.api.instance import Instance
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.evaluation.lm_eval_model import LMEvalModel
 
     texts = ("The cat", "Nobody saw the warm sea", "It was", "sea", "the the the")
     settings = {"until": [" the", "\n"], "max_gen_toks": 24, "do_sample": False}
 
     def answers(writer, **more):
-        adapter = RecurrentLM(
+        adapter = LMEvalModel(
             writer=writer, pretrained=model, tokenizer=tiny_tokenizer, batch_size=3, device="cpu", max_length=256
         )
         requests = [Instance("generate_until", {}, (text, {**settings, **more}), i) for i, text in enumerate(texts)]
@@ -204,11 +204,11 @@ def test_written_answers_are_the_same_natively(model, tiny_tokenizer, tmp_path):
 def test_a_model_whose_output_is_not_finite_has_no_scores(tiny, tiny_tokenizer):
     from lm_eval.api.instance import Instance
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.evaluation.lm_eval_model import LMEvalModel
 
     model = tiny.model("mixtral", vocab_size=len(tiny_tokenizer))
     model.get_output_embeddings().weight.data[3] = float("nan")
-    adapter = RecurrentLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, device="cpu", max_length=128)
+    adapter = LMEvalModel(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, device="cpu", max_length=128)
     with pytest.raises(InputError, match="not finite"):
         adapter.loglikelihood([Instance("loglikelihood", {}, ("the warm", " sea"), 0)], disable_tqdm=True)
 
@@ -216,7 +216,7 @@ def test_a_model_whose_output_is_not_finite_has_no_scores(tiny, tiny_tokenizer):
 def test_skipped_experts_do_not_depend_on_the_batch(tiny, tiny_tokenizer):
     from lm_eval.api.instance import Instance
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.evaluation.lm_eval_model import LMEvalModel
     from llmcompress.models.registry import layout_from_config
     from llmcompress.nn.skipping import attach
 
@@ -225,7 +225,7 @@ def test_skipped_experts_do_not_depend_on_the_batch(tiny, tiny_tokenizer):
     texts = ["the warm sea " * count for count in (4, 9, 14, 20)]
 
     def scores(batch):
-        adapter = RecurrentLM(
+        adapter = LMEvalModel(
             pretrained=model, tokenizer=tiny_tokenizer, batch_size=batch, device="cpu", max_length=128
         )
         requests = [Instance("loglikelihood", {}, (text, " cat"), i) for i, text in enumerate(texts)]
@@ -238,7 +238,7 @@ def test_skipped_experts_do_not_depend_on_the_batch(tiny, tiny_tokenizer):
 def test_where_states_are_rounded_does_not_depend_on_the_batch(tiny, tiny_tokenizer):
     from lm_eval.api.instance import Instance
 
-    from llmcompress.evaluation.recurrent_tasks import RecurrentLM
+    from llmcompress.evaluation.lm_eval_model import LMEvalModel
     from llmcompress.models.registry import layout_from_config
     from llmcompress.nn.mixers import attach
 
@@ -248,7 +248,7 @@ def test_where_states_are_rounded_does_not_depend_on_the_batch(tiny, tiny_tokeni
     texts = ["the warm sea " * count for count in (4, 9, 14)]
 
     def scores(mode, batch):
-        adapter = RecurrentLM(
+        adapter = LMEvalModel(
             state_mode=mode, pretrained=model, tokenizer=tiny_tokenizer, batch_size=batch, device="cpu", max_length=128
         )
         requests = [Instance("loglikelihood", {}, (text, " cat and dog"), i) for i, text in enumerate(texts)]

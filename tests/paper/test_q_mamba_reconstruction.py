@@ -9,7 +9,7 @@ import torch
 
 from llmcompress.algorithms.decoupled_scales import StateSpec
 from llmcompress.algorithms.selective_scan import half_life
-from llmcompress.algorithms.selectivity import (
+from llmcompress.algorithms.state_reconstruction import (
     ENGINES,
     Group,
     Objective,

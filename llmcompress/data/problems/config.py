@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from llmcompress.data.problems.base import ProblemSet
+from llmcompress.section import Section
 
 
-class _Task(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class CountdownTask(_Task):
+class CountdownTask(Section):
     """Reach a target with given numbers."""
 
     kind: Literal["countdown"]
@@ -49,7 +46,7 @@ class CountdownTask(_Task):
         return Countdown(self.numbers, self.low, self.high, self.operators, self.limit, self.compact)
 
 
-class ArithmeticTask(_Task):
+class ArithmeticTask(Section):
     """Multi-digit sums, differences and products."""
 
     kind: Literal["arithmetic"]
@@ -73,7 +70,7 @@ class ArithmeticTask(_Task):
         return Arithmetic(self.count, self.digits, self.operators, exact=self.exact)
 
 
-class WordTask(_Task):
+class WordTask(Section):
     """Templated word problems."""
 
     kind: Literal["word_problems"]
@@ -95,7 +92,7 @@ class WordTask(_Task):
         return WordProblems(self.count, sizes=self.sizes, brief=self.brief)
 
 
-class FileTask(_Task):
+class FileTask(Section):
     """Problems from JSON lines, such as GSM8K and MATH."""
 
     kind: Literal["file"]

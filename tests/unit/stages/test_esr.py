@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from llmcompress.algorithms.selectivity import Rounder
+from llmcompress.algorithms.state_reconstruction import Rounder
 from llmcompress.errors import RecipeError
 from llmcompress.models.assemble import compressed_model
 from llmcompress.stages.base import PlanInputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.algorithms.selectivity import Group, Objective, Schedule, reconstruct, split
+from llmcompress.algorithms.state_reconstruction import Group, Objective, Schedule, reconstruct, split
 
 
 def test_objective_by_hand() -> None:

@@ -229,7 +229,7 @@ def scan(
         b: fp32 ``[S, T, G, N]``; head h reads group ``h // (H / G)``.
         c: As ``b``.
         rounder: Stores the state.
-        engine: Which.
+        engine: Which engine.
         budget: Bytes for the states of one block of heads.
 
     Returns:
@@ -303,7 +303,7 @@ class Schedule:
         clip: Largest norm of the gradient of each parameter group.
         patience: Stop after this many epochs without a better held-out loss.
         rollback: Keep the initial values where the held-out loss did not fall.
-        seed: Of the order of sequences.
+        seed: Seed of the order of sequences.
     """
 
     epochs: int = 10

@@ -29,12 +29,12 @@ StateMode = Literal["per_token", "decode_only"]
 _GREEDY = {"attention_mask", "do_sample", "temperature", "top_p", "top_k", "use_cache"}
 
 
-class RecurrentLM(HFLM):  # type: ignore[misc]
+class LMEvalModel(HFLM):  # type: ignore[misc]
     """``HFLM`` that stores the state after every token of likelihood passes and writes greedy answers natively.
 
     Args:
         state_mode: ``per_token``, or ``decode_only``: the state stays in float until the end of a request's context.
-        writer: Of the model; None leaves all writing to transformers.
+        writer: Writer of the model; None leaves all writing to transformers.
         **options: As for ``HFLM``.
 
     Attributes:
