@@ -42,6 +42,10 @@ PrefixOption = Annotated[
         help="Reuse what finished answers leave in the cache for prompts that begin alike.",
     ),
 ]
+ReadOption = Annotated[
+    float, _bound("read-seconds", "Seconds for a request's head to arrive, and then for its body; beyond: 408.")
+]
+WriteOption = Annotated[float, _bound("write-seconds", "Seconds a client may read nothing.")]
 
 
 def serve(
@@ -74,9 +78,8 @@ def serve(
     connections: Annotated[
         int, _bound("max-connections", "Connections open at once; beyond: 503.")
     ] = _LIMITS.connections,
-    write_seconds: Annotated[
-        float, _bound("write-seconds", "Seconds a client may read nothing.")
-    ] = _LIMITS.write_seconds,
+    read_seconds: ReadOption = _LIMITS.read_seconds,
+    write_seconds: WriteOption = _LIMITS.write_seconds,
     drain_seconds: Annotated[
         float, _bound("drain-seconds", "Seconds answers go on after SIGTERM.")
     ] = _LIMITS.drain_seconds,
@@ -103,7 +106,7 @@ def serve(
     limits = Limits(
         rows=rows, queue=queue, cache_tokens=cache_tokens, prompt_chunk=prompt_chunk, prefix_caching=prefix_caching,
         snapshot_bytes=snapshot_bytes, prompt_tokens=prompt_tokens, new_tokens=new_tokens, body_bytes=body_bytes,
-        connections=connections, write_seconds=write_seconds, drain_seconds=drain_seconds,
+        connections=connections, read_seconds=read_seconds, write_seconds=write_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     # before the model is loaded, which takes longer
     with bind(host, port) as bound:

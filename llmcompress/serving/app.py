@@ -24,7 +24,7 @@ from llmcompress.inference.generate import Recommended, Sampling
 from llmcompress.inference.grammar import GrammarError, Grammars, Walk
 from llmcompress.inference.penalties import Tally
 from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
-from llmcompress.serving.guard import HEALTH, Guard
+from llmcompress.serving.guard import HEALTH, Guard, Unread
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk, parse
@@ -393,6 +393,8 @@ def _event(data: Any) -> bytes:
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    if isinstance(error, Unread):
+        headers = {"Connection": "close"}
     return JSONResponse(error.body(), error.status, headers=headers)
 
 

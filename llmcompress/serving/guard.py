@@ -1,8 +1,9 @@
-"""Around the application: the key, the size of bodies, readers that take nothing, counting. Plain ASGI."""
+"""Around the application: the key, sizes of bodies, slow senders, readers that take nothing, counting. Plain ASGI."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
@@ -28,8 +29,8 @@ HEALTH = ("/healthz", "/health")
 ENDPOINTS = (*HEALTH, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 
 
-class TooLarge(ApiError):
-    """The body goes on beyond the limit."""
+class Unread(ApiError):
+    """The rest of the body will not be read: it goes on beyond the limit, or takes too long."""
 
 
 class Guard:
@@ -37,7 +38,7 @@ class Guard:
 
     Args:
         app: Inside.
-        limits: ``body_bytes`` and ``write_seconds``.
+        limits: ``body_bytes``, ``read_seconds`` and ``write_seconds``.
         metrics: Counts requests.
         api_key: Needed everywhere but at :data:`HEALTH`; None for no key.
     """
@@ -64,7 +65,8 @@ class Guard:
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
-                await self._discard(receive)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._discard(receive), self._limits.read_seconds)
                 await _answer(refusal)(scope, receive, watched)
             else:
                 await self._inside(scope, receive, watched)
@@ -100,15 +102,22 @@ class Guard:
             return self._too_large()
         return None
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(413, f"the body exceeds {self._limits.body_bytes} bytes", "request_too_large")
+    def _too_large(self) -> Unread:
+        return Unread(413, f"the body exceeds {self._limits.body_bytes} bytes", "request_too_large")
 
     async def _inside(self, scope: Scope, receive: Receive, send: Send) -> None:
-        taken, started = 0, False
+        taken, more, started = 0, True, False
+        deadline = time.monotonic() + self._limits.read_seconds
 
         async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, more
+            try:
+                # after the body the application waits for the client to go, which may be never
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic() if more else None)
+            except TimeoutError as error:
+                text = f"the body took longer than {self._limits.read_seconds:g} seconds"
+                raise Unread(408, text, "request_timeout") from error
+            more = bool(message.get("more_body"))
             taken += len(message.get("body", b""))
             if taken > self._limits.body_bytes:
                 raise self._too_large()
@@ -121,7 +130,7 @@ class Guard:
 
         try:
             await self._app(scope, counted, noticed)
-        except TooLarge as error:
+        except Unread as error:
             if not started:
                 await _answer(error)(scope, receive, send)
 

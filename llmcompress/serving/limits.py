@@ -24,6 +24,8 @@ class Limits:
         choices: Answers of one request: prompts times ``n``.
         body_bytes: Bytes of one request.
         connections: Open at once; the next one gets status 503.
+        read_seconds: How long a client may take to send the head of a request, and how long then for its body, before
+            it gets status 408.
         write_seconds: How long a reader may take no bytes before its connection is closed.
         drain_seconds: How long running answers may take after SIGTERM.
     """
@@ -40,5 +42,6 @@ class Limits:
     choices: int = 16
     body_bytes: int = 1 << 20
     connections: int = 512
+    read_seconds: float = 60.0
     write_seconds: float = 60.0
     drain_seconds: float = 30.0

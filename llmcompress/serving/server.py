@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import json
 import logging
 import signal
 import socket
@@ -11,12 +13,14 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from llmcompress.errors import InputError, UsageError
 from llmcompress.serving.app import Service, application
 from llmcompress.serving.guard import ACCESS
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
+from llmcompress.serving.protocol import ApiError
 from llmcompress.serving.scheduler import Scheduler
 from llmcompress.serving.served import Served
 
@@ -87,9 +91,10 @@ class Server:
         self.scheduler = Scheduler(served.groups, limits, self.metrics)
         service = Service(served.models, self.scheduler, limits, self.metrics)
         config = uvicorn.Config(
-            application(service, api_key), log_config=None, access_log=False, lifespan="off", server_header=False,
-            limit_concurrency=limits.connections, backlog=BACKLOG, timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(limits.drain_seconds)), h11_max_incomplete_event_size=1 << 16,
+            application(service, api_key), http=patient(limits.read_seconds), log_config=None, access_log=False,
+            lifespan="off", server_header=False, limit_concurrency=limits.connections, backlog=BACKLOG,
+            timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+            h11_max_incomplete_event_size=1 << 16,
         )  # fmt: skip
         self._uvicorn = _Draining(config, self.scheduler.drain)
 
@@ -129,6 +134,55 @@ class _Draining(uvicorn.Server):
         """First signal: take nothing new, finish what runs. Second Ctrl-C: stop at once."""
         self._drain()
         super().handle_exit(sig, frame)
+
+
+def patient(seconds: float) -> type[asyncio.Protocol]:
+    """A connection whose client has so many seconds to send the head of a request: uvicorn itself waits for ever.
+
+    Who has begun one gets status 408, who has said nothing is left without a word.
+    """
+
+    class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _late: asyncio.TimerHandle | None = None
+        _heard = False
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            self._heard = True
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._stop()
+
+        def _watch(self) -> None:
+            """The clock runs while no request is read or answered."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop()
+            elif self._late is None:
+                self._late = self.loop.call_later(seconds, self._leave)
+
+        def _stop(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _leave(self) -> None:
+            if self.transport.is_closing():
+                return
+            # between two requests nobody waits for an answer
+            if self._heard and self.cycle is None:
+                text = f"the head of the request took longer than {seconds:g} seconds"
+                body = json.dumps(ApiError(408, text, "request_timeout").body())
+                head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+                self.transport.write(f"HTTP/1.1 408 Request Timeout\r\n{head}\r\n\r\n{body}".encode())
+            self.transport.close()
+
+    return Patient
 
 
 def _to_stderr(logger: logging.Logger, level: int, form: str = "%(message)s") -> None:

@@ -404,7 +404,8 @@ def test_bounds_of_the_command_line_reach_the_server(monkeypatch: pytest.MonkeyP
         "max_new_tokens": "new_tokens", "max_body_bytes": "body_bytes", "max_connections": "connections",
     }  # fmt: skip
     options |= {
-        name: name for name in ("cache_tokens", "prompt_chunk", "snapshot_bytes", "write_seconds", "drain_seconds")
+        name: name
+        for name in ("cache_tokens", "prompt_chunk", "snapshot_bytes", "read_seconds", "write_seconds", "drain_seconds")
     }
     words = [word for n, key in enumerate(options, 2) for word in (f"--{key.replace('_', '-')}", str(n))]
     assert invoke(["serve", "model", "--port", "0", *words]) == 4

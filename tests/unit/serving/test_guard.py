@@ -13,7 +13,7 @@ pytest.importorskip("starlette")
 from llmcompress.serving.guard import PATIENCE, Guard
 from llmcompress.serving.limits import Limits
 
-LIMITS = Limits(body_bytes=10, write_seconds=0.05)
+LIMITS = Limits(body_bytes=10, read_seconds=0.2, write_seconds=0.05)
 START = {"type": "http.response.start", "status": 200, "headers": []}
 END = {"type": "http.response.body", "body": b"ok"}
 
@@ -34,10 +34,10 @@ class Exchange:
 
     def __init__(
         self, *parts: bytes, path: str = "/v1/completions", key: str | None = None, begins_early: bool = False,
-        length: int | None = None, stalls: bool = False, endless: bool = False, **headers: str,
+        length: int | None = None, stalls: bool = False, endless: bool = False, drips: float = 0.0, **headers: str,
     ) -> None:  # fmt: skip
         self.sent: list[dict[str, Any]] = []
-        self.took, self.asked, self.metrics = b"", 0, Counted()
+        self.took, self.asked, self.metrics, self._drips = b"", 0, Counted(), drips
         self._parts, self._early, self._stalls, self._endless = list(parts), begins_early, stalls, endless
         lines = [(name.encode(), value.encode()) for name, value in headers.items()]
         lines += [] if length is None else [(b"content-length", str(length).encode())]
@@ -57,6 +57,7 @@ class Exchange:
 
     async def _receive(self) -> dict[str, Any]:
         self.asked += 1
+        await asyncio.sleep(self._drips)
         part = b"x" * 10 if self._endless else self._parts.pop(0) if self._parts else b""
         return {"type": "http.request", "body": part, "more_body": self._endless or bool(self._parts)}
 
@@ -107,6 +108,41 @@ def test_of_a_body_that_nobody_wants_some_is_read() -> None:
     found = Exchange(endless=True, length=1 << 40)
     assert found.statuses == [413] and found.took == b""
     assert found.asked == PATIENCE
+
+
+def test_a_body_that_comes_in_drops_is_not_waited_for() -> None:
+    """However many of its drops come in time."""
+    found = Exchange(*[b"x"] * 8, drips=0.06)
+    assert found.statuses == [408] and 1 <= len(found.took) < 8
+    assert found.metrics.seen == [("/v1/completions", 408)]
+    # nor is one that nobody wants
+    assert Exchange(b"x", b"x", drips=60.0, key="secret").statuses == [401]
+    assert Exchange(b"x", b"x", drips=60.0, length=11).statuses == [413]
+
+
+def test_after_the_body_the_client_may_be_waited_for() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send(START)
+        await send(END)
+
+    messages = [{"type": "http.request", "body": b"x"}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(2 * LIMITS.read_seconds)
+        return {"type": "http.disconnect"}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
+    asyncio.run(Guard(app, LIMITS, Counted(), None)(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 200
 
 
 def test_a_reader_that_takes_nothing_is_left() -> None:
