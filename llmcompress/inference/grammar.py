@@ -70,11 +70,17 @@ def of_regex(pattern: str) -> str:
 
 def of_choice(texts: Sequence[str]) -> str:
     """The grammar of some texts."""
-    return of_grammar("start: " + " | ".join(json.dumps(text) for text in texts))
+    return of_lark("start: " + " | ".join(json.dumps(text) for text in texts))
+
+
+def of_lark(text: str) -> str:
+    """A grammar in Lark's notation as llguidance extends it."""
+    found: str = _library().LLMatcher.grammar_from_lark(text)
+    return found
 
 
 def of_grammar(text: str) -> str:
-    """A grammar in Lark's notation as llguidance extends it, or in GBNF, llama.cpp's.
+    """A grammar in the notation of :func:`of_lark`, or in GBNF, llama.cpp's.
 
     Raises:
         GrammarError: It is neither.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from llmcompress.serving.scheduler import Job, Piece, TokenChoice
     from llmcompress.serving.served import ServedModel
+    from llmcompress.serving.tools import Toolbox
 
 
 class Shape(Protocol):
@@ -32,12 +33,16 @@ class Shape(Protocol):
         """The choice of a chunk before any text, or None."""
         ...
 
-    def delta(self, text: str, reason: str | None) -> dict[str, Any]:
-        """A chunk's choice."""
+    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any] | None:
+        """A chunk's choice of the answer ``index``, None where there is nothing to tell."""
         ...
 
-    def choice(self, text: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str) -> dict[str, Any]:
         """A whole choice."""
+        ...
+
+    def ended(self, index: int, reason: str | None) -> str | None:
+        """Why an answer has ended, in OpenAI's words."""
         ...
 
     def logprobs(self, words: PreTrainedTokenizerBase, choices: Sequence[TokenChoice], offset: int) -> dict[str, Any]:
@@ -54,13 +59,17 @@ class CompletionShape:
         """Nothing."""
         return None
 
-    def delta(self, text: str, reason: str | None) -> dict[str, Any]:
+    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any] | None:
         """Text."""
         return {"text": text}
 
-    def choice(self, text: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str) -> dict[str, Any]:
         """Text."""
         return {"text": text}
+
+    def ended(self, index: int, reason: str | None) -> str | None:
+        """The same."""
+        return reason
 
     def logprobs(self, words: PreTrainedTokenizerBase, choices: Sequence[TokenChoice], offset: int) -> dict[str, Any]:
         """Parallel lists."""
@@ -86,13 +95,17 @@ class ChatShape:
         """The role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, text: str, reason: str | None) -> dict[str, Any]:
+    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any] | None:
         """Content."""
         return {"delta": {"content": text} if text or reason is None else {}}
 
-    def choice(self, text: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str) -> dict[str, Any]:
         """A message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def ended(self, index: int, reason: str | None) -> str | None:
+        """The same."""
+        return reason
 
     def logprobs(self, words: PreTrainedTokenizerBase, choices: Sequence[TokenChoice], offset: int) -> dict[str, Any]:
         """One object for each token."""
@@ -110,6 +123,47 @@ class ChatShape:
             ],
             "refusal": None,
         }
+
+
+class ToolShape(ChatShape):
+    """``/v1/chat/completions`` with tools.
+
+    Args:
+        tools: Of the request.
+        answers: How many there will be.
+    """
+
+    def __init__(self, tools: Toolbox, answers: int) -> None:
+        self._tools = tools
+        self._streams = [tools.stream() for _ in range(answers)]
+
+    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any] | None:
+        """Content, and what has come of calls."""
+        said = self._streams[index].put(text)
+        content, calls = said.content, said.calls
+        if reason is not None:
+            content += self._streams[index].end().content
+        told = {**({"content": content} if content else {}), **({"tool_calls": calls} if calls else {})}
+        return {"delta": told} if told or reason is not None else None
+
+    def choice(self, index: int, text: str) -> dict[str, Any]:
+        """A message with calls."""
+        stream = self._streams[index]
+        said = stream.put(text)
+        content = said.content + stream.end().content
+        message: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
+        if said.calls:
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"} for call in said.calls
+            ]
+        else:
+            message["content"] = content
+        return {"message": message}
+
+    def ended(self, index: int, reason: str | None) -> str | None:
+        """For calls, unless a certain one was asked for."""
+        called = reason == "stop" and self._streams[index].count > 0 and self._tools.choice in ("auto", "required")
+        return "tool_calls" if called else reason
 
 
 def _likely(words: PreTrainedTokenizerBase, choice: TokenChoice) -> dict[str, float] | None:
@@ -159,15 +213,19 @@ class Answers:
         for index in range(len(self.jobs)) if opening is not None else ():
             yield self._chunk({**(opening or {}), "index": index, "logprobs": None, "finish_reason": None})
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The chunk of a piece."""
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """The chunk of a piece, None where it tells nothing yet."""
         logprobs = None
         if piece.choices:
             logprobs = self._shape.logprobs(self._model.tokenizer, piece.choices, self._lengths[index])
         self._lengths[index] += len(piece.text)
         self._tokens[index] = piece.tokens
-        choice = self._shape.delta(piece.text, piece.reason)
-        return self._chunk({**choice, "index": index, "logprobs": logprobs, "finish_reason": piece.reason})
+        choice = self._shape.delta(index, piece.text, piece.reason)
+        if choice is None and logprobs is None:
+            return None
+        reason = self._shape.ended(index, piece.reason)
+        told = choice or {"delta": {}}
+        return self._chunk({**told, "index": index, "logprobs": logprobs, "finish_reason": reason})
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self._shape.part, "choices": [choice]}
@@ -189,8 +247,9 @@ class Answers:
             logprobs = None
             if job.logprobs is not None:
                 logprobs = self._shape.logprobs(self._model.tokenizer, self._choices[index], 0)
-            choice = self._shape.choice(self._texts[index])
-            choices.append({**choice, "index": index, "logprobs": logprobs, "finish_reason": self._reasons[index]})
+            choice = self._shape.choice(index, self._texts[index])
+            reason = self._shape.ended(index, self._reasons[index])
+            choices.append({**choice, "index": index, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head, "object": self._shape.whole, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from llmcompress.errors import EnvironmentProblem, InputError
 from llmcompress.inference.generate import Recommended, Sampling
 from llmcompress.inference.grammar import GrammarError, Grammars, Walk
 from llmcompress.inference.penalties import Tally
-from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
+from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape, ToolShape
 from llmcompress.serving.guard import HEALTH, Guard, Unread
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
@@ -32,6 +33,7 @@ from llmcompress.serving.scheduler import FAILED, STOPPED, UNFOLLOWED, Busy, Job
 from llmcompress.serving.served import ServedModel
 from llmcompress.serving.structured import Form, form_of
 from llmcompress.serving.text import TextStream
+from llmcompress.serving.tools import NamedChoice, Toolbox, style_of
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,6 +41,36 @@ if TYPE_CHECKING:
 # of all logits of a prompt whose tokens' probabilities are wanted
 ECHO_BYTES = 1 << 30
 _EVENTS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request with its prompts read.
+
+    Attributes:
+        ask: Its body.
+        model: That is to answer.
+        prompts: Token ids.
+        wanted: New tokens at most.
+        logprobs: Number of likely tokens to report with each, None for none at all.
+        shape: Of the answer.
+        echoes: Texts of the prompts, where answers begin with them.
+        tools: That may be called.
+    """
+
+    ask: Ask
+    model: ServedModel
+    prompts: list[list[int]]
+    wanted: int
+    logprobs: int | None
+    shape: Shape
+    echoes: list[str] | None = None
+    tools: Toolbox | None = None
+
+    @property
+    def count(self) -> int:
+        """How many answers."""
+        return len(self.prompts) * self.ask.n
 
 
 class Service:
@@ -114,19 +146,25 @@ class Service:
                 text if isinstance(text, str) else str(words.decode(tokens, clean_up_tokenization_spaces=False))
                 for text, tokens in given
             ]
-        return await self.answer(request, ask, model, prompts, wanted, ask.logprobs, CompletionShape(), echoes)
+        asked = Asked(ask, model, prompts, wanted, ask.logprobs, CompletionShape(), echoes)
+        return await self.answer(request, asked)
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
         ask = parse(ChatAsk, await _json(request))
         model = self.model(ask.model)
         messages = [message.plain() for message in ask.messages]
-        prompt = await run_in_threadpool(_render, model, messages, ask.chat_template_kwargs or {})
+        tools = _toolbox(model, ask)
+        variables: dict[str, Any] = dict(ask.chat_template_kwargs or {})
+        if tools is not None:
+            variables["tools"] = [tool.plain() for tool in ask.tools or ()]
+        prompt = await run_in_threadpool(_render, model, messages, variables)
         self.check_prompt(model, prompt, "messages")
         room = min(self.scheduler.room(model.name), model.context or 1 << 40) - len(prompt)
         wanted = ask.wanted or max(1, min(self.limits.default_new_tokens, self.limits.new_tokens, room))
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
-        return await self.answer(request, ask, model, [prompt], wanted, logprobs, ChatShape())
+        shape = ChatShape() if tools is None else ToolShape(tools, ask.n)
+        return await self.answer(request, Asked(ask, model, [prompt], wanted, logprobs, shape, tools=tools))
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation."""
@@ -135,7 +173,9 @@ class Service:
         words: Any = model.tokenizer
         if ask.messages is not None:
             messages, variables = [message.plain() for message in ask.messages], ask.chat_template_kwargs or {}
-            how = {"add_generation_prompt": ask.add_generation_prompt, **variables}
+            how: dict[str, Any] = {"add_generation_prompt": ask.add_generation_prompt, **variables}
+            if ask.tools:
+                how["tools"] = [tool.plain() for tool in ask.tools]
             found = await run_in_threadpool(_render, model, messages, how, bool(ask.add_special_tokens))
         else:
             special = ask.add_special_tokens is not False
@@ -178,54 +218,59 @@ class Service:
                 400, f"{field}: {len(prompt)} tokens, at most {most} are taken", "context_length_exceeded", field
             )
 
-    async def answer(
-        self, request: Request, ask: Ask, model: ServedModel, prompts: list[list[int]], wanted: int,
-        logprobs: int | None, shape: Shape, echoes: list[str] | None = None,
-    ) -> Response:  # fmt: skip
-        """Queue the jobs of a request and answer, at once or as a stream; ``echoes`` are the prompts' texts."""
-        # all wait together before the first is taken
-        most = min(self.limits.choices, self.limits.queue)
-        count = len(prompts) * ask.n
-        if count > most:
-            raise ApiError(400, f"n: {count} answers, at most {most}", param="n")
-        if wanted > self.limits.new_tokens:
-            raise ApiError(400, f"max_tokens: {wanted}, at most {self.limits.new_tokens}", param="max_tokens")
-        room = min(self.scheduler.room(model.name), model.context or 1 << 40)
-        longest = max(map(len, prompts))
-        if longest + wanted > room:
-            raise ApiError(
-                400, f"{longest} prompt tokens and {wanted} new ones exceed the {room} that fit",
-                "context_length_exceeded", "max_tokens",
-            )  # fmt: skip
+    async def answer(self, request: Request, asked: Asked) -> Response:
+        """Queue the jobs of a request and answer, at once or as a stream."""
+        ask, model, prompts = asked.ask, asked.model, asked.prompts
+        self.check_room(asked)
         form, penalties = form_of(ask), ask.penalties()
+        kept: frozenset[int] = frozenset()
+        if asked.tools is not None:
+            form, kept = _tool_form(asked.tools, model, form), asked.tools.kept(model.tokenizer)
         if any(token >= model.vocabulary for token, _ in penalties.bias):
             raise ApiError(400, f"logit_bias: token ids are 0 to {model.vocabulary - 1}", param="logit_bias")
-        walks = [None] * count if form is None else await run_in_threadpool(self.walks, model, form, count)
+        walks = [None] * asked.count if form is None else await run_in_threadpool(self.walks, model, form, asked.count)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
-        ends = frozenset() if ask.ignore_eos else model.stop
+        ends = (frozenset() if ask.ignore_eos else model.stop).union(ask.stop_token_ids or ())
         jobs = []
         for index, walk in enumerate(walks):
-            how = _sampling(ask, model, wanted, seed + index % ask.n & (1 << 63) - 1)
-            stream, prompt = TextStream(model.tokenizer, ask.stop or ()), prompts[index // ask.n]
-            jobs.append(
-                Job(
-                    model.name, prompt, how, ends.union(ask.stop_token_ids or ()), stream,
-                    _sink(loop, pieces, index), logprobs, None if echoes is None else echoes[index // ask.n],
-                    walk, None if penalties.idle else Tally(penalties, prompt, model.vocabulary),
-                )
-            )  # fmt: skip
+            how = _sampling(ask, model, asked.wanted, seed + index % ask.n & (1 << 63) - 1)
+            stream, prompt = TextStream(model.tokenizer, ask.stop or (), kept), prompts[index // ask.n]
+            echo = None if asked.echoes is None else asked.echoes[index // ask.n]
+            tally = None if penalties.idle else Tally(penalties, prompt, model.vocabulary)
+            sink = _sink(loop, pieces, index)
+            jobs.append(Job(model.name, prompt, how, ends, stream, sink, asked.logprobs, echo, walk, tally))
         try:
             self.scheduler.submit(jobs)
         except Busy as busy:
             if busy.draining:
                 raise ApiError(503, str(busy), "server_draining", kind="server_error") from busy
             raise ApiError(429, str(busy), "queue_full", kind="rate_limit_error") from busy
-        answers = Answers(shape, model, f"{shape.prefix}-{uuid.uuid4().hex}", jobs, prompts)
+        answers = Answers(asked.shape, model, f"{asked.shape.prefix}-{uuid.uuid4().hex}", jobs, prompts)
         if ask.stream:
             body = self.stream(answers, pieces, ask.wants_usage, ask.counts_always)
             return _Events(body, partial(self.scheduler.cancel, jobs))
         return await self.whole(request, answers, pieces)
+
+    def check_room(self, asked: Asked) -> None:
+        """Refuse too many and too long answers.
+
+        Raises:
+            ApiError: 400.
+        """
+        # all wait together before the first is taken
+        most = min(self.limits.choices, self.limits.queue)
+        if asked.count > most:
+            raise ApiError(400, f"n: {asked.count} answers, at most {most}", param="n")
+        if asked.wanted > self.limits.new_tokens:
+            raise ApiError(400, f"max_tokens: {asked.wanted}, at most {self.limits.new_tokens}", param="max_tokens")
+        room = min(self.scheduler.room(asked.model.name), asked.model.context or 1 << 40)
+        longest = max(map(len, asked.prompts))
+        if longest + asked.wanted > room:
+            raise ApiError(
+                400, f"{longest} prompt tokens and {asked.wanted} new ones exceed the {room} that fit",
+                "context_length_exceeded", "max_tokens",
+            )  # fmt: skip
 
     def walks(self, model: ServedModel, form: Form, count: int) -> list[Walk | None]:
         """The beginning of a format's grammar, so many times.
@@ -262,7 +307,9 @@ class Service:
             if piece.error is not None:
                 yield _event(_failure(piece.error).body())
                 return
-            yield counted(answers.chunk(index, piece))
+            chunk = answers.chunk(index, piece)
+            if chunk is not None:
+                yield counted(chunk)
             left -= piece.reason is not None
         if usage:
             yield _event(answers.usage_chunk())
@@ -353,8 +400,39 @@ def _failure(error: str) -> ApiError:
     return ApiError(503 if draining else 500, text, "internal_error", kind="server_error")
 
 
+def _toolbox(model: ServedModel, ask: ChatAsk) -> Toolbox | None:
+    """The tools of a request, None for none.
+
+    Raises:
+        ApiError: 400, the model knows of no tools, or calls them in a way that is not read here.
+    """
+    if not ask.tools or ask.tool_choice == "none":
+        return None
+    words: Any = model.tokenizer
+    functions = tuple(tool.function for tool in ask.tools)
+    try:
+        template = words.get_chat_template(tools=[tool.plain() for tool in ask.tools])
+    except ValueError as error:
+        raise ApiError(400, f"{model.name} has no chat template", "no_chat_template", "model") from error
+    if "tools" not in template:
+        raise ApiError(400, f"tools: the chat template of {model.name} has none", "no_tools", "tools")
+    style = style_of(template)
+    if style is None:
+        text = f"tools: {model.name} writes calls in a way that is not read here"
+        raise ApiError(400, text, "no_tools", "tools")
+    choice = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedChoice) else ask.tool_choice or "auto"
+    return Toolbox(style, functions, choice, ask.parallel_tool_calls is not False)
+
+
+def _tool_form(tools: Toolbox, model: ServedModel, answer: Form | None) -> Form | None:
+    try:
+        return tools.form(model.tokenizer, answer)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from error
+
+
 def _render(
-    model: ServedModel, messages: list[dict[str, str]], variables: dict[str, Any], special: bool = False
+    model: ServedModel, messages: list[dict[str, Any]], variables: dict[str, Any], special: bool = False
 ) -> list[int]:
     words: Any = model.tokenizer
     if not getattr(words, "chat_template", None):

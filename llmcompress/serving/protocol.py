@@ -21,6 +21,7 @@ from pydantic import (
 
 from llmcompress.inference.penalties import Penalties
 from llmcompress.serving.structured import AnyFormat, Choices, StructuredOutputs, form_of
+from llmcompress.serving.tools import MAX_TOOLS, NamedChoice, Tool, ToolCall, ToolChoice
 
 MAX_STOP = 4
 # OpenAI's bound of `top_logprobs`; the older endpoint has 5
@@ -190,8 +191,6 @@ class TextPart(BaseModel):
 
 def _joined(value: Any) -> Any:
     """Parts of text as one text."""
-    if value is None:
-        raise ValueError("a message needs content; calls of tools are not supported")
     if not isinstance(value, list):
         return value
     for part in value:
@@ -201,7 +200,7 @@ def _joined(value: Any) -> Any:
     return "".join(TextPart.model_validate(part).text for part in value)
 
 
-Content = Annotated[str, BeforeValidator(_joined)]
+Content = Annotated[str | None, BeforeValidator(_joined)]
 # absent, or as good as that
 Nothing = Annotated[list[Any] | None, Field(max_length=0)]
 
@@ -210,19 +209,39 @@ class Message(BaseModel):
     """A turn of a conversation."""
 
     model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     # of an answer that a client passes back as it was
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Nothing = None
     annotations: Nothing = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _whose(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only of the assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id: only with role tool")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs content, unless it calls tools")
+        # arguments that are no JSON are noticed here
+        self.plain()
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """For a chat template."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        role = "system" if self.role == "developer" else self.role
+        found: dict[str, Any] = {"role": role, "content": self.content or ""}
+        if self.tool_calls:
+            found["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.role == "tool":
+            told = {"tool_call_id": self.tool_call_id, "name": self.name}
+            found |= {key: value for key, value in told.items() if value is not None}
+        return found
 
 
 class ChatAsk(Ask):
@@ -235,18 +254,25 @@ class ChatAsk(Ask):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP)
     # beyond OpenAI, as vLLM and llama.cpp have it: variables of the chat template
     chat_template_kwargs: TemplateVariables | None = None
-    # accepted where they change nothing
-    tools: Nothing = None
-    functions: Nothing = None
-    tool_choice: Literal["none", "auto"] | None = None
-    function_call: Literal["none", "auto"] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    # accepted where they change nothing
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatAsk:
+    def _goes_together(self) -> ChatAsk:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two have one name")
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: required, and there are no tools")
         return self
 
     @property
@@ -263,6 +289,7 @@ class TokenizeAsk(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: TemplateVariables | None = None

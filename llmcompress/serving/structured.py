@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from llmcompress.inference.grammar import of_choice, of_grammar, of_regex, of_schema
+from llmcompress.inference.grammar import of_choice, of_grammar, of_lark, of_regex, of_schema
 
 if TYPE_CHECKING:
     from llmcompress.serving.protocol import Ask
@@ -83,12 +83,12 @@ class Form:
 
     Attributes:
         kind: Kind of ``value``.
-        value: A schema, a pattern, texts, or a grammar.
+        value: A schema, a pattern, texts, a grammar in any notation, or one in Lark's.
         field: Field of the request, for errors.
         space: White space of JSON; see :func:`~llmcompress.inference.grammar.of_schema`.
     """
 
-    kind: Literal["schema", "regex", "choice", "grammar"]
+    kind: Literal["schema", "regex", "choice", "grammar", "lark"]
     value: Any
     field: str
     space: str | None = None
@@ -102,7 +102,8 @@ class Form:
         """
         if self.kind == "schema":
             return of_schema(self.value, self.space)
-        return {"regex": of_regex, "choice": of_choice, "grammar": of_grammar}[self.kind](self.value)
+        made = {"regex": of_regex, "choice": of_choice, "grammar": of_grammar, "lark": of_lark}[self.kind](self.value)
+        return made
 
 
 def form_of(ask: Ask) -> Form | None:

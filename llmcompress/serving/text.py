@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,9 +20,14 @@ class TextStream:
     Args:
         tokenizer: Tokenizer of the model.
         stops: Strings that end the answer; they are not part of it.
+        kept: Ids of special tokens that are text nevertheless, as those that announce a call of a tool.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), kept: Collection[int] = ()
+    ) -> None:
+        self._kept = bool(kept)
+        self._dropped = specials(tokenizer).difference(kept) if kept else frozenset()
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._tokens: list[int] = []
         # tokens before `_seen` are text already; those from `_context` on are decoded again, because what a token
@@ -32,11 +37,12 @@ class TextStream:
         self.stopped = False
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        skip = not self._kept
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def put(self, token: int) -> str:
         """Take one token in; returns the text that is certain now. After a stop string nothing more comes."""
-        if self.stopped:
+        if self.stopped or token in self._dropped:
             return ""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._context : self._seen])
@@ -63,11 +69,18 @@ class TextStream:
         if cut >= 0:
             self.stopped, self._held = True, ""
             return text[:cut]
-        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        kept = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
 
-def _overlap(text: str, stop: str) -> int:
+def specials(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all tokens that are no text, those without a role among them."""
+    words: Any = tokenizer
+    named = (number for number, token in words.added_tokens_decoder.items() if token.special)
+    return frozenset([*named, *words.all_special_ids])
+
+
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` with which ``stop`` begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

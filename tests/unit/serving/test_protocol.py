@@ -126,6 +126,64 @@ def test_what_is_counted_is_a_text_or_a_conversation() -> None:
             parse(TokenizeAsk, wrong)
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def test_calls_and_their_results_go_to_the_template() -> None:
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [{**CALL, "index": 0}]},
+        {"role": "tool", "content": [{"type": "text", "text": "42"}], "tool_call_id": "x", "name": "f"},
+        {"role": "developer", "content": "x", "name": "me"},
+    ]
+    assert [message.plain() for message in parse(ChatAsk, {**CHAT, "messages": messages}).messages] == [
+        {"role": "user", "content": "x"},
+        # templates write arguments as JSON themselves
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "x", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        ]},
+        {"role": "tool", "content": "42", "tool_call_id": "x", "name": "f"},
+        {"role": "system", "content": "x"},
+    ]  # fmt: skip
+
+
+def test_tools_go_to_the_template() -> None:
+    (tool,) = (
+        parse(ChatAsk, {**CHAT, "tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}]}).tools or ()
+    )
+    assert tool.plain() == TOOL
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {**CHAT, "messages": [{"role": "assistant", "content": "x", **fields}]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"tools": [TOOL, TOOL]}, "two have one name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "there is no tool 'g'"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
+        ({"tools": [{"type": "web_search"}]}, "'web_search' is not supported"),
+        (message(role="user", tool_calls=[CALL]), "only of the assistant"),
+        (message(tool_call_id="x"), "only with role tool"),
+        (message(content=None), "needs content"),
+        (message(role="tool", content=None), "needs content"),
+        (
+            message(tool_calls=[{**CALL, "function": {"name": "f", "arguments": "{"}}]),
+            "arguments of f are not valid JSON",
+        ),
+        (message(tool_calls=[{**CALL, "function": {"name": "f", "arguments": "3"}}]), "f are not a JSON object"),
+    ],
+)
+def test_tools_and_calls_that_are_none(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(ApiError, match=words):
+        parse(ChatAsk, {**CHAT, **asked})
+
+
 def test_likely_tokens_are_told_only_with_probabilities() -> None:
     for value in (0, 20):
         assert parse(ChatAsk, {**CHAT, "logprobs": True, "top_logprobs": value}).top_logprobs == value
