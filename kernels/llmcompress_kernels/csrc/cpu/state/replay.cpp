@@ -21,12 +21,13 @@ void replay_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint1
                  const float* c, float* y, float* tile, int p) {
   constexpr int n = 32 * J;
   const int last = window.tokens - 1;
-  const auto earlier = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
+  const auto earlier = [&]<int Count>(int r, const int (&pairs)[Count], __m512* old) __attribute__((always_inline)) {
     for (int k = 0; k < last; ++k) {
       const __m512 a = _mm512_set1_ps(window.decay[k]), x = _mm512_set1_ps(window.drive[k][r]);
-      const float* input = b + k * n + 32 * j;
-      even = _mm512_add_ps(_mm512_mul_ps(a, even), _mm512_mul_ps(x, _mm512_loadu_ps(input)));
-      odd = _mm512_add_ps(_mm512_mul_ps(a, odd), _mm512_mul_ps(x, _mm512_loadu_ps(input + 16)));
+      for (int i = 0; i < 2 * Count; ++i) {
+        const float* input = b + k * n + 32 * pairs[i / 2] + i % 2 * 16;
+        old[i] = _mm512_add_ps(_mm512_mul_ps(a, old[i]), _mm512_mul_ps(x, _mm512_loadu_ps(input)));
+      }
     }
   };
   update_tile<Bits, J, mode>(codes, channel, scale, fixed, window.decay[last], window.drive[last], b + last * n, c, y, tile, p,

@@ -30,9 +30,8 @@ template <int J, Mode mode>
 void step(Scales& s, float* tile, int p, float decay, const float* x, const float* b, const float* c, float* y, int bits,
           bool round) {
   constexpr int n = 32 * J;
-  auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
-    even = _mm512_load_ps(tile + r * n + 32 * j);
-    odd = _mm512_load_ps(tile + r * n + 32 * j + 16);
+  auto load = [&]<int Count>(int r, const int (&pairs)[Count], __m512* old) __attribute__((always_inline)) {
+    for (int i = 0; i < 2 * Count; ++i) old[i] = _mm512_load_ps(tile + r * n + 32 * pairs[i / 2] + i % 2 * 16);
   };
   if (!round) {
     const __m512 a = _mm512_set1_ps(decay);

@@ -389,7 +389,7 @@ struct Refit {
 };
 
 // Fresh state of a tile from codes or floats, its read-out, and the scales it will be stored with.
-// Load(r, v, even, odd) gives the stored state of row r, pair v.
+// load(r, pairs, old) gives the stored state of some pairs of row r, even and odd vectors.
 template <int J, bool Static, class Load>
 STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const float* x, const float* b, const float* c,
                           float* y, float qmax, uint16_t* channel_out, uint16_t* state_out, Load load) {
@@ -407,19 +407,24 @@ STATE_INLINE void refresh(Scales& s, float* tile, int p, float decay, const floa
       const __m512 xr = _mm512_set1_ps(x[r]);
       __m512 read = _mm512_setzero_ps();
       __m512 size[2 * J];
-      for (int j = 0; j < J; ++j) {
-        __m512 old[2];
-        load(r, j, old[0], old[1]);
-        for (int h = 0; h < 2; ++h) {
-          const __m512 fresh = _mm512_add_ps(_mm512_mul_ps(a, old[h]), _mm512_mul_ps(xr, _mm512_load_ps(b + 32 * j + 16 * h)));
-          _mm512_store_ps(row + 32 * j + 16 * h, fresh);
-          read = _mm512_fmadd_ps(fresh, _mm512_load_ps(c + 32 * j + 16 * h), read);
-          size[2 * j + h] = _mm512_and_ps(fresh, magnitude);
+      // pairs that are added to each other first go together, where they are several registers: more of them can begin at once
+      constexpr int some = !kAvx512 && J > 1 ? 2 : 1, apart = J / some;
+      for (int j = 0; j < apart; ++j) {
+        __m512 old[2 * some];
+        if constexpr (some == 1) load(r, {j}, old);
+        else load(r, {j, j + apart}, old);
+        for (int i = 0; i < 2 * some; ++i) {
+          const int at = 32 * (j + i / 2 * apart) + i % 2 * 16;
+          old[i] = _mm512_add_ps(_mm512_mul_ps(a, old[i]), _mm512_mul_ps(xr, _mm512_load_ps(b + at)));
+          _mm512_store_ps(row + at, old[i]);
+          read = _mm512_fmadd_ps(old[i], _mm512_load_ps(c + at), read);
+          old[i] = _mm512_and_ps(old[i], magnitude);
         }
+        for (int h = 0; h < 2; ++h) size[2 * j + h] = some == 1 ? old[h] : _mm512_add_ps(old[h], old[2 * some - 2 + h]);
       }
       _mm512_store_ps(out[i], read);
       if constexpr (!Static) {
-        fold_pairs<J>(size, even[i], odd[i]);
+        fold_pairs<apart>(size, even[i], odd[i]);
       }
     }
     const __m512 reads = sum_rows(out);

@@ -21,7 +21,7 @@ const float* zeros_of_rows() {
 template <int Bits, int J, Mode mode>
 void update_head(uint8_t* codes, uint16_t* channel, uint16_t* scale, const uint16_t* fixed, float decay, const float* x,
                  const float* b, const float* c, float* y, float* tile, int p) {
-  const auto none = [](int, int, __m512&, __m512&) __attribute__((always_inline)) {};
+  const auto none = []<int Count>(int, const int (&)[Count], __m512*) __attribute__((always_inline)) {};
   update_tile<Bits, J, mode>(codes, channel, scale, fixed, decay, x, b, c, y, tile, p, none);
 }
 
@@ -33,9 +33,8 @@ void pack_head(float* tile, uint8_t* codes, uint16_t* channel, uint16_t* scale, 
   Scales now;
   alignas(64) float zeros[n] = {}, ignored[kMaxChannels];
   if constexpr (calibrated(mode)) fixed_channels(now, fixed, p);
-  auto load = [&](int r, int j, __m512& even, __m512& odd) __attribute__((always_inline)) {
-    even = _mm512_load_ps(tile + r * n + 32 * j);
-    odd = _mm512_load_ps(tile + r * n + 32 * j + 16);
+  auto load = [&]<int Count>(int r, const int (&pairs)[Count], __m512* old) __attribute__((always_inline)) {
+    for (int i = 0; i < 2 * Count; ++i) old[i] = _mm512_load_ps(tile + r * n + 32 * pairs[i / 2] + i % 2 * 16);
   };
   // u = 1 h + 0 (x) 0
   refresh<J, calibrated(mode)>(now, tile, p, 1.0f, zeros_of_rows(), zeros, zeros, ignored, qmax, channel, scale, load);
