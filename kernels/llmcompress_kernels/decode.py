@@ -69,8 +69,8 @@ for _isa in cpu.float_isas():
 # experts int32 [T, k], ascending; the last two are changed in place, where E empties a slot
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
-# of Activation in lowbit.h
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4}
+# of Activation in lowbit.h, and XIELU of decode.h
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4, "xielu": 5}
 # of Routing in decode.h
 _ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
@@ -135,10 +135,10 @@ class Decoder:
     Attributes:
         layers: In order.
         final_norm, final_norm_bias: float32 ``[H]``, as norms of layers.
-        cosine, sine: Rotary tables float32 ``[tables, positions, R / 2]``; the first R columns of a head are turned,
-            usually all, maybe none; with latents the last ones.
+        cosine, sine: Rotary tables float32 ``[positions, R / 2]``, R their own; the first R columns of a head are
+            turned, usually all, maybe none; with latents the last ones.
+        query_scales: float32 ``[positions]``, factors of the queries of layers that sharpen, or None.
         embedding, head: ``[V, H]``.
-        heads, key_value_heads, head_dim: Of attention; with latents D is that of queries, and all heads share one key.
         neighbours: Columns of a head are turned in pairs that stand side by side, not ``R / 2`` apart.
         latents: What keys and values are made of; None where each head has its own.
         epsilon: Epsilon of every norm.
@@ -150,23 +150,23 @@ class Decoder:
         member_heads: The same of heads.
         embedding_scale: Factor of embeddings.
         residual_scale: Factor of all that layers add to the hidden states.
+        embedding_norm: RMSNorm weights ``[H]`` of embeddings, or None.
         activation: Activation of the gates of MLPs, one of :data:`ACTIVATIONS`.
-        gate_slope, gate_limit: Of gpt_oss's: gates are cut at the limit, what they open at both sides.
+        gate_slope, gate_limit: Of gpt_oss's: gates are cut at the limit, what they open at both sides. Of xIELU, whose
+            MLPs have no gates, beta and epsilon.
         attention_cap, logit_cap: Scores and logits x become ``cap tanh(x / cap)``; 0 for no cap.
 
     Raises:
-        ValueError: More members than :data:`MAX_MEMBERS`, or heads or latents wider than :data:`MAX_HEAD_DIM`.
+        ValueError: More members than :data:`MAX_MEMBERS`, heads or latents wider than :data:`MAX_HEAD_DIM`, or layers
+            that share a cache and differ in what they keep there.
     """
 
     layers: Sequence[Layer]
     final_norm: Tensor
-    cosine: Tensor
-    sine: Tensor
+    cosine: Sequence[Tensor]
+    sine: Sequence[Tensor]
     embedding: Matrix
     head: Matrix
-    heads: int
-    key_value_heads: int
-    head_dim: int
     epsilon: float
     attention_scale: float
     routing: Routing = NO_ROUTING
@@ -178,6 +178,8 @@ class Decoder:
     screen_error: Tensor | None = None
     member_embeddings: Sequence[Matrix] = ()
     member_heads: Sequence[Matrix] = ()
+    query_scales: Tensor | None = None
+    embedding_norm: Tensor | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     neighbours: bool = False
@@ -190,7 +192,10 @@ class Decoder:
         kinds, mixes = [layer.kept_as for layer in self.layers], [layer.mixes for layer in self.layers]
         places = [(mixes[:index].count(True), kinds[:index].count(kind)) for index, kind in enumerate(kinds)]
         structs = (LayerStruct * len(self.layers))(
-            *(layer._struct(*place, self.cosine, self.sine) for layer, place in zip(self.layers, places))
+            *(
+                layer._struct(*place, self.cosine, self.sine, self.query_scales)
+                for layer, place in zip(self.layers, places)
+            )
         )
         embeddings, heads = (
             (MatrixStruct * len(side))(*(matrix.struct() for matrix in side)) if side else None
@@ -198,17 +203,18 @@ class Decoder:
         )
         # C++ reads these at every step
         self._kept = (embeddings, heads)
-        given = (self.final_norm, self.final_norm_bias)
-        routing, latents = self.routing, self.latents or Latents(0, 0, self.head_dim, 0.0, False)
+        given = (self.final_norm, self.final_norm_bias, self.embedding_norm)
+        routing, latents = self.routing, self.latents or Latents(0, 0, 0.0, False)
         model = ModelStruct(
             structs, *(None if t is None else t.data_ptr() for t in given),
             self.embedding.struct(), self.head.struct(),
             MatrixStruct() if self.screen is None else self.screen.struct(),
             None if self.screen_error is None else self.screen_error.data_ptr(), embeddings, heads,
-            len(self.layers), self.hidden, self.heads, self.key_value_heads, self.head_dim,
-            int(self.neighbours or latents.neighbours), latents.size, latents.width, latents.value_dim, self.taps,
+            len(self.layers), self.hidden,
+            int(self.neighbours or latents.neighbours), latents.size, latents.width, self.taps,
             latents.epsilon, ACTIVATIONS[self.activation], routing.top_k, _ROUTING[routing.kind],
-            len(self.member_heads), int(routing.renormalizes), routing.groups, routing.top_groups, routing.voters,
+            len(self.member_heads), int(routing.renormalizes), int(routing.scales_inputs), routing.groups,
+            routing.top_groups, routing.voters,
             self.epsilon, self.attention_scale, routing.scale, routing.floor, routing.jitter,
             self.attention_cap, self.logit_cap, self.gate_slope, self.gate_limit,
             self.embedding_scale, self.residual_scale,
@@ -242,9 +248,16 @@ class Decoder:
         """Whether :func:`prompt` computes it: layers packed in whole blocks of rows, but for routers."""
         return all(layer.takes_prompts for layer in self.layers)
 
-    def with_rotary(self, cosine: Tensor, sine: Tensor) -> Decoder:
-        """The same weights with other rotary tables, float32 ``[tables, positions, R / 2]``."""
-        return replace(self, cosine=cosine, sine=sine)
+    @property
+    def positions(self) -> int:
+        """Positions that rotary tables have."""
+        return min(table.shape[0] for table in self.cosine)
+
+    def with_rotary(
+        self, cosine: Sequence[Tensor], sine: Sequence[Tensor], query_scales: Tensor | None = None
+    ) -> Decoder:
+        """The same weights with other tables by position; see the attributes."""
+        return replace(self, cosine=cosine, sine=sine, query_scales=query_scales)
 
     def step_bytes(self, batch: int = 1) -> int:
         """Weight bytes that one step reads: all but the embedding, and of experts at most ``batch * k``."""
@@ -329,7 +342,7 @@ def step(
     )  # fmt: skip
     check_tensors(len(PHASES), seconds=(seconds, torch.float64, None))
     check_slots(decoder, slots, cache.keys.shape[1])
-    limit = min(cache.positions, decoder.cosine.shape[1])
+    limit = min(cache.positions, decoder.positions)
     if int(positions.min()) < 0 or int(positions.max()) >= limit:
         raise ValueError(f"positions {positions.tolist()} are not all within 0..{limit - 1}")
     check_numbers(decoder, tokens, planes)
@@ -383,7 +396,7 @@ def prompt(
         ValueError: A size is out of range, or a tensor is not of the type and shape named here.
         Exception: What ``reroute`` raised, after all layers; the positions in the cache are useless then.
     """
-    count, limit = tokens.shape[0], min(cache.positions, decoder.cosine.shape[1])
+    count, limit = tokens.shape[0], min(cache.positions, decoder.positions)
     if not decoder.takes_prompts:
         raise ValueError("prompts need packed weights in every layer")
     if count < 1 or start < 0 or start + count > limit or not 0 <= slot < cache.keys.shape[1]:

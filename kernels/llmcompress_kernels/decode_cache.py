@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress_kernels.decode_delta import zero_states
+from llmcompress_kernels.decode_layer import Heads
 from llmcompress_kernels.decode_low_states import LowStates
 from llmcompress_kernels.decode_structs import CacheStruct
 from llmcompress_kernels.decode_windows import Windows, get_columns, make_rows, put_columns
@@ -18,11 +19,14 @@ from llmcompress_kernels.reference.group_gemm import LANES
 if TYPE_CHECKING:
     from llmcompress_kernels.decode import Decoder
 
+# of layers that are not there
+_NONE = Heads(0, 0, 0, 0)
+
 
 class Cache:
     """Keys and values of several sequences, float32 or bfloat16, in the step's own order.
 
-    Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]``, both after rotation, for the
+    Keys are ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Vp]``, both after rotation, for the
     L layers that attend to all positions; ``near`` has those of layers with windows, None without such layers.
     ``inputs`` float32 ``[layers, slots, taps - 1, H]`` are the last ones of convolutions, the newest last, C instead of
     H before a delta rule; ``states`` float32 ``[layers, slots, heads, V / 16, K, 16]`` are those of delta rules. A
@@ -41,12 +45,14 @@ class Cache:
 
     def __init__(self, decoder: Decoder, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> None:
         self.positions = -(-positions // LANES) * LANES
-        windows = [layer.window for layer in decoder.layers if layer.attends]
-        seen = [window > 0 for window in windows]
+        attending = [layer for layer in decoder.layers if layer.attends]
+        seen = [layer.window > 0 for layer in attending]
         # which of the two has a layer, and as the how manyth
         self._places = [(near, seen[:index].count(near)) for index, near in enumerate(seen)]
-        lead = (slots, decoder.key_value_heads)
-        self._make(decoder, (seen.count(False), *lead), dtype)
+        far, near = (
+            next((x.heads for x in attending if x.heads and (x.window > 0) == n), _NONE) for n in (False, True)
+        )
+        self._make(decoder, (seen.count(False), slots, far.shared), (far.key_dim, far.value_dim), dtype)
         taps = [layer.conv_weight for layer in decoder.layers if layer.conv_weight is not None]
         channels = taps[0].shape[1] if taps else 0
         self.inputs = torch.zeros(len(taps), slots, max(0, decoder.taps - 1), channels)
@@ -58,17 +64,17 @@ class Cache:
         if any(seen):
             # policies that skip experts count over whole prompts
             whole = any(layer.router is not None for layer in decoder.layers)
-            sizes = decoder.head_dim, max(windows), self.positions
-            self.near = Windows((seen.count(True), *lead), *sizes, whole, dtype)
+            sizes = (near.key_dim, near.value_dim), max(layer.window for layer in attending), self.positions
+            self.near = Windows((seen.count(True), slots, near.shared), *sizes, whole, dtype)
         self._struct = CacheStruct(
             self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], slots, self.positions,
             windows=None if self.near is None else ctypes.addressof(self.near.struct), inputs=self.inputs.data_ptr(),
             states=self.states.data_ptr(), low=None if self.low is None else ctypes.addressof(self.low.bound),
         )  # fmt: skip
 
-    def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.head_dim = decoder.head_dim
-        self.keys, self.values = make_rows(lead, self.positions, decoder.head_dim, dtype)
+    def _make(self, decoder: Decoder, lead: tuple[int, ...], dims: tuple[int, int], dtype: torch.dtype) -> None:
+        self.key_dim, self.value_dim = dims
+        self.keys, self.values = make_rows(lead, self.positions, dims, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -126,22 +132,22 @@ class Cache:
             slot: Which sequence.
             start: Position of the first token.
             keys: ``[heads, tokens, D]``, rotated.
-            values: ``[heads, tokens, D]``.
+            values: ``[heads, tokens, V]``.
         """
         near, place = self._places[layer]
         if near and self.near is not None:
             self.near.fill(place, slot, start, keys, values)
             return
-        self.values[place, slot, :, start : start + keys.shape[1], : self.head_dim] = values
-        put_columns(self.keys[place, slot], start, keys, self.head_dim)
+        self.values[place, slot, :, start : start + keys.shape[1], : self.value_dim] = values
+        put_columns(self.keys[place, slot], start, keys, self.key_dim)
 
     def read(self, layer: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a sequence's first ``count`` positions, each ``[heads, count, D]``; see :meth:`fill`."""
+        """Keys and values of a sequence's first ``count`` positions, ``[heads, count, D]`` and V; see :meth:`fill`."""
         near, place = self._places[layer]
         if near and self.near is not None:
             return self.near.read(place, slot, count)
-        keys = get_columns(self.keys[place, slot], count, self.head_dim)
-        return keys, self.values[place, slot, :, :count, : self.head_dim]
+        keys = get_columns(self.keys[place, slot], count, self.key_dim)
+        return keys, self.values[place, slot, :, :count, : self.value_dim]
 
     def part(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """Copies of a sequence's first ``count`` positions, a multiple of 16, in the cache's own order."""
@@ -178,7 +184,7 @@ class LatentCache(Cache):
         dtype: ``torch.float32`` or ``torch.bfloat16``.
     """
 
-    def _make(self, decoder: Decoder, lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _make(self, decoder: Decoder, lead: tuple[int, ...], dims: tuple[int, int], dtype: torch.dtype) -> None:
         assert decoder.latents is not None
         self.size, self.width = decoder.latents.size, decoder.latents.width
         self.keys = torch.zeros((*lead, self.positions, -(-self.width // LANES) * LANES), dtype=dtype)

@@ -13,14 +13,26 @@ if TYPE_CHECKING:
 
 
 def check_sizes(decoder: Decoder, most_columns: int, most_members: int) -> None:
-    """Whether C++ has room for a head, and a bit for each member of a family.
+    """Whether C++ has room for a head, and a bit for each member of a family, and layers fit the caches.
 
     Raises:
-        ValueError: It has not.
+        ValueError: It has not, or layers that share a cache differ in what they keep there.
     """
-    columns = max(decoder.head_dim, 0 if decoder.latents is None else decoder.latents.width)
+    heads = [layer.heads for layer in decoder.layers if layer.heads is not None]
+    widths = [max(each.key_dim, each.value_dim) for each in heads]
+    columns = max([*widths, 0 if decoder.latents is None else decoder.latents.width])
     if columns > most_columns:
         raise ValueError(f"heads of {columns} columns, more than {most_columns}")
+    for near in (False, True):
+        alike = {
+            (layer.heads.shared, layer.heads.key_dim, layer.heads.value_dim)
+            for layer in decoder.layers
+            if layer.heads is not None and (layer.window > 0) == near
+        }
+        if len(alike) > 1:
+            raise ValueError(f"layers that share a cache keep different heads there: {sorted(alike)}")
+    if any(layer.attends != (layer.heads is not None) for layer in decoder.layers):
+        raise ValueError("sizes of heads belong to layers with attention, and to all of them")
     if len(decoder.member_heads) > most_members:
         raise ValueError(f"{len(decoder.member_heads)} members, more than {most_members}")
 

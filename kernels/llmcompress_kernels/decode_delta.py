@@ -26,7 +26,8 @@ class DeltaStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("dt_bias", "decay", "gain")),
-        *((name, ctypes.c_int32) for name in ("heads", "key_heads", "key_dim", "value_dim", "grouped", "reserved")),
+        *((name, ctypes.c_int32) for name in ("heads", "key_heads", "key_dim", "value_dim", "grouped")),
+        *((name, ctypes.c_float) for name in ("most", "epsilon")),
     )
 
 
@@ -97,6 +98,9 @@ class Delta:
             of all queries, all keys and all values, with gates apart.
         codec: How its states are kept, the same in all layers; None for float32.
         fixed: fp16 ``[heads, V]`` calibrated channel scale of the codec, or None.
+        most: Bound of step sizes: 2 where eigenvalues of what multiplies states may be negative (OLMo Hybrid, arXiv
+            2411.12537).
+        epsilon: Epsilon of the gated norm.
     """
 
     sizes: DeltaSizes
@@ -106,6 +110,8 @@ class Delta:
     grouped: bool
     codec: StateCodec | None = None
     fixed: Tensor | None = None
+    most: float = 1.0
+    epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         shapes = ((self.sizes.heads,), (self.sizes.heads,), (self.sizes.value_dim,))
@@ -117,8 +123,8 @@ class Delta:
     def struct(self) -> DeltaStruct:
         """As C++ reads it for as long as this object lives."""
         given, sizes = (self.dt_bias, self.decay, self.gain), self.sizes
-        numbers = (sizes.heads, sizes.key_heads, sizes.key_dim, sizes.value_dim, int(self.grouped), 0)
-        return DeltaStruct(*(tensor.data_ptr() for tensor in given), *numbers)
+        numbers = (sizes.heads, sizes.key_heads, sizes.key_dim, sizes.value_dim, int(self.grouped))
+        return DeltaStruct(*(tensor.data_ptr() for tensor in given), *numbers, self.most, self.epsilon)
 
 
 def zero_states(sizes: DeltaSizes | None, layers: int, slots: int) -> Tensor:

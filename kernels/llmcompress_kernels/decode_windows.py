@@ -22,11 +22,11 @@ def _blocks(tokens: int) -> int:
 
 
 class Windows:
-    """Keys ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Dp]`` of L layers with windows.
+    """Keys ``[L, slots, heads, P / 16, Dp, 16]`` and values ``[L, slots, heads, P, Vp]`` of L layers with windows.
 
     Args:
         lead: L, slots, heads.
-        head_dim: D.
+        dims: D and V, columns of a key and of a value.
         window: The widest of the layers.
         positions: Tokens that a sequence may reach, a multiple of 16.
         whole: Keep room for all of them, for models whose prompts are computed at once whatever their length.
@@ -39,13 +39,19 @@ class Windows:
     """
 
     def __init__(
-        self, lead: tuple[int, int, int], head_dim: int, window: int, positions: int, whole: bool, dtype: torch.dtype
+        self,
+        lead: tuple[int, int, int],
+        dims: tuple[int, int],
+        window: int,
+        positions: int,
+        whole: bool,
+        dtype: torch.dtype,
     ) -> None:
         least = LANES * (_blocks(window + PIECE) + 1)
-        self.window, self.head_dim = window, head_dim
+        self.window, (self.key_dim, self.value_dim) = window, dims
         self.positions = positions if whole else min(positions, least)
         self.most = None if self.positions == positions else PIECE
-        self.keys, self.values = make_rows(lead, self.positions, head_dim, dtype)
+        self.keys, self.values = make_rows(lead, self.positions, dims, dtype)
         self.begins = torch.zeros(lead[1], dtype=torch.int64)
         self.struct = CacheStruct(
             self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], lead[1], self.positions,
@@ -111,14 +117,14 @@ class Windows:
         begin = int(self.begins[slot])
         left = max(0, begin - start)
         rows = slice(start + left - begin, start + count - begin)
-        self.values[layer, slot, :, rows, : self.head_dim] = values[:, left:]
-        put_columns(self.keys[layer, slot], rows.start, keys[:, left:], self.head_dim)
+        self.values[layer, slot, :, rows, : self.value_dim] = values[:, left:]
+        put_columns(self.keys[layer, slot], rows.start, keys[:, left:], self.key_dim)
 
     def read(self, layer: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """As :meth:`~llmcompress_kernels.decode_cache.Cache.read`; what is there no more is zero."""
         begin = int(self.begins[slot])
-        keys = get_columns(self.keys[layer, slot], count - begin, self.head_dim)
-        values = self.values[layer, slot, :, : count - begin, : self.head_dim]
+        keys = get_columns(self.keys[layer, slot], count - begin, self.key_dim)
+        values = self.values[layer, slot, :, : count - begin, : self.value_dim]
         pad = torch.nn.functional.pad
         return pad(keys, (0, 0, begin, 0)), pad(values, (0, 0, begin, 0))
 
@@ -132,18 +138,20 @@ class Windows:
         self.begins[target] = begin
 
 
-def make_rows(lead: tuple[int, ...], positions: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys ``[*lead, P / 16, Dp, 16]`` and values ``[*lead, P, Dp]`` of nothing yet.
+def make_rows(
+    lead: tuple[int, ...], positions: int, dims: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys ``[*lead, P / 16, Dp, 16]`` and values ``[*lead, P, Vp]`` of nothing yet.
 
     Args:
         lead: L, slots, heads.
         positions: P, a multiple of 16.
-        head_dim: D.
+        dims: D and V.
         dtype: ``torch.float32`` or ``torch.bfloat16``.
     """
-    padded = LANES * _blocks(head_dim)
-    keys = torch.zeros((*lead, positions // LANES, padded, LANES), dtype=dtype)
-    return keys, torch.zeros((*lead, positions, padded), dtype=dtype)
+    of_keys, of_values = (LANES * _blocks(size) for size in dims)
+    keys = torch.zeros((*lead, positions // LANES, of_keys, LANES), dtype=dtype)
+    return keys, torch.zeros((*lead, positions, of_values), dtype=dtype)
 
 
 def get_columns(keys: Tensor, count: int, head_dim: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 STATES = ("mamba2", "mamba", "falcon_mamba")
 HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1", "zamba2")
 # with the gated delta rule in some layers (delta.py)
-DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
@@ -20,31 +20,38 @@ FAMILIES = (
     "ernie4_5", "ernie4_5_moe", "ministral", "ministral3", "arcee", "nemotron", "cohere", "cohere2", "phi", "exaone4",
     "exaone_moe", "solar_open", "flex_olmo", "hunyuan_v1_dense", "hunyuan_v1_moe", "granitemoe", "granitemoeshared",
     "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa", "mellum", "hy_v3", "afmoe",
-    "granite_swa", "granitemoe_swa",
+    "granite_swa", "granitemoe_swa", "gemma4_text", "llama4_text", "cohere2_moe", "apertus", "nanochat",
+    "gptj", "falcon", "mimo_v2_flash", "laguna",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (
     *HYBRIDS, *DELTAS, "glm4_moe", "phi3", "glm", "glm4", "stablelm", "minimax_m2", "nemotron", "phi", "solar_open",
-    "gpt_neox",
+    "gpt_neox", "gemma4_text", "gptj", "mimo_v2_flash", "laguna",
 )  # fmt: skip
-_COHERE = ("cohere", "cohere2")
-NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", *_COHERE)
-# families whose rotary tables say the number of a pair twice, side by side; whose norms have no biases and yet take the
-# mean away; whose layers that see all positions turn nothing; that norm heads once they are turned
-TWICE, CENTRED, TURNED_IN_WINDOWS = _COHERE, _COHERE, ("cohere2", "exaone4", "exaone_moe")
-NORMS_LAST = ("hunyuan_v1_dense", "hunyuan_v1_moe")
+_COHERE = ("cohere", "cohere2", "cohere2_moe")
+NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", "llama4_text", "gptj", *_COHERE)
+# families whose rotary tables say the number of a pair twice, side by side; whose layers that see all positions turn
+# nothing; that norm heads once they are turned
+TWICE, TURNED_IN_WINDOWS = _COHERE, ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+NORMS_LAST = ("hunyuan_v1_dense", "hunyuan_v1_moe", "nanochat")
 # whose tokens see what an indexer chooses
 INDEXED = ("deepseek_v32", "glm_moe_dsa")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu2": "relu2",
+    "relu2": "relu2", "xielu": "xielu",
 }  # fmt: skip
-_GEMMA = ("gemma", "gemma2", "gemma3_text")
+_GEMMA = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
+# what configs of other families call it
+_CALLED = {
+    "gptj": ("activation_function", "gelu_new"),
+    "falcon": ("activation", "gelu"),
+    "apertus": ("hidden_act", "xielu"),
+}
 # columns of a head, or of what stands for all keys and values of a token: MAX_HEAD_DIM of the decode step
 MOST_COLUMNS = 1024
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
-ROTARY = ("default", "linear", "llama3", "yarn")
+ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def decline_config(config: Mapping[str, Any]) -> str | None:
@@ -64,6 +71,8 @@ def activation_of(config: Mapping[str, Any]) -> str:
     """The activation of a text model's MLPs, as its config calls it."""
     if config.get("model_type") == "nemotron_h":
         return str(config.get("mlp_hidden_act", "relu2"))
+    if config.get("model_type") in _CALLED:
+        return str(config.get(*_CALLED[config["model_type"]]))
     if config.get("model_type") not in _GEMMA:
         return str(config.get("hidden_act", "silu"))
     key = "hidden_act" if config["model_type"] == "gemma" else "hidden_activation"
@@ -79,22 +88,23 @@ def decline_family(family: str, activation: str, families: Sequence[str]) -> str
     # where MLPs do as the mixers do
     shared = family in (*STATES, *HYBRIDS, *DELTAS) and family not in ("nemotron_h", "zamba2")
     known = [name for name in ACTIVATIONS if ACTIVATIONS[name] == "silu" or not shared]
+    known = [name for name in known if name != "xielu" or family == "apertus"]
     return None if activation in known else f"the activation {activation} is not among {', '.join(known)}"
 
 
 def _decline_attention(family: str, config: Mapping[str, Any]) -> str | None:
     if family == "phimoe" and config.get("num_experts_per_tok", 2) != 2:
         return f"sparsemixer chooses 2 experts, not {config['num_experts_per_tok']}"
-    for key in ("qk_layernorm", "use_qk_norm"):
-        if family in ("stablelm", "phi", "cohere") and config.get(key):
-            return f"{key} is set"
+    if family == "falcon" and config.get("alibi"):
+        return "scores get biases by distance (alibi)"
     if family == "hunyuan_v1_moe" and len(set(_experts_chosen(config))) > 1:
         return "layers choose different numbers of experts (moe_topk)"
     if config.get("mamba_rms_norm") and config.get("mamba_norm_before_gate", True):
         return "its mixers norm before their gates (mamba_norm_before_gate)"
     if config.get("mamba_hidden_act", "silu") != "silu":
         return f"the activation {config['mamba_hidden_act']} of its mixers (mamba_hidden_act) is not silu"
-    if config.get("use_bidirectional_attention"):
+    # Gemma 4's "vision" is about images
+    if config.get("use_bidirectional_attention") not in (None, False, "vision"):
         return "tokens attend to later ones (use_bidirectional_attention)"
     if config.get("clip_qkv") is not None:
         return f"queries, keys and values are clipped at {config['clip_qkv']} (clip_qkv)"
@@ -107,7 +117,7 @@ def _decline_columns(config: Mapping[str, Any]) -> str | None:
 
     own = size("head_dim") or size("attention_head_dim") or size("hidden_size") // max(1, size("num_attention_heads"))
     # latents stand for the keys and values of all heads, with the part of keys that is turned
-    columns = max(own, size("kv_lora_rank") + size("qk_rope_head_dim"))
+    columns = max(own, size("global_head_dim"), size("v_head_dim"), size("kv_lora_rank") + size("qk_rope_head_dim"))
     return f"heads of {columns} columns, more than {MOST_COLUMNS}" if columns > MOST_COLUMNS else None
 
 
@@ -119,8 +129,8 @@ def _experts_chosen(config: Mapping[str, Any]) -> list[Any]:
 def reach(config: Mapping[str, Any]) -> int | None:
     """Tokens that a sequence may have in a native engine, None for any number.
 
-    A longer sequence takes another of longrope's tables for all its tokens, a factor of its later queries
-    (Ministral 3), or lets an indexer choose what they see (DeepSeek-V3.2), which sees everything up to there.
+    A longer sequence takes another of longrope's tables for all its tokens, or lets an indexer choose what they see
+    (DeepSeek-V3.2), which sees everything up to there. GPT-J's table ends.
 
     Args:
         config: Config of a loaded text model.
@@ -131,9 +141,10 @@ def reach(config: Mapping[str, Any]) -> int | None:
     limits = [
         rotary.get(keys[0], told)
         for rotary in _rotary(config)
-        if (_kind(rotary) == "longrope" and not _fixed(config, rotary)) or rotary.get("llama_4_scaling_beta")
+        if _kind(rotary) == "longrope" and not _fixed(config, rotary)
     ]
     limits.append(config.get("index_topk", 2048) if config.get("model_type") in INDEXED else None)
+    limits.append(config.get("n_positions", 2048) if config.get("model_type") == "gptj" else None)
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 

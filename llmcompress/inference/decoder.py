@@ -4,38 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompress_kernels import decode as native
 from llmcompress_kernels import matrix
 from llmcompress_kernels.decode_delta import Delta, DeltaSizes, StateCodec
-from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
+from llmcompress.inference.attention import is_chunked, projections, scale_of, sharpens, window_of
 from llmcompress.inference.coverage import (
     ACTIVATIONS,
-    CENTRED,
     NEIGHBOURS,
-    NORMS_LAST,
     activation_of,
 )
-from llmcompress.inference.gates import with_gates
-from llmcompress.inference.latent import is_latent, keys_and_values, latents_of
+from llmcompress.inference.latent import is_latent, latents_of
 from llmcompress.inference.rotary import table_of
+from llmcompress.inference.weights import centres, linear_matrix, linear_parts, norm_of, packed_matrix, parts, stacked
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, TiedHead, factor_of
 from llmcompress.nn.experts import PackedExperts
-from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.packed import PackedTensors
-from llmcompress.nn.tree_linear import PerMember, TreeLinear
+from llmcompress.nn.tree_linear import PerMember
 from llmcompress.quant.codecs import codec
-from llmcompress.quant.codecs.int_group import PACKED, SCALE, ZERO
+from llmcompress.quant.codecs.int_group import PACKED, SCALE
 from llmcompress.quant.packed import PackedWeight
 from llmcompress.quant.spec import QuantSpec
 
@@ -54,7 +50,7 @@ _ROUTERS = {
 
 _ALL = slice(None)
 # what families call the norm before the head
-_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f", "ln_f")
 # what configs call what norms add to the mean of squares
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
 
@@ -86,14 +82,28 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     routing = routing_of(model, layout)
     final = final_norm_of(model)
     factor = float(getattr(config, "logit_scale", None) or 1.0)
-    last = norm_of(final, adds_one=layout.norm_adds_one) * factor, _norm_bias(final, config)
+    last = _weights(final, config, layout.norm_adds_one) * factor, _norm_bias(final)
     attention = next(s.module for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     decoder = assembled(config, layers, last, model.get_submodule(attention), ends, routing, bool(members), scale)
     bank = next(iter(layout.banks.values()), None)
+    if decoder.activation == "xielu":
+        bent = xielu_of(model, layout.blocks[0])
+        return replace(decoder, gate_slope=float(bent.beta), gate_limit=float(bent.eps))
     if bank is None or bank.activation != "gpt_oss":
         return decoder
     experts: Any = model.get_submodule(bank.module)
     return replace(decoder, activation="gpt_oss", gate_slope=experts.alpha, gate_limit=experts.limit)
+
+
+def xielu_of(model: Any, block: Block) -> Any:
+    """The activation of a layer's MLP, which has numbers of its own (Apertus)."""
+    return model.get_submodule(block.sublayers[-1].module).act_fn
+
+
+def _bends(model: Any, block: Block) -> tuple[float, float]:
+    bent, softplus = xielu_of(model, block), nn.functional.softplus
+    with torch.no_grad():
+        return float(softplus(bent.alpha_p.float())), float(bent.beta + softplus(bent.alpha_n.float()))
 
 
 def _embedding_scale(words: Any, config: Any) -> float:
@@ -125,6 +135,7 @@ def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
         voters=2 if kind == "sigmoid" else 1,
         jitter=rule.jitter,
         floor=rule.floor,
+        scales_inputs=bank.scales_inputs,
     )
 
 
@@ -151,23 +162,19 @@ def assembled(
         embedding_scale: Factor of embeddings.
     """
     latents = latents_of(config, attention) if is_latent(attention) else None
-    groups = config.num_attention_heads if latents else getattr(attention, "num_key_value_groups", 1)
     tables = 1 + max(layer.rotary or 0 for layer in layers)
     return native.Decoder(
         layers=layers,
         # what divides the logits divides what the head reads
         final_norm=final[0] / getattr(config, "logits_scaling", 1.0),
         final_norm_bias=final[1],
-        cosine=torch.empty(tables, 0, 0),
-        sine=torch.empty(tables, 0, 0),
+        cosine=[torch.empty(0, 0)] * tables,
+        sine=[torch.empty(0, 0)] * tables,
         embedding=ends[0][0],
         head=ends[0][1],
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_attention_heads // groups,
-        head_dim=attention.qk_head_dim if latents else _head_dim(attention),
         latents=latents,
-        epsilon=next(float(getattr(config, key)) for key in EPSILONS if hasattr(config, key)),
-        attention_scale=attention.scaling,
+        epsilon=next(float(getattr(config, key)) for key in EPSILONS if getattr(config, key, None) is not None),
+        attention_scale=scale_of(attention),
         routing=routing,
         embedding_scale=embedding_scale,
         activation=ACTIVATIONS[activation_of(config.to_dict())],
@@ -175,6 +182,8 @@ def assembled(
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
         neighbours=config.model_type in NEIGHBOURS,
+        # nanochat's, which has no weights
+        embedding_norm=torch.ones_like(final[0]) if config.model_type == "nanochat" else None,
         member_embeddings=[embedding for embedding, _ in ends] if family else (),
         member_heads=[head for _, head in ends] if family else (),
     )
@@ -207,63 +216,49 @@ def _rows(module: PackedRows) -> matrix.Matrix:
     return replace(packed_matrix(module, slice(None), getattr(module, "bias", None)), rows=module.rows)
 
 
-def parts(module: Any) -> list[Any]:
-    """A module, or those of the members of a family that stand in its place."""
-    return list(module.parts) if isinstance(module, PerMember) else [module]
-
-
-def norm_of(module: Any, name: str = "weight", adds_one: bool = False) -> Any:
-    """A norm's weights or biases float32 ``[H]``, or ``[M, H]`` of a family; None where there are none.
-
-    Args:
-        module: The norm.
-        name: Which of its tensors.
-        adds_one: It multiplies by one more than it holds.
-    """
-    given = [getattr(part, name, None) for part in parts(module)]
-    rows = [row.detach().float() + float(adds_one) for row in given if row is not None]
-    if not rows:
-        return None
-    return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
-
-
 def final_norm_of(model: Any) -> Any:
     """The module of the norm before a model's head."""
     base = model.base_model
     return next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
 
 
-def _norm_bias(module: Any, config: Any) -> Any:
+def _weights(module: Any, config: Any, adds_one: bool = False) -> Any:
+    """A norm's weights, ones where it has none (nanochat)."""
+    weight = norm_of(module, adds_one=adds_one)
+    return torch.ones(config.hidden_size) if weight is None else weight
+
+
+def _norm_bias(module: Any) -> Any:
     """Biases of a LayerNorm, zeros where its family has none; None for RMSNorm."""
-    if config.model_type in CENTRED:
-        return torch.zeros_like(norm_of(module))
-    return norm_of(module, "bias")
-
-
-def window_of(config: Any, layer: int) -> int:
-    """Positions that a token of a layer sees, itself the last of them; 0 for all.
-
-    Args:
-        config: Config of a text model. Families whose configs do not know windows ignore the key.
-        layer: Which one.
-    """
-    known = hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)
-    kinds = getattr(config, "layer_types", None)
-    if not known or (kinds is not None and kinds[layer] != "sliding_attention"):
-        return 0
-    return int(config.sliding_window or 0)
+    bias = norm_of(module, "bias")
+    return torch.zeros_like(norm_of(module)) if bias is None and centres(module) else bias
 
 
 def _norms(model: Any, block: Block, adds_one: bool) -> dict[str, Any]:
     """Norms before and after the sublayers of a layer, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    config: Any = model.config.get_text_config()
     found: dict[str, Any] = {"attention_norm": None, "mlp_norm": None}
+
+    def weights(name: str) -> Any:
+        return _weights(model.get_submodule(name), config, adds_one)
+
+    joined = next((sublayer for sublayer in block.sublayers if sublayer.joins is not None), None)
+    if joined is not None:
+        # an MLP beside experts with norms of its own (Gemma 4)
+        first, beside, _ = block.sublayers
+        assert joined.joins is not None
+        given = (
+            ("attention_norm", first.pre_norm), ("attention_after", first.post_norm), ("shared_norm", beside.pre_norm),
+            ("shared_after", beside.post_norm), ("mlp_norm", joined.pre_norm), ("routed_after", joined.post_norm),
+            ("mlp_after", joined.joins),
+        )  # fmt: skip
+        return {name: weights(norm) for name, norm in given if norm is not None}
     for name, sublayer in zip(("attention", "mlp"), block.sublayers):
         if sublayer.pre_norm is not None:
-            before = model.get_submodule(sublayer.pre_norm)
-            found[f"{name}_norm"] = norm_of(before, adds_one=adds_one)
-            found[f"{name}_norm_bias"] = _norm_bias(before, model.config.get_text_config())
+            found[f"{name}_norm"] = weights(sublayer.pre_norm)
+            found[f"{name}_norm_bias"] = _norm_bias(model.get_submodule(sublayer.pre_norm))
         if sublayer.post_norm is not None:
-            found[f"{name}_after"] = norm_of(model.get_submodule(sublayer.post_norm), adds_one=adds_one)
+            found[f"{name}_after"] = weights(sublayer.post_norm)
     return found
 
 
@@ -271,64 +266,68 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     first, *beneath = block.sublayers
     attention, mlp = model.get_submodule(first.module), model.get_submodule(beneath[-1].module)
     config: Any = model.config.get_text_config()
-    beside: dict[str, Any] = {}
-    correction: Tensor | None = None
     if block.bank is None:
         gate, up, down = mlp_parts(mlp, members)
-        router = None
+        rest: dict[str, Any] = {"gate": gate, "up": up, "down": down}
     else:
-        gate, up, down = experts_of(model.get_submodule(block.bank.module), block.bank)
-        decides = Router(model, block.bank.router)
-        weight: Any = decides.module.get_parameter(block.bank.router.matrix)
-        router = matrix.dense(weight.detach(), getattr(decides.module, "bias", None))
-        correction = decides.rule(block.bank.top_k).correction
-        beside = _beside(model, block, members)
+        rest = _experts(model, block, block.bank, config, members)
     window = window_of(config, block.index)
+    scale = 1.0 if block.scale is None else float(_tensor(model, block.scale))
     return native.Layer(
         **_norms(model, block, adds_one),
         **(
             _delta_rule(model, first.module)
             if first.kind == "ssm"
-            else _projections(attention, config, members, adds_one)
+            else projections(attention, config, members, adds_one)
         ),
-        gate=gate,
-        up=up,
-        down=down,
-        router=router,
-        router_correction=None if correction is None else correction.detach().float().contiguous(),
-        **beside,
+        **rest,
         window=window,
+        chunked=is_chunked(config, block.index),
+        sharpens=sharpens(config, attention),
         rotary=table_of(model, attention, block.index, window),
         parallel=beneath[0].parallel,
+        output_scale=scale,
+        bends=_bends(model, block) if activation_of(config.to_dict()) == "xielu" else (0.0, 0.0),
     )
 
 
-def _projections(attention: Any, config: Any, members: Sequence[str], adds_one: bool) -> dict[str, Any]:
-    """What attention reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
-    output = linear_matrix(attention.o_proj if hasattr(attention, "o_proj") else attention.dense, members)
-    if is_latent(attention):
-        return {**_latent_projections(attention), "output": output}
-    last = config.model_type in NORMS_LAST
-    names = ("query_layernorm", "key_layernorm") if last else ("q_norm", "k_norm")
-    query_norm, key_norm = (norm_of(getattr(attention, name, None), adds_one=adds_one) for name in names)
-    heads = _heads(attention, config, members)
-    return {
-        **heads,
-        "output": output,
-        "query_norm": query_norm,
-        "key_norm": key_norm,
-        "sinks": norm_of(attention, "sinks"),
-        "gates": heads["query"].rows == 2 * config.num_attention_heads * _head_dim(attention),
-        "norms_last": last,
-        "whole_norms": query_norm is not None and query_norm.shape[-1] != attention.head_dim,
+def _tensor(model: Any, name: str) -> Tensor:
+    owner, _, own = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), own)
+    return found
+
+
+def _experts(model: Any, block: Block, bank: ExpertBank, config: Any, members: Sequence[str]) -> dict[str, Any]:
+    """Experts, their router and what is beside them, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
+    gate, up, down = experts_of(model.get_submodule(bank.module), bank)
+    decides = Router(model, bank.router)
+    rule = decides.rule(bank.top_k)
+    module: Any = decides.module
+    weight: Any = module.get_parameter(bank.router.matrix)
+    found: dict[str, Any] = {
+        "gate": gate,
+        "up": up,
+        "down": down,
+        "router": matrix.dense(weight.detach(), getattr(module, "bias", None)),
+        "router_correction": None if rule.correction is None else rule.correction.detach().float().contiguous(),
+        "expert_scales": None if rule.factors is None else rule.factors.detach().float().contiguous(),
+        **_beside(model, block, members),
     }
+    if bank.router.normed:
+        found["router_norm"] = module.scale.detach().float() * module.scalar_root_size
+    if config.model_type == "laguna":
+        # the block multiplies what experts say, not their weights
+        found["down"] = matrix.times(down, config.moe_routed_scaling_factor)
+    if getattr(config, "shared_expert_combination_strategy", "sum") == "average" and "shared_down" in found:
+        found |= {name: matrix.times(found[name], 0.5) for name in ("down", "shared_down")}
+    return found
 
 
 def delta_sizes(module: Any) -> DeltaSizes:
     """Sizes of a delta rule.
 
     Args:
-        module: A mixer of Qwen3-Next or Qwen3.5.
+        module: A mixer of Qwen3-Next, Qwen3.5 or OLMo Hybrid.
     """
     return DeltaSizes(module.num_v_heads, module.num_k_heads, module.head_k_dim, module.head_v_dim)
 
@@ -337,28 +336,40 @@ def _delta_rule(model: Any, name: str) -> dict[str, Any]:
     """What a delta rule reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
     module = model.get_submodule(name)
     grouped, sizes = hasattr(module, "in_proj_qkvz"), delta_sizes(module)
-    if grouped:
+    apart = hasattr(module, "q_proj")
+    if apart:
+        # OLMo Hybrid
+        steps = torch.cat([module.b_proj.weight.detach(), module.a_proj.weight.detach()])
+    elif grouped:
         # those of a key head's value heads side by side
         both = module.in_proj_ba.weight.detach().unflatten(0, (sizes.key_heads, 2, -1))
         steps = both.transpose(0, 1).reshape(2 * sizes.heads, -1)
     else:
         steps = torch.cat([module.in_proj_b.weight.detach(), module.in_proj_a.weight.detach()])
     decay = -module.A_log.detach().float().exp()
+    gated = module.o_norm if apart else module.norm
     return {
         **dict.fromkeys(("query", "key", "value")),
-        "conv_in": linear_matrix(module.in_proj_qkvz if grouped else module.in_proj_qkv),
-        "conv_gates": None if grouped else linear_matrix(module.in_proj_z),
+        "conv_in": (
+            stacked([module.q_proj, module.k_proj, module.v_proj])
+            if apart
+            else linear_matrix(module.in_proj_qkvz if grouped else module.in_proj_qkv)
+        ),
+        "conv_gates": None if grouped else linear_matrix(module.g_proj if apart else module.in_proj_z),
         "conv_weight": module.conv1d.weight.detach()[:, 0].float().mT.contiguous(),
         "steps": matrix.dense(steps),
-        "output": linear_matrix(module.out_proj),
+        "output": linear_matrix(module.o_proj if apart else module.out_proj),
         "delta": Delta(
-            sizes, norm_of(module, "dt_bias"), decay, norm_of(module.norm), grouped, *_state_codec(model, name)
+            sizes,
+            norm_of(module, "dt_bias"),
+            decay,
+            norm_of(gated),
+            grouped,
+            *_state_codec(model, name),
+            most=2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
+            epsilon=gated.variance_epsilon,
         ),
     }
-
-
-def _head_dim(attention: Any) -> int:
-    return int(attention.head_dim if hasattr(attention, "head_dim") else attention.head_size)
 
 
 def _state_codec(model: Any, name: str) -> tuple[StateCodec | None, Tensor | None]:
@@ -372,41 +383,9 @@ def _state_codec(model: Any, name: str) -> tuple[StateCodec | None, Tensor | Non
     return codec, None if static is None else static.detach().contiguous()
 
 
-def _heads(attention: Any, config: Any, members: Sequence[str]) -> dict[str, matrix.Matrix]:
-    """Queries, keys and values from one linear or three; of GPT-NeoX's, which has each head's side by side, copies."""
-    names = ("query", "key", "value")
-    if hasattr(attention, "query_key_value"):
-        both: Any = attention.query_key_value
-        rows = torch.arange(both.out_features).view(config.num_attention_heads, 3, -1)
-        return {name: linear_matrix(both, members, rows[:, i].flatten()) for i, name in enumerate(names)}
-    if not hasattr(attention, "qkv_proj"):
-        found = {name: linear_matrix(getattr(attention, f"{name[0]}_proj"), members) for name in names}
-        if hasattr(attention, "gate_proj"):
-            found["query"] = with_gates(attention.q_proj, attention.gate_proj, config.num_attention_heads)
-        return found
-    counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-    sizes = [count * attention.head_dim for count in counts]
-    return dict(zip(names, linear_parts(attention.qkv_proj, sizes, members)))
-
-
-def _latent_projections(attention: Any) -> dict[str, Any]:
-    low = attention.q_lora_rank is not None
-    absorb, expand = keys_and_values(attention)
-    return {
-        "query": linear_matrix(attention.q_b_proj if low else attention.q_proj),
-        "query_down": linear_matrix(attention.q_a_proj) if low else None,
-        "query_down_norm": norm_of(attention.q_a_layernorm) if low else None,
-        "key": linear_matrix(attention.kv_a_proj_with_mqa),
-        "key_norm": norm_of(attention.kv_a_layernorm),
-        "value": None,
-        "absorb": absorb,
-        "expand": expand,
-    }
-
-
 def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, matrix.Matrix | None, matrix.Matrix]:
     """Gate, up and down of an MLP: the first two from one linear, where the gate comes first, or two, or no gate."""
-    for first, last in (("c_fc", "c_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h")):
+    for first, last in (("c_fc", "c_proj"), ("fc1", "fc2"), ("fc_in", "fc_out"), ("dense_h_to_4h", "dense_4h_to_h")):
         if hasattr(mlp, first):
             return linear_matrix(getattr(mlp, first), members), None, linear_matrix(getattr(mlp, last), members)
     if not any(hasattr(mlp, name) for name in ("gate_proj", "gate_up_proj", "input_linear", "w1")):
@@ -438,60 +417,6 @@ def _beside(model: Any, block: Block, members: Sequence[str]) -> dict[str, matri
     if share is not None:
         found["shared_router"] = matrix.dense(share.weight.detach())
     return found
-
-
-def linear_matrix(module: nn.Module, members: Sequence[str] = (), rows: slice | Tensor = _ALL) -> matrix.Matrix:
-    """A linear, or some of its rows, as a step reads it: dense, packed, or a tree's nodes for these members."""
-    if isinstance(module, TreeLinear):
-        assert isinstance(rows, slice)
-        return _tree(module, members, rows)
-    bias: Any = None if module.bias is None else module.bias[rows]  # type: ignore[index]
-    if not isinstance(module, PackedLinear):
-        weight: Any = module.weight
-        return matrix.dense(weight.detach()[rows], bias)
-    module.prepare()
-    return packed_matrix(module, rows, bias)
-
-
-def linear_parts(module: nn.Module, sizes: Sequence[int], members: Sequence[str] = ()) -> list[matrix.Matrix]:
-    """A linear of several whose rows follow each other, so many of each."""
-    ends = list(accumulate(sizes))
-    return [linear_matrix(module, members, slice(end - size, end)) for size, end in zip(sizes, ends)]
-
-
-def _tree(module: TreeLinear, members: Sequence[str], rows: slice) -> matrix.Matrix:
-    """Nodes with a bit for each member; without a family those on one model's path."""
-    module.prepare()
-    first, count = _span(rows, module.out_features)
-    assert first % LANES == 0
-    blocks = slice(first // LANES, (first + count) // LANES)
-    planes = [replace(p, words=p.words[blocks], scale=p.scale[blocks]) for p in module.planes]
-    names = list(members) or [next(iter(sorted(frozenset.intersection(*module.members))))]
-    below = [sum(1 << i for i, name in enumerate(names) if name in module.members[p.node]) for p in planes]
-    bias = torch.stack([module.biases[name].float()[rows] for name in names]) if module.biases else None
-    return matrix.of_tree(planes, below, count, module.in_features, module.group_size, bias)
-
-
-def packed_matrix(side: PackedTensors, rows: slice | Tensor, bias: Tensor | None = None) -> matrix.Matrix:
-    """Some rows of a packed weight, shared where they follow each other interleaved already, and copied elsewhere."""
-    tensors: dict[str, Any] = {key: side._buffers.get(key) for key in (PACKED, SCALE, ZERO)}
-    if isinstance(rows, slice) and side.interleaved and all((end or 0) % LANES == 0 for end in (rows.start, rows.stop)):
-        blocks = slice(*(None if end is None else end // LANES for end in (rows.start, rows.stop)))
-        interleaved, parts = True, [None if t is None else t[..., blocks, :, :] for t in tensors.values()]
-    else:
-        stored = side.packed_weight().tensors
-        interleaved, parts = False, [None if t is None else t[..., rows, :] for t in map(stored.get, tensors)]
-    words, scale, zero = parts
-    assert words is not None
-    assert scale is not None
-    sizes = (side.spec.bits, side.columns_per_group, side.shape[-1])
-    found = matrix.packed(words, scale, zero, *sizes, bias, interleaved)
-    return replace(found, input_bytes=native.INT8_PLANES) if getattr(side, "int8_activations", False) else found
-
-
-def _span(rows: slice, count: int) -> tuple[int, int]:
-    first, last, _ = rows.indices(count)
-    return first, last - first
 
 
 def experts_of(experts: Any, bank: ExpertBank) -> tuple[matrix.Matrix, matrix.Matrix | None, matrix.Matrix]:

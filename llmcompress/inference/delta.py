@@ -1,4 +1,4 @@
-"""The native engine of models with the gated delta rule (Qwen3-Next, Qwen3.5): one call a token and one a prompt.
+"""The native engine of models with the gated delta rule (Qwen3-Next, Qwen3.5, OLMo Hybrid): one call a token or prompt.
 
 Layers with attention keep keys and values, the others a state of fixed size, which the cache of the decode step has
 beside them: in float32, or in the low bits of stage ``dsq``. A prompt's tokens pass through float states one by one, as
@@ -16,6 +16,7 @@ from llmcompress.inference.coverage import DELTAS, decline_config
 from llmcompress.inference.decoder import decoder_of, delta_sizes
 from llmcompress.inference.engine import decline_anywhere, decline_module, decline_rest
 from llmcompress.inference.hybrid import HybridEngine
+from llmcompress.inference.weights import decline_stack
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.tree_linear import TreeLinear
@@ -51,6 +52,8 @@ def _decline_layers(model: PreTrainedModel) -> str | None:
         if sublayer.kind == "ssm":
             module: Any = model.get_submodule(sublayer.module)
             reason = delta_sizes(module).decline(module.conv_kernel_size, low)
+            if reason is None and hasattr(module, "q_proj"):
+                reason = decline_stack([module.q_proj, module.k_proj, module.v_proj])
             if reason is not None:
                 return f"{sublayer.module}: {reason}"
     return None

@@ -21,6 +21,7 @@ from llmcompress_kernels.select import VARIABLE
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.inference.attention import query_scales
 from llmcompress.inference.caches import arguments
 from llmcompress.inference.coverage import (
     FAMILIES,
@@ -32,7 +33,6 @@ from llmcompress.inference.coverage import (
     reach,
 )
 from llmcompress.inference.decoder import decoder_of, members_of, screened
-from llmcompress.inference.gates import decline_gates
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.inference.rotary import rotary_kinds, rotary_of
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
@@ -48,8 +48,8 @@ SHORT_PROMPT = 32
 # first projections of delta rules
 IN_PROJ = tuple(f".in_proj_{name}" for name in ("qkvz", "qkv", "z", "ba", "b", "a"))
 PROJECTIONS = (
-    "_proj", "_linear", "_proj_with_mqa", ".c_fc", ".fc1", ".fc2", ".dense", ".query_key_value", "_h_to_4h", "_4h_to_h",
-    ".w1", ".w2", ".w3",
+    "_proj", "_linear", "_proj_with_mqa", ".c_fc", ".fc1", ".fc2", ".fc_in", ".fc_out", ".dense", ".query_key_value",
+    "_h_to_4h", "_4h_to_h", ".w1", ".w2", ".w3",
 )  # fmt: skip
 # why a step cannot stand for a module, as what follows its name
 HOOKED = " has hooks (activations rounded per token, or somebody who looks on)"
@@ -107,7 +107,6 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
         return f"a family of {members} members, of which a node of its trees tells {native.MAX_MEMBERS} apart"
     for name, module in model.named_modules():
         reason = decline_module(name, module)
-        reason = reason or decline_gates(module)
         if isinstance(module, TreeLinear) and reason is None:
             reason = _decline_tree(name, module, model.config.get_text_config())
         if reason is not None:
@@ -286,10 +285,11 @@ class Engine:
             grown.copy(slot, slot, tokens, self.cache)
         more = [0] * (count - self.slots)
         self.slots, self.lengths, self._owners, self.cache = count, self.lengths + more, self._owners + more, grown
-        self.decoder = self.decoder.with_rotary(*self._rotary(self.cache.positions))
+        scales = query_scales(self.model.config.get_text_config(), self.cache.positions)
+        self.decoder = self.decoder.with_rotary(*self._rotary(self.cache.positions), scales)
 
-    def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Tables float32 ``[kinds, positions, R / 2]`` of the R columns of a head that are turned."""
+    def _rotary(self, positions: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Tables float32 ``[positions, R / 2]`` of each kind, of the R columns of a head that are turned."""
         rotary = rotary_of(self.model)
         # the cache is rounded up
         count = positions if self.longest is None else min(positions, self.longest)
@@ -297,20 +297,34 @@ class Engine:
         with torch.inference_mode():
             tables = [rotary(*given, *(() if kind is None else (kind,))) for kind in rotary_kinds(self.model)]
         if isinstance(tables[0], Tensor):
-            # DeepSeek-V2's, complex
-            return tables[0].real.contiguous(), tables[0].imag.contiguous()
-        cosine, sine = (torch.cat(parts) for parts in zip(*tables))
-        # gpt_oss says each number once
-        once = cosine.shape[-1] == getattr(rotary, "inv_freq", cosine[..., :0]).shape[-1]
+            # complex: DeepSeek-V2's, Llama 4's
+            return [tables[0][0].real.contiguous()], [tables[0][0].imag.contiguous()]
+        cosine, sine = ([self._once(part[0], rotary) for part in parts] for parts in zip(*tables))
+        if self.model.config.model_type == "nanochat":
+            # turned the other way
+            sine = [-table for table in sine]
+        return cosine, sine
+
+    def _once(self, table: Tensor, rotary: Any) -> Tensor:
+        """A table ``[positions, R / 2]`` of one that says each number twice; gpt_oss's says each once."""
         if self.model.config.model_type in TWICE:
-            return cosine[..., ::2].contiguous(), sine[..., ::2].contiguous()
-        turned = cosine.shape[-1] // (1 if once else 2)
-        return cosine[..., :turned].contiguous(), sine[..., :turned].contiguous()
+            return table[:, ::2].contiguous()
+        once = table.shape[-1] == getattr(rotary, "inv_freq", table[:, :0]).shape[-1]
+        return table[:, : table.shape[-1] // (1 if once else 2)].contiguous()
 
     @property
     def _pairs_stay(self) -> bool:
         """Whether transformers leaves pairs that it has turned side by side in its cache: in DeepSeek-V2 alone."""
         return bool(self.model.config.get_text_config().model_type == "deepseek_v2")
+
+    @property
+    def _copies(self) -> int:
+        """How often transformers' cache has each head of keys: Falcon's newer architecture has one for every query."""
+        if not getattr(self.model.config, "new_decoder_architecture", False):
+            return 1
+        heads = self.decoder.layers[0].heads
+        assert heads is not None
+        return heads.count // heads.shared
 
     @property
     def piece(self) -> int | None:
@@ -415,6 +429,7 @@ class Engine:
                 keys, values = (part.to(self.model.dtype) for part in self.cache.read(index, slot, start))
                 if self._pairs_stay:
                     values = side_by_side(values)
+                keys, values = (part.repeat_interleave(self._copies, 0) for part in (keys, values))
                 held.update(keys[None], values[None], index)
             out: Any = self.model(
                 input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
@@ -424,7 +439,7 @@ class Engine:
             since = start if near is None else near.settle(slot, start, end)
             for index, layer in enumerate(held.layers):
                 first = since if self.cache.sees_window(index) else start
-                keys, values = layer.keys[0, :, first:], layer.values[0, :, first:]
+                keys, values = (part[0, :: self._copies, first:] for part in (layer.keys, layer.values))
                 self.cache.fill(index, slot, first, keys, halves(values) if self._pairs_stay else values)
         self.lengths[slot] = end
         return out.logits[0, -1].float()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.inference import recurrent
+from llmcompress.inference.attention import heads_of
 from llmcompress.inference.caches import Snapshot, arguments
 from llmcompress.inference.coverage import HYBRIDS, decline_config
 from llmcompress.inference.decoder import (
@@ -27,14 +28,12 @@ from llmcompress.inference.decoder import (
     ends_of,
     experts_of,
     final_norm_of,
-    linear_matrix,
-    linear_parts,
     mlp_parts,
-    norm_of,
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
 from llmcompress.inference.rotary import rotary_of
+from llmcompress.inference.weights import linear_matrix, linear_parts, norm_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router
@@ -187,11 +186,11 @@ class HybridEngine(Engine):
         low = 0 if cache.low is None else cache.reading_bytes - cache.low.nbytes // self.slots
         return cache.held_bytes(tokens) + low + (0 if weights is None else weights.carried_bytes)
 
-    def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions: int) -> tuple[list[Tensor], list[Tensor]]:
         if rotary_of(self.model) is not None:
             return super()._rotary(positions)
         # no positions at all: nothing of a head is turned
-        return torch.empty(1, positions, 0), torch.empty(1, positions, 0)
+        return [torch.empty(positions, 0)], [torch.empty(positions, 0)]
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Never possible: a state cannot be cut short."""
@@ -340,7 +339,10 @@ def _attention(model: PreTrainedModel, module: Any, adapters: Mapping[str, tuple
     """What attention has, by the names of :class:`~llmcompress_kernels.decode.Layer`; likewise the functions below."""
     last = module.o_proj if hasattr(module, "o_proj") else module.out_proj
     projections = {name: linear_matrix(getattr(module, f"{name[0]}_proj")) for name in ("query", "key", "value")}
-    norms = {f"{name}_norm": norm_of(getattr(module, f"{name[0]}_layernorm", None)) for name in ("query", "key")}
+    norms: dict[str, Any] = {
+        f"{name}_norm": norm_of(getattr(module, f"{name[0]}_layernorm", None)) for name in ("query", "key")
+    }
+    norms["heads"] = heads_of(module, model.config)
     for name, plain in projections.items():
         if f"linear_{name[0]}" in adapters:
             low, high = (linear_matrix(part) for part in adapters[f"linear_{name[0]}"])

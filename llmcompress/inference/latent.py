@@ -51,7 +51,6 @@ def latents_of(config: Any, attention: Any) -> native.Latents:
     return native.Latents(
         size=attention.kv_lora_rank,
         width=attention.kv_lora_rank + attention.qk_rope_head_dim,
-        value_dim=attention.v_head_dim,
         epsilon=attention.kv_a_layernorm.variance_epsilon,
         # transformers' DeepSeek-V2 knows no other order
         neighbours=bool(getattr(config, "rope_interleave", True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress.inference.coverage import TURNED_IN_WINDOWS
@@ -28,9 +29,22 @@ class ByBase:
 def rotary_of(model: Any) -> Any:
     """What makes a model's rotary tables; None where it knows no positions."""
     base = model.base_model
+    if model.config.model_type == "gptj":
+        return _of_gptj(model)
     if hasattr(base, "rotary_embs"):
         return ByBase({_base(each.config.rope_parameters["rope_theta"]): each for each in base.rotary_embs})
     return getattr(base, "rotary_emb", getattr(base, "pos_emb", None))
+
+
+def _of_gptj(model: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """GPT-J's table, sines beside cosines, is in every layer's attention."""
+    table: Tensor = model.base_model.h[0].attn.embed_positions
+
+    def tables(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        sine, cosine = table[positions].to(x.dtype).chunk(2, dim=-1)
+        return torch.cat([cosine, cosine], dim=-1), torch.cat([sine, sine], dim=-1)
+
+    return tables
 
 
 def rotary_kinds(model: Any) -> Sequence[str | None]:
@@ -49,7 +63,7 @@ def table_of(model: Any, attention: Any, layer: int, window: int) -> int | None:
         window: Positions that its tokens see, 0 for all.
     """
     config = model.config.get_text_config()
-    if not _turns(attention, config, layer, window):
+    if rotary_of(model) is None or not _turns(attention, config, layer, window):
         return None
     kinds = rotary_kinds(model)
     if len(kinds) == 1:
@@ -71,5 +85,7 @@ def _turns(attention: Any, config: Any, layer: int, window: int) -> bool:
         return bool(attention.is_local_attention)
     if config.model_type not in TURNED_IN_WINDOWS:
         return bool(getattr(attention, "use_rope", True))
+    if getattr(attention, "force_rope", False):
+        return True
     # EXAONE without windows turns them in every layer
-    return window > 0 or (config.model_type != "cohere2" and config.sliding_window is None)
+    return window > 0 or (config.model_type not in ("cohere2", "cohere2_moe") and config.sliding_window is None)

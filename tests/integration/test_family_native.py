@@ -150,10 +150,20 @@ def test_more_members_than_a_node_tells_apart_go_through_modules() -> None:
     assert "65 members" in (decline(family.model) or "")
 
 
-def test_gates_by_a_linear_of_their_own_go_through_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_by_a_linear_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = {"num_dense_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
     monkeypatch.setitem(FAMILIES, "afmoe", dense)
-    assert "gates of residual trees" in (decline(random_family("afmoe").model) or "")
+    family = random_family("afmoe")
+    assert decline(family.model) is None
+    engine = Engine(family.model, slots=2, positions=64)
+    tokens = torch.randint(3, 72, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    # by steps and at once
+    for slot, (member, count) in enumerate((("cat", 5), ("ant", 33))):
+        with torch.inference_mode():
+            expected = family.dense(member)(torch.tensor([tokens])).logits[0, count - 1 :]
+        found = [engine.prompt(slot, tokens[:count], member)]
+        found += [engine.step(torch.tensor([token]), [slot])[0].clone() for token in tokens[count:]]
+        torch.testing.assert_close(torch.stack(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def _decode(rows: Rows, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:

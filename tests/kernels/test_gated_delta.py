@@ -69,11 +69,16 @@ def small() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "keys", "values", "taps", "grouped"),
-    [(4, 2, 16, 32, 4, True), (4, 4, 12, 16, 4, False), (6, 2, 7, 48, 2, True), (2, 1, 33, 64, 8, False)],
+    ("heads", "key_heads", "keys", "values", "taps", "grouped", "most"),
+    [
+        (4, 2, 16, 32, 4, True, 1.0),
+        (4, 4, 12, 16, 4, False, 2.0),
+        (6, 2, 7, 48, 2, True, 2.0),
+        (2, 1, 33, 64, 8, False, 1.0),
+    ],
 )
 def test_a_layer_of_the_step(
-    isa: str, heads: int, key_heads: int, keys: int, values: int, taps: int, grouped: bool
+    isa: str, heads: int, key_heads: int, keys: int, values: int, taps: int, grouped: bool, most: float
 ) -> None:
     if not native.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
@@ -86,12 +91,11 @@ def test_a_layer_of_the_step(
     layer = native.Layer(
         given["norm"], None, None, None, None, matrix.dense(output), None, None, None, conv_in=matrix.dense(stored),
         conv_gates=None if gates is None else matrix.dense(gates), steps=matrix.dense(rows["steps"]),
-        conv_weight=weight, delta=Delta(mixer.sizes, dt_bias, decay, gain, grouped), rotary=None,
+        conv_weight=weight, rotary=None,
+        delta=Delta(mixer.sizes, dt_bias, decay, gain, grouped, most=most, epsilon=1e-5),
     )  # fmt: skip
     ends = matrix.dense(given["words"])
-    decoder = native.Decoder(
-        [layer], given["norm"], torch.empty(1, 16, 0), torch.empty(1, 16, 0), ends, ends, 1, 1, 16, 1e-6, 1.0
-    )
+    decoder = native.Decoder([layer], given["norm"], [torch.empty(16, 0)], [torch.empty(16, 0)], ends, ends, 1e-6, 1.0)
     try:
         cache = Cache(decoder, 2, 16)
         ids, found = torch.arange(TOKENS), []
@@ -105,8 +109,8 @@ def test_a_layer_of_the_step(
     hidden = given["words"][ids]
     normed = torch.nn.functional.rms_norm(hidden, (HIDDEN,), given["norm"], 1e-6)
     mixed, inputs, state = gated_delta_mix(
-        *(normed @ rows[name].T for name in ("mixed", "gates", "steps")), weight, dt_bias, decay, gain, 1e-6, key_heads,
-        torch.zeros(taps - 1, mixer.sizes.channels), torch.zeros(heads, keys, values),
+        *(normed @ rows[name].T for name in ("mixed", "gates", "steps")), weight, dt_bias, decay, gain, 1e-5, key_heads,
+        torch.zeros(taps - 1, mixer.sizes.channels), torch.zeros(heads, keys, values), most,
     )  # fmt: skip
     last = torch.nn.functional.rms_norm(hidden + mixed @ output.T, (HIDDEN,), given["norm"], 1e-6)
     expected = last @ given["words"].T

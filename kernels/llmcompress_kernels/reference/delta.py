@@ -55,6 +55,7 @@ def gated_delta_mix(
     key_heads: int,
     inputs: Tensor,
     state: Tensor,
+    most: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer with the rule between its projections.
 
@@ -70,6 +71,7 @@ def gated_delta_mix(
         key_heads: G.
         inputs: float32 ``[taps - 1, C]``, of the convolution before the first token.
         state: float32 ``[H, K, V]``.
+        most: Bound of step sizes: 2 where eigenvalues may be negative (arXiv 2411.12537).
 
     Returns:
         Results ``[T, H V]``, the last inputs and the state after the last token.
@@ -84,7 +86,7 @@ def gated_delta_mix(
     sizes, times = steps.split(heads, dim=-1)
     told, state = gated_delta_rule(
         query * keys**-0.5, key, value.unflatten(-1, (heads, values)), (decay * softplus(times + dt_bias)).exp(),
-        sizes.sigmoid(), state,
+        most * sizes.sigmoid(), state,
     )  # fmt: skip
     normed = gain * (told * torch.rsqrt(told.square().mean(-1, keepdim=True) + epsilon))
     return (normed * silu(gates.unflatten(-1, (heads, values)))).flatten(1), seen[count:], state

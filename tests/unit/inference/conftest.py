@@ -18,6 +18,7 @@ from llmcompress.inference.native import decline
 from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import attach
+from llmcompress.nn.mixtures import adapt_mixtures
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.serving.rows import NativeRows
 
@@ -40,6 +41,9 @@ _RULES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }  # fmt: skip
+# projections apart, step sizes up to two, attention without positions and with norms after it; no experts
+_OLMO: dict[str, Any] = {key: None for key in _RULES if "expert" in key or key == "moe_intermediate_size"}
+_OLMO |= {"rope_parameters": None, "linear_allow_neg_eigval": True}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     # biases, grouped heads of a size that is no multiple of a vector
@@ -227,6 +231,62 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True, "sliding_window": 12,
         "attention_bias": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    # heads of other sizes in layers with windows, keys that are values, too, values normed, a factor after every layer;
+    # experts with an input and norms of their own beside the MLP
+    "gemma4_text": {
+        "num_hidden_layers": 3, "sliding_window": 12, "tie_word_embeddings": True, "global_head_dim": 16,
+        "num_global_key_value_heads": 3, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 3,
+        "moe_intermediate_size": 48, "final_logit_softcapping": 4.0,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        },
+    },
+    # windows that begin at multiples; queries and keys turned and then normed without weights; layers that turn nothing
+    # and sharpen; weights of experts on their inputs, some layers dense
+    "llama4_text": {
+        "num_hidden_layers": 4, "intermediate_size": 48, "intermediate_size_mlp": 80, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "attention_chunk_size": 12, "no_rope_layers": [1, 1, 1, 0], "moe_layers": [1, 2, 3],
+        "floor_scale": 8, "attn_scale": 0.4,
+    },
+    # experts that read what attention reads, their mean with an MLP
+    "cohere2_moe": {
+        "num_hidden_layers": 3, "sliding_window": 12, "logit_scale": 2.0, "intermediate_size": 48, "num_experts": 8,
+        "num_experts_per_tok": 3, "num_shared_experts": 1, "expert_selection_fn": "sigmoid", "first_k_dense_replace": 1,
+        "prefix_dense_intermediate_size": 80, "shared_expert_combination_strategy": "average",
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    # MLPs whose activations have two numbers of their own
+    "apertus": {"attention_bias": True},
+    # norms without weights, one of embeddings; columns turned the other way and then normed
+    "nanochat": {"num_hidden_layers": 3, "final_logit_softcapping": 4.0},
+    # half of a head turned by columns side by side, MLPs beside attention
+    "gptj": {"rotary_dim": 4, "head_dim": None, "num_key_value_heads": None, "intermediate_size": None},
+    # queries, keys and values of groups side by side
+    "falcon": {
+        "new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None, "num_key_value_heads": None,
+        "intermediate_size": None, "bias": True,
+    },
+    # values narrower than keys and with a factor, other heads and sinks in layers with windows
+    "mimo_v2_flash": {
+        "num_hidden_layers": 3, "head_dim": 32, "v_head_dim": 16, "num_key_value_heads": 1, "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_local_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 48, "attention_value_scale": 0.7, "n_group": 1,
+        "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"], "attention_bias": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        },
+    },
+    # gates that open by softplus, as many heads as a layer says, half of a head turned in some
+    "laguna": {
+        "num_hidden_layers": 3, "head_dim": 16, "num_attention_heads_per_layer": [4, 6, 4], "gating": "per-element",
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64,
+        "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "moe_routed_scaling_factor": 1.4,
+    },
     # embeddings with a factor, norms that multiply by one more than they hold, GELU
     "gemma": {"tie_word_embeddings": True},
     # norms before and after, caps of scores and logits, windows
@@ -246,6 +306,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# None leaves these to the config
+_OWN_DEFAULTS = ("head_dim", "intermediate_size", *(key for key in _RULES if "expert" in key), "moe_intermediate_size")
+
+
 class Decoders:
     """Makes models; ``Decoders.packed`` rounds every quantizable weight to nearest."""
 
@@ -263,10 +327,11 @@ class Decoders:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        sizes = {**_SIZES, **(_RULES if family in DELTAS else _FAMILIES[family]), **changes}
-        if sizes["head_dim"] is None:
-            del sizes["head_dim"]
+        own = _RULES if family in DELTAS else _FAMILIES[family]
+        sizes = {**_SIZES, **own, **(_OLMO if family == "olmo_hybrid" else {}), **changes}
+        sizes = {name: value for name, value in sizes.items() if value is not None or name not in _OWN_DEFAULTS}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).float().eval()
+        adapt_mixtures(model, layout_from_config(model.config.to_dict()))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("A_log"):
@@ -279,6 +344,8 @@ class Decoders:
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.normal_(0, 0.3)
+                if name.endswith("layer_scalar"):
+                    buffer.uniform_(0.5, 1.5)
         return model
 
     @classmethod

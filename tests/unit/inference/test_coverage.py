@@ -40,7 +40,15 @@ def test_the_most_columns_of_a_head_are_those_of_the_step() -> None:
         ({"model_type": "falcon_h1"}, None),
         ({"model_type": "falcon_h1", "mamba_rms_norm": True}, "mamba_norm_before_gate"),
         ({"model_type": "lfm2_moe"}, None),
-        ({"model_type": "gptj"}, "gptj"),
+        ({"model_type": "gptj"}, None),
+        ({"model_type": "bloom"}, "the family bloom"),
+        ({"model_type": "falcon"}, None),
+        ({"model_type": "falcon", "alibi": True}, "alibi"),
+        ({"model_type": "apertus"}, None),
+        ({"model_type": "llama", "hidden_act": "xielu"}, "xielu"),
+        ({"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}, None),
+        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ({"model_type": "gemma4_text", "head_dim": 256, "global_head_dim": 1040}, "1040 columns"),
         ({"model_type": "gpt_neox", "rotary_pct": 0.25, "hidden_act": "gelu"}, None),
         ({"model_type": "gpt_neox", "hidden_act": "gelu_fast"}, "gelu_fast"),
         ({"model_type": "hunyuan_v1_moe"}, None),
@@ -51,9 +59,9 @@ def test_the_most_columns_of_a_head_are_those_of_the_step() -> None:
         ({"model_type": "granite_swa", "layer_rope_theta": [0, 10000.0]}, None),
         ({"model_type": "granite_swa", "layer_rope_theta": [0, 0]}, "layer_rope_theta"),
         ({"model_type": "afmoe"}, None),
-        ({"model_type": "llama4_text"}, "the family llama4_text"),
-        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm"),
-        ({"model_type": "phi", "qk_layernorm": True}, "qk_layernorm"),
+        ({"model_type": "llama4_text"}, None),
+        ({"model_type": "cohere", "use_qk_norm": True}, None),
+        ({"model_type": "phi", "qk_layernorm": True}, None),
         ({"model_type": "phi", "partial_rotary_factor": 0.4}, None),
         ({"model_type": "llama", "hidden_act": "relu"}, "relu"),
         ({"model_type": "llama", "hidden_act": "gelu"}, None),
@@ -81,7 +89,7 @@ def test_the_most_columns_of_a_head_are_those_of_the_step() -> None:
         ({"model_type": "qwen2", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.75}, None),
         ({"model_type": "stablelm", "use_parallel_residual": True}, None),
-        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, None),
         ({"model_type": "olmoe", "clip_qkv": None}, None),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
     ],
@@ -98,7 +106,8 @@ def test_how_far_a_sequence_reaches() -> None:
     assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.3}}) == 4096
     assert reach({"model_type": "phimoe", "rope_parameters": {**longrope, "long_mscale": 1.2}}) is None
     sharpened = {"rope_type": "yarn", "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
-    assert reach({"model_type": "ministral3", "rope_parameters": sharpened}) == 16384
+    assert reach({"model_type": "ministral3", "rope_parameters": sharpened}) is None
+    assert reach({"model_type": "gptj", "n_positions": 1024}) == 1024
     assert reach({"model_type": "glm_moe_dsa"}) == 2048
     assert reach({"model_type": "deepseek_v32", "index_topk": 512, "rope_parameters": {"rope_type": "yarn"}}) == 512
     # beside the tables in older files

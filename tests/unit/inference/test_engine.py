@@ -18,9 +18,7 @@ from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn import activations, embedding
 from llmcompress.nn.skipping import attach
-from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.embeddings import spec_of
-from llmcompress.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no native kernels: {native.unavailable()}")
 
@@ -31,10 +29,11 @@ EXACT = 5e-5
 EXPERTS = (
     "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
     "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "afmoe", "hy_v3",
+    "gemma4_text", "llama4_text", "cohere2_moe", "mimo_v2_flash", "laguna",
 )  # fmt: skip
 PACKED = (
     "llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", "nemotron", "cohere2",
-    "phi", "exaone4", "granite_swa", *EXPERTS,
+    "phi", "exaone4", "granite_swa", "apertus", "nanochat", "falcon", *EXPERTS,
 )  # fmt: skip
 
 
@@ -132,13 +131,66 @@ def test_packed_embeddings_and_heads(decoders: Any, ids: torch.Tensor, family: s
     assert worst(engine, tokens, reference(model, tokens), 9) < EXACT
 
 
-def test_gates_that_are_packed_otherwise_than_their_queries_are_declined(decoders: Any) -> None:
-    model = decoders.dense("afmoe")
+def test_gates_that_are_packed_otherwise_than_their_queries(decoders: Any, ids: torch.Tensor) -> None:
+    model, tokens = decoders.packed("afmoe", 8), ids[:40]
+    other = decoders.packed("afmoe", 3)
+    for layer, theirs in zip(model.model.layers, other.model.layers):
+        layer.self_attn.gate_proj = theirs.self_attn.gate_proj
+    for prompt in (5, 20):
+        assert worst(Engine(model, positions=48), tokens, reference(model, tokens), prompt) < EXACT
+
+
+@pytest.mark.parametrize("family", ["cohere", "stablelm", "phi"])
+def test_queries_and_keys_through_layer_norm(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    """Of each head: weights of its own (Cohere, StableLM) or shared ones with biases (Phi)."""
+    key = "use_qk_norm" if family == "cohere" else "qk_layernorm"
+    model, tokens = decoders.packed(family, 4, **{key: True}), ids[:40]
+    plain = decoders.packed(family, 4)
+    expected = reference(model, tokens)
+    assert (reference(plain, tokens) - expected).abs().max() > 100 * EXACT
+    for prompt in (5, 20):
+        assert worst(Engine(model, positions=48), tokens, expected, prompt) < EXACT
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "ministral3"])
+def test_queries_that_are_sharper_further_on(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    rotary = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    beta = "llama_4_scaling_beta"
+    changes = [{"attn_scale": by} if family == "llama4_text" else {"rope_parameters": {**rotary, beta: by}}
+               for by in (0.0, 0.5)]  # fmt: skip
+    tokens = ids[:60]
+    plain, model = (decoders.packed(family, 4, **change) for change in changes)
+    expected = reference(model, tokens)
+    assert (reference(plain, tokens) - expected).abs().max() > 100 * EXACT
+    engine = Engine(model, positions=32)
+    engine.reserve(64)
+    for prompt in (5, 20):
+        assert worst(engine, tokens, expected, prompt) < EXACT
+
+
+@pytest.mark.parametrize("changes", [
+    {"multi_query": True, "num_kv_heads": None}, {"multi_query": False, "num_kv_heads": None, "parallel_attn": False},
+    {"multi_query": True, "num_kv_heads": None, "parallel_attn": True, "bias": False},
+])  # fmt: skip
+def test_first_falcons(decoders: Any, ids: torch.Tensor, changes: dict[str, Any]) -> None:
+    model, tokens = decoders.packed("falcon", 4, new_decoder_architecture=False, **changes), ids[:40]
+    for prompt in (5, 20):
+        assert worst(Engine(model, positions=48), tokens, reference(model, tokens), prompt) < EXACT
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("laguna", {"gating": "per-head"}), ("laguna", {"layer_types": ["full_attention"] * 3}),
+    ("gemma4_text", {"enable_moe_block": False, "attention_k_eq_v": False}),
+    ("llama4_text", {"use_qk_norm": False, "num_experts_per_tok": 1, "attn_temperature_tuning": False}),
+    ("cohere2_moe", {"expert_selection_fn": "softmax", "num_shared_experts": 0, "rms_norm_eps": 1e-5}),
+    ("cohere2_moe", {"shared_expert_combination_strategy": "sum", "norm_topk_prob": False}),
+    ("mimo_v2_flash", {"attention_value_scale": None, "v_head_dim": 48}),
+])  # fmt: skip
+def test_other_forms_of_these_families(decoders: Any, ids: torch.Tensor, family: str, changes: dict[str, Any]) -> None:
+    model, tokens = decoders.packed(family, 4, **changes), ids[:44]
     assert decline(model) is None
-    name = "model.layers.0.self_attn.gate_proj"
-    plan = {name: QuantSpec(4, 32)}
-    swap_modules(model, layout_from_config(model.config.to_dict()), plan)
-    assert "model.layers.0.self_attn: queries and gates are packed differently" in str(decline(model))
+    for prompt in (5, 36):
+        assert worst(Engine(model, positions=48), tokens, reference(model, tokens), prompt) < EXACT
 
 
 def test_rows_and_experts_that_do_not_fill_a_vector(decoders: Any, ids: torch.Tensor) -> None:

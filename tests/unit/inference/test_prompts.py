@@ -9,6 +9,7 @@ import pytest
 import torch
 from llmcompress_kernels import cpu
 from llmcompress_kernels import decode as native
+from llmcompress_kernels.decode_layer import Heads
 
 from llmcompress.inference.coverage import FAMILIES
 from llmcompress.inference.engine import Engine
@@ -119,6 +120,11 @@ POLICIES: tuple[dict[str, Any], ...] = (
         "deepseek_v3",
         "gpt_oss",
         "ernie4_5_moe",
+        "gemma4_text",
+        "llama4_text",
+        "cohere2_moe",
+        "mimo_v2_flash",
+        "laguna",
     ],
 )
 def test_experts_skipped_as_in_modules(decoders: Any, family: str, policy: dict[str, Any]) -> None:
@@ -218,7 +224,8 @@ def test_what_a_step_would_read_or_write_beyond_its_tensors_is_refused(
     decoders: Any, wrong: dict[str, torch.Tensor], words: str
 ) -> None:
     engine = Engine(decoders.packed("llama", 4), slots=2, positions=48)
-    for field, value in (("head_dim", 1040), ("member_heads", [engine.decoder.head] * 65)):
+    wide = replace(engine.decoder.layers[0], heads=Heads(6, 2, 8, 1040))
+    for field, value in (("layers", [wide] * 2), ("member_heads", [engine.decoder.head] * 65)):
         with pytest.raises(ValueError, match="more than"):
             replace(engine.decoder, **{field: value})
     given = {

@@ -199,6 +199,10 @@ inline void weigh(const T* values, const float* weights, int64_t stride, int cou
 struct Limits {
     int64_t window = INT64_MAX;  // positions that a token sees, itself the last of them
     float cap = 0;               // of scores, 0 for none
+    bool chunked = false;        // those since the last multiple of `window`
+
+    // the first one that the last of `tokens` sees, maybe below 0
+    int64_t from(int64_t tokens) const { return chunked ? (tokens - 1) / window * window : tokens - window; }
 };
 
 // Positions [first, last) for G query heads; with LATER those of G tokens in a row, of which each but the last sees one
@@ -207,7 +211,7 @@ template <class T, int G, int LATER = 0>
 void attend(const T* keys, const T* values, const float* queries, const Widths& w, int64_t first, int64_t last, float* weights,
             int64_t stride, const Limits& limits, float* out) {
     const int row = w.row(), width = w.part() - PART_HEAD, apart = w.apart(), part = w.part();
-    const int64_t begin = first / LANES * LANES, since = LATER ? std::max(first, last - limits.window) : first;
+    const int64_t begin = first / LANES * LANES, since = LATER ? std::max(first, limits.from(last)) : first;
     const int count = (int)(last - first), skip = (int)(first - begin);
     const F16 lowest = spread(LOWEST);
     F16 peak[G];
@@ -224,7 +228,7 @@ void attend(const T* keys, const T* values, const float* queries, const Widths& 
         }
         if (p < since || p + LANES > last - (G - 1) * LATER)
             for (int g = 0; g < G; ++g) {
-                const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, end - limits.window) : first;
+                const int64_t end = last - (G - 1 - g) * LATER, start = LATER ? std::max(first, limits.from(end)) : first;
                 scores[g] = within(scores[g], start - p, end - p);
             }
         for (int g = 0; g < G; ++g) {
@@ -262,23 +266,18 @@ void attend_heads(int heads, const T* keys, const T* values, const float* querie
     if (heads == 1) attend<T, 1>(keys, values, queries, w, first, last, weights, stride, limits, out);
 }
 
-// Keys and values of one position, whose head begins at `base` in the cache.
+// Key and value of one position, whose head begins at row `base` of the cache.
 template <class T>
-inline void put(T* keys, T* values, int64_t position, int dim, const float* k, const float* v) {
-    const int width = int(padded(dim));
-    T* column = keys + position / LANES * LANES * width + position % LANES;
-    T* row = values + position * width;
-    for (int d = 0; d < dim; ++d) {
-        store_one(column + d * LANES, k[d]);
-        store_one(row + d, v[d]);
-    }
+inline void put(T* keys, T* values, int64_t base, int64_t position, const Widths& w, const float* k, const float* v) {
+    T* column = keys + (base + position / LANES * LANES) * w.row() + position % LANES;
+    T* row = values + (base + position) * w.apart();
+    for (int d = 0; d < w.key; ++d) store_one(column + d * LANES, k[d]);
+    for (int d = 0; d < w.value; ++d) store_one(row + d, v[d]);
 }
 
-inline void put(const Cache& c, int64_t base, int64_t position, int dim, const float* k, const float* v) {
-    if (c.kind == DENSE_FP32)
-        put(static_cast<float*>(c.keys) + base, static_cast<float*>(c.values) + base, position, dim, k, v);
-    else
-        put(static_cast<uint16_t*>(c.keys) + base, static_cast<uint16_t*>(c.values) + base, position, dim, k, v);
+inline void put(const Cache& c, int64_t base, int64_t position, const Widths& w, const float* k, const float* v) {
+    if (c.kind == DENSE_FP32) put(static_cast<float*>(c.keys), static_cast<float*>(c.values), base, position, w, k, v);
+    else put(static_cast<uint16_t*>(c.keys), static_cast<uint16_t*>(c.values), base, position, w, k, v);
 }
 
 // Merge the parts of one head, `chunks` of them `stride` floats apart, into out [dim]. A sink takes its share of the weights as
@@ -336,56 +335,104 @@ __attribute__((noinline, noclone)) inline void rotate_pairs(const float* from, c
 // Queries or keys of one token as their projection left them.
 struct Heads {
     const float* rows;   // [count, D], `apart` from each to the next
-    const float* norms;  // [D] of each head alone, [count, D] of all together, or null
+    const float* norms;   // [D] of each head alone, [count, D] of all together or one for each, or null
+    const float* biases;  // likewise, of LayerNorm
     int64_t count, apart;
-    bool together;
     const Layer& layer;
 };
 
 // In a family with the norms of `member`.
-inline Heads heads_of(const Model& m, const Layer& l, const float* rows, const float* norms, int64_t count, int64_t member) {
-    const bool together = l.whole_norms != 0;
-    return {rows, norms == nullptr ? nullptr : norms + member * (together ? count : 1) * m.head_dim, count, m.head_dim, together,
-            l};
+inline Heads heads_of(const Layer& l, const float* rows, const float* norms, const float* biases, int64_t count, int64_t member) {
+    const int64_t at = member * (l.whole_norms != 0 || l.own_norms != 0 ? count : 1) * l.head_dim;
+    return {rows, norms == nullptr ? nullptr : norms + at, biases == nullptr ? nullptr : biases + at, count, l.head_dim, l};
 }
-inline Heads query_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
-    Heads h = heads_of(m, l, rows, l.query_norm, m.heads, member);
+inline Heads query_heads(const Layer& l, const float* rows, int64_t member) {
+    Heads h = heads_of(l, rows, l.query_norm, l.query_norm_bias, l.heads, member);
     if (l.gates != 0) h.apart *= 2;
     return h;
 }
-inline Heads key_heads(const Model& m, const Layer& l, const float* rows, int64_t member) {
-    return heads_of(m, l, rows, l.key_norm, m.key_value_heads, member);
+inline Heads key_heads(const Layer& l, const float* rows, int64_t member) {
+    return heads_of(l, rows, l.key_norm, l.key_norm_bias, l.key_value_heads, member);
 }
 
-// One head turned and then normed (Hunyuan); one body as rotate().
-__attribute__((noinline, noclone)) inline void norm_turned(const float* weight, int dim, float epsilon, float scale, float* head) {
+// One head turned and then normed (Hunyuan), or a head's value; one body as rotate().
+__attribute__((noinline, noclone)) inline void norm_in_place(const float* weight, int dim, float epsilon, float scale, float* head) {
     const float factor = inverse_size(head, dim, epsilon) * scale;
     for (int i = 0; i < dim; ++i) head[i] = weight[i] * (head[i] * factor);
+}
+
+// LayerNorm of one head (Command R+); likewise.
+__attribute__((noinline, noclone)) inline void centre_head(const float* row, const float* weight, const float* bias, int dim,
+                                                           float epsilon, float* to) {
+    norm(row, weight, bias, dim, epsilon, to);
 }
 
 // One of them, normed where the model does so, and turned to its position. What all together are divided by is found again for
 // every head: that is little beside the projection, and needs no barrier.
 inline void turn(const Model& m, const Heads& h, int64_t head, int64_t position, float scale, float* to) {
-    const int dim = m.head_dim;
+    const Layer& l = h.layer;
+    const int dim = l.head_dim;
     const float* row = h.rows + head * h.apart;
     float normed[MAX_HEAD_DIM];
-    const Layer& l = h.layer;
-    const bool last = l.norms_last != 0;
-    if (h.norms != nullptr && !last) {
-        const float* weight = h.norms + (h.together ? head * dim : 0);
-        const float factor = h.together ? inverse_size(h.rows, int(h.count * dim), m.epsilon) : inverse_size(row, dim, m.epsilon);
+    const bool last = l.norms_last != 0, together = l.whole_norms != 0;
+    const int64_t own = together || l.own_norms != 0 ? head * dim : 0;
+    if (h.biases != nullptr) {
+        centre_head(row, h.norms + own, h.biases + own, dim, m.epsilon, normed);
+        row = normed;
+    } else if (h.norms != nullptr && !last) {
+        const float* weight = h.norms + own;
+        const float factor = together ? inverse_size(h.rows, int(h.count * dim), m.epsilon) : inverse_size(row, dim, m.epsilon);
         for (int i = 0; i < dim; ++i) normed[i] = weight[i] * (row[i] * factor);
         row = normed;
     }
     const int64_t at = position * (l.turned / 2);
     rotate(row, l.cosine + at, l.sine + at, dim, l.turned, m.neighbours != 0, last ? 1.f : scale, to);
-    if (last) norm_turned(h.norms, dim, m.epsilon, scale, to);
+    if (last) norm_in_place(h.norms, dim, m.epsilon, scale, to);
 }
 
-// A head's result times sigmoids of its gates, in a layer that has some; `rows` are all queries of the token.
-inline void close_gates(const Model& m, const Layer& l, const float* rows, int64_t head, float* mixed) {
+// Factor of the scores of a query, by where it stands (Llama 4).
+inline float scale_of(const Model& m, const Layer& l, int64_t position) {
+    return l.query_scales == nullptr ? m.attention_scale : m.attention_scale * l.query_scales[position];
+}
+
+// A token's key and value of a head into the cache, from what the projections left in `keys` and `values`; of the head's row
+// `base` there.
+inline void keep_head(const Model& m, const Layer& l, const Cache& c, const Heads& keys, const float* values, int64_t head,
+                      int64_t base, int64_t position) {
+    float turned[MAX_HEAD_DIM], normed[MAX_HEAD_DIM];
+    turn(m, keys, head, position, 1.f, turned);
+    const float* value = values + head * l.value_dim;
+    if (l.value_norm != nullptr) {
+        std::copy_n(value, l.value_dim, normed);
+        norm_in_place(l.value_norm, l.value_dim, m.epsilon, 1.f, normed);
+        value = normed;
+    }
+    put(c, base, position, widths(m, l), turned, value);
+}
+
+// Numbers times what their gates open to: all of them, or one for all.
+__attribute__((noinline, noclone)) inline void open_by(const float* gates, bool each, bool softly, int count, float* to) {
+    const auto factor = [&](F16 x) { return softly ? softplus(x) : 1.f / (exponential(-x) + 1.f); };
+    if (!each) {
+        const float by = factor(spread(*gates))[0];
+        for (int i = 0; i < count; ++i) to[i] *= by;
+        return;
+    }
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load_float(to + i) * factor(load_float(gates + i)));
+    for (; i < count; ++i) to[i] *= factor(spread(gates[i]))[0];
+}
+
+// A head's result times what its gates open to, in a layer that has some; `rows` are all queries of the token, `gates` what
+// `head_gates` makes of it.
+inline void close_gates(const LayerOperands& o, const float* rows, const float* gates, int64_t head, float* mixed) {
+    const Layer& l = o.l;
+    if (o.head_gates.present()) {
+        const bool each = o.head_gates.m.rows > l.heads;
+        open_by(gates + head * (each ? l.value_dim : 1), each, l.softplus != 0, l.value_dim, mixed);
+    }
     if (l.gates == 0) return;
-    const int dim = m.head_dim;
+    const int dim = l.head_dim;
     const float* gate = rows + (2 * head + 1) * dim;
     int i = 0;
     for (; i + LANES <= dim; i += LANES) store(mixed + i, load_float(mixed + i) / (exponential(-load_float(gate + i)) + 1.f));
@@ -393,12 +440,12 @@ inline void close_gates(const Model& m, const Layer& l, const float* rows, int64
 }
 
 inline Limits limits_of(const Model& m, const Layer& l) {
-    return {l.window > 0 ? int64_t(l.window) : INT64_MAX, m.attention_cap};
+    return {l.window > 0 ? int64_t(l.window) : INT64_MAX, m.attention_cap, l.chunked != 0};
 }
 
 // The first position that the last of so many tokens sees.
-inline int64_t seen_from(const Layer& l, int64_t tokens) {
-    return l.window > 0 ? std::max<int64_t>(0, tokens - l.window) : 0;
+inline int64_t seen_from(const Model& m, const Layer& l, int64_t tokens) {
+    return l.window > 0 ? std::max<int64_t>(0, limits_of(m, l).from(tokens)) : 0;
 }
 
 inline const float* sink_of(const Layer& l, int64_t head) { return l.sinks == nullptr ? nullptr : l.sinks + head; }
@@ -406,10 +453,10 @@ inline const float* sink_of(const Layer& l, int64_t head) { return l.sinks == nu
 // What keeps the keys and values of a layer.
 inline const Cache& cache_of(const Cache& c, const Layer& l) { return l.window > 0 && c.windows != nullptr ? *c.windows : c; }
 
-// Where position 0 of a head of a sequence is in the cache, or would be.
-inline int64_t head_base(const Model& m, const Cache& c, int64_t layer, int64_t slot, int64_t head) {
-    const int64_t rows = ((layer * c.slots + slot) * m.key_value_heads + head) * c.positions;
-    return (rows - (c.begins == nullptr ? 0 : c.begins[slot])) * widths(m).row();
+// The row of the cache where position 0 of a head of a sequence is, or would be.
+inline int64_t head_base(const Layer& l, const Cache& c, int64_t layer, int64_t slot, int64_t head) {
+    const int64_t rows = ((layer * c.slots + slot) * l.key_value_heads + head) * c.positions;
+    return rows - (c.begins == nullptr ? 0 : c.begins[slot]);
 }
 
 }  // namespace LLMCOMPRESS_ISA

@@ -76,7 +76,8 @@ struct Delta {
     const float* gain;     // [V], the gated norm's weight
     int32_t heads, key_heads, key_dim, value_dim;
     int32_t grouped;  // whether the projection has a key head's query, key, values and gates side by side, not all queries first
-    int32_t reserved;
+    float most;     // of step sizes: 2 where a state may turn over what it holds of a key (arXiv 2411.12537), else 1
+    float epsilon;  // of the gated norm
 
     int64_t values() const { return int64_t(heads) * value_dim; }
     int64_t channels() const { return 2 * int64_t(key_heads) * key_dim + values(); }  // C of the convolution
@@ -103,6 +104,9 @@ struct BoundLowStates {
     const void* held;
 };
 
+// Of MLPs without a gate, beside those of lowbit.h: bent by two numbers of a layer.
+constexpr int32_t XIELU = 5;
+
 // How a token's k experts and their weights follow from the router's logits (routing.h).
 enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 
@@ -123,6 +127,10 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 // hidden states that attention read (Cohere, Phi).
 //
 // In a family of models norms have one row for each member. With a bias a norm is LayerNorm, without RMSNorm.
+//
+// Layers of a model may differ in their heads (Gemma 4, MiMo-V2-Flash, Laguna), those that share a cache not in what these leave
+// there. Experts may have an input and a norm of their own, as the router and the MLP beside them (Gemma 4):
+// h += mlp_after(routed_after(experts(mlp_norm(h))) + shared_after(MLP(shared_norm(h)))).
 struct Layer {
     const float* attention_norm;  // [H], [2 H] of a layer that lays aside, or null
     const float* mlp_norm;        // [H] or null
@@ -130,9 +138,18 @@ struct Layer {
     const float* mlp_norm_bias;        // [H] or null
     const float* attention_after;  // [H], RMSNorm of what attention adds to the hidden states, or null
     const float* mlp_after;        // likewise of the MLP
-    const float* query_norm;      // [D], or [heads, D] with `whole_norms`, or null
+    const float* query_norm;      // [D], or [heads, D] with `whole_norms` or `own_norms`, or null
     const float* key_norm;        // likewise, or [C] of latents
+    const float* query_norm_bias;  // as the weights, then LayerNorm; or null
+    const float* key_norm_bias;
+    const float* value_norm;      // [D] of each head, or null
     const float* query_down_norm; // of what `query` reads
+    const float* query_scales;    // [positions], factors of queries by where they stand, or null
+    const float* router_norm;     // [H] of what the router reads, or null: what experts read
+    const float* shared_norm;     // [H] likewise of the MLP beside them
+    const float* routed_after;    // [H] of the sum of all that experts say, or null
+    const float* shared_after;    // [H] of what the MLP beside them says, where `routed_after` is there, or null
+    const float* expert_scales;   // [E], factors of the weights of experts, or null
     const float* router_correction;  // [E], added to weights for the choice alone, or null
     const float* sinks;           // [heads], scores of a position without a value (attention.h), or null
     const float* conv_weight;     // [L, H] or [L, C], taps of a convolution, the newest token's last
@@ -140,7 +157,9 @@ struct Layer {
     const float* cosine;          // [positions, turned / 2]
     const float* sine;            // likewise
     const Delta* delta;           // null without a delta rule
-    Matrix query, key, value, output;  // with latents `key` makes them [C + R, H], and there is no `value`
+    Matrix query, key, value, output;  // with latents `key` makes them [C + R, H], and there is no `value`; without latents and
+                                       // `value` keys are values, too, before they are normed and turned
+    Matrix head_gates;    // [heads V, H] or [heads, H]: gates of attention's results, or ABSENT
     Matrix query_down;    // what `query` reads in the place of hidden states, after a norm, or ABSENT
     Matrix absorb;        // [D - R, C] of each head, dense, read across, or ABSENT
     Matrix expand;        // [V, C] of each head
@@ -153,36 +172,45 @@ struct Layer {
     Matrix shared_gate, shared_up, shared_down;  // an MLP beside the experts, likewise, or ABSENT
     Matrix shared_router;   // [1, H], dense: its share by a sigmoid; ABSENT: all of it
     int32_t whole_norms;    // whether queries and keys are normed over all heads together, not each alone
+    int32_t own_norms;      // whether every head has weights of its own
     int32_t norms_last;     // whether queries and keys are turned first and normed then, each head alone
     int32_t parallel;       // whether the MLP reads the hidden states before attention adds to them
     int32_t gates;          // whether each head's queries are followed by as many gates of its result
+    int32_t softplus;       // whether `head_gates` open by softplus, not by a sigmoid
     int32_t mixes;          // whether it has a mixer, which has its norm and projections elsewhere
     int32_t mixer;          // its number among the layers with mixers
     int32_t reads_aside;    // whether it reads what the layer before laid aside, too
     int32_t place;          // number among the layers with convolutions, those with windows, or all others with attention
     int32_t turned;         // columns of queries and keys that are turned to their positions, even: the first ones
     int32_t window;         // positions that a token sees, itself the last of them; 0 for all
+    int32_t chunked;        // it sees those since the last multiple of `window` instead (Llama 4)
+    int32_t heads, key_value_heads;
+    int32_t head_dim, value_dim;  // columns of a head's queries and keys, and of its result; that of values without latents
+    float output_scale;     // of the hidden states after it
+    float positive, negative;  // of XIELU
 };
 
 struct Model {
     const Layer* layers;
     const float* final_norm;  // [H]
     const float* final_norm_bias;  // [H] or null
+    const float* embedding_norm;  // [H] of embeddings, or null
     Matrix embedding;         // [V, H], no TREE
     Matrix head;              // [V, H]
     Matrix screen;            // the head rounded to 8 bits, to find which rows can hold the largest logit, or ABSENT
     const float* screen_error;  // [V], bound of |head x - screen x| / |x|
     const Matrix* member_embeddings;  // of a family, or null
     const Matrix* member_heads;
-    int32_t layer_count, hidden, heads, key_value_heads, head_dim;
+    int32_t layer_count, hidden;
     int32_t neighbours;  // whether pairs that are turned stand side by side, not half of those columns apart
     int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
-    int32_t value_dim;  // columns of a head's result
     int32_t taps;       // L of convolutions, 0 where there are none
     float latent_epsilon;  // of the norms of latents and of what `query` reads
-    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU, GELU_TANH, RELU2, or GPT_OSS with a slope and a limit
+    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU, GELU_TANH, RELU2, GPT_OSS with a slope and a limit, or XIELU
+                         // with its beta as slope and its epsilon as limit
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum
+    int32_t scales_inputs;  // whether they multiply what experts read, not what they write (Llama 4); experts have no biases then
     int32_t groups, top_groups;  // E experts are so many groups of equal size; a token chooses from the best of them
     int32_t voters;  // 1: groups are ranked by their best expert, 2: by the sum of the best two
     float epsilon, attention_scale;
@@ -194,7 +222,7 @@ struct Model {
     float embedding_scale, residual_scale;  // of embeddings, and of all that is added to the hidden states
 };
 
-// keys [layer, slot, kv head, P / LANES, Dp, LANES] and values [layer, slot, kv head, P, Dp]: the scores of sixteen
+// keys [layer, slot, kv head, P / LANES, Dp, LANES] and values [layer, slot, kv head, P, Vp]: the scores of sixteen
 // positions are one vector, and neither product needs a horizontal sum. Latents are stored once, as keys [layer, slot, P, Dp]
 // with D = C + R.
 struct Cache {

@@ -140,15 +140,15 @@ inline void pass_columns(const DeltaTokens& x, int keys, float* state, const flo
 inline void rates(const Delta& d, const float* given, int64_t which, float& decay, float& step) {
     const float x = given[d.heads + which] + d.dt_bias[which];
     decay = std::exp(d.decay[which] * (x > 20.f ? x : std::log1p(std::exp(x))));
-    step = sigmoid(given[which]);
+    step = d.most * sigmoid(given[which]);
 }
 
 // Results of a value head after its norm, times their gates; `gate` as far from token to token as `apart` says.
-inline void open_gates(const Delta& d, float epsilon, const float* gate, int64_t apart, int64_t tokens, float* out) {
+inline void open_gates(const Delta& d, const float* gate, int64_t apart, int64_t tokens, float* out) {
     const int values = d.value_dim;
     for (int64_t t = 0; t < tokens; ++t) {
         float* to = out + t * d.values();
-        const float factor = inverse_size(to, values, epsilon);
+        const float factor = inverse_size(to, values, d.epsilon);
         for (int i = 0; i < values; i += LANES)
             store(to + i, load_float(d.gain + i) * (load_float(to + i) * factor) * activated(load_float(gate + t * apart + i), SILU));
     }
@@ -164,7 +164,7 @@ struct GroupStates {
 // Tokens of a sequence through the value heads of one key head. Their states and `kept` [taps - 1, C] are the sequence's,
 // replaced; with `begins` they count as zero. One body for steps and prompts, whose bits are the same.
 __attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const Taps& taps, const DeltaRows& r, int64_t head,
-                                                          bool begins, float epsilon, const GroupStates& states, float* kept,
+                                                          bool begins, const GroupStates& states, float* kept,
                                                           float* room) {
     const int keys = d.key_dim, values = d.value_dim, group = d.heads / d.key_heads, wide = group * values;
     const DeltaPlaces p = places_of(d, head);
@@ -203,7 +203,7 @@ __attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const 
             float* const out = r.out + head * group * values;
             states.low->run->step(states.low->held, states.layer, states.slot, int32_t(head),
                                   {parts[2].to, parts[1].to, parts[0].to, decay, step}, out);
-            for (int h = 0; h < group; ++h) open_gates(d, epsilon, gates + h * values, apart, 1, out + h * values);
+            for (int h = 0; h < group; ++h) open_gates(d, gates + h * values, apart, 1, out + h * values);
             continue;
         }
         for (int h = 0; h < group; ++h) {
@@ -217,7 +217,7 @@ __attribute__((noinline, noclone)) inline void pass_group(const Delta& d, const 
             for (; c + STATE_TILE * LANES <= values; c += STATE_TILE * LANES)
                 pass_columns<STATE_TILE>(meet, keys, state + int64_t(c) * keys, value + c, wide, out + c, all);
             for (; c < values; c += LANES) pass_columns<1>(meet, keys, state + int64_t(c) * keys, value + c, wide, out + c, all);
-            open_gates(d, epsilon, gates + h * values, apart, tokens, out);
+            open_gates(d, gates + h * values, apart, tokens, out);
         }
     }
     for (const auto& part : parts)
@@ -234,7 +234,7 @@ inline void pass_group(const Model& m, const Cache& c, const Layer& l, int64_t s
     const Taps taps{l.conv_weight, d.channels(), m.taps};
     float* const floats = c.states + ((c.low == nullptr ? place : l.place) * d.key_heads + head) * size;
     const GroupStates states{floats, what == OF_STEP ? c.low : nullptr, l.place, int32_t(slot)};
-    pass_group(d, taps, r, head, start == 0, m.epsilon, states, c.inputs + place * (taps.taps - 1) * taps.channels, room);
+    pass_group(d, taps, r, head, start == 0, states, c.inputs + place * (taps.taps - 1) * taps.channels, room);
     if (c.low != nullptr && what == LAST_OF_PROMPT) c.low->run->round(c.low->held, l.place, int32_t(slot), int32_t(head), floats);
 }
 

@@ -26,15 +26,15 @@ struct Widths {
     int part() const { return LANES + int(padded(value)); }  // of what a chunk leaves for one query head
 };
 
-inline Widths widths(const Model& m) {
+inline Widths widths(const Model& m, const Layer& l) {
     if (m.latents > 0) return {m.latent_width, m.latents, true};
-    return {m.head_dim, m.head_dim, false};
+    return {l.head_dim, l.value_dim, false};
 }
 
 // Query heads that attend together share keys, and are so many tasks of a token.
 constexpr int TOGETHER_HEADS = 4;
-inline int tasks_of(const Model& m) {
-    return m.latents > 0 ? (m.heads + TOGETHER_HEADS - 1) / TOGETHER_HEADS : m.key_value_heads;
+inline int tasks_of(const Model& m, const Layer& l) {
+    return m.latents > 0 ? (l.heads + TOGETHER_HEADS - 1) / TOGETHER_HEADS : l.key_value_heads;
 }
 
 // A matrix with what its kernel wants to know.
@@ -56,7 +56,7 @@ struct Operand {
 
 struct LayerOperands {
     Layer l;
-    Operand query, key, value, output, gate, up, down, router;
+    Operand query, key, value, output, head_gates, gate, up, down, router;
     Operand query_down, absorb, expand, conv_in, aside, entry, exit, conv_gates, steps;
     Operand shared_gate, shared_up, shared_down, shared_router;
 
@@ -84,7 +84,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, low, convolved, gates, steps, absorbed, parts, inner, shared, narrow, sums, delta, aside;
+    std::vector<float> query, key, value, head_gates, low, convolved, gates, steps, absorbed, parts, inner, shared, narrow, sums, delta, beside, aside;
     std::vector<float> scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
@@ -100,7 +100,7 @@ class Engine {
         for (int i = 0; i < m.layer_count; ++i) {
             const Layer& l = m.layers[i];
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
-                              operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
+                              operand(l.head_gates), operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
                               operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in), operand(l.aside),
                               operand(l.entry), operand(l.exit), operand(l.conv_gates), operand(l.steps),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
@@ -112,6 +112,8 @@ class Engine {
             lays_aside = lays_aside || l.aside.kind != ABSENT;
             conv_rows = std::max(conv_rows, l.conv_in.rows);
             query_rows = std::max(query_rows, l.query.rows);
+            if (l.query.kind != ABSENT) attend(l);
+            joins = joins || l.routed_after != nullptr;
             if (l.conv_in.kind != ABSENT) conv_out = std::max<int64_t>(conv_out, l.delta == nullptr ? m.hidden : l.delta->values());
             if (l.delta == nullptr) continue;
             gate_rows = std::max(gate_rows, l.conv_gates.rows), step_rows = std::max(step_rows, l.steps.rows);
@@ -122,24 +124,24 @@ class Engine {
     // Room for a step; chunks of positions so that no thread idles for long. A chunk below 64 positions is not worth
     // its merging.
     void prepare(const Step& s, const Cache& c) {
-        const Widths w = widths(m);
-        const size_t b = size_t(s.batch), heads = size_t(m.heads), wide = size_t(padded(intermediate));
-        const size_t group = size_t(m.heads / m.key_value_heads);
+        const size_t b = size_t(s.batch), wide = size_t(padded(intermediate));
         int64_t longest = 0;
         for (int i = 0; i < s.batch; ++i) longest = std::max(longest, s.positions[i] + 1);
-        const int tasks = s.batch * tasks_of(m);
+        const int tasks = s.batch * std::max(1, least_tasks);
         const int wanted = tasks % s.threads == 0 ? 1 : (2 * s.threads + tasks - 1) / tasks + 1;
         shared.chunks = int(std::max<int64_t>(1, std::min<int64_t>({wanted, MAX_CHUNKS, longest / 64})));
         grow(shared.query, b * size_t(padded(std::max(query_rows, conv_out))));
-        grow(shared.key, b * size_t(padded(m.key_value_heads * w.key)));
-        grow(shared.value, b * size_t(padded(w.latent ? m.heads * m.value_dim : m.key_value_heads * w.value)));
+        grow(shared.key, b * size_t(padded(key_rows)));
+        grow(shared.value, b * size_t(padded(value_rows)));
+        grow(shared.head_gates, b * size_t(padded(head_gate_rows)));
         grow(shared.low, b * size_t(padded(rank)));
         grow(shared.convolved, b * size_t(padded(conv_rows)));
         grow(shared.gates, b * size_t(padded(gate_rows)));
         grow(shared.steps, b * size_t(padded(step_rows)));
-        if (w.latent) grow(shared.absorbed, b * heads * size_t(w.row()));
-        grow(shared.parts, b * heads * size_t(shared.chunks * w.part()));
+        grow(shared.absorbed, b * size_t(absorbed_rows));
+        grow(shared.parts, b * size_t(shared.chunks * part_rows));
         grow(shared.delta, b * size_t(padded(m.hidden)));
+        grow(shared.beside, joins ? b * size_t(padded(m.hidden)) : 0);
         grow(shared.aside, lays_aside ? b * size_t(padded(m.hidden)) : 0);
         grow(shared.inner, b * size_t(std::max(1, m.top_k)) * wide);
         grow(shared.shared, b * size_t(padded(shared_intermediate)));
@@ -156,13 +158,13 @@ class Engine {
             grow(own.normed, b * size_t(lays_aside ? 2 * m.hidden : m.hidden));
             for (auto* rows : {&own.words, &own.aside}) grow(*rows, lays_aside ? b * size_t(m.hidden) : 0);
             grow(own.both, lays_aside ? 2 * b * size_t(m.hidden) : 0);
-            grow(own.mixed, b * (w.latent ? size_t(w.value) : heads * size_t(w.value)));
+            grow(own.mixed, b * size_t(mixed_rows));
             grow(own.product, b * size_t(padded(std::max<int64_t>({intermediate, shared_intermediate, m.hidden}))));
             grow(own.gated, b * wide);
             grow(own.low, b * size_t(rank));
             grow(own.delta, size_t(delta_room));
-            grow(own.queries, group * size_t(w.row()));
-            grow(own.weights, std::min<size_t>(TOGETHER_HEADS, group) * size_t(c.positions + LANES));
+            grow(own.queries, size_t(group_row));
+            grow(own.weights, size_t(TOGETHER_HEADS) * size_t(c.positions + LANES));
             grow(own.routed, b * size_t(std::max(1, m.top_k)));
             grow(own.ranked, 2 * size_t(experts));
             grow(own.chosen, b * size_t(std::max(1, m.top_k)));
@@ -184,9 +186,26 @@ class Engine {
     int64_t conv_rows = 0, conv_out = 0, gate_rows = 0, step_rows = 0;  // of convolutions and delta rules
     int64_t delta_room = 0;  // floats that a delta rule needs
     int64_t low_rows = 0, high_rows = 0;  // of adapters
-    bool lays_aside = false;
+    // of attention, the most of any layer: numbers that its products and its parts make for a token, queries of a group, results
+    int64_t key_rows = 0, value_rows = 0, head_gate_rows = 0, absorbed_rows = 0, part_rows = 0, group_row = 0, mixed_rows = 0;
+    int64_t most_row = 0, most_part = 0;  // of one head
+    int least_tasks = 0;
+    bool lays_aside = false, joins = false;
 
   private:
+    void attend(const Layer& l) {
+        const Widths w = widths(m, l);
+        key_rows = std::max(key_rows, l.key.rows);
+        value_rows = std::max<int64_t>({value_rows, l.value.rows, w.latent ? int64_t(l.heads) * l.value_dim : 0});
+        head_gate_rows = std::max(head_gate_rows, l.head_gates.rows);
+        if (w.latent) absorbed_rows = std::max(absorbed_rows, int64_t(l.heads) * w.row());
+        most_row = std::max<int64_t>(most_row, w.row()), most_part = std::max<int64_t>(most_part, w.part());
+        part_rows = std::max(part_rows, int64_t(l.heads) * w.part());
+        group_row = std::max(group_row, int64_t(l.heads / l.key_value_heads) * w.row());
+        mixed_rows = std::max<int64_t>({mixed_rows, int64_t(l.heads) * l.value_dim, w.value});
+        least_tasks = least_tasks == 0 ? tasks_of(m, l) : std::min(least_tasks, tasks_of(m, l));
+    }
+
     Operand operand(const Matrix& m) {
         Operand o;
         o.m = m;

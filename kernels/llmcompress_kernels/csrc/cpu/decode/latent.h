@@ -21,10 +21,10 @@ inline void put_latent(const float* row, int width, T* to) {
 inline void put_latent(const Model& m, const Layer& l, const Cache& c, int64_t layer, int64_t slot, int64_t position,
                        const float* row) {
     float kept[MAX_HEAD_DIM];
-    const Widths w = widths(m);
+    const Widths w = widths(m, l);
     norm(row, l.key_norm, nullptr, m.latents, m.latent_epsilon, kept);
     turn_last(m, l, row + m.latents, position, 1.f, kept + m.latents);
-    const int64_t at = head_base(m, c, layer, slot, 0) + position * w.row();
+    const int64_t at = (head_base(l, c, layer, slot, 0) + position) * w.row();
     if (c.kind == DENSE_FP32) put_latent(kept, w.key, static_cast<float*>(c.keys) + at);
     else put_latent(kept, w.key, static_cast<uint16_t*>(c.keys) + at);
 }
@@ -87,13 +87,13 @@ inline void across(const Operand& o, int64_t head, const float* x, int64_t apart
 template <class F>
 inline void absorb(const Model& m, const LayerOperands& o, const Cache& c, const float* rows, int tokens, int64_t head,
                    F&& position, float* out, int64_t stride) {
-    const int64_t apart = int64_t(m.heads) * m.head_dim;
-    const float* first = rows + head * m.head_dim;
+    const int64_t apart = int64_t(o.l.heads) * o.l.head_dim;
+    const float* first = rows + head * o.l.head_dim;
     across(o.absorb, head, first, apart, tokens, out, stride);
-    const Widths w = widths(m);
+    const Widths w = widths(m, o.l);
     for (int t = 0; t < tokens; ++t) {
         scale_all(out + t * stride, m.latents, m.attention_scale);
-        turn_last(m, o.l, first + t * apart + m.head_dim - o.l.turned, position(t), m.attention_scale,
+        turn_last(m, o.l, first + t * apart + o.l.head_dim - o.l.turned, position(t), m.attention_scale,
                   out + t * stride + m.latents);
         std::fill(out + t * stride + w.key, out + t * stride + w.row(), 0.f);
         if (c.kind == DENSE_BF16) part_columns(out + t * stride, w.row());
@@ -103,7 +103,7 @@ inline void absorb(const Model& m, const LayerOperands& o, const Cache& c, const
 // A head's results [tokens, heads, value_dim] from its weighted sums of latents [tokens, C].
 inline void expand(const Model& m, const LayerOperands& o, Input& in, const float* sums, int tokens, int64_t head, float* out) {
     in.set(sums, m.latents, tokens);
-    multiply(o.expand, in, head, 0, o.expand.blocks(), out + head * m.value_dim, int64_t(m.heads) * m.value_dim);
+    multiply(o.expand, in, head, 0, o.expand.blocks(), out + head * o.l.value_dim, int64_t(o.l.heads) * o.l.value_dim);
 }
 
 // Norm of what queries are made of, in its place.

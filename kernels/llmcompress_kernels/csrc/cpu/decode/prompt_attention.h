@@ -14,10 +14,9 @@ class PromptAttention : public PromptProducts {
   public:
     PromptAttention(Engine& engine, const Cache& cache, const Prompt& prompt, PromptRoom& room, Barrier& barrier, int thread)
         : PromptProducts(engine, cache, prompt, room, barrier, thread) {
-        const Widths w = widths(m_);
-        queries_.resize(size_t(QUERIES * w.row()));
+        queries_.resize(size_t(QUERIES * e_.most_row));
         weights_.resize(size_t(QUERIES * (padded(p_.start + p_.count) + 2 * LANES)));
-        parts_.resize(size_t(QUERIES * w.part()));
+        parts_.resize(size_t(QUERIES * e_.most_part));
         sums_.resize(size_t(QUERIES * m_.latents));
     }
 
@@ -43,7 +42,10 @@ class PromptAttention : public PromptProducts {
         const Product value = {&o.value, room_.value.data()}, low = {&o.query_down, room_.low.data()};
         const bool is_low = o.query_down.present();
         const float* from = o.aside.present() ? room_.both.data() : normed(0);
-        project({is_low ? low : query, key, value}, from, QKV, [&](int64_t t) { make_first(o, index, t); });
+        const bool dense = o.head_gates.m.kind == DENSE_FP32 || o.head_gates.m.kind == DENSE_BF16;
+        const Product gates = {dense ? &absent_ : &o.head_gates, room_.head_gates.data()};
+        project({is_low ? low : query, key, value, gates}, from, QKV, [&](int64_t t) { make_first(o, index, t); });
+        if (dense) each(blocks(), [&](int64_t b) { multiply_few(o.head_gates, b, gates.out); });
         if (is_low)
             project({query}, low.out, QKV, [&](int64_t t) { norm_low(m_, o, low.out + t * o.query_down.m.rows); });
         if (o.absorb.present()) latent_attention(o, o.l.place);
@@ -52,20 +54,24 @@ class PromptAttention : public PromptProducts {
     }
 
   private:
+    // A dense matrix of few rows, of which normed hidden states of a block of tokens are the inputs.
+    void multiply_few(const Operand& o, int64_t b, float* out) {
+        Input in(scratch_, p_.planes);
+        in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
+        multiply(o, in, 0, 0, o.blocks(), out + begin(b) * o.m.rows, o.m.rows);
+    }
+
     void head_attention(const LayerOperands& o, int layer) {
         const Layer& l = o.l;
-        const int64_t heads = m_.key_value_heads, dim = m_.head_dim;
+        const int64_t heads = l.key_value_heads;
         const Cache& c = cache_of(c_, l);
         each(blocks(), [&](int64_t b) {
-            float turned[MAX_HEAD_DIM];
             for (int64_t t = begin(b); t < end(b); ++t) {
-                const int64_t row = t * heads * dim;
-                const Heads keys = key_heads(m_, l, room_.key.data() + row, p_.member);
-                for (int64_t head = 0; head < heads; ++head) {
-                    turn(m_, keys, head, position(t), 1.f, turned);
-                    put(c, head_base(m_, c, layer, p_.slot, head), position(t), int(dim), turned,
-                        room_.value.data() + row + head * dim);
-                }
+                const float* row = room_.key.data() + t * o.key.m.rows;
+                const float* values = o.value.present() ? room_.value.data() + t * o.value.m.rows : row;
+                const Heads keys = key_heads(l, row, p_.member);
+                for (int64_t head = 0; head < heads; ++head)
+                    keep_head(m_, l, c, keys, values, head, head_base(l, c, layer, p_.slot, head), position(t));
             }
         });
         each_part(heads, [&](int64_t head, int64_t first, int64_t end) {
@@ -90,7 +96,7 @@ class PromptAttention : public PromptProducts {
             for (int64_t t = begin(b); t < end(b); ++t)
                 put_latent(m_, o.l, c_, layer, p_.slot, position(t), room_.key.data() + t * o.key.m.rows);
         });
-        each_part(m_.heads, [&](int64_t head, int64_t first, int64_t end) {
+        each_part(o.l.heads, [&](int64_t head, int64_t first, int64_t end) {
             for (int64_t t = first; t < end; t += QUERIES) {
                 const int tokens = int(std::min(QUERIES, end - t));
                 if (c_.kind == DENSE_FP32) attend_latents<float>(o, layer, head, t, tokens);
@@ -102,21 +108,22 @@ class PromptAttention : public PromptProducts {
     // Up to QUERIES tokens from t on, one head.
     template <class T>
     void attend_latents(const LayerOperands& o, int layer, int64_t head, int64_t t, int tokens) {
-        const Widths w = widths(m_);
+        const Layer& l = o.l;
+        const Widths w = widths(m_, l);
         Input in(scratch_, p_.planes);
-        absorb(m_, o, c_, room_.query.data() + t * m_.heads * m_.head_dim, tokens, head,
+        absorb(m_, o, c_, room_.query.data() + t * l.heads * l.head_dim, tokens, head,
                [&](int i) { return position(t + i); }, queries_.data(), w.row());
-        const T* keys = static_cast<const T*>(c_.keys) + head_base(m_, c_, layer, p_.slot, 0);
-        if (tokens == QUERIES) attend_row<T, QUERIES>(keys, t, 0);
-        else for (int i = 0; i < tokens; ++i) attend_row<T, 1>(keys, t, i);
+        const T* keys = static_cast<const T*>(c_.keys) + head_base(l, c_, layer, p_.slot, 0) * w.row();
+        if (tokens == QUERIES) attend_row<T, QUERIES>(l, keys, t, 0);
+        else for (int i = 0; i < tokens; ++i) attend_row<T, 1>(l, keys, t, i);
         for (int i = 0; i < tokens; ++i) combine(parts_.data() + i * w.part(), 0, 1, w.value, nullptr, sums_.data() + i * w.value);
-        expand(m_, o, in, sums_.data(), tokens, head, room_.mixed.data() + t * m_.heads * m_.value_dim);
+        expand(m_, o, in, sums_.data(), tokens, head, room_.mixed.data() + t * l.heads * l.value_dim);
     }
 
     // Row i of the queries from token t on, and G - 1 further ones.
     template <class T, int G>
-    void attend_row(const T* keys, int64_t t, int i) {
-        const Widths w = widths(m_);
+    void attend_row(const Layer& l, const T* keys, int64_t t, int i) {
+        const Widths w = widths(m_, l);
         const int64_t seen = position(t + i) + G;
         attend<T, G, 1>(keys, keys, queries_.data() + i * w.row(), w, 0, seen, weights_.data(), padded(seen) + 2 * LANES,
                         {}, parts_.data() + i * w.part());
@@ -126,9 +133,10 @@ class PromptAttention : public PromptProducts {
     template <class T>
     void attend_tokens(const LayerOperands& o, int layer, int64_t head, int64_t first, int64_t last) {
         const Cache& c = cache_of(c_, o.l);
-        const int64_t group = m_.heads / m_.key_value_heads, base = head_base(m_, c, layer, p_.slot, head);
-        const T* keys = static_cast<const T*>(c.keys) + base;
-        const T* values = static_cast<const T*>(c.values) + base;
+        const Widths w = widths(m_, o.l);
+        const int64_t group = o.l.heads / o.l.key_value_heads, base = head_base(o.l, c, layer, p_.slot, head);
+        const T* keys = static_cast<const T*>(c.keys) + base * w.row();
+        const T* values = static_cast<const T*>(c.values) + base * w.apart();
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
             int64_t t = first;
             for (; t + QUERIES <= last; t += QUERIES) attend_at<T, QUERIES>(o, h, t, keys, values);
@@ -139,22 +147,22 @@ class PromptAttention : public PromptProducts {
     template <class T, int G>
     void attend_at(const LayerOperands& o, int64_t head, int64_t t, const T* keys, const T* values) {
         const Layer& l = o.l;
-        const int dim = m_.head_dim;
         const auto row = [&](int g) { return room_.query.data() + (t + g) * o.query.m.rows; };
-        const Widths w = widths(m_);
-        const int64_t at = t * m_.heads + head, seen = position(t) + G;
+        const Widths w = widths(m_, l);
+        const int64_t at = t * l.heads + head, seen = position(t) + G;
         for (int g = 0; g < G; ++g)
-            turn(m_, query_heads(m_, l, row(g), p_.member), head, position(t) + g,
-                 m_.attention_scale, queries_.data() + g * w.row());
-        attend<T, G, 1>(keys, values, queries_.data(), w, seen_from(l, seen - G + 1), seen, weights_.data(),
+            turn(m_, query_heads(l, row(g), p_.member), head, position(t) + g, scale_of(m_, l, position(t) + g),
+                 queries_.data() + g * w.row());
+        attend<T, G, 1>(keys, values, queries_.data(), w, seen_from(m_, l, seen - G + 1), seen, weights_.data(),
                         padded(seen) + 2 * LANES, limits_of(m_, l), parts_.data());
         for (int g = 0; g < G; ++g) {
-            float* out = room_.mixed.data() + (at + g * m_.heads) * dim;
-            combine(parts_.data() + g * w.part(), 0, 1, dim, sink_of(l, head), out);
-            close_gates(m_, l, row(g), head, out);
+            float* out = room_.mixed.data() + (at + g * l.heads) * w.value;
+            combine(parts_.data() + g * w.part(), 0, 1, w.value, sink_of(l, head), out);
+            close_gates(o, row(g), room_.head_gates.data() + (t + g) * o.head_gates.m.rows, head, out);
         }
     }
 
+    const Operand absent_;
     std::vector<float> queries_, weights_, parts_, sums_;
 };
 

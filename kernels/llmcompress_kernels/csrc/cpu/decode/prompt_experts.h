@@ -18,7 +18,7 @@ class PromptExperts : public PromptAttention {
     void gated_mlp(const LayerOperands& o, int index) {
         project({{&o.gate, room_.gate.data()}, {&o.up, room_.up.data()}}, normed(0), GATE_UP,
                 [&](int64_t t) { make_second(o, index, t); });
-        open_gates(o.gate.m.rows, o.down, o.up.present());
+        open_gates(o.l, o.gate.m.rows, o.down, o.up.present());
     }
 
     void choose_experts(const LayerOperands& o, int index) {
@@ -27,7 +27,7 @@ class PromptExperts : public PromptAttention {
         each(blocks(), [&](int64_t b) {
             for (int64_t t = begin(b); t < end(b); ++t) make_second(o, index, t);
             Input in(scratch_, p_.planes);
-            in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
+            in.set(router_inputs(o, b), m_.hidden, int(end(b) - begin(b)));
             float* const scores = r.scores.data() + first_ * count;
             multiply(o.router, in, 0, 0, o.router.blocks(), scores + begin(b) * count, count);
             if (o.shared_router.present()) multiply(o.shared_router, in, 0, 0, 1, r.shares.data() + first_ + begin(b), 1);
@@ -53,9 +53,13 @@ class PromptExperts : public PromptAttention {
         each(1, [&](int64_t) { r.sort(first_ * k, count_ * k, k, most()); });
         took(ROUTER);
         if (o.shared_gate.present()) {
-            const auto nothing = [](int64_t) {};
-            project({{&o.shared_gate, room_.gate.data()}, {&o.shared_up, room_.up.data()}}, normed(0), GATE_UP, nothing);
-            open_gates(o.shared_gate.m.rows, o.shared_down, o.shared_up.present());
+            const float* weight = o.l.shared_norm;
+            const auto own = [&](int64_t t) {
+                if (weight != nullptr) norm(m_, hidden(t), weight, nullptr, 0, room_.beside.data() + t * m_.hidden);
+            };
+            const float* from = weight != nullptr ? room_.beside.data() : normed(0);
+            project({{&o.shared_gate, room_.gate.data()}, {&o.shared_up, room_.up.data()}}, from, GATE_UP, own);
+            open_gates(o.l, o.shared_gate.m.rows, o.shared_down, o.shared_up.present());
         }
         each(int64_t(r.blocks.size()), [&](int64_t i) {
             const Routed::Block& b = r.blocks[size_t(i)];
@@ -68,7 +72,11 @@ class PromptExperts : public PromptAttention {
             const Routed::Block& b = r.blocks[size_t(i)];
             const int64_t slot = r.first[size_t(b.expert)], from = slot + begin(b.block);
             const int64_t size = std::min(r.first[size_t(b.expert) + 1] - from, most()) * width;
-            open_gate(m_, room_.gate.data() + from * width, o.up.present() ? room_.up.data() + from * width : nullptr, size);
+            float* const up = o.up.present() ? room_.up.data() + from * width : nullptr;
+            for (int64_t place = from; m_.scales_inputs != 0 && place < from + size / width; ++place)
+                scale_both(room_.gate.data() + place * width, up == nullptr ? up : room_.up.data() + place * width, width,
+                           r.weights[size_t(first_ * k + r.slots[size_t(place)])]);
+            open_gate(m_, o.l, room_.gate.data() + from * width, up, size);
             round(o.down, b, room_.gate.data() + slot * width, nullptr);
         });
         took(NORM);
@@ -77,7 +85,8 @@ class PromptExperts : public PromptAttention {
             for (int64_t t = begin(b); t < end(b); ++t) {
                 if (!o.shared_down.present()) std::fill_n(delta(t), m_.hidden, 0.f);
                 else if (o.shared_router.present()) scale_all(delta(t), m_.hidden, sigmoid(r.shares[size_t(first_ + t)]));
-                if (!o.entry.present()) add_slots(t, delta(t), m_.hidden);
+                if (o.l.routed_after != nullptr) join(o, t);
+                else if (!o.entry.present()) add_slots(t, delta(t), m_.hidden);
             }
             if (o.entry.present()) widen(o, b);
         });
@@ -86,9 +95,9 @@ class PromptExperts : public PromptAttention {
 
   private:
     // activation(gate) * up of an MLP, or the first alone, through its last projection.
-    void open_gates(int64_t width, const Operand& down, bool gated) {
+    void open_gates(const Layer& l, int64_t width, const Operand& down, bool gated) {
         project({{&down, delta(0)}}, room_.gate.data(), DOWN, [&](int64_t t) {
-            open_gate(m_, room_.gate.data() + t * width, gated ? room_.up.data() + t * width : nullptr, width);
+            open_gate(m_, l, room_.gate.data() + t * width, gated ? room_.up.data() + t * width : nullptr, width);
         });
     }
 
@@ -98,6 +107,23 @@ class PromptExperts : public PromptAttention {
         if (o.begins()) add_delta(t, o.l.attention_after);
         else add_before(t, index);
         if (o.l.parallel == 0) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
+    }
+
+    // What the router reads of a block of tokens: what experts read, or what a norm of its own makes.
+    const float* router_inputs(const LayerOperands& o, int64_t b) {
+        if (o.l.router_norm == nullptr) return normed(begin(b));
+        routing_.resize(size_t(most() * m_.hidden));
+        for (int64_t t = begin(b); t < end(b); ++t)
+            norm(m_, hidden(t), o.l.router_norm, nullptr, 0, routing_.data() + (t - begin(b)) * m_.hidden);
+        return routing_.data();
+    }
+
+    // What experts say of a token, and in its delta the MLP beside them, each through its norm.
+    void join(const LayerOperands& o, int64_t t) {
+        said_.assign(size_t(m_.hidden), 0.f);
+        add_slots(t, said_.data(), m_.hidden);
+        join_norms(m_, o, said_.data(), delta(t));
+        std::copy_n(said_.data(), m_.hidden, delta(t));
     }
 
     // An expert's tokens rounded, behind those of the experts before it, each of which fills whole blocks and lines.
@@ -152,13 +178,13 @@ class PromptExperts : public PromptAttention {
         for (int64_t i = t * m_.top_k; i < (t + 1) * m_.top_k; ++i) {
             const int64_t place = r.places[size_t(i)];
             if (place < 0) continue;
-            const float weight = r.weights[size_t(first_ * m_.top_k + i)];
+            const float weight = m_.scales_inputs != 0 ? 1.f : r.weights[size_t(first_ * m_.top_k + i)];
             const float* from = r.products.data() + place * width;
             for (int64_t c = 0; c < width; ++c) to[c] += weight * from[c];
         }
     }
 
-    std::vector<float> ranked_, widened_;
+    std::vector<float> ranked_, widened_, routing_, said_;
 };
 
 }  // namespace LLMCOMPRESS_ISA

@@ -73,6 +73,7 @@ class PromptProducts {
         if (index == 0) return;
         const LayerOperands& before = e_.layers[size_t(index - 1)];
         if (!before.aside.present()) add_delta(t, before.after());
+        if (before.l.output_scale != 1) scale_all(hidden(t), m_.hidden, before.l.output_scale);
     }
     void add_delta(int64_t t, const float* after) { add_to(m_, delta(t), after, p_.member, hidden(t)); }
 

@@ -27,6 +27,7 @@ struct Routed {
     std::vector<float> weights;           // [T, k]
     std::vector<int64_t> places;          // [tokens, k]: where a slot is among those of all experts, -1 for an empty one
     std::vector<int64_t> tokens;          // [slots] by experts, whose they are
+    std::vector<int64_t> slots;           // [slots] by experts, which of the piece's they are
     std::vector<int64_t> first, next;     // [E + 1]: slots of each expert; where the next one goes
     std::vector<float> products;          // [slots, H] by experts
     struct Block {
@@ -38,7 +39,7 @@ struct Routed {
         const size_t slots = size_t(count * k);
         grow(scores, size_t(all * experts)), grow(weights, size_t(all * k)), grow(chosen, size_t(all * k));
         grow(shares, size_t(all));
-        grow(places, slots), grow(tokens, slots), grow(first, size_t(experts) + 1), grow(products, slots * size_t(hidden));
+        grow(places, slots), grow(tokens, slots), grow(this->slots, slots), grow(first, size_t(experts) + 1), grow(products, slots * size_t(hidden));
     }
 
     // `slots` of them, those of a piece, from slot `begin` on
@@ -59,7 +60,7 @@ struct Routed {
             if (expert[i] == empty) continue;
             const int64_t place = next[size_t(expert[i])]++;
             places[size_t(i)] = place;
-            tokens[size_t(place)] = i / k;
+            tokens[size_t(place)] = i / k, this->slots[size_t(place)] = i;
         }
     }
 };
@@ -67,8 +68,9 @@ struct Routed {
 struct PromptRoom {
     std::vector<float> hidden, delta;                           // [T, H], the second to be added to the first
     std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
-    std::vector<float> query, key, value, low, convolved, gates, steps, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> query, key, value, head_gates, low, convolved, gates, steps, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<float> words, aside, both;  // [T, H], [T, H] and [tokens, 2 H] where layers lay aside (decode.h)
+    std::vector<float> beside;              // [tokens, H], what the MLP beside experts reads where it has a norm of its own
     std::vector<float> narrow;              // [T, W] of experts that read and write W numbers
     std::vector<float> ranks, adapted;      // [tokens, rows] of the two matrices of an adapter
     std::vector<char> activations;
@@ -85,7 +87,9 @@ struct PromptRoom {
         grow(query, size_t(tokens * e.query_rows));
         grow(convolved, size_t(tokens * e.conv_rows)), grow(gates, size_t(tokens * e.gate_rows));
         grow(steps, size_t(tokens * e.step_rows));
-        grow(mixed, size_t(tokens * std::max<int64_t>(m.heads * m.value_dim, e.conv_out)));
+        grow(mixed, size_t(tokens * std::max(e.mixed_rows, e.conv_out)));
+        grow(head_gates, size_t(tokens * e.head_gate_rows));
+        if (e.joins) grow(beside, size_t(tokens * m.hidden));
         grow(low, size_t(tokens * e.rank));
         if (e.lays_aside) {
             for (auto* rows : {&words, &aside}) grow(*rows, size_t(p.count * m.hidden));
@@ -93,7 +97,7 @@ struct PromptRoom {
         }
         grow(narrow, size_t(p.count * e.entry_rows));
         grow(ranks, size_t(tokens * e.low_rows)), grow(adapted, size_t(tokens * e.high_rows));
-        for (auto* rows : {&key, &value}) grow(*rows, size_t(tokens * m.key_value_heads * widths(m).key));
+        grow(key, size_t(tokens * e.key_rows)), grow(value, size_t(tokens * e.value_rows));
         for (auto* rows : {&gate, &up}) grow(*rows, size_t(std::max(slots * e.intermediate, tokens * e.shared_intermediate)));
         if (e.experts > 0) routed.make_room(p.count, tokens, e.experts, m.top_k, m.hidden);
         size_t most = 0;
@@ -102,7 +106,7 @@ struct PromptRoom {
                                                    : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.conv_gates, &l.key, &l.value, &l.output,
+            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.conv_gates, &l.key, &l.value, &l.output, &l.head_gates,
                                      &l.gate, &l.up, &l.down, &l.aside, &l.shared_gate, &l.shared_up, &l.shared_down})
                 for (const Operand* part : {o, o->low, o->high})
                     if (part != nullptr && part->present()) room_for(*part, tokens);

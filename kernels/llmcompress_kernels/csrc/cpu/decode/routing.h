@@ -39,7 +39,7 @@ inline void keep_groups(const Model& m, float* scores, int n, float* groups) {
 }
 
 // The k experts of the largest scores, the earlier one first among equals, and their weights: shares by softmax over all, or
-// sigmoids. Scores are these with a correction, or logits where nothing corrects shares.
+// sigmoids. Scores are these with a correction, or logits without one; of groups sigmoids in any case.
 inline void best_experts(const Model& m, const float* correction, const float* logits, int n, float* scratch, int* chosen,
                          float* weights) {
     const float top = *std::max_element(logits, logits + n);
@@ -47,7 +47,8 @@ inline void best_experts(const Model& m, const float* correction, const float* l
     for (int i = 0; m.routing == SOFTMAX && i < n; ++i) total += std::exp(logits[i] - top);
     const auto weight = [&](float logit) { return m.routing == SIGMOID ? sigmoid(logit) : std::exp(logit - top) / total; };
     const float* scores = logits;
-    if (m.routing == SIGMOID || correction != nullptr || m.groups > 1) {
+    // large logits have equal sigmoids
+    if (correction != nullptr || m.groups > 1) {
         const bool corrected = m.routing == SIGMOID || correction != nullptr;
         for (int i = 0; i < n; ++i)
             scratch[i] = corrected ? weight(logits[i]) + (correction ? correction[i] : 0.f) : logits[i];
@@ -86,6 +87,7 @@ inline void sparsemixer_experts(const float* logits, int n, int k, float jitter,
 inline void choose(const Model& m, const Layer& l, const float* logits, int n, float* scratch, int* chosen, float* weights) {
     if (m.routing == SPARSEMIXER) sparsemixer_experts(logits, n, m.top_k, m.jitter, chosen, weights);
     else best_experts(m, l.router_correction, logits, n, scratch, chosen, weights);
+    for (int j = 0; l.expert_scales != nullptr && j < m.top_k; ++j) weights[j] *= l.expert_scales[chosen[j]];
 }
 
 // Put k chosen experts into ascending order, their weights with them.

@@ -37,6 +37,7 @@ class Worker : public StepHead {
                 if (o.l.parallel == 0) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
                 gated_mlp(o);
             }
+            if (o.l.output_scale != 1) scale_all(own_.hidden.data(), s_.batch * int64_t(m_.hidden), o.l.output_scale);
         }
         if (s_.last_layer == m_.layer_count) head();
         else if (thread_ == 0) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, s_.hidden);
@@ -46,7 +47,7 @@ class Worker : public StepHead {
     void embed() {
         for (int b = 0; b < s_.batch; ++b) {
             const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[member(b)];
-            embedding_row(from, s_.tokens[b], m_.hidden, m_.embedding_scale, own_.hidden.data() + b * m_.hidden);
+            embedding_row(m_, from, s_.tokens[b], own_.hidden.data() + b * m_.hidden);
         }
         if (e_.lays_aside) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, own_.words.begin());
     }

@@ -13,27 +13,28 @@ class StepAttention : public StepProducts {
 
   protected:
     void attention(const LayerOperands& o, int layer) {
-        project({{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}, {&o.value, sh_.value.data()}});
+        project({{&o.query, sh_.query.data()}, {&o.key, sh_.key.data()}, {&o.value, sh_.value.data()},
+                 {&o.head_gates, sh_.head_gates.data()}});
         // all new keys and values come first: tokens of a step may belong to one sequence (a short prompt)
-        const Range pairs = share(s_.batch * m_.key_value_heads);
-        for (int64_t i = pairs.first; i < pairs.last; ++i)
-            append(o.l, layer, int(i / m_.key_value_heads), int(i % m_.key_value_heads));
+        const int held = o.l.key_value_heads;
+        const Range pairs = share(s_.batch * held);
+        for (int64_t i = pairs.first; i < pairs.last; ++i) append(o, layer, int(i / held), int(i % held));
         wait();
-        const Range tasks = share(int64_t(s_.batch) * m_.key_value_heads * sh_.chunks);
+        const Range tasks = share(int64_t(s_.batch) * held * sh_.chunks);
         for (int64_t task = tasks.first; task < tasks.last; ++task) {
             const int pair = int(task / sh_.chunks), chunk = int(task % sh_.chunks);
-            if (c_.kind == DENSE_FP32) attend_chunk<float>(o, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
-            else attend_chunk<uint16_t>(o, layer, pair / m_.key_value_heads, pair % m_.key_value_heads, chunk);
+            if (c_.kind == DENSE_FP32) attend_chunk<float>(o, layer, pair / held, pair % held, chunk);
+            else attend_chunk<uint16_t>(o, layer, pair / held, pair % held, chunk);
         }
         took(ATTENTION);
         wait();
-        const Widths w = widths(m_);
-        const int width = m_.heads * w.value;
+        const Widths w = widths(m_, o.l);
+        const int width = o.l.heads * w.value;
         for (int b = 0; b < s_.batch; ++b)
-            for (int h = 0; h < m_.heads; ++h) {
+            for (int h = 0; h < o.l.heads; ++h) {
                 float* out = own_.mixed.data() + int64_t(b) * width + h * w.value;
                 merge(o.l, b, h, w, out);
-                close_gates(m_, o.l, sh_.query.data() + b * o.query.m.rows, h, out);
+                close_gates(o, sh_.query.data() + b * o.query.m.rows, sh_.head_gates.data() + b * o.head_gates.m.rows, h, out);
             }
         finish_attention(o, own_.mixed.data(), width);
     }
@@ -45,14 +46,14 @@ class StepAttention : public StepProducts {
         for (int64_t b = tokens.first; b < tokens.last; ++b)
             put_latent(m_, o.l, c_, layer, s_.slots[b], s_.positions[b], sh_.key.data() + b * o.key.m.rows);
         if (low) low_queries(o);
-        const Widths w = widths(m_);
-        const Range heads = share(m_.heads);
+        const Widths w = widths(m_, o.l);
+        const Range heads = share(o.l.heads);
         for (int64_t h = heads.first; h < heads.last; ++h)
             absorb(m_, o, c_, sh_.query.data(), s_.batch, h, [&](int b) { return s_.positions[b]; },
-                   sh_.absorbed.data() + h * w.row(), int64_t(m_.heads) * w.row());
+                   sh_.absorbed.data() + h * w.row(), int64_t(o.l.heads) * w.row());
         took(QKV);
         wait();
-        const int groups = tasks_of(m_);
+        const int groups = tasks_of(m_, o.l);
         const Range tasks = share(int64_t(s_.batch) * groups * sh_.chunks);
         for (int64_t task = tasks.first; task < tasks.last; ++task) {
             const int at = int(task / sh_.chunks), chunk = int(task % sh_.chunks);
@@ -67,7 +68,7 @@ class StepAttention : public StepProducts {
         }
         took(ATTENTION);
         wait();
-        finish_attention(o, sh_.value.data(), m_.heads * m_.value_dim);
+        finish_attention(o, sh_.value.data(), o.l.heads * o.l.value_dim);
     }
 
     void finish_attention(const LayerOperands& o, const float* mixed, int width) {
@@ -93,50 +94,50 @@ class StepAttention : public StepProducts {
 
     template <class T>
     void attend_latents(const Layer& l, int layer, int b, int group, int chunk) {
-        const Widths w = widths(m_);
-        const int head = group * TOGETHER_HEADS, count = std::min(TOGETHER_HEADS, m_.heads - head);
-        const float* queries = sh_.absorbed.data() + (int64_t(b) * m_.heads + head) * w.row();
-        attend_span<T>(l, layer, b, 0, chunk, count, queries, part_of(b, chunk, head));
+        const Widths w = widths(m_, l);
+        const int head = group * TOGETHER_HEADS, count = std::min(TOGETHER_HEADS, l.heads - head);
+        const float* queries = sh_.absorbed.data() + (int64_t(b) * l.heads + head) * w.row();
+        attend_span<T>(l, layer, b, 0, chunk, count, queries, part_of(l, b, chunk, head));
     }
 
     // Where a chunk of token b leaves what it finds for a head.
-    float* part_of(int b, int chunk, int64_t head) {
-        return sh_.parts.data() + ((int64_t(b) * sh_.chunks + chunk) * m_.heads + head) * widths(m_).part();
+    float* part_of(const Layer& l, int b, int chunk, int64_t head) {
+        return sh_.parts.data() + ((int64_t(b) * sh_.chunks + chunk) * l.heads + head) * widths(m_, l).part();
     }
 
     // All that the chunks of token b have found for a head.
     void merge(const Layer& l, int b, int head, const Widths& w, float* out) {
-        combine(part_of(b, 0, head), int64_t(m_.heads) * w.part(), sh_.chunks, w.value, sink_of(l, head), out);
+        combine(part_of(l, b, 0, head), int64_t(l.heads) * w.part(), sh_.chunks, w.value, sink_of(l, head), out);
     }
 
-    void append(const Layer& l, int layer, int b, int head) {
-        const int dim = m_.head_dim;
-        const int64_t row = int64_t(b) * m_.key_value_heads * dim, at = row + int64_t(head) * dim;
-        float turned[MAX_HEAD_DIM];
-        turn(m_, key_heads(m_, l, sh_.key.data() + row, member(b)), head, s_.positions[b], 1.f, turned);
+    void append(const LayerOperands& o, int layer, int b, int head) {
+        const Layer& l = o.l;
+        const float* keys = sh_.key.data() + b * o.key.m.rows;
+        const float* values = o.value.present() ? sh_.value.data() + b * o.value.m.rows : keys;
         const Cache& c = cache_of(c_, l);
-        put(c, head_base(m_, c, layer, s_.slots[b], head), s_.positions[b], dim, turned, sh_.value.data() + at);
+        keep_head(m_, l, c, key_heads(l, keys, member(b)), values, head, head_base(l, c, layer, s_.slots[b], head),
+                  s_.positions[b]);
     }
 
     template <class T>
     void attend_chunk(const LayerOperands& o, int layer, int b, int head, int chunk) {
         const Layer& l = o.l;
-        const int group = m_.heads / m_.key_value_heads;
-        const Heads queries = query_heads(m_, l, sh_.query.data() + b * o.query.m.rows, member(b));
+        const int group = l.heads / l.key_value_heads;
+        const Heads queries = query_heads(l, sh_.query.data() + b * o.query.m.rows, member(b));
         for (int g = 0; g < group; ++g)
-            turn(m_, queries, int64_t(head) * group + g, s_.positions[b], m_.attention_scale,
-                 own_.queries.data() + g * widths(m_).row());
-        attend_span<T>(l, layer, b, head, chunk, group, own_.queries.data(), part_of(b, chunk, int64_t(head) * group));
+            turn(m_, queries, int64_t(head) * group + g, s_.positions[b], scale_of(m_, l, s_.positions[b]),
+                 own_.queries.data() + g * widths(m_, l).row());
+        attend_span<T>(l, layer, b, head, chunk, group, own_.queries.data(), part_of(l, b, chunk, int64_t(head) * group));
     }
 
     // A chunk of the positions that token b sees, for `group` query heads of a key-value head.
     template <class T>
     void attend_span(const Layer& l, int layer, int b, int head, int chunk, int group, const float* queries, float* out) {
-        const Widths w = widths(m_);
+        const Widths w = widths(m_, l);
         const Cache& c = cache_of(c_, l);
-        const int64_t base = head_base(m_, c, layer, s_.slots[b], head), length = s_.positions[b] + 1;
+        const int64_t base = head_base(l, c, layer, s_.slots[b], head), length = s_.positions[b] + 1;
         // chunks begin at whole vectors of positions
-        const int64_t from = seen_from(l, length), begin = from / LANES, vectors = row_blocks(length) - begin;
+        const int64_t from = seen_from(m_, l, length), begin = from / LANES, vectors = row_blocks(length) - begin;
         const int64_t first = std::max(from, (begin + vectors * chunk / sh_.chunks) * LANES);
         const int64_t last = std::min(length, (begin + vectors * (chunk + 1) / sh_.chunks) * LANES);
         if (first >= last) {
@@ -146,8 +147,8 @@ class StepAttention : public StepProducts {
             }
             return;
         }
-        const T* keys = static_cast<const T*>(c.keys) + base;
-        const T* values = w.latent ? keys : static_cast<const T*>(c.values) + base;
+        const T* keys = static_cast<const T*>(c.keys) + base * w.row();
+        const T* values = w.latent ? keys : static_cast<const T*>(c.values) + base * w.apart();
         attend_heads<T>(group, keys, values, queries, w, first, last, own_.weights.data(), c_.positions + LANES,
                         limits_of(m_, l), out);
     }

@@ -13,7 +13,7 @@ class StepExperts : public StepAttention {
   protected:
     void gated_mlp(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows;
-        gate_up(o.gate, o.up, 0, share(o.gate.blocks()), sh_.inner.data(), width);
+        gate_up(o.l, o.gate, o.up, 0, share(o.gate.blocks()), sh_.inner.data(), width);
         took(GATE_UP);
         wait();
         in_.set(sh_.inner.data(), width, s_.batch);
@@ -27,13 +27,17 @@ class StepExperts : public StepAttention {
     void experts(const LayerOperands& o) {
         const int64_t width = o.gate.m.rows, count = o.router.m.rows, wide = o.down.m.rows;
         const bool narrow = o.entry.present();
-        norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
+        // a parallel layer has normed what was before attention
+        if (o.l.router_norm != nullptr) norm_all(o.l.router_norm, nullptr);
+        else if (o.l.parallel == 0) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         const Range routers = share(o.router.blocks());
         multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
         const Range entries = share(o.entry.blocks());
         multiply(o.entry, in_, 0, entries.first, entries.last, sh_.narrow.data(), o.entry.m.rows);
         took(ROUTER);
+        if (o.l.shared_norm != nullptr) norm_all(o.l.shared_norm, nullptr);
         shared_inner(o);
+        if (o.l.router_norm != nullptr || o.l.shared_norm != nullptr) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
         wait();
         // every thread finds the same
         for (int b = 0; b < s_.batch; ++b)
@@ -45,7 +49,7 @@ class StepExperts : public StepAttention {
             // slots of one expert are the rows of one small product
             for (int i = 0; i < taken; ++i) own_.rows[size_t(i)] = slots[i] / m_.top_k;
             in_.set(narrow ? sh_.narrow.data() : own_.normed.data(), o.gate.m.columns, taken, own_.rows.data());
-            gate_up(o.gate, o.up, expert, inner, own_.gated.data(), width);
+            gate_up(o.l, o.gate, o.up, expert, inner, own_.gated.data(), width, m_.scales_inputs != 0 ? slots : nullptr);
             const int64_t row = inner.begin(), size = inner.end(width) - row;
             for (int i = 0; i < taken && size > 0; ++i)
                 std::copy_n(own_.gated.data() + i * width + row, size, sh_.inner.data() + slots[i] * width + row);
@@ -62,7 +66,7 @@ class StepExperts : public StepAttention {
             in_.set(sh_.inner.data(), width, taken, own_.rows.data());
             multiply(o.down, in_, expert, outer.first, outer.last, own_.product.data(), wide);
             for (int i = 0; i < taken; ++i) {
-                const float weight = own_.routed[size_t(slots[i])];
+                const float weight = m_.scales_inputs != 0 ? 1.f : own_.routed[size_t(slots[i])];
                 float* to = sums + slots[i] / m_.top_k * wide + row;
                 const float* from = own_.product.data() + i * wide + row;
                 for (int64_t c = 0; c < size; ++c) to[c] += weight * from[c];
@@ -71,19 +75,37 @@ class StepExperts : public StepAttention {
         took(DOWN);
         wait();
         if (narrow) widen(o);
-        add_delta(o.l.mlp_after);
+        if (o.l.routed_after != nullptr) join(o);
+        else add_delta(o.l.mlp_after);
     }
 
   private:
-    // activation(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once.
-    void gate_up(const Operand& gate, const Operand& up_rows, int64_t expert, Range blocks, float* out, int64_t stride) {
+    // activation(gate) * up. Rows of the same index belong to the same thread, so that it can combine them at once. With `slots` the
+    // weights of these multiply both, which is what inputs times weights give.
+    void gate_up(const Layer& l, const Operand& gate, const Operand& up_rows, int64_t expert, Range blocks, float* out,
+                 int64_t stride, const int* slots = nullptr) {
         const int64_t width = gate.m.rows, row = blocks.begin(), count = blocks.end(width) - row;
         if (count <= 0) return;
         float* up = up_rows.present() ? own_.product.data() : nullptr;
         multiply(gate, in_, expert, blocks.first, blocks.last, out, stride);
         if (up != nullptr) multiply(up_rows, in_, expert, blocks.first, blocks.last, up, width);
-        for (int t = 0; t < in_.tokens(); ++t)
-            open_gate(m_, out + t * stride + row, up == nullptr ? up : up + t * width + row, count);
+        for (int t = 0; t < in_.tokens(); ++t) {
+            float* const own = up == nullptr ? up : up + t * width + row;
+            if (slots != nullptr) scale_both(out + t * stride + row, own, count, own_.routed[size_t(slots[t])]);
+            open_gate(m_, l, out + t * stride + row, own, count);
+        }
+    }
+
+    // Add what experts and the MLP beside them say, each through its norm.
+    void join(const LayerOperands& o) {
+        for (int b = 0; b < s_.batch; ++b) {
+            const int64_t at = b * int64_t(m_.hidden);
+            // others read these, too
+            std::copy_n(sh_.delta.data() + at, m_.hidden, own_.normed.data());
+            std::copy_n(sh_.beside.data() + at, m_.hidden, own_.product.data());
+            join_norms(m_, o, own_.normed.data(), own_.product.data());
+            add_to(m_, own_.normed.data(), o.l.mlp_after, member(b), own_.hidden.data() + at);
+        }
     }
 
     // From the width of experts back to that of hidden states.
@@ -104,20 +126,22 @@ class StepExperts : public StepAttention {
     // What the MLP beside the experts has before its last projection, and its share.
     void shared_inner(const LayerOperands& o) {
         if (!o.shared_gate.present()) return;
-        gate_up(o.shared_gate, o.shared_up, 0, share(o.shared_gate.blocks()), sh_.shared.data(), o.shared_gate.m.rows);
+        gate_up(o.l, o.shared_gate, o.shared_up, 0, share(o.shared_gate.blocks()), sh_.shared.data(), o.shared_gate.m.rows);
         if (thread_ == 0 && o.shared_router.present()) multiply(o.shared_router, in_, 0, 0, 1, sh_.shares.data(), 1);
         took(GATE_UP);
     }
 
     // Blocks of rows to which experts add: nothing yet, or what that MLP says.
     void begin_delta(const LayerOperands& o, Range blocks, int64_t row, int64_t size) {
+        const bool apart = o.l.routed_after != nullptr;  // both are normed before they are added
+        float* const said = apart ? sh_.beside.data() : sh_.delta.data();
         if (o.shared_down.present()) {
             in_.set(sh_.shared.data(), o.shared_gate.m.rows, s_.batch);
-            multiply(o.shared_down, in_, 0, blocks.first, blocks.last, sh_.delta.data(), m_.hidden);
+            multiply(o.shared_down, in_, 0, blocks.first, blocks.last, said, m_.hidden);
         }
         for (int b = 0; b < s_.batch && size > 0; ++b) {
             float* to = sh_.delta.data() + b * int64_t(m_.hidden) + row;
-            if (!o.shared_down.present()) std::fill_n(to, size, 0.f);
+            if (apart || !o.shared_down.present()) std::fill_n(to, size, 0.f);
             else if (o.shared_router.present()) scale_all(to, size, sigmoid(sh_.shares[size_t(b)]));
         }
     }
