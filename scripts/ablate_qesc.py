@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--tokens", type=int, help="use only so many held-out tokens")
+    parser.add_argument("--tokens", type=int, help="use only this many held-out tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path)

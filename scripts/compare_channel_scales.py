@@ -38,7 +38,7 @@ BATCH = 8
 
 
 def held(bits: int, every: int, rounding: str) -> Callable[[StateQuantizer, Tensor, int], Tensor]:
-    """What becomes of a fresh state when channel scales are found at every so many tokens."""
+    """What becomes of a fresh state when channel scales are found at every few tokens."""
     dynamic, fixed = (StateSpec(bits, codec, rounding=rounding) for codec in CODECS)  # type: ignore[arg-type]
     kept: dict[int, Tensor] = {}
 

@@ -84,7 +84,7 @@ def held_out(model, tokenizer, task: WordProblems) -> tuple[float, float]:
 
 
 def train(form: str, seconds: float, sizes: tuple[int, ...], seed: int) -> None:
-    """Train for so many CPU seconds and print what came of it."""
+    """Train for this many CPU seconds and print what came of it."""
     task, tokenizer = WordProblems(60000, sizes=sizes, brief=True), build_tokenizer(WORDS, " ?[A-Za-z]+", (BOX,))
     problems = task.problems("pretrain")
     model = build_model(len(tokenizer), 96, 4, seed).train()

@@ -68,7 +68,7 @@ class Heard:
         self.ended = piece.reason is not None or piece.error is not None
 
     def wait(self, count: int | None = None) -> None:
-        """Until so many tokens are there, or the last."""
+        """Until this many tokens are there, or the last."""
         while not self.ended and (count is None or len(self.times) < count):
             time.sleep(0.001)
         if self.error is not None:

@@ -155,7 +155,7 @@ def heldout_loss(model: Any, rows: Any) -> float:
 
 
 def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, every: int) -> None:
-    """Train ``model`` in place for ``steps`` steps, keeping a checkpoint in ``folder`` every so many (0 for none)."""
+    """Train ``model`` in place for ``steps`` steps, keeping a checkpoint in ``folder`` every this many (0 for none)."""
     import torch
     import torch.nn.functional as F
 

@@ -26,7 +26,7 @@ class Routing:
         kind: ``softmax`` over all logits, ``sigmoid`` of each (DeepSeek-V3), or ``sparsemixer`` (Phi-MoE).
         renormalizes: Weights are divided by their sum.
         scale: Factor of the weights.
-        groups: The experts are so many groups of equal size, side by side.
+        groups: The experts are this many groups of equal size, side by side.
         top_groups: How many of them, the best, a token chooses from.
         voters: A group is ranked by its best expert (1), or by the sum of its best two (2).
         jitter: Noise level of sparsemixer.

@@ -30,7 +30,7 @@ from llmcompress_kernels.reference.group_gemm import LANES
 
 # sequences of one call
 MAX_BATCH = 64
-# cuts of a prompt at multiples of so many tokens change no bit
+# cuts of a prompt at multiples of this many tokens change no bit
 CUT = 64
 # tokens of one call, so that an interrupt need not wait for all of a long prompt
 MAX_PROMPT = 32 * CUT

@@ -299,7 +299,7 @@ def selective_scan_q(
         bits: int32 ``[H]``, 4, 6, 8, or 16 for heads that stay in float.
         fixed: fp16 ``[H, P]`` calibrated channel scale, or None.
         first: The state is first rounded after this many tokens.
-        window: And then after each so many more.
+        window: And then again each time after this many more.
         refit: As in :func:`dsq_state_update`.
         dither: As there.
 

@@ -44,7 +44,7 @@ _REFUSED_COMPRESSION = {
 }
 
 
-# half of a character that JSON writes in two parts; texts that were cut off at so many units end in one
+# half of a character that JSON writes in two parts; texts that were cut off at this many units end in one
 _HALF_ESCAPE, _HALF = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 
 

@@ -131,7 +131,7 @@ class RecallConfig(Section):
     """Questions per distance."""
 
     candidates: Annotated[int, Field(ge=2, le=64)] = 16
-    """Words to choose from; chance is one in so many."""
+    """Words to choose from; chance is one in this many."""
 
     seed: int = 0
     """Chooses names, words and text."""

@@ -1,4 +1,4 @@
-"""Recall at growing distance: what a model still knows after so many tokens of other text.
+"""Recall at growing distance: what a model still knows after this many tokens of other text.
 
 A statement ("The word of Anna is river.") is followed by running text and then by its beginning; the model must put the
 stated word above other words. Short perplexity windows hide damage to states, a fact to be remembered does not.

@@ -202,7 +202,7 @@ class Engine:
     """
 
     max_batch = native.MAX_BATCH
-    # prompts of so many tokens may go by steps, and at once from so many on
+    # prompts of this many tokens may go by steps, and at once from this many on
     most_by_steps = SHORT_PROMPT
     least_at_once = native.MAX_BATCH + 1
     # why some prompts must stay whole
@@ -328,7 +328,7 @@ class Engine:
 
     @property
     def piece(self) -> int | None:
-        """Prompts may be cut at multiples of so many tokens; None where they must stay whole."""
+        """Prompts may be cut at multiples of this many tokens; None where they must stay whole."""
         # an expert-skipping policy counts over the whole prompt
         return 1 if getattr(self.model, "llmcompress_skipping", None) is None else None
 
@@ -342,7 +342,7 @@ class Engine:
         return self.keeps_prefixes and self.cache.holds(slot, count)
 
     def snapshot_bytes(self, tokens: int) -> int:
-        """Bytes of a snapshot of so many tokens: none, see :attr:`keeps_snapshots`."""
+        """Bytes of a snapshot of this many tokens: none, see :attr:`keeps_snapshots`."""
         return 0
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -378,7 +378,7 @@ class Engine:
             Logits float32 ``[V]`` after the last token; ``[0]`` where the prompt goes on.
 
         Raises:
-            InputError: No such sequence, no room, not so many tokens, or a prompt that must stay whole.
+            InputError: No such sequence, no room, not this many tokens, or a prompt that must stay whole.
         """
         self._check(slot, len(tokens), start)
         if (start or not last) and self.piece is None:

@@ -43,7 +43,7 @@ class Sampling:
         top_p: Nucleus: the smallest set of most likely tokens with at least this probability.
         top_k: Only the most likely ones; 0 for all.
         seed: Seed of the draws.
-        min_p: Only those that are at least so many times as likely as the likeliest one, up to 1; 0 for all.
+        min_p: Only those with at least this share of the likeliest one's probability, up to 1; 0 for all.
     """
 
     max_new_tokens: int

@@ -180,7 +180,7 @@ class HybridEngine(Engine):
         self.lengths[slot], self._reading = snapshot.count, (slot, snapshot.count)
 
     def snapshot_bytes(self, tokens: int) -> int:
-        """Bytes of a snapshot of so many tokens."""
+        """Bytes of a snapshot of this many tokens."""
         weights = self.mixer_weights
         cache = self.cache
         low = 0 if cache.low is None else cache.reading_bytes - cache.low.nbytes // self.slots

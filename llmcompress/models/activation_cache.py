@@ -123,7 +123,7 @@ class ActivationCache:
 
 
 def _reserve(number: int, size: int) -> None:
-    """Give an open file so many bytes of disk: a mapped file that cannot grow would kill the process later.
+    """Give an open file this many bytes of disk: a mapped file that cannot grow would kill the process later.
 
     Raises:
         OSError: There is no room.

@@ -30,7 +30,7 @@ def _libc(name: str) -> Callable[..., int] | None:
 
 
 def _map_from(size: int) -> bool:
-    """Map blocks of so many bytes and more by themselves; fixes a limit that glibc would move by itself."""
+    """Map blocks of this many bytes and more by themselves; fixes a limit that glibc would move by itself."""
     mallopt = _libc("mallopt")
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, size))
 

@@ -274,7 +274,7 @@ class Sublayer:
         joins: Norm of the sum of the output and what lies aside, which is then added to the hidden states; None where
             the output is added alone (Gemma 4, whose routed experts are in no module but the block).
         beside: Linears that read the normed input too and always stay dense.
-        handed: Attention that is told by an earlier layer which positions each token sees, so many; 0 for others.
+        handed: How many positions a token sees where an earlier layer tells this attention which; 0 for others.
         keeps: Where the normed input takes the place of the hidden states, what multiplies it before the output is
             added (MiniMax-01); None where these stay.
     """

@@ -87,12 +87,12 @@ def gradient_bytes(blocks: int, hidden: int, item: int, vocab: int, length: int)
 
 
 def kept_bytes(values: int, item: int) -> int:
-    """Bytes in which so many inputs of ``item`` bytes each are kept."""
+    """Bytes in which this many inputs of ``item`` bytes each are kept."""
     return values * item // 2 if rounds(values, item) else values * item
 
 
 def rounds(values: int, item: int) -> bool:
-    """Whether so many inputs of ``item`` bytes each are rounded to bf16 where they are kept."""
+    """Whether this many inputs of ``item`` bytes each are rounded to bf16 where they are kept."""
     return item == 4 and values * item > EXACT_BYTES
 
 

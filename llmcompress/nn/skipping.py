@@ -202,7 +202,7 @@ class SkippingController:
             self._mask = torch.arange(length) < self._lengths[:, None]
 
     def enter(self, length: int) -> None:
-        """Note and count what kind of pass begins, over so many positions; the model's modules do it themselves."""
+        """Note and count what kind of pass begins, over this many positions; the model's modules do it themselves."""
         self._phase = "prefill" if length > 1 else "decode"
         if self._phase == "decode":
             self.calls["decode"] += 1
@@ -212,7 +212,7 @@ class SkippingController:
             self.calls["prefill"] += 1
 
     def acts_on(self, length: int) -> bool:
-        """Whether the policy looks at a prompt of so many tokens at all."""
+        """Whether the policy looks at a prompt of this many tokens at all."""
         return length >= max(2, self._min_len())
 
     def prompt(self, length: int) -> Callable[[int, Tensor, Tensor, Tensor], None] | None:
@@ -246,7 +246,7 @@ class SkippingController:
 
     @contextmanager
     def padded(self, lengths: Tensor) -> Iterator[None]:
-        """Inside, passes without an attention mask have rows that end after so many tokens, padding behind them.
+        """Inside, rows of passes without an attention mask end after this many tokens, with padding behind.
 
         Causal attention needs no mask for that, and counting experts does.
 

@@ -122,7 +122,7 @@ def _unpack_rows(rows: Tensor, bits: int, count: int) -> Tensor:
 def _neighbours(bits: int) -> list[tuple[int, int, int]]:
     """Masks of what stays and of what has moved next to it, and by how many bits it does, for one, two and four codes.
 
-    Lanes of an int64 hold so many codes each, the lowest bits of the lane filled. An odd lane moves down until it
+    Lanes of an int64 hold this many codes each, the lowest bits of the lane filled. An odd lane moves down until it
     touches the even one below; together they are a lane of the next round.
     """
     found = []

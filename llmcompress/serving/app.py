@@ -273,7 +273,7 @@ class Service:
             )  # fmt: skip
 
     def walks(self, model: ServedModel, form: Form, count: int) -> list[Walk | None]:
-        """The beginning of a format's grammar, so many times.
+        """The beginning of a format's grammar, this many times.
 
         Raises:
             ApiError: 400 for a format that cannot be kept to, 501 without the library.

@@ -29,7 +29,7 @@ class Slots:
     Args:
         count: Places.
         keep: Whether what sequences leave may be used again.
-        usable: Whether one may go on from so many first tokens of a place, which may have forgotten what came before.
+        usable: Whether one may go on from this many first tokens of a place, which may have forgotten what came before.
     """
 
     def __init__(

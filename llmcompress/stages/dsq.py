@@ -53,7 +53,7 @@ class DsqConfig(StageConfig):
     refits: Annotated[int, Field(ge=1, le=8)] = 3
     """Least-squares passes of ``dsq_als``."""
     replay_window: Annotated[int, Field(ge=1, le=64)] = 1
-    """Round the state only every so many tokens, and keep what the tokens since have put in (``dt x``, decay, B, in
+    """Round the state only every few tokens, and keep what the tokens since have put in (``dt x``, decay, B, in
     fp32) to replay it. Errors fall about with its root and steps take less time, for ``(R - 1) (H P + H + G N) 4``
     bytes per layer and sequence; the paper rounds at every token, which is 1."""
     head_bits: Literal["uniform", "auto"] = "uniform"

@@ -58,7 +58,7 @@ class EsrConfig(StageConfig):
     token_warmup: Annotated[int, Field(ge=0)] = 32
     """Tokens at the start of a sequence that count a quarter: errors need time to build up."""
     patience: Annotated[int, Field(ge=1)] = 2
-    """Stop after so many epochs without a better held-out loss."""
+    """Stop after this many epochs without a better held-out loss."""
     rollback: bool = True
     """Keep a block as it was where its held-out loss did not fall."""
     memory_mb: Annotated[int, Field(ge=1)] = 1024

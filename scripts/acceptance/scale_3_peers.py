@@ -132,7 +132,7 @@ def kept_row(tool: str, job: str) -> dict[str, Any] | None:
 
 
 def measure(tool: str, job: str, limit: float | None) -> dict[str, Any] | None:
-    """Run one tool on one job, for so many CPU seconds at most, look at what it wrote, keep the row."""
+    """Run one tool on one job, for this many CPU seconds at most, look at what it wrote, keep the row."""
     WORK.mkdir(exist_ok=True)
     foundation_7_peers.WORK.mkdir(exist_ok=True)
     model, out, log = model_of(job), WORK / f"{tool}_{job}", WORK / f"{tool}_{job}.log"

@@ -96,7 +96,7 @@ def main() -> None:
         "--routed", action="store_true",
         help="llmcompressor: calibrate experts on the tokens routed to them, not on all",
     )  # fmt: skip
-    parser.add_argument("--batched", type=int, default=0, help="llmcompressor: so many equal weights in one solve")
+    parser.add_argument("--batched", type=int, default=0, help="llmcompressor: this many equal weights in one solve")
     args = parser.parse_args()
     began = time.time()
     TOOLS[args.tool](args)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +49,20 @@ def _language_is_patched_once_a_launch() -> Iterator[None]:
 
 def _interpreted() -> bool:
     return importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@pytest.fixture(scope="session")
+def on_host() -> Callable[[str, str], ctypes.CDLL]:
+    """Compile CUDA C++ for the host, ``name`` and a source of ``csrc/cuda``; skips where there is no compiler."""
+
+    def compiled(name: str, source: str) -> ctypes.CDLL:
+        if shutil.which("g++") is None and "CXX" not in os.environ:
+            pytest.skip("no C++ compiler")
+        headers = (f"{Path(source).parent}/*", "cuda/common/*")
+        flags = ("-Og", "-Wno-unknown-pragmas")
+        return ctypes.CDLL(str(build.build(build.Family(name, (source,), headers=headers, flags=flags))))
+
+    return compiled
 
 
 @pytest.fixture

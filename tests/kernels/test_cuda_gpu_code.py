@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-import os
-import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from llmcompress_kernels import build, select, tables
+from llmcompress_kernels import select, tables
 from llmcompress_kernels.cuda import aot, launches, skinny
 from llmcompress_kernels.reference import group_gemm as dense_definition
 from llmcompress_kernels.reference import moe_group_gemm as routed_definition
@@ -24,17 +23,9 @@ BUDGET = {2: 2.8, 3: 4.0, 4: 5.3}
 
 
 @pytest.fixture(scope="module")
-def emulation() -> ctypes.CDLL:
+def emulation(on_host: Callable[[str, str], ctypes.CDLL]) -> ctypes.CDLL:
     """The kernels compiled for the host."""
-    if shutil.which("g++") is None and "CXX" not in os.environ:
-        pytest.skip("no C++ compiler")
-    family = build.Family(
-        "skinny-emulation",
-        ("cuda/skinny/emulate.cpp",),
-        headers=("cuda/skinny/*", "cuda/common/*"),
-        flags=("-Og", "-Wno-unknown-pragmas"),
-    )
-    return ctypes.CDLL(str(build.build(family)))
+    return on_host("skinny-emulation", "cuda/skinny/emulate.cpp")
 
 
 @pytest.fixture(params=["whole", "shared"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import itertools
-import os
-import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,31 +21,18 @@ UNITS = 3
 
 
 @pytest.fixture(scope="module")
-def emulation() -> ctypes.CDLL:
+def emulation(on_host: Callable[[str, str], ctypes.CDLL]) -> ctypes.CDLL:
     """The kernel compiled for the host."""
-    if shutil.which("g++") is None and "CXX" not in os.environ:
-        pytest.skip("no C++ compiler")
-    family = build.Family(
-        "state-emulation",
-        ("cuda/state/emulate.cpp",),
-        headers=("cuda/state/*", "cuda/common/*"),
-        flags=("-Og", "-Wno-unknown-pragmas"),
-    )
-    library = ctypes.CDLL(str(build.build(family)))
+    library = on_host("state-emulation", "cuda/state/emulate.cpp")
     library.llmcompress_state_per_state.restype = ctypes.c_float
     library.llmcompress_state_per_state.argtypes = (ctypes.c_float, ctypes.c_int)
     return library
 
 
 @pytest.fixture(scope="module")
-def windows() -> ctypes.CDLL:
+def windows(on_host: Callable[[str, str], ctypes.CDLL]) -> ctypes.CDLL:
     """The kernels of replay windows compiled for the host."""
-    if shutil.which("g++") is None and "CXX" not in os.environ:
-        pytest.skip("no C++ compiler")
-    headers = ("cuda/state/*", "cuda/common/*")
-    flags = ("-Og", "-Wno-unknown-pragmas")
-    family = build.Family("replay-emulation", ("cuda/state/emulate_replay.cpp",), headers=headers, flags=flags)
-    return ctypes.CDLL(str(build.build(family)))
+    return on_host("replay-emulation", "cuda/state/emulate_replay.cpp")
 
 
 def start(seed: int, sequences: int, states: int, bits: int, calibrated: bool, scale: float = 1.0):

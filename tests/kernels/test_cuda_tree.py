@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
-import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from llmcompress_kernels import build, ops, select
+from llmcompress_kernels import ops, select
 from llmcompress_kernels.cuda import aot, machine_code
 from llmcompress_kernels.cuda import tree as kernels
 from llmcompress_kernels.reference import delta_decode as definition
@@ -20,17 +19,9 @@ TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(scope="module")
-def emulation() -> ctypes.CDLL:
+def emulation(on_host: Callable[[str, str], ctypes.CDLL]) -> ctypes.CDLL:
     """The kernel compiled for the host."""
-    if shutil.which("g++") is None and "CXX" not in os.environ:
-        pytest.skip("no C++ compiler")
-    family = build.Family(
-        "tree-emulation",
-        ("cuda/tree/emulate.cpp",),
-        headers=("cuda/tree/*", "cuda/common/*"),
-        flags=("-Og", "-Wno-unknown-pragmas"),
-    )
-    return ctypes.CDLL(str(build.build(family)))
+    return on_host("tree-emulation", "cuda/tree/emulate.cpp")
 
 
 def nodes(rows: int, columns: int, bits: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -264,7 +264,7 @@ def shared(bits: int, call: Call) -> int:
 
 
 def _x_bytes(bits: int, call: Call, steps: int) -> int:
-    """Bytes of a job's activations for so many steps, with the sums that belong to them."""
+    """Bytes of a job's activations for this many steps, with the sums that belong to them."""
     tiles, spans = -(-call.at_once // TILE), max(1, COLUMNS[bits] // call.group)
     sums = 8 * TILE * tiles * spans * steps
     return call.at_once * (2 * COLUMNS[bits] * steps + (16 if bits == 2 else 64)) + sums
@@ -290,7 +290,7 @@ def shared_of_strips(bits: int, call: Call) -> int:
 
 
 def _x_of_strips(call: Call, rounds: int) -> int:
-    """Bytes of a job's activations for so many rounds of steps, with the sums that belong to them."""
+    """Bytes of a job's activations for this many rounds of steps, with the sums that belong to them."""
     tiles, spans = -(-call.at_once // TILE), rounds * call.members * SPANS
     return call.at_once * (2 * SPAN * spans + 64) + tiles * 8 * TILE * spans
 
@@ -429,7 +429,7 @@ def cut(call: Call, bits: int, launch: Launch, device: Device) -> int:
     if call.mode != MODES["dense"]:
         jobs = min(call.tokens * call.slots, call.experts + call.tokens * call.slots // call.at_once)
     call.blocks = max(1, min(blocks * device.processors, (2**32 - 1) // (jobs * tiles * steps + 1)))
-    # a block has so many steps at least, whatever the routing
+    # a block has at least this many steps, whatever the routing
     each = max(call.least, tiles * steps // call.blocks)
     call.pieces = min(steps, -(-steps // each) + 1)
     return jobs * tiles * call.warps if call.mode != MODES["down"] else tiles * call.warps

@@ -191,7 +191,7 @@ def dsq_replay_update(
 ) -> Tensor:
     """Arguments as in :func:`llmcompress_kernels.state.dsq_replay_update`, which :func:`verify_replay` has accepted.
 
-    Two launches: one for the sequences that are rounded, by ``variant``, and one for the others, by blocks of so many
+    Two launches: one for the sequences that are rounded, by ``variant``, and one for the others, by blocks of this many
     ``readers``. ``library``, ``family`` and ``overlap`` as in :func:`dsq_state_update`; with the latter the second
     launch runs beside the first.
 

@@ -46,7 +46,7 @@ class Template:
 
     Attributes:
         name: Part of the key.
-        draw: Makes the numbers, so many times as large as the smallest.
+        draw: Makes the numbers, this many times as large as the smallest.
         story: Question; formatted with the numbers, ``who``, ``other`` and ``things``.
         answer: The value asked for.
         solution: Steps without a box.

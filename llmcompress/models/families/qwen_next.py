@@ -46,7 +46,7 @@ def gated_delta(facts: Facts, layer: str, apart: bool) -> Part:
 
 
 def _mixer(facts: Facts, index: int, layer: str, apart: bool) -> Part:
-    """The delta rule or attention, by the list of layer types or every so many layers."""
+    """The delta rule or attention, by the list of layer types or every few layers."""
     every = facts.size("full_attention_interval")
     if facts.layer_kind("layer_types", index, _KINDS, _KINDS[(index + 1) % every == 0]) == "linear_attention":
         return gated_delta(facts, layer, apart)
