@@ -121,7 +121,7 @@ class Found:
 
     @classmethod
     def empty(cls, experts: int, rows: int, columns: int, groups: int) -> Found:
-        """Uninitialised."""
+        """Uninitialised results."""
         return cls(
             torch.empty(experts, rows, columns, dtype=torch.uint8), torch.empty(experts, rows, columns),
             torch.empty(experts, rows, groups, dtype=torch.float16),

@@ -225,12 +225,12 @@ class Decoder:
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """Width of the hidden states, H."""
         return self.final_norm.shape[-1]
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Size of the vocabulary, V."""
         return self.head.rows
 
     @property

@@ -228,12 +228,12 @@ class Model:
 
     @property
     def hidden(self) -> int:
-        """D."""
+        """Width of the hidden states, D."""
         return self.final_norm.shape[-1]
 
     @property
     def width(self) -> int:
-        """C."""
+        """Channels of the convolution, C."""
         return self.heads * self.channels + (0 if self.rank else 2 * self.groups * self.states)
 
     @property
@@ -323,7 +323,7 @@ class Carried:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """Bytes of states and inputs."""
         return self.states.nbytes + self.inputs.nbytes
 
 

@@ -32,7 +32,7 @@ class Stack:
     group_size: int = 1
 
     def operand(self) -> operand_shapes.Operand:
-        """The six in the order of the schema."""
+        """Its six operands in the order of the schema."""
         return self.weight, self.scale, self.zero, self.bias, self.bits, self.group_size
 
 

@@ -348,7 +348,7 @@ class Reconstruction:
     training: list[float] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """As JSON data."""
+        """The result as JSON data."""
         return {
             "kept": self.kept,
             "before": self.before,

@@ -122,12 +122,12 @@ class _Cache:
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer forgets."""
+        """False for every layer: none forgets."""
         return [False] * len(self.layers)
 
     @property
     def is_linear(self) -> list[bool]:
-        """Every layer has keys and values."""
+        """False for every layer: each has keys and values."""
         return [False] * len(self.layers)
 
 

@@ -98,7 +98,7 @@ llama-cli -m PATH/model.gguf -p "Once upon a time"
         return super().losses({name: policy for name, policy in policies.items() if name != embeddings.EMBEDDINGS})
 
     def remarks(self, layout: ModelLayout, plan: QuantPlan) -> list[str]:
-        """Q4_1 rounds."""
+        """Where Q4_1 rounds."""
         if any(block_type(spec) == "Q4_1" for spec in plan.values()):
             return ["asymmetric weights become Q4_1, whose fp16 offset rounds scale times zero, by 2^-11 of it at most"]
         return []

@@ -73,7 +73,7 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """Bytes of all its parts."""
         kept = (self.carried, self.keys, self.values, self.inputs, self.states)
         return sum(part.nbytes for part in kept if part is not None)
 
@@ -133,7 +133,7 @@ class Snapshots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """Bytes of all snapshots."""
         return sum(snapshot.nbytes for _, snapshot in self._held)
 
 

@@ -252,7 +252,7 @@ class Engine:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Size of the vocabulary, V."""
         return self.decoder.vocabulary
 
     @property

@@ -54,7 +54,7 @@ class Tally:
         self._biases = torch.tensor([value for _, value in penalties.bias], dtype=torch.float32)
 
     def take(self, token: int) -> None:
-        """A token has been written."""
+        """Count a token that has been written."""
         self._counts[token] += 1
         self._seen[token] = True
 

@@ -165,7 +165,7 @@ class RecurrentEngine:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Size of the vocabulary, V."""
         return self.weights.vocabulary
 
     @property

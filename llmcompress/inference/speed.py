@@ -60,7 +60,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name for tables."""
         return f"prefill {self.context}" if self.phase == "prefill" else f"decode at {self.context}, batch {self.batch}"
 
 

@@ -122,7 +122,7 @@ class _Reading:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the base's weights by run-time name."""
+        """Shapes of the base's weights by run-time name."""
         return {view.name: tuple(view.shape) for view in self.layout.tensors()}
 
     @cached_property

@@ -157,7 +157,7 @@ class Group:
 
     @property
     def jobs(self) -> list[Job]:
-        """Those that have a place."""
+        """Jobs that have a place."""
         return [*self.running.values(), *([] if self.reading is None else [self.reading[1]])]
 
     @property

@@ -24,7 +24,7 @@ class Slot:
 
 
 class Slots:
-    """Not thread-safe.
+    """Places for sequences; not thread-safe.
 
     Args:
         count: Places.

@@ -22,7 +22,7 @@ OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 class TextFormat(BaseModel):
-    """Anything."""
+    """Any text."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]

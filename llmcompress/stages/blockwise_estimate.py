@@ -67,7 +67,7 @@ class Job:
 
 
 def job_of(config: Any, inputs: PlanInputs, hessians: bool) -> Job:
-    """Read it off a stage's config.
+    """What a stage's config asks for.
 
     Args:
         config: The stage's config.

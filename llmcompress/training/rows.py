@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """A batch.
+    """A right-padded batch.
 
     Attributes:
         ids, mask: ``[B, T]`` int64, right-padded.

@@ -110,7 +110,7 @@ class Counts:
 
     @classmethod
     def of(cls, rows: Sequence[SftRow]) -> Counts:
-        """Count."""
+        """Count the tokens of some rows."""
         return cls(*(sum(sum(getattr(row, kind)) for row in rows) for kind in ("trained", "verdict", "first")))
 
 

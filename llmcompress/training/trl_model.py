@@ -24,7 +24,7 @@ class Paced(TrainerCallback):  # type: ignore[misc]
     trainer: Trainer
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The rate is ours."""
+        """Set our learning rate."""
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.trainer.rate()
 

@@ -87,7 +87,7 @@ def _check(library: Any, prefix: str, code: int) -> None:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """For a pointer that may be null."""
+    """A tensor's address, for a pointer that may be null."""
     return None if tensor is None else tensor.data_ptr()
 
 

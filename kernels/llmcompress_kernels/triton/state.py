@@ -382,7 +382,7 @@ def verify(channels: int, states: int, bits: int | None = None) -> str | None:
 
 
 def warps(channels: int, states: int) -> int:
-    """32 values per thread."""
+    """Warps of a program, with 32 values per thread."""
     return max(1, min(16, channels * states // 1024))
 
 

@@ -135,11 +135,11 @@ class FileProblems:
         return self.math and max(len(first), len(second)) <= LONGEST and math_equal(first, second)
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
-        """None by program."""
+        """No program can write one: raises ``NotImplementedError``."""
         raise NotImplementedError("solutions of problems from a file come from the model")
 
     def check_steps(self, problem: Problem, answer: str) -> str:
-        """None by program."""
+        """No program can test one: raises ``NotImplementedError``."""
         raise NotImplementedError("problems from a file need verifier.kind: openai")
 
 
