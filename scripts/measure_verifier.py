@@ -2,25 +2,30 @@
 """How soon SmolLM2-135M learns to verify on a CPU: the rows of the warm-up of ``s2r_smollm2``, with few of them.
 
     python scripts/measure_verifier.py --model FOLDER [--plain 40] [--updates 150] [--checkpoint FILE]
+    python scripts/measure_verifier.py --model FOLDER --minutes 90 --rows 8 --dtype float32 --learn 1 2 4 --sizes 4
 
 FOLDER is what scripts/smollm2_to_hf.py writes. An update has 16 rows, where the recipe's have 96, at the recipe's
-rate; about 2,000 tokens, 14 seconds of a core of an AMD EPYC (Zen 4). The model keeps the tokens of its vocabulary that
-the rows have, its products are in bfloat16, its weights in float32. ``--plain`` updates come first whose verifications
-have no verdict. A stopped run goes on from its checkpoint.
+rate; about 2,000 tokens, 14 seconds of a core of an AMD EPYC (Zen 4) and, in float32, 22 of one without products in 16
+bit (Zen 3). The model keeps the tokens of its vocabulary that the rows have, its products are in bfloat16 or float32,
+its weights in float32. ``--plain`` updates come first whose verifications have no verdict. With ``--minutes`` the rate
+falls by the clock, and the number of updates is what fits. A stopped run goes on from its checkpoint.
 
 Printed are, of verifications of held-out attempts, right and wrong, the shares that are told without a mistake and with
 the right verdict, and what goes wrong by kind of token. All tokens are told what precedes them, which for verifications
-without a mistake is what greedy decoding writes.
+without a mistake is what greedy decoding writes. ``--decode`` writes verifications of that many given attempts, and
+first attempts of as many problems, greedily and prints what the gate of ``s2r_rl`` sees: how many right and how many
+wrong attempts are recognised, each with the standard error of a share.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmcompress.algorithms.self_verify import verdict_of
 from llmcompress.data.actions import CHECK
 from llmcompress.data.problems.base import boxed
 from llmcompress.data.problems.word_problems import TEMPLATES, WordProblems
@@ -86,11 +92,13 @@ def verification(task: WordProblems, problem: Any, rng: random.Random, plain: bo
     return Trajectory(problem.key, problem.question, f"{attempt}{CHECK}{told}", 1, "verification", ends=False)
 
 
-def written(reader: Reader, task: WordProblems, read_back: float, number: int, plain: bool) -> list[SftRow]:
-    """Rows of an update; ``read_back`` is the share of verifications."""
-    rng = random.Random(f"0:{number}")
+def written(
+    reader: Reader, task: WordProblems, read_back: float, number: int, plain: bool, count: int = ROWS, seed: int = 0
+) -> list[SftRow]:
+    """``count`` rows of an update; ``read_back`` is the share of verifications."""
+    rng = random.Random(f"{seed}:{number}")
     found = []
-    for problem in rng.choices(task.problems("pretrain"), k=ROWS):
+    for problem in rng.choices(task.problems("pretrain"), k=count):
         if rng.random() < read_back:
             row = verification(task, problem, rng, plain)
         else:
@@ -106,12 +114,16 @@ class Learner:
         folder: Of the model.
         rows: Some of what it will see.
         lr: Peak rate.
+        dtype: Of the products.
     """
 
-    def __init__(self, folder: str, rows: Iterable[SftRow], end: int, lr: float) -> None:
+    def __init__(
+        self, folder: str, rows: Iterable[SftRow], end: int, lr: float, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         used = sorted({end, *(token for row in rows for token in (*row.prompt, *row.response))})
+        self.used = used
         self.places = {token: place for place, token in enumerate(used)}
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         kept = model.get_input_embeddings().weight.data[used].clone()
@@ -120,7 +132,7 @@ class Learner:
         model.tie_weights()
         # updates are smaller than the steps of bfloat16
         self.weights = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
-        self.model = model.to(torch.bfloat16)
+        self.model = model.to(dtype)
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=0.0)
         self.step = 0
         self.tokens = 0
@@ -166,7 +178,7 @@ class Learner:
         weights = [[t + (verdict_weight - 1) * v for t, v in zip(row.trained, row.verdict)] for row in rows]
         total = sum(map(sum, weights))
         sums = torch.zeros(4)
-        for part in by_length([len(row.prompt) + len(row.response) for row in rows], ROWS // 2):
+        for part in by_length([len(row.prompt) + len(row.response) for row in rows], max(1, len(rows) // 2)):
             logp, ids = self.logits([rows[place] for place in part])
             weight = torch.zeros(ids.shape)
             for line, place in enumerate(part):
@@ -190,6 +202,37 @@ class Learner:
         self._publish()
         self.step += 1
         return float(sums[0] / sums[1]), float(sums[2] / sums[3].clamp_min(1))
+
+    @torch.inference_mode()
+    def write(
+        self, prefixes: Sequence[Sequence[int]], longest: int, done: Callable[[list[int]], bool], size: int = 16
+    ) -> list[list[int]]:
+        """Greedy continuations of token ids, ``size`` at a time; each ends where ``done`` says so of it."""
+        found: list[list[int]] = [[] for _ in prefixes]
+        for part in by_length([len(prefix) for prefix in prefixes], size):
+            width = max(len(prefixes[place]) for place in part)
+            ids = torch.zeros(len(part), width, dtype=torch.int64)
+            mask = torch.zeros(len(part), width, dtype=torch.int64)
+            for line, place in enumerate(part):
+                prefix = [self.places.get(token, 0) for token in prefixes[place]]
+                # padded at the left, so that all continue at the same column
+                ids[line, width - len(prefix) :], mask[line, width - len(prefix) :] = torch.tensor(prefix), 1
+            at, cache, still = (mask.cumsum(-1) - 1).clamp_min(0), None, set(part)
+            for _ in range(longest):
+                out = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1,
+                )  # fmt: skip
+                cache, ids, at = out.past_key_values, out.logits[:, -1:].argmax(-1), at[:, -1:] + 1
+                mask = torch.cat([mask, torch.ones_like(ids)], 1)
+                for line, place in enumerate(part):
+                    if place in still:
+                        found[place].append(self.used[int(ids[line, 0])])
+                        if done(found[place]):
+                            still.discard(place)
+                if not still:
+                    break
+        return found
 
 
 @torch.inference_mode()
@@ -230,10 +273,39 @@ def held_out(
     return told, dict(losses)
 
 
+def decoded(learner: Learner, reader: Reader, sizes: Sequence[int], each: int) -> dict[str, list[bool]]:
+    """What greedy decoding writes for ``each`` validation problem of a size: whether first attempts are right, and
+    whether right and wrong attempts that are given to it are recognised as such.
+    """
+    rng = random.Random(2)
+    found: dict[str, list[bool]] = {"first attempts right": [], "right recognised": [], "wrong recognised": []}
+    for size in sizes:
+        task = WordProblems(16000, sizes=(size,), brief=True)
+        problems = task.problems("validation")[:each]
+        attempts = learner.write([reader.prompt(p.question) for p in problems], 60, lambda ids: ids[-1] == reader.end)
+        for problem, ids in zip(problems, attempts):
+            found["first attempts right"].append(task.check(problem, boxed(reader.text(ids))))
+        given = [verification(task, problem, rng) for problem in problems]
+        rows = [to_row(row, reader, LONGEST) for row in given]
+        prefixes = [[*row.prompt, *row.response[: row.trained.index(True)]] for row in rows if row is not None]
+        assert len(prefixes) == len(given)
+        for row, ids in zip(given, learner.write(prefixes, 130, lambda ids: verdict_of(reader.text(ids)) is not None)):
+            truth = "incorrect." not in row.response
+            found["right recognised" if truth else "wrong recognised"].append(verdict_of(reader.text(ids)) is truth)
+    return found
+
+
 def share(flags: Iterable[bool]) -> str:
     """In percent, of how many."""
     found = list(flags)
     return f"{100 * sum(found) / len(found):5.1f} % of {len(found):3d}" if found else "  –"
+
+
+def with_error(flags: Sequence[bool]) -> str:
+    """In percent with the standard error of a share (Agresti and Coull: two of each kind are added)."""
+    count, rate = len(flags) + 4, (sum(flags) + 2) / (len(flags) + 4)
+    error = math.sqrt(rate * (1 - rate) / count)
+    return f"{100 * sum(flags) / max(1, len(flags)):.1f} ± {100 * error:.1f} % of {len(flags)}"
 
 
 def report(learner: Learner, told: Sequence[Told], losses: dict[str, list[float]]) -> None:
@@ -258,12 +330,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--minutes", type=float, help="train for so long instead of so many updates")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of an update")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
     parser.add_argument("--plain", type=int, default=0, help="of these updates, first ones without verdicts")
     parser.add_argument("--read-back", type=float, help="share of verifications; the recipe's by default")
     parser.add_argument("--lr", type=float, help="peak rate; the recipe's by default")
     parser.add_argument("--every", type=int, default=50, help="updates between two reports")
+    parser.add_argument("--learn", type=int, nargs="+", help="sizes of the numbers that it learns from; the recipe's")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--each", type=int, default=100, help="held-out attempts of each size")
+    parser.add_argument("--decode", type=int, default=0, help="attempts of each size that are verified greedily")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -271,23 +349,34 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     warm: Any = load_recipe("s2r_smollm2", ["model.path=unused"]).recipe.stages["warm"]
-    task = warm.task.build()
+    config = warm.task.model_copy(update={"sizes": tuple(args.learn)}) if args.learn else warm.task
+    task = config.build()
     reader = Reader(AutoTokenizer.from_pretrained(args.model), task)
     read_back = warm.read_back if args.read_back is None else args.read_back
     lr = args.lr or warm.lr
     some = [row for number in range(200) for row in written(reader, task, read_back, -1 - number, False)]
-    learner = Learner(args.model, some, reader.end, lr)
+    learner = Learner(args.model, some, reader.end, lr, getattr(torch, args.dtype))
     learner.restore(args.checkpoint)
-    saved = time.monotonic()
-    while learner.step < args.updates:
-        rate = min(1.0, (learner.step + 1) / warm.warmup, (1 - learner.step / args.updates) / DECAY)
-        rows = written(reader, task, read_back, learner.step, learner.step < args.plain)
+    began = saved = time.monotonic()
+    done = 0.0
+    while done < 1:
+        rate = min(1.0, (learner.step + 1) / warm.warmup, (1 - done) / DECAY)
+        rows = written(reader, task, read_back, learner.step, learner.step < args.plain, args.rows, args.seed)
         nats, verdict = learner.learn(rows, rate * lr, warm.verdict_weight)
+        spent = (time.monotonic() - began) / 60
+        done = spent / args.minutes if args.minutes else learner.step / args.updates
         if learner.step % 5 == 0:
-            print(f"{learner.step}: cross-entropy {nats:.4f}, of verdicts {verdict:.4f}", flush=True)
-        if learner.step % args.every == 0 or learner.step == args.updates:
+            print(
+                f"{learner.step}: cross-entropy {nats:.4f}, of verdicts {verdict:.4f}; {learner.tokens} tokens, "
+                f"{spent:.1f} minutes, {time.process_time():.0f} s of a core",
+                flush=True,
+            )
+        if learner.step % args.every == 0 or done >= 1:
             report(learner, *held_out(learner, reader, args.sizes, args.each))
-        if time.monotonic() - saved > 300 or learner.step == args.updates:
+            if args.decode:
+                for name, flags in decoded(learner, reader, args.sizes, args.decode).items():
+                    print(f"  decoded: {name} {with_error(flags)}", flush=True)
+        if time.monotonic() - saved > 300 or done >= 1:
             learner.save(args.checkpoint)
             saved = time.monotonic()
 
