@@ -84,6 +84,8 @@ class Episode:
         ended: Whether the end token was written.
         well_formed: See :class:`Response`.
         tokens: Tokens of the response.
+        repeated: Of each attempt after the first, whether it gives an answer that the response has rejected before;
+            None where answers are not known.
     """
 
     right: tuple[bool, ...]
@@ -91,6 +93,7 @@ class Episode:
     ended: bool
     well_formed: bool
     tokens: int = 0
+    repeated: tuple[bool, ...] | None = None
 
     @property
     def final(self) -> bool:
@@ -214,10 +217,33 @@ def repeats(response: Response, answers: Sequence[str | None]) -> list[bool]:
     return again
 
 
-def judge(response: Response, right: Sequence[bool], tokens: int) -> Episode:
-    """Put together what the figures need."""
+def rejected_again(verdicts: Sequence[bool | None], answers: Sequence[str | None]) -> list[bool]:
+    """Of each attempt after the first, whether it gives an answer that the response has rejected before. Ours.
+
+    A policy that says "incorrect" of whatever it has written, or that retries without another idea, has true verdicts
+    and gains nothing; accuracy alone does not tell it from one that cannot solve the problem.
+
+    Args:
+        verdicts: What was said of each attempt that was verified.
+        answers: Answer of each attempt, None for none; attempts without one repeat each other.
+    """
+    rejected: set[str | None] = set()
+    again = []
+    for place, answer in enumerate(answers):
+        if place > 0:
+            again.append(answer in rejected)
+        if place < len(verdicts) and verdicts[place] is False:
+            rejected.add(answer)
+    return again
+
+
+def judge(
+    response: Response, right: Sequence[bool], tokens: int, answers: Sequence[str | None] | None = None
+) -> Episode:
+    """Put together what the figures need; ``answers`` of the attempts, where repeats are to be counted."""
     verdicts = tuple(verdict_of(a.text) for a in response.actions if a.kind is ActionKind.VERIFY)
-    return Episode(tuple(right), verdicts, response.ended, response.well_formed, tokens)
+    repeated = None if answers is None else tuple(rejected_again(verdicts, answers))
+    return Episode(tuple(right), verdicts, response.ended, response.well_formed, tokens, repeated)
 
 
 def sft_mask(response: Response, markers: bool = True, right: bool = True) -> list[bool]:
@@ -276,8 +302,10 @@ def behaviour(episodes: Sequence[Episode]) -> dict[str, float | int | None]:
     Returns:
         ``accuracy``, ``first_accuracy``, ``verification_accuracy`` (VA), ``error_recall`` (ER), ``correct_recall``,
         ``correct_precision`` (CP), ``incorrect_to_correct`` (ICR), ``correct_to_incorrect`` (CIR), ``trials``,
-        ``tokens``, ``ended``, ``well_formed``, and the counts behind them, named ``n_…``.
+        ``tokens``, ``ended``, ``well_formed``, ``repeated_retries`` (ours: share of attempts after the first that give
+        an answer which the response has rejected before), and the counts behind them, named ``n_…``.
     """
+    retries = [again for e in episodes for again in e.repeated or ()]
     pairs = [(right, said) for e in episodes for right, said in zip(e.right, e.verdicts)]
     wrong = [said for right, said in pairs if not right]
     correct = [said for right, said in pairs if right]
@@ -297,10 +325,12 @@ def behaviour(episodes: Sequence[Episode]) -> dict[str, float | int | None]:
         "tokens": _mean([e.tokens for e in episodes]),
         "ended": _share([e.ended for e in episodes]),
         "well_formed": _share([e.well_formed for e in episodes]),
+        "repeated_retries": _share(retries),
         "n_problems": len(episodes),
         "n_verifications": len(pairs),
         "n_wrong_attempts": len(wrong),
         "n_accepted": len(accepted),
+        "n_retries": len(retries),
         "n_first_wrong": len(first_wrong),
         "n_first_right": len(first_right),
     }

@@ -214,6 +214,16 @@ class Builder:
         return Trajectory(problem.key, problem.question, rng.choice(right).text, 1, "solution")
 
 
+def by_problem(rows: Sequence[Trajectory], share: float, seed: int) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Rows in two parts that have no problem in common, each in the order of ``rows``: what stays, and the rows of
+    about ``share`` of the problems, one at least, by seed.
+    """
+    problems = sorted({row.problem for row in rows})
+    count = max(1, round(share * len(problems)))
+    chosen = set(random.Random(f"{seed}:validation").sample(problems, min(count, len(problems))))
+    return [row for row in rows if row.problem not in chosen], [row for row in rows if row.problem in chosen]
+
+
 def some(rows: Sequence[Trajectory], count: int, seed: int) -> list[Trajectory]:
     """``count`` of the rows by seed, or all of them where there are fewer."""
     return random.Random(f"{seed}:some").sample(list(rows), min(count, len(rows)))

@@ -156,7 +156,8 @@ class Reader:
     def judge(self, problem: Problem, ids: Sequence[int], right: list[bool] | None = None) -> Episode:
         """Cut and judge; ``right`` tells of each attempt where that is known already."""
         response = self.read(ids)
-        return judge(response, self.right(problem, response) if right is None else right, len(ids))
+        right = self.right(problem, response) if right is None else right
+        return judge(response, right, len(ids), self.answers(response))
 
 
 def verdicts(

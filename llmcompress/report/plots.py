@@ -102,7 +102,10 @@ def _spread(wanted: list[float], gap: float, low: float, high: float) -> list[fl
     return placed
 
 
-def line_chart(layers: Sequence[int], series: Sequence[Series], title: str, axis: str = "layer") -> Markup:
+def line_chart(
+    layers: Sequence[int], series: Sequence[Series], title: str, axis: str = "layer",
+    show: Callable[[float], str] = percent,
+) -> Markup:  # fmt: skip
     """Values per layer (or step) as lines with their names at the right end.
 
     Args:
@@ -110,6 +113,7 @@ def line_chart(layers: Sequence[int], series: Sequence[Series], title: str, axis
         series: One or more lines over them.
         title: Sentence for screen readers.
         axis: What the x axis counts.
+        show: How values are written.
     """
     known = [v for s in series for v in s.values if v is not None]
     ticks = nice_ticks(max(known, default=1.0))
@@ -130,7 +134,7 @@ def line_chart(layers: Sequence[int], series: Sequence[Series], title: str, axis
 
         for tick in ticks:
             body += [_line(left, y(tick), width - right, y(tick), "grid")]
-            body += [_text(left - 8, y(tick) + 4, percent(tick), "tick", "end")]
+            body += [_text(left - 8, y(tick) + 4, show(tick), "tick", "end")]
         for i in _layer_ticks(layers, 6 if narrow else 16):
             body.append(_text(x(i), head + height + 20, str(layers[i]), "tick", "middle"))
         body.append(_text(left + span / 2, head + height + 40, axis, "tick", "middle"))
@@ -141,7 +145,7 @@ def line_chart(layers: Sequence[int], series: Sequence[Series], title: str, axis
             body.append(f'<polyline points="{path}" class="line {s.style}"/>')
             for (px, py), (i, v) in zip(points, ((i, v) for i, v in enumerate(s.values) if v is not None)):
                 if len(layers) <= 40:
-                    tip = f"{s.label}, {axis} {layers[i]}: {percent(v)}"
+                    tip = f"{s.label}, {axis} {layers[i]}: {show(v)}"
                     body.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.2" class="dot {s.style}" {_tip(tip)}/>')
             ends.append(points[-1][1] if points else head)
         if narrow:

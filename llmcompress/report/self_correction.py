@@ -22,6 +22,7 @@ COLUMNS = (
     ("trials", "trials"),
     ("tokens", "tokens"),
     ("ended", "ended"),
+    ("repeated_retries", "retries that repeat"),
 )
 # lines of a reinforcement curve and of a supervised one, with their strokes
 REINFORCED = (
@@ -29,6 +30,12 @@ REINFORCED = (
     ("first_accuracy", "first attempt", "accent dashed"),
     ("error_recall", "errors recalled", "strong"),
     ("ended", "ended", "muted"),
+)
+SUPERVISED = (
+    ("cross_entropy", "trained rows", "muted"),
+    ("verdict", "their verdicts", "muted dashed"),
+    ("validation", "held-out rows", "accent"),
+    ("validation_verdict", "their verdicts, held out", "accent dashed"),
 )
 KINDS = {
     "right": "right at once",
@@ -105,10 +112,31 @@ def _cells(figures: Json) -> list[str]:
 def _chart(entry: Json) -> Json | None:
     curve = [record for record in entry["curve"] if "accuracy" in record]
     if len(curve) < 2:
-        return None
+        return _losses(entry)
     stride = -(-len(curve) // POINTS)
     shown = curve[::stride]
     series = [Series(label, [record.get(key) for record in shown], style) for key, label, style in REINFORCED]
     title = f"Sampled responses of stage {entry['stage']} by training step"
     chart = line_chart([int(r["step"]) for r in shown], series, title, axis="step")
-    return {"stage": entry["stage"], "chart": chart}
+    return {"stage": entry["stage"], "what": "Responses sampled", "chart": chart}
+
+
+def _losses(entry: Json) -> Json | None:
+    """Loss on trained and on held-out rows where the latter was measured: a mean over the steps since the measurement
+    before, because that of a single batch is mostly which rows it has.
+    """
+    points: list[Json] = []
+    since: list[Json] = []
+    for record in (r for r in entry["curve"] if r.get("phase", "training") == "training"):
+        since.append(record)
+        if "validation" in record:
+            means = {key: sum(r[key] for r in since) / len(since) for key in ("cross_entropy", "verdict")}
+            points.append({**record, **means})
+            since = []
+    if len(points) < 2:
+        return None
+    shown = points[:: -(-len(points) // POINTS)]
+    series = [Series(label, [record[key] for record in shown], style) for key, label, style in SUPERVISED]
+    title = f"Cross-entropy of stage {entry['stage']} by training step, in nats a token"
+    chart = line_chart([int(r["step"]) for r in shown], series, title, axis="step", show=lambda value: f"{value:.3g}")
+    return {"stage": entry["stage"], "what": "Cross-entropy of rows in nats a token", "chart": chart}

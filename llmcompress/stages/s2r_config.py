@@ -119,6 +119,9 @@ class TrainingConfig(S2RConfig):
     """Tokens computed at once, padding included, beside the limit of ``micro_batch``; for rows of very different
     length on a GPU."""
 
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices, adapters' too, decoupled as in AdamW; norms and biases have none. The paper names none."""
+
     recompute: bool = False
     """Compute the blocks' inside again in the backward pass instead of keeping it; for long responses of large models.
     The result is the same."""
@@ -322,7 +325,7 @@ def announce(name: str, figures: dict[str, float | int | None], ctx: RunContext)
 
 
 def estimate_training(
-    config: TrainingConfig, inputs: PlanInputs, length: int, rows: int, checkpoints: int, mean: bool = False
+    config: TrainingConfig, inputs: PlanInputs, length: int, rows: int, checkpoints: int, copy: bool = False
 ) -> Estimate:
     """Memory of training: weights, gradients, moments, reference, activations of one micro-batch.
 
@@ -332,7 +335,7 @@ def estimate_training(
         length: Longest row in tokens; none is longer than the model's sequences may be.
         rows: Rows at once.
         checkpoints: How many lie on disk until the weights are written.
-        mean: Whether a mean of the weights is kept beside them.
+        copy: Whether a mean of the weights, or the best ones, are kept beside them.
     """
     import math
 
@@ -347,7 +350,7 @@ def estimate_training(
         # the reference is a frozen copy in the compute type
         moving, frozen = total, total * inputs.compute_bytes
     # what is trained, its gradient and two moments are in float32
-    weights = frozen + moving * (20 if mean else 16)
+    weights = frozen + moving * (20 if copy else 16)
     rows = min(rows, config.micro_batch)
     # hidden states, two projections of about four widths and attention per layer are kept for the backward pass; then
     # logits thrice. Computed again, a layer keeps its input, and one at a time has the rest.
@@ -357,7 +360,7 @@ def estimate_training(
     tokens = max(length, min(rows * length, config.micro_tokens or rows * length))
     activations = tokens * hidden * inputs.compute_bytes
     peak = weights + activations
-    disk = checkpoints * moving * (16 if mean else 12) + (
+    disk = checkpoints * moving * (16 if copy else 12) + (
         0 if config.adapter is not None else total * inputs.weight_bytes
     )
     on_gpu = inputs.device == "cuda"

@@ -31,6 +31,7 @@ FIGURES: dict[str, tuple[str, bool | None]] = {
     "tokens": ("n_problems", None),
     "ended": ("n_problems", True),
     "well_formed": ("n_problems", True),
+    "repeated_retries": ("n_retries", False),
 }
 
 

@@ -18,6 +18,7 @@ from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
 from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
+from llmcompress.stages.s2r_work import PROMPT_TOKENS, measured, passes, problem_count, trained, with_work
 
 if TYPE_CHECKING:
     from llmcompress.data.problems.base import Problem
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmcompress.evaluation.self_correction import Reader
     from llmcompress.stages.state import RunContext
     from llmcompress.training.policy import Policy
+    from llmcompress.training.sft import SftRow
 
 
 class GiveUpConfig(Section):
@@ -37,6 +39,22 @@ class GiveUpConfig(Section):
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Their share of trajectories and these rows together."""
+
+
+class ValidationConfig(_Section):
+    """Training problems set aside, whose rows are not trained: their loss is measured while training goes on. Ours; the
+    paper names none.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the problems."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two measurements; null for the end of each epoch. The end of the training has one anyway."""
+
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """End training after so many measurements that are no better than the best one, and keep the weights of that one;
+    null trains to the end and keeps the last ones."""
 
 
 class S2RInitConfig(TrainingConfig):
@@ -107,8 +125,8 @@ class S2RInitConfig(TrainingConfig):
     warmup: Annotated[int, Field(ge=0)] = 5
     """Steps of linear warm-up."""
 
-    decay: Literal["constant", "linear"] = "constant"
-    """Learning rate after warm-up; the paper names none."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up, to zero where it falls; the paper names none."""
 
     kl: Annotated[float, Field(ge=0)] = 0.1
     """λ of KL(π ‖ π_base) on the trained tokens (0.1 in the paper, 0.01 for Qwen2.5-Math)."""
@@ -131,6 +149,9 @@ class S2RInitConfig(TrainingConfig):
     max_length: Annotated[int, Field(ge=8)] = 8000
     """Longest row in tokens (8000 in the paper, 6000 for Qwen2-7B); longer ones are left out."""
 
+    validation: ValidationConfig | None = None
+    """Held-out loss: in the curve, the metrics and the report, in the terminal and in trackers; null for none."""
+
     checkpoint_every: Annotated[int, Field(ge=1)] | None = 50
     """Steps between two checkpoints; null for none: a killed stage then samples no more, but trains from the start."""
 
@@ -149,6 +170,7 @@ class S2RInitConfig(TrainingConfig):
             "an anchor": self.anchor > 0,
             "verdict_weight": self.verdict_weight != 1,
             "micro_tokens": self.micro_tokens is not None,
+            "validation": self.validation is not None,
         }
         refuse_for_trl(found)
         return self
@@ -173,8 +195,34 @@ class S2RInit(TrainingStage):
         c = self.config
         # that of the warm-up stays until the main training is over
         phases = 1 + (c.pair_epochs > 0 and c.data == "trajectories")
-        found = estimate_training(c, inputs, c.max_length, c.batch, 0 if c.checkpoint_every is None else phases)
-        return noted(found, c.engine, c.sampler)
+        best = c.validation is not None and c.validation.patience is not None
+        found = estimate_training(
+            c, inputs, c.max_length, c.batch, 0 if c.checkpoint_every is None else phases, copy=best
+        )
+        return noted(with_work(found, self._work(inputs)), c.engine, c.sampler)
+
+    def _work(self, inputs: PlanInputs) -> list[float | None]:
+        """Arithmetic of sampling, training (with the reference's pass) and measuring before and after."""
+        c = self.config
+        known = problem_count(c.task, c.problems, "pretrain" if c.data == "program" else "train")
+        before = measured(c.measure, c.task, inputs)
+        held_out = [before, before]
+        if known is None:
+            return [*held_out, None]
+        rows, again = float(known), 0.0
+        if c.data == "trajectories":
+            rows *= c.trajectories + c.single_trials
+            rows /= (1 - c.pair_share) * (1 - (c.give_up.share if c.give_up else 0))
+            # every different answer is a pair
+            again = float(known * c.samples * c.pair_epochs)
+        sampled = 0 if c.data == "program" else known * c.samples
+        seen = rows * c.epochs + again
+        # four trials at most (S2R section 3.1), verifications as long as attempts
+        parts = {"solutions": 1, "trajectories": 2 * 4}.get(c.data)
+        length = c.max_length if parts is None else min(c.max_length, PROMPT_TOKENS + parts * c.sampling.max_new_tokens)
+        reference = passes(inputs, seen, length) if c.kl > 0 or c.anchor > 0 else 0.0
+        writing = passes(inputs, sampled, PROMPT_TOKENS + c.sampling.max_new_tokens)
+        return [*held_out, writing, trained(c, inputs, seen, length), reference]
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Measure, build the rows, train on them; samples and checkpoint of an interrupted run are used again.
@@ -189,7 +237,30 @@ class S2RInit(TrainingStage):
                 figures = shared.measure_behaviour(self.config.measure, model, reader, "before", ctx)
             shared.announce(f"{self.name}.before", figures, ctx)
         rows, pairs = self._rows(policy, reader, ctx)
-        return self._train(policy, reader, rows, pairs, ctx)
+        return self._train(policy, reader, *self._set_aside(rows, pairs, ctx), ctx)
+
+    def _set_aside(
+        self, rows: list[Trajectory], pairs: list[Trajectory], ctx: RunContext
+    ) -> tuple[list[Trajectory], list[Trajectory], list[Trajectory]]:
+        """Rows and pairs without the problems of the validation, and rows of these.
+
+        Raises:
+            InputError: Nothing would be left of one of them.
+        """
+        from llmcompress.data.trajectories import by_problem
+        from llmcompress.errors import InputError
+
+        if self.config.validation is None:
+            return rows, pairs, []
+        kept, aside = by_problem(rows, self.config.validation.share, ctx.seed)
+        if not kept or not aside:
+            raise InputError(
+                f"stages.{self.name}.validation: all {len(rows)} training rows are of one problem",
+                "take more problems, or set validation to null",
+            )
+        chosen = {row.problem for row in aside}
+        ctx.emit("note", text=f"{len(aside)} rows of {len(chosen)} problems are held out for the validation")
+        return kept, [pair for pair in pairs if pair.problem not in chosen], aside
 
     def _rows(self, policy: Policy, reader: Reader, ctx: RunContext) -> tuple[list[Trajectory], list[Trajectory]]:
         """Sample with all processes, then judge and build in the first: rows of the training, kept in
@@ -300,39 +371,54 @@ class S2RInit(TrainingStage):
         write_durably(ctx.stage_dir / "trajectories.jsonl", ("\n".join(lines) + "\n").encode())
 
     def _train(
-        self, policy: Policy, reader: Reader, rows: list[Trajectory], pairs: list[Trajectory], ctx: RunContext
-    ) -> list[dict[str, Any]]:
-        from llmcompress.training.sft import SftSettings, to_row
+        self, policy: Policy, reader: Reader, rows: list[Trajectory], pairs: list[Trajectory],
+        aside: list[Trajectory], ctx: RunContext,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        from llmcompress.training.sft import SftSettings
 
         config = self.config
         train = self._loop(reader)
+        validation = config.validation or ValidationConfig()
+        held_out = self._tokens(reader, aside, "validation", ctx)
         curve: list[dict[str, Any]] = []
         phases = [("warm-up", pairs, config.pair_epochs), ("training", rows, config.epochs)]
         for number, (name, texts, epochs) in enumerate(phases):
-            found = [to_row(text, reader, config.max_length, config.train_markers) for text in texts]
-            kept = [row for row in found if row is not None]
+            kept = self._tokens(reader, texts, name, ctx)
             if not kept or not epochs:
                 continue
-            long = len(found) - len(kept)
-            if long:
-                ctx.emit("warning", text=f"{name}: {long} rows are longer than {config.max_length} tokens")
             settings = SftSettings(
                 epochs, config.batch, config.lr, config.kl, config.anchor, config.warmup, config.decay,
                 config.clip_grad, config.micro_batch, config.micro_tokens, config.checkpoint_every,
-                ctx.seed + number, config.verdict_weight,
+                ctx.seed + number, config.verdict_weight, config.weight_decay, validation.every, validation.patience,
             )  # fmt: skip
+            # pairs are a warm-up: what is measured, and may end early, is the training
+            more = {"held_out": held_out} if held_out and texts is rows else {}
             base = len(curve)
 
             def on_step(step: int, total: int, figures: dict[str, float], phase: str = name, base: int = base) -> None:
-                if step % 10 == 0 or step == total:
+                if step % 10 == 0 or step == total or "validation" in figures:
                     for key, value in figures.items():
                         ctx.emit("metric", name=f"{self.name}.{phase}.{key}", value=value, step=base + step)
-                if step % max(1, total // 10) == 0 or step == total:
-                    ctx.emit("note", text=f"{phase} {step}/{total}: cross-entropy {figures['cross_entropy']:.4f}")
+                if step % max(1, total // 10) == 0 or step == total or "validation" in figures:
+                    ctx.emit("note", text=f"{phase} {step}/{total}: {_progress(figures)}")
 
-            part = train(policy, kept, reader.pad, settings, ctx.stage_dir / f"{number}_{CHECKPOINT}", on_step)
+            path = ctx.stage_dir / f"{number}_{CHECKPOINT}"
+            part = train(policy, kept, reader.pad, settings, path, on_step, **more)
+            if part and part[-1]["step"] < -(-len(kept) // config.batch) * epochs:
+                ctx.emit("note", text=f"{name}: ended after step {part[-1]['step']}, the held-out loss fell no more")
             curve += [{**record, "phase": name} for record in part]
         return curve
+
+    def _tokens(self, reader: Reader, texts: list[Trajectory], name: str, ctx: RunContext) -> list[SftRow]:
+        """Rows as tokens, without those that are too long."""
+        from llmcompress.training.sft import to_row
+
+        longest = self.config.max_length
+        found = [to_row(text, reader, longest, self.config.train_markers) for text in texts]
+        kept = [row for row in found if row is not None]
+        if len(kept) < len(found):
+            ctx.emit("warning", text=f"{name}: {len(found) - len(kept)} rows are longer than {longest} tokens")
+        return kept
 
     def _loop(self, reader: Reader) -> Any:
         """The loop that trains.
@@ -345,6 +431,17 @@ class S2RInit(TrainingStage):
         from llmcompress.training.sft import train_sft
 
         return train_sft
+
+
+def _progress(figures: dict[str, float]) -> str:
+    """A step in words."""
+    words = [f"cross-entropy {figures['cross_entropy']:.4f}"]
+    if "validation" in figures:
+        words.append(f"held out {figures['validation']:.4f}")
+    words.append(f"gradient norm {figures['grad_norm']:.3g}")
+    if "tokens_per_second" in figures:
+        words.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(words)
 
 
 def _right(reader: Reader, problem: Problem, text: str) -> bool:

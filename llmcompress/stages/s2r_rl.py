@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,8 @@ from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r_config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
 from llmcompress.stages.s2r_training import TrainingStage, from_trl, noted, refuse_for_trl
+from llmcompress.stages.s2r_work import GATE_PROBLEMS, measured, passes, problem_count, trained, with_work
+from llmcompress.stages.s2r_work import PROMPT_TOKENS as PROBLEM_TOKENS
 
 if TYPE_CHECKING:
     from llmcompress.algorithms.rl_objectives import GroupBaseline
@@ -139,9 +142,9 @@ class S2RRlConfig(TrainingConfig):
     warmup: Annotated[int, Field(ge=0)] = 5
     """Optimiser steps of linear warm-up."""
 
-    decay: Literal["constant", "linear"] = "constant"
-    """Learning rate after warm-up; the paper names none. A model whose supervised training ended at rate 0 loses
-    accuracy to any constant rate before it learns: there ``linear`` is the better choice."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up, to zero where it falls; the paper names none. A model whose supervised training
+    ended at rate 0 loses accuracy to any constant rate before it learns: there ``linear`` is the better choice."""
 
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Last share of the optimiser steps whose weights are averaged into the trained ones; 0 keeps the last weights, as
@@ -278,8 +281,31 @@ class S2RRl(TrainingStage):
         c = self.config
         length = min(c.max_length, PROMPT_TOKENS + c.sampling.max_new_tokens)
         checkpoints = int(c.checkpoint_every is not None)
-        found = estimate_training(c, inputs, length, c.micro_batch, checkpoints, mean=c.average > 0)
-        return noted(found, c.engine, c.sampler)
+        found = estimate_training(c, inputs, length, c.micro_batch, checkpoints, copy=c.average > 0)
+        return noted(with_work(found, self._work(inputs)), c.engine, c.sampler)
+
+    def _work(self, inputs: PlanInputs) -> list[float | None]:
+        """Arithmetic of sampling, scoring (policy and reference), training and measuring."""
+        c = self.config
+        length = PROBLEM_TOKENS + c.sampling.max_new_tokens
+        known = problem_count(c.task, c.problems, "train")
+        every = None if known is None else float(known)
+        if c.mode == "online":
+            responses: float | None = float(c.steps * c.prompts * c.samples)
+            again, scores, screened = 1, 2, 0.0 if c.screen is None else every and every * c.screen.samples
+        else:
+            responses = None if every is None else every * c.samples
+            # the pool is sampled by the reference, whose scores are those of the policy too
+            again, scores, screened = c.offline.epochs, 1, 0.0
+        gate = 0.0 if c.min_verdict_recall is None else passes(inputs, GATE_PROBLEMS, length)
+        anchored = c.anchor > 0
+        return [
+            None if screened is None else passes(inputs, screened, length),
+            None if responses is None else (1 + scores + again * anchored) * passes(inputs, responses, length),
+            None if responses is None else again * trained(c, inputs, responses, length),
+            gate,
+            measured(c.measure, c.task, inputs),
+        ]
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Check the verifier, then train from the checkpoint that exists.
@@ -300,7 +326,7 @@ class S2RRl(TrainingStage):
         if wanted is None:
             return
         problems = shared.MeasureConfig(
-            split="validation", problems=400, max_new_tokens=self.config.sampling.max_new_tokens,
+            split="validation", problems=GATE_PROBLEMS, max_new_tokens=self.config.sampling.max_new_tokens,
             batch=max(256, self.config.sampling.batch),
         )  # fmt: skip
         with policy.reference() as model:
@@ -331,7 +357,7 @@ class S2RRl(TrainingStage):
             skip_agreeing=c.skip_agreeing, micro_batch=c.micro_batch, micro_tokens=c.micro_tokens,
             save_every=c.checkpoint_every, seed=ctx.seed,
             anchor=c.anchor, repeat_penalty=c.repeat_penalty, weigh_by_length=c.weigh_by_length,
-            decay=c.decay, credit=c.credit, average=c.average,
+            decay=c.decay, credit=c.credit, average=c.average, weight_decay=c.weight_decay,
         )  # fmt: skip
 
     def _baseline(self) -> GroupBaseline:
@@ -349,7 +375,16 @@ class S2RRl(TrainingStage):
         limits = self.config.guard
         guard = Guard(limits.ended_below, limits.trials_above, limits.seconds)
         common = (policy, reader, problems, self._settings(ctx))
-        rest = (guard, ctx.stage_dir / CHECKPOINT, lambda record: self._tell(record, ctx))
+        responses = min(self.config.prompts, len(problems)) * self.config.samples
+        clock = time.monotonic()
+
+        def tell(record: dict[str, Any]) -> None:
+            nonlocal clock
+            begun, clock = clock, time.monotonic()
+            # not in the curve: a resumed run ends with the same one
+            self._tell({**record, "tokens_per_second": record["tokens"] * responses / max(clock - begun, 1e-9)}, ctx)
+
+        rest = (guard, ctx.stage_dir / CHECKPOINT, tell)
         if self.config.engine == "trl":
             curve, stopped = from_trl(self.name, "trl_rloo", "train_trl")(*common, *rest)
         else:
@@ -428,11 +463,12 @@ class S2RRl(TrainingStage):
                 ctx.emit("metric", name=f"{self.name}.{key}", value=value, step=record["step"])
         if record["step"] % max(1, self.config.steps // 20) == 0:
             said = "–" if record["verification_accuracy"] is None else f"{record['verification_accuracy']:.1%}"
+            speed = f", {record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
             text = (
                 f"accuracy {record['accuracy']:.1%}, first attempt {record['first_accuracy']:.1%}, verdicts true {said}"
             )
             ctx.emit(
                 "note",
                 text=f"step {record['step']}: {text}, {record['trials']:.2f} trials, {record['ended']:.1%} ended, "
-                f"KL {record['kl']:.3f}",
+                f"KL {record['kl']:.3f}{speed}",
             )

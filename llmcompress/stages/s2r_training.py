@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.stages.base import Estimate, Kind, Stage
 from llmcompress.stages.s2r_config import SamplerConfig, TrainingConfig
+from llmcompress.stages.state import Metric
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmcompress.evaluation.self_correction import Reader
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
@@ -65,6 +68,26 @@ def from_trl(stage: str, module: str, name: str) -> Any:
         raise EnvironmentProblem(
             f"stages.{stage}.engine: trl is not installed ({error})", "pip install 'llmcompress[trl]', or engine: own"
         ) from error
+
+
+def held_out_metrics(stage: str, curve: Path) -> list[Metric]:
+    """Losses of the kept weights on the rows that were set aside, in nats a token; none where nothing was.
+
+    Args:
+        stage: Who trained.
+        curve: File of its curve. The weights are those of the smallest loss where training may end early, which is when
+            it says so of a step.
+    """
+    if not curve.exists():
+        return []
+    seen = [record for record in json.loads(curve.read_text()) if "validation" in record]
+    if not seen:
+        return []
+    kept = next((record for record in seen if record.get("kept")), seen[-1])
+    return [
+        Metric(f"{stage}.held_out", name, None, kept[key], higher_is_better=False)
+        for name, key in (("cross_entropy", "validation"), ("verdict_cross_entropy", "validation_verdict"))
+    ]
 
 
 class TrainingStage(Stage):
@@ -125,10 +148,11 @@ class TrainingStage(Stage):
     def _after(self, reader: Reader | None, state: RunState, ctx: RunContext) -> None:
         """Put the kept model's figures into the run's metrics: measured with ``reader``, without one read back."""
         from llmcompress.stages import s2r_config as shared
-        from llmcompress.stages.metrics import write_metrics
         from llmcompress.stages.s2r_evaluate import metrics_of
 
+        found = held_out_metrics(self.name, ctx.stage_dir / "curve.json")
         if self.config.measure is None:
+            self._keep_metrics(found, state, ctx)
             return
         path = ctx.stage_dir / "behaviour_after.json"
         if reader is None or ctx.world.tell(path.exists()):
@@ -139,6 +163,11 @@ class TrainingStage(Stage):
         shared.announce(f"{self.name}.after", figures, ctx)
         before = ctx.stage_dir / "behaviour_before.json"
         metrics = metrics_of(self.name, json.loads(before.read_text()) if before.exists() else None, figures)
-        if ctx.world.rank == 0:
+        self._keep_metrics(metrics + found, state, ctx)
+
+    def _keep_metrics(self, metrics: list[Metric], state: RunState, ctx: RunContext) -> None:
+        from llmcompress.stages.metrics import write_metrics
+
+        if ctx.world.rank == 0 and metrics:
             write_metrics(metrics, ctx.stage_dir)
         state.metrics = state.metrics + metrics

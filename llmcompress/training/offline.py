@@ -182,8 +182,8 @@ def train_offline(
     size = max(1, settings.prompts * settings.samples // settings.updates)
     per_epoch = math.ceil(len(pool.rollouts) / size)
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, per_epoch * epochs, settings.decay, settings.max_norm,
-        world=policy.world, tail=settings.average,
+        policy.trainable, settings.schedule(per_epoch * epochs), settings.max_norm, policy.world,
+        tail=settings.average, weight_decay=settings.weight_decay,
     )  # fmt: skip
     # the reference scores the pool, before any step and after every resume
     with policy.reference():

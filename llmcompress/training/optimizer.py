@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,51 @@ def due(step: int, every: int | None, last: bool) -> bool:
     return every is not None and (step % every == 0 or last)
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Learning rate over a training.
+
+    Attributes:
+        lr: Peak.
+        warmup: Steps of linear warm-up.
+        steps: Optimizer steps in all.
+        decay: ``constant`` (the paper names no schedule besides warm-up), or ``linear`` or ``cosine`` to zero.
+    """
+
+    lr: float
+    warmup: int
+    steps: int
+    decay: str = "constant"
+
+    def rate(self, step: int, spent: float = 0.0) -> float:
+        """That of a step, counted from 0.
+
+        Args:
+            step: How many are done.
+            spent: Share of the time that training may take; the rate falls by it too.
+        """
+        factor = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.decay == "linear":
+            factor = min(factor, max(0.0, (self.steps - step) / max(1, self.steps)), max(0.0, 1 - spent))
+        elif self.decay == "cosine":
+            # from the end of the warm-up on (Loshchilov and Hutter, arXiv 1608.03983, without restarts)
+            done = max((step - self.warmup) / max(1, self.steps - self.warmup), spent)
+            factor = min(factor, (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2)
+        return self.lr * factor
+
+
 class Trainer:
     """Optimizer and progress. Of several processes the first one steps and tells the others the new values, so that
     no difference between processors can make them drift apart; it alone keeps moments and checkpoints.
 
     Args:
         parameters: Name → parameter.
-        lr: Peak learning rate.
-        warmup: Steps of linear warm-up.
-        steps: Total optimizer steps, for the decay.
-        decay: ``constant`` (the paper names no schedule besides warm-up) or ``linear`` to zero.
+        schedule: Learning rate and number of steps.
         max_norm: Gradient norm limit, None for none.
         world: The processes that train together.
         tail: Last share of the training whose values :meth:`finish` averages; 0 for none.
+        weight_decay: Of matrices, decoupled from the gradient (Loshchilov and Hutter, arXiv 1711.05101); norms and
+            biases have none.
 
     Attributes:
         step: Steps done.
@@ -45,27 +78,31 @@ class Trainer:
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], lr: float, warmup: int, steps: int, decay: str = "constant",
-        max_norm: float | None = None, world: World = ALONE, tail: float = 0.0,
+        self, parameters: dict[str, nn.Parameter], schedule: Schedule, max_norm: float | None = None,
+        world: World = ALONE, tail: float = 0.0, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
         self.world = world
-        self.parameters, self.lr, self.warmup = parameters, lr, warmup
-        self.steps, self.decay, self.max_norm = steps, decay, max_norm
+        self.parameters, self.schedule, self.max_norm = parameters, schedule, max_norm
         values = list(parameters.values())
         # on a GPU one kernel for all parameters instead of a dozen for each group of them
         self.fused = all(value.is_cuda for value in values)
-        self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=0.0, fused=self.fused or None)
+        groups: list[dict[str, Any]] = [{"params": values}]
+        if weight_decay > 0:
+            groups = [
+                {"params": [value for value in values if value.ndim >= 2], "weight_decay": weight_decay},
+                {"params": [value for value in values if value.ndim < 2]},
+            ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=0.0, fused=self.fused or None)
         self.step = 0
         self.spent = 0.0
         self.tail, self.averaged = tail, 0
         self._mean: dict[str, Tensor] = {}
+        self._best: dict[str, Tensor] = {}
 
     def rate(self) -> float:
         """Learning rate of the next step."""
-        factor = min(1.0, (self.step + 1) / max(1, self.warmup))
-        if self.decay == "linear":
-            factor = min(factor, max(0.0, (self.steps - self.step) / max(1, self.steps)), max(0.0, 1 - self.spent))
-        return self.lr * factor
+        return self.schedule.rate(self.step, self.spent)
 
     def update(self) -> float:
         """One step with the gradients at hand; returns their norm before the limit and clears them.
@@ -77,7 +114,7 @@ class Trainer:
         """
         norm = self._step() if self.world.rank == 0 else 0.0
         self.step += 1
-        if self.world.rank == 0 and max(self.step / max(1, self.steps), self.spent) > 1 - self.tail:
+        if self.world.rank == 0 and max(self.step / max(1, self.schedule.steps), self.spent) > 1 - self.tail:
             self._add_to_mean()
         self._publish()
         return float(self.world.tell(norm))
@@ -101,6 +138,20 @@ class Trainer:
         """
         for name, mean in self._mean.items():
             self.parameters[name].data.copy_(mean)
+        self._publish()
+
+    def remember(self) -> None:
+        """Keep the present values as the best so far; checkpoints hold them too. The first process does."""
+        if self.world.rank == 0:
+            self._best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Put the values that were kept last in the place of the present ones, in all processes; nothing where none
+        were.
+        """
+        for name, best in self._best.items():
+            self.parameters[name].data.copy_(best)
         self._publish()
 
     def _step(self) -> float:
@@ -130,7 +181,9 @@ class Trainer:
                 value.data.copy_(part.view_as(value))
 
     def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Write parameters, moments, the mean of the tail and ``progress`` (JSON data); the first process does."""
+        """Write parameters, moments, the mean of the tail, the best values and ``progress`` (JSON data); the first
+        process does.
+        """
         if self.world.rank > 0:
             return
         tensors = {}
@@ -140,7 +193,8 @@ class Trainer:
                 moment = self.optimizer.state.get(parameter, {}).get(key)
                 if moment is not None:
                     tensors[f"{key}.{name}"] = moment.cpu().contiguous()
-        tensors |= {f"mean.{name}": mean.cpu().contiguous() for name, mean in self._mean.items()}
+        for kind, kept in (("mean", self._mean), ("best", self._best)):
+            tensors |= {f"{kind}.{name}": value.cpu().contiguous() for name, value in kept.items()}
         record = json.dumps({"step": self.step, "averaged": self.averaged, **progress}, sort_keys=True)
         write_durably(path, save(tensors, metadata={"progress": record}))
 
@@ -164,15 +218,18 @@ class Trainer:
         try:
             with safe_open(path, framework="pt") as handle:
                 progress: dict[str, Any] = json.loads((handle.metadata() or {})["progress"])
+                there = set(handle.keys())
                 for name, parameter in self.parameters.items():
                     parameter.data.copy_(handle.get_tensor(f"value.{name}"))
-                    if f"{_MOMENTS[0]}.{name}" in handle.keys():  # noqa: SIM118 - not a dict
+                    if f"{_MOMENTS[0]}.{name}" in there:
                         moments = {key: handle.get_tensor(f"{key}.{name}").to(parameter.device) for key in _MOMENTS}
                         # the fused optimizer counts on the device
                         step = torch.tensor(float(progress["step"]), device=parameter.device if self.fused else "cpu")
                         self.optimizer.state[parameter] = {"step": step, **moments}
                     if progress.get("averaged"):
                         self._mean[name] = handle.get_tensor(f"mean.{name}").to(parameter.device)
+                    if f"best.{name}" in there:
+                        self._best[name] = handle.get_tensor(f"best.{name}").to(parameter.device)
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path}: cannot continue from this checkpoint: {error}", "delete it and resume"

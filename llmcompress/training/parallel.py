@@ -88,6 +88,20 @@ class Dealt:
             if total is not None:
                 for parameter, part in zip(parameters.values(), total.split([p.numel() for p in parameters.values()])):
                     parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        return self._told(figures)
+
+    def figures(self, act: Callable[[list[int]], dict[str, Tensor]]) -> list[dict[str, float]]:
+        """Call ``act`` for the rows of every part of this process and bring together what it returns.
+
+        Args:
+            act: Returns single values.
+
+        Returns:
+            What ``act`` returned for each part of the batch, on all processes.
+        """
+        return self._told({part: act(self.parts[part]) for part in self.of_rank(self.world.rank)})
+
+    def _told(self, figures: Mapping[int, dict[str, Tensor]]) -> list[dict[str, float]]:
         # read at the end: reading waits for the device
         own = [[part, {key: float(value) for key, value in found.items()}] for part, found in figures.items()]
         told = dict(pair for pairs in self.world.everyone(own) for pair in pairs)

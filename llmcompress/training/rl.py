@@ -31,7 +31,7 @@ from llmcompress.data.problems.base import Problem
 from llmcompress.errors import EnvironmentProblem
 from llmcompress.evaluation.sampling import Sampling
 from llmcompress.evaluation.self_correction import Reader, verdicts
-from llmcompress.training.optimizer import Trainer, due
+from llmcompress.training.optimizer import Schedule, Trainer, due
 from llmcompress.training.parallel import deal
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import flags, pad_rows
@@ -73,6 +73,11 @@ class RlSettings:
     decay: str = "constant"
     credit: Credit = "response"
     average: float = 0.0
+    weight_decay: float = 0.0
+
+    def schedule(self, steps: int) -> Schedule:
+        """Learning rate over so many optimizer steps."""
+        return Schedule(self.lr, self.warmup, steps, self.decay)
 
     @property
     def units(self) -> Level:
@@ -143,8 +148,9 @@ def judged(
         right = reader.right(problem, response)
     rewards = action_rewards(response, right, truncation_reward)
     outcome = outcome_reward(response, right, truncation_reward)
-    repeated = repeats(response, reader.answers(response))
-    return Rollout(index, prompt, ids, response, judge(response, right, len(ids)), rewards, outcome, [], repeated)
+    answers = reader.answers(response)
+    episode = judge(response, right, len(ids), answers)
+    return Rollout(index, prompt, ids, response, episode, rewards, outcome, [], repeats(response, answers))
 
 
 def penalised(rollout: Rollout, repeat_penalty: float) -> float:
@@ -430,14 +436,13 @@ def curve_record(
     kls = [float((scored.old[place] - scored.reference[place]).sum()) for place in taught(rollouts, settings)]
     shown = (
         "accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_recall", "trials", "tokens",
-        "ended", "well_formed",
+        "ended", "well_formed", "repeated_retries",
     )  # fmt: skip
     return {
         "step": step,
         **{name: seen[name] for name in shown},
         "reward": sum(r.outcome for r in rollouts) / len(rollouts),
         "kl": sum(kls) / len(kls),
-        "repeated": sum(map(sum, (r.repeated for r in rollouts))) / len(rollouts),
         "agreeing": sum(r.weight == 0 for r in rollouts) / len(rollouts),
         **{key: sum(f[key] for f in figures) / len(figures) for key in figures[0]},
         **({} if scored.gap is None else {"sampler_gap": scored.gap}),
@@ -489,8 +494,8 @@ def train_online(
         The curve, and why training stopped early if it did.
     """
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, settings.decay,
-        settings.max_norm, world=policy.world, tail=settings.average,
+        policy.trainable, settings.schedule(settings.steps * settings.updates), settings.max_norm, policy.world,
+        tail=settings.average, weight_decay=settings.weight_decay,
     )  # fmt: skip
     progress = trainer.restore(checkpoint) or {}
     curve: list[dict[str, Any]] = progress.get("curve", [])

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress.algorithms.rl_objectives import full_kl, token_logp
@@ -18,7 +20,7 @@ from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask, verdic
 from llmcompress.data.actions import RETRY
 from llmcompress.data.trajectories import Trajectory, first_attempt
 from llmcompress.evaluation.self_correction import Reader
-from llmcompress.training.optimizer import Trainer, due
+from llmcompress.training.optimizer import Schedule, Trainer, due
 from llmcompress.training.parallel import deal
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import flags, pad_rows
@@ -62,6 +64,13 @@ class SftSettings:
     save_every: int | None
     seed: int
     verdict_weight: float = 1.0
+    weight_decay: float = 0.0
+    validate_every: int | None = None
+    patience: int | None = None
+
+    def schedule(self, steps: int) -> Schedule:
+        """Learning rate over so many optimizer steps."""
+        return Schedule(self.lr, self.warmup, steps, self.decay)
 
 
 def to_row(trajectory: Trajectory, reader: Reader, max_length: int, train_markers: bool = True) -> SftRow | None:
@@ -167,11 +176,49 @@ def sft_loss(
     return loss, figures
 
 
+@torch.no_grad()
+def held_out_loss(policy: Policy, rows: Sequence[SftRow], pad: int, settings: SftSettings) -> dict[str, float]:
+    """Cross-entropy in nats a token of rows that are not trained, all processes together: ``validation`` of all
+    targets, each with weight 1, and ``validation_verdict`` of the verdicts among them.
+
+    Args:
+        policy: As it is now.
+        rows: Not among the training set's.
+        pad: Id for padding.
+        settings: How many rows and tokens at once.
+    """
+    counts = Counts.of(rows)
+    # twice as many tokens fit where no activations are kept for a backward pass
+    limit = None if settings.micro_tokens is None else 2 * settings.micro_tokens
+    dealt = deal(
+        policy.world, [len(row.prompt) + len(row.response) for row in rows], settings.micro_batch, limit
+    )  # fmt: skip
+    plain = replace(settings, kl=0.0, anchor=0.0)
+    found = dealt.figures(lambda places: sft_loss(policy, [rows[i] for i in places], pad, plain, counts)[1])
+    return {
+        "validation": sum(part["cross_entropy"] for part in found) / max(1, counts.trained),
+        "validation_verdict": sum(part["verdict"] for part in found) / max(1, counts.verdict),
+    }
+
+
+def is_best(losses: Sequence[float]) -> bool:
+    """Whether the last of the held-out losses is below all before it."""
+    return min(losses[:-1], default=math.inf) > losses[-1]
+
+
+def worn_out(losses: Sequence[float], patience: int | None) -> bool:
+    """Whether the last ``patience`` held-out losses are no better than the best before them; None is never."""
+    return patience is not None and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
+
+
 def train_sft(
     policy: Policy, rows: Sequence[SftRow], pad: int, settings: SftSettings, checkpoint: Path,
-    on_step: Callable[[int, int, dict[str, float]], None],
+    on_step: Callable[[int, int, dict[str, float]], None], held_out: Sequence[SftRow] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train for whole epochs, all processes of the policy together; continue from ``checkpoint`` if it exists.
+
+    With ``patience`` training ends where the held-out loss has stopped to fall, and the weights are those of the best
+    one.
 
     Args:
         policy: Trained in place.
@@ -179,18 +226,26 @@ def train_sft(
         pad: Id for padding.
         settings: How to train.
         checkpoint: File for progress.
-        on_step: Called after each step with step, total and figures.
+        on_step: Called after each step with step, total and figures: those of the record, and tokens a second.
+        held_out: Rows for :func:`held_out_loss`, every ``validate_every`` steps (None: after each epoch) and at the
+            end.
 
     Returns:
-        One record a step: cross-entropy of all targets and of the verdicts, KL, anchor, gradient norm.
+        One record a step: cross-entropy of all targets and of the verdicts, KL, anchor, gradient norm; held-out losses
+        where they were measured. With ``patience``, ``kept`` is set in the record of the weights that were kept.
     """
     per_epoch = math.ceil(len(rows) / settings.batch)
     steps = per_epoch * settings.epochs
     trainer = Trainer(
-        policy.trainable, settings.lr, settings.warmup, steps, settings.decay, settings.max_norm, world=policy.world
+        policy.trainable, settings.schedule(steps), settings.max_norm, policy.world,
+        weight_decay=settings.weight_decay,
     )  # fmt: skip
     curve: list[dict[str, Any]] = (trainer.restore(checkpoint) or {}).get("curve", [])
+    losses = [record["validation"] for record in curve if "validation" in record]
     for step in range(trainer.step, steps):
+        if worn_out(losses, settings.patience):
+            break
+        begun = time.monotonic()
         epoch, place = divmod(step, per_epoch)
         picked = order(len(rows), epoch, settings.seed)[place * settings.batch : (place + 1) * settings.batch]
         batch = [rows[index] for index in picked]
@@ -214,8 +269,20 @@ def train_sft(
             "anchor": sums["anchor"] / max(1, counts.first),
             "grad_norm": norm,
         }
+        speed = sum(lengths) / max(time.monotonic() - begun, 1e-9)
+        if held_out and due(step + 1, settings.validate_every or per_epoch, step + 1 == steps):
+            record |= held_out_loss(policy, held_out, pad, settings)
+            losses.append(record["validation"])
+            if settings.patience is not None and is_best(losses):
+                trainer.remember()
         curve.append(record)
-        on_step(step + 1, steps, {key: value for key, value in record.items() if key != "step"})
-        if due(step + 1, settings.save_every, step + 1 == steps):
+        # the speed is not in the record: a resumed run ends with the same curve
+        told = {key: value for key, value in record.items() if key != "step"}
+        on_step(step + 1, steps, {**told, "tokens_per_second": speed})
+        if due(step + 1, settings.save_every, step + 1 == steps or worn_out(losses, settings.patience)):
             trainer.save(checkpoint, {"curve": curve})
+    if settings.patience is not None and losses:
+        trainer.recall()
+        best = next(record for record in curve if record.get("validation") == min(losses))
+        best["kept"] = True
     return curve

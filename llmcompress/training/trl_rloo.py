@@ -82,8 +82,8 @@ class _Loop(Paced):
         self.policy, self.reader, self.problems = policy, reader, problems
         self.settings, self.guard, self.checkpoint, self.tell = settings, guard, checkpoint, on_step
         self.trainer = Trainer(
-            policy.trainable, settings.lr, settings.warmup, settings.steps * settings.updates, settings.decay,
-            settings.max_norm,
+            policy.trainable, settings.schedule(settings.steps * settings.updates), settings.max_norm,
+            weight_decay=settings.weight_decay,
         )  # fmt: skip
         progress = self.trainer.restore(checkpoint) or {}
         self.curve: list[dict[str, Any]] = progress.get("curve", [])

@@ -50,7 +50,8 @@ class _Loop(Paced):
     ) -> None:  # fmt: skip
         self.settings, self.steps, self.checkpoint, self.tell = settings, steps, checkpoint, on_step
         self.trainer = Trainer(
-            policy.trainable, settings.lr, settings.warmup, steps, settings.decay, settings.max_norm
+            policy.trainable, settings.schedule(steps), settings.max_norm,
+            weight_decay=settings.weight_decay,
         )  # fmt: skip
         self.curve: list[dict[str, Any]] = (self.trainer.restore(checkpoint) or {}).get("curve", [])
 

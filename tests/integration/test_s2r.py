@@ -32,8 +32,15 @@ RL = {
     "type": "s2r_rl", "steps": 3, "prompts": 4, "samples": 2, "updates": 2, "lr": 1e-4, "checkpoint_every": 1,
     "sampling": {"temperature": 1.0, "max_new_tokens": 30}, **COMMON,
 }  # fmt: skip
+VALIDATED = S2RInitConfig(
+    **{
+        **INIT.model_dump(), "pair_epochs": 0, "epochs": 3, "decay": "cosine", "weight_decay": 0.1, "adapter": None,
+        "validation": {"share": 0.3, "every": 1, "patience": 3},
+    }
+)  # fmt: skip
 STAGES = {
     "init": S2RInit("s", INIT),
+    "validated": S2RInit("s", VALIDATED),
     "outcome": S2RRl("s", S2RRlConfig(level="outcome", **RL)),
     "credit": S2RRl("s", S2RRlConfig(level="outcome", credit="action", average=0.9, **RL)),
     "process": S2RRl("s", S2RRlConfig(level="process", baseline={"scope": "running", "min_group": 1}, **RL)),
@@ -64,7 +71,7 @@ class Killed(BaseException):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_training_ends_in_the_same_weights(tiny, tmp_path, taught, name):
-    source = "asset:reference_reasoner" if name == "init" else taught
+    source = taught if isinstance(STAGES[name], S2RRl) else "asset:reference_reasoner"
     events = []
     whole = tiny.context(tmp_path / "whole", "s", events)
     STAGES[name].run(state(source), whole)
@@ -74,7 +81,8 @@ def test_killed_training_ends_in_the_same_weights(tiny, tmp_path, taught, name):
     for point in (updates[len(updates) // 2], updates[-1]):
 
         def die(event, point=point):
-            if event.kind == "metric" and event.data == point:
+            # by name and step: a speed has another value in every run
+            if event.kind == "metric" and all(event.data.get(key) == point[key] for key in ("name", "step")):
                 raise Killed
 
         object.__setattr__(broken, "emit_event", die)
@@ -97,6 +105,41 @@ def test_killed_training_ends_in_the_same_weights(tiny, tmp_path, taught, name):
     STAGES[name].restore(again, broken)
     assert again.model.path == after.model.path
     assert [m.name for m in again.metrics] == [m.name for m in after.metrics]
+
+
+def test_held_out_rows_are_measured_and_not_trained(tiny, tmp_path):
+    """In the curve, the metrics, the live lines and the report; what is kept is the best."""
+    from llmcompress.report.self_correction import collect_self_correction, self_correction_section
+    from llmcompress.training import sft
+
+    events, seen = [], []
+    context = tiny.context(tmp_path, "s", events)
+    train = sft.train_sft
+
+    def spied(policy, rows, pad, settings, checkpoint, on_step, held_out=()):
+        seen.append((rows, held_out))
+        return train(policy, rows, pad, settings, checkpoint, on_step, held_out)
+
+    after = state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "train_sft", spied)
+        STAGES["validated"].run(after, context)
+    ((rows, held_out),) = seen
+    assert held_out and not {row.prompt for row in rows} & {row.prompt for row in held_out}
+    told = [json.loads(line) for line in (context.stage_dir / "trajectories.jsonl").read_text().splitlines()]
+    assert len(rows) + len(held_out) == len(told)
+    curve = json.loads((context.stage_dir / "curve.json").read_text())
+    (kept,) = (record for record in curve if record.get("kept"))
+    assert kept["validation"] == min(record["validation"] for record in curve)
+    metrics = {m.name: m.compressed for m in after.metrics}
+    assert metrics["s.held_out.cross_entropy"] == kept["validation"]
+    assert metrics["s.held_out.verdict_cross_entropy"] == kept["validation_verdict"]
+    names = {e.data["name"] for e in events if e.kind == "metric" and "step" in e.data}
+    assert {"s.training.validation", "s.training.tokens_per_second", "s.training.grad_norm"} <= names
+    lines = [e.data["text"] for e in events if e.kind == "note"]
+    assert any("held out" in line and "tokens/s" in line and "gradient norm" in line for line in lines)
+    (chart,) = self_correction_section(collect_self_correction(tmp_path, ["s"]))["curves"]
+    assert chart["what"] == "Cross-entropy of rows in nats a token" and "held-out rows" in str(chart["chart"])
 
 
 def quantized(tiny, folder):

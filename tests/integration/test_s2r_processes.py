@@ -22,8 +22,9 @@ vars:
 stages:
   load: {type: load}
   init:
-    {type: s2r_init, task: "${vars.task}", problems: 40, samples: 3, epochs: 1, pair_epochs: 1, batch: 16, lr: 1.0e-3,
-     anchor: 0.5, sampling: {temperature: 0.8, max_new_tokens: 14, batch: 32}, measure: "${vars.measure}"}
+    {type: s2r_init, task: "${vars.task}", problems: 40, samples: 3, epochs: 2, pair_epochs: 1, batch: 16, lr: 1.0e-3,
+     anchor: 0.5, decay: cosine, weight_decay: 0.1, validation: {share: 0.3, every: 1, patience: 2},
+     sampling: {temperature: 0.8, max_new_tokens: 14, batch: 32}, measure: "${vars.measure}"}
   reinforce:
     {type: s2r_rl, level: process, task: "${vars.task}", steps: 4, prompts: 4, samples: 4, updates: 2, lr: 1.0e-4,
      checkpoint_every: 1, problems: 12, screen: {samples: 2, min_accuracy: 0, max_accuracy: 1},

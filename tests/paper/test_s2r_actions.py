@@ -15,6 +15,7 @@ from llmcompress.algorithms.self_verify import (
     cut,
     judge,
     outcome_reward,
+    rejected_again,
     sft_mask,
     verdict_of,
     verdict_tokens,
@@ -207,6 +208,35 @@ def test_figures_by_hand():
     assert found["tokens"] == 25
     assert found["well_formed"] == 3 / 4
     assert (found["n_verifications"], found["n_first_wrong"], found["n_first_right"]) == (6, 2, 2)
+
+
+def test_a_retry_that_gives_a_rejected_answer_again_is_counted():
+    """The policy that says "incorrect" and writes the same once more, by hand."""
+    cases = (
+        # answers, verdicts of the attempts, which retries repeat
+        (["5", "5", "5"], [False, False, None], [True, True]),
+        (["5", "6", "5"], [False, False, True], [False, True]),
+        (["5", "6", "7"], [False, False, True], [False, False]),
+        # an answer without a verdict, or accepted, is none that was rejected
+        (["5", "5"], [None, False], [False]),
+        (["5", "5"], [True, True], [False]),
+        # no box twice
+        ([None, None], [False, False], [True]),
+        (["5"], [False], []),
+        # the last attempt was cut off before its verification
+        (["5", "5"], [False], [True]),
+    )
+    for answers, verdicts, expected in cases:
+        assert rejected_again(verdicts, answers) == expected, (answers, verdicts)
+    wrong, right = "2+2=5 \\boxed{5}", "2+2=4 \\boxed{4}"
+    said = f"{CHECK}{INCORRECT}{RETRY}"
+    pieces = [wrong, said, wrong, said, right, f"{CHECK}{CORRECT}"]
+    first = judge(cut(pieces, True), [False, False, True], 9, ["5", "5", "4"])
+    unknown = judge(cut(pieces, True), [False, False, True], 9)
+    assert first.repeated == (True, False) and unknown.repeated is None
+    found = behaviour([first, judge(cut([right, f"{CHECK}{CORRECT}"], True), [True], 3, ["4"])])
+    assert (found["repeated_retries"], found["n_retries"]) == (1 / 2, 2)
+    assert behaviour([unknown])["repeated_retries"] is None
 
 
 def test_nothing_to_count_is_none_and_not_zero():

@@ -110,6 +110,8 @@ def test_trying_a_rejected_answer_again_costs_the_penalty_at_both_levels(reader)
     other = play(reader, f"{rejected}{rejected}\\boxed{{2*3+4}}{CHECK}{STEPS}{INCORRECT}")
     assert again.repeated == [False, False, True, False, True, False]
     assert other.repeated == [False, False, True, False, False, False]
+    # what metrics and report show of it, whatever the penalty
+    assert (again.episode.repeated, other.episode.repeated) == ((True, True), (True, False))
     assert (penalised(again, 0.5), penalised(other, 0.5), penalised(again, 0.0)) == (-1.5, -1.25, -1.0)
     # a single attempt has no retry to repeat
     assert penalised(play(reader, f"{RIGHT}{CHECK}{STEPS}{CORRECT}"), 0.5) == 1.0

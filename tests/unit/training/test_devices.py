@@ -17,7 +17,7 @@ from llmcompress.evaluation import sampling
 from llmcompress.evaluation.sampling import Sampling
 from llmcompress.evaluation.static_decoding import StaticDecoder
 from llmcompress.training import rl
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Schedule, Trainer
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import pad_rows
 from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss
@@ -99,7 +99,12 @@ def test_scores_and_updates(model, level, monkeypatch):
     assert {t.device.type for t in (*scored.old, *scored.reference)} == {"cpu"}
     monkeypatch.setattr(rl, "unit_advantages", lambda *_: [0.5])
     figures = rl.update(
-        policy, SimpleNamespace(pad=1), scored, [0, 1], settings, Trainer(policy.trainable, 1e-3, 1, 1, max_norm=1.0)
+        policy,
+        SimpleNamespace(pad=1),
+        scored,
+        [0, 1],
+        settings,
+        Trainer(policy.trainable, Schedule(1e-3, 1, 1), max_norm=1.0),
     )
     assert figures.keys() == {"loss", "clipped", "grad_norm"}
 

@@ -3,13 +3,13 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
-from llmcompress.training.optimizer import Trainer, due
+from llmcompress.training.optimizer import Schedule, Trainer, due
 
 
-def make(steps=6, **more):
+def make(steps=6, decay="constant", **more):
     torch.manual_seed(0)
     parameters = {"w": nn.Parameter(torch.randn(3, 2)), "b": nn.Parameter(torch.randn(3))}
-    return Trainer(parameters, 0.1, 2, steps, **more)
+    return Trainer(parameters, Schedule(0.1, 2, steps, decay), **more)
 
 
 def step(trainer, number):
@@ -85,6 +85,45 @@ def test_rates_by_hand():
     assert hurried.rate() == pytest.approx(0.025)
     hurried.spent = 1.2
     assert hurried.rate() == 0
+
+
+def test_a_cosine_falls_from_the_end_of_the_warm_up_to_zero_by_hand():
+    schedule = Schedule(0.1, 2, 6, "cosine")
+    halves = [0.05, 0.1, 0.1, 0.1 * (2 + 2**0.5) / 4, 0.05, 0.1 * (2 - 2**0.5) / 4, 0.0]
+    assert [schedule.rate(step) for step in range(7)] == pytest.approx(halves)
+    assert schedule.rate(2, spent=0.5) == pytest.approx(0.05) and schedule.rate(2, spent=1.2) == pytest.approx(0)
+    assert [Schedule(0.1, 2, 6).rate(step) for step in (0, 1, 5, 99)] == pytest.approx([0.05, 0.1, 0.1, 0.1])
+
+
+def test_weight_decay_shrinks_matrices_and_nothing_else():
+    """AdamW without a gradient's direction: ``θ ← θ (1 − η λ)``, then the step, which both trainers take alike."""
+    plain, decayed = make(), make(weight_decay=0.2)
+    start = {name: value.detach().clone() for name, value in plain.parameters.items()}
+    rate = plain.rate()
+    step(plain, 0)
+    step(decayed, 0)
+    expected = plain.parameters["w"] - rate * 0.2 * start["w"]
+    torch.testing.assert_close(decayed.parameters["w"], expected)
+    assert torch.equal(decayed.parameters["b"], plain.parameters["b"])
+    # all groups have the rate of the schedule
+    assert {group["lr"] for group in decayed.optimizer.param_groups} == {rate}
+
+
+def test_the_best_values_come_back_and_a_checkpoint_keeps_them(tmp_path):
+    trainer = make(weight_decay=0.1)
+    step(trainer, 0)
+    trainer.remember()
+    best = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    step(trainer, 1)
+    trainer.save(tmp_path / "c.safetensors", {})
+    again = make(weight_decay=0.1)
+    again.restore(tmp_path / "c.safetensors")
+    step(trainer, 2)
+    step(again, 2)
+    for one in (trainer, again):
+        assert not torch.equal(one.parameters["w"], best["w"])
+        one.recall()
+        assert all(torch.equal(value, best[name]) for name, value in one.parameters.items())
 
 
 def test_checkpoints_are_due():

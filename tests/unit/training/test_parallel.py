@@ -15,7 +15,7 @@ import torch
 
 from llmcompress.distributed.world import LAUNCHED, World
 from llmcompress.models.handle import ModelHandle
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Schedule, Trainer
 from llmcompress.training.parallel import deal
 
 LENGTHS = [9, 3, 14, 5, 5, 20, 7, 1, 11, 2]
@@ -70,7 +70,7 @@ def test_shards_add_up_to_the_batch():
 
 def test_only_the_first_process_keeps_checkpoints(tmp_path):
     parameters = {"w": torch.nn.Parameter(torch.ones(2))}
-    Trainer(parameters, 0.1, 0, 1, world=World(1, 1)).save(tmp_path / "file", {})
+    Trainer(parameters, Schedule(0.1, 0, 1), world=World(1, 1)).save(tmp_path / "file", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -113,8 +113,8 @@ def text(i):
 
 trajectories = [Trajectory(p.key, p.question, text(i), 1, "trajectory") for i, p in enumerate(problems)]
 rows = [sft.to_row(t, reader, 200) for t in trajectories]
-plan = sft.SftSettings(1, 12, 1e-3, 0.1, 0.5, 0, "constant", None, 16, None, 1, 0)
-seen += sft.train_sft(policy, rows, reader.pad, plan, out / "sft.safetensors", lambda *_: None)
+plan = sft.SftSettings(2, 6, 1e-3, 0.1, 0.5, 0, "cosine", None, 16, None, 1, 0, 1.0, 0.1, 1, 3)
+seen += sft.train_sft(policy, rows[:9], reader.pad, plan, out / "sft.safetensors", lambda *_: None, rows[9:])
 responses = [[list(row.response)] * 2 for row in rows]
 limits = offline.OfflineSettings(0.0, 1.0, 20, "truncate", False, 3, "position", 1)
 prompts = [reader.prompt(p.question) for p in problems]

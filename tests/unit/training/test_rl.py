@@ -17,7 +17,7 @@ from llmcompress.evaluation.self_correction import Reader
 from llmcompress.models.handle import ModelHandle
 from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
 from llmcompress.training import offline, rl
-from llmcompress.training.optimizer import Trainer
+from llmcompress.training.optimizer import Schedule, Trainer
 from llmcompress.training.policy import Policy
 
 TASK = {"kind": "countdown", "high": 15, "limit": 60, "compact": True}
@@ -58,7 +58,7 @@ def gradients(policy, reader, rollouts, settings, picked):
                 parameter.grad = None
             return 0.0
 
-    figures = rl.update(policy, reader, scored, picked, settings, Kept(policy.trainable, 1e-3, 1, 10))
+    figures = rl.update(policy, reader, scored, picked, settings, Kept(policy.trainable, Schedule(1e-3, 1, 10)))
     return found, figures, scored
 
 

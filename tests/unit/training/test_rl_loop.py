@@ -175,10 +175,10 @@ def test_a_guard_stops_beyond_its_limits_and_not_at_them():
 
 def test_the_curve_holds_means_over_the_responses(monkeypatch):
     shown = ("accuracy", "first_accuracy", "verification_accuracy", "error_recall", "correct_recall", "trials",
-             "tokens", "ended", "well_formed")  # fmt: skip
+             "tokens", "ended", "well_formed", "repeated_retries")  # fmt: skip
     monkeypatch.setattr(rl, "behaviour", lambda episodes: dict.fromkeys(shown, 0.5))
     rows = [rollout([2, 3], [1.0]), rollout([4], [1.0]), rollout([5, 5], [1.0], weight=0.0)]
-    rows[0].outcome, rows[0].repeated = -1, [False, True, True]
+    rows[0].outcome = -1
     old = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]), torch.zeros(2)]
     reference = [torch.tensor([-1.5, -3.0]), torch.tensor([-1.0]), torch.zeros(2)]
     record = rl.curve_record(7, rl.Scored(rows, old, reference), [{"loss": 1.0}, {"loss": 2.0}], SETTINGS)
@@ -186,7 +186,7 @@ def test_the_curve_holds_means_over_the_responses(monkeypatch):
     # responses that teach nothing were not scored: they are no part of the mean
     assert (record["kl"], record["loss"]) == ((1.5 + 0.5) / 2, 1.5)
     assert record["reward"] == pytest.approx(1 / 3)
-    assert (record["repeated"], record["agreeing"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (record["repeated_retries"], record["agreeing"]) == (0.5, pytest.approx(1 / 3))
 
 
 @pytest.fixture

@@ -2,18 +2,31 @@
 weighs what it is told to, and rows have the tokens and targets that responses have.
 """
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY, response
 from llmcompress.data.problems.base import BOX
 from llmcompress.data.problems.word_problems import WordProblems
-from llmcompress.data.trajectories import Trajectory
+from llmcompress.data.trajectories import Trajectory, by_problem
 from llmcompress.errors import UsageError
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length
-from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss, to_row
+from llmcompress.training.sft import (
+    Counts,
+    SftRow,
+    SftSettings,
+    held_out_loss,
+    is_best,
+    sft_loss,
+    to_row,
+    train_sft,
+    worn_out,
+)
 
 PAD = 0
 
@@ -109,6 +122,85 @@ def test_blocks_computed_again_keep_less_and_give_the_same_gradients(policy):
         assert not any("forward" in module.__dict__ for module in reference.modules())
     with pytest.raises(UsageError, match="recompute: Linear has no blocks"):
         recompute_blocks(torch.nn.Linear(2, 2))
+
+
+def test_the_held_out_loss_is_that_of_all_rows_together_and_leaves_no_gradient(policy):
+    whole = held_out_loss(policy, ROWS, PAD, settings(kl=0.5, anchor=0.5, verdict_weight=8.0))
+    _, figures = sft_loss(policy, ROWS, PAD, settings(), COUNTS)
+    assert whole["validation"] == pytest.approx(float(figures["cross_entropy"]) / COUNTS.trained, rel=1e-6)
+    assert whole["validation_verdict"] == pytest.approx(float(figures["verdict"]) / COUNTS.verdict, rel=1e-6)
+    parts = held_out_loss(policy, ROWS, PAD, replace(settings(), micro_batch=1))
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert all(parameter.grad is None for parameter in policy.trainable.values())
+
+
+def test_when_to_stop_by_hand():
+    losses = [3.0, 2.0, 2.5, 2.0, 1.9, 1.9, 2.1]
+    assert [is_best(losses[:n]) for n in range(1, 8)] == [True, True, False, False, True, False, False]
+    assert [worn_out(losses[:n], 2) for n in range(1, 8)] == [False, False, False, True, False, False, True]
+    assert not worn_out(losses, None) and not worn_out([], 1) and not worn_out([1.0], 1)
+    assert worn_out([1.0, 1.0], 1)
+
+
+def trained(policy, tmp_path, name, stop_after=None, **fields):
+    """Weights and curve of a training whose held-out row says the opposite of what is trained."""
+    told = []
+
+    def on_step(step, total, figures):
+        told.append(figures)
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    plan = SftSettings(6, 1, 3e-2, 0.0, 0.0, 0, "constant", None, 3, None, 1, 0, **fields)
+    contrary = [row([3, 4], [20, 21, 22, 23, 20, 21], 0)]
+    curve = train_sft(policy, ROWS, PAD, plan, tmp_path / name, on_step, contrary)
+    return {name: value.detach().clone() for name, value in policy.trainable.items()}, curve, told
+
+
+def test_training_ends_where_the_held_out_loss_falls_no_more_with_the_best_weights(policy, tmp_path):
+    start = copy.deepcopy(policy.model.state_dict())
+    best, curve, told = trained(policy, tmp_path, "a", validate_every=1, patience=3)
+    losses = [record["validation"] for record in curve]
+    assert worn_out(losses, 3) and not worn_out(losses[:-1], 3) and len(curve) < 18
+    kept = [record["step"] for record in curve if record.get("kept")]
+    assert kept == [1 + losses.index(min(losses))]
+    assert all("tokens_per_second" in figures and "tokens_per_second" not in record
+               for figures, record in zip(told, curve, strict=True))  # fmt: skip
+    # the same steps without the end give these weights
+    policy.model.load_state_dict(start)
+    with pytest.raises(KeyboardInterrupt):
+        trained(policy, tmp_path, "b", stop_after=kept[0])
+    for name, value in policy.trainable.items():
+        assert torch.equal(value, best[name]), name
+
+
+def test_a_training_killed_between_held_out_losses_ends_as_it_would_have(policy, tmp_path):
+    start = copy.deepcopy(policy.model.state_dict())
+    whole, expected, _ = trained(policy, tmp_path, "whole", validate_every=2, patience=2, weight_decay=0.1)
+    for stop in range(1, len(expected)):
+        policy.model.load_state_dict(start)
+        path = f"killed {stop}"
+        with pytest.raises(KeyboardInterrupt):
+            trained(policy, tmp_path, path, stop, validate_every=2, patience=2, weight_decay=0.1)
+        policy.model.load_state_dict(start)
+        found, curve, _ = trained(policy, tmp_path, path, validate_every=2, patience=2, weight_decay=0.1)
+        assert curve == expected
+        assert all(torch.equal(value, found[name]) for name, value in whole.items())
+
+
+def test_without_a_period_an_epoch_ends_in_a_held_out_loss(policy, tmp_path):
+    _, curve, _ = trained(policy, tmp_path, "epochs")
+    assert [record["step"] for record in curve if "validation" in record] == [3, 6, 9, 12, 15, 18]
+    assert len(curve) == 18 and not any("kept" in record for record in curve)
+
+
+def test_problems_of_the_validation_are_in_no_training_row():
+    rows = [Trajectory(f"p{number % 9}", "q", f"{number}", 1, "trajectory") for number in range(40)]
+    kept, aside = by_problem(rows, 0.25, 5)
+    assert len({found.problem for found in aside}) == 2 and len(kept) + len(aside) == 40
+    assert not {found.problem for found in kept} & {found.problem for found in aside}
+    assert (kept, aside) == by_problem(rows, 0.25, 5) != by_problem(rows, 0.25, 6)
+    assert len(by_problem(rows, 0.001, 0)[1]) >= 4, "one problem at least"
 
 
 def test_recompute_is_asked_for_in_the_recipe_and_planned(tiny, tmp_path):
