@@ -41,7 +41,7 @@ class GiveUpConfig(Section):
     """Their share of trajectories and these rows together."""
 
 
-class ValidationConfig(_Section):
+class ValidationConfig(Section):
     """Training problems set aside, whose rows are not trained: their loss is measured while training goes on. Ours; the
     paper names none.
     """
