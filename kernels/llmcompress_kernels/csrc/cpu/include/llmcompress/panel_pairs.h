@@ -29,7 +29,7 @@ const uint32_t* fill_panel(const Weight& w, const Chunk* parts, int64_t from, in
         store_floats(panel.offsets[c - from], multiply(steps, zero));
         for (int s = 0; s < parts[c].steps; ++s, codes += 2 * QUADS) {
             uint32_t rest[WORDS * LANES];
-            const Step<BITS> unpacked(whole_step<BITS>(p, end, rest));
+            const Step<BITS> unpacked(whole_step<BITS>(p, end - p, rest));
             p += WORDS * LANES;
 UNROLL
             for (int q = 0; q < QUADS; ++q) {
