@@ -139,7 +139,7 @@ def judge(name: str, command: list[str], environment: dict[str, str]) -> str | N
 
     A skipped test is wrong, unless it is so for what this CPU lacks.
     """
-    environment = {**environment, "PYTEST_ADDOPTS": "-q -rs -p no:cacheprovider"}
+    environment = {**environment, "PYTEST_ADDOPTS": "-rs -p no:cacheprovider"}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
