@@ -31,6 +31,23 @@ LESS_MEMORY = (
 _MEMORY_TEXTS = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
 
 
+# what else the system says → whose it is, and what to do
+_OF_THE_SYSTEM: dict[int | None, tuple[type[LLMCompressError], str]] = {
+    errno.ENAMETOOLONG: (InputError, "choose a shorter path"),
+    errno.ELOOP: (InputError, "check the symbolic links of the path"),
+    errno.EIO: (EnvironmentProblem, "check the disk or the share that holds it; finished blocks are kept"),
+    errno.ESTALE: (EnvironmentProblem, "mount the share again; finished blocks are kept"),
+    errno.EMFILE: (ResourceError, "raise the limit on open files (ulimit -n)"),
+}
+_LONGEST = 200
+
+
+def shorten_path(path: object) -> str:
+    """A path for a message: of a very long one its beginning and end."""
+    text = str(path)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and everything it was raised from or while handling."""
     seen: set[int] = set()
@@ -59,6 +76,10 @@ def translate(error: BaseException, run_dir: Path | None = None) -> LLMCompressE
         return InputError(f"{error.filename}: {(error.strerror or 'cannot be read').lower()}", "check the path")
     if isinstance(error, PermissionError) and error.filename:
         return EnvironmentProblem(f"{error.filename}: permission denied", "check who owns it, or use another folder")
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        kind, hint = _OF_THE_SYSTEM[error.errno]
+        where = f"{shorten_path(error.filename)}: " if error.filename else ""
+        return kind(f"{where}{(error.strerror or '').lower()}", hint)
     if type(error).__name__ == "SafetensorError":
         return InputError(f"damaged safetensors file: {error}", "fetch or write the file again")
     return None

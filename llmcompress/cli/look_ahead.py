@@ -28,8 +28,8 @@ def look_ahead(loaded: LoadedRecipe, out: Output, extent: Extent | None) -> None
         extent: What of it will run, for which memory, disk and network of this machine are asked; None asks nothing.
 
     Raises:
-        InputError: Files are missing or damaged, the model is not one that can be compressed, or it has no chat
-            template and a stage asks through one.
+        InputError: Files are missing or damaged, the model is not one that can be compressed, or it has no tokenizer
+            or chat template and a stage needs one.
         RecipeError: Rules do not suit the model.
         ResourceError: It does not fit its budgets, or this machine.
         ExportError: A format would refuse.
@@ -49,6 +49,7 @@ def look_ahead(loaded: LoadedRecipe, out: Output, extent: Extent | None) -> None
     predicted.require_budget()
     predicted.require_exports()
     require_sources(loaded, folder, config)
+    require_tokenizer(loaded, folder)
     for note in preflight(loaded, predicted, config, extent) if extent is not None else ():
         out.warning(note)
 
@@ -106,6 +107,25 @@ def require_sources(loaded: LoadedRecipe, folder: Path, config: Mapping[str, Any
     tokenizer = resolve_path(named) if named else None
     for stage in loaded.stages():
         stage.require_source(folder, config, tokenizer)
+
+
+def require_tokenizer(loaded: LoadedRecipe, folder: Path) -> None:
+    """Refuse a model without a tokenizer, if a stage reads text.
+
+    Args:
+        loaded: The recipe.
+        folder: Its model.
+
+    Raises:
+        InputError: It has none.
+    """
+    from llmcompress.models.paths import resolve_path
+    from llmcompress.models.tokenizer_files import has_tokenizer, no_tokenizer
+
+    named = loaded.recipe.model.tokenizer
+    place = resolve_path(named) if named else folder
+    if not has_tokenizer(place) and any(stage.reads_text() for stage in loaded.stages()):
+        raise no_tokenizer(place)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import re
@@ -96,6 +97,26 @@ def read(
             "check path, field, skip and rows of the source",
         )
     return Documents(tuple(texts), provenance)
+
+
+def require_first(source: SourceConfig, template: Template = "auto") -> None:
+    """Read the first row that would be taken of a local file of rows, so that a wrong field is missed before any work.
+
+    Args:
+        source: What will be read; other kinds are passed over, and files that are not there.
+        template: As in :func:`read`; rows that are chats are left to the tokenizer.
+
+    Raises:
+        InputError: The file is damaged, in an unsupported form, or its row has no such text.
+    """
+    from llmcompress.models.paths import matches
+
+    if not isinstance(source, JsonlSource | ParquetSource) or not matches(source.path):
+        return
+    rows = itertools.islice(_file_rows(source, _files(source.path)), source.skip, None)
+    where, row = next(rows, ("", ""))
+    if isinstance(row, dict) and (template == "none" or _messages(row) is None):
+        _row_text(row, source.field, where, None, "none")
 
 
 def _read_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -310,8 +311,10 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        # the safetensors writer reports errors of the system as text, without their number
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
+        # the safetensors writer reports errors of the system as text, without their number, and numpy, which writes
+        # gguf, says only how much it got rid of
+        full = "no space left" in str(error).lower() or re.search(r"\d+ requested and \d+ written", str(error))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or full:
             raise ResourceError(
                 f"{out}: the disk is full", "free some space and resume, or export fewer formats"
             ) from error

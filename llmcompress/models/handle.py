@@ -17,6 +17,7 @@ from llmcompress.models.lora_checkpoint import read_adapter
 from llmcompress.models.paths import resolve_path
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
+from llmcompress.models.tokenizer_files import TOKENIZER_FILES, no_tokenizer
 from llmcompress.nn.mixtures import adapt_mixtures
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -206,12 +206,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise OSError("no such folder")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = first_line(error)
-        if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-            first = f"none of {', '.join(TOKENIZER_FILES)} is there"
-        raise InputError(
-            f"{folder}: no usable tokenizer: {first}", "copy tokenizer.json here or set model.tokenizer"
-        ) from error
+        bare = Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+        raise no_tokenizer(folder, None if bare else first_line(error)) from error
     return tokenizer
 
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import InputError, ResourceError
+from pydantic import BaseModel
+
+from llmcompress.data.sources import JsonlSource, ParquetSource
+from llmcompress.errors import EnvironmentProblem, InputError, ResourceError
 from llmcompress.models.paths import matches
 from llmcompress.pipeline.device import resolve_device
 from llmcompress.pipeline.estimate import on_machine
@@ -87,12 +91,14 @@ def preflight(
 
     Raises:
         ResourceError: Disk or memory do not suffice for what is predicted, which is good to a tenth or so.
-        InputError: Data cannot be had, or a member of a family is damaged.
-        EnvironmentProblem: A package that compares answers is missing.
+        InputError: Data cannot be had or has not the field that is named, or a member of a family is damaged.
+        EnvironmentProblem: A package that compares answers, or trains, is missing.
     """
     extent = extent or Extent()
     pending = extent.pending(loaded)
     require_companions(loaded, extent.reached(loaded))
+    require_packages(loaded, pending)
+    require_rows(loaded, pending)
     require_data(loaded, pending)
     # what finished stages have written is looked for in the folder
     if disks := _short_disks(loaded, predicted, extent.names(loaded), extent.force):
@@ -159,6 +165,59 @@ def require_companions(loaded: LoadedRecipe, names: Collection[str]) -> None:
             family = ModelFamily.open(ModelHandle.open(model.path, model.dtype), paths, model.dtype)
             contexts |= family.contexts()
         stage.require_members(contexts)
+
+
+def require_packages(loaded: LoadedRecipe, names: Collection[str]) -> None:
+    """Refuse stages whose engine is a package that is not installed.
+
+    Args:
+        loaded: The recipe.
+        names: The stages.
+
+    Raises:
+        EnvironmentProblem: It is not.
+    """
+    for stage in (stage for stage in loaded.stages() if stage.name in names):
+        engines = {"engine": stage.config, "sampler.engine": getattr(stage.config, "sampler", None)}
+        for field, section in engines.items():
+            asked = getattr(section, "engine", None)
+            if asked in ("trl", "vllm") and find_spec(asked) is None:
+                raise EnvironmentProblem(
+                    f"stages.{stage.name}.{field}: {asked} is not installed",
+                    f"pip install 'llmcompress[{asked}]', or {field}: own",
+                )
+
+
+def require_rows(loaded: LoadedRecipe, names: Collection[str]) -> None:
+    """Read the first row of every local file of rows that stages name.
+
+    Args:
+        loaded: The recipe.
+        names: The stages. Files that are not here are left out, and what lies in the run folder.
+
+    Raises:
+        InputError: A row has not the field that is named, or cannot be read.
+    """
+    from llmcompress.data.documents import require_first
+
+    own = Path(loaded.recipe.run.dir).resolve()
+    for stage in (stage for stage in loaded.stages() if stage.name in names):
+        for source, template in text_sources(stage.config):
+            if not Path(source.path).resolve().is_relative_to(own):
+                require_first(source, template)
+
+
+def text_sources(section: Any, template: Any = "auto") -> Iterator[tuple[JsonlSource | ParquetSource, Any]]:
+    """Every local file of rows in a section of a recipe, with how its rows become text."""
+    if isinstance(section, JsonlSource | ParquetSource):
+        yield section, template
+    elif isinstance(section, BaseModel):
+        template = getattr(section, "template", template)
+        for name in type(section).model_fields:
+            yield from text_sources(getattr(section, name), template)
+    elif isinstance(section, Mapping | tuple | list):
+        for part in section.values() if isinstance(section, Mapping) else section:
+            yield from text_sources(part, template)
 
 
 def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:

@@ -132,6 +132,10 @@ class Stage(ABC):
         """
         return []
 
+    def reads_text(self) -> bool:
+        """Whether it needs the tokenizer of the recipe's model; asked before a run begins."""
+        return False
+
     def require_source(  # noqa: B027 - most stages take every source
         self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None
     ) -> None:

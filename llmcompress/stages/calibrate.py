@@ -70,6 +70,10 @@ class Calibrate(Stage):
         """Windows are run block by block."""
         return beyond_choice(f"stages.{self.name}.length", self.config.length, layout)
 
+    def reads_text(self) -> bool:
+        """All but random tokens is text."""
+        return self.config.source.kind != "synthetic"
+
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Token windows in memory and on disk."""
         size = self.config.samples * self.config.length * 8

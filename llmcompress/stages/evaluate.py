@@ -161,6 +161,11 @@ class Evaluate(Stage):
             problems.append(f"expert_shift: {layout.model_type} has no experts")
         return [f"stages.{self.name}.{problem}" for problem in problems]
 
+    def reads_text(self) -> bool:
+        """Whatever is measured is measured on text."""
+        asked = self.config
+        return bool(asked.perplexity or asked.fidelity or asked.tasks or asked.recall or asked.generation)
+
     def lacks(self) -> list[str]:
         """Tasks whose data is nowhere.
 

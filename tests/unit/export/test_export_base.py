@@ -125,10 +125,18 @@ def test_memory_of_an_export_counts_one_shard_at_most() -> None:
     assert native.working_bytes(layout, plan, size) == blocks + 2 * size * embedding
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, ResourceError), (errno.EACCES, ExportError)])
-def test_system_errors_get_their_exit_code(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "no"), ResourceError),
+        (OSError(errno.EACCES, "no"), ExportError),
+        # numpy's, on a full disk
+        (OSError("221184 requested and 95552 written"), ResourceError),
+    ],
+)
+def test_system_errors_get_their_exit_code(tmp_path: Path, error: OSError, kind: type[Exception]) -> None:
     with pytest.raises(kind), atomic_folder(tmp_path / "out"):
-        raise OSError(number, "no")
+        raise error
     assert list(tmp_path.iterdir()) == []
 
 

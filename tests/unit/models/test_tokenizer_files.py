@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from llmcompress.cli.look_ahead import require_tokenizer
+from llmcompress.errors import InputError
 from llmcompress.models.tokenizer_files import chat_template
+from llmcompress.recipe.load import load_recipe
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "chats"}]
 
@@ -49,3 +52,23 @@ def test_no_settings_are_no_template(tmp_path: Path) -> None:
     assert chat_template(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text("[broken")
     assert chat_template(tmp_path) is None
+
+
+@pytest.mark.parametrize("words", [[], ["stages.calibrate.source={kind: synthetic}"]])
+def test_a_model_without_a_tokenizer_is_refused_before_any_work(tmp_path: Path, words: list[str]) -> None:
+    loaded = load_recipe("smoke/rtn_tiny", words)
+    with pytest.raises(InputError, match="no usable tokenizer: none of"):
+        require_tokenizer(loaded, tmp_path)
+    silent = [*words, "stages.calibrate.source={kind: synthetic}", "stages.evaluate~"]
+    require_tokenizer(load_recipe("smoke/rtn_tiny", silent), tmp_path)
+    # any file that a vocabulary can be read from is left to transformers
+    (tmp_path / "tekken.json").write_text("{}")
+    require_tokenizer(loaded, tmp_path)
+
+
+def test_another_folders_tokenizer_will_do(tmp_path: Path) -> None:
+    loaded = load_recipe("smoke/rtn_tiny", [f"model.tokenizer={tmp_path}"])
+    with pytest.raises(InputError, match="no usable tokenizer"):
+        require_tokenizer(loaded, Path(loaded.recipe.model.path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    require_tokenizer(loaded, tmp_path / "model")

@@ -420,3 +420,48 @@ def test_what_compares_answers_is_missed_before_any_work(
     require_companions(loaded(**task), ["load"])
     with pytest.raises(EnvironmentProblem, match=said):
         require_companions(loaded(**task), ["warm_up"])
+
+
+def test_an_engine_that_is_not_installed_is_missed_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_recipe("smoke/s2r_trl")
+    monkeypatch.setattr(module, "find_spec", lambda _name: object())
+    module.require_packages(loaded, list(loaded.recipe.stages))
+    monkeypatch.setattr(module, "find_spec", lambda _name: None)
+    with pytest.raises(EnvironmentProblem, match=r"stages\.\w+\.engine: trl is not installed"):
+        module.require_packages(loaded, list(loaded.recipe.stages))
+    # what is finished does not need it, and this project's own loops need nothing
+    module.require_packages(loaded, [])
+    own = load_recipe("smoke/s2r_tiny")
+    module.require_packages(own, list(own.recipe.stages))
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "evaluate"])
+def test_a_row_without_the_field_is_missed_before_any_work(tmp_path: Path, stage: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    named = {"calibrate": "stages.calibrate.source", "evaluate": "stages.evaluate.perplexity.heldout.source"}[stage]
+    words = [f"{named}={{kind: jsonl, path: {path}, skip: 1}}", f"run.dir={tmp_path / 'run'}"]
+    loaded = load_recipe("smoke/rtn_tiny", words)
+    # one that a stage of the run may still write
+    module.require_rows(loaded, [stage])
+    path.write_text('{"text": "a first row"}\n{"body": "a second"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: field 'text' is missing"):
+        module.require_rows(loaded, [stage])
+    module.require_rows(loaded, ["quantize"])
+    # a chat is left to the tokenizer, unless no template is asked for
+    path.write_text('{"text": "a first row"}\n{"prompt": "who?", "response": "me"}\n')
+    module.require_rows(loaded, [stage])
+    section = named.removesuffix(".source")
+    with pytest.raises(InputError, match="field 'text' is missing, but the row is a chat"):
+        module.require_rows(load_recipe("smoke/rtn_tiny", [*words, f"{section}.template=none"]), [stage])
+    # fewer rows than are left out are the reader's to judge
+    path.write_text('{"text": "a first row"}\n')
+    module.require_rows(loaded, [stage])
+
+
+def test_rows_of_members_are_looked_at_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "text"}\n')
+    words = ["vars.models=none", f"stages.rqt.members.doyle.calibration={{kind: jsonl, path: {path}}}"]
+    loaded = load_recipe("rqt_tiny", words, allow_missing=True)
+    with pytest.raises(InputError, match="field 'text' is missing"):
+        module.require_rows(loaded, ["rqt"])
