@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,20 @@ class TinyModels:
 def tiny() -> type[TinyModels]:
     """Factory of tiny MoE models: config, model, run state and run context."""
     return TinyModels
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seeds every generator before a test and the fixtures made for it.
+
+    Those that draw without a seed of their own would draw something else after other tests, and in other processes.
+    """
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
