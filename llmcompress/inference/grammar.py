@@ -47,9 +47,23 @@ def of_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str
     Args:
         schema: JSON Schema; true is any JSON.
         space: Regular expression of the white space between tokens, by default :data:`SPACE`; empty for none.
+
+    Raises:
+        GrammarError: The schema is too deep, or no JSON.
     """
-    found: str = _library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_spaced(space))
+    try:
+        found: str = _library().LLMatcher.grammar_from_json_schema(_written(schema), overrides=_spaced(space))
+    except ValueError as error:
+        raise GrammarError(first_line(error)) from error
     return found
+
+
+def _written(schema: Mapping[str, Any] | bool) -> str:
+    """A schema as text; json reads what it does not write."""
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"the schema is no JSON: {first_line(error)}") from error
 
 
 def _spaced(space: str | None) -> dict[str, Any]:
@@ -59,7 +73,7 @@ def _spaced(space: str | None) -> dict[str, Any]:
 def inline_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str:
     """:func:`of_schema` as an expression of a Lark grammar."""
     described: dict[str, Any] = {} if schema is True else {"not": {}} if schema is False else dict(schema)
-    return "%json " + json.dumps({**described, "x-guidance": _spaced(space)})
+    return "%json " + _written({**described, "x-guidance": _spaced(space)})
 
 
 def of_regex(pattern: str) -> str:

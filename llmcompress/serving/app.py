@@ -427,8 +427,8 @@ def _toolbox(model: ServedModel, ask: ChatAsk) -> Toolbox | None:
 def _tool_form(tools: Toolbox, model: ServedModel, answer: Form | None) -> Form | None:
     try:
         return tools.form(model.tokenizer, answer)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tools") from error
+    except (ValueError, GrammarError) as error:
+        raise ApiError(400, f"tools: {error}", param="tools") from error
 
 
 def _render(
@@ -441,7 +441,7 @@ def _render(
 
     try:
         text = words.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **variables})
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
     return list(words(text, add_special_tokens=special)["input_ids"])
 

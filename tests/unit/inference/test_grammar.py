@@ -34,6 +34,14 @@ SCHEMA = {
 }
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of lists of lists."""
+    found: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        found = {"type": "array", "items": found}
+    return found
+
+
 def walk(words: Any, text: str, ends: Sequence[int] = (2,)) -> Walk:
     return Grammars().walk(words, len(words), ends, text)
 
@@ -111,6 +119,10 @@ def test_notations_of_grammars() -> None:
         (of_schema, {"not": {"type": "string"}}, "Unimplemented keys"),
         (of_schema, {"$ref": "http://example.com/x.json"}, "example.com"),
         (of_schema, {"enum": []}, "Unsatisfiable"),
+        (of_schema, nested(200), "recursion limit"),
+        (of_schema, nested(5000), "no JSON"),
+        (inline_schema, nested(5000), "no JSON"),
+        (of_schema, {"const": float("nan")}, "no JSON"),
         (of_grammar, "start: foo", "unknown name"),
         (of_grammar, "root ::= [", "GBNF"),
     ],
