@@ -213,7 +213,13 @@ def test_long_contexts_are_cut_into_chunks(decoders: Any, ids: torch.Tensor, fam
     assert EXACT < worst(halves, ids, expected, 290) < 0.1
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "olmo3", "gemma2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral", "deepseek_v3", "olmo3", "gemma2", "gemma4_text", "llama4_text", "cohere2_moe", "mimo_v2_flash",
+        "laguna", "nanochat", "falcon",
+    ],
+)  # fmt: skip
 def test_sequences_of_different_lengths_in_one_step(decoders: Any, ids: torch.Tensor, family: str) -> None:
     model = decoders.packed(family, 3)
     lengths = (3, 40, 17, 8, 25)

@@ -119,8 +119,9 @@ def test_what_is_forgotten_and_what_is_not(decoders: Any, ids: torch.Tensor, sho
     assert torch.equal(engine.prompt(0, tokens[:30]), engine.prompt(3, tokens[:30]))
 
 
-def test_served_prompts_begin_with_what_is_held(decoders: Any, ids: torch.Tensor, short: None) -> None:
-    model, tokens = model_of(decoders, "gemma2", packed=True), ids[:240].tolist()
+@pytest.mark.parametrize("family", ["gemma2", "gemma4_text"])
+def test_served_prompts_begin_with_what_is_held(decoders: Any, ids: torch.Tensor, short: None, family: str) -> None:
+    model, tokens = model_of(decoders, family, packed=True), ids[:240].tolist()
     rows = NativeRows(Engine(model, slots=2, positions=256, threads=1), 2, 256)
     # nothing, all but the last token, a prefix that windows have moved past, and one that they have not
     asked = [(tokens[:200], 0), (tokens[:200], 199), ([*tokens[:60], 7, 7], 0), ([*tokens[:195], 9, 9], 195)]
