@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from llmcompress.data.sources import SourceConfig, describe
+from llmcompress.data.sources import SourceConfig, describe, require_window
+from llmcompress.errors import InputError
 
 ADAPTER = TypeAdapter(SourceConfig)
 
@@ -44,3 +45,10 @@ def test_describe_names_the_source():
     assert describe(source(kind="text", path="a.txt")) == "text a.txt"
     assert describe(source(kind="hub", id="a/b")) == "hub a/b"
     assert describe(source(kind="inline", texts=["x"])) == "inline source"
+
+
+def test_windows_are_held_against_the_models_context():
+    for length, context in ((1024, 1024), (2, 1024), (10**9, None)):
+        require_window("length", length, context)
+    with pytest.raises(InputError, match="length is 1025, but base was built for 1024 positions"):
+        require_window("length", 1025, 1024, "base")
