@@ -41,12 +41,14 @@ _running: list[MixedRows] = []
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
-    sliding_window: int | None = None, **rest: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+    scaling: float | None = None, sliding_window: int | None = None, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     unknown = sorted(name for name in ("s_aux", "softcap") if rest.get(name) is not None)
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    if sliding_window is None:
+        _running[-1].refuse_masks()
     return _running[-1].attend(query, key, value, scaling, sliding_window), None
 
 
@@ -139,6 +141,19 @@ class MixedRows:
         self._active: list[_Sequence] = []
         # whose attention runs now
         self.layer = 0
+
+    def refuse_masks(self) -> None:
+        """Layers whose bounds are in transformers' masks alone: these are not seen here, and short trials reach none.
+
+        Raises:
+            NotImplementedError: The running layer attends in chunks, or in a window that only masks are told.
+        """
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ()
+        kind = kinds[self.layer] if self.layer < len(kinds) else ""
+        bound = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}.get(kind)
+        if bound is not None and getattr(config, bound, None) is not None:
+            raise NotImplementedError(f"{kind} by masks")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attention of the running batch; ``query [B, H, L, D]``, returns ``[B, L, H, Dv]``."""

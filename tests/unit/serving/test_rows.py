@@ -15,7 +15,7 @@ from llmcompress.quant.spec import QuantSpec
 from llmcompress.serving.mixed_rows import MixedRows, disagrees
 from llmcompress.serving.rows import NativeRows, SeparateRows
 
-MODELS = ("mixtral", "qwen3_moe", "deepseek_v2", "mamba2", "mamba", "bamba", "granitemoehybrid", "falcon_h1")
+MODELS = ("mixtral", "qwen3_moe", "afmoe", "deepseek_v2", "mamba2", "mamba", "bamba", "granitemoehybrid", "falcon_h1")
 HYBRIDS = ("jamba", "nemotron_h", "zamba2")
 
 
@@ -135,6 +135,14 @@ def test_attention_that_is_not_known_is_refused(tiny: Any) -> None:
     assert reason is not None
     assert "s_aux" in reason
     assert model.config._attn_implementation != "llmcompress_rows"
+
+
+def test_bounds_that_only_masks_know_are_refused(tiny: Any) -> None:
+    """A prompt of the trial is shorter than the bounds of real models, so both ways would agree."""
+    model = tiny.model("llama4_text", attention_chunk_size=64)
+    reason = disagrees(MixedRows(model, 8, 64), SeparateRows(model, 8, 64), (), 64)
+    assert reason is not None
+    assert "chunked_attention" in reason
 
 
 def test_native_rows_are_each_alone() -> None:
