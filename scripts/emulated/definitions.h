@@ -186,7 +186,9 @@ EMULATED __m512 mm512_range_ps(__m512 x, __m512 y, int how) {
     Float32s r;
     for (int i = 0; i < 16; ++i) {
         const float a = read<float>(&x, i), b = read<float>(&y, i);
-        const bool less = how & 2 ? std::fabs(a) <= std::fabs(b) : a <= b;
+        const float u = how & 2 ? std::fabs(a) : a, v = how & 2 ? std::fabs(b) : b;
+        // of zeros, and of equal magnitudes, the negative one is less
+        const bool less = u < v || (u == v && std::signbit(a) >= std::signbit(b));
         const float chosen = a != a ? b : b != b ? a : less != bool(how & 1) ? a : b;
         const float signs[4] = {std::copysign(chosen, a), chosen, std::fabs(chosen), -std::fabs(chosen)};
         r[i] = signs[how >> 2 & 3];
