@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.inference.coverage import NORMS_LAST
 from llmcompress.inference.latent import is_latent, keys_and_values
-from llmcompress.inference.weights import centres, linear_matrix, linear_parts, norm_of
+from llmcompress.inference.weights import centres, linear_matrix, linear_parts, norm_of, ones_of
 
 
 def window_of(config: Any, layer: int) -> int:
@@ -53,7 +53,7 @@ def projections(attention: Any, config: Any, members: Sequence[str], adds_one: b
     heads, sizes = _heads(attention, config, members), heads_of(attention, config)
     return {
         **heads,
-        **_norms(attention, config, sizes, adds_one),
+        **_norms(attention, config, sizes, members, adds_one),
         "output": output,
         "heads": sizes,
         "sinks": norm_of(attention, "sinks"),
@@ -62,9 +62,9 @@ def projections(attention: Any, config: Any, members: Sequence[str], adds_one: b
     }
 
 
-def _norms(attention: Any, config: Any, sizes: Heads, adds_one: bool) -> dict[str, Any]:
+def _norms(attention: Any, config: Any, sizes: Heads, members: Sequence[str], adds_one: bool) -> dict[str, Any]:
     """Norms of queries, keys and values."""
-    ones = torch.ones(sizes.key_dim)
+    ones = ones_of(sizes.key_dim, members)
     if hasattr(attention, "qk_norm"):
         # Llama 4's have no weights
         return {"query_norm": ones, "key_norm": ones, "norms_last": True}
@@ -77,13 +77,14 @@ def _norms(attention: Any, config: Any, sizes: Heads, adds_one: bool) -> dict[st
         own = list(getattr(module, "norms", [module]))
         weights = [norm_of(each, adds_one=adds_one) for each in own]
         bias = [norm_of(each, "bias") for each in own]
-        weight = ones if weights[0] is None else weights[0] if len(own) == 1 else torch.cat(weights)
+        # heads beside each other, of every member
+        weight = ones if weights[0] is None else torch.cat(weights, dim=-1)
         found[f"{side}_norm"] = weight
         if bias[0] is not None or centres(own[0]):
-            zeros = torch.zeros_like(weight)
-            found[f"{side}_norm_bias"] = zeros if bias[0] is None else torch.cat(bias)
-            # a row for each head
-            found[f"{side}_norm"], found["own_norms"] = weight.flatten(), weight.numel() > sizes.key_dim
+            found[f"{side}_norm_bias"] = torch.zeros_like(weight) if bias[0] is None else torch.cat(bias, dim=-1)
+            # one head of keys has as many weights as all of them would share
+            own_rows = weight.numel() > sizes.key_dim * max(1, len(members))
+            found["own_norms"] = found.get("own_norms", False) or own_rows
     if "query_norm" in found and "query_norm_bias" not in found:
         found["whole_norms"] = found["query_norm"].shape[-1] != sizes.key_dim
         found["norms_last"] = config.model_type in NORMS_LAST

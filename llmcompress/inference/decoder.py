@@ -21,7 +21,16 @@ from llmcompress.inference.coverage import (
 )
 from llmcompress.inference.latent import is_latent, latents_of
 from llmcompress.inference.rotary import table_of
-from llmcompress.inference.weights import centres, linear_matrix, linear_parts, norm_of, packed_matrix, parts, stacked
+from llmcompress.inference.weights import (
+    centres,
+    linear_matrix,
+    linear_parts,
+    norm_of,
+    ones_of,
+    packed_matrix,
+    parts,
+    stacked,
+)
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router
@@ -82,7 +91,7 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     routing = routing_of(model, layout)
     final = final_norm_of(model)
     factor = float(getattr(config, "logit_scale", None) or 1.0)
-    last = _weights(final, config, layout.norm_adds_one) * factor, _norm_bias(final)
+    last = _weights(final, config, members, layout.norm_adds_one) * factor, _norm_bias(final)
     attention = next(s.module for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     decoder = assembled(config, layers, last, model.get_submodule(attention), ends, routing, bool(members), scale)
     bank = next(iter(layout.banks.values()), None)
@@ -222,10 +231,10 @@ def final_norm_of(model: Any) -> Any:
     return next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
 
 
-def _weights(module: Any, config: Any, adds_one: bool = False) -> Any:
+def _weights(module: Any, config: Any, members: Sequence[str], adds_one: bool) -> Any:
     """A norm's weights, ones where it has none (nanochat)."""
     weight = norm_of(module, adds_one=adds_one)
-    return torch.ones(config.hidden_size) if weight is None else weight
+    return ones_of(config.hidden_size, members) if weight is None else weight
 
 
 def _norm_bias(module: Any) -> Any:
@@ -234,13 +243,13 @@ def _norm_bias(module: Any) -> Any:
     return torch.zeros_like(norm_of(module)) if bias is None and centres(module) else bias
 
 
-def _norms(model: Any, block: Block, adds_one: bool) -> dict[str, Any]:
+def _norms(model: Any, block: Block, members: Sequence[str], adds_one: bool) -> dict[str, Any]:
     """Norms before and after the sublayers of a layer, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
     config: Any = model.config.get_text_config()
     found: dict[str, Any] = {"attention_norm": None, "mlp_norm": None}
 
     def weights(name: str) -> Any:
-        return _weights(model.get_submodule(name), config, adds_one)
+        return _weights(model.get_submodule(name), config, members, adds_one)
 
     joined = next((sublayer for sublayer in block.sublayers if sublayer.joins is not None), None)
     if joined is not None:
@@ -274,7 +283,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
     window = window_of(config, block.index)
     scale = 1.0 if block.scale is None else float(_tensor(model, block.scale))
     return native.Layer(
-        **_norms(model, block, adds_one),
+        **_norms(model, block, members, adds_one),
         **(
             _delta_rule(model, first.module)
             if first.kind == "ssm"

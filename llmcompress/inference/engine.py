@@ -105,6 +105,8 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
     members = len(members_of(model))
     if members > native.MAX_MEMBERS:
         return f"a family of {members} members, of which a node of its trees tells {native.MAX_MEMBERS} apart"
+    if members and activation_of(model.config.get_text_config().to_dict()) == "xielu":
+        return "members of a family have activations of their own (xielu), of which a step knows one a layer"
     for name, module in model.named_modules():
         reason = decline_module(name, module)
         if isinstance(module, TreeLinear) and reason is None:

@@ -41,6 +41,11 @@ def norm_of(module: Any, name: str = "weight", adds_one: bool = False) -> Any:
     return torch.stack(rows).contiguous() if isinstance(module, PerMember) else rows[0].contiguous()
 
 
+def ones_of(size: int, members: Sequence[str] = ()) -> Tensor:
+    """Weights of a norm that has none, float32 ``[H]``, or ``[M, H]``, for a step reads a row of each member."""
+    return torch.ones(*([len(members)] if members else []), size)
+
+
 def linear_matrix(module: nn.Module, members: Sequence[str] = (), rows: slice | Tensor = _ALL) -> matrix.Matrix:
     """A linear, or some of its rows, as a step reads it: dense, packed, or a tree's nodes for these members."""
     if isinstance(module, TreeLinear):

@@ -30,6 +30,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 16,
     },
+    # norms without weights
+    "nanochat": {},
+    # LayerNorm of heads: one for all of a layer, one for each
+    "phi": {"qk_layernorm": True},
+    "stablelm": {"qk_layernorm": True, "num_key_value_heads": 1},
 }
 
 
@@ -148,6 +153,12 @@ def test_more_members_than_a_node_tells_apart_go_through_modules() -> None:
         left.append(first | second)
     family = RandomFamily(models, Tree.of(names, merges), {65: 4, 1: 2}, 32)
     assert "65 members" in (decline(family.model) or "")
+
+
+def test_activations_of_their_own_go_through_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = {"rope_type": "default", "rope_theta": 1e4}
+    monkeypatch.setitem(FAMILIES, "apertus", {"rope_parameters": rotary})
+    assert "activations of their own (xielu)" in (decline(random_family("apertus").model) or "")
 
 
 def test_gates_by_a_linear_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,12 +140,12 @@ def test_gates_that_are_packed_otherwise_than_their_queries(decoders: Any, ids: 
         assert worst(Engine(model, positions=48), tokens, reference(model, tokens), prompt) < EXACT
 
 
-@pytest.mark.parametrize("family", ["cohere", "stablelm", "phi"])
-def test_queries_and_keys_through_layer_norm(decoders: Any, ids: torch.Tensor, family: str) -> None:
+@pytest.mark.parametrize(("family", "shared"), [("cohere", 2), ("cohere", 1), ("stablelm", 1), ("phi", 1)])
+def test_queries_and_keys_through_layer_norm(decoders: Any, ids: torch.Tensor, family: str, shared: int) -> None:
     """Of each head: weights of its own (Cohere, StableLM) or shared ones with biases (Phi)."""
     key = "use_qk_norm" if family == "cohere" else "qk_layernorm"
-    model, tokens = decoders.packed(family, 4, **{key: True}), ids[:40]
-    plain = decoders.packed(family, 4)
+    model, tokens = decoders.packed(family, 4, num_key_value_heads=shared, **{key: True}), ids[:40]
+    plain = decoders.packed(family, 4, num_key_value_heads=shared)
     expected = reference(model, tokens)
     assert (reference(plain, tokens) - expected).abs().max() > 100 * EXACT
     for prompt in (5, 20):
