@@ -52,13 +52,19 @@ def of_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str
         GrammarError: The schema is too deep, or no JSON.
     """
     try:
-        found: str = _library().LLMatcher.grammar_from_json_schema(_written(schema), overrides=_spaced(space))
+        text = _written(_object(schema))
+        found: str = _library().LLMatcher.grammar_from_json_schema(text, overrides=_spaced(space))
     except ValueError as error:
         raise GrammarError(first_line(error)) from error
     return found
 
 
-def _written(schema: Mapping[str, Any] | bool) -> str:
+def _object(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
+    """A schema without the short forms of all and nothing, which take no white space; the latter is refused."""
+    return {} if schema is True else {"not": {}} if schema is False else schema
+
+
+def _written(schema: Mapping[str, Any]) -> str:
     """A schema as text; json reads what it does not write."""
     try:
         return json.dumps(schema, allow_nan=False)
@@ -72,8 +78,7 @@ def _spaced(space: str | None) -> dict[str, Any]:
 
 def inline_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str:
     """:func:`of_schema` as an expression of a Lark grammar."""
-    described: dict[str, Any] = {} if schema is True else {"not": {}} if schema is False else dict(schema)
-    return "%json " + _written({**described, "x-guidance": _spaced(space)})
+    return "%json " + _written({**_object(schema), "x-guidance": _spaced(space)})
 
 
 def of_regex(pattern: str) -> str:

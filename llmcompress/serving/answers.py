@@ -162,7 +162,7 @@ class ToolShape(ChatShape):
 
     def ended(self, index: int, reason: str | None) -> str | None:
         """For calls, unless a certain one was asked for."""
-        called = reason == "stop" and self._streams[index].count > 0 and self._tools.choice in ("auto", "required")
+        called = reason == "stop" and self._streams[index].count > 0 and self._tools.only is None
         return "tool_calls" if called else reason
 
 

@@ -32,7 +32,7 @@ from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, 
 from llmcompress.serving.scheduler import FAILED, STOPPED, UNFOLLOWED, Busy, Job, Piece, Scheduler
 from llmcompress.serving.served import ServedModel
 from llmcompress.serving.structured import Form, form_of
-from llmcompress.serving.text import TextStream
+from llmcompress.serving.text import TextStream, loads
 from llmcompress.serving.tools import NamedChoice, Toolbox, style_of
 
 if TYPE_CHECKING:
@@ -420,8 +420,9 @@ def _toolbox(model: ServedModel, ask: ChatAsk) -> Toolbox | None:
     if style is None:
         text = f"tools: {model.name} writes calls in a way that is not read here"
         raise ApiError(400, text, "no_tools", "tools")
-    choice = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedChoice) else ask.tool_choice or "auto"
-    return Toolbox(style, functions, choice, ask.parallel_tool_calls is not False)
+    only = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedChoice) else None
+    forced = only is not None or ask.tool_choice == "required"
+    return Toolbox(style, functions, ask.parallel_tool_calls is not False, forced, only)
 
 
 def _tool_form(tools: Toolbox, model: ServedModel, answer: Form | None) -> Form | None:
@@ -449,12 +450,8 @@ def _render(
 async def _json(request: Request) -> Any:
     body = await request.body()
     try:
-        # half a surrogate pair is no text that a tokenizer takes: json lets it pass in bytes, and escaped
-        text = body.decode("utf-8-sig")
-        found = json.loads(text)
-        if "\\u" in text:
-            json.dumps(found, ensure_ascii=False).encode()
-        return found
+        # json itself lets half a surrogate pair pass in bytes, too
+        return loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
 

@@ -137,7 +137,7 @@ class _Draining(uvicorn.Server):
 
 
 def patient(seconds: float) -> type[asyncio.Protocol]:
-    """A connection whose client has so many seconds to send the head of a request: uvicorn itself waits for ever.
+    """A connection whose client has this many seconds to send the head of a request: uvicorn itself waits for ever.
 
     Who has begun one gets status 408, who has said nothing is left without a word.
     """

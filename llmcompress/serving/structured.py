@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from llmcompress.inference.grammar import of_choice, of_grammar, of_lark, of_regex, of_schema
+from llmcompress.serving.text import loads
 
 if TYPE_CHECKING:
     from llmcompress.serving.protocol import Ask
@@ -102,8 +102,10 @@ class Form:
         """
         if self.kind == "schema":
             return of_schema(self.value, self.space)
-        made = {"regex": of_regex, "choice": of_choice, "grammar": of_grammar, "lark": of_lark}[self.kind](self.value)
-        return made
+        makers: Mapping[str, Callable[[Any], str]] = {
+            "regex": of_regex, "choice": of_choice, "grammar": of_grammar, "lark": of_lark,
+        }  # fmt: skip
+        return makers[self.kind](self.value)
 
 
 def form_of(ask: Ask) -> Form | None:
@@ -152,7 +154,7 @@ def _schema(given: dict[str, Any] | str, field: str) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        found = json.loads(given)
+        found = loads(given)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{field}: the schema is not valid JSON: {error}") from error
     if not isinstance(found, dict | bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,24 @@ class TextStream:
         kept = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
+
+
+def loads(text: str, strict: bool = True) -> Any:
+    """JSON whose texts a tokenizer takes and an answer can be written with: half a surrogate pair, which json lets pass
+    as an escape, is none.
+
+    Args:
+        text: JSON.
+        strict: Whether strings hold no control characters.
+
+    Raises:
+        ValueError: It is no JSON, or holds such a half.
+        RecursionError: It is too deep.
+    """
+    found = json.loads(text, strict=strict)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def specials(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

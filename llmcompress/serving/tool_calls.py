@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmcompress.serving.text import overlap
+from llmcompress.serving.text import loads, overlap
 
 Style = Literal["hermes", "llama3", "mistral", "mistral_named"]
 OPENERS: dict[Style, str] = {
@@ -126,7 +125,7 @@ class _Call:
 
 def _loaded(raw: str) -> Any:
     try:
-        return json.loads(raw, strict=False)
+        return loads(raw, strict=False)
     except ValueError as error:
         raise _Broken from error
 
@@ -274,31 +273,33 @@ class CallStream:
         return False
 
     def _on_call(self) -> bool:
-        call = self._call
-        for at, letter in enumerate(self._pending):
+        call, broken, taken = self._call, False, 0
+        # up to the letter that decides something: told is the same however the text is cut
+        while taken < len(self._pending) and not (broken or call.done or self._decided()):
             try:
-                call.feed(letter)
+                call.feed(self._pending[taken])
             except _Broken:
-                self._raw, self._pending = self._raw + self._pending[: at + 1], self._pending[at + 1 :]
-                return self._no_call()
-            if call.done:
-                self._raw, self._pending = self._raw + self._pending[: at + 1], self._pending[at + 1 :]
-                break
-        else:
-            self._raw, self._pending = self._raw + self._pending, ""
+                broken = True
+            taken += 1
+        self._raw, self._pending = self._raw + self._pending[:taken], self._pending[taken:]
         # JSON that is an answer may have a name too
         if call.name is not None and self._style == "llama3" and call.name not in self._names:
             return self._no_call()
-        if call.name is not None and not self._told and (call.begun or call.done):
+        if call.name is not None and not self._told and not broken and (call.begun or call.done):
             self._tell(call.name)
         if self._told:
             self._argue(call.fresh or ("{}" if call.done and not call.begun else ""))
             call.fresh = ""
-        if call.done and not self._told:
+        if broken or (call.done and not self._told):
             return self._no_call()
         if call.done:
             self._mode = "after"
-        return call.done
+        return True
+
+    def _decided(self) -> bool:
+        """Whether it has become certain that a call is one, or is none."""
+        known = self._call.name is not None and not self._told
+        return known and (self._call.begun or (self._style == "llama3" and self._call.name not in self._names))
 
     def _no_call(self) -> bool:
         """It was text after all; what has been told of a call stays told."""

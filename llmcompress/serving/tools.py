@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from llmcompress.inference.grammar import inline_schema
 from llmcompress.serving.structured import OBJECT, Form
-from llmcompress.serving.text import specials
+from llmcompress.serving.text import loads, specials
 from llmcompress.serving.tool_calls import CLOSER, OPENERS, CallStream, Style
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class ToolCall(BaseModel):
             ValueError: They are none.
         """
         try:
-            arguments = json.loads(self.function.arguments or "{}")
+            arguments = loads(self.function.arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"arguments of {self.function.name} are not valid JSON: {error}") from error
         if not isinstance(arguments, dict):
@@ -111,19 +111,16 @@ class Toolbox:
     Attributes:
         style: How the model writes calls.
         functions: Which there are.
-        choice: ``auto``, ``required``, or the name of the one that must be called.
         several: Whether one answer may call more than once.
+        forced: Whether there must be a call.
+        only: Name of the one that must be called, None for any.
     """
 
     style: Style
     functions: tuple[Function, ...]
-    choice: str
     several: bool
-
-    @property
-    def forced(self) -> bool:
-        """Whether there must be a call."""
-        return self.choice != "auto"
+    forced: bool = False
+    only: str | None = None
 
     def stream(self) -> CallStream:
         """Tells calls from text in one answer."""
@@ -162,14 +159,14 @@ class Toolbox:
         """Grammars of single calls, without the word that announces them."""
         found = []
         for function in self.functions:
-            if self.choice not in ("auto", "required", function.name):
+            if self.only not in (None, function.name):
                 continue
             # an answer that may be text is left alone, but for tools that ask for more
             exact = self.forced or bool(function.strict)
             schema = inline_schema(function.parameters if exact and function.parameters is not None else OBJECT)
             name = json.dumps(function.name)
             if self.style == "mistral_named":
-                found.append(f"{json.dumps(function.name)} {_word(words, '[ARGS]')} {schema}")
+                found.append(f"{name} {_word(words, '[ARGS]')} {schema}")
                 continue
             key = "parameters" if self.style == "llama3" else "arguments"
             head = f'{{"name": {name}, "{key}": '

@@ -42,6 +42,9 @@ TOOLS: list[Any] = [
     },
     {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "additionalProperties": False}}},
 ]
+# half a character, which no tokenizer takes
+CALL = {"id": "a", "type": "function", "function": {"name": "now", "arguments": '{"a": "\\ud83d"}'}}
+HALF: dict[str, Any] = {"role": "assistant", "tool_calls": [CALL]}
 NAMED: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -96,6 +99,14 @@ def test_a_call_that_is_asked_for_comes_whole_and_streamed(server: Any, choice: 
     assert reasons == [reason] * 3
 
 
+@pytest.mark.parametrize("name", ["auto", "required"])
+def test_a_tool_may_be_called_like_a_choice(server: Any, name: str) -> None:
+    tools = [TOOLS[1], {"type": "function", "function": {**TOOLS[1]["function"], "name": name}}]
+    named = {"type": "function", "function": {"name": name}}
+    for one in chat(server, tools=tools, tool_choice=named, parallel_tool_calls=False, n=4).choices:
+        assert [call.function.name for call in one.message.tool_calls] == [name] and one.finish_reason == "stop"
+
+
 def test_a_model_may_choose_to_call(server: Any, words: Any) -> None:
     """A call is what it likes best, and then what is the shortest."""
     opener = words.convert_tokens_to_ids("<tool_call>")
@@ -136,6 +147,7 @@ def test_what_the_client_parses_of_strict_tools(server: Any) -> None:
     [
         ({"tool_choice": {"type": "function", "function": {"name": "no"}}}, "there is no tool 'no'"),
         ({"extra_body": {"guided_regex": "a"}}, "guided_regex: only JSON goes with tools"),
+        ({"messages": [*MESSAGES, HALF]}, "arguments of now are not valid JSON: .*surrogates"),
         (
             {"tool_choice": "required", "tools": [{**NAMED, "function": {"name": "f", "parameters": {"not": {}}}}]},
             "tools: .*Unimplemented keys",

@@ -106,6 +106,17 @@ def test_json_keeps_to_its_schema(tiny_tokenizer: Any, space: str | None, inline
             assert re.search(r"[ \t]{42}|\n\s*\n", written) is None
 
 
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_schema_may_be_true(tiny_tokenizer: Any, inline: bool) -> None:
+    text = of_grammar(f"start: {inline_schema(True)}") if inline else of_schema(True)
+    for written in ("[1, null]", '{"a": true}', '"x"', "3"):
+        found = walk(tiny_tokenizer, text)
+        for token in tiny_tokenizer(written, add_special_tokens=False)["input_ids"]:
+            found.take(token)
+    with pytest.raises(GrammarError):
+        found.take(tiny_tokenizer("x", add_special_tokens=False)["input_ids"][0])
+
+
 def test_notations_of_grammars() -> None:
     assert of_grammar('start: "a" | "b" /[0-9]+/') != of_grammar('root ::= "a" | "b" [0-9]+')
 
@@ -119,6 +130,7 @@ def test_notations_of_grammars() -> None:
         (of_schema, {"not": {"type": "string"}}, "Unimplemented keys"),
         (of_schema, {"$ref": "http://example.com/x.json"}, "example.com"),
         (of_schema, {"enum": []}, "Unsatisfiable"),
+        (of_schema, False, "Unimplemented keys"),
         (of_schema, nested(200), "recursion limit"),
         (of_schema, nested(5000), "no JSON"),
         (inline_schema, nested(5000), "no JSON"),

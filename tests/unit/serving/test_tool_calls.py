@@ -36,6 +36,13 @@ CASES: list[tuple[Style, str, str, list[list[str]]]] = [
     ("hermes", "<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", []),
     ("hermes", '<tool_call>{"a": 1}</tool_call> b', '<tool_call>{"a": 1}</tool_call> b', []),
     ("hermes", '<tool_call>{"name": }</tool_call>', '<tool_call>{"name": }</tool_call>', []),
+    # what breaks after its name and the beginning of its arguments has been told
+    ("hermes", '<tool_call>{"name": "f", "arguments": "\\q"}</tool_call>', "}</tool_call>", [["f", ""]]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1} x, }</tool_call>', ", }</tool_call>", [F]),
+    ("llama3", '{"name": "no", "name": "f", "parameters": {}}', '{"name": "no", "name": "f", "parameters": {}}', []),
+    # half a character is no text that an answer can be sent as
+    ("hermes", '<tool_call>{"name": "\\ud83d"}</tool_call>', '<tool_call>{"name": "\\ud83d"}</tool_call>', []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "\\ud83d"}</tool_call>', "}</tool_call>", [["f", ""]]),
     ("llama3", '{"name": "f", "parameters": {"a": 1}}', "", [F]),
     ("llama3", ' <|python_tag|>{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}', "", [F, G]),
     ("llama3", '{"name": "Bob", "parameters": 3}', '{"name": "Bob", "parameters": 3}', []),

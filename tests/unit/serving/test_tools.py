@@ -80,15 +80,15 @@ def write(words: Any, box: Toolbox, answer: Form | None, seed: int, likely: tupl
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("several", [True, False])
-@pytest.mark.parametrize("choice", ["required", "now", "weather"])
-def test_a_call_that_is_asked_for_comes(words: Any, style: Style, several: bool, choice: str) -> None:
+@pytest.mark.parametrize("only", [None, "now", "weather"])
+def test_a_call_that_is_asked_for_comes(words: Any, style: Style, several: bool, only: str | None) -> None:
     for seed in range(3):
-        content, calls = write(words, Toolbox(style, FUNCTIONS, choice, several), None, seed)
+        content, calls = write(words, Toolbox(style, FUNCTIONS, several, True, only), None, seed)
         assert content == "" and calls
         assert several or len(calls) == 1
         # the last may be cut short
         for name, arguments in calls[:-1] or calls[: not several]:
-            assert choice in ("required", name)
+            assert only in (None, name)
             found = json.loads(arguments)
             assert found in ({"city": "Rome"}, {"city": "Oslo"}) if name == "weather" else found == {}
 
@@ -98,7 +98,7 @@ def test_an_answer_is_json_or_a_call(words: Any, style: Style) -> None:
     seen = set()
     for seed in range(12):
         form = Form("schema", {"enum": ["yes", "no"]}, "response_format")
-        content, calls = write(words, Toolbox(style, FUNCTIONS, "auto", False), form, seed)
+        content, calls = write(words, Toolbox(style, FUNCTIONS, False), form, seed)
         assert calls or json.loads(content) in ("yes", "no")
         seen.add(bool(calls))
     assert seen == {True, False}
@@ -106,7 +106,7 @@ def test_an_answer_is_json_or_a_call(words: Any, style: Style) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_amid_text_only_calls_are_bound(words: Any, style: Style) -> None:
-    box = Toolbox(style, FUNCTIONS, "auto", True)
+    box = Toolbox(style, FUNCTIONS, True)
     opener = {"hermes": "<tool_call>", "llama3": "", "mistral": "[TOOL_CALLS]", "mistral_named": "[TOOL_CALLS]"}[style]
     texts, called = 0, list[Any]()
     for seed in range(10):
@@ -123,6 +123,6 @@ def test_amid_text_only_calls_are_bound(words: Any, style: Style) -> None:
 
 def test_without_a_need_nothing_is_bound(tiny_tokenizer: Any) -> None:
     loose = tuple(Function(name=function.name, parameters=function.parameters) for function in FUNCTIONS)
-    assert Toolbox("hermes", loose, "auto", True).form(tiny_tokenizer, None) is None
+    assert Toolbox("hermes", loose, True).form(tiny_tokenizer, None) is None
     with pytest.raises(ValueError, match="guided_regex: only JSON goes with tools"):
-        Toolbox("hermes", loose, "auto", True).form(tiny_tokenizer, Form("regex", "a", "guided_regex"))
+        Toolbox("hermes", loose, True).form(tiny_tokenizer, Form("regex", "a", "guided_regex"))
