@@ -216,11 +216,11 @@ class Builder:
 
 def by_problem(rows: Sequence[Trajectory], share: float, seed: int) -> tuple[list[Trajectory], list[Trajectory]]:
     """Rows in two parts that have no problem in common, each in the order of ``rows``: what stays, and the rows of
-    about ``share`` of the problems, one at least, by seed.
+    about ``share`` of the problems, by seed: one at least and all but one at most, none where there is only one.
     """
     problems = sorted({row.problem for row in rows})
-    count = max(1, round(share * len(problems)))
-    chosen = set(random.Random(f"{seed}:validation").sample(problems, min(count, len(problems))))
+    count = min(max(1, round(share * len(problems))), max(0, len(problems) - 1))
+    chosen = set(random.Random(f"{seed}:validation").sample(problems, count))
     return [row for row in rows if row.problem not in chosen], [row for row in rows if row.problem in chosen]
 
 

@@ -53,7 +53,7 @@ class ValidationConfig(Section):
     """Steps between two measurements; null for the end of each epoch. The end of the training has one anyway."""
 
     patience: Annotated[int, Field(ge=1)] | None = None
-    """End training after so many measurements that are no better than the best one, and keep the weights of that one;
+    """End training after this many measurements that are no better than the best one, and keep the weights of that one;
     null trains to the end and keeps the last ones."""
 
 
@@ -202,7 +202,9 @@ class S2RInit(TrainingStage):
         return noted(with_work(found, self._work(inputs)), c.engine, c.sampler)
 
     def _work(self, inputs: PlanInputs) -> list[float | None]:
-        """Arithmetic of sampling, training (with the reference's pass) and measuring before and after."""
+        """Arithmetic of sampling, training (with the reference's pass and those of the held-out loss), and
+        measuring before and after.
+        """
         c = self.config
         known = problem_count(c.task, c.problems, "pretrain" if c.data == "program" else "train")
         before = measured(c.measure, c.task, inputs)
@@ -222,7 +224,11 @@ class S2RInit(TrainingStage):
         length = c.max_length if parts is None else min(c.max_length, PROMPT_TOKENS + parts * c.sampling.max_new_tokens)
         reference = passes(inputs, seen, length) if c.kl > 0 or c.anchor > 0 else 0.0
         writing = passes(inputs, sampled, PROMPT_TOKENS + c.sampling.max_new_tokens)
-        return [*held_out, writing, trained(c, inputs, seen, length), reference]
+        aside = 0.0
+        if c.validation is not None:
+            times = max(1, rows * c.epochs / c.batch / c.validation.every) if c.validation.every else c.epochs
+            aside = passes(inputs, times * rows * c.validation.share, length)
+        return [*held_out, writing, trained(c, inputs, seen, length), reference, aside]
 
     def learn(self, policy: Policy, reader: Reader, ctx: RunContext) -> list[dict[str, Any]]:
         """Measure, build the rows, train on them; samples and checkpoint of an interrupted run are used again.

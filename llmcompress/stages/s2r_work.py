@@ -58,7 +58,7 @@ def _rows(task: FileTask, split: Split) -> int | None:
 
 
 def passes(inputs: PlanInputs, rows: float, length: int) -> float:
-    """Arithmetic of a forward pass, head included, over rows of so many tokens; none is longer than the model's
+    """Arithmetic of a forward pass, head included, over rows of this many tokens; none is longer than the model's
     sequences may be.
     """
     layout, length = inputs.layout, min(length, inputs.positions or length)

@@ -76,7 +76,7 @@ class RlSettings:
     weight_decay: float = 0.0
 
     def schedule(self, steps: int) -> Schedule:
-        """Learning rate over so many optimizer steps."""
+        """Learning rate over this many optimizer steps."""
         return Schedule(self.lr, self.warmup, steps, self.decay)
 
     @property

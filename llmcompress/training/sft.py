@@ -19,6 +19,7 @@ from llmcompress.algorithms.rl_objectives import full_kl, token_logp
 from llmcompress.algorithms.self_verify import ActionKind, cut, sft_mask, verdict_tokens
 from llmcompress.data.actions import RETRY
 from llmcompress.data.trajectories import Trajectory, first_attempt
+from llmcompress.errors import InputError
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.optimizer import Schedule, Trainer, due
 from llmcompress.training.parallel import deal
@@ -69,7 +70,7 @@ class SftSettings:
     patience: int | None = None
 
     def schedule(self, steps: int) -> Schedule:
-        """Learning rate over so many optimizer steps."""
+        """Learning rate over this many optimizer steps."""
         return Schedule(self.lr, self.warmup, steps, self.decay)
 
 
@@ -186,17 +187,24 @@ def held_out_loss(policy: Policy, rows: Sequence[SftRow], pad: int, settings: Sf
         rows: Not among the training set's.
         pad: Id for padding.
         settings: How many rows and tokens at once.
+
+    Raises:
+        InputError: It is not finite: none is smaller than such a one, nor larger.
     """
     counts = Counts.of(rows)
     # twice as many tokens fit where no activations are kept for a backward pass
     limit = None if settings.micro_tokens is None else 2 * settings.micro_tokens
-    dealt = deal(
-        policy.world, [len(row.prompt) + len(row.response) for row in rows], settings.micro_batch, limit
-    )  # fmt: skip
+    dealt = deal(policy.world, [len(row.prompt) + len(row.response) for row in rows], settings.micro_batch, limit)
     plain = replace(settings, kl=0.0, anchor=0.0)
     found = dealt.figures(lambda places: sft_loss(policy, [rows[i] for i in places], pad, plain, counts)[1])
+    loss = sum(part["cross_entropy"] for part in found) / max(1, counts.trained)
+    if not math.isfinite(loss):
+        raise InputError(
+            "the held-out loss of the training is not finite (NaN or infinity)",
+            "set a lower lr, or run.compute_dtype=float32",
+        )
     return {
-        "validation": sum(part["cross_entropy"] for part in found) / max(1, counts.trained),
+        "validation": loss,
         "validation_verdict": sum(part["verdict"] for part in found) / max(1, counts.verdict),
     }
 

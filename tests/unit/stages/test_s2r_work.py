@@ -52,6 +52,10 @@ def test_supervised_training(inputs):
     assert init(inputs, problems=80, max_length=8000, data="solutions").flops == pytest.approx(
         plain + 3 * (once(inputs, 240, LONG) - once(inputs, 240, 100))
     )
+    # 7.5 steps: the rows of 8 problems after each of 3 epochs, or after every two steps
+    for every, times in ((None, 3), (2, 3.75)):
+        aside = init(inputs, problems=80, validation={"share": 0.1, "every": every}).flops - plain
+        assert aside == pytest.approx(once(inputs, round(8 * times), 100))
     measured = init(inputs, problems=80, measure={"problems": 30, "max_new_tokens": 44}).flops
     assert measured == pytest.approx(plain + 2 * once(inputs, 30, LONG))
 

@@ -12,7 +12,7 @@ from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY, response
 from llmcompress.data.problems.base import BOX
 from llmcompress.data.problems.word_problems import WordProblems
 from llmcompress.data.trajectories import Trajectory, by_problem
-from llmcompress.errors import UsageError
+from llmcompress.errors import InputError, UsageError
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.training.policy import Policy
 from llmcompress.training.rows import by_length
@@ -134,6 +134,13 @@ def test_the_held_out_loss_is_that_of_all_rows_together_and_leaves_no_gradient(p
     assert all(parameter.grad is None for parameter in policy.trainable.values())
 
 
+def test_a_held_out_loss_that_is_no_number_ends_the_training(policy):
+    with torch.no_grad():
+        next(iter(policy.trainable.values())).fill_(torch.nan)
+    with pytest.raises(InputError, match="held-out loss of the training is not finite"):
+        held_out_loss(policy, ROWS, PAD, settings())
+
+
 def test_when_to_stop_by_hand():
     losses = [3.0, 2.0, 2.5, 2.0, 1.9, 1.9, 2.1]
     assert [is_best(losses[:n]) for n in range(1, 8)] == [True, True, False, False, True, False, False]
@@ -201,6 +208,8 @@ def test_problems_of_the_validation_are_in_no_training_row():
     assert not {found.problem for found in kept} & {found.problem for found in aside}
     assert (kept, aside) == by_problem(rows, 0.25, 5) != by_problem(rows, 0.25, 6)
     assert len(by_problem(rows, 0.001, 0)[1]) >= 4, "one problem at least"
+    assert len({found.problem for found in by_problem(rows, 0.99, 0)[0]}) == 1
+    assert by_problem(rows[::9], 0.5, 0) == (rows[::9], [])
 
 
 def test_recompute_is_asked_for_in_the_recipe_and_planned(tiny, tmp_path):
