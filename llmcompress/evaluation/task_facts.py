@@ -6,9 +6,12 @@ file is not found, or whose functions decide, tells nothing, and is judged when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from yaml import YAMLError
 
 from llmcompress.errors import EnvironmentProblem, InputError
 from llmcompress.evaluation.config import TaskConfig
@@ -41,10 +44,20 @@ def definition(entry: str | TaskConfig) -> dict[str, Any] | None:
     config = TaskConfig(task=entry) if isinstance(entry, str) else entry
     try:
         found = _read(config)
-    except (EnvironmentProblem, OSError, ValueError):
+    except (EnvironmentProblem, OSError, ValueError, YAMLError):
         # without lm-eval, or a file that it cannot read, a run is refused anyway
         return None
-    return None if found is None else found | config.overrides
+    if found is None:
+        return None
+    found = found | config.overrides
+    # so is what is of another shape
+    listed = [each for key in ("metric_list", "filter_list") for each in _list(found.get(key))]
+    right = all(isinstance(each, Mapping) for each in [*listed, found.get("generation_kwargs") or {}])
+    return found if right and isinstance(found.get("output_type"), str) else None
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
 def _read(config: TaskConfig) -> dict[str, Any] | None:
@@ -89,7 +102,7 @@ def written_tokens(entry: str | TaskConfig) -> int | None:
         return 0
     given = config.get("generation_kwargs") or {}
     found = next((given[key] for key in _WRITTEN if given.get(key) is not None), _WRITTEN_BY_DEFAULT)
-    return int(found) if isinstance(found, int | float) else None
+    return int(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def unknown_figures(gates: Mapping[str, GateConfig], tasks: Iterable[str | TaskConfig]) -> list[str]:

@@ -47,6 +47,16 @@ def test_a_file_of_the_users_is_read(tmp_path):
     assert figures(task(tmp_path, metric_list=[{"metric": "bleu"}])) is None
     assert figures(task(tmp_path, metric_list=[{"metric": "bleu"}], process_results="!")) == {"bleu"}
     assert figures(task(tmp_path, output_type="other")) is None
+    # what a run will refuse tells nothing
+    for wrong in ({"output_type": ["a"]}, {"metric_list": ["acc"]}, {"metric_list": "acc"}, {"filter_list": ["f"]},
+                  {"generation_kwargs": "x"}):  # fmt: skip
+        assert figures(task(tmp_path, **wrong)) is None is written_tokens(task(tmp_path, **wrong))
+    endless = (tmp_path / "t.yaml").with_name("endless.yaml")
+    endless.write_text("output_type: generate_until\ngeneration_kwargs: {max_gen_toks: .inf}")
+    assert written_tokens(TaskConfig(task="mine", path=str(endless))) is None
+    for damaged in ("a: [", "x: !foo 3", "- 1", ""):
+        (tmp_path / "t.yaml").write_text(damaged)
+        assert figures(TaskConfig(task="mine", path=str(tmp_path / "t.yaml"))) is None
     (tmp_path / "t.yaml").unlink()
     assert figures(TaskConfig(task="mine", path=str(tmp_path / "t.yaml"))) is None
 
