@@ -163,10 +163,15 @@ def test_a_stop_ends_the_children(fake: Path, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
     said: list[str] = []
+    # the tests themselves may run under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(Interrupted, match="sweep was stopped"):
-        runs = combinations({"n": ["4", "5"]}, fake)
-        Sweep("recipe", ["pause=300"], runs, fake, 1, said.append).execute()
+    try:
+        with pytest.raises(Interrupted, match="sweep was stopped"):
+            runs = combinations({"n": ["4", "5"]}, fake)
+            Sweep("recipe", ["pause=300"], runs, fake, 1, said.append).execute()
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert said == ["n=4: begins", f"n=4: ended with exit code {-signal.SIGTERM}"]
     assert not (fake / "n=5").exists()
 

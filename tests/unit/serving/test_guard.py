@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ pytest.importorskip("starlette")
 from llmcompress.serving.guard import PATIENCE, Guard
 from llmcompress.serving.limits import Limits
 
-LIMITS = Limits(body_bytes=10, read_seconds=0.2, write_seconds=0.05)
+LIMITS = Limits(body_bytes=10, write_seconds=0.05)
+# for senders that are late on purpose: a machine that stands still makes others late too
+HASTY = replace(LIMITS, read_seconds=0.2)
 START = {"type": "http.response.start", "status": 200, "headers": []}
 END = {"type": "http.response.body", "body": b"ok"}
 
@@ -34,7 +37,8 @@ class Exchange:
 
     def __init__(
         self, *parts: bytes, path: str = "/v1/completions", key: str | None = None, begins_early: bool = False,
-        length: int | None = None, stalls: bool = False, endless: bool = False, drips: float = 0.0, **headers: str,
+        length: int | None = None, stalls: bool = False, endless: bool = False, drips: float = 0.0,
+        limits: Limits = LIMITS, **headers: str,
     ) -> None:  # fmt: skip
         self.sent: list[dict[str, Any]] = []
         self.took, self.asked, self.metrics, self._drips = b"", 0, Counted(), drips
@@ -42,7 +46,7 @@ class Exchange:
         lines = [(name.encode(), value.encode()) for name, value in headers.items()]
         lines += [] if length is None else [(b"content-length", str(length).encode())]
         scope = {"type": "http", "path": path, "method": "POST", "headers": lines}
-        asyncio.run(Guard(self._app, LIMITS, self.metrics, key)(scope, self._receive, self._send))  # type: ignore[arg-type]
+        asyncio.run(Guard(self._app, limits, self.metrics, key)(scope, self._receive, self._send))  # type: ignore[arg-type]
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         if self._early:
@@ -112,12 +116,12 @@ def test_of_a_body_that_nobody_wants_some_is_read() -> None:
 
 def test_a_body_that_comes_in_drops_is_not_waited_for() -> None:
     """However many of its drops come in time."""
-    found = Exchange(*[b"x"] * 8, drips=0.06)
+    found = Exchange(*[b"x"] * 8, drips=0.06, limits=HASTY)
     assert found.statuses == [408] and len(found.took) < 8
     assert found.metrics.seen == [("/v1/completions", 408)]
     # nor is one that nobody wants
-    assert Exchange(b"x", b"x", drips=60.0, key="secret").statuses == [401]
-    assert Exchange(b"x", b"x", drips=60.0, length=11).statuses == [413]
+    assert Exchange(b"x", b"x", drips=60.0, limits=HASTY, key="secret").statuses == [401]
+    assert Exchange(b"x", b"x", drips=60.0, limits=HASTY, length=11).statuses == [413]
 
 
 def test_after_the_body_the_client_may_be_waited_for() -> None:
@@ -133,14 +137,14 @@ def test_after_the_body_the_client_may_be_waited_for() -> None:
         async def receive() -> Any:
             if messages:
                 return messages.pop()
-            await asyncio.sleep(2 * LIMITS.read_seconds)
+            await asyncio.sleep(2 * HASTY.read_seconds)
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             sent.append(message)
 
         scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
-        asyncio.run(Guard(app, LIMITS, Counted(), None)(scope, receive, send))  # type: ignore[arg-type]
+        asyncio.run(Guard(app, HASTY, Counted(), None)(scope, receive, send))  # type: ignore[arg-type]
         return int(sent[0]["status"])
 
     # a machine that stands still for so long is late with the body itself

@@ -400,7 +400,7 @@ def test_a_grammar_leads_one_answer_and_its_end_ends_that(bench: Bench, temperat
     for choice in [choice for piece in bench.pieces[0] for choice in piece.choices]:
         assert choice.logprob == 0 and [value for _, value in choice.top] == [0, NEVER]
     assert bench.ended(2).error == UNFOLLOWED and bench.tokens(2) == [22, 24, 26]
-    assert not bench.rows.held and bench.scheduler.alive
+    assert bench.empty() and bench.scheduler.alive
 
 
 def test_penalties_change_what_is_chosen_and_not_what_is_told(bench: Bench) -> None:
