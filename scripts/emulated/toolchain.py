@@ -36,10 +36,10 @@ class Emulating(build.Cpp):
 
 def lacks() -> str | None:
     """Why nothing can be emulated here, or None."""
-    if cpu.architecture() != "x86_64" or not cpu.runs("avx2"):
-        return "this CPU has no AVX2"
     try:
         compiler = build.cpp.find()
+        if not cpu.runs("avx2"):
+            return "this CPU has no AVX2"
     except build.BuildError as error:
         return str(error)
     asked = subprocess.run(
