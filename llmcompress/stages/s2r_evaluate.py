@@ -76,6 +76,10 @@ class S2REvaluate(Stage):
         peak = (total + cache * len(inputs.layout.blocks)) * inputs.compute_bytes
         return Estimate(ram=0 if inputs.device == "cuda" else peak, vram=peak if inputs.device == "cuda" else 0)
 
+    def reads_text(self) -> bool:
+        """Problems and responses are text."""
+        return True
+
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Measure what is not measured yet; all processes of the run share the work."""
         from llmcompress.durable import write_durably

@@ -111,6 +111,10 @@ class TrainingStage(Stage):
             return []
         return [f"stages.{self.name}.adapter.targets: {layout.model_type} has no {adapter.targets} linears"]
 
+    def reads_text(self) -> bool:
+        """Problems and responses are text."""
+        return True
+
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Train unless the trained weights are written already; see :meth:`learn` for what it raises.
 

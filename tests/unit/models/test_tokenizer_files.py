@@ -61,6 +61,11 @@ def test_a_model_without_a_tokenizer_is_refused_before_any_work(tmp_path: Path, 
         require_tokenizer(loaded, tmp_path)
     silent = [*words, "stages.calibrate.source={kind: synthetic}", "stages.evaluate~"]
     require_tokenizer(load_recipe("smoke/rtn_tiny", silent), tmp_path)
+    problems = "{type: s2r_evaluate, task: {kind: countdown}}"
+    with pytest.raises(InputError, match="no usable tokenizer: none of"):
+        require_tokenizer(load_recipe("smoke/rtn_tiny", [*silent, f"+stages.after@quantize={problems}"]), tmp_path)
+    stages = load_recipe("smoke/s2r_tiny").stages()
+    assert all(stage.reads_text() for stage in stages if stage.config.type.startswith("s2r_"))
     # any file that a vocabulary can be read from is left to transformers
     (tmp_path / "tekken.json").write_text("{}")
     require_tokenizer(loaded, tmp_path)
