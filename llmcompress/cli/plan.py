@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.look_ahead import read_object, require_files, require_sources
+from llmcompress.cli.look_ahead import read_object, require_files, require_sources, require_tokenizer
 from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import InputError, UsageError
@@ -147,11 +147,11 @@ def plan(
 
 
 def _require_here(loaded: LoadedRecipe) -> None:
-    """Refuse what ``run`` would: files that are not here, a folder without a model, a tokenizer no format can hold
-    or without the chat template that an evaluation asks through.
+    """Refuse what ``run`` would: files that are not here, a folder without a model or a tokenizer, one that no format
+    can hold or without the chat template that an evaluation asks through.
 
     Raises:
-        InputError: Files or the chat template are missing, or a member of a family is damaged.
+        InputError: Files, the tokenizer or its chat template are missing, or a member of a family is damaged.
         EnvironmentProblem: What compares answers is not installed.
         ExportError: A format cannot translate what lies beside the weights.
     """
@@ -163,6 +163,7 @@ def _require_here(loaded: LoadedRecipe) -> None:
     if "model.path" not in loaded.missing:
         folder = resolve_path(loaded.recipe.model.path)
         require_sources(loaded, folder, read_config(folder))
+        require_tokenizer(loaded, folder)
         require_companions(loaded, list(loaded.recipe.stages))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmcompress.cli.app import invoke
 from llmcompress.cli.look_ahead import require_tokenizer
 from llmcompress.errors import InputError
+from llmcompress.models.paths import assets_folder
 from llmcompress.models.tokenizer_files import chat_template
 from llmcompress.recipe.load import load_recipe
 
@@ -77,3 +80,12 @@ def test_another_folders_tokenizer_will_do(tmp_path: Path) -> None:
         require_tokenizer(loaded, Path(loaded.recipe.model.path))
     (tmp_path / "tokenizer.json").write_text("{}")
     require_tokenizer(loaded, tmp_path / "model")
+
+
+@pytest.mark.parametrize("command", ["plan", "validate"])
+def test_what_needs_no_run_refuses_it_as_well(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = assets_folder() / "reference_moe"
+    bare = shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    assert invoke([command, "smoke/rtn_tiny", f"model.path={bare}"]) == 4
+    assert "no usable tokenizer" in capsys.readouterr().err
+    assert invoke([command, "smoke/rtn_tiny", f"model.path={bare}", f"model.tokenizer={source}"]) == 0
