@@ -23,6 +23,7 @@ from llmcompress_kernels import build, cpu, select
 from llmcompress_kernels.decode_cache import Cache
 from llmcompress_kernels.decode_checks import (
     check_mixers,
+    check_norms,
     check_numbers,
     check_sizes,
     check_slots,
@@ -157,8 +158,8 @@ class Decoder:
         attention_cap, logit_cap: Scores and logits x become ``cap tanh(x / cap)``; 0 for no cap.
 
     Raises:
-        ValueError: More members than :data:`MAX_MEMBERS`, heads or latents wider than :data:`MAX_HEAD_DIM`, or layers
-            that share a cache and differ in what they keep there.
+        ValueError: More members than :data:`MAX_MEMBERS`, heads or latents wider than :data:`MAX_HEAD_DIM`, layers that
+            share a cache and differ in what they keep there, or norms of another size.
     """
 
     layers: Sequence[Layer]
@@ -189,6 +190,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         check_sizes(self, MAX_HEAD_DIM, MAX_MEMBERS)
+        check_norms(self)
         kinds, mixes = [layer.kept_as for layer in self.layers], [layer.mixes for layer in self.layers]
         places = [(mixes[:index].count(True), kinds[:index].count(kind)) for index, kind in enumerate(kinds)]
         structs = (LayerStruct * len(self.layers))(
@@ -250,8 +252,9 @@ class Decoder:
 
     @property
     def positions(self) -> int:
-        """Positions that rotary tables have."""
-        return min(table.shape[0] for table in self.cosine)
+        """Positions that rotary tables and factors of queries have."""
+        tables = (*self.cosine, *self.sine, *(() if self.query_scales is None else (self.query_scales,)))
+        return min(table.shape[0] for table in tables)
 
     def with_rotary(
         self, cosine: Sequence[Tensor], sine: Sequence[Tensor], query_scales: Tensor | None = None

@@ -37,6 +37,30 @@ def check_sizes(decoder: Decoder, most_columns: int, most_members: int) -> None:
         raise ValueError(f"{len(decoder.member_heads)} members, more than {most_members}")
 
 
+def check_norms(decoder: Decoder) -> None:
+    """Whether norms have as many weights as C++ reads, in a family for every member.
+
+    Raises:
+        ValueError: One has fewer or more.
+    """
+    rows, wide = max(1, len(decoder.member_heads)), decoder.hidden
+    for index, layer in enumerate(decoder.layers):
+        # one beside the embedding reads both
+        expected = {"attention_norm": 2 * wide if layer.aside is not None else wide}
+        expected |= dict.fromkeys(("attention_norm_bias", "mlp_norm", "mlp_norm_bias"), wide)
+        expected |= dict.fromkeys(("attention_after", "mlp_after"), wide)
+        if layer.heads is not None and decoder.latents is None:
+            heads, each = layer.heads, layer.whole_norms or layer.own_norms
+            for side, count in (("query", heads.count), ("key", heads.shared)):
+                size = heads.key_dim * (count if each else 1)
+                expected |= {f"{side}_norm": size, f"{side}_norm_bias": size}
+        for name, size in expected.items():
+            weights: Tensor | None = getattr(layer, name)
+            if weights is not None and weights.numel() != rows * size:
+                found = f"{list(weights.shape)}, expected {rows} x {size}"
+                raise ValueError(f"{name} of layer {index} has shape {found}")
+
+
 def check_mixers(decoder: Decoder, mixers: Mixers | None) -> None:
     """Whether a decoder has the mixers that it needs, and no others.
 

@@ -228,6 +228,11 @@ def test_what_a_step_would_read_or_write_beyond_its_tensors_is_refused(
     for field, value in (("layers", [wide] * 2), ("member_heads", [engine.decoder.head] * 65)):
         with pytest.raises(ValueError, match="more than"):
             replace(engine.decoder, **{field: value})
+    short = replace(engine.decoder.layers[1], mlp_norm=torch.ones(engine.decoder.hidden - 1))
+    with pytest.raises(ValueError, match="mlp_norm of layer 0 has shape"):
+        replace(engine.decoder, layers=[short] * 2)
+    with_factors = replace(engine.decoder, query_scales=torch.ones(7))
+    assert with_factors.positions == 7
     given = {
         "tokens": torch.tensor([3, 4]), "positions": torch.tensor([0, 0]),
         "slots": torch.tensor([0, 1], dtype=torch.int32), "logits": torch.empty(2, engine.decoder.vocabulary),
