@@ -45,12 +45,15 @@ def on_scaled_inputs(experts: Experts, hidden_states: Tensor, top_k_index: Tenso
 def adapt_mixtures(model: Any, layout: ModelLayout) -> None:
     """Make routers, experts and mixtures of such a model behave as those of other families, in place.
 
-    Nothing happens in other models. Harmless when repeated.
+    Nothing happens to other models. Harmless when repeated.
 
     Args:
         model: A transformers causal language model of this layout.
         layout: Its layout.
     """
+    # Llama 4 names an attribute here that causal models do not have, whether they have experts or not
+    if not hasattr(model, model.base_model_prefix) and hasattr(model, "model"):
+        model.base_model_prefix = "model"
     for sublayer in (sublayer for block in layout.blocks for sublayer in block.sublayers):
         bank = sublayer.experts
         if bank is None:
@@ -59,8 +62,6 @@ def adapt_mixtures(model: Any, layout: ModelLayout) -> None:
         if bank.scales_inputs:
             for name, own in zip(names, _llama4()):
                 _become(model.get_submodule(name), own)
-            # transformers names another attribute, which causal models do not have
-            model.base_model_prefix = "model"
         elif bank.router.normed:
             _become(model.get_submodule(bank.router.module), _gemma4())
 

@@ -283,6 +283,7 @@ VARIANTS |= {
             "no_rope_layers": [1, 0, 1], "attention_bias": True,
         },
     ),
+    "llama4_text-dense": ("llama4_text", {**LOCAL, "intermediate_size_mlp": 80, "moe_layers": []}),
     "gemma4_text": (
         "gemma4_text",
         {
