@@ -59,3 +59,10 @@ def test_weights_are_packed_in_place_and_stay_so(tiny: Any, family: str) -> None
     adapt_mixtures(model, layout_from_config(model.config.to_dict()))
     assert isinstance(model.get_submodule(bank_of(model).module), PackedExperts)
     assert torch.equal(model(IDS).logits, found)
+
+
+def test_the_inner_model_is_found_without_experts(tiny: Any) -> None:
+    model = tiny.model("llama4_text", moe_layers=[])
+    model.base_model_prefix = "language_model"  # as transformers has it
+    adapt_mixtures(model, layout_from_config(model.config.to_dict()))
+    assert model.base_model is model.model
