@@ -101,17 +101,19 @@ def _runs(channels: int, states: int, *tensors: Tensor | None) -> bool:
 _functions: dict[str, Any] = {}
 
 
-def _function(name: str, tensors: int, numbers: int) -> Any:
+def _function(name: str, tensors: int, numbers: int, last: int) -> Any:
     assert _library is not None
     found = getattr(_library, name)
-    found.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * numbers
+    found.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * numbers + [ctypes.c_void_p] * last
     _functions[name] = found
     return found
 
 
-def _call(name: str, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
-    function = _functions.get(name) or _function(name, len(tensors), len(numbers))
-    code = function(*[None if t is None else t.data_ptr() for t in tensors], *numbers)
+def _call(
+    name: str, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], last: tuple[Tensor, ...] = ()
+) -> None:
+    function = _functions.get(name) or _function(name, len(tensors), len(numbers), len(last))
+    code = function(*[None if t is None else t.data_ptr() for t in tensors], *numbers, *[t.data_ptr() for t in last])
     if code == COUNT_IS_WRONG:
         raise ValueError(f"{name}: a replay window is filled with a negative number of tokens or more than it has rows")
     assert code == 0, f"{name}: no kernel for these sizes"
@@ -235,8 +237,8 @@ def mamba2_prefill(projected: Tensor, dt: Tensor, conv: Tensor | None, *rest: An
         return definition.mamba2_prefill(projected, dt, conv, *rest)
     out = projected.new_empty(sequences, tokens, inner)
     limits = torch.tensor([low, high, epsilon], dtype=torch.float32)
-    shape = (sequences, tokens, heads, groups, channels, states, projected.stride(1), dt.stride(1), limits.data_ptr())
-    _call("llmc_mamba2_prefill", (projected, dt, *held, out), shape)
+    shape = (sequences, tokens, heads, groups, channels, states, projected.stride(1), dt.stride(1))
+    _call("llmc_mamba2_prefill", (projected, dt, *held, out), shape, (limits,))
     return out
 
 

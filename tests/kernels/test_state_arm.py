@@ -30,16 +30,23 @@ class Recorder:
         self.original = cpu_state._call
         monkeypatch.setattr(cpu_state, "_call", self.call)
 
-    def call(self, name: str, *arguments: Any) -> None:
+    def call(
+        self,
+        name: str,
+        tensors: tuple[torch.Tensor | None, ...],
+        numbers: tuple[int, ...],
+        last: tuple[torch.Tensor, ...] = (),
+    ) -> None:
         self.names.add(name)
+        arguments = (*tensors, *numbers, *last)
         self.calls += f"{name} {len(arguments)}\n".encode()
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 held = held_bytes(argument)
                 self.calls += f"t {len(held)}\n".encode() + held
             else:
-                self.calls += f"n {argument or 0}\n".encode()
-        self.original(name, *arguments)
+                self.calls += f"n {int(argument or 0)}\n".encode()
+        self.original(name, tensors, numbers, last)
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 self.left += held_bytes(argument)
