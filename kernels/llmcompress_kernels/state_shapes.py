@@ -68,24 +68,7 @@ def check_packed(
             and decay.shape == (sequences, heads)
             and groups > 0
             and heads % groups == 0
-            and (bits == 4 or bits == 8)  # noqa: PLR1714 - a tuple takes longer
-            and codes.shape == (sequences, heads, channels, states * bits // 8)
-            and scale.shape == (sequences, heads, states)
-            and (
-                fixed.shape == (heads, channels)
-                if fixed is not None
-                else channel is not None and channel.shape == given
-            )
-            and (
-                recent is None
-                or (
-                    len(rows := recent.shape) == 3
-                    and rows[2] == heads * channels + heads + groups * states
-                    and rows[0] == sequences
-                    and count is not None
-                    and count.shape == (sequences,)
-                )
-            )
+            and _held_fits(codes, channel, scale, fixed, recent, count, given, groups, states, bits)
         ):
             return sequences, heads, groups, channels, states
     _explain_token(op, "drive", drive, (("decay", decay),), ("b", b), ("c", c))
@@ -141,26 +124,8 @@ def check_mixer(
     if codes is None:
         if floats is None or floats.shape != (sequences, heads, channels, states):
             raise _unlike(op, ("floats", floats, (sequences, heads, channels, states)))
-    elif not (
-        (bits == 4 or bits == 8)  # noqa: PLR1714 - a tuple takes longer
-        and codes.shape == (sequences, heads, channels, states * bits // 8)
-        and scale is not None
-        and scale.shape == (sequences, heads, states)
-        and (
-            fixed.shape == (heads, channels)
-            if fixed is not None
-            else channel is not None and channel.shape == (sequences, heads, channels)
-        )
-        and (
-            recent is None
-            or (
-                len(rows := recent.shape) == 3
-                and rows[2] == inner + heads + groups * states
-                and rows[0] == sequences
-                and count is not None
-                and count.shape == (sequences,)
-            )
-        )
+    elif not _held_fits(
+        codes, channel, scale, fixed, recent, count, (sequences, heads, channels), groups, states, bits
     ):
         held = (codes, channel, scale, fixed, recent, count)
         raise _explain_packed(op, held, (sequences, heads, channels), (sequences, groups, states), bits)
@@ -348,6 +313,31 @@ def _explain_token(
     _share(op, heads, groups)
     wide = (sequences, groups, states)
     _require(op, *((name, rate, (sequences, heads)) for name, rate in rates), (*b, wide), (*c, wide))
+
+
+def _held_fits(
+    codes: Tensor, channel: Tensor | None, scale: Tensor | None, fixed: Tensor | None, recent: Tensor | None,
+    count: Tensor | None, drive: Sequence[int], groups: int, states: int, bits: int,
+) -> bool:  # fmt: skip
+    """Whether a packed state fits a token; :func:`_explain_packed` says why not."""
+    sequences, heads, channels = drive
+    return (
+        (bits == 4 or bits == 8)  # noqa: PLR1714 - a tuple takes longer
+        and codes.shape == (sequences, heads, channels, states * bits // 8)
+        and scale is not None
+        and scale.shape == (sequences, heads, states)
+        and (fixed.shape == (heads, channels) if fixed is not None else channel is not None and channel.shape == drive)
+        and (
+            recent is None
+            or (
+                len(rows := recent.shape) == 3
+                and rows[2] == heads * channels + heads + groups * states
+                and rows[0] == sequences
+                and count is not None
+                and count.shape == (sequences,)
+            )
+        )
+    )
 
 
 def _explain_packed(
