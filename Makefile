@@ -38,12 +38,13 @@ test: $(VENV)/.dev ## Run the whole test suite; JOBS=2 in two processes
 test-fast: $(VENV)/.dev ## Run the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"
 
-check: $(VENV)/.dev ## Format, lint, types, layers, spelling; changes nothing
+check: $(VENV)/.dev ## Format, lint, types, layers, spelling, schema; changes nothing
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python scripts/lint_layers.py
 	@$(BIN)/codespell llmcompress kernels recipes scripts tests docs *.md
+	@$(BIN)/llmcompress schema | cmp - recipes/recipe.schema.json || { echo "the schema is old: make schema"; exit 1; }
 
 fix: $(VENV)/.dev ## Format and fix what ruff can fix
 	@$(BIN)/ruff check --fix-only .
