@@ -2,8 +2,13 @@
 """Scale 2: 1, 2 and 4 processes make the same artifact; a process killed among 4, then resumed with 2, changes nothing.
 
 The quickstart model and stages on fewer windows. With ``run.deterministic`` artifacts are compared byte by byte;
-without it, packed words and perplexities. The ratio of times is of the quantizing stage alone, with one thread per
-process, and means something only where that many cores are free.
+without it, packed words. Sums of another order differ in their last bits. Nearly all words of the first block's
+attention stay (99.8 %, with half of the calibration left out 15 %); these are judged. From the second block on most
+change: codes at an edge flip, and what follows is fitted to them. Perplexities of two such runs are up to 5 % apart on
+so little data, either way round, and are held to a tenth.
+
+The ratio of times is of the quantizing stage alone, with one thread per process, and means something only where that
+many cores are free.
 
     python scripts/acceptance/scale_2_processes.py [--samples 8]
 """
@@ -26,6 +31,7 @@ from harness import CLI, busy_seconds, digest, keep_plan, llmcompress, verdict
 from safetensors import safe_open
 
 RANKS = (1, 2, 4)
+WORDS, PERPLEXITY = 0.95, 0.1
 
 
 def words(folder: Path, ranks: int, samples: int, deterministic: bool) -> list[str]:
@@ -49,11 +55,12 @@ def perplexity(folder: Path) -> float:
 
 
 def words_equal(one: Path, other: Path) -> float:
-    """Share of packed words that two runs have in common."""
+    """Share of the first block's packed words of attention that two runs have in common."""
     same = total = 0
-    for path in sorted((one / "stages" / "quantize" / "blocks").glob("*.safetensors")):
-        with safe_open(path, "pt") as a, safe_open(other / path.relative_to(one), "pt") as b:
-            for name in a.keys():  # noqa: SIM118 - not a dict
+    path = min((one / "stages" / "quantize" / "blocks").glob("*.safetensors"))
+    with safe_open(path, "pt") as a, safe_open(other / path.relative_to(one), "pt") as b:
+        for name in a.keys():  # noqa: SIM118 - not a dict
+            if "self_attn" in name and name.endswith(".weight_packed"):
                 left, right = a.get_tensor(name), b.get_tensor(name)
                 same += int((left == right).sum())
                 total += left.numel()
@@ -108,7 +115,9 @@ def main() -> None:
     llmcompress(*words(root / "free1", 1, samples, False))
     share = words_equal(root / "free1", root / "free2")
     one, two = perplexity(root / "free1"), perplexity(root / "free2")
-    if abs(two / one - 1) > 0.02:
+    if share < WORDS:
+        found.append(f"without it {share:.1%} of the first block's words are equal")
+    if abs(two / one - 1) > PERPLEXITY:
         found.append(f"2 processes end at perplexity {two:.3f}, 1 at {one:.3f}")
     code, said = killed_and_resumed(root / "killed", samples)
     errors = [line for line in said.splitlines() if line.startswith("error:")]
@@ -122,8 +131,9 @@ def main() -> None:
     verdict(
         not found,
         f"1, 2 and 4 processes: {'equal bytes' if exact[0] == exact[1] == exact[2] else 'DIFFERENT bytes'} with "
-        f"deterministic sums, {share:.1%} equal words and perplexity {one:.3f} and {two:.3f} without; one of 4 killed: "
-        f"exit code {code}, resumed with 2; quantizing took {seconds[0]:.1f}, {seconds[1]:.1f} and {seconds[2]:.1f} s, "
+        f"deterministic sums, {share:.1%} equal words in the first block and perplexity {one:.3f} and {two:.3f} "
+        f"without; one of 4 killed: exit code {code}, resumed with 2; quantizing took {seconds[0]:.1f}, "
+        f"{seconds[1]:.1f} and {seconds[2]:.1f} s, "
         f"ratio of 2 to 1 {seconds[1] / seconds[0]:.2f} on {len(os.sched_getaffinity(0))} cores",
     )
 
