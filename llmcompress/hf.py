@@ -36,7 +36,7 @@ from llmcompress.models.quantization_config import METHOD, VERSION, from_json
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
 from llmcompress.nn import lora
-from llmcompress.nn.mixtures import adapt_mixtures
+from llmcompress.nn.adapted_mixtures import adapt_mixtures
 from llmcompress.nn.skipping import register_experts_function
 from llmcompress.nn.swap import swap_modules
 

@@ -71,7 +71,7 @@ from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.recipe.load import load_recipe
-from llmcompress.stages.block_solver import cpu
+from llmcompress.stages.blockwise.block_solver import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "recipes" / "assets" / "reference_moe"

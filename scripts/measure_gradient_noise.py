@@ -29,7 +29,7 @@ from llmcompress.algorithms.rl_objectives import GroupBaseline
 from llmcompress.evaluation.self_correction import Reader, choose
 from llmcompress.models.handle import ModelHandle
 from llmcompress.recipe.load import load_recipe
-from llmcompress.stages.s2r_rl import S2RRl
+from llmcompress.stages.s2r.rl import S2RRl
 from llmcompress.training import rl
 from llmcompress.training.policy import Policy
 

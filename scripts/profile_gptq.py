@@ -55,7 +55,7 @@ def main() -> None:
     from llmcompress.models.heap import keep_freed_memory
     from llmcompress.pipeline import device
     from llmcompress.quant.spec import QuantSpec
-    from llmcompress.stages.block_solver import BlockSolver, Method, RarePolicy
+    from llmcompress.stages.blockwise.block_solver import BlockSolver, Method, RarePolicy
 
     torch.set_num_threads(1)
     device.make_deterministic()

@@ -166,7 +166,7 @@ class TinyModels:
         from transformers import AutoModelForCausalLM
 
         from llmcompress.models.registry import layout_from_config
-        from llmcompress.nn.mixtures import adapt_mixtures
+        from llmcompress.nn.adapted_mixtures import adapt_mixtures
 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(cls.config(model_type, **changes)).float().eval()

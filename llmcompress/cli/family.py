@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmcompress.data.sources import SourceConfig
-    from llmcompress.stages.rqt_preview import Preview
+    from llmcompress.stages.rqt.preview import Preview
 
 # bits per weight and member that are looked at unless others are asked for
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -61,8 +61,8 @@ def survey(
     from llmcompress.models.family import ModelFamily, unsupported
     from llmcompress.models.handle import ModelHandle
     from llmcompress.recipe.load import load_recipe
-    from llmcompress.stages.rqt import RqtConfig
-    from llmcompress.stages.rqt_preview import preview
+    from llmcompress.stages.rqt.preview import preview
+    from llmcompress.stages.rqt.stage import RqtConfig
 
     loaded = load_recipe(recipe, overrides or [])
     stages = [(name, each) for name, each in loaded.recipe.stages.items() if isinstance(each, RqtConfig)]

@@ -18,7 +18,7 @@ from llmcompress.models.paths import resolve_path
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.shared import share_modules
 from llmcompress.models.tokenizer_files import TOKENIZER_FILES, no_tokenizer
-from llmcompress.nn.mixtures import adapt_mixtures
+from llmcompress.nn.adapted_mixtures import adapt_mixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

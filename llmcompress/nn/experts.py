@@ -11,7 +11,7 @@ from llmcompress_kernels.ops import Stack
 from torch import Tensor, nn
 
 from llmcompress.models.layout import ExpertBank
-from llmcompress.nn.mixtures import on_scaled_inputs
+from llmcompress.nn.adapted_mixtures import on_scaled_inputs
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.quant.spec import QuantSpec
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from llmcompress.errors import InputError
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+from llmcompress.nn.adapted_mixtures import adapt_mixtures
 from llmcompress.nn.experts import PackedExperts
 from llmcompress.nn.linear import PackedLinear
-from llmcompress.nn.mixtures import adapt_mixtures
 from llmcompress.nn.packed import replace_module
 from llmcompress.quant.spec import QuantPlan
 

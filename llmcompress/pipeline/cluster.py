@@ -30,8 +30,8 @@ from llmcompress.pipeline.rates import Rates
 from llmcompress.pipeline.work import BlockWork, Run, head_width, heads_of, inside, last_projection
 from llmcompress.recipe.load import LoadedRecipe
 from llmcompress.stages.base import PlanInputs, Stage
-from llmcompress.stages.blockwise_estimate import Job, job_of, limits_of
-from llmcompress.stages.shared_statistics import shared_groups
+from llmcompress.stages.blockwise.estimate import Job, job_of, limits_of
+from llmcompress.stages.blockwise.shared_statistics import shared_groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from llmcompress.quant.rules import deciding_rules, resolve
 from llmcompress.recipe.load import LoadedRecipe
 from llmcompress.recipe.schema import Recipe, recipe_model
 from llmcompress.stages.base import Kind, PlanInputs, Stage
-from llmcompress.stages.schemes import plain_rules
+from llmcompress.stages.blockwise.rules import plain_rules
 from llmcompress.units import bytes_text
 
 

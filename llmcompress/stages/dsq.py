@@ -131,7 +131,7 @@ class Dsq(Stage):
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Measure the blocks that are not measured yet, then write the policy."""
-        from llmcompress.stages.state_measurement import measure_states
+        from llmcompress.stages.blockwise.state_measurement import measure_states
 
         assert state.model is not None
         self.require_model(state.model.layout)
@@ -144,8 +144,8 @@ class Dsq(Stage):
 
     def restore(self, state: RunState, ctx: RunContext) -> None:
         """Put policy and calibrated scales into the run state."""
-        from llmcompress.stages.blockwise import attach_store
-        from llmcompress.stages.state_measurement import chosen_widths
+        from llmcompress.stages.blockwise.engine import attach_store
+        from llmcompress.stages.blockwise.state_measurement import chosen_widths
 
         attach_store(state, ctx)
         widths = chosen_widths(self.config, state, ctx)

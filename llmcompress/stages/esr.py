@@ -12,7 +12,7 @@ from pydantic import Field
 from llmcompress.errors import RecipeError
 from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, StageConfig
-from llmcompress.stages.quantizer import BlockStage
+from llmcompress.stages.blockwise.quantizer import BlockStage
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
@@ -79,14 +79,14 @@ class Esr(BlockStage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Two streams, the targets of a block, one block in fp32 and what training it holds."""
-        from llmcompress.stages.reconstruction import estimate_reconstruction
+        from llmcompress.stages.blockwise.reconstruction import estimate_reconstruction
 
         return estimate_reconstruction(self.config, inputs)
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Reconstruct the blocks that are not finished yet."""
         from llmcompress.quant.store import PackedStore
-        from llmcompress.stages.reconstruction import Reconstructor
+        from llmcompress.stages.blockwise.reconstruction import Reconstructor
 
         assert state.model is not None
         calibration = state.calibrated(ctx.stage)

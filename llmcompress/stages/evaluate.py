@@ -323,7 +323,7 @@ class _Evaluation:
 
     def _streamed(self) -> Sequence[Side]:
         """Sides that do not fit the budget and can do without being in memory whole."""
-        from llmcompress.stages.blockwise import plan_inputs
+        from llmcompress.stages.blockwise.engine import plan_inputs
 
         if self.ctx.ram is None or self.ctx.device == "cuda" or self.state.policies or self.state.adapter is not None:
             return []

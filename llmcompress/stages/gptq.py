@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from llmcompress.section import Section
 from llmcompress.stages.base import StageConfig
-from llmcompress.stages.quantizer import Quantizer
-from llmcompress.stages.schemes import RulesField
+from llmcompress.stages.blockwise.quantizer import Quantizer
+from llmcompress.stages.blockwise.rules import RulesField
 
 
 class RareExperts(Section):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmcompress.stages.base import StageConfig
+from llmcompress.stages.blockwise.quantizer import Quantizer
 from llmcompress.stages.gptq import GptqConfig
-from llmcompress.stages.quantizer import Quantizer
 from llmcompress.stages.router_calibration import RouterFields, check_router, router_hook
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Qesc(Quantizer):
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Quantize and calibrate the blocks that are not finished yet."""
-        from llmcompress.stages.blockwise import run_blockwise
+        from llmcompress.stages.blockwise.engine import run_blockwise
 
         hook = None
         if self.config.router.calibrate and state.calibration is not None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, StageConfig
-from llmcompress.stages.quantizer import BlockStage
+from llmcompress.stages.blockwise.quantizer import BlockStage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,16 +82,16 @@ class RouterCalibration(BlockStage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One block of weights and two activation streams; routers only as output."""
-        from llmcompress.stages.blockwise_estimate import estimate_blockwise
+        from llmcompress.stages.blockwise.estimate import estimate_blockwise
 
         return estimate_blockwise(self.config, inputs, hessians=False)
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Calibrate block by block into an overlay store."""
         from llmcompress.quant.store import PackedStore
-        from llmcompress.stages.block_solver import Method, RarePolicy
-        from llmcompress.stages.blockwise import BlockwiseQuantizer, plan_inputs
-        from llmcompress.stages.blockwise_estimate import limits_for
+        from llmcompress.stages.blockwise.block_solver import Method, RarePolicy
+        from llmcompress.stages.blockwise.engine import BlockwiseQuantizer, plan_inputs
+        from llmcompress.stages.blockwise.estimate import limits_for
 
         assert state.model is not None
         calibration = state.calibrated(ctx.stage)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from llmcompress.stages.base import Kind, StageConfig
-from llmcompress.stages.quantizer import Quantizer
-from llmcompress.stages.schemes import RulesField
+from llmcompress.stages.blockwise.quantizer import Quantizer
+from llmcompress.stages.blockwise.rules import RulesField
 
 
 class RtnConfig(StageConfig):

@@ -49,7 +49,7 @@ class Smooth(Stage):
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One block of weights and one stream of activations."""
-        from llmcompress.stages.blockwise_estimate import estimate_blockwise
+        from llmcompress.stages.blockwise.estimate import estimate_blockwise
 
         # inputs are looked at as for statistics, which here take no memory
         return estimate_blockwise(self.config, inputs, hessians=True)
@@ -96,8 +96,8 @@ class Smooth(Stage):
         import torch
 
         from llmcompress.models.walker import Walker
-        from llmcompress.stages.blockwise import plan_inputs
-        from llmcompress.stages.blockwise_estimate import limits_for
+        from llmcompress.stages.blockwise.engine import plan_inputs
+        from llmcompress.stages.blockwise.estimate import limits_for
 
         assert state.model is not None
         assert state.calibration is not None

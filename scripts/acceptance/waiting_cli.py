@@ -25,8 +25,8 @@ def main() -> None:
 
     import llmcompress.cli.app
     import llmcompress.pipeline.runner
-    import llmcompress.stages.s2r_init
-    import llmcompress.stages.s2r_rl
+    import llmcompress.stages.s2r.init
+    import llmcompress.stages.s2r.rl
     import llmcompress.training.rl
     import llmcompress.training.sft  # noqa: F401
 

@@ -16,10 +16,10 @@ from llmcompress.data.problems.config import CountdownTask, WordTask
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.handle import ModelHandle
 from llmcompress.stages.rtn import Rtn, RtnConfig
-from llmcompress.stages.s2r_evaluate import S2REvaluate, S2REvaluateConfig
-from llmcompress.stages.s2r_init import GiveUpConfig, S2RInit, S2RInitConfig
-from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
-from llmcompress.stages.s2r_traces import S2RTraces, S2RTracesConfig
+from llmcompress.stages.s2r.evaluate import S2REvaluate, S2REvaluateConfig
+from llmcompress.stages.s2r.init import GiveUpConfig, S2RInit, S2RInitConfig
+from llmcompress.stages.s2r.rl import S2RRl, S2RRlConfig
+from llmcompress.stages.s2r.traces import S2RTraces, S2RTracesConfig
 from llmcompress.stages.state import RunState
 
 TASK = CountdownTask(kind="countdown", high=15, limit=60, compact=True)
@@ -158,7 +158,7 @@ def test_codes_are_not_trained(tiny, tmp_path):
 def test_adapters_on_packed_weights_are_trained_measured_and_exported(tiny, tmp_path):
     from llmcompress import hf
     from llmcompress.stages.export import Export, ExportConfig
-    from llmcompress.stages.s2r_config import open_model
+    from llmcompress.stages.s2r.config import open_model
 
     found = quantized(tiny, tmp_path)
     before = open_model(found, tiny.context(tmp_path, "probe"))

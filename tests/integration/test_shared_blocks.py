@@ -23,9 +23,9 @@ from llmcompress.models.streamed import StreamedModel
 from llmcompress.models.walker import Walker
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
-from llmcompress.stages.blockwise import method_of, run_blockwise
+from llmcompress.stages.blockwise.engine import method_of, run_blockwise
+from llmcompress.stages.blockwise.shared_statistics import gather, shared_moments
 from llmcompress.stages.gptq import Gptq, GptqConfig
-from llmcompress.stages.shared_statistics import gather, shared_moments
 
 TWO = {
     "num_mem_blocks": 2, "num_hidden_layers": 6,

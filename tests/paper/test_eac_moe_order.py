@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmcompress.stages import block_solver
+from llmcompress.stages.blockwise import block_solver
 from llmcompress.stages.qesc import Qesc, QescConfig
 from llmcompress.stages.router_calibration import RouterCalibrator
 

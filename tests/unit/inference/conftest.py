@@ -17,8 +17,8 @@ from llmcompress.inference.generate import Generator, Sampling
 from llmcompress.inference.native import decline
 from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
+from llmcompress.nn.adapted_mixtures import adapt_mixtures
 from llmcompress.nn.mixers import attach
-from llmcompress.nn.mixtures import adapt_mixtures
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.serving.rows import NativeRows
 

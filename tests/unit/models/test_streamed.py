@@ -11,7 +11,7 @@ from llmcompress.evaluation.streamed import streamed_perplexity
 from llmcompress.models.assemble import compressed_model
 from llmcompress.models.memory_limits import Limits
 from llmcompress.models.streamed import StreamedModel
-from llmcompress.stages.blockwise import run_blockwise
+from llmcompress.stages.blockwise.engine import run_blockwise
 from llmcompress.stages.rtn import RtnConfig
 
 

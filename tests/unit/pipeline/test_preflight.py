@@ -407,7 +407,7 @@ def test_what_compares_answers_is_missed_before_any_work(
 ) -> None:
     from llmcompress.data.problems import mathematics
     from llmcompress.data.problems.config import FileTask
-    from llmcompress.stages.s2r_init import S2RInit
+    from llmcompress.stages.s2r.init import S2RInit
 
     monkeypatch.setattr(mathematics, "find_spec", lambda _: None)
 

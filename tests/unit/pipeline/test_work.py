@@ -17,7 +17,7 @@ from llmcompress.pipeline.rates import CURVES, NUMBERS, Rates
 from llmcompress.pipeline.work import BlockWork, Run, heads_of, least_k, product
 from llmcompress.quant.spec import QuantSpec
 from llmcompress.stages.base import PlanInputs
-from llmcompress.stages.blockwise_estimate import Job
+from llmcompress.stages.blockwise.estimate import Job
 from llmcompress.stages.router_calibration import RouterFields
 
 CONFIGS = Path(__file__).resolve().parents[2] / "data" / "hub_configs"

@@ -10,7 +10,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.registry import layout_from_config
 from llmcompress.stages.calibrate import Calibrate, CalibrateConfig
-from llmcompress.stages.s2r_traces import S2RTraces, S2RTracesConfig
+from llmcompress.stages.s2r.traces import S2RTraces, S2RTracesConfig
 from llmcompress.stages.state import RunContext, RunState
 
 TEXTS = [f"The cat number {i} sat on the warm stone and looked at the sea." for i in range(20)]

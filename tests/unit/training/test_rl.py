@@ -15,7 +15,7 @@ from llmcompress.data.actions import CHECK, CORRECT, INCORRECT, RETRY
 from llmcompress.data.problems.countdown import Countdown
 from llmcompress.evaluation.self_correction import Reader
 from llmcompress.models.handle import ModelHandle
-from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
+from llmcompress.stages.s2r.rl import S2RRl, S2RRlConfig
 from llmcompress.training import offline, rl
 from llmcompress.training.optimizer import Schedule, Trainer
 from llmcompress.training.policy import Policy
@@ -194,9 +194,9 @@ def test_credit_for_actions_is_refused_where_it_means_nothing():
 
 
 def test_settings_that_would_teach_nothing_are_refused():
-    from llmcompress.stages.s2r_evaluate import S2REvaluateConfig
-    from llmcompress.stages.s2r_init import S2RInitConfig
-    from llmcompress.stages.s2r_rl import S2RRlConfig
+    from llmcompress.stages.s2r.evaluate import S2REvaluateConfig
+    from llmcompress.stages.s2r.init import S2RInitConfig
+    from llmcompress.stages.s2r.rl import S2RRlConfig
 
     task = {"kind": "countdown", "high": 8}
     for scope in ("running", "ema"):
@@ -302,7 +302,7 @@ def test_responses_with_too_many_actions_are_dropped(pooled):
 def test_a_plan_takes_no_row_to_be_longer_than_it_can_get():
     from llmcompress.models.handle import ModelHandle
     from llmcompress.stages.base import PlanInputs
-    from llmcompress.stages.s2r_rl import PROMPT_TOKENS
+    from llmcompress.stages.s2r.rl import PROMPT_TOKENS
 
     layout = ModelHandle.open("asset:reference_reasoner").layout
 

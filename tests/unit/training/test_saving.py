@@ -8,8 +8,8 @@ import torch
 
 from llmcompress.models.checkpoint import Checkpoint
 from llmcompress.nn import lora
-from llmcompress.stages import s2r_config as shared
-from llmcompress.stages.s2r_init import S2RInitConfig
+from llmcompress.stages.s2r import config as shared
+from llmcompress.stages.s2r.init import S2RInitConfig
 
 ADAPTED = "model.layers.1.self_attn.q_proj"
 

@@ -215,8 +215,8 @@ def test_problems_of_the_validation_are_in_no_training_row():
 def test_recompute_is_asked_for_in_the_recipe_and_planned(tiny, tmp_path):
     from llmcompress.models.handle import ModelHandle
     from llmcompress.stages.base import PlanInputs
-    from llmcompress.stages.s2r_config import open_policy
-    from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+    from llmcompress.stages.s2r.config import open_policy
+    from llmcompress.stages.s2r.init import S2RInit, S2RInitConfig
     from llmcompress.stages.state import RunState
 
     state = RunState(model=ModelHandle.open("asset:reference_reasoner"))
@@ -233,7 +233,7 @@ def test_plans_count_the_checkpoints_that_lie_beside_each_other():
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.sizes import parameters
     from llmcompress.stages.base import PlanInputs
-    from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+    from llmcompress.stages.s2r.init import S2RInit, S2RInitConfig
 
     layout = ModelHandle.open("asset:reference_reasoner").layout
 

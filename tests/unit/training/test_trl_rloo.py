@@ -15,7 +15,7 @@ from llmcompress.data.problems.config import CountdownTask
 from llmcompress.distributed.world import World
 from llmcompress.errors import EnvironmentProblem, UsageError
 from llmcompress.models.handle import ModelHandle
-from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
+from llmcompress.stages.s2r.rl import S2RRl, S2RRlConfig
 from llmcompress.stages.state import RunState
 
 TASK = CountdownTask(kind="countdown", high=15, limit=60, compact=True)

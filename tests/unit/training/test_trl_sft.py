@@ -16,7 +16,7 @@ from llmcompress.distributed.world import World
 from llmcompress.errors import EnvironmentProblem, UsageError
 from llmcompress.models.handle import ModelHandle
 from llmcompress.stages.base import PlanInputs
-from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
+from llmcompress.stages.s2r.init import S2RInit, S2RInitConfig
 from llmcompress.stages.state import RunState
 from llmcompress.training.policy import Policy
 from llmcompress.training.sft import Counts, SftRow, SftSettings, sft_loss
@@ -58,7 +58,7 @@ def test_the_other_loop_must_be_installed(tiny, tmp_path, monkeypatch):
 
 
 def test_the_plan_says_where_trl_is_missing(monkeypatch):
-    from llmcompress.stages import s2r_training
+    from llmcompress.stages.s2r import training as s2r_training
 
     inputs = PlanInputs(state().model.layout, 4, 4, 0, 0, {}, "cpu")
     for engine, there, said in (("trl", None, 1), ("trl", object(), 0), ("own", None, 0)):

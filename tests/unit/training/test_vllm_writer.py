@@ -21,8 +21,8 @@ from llmcompress.errors import EnvironmentProblem, RecipeError, UsageError
 from llmcompress.models.handle import ModelHandle
 from llmcompress.stages.base import PlanInputs
 from llmcompress.stages.rtn import Rtn, RtnConfig
-from llmcompress.stages.s2r_init import S2RInit, S2RInitConfig
-from llmcompress.stages.s2r_rl import S2RRl, S2RRlConfig
+from llmcompress.stages.s2r.init import S2RInit, S2RInitConfig
+from llmcompress.stages.s2r.rl import S2RRl, S2RRlConfig
 from llmcompress.stages.state import RunState
 
 KNOWN = json.loads((Path(__file__).parents[2] / "data" / "vllm_signatures.json").read_text())
@@ -163,7 +163,7 @@ def test_each_round_is_written_with_the_weights_of_its_moment(vllm, tiny, tmp_pa
 
 
 def test_responses_are_cut_and_judged_like_our_own(vllm, tiny, tmp_path):
-    from llmcompress.stages import s2r_config as shared
+    from llmcompress.stages.s2r import config as shared
     from llmcompress.training.rl import collect
 
     config = S2RRlConfig(**RL)
@@ -216,7 +216,7 @@ def test_what_vllm_cannot_do_is_refused(tiny, tmp_path):
     Rtn("q", RtnConfig(type="rtn", rules=rules)).run(packed, tiny.context(tmp_path, "q"))
     with pytest.raises(RecipeError, match=r"stages.r.sampler.engine: vllm reads no packed weights"):
         stage.run(packed, tiny.context(tmp_path, "r"))
-    from llmcompress.stages.s2r_config import open_sampler
+    from llmcompress.stages.s2r.config import open_sampler
 
     context = SimpleNamespace(stage="r", world=World(0, 2))
     with pytest.raises(UsageError, match="writes for one process"):
@@ -242,7 +242,7 @@ def test_an_engine_that_does_not_start_is_one_error(vllm, tiny, tmp_path, monkey
 
 @pytest.mark.parametrize("there", [False, True])
 def test_the_plan_says_what_vllm_takes(monkeypatch, there):
-    from llmcompress.stages import s2r_training
+    from llmcompress.stages.s2r import training as s2r_training
 
     monkeypatch.setattr(s2r_training, "find_spec", lambda name: object() if there else None)
     inputs = PlanInputs(state().model.layout, 4, 4, 0, 0, {}, "cuda")

@@ -1,0 +1,50 @@
+"""What stages that go block by block have in common; ``engine.py`` does their work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage
+
+if TYPE_CHECKING:
+    from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.state import RunContext, RunState
+
+
+class BlockStage(Stage):
+    """Keeps what it makes of each block in ``ctx.stage_dir / "blocks"``, a store on top of that of the stage before."""
+
+    produces = frozenset({Kind.PACKED})
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Re-attach the store of finished blocks."""
+        from llmcompress.stages.blockwise.engine import attach_store
+
+        attach_store(state, ctx)
+
+
+class Quantizer(BlockStage):
+    """Rounds the weights that its ``rules`` choose, each block with the activations of the quantized ones before it."""
+
+    distributed = True
+    consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
+    hessians: ClassVar[bool] = True
+    """Whether it collects statistics of activations."""
+
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Rules that match nothing."""
+        from llmcompress.stages.blockwise.engine import check_rules
+
+        return check_rules(self.name, self.config.rules, layout)
+
+    def estimate(self, inputs: PlanInputs) -> Estimate:
+        """One block of weights, its Hessians and the activation streams."""
+        from llmcompress.stages.blockwise.estimate import estimate_blockwise
+
+        return estimate_blockwise(self.config, inputs, self.hessians)
+
+    def run(self, state: RunState, ctx: RunContext) -> None:
+        """Quantize the blocks that are not finished yet."""
+        from llmcompress.stages.blockwise.engine import run_blockwise
+
+        run_blockwise(self.config, state, ctx)
