@@ -1,10 +1,14 @@
-"""Registers commands: every one gets ``--json``, ``--quiet`` and ``--debug`` and an :class:`Output`."""
+"""Registers commands: every one gets ``--json``, ``--quiet`` and ``--debug`` and an :class:`Output`.
+
+Options that several commands take are a dataclass: a parameter of its type stands for all its fields.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +26,7 @@ current: Output = Output()
 
 
 def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register ``function(out, …)`` as a command; ``out`` is made from the common options.
+    """Register ``function(out, …)`` as a command; ``out`` is made from the common options, dataclasses from theirs.
 
     Args:
         app: Where to register.
@@ -32,12 +36,20 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
-        own = list(signature.parameters.values())[1:]
+        own, groups = [], {}
+        for parameter in list(signature.parameters.values())[1:]:
+            if is_dataclass(parameter.annotation):
+                groups[parameter.name] = parameter.annotation
+                own += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+            else:
+                own.append(parameter)
 
         @functools.wraps(function)
         def call(**values: Any) -> None:
             global current  # noqa: PLW0603 - one command per process; the top-level handler has no other way to it
             current = Output(*(values.pop(key) for key in _COMMON))
+            for key, group in groups.items():
+                values[key] = group(**{field.name: values.pop(field.name) for field in fields(group)})
             function(current, **values)
 
         common = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,48 +28,11 @@ if TYPE_CHECKING:
 
 HELD_OUT = "asset:text/heldout.jsonl.gz"
 
-TextOption = Annotated[
-    list[str] | None,
-    typer.Option("--text", metavar="FILE", help="Text (.txt, .jsonl, .parquet) for perplexity; may be repeated."),
-]
 FieldOption = Annotated[
     str, typer.Option("--field", metavar="NAME", help="Field of a row that holds the text; chats need none.")
 ]
 LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
-TokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", min=2, help="Use only the first tokens of each text.")
-]
-TaskOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--task", metavar="NAME", help="Task of lm-eval, or the YAML file of a task of your own; may be repeated."
-    ),
-]
-FewshotOption = Annotated[
-    int | None,
-    typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default as many as each task says."),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option("--fewshot-seed", help="Seed by which a task draws its examples.  [default: lm-eval's, 1234]"),
-]
-TemplateOption = Annotated[
-    bool, typer.Option("--apply-chat-template", help="Put each question through the model's chat template.")
-]
-TurnsOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
-        help="Give examples as turns of the chat; the default with --apply-chat-template.",
-    ),
-]
-SystemOption = Annotated[
-    str | None,
-    typer.Option("--system-instruction", metavar="TEXT", help="System message before every question of a task."),
-]
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write all figures as CSV.")]
-TasksDirOption = Annotated[str | None, typer.Option("--tasks-dir", help="Folder with local task data.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first rows of each task.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Type of dense weights: auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu or cuda.")]
 RecipeOption = Annotated[
@@ -98,6 +62,73 @@ DropOption = Annotated[
 ModelArgument = Annotated[str, typer.Argument(metavar="PATH", help="Artifact, model folder or run folder.")]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Options by which ``eval`` and ``compare`` choose what is measured."""
+
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="FILE", help="Text (.txt, .jsonl, .parquet) for perplexity; may be repeated."),
+    ] = None
+    field: FieldOption = "text"
+    length: LengthOption = 512
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="Use only the first tokens of each text.")
+    ] = None
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", metavar="NAME", help="Task of lm-eval, or the YAML file of a task of your own; may be repeated."
+        ),
+    ] = None
+    tasks_dir: Annotated[str | None, typer.Option("--tasks-dir", help="Folder with local task data.")] = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first rows of each task.")] = None
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default as many as each task says."),
+    ] = None
+    fewshot_seed: Annotated[
+        int | None,
+        typer.Option("--fewshot-seed", help="Seed by which a task draws its examples.  [default: lm-eval's, 1234]"),
+    ] = None
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put each question through the model's chat template.")
+    ] = False
+    fewshot_as_multiturn: Annotated[
+        bool | None,
+        typer.Option(
+            "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+            help="Give examples as turns of the chat; the default with --apply-chat-template.",
+        ),
+    ] = None
+    system_instruction: Annotated[
+        str | None,
+        typer.Option("--system-instruction", metavar="TEXT", help="System message before every question of a task."),
+    ] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """Arguments of :func:`settings` that say what is measured; what was not given is None or absent.
+
+        Raises:
+            UsageError: Turns without a chat.
+        """
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UsageError("--fewshot-as-multiturn: only with --apply-chat-template")
+        asking = {
+            "num_fewshot": self.num_fewshot, "fewshot_seed": self.fewshot_seed,
+            "apply_chat_template": self.apply_chat_template or None,
+            "fewshot_as_multiturn": self.fewshot_as_multiturn, "system_instruction": self.system_instruction,
+        }  # fmt: skip
+        return {
+            "text": self.text, "max_tokens": self.max_tokens, "task": self.task, "tasks_dir": self.tasks_dir,
+            "limit": self.limit, **{name: value for name, value in asking.items() if value is not None},
+        }  # fmt: skip
+
+    def config(self, fidelity: bool = False) -> EvaluateConfig:
+        """The section that these options describe; ``fidelity`` as :func:`settings` has it."""
+        return settings(length=self.length, field=self.field, fidelity=fidelity, **self.chosen())
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     command(app, "eval")(evaluate)
@@ -107,18 +138,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     out: Output,
     path: ModelArgument,
-    text: TextOption = None,
-    field: FieldOption = "text",
-    length: LengthOption = 512,
-    max_tokens: TokensOption = None,
-    task: TaskOption = None,
-    tasks_dir: TasksDirOption = None,
-    limit: LimitOption = None,
-    num_fewshot: FewshotOption = None,
-    fewshot_seed: SeedOption = None,
-    apply_chat_template: TemplateOption = False,
-    fewshot_as_multiturn: TurnsOption = None,
-    system_instruction: SystemOption = None,
+    measured: Measured,
     recipe: RecipeOption = None,
     member: MemberOption = None,
     csv: CsvOption = None,
@@ -126,11 +146,7 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure perplexity and tasks of an artifact or model; the shipped held-out text if nothing is named."""
-    chosen: dict[str, Any] = {
-        "text": text, "max_tokens": max_tokens, "task": task, "tasks_dir": tasks_dir, "limit": limit,
-        **_asking(num_fewshot, fewshot_seed, apply_chat_template, fewshot_as_multiturn, system_instruction),
-    }  # fmt: skip
-    config = _from_recipe(recipe, chosen) if recipe else settings(length=length, field=field, **chosen)
+    config = _from_recipe(recipe, measured.chosen()) if recipe else measured.config()
     if csv is not None:
         writable(csv)
     model_folder(path)
@@ -148,18 +164,7 @@ def compare(
     out: Output,
     first: Annotated[str, typer.Argument(metavar="A", help="Run folder, or model (the reference).")],
     second: Annotated[str, typer.Argument(metavar="B", help="Run folder, or model.")],
-    text: TextOption = None,
-    field: FieldOption = "text",
-    length: LengthOption = 512,
-    max_tokens: TokensOption = None,
-    task: TaskOption = None,
-    tasks_dir: TasksDirOption = None,
-    limit: LimitOption = None,
-    num_fewshot: FewshotOption = None,
-    fewshot_seed: SeedOption = None,
-    apply_chat_template: TemplateOption = False,
-    fewshot_as_multiturn: TurnsOption = None,
-    system_instruction: SystemOption = None,
+    measured: Measured,
     max_rel_increase: IncreaseOption = None,
     max_abs_drop: DropOption = None,
     csv: CsvOption = None,
@@ -176,15 +181,11 @@ def compare(
         writable(csv)
     limits = [*_limits("max_rel_increase", max_rel_increase), *_limits("max_abs_drop", max_abs_drop)]
     runs = [RunDir(Path(name)).is_run() for name in (first, second)]
-    chosen: dict[str, Any] = {
-        "text": text, "max_tokens": max_tokens, "task": task, "tasks_dir": tasks_dir, "limit": limit,
-        **_asking(num_fewshot, fewshot_seed, apply_chat_template, fewshot_as_multiturn, system_instruction),
-    }  # fmt: skip
     if all(runs):
-        _refuse_idle("two runs are compared by what they recorded", chosen)
+        _refuse_idle("two runs are compared by what they recorded", measured.chosen())
         _compare_runs(out, Path(first), Path(second), limits, csv)
         return
-    config = settings(length=length, field=field, fidelity=True, **chosen)
+    config = measured.config(fidelity=True)
     _require_names(limits, config)
     rows = _measure_two(out, first, second, config, dtype, device)
     judged = _judged(limits, {f"{row['task']}.{row['metric']}": (row["dense"], row["compressed"]) for row in rows})
@@ -350,23 +351,6 @@ def settings(
     if fidelity and files:
         section["fidelity"] = {**texts[_name(files[0], files)], "samples": 16, "allow_fewer": True}
     return EvaluateConfig.model_validate(section)
-
-
-def _asking(
-    num_fewshot: int | None, fewshot_seed: int | None, template: bool, turns: bool | None, system: str | None
-) -> dict[str, Any]:
-    """Fields of a task from the options that were given.
-
-    Raises:
-        UsageError: Turns without a chat.
-    """
-    if turns and not template:
-        raise UsageError("--fewshot-as-multiturn: only with --apply-chat-template")
-    fields = {
-        "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "apply_chat_template": template or None,
-        "fewshot_as_multiturn": turns, "system_instruction": system,
-    }  # fmt: skip
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _task(name: str) -> dict[str, Any]:

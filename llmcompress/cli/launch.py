@@ -22,33 +22,59 @@ if TYPE_CHECKING:
     from llmcompress.cli.output import Output
 
 _PANEL = "Processes"
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine.", rich_help_panel=_PANEL),
-]
-NodesOption = Annotated[
-    int,
-    typer.Option(
-        "--nnodes",
-        min=1,
-        metavar="N",
-        help="Number of machines; start the same command on each.",
-        rich_help_panel=_PANEL,
-    ),
-]
-EndpointOption = Annotated[
-    str | None,
-    typer.Option(
-        "--rdzv-endpoint",
-        metavar="HOST:PORT",
-        help="Address at which the machines meet: that of one of them.",
-        rich_help_panel=_PANEL,
-    ),
-]
-IdOption = Annotated[
-    str | None, typer.Option("--rdzv-id", metavar="NAME", help="Name of this run, the same on every machine.",
-                             rich_help_panel=_PANEL)
-]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Options of commands that may run in several processes."""
+
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine.", rich_help_panel=_PANEL),
+    ] = None
+    nnodes: Annotated[
+        int,
+        typer.Option(
+            "--nnodes",
+            min=1,
+            metavar="N",
+            help="Number of machines; start the same command on each.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 1
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-endpoint",
+            metavar="HOST:PORT",
+            help="Address at which the machines meet: that of one of them.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    rdzv_id: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-id",
+            metavar="NAME",
+            help="Name of this run, the same on every machine.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    def processes(self) -> Processes | None:
+        """What to start; None where one process will do, or where this is one of those that were started.
+
+        Raises:
+            UsageError: The options contradict each other.
+        """
+        if LAUNCHED in os.environ:
+            return None
+        if self.nnodes > 1 and (self.rdzv_endpoint is None or self.rdzv_id is None):
+            raise UsageError(
+                "--nnodes: machines must find each other", "--rdzv-endpoint HOST:PORT --rdzv-id NAME, equal on all"
+            )
+        nproc = self.nproc or 1
+        return Processes(nproc, self.nnodes, self.rdzv_endpoint, self.rdzv_id) if nproc * self.nnodes > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +92,6 @@ class Processes:
     nnodes: int = 1
     endpoint: str | None = None
     name: str | None = None
-
-    @classmethod
-    def of(cls, nproc: int | None, nnodes: int, endpoint: str | None, name: str | None) -> Processes | None:
-        """From the options; None where one process will do, or where this is one of those that were started.
-
-        Raises:
-            UsageError: The options contradict each other.
-        """
-        if LAUNCHED in os.environ:
-            return None
-        if nnodes > 1 and (endpoint is None or name is None):
-            raise UsageError(
-                "--nnodes: machines must find each other", "--rdzv-endpoint HOST:PORT --rdzv-id NAME, equal on all"
-            )
-        if nproc is None and nnodes == 1:
-            return None
-        return cls(nproc or 1, nnodes, endpoint, name) if (nproc or 1) * nnodes > 1 else None
 
 
 class AlreadyTold(EnvironmentProblem):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,7 @@ import typer
 
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_override, complete_recipe
-from llmcompress.cli.launch import EndpointOption, IdOption, NodesOption, Processes, ProcessesOption, launch
+from llmcompress.cli.launch import Processes, ProcessOptions, launch
 from llmcompress.cli.look_ahead import look_ahead
 from llmcompress.cli.output import Output, table
 from llmcompress.distributed.world import LAUNCHED
@@ -41,20 +41,38 @@ OverridesArgument = Annotated[
         autocompletion=complete_override,
     ),
 ]
-UntilOption = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
-OnlyOption = Annotated[
-    str | None, typer.Option("--only", metavar="STAGE", help="Run this stage alone; those before it must be finished.")
-]
-RedoOption = Annotated[
-    str | None, typer.Option("--redo", metavar="STAGE", help="Do this stage and all after it again.")
-]
-PreflightOption = Annotated[
-    bool,
-    typer.Option("--preflight/--no-preflight", help="Refuse to begin with too little memory or disk, or data missing."),
-]
-TrackOption = Annotated[
-    list[str] | None, typer.Option("--track", metavar="NAME", help="Also log to tensorboard, trackio or wandb.")
-]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Options of ``run`` and ``resume``: which stages, who is told, whether this machine is looked at first."""
+
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None
+    only: Annotated[
+        str | None,
+        typer.Option("--only", metavar="STAGE", help="Run this stage alone; those before it must be finished."),
+    ] = None
+    redo: Annotated[
+        str | None, typer.Option("--redo", metavar="STAGE", help="Do this stage and all after it again.")
+    ] = None
+    track: Annotated[
+        list[str] | None, typer.Option("--track", metavar="NAME", help="Also log to tensorboard, trackio or wandb.")
+    ] = None
+    preflight: Annotated[
+        bool,
+        typer.Option(
+            "--preflight/--no-preflight", help="Refuse to begin with too little memory or disk, or data missing."
+        ),
+    ] = True
+
+    def words(self, out: Output) -> list[str]:
+        """These options and those of ``out`` as words, for the processes that are to run the command."""
+        chosen = (("--until", self.until), ("--only", self.only), ("--redo", self.redo))
+        found = [word for name, value in chosen if value for word in (name, value)]
+        found += [word for name in self.track or [] for word in ("--track", name)]
+        modes = (("--json", out.json_mode), ("--quiet", out.quiet), ("--debug", out.debug),
+                 ("--no-preflight", not self.preflight))  # fmt: skip
+        return [*found, *(word for word, given in modes if given)]
 
 
 def register(app: typer.Typer) -> None:
@@ -66,44 +84,30 @@ def register(app: typer.Typer) -> None:
 def run(
     out: Output,
     recipe: RecipeArgument,
+    controls: Controls,
+    started: ProcessOptions,
     overrides: OverridesArgument = None,
-    until: UntilOption = None,
-    only: OnlyOption = None,
-    redo: RedoOption = None,
-    track: TrackOption = None,
-    preflight: PreflightOption = True,
     force: Annotated[bool, typer.Option("--force", help="Delete what an earlier run left in the folder.")] = False,
-    nproc: ProcessesOption = None,
-    nnodes: NodesOption = 1,
-    rdzv_endpoint: EndpointOption = None,
-    rdzv_id: IdOption = None,
 ) -> None:
     """Run a recipe; continue where an interrupted run of it stopped."""
     from llmcompress.pipeline.runner import RunOptions
 
-    processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    options = RunOptions(until, only, redo, force, _processes_here(processes))
-    job = load_job(recipe, overrides or [], out=_first_look(out), extent=options if preflight else None)
+    processes = started.processes()
+    options = RunOptions(controls.until, controls.only, controls.redo, force, _processes_here(processes))
+    job = load_job(recipe, overrides or [], out=_first_look(out), extent=options if controls.preflight else None)
     if processes is not None:
-        words = ["run", recipe, *(overrides or []), *_words(out, until, only, redo, track, preflight)]
+        words = ["run", recipe, *(overrides or []), *controls.words(out)]
         launch(out, processes, [*words, *(["--force"] if force else [])], Path(job.recipe["run"]["dir"]))
         return
-    execute(out, job, replace(options, trackers=_trackers(track, job)))
+    execute(out, job, replace(options, trackers=_trackers(controls.track, job)))
 
 
 def resume(
     out: Output,
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of an interrupted run.")],
+    controls: Controls,
+    started: ProcessOptions,
     overrides: OverridesArgument = None,
-    until: UntilOption = None,
-    only: OnlyOption = None,
-    redo: RedoOption = None,
-    track: TrackOption = None,
-    preflight: PreflightOption = True,
-    nproc: ProcessesOption = None,
-    nnodes: NodesOption = 1,
-    rdzv_endpoint: EndpointOption = None,
-    rdzv_id: IdOption = None,
 ) -> None:
     """Continue a run from its folder."""
     from llmcompress.pipeline.runner import RunOptions
@@ -111,18 +115,17 @@ def resume(
     lock = run_dir / "recipe.lock.json"
     if not lock.is_file():
         raise InputError(f"{run_dir}: not a run folder (no recipe.lock.json)", "llmcompress run RECIPE")
-    processes = Processes.of(nproc, nnodes, rdzv_endpoint, rdzv_id)
-    options = RunOptions(until, only, redo, processes=_processes_here(processes))
+    processes = started.processes()
+    options = RunOptions(controls.until, controls.only, controls.redo, processes=_processes_here(processes))
     job = load_job(
         str(lock), [*(overrides or []), f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml",
-        out=_first_look(out), extent=options if preflight else None,
+        out=_first_look(out), extent=options if controls.preflight else None,
     )  # fmt: skip
     if processes is not None:
-        words = ["resume", str(run_dir), *(overrides or []), *_words(out, until, only, redo, track, preflight)]
-        launch(out, processes, words, run_dir)
+        launch(out, processes, ["resume", str(run_dir), *(overrides or []), *controls.words(out)], run_dir)
         return
     again = "add --redo STAGE to do that stage and all after it again"
-    execute(out, job, replace(options, trackers=_trackers(track, job)), again)
+    execute(out, job, replace(options, trackers=_trackers(controls.track, job)), again)
 
 
 def _processes_here(started: Processes | None) -> int:
@@ -133,18 +136,6 @@ def _processes_here(started: Processes | None) -> int:
 def _first_look(out: Output) -> Output | None:
     """Where remarks on recipe and machine go; None in a launched process, whose launcher has looked at both."""
     return None if LAUNCHED in os.environ else out
-
-
-def _words(
-    out: Output, until: str | None, only: str | None, redo: str | None, track: list[str] | None, preflight: bool
-) -> list[str]:
-    """Options of this command as words, for the processes that are to run it."""
-    found = [word for name, value in (("until", until), ("only", only), ("redo", redo)) if value
-             for word in (f"--{name}", value)]  # fmt: skip
-    found += [word for name in track or [] for word in ("--track", name)]
-    modes = (("--json", out.json_mode), ("--quiet", out.quiet), ("--debug", out.debug),
-             ("--no-preflight", not preflight))  # fmt: skip
-    return [*found, *(word for word, given in modes if given)]
 
 
 def quoted(text: str) -> str:
