@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
+TOKENS = "tokens.safetensors"
+
 
 class CalibrateConfig(StageConfig):
     """Recipe section of the calibrate stage."""
@@ -39,36 +41,42 @@ class CalibrateConfig(StageConfig):
     """Go on with the windows there are when the text is too short for ``samples``."""
 
 
-def beyond_choice(where: str, length: int, layout: ModelLayout) -> list[str]:
-    """Why windows that go block by block are too long for layers that take over an earlier one's choice of positions.
+class CalibrationStage(Stage):
+    """Leaves windows of its config's ``length`` in ``tokens.safetensors``; later stages run them block by block."""
 
-    Args:
-        where: Field of the recipe.
-        length: Tokens in a window.
-        layout: The model's.
+    consumes = frozenset({Kind.MODEL})
+    produces = frozenset({Kind.CALIBRATION})
 
-    Returns:
-        A problem, or nothing.
-    """
-    if layout.longest is None or length <= layout.longest:
-        return []
-    return [
-        f"{where}: {length} tokens, but layers are told by earlier ones which {layout.longest} positions a token sees, "
-        f"and that is not kept from block to block: set it to {layout.longest} or less"
-    ]
+    def check(self, layout: ModelLayout) -> list[str]:
+        """Windows too long for layers that take over an earlier one's choice of positions."""
+        if layout.longest is None or self.config.length <= layout.longest:
+            return []
+        return [
+            f"stages.{self.name}.length: {self.config.length} tokens, but layers are told by earlier ones which "
+            f"{layout.longest} positions a token sees, and that is not kept from block to block: "
+            f"set it to {layout.longest} or less"
+        ]
+
+    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+        """Refuse windows longer than the model's context; arguments as the stage interface has them.
+
+        Raises:
+            InputError: They are.
+        """
+        require_window(f"stages.{self.name}.length", self.config.length, config.get("max_position_embeddings"))
+
+    def restore(self, state: RunState, ctx: RunContext) -> None:
+        """Read the chosen windows back."""
+        from llmcompress.data.calibration import CalibrationSet
+
+        state.calibration = CalibrationSet.load(ctx.stage_dir / TOKENS)
 
 
-class Calibrate(Stage):
+class Calibrate(CalibrationStage):
     """Chooses windows of tokens."""
 
     Config = CalibrateConfig
-    consumes = frozenset({Kind.MODEL})
-    produces = frozenset({Kind.CALIBRATION})
     config: CalibrateConfig
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Windows are run block by block."""
-        return beyond_choice(f"stages.{self.name}.length", self.config.length, layout)
 
     def reads_text(self) -> bool:
         """All but random tokens is text."""
@@ -79,19 +87,6 @@ class Calibrate(Stage):
         size = self.config.samples * self.config.length * 8
         return Estimate(ram=size, disk=size)
 
-    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
-        """Refuse windows longer than the model's context.
-
-        Args:
-            folder: The source model.
-            config: Its ``config.json``.
-            tokenizer: Folder of the tokenizer, if it is another one.
-
-        Raises:
-            InputError: They are.
-        """
-        require_window(f"stages.{self.name}.length", self.config.length, config.get("max_position_embeddings"))
-
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Read the text, tokenize, choose windows and keep them on disk.
 
@@ -100,7 +95,7 @@ class Calibrate(Stage):
         """
         from llmcompress.data.calibration import CalibrationSet, build
 
-        path = ctx.stage_dir / "tokens.safetensors"
+        path = ctx.stage_dir / TOKENS
         if path.exists():
             state.calibration = CalibrationSet.load(path)
             return
@@ -124,9 +119,3 @@ class Calibrate(Stage):
         if config.source.kind == "synthetic":
             ctx.emit("warning", text="calibrated on random tokens: use this for timing, not for a model")
         ctx.emit("note", text=f"{rows} windows of {length} tokens, {state.calibration.hash[:12]}")
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Read the chosen windows back."""
-        from llmcompress.data.calibration import CalibrationSet
-
-        state.calibration = CalibrationSet.load(ctx.stage_dir / "tokens.safetensors")

@@ -4,20 +4,15 @@ it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmcompress.data.sources import require_window
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
-from llmcompress.stages.calibrate import beyond_choice
+from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
+from llmcompress.stages.calibrate import TOKENS, CalibrationStage
 from llmcompress.stages.s2r.config import S2RConfig, SamplingConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -45,30 +40,16 @@ class S2RTracesConfig(S2RConfig):
     """Tokens of a window; texts are joined and cut."""
 
 
-class S2RTraces(Stage):
+class S2RTraces(CalibrationStage):
     """Samples, filters, packs."""
 
     Config: ClassVar[type[StageConfig]] = S2RTracesConfig
     distributed = True
-    consumes = frozenset({Kind.MODEL})
-    produces = frozenset({Kind.CALIBRATION})
     config: S2RTracesConfig
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Its windows are run block by block, as those of ``calibrate``."""
-        return beyond_choice(f"stages.{self.name}.length", self.config.length, layout)
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """The windows on disk; sampling needs what measuring needs."""
         return Estimate(disk=self.config.samples * self.config.length * 8)
-
-    def require_source(self, folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> None:
-        """Refuse windows longer than the model's context; arguments as the stage interface has them.
-
-        Raises:
-            InputError: They are.
-        """
-        require_window(f"stages.{self.name}.length", self.config.length, config.get("max_position_embeddings"))
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Sample from the model as the stages before left it; all processes of the run share the work.
@@ -112,11 +93,5 @@ class S2RTraces(Stage):
         facts = {"source": "self-correction traces", "responses": len(texts), "kept": config.keep, "seed": ctx.seed}
         calibration = CalibrationSet.of(windows, facts)
         if ctx.world.rank == 0:
-            calibration.save(ctx.stage_dir / "tokens.safetensors")
+            calibration.save(ctx.stage_dir / TOKENS)
         state.calibration = calibration
-
-    def restore(self, state: RunState, ctx: RunContext) -> None:
-        """Read the windows back."""
-        from llmcompress.data.calibration import CalibrationSet
-
-        state.calibration = CalibrationSet.load(ctx.stage_dir / "tokens.safetensors")
