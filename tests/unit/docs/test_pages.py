@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.models.registry import families
 from llmcompress.recipe.catalog import list_recipes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +63,12 @@ def test_recipes_of_the_papers_exist() -> None:
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", read("Makefile"), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z0-9-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets
+
+
+def test_the_page_of_models_lists_every_type() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|", read("docs/models.md"), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row) if name != "model_type"]
+    assert sorted(set(named)) == families()
 
 
 def test_pages_that_sources_name_exist() -> None:
