@@ -47,8 +47,9 @@ def states_section(entry: Mapping[str, Any]) -> Json:
         }
         for row in entry.get("memory") or []
     ]
-    width = "4 to 8" if policy.get("head_bits") else str(policy.get("bits", ""))
-    return {"codec": str(policy.get("codec", "")), "bits": width, "rows": rows, "memory": memory}
+    widths = [bits for heads in (policy.get("head_bits") or {}).values() for bits in heads] or [policy.get("bits", "")]
+    ends = dict.fromkeys((min(widths), max(widths)))
+    return {"codec": str(policy.get("codec", "")), "bits": " to ".join(map(str, ends)), "rows": rows, "memory": memory}
 
 
 def life_text(tokens: float) -> str:

@@ -18,6 +18,10 @@ def test_section_counts_heads_bits_and_memory() -> None:
     (memory,) = found["memory"]
     assert memory["batch"] == 8
     assert memory["total"].split()[0] == "1.52"
+    policies = ({"bits": 4, "head_bits": {"m": [4, 4, 6]}}, {"bits": 8}, {})
+    assert [states_section({**entry, "policy": policy})["bits"] for policy in policies] == [
+        "4 to 6", "8", "",
+    ]  # fmt: skip
 
 
 def test_half_lives_read_well() -> None:
