@@ -36,7 +36,8 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
-        own, groups = [], {}
+        own: list[inspect.Parameter] = []
+        groups: dict[str, Any] = {}
         for parameter in list(signature.parameters.values())[1:]:
             if is_dataclass(parameter.annotation):
                 groups[parameter.name] = parameter.annotation
