@@ -39,9 +39,10 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
         own: list[inspect.Parameter] = []
         groups: dict[str, Any] = {}
         for parameter in list(signature.parameters.values())[1:]:
-            if is_dataclass(parameter.annotation):
-                groups[parameter.name] = parameter.annotation
-                own += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+            kind = parameter.annotation
+            if isinstance(kind, type) and is_dataclass(kind):
+                groups[parameter.name] = kind
+                own += inspect.signature(kind, eval_str=True).parameters.values()
             else:
                 own.append(parameter)
 

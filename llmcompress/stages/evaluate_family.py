@@ -76,7 +76,7 @@ class EvaluateFamily(Stage):
     Config: ClassVar[type[StageConfig]] = EvaluateFamilyConfig
     consumes = frozenset({Kind.MODEL, Kind.FAMILY})
     produces = frozenset({Kind.METRICS})
-    config: Any
+    config: EvaluateFamilyConfig
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One dense member with its weights rebuilt, and the logits of a batch."""

@@ -31,7 +31,7 @@ class ExportFamily(Stage):
     Config: ClassVar[type[StageConfig]] = ExportFamilyConfig
     consumes = frozenset({Kind.FAMILY})
     produces = frozenset({Kind.ARTIFACT})
-    config: Any
+    config: ExportFamilyConfig
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """One node over all weights is held while it is written; its size is that of the rqt stage's output."""

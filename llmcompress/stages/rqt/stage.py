@@ -187,7 +187,7 @@ class Rqt(Stage):
     Config: ClassVar[type[StageConfig]] = RqtConfig
     consumes = frozenset({Kind.MODEL})
     produces = frozenset({Kind.FAMILY})
-    config: Any
+    config: RqtConfig
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Architectures that cannot be in a tree."""
