@@ -1,4 +1,4 @@
-"""``bench kernels | model | tune``: how fast, by the protocol of :mod:`llmcompress_kernels.bench.timing`.
+"""``bench kernels | model | serve | tune``: how fast, by the protocol of :mod:`llmcompress_kernels.bench.timing`.
 
 Samples of the things compared alternate, so that a slow spell of the machine meets all of them; those that lost their
 core do not count; the memory's bandwidth is probed among them; medians, with load and threads beside them.
@@ -34,11 +34,13 @@ ROUNDINGS = {"int8_activations": "int8 activations", "head_bits": "8-bit head"}
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    from llmcompress.cli.bench_serve import bench_serve
     from llmcompress.cli.tune import bench_tune
 
     group = typer.Typer(help="Measure speed.", no_args_is_help=True)
     command(group, "model")(bench_model)
     command(group, "kernels")(bench_kernels)
+    command(group, "serve")(bench_serve)
     command(group, "tune")(bench_tune)
     app.add_typer(group, name="bench")
 
