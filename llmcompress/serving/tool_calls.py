@@ -10,13 +10,22 @@ from typing import Any, Literal
 
 from llmcompress.serving.text import loads, overlap
 
-Style = Literal["hermes", "llama3", "mistral", "mistral_named"]
+Style = Literal["hermes", "llama3", "mistral", "mistral_named", "qwen_xml", "glm_xml"]
 OPENERS: dict[Style, str] = {
     "hermes": "<tool_call>", "llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]", "mistral_named": "[TOOL_CALLS]",
+    "qwen_xml": "<tool_call>", "glm_xml": "<tool_call>",
 }  # fmt: skip
+# those that :mod:`llmcompress.serving.xml_calls` reads
+XML = ("qwen_xml", "glm_xml")
 CLOSER = "</tool_call>"
 _BLANKS = " \t\r\n"
 _LETTERS = string.ascii_letters + string.digits
+
+
+def call_id(size: int) -> str:
+    """A name for a call: this many letters, after OpenAI's word where there is room."""
+    own = "".join(secrets.choice(_LETTERS) for _ in range(size))
+    return own if size < 10 else f"call_{own}"
 
 
 class _Broken(Exception):
@@ -147,7 +156,7 @@ class CallStream:
     """Tells calls from text in one answer.
 
     Args:
-        style: How the model writes them.
+        style: How the model writes them, in JSON.
         names: Of the tools that there are.
         several: Whether there may be more than one call; further ones are left out.
 
@@ -327,11 +336,14 @@ class CallStream:
 
     def _tell(self, name: str) -> None:
         self._told, self._behind, self.count, self._blank = True, True, self.count + 1, ""
-        size = 9 if self._style.startswith("mistral") else 24
         # templates of Mistral take ids of nine letters only
-        own = "".join(secrets.choice(_LETTERS) for _ in range(size))
-        identity = own if size == 9 else f"call_{own}"
-        self._append({"id": identity, "type": "function", "function": {"name": name, "arguments": ""}})
+        self._append(
+            {
+                "id": call_id(9 if self._style.startswith("mistral") else 24),
+                "type": "function",
+                "function": {"name": name, "arguments": ""},
+            }
+        )
 
     def _argue(self, text: str) -> None:
         if text:

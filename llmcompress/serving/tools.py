@@ -11,12 +11,15 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 from llmcompress.inference.grammar import inline_schema
 from llmcompress.serving.structured import OBJECT, Form
 from llmcompress.serving.text import loads, specials
-from llmcompress.serving.tool_calls import CLOSER, OPENERS, CallStream, Style
+from llmcompress.serving.tool_calls import CLOSER, OPENERS, XML, CallStream, Style
+from llmcompress.serving.xml_calls import XmlCallStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOOLS = 128
+# tokens of GLM's between those that announce and end a call
+XML_WORDS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 
@@ -96,7 +99,7 @@ def style_of(template: str) -> Style | None:
     """How a model writes calls, by what its chat template writes of earlier ones; None for ways not known here."""
     if "<tool_call>" in template:
         # Qwen3-Coder and GLM-4.5 write XML between the same words
-        return None if "<function=" in template or "<arg_key>" in template else "hermes"
+        return "qwen_xml" if "<function=" in template else "glm_xml" if "<arg_key>" in template else "hermes"
     if "[TOOL_CALLS]" in template:
         return "mistral_named" if "[ARGS]" in template else "mistral"
     if '"parameters"' in template and ("<|python_tag|>" in template or "ipython" in template):
@@ -122,13 +125,15 @@ class Toolbox:
     forced: bool = False
     only: str | None = None
 
-    def stream(self) -> CallStream:
+    def stream(self) -> CallStream | XmlCallStream:
         """Tells calls from text in one answer."""
+        if self.style in XML:
+            return XmlCallStream(self.style, {one.name: one.parameters or {} for one in self.functions}, self.several)
         return CallStream(self.style, [function.name for function in self.functions], self.several)
 
     def kept(self, words: PreTrainedTokenizerBase) -> frozenset[int]:
         """Special tokens that say something about calls."""
-        wanted = {OPENERS[self.style], CLOSER, "[ARGS]", "[CALL_ID]"}
+        wanted = {OPENERS[self.style], CLOSER, "[ARGS]", "[CALL_ID]", *XML_WORDS}
         added = _added(words)
         return specials(words).intersection(added[text] for text in wanted if text in added)
 
@@ -146,6 +151,8 @@ class Toolbox:
             raise ValueError(f"{answer.field}: only JSON goes with tools")
         if not self.forced and answer is None and not any(function.strict for function in self.functions):
             return None
+        if self.style in XML:
+            raise ValueError("this model writes calls as XML, which is not enforced: neither strict nor required")
         lines = [f"call: {' | '.join(self._calls(words))}", f"calls: {self._listed(words)}"]
         if self.forced:
             lines.append("start: calls")

@@ -33,8 +33,8 @@ STYLES: tuple[Style, ...] = ("hermes", "llama3", "mistral", "mistral_named")
     ("template", "style"),
     [
         ('{{ \'<tool_call>\\n{"name": "\' + call.name }}', "hermes"),
-        ("{{ '<tool_call>\\n<function=' + call.name }}", None),
-        ("{{ '<tool_call>' + name }}<arg_key>", None),
+        ("{{ '<tool_call>\\n<function=' + call.name }}", "qwen_xml"),
+        ("{{ '<tool_call>' + name }}<arg_key>", "glm_xml"),
         ("{{ '[TOOL_CALLS] [' }}", "mistral"),
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", "mistral_named"),
         ("{{ '{\"name\": \"' + name + '\", ' }}{{ '\"parameters\": ' }}<|start_header_id|>ipython", "llama3"),
@@ -43,6 +43,15 @@ STYLES: tuple[Style, ...] = ("hermes", "llama3", "mistral", "mistral_named")
 )
 def test_how_a_model_calls_is_read_off_its_template(template: str, style: Style | None) -> None:
     assert style_of(template) == style
+
+
+@pytest.mark.parametrize("style", ["qwen_xml", "glm_xml"])
+def test_xml_is_read_and_not_enforced(style: Style, tiny_tokenizer: Any) -> None:
+    loose = tuple(Function(name=one.name, parameters=one.parameters) for one in FUNCTIONS)
+    assert Toolbox(style, loose, True).form(tiny_tokenizer, None) is None
+    for box in (Toolbox(style, FUNCTIONS, True), Toolbox(style, loose, True, forced=True)):
+        with pytest.raises(ValueError, match="XML, which is not enforced"):
+            box.form(tiny_tokenizer, None)
 
 
 @pytest.fixture(scope="module", params=["special", "added", "plain"])

@@ -1,0 +1,128 @@
+"""Calls of tools that a model writes as XML between the words of Hermes: Qwen3-Coder's and GLM-4.5's.
+
+A value has no type there: what the tool's schema calls a string is text, all else is read as JSON. So a call is told
+when it is complete, where calls in JSON are told as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llmcompress.serving.text import loads, overlap
+from llmcompress.serving.tool_calls import CLOSER, OPENERS, Said, Style, call_id
+
+OPENER = OPENERS["qwen_xml"]
+_BLANKS = " \t\r\n"
+_QWEN = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
+_QWEN_PART = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
+_GLM = re.compile(r"\s*([^<\s]+)\s*(.*)", re.DOTALL)
+_GLM_PART = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+# as Python and JSON write them: Qwen's template shows the former
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
+
+
+def read_call(style: Style, text: str, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """Name and arguments of a call, None where the text is none.
+
+    Args:
+        style: How it is written.
+        text: What is between the words that begin and end a call.
+        tools: Schemas of the parameters of all tools.
+    """
+    whole, part = (_QWEN, _QWEN_PART) if style == "qwen_xml" else (_GLM, _GLM_PART)
+    found = whole.fullmatch(text)
+    if found is None or found[1] not in tools:
+        return None
+    arguments, at = dict[str, Any](), 0
+    while one := part.match(found[2], at):
+        arguments[one[1].strip()] = _value(one[2], _kinds(tools[found[1]], one[1].strip()))
+        at = one.end()
+    return None if found[2][at:].strip(_BLANKS) else (found[1], arguments)
+
+
+def _kinds(schema: Mapping[str, Any], name: str) -> set[str]:
+    """Types that a parameter may have; none where the schema does not say it in a word."""
+    properties = schema.get("properties")
+    found = properties.get(name) if isinstance(properties, dict) else None
+    kinds = found.get("type") if isinstance(found, dict) else None
+    return {kinds} if isinstance(kinds, str) else set(kinds) if isinstance(kinds, list) else set()
+
+
+def _value(text: str, kinds: set[str]) -> Any:
+    """What a value's text means."""
+    # both templates put it on lines of its own, or may
+    text = text.removeprefix("\n").removesuffix("\n")
+    if kinds == {"string"}:
+        return text
+    word = text.strip()
+    try:
+        return loads(word)
+    except (ValueError, RecursionError):
+        return _WORDS.get(word.lower(), text)
+
+
+class XmlCallStream:
+    """Tells calls from text in one answer, as :class:`~llmcompress.serving.tool_calls.CallStream` does.
+
+    Args:
+        style: How the model writes them.
+        tools: Schemas of the parameters of all tools, by name.
+        several: Whether there may be more than one call; further ones are left out.
+    """
+
+    def __init__(self, style: Style, tools: Mapping[str, Mapping[str, Any]], several: bool = True) -> None:
+        self._style, self._tools, self._several = style, tools, several
+        self._pending = self._blank = ""
+        self._inside = False
+        self.count = 0
+
+    def put(self, text: str) -> Said:
+        """Take some more of the answer in."""
+        self._pending += text
+        said = Said("", [])
+        while self._inside or OPENER in self._pending:
+            if not self._inside:
+                before, _, self._pending = self._pending.partition(OPENER)
+                self._say(said, before)
+                self._inside = True
+            if CLOSER not in self._pending:
+                return said
+            call, _, self._pending = self._pending.partition(CLOSER)
+            self._inside = False
+            self._tell(said, call)
+        kept = overlap(self._pending, OPENER)
+        self._say(said, self._pending[: len(self._pending) - kept])
+        self._pending = self._pending[len(self._pending) - kept :]
+        return said
+
+    def end(self) -> Said:
+        """No more comes; a call that is cut short is text."""
+        rest = f"{OPENER if self._inside else ''}{self._pending}"
+        self._pending, self._inside = "", False
+        said = Said("", [])
+        self._say(said, rest)
+        # blanks around calls belong to them
+        said.content += self._blank if not self.count else ""
+        return said
+
+    def _say(self, said: Said, text: str) -> None:
+        """Text; blanks wait for what follows."""
+        text = self._blank + text
+        kept = text.rstrip(_BLANKS)
+        said.content += kept
+        self._blank = text[len(kept) :]
+
+    def _tell(self, said: Said, text: str) -> None:
+        found = read_call(self._style, text, self._tools)
+        if found is None:
+            self._say(said, f"{OPENER}{text}{CLOSER}")
+            return
+        self._blank, self.count = "", self.count + 1
+        if self.count > 1 and not self._several:
+            return
+        name, arguments = found
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        said.calls.append({"index": self.count - 1, "id": call_id(24), "type": "function", "function": function})
