@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
     from llmcompress.cli.models import OpenedModel
     from llmcompress.inference.generate import Sampling as How
+    from llmcompress.inference.grammar import Walk
 
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
@@ -60,6 +64,19 @@ HeadBitsOption = Annotated[
     int | None,
     typer.Option("--head-bits", metavar="8", help="Native engine: round the output head to 8 bits. Not exact."),
 ]
+SchemaOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-schema", dir_okay=False, help="Write JSON of the schema in this file.", rich_help_panel="Format"
+    ),
+]
+RegexOption = Annotated[
+    str | None, typer.Option("--regex", help="Write what this pattern matches.", rich_help_panel="Format")
+]
+ChoiceOption = Annotated[
+    list[str] | None,
+    typer.Option("--choice", help="Write this text or another one that is given.", rich_help_panel="Format"),
+]
 TALK = (0.7, 0.95)
 """Temperature and top-p of a chat with a model that recommends none."""
 ENGINES = ("auto", "native", "transformers")
@@ -84,6 +101,9 @@ def generate(
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    json_schema: SchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
     member: MemberOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -98,11 +118,14 @@ def generate(
         prompt = sys.stdin.read().rstrip("\n")
     prompt = _utf8(prompt)
     how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p)
-    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
+    form = form_of(json_schema, regex, choice)
+    writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member, form)
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
     text, data = writer.write(words, stream=not out.json_mode, special=not as_chat)
     if out.json_mode:
         out.result({"path": path, "prompt": prompt, "text": text, **data}, "")
+    if not data.get("complete", True):
+        out.warning(f"{form.option if form else ''}: cut short after {max_new_tokens} tokens; raise --max-new-tokens")
     out.note(f"{data['new_tokens']} tokens, {data['tokens_per_second']:.1f} per second")
 
 
@@ -123,7 +146,8 @@ def chat(
     int8_activations: Int8Option = False,
     head_bits: HeadBitsOption = None,
 ) -> None:
-    """Talk with a model: a line in, an answer out; /reset forgets, /exit or Ctrl-D ends.
+    """Talk with a model: a line in, an answer out. /reset forgets, /save FILE writes the conversation as JSON, /exit or
+    Ctrl-D ends.
 
     A model without a chat template continues the text of the conversation instead.
     """
@@ -139,6 +163,9 @@ def chat(
         if line == "/reset":
             messages = list(start)
             continue
+        if line == "/save" or line.startswith("/save "):
+            _save(out, line[5:].strip(), messages)
+            continue
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line}]
@@ -151,6 +178,20 @@ def chat(
         messages = [*asked, {"role": "assistant", "content": answer.strip()}]
     if out.json_mode:
         out.result({"path": path, "messages": messages}, "")
+
+
+def _save(out: Output, name: str, messages: list[dict[str, str]]) -> None:
+    """Write a conversation as OpenAI's ``messages``; one that is in the way stays."""
+    if not name:
+        out.warning("/save: give a file, as in /save talk.json")
+        return
+    try:
+        with Path(name).expanduser().open("x", encoding="utf-8") as file:
+            file.write(json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
+    except OSError as error:
+        out.warning(f"/save: {name}: {error.strerror or error}")
+        return
+    out.note(f"{len(messages)} messages are in {name}")
 
 
 def _utf8(text: str) -> str:
@@ -167,6 +208,46 @@ def _read_line() -> str | None:
             return None
     line = sys.stdin.readline()
     return line.strip() if line else None
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a continuation must be.
+
+    Attributes:
+        grammar: In llguidance's notation.
+        option: That asks for it.
+    """
+
+    grammar: str
+    option: str
+
+
+def form_of(schema: Path | None, regex: str | None, choice: list[str] | None) -> Form | None:
+    """The format that options ask for, None for any.
+
+    Raises:
+        UsageError: They ask for several, or for an empty text.
+        InputError: The schema's file cannot be read, or is no schema.
+        EnvironmentProblem: llguidance is missing.
+    """
+    if sum(given is not None for given in (schema, regex, choice or None)) > 1:
+        raise UsageError("--json-schema, --regex and --choice: one format at a time", "leave out all but one")
+    from llmcompress.inference.grammar import of_choice, of_regex, of_schema
+
+    if schema is not None:
+        try:
+            found = json.loads(schema.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{schema}: {error}", "give a file with a JSON schema") from error
+        if not isinstance(found, dict | bool):
+            raise InputError(f"{schema}: a schema is a JSON object", 'write it like {"type": "object"}')
+        return Form(of_schema(found), f"--json-schema {schema}")
+    if regex is not None:
+        return Form(of_regex(regex), "--regex")
+    if choice and not all(choice):
+        raise UsageError("--choice: a text is empty", "leave it out")
+    return Form(of_choice(choice), "--choice") if choice else None
 
 
 class Sampling:
@@ -233,6 +314,10 @@ class Writer:
         path, dtype, device, member: As for :func:`llmcompress.cli.models.open_model`.
         sampling: How to sample.
         speed: By which engine.
+        form: What the one continuation must be, None for anything.
+
+    Raises:
+        InputError: This model cannot keep to ``form``.
     """
 
     def __init__(
@@ -244,6 +329,7 @@ class Writer:
         device: str,
         speed: Speed,
         member: str | None = None,
+        form: Form | None = None,
     ) -> None:
         from llmcompress.cli.models import open_model
         from llmcompress.inference.generate import Generator
@@ -255,6 +341,20 @@ class Writer:
         self._generator = Generator(self._opened.model, name, conversation=sampling.talk, **speed.options)
         if self._generator.reason is not None and speed.engine == "auto":
             out.note(f"transformers' own loop decodes: {self._generator.reason}")
+        self._walk = None if form is None else self._walks(form)
+
+    def _walks(self, form: Form) -> Walk:
+        """The beginning of a grammar."""
+        from llmcompress.inference.grammar import GrammarError, Grammars
+        from llmcompress.inference.greedy import end_tokens
+
+        words = self._opened.tokenizer
+        assert words is not None
+        size = int(self._opened.model.config.get_text_config().vocab_size)
+        try:
+            return Grammars().walk(words, size, end_tokens(self._opened.model, words), form.grammar)
+        except GrammarError as error:
+            raise InputError(f"{form.option}: {error.message}", "simplify it, or correct it") from error
 
     @property
     def has_template(self) -> bool:
@@ -290,13 +390,15 @@ class Writer:
 
         words, how = self._opened.tokenizer, self._sampling
         assert words is not None
+        ends = end_tokens(self._opened.model, words)
         ids = list(words(_utf8(prompt), add_special_tokens=special)["input_ids"])
         self._check_room(len(ids))
         (found,) = self._generator.generate(
             [ids],
             how.of(self._opened.model),
-            end_tokens(self._opened.model, words),
+            ends,
             _streamer(words) if stream else None,
+            self._walk,
         )
         answer = str(words.decode(found.tokens, skip_special_tokens=True))
         speed = len(found.tokens) / found.seconds if found.seconds else 0.0
@@ -304,6 +406,8 @@ class Writer:
             "prompt_tokens": len(ids), "new_tokens": len(found.tokens), "seconds": round(found.seconds, 3),
             "tokens_per_second": round(speed, 2), "engine": self._generator.engine,
         }  # fmt: skip
+        if self._walk is not None:
+            data["complete"] = self._walk.ended or (bool(found.tokens) and found.tokens[-1] in ends)
         return answer, data
 
     def _check_room(self, tokens: int) -> None:

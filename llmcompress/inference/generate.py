@@ -24,6 +24,8 @@ from llmcompress.inference.native import NativeEngine, decline, open_engine
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
+    from llmcompress.inference.grammar import Walk
+
 EngineName = Literal["auto", "native", "transformers"]
 # candidates that a nucleus is sought among before everything is sorted
 NUCLEUS = 1024
@@ -60,13 +62,15 @@ class Recommended:
 
     Attributes:
         temperature, top_p, top_k, min_p: As in :class:`Sampling`. A file that does not ask for sampling recommends
-            nothing.
+            none of these.
+        repetition_penalty: See :class:`~llmcompress.inference.penalties.Penalties`.
     """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
 
     def sampling(
         self, max_new_tokens: int, seed: int, asked: Recommended, otherwise: tuple[float, float] = (1.0, 1.0)
@@ -97,16 +101,19 @@ def recommended(settings: GenerationConfig | None) -> Recommended:
         settings: The model's ``generation_config``.
     """
     given: Any = settings
-    if given is None or not getattr(given, "do_sample", None):
-        return Recommended()
 
     def positive(name: str) -> float | None:
         value = getattr(given, name, None)
         return value if isinstance(value, int | float) and value > 0 else None
 
+    # with greedy decoding too
+    repetition = positive("repetition_penalty")
+    repetition = None if repetition == 1 else repetition
+    if given is None or not getattr(given, "do_sample", None):
+        return Recommended(repetition_penalty=repetition)
     top_k = positive("top_k")
     return Recommended(
-        positive("temperature"), positive("top_p"), None if top_k is None else int(top_k), positive("min_p")
+        positive("temperature"), positive("top_p"), None if top_k is None else int(top_k), positive("min_p"), repetition
     )
 
 
@@ -191,6 +198,7 @@ class Generator:
         sampling: Sampling,
         stop: Collection[int] = (),
         streamer: Any = None,
+        walk: Walk | None = None,
     ) -> list[Continuation]:
         """Continue every prompt.
 
@@ -199,21 +207,24 @@ class Generator:
             sampling: How to sample.
             stop: Token ids that end a continuation.
             streamer: A transformers streamer, for a single prompt.
+            walk: The beginning of a grammar that the continuation of a single prompt follows.
 
         Raises:
-            InputError: A prompt is empty, or several are streamed.
+            InputError: A prompt is empty, several are streamed or follow one grammar, or a grammar became too complex.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise InputError("a prompt has no tokens", "give a prompt with text")
         if streamer is not None and len(prompts) > 1:
             raise InputError(f"{len(prompts)} prompts cannot be streamed at once")
+        if walk is not None and len(prompts) > 1:
+            raise InputError(f"{len(prompts)} prompts cannot follow one grammar at once")
         room = max(map(len, prompts)) + sampling.max_new_tokens
         if self._native is None or (self._longest is not None and room > self._longest):
-            return [self._by_transformers(prompt, sampling, stop, streamer) for prompt in prompts]
+            return [self._by_transformers(prompt, sampling, stop, streamer, walk) for prompt in prompts]
         results: list[Continuation] = []
         most = self._native.max_batch
         for first in range(0, len(prompts), most):
-            results += self._natively(self._native, prompts[first : first + most], sampling, stop, streamer)
+            results += self._natively(self._native, prompts[first : first + most], sampling, stop, streamer, walk)
         return results
 
     @torch.inference_mode()
@@ -224,6 +235,7 @@ class Generator:
         how: Sampling,
         stop: Collection[int],
         streamer: Any,
+        walk: Walk | None,
     ) -> list[Continuation]:
         began = time.perf_counter()
         room = max(map(len, prompts)) + how.max_new_tokens
@@ -247,19 +259,19 @@ class Generator:
         prompt_seconds = time.perf_counter() - began
         written: list[list[int]] = [[] for _ in prompts]
         open_slots = list(range(len(prompts)))
-        tokens = choose(first, how, draws)
+        tokens = choose(_allowed(first, walk), how, draws)
         while True:
             for slot, token in zip(list(open_slots), tokens.tolist()):
                 written[slot].append(token)
-                if token in stop or len(written[slot]) == how.max_new_tokens:
+                if _ends(token, stop, walk) or len(written[slot]) == how.max_new_tokens:
                     open_slots.remove(slot)
             if streamer is not None:
                 streamer.put(tokens)
             if not open_slots:
                 break
             tokens = torch.tensor([written[slot][-1] for slot in open_slots])
-            if how.temperature > 0:
-                tokens = choose(engine.step(tokens, open_slots), how, draws)
+            if how.temperature > 0 or walk is not None:
+                tokens = choose(_allowed(engine.step(tokens, open_slots), walk), how, draws)
             else:
                 tokens = engine.greedy(tokens, open_slots)
         if streamer is not None:
@@ -271,7 +283,7 @@ class Generator:
 
     @torch.inference_mode()
     def _by_transformers(
-        self, prompt: Sequence[int], how: Sampling, stop: Collection[int], streamer: Any
+        self, prompt: Sequence[int], how: Sampling, stop: Collection[int], streamer: Any, walk: Walk | None
     ) -> Continuation:
         from transformers import GenerationConfig
 
@@ -292,9 +304,37 @@ class Generator:
         with without_own_settings(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(how.seed)
             full = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
-            )
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer,
+                **({} if walk is None else _followed(walk)),
+            )  # fmt: skip
         return Continuation(full[0, ids.shape[1] :].tolist(), 0.0, time.perf_counter() - began)
+
+
+def _allowed(logits: Tensor, walk: Walk | None) -> Tensor:
+    """Logits ``[B, V]``; with a grammar ``[1, V]``, with minus infinity for what may not come."""
+    return logits if walk is None else walk.restrict(logits[0].float()).unsqueeze(0)
+
+
+def _ends(token: int, stop: Collection[int], walk: Walk | None) -> bool:
+    """Whether a token that has been chosen is the last."""
+    if walk is not None:
+        walk.take(token)
+    return token in stop or (walk is not None and walk.ended)
+
+
+def _followed(walk: Walk) -> dict[str, Any]:
+    """What makes transformers' ``generate`` follow a grammar."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    def restrict(_: Tensor, scores: Tensor) -> Tensor:
+        return walk.restrict(scores[0].float().cpu()).unsqueeze(0).to(scores)
+
+    def ended(ids: Tensor, _: Tensor, **__: Any) -> Tensor:
+        return torch.tensor([_ends(int(ids[0, -1]), (), walk)], device=ids.device)
+
+    steps: Any = [restrict]
+    ends: Any = [ended]
+    return {"logits_processor": LogitsProcessorList(steps), "stopping_criteria": StoppingCriteriaList(ends)}
 
 
 def choose(logits: Tensor, how: Sampling, draws: torch.Generator) -> Tensor:

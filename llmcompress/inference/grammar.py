@@ -1,7 +1,7 @@
 """What an answer may be, token by token: JSON of a schema, a regular expression, one of some texts, a grammar.
 
 The grammars themselves are llguidance's (an optional extra): it compiles one and says, after any
-tokens, which may come next. Here it gets the model's tokenizer, bounds, and a cache.
+tokens, which may come next. Here it gets the model's tokenizer, bounds, threads of its own to compile in, and a cache.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +29,34 @@ INSTALL = "pip install 'llmcompress[structured]'"
 SPACE = r" |\r?\n[ \t]{0,40}"
 # compiled grammars that are kept
 KEPT = 64
+# that are compiled at once: one that takes long leaves a thread to the others
+COMPILERS = 2
+# what llguidance may do to prepare a grammar, in its unit, half of its own bound: a schema of 400 properties in many
+# forms takes 0.3 million; a pattern that takes all has one core busy for some 4 seconds
+FUEL = 500_000
+# tokens that are tried of a new grammar
+TRIED = 3
+# seconds that a request waits for its grammar
+COMPILE_SECONDS = 20.0
 
 
 class GrammarError(InputError):
     """A grammar cannot be compiled, or not be followed any further."""
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """A panic inside llguidance is an error of the grammar: Python knows it as a BaseException, which ends threads.
+
+    Raises:
+        GrammarError: There was one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise GrammarError(f"llguidance gave up: {first_line(error)}") from error
 
 
 def _library() -> Any:
@@ -53,7 +79,8 @@ def of_schema(schema: Mapping[str, Any] | bool, space: str | None = None) -> str
     """
     try:
         text = _written(_object(schema))
-        found: str = _library().LLMatcher.grammar_from_json_schema(text, overrides=_spaced(space))
+        with _calm():
+            found: str = _library().LLMatcher.grammar_from_json_schema(text, overrides=_spaced(space))
     except ValueError as error:
         raise GrammarError(first_line(error)) from error
     return found
@@ -105,7 +132,8 @@ def of_grammar(text: str) -> str:
         GrammarError: It is neither.
     """
     try:
-        found: str = _library().grammar_from("grammar", text)
+        with _calm():
+            found: str = _library().grammar_from("grammar", text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(str(error)) from error
     return found
@@ -129,7 +157,8 @@ class Walk:
             GrammarError: The grammar is too complex here.
         """
         # a byte for each token, 0 where it may not come
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        with _calm():
+            allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         self._check()
         return logits.masked_fill(allowed[: len(logits)] == 0, -torch.inf)
 
@@ -139,7 +168,8 @@ class Walk:
         Raises:
             GrammarError: It may not come here.
         """
-        self._matcher.consume_token(token)
+        with _calm():
+            self._matcher.consume_token(token)
         self._check()
         self.ended = bool(self._matcher.is_stopped())
 
@@ -149,14 +179,18 @@ class Walk:
 
 
 class Grammars:
-    """Compiled grammars of all models of a process, thread-safe."""
+    """Compiled grammars of all models of a process, thread-safe.
+
+    Each is compiled once, however many ask, on threads that do nothing else: nobody waits for the grammar of another.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._naming = threading.Lock(), threading.Lock()
         # the tokenizer object stays beside what was made of it, so that no other one gets its id
         self._tokenizers: dict[tuple[int, int, tuple[int, ...]], tuple[Any, str]] = {}
         self._made: dict[str, Any] = {}
-        self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
 
     def walk(self, words: PreTrainedTokenizerBase, vocabulary: int, ends: Collection[int], grammar: str) -> Walk:
         """The beginning of a grammar.
@@ -168,27 +202,52 @@ class Grammars:
             grammar: From :func:`of_schema` and the like.
 
         Raises:
-            GrammarError: It cannot be compiled.
+            GrammarError: It cannot be compiled, or not in :data:`COMPILE_SECONDS`.
             InputError: llguidance cannot read the tokenizer.
             EnvironmentProblem: llguidance is missing.
         """
-        library = _library()
+        future = self.compiled(self.name(words, vocabulary, ends), grammar)
+        try:
+            return self.begin(future.result(COMPILE_SECONDS))
+        except TimeoutError as error:
+            raise slow() from error
+
+    def compiled(self, name: str, grammar: str) -> Future[Any]:
+        """The matcher of llguidance, or :class:`GrammarError`, once it is there; does not wait.
+
+        Args:
+            name: From :meth:`name`.
+            grammar: From :func:`of_schema` and the like.
+        """
         with self._lock:
-            name = self._name(library, words, vocabulary, ends)
-            matcher = self._compiled.get((name, grammar))
-            if matcher is None:
-                # its own words go to stderr otherwise
-                matcher = library.LLMatcher(self._made[name], grammar, log_level=0)
-                if not matcher.is_error():
-                    # what is too complex mostly is so at once
-                    matcher.compute_logit_bias()
-                if matcher.is_error():
-                    raise GrammarError(_plain(matcher.get_error()))
-                self._compiled[name, grammar] = matcher
+            future = self._compiled.get((name, grammar))
+            if future is None:
+                future = self._threads.submit(_compile, self._made[name], grammar)
+                self._compiled[name, grammar] = future
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end((name, grammar))
+            return future
+
+    def begin(self, matcher: Any) -> Walk:
+        """One more answer that follows a compiled grammar."""
+        with self._lock, _calm():
             return Walk(matcher.deep_copy())
+
+    def name(self, words: PreTrainedTokenizerBase, vocabulary: int, ends: Collection[int]) -> str:
+        """Name of what llguidance makes of a tokenizer, which takes a while the first time.
+
+        Args:
+            words: As for :meth:`walk`.
+            vocabulary: The same.
+            ends: The same.
+
+        Raises:
+            GrammarError, InputError, EnvironmentProblem: As for :meth:`walk`.
+        """
+        library = _library()
+        with self._naming, _calm():
+            return self._name(library, words, vocabulary, ends)
 
     def _name(self, library: Any, words: Any, vocabulary: int, ends: Collection[int]) -> str:
         """Name of what llguidance made of a tokenizer; equal tokenizers of several members are made once."""
@@ -213,6 +272,44 @@ class Grammars:
                 raise InputError(f"llguidance cannot read the tokenizer: {first_line(error)}") from error
         self._tokenizers[key] = (words, name)
         return name
+
+
+def slow() -> GrammarError:
+    """A grammar takes too long."""
+    return GrammarError(f"it takes longer than {COMPILE_SECONDS:g} seconds to compile")
+
+
+def _compile(tokenizer: Any, grammar: str) -> Any:
+    """The matcher of llguidance at the beginning of a grammar.
+
+    Args:
+        tokenizer: What it made of the model's.
+        grammar: In its notation.
+
+    Raises:
+        GrammarError: There is none, or it is too complex in its first :data:`TRIED` tokens.
+    """
+    library = _library()
+    with _calm():
+        # its own words go to stderr otherwise
+        limits = library.LLParserLimits(initial_lexer_fuel=FUEL)
+        matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            # what this finds belongs to all copies
+            matcher.compute_logit_bias()
+        # what is too complex mostly is so at once, and would hold up the answers of others
+        tried = matcher if matcher.is_error() else matcher.deep_copy()
+        for _ in range(TRIED):
+            if tried.is_stopped():
+                break
+            allowed = torch.frombuffer(bytearray(tried.compute_logit_bias()), dtype=torch.uint8)
+            allowed[tokenizer.eos_tokens] = 0
+            if tried.is_error() or not bool(allowed.any()):
+                break
+            tried.consume_token(int(allowed.argmax()))
+        if tried.is_error():
+            raise GrammarError(_plain(tried.get_error()))
+    return matcher
 
 
 def _plain(error: str) -> str:

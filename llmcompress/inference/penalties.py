@@ -1,8 +1,8 @@
 """Logits changed by what has been written: penalties for repetition, and biases of single tokens.
 
-Definitions and order are vLLM's (``vllm/v1/sample/sampler.py``): biases first, then the penalty of repetition, which
-counts the prompt too (CTRL, arXiv:1909.05858, section 4.1), then those of frequency and presence, which count what is
-new only, as OpenAI defines them.
+Definitions and order are vLLM's (``vllm/v1/sample/sampler.py``): biases and least lengths first, then the penalty of
+repetition, which counts the prompt too (CTRL, arXiv:1909.05858, section 4.1), then those of frequency and presence,
+which count what is new only, as OpenAI defines them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ class Penalties:
         frequency: The same, for each time.
         repetition: Logits of tokens in the prompt or the answer are divided by it where positive, else multiplied.
         bias: Token id and what is added to its logit.
+        least: Tokens that must be written before one of ``ends`` may come, where any other may.
+        ends: Token ids that end a text.
     """
 
     presence: float = 0.0
     frequency: float = 0.0
     repetition: float = 1.0
     bias: tuple[tuple[int, float], ...] = ()
+    least: int = 0
+    ends: tuple[int, ...] = ()
 
     @property
     def idle(self) -> bool:
         """Whether they change nothing."""
-        return self.presence == self.frequency == 0 and self.repetition == 1 and not self.bias
+        return self.presence == self.frequency == self.least == 0 and self.repetition == 1 and not self.bias
 
 
 class Tally:
@@ -52,9 +56,12 @@ class Tally:
         self._seen[torch.tensor(list(prompt), dtype=torch.long)] = True
         self._ids = torch.tensor([token for token, _ in penalties.bias], dtype=torch.long)
         self._biases = torch.tensor([value for _, value in penalties.bias], dtype=torch.float32)
+        self._ends = torch.tensor([token for token in penalties.ends if token < vocabulary], dtype=torch.long)
+        self._written = 0
 
     def take(self, token: int) -> None:
         """Count a token that has been written."""
+        self._written += 1
         self._counts[token] += 1
         self._seen[token] = True
 
@@ -64,6 +71,10 @@ class Tally:
         changed = logits.clone()
         if len(self._ids):
             changed[self._ids] += self._biases
+        if self._written < how.least and len(self._ends):
+            longer = changed.index_fill(0, self._ends, -torch.inf)
+            # a format may allow nothing but the end
+            changed = longer if bool(longer.isfinite().any()) else changed
         if how.repetition != 1:
             held = changed[self._seen]
             changed[self._seen] = torch.where(held > 0, held / how.repetition, held * how.repetition)

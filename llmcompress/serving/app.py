@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from llmcompress.errors import EnvironmentProblem, InputError
 from llmcompress.inference.generate import Recommended, Sampling
-from llmcompress.inference.grammar import GrammarError, Grammars, Walk
+from llmcompress.inference.grammar import COMPILE_SECONDS, GrammarError, Grammars, Walk, slow
 from llmcompress.inference.penalties import Tally
 from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape, ToolShape
 from llmcompress.serving.guard import HEALTH, Guard, Unread
@@ -32,7 +32,7 @@ from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, 
 from llmcompress.serving.scheduler import FAILED, STOPPED, UNFOLLOWED, Busy, Job, Piece, Scheduler
 from llmcompress.serving.served import ServedModel
 from llmcompress.serving.structured import Form, form_of
-from llmcompress.serving.text import TextStream, loads
+from llmcompress.serving.text import TextStream, loads, specials
 from llmcompress.serving.tools import NamedChoice, Toolbox, style_of
 
 if TYPE_CHECKING:
@@ -222,20 +222,23 @@ class Service:
         """Queue the jobs of a request and answer, at once or as a stream."""
         ask, model, prompts = asked.ask, asked.model, asked.prompts
         self.check_room(asked)
-        form, penalties = form_of(ask), ask.penalties()
+        ends = (frozenset() if ask.ignore_eos else model.stop).union(ask.stop_token_ids or ())
+        form, penalties = form_of(ask), ask.penalties(model.sampling, ends)
         kept: frozenset[int] = frozenset()
         if asked.tools is not None:
             form, kept = _tool_form(asked.tools, model, form), asked.tools.kept(model.tokenizer)
         if any(token >= model.vocabulary for token, _ in penalties.bias):
             raise ApiError(400, f"logit_bias: token ids are 0 to {model.vocabulary - 1}", param="logit_bias")
-        walks = [None] * asked.count if form is None else await run_in_threadpool(self.walks, model, form, asked.count)
+        walks = [None] * asked.count if form is None else await self.walks(model, form, asked.count)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
-        ends = (frozenset() if ask.ignore_eos else model.stop).union(ask.stop_token_ids or ())
+        if not ask.skip_special_tokens:
+            kept = specials(model.tokenizer)
         jobs = []
         for index, walk in enumerate(walks):
             how = _sampling(ask, model, asked.wanted, seed + index % ask.n & (1 << 63) - 1)
-            stream, prompt = TextStream(model.tokenizer, ask.stop or (), kept), prompts[index // ask.n]
+            own = (kept, ask.include_stop_str_in_output, ask.min_tokens)
+            stream, prompt = TextStream(model.tokenizer, ask.stop or (), *own), prompts[index // ask.n]
             echo = None if asked.echoes is None else asked.echoes[index // ask.n]
             tally = None if penalties.idle else Tally(penalties, prompt, model.vocabulary)
             sink = _sink(loop, pieces, index)
@@ -264,6 +267,8 @@ class Service:
             raise ApiError(400, f"n: {asked.count} answers, at most {most}", param="n")
         if asked.wanted > self.limits.new_tokens:
             raise ApiError(400, f"max_tokens: {asked.wanted}, at most {self.limits.new_tokens}", param="max_tokens")
+        if asked.ask.min_tokens > asked.wanted:
+            raise ApiError(400, f"min_tokens: {asked.ask.min_tokens}, of {asked.wanted} at most", param="min_tokens")
         room = min(self.scheduler.room(asked.model.name), asked.model.context or 1 << 40)
         longest = max(map(len, asked.prompts))
         if longest + asked.wanted > room:
@@ -272,16 +277,23 @@ class Service:
                 "context_length_exceeded", "max_tokens",
             )  # fmt: skip
 
-    def walks(self, model: ServedModel, form: Form, count: int) -> list[Walk | None]:
+    async def walks(self, model: ServedModel, form: Form, count: int) -> list[Walk | None]:
         """The beginning of a format's grammar, this many times.
 
         Raises:
             ApiError: 400 for a format that cannot be kept to, 501 without the library.
         """
+        grammars = self.grammars
         try:
-            grammar = form.grammar()
-            given = (model.tokenizer, model.vocabulary, model.stop, grammar)
-            return [self.grammars.walk(*given) for _ in range(count)]
+            grammar = await run_in_threadpool(form.grammar)
+            name = await run_in_threadpool(grammars.name, model.tokenizer, model.vocabulary, model.stop)
+            # a reader who goes away, or waits too long, does not end what others wait for
+            future = asyncio.shield(asyncio.wrap_future(grammars.compiled(name, grammar)))
+            try:
+                matcher = await asyncio.wait_for(future, COMPILE_SECONDS)
+            except TimeoutError as error:
+                raise slow() from error
+            return [grammars.begin(matcher) for _ in range(count)]
         except GrammarError as error:
             raise ApiError(400, f"{form.field}: {error}", param=form.field) from error
         except InputError as error:

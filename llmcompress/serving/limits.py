@@ -33,7 +33,7 @@ class Limits:
     rows: int = 64
     queue: int = 256
     cache_tokens: int = 65536
-    prompt_chunk: int = 128
+    prompt_chunk: int = 32
     prefix_caching: bool = True
     snapshot_bytes: int = 1 << 30
     prompt_tokens: int = 8192

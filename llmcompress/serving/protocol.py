@@ -6,7 +6,8 @@ not get what it asked for.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +23,9 @@ from pydantic import (
 from llmcompress.inference.penalties import Penalties
 from llmcompress.serving.structured import AnyFormat, Choices, StructuredOutputs, form_of
 from llmcompress.serving.tools import MAX_TOOLS, NamedChoice, Tool, ToolCall, ToolChoice
+
+if TYPE_CHECKING:
+    from llmcompress.inference.generate import Recommended
 
 MAX_STOP = 4
 # OpenAI's bound of `top_logprobs`; the older endpoint has 5
@@ -105,9 +109,12 @@ class Ask(BaseModel):
     # beyond OpenAI, as vLLM and llama.cpp have it: 0 and -1 are all tokens
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    # beyond OpenAI, as vLLM has it: measurements want answers of one length
+    # beyond OpenAI, as vLLM has them: measurements want answers of one length
     ignore_eos: bool = False
+    min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     # what a client says about itself
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -139,11 +146,17 @@ class Ask(BaseModel):
         form_of(self)
         return self
 
-    def penalties(self) -> Penalties:
-        """What changes logits before a token is chosen."""
+    def penalties(self, made: Recommended, ends: Collection[int]) -> Penalties:
+        """What changes logits before a token is chosen.
+
+        Args:
+            made: What the model's makers recommend where the request is silent.
+            ends: Token ids that end the answer.
+        """
+        repetition = self.repetition_penalty or made.repetition_penalty or 1.0
         return Penalties(
-            self.presence_penalty or 0.0, self.frequency_penalty or 0.0, self.repetition_penalty or 1.0,
-            tuple(sorted((self.logit_bias or {}).items())),
+            self.presence_penalty or 0.0, self.frequency_penalty or 0.0, repetition,
+            tuple(sorted((self.logit_bias or {}).items())), self.min_tokens, tuple(sorted(ends)),
         )  # fmt: skip
 
     @property

@@ -236,8 +236,9 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._decode()
-        except Exception:
-            # a fault of ours: the server says that it is down, and nobody waits for ever
+        except BaseException:
+            # a fault of ours, or a panic of Rust, which is no Exception: the server says that it is down, and nobody
+            # waits for ever
             _LOG.exception("nothing is decoded any more")
             with self._lock:
                 self._draining = True
@@ -382,11 +383,11 @@ class Scheduler:
 
     @contextmanager
     def _alone(self, group: Group, key: int) -> Iterator[None]:
-        """Logits that are no numbers, say, end one sequence: the others decode on."""
+        """Logits that are no numbers, say, or a panic of the tokenizer end one sequence: the others decode on."""
         job = group.running[key]
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             unfollowed = isinstance(error, GrammarError)
             if unfollowed:
                 _LOG.error("token %d for %s: %s", job.written + 1, job.model, error)
@@ -404,7 +405,7 @@ class Scheduler:
         # lm-eval takes all but the last token for the prompt, so one that ends the answer is told after a prompt
         if job.logprobs is not None and (not ended or job.echoed):
             job.waiting.append(_choice(token, logits, job.logprobs))
-        text = "" if ended else job.stream.put(token)
+        text = "" if ended and not job.stream.included else job.stream.put(token)
         reason: Reason | None = None
         if ended or complete or job.stream.stopped:
             reason = "stop"

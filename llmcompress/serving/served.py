@@ -215,6 +215,8 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
     if not recurrent_model(model):
         longest = max(1, min(longest, limits.cache_tokens // MAX_BATCH))
         places = max(1, min(limits.rows, limits.cache_tokens // longest))
+        # a step of a few more would cost a second pass over all weights
+        places -= places % MAX_BATCH if places > MAX_BATCH and places % MAX_BATCH < MAX_BATCH // 2 else 0
     try:
         engine = open_engine(model, places, longest)
     except BuildError as error:

@@ -22,11 +22,16 @@ class TextStream:
         tokenizer: Tokenizer of the model.
         stops: Strings that end the answer; they are not part of it.
         kept: Ids of special tokens that are text nevertheless, as those that announce a call of a tool.
+        included: Whether what ends the answer is part of it after all.
+        least: Tokens whose text is no part of a string that ends the answer.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), kept: Collection[int] = ()
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), kept: Collection[int] = (),
+        included: bool = False, least: int = 0,
+    ) -> None:  # fmt: skip
+        self.included = included
+        self._least, self._count = least, 0
         self._kept = bool(kept)
         self._dropped = specials(tokenizer).difference(kept) if kept else frozenset()
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
@@ -43,6 +48,7 @@ class TextStream:
 
     def put(self, token: int) -> str:
         """Take one token in; returns the text that is certain now. After a stop string nothing more comes."""
+        self._count += 1
         if self.stopped or token in self._dropped:
             return ""
         self._tokens.append(token)
@@ -66,10 +72,12 @@ class TextStream:
 
     def _release(self, fresh: str) -> str:
         text = self._held + fresh
-        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
-        if cut >= 0:
+        if self._count <= self._least:
+            return text
+        found = min(((at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
             self.stopped, self._held = True, ""
-            return text[:cut]
+            return text[: sum(found) if self.included else found[0]]
         kept = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

@@ -464,6 +464,45 @@ def test_generate_and_chat(
     assert invoke(["generate", run, "-n", "3"]) == 0
 
 
+def test_what_is_written_keeps_to_a_format(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    words = ["generate", str(finished[1]), "--prompt", "The cat", "-t", "1"]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["stone", {"age": 3}]}')
+    found = told(capsys, *words, "--json-schema", str(schema))
+    assert json.loads(found["text"]) in ("stone", {"age": 3}) and found["complete"]
+    assert told(capsys, *words, "--choice", "yes", "--choice", "no")["text"] in ("yes", "no")
+    for engine in ("auto", "transformers"):
+        found = told(capsys, *words, "--regex", "[ab]{40}", "-n", "3", "--engine", engine)
+        assert set(found["text"]) <= {"a", "b"} and not found["complete"]
+    assert invoke([*words, "--regex", "[ab]{40}", "-n", "3"]) == 0
+    assert "cut short after 3 tokens" in capsys.readouterr().err
+    schema.write_text("{")
+    for bad, code, said in (
+        (["--regex", "[a"], 4, "--regex: "), (["--json-schema", str(schema)], 4, "schema.json: Expecting"),
+        (["--regex", "a", "--choice", "b"], 2, "one format at a time"), (["--choice", ""], 2, "a text is empty"),
+    ):  # fmt: skip
+        assert invoke([*words, *bad]) == code
+        assert said in capsys.readouterr().err
+
+
+def test_a_conversation_is_saved(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import io
+
+    file = tmp_path / "talk.json"
+    lines = ["hello", f"/save {file}", f"/save {file}", "/save", "again", "/exit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert invoke(["chat", str(finished[1]), "-n", "3", "--system", "Be brief"]) == 0
+    shown = capsys.readouterr().err
+    saved = json.loads(file.read_text())
+    assert [one["role"] for one in saved] == ["system", "user", "assistant"] and saved[1]["content"] == "hello"
+    assert "3 messages are in" in shown and "File exists" in shown and "give a file" in shown
+
+
 def test_python_loads_a_run_folder_as_the_commands_do(finished: tuple[Path, Path]) -> None:
     from llmcompress.hf import load
 

@@ -159,6 +159,8 @@ def test_formats_of_some_do_not_touch_others(server: Any) -> None:
          "response_format: Invalid type: no"),
         ({"extra_body": {"guided_regex": "[a"}}, "guided_regex: .*unclosed character class"),
         ({"extra_body": {"guided_grammar": "start: foo"}}, "guided_grammar: .*unknown name"),
+        # the latter on a machine that stands still
+        ({"extra_body": {"guided_regex": "(a?){3000}a{3000}"}}, "guided_regex: .*(too many expressions|to compile)"),
         ({"extra_body": {"guided_regex": "a", "guided_choice": ["b"]}}, "one format at a time"),
     ],
 )  # fmt: skip
@@ -174,7 +176,14 @@ def test_without_the_library_it_says_what_to_install(server: Any, monkeypatch: p
     assert caught.value.status_code == 501
 
 
-def test_a_format_that_becomes_too_complex_ends_its_answer_alone(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+class PanicException(BaseException):
+    """What pyo3 makes of a panic in Rust, of llguidance's or of a tokenizer's."""
+
+
+@pytest.mark.parametrize("panics", [False, True])
+def test_a_format_that_cannot_be_followed_any_more_ends_its_answer_alone(
+    server: Any, monkeypatch: pytest.MonkeyPatch, panics: bool
+) -> None:
     from llmcompress.inference.grammar import GrammarError, Walk
 
     calls = []
@@ -182,12 +191,15 @@ def test_a_format_that_becomes_too_complex_ends_its_answer_alone(server: Any, mo
     def restrict(self: Any, logits: Any) -> Any:
         calls.append(1)
         if len(calls) > 3:
-            raise GrammarError("too many items")
+            raise PanicException("index out of bounds") if panics else GrammarError("too many items")
         return real(self, logits)
 
     real = Walk.restrict
     monkeypatch.setattr(Walk, "restrict", restrict)
-    with pytest.raises(openai.BadRequestError, match="too complex"):
+    kind, words = (
+        (openai.InternalServerError, "failed to compute") if panics else (openai.BadRequestError, "too complex")
+    )
+    with pytest.raises(kind, match=words):
         chat(server, extra_body={"guided_regex": "a{50}"})
     monkeypatch.undo()
     assert chat(server, extra_body={"guided_regex": "a{5}"}).choices[0].message.content == "aaaaa"
@@ -232,6 +244,28 @@ def test_penalties_and_biases(server: Any) -> None:
     ):
         assert write(**extra).count(70) < 30
     assert write(extra_body={"repetition_penalty": 100.0}) != write()
+
+
+def test_lengths_and_ends_as_vllm_has_them(server: Any, served_model: tuple[Any, Any]) -> None:
+    _, words = served_model
+    end, comma = 2, words(",", add_special_tokens=False)["input_ids"][0]
+
+    def write(**extra: Any) -> Any:
+        given: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "logit_bias": {str(end): 90, str(comma): 80}}
+        answer = server.client().completions.create(model="tiny", prompt="The cat", **{**given, "extra_body": extra})
+        return answer.choices[0].text, answer.choices[0].finish_reason, answer.usage.completion_tokens
+
+    assert write() == ("", "stop", 1)
+    assert write(min_tokens=3) == (",,,", "stop", 4)
+    assert write(ignore_eos=True, skip_special_tokens=False) == (words.decode([end] * 8), "length", 8)
+    assert write(include_stop_str_in_output=True, skip_special_tokens=False) == (words.decode([end]), "stop", 1)
+    assert write(min_tokens=3, stop=[","]) == (",,,", "stop", 4)
+    commas: dict[str, Any] = {"min_tokens": 3, "stop": [","], "logit_bias": {str(comma): 90}}
+    assert write(**commas) == (",,,", "stop", 4)
+    assert write(**commas, include_stop_str_in_output=True) == (",,,,", "stop", 4)
+    assert write(min_tokens=8, stop_token_ids=[comma])[1:] == ("length", 8)
+    with pytest.raises(openai.BadRequestError, match="min_tokens: 9, of 8 at most"):
+        write(min_tokens=9)
 
 
 def test_tokens_of_texts_and_back(server: Any, served_model: tuple[Any, Any]) -> None:

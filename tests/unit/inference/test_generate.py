@@ -75,6 +75,38 @@ def test_sampling_repeats_with_its_seed(decoders: Any) -> None:
     assert draw(1) == draw(1) != draw(2)
 
 
+class Only:
+    """A grammar of one text."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._left, self.ended = list(tokens), False
+
+    def restrict(self, logits: torch.Tensor) -> torch.Tensor:
+        """All but the next token."""
+        assert logits.ndim == 1 and logits.dtype == torch.float32
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(self._left[0]), 0.0)
+
+    def take(self, token: int) -> None:
+        """It must be that one."""
+        assert token == self._left.pop(0)
+        self.ended = not self._left
+
+
+@needs_native
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_grammar_is_followed_to_its_end_to_the_last_token_or_an_end(
+    decoders: Any, engine: Any, temperature: float
+) -> None:
+    generator, text = Generator(decoders.dense("llama"), engine), [9, 4, 9, 7]
+    for most, stop, expected in ((20, (), text), (3, (), text[:3]), (20, (4,), text[:2])):
+        walk: Any = Only(text)
+        (found,) = generator.generate([[5, 6]], Sampling(most, temperature), stop, walk=walk)
+        assert found.tokens == expected and walk.ended == (expected == text)
+    with pytest.raises(InputError, match="2 prompts cannot follow one grammar"):
+        generator.generate([[5], [6]], Sampling(4), walk=walk)
+
+
 @needs_native
 def test_streamer_sees_prompt_and_tokens_in_order(decoders: Any) -> None:
     class Seen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,6 +182,82 @@ def test_grammars_are_compiled_once_for_equal_tokenizers(tiny_tokenizer: Any, mo
     for text in (second, third, first):
         held.walk(tiny_tokenizer, len(tiny_tokenizer), (2,), text)
     assert made == [first, second, third, first]
+
+
+class PanicException(BaseException):
+    """What pyo3 makes of a panic in Rust."""
+
+    __module__ = "pyo3_runtime"
+
+
+class Stalled:
+    """llguidance's matcher, made only when the test lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stalls: str) -> None:
+        import llguidance
+
+        self.made: list[str] = []
+        self.begun, self.go = threading.Event(), threading.Event()
+        real, outer = llguidance.LLMatcher, self
+
+        class Matcher:
+            grammar_from_regex = staticmethod(real.grammar_from_regex)
+
+            def __new__(cls, tokenizer: Any, text: str, **rest: Any) -> Any:
+                outer.made.append(text)
+                if text == stalls:
+                    outer.begun.set()
+                    assert outer.go.wait(60)
+                return real(tokenizer, text, **rest)
+
+        monkeypatch.setattr(llguidance, "LLMatcher", Matcher)
+
+
+def test_nobody_waits_for_the_grammar_of_another_and_all_for_one_of_theirs(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick = of_regex("a{7}"), of_regex("b")
+    held, stalled = Grammars(), Stalled(monkeypatch, slow)
+    name = held.name(tiny_tokenizer, len(tiny_tokenizer), (2,))
+    asked = [held.compiled(name, slow) for _ in range(5)]
+    assert stalled.begun.wait(60)
+    held.walk(tiny_tokenizer, len(tiny_tokenizer), (2,), quick)
+    assert not any(future.done() for future in asked)
+    monkeypatch.setattr(grammar, "COMPILE_SECONDS", 0.0)
+    with pytest.raises(GrammarError, match="longer than 0 seconds"):
+        held.walk(tiny_tokenizer, len(tiny_tokenizer), (2,), slow)
+    stalled.go.set()
+    walks = [held.begin(future.result(60)) for future in asked]
+    assert stalled.made == [slow, quick] and len({id(one) for one in walks}) == 5
+
+
+def test_a_pattern_that_takes_all_is_refused_before_it_decodes(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # however busy the machine is
+    monkeypatch.setattr(grammar, "COMPILE_SECONDS", 600.0)
+    for pattern in ("(a?){3000}a{3000}", "((a?){3000}a{3000})?"):
+        with pytest.raises(GrammarError, match="too many expressions"):
+            walk(tiny_tokenizer, of_regex(pattern))
+
+
+def test_a_panic_inside_the_library_is_an_error_of_the_grammar(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llguidance
+
+    def panics(*_: Any, **__: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    at = walk(tiny_tokenizer, of_regex("a"))
+    monkeypatch.setattr(at, "_matcher", type("M", (), {"compute_logit_bias": panics, "consume_token": panics})())
+    for act in (lambda: at.restrict(torch.zeros(3)), lambda: at.take(3)):
+        with pytest.raises(GrammarError, match="gave up: index out of bounds"):
+            act()
+    text = of_regex("b")
+    monkeypatch.setattr(llguidance, "LLMatcher", panics)
+    with pytest.raises(GrammarError, match="gave up: index out of bounds"):
+        walk(tiny_tokenizer, text)
 
 
 def test_more_logits_than_tokens_and_fewer(tiny_tokenizer: Any) -> None:

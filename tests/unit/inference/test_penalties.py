@@ -54,7 +54,27 @@ def test_what_is_forbidden_stays_so() -> None:
     assert int(found.isfinite().sum()) == 1
 
 
+def test_a_text_does_not_end_before_its_least_length() -> None:
+    how = Penalties(least=2, ends=(3, 50))
+    made, logits = Tally(how, PROMPT, 12), torch.zeros(12)
+    for written in range(4):
+        assert (
+            bool(made.apply(logits)[3].isfinite()) == (written >= 2) and int(made.apply(logits).isfinite().sum()) > 10
+        )
+        made.take(5)
+    # nothing else may come
+    logits = torch.full((12,), -torch.inf)
+    logits[3] = 0.0
+    assert torch.equal(Tally(how, PROMPT, 12).apply(logits), logits)
+
+
 def test_only_the_defaults_are_idle() -> None:
     assert Penalties().idle
-    for how in (Penalties(0.1), Penalties(frequency=0.1), Penalties(repetition=1.1), Penalties(bias=((1, 1.0),))):
+    for how in (
+        Penalties(0.1),
+        Penalties(frequency=0.1),
+        Penalties(repetition=1.1),
+        Penalties(bias=((1, 1.0),)),
+        Penalties(least=1),
+    ):
         assert not how.idle

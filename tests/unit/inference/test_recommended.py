@@ -24,6 +24,10 @@ def test_only_a_file_that_asks_for_sampling_recommends() -> None:
     assert recommended(made) == Recommended(0.6, 0.9, 20, 0.05)
     assert recommended(GenerationConfig(do_sample=True, temperature=0.6)).temperature == 0.6
     assert recommended(GenerationConfig(do_sample=False, temperature=0.6)) == Recommended()
+    # transformers and vLLM count repetitions with greedy decoding too
+    for sampled in (False, True):
+        made = recommended(GenerationConfig(do_sample=sampled, repetition_penalty=1.05))
+        assert made == Recommended(repetition_penalty=1.05)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmcompress.inference.generate import Recommended
 from llmcompress.inference.penalties import Penalties
 from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, TokenizeAsk, parse
 from llmcompress.serving.structured import Form, form_of
@@ -53,14 +54,19 @@ def test_bounds_of_fields(field: str, inside: tuple[Any, ...], outside: tuple[An
 
 
 def test_penalties_of_a_request() -> None:
-    assert parse(CompletionAsk, {**PLAIN, "presence_penalty": 0, "repetition_penalty": 1}).penalties().idle
+    silent = {**PLAIN, "presence_penalty": 0}
+    made = Recommended(repetition_penalty=1.3)
+    assert parse(CompletionAsk, silent).penalties(Recommended(), (2,)).idle
+    assert parse(CompletionAsk, silent).penalties(made, (2,)).repetition == 1.3
+    assert parse(CompletionAsk, {**silent, "repetition_penalty": 1}).penalties(made, (2,)).idle
     asked = {
         "presence_penalty": 1,
         "frequency_penalty": -0.5,
         "repetition_penalty": 1.2,
         "logit_bias": {"7": 3, "5": -1},
     }
-    assert parse(CompletionAsk, {**PLAIN, **asked}).penalties() == Penalties(1.0, -0.5, 1.2, ((5, -1.0), (7, 3.0)))
+    expected = Penalties(1.0, -0.5, 1.2, ((5, -1.0), (7, 3.0)), 4, (2, 9))
+    assert parse(CompletionAsk, {**PLAIN, **asked, "min_tokens": 4}).penalties(made, {9, 2}) == expected
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

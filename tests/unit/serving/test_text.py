@@ -42,3 +42,27 @@ def test_bytes_that_never_become_a_character_are_given_up(tiny_tokenizer: Any) -
     stream = TextStream(tiny_tokenizer)
     out = "".join(stream.put(broken) for _ in range(20)) + stream.end()
     assert out == tiny_tokenizer.decode([broken] * 20)
+
+
+def test_what_ends_an_answer_may_be_part_of_it(tiny_tokenizer: Any) -> None:
+    stream = TextStream(tiny_tokenizer, ("EN", "END"), included=True)
+    out = "".join(stream.put(token) for token in tiny_tokenizer(TEXT)["input_ids"])
+    # however the text comes, the shorter one is there first
+    assert stream.stopped and out == TEXT[: TEXT.index("END") + len("EN")]
+
+
+def test_nothing_ends_an_answer_that_is_too_short(tiny_tokenizer: Any) -> None:
+    text = "END and END and"
+    tokens = tiny_tokenizer(text)["input_ids"]
+    first = next(n for n in range(len(tokens)) if "END" in tiny_tokenizer.decode(tokens[: n + 1]))
+    for least, expected in ((0, ""), (first + 1, "END and ")):
+        stream = TextStream(tiny_tokenizer, ("END",), least=least)
+        out = "".join(stream.put(token) for token in tokens)
+        assert stream.stopped and out == expected
+
+
+def test_special_tokens_are_text_where_they_are_kept(tiny_tokenizer: Any) -> None:
+    tokens = [*tiny_tokenizer("a", add_special_tokens=False)["input_ids"], 1]
+    for kept, expected in ((frozenset({1}), f"a{tiny_tokenizer.decode([1])}"), (frozenset[int](), "a")):
+        stream = TextStream(tiny_tokenizer, kept=kept)
+        assert "".join(stream.put(token) for token in tokens) + stream.end() == expected
