@@ -209,19 +209,30 @@ def _native(model: PreTrainedModel, limits: Limits, longest: int) -> tuple[Rows 
         )
     if reason is not None:
         return None, reason
-    # every place of a cache has room for the longest sequence: as many as the limit allows, at least one step's; states
-    # are all of one size
+    # states are all of one size
     places = limits.rows
     if not recurrent_model(model):
-        longest = max(1, min(longest, limits.cache_tokens // MAX_BATCH))
-        places = max(1, min(limits.rows, limits.cache_tokens // longest))
-        # a step of a few more would cost a second pass over all weights
-        places -= places % MAX_BATCH if places > MAX_BATCH and places % MAX_BATCH < MAX_BATCH // 2 else 0
+        longest, places = _places(limits, longest, MAX_BATCH)
     try:
         engine = open_engine(model, places, longest)
     except BuildError as error:
         return None, str(error).splitlines()[0]
     return NativeRows(engine, places, longest, limits.prefix_caching, limits.snapshot_bytes), ""
+
+
+def _places(limits: Limits, longest: int, most: int) -> tuple[int, int]:
+    """Tokens and places of a cache in which every place has room for the longest sequence: as many as the limit allows.
+
+    Args:
+        limits: Bounds.
+        longest: Tokens that a sequence may have.
+        most: Sequences that one step takes, for which there is room at least.
+    """
+    longest = max(1, min(longest, limits.cache_tokens // most))
+    places = max(1, min(limits.rows, limits.cache_tokens // longest))
+    # a few more than a step takes cost a second pass over all weights
+    over = places % most
+    return longest, places - over if places > most and over < most // 2 else places
 
 
 def _modules(
