@@ -91,9 +91,9 @@ def bench_serve(
     bounds = _bounds(goodput)
     target = target_of(url, os.environ.get(KEY) or None)
     name = _model(target, url) if model is None else model
-    drawn = random.Random(seed)
+    drawn, both = random.Random(seed), requests + warmup
     asked = (
-        [{"prompt": [drawn.randrange(FIRST_ID, vocabulary) for _ in range(input_tokens)]} for _ in range(requests)]
+        [{"prompt": [drawn.randrange(FIRST_ID, vocabulary) for _ in range(input_tokens)]} for _ in range(both)]
         if prompts is None
         else read_prompts(prompts, chat)
     )
@@ -101,19 +101,18 @@ def bench_serve(
         "model": name, "temperature": temperature, "seed": seed, "stream": True,
         "stream_options": {"include_usage": True}, **({"ignore_eos": True} if ignore_eos else {}),
     }  # fmt: skip
-    bodies = [
-        {"max_tokens": output_tokens, **asked[index % len(asked)], **common} for index in range(warmup + requests)
-    ]
+    # those to warm up are drawn last: their prompts are nobody else's, which a server would remember
+    bodies = [{"max_tokens": output_tokens, **asked[index % len(asked)], **common} for index in range(both)]
     path = "/chat/completions" if chat else "/completions"
     shown = f"{requests} requests to {name} at {url}, {'' if rate is None else f'{rate:g} per second, '}"
     out.note(f"{shown}at most {concurrency} at once")
 
-    async def both() -> Measured:
+    async def send() -> Measured:
         if warmup:
             await Load(target, path, timeout).run(bodies[requests:], concurrency)
         return await Load(target, path, timeout).run(bodies[:requests], concurrency, rate, seed)
 
-    measured = asyncio.run(both())
+    measured = asyncio.run(send())
     found = summary(measured, percentiles or (50, 90, 99), bounds)
     if found["failed"] == requests:
         (error, count), *_ = sorted(found["errors"].items(), key=lambda pair: -pair[1])
