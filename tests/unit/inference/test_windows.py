@@ -71,10 +71,11 @@ def test_layers_that_see_a_window(
     engine = Engine(model, positions=224, threads=threads)
     assert engine.cache.near is not None
     assert (engine.cache.near.positions < 224) == (family in SHORT)
-    # one after the other in the same slot: by steps, then at once and in parts, or through the modules
-    for prompt in (3, 60, 200):
-        found = sequences.natively(engine, tokens, prompt)
-        assert (found - expected[prompt - 1 :]).abs().max() < EXACT
+    # one after the other in the same slot: by steps, then at once and in parts, or through the modules; threads that
+    # meet where other processes run take ten times as long, so they take few steps of each kind
+    for prompt, end in ((3, 220 if threads == 1 else 30), (60, 220 if threads == 1 else 130), (200, 220)):
+        found = sequences.natively(engine, tokens[:end], prompt)
+        assert (found - expected[prompt - 1 : end]).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("family", SHORT)
