@@ -10,7 +10,7 @@
 The model has SmolLM2-135M's shape, random weights and `--bits` bits, unless `--model` names one: speed does not depend
 on what weights hold. Nothing of HTTP or tokenizers is in the figures.
 
-    python scripts/measure_serving.py [--model FOLDER] [--prompt 2000] [--streams 4] [--chunks 0 256 128 64]
+    python scripts/measure_serving.py [--model FOLDER] [--prompt 2000] [--streams 4] [--chunks 0 128 64 32]
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 256, 128, 64])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 128, 64, 32])
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     bench = Bench(model_of(given.model, given.bits), given.prompt, given.streams)

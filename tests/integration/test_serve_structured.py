@@ -268,6 +268,17 @@ def test_lengths_and_ends_as_vllm_has_them(server: Any, served_model: tuple[Any,
         write(min_tokens=9)
 
 
+def test_a_load_is_measured(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmcompress.cli.app import invoke
+
+    words = ["-n", "5", "-c", "3", "--input-tokens", "20", "--output-tokens", "9", "--vocabulary", "300"]
+    assert invoke(["bench", "serve", f"{server.url}/v1", *words, "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["failed"], found["prompt_tokens"], found["completion_tokens"]) == (0, 100, 45)
+    assert not found["tokens_are_pieces"] and 0 < found["ttft_ms"]["max"] <= found["e2el_ms"]["max"]
+    assert server.idle()
+
+
 def test_tokens_of_texts_and_back(server: Any, served_model: tuple[Any, Any]) -> None:
     _, words = served_model
 

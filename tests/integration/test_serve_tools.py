@@ -157,3 +157,57 @@ def test_what_the_client_parses_of_strict_tools(server: Any) -> None:
 def test_tools_that_cannot_be_called_are_refused(server: Any, asked: dict[str, Any], words_of_it: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words_of_it):
         chat(server, **asked)
+
+
+class Scripted:
+    """In the place of what a model writes: a text, seven letters a token."""
+
+    text = ""
+
+    def __init__(self, *_: Any) -> None:
+        self.stopped = self.included = False
+        self._at = 0
+
+    def put(self, token: int) -> str:
+        """Some more."""
+        self._at += 7
+        self.stopped = self._at >= len(self.text)
+        return self.text[self._at - 7 : self._at]
+
+    def end(self) -> str:
+        """Nothing is held back."""
+        return ""
+
+
+def test_calls_in_xml_whole_and_streamed(
+    words: Any, tiny_llama: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.serving import app
+    from llmcompress.serving.served import serve_model
+
+    coder = copy.deepcopy(words)
+    coder.chat_template = TEMPLATE.replace('{"name": "', "<function=")
+    assert "<function=" in coder.chat_template
+    model = tiny_llama(len(coder))
+    model.config.max_position_embeddings = 1024
+    monkeypatch.setattr(app, "TextStream", Scripted)
+    one = "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>"
+    monkeypatch.setattr(Scripted, "text", f"Well.\n{one}\n{one.replace('Rome', 'Oslo')}")
+    running = start_server(serve_model(model, coder, "tiny", LIMITS, native=False), LIMITS)
+    try:
+        asked = {"extra_body": {"ignore_eos": True}}
+        (whole,) = chat(running, **asked).choices
+        assert (whole.message.content, whole.finish_reason) == ("Well.", "tool_calls")
+        calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+        assert calls == [("weather", '{"city": "Rome"}'), ("weather", '{"city": "Oslo"}')]
+        content, found = "", []
+        for chunk in chat(running, **asked, stream=True):
+            content += chunk.choices[0].delta.content or ""
+            found += [(c.index, c.function.arguments) for c in chunk.choices[0].delta.tool_calls or ()]
+        assert content == "Well." and found == [(0, '{"city": "Rome"}'), (1, '{"city": "Oslo"}')]
+        (single,) = chat(running, **asked, parallel_tool_calls=False).choices
+        assert len(single.message.tool_calls) == 1
+        with pytest.raises(openai.BadRequestError, match="XML, which is not enforced"):
+            chat(running, tool_choice="required")
+    finally:
+        running.stop()
