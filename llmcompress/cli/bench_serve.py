@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 
 # ids of random prompts: the first three are special tokens in most vocabularies
 FIRST_ID = 3
+# requests at once where nobody says how many, or how often
+AT_ONCE = 8
 NAMES = {
     "ttft": "first text (TTFT)", "tpot": "a token after it (TPOT)", "itl": "between pieces (ITL)",
     "e2el": "whole request (E2EL)",
 }  # fmt: skip
 
-ConcurrencyOption = Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests at once, at most.")]
+ConcurrencyOption = Annotated[
+    int | None,
+    typer.Option("--concurrency", "-c", min=1, help="Requests at once, at most. Default: 8, with --rate no bound."),
+]
 RateOption = Annotated[
     float | None,
     typer.Option("--rate", help="Requests per second on average, at random times. Default: as soon as they may."),
@@ -57,7 +62,7 @@ def bench_serve(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of the server, with /v1.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option("--model", help="Default: the one that the server lists.")] = None,
     requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many.")] = 64,
-    concurrency: ConcurrencyOption = 8,
+    concurrency: ConcurrencyOption = None,
     rate: RateOption = None,
     prompts: PromptsOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send prompts as chats; needs --prompts.")] = False,
@@ -89,6 +94,9 @@ def bench_serve(
     if chat and prompts is None:
         raise UsageError("--chat: random token ids are no chat", "give --prompts FILE")
     bounds = _bounds(goodput)
+    if concurrency is None:
+        # what a bound holds back has not been sent, and its waiting would not count
+        concurrency = AT_ONCE if rate is None else requests
     target = target_of(url, os.environ.get(KEY) or None)
     name = _model(target, url) if model is None else model
     drawn, both = random.Random(seed), requests + warmup

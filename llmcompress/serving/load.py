@@ -194,6 +194,8 @@ class Load:
         except (OSError, Refused, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
             cut = isinstance(error, asyncio.IncompleteReadError)
             outcome.error = "the connection was closed" if cut else str(error).strip() or type(error).__name__
+        except (AttributeError, TypeError) as error:
+            outcome.error = f"an event is of another form: {error}"
         # a failed one ends when that is known
         outcome.ended = self._clock() if outcome.error is not None or not outcome.ended else outcome.ended
 

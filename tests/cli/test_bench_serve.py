@@ -66,9 +66,9 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 
 def test_random_prompts(server: tuple[str, type[Answers]], capsys: pytest.CaptureFixture[str]) -> None:
     url, kind = server
-    words = [url, "-n", "6", "-c", "2", "--input-tokens", "9", "--output-tokens", "3", "--vocabulary", "20"]
+    words = [url, "-n", "6", "--input-tokens", "9", "--output-tokens", "3", "--vocabulary", "20"]
     found = told(capsys, *words, "--goodput", "e2el:100000", "--percentile", "75", "--rate", "500")
-    assert found["model"] == "tiny" and found["requests"] == 6 and found["failed"] == 0
+    assert found["concurrency"] == 6 and found["model"] == "tiny" and found["requests"] == 6 and found["failed"] == 0
     assert found["completion_tokens"] == 12 and found["prompt_tokens"] == 30
     assert set(found["ttft_ms"]) == {"mean", "p75", "max"} and 0 < found["ttft_ms"]["p75"] <= found["e2el_ms"]["max"]
     assert found["good_requests_per_second"] == pytest.approx(found["requests_per_second"])
@@ -80,7 +80,7 @@ def test_random_prompts(server: tuple[str, type[Answers]], capsys: pytest.Captur
     first = [body["prompt"] for _, body in kind.asked]
     assert len({tuple(prompt) for prompt in first}) == 7
     kind.asked.clear()
-    told(capsys, *words, "--warmup", "0")
+    assert told(capsys, *words, "--warmup", "0")["concurrency"] == 8
     assert sorted(first[1:]) == sorted(body["prompt"] for _, body in kind.asked)
 
 

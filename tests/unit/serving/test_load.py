@@ -143,6 +143,8 @@ def test_so_many_run_at_once_and_no_more() -> None:
         ([OK, event("a"), b"0\r\n\r\n"], "the answer was cut off"),
         ([OK, event("a"), b"10\r\nda"], "the connection was closed"),
         ([OK, chunk(b"data: {\n\n")], "Expecting property name"),
+        ([OK, chunk(b'data: {"choices": ["a"]}\n\n'), END], "an event is of another form"),
+        ([OK, chunk(b"data: [1]\n\n"), END], "an event is no JSON object"),
         ([b"SSH-2.0-OpenSSH\r\n\r\n"], "this is no HTTP server"),
         ([b""], "the connection was closed"),
     ],
