@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.ready
-# processes of the tests; a file of tests stays in one
+# processes of the tests, of one thread each where they are several; a file of tests stays in one
 JOBS   ?= 1
 
 .DEFAULT_GOAL := help
@@ -33,7 +33,7 @@ demo: $(STAMP) ## Compress the shipped MoE model, print the table, write the rep
 	@$(BIN)/llmcompress run quickstart run.dir=runs/demo --force
 
 test: $(VENV)/.dev ## Run the whole test suite; JOBS=2 in two processes
-	@$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
+	@$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 test-fast: $(VENV)/.dev ## Run the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"
