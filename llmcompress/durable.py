@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -38,3 +40,18 @@ def durably(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def held_alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process is inside such a block for this folder; True where folders cannot be locked."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            yield error.errno != errno.EWOULDBLOCK
+            return
+        yield True
+    finally:
+        os.close(handle)

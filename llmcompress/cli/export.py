@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,9 @@ def export(
     stage = Export("export", ExportConfig.model_validate(config))
     with Runner(job, RunOptions(), out.sinks()).restored("export") as (state, ctx):
         if state.packed is None:
-            raise InputError(f"{run_dir}: its quantizing stage is not finished", f"llmcompress resume {run_dir}")
+            raise InputError(
+                f"{run_dir}: its quantizing stage is not finished", f"llmcompress resume {shlex.quote(str(run_dir))}"
+            )
         stage.require(
             state, "--format native holds any model; other formats need other rules in the recipe, and its run"
         )

@@ -316,7 +316,7 @@ def spec_text(spec: dict[str, Any]) -> str:
 
 
 def _show(found: Inspection, screen: Console) -> None:
-    screen.print(f"[bold]{found.path}[/]", highlight=False)
+    screen.print(str(found.path), style="bold", markup=False, highlight=False)
     facts = [f"{found.kind}, model type {found.family}"]
     if found.blocks:
         facts.append(f"{found.blocks} blocks, hidden {found.hidden}, vocabulary {found.vocab}")

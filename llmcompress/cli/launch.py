@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -121,7 +122,7 @@ def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Pat
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    again = f"llmcompress resume {run_dir} --nproc N, with any N"
+    again = f"llmcompress resume {shlex.quote(str(run_dir))} --nproc N, with any N"
     with tempfile.TemporaryDirectory(prefix="llmcompress-ranks-") as logs:
         quiet = {local: Std.ALL for local in range(processes.nproc) if local > 0}
         environment = {LAUNCHED: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(processes.nproc))}

@@ -12,6 +12,7 @@ from llmcompress.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from llmcompress.pipeline.estimate import Plan
     from llmcompress.pipeline.preflight import Extent
     from llmcompress.recipe.load import LoadedRecipe
 
@@ -28,30 +29,62 @@ def look_ahead(loaded: LoadedRecipe, out: Output, extent: Extent | None) -> None
         extent: What of it will run, for which memory, disk and network of this machine are asked; None asks nothing.
 
     Raises:
+        LLMCompressError: As :func:`require_sound`, and what this machine has not.
+    """
+    from llmcompress.pipeline.preflight import preflight
+
+    predicted, config = require_sound(loaded)
+    for note in preflight(loaded, predicted, config, extent) if extent is not None else ():
+        out.warning(note)
+
+
+def require_sound(loaded: LoadedRecipe) -> tuple[Plan, dict[str, Any]]:
+    """Hold a recipe against its files, its model, its budgets and its exports; on any machine the same.
+
+    Args:
+        loaded: The recipe.
+
+    Returns:
+        What it needs, and the model's ``config.json``.
+
+    Raises:
         InputError: Files are missing or damaged, the model is not one that can be compressed, or it has no tokenizer
             or chat template and a stage needs one.
         RecipeError: Rules do not suit the model.
-        ResourceError: It does not fit its budgets, or this machine.
+        ResourceError: It does not fit its budgets.
         ExportError: A format would refuse.
     """
-    from llmcompress.models.checkpoint import Checkpoint, read_config, refuse_quantized
+    from llmcompress.models.checkpoint import read_config
     from llmcompress.models.paths import resolve_path
-    from llmcompress.models.registry import layout_from_config
     from llmcompress.pipeline.estimate import plan
-    from llmcompress.pipeline.preflight import preflight
 
     require_files(loaded)
     folder = resolve_path(loaded.recipe.model.path)
     config = read_config(folder)
-    refuse_quantized(folder, config)
-    Checkpoint(folder, layout_from_config(config)).verify()
+    require_weights(folder, config)
     predicted = plan(loaded, config)
     predicted.require_budget()
     predicted.require_exports()
     require_sources(loaded, folder, config)
     require_tokenizer(loaded, folder)
-    for note in preflight(loaded, predicted, config, extent) if extent is not None else ():
-        out.warning(note)
+    return predicted, config
+
+
+def require_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are quantized already, damaged, or not those of its config; by their headers alone.
+
+    Args:
+        folder: The model.
+        config: Its ``config.json``.
+
+    Raises:
+        InputError: It is one.
+    """
+    from llmcompress.models.checkpoint import Checkpoint, refuse_quantized
+    from llmcompress.models.registry import layout_from_config
+
+    refuse_quantized(folder, config)
+    Checkpoint(folder, layout_from_config(config)).verify()
 
 
 def require_files(loaded: LoadedRecipe, otherwise: str = "") -> None:
@@ -136,7 +169,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})", "fetch the file again") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: not a JSON object", "fetch the file again")

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.look_ahead import read_object, require_files, require_sources, require_tokenizer
+from llmcompress.cli.look_ahead import (
+    read_object,
+    require_files,
+    require_sources,
+    require_tokenizer,
+    require_weights,
+)
 from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument
 from llmcompress.errors import InputError, UsageError
@@ -147,11 +153,12 @@ def plan(
 
 
 def _require_here(loaded: LoadedRecipe) -> None:
-    """Refuse what ``run`` would: files that are not here, a folder without a model or a tokenizer, one that no format
-    can hold or without the chat template that an evaluation asks through.
+    """Refuse what ``run`` would: files that are not here, a folder without a model or a tokenizer, weights that are
+    not the model's, one that no format can hold or without the chat template that an evaluation asks through.
 
     Raises:
-        InputError: Files, the tokenizer or its chat template are missing, or a member of a family is damaged.
+        InputError: Files, the tokenizer or its chat template are missing, or weights or a member of a family are
+            damaged or quantized already.
         EnvironmentProblem: What compares answers is not installed.
         ExportError: A format cannot translate what lies beside the weights.
     """
@@ -162,7 +169,12 @@ def _require_here(loaded: LoadedRecipe) -> None:
     require_files(loaded, _ELSEWHERE)
     if "model.path" not in loaded.missing:
         folder = resolve_path(loaded.recipe.model.path)
-        require_sources(loaded, folder, read_config(folder))
+        config = read_config(folder)
+        try:
+            require_weights(folder, config)
+        except InputError as error:
+            raise InputError(error.message, f"{error.hint}{_ELSEWHERE}") from error
+        require_sources(loaded, folder, config)
         require_tokenizer(loaded, folder)
         require_companions(loaded, list(loaded.recipe.stages))
 
@@ -279,10 +291,12 @@ def _states(rows: Sequence[BatchMemory]) -> list[str]:
 
 
 def _show(found: Plan, short: list[str], screen: Console) -> None:
+    from rich.markup import escape
+
     cuda = found.device == "cuda"
     screen.print(
-        f"[bold]{found.recipe}[/] on {found.model_type}: {found.parameters / 1e6:,.1f} M parameters, {found.device}, "
-        f"computing in {found.compute_dtype}",
+        f"[bold]{escape(found.recipe)}[/] on {found.model_type}: {found.parameters / 1e6:,.1f} M parameters, "
+        f"{found.device}, computing in {found.compute_dtype}",
         highlight=False,
         soft_wrap=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,19 +291,28 @@ def metrics_table(metrics: list[Metric]) -> object:
 def show_outcome(outcome: Outcome, screen: Console, again: str) -> None:
     """Print a run's result for people; ``again`` is the next step where nothing was done."""
     if outcome.status == "nothing to do":
-        screen.print(f"{outcome.run_dir}: this run is already finished; nothing was done", highlight=False)
+        screen.print(
+            f"{outcome.run_dir}: this run is already finished; nothing was done", markup=False, highlight=False
+        )
     if outcome.metrics:
         screen.print(metrics_table(list(outcome.metrics)))
     for name, path in outcome.artifacts.items():
         if not path.exists():
             stage = next((record.name for record in outcome.stages if name in record.artifacts), "STAGE")
-            screen.print(f"{name}: {path} is gone; --redo {stage} writes it again", highlight=False, soft_wrap=True)
+            screen.print(
+                f"{name}: {path} is gone; --redo {stage} writes it again", markup=False, highlight=False, soft_wrap=True
+            )
             continue
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        screen.print(f"{name}: {path} ({bytes_text(size)})", highlight=False, soft_wrap=True)
+        screen.print(f"{name}: {path} ({bytes_text(size)})", markup=False, highlight=False, soft_wrap=True)
     if outcome.status == "stopped":
-        screen.print(f"stopped as asked; next: llmcompress resume {outcome.run_dir}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"stopped as asked; next: llmcompress resume {shlex.quote(str(outcome.run_dir))}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if outcome.report is not None:
-        screen.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
+        screen.print(f"report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
     if outcome.status == "nothing to do":
-        screen.print(f"next: {again}", highlight=False)
+        screen.print(f"next: {again}", markup=False, highlight=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
+from llmcompress.cli.look_ahead import require_sound
 from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import RecipeArgument, figure, load_job, quoted
 from llmcompress.errors import ExitCode, GateFailed, LLMCompressError, UsageError
@@ -22,8 +23,9 @@ from llmcompress.units import bytes_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmcompress.pipeline.runner import Job
     from llmcompress.pipeline.sweep import RunResult, SweepRun
+    from llmcompress.recipe.load import LoadedRecipe
+    from llmcompress.stages.base import Stage
 
 _AGAIN = "correct it, then the same command, or another --dir; finished runs are kept"
 _LONGEST = 400
@@ -53,6 +55,7 @@ def sweep(
 ) -> None:
     """Run a recipe with every combination of some settings; continue where an interrupted sweep stopped.
 
+    What one of them can never be is refused before the first runs.
     A run that fails stops no other; the exit code is then its own. A run whose quality gates do not hold is a result
     like others; exit code 6 says that none holds them.
     """
@@ -62,26 +65,25 @@ def sweep(
     given = {*axes, *(word.partition("=")[0].removeprefix("+") for word in fixed)}
     if "run.dir" in given:
         raise UsageError("run.dir: every run of a sweep has a folder of its own", "give the sweep's folder with --dir")
-    first = combinations(axes, Path())[0]
-    job = _job(recipe, fixed, first)
-    if metric is not None:
-        _require_metric(job, metric)
-    root = folder or Path("runs") / f"sweep-{job.recipe['name']}"
+    name = _loaded(recipe, fixed, combinations(axes, Path())[0]).recipe.name
+    root = folder or Path("runs") / f"sweep-{name}"
     runs = combinations(axes, root)
     # a wrong value is known before the first run has taken an hour
-    for run in runs:
-        _job(recipe, fixed, run)
+    loaded = [_loaded(recipe, fixed, run) for run in runs]
+    if metric is not None:
+        _require_metric(loaded, metric)
+    _look_ahead([(run, found) for run, found in zip(runs, loaded) if not run.finished], root, out)
 
     def holds(run: SweepRun) -> bool:
         from llmcompress.pipeline.runner import Runner, RunOptions
 
-        return Runner(_job(recipe, fixed, run), RunOptions()).up_to_date()
+        return Runner(load_job(recipe, _words(fixed, run)), RunOptions()).up_to_date()
 
     results = Sweep(recipe, fixed, runs, root, jobs, out.note, holds).execute()
     chosen = _quality(results, metric)
     if metric is not None and chosen not in (metric, None):
         out.warning(f"--metric {metric}: no run has measured it, the table shows {chosen}")
-    data = write_tables(results, root, chosen, str(job.recipe["name"]))
+    data = write_tables(results, root, chosen, name)
     out.result(data, lambda screen: _show(data, screen))
     failed = [result for result in results if result.status == "failed"]
     if failed:
@@ -90,9 +92,55 @@ def sweep(
         raise GateFailed("no run holds its quality gates", "vary other settings, spend more bits, or relax the gates")
 
 
-def _job(recipe: str, fixed: Sequence[str], run: SweepRun) -> Job:
-    words = [f"{key}={value}" for key, value in run.values.items()]
-    return load_job(recipe, [*fixed, *words, f"run.dir={quoted(str(run.folder))}"])
+def _words(fixed: Sequence[str], run: SweepRun) -> list[str]:
+    """Overrides of one run."""
+    return [*fixed, *(f"{key}={value}" for key, value in run.values.items()), f"run.dir={quoted(str(run.folder))}"]
+
+
+def _loaded(recipe: str, fixed: Sequence[str], run: SweepRun) -> LoadedRecipe:
+    from llmcompress.recipe.load import load_recipe
+
+    return load_recipe(recipe, _words(fixed, run))
+
+
+def _look_ahead(pending: Sequence[tuple[SweepRun, LoadedRecipe]], root: Path, out: Output) -> None:
+    """Refuse a sweep of which a run could never finish; otherwise that run says so after hours of others.
+
+    Args:
+        pending: Runs that have not finished, with their recipes.
+        root: The sweep's folder.
+        out: Where remarks go.
+
+    Raises:
+        LLMCompressError: With the exit code of the first such run, and all of them.
+    """
+    from llmcompress.pipeline.preflight import Extent, preflight, short_together
+
+    sound, lost = [], []
+    for run, loaded in pending:
+        try:
+            sound.append((run, loaded, *require_sound(loaded)))
+        except LLMCompressError as error:
+            lost.append((run.name, error))
+    if lost:
+        raise _refusal(lost, len(pending))
+    notes: dict[str, None] = {}
+    for run, loaded, predicted, config in sound:
+        try:
+            notes |= dict.fromkeys(preflight(loaded, predicted, config, Extent()))
+        except LLMCompressError as error:  # of this machine: the next runs would most likely say the same
+            raise _refusal([(run.name, error)], len(pending)) from error
+    for note in (*notes, *short_together(root, [(loaded, predicted) for _, loaded, predicted, _ in sound])):
+        out.warning(note)
+
+
+def _refusal(lost: Sequence[tuple[str, LLMCompressError]], count: int) -> LLMCompressError:
+    """One error for runs that cannot be; without their names where all of them say the same."""
+    _, first = lost[0]
+    if len(lost) < count or len({error.message for _, error in lost}) > 1:
+        first.message = "\n".join(f"{name}: {error.message}" for name, error in lost)
+        first.hint = f"{first.hint}\nor vary other values" if first.hint else "vary other values"
+    return first
 
 
 def _failure(failed: Sequence[RunResult], count: int) -> LLMCompressError:
@@ -113,31 +161,36 @@ def _in_a_line(said: str) -> str:
     return shorten((found[1] if found else said) or "no message", _LONGEST, placeholder=" …")
 
 
-def _require_metric(job: Job, metric: str) -> None:
-    """Refuse a metric that no stage will measure, before the first run.
+def _require_metric(runs: Sequence[LoadedRecipe], metric: str) -> None:
+    """Refuse a metric that no stage of any run will measure, before the first run.
 
     Raises:
         UsageError: It is none.
     """
+    found = [_wrong_metric(loaded.stages(), metric) for loaded in runs]
+    if all(found):
+        raise UsageError(found[0], "choose one that the recipe's evaluate stage has")
+
+
+def _wrong_metric(stages: Sequence[Stage], metric: str) -> str:
+    """Why a run will not measure a metric; empty where it may."""
     from llmcompress.evaluation.gates import GateConfig, unknown_metrics
     from llmcompress.evaluation.task_facts import unknown_figures
     from llmcompress.stages.base import Kind
     from llmcompress.stages.evaluate import Evaluate
 
-    measuring = [stage for stage in job.stages if Kind.METRICS in stage.produces]
+    measuring = [stage for stage in stages if Kind.METRICS in stage.produces]
     known = [stage.measured() for stage in measuring if isinstance(stage, Evaluate)]
     if len(known) < len(measuring):
-        return  # stages of other kinds name their metrics themselves
+        return ""  # stages of other kinds name their metrics themselves
     exact = [name for names, _ in known for name in names]
     tasks = [task for _, names in known for task in names]
     asked = {"metric": GateConfig(metric=metric, max=0)}
     wrong = unknown_metrics(asked, exact, tasks)
     # a metric is there where any stage has it
     lost = [unknown_figures(asked, s.config.tasks) for s in measuring if isinstance(s, Evaluate)]
-    if wrong := wrong or (lost[0] if lost and all(lost) else []):
-        raise UsageError(
-            wrong[0].replace("gates.metric", "--metric"), "choose one that the recipe's evaluate stage has"
-        )
+    wrong = wrong or (lost[0] if lost and all(lost) else [])
+    return wrong[0].replace("gates.metric", "--metric") if wrong else ""
 
 
 def _quality(results: Sequence[RunResult], asked: str | None) -> str | None:
@@ -216,6 +269,6 @@ def _show(data: dict[str, Any], screen: Console) -> None:
     screen.print(table(columns, cells, right=f"weights|{quality}|time|peak RAM"))
     dense = [f"dense {figure(value)}" for value in sorted({row["dense"].get(metric) for row in rows} - {None})]
     if metric:
-        screen.print(", ".join([f"{quality}: {metric}", *dense]), highlight=False, soft_wrap=True)
-    screen.print(f"plot: {data['page']}", highlight=False, soft_wrap=True)
-    screen.print(f"all figures: {data['csv']}", highlight=False, soft_wrap=True)
+        screen.print(", ".join([f"{quality}: {metric}", *dense]), markup=False, highlight=False, soft_wrap=True)
+    screen.print(f"plot: {data['page']}", markup=False, highlight=False, soft_wrap=True)
+    screen.print(f"all figures: {data['csv']}", markup=False, highlight=False, soft_wrap=True)

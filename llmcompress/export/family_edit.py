@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
-from llmcompress.durable import write_durably
-from llmcompress.errors import ExportError, InputError, UsageError
+from llmcompress.durable import held_alone, write_durably
+from llmcompress.errors import EnvironmentProblem, ExportError, InputError, UsageError
 from llmcompress.export.base import ShardWriter, atomic_folder, cast, some, write_json
 from llmcompress.export.family import member_tensors, save_tensors, whole_tensors, write_member
 from llmcompress.models.checkpoint import read_config
@@ -72,7 +73,29 @@ def remove_member(artifact: FamilyArtifact, member: str) -> int:
     Raises:
         UsageError: It is the last one.
         InputError: There is no such member, nor anything left of one.
+        EnvironmentProblem: Another process is editing the family.
     """
+    with _alone(artifact) as current:
+        return _remove(current, member)
+
+
+@contextmanager
+def _alone(artifact: FamilyArtifact) -> Iterator[FamilyArtifact]:
+    """The family as it is now, kept from other edits: of two at once the later one would undo the first.
+
+    Raises:
+        EnvironmentProblem: Another process is editing it.
+    """
+    with held_alone(artifact.folder) as alone:
+        if not alone:
+            raise EnvironmentProblem(
+                f"{artifact.folder}: another process is adding or removing a member",
+                "wait for it, then the same command again",
+            )
+        yield FamilyArtifact(artifact.folder)
+
+
+def _remove(artifact: FamilyArtifact, member: str) -> int:
     if member not in artifact.members and NAME.match(member) and (artifact.folder / "members" / member).is_dir():
         return sweep(artifact)
     artifact.require(member)
@@ -119,7 +142,13 @@ def add_member(
     Raises:
         UsageError: The name is taken or unusable.
         InputError: The model is missing, damaged or of another architecture.
+        EnvironmentProblem: Another process is editing the family.
     """
+    with _alone(artifact) as current:
+        return _add(current, member, source, bits, tokens)
+
+
+def _add(artifact: FamilyArtifact, member: str, source: str | ModelHandle, bits: int, tokens: Tensor | None) -> Added:
     if member in artifact.members or not NAME.match(member) or member in _node_ids(artifact):
         raise UsageError(f"{member!r} cannot be the name of a new member", f"taken: {', '.join(artifact.members)}")
     handle = source if isinstance(source, ModelHandle) else ModelHandle.open(source)

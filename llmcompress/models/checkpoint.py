@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise not_a_model(folder) from error
         hint = checkpoint_hint(folder) or "point model.path at a transformers model folder"
         raise InputError(f"{path}: missing", hint) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}", "download the file again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: is not a JSON object", "download the file again")
@@ -195,7 +196,9 @@ class Checkpoint:
         return tensor
 
     def _lacks(self, name: str) -> InputError:
-        return InputError(f"{self.path}: {name} is missing", f"look with `llmcompress inspect {self.path}`")
+        return InputError(
+            f"{self.path}: {name} is missing", f"look with `llmcompress inspect {shlex.quote(str(self.path))}`"
+        )
 
     def verify(self, check_values: bool = False) -> None:
         """Compare what the files hold with what the model needs.
@@ -222,7 +225,7 @@ class Checkpoint:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"{index}: is not a shard index: {error}", "download the file again") from error
             if any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise InputError(f"{index}: names a shard outside its folder", "download the file again")

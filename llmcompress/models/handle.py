@@ -117,6 +117,14 @@ class ModelHandle:
         """The config as a transformers object; a fresh copy at every call."""
         return transformers_config(self.path)
 
+    def require_modules(self) -> None:
+        """See that transformers can build the model's modules, which most stages ask for later.
+
+        Raises:
+            InputError: A value of ``config.json`` does not let it.
+        """
+        meta_model(self.hf_config(), self.dtype)
+
     def skeleton(self, dtype: torch.dtype | None = None, head: bool = True) -> PreTrainedModel:
         """The whole model with blocks on the meta device.
 
@@ -217,13 +225,19 @@ def transformers_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: transformers rejects a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/config.json: transformers rejects it: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"{folder}/config.json: transformers rejects it: {_reason(error)}") from error
     return config
+
+
+def _reason(error: BaseException) -> str:
+    """What transformers said in a line; it puts the field before the reason."""
+    return ": ".join(line.strip().rstrip(":") for line in str(error).splitlines()[:2]) or type(error).__name__
 
 
 def generation_settings(folder: Path) -> GenerationConfig:
@@ -248,14 +262,21 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
     Attention is ``sdpa`` where the family supports it and ``eager`` otherwise, as
     ``from_pretrained`` chooses.
+
+    Raises:
+        InputError: A value of the config is one that its modules cannot be built with.
     """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     implementation = "sdpa" if model_class._supports_sdpa else "eager"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        place = f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
+        raise InputError(f"{place}: transformers cannot build its modules: {_reason(error)}") from error
     result: PreTrainedModel = model.eval()
     return result
 

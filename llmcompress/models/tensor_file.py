@@ -7,6 +7,7 @@ freshly allocated tensors have neither problem.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -63,17 +64,17 @@ class TensorFile:
             cannot, and what it keeps of them takes new pages for every byte, which can take longer than the disk.
 
     Raises:
-        InputError: It is missing, cut short, or not a safetensors file.
+        InputError: It is missing, cut short, or not a safetensors file, or its tensors overlap.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.once = path, False
         try:
-            facts = path.stat()
+            self._state = _state(path.stat())
         except OSError as error:
             raise _unread(path, error) from error
         # a run looks at its model's headers before it begins, and opens the model then
-        self.entries = _entries(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        self.entries = _entries(path, *self._state)
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +96,7 @@ class TensorFile:
             into: Contiguous memory of its shape and type to read it into, new memory without.
 
         Raises:
-            InputError: The file has become shorter since it was opened.
+            InputError: The file has been replaced or written since it was opened.
         """
         import torch
 
@@ -105,6 +106,11 @@ class TensorFile:
             # a view of raw bytes exists for every dtype; numpy has no bfloat16
             target = memoryview(result.reshape(-1).view(torch.uint8).numpy().data)
             with self.path.open("rb", buffering=0) as handle:
+                if _state(os.fstat(handle.fileno())) != self._state:
+                    # of another model with the same names half the tensors would be taken
+                    raise InputError(
+                        f"{self.path}: has changed since it was opened", "leave it as it is, then run again"
+                    )
                 handle.seek(entry.start)
                 done = 0
                 while done < entry.nbytes:
@@ -115,6 +121,11 @@ class TensorFile:
                     if self.once and _FORGET is not None:
                         _FORGET(handle.fileno(), entry.start + done - count, count, os.POSIX_FADV_DONTNEED)
         return result
+
+
+def _state(facts: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file from another one under its name: size, time of its last change, number."""
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def header_bytes(path: Path) -> bytes:
@@ -147,7 +158,7 @@ def header_of(path: Path) -> dict[str, Any]:
 def _parsed(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "the header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not an object")
@@ -164,7 +175,13 @@ def _entries(path: Path, size: int, modified: int, inode: int) -> dict[str, Entr
     raw = header_bytes(path)
     header = _parsed(path, raw)
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, value, 8 + len(raw), size) for name, value in header.items()}
+    found = {name: _entry(path, name, value, 8 + len(raw), size) for name, value in header.items()}
+    placed = sorted((entry.start, name) for name, entry in found.items() if entry.nbytes)
+    for (start, name), (after, other) in itertools.pairwise(placed):
+        # as safetensors does: one of the two would be read from the other's bytes
+        if start + found[name].nbytes > after:
+            raise _damaged(path, f"{name} and {other} share bytes")
+    return found
 
 
 def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:

@@ -5,7 +5,7 @@ Budgets of the recipe are held against the prediction by :meth:`Plan.require_bud
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -293,6 +293,22 @@ def _short_disks(loaded: LoadedRecipe, predicted: Plan, names: Collection[str], 
             room = bytes_text(usage.free)
             lines.append(f"{folder}: {room} free on this disk, {bytes_text(rest)} are still to be written")
     return lines
+
+
+def short_together(root: Path, runs: Sequence[tuple[LoadedRecipe, Plan]]) -> list[str]:
+    """A line where runs that all stay on one disk have less room there together than each of them alone.
+
+    Args:
+        root: The folder that holds their folders.
+        runs: Their recipes, and what each needs.
+    """
+    import shutil
+
+    needed = sum(max(0, predicted.disk - _held(Path(loaded.recipe.run.dir))) for loaded, predicted in runs)
+    usage = shutil.disk_usage(_existing(root))
+    if needed <= usage.free:
+        return []
+    return [f"{root}: all runs together write {bytes_text(needed)}, {bytes_text(usage.free)} are free on this disk"]
 
 
 def _export_folders(config: Any, run: Path) -> list[Path]:

@@ -19,14 +19,12 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
-from llmcompress.durable import write_durably
+from llmcompress.durable import held_alone, write_durably
 from llmcompress.errors import EnvironmentProblem, InputError, UsageError
 
 STATE_VERSION = 1
@@ -256,13 +254,14 @@ class RunLock:
 
     Args:
         folder: Existing run folder.
+        elsewhere: How one chooses another.
 
     Raises:
         EnvironmentProblem: A living process holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+    def __init__(self, folder: Path, elsewhere: str = "set run.dir to another folder") -> None:
+        self._path, self._elsewhere = folder / ".lock", elsewhere
         self._handle: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
@@ -276,7 +275,7 @@ class RunLock:
 
         Of several processes that find it dead one does it: a later one would remove the new file of the first.
         """
-        with _alone(self._path.parent) as alone:
+        with held_alone(self._path.parent) as alone:
             if alone and self._try():
                 return
             holder = self._holder()
@@ -284,7 +283,7 @@ class RunLock:
                 who = f"process {holder['pid']} on {holder['host']}" if alone and holder else "another process"
                 raise EnvironmentProblem(
                     f"{self._path.parent}: {who} is running in this folder",
-                    "wait for it, stop it, or set run.dir to another folder",
+                    f"wait for it, stop it, or {self._elsewhere}",
                 )
             # an orphaned child keeps the old file open; a new file is a new lock
             self._path.unlink(missing_ok=True)
@@ -320,7 +319,7 @@ class RunLock:
             return self._try()
         handle.seek(0)
         handle.truncate()
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "began": _start_time(os.getpid())}
         handle.write(json.dumps(me))
         handle.flush()
         self._handle = handle
@@ -334,24 +333,15 @@ class RunLock:
         return data if isinstance(data, dict) and {"pid", "host"} <= data.keys() else None
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process is inside such a block for this folder; True where folders cannot be locked."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            yield error.errno != errno.EWOULDBLOCK
-            return
-        yield True
-    finally:
-        os.close(handle)
-
-
 def _start_time(pid: int) -> float | None:
+    """When a process began, by a count that setting the clock does not change; None where there is no such process."""
     import psutil
 
+    try:
+        # ticks since the machine began, the 22nd field; the second is a name that may hold blanks
+        return float(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        pass  # not Linux, or no such process
     try:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:
@@ -363,5 +353,5 @@ def _alive(holder: dict[str, Any]) -> bool:
     if holder["host"] != socket.gethostname():
         return True
     begun = _start_time(int(holder["pid"]))
-    recorded = holder.get("started")
+    recorded = holder.get("began")
     return begun is not None and (recorded is None or abs(begun - recorded) < 2.0)

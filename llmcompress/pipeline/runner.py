@@ -8,6 +8,7 @@ continuing would silently mix two recipes (then it refuses and shows the differe
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import threading
 import time
@@ -215,7 +216,8 @@ class Runner:
             finished = [s for s in self.job.stages if (r := self.dir.read_stage(s.name)) is not None and r.finished()]
             if record is None or not finished:
                 raise UsageError(
-                    f"{self.dir.root}: no stage of this run has finished", f"llmcompress resume {self.dir.root}"
+                    f"{self.dir.root}: no stage of this run has finished",
+                    f"llmcompress resume {shlex.quote(str(self.dir.root))}",
                 )
             self._emit = Fanout(self._displays)
             devices.set_threads(record.threads or None)
@@ -389,7 +391,7 @@ class Runner:
                 status = "interrupted"
                 reason = str(stop) or "stopped by Ctrl-C"
                 raise Interrupted(
-                    f"{reason}; finished blocks are kept", f"llmcompress resume {self.dir.root}"
+                    f"{reason}; finished blocks are kept", f"llmcompress resume {shlex.quote(str(self.dir.root))}"
                 ) from stop
             finally:
                 self._emit.quietly(Event("run_end", "", {"status": status}))
@@ -496,7 +498,7 @@ class Runner:
             build_report(self.dir.root)
         except Exception:  # the page is made of what is kept: no fault of it may undo a run
             logging.getLogger(__name__).exception("the report cannot be written")
-            again = f"llmcompress report {self.dir.root}"
+            again = f"llmcompress report {shlex.quote(str(self.dir.root))}"
             self._send(
                 "warning", text=f"the report could not be written ({self.dir.log} has why); to try again: {again}"
             )

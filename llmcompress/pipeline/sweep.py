@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -201,7 +202,7 @@ class Sweep:
             Interrupted: Ctrl-C, SIGTERM or SIGHUP; the same command continues.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.folder), self._listening():
+        with RunLock(self.folder, "choose another --dir"), self._listening():
             self._claim()
             pending = [run for run in self.runs if not (run.finished and self.holds(run))]
             if len(pending) < len(self.runs):
@@ -211,7 +212,7 @@ class Sweep:
                 for run, outcome in zip(pending, pool.map(self._one, pending)):
                     codes[run.name] = outcome
             if self._stopped:
-                again = f"llmcompress sweep {self.recipe} … --dir {self.folder}"
+                again = f"llmcompress sweep {self.recipe} … --dir {shlex.quote(str(self.folder))}"
                 raise Interrupted("the sweep was stopped; finished runs and blocks are kept", again)
             return [result_of(run, *codes.get(run.name, (0, ""))) for run in self.runs]
 

@@ -40,10 +40,12 @@ class Load(Stage):
         """Open the model, verify its files, look for values that are not finite.
 
         Raises:
-            InputError: The model is missing, damaged, unsupported, already quantized, or holds NaN.
+            InputError: The model is missing, damaged, unsupported, already quantized, or holds NaN, or transformers
+                cannot build its modules.
         """
         # opening checks the files themselves: names, shapes, sizes, quantized already or not
         handle = self._open(ctx)
+        handle.require_modules()
         if self.config.check_finite:
             handle.checkpoint.verify(check_values=True)
         ctx.emit("note", text=f"{handle.layout.model_type}, {handle.parameters:,} parameters, {handle.path}")

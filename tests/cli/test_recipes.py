@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from llmcompress.cli.app import invoke
 from llmcompress.cli.completion import complete_override, complete_recipe, override_keys
+from llmcompress.models.paths import assets_folder
 
 CONFIG = Path(__file__).parent.parent / "data" / "hub_configs" / "mixtral_8x7b.json"
 
@@ -142,6 +144,29 @@ def test_absent_texts_and_tasks_end_validate_and_plan_unless_the_run_will_be_els
         capsys.readouterr()
     found = told(capsys, "validate", str(recipe), "--config", str(CONFIG))
     assert found["valid"] and len(found["absent"]) == 2
+
+
+def test_plan_and_validate_refuse_weights_that_run_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(assets_folder() / "reference_moe", model)
+    weights = model / "model.safetensors"
+    for command in ("validate", "plan"):
+        assert invoke([command, "smoke/rtn_tiny", f"model.path={model}"]) == 0
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-2])
+    for command in ("validate", "plan"):
+        capsys.readouterr()
+        assert invoke([command, "smoke/rtn_tiny", f"model.path={model}"]) == 4
+        said = capsys.readouterr()
+        assert "cut short" in said.err and "--config" in said.err
+        assert said.out  # what the config alone tells
+        assert invoke([command, "smoke/rtn_tiny", f"model.path={model}", "--config", str(model)]) == 0
+    weights.write_bytes(whole)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    for command in ("validate", "plan"):
+        assert invoke([command, "smoke/rtn_tiny", f"model.path={model}"]) == 4
+        assert "quantized" in capsys.readouterr().err
 
 
 def test_validate_gives_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

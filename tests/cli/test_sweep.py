@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmcompress.cli.app import invoke
+from llmcompress.cli.look_ahead import require_sound
 from llmcompress.pipeline.sweep import RunResult, Sweep
 
 WORDS = ("sweep", "smoke/rtn_tiny", "run.seed=1,2", "--dir")
@@ -108,6 +111,48 @@ def test_what_cannot_be_is_refused_before_the_first_run(tmp_path: Path, capsys: 
     assert not (tmp_path / "s").exists()
 
 
+def test_runs_that_can_never_be_are_refused_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Sweep, "execute", lambda self: pytest.fail("a run began"))
+    words = ["sweep", "smoke/rtn_tiny", "--dir", str(tmp_path / "s")]
+    # an export that cannot hold two of three: both are named
+    assert invoke([*words, "stages.quantize.rules.experts.bits=4,3,2"]) == 7
+    said = capsys.readouterr().err
+    assert "bits=3: stages.export" in said and "bits=2: stages.export" in said and "bits=4:" not in said
+    # a budget, and a model that is not here: the same for all, and said once
+    assert invoke([*words, "run.seed=1,2", "+host.ram=1MB"]) == 5
+    assert capsys.readouterr().err.count("host.ram: ") == 1
+    assert invoke([*words, "run.seed=1,2", "model.path=absent"]) == 4
+    assert capsys.readouterr().err.count("absent: no such model folder") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_disk_that_holds_one_run_and_not_all_is_told(
+    ended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmcompress.recipe.load import load_recipe
+
+    predicted, _ = require_sound(load_recipe("smoke/rtn_tiny", []))
+    usage = SimpleNamespace(free=predicted.disk * 3 // 2, total=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    ended(("finished", 0, ""), ("finished", 0, ""))
+    assert invoke([*WORDS, str(tmp_path / "s")]) == 0
+    assert "all runs together write" in capsys.readouterr().err
+    usage.free = predicted.disk * 2
+    assert invoke([*WORDS, str(tmp_path / "t")]) == 0
+    assert "together" not in capsys.readouterr().err
+
+
+def test_a_metric_may_be_that_of_one_run(ended: Any, tmp_path: Path) -> None:
+    ended(("finished", 0, ""), ("finished", 0, ""))
+    words = ["sweep", "smoke/rtn_tiny", "--dir", str(tmp_path / "s")]
+    source = "{kind: jsonl, path: 'asset:text/heldout.jsonl.gz'}"
+    axis = f"stages.evaluate.fidelity=null,{{source: {source}, length: 64, samples: 2}}"
+    assert invoke([*words, axis, "--metric", "fidelity.kl"]) == 0
+    assert invoke([*words, axis, "--metric", "fidelity.kll"]) == 2
+
+
 def test_the_whole_error_of_a_run_is_told_in_a_line(
     ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,3 +162,9 @@ def test_the_whole_error_of_a_run_is_told_in_a_line(
     refused = "run: this run was made with another recipe (calibrate): stages.calibrate.samples: 6 → 8"
     assert f"seed=1: {refused}" in lines
     assert "seed=2: Killed" in lines
+
+
+def test_brackets_in_a_path_are_shown(ended: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended(("finished", 0, ""), ("finished", 0, ""))
+    assert invoke([*WORDS, str(tmp_path / "[br]")]) == 0
+    assert f"plot: {tmp_path / '[br]'}" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from llmcompress.cli.app import invoke
-from llmcompress.errors import ExitCode, InputError
+from llmcompress.durable import held_alone
+from llmcompress.errors import EnvironmentProblem, ExitCode, InputError
+from llmcompress.export.family_edit import remove_member
 from llmcompress.models.family_artifact import FamilyArtifact
 from llmcompress.models.family_model import dense_member, load_members
 from llmcompress.models.tensor_file import TensorFile
@@ -220,8 +223,6 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str], stderr: bool = Fa
 
 def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Add, remove, export and merge on a copy; the other members keep every bit."""
-    import shutil
-
     import llmcompress.hf
 
     copy = tmp_path / "family"
@@ -297,6 +298,23 @@ def test_life_of_a_family(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["family", "merge", str(copy), "--member", "cat=x", "--out", str(tmp_path / "y")], ExitCode.USAGE),
     ):
         assert said(words, capsys)[0] == code
+
+
+def test_of_two_edits_at_once_neither_is_lost(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "family"
+    shutil.copytree(folder / "run/artifact", copy)
+    seen = FamilyArtifact(copy)
+    add = ["family", "add", str(copy), "--member", "dog", "--model", str(folder / "ant")]
+    with held_alone(copy) as alone:
+        assert alone and said(add, capsys)[0] == ExitCode.ENVIRONMENT
+        with pytest.raises(EnvironmentProblem, match="another process"):
+            remove_member(seen, "cat")
+    assert FamilyArtifact(copy).data == seen.data
+    assert said(add, capsys)[0] == ExitCode.OK
+    # opened before the other edit: it counts all the same
+    remove_member(seen, "cat")
+    assert set(FamilyArtifact(copy).members) == {"ant", "bee", "dog"}
+    assert FamilyArtifact(copy).weight(seen.plan.linears[0], "dog").isfinite().all()
 
 
 def test_adding_takes_any_text_and_tells_of_another_vocabulary(

@@ -10,6 +10,9 @@ from llmcompress.errors import InputError
 _OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
 # what the expert kernels and our modules implement, by the names of transformers' ACT2FN
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+_UNCHANGED = "check that the model folder is complete and the file unchanged"
+# more than any model has; of layers and experts, each of which gets names, a damaged file can ask for years of them
+_MOST, _MOST_NAMED = 2**31 - 1, 10_000
 
 
 class Facts:
@@ -45,14 +48,17 @@ class Facts:
         """A whole number.
 
         Raises:
-            InputError: The value is missing, not a whole number, or below ``at_least``.
+            InputError: The value is missing, not a whole number, below ``at_least``, or beyond any model.
         """
         value = self.get(key)
+        most = _MOST_NAMED if key.endswith(("layers", "experts")) else _MOST
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
             raise InputError(
                 f"config.json: {key} must be a whole number of at least {at_least}, not {value!r}",
-                "check that the model folder is complete and the file unchanged",
+                _UNCHANGED,
             )
+        if value > most:
+            raise InputError(f"config.json: {key} is {value}, more than {most}", _UNCHANGED)
         return value
 
     def flag(self, key: str) -> bool:

@@ -259,7 +259,10 @@ def test_deepseek_prediction_layers_are_ignored(config: dict[str, int], layers: 
     assert layout.ignored == tuple(rf"model\.layers\.{index}\." for index in layers)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "missing"), ("{", "cannot be read"), ("[]", "not a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "missing"), ("{", "cannot be read"), ("[]", "not a JSON object"), ("[" * 100_000, "cannot be read")],
+)
 def test_config_problems(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)

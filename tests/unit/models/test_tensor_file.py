@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -58,10 +59,23 @@ def test_truncated_files_are_refused(path: Path, keep: int) -> None:
 
 def test_a_file_cut_after_opening_is_refused(path: Path) -> None:
     file = TensorFile(path)
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(InputError, match="ends inside"):
-        for name in TENSORS:
-            file.read(name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    with pytest.raises(InputError, match="has changed"):
+        file.read(next(iter(TENSORS)))
+
+
+def test_a_file_replaced_after_opening_is_refused(path: Path) -> None:
+    """Another model with the same names: half of the tensors would be its."""
+    file = TensorFile(path)
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    with pytest.raises(InputError, match="has changed"):
+        file.read(next(iter(TENSORS)))
+    # what is opened now is one file
+    assert all(torch.equal(TensorFile(path).read(name), tensor) for name, tensor in TENSORS.items())
 
 
 def write(path: Path, header: object) -> None:
@@ -79,11 +93,29 @@ def write(path: Path, header: object) -> None:
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "cannot span"),
         ({"a": {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]}}, "Q7"),
         ({"a": {"dtype": "F32", "shape": [20], "data_offsets": [0, 80]}}, "cut short"),
+        (
+            {name: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]} for name, at in (("b", 12), ("a", 8))},
+            "a and b share bytes",
+        ),
     ],
 )
 def test_bad_headers_are_refused(tmp_path: Path, header: object, message: str) -> None:
     write(tmp_path / "x.safetensors", header)
     with pytest.raises(InputError, match=message):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_tensors_without_values_share_nothing(tmp_path: Path) -> None:
+    places = {"a": (2, 0, 8), "b": (0, 8, 8), "c": (0, 4, 4), "d": (2, 8, 16)}
+    header = {n: {"dtype": "F32", "shape": [size], "data_offsets": [b, e]} for n, (size, b, e) in places.items()}
+    write(tmp_path / "x.safetensors", header)
+    assert set(TensorFile(tmp_path / "x.safetensors").entries) == set(places)
+
+
+def test_a_header_too_deep_to_read_is_refused(tmp_path: Path) -> None:
+    raw = b"[" * 100_000
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(InputError, match="not JSON"):
         TensorFile(tmp_path / "x.safetensors")
 
 

@@ -50,6 +50,25 @@ def test_nan_weights_are_refused_unless_told_otherwise(tmp_path, tiny_folder):
     stage(check_finite=False).run(RunState(), ctx)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", "1e-6"),
+        ("dtype", "floaty"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": "a"}),
+    ],
+)
+def test_a_config_that_transformers_cannot_use_is_refused_by_the_first_stage(tmp_path, tiny_folder, key, value):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    ctx, _ = context(tmp_path, path=str(folder))
+    with pytest.raises(InputError, match="transformers") as caught:
+        stage().run(RunState(), ctx)
+    assert f"{folder}/config.json" in caught.value.message
+
+
 def test_quantized_models_are_refused(tmp_path, tiny_folder):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)

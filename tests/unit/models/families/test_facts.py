@@ -39,3 +39,11 @@ def test_wrong_types_are_refused(method: str, value: object) -> None:
 def test_unknown_activation() -> None:
     with pytest.raises(InputError, match="relu2"):
         Facts({"hidden_act": "relu2"}, {}).activation()
+
+
+def test_sizes_beyond_any_model_are_refused() -> None:
+    # a damaged file would ask for the names of a billion layers
+    for key, most in (("num_hidden_layers", 10_000), ("num_experts", 10_000), ("vocab_size", 2**31 - 1)):
+        assert Facts({key: most}, {}).size(key) == most
+        with pytest.raises(InputError, match=f"{key} is {most + 1}"):
+            Facts({key: most + 1}, {}).size(key)
