@@ -196,8 +196,8 @@ def mamba2_decode(projected: Tensor, conv: Tensor, *rest: Any) -> Tensor:
     conv_weight, conv_bias, dt_bias, a, d, gain, codes, channel, scale, fixed, floats, groups, states, bits = rest[:14]
     # the dispatcher leaves out arguments that have their defaults
     epsilon, refit, dither, recent, count = rest[14:] + (False, False, None, None)[len(rest) - 15 :]
-    if codes is None or count is None:
-        # without both a state is rounded at every token
+    if codes is None:
+        # floats are never rounded, so there is no window
         recent = count = None
     weights, packed = (conv_weight, conv_bias, dt_bias, a, d, gain), (codes, channel, scale, fixed, floats)
     check: Callable[..., tuple[int, int, int, int]] = state_shapes.check_mixer

@@ -181,11 +181,11 @@ def mamba2_decode(*arguments: Any) -> Tensor:
             *packed, floats = held
 
             def update(*step: Tensor) -> Tensor:
+                if packed[0] is None:
+                    return state_update(floats, *step)
                 if window and window[0] is not None:
                     return dsq_replay_update(*packed, *window, *step, bits, *rounding)
-                if floats is None:
-                    return dsq_state_update(*packed, *step, bits, *rounding)
-                return state_update(floats, *step)
+                return dsq_state_update(*packed, *step, bits, *rounding)
 
             return kernels.mamba2_decode(projected, conv, weights, groups, states, epsilon, update)
     return reference_state.mamba2_decode(*arguments)

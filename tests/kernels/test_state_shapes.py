@@ -162,7 +162,7 @@ def test_a_wrong_shape_is_refused(call: str, name: str) -> None:
         assert all(torch.equal(given[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("missing", ["channel", "scale"])
+@pytest.mark.parametrize("missing", ["channel", "scale", "count"])
 def test_what_is_missing_is_named(missing: str) -> None:
     run, make = CALLS["mamba2_decode"]
     with pytest.raises(ValueError, match=f"{missing} is missing"):

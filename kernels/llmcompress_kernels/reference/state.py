@@ -377,9 +377,10 @@ def mamba2_decode(
     else:
         assert scale is not None
         held, token, how = (codes, channel, scale, fixed), (drive, decay, b, c), (bits, refit, dither)
-        if recent is None or count is None:
+        if recent is None:
             y = dsq_state_update(*held, *token, *how)
         else:
+            assert count is not None
             y = dsq_replay_update(*held, recent, count, *token, *how)
     return gated_norm(y + d[:, None] * x, gate, gain, groups, epsilon).to(given)
 
