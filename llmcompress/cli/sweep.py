@@ -114,7 +114,7 @@ def _look_ahead(pending: Sequence[tuple[SweepRun, LoadedRecipe]], root: Path, ou
     Raises:
         LLMCompressError: With the exit code of the first such run, and all of them.
     """
-    from llmcompress.pipeline.preflight import Extent, preflight, short_together
+    from llmcompress.pipeline.preflight import ANYWAY, Extent, preflight, short_together
 
     sound, lost = [], []
     for run, loaded in pending:
@@ -129,6 +129,9 @@ def _look_ahead(pending: Sequence[tuple[SweepRun, LoadedRecipe]], root: Path, ou
         try:
             notes |= dict.fromkeys(preflight(loaded, predicted, config, Extent()))
         except LLMCompressError as error:  # of this machine: the next runs would most likely say the same
+            lines = (error.hint or "").replace(f"; {ANYWAY}", "").replace("run.dir=FOLDER", "--dir FOLDER").splitlines()
+            # an option of run, which a sweep has not
+            error.hint = "\n".join(line for line in lines if ANYWAY not in line)
             raise _refusal([(run.name, error)], len(pending)) from error
     for note in (*notes, *short_together(root, [(loaded, predicted) for _, loaded, predicted, _ in sound])):
         out.warning(note)

@@ -142,6 +142,11 @@ def test_a_disk_that_holds_one_run_and_not_all_is_told(
     usage.free = predicted.disk * 2
     assert invoke([*WORDS, str(tmp_path / "t")]) == 0
     assert "together" not in capsys.readouterr().err
+    # not even one: what is advised are words that sweep knows
+    usage.free = predicted.disk // 2
+    assert invoke([*WORDS, str(tmp_path / "u")]) == 5
+    said = capsys.readouterr().err
+    assert "--dir" in said and "run.dir" not in said and "--no-preflight" not in said
 
 
 def test_a_metric_may_be_that_of_one_run(ended: Any, tmp_path: Path) -> None:
