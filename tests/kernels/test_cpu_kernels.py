@@ -112,9 +112,10 @@ def test_the_largest_sums_fit(isa: str, bits: int, int8: bool, sign: int) -> Non
     value = sign * (127 / 64 if int8 else 16000 / 8192)
     x = torch.full((13, columns), value, dtype=torch.bfloat16)
     expected = torch.full((13, 64), value * columns * largest * 0.125).to(torch.bfloat16)
-    for tokens in (1, 2, 5, 13):
-        found = ops.group_gemm(x[:tokens], packed, scale, zero, bits, columns, columns, int8)
-        assert torch.equal(found, expected[:tokens])
+    for side in ((packed, scale, zero), (interleave(packed), interleave(scale), interleave(zero))):
+        for tokens in (1, 2, 5, 13):
+            found = ops.group_gemm(x[:tokens], *side, bits, columns, columns, int8)
+            assert torch.equal(found, expected[:tokens])
 
 
 @pytest.mark.parametrize("bits", check.BITS)
@@ -155,7 +156,10 @@ def test_int8_agrees_with_its_definition(isa: str) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "symmetric", "group"),
-    [(2, False, 96), (3, False, 96), (4, True, 96), (8, False, 96), (8, True, 96), (8, False, 1100), (8, True, 1100)],
+    [
+        *((2, False, 96), (3, False, 96), (4, True, 96), (8, False, 96), (8, True, 96)),
+        *((2, False, 64), (3, False, 64), (4, False, 64), (2, True, 1100), (8, False, 1100), (8, True, 1100)),
+    ],
 )
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
