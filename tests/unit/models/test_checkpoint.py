@@ -290,3 +290,11 @@ def test_what_is_larger_than_memory_is_read_once(folder: Path, monkeypatch: pyte
     assert all(file.once for file in streamed._files)
     for view in streamed.layout.tensors():
         assert torch.equal(streamed.tensor(view.name), kept.tensor(view.name))
+
+
+def test_edits_of_other_tensors_stay(folder: Path) -> None:
+    plain = open_checkpoint(folder)
+    first, second = [view.name for view in plain.layout.tensors()][:2]
+    both = plain.edited({first: lambda t: t + 1}).edited({second: lambda t: t * 2})
+    assert torch.equal(both.tensor(first), plain.tensor(first) + 1)
+    assert torch.equal(both.tensor(second), plain.tensor(second) * 2)
