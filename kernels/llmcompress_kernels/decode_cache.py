@@ -175,7 +175,8 @@ class LatentCache(Cache):
     """Latents of several sequences with the turned part of their keys, one row a token: ``[L, slots, 1, P, Dp]``.
 
     Dp is C + R rounded up to 16; the first C columns are latents after their norm, the next R a key after rotation.
-    Arguments and attributes are those of :class:`Cache`; ``values`` is the latents' part of ``keys``.
+    Arguments and attributes are those of :class:`Cache`; ``values`` is the latents' part of ``keys``. Other layers may
+    have states (Kimi-Linear), in float only.
 
     Args:
         decoder: One with latents.
@@ -193,7 +194,7 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return self.keys.nbytes
+        return self.keys.nbytes + self.fixed_bytes
 
     def fill(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store what another implementation computed.
@@ -213,9 +214,16 @@ class LatentCache(Cache):
         rows = self.keys[layer, slot, :, :count]
         return rows[..., : self.size], rows[..., self.size : self.width]
 
+    def part(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """Copies of a sequence's first ``count`` rows; values are among them."""
+        return self.keys[:, slot, :, :count].clone(), self.values[:, slot, :, :0].clone()
+
     def copy(self, source: int, target: int, count: int, other: Cache | None = None) -> None:
         """Give a sequence the first ``count`` positions of another one, in this cache or in a smaller one."""
-        self.keys[:, target, :, :count] = (other or self).keys[:, source, :, :count]
+        held = other or self
+        self.keys[:, target, :, :count] = held.keys[:, source, :, :count]
+        self.inputs[:, target] = held.inputs[:, source]
+        self.states[:, target] = held.states[:, source]
 
 
 def cache_for(decoder: Decoder, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> Cache:

@@ -109,9 +109,14 @@ class Layer:
             ``output`` is its last projection. Of a delta rule queries, keys and values, maybe gates. None elsewhere.
         conv_weight: float32 ``[L, H]``, its taps, the newest token's last; of a delta rule ``[L, C]``.
         conv_bias: float32 ``[H]`` or None.
+        conv_key, conv_value: Of a delta rule, projections of keys and values where they have their own, or None;
+            ``conv_in`` makes queries alone then.
         delta: What a delta rule has besides, or None.
         conv_gates: Its ``[heads V, H]`` where gates have a projection of their own, or None.
-        steps: Its dense ``[2 heads, H]``: step sizes, then what makes decays; None without.
+        steps: Its dense ``[2 heads, H]``: step sizes, then what makes decays, unless ``decays`` does; None without.
+        gates_low: ``[R, H]``, what ``conv_gates`` reads in the place of hidden states, or None.
+        decays_low, decays: Dense ``[R, H]`` and ``[heads K, R]``: the second makes decays along keys of what the first
+            makes (Kimi-Linear); or None.
         gates: Whether each head's queries are followed by as many gates of its result (Qwen3-Next).
         gate, up, down: Projections of the gated MLP, or of the stacked experts; None without. An MLP or experts without
             a gate have their first projection there, and None for the other.
@@ -143,6 +148,8 @@ class Layer:
         chunked: It sees those since the last multiple of the window instead (Llama 4).
         sharpens: Queries are multiplied by the decoder's factors of their positions (Llama 4, Ministral 3).
         output_scale: Factor of the hidden states after the layer (Gemma 4).
+        keeps: What attention and what the MLP or experts read, times these two factors, takes the place of the hidden
+            states before they add to them (MiniMax-01); None where the hidden states stay.
         bends: The two numbers of a layer's xIELU (arXiv 2411.13010): of the parabola above 0 and of the exponential
             below.
         rotary: Which of the decoder's rotary tables turns queries and keys to their positions; None leaves them as they
@@ -167,8 +174,13 @@ class Layer:
     absorb: Matrix | None = None
     expand: Matrix | None = None
     conv_in: Matrix | None = None
+    conv_key: Matrix | None = None
+    conv_value: Matrix | None = None
     conv_gates: Matrix | None = None
     steps: Matrix | None = None
+    gates_low: Matrix | None = None
+    decays_low: Matrix | None = None
+    decays: Matrix | None = None
     aside: Matrix | None = None
     shared_gate: Matrix | None = None
     shared_up: Matrix | None = None
@@ -205,6 +217,7 @@ class Layer:
     chunked: bool = False
     sharpens: bool = False
     output_scale: float = 1.0
+    keeps: tuple[float, float] | None = None
     bends: tuple[float, float] = (0.0, 0.0)
     window: int = 0
     rotary: int | None = 0
@@ -229,7 +242,7 @@ class Layer:
         """Whether :func:`prompt` computes it."""
         shapes = {(side.bits, side.group_size) for side in (self.gate, self.up) if side is not None}
         alike = self.router is None or len(shapes) == 1
-        small = ("router", "shared_router", "absorb", "expand", "steps", "entry", "exit")
+        small = ("router", "shared_router", "absorb", "expand", "steps", "decays_low", "decays", "entry", "exit")
         given = {name: weight for name, weight in self.matrices().items() if name not in small}
         if self.head_gates is not None and not (self.head_gates.bits or self.head_gates.planes):
             del given["head_gates"]
@@ -259,7 +272,8 @@ class Layer:
             norms_last=int(self.norms_last), parallel=int(self.parallel),
             gates=int(self.gates), softplus=int(self.softplus), chunked=int(self.chunked),
             mixes=int(self.mixes), mixer=mixer, place=place,
-            reads_aside=int(self.reads_aside), window=self.window,
+            reads_aside=int(self.reads_aside), window=self.window, replaces=int(self.keeps is not None),
+            **dict(zip(("attention_keeps", "mlp_keeps"), self.keeps or ())),
             turned=0 if self.rotary is None else 2 * cosine[self.rotary].shape[-1], heads=heads.count,
             key_value_heads=heads.shared, head_dim=heads.key_dim, value_dim=heads.value_dim,
             output_scale=self.output_scale, positive=self.bends[0], negative=self.bends[1],

@@ -21,15 +21,17 @@ class LayerStruct(ctypes.Structure):
         ("delta", ctypes.POINTER(DeltaStruct)),
         *((name, MatrixStruct) for name in ("query", "key", "value", "output", "head_gates")),
         *((name, MatrixStruct) for name in ("query_down", "absorb", "expand")),
-        *((name, MatrixStruct) for name in ("conv_in", "conv_gates", "steps", "gate", "up", "down", "aside", "router")),
+        *((name, MatrixStruct) for name in ("conv_in", "conv_key", "conv_value", "conv_gates", "steps")),
+        *((name, MatrixStruct) for name in ("gates_low", "decays_low", "decays")),
+        *((name, MatrixStruct) for name in ("gate", "up", "down", "aside", "router")),
         *((name, MatrixStruct) for name in ("entry", "exit")),
         *((name, MatrixStruct) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, ctypes.c_int32) for name in ("whole_norms", "own_norms", "norms_last", "parallel")),
-        *((name, ctypes.c_int32) for name in ("gates", "softplus")),
+        *((name, ctypes.c_int32) for name in ("gates", "softplus", "replaces")),
         *((name, ctypes.c_int32) for name in ("mixes", "mixer", "reads_aside")),
         *((name, ctypes.c_int32) for name in ("place", "turned", "window", "chunked")),
         *((name, ctypes.c_int32) for name in ("heads", "key_value_heads", "head_dim", "value_dim")),
-        *((name, ctypes.c_float) for name in ("output_scale", "positive", "negative")),
+        *((name, ctypes.c_float) for name in ("output_scale", "attention_keeps", "mlp_keeps", "positive", "negative")),
     )
 
 

@@ -211,6 +211,32 @@ def empty_cache(model: PreTrainedModel) -> Any:
     return DynamicCache(config=model.config)
 
 
+def prompt_cache(model: PreTrainedModel) -> Any:
+    """A cache of transformers that takes a whole prompt; of MiniMax-01 its own, which is read but not cut."""
+    if model.config.model_type != "minimax":
+        return empty_cache(model)
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    return MiniMaxCache()
+
+
+def rule_left(held: Any, block: int) -> tuple[Tensor | None, Any]:
+    """What a layer with a delta rule or lightning attention has left in a cache of transformers, of a first sequence.
+
+    Args:
+        held: The cache, of :func:`prompt_cache`.
+        block: Which layer.
+
+    Returns:
+        The last inputs of its convolution, ``[taps, C]`` of which no token needs the first any more, None without one;
+        and its state ``[1, H, K, V]``, or packed.
+    """
+    if hasattr(held, "linear_cache"):
+        return None, held.linear_cache[block]
+    kept = held.layers[block]
+    return kept.conv_states[0][0].mT, kept.recurrent_states[0]
+
+
 def arguments(model: PreTrainedModel, cache: Any, positions: Tensor) -> dict[str, Any]:
     """Cache and positions under the names that a model's forward has for them.
 

@@ -10,8 +10,8 @@ from typing import Any
 
 STATES = ("mamba2", "mamba", "falcon_mamba")
 HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1", "zamba2")
-# with the gated delta rule in some layers (delta.py)
-DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+# with delta rules or lightning attention in some layers (delta.py)
+DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "minimax")
 # with keys and values (engine.py), with states of fixed size (recurrent.py), and with both (hybrid.py)
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "granite", "mixtral", "qwen3_moe", "olmoe",
@@ -64,6 +64,8 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
     reason = decline_family(family, activation_of(config), (*FAMILIES, *STATES, *HYBRIDS, *DELTAS))
     if reason is not None or family in STATES:
         return reason
+    if family == "minimax" and config.get("sliding_window"):
+        return f"layers without states see {config['sliding_window']} tokens alone (sliding_window)"
     return _decline_rotary(config) or _decline_columns(config) or _decline_attention(family, config)
 
 

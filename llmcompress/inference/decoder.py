@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmcompress_kernels import decode as native
 from llmcompress_kernels import matrix
-from llmcompress_kernels.decode_delta import Delta, DeltaSizes, StateCodec
 from torch import Tensor, nn
 
 from llmcompress.algorithms.grids import find_grid, round_codes
@@ -21,6 +20,7 @@ from llmcompress.inference.coverage import (
 )
 from llmcompress.inference.latent import is_latent, latents_of
 from llmcompress.inference.rotary import table_of
+from llmcompress.inference.rules import is_lightning, rule_of
 from llmcompress.inference.weights import (
     centres,
     linear_matrix,
@@ -29,14 +29,12 @@ from llmcompress.inference.weights import (
     ones_of,
     packed_matrix,
     parts,
-    stacked,
 )
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.router import Router
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, TiedHead, factor_of
 from llmcompress.nn.experts import PackedExperts
-from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.packed import PackedTensors
 from llmcompress.nn.tree_linear import PerMember
 from llmcompress.quant.codecs import codec
@@ -92,8 +90,11 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     final = final_norm_of(model)
     factor = float(getattr(config, "logit_scale", None) or 1.0)
     last = _weights(final, config, members, layout.norm_adds_one) * factor, _norm_bias(final)
-    attention = next(s.module for block in layout.blocks for s in block.sublayers if s.kind == "attention")
-    decoder = assembled(config, layers, last, model.get_submodule(attention), ends, routing, bool(members), scale)
+    modules = (
+        model.get_submodule(s.module) for block in layout.blocks for s in block.sublayers if s.kind == "attention"
+    )
+    attention = next(module for module in modules if not is_lightning(module))
+    decoder = assembled(config, layers, last, attention, ends, routing, bool(members), scale)
     bank = next(iter(layout.banks.values()), None)
     if decoder.activation == "xielu":
         bent = xielu_of(model, layout.blocks[0])
@@ -282,14 +283,19 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         rest = _experts(model, block, block.bank, config, members)
     window = window_of(config, block.index)
     scale = 1.0 if block.scale is None else float(_tensor(model, block.scale))
+    if first.kind == "ssm" or is_lightning(attention):
+        head = rule_of(model, first.module)
+    else:
+        head = projections(attention, config, members, adds_one)
+    if first.keeps is not None:
+        # factors of what is added (MiniMax-01)
+        head["output"] = matrix.times(head["output"], first.output_scale)
+        rest["down"] = matrix.times(rest["down"], beneath[-1].output_scale)
     return native.Layer(
         **_norms(model, block, members, adds_one),
-        **(
-            _delta_rule(model, first.module)
-            if first.kind == "ssm"
-            else projections(attention, config, members, adds_one)
-        ),
+        **head,
         **rest,
+        keeps=None if first.keeps is None else (first.keeps, beneath[-1].keeps or 0.0),
         window=window,
         chunked=is_chunked(config, block.index),
         sharpens=sharpens(config, attention),
@@ -330,66 +336,6 @@ def _experts(model: Any, block: Block, bank: ExpertBank, config: Any, members: S
     if getattr(config, "shared_expert_combination_strategy", "sum") == "average" and "shared_down" in found:
         found |= {name: matrix.times(found[name], 0.5) for name in ("down", "shared_down")}
     return found
-
-
-def delta_sizes(module: Any) -> DeltaSizes:
-    """Sizes of a delta rule.
-
-    Args:
-        module: A mixer of Qwen3-Next, Qwen3.5 or OLMo Hybrid.
-    """
-    return DeltaSizes(module.num_v_heads, module.num_k_heads, module.head_k_dim, module.head_v_dim)
-
-
-def _delta_rule(model: Any, name: str) -> dict[str, Any]:
-    """What a delta rule reads before and after, by the names of :class:`~llmcompress_kernels.decode.Layer`."""
-    module = model.get_submodule(name)
-    grouped, sizes = hasattr(module, "in_proj_qkvz"), delta_sizes(module)
-    apart = hasattr(module, "q_proj")
-    if apart:
-        # OLMo Hybrid
-        steps = torch.cat([module.b_proj.weight.detach(), module.a_proj.weight.detach()])
-    elif grouped:
-        # those of a key head's value heads side by side
-        both = module.in_proj_ba.weight.detach().unflatten(0, (sizes.key_heads, 2, -1))
-        steps = both.transpose(0, 1).reshape(2 * sizes.heads, -1)
-    else:
-        steps = torch.cat([module.in_proj_b.weight.detach(), module.in_proj_a.weight.detach()])
-    decay = -module.A_log.detach().float().exp()
-    gated = module.o_norm if apart else module.norm
-    return {
-        **dict.fromkeys(("query", "key", "value")),
-        "conv_in": (
-            stacked([module.q_proj, module.k_proj, module.v_proj])
-            if apart
-            else linear_matrix(module.in_proj_qkvz if grouped else module.in_proj_qkv)
-        ),
-        "conv_gates": None if grouped else linear_matrix(module.g_proj if apart else module.in_proj_z),
-        "conv_weight": module.conv1d.weight.detach()[:, 0].float().mT.contiguous(),
-        "steps": matrix.dense(steps),
-        "output": linear_matrix(module.o_proj if apart else module.out_proj),
-        "delta": Delta(
-            sizes,
-            norm_of(module, "dt_bias"),
-            decay,
-            norm_of(gated),
-            grouped,
-            *_state_codec(model, name),
-            most=2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
-            epsilon=gated.variance_epsilon,
-        ),
-    }
-
-
-def _state_codec(model: Any, name: str) -> tuple[StateCodec | None, Tensor | None]:
-    """How a delta rule's states are kept, and their calibrated scale."""
-    runtime = runtime_of(model)
-    if runtime is None:
-        return None, None
-    quantizer = runtime.quantizers[name]
-    spec, static = quantizer.spec, quantizer.static
-    codec = StateCodec(spec.bits, quantizer.window, spec.refit, spec.dither)
-    return codec, None if static is None else static.detach().contiguous()
 
 
 def mlp_parts(mlp: Any, members: Sequence[str] = ()) -> tuple[matrix.Matrix, matrix.Matrix | None, matrix.Matrix]:

@@ -1,5 +1,7 @@
-"""The native engine of models with the gated delta rule (Qwen3-Next, Qwen3.5, OLMo Hybrid): one call a token or prompt.
+"""The native engine of models with delta rules or lightning attention: one call a token or prompt.
 
+Qwen3-Next, Qwen3.5 and OLMo Hybrid have the gated delta rule, Kimi-Linear one with a decay for each column of a key,
+MiniMax-Text-01 and M1 lightning attention, which only decays and adds.
 Layers with attention keep keys and values, the others a state of fixed size, which the cache of the decode step has
 beside them: in float32, or in the low bits of stage ``dsq``. A prompt's tokens pass through float states one by one, as
 those of steps do: the same bits. Low-bit states are rounded at its end, and from there on by the steps.
@@ -13,10 +15,10 @@ from llmcompress_kernels import decode as native
 
 from llmcompress.inference import recurrent
 from llmcompress.inference.coverage import DELTAS, decline_config
-from llmcompress.inference.decoder import decoder_of, delta_sizes
+from llmcompress.inference.decoder import decoder_of
 from llmcompress.inference.engine import decline_anywhere, decline_module, decline_rest
 from llmcompress.inference.hybrid import HybridEngine
-from llmcompress.inference.weights import decline_stack
+from llmcompress.inference.rules import decline_rule, is_lightning
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.tree_linear import TreeLinear
@@ -46,16 +48,14 @@ def decline(model: PreTrainedModel) -> str | None:
 def _decline_layers(model: PreTrainedModel) -> str | None:
     low = runtime_of(model) is not None
     sublayers = [block.sublayers[0] for block in layout_from_config(model.config.to_dict()).blocks]
-    if not any(sublayer.kind == "attention" for sublayer in sublayers):
+    modules: dict[str, Any] = {sublayer.module: model.get_submodule(sublayer.module) for sublayer in sublayers}
+    rules = [s.module for s in sublayers if s.kind == "ssm" or is_lightning(modules[s.module])]
+    if len(rules) == len(sublayers):
         return "none of its layers has attention"
-    for sublayer in sublayers:
-        if sublayer.kind == "ssm":
-            module: Any = model.get_submodule(sublayer.module)
-            reason = delta_sizes(module).decline(module.conv_kernel_size, low)
-            if reason is None and hasattr(module, "q_proj"):
-                reason = decline_stack([module.q_proj, module.k_proj, module.v_proj])
-            if reason is not None:
-                return f"{sublayer.module}: {reason}"
+    for name in rules:
+        reason = decline_rule(modules[name], low)
+        if reason is not None:
+            return f"{name}: {reason}"
     return None
 
 

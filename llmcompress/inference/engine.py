@@ -49,7 +49,7 @@ SHORT_PROMPT = 32
 IN_PROJ = tuple(f".in_proj_{name}" for name in ("qkvz", "qkv", "z", "ba", "b", "a"))
 PROJECTIONS = (
     "_proj", "_linear", "_proj_with_mqa", ".c_fc", ".fc1", ".fc2", ".fc_in", ".fc_out", ".dense", ".query_key_value",
-    "_h_to_4h", "_4h_to_h", ".w1", ".w2", ".w3",
+    ".output_gate", "_h_to_4h", "_4h_to_h", ".w1", ".w2", ".w3",
 )  # fmt: skip
 # why a step cannot stand for a module, as what follows its name
 HOOKED = " has hooks (activations rounded per token, or somebody who looks on)"

@@ -21,7 +21,7 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.inference import recurrent
 from llmcompress.inference.attention import heads_of
-from llmcompress.inference.caches import Snapshot, arguments
+from llmcompress.inference.caches import Snapshot, arguments, prompt_cache, rule_left
 from llmcompress.inference.coverage import HYBRIDS, decline_config
 from llmcompress.inference.decoder import (
     assembled,
@@ -198,24 +198,23 @@ class HybridEngine(Engine):
 
     def _prompt_by_modules(self, slot: int, tokens: Sequence[int], start: int = 0) -> Tensor:
         assert start == 0
-        from transformers import DynamicCache
-
-        held: Any = DynamicCache(config=self.model.config)
+        held = prompt_cache(self.model)
         with torch.inference_mode():
             out: Any = self.model(
                 input_ids=torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1,
                 **arguments(self.model, held, torch.arange(len(tokens))[None]),
             )  # fmt: skip
-            both = [(layer, held.layers[block]) for layer, block in zip(self.decoder.layers, self.blocks)]
-            for index, kept in enumerate(kept for layer, kept in both if layer.attends):
+            both = list(zip(self.decoder.layers, self.blocks))
+            for index, kept in enumerate(held.layers[block] for layer, block in both if layer.attends):
                 self.cache.fill(index, slot, 0, kept.keys[0], kept.values[0])
-            for index, kept in enumerate(kept for layer, kept in both if layer.mixes):
+            for index, kept in enumerate(held.layers[block] for layer, block in both if layer.mixes):
                 self._adopt(index, slot, kept)
-            for index, (layer, kept) in enumerate((layer, kept) for layer, kept in both if layer.convolves):
-                # it keeps one that no token needs any more
-                self.cache.inputs[index, slot] = kept.conv_states[0][0, :, 1:].mT
+            for index, (layer, block) in enumerate((layer, block) for layer, block in both if layer.convolves):
+                inputs, state = rule_left(held, block)
+                if inputs is not None:
+                    self.cache.inputs[index, slot] = inputs[1:]
                 if layer.delta is not None:
-                    self._adopt_rule(index, slot, kept.recurrent_states[0])
+                    self._adopt_rule(index, slot, state)
         self.lengths[slot] = len(tokens)
         return out.logits[0, -1].float()
 

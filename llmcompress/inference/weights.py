@@ -100,36 +100,6 @@ def _span(rows: slice, count: int) -> tuple[int, int]:
     return first, last - first
 
 
-def decline_stack(modules: Sequence[Any]) -> str | None:
-    """Why linears cannot become one matrix, as what follows the name of their module; None if they can."""
-    if any(isinstance(module, TreeLinear) for module in modules):
-        return " has residual trees, which are not put together"
-    alike = {type(module) for module in modules}, {getattr(module, "spec", None) for module in modules}
-    rounded = {getattr(module, "int8_activations", False) for module in modules}
-    return (
-        None if all(len(kinds) == 1 for kinds in (*alike, rounded)) else " has projections that are packed differently"
-    )
-
-
-def stacked(modules: Sequence[Any]) -> matrix.Matrix:
-    """Linears without biases that read the same, one's rows after the other's: a copy.
-
-    Args:
-        modules: Dense or packed, alike (:func:`decline_stack`).
-    """
-    first = modules[0]
-    if not isinstance(first, PackedLinear):
-        return matrix.dense(torch.cat([module.weight.detach() for module in modules]))
-    stored = [module.packed_weight().tensors for module in modules]
-    words, scale, zero = (
-        torch.cat([tensors[key] for tensors in stored]) if key in stored[0] else None for key in (PACKED, SCALE, ZERO)
-    )
-    assert words is not None
-    assert scale is not None
-    found = matrix.packed(words, scale, zero, first.spec.bits, first.columns_per_group, first.shape[-1])
-    return replace(found, input_bytes=native.INT8_PLANES) if first.int8_activations else found
-
-
 def centres(module: Any) -> bool:
     """Whether a norm takes the mean away, also without biases; of Cohere's the class's name alone tells."""
     part = parts(module)[0]

@@ -43,7 +43,24 @@ _RULES: dict[str, Any] = {
 }  # fmt: skip
 # projections apart, step sizes up to two, attention without positions and with norms after it; no experts
 _OLMO: dict[str, Any] = {key: None for key in _RULES if "expert" in key or key == "moe_intermediate_size"}
-_OLMO |= {"rope_parameters": None, "linear_allow_neg_eigval": True}
+_OLMO |= {"rope_parameters": None, "linear_allow_neg_eigval": True, "linear_key_head_dim": 24}
+# decays along keys, latents without positions, the first layer dense
+_KIMI: dict[str, Any] = {
+    **{key: _RULES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")},
+    "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None, "linear_num_heads": 3,
+    "linear_head_dim": 32, "layer_types": [*["linear_attention"] * 3, "full_attention"], "kv_lora_rank": 48,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 48, "num_local_experts": 6, "num_experts_per_tok": 3,
+    "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 48,
+}  # fmt: skip
+# three layers that decay by constants, normed inputs in the place of hidden states
+_LIGHTNING: dict[str, Any] = {
+    **{key: _RULES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+    "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 80, "num_local_experts": 6, "num_experts_per_tok": 3,
+    "block_size": 16, "layer_types": [*["linear_attention"] * 3, "full_attention"], "linear_attn_alpha_factor": 1.4,
+    "linear_attn_beta_factor": 0.7, "full_attn_alpha_factor": 0.9, "full_attn_beta_factor": 1.2,
+    "mlp_alpha_factor": 1.1, "mlp_beta_factor": 0.8,
+}  # fmt: skip
+_WITH_RULES = {"olmo_hybrid": {**_RULES, **_OLMO}, "kimi_linear": _KIMI, "minimax": _LIGHTNING}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     # biases, grouped heads of a size that is no multiple of a vector
@@ -327,8 +344,8 @@ class Decoders:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        own = _RULES if family in DELTAS else _FAMILIES[family]
-        sizes = {**_SIZES, **own, **(_OLMO if family == "olmo_hybrid" else {}), **changes}
+        own = _WITH_RULES.get(family, _RULES) if family in DELTAS else _FAMILIES[family]
+        sizes = {**_SIZES, **own, **changes}
         sizes = {name: value for name, value in sizes.items() if value is not None or name not in _OWN_DEFAULTS}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).float().eval()
         adapt_mixtures(model, layout_from_config(model.config.to_dict()))

@@ -10,7 +10,6 @@ from llmcompress_kernels import cpu_state
 from llmcompress_kernels import decode as native
 from transformers import DynamicCache
 
-from llmcompress.inference.coverage import DELTAS
 from llmcompress.inference.native import decline, open_engine
 from llmcompress.inference.speed import rounded
 from llmcompress.models.registry import layout_from_config
@@ -21,6 +20,8 @@ from llmcompress.quant.spec import QuantSpec
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None or cpu_state.unavailable() is not None, reason="no native kernels"
 )
+# whose decays are one for a head
+FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
 # sizes that have kernels
 SIZES = {"linear_key_head_dim": 64, "linear_value_head_dim": 32}
 DITHERED = {"bits": 4, "codec": "dsq", "rounding": "dither", "window": 4}
@@ -52,7 +53,7 @@ def rules(cache: Any) -> list[Any]:
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: "-".join(str(v) for v in p.values()))
-@pytest.mark.parametrize("family", DELTAS)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_codes_are_those_of_modules(
     decoders: Any, ids: torch.Tensor, family: str, policy: dict[str, Any], dense: bool
@@ -170,3 +171,10 @@ def test_what_is_declined(decoders: Any) -> None:
     assert "128 value heads share a key head" in str(
         decline(low(decoders, "qwen3_5_text", DITHERED, True, linear_num_key_heads=1, linear_num_value_heads=128))
     )
+
+
+def test_decays_along_a_key_are_not_kept_in_low_bits(decoders: Any) -> None:
+    model = decoders.dense("kimi_linear")
+    assert decline(model) is None
+    attach(model, layout_from_config(model.config.to_dict()), {"bits": 4, "codec": "dsq"})
+    assert "no kernel for states of codec dsq" in str(decline(model))

@@ -68,21 +68,34 @@ struct BoundMixers {
     const void* states;
 };
 
-// What a layer with the gated delta rule has (arXiv 2412.06464) beside its projections: heads with V columns each, K columns to
-// each of the queries and keys that neighbouring ones share, and a state [K, V] for each.
+// What a state does with a token (reference/delta.py): the gated delta rule (arXiv 2412.06464), the same with a decay for each
+// column of a key (arXiv 2510.26692), or lightning attention, which decays by constants and adds (arXiv 2401.04658).
+enum Rule : int32_t { GATED_DELTA = 0, COLUMN_DELTA = 1, LIGHTNING = 2 };
+
+// How a projection has what belongs to the heads: all queries, then all keys, then all values; or a key head's side by side, its
+// gates behind them, or without gates. SPLIT: three projections have queries, keys and values.
+enum Order : int32_t { APART = 0, WITH_GATES = 1, WITHOUT_GATES = 2, SPLIT = 3 };
+
+// What a layer with such a state has beside its projections: heads with V columns each, K columns to each of the queries and keys
+// that neighbouring ones share, and a state [K, V] for each.
 struct Delta {
-    const float* dt_bias;  // [heads]
-    const float* decay;    // [heads], negative
-    const float* gain;     // [V], the gated norm's weight
+    const float* dt_bias;  // [heads], of COLUMN_DELTA [heads, K], of LIGHTNING null
+    const float* decay;    // [heads], negative: a state decays by e to its power, times softplus(. + dt_bias) but for LIGHTNING
+    const float* gain;     // [V], the gated norm's weight, or [heads, V]
     int32_t heads, key_heads, key_dim, value_dim;
-    int32_t grouped;  // whether the projection has a key head's query, key, values and gates side by side, not all queries first
+    int32_t rule, order;
+    int32_t sigmoid;  // whether gates open by a sigmoid, not by silu
+    int32_t whole;    // whether the norm goes over all heads together, not each alone
     float most;     // of step sizes: 2 where a state may turn over what it holds of a key (arXiv 2411.12537), else 1
     float epsilon;  // of the gated norm
 
     int64_t values() const { return int64_t(heads) * value_dim; }
     int64_t channels() const { return 2 * int64_t(key_heads) * key_dim + values(); }  // C of the convolution
     // floats that a thread needs for DELTA_TOKENS tokens of a key head (delta.h)
-    int64_t room() const { return DELTA_TOKENS * (2 * int64_t(key_dim) + int64_t(heads / key_heads) * value_dim + 3); }
+    int64_t room() const {
+        const int64_t numbers = 2 * int64_t(key_dim) + int64_t(heads / key_heads) * value_dim + 3;
+        return DELTA_TOKENS * (numbers + (rule == COLUMN_DELTA ? 2 * int64_t(key_dim) : 0));
+    }
 };
 
 // What keeps states of delta rules in low bits, in the library that knows these: a token goes to the value heads of a key head.
@@ -117,8 +130,10 @@ enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
 // A short gated convolution (LFM2, arXiv 2511.23404): `conv_in` makes two gates and an input of each of H channels; the first gate
 // times the input goes through L taps of its channel, the result times the second gate through `output`.
 //
-// A layer with a delta rule has a convolution, too: `conv_in` makes queries, keys and values, `conv_gates` gates unless they are
-// among these, `steps` step sizes of all heads and then their decays; `output` reads the result.
+// A layer with a delta rule has a convolution, too: `conv_in` makes queries, and keys and values unless `conv_key` and `conv_value`
+// do, `conv_gates` gates unless they are
+// among these, `steps` step sizes of all heads and then their decays; `output` reads the result. Decays of columns are made by
+// `decays` of what `decays_low` makes, gates there of what `gates_low` makes. Lightning attention has no `steps`, and one tap.
 //
 // A layer is a half before the MLP and an MLP or experts; one of both may be missing (Nemotron-H). A mixer and attention may stand
 // side by side (Falcon-H1): both read the hidden states before the layer. A layer may lay aside what it says (Zamba2, arXiv
@@ -164,7 +179,10 @@ struct Layer {
     Matrix absorb;        // [D - R, C] of each head, dense, read across, or ABSENT
     Matrix expand;        // [V, C] of each head
     Matrix conv_in;       // [3 H, H]: first gate, second gate, input of a short convolution in the place of attention, or ABSENT
+    Matrix conv_key, conv_value;  // of a delta rule whose order is SPLIT: [key_heads K, H], [heads V, H]; or ABSENT
     Matrix conv_gates, steps;  // of a delta rule: [heads V, H], [2 heads, H] dense; or ABSENT
+    Matrix gates_low;     // [R, H], what `conv_gates` reads in the place of hidden states, or ABSENT
+    Matrix decays_low, decays;  // of COLUMN_DELTA: [R, H] and [heads K, R], dense; `steps` has step sizes alone then
     Matrix gate, up, down;  // the MLP or, where `router` is present, the experts; without a gate the first has the place of `gate`
     Matrix aside;           // [H, H] of a layer that lays aside, or ABSENT
     Matrix router;          // [E, H], dense, or ABSENT
@@ -177,6 +195,8 @@ struct Layer {
     int32_t parallel;       // whether the MLP reads the hidden states before attention adds to them
     int32_t gates;          // whether each head's queries are followed by as many gates of its result
     int32_t softplus;       // whether `head_gates` open by softplus, not by a sigmoid
+    int32_t replaces;       // whether what a half reads, times `attention_keeps` or `mlp_keeps`, takes the place of the hidden
+                            // states before it adds to them (MiniMax-01)
     int32_t mixes;          // whether it has a mixer, which has its norm and projections elsewhere
     int32_t mixer;          // its number among the layers with mixers
     int32_t reads_aside;    // whether it reads what the layer before laid aside, too
@@ -187,6 +207,7 @@ struct Layer {
     int32_t heads, key_value_heads;
     int32_t head_dim, value_dim;  // columns of a head's queries and keys, and of its result; that of values without latents
     float output_scale;     // of the hidden states after it
+    float attention_keeps, mlp_keeps;
     float positive, negative;  // of XIELU
 };
 

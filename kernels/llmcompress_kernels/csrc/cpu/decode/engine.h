@@ -57,7 +57,8 @@ struct Operand {
 struct LayerOperands {
     Layer l;
     Operand query, key, value, output, head_gates, gate, up, down, router;
-    Operand query_down, absorb, expand, conv_in, aside, entry, exit, conv_gates, steps;
+    Operand query_down, absorb, expand, conv_in, aside, entry, exit, conv_key, conv_value, conv_gates, steps;
+    Operand gates_low, decays_low, decays;
     Operand shared_gate, shared_up, shared_down, shared_router;
 
     bool attends() const { return query.present(); }
@@ -84,7 +85,7 @@ struct Buffers {
 
 // What the threads of a step share.
 struct Shared {
-    std::vector<float> query, key, value, head_gates, low, convolved, gates, steps, absorbed, parts, inner, shared, narrow, sums, delta, beside, aside;
+    std::vector<float> query, key, value, head_gates, low, convolved, gates, steps, decays_low, decays, absorbed, parts, inner, shared, narrow, sums, delta, beside, aside;
     std::vector<float> scores, shares, rough, bounds;
     std::vector<int64_t> best;
     int chunks = 1;
@@ -102,12 +103,13 @@ class Engine {
             layers.push_back({l, operand(l.query), operand(l.key), operand(l.value), operand(l.output),
                               operand(l.head_gates), operand(l.gate), operand(l.up), operand(l.down), operand(l.router),
                               operand(l.query_down), operand(l.absorb), operand(l.expand), operand(l.conv_in), operand(l.aside),
-                              operand(l.entry), operand(l.exit), operand(l.conv_gates), operand(l.steps),
+                              operand(l.entry), operand(l.exit), operand(l.conv_key), operand(l.conv_value), operand(l.conv_gates), operand(l.steps), operand(l.gates_low),
+                              operand(l.decays_low), operand(l.decays),
                               operand(l.shared_gate), operand(l.shared_up), operand(l.shared_down), operand(l.shared_router)});
             intermediate = std::max(intermediate, l.gate.rows);
             shared_intermediate = std::max(shared_intermediate, l.shared_gate.rows);
             experts = std::max(experts, l.router.rows);
-            rank = std::max(rank, l.query_down.rows);
+            rank = std::max({rank, l.query_down.rows, l.gates_low.rows});
             entry_rows = std::max(entry_rows, l.entry.rows);
             lays_aside = lays_aside || l.aside.kind != ABSENT;
             conv_rows = std::max(conv_rows, l.conv_in.rows);
@@ -117,7 +119,10 @@ class Engine {
             if (l.conv_in.kind != ABSENT) conv_out = std::max<int64_t>(conv_out, l.delta == nullptr ? m.hidden : l.delta->values());
             if (l.delta == nullptr) continue;
             gate_rows = std::max(gate_rows, l.conv_gates.rows), step_rows = std::max(step_rows, l.steps.rows);
+            key_rows = std::max(key_rows, l.conv_key.rows), value_rows = std::max(value_rows, l.conv_value.rows);
             delta_room = std::max(delta_room, l.delta->room());
+            decay_rank = std::max(decay_rank, l.decays_low.rows), decay_rows = std::max(decay_rows, l.decays.rows);
+            if (l.delta->whole != 0) mixed_rows = std::max(mixed_rows, l.delta->values());
         }
     }
 
@@ -138,6 +143,8 @@ class Engine {
         grow(shared.convolved, b * size_t(padded(conv_rows)));
         grow(shared.gates, b * size_t(padded(gate_rows)));
         grow(shared.steps, b * size_t(padded(step_rows)));
+        grow(shared.decays_low, b * size_t(padded(decay_rank)));
+        grow(shared.decays, b * size_t(padded(decay_rows)));
         grow(shared.absorbed, b * size_t(absorbed_rows));
         grow(shared.parts, b * size_t(shared.chunks * part_rows));
         grow(shared.delta, b * size_t(padded(m.hidden)));
@@ -184,6 +191,7 @@ class Engine {
     std::vector<std::unique_ptr<Buffers>> threads;
     int64_t intermediate = 0, shared_intermediate = 0, experts = 0, rank = 0, query_rows = 0, entry_rows = 0;
     int64_t conv_rows = 0, conv_out = 0, gate_rows = 0, step_rows = 0;  // of convolutions and delta rules
+    int64_t decay_rank = 0, decay_rows = 0;  // of what makes decays of columns
     int64_t delta_room = 0;  // floats that a delta rule needs
     int64_t low_rows = 0, high_rows = 0;  // of adapters
     // of attention, the most of any layer: numbers that its products and its parts make for a token, queries of a group, results

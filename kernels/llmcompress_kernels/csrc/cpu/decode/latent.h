@@ -6,9 +6,16 @@
 
 namespace LLMCOMPRESS_ISA {
 
-// The last R columns of a query or of a row of latents, turned to their position.
+// Columns of queries and keys beside the latents: R.
+inline int beside_latents(const Model& m) { return m.latent_width - m.latents; }
+
+// The last R columns of a query or of a row of latents, turned to their position where the layer does so.
 inline void turn_last(const Model& m, const Layer& l, const float* from, int64_t position, float scale, float* to) {
     const int64_t at = position * (l.turned / 2);
+    if (l.turned == 0) {
+        for (int i = 0; i < beside_latents(m); ++i) to[i] = from[i] * scale;
+        return;
+    }
     if (m.neighbours != 0) rotate_pairs(from, l.cosine + at, l.sine + at, l.turned, scale, to);
     else rotate(from, l.cosine + at, l.sine + at, l.turned, l.turned, false, scale, to);
 }
@@ -93,7 +100,7 @@ inline void absorb(const Model& m, const LayerOperands& o, const Cache& c, const
     const Widths w = widths(m, o.l);
     for (int t = 0; t < tokens; ++t) {
         scale_all(out + t * stride, m.latents, m.attention_scale);
-        turn_last(m, o.l, first + t * apart + o.l.head_dim - o.l.turned, position(t), m.attention_scale,
+        turn_last(m, o.l, first + t * apart + o.l.head_dim - beside_latents(m), position(t), m.attention_scale,
                   out + t * stride + m.latents);
         std::fill(out + t * stride + w.key, out + t * stride + w.row(), 0.f);
         if (c.kind == DENSE_BF16) part_columns(out + t * stride, w.row());

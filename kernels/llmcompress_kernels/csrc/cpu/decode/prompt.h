@@ -84,19 +84,35 @@ class PromptWorker : public PromptExperts {
 
     void delta_rule(const LayerOperands& o, int index) {
         const Delta& d = *o.l.delta;
-        project({{&o.conv_in, room_.convolved.data()}, {&o.conv_gates, room_.gates.data()}}, normed(0), QKV,
+        const Product gates{&o.conv_gates, room_.gates.data()}, low{&o.gates_low, room_.low.data()};
+        const bool is_low = low.o->present();
+        project({{&o.conv_in, room_.convolved.data()}, {&o.conv_key, room_.key.data()}, {&o.conv_value, room_.value.data()},
+                 is_low ? low : gates}, normed(0), QKV,
                 [&](int64_t t) { make_first(o, index, t); });
+        if (is_low) project({gates}, low.out, QKV, [](int64_t) {});
         each(blocks(), [&](int64_t b) {
             Input in(scratch_, p_.planes);
             in.set(normed(begin(b)), m_.hidden, int(end(b) - begin(b)));
             multiply(o.steps, in, 0, 0, o.steps.blocks(), room_.steps.data() + begin(b) * o.steps.m.rows, o.steps.m.rows);
+            if (o.decays.present()) decay_block(o, in, b);
         });
-        const DeltaRows rows{room_.convolved.data(), room_.gates.data(), room_.steps.data(), room_.mixed.data(),
-                             o.conv_in.m.rows, count_};
+        const DeltaRows rows = delta_rows(o, room_.convolved.data(), room_.key.data(), room_.value.data(),
+                                          {room_.gates.data(), room_.steps.data(), room_.decays.data()}, room_.mixed.data(), count_);
         const Tokens what = p_.last != 0 && first_ + count_ == p_.count ? LAST_OF_PROMPT : OF_PROMPT;
         each(d.key_heads, [&](int64_t head) { pass_group(m_, c_, o.l, p_.slot, position(0), head, rows, what, delta_.data()); });
         took(MIXER);
-        project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [](int64_t) {});
+        project({{&o.output, delta(0)}}, room_.mixed.data(), OUTPUT, [&](int64_t t) {
+            if (d.whole != 0) open_all(d, room_.gates.data() + t * d.values(), room_.mixed.data() + t * d.values());
+        });
+    }
+
+    // What makes decays of columns, of a block of tokens.
+    void decay_block(const LayerOperands& o, Input& in, int64_t b) {
+        const int64_t rank = o.decays_low.m.rows, rows = o.decays.m.rows;
+        float* const low = room_.decays_low.data() + begin(b) * rank;
+        multiply(o.decays_low, in, 0, 0, o.decays_low.blocks(), low, rank);
+        in.set(low, rank, int(end(b) - begin(b)));
+        multiply(o.decays, in, 0, 0, o.decays.blocks(), room_.decays.data() + begin(b) * rows, rows);
     }
 
     // A task takes some channels through all tokens of the piece.

@@ -25,7 +25,7 @@ class PromptAttention : public PromptProducts {
     void make_first(const LayerOperands& o, int index, int64_t t) {
         if (o.l.mixes == 0) add_before(t, index);
         if (o.aside.present()) return norm_both(o.l, t);
-        norm_hidden(t, o.l.attention_norm, o.l.attention_norm_bias);
+        norm_hidden(o.l, t, o.l.attention_norm, o.l.attention_norm_bias, o.l.attention_keeps);
         if (o.l.mixes != 0) add_delta(t, nullptr);
     }
 

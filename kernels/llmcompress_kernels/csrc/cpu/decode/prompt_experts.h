@@ -103,10 +103,10 @@ class PromptExperts : public PromptAttention {
 
     void make_second(const LayerOperands& o, int index, int64_t t) {
         if (o.aside.present()) return norm(m_, delta(t), o.l.mlp_norm, nullptr, 0, normed(t));
-        if (o.l.parallel != 0) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
+        if (o.l.parallel != 0) norm_hidden(o.l, t, o.l.mlp_norm, o.l.mlp_norm_bias, o.l.mlp_keeps);
         if (o.begins()) add_delta(t, o.l.attention_after);
         else add_before(t, index);
-        if (o.l.parallel == 0) norm_hidden(t, o.l.mlp_norm, o.l.mlp_norm_bias);
+        if (o.l.parallel == 0) norm_hidden(o.l, t, o.l.mlp_norm, o.l.mlp_norm_bias, o.l.mlp_keeps);
     }
 
     // What the router reads of a block of tokens: what experts read, or what a norm of its own makes.

@@ -77,8 +77,9 @@ class PromptProducts {
     }
     void add_delta(int64_t t, const float* after) { add_to(m_, delta(t), after, p_.member, hidden(t)); }
 
-    void norm_hidden(int64_t t, const float* weight, const float* bias) {
+    void norm_hidden(const Layer& l, int64_t t, const float* weight, const float* bias, float keeps) {
         norm(m_, hidden(t), weight, bias, p_.member, normed(t));
+        for (int i = 0; l.replaces != 0 && i < m_.hidden; ++i) hidden(t)[i] = keeps * normed(t)[i];
     }
 
     // As each(), for `together` blocks of rows of every product, and that `times` over: work(time, product, begin, end).

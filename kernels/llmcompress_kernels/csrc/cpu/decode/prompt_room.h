@@ -68,7 +68,7 @@ struct Routed {
 struct PromptRoom {
     std::vector<float> hidden, delta;                           // [T, H], the second to be added to the first
     std::vector<float> normed;                                  // [T, H] where experts read them, else [tokens, H] of a piece
-    std::vector<float> query, key, value, head_gates, low, convolved, gates, steps, mixed, gate, up;  // [tokens or slots, rows] of a piece
+    std::vector<float> query, key, value, head_gates, low, convolved, gates, steps, decays_low, decays, mixed, gate, up;  // [tokens or slots, rows] of a piece
     std::vector<float> words, aside, both;  // [T, H], [T, H] and [tokens, 2 H] where layers lay aside (decode.h)
     std::vector<float> beside;              // [tokens, H], what the MLP beside experts reads where it has a norm of its own
     std::vector<float> narrow;              // [T, W] of experts that read and write W numbers
@@ -87,6 +87,7 @@ struct PromptRoom {
         grow(query, size_t(tokens * e.query_rows));
         grow(convolved, size_t(tokens * e.conv_rows)), grow(gates, size_t(tokens * e.gate_rows));
         grow(steps, size_t(tokens * e.step_rows));
+        grow(decays_low, size_t(tokens * e.decay_rank)), grow(decays, size_t(tokens * e.decay_rows));
         grow(mixed, size_t(tokens * std::max(e.mixed_rows, e.conv_out)));
         grow(head_gates, size_t(tokens * e.head_gate_rows));
         if (e.joins) grow(beside, size_t(tokens * m.hidden));
@@ -106,7 +107,7 @@ struct PromptRoom {
                                                    : activation_bytes(o.first, count, o.planes(p.planes)));
         };
         for (const LayerOperands& l : e.layers) {
-            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.conv_gates, &l.key, &l.value, &l.output, &l.head_gates,
+            for (const Operand* o : {&l.query, &l.query_down, &l.conv_in, &l.conv_key, &l.conv_value, &l.conv_gates, &l.gates_low, &l.key, &l.value, &l.output, &l.head_gates,
                                      &l.gate, &l.up, &l.down, &l.aside, &l.shared_gate, &l.shared_up, &l.shared_down})
                 for (const Operand* part : {o, o->low, o->high})
                     if (part != nullptr && part->present()) room_for(*part, tokens);

@@ -25,7 +25,7 @@ class Worker : public StepHead {
                 continue;
             }
             // before a mixer adds that stands beside attention
-            if (o.attends()) norm_all(o.l.attention_norm, o.l.attention_norm_bias);
+            if (o.attends()) norm_half(o.l, o.l.attention_norm, o.l.attention_norm_bias, o.l.attention_keeps);
             if (o.l.mixes != 0) mix(o.l);
             if (o.l.delta != nullptr) delta_rule(o);
             else if (o.conv_in.present()) convolution(o, o.l.place);
@@ -34,7 +34,7 @@ class Worker : public StepHead {
             if (o.router.present()) experts(o);
             else if (o.has_mlp()) {
                 // of a parallel layer before attention adds
-                if (o.l.parallel == 0) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
+                if (o.l.parallel == 0) norm_half(o.l, o.l.mlp_norm, o.l.mlp_norm_bias, o.l.mlp_keeps);
                 gated_mlp(o);
             }
             if (o.l.output_scale != 1) scale_all(own_.hidden.data(), s_.batch * int64_t(m_.hidden), o.l.output_scale);
@@ -104,18 +104,35 @@ class Worker : public StepHead {
 
     void delta_rule(const LayerOperands& o) {
         const Delta& d = *o.l.delta;
-        norm_all(o.l.attention_norm, o.l.attention_norm_bias);
-        project({{&o.conv_in, sh_.convolved.data()}, {&o.conv_gates, sh_.gates.data()}, {&o.steps, sh_.steps.data()}});
+        norm_half(o.l, o.l.attention_norm, o.l.attention_norm_bias, o.l.attention_keeps);
+        const Product gates{&o.conv_gates, sh_.gates.data()}, low{&o.gates_low, sh_.low.data()};
+        project({{&o.conv_in, sh_.convolved.data()}, {&o.conv_key, sh_.key.data()}, {&o.conv_value, sh_.value.data()},
+                 low.o->present() ? low : gates, {&o.steps, sh_.steps.data()}, {&o.decays_low, sh_.decays_low.data()}});
+        if (o.decays.present()) {
+            in_.set(sh_.decays_low.data(), o.decays_low.m.rows, s_.batch);
+            const Range rows = share(o.decays.blocks());
+            multiply(o.decays, in_, 0, rows.first, rows.last, sh_.decays.data(), o.decays.m.rows);
+        }
+        if (low.o->present()) {
+            in_.set(low.out, low.o->m.rows, s_.batch);
+            project({gates});
+        } else if (o.decays.present()) wait();
         const Range tasks = share(int64_t(s_.batch) * d.key_heads);
         for (int64_t task = tasks.first; task < tasks.last; ++task) {
             const int64_t b = task / d.key_heads;
-            const DeltaRows rows{sh_.convolved.data() + b * o.conv_in.m.rows, sh_.gates.data() + b * d.values(),
-                                 sh_.steps.data() + b * o.steps.m.rows, sh_.query.data() + b * d.values(), o.conv_in.m.rows, 1};
+            const auto row = [&](const Operand& x, const std::vector<float>& all) { return all.data() + b * x.m.rows; };
+            const DeltaRows rows = delta_rows(o, row(o.conv_in, sh_.convolved), row(o.conv_key, sh_.key), row(o.conv_value, sh_.value),
+                                              {sh_.gates.data() + b * d.values(), row(o.steps, sh_.steps), row(o.decays, sh_.decays)},
+                                              sh_.query.data() + b * d.values(), 1);
             pass_group(m_, c_, o.l, s_.slots[b], s_.positions[b], task % d.key_heads, rows, OF_STEP, own_.delta.data());
         }
         took(MIXER);
         wait();
-        finish_attention(o, sh_.query.data(), int(d.values()));
+        if (d.whole == 0) return finish_attention(o, sh_.query.data(), int(d.values()));
+        // others read these, too
+        std::copy_n(sh_.query.data(), s_.batch * d.values(), own_.mixed.data());
+        for (int b = 0; b < s_.batch; ++b) open_all(d, sh_.gates.data() + b * d.values(), own_.mixed.data() + b * d.values());
+        finish_attention(o, own_.mixed.data(), int(d.values()));
     }
 };
 

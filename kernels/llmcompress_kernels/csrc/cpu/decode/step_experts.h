@@ -29,7 +29,7 @@ class StepExperts : public StepAttention {
         const bool narrow = o.entry.present();
         // a parallel layer has normed what was before attention
         if (o.l.router_norm != nullptr) norm_all(o.l.router_norm, nullptr);
-        else if (o.l.parallel == 0) norm_all(o.l.mlp_norm, o.l.mlp_norm_bias);
+        else if (o.l.parallel == 0) norm_half(o.l, o.l.mlp_norm, o.l.mlp_norm_bias, o.l.mlp_keeps);
         const Range routers = share(o.router.blocks());
         multiply(o.router, in_, 0, routers.first, routers.last, sh_.scores.data(), count);
         const Range entries = share(o.entry.blocks());

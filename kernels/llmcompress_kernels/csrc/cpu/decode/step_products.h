@@ -47,6 +47,13 @@ class StepProducts {
         took(NORM);
     }
 
+    // Norm of what a half of a layer reads, which may take the place of the hidden states, times `keeps` (decode.h).
+    void norm_half(const Layer& l, const float* weight, const float* bias, float keeps) {
+        norm_all(weight, bias);
+        if (l.replaces == 0) return;
+        for (int64_t i = 0; i < s_.batch * int64_t(m_.hidden); ++i) own_.hidden[size_t(i)] = keeps * own_.normed[size_t(i)];
+    }
+
     // What a sublayer says, which other threads read too, through a norm where there are weights for it.
     void add_delta(const float* after = nullptr) {
         for (int b = 0; b < s_.batch; ++b) {
