@@ -80,7 +80,7 @@ def _gated(module: Any, codec: StateCodec | None, fixed: Tensor | None) -> dict[
     else:
         steps = torch.cat([module.in_proj_b.weight.detach(), module.in_proj_a.weight.detach()])
     gated = module.o_norm if apart else module.norm
-    first = module.in_proj_qkvz if grouped else getattr(module, "in_proj_qkv", None)
+    first: Any = module.in_proj_qkvz if grouped else getattr(module, "in_proj_qkv", None)
     return {
         **(_split(module) if apart else {"conv_in": linear_matrix(first)}),
         "conv_gates": None if grouped else linear_matrix(module.g_proj if apart else module.in_proj_z),
