@@ -95,8 +95,9 @@ def test_threads_do_not_matter(decoders: Any, sequences: Any, ids: torch.Tensor,
     assert torch.equal(found[0][0], found[1][0])
 
 
-def test_a_prompt_in_parts_and_from_a_snapshot(decoders: Any, ids: torch.Tensor) -> None:
-    model = decoders.packed("qwen3_5_moe_text")
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "kimi_linear", "minimax"])
+def test_a_prompt_in_parts_and_from_a_snapshot(decoders: Any, ids: torch.Tensor, family: str) -> None:
+    model = decoders.packed(family)
     engine = open_engine(model, slots=2, positions=160)
     assert engine.keeps_snapshots
     piece = engine.piece
@@ -140,8 +141,9 @@ def test_room_grows_and_states_stay(decoders: Any, ids: torch.Tensor) -> None:
         assert torch.equal(small.step(token, [0]), large.step(token, [0]))
 
 
-def test_experts_are_skipped_as_in_modules(decoders: Any, sequences: Any, ids: torch.Tensor) -> None:
-    model, tokens = decoders.packed("qwen3_next"), ids[:200]
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "minimax"])
+def test_experts_are_skipped_as_in_modules(decoders: Any, sequences: Any, ids: torch.Tensor, family: str) -> None:
+    model, tokens = decoders.packed(family), ids[:200]
     with torch.inference_mode():
         untouched = model(tokens.unsqueeze(0), use_cache=False).logits[0, -1]
         controller = attach(model, layout_from_config(model.config.to_dict()), {"alpha": 0.9})
@@ -168,6 +170,7 @@ def test_what_is_declined(decoders: Any) -> None:
     assert "40 columns are no multiple of 16" in str(decline(decoders.dense("qwen3_next", linear_value_head_dim=40)))
     assert "over 9 tokens" in str(decline(decoders.dense("qwen3_5_text", linear_conv_kernel_dim=9)))
     assert "none of its layers has attention" in str(decline(decoders.dense("qwen3_next", num_hidden_layers=2)))
+    assert "see 32 tokens alone (sliding_window)" in str(decline(decoders.dense("minimax", sliding_window=32)))
     model = decoders.dense("qwen3_next")
     model.model.layers[0].linear_attn.in_proj_ba.register_forward_pre_hook(lambda module, inputs: None)
     assert "in_proj_ba has hooks" in str(decline(model))
@@ -180,3 +183,15 @@ def test_a_step_takes_one_token_of_a_sequence(decoders: Any, ids: torch.Tensor) 
             engine.decoder, engine.cache, ids[:2], torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int32),
             engine._logits, planes=engine.planes,
         )  # fmt: skip
+
+
+def test_projections_of_queries_keys_and_values_may_be_packed_differently(
+    decoders: Any, sequences: Any, ids: torch.Tensor
+) -> None:
+    model = decoders.packed("olmo_hybrid")
+    other = decoders.packed("olmo_hybrid", bits=8)
+    for index, layer in enumerate(model.model.layers[:3]):
+        layer.linear_attn.k_proj = other.model.layers[index].linear_attn.k_proj
+    engine = open_engine(model, positions=112)
+    assert engine.decoder.takes_prompts
+    assert sequences.off(sequences.natively(engine, ids[:100], 90), reference(model, ids[:100])[89:]) < EXACT
