@@ -157,11 +157,13 @@ def _bounds(given: list[str] | None) -> dict[str, float] | None:
 
 def _model(target: Target, url: str) -> str:
     """The only model that a server lists."""
+    from aiohttp import ClientError
+
     from llmcompress.serving.load import Refused, served_models
 
     try:
         names = asyncio.run(served_models(target))
-    except (OSError, EOFError, ValueError, Refused) as error:
+    except (OSError, ClientError, ValueError, Refused) as error:
         raise EnvironmentProblem(f"{url}: {error}", "start the server first, or correct the address") from error
     if len(names) != 1:
         raise UsageError(f"{url} serves {', '.join(names) or 'no model'}", "choose one with --model")

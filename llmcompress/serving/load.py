@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -19,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
+
 from llmcompress.errors import UsageError
 
 KINDS = ("ttft", "tpot", "itl", "e2el")
-# of a line of an answer or of its head
+# of a line of an answer: an event may hold many log-probabilities
 LINE_BYTES = 1 << 22
 # seconds between two looks at how late the client itself is
 LOOK = 0.05
@@ -44,6 +45,12 @@ class Target:
     secure: bool
     root: str
     key: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Its root as a URL."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.secure else 'http'}://{host}:{self.port}{self.root}"
 
 
 def target_of(url: str, key: str | None) -> Target:
@@ -191,9 +198,12 @@ class Load:
                 await self._hear(body, outcome)
         except TimeoutError:
             outcome.error = f"no end within {self._timeout:g} s"
-        except (OSError, Refused, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
-            cut = isinstance(error, asyncio.IncompleteReadError)
-            outcome.error = "the connection was closed" if cut else str(error).strip() or type(error).__name__
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError):
+            outcome.error = "the connection was closed"
+        except aiohttp.ClientResponseError as error:
+            outcome.error = f"this is no HTTP server: {' '.join(error.message.split())}"
+        except (OSError, Refused, aiohttp.ClientError, ValueError) as error:
+            outcome.error = str(error).strip() or type(error).__name__
         except (AttributeError, TypeError) as error:
             outcome.error = f"an event is of another form: {error}"
         # a failed one ends when that is known
@@ -247,59 +257,19 @@ async def lines(target: Target, method: str, path: str, body: Mapping[str, Any] 
 
     Raises:
         Refused: Any status but 200, with what the server says.
-        OSError: There is no connection.
+        OSError, aiohttp.ClientError: There is no connection, or it ended too early.
     """
-    context = ssl.create_default_context() if target.secure else None
-    reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context, limit=LINE_BYTES)
-    try:
-        sent = b"" if body is None else json.dumps(body).encode()
-        host = f"[{target.host}]" if ":" in target.host else target.host
-        head = [f"{method} {target.root}{path} HTTP/1.1", f"Host: {host}:{target.port}", "Connection: close"]
-        head += [] if body is None else ["Content-Type: application/json", f"Content-Length: {len(sent)}"]
-        head += [] if target.key is None else [f"Authorization: Bearer {target.key}"]
-        writer.write("\r\n".join([*head, "", ""]).encode() + sent)
-        await writer.drain()
-        status, fields = await _head(reader)
-        rest = b""
-        async for part in _body(reader, fields):
-            whole = (rest + part).split(b"\n")
-            rest = whole.pop()
-            for line in whole if status == 200 else ():
-                yield line
-            rest = rest if status == 200 else b"\n".join([*whole, rest])
-        if status != 200:
-            raise Refused(f"status {status}: {_said(rest)}")
-        if rest:
-            yield rest
-    finally:
-        writer.close()
-
-
-async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Status and fields of an answer."""
-    first, *others = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    words = first.split(" ", 2)
-    if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdigit():
-        raise Refused(f"this is no HTTP server: {first[:80]!r}")
-    pairs = (line.partition(":") for line in others if line)
-    return int(words[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}
-
-
-async def _body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> AsyncIterator[bytes]:
-    """Parts of an answer's body as they come."""
-    if "chunked" in fields.get("transfer-encoding", "").lower():
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            yield (await reader.readexactly(size + 2))[:-2]
-        return
-    left = int(fields["content-length"]) if "content-length" in fields else None
-    while left is None or left > 0:
-        part = await reader.read(1 << 16 if left is None else min(left, 1 << 16))
-        if not part:
-            if left is not None:
-                raise asyncio.IncompleteReadError(part, left)
-            return
-        left = None if left is None else left - len(part)
-        yield part
+    head = {} if target.key is None else {"Authorization": f"Bearer {target.key}"}
+    # how long an answer may take is Load's to say
+    patient, once = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(force_close=True)
+    async with (
+        aiohttp.ClientSession(connector=once, headers=head, timeout=patient, read_bufsize=LINE_BYTES) as session,
+        session.request(method, target.url + path, json=body, allow_redirects=False) as answer,
+    ):
+        if answer.status != 200:
+            raise Refused(f"status {answer.status}: {_said(await answer.read())}")
+        async for line in answer.content:
+            yield line
 
 
 def _said(body: bytes) -> str:
@@ -314,9 +284,9 @@ async def served_models(target: Target) -> list[str]:
     """Ids of the models that a server lists.
 
     Raises:
-        Refused, OSError, ValueError: It does not.
+        Refused, OSError, aiohttp.ClientError, ValueError: It does not.
     """
-    found = json.loads(b"\n".join([line async for line in lines(target, "GET", "/models")]))
+    found = json.loads(b"".join([line async for line in lines(target, "GET", "/models")]))
     try:
         return [str(model["id"]) for model in found["data"]]
     except (KeyError, TypeError) as error:
