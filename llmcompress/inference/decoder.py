@@ -62,6 +62,18 @@ _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm",
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
 
 
+def number_of(config: Any, key: str, missing: float = 1.0) -> float:
+    """A number of a config that its family knows; transformers keeps others too, and its modules ignore them.
+
+    Args:
+        config: Config of a text model.
+        key: Name of the number.
+        missing: What stands for null, and for a number that the family does not know.
+    """
+    given = getattr(config, key) if hasattr(type(config), key) else None
+    return missing if given is None else float(given)
+
+
 def members_of(model: PreTrainedModel) -> list[str]:
     """Members of a family that a model's rows may belong to, in the order of a batch; none for a single model."""
     return next((module.names for module in model.modules() if isinstance(module, PerMember)), [])
@@ -88,7 +100,7 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     scale = _embedding_scale(parts(words)[0], config)
     routing = routing_of(model, layout)
     final = final_norm_of(model)
-    factor = float(getattr(config, "logit_scale", None) or 1.0)
+    factor = number_of(config, "logit_scale")
     last = _weights(final, config, members, layout.norm_adds_one) * factor, _norm_bias(final)
     modules = (
         model.get_submodule(s.module) for block in layout.blocks for s in block.sublayers if s.kind == "attention"
@@ -124,8 +136,8 @@ def _embedding_scale(words: Any, config: Any) -> float:
         factor = factor_of(words)
         own = 1.0 if factor is None else float(torch.tensor(factor, dtype=words.weight.dtype))
     # AFMoE takes the root of the width or nothing
-    root = float(config.hidden_size**0.5) if getattr(config, "mup_enabled", False) else 1.0
-    return own * root * float(getattr(config, "embedding_multiplier", 1.0))
+    root = float(config.hidden_size**0.5) if number_of(config, "mup_enabled", 0.0) else 1.0
+    return own * root * number_of(config, "embedding_multiplier")
 
 
 def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
@@ -176,7 +188,7 @@ def assembled(
     return native.Decoder(
         layers=layers,
         # what divides the logits divides what the head reads
-        final_norm=final[0] / getattr(config, "logits_scaling", 1.0),
+        final_norm=final[0] / number_of(config, "logits_scaling"),
         final_norm_bias=final[1],
         cosine=[torch.empty(0, 0)] * tables,
         sine=[torch.empty(0, 0)] * tables,
@@ -189,8 +201,8 @@ def assembled(
         embedding_scale=embedding_scale,
         activation=ACTIVATIONS[activation_of(config.to_dict())],
         attention_cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
-        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
-        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        logit_cap=number_of(config, "final_logit_softcapping", 0.0),
+        residual_scale=number_of(config, "residual_multiplier"),
         neighbours=config.model_type in NEIGHBOURS,
         # nanochat's, which has no weights
         embedding_norm=torch.ones_like(final[0]) if config.model_type == "nanochat" else None,

@@ -29,6 +29,7 @@ from llmcompress.inference.decoder import (
     experts_of,
     final_norm_of,
     mlp_parts,
+    number_of,
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
@@ -275,7 +276,7 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     attention = next(s for block in layout.blocks for s in block.sublayers if s.kind == "attention")
     final = final_norm_of(model)
     layers = [_layer(model, block, part) for block in layout.blocks for part in _parts(block)]
-    factor, scale = (float(getattr(config, f"{end}_multiplier", 1.0)) for end in ("lm_head", "embedding"))
+    factor, scale = (number_of(config, f"{end}_multiplier") for end in ("lm_head", "embedding"))
     last = norm_of(final) * factor, norm_of(final, "bias")
     module, routing = model.get_submodule(attention.module), routing_of(model, layout)
     return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)

@@ -193,6 +193,18 @@ def test_other_forms_of_these_families(decoders: Any, ids: torch.Tensor, family:
         assert worst(Engine(model, positions=48), tokens, reference(model, tokens), prompt) < EXACT
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("final_logit_softcapping", 0.5), ("logits_scaling", 4.0), ("logit_scale", 3.0), ("embedding_multiplier", 5.0),
+    ("residual_multiplier", 0.2), ("mup_enabled", True),
+])  # fmt: skip
+def test_numbers_that_a_family_does_not_know_change_nothing(
+    decoders: Any, ids: torch.Tensor, key: str, value: float
+) -> None:
+    model, tokens = decoders.packed("laguna", 4, **{key: value}), ids[:12]
+    assert getattr(model.config, key) == value
+    assert worst(Engine(model, positions=16), tokens, reference(model, tokens), 5) < EXACT
+
+
 def test_rows_and_experts_that_do_not_fill_a_vector(decoders: Any, ids: torch.Tensor) -> None:
     sizes = {"intermediate_size": 40, "vocab_size": 75, "hidden_size": 36, "num_attention_heads": 3,
              "num_key_value_heads": 1, "head_dim": 12}  # fmt: skip
