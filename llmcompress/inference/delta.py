@@ -60,7 +60,7 @@ def _decline_layers(model: PreTrainedModel) -> str | None:
 
 
 class DeltaEngine(HybridEngine):
-    """A model with the gated delta rule ready to decode natively; arguments and attributes are those of `Engine`."""
+    """A model with delta rules or lightning attention, ready to decode natively; arguments are those of `Engine`."""
 
     _declines = staticmethod(decline)
 

@@ -51,6 +51,9 @@ def rule_of(model: Any, name: str) -> dict[str, Any]:
     Args:
         model: The model.
         name: Name of the layer's module.
+
+    Returns:
+        By the names of :class:`~llmcompress_kernels.decode.Layer`; what attention has and this layer has not is None.
     """
     module = model.get_submodule(name)
     found: dict[str, Any] = dict.fromkeys(("query", "key", "value"))
